@@ -1,0 +1,1 @@
+"""Messages of the wire protocol, typed errors and events."""

@@ -1,0 +1,202 @@
+"""Every refusal and failure a StreamHouse service answers with.
+
+A class says what happened and carries the numbers in `details`; its `status` is the gRPC status it travels
+under, its `reason` the stable word for programs, `retriable` whether the same call may succeed later.
+docs/errors.md lists them all. Services raise these, in process and over the network alike.
+"""
+
+from typing import ClassVar
+
+import grpc
+
+from shproto.v1 import types_pb2
+
+Code = grpc.StatusCode
+
+
+class StreamHouseError(Exception):
+    """Base of all; also what an unknown reason from a newer server decodes to."""
+
+    reason: ClassVar[str] = "INTERNAL"
+    status: ClassVar[grpc.StatusCode] = Code.INTERNAL
+    retriable: ClassVar[bool] = False
+    registry: ClassVar[dict[str, type["StreamHouseError"]]] = {}
+
+    def __init__(self, message: str, *, retry_after_ms: int = 0, **details: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_ms = retry_after_ms
+        self.details = {name: str(value) for name, value in details.items()}
+
+    def __init_subclass__(cls) -> None:
+        cls.registry[cls.reason] = cls
+
+    def to_detail(self) -> types_pb2.ErrorDetail:
+        return types_pb2.ErrorDetail(
+            reason=self.reason,
+            message=self.message,
+            details=self.details,
+            retry_after_ms=self.retry_after_ms,
+            retriable=self.retriable,
+        )
+
+    @staticmethod
+    def from_detail(detail: types_pb2.ErrorDetail) -> "StreamHouseError":
+        kind = StreamHouseError.registry.get(detail.reason, StreamHouseError)
+        error = kind(detail.message, retry_after_ms=detail.retry_after_ms)
+        error.details = dict(detail.details)
+        return error
+
+
+# ---- the caller's mistake: the same call will fail again
+
+
+class InvalidArgument(StreamHouseError):
+    """A field is out of its limits. details: field, value, limit."""
+
+    reason, status = "INVALID_ARGUMENT", Code.INVALID_ARGUMENT
+
+
+class InvalidBatch(StreamHouseError):
+    """The bytes are not a well-formed record batch. details: at (byte position), what."""
+
+    reason, status = "INVALID_BATCH", Code.INVALID_ARGUMENT
+
+
+class BatchTooLarge(StreamHouseError):
+    """details: size_bytes, limit_bytes."""
+
+    reason, status = "BATCH_TOO_LARGE", Code.INVALID_ARGUMENT
+
+
+class AcksTooWeak(StreamHouseError):
+    """The topic's minimum ack level is above the asked one. details: acks, min_acks."""
+
+    reason, status = "ACKS_TOO_WEAK", Code.FAILED_PRECONDITION
+
+
+class UnknownTopic(StreamHouseError):
+    reason, status = "UNKNOWN_TOPIC", Code.NOT_FOUND
+
+
+class UnknownPartition(StreamHouseError):
+    """details: topic, partition, partitions."""
+
+    reason, status = "UNKNOWN_PARTITION", Code.NOT_FOUND
+
+
+class TopicExists(StreamHouseError):
+    reason, status = "TOPIC_EXISTS", Code.ALREADY_EXISTS
+
+
+class OffsetBelowStart(StreamHouseError):
+    """Retention removed it. details: offset, log_start_offset."""
+
+    reason, status = "OFFSET_BELOW_START", Code.OUT_OF_RANGE
+
+
+class OffsetBeyondEnd(StreamHouseError):
+    """Nothing was written there yet. details: offset, high_watermark."""
+
+    reason, status = "OFFSET_BEYOND_END", Code.OUT_OF_RANGE
+
+
+class UnknownGroup(StreamHouseError):
+    reason, status = "UNKNOWN_GROUP", Code.NOT_FOUND
+
+
+# ---- somebody else took over: look again, then go on
+
+
+class NotLeader(StreamHouseError):
+    """This agent does not lead the partition (any more). Refresh the metadata, then retry."""
+
+    reason, status, retriable = "NOT_LEADER", Code.FAILED_PRECONDITION, True
+
+
+class Fenced(StreamHouseError):
+    """The epoch or claim offered is no longer the live one. details: offered, held."""
+
+    reason, status = "FENCED", Code.ABORTED
+
+
+class SessionExpired(StreamHouseError):
+    """Open a new session."""
+
+    reason, status = "SESSION_EXPIRED", Code.ABORTED
+
+
+class AgentIdTaken(StreamHouseError):
+    """Another live agent with another write-ahead log uses this agent id. details: agent_id."""
+
+    reason, status = "AGENT_ID_TAKEN", Code.ALREADY_EXISTS
+
+
+class UnknownMember(StreamHouseError):
+    """The group has forgotten this member: join again."""
+
+    reason, status = "UNKNOWN_MEMBER", Code.ABORTED
+
+
+class IllegalGeneration(StreamHouseError):
+    """The commit is from before a rebalance, or for a partition of another member. details: generation, current."""
+
+    reason, status = "ILLEGAL_GENERATION", Code.ABORTED
+
+
+class SequenceGap(StreamHouseError):
+    """A batch of this idempotent producer is missing. details: expected, got, producer_id."""
+
+    reason, status = "SEQUENCE_GAP", Code.FAILED_PRECONDITION
+
+
+class ProducerFenced(StreamHouseError):
+    """A newer producer epoch has written. details: producer_id, offered, held."""
+
+    reason, status = "PRODUCER_FENCED", Code.FAILED_PRECONDITION
+
+
+# ---- pressure and absence: retry later, as hinted
+
+
+class Overloaded(StreamHouseError):
+    """A byte or count limit is reached. details: limit names, value. `retry_after_ms` hints when to try again."""
+
+    reason, status, retriable = "OVERLOADED", Code.RESOURCE_EXHAUSTED, True
+
+
+class DiskFull(StreamHouseError):
+    """The write-ahead log cannot grow; nothing of the batch was kept."""
+
+    reason, status, retriable = "DISK_FULL", Code.RESOURCE_EXHAUSTED, True
+
+
+class Unavailable(StreamHouseError):
+    """A service, PostgreSQL or the object store did not answer in time; the outcome may be unknown."""
+
+    reason, status, retriable = "UNAVAILABLE", Code.UNAVAILABLE, True
+
+
+class DurableTimeout(StreamHouseError):
+    """The batch is in the write-ahead log, but not registered within the time asked. Retry with the same sequence."""
+
+    reason, status, retriable = "DURABLE_TIMEOUT", Code.UNAVAILABLE, True
+
+
+class ShuttingDown(StreamHouseError):
+    reason, status, retriable = "SHUTTING_DOWN", Code.UNAVAILABLE, True
+
+
+# ---- damage: never silence
+
+
+class DataLoss(StreamHouseError):
+    """Acknowledged bytes are damaged or missing. details: topic, partition, base_offset, end_offset, object_key, at."""
+
+    reason, status = "DATA_LOSS", Code.DATA_LOSS
+
+
+class Internal(StreamHouseError):
+    """A defect of ours; the server's log has the trace."""
+
+    reason, status = "INTERNAL", Code.INTERNAL

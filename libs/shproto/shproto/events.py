@@ -1,0 +1,347 @@
+"""Everything that happens in the control plane, as facts in the past tense.
+
+The coordinator appends these to the `events` table, rebuilds its projections from them and publishes them
+(gRPC feed, RabbitMQ). Names and fields are persisted: fields may be added with a default, never renamed.
+docs/events.md is the page for readers. Identifiers of topics and logs are UUIDs in hex (32 characters) in JSON.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events; `stream_id` says whose history it belongs to."""
+
+    registry: ClassVar[dict[str, type["Event"]]] = {}
+
+    @property
+    def stream_id(self) -> str:
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+def event_type(cls: type[Event]) -> type[Event]:
+    Event.registry[cls.__name__] = cls
+    return cls
+
+
+def event_from_json(type_name: str, payload: str | Mapping[str, Any]) -> Event | None:
+    """The event; None for a type this version does not know (a newer coordinator's). Unknown fields are passed over."""
+    cls = Event.registry.get(type_name)
+    if cls is None:
+        return None
+    values: Mapping[str, Any] = json.loads(payload) if isinstance(payload, str) else payload
+    known = {item.name for item in fields(cls)}
+    kwargs = {name: value for name, value in values.items() if name in known}
+    for name, part in _NESTED.items():
+        if name in kwargs:
+            value = kwargs[name]
+            kwargs[name] = part(**value) if isinstance(value, Mapping) else tuple(part(**row) for row in value)
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in kwargs.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Where the records [base_offset, end_offset) of one partition lie."""
+
+    segment_id: str
+    topic_id: str
+    topic: str
+    partition: int
+    epoch: int
+    base_offset: int
+    end_offset: int
+    record_count: int
+    object_key: str
+    object_at: int
+    size_bytes: int
+    raw_bytes: int
+    first_timestamp_ms: int
+    max_timestamp_ms: int
+    lost_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One partition's part of a sealed buffer."""
+
+    topic_id: str
+    topic: str
+    partition: int
+    epoch: int
+    base_offset: int
+    end_offset: int
+    record_count: int
+    size_bytes: int
+
+
+_NESTED: dict[str, type[Segment] | type[Slice]] = {"segment": Segment, "slices": Slice}
+
+
+def partition_stream(topic_id: str, partition: int) -> str:
+    return f"partition/{topic_id}/{partition}"
+
+
+class _OfPartition:
+    __slots__ = ()
+    topic_id: str
+    partition: int
+
+    @property
+    def stream_id(self) -> str:
+        return partition_stream(self.topic_id, self.partition)
+
+
+# ---- topics
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class TopicCreated(Event):
+    topic_id: str
+    topic: str
+    partitions: int
+    retention_ms: int | None
+    retention_bytes: int | None
+    min_acks: int
+    unclean_recovery_after_ms: int | None
+    created_ms: int
+
+    @property
+    def stream_id(self) -> str:
+        return f"topic/{self.topic_id}"
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class TopicDeleted(Event):
+    topic_id: str
+    topic: str
+    deleted_ms: int
+
+    @property
+    def stream_id(self) -> str:
+        return f"topic/{self.topic_id}"
+
+
+# ---- sessions
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class SessionOpened(Event):
+    session_id: str
+    agent_id: str
+    role: str
+    address: str
+    wal_id: str
+    started_ms: int
+
+    @property
+    def stream_id(self) -> str:
+        return f"agent/{self.agent_id}"
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class SessionClosed(Event):
+    """why: closed | expired | superseded | unreachable"""
+
+    session_id: str
+    agent_id: str
+    role: str
+    why: str
+
+    @property
+    def stream_id(self) -> str:
+        return f"agent/{self.agent_id}"
+
+
+# ---- epochs and ranges
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class EpochGranted(_OfPartition, Event):
+    """`agent_id` leads the partition with this epoch and owns [start_offset, limit_offset)."""
+
+    topic_id: str
+    topic: str
+    partition: int
+    epoch: int
+    session_id: str
+    agent_id: str
+    wal_id: str
+    start_offset: int
+    limit_offset: int
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class RangeExtended(_OfPartition, Event):
+    topic_id: str
+    partition: int
+    epoch: int
+    limit_offset: int
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class MoveRequested(_OfPartition, Event):
+    """The leader is asked to seal, upload, settle and give the partition up."""
+
+    topic_id: str
+    topic: str
+    partition: int
+    epoch: int
+    session_id: str
+    agent_id: str
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class RangeOrphaned(_OfPartition, Event):
+    """Its leader's session ended; what it acknowledged and did not register is in its log only."""
+
+    topic_id: str
+    partition: int
+    epoch: int
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class RangeSettled(_OfPartition, Event):
+    """Nothing at or beyond `end_offset` was acknowledged in this epoch. Registration below it goes on."""
+
+    topic_id: str
+    partition: int
+    epoch: int
+    end_offset: int
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class RangeLost(_OfPartition, Event):
+    """Given up by an operator or by policy: what is not registered below `end_offset` is not coming back."""
+
+    topic_id: str
+    partition: int
+    epoch: int
+    end_offset: int
+    why: str
+
+
+# ---- buffers and segments
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class BufferSealed(Event):
+    buffer_id: str
+    session_id: str
+    agent_id: str
+    wal_id: str
+    slices: tuple[Slice, ...] = field(default_factory=tuple)
+
+    @property
+    def stream_id(self) -> str:
+        return f"buffer/{self.buffer_id}"
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class BufferCompleted(Event):
+    """Every slice is registered, covered or fenced."""
+
+    buffer_id: str
+    agent_id: str
+
+    @property
+    def stream_id(self) -> str:
+        return f"buffer/{self.buffer_id}"
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class SegmentRegistered(Event):
+    """registered_end of the segment's epoch moved to its end_offset. With `lost_reason`, the span is lost for good."""
+
+    segment: Segment
+    buffer_id: str
+
+    @property
+    def stream_id(self) -> str:
+        return partition_stream(self.segment.topic_id, self.segment.partition)
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class SegmentsCompacted(Event):
+    segment: Segment
+    replaced_segment_ids: tuple[str, ...]
+
+    @property
+    def stream_id(self) -> str:
+        return partition_stream(self.segment.topic_id, self.segment.partition)
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class LogStartMoved(_OfPartition, Event):
+    """Retention: records below log_start_offset are gone, with the segments named."""
+
+    topic_id: str
+    partition: int
+    log_start_offset: int
+    removed_segment_ids: tuple[str, ...]
+    why: str
+
+
+# ---- consumer groups
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class GroupMemberJoined(Event):
+    group: str
+    member_id: str
+    client_id: str
+    topics: tuple[str, ...]
+    session_timeout_ms: int
+
+    @property
+    def stream_id(self) -> str:
+        return f"group/{self.group}"
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class GroupMemberLeft(Event):
+    """why: left | expired"""
+
+    group: str
+    member_id: str
+    why: str
+
+    @property
+    def stream_id(self) -> str:
+        return f"group/{self.group}"
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class GroupRebalanced(Event):
+    """The target assignment of a generation: member id -> ["topic:partition", ...]."""
+
+    group: str
+    generation: int
+    assignment: dict[str, list[str]]
+
+    @property
+    def stream_id(self) -> str:
+        return f"group/{self.group}"

@@ -1,0 +1,236 @@
+"""Carries service APIs over gRPC: errors, streams, fail-over between replicas. Knows no service.
+
+A service's API is a plain object with one async method per RPC (shproto.services has the Protocols). `serve_api`
+puts such an object on a gRPC server; `Connection` lets the generated clients call one. Errors arrive as the
+StreamHouseError that was raised on the other side.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from shproto.errors import Internal, InvalidArgument, StreamHouseError, Unavailable
+from shproto.v1 import types_pb2
+
+log = logging.getLogger(__name__)
+
+ERROR_METADATA_KEY = "streamhouse-error-bin"
+# A batch of 16 MiB (the format's limit) or a fetch response of a few batches fits with room.
+MESSAGE_BYTES_MAX = 64 * 1024 * 1024
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    # A replica that comes back is tried again within a second, not after gRPC's default of up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A peer that vanished without closing (power, network) is noticed in about 15 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # Two services on one port by accident is an error, not a coin toss.
+    ("grpc.so_reuseport", 0),
+)
+
+ResponseT = TypeVar("ResponseT", bound=Message)
+
+
+class Interceptors(Protocol):
+    """What telemetry adds to a channel; absent when telemetry is off."""
+
+    def client(self) -> Sequence[grpc.aio.ClientInterceptor]: ...
+
+
+# ---- the serving side
+
+
+def serve_api(server: grpc.aio.Server, service: ServiceDescriptor, api: object) -> None:
+    """Adds `api` to `server` under the service's full name; every RPC of the service must be a method of `api`."""
+    handlers = {method.name: _handler(method, getattr(api, _snake_case(method.name))) for method in service.methods}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+
+
+def _snake_case(name: str) -> str:
+    return "".join(f"_{char.lower()}" if char.isupper() else char for char in name).lstrip("_")
+
+
+def _handler(method: MethodDescriptor, call: Callable[..., Any]) -> grpc.RpcMethodHandler[Any, Any]:
+    codecs = {
+        "request_deserializer": GetMessageClass(method.input_type).FromString,
+        "response_serializer": GetMessageClass(method.output_type).SerializeToString,
+    }
+    if method.server_streaming:
+        make = (
+            grpc.stream_stream_rpc_method_handler if method.client_streaming else grpc.unary_stream_rpc_method_handler
+        )
+        return make(_streaming(call), **codecs)  # type: ignore[arg-type]
+    return grpc.unary_unary_rpc_method_handler(_unary(call), **codecs)  # type: ignore[arg-type]
+
+
+def _unary(call: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await call(request)
+        except StreamHouseError as error:
+            await _abort(context, error)
+        except Exception as error:  # noqa: BLE001 - the boundary: a defect must not leak as UNKNOWN without a log
+            await _abort(context, _defect(error))
+
+    return handle
+
+
+def _streaming(call: Callable[[Any], AsyncIterator[Any]]) -> Callable[[Any, Any], Any]:
+    async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            async for response in call(request):
+                yield response
+        except StreamHouseError as error:
+            await _abort(context, error)
+        except Exception as error:  # noqa: BLE001 - the boundary, as above
+            await _abort(context, _defect(error))
+
+    return handle
+
+
+def _defect(error: Exception) -> StreamHouseError:
+    log.exception("a call failed with a defect")
+    return Internal(f"internal error: {type(error).__name__}: {error}")
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: StreamHouseError) -> None:
+    metadata = ((ERROR_METADATA_KEY, error.to_detail().SerializeToString()),)
+    await context.abort(error.status, error.message, trailing_metadata=metadata)
+
+
+# ---- the calling side
+
+
+def to_streamhouse_error(error: grpc.aio.AioRpcError) -> StreamHouseError:
+    """The error raised by the service, or what the transport's status amounts to."""
+    detail = _error_detail(error)
+    if detail is not None:
+        return StreamHouseError.from_detail(types_pb2.ErrorDetail.FromString(detail))
+    text = f"{error.code().name}: {error.details()}"
+    if error.code() in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,
+    ):
+        return Unavailable(text)
+    if error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT):
+        return InvalidArgument(text)
+    return Internal(text)
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _error_detail(error: grpc.aio.AioRpcError) -> bytes | None:
+    metadata: Any = error.trailing_metadata() or ()
+    return next((value for key, value in metadata if key == ERROR_METADATA_KEY), None)
+
+
+class Connection:
+    """Calls one service at one of several addresses; goes to the next address when one does not answer.
+
+    Unary calls are tried once at every address before Unavailable is raised: all StreamHouse calls may be
+    repeated. `timeout_ms` is the deadline of a unary call, on top of the wait that the request itself asks for.
+    """
+
+    def __init__(
+        self, addresses: Sequence[str], *, timeout_ms: int = 10_000, interceptors: Interceptors | None = None
+    ) -> None:
+        if not addresses:
+            raise ValueError("no addresses to connect to")
+        self.addresses = tuple(addresses)
+        self._timeout_ms = timeout_ms
+        self._interceptors = interceptors
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._current = 0
+
+    async def unary(self, path: str, request: Message, response_type: type[ResponseT]) -> ResponseT:
+        wait_ms = getattr(request, "max_wait_ms", 0) or getattr(request, "timeout_ms", 0)
+        deadline_s = (self._timeout_ms + wait_ms) / 1000
+        for attempt in range(len(self.addresses)):
+            call = self._channel().unary_unary(
+                path,
+                request_serializer=_serialize,
+                response_deserializer=response_type.FromString,
+            )
+            try:
+                response: ResponseT = await call(request, timeout=deadline_s)
+                return response
+            except grpc.aio.AioRpcError as error:
+                if not self._moved_on(error) or attempt == len(self.addresses) - 1:
+                    raise to_streamhouse_error(error) from error
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def unary_stream(
+        self, path: str, request: Message, response_type: type[ResponseT]
+    ) -> AsyncIterator[ResponseT]:
+        call = self._channel().unary_stream(
+            path,
+            request_serializer=_serialize,
+            response_deserializer=response_type.FromString,
+        )
+        async for response in self._responses(call(request)):
+            yield response
+
+    async def stream_stream(
+        self,
+        path: str,
+        requests: AsyncIterator[Message],
+        response_type: type[ResponseT],
+    ) -> AsyncIterator[ResponseT]:
+        call = self._channel().stream_stream(
+            path,
+            request_serializer=_serialize,
+            response_deserializer=response_type.FromString,
+        )
+        async for response in self._responses(call(requests)):
+            yield response
+
+    async def _responses(self, call: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            self._moved_on(error)
+            raise to_streamhouse_error(error) from error
+        finally:
+            call.cancel()
+
+    def _channel(self) -> grpc.aio.Channel:
+        address = self.addresses[self._current]
+        if address not in self._channels:
+            interceptors = list(self._interceptors.client()) if self._interceptors else None
+            self._channels[address] = grpc.aio.insecure_channel(
+                address, options=CHANNEL_OPTIONS, interceptors=interceptors
+            )
+        return self._channels[address]
+
+    def _moved_on(self, error: grpc.aio.AioRpcError) -> bool:
+        """Turns to the next address if this one did not answer at all; says whether it did."""
+        if _error_detail(error) is not None or error.code() not in (
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+        ):
+            return False
+        self._current = (self._current + 1) % len(self.addresses)
+        return True
+
+    async def close(self) -> None:
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            await channel.close(grace=None)

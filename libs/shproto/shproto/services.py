@@ -1,0 +1,192 @@
+"""Typed service APIs, generated from proto/ by tools/gen_proto.py: do not edit."""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from shproto.rpc import Connection
+from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
+
+
+class CoordinatorApi(Protocol):
+    async def create_topic(self, request: coordinator_pb2.CreateTopicRequest) -> coordinator_pb2.TopicInfo: ...
+    async def delete_topic(self, request: coordinator_pb2.DeleteTopicRequest) -> coordinator_pb2.DeleteTopicResponse: ...
+    async def list_topics(self, request: coordinator_pb2.ListTopicsRequest) -> coordinator_pb2.ListTopicsResponse: ...
+    async def describe_topic(self, request: coordinator_pb2.DescribeTopicRequest) -> coordinator_pb2.DescribeTopicResponse: ...
+    async def get_metadata(self, request: coordinator_pb2.GetMetadataRequest) -> coordinator_pb2.GetMetadataResponse: ...
+    async def init_producer(self, request: coordinator_pb2.InitProducerRequest) -> coordinator_pb2.InitProducerResponse: ...
+    async def get_status(self, request: coordinator_pb2.GetStatusRequest) -> coordinator_pb2.GetStatusResponse: ...
+    async def open_session(self, request: coordinator_pb2.OpenSessionRequest) -> coordinator_pb2.OpenSessionResponse: ...
+    async def heartbeat(self, request: coordinator_pb2.HeartbeatRequest) -> coordinator_pb2.HeartbeatResponse: ...
+    async def get_grants(self, request: coordinator_pb2.GetGrantsRequest) -> coordinator_pb2.GetGrantsResponse: ...
+    async def settle_ranges(self, request: coordinator_pb2.SettleRangesRequest) -> coordinator_pb2.SettleRangesResponse: ...
+    async def close_session(self, request: coordinator_pb2.CloseSessionRequest) -> coordinator_pb2.CloseSessionResponse: ...
+    async def announce_buffer(self, request: coordinator_pb2.AnnounceBufferRequest) -> coordinator_pb2.AnnounceBufferResponse: ...
+    async def claim_buffer(self, request: coordinator_pb2.ClaimBufferRequest) -> coordinator_pb2.ClaimBufferResponse: ...
+    async def renew_claim(self, request: coordinator_pb2.RenewClaimRequest) -> coordinator_pb2.RenewClaimResponse: ...
+    async def release_claim(self, request: coordinator_pb2.ReleaseClaimRequest) -> coordinator_pb2.ReleaseClaimResponse: ...
+    async def register_segments(self, request: coordinator_pb2.RegisterSegmentsRequest) -> coordinator_pb2.RegisterSegmentsResponse: ...
+    async def report_lost(self, request: coordinator_pb2.ReportLostRequest) -> coordinator_pb2.ReportLostResponse: ...
+    async def claim_compaction(self, request: coordinator_pb2.ClaimCompactionRequest) -> coordinator_pb2.ClaimCompactionResponse: ...
+    async def register_compaction(self, request: coordinator_pb2.RegisterCompactionRequest) -> coordinator_pb2.RegisterCompactionResponse: ...
+    async def apply_retention(self, request: coordinator_pb2.ApplyRetentionRequest) -> coordinator_pb2.ApplyRetentionResponse: ...
+    async def filter_unreferenced(self, request: coordinator_pb2.FilterUnreferencedRequest) -> coordinator_pb2.FilterUnreferencedResponse: ...
+    def follow_events(self, request: coordinator_pb2.FollowEventsRequest) -> AsyncIterator[coordinator_pb2.Event]: ...
+    def get_snapshot(self, request: coordinator_pb2.GetSnapshotRequest) -> AsyncIterator[coordinator_pb2.SnapshotPart]: ...
+    async def join_group(self, request: coordinator_pb2.JoinGroupRequest) -> coordinator_pb2.GroupAssignment: ...
+    async def heartbeat_group(self, request: coordinator_pb2.HeartbeatGroupRequest) -> coordinator_pb2.GroupAssignment: ...
+    async def leave_group(self, request: coordinator_pb2.LeaveGroupRequest) -> coordinator_pb2.LeaveGroupResponse: ...
+    async def commit_offsets(self, request: coordinator_pb2.CommitOffsetsRequest) -> coordinator_pb2.CommitOffsetsResponse: ...
+    async def fetch_offsets(self, request: coordinator_pb2.FetchOffsetsRequest) -> coordinator_pb2.FetchOffsetsResponse: ...
+
+
+class CoordinatorClient:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def create_topic(self, request: coordinator_pb2.CreateTopicRequest) -> coordinator_pb2.TopicInfo:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/CreateTopic", request, coordinator_pb2.TopicInfo)
+
+    async def delete_topic(self, request: coordinator_pb2.DeleteTopicRequest) -> coordinator_pb2.DeleteTopicResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/DeleteTopic", request, coordinator_pb2.DeleteTopicResponse)
+
+    async def list_topics(self, request: coordinator_pb2.ListTopicsRequest) -> coordinator_pb2.ListTopicsResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/ListTopics", request, coordinator_pb2.ListTopicsResponse)
+
+    async def describe_topic(self, request: coordinator_pb2.DescribeTopicRequest) -> coordinator_pb2.DescribeTopicResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/DescribeTopic", request, coordinator_pb2.DescribeTopicResponse)
+
+    async def get_metadata(self, request: coordinator_pb2.GetMetadataRequest) -> coordinator_pb2.GetMetadataResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/GetMetadata", request, coordinator_pb2.GetMetadataResponse)
+
+    async def init_producer(self, request: coordinator_pb2.InitProducerRequest) -> coordinator_pb2.InitProducerResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/InitProducer", request, coordinator_pb2.InitProducerResponse)
+
+    async def get_status(self, request: coordinator_pb2.GetStatusRequest) -> coordinator_pb2.GetStatusResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/GetStatus", request, coordinator_pb2.GetStatusResponse)
+
+    async def open_session(self, request: coordinator_pb2.OpenSessionRequest) -> coordinator_pb2.OpenSessionResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/OpenSession", request, coordinator_pb2.OpenSessionResponse)
+
+    async def heartbeat(self, request: coordinator_pb2.HeartbeatRequest) -> coordinator_pb2.HeartbeatResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/Heartbeat", request, coordinator_pb2.HeartbeatResponse)
+
+    async def get_grants(self, request: coordinator_pb2.GetGrantsRequest) -> coordinator_pb2.GetGrantsResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/GetGrants", request, coordinator_pb2.GetGrantsResponse)
+
+    async def settle_ranges(self, request: coordinator_pb2.SettleRangesRequest) -> coordinator_pb2.SettleRangesResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/SettleRanges", request, coordinator_pb2.SettleRangesResponse)
+
+    async def close_session(self, request: coordinator_pb2.CloseSessionRequest) -> coordinator_pb2.CloseSessionResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/CloseSession", request, coordinator_pb2.CloseSessionResponse)
+
+    async def announce_buffer(self, request: coordinator_pb2.AnnounceBufferRequest) -> coordinator_pb2.AnnounceBufferResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/AnnounceBuffer", request, coordinator_pb2.AnnounceBufferResponse)
+
+    async def claim_buffer(self, request: coordinator_pb2.ClaimBufferRequest) -> coordinator_pb2.ClaimBufferResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/ClaimBuffer", request, coordinator_pb2.ClaimBufferResponse)
+
+    async def renew_claim(self, request: coordinator_pb2.RenewClaimRequest) -> coordinator_pb2.RenewClaimResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/RenewClaim", request, coordinator_pb2.RenewClaimResponse)
+
+    async def release_claim(self, request: coordinator_pb2.ReleaseClaimRequest) -> coordinator_pb2.ReleaseClaimResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/ReleaseClaim", request, coordinator_pb2.ReleaseClaimResponse)
+
+    async def register_segments(self, request: coordinator_pb2.RegisterSegmentsRequest) -> coordinator_pb2.RegisterSegmentsResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/RegisterSegments", request, coordinator_pb2.RegisterSegmentsResponse)
+
+    async def report_lost(self, request: coordinator_pb2.ReportLostRequest) -> coordinator_pb2.ReportLostResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/ReportLost", request, coordinator_pb2.ReportLostResponse)
+
+    async def claim_compaction(self, request: coordinator_pb2.ClaimCompactionRequest) -> coordinator_pb2.ClaimCompactionResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/ClaimCompaction", request, coordinator_pb2.ClaimCompactionResponse)
+
+    async def register_compaction(self, request: coordinator_pb2.RegisterCompactionRequest) -> coordinator_pb2.RegisterCompactionResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/RegisterCompaction", request, coordinator_pb2.RegisterCompactionResponse)
+
+    async def apply_retention(self, request: coordinator_pb2.ApplyRetentionRequest) -> coordinator_pb2.ApplyRetentionResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/ApplyRetention", request, coordinator_pb2.ApplyRetentionResponse)
+
+    async def filter_unreferenced(self, request: coordinator_pb2.FilterUnreferencedRequest) -> coordinator_pb2.FilterUnreferencedResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/FilterUnreferenced", request, coordinator_pb2.FilterUnreferencedResponse)
+
+    def follow_events(self, request: coordinator_pb2.FollowEventsRequest) -> AsyncIterator[coordinator_pb2.Event]:
+        return self._connection.unary_stream("/streamhouse.v1.Coordinator/FollowEvents", request, coordinator_pb2.Event)
+
+    def get_snapshot(self, request: coordinator_pb2.GetSnapshotRequest) -> AsyncIterator[coordinator_pb2.SnapshotPart]:
+        return self._connection.unary_stream("/streamhouse.v1.Coordinator/GetSnapshot", request, coordinator_pb2.SnapshotPart)
+
+    async def join_group(self, request: coordinator_pb2.JoinGroupRequest) -> coordinator_pb2.GroupAssignment:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/JoinGroup", request, coordinator_pb2.GroupAssignment)
+
+    async def heartbeat_group(self, request: coordinator_pb2.HeartbeatGroupRequest) -> coordinator_pb2.GroupAssignment:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/HeartbeatGroup", request, coordinator_pb2.GroupAssignment)
+
+    async def leave_group(self, request: coordinator_pb2.LeaveGroupRequest) -> coordinator_pb2.LeaveGroupResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/LeaveGroup", request, coordinator_pb2.LeaveGroupResponse)
+
+    async def commit_offsets(self, request: coordinator_pb2.CommitOffsetsRequest) -> coordinator_pb2.CommitOffsetsResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/CommitOffsets", request, coordinator_pb2.CommitOffsetsResponse)
+
+    async def fetch_offsets(self, request: coordinator_pb2.FetchOffsetsRequest) -> coordinator_pb2.FetchOffsetsResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/FetchOffsets", request, coordinator_pb2.FetchOffsetsResponse)
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+class IngestApi(Protocol):
+    async def produce(self, request: ingest_pb2.ProduceRequest) -> ingest_pb2.ProduceResponse: ...
+    def produce_stream(self, requests: AsyncIterator[ingest_pb2.ProduceRequest]) -> AsyncIterator[ingest_pb2.ProduceResponse]: ...
+    async def read_tail(self, request: ingest_pb2.ReadTailRequest) -> ingest_pb2.ReadTailResponse: ...
+    def pull_slice(self, request: ingest_pb2.PullSliceRequest) -> AsyncIterator[ingest_pb2.PullSliceResponse]: ...
+    async def describe_agent(self, request: ingest_pb2.DescribeAgentRequest) -> ingest_pb2.DescribeAgentResponse: ...
+
+
+class IngestClient:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def produce(self, request: ingest_pb2.ProduceRequest) -> ingest_pb2.ProduceResponse:
+        return await self._connection.unary("/streamhouse.v1.Ingest/Produce", request, ingest_pb2.ProduceResponse)
+
+    def produce_stream(self, requests: AsyncIterator[ingest_pb2.ProduceRequest]) -> AsyncIterator[ingest_pb2.ProduceResponse]:
+        return self._connection.stream_stream("/streamhouse.v1.Ingest/ProduceStream", requests, ingest_pb2.ProduceResponse)
+
+    async def read_tail(self, request: ingest_pb2.ReadTailRequest) -> ingest_pb2.ReadTailResponse:
+        return await self._connection.unary("/streamhouse.v1.Ingest/ReadTail", request, ingest_pb2.ReadTailResponse)
+
+    def pull_slice(self, request: ingest_pb2.PullSliceRequest) -> AsyncIterator[ingest_pb2.PullSliceResponse]:
+        return self._connection.unary_stream("/streamhouse.v1.Ingest/PullSlice", request, ingest_pb2.PullSliceResponse)
+
+    async def describe_agent(self, request: ingest_pb2.DescribeAgentRequest) -> ingest_pb2.DescribeAgentResponse:
+        return await self._connection.unary("/streamhouse.v1.Ingest/DescribeAgent", request, ingest_pb2.DescribeAgentResponse)
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+class QueryApi(Protocol):
+    async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse: ...
+    def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]: ...
+    async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse: ...
+    async def describe_query(self, request: query_pb2.DescribeQueryRequest) -> query_pb2.DescribeQueryResponse: ...
+
+
+class QueryClient:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse:
+        return await self._connection.unary("/streamhouse.v1.Query/Fetch", request, query_pb2.FetchResponse)
+
+    def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]:
+        return self._connection.unary_stream("/streamhouse.v1.Query/Subscribe", request, query_pb2.FetchResponse)
+
+    async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse:
+        return await self._connection.unary("/streamhouse.v1.Query/LookupOffsets", request, query_pb2.LookupOffsetsResponse)
+
+    async def describe_query(self, request: query_pb2.DescribeQueryRequest) -> query_pb2.DescribeQueryResponse:
+        return await self._connection.unary("/streamhouse.v1.Query/DescribeQuery", request, query_pb2.DescribeQueryResponse)
+
+    async def close(self) -> None:
+        await self._connection.close()

@@ -1,0 +1,64 @@
+"""A gRPC server with health and reflection; hosts one service's API or several."""
+
+from collections.abc import Sequence
+
+import grpc.aio
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from shproto.rpc import CHANNEL_OPTIONS, serve_api
+
+
+class ListenError(OSError):
+    """The address cannot be listened on."""
+
+
+class RpcServer:
+    """Listens from `start` on; health says NOT_SERVING until `set_serving(True)`."""
+
+    def __init__(
+        self,
+        listen: str,
+        apis: Sequence[tuple[ServiceDescriptor, object]],
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
+        self._listen = listen
+        self._apis = apis
+        self._interceptors = interceptors
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        """host:port as bound; valid after `start`."""
+        return f"{self._listen.rpartition(':')[0]}:{self.port}"
+
+    async def start(self) -> None:
+        """Raises ListenError when the port is taken or the host is not ours."""
+        server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=list(self._interceptors))
+        for descriptor, api in self._apis:
+            serve_api(server, descriptor, api)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = [descriptor.full_name for descriptor, _ in self._apis]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        try:
+            self.port = server.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            raise ListenError(f"cannot listen on {self._listen}: {error}") from error
+        await self.set_serving(False)
+        await server.start()
+        self._server = server
+
+    async def set_serving(self, serving: bool) -> None:
+        """What health checks are answered, for the server as a whole and for each service."""
+        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *(descriptor.full_name for descriptor, _ in self._apis)):
+            await self._health.set(name, state)
+
+    async def stop(self, grace_ms: int) -> None:
+        """Refuses new calls at once, gives running ones `grace_ms`. Streams that never end are cut then."""
+        if self._server is not None:
+            await self.set_serving(False)
+            await self._server.stop(grace_ms / 1000)
+            self._server = None

@@ -1,0 +1,162 @@
+"""Settings of every service: a default, a unit, a range and a reason each.
+
+Sources, the later wins: defaults, the TOML file named by STREAMHOUSE_CONFIG (top-level keys for all services, a table
+per service for its own), STREAMHOUSE_* variables, values given in code. A name nobody knows or a value out of
+its range is a SettingsError that names it. `docs/settings.md` is generated from these classes.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+PREFIX = "STREAMHOUSE_"
+CONFIG_VARIABLE = "STREAMHOUSE_CONFIG"
+MIB = 1024 * 1024
+
+
+class SettingsError(ValueError):
+    """Names the setting, its value and what is allowed."""
+
+
+class CommonSettings(BaseSettings):
+    """What every service understands. Subclasses set `service` and add their own fields."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+    service: ClassVar[str] = "common"
+    known: ClassVar[dict[str, type["CommonSettings"]]] = {}
+
+    listen: str = Field("127.0.0.1:0", description="host:port of the gRPC server; port 0 takes a free one")
+    advertise: str = Field("", description="host:port that others reach this service at; empty: the listen address")
+    bootstrap: str = Field("127.0.0.1:7070", description="coordinators, host:port, separated by commas")
+    rpc_timeout_ms: int = Field(
+        10_000,
+        ge=100,
+        le=600_000,
+        description="ms a call to another service may take; ten times a slow PostgreSQL commit",
+    )
+    shutdown_timeout_ms: int = Field(
+        30_000,
+        ge=0,
+        le=3_600_000,
+        description="ms to seal, upload and register at shutdown before giving up (the log keeps it)",
+    )
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="DEBUG, INFO, WARNING or ERROR")
+    log_json: bool = Field(False, description="one JSON object per log line, for log collectors")
+    otlp_endpoint: str = Field(
+        "", description="OTLP/gRPC collector for traces and metrics, e.g. http://127.0.0.1:4317; empty: off"
+    )
+    trace_sample_ratio: float = Field(
+        0.01, ge=0, le=1, description="part of the traces that is kept; 1 in 100 keeps the cost unmeasurable"
+    )
+    prometheus_listen: str = Field("", description="host:port that serves /metrics; empty: off")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        CommonSettings.known[cls.service] = cls
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # load() merges the sources itself: it has to see unknown names
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
+        """Settings from file, variables and `overrides`. Raises SettingsError."""
+        environ = os.environ if environ is None else environ
+        values = cls._from_file(environ.get(CONFIG_VARIABLE, "")) | cls._from_variables(environ) | overrides
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise SettingsError(_explain(cls.service, error)) from error
+
+    @classmethod
+    def _from_variables(cls, environ: Mapping[str, str]) -> dict[str, Any]:
+        given = {key.removeprefix(PREFIX).lower(): value for key, value in environ.items() if key.startswith(PREFIX)}
+        given.pop("config", None)
+        for name in given:
+            _must_be_known(name, PREFIX + name.upper())
+        return {name: value for name, value in given.items() if name in cls.model_fields}
+
+    @classmethod
+    def _from_file(cls, path: str) -> dict[str, Any]:
+        if not path:
+            return {}
+        try:
+            content = tomllib.loads(Path(path).read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise SettingsError(f"{CONFIG_VARIABLE}={path}: {error}") from error
+        tables = {name: value for name, value in content.items() if isinstance(value, dict)}
+        for table in tables:
+            if table not in CommonSettings.known:
+                raise SettingsError(
+                    f"{path}: unknown table [{table}]; known: {', '.join(sorted(CommonSettings.known))}"
+                )
+        shared = {name: value for name, value in content.items() if name not in tables}
+        for name in shared:
+            _must_be_known(name, f"{path}: {name}")
+        return {k: v for k, v in shared.items() if k in cls.model_fields} | tables.get(cls.service, {})
+
+
+CommonSettings.known["common"] = CommonSettings
+
+
+def _must_be_known(name: str, shown: str) -> None:
+    names = {field for settings in CommonSettings.known.values() for field in settings.model_fields}
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        raise SettingsError(f"unknown setting {shown}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _explain(service: str, error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        parts.append(f"{name} ({PREFIX}{name.upper()}) = {item.get('input')!r}: {item['msg']}")
+    return f"settings of {service}: " + "; ".join(parts)
+
+
+class StoreSettings(CommonSettings):
+    """The object store; services that read or write it inherit these."""
+
+    service: ClassVar[str] = "store"
+
+    store_dir: str = Field("", description="a local directory as object store; empty: S3")
+    s3_endpoint: str = Field("", description="URL of the S3 API; empty: AWS")
+    s3_bucket: str = Field("streamhouse", min_length=3, max_length=63, description="bucket, which must exist")
+    s3_prefix: str = Field("", max_length=256, description="put before every key, so that clusters can share a bucket")
+    s3_region: str = Field("us-east-1", description="region of the bucket")
+    s3_access_key: str = Field(
+        "", description="access key; empty: the usual AWS chain (variables, profile, instance role)"
+    )
+    s3_secret_key: str = Field("", repr=False, description="secret key; empty: the usual AWS chain")
+    s3_connect_timeout_ms: int = Field(5_000, ge=100, le=60_000, description="ms to connect")
+    s3_read_timeout_ms: int = Field(
+        30_000, ge=100, le=600_000, description="ms without a byte; S3's p99 for 8 MiB is well below"
+    )
+    s3_attempts_deadline_ms: int = Field(
+        60_000,
+        ge=0,
+        le=3_600_000,
+        description="ms of retries with back-off before a call fails; the work itself is retried after",
+    )
+    s3_multipart_threshold_bytes: int = Field(
+        16 * MIB,
+        ge=5 * MIB,
+        le=5 * 1024 * MIB,
+        description="bytes above which an upload is multipart; parts run in parallel",
+    )
+    s3_multipart_part_bytes: int = Field(
+        8 * MIB, ge=5 * MIB, le=512 * MIB, description="bytes of one part; 5 MiB is S3's least"
+    )

@@ -1,0 +1,77 @@
+"""Background tasks with an owner, and back-off for what they retry."""
+
+import asyncio
+import logging
+import random
+import signal
+from collections.abc import Coroutine
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Tasks:
+    """Owns background tasks: one that dies is reported through `failed`, `stop` cancels and awaits them all."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.failed = asyncio.Event()
+        self.error: BaseException | None = None
+
+    def spawn(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background task %s died", task.get_name(), exc_info=error)
+            self.error = self.error or error
+            self.failed.set()
+
+    async def stop(self) -> None:
+        """Cancels what still runs and waits for it to end."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Backoff:
+    """Capped exponential back-off with full jitter
+    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/)."""
+
+    def __init__(self, first_ms: int, max_ms: int, rng: random.Random | None = None) -> None:
+        self._first_ms = first_ms
+        self._max_ms = max_ms
+        self._rng = rng or random.Random()
+        self._attempt = 0
+
+    def next_ms(self) -> float:
+        """How long to wait before the next try."""
+        ceiling = min(self._max_ms, self._first_ms * 2 ** min(self._attempt, 32))
+        self._attempt += 1
+        return self._rng.uniform(0, ceiling)
+
+    def reset(self) -> None:
+        self._attempt = 0
+
+
+async def wait_for_stop(tasks: Tasks) -> None:
+    """Returns on SIGINT or SIGTERM; raises what killed a background task, should one die first."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    waits = [asyncio.create_task(stop.wait()), asyncio.create_task(tasks.failed.wait())]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+    if tasks.error is not None and not stop.is_set():
+        raise tasks.error

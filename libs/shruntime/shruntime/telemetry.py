@@ -1,0 +1,75 @@
+"""OpenTelemetry for a process, and the trace context that travels in events.
+
+Modules take their tracer and meter from the OpenTelemetry API (`trace.get_tracer`, `metrics.get_meter`); until
+`Telemetry.configure` installs the SDK these are no-ops, so that telemetry that is off costs nothing measurable.
+"""
+
+from collections.abc import Sequence
+
+import grpc.aio
+from opentelemetry import metrics, trace
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from shruntime.settings import CommonSettings
+
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+def current_traceparent() -> str:
+    """The W3C traceparent of the current span; empty when nothing is recorded."""
+    carrier: dict[str, str] = {}
+    _PROPAGATOR.inject(carrier)
+    return carrier.get("traceparent", "")
+
+
+def context_of(traceparent: str) -> Context:
+    """A context to start child spans in; an empty or malformed traceparent gives a fresh one."""
+    return _PROPAGATOR.extract({"traceparent": traceparent}, context=Context())
+
+
+def links_to(traceparents: Sequence[str]) -> list[trace.Link]:
+    """Links to the spans named, malformed ones left out."""
+    contexts = (trace.get_current_span(context_of(parent)).get_span_context() for parent in traceparents)
+    return [trace.Link(context) for context in contexts if context.is_valid]
+
+
+class Telemetry:
+    """What was installed; `shutdown` flushes it."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+    @classmethod
+    def configure(cls, service: str, settings: CommonSettings) -> "Telemetry":
+        """Installs exporters as the settings ask; call once per process, before channels and servers are made."""
+        if not settings.otlp_endpoint and not settings.prometheus_listen:
+            return cls(enabled=False)
+        from shruntime import _telemetry_sdk  # the SDK is only imported where it is used
+
+        _telemetry_sdk.install(service, settings)
+        return cls(enabled=True)
+
+    def client(self) -> Sequence[grpc.aio.ClientInterceptor]:
+        """Interceptors for outgoing gRPC calls."""
+        if not self.enabled:
+            return ()
+        from opentelemetry.instrumentation.grpc import aio_client_interceptors
+
+        return list(aio_client_interceptors())
+
+    def server(self) -> Sequence[grpc.aio.ServerInterceptor]:
+        """Interceptors for incoming gRPC calls."""
+        if not self.enabled:
+            return ()
+        from opentelemetry.instrumentation.grpc import aio_server_interceptor
+
+        return [aio_server_interceptor()]
+
+    def shutdown(self) -> None:
+        """Flushes what is buffered; safe to call when telemetry is off."""
+        if self.enabled:
+            for provider in (trace.get_tracer_provider(), metrics.get_meter_provider()):
+                stop = getattr(provider, "shutdown", None)
+                if stop is not None:
+                    stop()
