@@ -1,0 +1,265 @@
+"""Many records in memory as columns: no Python object per record.
+
+Owns: how null, empty and present are told apart, slicing and joining. Does not own: bytes on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import FormatError
+from .limits import INT64_MAX, INT64_MIN
+
+Int64s = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Header = tuple[str, bytes | None]
+
+# Arrow's plain binary array has 32-bit offsets.
+_ARROW_BINARY_BYTES_MAX = (1 << 31) - 1
+
+
+@dataclass(slots=True, eq=False)
+class BytesColumn:
+    """A column of byte strings, each present (maybe empty) or null.
+
+    ``data``: all values back to back. ``ends``: int64, shape (n,), where value i ends in data (value i starts
+    where value i-1 ends). ``valid``: bool, shape (n,), False = null (and then of length 0); None = no nulls.
+    """
+
+    data: bytes | memoryview
+    ends: Int64s
+    valid: Bools | None = None
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @classmethod
+    def from_list(cls, values: Sequence[bytes | None]) -> BytesColumn:
+        """Join a list; raises TypeError for anything that is neither bytes nor None."""
+        valid = None
+        present = cast(Sequence[bytes], values)
+        try:
+            data = b"".join(present)
+        except TypeError:  # nulls, or something that the second join refuses again
+            valid = np.fromiter((value is not None for value in values), np.bool_, len(values))
+            present = [b"" if value is None else value for value in values]
+            data = b"".join(present)
+        sizes = np.fromiter(map(len, present), np.int64, len(present))
+        return cls(data, np.cumsum(sizes), valid)
+
+    @classmethod
+    def nulls(cls, count: int) -> BytesColumn:
+        """`count` nulls."""
+        return cls(b"", np.zeros(count, np.int64), np.zeros(count, np.bool_))
+
+    def to_list(self) -> list[bytes | None]:
+        """One bytes object (or None) per value; copies the data once."""
+        data = bytes(self.data)
+        ends = self.ends.tolist()
+        values: list[bytes | None] = [data[start:end] for start, end in zip(chain((0,), ends), ends, strict=False)]
+        if self.valid is not None:
+            for null in np.flatnonzero(~self.valid).tolist():
+                values[null] = None
+        return values
+
+    def slice(self, start: int, stop: int) -> BytesColumn:
+        """Values start to stop (0 <= start <= stop <= n), the data as a view."""
+        first = int(self.ends[start - 1]) if start else 0
+        last = int(self.ends[stop - 1]) if stop else 0
+        valid = None if self.valid is None else self.valid[start:stop]
+        return BytesColumn(memoryview(self.data)[first:last], self.ends[start:stop] - first, valid)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all values."""
+        return len(self.data)
+
+    @property
+    def all_null(self) -> bool:
+        """True when no value is present (also for zero values)."""
+        return self.valid is not None and not self.valid.any()
+
+    @staticmethod
+    def concat(columns: Sequence[BytesColumn]) -> BytesColumn:
+        """All columns one after the other; copies the data once."""
+        data = b"".join([column.data for column in columns])
+        ends = _concat_ends([(column.ends, len(column.data)) for column in columns])
+        if all(column.valid is None for column in columns):
+            return BytesColumn(data, ends)
+        masks = [np.ones(len(c), np.bool_) if c.valid is None else c.valid for c in columns]
+        return BytesColumn(data, ends, np.concatenate(masks))
+
+    def to_arrow(self) -> Any:
+        """A pyarrow binary array (large_binary from 2 GiB on) over the same data, not copied."""
+        import pyarrow as pa
+
+        large = len(self.data) > _ARROW_BINARY_BYTES_MAX
+        offsets = np.zeros(len(self) + 1, np.int64 if large else np.int32)
+        offsets[1:] = self.ends
+        bitmap = None if self.valid is None else pa.py_buffer(np.packbits(self.valid, bitorder="little"))
+        buffers = [bitmap, pa.py_buffer(offsets), pa.py_buffer(self.data)]
+        return pa.Array.from_buffers(pa.large_binary() if large else pa.binary(), len(self), buffers)
+
+
+def _concat_ends(columns: Sequence[tuple[Int64s, int]]) -> Int64s:
+    """Join cumulative ends, each shifted by the totals of the columns before it."""
+    joined = np.empty(sum(len(ends) for ends, _ in columns), np.int64)
+    position, base = 0, 0
+    for ends, total in columns:
+        np.add(ends, base, out=joined[position : position + len(ends)])
+        position += len(ends)
+        base += total
+    return joined
+
+
+@dataclass(slots=True, eq=False)
+class HeadersColumn:
+    """The headers of n records: ``ends`` int64, shape (n,), cumulative header count; names (UTF-8, never
+    null) and values (may be null) of all headers back to back."""
+
+    ends: Int64s
+    names: BytesColumn
+    values: BytesColumn
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @classmethod
+    def from_list(cls, headers: Sequence[Sequence[Header]]) -> HeadersColumn:
+        """One sequence of (name, value) per record; raises UnicodeEncodeError for a lone surrogate."""
+        flat = list(chain.from_iterable(headers))
+        counts = np.fromiter(map(len, headers), np.int64, len(headers))
+        names = BytesColumn.from_list([name.encode() for name, _ in flat])
+        return cls(np.cumsum(counts), names, BytesColumn.from_list([value for _, value in flat]))
+
+    @classmethod
+    def empty(cls, count: int) -> HeadersColumn:
+        """`count` records without headers."""
+        none = np.zeros(0, np.int64)
+        return cls(np.zeros(count, np.int64), BytesColumn(b"", none), BytesColumn(b"", none))
+
+    def to_list(self) -> list[list[Header]]:
+        """One list of (name, value) per record."""
+        names = self.names.to_list()
+        flat = [(b"" if n is None else n).decode() for n in names]
+        pairs = list(zip(flat, self.values.to_list(), strict=True))
+        ends = self.ends.tolist()
+        return [pairs[start:end] for start, end in zip(chain((0,), ends), ends, strict=False)]
+
+    def slice(self, start: int, stop: int) -> HeadersColumn:
+        """The headers of records start to stop."""
+        first = int(self.ends[start - 1]) if start else 0
+        last = int(self.ends[stop - 1]) if stop else 0
+        return HeadersColumn(
+            self.ends[start:stop] - first, self.names.slice(first, last), self.values.slice(first, last)
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all names and values."""
+        return self.names.size_bytes + self.values.size_bytes
+
+    @staticmethod
+    def concat(columns: Sequence[HeadersColumn]) -> HeadersColumn:
+        """All columns one after the other."""
+        return HeadersColumn(
+            _concat_ends([(column.ends, len(column.names)) for column in columns]),
+            BytesColumn.concat([column.names for column in columns]),
+            BytesColumn.concat([column.values for column in columns]),
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Records:
+    """n records as columns, all of length n. ``headers`` is None when no record has any.
+
+    Columns of decoded records are views into the decoded bytes, which they keep alive.
+    """
+
+    offsets: Int64s
+    timestamps_ms: Int64s
+    keys: BytesColumn
+    values: BytesColumn
+    headers: HeadersColumn | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @classmethod
+    def from_lists(
+        cls,
+        values: Sequence[bytes | None],
+        keys: Sequence[bytes | None] | None = None,
+        timestamps_ms: int | Sequence[int] | Int64s | None = None,
+        headers: Sequence[Sequence[Header]] | None = None,
+        offsets: Sequence[int] | Int64s | None = None,
+    ) -> Records:
+        """Columns from plain lists.
+
+        keys None: all null. timestamps_ms None: all 0 (there is no clock here), an int: the same for all.
+        offsets None: 0, 1, 2, ... Raises FormatError when a list is not as long as `values` or a number is
+        outside int64.
+        """
+        count = len(values)
+        for name, column in (("keys", keys), ("headers", headers)):
+            if column is not None and len(column) != count:
+                raise FormatError(f"{name} has {len(column)} entries for {count} values")
+        return cls(
+            offsets=_int64s("offsets", np.arange(count) if offsets is None else offsets, count),
+            timestamps_ms=_int64s("timestamps_ms", 0 if timestamps_ms is None else timestamps_ms, count),
+            keys=BytesColumn.nulls(count) if keys is None else BytesColumn.from_list(keys),
+            values=BytesColumn.from_list(values),
+            headers=HeadersColumn.from_list(headers) if headers is not None and any(headers) else None,
+        )
+
+    def slice(self, start: int, stop: int) -> Records:
+        """Records start to stop (positions, not offsets); data as views."""
+        return Records(
+            self.offsets[start:stop],
+            self.timestamps_ms[start:stop],
+            self.keys.slice(start, stop),
+            self.values.slice(start, stop),
+            None if self.headers is None else self.headers.slice(start, stop),
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all keys, values, header names and header values: what the user sent."""
+        headers = 0 if self.headers is None else self.headers.size_bytes
+        return self.keys.size_bytes + self.values.size_bytes + headers
+
+    @staticmethod
+    def concat(parts: Sequence[Records]) -> Records:
+        """All parts one after the other; copies the data once. `parts` must not be empty."""
+        if len(parts) == 1:
+            return parts[0]
+        headers = None
+        if any(part.headers is not None for part in parts):
+            headers = HeadersColumn.concat([part.headers or HeadersColumn.empty(len(part)) for part in parts])
+        return Records(
+            np.concatenate([part.offsets for part in parts]),
+            np.concatenate([part.timestamps_ms for part in parts]),
+            BytesColumn.concat([part.keys for part in parts]),
+            BytesColumn.concat([part.values for part in parts]),
+            headers,
+        )
+
+
+def _int64s(name: str, numbers: int | Sequence[int] | NDArray[Any], count: int) -> Int64s:
+    """An int64 array of `count` numbers, an int repeated; refuses what int64 cannot hold."""
+    if isinstance(numbers, int):
+        if not INT64_MIN <= numbers <= INT64_MAX:
+            raise FormatError(f"{name} is {numbers}, outside int64")
+        return np.full(count, numbers, np.int64)
+    column = np.asarray(numbers) if len(numbers) else np.zeros(0, np.int64)
+    if column.dtype.kind not in "iu" or (column.dtype.kind == "u" and column.max() > INT64_MAX):
+        raise FormatError(f"{name} holds something that is not an int64")
+    if column.shape != (count,):
+        raise FormatError(f"{name} has shape {column.shape} for {count} values")
+    return column.astype(np.int64, copy=False)

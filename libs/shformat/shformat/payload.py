@@ -1,0 +1,248 @@
+"""The payload of a record batch: a table of section sizes, then one section per column.
+
+Encode and decode sit together. Does not know the batch header, compression or checksums: positions in
+errors count from the start of the payload.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .columns import BytesColumn, HeadersColumn, Int64s, Records
+from .errors import FormatError
+from .limits import FormatLimits
+from .varint import decode_varints, encode_varints, unzigzag, zigzag
+
+# offset gaps, timestamp deltas, key lengths, value lengths, headers, key bytes, value bytes
+_TABLE = struct.Struct("<7I")
+# counts per record, name lengths, value lengths, name bytes, value bytes
+_HEADERS_TABLE = struct.Struct("<5I")
+assert _TABLE.size == 28
+assert _HEADERS_TABLE.size == 20
+
+PAYLOAD_BYTES_MIN = _TABLE.size
+
+
+class PayloadShape(NamedTuple):
+    """What the batch header says about its payload."""
+
+    record_count: int
+    base_offset: int
+    last_offset_delta: int
+    first_timestamp_ms: int
+    contiguous: bool
+    has_keys: bool
+    has_headers: bool
+
+
+@dataclass(slots=True)
+class _Section:
+    view: memoryview
+    at: int
+
+
+# ---- encoding
+
+
+def encode_payload(records: Records, shape: PayloadShape, limits: FormatLimits) -> list[bytes | memoryview]:
+    """The parts of the payload, to be joined. Raises FormatError for columns that do not belong together."""
+    sections = [
+        b"" if shape.contiguous else encode_varints((np.diff(records.offsets) - 1).view(np.uint64)),
+        encode_varints(zigzag(np.diff(records.timestamps_ms))),
+        _encode_lengths("keys", records.keys) if shape.has_keys else b"",
+        _encode_lengths("values", records.values),
+        _encode_headers(records.headers, limits) if records.headers is not None and shape.has_headers else b"",
+        records.keys.data if shape.has_keys else b"",
+        records.values.data,
+    ]
+    return [_TABLE.pack(*_section_sizes(sections)), *sections]
+
+
+def _section_sizes(sections: list[bytes | memoryview]) -> list[int]:
+    sizes = [len(section) for section in sections]
+    if sum(sizes) + _TABLE.size > 0xFFFFFFFF:
+        raise FormatError(f"payload of {sum(sizes)} bytes does not fit 32 bits")
+    return sizes
+
+
+def _encode_lengths(name: str, column: BytesColumn) -> bytes:
+    """Lengths + 1, with 0 for null."""
+    stored = np.diff(column.ends, prepend=0)
+    total = int(column.ends[-1]) if len(column.ends) else 0
+    if total != len(column.data) or (len(stored) and stored.min() < 0):
+        raise FormatError(f"{name}: ends do not cover the {len(column.data)} bytes of data in order")
+    stored += 1
+    if column.valid is not None:
+        nulls = ~column.valid
+        if (stored[nulls] != 1).any():
+            raise FormatError(f"{name}: a null with a length")
+        stored[nulls] = 0
+    return encode_varints(stored.view(np.uint64))
+
+
+def _encode_headers(headers: HeadersColumn, limits: FormatLimits) -> bytes:
+    counts = np.diff(headers.ends, prepend=0)
+    total = int(headers.ends[-1])
+    if counts.min() < 0 or total != len(headers.names) or total != len(headers.values):
+        raise FormatError("headers: counts, names and values do not belong together")
+    if headers.names.valid is not None and not headers.names.valid.all():
+        raise FormatError("headers: a name is null")
+    _check_header_counts(counts, total, limits, 0)
+    name_lengths = np.diff(headers.names.ends, prepend=0)
+    if total and name_lengths.min() < 0:
+        raise FormatError("headers: name ends are not ascending")
+    sections = [
+        encode_varints(counts.view(np.uint64)),
+        encode_varints(name_lengths.view(np.uint64)),
+        _encode_lengths("header values", headers.values),
+        bytes(headers.names.data),
+        headers.values.data,
+    ]
+    _check_names(memoryview(sections[3]), headers.names.ends, 0)
+    return b"".join([_HEADERS_TABLE.pack(*_section_sizes(sections)), *sections])
+
+
+# ---- decoding
+
+
+def decode_payload(payload: memoryview, shape: PayloadShape, limits: FormatLimits) -> Records:
+    """All columns, the data as views into `payload`. Raises FormatError; reads nothing outside it."""
+    count = shape.record_count
+    gaps, deltas, key_lengths, value_lengths, headers, keys, values = _split(payload, _TABLE, 0, "payload")
+    _check_presence(shape, gaps, key_lengths, keys, headers)
+    return Records(
+        _decode_offsets(gaps, shape),
+        _decode_timestamps(deltas, shape),
+        _decode_column("keys", key_lengths, keys, count) if shape.has_keys else BytesColumn.nulls(count),
+        _decode_column("values", value_lengths, values, count),
+        _decode_headers(headers, count, limits) if shape.has_headers else None,
+    )
+
+
+def _split(view: memoryview, table: struct.Struct, at: int, name: str) -> list[_Section]:
+    """Cut `view` into the sections its table declares, which must fill it exactly."""
+    if len(view) < table.size:
+        raise FormatError(f"{name}: {len(view)} bytes, the table of sections alone takes {table.size}", at)
+    sizes = table.unpack_from(view)
+    if table.size + sum(sizes) != len(view):
+        raise FormatError(f"{name}: sections add up to {table.size + sum(sizes)} bytes, there are {len(view)}", at)
+    sections = []
+    start = table.size
+    for size in sizes:
+        sections.append(_Section(view[start : start + size], at + start))
+        start += size
+    return sections
+
+
+def _check_presence(
+    shape: PayloadShape, gaps: _Section, key_lengths: _Section, keys: _Section, headers: _Section
+) -> None:
+    """A section whose flag is not set must be empty."""
+    for name, flag, section in (
+        ("offset gaps", not shape.contiguous, gaps),
+        ("key lengths", shape.has_keys, key_lengths),
+        ("key bytes", shape.has_keys, keys),
+        ("headers", shape.has_headers, headers),
+    ):
+        if not flag and len(section.view):
+            raise FormatError(f"{name}: {len(section.view)} bytes, but the flag says there are none", section.at)
+
+
+def _decode_offsets(gaps: _Section, shape: PayloadShape) -> Int64s:
+    count, first = shape.record_count, shape.base_offset
+    last = first + shape.last_offset_delta
+    if shape.contiguous:
+        return np.arange(first, last + 1, dtype=np.int64)
+    skipped = decode_varints(gaps.view, count - 1, "offset gaps", gaps.at)
+    if len(skipped) and int(skipped.max()) > shape.last_offset_delta:
+        raise FormatError("offset gaps: a gap is wider than the whole batch", gaps.at)
+    offsets = np.empty(count, np.int64)
+    offsets[0] = first
+    np.add(skipped.view(np.int64), 1, out=offsets[1:])
+    np.cumsum(offsets, out=offsets)
+    # Steps are at most 2**63 - 1, so the first step past int64 shows as a negative sum.
+    if int(offsets.min()) < 0 or int(offsets[-1]) != last:
+        raise FormatError(f"offset gaps: end at {int(offsets[-1])}, the header says {last}", gaps.at)
+    return offsets
+
+
+def _decode_timestamps(deltas: _Section, shape: PayloadShape) -> Int64s:
+    """Sums wrap modulo 2**64 as the differences did, so any two int64 timestamps may be neighbours."""
+    timestamps = np.empty(shape.record_count, np.int64)
+    timestamps[0] = shape.first_timestamp_ms
+    timestamps[1:] = unzigzag(decode_varints(deltas.view, shape.record_count - 1, "timestamp deltas", deltas.at))
+    return np.cumsum(timestamps, out=timestamps)
+
+
+def _decode_column(name: str, lengths: _Section, data: _Section, count: int) -> BytesColumn:
+    """Lengths + 1 (0 = null) over `data`, which they must cover exactly."""
+    stored = decode_varints(lengths.view, count, f"{name} lengths", lengths.at)
+    size = len(data.view)
+    # Checked one by one before they are added: count * size stays far below 2**63.
+    if count and int(stored.max()) > size + 1:
+        raise FormatError(f"{name}: a length of {int(stored.max()) - 1} in {size} bytes", lengths.at)
+    sizes = stored.view(np.int64)
+    valid = None
+    if count and not stored.all():
+        valid = stored != 0
+        sizes = sizes - valid
+    else:
+        sizes -= 1
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if count else 0
+    if total != size:
+        raise FormatError(f"{name}: lengths add up to {total}, there are {size} bytes", lengths.at)
+    return BytesColumn(data.view, ends, valid)
+
+
+def _decode_headers(section: _Section, count: int, limits: FormatLimits) -> HeadersColumn:
+    counts, name_lengths, value_lengths, names, values = _split(section.view, _HEADERS_TABLE, section.at, "headers")
+    per_record = decode_varints(counts.view, count, "header counts", counts.at)
+    if int(per_record.max()) > limits.headers_per_record_max:
+        raise _too_many_in_record(int(per_record.max()), limits, counts.at)
+    ends = np.cumsum(per_record.view(np.int64))
+    total = int(ends[-1])
+    _check_header_counts(per_record.view(np.int64), total, limits, counts.at)
+    name_column = _decode_names(name_lengths, names, total)
+    return HeadersColumn(ends, name_column, _decode_column("header values", value_lengths, values, total))
+
+
+def _decode_names(lengths: _Section, names: _Section, total: int) -> BytesColumn:
+    sizes = decode_varints(lengths.view, total, "header name lengths", lengths.at)
+    size = len(names.view)
+    if total and int(sizes.max()) > size:
+        raise FormatError(f"header names: a length of {int(sizes.max())} in {size} bytes", lengths.at)
+    ends = np.cumsum(sizes.view(np.int64))
+    covered = int(ends[-1]) if total else 0
+    if covered != size:
+        raise FormatError(f"header names: lengths add up to {covered}, there are {size} bytes", lengths.at)
+    _check_names(names.view, ends, names.at)
+    return BytesColumn(names.view, ends)
+
+
+def _check_header_counts(counts: Int64s, total: int, limits: FormatLimits, at: int) -> None:
+    if int(counts.max()) > limits.headers_per_record_max:
+        raise _too_many_in_record(int(counts.max()), limits, at)
+    if total > limits.header_count_max:
+        raise FormatError(f"{total} headers in a batch, header_count_max is {limits.header_count_max}", at)
+
+
+def _too_many_in_record(count: int, limits: FormatLimits, at: int) -> FormatError:
+    bound = limits.headers_per_record_max
+    return FormatError(f"a record with {count} headers, headers_per_record_max is {bound}", at)
+
+
+def _check_names(data: memoryview, ends: Int64s, at: int) -> None:
+    """Every name is UTF-8: the whole is, and no name starts inside a character."""
+    try:
+        str(data, "utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"header names: not UTF-8 ({error.reason})", at + error.start) from error
+    starts = ends[ends < len(data)]
+    inside = (np.frombuffer(data, np.uint8)[starts] & 0xC0) == 0x80 if len(data) else starts[:0]
+    if np.any(inside):
+        raise FormatError("header names: a name starts inside a UTF-8 character", at)
