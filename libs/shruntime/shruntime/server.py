@@ -1,6 +1,9 @@
 """A gRPC server with health and reflection; hosts one service's API or several."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import Any
 
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
@@ -20,12 +23,12 @@ class RpcServer:
         self,
         listen: str,
         apis: Sequence[tuple[ServiceDescriptor, object]],
-        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
     ) -> None:
         self._listen = listen
         self._apis = apis
         self._interceptors = interceptors
-        self._health = health.aio.HealthServicer()
+        self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: grpc.aio.Server | None = None
         self.port = 0
 

@@ -4,7 +4,10 @@ Modules take their tracer and meter from the OpenTelemetry API (`trace.get_trace
 `Telemetry.configure` installs the SDK these are no-ops, so that telemetry that is off costs nothing measurable.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import Any
 
 import grpc.aio
 from opentelemetry import metrics, trace
@@ -41,7 +44,7 @@ class Telemetry:
         self.enabled = enabled
 
     @classmethod
-    def configure(cls, service: str, settings: CommonSettings) -> "Telemetry":
+    def configure(cls, service: str, settings: CommonSettings) -> Telemetry:
         """Installs exporters as the settings ask; call once per process, before channels and servers are made."""
         if not settings.otlp_endpoint and not settings.prometheus_listen:
             return cls(enabled=False)
@@ -56,15 +59,15 @@ class Telemetry:
             return ()
         from opentelemetry.instrumentation.grpc import aio_client_interceptors
 
-        return list(aio_client_interceptors())
+        return list(aio_client_interceptors())  # type: ignore[no-untyped-call]
 
-    def server(self) -> Sequence[grpc.aio.ServerInterceptor]:
+    def server(self) -> Sequence[grpc.aio.ServerInterceptor[Any, Any]]:
         """Interceptors for incoming gRPC calls."""
         if not self.enabled:
             return ()
         from opentelemetry.instrumentation.grpc import aio_server_interceptor
 
-        return [aio_server_interceptor()]
+        return [aio_server_interceptor()]  # type: ignore[no-untyped-call]
 
     def shutdown(self) -> None:
         """Flushes what is buffered; safe to call when telemetry is off."""

@@ -1,0 +1,115 @@
+"""A served API behaves over the network as it does in process: errors, streams, fail-over, health, reflection."""
+
+from collections.abc import AsyncIterator
+
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from shproto.errors import Internal, OffsetBeyondEnd, StreamHouseError, Unavailable
+from shproto.rpc import Connection
+from shproto.services import QueryClient
+from shproto.v1 import query_pb2
+from shruntime.server import ListenError, RpcServer
+
+SERVICE = query_pb2.DESCRIPTOR.services_by_name["Query"]
+
+
+class EchoQuery:
+    """Answers with the offset asked; refuses 13, breaks at 99."""
+
+    async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse:
+        if request.offset == 13:
+            raise OffsetBeyondEnd("offset 13 is beyond the end", retry_after_ms=7, offset=13, high_watermark=5)
+        if request.offset == 99:
+            raise ZeroDivisionError("a defect")
+        return query_pb2.FetchResponse(next_offset=request.offset)
+
+    async def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]:
+        for position in request.positions:
+            yield await self.fetch(query_pb2.FetchRequest(offset=position.offset))
+
+    async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse:
+        return query_pb2.LookupOffsetsResponse()
+
+    async def describe_query(self, request: query_pb2.DescribeQueryRequest) -> query_pb2.DescribeQueryResponse:
+        return query_pb2.DescribeQueryResponse()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[RpcServer]:
+    server = RpcServer("127.0.0.1:0", [(SERVICE, EchoQuery())])
+    await server.start()
+    yield server
+    await server.stop(0)
+
+
+@pytest.fixture
+async def client(server: RpcServer) -> AsyncIterator[QueryClient]:
+    client = QueryClient(Connection([server.address]))
+    yield client
+    await client.close()
+
+
+async def test_an_error_keeps_its_class_message_and_numbers(client: QueryClient) -> None:
+    with pytest.raises(OffsetBeyondEnd, match="offset 13 is beyond the end") as caught:
+        await client.fetch(query_pb2.FetchRequest(offset=13))
+    assert caught.value.details == {"offset": "13", "high_watermark": "5"}
+    assert caught.value.retry_after_ms == 7
+
+
+async def test_a_defect_is_internal_not_silence(client: QueryClient) -> None:
+    with pytest.raises(Internal, match="ZeroDivisionError"):
+        await client.fetch(query_pb2.FetchRequest(offset=99))
+
+
+async def test_a_stream_delivers_until_its_error(client: QueryClient) -> None:
+    request = query_pb2.SubscribeRequest(positions=[query_pb2.FetchPosition(offset=n) for n in (1, 2, 13, 4)])
+    seen = []
+    with pytest.raises(OffsetBeyondEnd):
+        async for response in client.subscribe(request):
+            seen.append(response.next_offset)
+    assert seen == [1, 2]
+
+
+async def test_the_next_address_is_tried(server: RpcServer) -> None:
+    client = QueryClient(Connection(["127.0.0.1:1", server.address]))
+    assert (await client.fetch(query_pb2.FetchRequest(offset=4))).next_offset == 4
+    await client.close()
+
+
+async def test_nobody_there_is_unavailable() -> None:
+    client = QueryClient(Connection(["127.0.0.1:1"]))
+    with pytest.raises(Unavailable):
+        await client.fetch(query_pb2.FetchRequest())
+    await client.close()
+
+
+async def test_health_says_when_it_serves(server: RpcServer) -> None:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=SERVICE.full_name)
+        assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await server.set_serving(True)
+        assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_reflection_lists_the_service(server: RpcServer) -> None:
+    import asyncio
+
+    def services() -> list[str]:
+        with grpc.insecure_channel(server.address) as channel:
+            return list(ProtoReflectionDescriptorDatabase(channel).get_services())
+
+    assert SERVICE.full_name in await asyncio.to_thread(services)
+
+
+async def test_a_taken_port_is_a_clear_error(server: RpcServer) -> None:
+    with pytest.raises(ListenError, match=server.address):
+        await RpcServer(server.address, [(SERVICE, EchoQuery())]).start()
+
+
+def test_an_error_of_a_newer_server_is_still_an_error() -> None:
+    detail = OffsetBeyondEnd("x").to_detail()
+    detail.reason = "FROM_THE_FUTURE"
+    assert type(StreamHouseError.from_detail(detail)) is StreamHouseError

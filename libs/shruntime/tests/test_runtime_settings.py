@@ -1,0 +1,59 @@
+"""Settings: sources, ranges, and errors that name the setting."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from pydantic import Field
+from shruntime.settings import CommonSettings, SettingsError
+
+
+class ProbeSettings(CommonSettings):
+    service: ClassVar[str] = "probe"
+
+    probe_bytes_max: int = Field(100, ge=1, le=1000, description="bytes; for this test")
+
+
+def test_defaults_then_file_then_variables_then_code(tmp_path: Path) -> None:
+    config = tmp_path / "streamhouse.toml"
+    config.write_text('log_level = "DEBUG"\nrpc_timeout_ms = 200\n[probe]\nprobe_bytes_max = 5\n')
+    environ = {"STREAMHOUSE_CONFIG": str(config), "STREAMHOUSE_RPC_TIMEOUT_MS": "300"}
+    settings = ProbeSettings.load(environ, probe_bytes_max=7)
+    assert (settings.log_level, settings.rpc_timeout_ms, settings.probe_bytes_max) == ("DEBUG", 300, 7)
+    assert ProbeSettings.load(environ).probe_bytes_max == 5
+    assert ProbeSettings.load({}).probe_bytes_max == 100
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"STREAMHOUSE_PROBE_BYTES_MAXX": "1"}, "did you mean probe_bytes_max"),
+        ({"STREAMHOUSE_PROBE_BYTES_MAX": "0"}, "STREAMHOUSE_PROBE_BYTES_MAX) = '0'"),
+        ({"STREAMHOUSE_PROBE_BYTES_MAX": "many"}, "STREAMHOUSE_PROBE_BYTES_MAX) = 'many'"),
+        ({"STREAMHOUSE_LOG_LEVEL": "LOUD"}, "STREAMHOUSE_LOG_LEVEL"),
+        ({"STREAMHOUSE_CONFIG": "/nowhere/streamhouse.toml"}, "/nowhere/streamhouse.toml"),
+    ],
+)
+def test_a_wrong_setting_is_named(environ: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingsError, match=said.replace("(", r"\(").replace(")", r"\)")):
+        ProbeSettings.load(environ)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[prob]\nx = 1\n", r"unknown table \[prob\]"),
+        ("bytes_max = 1\n", "unknown setting"),
+        ("[probe]\nprobe_bites = 1\n", "probe_bites"),
+        ("[probe\n", "streamhouse.toml"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, content: str, said: str) -> None:
+    config = tmp_path / "streamhouse.toml"
+    config.write_text(content)
+    with pytest.raises(SettingsError, match=said):
+        ProbeSettings.load({"STREAMHOUSE_CONFIG": str(config)})
+
+
+def test_settings_of_other_services_are_passed_over() -> None:
+    assert ProbeSettings.load({"STREAMHOUSE_S3_BUCKET": "elsewhere"}).probe_bytes_max == 100
