@@ -34,11 +34,11 @@ class RpcServer:
 
     @property
     def address(self) -> str:
-        """host:port as bound; valid after `start`."""
+        """host:port as bound; valid after `bind` or `start`."""
         return f"{self._listen.rpartition(':')[0]}:{self.port}"
 
-    async def start(self) -> None:
-        """Raises ListenError when the port is taken or the host is not ours."""
+    async def bind(self) -> None:
+        """Takes the port, so that `address` is known; calls wait until `start`. Raises ListenError."""
         server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=list(self._interceptors))
         for descriptor, api in self._apis:
             serve_api(server, descriptor, api)
@@ -49,9 +49,15 @@ class RpcServer:
             self.port = server.add_insecure_port(self._listen)
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {self._listen}: {error}") from error
-        await self.set_serving(False)
-        await server.start()
         self._server = server
+
+    async def start(self) -> None:
+        """Serves; binds first if that was not done. Raises ListenError when the port is taken."""
+        if self._server is None:
+            await self.bind()
+        assert self._server is not None, "bind() sets it or raises"
+        await self.set_serving(False)
+        await self._server.start()
 
     async def set_serving(self, serving: bool) -> None:
         """What health checks are answered, for the server as a whole and for each service."""

@@ -1,0 +1,135 @@
+"""Puts the four services into one process: the only place of the embedded platform that names concrete classes.
+
+Services call each other's API objects directly; clients reach all of them on one gRPC port.
+Start order is the order of need (PostgreSQL, coordinator, ingest, segmenter, query), stop order the reverse, with one
+exception: ingest drains first, while everything it needs to seal, upload and register still runs.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shproto.services import IngestApi
+from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
+from shruntime.server import RpcServer
+from shruntime.tasks import Tasks, wait_for_stop
+from shruntime.telemetry import Telemetry
+from shstore import ObjectStore, StoreSettings, open_store
+from streamhouse_coordinator import wiring as coordinator_wiring
+from streamhouse_coordinator.settings import CoordinatorSettings
+from streamhouse_ingest import wiring as ingest_wiring
+from streamhouse_ingest.settings import IngestSettings
+from streamhouse_query import wiring as query_wiring
+from streamhouse_query.settings import QuerySettings
+from streamhouse_segmenter import wiring as segmenter_wiring
+from streamhouse_segmenter.settings import SegmenterSettings
+
+from streamhouse_embedded.data_dir import DataDir
+from streamhouse_embedded.postgres import EmbeddedPostgres
+from streamhouse_embedded.settings import EmbeddedSettings
+
+log = logging.getLogger(__name__)
+
+AGENT_ID = "embedded"
+# Calls that still run when everything is drained are long polls of consumers; they retry.
+CALL_GRACE_MS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What `serve` tells once it serves."""
+
+    address: str
+    data_dir: str
+    postgres_dsn: str
+
+
+class EmbeddedPlatform:
+    """One process's worth of StreamHouse. `start` raises DataDirError, ListenError, PostgresError, StoreError."""
+
+    def __init__(self, settings: EmbeddedSettings) -> None:
+        self._settings = settings
+        self._data_dir = DataDir(settings.data_dir)
+        self._stack = contextlib.AsyncExitStack()
+        self.tasks = Tasks()
+
+    async def start(self) -> Ready:
+        try:
+            return await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def stop(self) -> None:
+        """Drains: seals, uploads, registers, gives the leases back; then stops everything."""
+        await self._stack.aclose()
+
+    async def _start(self) -> Ready:
+        self._data_dir.lock()
+        self._stack.callback(self._data_dir.unlock)
+        telemetry = Telemetry.configure("embedded", self._settings)
+        self._stack.callback(telemetry.shutdown)
+        dsn = self._settings.pg_dsn or await self._start_postgres()
+        store = await self._open_store()
+
+        coordinator = coordinator_wiring.build(CoordinatorSettings.load(pg_dsn=dsn, amqp_url=""))
+        ingest = ingest_wiring.build(
+            IngestSettings.load(wal_dir=str(self._data_dir.wal), agent_id=AGENT_ID), coordinator.api
+        )
+        query = query_wiring.build(
+            QuerySettings.load(cache_dir=str(self._data_dir.cache)), coordinator.api, store, _always(ingest.api)
+        )
+        segmenter = segmenter_wiring.build(
+            SegmenterSettings.load(worker_id=AGENT_ID, amqp_url=""), coordinator.api, store, _always(ingest.api)
+        )
+        apis = (
+            (coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"], coordinator.api),
+            (ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], ingest.api),
+            (query_pb2.DESCRIPTOR.services_by_name["Query"], query.api),
+        )
+        server = RpcServer(self._settings.listen, apis, telemetry.server())
+        await server.bind()
+        address = self._settings.advertise or server.address
+
+        await coordinator.start(address)
+        self._stack.push_async_callback(coordinator.stop)
+        self._stack.push_async_callback(server.stop, CALL_GRACE_MS)
+        await segmenter.start()
+        self._stack.push_async_callback(segmenter.stop)
+        await query.start(address)
+        self._stack.push_async_callback(query.stop)
+        await ingest.start(address)
+        self._stack.push_async_callback(ingest.stop)
+        await server.start()
+        await server.set_serving(True)
+        return Ready(address, str(self._data_dir.path), dsn)
+
+    async def _start_postgres(self) -> str:
+        postgres = EmbeddedPostgres(self._data_dir.postgres, bin_dir=self._settings.pg_bin_dir or None)
+        dsn = await postgres.start()
+        self._stack.push_async_callback(postgres.stop)
+        return dsn
+
+    async def _open_store(self) -> ObjectStore:
+        store = open_store(StoreSettings.load(store_dir=str(self._data_dir.objects)))
+        self._stack.push_async_callback(store.close)
+        await store.check()
+        return store
+
+
+def _always(api: IngestApi) -> Callable[[str], IngestApi]:
+    """The one agent there is, whatever the address."""
+    return lambda address: api
+
+
+async def serve(settings: EmbeddedSettings, on_ready: Callable[[Ready], None]) -> None:
+    """Runs the platform until SIGINT or SIGTERM, then drains. Raises what `EmbeddedPlatform.start` raises."""
+    platform = EmbeddedPlatform(settings)
+    on_ready(await platform.start())
+    try:
+        await wait_for_stop(platform.tasks)
+    finally:
+        log.info("draining: seal, upload, register, release")
+        await asyncio.shield(platform.stop())
