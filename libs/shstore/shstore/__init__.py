@@ -1,0 +1,54 @@
+"""Object storage for StreamHouse: one port, four stores that keep the same contract, one retry policy.
+Knows nothing of topics and segments."""
+
+from shstore.errors import (
+    BodyTruncated,
+    BucketMissing,
+    KeyInvalid,
+    ObjectExists,
+    ObjectMissing,
+    RangeBeyondEnd,
+    StoreCorrupt,
+    StoreDenied,
+    StoreError,
+    StoreErrorKind,
+    StoreInvalid,
+    StoreUnavailable,
+)
+from shstore.faulty import Fault, FaultKind, FaultyStore, RandomFaults, ScriptedFaults
+from shstore.local import LocalStore
+from shstore.memory import MemoryStore
+from shstore.open import open_store
+from shstore.port import ObjectInfo, ObjectStore
+from shstore.retrying import RetryingStore, RetryPolicy
+from shstore.s3 import S3Store
+from shstore.settings import StoreSettings
+
+__all__ = [
+    "BodyTruncated",
+    "BucketMissing",
+    "Fault",
+    "FaultKind",
+    "FaultyStore",
+    "KeyInvalid",
+    "LocalStore",
+    "MemoryStore",
+    "ObjectExists",
+    "ObjectInfo",
+    "ObjectMissing",
+    "ObjectStore",
+    "RandomFaults",
+    "RangeBeyondEnd",
+    "RetryPolicy",
+    "RetryingStore",
+    "S3Store",
+    "ScriptedFaults",
+    "StoreCorrupt",
+    "StoreDenied",
+    "StoreError",
+    "StoreErrorKind",
+    "StoreInvalid",
+    "StoreSettings",
+    "StoreUnavailable",
+    "open_store",
+]

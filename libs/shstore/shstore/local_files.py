@@ -1,0 +1,201 @@
+"""The system calls LocalStore is made of, blocking; and what their errors mean in the port's words."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeAlias, TypeVar
+
+from shstore.errors import (
+    BodyTruncated,
+    KeyInvalid,
+    ObjectMissing,
+    StoreDenied,
+    StoreError,
+    StoreInvalid,
+    StoreUnavailable,
+)
+from shstore.keys import check_key
+
+Walk: TypeAlias = Iterator[tuple[str, os.stat_result]]
+Result = TypeVar("Result")
+
+IOV_MAX = 1024
+"""Buffers per writev call (Linux UIO_MAXIOV)."""
+
+READ_BYTES_MAX = 1 << 30
+"""Linux transfers at most 2 GiB - 4 KiB per call; ask for less and loop."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_UNUSABLE = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def translating(action: str) -> Iterator[None]:
+    """Turn an OSError into the StoreError it means; `action` says what was being done."""
+    try:
+        yield
+    except OSError as exc:
+        raise store_error(action, exc) from exc
+
+
+def translated(action: str, call: Callable[..., Result], *arguments: object) -> Result:
+    """`call(*arguments)` with its OSErrors translated."""
+    with translating(action):
+        return call(*arguments)
+
+
+def store_error(action: str, exc: OSError) -> StoreError:
+    """The port's word for an OSError."""
+    message = f"cannot {action}: {exc.strerror or exc} ({errno.errorcode.get(exc.errno or 0, exc.errno)})"
+    if exc.errno in _FULL:
+        return StoreUnavailable(f"{message}: the disk or quota is full, free some space")
+    if exc.errno in _DENIED:
+        return StoreDenied(message)
+    if exc.errno in _UNUSABLE:
+        return StoreInvalid(message)
+    return StoreUnavailable(message)
+
+
+class TempFile:
+    """A file being written. Its lock tells `remove_leftovers`, also in other processes, that it is in use."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def __enter__(self) -> Self:
+        while True:
+            self.path = self._directory / f"{os.getpid()}-{uuid.uuid4().hex}"
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            if self.status().st_nlink:
+                return self
+            os.close(self._fd)  # a clean-up took it for a leftover before it was locked
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.path.unlink(missing_ok=True)  # the object keeps its own link; after a replace there is none
+        os.close(self._fd)
+
+    def write(self, views: Sequence[memoryview]) -> None:
+        """Append all of `views` and make them durable."""
+        pending = list(views)
+        while pending:
+            written = os.writev(self._fd, pending[:IOV_MAX])
+            pending = _unwritten(pending, written)
+        os.fsync(self._fd)
+
+    def status(self) -> os.stat_result:
+        """The file's size and times."""
+        return os.fstat(self._fd)
+
+
+def _unwritten(views: list[memoryview], written_bytes: int) -> list[memoryview]:
+    for index, view in enumerate(views):
+        if written_bytes < len(view):
+            return [view[written_bytes:], *views[index + 1 :]]
+        written_bytes -= len(view)
+    return []
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove temporary files whose writer died; those that are locked belong to a living one."""
+    for path in directory.iterdir():
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # its writer finished meanwhile
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(fd)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make new and removed names of `directory` durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def opened(path: Path, key: str) -> Iterator[int]:
+    """A descriptor of the object's file. Raises ObjectMissing if it is not there, or not a regular file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ObjectMissing(key) from None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ObjectMissing(key)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_exactly(fd: int, key: str, at: int, size_bytes: int) -> bytes:
+    """`size_bytes` bytes at `at`. Raises BodyTruncated if the file has shrunk meanwhile."""
+    chunks: list[bytes] = []
+    got = 0
+    while got < size_bytes:
+        chunk = os.pread(fd, min(size_bytes - got, READ_BYTES_MAX), at + got)
+        if not chunk:
+            raise BodyTruncated(key, expected_bytes=size_bytes, got_bytes=got)
+        chunks.append(chunk)
+        got += len(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def walk(objects: Path, prefix: str, start_after: str) -> Walk:
+    """(key, status) of every object in ascending key order, entering only directories that can matter."""
+    head, _, _ = prefix.rpartition("/")
+    return _walk(objects / head, f"{head}/" if head else "", prefix, start_after)
+
+
+def _walk(directory: Path, base: str, prefix: str, start_after: str) -> Walk:
+    # A directory sorts as its name with '/', as its keys do: 'a-b' comes before 'a/b', 'a0' after.
+    for name, entry in sorted(_entries(directory), key=lambda named: named[0]):
+        key = base + name
+        if name.endswith("/"):
+            passed = key < start_after and not start_after.startswith(key)
+            if not passed and (key.startswith(prefix) or prefix.startswith(key)):
+                yield from _walk(Path(entry.path), key, prefix, start_after)
+        elif key.startswith(prefix) and key > start_after and _is_key(key):
+            try:
+                yield key, entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue  # deleted meanwhile
+
+
+def _entries(directory: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield f"{entry.name}/", entry
+                elif entry.is_file(follow_symlinks=False):
+                    yield entry.name, entry
+    except (FileNotFoundError, NotADirectoryError):
+        return  # nothing was put there yet
+
+
+def _is_key(key: str) -> bool:
+    try:
+        check_key(key)
+    except KeyInvalid:
+        return False  # a file somebody else put there, with a name that no put accepts
+    return True

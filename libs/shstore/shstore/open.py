@@ -1,0 +1,60 @@
+"""From settings, or a URL, to a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from shstore.errors import StoreInvalid
+from shstore.local import LocalStore
+from shstore.memory import MemoryStore
+from shstore.port import ObjectStore
+from shstore.s3 import S3Store
+from shstore.settings import StoreSettings
+
+_URL_OPTIONS = ("endpoint", "region")
+
+
+def open_store(where: StoreSettings | str) -> ObjectStore:
+    """A store, one attempt per call: wrap it in RetryingStore for retries. Does no I/O; `check()` does.
+
+    A URL is `file:///directory`, `s3://bucket/prefix?endpoint=http://host:port&region=name` (credentials
+    from boto's usual sources) or `memory:`. Raises StoreInvalid.
+    """
+    settings = settings_from_url(where) if isinstance(where, str) else where
+    if settings.kind == "local":
+        return LocalStore(settings)
+    if settings.kind == "s3":
+        return S3Store(settings)
+    return MemoryStore(settings)
+
+
+def settings_from_url(url: str) -> StoreSettings:
+    """The settings a store URL means. Raises StoreInvalid naming what is wrong with it."""
+    parsed = urlsplit(url)
+    if parsed.scheme == "s3":
+        return _s3_settings(parsed)
+    if parsed.netloc or parsed.query or parsed.fragment:
+        raise StoreInvalid(f"store URL {url!r} has more than a scheme and a path")
+    if parsed.scheme == "file":
+        if not parsed.path.startswith("/"):
+            raise StoreInvalid(f"store URL {url!r} needs an absolute path, as in file:///var/lib/streamhouse")
+        return StoreSettings(kind="local", path=Path(unquote(parsed.path)))
+    if parsed.scheme == "memory" and not parsed.path:
+        return StoreSettings(kind="memory")
+    raise StoreInvalid(f"store URL {url!r} is none of file:///path, s3://bucket/prefix, memory:")
+
+
+def _s3_settings(parsed: SplitResult) -> StoreSettings:
+    if "@" in parsed.netloc or parsed.fragment:
+        raise StoreInvalid("an s3:// store URL holds no credentials and no fragment")
+    options = dict(parse_qsl(parsed.query, keep_blank_values=True))
+    if unknown := sorted(options.keys() - set(_URL_OPTIONS)):
+        raise StoreInvalid(f"store URL option {unknown[0]!r} is unknown, expected one of {_URL_OPTIONS}")
+    return StoreSettings(
+        kind="s3",
+        bucket=parsed.netloc,
+        prefix=unquote(parsed.path).strip("/"),
+        endpoint=options.get("endpoint"),
+        region=options.get("region", "us-east-1"),
+    )

@@ -1,0 +1,181 @@
+"""Repeats what may be repeated: the one retry policy of every store.
+Capped exponential back-off with full jitter (a wait drawn evenly between 0 and the cap, so that many
+clients do not come back at once), and a deadline over all attempts of a call."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from shstore.errors import ObjectExists, StoreError, StoreInvalid, StoreUnavailable
+from shstore.port import ObjectInfo, ObjectStore
+from shstore.ranges import byte_views, split_views
+
+Result = TypeVar("Result")
+
+COMPARE_BYTES = 8 * 1024 * 1024
+"""Bytes per read when a put of unknown outcome is compared with what is stored: bounds the memory it takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """When to try again. Waits are in ms; `deadline_ms` covers all attempts and waits of one call."""
+
+    base_delay_ms: int = 100
+    """Cap of the first wait. It doubles with each further one."""
+    throttled_base_delay_ms: int = 500
+    """The same after SlowDown: S3 asks for less load, and needs longer to grow its capacity."""
+    max_delay_ms: int = 10_000
+    """No wait is longer: a store that came back is noticed within 10 s."""
+    deadline_ms: int = 120_000
+    """Two slow attempts (60 s each), or some twenty failing quickly; then the caller's own queue takes over."""
+
+    def __post_init__(self) -> None:
+        for name in ("base_delay_ms", "throttled_base_delay_ms", "max_delay_ms", "deadline_ms"):
+            if getattr(self, name) <= 0:
+                raise StoreInvalid(f"retry {name} is {getattr(self, name)}, but must be at least 1")
+
+    def delay_cap_ms(self, failures: int, *, throttled: bool) -> int:
+        """Longest wait after the `failures`-th failure in a row (counted from 1)."""
+        base = self.throttled_base_delay_ms if throttled else self.base_delay_ms
+        doublings = min(failures - 1, 30)  # beyond 2^30 the cap holds anyway
+        return min(base << doublings, self.max_delay_ms)
+
+
+class RetryingStore:
+    """Wraps `store`; `rng` draws the jitter, `monotonic` (seconds) and `sleep` are the clock."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        policy: RetryPolicy | None = None,
+        *,
+        rng: random.Random | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._store = store
+        self._policy = policy or RetryPolicy()
+        self._rng = rng or random.Random()
+        self._monotonic = monotonic
+        self._sleep = sleep
+
+    async def put(self, key: str, parts: Sequence[bytes | memoryview], *, if_absent: bool = True) -> ObjectInfo:
+        """As ObjectStore.put. An object found on a repeated put-if-absent with the same bytes is this put's own:
+        the earlier attempt had arrived, only its reply was lost."""
+        attempts = 0
+
+        async def put_once() -> ObjectInfo:
+            nonlocal attempts
+            attempts += 1
+            try:
+                return await self._store.put(key, parts, if_absent=if_absent)
+            except ObjectExists:
+                if attempts > 1 and (stored := await self._stored_same(key, parts)):
+                    return stored
+                raise
+
+        return await self._retried(f"put {key!r}", put_once)
+
+    async def get(self, key: str, *, at: int = 0, size_bytes: int | None = None) -> bytes:
+        return await self._retried(f"get {key!r}", lambda: self._store.get(key, at=at, size_bytes=size_bytes))
+
+    async def head(self, key: str) -> ObjectInfo:
+        return await self._retried(f"head {key!r}", lambda: self._store.head(key))
+
+    async def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ObjectInfo]:
+        """As ObjectStore.list; after an error it goes on behind the last key it gave out."""
+        last = start_after
+        backoff = self._new_backoff(f"list {prefix!r}")
+        while True:
+            try:
+                async for info in self._store.list(prefix, start_after=last):
+                    last = info.key
+                    yield info
+                    backoff = self._new_backoff(f"list {prefix!r}")
+                return
+            except StoreError as exc:
+                await backoff.wait(exc)
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        await self._retried(f"delete {len(keys)} objects", lambda: self._store.delete(keys))
+
+    async def check(self) -> None:
+        await self._retried("check the store", self._store.check)
+
+    async def close(self) -> None:
+        await self._store.close()
+
+    def _new_backoff(self, action: str) -> _Backoff:
+        return _Backoff(action, self._policy, self._rng, self._monotonic, self._sleep)
+
+    async def _retried(self, action: str, call: Callable[[], Awaitable[Result]]) -> Result:
+        backoff = self._new_backoff(action)
+        while True:
+            try:
+                async with asyncio.timeout(backoff.remaining_s()):
+                    return await call()
+            except TimeoutError:
+                raise backoff.gave_up() from None
+            except StoreError as exc:
+                await backoff.wait(exc)
+
+    async def _stored_same(self, key: str, parts: Sequence[bytes | memoryview]) -> ObjectInfo | None:
+        """What is stored under `key`, if it is these very bytes; else None."""
+        views, size_bytes = byte_views(parts)
+        info = await self._store.head(key)
+        if info.size_bytes != size_bytes:
+            return None
+        at = 0
+        for piece in split_views(views, COMPARE_BYTES):
+            expected = b"".join(piece)
+            if await self._store.get(key, at=at, size_bytes=len(expected)) != expected:
+                return None
+            at += len(expected)
+        return info
+
+
+class _Backoff:
+    """The waits of one call, and when it gives up."""
+
+    def __init__(
+        self,
+        action: str,
+        policy: RetryPolicy,
+        rng: random.Random,
+        monotonic: Callable[[], float],
+        sleep: Callable[[float], Awaitable[None]],
+    ) -> None:
+        self._action = action
+        self._policy = policy
+        self._rng = rng
+        self._monotonic = monotonic
+        self._sleep = sleep
+        self._deadline = monotonic() + policy.deadline_ms / 1000
+        self._failures = 0
+        self._last: StoreError | None = None
+
+    def remaining_s(self) -> float:
+        return max(0.0, self._deadline - self._monotonic())
+
+    async def wait(self, exc: StoreError) -> None:
+        """Wait before the next attempt. Raises `exc` itself if it cannot be retried, or gives up."""
+        if not exc.retriable:
+            raise exc
+        self._failures += 1
+        self._last = exc
+        throttled = isinstance(exc, StoreUnavailable) and exc.throttled
+        delay_s = self._rng.uniform(0, self._policy.delay_cap_ms(self._failures, throttled=throttled)) / 1000
+        if delay_s >= self.remaining_s():
+            raise self.gave_up() from exc
+        await self._sleep(delay_s)
+
+    def gave_up(self) -> StoreError:
+        """The error of a call whose deadline passed: the last attempt's own kind where there is one."""
+        tried = f"gave up to {self._action} after {self._policy.deadline_ms} ms and {self._failures} failures"
+        throttled = isinstance(self._last, StoreUnavailable) and self._last.throttled
+        return StoreUnavailable(f"{tried}; last: {self._last}", throttled=throttled)

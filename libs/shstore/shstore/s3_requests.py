@@ -1,0 +1,83 @@
+"""The S3 client: how it is configured, opened and closed; one request with its time limit and error translation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from typing import Any, TypeAlias, TypeVar
+
+import aioboto3
+from aiobotocore.config import AioConfig
+
+from shstore.errors import StoreUnavailable
+from shstore.s3_errors import CLIENT_ERRORS, store_error
+from shstore.settings import StoreSettings
+
+Reply: TypeAlias = dict[str, Any]
+Result = TypeVar("Result")
+
+
+class S3Requests:
+    """Sends requests to one bucket; opens its client at the first."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        self._settings = settings
+        self._resources = AsyncExitStack()
+        self._opening = asyncio.Lock()
+        self._client: Any = None
+
+    async def client(self) -> Any:
+        """The open client."""
+        async with self._opening:
+            if self._client is None:
+                self._client = await self._resources.enter_async_context(_new_client(self._settings))
+            return self._client
+
+    async def request(self, operation: str, key: str | None, **arguments: Any) -> Reply:
+        """Call one operation on the bucket. Raises StoreError; `key` is the object it is about."""
+        return await self.attempt(operation, key, self._call(operation, arguments))
+
+    async def attempt(self, operation: str, key: str | None, call: Coroutine[Any, Any, Result]) -> Result:
+        """Await `call` with the attempt's time limit, its errors translated."""
+        timeout_ms = self._settings.attempt_timeout_ms
+        try:
+            async with asyncio.timeout(timeout_ms / 1000):
+                return await call
+        except TimeoutError as exc:
+            raise StoreUnavailable(f"S3 {operation} took longer than {timeout_ms} ms") from exc
+        except CLIENT_ERRORS as exc:
+            raise store_error(exc, operation, key, self._settings) from exc
+
+    async def close(self) -> None:
+        """Close the client; does nothing if there is none."""
+        async with self._opening:
+            self._client = None
+            await self._resources.aclose()
+
+    async def _call(self, operation: str, arguments: Reply) -> Reply:
+        client = await self.client()
+        reply: Reply = await getattr(client, operation)(Bucket=self._settings.bucket, **arguments)
+        return reply
+
+
+def _new_client(settings: StoreSettings) -> Any:
+    config = AioConfig(
+        connect_timeout=settings.connect_timeout_ms / 1000,
+        read_timeout=settings.read_timeout_ms / 1000,
+        max_pool_connections=settings.max_connections,
+        retries={"mode": "standard", "total_max_attempts": 1},
+        signature_version="s3v4",
+        s3={"addressing_style": "path" if settings.path_style else "virtual"},
+        request_checksum_calculation="when_supported" if settings.request_checksums else "when_required",
+        # Every block is checked by its own CRC when it is decoded.
+        response_checksum_validation="when_required",
+    )
+    return aioboto3.Session().client(
+        "s3",
+        endpoint_url=settings.endpoint,
+        region_name=settings.region,
+        aws_access_key_id=settings.access_key,
+        aws_secret_access_key=settings.secret_key,
+        config=config,
+    )

@@ -1,0 +1,77 @@
+"""A moto server in its own process, once per session, and a fresh bucket per test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import boto3
+import pytest
+from shstore import StoreSettings
+
+# Prints the port it found, and ends with its standard input: it cannot outlive the tests.
+MOTO = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+server.stop()
+"""
+
+
+@contextmanager
+def moto_endpoint(environment: dict[str, str] | None = None) -> Iterator[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", MOTO],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    assert process.stdin and process.stdout
+    with process.stdin, process.stdout:
+        port = process.stdout.readline().strip()
+        assert port, "the moto server did not start"
+        yield f"http://127.0.0.1:{port}"
+        process.stdin.close()
+        process.wait(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    with moto_endpoint() as endpoint:
+        yield endpoint
+
+
+def create_bucket(endpoint: str, bucket: str) -> None:
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+    )
+    s3.create_bucket(Bucket=bucket)
+    s3.close()
+
+
+@pytest.fixture
+def s3_settings(s3_endpoint: str) -> StoreSettings:
+    settings = StoreSettings(
+        kind="s3",
+        endpoint=s3_endpoint,
+        bucket=f"test-{uuid.uuid4().hex}",
+        prefix="cluster-a",
+        access_key="test",
+        secret_key="test",
+        multipart_threshold_bytes=5 * 1024 * 1024,
+        multipart_part_bytes=5 * 1024 * 1024,
+    )
+    create_bucket(s3_endpoint, settings.bucket)
+    return settings
