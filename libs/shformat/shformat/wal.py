@@ -1,0 +1,248 @@
+"""The write-ahead log's bytes: the header of a file, the frame around one batch, and the scan of a file.
+
+Owns: what a valid frame is, and where the next one starts after damage. Does not own: files, fsync, which
+damage may be cut off as a torn tail. docs/formats/wal.md draws both headers.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .batch import BATCH_HEADER_SIZE, Buffer
+from .errors import FormatError
+from .limits import DEFAULT_LIMITS, INT64_MAX, UINT32_MAX, FormatLimits
+
+WAL_MAGIC = b"SHWL"
+WAL_VERSION = 1
+WAL_ID_SIZE = 16
+TOPIC_ID_SIZE = 16
+
+# magic, version, flags, wal id, sequence | crc of what precedes
+_FILE_BODY = struct.Struct("<4sHH16sQ")
+_FILE = struct.Struct("<4sHH16sQI")
+WAL_FILE_HEADER_SIZE = 36
+assert _FILE.size == WAL_FILE_HEADER_SIZE == _FILE_BODY.size + 4
+
+# 0xF5 occurs in no UTF-8 text, so a search for the magic does not stop inside records that are text.
+FRAME_MAGIC = b"\xf5SHF"
+# magic, header crc | batch crc, frame size, topic id, partition, record count, epoch, base offset
+_FRAME = struct.Struct("<4sIII16sIIQq")
+_FRAME_LEAD = struct.Struct("<4sI")
+_FRAME_BODY = struct.Struct("<II16sIIQq")
+FRAME_HEADER_SIZE = 56
+_FRAME_BODY_AT = 8
+assert _FRAME.size == FRAME_HEADER_SIZE == _FRAME_BODY_AT + _FRAME_BODY.size
+assert _FRAME_LEAD.size == _FRAME_BODY_AT
+
+_BATCH_CRC = struct.Struct("<I")
+# Frames that fail may overlap only when somebody stored forged frames inside damaged ones. Beyond this many
+# times the buffer's size such a frame is believed only if an intact header follows it: time stays linear.
+_WASTED_CRC_FACTOR = 4
+
+_FIND_MAGIC = re.compile(re.escape(FRAME_MAGIC))
+_NIL = bytes(TOPIC_ID_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class WalFileHeader:
+    """Which log (16 bytes, stays the same on one disk) and which of its files, counted up by the writer."""
+
+    wal_id: bytes
+    sequence: int
+
+
+@dataclass(slots=True)
+class WalFrame:
+    """A frame whose checksums hold. Positions are bytes from the start of the scanned buffer; sizes in bytes."""
+
+    topic_id: bytes
+    partition: int
+    epoch: int
+    base_offset: int
+    record_count: int
+    at: int
+    size_bytes: int
+    batch_at: int
+    batch_size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedSpan:
+    """Bytes that are no valid frame. ``lost`` is set where the frame's own header is intact: it names the
+    partition and the offsets that can no longer be read."""
+
+    at: int
+    size_bytes: int
+    reason: str
+    lost: WalFrame | None = None
+
+
+# ---- file header
+
+
+def encode_wal_file_header(wal_id: bytes, sequence: int) -> bytes:
+    """The first WAL_FILE_HEADER_SIZE bytes of a file. Raises FormatError unless 16 non-zero bytes and a u63."""
+    _check_id("wal id", wal_id, 8)
+    _check_range("sequence", sequence, 0, INT64_MAX, 24)
+    body = _FILE_BODY.pack(WAL_MAGIC, WAL_VERSION, 0, wal_id, sequence)
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+def decode_wal_file_header(buffer: Buffer) -> WalFileHeader:
+    """The header at the start of `buffer`. Raises FormatError."""
+    if len(buffer) < WAL_FILE_HEADER_SIZE:
+        raise FormatError(f"WAL file header: {len(buffer)} of {WAL_FILE_HEADER_SIZE} bytes")
+    magic, version, flags, wal_id, sequence, crc = _FILE.unpack_from(buffer)
+    if magic != WAL_MAGIC:
+        raise FormatError(f"WAL file magic is {magic!r}, expected {WAL_MAGIC!r}")
+    if version != WAL_VERSION:
+        raise FormatError(f"WAL file version is {version}, this reader knows {WAL_VERSION}", 4)
+    computed = zlib.crc32(memoryview(buffer)[: _FILE_BODY.size])
+    if computed != crc:
+        raise FormatError(f"WAL file header CRC is {computed:#010x}, the header says {crc:#010x}", 32)
+    if flags:
+        raise FormatError(f"WAL file flags are {flags:#06x}, must be 0", 6)
+    _check_id("wal id", wal_id, 8)
+    _check_range("sequence", sequence, 0, INT64_MAX, 24)
+    return WalFileHeader(wal_id, sequence)
+
+
+# ---- frames
+
+
+def encode_frame_header(
+    topic_id: bytes, partition: int, epoch: int, base_offset: int, record_count: int, batch: Buffer
+) -> bytes:
+    """The FRAME_HEADER_SIZE bytes to be written right before `batch`; their CRCs cover both.
+
+    topic_id: 16 bytes, not all zero. partition: u32. epoch: 1 to 2**63-1. Raises FormatError otherwise, for
+    offsets that leave int64, and for a batch too short to be one.
+    """
+    _check_id("topic id", topic_id, 16)
+    _check_range("partition", partition, 0, UINT32_MAX, 32)
+    _check_range("record count", record_count, 1, UINT32_MAX, 36)
+    _check_range("epoch", epoch, 1, INT64_MAX, 40)
+    _check_range("base offset", base_offset, 0, INT64_MAX - record_count, 48)
+    size_bytes = FRAME_HEADER_SIZE + len(batch)
+    _check_range("frame size", size_bytes, FRAME_HEADER_SIZE + BATCH_HEADER_SIZE, UINT32_MAX, 12)
+    body = _FRAME_BODY.pack(zlib.crc32(batch), size_bytes, topic_id, partition, record_count, epoch, base_offset)
+    return _FRAME_LEAD.pack(FRAME_MAGIC, zlib.crc32(body)) + body
+
+
+def scan_frames(
+    buffer: Buffer, start: int = WAL_FILE_HEADER_SIZE, limits: FormatLimits = DEFAULT_LIMITS
+) -> Iterator[WalFrame | DamagedSpan]:
+    """Every valid frame of a file in order, and every damaged stretch between them, without a gap.
+
+    A damaged stretch ends where the next intact frame header starts, or at the end of the buffer; a frame
+    whose header is intact and whose batch is not is a stretch of its own. Never raises on content. A search
+    compares header checksums only, so time stays linear in the size of the buffer, garbage or not.
+    """
+    with memoryview(buffer) as view:
+        yield from _Scan(buffer, view, limits).frames(start)
+
+
+class _Scan:
+    """One pass over one buffer. Knows how much work failed checks may still cost."""
+
+    __slots__ = ("_buffer", "_limits", "_view", "_wasted_bytes_left")
+
+    def __init__(self, buffer: Buffer, view: memoryview, limits: FormatLimits) -> None:
+        self._buffer = buffer
+        self._view = view
+        self._limits = limits
+        self._wasted_bytes_left = _WASTED_CRC_FACTOR * len(view)
+
+    def frames(self, start: int) -> Iterator[WalFrame | DamagedSpan]:
+        at, size = start, len(self._view)
+        while at < size:
+            frame = self._header_at(at)
+            reason = frame if isinstance(frame, str) else self._damage(frame)
+            if isinstance(frame, str):
+                end = self._next_header(at + 1)
+                yield DamagedSpan(at, end - at, frame)
+            elif reason is None:
+                end = at + frame.size_bytes
+                yield frame
+            else:
+                end = at + frame.size_bytes
+                if not self._is_boundary(end):
+                    end = self._next_header(at + 1)
+                yield DamagedSpan(at, end - at, reason, frame)
+            at = end
+
+    def _header_at(self, at: int) -> WalFrame | str:
+        """The frame whose intact header is at `at`, its batch unseen; or why there is none."""
+        view = self._view
+        if len(view) - at < FRAME_HEADER_SIZE:
+            return f"{len(view) - at} bytes, a frame header takes {FRAME_HEADER_SIZE}"
+        magic, header_crc, _, size_bytes, topic_id, partition, record_count, epoch, base_offset = _FRAME.unpack_from(
+            view, at
+        )
+        if magic != FRAME_MAGIC:
+            return f"frame magic is {magic!r}, expected {FRAME_MAGIC!r}"
+        batch_at = at + FRAME_HEADER_SIZE
+        if zlib.crc32(view[at + _FRAME_BODY_AT : batch_at]) != header_crc:
+            return "frame header CRC does not match"
+        batch_size_bytes = size_bytes - FRAME_HEADER_SIZE
+        bound = self._limits.batch_bytes_max
+        if not BATCH_HEADER_SIZE <= batch_size_bytes <= bound:
+            return f"frame holds {batch_size_bytes} bytes, must be {BATCH_HEADER_SIZE} to {bound}"
+        if (
+            topic_id == _NIL
+            or not record_count
+            or not 1 <= epoch <= INT64_MAX
+            or not 0 <= base_offset <= INT64_MAX - record_count
+        ):
+            return f"frame fields: epoch {epoch}, record count {record_count}, base offset {base_offset}"
+        return WalFrame(
+            topic_id, partition, epoch, base_offset, record_count, at, size_bytes, batch_at, batch_size_bytes
+        )
+
+    def _damage(self, frame: WalFrame) -> str | None:
+        """What is wrong with the batch of a frame whose header is intact; None when nothing is."""
+        view, end = self._view, frame.at + frame.size_bytes
+        if end > len(view):
+            return f"frame of {frame.size_bytes} bytes, {len(view) - frame.at} are there"
+        if self._wasted_bytes_left <= 0 and not self._is_boundary(end):
+            return "batch not checked: too many overlapping frames failed before it"
+        (declared,) = _BATCH_CRC.unpack_from(view, frame.at + _FRAME_BODY_AT)
+        computed = zlib.crc32(view[frame.batch_at : end])
+        if computed == declared:
+            return None
+        self._wasted_bytes_left -= frame.size_bytes
+        return f"batch CRC is {computed:#010x}, the frame says {declared:#010x}"
+
+    def _is_boundary(self, at: int) -> bool:
+        """The buffer ends at `at`, or an intact header starts there."""
+        return at == len(self._view) or (at < len(self._view) and not isinstance(self._header_at(at), str))
+
+    def _next_header(self, start: int) -> int:
+        """Where the first intact header at or after `start` is; the end of the buffer if there is none."""
+        at = _find_magic(self._buffer, start)
+        while at >= 0:
+            if not isinstance(self._header_at(at), str):
+                return at
+            at = _find_magic(self._buffer, at + 1)
+        return len(self._view)
+
+
+def _find_magic(buffer: Buffer, start: int) -> int:
+    if not isinstance(buffer, memoryview):
+        return buffer.find(FRAME_MAGIC, start)
+    found = _FIND_MAGIC.search(buffer, start)
+    return found.start() if found else -1
+
+
+def _check_id(name: str, value: bytes, at: int) -> None:
+    if len(value) != TOPIC_ID_SIZE or value == _NIL:
+        raise FormatError(f"{name} is {value!r}, must be {TOPIC_ID_SIZE} bytes, not all zero", at)
+
+
+def _check_range(name: str, value: int, low: int, high: int, at: int) -> None:
+    if not low <= value <= high:
+        raise FormatError(f"{name} is {value}, must be {low} to {high}", at)
