@@ -319,10 +319,21 @@ def split_batches(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> list
 
 
 def _decode_one(buffer: Buffer, limits: FormatLimits) -> tuple[BatchHeader, Records]:
+    header = check_one_batch(buffer, limits)
+    return header, decode_checked(buffer, header, limits)
+
+
+def check_one_batch(buffer: Buffer, limits: FormatLimits) -> BatchHeader:
+    """check_batch(), and `buffer` holds nothing after the batch."""
     header = check_batch(buffer, 0, limits)
     if len(buffer) != header.size_bytes:
         extra = len(buffer) - header.size_bytes
         raise FormatError(f"{extra} bytes after the batch", header.size_bytes)
+    return header
+
+
+def decode_checked(buffer: Buffer, header: BatchHeader, limits: FormatLimits) -> Records:
+    """decode_batch() for a batch that check_one_batch() gave `header` for."""
     payload = _decompress(memoryview(buffer)[BATCH_HEADER_SIZE:], header)
     shape = PayloadShape(
         header.record_count,
@@ -340,7 +351,7 @@ def _decode_one(buffer: Buffer, limits: FormatLimits) -> tuple[BatchHeader, Reco
     latest = int(records.timestamps_ms.max())
     if latest != header.max_timestamp_ms:
         raise FormatError(f"latest timestamp is {latest}, the header says {header.max_timestamp_ms}", 56)
-    return header, records
+    return records
 
 
 def _decompress(payload: memoryview, header: BatchHeader) -> memoryview:

@@ -1,0 +1,346 @@
+"""The frame of a segment: its header, block index and footer. docs/formats/segment.md draws them.
+
+    header (64) | block | block | ... | index (64 per block) | footer (32)
+
+Owns: those bytes and what must agree between them. Does not own: building (segment_builder.py), fetching
+byte ranges (segment_reader.py), the blocks themselves (record batches, batch.py).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .batch import BATCH_HEADER_SIZE, BatchHeader, Buffer, Codec
+from .columns import Int64s
+from .errors import FormatError
+from .limits import DEFAULT_LIMITS, INT64_MAX, UINT32_MAX, FormatLimits
+
+SEGMENT_MAGIC = b"STRM"
+SEGMENT_VERSION = 1
+
+# magic, version, codec, flags, topic id, partition, epoch, base offset, end offset, record count | crc
+_HEADER_BODY = struct.Struct("<4sHBB16sIQqqQ")
+_HEADER = struct.Struct("<4sHBB16sIQqqQI")
+SEGMENT_HEADER_SIZE = 64
+assert _HEADER.size == SEGMENT_HEADER_SIZE == _HEADER_BODY.size + 4
+
+# index position, index size, block count, index crc, version, flags | footer crc, magic
+_FOOTER_BODY = struct.Struct("<QIIIHH")
+_FOOTER = struct.Struct("<QIIIHHI4s")
+SEGMENT_FOOTER_SIZE = 32
+assert _FOOTER.size == SEGMENT_FOOTER_SIZE == _FOOTER_BODY.size + 8
+
+INDEX_ENTRY = np.dtype(
+    [
+        ("first_offset", "<i8"),
+        ("end_offset", "<i8"),
+        ("at", "<u8"),
+        ("first_timestamp_ms", "<i8"),
+        ("max_timestamp_ms", "<i8"),
+        ("epoch", "<u8"),
+        ("size_bytes", "<u4"),
+        ("record_count", "<u4"),
+        ("uncompressed_bytes", "<u4"),
+        ("crc", "<u4"),
+    ]
+)
+INDEX_ENTRY_SIZE = 64
+assert INDEX_ENTRY.itemsize == INDEX_ENTRY_SIZE
+
+SEGMENT_BYTES_MIN = SEGMENT_HEADER_SIZE + BATCH_HEADER_SIZE + INDEX_ENTRY_SIZE + SEGMENT_FOOTER_SIZE
+
+_NIL = bytes(16)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentHeader:
+    """What a segment holds: offsets [base_offset, end_offset). No block has a higher epoch than the segment."""
+
+    topic_id: bytes
+    partition: int
+    codec: Codec
+    epoch: int
+    base_offset: int
+    end_offset: int
+    record_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentFooter:
+    """Where the index lies (byte position from the start of the segment) and its checksum."""
+
+    index_at: int
+    index_size_bytes: int
+    block_count: int
+    index_crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentInfo:
+    """A finished segment, as it is registered. raw_bytes: the payloads of its blocks, uncompressed."""
+
+    topic_id: bytes
+    partition: int
+    epoch: int
+    base_offset: int
+    end_offset: int
+    record_count: int
+    first_timestamp_ms: int
+    max_timestamp_ms: int
+    size_bytes: int
+    block_count: int
+    raw_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEntry:
+    """One block: offsets [first_offset, end_offset), bytes [at, at + size_bytes) from the segment's start.
+    crc is over all bytes of the block, base offset and epoch included."""
+
+    first_offset: int
+    end_offset: int
+    at: int
+    first_timestamp_ms: int
+    max_timestamp_ms: int
+    epoch: int
+    size_bytes: int
+    record_count: int
+    uncompressed_bytes: int
+    crc: int
+
+    @classmethod
+    def of(cls, header: BatchHeader, at: int, crc: int) -> BlockEntry:
+        """The entry of the block with this batch header, at this position."""
+        return cls(
+            header.base_offset,
+            header.end_offset,
+            at,
+            header.first_timestamp_ms,
+            header.max_timestamp_ms,
+            header.epoch,
+            header.size_bytes,
+            header.record_count,
+            header.uncompressed_bytes,
+            crc,
+        )
+
+
+class SegmentIndex:
+    """The blocks of a segment in offset order, as one array; entries are made when asked for."""
+
+    __slots__ = ("_blocks", "_ends", "_latest")
+
+    def __init__(self, blocks: NDArray[np.void]) -> None:
+        self._blocks = blocks
+        # Contiguous copies: a bisect over the strided field would touch a cache line per probe anyway, but
+        # searchsorted would copy the whole column on every call.
+        self._ends: Int64s = np.ascontiguousarray(blocks["end_offset"])
+        self._latest: Int64s = np.maximum.accumulate(blocks["max_timestamp_ms"])
+
+    @classmethod
+    def of(cls, entries: list[BlockEntry]) -> SegmentIndex:
+        """An index of these blocks, in order."""
+        rows = [tuple(getattr(entry, name) for name in _FIELDS) for entry in entries]
+        return cls(np.array(rows, INDEX_ENTRY))
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, position: int) -> BlockEntry:
+        return BlockEntry(*self._blocks[position].item())
+
+    def __iter__(self) -> Iterator[BlockEntry]:
+        return (BlockEntry(*row) for row in self._blocks.tolist())
+
+    def find(self, offset: int) -> int:
+        """Position of the block that holds `offset`, or of the next one after it; len(self) past the end."""
+        return int(np.searchsorted(self._ends, offset, side="right"))
+
+    def find_timestamp(self, timestamp_ms: int) -> int:
+        """Position of the first block that reaches `timestamp_ms`; len(self) when none does."""
+        return int(np.searchsorted(self._latest, timestamp_ms, side="left"))
+
+    @property
+    def record_count(self) -> int:
+        """Records of all blocks."""
+        return int(self._blocks["record_count"].sum(dtype=np.int64))
+
+    @property
+    def raw_bytes(self) -> int:
+        """Uncompressed payload bytes of all blocks."""
+        return int(self._blocks["uncompressed_bytes"].sum(dtype=np.int64))
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the index."""
+        return self._blocks.nbytes + self._ends.nbytes + self._latest.nbytes
+
+    def encode(self) -> bytes:
+        """INDEX_ENTRY_SIZE bytes per block."""
+        return self._blocks.tobytes()
+
+
+_FIELDS: tuple[str, ...] = INDEX_ENTRY.names or ()
+
+
+# ---- header
+
+
+def encode_segment_header(header: SegmentHeader) -> bytes:
+    """SEGMENT_HEADER_SIZE bytes. Raises FormatError for a field out of range."""
+    _check_header(header)
+    body = _HEADER_BODY.pack(
+        SEGMENT_MAGIC,
+        SEGMENT_VERSION,
+        header.codec,
+        0,
+        header.topic_id,
+        header.partition,
+        header.epoch,
+        header.base_offset,
+        header.end_offset,
+        header.record_count,
+    )
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+def decode_segment_header(buffer: Buffer) -> SegmentHeader:
+    """The header at the start of `buffer`. Raises FormatError."""
+    if len(buffer) < SEGMENT_HEADER_SIZE:
+        raise FormatError(f"segment header: {len(buffer)} of {SEGMENT_HEADER_SIZE} bytes")
+    magic, version, codec_id, flags, topic_id, partition, epoch, base, end, count, crc = _HEADER.unpack_from(buffer)
+    if magic != SEGMENT_MAGIC:
+        raise FormatError(f"segment magic is {magic!r}, expected {SEGMENT_MAGIC!r}")
+    if version != SEGMENT_VERSION:
+        raise FormatError(f"segment version is {version}, this reader knows {SEGMENT_VERSION}", 4)
+    computed = zlib.crc32(memoryview(buffer)[: _HEADER_BODY.size])
+    if computed != crc:
+        raise FormatError(f"segment header CRC is {computed:#010x}, the header says {crc:#010x}", 60)
+    if flags:
+        raise FormatError(f"segment flags are {flags:#04x}, must be 0", 7)
+    if codec_id not in set(Codec):
+        raise FormatError(f"segment codec is {codec_id}, this reader knows {sorted(Codec)}", 6)
+    header = SegmentHeader(topic_id, partition, Codec(codec_id), epoch, base, end, count)
+    _check_header(header)
+    return header
+
+
+def _check_header(header: SegmentHeader) -> None:
+    check_identity(header.topic_id, header.partition, header.epoch)
+    if not 0 <= header.base_offset < header.end_offset <= INT64_MAX:
+        raise FormatError(f"segment offsets are {header.base_offset} to {header.end_offset}", 36)
+    span = header.end_offset - header.base_offset
+    if not 1 <= header.record_count <= span:
+        raise FormatError(f"segment record count is {header.record_count} over {span} offsets", 52)
+
+
+def check_identity(topic_id: bytes, partition: int, epoch: int) -> None:
+    """Raises FormatError unless topic_id is 16 bytes (not nil), partition a u32 and epoch 1 to 2**63-1."""
+    if len(topic_id) != len(_NIL) or topic_id == _NIL:
+        raise FormatError(f"segment topic id is {topic_id!r}, must be 16 bytes, not all zero", 8)
+    if not 0 <= partition <= UINT32_MAX:
+        raise FormatError(f"segment partition is {partition}, must be 0 to {UINT32_MAX}", 24)
+    if not 1 <= epoch <= INT64_MAX:
+        raise FormatError(f"segment epoch is {epoch}, must be 1 to {INT64_MAX}", 28)
+
+
+# ---- footer
+
+
+def encode_footer(footer: SegmentFooter) -> bytes:
+    """SEGMENT_FOOTER_SIZE bytes."""
+    body = _FOOTER_BODY.pack(
+        footer.index_at, footer.index_size_bytes, footer.block_count, footer.index_crc, SEGMENT_VERSION, 0
+    )
+    return body + zlib.crc32(body).to_bytes(4, "little") + SEGMENT_MAGIC
+
+
+def decode_footer(buffer: Buffer, segment_size_bytes: int, limits: FormatLimits = DEFAULT_LIMITS) -> SegmentFooter:
+    """The footer in the last SEGMENT_FOOTER_SIZE bytes of `buffer`, which ends where the segment ends.
+
+    Raises FormatError; positions in it count from the start of the segment.
+    """
+    at = segment_size_bytes - SEGMENT_FOOTER_SIZE
+    if len(buffer) < SEGMENT_FOOTER_SIZE:
+        raise FormatError(f"segment footer: {len(buffer)} of {SEGMENT_FOOTER_SIZE} bytes", max(at, 0))
+    view = memoryview(buffer)[len(buffer) - SEGMENT_FOOTER_SIZE :]
+    index_at, index_size, block_count, index_crc, version, flags, crc, magic = _FOOTER.unpack(view)
+    if magic != SEGMENT_MAGIC:
+        raise FormatError(f"segment ends in {magic!r}, expected {SEGMENT_MAGIC!r}", at + 28)
+    computed = zlib.crc32(view[: _FOOTER_BODY.size])
+    if computed != crc:
+        raise FormatError(f"segment footer CRC is {computed:#010x}, the footer says {crc:#010x}", at + 24)
+    if version != SEGMENT_VERSION or flags:
+        raise FormatError(f"segment footer version {version}, flags {flags:#06x} are unknown", at + 20)
+    if not 1 <= block_count <= limits.index_entries_max:
+        bound = limits.index_entries_max
+        raise FormatError(f"segment has {block_count} blocks, must be 1 to {bound} (index_entries_max)", at + 12)
+    if index_size != block_count * INDEX_ENTRY_SIZE:
+        raise FormatError(f"index of {index_size} bytes for {block_count} blocks", at + 8)
+    if index_at + index_size != at or index_at < SEGMENT_HEADER_SIZE:
+        raise FormatError(f"index at {index_at}, {index_size} bytes, does not end at the footer", at)
+    return SegmentFooter(index_at, index_size, block_count, index_crc)
+
+
+# ---- index
+
+
+def decode_index(buffer: Buffer, footer: SegmentFooter, limits: FormatLimits = DEFAULT_LIMITS) -> SegmentIndex:
+    """The index from exactly its bytes. Raises FormatError where blocks do not follow one another in bytes,
+    offsets or epochs, or exceed the limits; positions count from the start of the segment."""
+    at = footer.index_at
+    if len(buffer) != footer.index_size_bytes:
+        raise FormatError(f"segment index: {len(buffer)} of {footer.index_size_bytes} bytes", at)
+    computed = zlib.crc32(buffer)
+    if computed != footer.index_crc:
+        raise FormatError(f"segment index CRC is {computed:#010x}, the footer says {footer.index_crc:#010x}", at)
+    blocks = np.frombuffer(bytes(buffer), INDEX_ENTRY)
+    _check_blocks(blocks, footer, limits)
+    return SegmentIndex(blocks)
+
+
+def _check_blocks(blocks: NDArray[np.void], footer: SegmentFooter, limits: FormatLimits) -> None:
+    sizes, first, end = blocks["size_bytes"], blocks["first_offset"], blocks["end_offset"]
+    counts, epochs, starts = blocks["record_count"], blocks["epoch"], blocks["at"]
+    byte_ends = SEGMENT_HEADER_SIZE + np.cumsum(sizes, dtype=np.uint64)
+    expected = np.concatenate([[np.uint64(SEGMENT_HEADER_SIZE)], byte_ends[:-1]])
+    spans = end - first  # of two non-negative int64, once the first check below has passed
+    faults: list[tuple[str, NDArray[Any]]] = [
+        ("offsets", (first < 0) | (end <= first)),
+        ("size", (sizes <= BATCH_HEADER_SIZE) | (sizes > limits.batch_bytes_max)),
+        ("position", starts != expected),
+        ("record count", (counts < 1) | (counts > limits.record_count_max) | (counts > spans)),
+        ("epoch", (epochs < 1) | (epochs > INT64_MAX)),
+        ("uncompressed size", blocks["uncompressed_bytes"] > limits.uncompressed_bytes_max),
+        ("timestamps", blocks["max_timestamp_ms"] < blocks["first_timestamp_ms"]),
+        ("offset order", np.concatenate([[False], first[1:] < end[:-1]])),
+        ("epoch order", np.concatenate([[False], epochs[1:] < epochs[:-1]])),
+    ]
+    for name, wrong in faults:
+        if wrong.any():
+            position = int(wrong.argmax())
+            where = footer.index_at + position * INDEX_ENTRY_SIZE
+            raise FormatError(f"segment index: {name} of block {position}", where)
+    if int(byte_ends[-1]) != footer.index_at:
+        raise FormatError(f"blocks end at {int(byte_ends[-1])}, the index is at {footer.index_at}", footer.index_at)
+
+
+def check_agreement(header: SegmentHeader, index: SegmentIndex) -> None:
+    """Raises FormatError where header and index tell different stories."""
+    first, last = index[0], index[len(index) - 1]
+    for name, said, found, at in (
+        ("base offset", header.base_offset, first.first_offset, 36),
+        ("end offset", header.end_offset, last.end_offset, 44),
+        ("record count", header.record_count, index.record_count, 52),
+    ):
+        if said != found:
+            raise FormatError(f"segment header says {name} {said}, the index {found}", at)
+    if last.epoch > header.epoch:
+        raise FormatError(f"segment header says epoch {header.epoch}, the last block has {last.epoch}", 28)

@@ -1,0 +1,235 @@
+"""Builds one segment from stamped batches in offset order. Holds all of it in memory; does no I/O.
+
+Small batches are merged into blocks, because a block is what a reader fetches, caches and decompresses: one
+of 1 MiB costs one request and compresses well. Large ones are copied as they are.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+from .batch import (
+    BATCH_HEADER_SIZE,
+    BatchHeader,
+    Buffer,
+    Codec,
+    check_one_batch,
+    decode_checked,
+    encode_batch,
+    read_batch_header,
+)
+from .columns import Records
+from .errors import FormatError
+from .limits import DEFAULT_LIMITS, MIB, FormatLimits
+from .segment import (
+    INDEX_ENTRY_SIZE,
+    SEGMENT_FOOTER_SIZE,
+    SEGMENT_HEADER_SIZE,
+    BlockEntry,
+    SegmentFooter,
+    SegmentHeader,
+    SegmentIndex,
+    SegmentInfo,
+    check_identity,
+    encode_footer,
+    encode_segment_header,
+)
+
+BLOCK_BYTES_TARGET = MIB
+
+# Merging may add a column that some of the batches had no need of (offset gaps, keys, headers): at most 3
+# bytes to a record that takes at least 2. Blocks stay within the limits when the target is a quarter of them.
+_MERGE_GROWTH_MAX = 4
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltSegment:
+    """A finished segment: its bytes, in parts to be written one after the other, and what it holds."""
+
+    parts: list[bytes]
+    info: SegmentInfo
+
+
+class SegmentBuilder:
+    """Takes stamped batches with add(), gives the segment with finish(). For one use by one owner.
+
+    epoch is the highest epoch that may occur; it becomes the segment's. Batches of different epochs (after a
+    change of leader, in compaction) never share a block. Merged blocks carry no producer stamp: it has done
+    its work when the batch was acknowledged.
+    """
+
+    def __init__(
+        self,
+        topic_id: bytes,
+        partition: int,
+        epoch: int,
+        *,
+        block_bytes_target: int = BLOCK_BYTES_TARGET,
+        codec: Codec = Codec.LZ4,
+        limits: FormatLimits = DEFAULT_LIMITS,
+    ) -> None:
+        check_identity(topic_id, partition, epoch)
+        bound = min(limits.uncompressed_bytes_max, limits.batch_bytes_max) // _MERGE_GROWTH_MAX
+        if not 1 <= block_bytes_target <= bound:
+            raise FormatError(f"block_bytes_target is {block_bytes_target}, must be 1 to {bound}")
+        self._topic_id = topic_id
+        self._partition = partition
+        self._epoch = epoch
+        self._block_bytes_target = block_bytes_target
+        self._codec = codec
+        self._limits = limits
+        self._blocks: list[bytes] = []
+        self._entries: list[BlockEntry] = []
+        self._blocks_size_bytes = 0
+        self._pending: list[Records] = []
+        self._pending_epoch = 0
+        self._pending_bytes = 0
+        self._pending_count = 0
+        self._pending_headers = 0
+        self._end_offset = 0
+        self._last_epoch = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the segment so far, the records not yet in a block counted uncompressed."""
+        index = (len(self._entries) + bool(self._pending)) * INDEX_ENTRY_SIZE
+        frame = SEGMENT_HEADER_SIZE + SEGMENT_FOOTER_SIZE
+        return frame + index + self._blocks_size_bytes + self._pending_bytes
+
+    @property
+    def end_offset(self) -> int:
+        """One past the last offset added; 0 before the first."""
+        return self._end_offset
+
+    def add(self, batch: Buffer) -> BatchHeader:
+        """Append one stamped batch; its bytes may be reused afterwards.
+
+        Raises FormatError (and takes nothing) for a damaged batch, offsets that overlap those before, an
+        epoch below those before or above the segment's, and beyond the size limits.
+        """
+        header = check_one_batch(batch, self._limits)
+        self._check_order(header)
+        if header.uncompressed_bytes >= self._block_bytes_target // 2:
+            block = self._as_block(batch, header)
+            self._check_room(len(block))
+            self._flush()
+            self._append(block)
+        else:
+            records = self._decode(batch, header)
+            self._check_room(header.uncompressed_bytes)
+            self._merge(records, header)
+        self._end_offset, self._last_epoch = header.end_offset, header.epoch
+        return header
+
+    def finish(self) -> BuiltSegment:
+        """The segment. Raises FormatError when nothing was added."""
+        self._flush()
+        if not self._entries:
+            raise FormatError("a segment of no batches")
+        index = SegmentIndex.of(self._entries)
+        header = SegmentHeader(
+            self._topic_id,
+            self._partition,
+            self._codec,
+            self._epoch,
+            self._entries[0].first_offset,
+            self._end_offset,
+            index.record_count,
+        )
+        encoded_index = index.encode()
+        index_at = SEGMENT_HEADER_SIZE + self._blocks_size_bytes
+        footer = SegmentFooter(index_at, len(encoded_index), len(index), zlib.crc32(encoded_index))
+        parts = [encode_segment_header(header), *self._blocks, encoded_index, encode_footer(footer)]
+        size_bytes = sum(map(len, parts))
+        self._check_size(size_bytes)
+        return BuiltSegment(parts, self._info(header, index, size_bytes))
+
+    def _info(self, header: SegmentHeader, index: SegmentIndex, size_bytes: int) -> SegmentInfo:
+        return SegmentInfo(
+            header.topic_id,
+            header.partition,
+            header.epoch,
+            header.base_offset,
+            header.end_offset,
+            header.record_count,
+            self._entries[0].first_timestamp_ms,
+            max(entry.max_timestamp_ms for entry in self._entries),
+            size_bytes,
+            len(index),
+            index.raw_bytes,
+        )
+
+    def _check_order(self, header: BatchHeader) -> None:
+        if header.base_offset < self._end_offset:
+            raise FormatError(f"batch starts at offset {header.base_offset}, segment ends at {self._end_offset}")
+        if not max(self._last_epoch, 1) <= header.epoch <= self._epoch:
+            low, high = max(self._last_epoch, 1), self._epoch
+            raise FormatError(f"batch epoch is {header.epoch}, must be {low} to {high}", 8)
+
+    def _check_room(self, extra_bytes: int) -> None:
+        # Two more entries: the pending block and the new one.
+        if len(self._entries) + 2 > self._limits.index_entries_max:
+            raise FormatError(f"segment of more than {self._limits.index_entries_max} blocks (index_entries_max)")
+        self._check_size(self.size_bytes + INDEX_ENTRY_SIZE + BATCH_HEADER_SIZE + extra_bytes)
+
+    def _check_size(self, size_bytes: int) -> None:
+        if size_bytes > self._limits.segment_bytes_max:
+            bound = self._limits.segment_bytes_max
+            raise FormatError(f"segment of {size_bytes} bytes, segment_bytes_max is {bound}")
+
+    def _decode(self, batch: Buffer, header: BatchHeader) -> Records:
+        # Columns of an uncompressed batch are views into it, and the caller may reuse its buffer.
+        stable = bytes(batch) if header.codec is Codec.NONE else batch
+        return decode_checked(stable, header, self._limits)
+
+    def _as_block(self, batch: Buffer, header: BatchHeader) -> bytes:
+        """The batch as it is, or compressed now where the producer did not."""
+        if header.codec is self._codec or self._codec is Codec.NONE:
+            return bytes(batch)
+        return encode_batch(
+            decode_checked(batch, header, self._limits),
+            base_offset=header.base_offset,
+            epoch=header.epoch,
+            codec=self._codec,
+            producer=header.producer,
+            limits=self._limits,
+        )
+
+    def _merge(self, records: Records, header: BatchHeader) -> None:
+        headers = 0 if records.headers is None else len(records.headers.names)
+        if (
+            header.epoch != self._pending_epoch
+            or self._pending_headers + headers > self._limits.header_count_max
+            or self._pending_bytes + header.uncompressed_bytes > self._block_bytes_target
+            or self._pending_count + header.record_count > self._limits.record_count_max
+        ):
+            self._flush()
+        self._pending.append(records)
+        self._pending_epoch = header.epoch
+        self._pending_bytes += header.uncompressed_bytes
+        self._pending_count += header.record_count
+        self._pending_headers += headers
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        records = Records.concat(self._pending)
+        base_offset = int(records.offsets[0])
+        self._append(
+            encode_batch(
+                records,
+                base_offset=base_offset,
+                epoch=self._pending_epoch,
+                codec=self._codec,
+                limits=self._limits,
+            )
+        )
+        self._pending, self._pending_bytes, self._pending_count, self._pending_headers = [], 0, 0, 0
+
+    def _append(self, block: bytes) -> None:
+        at = SEGMENT_HEADER_SIZE + self._blocks_size_bytes
+        header = read_batch_header(block, 0, self._limits)
+        self._entries.append(BlockEntry.of(header, at, zlib.crc32(block)))
+        self._blocks.append(block)
+        self._blocks_size_bytes += len(block)
