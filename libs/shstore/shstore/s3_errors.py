@@ -34,7 +34,6 @@ CLIENT_ERRORS = (BotoCoreError, ClientError, aiohttp.ClientError, OSError)
 _THROTTLED = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "429")
 _AGAIN = ("RequestTimeout", "ConditionalRequestConflict", "OperationAborted", "BadDigest", "IncompleteBody")
 _MISSING = ("NoSuchKey", "NoSuchUpload")
-_ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301")
 _DENIED = ("ExpiredToken", "InvalidToken")
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
 
@@ -75,12 +74,10 @@ def _response_error(exc: ClientError, where: str, key: str | None, settings: Sto
         return about_key
     if code in _THROTTLED or status in (429, 503):
         return StoreUnavailable(message, throttled=code in _THROTTLED or status == 429)
-    if code in _AGAIN or status >= 500:
+    if code in _AGAIN or (status >= 500 and status != 501):  # 501: the server cannot do this at all
         return StoreUnavailable(message)
     if status in (401, 403) or code in _DENIED:
         return StoreDenied(f"{message}; check access key {settings.access_key or '(from the environment)'}")
-    if code in _ELSEWHERE:
-        return StoreInvalid(f"{message}; the bucket may be in another region than {settings.region!r}")
     return StoreInvalid(message)
 
 

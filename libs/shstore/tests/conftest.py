@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import uuid
@@ -47,6 +48,15 @@ def moto_endpoint(environment: dict[str, str] | None = None) -> Iterator[str]:
 def s3_endpoint() -> Iterator[str]:
     with moto_endpoint() as endpoint:
         yield endpoint
+
+
+@pytest.fixture
+def strict_s3() -> Iterator[StoreSettings]:
+    """A bucket on a server that refuses access keys it does not know, which is any from now on."""
+    # The count of requests before checking begins covers the one that creates the bucket.
+    with moto_endpoint({**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": "1"}) as endpoint:
+        create_bucket(endpoint, "bucket")
+        yield StoreSettings(kind="s3", endpoint=endpoint, bucket="bucket", access_key="AKIAWRONG", secret_key="s")
 
 
 def create_bucket(endpoint: str, bucket: str) -> None:

@@ -1,0 +1,285 @@
+"""What only the S3 adapter does: bad credentials, missing buckets, and servers that misbehave on the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aioboto3
+import pytest
+from shstore import (
+    BodyTruncated,
+    BucketMissing,
+    ObjectExists,
+    ObjectMissing,
+    S3Store,
+    StoreCorrupt,
+    StoreDenied,
+    StoreError,
+    StoreInvalid,
+    StoreSettings,
+    StoreUnavailable,
+)
+
+MIB = 1024 * 1024
+Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def test_no_bucket(s3_settings: StoreSettings) -> None:
+    store = S3Store(dataclasses.replace(s3_settings, bucket="not-there"))
+    message = f"bucket 'not-there' does not exist at {s3_settings.endpoint}"
+    for call in (store.check(), store.get("k"), store.put("k", [b"x"]), store.put("k", [bytes(6 * MIB)])):
+        with pytest.raises(BucketMissing, match=message):
+            await call
+    await store.close()
+
+
+async def test_wrong_credentials(strict_s3: StoreSettings) -> None:
+    async with opened(strict_s3) as store:
+        with pytest.raises(StoreDenied, match=r"InvalidAccessKeyId.*check access key AKIAWRONG"):
+            await store.check()
+        with pytest.raises(StoreDenied):
+            await store.put("k", [b"x"])
+
+
+async def test_no_credentials(s3_settings: StoreSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    store = S3Store(dataclasses.replace(s3_settings, access_key=None, secret_key=None))
+    with pytest.raises(StoreDenied, match="set access_key and secret_key"):
+        await store.check()
+    await store.close()
+
+
+async def test_nothing_listens(s3_settings: StoreSettings) -> None:
+    async with server(answering(b"")) as endpoint:
+        pass
+    store = S3Store(dataclasses.replace(s3_settings, endpoint=endpoint))
+    with pytest.raises(StoreUnavailable, match="Could not connect"):
+        await store.check()
+    await store.close()
+
+
+async def test_keys_lie_below_the_prefix(s3_settings: StoreSettings) -> None:
+    one, two = (S3Store(dataclasses.replace(s3_settings, prefix=prefix)) for prefix in ("one", "one-two"))
+    await one.put("k", [b"1"])
+    await two.put("k", [b"2"])
+    assert await one.get("k") == b"1"
+    assert [info.key async for info in one.list("")] == ["k"]
+    whole = S3Store(dataclasses.replace(s3_settings, prefix=""))
+    assert [info.key async for info in whole.list("")] == ["one-two/k", "one/k"]
+    for store in (one, two, whole):
+        await store.close()
+
+
+async def uploads_under_way(settings: StoreSettings) -> int:
+    client = aioboto3.Session().client(
+        "s3",
+        endpoint_url=settings.endpoint,
+        region_name=settings.region,
+        aws_access_key_id=settings.access_key,
+        aws_secret_access_key=settings.secret_key,
+    )
+    async with client as s3:
+        return len((await s3.list_multipart_uploads(Bucket=settings.bucket)).get("Uploads", []))
+
+
+async def test_a_multipart_upload_that_loses_the_race_is_aborted(s3_settings: StoreSettings) -> None:
+    store = S3Store(s3_settings)
+    await store.put("large", [bytes(6 * MIB)])
+    with pytest.raises(ObjectExists):
+        await store.put("large", [bytes(6 * MIB)])
+    assert await uploads_under_way(s3_settings) == 0
+    await store.close()
+
+
+async def test_a_failed_or_cancelled_multipart_upload_is_aborted(s3_settings: StoreSettings) -> None:
+    """A proxy in between cuts (or holds back) the second part; all else passes."""
+    assert s3_settings.endpoint
+    for hold in (False, True):
+        held = asyncio.Event()
+
+        async def second_part(held: asyncio.Event = held, hold: bool = hold) -> None:
+            held.set()
+            if hold:
+                await asyncio.sleep(3600)
+
+        async with server(forwarding(s3_settings.endpoint, b"partNumber=2", second_part)) as endpoint:
+            store = S3Store(dataclasses.replace(s3_settings, endpoint=endpoint))
+            put = asyncio.create_task(store.put("large", [bytes(11 * MIB)]))
+            await held.wait()
+            if hold:
+                put.cancel()
+            with pytest.raises(asyncio.CancelledError if hold else StoreUnavailable):
+                await put
+            assert await uploads_under_way(s3_settings) == 0
+            with pytest.raises(ObjectMissing):
+                await store.head("large")
+            await store.close()
+
+
+@asynccontextmanager
+async def opened(settings: StoreSettings, **changes: Any) -> AsyncIterator[S3Store]:
+    store = S3Store(dataclasses.replace(settings, **changes))
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def xml_error(status: str, code: str) -> bytes:
+    body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>said so</Message></Error>'.encode()
+    return b"HTTP/1.1 %s\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n%s" % (
+        status.encode(), len(body), body,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "throttled"),
+    [
+        ("503 Slow Down", "SlowDown", StoreUnavailable, True),
+        ("429 Too Many", "TooManyRequests", StoreUnavailable, True),
+        ("503 Unavailable", "ServiceUnavailable", StoreUnavailable, False),
+        ("500 Oops", "InternalError", StoreUnavailable, False),
+        ("400 Bad Request", "RequestTimeout", StoreUnavailable, False),
+        ("409 Conflict", "ConditionalRequestConflict", StoreUnavailable, False),
+        ("412 Precondition Failed", "PreconditionFailed", ObjectExists, None),
+        ("404 Not Found", "NoSuchKey", ObjectMissing, None),
+        ("404 Not Found", "NoSuchBucket", BucketMissing, None),
+        ("403 Forbidden", "AccessDenied", StoreDenied, None),
+        ("403 Forbidden", "SignatureDoesNotMatch", StoreDenied, None),
+        ("400 Bad Request", "ExpiredToken", StoreDenied, None),
+        ("400 Bad Request", "InvalidArgument", StoreInvalid, None),
+        ("501 Not Implemented", "NotImplemented", StoreInvalid, None),
+    ],
+)
+async def test_what_error_codes_mean(
+    s3_settings: StoreSettings, status: str, code: str, kind: type[StoreError], throttled: bool | None
+) -> None:
+    requests = 0
+
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        requests += 1
+        writer.write(xml_error(status, code))
+
+    async with server(answer) as endpoint:
+        async with opened(s3_settings, endpoint=endpoint) as store:
+            with pytest.raises(kind) as caught:
+                await store.put("k", [b"x"])
+        assert type(caught.value) is kind
+        assert getattr(caught.value, "throttled", None) == throttled
+        assert requests == 1, "retries are RetryingStore's"
+
+
+GET_100 = b'HTTP/1.1 206 Partial\r\nETag: "e"\r\nContent-Length: %d\r\nContent-Range: %s\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (GET_100 % (10, b"bytes 5-14/100") + b"only5", StoreUnavailable),
+        (GET_100 % (10, b"bytes 0-9/100") + b"0123456789", StoreCorrupt),
+        (GET_100 % (10, b"nonsense") + b"0123456789", StoreCorrupt),
+        (GET_100 % (7, b"bytes 5-11/100") + b"0123456", StoreCorrupt),
+        (b"HTTP/1.1 200 OK\r\nETag: \"e\"\r\nContent-Length: 10\r\n\r\n0123456789", StoreCorrupt),
+        (b"HTTP/1.1 200 OK\r\n\r\n", StoreCorrupt),
+        (b"nothing like HTTP\r\n\r\n", StoreUnavailable),
+        (b"", StoreUnavailable),
+    ],
+)  # fmt: skip
+async def test_a_get_that_is_not_what_was_asked_for_is_an_error(
+    s3_settings: StoreSettings, reply: bytes, kind: type[StoreError]
+) -> None:
+    async with server(answering(reply)) as endpoint, opened(s3_settings, endpoint=endpoint) as store:
+        with pytest.raises((kind, BodyTruncated)):
+            await store.get("k", at=5, size_bytes=10)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [({"read_timeout_ms": 100}, "Read timeout"), ({"attempt_timeout_ms": 100}, "took longer than 100 ms")],
+)
+async def test_a_silent_server_times_out(s3_settings: StoreSettings, limits: dict[str, int], message: str) -> None:
+    async def silence(request: bytes, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(3600)
+
+    async with server(silence) as endpoint, opened(s3_settings, endpoint=endpoint, **limits) as store:
+        with pytest.raises(StoreUnavailable, match=message):
+            await store.get("k")
+
+
+async def test_a_huge_object_is_refused_before_it_is_read(s3_settings: StoreSettings) -> None:
+    reply = b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 99999999999999\r\n\r\n'
+    message = "get of 99999999999999 bytes of 'k' is over get_bytes_max = 1000"
+    async with (
+        server(answering(reply)) as endpoint,
+        opened(s3_settings, endpoint=endpoint, get_bytes_max=1000) as store,
+    ):
+        with pytest.raises(StoreInvalid, match=message):
+            await store.get("k")
+
+
+def answering(reply: bytes) -> Answer:
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(reply)
+
+    return answer
+
+
+def forwarding(target: str, marker: bytes, on_marker: Callable[[], Awaitable[None]]) -> Answer:
+    """Pass each request on; one whose first line contains `marker` is cut after `on_marker()`."""
+    host, port = target.removeprefix("http://").split(":")
+
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
+        if marker in request.split(b"\r\n", 1)[0]:
+            await on_marker()
+            return
+        upstream_reader, upstream_writer = await asyncio.open_connection(host, int(port))
+        upstream_writer.write(request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+        writer.write(await upstream_reader.read())
+        upstream_writer.close()
+        await upstream_writer.wait_closed()
+
+    return answer
+
+
+async def read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    headers = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line)
+    if headers.get(b"expect") == b"100-continue":
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    return head + await reader.readexactly(int(headers.get(b"content-length", b"0")))
+
+
+@asynccontextmanager
+async def server(answer: Answer) -> AsyncIterator[str]:
+    """An HTTP server on a free port that gives each connection's one request to `answer`, then hangs up."""
+    connections: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        connections.add(task)
+        try:
+            await answer(await read_request(reader, writer), writer)
+        except (asyncio.CancelledError, asyncio.IncompleteReadError, ConnectionError):
+            return  # the test is over, or the client hung up first
+        finally:
+            connections.discard(task)
+            writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1 << 20)
+    try:
+        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    finally:
+        listening.close()
+        for task in list(connections):
+            task.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
