@@ -7,10 +7,10 @@ import re
 
 from shstore.errors import KeyInvalid
 
-PREFIX_BYTES_MAX = 124
-"""Longest configured store prefix. Together with KEY_BYTES_MAX this is S3's limit of 1024."""
+PREFIX_BYTES_MAX = 256
+"""Longest configured store prefix. With KEY_BYTES_MAX and a slash between them: S3's limit of 1024."""
 
-KEY_BYTES_MAX = 900
+KEY_BYTES_MAX = 767
 """Longest key in UTF-8. Ours are under 400: a topic name of 249, numbers and a random id."""
 
 COMPONENT_BYTES_MAX = 255
