@@ -15,6 +15,7 @@ from .batch import (
 )
 from .columns import BytesColumn, Header, HeadersColumn, Records
 from .errors import FormatError
+from .inspect import describe_segment, describe_wal_file
 from .limits import DEFAULT_LIMITS, FormatLimits
 from .segment import (
     SEGMENT_FOOTER_SIZE,
@@ -79,6 +80,8 @@ __all__ = [
     "decode_index",
     "decode_segment_header",
     "decode_wal_file_header",
+    "describe_segment",
+    "describe_wal_file",
     "encode_batch",
     "encode_frame_header",
     "encode_wal_file_header",

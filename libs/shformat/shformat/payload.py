@@ -93,8 +93,9 @@ def _encode_headers(headers: HeadersColumn, limits: FormatLimits) -> bytes:
         raise FormatError("headers: a name is null")
     _check_header_counts(counts, total, limits, 0)
     name_lengths = np.diff(headers.names.ends, prepend=0)
-    if total and name_lengths.min() < 0:
-        raise FormatError("headers: name ends are not ascending")
+    covered = int(headers.names.ends[-1]) if total else 0
+    if covered != len(headers.names.data) or (total and name_lengths.min() < 0):
+        raise FormatError("headers: name ends do not cover the names in order")
     sections = [
         encode_varints(counts.view(np.uint64)),
         encode_varints(name_lengths.view(np.uint64)),
