@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from shproto.services import IngestApi
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
 from shruntime.server import RpcServer
+from shruntime.settings import StoreSettings
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
-from shstore import ObjectStore, StoreSettings, open_store
+from shstore import ObjectStore
+from shstore.configured import configured_store
 from streamhouse_coordinator import wiring as coordinator_wiring
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_ingest import wiring as ingest_wiring
@@ -113,7 +115,7 @@ class EmbeddedPlatform:
         return dsn
 
     async def _open_store(self) -> ObjectStore:
-        store = open_store(StoreSettings.load(store_dir=str(self._data_dir.objects)))
+        store = configured_store(StoreSettings.load(store_dir=str(self._data_dir.objects)))
         self._stack.push_async_callback(store.close)
         await store.check()
         return store
