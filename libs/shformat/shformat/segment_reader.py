@@ -27,7 +27,7 @@ from .segment import (
 
 T = TypeVar("T")
 
-# The first read takes the footer and, with it, an index of up to 511 blocks (about half a GiB of records):
+# The first read takes the footer and, with it, an index of up to 511 blocks (records of half a GiB):
 # one request instead of two, for bytes that cost nothing next to a request.
 TAIL_READ_BYTES = 32 * 1024
 
