@@ -1,0 +1,171 @@
+"""How fast the codec is on one core, over 94-byte JSON records with keys (not one repeated byte).
+
+Usage: python bench/codec.py [--records N] [--rounds N] [--json]. Prints medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import lz4.block
+from shformat import (
+    Codec,
+    FormatLimits,
+    Records,
+    SegmentBuilder,
+    decode_batch,
+    encode_batch,
+    encode_frame_header,
+    encode_wal_file_header,
+    scan_frames,
+    stamp_batch,
+    validate_batch,
+)
+
+MB = 1e6
+TOPIC = bytes(range(1, 17))
+# The whole sample as one batch: 100,000 records are 9.6 MB.
+LIMITS = FormatLimits(batch_bytes_max=1 << 30, uncompressed_bytes_max=1 << 30, record_count_max=10_000_000)
+
+
+def sample(count: int) -> Records:
+    """Orders as JSON, about 87 bytes, with keys of about 9; timestamps a few milliseconds apart."""
+    rng = random.Random(1)
+    values, keys, timestamps, now = [], [], [], 1_700_000_000_000
+    for n in range(count):
+        now += rng.randrange(5)
+        order = {
+            "id": n,
+            "amount": rng.randrange(10_000) / 100,
+            "country": rng.choice(["US", "DE", "FR"]),
+            "status": rng.choice(["ok", "fail"]),
+            "ts": now,
+        }
+        values.append(json.dumps(order).encode())
+        keys.append(b"user-%d" % rng.randrange(5000))
+        timestamps.append(now)
+    return Records.from_lists(values, keys, timestamps)
+
+
+def median_s(step: Callable[[], object], rounds: int) -> float:
+    """Median seconds of one call; many calls per round for steps that take microseconds."""
+    step()
+    started = time.perf_counter()
+    step()
+    repeats = max(1, int(0.02 / max(time.perf_counter() - started, 1e-7)))
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        seconds.append((time.perf_counter() - started) / repeats)
+    return statistics.median(seconds)
+
+
+def to_rows(records: Records) -> list[tuple[int, int, bytes | None, bytes | None]]:
+    columns = (records.offsets.tolist(), records.timestamps_ms.tolist())
+    return list(zip(*columns, records.keys.to_list(), records.values.to_list(), strict=True))
+
+
+def stamped(records: Records, size: int, codec: Codec) -> list[bytes]:
+    """The records as producers' batches of `size` records, stamped by a leader."""
+    parts = [records.slice(at, min(at + size, len(records))) for at in range(0, len(records), size)]
+    return [stamp_batch(encode_batch(part, codec=codec), at * size, 1) for at, part in enumerate(parts)]
+
+
+def wal_file(batches: list[bytes], size: int) -> bytes:
+    parts = [encode_wal_file_header(TOPIC, 1)]
+    for at, batch in enumerate(batches):
+        parts += [encode_frame_header(TOPIC, 0, 1, at * size, size, batch), batch]
+    return b"".join(parts)
+
+
+def build_segment(batches: list[bytes]) -> int:
+    builder = SegmentBuilder(TOPIC, 0, 1)
+    for batch in batches:
+        builder.add(batch)
+    return builder.finish().info.size_bytes
+
+
+def measure(count: int, rounds: int) -> dict[str, Any]:
+    records = sample(count)
+    batch = encode_batch(records, codec=Codec.NONE, limits=LIMITS)
+    compressed = encode_batch(records, codec=Codec.LZ4, limits=LIMITS)
+    payload = batch[84:]
+    squeezed = lz4.block.compress(payload, store_size=False)
+    decoded = decode_batch(batch, LIMITS)
+
+    def records_per_s(step: Callable[[], object]) -> float:
+        return count / median_s(step, rounds)
+
+    def mb_per_s(size: int, step: Callable[[], object]) -> float:
+        return size / MB / median_s(step, rounds)
+
+    results: dict[str, Any] = {
+        "records": count,
+        "bytes_per_record": round(records.size_bytes / count, 1),
+        "compression_ratio": round(records.size_bytes / len(compressed), 2),
+        "encode_records_per_s": records_per_s(lambda: encode_batch(records, codec=Codec.NONE, limits=LIMITS)),
+        "encode_lz4_records_per_s": records_per_s(lambda: encode_batch(records, limits=LIMITS)),
+        "decode_columns_records_per_s": records_per_s(lambda: decode_batch(batch, LIMITS)),
+        "decode_columns_lz4_records_per_s": records_per_s(lambda: decode_batch(compressed, LIMITS)),
+        "decode_rows_records_per_s": records_per_s(lambda: to_rows(decode_batch(batch, LIMITS))),
+        "rows_of_columns_records_per_s": records_per_s(lambda: to_rows(decoded)),
+        "crc_mb_per_s": mb_per_s(len(batch), lambda: zlib.crc32(batch)),
+        "lz4_in_mb_per_s": mb_per_s(len(payload), lambda: lz4.block.compress(payload, store_size=False)),
+        "lz4_out_mb_per_s": mb_per_s(
+            len(payload), lambda: lz4.block.decompress(squeezed, uncompressed_size=len(payload))
+        ),
+    }
+    for size in (10, 100, 1000):
+        plain, small = stamped(records, size, Codec.NONE), stamped(records, size, Codec.LZ4)
+        log = wal_file(plain, size)
+        label = f"{size}_records"
+        results[f"validate_us_{label}"] = median_s(lambda one=small[0]: validate_batch(one), rounds) * 1e6  # type: ignore[misc]
+        results[f"encode_us_{label}"] = (
+            median_s(lambda part=records.slice(0, size): encode_batch(part), rounds) * 1e6  # type: ignore[misc]
+        )
+        results[f"stamp_us_{label}"] = median_s(lambda one=small[0]: stamp_batch(one, 7, 1), rounds) * 1e6  # type: ignore[misc]
+        results[f"wal_scan_mb_per_s_{label}"] = mb_per_s(len(log), lambda log=log: sum(1 for _ in scan_frames(log)))  # type: ignore[misc]
+        results[f"segment_build_mb_per_s_{label}"] = mb_per_s(
+            records.size_bytes,
+            lambda small=small: build_segment(small),  # type: ignore[misc]
+        )
+    return results
+
+
+def show(name: str, value: float) -> str:
+    if name.endswith("records_per_s"):
+        return f"{value / 1e6:.2f} M records/s"
+    if "_mb_per_s" in name:
+        return f"{value:,.0f} MB/s"
+    if "_us_" in name:
+        return f"{value:.1f} us"
+    return f"{value:,}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--records", type=int, default=100_000, help="records in the sample (default 100000)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds per figure, the median counts (default 7)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    if arguments.records < 1000 or arguments.rounds < 1:
+        parser.error("--records must be at least 1000, --rounds at least 1")
+    results = measure(arguments.records, arguments.rounds)
+    if arguments.json:
+        print(json.dumps(results))
+        return
+    for name, value in results.items():
+        print(f"{name:<42} {show(name, value):>20}")
+
+
+if __name__ == "__main__":
+    main()
