@@ -1,0 +1,51 @@
+"""StreamHouse's client. `Producer`, `Consumer` and `Admin` are async; `streamhouse.sync` has them for plain code.
+
+Names are loaded on first use, so that `import streamhouse` costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streamhouse.admin import Admin
+    from streamhouse.consumer import Consumer
+    from streamhouse.delivery import SendFuture, SendResult, SentRecords
+    from streamhouse.producer import Producer
+    from streamhouse.records import Record, RecordBatch, RecordMetadata, TopicPartition
+
+_MODULES = {
+    "Admin": "admin",
+    "Consumer": "consumer",
+    "Producer": "producer",
+    "Record": "records",
+    "RecordBatch": "records",
+    "RecordMetadata": "records",
+    "SendFuture": "delivery",
+    "SendResult": "delivery",
+    "SentRecords": "delivery",
+    "TopicPartition": "records",
+}
+
+__all__ = [
+    "Admin",
+    "Consumer",
+    "Producer",
+    "Record",
+    "RecordBatch",
+    "RecordMetadata",
+    "SendFuture",
+    "SendResult",
+    "SentRecords",
+    "TopicPartition",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

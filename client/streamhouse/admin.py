@@ -1,0 +1,315 @@
+"""Topics, offsets, groups, the state of the cluster: what operators and scripts ask. Answers are plain dataclasses."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from types import TracebackType
+from typing import Literal, Self
+
+from shproto.errors import Unavailable
+from shproto.rpc import Interceptors
+from shproto.v1 import coordinator_pb2, query_pb2, types_pb2
+
+from streamhouse.core.options import ACKS, Acks
+from streamhouse.metadata import MetadataCache
+from streamhouse.peers import Peers
+from streamhouse.records import TopicPartition
+
+# Creating a topic or listing one with many partitions touches PostgreSQL; beyond 10 s something is wrong.
+REQUEST_TIMEOUT_MS = 10_000
+_ACKS_NAMES: dict[int, Acks] = {ACKS["none"]: "none", ACKS["wal"]: "wal", ACKS["durable"]: "durable"}
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """A topic's settings. retention None: kept for ever; retention_bytes is per partition."""
+
+    topic: str
+    topic_id: str
+    partitions: int
+    retention_ms: int | None
+    retention_bytes: int | None
+    min_acks: Acks
+    unclean_recovery_after_ms: int | None
+    created_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class OffsetRange:
+    """The offsets one epoch owns: [start_offset, limit_offset), registered up to registered_end. end_offset is set
+    once it is settled. status: open | orphaned | settled | lost."""
+
+    epoch: int
+    start_offset: int
+    limit_offset: int
+    registered_end: int
+    end_offset: int | None
+    status: str
+    agent_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """leader_agent_id and leader_address are empty while nobody leads. size_bytes and raw_bytes (before
+    compression), segment_count and record_count are of what is on the object store."""
+
+    partition: int
+    leader_agent_id: str
+    leader_address: str
+    epoch: int
+    log_start_offset: int
+    registered_end: int
+    segment_count: int
+    size_bytes: int
+    raw_bytes: int
+    record_count: int
+    ranges: tuple[OffsetRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TopicDescription:
+    topic: Topic
+    partitions: tuple[Partition, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A live service. role: ingest | query | segmenter | coordinator."""
+
+    agent_id: str
+    role: str
+    address: str
+    session_id: str
+    expires_in_ms: int
+    started_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who leads a partition. status: active | moving | unassigned; `unsettled`: older ranges readers wait for."""
+
+    topic: str
+    partition: int
+    agent_id: str
+    epoch: int
+    status: str
+    log_start_offset: int
+    registered_end: int
+    unsettled: tuple[OffsetRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    sessions: tuple[Session, ...]
+    leases: tuple[Lease, ...]
+    buffers_waiting: int
+    buffers_claimed: int
+    buffers_waiting_bytes: int
+    events_position: int
+    outbox_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class FoundOffset:
+    """timestamp_ms is that of the record found; -1 when the answer is the end of the partition."""
+
+    offset: int
+    timestamp_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedOffset:
+    """offset: the next one the group will read."""
+
+    topic: str
+    partition: int
+    offset: int
+    metadata: str = ""
+    committed_ms: int = field(default=0)
+
+
+class Admin:
+    """Use it as an async context manager. Every method raises Unavailable when no coordinator answers."""
+
+    def __init__(
+        self,
+        bootstrap: str | Sequence[str],
+        *,
+        request_timeout_ms: int = REQUEST_TIMEOUT_MS,
+        telemetry: Interceptors | None = None,
+    ) -> None:
+        self._peers = Peers(bootstrap, request_timeout_ms, telemetry)
+        self._metadata = MetadataCache(self._peers.coordinator)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._metadata.close()
+        await self._peers.close()
+
+    # ---- topics
+
+    async def create_topic(
+        self,
+        topic: str,
+        partitions: int = 1,
+        *,
+        retention_ms: int | None = None,
+        retention_bytes: int | None = None,
+        min_acks: Acks = "wal",
+        unclean_recovery_after_ms: int | None = None,
+    ) -> Topic:
+        """Raises TopicExists, InvalidArgument (name, partitions or retention out of their limits)."""
+        request = coordinator_pb2.CreateTopicRequest(
+            topic=topic,
+            partitions=partitions,
+            retention_ms=retention_ms,
+            retention_bytes=retention_bytes,
+            min_acks=ACKS[min_acks],
+            unclean_recovery_after_ms=unclean_recovery_after_ms,
+        )
+        return _topic(await self._peers.coordinator.create_topic(request))
+
+    async def list_topics(self) -> list[Topic]:
+        response = await self._peers.coordinator.list_topics(coordinator_pb2.ListTopicsRequest())
+        return [_topic(info) for info in response.topics]
+
+    async def describe_topic(self, topic: str) -> TopicDescription:
+        """Raises UnknownTopic."""
+        response = await self._peers.coordinator.describe_topic(coordinator_pb2.DescribeTopicRequest(topic=topic))
+        return TopicDescription(_topic(response.topic), tuple(_partition(info) for info in response.partitions))
+
+    async def delete_topic(self, topic: str) -> str:
+        """The deleted topic's id. Raises UnknownTopic."""
+        response = await self._peers.coordinator.delete_topic(coordinator_pb2.DeleteTopicRequest(topic=topic))
+        return response.topic_id.hex()
+
+    # ---- the cluster
+
+    async def status(self) -> ClusterStatus:
+        response = await self._peers.coordinator.get_status(coordinator_pb2.GetStatusRequest())
+        return ClusterStatus(
+            tuple(_session(info) for info in response.sessions),
+            tuple(_lease(info) for info in response.leases),
+            response.buffers_waiting,
+            response.buffers_claimed,
+            response.buffers_waiting_bytes,
+            response.events_position,
+            response.outbox_position,
+        )
+
+    # ---- offsets
+
+    async def offsets(
+        self, topic: str, at: Literal["earliest", "latest"] | int | datetime, partitions: Iterable[int] | None = None
+    ) -> dict[TopicPartition, FoundOffset]:
+        """Where each partition begins or ends, or its first record at or after a time (datetime, or milliseconds
+        since 1970-01-01 UTC). Raises UnknownTopic, UnknownPartition, Unavailable (no query service)."""
+        if partitions is None:
+            partitions = range((await self._metadata.topic(topic)).partitions)
+        addresses = await self._metadata.query_addresses()
+        if not addresses:
+            raise Unavailable("no query service has a session with the coordinator")
+        lookups = [lookup_of(topic, partition, at) for partition in partitions]
+        request = query_pb2.LookupOffsetsRequest(lookups=lookups)
+        response = await self._peers.query(addresses).lookup_offsets(request)
+        return {
+            TopicPartition(found.topic, found.partition): FoundOffset(found.offset, found.timestamp_ms)
+            for found in response.offsets
+        }
+
+    async def group_offsets(self, group: str) -> list[CommittedOffset]:
+        """What the group has committed. Raises UnknownGroup."""
+        request = coordinator_pb2.FetchOffsetsRequest(group=group)
+        response = await self._peers.coordinator.fetch_offsets(request)
+        return [
+            CommittedOffset(found.topic, found.partition, found.offset, found.metadata, found.committed_ms)
+            for found in response.offsets
+            if found.offset >= 0
+        ]
+
+    async def commit_group_offsets(self, group: str, offsets: dict[tuple[str, int], int]) -> None:
+        """Sets where a group goes on: (topic, partition) -> offset. Only while it has no members; else raises
+        IllegalGeneration or UnknownMember."""
+        commits = [
+            coordinator_pb2.OffsetCommit(topic=topic, partition=partition, offset=offset)
+            for (topic, partition), offset in offsets.items()
+        ]
+        await self._peers.coordinator.commit_offsets(coordinator_pb2.CommitOffsetsRequest(group=group, offsets=commits))
+
+
+def lookup_of(topic: str, partition: int, at: Literal["earliest", "latest"] | int | datetime) -> query_pb2.OffsetLookup:
+    """The lookup of an end, or of a time in milliseconds or as a datetime (without a zone: local time)."""
+    lookup = query_pb2.OffsetLookup(topic=topic, partition=partition)
+    if at == "earliest":
+        lookup.spec = query_pb2.OFFSET_SPEC_EARLIEST
+    elif at == "latest":
+        lookup.spec = query_pb2.OFFSET_SPEC_LATEST
+    else:
+        lookup.spec = query_pb2.OFFSET_SPEC_TIMESTAMP
+        lookup.timestamp_ms = round(at.timestamp() * 1000) if isinstance(at, datetime) else int(at)
+    return lookup
+
+
+def _topic(info: coordinator_pb2.TopicInfo) -> Topic:
+    return Topic(
+        info.topic,
+        info.topic_id.hex(),
+        info.partitions,
+        info.retention_ms if info.HasField("retention_ms") else None,
+        info.retention_bytes if info.HasField("retention_bytes") else None,
+        _ACKS_NAMES.get(info.min_acks, "wal"),
+        info.unclean_recovery_after_ms if info.HasField("unclean_recovery_after_ms") else None,
+        info.created_ms,
+    )
+
+
+def _range(info: types_pb2.OffsetRange) -> OffsetRange:
+    return OffsetRange(
+        info.epoch,
+        info.start_offset,
+        info.limit_offset,
+        info.registered_end,
+        info.end_offset if info.HasField("end_offset") else None,
+        info.status,
+        info.agent_id,
+    )
+
+
+def _partition(info: coordinator_pb2.PartitionInfo) -> Partition:
+    return Partition(
+        info.partition,
+        info.leader_agent_id,
+        info.leader_address,
+        info.epoch,
+        info.log_start_offset,
+        info.registered_end,
+        info.segment_count,
+        info.size_bytes,
+        info.raw_bytes,
+        info.record_count,
+        tuple(_range(part) for part in info.ranges),
+    )
+
+
+def _session(info: coordinator_pb2.SessionInfo) -> Session:
+    return Session(info.agent_id, info.role, info.address, info.session_id, info.expires_in_ms, info.started_ms)
+
+
+def _lease(info: coordinator_pb2.LeaseInfo) -> Lease:
+    return Lease(
+        info.topic,
+        info.partition,
+        info.agent_id,
+        info.epoch,
+        info.status,
+        info.log_start_offset,
+        info.registered_end,
+        tuple(_range(part) for part in info.unsettled),
+    )

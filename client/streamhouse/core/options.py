@@ -1,0 +1,132 @@
+"""What a producer and a consumer can be told, checked once, with every default explained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Literal
+
+from shproto.errors import InvalidArgument
+from shproto.v1 import types_pb2
+
+Acks = Literal["none", "wal", "durable"]
+Compression = Literal["lz4", "none"]
+OnOutOfRange = Literal["error", "earliest", "latest"]
+OnDataLoss = Literal["error", "skip"]
+Start = Literal["earliest", "latest"] | int | datetime
+
+ACKS = {"none": types_pb2.ACKS_NONE, "wal": types_pb2.ACKS_WAL, "durable": types_pb2.ACKS_DURABLE}
+
+MIB = 1 << 20
+DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerOptions:
+    """Raises InvalidArgument naming the option, its limit and the value."""
+
+    acks: Acks = "wal"
+    # Waits for company: at 100,000 records/s 5 ms make batches of 500 records, and cost 5 ms of latency.
+    linger_ms: int = 5
+    # 2,000 records of 100 bytes: the cost of a request is below a tenth of encoding it, and 8 fit in flight.
+    batch_bytes: int = 256 * 1024
+    compression: Compression = "lz4"
+    idempotent: bool = True
+    # Requests per leader: 8 x 256 KiB fill a link of 1 GB/s with a round trip of 2 ms.
+    max_in_flight: int = 8
+    # A second of 64 MB/s: enough to ride out a leader change, little enough for a small process.
+    buffer_bytes_max: int = 64 * MIB
+    # Kafka's default; a leader's session takes 30 s to expire, so one fail-over fits with room.
+    delivery_timeout_ms: int = 120_000
+    # How long one try may take before the stream counts as broken; durable acks upload meanwhile.
+    request_timeout_ms: int = 30_000
+    client_id: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of("acks", self.acks, ("none", "wal", "durable"))
+        _one_of("compression", self.compression, ("lz4", "none"))
+        _within("linger_ms", self.linger_ms, 0, 60_000)
+        _within("batch_bytes", self.batch_bytes, 1, 8 * MIB)  # half the format's limit: headers and growth fit
+        _within("max_in_flight", self.max_in_flight, 1, 1024)
+        _within("buffer_bytes_max", self.buffer_bytes_max, self.batch_bytes, 1 << 40)
+        _within("delivery_timeout_ms", self.delivery_timeout_ms, 1, DAY_MS)
+        _within("request_timeout_ms", self.request_timeout_ms, 1, DAY_MS)
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerOptions:
+    """Raises InvalidArgument naming the option, its limit and the value."""
+
+    group: str | None = None
+    start: Start = "earliest"
+    auto_commit: bool = True
+    # Kafka's default: at most 5 s of records are read twice after a crash.
+    auto_commit_interval_ms: int = 5_000
+    # Of one response: four blocks of 1 MiB, so that decoding, not waiting, takes the time.
+    fetch_bytes: int = 4 * MIB
+    # Decoded and not yet taken: two responses of each of a few partitions, uncompressed.
+    prefetch_bytes_max: int = 64 * MIB
+    # 0: the server's default.
+    session_timeout_ms: int = 0
+    on_out_of_range: OnOutOfRange = "error"
+    on_data_loss: OnDataLoss = "error"
+    stop_at_end: bool = False
+    # How long a call to the servers may take before it counts as failed.
+    request_timeout_ms: int = 10_000
+    # For how long consecutive failures to reach any server are retried before the application is told.
+    retry_timeout_ms: int = 120_000
+    client_id: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of("on_out_of_range", self.on_out_of_range, ("error", "earliest", "latest"))
+        _one_of("on_data_loss", self.on_data_loss, ("error", "skip"))
+        _within("auto_commit_interval_ms", self.auto_commit_interval_ms, 10, DAY_MS)
+        _within("fetch_bytes", self.fetch_bytes, 1, 32 * MIB)  # half of what one gRPC message may hold
+        _within("prefetch_bytes_max", self.prefetch_bytes_max, 1, 1 << 40)
+        _within("session_timeout_ms", self.session_timeout_ms, 0, DAY_MS)
+        _within("request_timeout_ms", self.request_timeout_ms, 1, DAY_MS)
+        _within("retry_timeout_ms", self.retry_timeout_ms, 1, DAY_MS)
+        if isinstance(self.start, str):
+            _one_of("start", self.start, ("earliest", "latest"))
+        elif isinstance(self.start, int):
+            _within("start", self.start, 0, (1 << 63) - 1)
+        elif not isinstance(self.start, datetime):
+            raise InvalidArgument(
+                f"start is {self.start!r}, must be earliest, latest, an offset or a datetime",
+                field="start",
+                value=self.start,
+            )
+
+
+def option_names(options: type[ProducerOptions] | type[ConsumerOptions]) -> tuple[str, ...]:
+    """The options' names, in order."""
+    return tuple(option.name for option in fields(options))
+
+
+def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:
+    """`host:port` addresses from one string (commas between several) or a sequence."""
+    parts = bootstrap.split(",") if isinstance(bootstrap, str) else list(bootstrap)
+    addresses = tuple(part.strip() for part in parts if part.strip())
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise InvalidArgument(f"bootstrap {address!r} is not host:port", field="bootstrap", value=address)
+    if not addresses:
+        raise InvalidArgument("bootstrap names no address", field="bootstrap", value=bootstrap)
+    return addresses
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidArgument(
+            f"{name} is {value!r}, must be one of {', '.join(allowed)}",
+            field=name,
+            value=value,
+            limit="|".join(allowed),
+        )
+
+
+def _within(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or not low <= value <= high:
+        raise InvalidArgument(
+            f"{name} is {value!r}, must be {low} to {high}", field=name, value=value, limit=f"{low}..{high}"
+        )

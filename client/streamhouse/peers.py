@@ -1,0 +1,50 @@
+"""Connections to the services, by address, made on first use and closed together."""
+
+from collections.abc import Sequence
+
+from shproto.rpc import Connection, Interceptors
+from shproto.services import (
+    CoordinatorApi,
+    CoordinatorClient,
+    IngestApi,
+    IngestClient,
+    QueryApi,
+    QueryClient,
+)
+
+from streamhouse.core.options import addresses_of
+
+
+class Peers:
+    """Where a client's calls go. `telemetry` adds its interceptors to every channel."""
+
+    def __init__(
+        self, bootstrap: str | Sequence[str], request_timeout_ms: int, telemetry: Interceptors | None = None
+    ) -> None:
+        self._request_timeout_ms = request_timeout_ms
+        self._telemetry = telemetry
+        self._connections: dict[tuple[str, ...], Connection] = {}
+        self._bootstrap = addresses_of(bootstrap)
+
+    @property
+    def coordinator(self) -> CoordinatorApi:
+        return CoordinatorClient(self._connect(self._bootstrap))
+
+    def ingest(self, address: str) -> IngestApi:
+        return IngestClient(self._connect((address,)))
+
+    def query(self, addresses: Sequence[str]) -> QueryApi:
+        """Several addresses: calls fail over between them."""
+        return QueryClient(self._connect(tuple(addresses)))
+
+    def _connect(self, addresses: tuple[str, ...]) -> Connection:
+        connection = self._connections.get(addresses)
+        if connection is None:
+            connection = Connection(addresses, timeout_ms=self._request_timeout_ms, interceptors=self._telemetry)
+            self._connections[addresses] = connection
+        return connection
+
+    async def close(self) -> None:
+        connections, self._connections = self._connections, {}
+        for connection in connections.values():
+            await connection.close()

@@ -1,0 +1,327 @@
+"""The producer: takes records, partitions them, waits for room, hands them to the sender."""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from shformat import BytesColumn, Header
+from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded, UnknownPartition
+from shproto.rpc import Interceptors
+
+from streamhouse.batches import Batch
+from streamhouse.core.murmur2 import partition_of, partitions_of
+from streamhouse.core.options import ACKS, Acks, Compression, ProducerOptions
+from streamhouse.core.outgoing import ManyRecords, check_record, cut
+from streamhouse.core.room import Room
+from streamhouse.delivery import Delivery, Placed, SendFuture, SendResult
+from streamhouse.metadata import MetadataCache, TopicState
+from streamhouse.peers import Peers
+from streamhouse.sender import LaneState, Sender
+
+# Keys repeat; 16,384 of them cost 2 MB and save most of the hashing.
+_partition_of_cached = lru_cache(maxsize=16_384)(partition_of)
+# send_many takes room and gives the event loop a turn after this much: 4 MiB take about 30 ms to partition and encode.
+SLICE_BYTES = 4 * 1024 * 1024
+_DEFAULTS = ProducerOptions()
+
+
+class _Topic:
+    """A topic being written to: its lanes, and the partition that records without a key go to for now."""
+
+    __slots__ = ("lanes", "state", "sticky")
+
+    def __init__(self, state: TopicState, lanes: list[LaneState]) -> None:
+        self.state = state
+        self.lanes = lanes
+        self.sticky = self.next_sticky()
+
+    def next_sticky(self) -> int:
+        """Any partition that has a leader; any at all while none has."""
+        led = [number for number, address in enumerate(self.state.leaders) if address]
+        self.sticky = random.choice(led or range(len(self.lanes)))
+        return self.sticky
+
+
+class Producer:
+    """Writes records. Use it as an async context manager: leaving it waits until everything is acknowledged.
+
+    acks: "wal" (the leader's write-ahead log, fsynced), "durable" (object store and metadata), "none" (do not wait;
+    offsets are -1). idempotent: retries are written once. linger_ms, batch_bytes: how long and how much to gather.
+    buffer_bytes_max: unacknowledged records beyond it make `send` wait. delivery_timeout_ms: how long a record is
+    retried before its future fails. Raises InvalidArgument for an option out of its limits.
+    One producer belongs to one event loop; `streamhouse.sync.Producer` may be shared by threads.
+    """
+
+    def __init__(
+        self,
+        bootstrap: str | Sequence[str],
+        *,
+        acks: Acks = _DEFAULTS.acks,
+        linger_ms: int = _DEFAULTS.linger_ms,
+        batch_bytes: int = _DEFAULTS.batch_bytes,
+        compression: Compression = _DEFAULTS.compression,
+        idempotent: bool = _DEFAULTS.idempotent,
+        max_in_flight: int = _DEFAULTS.max_in_flight,
+        buffer_bytes_max: int = _DEFAULTS.buffer_bytes_max,
+        delivery_timeout_ms: int = _DEFAULTS.delivery_timeout_ms,
+        request_timeout_ms: int = _DEFAULTS.request_timeout_ms,
+        client_id: str = _DEFAULTS.client_id,
+        telemetry: Interceptors | None = None,
+    ) -> None:
+        self._options = ProducerOptions(
+            acks=acks,
+            linger_ms=linger_ms,
+            batch_bytes=batch_bytes,
+            compression=compression,
+            idempotent=idempotent,
+            max_in_flight=max_in_flight,
+            buffer_bytes_max=buffer_bytes_max,
+            delivery_timeout_ms=delivery_timeout_ms,
+            request_timeout_ms=request_timeout_ms,
+            client_id=client_id,
+        )
+        self._peers = Peers(bootstrap, request_timeout_ms, telemetry)
+        self._metadata = MetadataCache(self._peers.coordinator)
+        self._room: Room[asyncio.Future[None]] = Room(buffer_bytes_max)
+        self._topics: dict[str, _Topic] = {}
+        self._made_sender: Sender | None = None
+        self._unseen_failure: Delivery | None = None
+        self._closed = False
+
+    @property
+    def _sender(self) -> Sender:
+        """Made inside the event loop that it then belongs to."""
+        if self._made_sender is None:
+            self._made_sender = Sender(self._options, self._peers, self._metadata, self._on_done)
+        return self._made_sender
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            await self.close()
+            return
+        # The body's error is the one to be seen; a cancelled body is not made to wait.
+        await self.close(flush=not issubclass(kind, (asyncio.CancelledError, KeyboardInterrupt)), raise_failures=False)
+
+    # ---- sending
+
+    async def send(
+        self,
+        topic: str,
+        value: bytes | None = None,
+        key: bytes | None = None,
+        headers: Sequence[Header] | None = None,
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+    ) -> SendFuture:
+        """Takes one record; waits only while the buffer is full. `await` the future for its `RecordMetadata`.
+
+        A record with a key goes to the key's partition as in Kafka; one without stays with the others of its batch.
+        Raises UnknownTopic, UnknownPartition, AcksTooWeak, BatchTooLarge (the record alone is over the limit),
+        InvalidArgument, TypeError, Overloaded (no room within delivery_timeout_ms), Unavailable.
+        """
+        target = self._topics.get(topic) or await self._open_topic(topic)
+        size_bytes = check_record(value, key, headers, timestamp_ms)
+        if not self._room.try_take(size_bytes):
+            await self._wait_for_room(size_bytes)
+        if timestamp_ms is None:
+            timestamp_ms = time.time_ns() // 1_000_000
+        if partition is not None:
+            lane = _lane_of(target, partition)
+        elif key is not None:
+            lane = target.lanes[_partition_of_cached(key, len(target.lanes))]
+        else:
+            lane = self._sticky_lane(target, size_bytes)
+        return self._sender.add(lane, value, key, headers, timestamp_ms, size_bytes)
+
+    async def send_many(
+        self,
+        topic: str,
+        values: Sequence[bytes | None],
+        keys: Sequence[bytes | None] | None = None,
+        timestamps_ms: int | Sequence[int] | None = None,
+        headers: Sequence[Sequence[Header]] | None = None,
+        partition: int | None = None,
+    ) -> SendResult:
+        """Takes many records, in the order given; waits while the buffer is full. Lists, one entry per record.
+
+        `await` the result for `SentRecords` (partitions and offsets as arrays). Nothing is sent if any record is
+        refused; raises what `send` raises, with the record's position.
+        """
+        target = self._topics.get(topic) or await self._open_topic(topic)
+        if partition is not None:
+            _lane_of(target, partition)
+        now_ms = time.time_ns() // 1_000_000
+        records = ManyRecords.of(values, keys, now_ms if timestamps_ms is None else timestamps_ms, headers)
+        placed: list[Placed] = []
+        for start, stop in cut(records.sizes, min(SLICE_BYTES, self._options.buffer_bytes_max // 4)):
+            size_bytes = int(records.sizes[start:stop].sum())
+            if not self._room.try_take(size_bytes):
+                await self._wait_for_room(size_bytes)
+            else:
+                await asyncio.sleep(0)  # the streams' turn
+            placed.extend(self._place(target, records, start, stop, partition))
+        return SendResult(topic, len(values), placed)
+
+    async def flush(self) -> None:
+        """Waits until everything taken so far is acknowledged or has failed.
+
+        Raises the first failure that nobody has seen through a future or a result since the last flush.
+        """
+        if self._made_sender is not None:
+            self._sender.hurry()
+            for delivery in list(self._sender.unfinished):
+                await delivery.finished()
+        failure, self._unseen_failure = self._unseen_failure, None
+        if failure is not None and not failure.seen and failure.error is not None:
+            failure.seen = True
+            raise failure.error
+
+    async def close(self, *, flush: bool = True, raise_failures: bool = True) -> None:
+        """Flushes (unless told not to), then closes the connections. Raises what `flush` raises, after closing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if flush:
+                await self.flush()
+        except Exception:
+            if raise_failures:
+                raise
+        finally:
+            if self._made_sender is not None:
+                await self._made_sender.close()
+            await self._metadata.close()
+            await self._peers.close()
+
+    # ---- topics and partitions
+
+    async def _open_topic(self, topic: str) -> _Topic:
+        if self._closed:
+            raise InvalidArgument("the producer is closed")
+        state = await self._metadata.topic(topic)
+        # Acks ascend in strength: none, wal, durable.
+        if ACKS[self._options.acks] < state.min_acks:
+            raise AcksTooWeak(
+                f"topic {topic!r} wants acks of level {state.min_acks} at least, the producer has {self._options.acks}",
+                acks=self._options.acks,
+                min_acks=state.min_acks,
+            )
+        lanes = [self._sender.lane(topic, number) for number in range(state.partitions)]
+        return self._topics.setdefault(topic, _Topic(state, lanes))
+
+    def _sticky_lane(self, target: _Topic, size_bytes: int) -> LaneState:
+        """The lane whose batch is being gathered without keys; another one once that batch has gone."""
+        lane = target.lanes[target.sticky]
+        gathering = lane.gathering
+        if gathering is None or gathering.size_bytes + size_bytes > self._options.batch_bytes:
+            lane = target.lanes[target.next_sticky()]
+        return lane
+
+    def _place(
+        self, target: _Topic, records: ManyRecords, start: int, stop: int, partition: int | None
+    ) -> list[Placed]:
+        """Puts records start to stop, grouped by partition, into the lanes' batches."""
+        if partition is not None:
+            return self._extend(target.lanes[partition], records, np.arange(start, stop))
+        partitions = self._partitions(target, records, start, stop)
+        order = np.argsort(partitions, kind="stable")
+        numbers, firsts = np.unique(partitions[order], return_index=True)
+        groups = np.split(order + start, firsts[1:])
+        return [
+            placed
+            for number, indices in zip(numbers.tolist(), groups, strict=True)
+            for placed in self._extend(target.lanes[number], records, indices)
+        ]
+
+    def _partitions(self, target: _Topic, records: ManyRecords, start: int, stop: int) -> NDArray[np.int64]:
+        count = len(target.lanes)
+        if records.keys is None:
+            return self._sticky_partitions(target, records.sizes[start:stop])
+        keys = BytesColumn.from_list(records.keys[start:stop])
+        partitions = partitions_of(keys, count)
+        if keys.valid is not None:
+            nulls = ~keys.valid
+            partitions[nulls] = self._sticky_partitions(target, records.sizes[start:stop][nulls])
+        return partitions
+
+    def _sticky_partitions(self, target: _Topic, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sticky partition until its batch is full, then another one, a batch full each."""
+        gathering = target.lanes[target.sticky].gathering
+        if gathering is None:
+            target.next_sticky()
+        begun = gathering.size_bytes if gathering is not None else 0
+        turns = (np.cumsum(sizes) + begun - 1) // self._options.batch_bytes
+        choices = [target.sticky, *(target.next_sticky() for _ in range(int(turns[-1]) if len(turns) else 0))]
+        return np.array(choices, np.int64)[turns]
+
+    def _extend(self, lane: LaneState, records: ManyRecords, indices: NDArray[np.int64]) -> list[Placed]:
+        """`indices` are ascending: the partition keeps the order given."""
+        gathering = lane.gathering
+        begun = gathering.size_bytes if gathering is not None else 0
+        sizes = records.sizes[indices]
+        placed = []
+        for start, stop in cut(sizes, self._options.batch_bytes, begun):
+            part = indices[start:stop]
+            delivery, first = self._sender.extend(lane, *records.pick(part), int(sizes[start:stop].sum()))
+            placed.append(Placed(delivery, first, part))
+        return placed
+
+    # ---- room
+
+    async def _wait_for_room(self, size_bytes: int) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._room.enqueue(waiter, size_bytes)
+        self._sender.hurry()
+        try:
+            async with asyncio.timeout(self._options.delivery_timeout_ms / 1000):
+                await waiter
+        except BaseException as error:
+            if not self._room.leave(waiter):
+                self._give_back(size_bytes)
+            if isinstance(error, TimeoutError):
+                raise self._no_room(size_bytes) from None
+            raise
+
+    def _no_room(self, size_bytes: int) -> Overloaded:
+        limit = self._options.buffer_bytes_max
+        return Overloaded(
+            f"no room for {size_bytes} bytes within delivery_timeout_ms = {self._options.delivery_timeout_ms}: "
+            f"{self._room.used_bytes} of buffer_bytes_max = {limit} are not acknowledged yet",
+            field="buffer_bytes_max",
+            limit=limit,
+            value=self._room.used_bytes,
+        )
+
+    def _on_done(self, batch: Batch) -> None:
+        delivery = batch.delivery
+        if delivery.error is not None and (self._unseen_failure is None or self._unseen_failure.seen):
+            self._unseen_failure = delivery
+        self._give_back(batch.size_bytes)
+
+    def _give_back(self, size_bytes: int) -> None:
+        self._room.give_back(size_bytes)
+        for waiter in self._room.admit():
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+def _lane_of(target: _Topic, partition: int) -> LaneState:
+    if not 0 <= partition < len(target.lanes):
+        raise UnknownPartition(
+            f"topic {target.state.topic!r} has partitions 0 to {len(target.lanes) - 1}, not {partition}",
+            topic=target.state.topic,
+            partition=partition,
+            partitions=len(target.lanes),
+        )
+    return target.lanes[partition]

@@ -1,0 +1,137 @@
+"""What applications see of records: one record, where it went, and many as columns."""
+
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from shformat import BytesColumn, Header, HeadersColumn, Records
+
+
+class TopicPartition(NamedTuple):
+    """One partition of a topic; equal to, and usable as, the plain tuple."""
+
+    topic: str
+    partition: int
+
+
+class Record(NamedTuple):
+    """One record as read. `key` and `value` may be None (null); `timestamp_ms` counts from 1970-01-01 UTC."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[Header]
+
+
+class RecordMetadata(NamedTuple):
+    """Where a record was written. `offset` is -1 with acks="none": nobody waited to learn it."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+
+
+class RecordBatch:
+    """Records of one partition as columns, in the order of their offsets; iterates as `Record`s.
+
+    `offsets` and `timestamps` (milliseconds) are int64 arrays of shape (n,); `keys` and `values` are
+    `BytesColumn`s (`.to_list()` for Python lists, `.data`/`.ends` for the bytes as they lie); `headers` is a
+    `HeadersColumn`, or None when no record has any.
+    """
+
+    __slots__ = ("partition", "records", "topic")
+
+    def __init__(self, topic: str, partition: int, records: Records) -> None:
+        self.topic = topic
+        self.partition = partition
+        self.records = records
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        return self.records.offsets
+
+    @property
+    def timestamps(self) -> NDArray[np.int64]:
+        return self.records.timestamps_ms
+
+    @property
+    def keys(self) -> BytesColumn:
+        return self.records.keys
+
+    @property
+    def values(self) -> BytesColumn:
+        return self.records.values
+
+    @property
+    def headers(self) -> HeadersColumn | None:
+        return self.records.headers
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all keys, values and headers."""
+        return self.records.size_bytes
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __repr__(self) -> str:
+        return f"RecordBatch({self.topic!r}, {self.partition}, {len(self)} records)"
+
+    def __iter__(self) -> Iterator[Record]:
+        """The records one by one; lists are made once for the whole batch."""
+        columns = self.records
+        keys: Any = repeat(None) if columns.keys.all_null else columns.keys.to_list()
+        headers: Any = repeat(()) if columns.headers is None else columns.headers.to_list()
+        return map(
+            Record,
+            repeat(self.topic),
+            repeat(self.partition),
+            columns.offsets.tolist(),
+            columns.timestamps_ms.tolist(),
+            keys,
+            columns.values.to_list(),
+            headers,
+        )
+
+    def slice(self, start: int, stop: int) -> "RecordBatch":
+        """Records start to stop (positions in this batch), without a copy."""
+        return RecordBatch(self.topic, self.partition, self.records.slice(start, stop))
+
+    def to_arrow(self) -> Any:
+        """A `pyarrow.RecordBatch` with columns offset, timestamp (ms, UTC), key, value, headers; the bytes are
+        not copied. Topic and partition are in the schema's metadata. Needs pyarrow."""
+        import pyarrow as pa
+
+        schema = pa.schema(
+            [
+                pa.field("offset", pa.int64(), nullable=False),
+                pa.field("timestamp", pa.timestamp("ms", tz="UTC"), nullable=False),
+                pa.field("key", pa.binary()),
+                pa.field("value", pa.binary()),
+                pa.field("headers", _headers_type(pa), nullable=False),
+            ],
+            metadata={"topic": self.topic, "partition": str(self.partition)},
+        )
+        timestamps = pa.array(self.timestamps, pa.int64()).cast(pa.timestamp("ms", tz="UTC"))
+        columns = [pa.array(self.offsets, pa.int64()), timestamps, self.keys.to_arrow(), self.values.to_arrow()]
+        return pa.RecordBatch.from_arrays([*columns, self._arrow_headers(pa)], schema=schema)
+
+    def _arrow_headers(self, pa: Any) -> Any:
+        headers = self.headers or HeadersColumn.empty(len(self))
+        offsets = np.zeros(len(self) + 1, np.int32)
+        offsets[1:] = headers.ends
+        names = headers.names.to_arrow().cast(pa.string())
+        pairs = pa.StructArray.from_arrays(
+            [names, headers.values.to_arrow()], fields=list(_headers_type(pa).value_type)
+        )
+        return pa.ListArray.from_arrays(pa.array(offsets), pairs, type=_headers_type(pa))
+
+
+def _headers_type(pa: Any) -> Any:
+    return pa.list_(pa.struct([pa.field("key", pa.string(), nullable=False), pa.field("value", pa.binary())]))

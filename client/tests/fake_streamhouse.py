@@ -1,0 +1,456 @@
+"""A small honest StreamHouse on one gRPC port: the three APIs over an in-memory log, with faults to switch on.
+
+Honest: batches are validated and stamped, sequences are checked with the rules of the real agent (last five batches
+remembered, unknown producers accepted), answers come in order, groups rebalance cooperatively, commits are fenced.
+"""
+
+import asyncio
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from shformat import decode_batch, read_batch_header, stamp_batch, validate_batch
+from shproto import errors
+from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2, types_pb2
+from shruntime.server import RpcServer
+
+WAIT_MAX_MS = 200
+
+
+@dataclass
+class Faults:
+    """What goes wrong, as countdowns: set a number, it is used up."""
+
+    not_leader: int = 0
+    overloaded: int = 0
+    retry_after_ms: int = 20
+    # After this many batches (None: never) the stream ends; the batch is written or not, but not acknowledged.
+    cut_after: int | None = None
+    cut_writes: bool = True
+    answer_delay_ms: int = 0
+    refuse_batch: errors.StreamHouseError | None = None
+    silent: bool = False  # takes requests, never answers
+    metadata_down: bool = False
+    subscribe_cut_after: int | None = None  # responses
+    no_leader: bool = False
+    fetch_error: dict[tuple[str, int], errors.StreamHouseError] = field(default_factory=dict)
+
+
+@dataclass
+class StoredBatch:
+    data: bytes
+    base_offset: int
+    end_offset: int
+
+
+class PartitionLog:
+    """`gaps` maps the end of one epoch's offsets to the start of the next one's."""
+
+    def __init__(self) -> None:
+        self.batches: list[StoredBatch] = []
+        self.start_offset = 0
+        self.next_offset = 0
+        self.epoch = 1
+        self.gaps: dict[int, int] = {}
+        self.producers: dict[int, list[tuple[int, int, int]]] = {}
+
+    def append(self, data: bytes) -> tuple[int, bool]:
+        header = validate_batch(data)
+        stamp = header.producer
+        if stamp is not None and stamp.producer_id in self.producers:
+            known = self.producers[stamp.producer_id]
+            for sequence, count, base in known:
+                if (sequence, count) == (stamp.base_sequence, header.record_count):
+                    return base, True
+            expected = known[-1][0] + known[-1][1]
+            if stamp.base_sequence != expected:
+                raise errors.SequenceGap("gap", expected=expected, got=stamp.base_sequence)
+        base = self.next_offset
+        self.next_offset = base + header.record_count
+        self.batches.append(StoredBatch(bytes(stamp_batch(data, base, self.epoch)), base, self.next_offset))
+        if stamp is not None:
+            known = self.producers.setdefault(stamp.producer_id, [])
+            known.append((stamp.base_sequence, header.record_count, base))
+            del known[:-5]
+        return base, False
+
+    def new_epoch(self, start_offset: int) -> None:
+        if start_offset != self.next_offset:
+            self.gaps[self.next_offset] = start_offset
+        self.epoch += 1
+        self.next_offset = start_offset
+
+    def read(self, offset: int, max_bytes: int) -> tuple[list[bytes], int]:
+        """Whole batches from `offset` on, up to the next gap between epochs; and the next offset."""
+        if offset < self.start_offset:
+            raise errors.OffsetBelowStart("below", offset=offset, log_start_offset=self.start_offset)
+        if offset > self.next_offset:
+            raise errors.OffsetBeyondEnd("beyond", offset=offset, high_watermark=self.next_offset)
+        found: list[bytes] = []
+        for batch in self.batches:
+            if batch.end_offset <= offset:
+                continue
+            if found and (batch.base_offset != offset or sum(map(len, found)) + len(batch.data) > max_bytes):
+                break
+            if not found and batch.base_offset > offset:
+                break
+            found.append(batch.data)
+            offset = batch.end_offset
+        end, start = next(((end, start) for end, start in self.gaps.items() if end <= offset < start), (0, 0))
+        return found, start if end and offset >= end else offset
+
+    def records(self) -> list[tuple[int, bytes | None]]:
+        rows: list[tuple[int, bytes | None]] = []
+        for batch in self.batches:
+            columns = decode_batch(batch.data)
+            rows.extend(zip(columns.offsets.tolist(), columns.values.to_list(), strict=True))
+        return rows
+
+
+@dataclass
+class Member:
+    topics: tuple[str, ...]
+    target: set[tuple[str, int]] = field(default_factory=set)
+    owned: set[tuple[str, int]] = field(default_factory=set)
+
+
+@dataclass
+class Group:
+    generation: int = 0
+    members: dict[str, Member] = field(default_factory=dict)
+    offsets: dict[tuple[str, int], int] = field(default_factory=dict)
+
+
+class FakeStreamHouse:
+    def __init__(self) -> None:
+        self.faults = Faults()
+        self.logs: dict[tuple[str, int], PartitionLog] = {}
+        self.topics: dict[str, coordinator_pb2.TopicInfo] = {}
+        self.groups: dict[str, Group] = defaultdict(Group)
+        self.calls: Counter[str] = Counter()
+        self.waiting: dict[tuple[str, int], str] = {}
+        self.commits: list[coordinator_pb2.CommitOffsetsRequest] = []
+        self._ids = itertools.count(1)
+        self._changed = asyncio.Event()
+        services = [
+            (coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"], self),
+            (ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], self),
+            (query_pb2.DESCRIPTOR.services_by_name["Query"], self),
+        ]
+        self.server = RpcServer("127.0.0.1:0", services)
+
+    @property
+    def address(self) -> str:
+        return self.server.address
+
+    async def __aenter__(self) -> "FakeStreamHouse":
+        await self.server.start()
+        return self
+
+    async def __aexit__(self, *args: object) -> None:
+        await self.server.stop(0)
+
+    def __getattr__(self, name: str):
+        """RPCs that the client never makes."""
+
+        async def refuse(request: object) -> None:
+            raise errors.Internal(f"the fake has no {name}")
+
+        return refuse
+
+    def add_topic(self, topic: str, partitions: int, min_acks: int = types_pb2.ACKS_WAL) -> None:
+        self.topics[topic] = coordinator_pb2.TopicInfo(
+            topic_id=topic.encode().ljust(16, b"\0"), topic=topic, partitions=partitions, min_acks=min_acks
+        )
+        self.logs.update({(topic, number): PartitionLog() for number in range(partitions)})
+
+    def log(self, topic: str, partition: int) -> PartitionLog:
+        return self.logs[topic, partition]
+
+    def wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _topic(self, topic: str) -> coordinator_pb2.TopicInfo:
+        if topic not in self.topics:
+            raise errors.UnknownTopic(f"no topic {topic}")
+        return self.topics[topic]
+
+    # ---- coordinator
+
+    async def create_topic(self, request: coordinator_pb2.CreateTopicRequest) -> coordinator_pb2.TopicInfo:
+        if request.topic in self.topics:
+            raise errors.TopicExists(f"{request.topic} exists")
+        self.add_topic(request.topic, request.partitions, request.min_acks)
+        if request.HasField("retention_ms"):
+            self.topics[request.topic].retention_ms = request.retention_ms
+        return self.topics[request.topic]
+
+    async def delete_topic(self, request: coordinator_pb2.DeleteTopicRequest) -> coordinator_pb2.DeleteTopicResponse:
+        info = self._topic(request.topic)
+        del self.topics[request.topic]
+        return coordinator_pb2.DeleteTopicResponse(topic_id=info.topic_id)
+
+    async def list_topics(self, request: coordinator_pb2.ListTopicsRequest) -> coordinator_pb2.ListTopicsResponse:
+        return coordinator_pb2.ListTopicsResponse(topics=self.topics.values())
+
+    async def describe_topic(
+        self, request: coordinator_pb2.DescribeTopicRequest
+    ) -> coordinator_pb2.DescribeTopicResponse:
+        info = self._topic(request.topic)
+        response = coordinator_pb2.DescribeTopicResponse(topic=info)
+        for number in range(info.partitions):
+            log = self.log(request.topic, number)
+            newest = max(log.gaps.values(), default=0)
+            part = response.partitions.add(
+                partition=number,
+                leader_agent_id="agent-1",
+                leader_address=self.address,
+                epoch=log.epoch,
+                log_start_offset=log.start_offset,
+                registered_end=newest,
+                record_count=sum(b.end_offset - b.base_offset for b in log.batches if b.end_offset <= newest),
+            )
+            part.ranges.add(
+                epoch=log.epoch, start_offset=newest, limit_offset=newest + 2**30, registered_end=newest, status="open"
+            )
+        return response
+
+    async def get_metadata(self, request: coordinator_pb2.GetMetadataRequest) -> coordinator_pb2.GetMetadataResponse:
+        self.calls["get_metadata"] += 1
+        if self.faults.metadata_down:
+            raise errors.Unavailable("no PostgreSQL")
+        response = coordinator_pb2.GetMetadataResponse(
+            query_addresses=[self.address], coordinator_addresses=[self.address]
+        )
+        for topic in request.topics:
+            info = self._topic(topic)
+            leader = "" if self.faults.no_leader else self.address
+            leaders = [
+                coordinator_pb2.LeaderInfo(partition=number, agent_id="agent-1", address=leader, epoch=1)
+                for number in range(info.partitions)
+            ]
+            response.topics.append(coordinator_pb2.TopicMetadata(topic=info, leaders=leaders))
+        return response
+
+    async def init_producer(self, request: coordinator_pb2.InitProducerRequest) -> coordinator_pb2.InitProducerResponse:
+        self.calls["init_producer"] += 1
+        return coordinator_pb2.InitProducerResponse(producer_id=next(self._ids), producer_epoch=0)
+
+    async def get_status(self, request: coordinator_pb2.GetStatusRequest) -> coordinator_pb2.GetStatusResponse:
+        session = coordinator_pb2.SessionInfo(agent_id="agent-1", role="ingest", address=self.address)
+        return coordinator_pb2.GetStatusResponse(sessions=[session], events_position=7)
+
+    # ---- ingest
+
+    async def produce_stream(
+        self, requests: AsyncIterator[ingest_pb2.ProduceRequest]
+    ) -> AsyncIterator[ingest_pb2.ProduceResponse]:
+        self.calls["produce_stream"] += 1
+        async for request in requests:
+            self.calls["produce"] += 1
+            faults = self.faults
+            if faults.silent:
+                continue
+            if faults.answer_delay_ms:
+                await asyncio.sleep(faults.answer_delay_ms / 1000)
+            if faults.cut_after is not None:
+                faults.cut_after -= 1
+                if faults.cut_after < 0:
+                    faults.cut_after = None
+                    if faults.cut_writes:
+                        self._append(request)
+                    raise errors.Unavailable("cut")
+            yield self._append(request)
+
+    def _append(self, request: ingest_pb2.ProduceRequest) -> ingest_pb2.ProduceResponse:
+        response = ingest_pb2.ProduceResponse(topic=request.topic, partition=request.partition, epoch=1)
+        try:
+            self._topic(request.topic)
+            self._trip()
+            log = self.log(request.topic, request.partition)
+            base, duplicate = log.append(request.batch)
+            response.base_offset = -1 if request.acks == types_pb2.ACKS_NONE else base
+            response.record_count = read_batch_header(request.batch).record_count
+            response.duplicate = duplicate
+            self.calls["duplicates"] += duplicate
+            self.wake()
+        except errors.StreamHouseError as error:
+            response.error.CopyFrom(error.to_detail())
+        return response
+
+    def _trip(self) -> None:
+        faults = self.faults
+        if faults.not_leader:
+            faults.not_leader -= 1
+            raise errors.NotLeader("not me")
+        if faults.overloaded:
+            faults.overloaded -= 1
+            raise errors.Overloaded("full", retry_after_ms=faults.retry_after_ms)
+        if faults.refuse_batch is not None:
+            refusal, faults.refuse_batch = faults.refuse_batch, None
+            raise refusal
+
+    # ---- query
+
+    async def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]:
+        self.calls["subscribe"] += 1
+        positions = {(p.topic, p.partition): p.offset for p in request.positions}
+        told: dict[tuple[str, int], tuple[int, str]] = {}
+        while positions:
+            changed = self._changed
+            idle = True
+            for where in list(positions):
+                response = self._fetch(where, positions[where], request.max_bytes)
+                if response.HasField("error"):
+                    del positions[where]
+                    yield response
+                    continue
+                news = (response.high_watermark, response.waiting_reason)
+                if response.next_offset == positions[where] and told.get(where) == news:
+                    continue
+                idle = idle and response.next_offset == positions[where]
+                positions[where], told[where] = response.next_offset, news
+                if self.faults.subscribe_cut_after is not None:
+                    self.faults.subscribe_cut_after -= 1
+                    if self.faults.subscribe_cut_after < 0:
+                        self.faults.subscribe_cut_after = None
+                        raise errors.Unavailable("cut")
+                yield response
+            if idle:
+                await changed.wait()
+
+    def _fetch(self, where: tuple[str, int], offset: int, max_bytes: int) -> query_pb2.FetchResponse:
+        response = query_pb2.FetchResponse(topic=where[0], partition=where[1], next_offset=offset)
+        try:
+            if where in self.faults.fetch_error:
+                raise self.faults.fetch_error.pop(where)
+            self._topic(where[0])
+            log = self.log(*where)
+            response.high_watermark, response.log_start_offset = log.next_offset, log.start_offset
+            response.waiting_reason = self.waiting.get(where, "")
+            batches, response.next_offset = log.read(offset, max_bytes or 1 << 20)
+            response.batches.extend(batches)
+        except errors.StreamHouseError as error:
+            response.error.CopyFrom(error.to_detail())
+        return response
+
+    async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse:
+        response = query_pb2.LookupOffsetsResponse()
+        for lookup in request.lookups:
+            self._topic(lookup.topic)
+            log = self.log(lookup.topic, lookup.partition)
+            offset, timestamp_ms = log.next_offset, -1
+            if lookup.spec == query_pb2.OFFSET_SPEC_EARLIEST:
+                offset = log.start_offset
+            elif lookup.spec == query_pb2.OFFSET_SPEC_TIMESTAMP:
+                rows = [decode_batch(batch.data) for batch in log.batches]
+                pairs = [p for r in rows for p in zip(r.offsets.tolist(), r.timestamps_ms.tolist(), strict=True)]
+                offset, timestamp_ms = next((p for p in pairs if p[1] >= lookup.timestamp_ms), (log.next_offset, -1))
+            response.offsets.add(
+                topic=lookup.topic, partition=lookup.partition, offset=offset, timestamp_ms=timestamp_ms
+            )
+        return response
+
+    # ---- groups
+
+    async def join_group(self, request: coordinator_pb2.JoinGroupRequest) -> coordinator_pb2.GroupAssignment:
+        self.calls["join_group"] += 1
+        group = self.groups[request.group]
+        member_id = request.member_id or f"member-{next(self._ids)}"
+        group.members[member_id] = Member(tuple(request.topics))
+        self._rebalance(group)
+        return self._assignment(group, member_id)
+
+    def _rebalance(self, group: Group) -> None:
+        """Sticky: members keep what they have up to their share, the rest goes round."""
+        group.generation += 1
+        topics = sorted({topic for member in group.members.values() for topic in member.topics})
+        wanted = [(topic, number) for topic in topics for number in range(self.topics[topic].partitions)]
+        members = list(group.members.values())
+        if members:
+            share = -(-len(wanted) // len(members))
+            for member in members:
+                member.target = set(sorted(member.target)[:share])
+            free = [where for where in wanted if not any(where in member.target for member in members)]
+            for where in free:
+                min(members, key=lambda member: len(member.target)).target.add(where)
+        self.wake()
+
+    def _assignment(self, group: Group, member_id: str) -> coordinator_pb2.GroupAssignment:
+        member = group.members[member_id]
+        taken = {where for other in group.members.values() if other is not member for where in other.owned}
+        given = sorted(member.target - taken)
+        member.owned |= set(given)
+        return coordinator_pb2.GroupAssignment(
+            member_id=member_id,
+            generation=group.generation,
+            assigned=[coordinator_pb2.TopicPartition(topic=topic, partition=number) for topic, number in given],
+            heartbeat_interval_ms=50,
+            session_timeout_ms=1000,
+            pending=bool(member.target & taken),
+        )
+
+    async def heartbeat_group(self, request: coordinator_pb2.HeartbeatGroupRequest) -> coordinator_pb2.GroupAssignment:
+        group = self.groups[request.group]
+        if request.member_id not in group.members:
+            raise errors.UnknownMember(request.member_id)
+        member = group.members[request.member_id]
+        owned = {(where.topic, where.partition) for where in request.owned}
+        if member.owned != owned:
+            member.owned = owned
+            self.wake()
+        deadline = asyncio.get_running_loop().time() + min(request.max_wait_ms, WAIT_MAX_MS) / 1000
+        while group.generation == request.generation:
+            changed = self._changed
+            answer = self._assignment(group, request.member_id)
+            if {(w.topic, w.partition) for w in answer.assigned} != owned:
+                return answer
+            wait_s = deadline - asyncio.get_running_loop().time()
+            if wait_s <= 0:
+                return answer
+            try:
+                await asyncio.wait_for(changed.wait(), wait_s)
+            except TimeoutError:
+                continue
+            if request.member_id not in group.members:
+                raise errors.UnknownMember(request.member_id)
+        return self._assignment(group, request.member_id)
+
+    def expel(self, group: str) -> None:
+        """Forgets all members, as after their sessions expired."""
+        self.groups[group].members.clear()
+        self._rebalance(self.groups[group])
+
+    async def leave_group(self, request: coordinator_pb2.LeaveGroupRequest) -> coordinator_pb2.LeaveGroupResponse:
+        self.calls["leave_group"] += 1
+        group = self.groups[request.group]
+        group.members.pop(request.member_id, None)
+        self._rebalance(group)
+        return coordinator_pb2.LeaveGroupResponse()
+
+    async def commit_offsets(
+        self, request: coordinator_pb2.CommitOffsetsRequest
+    ) -> coordinator_pb2.CommitOffsetsResponse:
+        group = self.groups[request.group]
+        if group.members or request.member_id:
+            if request.member_id not in group.members:
+                raise errors.UnknownMember(request.member_id)
+            owned = group.members[request.member_id].owned
+            foreign = [o for o in request.offsets if (o.topic, o.partition) not in owned]
+            if request.generation != group.generation or foreign:
+                raise errors.IllegalGeneration("old", generation=request.generation, current=group.generation)
+        self.commits.append(request)
+        group.offsets.update({(o.topic, o.partition): o.offset for o in request.offsets})
+        return coordinator_pb2.CommitOffsetsResponse()
+
+    async def fetch_offsets(self, request: coordinator_pb2.FetchOffsetsRequest) -> coordinator_pb2.FetchOffsetsResponse:
+        if request.group not in self.groups:
+            raise errors.UnknownGroup(request.group)
+        offsets = self.groups[request.group].offsets
+        wanted = [(where.topic, where.partition) for where in request.partitions] or list(offsets)
+        response = coordinator_pb2.FetchOffsetsResponse()
+        for topic, number in wanted:
+            response.offsets.add(topic=topic, partition=number, offset=offsets.get((topic, number), -1))
+        return response

@@ -1,0 +1,317 @@
+"""The producer against a real gRPC server with an in-memory log."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from shproto.v1 import types_pb2
+from streamhouse import Producer, errors
+from streamhouse.core.murmur2 import partition_of
+
+
+def values_in(platform, topic="t"):
+    return [value for (name, _), log in platform.logs.items() if name == topic for _, value in log.records()]
+
+
+async def test_send_resolves_with_the_right_offset(platform, address):
+    platform.add_topic("t", 4)
+    async with Producer(address) as producer:
+        futures = [await producer.send("t", b"v%d" % n, key=b"k%d" % (n % 7), timestamp_ms=n) for n in range(500)]
+        metadata = [await future for future in futures]
+    for n, sent in enumerate(metadata):
+        assert sent.partition == partition_of(b"k%d" % (n % 7), 4)
+        assert sent.timestamp_ms == n
+        assert dict(platform.log("t", sent.partition).records())[sent.offset] == b"v%d" % n
+
+
+async def test_order_within_a_partition_is_the_order_of_sending(platform, address):
+    platform.add_topic("t", 1)
+    async with Producer(address, batch_bytes=400, linger_ms=1) as producer:
+        for n in range(1000):
+            await producer.send("t", b"%d" % n)
+    assert values_in(platform) == [b"%d" % n for n in range(1000)]
+    assert platform.calls["produce"] > 50
+
+
+async def test_send_many_gives_partitions_and_offsets_in_the_order_given(platform, address):
+    platform.add_topic("t", 5)
+    values = [b"value-%d" % n for n in range(20_000)]
+    keys = [None if n % 11 == 0 else b"key-%d" % (n % 101) for n in range(20_000)]
+    async with Producer(address, batch_bytes=8192) as producer:
+        sent = await (await producer.send_many("t", values, keys=keys, timestamps_ms=list(range(20_000))))
+    stored = {(p, offset): value for (_, p), log in platform.logs.items() for offset, value in log.records()}
+    assert [stored[p, o] for p, o in zip(sent.partitions.tolist(), sent.offsets.tolist(), strict=True)] == values
+    for n in range(20_000):
+        if keys[n] is not None:
+            assert sent.partitions[n] == partition_of(keys[n], 5)
+    for partition in range(5):
+        assert (np.diff(sent.offsets[sent.partitions == partition]) > 0).all()
+
+
+async def test_send_and_send_many_keep_their_order(platform, address):
+    platform.add_topic("t", 2)
+    async with Producer(address, batch_bytes=2000) as producer:
+        for n in range(0, 100, 10):
+            await producer.send("t", b"%d" % n, partition=1)
+            await producer.send_many("t", [b"%d" % m for m in range(n + 1, n + 10)], partition=1)
+    assert values_in(platform) == [b"%d" % n for n in range(100)]
+
+
+async def test_records_without_keys_stay_with_their_batch(platform, address):
+    platform.add_topic("t", 8)
+    async with Producer(address, linger_ms=50) as producer:
+        for n in range(100):
+            await producer.send("t", b"%d" % n)
+    assert platform.calls["produce"] == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"not_leader": 1},
+        {"not_leader": 3},
+        {"overloaded": 2},
+        {"cut_after": 3, "cut_writes": True},
+        {"cut_after": 3, "cut_writes": False},
+        {"cut_after": 0, "cut_writes": True},
+        {"refuse_batch": errors.DurableTimeout("slow")},
+        {"refuse_batch": errors.ShuttingDown("bye")},
+    ],
+)
+async def test_faults_neither_lose_nor_double_nor_reorder(platform, address, fault):
+    platform.add_topic("t", 2)
+    async with Producer(address, batch_bytes=500, linger_ms=0) as producer:
+        first = await producer.send("t", b"first", partition=0)
+        await first
+        for name, value in fault.items():
+            setattr(platform.faults, name, value)
+        futures = [await producer.send("t", b"%d" % n, partition=n % 2) for n in range(400)]
+        metadata = await asyncio.gather(*futures)
+    assert [value for _, value in platform.log("t", 0).records()] == [b"first", *(b"%d" % n for n in range(0, 400, 2))]
+    assert [value for _, value in platform.log("t", 1).records()] == [b"%d" % n for n in range(1, 400, 2)]
+    for n, sent in enumerate(metadata):
+        assert dict(platform.log("t", sent.partition).records())[sent.offset] == b"%d" % n
+
+
+async def test_a_cut_after_the_write_is_deduplicated(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.cut_after = 0
+    async with Producer(address) as producer:
+        sent = await (await producer.send("t", b"once"))
+    assert sent.offset == 0
+    assert values_in(platform) == [b"once"]
+    assert platform.calls["duplicates"] == 1
+
+
+async def test_first_batches_refused_before_the_leader_knows_the_producer(platform, address):
+    """A leader accepts any first sequence: nothing may be pipelined behind a batch that opens the history."""
+    platform.add_topic("t", 1)
+    platform.faults.overloaded = 1
+    async with Producer(address, batch_bytes=100, linger_ms=0) as producer:
+        for n in range(50):
+            await producer.send("t", b"%d" % n)
+    assert values_in(platform) == [b"%d" % n for n in range(50)]
+
+
+async def test_a_refused_batch_fails_alone(platform, address):
+    platform.add_topic("t", 1)
+    async with Producer(address, batch_bytes=200, linger_ms=0) as producer:
+        await (await producer.send("t", b"0"))
+        platform.faults.refuse_batch = errors.InvalidBatch("no")
+        futures = [await producer.send("t", b"%d" % n) for n in range(1, 40)]
+        outcomes = await asyncio.gather(*futures, return_exceptions=True)
+    failed = [n for n, outcome in enumerate(outcomes, 1) if isinstance(outcome, errors.InvalidBatch)]
+    assert failed and failed == list(range(1, 1 + len(failed)))
+    assert values_in(platform) == [b"0", *(b"%d" % n for n in range(1, 40) if n not in failed)]
+
+
+async def test_a_gap_after_a_lost_history_starts_over_under_a_new_id(platform, address):
+    platform.add_topic("t", 1)
+    async with Producer(address) as producer:
+        await (await producer.send("t", b"0"))
+        await (await producer.send("t", b"1"))
+        known = platform.log("t", 0).producers
+        known[next(iter(known))].pop()
+        assert (await (await producer.send("t", b"2"))).offset == 2
+    assert platform.calls["init_producer"] == 2
+    assert values_in(platform) == [b"0", b"1", b"2"]
+
+
+async def test_a_gap_after_an_unknown_outcome_fails_clearly(platform, address):
+    """The earlier leader may have the batch: sending it under a new number could write it twice."""
+    platform.add_topic("t", 1)
+    async with Producer(address) as producer:
+        await (await producer.send("t", b"0"))
+        await (await producer.send("t", b"1"))
+        known = platform.log("t", 0).producers
+        known[next(iter(known))].pop()
+        platform.faults.cut_after = 0
+        platform.faults.cut_writes = False
+        future = await producer.send("t", b"2")
+        with pytest.raises(errors.SequenceGap):
+            await future
+        await (await producer.send("t", b"3"))
+    assert values_in(platform) == [b"0", b"1", b"3"]
+
+
+async def test_delivery_timeout_fails_with_the_last_error(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.not_leader = 1_000_000
+    async with Producer(address, delivery_timeout_ms=300) as producer:
+        future = await producer.send("t", b"v")
+        with pytest.raises(errors.NotLeader, match="delivery_timeout_ms = 300"):
+            await future
+
+
+async def test_delivery_timeout_while_nobody_leads(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.no_leader = True
+    async with Producer(address, delivery_timeout_ms=300) as producer:
+        future = await producer.send("t", b"v")
+        with pytest.raises(errors.NotLeader):
+            await future
+        platform.faults.no_leader = False
+        assert (await (await producer.send("t", b"w"))).offset == 0
+
+
+async def test_delivery_timeout_while_the_leader_hangs(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.silent = True
+    async with Producer(address, delivery_timeout_ms=300) as producer:
+        future = await producer.send("t", b"v")
+        with pytest.raises(errors.Unavailable, match="delivery_timeout_ms"):
+            await future
+
+
+async def test_flush_raises_a_failure_nobody_saw(platform, address):
+    platform.add_topic("t", 1)
+    producer = Producer(address)
+    platform.faults.refuse_batch = errors.InvalidBatch("no")
+    await producer.send_many("t", [b"v"])
+    with pytest.raises(errors.InvalidBatch):
+        await producer.flush()
+    await producer.close()
+
+
+async def test_flush_waits_for_acknowledgement(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.answer_delay_ms = 50
+    async with Producer(address, linger_ms=10_000) as producer:
+        future = await producer.send("t", b"v")
+        assert not future.done()
+        await producer.flush()
+        assert future.result().offset == 0
+
+
+async def test_send_waits_for_room(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.answer_delay_ms = 5
+    async with Producer(address, batch_bytes=1000, buffer_bytes_max=4000) as producer:
+        for n in range(200):
+            await producer.send("t", b"%03d" % n)
+            assert producer._room.used_bytes <= 4000
+        await producer.send_many("t", [b"%03d" % n for n in range(200, 600)])
+        assert producer._room.used_bytes <= 4000
+    assert values_in(platform) == [b"%03d" % n for n in range(600)]
+    assert producer._room.used_bytes == 0
+
+
+async def test_no_room_within_the_delivery_timeout(platform, address):
+    platform.add_topic("t", 1)
+    producer = Producer(address, batch_bytes=100, buffer_bytes_max=100, delivery_timeout_ms=200)
+    platform.faults.silent = True
+    first = await producer.send("t", b"x" * 60)
+    slow = asyncio.create_task(producer.send("t", b"y" * 60))
+    with pytest.raises(errors.StreamHouseError):
+        await first
+    await asyncio.gather(slow, return_exceptions=True)
+    await producer.close(flush=False)
+
+
+async def test_bad_arguments(platform, address):
+    platform.add_topic("t", 2)
+    async with Producer(address) as producer:
+        with pytest.raises(errors.UnknownTopic):
+            await producer.send("nope", b"v")
+        with pytest.raises(errors.UnknownPartition):
+            await producer.send("t", b"v", partition=2)
+        with pytest.raises(errors.BatchTooLarge):
+            await producer.send("t", b"v" * (17 << 20))
+        with pytest.raises(TypeError):
+            await producer.send("t", "text")
+        with pytest.raises(TypeError):
+            await producer.send_many("t", [b"v", "text"])
+        with pytest.raises(errors.InvalidArgument):
+            await producer.send_many("t", [b"v"], keys=[])
+        with pytest.raises(errors.InvalidArgument):
+            await producer.send("t", b"v", timestamp_ms=1 << 63)
+        with pytest.raises(errors.InvalidArgument):
+            await producer.send_many("t", [b"v"], timestamps_ms=[1 << 63])
+    assert values_in(platform) == []
+    with pytest.raises(errors.InvalidArgument, match="linger_ms"):
+        Producer(address, linger_ms=-1)
+    with pytest.raises(errors.InvalidArgument, match="bootstrap"):
+        Producer("nowhere")
+
+
+async def test_acks_below_the_topics_minimum(platform, address):
+    platform.add_topic("t", 1, min_acks=types_pb2.ACKS_DURABLE)
+    async with Producer(address, acks="wal") as producer:
+        with pytest.raises(errors.AcksTooWeak):
+            await producer.send("t", b"v")
+
+
+async def test_acks_none_has_no_offset(platform, address):
+    platform.add_topic("t", 1, min_acks=types_pb2.ACKS_NONE)
+    async with Producer(address, acks="none") as producer:
+        assert (await (await producer.send("t", b"v"))).offset == -1
+        assert (await (await producer.send_many("t", [b"v", b"w"]))).offsets.tolist() == [-1, -1]
+
+
+async def test_without_idempotence_order_still_holds(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.overloaded = 3
+    async with Producer(address, idempotent=False, batch_bytes=100, linger_ms=0) as producer:
+        for n in range(100):
+            await producer.send("t", b"%d" % n)
+    assert values_in(platform) == [b"%d" % n for n in range(100)]
+    assert platform.calls["init_producer"] == 0
+
+
+async def test_nulls_headers_and_negative_timestamps_arrive(platform, address):
+    from shformat import decode_batch
+
+    platform.add_topic("t", 1)
+    async with Producer(address) as producer:
+        await producer.send("t", None, key=b"", headers=[("h", b"1"), ("h", None)], timestamp_ms=-5)
+        await producer.send("t", b"", key=None)
+        await producer.send_many("t", [b"a", None], keys=[None, b"k"], headers=[[], [("x", b"")]], timestamps_ms=9)
+    records = decode_batch(platform.log("t", 0).batches[0].data)
+    assert records.values.to_list() == [None, b"", b"a", None]
+    assert records.keys.to_list() == [b"", None, None, b"k"]
+    assert records.headers.to_list() == [[("h", b"1"), ("h", None)], [], [], [("x", b"")]]
+    assert records.timestamps_ms.tolist()[0] == -5
+
+
+async def test_a_topic_deleted_while_sending(platform, address):
+    platform.add_topic("t", 1)
+    async with Producer(address, delivery_timeout_ms=20_000) as producer:
+        await (await producer.send("t", b"v"))
+        del platform.topics["t"]
+        future = await producer.send("t", b"w")
+        with pytest.raises(errors.UnknownTopic):
+            await future
+
+
+async def test_the_server_restarts(platform, address):
+    platform.add_topic("t", 1)
+    async with Producer(address, linger_ms=0) as producer:
+        await (await producer.send("t", b"0"))
+        port = platform.server.port
+        await platform.server.stop(0)
+        future = await producer.send("t", b"1")
+        await asyncio.sleep(0.3)
+        platform.server._listen = f"127.0.0.1:{port}"
+        await platform.server.start()
+        assert (await future).offset == 1
+    assert values_in(platform) == [b"0", b"1"]
