@@ -1,0 +1,1 @@
+"""Where the coordinator meets PostgreSQL, RabbitMQ and, in tests, plain memory."""

@@ -1,0 +1,1 @@
+"""SQL of the migrations, applied in the order of their names."""

@@ -1,0 +1,125 @@
+"""Builds the SQL for the port's generic operations. Knows tables and columns, not connections."""
+
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
+from streamhouse_coordinator.core.tables import Table
+from streamhouse_coordinator.ports import Above, AtMost, In, Where
+
+_TYPES = {int: "bigint", str: "text", bool: "boolean", bytes: "bytea"}
+_LOCKS = {"": "", "wait": " FOR UPDATE", "skip": " FOR UPDATE SKIP LOCKED", "share": " FOR SHARE"}
+
+Statement = tuple[str, list[Any]]
+
+
+@cache
+def column_types(table: Table[Any]) -> dict[str, str]:
+    """PostgreSQL type by column name."""
+    hints = typing.get_type_hints(table.row)
+    return {item.name: _TYPES[_plain(hints[item.name])] for item in fields(table.row)}  # type: ignore[arg-type]
+
+
+def _plain(hint: Any) -> type:
+    """`int | None` -> int."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    assert isinstance(hint, type)
+    return hint
+
+
+def _names(columns: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in columns)
+
+
+def _unnest(table: Table[Any], columns: Sequence[str], first: int = 1) -> str:
+    types_ = column_types(table)
+    return ", ".join(f"${first + at}::{types_[name]}[]" for at, name in enumerate(columns))
+
+
+def where_clause(table: Table[Any], where: Where, arguments: list[Any]) -> str:
+    """The condition, empty if there is none; appends its arguments."""
+    parts = []
+    types_ = column_types(table)
+    for name, value in where.equals.items():
+        match value:
+            case In(values):
+                arguments.append(list(values))
+                parts.append(f'"{name}" = ANY(${len(arguments)}::{types_[name]}[])')
+            case AtMost(limit):
+                arguments.append(limit)
+                parts.append(f'"{name}" <= ${len(arguments)}')
+            case Above(limit):
+                arguments.append(limit)
+                parts.append(f'"{name}" > ${len(arguments)}')
+            case _:
+                arguments.append(value)
+                parts.append(f'"{name}" = ${len(arguments)}')
+    if where.predicate is not None:
+        parts.append(where.predicate.sql)
+    if where.keys:
+        rows = _unnest(table, where.keys, len(arguments) + 1)
+        arguments += [[row[at] for row in where.key_rows] for at in range(len(where.keys))]
+        parts.append(f"({_names(where.keys)}) IN (SELECT * FROM unnest({rows}))")
+    return " WHERE " + " AND ".join(parts) if parts else ""
+
+
+def select(table: Table[Any], where: Where, order: Sequence[str], limit: int | None, lock: str) -> Statement:
+    arguments: list[Any] = []
+    condition = where_clause(table, where, arguments)
+    # Whoever locks several rows does so in key order.
+    order = tuple(order) or (table.key if lock else ())
+    ordering = f" ORDER BY {_names(order)}" if order else ""
+    limiting = f" LIMIT {int(limit)}" if limit is not None else ""
+    text = f"SELECT {_names(table.columns)} FROM {table.name}{condition}{ordering}{limiting}{_LOCKS[lock]}"
+    return text, arguments
+
+
+def totals(table: Table[Any], where: Where, by: Sequence[str], sums: Sequence[str]) -> Statement:
+    arguments: list[Any] = []
+    condition = where_clause(table, where, arguments)
+    shown = [f'"{name}"' for name in by] + ["count(*)"] + [f'coalesce(sum("{name}"), 0)::bigint' for name in sums]
+    grouping = f" GROUP BY {_names(by)}" if by else ""
+    return f"SELECT {', '.join(shown)} FROM {table.name}{condition}{grouping}", arguments
+
+
+def change(group: Sequence[RowOp]) -> Statement:
+    """One statement for a group as projection.coalesce makes them."""
+    match group[0]:
+        case Put(table, _):
+            return _upsert(table, [op.row for op in group if isinstance(op, Put)])
+        case Set(table, _, changes):
+            return _update(table, sorted(changes), [op for op in group if isinstance(op, Set)])
+        case Remove(table, where):
+            return _delete(table, tuple(where), [op for op in group if isinstance(op, Remove)])
+
+
+def _upsert(table: Table[Any], rows: Sequence[Any]) -> Statement:
+    columns = table.columns
+    others = [name for name in columns if name not in table.key]
+    updates = ", ".join(f'"{name}" = excluded."{name}"' for name in others)
+    action = f"UPDATE SET {updates}" if updates else "NOTHING"
+    text = (
+        f"INSERT INTO {table.name} ({_names(columns)}) SELECT * FROM unnest({_unnest(table, columns)}) "
+        f"ON CONFLICT ({_names(table.key)}) DO {action}"
+    )
+    return text, [[getattr(row, name) for row in rows] for name in columns]
+
+
+def _update(table: Table[Any], changed: Sequence[str], ops: Sequence[Set]) -> Statement:
+    columns = (*table.key, *changed)
+    sets = ", ".join(f'"{name}" = u."{name}"' for name in changed)
+    keys = " AND ".join(f't."{name}" = u."{name}"' for name in table.key)
+    text = f"UPDATE {table.name} t SET {sets} FROM unnest({_unnest(table, columns)}) u({_names(columns)}) WHERE {keys}"
+    arguments = [[op.key[at] for op in ops] for at in range(len(table.key))]
+    return text, arguments + [[op.changes[name] for op in ops] for name in changed]
+
+
+def _delete(table: Table[Any], columns: Sequence[str], ops: Sequence[Remove]) -> Statement:
+    keys = " AND ".join(f't."{name}" = u."{name}"' for name in columns)
+    text = f"DELETE FROM {table.name} t USING unnest({_unnest(table, columns)}) u({_names(columns)}) WHERE {keys}"
+    return text, [[op.where[name] for op in ops] for name in columns]

@@ -1,0 +1,198 @@
+"""The coordinator's RPCs: checks what is asked, calls the service, shapes the answer."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from opentelemetry import trace
+from shproto.errors import InvalidArgument
+from shproto.events import BufferSealed, SessionOpened, TopicCreated
+from shproto.v1 import coordinator_pb2 as pb
+from shruntime.telemetry import context_of, current_traceparent
+
+from streamhouse_coordinator import messages
+from streamhouse_coordinator.core.names import AGENT_ID_LENGTH_MAX, check_number, check_text
+from streamhouse_coordinator.core.sessions import INGEST, ROLES
+from streamhouse_coordinator.core.topics import ACKS_WAL
+from streamhouse_coordinator.feed import Feed
+from streamhouse_coordinator.service import buffers, sessions, topics, views
+from streamhouse_coordinator.service.common import Context
+
+_tracer = trace.get_tracer("streamhouse.coordinator")
+
+# What a producer gets first; it grows when the same producer id is taken over.
+FIRST_PRODUCER_EPOCH = 0
+METADATA_TOPICS_MAX = 10_000
+
+FollowerGone = Callable[[str], None]
+
+
+class CoordinatorApi:
+    """Implements shproto.services.CoordinatorApi. `follower_gone` is told when a session's event stream breaks."""
+
+    def __init__(self, context: Context, feed: Feed, follower_gone: FollowerGone) -> None:
+        self._context = context
+        self._settings = context.settings
+        self._feed = feed
+        self._follower_gone = follower_gone
+
+    # ---- topics
+
+    async def create_topic(self, request: pb.CreateTopicRequest) -> pb.TopicInfo:
+        command = TopicCreated(
+            topic_id="",
+            topic=request.topic,
+            partitions=request.partitions,
+            retention_ms=request.retention_ms if request.HasField("retention_ms") else None,
+            retention_bytes=request.retention_bytes if request.HasField("retention_bytes") else None,
+            min_acks=request.min_acks or ACKS_WAL,
+            unclean_recovery_after_ms=(
+                request.unclean_recovery_after_ms if request.HasField("unclean_recovery_after_ms") else None
+            ),
+            created_ms=0,
+        )
+        return messages.topic_info(await topics.create_topic(self._context, command))
+
+    async def delete_topic(self, request: pb.DeleteTopicRequest) -> pb.DeleteTopicResponse:
+        topic_id = await topics.delete_topic(self._context, request.topic)
+        return pb.DeleteTopicResponse(topic_id=bytes.fromhex(topic_id))
+
+    async def list_topics(self, request: pb.ListTopicsRequest) -> pb.ListTopicsResponse:
+        rows = await views.list_topics(self._context)
+        return pb.ListTopicsResponse(topics=[messages.topic_info(row) for row in rows])
+
+    async def describe_topic(self, request: pb.DescribeTopicRequest) -> pb.DescribeTopicResponse:
+        return await views.describe_topic(self._context, request.topic)
+
+    async def get_metadata(self, request: pb.GetMetadataRequest) -> pb.GetMetadataResponse:
+        messages.check_count("topics", request.topics, METADATA_TOPICS_MAX)
+        return await views.get_metadata(self._context, list(request.topics))
+
+    async def init_producer(self, request: pb.InitProducerRequest) -> pb.InitProducerResponse:
+        producer_id = await self._context.store.next_producer_id()
+        return pb.InitProducerResponse(producer_id=producer_id, producer_epoch=FIRST_PRODUCER_EPOCH)
+
+    async def get_status(self, request: pb.GetStatusRequest) -> pb.GetStatusResponse:
+        return await views.get_status(self._context)
+
+    # ---- sessions and leases
+
+    async def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
+        check_text("agent_id", request.agent_id, AGENT_ID_LENGTH_MAX)
+        check_text("address", request.address, messages.ADDRESS_LENGTH_MAX, empty=True)
+        if request.role not in ROLES:
+            raise InvalidArgument(
+                f"role must be one of {', '.join(ROLES)}, got {request.role[:100]!r}",
+                field="role",
+                value=request.role[:100],
+            )
+        if request.role != INGEST and (request.wal_id or request.wal_ends):
+            raise InvalidArgument(
+                "only ingest agents have a write-ahead log", field="wal_id", value=request.wal_id.hex()
+            )
+        wal_id = messages.hex_id("wal_id", request.wal_id) if request.role == INGEST else ""
+        event = SessionOpened("", request.agent_id, request.role, request.address, wal_id, 0)
+        opened = await sessions.open_session(self._context, event, messages.wal_ends(request.wal_ends))
+        return pb.OpenSessionResponse(
+            session_id=opened.session_id,
+            ttl_ms=self._settings.session_ttl_ms,
+            heartbeat_interval_ms=self._settings.heartbeat_interval_ms,
+            resumed=[messages.range_grant(grant) for grant in opened.resumed],
+            feed_position=opened.feed_position,
+        )
+
+    async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
+        low = {messages.range_key(item): item.next_offset for item in request.low_ranges}
+        version, extended = await sessions.heartbeat(self._context, request.session_id, low)
+        return pb.HeartbeatResponse(
+            ttl_ms=self._settings.session_ttl_ms,
+            grants_version=version,
+            extended=[messages.range_grant(grant) for grant in extended],
+        )
+
+    async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:
+        version, grants = await sessions.get_grants(self._context, request.session_id)
+        return pb.GetGrantsResponse(grants=[messages.range_grant(grant) for grant in grants], grants_version=version)
+
+    async def settle_ranges(self, request: pb.SettleRangesRequest) -> pb.SettleRangesResponse:
+        await sessions.settle_ranges(self._context, request.session_id, messages.wal_ends(request.ends))
+        return pb.SettleRangesResponse()
+
+    async def close_session(self, request: pb.CloseSessionRequest) -> pb.CloseSessionResponse:
+        await sessions.end_session(self._context, request.session_id, "closed")
+        return pb.CloseSessionResponse()
+
+    # ---- sealed buffers and segments
+
+    async def announce_buffer(self, request: pb.AnnounceBufferRequest) -> pb.AnnounceBufferResponse:
+        buffer_id = messages.check_uuid("buffer_id", request.buffer_id)
+        check_number("number of slices", len(request.slices), 1, messages.SLICES_MAX)
+        check_text("trace_context", request.trace_context, messages.TRACE_CONTEXT_LENGTH_MAX, empty=True)
+        slices = tuple(messages.slice_of(item) for item in request.slices)
+        sealed = BufferSealed(buffer_id, request.session_id, "", "", slices)
+        snapshots = {messages.range_key(item): item.producer_snapshot for item in request.slices}
+        await buffers.announce(self._context, sealed, snapshots, request.trace_context)
+        return pb.AnnounceBufferResponse()
+
+    async def claim_buffer(self, request: pb.ClaimBufferRequest) -> pb.ClaimBufferResponse:
+        check_text("worker_id", request.worker_id, AGENT_ID_LENGTH_MAX)
+        check_number("claim_ttl_ms", request.claim_ttl_ms, 1, self._settings.claim_ttl_ms_max)
+        claimed = await buffers.claim(self._context, request.worker_id, request.claim_ttl_ms)
+        if claimed is None:
+            return pb.ClaimBufferResponse(found=False)
+        return pb.ClaimBufferResponse(
+            found=True,
+            buffer_id=claimed.buffer.buffer_id,
+            claim_id=claimed.claim.claim_id,
+            agent_id=claimed.buffer.agent_id,
+            address=claimed.address,
+            slices=[messages.buffer_slice(item, claimed.topics.get(item.topic_id, "")) for item in claimed.slices],
+            trace_context=claimed.claim.trace_context,
+            attempt=claimed.claim.attempt,
+        )
+
+    async def renew_claim(self, request: pb.RenewClaimRequest) -> pb.RenewClaimResponse:
+        check_text("claim_id", request.claim_id, messages.ID_LENGTH_MAX)
+        check_number("claim_ttl_ms", request.claim_ttl_ms, 1, self._settings.claim_ttl_ms_max)
+        await buffers.renew_claim(self._context, request.claim_id, request.claim_ttl_ms)
+        return pb.RenewClaimResponse()
+
+    async def release_claim(self, request: pb.ReleaseClaimRequest) -> pb.ReleaseClaimResponse:
+        check_text("claim_id", request.claim_id, messages.ID_LENGTH_MAX)
+        check_number("retry_after_ms", request.retry_after_ms, 0, self._settings.claim_ttl_ms_max)
+        reason = request.reason[: messages.REASON_LENGTH_MAX].replace("\0", "")
+        await buffers.release_claim(self._context, request.claim_id, reason, request.retry_after_ms)
+        return pb.ReleaseClaimResponse()
+
+    async def register_segments(self, request: pb.RegisterSegmentsRequest) -> pb.RegisterSegmentsResponse:
+        messages.check_count("segments", request.segments, messages.SLICES_MAX)
+        check_text("trace_context", request.trace_context, messages.TRACE_CONTEXT_LENGTH_MAX, empty=True)
+        check_text("buffer_id", request.buffer_id, messages.ID_LENGTH_MAX, empty=True)
+        segments = [messages.segment_of(item) for item in request.segments]
+        with _tracer.start_as_current_span("coordinator.register", context_of(request.trace_context)) as span:
+            span.set_attribute("segments", len(segments))
+            trace_context = current_traceparent() or request.trace_context
+            results = await buffers.register(self._context, request.buffer_id, segments, trace_context)
+        return pb.RegisterSegmentsResponse(results=[pb.RegistrationResult.ValueType(result) for result in results])
+
+    async def report_lost(self, request: pb.ReportLostRequest) -> pb.ReportLostResponse:
+        messages.check_count("spans", request.spans, messages.SLICES_MAX)
+        spans = [messages.lost_span(item) for item in request.spans]
+        await buffers.report_lost(self._context, request.session_id, spans)
+        return pb.ReportLostResponse()
+
+    # ---- events
+
+    async def follow_events(self, request: pb.FollowEventsRequest) -> AsyncIterator[pb.Event]:
+        events = self._feed.follow(request.after_position, list(request.types))
+        try:
+            async with contextlib.aclosing(events):  # type: ignore[type-var]
+                async for row in events:
+                    yield messages.event(row)
+        finally:
+            if request.session_id:
+                self._follower_gone(request.session_id)
+
+    async def get_snapshot(self, request: pb.GetSnapshotRequest) -> AsyncIterator[pb.SnapshotPart]:
+        async with contextlib.aclosing(views.get_snapshot(self._context)) as parts:  # type: ignore[type-var]
+            async for part in parts:
+                yield part

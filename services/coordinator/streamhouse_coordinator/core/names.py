@@ -1,0 +1,41 @@
+"""Names users choose. Topics follow Kafka's rules, so that topics moved from there keep their names."""
+
+import re
+
+from shproto.errors import InvalidArgument
+
+NAME_LENGTH_MAX = 249  # Kafka's: a partition's directory name must fit 255 bytes there
+_TOPIC = re.compile(rf"[a-zA-Z0-9._-]{{1,{NAME_LENGTH_MAX}}}")
+GROUP_LENGTH_MAX = 249
+CLIENT_ID_LENGTH_MAX = 249
+AGENT_ID_LENGTH_MAX = 249
+
+
+def check_topic(name: str) -> None:
+    """Raises InvalidArgument unless `name` is a legal topic name."""
+    if name in (".", "..") or not _TOPIC.fullmatch(name):
+        raise InvalidArgument(
+            f"topic {name[:300]!r} is not a legal name: 1 to {NAME_LENGTH_MAX} of a-z A-Z 0-9 . _ -, not '.' or '..'",
+            field="topic",
+            value=name[:300],
+            limit=NAME_LENGTH_MAX,
+        )
+
+
+def check_text(field: str, value: str, length_max: int, *, empty: bool = False) -> None:
+    """Raises InvalidArgument unless `value` has 1 (0 if `empty`) to `length_max` characters, none of them NUL."""
+    if (not value and not empty) or len(value) > length_max or "\0" in value:
+        raise InvalidArgument(
+            f"{field} must have {0 if empty else 1} to {length_max} characters and no NUL, got {len(value)}",
+            field=field,
+            value=value[:300],
+            limit=length_max,
+        )
+
+
+def check_number(field: str, value: int, least: int, most: int) -> None:
+    """Raises InvalidArgument unless least <= value <= most."""
+    if not least <= value <= most:
+        raise InvalidArgument(
+            f"{field} must be from {least} to {most}, got {value}", field=field, value=value, limit=f"{least}..{most}"
+        )

@@ -1,0 +1,241 @@
+"""What an event changes in the projections. The only thing that changes them, live and on replay alike."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import singledispatch
+from typing import Any
+
+from shproto import events as ev
+
+from streamhouse_coordinator.core import tables as t
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Insert the row, or replace the one with its key."""
+
+    table: t.Table[Any]
+    row: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Set:
+    """Change columns of the row with this key; nothing happens if there is none."""
+
+    table: t.Table[Any]
+    key: tuple[object, ...]
+    changes: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Delete the rows whose columns equal these: one row if the columns are the key, or many."""
+
+    table: t.Table[Any]
+    where: Mapping[str, object]
+
+
+RowOp = Put | Set | Remove
+RowOps = tuple[RowOp, ...]
+
+
+@singledispatch
+def row_ops(event: ev.Event) -> RowOps:
+    """The row changes of one event. An event without rows of its own changes nothing."""
+    raise TypeError(f"no projection for {type(event).__name__}")
+
+
+@row_ops.register
+def _(event: ev.TopicCreated) -> RowOps:
+    row = t.TopicRow(
+        event.topic_id,
+        event.topic,
+        event.partitions,
+        event.retention_ms,
+        event.retention_bytes,
+        event.min_acks,
+        event.unclean_recovery_after_ms,
+        event.created_ms,
+    )
+    partitions = (Put(t.PARTITIONS, t.PartitionRow(event.topic_id, number, 0, 0)) for number in range(event.partitions))
+    return (Put(t.TOPICS, row), *partitions)
+
+
+@row_ops.register
+def _(event: ev.TopicDeleted) -> RowOps:
+    where = {"topic_id": event.topic_id}
+    return tuple(Remove(table, where) for table in (t.TOPICS, t.PARTITIONS, t.RANGES, t.SEGMENTS))
+
+
+@row_ops.register
+def _(event: ev.SessionOpened) -> RowOps:
+    row = t.SessionRow(event.session_id, event.agent_id, event.role, event.address, event.wal_id, event.started_ms)
+    return (Put(t.SESSIONS, row),)
+
+
+@row_ops.register
+def _(event: ev.SessionClosed) -> RowOps:
+    return (Remove(t.SESSIONS, {"session_id": event.session_id}),)
+
+
+@row_ops.register
+def _(event: ev.EpochGranted) -> RowOps:
+    row = t.RangeRow(
+        event.topic_id,
+        event.partition,
+        event.epoch,
+        event.start_offset,
+        event.limit_offset,
+        event.start_offset,
+        None,
+        t.OPEN,
+        event.session_id,
+        event.agent_id,
+        event.wal_id,
+        False,
+    )
+    return (Put(t.RANGES, row), Set(t.PARTITIONS, (event.topic_id, event.partition), {"epoch": event.epoch}))
+
+
+def _set_range(event: Any, **changes: object) -> RowOps:
+    return (Set(t.RANGES, (event.topic_id, event.partition, event.epoch), changes),)
+
+
+@row_ops.register
+def _(event: ev.RangeExtended) -> RowOps:
+    return _set_range(event, limit_offset=event.limit_offset)
+
+
+@row_ops.register
+def _(event: ev.MoveRequested) -> RowOps:
+    return _set_range(event, moving=True)
+
+
+@row_ops.register
+def _(event: ev.RangeOrphaned) -> RowOps:
+    return _set_range(event, status=t.ORPHANED, moving=False)
+
+
+@row_ops.register
+def _(event: ev.RangeSettled) -> RowOps:
+    return _set_range(event, status=t.SETTLED, end_offset=event.end_offset, moving=False)
+
+
+@row_ops.register
+def _(event: ev.RangeLost) -> RowOps:
+    return _set_range(event, status=t.LOST, end_offset=event.end_offset, moving=False)
+
+
+@row_ops.register
+def _(event: ev.BufferSealed) -> RowOps:
+    row = t.BufferRow(event.buffer_id, event.session_id, event.agent_id, event.wal_id)
+    slices = (
+        t.BufferSliceRow(
+            event.buffer_id,
+            item.topic_id,
+            item.partition,
+            item.epoch,
+            item.base_offset,
+            item.end_offset,
+            item.record_count,
+            item.size_bytes,
+        )
+        for item in event.slices
+    )
+    return (Put(t.BUFFERS, row), *(Put(t.BUFFER_SLICES, item) for item in slices))
+
+
+@row_ops.register
+def _(event: ev.BufferCompleted) -> RowOps:
+    where = {"buffer_id": event.buffer_id}
+    return (Remove(t.BUFFERS, where), Remove(t.BUFFER_SLICES, where))
+
+
+def _segment_row(segment: ev.Segment) -> t.SegmentRow:
+    return t.SegmentRow(**{name: getattr(segment, name) for name in t.SEGMENTS.columns})
+
+
+@row_ops.register
+def _(event: ev.SegmentRegistered) -> RowOps:
+    segment = event.segment
+    key = (segment.topic_id, segment.partition, segment.epoch)
+    return (Put(t.SEGMENTS, _segment_row(segment)), Set(t.RANGES, key, {"registered_end": segment.end_offset}))
+
+
+@row_ops.register
+def _(event: ev.SegmentsCompacted) -> RowOps:
+    removed = (Remove(t.SEGMENTS, {"segment_id": segment_id}) for segment_id in event.replaced_segment_ids)
+    return (*removed, Put(t.SEGMENTS, _segment_row(event.segment)))
+
+
+@row_ops.register
+def _(event: ev.LogStartMoved) -> RowOps:
+    removed = (Remove(t.SEGMENTS, {"segment_id": segment_id}) for segment_id in event.removed_segment_ids)
+    changes = {"log_start_offset": event.log_start_offset}
+    return (*removed, Set(t.PARTITIONS, (event.topic_id, event.partition), changes))
+
+
+@row_ops.register
+def _(event: ev.GroupMemberJoined) -> RowOps:
+    topics = json.dumps(list(event.topics))
+    row = t.GroupMemberRow(event.group, event.member_id, event.client_id, topics, event.session_timeout_ms)
+    return (Put(t.GROUP_MEMBERS, row),)
+
+
+@row_ops.register
+def _(event: ev.GroupMemberLeft) -> RowOps:
+    return (Remove(t.GROUP_MEMBERS, {"group_name": event.group, "member_id": event.member_id}),)
+
+
+@row_ops.register
+def _(event: ev.GroupRebalanced) -> RowOps:
+    return (Put(t.GROUPS, t.GroupRow(event.group, event.generation, json.dumps(event.assignment, sort_keys=True))),)
+
+
+# ---- many operations as few
+
+
+def coalesce(ops: Iterable[RowOp]) -> list[list[RowOp]]:
+    """The same effect in groups that may each run as one statement: one table, one kind, the same columns,
+    no key twice. Groups must run in order."""
+    groups: list[list[RowOp]] = []
+    pending: dict[str, dict[tuple[object, ...], RowOp]] = {}
+    for op in ops:
+        table_ops = pending.setdefault(op.table.name, {})
+        key = _key(op)
+        if key is None:  # removes rows by other columns than the key: what came before must happen before
+            groups += _grouped(table_ops.values())
+            groups.append([op])
+            table_ops.clear()
+        else:
+            table_ops[key] = _merge(table_ops.get(key), op)
+    return groups + [group for table_ops in pending.values() for group in _grouped(table_ops.values())]
+
+
+def _key(op: RowOp) -> tuple[object, ...] | None:
+    match op:
+        case Put(table, row):
+            return table.key_of(row)
+        case Set(_, key, _):
+            return key
+        case Remove(table, where):
+            return tuple(where[name] for name in table.key) if set(where) == set(table.key) else None
+
+
+def _merge(before: RowOp | None, op: RowOp) -> RowOp:
+    if isinstance(op, Set) and isinstance(before, Put):
+        return Put(op.table, replace(before.row, **op.changes))
+    if isinstance(op, Set) and isinstance(before, Set):
+        return Set(op.table, op.key, {**before.changes, **op.changes})
+    if isinstance(op, Set) and isinstance(before, Remove):
+        return before
+    return op
+
+
+def _grouped(ops: Iterable[RowOp]) -> list[list[RowOp]]:
+    groups: dict[tuple[object, ...], list[RowOp]] = {}
+    for op in ops:
+        columns = tuple(sorted(op.changes)) if isinstance(op, Set) else ()
+        groups.setdefault((type(op), columns), []).append(op)
+    return list(groups.values())

@@ -1,0 +1,141 @@
+"""Which segments become part of the log: the compare-and-set on (epoch, next offset) that fencing rests on."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+from shproto.events import Event, Segment, SegmentRegistered
+
+from streamhouse_coordinator.core.tables import LOST, BufferSliceRow, LostSpanRow, RangeRow
+
+RangeKey = tuple[str, int, int]
+
+
+class Result(IntEnum):
+    """As RegistrationResult in the proto."""
+
+    REGISTERED = 1
+    COVERED = 2
+    FENCED = 3
+    EARLY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    results: list[Result]  # in the order of the segments
+    events: list[Event]
+    ranges: dict[RangeKey, RangeRow]  # as they are afterwards
+    lost_done: list[LostSpanRow]  # reported holes that are dealt with
+
+
+def judge(segment: Segment, row: RangeRow | None) -> Result:
+    """What registering `segment` now amounts to. A span that straddles registered_end is refused: a part of it would
+    be in the log twice; whoever holds the records cuts it anew."""
+    if row is None or row.status == LOST:
+        return Result.FENCED
+    if segment.end_offset <= row.registered_end:
+        return Result.COVERED
+    if segment.base_offset < row.registered_end:
+        return Result.FENCED
+    end = row.limit_offset if row.end_offset is None else row.end_offset
+    if segment.end_offset > end:
+        return Result.FENCED
+    if segment.base_offset > row.registered_end:
+        return Result.EARLY
+    return Result.REGISTERED
+
+
+def register(
+    segments: Sequence[Segment],
+    ranges: Mapping[RangeKey, RangeRow],
+    known_ids: Collection[str],
+    lost: Sequence[LostSpanRow],
+    topics: Mapping[str, str],
+    buffer_id: str,
+) -> Registration:
+    """Judges the segments of one object, in offset order within each range, and the reported holes they run up to.
+
+    `ranges`: those the segments and holes name. `known_ids`: segment ids registered before. `lost`: holes that
+    wait. `topics`: name by topic_id.
+    """
+    now = dict(ranges)
+    results: dict[int, Result] = {}
+    events: list[Event] = []
+    lost_done: list[LostSpanRow] = []
+    todo = sorted(enumerate(segments), key=lambda item: item[1].base_offset)
+    for at, segment in todo:
+        lost_done += _fill_holes(now, _key(segment), lost, topics, events)
+        results[at] = Result.REGISTERED if segment.segment_id in known_ids else judge(segment, now.get(_key(segment)))
+        if results[at] is Result.REGISTERED and segment.segment_id not in known_ids:
+            _take(now, segment, buffer_id, events)
+    for key in list(now):
+        lost_done += _fill_holes(now, key, lost, topics, events)
+    return Registration([results[at] for at in range(len(segments))], events, now, lost_done)
+
+
+def _key(segment: Segment) -> RangeKey:
+    return (segment.topic_id, segment.partition, segment.epoch)
+
+
+def _take(now: dict[RangeKey, RangeRow], segment: Segment, buffer_id: str, events: list[Event]) -> None:
+    events.append(SegmentRegistered(segment, buffer_id))
+    now[_key(segment)] = replace(now[_key(segment)], registered_end=segment.end_offset)
+
+
+def _fill_holes(
+    now: dict[RangeKey, RangeRow],
+    key: RangeKey,
+    lost: Sequence[LostSpanRow],
+    topics: Mapping[str, str],
+    events: list[Event],
+) -> list[LostSpanRow]:
+    """Registers the holes that registration has reached; returns those that need no more attention."""
+    done = []
+    spans = (span for span in lost if (span.topic_id, span.partition, span.epoch) == key)
+    for span in sorted(spans, key=lambda span: span.base_offset):
+        row = now.get(key)
+        segment = _lost_segment(span, topics.get(span.topic_id, ""), row)
+        result = judge(segment, row)
+        if result is Result.REGISTERED:
+            _take(now, segment, "", events)
+        if result is not Result.EARLY:
+            done.append(span)
+    return done
+
+
+def _lost_segment(span: LostSpanRow, topic: str, row: RangeRow | None) -> Segment:
+    # What of the span is registered stays; the identity follows from the place, so that a repeat is the same.
+    base = span.base_offset if row is None else max(span.base_offset, min(row.registered_end, span.end_offset))
+    return Segment(
+        segment_id=f"lost-{span.topic_id}-{span.partition}-{span.epoch}-{base}",
+        topic_id=span.topic_id,
+        topic=topic,
+        partition=span.partition,
+        epoch=span.epoch,
+        base_offset=base,
+        end_offset=span.end_offset,
+        record_count=span.end_offset - base,
+        object_key="",
+        object_at=0,
+        size_bytes=0,
+        raw_bytes=0,
+        first_timestamp_ms=0,
+        max_timestamp_ms=0,
+        lost_reason=span.reason,
+    )
+
+
+def unresolved(slices: Iterable[BufferSliceRow], ranges: Mapping[RangeKey, RangeRow]) -> list[BufferSliceRow]:
+    """What of a buffer is still to be registered. A slice that is registered in part begins where that ends."""
+    rest = []
+    for item in slices:
+        row = ranges.get(item.range_key)
+        if row is None or row.status == LOST or item.end_offset <= row.registered_end:
+            continue
+        if row.end_offset is not None and item.end_offset > row.end_offset:
+            continue
+        base = max(item.base_offset, row.registered_end)
+        rest.append(
+            item if base == item.base_offset else replace(item, base_offset=base, record_count=item.end_offset - base)
+        )
+    return rest

@@ -1,0 +1,130 @@
+"""Opening and ending the sessions that leases hang on, and what becomes of the ranges of an ended one."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from shproto.errors import AgentIdTaken, InvalidArgument
+from shproto.events import Event, RangeExtended, RangeOrphaned, RangeSettled, SessionClosed, SessionOpened
+
+from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, ProducerSnapshotRow, RangeRow, SessionRow
+
+INGEST = "ingest"
+ROLES = (INGEST, "query", "segmenter", "coordinator")
+
+RangeKey = tuple[str, int, int]
+
+
+def open_session(
+    opened: SessionOpened,
+    others: Sequence[SessionRow],
+    live: Collection[str],
+    ranges: Sequence[RangeRow],
+    wal_ends: Mapping[RangeKey, int],
+    durable_topics: Collection[str],
+) -> list[Event]:
+    """The events of a new session.
+
+    `others`: sessions with the same agent id and role, or the same write-ahead log. `live`: ids of those whose lease
+    runs. `ranges`: the unfinished ranges of `others` and of the log. Raises AgentIdTaken, InvalidArgument.
+    """
+    events: list[Event] = []
+    for other in others:
+        if other.wal_id == opened.wal_id:
+            why = "superseded"
+        elif other.session_id in live:
+            raise AgentIdTaken(
+                f"agent id {opened.agent_id!r} is in use by a live agent at {other.address} with another write-ahead "
+                "log; give this agent another id",
+                agent_id=opened.agent_id,
+                address=other.address,
+            )
+        else:
+            why = "expired"
+            events += leave([row for row in ranges if row.session_id == other.session_id], durable_topics)
+        events.append(SessionClosed(other.session_id, other.agent_id, other.role, why))
+    if opened.wal_id:
+        own = [row for row in ranges if row.wal_id == opened.wal_id]
+        events += settle_all(own, wal_ends)
+    return [*events, opened]
+
+
+def settle_all(ranges: Sequence[RangeRow], wal_ends: Mapping[RangeKey, int]) -> list[Event]:
+    """Declares the ends of a log's ranges: what its replay found, else what is registered."""
+    unsettled = [row for row in ranges if row.status in (OPEN, ORPHANED)]
+    return [_settled(row, wal_ends.get(row.key, row.registered_end)) for row in unsettled]
+
+
+def _settled(row: RangeRow, end_offset: int) -> RangeSettled:
+    if end_offset > row.limit_offset:
+        raise InvalidArgument(
+            f"partition {row.partition} of {row.topic_id}, epoch {row.epoch}: end {end_offset} is beyond the "
+            f"range's limit {row.limit_offset}",
+            field="end_offset",
+            value=end_offset,
+            limit=row.limit_offset,
+        )
+    # A log that lost its tail (power failure without fsync) may end below what is registered already.
+    return RangeSettled(row.topic_id, row.partition, row.epoch, max(end_offset, row.registered_end))
+
+
+def leave(ranges: Sequence[RangeRow], durable_topics: Collection[str]) -> list[Event]:
+    """What becomes of open ranges whose leader is gone. Where only durable records are acknowledged the log holds
+    nothing that was, so the range can be settled at once."""
+    events: list[Event] = []
+    for row in ranges:
+        if row.status == OPEN and row.topic_id in durable_topics:
+            events.append(RangeSettled(row.topic_id, row.partition, row.epoch, row.registered_end))
+        elif row.status == OPEN:
+            events.append(RangeOrphaned(row.topic_id, row.partition, row.epoch))
+    return events
+
+
+def end_session(
+    session: SessionRow, ranges: Sequence[RangeRow], durable_topics: Collection[str], why: str
+) -> list[Event]:
+    """why: closed | expired | unreachable"""
+    closed = SessionClosed(session.session_id, session.agent_id, session.role, why)
+    return [closed, *leave(ranges, durable_topics)]
+
+
+def settle(session: SessionRow, ranges: Mapping[RangeKey, RangeRow], ends: Mapping[RangeKey, int]) -> list[Event]:
+    """The leader itself ends its ranges. Those already ended, or of a deleted topic, are passed over: the call may be
+    a retry. Raises InvalidArgument for a range of another log or an end below what is registered."""
+    events: list[Event] = []
+    for key, end_offset in ends.items():
+        row = ranges.get(key)
+        if row is None or row.status in (SETTLED, LOST):
+            continue
+        if row.wal_id != session.wal_id or end_offset < row.registered_end:
+            raise InvalidArgument(
+                f"partition {row.partition} of {row.topic_id}, epoch {row.epoch}: cannot settle at {end_offset}; "
+                f"registered up to {row.registered_end}, led by agent {row.agent_id}",
+                field="end_offset",
+                value=end_offset,
+                limit=row.registered_end,
+            )
+        events.append(_settled(row, end_offset))
+    return events
+
+
+def extend(row: RangeRow, next_offset: int, width_offsets: int) -> RangeExtended | None:
+    """A wider range when less than a quarter of a width is left, else None (a repeated request, say)."""
+    if row.status != OPEN or row.limit_offset - next_offset >= width_offsets // 4:
+        return None
+    return RangeExtended(row.topic_id, row.partition, row.epoch, row.limit_offset + width_offsets)
+
+
+def snapshot_for(row: RangeRow, snapshots: Sequence[ProducerSnapshotRow]) -> bytes:
+    """Idempotent producers' state for whoever goes on in `row`: what its own epoch recorded up to registered_end,
+    else, at its beginning, the newest of an earlier epoch. Empty if there is none."""
+    own = [item for item in snapshots if item.epoch == row.epoch and item.end_offset <= row.registered_end]
+    earlier = [item for item in snapshots if item.epoch < row.epoch]
+    newest = max(own or earlier, key=lambda item: (item.epoch, item.end_offset), default=None)
+    return newest.snapshot if newest is not None else b""
+
+
+def usable(snapshot: ProducerSnapshotRow, row: RangeRow | None) -> bool:
+    """Whether what `snapshot` remembers is in the log, or still may get there. A retry of what was fenced or lost
+    must not be taken for a duplicate."""
+    if row is None or row.status == LOST:
+        return row is not None and snapshot.end_offset <= row.registered_end
+    return row.end_offset is None or snapshot.end_offset <= row.end_offset

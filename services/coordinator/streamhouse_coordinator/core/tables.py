@@ -1,0 +1,291 @@
+"""The rows the coordinator keeps, as frozen dataclasses; docs/tables.md is the page for readers.
+
+Projections are built from events only (projection.py) and can be rebuilt. State is what is not an event: expiry times,
+claims, committed offsets. Field order is column order; identifiers of topics and logs are UUIDs in hex.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Generic, TypeVar
+
+RowT = TypeVar("RowT")
+
+
+@dataclass(frozen=True)
+class Table(Generic[RowT]):
+    """A table: its row type, its primary key, and whether it is a projection of the events."""
+
+    name: str
+    row: Callable[..., RowT]
+    key: tuple[str, ...]
+    projection: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(item.name for item in fields(self.row))  # type: ignore[arg-type]
+
+    def key_of(self, row: RowT) -> tuple[object, ...]:
+        return tuple(getattr(row, name) for name in self.key)
+
+
+# ---- projections
+
+
+@dataclass(frozen=True, slots=True)
+class TopicRow:
+    topic_id: str
+    topic: str
+    partitions: int
+    retention_ms: int | None
+    retention_bytes: int | None
+    min_acks: int
+    unclean_recovery_after_ms: int | None
+    created_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionRow:
+    """`epoch` is the last one granted (0: none yet); it only grows."""
+
+    topic_id: str
+    partition: int
+    epoch: int
+    log_start_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class RangeRow:
+    """The offsets one epoch owns. `registered_end` only grows; `end_offset` is set once, when the range ends."""
+
+    topic_id: str
+    partition: int
+    epoch: int
+    start_offset: int
+    limit_offset: int
+    registered_end: int
+    end_offset: int | None
+    status: str
+    session_id: str
+    agent_id: str
+    wal_id: str
+    moving: bool
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return (self.topic_id, self.partition, self.epoch)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether registration may still go on."""
+        return self.status != LOST and self.registered_end != self.end_offset
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    session_id: str
+    agent_id: str
+    role: str
+    address: str
+    wal_id: str
+    started_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class BufferRow:
+    buffer_id: str
+    session_id: str
+    agent_id: str
+    wal_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSliceRow:
+    buffer_id: str
+    topic_id: str
+    partition: int
+    epoch: int
+    base_offset: int
+    end_offset: int
+    record_count: int
+    size_bytes: int
+
+    @property
+    def range_key(self) -> tuple[str, int, int]:
+        return (self.topic_id, self.partition, self.epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRow:
+    segment_id: str
+    topic_id: str
+    partition: int
+    epoch: int
+    base_offset: int
+    end_offset: int
+    record_count: int
+    object_key: str
+    object_at: int
+    size_bytes: int
+    raw_bytes: int
+    first_timestamp_ms: int
+    max_timestamp_ms: int
+    lost_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRow:
+    """`assignment` is JSON: member id -> ["topic:partition", ...]."""
+
+    group_name: str
+    generation: int
+    assignment: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMemberRow:
+    """`topics` is a JSON list."""
+
+    group_name: str
+    member_id: str
+    client_id: str
+    topics: str
+    session_timeout_ms: int
+
+
+# ---- state
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLeaseRow:
+    """`grants_version` changes with every change of who leads what."""
+
+    session_id: str
+    expires_ms: int
+    grants_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class BufferClaimRow:
+    """Free to claim from `free_at_ms` on: 0 when never claimed, the claim's expiry, or when a retry is due."""
+
+    buffer_id: str
+    wal_id: str
+    sealed_position: int
+    size_bytes: int
+    trace_context: str
+    claim_id: str
+    worker_id: str
+    free_at_ms: int
+    attempt: int
+    last_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompactionClaimRow:
+    topic_id: str
+    partition: int
+    claim_id: str
+    worker_id: str
+    expires_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerSnapshotRow:
+    """Idempotent producers' state at `end_offset`, as the leader of `epoch` encoded it."""
+
+    topic_id: str
+    partition: int
+    epoch: int
+    end_offset: int
+    snapshot: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LostSpanRow:
+    """A reported hole that waits until registration reaches its base_offset."""
+
+    topic_id: str
+    partition: int
+    epoch: int
+    base_offset: int
+    end_offset: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMemberStateRow:
+    """`owned` is a JSON list: what the member works on or was told to work on."""
+
+    group_name: str
+    member_id: str
+    expires_ms: int
+    owned: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOffsetRow:
+    group_name: str
+    topic_id: str
+    partition: int
+    next_offset: int
+    metadata: str
+    committed_ms: int
+
+
+# ---- events
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    position: int
+    stream_id: str
+    version: int
+    type: str
+    payload: str
+    trace_context: str
+    created_ms: int
+
+
+OPEN, ORPHANED, SETTLED, LOST = "open", "orphaned", "settled", "lost"
+
+TOPICS = Table("topics", TopicRow, ("topic_id",), True)
+PARTITIONS = Table("partitions", PartitionRow, ("topic_id", "partition"), True)
+RANGES = Table("ranges", RangeRow, ("topic_id", "partition", "epoch"), True)
+SESSIONS = Table("sessions", SessionRow, ("session_id",), True)
+BUFFERS = Table("buffers", BufferRow, ("buffer_id",), True)
+BUFFER_SLICES = Table(
+    "buffer_slices", BufferSliceRow, ("buffer_id", "topic_id", "partition", "epoch", "base_offset"), True
+)
+SEGMENTS = Table("segments", SegmentRow, ("segment_id",), True)
+GROUPS = Table("groups", GroupRow, ("group_name",), True)
+GROUP_MEMBERS = Table("group_members", GroupMemberRow, ("group_name", "member_id"), True)
+
+SESSION_LEASES = Table("session_leases", SessionLeaseRow, ("session_id",))
+BUFFER_CLAIMS = Table("buffer_claims", BufferClaimRow, ("buffer_id",))
+COMPACTION_CLAIMS = Table("compaction_claims", CompactionClaimRow, ("topic_id", "partition"))
+PRODUCER_SNAPSHOTS = Table("producer_snapshots", ProducerSnapshotRow, ("topic_id", "partition", "epoch", "end_offset"))
+LOST_SPANS = Table("lost_spans", LostSpanRow, ("topic_id", "partition", "epoch", "base_offset"))
+GROUP_MEMBER_STATE = Table("group_member_state", GroupMemberStateRow, ("group_name", "member_id"))
+GROUP_OFFSETS = Table("group_offsets", GroupOffsetRow, ("group_name", "topic_id", "partition"))
+EVENTS = Table("events", EventRow, ("position",))
+
+PROJECTIONS: tuple[Table[object], ...] = (
+    TOPICS,
+    PARTITIONS,
+    RANGES,
+    SESSIONS,
+    BUFFERS,
+    BUFFER_SLICES,
+    SEGMENTS,
+    GROUPS,
+    GROUP_MEMBERS,
+)  # type: ignore[assignment]
+STATE: tuple[Table[object], ...] = (
+    SESSION_LEASES,
+    BUFFER_CLAIMS,
+    COMPACTION_CLAIMS,
+    PRODUCER_SNAPSHOTS,
+    LOST_SPANS,
+    GROUP_MEMBER_STATE,
+    GROUP_OFFSETS,
+)  # type: ignore[assignment]

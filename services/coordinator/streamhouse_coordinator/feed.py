@@ -1,0 +1,108 @@
+"""Events to many followers: one reader of the database per coordinator, the newest events in memory.
+
+Owns: what was read, who waits. Positions are gapless and in commit order, so "everything after position p" is exact.
+Followers that lag behind what is in memory read their own way up to it.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+from shproto.errors import InvalidArgument, Unavailable
+from shruntime.tasks import Backoff
+
+from streamhouse_coordinator.core.tables import EventRow
+from streamhouse_coordinator.ports import Store, Transaction
+
+log = logging.getLogger(__name__)
+
+
+class Feed:
+    """`run` must be running for followers to see new events; `wake` makes it look at once."""
+
+    def __init__(self, store: Store, *, poll_interval_ms: int, batch: int, cached: int) -> None:
+        self._store = store
+        self._poll_interval_s = poll_interval_ms / 1000
+        self._batch = batch
+        self._recent: deque[EventRow] = deque(maxlen=cached)
+        self._position = -1  # the newest event read; -1 until the reader has begun
+        self._wake = asyncio.Event()
+        self._moved = asyncio.Condition()
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Reads for ever. Without the database it tries again, as often as it polls."""
+        backoff = Backoff(first_ms=50, max_ms=max(50, int(self._poll_interval_s * 1000)))
+        while True:
+            try:
+                if self._position < 0:
+                    self._position = await self._store.run(_position)
+                while await self._read():
+                    pass
+                backoff.reset()
+                await self._pause(self._poll_interval_s)
+            except Unavailable as error:
+                log.debug("cannot read events: %s", error)
+                await asyncio.sleep(backoff.next_ms() / 1000)
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            return  # poll: a notification may have been missed
+        finally:
+            self._wake.clear()
+
+    async def _read(self) -> bool:
+        rows = await self._store.read_events(self._position, self._batch)
+        if rows:
+            self._recent.extend(rows)
+            self._position = rows[-1].position
+            async with self._moved:
+                self._moved.notify_all()
+        return len(rows) == self._batch
+
+    async def follow(self, after_position: int, types: Sequence[str] = ()) -> AsyncIterator[EventRow]:
+        """Every event after the position, for ever. Raises InvalidArgument for a position that is not there yet,
+        Unavailable when the database goes away while the follower has to read it."""
+        await self._check(after_position)
+        wanted = frozenset(types)
+        at = after_position
+        while True:
+            for row in await self._next(at):
+                at = row.position
+                if not wanted or row.type in wanted:
+                    yield row
+
+    async def _check(self, after_position: int) -> None:
+        last = self._position
+        if after_position > last:
+            last = await self._store.run(_position)
+        if not 0 <= after_position <= last:
+            raise InvalidArgument(
+                f"after_position {after_position} is not between 0 and the last event, {last}; take a new snapshot",
+                field="after_position",
+                value=after_position,
+                limit=last,
+            )
+
+    async def _next(self, at: int) -> list[EventRow]:
+        """At least one event after `at`, in order, as soon as there is one."""
+        async with self._moved:
+            await self._moved.wait_for(lambda: self._position > at)
+        if self._recent and self._recent[0].position <= at + 1:
+            count = self._position - at
+            return [self._recent[index] for index in range(len(self._recent) - count, len(self._recent))]
+        return await self._store.read_events(at, self._batch)
+
+
+async def _position(tx: Transaction) -> int:
+    return await tx.position()

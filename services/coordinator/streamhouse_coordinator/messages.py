@@ -1,0 +1,199 @@
+"""Between protobuf messages and the coordinator's rows and events. Checks what comes in; raises InvalidArgument."""
+
+import uuid
+from collections.abc import Iterable
+
+from shproto.errors import InvalidArgument
+from shproto.events import Segment, Slice
+from shproto.v1 import coordinator_pb2 as pb
+from shproto.v1 import types_pb2
+
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.names import check_number, check_text
+from streamhouse_coordinator.service.sessions import Grant
+
+INT64_MAX = 2**63 - 1
+ID_LENGTH_MAX = 64  # a UUID has 36 characters
+OBJECT_KEY_LENGTH_MAX = 1024  # S3's
+REASON_LENGTH_MAX = 4096
+TRACE_CONTEXT_LENGTH_MAX = 256  # a traceparent has 55
+SNAPSHOT_BYTES_MAX = 16 * 1024 * 1024
+ADDRESS_LENGTH_MAX = 261  # a DNS name of 255, a colon, a port
+# One buffer holds at most one slice per partition of an agent; 100,000 keeps a request below 20 MB.
+SLICES_MAX = 100_000
+
+RangeKey = tuple[str, int, int]
+
+
+def hex_id(field: str, value: bytes) -> str:
+    """32 hex characters of a 16-byte id."""
+    if len(value) != 16:
+        raise InvalidArgument(f"{field} must have 16 bytes, got {len(value)}", field=field, value=len(value), limit=16)
+    return value.hex()
+
+
+def check_uuid(field: str, value: str) -> str:
+    """`value` as it is usually written."""
+    try:
+        return str(uuid.UUID(value))
+    except ValueError as error:
+        raise InvalidArgument(f"{field} must be a UUID, got {value[:100]!r}", field=field, value=value[:100]) from error
+
+
+def check_count(field: str, items: Iterable[object], most: int) -> None:
+    check_number(f"number of {field}", sum(1 for _ in items), 0, most)
+
+
+def check_span(base_offset: int, end_offset: int) -> None:
+    check_number("base_offset", base_offset, 0, INT64_MAX)
+    check_number("end_offset", end_offset, base_offset + 1, INT64_MAX)
+
+
+# ---- in
+
+
+def range_key(item: pb.WalEnd | pb.RangeUse | pb.BufferSlice | pb.LostSpan) -> RangeKey:
+    return (hex_id("topic_id", item.topic_id), item.partition, item.epoch)
+
+
+def wal_ends(items: Iterable[pb.WalEnd]) -> dict[RangeKey, int]:
+    ends = {}
+    for item in items:
+        check_number("end_offset", item.end_offset, 0, INT64_MAX)
+        ends[range_key(item)] = item.end_offset
+    return ends
+
+
+def slice_of(item: pb.BufferSlice) -> Slice:
+    check_span(item.base_offset, item.end_offset)
+    check_number("record_count", item.record_count, 1, item.end_offset - item.base_offset)
+    check_number("size_bytes", item.size_bytes, 0, INT64_MAX)
+    check_number("producer_snapshot bytes", len(item.producer_snapshot), 0, SNAPSHOT_BYTES_MAX)
+    return Slice(
+        hex_id("topic_id", item.topic_id),
+        item.topic,
+        item.partition,
+        item.epoch,
+        item.base_offset,
+        item.end_offset,
+        item.record_count,
+        item.size_bytes,
+    )
+
+
+def segment_of(item: types_pb2.SegmentRef) -> Segment:
+    check_span(item.base_offset, item.end_offset)
+    check_number("record_count", item.record_count, 1, item.end_offset - item.base_offset)
+    check_text("object_key", item.object_key, OBJECT_KEY_LENGTH_MAX)
+    for field in ("object_at", "raw_bytes"):
+        check_number(field, getattr(item, field), 0, INT64_MAX)
+    check_number("size_bytes", item.size_bytes, 1, INT64_MAX)
+    return Segment(
+        check_uuid("segment_id", item.segment_id),
+        hex_id("topic_id", item.topic_id),
+        item.topic,
+        item.partition,
+        item.epoch,
+        item.base_offset,
+        item.end_offset,
+        item.record_count,
+        item.object_key,
+        item.object_at,
+        item.size_bytes,
+        item.raw_bytes,
+        item.first_timestamp_ms,
+        item.max_timestamp_ms,
+    )
+
+
+def lost_span(item: pb.LostSpan) -> t.LostSpanRow:
+    check_span(item.base_offset, item.end_offset)
+    check_text("reason", item.reason, REASON_LENGTH_MAX)
+    return t.LostSpanRow(*range_key(item), item.base_offset, item.end_offset, item.reason)
+
+
+# ---- out
+
+
+def topic_info(row: t.TopicRow) -> pb.TopicInfo:
+    return pb.TopicInfo(
+        topic_id=bytes.fromhex(row.topic_id),
+        topic=row.topic,
+        partitions=row.partitions,
+        retention_ms=row.retention_ms,
+        retention_bytes=row.retention_bytes,
+        min_acks=types_pb2.Acks.ValueType(row.min_acks),
+        unclean_recovery_after_ms=row.unclean_recovery_after_ms,
+        created_ms=row.created_ms,
+    )
+
+
+def offset_range(row: t.RangeRow) -> types_pb2.OffsetRange:
+    return types_pb2.OffsetRange(
+        epoch=row.epoch,
+        start_offset=row.start_offset,
+        limit_offset=row.limit_offset,
+        registered_end=row.registered_end,
+        end_offset=row.end_offset,
+        status=row.status,
+        agent_id=row.agent_id,
+        wal_id=bytes.fromhex(row.wal_id),
+    )
+
+
+def segment_ref(row: t.SegmentRow, topic: str) -> types_pb2.SegmentRef:
+    values = {name: getattr(row, name) for name in t.SEGMENTS.columns if name != "topic_id"}
+    return types_pb2.SegmentRef(topic_id=bytes.fromhex(row.topic_id), topic=topic, **values)
+
+
+def range_grant(grant: Grant) -> pb.RangeGrant:
+    row, topic = grant.range, grant.topic
+    return pb.RangeGrant(
+        topic_id=bytes.fromhex(row.topic_id),
+        topic=topic.topic,
+        partition=row.partition,
+        epoch=row.epoch,
+        start_offset=row.start_offset,
+        limit_offset=row.limit_offset,
+        registered_end=row.registered_end,
+        end_offset=row.end_offset,
+        min_acks=types_pb2.Acks.ValueType(topic.min_acks),
+        producer_snapshot=grant.producer_snapshot,
+        status="moving" if row.moving else row.status,
+    )
+
+
+def buffer_slice(row: t.BufferSliceRow, topic: str) -> pb.BufferSlice:
+    return pb.BufferSlice(
+        topic_id=bytes.fromhex(row.topic_id),
+        topic=topic,
+        partition=row.partition,
+        epoch=row.epoch,
+        base_offset=row.base_offset,
+        end_offset=row.end_offset,
+        record_count=row.record_count,
+        size_bytes=row.size_bytes,
+    )
+
+
+def session_info(row: t.SessionRow, expires_in_ms: int) -> pb.SessionInfo:
+    return pb.SessionInfo(
+        agent_id=row.agent_id,
+        role=row.role,
+        address=row.address,
+        session_id=row.session_id,
+        expires_in_ms=expires_in_ms,
+        started_ms=row.started_ms,
+    )
+
+
+def event(row: t.EventRow) -> pb.Event:
+    return pb.Event(
+        position=row.position,
+        stream_id=row.stream_id,
+        version=row.version,
+        type=row.type,
+        payload_json=row.payload,
+        trace_context=row.trace_context,
+        created_ms=row.created_ms,
+    )

@@ -1,0 +1,143 @@
+"""What the service asks of a store. adapters/postgres.py is the real one, adapters/memory.py the one of unit tests."""
+
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+from shproto.events import Event
+
+from streamhouse_coordinator.core.projection import RowOp
+from streamhouse_coordinator.core.tables import EventRow, RangeRow, Table
+
+ResultT = TypeVar("ResultT")
+RowT = TypeVar("RowT")
+
+# wait: until nobody else holds the rows. skip: leave out the rows others hold. share: rows must not go away.
+Lock = Literal["", "wait", "skip", "share"]
+
+
+@dataclass(frozen=True, slots=True)
+class In:
+    """The column is one of these."""
+
+    values: Collection[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AtMost:
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Above:
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Predicate:
+    """A condition over several columns: the same said twice, for SQL and for rows in memory."""
+
+    sql: str
+    test: Callable[[Any], bool]
+
+
+def _unfinished(row: RangeRow) -> bool:
+    return row.unfinished
+
+
+# Ranges that registration may still go on in. An index of the same condition serves it.
+UNFINISHED = Predicate("status <> 'lost' AND registered_end IS DISTINCT FROM end_offset", _unfinished)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Rows whose columns meet all of `equals` (a value, In, AtMost or Above), the predicate, and, if given, whose
+    `keys` columns are one of `key_rows`."""
+
+    equals: Mapping[str, Any]
+    predicate: Predicate | None = None
+    keys: tuple[str, ...] = ()
+    key_rows: Collection[tuple[Any, ...]] = ()
+
+
+def where(predicate: Predicate | None = None, **equals: Any) -> Where:
+    return Where(equals, predicate)
+
+
+def where_keys(keys: tuple[str, ...], key_rows: Collection[tuple[Any, ...]], **equals: Any) -> Where:
+    return Where(equals, None, keys, key_rows)
+
+
+EVERYTHING = Where({})
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The count of the rows of one group and the sums of the columns asked for."""
+
+    group: tuple[Any, ...]
+    count: int
+    sums: tuple[int, ...]
+
+
+class Transaction(Protocol):
+    """All or nothing. Row locks are taken in key order; `append` comes after all of them (it takes the lock that
+    orders events), so that transactions never wait for each other in a circle."""
+
+    async def now_ms(self) -> int:
+        """The database's clock, once per transaction."""
+
+    async def lock(self, name: str) -> None:
+        """Waits for the named lock; held until the transaction ends."""
+
+    async def select(
+        self,
+        table: Table[RowT],
+        where: Where = EVERYTHING,
+        *,
+        order: Sequence[str] = (),
+        limit: int | None = None,
+        lock: Lock = "",
+    ) -> list[RowT]: ...
+
+    async def totals(
+        self, table: Table[Any], where: Where, *, by: Sequence[str] = (), sums: Sequence[str] = ()
+    ) -> list[Totals]: ...
+
+    async def append(self, events: Sequence[Event], trace_context: str = "") -> int:
+        """Appends the events and applies their row operations. Returns the position of the last one."""
+
+    async def apply(self, ops: Sequence[RowOp]) -> None:
+        """Row operations on state tables."""
+
+    async def position(self) -> int:
+        """The position of the last event."""
+
+    async def outbox_position(self) -> int: ...
+
+    def wake_group(self, group: str) -> None:
+        """After the commit, whoever waits for this group looks again, on every coordinator."""
+
+
+class Store(Protocol):
+    """Raises Unavailable when the database does not answer in time."""
+
+    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
+        """One transaction; `work` is run again after a conflict with another, so it must only act through it."""
+
+    def snapshot(self) -> AbstractAsyncContextManager[Transaction]:
+        """A read-only transaction that sees one moment, for as long as it is open."""
+
+    async def renew_session(self, session_id: str, ttl_ms: int) -> int | None:
+        """Moves the expiry; returns the grants_version, or None when there is no such session. One row update."""
+
+    async def renew_member(self, group: str, member_id: str, generation: int, owned: str, timeout_ms: int) -> bool:
+        """Moves a group member's expiry if it is recorded with just this `owned` and the group has this generation."""
+
+    async def next_producer_id(self) -> int: ...
+
+    async def read_events(self, after_position: int, limit: int, types: Sequence[str] = ()) -> list[EventRow]: ...
+
+    async def rebuild(self) -> None:
+        """Empties the projections and applies every event again, in one transaction."""

@@ -1,0 +1,62 @@
+"""Finds out quickly that an agent's process is gone, so that others need not wait for its lease to run out.
+
+Safe because nothing rests on it: an agent that is wrongly taken for dead finds its ranges orphaned and opens a new
+session.
+"""
+
+import asyncio
+import logging
+
+from shproto.errors import StreamHouseError
+from shruntime.tasks import Tasks
+
+from streamhouse_coordinator.core.tables import SESSIONS
+from streamhouse_coordinator.ports import Transaction, where
+from streamhouse_coordinator.service import sessions
+from streamhouse_coordinator.service.common import Context
+
+log = logging.getLogger(__name__)
+
+
+class Probe:
+    """`follower_gone` is called when the event stream of a session broke."""
+
+    def __init__(self, context: Context, tasks: Tasks) -> None:
+        self._context = context
+        self._tasks = tasks
+        self._running: set[str] = set()
+
+    def follower_gone(self, session_id: str) -> None:
+        if session_id not in self._running:
+            self._running.add(session_id)
+            self._tasks.spawn(f"probe {session_id}", self._probe(session_id))
+
+    async def _probe(self, session_id: str) -> None:
+        try:
+            address = await self._context.store.run(lambda tx: _address(tx, session_id))
+            if address and await self._refused(address):
+                log.warning("the agent of session %s at %s is gone: its leases go to others", session_id, address)
+                await sessions.end_session(self._context, session_id, "unreachable")
+        except StreamHouseError as error:
+            log.warning("cannot end session %s before it expires: %s", session_id, error.message)
+        finally:
+            self._running.discard(session_id)
+
+    async def _refused(self, address: str) -> bool:
+        """Only a refusal counts: it says that the machine is there and the process is not."""
+        host, _, port = address.rpartition(":")
+        try:
+            async with asyncio.timeout(self._context.settings.probe_timeout_ms / 1000):
+                _, writer = await asyncio.open_connection(host, int(port))
+        except ConnectionRefusedError:
+            return True
+        except (OSError, TimeoutError, ValueError) as error:
+            log.info("cannot tell whether the agent at %s is alive: %s", address, error)
+            return False
+        writer.close()
+        return False
+
+
+async def _address(tx: Transaction, session_id: str) -> str:
+    rows = await tx.select(SESSIONS, where(session_id=session_id))
+    return rows[0].address if rows else ""

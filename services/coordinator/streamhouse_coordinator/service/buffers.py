@@ -1,0 +1,255 @@
+"""Sealed buffers: announced, claimed, and registered as segments."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from opentelemetry import metrics
+from shproto.errors import Fenced, InvalidArgument
+from shproto.events import BufferCompleted, BufferSealed, Event, Segment
+
+from streamhouse_coordinator.core import registration
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
+from streamhouse_coordinator.core.sessions import INGEST
+from streamhouse_coordinator.ports import AtMost, In, Transaction, where, where_keys
+from streamhouse_coordinator.service.common import Context, RangeKey, live_session, ranges_by_key, topic_names
+
+# How many buffers that turn out to be done are passed over per claim; the next claim goes on.
+CLAIM_CANDIDATES = 16
+
+_results = metrics.get_meter("streamhouse.coordinator").create_counter(
+    "streamhouse_coordinator_registrations_total", description="segments offered for registration, by result"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    buffer: t.BufferRow
+    claim: t.BufferClaimRow
+    address: str
+    slices: list[t.BufferSliceRow]
+    topics: dict[str, str]
+
+
+async def announce(
+    context: Context, sealed: BufferSealed, snapshots: Mapping[RangeKey, bytes], trace_context: str
+) -> None:
+    """`sealed` comes without agent_id, wal_id and topic names; `snapshots`: producers' state at each slice's end.
+    Announcing again changes nothing. Raises SessionExpired."""
+
+    async def work(tx: Transaction) -> None:
+        session = await live_session(tx, sealed.session_id)
+        # Also a buffer that is completed and gone has its history.
+        if (await tx.totals(t.EVENTS, where(stream_id=sealed.stream_id)))[0].count:
+            return
+        _must_be_ingest(session)
+        names = await topic_names(tx, {item.topic_id for item in sealed.slices})
+        slices = tuple(replace(item, topic=names.get(item.topic_id, item.topic)) for item in sealed.slices)
+        event = replace(sealed, agent_id=session.agent_id, wal_id=session.wal_id, slices=slices)
+        position = await tx.append([event], trace_context)
+        size_bytes = sum(item.size_bytes for item in slices)
+        free = t.BufferClaimRow(event.buffer_id, event.wal_id, position, size_bytes, trace_context, "", "", 0, 0, "")
+        ends = {(item.topic_id, item.partition, item.epoch): item.end_offset for item in slices}
+        kept = [
+            Put(t.PRODUCER_SNAPSHOTS, t.ProducerSnapshotRow(*key, ends[key], snapshot))
+            for key, snapshot in snapshots.items()
+            if snapshot and key[0] in names
+        ]
+        await tx.apply([Put(t.BUFFER_CLAIMS, free), *kept])
+
+    await context.store.run(work)
+
+
+def _must_be_ingest(session: t.SessionRow) -> None:
+    if session.role != INGEST:
+        raise InvalidArgument(
+            f"session {session.session_id} is of role {session.role}; only ingest agents have buffers",
+            field="session_id",
+            value=session.session_id,
+        )
+
+
+async def claim(context: Context, worker_id: str, ttl_ms: int) -> Claimed | None:
+    """The oldest free buffer whose agent can be reached; None if there is none."""
+    claim_id = context.new_id()
+
+    async def work(tx: Transaction) -> Claimed | None:
+        now_ms = await tx.now_ms()
+        agents = {row.wal_id: row for row in await tx.select(t.SESSIONS, where(role=INGEST))}
+        free = where(wal_id=In(agents), free_at_ms=AtMost(now_ms))
+        for _ in range(CLAIM_CANDIDATES if agents else 0):
+            rows = await tx.select(t.BUFFER_CLAIMS, free, order=("sealed_position",), limit=1, lock="skip")
+            if not rows:
+                return None
+            taken = replace(
+                rows[0],
+                claim_id=claim_id,
+                worker_id=worker_id,
+                free_at_ms=now_ms + ttl_ms,
+                attempt=rows[0].attempt + 1,
+            )
+            claimed = await _open_claim(tx, taken, agents[taken.wal_id].address)
+            if claimed is not None:
+                await tx.apply([Put(t.BUFFER_CLAIMS, taken)])
+                return claimed
+        return None
+
+    return await context.store.run(work)
+
+
+async def _open_claim(tx: Transaction, taken: t.BufferClaimRow, address: str) -> Claimed | None:
+    """What is to be built of the buffer; completes it if that is nothing (its ranges were settled, lost, deleted)."""
+    buffers = await tx.select(t.BUFFERS, where(buffer_id=taken.buffer_id))
+    slices = await _unresolved(tx, taken.buffer_id)
+    if buffers and slices:
+        names = await topic_names(tx, {item.topic_id for item in slices})
+        return Claimed(buffers[0], taken, address, slices, names)
+    await _complete(tx, buffers, taken.buffer_id)
+    return None
+
+
+async def _unresolved(
+    tx: Transaction, buffer_id: str, ranges: Mapping[RangeKey, t.RangeRow] | None = None
+) -> list[t.BufferSliceRow]:
+    slices = await tx.select(
+        t.BUFFER_SLICES, where(buffer_id=buffer_id), order=("topic_id", "partition", "epoch", "base_offset")
+    )
+    known = dict(ranges or {})
+    missing = {item.range_key for item in slices} - set(known)
+    return registration.unresolved(slices, known | await ranges_by_key(tx, missing))
+
+
+async def _complete(tx: Transaction, buffers: Sequence[t.BufferRow], buffer_id: str) -> None:
+    await tx.append([BufferCompleted(row.buffer_id, row.agent_id) for row in buffers])
+    await tx.apply([Remove(t.BUFFER_CLAIMS, {"buffer_id": buffer_id})])
+
+
+async def renew_claim(context: Context, claim_id: str, ttl_ms: int) -> None:
+    """For claims of buffers and of compactions. Raises Fenced when the claim is not held any more."""
+
+    async def work(tx: Transaction) -> None:
+        until_ms = await tx.now_ms() + ttl_ms
+        ops: list[RowOp] = [
+            Set(t.BUFFER_CLAIMS, (row.buffer_id,), {"free_at_ms": until_ms})
+            for row in await tx.select(t.BUFFER_CLAIMS, where(claim_id=claim_id), lock="wait")
+        ]
+        ops += [
+            Set(t.COMPACTION_CLAIMS, (row.topic_id, row.partition), {"expires_ms": until_ms})
+            for row in await tx.select(t.COMPACTION_CLAIMS, where(claim_id=claim_id), lock="wait")
+        ]
+        if not ops:
+            raise Fenced(f"claim {claim_id!r} is done, or expired and taken by another worker", offered=claim_id)
+        await tx.apply(ops)
+
+    await context.store.run(work)
+
+
+async def release_claim(context: Context, claim_id: str, reason: str, retry_after_ms: int) -> None:
+    """Gives up a claim of a buffer or of a compaction; one that is not held any more is passed over."""
+
+    async def work(tx: Transaction) -> None:
+        free_at_ms = await tx.now_ms() + retry_after_ms
+        changes = {"claim_id": "", "worker_id": "", "free_at_ms": free_at_ms, "last_reason": reason}
+        buffers = await tx.select(t.BUFFER_CLAIMS, where(claim_id=claim_id), lock="wait")
+        compactions = await tx.select(t.COMPACTION_CLAIMS, where(claim_id=claim_id), lock="wait")
+        await tx.apply([Set(t.BUFFER_CLAIMS, (row.buffer_id,), changes) for row in buffers])
+        await tx.apply([_release_compaction(row, free_at_ms, retry_after_ms) for row in compactions])
+
+    await context.store.run(work)
+
+
+def _release_compaction(row: t.CompactionClaimRow, free_at_ms: int, retry_after_ms: int) -> RowOp:
+    key = (row.topic_id, row.partition)
+    if retry_after_ms:
+        return Set(t.COMPACTION_CLAIMS, key, {"claim_id": "", "expires_ms": free_at_ms})
+    return Remove(t.COMPACTION_CLAIMS, dict(zip(t.COMPACTION_CLAIMS.key, key, strict=True)))
+
+
+async def register(
+    context: Context, buffer_id: str, segments: Sequence[Segment], trace_context: str
+) -> list[registration.Result]:
+    """One answer per segment. Correct without a claim: the ranges decide, whoever asks."""
+
+    async def work(tx: Transaction) -> list[registration.Result]:
+        done = await _register(tx, buffer_id, segments)
+        await _finish(tx, buffer_id, done, trace_context)
+        return done.results
+
+    results = await context.store.run(work)
+    for result in results:
+        _results.add(1, {"result": result.name.lower()})
+    return results
+
+
+async def _register(tx: Transaction, buffer_id: str, segments: Sequence[Segment]) -> registration.Registration:
+    keys = {(item.topic_id, item.partition, item.epoch) for item in segments}
+    ranges = await ranges_by_key(tx, keys, lock="wait")
+    known = await tx.select(t.SEGMENTS, where(segment_id=In([item.segment_id for item in segments])))
+    lost = await tx.select(t.LOST_SPANS, where_keys(("topic_id", "partition", "epoch"), sorted(keys)))
+    names = await topic_names(tx, {item.topic_id for item in segments} | {row.topic_id for row in lost})
+    named = [replace(item, topic=names.get(item.topic_id, item.topic)) for item in segments]
+    return registration.register(named, ranges, {row.segment_id for row in known}, lost, names, buffer_id)
+
+
+async def _finish(tx: Transaction, buffer_id: str, done: registration.Registration, trace_context: str) -> None:
+    events: list[Event] = list(done.events)
+    ops: list[RowOp] = [
+        Remove(t.LOST_SPANS, {name: getattr(span, name) for name in t.LOST_SPANS.key}) for span in done.lost_done
+    ]
+    ops += await _outdated_snapshots(tx, done)
+    # The claim row stands for the buffer: whoever completes a buffer holds it.
+    await tx.select(t.BUFFER_CLAIMS, where(buffer_id=buffer_id), lock="wait")
+    buffers = await tx.select(t.BUFFERS, where(buffer_id=buffer_id))
+    if buffers and not await _unresolved(tx, buffer_id, done.ranges):
+        events.append(BufferCompleted(buffer_id, buffers[0].agent_id))
+        ops.append(Remove(t.BUFFER_CLAIMS, {"buffer_id": buffer_id}))
+    if events:
+        await tx.append(events, trace_context)
+    await tx.apply(ops)
+
+
+async def _outdated_snapshots(tx: Transaction, done: registration.Registration) -> list[RowOp]:
+    """Of each range only the newest producers' state that is registered counts, and those still to come."""
+    moved = {(e.segment.topic_id, e.segment.partition, e.segment.epoch) for e in done.events}  # type: ignore[attr-defined]
+    rows = await tx.select(t.PRODUCER_SNAPSHOTS, where_keys(("topic_id", "partition", "epoch"), sorted(moved)))
+    newest: dict[RangeKey, int] = {}
+    for row in rows:
+        key = (row.topic_id, row.partition, row.epoch)
+        if row.end_offset <= done.ranges[key].registered_end:
+            newest[key] = max(newest.get(key, 0), row.end_offset)
+    return [
+        Remove(t.PRODUCER_SNAPSHOTS, {name: getattr(row, name) for name in t.PRODUCER_SNAPSHOTS.key})
+        for row in rows
+        if row.end_offset < newest.get((row.topic_id, row.partition, row.epoch), 0)
+    ]
+
+
+async def report_lost(context: Context, session_id: str, spans: Sequence[t.LostSpanRow]) -> None:
+    """Holes in a log become part of the record. One that registration has not reached yet waits until it does.
+    Raises SessionExpired, InvalidArgument for a span of another log."""
+
+    async def work(tx: Transaction) -> None:
+        session = await live_session(tx, session_id)
+        ranges = await ranges_by_key(tx, {_key(span) for span in spans}, lock="wait")
+        for span in spans:
+            row = ranges.get(_key(span))
+            if row is not None and row.wal_id != session.wal_id:
+                raise InvalidArgument(
+                    f"epoch {span.epoch} of partition {span.partition} belongs to another write-ahead log",
+                    field="spans",
+                    value=span.epoch,
+                )
+        await tx.apply([Put(t.LOST_SPANS, span) for span in spans])
+        names = await topic_names(tx, {span.topic_id for span in spans})
+        waiting = await tx.select(t.LOST_SPANS, where_keys(("topic_id", "partition", "epoch"), sorted(ranges)))
+        await _finish(tx, "", registration.register([], ranges, (), waiting, names, ""), "")
+        gone = [span for span in spans if _key(span) not in ranges]
+        await tx.apply(
+            [Remove(t.LOST_SPANS, {name: getattr(span, name) for name in t.LOST_SPANS.key}) for span in gone]
+        )
+
+    await context.store.run(work)
+
+
+def _key(span: t.LostSpanRow) -> RangeKey:
+    return (span.topic_id, span.partition, span.epoch)

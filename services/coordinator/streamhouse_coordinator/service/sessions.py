@@ -1,0 +1,209 @@
+"""Sessions of agents, and the ranges that hang on them."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from shproto.errors import SessionExpired
+from shproto.events import BufferCompleted, Event, SessionOpened
+
+from streamhouse_coordinator.core import sessions
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.projection import Put, Remove, RowOp
+from streamhouse_coordinator.ports import UNFINISHED, AtMost, In, Transaction, where, where_keys
+from streamhouse_coordinator.service.common import (
+    CLUSTER_LOCK,
+    RANGE_KEYS,
+    Context,
+    RangeKey,
+    commit_leadership,
+    durable_topics,
+    live_session,
+    ranges_by_key,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A range as its agent is to know it."""
+
+    range: t.RangeRow
+    topic: t.TopicRow
+    producer_snapshot: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSession:
+    session_id: str
+    resumed: list[Grant]
+    feed_position: int
+
+
+async def open_session(context: Context, opened: SessionOpened, wal_ends: Mapping[RangeKey, int]) -> OpenedSession:
+    """`opened` comes without session_id and started_ms. Raises AgentIdTaken, InvalidArgument."""
+    session_id = context.new_id()
+
+    async def work(tx: Transaction) -> OpenedSession:
+        await tx.lock(CLUSTER_LOCK)
+        now_ms = await tx.now_ms()
+        event = replace(opened, session_id=session_id, started_ms=now_ms)
+        others = await _others(tx, opened)
+        live = await _live(tx, [row.session_id for row in others], now_ms)
+        ranges = await _ranges_of(tx, others, opened.wal_id)
+        events = sessions.open_session(event, others, live, ranges, wal_ends, await durable_topics(tx))
+        ops: list[RowOp] = [Remove(t.SESSION_LEASES, {"session_id": row.session_id}) for row in others]
+        events += await _drop_buffers(tx, opened.wal_id, now_ms, ops)
+        expires_ms = now_ms + context.settings.session_ttl_ms
+        await tx.apply([*ops, Put(t.SESSION_LEASES, t.SessionLeaseRow(session_id, expires_ms, 0))])
+        if opened.role == sessions.INGEST:
+            position = await commit_leadership(tx, context.settings, events)
+        else:
+            position = await tx.append(events) - len(events)
+        resumed = await _grants(tx, opened.wal_id)
+        return OpenedSession(session_id, [grant for grant in resumed if grant.range.status != t.OPEN], position)
+
+    return await context.store.run(work)
+
+
+async def _others(tx: Transaction, opened: SessionOpened) -> list[t.SessionRow]:
+    rows = await tx.select(t.SESSIONS, where(agent_id=opened.agent_id, role=opened.role))
+    if opened.wal_id:
+        rows += await tx.select(t.SESSIONS, where(wal_id=opened.wal_id))
+    return list({row.session_id: row for row in rows}.values())
+
+
+async def _live(tx: Transaction, session_ids: Collection[str], now_ms: int) -> set[str]:
+    leases = await tx.select(t.SESSION_LEASES, where(session_id=In(session_ids)), lock="wait")
+    return {lease.session_id for lease in leases if lease.expires_ms > now_ms}
+
+
+async def _ranges_of(tx: Transaction, others: Sequence[t.SessionRow], wal_id: str) -> list[t.RangeRow]:
+    wal_ids = {row.wal_id for row in others} | {wal_id}
+    wal_ids.discard("")
+    return await tx.select(t.RANGES, where(UNFINISHED, wal_id=In(wal_ids)), lock="wait") if wal_ids else []
+
+
+async def _drop_buffers(tx: Transaction, wal_id: str, now_ms: int, ops: list[RowOp]) -> list[Event]:
+    """A log that was opened again is sealed anew: its unclaimed buffers are obsolete."""
+    if not wal_id:
+        return []
+    free = await tx.select(t.BUFFER_CLAIMS, where(wal_id=wal_id, free_at_ms=AtMost(now_ms)), lock="skip")
+    buffers = await tx.select(t.BUFFERS, where(buffer_id=In([row.buffer_id for row in free])))
+    ops += [Remove(t.BUFFER_CLAIMS, {"buffer_id": row.buffer_id}) for row in free]
+    return [BufferCompleted(row.buffer_id, row.agent_id) for row in buffers]
+
+
+async def heartbeat(context: Context, session_id: str, low_ranges: Mapping[RangeKey, int]) -> tuple[int, list[Grant]]:
+    """Renews the lease; extends ranges that run out. Returns (grants_version, those ranges). Raises SessionExpired."""
+    version = await context.store.renew_session(session_id, context.settings.session_ttl_ms)
+    if version is None:
+        raise SessionExpired(f"session {session_id!r} has ended; open a new one", session_id=session_id)
+    if not low_ranges:
+        return version, []
+
+    async def work(tx: Transaction) -> list[Grant]:
+        session = await live_session(tx, session_id)
+        rows = await ranges_by_key(tx, low_ranges.keys(), lock="wait")
+        own = {key: row for key, row in rows.items() if row.wal_id == session.wal_id}
+        width = context.settings.range_width_offsets
+        wider = [sessions.extend(row, low_ranges[key], width) for key, row in own.items()]
+        await tx.append([event for event in wider if event is not None])
+        return await _with_topics(tx, list((await ranges_by_key(tx, own.keys())).values()))
+
+    return version, await context.store.run(work)
+
+
+async def get_grants(context: Context, session_id: str) -> tuple[int, list[Grant]]:
+    """All ranges of the session's log that registration may go on in, and the grants_version they are as of."""
+
+    async def work(tx: Transaction) -> tuple[int, list[Grant]]:
+        session = await live_session(tx, session_id)
+        # The version first: a change in between makes the agent ask once more, never once too few.
+        leases = await tx.select(t.SESSION_LEASES, where(session_id=session_id))
+        return (leases[0].grants_version if leases else 0), await _grants(tx, session.wal_id)
+
+    return await context.store.run(work)
+
+
+async def _grants(tx: Transaction, wal_id: str) -> list[Grant]:
+    if not wal_id:
+        return []
+    return await _with_topics(tx, await tx.select(t.RANGES, where(UNFINISHED, wal_id=wal_id), order=RANGE_KEYS))
+
+
+async def _with_topics(tx: Transaction, ranges: Sequence[t.RangeRow]) -> list[Grant]:
+    if not ranges:
+        return []
+    topic_ids = In({row.topic_id for row in ranges})
+    topics = {row.topic_id: row for row in await tx.select(t.TOPICS, where(topic_id=topic_ids))}
+    snapshots = await _snapshots(tx, {(row.topic_id, row.partition) for row in ranges})
+    return [
+        Grant(row, topics[row.topic_id], sessions.snapshot_for(row, snapshots.get((row.topic_id, row.partition), [])))
+        for row in ranges
+        if row.topic_id in topics
+    ]
+
+
+async def _snapshots(
+    tx: Transaction, partitions: Collection[tuple[str, int]]
+) -> dict[tuple[str, int], list[t.ProducerSnapshotRow]]:
+    rows = await tx.select(t.PRODUCER_SNAPSHOTS, where_keys(("topic_id", "partition"), sorted(partitions)))
+    ranges = await ranges_by_key(tx, {(row.topic_id, row.partition, row.epoch) for row in rows})
+    by_partition: dict[tuple[str, int], list[t.ProducerSnapshotRow]] = {}
+    for row in rows:
+        if sessions.usable(row, ranges.get((row.topic_id, row.partition, row.epoch))):
+            by_partition.setdefault((row.topic_id, row.partition), []).append(row)
+    return by_partition
+
+
+async def settle_ranges(context: Context, session_id: str, ends: Mapping[RangeKey, int]) -> None:
+    """Raises SessionExpired, InvalidArgument."""
+
+    async def work(tx: Transaction) -> None:
+        await tx.lock(CLUSTER_LOCK)
+        session = await live_session(tx, session_id)
+        rows = await ranges_by_key(tx, ends.keys(), lock="wait")
+        events = sessions.settle(session, rows, ends)
+        if events:
+            await commit_leadership(tx, context.settings, events)
+
+    await context.store.run(work)
+
+
+async def end_session(context: Context, session_id: str, why: str) -> None:
+    """Ends the session if it is there. why: closed | unreachable"""
+
+    async def work(tx: Transaction) -> None:
+        await tx.lock(CLUSTER_LOCK)
+        await _end(tx, context, [session_id], why)
+
+    await context.store.run(work)
+
+
+async def _end(tx: Transaction, context: Context, session_ids: Sequence[str], why: str) -> None:
+    rows = await tx.select(t.SESSIONS, where(session_id=In(session_ids)))
+    durable = await durable_topics(tx)
+    open_ranges = await tx.select(t.RANGES, where(session_id=In(session_ids), status=t.OPEN), lock="wait")
+    events: list[Event] = []
+    for row in rows:
+        held = [item for item in open_ranges if item.session_id == row.session_id]
+        events += sessions.end_session(row, held, durable, why)
+    await tx.apply([Remove(t.SESSION_LEASES, {"session_id": session_id}) for session_id in session_ids])
+    if any(row.role == sessions.INGEST for row in rows):
+        await commit_leadership(tx, context.settings, events)
+    else:
+        await tx.append(events)
+
+
+async def expire_sessions(context: Context) -> int:
+    """Ends the sessions whose lease has run out by the database's clock; returns how many."""
+
+    async def look(tx: Transaction) -> list[t.SessionLeaseRow]:
+        return await tx.select(t.SESSION_LEASES, where(expires_ms=AtMost(await tx.now_ms())))
+
+    async def work(tx: Transaction) -> int:
+        await tx.lock(CLUSTER_LOCK)
+        expired = await tx.select(t.SESSION_LEASES, where(expires_ms=AtMost(await tx.now_ms())), lock="wait")
+        await _end(tx, context, [row.session_id for row in expired], "expired")
+        return len(expired)
+
+    return await context.store.run(work) if await context.store.run(look) else 0

@@ -1,0 +1,46 @@
+"""Topics: created, deleted."""
+
+from dataclasses import replace
+
+from shproto.events import TopicCreated, TopicDeleted
+
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core import topics
+from streamhouse_coordinator.core.projection import Remove
+from streamhouse_coordinator.ports import Transaction, where
+from streamhouse_coordinator.service.common import CLUSTER_LOCK, Context, commit_leadership, topic_named
+
+
+async def create_topic(context: Context, command: TopicCreated) -> t.TopicRow:
+    """`command` comes without topic_id and created_ms. Raises InvalidArgument, TopicExists, Overloaded."""
+    settings = context.settings
+    topics.check_create(command, settings.partitions_per_topic_max)
+    topic_id = context.new_id().replace("-", "")
+
+    async def work(tx: Transaction) -> t.TopicRow:
+        await tx.lock(CLUSTER_LOCK)
+        same_name = await tx.select(t.TOPICS, where(topic=command.topic))
+        count = (await tx.totals(t.TOPICS, where()))[0].count
+        asked = replace(command, topic_id=topic_id, created_ms=await tx.now_ms())
+        event = topics.create(asked, same_name, count, settings.topics_max)
+        await commit_leadership(tx, settings, [event])
+        return (await tx.select(t.TOPICS, where(topic_id=topic_id)))[0]
+
+    return await context.store.run(work)
+
+
+async def delete_topic(context: Context, name: str) -> str:
+    """Everything of the topic goes: ranges, segments (their objects become unreferenced), offsets. Returns its id."""
+
+    async def work(tx: Transaction) -> str:
+        await tx.lock(CLUSTER_LOCK)
+        topic = await topic_named(tx, name, lock="wait")
+        of_topic = where(topic_id=topic.topic_id)
+        await tx.select(t.PARTITIONS, of_topic, lock="wait")
+        await tx.select(t.RANGES, of_topic, lock="wait")
+        await commit_leadership(tx, context.settings, [TopicDeleted(topic.topic_id, name, await tx.now_ms())])
+        state = (t.PRODUCER_SNAPSHOTS, t.LOST_SPANS, t.COMPACTION_CLAIMS, t.GROUP_OFFSETS)
+        await tx.apply([Remove(table, {"topic_id": topic.topic_id}) for table in state])
+        return topic.topic_id
+
+    return await context.store.run(work)

@@ -1,0 +1,260 @@
+"""What is asked without changing anything: topics, metadata, status, the snapshot."""
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import TypeVar
+
+from shproto.errors import UnknownTopic
+from shproto.v1 import coordinator_pb2 as pb
+from shproto.v1 import types_pb2
+
+from streamhouse_coordinator import messages
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.sessions import INGEST
+from streamhouse_coordinator.ports import UNFINISHED, Above, In, Predicate, Totals, Transaction, Where, where
+from streamhouse_coordinator.service.common import Context, newest_ranges, topic_named
+
+# Segments of one snapshot part: about 250 bytes each, so a part stays below 1 MB.
+SNAPSHOT_SEGMENTS = 4000
+SNAPSHOT_PARTITIONS = 500
+
+PartitionKey = tuple[str, int]
+RowT = TypeVar("RowT", t.RangeRow, t.SegmentRow)
+
+# Ranges a reader has to know: those that hold offsets, or may still.
+_NOT_EMPTY = Predicate(
+    "NOT (status = 'settled' AND end_offset = start_offset)",
+    lambda row: not (row.status == t.SETTLED and row.end_offset == row.start_offset),
+)
+
+
+async def list_topics(context: Context) -> list[t.TopicRow]:
+    async def work(tx: Transaction) -> list[t.TopicRow]:
+        return await tx.select(t.TOPICS, order=("topic",))
+
+    return await context.store.run(work)
+
+
+async def describe_topic(context: Context, name: str) -> pb.DescribeTopicResponse:
+    """Raises UnknownTopic."""
+
+    async def work(tx: Transaction) -> pb.DescribeTopicResponse:
+        topic = await topic_named(tx, name)
+        of_topic = where(topic_id=topic.topic_id)
+        partitions = await tx.select(t.PARTITIONS, of_topic, order=("partition",))
+        newest = await newest_ranges(tx, partitions)
+        unfinished = _by_partition(await tx.select(t.RANGES, where(UNFINISHED, topic_id=topic.topic_id)))
+        sums = ("size_bytes", "raw_bytes", "record_count")
+        stored = {row.group[0]: row for row in await tx.totals(t.SEGMENTS, of_topic, by=("partition",), sums=sums)}
+        addresses = await _addresses(tx)
+        shown = []
+        for row in partitions:
+            key = (row.topic_id, row.partition)
+            last = newest.get(key)
+            ranges = {item.epoch: item for item in [*unfinished.get(key, ()), *([last] if last else ())]}
+            totals = stored.get(row.partition, Totals((), 0, (0, 0, 0)))
+            shown.append(_partition_info(row, last, [ranges[epoch] for epoch in sorted(ranges)], totals, addresses))
+        return pb.DescribeTopicResponse(topic=messages.topic_info(topic), partitions=shown)
+
+    return await context.store.run(work)
+
+
+def _partition_info(
+    row: t.PartitionRow,
+    last: t.RangeRow | None,
+    ranges: Sequence[t.RangeRow],
+    totals: Totals,
+    addresses: dict[str, str],
+) -> pb.PartitionInfo:
+    led = last is not None and last.status == t.OPEN
+    return pb.PartitionInfo(
+        partition=row.partition,
+        leader_agent_id=last.agent_id if last is not None and led else "",
+        leader_address=addresses.get(last.session_id, "") if last is not None and led else "",
+        epoch=row.epoch,
+        log_start_offset=row.log_start_offset,
+        registered_end=last.registered_end if last is not None else 0,
+        segment_count=totals.count,
+        size_bytes=totals.sums[0],
+        raw_bytes=totals.sums[1],
+        record_count=totals.sums[2],
+        ranges=[messages.offset_range(item) for item in ranges],
+    )
+
+
+def _by_partition(rows: Sequence[RowT]) -> dict[PartitionKey, list[RowT]]:
+    grouped: dict[PartitionKey, list[RowT]] = {}
+    for row in rows:
+        grouped.setdefault((row.topic_id, row.partition), []).append(row)
+    return grouped
+
+
+async def _live_sessions(tx: Transaction, **equals: object) -> list[tuple[t.SessionRow, int]]:
+    """Sessions whose lease runs, and for how many ms."""
+    now_ms = await tx.now_ms()
+    leases = {row.session_id: row for row in await tx.select(t.SESSION_LEASES, where(expires_ms=Above(now_ms)))}
+    rows = await tx.select(t.SESSIONS, Where(equals), order=("agent_id", "started_ms"))
+    return [(row, leases[row.session_id].expires_ms - now_ms) for row in rows if row.session_id in leases]
+
+
+async def _addresses(tx: Transaction) -> dict[str, str]:
+    """Address of each live ingest session."""
+    return {row.session_id: row.address for row, _ in await _live_sessions(tx, role=INGEST)}
+
+
+async def get_metadata(context: Context, names: Collection[str]) -> pb.GetMetadataResponse:
+    """Raises UnknownTopic if one of the topics does not exist."""
+
+    async def work(tx: Transaction) -> pb.GetMetadataResponse:
+        sessions = [row for row, _ in await _live_sessions(tx)]
+        addresses = {row.session_id: row.address for row in sessions if row.role == INGEST}
+        topics = await tx.select(t.TOPICS, where(topic=In(names)), order=("topic",)) if names else []
+        if missing := set(names) - {row.topic for row in topics}:
+            raise UnknownTopic(f"topic {min(missing)!r} does not exist", topic=min(missing))
+        partitions = await tx.select(
+            t.PARTITIONS, where(topic_id=In([row.topic_id for row in topics])), order=("topic_id", "partition")
+        )
+        newest = await newest_ranges(tx, partitions)
+        return pb.GetMetadataResponse(
+            topics=[_topic_metadata(topic, partitions, newest, addresses) for topic in topics],
+            query_addresses=_addresses_of(sessions, "query"),
+            coordinator_addresses=_addresses_of(sessions, "coordinator"),
+        )
+
+    return await context.store.run(work)
+
+
+def _addresses_of(sessions: Sequence[t.SessionRow], role: str) -> list[str]:
+    return sorted({row.address for row in sessions if row.role == role and row.address})
+
+
+def _topic_metadata(
+    topic: t.TopicRow,
+    partitions: Sequence[t.PartitionRow],
+    newest: dict[PartitionKey, t.RangeRow],
+    addresses: dict[str, str],
+) -> pb.TopicMetadata:
+    leaders = []
+    for row in partitions:
+        if row.topic_id == topic.topic_id:
+            last = newest.get((row.topic_id, row.partition))
+            led = last is not None and last.status == t.OPEN and last.session_id in addresses
+            leaders.append(
+                pb.LeaderInfo(
+                    partition=row.partition,
+                    agent_id=last.agent_id if last is not None and led else "",
+                    address=addresses[last.session_id] if last is not None and led else "",
+                    epoch=row.epoch,
+                )
+            )
+    return pb.TopicMetadata(topic=messages.topic_info(topic), leaders=leaders)
+
+
+async def get_status(context: Context) -> pb.GetStatusResponse:
+    async def work(tx: Transaction) -> pb.GetStatusResponse:
+        sessions = await _live_sessions(tx)
+        names = {row.topic_id: row.topic for row in await tx.select(t.TOPICS)}
+        partitions = await tx.select(t.PARTITIONS, order=("topic_id", "partition"))
+        newest = await newest_ranges(tx, partitions)
+        unfinished = _by_partition(await tx.select(t.RANGES, where(UNFINISHED), order=t.RANGES.key))
+        waiting = await tx.totals(t.BUFFER_CLAIMS, where(claim_id=""), sums=("size_bytes",))
+        every = await tx.totals(t.BUFFER_CLAIMS, where(), sums=("size_bytes",))
+        return pb.GetStatusResponse(
+            sessions=[messages.session_info(row, expires_in_ms) for row, expires_in_ms in sessions],
+            leases=[_lease(row, names[row.topic_id], newest, unfinished) for row in partitions],
+            buffers_waiting=waiting[0].count,
+            buffers_claimed=every[0].count - waiting[0].count,
+            buffers_waiting_bytes=every[0].sums[0],
+            events_position=await tx.position(),
+            outbox_position=await tx.outbox_position(),
+        )
+
+    return await context.store.run(work)
+
+
+def _lease(
+    row: t.PartitionRow,
+    topic: str,
+    newest: dict[PartitionKey, t.RangeRow],
+    unfinished: dict[PartitionKey, list[t.RangeRow]],
+) -> pb.LeaseInfo:
+    key = (row.topic_id, row.partition)
+    last = newest.get(key)
+    led = last is not None and last.status == t.OPEN
+    older = [item for item in unfinished.get(key, ()) if item.epoch < row.epoch]
+    return pb.LeaseInfo(
+        topic=topic,
+        partition=row.partition,
+        agent_id=last.agent_id if last is not None and led else "",
+        epoch=row.epoch,
+        status="unassigned" if last is None or not led else "moving" if last.moving else "active",
+        log_start_offset=row.log_start_offset,
+        registered_end=last.registered_end if last is not None else 0,
+        unsettled=[messages.offset_range(item) for item in older],
+    )
+
+
+# ---- snapshot
+
+
+async def get_snapshot(context: Context) -> AsyncIterator[pb.SnapshotPart]:
+    """Everything a reader's index holds, as of one event, in parts of bounded size."""
+    async with context.store.snapshot() as tx:
+        position = await tx.position()
+        sessions = await _live_sessions(tx)
+        yield pb.SnapshotPart(
+            position=position,
+            sessions=[messages.session_info(row, expires_in_ms) for row, expires_in_ms in sessions],
+        )
+        for topic in await tx.select(t.TOPICS, order=("topic_id",)):
+            async for part in _topic_parts(tx, topic, position):
+                yield part
+
+
+async def _topic_parts(tx: Transaction, topic: t.TopicRow, position: int) -> AsyncIterator[pb.SnapshotPart]:
+    for first in range(0, topic.partitions, SNAPSHOT_PARTITIONS):
+        some = where(topic_id=topic.topic_id, partition=In(range(first, first + SNAPSHOT_PARTITIONS)))
+        rows = {row.partition: row for row in await tx.select(t.PARTITIONS, some, order=("partition",))}
+        kept = {row.key: row for row in await tx.select(t.RANGES, Where(some.equals, _NOT_EMPTY))}
+        kept |= {row.key: row for row in (await newest_ranges(tx, rows.values())).values()}
+        ranges = _by_partition([kept[key] for key in sorted(kept)])
+        yield pb.SnapshotPart(
+            position=position,
+            partitions=[
+                _snapshot_partition(topic, row, ranges.get((row.topic_id, row.partition), [])) for row in rows.values()
+            ],
+        )
+        counts = await tx.totals(t.SEGMENTS, some, by=("partition",))
+        for count in sorted(counts, key=lambda item: item.group):
+            async for part in _segment_parts(tx, topic, rows[count.group[0]], position):
+                yield part
+
+
+def _snapshot_partition(topic: t.TopicRow, row: t.PartitionRow, ranges: Sequence[t.RangeRow]) -> pb.SnapshotPartition:
+    start = row.log_start_offset
+    shown = [item for item in ranges if item.end_offset is None or item.end_offset > start or item.epoch == row.epoch]
+    return pb.SnapshotPartition(
+        topic=messages.topic_info(topic),
+        partition=row.partition,
+        log_start_offset=start,
+        ranges=[messages.offset_range(item) for item in shown],
+    )
+
+
+async def _segment_parts(
+    tx: Transaction, topic: t.TopicRow, row: t.PartitionRow, position: int
+) -> AsyncIterator[pb.SnapshotPart]:
+    after = -1
+    while True:
+        some = where(topic_id=row.topic_id, partition=row.partition, base_offset=Above(after))
+        segments = await tx.select(t.SEGMENTS, some, order=("base_offset",), limit=SNAPSHOT_SEGMENTS)
+        if not segments:
+            return
+        refs: list[types_pb2.SegmentRef] = [messages.segment_ref(item, topic.topic) for item in segments]
+        part = pb.SnapshotPartition(
+            topic=messages.topic_info(topic),
+            partition=row.partition,
+            log_start_offset=row.log_start_offset,
+            segments=refs,
+        )
+        yield pb.SnapshotPart(position=position, partitions=[part])
+        after = segments[-1].base_offset

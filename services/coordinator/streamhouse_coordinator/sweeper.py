@@ -1,0 +1,30 @@
+"""The coordinator's periodic work. Every coordinator does it; each sweep is one that may be repeated or overlap."""
+
+import asyncio
+import logging
+
+from shproto.errors import StreamHouseError
+
+from streamhouse_coordinator.service import sessions
+from streamhouse_coordinator.service.common import Context
+
+log = logging.getLogger(__name__)
+
+
+class Sweeper:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def run(self) -> None:
+        """Sweeps for ever; what fails is tried again by the next sweep."""
+        while True:
+            try:
+                await self.sweep()
+            except StreamHouseError as error:
+                log.debug("sweep: %s", error.message)
+            await asyncio.sleep(self._context.settings.session_sweep_interval_ms / 1000)
+
+    async def sweep(self) -> None:
+        """Raises what the store raises."""
+        if count := await sessions.expire_sessions(self._context):
+            log.warning("%d sessions expired", count)

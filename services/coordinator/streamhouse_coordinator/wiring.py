@@ -1,0 +1,139 @@
+"""Puts the coordinator together; the only place that names concrete classes."""
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+
+from shproto.errors import SessionExpired, Unavailable
+from shproto.v1 import coordinator_pb2 as pb
+from shruntime.logs import configure_logging
+from shruntime.server import RpcServer
+from shruntime.tasks import Backoff, Tasks, wait_for_stop
+from shruntime.telemetry import Telemetry
+
+from streamhouse_coordinator.adapters.listener import Listener
+from streamhouse_coordinator.adapters.postgres import PostgresStore
+from streamhouse_coordinator.api import CoordinatorApi
+from streamhouse_coordinator.feed import Feed
+from streamhouse_coordinator.probe import Probe
+from streamhouse_coordinator.service.common import Context, new_uuid
+from streamhouse_coordinator.settings import CoordinatorSettings
+from streamhouse_coordinator.sweeper import Sweeper
+
+log = logging.getLogger(__name__)
+
+# Running calls take milliseconds; the event streams never end by themselves and are cut after this.
+SERVER_STOP_GRACE_MS = 500
+
+
+@dataclass
+class CoordinatorService:
+    """One coordinator. `api` may be called before `start` has ended: it answers Unavailable until then."""
+
+    settings: CoordinatorSettings
+    api: CoordinatorApi
+    context: Context
+    feed: Feed
+    _store: PostgresStore
+    _listener: Listener
+    _probe: Probe
+    _tasks: Tasks
+    _session_id: str = field(default="", init=False)
+
+    async def start(self) -> None:
+        """Connects, migrates, starts the background work. Keeps trying until PostgreSQL answers."""
+        backoff = Backoff(first_ms=100, max_ms=5_000)
+        while True:
+            try:
+                await self._store.open()
+                break
+            except Unavailable as error:
+                log.warning("waiting for PostgreSQL: %s", error.message)
+                await asyncio.sleep(backoff.next_ms() / 1000)
+        self._tasks.spawn("listener", self._listener.run())
+        self._tasks.spawn("feed", self.feed.run())
+        self._tasks.spawn("sweeper", Sweeper(self.context).run())
+
+    async def open_session(self, address: str) -> None:
+        """Lets others find this coordinator at `address` (host:port) until `stop`."""
+        name = self.settings.coordinator_id or f"coordinator-{new_uuid()[:8]}"
+        request = pb.OpenSessionRequest(agent_id=name, role="coordinator", address=address)
+        self._session_id = (await self.api.open_session(request)).session_id
+        self._tasks.spawn("heartbeat", self._heartbeat(request))
+
+    async def _heartbeat(self, request: pb.OpenSessionRequest) -> None:
+        while True:
+            await asyncio.sleep(self.settings.heartbeat_interval_ms / 1000)
+            try:
+                await self.api.heartbeat(pb.HeartbeatRequest(session_id=self._session_id))
+            except SessionExpired:
+                await self._reopen(request)
+            except Unavailable as error:
+                log.warning("no heartbeat: %s", error.message)
+
+    async def _reopen(self, request: pb.OpenSessionRequest) -> None:
+        try:
+            self._session_id = (await self.api.open_session(request)).session_id
+        except Unavailable as error:
+            log.warning("no session: %s", error.message)
+
+    async def failed(self) -> None:
+        """Waits for ever; raises what killed one of the background tasks."""
+        await self._tasks.failed.wait()
+        assert self._tasks.error is not None
+        raise self._tasks.error
+
+    async def stop(self) -> None:
+        """Ends the background work, says goodbye if PostgreSQL is there to hear it, closes the connections."""
+        await self._tasks.stop()
+        if self._session_id:
+            try:
+                await self.api.close_session(pb.CloseSessionRequest(session_id=self._session_id))
+            except Unavailable as error:
+                log.warning("session stays until it expires: %s", error.message)
+        await self._store.close()
+
+
+def build(settings: CoordinatorSettings) -> CoordinatorService:
+    """A coordinator that is not started yet."""
+    tasks = Tasks()
+    store = PostgresStore(settings.pg_dsn, pool_max=settings.pg_pool_max, timeout_ms=settings.pg_timeout_ms)
+    context = Context(store, settings)
+    feed = Feed(
+        store,
+        poll_interval_ms=settings.events_poll_interval_ms,
+        batch=settings.events_batch,
+        cached=settings.events_cached,
+    )
+    probe = Probe(context, tasks)
+    api = CoordinatorApi(context, feed, probe.follower_gone)
+    listener = Listener(store, events_changed=feed.wake, group_changed=lambda group: None)
+    return CoordinatorService(settings, api, context, feed, store, listener, probe, tasks)
+
+
+async def run(settings: CoordinatorSettings) -> None:
+    """The coordinator as a process of its own, until SIGINT or SIGTERM."""
+    configure_logging("coordinator", settings.log_level, settings.log_json)
+    telemetry = Telemetry.configure("coordinator", settings)
+    service = build(settings)
+    apis = [(pb.DESCRIPTOR.services_by_name["Coordinator"], service.api)]
+    server = RpcServer(settings.listen, apis, telemetry.server())
+    await server.start()
+    serving = Tasks()
+    try:
+        serving.spawn("serve", _serve(service, server))
+        await wait_for_stop(serving)
+    finally:
+        await serving.stop()
+        await server.stop(SERVER_STOP_GRACE_MS)
+        await service.stop()
+        telemetry.shutdown()
+
+
+async def _serve(service: CoordinatorService, server: RpcServer) -> None:
+    """From here on until cancelled; raises what killed the service."""
+    await service.start()
+    await service.open_session(service.settings.advertise or server.address)
+    await server.set_serving(True)
+    log.info("serving on %s", server.address)
+    await service.failed()
