@@ -1,0 +1,1 @@
+"""What drives the segmenter: an asyncio loop, nameko on RabbitMQ; and its session with the coordinator."""

@@ -1,0 +1,84 @@
+"""Drives the segmenter from an asyncio loop: a periodic scan that any event can hurry, and the housekeeping.
+
+The scan finds whatever no event told about, so that losing the events stops nothing.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+
+from shproto.errors import StreamHouseError
+from shruntime.tasks import Tasks
+from shstore import StoreError
+
+from streamhouse_segmenter.ports import Ports
+from streamhouse_segmenter.service import Segmenter
+from streamhouse_segmenter.settings import SegmenterSettings
+
+log = logging.getLogger(__name__)
+
+
+class LoopWorker:
+    """`wake()` starts a scan at once; `stop()` finishes what is in hand."""
+
+    def __init__(self, segmenter: Segmenter, settings: SegmenterSettings, ports: Ports) -> None:
+        self._segmenter = segmenter
+        self._settings = settings
+        self._ports = ports
+        self._tasks = Tasks()
+        self._awake = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._scanning: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._scanning = self._tasks.spawn("segmenter scan", self._scan())
+        for name, interval_ms, work in (
+            ("compaction", self._settings.compaction_interval_ms, self._segmenter.compact),
+            ("retention", self._settings.retention_interval_ms, self._segmenter.apply_retention),
+            ("history mark", self._settings.retention_interval_ms, self._segmenter.mark_history),
+            ("orphan sweep", self._settings.orphan_sweep_interval_ms, self._segmenter.sweep_orphans),
+        ):
+            self._tasks.spawn(f"segmenter {name}", self._repeat(name, interval_ms, work))
+
+    def wake(self) -> None:
+        """There may be a buffer to claim."""
+        self._segmenter.wake()
+        self._awake.set()
+
+    async def stop(self) -> None:
+        """Claims nothing more, finishes buffers in hand within shutdown_timeout_ms, then cancels the rest."""
+        self._segmenter.close()
+        self._stopping.set()
+        self._awake.set()
+        if self._scanning is not None:
+            await asyncio.wait((self._scanning,), timeout=self._settings.shutdown_timeout_ms / 1000)
+        await self._tasks.stop()
+
+    async def _scan(self) -> None:
+        while not self._stopping.is_set():
+            self._awake.clear()
+            wait_ms = self._settings.scan_interval_ms
+            try:
+                report = await self._segmenter.drain()
+            except StreamHouseError as error:
+                log.warning("cannot look for buffers: %s", error)
+            else:
+                wait_ms = min(wait_ms, report.retry_after_ms or wait_ms)
+            await self._wait_awake(wait_ms)
+
+    async def _wait_awake(self, wait_ms: int) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_ms / 1000):
+                await self._awake.wait()
+
+    async def _repeat(self, name: str, interval_ms: int, work: Callable[[], Awaitable[object]]) -> None:
+        """Does `work` about every `interval_ms`, apart from the other processes' times by chance."""
+        while True:
+            await self._ports.clock.sleep_ms(interval_ms * self._ports.rng.uniform(0.75, 1.25))
+            try:
+                await work()
+            except (StreamHouseError, StoreError) as error:
+                log.warning("%s failed, again in about %d ms: %s", name, interval_ms, error)
+            except Exception:
+                log.exception("%s failed by a defect, again in about %d ms", name, interval_ms)

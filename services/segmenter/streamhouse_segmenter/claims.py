@@ -1,0 +1,71 @@
+"""Keeps a claim alive while its work goes on, and stops the work when the claim is gone.
+
+A lost claim is no danger (registration is a compare-and-set), only wasted work that somebody else does again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from shproto.errors import Fenced, StreamHouseError
+from shproto.v1 import coordinator_pb2
+from shruntime.clock import Clock
+
+from streamhouse_segmenter.ports import Ports
+
+log = logging.getLogger(__name__)
+ResultT = TypeVar("ResultT")
+# Two renewals may fail before the claim runs out.
+RENEWALS_PER_TTL = 3
+
+
+class ClaimLost(Exception):
+    """Somebody else may work on it now."""
+
+
+async def hold_claim(ports: Ports, claim_id: str, ttl_ms: int, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """The result of `work`, which runs while the claim is renewed; raises ClaimLost when it cannot be."""
+    working = asyncio.create_task(work, name=f"work on claim {claim_id}")
+    renewing = asyncio.create_task(_renew(ports, claim_id, ttl_ms), name=f"renew claim {claim_id}")
+    try:
+        await asyncio.wait((working, renewing), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        renewing.result()  # it only ends by raising
+        raise AssertionError("unreachable: renewing never returns")
+    finally:
+        for task in (working, renewing):
+            task.cancel()
+        await asyncio.gather(working, renewing, return_exceptions=True)
+
+
+async def _renew(ports: Ports, claim_id: str, ttl_ms: int) -> None:
+    clock: Clock = ports.clock
+    expires_ms = clock.monotonic_ms() + ttl_ms
+    while True:
+        await clock.sleep_ms(ttl_ms / RENEWALS_PER_TTL)
+        asked_ms = clock.monotonic_ms()
+        try:
+            await ports.coordinator.renew_claim(
+                coordinator_pb2.RenewClaimRequest(claim_id=claim_id, claim_ttl_ms=ttl_ms)
+            )
+        except Fenced as error:
+            raise ClaimLost(f"claim {claim_id} is held by somebody else") from error
+        except StreamHouseError as error:
+            if not error.retriable or asked_ms >= expires_ms:
+                raise ClaimLost(f"claim {claim_id} could not be renewed: {error}") from error
+            log.warning("claim %s not renewed yet: %s", claim_id, error)
+        else:
+            expires_ms = asked_ms + ttl_ms
+
+
+async def release_claim(ports: Ports, claim_id: str, *, reason: str = "", retry_after_ms: int = 0) -> None:
+    """Gives the claim back; one that is gone already, or a coordinator that is away, changes nothing: it runs out."""
+    request = coordinator_pb2.ReleaseClaimRequest(claim_id=claim_id, reason=reason, retry_after_ms=retry_after_ms)
+    try:
+        await ports.coordinator.release_claim(request)
+    except Fenced:
+        log.debug("claim %s had ended before it was released", claim_id)
+    except StreamHouseError as error:
+        log.warning("claim %s not released (%s): it runs out by itself", claim_id, error)

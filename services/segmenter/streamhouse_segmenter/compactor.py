@@ -1,0 +1,172 @@
+"""Rewrites runs of small segments of a partition as one: fewer requests to read, fewer rows to keep.
+
+The records, their offsets and epochs stay the same; the replaced objects become orphans, which the sweep removes
+once readers have had time to notice.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+
+from shformat import (
+    BlockEntry,
+    BuiltSegment,
+    FormatError,
+    SegmentBuilder,
+    SegmentIndex,
+    check_block,
+    open_segment,
+    run_plan_async,
+)
+from shproto.errors import Fenced, StreamHouseError
+from shproto.v1 import coordinator_pb2, types_pb2
+from shruntime.tasks import Backoff
+from shstore import StoreError
+
+from streamhouse_segmenter import telemetry
+from streamhouse_segmenter.builder import BuiltObject
+from streamhouse_segmenter.claims import ClaimLost, hold_claim, release_claim
+from streamhouse_segmenter.core.compaction import CompactionRefused, check_mergeable, check_merged, check_source
+from streamhouse_segmenter.core.keys import data_key
+from streamhouse_segmenter.ports import Ports
+from streamhouse_segmenter.settings import SegmenterSettings
+
+log = logging.getLogger(__name__)
+# One read per so many bytes of blocks: S3 gives its throughput at this size, and it bounds the memory of a read.
+READ_BYTES_MAX = 8 * 1024 * 1024
+
+
+class Compactor:
+    """`run` may be called in any number of processes: claims keep them apart."""
+
+    def __init__(self, ports: Ports, settings: SegmenterSettings, worker_id: str) -> None:
+        self._ports = ports
+        self._settings = settings
+        self._worker_id = worker_id
+        self._closing = False
+
+    def close(self) -> None:
+        """Claims nothing more."""
+        self._closing = True
+
+    async def run(self) -> int:
+        """Merges until nothing is worth merging or one merge fails; returns how many segments were replaced.
+        Raises StreamHouseError when the coordinator cannot be asked."""
+        replaced = 0
+        while not self._closing:
+            claim = await self._ports.coordinator.claim_compaction(self._request())
+            if not claim.found:
+                break
+            merged = await self._compact(claim)
+            if not merged:
+                break
+            replaced += merged
+        return replaced
+
+    def _request(self) -> coordinator_pb2.ClaimCompactionRequest:
+        return coordinator_pb2.ClaimCompactionRequest(
+            worker_id=self._worker_id,
+            claim_ttl_ms=self._settings.claim_ttl_ms,
+            small_bytes_max=self._settings.compaction_small_bytes_max,
+            target_bytes=self._settings.compaction_target_bytes,
+            segments_min=self._settings.compaction_segments_min,
+        )
+
+    async def _compact(self, claim: coordinator_pb2.ClaimCompactionResponse) -> int:
+        """How many segments were replaced; 0 when it did not work, the claim given back."""
+        try:
+            return await hold_claim(self._ports, claim.claim_id, self._settings.claim_ttl_ms, self._work(claim))
+        except (ClaimLost, Fenced) as error:
+            log.warning("compaction: %s", error)
+        except (StoreError, StreamHouseError, FormatError, CompactionRefused) as error:
+            level = logging.ERROR if isinstance(error, (FormatError, CompactionRefused)) else logging.WARNING
+            log.log(level, "compaction given back: %s", error)
+            telemetry.failures.add(1, {"why": "compaction"})
+            retry_ms = self._settings.compaction_interval_ms
+            await release_claim(self._ports, claim.claim_id, reason=str(error), retry_after_ms=retry_ms)
+        return 0
+
+    async def _work(self, claim: coordinator_pb2.ClaimCompactionResponse) -> int:
+        check_mergeable(claim.segments, self._settings.segment_build_bytes_max)
+        built = await self._merge(claim.segments)
+        check_merged(claim.segments, built.info)
+        first = claim.segments[0]
+        key = data_key(
+            first.topic,
+            first.topic_id,
+            first.partition,
+            first.base_offset,
+            built.info.epoch,
+            self._ports.new_uuid().hex,
+        )
+        target = BuiltObject(key)
+        target.append(first.topic, str(self._ports.new_uuid()), built)
+        await self._ports.store.put(target.key, target.parts)
+        telemetry.uploaded_bytes.add(target.size_bytes)
+        replaced = await self._register(claim, target.segments[0])
+        await release_claim(self._ports, claim.claim_id)
+        return replaced
+
+    async def _merge(self, segments: Sequence[types_pb2.SegmentRef]) -> BuiltSegment:
+        last = segments[-1]
+        builder = SegmentBuilder(
+            last.topic_id, last.partition, last.epoch, block_bytes_target=self._settings.block_bytes_target
+        )
+        for segment in segments:
+            await self._copy(segment, builder)
+        return await asyncio.to_thread(builder.finish)
+
+    async def _copy(self, segment: types_pb2.SegmentRef, builder: SegmentBuilder) -> None:
+        """Adds every block of a registered segment, each checked against its index entry."""
+
+        async def read(at: int, size_bytes: int) -> bytes:
+            return await self._ports.store.get(segment.object_key, at=segment.object_at + at, size_bytes=size_bytes)
+
+        header, index = await run_plan_async(open_segment(segment.size_bytes), read)
+        check_source(segment, header)
+        for blocks in _runs(index):
+            body = await read(blocks[0].at, blocks[-1].at + blocks[-1].size_bytes - blocks[0].at)
+            await asyncio.to_thread(_add_blocks, builder, blocks, body)
+
+    async def _register(self, claim: coordinator_pb2.ClaimCompactionResponse, segment: types_pb2.SegmentRef) -> int:
+        request = coordinator_pb2.RegisterCompactionRequest(
+            claim_id=claim.claim_id,
+            replaced_segment_ids=[replaced.segment_id for replaced in claim.segments],
+            segment=segment,
+        )
+        backoff = Backoff(self._settings.retry_first_ms, self._settings.retry_max_ms, self._ports.rng)
+        while True:  # until it is answered or the claim is lost, which cancels this
+            try:
+                response = await self._ports.coordinator.register_compaction(request)
+                break
+            except StreamHouseError as error:
+                if not error.retriable:
+                    raise
+                log.warning("compaction: registration to be repeated: %s", error)
+                await self._ports.clock.sleep_ms(backoff.next_ms())
+        if response.result != coordinator_pb2.REGISTRATION_RESULT_REGISTERED:
+            log.info("compaction of %d segments came too late, dropped", len(claim.segments))
+            return 0
+        telemetry.compacted_segments.add(len(claim.segments))
+        return len(claim.segments)
+
+
+def _runs(index: SegmentIndex) -> Iterator[list[BlockEntry]]:
+    """The blocks in order, in runs of at most READ_BYTES_MAX (or one block)."""
+    run: list[BlockEntry] = []
+    for block in index:
+        if run and block.at + block.size_bytes - run[0].at > READ_BYTES_MAX:
+            yield run
+            run = []
+        run.append(block)
+    if run:
+        yield run
+
+
+def _add_blocks(builder: SegmentBuilder, blocks: Sequence[BlockEntry], body: bytes) -> None:
+    view = memoryview(body)
+    for block in blocks:
+        start = block.at - blocks[0].at
+        batch = view[start : start + block.size_bytes]
+        check_block(batch, block)
+        builder.add(batch)

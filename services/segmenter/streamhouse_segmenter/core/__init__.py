@@ -1,0 +1,1 @@
+"""Decisions of the segmenter: pure, no I/O, no clock, no randomness."""

@@ -1,0 +1,48 @@
+"""Notices that the metadata has gone back in time: PostgreSQL restored from a backup.
+
+Segments that were registered after that backup look unreferenced then, and deleting them would lose acknowledged
+records. A mark in the object store names one event; when the feed no longer has that very event at that
+position, its history is another one, and nothing may be deleted.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+from shproto.v1 import coordinator_pb2
+
+MARK_KEY = "control/history-mark.json"
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryMark:
+    """One event of the control plane, by what identifies it."""
+
+    position: int
+    stream_id: str
+    version: int
+    type: str
+    created_ms: int
+
+    @classmethod
+    def of(cls, event: coordinator_pb2.Event) -> "HistoryMark":
+        return cls(event.position, event.stream_id, event.version, event.type, event.created_ms)
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, body: bytes) -> "HistoryMark":
+        """Raises ValueError for anything that is not a mark."""
+        try:
+            return cls(**json.loads(body))
+        except TypeError as error:
+            raise ValueError(f"not a history mark: {error}") from error
+
+
+def went_back(mark: HistoryMark, current: HistoryMark | None) -> str:
+    """Why the feed is not the one that `mark` was taken from; empty when it is. `current`: what is there now."""
+    if current is None:
+        return f"the event at position {mark.position} is gone"
+    if current != mark:
+        return f"the event at position {mark.position} is {current}, it was {mark}"
+    return ""

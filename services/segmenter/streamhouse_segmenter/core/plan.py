@@ -1,0 +1,74 @@
+"""What goes into which object, and whether what was pulled is what was announced."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from shformat import BatchHeader
+from shproto.v1 import coordinator_pb2
+
+BufferSlice = coordinator_pb2.BufferSlice
+
+
+class SliceMismatch(Exception):
+    """The agent's batches are not the announced slice: nothing of it may be registered."""
+
+    def __init__(self, slice_: BufferSlice, what: str, *, expected: int, got: int) -> None:
+        super().__init__(f"{describe(slice_)}: {what} is {got}, expected {expected}")
+        self.what = what
+        self.expected = expected
+        self.got = got
+
+
+def describe(slice_: BufferSlice) -> str:
+    """topic/partition, epoch and offsets, for people."""
+    span = f"[{slice_.base_offset}, {slice_.end_offset})"
+    return f"{slice_.topic}/{slice_.partition} epoch {slice_.epoch} {span}"
+
+
+def plan_objects(slices: Sequence[BufferSlice], bytes_target: int) -> list[list[BufferSlice]]:
+    """Groups slices into objects of about `bytes_target`: small ones share one, a large one has its own.
+
+    Slices of one partition keep their order, because they register in that order.
+    """
+    objects: list[list[BufferSlice]] = []
+    filled_bytes = 0
+    for slice_ in sorted(slices, key=lambda item: (item.topic_id, item.partition, item.base_offset)):
+        if not objects or filled_bytes + slice_.size_bytes > bytes_target:
+            objects.append([])
+            filled_bytes = 0
+        objects[-1].append(slice_)
+        filled_bytes += slice_.size_bytes
+    return objects
+
+
+@dataclass(slots=True)
+class SliceProgress:
+    """Holds a slice's batches against its announcement, as they come in."""
+
+    slice: BufferSlice
+    next_offset: int
+    record_count: int = 0
+
+    @classmethod
+    def of(cls, slice_: BufferSlice) -> "SliceProgress":
+        return cls(slice_, slice_.base_offset)
+
+    def take(self, headers: Iterable[BatchHeader]) -> None:
+        """Raises SliceMismatch for a gap, an overlap, another epoch, or records beyond the slice."""
+        for header in headers:
+            self._must("epoch", self.slice.epoch, header.epoch)
+            self._must("base offset", self.next_offset, header.base_offset)
+            self._must("offsets of a batch", header.record_count, header.end_offset - header.base_offset)
+            if header.end_offset > self.slice.end_offset:
+                self._must("end offset", self.slice.end_offset, header.end_offset)
+            self.next_offset = header.end_offset
+            self.record_count += header.record_count
+
+    def finish(self) -> None:
+        """Raises SliceMismatch when records are missing."""
+        self._must("end offset", self.slice.end_offset, self.next_offset)
+        self._must("record count", self.slice.record_count, self.record_count)
+
+    def _must(self, what: str, expected: int, got: int) -> None:
+        if expected != got:
+            raise SliceMismatch(self.slice, what, expected=expected, got=got)

@@ -1,0 +1,147 @@
+"""Works off whatever buffers can be claimed, several at a time.
+
+Owns: how many builds run at once in this process. Does not own: when to look (adapters), how one buffer goes
+(handover.py).
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from shproto.v1 import coordinator_pb2
+
+from streamhouse_segmenter import telemetry
+from streamhouse_segmenter.handover import Handover, HandoverResult, Outcome
+from streamhouse_segmenter.ports import Ports
+from streamhouse_segmenter.settings import SegmenterSettings
+
+
+@dataclass(slots=True)
+class DrainReport:
+    """Buffers by outcome, and the shortest time after which a failed one may be claimed again (None: no failure)."""
+
+    registered: int = 0
+    failed: int = 0
+    claims_lost: int = 0
+    retry_after_ms: int | None = None
+
+    def add(self, result: HandoverResult) -> None:
+        self.registered += result.outcome is Outcome.REGISTERED
+        self.claims_lost += result.outcome is Outcome.CLAIM_LOST
+        if result.outcome is Outcome.FAILED:
+            self.failed += 1
+            known = self.retry_after_ms
+            self.retry_after_ms = result.retry_after_ms if known is None else min(known, result.retry_after_ms)
+
+
+class _Slot:
+    """The right to build; given back once, whoever does it first."""
+
+    def __init__(self, slots: asyncio.Semaphore) -> None:
+        self._slots = slots
+        self._held = True
+        telemetry.builds_in_flight.add(1)
+
+    def give_back(self) -> None:
+        if self._held:
+            self._held = False
+            self._slots.release()
+            telemetry.builds_in_flight.add(-1)
+
+
+class Drain:
+    """`run` may be called by any number of callers at once: together they build at most builds_in_flight_max."""
+
+    def __init__(self, ports: Ports, settings: SegmenterSettings, worker_id: str) -> None:
+        self._ports = ports
+        self._settings = settings
+        self._worker_id = worker_id
+        self._slots = asyncio.Semaphore(settings.builds_in_flight_max)
+        self._closing = False
+        self._woken = asyncio.Event()
+
+    def close(self) -> None:
+        """Claims nothing more; what is in hand is finished."""
+        self._closing = True
+        self._woken.set()
+
+    def wake(self) -> None:
+        """There may be a buffer to claim: runs that wait for their last buffers look again."""
+        self._woken.set()
+
+    async def run(self) -> DrainReport:
+        """Claims and hands over until nothing can be claimed and nothing waits.
+
+        Raises StreamHouseError when the coordinator cannot be asked; what was in hand is finished first.
+        """
+        report = DrainReport()
+        running: set[asyncio.Task[HandoverResult]] = set()
+        try:
+            while not self._closing:
+                self._woken.clear()
+                started = await self._start_next()
+                if started is not None:
+                    running.add(started)
+                elif not running:
+                    break
+                running = await self._collect(running, report, idle=started is None)
+        except asyncio.CancelledError:
+            for task in running:
+                task.cancel()
+            raise
+        finally:
+            for result in await asyncio.gather(*running, return_exceptions=True):
+                if isinstance(result, HandoverResult):
+                    report.add(result)
+        return report
+
+    async def _start_next(self) -> asyncio.Task[HandoverResult] | None:
+        await self._slots.acquire()
+        slot = _Slot(self._slots)
+        claim = None
+        try:
+            claim = await self._claim()
+        finally:
+            if claim is None:
+                slot.give_back()
+        return None if claim is None else asyncio.create_task(self._hand_over(claim, slot))
+
+    async def _claim(self) -> coordinator_pb2.ClaimBufferResponse | None:
+        if self._closing:
+            return None
+        claim = await self._ports.coordinator.claim_buffer(
+            coordinator_pb2.ClaimBufferRequest(worker_id=self._worker_id, claim_ttl_ms=self._settings.claim_ttl_ms)
+        )
+        return claim if claim.found else None
+
+    async def _hand_over(self, claim: coordinator_pb2.ClaimBufferResponse, slot: _Slot) -> HandoverResult:
+        try:
+            return await Handover(self._ports, self._settings, claim).run(slot.give_back)
+        finally:
+            slot.give_back()
+
+    async def _collect(
+        self, running: set[asyncio.Task[HandoverResult]], report: DrainReport, *, idle: bool
+    ) -> set[asyncio.Task[HandoverResult]]:
+        """Those still running. Waits when there is nothing to claim or too many wait for registration."""
+        if len(running) >= self._settings.registrations_waiting_max + self._settings.builds_in_flight_max:
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        elif idle:
+            await self._wait_idle(running)
+        done = {task for task in running if task.done()}
+        for task in done:
+            report.add(task.result())
+        return running - done
+
+    async def _wait_idle(self, running: set[asyncio.Task[HandoverResult]]) -> None:
+        """Until one is done, an event comes, or a while has passed: the buffer that the others wait for may have
+        been given back and be claimable again."""
+        waking = asyncio.create_task(self._woken.wait())
+        try:
+            await asyncio.wait(
+                {*running, waking},
+                timeout=self._settings.early_retry_max_ms / 1000,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            waking.cancel()
+            await asyncio.gather(waking, return_exceptions=True)

@@ -1,0 +1,205 @@
+"""One claimed buffer on its way: pull, build, upload, register, release. Every step may be cut off and repeated.
+
+Owns: the order of the steps and what happens when one fails. Does not own: which buffer comes next (service.py).
+Before registration nothing is visible; registration is the coordinator's compare-and-set; an object whose
+registration never happened is an orphan that the sweep removes.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from shformat import FormatError
+from shproto.errors import Fenced, StreamHouseError
+from shproto.v1 import coordinator_pb2, types_pb2
+from shruntime.tasks import Backoff
+from shruntime.telemetry import context_of, current_traceparent
+from shstore import StoreError
+
+from streamhouse_segmenter import telemetry
+from streamhouse_segmenter.builder import BuildTooLarge, BuiltObject, ObjectBuilder
+from streamhouse_segmenter.claims import ClaimLost, hold_claim, release_claim
+from streamhouse_segmenter.core.plan import BufferSlice, SliceMismatch, plan_objects
+from streamhouse_segmenter.core.retry import retry_after_ms, still_early
+from streamhouse_segmenter.ports import Ports
+from streamhouse_segmenter.settings import SegmenterSettings
+
+log = logging.getLogger(__name__)
+
+
+class RegistrationLate(Exception):
+    """The segments could not be registered in the time they have: a predecessor is missing, or the coordinator."""
+
+
+class Outcome(StrEnum):
+    REGISTERED = "registered"
+    FAILED = "failed"
+    CLAIM_LOST = "claim_lost"
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverResult:
+    """`retry_after_ms`: when the buffer can be claimed again, if it failed."""
+
+    outcome: Outcome
+    retry_after_ms: int = 0
+
+
+class Handover:
+    """Works off one claimed buffer; for one use."""
+
+    def __init__(self, ports: Ports, settings: SegmenterSettings, claim: coordinator_pb2.ClaimBufferResponse) -> None:
+        self._ports = ports
+        self._settings = settings
+        self._claim = claim
+        self._builder = ObjectBuilder(ports, settings, claim)
+        self._early: list[types_pb2.SegmentRef] = []
+        self._upload_started_ms: int | None = None
+        self._traceparent = claim.trace_context
+
+    async def run(self, built: Callable[[], None]) -> HandoverResult:
+        """Registers the buffer, or gives it back. Calls `built` once no more memory is needed. Raises nothing
+        but CancelledError, after which the claim runs out by itself."""
+        started_ms = self._ports.clock.monotonic_ms()
+        try:
+            await hold_claim(self._ports, self._claim.claim_id, self._settings.claim_ttl_ms, self._work(built))
+        except (ClaimLost, Fenced) as error:
+            log.warning("buffer %s: %s", self._claim.buffer_id, error)
+            result = HandoverResult(Outcome.CLAIM_LOST)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the buffer must go back and be tried again
+            result = await self._give_back(error)
+        else:
+            telemetry.handover_ms.record(self._ports.clock.monotonic_ms() - started_ms)
+            result = HandoverResult(Outcome.REGISTERED)
+        telemetry.buffers.add(1, {"outcome": result.outcome.value})
+        return result
+
+    async def _work(self, built: Callable[[], None]) -> None:
+        for slices in plan_objects(self._claim.slices, self._settings.segment_bytes_target):
+            await self._upload(await self._build(slices))
+        built()
+        await self._register_early()
+        await release_claim(self._ports, self._claim.claim_id)
+
+    async def _build(self, slices: Sequence[BufferSlice]) -> BuiltObject:
+        started_ms = self._ports.clock.monotonic_ms()
+        attributes: dict[str, str | int] = {"buffer_id": self._claim.buffer_id, "slices": len(slices)}
+        with telemetry.tracer.start_as_current_span(
+            "segmenter.build", context_of(self._claim.trace_context), attributes=attributes
+        ):
+            target = await self._builder.build(slices)
+        telemetry.build_ms.record(self._ports.clock.monotonic_ms() - started_ms)
+        return target
+
+    async def _upload(self, target: BuiltObject) -> None:
+        """Puts the object and offers its segments once; those that are early wait in `_early`."""
+        started_ms = self._ports.clock.monotonic_ms()
+        if self._upload_started_ms is None:
+            self._upload_started_ms = started_ms
+        attributes: dict[str, str | int] = {"object_key": target.key, "size_bytes": target.size_bytes}
+        with telemetry.tracer.start_as_current_span(
+            "segmenter.upload", context_of(self._claim.trace_context), attributes=attributes
+        ):
+            await self._ports.store.put(target.key, target.parts)
+            self._traceparent = current_traceparent() or self._claim.trace_context
+        telemetry.upload_ms.record(self._ports.clock.monotonic_ms() - started_ms)
+        telemetry.uploaded_bytes.add(target.size_bytes)
+        await self._offer(target.segments)
+
+    async def _offer(self, segments: Sequence[types_pb2.SegmentRef]) -> None:
+        """One try to register; what has to be tried again is appended to `_early`."""
+        try:
+            self._early += await self._register(segments)
+        except StreamHouseError as error:
+            if not error.retriable:
+                raise
+            log.warning("buffer %s: registration to be repeated: %s", self._claim.buffer_id, error)
+            self._early += segments
+
+    async def _register_early(self) -> None:
+        """Repeats until nothing is early any more. Raises RegistrationLate."""
+        backoff = Backoff(self._settings.early_retry_first_ms, self._settings.early_retry_max_ms, self._ports.rng)
+        wait_until_ms = self._ports.clock.monotonic_ms() + self._settings.early_wait_ms_max
+        while self._early:
+            if self._ports.clock.monotonic_ms() >= wait_until_ms:
+                raise RegistrationLate(f"{len(self._early)} segments still early, first: {_span(self._early[0])}")
+            await self._ports.clock.sleep_ms(backoff.next_ms())
+            waiting, self._early = self._early, []
+            await self._offer(waiting)
+
+    async def _register(self, segments: Sequence[types_pb2.SegmentRef]) -> list[types_pb2.SegmentRef]:
+        """Those that are early. Never registers an object that the sweep could take for an orphan already."""
+        assert self._upload_started_ms is not None, "registered before it was uploaded"
+        age_ms = self._ports.clock.monotonic_ms() - self._upload_started_ms
+        if age_ms >= self._settings.orphan_grace_ms // 2:
+            raise RegistrationLate(f"the upload began {age_ms} ms ago, the orphan sweep is near")
+        response = await self._ports.coordinator.register_segments(
+            coordinator_pb2.RegisterSegmentsRequest(
+                claim_id=self._claim.claim_id,
+                buffer_id=self._claim.buffer_id,
+                segments=segments,
+                trace_context=self._traceparent,
+            )
+        )
+        for segment, result in zip(segments, response.results, strict=True):
+            _count(segment, result)
+        return still_early(segments, response.results)
+
+    async def _give_back(self, error: Exception) -> HandoverResult:
+        why = _why(error)
+        log.log(
+            logging.ERROR if why in ("mismatch", "format", "defect") else logging.WARNING,
+            "buffer %s of agent %s given back at attempt %d (%s): %s",
+            self._claim.buffer_id,
+            self._claim.agent_id,
+            self._claim.attempt,
+            why,
+            error,
+            exc_info=error if why == "defect" else None,
+        )
+        telemetry.failures.add(1, {"why": why})
+        wait_ms = retry_after_ms(
+            self._claim.attempt,
+            self._ports.rng.random(),
+            first_ms=self._settings.retry_first_ms,
+            max_ms=self._settings.retry_max_ms,
+        )
+        reason = f"{why}: {error}"
+        await release_claim(self._ports, self._claim.claim_id, reason=reason, retry_after_ms=wait_ms)
+        return HandoverResult(Outcome.FAILED, wait_ms)
+
+
+def _why(error: Exception) -> str:
+    """The kind of a failure, for the metric and the log."""
+    kinds: tuple[tuple[type[Exception], str], ...] = (
+        (SliceMismatch, "mismatch"),
+        (BuildTooLarge, "mismatch"),
+        (FormatError, "format"),
+        (StoreError, "store"),
+        (RegistrationLate, "early"),
+        (StreamHouseError, "peer"),
+    )
+    return next((name for kind, name in kinds if isinstance(error, kind)), "defect")
+
+
+_RESULT_NAMES = {
+    coordinator_pb2.REGISTRATION_RESULT_REGISTERED: "registered",
+    coordinator_pb2.REGISTRATION_RESULT_COVERED: "covered",
+    coordinator_pb2.REGISTRATION_RESULT_FENCED: "fenced",
+    coordinator_pb2.REGISTRATION_RESULT_EARLY: "early",
+}
+
+
+def _count(segment: types_pb2.SegmentRef, result: "coordinator_pb2.RegistrationResult.ValueType") -> None:
+    name = _RESULT_NAMES[result]
+    telemetry.registrations.add(1, {"result": name})
+    if name == "registered":
+        telemetry.records.add(segment.record_count)
+        telemetry.raw_bytes.add(segment.raw_bytes)
+    elif name in ("covered", "fenced"):
+        log.info("%s not needed: %s", _span(segment), name)
+
+
+def _span(segment: types_pb2.SegmentRef) -> str:
+    return f"{segment.topic}/{segment.partition} [{segment.base_offset}, {segment.end_offset})"

@@ -1,0 +1,24 @@
+"""What the segmenter needs from the world around it."""
+
+import random
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shproto.services import CoordinatorApi, IngestApi
+from shruntime.clock import Clock, SystemClock
+from shstore import ObjectStore
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Peers, store, time and chance. `ingest_at` gives the API of the agent at an address."""
+
+    coordinator: CoordinatorApi
+    store: ObjectStore
+    ingest_at: Callable[[str], IngestApi]
+    clock: Clock = field(default_factory=SystemClock)
+    rng: random.Random = field(default_factory=random.SystemRandom)
+
+    def new_uuid(self) -> uuid.UUID:
+        return uuid.UUID(int=self.rng.getrandbits(128), version=4)

@@ -1,0 +1,104 @@
+"""Settings of the segmenter."""
+
+from typing import ClassVar
+
+from pydantic import Field
+from shruntime.settings import MIB, StoreSettings
+
+
+class SegmenterSettings(StoreSettings):
+    service: ClassVar[str] = "segmenter"
+
+    worker_id: str = Field(
+        "", max_length=200, description="name in claims, logs and status; empty: host name and process id"
+    )
+    amqp_url: str = Field(
+        "", description="RabbitMQ that wakes the workers, amqp://user:password@host:port/vhost; empty: the event feed"
+    )
+    amqp_heartbeat_s: int = Field(
+        30, ge=5, le=600, description="s between AMQP heartbeats; a dead broker is noticed after two"
+    )
+
+    claim_ttl_ms: int = Field(
+        60_000,
+        ge=1_000,
+        le=3_600_000,
+        description="ms until a dead worker's buffer is free again; renewed three times within it while working",
+    )
+    scan_interval_ms: int = Field(
+        5_000,
+        ge=50,
+        le=3_600_000,
+        description="ms between looks for buffers that no event told about; one cheap query each",
+    )
+    builds_in_flight_max: int = Field(
+        2, ge=1, le=64, description="buffers built at once; one compresses while another uploads"
+    )
+    registrations_waiting_max: int = Field(
+        32, ge=1, le=10_000, description="uploaded buffers that wait for an earlier one to register; some KiB each"
+    )
+
+    block_bytes_target: int = Field(
+        MIB, ge=4096, le=16 * MIB, description="uncompressed bytes of a segment's block: what one cached read fetches"
+    )
+    segment_bytes_target: int = Field(
+        64 * MIB,
+        ge=64 * 1024,
+        le=256 * MIB,
+        description="bytes of small slices put together into one object; a larger slice is an object of its own",
+    )
+    segment_build_bytes_max: int = Field(
+        320 * MIB,
+        ge=MIB,
+        le=1024 * MIB,
+        description="bytes one build may hold in memory: the largest sealed slice (256 MiB), a batch and room",
+    )
+
+    retry_first_ms: int = Field(
+        200, ge=1, le=60_000, description="ms of the first back-off of a buffer that failed; doubles, with full jitter"
+    )
+    retry_max_ms: int = Field(
+        30_000, ge=1, le=3_600_000, description="ms a failed buffer waits at most; the store is back within that"
+    )
+    early_retry_first_ms: int = Field(
+        20, ge=1, le=60_000, description="ms of the first back-off of a segment whose predecessor is not registered"
+    )
+    early_retry_max_ms: int = Field(
+        1_000, ge=1, le=600_000, description="ms between tries of such a segment; its predecessor is seconds away"
+    )
+    early_wait_ms_max: int = Field(
+        60_000,
+        ge=0,
+        le=3_600_000,
+        description="ms such a segment waits in all before its buffer is given back; one claim's time to live",
+    )
+
+    compaction_interval_ms: int = Field(60_000, ge=50, le=86_400_000, description="ms between looks for small segments")
+    compaction_small_bytes_max: int = Field(
+        16 * MIB, ge=1024, le=1024 * MIB, description="bytes below which a segment is worth merging"
+    )
+    compaction_target_bytes: int = Field(
+        64 * MIB, ge=4096, le=512 * MIB, description="bytes of a merged segment, about"
+    )
+    compaction_segments_min: int = Field(
+        8, ge=2, le=10_000, description="small segments in a row that make a merge worth its requests"
+    )
+    retention_interval_ms: int = Field(
+        60_000, ge=50, le=86_400_000, description="ms between applications of retention by time and size"
+    )
+    orphan_sweep_interval_ms: int = Field(
+        600_000, ge=50, le=604_800_000, description="ms between listings of the store: 1,000 objects are one request"
+    )
+    orphan_grace_ms: int = Field(
+        3_600_000,
+        ge=1_000,
+        le=604_800_000,
+        description="ms an object must be old before it may count as an orphan: far beyond upload and clock skew",
+    )
+    orphan_confirm_ms: int = Field(
+        300_000,
+        ge=0,
+        le=604_800_000,
+        description="ms between seeing an object unreferenced and deleting it, for readers with a plan from before",
+    )
+    orphan_dry_run: bool = Field(False, description="log orphans instead of deleting them")

@@ -1,0 +1,450 @@
+"""Claim to registered, with every arrow cut: G1, G2 and G8 of ARCHITECTURE.md from the segmenter's side."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from segmenter_standins import TOPIC_ID, StandInAgent, StandInCoordinator, assert_all_stored, records_of
+from shformat import encode_batch, stamp_batch
+from shproto.errors import Unavailable
+from shproto.v1 import coordinator_pb2 as c
+from shruntime.clock import SystemClock
+from shstore import FaultKind, FaultyStore, MemoryStore, RandomFaults, RetryingStore, RetryPolicy, ScriptedFaults
+from streamhouse_segmenter.ports import Ports
+from streamhouse_segmenter.service import Segmenter
+from streamhouse_segmenter.settings import SegmenterSettings
+
+SETTINGS = SegmenterSettings(
+    retry_first_ms=1,
+    retry_max_ms=2,
+    early_retry_first_ms=1,
+    early_retry_max_ms=5,
+    early_wait_ms_max=5_000,
+    rpc_timeout_ms=1_000,
+)
+
+
+class Crash:
+    """Stops a worker for ever at its n-th call to the outside, before or after the call took effect."""
+
+    def __init__(self, at_call: int, *, after: bool) -> None:
+        self.calls = 0
+        self.reached = asyncio.Event()
+        self._at_call = at_call
+        self._after = after
+
+    async def before(self) -> bool:
+        """Whether this call is the one to be stopped after its effect."""
+        if self.reached.is_set():
+            await asyncio.Event().wait()
+        self.calls += 1
+        mine = self.calls == self._at_call
+        if mine and not self._after:
+            await self.stop()
+        return mine
+
+    async def stop(self) -> None:
+        self.reached.set()
+        await asyncio.Event().wait()
+
+
+class Crashing:
+    """A port whose calls go through a Crash."""
+
+    def __init__(self, port: Any, crash: Crash) -> None:
+        self._port = port
+        self._crash = crash
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._port, name)
+        if name in ("pull_slice", "list", "follow_events"):
+            return self._stream(method)
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            mine = await self._crash.before()
+            result = await method(*args, **kwargs)
+            if mine:
+                await self._crash.stop()
+            return result
+
+        return call
+
+    def _stream(self, method: Any) -> Any:
+        async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            mine = await self._crash.before()
+            async for item in method(*args, **kwargs):
+                yield item
+                if mine:
+                    await self._crash.stop()
+
+        return stream
+
+
+class World:
+    """A coordinator, an agent, a store, and what was acknowledged."""
+
+    def __init__(self) -> None:
+        self.coordinator = StandInCoordinator()
+        self.agent = StandInAgent()
+        self.store: Any = MemoryStore()
+
+    def seal(self, buffer_id: str, *slices: c.BufferSlice) -> None:
+        self.coordinator.announce(buffer_id, "agent:1", list(slices))
+
+    def worker(self, name: str = "w1", *, store: Any = None, crash: Crash | None = None, **overrides: Any) -> Segmenter:
+        coordinator: Any = self.coordinator
+        agent: Any = self.agent
+        store = self.store if store is None else store
+        if crash is not None:
+            coordinator, agent, store = (Crashing(port, crash) for port in (coordinator, agent, store))
+        ports = Ports(coordinator, store, lambda address: agent, SystemClock(), random.Random(name))
+        return Segmenter(ports, SETTINGS.model_copy(update=overrides), name)
+
+    async def check(self) -> None:
+        assert self.coordinator.waiting == []
+        await assert_all_stored(self.coordinator, self.store, self.agent)
+
+    async def keys(self) -> list[str]:
+        return [info.key async for info in self.store.list("")]
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def fill(world: World) -> None:
+    """Two partitions in one buffer, and a second buffer of the first partition."""
+    first, other = world.agent.append(0, [3, 200, 5]), world.agent.append(1, [7])
+    world.seal("b1", first, other)
+    world.seal("b2", world.agent.append(0, [4, 4]))
+
+
+async def test_one_slice_becomes_a_data_object(world: World) -> None:
+    world.seal("b1", world.agent.append(3, [10, 20]))
+    report = await world.worker().drain()
+    assert (report.registered, report.failed, report.claims_lost) == (1, 0, 0)
+    await world.check()
+    [key] = await world.keys()
+    assert key.startswith(f"data/orders.{TOPIC_ID.hex()[:8]}/3/{0:020d}-1-")
+    assert key.endswith(".seg")
+
+
+async def test_small_slices_share_an_object(world: World) -> None:
+    fill(world)
+    await world.worker().drain()
+    await world.check()
+    mixed = [key for key in await world.keys() if key.startswith("mixed/")]
+    assert len(mixed) == 1
+    shared = [s for s in world.coordinator.segments.values() if s.object_key == mixed[0]]
+    assert [s.object_at for s in shared] == [0, shared[0].size_bytes]
+
+
+async def test_large_buffers_become_several_objects(world: World) -> None:
+    slices = [world.agent.append(partition, [2000]) for partition in range(4)]
+    world.seal("b1", *slices)
+    await world.worker(segment_bytes_target=sum(s.size_bytes for s in slices) // 2 + 1).drain()
+    await world.check()
+    assert len(await world.keys()) == 2
+
+
+async def crash_calls() -> int:
+    world = World()
+    fill(world)
+    crash = Crash(-1, after=False)
+    await world.worker(crash=crash, builds_in_flight_max=1).drain()
+    return crash.calls
+
+
+@pytest.mark.parametrize("after", [False, True])
+async def test_a_crash_anywhere_leaves_one_cover_of_every_record(after: bool) -> None:
+    """G1, G2, G8: cut between each pair of steps, then another worker; nothing lost, nothing twice, no dangling."""
+    calls = await crash_calls()
+    assert calls >= 12
+    for at_call in range(1, calls + 1):
+        world = World()
+        fill(world)
+        crash = Crash(at_call, after=after)
+        dying = asyncio.create_task(world.worker(crash=crash, builds_in_flight_max=1).drain())
+        reached = asyncio.create_task(crash.reached.wait())
+        # The last calls may not come: how often it looks for more buffers depends on which is done first.
+        await asyncio.wait((dying, reached), return_when=asyncio.FIRST_COMPLETED)
+        for task in (dying, reached):
+            task.cancel()
+        await asyncio.gather(dying, reached, return_exceptions=True)
+        world.coordinator.expire_claims()
+        await world.worker("w2").drain()
+        await world.check()
+        stored = set(await world.keys())
+        registered = {segment.object_key for segment in world.coordinator.segments.values()}
+        assert registered <= stored, "a registered segment without its object"
+        assert len(stored - registered) <= 2, "at most the object under way and the one that waited to register"
+
+
+async def test_a_zombie_that_wakes_up_after_its_claim_was_taken_changes_nothing(world: World) -> None:
+    """G4: the second worker registers, then the first one goes on with what it had built."""
+    world.seal("b1", world.agent.append(0, [5]))
+    gate = asyncio.Event()
+
+    class SlowStore(MemoryStore):
+        async def put(self, *args: Any, **kwargs: Any) -> Any:
+            await gate.wait()
+            return await world.store.put(*args, **kwargs)
+
+    zombie = asyncio.create_task(world.worker(store=SlowStore()).drain())
+    while not world.agent.pulls:
+        await asyncio.sleep(0)
+    world.coordinator.expire_claims()
+    await world.worker("w2").drain()
+    gate.set()
+    report = await zombie
+    assert world.coordinator.results == [c.REGISTRATION_RESULT_REGISTERED, c.REGISTRATION_RESULT_COVERED]
+    assert report.failed == 0
+    await world.check()
+
+
+async def test_a_claim_lost_in_the_middle_stops_the_work(world: World) -> None:
+    world.seal("b1", world.agent.append(0, [5]))
+
+    class HangingStore(MemoryStore):
+        async def put(self, *args: Any, **kwargs: Any) -> Any:
+            world.coordinator.expire_claims()
+            await asyncio.Event().wait()
+
+    report = await asyncio.wait_for(_first_report(world, HangingStore()), 5)
+    assert report.claims_lost == 1
+    await world.worker("w2").drain()
+    await world.check()
+
+
+async def _first_report(world: World, store: Any) -> Any:
+    """Drains until the first buffer is over, claiming nothing after it."""
+    worker = world.worker(store=store, claim_ttl_ms=30)
+    draining = asyncio.create_task(worker.drain())
+    while not world.agent.pulls:
+        await asyncio.sleep(0)
+    worker.close()
+    return await draining
+
+
+async def test_buffers_out_of_order_wait_for_their_predecessor(world: World) -> None:
+    """G3: a later span is EARLY until the earlier one is registered."""
+    first, second = world.agent.append(0, [50]), world.agent.append(0, [50])
+    world.seal("b2", second)
+    world.coordinator.ranges.clear()
+    world.seal("b1", first)
+    await world.worker(builds_in_flight_max=1).drain()
+    assert c.REGISTRATION_RESULT_EARLY in world.coordinator.results
+    await world.check()
+
+
+async def test_an_early_segment_is_given_back_in_the_end(world: World) -> None:
+    world.agent.append(0, [50])
+    world.seal("b2", world.agent.append(0, [50]))
+    world.coordinator.ranges[(TOPIC_ID, 0, 1)].registered_end = 0
+    draining = asyncio.create_task(world.worker(early_wait_ms_max=20).drain())
+    while not world.coordinator.released:
+        await asyncio.sleep(0.005)
+    assert world.coordinator.released[0].reason.startswith("early: ")
+    assert world.coordinator.released[0].retry_after_ms >= 1
+    draining.cancel()
+    await asyncio.gather(draining, return_exceptions=True)
+
+
+async def _one_failure(world: World, worker: Segmenter) -> c.ReleaseClaimRequest:
+    """Drains until the buffer was given back once, which then cannot be claimed any more."""
+    release = world.coordinator.release_claim
+
+    async def release_and_hold_back(request: c.ReleaseClaimRequest) -> c.ReleaseClaimResponse:
+        for buffer in world.coordinator.buffers.values():
+            buffer.held_back = bool(request.reason)
+        return await release(request)
+
+    world.coordinator.release_claim = release_and_hold_back  # type: ignore[method-assign]
+    report = await worker.drain()
+    assert report.failed == 1
+    [given_back] = world.coordinator.released
+    assert report.retry_after_ms == given_back.retry_after_ms
+    assert world.coordinator.segments == {}
+    world.coordinator.release_claim = release  # type: ignore[method-assign]
+    world.coordinator.expire_claims()
+    return given_back
+
+
+def _drop_last(batches: list[bytes]) -> list[bytes]:
+    return batches[:-1]
+
+
+def _drop_middle(batches: list[bytes]) -> list[bytes]:
+    return [batches[0], *batches[2:]]
+
+
+def _repeat_first(batches: list[bytes]) -> list[bytes]:
+    return [batches[0], *batches]
+
+
+def _other_epoch(batches: list[bytes]) -> list[bytes]:
+    return [stamp_batch(batches[0], 0, 9), *batches[1:]]
+
+
+def _flip_a_bit(batches: list[bytes]) -> list[bytes]:
+    damaged = bytearray(batches[1])
+    damaged[-1] ^= 1
+    return [batches[0], bytes(damaged), *batches[2:]]
+
+
+def _too_many(batches: list[bytes]) -> list[bytes]:
+    return [*batches, encode_batch(records_of(0, 30, 5), base_offset=30, epoch=1)]
+
+
+def _nothing(batches: list[bytes]) -> list[bytes]:
+    return []
+
+
+@pytest.mark.parametrize(
+    ("tamper", "reason"),
+    [
+        (_drop_last, "mismatch: orders/0 epoch 1 [0, 30): end offset is 20, expected 30"),
+        (_drop_middle, "mismatch: orders/0 epoch 1 [0, 30): base offset is 20, expected 10"),
+        (_repeat_first, "format: "),
+        (_other_epoch, "format: batch epoch is 9"),
+        (_flip_a_bit, "format: batch CRC"),
+        (_too_many, "mismatch: orders/0 epoch 1 [0, 30): end offset is 35, expected 30"),
+        (_nothing, "mismatch: orders/0 epoch 1 [0, 30): end offset is 0, expected 30"),
+    ],
+)
+async def test_other_records_than_announced_are_never_registered(world: World, tamper: Any, reason: str) -> None:
+    """G6: what the agent sends is held against what it announced; a difference is an error that says where."""
+    world.seal("b1", world.agent.append(0, [10, 10, 10]))
+    world.agent.tamper = tamper
+    given_back = await _one_failure(world, world.worker())
+    assert given_back.reason.startswith(reason)
+    assert await world.keys() == []
+    world.agent.tamper = lambda batches: batches
+    await world.worker().drain()
+    await world.check()
+
+
+async def test_a_slice_beyond_the_memory_limit_is_refused(world: World) -> None:
+    world.seal("b1", world.agent.append(0, [10, 10]))
+    given_back = await _one_failure(world, world.worker(segment_build_bytes_max=300))
+    assert "segment_build_bytes_max = 300" in given_back.reason
+
+
+async def test_an_agent_that_is_away_costs_a_retry(world: World) -> None:
+    world.seal("b1", world.agent.append(0, [10]))
+    world.agent.down = True
+    assert (await _one_failure(world, world.worker())).reason == "peer: the agent is down"
+    world.agent.down = False
+    await world.worker().drain()
+    await world.check()
+
+
+async def test_an_agent_that_hangs_costs_a_retry(world: World) -> None:
+    world.seal("b1", world.agent.append(0, [10]))
+    honest = world.agent.pull_slice
+
+    async def hang(request: Any) -> AsyncIterator[Any]:
+        await asyncio.Event().wait()
+        yield
+
+    world.agent.pull_slice = hang  # type: ignore[method-assign]
+    given_back = await _one_failure(world, world.worker(rpc_timeout_ms=20))
+    assert given_back.reason == "peer: no answer from the agent within 20 ms"
+    world.agent.pull_slice = honest  # type: ignore[method-assign]
+    await world.worker().drain()
+    await world.check()
+
+
+async def test_a_store_that_is_down_costs_a_retry(world: World) -> None:
+    """G7: the buffer stays with the agent, and goes up when the store is back."""
+    world.seal("b1", world.agent.append(0, [10]))
+    faulty = FaultyStore(world.store)
+    faulty.down = True
+    assert (await _one_failure(world, world.worker(store=faulty))).reason.startswith("store: ")
+    await world.worker().drain()
+    await world.check()
+
+
+@pytest.mark.parametrize("kind", [FaultKind.TIMEOUT_DONE, FaultKind.LOST_REPLY, FaultKind.TIMEOUT_NOT_DONE])
+async def test_an_upload_of_unknown_outcome_is_repeated_safely(world: World, kind: FaultKind) -> None:
+    world.seal("b1", world.agent.append(0, [10]))
+    faulty = FaultyStore(world.store, ScriptedFaults([kind, kind], operation="put"))
+    retrying = RetryingStore(faulty, RetryPolicy(base_delay_ms=1, deadline_ms=5_000))
+    report = await world.worker(store=retrying).drain()
+    assert report.registered == 1
+    assert len(await world.keys()) == 1
+    await world.check()
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_random_store_faults_and_parallel_workers_lose_nothing(seed: int) -> None:
+    world = World()
+    rng = random.Random(seed)
+    for number in range(12):
+        slices = [world.agent.append(p, [rng.randint(1, 40)]) for p in rng.sample(range(4), rng.randint(1, 4))]
+        world.seal(f"b{number}", *slices)
+    rates = {FaultKind.UNAVAILABLE: 0.2, FaultKind.TIMEOUT_DONE: 0.2, FaultKind.TIMEOUT_NOT_DONE: 0.1}
+    faulty = FaultyStore(world.store, RandomFaults(rng, rates))
+    workers = [world.worker(f"w{number}", store=faulty) for number in range(3)]
+    while world.coordinator.waiting:
+        await asyncio.gather(*(worker.drain() for worker in workers))
+    await world.check()
+
+
+async def test_a_fenced_range_drops_the_segment_and_ends_the_buffer(world: World) -> None:
+    world.seal("b1", world.agent.append(0, [10]))
+    world.coordinator.ranges[(TOPIC_ID, 0, 1)].gone = True
+    report = await world.worker().drain()
+    assert report.registered == 1
+    assert world.coordinator.segments == {}
+    assert world.coordinator.waiting == []
+
+
+async def test_a_lost_answer_to_the_registration_is_asked_again(world: World) -> None:
+    world.seal("b1", world.agent.append(0, [10]))
+    register = world.coordinator.register_segments
+    lost = 3
+
+    async def lose_the_answer(request: c.RegisterSegmentsRequest) -> c.RegisterSegmentsResponse:
+        nonlocal lost
+        response = await register(request)
+        if lost:
+            lost -= 1
+            raise Unavailable("the answer was lost")
+        return response
+
+    world.coordinator.register_segments = lose_the_answer  # type: ignore[method-assign]
+    report = await world.worker().drain()
+    assert report.registered == 1
+    assert len(world.coordinator.segments) == 1
+    await world.check()
+
+
+async def test_an_upload_from_long_ago_is_not_registered(world: World) -> None:
+    """G8: it may be gone with the orphan sweep at any moment."""
+    world.seal("b1", world.agent.append(0, [10]))
+    given_back = await _one_failure(world, world.worker(orphan_grace_ms=0))
+    assert "the orphan sweep is near" in given_back.reason
+
+
+async def test_the_build_limit_holds_for_all_callers_together(world: World) -> None:
+    for number in range(6):
+        world.seal(f"b{number}", world.agent.append(number, [10]))
+    building = peak = 0
+
+    class Counting(MemoryStore):
+        async def put(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal building, peak
+            building += 1
+            peak = max(peak, building)
+            await asyncio.sleep(0.002)
+            building -= 1
+            return await world.store.put(*args, **kwargs)
+
+    worker = world.worker(store=Counting(), builds_in_flight_max=2)
+    await asyncio.gather(worker.drain(), worker.drain(), worker.drain())
+    assert peak == 2
+    await world.check()
