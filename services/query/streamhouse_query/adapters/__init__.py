@@ -1,0 +1,1 @@
+"""What the query service keeps outside itself: chunks on disk and, where configured, in Redis."""

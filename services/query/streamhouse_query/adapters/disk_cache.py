@@ -1,0 +1,170 @@
+"""Chunks of objects as files in a directory: kept over restarts, least recently used out first.
+
+A chunk is written beside and renamed into place, so a file is whole or not there; it is not fsynced, because every
+block is checked against its CRC when it is used. The modification time of a file is when it was last used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from streamhouse_query.chunk_reader import CacheDirError, ChunkId
+from streamhouse_query.core.lru import LruLimit
+from streamhouse_query.counters import Counters
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[0-9a-f]{32}-[0-9]+")
+_ANY_CHUNK_DIR = re.compile(r"chunks-[0-9]+")
+# One complaint about a full disk is news, the next thousand within the minute are not.
+_COMPLAIN_EVERY_S = 60.0
+
+
+class DiskCache:
+    """At most `bytes_max` bytes of chunks of `chunk_bytes` each below `directory`, for one process at a time."""
+
+    def __init__(self, directory: Path, bytes_max: int, chunk_bytes: int, counters: Counters) -> None:
+        self._directory = directory
+        self._chunks = directory / f"chunks-{chunk_bytes}"
+        self._chunk_bytes = chunk_bytes
+        self._limit: LruLimit[str] = LruLimit(bytes_max)
+        self._counters = counters
+        self._lock = -1
+        self._next_complaint_s = 0.0
+
+    @property
+    def size_bytes(self) -> int:
+        return self._limit.size
+
+    @property
+    def bytes_max(self) -> int:
+        return self._limit.size_max
+
+    # ---- start and stop
+
+    async def open(self) -> None:
+        """Takes the directory and finds what an earlier run left. Raises CacheDirError."""
+        try:
+            names = await asyncio.to_thread(self._open)
+        except OSError as error:
+            self.close()
+            raise CacheDirError(f"cache_dir {self._directory} cannot be used: {error.strerror}") from error
+        surplus: list[str] = []
+        for name, size_bytes in names:
+            surplus += self._limit.admit(name, size_bytes)
+        await asyncio.to_thread(self._unlink, surplus)
+
+    def close(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _open(self) -> list[tuple[str, int]]:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CacheDirError(f"cache_dir {self._directory} is in use by another query service") from error
+        for path in self._directory.iterdir():
+            if path != self._chunks and _ANY_CHUNK_DIR.fullmatch(path.name):
+                shutil.rmtree(path)  # of another chunk size: of no use any more
+        self._chunks.mkdir(exist_ok=True)
+        return [(name, size_bytes) for _, name, size_bytes in sorted(self._scan())]
+
+    def _scan(self) -> Iterator[tuple[int, str, int]]:
+        """(last use in ns, name, size in bytes); whatever a crash left half written is removed."""
+        for folder in self._chunks.iterdir():
+            for path in folder.iterdir():
+                status = path.stat()
+                if _NAME.fullmatch(path.name) and 0 < status.st_size <= self._chunk_bytes:
+                    yield status.st_mtime_ns, path.name, status.st_size
+                else:
+                    path.unlink()
+
+    # ---- used by the chunk reader
+
+    def size_of(self, chunk: ChunkId) -> int:
+        """Bytes held of the chunk; 0 when it is not here. Counts as use."""
+        name = _name_of(chunk)
+        self._limit.touch(name)
+        return self._limit.size_of(name)
+
+    def read(self, chunk: ChunkId, at: int, size_bytes: int) -> bytes | None:
+        """Blocking. Bytes from `at` in the chunk; None when the file is gone, shorter, or cannot be read."""
+        try:
+            fd = os.open(self._path(_name_of(chunk)), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            found = os.pread(fd, size_bytes, at)
+            os.utime(fd)
+        except OSError as error:
+            log.warning("cached chunk %s cannot be read and is fetched again: %s", chunk, error)
+            return None
+        finally:
+            os.close(fd)
+        return found if len(found) == size_bytes else None
+
+    async def write(self, chunk: ChunkId, content: bytes) -> None:
+        """Keeps the chunk if the disk lets us; a full or failing disk only costs the caching."""
+        name = _name_of(chunk)
+        gone = self._limit.admit(name, len(content))
+        if name in gone:
+            return
+        try:
+            await asyncio.to_thread(self._write, name, content, gone)
+        except OSError as error:
+            self._limit.drop(name)
+            self._counters.cache_write_errors += 1
+            self._complain(error)
+        if name not in self._limit:  # it had to go while it was being written
+            await asyncio.to_thread(self._unlink, [name])
+
+    async def drop(self, chunk: ChunkId) -> None:
+        """Forgets a chunk, e.g. a damaged one."""
+        name = _name_of(chunk)
+        self._limit.drop(name)
+        await asyncio.to_thread(self._unlink, [name])
+
+    def _write(self, name: str, content: bytes, gone: Sequence[str]) -> None:
+        self._unlink(gone)
+        path = self._path(name)
+        unfinished = path.with_name(f"{name}.tmp")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            unfinished.write_bytes(content)
+            unfinished.rename(path)
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                unfinished.unlink(missing_ok=True)
+            raise
+
+    def _unlink(self, names: Sequence[str]) -> None:
+        for name in names:
+            try:
+                self._path(name).unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("cached chunk %s cannot be removed: %s", name, error)
+
+    def _path(self, name: str) -> Path:
+        return self._chunks / name[:2] / name
+
+    def _complain(self, error: OSError) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._next_complaint_s:
+            self._next_complaint_s = now_s + _COMPLAIN_EVERY_S
+            log.warning("the cache in %s cannot be written, reads go on without it: %s", self._directory, error)
+
+
+def _name_of(chunk: ChunkId) -> str:
+    return f"{hashlib.blake2b(chunk.object_key.encode(), digest_size=16).hexdigest()}-{chunk.number}"

@@ -1,0 +1,84 @@
+"""Chunks in Redis, shared by the query services of a fleet.
+
+It only ever makes things faster: any trouble with it is a metric, never an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import zlib
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import redis.asyncio
+from redis.exceptions import RedisError
+from shruntime.clock import Clock
+
+from streamhouse_query.chunk_reader import ChunkId
+from streamhouse_query.core.breaker import CircuitBreaker
+from streamhouse_query.counters import Counters
+
+log = logging.getLogger(__name__)
+
+_CRC_BYTES = 4
+T = TypeVar("T")
+
+
+class RedisCache:
+    """Values are a CRC32 (little-endian) and the chunk. No call takes longer than `timeout_ms`."""
+
+    def __init__(
+        self, url: str, *, timeout_ms: int, ttl_s: int, breaker: CircuitBreaker, clock: Clock, counters: Counters
+    ) -> None:
+        """Raises ValueError for a malformed url. Connects at the first use."""
+        self._redis = redis.asyncio.Redis.from_url(url)
+        self._timeout_s = timeout_ms / 1000
+        self._ttl_s = ttl_s
+        self._breaker = breaker
+        self._clock = clock
+        self._counters = counters
+
+    async def get(self, chunk: ChunkId) -> bytes | None:
+        """None when it is not there, damaged, or Redis does not answer in time."""
+        value = await self._call(lambda: self._redis.get(_key_of(chunk)))
+        if value is None:
+            self._counters.shared_misses += 1
+            return None
+        assert isinstance(value, bytes), "decode_responses is off"
+        content = value[_CRC_BYTES:]
+        if int.from_bytes(value[:_CRC_BYTES], "little") != zlib.crc32(content):
+            self._counters.shared_errors += 1
+            log.warning("chunk %s in Redis is damaged and passed over", chunk)
+            await self.drop(chunk)
+            return None
+        self._counters.shared_hits += 1
+        return content
+
+    async def put(self, chunk: ChunkId, content: bytes) -> None:
+        value = zlib.crc32(content).to_bytes(_CRC_BYTES, "little") + content
+        await self._call(lambda: self._redis.set(_key_of(chunk), value, ex=self._ttl_s))
+
+    async def drop(self, chunk: ChunkId) -> None:
+        await self._call(lambda: self._redis.delete(_key_of(chunk)))
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def _call(self, command: Callable[[], Awaitable[T]]) -> T | None:
+        if not self._breaker.allows(self._clock.monotonic_ms()):
+            return None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await command()
+        except (RedisError, OSError, TimeoutError) as error:
+            self._counters.shared_errors += 1
+            if self._breaker.failed(self._clock.monotonic_ms()):
+                log.warning("Redis does not answer, reads go on without it: %s", error or type(error).__name__)
+            return None
+        self._breaker.succeeded()
+        return answer
+
+
+def _key_of(chunk: ChunkId) -> str:
+    return f"streamhouse:chunk:{chunk.object_key}:{chunk.number}"

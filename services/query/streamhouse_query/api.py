@@ -1,0 +1,227 @@
+"""The Query RPCs: checks requests, shapes responses. See proto/streamhouse/v1/query.proto."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from shformat import FormatError
+from shproto.errors import DataLoss, InvalidArgument, StreamHouseError, Unavailable, UnknownTopic
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2, query_pb2
+from shruntime.clock import Clock
+
+from streamhouse_query.chunk_reader import ChunkCache
+from streamhouse_query.core.index import PartitionIndex
+from streamhouse_query.core.plain import plain_records
+from streamhouse_query.counters import Counters, fetch_duration_ms, tracer
+from streamhouse_query.fetcher import Fetched, Fetcher, Want
+from streamhouse_query.live_index import LiveIndex
+from streamhouse_query.lookups import Found, Lookups
+from streamhouse_query.settings import QuerySettings
+from streamhouse_query.subscribe import Source, Subscription
+
+T = TypeVar("T")
+
+# Look-ups of one request that run at once: each may hold a chunk or a tail of some MiB.
+LOOKUPS_AT_ONCE = 8
+INT64_MAX = (1 << 63) - 1
+
+
+class QueryApi:
+    """Implements shproto.services.QueryApi."""
+
+    def __init__(
+        self,
+        index: LiveIndex,
+        fetcher: Fetcher,
+        coordinator: CoordinatorApi,
+        cache: ChunkCache,
+        settings: QuerySettings,
+        clock: Clock,
+        counters: Counters,
+    ) -> None:
+        self._index = index
+        self._fetcher = fetcher
+        self._lookups = Lookups(fetcher)
+        self._coordinator = coordinator
+        self._cache = cache
+        self._settings = settings
+        self._clock = clock
+        self._counters = counters
+
+    async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse:
+        """Raises InvalidArgument, UnknownTopic, UnknownPartition, OffsetBelowStart, OffsetBeyondEnd, DataLoss,
+        Unavailable."""
+        started_ms = self._clock.monotonic_ms()
+        with tracer.start_as_current_span("query.fetch") as span:
+            span.set_attributes({"topic": request.topic, "partition": request.partition, "offset": request.offset})
+            want = await self._want(request)
+            response = self._respond(want, await self._fetcher.fetch(want), request.format)
+            span.set_attribute("size_bytes", sum(map(len, response.batches)))
+        fetch_duration_ms.record(self._clock.monotonic_ms() - started_ms)
+        return response
+
+    async def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]:
+        """Raises InvalidArgument; what goes wrong in one partition is in its last response."""
+        self._check_positions(request)
+        subscription = Subscription(
+            self._fetcher,
+            [self._source(request, position) for position in request.positions],
+            buffer_bytes=self._settings.subscribe_buffer_bytes,
+            heartbeat_ms=self._settings.subscribe_heartbeat_ms,
+        )
+        async with contextlib.aclosing(subscription.responses()) as responses:
+            async for response in responses:
+                yield response
+
+    async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse:
+        """Raises InvalidArgument, UnknownTopic, UnknownPartition, DataLoss; Unavailable where an answer would be a
+        guess."""
+        _check("lookups", len(request.lookups), 0, self._settings.subscribe_positions_max)
+        slots = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+
+        async def one(lookup: query_pb2.OffsetLookup) -> query_pb2.LookedUpOffset:
+            async with slots:
+                offset, timestamp_ms = await self._look_up(lookup)
+            return query_pb2.LookedUpOffset(
+                topic=lookup.topic, partition=lookup.partition, offset=offset, timestamp_ms=timestamp_ms
+            )
+
+        found = await _all([partial(one, item) for item in request.lookups])
+        return query_pb2.LookupOffsetsResponse(offsets=found)
+
+    async def describe_query(self, request: query_pb2.DescribeQueryRequest) -> query_pb2.DescribeQueryResponse:
+        return query_pb2.DescribeQueryResponse(
+            cache_bytes=self._cache.size_bytes,
+            cache_bytes_max=self._cache.bytes_max,
+            cache_hits=self._counters.cache_hits,
+            cache_misses=self._counters.cache_misses,
+            downloads=self._counters.downloads,
+            download_bytes=self._counters.download_bytes,
+            segments_indexed=self._index.cluster.segment_count,
+            feed_position=self._index.cluster.position,
+        )
+
+    # ---- requests
+
+    async def _want(self, request: query_pb2.FetchRequest) -> Want:
+        bytes_max = self._bytes_max(request.max_bytes)
+        _check("offset", request.offset, 0, INT64_MAX)
+        _check("min_bytes", request.min_bytes, 0, bytes_max)
+        _check("max_wait_ms", request.max_wait_ms, 0, self._settings.max_wait_ms_max)
+        _check_format(request.format)
+        partition = await self._find(request.topic, request.partition)
+        return Want(partition.key, partition.topic, request.offset, bytes_max, request.min_bytes, request.max_wait_ms)
+
+    def _bytes_max(self, asked: int) -> int:
+        _check("max_bytes", asked, 0, self._settings.fetch_bytes_max)
+        return asked or self._settings.fetch_bytes_default
+
+    def _check_positions(self, request: query_pb2.SubscribeRequest) -> None:
+        _check("positions", len(request.positions), 1, self._settings.subscribe_positions_max)
+        self._bytes_max(request.max_bytes)
+        _check_format(request.format)
+        seen = set()
+        for position in request.positions:
+            if (position.topic, position.partition) in seen:
+                name = f"{position.topic}:{position.partition}"
+                raise InvalidArgument(f"positions has {name} twice", field="positions", value=name)
+            seen.add((position.topic, position.partition))
+
+    def _source(self, request: query_pb2.SubscribeRequest, position: query_pb2.FetchPosition) -> Source:
+        def refuse(error: StreamHouseError) -> query_pb2.FetchResponse:
+            return query_pb2.FetchResponse(topic=position.topic, partition=position.partition, error=error.to_detail())
+
+        async def resolve() -> Want:
+            _check("offset", position.offset, 0, INT64_MAX)
+            partition = await self._find(position.topic, position.partition)
+            return Want(partition.key, partition.topic, position.offset, self._bytes_max(request.max_bytes))
+
+        return Source(resolve, lambda want, fetched: self._respond(want, fetched, request.format), refuse)
+
+    async def _find(self, topic: str, partition: int) -> PartitionIndex:
+        """The partition; one that was created a moment ago may only be known to the coordinator yet."""
+        try:
+            return self._index.find(topic, partition)
+        except UnknownTopic:
+            described = await self._coordinator.describe_topic(coordinator_pb2.DescribeTopicRequest(topic=topic))
+        with self._index.watch((described.topic.topic_id.hex(), 0)) as watch:
+            deadline_ms = self._clock.monotonic_ms() + self._settings.catch_up_ms
+            while topic not in self._index.cluster.topics:
+                remaining_ms = deadline_ms - self._clock.monotonic_ms()
+                if remaining_ms <= 0:
+                    raise Unavailable(f"topic {topic!r} is not known here yet", retry_after_ms=100)
+                watch.arm()
+                await asyncio.wait((watch.changed,), timeout=remaining_ms / 1000)
+        return self._index.find(topic, partition)
+
+    async def _look_up(self, lookup: query_pb2.OffsetLookup) -> Found:
+        partition = await self._find(lookup.topic, lookup.partition)
+        match lookup.spec:
+            case query_pb2.OFFSET_SPEC_EARLIEST:
+                return self._lookups.earliest(partition)
+            case query_pb2.OFFSET_SPEC_LATEST:
+                return await self._lookups.latest(partition.key, partition.topic)
+            case query_pb2.OFFSET_SPEC_TIMESTAMP:
+                return await self._lookups.at_timestamp(partition.key, partition.topic, lookup.timestamp_ms)
+        raise InvalidArgument(
+            f"spec is {lookup.spec}, must be earliest (1), latest (2) or timestamp (3)",
+            field="spec",
+            value=lookup.spec,
+        )
+
+    # ---- responses
+
+    def _respond(self, want: Want, fetched: Fetched, form: int) -> query_pb2.FetchResponse:
+        self._counters.fetches += 1
+        self._counters.fetched_bytes += fetched.size_bytes
+        response = query_pb2.FetchResponse(
+            topic=want.topic,
+            partition=want.partition[1],
+            next_offset=fetched.next_offset,
+            high_watermark=fetched.high_watermark,
+            log_start_offset=fetched.log_start_offset,
+            waiting_reason=fetched.waiting_reason,
+        )
+        if form != query_pb2.FETCH_FORMAT_RECORDS:
+            response.batches.extend(fetched.batches)
+            return response
+        try:
+            records, response.next_offset = plain_records(
+                fetched.batches, want.offset, fetched.next_offset, want.bytes_max
+            )
+        except FormatError as error:  # its CRC was right: whoever wrote it wrote nonsense
+            raise DataLoss(
+                f"{want.topic}:{want.partition[1]}: records from offset {want.offset} on cannot be decoded: {error}",
+                topic=want.topic,
+                partition=want.partition[1],
+                base_offset=want.offset,
+                end_offset=fetched.next_offset,
+            ) from error
+        response.records.extend(records)
+        return response
+
+
+def _check(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidArgument(f"{name} is {value}, must be {low} to {high}", field=name, value=value, limit=high)
+
+
+def _check_format(form: int) -> None:
+    if form not in query_pb2.FetchFormat.values():
+        raise InvalidArgument(f"format is {form}, must be encoded (1) or records (2)", field="format", value=form)
+
+
+async def _all(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """All results in order; the first error ends the others and is raised as it is."""
+    tasks = [asyncio.ensure_future(call()) for call in calls]
+    try:
+        return [await task for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

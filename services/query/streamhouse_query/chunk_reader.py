@@ -1,0 +1,244 @@
+"""Byte ranges of objects through fixed-size chunks: from disk, else from Redis, else from the object store.
+
+One download per missing chunk, however many readers wait for it; a reader that is cancelled does not cancel it.
+Does not know segments or blocks: who asks checks what it gets, and says so (`drop`) when it is damaged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from shruntime.clock import Clock
+from shruntime.tasks import Tasks
+from shstore import ObjectStore, StoreError, StoreUnavailable
+
+from streamhouse_query.counters import Counters, download_duration_ms, tracer
+
+# Below this a read from the page cache is quicker than going to another thread and back.
+INLINE_BYTES_MAX = 64 * 1024
+
+
+class CacheDirError(Exception):
+    """The cache directory cannot be used."""
+
+
+class ChunkId(NamedTuple):
+    object_key: str
+    number: int
+
+
+class Span(NamedTuple):
+    """Bytes [at, at + size_bytes) of an object."""
+
+    at: int
+    size_bytes: int
+
+
+class ChunkCache(Protocol):
+    """Chunks on the local disk."""
+
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def bytes_max(self) -> int: ...
+    def size_of(self, chunk: ChunkId) -> int: ...
+    def read(self, chunk: ChunkId, at: int, size_bytes: int) -> bytes | None: ...
+    async def write(self, chunk: ChunkId, content: bytes) -> None: ...
+    async def drop(self, chunk: ChunkId) -> None: ...
+
+
+class SharedCache(Protocol):
+    """Chunks that other query services may have fetched; never raises."""
+
+    async def get(self, chunk: ChunkId) -> bytes | None: ...
+    async def put(self, chunk: ChunkId, content: bytes) -> None: ...
+    async def drop(self, chunk: ChunkId) -> None: ...
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A download under way: `result` is there before the chunk is on disk."""
+
+    end: int
+    result: asyncio.Future[bytes]
+
+
+class ChunkReader:
+    """`extent` in all calls: bytes of the object that are known to exist; no download goes beyond it."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        disk: ChunkCache,
+        shared: SharedCache | None,
+        *,
+        chunk_bytes: int,
+        downloads_in_flight_max: int,
+        tasks: Tasks,
+        clock: Clock,
+        counters: Counters,
+    ) -> None:
+        self._store = store
+        self._disk = disk
+        self._shared = shared
+        self._chunk_bytes = chunk_bytes
+        self._slots = asyncio.Semaphore(downloads_in_flight_max)
+        self._tasks = tasks
+        self._clock = clock
+        self._counters = counters
+        self._flights: dict[ChunkId, _Flight] = {}
+
+    async def read(
+        self,
+        object_key: str,
+        extent: int,
+        spans: Sequence[Span],
+        check: Callable[[list[bytes]], None] | None = None,
+    ) -> list[bytes]:
+        """One bytes object per span. `check` runs on them where they are assembled, maybe in another thread.
+
+        Raises StoreError, and what `check` raises.
+        """
+        loaded: dict[int, bytes] = {}
+        wanted = self._ends(spans)
+        while True:
+            await self._load(object_key, extent, wanted, loaded)
+            total = sum(span.size_bytes for span in spans)
+            if total <= INLINE_BYTES_MAX:
+                pieces, wanted = self._assemble(object_key, spans, loaded, check)
+            else:
+                pieces, wanted = await asyncio.to_thread(self._assemble, object_key, spans, loaded, check)
+            if not wanted:
+                return pieces
+            for number in wanted:  # gone from the disk since it was looked up, or never got there
+                await self._disk.drop(ChunkId(object_key, number))
+
+    def prefetch(self, object_key: str, extent: int, at: int, chunks: int) -> int:
+        """Starts downloads of up to `chunks` missing chunks from byte `at` on; how many of them lie in the object.
+
+        Leaves the last download slot to those who wait.
+        """
+        first = at // self._chunk_bytes
+        last = min(first + chunks, -(-extent // self._chunk_bytes))
+        for number in range(first, last):
+            chunk = ChunkId(object_key, number)
+            end = min((number + 1) * self._chunk_bytes, extent)
+            held = self._disk.size_of(chunk) >= end - number * self._chunk_bytes
+            if not held and chunk not in self._flights and not self._slots.locked():
+                self._counters.readahead_chunks += 1
+                self._start(chunk, end)
+        return max(0, last - first)
+
+    async def drop(self, object_key: str, spans: Iterable[Span]) -> None:
+        """Forgets the chunks that hold these spans, in all caches: they turned out to be damaged."""
+        for number in self._ends(spans):
+            self._counters.cache_damaged_chunks += 1
+            chunk = ChunkId(object_key, number)
+            if (flight := self._flights.get(chunk)) is not None:
+                await asyncio.wait([flight.result])
+            await self._disk.drop(chunk)
+            if self._shared is not None:
+                await self._shared.drop(chunk)
+
+    def _ends(self, spans: Iterable[Span]) -> dict[int, int]:
+        """Chunk number -> up to where in the object it is needed."""
+        ends: dict[int, int] = {}
+        for at, size_bytes in spans:
+            for number in range(at // self._chunk_bytes, -(-(at + size_bytes) // self._chunk_bytes)):
+                end = min(at + size_bytes, (number + 1) * self._chunk_bytes)
+                ends[number] = max(end, ends.get(number, 0))
+        return ends
+
+    async def _load(self, object_key: str, extent: int, wanted: dict[int, int], loaded: dict[int, bytes]) -> None:
+        """Brings what is not on disk into `loaded`, all downloads at once."""
+        waits: dict[int, asyncio.Future[bytes]] = {}
+        for number, end in wanted.items():
+            chunk = ChunkId(object_key, number)
+            flight = self._flights.get(chunk)
+            if flight is not None and flight.end >= end:
+                self._counters.cache_misses += 1
+                waits[number] = flight.result
+            elif self._disk.size_of(chunk) >= end - number * self._chunk_bytes:
+                self._counters.cache_hits += 1
+            else:
+                self._counters.cache_misses += 1
+                waits[number] = self._start(chunk, min((number + 1) * self._chunk_bytes, max(extent, end))).result
+        if waits:
+            await asyncio.wait(waits.values())  # waits without cancelling them
+            loaded |= {number: result.result() for number, result in waits.items()}
+
+    def _assemble(
+        self,
+        object_key: str,
+        spans: Sequence[Span],
+        loaded: dict[int, bytes],
+        check: Callable[[list[bytes]], None] | None,
+    ) -> tuple[list[bytes], dict[int, int]]:
+        """(the pieces, {}), or ([], the chunks that are missing after all). Blocking; touches no state."""
+        pieces: list[bytes] = []
+        missing: dict[int, int] = {}
+        for span in spans:
+            parts = []
+            for number, end in self._ends([span]).items():
+                start = max(span.at, number * self._chunk_bytes)
+                part = self._part(ChunkId(object_key, number), start, end, loaded.get(number))
+                if part is None:
+                    missing[number] = max(end, missing.get(number, 0))
+                else:
+                    parts.append(part)
+            pieces.append(parts[0] if len(parts) == 1 else b"".join(parts))
+        if missing:
+            return [], missing
+        if check is not None:
+            check(pieces)
+        return pieces, {}
+
+    def _part(self, chunk: ChunkId, start: int, end: int, content: bytes | None) -> bytes | None:
+        at = start - chunk.number * self._chunk_bytes
+        if content is not None:
+            return content[at : at + end - start]
+        return self._disk.read(chunk, at, end - start)
+
+    # ---- downloads
+
+    def _start(self, chunk: ChunkId, end: int) -> _Flight:
+        flight = _Flight(end, asyncio.get_running_loop().create_future())
+        self._flights[chunk] = flight
+        self._tasks.spawn(f"download {chunk.object_key} {chunk.number}", self._fly(chunk, flight))
+        return flight
+
+    async def _fly(self, chunk: ChunkId, flight: _Flight) -> None:
+        try:
+            async with self._slots:  # until it is on disk, so that memory is bounded
+                content, shared = await self._obtain(chunk, flight.end)
+                flight.result.set_result(content)
+                await self._disk.write(chunk, content)
+            if self._shared is not None and not shared:
+                await self._shared.put(chunk, content)
+        except StoreError as error:
+            flight.result.set_exception(error)
+        finally:
+            if not flight.result.done():
+                flight.result.set_exception(StoreUnavailable("the download was given up: the service stops"))
+            flight.result.exception()  # seen: nobody may be waiting any more
+            if self._flights.get(chunk) is flight:
+                del self._flights[chunk]
+
+    async def _obtain(self, chunk: ChunkId, end: int) -> tuple[bytes, bool]:
+        """(bytes of the chunk up to `end`, whether they come from the shared cache)."""
+        at = chunk.number * self._chunk_bytes
+        if self._shared is not None:
+            content = await self._shared.get(chunk)
+            if content is not None and end - at <= len(content) <= self._chunk_bytes:
+                return content, True
+        started_ms = self._clock.monotonic_ms()
+        with tracer.start_as_current_span("query.download") as span:
+            span.set_attributes({"object_key": chunk.object_key, "at": at, "size_bytes": end - at})
+            content = await self._store.get(chunk.object_key, at=at, size_bytes=end - at)
+        download_duration_ms.record(self._clock.monotonic_ms() - started_ms)
+        self._counters.downloads += 1
+        self._counters.download_bytes += len(content)
+        return content, False

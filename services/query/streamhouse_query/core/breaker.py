@@ -1,0 +1,32 @@
+"""Stops asking a helper that does not answer, and tries it again after a while."""
+
+from __future__ import annotations
+
+
+class CircuitBreaker:
+    """Opens after `failures_max` failures in a row; after `open_ms` one call at a time may probe."""
+
+    def __init__(self, failures_max: int, open_ms: int) -> None:
+        self._failures_max = failures_max
+        self._open_ms = open_ms
+        self._failures = 0
+        self._closed_again_ms = 0
+
+    def allows(self, now_ms: int) -> bool:
+        """Whether to make the call. A probe that is allowed moves the next one `open_ms` away."""
+        if self._failures < self._failures_max:
+            return True
+        if now_ms < self._closed_again_ms:
+            return False
+        self._closed_again_ms = now_ms + self._open_ms
+        return True
+
+    def succeeded(self) -> None:
+        self._failures = 0
+
+    def failed(self, now_ms: int) -> bool:
+        """Whether this failure opened it."""
+        self._failures += 1
+        if self._failures >= self._failures_max:
+            self._closed_again_ms = now_ms + self._open_ms
+        return self._failures == self._failures_max

@@ -1,0 +1,413 @@
+"""Where the records of every partition lie: ranges of epochs, registered segments, agents with a session.
+
+Owns: the state that the coordinator's snapshot and feed describe. `ClusterIndex.apply` is its only mutator.
+Does not own: following the feed, waking readers, what a reader does with it (plan.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from shproto import events as ev
+from shproto.v1 import types_pb2
+
+PartitionKey = tuple[str, int]
+"""(topic id in hex, partition): a topic that is created again under its name is another topic."""
+
+INGEST = "ingest"
+ACKS_DURABLE = int(types_pb2.ACKS_DURABLE)
+
+
+class IndexMismatch(Exception):
+    """An event does not fit the state it is applied to: the snapshot has to be taken again."""
+
+
+class RangeStatus(StrEnum):
+    OPEN = "open"
+    ORPHANED = "orphaned"
+    SETTLED = "settled"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class EpochRange:
+    """The offsets [start_offset, limit_offset) that one epoch owns. Segments cover them up to registered_end;
+    end_offset is known once the range is settled or lost: nothing at or beyond it was acknowledged."""
+
+    epoch: int
+    start_offset: int
+    limit_offset: int
+    registered_end: int
+    end_offset: int | None
+    status: RangeStatus
+    agent_id: str
+    wal_id: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether segments cover all of it."""
+        return self.end_offset is not None and self.registered_end >= self.end_offset
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentEntry:
+    """Where [base_offset, end_offset) lies: `size_bytes` from byte `object_at` of `object_key`; with a
+    `lost_reason` nowhere."""
+
+    segment_id: str
+    epoch: int
+    base_offset: int
+    end_offset: int
+    record_count: int
+    object_key: str
+    object_at: int
+    size_bytes: int
+    max_timestamp_ms: int
+    lost_reason: str
+
+    @classmethod
+    def of(cls, segment: ev.Segment) -> SegmentEntry:
+        return cls(
+            segment.segment_id,
+            segment.epoch,
+            segment.base_offset,
+            segment.end_offset,
+            segment.record_count,
+            sys.intern(segment.object_key),
+            segment.object_at,
+            segment.size_bytes,
+            segment.max_timestamp_ms,
+            segment.lost_reason,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSession:
+    """A live session. wal_id is empty when it is not known (a session older than the feed we saw)."""
+
+    session_id: str
+    agent_id: str
+    role: str
+    address: str
+    wal_id: str = ""
+
+
+@dataclass(slots=True)
+class TopicEntry:
+    topic_id: str
+    topic: str
+    partitions: int
+    durable_only: bool
+
+
+@dataclass(slots=True)
+class PartitionIndex:
+    """One partition: ranges ascending by (start, epoch), segments ascending by base offset, nothing overlapping."""
+
+    topic_id: str
+    topic: str
+    partition: int
+    durable_only: bool
+    log_start_offset: int = 0
+    ranges: list[EpochRange] = field(default_factory=list)
+    segments: list[SegmentEntry] = field(default_factory=list)
+    _bases: list[int] = field(default_factory=list)
+    _latest: list[int] = field(default_factory=list)
+
+    @property
+    def key(self) -> PartitionKey:
+        return self.topic_id, self.partition
+
+    @property
+    def name(self) -> str:
+        return f"{self.topic}:{self.partition}"
+
+    # ---- looking up
+
+    def segment_at(self, offset: int) -> SegmentEntry | None:
+        """The segment that holds `offset`."""
+        position = bisect_right(self._bases, offset) - 1
+        if position < 0 or self.segments[position].end_offset <= offset:
+            return None
+        return self.segments[position]
+
+    def segment_after(self, offset: int) -> SegmentEntry | None:
+        """The first segment whose base is `offset` or above."""
+        position = bisect_left(self._bases, offset)
+        return self.segments[position] if position < len(self.segments) else None
+
+    def segment_reaching(self, timestamp_ms: int, from_offset: int) -> SegmentEntry | None:
+        """The first segment that ends beyond `from_offset` and has a record at `timestamp_ms` or later."""
+        latest = self._running_latest()
+        position = bisect_left(latest, timestamp_ms)
+        position = max(position, bisect_right(self._bases, from_offset) - 1)
+        for segment in self.segments[position:]:
+            late = segment.max_timestamp_ms >= timestamp_ms and segment.end_offset > from_offset
+            if late and not segment.lost_reason:
+                return segment
+        return None
+
+    def range_position(self, offset: int) -> int:
+        """Position of the last range that starts at or below `offset`; -1 if there is none."""
+        return bisect_right(self.ranges, offset, key=lambda item: item.start_offset) - 1
+
+    @property
+    def known_end(self) -> int:
+        """What is certainly acknowledged: every offset below it that holds a record at all."""
+        if not self.ranges:
+            return self.log_start_offset
+        newest = self.ranges[-1]
+        return newest.registered_end if newest.end_offset is None else newest.end_offset
+
+    def _running_latest(self) -> list[int]:
+        for segment in self.segments[len(self._latest) :]:
+            before = self._latest[-1] if self._latest else segment.max_timestamp_ms
+            self._latest.append(max(before, segment.max_timestamp_ms))
+        return self._latest
+
+    # ---- changing; only ClusterIndex calls these
+
+    def load(self, log_start_offset: int, ranges: Iterable[EpochRange], segments: Iterable[SegmentEntry]) -> None:
+        """A part of a snapshot; a large partition comes in several."""
+        self.log_start_offset = log_start_offset
+        known = {item.epoch: item for item in self.ranges} | {item.epoch: item for item in ranges}
+        self.ranges = sorted(known.values(), key=lambda item: (item.start_offset, item.epoch))
+        for segment in segments:
+            self.add_segment(segment)
+
+    def add_segment(self, segment: SegmentEntry) -> None:
+        """Raises IndexMismatch when it overlaps a known one."""
+        position = bisect_left(self._bases, segment.base_offset)
+        before = self.segments[position - 1] if position else None
+        after = self.segments[position] if position < len(self.segments) else None
+        if (before and before.end_offset > segment.base_offset) or (after and after.base_offset < segment.end_offset):
+            raise IndexMismatch(f"{self.name}: segment {segment.segment_id} overlaps its neighbours")
+        self.segments.insert(position, segment)
+        self._bases.insert(position, segment.base_offset)
+        del self._latest[position:]
+
+    def remove_segments(self, segment_ids: Iterable[str]) -> list[SegmentEntry]:
+        """Those that were there."""
+        gone = set(segment_ids)
+        removed = [segment for segment in self.segments if segment.segment_id in gone]
+        if removed:
+            self.segments = [segment for segment in self.segments if segment.segment_id not in gone]
+            self._bases = [segment.base_offset for segment in self.segments]
+            self._latest = []
+        return removed
+
+    def grant(self, granted: EpochRange) -> None:
+        if self.ranges and granted.epoch <= self.ranges[-1].epoch:
+            raise IndexMismatch(f"{self.name}: epoch {granted.epoch} granted after {self.ranges[-1].epoch}")
+        self.ranges.append(granted)
+
+    def change_range(self, epoch: int, **changes: Any) -> None:
+        """Raises IndexMismatch when there is no such range."""
+        for position in range(len(self.ranges) - 1, -1, -1):
+            if self.ranges[position].epoch == epoch:
+                self.ranges[position] = replace(self.ranges[position], **changes)
+                return
+        raise IndexMismatch(f"{self.name}: no range of epoch {epoch}")
+
+    def move_log_start(self, offset: int) -> None:
+        """Ranges wholly below it are of no use to a reader any more; the newest one stays."""
+        self.log_start_offset = offset
+        last = len(self.ranges) - 1
+        self.ranges = [
+            item
+            for position, item in enumerate(self.ranges)
+            if position == last or not (item.complete and item.registered_end <= offset)
+        ]
+
+
+@dataclass(slots=True)
+class _ObjectExtent:
+    segments: int = 0
+    end: int = 0
+
+
+class ClusterIndex:
+    """All partitions and sessions, as of event `position`."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.topics: dict[str, TopicEntry] = {}
+        self.partitions: dict[PartitionKey, PartitionIndex] = {}
+        self.sessions: dict[str, AgentSession] = {}
+        self.segment_count = 0
+        self._objects: dict[str, _ObjectExtent] = {}
+
+    # ---- looking up
+
+    def address_of(self, agent_id: str, wal_id: str) -> str:
+        """Where the ingest agent that holds this write-ahead log answers; empty without a live session."""
+        for session in reversed(self.sessions.values()):
+            if session.role == INGEST and session.agent_id == agent_id and session.wal_id in ("", wal_id):
+                return session.address
+        return ""
+
+    def object_extent(self, object_key: str) -> int:
+        """Bytes of the object that registered segments are known to use, from its start."""
+        extent = self._objects.get(object_key)
+        return extent.end if extent else 0
+
+    # ---- changing
+
+    def add_topic(self, topic: TopicEntry) -> None:
+        topic_id, name = sys.intern(topic.topic_id), sys.intern(topic.topic)
+        self.topics[name] = topic
+        for partition in range(topic.partitions):
+            key = (topic_id, partition)
+            self.partitions[key] = PartitionIndex(topic_id, name, partition, topic.durable_only)
+
+    def load_partition(
+        self,
+        key: PartitionKey,
+        log_start_offset: int,
+        ranges: Iterable[EpochRange],
+        segments: Iterable[SegmentEntry],
+    ) -> None:
+        """A part of a snapshot; its topic was added before."""
+        segments = list(segments)
+        self.partitions[key].load(log_start_offset, ranges, segments)
+        for segment in segments:
+            self._count_segment(segment)
+
+    def apply(self, position: int, event: ev.Event | None) -> frozenset[PartitionKey] | None:
+        """Brings the state to `position`; the partitions whose readers should look again, None for all of them.
+
+        `event` is None for a type this version does not know. Raises IndexMismatch when the event does not fit.
+        """
+        if position != self.position + 1:
+            raise IndexMismatch(f"event {position} after {self.position}")
+        handler = _HANDLERS.get(type(event))
+        changed: frozenset[PartitionKey] | None = frozenset()
+        if event is not None and handler is not None:
+            changed = handler(self, event)
+        self.position = position
+        return changed
+
+    def _partition(self, topic_id: str, partition: int) -> PartitionIndex:
+        try:
+            return self.partitions[topic_id, partition]
+        except KeyError:
+            raise IndexMismatch(f"no partition {partition} of topic id {topic_id}") from None
+
+    def _count_segment(self, segment: SegmentEntry) -> None:
+        self.segment_count += 1
+        if not segment.lost_reason:
+            extent = self._objects.setdefault(segment.object_key, _ObjectExtent())
+            extent.segments += 1
+            extent.end = max(extent.end, segment.object_at + segment.size_bytes)
+
+    def _forget_segments(self, segments: Iterable[SegmentEntry]) -> None:
+        for segment in segments:
+            self.segment_count -= 1
+            extent = self._objects.get(segment.object_key)
+            if extent is not None and not segment.lost_reason:
+                extent.segments -= 1
+                if not extent.segments:
+                    del self._objects[segment.object_key]
+
+    # ---- one method per event
+
+    def _topic_created(self, event: ev.TopicCreated) -> frozenset[PartitionKey]:
+        self.add_topic(TopicEntry(event.topic_id, event.topic, event.partitions, event.min_acks == ACKS_DURABLE))
+        return frozenset()
+
+    def _topic_deleted(self, event: ev.TopicDeleted) -> frozenset[PartitionKey]:
+        topic = self.topics.get(event.topic)
+        if topic is not None and topic.topic_id == event.topic_id:
+            del self.topics[event.topic]
+        gone = frozenset(key for key in self.partitions if key[0] == event.topic_id)
+        for key in gone:
+            self._forget_segments(self.partitions.pop(key).segments)
+        return gone
+
+    def _session_opened(self, event: ev.SessionOpened) -> frozenset[PartitionKey] | None:
+        self.sessions[event.session_id] = AgentSession(
+            event.session_id, event.agent_id, event.role, event.address, event.wal_id
+        )
+        return None if event.role == INGEST else frozenset()
+
+    def _session_closed(self, event: ev.SessionClosed) -> frozenset[PartitionKey] | None:
+        self.sessions.pop(event.session_id, None)
+        return None if event.role == INGEST else frozenset()
+
+    def _epoch_granted(self, event: ev.EpochGranted) -> frozenset[PartitionKey]:
+        partition = self._partition(event.topic_id, event.partition)
+        partition.grant(
+            EpochRange(
+                event.epoch,
+                event.start_offset,
+                event.limit_offset,
+                event.start_offset,
+                None,
+                RangeStatus.OPEN,
+                event.agent_id,
+                event.wal_id,
+            )
+        )
+        return frozenset([partition.key])
+
+    def _range_extended(self, event: ev.RangeExtended) -> frozenset[PartitionKey]:
+        return self._range_changed(event, limit_offset=event.limit_offset)
+
+    def _range_orphaned(self, event: ev.RangeOrphaned) -> frozenset[PartitionKey]:
+        return self._range_changed(event, status=RangeStatus.ORPHANED)
+
+    def _range_settled(self, event: ev.RangeSettled) -> frozenset[PartitionKey]:
+        return self._range_changed(event, status=RangeStatus.SETTLED, end_offset=event.end_offset)
+
+    def _range_lost(self, event: ev.RangeLost) -> frozenset[PartitionKey]:
+        return self._range_changed(event, status=RangeStatus.LOST, end_offset=event.end_offset)
+
+    def _range_changed(
+        self, event: ev.RangeExtended | ev.RangeOrphaned | ev.RangeSettled | ev.RangeLost, **changes: Any
+    ) -> frozenset[PartitionKey]:
+        partition = self._partition(event.topic_id, event.partition)
+        partition.change_range(event.epoch, **changes)
+        return frozenset([partition.key])
+
+    def _segment_registered(self, event: ev.SegmentRegistered) -> frozenset[PartitionKey]:
+        partition = self._partition(event.segment.topic_id, event.segment.partition)
+        segment = SegmentEntry.of(event.segment)
+        partition.change_range(segment.epoch, registered_end=segment.end_offset)
+        partition.add_segment(segment)
+        self._count_segment(segment)
+        return frozenset([partition.key])
+
+    def _segments_compacted(self, event: ev.SegmentsCompacted) -> frozenset[PartitionKey]:
+        partition = self._partition(event.segment.topic_id, event.segment.partition)
+        segment = SegmentEntry.of(event.segment)
+        self._forget_segments(partition.remove_segments(event.replaced_segment_ids))
+        partition.add_segment(segment)
+        self._count_segment(segment)
+        return frozenset([partition.key])
+
+    def _log_start_moved(self, event: ev.LogStartMoved) -> frozenset[PartitionKey]:
+        partition = self._partition(event.topic_id, event.partition)
+        self._forget_segments(partition.remove_segments(event.removed_segment_ids))
+        partition.move_log_start(event.log_start_offset)
+        return frozenset([partition.key])
+
+
+_HANDLERS: dict[type, Callable[[ClusterIndex, Any], frozenset[PartitionKey] | None]] = {
+    ev.TopicCreated: ClusterIndex._topic_created,
+    ev.TopicDeleted: ClusterIndex._topic_deleted,
+    ev.SessionOpened: ClusterIndex._session_opened,
+    ev.SessionClosed: ClusterIndex._session_closed,
+    ev.EpochGranted: ClusterIndex._epoch_granted,
+    ev.RangeExtended: ClusterIndex._range_extended,
+    ev.RangeOrphaned: ClusterIndex._range_orphaned,
+    ev.RangeSettled: ClusterIndex._range_settled,
+    ev.RangeLost: ClusterIndex._range_lost,
+    ev.SegmentRegistered: ClusterIndex._segment_registered,
+    ev.SegmentsCompacted: ClusterIndex._segments_compacted,
+    ev.LogStartMoved: ClusterIndex._log_start_moved,
+}

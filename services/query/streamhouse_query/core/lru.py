@@ -1,0 +1,59 @@
+"""Which entries a cache with a limit keeps: the least recently used go first. Bookkeeping only."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+
+class LruLimit(Generic[K]):
+    """Keys with a size each (bytes, entries, ...); the sum never exceeds `size_max`."""
+
+    def __init__(self, size_max: int) -> None:
+        self.size_max = size_max
+        self.size = 0
+        self._sizes: OrderedDict[K, int] = OrderedDict()
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __iter__(self) -> Iterator[K]:
+        """Least recently used first."""
+        return iter(self._sizes)
+
+    def size_of(self, key: K) -> int:
+        """0 when it is not kept."""
+        return self._sizes.get(key, 0)
+
+    def touch(self, key: K) -> bool:
+        """Marks as just used; whether it is kept."""
+        if key not in self._sizes:
+            return False
+        self._sizes.move_to_end(key)
+        return True
+
+    def admit(self, key: K, size: int) -> list[K]:
+        """Keeps `key` as just used; the keys that had to go for it. One above the limit is not kept itself."""
+        self.drop(key)
+        if size > self.size_max:
+            return [key]
+        gone = []
+        while self.size + size > self.size_max:
+            oldest, oldest_size = self._sizes.popitem(last=False)
+            self.size -= oldest_size
+            gone.append(oldest)
+        self._sizes[key] = size
+        self.size += size
+        return gone
+
+    def drop(self, key: K) -> bool:
+        """Whether it was kept."""
+        size = self._sizes.pop(key, None)
+        self.size -= size or 0
+        return size is not None

@@ -1,0 +1,192 @@
+"""What a reader at an offset does next. Pure: a function of the index and the offset.
+
+A registered record is never stepped over: only offsets that no epoch can have used any more are (SkipTo).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .index import ClusterIndex, EpochRange, PartitionIndex, RangeStatus, SegmentEntry
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSegment:
+    """`segment` holds the offset, or the next record after it."""
+
+    segment: SegmentEntry
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTail:
+    """Not registered yet: ask the agent. Nothing at or beyond `end_offset` (None: not known yet) may be served.
+    `newest`: the range is the partition's last one, so that its high watermark is the partition's.
+    `reason`: why a reader that gets nothing has to wait; empty where waiting for new records is all there is."""
+
+    epoch: int
+    agent_id: str
+    address: str
+    end_offset: int | None
+    newest: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SkipTo:
+    """A known gap between epochs: nothing was or will be written here."""
+
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing can be read before the index changes; an empty reason is the usual wait for new records."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BelowStart:
+    log_start_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class BeyondEnd:
+    """high_watermark as far as the index knows."""
+
+    high_watermark: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """[base_offset, end_offset) is gone for good; records go on at next_offset."""
+
+    base_offset: int
+    end_offset: int
+    next_offset: int
+    reason: str
+    object_key: str = ""
+
+
+Step = ReadSegment | ReadTail | SkipTo | Wait | BelowStart | BeyondEnd | Lost
+
+
+def plan(cluster: ClusterIndex, partition: PartitionIndex, offset: int) -> Step:
+    """The next step of a reader that has everything below `offset`."""
+    if offset < partition.log_start_offset:
+        return BelowStart(partition.log_start_offset)
+    segment = partition.segment_at(offset)
+    if segment is not None:
+        return _lost_segment(partition, segment) if segment.lost_reason else ReadSegment(segment)
+    position = partition.range_position(offset)
+    if position < 0:
+        return _before_first_range(partition, offset)
+    current = partition.ranges[position]
+    if offset < current.registered_end:
+        return _unnamed(partition, current, offset)
+    if current.end_offset is not None and offset >= current.end_offset:
+        return _after_end(partition, position, offset)
+    if current.status is RangeStatus.LOST:
+        return _lost_range(partition, current, offset)
+    return _unregistered(cluster, partition, position, offset)
+
+
+def _lost_segment(partition: PartitionIndex, segment: SegmentEntry) -> Lost:
+    following = next_readable(partition, segment.end_offset)
+    return Lost(segment.base_offset, segment.end_offset, following, segment.lost_reason, segment.object_key)
+
+
+def _lost_range(partition: PartitionIndex, current: EpochRange, offset: int) -> Lost:
+    assert current.end_offset is not None, "a lost range has an end"
+    reason = (
+        f"what agent {current.agent_id} acknowledged in epoch {current.epoch} from offset {current.registered_end} on "
+        "and did not upload was given up"
+    )
+    following = next_readable(partition, current.end_offset)
+    return Lost(current.registered_end, current.end_offset, following, reason)
+
+
+def _unnamed(partition: PartitionIndex, current: EpochRange, offset: int) -> Lost:
+    """Registered, but in no segment: cannot be, unless the registry is damaged. Never passed over in silence."""
+    after = partition.segment_after(offset)
+    end = after.base_offset if after and after.base_offset < current.registered_end else current.registered_end
+    return Lost(offset, end, next_readable(partition, end), "registered, but no segment holds these offsets")
+
+
+def next_readable(partition: PartitionIndex, offset: int) -> int:
+    """The first offset from `offset` on that is neither lost nor in a gap between epochs."""
+    while True:
+        segment = partition.segment_at(offset)
+        if segment is not None:
+            if not segment.lost_reason:
+                return offset
+            offset = segment.end_offset
+            continue
+        position = partition.range_position(offset)
+        if position < 0:
+            return partition.ranges[0].start_offset if partition.ranges else offset
+        end = partition.ranges[position].end_offset
+        if end is None or (offset < end and partition.ranges[position].status is not RangeStatus.LOST):
+            return offset
+        if offset < end:
+            offset = end
+        elif position + 1 < len(partition.ranges):
+            offset = partition.ranges[position + 1].start_offset
+        else:
+            return offset
+
+
+def _before_first_range(partition: PartitionIndex, offset: int) -> Step:
+    if partition.ranges:
+        return SkipTo(partition.ranges[0].start_offset)
+    if offset > partition.log_start_offset:
+        return BeyondEnd(partition.log_start_offset)
+    return Wait(f"{partition.name} has had no leader yet: no ingest agent has a session")
+
+
+def _after_end(partition: PartitionIndex, position: int, offset: int) -> Step:
+    current = partition.ranges[position]
+    assert current.end_offset is not None
+    if position + 1 < len(partition.ranges):
+        return SkipTo(partition.ranges[position + 1].start_offset)
+    if offset > current.end_offset:
+        return BeyondEnd(current.end_offset)
+    return Wait(f"{partition.name} has no leader: epoch {current.epoch} ended at {offset}, no agent has the next one")
+
+
+def _unregistered(cluster: ClusterIndex, partition: PartitionIndex, position: int, offset: int) -> Step:
+    current = partition.ranges[position]
+    newest = position == len(partition.ranges) - 1
+    if current.end_offset is None and offset >= current.limit_offset:
+        return BeyondEnd(partition.known_end) if newest else SkipTo(partition.ranges[position + 1].start_offset)
+    reason = _reason(partition, current, newest)
+    if partition.durable_only:
+        # Here nothing counts as acknowledged before it is registered: what is only in the leader's log may be
+        # given up at a takeover, and its offsets be used again.
+        if newest and current.status is RangeStatus.OPEN and offset > current.registered_end:
+            return BeyondEnd(current.registered_end)
+        return Wait(reason)
+    address = cluster.address_of(current.agent_id, current.wal_id)
+    if not address:
+        return Wait(reason or _no_session(partition, current))
+    return ReadTail(current.epoch, current.agent_id, address, current.end_offset, newest, reason)
+
+
+def _reason(partition: PartitionIndex, current: EpochRange, newest: bool) -> str:
+    if current.status is RangeStatus.OPEN and newest:
+        return ""
+    held = f"{partition.name}: epoch {current.epoch} of agent {current.agent_id} is"
+    what = f"records from offset {current.registered_end} on"
+    if current.status is RangeStatus.SETTLED:
+        return f"{held} settled at {current.end_offset}; waiting for its {what} to be uploaded and registered"
+    return (
+        f"{held} unsettled: {what} that it acknowledged may only be in its write-ahead log; "
+        "waiting for the agent to come back, or for the range to be declared lost"
+    )
+
+
+def _no_session(partition: PartitionIndex, current: EpochRange) -> str:
+    return (
+        f"{partition.name}: the leader, agent {current.agent_id} with epoch {current.epoch}, has no session; "
+        f"records from offset {current.registered_end} on can not be read now"
+    )

@@ -1,0 +1,26 @@
+"""Who reads on from where it stopped: how much of what follows is worth fetching before it is asked for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from .index import PartitionKey
+
+# Readers that are remembered: two per partition of a cluster of 4,000 partitions; each costs about 200 bytes.
+READERS_MAX = 8192
+
+
+class ReadAhead:
+    """The window doubles with every read that continues an earlier one, up to `chunks_max`."""
+
+    def __init__(self, chunks_max: int) -> None:
+        self._chunks_max = chunks_max
+        self._expected: OrderedDict[tuple[PartitionKey, int], int] = OrderedDict()
+
+    def observe(self, partition: PartitionKey, offset: int, next_offset: int) -> int:
+        """Chunks to fetch ahead after a read of [offset, next_offset); 0 for a reader that jumped here."""
+        streak = self._expected.pop((partition, offset), 0)
+        self._expected[partition, next_offset] = streak + 1
+        if len(self._expected) > READERS_MAX:
+            self._expected.popitem(last=False)
+        return min(self._chunks_max, 1 << (streak - 1)) if streak else 0

@@ -1,0 +1,78 @@
+"""Builds the index from the parts of the coordinator's snapshot."""
+
+from __future__ import annotations
+
+from shproto.v1 import coordinator_pb2, types_pb2
+
+from .index import (
+    ACKS_DURABLE,
+    AgentSession,
+    ClusterIndex,
+    EpochRange,
+    IndexMismatch,
+    RangeStatus,
+    SegmentEntry,
+    TopicEntry,
+)
+
+
+class SnapshotBuilder:
+    """Add all parts, then take `cluster`."""
+
+    def __init__(self) -> None:
+        self.cluster = ClusterIndex()
+        self._parts = 0
+
+    def add(self, part: coordinator_pb2.SnapshotPart) -> None:
+        """Raises IndexMismatch when parts of different snapshots are mixed, or a part contradicts itself."""
+        if self._parts and part.position != self.cluster.position:
+            raise IndexMismatch(f"snapshot part of position {part.position} among parts of {self.cluster.position}")
+        self._parts += 1
+        self.cluster.position = part.position
+        for session in part.sessions:
+            self.cluster.sessions[session.session_id] = AgentSession(
+                session.session_id, session.agent_id, session.role, session.address
+            )
+        for partition in part.partitions:
+            self._add_partition(partition)
+
+    def _add_partition(self, partition: coordinator_pb2.SnapshotPartition) -> None:
+        topic = partition.topic
+        topic_id = topic.topic_id.hex()
+        if topic.topic not in self.cluster.topics:
+            durable_only = topic.min_acks == ACKS_DURABLE
+            self.cluster.add_topic(TopicEntry(topic_id, topic.topic, topic.partitions, durable_only))
+        self.cluster.load_partition(
+            (topic_id, partition.partition),
+            partition.log_start_offset,
+            [_range_of(item) for item in partition.ranges],
+            [_segment_of(item) for item in partition.segments],
+        )
+
+
+def _range_of(item: types_pb2.OffsetRange) -> EpochRange:
+    return EpochRange(
+        item.epoch,
+        item.start_offset,
+        item.limit_offset,
+        item.registered_end,
+        item.end_offset if item.HasField("end_offset") else None,
+        RangeStatus(item.status),
+        item.agent_id,
+        item.wal_id.hex(),
+    )
+
+
+def _segment_of(item: types_pb2.SegmentRef) -> SegmentEntry:
+    return SegmentEntry(
+        item.segment_id,
+        item.epoch,
+        item.base_offset,
+        item.end_offset,
+        item.record_count,
+        item.object_key,
+        item.object_at,
+        item.size_bytes,
+        item.max_timestamp_ms,
+        item.lost_reason,
+    )

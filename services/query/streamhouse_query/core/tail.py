@@ -1,0 +1,38 @@
+"""What of an agent's tail may be served: batches that pass their CRC and follow on from the offset asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shformat import FormatError, check_batch
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    batches: list[bytes]
+    size_bytes: int
+    next_offset: int
+
+
+def accept_batches(batches: Iterable[bytes], offset: int, epoch: int, end_offset: int | None) -> Accepted | str:
+    """The batches that a reader at `offset` gets, or what is wrong with them.
+
+    Nothing beyond `end_offset` is accepted: it was written, but its range was settled below it.
+    """
+    accepted: list[bytes] = []
+    next_offset = offset
+    for batch in batches:
+        try:
+            header = check_batch(batch)
+        except FormatError as error:
+            return str(error)
+        if end_offset is not None and header.end_offset > end_offset:
+            break
+        follows = header.base_offset == next_offset or (not accepted and header.base_offset < next_offset)
+        if header.epoch != epoch or not follows or header.end_offset <= next_offset:
+            found = f"{header.base_offset} to {header.end_offset} of epoch {header.epoch}"
+            return f"offset {next_offset} of epoch {epoch} asked for, {found} sent"
+        accepted.append(batch)
+        next_offset = header.end_offset
+    return Accepted(accepted, sum(map(len, accepted)), next_offset)

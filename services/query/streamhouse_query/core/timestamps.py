@@ -1,0 +1,59 @@
+"""Where the first record at or after a timestamp can be: in offset order, segments and what is not registered yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from shformat import Records
+
+from .index import EpochRange, PartitionIndex, RangeStatus, SegmentEntry
+
+
+@dataclass(frozen=True, slots=True)
+class LookInSegment:
+    segment: SegmentEntry
+
+
+@dataclass(frozen=True, slots=True)
+class LookInTail:
+    """Records from `offset` on are not registered yet; when none of them is late enough, go on at `resume_offset`."""
+
+    offset: int
+    resume_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class AtEnd:
+    """No record of the partition is late enough."""
+
+
+def look(partition: PartitionIndex, timestamp_ms: int, from_offset: int) -> LookInSegment | LookInTail | AtEnd:
+    """The next place, from `from_offset` on, that may hold a record with this timestamp or a later one."""
+    from_offset = max(from_offset, partition.log_start_offset)
+    segment = partition.segment_reaching(timestamp_ms, from_offset)
+    tail = _first_tail(partition, from_offset)
+    if segment is not None and (tail is None or segment.base_offset < tail.offset):
+        return LookInSegment(segment)
+    return tail or AtEnd()
+
+
+def _first_tail(partition: PartitionIndex, from_offset: int) -> LookInTail | None:
+    for item in partition.ranges:
+        start, end = max(item.registered_end, from_offset), _end(item)
+        if item.status is not RangeStatus.LOST and start < end:
+            return LookInTail(start, end)
+    return None
+
+
+def _end(item: EpochRange) -> int:
+    return item.limit_offset if item.end_offset is None else item.end_offset
+
+
+def first_at(records: Records, timestamp_ms: int, from_offset: int) -> tuple[int, int] | None:
+    """(offset, timestamp) of the first record with offset >= from_offset and timestamp >= timestamp_ms."""
+    late = (records.timestamps_ms >= timestamp_ms) & (records.offsets >= from_offset)
+    position = int(np.argmax(late)) if len(late) else 0
+    if not len(late) or not late[position]:
+        return None
+    return int(records.offsets[position]), int(records.timestamps_ms[position])

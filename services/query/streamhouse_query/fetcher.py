@@ -1,0 +1,437 @@
+"""One fetch: plan, read segments, then the tail, wait where there is nothing yet.
+
+A fetch ends when it has enough, when its time is over, or when the plan says that nothing can come.
+Never spins: every turn of its loop reads something, moves its offset, or waits for a change or a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shproto.errors import DataLoss, OffsetBelowStart, OffsetBeyondEnd, StreamHouseError, UnknownTopic
+from shproto.services import IngestApi
+from shproto.v1 import ingest_pb2
+from shruntime.clock import Clock
+from shruntime.tasks import Backoff
+from shstore import ObjectMissing
+
+from streamhouse_query.core.index import PartitionIndex, PartitionKey, SegmentEntry
+from streamhouse_query.core.plan import (
+    BelowStart,
+    BeyondEnd,
+    Lost,
+    ReadSegment,
+    ReadTail,
+    SkipTo,
+    Step,
+    Wait,
+    next_readable,
+    plan,
+)
+from streamhouse_query.core.readahead import ReadAhead
+from streamhouse_query.core.tail import accept_batches
+from streamhouse_query.counters import Counters
+from streamhouse_query.live_index import LiveIndex, Watch
+from streamhouse_query.segment_reader import SegmentReader
+
+# One long poll at an agent: long enough to cost nothing, short enough that a peer that went silent is noticed.
+TAIL_WAIT_MS_MAX = 10_000
+# An agent that does not answer or does not hold a range yet is asked again after up to so long.
+TAIL_RETRY_FIRST_MS = 50
+TAIL_RETRY_MS_MAX = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What to fetch. `known_reason`: the waiting reason that the reader has been told; any other one ends the wait
+    at once (None: only the end of max_wait_ms does)."""
+
+    partition: PartitionKey
+    topic: str
+    offset: int
+    bytes_max: int
+    bytes_min: int = 0
+    max_wait_ms: int = 0
+    known_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Fetched:
+    """Whole encoded batches; the first may begin before the offset asked for."""
+
+    batches: list[bytes] = field(default_factory=list)
+    size_bytes: int = 0
+    next_offset: int = 0
+    high_watermark: int = 0
+    log_start_offset: int = 0
+    waiting_reason: str = ""
+
+
+class Watermarks:
+    """What leaders said last of the acknowledged end of their range."""
+
+    def __init__(self) -> None:
+        self._seen: dict[PartitionKey, tuple[int, int]] = {}
+
+    def learn(self, key: PartitionKey, epoch: int, high_watermark: int) -> None:
+        self._seen[key] = max(self._seen.get(key, (0, 0)), (epoch, high_watermark))
+
+    def of(self, partition: PartitionIndex) -> int:
+        """The partition's high watermark as far as it is known here."""
+        epoch, offset = self._seen.get(partition.key, (0, 0))
+        newest = partition.ranges[-1] if partition.ranges else None
+        if newest is None or newest.end_offset is not None or newest.epoch != epoch:
+            return partition.known_end
+        return max(offset, partition.known_end)
+
+
+class Fetcher:
+    """Reads for anybody; holds what is shared between fetches."""
+
+    def __init__(
+        self,
+        index: LiveIndex,
+        segments: SegmentReader,
+        ingest_at: Callable[[str], IngestApi],
+        *,
+        readahead: ReadAhead,
+        catch_up_ms: int,
+        clock: Clock,
+        counters: Counters,
+    ) -> None:
+        self.index = index
+        self.segments = segments
+        self.ingest_at = ingest_at
+        self.catch_up_ms = catch_up_ms
+        self.clock = clock
+        self.counters = counters
+        self.watermarks = Watermarks()
+        self._readahead = readahead
+
+    async def fetch(self, want: Want) -> Fetched:
+        """Raises OffsetBelowStart, OffsetBeyondEnd, DataLoss, Unavailable, UnknownTopic (deleted meanwhile)."""
+        return await _Fetch(self, want).run()
+
+    def is_registered(self, want: Want) -> bool:
+        """Whether a segment holds the offset, so that a fetch has something to return."""
+        partition = self.index.get(want.partition, want.topic)
+        return isinstance(plan(self.index.cluster, partition, want.offset), ReadSegment)
+
+    def read_ahead(self, key: PartitionKey, segment: SegmentEntry, offset: int, next_offset: int, at: int) -> None:
+        """After a read of [offset, next_offset) that ended at byte `at` of the segment's object: starts the downloads
+        of what a sequential reader asks for next, also in the segment after this one."""
+        chunks = self._readahead.observe(key, offset, next_offset)
+        if chunks:
+            chunks -= self.segments.prefetch(segment, at, chunks)
+        partition = self.index.cluster.partitions.get(key)
+        following = partition.segment_after(segment.end_offset) if partition and chunks > 0 else None
+        if following is not None and not following.lost_reason:
+            self.segments.prefetch(following, following.object_at, chunks)
+
+
+class _Fetch:
+    """One fetch under way."""
+
+    def __init__(self, fetcher: Fetcher, want: Want) -> None:
+        self._fetcher = fetcher
+        self._index = fetcher.index
+        self._clock = fetcher.clock
+        self._want = want
+        self._offset = want.offset
+        self._got = Fetched()
+        now_ms = self._clock.monotonic_ms()
+        self._deadline_ms = now_ms + want.max_wait_ms
+        # Where records are known to exist and only the feed is behind, a reader waits for it even with max_wait_ms 0:
+        # an empty answer would be a wrong one.
+        self._catch_up_ms = max(self._deadline_ms, now_ms + fetcher.catch_up_ms)
+        self._backoff = Backoff(TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX)
+
+    async def run(self) -> Fetched:
+        with self._index.watch(self._want.partition) as watch:
+            done = False
+            while not done:
+                watch.arm()
+                partition = self._partition()
+                done = await self._take(partition, self._plan(partition), watch)
+        return self._finished(self._partition())
+
+    def _partition(self) -> PartitionIndex:
+        return self._index.get(self._want.partition, self._want.topic)
+
+    def _plan(self, partition: PartitionIndex) -> Step:
+        return plan(self._index.cluster, partition, self._offset)
+
+    def _finished(self, partition: PartitionIndex) -> Fetched:
+        self._got.next_offset = self._offset
+        self._got.high_watermark = self._fetcher.watermarks.of(partition)
+        self._got.log_start_offset = partition.log_start_offset
+        return self._got
+
+    async def _take(self, partition: PartitionIndex, step: Step, watch: Watch) -> bool:
+        """One step; whether the fetch is done."""
+        if self._got.batches and self._room <= 0:
+            return True
+        match step:
+            case ReadSegment(segment):
+                return await self._read_segment(partition, segment, watch)
+            case ReadTail():
+                return await self._read_tail(partition, step, watch)
+            case SkipTo(offset):
+                self._offset = offset
+                return False
+            case Wait(reason):
+                return await self._wait(reason, watch)
+            case _:
+                if not self._got.batches:
+                    raise _refusal(partition, self._offset, step)
+                return True  # the reader meets it with its next fetch
+
+    @property
+    def _room(self) -> int:
+        return self._want.bytes_max - self._got.size_bytes
+
+    @property
+    def _has_enough(self) -> bool:
+        return bool(self._got.batches) and self._got.size_bytes >= self._want.bytes_min
+
+    def _add(self, batches: list[bytes], size_bytes: int, next_offset: int) -> None:
+        self._got.batches += batches
+        self._got.size_bytes += size_bytes
+        self._offset = next_offset
+        self._backoff.reset()
+
+    # ---- waiting
+
+    def _remaining_ms(self, until_ms: int) -> int:
+        return max(0, until_ms - self._clock.monotonic_ms())
+
+    async def _changed(self, watch: Watch, wait_ms: float) -> bool:
+        """Whether the index changed within `wait_ms`."""
+        done, _ = await asyncio.wait((watch.changed,), timeout=wait_ms / 1000)
+        return bool(done)
+
+    async def _wait(self, reason: str, watch: Watch) -> bool:
+        if self._has_enough or self._is_news(reason):
+            return self._give_up(reason)
+        if await self._changed(watch, self._remaining_ms(self._deadline_ms)):
+            return False
+        return self._give_up(reason)
+
+    def _is_news(self, reason: str) -> bool:
+        known = self._want.known_reason
+        return known is not None and reason != known and not self._got.batches
+
+    def _give_up(self, reason: str) -> bool:
+        """Ends the fetch with what there is; the reason is for a reader that gets nothing."""
+        if reason and not self._got.batches:
+            self._got.waiting_reason = reason
+            self._fetcher.counters.unsettled_waits += 1
+        return True
+
+    async def _again_soon(self, reason: str, watch: Watch, until_ms: int) -> bool:
+        """Waits a little, for a change of the index or just a while, before the same is tried again."""
+        remaining_ms = self._remaining_ms(until_ms)
+        if self._got.batches or remaining_ms == 0:
+            return self._give_up(reason)
+        await self._changed(watch, min(self._backoff.next_ms(), remaining_ms))
+        return False
+
+    # ---- registered records
+
+    async def _read_segment(self, partition: PartitionIndex, segment: SegmentEntry, watch: Watch) -> bool:
+        nothing_yet = not self._got.batches
+        try:
+            run = await self._fetcher.segments.read_from(
+                partition, segment, self._offset, self._room, at_least_one=nothing_yet
+            )
+        except ObjectMissing as error:
+            return await self._missing(partition, segment, error, watch)
+        except StreamHouseError:
+            if nothing_yet:
+                raise
+            return True  # the reader meets it with its next fetch
+        if run.blocks:
+            self._fetcher.read_ahead(partition.key, segment, self._offset, run.next_offset, run.next_at)
+        self._add(run.blocks, run.size_bytes, run.next_offset)
+        return run.next_offset < segment.end_offset
+
+    async def _missing(
+        self, partition: PartitionIndex, segment: SegmentEntry, error: ObjectMissing, watch: Watch
+    ) -> bool:
+        """Compaction or retention may have deleted the object, and the event be on its way."""
+        if self._got.batches:
+            return True
+        while self._plan(self._partition()) == ReadSegment(segment):
+            watch.arm()
+            if not await self._changed(watch, self._remaining_ms(self._catch_up_ms)):
+                self._fetcher.counters.damaged_spans += 1
+                raise _object_missing(partition, segment) from error
+        return False
+
+    # ---- records that only the agent has
+
+    async def _read_tail(self, partition: PartitionIndex, step: ReadTail, watch: Watch) -> bool:
+        wait_ms = 0
+        if not self._has_enough and not self._is_news(step.reason):
+            wait_ms = min(self._remaining_ms(self._deadline_ms), TAIL_WAIT_MS_MAX)
+        request = ingest_pb2.ReadTailRequest(
+            topic_id=bytes.fromhex(partition.topic_id),
+            partition=partition.partition,
+            offset=self._offset,
+            max_bytes=self._room,
+            max_wait_ms=wait_ms,
+        )
+        self._fetcher.counters.tail_reads += 1
+        asked_ms = self._clock.monotonic_ms()
+        try:
+            response = await self._ask(step, request, watch)
+        except StreamHouseError as error:
+            return await self._tail_failed(partition, step, error, watch)
+        if wait_ms and self._clock.monotonic_ms() - asked_ms >= wait_ms / 2:
+            self._backoff.reset()  # the agent did wait: it may be asked again soon
+        return response is not None and await self._take_tail(partition, step, response, watch)
+
+    async def _ask(
+        self, step: ReadTail, request: ingest_pb2.ReadTailRequest, watch: Watch
+    ) -> ingest_pb2.ReadTailResponse | None:
+        """The agent's answer; None when the index changed so that something else is to be done."""
+        asked = asyncio.ensure_future(self._fetcher.ingest_at(step.address).read_tail(request))
+        try:
+            while True:
+                await asyncio.wait((asked, watch.changed), return_when=asyncio.FIRST_COMPLETED)
+                if asked.done():
+                    return asked.result()
+                watch.arm()
+                if self._plan(self._partition()) != step:
+                    return None
+        finally:
+            if not asked.done():
+                asked.cancel()
+                await asyncio.wait((asked,))
+
+    async def _tail_failed(
+        self, partition: PartitionIndex, step: ReadTail, error: StreamHouseError, watch: Watch
+    ) -> bool:
+        self._fetcher.counters.tail_errors += 1
+        if isinstance(error, OffsetBeyondEnd | UnknownTopic):  # as the agent knows it; it may be behind, or we are
+            response = ingest_pb2.ReadTailResponse(
+                not_held=isinstance(error, UnknownTopic), high_watermark=int(error.details.get("high_watermark", 0))
+            )
+            return await self._take_tail(partition, step, response, watch)
+        if not error.retriable and not self._got.batches:
+            raise error
+        reason = f"{partition.name}: agent {step.agent_id} at {step.address} does not answer: {error}"
+        return await self._again_soon(reason, watch, self._deadline_ms)
+
+    async def _take_tail(
+        self, partition: PartitionIndex, step: ReadTail, response: ingest_pb2.ReadTailResponse, watch: Watch
+    ) -> bool:
+        if response.not_held and step.newest and step.end_offset is None and not self._got.batches:
+            response = await self._ask_for_end(partition, step) or response
+        if response.not_held or response.tail_start_offset > self._offset:
+            reason = (
+                f"{partition.name}: agent {step.agent_id} has no records of epoch {step.epoch} at offset "
+                f"{self._offset} in its log (any more); waiting for the event feed to say where they are"
+            )
+            return await self._again_soon(reason, watch, self._catch_up_ms)
+        if step.newest and step.end_offset is None:
+            self._fetcher.watermarks.learn(partition.key, step.epoch, response.high_watermark)
+        accepted = accept_batches(response.batches, self._offset, step.epoch, step.end_offset)
+        if isinstance(accepted, str):
+            raise _damaged_tail(partition, step, self._offset, accepted)
+        if accepted.batches:
+            self._fetcher.counters.tail_bytes += accepted.size_bytes
+            self._add(accepted.batches, accepted.size_bytes, accepted.next_offset)
+            return self._has_enough
+        return await self._nothing_in_tail(partition, step, response.high_watermark, watch)
+
+    async def _ask_for_end(self, partition: PartitionIndex, step: ReadTail) -> ingest_pb2.ReadTailResponse | None:
+        """Agents say not_held of an offset beyond their end, too. The answer if that is the case, without records."""
+        request = ingest_pb2.ReadTailRequest(
+            topic_id=bytes.fromhex(partition.topic_id),
+            partition=partition.partition,
+            offset=partition.ranges[-1].registered_end,
+            max_bytes=1,
+        )
+        try:
+            response = await self._fetcher.ingest_at(step.address).read_tail(request)
+        except StreamHouseError:
+            return None
+        if response.not_held or response.high_watermark >= self._offset:
+            return None
+        return ingest_pb2.ReadTailResponse(high_watermark=response.high_watermark)
+
+    async def _nothing_in_tail(
+        self, partition: PartitionIndex, step: ReadTail, high_watermark: int, watch: Watch
+    ) -> bool:
+        if self._has_enough:
+            return True
+        if high_watermark < self._offset and step.newest and step.end_offset is None and not self._got.batches:
+            raise _refusal(partition, self._offset, BeyondEnd(high_watermark))
+        if high_watermark > self._offset:
+            reason = f"{partition.name}: agent {step.agent_id} has records at offset {self._offset} but sent none"
+            return await self._again_soon(reason, watch, self._catch_up_ms)
+        if self._is_news(step.reason):
+            return self._give_up(step.reason)
+        return await self._again_soon(step.reason, watch, self._deadline_ms)
+
+
+# ---- refusals
+
+
+def _refusal(partition: PartitionIndex, offset: int, step: Step) -> StreamHouseError:
+    match step:
+        case BelowStart(log_start_offset):
+            return OffsetBelowStart(
+                f"{partition.name}: offset {offset} is below the start of the log, {log_start_offset}",
+                topic=partition.topic,
+                partition=partition.partition,
+                offset=offset,
+                log_start_offset=log_start_offset,
+            )
+        case BeyondEnd(high_watermark):
+            return OffsetBeyondEnd(
+                f"{partition.name}: offset {offset} is beyond the end, {high_watermark}",
+                topic=partition.topic,
+                partition=partition.partition,
+                offset=offset,
+                high_watermark=high_watermark,
+            )
+        case Lost():
+            return DataLoss(
+                f"{partition.name}: offsets {step.base_offset} to {step.end_offset} are lost: {step.reason}",
+                topic=partition.topic,
+                partition=partition.partition,
+                base_offset=step.base_offset,
+                end_offset=step.end_offset,
+                object_key=step.object_key,
+                next_offset=step.next_offset,
+            )
+    raise AssertionError(f"{step} is no refusal")
+
+
+def _object_missing(partition: PartitionIndex, segment: SegmentEntry) -> DataLoss:
+    return DataLoss(
+        f"{partition.name}: object {segment.object_key} with offsets {segment.base_offset} to {segment.end_offset} "
+        "is registered, but not in the object store",
+        topic=partition.topic,
+        partition=partition.partition,
+        base_offset=segment.base_offset,
+        end_offset=segment.end_offset,
+        object_key=segment.object_key,
+        at=segment.object_at,
+        next_offset=next_readable(partition, segment.end_offset),
+    )
+
+
+def _damaged_tail(partition: PartitionIndex, step: ReadTail, offset: int, what: str) -> DataLoss:
+    return DataLoss(
+        f"{partition.name}: agent {step.agent_id} answered for offset {offset} with damaged records: {what}",
+        topic=partition.topic,
+        partition=partition.partition,
+        base_offset=offset,
+        agent=step.agent_id,
+        epoch=step.epoch,
+    )

@@ -1,0 +1,104 @@
+"""Keeps the index up to date: a snapshot, then every event in order, over reconnects and restarts of coordinators."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+
+from shproto.errors import StreamHouseError
+from shproto.events import event_from_json
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2
+from shruntime.clock import Clock
+from shruntime.tasks import Backoff
+
+from streamhouse_query.core.index import IndexMismatch
+from streamhouse_query.core.snapshot import SnapshotBuilder
+from streamhouse_query.counters import Counters
+from streamhouse_query.live_index import LiveIndex
+
+log = logging.getLogger(__name__)
+
+# Coordinators restart within a second; a fleet that comes back does not all ask within the same 100 ms.
+RETRY_FIRST_MS = 100
+RETRY_MS_MAX = 2_000
+
+
+class Follower:
+    """`load` once, then `run` for ever. The index stays readable (and grows old) while no coordinator answers."""
+
+    def __init__(
+        self,
+        coordinator: CoordinatorApi,
+        index: LiveIndex,
+        session_id: Callable[[], str],
+        clock: Clock,
+        counters: Counters,
+    ) -> None:
+        self._coordinator = coordinator
+        self._index = index
+        self._session_id = session_id
+        self._clock = clock
+        self._counters = counters
+        self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+
+    async def load(self) -> None:
+        """The first snapshot; waits for a coordinator that gives one."""
+        while not await self._tried_snapshot():
+            await self._clock.sleep_ms(self._backoff.next_ms())
+        self._backoff.reset()
+
+    async def run(self) -> None:
+        """Follows the feed from where the index is."""
+        while True:
+            try:
+                if await self._went_back():
+                    log.warning("the coordinator is behind event %d: its history changed", self._index.cluster.position)
+                    await self._snapshot()
+                await self._follow()
+                log.info("the event feed ended at %d; connecting again", self._index.cluster.position)
+            except IndexMismatch as error:
+                log.warning("the index does not fit the event feed, taking a new snapshot: %s", error)
+                await self._tried_snapshot()
+            except StreamHouseError as error:
+                log.warning("the event feed broke at %d: %s", self._index.cluster.position, error)
+            await self._clock.sleep_ms(self._backoff.next_ms())
+
+    async def _tried_snapshot(self) -> bool:
+        try:
+            await self._snapshot()
+        except (StreamHouseError, IndexMismatch) as error:
+            log.warning("no snapshot of the index yet: %s", error)
+            return False
+        return True
+
+    async def _snapshot(self) -> None:
+        builder = SnapshotBuilder()
+        async for part in self._coordinator.get_snapshot(coordinator_pb2.GetSnapshotRequest()):
+            builder.add(part)
+        self._index.replace(builder.cluster)
+        self._counters.snapshots += 1
+        cluster = builder.cluster
+        log.info("index of event %d: %d segments in %d partitions", cluster.position, cluster.segment_count,
+                 len(cluster.partitions))  # fmt: skip
+
+    async def _went_back(self) -> bool:
+        status = await self._coordinator.get_status(coordinator_pb2.GetStatusRequest())
+        return status.events_position < self._index.cluster.position
+
+    async def _follow(self) -> None:
+        request = coordinator_pb2.FollowEventsRequest(
+            after_position=self._index.cluster.position, session_id=self._session_id()
+        )
+        async with contextlib.aclosing(self._coordinator.follow_events(request)) as events:  # type: ignore[type-var]
+            async for event in events:
+                self._apply(event)
+                self._backoff.reset()
+
+    def _apply(self, event: coordinator_pb2.Event) -> None:
+        try:
+            fact = event_from_json(event.type, event.payload_json)
+        except (TypeError, ValueError, KeyError) as error:
+            raise IndexMismatch(f"event {event.position} {event.type} cannot be read: {error}") from error
+        self._index.apply(event.position, fact)

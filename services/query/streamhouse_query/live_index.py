@@ -1,0 +1,100 @@
+"""The index together with those who wait for it to change."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from shproto.errors import ShuttingDown, Unavailable, UnknownPartition, UnknownTopic
+from shproto.events import Event
+
+from streamhouse_query.core.index import ClusterIndex, PartitionIndex, PartitionKey
+
+
+class Watch:
+    """Tells of changes to one partition. Arm before looking, and no change in between is missed."""
+
+    def __init__(self) -> None:
+        self.changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def arm(self) -> None:
+        """From here on `changed` stands for the next change."""
+        if self.changed.done():
+            self.changed = asyncio.get_running_loop().create_future()
+
+    def fire(self) -> None:
+        if not self.changed.done():
+            self.changed.set_result(None)
+
+
+class LiveIndex:
+    """One task (the follower) changes it; any number of readers look and watch, all in one event loop."""
+
+    def __init__(self) -> None:
+        self.cluster = ClusterIndex()
+        self._loaded = False
+        self._closed = False
+        self._watches: dict[PartitionKey, set[Watch]] = {}
+
+    def find(self, topic: str, partition: int) -> PartitionIndex:
+        """Raises UnknownTopic, UnknownPartition; Unavailable before the first snapshot, ShuttingDown after `close`."""
+        self._must_be_open()
+        entry = self.cluster.topics.get(topic)
+        if entry is None:
+            raise UnknownTopic(f"there is no topic {topic!r}", topic=topic)
+        found = self.cluster.partitions.get((entry.topic_id, partition))
+        if found is None:
+            raise UnknownPartition(
+                f"topic {topic!r} has partitions 0 to {entry.partitions - 1}, not {partition}",
+                topic=topic,
+                partition=partition,
+                partitions=entry.partitions,
+            )
+        return found
+
+    def get(self, key: PartitionKey, topic: str) -> PartitionIndex:
+        """As it is now; raises UnknownTopic once the topic was deleted, ShuttingDown after `close`."""
+        self._must_be_open()
+        found = self.cluster.partitions.get(key)
+        if found is None:
+            raise UnknownTopic(f"topic {topic!r} was deleted", topic=topic)
+        return found
+
+    def apply(self, position: int, event: Event | None) -> None:
+        """Raises IndexMismatch and may then be half changed: only `replace` helps."""
+        self._wake(self.cluster.apply(position, event))
+
+    def replace(self, cluster: ClusterIndex) -> None:
+        """A new snapshot."""
+        self.cluster = cluster
+        self._loaded = True
+        self._wake(None)
+
+    def close(self) -> None:
+        """Ends all waits: whoever looks again gets ShuttingDown."""
+        self._closed = True
+        self._wake(None)
+
+    def _must_be_open(self) -> None:
+        if self._closed:
+            raise ShuttingDown("this query service is stopping; ask another one")
+        if not self._loaded:
+            raise Unavailable("this query service has not loaded its index yet")
+
+    @contextmanager
+    def watch(self, key: PartitionKey) -> Iterator[Watch]:
+        watch = Watch()
+        watches = self._watches.setdefault(key, set())
+        watches.add(watch)
+        try:
+            yield watch
+        finally:
+            watches.discard(watch)
+            if not watches and self._watches.get(key) is watches:
+                del self._watches[key]
+
+    def _wake(self, keys: Iterable[PartitionKey] | None) -> None:
+        for key in list(self._watches) if keys is None else keys:
+            for watch in self._watches.get(key, ()):
+                watch.fire()

@@ -1,0 +1,144 @@
+"""Offsets by position (earliest, latest) and by timestamp."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shformat import BlockEntry, FormatError, decode_batch, read_batch_header
+from shproto.errors import DataLoss, StreamHouseError, Unavailable
+from shproto.v1 import ingest_pb2
+from shruntime.tasks import Backoff
+from shstore import ObjectMissing
+
+from streamhouse_query.core.index import PartitionIndex, PartitionKey, SegmentEntry
+from streamhouse_query.core.plan import ReadTail, Wait, plan
+from streamhouse_query.core.timestamps import AtEnd, LookInSegment, LookInTail, first_at, look
+from streamhouse_query.fetcher import TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX, Fetcher, Want
+from streamhouse_query.live_index import LiveIndex
+
+# Of a tail that is searched for a timestamp, per call to its agent.
+TAIL_BYTES = 4 * 1024 * 1024
+
+Found = tuple[int, int]
+"""(offset, timestamp in ms; -1 at the end of the partition)."""
+
+
+class Lookups:
+    """All raise Unavailable where the truth is not known now: a guess would make a reader skip or repeat."""
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        self._fetcher = fetcher
+        self._index: LiveIndex = fetcher.index
+
+    def earliest(self, partition: PartitionIndex) -> Found:
+        return partition.log_start_offset, -1
+
+    async def latest(self, key: PartitionKey, topic: str) -> Found:
+        """The high watermark, from the leader where its records are not all registered."""
+        backoff = Backoff(TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX)
+        deadline_ms = self._fetcher.clock.monotonic_ms() + self._fetcher.catch_up_ms
+        with self._index.watch(key) as watch:
+            while True:
+                watch.arm()
+                partition = self._index.get(key, topic)
+                newest = partition.ranges[-1] if partition.ranges else None
+                if newest is None or newest.end_offset is not None:
+                    return partition.known_end, -1
+                if partition.durable_only:
+                    return newest.registered_end, -1
+                high_watermark = await self._ask_leader(partition, newest.epoch, newest.registered_end)
+                if high_watermark is not None:
+                    return high_watermark, -1
+                remaining_ms = deadline_ms - self._fetcher.clock.monotonic_ms()
+                if remaining_ms <= 0:
+                    raise Unavailable(
+                        f"{partition.name}: agent {newest.agent_id} does not hold epoch {newest.epoch} yet",
+                        retry_after_ms=TAIL_RETRY_MS_MAX,
+                    )
+                await asyncio.wait((watch.changed,), timeout=min(backoff.next_ms(), remaining_ms) / 1000)
+
+    async def _ask_leader(self, partition: PartitionIndex, epoch: int, registered_end: int) -> int | None:
+        """None when it does not hold the range (yet)."""
+        step = plan(self._index.cluster, partition, registered_end)
+        if isinstance(step, Wait):
+            raise Unavailable(f"the end of {partition.name} is not known: {step.reason}", retry_after_ms=1_000)
+        if not isinstance(step, ReadTail):
+            return None
+        request = ingest_pb2.ReadTailRequest(
+            topic_id=bytes.fromhex(partition.topic_id),
+            partition=partition.partition,
+            offset=registered_end,
+            max_bytes=1,
+        )
+        try:
+            response = await self._fetcher.ingest_at(step.address).read_tail(request)
+        except StreamHouseError as error:
+            raise Unavailable(
+                f"the end of {partition.name} is not known: agent {step.agent_id} at {step.address}: {error}",
+                retry_after_ms=1_000,
+            ) from error
+        if response.not_held:
+            return None
+        self._fetcher.watermarks.learn(partition.key, epoch, response.high_watermark)
+        return max(registered_end, response.high_watermark)
+
+    # ---- by timestamp
+
+    async def at_timestamp(self, key: PartitionKey, topic: str, timestamp_ms: int) -> Found:
+        """The first record, in offset order, with this timestamp or a later one; else the end."""
+        from_offset = self._index.get(key, topic).log_start_offset
+        while True:
+            partition = self._index.get(key, topic)
+            where = look(partition, timestamp_ms, from_offset)
+            match where:
+                case LookInSegment(segment):
+                    found = await self._in_segment(partition, segment, timestamp_ms, from_offset)
+                    from_offset = segment.end_offset
+                case LookInTail(offset):
+                    found, from_offset = await self._in_tail(partition, timestamp_ms, offset)
+                case AtEnd():
+                    return await self.latest(key, topic)
+            if found is not None:
+                return found
+
+    async def _in_segment(
+        self, partition: PartitionIndex, segment: SegmentEntry, timestamp_ms: int, from_offset: int
+    ) -> Found | None:
+        segments = self._fetcher.segments
+        try:
+            index = await segments.open(partition, segment)
+            first = max(index.find_timestamp(timestamp_ms), index.find(from_offset))
+            for position in range(first, len(index)):
+                entry: BlockEntry = index[position]
+                if entry.max_timestamp_ms >= timestamp_ms:
+                    blocks = await segments.read_blocks(partition, segment, [entry])
+                    found = await asyncio.to_thread(_search, blocks, timestamp_ms, from_offset)
+                    if found is not None:
+                        return found
+        except ObjectMissing as error:  # compacted or removed meanwhile, most likely: the next try sees the new index
+            raise Unavailable(f"{partition.name}: {error}", retry_after_ms=1_000) from error
+        except FormatError as error:
+            raise DataLoss(f"{partition.name}: {segment.object_key}: {error}") from error
+        return None
+
+    async def _in_tail(self, partition: PartitionIndex, timestamp_ms: int, offset: int) -> tuple[Found | None, int]:
+        """(what was found, where to go on)."""
+        fetched = await self._fetcher.fetch(Want(partition.key, partition.topic, offset, TAIL_BYTES))
+        if fetched.waiting_reason:
+            raise Unavailable(
+                f"{partition.name}: offsets from {offset} on can not be searched now: {fetched.waiting_reason}",
+                retry_after_ms=1_000,
+            )
+        if not fetched.batches and fetched.next_offset == offset:
+            return (offset, -1), offset
+        found = await asyncio.to_thread(_search, fetched.batches, timestamp_ms, offset)
+        return found, fetched.next_offset
+
+
+def _search(batches: list[bytes], timestamp_ms: int, from_offset: int) -> Found | None:
+    for batch in batches:
+        if read_batch_header(batch).max_timestamp_ms >= timestamp_ms:
+            found = first_at(decode_batch(batch), timestamp_ms, from_offset)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,196 @@
+"""Blocks of registered segments, every one checked before it is handed on.
+
+Damage is looked at twice: what a cache holds is dropped and fetched again; what the store holds is DataLoss.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from shformat import BlockEntry, FormatError, SegmentHeader, SegmentIndex, check_block, open_segment, run_plan_async
+from shproto.errors import DataLoss, Unavailable
+from shstore import ObjectMissing, RangeBeyondEnd, StoreError
+
+from streamhouse_query.chunk_reader import ChunkReader, Span
+from streamhouse_query.core.index import PartitionIndex, SegmentEntry
+from streamhouse_query.core.lru import LruLimit
+from streamhouse_query.core.plan import next_readable
+from streamhouse_query.counters import Counters
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRun:
+    """Consecutive blocks, each one encoded batch; a reader that has them goes on at next_offset, and finds more
+    in the object from byte next_at on."""
+
+    blocks: list[bytes]
+    size_bytes: int
+    next_offset: int
+    next_at: int
+
+
+class SegmentReader:
+    """Keeps the indexes of the segments read last, up to `index_entries_max` block entries in all.
+
+    `extent`: bytes of an object that are known to exist. All reads raise DataLoss for what the store holds
+    damaged, ObjectMissing (the caller knows whether the index has moved on), Unavailable.
+    """
+
+    def __init__(
+        self, chunks: ChunkReader, extent: Callable[[str], int], index_entries_max: int, counters: Counters
+    ) -> None:
+        self._chunks = chunks
+        self._extent = extent
+        self._counters = counters
+        self._limit: LruLimit[str] = LruLimit(index_entries_max)
+        self._indexes: dict[str, SegmentIndex] = {}
+
+    async def open(self, partition: PartitionIndex, segment: SegmentEntry) -> SegmentIndex:
+        """The block index of a segment."""
+        if self._limit.touch(segment.segment_id):
+            return self._indexes[segment.segment_id]
+        index = await self._checked(partition, segment, lambda: self._open(partition, segment))
+        self._indexes[segment.segment_id] = index
+        for gone in self._limit.admit(segment.segment_id, len(index)):
+            self._indexes.pop(gone, None)
+        return index
+
+    async def read_from(
+        self, partition: PartitionIndex, segment: SegmentEntry, offset: int, bytes_max: int, *, at_least_one: bool
+    ) -> BlockRun:
+        """The block that holds `offset` (or the next record after it), and those that follow up to `bytes_max`.
+
+        Without any block, next_offset says whether the first did not fit (it is `offset`) or there is none left.
+        """
+        index = await self.open(partition, segment)
+        first = index.find(offset)
+        entries = _choose(index, first, bytes_max, at_least_one)
+        stop = first + len(entries)
+        is_end = stop == len(index)
+        if not entries:
+            return BlockRun([], 0, segment.end_offset if is_end else offset, segment.object_at)
+        try:
+            blocks = await self.read_blocks(partition, segment, entries)
+        except DataLoss as error:
+            intact = [entry for entry in entries if entry.end_offset <= int(error.details["base_offset"])]
+            if not intact:
+                raise
+            entries, is_end = intact, False
+            blocks = await self.read_blocks(partition, segment, entries)
+        last = entries[-1]
+        return BlockRun(
+            blocks,
+            sum(entry.size_bytes for entry in entries),
+            segment.end_offset if is_end else last.end_offset,
+            segment.object_at + last.at + last.size_bytes,
+        )
+
+    async def read_blocks(
+        self, partition: PartitionIndex, segment: SegmentEntry, entries: list[BlockEntry]
+    ) -> list[bytes]:
+        """These blocks, checked against the index. DataLoss names the first one that is damaged."""
+        spans = [Span(segment.object_at + entry.at, entry.size_bytes) for entry in entries]
+
+        def check(blocks: list[bytes]) -> None:
+            for entry, block in zip(entries, blocks, strict=True):
+                check_block(block, entry)
+
+        extent = self._known_extent(segment)
+        return await self._checked(
+            partition, segment, lambda: self._chunks.read(segment.object_key, extent, spans, check), entries
+        )
+
+    def prefetch(self, segment: SegmentEntry, at: int, chunks: int) -> int:
+        """Fetches ahead from byte `at` of the object; how many of the chunks lie in this segment."""
+        extent = self._known_extent(segment)
+        return self._chunks.prefetch(
+            segment.object_key, min(extent, segment.object_at + segment.size_bytes), at, chunks
+        )
+
+    async def _open(self, partition: PartitionIndex, segment: SegmentEntry) -> SegmentIndex:
+        async def read(at: int, size_bytes: int) -> bytes:
+            span = Span(segment.object_at + at, size_bytes)
+            return (await self._chunks.read(segment.object_key, self._known_extent(segment), [span]))[0]
+
+        header, index = await run_plan_async(open_segment(segment.size_bytes), read)
+        _must_be(partition, segment, header)
+        return index
+
+    def _known_extent(self, segment: SegmentEntry) -> int:
+        return max(self._extent(segment.object_key), segment.object_at + segment.size_bytes)
+
+    async def _checked(
+        self,
+        partition: PartitionIndex,
+        segment: SegmentEntry,
+        read: Callable[[], Awaitable[T]],
+        entries: list[BlockEntry] | None = None,
+    ) -> T:
+        """`read`, and once more from the store when what it gives is damaged. `entries`: the blocks it reads."""
+        spans = [Span(segment.object_at + entry.at, entry.size_bytes) for entry in entries or ()]
+        try:
+            try:
+                return await read()
+            except FormatError as damage:
+                log.warning("%s: damaged in the cache, fetching it again: %s", _name(partition, segment), damage)
+                await self._chunks.drop(segment.object_key, spans or [Span(segment.object_at, segment.size_bytes)])
+                return await read()
+        except FormatError as error:
+            raise self._data_loss(partition, segment, entries, error.what, segment.object_at + error.at) from error
+        except RangeBeyondEnd as error:
+            raise self._data_loss(partition, segment, entries, str(error), error.object_size_bytes) from error
+        except ObjectMissing:
+            raise
+        except StoreError as error:
+            raise Unavailable(f"{_name(partition, segment)} cannot be read now: {error}") from error
+
+    def _data_loss(
+        self, partition: PartitionIndex, segment: SegmentEntry, entries: list[BlockEntry] | None, what: str, at: int
+    ) -> DataLoss:
+        self._counters.damaged_spans += 1
+        hit = [entry for entry in entries or () if segment.object_at + entry.at + entry.size_bytes > at]
+        end_offset = hit[0].end_offset if hit else segment.end_offset
+        error = DataLoss(
+            f"{_name(partition, segment)} is damaged at byte {at}: {what}",
+            topic=partition.topic,
+            partition=partition.partition,
+            base_offset=hit[0].first_offset if hit else segment.base_offset,
+            end_offset=end_offset,
+            object_key=segment.object_key,
+            at=at,
+            next_offset=next_readable(partition, end_offset),
+        )
+        log.error("%s", error)
+        return error
+
+
+def _choose(index: SegmentIndex, first: int, bytes_max: int, at_least_one: bool) -> list[BlockEntry]:
+    entries: list[BlockEntry] = []
+    total = 0
+    for position in range(first, len(index)):
+        entry = index[position]
+        total += entry.size_bytes
+        if total > bytes_max and (entries or not at_least_one):
+            break
+        entries.append(entry)
+    return entries
+
+
+def _must_be(partition: PartitionIndex, segment: SegmentEntry, header: SegmentHeader) -> None:
+    """Raises FormatError when the object holds another segment than the registered one."""
+    found = (header.topic_id.hex(), header.partition, header.base_offset, header.end_offset)
+    expected = (partition.topic_id, partition.partition, segment.base_offset, segment.end_offset)
+    if found != expected:
+        raise FormatError(f"the segment's header says {found}, registered is {expected}")
+
+
+def _name(partition: PartitionIndex, segment: SegmentEntry) -> str:
+    offsets = f"offsets {segment.base_offset} to {segment.end_offset}"
+    return f"{partition.name} {offsets} in {segment.object_key}, byte {segment.object_at}"

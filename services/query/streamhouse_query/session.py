@@ -1,0 +1,74 @@
+"""The session that lets clients find this query service."""
+
+from __future__ import annotations
+
+import logging
+
+from shproto.errors import SessionExpired, StreamHouseError
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2
+from shruntime.clock import Clock
+from shruntime.tasks import Backoff
+
+log = logging.getLogger(__name__)
+
+RETRY_FIRST_MS = 100
+RETRY_MS_MAX = 2_000
+
+
+class SessionKeeper:
+    """`open` once, then `run` for ever; a session that was lost is opened again."""
+
+    def __init__(self, coordinator: CoordinatorApi, agent_id: str, clock: Clock) -> None:
+        self._coordinator = coordinator
+        self._agent_id = agent_id
+        self._clock = clock
+        self._address = ""
+        self._interval_ms = 0
+        self.session_id = ""
+
+    async def open(self, address: str) -> None:
+        """Waits for a coordinator that grants the session."""
+        self._address = address
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+        while not self.session_id:
+            try:
+                await self._open()
+            except StreamHouseError as error:
+                log.warning("no session yet: %s", error)
+                await self._clock.sleep_ms(backoff.next_ms())
+
+    async def run(self) -> None:
+        """Heartbeats."""
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+        while True:
+            await self._clock.sleep_ms(self._interval_ms)
+            try:
+                request = coordinator_pb2.HeartbeatRequest(session_id=self.session_id)
+                await self._coordinator.heartbeat(request)
+                backoff.reset()
+            except SessionExpired:
+                log.warning("the session expired; opening a new one")
+                self.session_id = ""
+                await self.open(self._address)
+            except StreamHouseError as error:
+                log.warning("no coordinator takes the heartbeat: %s", error)
+                await self._clock.sleep_ms(backoff.next_ms())
+
+    async def close(self) -> None:
+        """Best effort: a session that cannot be closed expires."""
+        if not self.session_id:
+            return
+        try:
+            await self._coordinator.close_session(coordinator_pb2.CloseSessionRequest(session_id=self.session_id))
+        except StreamHouseError as error:
+            log.info("the session could not be closed and will expire: %s", error)
+        self.session_id = ""
+
+    async def _open(self) -> None:
+        agent_id = self._agent_id or f"query@{self._address}"
+        response = await self._coordinator.open_session(
+            coordinator_pb2.OpenSessionRequest(agent_id=agent_id, role="query", address=self._address)
+        )
+        self.session_id = response.session_id
+        self._interval_ms = response.heartbeat_interval_ms

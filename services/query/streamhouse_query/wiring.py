@@ -1,0 +1,166 @@
+"""Puts the query service together: the only place of it that names concrete classes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
+from shproto.v1 import query_pb2
+from shruntime.clock import Clock, SystemClock
+from shruntime.logs import configure_logging
+from shruntime.peers import Peers, connect_to_coordinators
+from shruntime.server import RpcServer
+from shruntime.tasks import Tasks, wait_for_stop
+from shruntime.telemetry import Telemetry
+from shstore import ObjectStore
+from shstore.configured import configured_store
+
+from streamhouse_query.adapters.disk_cache import DiskCache
+from streamhouse_query.adapters.redis_cache import RedisCache
+from streamhouse_query.api import QueryApi
+from streamhouse_query.chunk_reader import ChunkReader
+from streamhouse_query.core.breaker import CircuitBreaker
+from streamhouse_query.core.readahead import ReadAhead
+from streamhouse_query.counters import Counters, export
+from streamhouse_query.fetcher import Fetcher
+from streamhouse_query.follower import Follower
+from streamhouse_query.live_index import LiveIndex
+from streamhouse_query.segment_reader import SegmentReader
+from streamhouse_query.session import SessionKeeper
+from streamhouse_query.settings import QuerySettings
+
+log = logging.getLogger(__name__)
+
+# Calls that run when the service stops: a fetch of some MiB is through by then, long polls were ended before.
+CALL_GRACE_MS = 1_000
+
+
+@dataclass
+class QueryService:
+    """`tasks` tells when a background task died."""
+
+    api: QueryApi
+    tasks: Tasks
+    _index: LiveIndex
+    _disk: DiskCache
+    _redis: RedisCache | None
+    _follower: Follower
+    _session: SessionKeeper
+
+    async def start(self, address: str) -> None:
+        """Loads the index, then opens the session under which clients find `address`. Waits for a coordinator.
+
+        Raises CacheDirError.
+        """
+        await self._disk.open()
+        await self._follower.load()
+        await self._session.open(address)
+        self.tasks.spawn("query feed", self._follower.run())
+        self.tasks.spawn("query session", self._session.run())
+
+    async def stop(self) -> None:
+        """Ends long polls and subscriptions with ShuttingDown, gives the session back. Safe after a failed start."""
+        self._index.close()
+        await self.tasks.stop()
+        await self._session.close()
+        if self._redis is not None:
+            await self._redis.close()
+        self._disk.close()
+
+
+def build(
+    settings: QuerySettings,
+    coordinator: CoordinatorApi,
+    store: ObjectStore,
+    ingest_at: Callable[[str], IngestApi],
+    clock: Clock | None = None,
+) -> QueryService:
+    """The service over its peers; does no I/O. `store` stays the caller's to close."""
+    clock = clock or SystemClock()
+    counters, tasks, index = Counters(), Tasks(), LiveIndex()
+    disk = DiskCache(settings.cache_dir, settings.cache_bytes_max, settings.cache_chunk_bytes, counters)
+    redis = _redis(settings, clock, counters)
+    chunks = ChunkReader(
+        store,
+        disk,
+        redis,
+        chunk_bytes=settings.cache_chunk_bytes,
+        downloads_in_flight_max=settings.downloads_in_flight_max,
+        tasks=tasks,
+        clock=clock,
+        counters=counters,
+    )
+    segments = SegmentReader(
+        chunks, lambda key: index.cluster.object_extent(key), settings.segment_index_cache_entries, counters
+    )
+    fetcher = Fetcher(
+        index,
+        segments,
+        ingest_at,
+        readahead=ReadAhead(settings.readahead_chunks),
+        catch_up_ms=settings.catch_up_ms,
+        clock=clock,
+        counters=counters,
+    )
+    session = SessionKeeper(coordinator, settings.agent_id, clock)
+    follower = Follower(coordinator, index, lambda: session.session_id, clock, counters)
+    export(
+        counters,
+        {
+            "cache_bytes": lambda: disk.size_bytes,
+            "index_segments": lambda: index.cluster.segment_count,
+            "feed_position": lambda: index.cluster.position,
+        },
+    )
+    api = QueryApi(index, fetcher, coordinator, disk, settings, clock, counters)
+    return QueryService(api, tasks, index, disk, redis, follower, session)
+
+
+def _redis(settings: QuerySettings, clock: Clock, counters: Counters) -> RedisCache | None:
+    if not settings.redis_url:
+        return None
+    return RedisCache(
+        settings.redis_url,
+        timeout_ms=settings.redis_timeout_ms,
+        ttl_s=settings.redis_ttl_s,
+        breaker=CircuitBreaker(settings.redis_failures_max, settings.redis_pause_ms),
+        clock=clock,
+        counters=counters,
+    )
+
+
+async def run(settings: QuerySettings) -> None:
+    """The query service as a process of its own, until SIGINT or SIGTERM.
+
+    Raises StoreError (the object store is not usable), CacheDirError, ListenError.
+    """
+    configure_logging(settings.service, settings.log_level, settings.log_json)
+    async with contextlib.AsyncExitStack() as stack:
+        telemetry = Telemetry.configure(settings.service, settings)
+        stack.callback(telemetry.shutdown)
+        store = configured_store(settings)
+        stack.push_async_callback(store.close)
+        await store.check()
+        connection = connect_to_coordinators(settings, telemetry)
+        stack.push_async_callback(connection.close)
+        ingest_at = Peers(IngestClient, settings, telemetry)
+        stack.push_async_callback(ingest_at.close)
+        service = build(settings, CoordinatorClient(connection), store, ingest_at)
+        apis = [(query_pb2.DESCRIPTOR.services_by_name["Query"], service.api)]
+        server = RpcServer(settings.listen, apis, telemetry.server())
+        await server.start()
+        stack.push_async_callback(server.stop, CALL_GRACE_MS)
+        stack.push_async_callback(service.stop)
+        service.tasks.spawn("query start", _serve(service, server, settings))
+        await wait_for_stop(service.tasks)
+        await server.set_serving(False)
+
+
+async def _serve(service: QueryService, server: RpcServer, settings: QuerySettings) -> None:
+    """In the background, so that a stop is heard while there is no coordinator yet."""
+    await service.start(settings.advertise or server.address)
+    await server.set_serving(True)
+    log.info("serving on %s", server.address)
