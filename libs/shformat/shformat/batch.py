@@ -18,6 +18,7 @@ from .columns import Records
 from .errors import FormatError
 from .limits import DEFAULT_LIMITS, INT64_MAX, UINT32_MAX, FormatLimits
 from .payload import PAYLOAD_BYTES_MIN, PayloadShape, decode_payload, encode_payload
+from .varint import largest_of
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
@@ -131,7 +132,9 @@ def encode_batch(
     uncompressed_bytes = sum(map(len, parts))
     _check_uncompressed(uncompressed_bytes, limits, 0)
     codec, parts = _compress(parts, uncompressed_bytes, codec)
-    return _assemble(parts, shape, epoch, codec, uncompressed_bytes, int(records.timestamps_ms.max()), producer, limits)
+    return _assemble(
+        parts, shape, epoch, codec, uncompressed_bytes, int(largest_of(records.timestamps_ms)), producer, limits
+    )
 
 
 def _check_columns(records: Records, limits: FormatLimits) -> None:
@@ -348,7 +351,7 @@ def decode_checked(buffer: Buffer, header: BatchHeader, limits: FormatLimits) ->
         records = decode_payload(payload, shape, limits)
     except FormatError as error:
         raise _in_buffer(error, header) from error
-    latest = int(records.timestamps_ms.max())
+    latest = int(largest_of(records.timestamps_ms))
     if latest != header.max_timestamp_ms:
         raise FormatError(f"latest timestamp is {latest}, the header says {header.max_timestamp_ms}", 56)
     return records

@@ -15,7 +15,7 @@ import numpy as np
 from .columns import BytesColumn, HeadersColumn, Int64s, Records
 from .errors import FormatError
 from .limits import FormatLimits
-from .varint import decode_varints, encode_varints, unzigzag, zigzag
+from .varint import decode_varints, encode_varints, largest_of, running_sum, smallest_of, unzigzag, zigzag
 
 # offset gaps, timestamp deltas, key lengths, value lengths, headers, key bytes, value bytes
 _TABLE = struct.Struct("<7I")
@@ -51,8 +51,8 @@ class _Section:
 def encode_payload(records: Records, shape: PayloadShape, limits: FormatLimits) -> list[bytes | memoryview]:
     """The parts of the payload, to be joined. Raises FormatError for columns that do not belong together."""
     sections = [
-        b"" if shape.contiguous else encode_varints((np.diff(records.offsets) - 1).view(np.uint64)),
-        encode_varints(zigzag(np.diff(records.timestamps_ms))),
+        b"" if shape.contiguous else encode_varints((records.offsets[1:] - records.offsets[:-1] - 1).view(np.uint64)),
+        encode_varints(zigzag(records.timestamps_ms[1:] - records.timestamps_ms[:-1])),
         _encode_lengths("keys", records.keys) if shape.has_keys else b"",
         _encode_lengths("values", records.values),
         _encode_headers(records.headers, limits) if records.headers is not None and shape.has_headers else b"",
@@ -69,11 +69,18 @@ def _section_sizes(sections: list[bytes | memoryview]) -> list[int]:
     return sizes
 
 
+def _sizes_of(ends: Int64s) -> Int64s:
+    """Differences of cumulative ends, the first against 0."""
+    sizes = ends.copy()
+    sizes[1:] -= ends[:-1]
+    return sizes
+
+
 def _encode_lengths(name: str, column: BytesColumn) -> bytes:
     """Lengths + 1, with 0 for null."""
-    stored = np.diff(column.ends, prepend=0)
+    stored = _sizes_of(column.ends)
     total = int(column.ends[-1]) if len(column.ends) else 0
-    if total != len(column.data) or (len(stored) and stored.min() < 0):
+    if total != len(column.data) or (len(stored) and smallest_of(stored) < 0):
         raise FormatError(f"{name}: ends do not cover the {len(column.data)} bytes of data in order")
     stored += 1
     if column.valid is not None:
@@ -85,16 +92,16 @@ def _encode_lengths(name: str, column: BytesColumn) -> bytes:
 
 
 def _encode_headers(headers: HeadersColumn, limits: FormatLimits) -> bytes:
-    counts = np.diff(headers.ends, prepend=0)
+    counts = _sizes_of(headers.ends)
     total = int(headers.ends[-1])
-    if counts.min() < 0 or total != len(headers.names) or total != len(headers.values):
+    if smallest_of(counts) < 0 or total != len(headers.names) or total != len(headers.values):
         raise FormatError("headers: counts, names and values do not belong together")
     if headers.names.valid is not None and not headers.names.valid.all():
         raise FormatError("headers: a name is null")
     _check_header_counts(counts, total, limits, 0)
-    name_lengths = np.diff(headers.names.ends, prepend=0)
+    name_lengths = _sizes_of(headers.names.ends)
     covered = int(headers.names.ends[-1]) if total else 0
-    if covered != len(headers.names.data) or (total and name_lengths.min() < 0):
+    if covered != len(headers.names.data) or (total and smallest_of(name_lengths) < 0):
         raise FormatError("headers: name ends do not cover the names in order")
     sections = [
         encode_varints(counts.view(np.uint64)),
@@ -159,14 +166,14 @@ def _decode_offsets(gaps: _Section, shape: PayloadShape) -> Int64s:
     if shape.contiguous:
         return np.arange(first, last + 1, dtype=np.int64)
     skipped = decode_varints(gaps.view, count - 1, "offset gaps", gaps.at)
-    if len(skipped) and int(skipped.max()) > shape.last_offset_delta:
+    if len(skipped) and int(largest_of(skipped)) > shape.last_offset_delta:
         raise FormatError("offset gaps: a gap is wider than the whole batch", gaps.at)
     offsets = np.empty(count, np.int64)
     offsets[0] = first
     np.add(skipped.view(np.int64), 1, out=offsets[1:])
-    np.cumsum(offsets, out=offsets)
+    running_sum(offsets, out=offsets)
     # Steps are at most 2**63 - 1, so the first step past int64 shows as a negative sum.
-    if int(offsets.min()) < 0 or int(offsets[-1]) != last:
+    if int(smallest_of(offsets)) < 0 or int(offsets[-1]) != last:
         raise FormatError(f"offset gaps: end at {int(offsets[-1])}, the header says {last}", gaps.at)
     return offsets
 
@@ -176,7 +183,7 @@ def _decode_timestamps(deltas: _Section, shape: PayloadShape) -> Int64s:
     timestamps = np.empty(shape.record_count, np.int64)
     timestamps[0] = shape.first_timestamp_ms
     timestamps[1:] = unzigzag(decode_varints(deltas.view, shape.record_count - 1, "timestamp deltas", deltas.at))
-    return np.cumsum(timestamps, out=timestamps)
+    return running_sum(timestamps, out=timestamps)
 
 
 def _decode_column(name: str, lengths: _Section, data: _Section, count: int) -> BytesColumn:
@@ -184,16 +191,17 @@ def _decode_column(name: str, lengths: _Section, data: _Section, count: int) -> 
     stored = decode_varints(lengths.view, count, f"{name} lengths", lengths.at)
     size = len(data.view)
     # Checked one by one before they are added: count * size stays far below 2**63.
-    if count and int(stored.max()) > size + 1:
-        raise FormatError(f"{name}: a length of {int(stored.max()) - 1} in {size} bytes", lengths.at)
+    longest = int(largest_of(stored)) - 1 if count else 0
+    if longest > size:
+        raise FormatError(f"{name}: a length of {longest} in {size} bytes", lengths.at)
     sizes = stored.view(np.int64)
     valid = None
-    if count and not stored.all():
+    if count and not smallest_of(stored):
         valid = stored != 0
         sizes = sizes - valid
     else:
         sizes -= 1
-    ends = np.cumsum(sizes)
+    ends = running_sum(sizes)
     total = int(ends[-1]) if count else 0
     if total != size:
         raise FormatError(f"{name}: lengths add up to {total}, there are {size} bytes", lengths.at)
@@ -203,9 +211,9 @@ def _decode_column(name: str, lengths: _Section, data: _Section, count: int) -> 
 def _decode_headers(section: _Section, count: int, limits: FormatLimits) -> HeadersColumn:
     counts, name_lengths, value_lengths, names, values = _split(section.view, _HEADERS_TABLE, section.at, "headers")
     per_record = decode_varints(counts.view, count, "header counts", counts.at)
-    if int(per_record.max()) > limits.headers_per_record_max:
-        raise _too_many_in_record(int(per_record.max()), limits, counts.at)
-    ends = np.cumsum(per_record.view(np.int64))
+    if int(largest_of(per_record)) > limits.headers_per_record_max:
+        raise _too_many_in_record(int(largest_of(per_record)), limits, counts.at)
+    ends = running_sum(per_record.view(np.int64))
     total = int(ends[-1])
     _check_header_counts(per_record.view(np.int64), total, limits, counts.at)
     name_column = _decode_names(name_lengths, names, total)
@@ -215,9 +223,9 @@ def _decode_headers(section: _Section, count: int, limits: FormatLimits) -> Head
 def _decode_names(lengths: _Section, names: _Section, total: int) -> BytesColumn:
     sizes = decode_varints(lengths.view, total, "header name lengths", lengths.at)
     size = len(names.view)
-    if total and int(sizes.max()) > size:
-        raise FormatError(f"header names: a length of {int(sizes.max())} in {size} bytes", lengths.at)
-    ends = np.cumsum(sizes.view(np.int64))
+    if total and int(largest_of(sizes)) > size:
+        raise FormatError(f"header names: a length of {int(largest_of(sizes))} in {size} bytes", lengths.at)
+    ends = running_sum(sizes.view(np.int64))
     covered = int(ends[-1]) if total else 0
     if covered != size:
         raise FormatError(f"header names: lengths add up to {covered}, there are {size} bytes", lengths.at)
@@ -226,8 +234,8 @@ def _decode_names(lengths: _Section, names: _Section, total: int) -> BytesColumn
 
 
 def _check_header_counts(counts: Int64s, total: int, limits: FormatLimits, at: int) -> None:
-    if int(counts.max()) > limits.headers_per_record_max:
-        raise _too_many_in_record(int(counts.max()), limits, at)
+    if int(largest_of(counts)) > limits.headers_per_record_max:
+        raise _too_many_in_record(int(largest_of(counts)), limits, at)
     if total > limits.header_count_max:
         raise FormatError(f"{total} headers in a batch, header_count_max is {limits.header_count_max}", at)
 
