@@ -26,6 +26,7 @@ _LAUNCHER = """
 import ctypes, os, signal, sys
 parent, uid, gid = map(int, sys.argv[1:4])
 prctl = getattr(ctypes.CDLL(None), "prctl", None)
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a shell script ignores it
 os.chdir("/")
 if uid >= 0:
     os.setgroups([])
