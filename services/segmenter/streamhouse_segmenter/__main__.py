@@ -9,7 +9,7 @@ import sys
 
 
 def main() -> int:
-    """Exit code 0 after a clean stop, 2 when the settings or what they name cannot be used."""
+    """Exit code 0 after a clean stop, 1 when the settings or what they name cannot be used."""
     os.environ["EVENTLET_HUB"] = "asyncio"
     import eventlet
 
@@ -22,12 +22,23 @@ def main() -> int:
     from streamhouse_segmenter.settings import SegmenterSettings
     from streamhouse_segmenter.wiring import run
 
+    _know_all_settings()
     try:
         spawn_for_awaitable(run(SegmenterSettings.load())).wait()
     except (SettingsError, StoreError, ListenError) as error:
         sys.stderr.write(f"segmenter: {error}\n")
-        return 2
+        return 1
     return 0
+
+
+def _know_all_settings() -> None:
+    """One file and one set of variables may serve all services: the names of the others are no mistakes."""
+    import importlib
+    import importlib.util
+
+    for package in ("streamhouse_ingest", "streamhouse_query", "streamhouse_coordinator", "streamhouse_embedded"):
+        if importlib.util.find_spec(package):
+            importlib.import_module(f"{package}.settings")
 
 
 if __name__ == "__main__":

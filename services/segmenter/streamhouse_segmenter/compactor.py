@@ -134,7 +134,7 @@ class Compactor:
             replaced_segment_ids=[replaced.segment_id for replaced in claim.segments],
             segment=segment,
         )
-        backoff = Backoff(self._settings.retry_first_ms, self._settings.retry_max_ms, self._ports.rng)
+        backoff = Backoff(self._settings.handover_retry_first_ms, self._settings.handover_retry_max_ms, self._ports.rng)
         while True:  # until it is answered or the claim is lost, which cancels this
             try:
                 response = await self._ports.coordinator.register_compaction(request)

@@ -162,8 +162,8 @@ class Handover:
         wait_ms = retry_after_ms(
             self._claim.attempt,
             self._ports.rng.random(),
-            first_ms=self._settings.retry_first_ms,
-            max_ms=self._settings.retry_max_ms,
+            first_ms=self._settings.handover_retry_first_ms,
+            max_ms=self._settings.handover_retry_max_ms,
         )
         reason = f"{why}: {error}"
         await release_claim(self._ports, self._claim.claim_id, reason=reason, retry_after_ms=wait_ms)

@@ -13,7 +13,9 @@ class SegmenterSettings(StoreSettings):
         "", max_length=200, description="name in claims, logs and status; empty: host name and process id"
     )
     amqp_url: str = Field(
-        "", description="RabbitMQ that wakes the workers, amqp://user:password@host:port/vhost; empty: the event feed"
+        "",
+        repr=False,
+        description="RabbitMQ that wakes the workers, amqp://user:password@host:port/vhost; empty: the event feed",
     )
     amqp_heartbeat_s: int = Field(
         30, ge=5, le=600, description="s between AMQP heartbeats; a dead broker is noticed after two"
@@ -22,7 +24,7 @@ class SegmenterSettings(StoreSettings):
     claim_ttl_ms: int = Field(
         60_000,
         ge=1_000,
-        le=3_600_000,
+        le=600_000,
         description="ms until a dead worker's buffer is free again; renewed three times within it while working",
     )
     scan_interval_ms: int = Field(
@@ -54,10 +56,10 @@ class SegmenterSettings(StoreSettings):
         description="bytes one build may hold in memory: the largest sealed slice (256 MiB), a batch and room",
     )
 
-    retry_first_ms: int = Field(
+    handover_retry_first_ms: int = Field(
         200, ge=1, le=60_000, description="ms of the first back-off of a buffer that failed; doubles, with full jitter"
     )
-    retry_max_ms: int = Field(
+    handover_retry_max_ms: int = Field(
         30_000, ge=1, le=3_600_000, description="ms a failed buffer waits at most; the store is back within that"
     )
     early_retry_first_ms: int = Field(

@@ -6,16 +6,16 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from shproto.rpc import Connection
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
 from shruntime.clock import Clock, SystemClock
 from shruntime.logs import configure_logging
+from shruntime.peers import Peers, connect_to_coordinators
 from shruntime.server import RpcServer
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
-from shstore import ObjectStore, RetryingStore, RetryPolicy, StoreSettings, open_store
+from shstore import ObjectStore, RetryingStore, RetryPolicy
+from shstore.configured import configured_store
 
 from streamhouse_segmenter.adapters.feed_waker import follow_buffers
 from streamhouse_segmenter.adapters.loop_worker import LoopWorker
@@ -71,46 +71,6 @@ def _retrying(store: ObjectStore, settings: SegmenterSettings) -> ObjectStore:
     return RetryingStore(store, RetryPolicy(deadline_ms=max(1, settings.s3_attempts_deadline_ms)))
 
 
-class _Agents:
-    """One cached connection per agent address."""
-
-    def __init__(self, settings: SegmenterSettings, telemetry: Telemetry) -> None:
-        self._settings = settings
-        self._telemetry = telemetry
-        self._connections: dict[str, Connection] = {}
-
-    def __call__(self, address: str) -> IngestApi:
-        if address not in self._connections:
-            self._connections[address] = Connection(
-                [address], timeout_ms=self._settings.rpc_timeout_ms, interceptors=self._telemetry
-            )
-        return IngestClient(self._connections[address])
-
-    async def close(self) -> None:
-        for connection in self._connections.values():
-            await connection.close()
-
-
-def _open_store(settings: SegmenterSettings) -> ObjectStore:
-    if settings.store_dir:
-        return open_store(StoreSettings(kind="local", path=Path(settings.store_dir)))
-    return open_store(
-        StoreSettings(
-            kind="s3",
-            bucket=settings.s3_bucket,
-            prefix=settings.s3_prefix,
-            endpoint=settings.s3_endpoint or None,
-            region=settings.s3_region,
-            access_key=settings.s3_access_key or None,
-            secret_key=settings.s3_secret_key or None,
-            connect_timeout_ms=settings.s3_connect_timeout_ms,
-            read_timeout_ms=settings.s3_read_timeout_ms,
-            multipart_threshold_bytes=settings.s3_multipart_threshold_bytes,
-            multipart_part_bytes=settings.s3_multipart_part_bytes,
-        )
-    )
-
-
 async def run(settings: SegmenterSettings) -> None:
     """The segmenter as a process of its own, until SIGTERM or SIGINT. `python -m streamhouse_segmenter` calls it,
     because nameko wants the event loop prepared before anything else is imported.
@@ -121,18 +81,17 @@ async def run(settings: SegmenterSettings) -> None:
     async with contextlib.AsyncExitStack() as stack:
         telemetry = Telemetry.configure("segmenter", settings)
         stack.callback(telemetry.shutdown)
-        store = _open_store(settings)
+        store = configured_store(settings)
         stack.push_async_callback(store.close)
         await store.check()
-        addresses = [address.strip() for address in settings.bootstrap.split(",")]
-        connection = Connection(addresses, timeout_ms=settings.rpc_timeout_ms, interceptors=telemetry)
+        connection = connect_to_coordinators(settings, telemetry)
         stack.push_async_callback(connection.close)
-        agents = _Agents(settings, telemetry)
-        stack.push_async_callback(agents.close)
+        ingest_at = Peers(IngestClient, settings, telemetry)
+        stack.push_async_callback(ingest_at.close)
         server = RpcServer(settings.listen, (), telemetry.server())
         await server.start()
         stack.push_async_callback(server.stop, 0)
-        service = build(settings, CoordinatorClient(connection), store, agents)
+        service = build(settings, CoordinatorClient(connection), store, ingest_at)
         service.follow_feed = not settings.amqp_url
         await service.start()
         stack.push_async_callback(service.stop)

@@ -17,8 +17,8 @@ from streamhouse_segmenter.service import Segmenter
 from streamhouse_segmenter.settings import SegmenterSettings
 
 SETTINGS = SegmenterSettings(
-    retry_first_ms=1,
-    retry_max_ms=2,
+    handover_retry_first_ms=1,
+    handover_retry_max_ms=2,
     early_retry_first_ms=1,
     early_retry_max_ms=5,
     early_wait_ms_max=5_000,
