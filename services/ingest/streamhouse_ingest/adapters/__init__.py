@@ -1,0 +1,1 @@
+"""What touches the machine: the write-ahead log's files."""

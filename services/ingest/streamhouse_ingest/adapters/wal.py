@@ -1,0 +1,244 @@
+"""Writes and reads the files of a write-ahead log. Blocking: one thread appends, others may read.
+
+A group of frames is written as a whole or not at all: when the disk is full the file is cut back to its last good
+byte. An fsync that fails leaves it unknown what the disk has, so the log is broken from then on: no retry can be
+believed (https://lwn.net/Articles/752063/).
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from shformat import WAL_FILE_HEADER_SIZE, FormatError, check_batch, encode_frame_header, encode_wal_file_header
+
+from streamhouse_ingest.adapters.wal_directory import WalDirectory
+from streamhouse_ingest.core.buffer import WalPosition
+from streamhouse_ingest.core.partition_log import LogKey
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
+# Batches that lie this close together are read in one go: a seek costs about as much as 32 KiB.
+_READ_GAP_BYTES = 32 * 1024
+_READ_SPAN_BYTES = 1024 * 1024
+
+
+class WalFull(Exception):
+    """No space for the group; nothing of it was kept."""
+
+
+class WalBroken(Exception):
+    """A write or fsync failed in a way that leaves the file's state unknown. Only a restart and replay helps."""
+
+
+class WalDamaged(Exception):
+    """A batch cannot be read back as it was written."""
+
+    def __init__(self, path: Path, position: WalPosition, reason: str) -> None:
+        super().__init__(f"{path} at byte {position.at}: {reason}")
+        self.path = path
+        self.position = position
+
+
+class WalFileGone(Exception):
+    """The file was deleted since: what it held is registered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A stamped batch on its way to the log."""
+
+    key: LogKey
+    base_offset: int
+    record_count: int
+    batch: bytes
+
+
+class Wal:
+    """The appending side. Files before `next_sequence` are only read and deleted."""
+
+    def __init__(self, directory: WalDirectory, next_sequence: int, *, file_bytes: int, fsync_each: bool) -> None:
+        self._directory = directory
+        self._next_sequence = next_sequence
+        self._file_bytes = file_bytes
+        self._fsync_each = fsync_each
+        self._fd = -1
+        self._dirty = False
+        self._broken: Exception | None = None
+        self.active: int | None = None
+        self.active_bytes = 0
+
+    def append(self, frames: Sequence[Frame]) -> list[WalPosition]:
+        """Writes the group, and syncs it if the policy is to sync each. Raises WalFull, WalBroken."""
+        if self._broken is not None:
+            raise WalBroken("the write-ahead log is broken") from self._broken
+        parts: list[bytes] = []
+        for frame in frames:
+            topic_id, partition, epoch = frame.key
+            parts.append(
+                encode_frame_header(topic_id, partition, epoch, frame.base_offset, frame.record_count, frame.batch)
+            )
+            parts.append(frame.batch)
+        size_bytes = sum(map(len, parts))
+        self._make_room(size_bytes)
+        assert self.active is not None
+        self._write(parts)
+        positions = _positions(parts, self.active, self.active_bytes)
+        if self._fsync_each:
+            self._sync()
+        self.active_bytes += size_bytes
+        return positions
+
+    def sync(self) -> None:
+        """Makes what was written durable (policy `interval`). Raises WalBroken."""
+        if self._dirty and self._broken is None:
+            self._sync()
+
+    def delete(self, sequence: int) -> None:
+        """Removes a file that is not active; one that is gone already is fine."""
+        self._directory.file_path(sequence).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Syncs and closes the active file. Raises WalBroken."""
+        if self._fd >= 0:
+            try:
+                self.sync()
+            finally:
+                os.close(self._fd)
+                self._fd, self.active = -1, None
+
+    def _make_room(self, size_bytes: int) -> None:
+        if self.active is not None and self.active_bytes > WAL_FILE_HEADER_SIZE:
+            if self.active_bytes + size_bytes <= self._file_bytes:
+                return
+            self.close()
+        if self.active is None:
+            self._create()
+
+    def _create(self) -> None:
+        sequence = self._next_sequence
+        path = self._directory.file_path(sequence)
+        header = encode_wal_file_header(self._directory.wal_id, sequence)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            try:
+                if os.write(fd, header) != len(header):
+                    raise OSError(errno.ENOSPC, "short write of the file header")
+                os.fsync(fd)
+                self._directory.sync()
+            except OSError:
+                os.close(fd)
+                path.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise self._failure(error, path) from error
+        self._fd, self.active, self.active_bytes = fd, sequence, len(header)
+        self._next_sequence = sequence + 1
+
+    def _write(self, parts: list[bytes]) -> None:
+        at = self.active_bytes
+        self._dirty = True
+        try:
+            for chunk in _chunks(parts):
+                at += _write_all(self._fd, chunk, at)
+        except OSError as error:
+            self._cut_back()
+            raise self._failure(error, self._directory.file_path(self._next_sequence - 1)) from error
+
+    def _cut_back(self) -> None:
+        try:
+            os.ftruncate(self._fd, self.active_bytes)
+        except OSError as error:
+            self._broken = error
+            raise WalBroken(f"cannot cut the failed group off: {error}") from error
+
+    def _failure(self, error: OSError, path: Path) -> WalFull | WalBroken:
+        if error.errno in _NO_SPACE:
+            return WalFull(f"{path}: {error.strerror}")
+        self._broken = error
+        return WalBroken(f"{path}: {error}")
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            self._broken = error
+            raise WalBroken(f"fdatasync of {self._directory.file_path(self._next_sequence - 1)}: {error}") from error
+        self._dirty = False
+
+
+def _chunks(parts: list[bytes]) -> list[list[bytes]]:
+    return [parts[i : i + _IOV_MAX] for i in range(0, len(parts), _IOV_MAX)]
+
+
+def _write_all(fd: int, parts: Sequence[bytes | memoryview], at: int) -> int:
+    total = sum(map(len, parts))
+    written = os.pwritev(fd, parts, at)
+    while written < total:  # the kernel took a part: a signal, or a disk that is about to be full
+        rest = memoryview(b"".join(parts))[written:]
+        written += os.pwrite(fd, rest, at + written)
+    return total
+
+
+def _positions(parts: list[bytes], file: int, at: int) -> list[WalPosition]:
+    positions = []
+    for header, batch in zip(islice(parts, 0, None, 2), islice(parts, 1, None, 2), strict=True):
+        at += len(header)
+        positions.append(WalPosition(file, at, len(batch)))
+        at += len(batch)
+    return positions
+
+
+class WalReader:
+    """Reads batches back by position; every one is checked against its CRC."""
+
+    def __init__(self, directory: WalDirectory) -> None:
+        self._directory = directory
+
+    def read(self, positions: Sequence[WalPosition]) -> list[bytes]:
+        """The batches at `positions`, in their order. Raises WalDamaged, WalFileGone, OSError."""
+        batches: list[bytes] = []
+        for span in _spans(positions):
+            batches += self._read_span(span)
+        return batches
+
+    def _read_span(self, span: list[WalPosition]) -> list[bytes]:
+        start, end = span[0].at, span[-1].at + span[-1].size_bytes
+        path = self._directory.file_path(span[0].file)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise WalFileGone(str(path)) from error
+        try:
+            data = os.pread(fd, end - start, start)
+        finally:
+            os.close(fd)
+        return [self._checked(data, start, position) for position in span]
+
+    def _checked(self, data: bytes, start: int, position: WalPosition) -> bytes:
+        batch = data[position.at - start : position.at - start + position.size_bytes]
+        try:
+            header = check_batch(batch)
+        except FormatError as error:
+            raise WalDamaged(self._directory.file_path(position.file), position, error.what) from error
+        if header.size_bytes != position.size_bytes:
+            reason = f"batch of {header.size_bytes} bytes where one of {position.size_bytes} was written"
+            raise WalDamaged(self._directory.file_path(position.file), position, reason)
+        return batch
+
+
+def _spans(positions: Sequence[WalPosition]) -> list[list[WalPosition]]:
+    """Runs of positions that are worth one read each."""
+    spans: list[list[WalPosition]] = []
+    for position in positions:
+        if spans:
+            first, last = spans[-1][0], spans[-1][-1]
+            gap = position.at - (last.at + last.size_bytes)
+            near = position.file == last.file and 0 <= gap <= _READ_GAP_BYTES
+            if near and position.at + position.size_bytes - first.at <= _READ_SPAN_BYTES:
+                spans[-1].append(position)
+                continue
+        spans.append([position])
+    return spans

@@ -1,0 +1,115 @@
+"""The directory of a write-ahead log: whose it is, who has it open, which files are in it."""
+
+import fcntl
+import json
+import os
+import re
+import uuid
+from pathlib import Path
+
+_FILE_NAME = re.compile(r"(\d{20})\.wal")
+_IDENTITY_VERSION = 1
+
+
+class WalDirectoryError(Exception):
+    """The directory cannot be used; the message says which and why."""
+
+
+class WalLocked(WalDirectoryError):
+    """Another process has the directory open."""
+
+
+class WrongIdentity(WalDirectoryError):
+    """The directory belongs to another agent, or a file in it to another log."""
+
+
+class WalDirectory:
+    """An opened, locked directory. Use `open`."""
+
+    def __init__(self, path: Path, lock: int, wal_id: bytes) -> None:
+        self.path = path
+        self.wal_id = wal_id
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path, agent_id: str) -> "WalDirectory":
+        """Creates the directory and its identity when it is new. Raises WalLocked, WrongIdentity, OSError."""
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            _lock(lock, path)
+            return cls(path, lock, _identity(path, agent_id))
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def file_path(self, sequence: int) -> Path:
+        return self.path / f"{sequence:020d}.wal"
+
+    def sequences(self) -> list[int]:
+        """Of the files there are, ascending. Raises WalDirectoryError for a .wal file whose name is not one of ours."""
+        found = []
+        for path in self.path.glob("*.wal"):
+            match = _FILE_NAME.fullmatch(path.name)
+            if match is None:
+                raise WalDirectoryError(f"{path}: not a name of a write-ahead log file")
+            found.append(int(match[1]))
+        return sorted(found)
+
+    def sync(self) -> None:
+        """Makes creations and deletions in the directory durable."""
+        _sync_directory(self.path)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+
+def _lock(lock: int, path: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
+        raise WalLocked(f"{path}: in use by another process (pid {holder or 'unknown'})") from error
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+
+
+def _identity(path: Path, agent_id: str) -> bytes:
+    file = path / "identity"
+    if not file.exists():
+        if any(path.glob("*.wal")):
+            raise WrongIdentity(
+                f"{path}: there are log files but no identity file; restore it or use another directory"
+            )
+        return _create_identity(file, agent_id)
+    try:
+        content = json.loads(file.read_text())
+        version, owner, wal_id = content["version"], content["agent_id"], bytes.fromhex(content["wal_id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise WrongIdentity(f"{file}: not an identity file: {error!r}") from error
+    if version != _IDENTITY_VERSION or len(wal_id) != 16:
+        raise WrongIdentity(f"{file}: version {version}, wal_id of {len(wal_id)} bytes; this agent knows 1 and 16")
+    if owner != agent_id:
+        raise WrongIdentity(f"{path}: belongs to agent {owner!r}, this one is {agent_id!r}")
+    return wal_id
+
+
+def _create_identity(file: Path, agent_id: str) -> bytes:
+    wal_id = uuid.uuid4().bytes
+    content = json.dumps({"version": _IDENTITY_VERSION, "agent_id": agent_id, "wal_id": wal_id.hex()})
+    temporary = file.with_suffix(".new")
+    with open(temporary, "w") as out:
+        out.write(content + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.rename(file)
+    _sync_directory(file.parent)
+    return wal_id
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

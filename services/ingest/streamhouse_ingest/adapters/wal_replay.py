@@ -1,0 +1,126 @@
+"""Reads all files of a write-ahead log back at start-up: memory-mapped, one pass, keeping positions only."""
+
+import logging
+import mmap
+import os
+from dataclasses import dataclass
+
+from shformat import (
+    WAL_FILE_HEADER_SIZE,
+    DamagedSpan,
+    FormatError,
+    WalFrame,
+    decode_wal_file_header,
+    read_batch_header,
+    scan_frames,
+)
+
+from streamhouse_ingest.adapters.wal_directory import WalDirectory, WrongIdentity
+from streamhouse_ingest.core.buffer import WalPosition
+from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.core.replay import Replay
+from streamhouse_ingest.core.wal_index import WalIndex
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What was found, the files it lies in, the sequence of the next file."""
+
+    replay: Replay
+    index: WalIndex
+    next_sequence: int
+
+
+def replay_directory(directory: WalDirectory, buffer_bytes_max: int) -> Replayed:
+    """Reads every file. A torn tail of the last one is cut off; all other damage ends up in `replay.damage`.
+
+    Raises WrongIdentity when a file belongs to another log, OSError.
+    """
+    replay, index = Replay(buffer_bytes_max), WalIndex()
+    sequences = directory.sequences()
+    for i, sequence in enumerate(sequences):
+        missing_from = sequences[i - 1] + 1 if i else sequence
+        for missing in range(missing_from, sequence):
+            replay.damaged(missing, 0, 0, f"{directory.file_path(missing)} is missing")
+        _replay_file(directory, sequence, sequence == sequences[-1], replay, index)
+    return Replayed(replay, index, sequences[-1] + 1 if sequences else 1)
+
+
+def _replay_file(directory: WalDirectory, sequence: int, is_last: bool, replay: Replay, index: WalIndex) -> None:
+    fd = os.open(directory.file_path(sequence), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        size_bytes = os.fstat(fd).st_size
+        good_end = size_bytes
+        if size_bytes:
+            with mmap.mmap(fd, size_bytes, access=mmap.ACCESS_READ) as buffer:
+                good_end = _replay_frames(directory, sequence, buffer, is_last, replay, index)
+        elif not is_last:
+            replay.damaged(sequence, 0, 0, "the file is empty")
+        if is_last and good_end < size_bytes:
+            log.warning(
+                "%s: torn tail of %d bytes cut off at byte %d",
+                directory.file_path(sequence),
+                size_bytes - good_end,
+                good_end,
+            )
+            os.ftruncate(fd, good_end)
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    if good_end <= WAL_FILE_HEADER_SIZE and is_last:
+        directory.file_path(sequence).unlink()  # created, but no group was ever written to it
+        directory.sync()
+    else:
+        index.resize(sequence, good_end)
+
+
+def _replay_frames(
+    directory: WalDirectory, sequence: int, buffer: mmap.mmap, is_last: bool, replay: Replay, index: WalIndex
+) -> int:
+    """Adds the file's frames; returns where its good part ends."""
+    header_damage = _check_header(directory, sequence, buffer)
+    if header_damage is not None and is_last and not any(isinstance(f, WalFrame) for f in scan_frames(buffer)):
+        return 0
+    if header_damage is not None:
+        replay.damaged(sequence, 0, WAL_FILE_HEADER_SIZE, header_damage)
+    for item in scan_frames(buffer):
+        if isinstance(item, WalFrame):
+            _add(buffer, sequence, item, replay, index)
+        elif is_last and item.at + item.size_bytes == len(buffer):
+            return item.at
+        else:
+            _report(directory, sequence, item, replay)
+    return len(buffer)
+
+
+def _check_header(directory: WalDirectory, sequence: int, buffer: mmap.mmap) -> str | None:
+    """What is wrong with the file's header. Raises WrongIdentity when it is sound and names another log."""
+    try:
+        header = decode_wal_file_header(buffer)
+    except FormatError as error:
+        return error.what
+    if header.wal_id != directory.wal_id:
+        raise WrongIdentity(
+            f"{directory.file_path(sequence)}: belongs to log {header.wal_id.hex()}, this is {directory.wal_id.hex()}"
+        )
+    return None if header.sequence == sequence else f"the header says it is file {header.sequence}"
+
+
+def _add(buffer: mmap.mmap, sequence: int, frame: WalFrame, replay: Replay, index: WalIndex) -> None:
+    key = LogKey(frame.topic_id, frame.partition, frame.epoch)
+    try:
+        header = read_batch_header(buffer, frame.batch_at)
+    except FormatError as error:
+        replay.damaged(sequence, frame.at, frame.size_bytes, error.what)
+        return
+    position = WalPosition(sequence, frame.batch_at, frame.batch_size_bytes)
+    replay.add(key, frame.base_offset, header, position)
+    index.note(sequence, key, frame.base_offset + header.record_count)
+
+
+def _report(directory: WalDirectory, sequence: int, span: DamagedSpan, replay: Replay) -> None:
+    path = directory.file_path(sequence)
+    log.error("%s: %d damaged bytes at byte %d: %s", path, span.size_bytes, span.at, span.reason)
+    replay.damaged(sequence, span.at, span.size_bytes, span.reason)

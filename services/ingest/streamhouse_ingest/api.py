@@ -1,0 +1,118 @@
+"""The Ingest service as the network and the other services see it."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+from shproto.errors import StreamHouseError
+from shproto.v1 import ingest_pb2 as pb
+
+from streamhouse_ingest.agent import Agent
+from streamhouse_ingest.service import Accepted, ProduceService
+
+
+class IngestApi:
+    """Implements shproto.services.IngestApi."""
+
+    def __init__(self, agent: Agent, *, requests_in_flight_max: int, bytes_in_flight_max: int) -> None:
+        self._agent = agent
+        self._requests_in_flight_max = requests_in_flight_max
+        self._bytes_in_flight_max = bytes_in_flight_max
+
+    async def produce(self, request: pb.ProduceRequest) -> pb.ProduceResponse:
+        return await self._agent.running().produce.produce(request)
+
+    async def produce_stream(self, requests: AsyncIterator[pb.ProduceRequest]) -> AsyncIterator[pb.ProduceResponse]:
+        """Answers in the order of the requests; an error of one is in its response."""
+        produce = self._agent.running().produce
+        window = _Window(self._requests_in_flight_max, self._bytes_in_flight_max)
+        feeder = asyncio.ensure_future(self._feed(produce, requests, window))
+        try:
+            while (item := await window.next()) is not None:
+                yield await _answer(produce, item)
+                window.release()
+            await feeder
+        finally:
+            feeder.cancel()
+            await asyncio.gather(feeder, return_exceptions=True)
+
+    async def _feed(
+        self, produce: ProduceService, requests: AsyncIterator[pb.ProduceRequest], window: "_Window"
+    ) -> None:
+        try:
+            async for request in requests:
+                await window.acquire(request.ByteSize())
+                try:
+                    window.put(await produce.accept(request))
+                except StreamHouseError as error:
+                    window.put(_refused(request, error))
+        finally:
+            window.close()
+
+    async def read_tail(self, request: pb.ReadTailRequest) -> pb.ReadTailResponse:
+        return await self._agent.running().tail.read_tail(request)
+
+    async def pull_slice(self, request: pb.PullSliceRequest) -> AsyncIterator[pb.PullSliceResponse]:
+        async for response in self._agent.running().tail.pull_slice(request):
+            yield response
+
+    async def describe_agent(self, request: pb.DescribeAgentRequest) -> pb.DescribeAgentResponse:
+        return self._agent.describe()
+
+
+async def _answer(produce: ProduceService, item: Accepted | pb.ProduceResponse) -> pb.ProduceResponse:
+    if isinstance(item, pb.ProduceResponse):
+        return item
+    try:
+        return await produce.answer(item)
+    except StreamHouseError as error:
+        return _refused(item.request, error)
+
+
+def _refused(request: pb.ProduceRequest, error: StreamHouseError) -> pb.ProduceResponse:
+    return pb.ProduceResponse(topic=request.topic, partition=request.partition, base_offset=-1, error=error.to_detail())
+
+
+class _Window:
+    """What of one stream is not answered yet, in order, bounded in number and bytes."""
+
+    def __init__(self, requests_max: int, bytes_max: int) -> None:
+        self._requests_max = requests_max
+        self._bytes_max = bytes_max
+        self._sizes: deque[int] = deque()
+        self._bytes = 0
+        self._items: deque[Accepted | pb.ProduceResponse] = deque()
+        self._closed = False
+        self._moved = asyncio.Event()
+
+    async def acquire(self, size_bytes: int) -> None:
+        """Waits until the request fits; one alone always does."""
+        while self._sizes and (len(self._sizes) >= self._requests_max or self._bytes + size_bytes > self._bytes_max):
+            await self._wait()
+        self._sizes.append(size_bytes)
+        self._bytes += size_bytes
+
+    def release(self) -> None:
+        """The oldest one is answered."""
+        self._bytes -= self._sizes.popleft()
+        self._moved.set()
+
+    def put(self, item: "Accepted | pb.ProduceResponse") -> None:
+        self._items.append(item)
+        self._moved.set()
+
+    async def next(self) -> "Accepted | pb.ProduceResponse | None":
+        """The next one to answer; None when the stream has ended and all are answered."""
+        while not self._items:
+            if self._closed:
+                return None
+            await self._wait()
+        return self._items.popleft()
+
+    def close(self) -> None:
+        self._closed = True
+        self._moved.set()
+
+    async def _wait(self) -> None:
+        self._moved.clear()
+        await self._moved.wait()

@@ -1,0 +1,125 @@
+"""Consecutive batches of one log: where each lies in the write-ahead log, and its bytes while memory allows.
+
+Columns instead of objects: a batch costs 48 bytes besides its own, so that a log full of tiny batches fits in memory.
+"""
+
+from array import array
+from bisect import bisect_right
+from dataclasses import dataclass
+
+# What one batch costs in the columns below: five 8-byte numbers and a pointer.
+BATCH_OVERHEAD_BYTES = 48
+
+
+@dataclass(frozen=True, slots=True)
+class WalPosition:
+    """Where a batch lies: file sequence, byte position of the batch in that file, its size."""
+
+    file: int
+    at: int
+    size_bytes: int
+
+
+class Buffer:
+    """Covers [base_offset, end_offset) without a gap. Grows until it is sealed.
+
+    `snapshot`: the idempotent producers' state at end_offset, known from sealing on."""
+
+    __slots__ = (
+        "_ats",
+        "_batches",
+        "_ends",
+        "_files",
+        "_sizes",
+        "base_offset",
+        "end_offset",
+        "first_append_ms",
+        "memory_bytes",
+        "size_bytes",
+        "snapshot",
+    )
+
+    def __init__(self, base_offset: int, first_append_ms: int) -> None:
+        self.base_offset = base_offset
+        self.end_offset = base_offset
+        self.first_append_ms = first_append_ms
+        self.size_bytes = 0
+        self.memory_bytes = 0  # of batches whose bytes are held
+        self.snapshot: bytes | None = None
+        self._ends = array("q")
+        self._files = array("q")
+        self._ats = array("q")
+        self._sizes = array("q")
+        self._batches: list[bytes | None] = []
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @property
+    def record_count(self) -> int:
+        return self.end_offset - self.base_offset
+
+    @property
+    def overhead_bytes(self) -> int:
+        return len(self._ends) * BATCH_OVERHEAD_BYTES
+
+    def append(self, record_count: int, position: WalPosition, batch: bytes | None) -> None:
+        self.end_offset += record_count
+        self._ends.append(self.end_offset)
+        self._files.append(position.file)
+        self._ats.append(position.at)
+        self._sizes.append(position.size_bytes)
+        self._batches.append(batch)
+        self.size_bytes += position.size_bytes
+        if batch is not None:
+            self.memory_bytes += position.size_bytes
+
+    def drop_batches(self) -> int:
+        """Gives up the bytes in memory (the log on disk has them). Returns how many were freed."""
+        freed, self.memory_bytes = self.memory_bytes, 0
+        if freed:
+            self._batches = [None] * len(self._ends)
+        return freed
+
+    def pick(self, offset: int, end_offset: int, bytes_max: int) -> list[tuple[WalPosition, bytes | None]]:
+        """Whole batches from the one that holds `offset` on, below `end_offset`; beyond the first at most `bytes_max`."""
+        picked: list[tuple[WalPosition, bytes | None]] = []
+        total = 0
+        for i in range(bisect_right(self._ends, offset), len(self._ends)):
+            if self._base_of(i) >= end_offset or (picked and total + self._sizes[i] > bytes_max):
+                break
+            picked.append((WalPosition(self._files[i], self._ats[i], self._sizes[i]), self._batches[i]))
+            total += self._sizes[i]
+        return picked
+
+    def count_from(self, offset: int) -> int:
+        """How many batches there are from the one that holds `offset` on."""
+        return len(self._ends) - bisect_right(self._ends, offset)
+
+    def end_after(self, offset: int, count: int) -> int:
+        """The end offset of the `count`-th batch from the one that holds `offset` on."""
+        return self._ends[bisect_right(self._ends, offset) + count - 1]
+
+    def is_boundary(self, offset: int) -> bool:
+        """Does a batch of this buffer end, or the first one begin, at `offset`?"""
+        if offset in (self.base_offset, self.end_offset):
+            return True
+        i = bisect_right(self._ends, offset)
+        return i > 0 and self._ends[i - 1] == offset
+
+    def split(self, offset: int) -> tuple["Buffer", "Buffer"]:
+        """Two buffers that meet at `offset`, a batch boundary inside this one."""
+        assert self.base_offset < offset < self.end_offset and self.is_boundary(offset), "not between two batches"
+        at = bisect_right(self._ends, offset)
+        head, rest = Buffer(self.base_offset, self.first_append_ms), Buffer(offset, self.first_append_ms)
+        for part, span in ((head, slice(0, at)), (rest, slice(at, None))):
+            part._ends, part._files = self._ends[span], self._files[span]
+            part._ats, part._sizes, part._batches = self._ats[span], self._sizes[span], self._batches[span]
+            part.end_offset = part._ends[-1]
+            part.size_bytes = sum(part._sizes)
+            part.memory_bytes = sum(len(batch) for batch in part._batches if batch is not None)
+        rest.snapshot = self.snapshot
+        return head, rest
+
+    def _base_of(self, i: int) -> int:
+        return self._ends[i - 1] if i else self.base_offset

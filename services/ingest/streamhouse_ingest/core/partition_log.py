@@ -1,0 +1,289 @@
+"""The log of one epoch of one partition, as far as this agent holds it.
+
+Owns: which offset comes next, whether the agent may still append, which batches are buffered, sealed, registered.
+Does not own: disk, network, time. Appends are decided on a Draft and change the log only in apply(), after the
+write-ahead log has them; a group whose write failed leaves no trace.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+from shformat import ProducerStamp
+
+from streamhouse_ingest.core.buffer import Buffer, WalPosition
+from streamhouse_ingest.core.producers import (
+    DuplicateOf,
+    FencedBy,
+    OutOfSequence,
+    ProducerState,
+    ProducerTable,
+    after_write,
+    check_sequence,
+)
+
+
+class LogKey(NamedTuple):
+    """Whose records: the topic's id (not its name: a re-created topic is another), partition, epoch."""
+
+    topic_id: bytes
+    partition: int
+    epoch: int
+
+    @property
+    def partition_key(self) -> tuple[bytes, int]:
+        return self.topic_id, self.partition
+
+
+class Span(NamedTuple):
+    """Offsets [base_offset, end_offset)."""
+
+    base_offset: int
+    end_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchAppended:
+    """The batch takes the offsets from base_offset on."""
+
+    base_offset: int
+    record_count: int
+    stamp: ProducerStamp | None
+
+
+@dataclass(frozen=True, slots=True)
+class NotLed:
+    """The agent does not append to this log (any more)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RangeExhausted:
+    """The epoch's offsets run out; an extension is being asked for."""
+
+    limit_offset: int
+
+
+Decision = BatchAppended | DuplicateOf | OutOfSequence | FencedBy | NotLed | RangeExhausted
+
+
+class PartitionLog:
+    """[start_offset, limit_offset) belongs to this epoch; batches cover it up to next_offset.
+
+    Buffers, ascending: `tail` (registered, kept for readers), `sealed`, `open`. A gap between buffers above
+    registered_end is damage: those records were acknowledged and cannot be read any more.
+    """
+
+    def __init__(self, key: LogKey, topic: str, start_offset: int, limit_offset: int, producers: ProducerTable) -> None:
+        self.key = key
+        self.topic = topic
+        self.start_offset = start_offset
+        self.limit_offset = limit_offset
+        self._width = limit_offset - start_offset
+        self.registered_end = start_offset
+        self.settled_end: int | None = None
+        self.next_offset = start_offset
+        self.leading = False
+        self.min_acks = 0
+        self.producers = producers
+        self.tail: deque[Buffer] = deque()
+        self.sealed: deque[Buffer] = deque()
+        self.open: Buffer | None = None
+
+    # ---- appending
+
+    def apply(self, event: BatchAppended, position: WalPosition, batch: bytes | None, now_ms: int) -> None:
+        """The write-ahead log has the batch at `position`."""
+        assert event.base_offset == self.next_offset, "gap, or applied twice"
+        if self.open is None:
+            self.open = Buffer(self.next_offset, now_ms)
+        self.open.append(event.record_count, position, batch)
+        self.next_offset += event.record_count
+        if event.stamp is not None:
+            producer_id = event.stamp.producer_id
+            state = self.producers.get(producer_id)
+            self.producers.put(producer_id, after_write(state, event.stamp, event.record_count, event.base_offset))
+
+    def restore(self, buffers: Iterable[Buffer]) -> None:
+        """What a replay found, ascending; all of it sealed."""
+        self.sealed.extend(buffers)
+        if self.sealed:
+            self.next_offset = self.sealed[-1].end_offset
+
+    # ---- what the coordinator says
+
+    def name(self, topic: str, start_offset: int, min_acks: int) -> None:
+        """A replay knows neither name nor ack level, and takes the first batch it finds for the start."""
+        self.topic = topic
+        self.min_acks = min_acks
+        if start_offset != self.start_offset:
+            self.registered_end = start_offset
+            self.start_offset = start_offset
+            self.next_offset = max(self.next_offset, start_offset)
+
+    def extend(self, limit_offset: int) -> None:
+        """The range was widened; limits only grow."""
+        if limit_offset > self.limit_offset:
+            self._width = limit_offset - max(self.limit_offset, self.start_offset)
+            self.limit_offset = limit_offset
+
+    @property
+    def runs_low(self) -> bool:
+        """Less than a quarter of the last widening is left: time to ask for more."""
+        return self.limit_offset - self.next_offset < self._width // 4
+
+    # ---- sealing and registration
+
+    def take_snapshots(self) -> None:
+        """Gives the buffers of a replay their producer snapshots, once the coordinator's part of it is known."""
+        for buffer in self.sealed:
+            if buffer.snapshot is None:
+                buffer.snapshot = self.producers.snapshot(buffer.end_offset)
+
+    def seal(self) -> Buffer | None:
+        """The open buffer becomes sealed; None when there is nothing in it."""
+        buffer, self.open = self.open, None
+        if buffer is not None:
+            buffer.snapshot = self.producers.snapshot(buffer.end_offset)
+            self.sealed.append(buffer)
+        return buffer
+
+    def register(self, registered_end: int) -> list[Buffer]:
+        """Segments cover everything below `registered_end`. Returns the buffers that are registered by this.
+
+        Raises ValueError if that is inside a batch: segments are made of whole batches.
+        """
+        if registered_end <= self.registered_end:
+            return []
+        self.registered_end = registered_end
+        self.next_offset = max(self.next_offset, registered_end)
+        if self.open is not None and self.open.base_offset < registered_end:
+            self.seal()  # somebody registered from it under an older announcement
+        registered: list[Buffer] = []
+        while self.sealed and self.sealed[0].base_offset < registered_end:
+            buffer = self.sealed.popleft()
+            if buffer.end_offset > registered_end:
+                buffer, rest = self._split(buffer, registered_end)
+                self.sealed.appendleft(rest)
+            registered.append(buffer)
+        self.tail.extend(registered)
+        return registered
+
+    def _split(self, buffer: Buffer, offset: int) -> tuple[Buffer, Buffer]:
+        if not buffer.is_boundary(offset):
+            raise ValueError(f"{self.describe()}: offset {offset} is inside a batch")
+        return buffer.split(offset)
+
+    def settle(self, end_offset: int) -> list[Buffer]:
+        """The range ends at `end_offset`. What lies beyond can never be registered: it is given up and returned."""
+        self.leading = False
+        self.settled_end = end_offset
+        self.seal()
+        fenced: list[Buffer] = []
+        while self.sealed and self.sealed[-1].end_offset > end_offset:
+            buffer = self.sealed.pop()
+            if buffer.base_offset < end_offset:
+                buffer, beyond = self._split(buffer, end_offset)
+                buffer.snapshot = self.producers.snapshot(end_offset)
+                self.sealed.append(buffer)
+                buffer = beyond
+            fenced.append(buffer)
+        self.next_offset = min(self.next_offset, max(end_offset, self.registered_end))
+        return fenced
+
+    def lost_spans(self) -> list[Span]:
+        """The damaged spans that registration has not passed yet, ascending."""
+        spans = []
+        end = self.registered_end
+        for buffer in chain(self.sealed, () if self.open is None else (self.open,)):
+            if buffer.base_offset > end:
+                spans.append(Span(end, buffer.base_offset))
+            end = buffer.end_offset
+        if self._expected_end() > end:
+            spans.append(Span(end, self._expected_end()))
+        return spans
+
+    def _expected_end(self) -> int:
+        """Up to where records must be held."""
+        return self.next_offset if self.settled_end is None else max(self.settled_end, self.next_offset)
+
+    # ---- reading
+
+    @property
+    def held_from(self) -> int:
+        """The lowest offset that can be read here."""
+        first = next(self._buffers(), None)
+        return self.next_offset if first is None else first.base_offset
+
+    @property
+    def unregistered_bytes(self) -> int:
+        return sum(buffer.size_bytes for buffer in self.sealed) + (self.open.size_bytes if self.open else 0)
+
+    def read(self, offset: int, end_offset: int, bytes_max: int) -> list[tuple[WalPosition, bytes | None]]:
+        """Whole batches in a row from the one that holds `offset` on; none when `offset` is not held."""
+        picked: list[tuple[WalPosition, bytes | None]] = []
+        for buffer in self._buffers():
+            if buffer.end_offset <= offset:
+                continue
+            if buffer.base_offset > offset or offset >= end_offset or (picked and bytes_max <= 0):
+                break
+            more = buffer.pick(offset, end_offset, bytes_max)
+            if picked and more[0][0].size_bytes > bytes_max:
+                break
+            picked += more
+            bytes_max -= sum(position.size_bytes for position, _ in more)
+            offset = buffer.end_after(offset, len(more))
+            if offset < buffer.end_offset:
+                break
+        return picked
+
+    def end_after(self, offset: int, count: int) -> int:
+        """Where the `count` batches end that read() gave from `offset` on."""
+        for buffer in self._buffers():
+            if buffer.base_offset <= offset < buffer.end_offset:
+                there = buffer.count_from(offset)
+                if count <= there:
+                    return buffer.end_after(offset, count)
+                count, offset = count - there, buffer.end_offset
+        raise ValueError(f"{self.describe()}: fewer batches than asked for are held")
+
+    def gap_at(self, offset: int) -> Span | None:
+        """The damaged span that holds `offset`, if it is in one."""
+        return next((span for span in self.lost_spans() if span.base_offset <= offset < span.end_offset), None)
+
+    def _buffers(self) -> Iterator[Buffer]:
+        yield from self.tail
+        yield from self.sealed
+        if self.open is not None:
+            yield self.open
+
+    def describe(self) -> str:
+        return f"{self.topic or self.key.topic_id.hex()}/{self.key.partition} epoch {self.key.epoch}"
+
+
+class Draft:
+    """What a group of appends will do to one log if its write succeeds."""
+
+    def __init__(self, log: PartitionLog) -> None:
+        self._log = log
+        self._next_offset = log.next_offset
+        self._producers: dict[int, ProducerState] = {}
+
+    def decide(self, record_count: int, stamp: ProducerStamp | None) -> Decision:
+        """Where the batch goes, or why it does not. A BatchAppended counts for the decisions after it."""
+        if not self._log.leading:
+            return NotLed()
+        state = None
+        if stamp is not None:
+            state = self._producers.get(stamp.producer_id) or self._log.producers.get(stamp.producer_id)
+            verdict = check_sequence(state, stamp, record_count)
+            if isinstance(verdict, DuplicateOf | OutOfSequence | FencedBy):
+                return verdict
+        if self._next_offset + record_count > self._log.limit_offset:
+            return RangeExhausted(self._log.limit_offset)
+        appended = BatchAppended(self._next_offset, record_count, stamp)
+        self._next_offset += record_count
+        if stamp is not None:
+            self._producers[stamp.producer_id] = after_write(state, stamp, record_count, appended.base_offset)
+        return appended

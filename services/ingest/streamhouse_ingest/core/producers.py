@@ -1,0 +1,186 @@
+"""Idempotent producers of one partition: what each wrote last, so that a retry is written once (G5).
+
+Per producer the last few batches are remembered with their offsets. The rules are Kafka's:
+- the next batch must start at the sequence after the last one; anything above is a gap;
+- a batch that equals a remembered one is a duplicate and gets the original offset back;
+- a newer producer epoch starts at sequence 0 and forgets the older one, an older epoch is fenced;
+- a producer nobody has state for is accepted at any sequence: its state may have been forgotten (idle producers
+  beyond the limit, a takeover without the old leader's log), and refusing would stop it for ever.
+"""
+
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from shformat import ProducerStamp
+
+# A client keeps at most this many batches of one partition in flight when it is idempotent, as in Kafka.
+BATCHES_REMEMBERED = 5
+_SNAPSHOT_VERSION = 1
+_HEAD = struct.Struct("<BI")  # version, producers
+_PRODUCER = struct.Struct("<qIB")  # producer id, producer epoch, batches
+_BATCH = struct.Struct("<qIq")  # base sequence, record count, base offset
+
+
+class SnapshotError(ValueError):
+    """A producer snapshot that is not one; names what is wrong and where."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenBatch:
+    base_sequence: int
+    record_count: int
+    base_offset: int
+
+    @property
+    def next_sequence(self) -> int:
+        return self.base_sequence + self.record_count
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerState:
+    """The last batches of one producer epoch, ascending; never empty."""
+
+    producer_epoch: int
+    batches: tuple[WrittenBatch, ...]
+
+    @property
+    def next_sequence(self) -> int:
+        return self.batches[-1].next_sequence
+
+
+@dataclass(frozen=True, slots=True)
+class InSequence:
+    """The batch may be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class DuplicateOf:
+    base_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfSequence:
+    expected: int
+
+
+@dataclass(frozen=True, slots=True)
+class FencedBy:
+    held_epoch: int
+
+
+Verdict = InSequence | DuplicateOf | OutOfSequence | FencedBy
+_IN_SEQUENCE = InSequence()
+
+
+def check_sequence(state: ProducerState | None, stamp: ProducerStamp, record_count: int) -> Verdict:
+    """What is to be done with a batch of `record_count` records from this producer."""
+    if state is None:
+        return _IN_SEQUENCE
+    if stamp.producer_epoch < state.producer_epoch:
+        return FencedBy(state.producer_epoch)
+    if stamp.producer_epoch > state.producer_epoch:
+        return _IN_SEQUENCE if stamp.base_sequence == 0 else OutOfSequence(0)
+    if stamp.base_sequence == state.next_sequence:
+        return _IN_SEQUENCE
+    for batch in state.batches:
+        if (batch.base_sequence, batch.record_count) == (stamp.base_sequence, record_count):
+            return DuplicateOf(batch.base_offset)
+    return OutOfSequence(state.next_sequence)
+
+
+def after_write(
+    state: ProducerState | None, stamp: ProducerStamp, record_count: int, base_offset: int
+) -> ProducerState:
+    """The state once the batch is written at `base_offset`."""
+    written = WrittenBatch(stamp.base_sequence, record_count, base_offset)
+    if state is None or state.producer_epoch != stamp.producer_epoch:
+        return ProducerState(stamp.producer_epoch, (written,))
+    return ProducerState(stamp.producer_epoch, (*state.batches[1 - BATCHES_REMEMBERED :], written))
+
+
+class ProducerTable:
+    """The producers of one partition, in order of their last write; the least recent beyond the limit is forgotten."""
+
+    def __init__(self, producers_max: int) -> None:
+        self._producers_max = producers_max
+        self._states: dict[int, ProducerState] = {}
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def get(self, producer_id: int) -> ProducerState | None:
+        return self._states.get(producer_id)
+
+    def put(self, producer_id: int, state: ProducerState) -> None:
+        """`state` becomes the producer's, which is now the one that wrote last."""
+        self._states.pop(producer_id, None)
+        self._states[producer_id] = state
+        if len(self._states) > self._producers_max:
+            del self._states[next(iter(self._states))]
+
+    def merge(self, others: Mapping[int, ProducerState]) -> None:
+        """Takes in states from elsewhere (a snapshot); of the same producer the newer batches win."""
+        merged = {key: _newer(self._states.get(key), state) for key, state in others.items()}
+        every = {**self._states, **merged}
+        ordered = sorted(every.items(), key=lambda item: item[1].batches[-1].base_offset)
+        self._states = dict(ordered[-self._producers_max :])
+
+    def snapshot(self, end_offset: int) -> bytes:
+        """What is known of batches below `end_offset`, encoded."""
+        return encode_snapshot(_below(self._states.items(), end_offset))
+
+
+def _newer(ours: ProducerState | None, theirs: ProducerState) -> ProducerState:
+    if ours is None or theirs.producer_epoch > ours.producer_epoch:
+        return theirs
+    if theirs.producer_epoch < ours.producer_epoch:
+        return ours
+    batches = {batch.base_offset: batch for batch in (*ours.batches, *theirs.batches)}
+    last = [batches[offset] for offset in sorted(batches)[-BATCHES_REMEMBERED:]]
+    return ProducerState(ours.producer_epoch, tuple(last))
+
+
+def _below(states: Iterable[tuple[int, ProducerState]], end_offset: int) -> dict[int, ProducerState]:
+    kept = {}
+    for producer_id, state in states:
+        batches = tuple(batch for batch in state.batches if batch.base_offset < end_offset)
+        if batches:
+            kept[producer_id] = ProducerState(state.producer_epoch, batches)
+    return kept
+
+
+def encode_snapshot(states: Mapping[int, ProducerState]) -> bytes:
+    """Little-endian: version u8, producers u32; each: id i64, epoch u32, batches u8; each: sequence i64, count u32,
+    base offset i64. No producers: no bytes."""
+    if not states:
+        return b""
+    parts = [_HEAD.pack(_SNAPSHOT_VERSION, len(states))]
+    for producer_id, state in states.items():
+        parts.append(_PRODUCER.pack(producer_id, state.producer_epoch, len(state.batches)))
+        parts.extend(_BATCH.pack(batch.base_sequence, batch.record_count, batch.base_offset) for batch in state.batches)
+    return b"".join(parts)
+
+
+def decode_snapshot(data: bytes) -> dict[int, ProducerState]:
+    """The states in `data`. Raises SnapshotError."""
+    if not data:
+        return {}
+    try:
+        version, count = _HEAD.unpack_from(data)
+        if version != _SNAPSHOT_VERSION:
+            raise SnapshotError(f"producer snapshot: version {version}, this agent reads {_SNAPSHOT_VERSION}")
+        at, states = _HEAD.size, {}
+        for _ in range(count):
+            producer_id, epoch, batch_count = _PRODUCER.unpack_from(data, at)
+            at += _PRODUCER.size
+            if not 1 <= batch_count <= BATCHES_REMEMBERED:
+                raise SnapshotError(f"producer snapshot: {batch_count} batches at byte {at}")
+            batches = tuple(WrittenBatch(*_BATCH.unpack_from(data, at + i * _BATCH.size)) for i in range(batch_count))
+            at += batch_count * _BATCH.size
+            states[producer_id] = ProducerState(epoch, batches)
+    except struct.error as error:
+        raise SnapshotError(f"producer snapshot: cut off, {len(data)} bytes") from error
+    if at != len(data):
+        raise SnapshotError(f"producer snapshot: {len(data) - at} bytes too many at byte {at}")
+    return states

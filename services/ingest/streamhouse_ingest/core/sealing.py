@@ -1,0 +1,89 @@
+"""Which open buffers are to be sealed now, and which of them share one object."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from streamhouse_ingest.core.partition_log import LogKey
+
+
+@dataclass(frozen=True, slots=True)
+class SealLimits:
+    """seal_bytes: of one partition. open_bytes_max: of all open buffers together. object_bytes_max: of what is
+    announced as one, because one segmenter builds it in memory."""
+
+    seal_bytes: int
+    seal_age_ms: int
+    durable_linger_ms: int
+    open_bytes_max: int
+    object_bytes_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A buffer with something in it. durable_since_ms: since when a durable ack waits for it."""
+
+    key: LogKey
+    size_bytes: int
+    first_append_ms: int
+    durable_since_ms: int | None = None
+    must: bool = False  # shutdown, move, lost leadership
+
+
+@dataclass(frozen=True, slots=True)
+class SealPlan:
+    """What to seal now, each list as one announcement; when to look again if nothing else happens."""
+
+    objects: tuple[tuple[LogKey, ...], ...]
+    look_again_ms: int | None
+
+
+def plan_seals(candidates: Sequence[Candidate], now_ms: int, limits: SealLimits) -> SealPlan:
+    """Pure. Partitions that would be due by age soon go along with those that are, so that they share an object."""
+    due = [candidate for candidate in candidates if _deadline(candidate, limits) <= now_ms]
+    if any(_aged(candidate, now_ms, limits.seal_age_ms) for candidate in due):
+        chosen = {candidate.key for candidate in due}
+        soon_ms = limits.seal_age_ms // 2
+        due += [c for c in candidates if c.key not in chosen and _aged(c, now_ms, soon_ms)]
+    due += _over_total(candidates, due, limits.open_bytes_max)
+    sealed = {candidate.key for candidate in due}
+    waiting = [_deadline(candidate, limits) for candidate in candidates if candidate.key not in sealed]
+    return SealPlan(_objects(due, limits.object_bytes_max), min(waiting, default=None))
+
+
+def _deadline(candidate: Candidate, limits: SealLimits) -> int:
+    if candidate.must or candidate.size_bytes >= limits.seal_bytes:
+        return 0
+    by_age = candidate.first_append_ms + limits.seal_age_ms
+    if candidate.durable_since_ms is None:
+        return by_age
+    return min(by_age, candidate.durable_since_ms + limits.durable_linger_ms)
+
+
+def _aged(candidate: Candidate, now_ms: int, age_ms: int) -> bool:
+    return now_ms - candidate.first_append_ms >= age_ms
+
+
+def _over_total(candidates: Sequence[Candidate], due: Sequence[Candidate], open_bytes_max: int) -> list[Candidate]:
+    """The largest ones, until the rest fits."""
+    chosen = {candidate.key for candidate in due}
+    rest = sorted((c for c in candidates if c.key not in chosen), key=lambda c: c.size_bytes, reverse=True)
+    total = sum(candidate.size_bytes for candidate in rest)
+    more = []
+    for candidate in rest:
+        if total <= open_bytes_max:
+            break
+        more.append(candidate)
+        total -= candidate.size_bytes
+    return more
+
+
+def _objects(due: Sequence[Candidate], object_bytes_max: int) -> tuple[tuple[LogKey, ...], ...]:
+    objects: list[list[LogKey]] = []
+    room = 0
+    for candidate in due:
+        if not objects or candidate.size_bytes > room:
+            objects.append([])
+            room = object_bytes_max
+        objects[-1].append(candidate.key)
+        room -= candidate.size_bytes
+    return tuple(tuple(keys) for keys in objects)

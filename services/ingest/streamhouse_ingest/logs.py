@@ -1,0 +1,240 @@
+"""All logs the agent holds: by key, by partition, by name; their memory, and who waits for them."""
+
+import asyncio
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from shproto.errors import NotLeader
+
+from streamhouse_ingest.core.buffer import BATCH_OVERHEAD_BYTES, Buffer
+from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
+from streamhouse_ingest.core.producers import ProducerTable
+
+# Of the appends in one sealed buffer, so many are linked to its trace.
+LINKS_MAX = 32
+
+
+class HeldLog:
+    """A log and the calls that wait on it."""
+
+    def __init__(self, log: PartitionLog) -> None:
+        self.log = log
+        self.durable_since_ms: int | None = None  # a durable ack waits for the open buffer since
+        self.must_seal = False
+        self.traceparents: deque[str] = deque(maxlen=LINKS_MAX)
+        self._durable: list[tuple[int, int, asyncio.Future[NotLeader | None]]] = []
+        self._order = itertools.count()
+        self._changed: asyncio.Future[None] | None = None
+
+    def wait_registered(self, end_offset: int) -> asyncio.Future[NotLeader | None]:
+        """Done when everything below `end_offset` is registered, or with an error when that cannot happen any more."""
+        future: asyncio.Future[NotLeader | None] = asyncio.get_running_loop().create_future()
+        if self.log.registered_end >= end_offset:
+            future.set_result(None)
+        else:
+            heapq.heappush(self._durable, (end_offset, next(self._order), future))
+        return future
+
+    def release_registered(self) -> None:
+        while self._durable and self._durable[0][0] <= self.log.registered_end:
+            _, _, future = heapq.heappop(self._durable)
+            if not future.done():
+                future.set_result(None)
+
+    def fail_waiting_beyond(self, end_offset: int, why: str) -> None:
+        """Records at or beyond `end_offset` will never be registered."""
+        kept = [waiting for waiting in self._durable if waiting[0] <= end_offset]
+        for waiting in self._durable:
+            if waiting[0] > end_offset and not waiting[2].done():
+                waiting[2].set_result(not_leader(self.log.topic, self.log.key.partition, why))
+        self._durable = kept
+        heapq.heapify(self._durable)
+
+    def changed(self) -> asyncio.Future[None]:
+        """Done at the next append or change of the log's state. Shared: shield it."""
+        if self._changed is None:
+            self._changed = asyncio.get_running_loop().create_future()
+        return self._changed
+
+    def notify(self) -> None:
+        if self._changed is not None:
+            self._changed.set_result(None)
+            self._changed = None
+
+
+class Logs:
+    """Owns the held logs. What it counts: `memory_bytes` (batches in memory and what all batches cost besides)."""
+
+    def __init__(self, *, memory_bytes_max: int, tail_cache_bytes: int, producers_max: int) -> None:
+        self.memory_bytes_max = memory_bytes_max
+        self._tail_cache_bytes = tail_cache_bytes
+        self._producers_max = producers_max
+        self._by_key: dict[LogKey, HeldLog] = {}
+        self._by_partition: dict[tuple[bytes, int], list[HeldLog]] = {}
+        self._led: dict[tuple[str, int], HeldLog] = {}
+        self._producers: dict[tuple[bytes, int], ProducerTable] = {}
+        self._tail: deque[tuple[HeldLog, Buffer]] = deque()  # registered, oldest first
+        self._tail_bytes = 0
+        self.dirty: dict[LogKey, HeldLog] = {}  # those with an open buffer
+        self.open_bytes = 0
+        self.memory_bytes = 0
+
+    def __iter__(self) -> Iterator[HeldLog]:
+        return iter(list(self._by_key.values()))
+
+    def get(self, key: LogKey) -> HeldLog | None:
+        return self._by_key.get(key)
+
+    def led(self, topic: str, partition: int) -> HeldLog | None:
+        """The log that appends to the partition go to."""
+        return self._led.get((topic, partition))
+
+    def of_partition(self, topic_id: bytes, partition: int) -> list[HeldLog]:
+        """Ascending by epoch, so also by offset."""
+        return self._by_partition.get((topic_id, partition), [])
+
+    def producers(self, partition_key: tuple[bytes, int]) -> ProducerTable:
+        """The partition's idempotent producers; they outlive epochs."""
+        if partition_key not in self._producers:
+            self._producers[partition_key] = ProducerTable(self._producers_max)
+        return self._producers[partition_key]
+
+    def registered_end(self, key: LogKey) -> int | None:
+        held = self._by_key.get(key)
+        return None if held is None else held.log.registered_end
+
+    # ---- membership
+
+    def hold(self, log: PartitionLog) -> HeldLog:
+        held = HeldLog(log)
+        self._by_key[log.key] = held
+        siblings = self._by_partition.setdefault(log.key.partition_key, [])
+        siblings.append(held)
+        siblings.sort(key=lambda other: other.log.key.epoch)
+        self.memory_bytes += sum(_cost(buffer) for buffer in log.sealed)
+        return held
+
+    def lead(self, held: HeldLog) -> None:
+        """Appends go here from now on."""
+        held.log.leading = True
+        self._led[(held.log.topic, held.log.key.partition)] = held
+
+    def stop_leading(self, held: HeldLog) -> None:
+        """No append is decided from now on; one that is being written still counts."""
+        held.log.leading = False
+        name = (held.log.topic, held.log.key.partition)
+        if self._led.get(name) is held:
+            del self._led[name]
+
+    def drop(self, held: HeldLog, why: str) -> None:
+        """The log is not needed any more: finished, lost, or its topic is gone."""
+        self.stop_leading(held)
+        self._forget_open(held)
+        log = held.log
+        buffers = [*log.sealed, *([] if log.open is None else [log.open])]
+        self.memory_bytes -= sum(map(_cost, buffers))
+        while log.tail:
+            self._drop_tail_of(held)
+        del self._by_key[log.key]
+        siblings = self._by_partition[log.key.partition_key]
+        siblings.remove(held)
+        if not siblings:
+            del self._by_partition[log.key.partition_key]
+            self._producers.pop(log.key.partition_key, None)
+        held.fail_waiting_beyond(log.registered_end, why)
+        held.notify()
+
+    # ---- what happens to one
+
+    def appended(self, held: HeldLog, size_bytes: int) -> None:
+        """A batch of so many bytes was applied to the log's open buffer."""
+        self.dirty[held.log.key] = held
+        self.open_bytes += size_bytes
+        self.memory_bytes += size_bytes + BATCH_OVERHEAD_BYTES
+
+    def seal(self, held: HeldLog) -> Buffer | None:
+        self._forget_open(held)
+        return held.log.seal()
+
+    def register(self, held: HeldLog, registered_end: int) -> None:
+        """Releases the durable acks below `registered_end`, and the memory as far as it is not kept for readers."""
+        log = held.log
+        if log.open is not None and log.open.base_offset < registered_end:
+            self._forget_open(held)
+        for buffer in log.register(registered_end):
+            self._tail.append((held, buffer))
+            self._tail_bytes += _cost(buffer)
+            if buffer.memory_bytes < buffer.size_bytes:  # partly on disk only, in files that may go now
+                self._empty_tail_to(held, buffer)
+        held.release_registered()
+        held.notify()
+        self.trim()
+
+    def settle(self, held: HeldLog, end_offset: int) -> int:
+        """The range ends at `end_offset`. Returns how many records of ours lie beyond and are given up."""
+        self.stop_leading(held)
+        self._forget_open(held)
+        fenced = held.log.settle(end_offset)
+        self.memory_bytes -= sum(map(_cost, fenced))
+        held.fail_waiting_beyond(max(end_offset, held.log.registered_end), "the range was settled below the record")
+        held.notify()
+        return sum(buffer.record_count for buffer in fenced)
+
+    def _forget_open(self, held: HeldLog) -> None:
+        if self.dirty.pop(held.log.key, None) is not None and held.log.open is not None:
+            self.open_bytes -= held.log.open.size_bytes
+        held.durable_since_ms = None
+        held.must_seal = False
+
+    # ---- memory
+
+    @property
+    def memory_full(self) -> bool:
+        """Even without any batch in memory the limit is reached: too many small batches wait for registration."""
+        return self.memory_bytes >= self.memory_bytes_max
+
+    def trim(self) -> None:
+        """Keeps within the limits: registered batches go first, then sealed ones, then open ones (the log has them)."""
+        while self._tail and (self._tail_bytes > self._tail_cache_bytes or self.memory_bytes > self.memory_bytes_max):
+            held, buffer = self._tail[0]
+            self._empty_tail_to(held, buffer)
+        if self.memory_bytes > self.memory_bytes_max:
+            # A tenth more than needed, so that this walk over all logs is not done for every append.
+            goal = self.memory_bytes_max * 9 // 10
+            for buffer in self._droppable():
+                self.memory_bytes -= buffer.drop_batches()
+                if self.memory_bytes <= goal:
+                    break
+
+    def _droppable(self) -> Iterable[Buffer]:
+        sealed = [buffer for held in self for buffer in held.log.sealed if buffer.memory_bytes]
+        yield from sorted(sealed, key=lambda buffer: buffer.first_append_ms)
+        for held in self.dirty.values():
+            if held.log.open is not None:
+                yield held.log.open
+
+    def _empty_tail_to(self, held: HeldLog, buffer: Buffer) -> None:
+        """Gives up the log's registered buffers up to `buffer`: what is kept has no gap."""
+        dropped = None
+        while dropped is not buffer:
+            dropped = self._drop_tail_of(held)
+
+    def _drop_tail_of(self, held: HeldLog) -> Buffer:
+        buffer = held.log.tail.popleft()
+        self._tail.remove((held, buffer))
+        self._tail_bytes -= _cost(buffer)
+        self.memory_bytes -= _cost(buffer)
+        return buffer
+
+
+def _cost(buffer: Buffer) -> int:
+    return buffer.memory_bytes + buffer.overhead_bytes
+
+
+def not_leader(topic: str, partition: int, why: str) -> NotLeader:
+    """The answer to a producer that has to look for the leader again."""
+    return NotLeader(
+        f"this agent does not lead {topic}/{partition}: {why}", topic=topic, partition=partition, retry_after_ms=100
+    )

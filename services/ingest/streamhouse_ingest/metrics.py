@@ -1,0 +1,40 @@
+"""What the agent measures; instruments cost next to nothing until the process installs an SDK."""
+
+from collections.abc import Callable, Iterable
+
+from opentelemetry import metrics
+from opentelemetry.metrics import CallbackOptions, Observation
+
+
+class IngestMetrics:
+    """Names are streamhouse_ingest_<what>_<unit>."""
+
+    def __init__(self) -> None:
+        meter = metrics.get_meter("streamhouse.ingest")
+
+        def counter(name: str, description: str) -> metrics.Counter:
+            return meter.create_counter(f"streamhouse_ingest_{name}", description=description)
+
+        def histogram(name: str, description: str) -> metrics.Histogram:
+            return meter.create_histogram(f"streamhouse_ingest_{name}", description=description)
+
+        self._meter = meter
+        self.records = counter("records_total", "records written to the log")
+        self.bytes = counter("bytes_total", "batch bytes written to the log")
+        self.duplicates = counter("duplicates_total", "retries of idempotent producers recognised")
+        self.rejected = counter("rejected_total", "requests refused, by reason")
+        self.damaged = counter("damaged_spans_total", "damaged spans found in the log")
+        self.lost_records = counter("lost_records_total", "records reported lost")
+        self.fenced_records = counter("fenced_records_total", "records given up, their range was settled below them")
+        self.sealed = counter("sealed_buffers_total", "sealed buffers announced")
+        self.append_ms = histogram("append_ms", "from queueing a batch until the log has it")
+        self.write_ms = histogram("wal_write_ms", "write and fsync of a group")
+        self.group_bytes = histogram("group_bytes", "bytes of a group")
+
+    def observe(self, name: str, description: str, value: Callable[[], int]) -> None:
+        """A gauge that is asked when metrics are collected."""
+
+        def callback(_: CallbackOptions) -> Iterable[Observation]:
+            return [Observation(value())]
+
+        self._meter.create_observable_gauge(name, [callback], description=description)

@@ -1,0 +1,99 @@
+"""Gives partitions up in good order: seal, upload, register, settle. One task per partition that moves away."""
+
+import asyncio
+import logging
+
+from shproto.errors import SessionExpired, StreamHouseError
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2 as pb
+from shruntime.clock import Clock
+from shruntime.tasks import Backoff, Tasks
+
+from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.sealer import Sealer, SessionHolder
+from streamhouse_ingest.waiting import done_within
+from streamhouse_ingest.writer import Writer
+
+log = logging.getLogger(__name__)
+
+
+class Moves:
+    """Registration comes before settling, because the next leader needs the idempotent producers' state at the end."""
+
+    def __init__(
+        self,
+        logs: Logs,
+        writer: Writer,
+        sealer: Sealer,
+        coordinator: CoordinatorApi,
+        holder: SessionHolder,
+        clock: Clock,
+        tasks: Tasks,
+        *,
+        timeout_ms: int,
+        retry_first_ms: int,
+        retry_max_ms: int,
+    ) -> None:
+        self._logs = logs
+        self._writer = writer
+        self._sealer = sealer
+        self._coordinator = coordinator
+        self._holder = holder
+        self._clock = clock
+        self._tasks = tasks
+        self._timeout_ms = timeout_ms
+        self._retry = (retry_first_ms, retry_max_ms)
+        self._moving: dict[LogKey, asyncio.Task[None]] = {}
+
+    def moving(self, held: HeldLog) -> bool:
+        return held.log.key in self._moving
+
+    def start(self, held: HeldLog) -> None:
+        """Does nothing when the move is under way."""
+        key = held.log.key
+        if key not in self._moving:
+            log.info("%s moves to another agent", held.log.describe())
+            task = self._tasks.spawn(f"move {held.log.describe()}", self._move(held))
+            self._moving[key] = task
+            task.add_done_callback(lambda _: self._moving.pop(key, None))
+
+    def cancel_all(self) -> None:
+        """The session is gone, and with it what was to be moved."""
+        for task in self._moving.values():
+            task.cancel()
+
+    async def _move(self, held: HeldLog) -> None:
+        while not await self._flush_and_stop(held):
+            log.warning("%s: not registered within %d ms, going on here", held.log.describe(), self._timeout_ms)
+            self._logs.lead(held)
+        if self._logs.get(held.log.key) is held:
+            await self._settle(held)
+
+    async def _flush_and_stop(self, held: HeldLog) -> bool:
+        """Uploads what is there while writes go on; then refuses writes for the little that came since."""
+        self._sealer.seal_now([held])
+        await held.wait_registered(held.log.next_offset)
+        self._logs.stop_leading(held)
+        await self._writer.barrier()
+        self._sealer.seal_now([held])
+        return await done_within(self._clock, held.wait_registered(held.log.next_offset), self._timeout_ms)
+
+    async def _settle(self, held: HeldLog) -> None:
+        key = held.log.key
+        self._logs.settle(held, held.log.next_offset)  # before the call: a late answer must not revive it
+        end = pb.WalEnd(
+            topic_id=key.topic_id, partition=key.partition, epoch=key.epoch, end_offset=held.log.next_offset
+        )
+        backoff = Backoff(*self._retry)
+        while True:
+            request = pb.SettleRangesRequest(session_id=self._holder.session_id, ends=[end])
+            try:
+                await self._coordinator.settle_ranges(request)
+            except SessionExpired:
+                return  # the next session settles it
+            except StreamHouseError as error:
+                log.warning("%s: cannot be settled yet: %s", held.log.describe(), error.message)
+                await self._clock.sleep_ms(backoff.next_ms())
+            else:
+                return

@@ -1,0 +1,151 @@
+"""Brings the held logs in line with what the coordinator says of this agent's ranges."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+from shproto.v1 import coordinator_pb2 as pb
+
+from streamhouse_ingest.core.partition_log import LogKey, PartitionLog, Span
+from streamhouse_ingest.core.producers import SnapshotError, decode_snapshot
+from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.metrics import IngestMetrics
+from streamhouse_ingest.moves import Moves
+from streamhouse_ingest.writer import Writer
+
+log = logging.getLogger(__name__)
+
+LOST_REASON = "damaged in the write-ahead log"
+
+
+class Ranges:
+    """`trim` is called when files of the log may have become free."""
+
+    def __init__(
+        self, logs: Logs, writer: Writer, moves: Moves, metrics: IngestMetrics, trim: Callable[[], None]
+    ) -> None:
+        self._logs = logs
+        self._writer = writer
+        self._moves = moves
+        self._metrics = metrics
+        self._trim = trim
+        self._reported: set[tuple[LogKey, Span]] = set()
+        self.closing = False
+
+    async def resume(self, grants: Sequence[pb.RangeGrant]) -> None:
+        """Right after a session was opened: all older ranges are settled, and finished if they are not named."""
+        await self._writer.barrier()
+        for grant in grants:
+            held = self._logs.get(grant_key(grant)) or self._hold(grant)
+            self._update(held, grant)
+        self._drop_others(grants)
+
+    async def take_in(self, grants: Sequence[pb.RangeGrant]) -> None:
+        """All ranges of this log that are open or not fully registered, as they are now."""
+        for grant in grants:
+            held = self._logs.get(grant_key(grant))
+            if held is not None and grant.status not in ("open", "moving"):
+                self._logs.stop_leading(held)
+        await self._writer.barrier()
+        for grant in grants:
+            held = self._logs.get(grant_key(grant)) or self._hold(grant)
+            self._update(held, grant)
+        self._drop_others(grants)
+
+    def _hold(self, grant: pb.RangeGrant) -> HeldLog:
+        key = grant_key(grant)
+        producers = self._logs.producers(key.partition_key)
+        return self._logs.hold(PartitionLog(key, grant.topic, grant.start_offset, grant.limit_offset, producers))
+
+    def _update(self, held: HeldLog, grant: pb.RangeGrant) -> None:
+        """Everything but leadership can be taken in at any time."""
+        log_ = held.log
+        log_.name(grant.topic, grant.start_offset, grant.min_acks)
+        log_.extend(grant.limit_offset)
+        self._merge_producers(held, grant)
+        self._logs.register(held, grant.registered_end)
+        if grant.HasField("end_offset"):
+            self._settle(held, grant.end_offset)
+        elif grant.status in ("open", "moving") and not self.closing and log_.settled_end is None:
+            if not log_.leading and not self._moves.moving(held):
+                self._logs.lead(held)
+                log.info("leading %s from offset %d", log_.describe(), log_.next_offset)
+            if grant.status == "moving":
+                self._moves.start(held)
+        elif grant.status not in ("open", "moving"):
+            self._logs.stop_leading(held)
+        self._trim()
+
+    def _merge_producers(self, held: HeldLog, grant: pb.RangeGrant) -> None:
+        """What the coordinator knows of the partition's producers; only before the first append of the epoch."""
+        if held.log.leading:
+            return
+        try:
+            held.log.producers.merge(decode_snapshot(grant.producer_snapshot))
+        except SnapshotError as error:
+            # Going on costs deduplication of retries that are under way right now; refusing would cost all writes.
+            log.error("%s: %s", held.log.describe(), error)
+
+    def _settle(self, held: HeldLog, end_offset: int) -> None:
+        if held.log.settled_end == end_offset:
+            return
+        fenced = self._logs.settle(held, end_offset)
+        if fenced:
+            self._metrics.fenced_records.add(fenced)
+            log.error("%s was settled at %d: %d records beyond are given up", held.log.describe(), end_offset, fenced)
+
+    def _drop_others(self, grants: Iterable[pb.RangeGrant]) -> None:
+        named = {grant_key(grant) for grant in grants}
+        for held in self._logs:
+            if held.log.key not in named:
+                unregistered = held.log.unregistered_bytes
+                if unregistered:
+                    log.warning(
+                        "%s is gone (deleted, lost or settled below): %d bytes of it are given up",
+                        held.log.describe(),
+                        unregistered,
+                    )
+                self._logs.drop(held, "the range is finished or its topic deleted")
+        self._trim()
+
+    # ---- from the feed
+
+    def registered(self, key: LogKey, end_offset: int) -> None:
+        """Segments cover the log up to `end_offset`."""
+        held = self._logs.get(key)
+        if held is not None:
+            self._logs.register(held, end_offset)
+            self._trim()
+
+    def extend(self, key: LogKey, limit_offset: int) -> None:
+        held = self._logs.get(key)
+        if held is not None:
+            held.log.extend(limit_offset)
+
+    # ---- damage
+
+    def lost_spans(self) -> list[pb.LostSpan]:
+        """What was acknowledged and cannot be read back any more; logged and counted once."""
+        spans = []
+        for held in self._logs:
+            for span in held.log.lost_spans():
+                spans.append(_lost_span(held.log.key, span))
+                if (held.log.key, span) not in self._reported:
+                    self._reported.add((held.log.key, span))
+                    self._metrics.lost_records.add(span.end_offset - span.base_offset)
+                    log.error("%s: offsets %d to %d are lost: %s", held.log.describe(), *span, LOST_REASON)
+        return spans
+
+
+def grant_key(grant: pb.RangeGrant) -> LogKey:
+    return LogKey(grant.topic_id, grant.partition, grant.epoch)
+
+
+def _lost_span(key: LogKey, span: Span) -> pb.LostSpan:
+    return pb.LostSpan(
+        topic_id=key.topic_id,
+        partition=key.partition,
+        epoch=key.epoch,
+        base_offset=span.base_offset,
+        end_offset=span.end_offset,
+        reason=LOST_REASON,
+    )

@@ -1,0 +1,251 @@
+"""Seals open buffers when they are due and announces them to the coordinator, in order, until it has heard.
+
+A sealed buffer is known by its slices (log, base and end offset); what of them is registered is read off the logs.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from opentelemetry import trace
+from shproto.errors import StreamHouseError
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2 as pb
+from shruntime.clock import Clock
+from shruntime.tasks import Backoff
+from shruntime.telemetry import current_traceparent, links_to
+
+from streamhouse_ingest.core.buffer import Buffer
+from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.core.sealing import Candidate, SealLimits, plan_seals
+from streamhouse_ingest.logs import LINKS_MAX, HeldLog, Logs
+from streamhouse_ingest.metrics import IngestMetrics
+from streamhouse_ingest.waiting import ends_within
+
+log = logging.getLogger(__name__)
+tracer = trace.get_tracer("streamhouse.ingest")
+
+
+@dataclass(frozen=True, slots=True)
+class SealedBuffer:
+    """Slices that share an object; announced under `buffer_id`."""
+
+    buffer_id: str
+    slices: tuple[tuple[HeldLog, Buffer], ...]
+    trace_context: str
+
+
+class SessionHolder:
+    """The id of the open session; empty while there is none."""
+
+    def __init__(self) -> None:
+        self.session_id = ""
+        self._open = asyncio.Event()
+
+    def set(self, session_id: str) -> None:
+        self.session_id = session_id
+        if session_id:
+            self._open.set()
+        else:
+            self._open.clear()
+
+    async def wait_open(self) -> str:
+        while not self.session_id:
+            await self._open.wait()
+        return self.session_id
+
+
+class Sealer:
+    """Two tasks: `run` seals, `announce` tells the coordinator."""
+
+    def __init__(
+        self,
+        logs: Logs,
+        coordinator: CoordinatorApi,
+        session: SessionHolder,
+        clock: Clock,
+        limits: SealLimits,
+        backoff: Backoff,
+        metrics: IngestMetrics,
+    ) -> None:
+        self._logs = logs
+        self._coordinator = coordinator
+        self._session = session
+        self._clock = clock
+        self._limits = limits
+        self._backoff = backoff
+        self._metrics = metrics
+        self._wake = asyncio.Event()
+        self._look_ms: int | None = None
+        self._queue: deque[SealedBuffer] = deque()
+        self._queued = asyncio.Event()
+        self._announced: dict[str, SealedBuffer] = {}
+
+    # ---- when to look
+
+    def appended(self, held: HeldLog) -> None:
+        """A batch was applied: look now if its buffer is full, else by its deadline."""
+        buffer = held.log.open
+        if buffer is None:
+            return
+        if buffer.size_bytes >= self._limits.seal_bytes or self._logs.open_bytes > self._limits.open_bytes_max:
+            self._look_at(0)
+        elif held.durable_since_ms is not None:
+            self._look_at(held.durable_since_ms + self._limits.durable_linger_ms)
+        else:
+            self._look_at(buffer.first_append_ms + self._limits.seal_age_ms)
+
+    def seal_now(self, helds: Iterable[HeldLog]) -> None:
+        """These are sealed whatever is in them (move, shutdown)."""
+        for held in helds:
+            if held.log.open is not None:
+                held.must_seal = True
+                self._look_at(0)
+
+    def _look_at(self, at_ms: int) -> None:
+        if self._look_ms is None or at_ms < self._look_ms:
+            self._look_ms = at_ms
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Seals what is due, for ever."""
+        while True:
+            self._wake.clear()
+            now_ms = self._clock.monotonic_ms()
+            if self._look_ms is not None and self._look_ms <= now_ms:
+                self._look_ms = self._seal_due(now_ms)
+            elif self._look_ms is None:
+                await self._wake.wait()
+            else:
+                await ends_within(self._clock, self._wake.wait(), self._look_ms - now_ms)
+
+    # ---- sealing
+
+    def _seal_due(self, now_ms: int) -> int | None:
+        plan = plan_seals([_candidate(held) for held in self._logs.dirty.values()], now_ms, self._limits)
+        for keys in plan.objects:
+            self._seal([self._logs.dirty[key] for key in keys])
+        return plan.look_again_ms
+
+    def _seal(self, helds: Sequence[HeldLog]) -> None:
+        parents = [parent for held in helds for parent in held.traceparents][-LINKS_MAX:]
+        for held in helds:
+            held.traceparents.clear()
+        with tracer.start_as_current_span("ingest.seal", links=links_to(parents)):
+            slices = [(held, buffer) for held in helds if (buffer := self._logs.seal(held)) is not None]
+            self._enqueue(slices)
+
+    def _enqueue(self, slices: Sequence[tuple[HeldLog, Buffer]]) -> None:
+        if slices:
+            self._queue.append(SealedBuffer(str(uuid.uuid4()), tuple(slices), current_traceparent()))
+            self._queued.set()
+
+    def restart(self) -> None:
+        """A new session: the coordinator forgot what was announced. All that is unregistered is announced anew."""
+        self._queue.clear()
+        self._announced.clear()
+        for held in self._logs:
+            self._logs.seal(held)
+            held.log.take_snapshots()
+        self._announce_again([(held, buffer) for held in self._logs for buffer in held.log.sealed])
+
+    def completed(self, buffer_id: str) -> None:
+        """The coordinator has done with a buffer. What of it is not registered after all is announced anew."""
+        sealed = self._announced.pop(buffer_id, None)
+        if sealed is not None:
+            again = []
+            for held, old in sealed.slices:
+                if self._logs.get(held.log.key) is held:
+                    again += [(held, buffer) for buffer in held.log.sealed if _overlap(buffer, old)]
+            if again:
+                log.info("buffer %s: %d slices are not registered, announcing them anew", buffer_id, len(again))
+            self._announce_again(again)
+
+    def _announce_again(self, slices: Sequence[tuple[HeldLog, Buffer]]) -> None:
+        """Grouped into objects like a seal's."""
+        group: list[tuple[HeldLog, Buffer]] = []
+        size_bytes = 0
+        for held, buffer in slices:
+            if group and size_bytes + buffer.size_bytes > self._limits.object_bytes_max:
+                self._enqueue(group)
+                group, size_bytes = [], 0
+            group.append((held, buffer))
+            size_bytes += buffer.size_bytes
+        self._enqueue(group)
+
+    # ---- announcing
+
+    async def announce(self) -> None:
+        """Announces sealed buffers in order, each until it succeeds."""
+        while True:
+            while not self._queue:
+                self._queued.clear()
+                await self._queued.wait()
+            sealed = self._queue[0]
+            if await self._announce_one(sealed) and self._queue and self._queue[0] is sealed:
+                self._queue.popleft()
+
+    async def _announce_one(self, sealed: SealedBuffer) -> bool:
+        """False when it has to be tried again; the wait for that is over then."""
+        session_id = await self._session.wait_open()
+        request = self._request(session_id, sealed)
+        if not request.slices:
+            return True
+        self._announced[sealed.buffer_id] = sealed  # before the call: its events may be here before its answer
+        try:
+            await self._coordinator.announce_buffer(request)
+        except StreamHouseError as error:
+            log.warning("announcing buffer %s failed, trying again: %s", sealed.buffer_id, error.message)
+            await self._clock.sleep_ms(self._backoff.next_ms())
+            return False
+        self._backoff.reset()
+        self._metrics.sealed.add(1)
+        return True
+
+    def _request(self, session_id: str, sealed: SealedBuffer) -> pb.AnnounceBufferRequest:
+        """Without the slices that are registered or given up by now."""
+        wanted = [
+            (held.log.key, held.log.topic, buffer)
+            for held, buffer in sealed.slices
+            if buffer in held.log.sealed and self._logs.get(held.log.key) is held
+        ]
+        return pb.AnnounceBufferRequest(
+            session_id=session_id,
+            buffer_id=sealed.buffer_id,
+            slices=[_slice(key, topic, buffer) for key, topic, buffer in wanted],
+            trace_context=sealed.trace_context,
+        )
+
+    @property
+    def sealed_bytes(self) -> int:
+        """Sealed and not registered yet."""
+        return sum(buffer.size_bytes for held in self._logs for buffer in held.log.sealed)
+
+
+def _candidate(held: HeldLog) -> Candidate:
+    buffer = held.log.open
+    assert buffer is not None, "dirty means that there is an open buffer"
+    return Candidate(
+        held.log.key, buffer.size_bytes, buffer.first_append_ms, held.durable_since_ms, must=held.must_seal
+    )
+
+
+def _overlap(buffer: Buffer, old: Buffer) -> bool:
+    return buffer.base_offset < old.end_offset and old.base_offset < buffer.end_offset
+
+
+def _slice(key: LogKey, topic: str, buffer: Buffer) -> pb.BufferSlice:
+    return pb.BufferSlice(
+        topic_id=key.topic_id,
+        topic=topic,
+        partition=key.partition,
+        epoch=key.epoch,
+        base_offset=buffer.base_offset,
+        end_offset=buffer.end_offset,
+        record_count=buffer.record_count,
+        size_bytes=buffer.size_bytes,
+        producer_snapshot=buffer.snapshot or b"",
+    )

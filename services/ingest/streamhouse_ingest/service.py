@@ -1,0 +1,234 @@
+"""Produce: checks a request, hands its batch to the writer, waits for the ack level asked for."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opentelemetry import trace
+from shformat import BatchHeader, Codec, FormatError, Records, encode_batch, validate_batch
+from shproto.errors import (
+    AcksTooWeak,
+    BatchTooLarge,
+    DurableTimeout,
+    InvalidArgument,
+    InvalidBatch,
+    StreamHouseError,
+    Unavailable,
+)
+from shproto.v1 import ingest_pb2 as pb
+from shproto.v1 import types_pb2
+from shruntime.clock import Clock
+from shruntime.telemetry import current_traceparent
+
+from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.metrics import IngestMetrics
+from streamhouse_ingest.settings import IngestSettings
+from streamhouse_ingest.topics import TopicLookup
+from streamhouse_ingest.waiting import done_within
+from streamhouse_ingest.writer import Append, Writer, Written
+
+tracer = trace.get_tracer("streamhouse.ingest")
+
+# Below this a batch is checked on the event loop (0.2 ms per 100 KB), above it in a thread.
+_THREAD_FROM_BYTES = 512 * 1024
+_ACK_NAMES: dict[int, str] = {types_pb2.ACKS_NONE: "none", types_pb2.ACKS_WAL: "wal", types_pb2.ACKS_DURABLE: "durable"}
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request whose batch is queued; `answer_by_ms` on the monotonic clock."""
+
+    request: pb.ProduceRequest
+    held: HeldLog
+    header: BatchHeader
+    acks: int
+    timeout_ms: int
+    answer_by_ms: int
+    written: asyncio.Future[Written | StreamHouseError] | None
+
+
+class ProduceService:
+    """Knows the rules of a request; the log itself is the writer's."""
+
+    def __init__(
+        self,
+        logs: Logs,
+        writer: Writer,
+        topics: TopicLookup,
+        clock: Clock,
+        settings: IngestSettings,
+        metrics: IngestMetrics,
+    ) -> None:
+        self._logs = logs
+        self._writer = writer
+        self._topics = topics
+        self._clock = clock
+        self._settings = settings
+        self._metrics = metrics
+
+    async def produce(self, request: pb.ProduceRequest) -> pb.ProduceResponse:
+        """Answers at the ack level asked for. Raises the StreamHouseErrors of docs/errors.md."""
+        return await self.answer(await self.accept(request))
+
+    async def accept(self, request: pb.ProduceRequest) -> Accepted:
+        """Checks the request and queues its batch; batches accepted one after the other are written in that order."""
+        try:
+            return await self._accept(request)
+        except StreamHouseError as error:
+            self._metrics.rejected.add(1, {"reason": error.reason})
+            raise
+
+    async def _accept(self, request: pb.ProduceRequest) -> Accepted:
+        held = self._logs.led(request.topic, request.partition)
+        if held is None:
+            held = await self._topics.find_leader(request.topic, request.partition)
+        acks = self._acks(request, held)
+        batch = request.batch if request.WhichOneof("payload") == "batch" else self._encode(request)
+        header = await self._validate(batch)
+        self._check_timestamp(header)
+        timeout_ms = request.timeout_ms or self._settings.produce_timeout_ms
+        written = None if acks == types_pb2.ACKS_NONE else asyncio.get_running_loop().create_future()
+        traceparent = current_traceparent() if trace.get_current_span().is_recording() else ""
+        durable = acks == types_pb2.ACKS_DURABLE
+        self._writer.submit(Append(held, header, batch, durable=durable, traceparent=traceparent, written=written))
+        answer_by_ms = self._clock.monotonic_ms() + timeout_ms
+        return Accepted(request, held, header, acks, timeout_ms, answer_by_ms, written)
+
+    async def answer(self, accepted: Accepted) -> pb.ProduceResponse:
+        """The response once the ack level is reached. Raises what refused the batch, DurableTimeout, Unavailable."""
+        log = accepted.held.log
+        response = pb.ProduceResponse(
+            topic=log.topic,
+            partition=log.key.partition,
+            epoch=log.key.epoch,
+            base_offset=-1,
+            record_count=accepted.header.record_count,
+        )
+        if accepted.written is None:
+            return response
+        try:
+            written = await self._wait_written(accepted, accepted.written)
+            if accepted.acks == types_pb2.ACKS_DURABLE:
+                await self._wait_durable(accepted, written)
+        except StreamHouseError as error:
+            self._metrics.rejected.add(1, {"reason": error.reason})
+            raise
+        response.base_offset = written.base_offset
+        response.duplicate = written.duplicate
+        return response
+
+    async def _wait_written(self, accepted: Accepted, written: asyncio.Future[Written | StreamHouseError]) -> Written:
+        if not await self._done_in_time(accepted, written):
+            raise Unavailable(
+                f"not written within {accepted.timeout_ms} ms; the outcome is unknown", timeout_ms=accepted.timeout_ms
+            )
+        outcome = written.result()
+        if isinstance(outcome, StreamHouseError):
+            raise outcome
+        return outcome
+
+    async def _wait_durable(self, accepted: Accepted, written: Written) -> None:
+        held = self._holder(written)
+        if held is None:
+            return  # the original of a duplicate is not held any more: it is registered
+        registered = held.wait_registered(written.end_offset)
+        if not await self._done_in_time(accepted, registered):
+            raise DurableTimeout(
+                f"{held.log.describe()}: offset {written.base_offset} is in the write-ahead log, but was not "
+                f"registered within {accepted.timeout_ms} ms",
+                base_offset=written.base_offset,
+                timeout_ms=accepted.timeout_ms,
+            )
+        if (error := registered.result()) is not None:
+            raise error
+
+    def _holder(self, written: Written) -> HeldLog | None:
+        """The log that has the batch: a duplicate's original may lie in an older epoch."""
+        log = written.held.log
+        for held in self._logs.of_partition(log.key.topic_id, log.key.partition):
+            if held.log.start_offset <= written.base_offset < held.log.next_offset:
+                return held
+        return None
+
+    async def _done_in_time(self, accepted: Accepted, future: asyncio.Future[Any]) -> bool:
+        return await done_within(self._clock, future, accepted.answer_by_ms - self._clock.monotonic_ms())
+
+    # ---- the rules of a request
+
+    def _acks(self, request: pb.ProduceRequest, held: HeldLog) -> int:
+        """The ack level to answer at. Raises InvalidArgument, AcksTooWeak."""
+        if request.acks not in types_pb2.Acks.values():
+            raise InvalidArgument(
+                f"acks is {request.acks}, known are 0 to 3", field="acks", value=request.acks, limit=3
+            )
+        least = held.log.min_acks or types_pb2.ACKS_WAL
+        if request.acks == types_pb2.ACKS_UNSPECIFIED:
+            return least
+        if request.acks < least:
+            asked, allowed = _ACK_NAMES[request.acks], _ACK_NAMES[least]
+            raise AcksTooWeak(
+                f"topic {request.topic} wants acks {allowed} at least, not {asked}", acks=asked, min_acks=allowed
+            )
+        return request.acks
+
+    async def _validate(self, batch: bytes) -> BatchHeader:
+        """Raises BatchTooLarge, InvalidBatch."""
+        size_bytes, limit_bytes = len(batch), self._settings.batch_bytes_max
+        if size_bytes > limit_bytes:
+            raise BatchTooLarge(
+                f"batch of {size_bytes} bytes, batch_bytes_max is {limit_bytes}",
+                size_bytes=size_bytes,
+                limit_bytes=limit_bytes,
+            )
+        try:
+            if size_bytes < _THREAD_FROM_BYTES:
+                header = validate_batch(batch)
+            else:
+                header = await asyncio.to_thread(validate_batch, batch)
+        except FormatError as error:
+            raise InvalidBatch(f"not a record batch: {error}", at=error.at, what=error.what) from error
+        if not header.contiguous:
+            raise InvalidBatch("a produced batch has no gaps in its offsets", at=0, what="offset gaps")
+        return header
+
+    def _check_timestamp(self, header: BatchHeader) -> None:
+        """Any int64 is a timestamp, but one far ahead would keep its segment from ever expiring."""
+        limit_ms = self._clock.wall_ms() + self._settings.timestamp_ahead_ms_max
+        if header.max_timestamp_ms > limit_ms:
+            raise InvalidArgument(
+                f"max_timestamp_ms is {header.max_timestamp_ms}, at most {limit_ms} is accepted now "
+                f"(timestamp_ahead_ms_max is {self._settings.timestamp_ahead_ms_max})",
+                field="max_timestamp_ms",
+                value=header.max_timestamp_ms,
+                limit=limit_ms,
+            )
+
+    def _encode(self, request: pb.ProduceRequest) -> bytes:
+        """The plain records as one batch. Raises InvalidArgument, InvalidBatch, BatchTooLarge."""
+        plain = request.records.records
+        limit = self._settings.records_per_plain_request_max
+        if not 1 <= len(plain) <= limit:
+            raise InvalidArgument(
+                f"{len(plain)} records in one request, must be 1 to {limit}",
+                field="records",
+                value=len(plain),
+                limit=limit,
+            )
+        try:
+            return encode_batch(_columns(plain, self._clock.wall_ms()), codec=Codec.LZ4)
+        except FormatError as error:
+            raise InvalidBatch(f"these records make no batch: {error}", at=error.at, what=error.what) from error
+
+
+def _columns(plain: Sequence[types_pb2.Record], now_ms: int) -> Records:
+    """Messages to columns, one comprehension each; a timestamp of 0 becomes `now_ms`."""
+    headers = None
+    if any(record.headers for record in plain):
+        headers = [[(h.key, h.value if h.HasField("value") else None) for h in record.headers] for record in plain]
+    return Records.from_lists(
+        [record.value if record.HasField("value") else None for record in plain],
+        [record.key if record.HasField("key") else None for record in plain],
+        [record.timestamp_ms or now_ms for record in plain],
+        headers,
+    )

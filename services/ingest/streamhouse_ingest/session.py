@@ -1,0 +1,324 @@
+"""The agent's session with the coordinator: opens it, keeps it alive, follows what becomes of the agent's ranges.
+
+`run` is one life after the other: open, follow and renew until the session is lost, then open again. Grants are
+taken in by one task (`_reconcile_loop`), so that a log's leadership changes in one place only.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from shproto.errors import AgentIdTaken, InvalidArgument, SessionExpired, StreamHouseError
+from shproto.events import (
+    BufferCompleted,
+    EpochGranted,
+    Event,
+    MoveRequested,
+    RangeExtended,
+    RangeLost,
+    RangeOrphaned,
+    RangeSettled,
+    SegmentRegistered,
+    SessionClosed,
+    TopicDeleted,
+    event_from_json,
+)
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2 as pb
+from shruntime.clock import Clock
+from shruntime.tasks import Backoff
+
+from streamhouse_ingest.core.lease import Lease
+from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.moves import Moves
+from streamhouse_ingest.ranges import Ranges
+from streamhouse_ingest.sealer import Sealer, SessionHolder
+from streamhouse_ingest.waiting import ends_within
+from streamhouse_ingest.writer import Writer
+
+log = logging.getLogger(__name__)
+
+FOLLOWED = (
+    BufferCompleted,
+    EpochGranted,
+    MoveRequested,
+    RangeExtended,
+    RangeLost,
+    RangeOrphaned,
+    RangeSettled,
+    SegmentRegistered,
+    SessionClosed,
+    TopicDeleted,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    agent_id: str
+    wal_id: bytes
+    address: str
+
+
+class Session:
+    """Owns the session id and the lease."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        coordinator: CoordinatorApi,
+        ranges: Ranges,
+        moves: Moves,
+        logs: Logs,
+        writer: Writer,
+        sealer: Sealer,
+        lease: Lease,
+        holder: SessionHolder,
+        clock: Clock,
+        make_backoff: Callable[[], Backoff],
+    ) -> None:
+        self._identity = identity
+        self._coordinator = coordinator
+        self._ranges = ranges
+        self._moves = moves
+        self._logs = logs
+        self._writer = writer
+        self._sealer = sealer
+        self._lease = lease
+        self._holder = holder
+        self._clock = clock
+        self._make_backoff = make_backoff
+        self._position = 0
+        self._grants_version = 0
+        self._interval_ms = 0
+        self._beat_now = asyncio.Event()
+        self._reconcile_wanted = asyncio.Event()
+        self._reconciled = asyncio.Event()
+
+    # ---- one life after the other
+
+    async def run(self) -> None:
+        """Follows the open session; opens another one whenever it is lost. Raises AgentIdTaken."""
+        while True:
+            await self._live()
+            log.warning("the session is lost, opening a new one")
+            self._lease.drop()
+            self._holder.set("")
+            await self.open()
+
+    async def open(self) -> None:
+        """Opens a session, however long the coordinator takes to answer, and takes in what it says of older ranges.
+
+        Nothing is appended meanwhile. Raises AgentIdTaken, InvalidArgument.
+        """
+        self._moves.cancel_all()
+        for held in self._logs:
+            self._logs.stop_leading(held)
+        await self._writer.barrier()
+        opened = await self._open_call()
+        self._position = opened.feed_position
+        self._interval_ms = opened.heartbeat_interval_ms
+        await self._ranges.resume(opened.resumed)
+        self._sealer.restart()
+        self._holder.set(opened.session_id)
+        self.want_reconcile()
+        log.info("session %s is open, %d older ranges to finish", opened.session_id, len(opened.resumed))
+
+    async def _open_call(self) -> pb.OpenSessionResponse:
+        backoff = self._make_backoff()
+        while True:
+            sent_ms = self._clock.monotonic_ms()
+            try:
+                opened = await self._coordinator.open_session(self._open_request())
+            except (AgentIdTaken, InvalidArgument):
+                raise
+            except StreamHouseError as error:
+                log.warning("cannot open a session yet: %s", error.message)
+                await self._clock.sleep_ms(backoff.next_ms())
+            else:
+                self._lease.renew(sent_ms, opened.ttl_ms)
+                return opened
+
+    def _open_request(self) -> pb.OpenSessionRequest:
+        return pb.OpenSessionRequest(
+            agent_id=self._identity.agent_id,
+            role="ingest",
+            address=self._identity.address,
+            wal_id=self._identity.wal_id,
+            wal_ends=wal_ends(self._logs),
+        )
+
+    async def _live(self) -> None:
+        """Until the session is lost."""
+        tasks = [
+            asyncio.create_task(self._heartbeat_loop(), name="heartbeat"),
+            asyncio.create_task(self._feed_loop(), name="feed"),
+            asyncio.create_task(self._reconcile_loop(), name="reconcile"),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except SessionExpired:
+            return
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Gives the session back, if the coordinator answers; else it expires."""
+        session_id = self._holder.session_id
+        self._holder.set("")
+        self._lease.drop()
+        if session_id:
+            try:
+                await self._coordinator.close_session(pb.CloseSessionRequest(session_id=session_id))
+            except StreamHouseError as error:
+                log.warning("the session could not be closed, it will expire: %s", error.message)
+
+    # ---- heartbeats
+
+    def want_heartbeat(self) -> None:
+        """A range runs low: do not wait for the next beat."""
+        self._beat_now.set()
+
+    async def _heartbeat_loop(self) -> None:
+        """Returns or raises SessionExpired when the session is lost."""
+        backoff = self._make_backoff()
+        wait_ms: float = self._interval_ms
+        while True:
+            await ends_within(self._clock, self._beat_now.wait(), wait_ms)
+            self._beat_now.clear()
+            sent_ms = self._clock.monotonic_ms()
+            request = pb.HeartbeatRequest(session_id=self._holder.session_id, low_ranges=_low_ranges(self._logs))
+            try:
+                response = await self._coordinator.heartbeat(request)
+            except SessionExpired:
+                raise
+            except StreamHouseError as error:
+                log.warning("heartbeat failed: %s", error.message)
+                wait_ms = min(backoff.next_ms(), self._interval_ms)
+                continue
+            backoff.reset()
+            wait_ms = self._interval_ms
+            self._lease.renew(sent_ms, response.ttl_ms)
+            for grant in response.extended:
+                self._ranges.extend(LogKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)
+            if response.grants_version != self._grants_version:
+                self.want_reconcile()
+
+    # ---- the feed
+
+    async def _feed_loop(self) -> None:
+        """Follows the events from the last seen position, reconnecting. Returns when the session is closed."""
+        backoff = self._make_backoff()
+        while True:
+            request = pb.FollowEventsRequest(
+                after_position=self._position,
+                types=[kind.__name__ for kind in FOLLOWED],
+                session_id=self._holder.session_id,
+            )
+            try:
+                async for row in self._coordinator.follow_events(request):
+                    backoff.reset()
+                    self._position = row.position
+                    event = event_from_json(row.type, row.payload_json)
+                    if event is not None and self._closes_us(event):
+                        return
+                    if event is not None:
+                        self._handle(event)
+            except SessionExpired:
+                raise
+            except StreamHouseError as error:
+                log.warning("the event feed broke off: %s", error.message)
+            await self._clock.sleep_ms(backoff.next_ms())
+
+    def _closes_us(self, event: Event) -> bool:
+        return isinstance(event, SessionClosed) and event.session_id == self._holder.session_id
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case SegmentRegistered(segment=segment):
+                key = LogKey(bytes.fromhex(segment.topic_id), segment.partition, segment.epoch)
+                self._ranges.registered(key, segment.end_offset)
+            case BufferCompleted(buffer_id=buffer_id):
+                self._sealer.completed(buffer_id)
+            case RangeExtended():
+                self._ranges.extend(_key(event), event.limit_offset)
+            case EpochGranted() | MoveRequested():
+                if event.agent_id == self._identity.agent_id:
+                    self.want_reconcile()
+            case RangeSettled() | RangeOrphaned() | RangeLost():
+                if self._logs.get(_key(event)) is not None:
+                    self.want_reconcile()
+            case TopicDeleted():
+                topic_id = bytes.fromhex(event.topic_id)
+                if any(held.log.key.topic_id == topic_id for held in self._logs):
+                    self.want_reconcile()
+
+    # ---- grants
+
+    def want_reconcile(self) -> None:
+        self._reconcile_wanted.set()
+
+    async def reconcile(self) -> None:
+        """Takes in the grants as they are now; returns when that is done or the session is lost."""
+        self._reconciled.clear()
+        self.want_reconcile()
+        await self._reconciled.wait()
+
+    async def _reconcile_loop(self) -> None:
+        backoff = self._make_backoff()
+        while True:
+            await self._reconcile_wanted.wait()
+            self._reconcile_wanted.clear()
+            try:
+                await self._reconcile()
+            except SessionExpired:
+                raise
+            except StreamHouseError as error:
+                log.warning("cannot take in the grants: %s", error.message)
+                self._reconcile_wanted.set()
+                await self._clock.sleep_ms(backoff.next_ms())
+                continue
+            backoff.reset()
+            self._reconciled.set()
+
+    async def _reconcile(self) -> None:
+        response = await self._coordinator.get_grants(pb.GetGrantsRequest(session_id=self._holder.session_id))
+        await self._ranges.take_in(response.grants)
+        if spans := self._ranges.lost_spans():
+            await self._coordinator.report_lost(pb.ReportLostRequest(session_id=self._holder.session_id, spans=spans))
+        self._grants_version = response.grants_version
+
+
+def _key(event: RangeExtended | RangeSettled | RangeOrphaned | RangeLost) -> LogKey:
+    return LogKey(bytes.fromhex(event.topic_id), event.partition, event.epoch)
+
+
+def wal_ends(helds: Iterable[HeldLog]) -> list[pb.WalEnd]:
+    """Up to where the log holds each range."""
+    return [
+        pb.WalEnd(
+            topic_id=held.log.key.topic_id,
+            partition=held.log.key.partition,
+            epoch=held.log.key.epoch,
+            end_offset=held.log.next_offset,
+        )
+        for held in helds
+    ]
+
+
+def _low_ranges(logs: Logs) -> list[pb.RangeUse]:
+    return [
+        pb.RangeUse(
+            topic_id=held.log.key.topic_id,
+            partition=held.log.key.partition,
+            epoch=held.log.key.epoch,
+            next_offset=held.log.next_offset,
+        )
+        for held in logs
+        if held.log.leading and held.log.runs_low
+    ]

@@ -1,0 +1,134 @@
+"""Settings of the ingest agent."""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+from shruntime.settings import MIB, CommonSettings
+
+GIB = 1024 * MIB
+
+
+class IngestSettings(CommonSettings):
+    service: ClassVar[str] = "ingest"
+
+    agent_id: str = Field(
+        "ingest-0",
+        min_length=1,
+        max_length=128,
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="name of this agent, the same after every restart; the write-ahead log belongs to it",
+    )
+    wal_dir: str = Field("wal", min_length=1, description="directory of the write-ahead log, on a local disk")
+    wal_fsync: Literal["always", "interval", "never"] = Field(
+        "always",
+        description="always: fsync before the ack; interval: acks do not wait, a power loss may cost wal_fsync_interval_ms of "
+        "them; never: the operating system decides, for tests",
+    )
+    wal_fsync_interval_ms: int = Field(
+        100, ge=1, le=60_000, description="ms between fsyncs with wal_fsync=interval: what a power loss may cost"
+    )
+    wal_file_bytes: int = Field(
+        128 * MIB,
+        ge=64 * 1024,
+        le=4 * GIB,
+        description="bytes of one log file; space is given back in files, so two sealed buffers' worth",
+    )
+    wal_bytes_max: int = Field(
+        8 * GIB,
+        ge=256 * 1024,
+        description="bytes of the whole log, beyond which producers are refused: minutes of an object store outage",
+    )
+    wal_group_bytes_max: int = Field(
+        8 * MIB,
+        ge=64 * 1024,
+        le=256 * MIB,
+        description="bytes written with one fsync: about 10 ms of a disk's bandwidth",
+    )
+    memory_bytes_max: int = Field(
+        512 * MIB,
+        ge=1 * MIB,
+        description="bytes of batches held in memory; beyond, they are read from the log again when asked for",
+    )
+    tail_cache_bytes: int = Field(
+        64 * MIB,
+        ge=0,
+        description="bytes of registered batches kept for readers that are just behind: one sealed buffer",
+    )
+    queue_bytes_max: int = Field(
+        64 * MIB,
+        ge=64 * 1024,
+        description="bytes waiting to be written, beyond which producers are refused: eight groups",
+    )
+    batch_bytes_max: int = Field(
+        16 * MIB, ge=1024, le=16 * MIB, description="bytes of one record batch; the format's own limit is 16 MiB"
+    )
+    records_per_plain_request_max: int = Field(
+        10_000, ge=1, le=100_000, description="plain records in one request: 20 ms of encoding on the server"
+    )
+    producers_per_partition_max: int = Field(
+        1_000,
+        ge=1,
+        le=100_000,
+        description="idempotent producers remembered per partition, 130 bytes each in each sealed buffer",
+    )
+    seal_bytes: int = Field(
+        64 * MIB,
+        ge=64 * 1024,
+        le=256 * MIB,
+        description="bytes of one partition that make a segment: S3 likes large objects",
+    )
+    seal_age_ms: int = Field(
+        10_000, ge=10, le=3_600_000, description="ms after which a buffer is sealed anyway: how old the log's tail gets"
+    )
+    durable_linger_ms: int = Field(
+        20,
+        ge=0,
+        le=10_000,
+        description="ms a durable ack waits for company before its buffer is sealed: one object for all",
+    )
+    produce_timeout_ms: int = Field(
+        30_000, ge=1, le=600_000, description="ms a produce call waits for its ack level when it names no time itself"
+    )
+    timestamp_ahead_ms_max: int = Field(
+        86_400_000,
+        ge=0,
+        description="ms a timestamp may lie ahead of the server's clock; one further ahead would defeat retention",
+    )
+    stream_requests_in_flight_max: int = Field(
+        256, ge=1, le=100_000, description="requests of one ProduceStream that may be unanswered"
+    )
+    stream_bytes_in_flight_max: int = Field(
+        16 * MIB, ge=1024, description="bytes of one ProduceStream that may be unanswered: a quarter of the queue"
+    )
+    read_tail_bytes_max: int = Field(
+        8 * MIB, ge=64 * 1024, le=32 * MIB, description="bytes of one ReadTail answer, whatever was asked for"
+    )
+    read_tail_wait_ms_max: int = Field(30_000, ge=0, le=600_000, description="ms a ReadTail may wait for new records")
+    lease_margin_ms: int = Field(
+        2_000,
+        ge=0,
+        le=600_000,
+        description="ms before its lease runs out that the agent stops acknowledging: clock drift",
+    )
+    move_timeout_ms: int = Field(
+        10_000,
+        ge=1,
+        le=600_000,
+        description="ms a partition that moves away may refuse writes while its last records register",
+    )
+    retry_first_ms: int = Field(
+        50, ge=1, le=60_000, description="ms before a failed call to the coordinator is repeated"
+    )
+    retry_max_ms: int = Field(5_000, ge=1, le=600_000, description="ms that such a wait grows to")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.wal_bytes_max < 2 * self.wal_file_bytes:
+            raise ValueError(
+                f"wal_bytes_max ({self.wal_bytes_max}) must hold two files of wal_file_bytes ({self.wal_file_bytes})"
+            )
+        if self.queue_bytes_max < self.batch_bytes_max:
+            raise ValueError(
+                f"queue_bytes_max ({self.queue_bytes_max}) must hold one of batch_bytes_max ({self.batch_bytes_max})"
+            )
+        return self

@@ -1,0 +1,121 @@
+"""Reads what the agent holds: the acknowledged tail for query services, slices for segmenters."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from shproto.errors import DataLoss, Fenced, StreamHouseError
+from shproto.v1 import ingest_pb2 as pb
+from shruntime.clock import Clock
+
+from streamhouse_ingest.adapters.wal import WalDamaged, WalFileGone, WalReader
+from streamhouse_ingest.core.buffer import WalPosition
+from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
+from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.waiting import done_within
+
+# gRPC moves 1 MiB messages at 1-2 GB/s and smaller ones slower; larger ones only cost memory.
+SLICE_MESSAGE_BYTES = 1024 * 1024
+
+Picked = list[tuple[WalPosition, bytes | None]]
+
+
+class TailReader:
+    """Batches from memory, and from the log's files where memory has given them up."""
+
+    def __init__(self, logs: Logs, reader: WalReader, clock: Clock, *, bytes_max: int, wait_ms_max: int) -> None:
+        self._logs = logs
+        self._reader = reader
+        self._clock = clock
+        self._bytes_max = bytes_max
+        self._wait_ms_max = wait_ms_max
+
+    async def read_tail(self, request: pb.ReadTailRequest) -> pb.ReadTailResponse:
+        """Raises DataLoss when `offset` lies in a damaged span of the log."""
+        deadline_ms = self._clock.monotonic_ms() + min(request.max_wait_ms, self._wait_ms_max)
+        held = self._find(request.topic_id, request.partition, request.offset)
+        if held is None:
+            return pb.ReadTailResponse(not_held=True)
+        if request.offset == held.log.next_offset:
+            await self._wait_for_more(held, request.offset, deadline_ms)
+            held = self._find(request.topic_id, request.partition, request.offset)
+            if held is None:
+                return pb.ReadTailResponse(not_held=True)
+        log = held.log
+        bytes_max = min(request.max_bytes or self._bytes_max, self._bytes_max)
+        response = pb.ReadTailResponse(high_watermark=log.next_offset, tail_start_offset=log.held_from)
+        picked = log.read(request.offset, log.next_offset, bytes_max)
+        if not picked and (gap := log.gap_at(request.offset)) is not None:
+            raise _lost(log, gap.base_offset, gap.end_offset, "these records were damaged in the write-ahead log")
+        try:
+            response.batches.extend(await self._bytes_of(log, picked))
+        except WalFileGone:  # registered and trimmed while we were about to read: plan anew
+            return pb.ReadTailResponse(high_watermark=log.next_offset, tail_start_offset=log.next_offset)
+        return response
+
+    def _find(self, topic_id: bytes, partition: int, offset: int) -> HeldLog | None:
+        """The log whose range holds `offset`; the newest one at its own end."""
+        found = None
+        for held in self._logs.of_partition(topic_id, partition):
+            if held.log.start_offset <= offset <= held.log.next_offset:
+                found = held
+        return found
+
+    async def _wait_for_more(self, held: HeldLog, offset: int, deadline_ms: int) -> None:
+        while held.log.next_offset == offset and self._logs.get(held.log.key) is held:
+            left_ms = deadline_ms - self._clock.monotonic_ms()
+            if left_ms <= 0 or not await done_within(self._clock, held.changed(), left_ms):
+                return
+
+    async def pull_slice(self, request: pb.PullSliceRequest) -> AsyncIterator[pb.PullSliceResponse]:
+        """Exactly [base_offset, end_offset). Raises Fenced when it is not held (any more), DataLoss when damaged."""
+        key = LogKey(request.topic_id, request.partition, request.epoch)
+        offset = request.base_offset
+        while offset < request.end_offset:
+            held = self._logs.get(key)
+            picked = held.log.read(offset, request.end_offset, SLICE_MESSAGE_BYTES) if held is not None else []
+            if held is None or not picked:
+                raise self._not_held(held, request, offset)
+            next_offset = held.log.end_after(offset, len(picked))
+            try:
+                batches = await self._bytes_of(held.log, picked)
+            except WalFileGone as error:
+                raise self._not_held(None, request, offset) from error
+            yield pb.PullSliceResponse(batches=batches)
+            offset = next_offset
+
+    def _not_held(self, held: HeldLog | None, request: pb.PullSliceRequest, offset: int) -> StreamHouseError:
+        if held is not None and (gap := held.log.gap_at(offset)) is not None:
+            return _lost(held.log, gap.base_offset, gap.end_offset, "damaged in the write-ahead log")
+        return Fenced(
+            f"offsets {offset} to {request.end_offset} of epoch {request.epoch} are not held here any more",
+            partition=request.partition,
+            epoch=request.epoch,
+            offset=offset,
+            buffer_id=request.buffer_id,
+        )
+
+    async def _bytes_of(self, log: PartitionLog, picked: Picked) -> list[bytes]:
+        missing = [position for position, batch in picked if batch is None]
+        if not missing:
+            return [batch for _, batch in picked if batch is not None]
+        try:
+            read = iter(await asyncio.to_thread(self._reader.read, missing))
+        except WalDamaged as error:
+            raise DataLoss(
+                f"{log.describe()}: {error}",
+                topic=log.topic,
+                partition=log.key.partition,
+                file=error.path.name,
+                at=error.position.at,
+            ) from error
+        return [next(read) if batch is None else batch for _, batch in picked]
+
+
+def _lost(log: PartitionLog, base_offset: int, end_offset: int, why: str) -> DataLoss:
+    return DataLoss(
+        f"{log.describe()}: offsets {base_offset} to {end_offset} are lost: {why}",
+        topic=log.topic,
+        partition=log.key.partition,
+        base_offset=base_offset,
+        end_offset=end_offset,
+    )

@@ -1,0 +1,88 @@
+"""What to answer for a partition this agent does not lead: unknown topic, unknown partition, or somebody else's."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from shproto.errors import InvalidArgument, UnknownPartition, UnknownTopic
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2 as pb
+from shruntime.clock import Clock
+
+from streamhouse_ingest.logs import HeldLog, Logs, not_leader
+from streamhouse_ingest.waiting import ends_within
+
+# Long enough that a producer in a retry loop asks the coordinator once a second, short enough for a new topic.
+_REMEMBER_MS = 1_000
+# Names are given by anybody: so many are remembered at once, the oldest go.
+_NAMES_MAX = 1_024
+_NAME_LENGTH_MAX = 249  # as in Kafka; the coordinator refuses longer ones
+
+
+class TopicLookup:
+    """Asks the coordinator, at most once per name and second, however many producers ask."""
+
+    def __init__(
+        self,
+        logs: Logs,
+        coordinator: CoordinatorApi,
+        clock: Clock,
+        agent_id: str,
+        reconcile: Callable[[], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._logs = logs
+        self._coordinator = coordinator
+        self._clock = clock
+        self._agent_id = agent_id
+        self._reconcile = reconcile
+        self._known: OrderedDict[str, tuple[int, asyncio.Task[pb.TopicMetadata | None]]] = OrderedDict()
+
+    async def find_leader(self, topic: str, partition: int) -> HeldLog:
+        """The log to append to, if a grant is only just arriving. Raises UnknownTopic, UnknownPartition, NotLeader."""
+        if not 0 < len(topic) <= _NAME_LENGTH_MAX:
+            raise InvalidArgument(
+                f"topic has {len(topic)} characters, must be 1 to {_NAME_LENGTH_MAX}",
+                field="topic",
+                value=topic[:_NAME_LENGTH_MAX],
+                limit=_NAME_LENGTH_MAX,
+            )
+        metadata = await self._metadata(topic)
+        if metadata is None:
+            raise UnknownTopic(f"there is no topic {topic}", topic=topic)
+        if partition >= metadata.topic.partitions:
+            count = metadata.topic.partitions
+            raise UnknownPartition(
+                f"topic {topic} has partitions 0 to {count - 1}, not {partition}",
+                topic=topic,
+                partition=partition,
+                partitions=count,
+            )
+        held = self._logs.led(topic, partition)
+        if held is None:
+            leader = next((item.agent_id for item in metadata.leaders if item.partition == partition), "")
+            raise not_leader(topic, partition, f"its leader is {leader}" if leader else "it has no leader now")
+        return held
+
+    async def _metadata(self, topic: str) -> pb.TopicMetadata | None:
+        now_ms = self._clock.monotonic_ms()
+        known = self._known.get(topic)
+        if known is None or now_ms >= known[0]:
+            self._known.pop(topic, None)
+            task = asyncio.ensure_future(self._ask(topic))
+            known = self._known[topic] = (now_ms + _REMEMBER_MS, task)
+            if len(self._known) > _NAMES_MAX:
+                self._known.popitem(last=False)
+        return await asyncio.shield(known[1])
+
+    async def _ask(self, topic: str) -> pb.TopicMetadata | None:
+        try:
+            response = await self._coordinator.get_metadata(pb.GetMetadataRequest(topics=[topic]))
+        except UnknownTopic:
+            return None
+        metadata = next((item for item in response.topics if item.topic.topic == topic), None)
+        if metadata is not None and any(leader.agent_id == self._agent_id for leader in metadata.leaders):
+            await ends_within(
+                self._clock, self._reconcile(), _REMEMBER_MS
+            )  # ours, but the event has not reached us yet
+        return metadata

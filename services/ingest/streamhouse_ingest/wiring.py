@@ -1,0 +1,75 @@
+"""Puts the ingest agent together: the only module that names concrete classes of other services."""
+
+import logging
+from dataclasses import dataclass
+
+from shproto.services import CoordinatorApi, CoordinatorClient
+from shproto.v1 import ingest_pb2
+from shruntime.clock import Clock, SystemClock
+from shruntime.logs import configure_logging
+from shruntime.peers import connect_to_coordinators
+from shruntime.server import RpcServer
+from shruntime.tasks import Tasks, wait_for_stop
+from shruntime.telemetry import Telemetry
+
+from streamhouse_ingest.agent import Agent
+from streamhouse_ingest.api import IngestApi
+from streamhouse_ingest.settings import IngestSettings
+
+log = logging.getLogger(__name__)
+
+# Calls that still run when everything is drained are long polls; they retry elsewhere.
+CALL_GRACE_MS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class IngestService:
+    """`api` answers Unavailable until `start` is done. `tasks.failed` is set when the agent cannot go on."""
+
+    api: IngestApi
+    agent: Agent
+
+    @property
+    def tasks(self) -> Tasks:
+        return self.agent.tasks
+
+    async def start(self, advertised_address: str) -> None:
+        """Locks and replays the log, opens the session, serves. Raises WalDirectoryError, AgentIdTaken, OSError."""
+        await self.agent.start(advertised_address)
+
+    async def stop(self) -> None:
+        """Drains, then closes everything."""
+        await self.agent.stop()
+
+
+def build(settings: IngestSettings, coordinator: CoordinatorApi, clock: Clock | None = None) -> IngestService:
+    """The agent over whatever coordinator: a client, or the service itself in the same process."""
+    agent = Agent(settings, coordinator, clock or SystemClock())
+    api = IngestApi(
+        agent,
+        requests_in_flight_max=settings.stream_requests_in_flight_max,
+        bytes_in_flight_max=settings.stream_bytes_in_flight_max,
+    )
+    return IngestService(api, agent)
+
+
+async def run(settings: IngestSettings) -> None:
+    """One ingest process: serves until SIGINT or SIGTERM, then drains. Raises what ended it otherwise."""
+    configure_logging("ingest", settings.log_level, settings.log_json)
+    telemetry = Telemetry.configure("ingest", settings)
+    connection = connect_to_coordinators(settings, telemetry)
+    service = build(settings, CoordinatorClient(connection))
+    descriptor = ingest_pb2.DESCRIPTOR.services_by_name["Ingest"]
+    server = RpcServer(settings.listen, [(descriptor, service.api)], telemetry.server())
+    try:
+        await server.start()
+        log.info("listening on %s", server.address)
+        await service.start(settings.advertise or server.address)
+        await server.set_serving(True)
+        await wait_for_stop(service.tasks)
+    finally:
+        await server.set_serving(False)
+        await service.stop()
+        await server.stop(CALL_GRACE_MS)
+        await connection.close()
+        telemetry.shutdown()

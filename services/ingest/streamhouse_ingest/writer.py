@@ -1,0 +1,337 @@
+"""Group commit: takes what is queued, decides it, writes and syncs it in one go, then applies it and answers in order.
+
+One task; while the log's thread writes a group, the next one gathers in the queue. State changes only after the
+write, so that a failed group leaves nothing behind.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from shformat import BatchHeader, stamp_batch
+from shproto.errors import (
+    DiskFull,
+    Overloaded,
+    ProducerFenced,
+    SequenceGap,
+    ShuttingDown,
+    StreamHouseError,
+    Unavailable,
+)
+from shruntime.clock import Clock
+
+from streamhouse_ingest.adapters.wal import Frame, Wal, WalBroken, WalFull
+from streamhouse_ingest.core.buffer import WalPosition
+from streamhouse_ingest.core.lease import Lease
+from streamhouse_ingest.core.partition_log import BatchAppended, Decision, Draft, NotLed, RangeExhausted
+from streamhouse_ingest.core.producers import DuplicateOf, FencedBy, OutOfSequence
+from streamhouse_ingest.core.wal_index import WalIndex
+from streamhouse_ingest.logs import HeldLog, Logs, not_leader
+from streamhouse_ingest.metrics import IngestMetrics
+
+log = logging.getLogger(__name__)
+
+_QUEUE_RETRY_MS = 20  # the queue drains a group every few milliseconds
+_WAL_RETRY_MS = 1000  # space comes back when a segment is registered, once per sealed buffer
+_RANGE_RETRY_MS = 100  # an extension takes one call to the coordinator
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The log has the batch. For a duplicate: the offset it got the first time."""
+
+    held: HeldLog
+    base_offset: int
+    end_offset: int
+    duplicate: bool
+
+
+class Append:
+    """A validated batch on its way to the log; `written` is absent when nobody waits (acks none).
+
+    The outcome is a value, errors too: whoever asked may have gone by then.
+    """
+
+    __slots__ = ("batch", "durable", "header", "held", "queued_ms", "traceparent", "written")
+
+    def __init__(
+        self,
+        held: HeldLog,
+        header: BatchHeader,
+        batch: bytes,
+        *,
+        durable: bool = False,
+        traceparent: str = "",
+        written: asyncio.Future[Written | StreamHouseError] | None = None,
+    ) -> None:
+        self.held = held
+        self.header = header
+        self.batch = batch
+        self.durable = durable
+        self.traceparent = traceparent
+        self.written = written
+        self.queued_ms = 0
+
+
+Decided = tuple[Append, Decision, Frame | None]
+
+
+@dataclass(frozen=True, slots=True)
+class WriterLimits:
+    queue_bytes_max: int
+    group_bytes_max: int
+    wal_bytes_max: int
+
+
+class Writer:
+    """Owns the queue in front of the write-ahead log. `on_append` is told of every batch that was applied."""
+
+    def __init__(
+        self,
+        logs: Logs,
+        wal: Wal,
+        index: WalIndex,
+        lease: Lease,
+        thread: Executor,
+        clock: Clock,
+        limits: WriterLimits,
+        metrics: IngestMetrics,
+        on_append: Callable[[HeldLog], None],
+    ) -> None:
+        self._logs = logs
+        self._wal = wal
+        self._index = index
+        self._lease = lease
+        self._thread = thread
+        self._clock = clock
+        self._limits = limits
+        self._metrics = metrics
+        self._on_append = on_append
+        self._queue: deque[Append] = deque()
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._refusing: StreamHouseError | None = None
+        self.queue_bytes = 0  # waiting or being written
+
+    def submit(self, append: Append) -> None:
+        """Queues the batch. Raises Overloaded, ShuttingDown, Unavailable when it is not taken."""
+        if self._refusing is not None:
+            raise type(self._refusing)(self._refusing.message, retry_after_ms=self._refusing.retry_after_ms)
+        size_bytes = len(append.batch)
+        if self.queue_bytes + size_bytes > self._limits.queue_bytes_max:
+            raise _overloaded("queue_bytes_max", self._limits.queue_bytes_max, self.queue_bytes, _QUEUE_RETRY_MS)
+        wal_bytes = self._index.size_bytes + self.queue_bytes
+        if wal_bytes + size_bytes > self._limits.wal_bytes_max:
+            raise _overloaded("wal_bytes_max", self._limits.wal_bytes_max, wal_bytes, _WAL_RETRY_MS)
+        if self._logs.memory_full:
+            raise _overloaded("memory_bytes_max", self._logs.memory_bytes_max, self._logs.memory_bytes, _WAL_RETRY_MS)
+        append.queued_ms = self._clock.monotonic_ms()
+        self.queue_bytes += size_bytes
+        self._queue.append(append)
+        self._wake.set()
+
+    def refuse(self, error: StreamHouseError) -> None:
+        """From now on new batches get this answer; what is queued is still written."""
+        self._refusing = error
+
+    async def barrier(self) -> None:
+        """Returns once the group that is being written, if any, is applied."""
+        await self._idle.wait()
+
+    async def drain(self) -> None:
+        """Returns once everything queued is written; call after refuse()."""
+        while self._queue or not self._idle.is_set():
+            await self._idle.wait()
+            await asyncio.sleep(0)
+
+    async def run(self) -> None:
+        """Writes groups for ever. Raises WalBroken when the log cannot be trusted any more."""
+        try:
+            while True:
+                await self._wake.wait()
+                if group := self._take():
+                    await self._write(group)
+                else:
+                    self._wake.clear()
+        finally:
+            self._fail_queued()
+
+    # ---- one group
+
+    def _take(self) -> list[Append]:
+        group: list[Append] = []
+        room = self._limits.group_bytes_max
+        while self._queue and (not group or len(self._queue[0].batch) <= room):
+            append = self._queue.popleft()
+            room -= len(append.batch)
+            group.append(append)
+        return group
+
+    async def _write(self, group: list[Append]) -> None:
+        self._idle.clear()
+        try:
+            decided = self._decide(group)
+            frames = [frame for _, _, frame in decided if frame is not None]
+            positions = await self._append(frames) if frames else []
+            self._apply(decided, iter(positions))
+        except WalFull as error:
+            self._fail(group, DiskFull(f"the write-ahead log cannot grow: {error}", retry_after_ms=_WAL_RETRY_MS))
+        except WalBroken:
+            self.refuse(_broken())
+            self._fail(group, _broken())
+            raise
+        except asyncio.CancelledError:
+            self._fail(group, Unavailable("stopped while the batch was written; the outcome is unknown"))
+            raise
+        finally:
+            self.queue_bytes -= sum(len(append.batch) for append in group)
+            self._idle.set()
+
+    def _decide(self, group: list[Append]) -> list[Decided]:
+        drafts: dict[HeldLog, Draft] = {}
+        led = self._lease.held(self._clock.monotonic_ms())
+        decided: list[Decided] = []
+        for append in group:
+            draft = drafts.get(append.held)
+            if draft is None:
+                draft = drafts[append.held] = Draft(append.held.log)
+            header = append.header
+            decision = draft.decide(header.record_count, header.producer) if led else NotLed()
+            frame = None
+            if isinstance(decision, BatchAppended):
+                key = append.held.log.key
+                batch = stamp_batch(append.batch, decision.base_offset, key.epoch)
+                frame = Frame(key, decision.base_offset, header.record_count, batch)
+            decided.append((append, decision, frame))
+        return decided
+
+    async def _append(self, frames: list[Frame]) -> list[WalPosition]:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        try:
+            positions = await loop.run_in_executor(self._thread, self._wal.append, frames)
+        finally:
+            if self._wal.active is not None:
+                self._index.resize(self._wal.active, self._wal.active_bytes)
+        self._metrics.write_ms.record((loop.time() - started) * 1000)
+        self._metrics.group_bytes.record(sum(position.size_bytes for position in positions))
+        return positions
+
+    # ---- after the write
+
+    def _apply(self, decided: list[Decided], positions: Iterator[WalPosition]) -> None:
+        now_ms = self._clock.monotonic_ms()
+        # A leader that was stopped in the middle (SIGSTOP, a stuck disk) keeps what it wrote, but acknowledges nothing.
+        led = self._lease.held(now_ms)
+        touched: dict[HeldLog, None] = {}
+        for append, decision, frame in decided:
+            if isinstance(decision, BatchAppended):
+                assert frame is not None
+                self._apply_one(append, decision, frame, next(positions), now_ms)
+                touched[append.held] = None
+            if append.durable and _waits_for_seal(append, decision):
+                append.held.durable_since_ms = append.held.durable_since_ms or now_ms
+                touched[append.held] = None
+            if append.written is not None and not append.written.done():
+                answer = self._answer(append, decision) if led else _lease_lost(append)
+                append.written.set_result(answer)
+        for held in touched:
+            held.notify()
+            self._on_append(held)
+        self._logs.trim()
+
+    def _apply_one(
+        self, append: Append, event: BatchAppended, frame: Frame, position: WalPosition, now_ms: int
+    ) -> None:
+        held = append.held
+        held.log.apply(event, position, frame.batch, now_ms)
+        self._logs.appended(held, position.size_bytes)
+        self._index.note(position.file, held.log.key, event.base_offset + event.record_count)
+        if append.traceparent:
+            held.traceparents.append(append.traceparent)
+        self._metrics.records.add(event.record_count)
+        self._metrics.bytes.add(position.size_bytes)
+        self._metrics.append_ms.record(now_ms - append.queued_ms)
+
+    def _answer(self, append: Append, decision: Decision) -> Written | StreamHouseError:
+        count = append.header.record_count
+        if isinstance(decision, BatchAppended):
+            return Written(append.held, decision.base_offset, decision.base_offset + count, duplicate=False)
+        if isinstance(decision, DuplicateOf):
+            self._metrics.duplicates.add(1)
+            return Written(append.held, decision.base_offset, decision.base_offset + count, duplicate=True)
+        return _refusal(append, decision)
+
+    def _fail(self, group: list[Append], error: StreamHouseError) -> None:
+        for append in group:
+            if append.written is not None and not append.written.done():
+                append.written.set_result(error)
+
+    def _fail_queued(self) -> None:
+        self._fail(list(self._queue), ShuttingDown("the agent stops; the batch was not written"))
+        self.queue_bytes -= sum(len(append.batch) for append in self._queue)
+        self._queue.clear()
+
+
+def _waits_for_seal(append: Append, decision: Decision) -> bool:
+    """Is the batch, or the one it repeats, in the open buffer?"""
+    buffer = append.held.log.open
+    if buffer is None or not isinstance(decision, BatchAppended | DuplicateOf):
+        return False
+    return decision.base_offset >= buffer.base_offset
+
+
+def _refusal(append: Append, decision: Decision) -> StreamHouseError:
+    topic, partition = append.held.log.topic, append.held.log.key.partition
+    stamp = append.header.producer
+    match decision:
+        case OutOfSequence(expected):
+            assert stamp is not None
+            return SequenceGap(
+                f"{topic}/{partition}: batch with sequence {stamp.base_sequence}, expected {expected}",
+                topic=topic,
+                partition=partition,
+                producer_id=stamp.producer_id,
+                expected=expected,
+                got=stamp.base_sequence,
+            )
+        case FencedBy(held_epoch):
+            assert stamp is not None
+            return ProducerFenced(
+                f"{topic}/{partition}: producer epoch {stamp.producer_epoch}, {held_epoch} has written",
+                producer_id=stamp.producer_id,
+                offered=stamp.producer_epoch,
+                held=held_epoch,
+            )
+        case RangeExhausted(limit_offset):
+            return Overloaded(
+                f"{topic}/{partition}: offsets up to {limit_offset} are used up, more are being asked for",
+                retry_after_ms=_RANGE_RETRY_MS,
+                limit="limit_offset",
+                value=limit_offset,
+            )
+        case _:
+            return not_leader(topic, partition, "its lease has moved or run out")
+
+
+def _lease_lost(append: Append) -> StreamHouseError:
+    log = append.held.log
+    return not_leader(log.topic, log.key.partition, "its lease ran out while the batch was written; outcome unknown")
+
+
+def _broken() -> StreamHouseError:
+    return Unavailable("the write-ahead log failed; the agent has to restart. The outcome of the batch is unknown")
+
+
+def _overloaded(limit: str, limit_bytes: int, value: int, retry_after_ms: int) -> Overloaded:
+    return Overloaded(
+        f"{limit} is {limit_bytes} bytes, {value} are in use",
+        retry_after_ms=retry_after_ms,
+        limit=limit,
+        limit_bytes=limit_bytes,
+        value=value,
+    )

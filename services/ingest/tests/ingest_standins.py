@@ -1,0 +1,411 @@
+"""A coordinator and a segmenter in memory: the calls an ingest agent makes, with the rules of registration."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from shformat import Records, decode_batch
+from shproto import events
+from shproto.errors import AgentIdTaken, SessionExpired, StreamHouseError, Unavailable, UnknownTopic
+from shproto.v1 import coordinator_pb2 as pb
+from shproto.v1 import ingest_pb2, types_pb2
+from streamhouse_ingest.settings import IngestSettings
+from streamhouse_ingest.wiring import IngestService, build
+
+MIB = 1024 * 1024
+
+
+@dataclass
+class Range:
+    topic: str
+    topic_id: bytes
+    partition: int
+    epoch: int
+    start: int
+    limit: int
+    registered_end: int
+    wal_id: bytes
+    agent_id: str
+    end: int | None = None
+    status: str = "open"
+    snapshot: bytes = b""
+    lost: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[bytes, int, int]:
+        return (self.topic_id, self.partition, self.epoch)
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "lost" or (self.end is not None and self.registered_end >= self.end)
+
+
+@dataclass
+class SessionState:
+    session_id: str
+    agent_id: str
+    wal_id: bytes
+    address: str
+
+
+class CoordinatorStandIn:
+    """`down` makes every call fail; `calls` counts them by name."""
+
+    def __init__(self, *, width: int = 2**30, ttl_ms: int = 30_000, heartbeat_ms: int = 10_000) -> None:
+        self.width = width
+        self.ttl_ms = ttl_ms
+        self.heartbeat_ms = heartbeat_ms
+        self.topics: dict[str, pb.TopicInfo] = {}
+        self.ranges: dict[tuple[bytes, int, int], Range] = {}
+        self.sessions: dict[str, SessionState] = {}
+        self.buffers: dict[str, pb.AnnounceBufferRequest] = {}
+        self.events: list[pb.Event] = []
+        self.calls: dict[str, int] = {}
+        self.down = False
+        self.version = 0
+        self._news = asyncio.Event()
+
+    def _called(self, name: str) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if self.down:
+            raise Unavailable("the coordinator is down")
+
+    def emit(self, event: events.Event) -> None:
+        row = pb.Event(
+            position=len(self.events) + 1,
+            stream_id=event.stream_id,
+            type=type(event).__name__,
+            payload_json=event.to_json(),
+        )
+        self.events.append(row)
+        self.version += 1
+        self._news.set()
+        self._news = asyncio.Event()
+
+    # ---- topics
+
+    def create(self, topic: str, partitions: int = 1, min_acks: int = types_pb2.ACKS_WAL) -> bytes:
+        info = pb.TopicInfo(topic_id=uuid.uuid4().bytes, topic=topic, partitions=partitions, min_acks=min_acks)
+        self.topics[topic] = info
+        self.assign()
+        return info.topic_id
+
+    def delete(self, topic: str) -> None:
+        info = self.topics.pop(topic)
+        self.ranges = {key: row for key, row in self.ranges.items() if row.topic_id != info.topic_id}
+        self.emit(events.TopicDeleted(info.topic_id.hex(), topic, 0))
+
+    async def get_metadata(self, request: pb.GetMetadataRequest) -> pb.GetMetadataResponse:
+        self._called("get_metadata")
+        response = pb.GetMetadataResponse()
+        for topic in request.topics:
+            if topic not in self.topics:
+                raise UnknownTopic(f"no topic {topic}", topic=topic)
+            info = self.topics[topic]
+            leaders = [
+                pb.LeaderInfo(partition=row.partition, agent_id=row.agent_id, epoch=row.epoch)
+                for row in self.ranges.values()
+                if row.topic_id == info.topic_id and row.status == "open"
+            ]
+            response.topics.append(pb.TopicMetadata(topic=info, leaders=leaders))
+        return response
+
+    # ---- sessions and ranges
+
+    def assign(self) -> None:
+        if not self.sessions:
+            return
+        session = list(self.sessions.values())[-1]
+        for info in self.topics.values():
+            for partition in range(info.partitions):
+                of = [r for r in self.ranges.values() if (r.topic_id, r.partition) == (info.topic_id, partition)]
+                last = max(of, key=lambda row: row.epoch, default=None)
+                if last is None or last.status in ("settled", "orphaned", "lost"):
+                    self._grant(info, partition, last, session)
+
+    def _grant(self, info: pb.TopicInfo, partition: int, last: Range | None, session: SessionState) -> None:
+        start = 0 if last is None else last.limit if last.end is None else last.end
+        row = Range(
+            info.topic,
+            info.topic_id,
+            partition,
+            1 if last is None else last.epoch + 1,
+            start,
+            start + self.width,
+            start,
+            session.wal_id,
+            session.agent_id,
+            snapshot=b"" if last is None else last.snapshot,
+        )
+        self.ranges[row.key] = row
+        hex_id = info.topic_id.hex()
+        self.emit(
+            events.EpochGranted(
+                hex_id,
+                info.topic,
+                partition,
+                row.epoch,
+                session.session_id,
+                session.agent_id,
+                session.wal_id.hex(),
+                row.start,
+                row.limit,
+            )
+        )
+
+    def settle(self, row: Range, end: int) -> None:
+        if row.status in ("open", "orphaned", "moving"):
+            row.end, row.status = max(end, row.registered_end), "settled"
+            self.emit(events.RangeSettled(row.topic_id.hex(), row.partition, row.epoch, row.end))
+
+    def move(self, topic: str, partition: int) -> None:
+        row = next(r for r in self.ranges.values() if (r.topic, r.partition, r.status) == (topic, partition, "open"))
+        row.status = "moving"
+        self.emit(events.MoveRequested(row.topic_id.hex(), topic, partition, row.epoch, "", row.agent_id))
+
+    async def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
+        self._called("open_session")
+        for other in list(self.sessions.values()):
+            if other.agent_id == request.agent_id and other.wal_id != request.wal_id:
+                raise AgentIdTaken("taken", agent_id=request.agent_id)
+            if other.wal_id == request.wal_id:
+                del self.sessions[other.session_id]
+        session = SessionState(str(uuid.uuid4()), request.agent_id, request.wal_id, request.address)
+        self.sessions[session.session_id] = session
+        position = len(self.events)
+        ends = {(end.topic_id, end.partition, end.epoch): end.end_offset for end in request.wal_ends}
+        for row in list(self.ranges.values()):
+            if row.wal_id == request.wal_id and not row.finished:
+                self.settle(row, ends.get(row.key, row.registered_end))
+        self.buffers.clear()
+        self.assign()
+        return pb.OpenSessionResponse(
+            session_id=session.session_id,
+            ttl_ms=self.ttl_ms,
+            heartbeat_interval_ms=self.heartbeat_ms,
+            resumed=[grant for grant in self._grants(request.wal_id) if grant.status != "open"],
+            feed_position=position,
+        )
+
+    def _session(self, session_id: str) -> SessionState:
+        if session_id not in self.sessions:
+            raise SessionExpired("gone", session_id=session_id)
+        return self.sessions[session_id]
+
+    def expire_all(self) -> None:
+        """Every session ends; open ranges are orphaned."""
+        self.sessions.clear()
+        for row in self.ranges.values():
+            if row.status == "open":
+                row.status = "orphaned"
+
+    def _grants(self, wal_id: bytes) -> list[pb.RangeGrant]:
+        return [self._grant_of(r) for r in self.ranges.values() if r.wal_id == wal_id and not r.finished]
+
+    def _grant_of(self, row: Range) -> pb.RangeGrant:
+        grant = pb.RangeGrant(
+            topic_id=row.topic_id,
+            topic=row.topic,
+            partition=row.partition,
+            epoch=row.epoch,
+            start_offset=row.start,
+            limit_offset=row.limit,
+            registered_end=row.registered_end,
+            min_acks=self.topics[row.topic].min_acks,
+            producer_snapshot=row.snapshot,
+            status=row.status,
+        )
+        if row.end is not None:
+            grant.end_offset = row.end
+        return grant
+
+    async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
+        self._called("heartbeat")
+        self._session(request.session_id)
+        extended = []
+        for use in request.low_ranges:
+            row = self.ranges[(use.topic_id, use.partition, use.epoch)]
+            if row.limit - use.next_offset < self.width // 4:
+                row.limit += self.width
+            extended.append(self._grant_of(row))
+        return pb.HeartbeatResponse(ttl_ms=self.ttl_ms, grants_version=self.version, extended=extended)
+
+    async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:
+        self._called("get_grants")
+        session = self._session(request.session_id)
+        return pb.GetGrantsResponse(grants=self._grants(session.wal_id), grants_version=self.version)
+
+    async def settle_ranges(self, request: pb.SettleRangesRequest) -> pb.SettleRangesResponse:
+        self._called("settle_ranges")
+        self._session(request.session_id)
+        for end in request.ends:
+            self.settle(self.ranges[(end.topic_id, end.partition, end.epoch)], end.end_offset)
+        self.assign()
+        return pb.SettleRangesResponse()
+
+    async def close_session(self, request: pb.CloseSessionRequest) -> pb.CloseSessionResponse:
+        self._called("close_session")
+        self.sessions.pop(request.session_id, None)
+        for row in self.ranges.values():
+            if row.status == "open":
+                row.status = "orphaned"
+        return pb.CloseSessionResponse()
+
+    # ---- buffers
+
+    async def announce_buffer(self, request: pb.AnnounceBufferRequest) -> pb.AnnounceBufferResponse:
+        self._called("announce_buffer")
+        self._session(request.session_id)
+        self.buffers.setdefault(request.buffer_id, request)
+        return pb.AnnounceBufferResponse()
+
+    def complete(self, buffer_id: str) -> None:
+        self.buffers.pop(buffer_id, None)
+        self.emit(events.BufferCompleted(buffer_id, ""))
+
+    def register(self, key: tuple[bytes, int, int], base: int, end: int, snapshot: bytes = b"", lost: str = "") -> bool:
+        """The compare-and-set: False when the span does not begin at registered_end or leaves the range."""
+        row = self.ranges.get(key)
+        if row is None or base != row.registered_end or end > (row.limit if row.end is None else row.end):
+            return False
+        row.registered_end = end
+        row.snapshot = snapshot or row.snapshot
+        segment = events.Segment(
+            str(uuid.uuid4()),
+            row.topic_id.hex(),
+            row.topic,
+            row.partition,
+            row.epoch,
+            base,
+            end,
+            end - base,
+            "",
+            0,
+            0,
+            0,
+            0,
+            0,
+            lost,
+        )
+        self.emit(events.SegmentRegistered(segment, ""))
+        return True
+
+    async def report_lost(self, request: pb.ReportLostRequest) -> pb.ReportLostResponse:
+        self._called("report_lost")
+        self._session(request.session_id)
+        for span in request.spans:
+            row = self.ranges[(span.topic_id, span.partition, span.epoch)]
+            if (span.base_offset, span.end_offset) not in row.lost:
+                row.lost.append((span.base_offset, span.end_offset))
+            self.register(row.key, span.base_offset, span.end_offset, lost=span.reason)
+        return pb.ReportLostResponse()
+
+    def fill_holes(self) -> None:
+        """Registers the reported holes that registration has reached."""
+        for row in self.ranges.values():
+            for base, end in row.lost:
+                self.register(row.key, base, end, lost="damaged")
+
+    # ---- events
+
+    async def follow_events(self, request: pb.FollowEventsRequest) -> AsyncIterator[pb.Event]:
+        self._called("follow_events")
+        position = request.after_position
+        while True:
+            news = self._news
+            while position < len(self.events):
+                event = self.events[position]
+                position += 1
+                if not request.types or event.type in request.types:
+                    yield event
+            await news.wait()
+            if self.down:
+                raise Unavailable("the coordinator is down")
+
+
+class SegmenterStandIn:
+    """Pulls announced buffers and registers them; `segments` is the object store: key -> records."""
+
+    def __init__(self, coordinator: CoordinatorStandIn, service: IngestService) -> None:
+        self.coordinator = coordinator
+        self.service = service
+        self.segments: dict[tuple[bytes, int, int, int], Records] = {}
+
+    async def drain(self) -> int:
+        """Builds everything announced so far; returns how many buffers."""
+        done = 0
+        for buffer_id, request in list(self.coordinator.buffers.items()):
+            for part in request.slices:
+                await self._build(buffer_id, part)
+            self.coordinator.complete(buffer_id)
+            done += 1
+        return done
+
+    async def _build(self, buffer_id: str, part: pb.BufferSlice) -> None:
+        self.coordinator.fill_holes()
+        key = (part.topic_id, part.partition, part.epoch)
+        records = await pull(self.service, key, part.base_offset, part.end_offset, buffer_id)
+        if self.coordinator.register(key, part.base_offset, part.end_offset, part.producer_snapshot):
+            self.segments[(*key, part.base_offset)] = records
+
+    async def run(self) -> None:
+        while True:
+            if not await self.drain():
+                await asyncio.sleep(0.005)
+
+
+async def pull(
+    service: IngestService, key: tuple[bytes, int, int], base: int, end: int, buffer_id: str = ""
+) -> Records:
+    request = ingest_pb2.PullSliceRequest(
+        buffer_id=buffer_id, topic_id=key[0], partition=key[1], epoch=key[2], base_offset=base, end_offset=end
+    )
+    parts = [decode_batch(b) async for r in service.api.pull_slice(request) for b in r.batches]
+    records = Records.concat(parts)
+    assert (int(records.offsets[0]), int(records.offsets[-1]) + 1) == (base, end)
+    return records
+
+
+def settings(directory: object, **overrides: Any) -> IngestSettings:
+    """Small and quick, everything else as in production."""
+    values: dict[str, Any] = {
+        "wal_dir": str(directory),
+        "agent_id": "agent-1",
+        "shutdown_timeout_ms": 2000,
+        "retry_first_ms": 5,
+        "retry_max_ms": 20,
+        "lease_margin_ms": 100,
+    }
+    return IngestSettings.load({}, **(values | overrides))
+
+
+async def started(directory: object, coordinator: CoordinatorStandIn, **overrides: Any) -> IngestService:
+    service = build(settings(directory, **overrides), coordinator)  # type: ignore[arg-type]
+    await service.start("127.0.0.1:1")
+    return service
+
+
+async def kill(service: IngestService) -> None:
+    """As kill -9 leaves it: nothing is sealed, settled or closed; the lock goes with the process."""
+    running = service.agent.running()
+    await service.tasks.stop()
+    service.agent._thread.shutdown(wait=True)
+    running.directory.close()
+    if running.wal._fd >= 0:
+        import os
+
+        os.close(running.wal._fd)
+
+
+async def eventually(condition: Any, timeout_s: float = 5.0) -> None:
+    """Waits until `condition()` is true."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def refused(kind: type[StreamHouseError]) -> Any:
+    return pytest.raises(kind)
