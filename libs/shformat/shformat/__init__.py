@@ -13,6 +13,7 @@ from .batch import (
     stamp_batch,
     validate_batch,
 )
+from .batches import decode_batches
 from .columns import BytesColumn, Header, HeadersColumn, Records
 from .errors import FormatError
 from .inspect import describe_segment, describe_wal_file
@@ -76,6 +77,7 @@ __all__ = [
     "check_batch",
     "check_block",
     "decode_batch",
+    "decode_batches",
     "decode_footer",
     "decode_index",
     "decode_segment_header",

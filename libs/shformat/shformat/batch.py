@@ -337,7 +337,19 @@ def check_one_batch(buffer: Buffer, limits: FormatLimits) -> BatchHeader:
 
 def decode_checked(buffer: Buffer, header: BatchHeader, limits: FormatLimits) -> Records:
     """decode_batch() for a batch that check_one_batch() gave `header` for."""
-    payload = _decompress(memoryview(buffer)[BATCH_HEADER_SIZE:], header)
+    payload, shape = open_payload(buffer, header)
+    try:
+        records = decode_payload(payload, shape, limits)
+    except FormatError as error:
+        raise _in_buffer(error, header) from error
+    latest = int(largest_of(records.timestamps_ms))
+    if latest != header.max_timestamp_ms:
+        raise FormatError(f"latest timestamp is {latest}, the header says {header.max_timestamp_ms}", 56)
+    return records
+
+
+def open_payload(buffer: Buffer, header: BatchHeader) -> tuple[memoryview, PayloadShape]:
+    """The decompressed payload of a checked batch, and what its header says about it."""
     shape = PayloadShape(
         header.record_count,
         header.base_offset,
@@ -347,14 +359,7 @@ def decode_checked(buffer: Buffer, header: BatchHeader, limits: FormatLimits) ->
         header.has_keys,
         header.has_headers,
     )
-    try:
-        records = decode_payload(payload, shape, limits)
-    except FormatError as error:
-        raise _in_buffer(error, header) from error
-    latest = int(largest_of(records.timestamps_ms))
-    if latest != header.max_timestamp_ms:
-        raise FormatError(f"latest timestamp is {latest}, the header says {header.max_timestamp_ms}", 56)
-    return records
+    return _decompress(memoryview(buffer)[BATCH_HEADER_SIZE:], header), shape
 
 
 def _decompress(payload: memoryview, header: BatchHeader) -> memoryview:

@@ -15,7 +15,7 @@ import numpy as np
 from .columns import BytesColumn, HeadersColumn, Int64s, Records
 from .errors import FormatError
 from .limits import FormatLimits
-from .varint import decode_varints, encode_varints, largest_of, running_sum, smallest_of, unzigzag, zigzag
+from .varint import Uint64s, decode_varints, encode_varints, largest_of, running_sum, smallest_of, unzigzag, zigzag
 
 # offset gaps, timestamp deltas, key lengths, value lengths, headers, key bytes, value bytes
 _TABLE = struct.Struct("<7I")
@@ -40,9 +40,23 @@ class PayloadShape(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Section:
+class Section:
+    """The bytes of one column, and where they start in the payload."""
+
     view: memoryview
     at: int
+
+
+class Sections(NamedTuple):
+    """The columns of a payload, in the order of the table."""
+
+    gaps: Section
+    deltas: Section
+    key_lengths: Section
+    value_lengths: Section
+    headers: Section
+    keys: Section
+    values: Section
 
 
 # ---- encoding
@@ -120,18 +134,27 @@ def _encode_headers(headers: HeadersColumn, limits: FormatLimits) -> bytes:
 def decode_payload(payload: memoryview, shape: PayloadShape, limits: FormatLimits) -> Records:
     """All columns, the data as views into `payload`. Raises FormatError; reads nothing outside it."""
     count = shape.record_count
-    gaps, deltas, key_lengths, value_lengths, headers, keys, values = _split(payload, _TABLE, 0, "payload")
-    _check_presence(shape, gaps, key_lengths, keys, headers)
+    parts = split_payload(payload, shape)
+    keys = BytesColumn.nulls(count)
+    if shape.has_keys:
+        keys = _decode_column("keys", parts.key_lengths, parts.keys, count)
     return Records(
-        _decode_offsets(gaps, shape),
-        _decode_timestamps(deltas, shape),
-        _decode_column("keys", key_lengths, keys, count) if shape.has_keys else BytesColumn.nulls(count),
-        _decode_column("values", value_lengths, values, count),
-        _decode_headers(headers, count, limits) if shape.has_headers else None,
+        decode_offsets(parts.gaps, shape),
+        _decode_timestamps(parts.deltas, shape),
+        keys,
+        _decode_column("values", parts.value_lengths, parts.values, count),
+        decode_headers(parts.headers, count, limits) if shape.has_headers else None,
     )
 
 
-def _split(view: memoryview, table: struct.Struct, at: int, name: str) -> list[_Section]:
+def split_payload(payload: memoryview, shape: PayloadShape) -> Sections:
+    """The sections of a payload; those whose flag is not set are empty."""
+    parts = Sections(*_split(payload, _TABLE, 0, "payload"))
+    _check_presence(shape, parts)
+    return parts
+
+
+def _split(view: memoryview, table: struct.Struct, at: int, name: str) -> list[Section]:
     """Cut `view` into the sections its table declares, which must fill it exactly."""
     if len(view) < table.size:
         raise FormatError(f"{name}: {len(view)} bytes, the table of sections alone takes {table.size}", at)
@@ -141,26 +164,24 @@ def _split(view: memoryview, table: struct.Struct, at: int, name: str) -> list[_
     sections = []
     start = table.size
     for size in sizes:
-        sections.append(_Section(view[start : start + size], at + start))
+        sections.append(Section(view[start : start + size], at + start))
         start += size
     return sections
 
 
-def _check_presence(
-    shape: PayloadShape, gaps: _Section, key_lengths: _Section, keys: _Section, headers: _Section
-) -> None:
-    """A section whose flag is not set must be empty."""
+def _check_presence(shape: PayloadShape, parts: Sections) -> None:
     for name, flag, section in (
-        ("offset gaps", not shape.contiguous, gaps),
-        ("key lengths", shape.has_keys, key_lengths),
-        ("key bytes", shape.has_keys, keys),
-        ("headers", shape.has_headers, headers),
+        ("offset gaps", not shape.contiguous, parts.gaps),
+        ("key lengths", shape.has_keys, parts.key_lengths),
+        ("key bytes", shape.has_keys, parts.keys),
+        ("headers", shape.has_headers, parts.headers),
     ):
         if not flag and len(section.view):
             raise FormatError(f"{name}: {len(section.view)} bytes, but the flag says there are none", section.at)
 
 
-def _decode_offsets(gaps: _Section, shape: PayloadShape) -> Int64s:
+def decode_offsets(gaps: Section, shape: PayloadShape) -> Int64s:
+    """All offsets, from the gaps or without any."""
     count, first = shape.record_count, shape.base_offset
     last = first + shape.last_offset_delta
     if shape.contiguous:
@@ -172,13 +193,13 @@ def _decode_offsets(gaps: _Section, shape: PayloadShape) -> Int64s:
     offsets[0] = first
     np.add(skipped.view(np.int64), 1, out=offsets[1:])
     running_sum(offsets, out=offsets)
-    # Steps are at most 2**63 - 1, so the first step past int64 shows as a negative sum.
+    # Steps are at most 2**63 from a sum below it, so the first step past int64 shows as a negative sum.
     if int(smallest_of(offsets)) < 0 or int(offsets[-1]) != last:
         raise FormatError(f"offset gaps: end at {int(offsets[-1])}, the header says {last}", gaps.at)
     return offsets
 
 
-def _decode_timestamps(deltas: _Section, shape: PayloadShape) -> Int64s:
+def _decode_timestamps(deltas: Section, shape: PayloadShape) -> Int64s:
     """Sums wrap modulo 2**64 as the differences did, so any two int64 timestamps may be neighbours."""
     timestamps = np.empty(shape.record_count, np.int64)
     timestamps[0] = shape.first_timestamp_ms
@@ -186,14 +207,18 @@ def _decode_timestamps(deltas: _Section, shape: PayloadShape) -> Int64s:
     return running_sum(timestamps, out=timestamps)
 
 
-def _decode_column(name: str, lengths: _Section, data: _Section, count: int) -> BytesColumn:
-    """Lengths + 1 (0 = null) over `data`, which they must cover exactly."""
+def _decode_column(name: str, lengths: Section, data: Section, count: int) -> BytesColumn:
     stored = decode_varints(lengths.view, count, f"{name} lengths", lengths.at)
-    size = len(data.view)
+    return column_of(name, stored, data.view, lengths.at)
+
+
+def column_of(name: str, stored: Uint64s, data: memoryview, at: int) -> BytesColumn:
+    """Lengths + 1 (0 = null) over `data`, which they must cover exactly. Takes `stored` over."""
+    count, size = len(stored), len(data)
     # Checked one by one before they are added: count * size stays far below 2**63.
     longest = int(largest_of(stored)) - 1 if count else 0
     if longest > size:
-        raise FormatError(f"{name}: a length of {longest} in {size} bytes", lengths.at)
+        raise FormatError(f"{name}: a length of {longest} in {size} bytes", at)
     sizes = stored.view(np.int64)
     valid = None
     if count and not smallest_of(stored):
@@ -204,11 +229,12 @@ def _decode_column(name: str, lengths: _Section, data: _Section, count: int) -> 
     ends = running_sum(sizes)
     total = int(ends[-1]) if count else 0
     if total != size:
-        raise FormatError(f"{name}: lengths add up to {total}, there are {size} bytes", lengths.at)
-    return BytesColumn(data.view, ends, valid)
+        raise FormatError(f"{name}: lengths add up to {total}, there are {size} bytes", at)
+    return BytesColumn(data, ends, valid)
 
 
-def _decode_headers(section: _Section, count: int, limits: FormatLimits) -> HeadersColumn:
+def decode_headers(section: Section, count: int, limits: FormatLimits) -> HeadersColumn:
+    """The headers section of `count` records."""
     counts, name_lengths, value_lengths, names, values = _split(section.view, _HEADERS_TABLE, section.at, "headers")
     per_record = decode_varints(counts.view, count, "header counts", counts.at)
     if int(largest_of(per_record)) > limits.headers_per_record_max:
@@ -220,7 +246,7 @@ def _decode_headers(section: _Section, count: int, limits: FormatLimits) -> Head
     return HeadersColumn(ends, name_column, _decode_column("header values", value_lengths, values, total))
 
 
-def _decode_names(lengths: _Section, names: _Section, total: int) -> BytesColumn:
+def _decode_names(lengths: Section, names: Section, total: int) -> BytesColumn:
     sizes = decode_varints(lengths.view, total, "header name lengths", lengths.at)
     size = len(names.view)
     if total and int(largest_of(sizes)) > size:

@@ -19,7 +19,7 @@ from .batch import (
     encode_batch,
     read_batch_header,
 )
-from .columns import Records
+from .batches import decode_checked_batches
 from .errors import FormatError
 from .limits import DEFAULT_LIMITS, MIB, FormatLimits
 from .segment import (
@@ -41,6 +41,9 @@ BLOCK_BYTES_TARGET = MIB
 # Merging may add a column that some of the batches had no need of (offset gaps, keys, headers): at most 3
 # bytes to a record that takes at least 2. Blocks stay within the limits when the target is a quarter of them.
 _MERGE_GROWTH_MAX = 4
+
+# A header takes at least this much of a payload: the lengths of its name and value.
+_HEADER_BYTES_MIN = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,11 @@ class SegmentBuilder:
         limits: FormatLimits = DEFAULT_LIMITS,
     ) -> None:
         check_identity(topic_id, partition, epoch)
-        bound = min(limits.uncompressed_bytes_max, limits.batch_bytes_max) // _MERGE_GROWTH_MAX
+        bound = min(
+            limits.uncompressed_bytes_max // _MERGE_GROWTH_MAX,
+            limits.batch_bytes_max // _MERGE_GROWTH_MAX,
+            limits.header_count_max * _HEADER_BYTES_MIN,
+        )
         if not 1 <= block_bytes_target <= bound:
             raise FormatError(f"block_bytes_target is {block_bytes_target}, must be 1 to {bound}")
         self._topic_id = topic_id
@@ -82,11 +89,11 @@ class SegmentBuilder:
         self._blocks: list[bytes] = []
         self._entries: list[BlockEntry] = []
         self._blocks_size_bytes = 0
-        self._pending: list[Records] = []
+        self._pending: list[bytes] = []
+        self._pending_headers: list[BatchHeader] = []
         self._pending_epoch = 0
         self._pending_bytes = 0
         self._pending_count = 0
-        self._pending_headers = 0
         self._end_offset = 0
         self._last_epoch = 0
 
@@ -106,7 +113,9 @@ class SegmentBuilder:
         """Append one stamped batch; its bytes may be reused afterwards.
 
         Raises FormatError (and takes nothing) for a damaged batch, offsets that overlap those before, an
-        epoch below those before or above the segment's, and beyond the size limits.
+        epoch below those before or above the segment's, and beyond the size limits. The columns of a small
+        batch are decoded when its block is made, by a later add() or finish(): should a batch with a right CRC
+        be malformed inside (validate_batch() refuses such), that call raises and the segment cannot be finished.
         """
         header = check_one_batch(batch, self._limits)
         self._check_order(header)
@@ -116,9 +125,8 @@ class SegmentBuilder:
             self._flush()
             self._append(block)
         else:
-            records = self._decode(batch, header)
             self._check_room(header.uncompressed_bytes)
-            self._merge(records, header)
+            self._merge(bytes(batch), header)
         self._end_offset, self._last_epoch = header.end_offset, header.epoch
         return header
 
@@ -178,11 +186,6 @@ class SegmentBuilder:
             bound = self._limits.segment_bytes_max
             raise FormatError(f"segment of {size_bytes} bytes, segment_bytes_max is {bound}")
 
-    def _decode(self, batch: Buffer, header: BatchHeader) -> Records:
-        # Columns of an uncompressed batch are views into it, and the caller may reuse its buffer.
-        stable = bytes(batch) if header.codec is Codec.NONE else batch
-        return decode_checked(stable, header, self._limits)
-
     def _as_block(self, batch: Buffer, header: BatchHeader) -> bytes:
         """The batch as it is, or compressed now where the producer did not."""
         if header.codec is self._codec or self._codec is Codec.NONE:
@@ -196,26 +199,25 @@ class SegmentBuilder:
             limits=self._limits,
         )
 
-    def _merge(self, records: Records, header: BatchHeader) -> None:
-        headers = 0 if records.headers is None else len(records.headers.names)
+    def _merge(self, batch: bytes, header: BatchHeader) -> None:
         if (
             header.epoch != self._pending_epoch
-            or self._pending_headers + headers > self._limits.header_count_max
             or self._pending_bytes + header.uncompressed_bytes > self._block_bytes_target
             or self._pending_count + header.record_count > self._limits.record_count_max
         ):
             self._flush()
-        self._pending.append(records)
+        self._pending.append(batch)
+        self._pending_headers.append(header)
         self._pending_epoch = header.epoch
         self._pending_bytes += header.uncompressed_bytes
         self._pending_count += header.record_count
-        self._pending_headers += headers
 
     def _flush(self) -> None:
+        """Make one block of the pending batches."""
         if not self._pending:
             return
-        records = Records.concat(self._pending)
-        base_offset = int(records.offsets[0])
+        records = decode_checked_batches(self._pending, self._pending_headers, self._limits)
+        base_offset = self._pending_headers[0].base_offset
         self._append(
             encode_batch(
                 records,
@@ -225,7 +227,7 @@ class SegmentBuilder:
                 limits=self._limits,
             )
         )
-        self._pending, self._pending_bytes, self._pending_count, self._pending_headers = [], 0, 0, 0
+        self._pending, self._pending_headers, self._pending_bytes, self._pending_count = [], [], 0, 0
 
     def _append(self, block: bytes) -> None:
         at = SEGMENT_HEADER_SIZE + self._blocks_size_bytes

@@ -24,6 +24,7 @@ from shformat import (
     Records,
     check_batch,
     decode_batch,
+    decode_batches,
     encode_batch,
     read_batch_header,
     split_batches,
@@ -71,6 +72,43 @@ def assert_same(found: Records, expected: Records, offsets: list[int]) -> None:
     assert found.keys.to_list() == expected.keys.to_list()
     assert found.values.to_list() == expected.values.to_list()
     assert header_rows(found) == header_rows(expected)
+
+
+# ---- hand-made batches
+
+
+def with_crc(batch: bytes | bytearray) -> bytes:
+    """The batch with a CRC that fits whatever it now says, so that the checks behind it are reached."""
+    fixed = bytearray(batch)
+    if len(fixed) >= BATCH_HEADER_SIZE:
+        struct.pack_into("<I", fixed, 16, zlib.crc32(memoryview(fixed)[20:]))
+    return bytes(fixed)
+
+
+def patched(batch: bytes, form: str, at: int, value: int | bytes) -> bytes:
+    changed = bytearray(batch)
+    struct.pack_into(form, changed, at, value)
+    return with_crc(changed)
+
+
+def sample(codec: Codec = Codec.NONE) -> bytes:
+    records = Records.from_lists(
+        [b"value one", None, b"", b"value four" * 20],
+        keys=[b"k1", None, b"", b"key4"],
+        timestamps_ms=[1_700_000_000_000, 1_700_000_000_005, -3, INT64_MAX],
+        headers=[[("trace", b"1"), ("né", None)], [], [("", b"")], []],
+        offsets=[10, 11, 300, 70_000],
+    )
+    return encode_batch(records, codec=codec, epoch=3, producer=ProducerStamp(5, 6, 7))
+
+
+def wrapped(batch: bytes, payload: bytes, codec: Codec) -> bytes:
+    """The header of `batch` around another payload, sizes and CRC made to fit."""
+    stored = payload if codec is Codec.NONE else lz4.block.compress(payload, store_size=False)
+    whole = bytearray(batch[:BATCH_HEADER_SIZE] + stored)
+    whole[25] = codec
+    struct.pack_into("<II", whole, 28, len(whole), len(payload))
+    return with_crc(whole)
 
 
 # ---- round trips
@@ -215,6 +253,58 @@ def test_header_at_a_position() -> None:
             check_batch(first + second, at)
 
 
+# ---- many at once
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(records_strategy(max_size=5), st.sampled_from(Codec)), min_size=1, max_size=6))
+def test_many_batches_at_once_are_each_one_after_the_other(many: list[tuple[Records, Codec]]) -> None:
+    batches = [encode_batch(records, codec=codec) for records, codec in many]
+    expected = Records.concat([decode_batch(batch) for batch in batches])
+    assert_same(decode_batches(batches), expected, expected.offsets.tolist())
+
+
+def test_many_batches_of_contiguous_offsets() -> None:
+    records = Records.from_lists([b"a", None, b"c"], keys=[None, b"", b"k"])
+    bases = [0, 3, 1000, INT64_MAX - 3]
+    decoded = decode_batches([encode_batch(records, base_offset=base) for base in bases])
+    assert decoded.offsets.tolist() == [base + n for base in bases for n in range(3)]
+    assert decoded.values.to_list() == [b"a", None, b"c"] * 4
+
+
+def test_a_bad_batch_among_many_is_named() -> None:
+    good, bad = sample(), bytearray(sample())
+    bad[-1] ^= 1
+    with pytest.raises(FormatError, match="batch 1 of 3: batch CRC") as caught:
+        decode_batches([good, bad, good])
+    assert caught.value.at == 16
+    with pytest.raises(FormatError, match="batch 2 of 3: values: lengths add up"):
+        decode_batches([good, good, raw_batch(b"\2\2", b"abc")])
+    with pytest.raises(FormatError, match="no batches"):
+        decode_batches([])
+
+
+def raw_batch(lengths: bytes, data: bytes, deltas: bytes = b"\0") -> bytes:
+    sections = [b"", deltas, b"", lengths, b"", b"", data]
+    payload = struct.pack("<7I", *map(len, sections)) + b"".join(sections)
+    return wrapped(encode_batch(Records.from_lists([b"", b""]), codec=Codec.NONE), payload, Codec.NONE)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (raw_batch(b"\2\2\1", b"ab"), raw_batch(b"\3", b"cd")),
+        (raw_batch(b"\2\2", b"a"), raw_batch(b"\2\2", b"bcd")),
+        (raw_batch(b"\1\1", b"", b"\0\0"), raw_batch(b"\1\1", b"", b"")),
+        (raw_batch(b"\1\1", b"", b"\x80"), raw_batch(b"\1\1", b"", b"\0\0\0")),
+    ],
+)
+def test_columns_that_only_fit_together_are_not_let_through(first: bytes, second: bytes) -> None:
+    """What one batch has too much and the next too little must not even out."""
+    with pytest.raises(FormatError, match="batch 0 of 2"):
+        decode_batches([first, second])
+
+
 # ---- refused when encoding
 
 
@@ -304,31 +394,6 @@ def test_limits_must_fit_the_fields_on_disk() -> None:
 
 
 # ---- refused when reading
-
-
-def with_crc(batch: bytes | bytearray) -> bytes:
-    """The batch with a CRC that fits whatever it now says, so that the checks behind it are reached."""
-    fixed = bytearray(batch)
-    if len(fixed) >= BATCH_HEADER_SIZE:
-        struct.pack_into("<I", fixed, 16, zlib.crc32(memoryview(fixed)[20:]))
-    return bytes(fixed)
-
-
-def patched(batch: bytes, form: str, at: int, value: int | bytes) -> bytes:
-    changed = bytearray(batch)
-    struct.pack_into(form, changed, at, value)
-    return with_crc(changed)
-
-
-def sample(codec: Codec = Codec.NONE) -> bytes:
-    records = Records.from_lists(
-        [b"value one", None, b"", b"value four" * 20],
-        keys=[b"k1", None, b"", b"key4"],
-        timestamps_ms=[1_700_000_000_000, 1_700_000_000_005, -3, INT64_MAX],
-        headers=[[("trace", b"1"), ("né", None)], [], [("", b"")], []],
-        offsets=[10, 11, 300, 70_000],
-    )
-    return encode_batch(records, codec=codec, epoch=3, producer=ProducerStamp(5, 6, 7))
 
 
 @pytest.mark.parametrize(
@@ -468,15 +533,6 @@ def test_any_edit_with_a_fitting_crc_and_size(
     assert_total(with_crc(batch))
     if len(batch) >= BATCH_HEADER_SIZE:
         assert_total(patched(batch, "<I", 28, len(batch)))
-
-
-def wrapped(batch: bytes, payload: bytes, codec: Codec) -> bytes:
-    """The header of `batch` around another payload, sizes and CRC made to fit."""
-    stored = payload if codec is Codec.NONE else lz4.block.compress(payload, store_size=False)
-    whole = bytearray(batch[:BATCH_HEADER_SIZE] + stored)
-    whole[25] = codec
-    struct.pack_into("<II", whole, 28, len(whole), len(payload))
-    return with_crc(whole)
 
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])

@@ -193,7 +193,7 @@ def test_add_refuses_and_takes_nothing(first: bytes, second: bytes, says: str) -
         ((TOPIC, 1 << 32, 1), {}, "partition is 4294967296"),
         ((TOPIC, 0, 0), {}, "epoch is 0"),
         ((TOPIC, 0, 1), {"block_bytes_target": 0}, "block_bytes_target is 0"),
-        ((TOPIC, 0, 1), {"block_bytes_target": 5 << 20}, "must be 1 to 4194304"),
+        ((TOPIC, 0, 1), {"block_bytes_target": 5 << 20}, "must be 1 to 4000000"),
     ],
 )
 def test_builder_refuses(arguments: tuple[bytes, int, int], options: dict[str, int], says: str) -> None:
@@ -208,16 +208,32 @@ def test_builder_limits() -> None:
         build([batch(0, 30)], limits=FormatLimits(segment_bytes_max=500))
     with pytest.raises(FormatError, match="index_entries_max"):
         build([batch(at, 1) for at in range(9)], block_bytes_target=1, limits=FormatLimits(index_entries_max=5))
-    limits = FormatLimits(record_count_max=40, header_count_max=40)
+    limits = FormatLimits(record_count_max=40)
     built = build([batch(at * 15, 15) for at in range(6)], limits=limits)
     assert [entry.record_count for entry in opened(joined(built))[1]] == [30, 30, 30]
 
 
 def test_merged_headers_stay_within_the_limit_of_a_batch() -> None:
-    limits = FormatLimits(header_count_max=10)
-    records = Records.from_lists([b"a", b"b"], headers=[[("h", b"1")] * 2, [("h", None)] * 2])
-    built = build([stamp_batch(encode_batch(records), at * 2, 3) for at in range(6)], limits=limits)
-    assert [entry.record_count for entry in opened(joined(built))[1]] == [4, 4, 4]
+    limits = FormatLimits(header_count_max=60)
+    with pytest.raises(FormatError, match="block_bytes_target is 121, must be 1 to 120"):
+        SegmentBuilder(TOPIC, 0, 1, block_bytes_target=121, limits=limits)
+    records = Records.from_lists([b""], headers=[[("", None)] * 3])
+    built = build(
+        [stamp_batch(encode_batch(records), at, 3) for at in range(30)], block_bytes_target=120, limits=limits
+    )
+    assert all_records(joined(built)).headers.to_list() == [[("", None)] * 3] * 30  # type: ignore[union-attr]
+
+
+def test_a_malformed_batch_with_a_right_crc_is_never_built_into_a_segment() -> None:
+    good = bytearray(batch(0, 5, codec=Codec.NONE))
+    good[84 + 28 + 4] += 1  # the first value length
+    struct.pack_into("<I", good, 16, zlib.crc32(good[20:]))
+    builder = SegmentBuilder(TOPIC, 4, 3)
+    builder.add(good)
+    builder.add(batch(5, 5))
+    for _ in range(2):
+        with pytest.raises(FormatError, match="lengths add up to"):
+            builder.finish()
 
 
 # ---- the reader
