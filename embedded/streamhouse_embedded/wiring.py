@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from shproto.services import IngestApi
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
+from shruntime.logs import configure_logging
 from shruntime.server import RpcServer
 from shruntime.settings import StoreSettings
 from shruntime.tasks import Tasks, wait_for_stop
@@ -95,8 +96,9 @@ class EmbeddedPlatform:
         await server.bind()
         address = self._settings.advertise or server.address
 
-        await coordinator.start(address)
+        await coordinator.start()
         self._stack.push_async_callback(coordinator.stop)
+        await coordinator.open_session(address)
         self._stack.push_async_callback(server.stop, CALL_GRACE_MS)
         await segmenter.start()
         self._stack.push_async_callback(segmenter.stop)
@@ -105,6 +107,10 @@ class EmbeddedPlatform:
         await ingest.start(address)
         self._stack.push_async_callback(ingest.stop)
         await server.start()
+        self._stack.push_async_callback(self.tasks.stop)
+        self.tasks.spawn("coordinator watch", coordinator.failed())
+        for name, tasks in (("ingest", ingest.tasks), ("query", query.tasks), ("segmenter", segmenter.tasks)):
+            self.tasks.spawn(f"{name} watch", _raise_when_failed(tasks))
         await server.set_serving(True)
         return Ready(address, str(self._data_dir.path), dsn)
 
@@ -126,8 +132,15 @@ def _always(api: IngestApi) -> Callable[[str], IngestApi]:
     return lambda address: api
 
 
+async def _raise_when_failed(tasks: Tasks) -> None:
+    await tasks.failed.wait()
+    assert tasks.error is not None, "failed is only set with an error"
+    raise tasks.error
+
+
 async def serve(settings: EmbeddedSettings, on_ready: Callable[[Ready], None]) -> None:
     """Runs the platform until SIGINT or SIGTERM, then drains. Raises what `EmbeddedPlatform.start` raises."""
+    configure_logging("embedded", settings.log_level, settings.log_json)
     platform = EmbeddedPlatform(settings)
     on_ready(await platform.start())
     try:
