@@ -1,18 +1,7 @@
 """StreamHouse's bytes: record batches, WAL frames, segments. Pure: no I/O, no clock, usable alone."""
 
-from .batch import (
-    BATCH_HEADER_SIZE,
-    BatchHeader,
-    Codec,
-    ProducerStamp,
-    check_batch,
-    decode_batch,
-    encode_batch,
-    read_batch_header,
-    split_batches,
-    stamp_batch,
-    validate_batch,
-)
+from .batch import check_batch, decode_batch, encode_batch, split_batches, stamp_batch, validate_batch
+from .batch_header import BATCH_HEADER_SIZE, BatchHeader, Codec, ProducerStamp, read_batch_header
 from .batches import decode_batches
 from .columns import BytesColumn, Header, HeadersColumn, Records
 from .errors import FormatError

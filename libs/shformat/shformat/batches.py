@@ -11,7 +11,8 @@ from typing import NoReturn
 
 import numpy as np
 
-from .batch import BatchHeader, Buffer, check_one_batch, decode_batch, decode_checked, open_payload
+from .batch import check_one_batch, decode_batch, decode_checked, open_payload
+from .batch_header import BatchHeader, Buffer
 from .columns import BytesColumn, HeadersColumn, Int64s, Records
 from .errors import FormatError
 from .limits import DEFAULT_LIMITS, FormatLimits

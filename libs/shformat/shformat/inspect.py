@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from .batch import BatchHeader, Buffer, check_batch, validate_batch
+from .batch import check_batch, validate_batch
+from .batch_header import BatchHeader, Buffer
 from .errors import FormatError
 from .limits import DEFAULT_LIMITS, FormatLimits
 from .segment import (

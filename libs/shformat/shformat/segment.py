@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .batch import BATCH_HEADER_SIZE, BatchHeader, Buffer, Codec
+from .batch_header import BATCH_HEADER_SIZE, BatchHeader, Buffer, Codec
 from .columns import Int64s
 from .errors import FormatError
 from .limits import DEFAULT_LIMITS, INT64_MAX, UINT32_MAX, FormatLimits

@@ -9,16 +9,8 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
-from .batch import (
-    BATCH_HEADER_SIZE,
-    BatchHeader,
-    Buffer,
-    Codec,
-    check_one_batch,
-    decode_checked,
-    encode_batch,
-    read_batch_header,
-)
+from .batch import check_one_batch, decode_checked, encode_batch
+from .batch_header import BATCH_HEADER_SIZE, BatchHeader, Buffer, Codec, read_batch_header
 from .batches import decode_checked_batches
 from .errors import FormatError
 from .limits import DEFAULT_LIMITS, MIB, FormatLimits
@@ -84,7 +76,7 @@ class SegmentBuilder:
         self._partition = partition
         self._epoch = epoch
         self._block_bytes_target = block_bytes_target
-        self._codec = codec
+        self._codec = Codec(codec)
         self._limits = limits
         self._blocks: list[bytes] = []
         self._entries: list[BlockEntry] = []

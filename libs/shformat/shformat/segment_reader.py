@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Awaitable, Callable, Generator
 from typing import NamedTuple, TypeVar
 
-from .batch import Buffer, read_batch_header
+from .batch_header import Buffer, read_batch_header
 from .errors import FormatError
 from .limits import DEFAULT_LIMITS, FormatLimits
 from .segment import (

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .batch import BATCH_HEADER_SIZE, Buffer
+from .batch_header import BATCH_HEADER_SIZE, Buffer
 from .errors import FormatError
 from .limits import DEFAULT_LIMITS, INT64_MAX, UINT32_MAX, FormatLimits
 

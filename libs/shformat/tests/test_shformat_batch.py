@@ -183,6 +183,18 @@ def test_what_lz4_cannot_shrink_is_stored() -> None:
     assert read_batch_header(encode_batch(Records.from_lists([b"a" * 500]))).codec is Codec.LZ4
 
 
+def test_the_most_compressible_batch_is_not_taken_for_a_lie() -> None:
+    records = Records.from_lists([bytes(10_000_000)])
+    assert decode_batch(encode_batch(records)).values.to_list() == [bytes(10_000_000)]
+
+
+def test_a_codec_given_as_its_number_counts_and_an_unknown_one_is_refused() -> None:
+    records = Records.from_lists([b"a" * 500])
+    assert read_batch_header(encode_batch(records, codec=2)).codec is Codec.LZ4  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="3 is not a valid Codec"):
+        encode_batch(records, codec=3)  # type: ignore[arg-type]
+
+
 def test_columns_are_views_not_copies() -> None:
     records = Records.from_lists([b"value-%d" % i for i in range(100)], keys=[b"k"] * 100)
     batch = encode_batch(records, codec=Codec.NONE)

@@ -21,7 +21,7 @@ from shformat import (
     encode_frame_header,
     encode_wal_file_header,
 )
-from shformat.batch import _HEADER as BATCH_HEADER
+from shformat.batch_header import _HEADER as BATCH_HEADER
 from shformat.segment import _FOOTER as SEGMENT_FOOTER
 from shformat.segment import _HEADER as SEGMENT_HEADER
 from shformat.segment import INDEX_ENTRY, INDEX_ENTRY_SIZE

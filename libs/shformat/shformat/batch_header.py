@@ -1,0 +1,258 @@
+"""The fixed header of a record batch: its bytes, and what its fields may say. docs/formats/record-batch.md draws it.
+
+Owns: the layout and the checks both directions share. Does not own: the payload, compression.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+from .errors import FormatError
+from .limits import DEFAULT_LIMITS, INT64_MAX, UINT32_MAX, FormatLimits
+from .payload import PAYLOAD_BYTES_MIN
+
+Buffer = bytes | bytearray | memoryview | mmap.mmap
+
+BATCH_MAGIC = b"SHRB"
+BATCH_VERSION = 1
+
+# base offset, epoch | crc | magic, version, codec, flags, size, uncompressed, count, last offset delta,
+# first and max timestamp, producer id, base sequence, producer epoch
+_STAMP = struct.Struct("<qQ")
+_CRC = struct.Struct("<I")
+_BODY = struct.Struct("<4sBBHIIIqqqqqI")
+_HEADER = struct.Struct("<qQI4sBBHIIIqqqqqI")
+BATCH_HEADER_SIZE = 84
+STAMP_SIZE = 16
+BODY_AT = 20
+assert _HEADER.size == BATCH_HEADER_SIZE == BODY_AT + _BODY.size
+assert _STAMP.size == STAMP_SIZE == BODY_AT - _CRC.size
+
+# One byte of LZ4 stands for at most 255 bytes of output; more is a lie told to make a reader allocate.
+_LZ4_RATIO_MAX = 255
+
+
+class Codec(IntEnum):
+    """How a payload is compressed. Persisted, never reuse; 0 is invalid."""
+
+    NONE = 1
+    LZ4 = 2
+
+
+class Flag(IntFlag):
+    """Persisted, never reuse; all other bits must be 0."""
+
+    OFFSET_GAPS = 1
+    KEYS = 2
+    HEADERS = 4
+
+
+_FLAGS_ALL = int(Flag.OFFSET_GAPS | Flag.KEYS | Flag.HEADERS)
+_CODECS = {int(codec): codec for codec in Codec}
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerStamp:
+    """Who wrote a batch, for deduplication. producer_id 1 to 2**63-1 (0 = none), producer_epoch u32,
+    base_sequence (of the first record) 0 to 2**63-1."""
+
+    producer_id: int
+    producer_epoch: int
+    base_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchHeader:
+    """The fixed header of one batch. Sizes in bytes; size_bytes is the whole batch, header included;
+    uncompressed_bytes is the payload alone. epoch is a u64 up to 2**63-1, 0 = not stamped yet."""
+
+    base_offset: int
+    epoch: int
+    crc: int
+    codec: Codec
+    size_bytes: int
+    uncompressed_bytes: int
+    record_count: int
+    last_offset_delta: int
+    first_timestamp_ms: int
+    max_timestamp_ms: int
+    producer: ProducerStamp | None
+    contiguous: bool
+    has_keys: bool
+    has_headers: bool
+
+    @property
+    def end_offset(self) -> int:
+        """One past the last record's offset."""
+        return self.base_offset + self.last_offset_delta + 1
+
+
+# ---- encoding
+
+
+def encode_batch_header(header: BatchHeader, stored: Sequence[bytes | memoryview]) -> bytes:
+    """The header to be followed by the `stored` payload parts, with the CRC over both; `header.crc` is not used."""
+    producer = header.producer or ProducerStamp(0, 0, 0)
+    check_stamp(header.base_offset, header.last_offset_delta, header.epoch)
+    _check_producer(producer, 0)
+    body = _BODY.pack(
+        BATCH_MAGIC,
+        BATCH_VERSION,
+        header.codec,
+        _flags_of(header),
+        header.size_bytes,
+        header.uncompressed_bytes,
+        header.record_count,
+        header.last_offset_delta,
+        header.first_timestamp_ms,
+        header.max_timestamp_ms,
+        producer.producer_id,
+        producer.base_sequence,
+        producer.producer_epoch,
+    )
+    crc = zlib.crc32(body)
+    for part in stored:
+        crc = zlib.crc32(part, crc)
+    return encode_stamp(header.base_offset, header.epoch) + _CRC.pack(crc) + body
+
+
+def encode_stamp(base_offset: int, epoch: int) -> bytes:
+    """The first STAMP_SIZE bytes of a batch, which its CRC does not cover."""
+    return _STAMP.pack(base_offset, epoch)
+
+
+def _flags_of(header: BatchHeader) -> int:
+    return (
+        (0 if header.contiguous else Flag.OFFSET_GAPS)
+        | (Flag.KEYS if header.has_keys else 0)
+        | (Flag.HEADERS if header.has_headers else 0)
+    )
+
+
+# ---- reading
+
+
+def read_batch_header(buffer: Buffer, at: int = 0, limits: FormatLimits = DEFAULT_LIMITS) -> BatchHeader:
+    """The header at `at`, its fields checked against each other and against `limits`.
+
+    Reads BATCH_HEADER_SIZE bytes and no payload: neither CRC nor the presence of the payload is checked.
+    """
+    if at < 0 or len(buffer) - at < BATCH_HEADER_SIZE:
+        raise FormatError(f"batch header: {max(len(buffer) - at, 0)} of {BATCH_HEADER_SIZE} bytes", at)
+    (
+        base_offset,
+        epoch,
+        crc,
+        magic,
+        version,
+        codec_id,
+        flags,
+        size_bytes,
+        uncompressed_bytes,
+        record_count,
+        delta,
+        first_timestamp_ms,
+        max_timestamp_ms,
+        producer_id,
+        base_sequence,
+        producer_epoch,
+    ) = _HEADER.unpack_from(buffer, at)
+    codec = _check_kind(magic, version, codec_id, flags, at)
+    _check_sizes(codec, size_bytes, uncompressed_bytes, record_count, limits, at)
+    contiguous = not flags & Flag.OFFSET_GAPS
+    _check_offsets(base_offset, epoch, delta, record_count, contiguous, at)
+    if max_timestamp_ms < first_timestamp_ms:
+        raise FormatError(f"max timestamp {max_timestamp_ms} is before the first, {first_timestamp_ms}", at + 56)
+    _check_producer(ProducerStamp(producer_id, producer_epoch, base_sequence), at)
+    return BatchHeader(
+        base_offset,
+        epoch,
+        crc,
+        codec,
+        size_bytes,
+        uncompressed_bytes,
+        record_count,
+        delta,
+        first_timestamp_ms,
+        max_timestamp_ms,
+        ProducerStamp(producer_id, producer_epoch, base_sequence) if producer_id else None,
+        contiguous,
+        bool(flags & Flag.KEYS),
+        bool(flags & Flag.HEADERS),
+    )
+
+
+# ---- checks shared by both directions
+
+
+def _check_kind(magic: bytes, version: int, codec_id: int, flags: int, at: int) -> Codec:
+    if magic != BATCH_MAGIC:
+        raise FormatError(f"batch magic is {magic!r}, expected {BATCH_MAGIC!r}", at + 20)
+    if version != BATCH_VERSION:
+        raise FormatError(f"batch version is {version}, this reader knows {BATCH_VERSION}", at + 24)
+    codec = _CODECS.get(codec_id)
+    if codec is None:
+        raise FormatError(f"batch codec is {codec_id}, this reader knows {sorted(_CODECS)}", at + 25)
+    if flags & ~_FLAGS_ALL:
+        raise FormatError(f"batch flags {flags:#06x} have unknown bits", at + 26)
+    return codec
+
+
+def _check_sizes(
+    codec: Codec, size_bytes: int, uncompressed_bytes: int, record_count: int, limits: FormatLimits, at: int
+) -> None:
+    if not BATCH_HEADER_SIZE < size_bytes <= limits.batch_bytes_max:
+        bound = limits.batch_bytes_max
+        raise FormatError(f"batch size is {size_bytes}, must be above {BATCH_HEADER_SIZE}, at most {bound}", at + 28)
+    check_uncompressed(uncompressed_bytes, limits, at)
+    stored = size_bytes - BATCH_HEADER_SIZE
+    if codec is Codec.NONE and uncompressed_bytes != stored:
+        raise FormatError(f"uncompressed payload of {uncompressed_bytes} bytes stored in {stored}", at + 32)
+    if uncompressed_bytes > stored * _LZ4_RATIO_MAX:
+        raise FormatError(f"{uncompressed_bytes} bytes cannot come out of {stored} bytes of LZ4", at + 32)
+    if not 1 <= record_count <= limits.record_count_max:
+        raise FormatError(f"record count is {record_count}, must be 1 to {limits.record_count_max}", at + 36)
+    # Every record has a value length, and all but the first a timestamp delta, of at least one byte.
+    if PAYLOAD_BYTES_MIN + 2 * record_count - 1 > uncompressed_bytes:
+        raise FormatError(f"{record_count} records cannot fit in {uncompressed_bytes} bytes", at + 36)
+
+
+def check_uncompressed(uncompressed_bytes: int, limits: FormatLimits, at: int) -> None:
+    """Raises FormatError for a payload above the limit."""
+    bound = limits.uncompressed_bytes_max
+    if uncompressed_bytes > bound:
+        raise FormatError(f"payload of {uncompressed_bytes} bytes, uncompressed_bytes_max is {bound}", at + 32)
+
+
+def _check_offsets(base_offset: int, epoch: int, delta: int, record_count: int, contiguous: bool, at: int) -> None:
+    if (delta != record_count - 1) if contiguous else (delta < record_count):
+        kind = "contiguous" if contiguous else "gapped"
+        raise FormatError(f"last offset delta is {delta} for {record_count} {kind} records", at + 40)
+    if not 0 <= base_offset <= INT64_MAX - 1 - delta:
+        raise FormatError(f"base offset {base_offset} with delta {delta} is outside int64", at)
+    if epoch > INT64_MAX:
+        raise FormatError(f"epoch is {epoch}, at most {INT64_MAX}", at + 8)
+
+
+def check_stamp(base_offset: int, delta: int, epoch: int) -> None:
+    """Raises FormatError where the offsets or the epoch leave int64."""
+    if not 0 <= base_offset <= INT64_MAX - 1 - delta:
+        raise FormatError(f"offsets {base_offset} to {base_offset + delta} leave int64 (the end is exclusive)")
+    if not 0 <= epoch <= INT64_MAX:
+        raise FormatError(f"epoch is {epoch}, must be 0 to {INT64_MAX}")
+
+
+def _check_producer(producer: ProducerStamp, at: int) -> None:
+    if not 0 <= producer.producer_id <= INT64_MAX:
+        raise FormatError(f"producer id is {producer.producer_id}, must be 0 (none) to {INT64_MAX}", at + 64)
+    if not 0 <= producer.base_sequence <= INT64_MAX:
+        raise FormatError(f"base sequence is {producer.base_sequence}, must be 0 to {INT64_MAX}", at + 72)
+    if not 0 <= producer.producer_epoch <= UINT32_MAX:
+        raise FormatError(f"producer epoch is {producer.producer_epoch}, must be 0 to {UINT32_MAX}", at + 80)
+    if not producer.producer_id and (producer.producer_epoch or producer.base_sequence):
+        raise FormatError("producer epoch or sequence without a producer id", at + 64)
