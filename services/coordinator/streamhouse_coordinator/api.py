@@ -10,11 +10,18 @@ from shproto.v1 import coordinator_pb2 as pb
 from shruntime.telemetry import context_of, current_traceparent
 
 from streamhouse_coordinator import messages
-from streamhouse_coordinator.core.names import AGENT_ID_LENGTH_MAX, check_number, check_text
+from streamhouse_coordinator.core.groups import name_of, split_name
+from streamhouse_coordinator.core.names import (
+    AGENT_ID_LENGTH_MAX,
+    CLIENT_ID_LENGTH_MAX,
+    check_number,
+    check_text,
+    check_topic,
+)
 from streamhouse_coordinator.core.sessions import INGEST, ROLES
 from streamhouse_coordinator.core.topics import ACKS_WAL
 from streamhouse_coordinator.feed import Feed
-from streamhouse_coordinator.service import buffers, sessions, topics, views
+from streamhouse_coordinator.service import buffers, groups, housekeeping, sessions, topics, views
 from streamhouse_coordinator.service.common import Context
 
 _tracer = trace.get_tracer("streamhouse.coordinator")
@@ -50,10 +57,13 @@ class CoordinatorApi:
             ),
             created_ms=0,
         )
-        return messages.topic_info(await topics.create_topic(self._context, command))
+        row = await topics.create_topic(self._context, command)
+        await groups.topic_changed(self._context, row.topic)
+        return messages.topic_info(row)
 
     async def delete_topic(self, request: pb.DeleteTopicRequest) -> pb.DeleteTopicResponse:
         topic_id = await topics.delete_topic(self._context, request.topic)
+        await groups.topic_changed(self._context, request.topic)
         return pb.DeleteTopicResponse(topic_id=bytes.fromhex(topic_id))
 
     async def list_topics(self, request: pb.ListTopicsRequest) -> pb.ListTopicsResponse:
@@ -179,6 +189,107 @@ class CoordinatorApi:
         spans = [messages.lost_span(item) for item in request.spans]
         await buffers.report_lost(self._context, request.session_id, spans)
         return pb.ReportLostResponse()
+
+    # ---- housekeeping
+
+    async def claim_compaction(self, request: pb.ClaimCompactionRequest) -> pb.ClaimCompactionResponse:
+        check_text("worker_id", request.worker_id, AGENT_ID_LENGTH_MAX)
+        check_number("claim_ttl_ms", request.claim_ttl_ms, 1, self._settings.claim_ttl_ms_max)
+        check_number("small_bytes_max", request.small_bytes_max, 1, messages.INT64_MAX)
+        check_number("target_bytes", request.target_bytes, 1, messages.INT64_MAX)
+        check_number("segments_min", request.segments_min, 2, housekeeping.COMPACTION_SEGMENTS)
+        claim = await housekeeping.claim_compaction(
+            self._context,
+            request.worker_id,
+            request.claim_ttl_ms,
+            request.small_bytes_max,
+            request.target_bytes,
+            request.segments_min,
+        )
+        if claim is None:
+            return pb.ClaimCompactionResponse(found=False)
+        segments = [messages.segment_ref(row, claim.topic) for row in claim.segments]
+        return pb.ClaimCompactionResponse(found=True, claim_id=claim.claim_id, segments=segments)
+
+    async def register_compaction(self, request: pb.RegisterCompactionRequest) -> pb.RegisterCompactionResponse:
+        check_text("claim_id", request.claim_id, messages.ID_LENGTH_MAX, empty=True)
+        check_number("number of replaced_segment_ids", len(request.replaced_segment_ids), 1, messages.SLICES_MAX)
+        result = await housekeeping.register_compaction(
+            self._context, request.claim_id, list(request.replaced_segment_ids), messages.segment_of(request.segment)
+        )
+        return pb.RegisterCompactionResponse(result=pb.RegistrationResult.ValueType(result))
+
+    async def apply_retention(self, request: pb.ApplyRetentionRequest) -> pb.ApplyRetentionResponse:
+        segments, size_bytes = await housekeeping.apply_retention(self._context)
+        return pb.ApplyRetentionResponse(segments_removed=segments, bytes_removed=size_bytes)
+
+    async def filter_unreferenced(self, request: pb.FilterUnreferencedRequest) -> pb.FilterUnreferencedResponse:
+        check_number("number of object_keys", len(request.object_keys), 0, messages.OBJECT_KEYS_MAX)
+        keys = await housekeeping.filter_unreferenced(self._context, list(request.object_keys))
+        return pb.FilterUnreferencedResponse(object_keys=keys)
+
+    # ---- consumer groups
+
+    async def join_group(self, request: pb.JoinGroupRequest) -> pb.GroupAssignment:
+        messages.check_group(request.group)
+        check_text("member_id", request.member_id, messages.MEMBER_ID_LENGTH_MAX, empty=True)
+        check_text("client_id", request.client_id, CLIENT_ID_LENGTH_MAX, empty=True)
+        check_number("number of topics", len(request.topics), 1, messages.GROUP_TOPICS_MAX)
+        for topic in request.topics:
+            check_topic(topic)
+        if request.session_timeout_ms:
+            least, most = messages.GROUP_SESSION_TIMEOUT_MS_MIN, messages.GROUP_SESSION_TIMEOUT_MS_MAX
+            check_number("session_timeout_ms", request.session_timeout_ms, least, most)
+        assignment = await groups.join(
+            self._context,
+            request.group,
+            request.member_id,
+            list(request.topics),
+            request.client_id,
+            request.session_timeout_ms,
+        )
+        return self._assignment(assignment)
+
+    async def heartbeat_group(self, request: pb.HeartbeatGroupRequest) -> pb.GroupAssignment:
+        messages.check_group(request.group)
+        check_text("member_id", request.member_id, messages.MEMBER_ID_LENGTH_MAX)
+        check_number("number of owned partitions", len(request.owned), 0, messages.OWNED_MAX)
+        owned = frozenset(name_of(item.topic, item.partition) for item in request.owned)
+        assignment = await groups.heartbeat(
+            self._context, request.group, request.member_id, request.generation, owned, request.max_wait_ms
+        )
+        return self._assignment(assignment)
+
+    def _assignment(self, assignment: groups.Assignment) -> pb.GroupAssignment:
+        pairs = sorted(split_name(name) for name in assignment.assigned)
+        return pb.GroupAssignment(
+            member_id=assignment.member_id,
+            generation=assignment.generation,
+            assigned=[pb.TopicPartition(topic=topic, partition=partition) for topic, partition in pairs],
+            # Two heartbeats may be lost, also with a timeout that is shorter than usual.
+            heartbeat_interval_ms=min(self._settings.group_heartbeat_interval_ms, assignment.session_timeout_ms // 3),
+            session_timeout_ms=assignment.session_timeout_ms,
+            pending=assignment.pending,
+        )
+
+    async def leave_group(self, request: pb.LeaveGroupRequest) -> pb.LeaveGroupResponse:
+        messages.check_group(request.group)
+        await groups.leave(self._context, request.group, request.member_id)
+        return pb.LeaveGroupResponse()
+
+    async def commit_offsets(self, request: pb.CommitOffsetsRequest) -> pb.CommitOffsetsResponse:
+        messages.check_group(request.group)
+        check_number("number of offsets", len(request.offsets), 0, messages.OWNED_MAX)
+        commits = [messages.commit_of(item) for item in request.offsets]
+        await groups.commit(self._context, request.group, request.member_id, request.generation, commits)
+        return pb.CommitOffsetsResponse()
+
+    async def fetch_offsets(self, request: pb.FetchOffsetsRequest) -> pb.FetchOffsetsResponse:
+        messages.check_group(request.group)
+        check_number("number of partitions", len(request.partitions), 0, messages.OWNED_MAX)
+        wanted = [(item.topic, item.partition) for item in request.partitions]
+        found = await groups.fetch_offsets(self._context, request.group, wanted)
+        return pb.FetchOffsetsResponse(offsets=[messages.committed_offset(*item) for item in found])
 
     # ---- events
 

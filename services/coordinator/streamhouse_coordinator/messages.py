@@ -9,7 +9,8 @@ from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.names import check_number, check_text
+from streamhouse_coordinator.core.names import GROUP_LENGTH_MAX, check_number, check_text
+from streamhouse_coordinator.service.groups import Commit
 from streamhouse_coordinator.service.sessions import Grant
 
 INT64_MAX = 2**63 - 1
@@ -21,6 +22,13 @@ SNAPSHOT_BYTES_MAX = 16 * 1024 * 1024
 ADDRESS_LENGTH_MAX = 261  # a DNS name of 255, a colon, a port
 # One buffer holds at most one slice per partition of an agent; 100,000 keeps a request below 20 MB.
 SLICES_MAX = 100_000
+# A page of an object listing has 1,000 keys; ten of them are one question.
+OBJECT_KEYS_MAX = 10_000
+MEMBER_ID_LENGTH_MAX = 300  # a client id, a hyphen, a UUID
+GROUP_TOPICS_MAX = 1_000
+OWNED_MAX = 100_000  # partitions one member may have
+GROUP_SESSION_TIMEOUT_MS_MIN, GROUP_SESSION_TIMEOUT_MS_MAX = 100, 3_600_000
+METADATA_LENGTH_MAX = 4096  # Kafka's offset.metadata.max.bytes
 
 RangeKey = tuple[str, int, int]
 
@@ -112,6 +120,16 @@ def lost_span(item: pb.LostSpan) -> t.LostSpanRow:
     return t.LostSpanRow(*range_key(item), item.base_offset, item.end_offset, item.reason)
 
 
+def check_group(name: str) -> None:
+    check_text("group", name, GROUP_LENGTH_MAX)
+
+
+def commit_of(item: pb.OffsetCommit) -> Commit:
+    check_number("offset", item.offset, 0, INT64_MAX)
+    check_text("metadata", item.metadata, METADATA_LENGTH_MAX, empty=True)
+    return Commit(item.topic, item.partition, item.offset, item.metadata)
+
+
 # ---- out
 
 
@@ -184,6 +202,18 @@ def session_info(row: t.SessionRow, expires_in_ms: int) -> pb.SessionInfo:
         session_id=row.session_id,
         expires_in_ms=expires_in_ms,
         started_ms=row.started_ms,
+    )
+
+
+def committed_offset(topic: str, partition: int, row: t.GroupOffsetRow | None) -> pb.CommittedOffset:
+    if row is None:
+        return pb.CommittedOffset(topic=topic, partition=partition, offset=-1)
+    return pb.CommittedOffset(
+        topic=topic,
+        partition=partition,
+        offset=row.next_offset,
+        metadata=row.metadata,
+        committed_ms=row.committed_ms,
     )
 
 

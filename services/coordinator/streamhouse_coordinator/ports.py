@@ -132,8 +132,9 @@ class Store(Protocol):
     async def renew_session(self, session_id: str, ttl_ms: int) -> int | None:
         """Moves the expiry; returns the grants_version, or None when there is no such session. One row update."""
 
-    async def renew_member(self, group: str, member_id: str, generation: int, owned: str, timeout_ms: int) -> bool:
-        """Moves a group member's expiry if it is recorded with just this `owned` and the group has this generation."""
+    async def renew_member(self, group: str, member_id: str, generation: int, owned: str) -> int | None:
+        """Moves a group member's expiry by its session_timeout_ms and returns that, if the group has this generation
+        and the member is recorded as complete with just this `owned`; else None and nothing. One row update."""
 
     async def next_producer_id(self) -> int: ...
 

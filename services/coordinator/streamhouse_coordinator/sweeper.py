@@ -5,7 +5,7 @@ import logging
 
 from shproto.errors import StreamHouseError
 
-from streamhouse_coordinator.service import sessions
+from streamhouse_coordinator.service import groups, housekeeping, sessions
 from streamhouse_coordinator.service.common import Context
 
 log = logging.getLogger(__name__)
@@ -28,3 +28,7 @@ class Sweeper:
         """Raises what the store raises."""
         if count := await sessions.expire_sessions(self._context):
             log.warning("%d sessions expired", count)
+        if count := await groups.expire_members(self._context):
+            log.info("%d group members expired", count)
+        if count := await housekeeping.recover_unclean(self._context):
+            log.error("%d ranges given up: their agents did not come back in time; records are lost", count)

@@ -107,7 +107,7 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
     )
     probe = Probe(context, tasks)
     api = CoordinatorApi(context, feed, probe.follower_gone)
-    listener = Listener(store, events_changed=feed.wake, group_changed=lambda group: None)
+    listener = Listener(store, events_changed=feed.wake, group_changed=context.waiters.changed)
     return CoordinatorService(settings, api, context, feed, store, listener, probe, tasks)
 
 

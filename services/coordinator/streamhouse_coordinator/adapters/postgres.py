@@ -154,14 +154,14 @@ class PostgresStore:
         text = f"UPDATE session_leases SET expires_ms = {NOW_MS} + $2 WHERE session_id = $1 RETURNING grants_version"
         return await self._guarded(lambda connection: connection.fetchval(text, session_id, ttl_ms))
 
-    async def renew_member(self, group: str, member_id: str, generation: int, owned: str, timeout_ms: int) -> bool:
-        text = f"""UPDATE group_member_state s SET expires_ms = {NOW_MS} + $5 FROM groups g
-            WHERE g.group_name = s.group_name AND s.group_name = $1 AND s.member_id = $2
-            AND g.generation = $3 AND s.owned = $4"""
-        done = await self._guarded(
-            lambda connection: connection.execute(text, group, member_id, generation, owned, timeout_ms)
-        )
-        return bool(done == "UPDATE 1")
+    async def renew_member(self, group: str, member_id: str, generation: int, owned: str) -> int | None:
+        text = f"""UPDATE group_member_state s SET expires_ms = {NOW_MS} + m.session_timeout_ms
+            FROM groups g, group_members m
+            WHERE s.group_name = $1 AND s.member_id = $2 AND s.complete AND s.owned = $4
+            AND g.group_name = s.group_name AND g.generation = $3
+            AND m.group_name = s.group_name AND m.member_id = s.member_id
+            RETURNING m.session_timeout_ms"""
+        return await self._guarded(lambda connection: connection.fetchval(text, group, member_id, generation, owned))
 
     async def next_producer_id(self) -> int:
         number: int = await self._guarded(lambda connection: connection.fetchval("SELECT nextval('producer_ids')"))

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from shproto.errors import AgentIdTaken, InvalidArgument
-from shproto.events import Event, RangeExtended, RangeOrphaned, RangeSettled, SessionClosed, SessionOpened
+from shproto.events import Event, RangeExtended, RangeLost, RangeOrphaned, RangeSettled, SessionClosed, SessionOpened
 
 from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, ProducerSnapshotRow, RangeRow, SessionRow
 
@@ -128,3 +128,11 @@ def usable(snapshot: ProducerSnapshotRow, row: RangeRow | None) -> bool:
     if row is None or row.status == LOST:
         return row is not None and snapshot.end_offset <= row.registered_end
     return row.end_offset is None or snapshot.end_offset <= row.end_offset
+
+
+def give_up(row: RangeRow, orphaned_ms: int | None, patience_ms: int, now_ms: int) -> RangeLost | None:
+    """Whether a range has waited for its agent longer than its topic's unclean_recovery_after_ms allows. How far its
+    records went nobody knows: everything up to its limit is given up."""
+    if orphaned_ms is None or now_ms - orphaned_ms < patience_ms:
+        return None
+    return RangeLost(row.topic_id, row.partition, row.epoch, row.limit_offset, "unclean_recovery_after_ms")

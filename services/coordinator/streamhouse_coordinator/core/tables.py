@@ -214,12 +214,14 @@ class LostSpanRow:
 
 @dataclass(frozen=True, slots=True)
 class GroupMemberStateRow:
-    """`owned` is a JSON list: what the member works on or was told to work on."""
+    """`owned` is a JSON list: what the member works on or was told to work on. `complete`: that is all it will get,
+    and all it may have, in this generation."""
 
     group_name: str
     member_id: str
     expires_ms: int
     owned: str
+    complete: bool
 
 
 @dataclass(frozen=True, slots=True)

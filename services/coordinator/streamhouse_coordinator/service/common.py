@@ -6,7 +6,7 @@ group's lock, topic rows, partition rows, range rows, buffer rows, then (in appe
 
 import uuid
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shproto.errors import SessionExpired, UnknownTopic
 from shproto.events import Event
@@ -17,6 +17,7 @@ from streamhouse_coordinator.core.projection import Set
 from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import In, Lock, Store, Transaction, where, where_keys
 from streamhouse_coordinator.settings import CoordinatorSettings
+from streamhouse_coordinator.waiters import GroupWaiters
 
 RangeKey = tuple[str, int, int]
 RANGE_KEYS = ("topic_id", "partition", "epoch")
@@ -34,6 +35,7 @@ class Context:
 
     store: Store
     settings: CoordinatorSettings
+    waiters: GroupWaiters = field(default_factory=GroupWaiters)
     new_id: Callable[[], str] = new_uuid
 
 

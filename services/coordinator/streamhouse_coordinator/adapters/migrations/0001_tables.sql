@@ -163,6 +163,7 @@ CREATE TABLE group_member_state (
     member_id text NOT NULL,
     expires_ms bigint NOT NULL,
     owned text NOT NULL,
+    complete boolean NOT NULL,
     PRIMARY KEY (group_name, member_id)
 );
 CREATE INDEX group_member_state_expiry ON group_member_state (expires_ms);

@@ -1,0 +1,152 @@
+"""Consumer groups: a sticky, balanced target per generation, and the hand-over between members.
+
+A partition moves in two steps: the target names its new member, but the new member only gets it once the old one no
+longer reports it as owned, or is gone. So no two members ever work on the same partition.
+"""
+
+import heapq
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from shproto.errors import IllegalGeneration, UnknownMember
+
+# "topic:partition"; topic names have no colon
+TopicPartition = str
+
+
+def name_of(topic: str, partition: int) -> TopicPartition:
+    return f"{topic}:{partition}"
+
+
+def split_name(name: TopicPartition) -> tuple[str, int]:
+    topic, _, partition = name.rpartition(":")
+    return topic, int(partition)
+
+
+def _order(name: TopicPartition) -> tuple[str, int]:
+    return split_name(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """`topics`, `owned` and `target` by member id; only members have entries in `topics` and `owned`."""
+
+    name: str
+    generation: int
+    topics: Mapping[str, Collection[str]] = field(default_factory=dict)
+    owned: Mapping[str, frozenset[TopicPartition]] = field(default_factory=dict)
+    target: Mapping[str, frozenset[TopicPartition]] = field(default_factory=dict)
+
+
+# ---- the target
+
+
+def rebalance(
+    topics: Mapping[str, Collection[str]],
+    partitions: Mapping[str, int],
+    previous: Mapping[str, Collection[TopicPartition]],
+) -> dict[str, list[TopicPartition]]:
+    """Every partition of a topic somebody reads goes to one member that reads it. Members keep what they had, as far
+    as that leaves them within one of each other (where their topics allow).
+
+    `topics`: by member id. `partitions`: their number by topic; topics that do not exist are left out.
+    `previous`: the last target.
+    """
+    readers = {topic: sorted(m for m, wanted in topics.items() if topic in wanted) for topic in partitions}
+    free = {name_of(topic, number) for topic in partitions if readers[topic] for number in range(partitions[topic])}
+    target: dict[str, set[TopicPartition]] = {member: set() for member in topics}
+    for member in sorted(topics):
+        kept = {name for name in previous.get(member, ()) if name in free and split_name(name)[0] in topics[member]}
+        target[member] = kept
+        free -= kept
+    _hand_out(free, readers, target)
+    _level(readers, target)
+    return {member: sorted(names, key=_order) for member, names in sorted(target.items())}
+
+
+def _hand_out(
+    free: Iterable[TopicPartition], readers: Mapping[str, list[str]], target: dict[str, set[TopicPartition]]
+) -> None:
+    by_topic: dict[str, list[TopicPartition]] = {}
+    for name in sorted(free, key=_order):
+        by_topic.setdefault(split_name(name)[0], []).append(name)
+    # Topics with few readers first: their partitions have the least choice.
+    for topic in sorted(by_topic, key=lambda topic: (len(readers[topic]), topic)):
+        loads = [(len(target[member]), member) for member in readers[topic]]
+        heapq.heapify(loads)
+        for name in by_topic[topic]:
+            load, member = loads[0]
+            target[member].add(name)
+            heapq.heapreplace(loads, (load + 1, member))
+
+
+def _level(readers: Mapping[str, list[str]], target: dict[str, set[TopicPartition]]) -> None:
+    """Moves single partitions from fuller to emptier members until none is two ahead of one that could take over.
+    Every move lowers the sum of the squared loads, so it ends."""
+    moved = True
+    while moved:
+        moved = False
+        for member in sorted(target, key=lambda member: (-len(target[member]), member)):
+            settled: set[str] = set()
+            for name in sorted(target[member], key=_order, reverse=True):
+                topic = split_name(name)[0]
+                if topic in settled:
+                    continue
+                least = min(readers[topic], key=lambda other: (len(target[other]), other))
+                if len(target[member]) - len(target[least]) < 2:
+                    settled.add(topic)
+                    continue
+                target[member].remove(name)
+                target[least].add(name)
+                moved = True
+
+
+def outdated(group: Group, partitions: Mapping[str, int]) -> bool:
+    """Whether topics were created or deleted since the target was made."""
+    read = {topic for wanted in group.topics.values() for topic in wanted if topic in partitions}
+    wanted = {name_of(topic, number) for topic in read for number in range(partitions[topic])}
+    return wanted != {name for names in group.target.values() for name in names}
+
+
+# ---- hand-over
+
+
+def available(group: Group, member: str) -> tuple[frozenset[TopicPartition], bool]:
+    """What `member` may work on now, and whether more is coming that others have not let go of yet."""
+    target = group.target.get(member, frozenset())
+    held = frozenset(name for other, names in group.owned.items() if other != member for name in names)
+    return target - held, bool(target & held)
+
+
+def owned_after(
+    group: Group, member: str, reported: frozenset[TopicPartition] | None, assigned: frozenset[TopicPartition]
+) -> frozenset[TopicPartition]:
+    """What `member` counts as owning from now on: what it still works on of what it was given, and what it is given
+    now. `reported`: None when it has not spoken since."""
+    before = group.owned.get(member, frozenset())
+    return (before if reported is None else before & reported) | assigned
+
+
+# ---- commits
+
+
+def check_commit(group: Group, member: str, generation: int, names: Iterable[TopicPartition]) -> None:
+    """Raises UnknownMember, or IllegalGeneration when another member works on a partition, or may be about to."""
+    if not member and not generation:
+        if group.topics:
+            raise IllegalGeneration(
+                f"group {group.name!r} has members; only they commit", generation=generation, current=group.generation
+            )
+        return
+    if member not in group.topics:
+        raise UnknownMember(f"group {group.name!r} has no member {member!r}; join again", member_id=member)
+    own = group.owned.get(member, frozenset())
+    held = {name for other, others in group.owned.items() if other != member for name in others}
+    for name in names:
+        if name in held or (generation != group.generation and name not in own):
+            raise IllegalGeneration(
+                f"{name} is not {member!r}'s to commit in generation {generation} of group {group.name!r}",
+                generation=generation,
+                current=group.generation,
+                partition=name,
+            )

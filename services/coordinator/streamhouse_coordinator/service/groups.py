@@ -1,0 +1,263 @@
+"""Consumer groups: members, generations, offsets. One transaction at a time per group."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from shproto.errors import Overloaded, StreamHouseError, UnknownMember, UnknownPartition, UnknownTopic
+from shproto.events import Event, GroupMemberJoined, GroupMemberLeft, GroupRebalanced
+
+from streamhouse_coordinator.core import groups
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.projection import Put, Remove
+from streamhouse_coordinator.ports import AtMost, In, Transaction, where
+from streamhouse_coordinator.service.common import Context
+
+log = logging.getLogger(__name__)
+
+Names = frozenset[groups.TopicPartition]
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    member_id: str
+    generation: int
+    assigned: Names
+    session_timeout_ms: int
+    pending: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    topic: str
+    partition: int
+    next_offset: int
+    metadata: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    group: groups.Group
+    members: dict[str, t.GroupMemberRow]
+    partitions: dict[str, int]
+
+
+def _encode(names: Collection[str]) -> str:
+    return json.dumps(sorted(names), separators=(",", ":"))
+
+
+async def _load(tx: Transaction, name: str) -> _Loaded:
+    """The group as it is; the caller is alone with it from here on."""
+    await tx.lock(f"group/{name}")
+    rows = await tx.select(t.GROUPS, where(group_name=name))
+    members = {row.member_id: row for row in await tx.select(t.GROUP_MEMBERS, where(group_name=name))}
+    states = await tx.select(t.GROUP_MEMBER_STATE, where(group_name=name))
+    topics = {member_id: frozenset(json.loads(row.topics)) for member_id, row in members.items()}
+    read = {topic for wanted in topics.values() for topic in wanted}
+    assignment = json.loads(rows[0].assignment) if rows else {}
+    group = groups.Group(
+        name,
+        rows[0].generation if rows else 0,
+        topics,
+        {row.member_id: frozenset(json.loads(row.owned)) for row in states if row.member_id in members},
+        {member_id: frozenset(names) for member_id, names in assignment.items()},
+    )
+    return _Loaded(group, members, await _partitions(tx, read))
+
+
+async def _partitions(tx: Transaction, topics: Collection[str]) -> dict[str, int]:
+    if not topics:
+        return {}
+    return {row.topic: row.partitions for row in await tx.select(t.TOPICS, where(topic=In(topics)))}
+
+
+async def _change_members(
+    tx: Transaction, loaded: _Loaded, joined: Sequence[GroupMemberJoined], left: Sequence[GroupMemberLeft]
+) -> _Loaded:
+    """Appends who came and went with the new generation, and wakes the others. Returns the group afterwards."""
+    group = loaded.group
+    topics = {member: wanted for member, wanted in group.topics.items() if member not in {e.member_id for e in left}}
+    topics |= {event.member_id: frozenset(event.topics) for event in joined}
+    partitions = await _partitions(tx, {topic for wanted in topics.values() for topic in wanted})
+    target = groups.rebalance(topics, partitions, group.target)
+    events: list[Event] = [*joined, *left, GroupRebalanced(group.name, group.generation + 1, target)]
+    await tx.append(events)
+    await tx.apply(
+        [Remove(t.GROUP_MEMBER_STATE, {"group_name": group.name, "member_id": event.member_id}) for event in left]
+    )
+    tx.wake_group(group.name)
+    return await _load(tx, group.name)
+
+
+async def join(
+    context: Context, name: str, member_id: str, topics: Sequence[str], client_id: str, session_timeout_ms: int
+) -> Assignment:
+    """Joins, or changes what is read; who joins again as it was only gets its assignment. Raises Overloaded."""
+    member_id = member_id or f"{client_id or 'member'}-{context.new_id()}"
+    timeout_ms = session_timeout_ms or context.settings.group_session_timeout_ms
+    event = GroupMemberJoined(name, member_id, client_id, tuple(sorted(set(topics))), timeout_ms)
+
+    async def work(tx: Transaction) -> Assignment:
+        loaded = await _load(tx, name)
+        known = loaded.members.get(member_id)
+        if known is None and len(loaded.members) >= context.settings.group_members_max:
+            limit = context.settings.group_members_max
+            raise Overloaded(f"group {name!r} has {limit} members, the limit group_members_max", limit=limit)
+        same = known is not None and tuple(json.loads(known.topics)) == event.topics
+        if not same or groups.outdated(loaded.group, loaded.partitions):
+            loaded = await _change_members(tx, loaded, [event], [])
+        return await _assign(tx, loaded, member_id, frozenset())
+
+    return await context.store.run(work)
+
+
+async def _assign(tx: Transaction, loaded: _Loaded, member_id: str, reported: Names | None) -> Assignment:
+    """What the member may work on now; records it as owned, and its heartbeat."""
+    group, member = loaded.group, loaded.members[member_id]
+    assigned, pending = groups.available(group, member_id)
+    owned = groups.owned_after(group, member_id, reported, assigned)
+    complete = not pending and owned == group.target.get(member_id, frozenset())
+    expires_ms = await tx.now_ms() + member.session_timeout_ms
+    state = t.GroupMemberStateRow(group.name, member_id, expires_ms, _encode(owned), complete)
+    await tx.apply([Put(t.GROUP_MEMBER_STATE, state)])
+    if group.owned.get(member_id, frozenset()) - owned:
+        tx.wake_group(group.name)  # somebody may be waiting for what was let go
+    return Assignment(member_id, group.generation, assigned, member.session_timeout_ms, pending)
+
+
+async def heartbeat(
+    context: Context, name: str, member_id: str, generation: int, owned: Names, max_wait_ms: int
+) -> Assignment:
+    """Says that the member lives and what it works on; waits up to `max_wait_ms` for a change. Raises UnknownMember."""
+    ticket = context.waiters.ticket(name)
+    done = await _heartbeat(context, name, member_id, generation, owned)
+    # Well before the member would be taken for dead: while it waits here it does not speak.
+    wait_ms = min(max_wait_ms, done.session_timeout_ms // 2)
+    if wait_ms <= 0 or done.generation != generation or done.assigned - owned:
+        return done
+    try:
+        async with asyncio.timeout(wait_ms / 1000):
+            await ticket.wait()
+    except TimeoutError:
+        return done
+    return await context.store.run(lambda tx: _speak(tx, name, member_id, None))
+
+
+async def _heartbeat(context: Context, name: str, member_id: str, generation: int, owned: Names) -> Assignment:
+    """One row update when nothing changed since the last heartbeat, else the whole look."""
+    timeout_ms = await context.store.renew_member(name, member_id, generation, _encode(owned))
+    if timeout_ms is not None:
+        return Assignment(member_id, generation, owned, timeout_ms, False)
+    return await context.store.run(lambda tx: _speak(tx, name, member_id, owned))
+
+
+async def _speak(tx: Transaction, name: str, member_id: str, owned: Names | None) -> Assignment:
+    loaded = await _load(tx, name)
+    if member_id not in loaded.members:
+        raise UnknownMember(f"group {name!r} has no member {member_id!r}; join again", member_id=member_id)
+    return await _assign(tx, loaded, member_id, owned)
+
+
+async def leave(context: Context, name: str, member_id: str) -> None:
+    """Leaves; a member that is not there has left already."""
+
+    async def work(tx: Transaction) -> None:
+        loaded = await _load(tx, name)
+        if member_id in loaded.members:
+            await _change_members(tx, loaded, [], [GroupMemberLeft(name, member_id, "left")])
+
+    await context.store.run(work)
+
+
+async def expire_members(context: Context) -> int:
+    """Removes members whose heartbeats stopped, by the database's clock; returns how many."""
+
+    async def look(tx: Transaction) -> set[str]:
+        rows = await tx.select(t.GROUP_MEMBER_STATE, where(expires_ms=AtMost(await tx.now_ms())))
+        return {row.group_name for row in rows}
+
+    async def expire(name: str, tx: Transaction) -> int:
+        loaded = await _load(tx, name)
+        rows = await tx.select(t.GROUP_MEMBER_STATE, where(group_name=name, expires_ms=AtMost(await tx.now_ms())))
+        left = [GroupMemberLeft(name, row.member_id, "expired") for row in rows if row.member_id in loaded.members]
+        if left:
+            await _change_members(tx, loaded, [], left)
+        return len(left)
+
+    names = await context.store.run(look)
+    return sum([await context.store.run(partial(expire, name)) for name in sorted(names)])
+
+
+async def topic_changed(context: Context, topic: str) -> None:
+    """After a topic came or went: the groups that read it get a new generation. If that fails, they get it with
+    their next one: the topic's own change is done and must not be reported as failed."""
+    try:
+        await _refresh_readers(context, topic)
+    except StreamHouseError as error:
+        log.warning("groups that read topic %r are rebalanced later: %s", topic, error.message)
+
+
+async def _refresh_readers(context: Context, topic: str) -> None:
+
+    async def readers(tx: Transaction) -> set[str]:
+        rows = await tx.select(t.GROUP_MEMBERS)
+        return {row.group_name for row in rows if topic in json.loads(row.topics)}
+
+    async def refresh(name: str, tx: Transaction) -> None:
+        loaded = await _load(tx, name)
+        if groups.outdated(loaded.group, loaded.partitions):
+            await _change_members(tx, loaded, [], [])
+
+    for name in sorted(await context.store.run(readers)):
+        await context.store.run(partial(refresh, name))
+
+
+# ---- offsets
+
+
+async def commit(context: Context, name: str, member_id: str, generation: int, commits: Sequence[Commit]) -> None:
+    """All or none. Raises UnknownMember, IllegalGeneration, UnknownTopic, UnknownPartition."""
+
+    async def work(tx: Transaction) -> None:
+        loaded = await _load(tx, name)
+        named = [groups.name_of(item.topic, item.partition) for item in commits]
+        groups.check_commit(loaded.group, member_id, generation, named)
+        # Shared with other commits; keeps a deletion of the topic from slipping in between.
+        rows = await tx.select(t.TOPICS, where(topic=In({item.topic for item in commits})), lock="share")
+        topics = {row.topic: row for row in rows}
+        now_ms = await tx.now_ms()
+        await tx.apply([Put(t.GROUP_OFFSETS, _offset_row(name, topics, item, now_ms)) for item in commits])
+
+    await context.store.run(work)
+
+
+def _offset_row(name: str, topics: Mapping[str, t.TopicRow], item: Commit, now_ms: int) -> t.GroupOffsetRow:
+    topic = topics.get(item.topic)
+    if topic is None:
+        raise UnknownTopic(f"topic {item.topic!r} does not exist", topic=item.topic)
+    if item.partition >= topic.partitions:
+        raise UnknownPartition(
+            f"topic {item.topic!r} has {topic.partitions} partitions, there is no {item.partition}",
+            topic=item.topic,
+            partition=item.partition,
+            partitions=topic.partitions,
+        )
+    return t.GroupOffsetRow(name, topic.topic_id, item.partition, item.next_offset, item.metadata, now_ms)
+
+
+async def fetch_offsets(
+    context: Context, name: str, wanted: Collection[tuple[str, int]]
+) -> list[tuple[str, int, t.GroupOffsetRow | None]]:
+    """(topic, partition, what was committed) of the partitions asked, or of all that have commits."""
+
+    async def work(tx: Transaction) -> list[tuple[str, int, t.GroupOffsetRow | None]]:
+        rows = await tx.select(t.GROUP_OFFSETS, where(group_name=name))
+        ids = {row.topic_id for row in rows}
+        topics = {row.topic_id: row.topic for row in await tx.select(t.TOPICS, where(topic_id=In(ids)))}
+        found = {(topics[row.topic_id], row.partition): row for row in rows if row.topic_id in topics}
+        return [(*key, found.get(key)) for key in wanted or sorted(found)]
+
+    return await context.store.run(work)

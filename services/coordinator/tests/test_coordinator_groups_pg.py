@@ -1,0 +1,216 @@
+"""Consumer groups against a real PostgreSQL: hand-over, fencing, expiry, long polls."""
+
+import asyncio
+from collections.abc import Iterable
+
+import pytest
+from shproto.errors import IllegalGeneration, InvalidArgument, UnknownMember, UnknownPartition, UnknownTopic
+from shproto.v1 import coordinator_pb2 as pb
+from streamhouse_coordinator.api import CoordinatorApi
+from streamhouse_coordinator.wiring import CoordinatorService
+
+Two = tuple[CoordinatorService, CoordinatorService]
+
+
+class Member:
+    """A well-behaved consumer: gives up what it is not assigned, then says so."""
+
+    def __init__(self, api: CoordinatorApi, group: str = "g", topics: Iterable[str] = ("orders",)) -> None:
+        self.api, self.group, self.topics = api, group, list(topics)
+        self.id, self.generation, self.pending = "", 0, False
+        self.owned: set[tuple[str, int]] = set()
+
+    async def join(self, **extra: int) -> "Member":
+        request = pb.JoinGroupRequest(group=self.group, member_id=self.id, topics=self.topics, client_id="c", **extra)
+        self._take(await self.api.join_group(request))
+        return self
+
+    async def heartbeat(self, max_wait_ms: int = 0) -> None:
+        owned = [pb.TopicPartition(topic=topic, partition=number) for topic, number in self.owned]
+        request = pb.HeartbeatGroupRequest(
+            group=self.group, member_id=self.id, generation=self.generation, owned=owned, max_wait_ms=max_wait_ms
+        )
+        self._take(await self.api.heartbeat_group(request))
+
+    def _take(self, answer: pb.GroupAssignment) -> None:
+        self.id, self.generation, self.pending = answer.member_id, answer.generation, answer.pending
+        self.owned = {(item.topic, item.partition) for item in answer.assigned}
+
+    async def commit(self, partition: int, offset: int, generation: int | None = None) -> None:
+        generation = self.generation if generation is None else generation
+        offsets = [pb.OffsetCommit(topic="orders", partition=partition, offset=offset)]
+        await self.api.commit_offsets(
+            pb.CommitOffsetsRequest(group=self.group, member_id=self.id, generation=generation, offsets=offsets)
+        )
+
+    @property
+    def numbers(self) -> list[int]:
+        return sorted(number for _, number in self.owned)
+
+
+async def committed(api: CoordinatorApi, group: str = "g") -> dict[int, int]:
+    answer = await api.fetch_offsets(pb.FetchOffsetsRequest(group=group))
+    return {item.partition: item.offset for item in answer.offsets}
+
+
+@pytest.fixture
+async def api(coordinator: CoordinatorService) -> CoordinatorApi:
+    await coordinator.api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=4))
+    return coordinator.api
+
+
+async def test_the_new_member_gets_a_partition_only_after_the_old_one_let_go(api: CoordinatorApi) -> None:
+    one = await Member(api).join()
+    assert one.numbers == [0, 1, 2, 3]
+    two = await Member(api).join()
+    assert two.owned == set() and two.pending
+    await one.heartbeat()
+    assert one.numbers == [0, 1]
+    await two.heartbeat()
+    assert two.owned == set() and two.pending, "the old member has been told, but has not let go yet"
+    await one.heartbeat()
+    await two.heartbeat()
+    assert two.numbers == [2, 3] and not two.pending
+
+
+async def test_two_members_converge_in_one_round_of_long_polls(api: CoordinatorApi) -> None:
+    one = await Member(api).join()
+    two = Member(api)
+
+    async def until_settled(member: Member, count: int) -> None:
+        while len(member.owned) != count or member.pending:
+            await member.heartbeat(max_wait_ms=4_000)
+
+    polling = asyncio.create_task(one.heartbeat(max_wait_ms=4_000))
+    await asyncio.sleep(0.1)
+    await two.join()
+    async with asyncio.timeout(2):
+        await polling
+        await asyncio.gather(until_settled(two, 2), one.heartbeat(max_wait_ms=100))
+    assert one.numbers + two.numbers == [0, 1, 2, 3]
+
+
+async def test_long_polls_wake_up_across_coordinators(two_coordinators: Two) -> None:
+    here, there = (service.api for service in two_coordinators)
+    await here.create_topic(pb.CreateTopicRequest(topic="orders", partitions=2))
+    one = await Member(here).join()
+    await one.heartbeat()
+    polling = asyncio.create_task(one.heartbeat(max_wait_ms=4_500))
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(2):
+        two = await Member(there).join()
+        await polling
+    assert one.generation == two.generation == 2
+
+
+async def test_members_joining_at_once_through_two_coordinators_share_everything(two_coordinators: Two) -> None:
+    apis = [service.api for service in two_coordinators]
+    await apis[0].create_topic(pb.CreateTopicRequest(topic="orders", partitions=12))
+    members = [Member(apis[number % 2]) for number in range(6)]
+    await asyncio.gather(*(member.join() for member in members))
+    for _ in range(3):
+        await asyncio.gather(*(member.heartbeat() for member in members))
+        held = [name for member in members for name in member.owned]
+        assert len(held) == len(set(held)), "a partition belongs to two members"
+    assert [len(member.owned) for member in members] == [2] * 6
+
+
+async def test_leaving_and_expiry_free_partitions(api: CoordinatorApi) -> None:
+    one, two = await Member(api).join(), await Member(api).join(session_timeout_ms=400)
+    await one.heartbeat()
+    await one.heartbeat()
+    await two.heartbeat()
+    assert two.numbers == [2, 3]
+    async with asyncio.timeout(5):
+        while one.numbers != [0, 1, 2, 3]:
+            await one.heartbeat(max_wait_ms=2_000)
+    with pytest.raises(UnknownMember):
+        await two.heartbeat()
+    two.id = ""
+    await two.join()
+    await api.leave_group(pb.LeaveGroupRequest(group="g", member_id=one.id))
+    await api.leave_group(pb.LeaveGroupRequest(group="g", member_id=one.id))
+    await two.heartbeat()
+    assert two.numbers == [0, 1, 2, 3]
+
+
+async def test_joining_again_as_before_changes_nothing(api: CoordinatorApi) -> None:
+    one = await Member(api).join()
+    generation = one.generation
+    await one.join()
+    assert (one.generation, one.numbers) == (generation, [0, 1, 2, 3])
+
+
+async def test_a_heartbeat_without_news_waits_and_keeps_the_member_alive(api: CoordinatorApi) -> None:
+    one = await Member(api).join(session_timeout_ms=600)
+    started = asyncio.get_running_loop().time()
+    for _ in range(4):
+        await one.heartbeat(max_wait_ms=60_000)
+    took = asyncio.get_running_loop().time() - started
+    assert took >= 1.1, "each one waits half the session timeout"
+    assert one.numbers == [0, 1, 2, 3]
+
+
+async def test_commits_are_fenced_by_generation_and_ownership(api: CoordinatorApi) -> None:
+    one = await Member(api).join()
+    await one.commit(0, 10)
+    await one.commit(3, 10)
+    two = await Member(api).join()
+    await one.commit(3, 11)  # told nothing yet: still its own, though the generation is old
+    with pytest.raises(IllegalGeneration):
+        await two.commit(3, 5, generation=two.generation)
+    await one.heartbeat()
+    await one.heartbeat()
+    await two.heartbeat()
+    with pytest.raises(IllegalGeneration):
+        await one.commit(3, 12)
+    await two.commit(3, 20)
+    with pytest.raises(UnknownMember):
+        await api.commit_offsets(pb.CommitOffsetsRequest(group="g", member_id="stranger", generation=2))
+    assert await committed(api) == {0: 10, 3: 20}
+
+
+async def test_plain_commits_only_while_the_group_is_empty(api: CoordinatorApi) -> None:
+    offsets = [pb.OffsetCommit(topic="orders", partition=1, offset=7, metadata="note")]
+    plain = pb.CommitOffsetsRequest(group="g", offsets=offsets)
+    await api.commit_offsets(plain)
+    await api.commit_offsets(plain)
+    one = await Member(api).join()
+    with pytest.raises(IllegalGeneration):
+        await api.commit_offsets(plain)
+    await api.leave_group(pb.LeaveGroupRequest(group="g", member_id=one.id))
+    await api.commit_offsets(plain)
+    wanted = [pb.TopicPartition(topic="orders", partition=number) for number in (1, 2)]
+    answer = await api.fetch_offsets(pb.FetchOffsetsRequest(group="g", partitions=wanted))
+    assert [(item.offset, item.metadata) for item in answer.offsets] == [(7, "note"), (-1, "")]
+
+
+async def test_commits_of_what_does_not_exist_change_nothing(api: CoordinatorApi) -> None:
+    good = pb.OffsetCommit(topic="orders", partition=0, offset=1)
+    for bad, error in (
+        (pb.OffsetCommit(topic="nope", partition=0, offset=1), UnknownTopic),
+        (pb.OffsetCommit(topic="orders", partition=4, offset=1), UnknownPartition),
+        (pb.OffsetCommit(topic="orders", partition=0, offset=-1), InvalidArgument),
+    ):
+        with pytest.raises(error):
+            await api.commit_offsets(pb.CommitOffsetsRequest(group="g", offsets=[good, bad]))
+    assert await committed(api) == {}
+
+
+async def test_topics_that_come_and_go_are_picked_up(api: CoordinatorApi) -> None:
+    one = await Member(api, topics=["orders", "later"]).join()
+    await one.heartbeat()
+    await api.create_topic(pb.CreateTopicRequest(topic="later", partitions=1))
+    await one.heartbeat()
+    assert ("later", 0) in one.owned and len(one.owned) == 5
+    await api.delete_topic(pb.DeleteTopicRequest(topic="orders"))
+    await one.heartbeat()
+    assert one.owned == {("later", 0)}
+
+
+async def test_offsets_go_with_their_topic(api: CoordinatorApi) -> None:
+    plain = pb.CommitOffsetsRequest(group="g", offsets=[pb.OffsetCommit(topic="orders", partition=1, offset=7)])
+    await api.commit_offsets(plain)
+    await api.delete_topic(pb.DeleteTopicRequest(topic="orders"))
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=4))
+    assert await committed(api) == {}
