@@ -1,0 +1,267 @@
+"""What the embedded platform does on this machine: `make bench`.
+
+Produces 100-byte records in batches of about 100 KB with fsynced acknowledgements for a bounded time, then reads all
+of them back: cold after a restart, then cached, by batches and by single records. Repeats, and shows medians. The
+client runs in this process, the platform in another, so both share the machine's cores.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from streamhouse import Admin, Consumer, Producer, SendResult
+from streamhouse.cli.serve_process import ServeProcess
+
+TOPIC = "bench"
+SEED = 20_130_101
+RECORD_BYTES = 100
+BATCH_BYTES = 100_000
+BATCH_RECORDS = BATCH_BYTES // RECORD_BYTES
+# Distinct records, sent round and round: 20 MB do not fit a compression window or a CPU cache.
+DISTINCT_RECORDS = 200_000
+
+# name, unit, digits shown
+FIGURES = (
+    ("produce", "records/s", 0),
+    ("produce_bytes", "MB/s", 1),
+    ("ack_p50", "ms", 2),
+    ("ack_p99", "ms", 2),
+    ("peak_memory_serve", "MiB", 0),
+    ("peak_memory_children", "MiB", 0),
+    ("consume_cold_batches", "records/s", 0),
+    ("consume_cached_batches", "records/s", 0),
+    ("consume_cached_records", "records/s", 0),
+    ("compression_ratio", "", 2),
+)
+Run = dict[str, float]
+console = Console()
+
+
+def main() -> int:
+    options = parse_options()
+    values = make_records(DISTINCT_RECORDS)
+    runs: list[Run] = []
+    for number in range(options.runs):
+        with tempfile.TemporaryDirectory(prefix="streamhouse-bench-", dir=options.dir) as folder:
+            runs.append(run_once(Path(folder), values, options))
+        shown = runs[-1]
+        console.print(
+            f"run {number + 1} of {options.runs}: {shown['produce']:,.0f} records/s in, "
+            f"{shown['consume_cached_batches']:,.0f} out",
+            highlight=False,
+        )
+    medians = {name: statistics.median(run[name] for run in runs) for name, _, _ in FIGURES}
+    print_table(medians, runs)
+    codec = codec_figures() if options.codec else {}
+    if codec:
+        print_codec(codec)
+    if options.json:
+        write_json(options.json, options, medians, runs, codec)
+    return 0
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=3, help="repetitions, of which medians are shown (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long a run produces (%(default)s)")
+    parser.add_argument("--partitions", type=int, default=4, help="of the topic (%(default)s)")
+    parser.add_argument("--in-flight", type=int, default=16, help="batches waiting for their ack (%(default)s)")
+    parser.add_argument("--dir", type=Path, help="where the data goes; the disk under it is what is measured")
+    parser.add_argument("--json", type=Path, help="also write the figures here, e.g. bench/results/latest.json")
+    parser.add_argument("--no-codec", dest="codec", action="store_false", help="leave out bench/codec.py")
+    options = parser.parse_args()
+    if options.runs < 1 or options.seconds <= 0 or options.partitions < 1 or options.in_flight < 1:
+        parser.error("--runs, --seconds, --partitions and --in-flight must be positive")
+    return options
+
+
+def make_records(count: int) -> list[bytes]:
+    """JSON events of exactly RECORD_BYTES bytes with realistic variety, the same every time."""
+    rng = random.Random(SEED)
+    kinds = ("view", "click", "cart", "order", "refund", "search", "login")
+    records = []
+    for number in range(count):
+        event = {
+            "id": f"{rng.getrandbits(48):012x}",
+            "user": int(rng.paretovariate(0.9)) % 1_000_000,
+            "kind": rng.choice(kinds),
+            "at": 1_700_000_000_000 + number * 7 + rng.randrange(7),
+            "cents": int(rng.lognormvariate(7, 1)),
+        }
+        text = json.dumps(event, separators=(",", ":")).encode()
+        filler = RECORD_BYTES - len(text) - len(b',"ref":""')
+        records.append(text[:-1] + b',"ref":"' + f"{rng.getrandbits(4 * filler):0{filler}x}".encode() + b'"}')
+    assert all(len(record) == RECORD_BYTES for record in records)
+    return records
+
+
+def run_once(folder: Path, values: list[bytes], options: argparse.Namespace) -> Run:
+    """One run on a fresh data directory."""
+    serve = ServeProcess(folder / "data", folder / "serve.log", {"STREAMHOUSE_LOG_LEVEL": "WARNING"})
+    run: Run = {}
+    with serve:
+        count = asyncio.run(produce(serve.address, values, options, run))
+        run["peak_memory_serve"], run["peak_memory_children"] = peak_memory_mib(serve.pid)
+    with serve:
+        run["compression_ratio"] = asyncio.run(compression_ratio(serve.address))
+        run["consume_cold_batches"] = count / asyncio.run(timed(serve.address, count, read_batches))
+        run["consume_cached_batches"] = count / asyncio.run(timed(serve.address, count, read_batches))
+        run["consume_cached_records"] = count / asyncio.run(timed(serve.address, count, read_records))
+        memory = peak_memory_mib(serve.pid)
+        run["peak_memory_serve"] = max(run["peak_memory_serve"], memory[0])
+        run["peak_memory_children"] = max(run["peak_memory_children"], memory[1])
+    return run
+
+
+async def produce(address: str, values: list[bytes], options: argparse.Namespace, run: Run) -> int:
+    """Sends for the time asked; returns how many records were acknowledged."""
+    async with Admin(address) as admin:
+        await admin.create_topic(TOPIC, partitions=options.partitions)
+    room = asyncio.Semaphore(options.in_flight)
+    acks_s: list[float] = []
+
+    async def acknowledged(result: SendResult, sent_s: float) -> None:
+        try:
+            await result
+        finally:
+            room.release()
+        acks_s.append(time.perf_counter() - sent_s)
+
+    tasks = []
+    async with Producer(address, acks="wal", batch_bytes=BATCH_BYTES, linger_ms=2, compression="lz4") as producer:
+        await (await producer.send_many(TOPIC, values[:BATCH_RECORDS]))  # connections, idempotent id, first fsync
+        began_s, at = time.perf_counter(), 0
+        while time.perf_counter() - began_s < options.seconds:
+            await room.acquire()
+            batch = values[at : at + BATCH_RECORDS]
+            at = (at + BATCH_RECORDS) % len(values)
+            sent_s = time.perf_counter()
+            tasks.append(asyncio.create_task(acknowledged(await producer.send_many(TOPIC, batch), sent_s)))
+        await asyncio.gather(*tasks)
+        seconds = time.perf_counter() - began_s
+    count = len(tasks) * BATCH_RECORDS
+    run["produce"] = count / seconds
+    run["produce_bytes"] = count * RECORD_BYTES / seconds / 1e6
+    run["ack_p50"], run["ack_p99"] = (np.percentile(acks_s, [50, 99]) * 1000).tolist()
+    return count + BATCH_RECORDS
+
+
+async def timed(address: str, count: int, read: Callable[[Consumer], Awaitable[int]]) -> float:
+    """Seconds until everything was read from the start."""
+    began_s = time.perf_counter()
+    async with Consumer(address, [TOPIC], start="earliest", stop_at_end=True) as consumer:
+        got = await read(consumer)
+    if got != count:
+        raise SystemExit(f"read {got:,} records, {count:,} were acknowledged")
+    return time.perf_counter() - began_s
+
+
+async def read_batches(consumer: Consumer) -> int:
+    count = 0
+    async for batch in consumer.batches():
+        count += len(batch)
+    return count
+
+
+async def read_records(consumer: Consumer) -> int:
+    count = 0
+    async for _ in consumer:
+        count += 1
+    return count
+
+
+async def compression_ratio(address: str) -> float:
+    async with Admin(address) as admin:
+        partitions = (await admin.describe_topic(TOPIC)).partitions
+    return sum(part.raw_bytes for part in partitions) / max(1, sum(part.size_bytes for part in partitions))
+
+
+# ---- memory
+
+
+def peak_memory_mib(pid: int) -> tuple[float, float]:
+    """Largest resident size so far of the process, and the sum of those of its descendants (PostgreSQL, which
+    share pages with each other: the sum is more than they take)."""
+    return high_water_mib(pid), sum(high_water_mib(child) for child in descendants(pid))
+
+
+def high_water_mib(pid: int) -> float:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:  # ended meanwhile
+        return 0.0
+    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
+    return int(line.split()[1]) / 1024
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+# ---- results
+
+
+def print_table(medians: Run, runs: list[Run]) -> None:
+    table = Table(title=f"median of {len(runs)} run(s), {os.cpu_count()} cores", title_justify="left")
+    for column in ("figure", "median", "lowest", "highest", ""):
+        table.add_column(column, justify="left" if column in ("figure", "") else "right")
+    for name, unit, digits in FIGURES:
+        every = [run[name] for run in runs]
+        cells = [f"{value:,.{digits}f}" for value in (medians[name], min(every), max(every))]
+        table.add_row(name.replace("_", " "), *cells, unit)
+    console.print(table)
+
+
+def write_json(path: Path, options: argparse.Namespace, medians: Run, runs: list[Run], codec: dict[str, float]) -> None:
+    """The figures with what they were measured on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
+        "options": {"seconds": options.seconds, "partitions": options.partitions, "in_flight": options.in_flight},
+        "units": {name: unit for name, unit, _ in FIGURES},
+        "medians": medians,
+        "runs": runs,
+        "codec": codec,
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def codec_figures() -> dict[str, float]:
+    """What bench/codec.py measures: the codec alone, on one core. Raises CalledProcessError."""
+    command = [sys.executable, str(Path(__file__).with_name("codec.py")), "--json"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def print_codec(figures: dict[str, float]) -> None:
+    table = Table(title="codec, one core", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in figures.items():
+        table.add_row(
+            name.replace("_per_s", "/s").replace("_", " "), f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""streamhouse consume: records to stdout, as text or JSON lines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import repeat
+from typing import TYPE_CHECKING
+
+import click
+
+from streamhouse.cli.options import bootstrap_option
+from streamhouse.cli.position import Position, PositionType
+from streamhouse.cli.text import record_json, text_lines
+from streamhouse.cli.write_output import Output
+
+if TYPE_CHECKING:
+    from streamhouse import Consumer, RecordBatch
+
+Render = Callable[["RecordBatch"], bytes]
+
+
+@click.command(short_help="Print records.")
+@click.argument("topic")
+@click.option(
+    "--from",
+    "position",
+    type=PositionType(),
+    metavar="POSITION",
+    default="earliest",
+    show_default=True,
+    help="earliest, latest, an offset (42), ms since 1970 (@1700000000000) or a time (2013-01-31T12:00:00Z, UTC "
+    "unless it says otherwise).",
+)
+@click.option("--partition", type=click.IntRange(min=0), help="Only this one. Default: all.")
+@click.option("--group", help="Consumer group: share the partitions, go on where it stopped, commit.")
+@click.option("--follow", is_flag=True, help="Go on at the end. Default: stop at the end as known at the start.")
+@click.option("--max", "count_max", type=click.IntRange(min=1), metavar="N", help="Stop after N records.")
+@click.option("--format", "shape", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--json", "shape", flag_value="json", help="The same as --format json.")
+@bootstrap_option
+def consume(
+    topic: str,
+    position: Position,
+    partition: int | None,
+    group: str | None,
+    follow: bool,
+    count_max: int | None,
+    shape: str,
+    bootstrap: str,
+) -> None:
+    """Print the records of TOPIC.
+
+    text: the value of each record on a line of its own; bytes that are not UTF-8 as \\xNN. json: one object per
+    line with topic, partition, offset, timestamp_ms, key, value and headers; key or value that is not UTF-8 comes
+    as key_base64, value_base64. With --group the committed offsets win over --from.
+    """
+    import asyncio
+
+    if group is not None and partition is not None:
+        raise click.UsageError("--group shares out the partitions itself: leave out --partition")
+    reading = Reading(topic, position, partition, group, follow, count_max)
+    asyncio.run(_consume(bootstrap, reading, _json_lines if shape == "json" else _text))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is to be read."""
+
+    topic: str
+    position: Position
+    partition: int | None
+    group: str | None
+    follow: bool
+    count_max: int | None
+
+    def consumer(self, bootstrap: str) -> Consumer:
+        from streamhouse import Consumer
+
+        whole = self.partition is None
+        return Consumer(
+            bootstrap,
+            [self.topic] if whole else (),
+            assign=() if self.partition is None else [(self.topic, self.partition)],
+            group=self.group,
+            start=self.position.start,
+            stop_at_end=not self.follow,
+        )
+
+
+async def _consume(bootstrap: str, reading: Reading, render: Render) -> None:
+    output = Output(sys.stdout.fileno())
+    left = reading.count_max
+    async with reading.consumer(bootstrap) as consumer:
+        async for batch in consumer.batches():
+            if left is not None and len(batch) > left:
+                # What is not printed must not be committed: put the group's position behind the last one printed.
+                behind = int(batch.offsets[left - 1]) + 1
+                batch = batch.slice(0, left)
+                await consumer.seek(batch.topic, batch.partition, behind)
+            await output.write(render(batch))
+            if left is not None:
+                left -= len(batch)
+                if left == 0:
+                    return
+
+
+def _text(batch: RecordBatch) -> bytes:
+    return text_lines(batch.values.to_list(), terminal=sys.stdout.isatty())
+
+
+def _json_lines(batch: RecordBatch) -> bytes:
+    headers = repeat(()) if batch.headers is None else batch.headers.to_list()
+    columns = zip(
+        batch.offsets.tolist(),
+        batch.timestamps.tolist(),
+        batch.keys.to_list(),
+        batch.values.to_list(),
+        headers,
+        strict=False,  # `repeat` has no end
+    )
+    lines = []
+    for offset, timestamp_ms, key, value, record_headers in columns:
+        place = {"topic": batch.topic, "partition": batch.partition, "offset": offset, "timestamp_ms": timestamp_ms}
+        lines.append(record_json(place, key, value, record_headers))
+    return "".join(f"{line}\n" for line in lines).encode()

@@ -1,0 +1,59 @@
+"""From an exception to the one line that a user can act on."""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import IO, Any
+
+import click
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class CliError(click.ClickException):
+    """Printed as `error: …` on stderr; exit code 1."""
+
+    exit_code = 1
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"error: {self.format_message()}", file=file or sys.stderr)
+
+
+def explain(error: Exception, context: Mapping[str, str]) -> str | None:
+    """One line about an expected failure; None for a defect. `context` may name the bootstrap address in use."""
+    from shformat import FormatError
+    from shproto.errors import StreamHouseError
+    from shruntime.settings import SettingsError
+    from shstore.errors import StoreError
+
+    if isinstance(error, StreamHouseError):
+        return _explain_refusal(error, context)
+    if isinstance(error, SettingsError | StoreError | FormatError | OSError):
+        return one_line(str(error))
+    return None
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _explain_refusal(error: Any, context: Mapping[str, str]) -> str:
+    if is_unreachable(error):
+        where = context.get("bootstrap", "the address given")
+        return f"nothing answers at {where}: start it with `streamhouse serve`, or name another with --bootstrap"
+    text = f"{one_line(error.message)} ({error.reason})"
+    if error.retry_after_ms:
+        text += f"; try again in {error.retry_after_ms} ms"
+    elif error.retriable:
+        text += "; trying again may help"
+    return text
+
+
+def is_unreachable(error: Any) -> bool:
+    """Whether this is the transport saying that nobody listens, not a service's own Unavailable."""
+    return error.reason == "UNAVAILABLE" and "failed to connect" in error.message
+
+
+def silence_stdout() -> None:
+    """After the reader of our output has gone: keeps the interpreter's last flush from failing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

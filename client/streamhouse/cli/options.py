@@ -1,0 +1,51 @@
+"""Options that several commands share."""
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+PORT_MAX = 65_535
+
+
+class HostPort(click.ParamType[str]):
+    """HOST:PORT; `many` also takes several, separated by commas. An IPv6 host stands in brackets."""
+
+    name = "host:port"
+
+    def __init__(self, *, many: bool = False, port_min: int = 1) -> None:
+        self._many = many
+        self._port_min = port_min
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        for address in value.split(",") if self._many else [value]:
+            match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]+):(\d{1,5})", address.strip())
+            if match is None or not self._port_min <= int(match[2]) <= PORT_MAX:
+                self.fail(f"{address!r} is not HOST:PORT, as in 127.0.0.1:7070", param, ctx)
+        return value
+
+
+def bootstrap_option(command: Command) -> Command:
+    """--bootstrap; also kept for the hint when nothing answers there."""
+    return click.option(
+        "--bootstrap",
+        type=HostPort(many=True),
+        metavar="HOST:PORT[,…]",
+        default="127.0.0.1:7070",
+        envvar="STREAMHOUSE_BOOTSTRAP",
+        show_default=True,
+        show_envvar=True,
+        callback=_remember,
+        help="Coordinators; one that answers is enough.",
+    )(command)
+
+
+def _remember(ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    ctx.ensure_object(dict)["bootstrap"] = value
+    return value
+
+
+def json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")(command)

@@ -1,0 +1,83 @@
+"""What commands print: tables for people, JSON for scripts."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+# rich folds tables to 80 columns when the output is not a terminal; scripts and logs want whole lines.
+PIPE_WIDTH = 240
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Prints rows under a title. A column named with a trailing `#` holds numbers: it aligns right, without the `#`."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
+    for column in columns:
+        table.add_column(column.removesuffix("#"), justify="right" if column.endswith("#") else "left")
+    for row in rows:
+        table.add_row(*(Text(show(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+
+
+def show(cell: object) -> str:
+    """A cell as people read it: digits grouped, nothing for None."""
+    if cell is None:
+        return ""
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return f"{cell:,}"
+    return str(cell)
+
+
+def show_bytes(size_bytes: int | None) -> str:
+    """1536 -> 1.5 KiB; nothing for None."""
+    if size_bytes is None:
+        return ""
+    size, unit = float(size_bytes), 0
+    while abs(size) >= 1024 and unit < len(_UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.0f} B" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
+
+
+def show_share(size_bytes: int, size_bytes_max: int) -> str:
+    """12.0 MiB of 1.0 GiB (1 %); without a limit only the size."""
+    if size_bytes_max <= 0:
+        return show_bytes(size_bytes)
+    return f"{show_bytes(size_bytes)} of {show_bytes(size_bytes_max)} ({100 * size_bytes / size_bytes_max:.0f} %)"
+
+
+def show_time(time_ms: int | None) -> str:
+    """Milliseconds since 1970 as ISO 8601 in UTC; what no calendar holds stays a number."""
+    from datetime import UTC, datetime, timedelta
+
+    if time_ms is None:
+        return ""
+    try:
+        moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=time_ms)
+    except OverflowError:
+        return f"{time_ms} ms"
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def plain(value: Any) -> Any:
+    """JSON's form of nested values: bytes as hexadecimal."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value

@@ -1,0 +1,57 @@
+"""Reads a file, a pipe or a terminal piece by piece, beside a running event loop."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+# One read: large enough that the work per chunk is small against the work per line, small enough to stay in cache.
+CHUNK_BYTES = 1024 * 1024
+
+
+@contextmanager
+def open_input(path: str) -> Iterator[int]:
+    """The file descriptor of a file, or of stdin for `-`."""
+    if path == "-":
+        yield sys.stdin.fileno()
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+async def read_chunks(descriptor: int) -> AsyncIterator[bytes]:
+    """What can be read, piece by piece, to the end. Waits for a pipe or a terminal without blocking the event loop,
+    and without a thread that could not be interrupted; a regular file is always ready."""
+    always_ready = is_regular(descriptor)
+    while True:
+        if not always_ready:
+            await _readable(descriptor)
+        chunk = os.read(descriptor, CHUNK_BYTES)
+        if not chunk:
+            return
+        yield chunk
+
+
+async def _readable(descriptor: int) -> None:
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    try:
+        loop.add_reader(descriptor, ready.set)
+    except PermissionError:  # /dev/null and the like cannot be waited for: they are always ready
+        return
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
+
+
+def is_regular(descriptor: int) -> bool:
+    return stat.S_ISREG(os.fstat(descriptor).st_mode)

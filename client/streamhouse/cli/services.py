@@ -1,0 +1,110 @@
+"""streamhouse ingest | segmenter | query | coordinator: one service of a distributed platform, in this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from streamhouse.cli.options import HostPort
+
+SETTINGS_MODULES = ("ingest", "segmenter", "query", "coordinator", "embedded")
+
+
+def load_all_settings() -> None:
+    """Makes the settings of every service known, so that one file and one set of variables may serve them all."""
+    import importlib
+
+    for name in SETTINGS_MODULES:
+        importlib.import_module(f"streamhouse_{name}.settings")
+
+
+def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--config, --listen and --bootstrap: the same as the variables, and stronger."""
+    options = (
+        click.option("--config", type=click.Path(dir_okay=False), help="TOML file  [env: STREAMHOUSE_CONFIG]"),
+        click.option("--listen", type=HostPort(port_min=0), help="Address to listen on  [env: STREAMHOUSE_LISTEN]"),
+        click.option("--bootstrap", type=HostPort(many=True), help="Coordinators  [env: STREAMHOUSE_BOOTSTRAP]"),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def environ_with(**options: str | None) -> dict[str, str]:
+    """The environment, with the options given in place of the variables that stand for them."""
+    given = {f"STREAMHOUSE_{name.upper()}": value for name, value in options.items() if value is not None}
+    return {**os.environ, **given}
+
+
+@click.command(short_help="Run an ingest agent.")
+@service_options
+def ingest(**options: str | None) -> None:
+    """Run an ingest agent: takes records into its write-ahead log.
+
+    Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
+    """
+    load_all_settings()
+    from streamhouse_ingest.settings import IngestSettings
+
+    settings = IngestSettings.load(environ_with(**options))
+    from streamhouse_ingest.wiring import run
+
+    run_service(run, settings)
+
+
+@click.command(short_help="Run a query service.")
+@service_options
+def query(**options: str | None) -> None:
+    """Run a query service: serves reads from segments, through its disk cache.
+
+    Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
+    """
+    load_all_settings()
+    from streamhouse_query.settings import QuerySettings
+
+    settings = QuerySettings.load(environ_with(**options))
+    from streamhouse_query.wiring import run
+
+    run_service(run, settings)
+
+
+@click.command(short_help="Run a coordinator.")
+@service_options
+def coordinator(**options: str | None) -> None:
+    """Run a coordinator: topics, leases, segments and groups, in PostgreSQL.
+
+    Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
+    """
+    load_all_settings()
+    from streamhouse_coordinator.settings import CoordinatorSettings
+
+    settings = CoordinatorSettings.load(environ_with(**options))
+    from streamhouse_coordinator.wiring import run
+
+    run_service(run, settings)
+
+
+@click.command(short_help="Run a segmenter.")
+@service_options
+def segmenter(**options: str | None) -> None:
+    """Run a segmenter: builds segments, uploads and registers them, keeps house.
+
+    Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
+    """
+    environ = environ_with(**options)
+    # nameko wants eventlet's patching before anything else is imported: too late in this process, so replace it.
+    environ["EVENTLET_HUB"] = "asyncio"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "streamhouse_segmenter"], environ)
+
+
+def run_service(run: Callable[[Any], Any], settings: Any) -> None:
+    """Runs a service until it is told to stop; it handles SIGINT and SIGTERM itself."""
+    import asyncio
+
+    asyncio.run(run(settings))

@@ -1,0 +1,205 @@
+"""streamhouse status: one look at everything that runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamhouse.cli.failures import is_unreachable, one_line
+from streamhouse.cli.options import bootstrap_option, json_option
+from streamhouse.cli.output import print_json, print_table, show_bytes, show_share
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from google.protobuf.message import Message
+
+    from streamhouse.admin import ClusterStatus, Session
+    from streamhouse.peers import Peers
+
+
+# People wait in front of a terminal: shorter than what services allow each other.
+TIMEOUT_MS = 5_000
+
+
+@click.command(short_help="Agents, leases, logs, caches, offsets.")
+@json_option
+@bootstrap_option
+def status(as_json: bool, bootstrap: str) -> None:
+    """Show agents, leases, write-ahead logs, caches and the offsets of every partition."""
+    import asyncio
+
+    report = asyncio.run(collect_status(bootstrap))
+    if as_json:
+        print_json(report)
+    else:
+        _print_report(report)
+
+
+async def collect_status(bootstrap: str) -> dict[str, Any]:
+    """What the coordinator, every ingest agent and every query service say. Raises StreamHouseError when no
+    coordinator answers; an agent that does not is in the report with its `error`."""
+    import asyncio
+
+    from streamhouse import Admin
+    from streamhouse.peers import Peers
+
+    async with Admin(bootstrap) as admin:
+        answer = await admin.status()
+    ingest = [session for session in answer.sessions if session.role == "ingest"]
+    query = [session for session in answer.sessions if session.role == "query"]
+    peers = Peers(bootstrap, TIMEOUT_MS)
+    try:
+        agents, caches = await asyncio.gather(
+            asyncio.gather(*(_describe_agent(peers, session) for session in ingest)),
+            asyncio.gather(*(_describe_query(peers, session) for session in query)),
+        )
+    finally:
+        await peers.close()
+    return {
+        "sessions": [asdict(session) for session in answer.sessions],
+        "agents": agents,
+        "query_services": caches,
+        "partitions": _partitions(answer, agents),
+        "buffers": {
+            "waiting": answer.buffers_waiting,
+            "waiting_bytes": answer.buffers_waiting_bytes,
+            "claimed": answer.buffers_claimed,
+        },
+        "events_position": answer.events_position,
+        "outbox_position": answer.outbox_position,
+    }
+
+
+async def _describe_agent(peers: Peers, session: Session) -> dict[str, Any]:
+    from shproto.v1 import ingest_pb2
+
+    return await _ask(session, peers.ingest(session.address).describe_agent(ingest_pb2.DescribeAgentRequest()))
+
+
+async def _describe_query(peers: Peers, session: Session) -> dict[str, Any]:
+    from shproto.v1 import query_pb2
+
+    return await _ask(session, peers.query([session.address]).describe_query(query_pb2.DescribeQueryRequest()))
+
+
+async def _ask(session: Session, call: Awaitable[Any]) -> dict[str, Any]:
+    """Every field of the answer, or why there is none."""
+    from shproto.errors import StreamHouseError
+
+    head = {"agent_id": session.agent_id, "address": session.address, "error": None}
+    try:
+        answer = await call
+    except StreamHouseError as error:
+        return head | {"error": "does not answer" if is_unreachable(error) else one_line(error.message)}
+    fields = _fields(answer)
+    if "partitions" in fields:
+        fields["partitions"] = [_fields(item) for item in fields["partitions"]]
+        fields["wal_id"] = fields["wal_id"].hex()
+    return head | fields | {"agent_id": session.agent_id}
+
+
+def _fields(message: Message) -> dict[str, Any]:
+    return {descriptor.name: getattr(message, descriptor.name) for descriptor in message.DESCRIPTOR.fields}
+
+
+def _partitions(answer: ClusterStatus, agents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per lease; `end_offset` is the acknowledged end as its leader says, None when that is not known."""
+    led = {
+        (part["topic"], part["partition"], part["epoch"]): part
+        for agent in agents
+        for part in agent.get("partitions", ())
+    }
+    entries = []
+    for lease in sorted(answer.leases, key=lambda lease: (lease.topic, lease.partition)):
+        own = led.get((lease.topic, lease.partition, lease.epoch))
+        entries.append(
+            {
+                "topic": lease.topic,
+                "partition": lease.partition,
+                "agent_id": lease.agent_id or None,
+                "epoch": lease.epoch,
+                "status": lease.status,
+                "start_offset": lease.log_start_offset,
+                "registered_end": lease.registered_end,
+                "end_offset": own["high_watermark"] if own else None,
+                "buffered_bytes": own["buffered_bytes"] if own else None,
+                "unsettled": [asdict(owned) for owned in lease.unsettled],
+            }
+        )
+    return entries
+
+
+# ---- for people
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    sessions = [
+        (item["role"], item["agent_id"], item["address"], f"{item['expires_in_ms'] / 1000:.1f} s")
+        for item in report["sessions"]
+    ]
+    print_table("sessions", ["role", "agent", "address", "expires in#"], sessions)
+    print_table(
+        "write-ahead logs", ["agent", "log", "memory", "sealed#", "unregistered#"], map(_wal_row, report["agents"])
+    )
+    columns = ["service", "cache", "hits#", "misses#", "downloads#", "downloaded#", "segments indexed#"]
+    print_table("caches", columns, map(_cache_row, report["query_services"]))
+    columns = ["topic", "partition#", "agent", "epoch#", "status", "start#", "registered end#", "end#", "buffered#"]
+    print_table("partitions", columns, map(_partition_row, report["partitions"]))
+    _print_waits(report)
+
+
+def _wal_row(agent: dict[str, Any]) -> tuple[object, ...]:
+    if agent["error"]:
+        return agent["agent_id"], agent["error"], "", "", ""
+    return (
+        agent["agent_id"],
+        show_share(agent["wal_bytes"], agent["wal_bytes_max"]),
+        show_share(agent["memory_bytes"], agent["memory_bytes_max"]),
+        show_bytes(agent["sealed_bytes"]),
+        show_bytes(agent["unregistered_bytes"]),
+    )
+
+
+def _cache_row(service: dict[str, Any]) -> tuple[object, ...]:
+    if service["error"]:
+        return service["agent_id"], service["error"], "", "", "", "", ""
+    return (
+        service["agent_id"],
+        show_share(service["cache_bytes"], service["cache_bytes_max"]),
+        service["cache_hits"],
+        service["cache_misses"],
+        service["downloads"],
+        show_bytes(service["download_bytes"]),
+        service["segments_indexed"],
+    )
+
+
+def _partition_row(entry: dict[str, Any]) -> tuple[object, ...]:
+    return (
+        entry["topic"],
+        entry["partition"],
+        entry["agent_id"] or "none",
+        entry["epoch"],
+        entry["status"],
+        entry["start_offset"],
+        entry["registered_end"],
+        "?" if entry["end_offset"] is None else entry["end_offset"],
+        show_bytes(entry["buffered_bytes"]),
+    )
+
+
+def _print_waits(report: dict[str, Any]) -> None:
+    buffers = report["buffers"]
+    click.echo(
+        f"sealed buffers: {buffers['waiting']} waiting ({show_bytes(buffers['waiting_bytes'])}), "
+        f"{buffers['claimed']} claimed; events: {report['events_position']}, relayed: {report['outbox_position']}"
+    )
+    for entry in report["partitions"]:
+        for owned in entry["unsettled"]:
+            click.echo(
+                f"readers of {entry['topic']}/{entry['partition']} wait at offset {owned['registered_end']}: "
+                f"epoch {owned['epoch']} of agent {owned['agent_id']} is {owned['status']}"
+            )

@@ -1,0 +1,51 @@
+"""Record bytes as text and as JSON. Pure."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+# What a terminal would obey instead of show: C0 but tab and newline, DEL, C1.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def text_lines(values: Sequence[bytes | None], *, terminal: bool) -> bytes:
+    """One line per value, a null as an empty one. UTF-8 is written as it is; bytes that are not are escaped as
+    \\xNN. For a `terminal` control characters are escaped too: records come from anybody."""
+    joined = b"\n".join([value or b"" for value in values]) + b"\n" if values else b""
+    if not terminal and _is_utf8(joined):
+        return joined
+    text = joined.decode("utf-8", "backslashreplace")
+    if terminal:
+        text = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    return text.encode()
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def bytes_json(name: str, value: bytes | None) -> dict[str, Any]:
+    """{name: text}, {name: null}, or {name_base64: …} when the bytes are not UTF-8."""
+    if value is None:
+        return {name: None}
+    try:
+        return {name: value.decode()}
+    except UnicodeDecodeError:
+        return {f"{name}_base64": base64.b64encode(value).decode()}
+
+
+def record_json(
+    place: dict[str, Any], key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]
+) -> str:
+    """One JSON line; `place` holds topic, partition, offset, timestamp_ms."""
+    shown: list[dict[str, Any]] = [{"key": name} | bytes_json("value", content) for name, content in headers]
+    record = place | bytes_json("key", key) | bytes_json("value", value) | {"headers": shown}
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,139 @@
+"""streamhouse topic create | list | describe | delete."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from streamhouse.cli.options import bootstrap_option, json_option
+from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
+
+if TYPE_CHECKING:
+    from streamhouse.admin import Admin, TopicDescription
+    from streamhouse.core.options import Acks
+
+Answer = TypeVar("Answer")
+
+
+@click.group(short_help="Create, list, describe and delete topics.")
+def topic() -> None:
+    """Create, list, describe and delete topics."""
+
+
+@topic.command()
+@click.argument("name")
+@click.option("--partitions", type=click.IntRange(min=1), required=True, help="How many partitions; fixed for good.")
+@click.option("--retention-ms", type=click.IntRange(min=1), help="Drop segments older than this. Default: keep.")
+@click.option("--retention-bytes", type=click.IntRange(min=1), help="Keep so many bytes per partition. Default: all.")
+@click.option(
+    "--min-acks",
+    type=click.Choice(["wal", "durable"]),
+    default="wal",
+    show_default=True,
+    help="The weakest acknowledgement a producer may ask for: in the leader's log, or on the object store.",
+)
+@click.option(
+    "--unclean-recovery-after-ms",
+    type=click.IntRange(min=1),
+    help="Give up on what a lost agent had not uploaded after this long. Default: never, readers wait.",
+)
+@json_option
+@bootstrap_option
+def create(name: str, partitions: int, min_acks: Acks, as_json: bool, bootstrap: str, **limits: int | None) -> None:
+    """Create topic NAME."""
+    created = _ask(bootstrap, lambda admin: admin.create_topic(name, partitions, min_acks=min_acks, **limits))
+    if as_json:
+        print_json(asdict(created))
+    else:
+        click.echo(f"created topic {created.topic} with {created.partitions} partition(s)")
+
+
+@topic.command("list")
+@json_option
+@bootstrap_option
+def list_topics(as_json: bool, bootstrap: str) -> None:
+    """List all topics."""
+    topics = sorted(_ask(bootstrap, lambda admin: admin.list_topics()), key=lambda info: info.topic)
+    if as_json:
+        print_json([asdict(info) for info in topics])
+        return
+    columns = ["topic", "partitions#", "min acks", "retention ms#", "retention bytes#", "created"]
+    rows = [
+        (
+            info.topic,
+            info.partitions,
+            info.min_acks,
+            info.retention_ms,
+            info.retention_bytes,
+            show_time(info.created_ms),
+        )
+        for info in topics
+    ]
+    print_table("topics", columns, rows)
+
+
+@topic.command()
+@click.argument("name")
+@json_option
+@bootstrap_option
+def describe(name: str, as_json: bool, bootstrap: str) -> None:
+    """Show the partitions of topic NAME: leaders, offsets, segments."""
+    described = _ask(bootstrap, lambda admin: admin.describe_topic(name))
+    if as_json:
+        print_json(asdict(described))
+    else:
+        _print_description(described)
+
+
+@topic.command()
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@bootstrap_option
+def delete(name: str, yes: bool, as_json: bool, bootstrap: str) -> None:
+    """Delete topic NAME and all its records."""
+    if not yes:
+        click.confirm(f"Delete topic {name} and all its records?", abort=True, err=True)
+    topic_id = _ask(bootstrap, lambda admin: admin.delete_topic(name))
+    if as_json:
+        print_json({"topic": name, "topic_id": topic_id})
+    else:
+        click.echo(f"deleted topic {name}")
+
+
+def _ask(bootstrap: str, question: Callable[[Admin], Awaitable[Answer]]) -> Answer:
+    import asyncio
+
+    from streamhouse import Admin
+
+    async def call() -> Answer:
+        async with Admin(bootstrap) as admin:
+            return await question(admin)
+
+    return asyncio.run(call())
+
+
+def _print_description(described: TopicDescription) -> None:
+    info = described.topic
+    age = "for ever" if info.retention_ms is None else f"{info.retention_ms:,} ms"
+    size = "any size" if info.retention_bytes is None else f"{info.retention_bytes:,} bytes per partition"
+    click.echo(f"topic {info.topic} ({info.topic_id}), min acks {info.min_acks}, retention {age}, {size}")
+    columns = ["partition#", "leader", "epoch#", "start#", "registered end#", "records#", "segments#", "size#", "raw#"]
+    rows = [
+        (
+            partition.partition,
+            partition.leader_agent_id or "none",
+            partition.epoch,
+            partition.log_start_offset,
+            partition.registered_end,
+            partition.record_count,
+            partition.segment_count,
+            show_bytes(partition.size_bytes),
+            show_bytes(partition.raw_bytes),
+        )
+        for partition in described.partitions
+    ]
+    print_table("partitions (in segments; newer records are in the leader's log)", columns, rows)

@@ -1,0 +1,38 @@
+"""Writes to stdout beside a running event loop."""
+
+from __future__ import annotations
+
+import os
+import select
+
+# POSIX and Linux: a pipe that polls as writable takes this much without blocking (PIPE_BUF).
+PIECE_BYTES = 4096
+
+
+class Output:
+    """Writes all of what it is given to a file descriptor. A reader that is slow makes only the caller wait, not the
+    event loop: group heartbeats and downloads go on while `less` shows the first page."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    async def write(self, data: bytes) -> None:
+        """Raises BrokenPipeError once the reader has gone."""
+        view = memoryview(data)
+        while view:
+            if not self._poll.poll(0):
+                await self._writable()
+            view = view[os.write(self._descriptor, view[:PIECE_BYTES]) :]
+
+    async def _writable(self) -> None:
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        loop.add_writer(self._descriptor, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_writer(self._descriptor)
