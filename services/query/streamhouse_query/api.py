@@ -9,16 +9,15 @@ from functools import partial
 from typing import TypeVar
 
 from shformat import FormatError
-from shproto.errors import DataLoss, InvalidArgument, StreamHouseError, Unavailable, UnknownTopic
-from shproto.services import CoordinatorApi
-from shproto.v1 import coordinator_pb2, query_pb2
+from shproto.errors import DataLoss, InvalidArgument, StreamHouseError
+from shproto.v1 import query_pb2
 from shruntime.clock import Clock
 
 from streamhouse_query.chunk_reader import ChunkCache
-from streamhouse_query.core.index import PartitionIndex
 from streamhouse_query.core.plain import plain_records
 from streamhouse_query.counters import Counters, fetch_duration_ms, tracer
 from streamhouse_query.fetcher import Fetched, Fetcher, Want
+from streamhouse_query.freshness import Freshness
 from streamhouse_query.live_index import LiveIndex
 from streamhouse_query.lookups import Found, Lookups
 from streamhouse_query.settings import QuerySettings
@@ -38,7 +37,7 @@ class QueryApi:
         self,
         index: LiveIndex,
         fetcher: Fetcher,
-        coordinator: CoordinatorApi,
+        freshness: Freshness,
         cache: ChunkCache,
         settings: QuerySettings,
         clock: Clock,
@@ -47,7 +46,7 @@ class QueryApi:
         self._index = index
         self._fetcher = fetcher
         self._lookups = Lookups(fetcher)
-        self._coordinator = coordinator
+        self._freshness = freshness
         self._cache = cache
         self._settings = settings
         self._clock = clock
@@ -114,7 +113,7 @@ class QueryApi:
         _check("min_bytes", request.min_bytes, 0, bytes_max)
         _check("max_wait_ms", request.max_wait_ms, 0, self._settings.max_wait_ms_max)
         _check_format(request.format)
-        partition = await self._find(request.topic, request.partition)
+        partition = await self._freshness.find(request.topic, request.partition)
         return Want(partition.key, partition.topic, request.offset, bytes_max, request.min_bytes, request.max_wait_ms)
 
     def _bytes_max(self, asked: int) -> int:
@@ -138,29 +137,13 @@ class QueryApi:
 
         async def resolve() -> Want:
             _check("offset", position.offset, 0, INT64_MAX)
-            partition = await self._find(position.topic, position.partition)
+            partition = await self._freshness.find(position.topic, position.partition)
             return Want(partition.key, partition.topic, position.offset, self._bytes_max(request.max_bytes))
 
         return Source(resolve, lambda want, fetched: self._respond(want, fetched, request.format), refuse)
 
-    async def _find(self, topic: str, partition: int) -> PartitionIndex:
-        """The partition; one that was created a moment ago may only be known to the coordinator yet."""
-        try:
-            return self._index.find(topic, partition)
-        except UnknownTopic:
-            described = await self._coordinator.describe_topic(coordinator_pb2.DescribeTopicRequest(topic=topic))
-        with self._index.watch((described.topic.topic_id.hex(), 0)) as watch:
-            deadline_ms = self._clock.monotonic_ms() + self._settings.catch_up_ms
-            while topic not in self._index.cluster.topics:
-                remaining_ms = deadline_ms - self._clock.monotonic_ms()
-                if remaining_ms <= 0:
-                    raise Unavailable(f"topic {topic!r} is not known here yet", retry_after_ms=100)
-                watch.arm()
-                await asyncio.wait((watch.changed,), timeout=remaining_ms / 1000)
-        return self._index.find(topic, partition)
-
     async def _look_up(self, lookup: query_pb2.OffsetLookup) -> Found:
-        partition = await self._find(lookup.topic, lookup.partition)
+        partition = await self._freshness.find(lookup.topic, lookup.partition)
         match lookup.spec:
             case query_pb2.OFFSET_SPEC_EARLIEST:
                 return self._lookups.earliest(partition)

@@ -10,7 +10,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shproto.errors import DataLoss, OffsetBelowStart, OffsetBeyondEnd, StreamHouseError, UnknownTopic
+from shproto.errors import (
+    OffsetBeyondEnd,
+    StreamHouseError,
+    Unavailable,
+    UnknownTopic,
+)
 from shproto.services import IngestApi
 from shproto.v1 import ingest_pb2
 from shruntime.clock import Clock
@@ -27,12 +32,14 @@ from streamhouse_query.core.plan import (
     SkipTo,
     Step,
     Wait,
-    next_readable,
     plan,
 )
 from streamhouse_query.core.readahead import ReadAhead
+from streamhouse_query.core.refusals import damaged_tail, object_missing, refusal, with_next_offset
 from streamhouse_query.core.tail import accept_batches
+from streamhouse_query.core.watermarks import Watermarks
 from streamhouse_query.counters import Counters
+from streamhouse_query.freshness import Freshness
 from streamhouse_query.live_index import LiveIndex, Watch
 from streamhouse_query.segment_reader import SegmentReader
 
@@ -69,24 +76,6 @@ class Fetched:
     waiting_reason: str = ""
 
 
-class Watermarks:
-    """What leaders said last of the acknowledged end of their range."""
-
-    def __init__(self) -> None:
-        self._seen: dict[PartitionKey, tuple[int, int]] = {}
-
-    def learn(self, key: PartitionKey, epoch: int, high_watermark: int) -> None:
-        self._seen[key] = max(self._seen.get(key, (0, 0)), (epoch, high_watermark))
-
-    def of(self, partition: PartitionIndex) -> int:
-        """The partition's high watermark as far as it is known here."""
-        epoch, offset = self._seen.get(partition.key, (0, 0))
-        newest = partition.ranges[-1] if partition.ranges else None
-        if newest is None or newest.end_offset is not None or newest.epoch != epoch:
-            return partition.known_end
-        return max(offset, partition.known_end)
-
-
 class Fetcher:
     """Reads for anybody; holds what is shared between fetches."""
 
@@ -95,6 +84,7 @@ class Fetcher:
         index: LiveIndex,
         segments: SegmentReader,
         ingest_at: Callable[[str], IngestApi],
+        freshness: Freshness,
         *,
         readahead: ReadAhead,
         catch_up_ms: int,
@@ -104,6 +94,7 @@ class Fetcher:
         self.index = index
         self.segments = segments
         self.ingest_at = ingest_at
+        self.freshness = freshness
         self.catch_up_ms = catch_up_ms
         self.clock = clock
         self.counters = counters
@@ -184,9 +175,16 @@ class _Fetch:
             case Wait(reason):
                 return await self._wait(reason, watch)
             case _:
-                if not self._got.batches:
-                    raise _refusal(partition, self._offset, step)
-                return True  # the reader meets it with its next fetch
+                return await self._refuse(partition, step, watch)
+
+    async def _refuse(self, partition: PartitionIndex, step: BelowStart | BeyondEnd | Lost, watch: Watch) -> bool:
+        if self._got.batches:
+            return True  # the reader meets it with its next fetch
+        if isinstance(step, BeyondEnd) and await self._fetcher.freshness.is_behind(partition):
+            if not await self._changed(watch, self._remaining_ms(self._catch_up_ms)):
+                raise Unavailable(f"{partition.name}: the index is behind; offset {self._offset} may exist")
+            return False
+        raise refusal(partition, self._offset, step)
 
     @property
     def _room(self) -> int:
@@ -267,7 +265,7 @@ class _Fetch:
             watch.arm()
             if not await self._changed(watch, self._remaining_ms(self._catch_up_ms)):
                 self._fetcher.counters.damaged_spans += 1
-                raise _object_missing(partition, segment) from error
+                raise object_missing(partition, segment) from error
         return False
 
     # ---- records that only the agent has
@@ -321,7 +319,7 @@ class _Fetch:
             )
             return await self._take_tail(partition, step, response, watch)
         if not error.retriable and not self._got.batches:
-            raise error
+            raise with_next_offset(error, partition)
         reason = f"{partition.name}: agent {step.agent_id} at {step.address} does not answer: {error}"
         return await self._again_soon(reason, watch, self._deadline_ms)
 
@@ -340,7 +338,7 @@ class _Fetch:
             self._fetcher.watermarks.learn(partition.key, step.epoch, response.high_watermark)
         accepted = accept_batches(response.batches, self._offset, step.epoch, step.end_offset)
         if isinstance(accepted, str):
-            raise _damaged_tail(partition, step, self._offset, accepted)
+            raise damaged_tail(partition, step, self._offset, accepted)
         if accepted.batches:
             self._fetcher.counters.tail_bytes += accepted.size_bytes
             self._add(accepted.batches, accepted.size_bytes, accepted.next_offset)
@@ -368,70 +366,11 @@ class _Fetch:
     ) -> bool:
         if self._has_enough:
             return True
-        if high_watermark < self._offset and step.newest and step.end_offset is None and not self._got.batches:
-            raise _refusal(partition, self._offset, BeyondEnd(high_watermark))
+        if high_watermark < self._offset and step.newest and step.end_offset is None:
+            return await self._refuse(partition, BeyondEnd(high_watermark), watch)
         if high_watermark > self._offset:
             reason = f"{partition.name}: agent {step.agent_id} has records at offset {self._offset} but sent none"
             return await self._again_soon(reason, watch, self._catch_up_ms)
         if self._is_news(step.reason):
             return self._give_up(step.reason)
         return await self._again_soon(step.reason, watch, self._deadline_ms)
-
-
-# ---- refusals
-
-
-def _refusal(partition: PartitionIndex, offset: int, step: Step) -> StreamHouseError:
-    match step:
-        case BelowStart(log_start_offset):
-            return OffsetBelowStart(
-                f"{partition.name}: offset {offset} is below the start of the log, {log_start_offset}",
-                topic=partition.topic,
-                partition=partition.partition,
-                offset=offset,
-                log_start_offset=log_start_offset,
-            )
-        case BeyondEnd(high_watermark):
-            return OffsetBeyondEnd(
-                f"{partition.name}: offset {offset} is beyond the end, {high_watermark}",
-                topic=partition.topic,
-                partition=partition.partition,
-                offset=offset,
-                high_watermark=high_watermark,
-            )
-        case Lost():
-            return DataLoss(
-                f"{partition.name}: offsets {step.base_offset} to {step.end_offset} are lost: {step.reason}",
-                topic=partition.topic,
-                partition=partition.partition,
-                base_offset=step.base_offset,
-                end_offset=step.end_offset,
-                object_key=step.object_key,
-                next_offset=step.next_offset,
-            )
-    raise AssertionError(f"{step} is no refusal")
-
-
-def _object_missing(partition: PartitionIndex, segment: SegmentEntry) -> DataLoss:
-    return DataLoss(
-        f"{partition.name}: object {segment.object_key} with offsets {segment.base_offset} to {segment.end_offset} "
-        "is registered, but not in the object store",
-        topic=partition.topic,
-        partition=partition.partition,
-        base_offset=segment.base_offset,
-        end_offset=segment.end_offset,
-        object_key=segment.object_key,
-        at=segment.object_at,
-        next_offset=next_readable(partition, segment.end_offset),
-    )
-
-
-def _damaged_tail(partition: PartitionIndex, step: ReadTail, offset: int, what: str) -> DataLoss:
-    return DataLoss(
-        f"{partition.name}: agent {step.agent_id} answered for offset {offset} with damaged records: {what}",
-        topic=partition.topic,
-        partition=partition.partition,
-        base_offset=offset,
-        agent=step.agent_id,
-        epoch=step.epoch,
-    )

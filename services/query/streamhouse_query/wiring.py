@@ -27,6 +27,7 @@ from streamhouse_query.core.readahead import ReadAhead
 from streamhouse_query.counters import Counters, export
 from streamhouse_query.fetcher import Fetcher
 from streamhouse_query.follower import Follower
+from streamhouse_query.freshness import Freshness
 from streamhouse_query.live_index import LiveIndex
 from streamhouse_query.segment_reader import SegmentReader
 from streamhouse_query.session import SessionKeeper
@@ -96,10 +97,12 @@ def build(
     segments = SegmentReader(
         chunks, lambda key: index.cluster.object_extent(key), settings.segment_index_cache_entries, counters
     )
+    freshness = Freshness(coordinator, index, settings.catch_up_ms, clock)
     fetcher = Fetcher(
         index,
         segments,
         ingest_at,
+        freshness,
         readahead=ReadAhead(settings.readahead_chunks),
         catch_up_ms=settings.catch_up_ms,
         clock=clock,
@@ -115,7 +118,7 @@ def build(
             "feed_position": lambda: index.cluster.position,
         },
     )
-    api = QueryApi(index, fetcher, coordinator, disk, settings, clock, counters)
+    api = QueryApi(index, fetcher, freshness, disk, settings, clock, counters)
     return QueryService(api, tasks, index, disk, redis, follower, session)
 
 

@@ -318,7 +318,7 @@ class ClusterIndex:
 
     def _topic_created(self, event: ev.TopicCreated) -> frozenset[PartitionKey]:
         self.add_topic(TopicEntry(event.topic_id, event.topic, event.partitions, event.min_acks == ACKS_DURABLE))
-        return frozenset()
+        return frozenset((event.topic_id, partition) for partition in range(event.partitions))
 
     def _topic_deleted(self, event: ev.TopicDeleted) -> frozenset[PartitionKey]:
         topic = self.topics.get(event.topic)

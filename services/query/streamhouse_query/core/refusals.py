@@ -1,0 +1,70 @@
+"""The errors that a reader gets, with the numbers it needs to go on."""
+
+from __future__ import annotations
+
+from shproto.errors import DataLoss, OffsetBelowStart, OffsetBeyondEnd, StreamHouseError
+
+from .index import PartitionIndex, SegmentEntry
+from .plan import BelowStart, BeyondEnd, Lost, ReadTail, next_readable
+
+
+def refusal(partition: PartitionIndex, offset: int, step: BelowStart | BeyondEnd | Lost) -> StreamHouseError:
+    match step:
+        case BelowStart(log_start_offset):
+            return OffsetBelowStart(
+                f"{partition.name}: offset {offset} is below the start of the log, {log_start_offset}",
+                topic=partition.topic,
+                partition=partition.partition,
+                offset=offset,
+                log_start_offset=log_start_offset,
+            )
+        case BeyondEnd(high_watermark):
+            return OffsetBeyondEnd(
+                f"{partition.name}: offset {offset} is beyond the end, {high_watermark}",
+                topic=partition.topic,
+                partition=partition.partition,
+                offset=offset,
+                high_watermark=high_watermark,
+            )
+        case Lost():
+            return DataLoss(
+                f"{partition.name}: offsets {step.base_offset} to {step.end_offset} are lost: {step.reason}",
+                topic=partition.topic,
+                partition=partition.partition,
+                base_offset=step.base_offset,
+                end_offset=step.end_offset,
+                object_key=step.object_key,
+                next_offset=step.next_offset,
+            )
+
+
+def object_missing(partition: PartitionIndex, segment: SegmentEntry) -> DataLoss:
+    return DataLoss(
+        f"{partition.name}: object {segment.object_key} with offsets {segment.base_offset} to {segment.end_offset} "
+        "is registered, but not in the object store",
+        topic=partition.topic,
+        partition=partition.partition,
+        base_offset=segment.base_offset,
+        end_offset=segment.end_offset,
+        object_key=segment.object_key,
+        at=segment.object_at,
+        next_offset=next_readable(partition, segment.end_offset),
+    )
+
+
+def damaged_tail(partition: PartitionIndex, step: ReadTail, offset: int, what: str) -> DataLoss:
+    return DataLoss(
+        f"{partition.name}: agent {step.agent_id} answered for offset {offset} with damaged records: {what}",
+        topic=partition.topic,
+        partition=partition.partition,
+        base_offset=offset,
+        agent=step.agent_id,
+        epoch=step.epoch,
+    )
+
+
+def with_next_offset(error: StreamHouseError, partition: PartitionIndex) -> StreamHouseError:
+    """An agent's DataLoss knows what is lost, but not where the partition goes on."""
+    if isinstance(error, DataLoss) and "end_offset" in error.details:
+        error.details.setdefault("next_offset", str(next_readable(partition, int(error.details["end_offset"]))))
+    return error

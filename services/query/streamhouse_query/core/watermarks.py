@@ -1,0 +1,23 @@
+"""What leaders said last of the acknowledged end of their range."""
+
+from __future__ import annotations
+
+from .index import PartitionIndex, PartitionKey
+
+
+class Watermarks:
+    """Per partition: the epoch and the high watermark. Both only grow."""
+
+    def __init__(self) -> None:
+        self._seen: dict[PartitionKey, tuple[int, int]] = {}
+
+    def learn(self, key: PartitionKey, epoch: int, high_watermark: int) -> None:
+        self._seen[key] = max(self._seen.get(key, (0, 0)), (epoch, high_watermark))
+
+    def of(self, partition: PartitionIndex) -> int:
+        """The partition's high watermark as far as it is known here."""
+        epoch, offset = self._seen.get(partition.key, (0, 0))
+        newest = partition.ranges[-1] if partition.ranges else None
+        if newest is None or newest.end_offset is not None or newest.epoch != epoch:
+            return partition.known_end
+        return max(offset, partition.known_end)

@@ -1,0 +1,431 @@
+"""Chunks: one download per miss, the disk limit over restarts, damage in the cache and in the store, full disks."""
+
+import asyncio
+import errno
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import StartQuery
+from query_standins import StandInPlatform, values_of
+from shformat import decode_batch
+from shproto import events as ev
+from shproto.errors import DataLoss, Unavailable
+from shproto.v1 import query_pb2
+from shruntime.clock import SystemClock
+from shruntime.tasks import Tasks
+from shstore import Fault, FaultKind, FaultyStore, LocalStore, MemoryStore, ScriptedFaults, StoreSettings
+from streamhouse_query.adapters.disk_cache import DiskCache
+from streamhouse_query.chunk_reader import CacheDirError, ChunkId, ChunkReader, Span
+from streamhouse_query.counters import Counters
+from streamhouse_query.wiring import QueryService
+from test_query_fetch import fetch, one_partition, read_all, settle_in
+
+pytestmark = pytest.mark.timeout(30)
+
+CHUNK = 64 * 1024
+
+
+async def segment_of(
+    platform: StandInPlatform, count: int, start: int = 0, *, block_bytes_target: int = 16 * 1024
+) -> ev.Segment:
+    for at in range(start, start + count, 500):
+        await platform.produce(values_of(min(500, start + count - at), at, 32))
+    return await platform.register(block_bytes_target=block_bytes_target)
+
+
+def chunk_files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*-*") if path.is_file())
+
+
+async def written(service: QueryService) -> None:
+    """Until everything downloaded is on disk."""
+    while service.tasks._tasks and any("download" in task.get_name() for task in service.tasks._tasks):
+        await asyncio.sleep(0.001)
+
+
+async def test_cold_then_cached_then_after_a_restart(
+    platform: StandInPlatform, start_query: StartQuery, tmp_path: Path
+) -> None:
+    await one_partition(platform)
+    segment = await segment_of(platform, 20_000)
+    assert segment.size_bytes > 3 * CHUNK
+    service = await start_query()
+    assert await read_all(service) == dict(enumerate(values_of(20_000, 0, 32)))
+    await written(service)
+    described = await service.api.describe_query(query_pb2.DescribeQueryRequest())
+    assert described.downloads == -(-segment.size_bytes // CHUNK)
+    assert described.download_bytes == described.cache_bytes == segment.size_bytes
+    await read_all(service)
+    assert service.api._counters.downloads == described.downloads
+    await service.stop()
+
+    again = await start_query()
+    assert await read_all(again) == dict(enumerate(values_of(20_000, 0, 32)))
+    assert again.api._counters.downloads == 0
+    assert again.api._counters.cache_misses == 0 < again.api._counters.cache_hits
+
+
+async def test_fifty_readers_of_a_slow_store_cost_one_download(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    await segment_of(platform, 1_000)
+    slow = FaultyStore(platform.store, ScriptedFaults([Fault(FaultKind.LATENCY, 150)] * 100))
+    service = await start_query(store=slow)
+    readers = [asyncio.create_task(fetch(service, n * 20, max_bytes=1 << 20)) for n in range(50)]
+    await asyncio.sleep(0.02)
+    for reader in readers[:20]:
+        reader.cancel()  # including the one that started the download
+    results = await asyncio.gather(*readers, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results[:20])
+    assert all(isinstance(result, query_pb2.FetchResponse) and result.batches for result in results[20:])
+    assert service.api._counters.downloads == 1
+
+
+async def test_a_reader_that_goes_on_has_the_next_chunks_fetched_ahead(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    first = await segment_of(platform, 20_000)
+    second = await segment_of(platform, 20_000, 20_000)
+    service = await start_query(readahead_chunks=8)
+    offset = 0
+    while offset < first.end_offset:
+        offset = (await fetch(service, offset, max_bytes=CHUNK)).next_offset
+    await written(service)
+    counters = service.api._counters
+    assert counters.readahead_chunks > 0
+    before = counters.downloads
+    total = -(-first.size_bytes // CHUNK) - (-second.size_bytes // CHUNK)
+    await fetch(service, second.base_offset, max_bytes=CHUNK)
+    assert counters.downloads <= total, "nothing is fetched twice"
+    assert before > -(-first.size_bytes // CHUNK), "into the next segment, too"
+    jumper = await start_query(cache_dir=service.api._cache._directory.parent / "other", readahead_chunks=8)  # type: ignore[attr-defined]
+    await fetch(jumper, 10_000, max_bytes=1)
+    assert jumper.api._counters.readahead_chunks == 0
+
+
+async def test_the_byte_limit_holds_over_restarts(
+    platform: StandInPlatform, start_query: StartQuery, tmp_path: Path
+) -> None:
+    await one_partition(platform)
+    for turn in range(4):
+        await segment_of(platform, 20_000, turn * 20_000)
+    limit = 1 << 20
+    expected = dict(enumerate(values_of(80_000, 0, 32)))
+    for _ in range(2):
+        service = await start_query(cache_bytes_max=limit)
+        assert await read_all(service) == expected
+        await written(service)
+        on_disk = sum(path.stat().st_size for path in chunk_files(tmp_path / "cache"))
+        assert limit - CHUNK < on_disk == service.api._cache.size_bytes <= limit
+        await service.stop()
+    smaller = await start_query(cache_bytes_max=limit // 4 * 4, cache_chunk_bytes=2 * CHUNK)
+    assert smaller.api._cache.size_bytes == 0, "chunks of another size are of no use"
+    await smaller.stop()
+    assert not chunk_files(tmp_path / "cache")
+
+
+async def test_a_smaller_limit_after_a_restart_drops_what_was_used_longest_ago(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 1 << 20, CHUNK, Counters())
+    await cache.open()
+    for number in range(10):
+        await cache.write(ChunkId("key", number), bytes([number]) * CHUNK)
+        path = tmp_path / f"chunks-{CHUNK}"
+    for age, path in enumerate(sorted(chunk_files(tmp_path), key=lambda item: int(item.name.split("-")[1]))):
+        os.utime(path, ns=(age, age))
+    assert cache.read(ChunkId("key", 0), 0, 10) == bytes(10)  # used now
+    cache.close()
+    cache = DiskCache(tmp_path, 3 * CHUNK, CHUNK, Counters())
+    await cache.open()
+    assert [n for n in range(10) if cache.size_of(ChunkId("key", n))] == [0, 8, 9]
+    assert len(chunk_files(tmp_path)) == 3
+    cache.close()
+
+
+async def test_half_written_files_are_removed_and_foreign_ones_do_not_count(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 1 << 20, CHUNK, Counters())
+    await cache.open()
+    await cache.write(ChunkId("key", 0), b"x" * 100)
+    cache.close()
+    folder = chunk_files(tmp_path)[0].parent
+    (folder / (chunk_files(tmp_path)[0].name + ".tmp")).write_bytes(b"half")
+    cache = DiskCache(tmp_path, 1 << 20, CHUNK, Counters())
+    await cache.open()
+    assert cache.size_bytes == 100 and len(list(folder.iterdir())) == 1
+    with pytest.raises(CacheDirError, match="in use by another"):
+        await DiskCache(tmp_path, 1 << 20, CHUNK, Counters()).open()
+    cache.close()
+    not_a_directory = tmp_path / "file"
+    not_a_directory.write_bytes(b"")
+    with pytest.raises(CacheDirError, match="cannot be used"):
+        await DiskCache(not_a_directory, 1 << 20, CHUNK, Counters()).open()
+
+
+async def test_damage_in_the_cache_is_dropped_and_fetched_again(
+    platform: StandInPlatform, start_query: StartQuery, tmp_path: Path
+) -> None:
+    await one_partition(platform)
+    await segment_of(platform, 20_000)
+    expected = dict(enumerate(values_of(20_000, 0, 32)))
+    service = await start_query()
+    await read_all(service)
+    await written(service)
+    rng = random.Random(5)
+    for path in chunk_files(tmp_path / "cache"):
+        content = bytearray(path.read_bytes())
+        content[rng.randrange(len(content))] ^= 0x40
+        path.write_bytes(content)
+    assert await read_all(service) == expected
+    assert service.api._counters.cache_damaged_chunks > 0 == service.api._counters.damaged_spans
+    await written(service)
+    for path in chunk_files(tmp_path / "cache"):
+        path.write_bytes(path.read_bytes()[:100])  # cut short
+    assert await read_all(service) == expected
+    await written(service)
+    for path in chunk_files(tmp_path / "cache"):
+        path.unlink()
+    assert await read_all(service) == expected
+
+
+async def test_damage_in_the_cache_is_found_when_the_segment_is_opened(
+    platform: StandInPlatform, start_query: StartQuery, tmp_path: Path
+) -> None:
+    await one_partition(platform)
+    await segment_of(platform, 20_000)
+    service = await start_query()
+    await read_all(service)
+    await written(service)
+    await service.stop()
+    for path in chunk_files(tmp_path / "cache"):
+        path.write_bytes(bytes(path.stat().st_size))
+    again = await start_query()
+    assert await read_all(again) == dict(enumerate(values_of(20_000, 0, 32)))
+
+
+@pytest.mark.parametrize("where", ["first block", "a later block", "index", "footer", "header"])
+async def test_damage_in_the_store_is_data_loss_with_its_place(
+    platform: StandInPlatform, start_query: StartQuery, where: str
+) -> None:
+    await one_partition(platform)
+    await segment_of(platform, 1_000, block_bytes_target=4096)
+    segment = await segment_of(platform, 5_000, 1_000, block_bytes_target=4096)
+    store: Any = platform.store
+    info, body = store._objects[segment.object_key]
+    at = {"first block": 100, "a later block": 60_000, "index": len(body) - 100, "footer": len(body) - 20, "header": 9}
+    damaged = bytearray(body)
+    damaged[at[where]] ^= 0x01
+    store._objects[segment.object_key] = (info, bytes(damaged))
+    service = await start_query()
+    offset = 0
+    with pytest.raises(DataLoss) as error:
+        while offset < 6_000:
+            response = await fetch(service, offset)
+            assert response.next_offset > offset
+            offset = response.next_offset
+    details = error.value.details
+    assert (details["topic"], details["partition"]) == ("orders", "0")
+    assert details["object_key"] == segment.object_key
+    assert int(details["base_offset"]) <= offset < int(details["end_offset"])
+    assert int(details["at"]) in range(len(body))
+    if where == "a later block":
+        assert offset > 1_000, "what is intact before it is served"
+        after = int(details["next_offset"])
+        assert after == int(details["end_offset"]) < 6_000
+        assert decode_batch((await fetch(service, after)).batches[0]).offsets[0] == after
+    else:
+        assert offset == 1_000
+    assert service.api._counters.damaged_spans > 0
+
+
+async def test_a_truncated_object_is_data_loss(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    segment = await segment_of(platform, 1_000)
+    store: Any = platform.store
+    info, body = store._objects[segment.object_key]
+    store._objects[segment.object_key] = (info, body[:-50])
+    service = await start_query()
+    with pytest.raises(DataLoss, match="bytes") as error:
+        await fetch(service, 0)
+    assert error.value.details["object_key"] == segment.object_key
+
+
+async def test_an_object_of_another_segment_is_data_loss(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    first = await segment_of(platform, 1_000)
+    second = await segment_of(platform, 1_000, 1_000)
+    store: Any = platform.store
+    store._objects[second.object_key] = store._objects[first.object_key]
+    service = await start_query()
+    with pytest.raises(DataLoss):
+        await read_all(service)
+
+
+async def test_a_missing_object_is_data_loss_naming_it(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    segment = await segment_of(platform, 100)
+    await segment_of(platform, 100, 100)
+    await platform.store.delete([segment.object_key])
+    service = await start_query(catch_up_ms=50)
+    with pytest.raises(DataLoss, match="not in the object store") as error:
+        await fetch(service, 0)
+    details = error.value.details
+    assert details["object_key"] == segment.object_key and details["next_offset"] == "100"
+    assert (await fetch(service, 100)).batches
+
+
+async def test_an_object_compacted_away_under_a_reader_is_read_where_it_is_now(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    small = [await segment_of(platform, 500, turn * 500) for turn in range(4)]
+    service = await start_query()
+    batches = platform.agents["a"].logs[platform.coordinator.topics["orders"].topic_id, 0, 1]
+    merged = await platform.store_segment("orders", 0, 1, batches)
+    platform.coordinator.feed_paused = True
+    await platform.compact(merged, small)
+    await platform.store.delete([item.object_key for item in small])
+    task = asyncio.create_task(fetch(service, 700))
+    done, _ = await asyncio.wait([task], timeout=0.05)
+    assert not done
+    platform.coordinator.feed_paused = False
+    await platform.coordinator.wake()
+    response = await asyncio.wait_for(task, 2)
+    assert response.next_offset == 2_000
+    assert await read_all(service) == dict(enumerate(values_of(2_000, 0, 32)))
+    assert service.api._index.cluster.segment_count == 1
+
+
+async def test_an_object_removed_by_retention_under_a_reader(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    from shproto.errors import OffsetBelowStart
+
+    await one_partition(platform)
+    old = await segment_of(platform, 500)
+    await segment_of(platform, 500, 500)
+    service = await start_query()
+    platform.coordinator.feed_paused = True
+    await platform.retain_from(500)
+    await platform.store.delete([old.object_key])
+    task = asyncio.create_task(fetch(service, 0))
+    await asyncio.sleep(0.02)
+    platform.coordinator.feed_paused = False
+    await platform.coordinator.wake()
+    with pytest.raises(OffsetBelowStart):
+        await asyncio.wait_for(task, 2)
+
+
+@pytest.mark.parametrize("kind", [FaultKind.UNAVAILABLE, FaultKind.TRUNCATED_BODY, FaultKind.THROTTLED])
+async def test_failed_downloads_are_retriable_and_never_cached(
+    platform: StandInPlatform, start_query: StartQuery, kind: FaultKind
+) -> None:
+    await one_partition(platform)
+    await segment_of(platform, 1_000)
+    faulty = FaultyStore(platform.store, ScriptedFaults([kind]))
+    service = await start_query(store=faulty)
+    with pytest.raises(Unavailable) as error:
+        await fetch(service, 0)
+    assert error.value.retriable
+    assert await read_all(service) == dict(enumerate(values_of(1_000, 0, 32)))
+    assert faulty.injected
+
+
+async def test_a_store_that_is_down_stops_only_what_is_not_cached(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    await segment_of(platform, 1_000)
+    second = await segment_of(platform, 1_000, 1_000)
+    faulty = FaultyStore(platform.store)
+    service = await start_query(store=faulty)
+    await fetch(service, 0, max_bytes=1)
+    await written(service)
+    faulty.down = True
+    first = await fetch(service, 0)
+    assert first.next_offset == second.base_offset, "what was got before the failure is given"
+    with pytest.raises(Unavailable):
+        await fetch(service, second.base_offset)
+
+
+async def test_a_full_disk_only_costs_the_caching(
+    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    await one_partition(platform)
+    await segment_of(platform, 20_000)
+    service = await start_query()
+
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    expected = dict(enumerate(values_of(20_000, 0, 32)))
+    assert await read_all(service) == expected
+    await written(service)
+    assert service.api._counters.cache_write_errors > 0
+    assert service.api._cache.size_bytes == 0 and not chunk_files(tmp_path / "cache")
+    monkeypatch.undo()
+    assert await read_all(service) == expected
+    await written(service)
+    assert service.api._cache.size_bytes > 0
+
+
+async def test_many_segments_of_one_object_share_its_chunks(platform: StandInPlatform, start_query: StartQuery) -> None:
+    """Small segments of many partitions lie in one object: one download brings them all."""
+    topic_id = await platform.create_topic("orders", 4)
+    await platform.start_agent("a")
+    parts: list[bytes] = []
+    segments: list[ev.Segment] = []
+    for number in range(4):
+        await platform.grant("a", number=number)
+        await platform.produce(values_of(100, number * 100), number=number)
+        segment = await platform.store_segment("orders", number, 1, platform.agents["a"].logs[topic_id, number, 1])
+        body = await platform.store.get(segment.object_key)
+        mixed = {"object_key": "mixed/1", "object_at": sum(map(len, parts))}
+        segments.append(ev.Segment(**{name: getattr(segment, name) for name in ev.Segment.__slots__} | mixed))
+        parts.append(body)
+    await platform.store.put("mixed/1", parts)
+    for number, segment in enumerate(segments):
+        await platform.register_segment(segment, number)
+    service = await start_query()
+    for number in range(4):
+        found = await read_all(service, partition=number)
+        assert found == dict(enumerate(values_of(100, number * 100)))
+    assert service.api._counters.downloads == 1
+
+
+async def test_the_chunk_reader_gives_exactly_the_bytes_asked_for(tmp_path: Path) -> None:
+    rng = random.Random(11)
+    body = rng.randbytes(10 * CHUNK + 777)
+    store = LocalStore(StoreSettings(kind="local", path=tmp_path / "objects"))
+    await store.put("k", [body])
+    counters, tasks = Counters(), Tasks()
+    cache = DiskCache(tmp_path / "cache", 4 * CHUNK, CHUNK, counters)  # too small for all: evicts all the time
+    await cache.open()
+    reader = ChunkReader(
+        store, cache, None, chunk_bytes=CHUNK, downloads_in_flight_max=2, tasks=tasks, clock=SystemClock(),
+        counters=counters,
+    )  # fmt: skip
+
+    async def read_some(seed: int) -> None:
+        own = random.Random(seed)
+        for _ in range(20):
+            spans = []
+            for _ in range(own.randint(1, 4)):
+                at = own.randrange(len(body))
+                spans.append(Span(at, own.randint(1, min(3 * CHUNK, len(body) - at))))
+            pieces = await reader.read("k", len(body), spans)
+            assert pieces == [body[span.at : span.at + span.size_bytes] for span in spans]
+            assert cache.size_bytes <= cache.bytes_max
+
+    await asyncio.gather(*[read_some(seed) for seed in range(8)])
+    await tasks.stop()
+    on_disk = sum(path.stat().st_size for path in chunk_files(tmp_path / "cache"))
+    assert on_disk <= cache.bytes_max
+    cache.close()
+    _ = MemoryStore, settle_in

@@ -1,0 +1,372 @@
+"""Long polls, takeovers, gaps, the race between an agent that gives up its tail and the event feed."""
+
+import asyncio
+import time
+
+import pytest
+from conftest import StartQuery
+from query_standins import RANGE_WIDTH, StandInPlatform, values_of
+from shformat import decode_batch
+from shproto.errors import DataLoss, OffsetBeyondEnd, ShuttingDown, UnknownTopic
+from shproto.v1 import query_pb2
+from streamhouse_query.wiring import QueryService
+from test_query_fetch import fetch, one_partition, read_all, settle_in
+
+pytestmark = pytest.mark.timeout(30)
+
+
+def values_in(response: query_pb2.FetchResponse) -> list[bytes | None]:
+    return [value for batch in response.batches for value in decode_batch(batch).values.to_list()]
+
+
+def later(service: QueryService, offset: int, **fields: object) -> "asyncio.Task[query_pb2.FetchResponse]":
+    return asyncio.create_task(fetch(service, offset, **{"max_wait_ms": 10_000, **fields}))
+
+
+async def waiting(task: "asyncio.Task[query_pb2.FetchResponse]") -> None:
+    """A little later it is still waiting."""
+    done, _ = await asyncio.wait([task], timeout=0.05)
+    assert not done, task.result()
+
+
+async def test_a_long_poll_is_woken_by_a_produce(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    service = await start_query()
+    task = later(service, 0)
+    await waiting(task)
+    await platform.produce([b"x"])
+    response = await asyncio.wait_for(task, 1)
+    assert values_in(response) == [b"x"]
+    assert (response.next_offset, response.high_watermark) == (1, 1)
+
+
+async def test_a_long_poll_ends_in_time_and_does_not_spin(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    service = await start_query()
+    before = time.monotonic()
+    response = await fetch(service, 0, max_wait_ms=300)
+    assert 0.25 < time.monotonic() - before < 1
+    assert response.next_offset == 0 and not response.waiting_reason
+    assert platform.agents["a"].calls <= 3
+
+
+async def test_min_bytes_is_waited_for(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    service = await start_query()
+    task = later(service, 0, min_bytes=1_000)
+    await waiting(task)
+    await platform.produce(values_of(100, 10))
+    response = await asyncio.wait_for(task, 1)
+    assert values_in(response) == values_of(110)
+    assert sum(map(len, response.batches)) >= 1_000
+    at_deadline = await fetch(service, 0, min_bytes=1 << 20, max_wait_ms=50)
+    assert values_in(at_deadline) == values_of(110)
+
+
+async def test_a_wait_without_a_leader_is_woken_by_the_grant(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await platform.create_topic()
+    service = await start_query()
+    assert "no leader" in (await fetch(service, 0)).waiting_reason
+    task = later(service, 0)
+    await waiting(task)
+    await platform.start_agent("a")
+    await platform.grant("a")
+    await platform.produce([b"x"])
+    assert values_in(await asyncio.wait_for(task, 2)) == [b"x"]
+
+
+async def test_cancelling_a_long_poll_leaves_nothing_behind(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    service = await start_query()
+    tasks_before = len(asyncio.all_tasks())
+    task = later(service, 0)
+    await waiting(task)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(asyncio.all_tasks()) == tasks_before
+    assert not service._index._watches
+
+
+async def test_a_takeover_is_waited_for_with_a_reason_and_then_goes_on(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """Readers reach the old registered_end and wait there until the old range is settled."""
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    await platform.register()
+    await platform.produce(values_of(5, 10))  # only in a's log
+    service = await start_query()
+    await platform.stop_agent("a")
+    await platform.orphan()
+    await platform.start_agent("b")
+    await platform.grant("b")
+    await platform.produce([b"after"])
+    await settle_in(platform, service)
+
+    first = await fetch(service, 0)
+    assert values_in(first) == values_of(10)
+    assert first.high_watermark >= first.next_offset == 10
+    reason = (await fetch(service, 10)).waiting_reason
+    for part in ("orders:0", "epoch 1", "agent a", "offset 10"):
+        assert part in reason
+    task = later(service, 10)
+    await waiting(task)
+
+    await platform.settle(epoch=1)  # a is back, replayed its log, uploads what is missing
+    await platform.start_agent("a")
+    await platform.register(epoch=1)
+    response = await asyncio.wait_for(task, 2)
+    assert values_in(response)[:5] == values_of(5, 10)
+    assert await read_all(service) == dict(enumerate(values_of(15))) | {RANGE_WIDTH: b"after"}
+
+
+async def test_a_gap_between_epochs_is_stepped_over(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    await platform.register()
+    await platform.orphan()
+    await platform.settle()
+    await platform.grant("a", start=RANGE_WIDTH)
+    await platform.produce([b"after"])
+    service = await start_query()
+    for offset in (10, 11, RANGE_WIDTH - 1, RANGE_WIDTH):
+        response = await fetch(service, offset)
+        assert values_in(response) == [b"after"]
+        assert response.next_offset == RANGE_WIDTH + 1
+    await platform.register()
+    await settle_in(platform, service)
+    assert await read_all(service) == dict(enumerate(values_of(10))) | {RANGE_WIDTH: b"after"}
+
+
+async def test_the_tail_of_a_settled_range_is_served_by_who_has_it(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """Settled means that the end is declared: registration below it goes on."""
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    await platform.settle()
+    await platform.start_agent("b")
+    await platform.grant("b")
+    await platform.produce([b"next"])
+    service = await start_query()
+    assert await read_all(service) == dict(enumerate([*values_of(10), b"next"]))
+    await platform.stop_agent("a")
+    await settle_in(platform, service)
+    assert "settled at 10" in (await fetch(service, 0)).waiting_reason
+
+
+async def test_what_lies_beyond_a_settled_end_is_never_served(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """A zombie leader wrote on into its own range after that was settled: fenced, and never to be seen."""
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    await platform.settle()
+    await platform.produce(values_of(5, 10), epoch=1)
+    await platform.start_agent("b")
+    await platform.grant("b")
+    await platform.produce([b"real"])
+    service = await start_query()
+    assert await read_all(service) == dict(enumerate([*values_of(10), b"real"]))
+
+
+async def test_durable_topics_serve_only_what_is_registered(platform: StandInPlatform, start_query: StartQuery) -> None:
+    """At a takeover the range is settled at registered_end at once, and the offsets beyond are used again (G2)."""
+    await platform.create_topic(durable=True)
+    await platform.start_agent("a")
+    await platform.grant("a")
+    await platform.produce([b"not durable yet"])
+    service = await start_query()
+    task = later(service, 0)
+    await waiting(task)
+    assert not (await fetch(service, 0)).waiting_reason
+    with pytest.raises(OffsetBeyondEnd):
+        await fetch(service, 1)
+    await platform.register()
+    assert values_in(await asyncio.wait_for(task, 1)) == [b"not durable yet"]
+
+
+async def test_a_tail_that_was_given_up_is_waited_for_in_the_feed(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """Never an error, never a skipped record, never an empty answer: even with max_wait_ms 0."""
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    service = await start_query()
+    platform.coordinator.feed_paused = True
+    await platform.register()
+    await platform.produce([b"more"])
+    tasks = [later(service, offset, max_wait_ms=0) for offset in (0, 3)]
+    for task in tasks:
+        await waiting(task)
+    platform.coordinator.feed_paused = False
+    await platform.coordinator.wake()
+    for task in tasks:
+        assert values_in(await asyncio.wait_for(task, 2)) == [*values_of(10), b"more"]
+    platform.coordinator.feed_paused = True
+    # The agent has even forgotten the range.
+    await platform.settle()
+    await platform.start_agent("b")
+    await platform.grant("b")
+    key = (platform.coordinator.topics["orders"].topic_id, 0, 1)
+    await platform.register(epoch=1)
+    del platform.agents["a"].starts[key]
+    task = later(service, 10, max_wait_ms=0)
+    await waiting(task)
+    platform.coordinator.feed_paused = False
+    await platform.coordinator.wake()
+    assert values_in(await asyncio.wait_for(task, 2)) == [b"more"]
+
+
+async def test_a_feed_that_stays_behind_is_said_so(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    service = await start_query(catch_up_ms=100)
+    platform.coordinator.feed_paused = True
+    await platform.register()
+    response = await fetch(service, 0)
+    assert response.next_offset == 0 and "event feed" in response.waiting_reason
+
+
+async def test_beyond_the_end_is_not_said_while_a_newer_epoch_is_on_its_way(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    service = await start_query()
+    platform.coordinator.feed_paused = True
+    await platform.orphan()
+    await platform.settle()
+    await platform.grant("a", start=RANGE_WIDTH)
+    await platform.produce([b"new"])
+    task = later(service, RANGE_WIDTH, max_wait_ms=0)
+    await waiting(task)
+    platform.coordinator.feed_paused = False
+    await platform.coordinator.wake()
+    assert values_in(await asyncio.wait_for(task, 2)) == [b"new"]
+    with pytest.raises(OffsetBeyondEnd):
+        await fetch(service, RANGE_WIDTH + 2)
+
+
+async def test_an_agent_that_does_not_answer_is_named(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    service = await start_query()
+    platform.agents["a"].down = True
+    reason = (await fetch(service, 0)).waiting_reason
+    assert "agent a at a:1 does not answer" in reason
+    task = later(service, 0)
+    await waiting(task)
+    platform.agents["a"].down = False
+    assert values_in(await asyncio.wait_for(task, 3)) == values_of(10)
+    await platform.register()
+    platform.agents["a"].down = True
+    await settle_in(platform, service)
+    assert values_in(await fetch(service, 0)) == values_of(10), "segments need no agent"
+
+
+async def test_a_hanging_agent_is_left_when_the_index_changes(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    service = await start_query()
+    platform.agents["a"].hangs = True
+    task = later(service, 0)
+    await waiting(task)
+    await platform.register()
+    platform.agents["a"].hangs = False
+    assert values_in(await asyncio.wait_for(task, 1)) == values_of(10)
+
+
+async def test_a_lost_span_is_data_loss_with_the_way_on(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    await platform.register()
+    await platform.produce(values_of(5, 10))
+    await platform.lose_span(15, "the log was damaged")
+    await platform.produce(values_of(5, 15))
+    await platform.register()
+    service = await start_query()
+    first = await fetch(service, 0)
+    assert values_in(first) == values_of(10) and first.next_offset == 10
+    for offset in (10, 14):
+        with pytest.raises(DataLoss, match="the log was damaged") as error:
+            await fetch(service, offset)
+        details = error.value.details
+        assert (details["base_offset"], details["end_offset"], details["next_offset"]) == ("10", "15", "15")
+    assert values_in(await fetch(service, 15)) == values_of(5, 15)
+
+
+async def test_a_range_that_was_given_up_is_data_loss_with_the_way_on(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    await platform.register()
+    await platform.produce(values_of(5, 10))
+    await platform.orphan()
+    await platform.start_agent("b")
+    await platform.grant("b")
+    await platform.produce([b"after"])
+    service = await start_query()
+    task = later(service, 12)
+    await platform.stop_agent("a")
+    await waiting(task)
+    await platform.lose_range(RANGE_WIDTH, epoch=1)
+    with pytest.raises(DataLoss, match="given up") as error:
+        await asyncio.wait_for(task, 1)
+    assert error.value.details["next_offset"] == str(RANGE_WIDTH)
+    assert values_in(await fetch(service, RANGE_WIDTH)) == [b"after"]
+
+
+async def test_a_topic_that_is_deleted_ends_its_waits(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    service = await start_query()
+    task = later(service, 0)
+    await waiting(task)
+    await platform.delete_topic("orders")
+    with pytest.raises(UnknownTopic):
+        await asyncio.wait_for(task, 1)
+
+
+async def test_a_topic_created_again_is_another_topic(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    await platform.produce([b"old"])
+    await platform.register()
+    service = await start_query()
+    await platform.delete_topic("orders")
+    await platform.create_topic()
+    await platform.grant("a")
+    await platform.produce([b"new"])
+    await settle_in(platform, service)
+    assert values_in(await fetch(service, 0)) == [b"new"]
+
+
+async def test_a_topic_that_the_feed_has_not_brought_yet_is_waited_for(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    service = await start_query()
+    platform.coordinator.feed_paused = True
+    await one_partition(platform)
+    await platform.produce([b"x"])
+    task = later(service, 0)
+    await waiting(task)
+    platform.coordinator.feed_paused = False
+    await platform.coordinator.wake()
+    assert values_in(await asyncio.wait_for(task, 2)) == [b"x"]
+
+
+async def test_stopping_ends_long_polls(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    service = await start_query()
+    task = later(service, 0)
+    await waiting(task)
+    await service.stop()
+    with pytest.raises(ShuttingDown):
+        await asyncio.wait_for(task, 1)
+    with pytest.raises(ShuttingDown):
+        await fetch(service, 0)
