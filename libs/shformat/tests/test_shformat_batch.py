@@ -3,6 +3,7 @@
 The promise: for any bytes the decoder returns records or raises FormatError, in bounded memory.
 """
 
+import pickle
 import struct
 import tracemalloc
 import zlib
@@ -642,3 +643,25 @@ def test_a_full_batch_of_records_is_decoded_in_bounded_memory() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 80 * count
+
+
+def test_lz4_that_holds_less_than_declared() -> None:
+    batch = sample(Codec.LZ4)
+    (declared,) = struct.unpack_from("<I", batch, 32)
+    with pytest.raises(FormatError, match=f"LZ4 payload holds {declared} bytes, {declared + 1} declared"):
+        decode_batch(patched(batch, "<I", 32, declared + 1))
+    with pytest.raises(FormatError, match="LZ4 payload: "):
+        decode_batch(patched(batch, "<I", 32, declared - 1))
+
+
+def test_positions_in_a_compressed_payload_are_said_to_be_such() -> None:
+    payload = raw_batch(b"\2\2", b"abc")[BATCH_HEADER_SIZE:]
+    bad = wrapped(encode_batch(Records.from_lists([b"", b""])), payload, Codec.LZ4)
+    with pytest.raises(FormatError, match="byte 29 of the decompressed payload") as caught:
+        decode_batch(bad)
+    assert caught.value.at == BATCH_HEADER_SIZE
+
+
+def test_the_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(FormatError("what it is", 7)))
+    assert (error.what, error.at, str(error)) == ("what it is", 7, "what it is (at byte 7)")

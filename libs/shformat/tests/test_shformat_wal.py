@@ -292,3 +292,28 @@ def test_scanning_garbage_takes_linear_time(kind: type) -> None:
         items = list(scan_frames(kind(wal_file(garbage))))
         assert good(items) == []
         assert time.process_time() - started < 10
+
+
+def test_forged_overlapping_frames_cost_linear_time_and_hide_nothing_that_is_whole() -> None:
+    """75,000 intact headers, each claiming a megabyte of what follows: 75 GB of checksums if all were believed."""
+    forged = encode_frame_header(TOPIC, 2, 3, 0, 1, bytes((1 << 20) + 1)) * 75_000
+    data = wal_file(FRAMES[0], b"damage", forged, FRAMES[1], FRAMES[2])
+    started = time.process_time()
+    items = list(scan_frames(data))
+    assert time.process_time() - started < 20
+    assert_covers(data, items)
+    assert good(items) == [0, 2, 3]
+    assert any("not checked" in span.reason for span in damage(items))
+
+
+@pytest.mark.parametrize(
+    ("form", "at", "value"),
+    [("<16s", 16, bytes(16)), ("<I", 36, 0), ("<Q", 40, 0), ("<Q", 40, 1 << 63), ("<q", 48, -1), ("<q", 48, INT64_MAX)],
+)
+def test_frame_fields_out_of_range_are_damage_even_with_a_right_crc(form: str, at: int, value: int | bytes) -> None:
+    changed = bytearray(FRAMES[1])
+    struct.pack_into(form, changed, at, value)
+    struct.pack_into("<I", changed, 4, zlib.crc32(changed[8:56]))
+    items = list(scan_frames(wal_file(FRAMES[0], bytes(changed), FRAMES[2])))
+    assert good(items) == [0, 3]
+    assert "frame fields" in damage(items)[0].reason
