@@ -87,8 +87,9 @@ class Agent:
     async def start(self, advertised_address: str) -> None:
         """Raises WalDirectoryError (locked, another agent's), AgentIdTaken, OSError. Waits for the coordinator."""
         loop = asyncio.get_running_loop()
-        directory = await loop.run_in_executor(self._thread, self._open_directory)
+        directory = None
         try:
+            directory = await loop.run_in_executor(self._thread, self._open_directory)
             replayed = await loop.run_in_executor(self._thread, replay_directory, directory, self._settings.seal_bytes)
             running = self._build(directory, replayed, advertised_address)
             self._restore(running.logs, replayed)
@@ -97,7 +98,9 @@ class Agent:
             await running.session.open()
         except BaseException:
             await self.tasks.stop()
-            directory.close()
+            if directory is not None:
+                directory.close()
+            self._thread.shutdown(wait=False)
             raise
         self.tasks.spawn("session", running.session.run())
         self._running = running

@@ -41,11 +41,12 @@ class IngestApi:
     ) -> None:
         try:
             async for request in requests:
-                await window.acquire(request.ByteSize())
+                await window.wait_for_room()
                 try:
-                    window.put(await produce.accept(request))
+                    accepted = await produce.accept(request)
+                    window.put(accepted, accepted.header.size_bytes)
                 except StreamHouseError as error:
-                    window.put(_refused(request, error))
+                    window.put(_refused(request, error), 0)
         finally:
             window.close()
 
@@ -85,20 +86,20 @@ class _Window:
         self._closed = False
         self._moved = asyncio.Event()
 
-    async def acquire(self, size_bytes: int) -> None:
-        """Waits until the request fits; one alone always does."""
-        while self._sizes and (len(self._sizes) >= self._requests_max or self._bytes + size_bytes > self._bytes_max):
+    async def wait_for_room(self) -> None:
+        """Returns when one more may be taken; with that one the bytes may go over the limit once."""
+        while len(self._sizes) >= self._requests_max or self._bytes >= self._bytes_max:
             await self._wait()
+
+    def put(self, item: Accepted | pb.ProduceResponse, size_bytes: int) -> None:
         self._sizes.append(size_bytes)
         self._bytes += size_bytes
+        self._items.append(item)
+        self._moved.set()
 
     def release(self) -> None:
         """The oldest one is answered."""
         self._bytes -= self._sizes.popleft()
-        self._moved.set()
-
-    def put(self, item: "Accepted | pb.ProduceResponse") -> None:
-        self._items.append(item)
         self._moved.set()
 
     async def next(self) -> "Accepted | pb.ProduceResponse | None":

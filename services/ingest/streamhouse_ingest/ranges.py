@@ -109,12 +109,14 @@ class Ranges:
 
     # ---- from the feed
 
-    def registered(self, key: LogKey, end_offset: int) -> None:
-        """Segments cover the log up to `end_offset`."""
+    def registered(self, key: LogKey, end_offset: int) -> bool:
+        """Segments cover the log up to `end_offset`. True when that finishes it."""
         held = self._logs.get(key)
-        if held is not None:
-            self._logs.register(held, end_offset)
-            self._trim()
+        if held is None:
+            return False
+        self._logs.register(held, end_offset)
+        self._trim()
+        return held.log.settled_end is not None and end_offset >= held.log.settled_end
 
     def extend(self, key: LogKey, limit_offset: int) -> None:
         held = self._logs.get(key)

@@ -1,7 +1,8 @@
 """Produce: checks a request, hands its batch to the writer, waits for the ack level asked for."""
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ tracer = trace.get_tracer("streamhouse.ingest")
 
 # Below this a batch is checked on the event loop (0.2 ms per 100 KB), above it in a thread.
 _THREAD_FROM_BYTES = 512 * 1024
+_ACKS = frozenset(types_pb2.Acks.values())
 _ACK_NAMES: dict[int, str] = {types_pb2.ACKS_NONE: "none", types_pb2.ACKS_WAL: "wal", types_pb2.ACKS_DURABLE: "durable"}
 
 
@@ -46,6 +48,7 @@ class Accepted:
     timeout_ms: int
     answer_by_ms: int
     written: asyncio.Future[Written | StreamHouseError] | None
+    span: trace.Span
 
 
 class ProduceService:
@@ -73,8 +76,13 @@ class ProduceService:
 
     async def accept(self, request: pb.ProduceRequest) -> Accepted:
         """Checks the request and queues its batch; batches accepted one after the other are written in that order."""
-        try:
+        with self._counting_refusals():
             return await self._accept(request)
+
+    @contextlib.contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        try:
+            yield
         except StreamHouseError as error:
             self._metrics.rejected.add(1, {"reason": error.reason})
             raise
@@ -89,14 +97,22 @@ class ProduceService:
         self._check_timestamp(header)
         timeout_ms = request.timeout_ms or self._settings.produce_timeout_ms
         written = None if acks == types_pb2.ACKS_NONE else asyncio.get_running_loop().create_future()
-        traceparent = current_traceparent() if trace.get_current_span().is_recording() else ""
+        span, traceparent = _start_span(held)
         durable = acks == types_pb2.ACKS_DURABLE
-        self._writer.submit(Append(held, header, batch, durable=durable, traceparent=traceparent, written=written))
+        try:
+            self._writer.submit(Append(held, header, batch, durable=durable, traceparent=traceparent, written=written))
+        except StreamHouseError:
+            span.end()
+            raise
         answer_by_ms = self._clock.monotonic_ms() + timeout_ms
-        return Accepted(request, held, header, acks, timeout_ms, answer_by_ms, written)
+        return Accepted(request, held, header, acks, timeout_ms, answer_by_ms, written, span)
 
     async def answer(self, accepted: Accepted) -> pb.ProduceResponse:
         """The response once the ack level is reached. Raises what refused the batch, DurableTimeout, Unavailable."""
+        with self._counting_refusals(), trace.use_span(accepted.span, end_on_exit=True):
+            return await self._answer(accepted)
+
+    async def _answer(self, accepted: Accepted) -> pb.ProduceResponse:
         log = accepted.held.log
         response = pb.ProduceResponse(
             topic=log.topic,
@@ -107,13 +123,9 @@ class ProduceService:
         )
         if accepted.written is None:
             return response
-        try:
-            written = await self._wait_written(accepted, accepted.written)
-            if accepted.acks == types_pb2.ACKS_DURABLE:
-                await self._wait_durable(accepted, written)
-        except StreamHouseError as error:
-            self._metrics.rejected.add(1, {"reason": error.reason})
-            raise
+        written = await self._wait_written(accepted, accepted.written)
+        if accepted.acks == types_pb2.ACKS_DURABLE:
+            await self._wait_durable(accepted, written)
         response.base_offset = written.base_offset
         response.duplicate = written.duplicate
         return response
@@ -158,7 +170,7 @@ class ProduceService:
 
     def _acks(self, request: pb.ProduceRequest, held: HeldLog) -> int:
         """The ack level to answer at. Raises InvalidArgument, AcksTooWeak."""
-        if request.acks not in types_pb2.Acks.values():
+        if request.acks not in _ACKS:
             raise InvalidArgument(
                 f"acks is {request.acks}, known are 0 to 3", field="acks", value=request.acks, limit=3
             )
@@ -219,6 +231,16 @@ class ProduceService:
             return encode_batch(_columns(plain, self._clock.wall_ms()), codec=Codec.LZ4)
         except FormatError as error:
             raise InvalidBatch(f"these records make no batch: {error}", at=error.at, what=error.what) from error
+
+
+def _start_span(held: HeldLog) -> tuple[trace.Span, str]:
+    """`ingest.append` and its traceparent, where the caller's span is recorded; else nothing that costs anything."""
+    if not trace.get_current_span().is_recording():
+        return trace.INVALID_SPAN, ""
+    attributes: dict[str, str | int] = {"streamhouse.topic": held.log.topic, "streamhouse.partition": held.log.key.partition}
+    span = tracer.start_span("ingest.append", attributes=attributes)
+    with trace.use_span(span):
+        return span, current_traceparent()
 
 
 def _columns(plain: Sequence[types_pb2.Record], now_ms: int) -> Records:

@@ -5,6 +5,7 @@ taken in by one task (`_reconcile_loop`), so that a log's leadership changes in 
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -137,7 +138,12 @@ class Session:
                 log.warning("cannot open a session yet: %s", error.message)
                 await self._clock.sleep_ms(backoff.next_ms())
             else:
-                self._lease.renew(sent_ms, opened.ttl_ms)
+                if not self._lease.renew(sent_ms, opened.ttl_ms):
+                    raise InvalidArgument(
+                        f"lease_margin_ms leaves nothing of the session's {opened.ttl_ms} ms; make it smaller",
+                        field="lease_margin_ms",
+                        limit=opened.ttl_ms,
+                    )
                 return opened
 
     def _open_request(self) -> pb.OpenSessionRequest:
@@ -221,14 +227,15 @@ class Session:
                 session_id=self._holder.session_id,
             )
             try:
-                async for row in self._coordinator.follow_events(request):
-                    backoff.reset()
-                    self._position = row.position
-                    event = event_from_json(row.type, row.payload_json)
-                    if event is not None and self._closes_us(event):
-                        return
-                    if event is not None:
-                        self._handle(event)
+                async with contextlib.aclosing(self._coordinator.follow_events(request)) as rows:  # type: ignore[type-var]
+                    async for row in rows:
+                        backoff.reset()
+                        self._position = row.position
+                        event = event_from_json(row.type, row.payload_json)
+                        if event is not None and self._closes_us(event):
+                            return
+                        if event is not None:
+                            self._handle(event)
             except SessionExpired:
                 raise
             except StreamHouseError as error:
@@ -242,7 +249,8 @@ class Session:
         match event:
             case SegmentRegistered(segment=segment):
                 key = LogKey(bytes.fromhex(segment.topic_id), segment.partition, segment.epoch)
-                self._ranges.registered(key, segment.end_offset)
+                if self._ranges.registered(key, segment.end_offset):
+                    self.want_reconcile()
             case BufferCompleted(buffer_id=buffer_id):
                 self._sealer.completed(buffer_id)
             case RangeExtended():

@@ -21,8 +21,8 @@ class IngestSettings(CommonSettings):
     wal_dir: str = Field("wal", min_length=1, description="directory of the write-ahead log, on a local disk")
     wal_fsync: Literal["always", "interval", "never"] = Field(
         "always",
-        description="always: fsync before the ack; interval: acks do not wait, a power loss may cost wal_fsync_interval_ms of "
-        "them; never: the operating system decides, for tests",
+        description="always: fsync before the ack; interval: acks do not wait, a power loss may cost the last of them; "
+        "never: the operating system decides, for tests",
     )
     wal_fsync_interval_ms: int = Field(
         100, ge=1, le=60_000, description="ms between fsyncs with wal_fsync=interval: what a power loss may cost"

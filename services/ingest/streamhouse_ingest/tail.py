@@ -70,6 +70,9 @@ class TailReader:
         """Exactly [base_offset, end_offset). Raises Fenced when it is not held (any more), DataLoss when damaged."""
         key = LogKey(request.topic_id, request.partition, request.epoch)
         offset = request.base_offset
+        held = self._logs.get(key)
+        if held is None or not held.log.is_boundary(offset) or not held.log.is_boundary(request.end_offset):
+            raise self._not_held(held, request, offset)
         while offset < request.end_offset:
             held = self._logs.get(key)
             picked = held.log.read(offset, request.end_offset, SLICE_MESSAGE_BYTES) if held is not None else []

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from shproto.errors import InvalidArgument, UnknownPartition, UnknownTopic
+from shproto.errors import InvalidArgument, StreamHouseError, Unavailable, UnknownPartition, UnknownTopic
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import Clock
@@ -18,6 +18,8 @@ _REMEMBER_MS = 1_000
 # Names are given by anybody: so many are remembered at once, the oldest go.
 _NAMES_MAX = 1_024
 _NAME_LENGTH_MAX = 249  # as in Kafka; the coordinator refuses longer ones
+
+Answer = pb.TopicMetadata | StreamHouseError | None
 
 
 class TopicLookup:
@@ -36,7 +38,7 @@ class TopicLookup:
         self._clock = clock
         self._agent_id = agent_id
         self._reconcile = reconcile
-        self._known: OrderedDict[str, tuple[int, asyncio.Task[pb.TopicMetadata | None]]] = OrderedDict()
+        self._known: OrderedDict[str, tuple[int, asyncio.Future[Answer]]] = OrderedDict()
 
     async def find_leader(self, topic: str, partition: int) -> HeldLog:
         """The log to append to, if a grant is only just arriving. Raises UnknownTopic, UnknownPartition, NotLeader."""
@@ -68,12 +70,29 @@ class TopicLookup:
         now_ms = self._clock.monotonic_ms()
         known = self._known.get(topic)
         if known is None or now_ms >= known[0]:
-            self._known.pop(topic, None)
-            task = asyncio.ensure_future(self._ask(topic))
-            known = self._known[topic] = (now_ms + _REMEMBER_MS, task)
-            if len(self._known) > _NAMES_MAX:
-                self._known.popitem(last=False)
-        return await asyncio.shield(known[1])
+            return await self._ask_for_all(topic, now_ms)
+        answer = await asyncio.shield(known[1])
+        if isinstance(answer, StreamHouseError):
+            raise answer
+        return answer
+
+    async def _ask_for_all(self, topic: str, now_ms: int) -> pb.TopicMetadata | None:
+        """Asks; whoever comes meanwhile, or soon after, gets the same answer."""
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._known.pop(topic, None)
+        self._known[topic] = (now_ms + _REMEMBER_MS, answer)
+        if len(self._known) > _NAMES_MAX:
+            self._known.popitem(last=False)
+        try:
+            metadata = await self._ask(topic)
+        except StreamHouseError as error:
+            answer.set_result(error)
+            raise
+        except asyncio.CancelledError:
+            answer.set_result(Unavailable(f"topic {topic} is not led here; asking for its leader was broken off"))
+            raise
+        answer.set_result(metadata)
+        return metadata
 
     async def _ask(self, topic: str) -> pb.TopicMetadata | None:
         try:

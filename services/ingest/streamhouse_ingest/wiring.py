@@ -61,15 +61,25 @@ async def run(settings: IngestSettings) -> None:
     service = build(settings, CoordinatorClient(connection))
     descriptor = ingest_pb2.DESCRIPTOR.services_by_name["Ingest"]
     server = RpcServer(settings.listen, [(descriptor, service.api)], telemetry.server())
+    serving = Tasks()
     try:
         await server.start()
         log.info("listening on %s", server.address)
-        await service.start(settings.advertise or server.address)
-        await server.set_serving(True)
-        await wait_for_stop(service.tasks)
+        serving.spawn("serve", _serve(service, server, settings))
+        await wait_for_stop(serving)
     finally:
         await server.set_serving(False)
+        await serving.stop()
         await service.stop()
         await server.stop(CALL_GRACE_MS)
         await connection.close()
         telemetry.shutdown()
+
+
+async def _serve(service: IngestService, server: RpcServer, settings: IngestSettings) -> None:
+    """Starts, however long the coordinator takes; then raises what kills the agent, should anything."""
+    await service.start(settings.advertise or server.address)
+    await server.set_serving(True)
+    await service.tasks.failed.wait()
+    assert service.tasks.error is not None, "failed means that there is an error"
+    raise service.tasks.error

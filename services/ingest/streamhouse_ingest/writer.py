@@ -236,9 +236,7 @@ class Writer:
             if append.durable and _waits_for_seal(append, decision):
                 append.held.durable_since_ms = append.held.durable_since_ms or now_ms
                 touched[append.held] = None
-            if append.written is not None and not append.written.done():
-                answer = self._answer(append, decision) if led else _lease_lost(append)
-                append.written.set_result(answer)
+            self._resolve(append, self._answer(append, decision) if led else _lease_lost(append))
         for held in touched:
             held.notify()
             self._on_append(held)
@@ -268,8 +266,14 @@ class Writer:
 
     def _fail(self, group: list[Append], error: StreamHouseError) -> None:
         for append in group:
-            if append.written is not None and not append.written.done():
-                append.written.set_result(error)
+            self._resolve(append, error)
+
+    def _resolve(self, append: Append, outcome: Written | StreamHouseError) -> None:
+        if append.written is None:
+            if isinstance(outcome, StreamHouseError):  # acks none: the metric is the only place that hears of it
+                self._metrics.rejected.add(1, {"reason": outcome.reason})
+        elif not append.written.done():
+            append.written.set_result(outcome)
 
     def _fail_queued(self) -> None:
         self._fail(list(self._queue), ShuttingDown("the agent stops; the batch was not written"))

@@ -82,7 +82,7 @@ class Buffer:
         return freed
 
     def pick(self, offset: int, end_offset: int, bytes_max: int) -> list[tuple[WalPosition, bytes | None]]:
-        """Whole batches from the one that holds `offset` on, below `end_offset`; beyond the first at most `bytes_max`."""
+        """Whole batches from the one that holds `offset` on, below `end_offset`; after the first up to `bytes_max`."""
         picked: list[tuple[WalPosition, bytes | None]] = []
         total = 0
         for i in range(bisect_right(self._ends, offset), len(self._ends)):

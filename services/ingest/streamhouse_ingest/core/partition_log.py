@@ -238,6 +238,13 @@ class PartitionLog:
                 break
         return picked
 
+    def is_boundary(self, offset: int) -> bool:
+        """Does a batch begin or end at `offset`?"""
+        return any(
+            buffer.base_offset <= offset <= buffer.end_offset and buffer.is_boundary(offset)
+            for buffer in self._buffers()
+        )
+
     def end_after(self, offset: int, count: int) -> int:
         """Where the `count` batches end that read() gave from `offset` on."""
         for buffer in self._buffers():

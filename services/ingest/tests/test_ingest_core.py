@@ -1,0 +1,85 @@
+"""Lease, sealing plan, WAL index."""
+
+from streamhouse_ingest.core.lease import Lease
+from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.core.sealing import Candidate, SealLimits, plan_seals
+from streamhouse_ingest.core.wal_index import WalIndex
+
+LIMITS = SealLimits(seal_bytes=100, seal_age_ms=1000, durable_linger_ms=20, open_bytes_max=500, object_bytes_max=256)
+
+
+def key(partition: int) -> LogKey:
+    return LogKey(b"t" * 16, partition, 1)
+
+
+def test_a_lease_runs_from_before_its_renewal_was_sent_minus_the_margin():
+    lease = Lease(margin_ms=200)
+    assert not lease.held(0)
+    assert lease.renew(sent_ms=1000, ttl_ms=1000)
+    assert lease.held(1799)
+    assert not lease.held(1800)
+    lease.renew(sent_ms=900, ttl_ms=1000)
+    assert lease.held(1799), "an older answer that comes late takes nothing away"
+    lease.drop()
+    assert not lease.held(1000)
+    assert not lease.renew(0, 200), "a margin as long as the lease leaves nothing"
+
+
+def test_nothing_is_due_before_its_time():
+    plan = plan_seals([Candidate(key(0), 99, first_append_ms=0)], 999, LIMITS)
+    assert (plan.objects, plan.look_again_ms) == ((), 1000)
+
+
+def test_due_by_size_age_durable_waiter_and_order():
+    candidates = [
+        Candidate(key(0), 100, 900),
+        Candidate(key(1), 1, 0),
+        Candidate(key(2), 1, 900, durable_since_ms=980),
+        Candidate(key(3), 1, 990, must=True),
+        Candidate(key(4), 1, 990, durable_since_ms=995),
+    ]
+    plan = plan_seals(candidates, 1000, LIMITS)
+    assert plan.objects == ((key(0), key(1), key(2), key(3)),)
+    assert plan.look_again_ms == 1015
+
+
+def test_those_soon_due_by_age_share_the_object():
+    plan = plan_seals([Candidate(key(0), 1, 0), Candidate(key(1), 1, 500), Candidate(key(2), 1, 501)], 1000, LIMITS)
+    assert plan.objects == ((key(0), key(1)),)
+    assert plan.look_again_ms == 1501
+
+
+def test_beyond_the_total_the_largest_go_first():
+    candidates = [Candidate(key(i), size, 0) for i, size in enumerate((90, 99, 95, 98, 97, 96))]
+    plan = plan_seals(candidates, 10, LIMITS)
+    assert plan.objects == ((key(1),),)
+
+
+def test_an_object_has_a_size_limit():
+    plan = plan_seals([Candidate(key(i), 100, 0) for i in range(5)], 0, LIMITS)
+    assert plan.objects == ((key(0), key(1)), (key(2), key(3)), (key(4),))
+
+
+def test_files_go_from_the_front_once_everything_in_them_is_registered():
+    index = WalIndex()
+    for file in (1, 2, 3):
+        index.resize(file, 1000)
+        index.note(file, key(0), file * 10)
+    index.note(1, key(1), 5)
+    ends: dict[LogKey, int] = {key(0): 20, key(1): 4}
+    assert index.deletable(ends.get, active=3) == [], "one record of the first file is not registered"
+    ends[key(1)] = 5
+    assert index.deletable(ends.get, active=3) == [1, 2]
+    ends[key(0)] = 30
+    assert index.deletable(ends.get, active=3) == [1, 2], "never the active one"
+    assert index.deletable(ends.get, active=None) == [1, 2, 3]
+    index.remove(1)
+    assert index.size_bytes == 2000
+    assert WalIndex().deletable({}.get, None) == []
+
+
+def test_a_log_nobody_needs_holds_no_file():
+    index = WalIndex()
+    index.resize(1, 10)
+    index.note(1, key(0), 10)
+    assert index.deletable(lambda _: None, None) == [1]
