@@ -206,6 +206,17 @@ class Producer:
 
     # ---- topics and partitions
 
+    def knows(self, topic: str, partition: int | None) -> bool:
+        """Whether `send` would find topic and partition without asking; safe from any thread."""
+        target = self._topics.get(topic)
+        return target is not None and (partition is None or 0 <= partition < len(target.lanes))
+
+    async def open_topic(self, topic: str, partition: int | None = None) -> None:
+        """Asks for the topic ahead of the first `send`. Raises UnknownTopic, UnknownPartition, AcksTooWeak."""
+        target = self._topics.get(topic) or await self._open_topic(topic)
+        if partition is not None:
+            _lane_of(target, partition)
+
     async def _open_topic(self, topic: str) -> _Topic:
         if self._closed:
             raise InvalidArgument("the producer is closed")

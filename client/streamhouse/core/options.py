@@ -1,9 +1,9 @@
 """What a producer and a consumer can be told, checked once, with every default explained."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, TypedDict
 
 from shproto.errors import InvalidArgument
 from shproto.v1 import types_pb2
@@ -97,9 +97,37 @@ class ConsumerOptions:
             )
 
 
-def option_names(options: type[ProducerOptions] | type[ConsumerOptions]) -> tuple[str, ...]:
-    """The options' names, in order."""
-    return tuple(option.name for option in fields(options))
+class ProducerKwargs(TypedDict, total=False):
+    """ProducerOptions as keyword arguments."""
+
+    acks: Acks
+    linger_ms: int
+    batch_bytes: int
+    compression: Compression
+    idempotent: bool
+    max_in_flight: int
+    buffer_bytes_max: int
+    delivery_timeout_ms: int
+    request_timeout_ms: int
+    client_id: str
+
+
+class ConsumerKwargs(TypedDict, total=False):
+    """ConsumerOptions as keyword arguments."""
+
+    group: str | None
+    start: Start
+    auto_commit: bool
+    auto_commit_interval_ms: int
+    fetch_bytes: int
+    prefetch_bytes_max: int
+    session_timeout_ms: int
+    on_out_of_range: OnOutOfRange
+    on_data_loss: OnDataLoss
+    stop_at_end: bool
+    request_timeout_ms: int
+    retry_timeout_ms: int
+    client_id: str
 
 
 def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:

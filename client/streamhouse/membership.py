@@ -1,0 +1,166 @@
+"""A consumer's membership of its group: join, heartbeat, give up what is taken away, leave.
+
+Owns: member id, generation, which partitions are ours. Does not own: reading, positions.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+from shproto.errors import IllegalGeneration, StreamHouseError, UnknownGroup, UnknownMember
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2
+from shruntime.tasks import Backoff
+
+from streamhouse.core.options import ConsumerOptions
+from streamhouse.records import TopicPartition
+
+log = logging.getLogger(__name__)
+
+RETRY_FIRST_MS = 50
+RETRY_MAX_MS = 1_000
+# While partitions that were promised are still held by another member.
+PENDING_WAIT_MS = 100
+
+
+class Membership:
+    """`assigned(partitions)`: start on these. `revoked(partitions)`: stop, commit; awaited before they are let go.
+    `lost()`: all of them are somebody else's now, commits are refused. `failed(error)`: for the application."""
+
+    def __init__(
+        self,
+        coordinator: CoordinatorApi,
+        options: ConsumerOptions,
+        topics: Sequence[str],
+        *,
+        assigned: Callable[[set[TopicPartition]], None],
+        revoked: Callable[[set[TopicPartition]], Awaitable[None]],
+        lost: Callable[[], None],
+        failed: Callable[[StreamHouseError], None],
+    ) -> None:
+        self._coordinator = coordinator
+        self._options = options
+        self._topics = topics
+        self._assigned = assigned
+        self._revoked = revoked
+        self._lost = lost
+        self._failed = failed
+        self._heartbeat_interval_ms = 0
+        self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
+        self._moved = asyncio.Event()
+        self._asap = False
+        self.member_id = ""
+        self.generation = 0
+        self.pending = False
+        self.owned: set[TopicPartition] = set()
+
+    async def join(self) -> None:
+        """Becomes a member. Raises UnknownTopic, InvalidArgument, Unavailable."""
+        request = coordinator_pb2.JoinGroupRequest(
+            group=self._options.group or "",
+            topics=self._topics,
+            client_id=self._options.client_id,
+            session_timeout_ms=self._options.session_timeout_ms,
+        )
+        await self._apply(await self._coordinator.join_group(request))
+
+    async def run(self) -> None:
+        """Heartbeats until cancelled; joins again when the group has forgotten this member."""
+        while True:
+            try:
+                if self.member_id:
+                    await self._apply(await self._coordinator.heartbeat_group(self._heartbeat()))
+                else:
+                    await self.join()
+                self._backoff.reset()
+            except (UnknownMember, UnknownGroup) as error:
+                log.warning("group %s has forgotten member %s: %s", self._options.group, self.member_id, error)
+                self._forgotten()
+            except StreamHouseError as error:
+                log.warning("heartbeat to group %s failed: %s", self._options.group, error)
+                if not error.retriable:
+                    self._failed(error)
+                await asyncio.sleep(self._backoff.next_ms() / 1000)
+
+    def _heartbeat(self) -> coordinator_pb2.HeartbeatGroupRequest:
+        wait_ms = PENDING_WAIT_MS if self.pending else self._heartbeat_interval_ms
+        return coordinator_pb2.HeartbeatGroupRequest(
+            group=self._options.group or "",
+            member_id=self.member_id,
+            generation=self.generation,
+            owned=_messages(self.owned),
+            max_wait_ms=0 if self._asap else wait_ms,
+        )
+
+    async def _apply(self, answer: coordinator_pb2.GroupAssignment) -> None:
+        self.member_id = answer.member_id
+        self._heartbeat_interval_ms = answer.heartbeat_interval_ms
+        given = {TopicPartition(item.topic, item.partition) for item in answer.assigned}
+        revoked, added = self.owned - given, given - self.owned
+        self._renew(answer.generation)
+        # Whatever was given up is told at once, so that its next owner need not wait.
+        self._asap = bool(revoked)
+        if revoked:
+            await self._revoked(revoked)
+            self.owned -= revoked
+        self.owned |= added
+        self.pending = answer.pending
+        if added or revoked:
+            log.info("group %s generation %d: %d partitions", self._options.group, self.generation, len(self.owned))
+        self._assigned(added)
+
+    def _renew(self, generation: int) -> None:
+        if generation != self.generation:
+            self.generation = generation
+            moved, self._moved = self._moved, asyncio.Event()
+            moved.set()
+
+    def _forgotten(self) -> None:
+        self.member_id, self.owned, self.pending = "", set(), False
+        self._lost()
+
+    async def commit(self, offsets: dict[TopicPartition, int]) -> None:
+        """Raises IllegalGeneration when a rebalance is not known here yet or took a partition away, UnknownMember."""
+        commits = [
+            coordinator_pb2.OffsetCommit(topic=where.topic, partition=where.partition, offset=offset)
+            for where, offset in offsets.items()
+        ]
+        request = coordinator_pb2.CommitOffsetsRequest(
+            group=self._options.group or "", member_id=self.member_id, generation=self.generation, offsets=commits
+        )
+        await self._coordinator.commit_offsets(request)
+
+    async def commit_through_rebalance(self, offsets: dict[TopicPartition, int]) -> None:
+        """Like `commit`; if the group has moved on, waits to hear of it and tries once more with what is still ours."""
+        generation, moved = self.generation, self._moved
+        try:
+            await self.commit(offsets)
+        except IllegalGeneration:
+            if self.generation == generation and not await self._hears_of(moved):
+                raise
+            foreign = sorted(set(offsets) - self.owned)
+            if foreign:
+                raise IllegalGeneration(
+                    f"group {self._options.group}: not assigned any more: {foreign}", generation=generation
+                ) from None
+            await self.commit(offsets)
+
+    async def _hears_of(self, moved: asyncio.Event) -> bool:
+        """Whether a heartbeat tells of another generation within the request timeout."""
+        try:
+            async with asyncio.timeout(self._options.request_timeout_ms / 1000):
+                await moved.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def leave(self) -> None:
+        """Raises Unavailable; the group finds out by the session timeout then."""
+        if self.member_id:
+            request = coordinator_pb2.LeaveGroupRequest(group=self._options.group or "", member_id=self.member_id)
+            await self._coordinator.leave_group(request)
+            self.member_id, self.owned = "", set()
+
+
+def _messages(partitions: Iterable[TopicPartition]) -> list[coordinator_pb2.TopicPartition]:
+    return [coordinator_pb2.TopicPartition(topic=topic, partition=partition) for topic, partition in sorted(partitions)]

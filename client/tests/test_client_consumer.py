@@ -1,0 +1,361 @@
+"""The consumer against a real gRPC server with an in-memory log."""
+
+import asyncio
+from contextlib import aclosing
+from datetime import UTC, datetime
+
+import pytest
+from streamhouse import Consumer, Producer, Record, errors
+
+
+async def fill(platform, address, count, partitions=3, topic="t"):
+    """`count` numbered records, keyed, with timestamps 0, 1, 2, ..."""
+    if topic not in platform.topics:
+        platform.add_topic(topic, partitions)
+    async with Producer(address, batch_bytes=1000) as producer:
+        values = [b"%d" % n for n in range(count)]
+        await producer.send_many(
+            topic, values, keys=[b"k%d" % (n % 13) for n in range(count)], timestamps_ms=range(count)
+        )
+
+
+async def take(consumer, count):
+    records = []
+    async with asyncio.timeout(10):
+        async for record in consumer:
+            records.append(record)
+            if len(records) == count:
+                break
+    return records
+
+
+def by_partition(records):
+    rows: dict[int, list[Record]] = {}
+    for record in records:
+        rows.setdefault(record.partition, []).append(record)
+    return rows
+
+
+async def test_reads_every_record_once_and_in_order(platform, address):
+    await fill(platform, address, 5000)
+    async with Consumer(address, ["t"]) as consumer:
+        records = await take(consumer, 5000)
+    assert sorted(int(record.value) for record in records) == list(range(5000))
+    for rows in by_partition(records).values():
+        assert [row.offset for row in rows] == list(range(len(rows)))
+        assert [int(row.value) for row in rows] == sorted(int(row.value) for row in rows)
+    first = records[0]
+    assert (first.topic, first.key, first.headers) == ("t", b"k%d" % (int(first.value) % 13), ())
+    assert first.timestamp_ms == int(first.value)
+
+
+async def test_batches_are_columns(platform, address):
+    await fill(platform, address, 2000)
+    seen = 0
+    async with Consumer(address, ["t"]) as consumer, aclosing(consumer.batches()) as batches:
+        async for batch in batches:
+            assert batch.offsets.tolist() == [record.offset for record in batch]
+            table = batch.to_arrow()
+            assert table.column("value").to_pylist() == batch.values.to_list()
+            assert table.column("offset").to_pylist() == batch.offsets.tolist()
+            assert table.column("key").to_pylist() == batch.keys.to_list()
+            seen += len(batch)
+            if seen == 2000:
+                break
+
+
+async def test_stop_at_end_ends_where_the_log_ended(platform, address):
+    await fill(platform, address, 1000)
+    platform.add_topic("empty", 2)
+    async with Consumer(address, ["t", "empty"], stop_at_end=True, fetch_bytes=500) as consumer:
+        assert len([record async for record in consumer]) == 1000
+        await fill(platform, address, 100)
+        assert len([record async for record in consumer]) == 100
+        assert [record async for record in consumer] == []
+
+
+async def test_stop_at_end_does_not_read_beyond(platform, address):
+    await fill(platform, address, 100, partitions=1)
+    async with Consumer(address, ["t"], stop_at_end=True) as consumer:
+        records = []
+        async for record in consumer:
+            if not records:
+                await fill(platform, address, 50)
+            records.append(record)
+        assert [record.offset for record in records] == list(range(100))
+        assert consumer.positions() == {("t", 0): 100}
+
+
+@pytest.mark.parametrize(
+    ("start", "first"), [("earliest", 0), (7, 7), (datetime.fromtimestamp(0.042, UTC), 42), ("latest", 100)]
+)
+async def test_where_it_starts(platform, address, start, first):
+    await fill(platform, address, 100, partitions=1)
+    async with Consumer(address, ["t"], start=start) as consumer:
+        await fill(platform, address, 10)
+        assert (await take(consumer, 1))[0].offset == first
+
+
+async def test_assign_and_seek(platform, address):
+    await fill(platform, address, 1000)
+    async with Consumer(address, assign=[("t", 1)]) as consumer:
+        assert consumer.assignment == {("t", 1)}
+        await take(consumer, 50)
+        await consumer.seek("t", 1, 10)
+        assert consumer.positions() == {("t", 1): 10}
+        assert [record.offset for record in await take(consumer, 3)] == [10, 11, 12]
+        await consumer.seek("t", 1, "earliest")
+        assert (await take(consumer, 1))[0].offset == 0
+        with pytest.raises(errors.InvalidArgument):
+            await consumer.seek("t", 0, 0)
+
+
+async def test_records_then_batches_leave_nothing_out(platform, address):
+    await fill(platform, address, 300, partitions=1)
+    async with Consumer(address, ["t"], stop_at_end=True) as consumer:
+        offsets = [record.offset for record in await take(consumer, 10)]
+        async for batch in consumer.batches():
+            offsets += batch.offsets.tolist()
+    assert offsets == list(range(300))
+
+
+async def test_a_broken_stream_resumes_where_it_was(platform, address):
+    await fill(platform, address, 3000)
+    platform.faults.subscribe_cut_after = 2
+    async with Consumer(address, ["t"], fetch_bytes=2000, stop_at_end=True) as consumer:
+        records = [record async for record in consumer]
+    assert sorted(int(record.value) for record in records) == list(range(3000))
+    assert platform.calls["subscribe"] >= 2
+
+
+async def test_a_gap_between_epochs_is_stepped_over(platform, address):
+    await fill(platform, address, 100, partitions=1)
+    platform.log("t", 0).new_epoch(1 << 30)
+    await fill(platform, address, 50)
+    async with Consumer(address, ["t"], stop_at_end=True) as consumer:
+        offsets = [record.offset async for record in consumer]
+        assert offsets == [*range(100), *range(1 << 30, (1 << 30) + 50)]
+        lag = (await consumer.lag())["t", 0]
+        assert (lag.records, lag.exact) == (0, True)
+        await consumer.seek("t", 0, 40)
+        lag = (await consumer.lag())["t", 0]
+        assert lag.records >= 110 and lag.records <= 150 and not lag.exact
+
+
+async def test_a_skip_that_nobody_explains_is_an_error(platform, address):
+    await fill(platform, address, 1000, partitions=1)
+    del platform.log("t", 0).batches[1]
+
+    def read(offset, max_bytes):
+        later = [batch for batch in platform.log("t", 0).batches if batch.end_offset > offset]
+        return [batch.data for batch in later], 1000
+
+    platform.log("t", 0).read = read
+    async with Consumer(address, ["t"]) as consumer:
+        with pytest.raises(errors.DataLoss, match="without saying why"):
+            await take(consumer, 1000)
+
+
+async def test_offsets_that_go_back_are_an_error(platform, address):
+    await fill(platform, address, 200, partitions=1)
+    log = platform.log("t", 0)
+    log.read = lambda offset, max_bytes: ([log.batches[0].data, log.batches[0].data], 200)
+    async with Consumer(address, ["t"]) as consumer:
+        with pytest.raises(errors.Internal, match="went back"):
+            await take(consumer, 200)
+
+
+async def test_damaged_bytes_are_data_loss(platform, address):
+    await fill(platform, address, 200, partitions=1)
+    log = platform.log("t", 0)
+    damaged = bytearray(log.batches[0].data)
+    damaged[-1] ^= 1
+    log.read = lambda offset, max_bytes: ([bytes(damaged)], 200)
+    async with Consumer(address, ["t"]) as consumer:
+        with pytest.raises(errors.DataLoss, match="t/0"):
+            await take(consumer, 1)
+
+
+async def test_data_loss_is_raised_or_skipped_as_asked(platform, address):
+    await fill(platform, address, 300, partitions=1)
+    end = platform.log("t", 0).batches[0].end_offset
+    loss = errors.DataLoss("gone", topic="t", partition=0, base_offset=0, end_offset=end)
+    platform.faults.fetch_error["t", 0] = loss
+    async with Consumer(address, ["t"]) as consumer:
+        with pytest.raises(errors.DataLoss, match="gone"):
+            await take(consumer, 1)
+        assert (await take(consumer, 1))[0].offset == 0  # asked again
+    platform.faults.fetch_error["t", 0] = loss
+    async with Consumer(address, ["t"], on_data_loss="skip") as consumer:
+        assert (await take(consumer, 1))[0].offset == end
+
+
+async def test_offsets_out_of_range(platform, address):
+    await fill(platform, address, 300, partitions=1)
+    platform.log("t", 0).start_offset = 100
+    async with Consumer(address, ["t"], start=5) as consumer:
+        with pytest.raises(errors.OffsetBelowStart):
+            await take(consumer, 1)
+    async with Consumer(address, ["t"], start=5, on_out_of_range="earliest") as consumer:
+        assert (await take(consumer, 1))[0].offset == 100
+    async with Consumer(address, ["t"], start=500) as consumer:
+        with pytest.raises(errors.OffsetBeyondEnd):
+            await take(consumer, 1)
+    async with Consumer(address, ["t"], start=500, on_out_of_range="latest") as consumer:
+        await asyncio.sleep(0.2)
+        await fill(platform, address, 1)
+        assert (await take(consumer, 1))[0].offset == 300
+
+
+async def test_waiting_is_surfaced(platform, address):
+    await fill(platform, address, 10, partitions=1)
+    platform.waiting["t", 0] = "epoch 1 is unsettled"
+    async with Consumer(address, ["t"]) as consumer:
+        await take(consumer, 10)
+        assert consumer.waiting == {("t", 0): "epoch 1 is unsettled"}
+        platform.waiting.clear()
+        platform.wake()
+        await fill(platform, address, 1)
+        await take(consumer, 1)
+        assert consumer.waiting == {}
+
+
+async def test_unknown_topic_and_bad_arguments(platform, address):
+    with pytest.raises(errors.UnknownTopic):
+        async with Consumer(address, ["nope"]):
+            pass
+    platform.add_topic("t", 1)
+    with pytest.raises(errors.UnknownPartition):
+        async with Consumer(address, assign=[("t", 1)]):
+            pass
+    with pytest.raises(errors.InvalidArgument):
+        Consumer(address, "t")
+    with pytest.raises(errors.InvalidArgument):
+        Consumer(address)
+    with pytest.raises(errors.InvalidArgument, match="on_data_loss"):
+        Consumer(address, ["t"], on_data_loss="shrug")
+    async with Consumer(address, ["t"]) as consumer:
+        with pytest.raises(errors.InvalidArgument):
+            await consumer.commit()
+
+
+async def test_a_topic_deleted_while_reading(platform, address):
+    await fill(platform, address, 10, partitions=1)
+    async with Consumer(address, ["t"]) as consumer:
+        await take(consumer, 10)
+        del platform.topics["t"]
+        platform.wake()
+        with pytest.raises(errors.UnknownTopic):
+            await take(consumer, 1)
+
+
+# ---- groups
+
+
+async def test_a_group_goes_on_where_it_committed(platform, address):
+    await fill(platform, address, 200, partitions=1)
+    async with Consumer(address, ["t"], group="g") as consumer:
+        await take(consumer, 50)
+    assert platform.groups["g"].offsets["t", 0] == 50
+    assert platform.groups["g"].members == {}
+    async with Consumer(address, ["t"], group="g") as consumer:
+        assert (await take(consumer, 1))[0].offset == 50
+
+
+async def test_the_record_that_failed_is_not_committed(platform, address):
+    await fill(platform, address, 200, partitions=1)
+    with pytest.raises(ValueError):
+        async with Consumer(address, ["t"], group="g") as consumer:
+            async for record in consumer:
+                if record.offset == 20:
+                    raise ValueError("processing failed")
+    assert platform.groups["g"].offsets["t", 0] == 20
+
+
+async def test_auto_commit_leaves_out_what_is_being_processed(platform, address):
+    await fill(platform, address, 200, partitions=1)
+    async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=20) as consumer:
+        await take(consumer, 11)
+        while platform.groups["g"].offsets.get(("t", 0)) is None:
+            await asyncio.sleep(0.01)
+        assert platform.groups["g"].offsets["t", 0] == 10
+        await consumer.commit()
+        assert platform.groups["g"].offsets["t", 0] == 11
+        await consumer.commit({("t", 0): 3})
+        assert platform.groups["g"].offsets["t", 0] == 3
+
+
+async def test_without_auto_commit_nothing_is_committed(platform, address):
+    await fill(platform, address, 20, partitions=1)
+    async with Consumer(address, ["t"], group="g", auto_commit=False) as consumer:
+        await take(consumer, 11)
+    assert platform.commits == []
+
+
+async def collect(consumer, seen, stop):
+    async for record in consumer:
+        seen.append((record.partition, record.offset))
+        if stop.is_set():
+            return
+        await asyncio.sleep(0)
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_two_members_share_and_take_over(platform, address):
+    await fill(platform, address, 400, partitions=4)
+    seen_first, seen_second = [], []
+    async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=20) as first:
+        reading = asyncio.create_task(collect(first, seen_first, asyncio.Event()))
+        await until(lambda: len(seen_first) == 400)
+        assert len(first.assignment) == 4
+        async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=20) as second:
+            other = asyncio.create_task(collect(second, seen_second, asyncio.Event()))
+            await until(lambda: len(first.assignment) == 2 and len(second.assignment) == 2)
+            assert not first.assignment & second.assignment
+            await fill(platform, address, 400)
+            await until(lambda: len(seen_first) + len(seen_second) >= 800)
+            other.cancel()
+            await asyncio.gather(other, return_exceptions=True)
+        await until(lambda: len(first.assignment) == 4)
+        await fill(platform, address, 400)
+        await until(lambda: len(set(seen_first) | set(seen_second)) == 1200)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+    # A clean hand-over reads nothing twice, except the one record each being processed when it was taken away.
+    assert len(seen_first) + len(seen_second) <= 1200 + 4
+
+
+async def test_a_forgotten_member_joins_again(platform, address):
+    await fill(platform, address, 100, partitions=2)
+    async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=20) as consumer:
+        await take(consumer, 100)
+        await consumer.commit()
+        platform.expel("g")
+        await until(lambda: platform.calls["join_group"] == 2)
+        await fill(platform, address, 20)
+        records = await take(consumer, 20)
+    assert len({(record.partition, record.offset) for record in records}) == 20
+
+
+async def test_commit_of_a_partition_that_was_taken_away(platform, address):
+    await fill(platform, address, 100, partitions=2)
+    async with Consumer(address, ["t"], group="g", auto_commit=False) as first:
+        await take(first, 100)
+        async with Consumer(address, ["t"], group="g", auto_commit=False) as second:
+            await until(lambda: len(first.assignment) == 1 and len(second.assignment) == 1)
+            await first.commit()
+            (foreign,) = second.assignment
+            with pytest.raises(errors.IllegalGeneration):
+                await first.commit({foreign: 1})
+
+
+async def test_a_group_read_to_the_end(platform, address):
+    await fill(platform, address, 500)
+    async with Consumer(address, ["t"], group="g", stop_at_end=True) as consumer:
+        assert len([record async for record in consumer]) == 500
+    assert sum(platform.groups["g"].offsets.values()) == 500
