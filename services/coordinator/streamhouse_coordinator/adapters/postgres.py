@@ -174,6 +174,26 @@ class PostgresStore:
 
         return await self._guarded(read)
 
+    async def drain_outbox(self, publish: Callable[[Sequence[EventRow]], Awaitable[None]], limit: int) -> int:
+        """Publishes the next events and moves the outbox past them, unless another coordinator is at it. Returns how
+        many. What `publish` raises leaves the outbox where it was."""
+        try:
+            async with self._connection() as connection, connection.transaction():
+                async with asyncio.timeout(self._timeout_s):
+                    after = await connection.fetchval("SELECT position FROM outbox FOR UPDATE SKIP LOCKED")
+                    if after is None:
+                        return 0
+                    rows = await PostgresTransaction(connection).select(
+                        EVENTS, where(position=Above(after)), order=("position",), limit=limit
+                    )
+                if rows:
+                    await publish(rows)
+                    async with asyncio.timeout(self._timeout_s):
+                        await connection.execute("UPDATE outbox SET position = $1", rows[-1].position)
+                return len(rows)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+            raise _unavailable(error) from error
+
     async def rebuild(self) -> None:
         async with self._connection() as connection, connection.transaction():
             await connection.execute("LOCK TABLE event_position IN EXCLUSIVE MODE")

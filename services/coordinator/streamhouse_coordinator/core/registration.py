@@ -61,15 +61,15 @@ def register(
     now = dict(ranges)
     results: dict[int, Result] = {}
     events: list[Event] = []
-    lost_done: list[LostSpanRow] = []
     todo = sorted(enumerate(segments), key=lambda item: item[1].base_offset)
     for at, segment in todo:
-        lost_done += _fill_holes(now, _key(segment), lost, topics, events)
+        _fill_holes(now, _key(segment), lost, topics, events)
         results[at] = Result.REGISTERED if segment.segment_id in known_ids else judge(segment, now.get(_key(segment)))
         if results[at] is Result.REGISTERED and segment.segment_id not in known_ids:
             _take(now, segment, buffer_id, events)
     for key in list(now):
-        lost_done += _fill_holes(now, key, lost, topics, events)
+        _fill_holes(now, key, lost, topics, events)
+    lost_done = [span for span in lost if _judge_hole(span, now, topics) is not Result.EARLY]
     return Registration([results[at] for at in range(len(segments))], events, now, lost_done)
 
 
@@ -88,28 +88,25 @@ def _fill_holes(
     lost: Sequence[LostSpanRow],
     topics: Mapping[str, str],
     events: list[Event],
-) -> list[LostSpanRow]:
-    """Registers the holes that registration has reached; returns those that need no more attention."""
-    done = []
-    spans = (span for span in lost if (span.topic_id, span.partition, span.epoch) == key)
-    for span in sorted(spans, key=lambda span: span.base_offset):
-        row = now.get(key)
-        segment = _lost_segment(span, topics.get(span.topic_id, ""), row)
-        result = judge(segment, row)
-        if result is Result.REGISTERED:
-            _take(now, segment, "", events)
-        if result is not Result.EARLY:
-            done.append(span)
-    return done
+) -> None:
+    """Registers the holes of a range that registration has reached."""
+    for span in sorted(lost, key=lambda span: span.base_offset):
+        if span.range_key == key and _judge_hole(span, now, topics) is Result.REGISTERED:
+            _take(now, _lost_segment(span, topics, now[key]), "", events)
 
 
-def _lost_segment(span: LostSpanRow, topic: str, row: RangeRow | None) -> Segment:
+def _judge_hole(span: LostSpanRow, now: Mapping[RangeKey, RangeRow], topics: Mapping[str, str]) -> Result:
+    row = now.get(span.range_key)
+    return judge(_lost_segment(span, topics, row), row)
+
+
+def _lost_segment(span: LostSpanRow, topics: Mapping[str, str], row: RangeRow | None) -> Segment:
     # What of the span is registered stays; the identity follows from the place, so that a repeat is the same.
     base = span.base_offset if row is None else max(span.base_offset, min(row.registered_end, span.end_offset))
     return Segment(
         segment_id=f"lost-{span.topic_id}-{span.partition}-{span.epoch}-{base}",
         topic_id=span.topic_id,
-        topic=topic,
+        topic=topics.get(span.topic_id, ""),
         partition=span.partition,
         epoch=span.epoch,
         base_offset=base,

@@ -211,6 +211,10 @@ class LostSpanRow:
     end_offset: int
     reason: str
 
+    @property
+    def range_key(self) -> tuple[str, int, int]:
+        return (self.topic_id, self.partition, self.epoch)
+
 
 @dataclass(frozen=True, slots=True)
 class GroupMemberStateRow:

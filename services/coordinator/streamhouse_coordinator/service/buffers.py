@@ -230,9 +230,9 @@ async def report_lost(context: Context, session_id: str, spans: Sequence[t.LostS
 
     async def work(tx: Transaction) -> None:
         session = await live_session(tx, session_id)
-        ranges = await ranges_by_key(tx, {_key(span) for span in spans}, lock="wait")
+        ranges = await ranges_by_key(tx, {span.range_key for span in spans}, lock="wait")
         for span in spans:
-            row = ranges.get(_key(span))
+            row = ranges.get(span.range_key)
             if row is not None and row.wal_id != session.wal_id:
                 raise InvalidArgument(
                     f"epoch {span.epoch} of partition {span.partition} belongs to another write-ahead log",
@@ -243,13 +243,9 @@ async def report_lost(context: Context, session_id: str, spans: Sequence[t.LostS
         names = await topic_names(tx, {span.topic_id for span in spans})
         waiting = await tx.select(t.LOST_SPANS, where_keys(("topic_id", "partition", "epoch"), sorted(ranges)))
         await _finish(tx, "", registration.register([], ranges, (), waiting, names, ""), "")
-        gone = [span for span in spans if _key(span) not in ranges]
+        gone = [span for span in spans if span.range_key not in ranges]
         await tx.apply(
             [Remove(t.LOST_SPANS, {name: getattr(span, name) for name in t.LOST_SPANS.key}) for span in gone]
         )
 
     await context.store.run(work)
-
-
-def _key(span: t.LostSpanRow) -> RangeKey:
-    return (span.topic_id, span.partition, span.epoch)

@@ -1,0 +1,193 @@
+"""The store in plain dictionaries: for unit tests and simulations. One transaction at a time, undone if it fails."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+from shproto.events import Event, event_from_json
+from shruntime.clock import Clock
+
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set, row_ops
+from streamhouse_coordinator.ports import EVERYTHING, Above, AtMost, In, Lock, Totals, Transaction, Where
+
+ResultT = TypeVar("ResultT")
+RowT = TypeVar("RowT")
+
+Rows = dict[tuple[object, ...], Any]
+
+
+def change(tables: dict[str, Rows], op: RowOp) -> None:
+    """What the operation means, in the simplest terms; the SQL of adapters/sql.py is compared with it."""
+    rows = tables.setdefault(op.table.name, {})
+    match op:
+        case Put(table, row):
+            rows[table.key_of(row)] = row
+        case Set(_, key, changes):
+            if key in rows:
+                rows[key] = replace(rows[key], **changes)
+        case Remove(_, where):
+            for key in [key for key, row in rows.items() if _meets(row, Where(where))]:
+                del rows[key]
+
+
+def _meets(row: Any, where: Where) -> bool:
+    equal = all(_equal(getattr(row, name), value) for name, value in where.equals.items())
+    if not equal or (where.predicate is not None and not where.predicate.test(row)):
+        return False
+    return not where.keys or tuple(getattr(row, name) for name in where.keys) in set(where.key_rows)
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    match wanted:
+        case In(values):
+            return value in values
+        case AtMost(limit):
+            return value is not None and cast(bool, value <= limit)
+        case Above(limit):
+            return value is not None and cast(bool, value > limit)
+        case _:
+            return cast(bool, value == wanted)
+
+
+class MemoryStore:
+    """Implements ports.Store. `events_changed` and `group_changed` are called after commits, as LISTEN does."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        events_changed: Callable[[], None] = lambda: None,
+        group_changed: Callable[[str], None] = lambda group: None,
+    ) -> None:
+        self.tables: dict[str, Rows] = {}
+        self._clock = clock
+        self._events_changed = events_changed
+        self._group_changed = group_changed
+        self._alone = asyncio.Lock()
+        self._producer_id = 0
+
+    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
+        async with self._alone:
+            before = {name: dict(rows) for name, rows in self.tables.items()}
+            transaction = MemoryTransaction(self.tables, self._clock.wall_ms())
+            try:
+                result = await work(transaction)
+            except BaseException:
+                self.tables = before
+                raise
+        if transaction.appended:
+            self._events_changed()
+        for group in sorted(transaction.groups):
+            self._group_changed(group)
+        return result
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Transaction]:
+        async with self._alone:
+            now = {name: dict(rows) for name, rows in self.tables.items()}
+        yield MemoryTransaction(now, self._clock.wall_ms())
+
+    async def renew_session(self, session_id: str, ttl_ms: int) -> int | None:
+        rows = self.tables.get(t.SESSION_LEASES.name, {})
+        lease = rows.get((session_id,))
+        if lease is None:
+            return None
+        rows[(session_id,)] = replace(lease, expires_ms=self._clock.wall_ms() + ttl_ms)
+        return cast(int, lease.grants_version)
+
+    async def renew_member(self, group: str, member_id: str, generation: int, owned: str) -> int | None:
+        rows = self.tables.get(t.GROUP_MEMBER_STATE.name, {})
+        state = rows.get((group, member_id))
+        member = self.tables.get(t.GROUP_MEMBERS.name, {}).get((group, member_id))
+        current = self.tables.get(t.GROUPS.name, {}).get((group,))
+        if state is None or member is None or current is None:
+            return None
+        if not state.complete or state.owned != owned or current.generation != generation:
+            return None
+        rows[(group, member_id)] = replace(state, expires_ms=self._clock.wall_ms() + member.session_timeout_ms)
+        return cast(int, member.session_timeout_ms)
+
+    async def next_producer_id(self) -> int:
+        self._producer_id += 1
+        return self._producer_id
+
+    async def read_events(self, after_position: int, limit: int, types: Sequence[str] = ()) -> list[t.EventRow]:
+        equals = {"position": Above(after_position)} | ({"type": In(types)} if types else {})
+        transaction = MemoryTransaction(self.tables, 0)
+        return await transaction.select(t.EVENTS, Where(equals), order=("position",), limit=limit)
+
+    async def rebuild(self) -> None:
+        async with self._alone:
+            for table in t.PROJECTIONS:
+                self.tables[table.name] = {}
+            for row in self.tables.get(t.EVENTS.name, {}).values():
+                event = event_from_json(row.type, row.payload)
+                for op in row_ops(event) if event is not None else ():
+                    change(self.tables, op)
+
+
+class MemoryTransaction:
+    """Implements ports.Transaction."""
+
+    def __init__(self, tables: dict[str, Rows], now_ms: int) -> None:
+        self._tables = tables
+        self._now_ms = now_ms
+        self.appended = False
+        self.groups: set[str] = set()
+
+    async def now_ms(self) -> int:
+        return self._now_ms
+
+    async def lock(self, name: str) -> None:
+        """Nobody else is here."""
+
+    async def select(
+        self,
+        table: t.Table[RowT],
+        where: Where = EVERYTHING,
+        *,
+        order: Sequence[str] = (),
+        limit: int | None = None,
+        lock: Lock = "",
+    ) -> list[RowT]:
+        rows = [row for row in self._tables.get(table.name, {}).values() if _meets(row, where)]
+        if order:
+            rows.sort(key=lambda row: tuple(getattr(row, name) for name in order))
+        return rows[:limit]
+
+    async def totals(
+        self, table: t.Table[Any], where: Where, *, by: Sequence[str] = (), sums: Sequence[str] = ()
+    ) -> list[Totals]:
+        groups: dict[tuple[Any, ...], list[Any]] = {} if by else {(): []}
+        for row in await self.select(table, where):
+            groups.setdefault(tuple(getattr(row, name) for name in by), []).append(row)
+        return [
+            Totals(group, len(rows), tuple(sum(getattr(row, name) for row in rows) for name in sums))
+            for group, rows in groups.items()
+        ]
+
+    async def append(self, events: Sequence[Event], trace_context: str = "") -> int:
+        log = self._tables.setdefault(t.EVENTS.name, {})
+        for event in events:
+            version = 1 + sum(row.stream_id == event.stream_id for row in log.values())
+            payload, kind, position = event.to_json(), type(event).__name__, len(log) + 1
+            row = t.EventRow(position, event.stream_id, version, kind, payload, trace_context, self._now_ms)
+            log[(position,)] = row
+            await self.apply(row_ops(event))
+        self.appended = self.appended or bool(events)
+        return len(log)
+
+    async def apply(self, ops: Sequence[RowOp]) -> None:
+        for op in ops:
+            change(self._tables, op)
+
+    async def position(self) -> int:
+        return len(self._tables.get(t.EVENTS.name, {}))
+
+    async def outbox_position(self) -> int:
+        return 0
+
+    def wake_group(self, group: str) -> None:
+        self.groups.add(group)

@@ -1,0 +1,101 @@
+"""The outbox: publishes every event to RabbitMQ in nameko's convention, in order, at least once.
+
+Its place is a row that only one coordinator holds at a time. RabbitMQ being away stops nothing: whoever listens also
+scans, and the outbox goes on from its place when the broker is back.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import aio_pika
+from aio_pika.exceptions import AMQPError, AMQPException, ChannelInvalidStateError
+from opentelemetry import metrics
+from shproto.errors import Unavailable
+from shruntime.tasks import Backoff
+
+from streamhouse_coordinator.core.tables import EventRow
+from streamhouse_coordinator.feed import Feed
+
+log = logging.getLogger(__name__)
+
+EXCHANGE = "coordinator.events"  # nameko's name for the events of a service called `coordinator`
+BACKOFF_FIRST_MS, BACKOFF_MAX_MS = 100, 10_000
+
+_BROKER_AWAY = (AMQPError, AMQPException, ChannelInvalidStateError, OSError, TimeoutError)
+
+_published = metrics.get_meter("streamhouse.coordinator").create_counter(
+    "streamhouse_coordinator_published_total", description="events published to RabbitMQ"
+)
+
+# Publishes a batch after the place and moves it, in one transaction; returns how many events that were.
+Drain = Callable[[Callable[[Sequence[EventRow]], Awaitable[None]], int], Awaitable[int]]
+
+
+def message_of(row: EventRow) -> aio_pika.Message:
+    """The event as nameko's event handlers take it: one JSON object, passed to the handler as its payload."""
+    body = {
+        "position": row.position,
+        "type": row.type,
+        "payload": json.loads(row.payload),
+        "trace_context": row.trace_context,
+    }
+    return aio_pika.Message(
+        json.dumps(body, separators=(",", ":")).encode(),
+        content_type="application/json",
+        content_encoding="utf-8",
+        delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+        message_id=str(row.position),
+    )
+
+
+class Relay:
+    """`run` publishes for ever. `drain` is the store's side of it."""
+
+    def __init__(self, url: str, feed: Feed, drain: Drain, *, batch: int, timeout_ms: int) -> None:
+        self._url = url
+        self._feed = feed
+        self._drain = drain
+        self._batch = batch
+        self._timeout_s = timeout_ms / 1000
+
+    async def run(self) -> None:
+        backoff = Backoff(BACKOFF_FIRST_MS, BACKOFF_MAX_MS)
+        up = True
+        while True:
+            try:
+                connection = await aio_pika.connect(self._url, timeout=self._timeout_s)
+                async with connection:
+                    log.info("publishing events to RabbitMQ")
+                    up = True
+                    backoff.reset()
+                    await self._publish_all(connection)
+            except (*_BROKER_AWAY, Unavailable) as error:
+                level = logging.WARNING if up else logging.DEBUG
+                log.log(level, "not publishing events for now: %s", error or type(error).__name__)
+                up = False
+            await asyncio.sleep(backoff.next_ms() / 1000)
+
+    async def _publish_all(self, connection: Any) -> None:
+        channel = await connection.channel(publisher_confirms=True)
+        exchange = await channel.declare_exchange(
+            EXCHANGE, aio_pika.ExchangeType.TOPIC, durable=True, timeout=self._timeout_s
+        )
+
+        async def publish(rows: Sequence[EventRow]) -> None:
+            async with asyncio.timeout(self._timeout_s):
+                # Sent in order; the confirmations may come together.
+                sent = (exchange.publish(message_of(row), row.type, mandatory=False) for row in rows)
+                confirmed = await asyncio.gather(*sent, return_exceptions=True)
+            for outcome in confirmed:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+            _published.add(len(rows))
+
+        while True:
+            position = self._feed.position
+            while await self._drain(publish, self._batch) == self._batch:
+                pass
+            await self._feed.moved_beyond(position)

@@ -1,0 +1,106 @@
+"""Grants and moves: balanced, sticky, never over another epoch's offsets."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+from shproto.events import EpochGranted, MoveRequested
+from streamhouse_coordinator.core.assignment import assign, start_of_next
+from streamhouse_coordinator.core.projection import row_ops
+from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, PartitionRow, RangeRow, SessionRow
+
+WIDTH = 100
+TOPIC = "t" * 32
+
+
+def session(name: str) -> SessionRow:
+    return SessionRow(f"session-{name}", name, "ingest", f"{name}:1", f"wal-{name}", 0)
+
+
+def range_of(partition: int, status: str, agent: str, *, epoch: int = 1, end: int | None = None) -> RangeRow:
+    return RangeRow(TOPIC, partition, epoch, 0, WIDTH, 0, end, status, f"session-{agent}", agent, f"wal-{agent}", False)
+
+
+def run(
+    count: int, latest: dict[int, RangeRow], agents: list[str]
+) -> tuple[dict[int, EpochGranted], list[MoveRequested]]:
+    partitions = [PartitionRow(TOPIC, p, latest[p].epoch if p in latest else 0, 0) for p in range(count)]
+    by_key = {(TOPIC, number): row for number, row in latest.items()}
+    events = assign({TOPIC: "orders"}, partitions, by_key, [session(name) for name in agents], WIDTH)
+    grants = {event.partition: event for event in events if isinstance(event, EpochGranted)}
+    return grants, [event for event in events if isinstance(event, MoveRequested)]
+
+
+def apply(
+    latest: dict[int, RangeRow], grants: dict[int, EpochGranted], moves: list[MoveRequested]
+) -> dict[int, RangeRow]:
+    after = dict(latest)
+    for number, event in grants.items():
+        after[number] = row_ops(event)[0].row  # type: ignore[union-attr]
+    for move in moves:
+        after[move.partition] = replace(after[move.partition], moving=True)
+    return after
+
+
+def test_where_the_next_epoch_starts() -> None:
+    assert start_of_next(None) == 0
+    assert start_of_next(range_of(0, SETTLED, "a", end=40)) == 40, "no gap after a known end"
+    assert start_of_next(range_of(0, ORPHANED, "a")) == WIDTH, "past everything the lost leader may have acknowledged"
+    assert start_of_next(range_of(0, LOST, "a", end=WIDTH)) == WIDTH
+
+
+def test_no_agents_no_grants() -> None:
+    assert run(3, {}, []) == ({}, [])
+
+
+def test_a_restarted_agent_gets_its_partitions_back() -> None:
+    latest = {0: range_of(0, SETTLED, "a", end=5), 1: range_of(1, SETTLED, "a", end=5), 2: range_of(2, OPEN, "b")}
+    latest |= {3: range_of(3, OPEN, "b")}
+    grants, moves = run(4, latest, ["a", "b"])
+    assert {number: (event.agent_id, event.epoch, event.start_offset) for number, event in grants.items()} == {
+        0: ("a", 2, 5),
+        1: ("a", 2, 5),
+    }
+    assert not moves
+
+
+def test_a_new_agent_makes_the_others_move_just_enough() -> None:
+    latest = {number: range_of(number, OPEN, "a") for number in range(5)}
+    grants, moves = run(5, latest, ["a", "b"])
+    assert not grants
+    assert [move.partition for move in moves] == [3, 4]
+    moving = {number: replace(row, moving=number >= 3) for number, row in latest.items()}
+    assert run(5, moving, ["a", "b"]) == ({}, []), "what is on the move is not moved again"
+
+
+@given(
+    count=st.integers(0, 40),
+    agents=st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=7, unique=True),
+    data=st.data(),
+)
+def test_it_ends_balanced_with_every_partition_led_once(count: int, agents: list[str], data: st.DataObject) -> None:
+    latest = {}
+    for number in range(count):
+        status = data.draw(st.sampled_from([None, OPEN, ORPHANED, SETTLED]))
+        agent = data.draw(st.sampled_from(agents if status == OPEN else "abcdefghij"))
+        if status is not None:
+            latest[number] = range_of(number, status, agent, end=50 if status == SETTLED else None)
+    before = dict(latest)
+    for _ in range(3):  # grants and moves; the moves settle; the rest is granted
+        grants, moves = run(count, latest, agents)
+        assert not any(number in latest and latest[number].status == OPEN for number in grants)
+        latest = apply(latest, grants, moves)
+        for number, row in latest.items():
+            if row.moving:
+                latest[number] = replace(row, status=SETTLED, end_offset=row.start_offset, moving=False)
+    loads = [sum(row.agent_id == agent for row in latest.values()) for agent in agents]
+    assert sorted(latest) == list(range(count)) and all(row.status == OPEN for row in latest.values())
+    assert max(loads) - min(loads) <= 1
+    assert run(count, latest, agents) == ({}, []), "stable once balanced"
+    open_before = {number: row.agent_id for number, row in before.items() if row.status == OPEN}
+    kept = {agent: sum(holder == agent for holder in open_before.values()) for agent in agents}
+    moved = sum(latest[number].agent_id != agent for number, agent in open_before.items())
+    least, extra = divmod(count, len(agents))
+    shares = [least + (rank < extra) for rank in range(len(agents))]
+    fewest = sum(max(0, have - share) for have, share in zip(sorted(kept.values(), reverse=True), shares, strict=True))
+    assert moved <= fewest, "no more moves than balance needs"

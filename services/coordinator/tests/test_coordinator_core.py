@@ -1,0 +1,321 @@
+"""Tables of cases for the coordinator's decisions."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from shproto.errors import AgentIdTaken, InvalidArgument, Overloaded, TopicExists
+from shproto.events import (
+    RangeExtended,
+    RangeLost,
+    RangeOrphaned,
+    RangeSettled,
+    Segment,
+    SegmentRegistered,
+    SessionClosed,
+    SessionOpened,
+    TopicCreated,
+)
+from streamhouse_coordinator.core import compaction, names, registration, retention, sessions, topics
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.registration import Result
+
+TOPIC = "0" * 32
+KEY = (TOPIC, 0, 1)
+RANGE = t.RangeRow(TOPIC, 0, 1, 0, 1000, 100, None, t.OPEN, "s", "a", "w", False)
+SETTLED = replace(RANGE, status=t.SETTLED, end_offset=150)
+
+
+def segment(base: int, end: int, name: str = "x", **changes: Any) -> Segment:
+    made = Segment(name, TOPIC, "orders", 0, 1, base, end, end - base, "key", 0, 10, 20, 1, 2)
+    return replace(made, **changes)
+
+
+def row(base: int, end: int, size: int = 10, name: str = "", max_ms: int = 0, lost: str = "") -> t.SegmentRow:
+    name = name or f"s{base}"
+    return t.SegmentRow(name, TOPIC, 0, 1, base, end, end - base, "key", 0, size, 2 * size, 0, max_ms, lost)
+
+
+# ---- names and topics
+
+
+@pytest.mark.parametrize("name", ["a", "Orders.v1_x-2", "...", "a" * 249])
+def test_legal_topic_names(name: str) -> None:
+    names.check_topic(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a" * 250, "a b", "ä", "a/b", "a\n", "a:0", "a\0"])
+def test_illegal_topic_names(name: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        names.check_topic(name)
+    assert caught.value.details["field"] == "topic"
+
+
+CREATE = TopicCreated("", "orders", 1, None, None, 2, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"partitions": 0}, "partitions"),
+        ({"partitions": 101}, "partitions"),
+        ({"retention_ms": 0}, "retention_ms"),
+        ({"retention_ms": 2**62}, "retention_ms"),
+        ({"retention_bytes": -1}, "retention_bytes"),
+        ({"unclean_recovery_after_ms": -1}, "unclean_recovery_after_ms"),
+        ({"min_acks": 7}, "min_acks"),
+        ({"topic": ".."}, "topic"),
+    ],
+)
+def test_a_topic_out_of_limits_is_refused_by_field(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        topics.check_create(replace(CREATE, **change), 100)
+    assert caught.value.details["field"] == field
+
+
+def test_creating_topics() -> None:
+    topics.check_create(CREATE, 1)
+    assert topics.create(CREATE, [], 0, 1) == CREATE
+    with pytest.raises(TopicExists):
+        topics.create(CREATE, [t.TopicRow(TOPIC, "orders", 1, None, None, 2, None, 0)], 0, 1)
+    with pytest.raises(Overloaded):
+        topics.create(CREATE, [], 1, 1)
+
+
+# ---- sessions
+
+OPENED = SessionOpened("new", "a", "ingest", "h:1", "w", 0)
+
+
+def old(session_id: str = "s", wal_id: str = "w") -> t.SessionRow:
+    return t.SessionRow(session_id, "a", "ingest", "h:0", wal_id, 0)
+
+
+def test_the_same_log_supersedes_its_own_session_at_once_and_settles_where_its_replay_ended() -> None:
+    events = sessions.open_session(OPENED, [old()], {"s"}, [RANGE], {KEY: 140}, set())
+    assert events == [SessionClosed("s", "a", "ingest", "superseded"), RangeSettled(TOPIC, 0, 1, 140), OPENED]
+
+
+def test_without_a_word_about_a_range_it_settles_at_what_is_registered() -> None:
+    assert sessions.settle_all([RANGE], {}) == [RangeSettled(TOPIC, 0, 1, 100)]
+    assert sessions.settle_all([replace(RANGE, status=t.ORPHANED)], {}) == [RangeSettled(TOPIC, 0, 1, 100)]
+    assert sessions.settle_all([SETTLED], {KEY: 500}) == [], "an end is declared once"
+
+
+def test_a_log_that_lost_its_tail_does_not_take_back_what_is_registered() -> None:
+    assert sessions.settle_all([RANGE], {KEY: 50}) == [RangeSettled(TOPIC, 0, 1, 100)]
+
+
+def test_an_end_beyond_the_range_is_refused() -> None:
+    with pytest.raises(InvalidArgument):
+        sessions.settle_all([RANGE], {KEY: 1001})
+
+
+def test_another_log_under_the_same_agent_id() -> None:
+    with pytest.raises(AgentIdTaken):
+        sessions.open_session(OPENED, [old(wal_id="other")], {"s"}, [], {}, set())
+    foreign = replace(RANGE, wal_id="other")
+    events = sessions.open_session(OPENED, [old(wal_id="other")], set(), [foreign], {}, set())
+    assert events == [RangeOrphaned(TOPIC, 0, 1), SessionClosed("s", "a", "ingest", "expired"), OPENED]
+
+
+def test_ranges_of_a_leader_that_is_gone() -> None:
+    assert sessions.leave([RANGE], set()) == [RangeOrphaned(TOPIC, 0, 1)]
+    assert sessions.leave([RANGE], {TOPIC}) == [RangeSettled(TOPIC, 0, 1, 100)], "durable: no wait"
+    assert sessions.leave([SETTLED], set()) == []
+
+
+def test_settling_is_repeatable_and_only_for_the_leader() -> None:
+    session = old()
+    assert sessions.settle(session, {KEY: RANGE}, {KEY: 140}) == [RangeSettled(TOPIC, 0, 1, 140)]
+    assert sessions.settle(session, {KEY: SETTLED}, {KEY: 150}) == []
+    assert sessions.settle(session, {}, {KEY: 150}) == [], "the topic was deleted"
+    for row_, end in ((replace(RANGE, wal_id="other"), 140), (RANGE, 99), (RANGE, 1001)):
+        with pytest.raises(InvalidArgument):
+            sessions.settle(session, {KEY: row_}, {KEY: end})
+
+
+def test_ranges_are_extended_when_a_quarter_is_left() -> None:
+    assert sessions.extend(RANGE, 751, 1000) == RangeExtended(TOPIC, 0, 1, 2000)
+    assert sessions.extend(RANGE, 750, 1000) is None
+    assert sessions.extend(SETTLED, 999, 1000) is None
+
+
+def test_giving_up_a_range() -> None:
+    assert sessions.give_up(RANGE, 1000, 50, 1049) is None
+    assert sessions.give_up(RANGE, 1000, 50, 1050) == RangeLost(TOPIC, 0, 1, 1000, "unclean_recovery_after_ms")
+
+
+def snapshot(epoch: int, end: int) -> t.ProducerSnapshotRow:
+    return t.ProducerSnapshotRow(TOPIC, 0, epoch, end, f"{epoch}@{end}".encode())
+
+
+def test_which_producers_state_a_leader_gets() -> None:
+    earlier = [snapshot(1, 100), snapshot(1, 140)]
+    assert sessions.snapshot_for(replace(RANGE, epoch=2), earlier) == b"1@140", "a new range: the latest"
+    own = [*earlier, snapshot(2, 60), snapshot(2, 90), snapshot(2, 110)]
+    assert sessions.snapshot_for(replace(RANGE, epoch=2), own) == b"2@90", "a resumed one: at registered_end"
+    assert sessions.snapshot_for(RANGE, []) == b""
+
+
+def test_producers_state_of_fenced_records_is_not_used() -> None:
+    assert sessions.usable(snapshot(1, 150), SETTLED)
+    assert not sessions.usable(snapshot(1, 151), SETTLED)
+    assert not sessions.usable(snapshot(1, 101), replace(RANGE, status=t.LOST, end_offset=1000))
+    assert not sessions.usable(snapshot(1, 1), None)
+
+
+# ---- registration
+
+
+@pytest.mark.parametrize(
+    ("offered", "held", "expected"),
+    [
+        (segment(100, 120), RANGE, Result.REGISTERED),
+        (segment(80, 100), RANGE, Result.COVERED),
+        (segment(90, 110), RANGE, Result.FENCED),
+        (segment(110, 120), RANGE, Result.EARLY),
+        (segment(100, 1001), RANGE, Result.FENCED),
+        (segment(100, 150), SETTLED, Result.REGISTERED),
+        (segment(100, 151), SETTLED, Result.FENCED),
+        (segment(120, 151), SETTLED, Result.FENCED),
+        (segment(120, 130), SETTLED, Result.EARLY),
+        (segment(100, 120), replace(RANGE, status=t.ORPHANED), Result.REGISTERED),
+        (segment(100, 120), replace(RANGE, status=t.LOST, end_offset=1000), Result.FENCED),
+        (segment(100, 120), None, Result.FENCED),
+    ],
+)
+def test_judging_a_segment(offered: Segment, held: t.RangeRow | None, expected: Result) -> None:
+    assert registration.judge(offered, held) == expected
+
+
+def register(
+    segments: list[Segment], known: set[str] | None = None, lost: list[t.LostSpanRow] | None = None
+) -> registration.Registration:
+    return registration.register(segments, {KEY: RANGE}, known or set(), lost or [], {TOPIC: "orders"}, "b")
+
+
+def test_segments_of_one_object_register_in_offset_order_and_answer_in_the_order_asked() -> None:
+    done = register([segment(120, 130, "b"), segment(100, 120, "a"), segment(140, 150, "c"), segment(90, 100, "d")])
+    assert done.results == [Result.REGISTERED, Result.REGISTERED, Result.EARLY, Result.COVERED]
+    assert [event.segment.segment_id for event in done.events if isinstance(event, SegmentRegistered)] == ["a", "b"]
+    assert done.ranges[KEY].registered_end == 130
+
+
+def test_a_segment_registered_before_is_registered_without_another_event() -> None:
+    done = register([segment(80, 100, "a")], known={"a"})
+    assert (done.results, done.events) == ([Result.REGISTERED], [])
+
+
+def lost(base: int, end: int) -> t.LostSpanRow:
+    return t.LostSpanRow(TOPIC, 0, 1, base, end, "bit rot")
+
+
+def test_a_hole_is_filled_as_soon_as_registration_reaches_it() -> None:
+    done = register([segment(100, 110, "a"), segment(120, 130, "b")], lost=[lost(110, 120)])
+    assert done.results == [Result.REGISTERED, Result.REGISTERED]
+    spans = [(e.segment.base_offset, e.segment.end_offset, e.segment.lost_reason) for e in done.events]  # type: ignore[attr-defined]
+    assert spans == [(100, 110, ""), (110, 120, "bit rot"), (120, 130, "")]
+    assert done.lost_done == [lost(110, 120)]
+
+
+def test_holes_that_are_early_wait_and_those_that_are_covered_are_done() -> None:
+    done = register([], lost=[lost(50, 60), lost(200, 210)])
+    assert (done.events, done.lost_done, done.ranges[KEY].registered_end) == ([], [lost(50, 60)], 100)
+    partly = register([], lost=[lost(90, 105)])
+    assert partly.ranges[KEY].registered_end == 105, "what of the hole is registered stays"
+
+
+def test_what_of_a_buffer_is_left() -> None:
+    def item(base: int, end: int, epoch: int = 1) -> t.BufferSliceRow:
+        return t.BufferSliceRow("b", TOPIC, 0, epoch, base, end, end - base, 10)
+
+    ranges = {KEY: SETTLED, (TOPIC, 0, 3): replace(RANGE, epoch=3, status=t.LOST, end_offset=1000)}
+    slices = [
+        item(50, 100),
+        item(90, 120),
+        item(120, 150),
+        item(150, 160),
+        item(0, 1, epoch=2),
+        item(100, 110, epoch=3),
+    ]
+    left = registration.unresolved(slices, ranges)
+    assert left == [replace(item(90, 120), base_offset=100, record_count=20), item(120, 150)]
+
+
+# ---- retention
+
+POLICY = t.TopicRow(TOPIC, "orders", 1, 100, 25, 2, None, 0)
+PARTITION = t.PartitionRow(TOPIC, 0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "segments", "expected"),
+    [
+        (POLICY, [], None),
+        (POLICY, [row(0, 10, max_ms=900), row(10, 20, max_ms=950)], None),
+        (POLICY, [row(0, 10, max_ms=899), row(10, 20, max_ms=950)], (10, "retention_ms")),
+        (POLICY, [row(0, 10, max_ms=950), row(10, 20, max_ms=950), row(20, 30, max_ms=1)], (10, "retention_bytes")),
+        (POLICY, [row(0, 10, max_ms=1), row(20, 30, max_ms=1)], (30, "retention_ms")),
+        (
+            replace(POLICY, retention_ms=None),
+            [row(0, 10, 10), row(10, 20, 20), row(20, 30, 10)],
+            (20, "retention_bytes"),
+        ),
+        (replace(POLICY, retention_bytes=None), [row(0, 10, 100, max_ms=950)], None),
+        (replace(POLICY, retention_ms=None, retention_bytes=None), [row(0, 10, 100)], None),
+    ],
+)
+def test_retention(policy: t.TopicRow, segments: list[t.SegmentRow], expected: tuple[int, str] | None) -> None:
+    size_bytes = sum(item.size_bytes for item in segments)
+    event = retention.retain(policy, PARTITION, segments, size_bytes, 1000)
+    assert (None if event is None else (event.log_start_offset, event.why)) == expected
+    if event is not None:
+        gone = [item for item in segments if item.segment_id in event.removed_segment_ids]
+        assert gone == [item for item in segments if item.end_offset <= event.log_start_offset]
+
+
+def test_the_log_start_never_moves_back() -> None:
+    event = retention.retain(POLICY, replace(PARTITION, log_start_offset=50), [row(0, 10, max_ms=1)], 10, 1000)
+    assert event is not None and event.log_start_offset == 50
+
+
+# ---- compaction
+
+
+@pytest.mark.parametrize(
+    ("segments", "expected"),
+    [
+        ([], []),
+        ([row(0, 1), row(1, 2)], []),
+        ([row(0, 1), row(1, 2), row(2, 3)], [0, 1, 2]),
+        ([row(0, 1), row(2, 3), row(3, 4), row(4, 5)], [2, 3, 4]),
+        ([row(0, 1), row(1, 2, 50), row(2, 3), row(3, 4), row(4, 5)], [2, 3, 4]),
+        ([row(0, 1), row(1, 2, lost="hole"), row(2, 3), row(3, 4), row(4, 5)], [2, 3, 4]),
+        ([row(0, 1, 19), row(1, 2, 19), row(2, 3, 19), row(3, 4, 9), row(4, 5, 9)], [1, 2, 3]),
+        ([row(0, 1), row(1, 2), row(2, 3), row(3, 4), row(4, 5), row(5, 6)], [0, 1, 2, 3, 4]),
+        ([row(0, 1), row(1, 2), row(2, 3), row(9, 10)], [0, 1, 2]),
+    ],
+)
+def test_choosing_what_to_merge(segments: list[t.SegmentRow], expected: list[int]) -> None:
+    run = compaction.choose(segments, small_bytes_max=20, target_bytes=50, segments_min=3)
+    assert [item.base_offset for item in run] == expected
+
+
+def test_a_merged_segment_takes_the_place_of_just_what_it_holds() -> None:
+    replaced = [row(0, 10), row(10, 20)]
+    merged = segment(0, 20, "m")
+    assert compaction.judge(merged, replaced, 2, known=False) == Result.REGISTERED
+    assert compaction.judge(merged, [], 2, known=True) == Result.REGISTERED, "an earlier try succeeded"
+    for bad, rows, asked in (
+        (merged, replaced[:1], 2),  # one is gone
+        (merged, [], 0),
+        (replace(merged, end_offset=21), replaced, 2),
+        (replace(merged, base_offset=1), replaced, 2),
+        (replace(merged, partition=1), replaced, 2),
+        (replace(merged, topic_id="f" * 32), replaced, 2),
+        (replace(merged, record_count=19), replaced, 2),
+        (merged, [row(0, 10), row(11, 20)], 2),
+        (merged, [row(0, 10), row(10, 20, lost="hole")], 2),
+    ):
+        assert compaction.judge(bad, rows, asked, known=False) == Result.FENCED
