@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from shformat import BytesColumn, Header
+from shformat import Header
 from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded, UnknownPartition
 from shproto.rpc import Interceptors
 
@@ -256,11 +256,10 @@ class Producer:
         ]
 
     def _partitions(self, target: _Topic, records: ManyRecords, start: int, stop: int) -> NDArray[np.int64]:
-        count = len(target.lanes)
-        if records.keys is None:
+        keys = records.key_column(start, stop)
+        if keys is None:
             return self._sticky_partitions(target, records.sizes[start:stop])
-        keys = BytesColumn.from_list(records.keys[start:stop])
-        partitions = partitions_of(keys, count)
+        partitions = partitions_of(keys, len(target.lanes))
         if keys.valid is not None:
             nulls = ~keys.valid
             partitions[nulls] = self._sticky_partitions(target, records.sizes[start:stop][nulls])

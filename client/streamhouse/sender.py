@@ -206,7 +206,9 @@ class Sender:
             state.last_error = NotLeader(f"{state.topic}/{state.partition} has no leader at the moment")
             self._retry_after_refresh(state)
             return None
-        leader = self._leaders.setdefault(address, Leader(Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)))
+        leader = self._leaders.get(address)
+        if leader is None:
+            leader = self._leaders[address] = Leader(Backoff(RETRY_FIRST_MS, RETRY_MAX_MS))
         wait_ms = leader.retry_at_ms - self.now_ms()
         if leader.stream is None and wait_ms > 0:
             self._retry_later(state, wait_ms)

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
-from shformat import DEFAULT_LIMITS, Header
+from shformat import DEFAULT_LIMITS, BytesColumn, Header
 from shproto.errors import BatchTooLarge, InvalidArgument
 
 from streamhouse.core.accumulator import RECORD_BYTES_MAX, RECORD_OVERHEAD_BYTES, record_size
@@ -35,13 +36,15 @@ def check_record(
 
 @dataclass(frozen=True, slots=True)
 class ManyRecords:
-    """The lists given to `send_many`, checked. `sizes`: int64, shape (n,), bytes each record counts for."""
+    """The lists given to `send_many`, checked. `sizes`: int64, shape (n,), bytes each record counts for; `key_sizes`
+    the bytes of its key, 0 for null."""
 
     values: Sequence[bytes | None]
     keys: Sequence[bytes | None] | None
     timestamps_ms: NDArray[np.int64]
     headers: Sequence[Sequence[Header]] | None
     sizes: NDArray[np.int64]
+    key_sizes: NDArray[np.int64]
 
     @classmethod
     def of(
@@ -57,14 +60,24 @@ class ManyRecords:
             if column is not None and len(column) != count:
                 raise InvalidArgument(f"{name} has {len(column)} entries for {count} values", field=name)
         sizes = _sizes("values", values) + RECORD_OVERHEAD_BYTES
-        if keys is not None:
-            sizes += _sizes("keys", keys)
+        key_sizes = np.zeros(count, np.int64) if keys is None else _sizes("keys", keys)
+        sizes += key_sizes
         if headers is not None:
             sizes += _header_sizes(headers)
         if count and int(sizes.max()) > RECORD_BYTES_MAX:
             position = int(np.argmax(sizes))
             raise _too_large(f"record {position}", int(sizes[position]))
-        return cls(values, keys, _timestamps(timestamps_ms, count), headers, sizes)
+        return cls(values, keys, _timestamps(timestamps_ms, count), headers, sizes, key_sizes)
+
+    def key_column(self, start: int, stop: int) -> BytesColumn | None:
+        """The keys of records start to stop; None when no list of keys was given."""
+        if self.keys is None:
+            return None
+        keys, ends = self.keys[start:stop], np.cumsum(self.key_sizes[start:stop])
+        if None not in keys:
+            return BytesColumn(b"".join(cast("Sequence[bytes]", keys)), ends)
+        valid = np.fromiter((key is not None for key in keys), np.bool_, len(keys))
+        return BytesColumn(b"".join(key for key in keys if key is not None), ends, valid)
 
     def pick(
         self, indices: NDArray[np.int64]
