@@ -226,7 +226,7 @@ def rows(count: int, figures: Figures) -> Sequence[tuple[str, str]]:
         ("records/s in (acks=wal, fsynced)", f"{count / figures.in_s:,.0f}"),
         ("records/s out (cold, group, compared)", f"{count / figures.out_s:,.0f}"),
         (
-            f"ack p50 / p99 of {CHUNK_RECORDS:,} records",
+            f"ack p50 / p99, {CHUNKS_IN_FLIGHT} x {CHUNK_RECORDS:,} records in flight",
             f"{p50_ms:.1f} / {p99_ms:.1f} ms",
         ),
         ("all in segments after", f"{figures.segmented_s:.1f} s"),

@@ -52,9 +52,17 @@ def serve(data_dir: str | None, listen: str | None, config: str | None, as_json:
 
     configure_logging("serve", settings.log_level, settings.log_json)
     try:
-        asyncio.run(run(settings, _announce_json if as_json else _announce))
+        asyncio.run(run(settings, lambda ready: _announce_soon(ready, as_json)))
     except (DataDirError, PostgresError) as error:
         raise CliError(one_line(str(error))) from error
+
+
+def _announce_soon(ready: Ready, as_json: bool) -> None:
+    """In the event loop's next turn: the signal handlers are in place then, so whoever reads the announcement may
+    stop us at once and still gets a drain."""
+    import asyncio
+
+    asyncio.get_running_loop().call_soon(_announce_json if as_json else _announce, ready)
 
 
 def _announce(ready: Ready) -> None:

@@ -29,7 +29,7 @@ class ServeProcess:
     on entry, drained on exit. It is in its own session, so that Ctrl-C reaches only us and we stop it in order."""
 
     def __init__(self, data_dir: Path, log_path: Path, environ: Mapping[str, str] | None = None) -> None:
-        self._data_dir = data_dir
+        self.data_dir = data_dir
         self._log_path = log_path
         self._environ = {**os.environ, **(environ or {})}
         self._process: subprocess.Popen[bytes] | None = None
@@ -53,7 +53,7 @@ class ServeProcess:
     def start(self) -> None:
         """Returns once it serves; `address` is set. Raises ServeFailed."""
         command = [sys.executable, "-m", "streamhouse.cli", "serve", "--json"]
-        command += ["--data-dir", str(self._data_dir), "--listen", "127.0.0.1:0"]
+        command += ["--data-dir", str(self.data_dir), "--listen", "127.0.0.1:0"]
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 command,

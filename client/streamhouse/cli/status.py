@@ -141,13 +141,17 @@ def _print_report(report: dict[str, Any]) -> None:
         for item in report["sessions"]
     ]
     print_table("sessions", ["role", "agent", "address", "expires in#"], sessions)
+    click.echo()
     print_table(
         "write-ahead logs", ["agent", "log", "memory", "sealed#", "unregistered#"], map(_wal_row, report["agents"])
     )
     columns = ["service", "cache", "hits#", "misses#", "downloads#", "downloaded#", "segments indexed#"]
+    click.echo()
     print_table("caches", columns, map(_cache_row, report["query_services"]))
     columns = ["topic", "partition#", "agent", "epoch#", "status", "start#", "registered end#", "end#", "buffered#"]
+    click.echo()
     print_table("partitions", columns, map(_partition_row, report["partitions"]))
+    click.echo()
     _print_waits(report)
 
 
