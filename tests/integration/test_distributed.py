@@ -73,8 +73,7 @@ async def move_a_million(cluster: Cluster, rabbitmq, redis_server) -> None:  # t
                 await asyncio.to_thread(redis_server.stop)
             values = round_values(number)
             keys = [b"key-%d" % (n % 997) for n in range(len(values))]
-            result = await producer.send_many(TOPIC, values, keys=keys)
-            await result.wait()
+            result = await (await producer.send_many(TOPIC, values, keys=keys))
             for partition, offset, value in zip(
                 result.partitions.tolist(), result.offsets.tolist(), values, strict=True
             ):
