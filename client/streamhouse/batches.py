@@ -1,6 +1,7 @@
 """A producer's batch: gathered, encoded, re-encoded when it gets another number, and its `produce` span."""
 
 from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from shformat import Codec, FormatError, ProducerStamp, decode_batch, encode_batch
 from shproto.errors import InvalidBatch
 
@@ -8,6 +9,7 @@ from streamhouse.core.accumulator import Gathering
 from streamhouse.delivery import Delivery
 
 _TRACER = trace.get_tracer("streamhouse.client")
+_PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Batch:
@@ -36,20 +38,26 @@ class Batch:
         self._stamp = stamp
         return self._encoded
 
-    def start_span(self, record_count: int) -> None:
-        """One span per batch, from first sending to its outcome; free while telemetry is off."""
-        if self.span is not None:
-            return
-        self.span = _TRACER.start_span("produce", kind=trace.SpanKind.PRODUCER)
-        if self.span.is_recording():
-            self.span.set_attributes(
-                {
-                    "messaging.system": "streamhouse",
-                    "messaging.destination.name": self.delivery.topic,
-                    "messaging.destination.partition.id": str(self.delivery.partition),
-                    "messaging.batch.message_count": record_count,
-                }
-            )
+    def start_span(self, record_count: int, acks: str, client_id: str) -> str:
+        """One span per batch, from first sending to its outcome; free while telemetry is off. Returns the W3C
+        traceparent for the leader, empty when nothing is recorded."""
+        if self.span is None:
+            self.span = _TRACER.start_span("produce", kind=trace.SpanKind.PRODUCER)
+        if not self.span.is_recording():
+            return ""
+        self.span.set_attributes(
+            {
+                "messaging.system": "streamhouse",
+                "messaging.destination.name": self.delivery.topic,
+                "messaging.destination.partition.id": str(self.delivery.partition),
+                "messaging.batch.message_count": record_count,
+                "messaging.client.id": client_id,
+                "streamhouse.acks": acks,
+            }
+        )
+        carrier: dict[str, str] = {}
+        _PROPAGATOR.inject(carrier, trace.set_span_in_context(self.span))
+        return carrier.get("traceparent", "")
 
     def end_span(self, error: Exception | None) -> None:
         if self.span is None:

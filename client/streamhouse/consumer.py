@@ -18,7 +18,7 @@ from streamhouse.core.positions import Cursor, Portion
 from streamhouse.membership import Membership
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
-from streamhouse.reader import RETRY_FIRST_MS, RETRY_MAX_MS, Reader
+from streamhouse.reader import POSITIONS_MAX, RETRY_FIRST_MS, RETRY_MAX_MS, Reader
 from streamhouse.records import Record, RecordBatch, TopicPartition
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ class Consumer:
         if self._tasks is not None:
             return
         self._tasks = Tasks()
+        partitions = await self._all_partitions()
         group_topics = self._topics if self._options.group is not None else ()
         if group_topics:
             self._membership = Membership(
@@ -127,7 +128,7 @@ class Consumer:
             self._spawn("open partitions", self._open_assigned())
             self._spawn("group membership", self._membership.run())
         else:
-            await self._open(await self._all_partitions())
+            await self._open(partitions)
         self._spawn("read", self._reader.run())
         if self._options.auto_commit and self._options.group is not None:
             self._spawn("auto commit", self._auto_commit())
@@ -282,7 +283,7 @@ class Consumer:
             for info in described.partitions:
                 where = TopicPartition(topic, info.partition)
                 if where in positions:
-                    newest = info.ranges[-1].start_offset if info.ranges else info.log_start_offset
+                    newest = max((part.start_offset for part in info.ranges), default=info.log_start_offset)
                     lags[where] = lag_of(
                         positions[where],
                         info.log_start_offset,
@@ -431,8 +432,12 @@ class Consumer:
         addresses = await self._metadata.query_addresses()
         if not addresses:
             raise Unavailable("no query service has a session with the coordinator")
-        response = await self._peers.query(addresses).lookup_offsets(query_pb2.LookupOffsetsRequest(lookups=lookups))
-        return {TopicPartition(found.topic, found.partition): found.offset for found in response.offsets}
+        query, offsets = self._peers.query(addresses), {}
+        for first in range(0, len(lookups), POSITIONS_MAX):
+            request = query_pb2.LookupOffsetsRequest(lookups=lookups[first : first + POSITIONS_MAX])
+            response = await query.lookup_offsets(request)
+            offsets.update({TopicPartition(found.topic, found.partition): found.offset for found in response.offsets})
+        return offsets
 
 
 def _topics_of(topics: Sequence[str]) -> tuple[str, ...]:

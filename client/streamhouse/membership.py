@@ -5,6 +5,7 @@ Owns: member id, generation, which partitions are ours. Does not own: reading, p
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from shproto.errors import IllegalGeneration, StreamHouseError, UnknownGroup, UnknownMember
@@ -19,8 +20,8 @@ log = logging.getLogger(__name__)
 
 RETRY_FIRST_MS = 50
 RETRY_MAX_MS = 1_000
-# While partitions that were promised are still held by another member.
-PENDING_WAIT_MS = 100
+# While partitions that were promised are still held by another member. The answer comes early when they are let go.
+PENDING_WAIT_MS = 1_000
 
 
 class Membership:
@@ -48,6 +49,7 @@ class Membership:
         self._heartbeat_interval_ms = 0
         self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
         self._moved = asyncio.Event()
+        self._joining_id = ""
         self._asap = False
         self.member_id = ""
         self.generation = 0
@@ -56,8 +58,11 @@ class Membership:
 
     async def join(self) -> None:
         """Becomes a member. Raises UnknownTopic, InvalidArgument, Unavailable."""
+        # An id of our own, so that a join whose answer was lost can be repeated without leaving a ghost behind.
+        self._joining_id = self._joining_id or f"{self._options.client_id or 'member'}-{uuid.uuid4()}"
         request = coordinator_pb2.JoinGroupRequest(
             group=self._options.group or "",
+            member_id=self._joining_id,
             topics=self._topics,
             client_id=self._options.client_id,
             session_timeout_ms=self._options.session_timeout_ms,
@@ -116,7 +121,7 @@ class Membership:
             moved.set()
 
     def _forgotten(self) -> None:
-        self.member_id, self.owned, self.pending = "", set(), False
+        self.member_id, self._joining_id, self.owned, self.pending = "", "", set(), False
         self._lost()
 
     async def commit(self, offsets: dict[TopicPartition, int]) -> None:
@@ -133,17 +138,23 @@ class Membership:
     async def commit_through_rebalance(self, offsets: dict[TopicPartition, int]) -> None:
         """Like `commit`; if the group has moved on, waits to hear of it and tries once more with what is still ours."""
         generation, moved = self.generation, self._moved
+        self._check_ours(offsets)
         try:
             await self.commit(offsets)
         except IllegalGeneration:
             if self.generation == generation and not await self._hears_of(moved):
                 raise
-            foreign = sorted(set(offsets) - self.owned)
-            if foreign:
-                raise IllegalGeneration(
-                    f"group {self._options.group}: not assigned any more: {foreign}", generation=generation
-                ) from None
+            self._check_ours(offsets)
             await self.commit(offsets)
+
+    def _check_ours(self, offsets: Iterable[TopicPartition]) -> None:
+        foreign = sorted(set(offsets) - self.owned)
+        if foreign:
+            raise IllegalGeneration(
+                f"group {self._options.group}: not assigned to this consumer (any more): "
+                f"{', '.join(f'{topic}/{partition}' for topic, partition in foreign)}",
+                generation=self.generation,
+            )
 
     async def _hears_of(self, moved: asyncio.Event) -> bool:
         """Whether a heartbeat tells of another generation within the request timeout."""

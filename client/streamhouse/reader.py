@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from itertools import groupby
-from typing import cast
+from typing import Literal, cast
 
 from shformat import FormatError, Records, decode_batch, read_batch_header
 from shproto.errors import (
@@ -35,6 +35,8 @@ RETRY_FIRST_MS = 50
 RETRY_MAX_MS = 1_000
 # A partition that cannot be read is left out of the stream this long, for the others' sake.
 PARTITION_RETRY_MS = 1_000
+# Half of what a query service takes for one subscription, with its default settings.
+POSITIONS_MAX = 500
 # Batches smaller than this on average are joined: handing one over costs about as much as copying 64 KiB.
 SMALL_BATCH_BYTES = 64 * 1024
 
@@ -132,37 +134,38 @@ class Reader:
     # ---- the stream
 
     async def run(self) -> None:
-        """Keeps a stream open over the cursors that want more, until cancelled."""
+        """Keeps streams open over the cursors that want more, until cancelled."""
         self._room.set()
         while True:
             self._changed.clear()
-            changed = asyncio.create_task(self._changed.wait())
-            reading = asyncio.create_task(self._read())
+            wanted = [cursor for cursor in self.cursors.values() if cursor.wants_more]
+            parts = [wanted[at : at + POSITIONS_MAX] for at in range(0, len(wanted), POSITIONS_MAX)]
+            tasks = [asyncio.create_task(self._changed.wait())]
+            tasks += [asyncio.create_task(self._keep_reading(part)) for part in parts]
             try:
-                await asyncio.wait((changed, reading), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                for task in (changed, reading):
+                for task in tasks:
                     task.cancel()
-                await asyncio.gather(changed, reading, return_exceptions=True)
-            if not reading.cancelled():
-                reading.result()  # a defect ends the owner's task
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result  # a defect ends the owner's task
 
-    async def _read(self) -> None:
-        """One stream, from opening to its end; after a failure with the wait before the next."""
-        wanted = {where: cursor for where, cursor in self.cursors.items() if cursor.wants_more}
-        if not wanted:
-            await self._changed.wait()
-            return
-        try:
-            async with aclosing(await self._open(list(wanted.values()))) as responses:
-                async for response in responses:
-                    self._failing_since = None
-                    self._backoff.reset()
-                    if not await self._take(wanted, response):
-                        return  # to go on elsewhere, or without this partition
-            raise Unavailable("the query service ended the stream")
-        except StreamHouseError as error:
-            await self._stream_failed(error)
+    async def _keep_reading(self, cursors: Sequence[Cursor]) -> Literal[True]:
+        """One stream after the other over the same cursors; returns when they need another set of positions."""
+        while True:
+            try:
+                async with aclosing(await self._open(cursors)) as responses:
+                    by_partition = {cursor.where: cursor for cursor in cursors}
+                    async for response in responses:
+                        self._failing_since = None
+                        self._backoff.reset()
+                        if not await self._take(by_partition, response):
+                            return True
+                raise Unavailable("the query service ended the stream")
+            except StreamHouseError as error:
+                await self._stream_failed(error)
 
     async def _open(self, cursors: Sequence[Cursor]) -> AsyncGenerator[query_pb2.FetchResponse, None]:
         if not self._addresses:

@@ -15,6 +15,7 @@ from shformat import Codec, Header
 from shproto.errors import (
     InvalidBatch,
     NotLeader,
+    ShuttingDown,
     StreamHouseError,
     Unavailable,
     UnknownPartition,
@@ -43,6 +44,9 @@ GROW_MS_MAX = 1_000
 QUIET_MS = 60_000
 # The leader answers within request_timeout_ms; the answer needs time to travel and wait for those before it.
 ANSWER_GRACE_MS = 5_000
+
+# Said by an agent that does not lead the partition, is going away, or cannot be reached.
+_ASK_WHO_LEADS = (NotLeader, ShuttingDown, Unavailable, UnknownTopic, UnknownPartition)
 
 Stream = LeaderStream["tuple[LaneState, Outgoing[Batch]]"]
 
@@ -97,12 +101,16 @@ class Sender:
     def now_ms(self) -> float:
         return self._loop.time() * 1000
 
+    def _new_backoff(self) -> Backoff:
+        """Short enough that a batch gets several tries within its time."""
+        return Backoff(RETRY_FIRST_MS, min(RETRY_MAX_MS, self._options.delivery_timeout_ms // 4))
+
     # ---- gathering
 
     def lane(self, topic: str, partition: int) -> LaneState:
         state = self._lanes.get((topic, partition))
         if state is None:
-            state = LaneState(topic, partition, Lane(self._options.idempotent), Backoff(RETRY_FIRST_MS, RETRY_MAX_MS))
+            state = LaneState(topic, partition, Lane(self._options.idempotent), self._new_backoff())
             self._lanes[topic, partition] = state
         return state
 
@@ -208,7 +216,7 @@ class Sender:
             return None
         leader = self._leaders.get(address)
         if leader is None:
-            leader = self._leaders[address] = Leader(Backoff(RETRY_FIRST_MS, RETRY_MAX_MS))
+            leader = self._leaders[address] = Leader(self._new_backoff())
         wait_ms = leader.retry_at_ms - self.now_ms()
         if leader.stream is None and wait_ms > 0:
             self._retry_later(state, wait_ms)
@@ -251,13 +259,13 @@ class Sender:
         except InvalidBatch as error:
             self._failed_try(state, outgoing, error)
             return
-        batch.start_span(outgoing.record_count)
         request = ingest_pb2.ProduceRequest(
             topic=state.topic,
             partition=state.partition,
             acks=ACKS[self._options.acks],
             batch=encoded,
             timeout_ms=self._options.request_timeout_ms,
+            trace_context=batch.start_span(outgoing.record_count, self._options.acks, self._options.client_id),
         )
         stream.submit((state, outgoing), request)
 
@@ -327,7 +335,7 @@ class Sender:
         kept = state.lane.answered(outgoing, error, sent)
         if not kept:
             self._fail(outgoing.payload, error)
-        if isinstance(error, (NotLeader, Unavailable, UnknownTopic, UnknownPartition)):
+        if isinstance(error, _ASK_WHO_LEADS):
             self._retry_after_refresh(state)
         elif kept and not state.parked:
             self._retry_later(state, max(error.retry_after_ms, state.backoff.next_ms()))

@@ -130,6 +130,7 @@ class FakeStreamHouse:
         self.groups: dict[str, Group] = defaultdict(Group)
         self.calls: Counter[str] = Counter()
         self.waiting: dict[tuple[str, int], str] = {}
+        self.produced: list[ingest_pb2.ProduceRequest] = []
         self.commits: list[coordinator_pb2.CommitOffsetsRequest] = []
         self._ids = itertools.count(1)
         self._changed = asyncio.Event()
@@ -250,6 +251,7 @@ class FakeStreamHouse:
         self.calls["produce_stream"] += 1
         async for request in requests:
             self.calls["produce"] += 1
+            self.produced.append(request)
             faults = self.faults
             if faults.silent:
                 continue
