@@ -159,7 +159,10 @@ class ChunkReader:
             chunk = ChunkId(object_key, number)
             flight = self._flights.get(chunk)
             if flight is not None and flight.end >= end:
-                self._counters.cache_misses += 1
+                if flight.result.done():  # here, only not on disk yet
+                    self._counters.cache_hits += 1
+                else:
+                    self._counters.cache_misses += 1
                 waits[number] = flight.result
             elif self._disk.size_of(chunk) >= end - number * self._chunk_bytes:
                 self._counters.cache_hits += 1

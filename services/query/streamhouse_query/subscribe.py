@@ -91,7 +91,10 @@ class Subscription:
         self._ready: asyncio.Queue[_Delivery] = asyncio.Queue()  # bounded by the budget, and by one more per partition
 
     async def responses(self) -> AsyncGenerator[FetchResponse, None]:
-        pumps = [asyncio.create_task(self._pump(source)) for source in self._sources]
+        pumps = [
+            asyncio.create_task(self._pump(source), name=f"subscription {number}")
+            for number, source in enumerate(self._sources)
+        ]
         try:
             running = len(pumps)
             while running:

@@ -16,12 +16,12 @@ from shproto.errors import DataLoss, Unavailable
 from shproto.v1 import query_pb2
 from shruntime.clock import SystemClock
 from shruntime.tasks import Tasks
-from shstore import Fault, FaultKind, FaultyStore, LocalStore, MemoryStore, ScriptedFaults, StoreSettings
+from shstore import Fault, FaultKind, FaultyStore, LocalStore, ScriptedFaults, StoreSettings
 from streamhouse_query.adapters.disk_cache import DiskCache
 from streamhouse_query.chunk_reader import CacheDirError, ChunkId, ChunkReader, Span
 from streamhouse_query.counters import Counters
 from streamhouse_query.wiring import QueryService
-from test_query_fetch import fetch, one_partition, read_all, settle_in
+from test_query_fetch import fetch, one_partition, read_all
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -123,7 +123,7 @@ async def test_the_byte_limit_holds_over_restarts(
         on_disk = sum(path.stat().st_size for path in chunk_files(tmp_path / "cache"))
         assert limit - CHUNK < on_disk == service.api._cache.size_bytes <= limit
         await service.stop()
-    smaller = await start_query(cache_bytes_max=limit // 4 * 4, cache_chunk_bytes=2 * CHUNK)
+    smaller = await start_query(cache_bytes_max=limit, cache_chunk_bytes=2 * CHUNK)
     assert smaller.api._cache.size_bytes == 0, "chunks of another size are of no use"
     await smaller.stop()
     assert not chunk_files(tmp_path / "cache")
@@ -134,7 +134,6 @@ async def test_a_smaller_limit_after_a_restart_drops_what_was_used_longest_ago(t
     await cache.open()
     for number in range(10):
         await cache.write(ChunkId("key", number), bytes([number]) * CHUNK)
-        path = tmp_path / f"chunks-{CHUNK}"
     for age, path in enumerate(sorted(chunk_files(tmp_path), key=lambda item: int(item.name.split("-")[1]))):
         os.utime(path, ns=(age, age))
     assert cache.read(ChunkId("key", 0), 0, 10) == bytes(10)  # used now
@@ -428,4 +427,3 @@ async def test_the_chunk_reader_gives_exactly_the_bytes_asked_for(tmp_path: Path
     on_disk = sum(path.stat().st_size for path in chunk_files(tmp_path / "cache"))
     assert on_disk <= cache.bytes_max
     cache.close()
-    _ = MemoryStore, settle_in

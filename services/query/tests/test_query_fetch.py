@@ -7,7 +7,6 @@ from conftest import StartQuery
 from query_standins import StandInPlatform, values_of
 from shformat import decode_batch
 from shproto.errors import (
-    DataLoss,
     InvalidArgument,
     OffsetBelowStart,
     OffsetBeyondEnd,
@@ -131,4 +130,3 @@ async def test_unknown_topic_and_partition(platform: StandInPlatform, start_quer
     with pytest.raises(UnknownPartition) as error:
         await service.api.fetch(query_pb2.FetchRequest(topic="orders", partition=1))
     assert error.value.details["partitions"] == "1"
-    _ = DataLoss

@@ -1,0 +1,126 @@
+"""The pure parts: LRU, read-ahead, breaker, timestamps, tails, plain records."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shformat import Records, encode_batch
+from streamhouse_query.core.breaker import CircuitBreaker
+from streamhouse_query.core.lru import LruLimit
+from streamhouse_query.core.plain import RECORDS_MAX, plain_records
+from streamhouse_query.core.readahead import READERS_MAX, ReadAhead
+from streamhouse_query.core.tail import Accepted, accept_batches
+
+
+@given(st.integers(1, 50), st.lists(st.tuples(st.sampled_from("atd"), st.integers(0, 9), st.integers(0, 60))))
+def test_lru_keeps_the_limit_and_the_most_recent(size_max: int, moves: list[tuple[str, int, int]]) -> None:
+    lru: LruLimit[int] = LruLimit(size_max)
+    model: dict[int, int] = {}  # in order of use
+    for move, key, size in moves:
+        if move == "t":
+            assert lru.touch(key) == (key in model)
+            if key in model:
+                model[key] = model.pop(key)
+        elif move == "d":
+            assert lru.drop(key) == (model.pop(key, None) is not None)
+        else:
+            model.pop(key, None)
+            expected = [key] if size > size_max else []
+            if size <= size_max:
+                while sum(model.values()) + size > size_max:
+                    oldest = next(iter(model))
+                    expected.append(oldest)
+                    del model[oldest]
+                model[key] = size
+            assert lru.admit(key, size) == expected
+        assert list(lru) == list(model) and lru.size == sum(model.values()) <= size_max
+
+
+def test_readahead_grows_with_a_reader_and_forgets_those_that_jump() -> None:
+    ahead = ReadAhead(8)
+    key = ("t", 0)
+    assert [ahead.observe(key, n, n + 1) for n in range(6)] == [0, 1, 2, 4, 8, 8]
+    assert ahead.observe(key, 100, 101) == 0
+    assert ahead.observe(("t", 1), 6, 7) == 0, "another partition"
+    assert ahead.observe(key, 6, 7) == 8, "two readers do not disturb each other"
+    for n in range(READERS_MAX):
+        ahead.observe(key, 1_000 + 2 * n, 1_001 + 2 * n)
+    assert ahead.observe(key, 7, 8) == 0
+    assert len(ahead._expected) == READERS_MAX
+    off = ReadAhead(0)
+    assert [off.observe(key, n, n + 1) for n in range(4)] == [0, 0, 0, 0]
+
+
+def test_breaker_opens_probes_and_closes() -> None:
+    breaker = CircuitBreaker(failures_max=2, open_ms=100)
+    assert breaker.allows(0) and not breaker.failed(0)
+    breaker.succeeded()
+    assert not breaker.failed(0) and breaker.failed(10)
+    assert not breaker.allows(109)
+    assert breaker.allows(110) and not breaker.allows(111), "one probe"
+    assert not breaker.failed(120)
+    assert not breaker.allows(219) and breaker.allows(220)
+    breaker.succeeded()
+    assert breaker.allows(220) and breaker.allows(220)
+
+
+def batch(base_offset: int, count: int, epoch: int = 1) -> bytes:
+    return encode_batch(Records.from_lists([b"v"] * count), base_offset=base_offset, epoch=epoch)
+
+
+def test_a_tail_must_follow_on() -> None:
+    good = [batch(10, 5), batch(15, 5)]
+    whole = Accepted(good, len(good[0]) + len(good[1]), 20)
+    assert accept_batches(good, 10, 1, None) == accept_batches(good, 13, 1, 20) == whole
+    assert accept_batches(good, 10, 1, 19) == Accepted(good[:1], len(good[0]), 15), "nothing beyond the settled end"
+    assert accept_batches([], 10, 1, None) == Accepted([], 0, 10)
+    damaged = bytearray(good[0])
+    damaged[-1] ^= 1
+    for batches, offset in (
+        ([bytes(damaged)], 10),
+        (good, 9),  # begins later
+        (good, 15),  # ends before
+        ([good[0], batch(16, 5)], 10),  # a hole
+        ([good[0], batch(14, 5)], 10),  # an overlap
+        ([batch(10, 5, epoch=2)], 10),
+        ([b"nonsense"], 10),
+    ):
+        assert isinstance(accept_batches(batches, offset, 1, None), str)
+
+
+def test_plain_records_begin_at_the_offset_and_stop_at_the_limits() -> None:
+    records = Records.from_lists(
+        [b"a" * 10, None, b"", b"d" * 10],
+        keys=[b"k", None, b"", b"kd"],
+        timestamps_ms=[-1, 0, 1, 2],
+        headers=[[("h", b"1"), ("n", None)], [], [], []],
+    )
+    batches = [encode_batch(records, base_offset=100, epoch=1), encode_batch(records, base_offset=104, epoch=1)]
+    found, next_offset = plain_records(batches, 100, 108, 1_000)
+    assert [record.offset for record in found] == list(range(100, 108)) and next_offset == 108
+    first, second, third = found[:3]
+    assert (first.key, first.value, first.timestamp_ms) == (b"k", b"a" * 10, -1)
+    assert [(h.key, h.value, h.HasField("value")) for h in first.headers] == [("h", b"1", True), ("n", b"", False)]
+    assert not second.HasField("key") and not second.HasField("value")
+    assert third.HasField("key") and third.HasField("value") and third.value == b""
+    assert plain_records(batches, 106, 108, 1_000)[0][0].offset == 106
+    cut, next_offset = plain_records(batches, 101, 108, 1)
+    assert [record.offset for record in cut] == [101, 102] and next_offset == 103, "12 bytes do not fit any more"
+    one, next_offset = plain_records(batches, 103, 108, 1)
+    assert [record.offset for record in one] == [103] and next_offset == 104
+    many = encode_batch(Records.from_lists([b""] * (RECORDS_MAX + 5)), base_offset=0, epoch=1)
+    found, next_offset = plain_records([many], 0, RECORDS_MAX + 5, 1 << 20)
+    assert len(found) == next_offset == RECORDS_MAX
+
+
+@pytest.mark.parametrize("bytes_max", [1, 7, 50, 10_000])
+def test_plain_records_reach_the_end_whatever_the_limit(bytes_max: int) -> None:
+    batches = [batch(n * 10, 10) for n in range(5)]
+    offset, seen = 0, []
+    while offset < 50:
+        found, next_offset = plain_records(
+            [b for n, b in enumerate(batches) if (n + 1) * 10 > offset], offset, 50, bytes_max
+        )
+        seen += [record.offset for record in found]
+        assert next_offset > offset
+        offset = next_offset
+    assert seen == list(range(50))

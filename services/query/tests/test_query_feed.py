@@ -1,0 +1,184 @@
+"""Following the event feed: reconnects, resumes by position, takes a new snapshot when history changed; the session."""
+
+import asyncio
+
+import pytest
+from conftest import StartQuery
+from query_standins import StandInPlatform, values_of
+from shproto.v1 import coordinator_pb2, query_pb2
+from streamhouse_query.wiring import QueryService
+from test_query_fetch import fetch, one_partition, read_all, settle_in
+
+pytestmark = pytest.mark.timeout(30)
+
+
+async def eventually(condition: "object") -> None:
+    assert callable(condition)
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def state_of(service: QueryService) -> object:
+    """All that the index knows, comparable."""
+    cluster = service._index.cluster
+    return (
+        cluster.position,
+        {
+            key: (item.log_start_offset, item.ranges, item.segments, item._bases, item.durable_only)
+            for key, item in cluster.partitions.items()
+        },
+        cluster.topics,
+        cluster.segment_count,
+        {key: (value.segments, value.end) for key, value in cluster._objects.items()},
+    )
+
+
+async def test_feed_and_snapshot_lead_to_the_same_index(platform: StandInPlatform, start_query: StartQuery) -> None:
+    service = await start_query()
+    await platform.create_topic("orders", 2)
+    await platform.create_topic("audit", 1, durable=True)
+    for agent in "ab":
+        await platform.start_agent(agent)
+    await platform.grant("a")
+    await platform.grant("b", number=1)
+    await platform.grant("a", "audit")
+    segments = []
+    for turn in range(4):
+        await platform.produce(values_of(10, turn * 10))
+        segments.append(await platform.register())
+    batches = platform.agents["a"].logs[platform.coordinator.topics["orders"].topic_id, 0, 1]
+    merged = await platform.store_segment("orders", 0, 1, batches[:2])
+    await platform.compact(merged, segments[:2])
+    await platform.retain_from(25)
+    await platform.produce(values_of(3, 40))
+    await platform.lose_span(43, "hole")
+    await platform.orphan()
+    await platform.settle(end=50)
+    await platform.grant("b")
+    await platform.orphan(number=1)
+    await platform.delete_topic("audit")
+    await settle_in(platform, service)
+    fresh = await start_query(cache_dir=service.api._cache._directory / "fresh")  # type: ignore[attr-defined]
+    await settle_in(platform, service)
+    assert state_of(service) == state_of(fresh)
+    assert service.api._counters.snapshots == 1
+
+
+async def test_a_cut_feed_is_resumed_where_it_was(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    service = await start_query()
+    for turn in range(3):
+        await platform.coordinator.cut()
+        await platform.produce(values_of(10, turn * 10))
+        await platform.register()
+        await eventually(lambda: service._index.cluster.position == len(platform.coordinator.events))
+    assert platform.coordinator.snapshots_given == 1
+    assert await read_all(service) == dict(enumerate(values_of(30)))
+
+
+async def test_reads_go_on_while_no_coordinator_answers(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    await platform.register()
+    service = await start_query()
+    platform.coordinator.down = True
+    await platform.coordinator.wake()
+    await platform.produce(values_of(10, 10))
+    assert await read_all(service) == dict(enumerate(values_of(20)))
+    await platform.register()
+    await asyncio.sleep(0.2)
+    platform.coordinator.down = False
+    assert await read_all(service) == dict(enumerate(values_of(20)))
+
+
+async def test_a_history_that_went_back_is_loaded_anew(platform: StandInPlatform, start_query: StartQuery) -> None:
+    """A metadata restore: the coordinator knows fewer events than we do."""
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    service = await start_query()
+    await platform.register()
+    await settle_in(platform, service)
+    coordinator = platform.coordinator
+    restored = next(n for n, event in enumerate(coordinator.events) if event.type == "SegmentRegistered")
+    del coordinator.events[restored:]
+    partition = platform.partition()
+    partition.segments.clear()
+    partition.ranges[0].registered_end = 0
+    platform.agents["a"].held_from.update(dict.fromkeys(platform.agents["a"].held_from, 0))
+    await coordinator.cut()
+    await eventually(lambda: coordinator.snapshots_given == 2)
+    await eventually(lambda: service._index.cluster.segment_count == 0)
+    assert await read_all(service) == dict(enumerate(values_of(10)))
+    await platform.register()
+    await settle_in(platform, service)
+    assert service._index.cluster.segment_count == 1
+
+
+async def test_an_event_that_does_not_fit_costs_a_snapshot(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    service = await start_query()
+    bad = coordinator_pb2.Event(
+        position=len(platform.coordinator.events) + 1, type="RangeSettled", payload_json='{"topic_id": "x"}'
+    )
+    platform.coordinator.events.append(bad)
+    await platform.coordinator.wake()
+    await eventually(lambda: platform.coordinator.snapshots_given == 2)
+    del service.api._index.cluster.partitions[next(iter(service.api._index.cluster.partitions))].ranges[0]
+    await platform.orphan()
+    await eventually(lambda: platform.coordinator.snapshots_given == 3)
+    await settle_in(platform, service)
+    assert service._index.find("orders", 0).ranges[0].status == "orphaned"
+
+
+async def test_events_of_a_newer_version_are_passed_over(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    service = await start_query()
+    position = len(platform.coordinator.events) + 1
+    platform.coordinator.events.append(coordinator_pb2.Event(position=position, type="SomethingNew", payload_json="{}"))
+    await platform.produce(values_of(10))
+    await platform.register()
+    await settle_in(platform, service)
+    assert platform.coordinator.snapshots_given == 1
+    assert await read_all(service) == dict(enumerate(values_of(10)))
+
+
+async def test_start_waits_for_a_coordinator(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    await platform.produce([b"x"])
+    platform.coordinator.down = True
+    starting = asyncio.create_task(start_query())
+    done, _ = await asyncio.wait([starting], timeout=0.3)
+    assert not done
+    platform.coordinator.down = False
+    service = await asyncio.wait_for(starting, 10)
+    assert (await fetch(service, 0)).next_offset == 1
+
+
+async def test_clients_find_the_service_and_an_expired_session_is_opened_again(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    service = await start_query()
+    (session,) = platform.coordinator.sessions.values()
+    assert (session.role, session.address, session.agent_id) == ("query", "127.0.0.1:1", "query@127.0.0.1:1")
+    await platform.coordinator.end_session(session.session_id, "expired")
+    await eventually(lambda: bool(platform.coordinator.sessions))
+    platform.coordinator.down = True
+    await asyncio.sleep(0.1)
+    platform.coordinator.down = False
+    await asyncio.sleep(0.1)
+    assert len(platform.coordinator.sessions) == 1
+    await service.stop()
+    assert not platform.coordinator.sessions
+
+
+async def test_describe_query(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    await platform.register()
+    service = await start_query(cache_bytes_max=2 << 20)
+    await fetch(service, 0)
+    await settle_in(platform, service)
+    described = await service.api.describe_query(query_pb2.DescribeQueryRequest())
+    assert described.segments_indexed == 1 and described.feed_position == len(platform.coordinator.events)
+    assert described.cache_bytes_max == 2 << 20 and described.downloads == described.cache_misses == 1

@@ -1,0 +1,291 @@
+"""Subscriptions: many partitions at once, one response at a time, bounded memory, errors of one partition only."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
+
+import pytest
+from conftest import StartQuery
+from query_standins import StandInPlatform, values_of
+from shformat import decode_batch
+from shproto.errors import InvalidArgument, StreamHouseError
+from shproto.rpc import Connection
+from shproto.services import QueryClient
+from shproto.v1 import query_pb2
+from shruntime.server import RpcServer
+from streamhouse_query.subscribe import ByteBudget
+from streamhouse_query.wiring import QueryService
+from test_query_fetch import one_partition
+
+pytestmark = pytest.mark.timeout(30)
+
+Responses = AsyncIterator[query_pb2.FetchResponse]
+
+
+@contextlib.asynccontextmanager
+async def subscribed(
+    service: QueryService, *positions: tuple[str, int, int], **fields: object
+) -> AsyncIterator[Responses]:
+    request = query_pb2.SubscribeRequest(
+        positions=[query_pb2.FetchPosition(topic=t, partition=p, offset=o) for t, p, o in positions], **fields
+    )
+    async with contextlib.aclosing(service.api.subscribe(request)) as responses:
+        yield responses
+
+
+async def until(
+    responses: Responses, enough: Callable[[query_pb2.FetchResponse], bool]
+) -> list[query_pb2.FetchResponse]:
+    got = []
+    async with asyncio.timeout(10):
+        async for response in responses:
+            got.append(response)
+            if enough(response):
+                return got
+    raise AssertionError("the stream ended")
+
+
+def values_in(responses: list[query_pb2.FetchResponse], partition: int = 0) -> list[bytes | None]:
+    return [
+        value
+        for response in responses
+        if response.partition == partition
+        for batch in response.batches
+        for value in decode_batch(batch).values.to_list()
+    ]
+
+
+async def partitions(platform: StandInPlatform, count: int) -> None:
+    await platform.create_topic("orders", count)
+    await platform.start_agent("a")
+    for number in range(count):
+        await platform.grant("a", number=number)
+
+
+async def test_history_then_what_comes(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(500))
+    await platform.register()
+    await platform.produce(values_of(10, 500))
+    service = await start_query()
+    async with subscribed(service, ("orders", 0, 0)) as responses:
+        got = await until(responses, lambda response: response.next_offset == 510)
+        assert values_in(got) == values_of(510)
+        for turn in range(3):
+            await platform.produce(values_of(10, 510 + turn * 10))
+            got = await until(responses, lambda response, end=520 + turn * 10: response.next_offset == end)
+            assert values_in(got) == values_of(10, 510 + turn * 10)
+            await platform.register()
+
+
+async def test_every_partition_has_its_turn_and_no_offset_comes_twice(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await partitions(platform, 20)
+    for number in range(20):
+        for turn in range(5):
+            await platform.produce(values_of(100, turn * 100), number=number)
+            await platform.register(number=number)
+    service = await start_query(subscribe_buffer_bytes=1 << 20)
+    async with subscribed(service, *[("orders", n, 0) for n in range(20)], max_bytes=2_000) as responses:
+        left = set(range(20))
+
+        def done(response: query_pb2.FetchResponse) -> bool:
+            if response.next_offset == 500:
+                left.discard(response.partition)
+            return not left
+
+        got = await until(responses, done)
+    for number in range(20):
+        assert values_in(got, number) == values_of(500)
+    first_turns = [response.partition for response in got if response.batches][:20]
+    assert len(set(first_turns)) > 10, "by turns, not one partition after the other"
+
+
+async def test_a_slow_subscriber_does_not_make_the_service_read_on(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await partitions(platform, 4)
+    for number in range(4):
+        for turn in range(40):
+            await platform.produce(values_of(2_000, turn * 2_000, 32), number=number)
+        await platform.register(number=number, block_bytes_target=64 * 1024)
+    service = await start_query(subscribe_buffer_bytes=1 << 20)
+    async with subscribed(service, *[("orders", n, 0) for n in range(4)], max_bytes=256 * 1024) as responses:
+        await anext(responses)
+        await asyncio.sleep(0.3)
+        total = sum(segment.size_bytes for n in range(4) for segment in platform.partition("orders", n).segments)
+        assert total > 4 << 20
+        assert service.api._counters.fetched_bytes <= (1 << 20) + 256 * 1024
+        got = await until(responses, lambda response: response.next_offset == 80_000)
+        assert got
+
+
+async def test_a_subscriber_at_the_end_that_takes_nothing_holds_one_response(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    service = await start_query(subscribe_heartbeat_ms=10)
+    async with subscribed(service, ("orders", 0, 0)) as responses:
+        await anext(responses)
+        before = service.api._counters.fetches
+        for _ in range(20):
+            await platform.produce([b"x"])
+            await asyncio.sleep(0.005)
+        assert service.api._counters.fetches <= before + 1
+
+
+async def test_the_end_is_told_at_once_and_then_by_heartbeats(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    await platform.produce([b"x"])
+    service = await start_query(subscribe_heartbeat_ms=100)
+    loop = asyncio.get_running_loop()
+    async with subscribed(service, ("orders", 0, 1)) as responses:
+        times = []
+        for _ in range(4):
+            response = await anext(responses)
+            assert (response.next_offset, response.high_watermark) == (1, 1)
+            assert not response.waiting_reason and not response.batches
+            times.append(loop.time())
+    gaps = [after - before for before, after in pairwise(times)]
+    assert all(0.08 < gap < 0.5 for gap in gaps)
+
+
+async def test_a_waiting_reason_is_told_when_it_begins_changes_and_ends(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    await platform.produce([b"x"])
+    service = await start_query()
+    async with subscribed(service, ("orders", 0, 0)) as responses:
+        await until(responses, lambda response: response.next_offset == 1)
+        await platform.produce([b"y"])
+        await until(responses, lambda response: response.next_offset == 2)
+        await platform.stop_agent("a")
+        no_session = (await until(responses, lambda response: bool(response.waiting_reason)))[-1]
+        assert "no session" in no_session.waiting_reason
+        await platform.orphan()
+        unsettled = (await until(responses, lambda r: r.waiting_reason != no_session.waiting_reason))[-1]
+        assert "no session" in unsettled.waiting_reason or "unsettled" in unsettled.waiting_reason
+        told = await asyncio.wait_for(anext(responses), 1) if "unsettled" not in unsettled.waiting_reason else unsettled
+        assert "unsettled" in told.waiting_reason
+        await platform.settle()
+        await platform.start_agent("a")
+        await platform.grant("a")
+        ended = await until(responses, lambda response: not response.waiting_reason)
+        assert ended[-1].next_offset == 2
+        await platform.produce([b"z"])
+        assert values_in(await until(responses, lambda response: bool(response.batches))) == [b"z"]
+
+
+async def test_one_partition_fails_and_the_others_go_on(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await partitions(platform, 2)
+    await platform.produce(values_of(5))
+    await platform.register()
+    await platform.produce(values_of(5, 5))
+    await platform.lose_span(10, "gone")
+    service = await start_query()
+    wanted = [("orders", 0, 0), ("orders", 1, 0), ("nowhere", 0, 0), ("orders", 7, 0), ("orders", 2, -1)]
+    async with subscribed(service, *wanted) as responses:
+        errors: dict[tuple[str, int], str] = {}
+        got = []
+        while len(errors) < 4:
+            response = await asyncio.wait_for(anext(responses), 2)
+            got.append(response)
+            if response.HasField("error"):
+                errors[response.topic, response.partition] = response.error.reason
+        assert errors == {
+            ("orders", 0): "DATA_LOSS",
+            ("nowhere", 0): "UNKNOWN_TOPIC",
+            ("orders", 7): "UNKNOWN_PARTITION",
+            ("orders", 2): "INVALID_ARGUMENT",
+        }
+        assert values_in(got, 0) == values_of(5)
+        await platform.produce([b"still there"], number=1)
+        got = await until(responses, lambda response: bool(response.batches))
+        assert values_in(got, 1) == [b"still there"]
+
+
+async def test_a_subscription_ends_when_all_its_partitions_have_failed(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    service = await start_query()
+    async with subscribed(service, ("nowhere", 0, 0), ("nowhere", 1, 0)) as responses:
+        got = [response async for response in responses]
+    assert [response.error.reason for response in got] == ["UNKNOWN_TOPIC"] * 2
+
+
+async def test_bad_subscriptions_are_refused(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    service = await start_query(subscribe_positions_max=2)
+    for positions, fields in (
+        ([], {}),
+        ([("orders", 0, 0)] * 2, {}),
+        ([("orders", n, 0) for n in range(3)], {}),
+        ([("orders", 0, 0)], {"format": 9}),
+        ([("orders", 0, 0)], {"max_bytes": 1 << 30}),
+    ):
+        with pytest.raises(InvalidArgument):
+            async with subscribed(service, *positions, **fields) as responses:
+                await anext(responses)
+
+
+async def test_stopping_ends_subscriptions(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    service = await start_query()
+    async with subscribed(service, ("orders", 0, 0)) as responses:
+        await anext(responses)
+        reading = asyncio.create_task(until(responses, lambda response: response.HasField("error")))
+        await asyncio.sleep(0.05)
+        await service.stop()
+        assert (await reading)[-1].error.reason == "SHUTTING_DOWN"
+
+
+async def test_over_grpc_a_subscriber_that_goes_away_leaves_nothing_running(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    service = await start_query()
+    server = RpcServer("127.0.0.1:0", [(query_pb2.DESCRIPTOR.services_by_name["Query"], service.api)])
+    await server.start()
+    client = QueryClient(Connection([server.address]))
+    position = query_pb2.FetchPosition(topic="orders", partition=0, offset=0)
+    async with contextlib.aclosing(client.subscribe(query_pb2.SubscribeRequest(positions=[position]))) as responses:
+        got = await until(responses, lambda response: response.next_offset == 10)
+        assert values_in(got) == values_of(10)
+        assert len(pumps()) == 1
+    async with asyncio.timeout(5):
+        while pumps() or service._index._watches:
+            await asyncio.sleep(0.01)
+    with pytest.raises(StreamHouseError) as error:
+        await client.fetch(query_pb2.FetchRequest(topic="orders", offset=99))
+    assert (error.value.reason, error.value.details["high_watermark"]) == ("OFFSET_BEYOND_END", "10")
+    await client.close()
+    await server.stop(0)
+
+
+def pumps() -> list["asyncio.Task[object]"]:
+    return [task for task in asyncio.all_tasks() if task.get_name().startswith("subscription ")]
+
+
+async def test_the_byte_budget_is_first_come_first_served_and_survives_cancellation() -> None:
+    budget = ByteBudget(100)
+    assert await budget.take(1_000) == 100
+    order: list[int] = []
+
+    async def taker(number: int, size_bytes: int) -> None:
+        order.append(number if await budget.take(size_bytes) == size_bytes else -1)
+
+    tasks = [asyncio.create_task(taker(n, size)) for n, size in enumerate([60, 60, 10, 10])]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    budget.give(100)
+    tasks[2].cancel()  # its turn has come, it has not run yet
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert order == [0, 3]
+    budget.give(70)
+    assert await asyncio.wait_for(budget.take(100), 1) == 100
