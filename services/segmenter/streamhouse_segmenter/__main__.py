@@ -23,12 +23,18 @@ def main() -> int:
     from streamhouse_segmenter.wiring import run
 
     _know_all_settings()
-    try:
-        spawn_for_awaitable(run(SegmenterSettings.load())).wait()
-    except (SettingsError, StoreError, ListenError) as error:
-        sys.stderr.write(f"segmenter: {error}\n")
-        return 1
-    return 0
+
+    async def serve() -> str:
+        # An error must not pass through the green thread: eventlet would print it with a trace of its own.
+        try:
+            await run(SegmenterSettings.load())
+        except (SettingsError, StoreError, ListenError) as error:
+            return f"segmenter: {error}\n"
+        return ""
+
+    refusal: str = spawn_for_awaitable(serve()).wait()
+    sys.stderr.write(refusal)
+    return 1 if refusal else 0
 
 
 def _know_all_settings() -> None:

@@ -58,6 +58,9 @@ class Drain:
         self._slots = asyncio.Semaphore(settings.builds_in_flight_max)
         self._closing = False
         self._woken = asyncio.Event()
+        self._runs = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def close(self) -> None:
         """Claims nothing more; what is in hand is finished."""
@@ -68,11 +71,25 @@ class Drain:
         """There may be a buffer to claim: runs that wait for their last buffers look again."""
         self._woken.set()
 
+    async def wait_idle(self) -> None:
+        """Until no run is under way, whoever called it."""
+        await self._idle.wait()
+
     async def run(self) -> DrainReport:
         """Claims and hands over until nothing can be claimed and nothing waits.
 
         Raises StreamHouseError when the coordinator cannot be asked; what was in hand is finished first.
         """
+        self._runs += 1
+        self._idle.clear()
+        try:
+            return await self._run()
+        finally:
+            self._runs -= 1
+            if not self._runs:
+                self._idle.set()
+
+    async def _run(self) -> DrainReport:
         report = DrainReport()
         running: set[asyncio.Task[HandoverResult]] = set()
         try:
@@ -126,13 +143,13 @@ class Drain:
         if len(running) >= self._settings.registrations_waiting_max + self._settings.builds_in_flight_max:
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         elif idle:
-            await self._wait_idle(running)
+            await self._wait_for_news(running)
         done = {task for task in running if task.done()}
         for task in done:
             report.add(task.result())
         return running - done
 
-    async def _wait_idle(self, running: set[asyncio.Task[HandoverResult]]) -> None:
+    async def _wait_for_news(self, running: set[asyncio.Task[HandoverResult]]) -> None:
         """Until one is done, an event comes, or a while has passed: the buffer that the others wait for may have
         been given back and be claimable again."""
         waking = asyncio.create_task(self._woken.wait())

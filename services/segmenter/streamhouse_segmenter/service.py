@@ -32,6 +32,10 @@ class Segmenter:
         """There may be a buffer to claim: a drain that runs looks again."""
         self._drain.wake()
 
+    async def wait_idle(self) -> None:
+        """Until no drain is under way, whoever called it."""
+        await self._drain.wait_idle()
+
     async def drain(self) -> DrainReport:
         """Builds and registers sealed buffers until none is left to claim. Raises StreamHouseError."""
         return await self._drain.run()

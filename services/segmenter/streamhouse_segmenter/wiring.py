@@ -43,6 +43,7 @@ class SegmenterService:
             self.tasks.spawn("segmenter feed", follow_buffers(self.ports, self.wake))
 
     async def stop(self) -> None:
+        self.api.close()
         await self.tasks.stop()
         await self.worker.stop()
 
@@ -112,3 +113,4 @@ def _wake_by_events(settings: SegmenterSettings, service: SegmenterService, stac
         worker = NamekoWorker(settings, service.api)
         worker.start()
         stack.push_async_callback(worker.stop)
+        stack.callback(service.api.close)  # runs before worker.stop: handlers claim nothing more

@@ -29,10 +29,9 @@ class LoopWorker:
         self._tasks = Tasks()
         self._awake = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._scanning: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._scanning = self._tasks.spawn("segmenter scan", self._scan())
+        self._tasks.spawn("segmenter scan", self._scan())
         for name, interval_ms, work in (
             ("compaction", self._settings.compaction_interval_ms, self._segmenter.compact),
             ("retention", self._settings.retention_interval_ms, self._segmenter.apply_retention),
@@ -51,8 +50,11 @@ class LoopWorker:
         self._segmenter.close()
         self._stopping.set()
         self._awake.set()
-        if self._scanning is not None:
-            await asyncio.wait((self._scanning,), timeout=self._settings.shutdown_timeout_ms / 1000)
+        try:
+            async with asyncio.timeout(self._settings.shutdown_timeout_ms / 1000):
+                await self._segmenter.wait_idle()
+        except TimeoutError:
+            log.warning("buffers in hand are left to others after shutdown_timeout_ms")
         await self._tasks.stop()
 
     async def _scan(self) -> None:
@@ -63,6 +65,8 @@ class LoopWorker:
                 report = await self._segmenter.drain()
             except StreamHouseError as error:
                 log.warning("cannot look for buffers: %s", error)
+            except Exception:
+                log.exception("the scan failed by a defect, again in %d ms", wait_ms)
             else:
                 wait_ms = min(wait_ms, report.retry_after_ms or wait_ms)
             await self._wait_awake(wait_ms)

@@ -7,7 +7,9 @@ Needs eventlet's asyncio hub and patches, see __main__.py.
 """
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import eventlet
@@ -31,8 +33,11 @@ DEAD_LETTER_EXCHANGE = "streamhouse.dead-letters"
 DEAD_LETTER_QUEUE = "streamhouse.dead-letters"
 # Hints from long ago help nobody: the oldest go first.
 DEAD_LETTERS_MAX = 10_000
+# After an outage RabbitMQ is found again within 5 s (kombu's own default is 30).
+RECONNECT_S_MAX = 5
 # A container that died (a blocked hub, a refused queue) is started again after this.
 RESTART_S = 2
+STOP_POLL_S = 0.05
 
 
 # kombu and nameko come without types.
@@ -42,6 +47,24 @@ _queue: Any = Queue
 
 class DeadLetteringConsumer(QueueConsumer):  # type: ignore[misc]
     """Declares where dead letters go before the queues that name it, at every (re)connection."""
+
+    # Of the one container there is in a process at a time.
+    connected: ClassVar[bool] = False
+
+    @contextlib.contextmanager
+    def establish_connection(self) -> Iterator[Any]:
+        with self.create_connection() as connection:
+            connection.ensure_connection(self.on_connection_error, interval_start=1, interval_max=RECONNECT_S_MAX)
+            yield connection
+
+    def on_connection_error(self, exc: Exception, interval: float) -> None:
+        DeadLetteringConsumer.connected = False
+        log.warning("no RabbitMQ, the periodic scan goes on; next try in %g s: %s", interval, exc)
+
+    def on_consume_ready(self, connection: Any, channel: Any, consumers: Any, **kwargs: Any) -> None:
+        DeadLetteringConsumer.connected = True
+        log.info("listening for %s events", BufferSealed.__name__)
+        super().on_consume_ready(connection, channel, consumers, **kwargs)
 
     def get_consumers(self, consumer_cls: Any, channel: Any) -> Any:
         exchange = _exchange(DEAD_LETTER_EXCHANGE, "fanout", durable=True)
@@ -96,10 +119,15 @@ class SegmenterNameko:
             raise ValueError(f"not a {BufferSealed.__name__} event: {message!r:.200}")
         telemetry.events.add(1)
         self.segmenter.wake()
-        try:
-            spawn_for_awaitable(self.segmenter.drain()).wait()
-        except StreamHouseError as error:
-            log.warning("cannot look for buffers, the periodic scan will: %s", error)
+        spawn_for_awaitable(_drain(self.segmenter)).wait()
+
+
+async def _drain(segmenter: Segmenter) -> None:
+    # An error must not pass through the green thread: eventlet would print it with a trace of its own.
+    try:
+        await segmenter.drain()
+    except StreamHouseError as error:
+        log.warning("cannot look for buffers, the periodic scan will: %s", error)
 
 
 class NamekoWorker:
@@ -111,6 +139,7 @@ class NamekoWorker:
             "HEARTBEAT": settings.amqp_heartbeat_s,
             "max_workers": settings.builds_in_flight_max,
         }
+        self._stop_timeout_s = settings.shutdown_timeout_ms / 1000
         SegmenterNameko.segmenter = segmenter
         self._container: ServiceContainer | None = None
         self._stopping = False
@@ -121,7 +150,7 @@ class NamekoWorker:
         self._supervisor = eventlet.spawn(self._supervise)
 
     async def stop(self) -> None:
-        """Takes no more messages and waits for the handlers that run."""
+        """Takes no more messages and waits for the handlers that run, as long as there is a RabbitMQ to tell."""
         self._stopping = True
         stopped = asyncio.Event()
         eventlet.spawn(self._stop_container).link(lambda _: stopped.set())
@@ -129,7 +158,12 @@ class NamekoWorker:
 
     def _stop_container(self) -> None:
         if self._container is not None:
-            self._container.stop()
+            # nameko's stop waits for a connection to cancel its consumers on, for ever if need be.
+            stopping = eventlet.spawn(self._container.stop)
+            waited_s = 0.0
+            while not stopping.dead and DeadLetteringConsumer.connected and waited_s < self._stop_timeout_s:
+                eventlet.sleep(STOP_POLL_S)
+                waited_s += STOP_POLL_S
         self._supervisor.kill()
 
     def _supervise(self) -> None:
