@@ -128,7 +128,7 @@ class CoordinatorApi:
         return pb.SettleRangesResponse()
 
     async def close_session(self, request: pb.CloseSessionRequest) -> pb.CloseSessionResponse:
-        await sessions.end_session(self._context, request.session_id, "closed")
+        await sessions.end_session(self._context, request.session_id, "closed", messages.wal_ends(request.ends))
         return pb.CloseSessionResponse()
 
     # ---- sealed buffers and segments

@@ -914,15 +914,21 @@ class CloseSessionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    ENDS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
+    @_builtins.property
+    def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___WalEnd]:
+        """ingest only: this agent's ranges, settled as by SettleRanges in the same transaction, so"""
+
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
+        ends: _abc.Iterable[Global___WalEnd] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -169,14 +169,28 @@ async def settle_ranges(context: Context, session_id: str, ends: Mapping[RangeKe
     await context.store.run(work)
 
 
-async def end_session(context: Context, session_id: str, why: str) -> None:
-    """Ends the session if it is there. why: closed | unreachable"""
+async def end_session(
+    context: Context, session_id: str, why: str, ends: Mapping[RangeKey, int] | None = None
+) -> None:
+    """Ends the session if it is there, its ranges at `ends` where that is known. why: closed | unreachable
+
+    Raises InvalidArgument for ends that settle_ranges() refuses.
+    """
 
     async def work(tx: Transaction) -> None:
         await tx.lock(CLUSTER_LOCK)
+        if ends:
+            await _settle_before_end(tx, session_id, ends)
         await _end(tx, context, [session_id], why)
 
     await context.store.run(work)
+
+
+async def _settle_before_end(tx: Transaction, session_id: str, ends: Mapping[RangeKey, int]) -> None:
+    """Without granting anything yet: that follows once the session is gone."""
+    for session in await tx.select(t.SESSIONS, where(session_id=session_id)):
+        rows = await ranges_by_key(tx, ends.keys(), lock="wait")
+        await tx.append(sessions.settle(session, rows, ends))
 
 
 async def _end(tx: Transaction, context: Context, session_ids: Sequence[str], why: str) -> None:
