@@ -2,10 +2,15 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from typing import Any
 
 import asyncpg
 import pytest
+from shproto.v1 import coordinator_pb2 as pb
+from shproto.v1 import types_pb2
+from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.wiring import CoordinatorService, build
 from streamhouse_embedded.postgres import EmbeddedPostgres
@@ -65,11 +70,138 @@ async def coordinator(dsn: str) -> AsyncIterator[CoordinatorService]:
 
 
 @pytest.fixture
+async def slow_expiry(dsn: str) -> AsyncIterator[CoordinatorService]:
+    """A coordinator whose leases do not run out during a test."""
+    service = build(fast_settings(dsn, session_ttl_ms=600_000))
+    await service.start()
+    try:
+        yield service
+    finally:
+        await service.stop()
+
+
+@pytest.fixture
 async def two_coordinators(dsn: str) -> AsyncIterator[tuple[CoordinatorService, CoordinatorService]]:
-    services = build(fast_settings(dsn)), build(fast_settings(dsn))
+    services = build(fast_settings(dsn, session_ttl_ms=60_000)), build(fast_settings(dsn, session_ttl_ms=60_000))
     await asyncio.gather(*(service.start() for service in services))
     try:
         yield services
     finally:
         for service in services:
             await service.stop()
+
+
+def segment_ref(
+    topic_id: bytes, partition: int, epoch: int, base: int, end: int, **changes: Any
+) -> types_pb2.SegmentRef:
+    values = {
+        "segment_id": str(uuid.uuid4()),
+        "record_count": end - base,
+        "object_key": f"data/{uuid.uuid4()}",
+        "size_bytes": 100,
+        "raw_bytes": 200,
+    }
+    return types_pb2.SegmentRef(
+        topic_id=topic_id, partition=partition, epoch=epoch, base_offset=base, end_offset=end, **(values | changes)
+    )
+
+
+class Agent:
+    """An ingest agent and its segmenter, as far as the coordinator sees them."""
+
+    def __init__(self, api: CoordinatorApi, name: str, address: str) -> None:
+        self.api, self.name, self.address, self.wal_id = api, name, address, uuid.uuid4().bytes
+        self.session = pb.OpenSessionResponse()
+
+    async def open(self, ends: Mapping[tuple[bytes, int, int], int] | None = None) -> "Agent":
+        wal_ends = [
+            pb.WalEnd(topic_id=topic_id, partition=partition, epoch=epoch, end_offset=end)
+            for (topic_id, partition, epoch), end in (ends or {}).items()
+        ]
+        self.session = await self.api.open_session(
+            pb.OpenSessionRequest(
+                agent_id=self.name, role="ingest", address=self.address, wal_id=self.wal_id, wal_ends=wal_ends
+            )
+        )
+        return self
+
+    async def grants(self) -> list[pb.RangeGrant]:
+        answer = await self.api.get_grants(pb.GetGrantsRequest(session_id=self.session.session_id))
+        return list(answer.grants)
+
+    async def leads(self) -> dict[int, pb.RangeGrant]:
+        """Open ranges by partition."""
+        return {grant.partition: grant for grant in await self.grants() if grant.status in ("open", "moving")}
+
+    async def heartbeat(self, *low: pb.RangeUse) -> pb.HeartbeatResponse:
+        return await self.api.heartbeat(pb.HeartbeatRequest(session_id=self.session.session_id, low_ranges=low))
+
+    async def announce(self, *spans: tuple[pb.RangeGrant, int, int], snapshot: bytes = b"") -> str:
+        buffer_id = str(uuid.uuid4())
+        slices = [
+            pb.BufferSlice(
+                topic_id=grant.topic_id,
+                topic=grant.topic,
+                partition=grant.partition,
+                epoch=grant.epoch,
+                base_offset=base,
+                end_offset=end,
+                record_count=end - base,
+                size_bytes=10,
+                producer_snapshot=snapshot,
+            )
+            for grant, base, end in spans
+        ]
+        await self.api.announce_buffer(
+            pb.AnnounceBufferRequest(session_id=self.session.session_id, buffer_id=buffer_id, slices=slices)
+        )
+        return buffer_id
+
+    async def write(self, grant: pb.RangeGrant, base: int, end: int, **changes: Any) -> int:
+        """Seals, claims, uploads and registers one span; returns the result."""
+        buffer_id = await self.announce((grant, base, end))
+        ref = segment_ref(grant.topic_id, grant.partition, grant.epoch, base, end, **changes)
+        request = pb.RegisterSegmentsRequest(buffer_id=buffer_id, segments=[ref])
+        return (await self.api.register_segments(request)).results[0]
+
+    async def settle(self, *ends: tuple[pb.RangeGrant, int]) -> None:
+        wal_ends = [
+            pb.WalEnd(topic_id=grant.topic_id, partition=grant.partition, epoch=grant.epoch, end_offset=end)
+            for grant, end in ends
+        ]
+        await self.api.settle_ranges(pb.SettleRangesRequest(session_id=self.session.session_id, ends=wal_ends))
+
+    async def close(self) -> None:
+        await self.api.close_session(pb.CloseSessionRequest(session_id=self.session.session_id))
+
+
+@pytest.fixture
+def open_agent() -> Callable[..., Awaitable[Agent]]:
+    """`await open_agent(api, name)`: a new agent with its session."""
+
+    async def open_agent(api: CoordinatorApi, name: str, address: str = "127.0.0.1:1") -> Agent:
+        return await Agent(api, name, address).open()
+
+    return open_agent
+
+
+@pytest.fixture
+def make_segment() -> Callable[..., types_pb2.SegmentRef]:
+    return segment_ref
+
+
+async def events_of(api: CoordinatorApi, *types: str) -> list[pb.Event]:
+    """All events so far."""
+    last = (await api.get_status(pb.GetStatusRequest())).events_position
+    found: list[pb.Event] = []
+    async for event in api.follow_events(pb.FollowEventsRequest(after_position=0)):
+        if not types or event.type in types:
+            found.append(event)
+        if event.position == last:
+            break
+    return found
+
+
+@pytest.fixture
+def all_events() -> Callable[..., Awaitable[list[pb.Event]]]:
+    return events_of

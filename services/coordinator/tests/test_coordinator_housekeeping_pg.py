@@ -1,0 +1,155 @@
+"""Retention, compaction, orphans and unclean recovery against a real PostgreSQL."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from shproto.v1 import coordinator_pb2 as pb
+from shproto.v1 import types_pb2
+from streamhouse_coordinator.api import CoordinatorApi
+from streamhouse_coordinator.wiring import CoordinatorService
+
+MakeSegment = Callable[..., types_pb2.SegmentRef]
+REGISTERED, FENCED = 1, 3
+
+
+@pytest.fixture
+async def api(slow_expiry: CoordinatorService) -> CoordinatorApi:
+    return slow_expiry.api
+
+
+async def fill(api: CoordinatorApi, agent: Any, spans: int, **changes: Any) -> pb.RangeGrant:
+    grant = (await agent.leads())[0]
+    for number in range(spans):
+        assert await agent.write(grant, 10 * number, 10 * number + 10, **changes) == REGISTERED
+    return grant
+
+
+async def partition(api: CoordinatorApi) -> pb.PartitionInfo:
+    return (await api.describe_topic(pb.DescribeTopicRequest(topic="orders"))).partitions[0]
+
+
+async def test_retention_by_size(api: CoordinatorApi, open_agent: Any) -> None:
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=2, retention_bytes=250))
+    await fill(api, await open_agent(api, "a"), 5)
+    done = await api.apply_retention(pb.ApplyRetentionRequest())
+    assert (done.segments_removed, done.bytes_removed) == (3, 300)
+    now = await partition(api)
+    assert (now.log_start_offset, now.segment_count, now.size_bytes, now.record_count) == (30, 2, 200, 20)
+    done = await api.apply_retention(pb.ApplyRetentionRequest())
+    assert (done.segments_removed, done.bytes_removed) == (0, 0)
+
+
+async def test_retention_by_time(api: CoordinatorApi, open_agent: Any) -> None:
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1, retention_ms=3_600_000))
+    agent = await open_agent(api, "a")
+    grant = (await agent.leads())[0]
+    now_ms = int((await api.list_topics(pb.ListTopicsRequest())).topics[0].created_ms)
+    for number, age_ms in enumerate((7_200_000, 3_700_000, 3_500_000, 9_999_999)):
+        await agent.write(grant, number, number + 1, max_timestamp_ms=now_ms - age_ms)
+    assert (await api.apply_retention(pb.ApplyRetentionRequest())).segments_removed == 2
+    assert (await partition(api)).log_start_offset == 2, "only from the oldest on"
+
+
+async def test_topics_without_retention_keep_everything(api: CoordinatorApi, open_agent: Any) -> None:
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+    await fill(api, await open_agent(api, "a"), 3)
+    assert (await api.apply_retention(pb.ApplyRetentionRequest())).segments_removed == 0
+
+
+def ask(ttl_ms: int = 60_000) -> pb.ClaimCompactionRequest:
+    return pb.ClaimCompactionRequest(
+        worker_id="w", claim_ttl_ms=ttl_ms, small_bytes_max=101, target_bytes=10_000, segments_min=3
+    )
+
+
+def merged(claim: pb.ClaimCompactionResponse, make_segment: MakeSegment) -> pb.RegisterCompactionRequest:
+    first, last = claim.segments[0], claim.segments[-1]
+    ref = make_segment(first.topic_id, first.partition, last.epoch, first.base_offset, last.end_offset, size_bytes=300)
+    ids = [item.segment_id for item in claim.segments]
+    return pb.RegisterCompactionRequest(claim_id=claim.claim_id, replaced_segment_ids=ids, segment=ref)
+
+
+async def test_compaction_replaces_a_run(api: CoordinatorApi, open_agent: Any, make_segment: MakeSegment) -> None:
+    """G8: every registered segment exists; what is replaced is not referred to any more."""
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+    await fill(api, await open_agent(api, "a"), 4)
+    claim = await api.claim_compaction(ask())
+    assert claim.found and [item.base_offset for item in claim.segments] == [0, 10, 20, 30]
+    assert claim.segments[0].topic == "orders" and claim.segments[0].object_key
+    assert not (await api.claim_compaction(ask())).found, "the partition is taken"
+    request = merged(claim, make_segment)
+    for _ in range(2):  # the second one as if the first answer had been lost
+        assert (await api.register_compaction(request)).result == REGISTERED
+    now = await partition(api)
+    assert (now.segment_count, now.size_bytes, now.record_count, now.registered_end) == (1, 300, 40, 40)
+    keys = [item.object_key for item in claim.segments] + [request.segment.object_key, "data/unknown"]
+    unreferenced = await api.filter_unreferenced(pb.FilterUnreferencedRequest(object_keys=keys))
+    assert list(unreferenced.object_keys) == [*keys[:4], "data/unknown"]
+    assert not (await api.claim_compaction(ask())).found, "nothing small is left"
+
+
+async def test_a_compaction_that_lost_a_segment_to_retention_is_fenced(
+    api: CoordinatorApi, open_agent: Any, make_segment: MakeSegment
+) -> None:
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1, retention_bytes=250))
+    await fill(api, await open_agent(api, "a"), 4)
+    claim = await api.claim_compaction(ask())
+    await api.apply_retention(pb.ApplyRetentionRequest())
+    assert (await api.register_compaction(merged(claim, make_segment))).result == FENCED
+    assert (await partition(api)).segment_count == 2
+
+
+async def test_two_compactions_of_the_same_run(
+    two_coordinators: tuple[CoordinatorService, CoordinatorService], open_agent: Any, make_segment: MakeSegment
+) -> None:
+    apis = [service.api for service in two_coordinators]
+    await apis[0].create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+    await fill(apis[0], await open_agent(apis[0], "a"), 4)
+    claims = [item for item in await asyncio.gather(*(api.claim_compaction(ask(100)) for api in apis)) if item.found]
+    assert len(claims) == 1
+    await asyncio.sleep(0.15)
+    claims.append(await apis[1].claim_compaction(ask()))
+    assert claims[1].found, "an expired claim is free"
+    results = await asyncio.gather(
+        *(api.register_compaction(merged(claim, make_segment)) for api, claim in zip(apis, claims, strict=True))
+    )
+    assert sorted(item.result for item in results) == [REGISTERED, FENCED]
+    assert (await partition(apis[0])).record_count == 40
+
+
+async def test_released_and_renewed_compaction_claims(api: CoordinatorApi, open_agent: Any) -> None:
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+    await fill(api, await open_agent(api, "a"), 3)
+    first = await api.claim_compaction(ask(200))
+    await api.renew_claim(pb.RenewClaimRequest(claim_id=first.claim_id, claim_ttl_ms=60_000))
+    await asyncio.sleep(0.25)
+    assert not (await api.claim_compaction(ask())).found
+    await api.release_claim(pb.ReleaseClaimRequest(claim_id=first.claim_id, reason="S3 is away", retry_after_ms=200))
+    assert not (await api.claim_compaction(ask())).found
+    await asyncio.sleep(0.25)
+    second = await api.claim_compaction(ask())
+    await api.release_claim(pb.ReleaseClaimRequest(claim_id=second.claim_id))
+    assert (await api.claim_compaction(ask())).found
+
+
+async def test_unclean_recovery_gives_up_what_nobody_brings_back(
+    coordinator: CoordinatorService, open_agent: Any, all_events: Any
+) -> None:
+    api = coordinator.api
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1, unclean_recovery_after_ms=300))
+    agent = await open_agent(api, "a")
+    grant = (await agent.leads())[0]
+    await agent.write(grant, 0, 10)
+    await agent.close()
+    async with asyncio.timeout(10):
+        while not (lost := await all_events(api, "RangeLost")):
+            await asyncio.sleep(0.02)
+    orphaned = (await all_events(api, "RangeOrphaned"))[0]
+    assert lost[0].created_ms - orphaned.created_ms >= 300
+    ranges = (await partition(api)).ranges
+    assert [(item.status, item.registered_end, item.end_offset) for item in ranges] == [("lost", 10, 1024)]
+    await agent.open({(grant.topic_id, 0, 1): 20})
+    assert await agent.write(grant, 10, 20) == FENCED
+    assert (await agent.leads())[0].start_offset == 1024

@@ -1,0 +1,289 @@
+"""Epochs own offset ranges: restart, takeover, moves and expiry against a real PostgreSQL."""
+
+import asyncio
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from shproto.errors import AgentIdTaken, InvalidArgument, SessionExpired, TopicExists, UnknownTopic
+from shproto.v1 import coordinator_pb2 as pb
+from shproto.v1 import types_pb2
+from streamhouse_coordinator.api import CoordinatorApi
+from streamhouse_coordinator.wiring import CoordinatorService
+
+WIDTH = 1024
+
+
+@pytest.fixture
+async def api(coordinator: CoordinatorService) -> CoordinatorApi:
+    return coordinator.api
+
+
+async def create(api: CoordinatorApi, partitions: int, name: str = "orders", **options: Any) -> bytes:
+    return (await api.create_topic(pb.CreateTopicRequest(topic=name, partitions=partitions, **options))).topic_id
+
+
+async def all_ranges(api: CoordinatorApi) -> dict[int, list[types_pb2.OffsetRange]]:
+    """Of all partitions of all topics, as a reader gets them."""
+    found: dict[int, list[types_pb2.OffsetRange]] = {}
+    async for part in api.get_snapshot(pb.GetSnapshotRequest()):
+        for partition in part.partitions:
+            found.setdefault(partition.partition, []).extend(partition.ranges)
+    return found
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not await condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_restart_with_the_same_log_goes_on_without_a_gap(api: CoordinatorApi, open_agent: Any) -> None:
+    topic_id = await create(api, 1)
+    agent = await open_agent(api, "a")
+    grant = (await agent.leads())[0]
+    assert await agent.write(grant, 0, 10) == pb.REGISTRATION_RESULT_REGISTERED
+    first = agent.session.session_id
+    await agent.open({(topic_id, 0, 1): 25})  # its log holds 15 records more
+    with pytest.raises(SessionExpired):
+        await api.heartbeat(pb.HeartbeatRequest(session_id=first))
+    resumed = agent.session.resumed
+    assert [(r.epoch, r.registered_end, r.end_offset, r.status) for r in resumed] == [(1, 10, 25, "settled")]
+    new = (await agent.leads())[0]
+    assert (new.epoch, new.start_offset, new.limit_offset) == (2, 25, 25 + WIDTH)
+    assert await agent.write(grant, 10, 25) == pb.REGISTRATION_RESULT_REGISTERED, "registration goes on below the end"
+    assert await agent.write(grant, 25, 26) == pb.REGISTRATION_RESULT_FENCED
+    assert [g.epoch for g in await agent.grants()] == [2], "the first range is complete"
+
+
+async def test_takeover_starts_at_the_limit_and_the_old_range_can_still_be_completed(
+    api: CoordinatorApi, open_agent: Any
+) -> None:
+    topic_id = await create(api, 1)
+    one, two = await open_agent(api, "a"), await open_agent(api, "b")
+    leader, other = (one, two) if await one.leads() else (two, one)
+    old = (await leader.leads())[0]
+    assert await leader.write(old, 0, 10) == pb.REGISTRATION_RESULT_REGISTERED
+
+    async def taken_over() -> bool:
+        await other.heartbeat()
+        return bool(await other.leads())
+
+    await until(taken_over)
+    new = (await other.leads())[0]
+    assert (new.epoch, new.start_offset) == (2, old.limit_offset)
+    assert [(r.epoch, r.status) for r in (await all_ranges(api))[0]] == [(1, "orphaned"), (2, "open")]
+    assert await other.write(new, new.start_offset, new.start_offset + 5) == pb.REGISTRATION_RESULT_REGISTERED
+    await leader.open({(topic_id, 0, 1): 20})
+    assert [(r.epoch, r.end_offset) for r in leader.session.resumed] == [(1, 20)]
+    assert await leader.write(old, 10, 20) == pb.REGISTRATION_RESULT_REGISTERED
+    ranges = (await all_ranges(api))[0]
+    assert [(r.epoch, r.status, r.start_offset, r.registered_end) for r in ranges[:2]] == [
+        (1, "settled", 0, 20),
+        (2, "open", WIDTH, WIDTH + 5),
+    ]
+
+
+async def test_topics_with_durable_acks_fail_over_without_a_gap(api: CoordinatorApi, open_agent: Any) -> None:
+    await create(api, 1, min_acks=types_pb2.ACKS_DURABLE)
+    agent = await open_agent(api, "a")
+    old = (await agent.leads())[0]
+    await agent.write(old, 0, 10)
+    await agent.announce((old, 10, 20), snapshot=b"of records that were never acknowledged")
+
+    async def swept() -> bool:
+        return (await api.get_status(pb.GetStatusRequest())).leases[0].status == "unassigned"
+
+    await until(swept)
+    other = await open_agent(api, "b")
+    new = (await other.leads())[0]
+    assert (new.epoch, new.start_offset, new.producer_snapshot) == (2, 10, b"")
+    assert await agent_write_without_session(api, old, 10, 20) == pb.REGISTRATION_RESULT_FENCED, "a zombie's upload"
+
+
+async def agent_write_without_session(api: CoordinatorApi, grant: pb.RangeGrant, base: int, end: int) -> int:
+    ref = types_pb2.SegmentRef(
+        segment_id="00000000-0000-0000-0000-000000000001",
+        topic_id=grant.topic_id,
+        partition=grant.partition,
+        epoch=grant.epoch,
+        base_offset=base,
+        end_offset=end,
+        record_count=end - base,
+        object_key="data/zombie",
+        size_bytes=1,
+    )
+    return (await api.register_segments(pb.RegisterSegmentsRequest(segments=[ref]))).results[0]
+
+
+async def test_a_second_agent_gets_half_by_graceful_moves(api: CoordinatorApi, open_agent: Any) -> None:
+    await create(api, 4)
+    one = await open_agent(api, "a")
+    version = (await one.heartbeat()).grants_version
+    assert len(await one.leads()) == 4
+    two = await open_agent(api, "b")
+    assert (await one.heartbeat()).grants_version > version
+    leads = await one.leads()
+    moving = [grant for grant in leads.values() if grant.status == "moving"]
+    assert [grant.partition for grant in moving] == [2, 3] and await two.leads() == {}
+    status = await api.get_status(pb.GetStatusRequest())
+    assert [lease.status for lease in status.leases] == ["active", "active", "moving", "moving"]
+    await one.write(moving[0], 0, 7)
+    await one.settle((moving[0], 7), (moving[1], 0))
+    await one.settle((moving[0], 7), (moving[1], 0))  # a repeat changes nothing
+    assert {number: grant.start_offset for number, grant in (await two.leads()).items()} == {2: 7, 3: 0}
+    assert sorted(await one.leads()) == [0, 1]
+
+
+async def test_closing_without_settling_orphans(api: CoordinatorApi, open_agent: Any) -> None:
+    await create(api, 2)
+    agent = await open_agent(api, "a")
+    grants = await agent.leads()
+    await agent.settle((grants[0], 5))
+    assert sorted(await agent.leads()) == [0, 1], "nobody else is there: it leads again, from the end it declared"
+    await agent.close()
+    await agent.close()
+    by_status = {number: [r.status for r in ranges] for number, ranges in (await all_ranges(api)).items()}
+    assert by_status == {0: ["settled", "orphaned"], 1: ["orphaned"]}
+    metadata = await api.get_metadata(pb.GetMetadataRequest(topics=["orders"]))
+    assert [leader.address for leader in metadata.topics[0].leaders] == ["", ""]
+
+
+async def test_heartbeats_extend_ranges_that_run_out(api: CoordinatorApi, open_agent: Any) -> None:
+    topic_id = await create(api, 1)
+    agent = await open_agent(api, "a")
+    use = pb.RangeUse(topic_id=topic_id, partition=0, epoch=1, next_offset=800)
+    for _ in range(2):  # the second one as if the first answer had been lost
+        extended = (await agent.heartbeat(use)).extended
+        assert [(grant.epoch, grant.limit_offset) for grant in extended] == [(1, 2 * WIDTH)]
+
+
+async def test_agent_ids_belong_to_one_log(api: CoordinatorApi, open_agent: Any) -> None:
+    agent = await open_agent(api, "a")
+    with pytest.raises(AgentIdTaken):
+        await open_agent(api, "a")
+    await agent.close()
+    await open_agent(api, "a")
+
+
+@pytest.mark.parametrize("alive", [False, True])
+async def test_a_dead_process_is_replaced_before_its_lease_runs_out(
+    slow_expiry: CoordinatorService, open_agent: Any, alive: bool
+) -> None:
+    api = slow_expiry.api
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    agent = await open_agent(api, "a", f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    request = pb.FollowEventsRequest(after_position=0, session_id=agent.session.session_id)
+    stream = api.follow_events(request)
+    await anext(stream)
+    if not alive:
+        server.close()
+        await server.wait_closed()
+    await stream.aclose()
+
+    async def gone() -> bool:
+        return not (await api.get_status(pb.GetStatusRequest())).sessions
+
+    if alive:
+        await asyncio.sleep(0.3)
+        assert not await gone()
+        server.close()
+    else:
+        await until(gone)
+
+
+async def test_topics_are_made_once(api: CoordinatorApi) -> None:
+    await create(api, 1)
+    with pytest.raises(TopicExists):
+        await create(api, 1)
+    with pytest.raises(UnknownTopic):
+        await api.describe_topic(pb.DescribeTopicRequest(topic="nope"))
+    with pytest.raises(UnknownTopic):
+        await api.get_metadata(pb.GetMetadataRequest(topics=["orders", "nope"]))
+    with pytest.raises(UnknownTopic):
+        await api.delete_topic(pb.DeleteTopicRequest(topic="nope"))
+
+
+async def test_a_topic_made_again_is_another_topic(api: CoordinatorApi, open_agent: Any) -> None:
+    first = await create(api, 1)
+    agent = await open_agent(api, "a")
+    grant = (await agent.leads())[0]
+    await agent.write(grant, 0, 10)
+    buffer_id = await agent.announce((grant, 10, 20))
+    await api.delete_topic(pb.DeleteTopicRequest(topic="orders"))
+    assert await agent.grants() == []
+    assert not (await api.claim_buffer(pb.ClaimBufferRequest(worker_id="w", claim_ttl_ms=1000))).found
+    assert (await api.get_status(pb.GetStatusRequest())).buffers_waiting == 0, f"{buffer_id} is done: fenced"
+    second = await create(api, 2)
+    assert first != second
+    assert {g.partition: (g.epoch, g.start_offset) for g in await agent.grants()} == {0: (1, 0), 1: (1, 0)}
+    described = await api.describe_topic(pb.DescribeTopicRequest(topic="orders"))
+    assert [p.segment_count for p in described.partitions] == [0, 0]
+    assert await agent_write_without_session(api, grant, 10, 20) == pb.REGISTRATION_RESULT_FENCED
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pb.OpenSessionRequest(agent_id="", role="ingest", wal_id=b"1" * 16),
+        pb.OpenSessionRequest(agent_id="a", role="chef"),
+        pb.OpenSessionRequest(agent_id="a", role="ingest", wal_id=b"short"),
+        pb.OpenSessionRequest(agent_id="a", role="query", wal_id=b"1" * 16),
+        pb.OpenSessionRequest(agent_id="a\0", role="query"),
+    ],
+)
+async def test_sessions_that_make_no_sense(api: CoordinatorApi, request_: pb.OpenSessionRequest) -> None:
+    with pytest.raises(InvalidArgument):
+        await api.open_session(request_)
+
+
+async def test_addresses_in_metadata(coordinator: CoordinatorService, api: CoordinatorApi) -> None:
+    await coordinator.open_session("127.0.0.1:7070")
+    await api.open_session(pb.OpenSessionRequest(agent_id="q", role="query", address="127.0.0.1:7071"))
+    metadata = await api.get_metadata(pb.GetMetadataRequest())
+    assert list(metadata.query_addresses) == ["127.0.0.1:7071"]
+    assert list(metadata.coordinator_addresses) == ["127.0.0.1:7070"]
+
+
+async def test_producer_ids_are_given_once(two_coordinators: tuple[CoordinatorService, CoordinatorService]) -> None:
+    asked = [service.api.init_producer(pb.InitProducerRequest()) for service in two_coordinators * 5]
+    ids = [answer.producer_id for answer in await asyncio.gather(*asked)]
+    assert len(set(ids)) == 10 and min(ids) > 0
+
+
+async def test_ranges_stay_disjoint_when_everything_happens_at_once(
+    two_coordinators: tuple[CoordinatorService, CoordinatorService], open_agent: Any
+) -> None:
+    """G2, G4: offsets are never given to two epochs, whoever decides, however often sessions are opened."""
+    apis = [service.api for service in two_coordinators]
+    await create(apis[0], 6)
+    agents = [await open_agent(apis[number % 2], f"agent-{number}") for number in range(4)]
+
+    async def live(agent: Any, number: int) -> None:
+        for turn in range(4):
+            for grant in (await agent.leads()).values():
+                end = grant.start_offset + 3 + turn
+                await agent.write(grant, grant.registered_end, max(end, grant.registered_end + 1))
+                if grant.status == "moving":
+                    await agent.settle((grant, max(end, grant.registered_end + 1)))
+            if (turn + number) % 3 == 0:
+                await agent.open()
+            if number == 3 and turn == 1:
+                await agent.close()
+                await agent.open()
+
+    async def topics() -> None:
+        for number in range(4):
+            await create(apis[number % 2], 2, f"other-{number}")
+            await apis[(number + 1) % 2].delete_topic(pb.DeleteTopicRequest(topic=f"other-{number}"))
+
+    await asyncio.gather(topics(), *(live(agent, number) for number, agent in enumerate(agents)))
+    described = await apis[0].describe_topic(pb.DescribeTopicRequest(topic="orders"))
+    ranges = await all_ranges(apis[1])
+    for partition in described.partitions:
+        of_partition = sorted(ranges[partition.partition], key=lambda item: item.epoch)
+        assert len([item for item in of_partition if item.status == "open"]) <= 1
+        for one, other in pairwise(of_partition):
+            end = one.end_offset if one.status == "settled" else one.limit_offset
+            assert end <= other.start_offset
+            assert one.start_offset <= one.registered_end <= end
