@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from shproto.errors import ShuttingDown, StreamHouseError, Unavailable
+from shproto.errors import ShuttingDown, Unavailable
 from shproto.services import CoordinatorApi
-from shproto.v1 import coordinator_pb2
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import Clock
 from shruntime.settings import MIB
@@ -28,7 +27,7 @@ from streamhouse_ingest.moves import Moves
 from streamhouse_ingest.ranges import Ranges
 from streamhouse_ingest.sealer import Sealer, SessionHolder
 from streamhouse_ingest.service import ProduceService
-from streamhouse_ingest.session import Identity, Session, wal_ends
+from streamhouse_ingest.session import Identity, Session
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.tail import TailReader
 from streamhouse_ingest.topics import TopicLookup
@@ -113,11 +112,11 @@ class Agent:
         for partition_key, states in replayed.replay.producers.items():
             logs.producers(partition_key).merge(states)
         for key, found in sorted(replayed.replay.logs.items()):
-            base_offset = found.buffers[0].base_offset
-            restored = PartitionLog(key, "", base_offset, base_offset, logs.producers(key.partition_key))
-            restored.restore(found.buffers)
+            first_offset = found.first_offset
+            restored = PartitionLog(key, "", first_offset, first_offset, logs.producers(key.partition_key))
+            restored.restore(found.buffers, found.end_offset)
             logs.hold(restored)
-            log.info("replayed %s: offsets %d to %d", restored.describe(), base_offset, restored.next_offset)
+            log.info("replayed %s: offsets %d to %d", restored.describe(), first_offset, restored.next_offset)
 
     def _build(self, directory: WalDirectory, replayed: Replayed, address: str) -> Running:
         s = self._settings
@@ -256,18 +255,6 @@ class Agent:
                 sum(held.log.unregistered_bytes for held in running.logs),
                 timeout_ms,
             )
-        await self._settle(running)
-
-    async def _settle(self, running: Running) -> None:
-        """Lets the next leaders go on where this agent ends, without a gap."""
-        open_ones = [held for held in running.logs if held.log.settled_end is None]
-        if not open_ones or not running.holder.session_id:
-            return
-        request = coordinator_pb2.SettleRangesRequest(session_id=running.holder.session_id, ends=wal_ends(open_ones))
-        try:
-            await self._coordinator.settle_ranges(request)
-        except StreamHouseError as error:
-            log.warning("ranges could not be settled, the next start will: %s", error.message)
 
     async def _close_log(self, running: Running) -> None:
         loop = asyncio.get_running_loop()

@@ -20,7 +20,7 @@ from shproto.errors import (
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import Clock
-from shruntime.telemetry import current_traceparent
+from shruntime.telemetry import context_of, current_traceparent
 
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
@@ -97,7 +97,7 @@ class ProduceService:
         self._check_timestamp(header)
         timeout_ms = request.timeout_ms or self._settings.produce_timeout_ms
         written = None if acks == types_pb2.ACKS_NONE else asyncio.get_running_loop().create_future()
-        span, traceparent = _start_span(held)
+        span, traceparent = _start_span(held, request.trace_context)
         durable = acks == types_pb2.ACKS_DURABLE
         try:
             self._writer.submit(Append(held, header, batch, durable=durable, traceparent=traceparent, written=written))
@@ -233,12 +233,13 @@ class ProduceService:
             raise InvalidBatch(f"these records make no batch: {error}", at=error.at, what=error.what) from error
 
 
-def _start_span(held: HeldLog) -> tuple[trace.Span, str]:
-    """`ingest.append` and its traceparent, where the caller's span is recorded; else nothing that costs anything."""
-    if not trace.get_current_span().is_recording():
+def _start_span(held: HeldLog, trace_context: str) -> tuple[trace.Span, str]:
+    """`ingest.append` and its traceparent, where the producer's or the call's span is recorded; else nothing."""
+    if not trace_context and not trace.get_current_span().is_recording():
         return trace.INVALID_SPAN, ""
-    attributes: dict[str, str | int] = {"streamhouse.topic": held.log.topic, "streamhouse.partition": held.log.key.partition}
-    span = tracer.start_span("ingest.append", attributes=attributes)
+    span = tracer.start_span("ingest.append", context_of(trace_context) if trace_context else None)
+    span.set_attribute("streamhouse.topic", held.log.topic)
+    span.set_attribute("streamhouse.partition", held.log.key.partition)
     with trace.use_span(span):
         return span, current_traceparent()
 

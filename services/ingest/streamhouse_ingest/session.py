@@ -174,13 +174,17 @@ class Session:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self) -> None:
-        """Gives the session back, if the coordinator answers; else it expires."""
+        """Gives session and ranges back, if the coordinator answers: the next leaders go on where this agent ends.
+
+        Else the session expires, and the next start settles. Nothing may be appended any more.
+        """
         session_id = self._holder.session_id
         self._holder.set("")
         self._lease.drop()
         if session_id:
             try:
-                await self._coordinator.close_session(pb.CloseSessionRequest(session_id=session_id))
+                ends = wal_ends(held for held in self._logs if held.log.settled_end is None)
+                await self._coordinator.close_session(pb.CloseSessionRequest(session_id=session_id, ends=ends))
             except StreamHouseError as error:
                 log.warning("the session could not be closed, it will expire: %s", error.message)
 

@@ -1,17 +1,19 @@
 """A coordinator and a segmenter in memory: the calls an ingest agent makes, with the rules of registration."""
 
 import asyncio
+import os
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import pytest
 from shformat import Records, decode_batch
 from shproto import events
-from shproto.errors import AgentIdTaken, SessionExpired, StreamHouseError, Unavailable, UnknownTopic
+from shproto.errors import AgentIdTaken, SessionExpired, Unavailable, UnknownTopic
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import ingest_pb2, types_pb2
+from shruntime.clock import Clock
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.wiring import IngestService, build
 
@@ -249,6 +251,8 @@ class CoordinatorStandIn:
     async def close_session(self, request: pb.CloseSessionRequest) -> pb.CloseSessionResponse:
         self._called("close_session")
         self.sessions.pop(request.session_id, None)
+        for end in request.ends:
+            self.settle(self.ranges[(end.topic_id, end.partition, end.epoch)], end.end_offset)
         for row in self.ranges.values():
             if row.status == "open":
                 row.status = "orphaned"
@@ -382,8 +386,10 @@ def settings(directory: object, **overrides: Any) -> IngestSettings:
     return IngestSettings.load({}, **(values | overrides))
 
 
-async def started(directory: object, coordinator: CoordinatorStandIn, **overrides: Any) -> IngestService:
-    service = build(settings(directory, **overrides), coordinator)  # type: ignore[arg-type]
+async def started(
+    directory: object, coordinator: CoordinatorStandIn, *, clock: Clock | None = None, **overrides: Any
+) -> IngestService:
+    service = build(settings(directory, **overrides), coordinator, clock)  # type: ignore[arg-type]
     await service.start("127.0.0.1:1")
     return service
 
@@ -395,8 +401,6 @@ async def kill(service: IngestService) -> None:
     service.agent._thread.shutdown(wait=True)
     running.directory.close()
     if running.wal._fd >= 0:
-        import os
-
         os.close(running.wal._fd)
 
 
@@ -407,5 +411,11 @@ async def eventually(condition: Any, timeout_s: float = 5.0) -> None:
             await asyncio.sleep(0.002)
 
 
-def refused(kind: type[StreamHouseError]) -> Any:
-    return pytest.raises(kind)
+def wal_files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.wal"))
+
+
+def flip_bit(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x40
+    path.write_bytes(data)

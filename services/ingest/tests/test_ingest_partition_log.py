@@ -101,7 +101,7 @@ def test_gaps_of_a_replay_are_lost_spans_until_registration_has_passed_them():
     first, second = Buffer(10, 0), Buffer(30, 0)
     first.append(5, WalPosition(1, 0, 50), None)
     second.append(5, WalPosition(1, 90, 50), None)
-    log.restore([first, second])
+    log.restore([first, second], 35)
     log.name("orders", 0, 2)
     log.extend(1000)
     assert log.lost_spans() == [Span(0, 10), Span(15, 30)]
@@ -178,7 +178,9 @@ class LogMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.registered_end < self.sealed_end)
     @rule(data=st.data())
     def register(self, data: st.DataObject) -> None:
-        ends = [base + count for base, count, _ in self.batches if self.registered_end < base + count <= self.sealed_end]
+        ends = [
+            base + count for base, count, _ in self.batches if self.registered_end < base + count <= self.sealed_end
+        ]
         self.registered_end = data.draw(st.sampled_from(ends))
         self.log.register(self.registered_end)
 

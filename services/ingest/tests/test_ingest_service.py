@@ -2,67 +2,769 @@
 
 import asyncio
 import contextlib
+import errno
+import os
+import resource
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
-from ingest_standins import CoordinatorStandIn, SegmenterStandIn, eventually, kill, pull, started
-from shformat import Records, decode_batch, encode_batch
+import pytest
+from ingest_standins import (
+    CoordinatorStandIn,
+    SegmenterStandIn,
+    eventually,
+    flip_bit,
+    kill,
+    pull,
+    started,
+    wal_files,
+)
+from shformat import ProducerStamp, Records, decode_batch, encode_batch
+from shproto import errors
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
+from shruntime.clock import ManualClock
+from streamhouse_ingest.adapters.wal_directory import WalLocked
+from streamhouse_ingest.wiring import IngestService
+
+WAL, DURABLE, NONE = types_pb2.ACKS_WAL, types_pb2.ACKS_DURABLE, types_pb2.ACKS_NONE
 
 
-def batch(*values: bytes, **kwargs: object) -> bytes:
-    return encode_batch(Records.from_lists(list(values), timestamps_ms=1000), **kwargs)  # type: ignore[arg-type]
+def batch(*values: bytes, timestamp_ms: int = 1000, stamp: ProducerStamp | None = None) -> bytes:
+    return encode_batch(Records.from_lists(list(values), timestamps_ms=timestamp_ms), producer=stamp)
 
 
-def request(*values: bytes, partition: int = 0, acks: int = 0, topic: str = "orders") -> pb.ProduceRequest:
-    return pb.ProduceRequest(topic=topic, partition=partition, acks=acks, batch=batch(*values))  # type: ignore[arg-type]
+def request(
+    *values: bytes,
+    partition: int = 0,
+    acks: int = 0,
+    topic: str = "orders",
+    stamp: ProducerStamp | None = None,
+    timeout_ms: int = 0,
+) -> pb.ProduceRequest:
+    return pb.ProduceRequest(
+        topic=topic,
+        partition=partition,
+        acks=acks,  # type: ignore[arg-type]
+        batch=batch(*values, stamp=stamp),
+        timeout_ms=timeout_ms,
+    )
 
 
-async def led(service, topic: str = "orders", partition: int = 0) -> None:
+async def led(service: IngestService, topic: str = "orders", partition: int = 0) -> None:
     await eventually(lambda: service.agent.running().logs.led(topic, partition) is not None)
 
 
-async def test_a_batch_is_acknowledged_read_from_the_tail_sealed_registered_and_trimmed(tmp_path: Path):
-    coordinator = CoordinatorStandIn()
-    topic_id = coordinator.create("orders")
+async def read(service: IngestService, topic_id: bytes, offset: int, **kwargs: int) -> pb.ReadTailResponse:
+    return await service.api.read_tail(pb.ReadTailRequest(topic_id=topic_id, partition=0, offset=offset, **kwargs))
+
+
+def values_of(response: pb.ReadTailResponse) -> list[bytes | None]:
+    return [value for b in response.batches for value in decode_batch(b).values.to_list()]
+
+
+@contextlib.asynccontextmanager
+async def running(
+    directory: Path, coordinator: CoordinatorStandIn, **overrides: object
+) -> AsyncIterator[IngestService]:
+    """An agent that leads orders/0; killed at the end, not drained."""
+    service = await started(directory, coordinator, **overrides)
+    try:
+        await led(service)
+        yield service
+    finally:
+        await kill(service)
+
+
+@contextlib.asynccontextmanager
+async def draining(segmenter: SegmenterStandIn) -> AsyncIterator[None]:
+    task = asyncio.create_task(segmenter.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture
+def coordinator() -> CoordinatorStandIn:
+    return CoordinatorStandIn()
+
+
+@pytest.fixture
+def topic_id(coordinator: CoordinatorStandIn) -> bytes:
+    return coordinator.create("orders", 2)
+
+
+# ---- the way of a batch
+
+
+async def test_a_batch_is_acknowledged_read_from_the_tail_sealed_registered_and_trimmed(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
     service = await started(tmp_path, coordinator)
     await led(service)
     first = await service.api.produce(request(b"a", b"b"))
     second = await service.api.produce(request(b"c"))
     assert (first.base_offset, first.record_count, second.base_offset, second.epoch) == (0, 2, 2, 1)
-    tail = await service.api.read_tail(pb.ReadTailRequest(topic_id=topic_id, partition=0, offset=1))
-    assert [decode_batch(b).values.to_list() for b in tail.batches] == [[b"a", b"b"], [b"c"]]
-    assert tail.high_watermark == 3
+    tail = await read(service, topic_id, 1)
+    assert values_of(tail) == [b"a", b"b", b"c"]
+    assert (tail.high_watermark, tail.tail_start_offset) == (3, 0)
     segmenter = SegmenterStandIn(coordinator, service)
-    drain = asyncio.create_task(segmenter.run())
-    durable = await service.api.produce(request(b"d", acks=types_pb2.ACKS_DURABLE))
-    assert durable.base_offset == 3
-    await service.stop()
-    drain.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await drain
+    async with draining(segmenter):
+        durable = await service.api.produce(request(b"d", acks=DURABLE))
+        assert durable.base_offset == 3
+        assert values_of(await read(service, topic_id, 0)) == [b"a", b"b", b"c", b"d"], "kept for readers"
+        await service.stop()
     assert [r.values.to_list() for r in segmenter.segments.values()] == [[b"a", b"b", b"c", b"d"]]
-    assert not list(tmp_path.glob("*.wal"))
+    assert not wal_files(tmp_path)
     assert coordinator.ranges[(topic_id, 0, 1)].end == 4
+    with pytest.raises(errors.ShuttingDown):
+        await service.api.produce(request(b"e"))
 
 
-async def test_after_a_crash_everything_acknowledged_is_there_at_its_offset(tmp_path: Path):
-    coordinator = CoordinatorStandIn()
-    topic_id = coordinator.create("orders")
-    service = await started(tmp_path, coordinator)
+async def test_g1_after_a_crash_everything_acknowledged_is_there_at_its_offset(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator) as service:
+        for i in range(10):
+            assert (await service.api.produce(request(b"%d" % i, acks=WAL))).base_offset == i
+    async with running(tmp_path, coordinator) as service:
+        assert coordinator.ranges[(topic_id, 0, 1)].end == 10
+        answer = await service.api.produce(request(b"new"))
+        assert (answer.base_offset, answer.epoch) == (10, 2)
+        assert values_of(await read(service, topic_id, 4)) == [b"%d" % i for i in range(4, 10)]
+        assert values_of(await read(service, topic_id, 10)) == [b"new"]
+        segmenter = SegmenterStandIn(coordinator, service)
+        await eventually(lambda: coordinator.buffers)
+        await segmenter.drain()
+        assert segmenter.segments[(topic_id, 0, 1, 0)].values.to_list() == [b"%d" % i for i in range(10)]
+        assert (await pull(service, (topic_id, 0, 2), 10, 11)).values.to_list() == [b"new"]
+
+
+async def test_plain_records_are_encoded_by_the_server(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    plain = types_pb2.RecordList(
+        records=[
+            types_pb2.Record(key=b"k", value=b"v", timestamp_ms=5, headers=[types_pb2.Header(key="h", value=b"1")]),
+            types_pb2.Record(value=b""),
+            types_pb2.Record(key=b"gone", headers=[types_pb2.Header(key="null")]),
+        ]
+    )
+    async with running(tmp_path, coordinator) as service:
+        before = int(time.time() * 1000)
+        answer = await service.api.produce(pb.ProduceRequest(topic="orders", records=plain))
+        assert (answer.base_offset, answer.record_count) == (0, 3)
+        (found,) = (await read(service, topic_id, 0)).batches
+    records = decode_batch(found)
+    assert records.values.to_list() == [b"v", b"", None]
+    assert records.keys.to_list() == [b"k", None, b"gone"]
+    assert records.headers is not None
+    assert records.headers.to_list() == [[("h", b"1")], [], [("null", None)]]
+    assert records.timestamps_ms[0] == 5
+    assert before <= records.timestamps_ms[1] <= time.time() * 1000
+
+
+async def test_acks_none_is_answered_at_once_and_still_written(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    coordinator.topics["orders"].min_acks = NONE
+    async with running(tmp_path, coordinator) as service:
+        assert (await service.api.produce(request(b"a", acks=NONE))).base_offset == -1
+        found = await read(service, topic_id, 0, max_wait_ms=2000)
+        assert values_of(found) == [b"a"]
+
+
+async def test_a_stream_answers_in_order_with_errors_in_their_place(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async def requests() -> AsyncIterator[pb.ProduceRequest]:
+        for i in range(200):
+            if i == 50:
+                yield pb.ProduceRequest(topic="orders", batch=b"nonsense")
+            elif i == 60:
+                yield request(b"x", partition=9)
+            else:
+                yield request(b"%d" % i, partition=i % 2)
+
+    async with running(tmp_path, coordinator, stream_requests_in_flight_max=8) as service:
+        await led(service, partition=1)
+        answers = [answer async for answer in service.api.produce_stream(requests())]
+    assert [a.error.reason for a in answers if a.HasField("error")] == ["INVALID_BATCH", "UNKNOWN_PARTITION"]
+    assert answers[50].error.reason == "INVALID_BATCH"
+    for partition in (0, 1):
+        offsets = [a.base_offset for a in answers if a.partition == partition and not a.HasField("error")]
+        assert offsets == list(range(len(offsets)))
+
+
+async def test_a_stream_that_is_given_up_leaves_nothing_running(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id
+):
+    async def requests() -> AsyncIterator[pb.ProduceRequest]:
+        while True:
+            yield request(b"v")
+
+    async with running(tmp_path, coordinator) as service:
+        async with contextlib.aclosing(service.api.produce_stream(requests())) as stream:
+            for _ in range(10):
+                await anext(stream)
+        assert not [task for task in asyncio.all_tasks() if "_feed" in repr(task.get_coro())]
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [
+        (pb.ProduceRequest(topic="nobody", batch=b"x"), errors.UnknownTopic),
+        (pb.ProduceRequest(topic="", batch=b"x"), errors.InvalidArgument),
+        (pb.ProduceRequest(topic="x" * 250, batch=b"x"), errors.InvalidArgument),
+        (pb.ProduceRequest(topic="orders", partition=2, batch=b"x"), errors.UnknownPartition),
+        (pb.ProduceRequest(topic="orders", batch=b""), errors.InvalidBatch),
+        (pb.ProduceRequest(topic="orders", batch=batch(b"v")[:-1]), errors.InvalidBatch),
+        (pb.ProduceRequest(topic="orders", batch=batch(b"v") * 2), errors.InvalidBatch),
+        (
+            pb.ProduceRequest(topic="orders", batch=b"X" + batch(b"v")[1:20] + b"ZZZZ" + batch(b"v")[24:]),
+            errors.InvalidBatch,
+        ),
+        (pb.ProduceRequest(topic="orders", batch=bytes(3000)), errors.BatchTooLarge),
+        (pb.ProduceRequest(topic="orders"), errors.InvalidArgument),
+        (pb.ProduceRequest(topic="orders", records=types_pb2.RecordList()), errors.InvalidArgument),
+        (pb.ProduceRequest(topic="orders", acks=NONE, batch=batch(b"v")), errors.AcksTooWeak),
+        (pb.ProduceRequest(topic="orders", acks=17, batch=batch(b"v")), errors.InvalidArgument),  # type: ignore[arg-type]
+        (pb.ProduceRequest(topic="orders", batch=batch(b"v", timestamp_ms=2**62)), errors.InvalidArgument),
+    ],
+)
+async def test_bad_requests_are_refused_and_leave_nothing(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, bad: pb.ProduceRequest, kind: type
+):
+    async with running(tmp_path, coordinator, batch_bytes_max=2048) as service:
+        with pytest.raises(kind) as caught:
+            await service.api.produce(bad)
+        assert caught.value.message
+        assert (await read(service, topic_id, 0)).high_watermark == 0
+        assert (await service.api.produce(request(b"good"))).base_offset == 0
+
+
+async def test_negative_timestamps_are_as_good_as_any(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
+    async with running(tmp_path, coordinator) as service:
+        answer = await service.api.produce(pb.ProduceRequest(topic="orders", batch=batch(b"v", timestamp_ms=-(2**63))))
+        assert answer.base_offset == 0
+
+
+async def test_a_batch_with_gaps_in_its_offsets_is_refused(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    gapped = encode_batch(Records.from_lists([b"a", b"b"], offsets=[0, 5]))
+    async with running(tmp_path, coordinator) as service:
+        with pytest.raises(errors.InvalidBatch, match="gaps"):
+            await service.api.produce(pb.ProduceRequest(topic="orders", batch=gapped))
+
+
+async def test_a_name_nobody_knows_is_asked_for_once_a_second(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator) as service:
+        answers = await asyncio.gather(
+            *(service.api.produce(request(b"v", topic="nobody")) for _ in range(50)), return_exceptions=True
+        )
+        assert all(isinstance(answer, errors.UnknownTopic) for answer in answers)
+        assert coordinator.calls["get_metadata"] == 1
+
+
+async def test_a_partition_led_elsewhere_says_so(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
+    async with running(tmp_path, coordinator) as service:
+        row = coordinator.ranges[(topic_id, 1, 1)]
+        row.agent_id, row.wal_id = "agent-2", b"2" * 16
+        await service.agent.running().session.reconcile()
+        with pytest.raises(errors.NotLeader) as caught:
+            await service.api.produce(request(b"v", partition=1))
+        assert caught.value.details == {"topic": "orders", "partition": "1"}
+
+
+async def test_a_topic_just_created_is_found_before_its_event_arrives(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    async with running(tmp_path, coordinator) as service:
+        monkeypatch.setattr(coordinator, "emit", lambda event: None)
+        coordinator.create("late")
+        assert (await service.api.produce(request(b"v", topic="late"))).base_offset == 0
+
+
+# ---- idempotent producers (G5)
+
+
+async def test_g5_a_retry_gets_the_original_offset_also_after_a_crash(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    stamps = [ProducerStamp(7, 0, i * 2) for i in range(3)]
+    async with running(tmp_path, coordinator) as service:
+        for i, stamp in enumerate(stamps):
+            assert (await service.api.produce(request(b"a", b"b", stamp=stamp))).base_offset == i * 2
+        again = await service.api.produce(request(b"a", b"b", stamp=stamps[1]))
+        assert (again.base_offset, again.duplicate) == (2, True)
+    async with running(tmp_path, coordinator) as service:
+        again = await service.api.produce(request(b"a", b"b", stamp=stamps[2]))
+        assert (again.base_offset, again.duplicate) == (4, True)
+        with pytest.raises(errors.SequenceGap) as caught:
+            await service.api.produce(request(b"c", stamp=ProducerStamp(7, 0, 9)))
+        assert caught.value.details["expected"] == "6"
+        assert (await service.api.produce(request(b"c", stamp=ProducerStamp(7, 1, 0)))).base_offset == 6
+        with pytest.raises(errors.ProducerFenced):
+            await service.api.produce(request(b"c", stamp=ProducerStamp(7, 0, 6)))
+
+
+async def test_g5_the_next_leader_knows_the_producers_from_the_snapshot(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    stamp = ProducerStamp(7, 0, 0)
+    service = await started(tmp_path / "a", coordinator)
     await led(service)
-    for i in range(10):
-        answer = await service.api.produce(request(b"%d" % i, acks=types_pb2.ACKS_WAL))
-        assert answer.base_offset == i
+    async with draining(SegmenterStandIn(coordinator, service)):
+        assert (await service.api.produce(request(b"a", stamp=stamp))).base_offset == 0
+        await service.stop()
+    async with running(tmp_path / "b", coordinator, agent_id="agent-2") as other:
+        again = await other.api.produce(request(b"a", stamp=stamp))
+        assert (again.base_offset, again.duplicate, again.epoch) == (0, True, 2)
+        durable = await other.api.produce(request(b"a", stamp=stamp, acks=DURABLE, timeout_ms=1000))
+        assert durable.duplicate, "the original is registered"
+
+
+async def test_retries_within_one_group_are_written_once(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator) as service:
+        answers = await asyncio.gather(
+            *(service.api.produce(request(b"a", stamp=ProducerStamp(7, 0, 0))) for _ in range(5))
+        )
+        assert [a.base_offset for a in answers] == [0] * 5
+        assert sorted(a.duplicate for a in answers) == [False, True, True, True, True]
+
+
+# ---- durable acks
+
+
+async def test_a_durable_ack_in_vain_leaves_the_record_and_a_retry_finds_it(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    stamp = ProducerStamp(7, 0, 0)
+    async with running(tmp_path, coordinator) as service:
+        with pytest.raises(errors.DurableTimeout):
+            await service.api.produce(request(b"a", acks=DURABLE, stamp=stamp, timeout_ms=60))
+        assert values_of(await read(service, topic_id, 0)) == [b"a"]
+        async with draining(SegmenterStandIn(coordinator, service)):
+            again = await service.api.produce(request(b"a", acks=DURABLE, stamp=stamp))
+            assert (again.base_offset, again.duplicate) == (0, True)
+
+
+async def test_a_topic_that_wants_durable_gets_it_by_default(tmp_path: Path, coordinator: CoordinatorStandIn):
+    coordinator.create("orders", min_acks=DURABLE)
+    async with running(tmp_path, coordinator) as service:
+        with pytest.raises(errors.AcksTooWeak):
+            await service.api.produce(request(b"a", acks=WAL))
+        segmenter = SegmenterStandIn(coordinator, service)
+        async with draining(segmenter):
+            await asyncio.gather(*(service.api.produce(request(b"%d" % i)) for i in range(20)))
+        assert len(segmenter.segments) <= 2, "those that wait together share an object"
+
+
+# ---- limits and disks (G7)
+
+
+async def test_g7_a_full_log_pushes_back_and_takes_more_once_segments_are_registered(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    limits = {"wal_file_bytes": 65536, "wal_bytes_max": 262144, "seal_bytes": 65536, "wal_group_bytes_max": 65536}
+    async with running(tmp_path, coordinator, **limits) as service:
+        taken = 0
+        with pytest.raises(errors.Overloaded) as caught:
+            for _ in range(100):
+                await service.api.produce(request(os.urandom(10_000)))
+                taken += 1
+        assert caught.value.retry_after_ms > 0
+        assert caught.value.details["limit"] == "wal_bytes_max"
+        assert service.agent.running().index.size_bytes <= 262144
+        segmenter = SegmenterStandIn(coordinator, service)
+        async with draining(segmenter):
+            await eventually(lambda: service.agent.running().index.size_bytes < 140_000)
+            assert (await service.api.produce(request(b"more"))).base_offset == taken
+
+
+async def test_g7_memory_stays_bounded_and_what_left_it_is_read_from_the_log(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator, memory_bytes_max=1 << 20, tail_cache_bytes=0) as service:
+        sent = [os.urandom(50_000) for _ in range(60)]
+        for value in sent:
+            await service.api.produce(request(value))
+            assert service.agent.running().logs.memory_bytes <= 1 << 20
+        got: list[bytes | None] = []
+        while len(got) < 60:
+            got += values_of(await read(service, topic_id, len(got), max_bytes=300_000))
+        assert got == sent
+        segmenter = SegmenterStandIn(coordinator, service)
+        await eventually(lambda: coordinator.buffers)
+        await segmenter.drain()
+        assert sum(len(records) for records in segmenter.segments.values()) > 0
+        assert service.agent.running().logs.memory_bytes >= 0
+
+
+async def test_the_queue_has_a_limit(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
+    async with running(tmp_path, coordinator, queue_bytes_max=65536, batch_bytes_max=65536) as service:
+        answers = await asyncio.gather(
+            *(service.api.produce(request(os.urandom(20_000))) for _ in range(6)), return_exceptions=True
+        )
+        refused = [a for a in answers if isinstance(a, errors.Overloaded)]
+        assert len(refused) == 3
+        assert refused[0].details["limit"] == "queue_bytes_max"
+        assert service.agent.running().writer.queue_bytes == 0
+
+
+async def test_a_full_disk_refuses_keeps_nothing_and_recovers(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator) as service:
+        await service.api.produce(request(b"a", stamp=ProducerStamp(7, 0, 0)))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        size = service.agent.running().wal.active_bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, before[1]))
+        try:
+            with pytest.raises(errors.DiskFull):
+                await service.api.produce(request(os.urandom(5000), stamp=ProducerStamp(7, 0, 1)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert (await read(service, topic_id, 0)).high_watermark == 1
+        answer = await service.api.produce(request(b"b", stamp=ProducerStamp(7, 0, 1)))
+        assert (answer.base_offset, answer.duplicate) == (1, False)
+
+
+async def test_a_failed_fsync_acknowledges_nothing_and_ends_the_agent(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with running(tmp_path, coordinator) as service:
+        await service.api.produce(request(b"a"))
+        monkeypatch.setattr(os, "fdatasync", fail)
+        with pytest.raises(errors.Unavailable):
+            await service.api.produce(request(b"b"))
+        await asyncio.wait_for(service.tasks.failed.wait(), 1)
+        monkeypatch.undo()
+        with pytest.raises(errors.Unavailable):
+            await service.api.produce(request(b"c"))
+        assert (await read(service, topic_id, 0)).high_watermark == 1
+
+
+async def test_with_fsync_by_interval_acks_do_not_wait_for_it(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    synced: list[int] = []
+    real = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(fd), real(fd))[1])
+    async with running(tmp_path, coordinator, wal_fsync="interval", wal_fsync_interval_ms=30) as service:
+        await service.api.produce(request(b"a"))
+        assert not synced
+        await eventually(lambda: synced)
+        await asyncio.sleep(0.1)
+        assert len(synced) == 1, "nothing new, nothing to sync"
+
+
+# ---- sessions, leases, ranges
+
+
+async def test_without_a_renewed_lease_nothing_is_acknowledged(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    clock = ManualClock(1_000_000)
+    service = await started(tmp_path, coordinator, clock=clock)
+    await led(service)
+    await service.api.produce(request(b"a"))
+    coordinator.down = True
+    clock.advance(29_899)
+    await service.api.produce(request(b"b"))
+    clock.advance(1)
+    with pytest.raises(errors.NotLeader):
+        await service.api.produce(request(b"c"))
+    assert (await read(service, topic_id, 0)).high_watermark == 2
+    coordinator.down = False
+
+    async def again() -> bool:
+        clock.advance(100)
+        try:
+            return (await service.api.produce(request(b"c"))).base_offset == 2
+        except errors.NotLeader:
+            return False
+
+    for _ in range(200):
+        if await again():
+            break
+        await asyncio.sleep(0.001)
+    else:
+        pytest.fail("the lease was never renewed")
     await kill(service)
-    service = await started(tmp_path, coordinator)
+
+
+async def test_a_lost_session_is_opened_anew_without_a_gap_in_the_offsets(tmp_path: Path, topic_name: str = "orders"):
+    coordinator = CoordinatorStandIn(heartbeat_ms=20)
+    topic_id = coordinator.create("orders")
+    async with running(tmp_path, coordinator) as service:
+        await service.api.produce(request(b"a"))
+        coordinator.expire_all()
+        await eventually(lambda: (topic_id, 0, 2) in coordinator.ranges)
+        await led(service)
+        answer = await service.api.produce(request(b"b"))
+        assert (answer.base_offset, answer.epoch) == (1, 2)
+        assert values_of(await read(service, topic_id, 0)) == [b"a"]
+        segmenter = SegmenterStandIn(coordinator, service)
+        async with draining(segmenter):
+            await service.api.produce(request(b"c", acks=DURABLE))
+            await eventually(lambda: len(segmenter.segments) == 2)
+
+
+async def test_a_move_seals_uploads_settles_and_the_next_epoch_begins_there(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator) as service:
+        await service.api.produce(request(b"a", stamp=ProducerStamp(7, 0, 0)))
+        coordinator.move("orders", 0)
+        await asyncio.sleep(0.05)
+        assert (await service.api.produce(request(b"b"))).base_offset == 1, "writes go on while the rest is uploaded"
+        async with draining(SegmenterStandIn(coordinator, service)):
+            await eventually(lambda: (topic_id, 0, 2) in coordinator.ranges)
+            row = coordinator.ranges[(topic_id, 0, 1)]
+            assert (row.status, row.end, row.registered_end) == ("settled", 2, 2)
+            await led(service)
+            again = await service.api.produce(request(b"a", stamp=ProducerStamp(7, 0, 0)))
+            assert (again.duplicate, again.base_offset, again.epoch) == (True, 0, 2)
+            assert (await service.api.produce(request(b"c"))).base_offset == 2
+
+
+async def test_a_move_that_cannot_be_finished_goes_on_serving(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator, move_timeout_ms=30) as service:
+        coordinator.move("orders", 0)
+        stop = asyncio.get_running_loop().time() + 0.4
+        taken = 0
+        while asyncio.get_running_loop().time() < stop:
+            with contextlib.suppress(errors.NotLeader):
+                await service.api.produce(request(b"v"))
+                taken += 1
+            await asyncio.sleep(0.005)
+        assert taken > 3
+
+
+async def test_a_range_that_runs_low_is_extended(tmp_path: Path):
+    coordinator = CoordinatorStandIn(width=100)
+    coordinator.create("orders")
+    async with running(tmp_path, coordinator) as service:
+        for i in range(30):
+            for _ in range(100):
+                try:
+                    answer = await service.api.produce(request(*[b"v"] * 10))
+                    break
+                except errors.Overloaded as error:
+                    await asyncio.sleep(error.retry_after_ms / 1000)
+            assert answer.base_offset == i * 10
+
+
+async def test_a_deleted_topic_is_given_up_and_its_log_trimmed(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    limits = {"wal_file_bytes": 65536, "wal_bytes_max": 262144}
+    async with running(tmp_path, coordinator, **limits) as service:
+        for _ in range(20):
+            await service.api.produce(request(os.urandom(10_000)))
+        assert len(wal_files(tmp_path)) > 2
+        waiting = asyncio.create_task(service.api.produce(request(b"v", acks=DURABLE)))
+        await eventually(lambda: coordinator.buffers)
+        coordinator.delete("orders")
+        with pytest.raises(errors.NotLeader):
+            await waiting
+        await eventually(lambda: len(wal_files(tmp_path)) == 1)
+        with pytest.raises(errors.UnknownTopic):
+            await service.api.produce(request(b"v"))
+        assert (await read(service, topic_id, 0)).not_held
+        assert service.agent.running().logs.memory_bytes == 0
+
+
+async def test_what_lies_beyond_a_settled_end_is_given_up(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator) as service:
+        await service.api.produce(request(b"a"))
+        waiting = asyncio.create_task(service.api.produce(request(b"b", acks=DURABLE)))
+        await eventually(lambda: coordinator.buffers)
+        coordinator.settle(coordinator.ranges[(topic_id, 0, 1)], 1)
+        with pytest.raises(errors.NotLeader):
+            await waiting
+        assert (await read(service, topic_id, 0)).high_watermark == 1
+
+
+async def test_the_coordinator_may_come_later(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
+    coordinator.down = True
+    starting = asyncio.create_task(started(tmp_path, coordinator))
+    await eventually(lambda: coordinator.calls.get("open_session", 0) >= 3)
+    coordinator.down = False
+    service = await starting
     await led(service)
-    assert coordinator.ranges[(topic_id, 0, 1)].end == 10
-    answer = await service.api.produce(request(b"new"))
-    assert (answer.base_offset, answer.epoch) == (10, 2)
-    segmenter = SegmenterStandIn(coordinator, service)
-    await eventually(lambda: coordinator.buffers)
-    await segmenter.drain()
-    assert segmenter.segments[(topic_id, 0, 1, 0)].values.to_list() == [b"%d" % i for i in range(10)]
-    assert (await pull(service, (topic_id, 0, 2), 10, 11)).values.to_list() == [b"new"]
+    await kill(service)
+
+
+async def test_a_directory_in_use_is_refused(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
+    async with running(tmp_path, coordinator):
+        with pytest.raises(WalLocked):
+            await started(tmp_path, coordinator)
+
+
+async def test_an_agent_id_in_use_elsewhere_is_refused(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path / "a", coordinator):
+        with pytest.raises(errors.AgentIdTaken):
+            await started(tmp_path / "b", coordinator)
+
+
+async def test_before_start_the_api_says_so(tmp_path: Path, coordinator: CoordinatorStandIn):
+    from ingest_standins import settings
+    from streamhouse_ingest.wiring import build
+
+    service = build(settings(tmp_path), coordinator)  # type: ignore[arg-type]
+    with pytest.raises(errors.Unavailable):
+        await service.api.produce(request(b"a"))
     await service.stop()
+
+
+# ---- sealed buffers
+
+
+async def test_many_partitions_share_one_announcement(tmp_path: Path):
+    coordinator = CoordinatorStandIn()
+    coordinator.create("orders", 20)
+    async with running(tmp_path, coordinator, seal_age_ms=100) as service:
+        await led(service, partition=19)
+        await asyncio.gather(*(service.api.produce(request(b"v", partition=p)) for p in range(20)))
+        await eventually(lambda: coordinator.buffers)
+        assert [len(b.slices) for b in coordinator.buffers.values()] == [20]
+
+
+async def test_an_announcement_is_repeated_until_it_is_heard(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator, seal_age_ms=20) as service:
+        coordinator.down = True
+        await service.api.produce(request(b"a"))
+        await eventually(lambda: coordinator.calls.get("announce_buffer", 0) >= 3)
+        coordinator.down = False
+        await eventually(lambda: coordinator.buffers)
+
+
+async def test_what_is_left_of_a_buffer_registered_in_part_is_announced_anew(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    key = (topic_id, 0, 1)
+    async with running(tmp_path, coordinator, seal_age_ms=50) as service:
+        for i in range(4):
+            await service.api.produce(request(b"%d" % i))
+        await eventually(lambda: coordinator.buffers)
+        (old,) = coordinator.buffers
+        assert coordinator.register(key, 0, 3)
+        coordinator.complete(old)
+        await eventually(lambda: coordinator.buffers)
+        (new,) = coordinator.buffers.values()
+        assert new.buffer_id != old
+        assert [(s.base_offset, s.end_offset) for s in new.slices] == [(3, 4)]
+        assert (await pull(service, key, 3, 4)).values.to_list() == [b"3"]
+
+
+async def test_a_slice_that_is_not_held_is_fenced(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
+    async with running(tmp_path, coordinator) as service:
+        await service.api.produce(request(b"a", b"b"))
+        for key, base, end in (
+            ((topic_id, 0, 9), 0, 2),
+            ((topic_id, 0, 1), 2, 4),
+            ((topic_id, 0, 1), 1, 2),
+            ((topic_id, 0, 1), 0, 1),
+        ):
+            with pytest.raises(errors.Fenced):
+                await pull(service, key, base, end)
+
+
+# ---- the tail
+
+
+async def test_a_reader_at_the_high_watermark_is_woken_by_the_next_record(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator) as service:
+        waiting = asyncio.create_task(read(service, topic_id, 0, max_wait_ms=5000))
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        await service.api.produce(request(b"a"))
+        assert values_of(await asyncio.wait_for(waiting, 1)) == [b"a"]
+        late = await read(service, topic_id, 1, max_wait_ms=30)
+        assert (values_of(late), late.high_watermark) == ([], 1)
+
+
+async def test_a_tail_read_says_what_it_does_not_hold(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
+    async with running(tmp_path, coordinator, tail_cache_bytes=0, seal_age_ms=20) as service:
+        assert (await read(service, b"?" * 16, 0)).not_held
+        for value in (b"a", b"b"):
+            await service.api.produce(request(value))
+        assert (await read(service, topic_id, 3)).not_held
+        await eventually(lambda: coordinator.buffers)
+        await SegmenterStandIn(coordinator, service).drain()
+        await eventually(lambda: service.agent.running().logs.memory_bytes == 0)
+        below = await read(service, topic_id, 0)
+        assert (values_of(below), below.tail_start_offset, below.high_watermark) == ([], 2, 2)
+
+
+# ---- damage (G6)
+
+
+async def test_g6_a_damaged_frame_is_reported_lost_and_never_skipped(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator) as service:
+        for i in range(5):
+            await service.api.produce(request(b"%d" % i * 100))
+    (path,) = wal_files(tmp_path)
+    flip_bit(path, path.stat().st_size // 2)
+    async with running(tmp_path, coordinator) as service:
+        await eventually(lambda: coordinator.ranges[(topic_id, 0, 1)].lost == [(2, 3)])
+        assert values_of(await read(service, topic_id, 0)) == [b"0" * 100, b"1" * 100]
+        with pytest.raises(errors.DataLoss) as caught:
+            await read(service, topic_id, 2)
+        assert (caught.value.details["base_offset"], caught.value.details["end_offset"]) == ("2", "3")
+        segmenter = SegmenterStandIn(coordinator, service)
+        await eventually(lambda: coordinator.buffers)
+        await segmenter.drain()
+        assert coordinator.ranges[(topic_id, 0, 1)].registered_end == 5
+        assert sorted(key[3] for key in segmenter.segments) == [0, 3]
+
+
+async def test_g6_a_batch_damaged_after_it_was_written_is_an_error_when_read_back(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator, memory_bytes_max=1 << 20, tail_cache_bytes=0) as service:
+        for _ in range(30):
+            await service.api.produce(request(os.urandom(50_000)))
+        (path,) = wal_files(tmp_path)
+        flip_bit(path, 1000)
+        with pytest.raises(errors.DataLoss) as caught:
+            await read(service, topic_id, 0)
+        assert caught.value.details["file"] == path.name
+
+
+async def test_describe_shows_what_is_there(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
+    async with running(tmp_path, coordinator) as service:
+        await service.api.produce(request(b"a", b"b"))
+        found = await service.api.describe_agent(pb.DescribeAgentRequest())
+        first = next(p for p in found.partitions if p.partition == 0)
+        assert (found.agent_id, first.high_watermark, first.epoch) == ("agent-1", 2, 1)
+        assert found.wal_bytes > found.unregistered_bytes > 0
+        assert found.sealed_bytes == 0

@@ -85,13 +85,17 @@ def _replay_frames(
         return 0
     if header_damage is not None:
         replay.damaged(sequence, 0, WAL_FILE_HEADER_SIZE, header_damage)
+    tail: list[DamagedSpan] = []  # damage that no valid frame follows, so far
     for item in scan_frames(buffer):
-        if isinstance(item, WalFrame):
-            _add(buffer, sequence, item, replay, index)
-        elif is_last and item.at + item.size_bytes == len(buffer):
-            return item.at
-        else:
-            _report(directory, sequence, item, replay)
+        if isinstance(item, DamagedSpan):
+            tail.append(item)
+            continue
+        _report(directory, sequence, tail, replay)
+        tail.clear()
+        _add(buffer, sequence, item, replay, index)
+    if is_last and tail:
+        return tail[0].at
+    _report(directory, sequence, tail, replay)
     return len(buffer)
 
 
@@ -120,7 +124,11 @@ def _add(buffer: mmap.mmap, sequence: int, frame: WalFrame, replay: Replay, inde
     index.note(sequence, key, frame.base_offset + header.record_count)
 
 
-def _report(directory: WalDirectory, sequence: int, span: DamagedSpan, replay: Replay) -> None:
+def _report(directory: WalDirectory, sequence: int, spans: list[DamagedSpan], replay: Replay) -> None:
     path = directory.file_path(sequence)
-    log.error("%s: %d damaged bytes at byte %d: %s", path, span.size_bytes, span.at, span.reason)
-    replay.damaged(sequence, span.at, span.size_bytes, span.reason)
+    for span in spans:
+        log.error("%s: %d damaged bytes at byte %d: %s", path, span.size_bytes, span.at, span.reason)
+        replay.damaged(sequence, span.at, span.size_bytes, span.reason)
+        if span.lost is not None:
+            key = LogKey(span.lost.topic_id, span.lost.partition, span.lost.epoch)
+            replay.lost(key, span.lost.base_offset, span.lost.record_count)

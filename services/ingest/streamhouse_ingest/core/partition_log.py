@@ -105,11 +105,10 @@ class PartitionLog:
             state = self.producers.get(producer_id)
             self.producers.put(producer_id, after_write(state, event.stamp, event.record_count, event.base_offset))
 
-    def restore(self, buffers: Iterable[Buffer]) -> None:
-        """What a replay found, ascending; all of it sealed."""
+    def restore(self, buffers: Iterable[Buffer], end_offset: int) -> None:
+        """What a replay found, ascending; all of it sealed. The log was written up to `end_offset`."""
         self.sealed.extend(buffers)
-        if self.sealed:
-            self.next_offset = self.sealed[-1].end_offset
+        self.next_offset = end_offset
 
     # ---- what the coordinator says
 

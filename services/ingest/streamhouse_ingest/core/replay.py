@@ -21,15 +21,20 @@ class Damage:
 
 @dataclass(slots=True)
 class ReplayedLog:
-    buffers: list[Buffer] = field(default_factory=list)
+    """`end_offset`: up to where the log was written, damaged frames included."""
 
-    @property
-    def end_offset(self) -> int:
-        return self.buffers[-1].end_offset
+    first_offset: int
+    end_offset: int
+    buffers: list[Buffer] = field(default_factory=list)
 
 
 class Replay:
-    """Takes the frames of all files in the order they were written."""
+    """Takes the frames of all files in the order they were written.
+
+    A damaged frame whose header is intact leaves a known gap. Damage that hides its headers leaves a gap only where
+    a later frame of the same partition shows it; beyond that nobody can say whose records they were, and all that
+    is left is the error in the log and the metric.
+    """
 
     def __init__(self, buffer_bytes_max: int) -> None:
         self._buffer_bytes_max = buffer_bytes_max
@@ -39,14 +44,17 @@ class Replay:
 
     def add(self, key: LogKey, base_offset: int, header: BatchHeader, position: WalPosition) -> None:
         """A valid frame. One that overlaps what came before is damage: offsets never change their records."""
-        log = self.logs.setdefault(key, ReplayedLog())
-        if log.buffers and base_offset < log.end_offset:
+        log = self.logs.setdefault(key, ReplayedLog(base_offset, base_offset))
+        if base_offset < log.end_offset:
             overlap = f"frame at offset {base_offset}, but offsets up to {log.end_offset} were written before"
-            self.damage.append(Damage(position.file, position.at, position.size_bytes, overlap))
+            self.damaged(position.file, position.at, position.size_bytes, overlap)
             return
-        if not log.buffers or base_offset > log.end_offset or log.buffers[-1].size_bytes >= self._buffer_bytes_max:
-            log.buffers.append(Buffer(base_offset, 0))
-        log.buffers[-1].append(header.record_count, position, None)
+        last = log.buffers[-1] if log.buffers else None
+        if last is None or base_offset > last.end_offset or last.size_bytes >= self._buffer_bytes_max:
+            last = Buffer(base_offset, 0)
+            log.buffers.append(last)
+        last.append(header.record_count, position, None)
+        log.end_offset = last.end_offset
         if header.producer is not None:
             states = self.producers.setdefault(key.partition_key, {})
             stamp = header.producer
@@ -56,3 +64,8 @@ class Replay:
 
     def damaged(self, file: int, at: int, size_bytes: int, reason: str) -> None:
         self.damage.append(Damage(file, at, size_bytes, reason))
+
+    def lost(self, key: LogKey, base_offset: int, record_count: int) -> None:
+        """A damaged frame held these records."""
+        log = self.logs.setdefault(key, ReplayedLog(base_offset, base_offset))
+        log.end_offset = max(log.end_offset, base_offset + record_count)

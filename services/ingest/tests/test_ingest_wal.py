@@ -1,0 +1,353 @@
+"""The write-ahead log on a real directory: groups, rotation, full disks, replay of what damage leaves."""
+
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from shformat import FRAME_HEADER_SIZE, WAL_FILE_HEADER_SIZE, ProducerStamp, Records, encode_batch, stamp_batch
+from streamhouse_ingest.adapters.wal import Frame, Wal, WalBroken, WalDamaged, WalFileGone, WalFull, WalReader
+from streamhouse_ingest.adapters.wal_directory import WalDirectory, WalDirectoryError, WalLocked, WrongIdentity
+from streamhouse_ingest.adapters.wal_replay import Replayed, replay_directory
+from streamhouse_ingest.core.buffer import WalPosition
+from streamhouse_ingest.core.partition_log import LogKey
+
+KEY = LogKey(b"t" * 16, 0, 1)
+OTHER = LogKey(b"t" * 16, 1, 1)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[WalDirectory]:
+    opened = WalDirectory.open(tmp_path / "wal", "agent-1")
+    yield opened
+    opened.close()
+
+
+def new_wal(directory: WalDirectory, next_sequence: int = 1, *, file_bytes: int = 1 << 20) -> Wal:
+    return Wal(directory, next_sequence, file_bytes=file_bytes, fsync_each=True)
+
+
+def frame(base: int, *values: bytes, key: LogKey = KEY, producer: ProducerStamp | None = None) -> Frame:
+    batch = encode_batch(Records.from_lists(list(values)), producer=producer)
+    return Frame(key, base, len(values), stamp_batch(batch, base, key.epoch))
+
+
+def replay(directory: WalDirectory) -> Replayed:
+    return replay_directory(directory, 1 << 20)
+
+
+def spans(found: Replayed, key: LogKey = KEY) -> list[tuple[int, int]]:
+    log = found.replay.logs.get(key)
+    return [] if log is None else [(b.base_offset, b.end_offset) for b in log.buffers]
+
+
+def positions_of(found: Replayed, key: LogKey = KEY) -> list[WalPosition]:
+    return [p for b in found.replay.logs[key].buffers for p, _ in b.pick(b.base_offset, b.end_offset, 1 << 30)]
+
+
+def write_three(directory: WalDirectory) -> tuple[Path, list[int]]:
+    """Three frames of one log in one file; their end positions."""
+    wal = new_wal(directory)
+    positions = wal.append([frame(0, b"a" * 50), frame(1, b"b" * 50), frame(2, b"c" * 50)])
+    wal.close()
+    return directory.file_path(1), [p.at + p.size_bytes for p in positions]
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x40
+    path.write_bytes(data)
+
+
+# ---- directory
+
+
+def test_a_second_opener_is_refused_and_told_who_holds_it(tmp_path: Path):
+    first = WalDirectory.open(tmp_path, "agent-1")
+    with pytest.raises(WalLocked, match=f"pid {os.getpid()}"):
+        WalDirectory.open(tmp_path, "agent-1")
+    first.close()
+    WalDirectory.open(tmp_path, "agent-1").close()
+
+
+def test_the_identity_stays_and_belongs_to_one_agent(tmp_path: Path):
+    first = WalDirectory.open(tmp_path, "agent-1")
+    first.close()
+    again = WalDirectory.open(tmp_path, "agent-1")
+    assert again.wal_id == first.wal_id
+    again.close()
+    with pytest.raises(WrongIdentity, match=r"belongs to agent 'agent-1', this one is 'agent-2'"):
+        WalDirectory.open(tmp_path, "agent-2")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"version": 1, "agent_id": "agent-1", "wal_id": "00"}', "{}"])
+def test_an_identity_that_is_not_one_is_refused(tmp_path: Path, content: str):
+    (tmp_path / "identity").write_text(content)
+    with pytest.raises(WrongIdentity):
+        WalDirectory.open(tmp_path, "agent-1")
+
+
+def test_log_files_without_an_identity_are_refused(tmp_path: Path):
+    (tmp_path / f"{1:020d}.wal").write_bytes(b"")
+    with pytest.raises(WrongIdentity, match="no identity file"):
+        WalDirectory.open(tmp_path, "agent-1")
+
+
+def test_a_foreign_file_is_refused(directory: WalDirectory):
+    (directory.path / "7.wal").write_bytes(b"")
+    with pytest.raises(WalDirectoryError, match=r"7\.wal"):
+        replay(directory)
+
+
+def test_a_file_of_another_log_is_refused(directory: WalDirectory, tmp_path: Path):
+    other = WalDirectory.open(tmp_path / "other", "agent-1")
+    path, _ = write_three(other)
+    other.close()
+    directory.file_path(1).write_bytes(path.read_bytes())
+    with pytest.raises(WrongIdentity, match="belongs to log"):
+        replay(directory)
+
+
+# ---- writing and reading back
+
+
+def test_what_was_written_is_replayed_and_read_back(directory: WalDirectory):
+    wal = new_wal(directory)
+    stamp = ProducerStamp(9, 1, 40)
+    frames = [frame(5, b"a", b"b", producer=stamp), frame(0, b"x", key=OTHER), frame(7, b"c")]
+    written = wal.append(frames)
+    wal.close()
+    found = replay(directory)
+    assert spans(found) == [(5, 8)]
+    assert spans(found, OTHER) == [(0, 1)]
+    assert [*positions_of(found), *positions_of(found, OTHER)] == [written[0], written[2], written[1]]
+    assert WalReader(directory).read(written) == [f.batch for f in frames]
+    state = found.replay.producers[KEY.partition_key][9]
+    assert (state.producer_epoch, state.next_sequence, state.batches[0].base_offset) == (1, 42, 5)
+    assert found.next_sequence == 2
+    assert found.index.size_bytes == directory.file_path(1).stat().st_size
+
+
+def test_files_rotate_by_size_and_a_group_stays_in_one(directory: WalDirectory):
+    wal = new_wal(directory, file_bytes=1000)
+    files = [p.file for i in range(6) for p in wal.append([frame(2 * i, b"v" * 150), frame(2 * i + 1, b"w" * 150)])]
+    wal.close()
+    assert files == sorted(files)
+    assert all(files[i] == files[i + 1] for i in range(0, 12, 2))
+    assert len(set(files)) > 2
+    assert all(directory.file_path(f).stat().st_size <= 1000 for f in set(files))
+    assert spans(replay(directory)) == [(0, 12)]
+
+
+def test_a_new_log_goes_on_in_a_new_file(directory: WalDirectory):
+    write_three(directory)
+    wal = new_wal(directory, replay(directory).next_sequence)
+    wal.append([frame(3, b"d")])
+    wal.close()
+    assert directory.sequences() == [1, 2]
+    assert spans(replay(directory)) == [(0, 4)]
+
+
+def test_reading_checks_every_batch(directory: WalDirectory):
+    wal = new_wal(directory)
+    positions = wal.append([frame(i, b"%d" % i * 40) for i in range(5)])
+    wal.close()
+    path = directory.file_path(1)
+    flip(path, positions[3].at + 90)
+    reader = WalReader(directory)
+    assert len(reader.read(positions[:3])) == 3
+    with pytest.raises(WalDamaged) as caught:
+        reader.read(positions)
+    assert caught.value.position == positions[3]
+    assert str(path) in str(caught.value)
+    path.unlink()
+    with pytest.raises(WalFileGone):
+        reader.read(positions)
+
+
+def test_many_small_frames_need_more_than_one_system_call(directory: WalDirectory):
+    wal = new_wal(directory, file_bytes=1 << 30)
+    frames = [frame(i, b"v") for i in range(3000)]
+    positions = wal.append(frames)
+    wal.close()
+    assert WalReader(directory).read(positions) == [f.batch for f in frames]
+    assert spans(replay(directory)) == [(0, 3000)]
+
+
+# ---- disks that are full or broken
+
+
+@contextmanager
+def file_size_limit(size_bytes: int) -> Iterator[None]:
+    """No file of this process may grow beyond: as a full disk, but with EFBIG."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_nothing_of_the_group_and_writing_goes_on_when_there_is_space(directory: WalDirectory):
+    wal = new_wal(directory)
+    wal.append([frame(0, b"a")])
+    good = wal.active_bytes
+    with file_size_limit(good + 5000):
+        for _ in range(2):
+            with pytest.raises(WalFull):
+                wal.append([frame(1, b"b"), frame(2, os.urandom(20_000))])
+            assert directory.file_path(1).stat().st_size == good
+    wal.append([frame(1, b"c")])
+    wal.close()
+    found = replay(directory)
+    assert (spans(found), found.replay.damage) == ([(0, 2)], [])
+    assert WalReader(directory).read(positions_of(found))[1] == frame(1, b"c").batch
+
+
+def test_a_disk_too_full_for_a_new_file_leaves_no_file(directory: WalDirectory):
+    wal = new_wal(directory)
+    with file_size_limit(10), pytest.raises(WalFull):
+        wal.append([frame(0, b"a")])
+    assert directory.sequences() == []
+    wal.append([frame(0, b"a")])
+    wal.close()
+    assert spans(replay(directory)) == [(0, 1)]
+
+
+def test_a_failed_fsync_breaks_the_log_for_good(directory: WalDirectory, monkeypatch: pytest.MonkeyPatch):
+    wal = new_wal(directory)
+    wal.append([frame(0, b"a")])
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(WalBroken, match="fdatasync"):
+        wal.append([frame(1, b"b")])
+    monkeypatch.undo()
+    with pytest.raises(WalBroken):
+        wal.append([frame(1, b"b")])
+    wal.close()
+
+
+# ---- damage
+
+
+def test_a_tail_torn_at_any_byte_of_the_last_frame_is_cut_off(directory: WalDirectory):
+    path, ends = write_three(directory)
+    whole = path.read_bytes()
+    for size in range(ends[1], ends[2]):
+        path.write_bytes(whole[:size])
+        found = replay(directory)
+        assert spans(found) == [(0, 2)], size
+        assert found.replay.damage == []
+        assert path.stat().st_size == ends[1] == found.index.size_bytes
+    path.write_bytes(whole)
+    assert spans(replay(directory)) == [(0, 3)]
+
+
+def test_a_zero_filled_tail_is_cut_off(directory: WalDirectory):
+    path, ends = write_three(directory)
+    whole = path.read_bytes()
+    for good in (ends[1], ends[1] + 7, ends[2]):
+        path.write_bytes(whole[:good] + bytes(5000))
+        found = replay(directory)
+        assert spans(found) == [(0, 3 if good == ends[2] else 2)]
+        assert found.replay.damage == []
+
+
+def test_a_file_that_was_only_just_created_is_removed(directory: WalDirectory):
+    path, _ = write_three(directory)
+    for content in (b"", path.read_bytes()[:20], path.read_bytes()[:WAL_FILE_HEADER_SIZE], bytes(4096)):
+        directory.file_path(2).write_bytes(content)
+        found = replay(directory)
+        assert (spans(found), found.replay.damage, found.next_sequence) == ([(0, 3)], [], 3)
+        assert directory.sequences() == [1]
+
+
+def test_a_flipped_bit_in_the_middle_is_a_hole_never_the_end(directory: WalDirectory):
+    path, ends = write_three(directory)
+    start = ends[0]
+    whole = path.read_bytes()
+    for at in range(start, ends[1]):
+        flip(path, at)
+        found = replay(directory)
+        assert spans(found) == [(0, 1), (2, 3)], at
+        assert [d.file for d in found.replay.damage] == [1]
+        assert (found.replay.damage[0].at, found.replay.damage[0].size_bytes) == (start, ends[1] - start)
+        path.write_bytes(whole)
+
+
+def test_a_damaged_last_frame_of_one_log_is_known_by_its_header(directory: WalDirectory):
+    wal = new_wal(directory)
+    positions = wal.append([frame(0, b"a"), frame(1, b"b", b"c"), frame(0, b"x", key=OTHER)])
+    wal.close()
+    flip(directory.file_path(1), positions[1].at + 50)
+    found = replay(directory)
+    assert spans(found) == [(0, 1)]
+    assert found.replay.logs[KEY].end_offset == 3
+
+
+def test_damage_at_the_end_of_a_file_that_is_not_the_last_is_no_torn_tail(directory: WalDirectory):
+    path, ends = write_three(directory)
+    wal = new_wal(directory, 2)
+    wal.append([frame(0, b"x", key=OTHER)])
+    wal.close()
+    size = path.stat().st_size
+    flip(path, ends[2] - 1)
+    found = replay(directory)
+    assert (spans(found), found.replay.logs[KEY].end_offset) == ([(0, 2)], 3)
+    assert len(found.replay.damage) == 1
+    assert path.stat().st_size == size
+
+
+def test_a_missing_file_in_the_middle_is_damage(directory: WalDirectory):
+    for sequence in (1, 2, 3):
+        wal = new_wal(directory, sequence)
+        wal.append([frame(sequence, b"v")])
+        wal.close()
+    directory.file_path(2).unlink()
+    found = replay(directory)
+    assert spans(found) == [(1, 2), (3, 4)]
+    assert [(d.file, "missing" in d.reason) for d in found.replay.damage] == [(2, True)]
+
+
+def test_a_damaged_file_header_does_not_cost_its_frames(directory: WalDirectory):
+    path, _ = write_three(directory)
+    flip(path, 10)
+    found = replay(directory)
+    assert spans(found) == [(0, 3)]
+    assert [(d.file, d.at) for d in found.replay.damage] == [(1, 0)]
+
+
+def test_a_frame_that_would_change_an_offset_is_damage(directory: WalDirectory):
+    wal = new_wal(directory)
+    wal.append([frame(0, b"a", b"b"), frame(1, b"other"), frame(2, b"c")])
+    wal.close()
+    found = replay(directory)
+    assert spans(found) == [(0, 3)]
+    assert len(positions_of(found)) == 2
+    assert len(found.replay.damage) == 1
+
+
+def test_replayed_buffers_are_cut_at_the_sealing_size(directory: WalDirectory):
+    wal = new_wal(directory)
+    wal.append([frame(i, os.urandom(1000)) for i in range(10)])
+    wal.close()
+    found = replay_directory(directory, 3000)
+    sizes = [b.size_bytes for b in found.replay.logs[KEY].buffers]
+    assert spans(found)[0][0] == 0
+    assert spans(found)[-1][1] == 10
+    assert len(sizes) == 4
+    assert max(sizes) < 3000 + 1200
+
+
+def test_frame_sizes_are_what_the_positions_say(directory: WalDirectory):
+    wal = new_wal(directory)
+    first, second = wal.append([frame(0, b"a"), frame(1, b"b")])
+    wal.close()
+    assert first.at == WAL_FILE_HEADER_SIZE + FRAME_HEADER_SIZE
+    assert second.at == first.at + first.size_bytes + FRAME_HEADER_SIZE
