@@ -5,7 +5,7 @@ Owns: which requests are on the wire. Does not own: what is sent next, retries.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Generic, TypeVar, cast
 
@@ -24,6 +24,7 @@ class LeaderStream(Generic[T]):
         self,
         address: str,
         api: IngestApi,
+        connect: Callable[[str], Awaitable[None]],
         max_in_flight: int,
         answer_timeout_ms: int,
         answered: Callable[["LeaderStream[T]", T, ingest_pb2.ProduceResponse], None],
@@ -31,6 +32,7 @@ class LeaderStream(Generic[T]):
     ) -> None:
         self.address = address
         self._api = api
+        self._connect = connect
         self._max_in_flight = max_in_flight
         self._answer_timeout_s = answer_timeout_ms / 1000
         self._answered = answered
@@ -56,6 +58,7 @@ class LeaderStream(Generic[T]):
         self._task = asyncio.current_task()
         error: StreamHouseError = Unavailable(f"the leader at {self.address} ended the stream")
         try:
+            await self._connect(self.address)  # until then nothing can have been written
             async with aclosing(self._open()) as responses:
                 async for response in responses:
                     if not self._in_flight:

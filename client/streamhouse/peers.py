@@ -33,6 +33,10 @@ class Peers:
     def ingest(self, address: str) -> IngestApi:
         return IngestClient(self._connect((address,)))
 
+    async def connect(self, address: str) -> None:
+        """Returns once connected to an agent. Raises Unavailable."""
+        await self._connect((address,)).connect()
+
     def query(self, addresses: Sequence[str]) -> QueryApi:
         """Several addresses: calls fail over between them."""
         return QueryClient(self._connect(tuple(addresses)))

@@ -189,7 +189,7 @@ class Reader:
         now_s = asyncio.get_running_loop().time()
         if self._failing_since is None:
             self._failing_since = now_s
-        log.warning("reading from the query service failed: %s", error)
+            log.warning("reading from the query service failed, trying again: %s", error)
         if not error.retriable or now_s - self._failing_since > self._options.retry_timeout_ms / 1000:
             self.fail(error)
         await asyncio.sleep(max(error.retry_after_ms, self._backoff.next_ms()) / 1000)

@@ -79,6 +79,7 @@ class Leader:
     stream: Stream | None = None
     waiting: deque[LaneState] = field(default_factory=deque)
     retry_at_ms: float = -math.inf
+    warned: bool = False  # that it cannot be reached; once, until it answers again
 
 
 class Sender:
@@ -95,6 +96,7 @@ class Sender:
         self.unfinished: set[Delivery] = set()
         self._lanes: dict[tuple[str, int], LaneState] = {}
         self._leaders: dict[str, Leader] = {}
+        self._warned = False  # that the coordinator does not answer; once, until a leader does
         self._tasks = Tasks()
         self._loop = asyncio.get_running_loop()
 
@@ -238,6 +240,7 @@ class Sender:
         stream: Stream = LeaderStream(
             address,
             self._peers.ingest(address),
+            self._peers.connect,
             self._options.max_in_flight,
             self._options.request_timeout_ms + ANSWER_GRACE_MS,
             self._on_answer,
@@ -288,6 +291,7 @@ class Sender:
         state, outgoing = token
         leader = self._leaders[stream.address]
         leader.backoff.reset()
+        leader.warned = self._warned = False
         if response.HasField("error"):
             self._failed_try(state, outgoing, StreamHouseError.from_detail(response.error))
         else:
@@ -318,7 +322,8 @@ class Sender:
         leader = self._leaders[stream.address]
         leader.stream = None
         leader.retry_at_ms = self.now_ms() + leader.backoff.next_ms()
-        if sent or unsent:
+        if (sent or unsent) and not leader.warned:
+            leader.warned = True
             log.warning("the stream to %s broke with %d batches unanswered: %s", stream.address, len(sent), error)
         if not error.retriable:
             error = Unavailable(f"{error.reason}: {error.message}")  # said of the stream, not of a batch
@@ -379,7 +384,9 @@ class Sender:
             self._expire(state, math.inf, error)
         except StreamHouseError as error:
             state.last_error = error
-            log.warning("the coordinator does not say who leads %s/%d: %s", state.topic, state.partition, error)
+            if not self._warned:
+                self._warned = True
+                log.warning("the coordinator does not say who leads %s/%d: %s", state.topic, state.partition, error)
         self._unpark(state)
 
     # ---- deadlines

@@ -7,6 +7,7 @@ StreamHouseError that was raised on the other side.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -158,6 +159,21 @@ class Connection:
         self._interceptors = interceptors
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._current = 0
+
+    async def connect(self) -> None:
+        """Returns once the current address is connected; what is not sent before that was certainly not received.
+
+        Raises Unavailable when connecting fails, or takes longer than a unary call may.
+        """
+        channel, address = self._channel(), self.addresses[self._current]
+        try:
+            async with asyncio.timeout(self._timeout_ms / 1000):
+                while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+                    if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+                        raise Unavailable(f"cannot connect to {address}", address=address)
+                    await channel.wait_for_state_change(state)
+        except TimeoutError as error:
+            raise Unavailable(f"not connected to {address} within {self._timeout_ms} ms", address=address) from error
 
     async def unary(self, path: str, request: Message, response_type: type[ResponseT]) -> ResponseT:
         wait_ms = getattr(request, "max_wait_ms", 0) or getattr(request, "timeout_ms", 0)
