@@ -28,10 +28,14 @@ class Hang(BaseException):
     """An input took longer than CPU_SECONDS_MAX. Not an Exception, so that no handler under test takes it."""
 
 
+def _nothing() -> None:
+    """For targets that need neither preparation nor an end."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One decoder or service. `check` raises for a finding; `mutate` knows the structure of an input, `repair` makes
-    checksums fit again after any other change; sizes in bytes."""
+    checksums fit again after any other change; `prepare` and `close` start and end what inputs are given to."""
 
     name: str
     check: Callable[[bytes], None]
@@ -41,7 +45,8 @@ class Target:
     size_bytes_max: int = 64 * 1024
     # What one input may make the process grow by; the limits given to the decoders allow less than half of it.
     memory_bytes_max: int = 256 * 1024 * 1024
-    instrumented: tuple[str, ...] = ("shformat",)
+    prepare: Callable[[], None] = _nothing
+    close: Callable[[], None] = _nothing
 
 
 def ensure(condition: object, what: str) -> None:

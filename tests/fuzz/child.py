@@ -1,0 +1,110 @@
+"""One target under libFuzzer, in a process of its own: `run.py` starts it, and reads what libFuzzer prints.
+
+A finding is written to found/ at once and fuzzing goes on; the same finding again is only counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import atheris
+
+from tests.fuzz.target import FOUND, Target, cpu_limit, signature
+
+# Per target and run, so that a broken decoder does not fill the disk.
+FINDINGS_MAX = 20
+# Above CPU_SECONDS_MAX by enough that it ends only what no signal handler can: a loop in C.
+_UNIT_TIMEOUT_S = 60
+_BLIND_MUTATION = 0.4
+_LEAVE_UNREPAIRED = 0.1
+
+# What a target needs to have loaded; instrumented unless the target says otherwise.
+_OURS = ["shformat", "shproto.events", "streamhouse_ingest", "streamhouse_query", "streamhouse_coordinator"]
+
+
+def main() -> None:
+    arguments = _arguments()
+    with atheris.instrument_imports(include=_OURS):
+        from tests.fuzz.targets import load
+
+        target = load(arguments.target)
+    corpus = Path(arguments.corpus)
+    for number, seed in enumerate(target.seeds()):
+        (corpus / f"seed-{number}").write_bytes(seed)
+    target.prepare()
+    limit_memory(target)
+    options = [
+        sys.argv[0],
+        f"-max_total_time={arguments.seconds}",
+        f"-seed={arguments.seed}",
+        f"-max_len={target.size_bytes_max}",
+        f"-timeout={_UNIT_TIMEOUT_S}",
+        "-rss_limit_mb=0",
+        "-print_final_stats=1",
+        f"-artifact_prefix={FOUND / target.name}-",
+        str(corpus),
+    ]
+    atheris.Setup(options, _guarded(target), custom_mutator=_mutator(target))
+    atheris.Fuzz()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--seconds", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--corpus", required=True)
+    return parser.parse_args()
+
+
+def limit_memory(target: Target) -> None:
+    """From here on an allocation that goes `memory_bytes_max` beyond what the process has is a MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + target.memory_bytes_max
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _guarded(target: Target) -> Callable[[bytes], None]:
+    known: set[str] = set()
+
+    def check(data: bytes) -> None:
+        try:
+            with cpu_limit():
+                target.check(data)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever comes out is the finding
+            name = signature(error)
+            if name not in known and len(known) < FINDINGS_MAX:
+                known.add(name)
+                (FOUND / f"{target.name}-{name}").write_bytes(data)
+                print(f"FOUND {target.name}-{name}", flush=True)
+                traceback.print_exc()
+
+    return check
+
+
+def _mutator(target: Target) -> Callable[[bytes, int, int], bytes]:
+    def mutate(data: bytes, size_bytes_max: int, seed: int) -> bytes:
+        rng = Random(seed)
+        changed = data
+        if rng.random() < _BLIND_MUTATION:
+            changed = atheris.Mutate(data, size_bytes_max)
+        else:
+            for _ in range(rng.choice((1, 1, 1, 2, 4))):
+                changed = target.mutate(changed, rng)
+        if len(changed) <= size_bytes_max and rng.random() >= _LEAVE_UNREPAIRED:
+            changed = target.repair(changed)
+        return bytes(changed[:size_bytes_max])
+
+    return mutate
+
+
+if __name__ == "__main__":
+    main()
