@@ -5,7 +5,7 @@ import logging
 
 from shproto.errors import StreamHouseError
 
-from streamhouse_coordinator.service import groups, housekeeping, sessions
+from streamhouse_coordinator.service import groups, housekeeping, outages, sessions
 from streamhouse_coordinator.service.common import Context
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ class Sweeper:
 
     async def sweep(self) -> None:
         """Raises what the store raises."""
+        if away_ms := await outages.forgive(self._context):
+            log.warning("no sweep for %d ms: leases are extended by as much", away_ms)
         if count := await sessions.expire_sessions(self._context):
             log.warning("%d sessions expired", count)
         if count := await groups.expire_members(self._context):

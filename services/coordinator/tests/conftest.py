@@ -60,6 +60,12 @@ def fast_settings(dsn: str, **changes: object) -> CoordinatorSettings:
 
 
 @pytest.fixture
+def fast() -> Callable[..., CoordinatorSettings]:
+    """`fast(dsn, name=value, ...)`: settings with short intervals."""
+    return fast_settings
+
+
+@pytest.fixture
 async def coordinator(dsn: str) -> AsyncIterator[CoordinatorService]:
     service = build(fast_settings(dsn))
     await service.start()

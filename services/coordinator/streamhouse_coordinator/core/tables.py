@@ -238,6 +238,14 @@ class GroupOffsetRow:
     committed_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class SweepRow:
+    """When expired leases were last looked for, by any coordinator."""
+
+    name: str
+    last_ms: int
+
+
 # ---- events
 
 
@@ -273,6 +281,7 @@ PRODUCER_SNAPSHOTS = Table("producer_snapshots", ProducerSnapshotRow, ("topic_id
 LOST_SPANS = Table("lost_spans", LostSpanRow, ("topic_id", "partition", "epoch", "base_offset"))
 GROUP_MEMBER_STATE = Table("group_member_state", GroupMemberStateRow, ("group_name", "member_id"))
 GROUP_OFFSETS = Table("group_offsets", GroupOffsetRow, ("group_name", "topic_id", "partition"))
+SWEEPS = Table("sweeps", SweepRow, ("name",))
 EVENTS = Table("events", EventRow, ("position",))
 
 PROJECTIONS: tuple[Table[object], ...] = (
@@ -294,4 +303,5 @@ STATE: tuple[Table[object], ...] = (
     LOST_SPANS,
     GROUP_MEMBER_STATE,
     GROUP_OFFSETS,
+    SWEEPS,
 )  # type: ignore[assignment]

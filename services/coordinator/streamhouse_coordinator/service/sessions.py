@@ -169,9 +169,7 @@ async def settle_ranges(context: Context, session_id: str, ends: Mapping[RangeKe
     await context.store.run(work)
 
 
-async def end_session(
-    context: Context, session_id: str, why: str, ends: Mapping[RangeKey, int] | None = None
-) -> None:
+async def end_session(context: Context, session_id: str, why: str, ends: Mapping[RangeKey, int] | None = None) -> None:
     """Ends the session if it is there, its ranges at `ends` where that is known. why: closed | unreachable
 
     Raises InvalidArgument for ends that settle_ranges() refuses.

@@ -177,3 +177,4 @@ CREATE TABLE group_offsets (
     PRIMARY KEY (group_name, topic_id, partition)
 );
 CREATE INDEX group_offsets_of_topic ON group_offsets (topic_id);
+CREATE TABLE sweeps (name text PRIMARY KEY, last_ms bigint NOT NULL);

@@ -1,0 +1,21 @@
+"""Events as RabbitMQ messages, in the form nameko's event handlers take."""
+
+import json
+
+from streamhouse_coordinator.adapters.rabbitmq import EXCHANGE, message_of
+from streamhouse_coordinator.core.tables import EventRow
+
+
+def test_the_message_of_an_event() -> None:
+    row = EventRow(7, "buffer/b", 1, "BufferSealed", '{"buffer_id":"b","slices":[]}', "00-trace-01", 123)
+    message = message_of(row)
+    assert json.loads(message.body) == {
+        "position": 7,
+        "type": "BufferSealed",
+        "payload": {"buffer_id": "b", "slices": []},
+        "trace_context": "00-trace-01",
+    }
+    assert (message.content_type, message.content_encoding) == ("application/json", "utf-8")
+    assert message.delivery_mode == 2, "persistent"
+    assert message.message_id == "7", "for whoever wants to know a repeat"
+    assert EXCHANGE == "coordinator.events"

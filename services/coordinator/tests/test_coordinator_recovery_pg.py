@@ -1,0 +1,259 @@
+"""PostgreSQL late, away, frozen and back; migrations; projections rebuilt from the events."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import asyncpg
+import pytest
+from shproto.errors import InvalidArgument, Unavailable
+from shproto.v1 import coordinator_pb2 as pb
+from streamhouse_coordinator.adapters.migrate import DatabaseTooNew, available
+from streamhouse_coordinator.core.tables import PROJECTIONS
+from streamhouse_coordinator.wiring import CoordinatorService, build
+from streamhouse_embedded.postgres import EmbeddedPostgres
+
+Settings = Callable[..., Any]
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Any) -> AsyncIterator[CoordinatorService]:
+    service = build(settings)
+    await service.start()
+    try:
+        yield service
+    finally:
+        await service.stop()
+
+
+async def until(attempt: Callable[[], Awaitable[Any]], seconds: float = 20) -> Any:
+    """The answer, as soon as there is one."""
+    async with asyncio.timeout(seconds):
+        while True:
+            try:
+                return await attempt()
+            except Unavailable:
+                await asyncio.sleep(0.05)
+
+
+async def dump(dsn: str) -> dict[str, list[tuple[Any, ...]]]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return {
+            table.name: sorted(
+                (tuple(row) for row in await connection.fetch(f"SELECT * FROM {table.name}")), key=lambda row: repr(row)
+            )
+            for table in PROJECTIONS
+        }
+    finally:
+        await connection.close()
+
+
+async def busy_history(service: CoordinatorService, open_agent: Any) -> None:
+    """A bit of everything that makes events."""
+    api = service.api
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=3, retention_bytes=350))
+    await api.create_topic(pb.CreateTopicRequest(topic="gone", partitions=2, min_acks=3))
+    one = await open_agent(api, "a")
+    for partition in range(2):
+        grant = [g for g in await one.grants() if g.topic == "orders"][partition]
+        for number in range(5):
+            await one.write(grant, 10 * number, 10 * number + 10)
+    await api.apply_retention(pb.ApplyRetentionRequest())
+    ask = pb.ClaimCompactionRequest(
+        worker_id="w", claim_ttl_ms=9999, small_bytes_max=101, target_bytes=999, segments_min=2
+    )
+    claim = await api.claim_compaction(ask)
+    new = claim.segments[0]
+    new_ids = [item.segment_id for item in claim.segments]
+    new.end_offset, new.record_count = claim.segments[-1].end_offset, sum(s.record_count for s in claim.segments)
+    new.segment_id = "00000000-0000-0000-0000-000000000001"
+    await api.register_compaction(
+        pb.RegisterCompactionRequest(claim_id=claim.claim_id, replaced_segment_ids=new_ids, segment=new)
+    )
+    two = await open_agent(api, "b")
+    moving = [g for g in await one.grants() if g.status == "moving"]
+    assert moving
+    await one.settle(*((grant, grant.registered_end) for grant in moving))
+    await one.heartbeat(
+        pb.RangeUse(topic_id=grant.topic_id, partition=grant.partition, epoch=grant.epoch, next_offset=1000)
+    )
+    await one.announce((grant, 50, 60))
+    await api.join_group(pb.JoinGroupRequest(group="g", topics=["orders", "gone"]))
+    left = await api.join_group(pb.JoinGroupRequest(group="g", topics=["orders"], client_id="x"))
+    await api.leave_group(pb.LeaveGroupRequest(group="g", member_id=left.member_id))
+    await two.close()
+    await one.open()
+    grant = next(grant for grant in await one.grants() if grant.topic == "orders")
+    await one.announce((grant, grant.registered_end, grant.registered_end + 5))
+    await api.delete_topic(pb.DeleteTopicRequest(topic="gone"))
+
+
+async def test_rebuilding_gives_the_same_rows(dsn: str, coordinator: CoordinatorService, open_agent: Any) -> None:
+    """The projections are what the events say, and nothing else."""
+    await busy_history(coordinator, open_agent)
+    before = await dump(dsn)
+    assert all(before[name] for name in ("topics", "partitions", "ranges", "sessions", "segments", "buffers", "groups"))
+    await coordinator.context.store.rebuild()
+    assert await dump(dsn) == before
+
+
+async def test_positions_and_versions_are_gapless(coordinator: CoordinatorService, open_agent: Any, dsn: str) -> None:
+    await busy_history(coordinator, open_agent)
+    connection = await asyncpg.connect(dsn)
+    rows = await connection.fetch("SELECT position, stream_id, version FROM events ORDER BY position")
+    await connection.close()
+    assert [row["position"] for row in rows] == list(range(1, len(rows) + 1))
+    versions: dict[str, list[int]] = {}
+    for row in rows:
+        versions.setdefault(row["stream_id"], []).append(row["version"])
+    assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in versions.values())
+
+
+async def test_followers_see_every_event_once_in_order_through_any_coordinator(
+    two_coordinators: tuple[CoordinatorService, CoordinatorService],
+) -> None:
+    apis = [service.api for service in two_coordinators]
+
+    async def follow(api: Any) -> list[int]:
+        seen = []
+        async for event in api.follow_events(pb.FollowEventsRequest(after_position=0, types=["TopicCreated"])):
+            seen.append(event.position)
+            if len(seen) == 20:
+                return seen
+        return seen
+
+    followers = [asyncio.create_task(follow(api)) for api in apis]
+    requests = [pb.CreateTopicRequest(topic=f"t{number}", partitions=1) for number in range(20)]
+    started = time.monotonic()
+    await asyncio.gather(*(apis[number % 2].create_topic(request) for number, request in enumerate(requests)))
+    async with asyncio.timeout(5):
+        assert [await follower for follower in followers] == [list(range(1, 21))] * 2
+    late = await follow(apis[0])
+    assert late == list(range(1, 21)) and time.monotonic() - started < 5
+    with pytest.raises(InvalidArgument):
+        await anext(apis[0].follow_events(pb.FollowEventsRequest(after_position=21)))
+
+
+async def test_followers_behind_the_cache_read_from_the_database(dsn: str, fast: Settings) -> None:
+    async with running(fast(dsn, events_cached=5, events_batch=3)) as service:
+        for number in range(12):
+            await service.api.create_topic(pb.CreateTopicRequest(topic=f"t{number}", partitions=1))
+        stream = service.api.follow_events(pb.FollowEventsRequest(after_position=2))
+        seen = [(await anext(stream)).position for _ in range(10)]
+        await stream.aclose()
+        assert seen == list(range(3, 13))
+
+
+async def test_postgres_restarts_in_between(
+    postgres: EmbeddedPostgres, dsn: str, coordinator: CoordinatorService, open_agent: Any
+) -> None:
+    api = coordinator.api
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+    agent = await open_agent(api, "a")
+    stream = api.follow_events(pb.FollowEventsRequest(after_position=3))
+    coming = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0.1)  # it is caught up and waits
+    postgres.kill()
+    started = time.monotonic()
+    with pytest.raises(Unavailable) as caught:
+        await agent.heartbeat()
+    assert "PostgreSQL" in caught.value.message and time.monotonic() - started < 5
+    with pytest.raises(Unavailable):
+        await api.create_topic(pb.CreateTopicRequest(topic="other", partitions=1))
+    await postgres.start()
+    await until(lambda: api.create_topic(pb.CreateTopicRequest(topic="other", partitions=1)))
+    async with asyncio.timeout(10):
+        assert (await coming).type == "TopicCreated", "the follower's stream goes on"
+    await stream.aclose()
+    # Notifications work again: well below the poll interval of 1 s, several times in a row.
+    await asyncio.sleep(0.5)
+    for number in range(3):
+        last = (await api.get_status(pb.GetStatusRequest())).events_position
+        stream = api.follow_events(pb.FollowEventsRequest(after_position=last))
+        coming = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.05)
+        started = time.monotonic()
+        await api.create_topic(pb.CreateTopicRequest(topic=f"t{number}", partitions=1))
+        await coming
+        assert time.monotonic() - started < 0.9
+        await stream.aclose()
+
+
+async def test_leases_do_not_run_out_while_nobody_can_renew_them(
+    postgres: EmbeddedPostgres, dsn: str, fast: Settings, open_agent: Any, all_events: Any
+) -> None:
+    settings = fast(dsn, session_ttl_ms=1_500, group_session_timeout_ms=1_500)
+    async with running(settings) as service:
+        api = service.api
+        await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+        agent = await open_agent(api, "a")
+        member = await api.join_group(pb.JoinGroupRequest(group="g", topics=["orders"]))
+        await asyncio.sleep(0.2)
+        await postgres.stop()
+        await asyncio.sleep(2)
+        await postgres.start()
+        await until(agent.heartbeat)
+        speak = pb.HeartbeatGroupRequest(group="g", member_id=member.member_id, generation=1, owned=member.assigned)
+        assert (await until(lambda: api.heartbeat_group(speak))).generation == 1
+        async with asyncio.timeout(10):  # from here on they are on their own
+            while not await all_events(api, "SessionClosed"):
+                await asyncio.sleep(0.05)
+            while not await all_events(api, "GroupMemberLeft"):
+                await asyncio.sleep(0.05)
+
+
+async def test_a_frozen_postgres_answers_unavailable_in_time(
+    postgres: EmbeddedPostgres, dsn: str, fast: Settings
+) -> None:
+    async with running(fast(dsn, pg_timeout_ms=500)) as service:
+        assert postgres.pid is not None
+        group = [postgres.pid, *_children(postgres.pid)]
+        for pid in group:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            with pytest.raises(Unavailable):
+                await service.api.list_topics(pb.ListTopicsRequest())
+            assert time.monotonic() - started < 2
+        finally:
+            for pid in group:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+        await until(lambda: service.api.list_topics(pb.ListTopicsRequest()))
+
+
+def _children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as children:
+        return [int(child) for child in children.read().split()]
+
+
+async def test_it_waits_for_postgres_at_the_start(postgres: EmbeddedPostgres, dsn: str, fast: Settings) -> None:
+    await postgres.stop()
+    service = build(fast(dsn))
+    starting = asyncio.create_task(service.start())
+    try:
+        with pytest.raises(Unavailable):
+            await service.api.list_topics(pb.ListTopicsRequest())
+        await asyncio.sleep(0.3)
+        assert not starting.done()
+    finally:
+        await postgres.start()
+    await asyncio.wait_for(starting, 20)
+    assert list((await service.api.list_topics(pb.ListTopicsRequest())).topics) == []
+    await service.stop()
+
+
+async def test_two_coordinators_migrate_an_empty_database_at_once(dsn: str, fast: Settings) -> None:
+    async with running(fast(dsn)) as one, running(fast(dsn)) as two:
+        await asyncio.gather(*(service.api.list_topics(pb.ListTopicsRequest()) for service in (one, two)))
+    connection = await asyncpg.connect(dsn)
+    assert [row["name"] for row in await connection.fetch("SELECT name FROM migrations")] == list(available())
+    await connection.execute("INSERT INTO migrations (name) VALUES ('9999_future')")
+    await connection.close()
+    with pytest.raises(DatabaseTooNew):
+        await build(fast(dsn)).start()
