@@ -1,0 +1,328 @@
+"""Compaction keeps every record; the orphan sweep deletes what is unreferenced and old, and nothing else (G8)."""
+
+import random
+from typing import Any
+
+import pytest
+from segmenter_standins import TOPIC_ID, StandInAgent, StandInCoordinator, assert_all_stored, records_of
+from shformat import SegmentBuilder, encode_batch
+from shproto.errors import Fenced, Unavailable
+from shproto.v1 import coordinator_pb2 as c
+from shproto.v1 import types_pb2
+from shruntime.clock import ManualClock, SystemClock
+from shstore import FaultKind, FaultyStore, MemoryStore, ScriptedFaults
+from streamhouse_segmenter.core.history import MARK_KEY
+from streamhouse_segmenter.ports import Ports
+from streamhouse_segmenter.service import Segmenter
+from streamhouse_segmenter.settings import SegmenterSettings
+
+HOUR_MS = 3_600_000
+SETTINGS = SegmenterSettings(
+    compaction_segments_min=3,
+    compaction_small_bytes_max=1024 * 1024,
+    handover_retry_first_ms=1,
+    handover_retry_max_ms=2,
+    orphan_confirm_ms=300_000,
+)
+
+
+class House:
+    """A drained partition set, and time that is moved by hand for the sweep."""
+
+    def __init__(self, **overrides: Any) -> None:
+        self.coordinator: Any = StandInCoordinator()
+        self.agent: Any = StandInAgent()
+        self.clock = ManualClock(100 * HOUR_MS)
+        self.store: Any = MemoryStore(now_ms=self.clock.wall_ms)
+        self.settings = SETTINGS.model_copy(update=overrides)
+        self.rng = random.Random(3)
+        self.sweeping = self.segmenter(clock=self.clock)
+
+    def segmenter(self, *, store: Any = None, clock: Any = None, **overrides: Any) -> Segmenter:
+        ports = Ports(
+            self.coordinator, store or self.store, lambda address: self.agent, clock or SystemClock(), self.rng
+        )
+        return Segmenter(ports, self.settings.model_copy(update=overrides), "w1")
+
+    async def fill(self, buffers: int, partitions: int = 1) -> None:
+        for number in range(buffers):
+            slices = [self.agent.append(partition, [5, 7]) for partition in range(partitions)]
+            self.coordinator.announce(f"b{len(self.coordinator.buffers)}-{number}", "agent:1", slices)
+        await self.segmenter(builds_in_flight_max=1).drain()
+
+    async def keys(self, prefix: str = "") -> set[str]:
+        return {info.key async for info in self.store.list(prefix) if info.key != MARK_KEY}
+
+    @property
+    def registered(self) -> set[str]:
+        return {segment.object_key for segment in self.coordinator.segments.values()}
+
+    async def check(self) -> None:
+        await assert_all_stored(self.coordinator, self.store, self.agent)
+        assert self.registered <= await self.keys()
+
+
+# ---- compaction
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+async def test_compaction_keeps_every_record_at_its_offset(partitions: int) -> None:
+    house = House()
+    await house.fill(6, partitions)
+    assert await house.segmenter().compact() == 6 * partitions
+    assert len(house.coordinator.segments) == partitions
+    await house.check()
+    [merged] = house.coordinator.of_partition(TOPIC_ID, 0)
+    assert (merged.base_offset, merged.end_offset, merged.record_count) == (0, 72, 72)
+    assert merged.object_key.startswith("data/")
+
+
+async def test_compaction_joins_epochs_over_the_gap_between_them() -> None:
+    house = House()
+    await house.fill(3)
+    for number, base in enumerate((1 << 30, (1 << 30) + 4, 1 << 31)):
+        epoch = 2 + number // 2
+        builder = SegmentBuilder(TOPIC_ID, 0, epoch)
+        batch = encode_batch(records_of(0, base, 4), base_offset=base, epoch=epoch)
+        builder.add(batch)
+        house.agent.batches.setdefault((TOPIC_ID, 0, epoch), []).append(batch)
+        built = builder.finish()
+        key = f"data/epoch-{number}.seg"
+        await house.store.put(key, built.parts)
+        house.coordinator.segments[key] = types_pb2.SegmentRef(
+            segment_id=key,
+            topic_id=TOPIC_ID,
+            topic="orders",
+            epoch=epoch,
+            base_offset=base,
+            end_offset=base + 4,
+            record_count=4,
+            object_key=key,
+            size_bytes=built.info.size_bytes,
+        )
+    assert await house.segmenter().compact() == 6
+    [merged] = house.coordinator.of_partition(TOPIC_ID, 0)
+    assert (merged.epoch, merged.record_count, merged.end_offset) == (3, 48, (1 << 31) + 4)
+    house.agent.batches = {(TOPIC_ID, 0, 0): [b for batches in house.agent.batches.values() for b in batches]}
+    await house.check()
+
+
+async def test_few_segments_are_left_alone() -> None:
+    house = House()
+    await house.fill(2)
+    assert await house.segmenter().compact() == 0
+    assert len(house.coordinator.segments) == 2
+
+
+@pytest.mark.parametrize("at", [70, -1, -40])
+async def test_a_damaged_source_is_never_merged(at: int) -> None:
+    """G6: in a block, in the footer, in the index: an error, and the segments stay what they are."""
+    house = House()
+    await house.fill(3)
+    victim = house.coordinator.of_partition(TOPIC_ID, 0)[1]
+    body = bytearray(await house.store.get(victim.object_key))
+    body[at] ^= 1
+    await house.store.put(victim.object_key, [bytes(body)], if_absent=False)
+    before = dict(house.coordinator.segments)
+    assert await house.segmenter().compact() == 0
+    assert house.coordinator.segments == before
+    [given_back] = [release for release in house.coordinator.released if release.reason]
+    assert given_back.retry_after_ms == SETTINGS.compaction_interval_ms
+
+
+async def test_an_object_of_another_segment_is_never_merged() -> None:
+    house = House()
+    await house.fill(3)
+    first, second, _ = house.coordinator.of_partition(TOPIC_ID, 0)
+    await house.store.put(second.object_key, [await house.store.get(first.object_key)], if_absent=False)
+    assert await house.segmenter().compact() == 0
+    assert "of another segment" in house.coordinator.released[-1].reason or len(house.coordinator.segments) == 3
+
+
+async def test_a_missing_source_is_an_error() -> None:
+    house = House()
+    await house.fill(3)
+    await house.store.delete([house.coordinator.of_partition(TOPIC_ID, 0)[1].object_key])
+    assert await house.segmenter().compact() == 0
+    assert "no object with key" in house.coordinator.released[-1].reason
+
+
+async def test_a_store_that_fails_costs_a_retry() -> None:
+    house = House()
+    await house.fill(3)
+    faulty = FaultyStore(house.store, ScriptedFaults([None, FaultKind.UNAVAILABLE], operation="get"))
+    assert await house.segmenter(store=faulty).compact() == 0
+    house.coordinator.expire_claims()
+    assert await house.segmenter(store=faulty).compact() == 3
+    await house.check()
+
+
+async def test_a_lost_answer_to_the_registration_of_a_compaction_is_asked_again() -> None:
+    house = House()
+    await house.fill(3)
+    register, lost = house.coordinator.register_compaction, 2
+
+    async def lose_the_answer(request: c.RegisterCompactionRequest) -> c.RegisterCompactionResponse:
+        nonlocal lost
+        response = await register(request)
+        if lost:
+            lost -= 1
+            raise Unavailable("the answer was lost")
+        return response
+
+    house.coordinator.register_compaction = lose_the_answer
+    assert await house.segmenter().compact() == 3
+    await house.check()
+
+
+async def test_a_compaction_that_retention_overtook_is_dropped() -> None:
+    house = House()
+    await house.fill(3)
+    claim = house.coordinator.claim_compaction
+
+    async def claim_then_retire(request: c.ClaimCompactionRequest) -> c.ClaimCompactionResponse:
+        answer = await claim(request)
+        house.coordinator.segments.pop(next(iter(house.coordinator.segments)), None)
+        return answer
+
+    house.coordinator.claim_compaction = claim_then_retire
+    assert await house.segmenter().compact() == 0
+    assert len(house.coordinator.segments) == 2
+
+
+async def test_a_lost_compaction_claim_changes_nothing() -> None:
+    house = House()
+    await house.fill(3)
+
+    async def refuse(request: c.RegisterCompactionRequest) -> c.RegisterCompactionResponse:
+        raise Fenced("the claim has run out")
+
+    house.coordinator.register_compaction = refuse
+    assert await house.segmenter().compact() == 0
+    await house.check()
+
+
+# ---- orphans
+
+
+async def sweep_until_confirmed(house: House) -> Any:
+    await house.sweeping.sweep_orphans()
+    house.clock.advance(SETTINGS.orphan_confirm_ms)
+    return await house.sweeping.sweep_orphans()
+
+
+async def test_the_sweep_deletes_old_unreferenced_objects_and_nothing_else() -> None:
+    """G8: every unregistered object goes after the grace period, and nothing else ever does."""
+    house = House()
+    await house.fill(3, 2)
+    for key in ("data/x/0/1-1-a.seg", "mixed/2024-01-01/b.seg", "other/c", "control/d"):
+        await house.store.put(key, [b"left over"])
+    house.clock.advance(HOUR_MS)
+    await house.store.put("data/x/0/2-1-young.seg", [b"being registered"])
+    report = await sweep_until_confirmed(house)
+    assert (report.deleted, report.deleted_bytes) == (2, 18)
+    assert await house.keys() == house.registered | {"other/c", "control/d", "data/x/0/2-1-young.seg"}
+    await house.check()
+
+
+async def test_replaced_objects_go_after_the_readers_had_time() -> None:
+    house = House()
+    await house.fill(4)
+    house.clock.advance(2 * HOUR_MS)
+    await house.segmenter().compact()
+    assert len(await house.keys()) == 5
+    first = await house.sweeping.sweep_orphans()
+    assert (first.deleted, first.suspects) == (0, 4)
+    house.clock.advance(SETTINGS.orphan_confirm_ms)
+    assert (await house.sweeping.sweep_orphans()).deleted == 4
+    assert await house.keys() == house.registered
+    await house.check()
+
+
+async def test_a_dry_run_deletes_nothing() -> None:
+    house = House(orphan_dry_run=True)
+    await house.store.put("data/x/0/1-1-a.seg", [b"left over"])
+    house.clock.advance(HOUR_MS)
+    report = await sweep_until_confirmed(house)
+    assert (report.deleted, report.suspects) == (0, 1)
+    assert await house.keys() == {"data/x/0/1-1-a.seg"}
+
+
+async def test_several_sweepers_do_no_harm() -> None:
+    house = House()
+    await house.fill(2)
+    await house.store.put("data/x/0/1-1-a.seg", [b"left over"])
+    house.clock.advance(HOUR_MS)
+    others = [house.segmenter(clock=house.clock) for _ in range(3)]
+    for _ in range(2):
+        for other in others:
+            await other.sweep_orphans()
+        house.clock.advance(SETTINGS.orphan_confirm_ms)
+    assert await house.keys() == house.registered
+
+
+async def test_more_than_a_page_of_orphans_is_swept() -> None:
+    house = House()
+    keys = [f"data/x/0/{number:020d}-1-a.seg" for number in range(2100)]
+    for key in keys:
+        await house.store.put(key, [b"x"])
+    house.clock.advance(HOUR_MS)
+    assert (await sweep_until_confirmed(house)).deleted == 2100
+    assert await house.keys() == set()
+
+
+async def test_a_sweep_after_a_restored_backup_is_refused() -> None:
+    """What was registered since the backup looks like an orphan, and is not."""
+    house = House()
+    await house.fill(3)
+    backup = (list(house.coordinator.events), dict(house.coordinator.segments))
+    await house.fill(3)
+    await house.sweeping.mark_history()
+    house.clock.advance(2 * HOUR_MS)
+    before = await house.keys()
+
+    house.coordinator.events, house.coordinator.segments = [*backup[0]], dict(backup[1])
+    report = await sweep_until_confirmed(house)
+    assert "is gone" in report.refused
+
+    for number in range(20):  # the new history grows beyond the mark
+        house.coordinator.record("TopicCreated", f"topic/{number}")
+    await house.sweeping.mark_history()
+    report = await sweep_until_confirmed(house)
+    assert "it was" in report.refused
+    assert await house.keys() == before
+
+    await house.store.delete([MARK_KEY])  # the operator has looked
+    assert (await sweep_until_confirmed(house)).deleted == 3
+    assert await house.keys() == house.registered
+
+
+async def test_an_unreadable_mark_stops_the_sweep() -> None:
+    house = House()
+    await house.store.put(MARK_KEY, [b"nonsense"])
+    assert "unreadable" in (await house.sweeping.sweep_orphans()).refused
+
+
+async def test_the_mark_moves_on_with_the_history() -> None:
+    house = House()
+    await house.sweeping.mark_history()
+    assert [info.key async for info in house.store.list("control/")] == []
+    await house.fill(1)
+    await house.sweeping.mark_history()
+    first = await house.store.get(MARK_KEY)
+    await house.sweeping.mark_history()
+    assert await house.store.get(MARK_KEY) == first
+    await house.fill(1)
+    await house.sweeping.mark_history()
+    assert await house.store.get(MARK_KEY) != first
+    assert (await house.sweeping.sweep_orphans()).refused == ""
+
+
+async def test_errors_of_a_sweep_reach_the_caller() -> None:
+    house = House()
+    await house.store.put("data/x/0/1-1-a.seg", [b"left over"])
+    house.clock.advance(HOUR_MS)
+    house.coordinator.down = True
+    with pytest.raises(Unavailable):
+        await house.sweeping.sweep_orphans()
+    assert await house.keys() == {"data/x/0/1-1-a.seg"}
