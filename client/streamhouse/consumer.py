@@ -6,19 +6,18 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mappin
 from types import MappingProxyType, TracebackType
 from typing import Self
 
-from shproto.errors import Internal, InvalidArgument, StreamHouseError, Unavailable, UnknownGroup, UnknownPartition
+from shproto.errors import Internal, InvalidArgument, StreamHouseError, UnknownPartition
 from shproto.rpc import Interceptors
-from shproto.v1 import coordinator_pb2, query_pb2
 from shruntime.tasks import Backoff, Tasks
 
-from streamhouse.admin import lookup_of
-from streamhouse.core.lag import Lag, lag_of
+from streamhouse.core.lag import Lag
 from streamhouse.core.options import ConsumerOptions, OnDataLoss, OnOutOfRange, Start
 from streamhouse.core.positions import Cursor, Portion
 from streamhouse.membership import Membership
 from streamhouse.metadata import MetadataCache
+from streamhouse.offsets import Offsets
 from streamhouse.peers import Peers
-from streamhouse.reader import POSITIONS_MAX, RETRY_FIRST_MS, RETRY_MAX_MS, Reader
+from streamhouse.reader import RETRY_FIRST_MS, RETRY_MAX_MS, Reader
 from streamhouse.records import Record, RecordBatch, TopicPartition
 
 log = logging.getLogger(__name__)
@@ -80,10 +79,11 @@ class Consumer:
             raise InvalidArgument("give topics, or assign=[(topic, partition), ...], and not both", field="topics")
         self._peers = Peers(bootstrap, request_timeout_ms, telemetry)
         self._metadata = MetadataCache(self._peers.coordinator)
-        self._reader = Reader(self._options, self._peers, self._metadata, self._look_up)
+        self._offsets = Offsets(self._peers, self._metadata, group)
+        self._reader = Reader(self._options, self._peers, self._metadata, self._offsets.look_up)
         self._membership: Membership | None = None
         self._tasks: Tasks | None = None
-        self._to_open: set[TopicPartition] = set()
+        self._to_open: dict[TopicPartition, object] = {}
         self._opening = asyncio.Event()
         self._portion: Portion | None = None
         self._walk: Iterator[Record] = iter(())
@@ -238,7 +238,7 @@ class Consumer:
         return not awaited and all(cursor.at_end for cursor in self._reader.cursors.values())
 
     async def _set_ends(self) -> None:
-        for where, end in (await self._look_up("latest", list(self._reader.cursors))).items():
+        for where, end in (await self._offsets.look_up("latest", list(self._reader.cursors))).items():
             cursor = self._reader.cursors.get(where)
             if cursor is not None and cursor.end != end:
                 self._reader.put(Cursor.at(where, cursor.delivered, cursor.committed, end))
@@ -264,7 +264,7 @@ class Consumer:
         where = TopicPartition(topic, partition)
         if where not in self._reader.cursors:
             raise InvalidArgument(f"{topic}/{partition} is not assigned to this consumer", field="partition")
-        found = offset if isinstance(offset, int) else (await self._look_up(offset, [where]))[where]
+        found = offset if isinstance(offset, int) else (await self._offsets.look_up(offset, [where]))[where]
         if found < 0:
             raise InvalidArgument(f"offset is {found}, must not be negative", field="offset", value=found)
         cursor = self._reader.cursors.get(where)
@@ -274,25 +274,7 @@ class Consumer:
 
     async def lag(self) -> dict[TopicPartition, Lag]:
         """Records still to be handed over, per partition; see `Lag` for when it is exact."""
-        positions = self.positions()
-        ends = await self._look_up("latest", list(positions))
-        lags = {}
-        for topic in {where.topic for where in positions}:
-            request = coordinator_pb2.DescribeTopicRequest(topic=topic)
-            described = await self._peers.coordinator.describe_topic(request)
-            for info in described.partitions:
-                where = TopicPartition(topic, info.partition)
-                if where in positions:
-                    newest = max((part.start_offset for part in info.ranges), default=info.log_start_offset)
-                    lags[where] = lag_of(
-                        positions[where],
-                        info.log_start_offset,
-                        ends[where],
-                        newest,
-                        info.registered_end,
-                        info.record_count,
-                    )
-        return lags
+        return await self._offsets.lag(self.positions())
 
     # ---- commits
 
@@ -326,12 +308,7 @@ class Consumer:
         if self._membership is not None:
             await self._membership.commit_through_rebalance(offsets)
         else:
-            commits = [
-                coordinator_pb2.OffsetCommit(topic=where.topic, partition=where.partition, offset=offset)
-                for where, offset in offsets.items()
-            ]
-            request = coordinator_pb2.CommitOffsetsRequest(group=self._options.group or "", offsets=commits)
-            await self._peers.coordinator.commit_offsets(request)
+            await self._offsets.commit(offsets)
         self._note_committed(offsets)
 
     def _note_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
@@ -351,13 +328,13 @@ class Consumer:
     # ---- assignment
 
     def _on_assigned(self, added: set[TopicPartition]) -> None:
-        self._to_open |= added
+        self._to_open.update({where: object() for where in added})
         self._opening.set()
         self._reader.notify()
 
     async def _on_revoked(self, revoked: set[TopicPartition]) -> None:
         """Stops them, then commits what was done with; the record being processed will be read again elsewhere."""
-        self._to_open -= revoked
+        self._forget_opening(revoked)
         offsets = self._uncommitted(done_with_last=False, among=revoked)
         for where in revoked:
             self._reader.drop(where)
@@ -390,30 +367,24 @@ class Consumer:
 
     async def _open(self, partitions: Sequence[TopicPartition]) -> None:
         """Finds where each starts, then reads it, unless it was taken away meanwhile."""
-        committed = await self._committed(partitions)
+        asked = dict(self._to_open)
+        committed = await self._offsets.committed(partitions)
         fresh = [where for where in partitions if where not in committed]
         start = self._options.start
-        starts = dict.fromkeys(fresh, start) if isinstance(start, int) else await self._look_up(start, fresh)
-        ends = await self._look_up("latest", partitions) if self._options.stop_at_end else {}
+        starts = dict.fromkeys(fresh, start) if isinstance(start, int) else await self._offsets.look_up(start, fresh)
+        ends = await self._offsets.look_up("latest", partitions) if self._options.stop_at_end else {}
+        # Taken away and given back meanwhile counts as taken away: another member may have gone further.
+        still = {where for where, token in asked.items() if self._to_open.get(where) is token}
         for where in partitions:
-            if self._membership is None or where in self._to_open:
+            if self._membership is None or where in still:
                 offset = committed.get(where, starts.get(where, 0))
                 self._reader.put(Cursor.at(where, offset, committed.get(where, -1), ends.get(where)))
-        self._to_open -= set(partitions)
+        self._forget_opening(still)
         self._reader.notify()
 
-    async def _committed(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
-        if self._options.group is None or not partitions:
-            return {}
-        request = coordinator_pb2.FetchOffsetsRequest(
-            group=self._options.group,
-            partitions=[coordinator_pb2.TopicPartition(topic=w.topic, partition=w.partition) for w in partitions],
-        )
-        try:
-            response = await self._peers.coordinator.fetch_offsets(request)
-        except UnknownGroup:
-            return {}
-        return {TopicPartition(o.topic, o.partition): o.offset for o in response.offsets if o.offset >= 0}
+    def _forget_opening(self, partitions: Iterable[TopicPartition]) -> None:
+        for where in partitions:
+            self._to_open.pop(where, None)
 
     async def _all_partitions(self) -> list[TopicPartition]:
         for topic, partition in self._assign:
@@ -424,20 +395,6 @@ class Consumer:
         return self._assign or [
             TopicPartition(state.topic, number) for state in states for number in range(state.partitions)
         ]
-
-    async def _look_up(self, at: Start, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
-        lookups = [lookup_of(where.topic, where.partition, at) for where in partitions]
-        if not lookups:
-            return {}
-        addresses = await self._metadata.query_addresses()
-        if not addresses:
-            raise Unavailable("no query service has a session with the coordinator")
-        query, offsets = self._peers.query(addresses), {}
-        for first in range(0, len(lookups), POSITIONS_MAX):
-            request = query_pb2.LookupOffsetsRequest(lookups=lookups[first : first + POSITIONS_MAX])
-            response = await query.lookup_offsets(request)
-            offsets.update({TopicPartition(found.topic, found.partition): found.offset for found in response.offsets})
-        return offsets
 
 
 def _topics_of(topics: Sequence[str]) -> tuple[str, ...]:

@@ -20,9 +20,10 @@ from streamhouse.core.options import ACKS, Acks, Compression, ProducerOptions
 from streamhouse.core.outgoing import ManyRecords, check_record, cut
 from streamhouse.core.room import Room
 from streamhouse.delivery import Delivery, Placed, SendFuture, SendResult
+from streamhouse.gatherer import LaneState
 from streamhouse.metadata import MetadataCache, TopicState
 from streamhouse.peers import Peers
-from streamhouse.sender import LaneState, Sender
+from streamhouse.sender import Sender
 
 # Keys repeat; 16,384 of them cost 2 MB and save most of the hashing.
 _partition_of_cached = lru_cache(maxsize=16_384)(partition_of)
@@ -142,7 +143,7 @@ class Producer:
             lane = target.lanes[_partition_of_cached(key, len(target.lanes))]
         else:
             lane = self._sticky_lane(target, size_bytes)
-        return self._sender.add(lane, value, key, headers, timestamp_ms, size_bytes)
+        return self._sender.gatherer.add(lane, value, key, headers, timestamp_ms, size_bytes)
 
     async def send_many(
         self,
@@ -179,7 +180,7 @@ class Producer:
         Raises the first failure that nobody has seen through a future or a result since the last flush.
         """
         if self._made_sender is not None:
-            self._sender.hurry()
+            self._sender.gatherer.hurry()
             for delivery in list(self._sender.unfinished):
                 await delivery.finished()
         failure, self._unseen_failure = self._unseen_failure, None
@@ -228,7 +229,7 @@ class Producer:
                 acks=self._options.acks,
                 min_acks=state.min_acks,
             )
-        lanes = [self._sender.lane(topic, number) for number in range(state.partitions)]
+        lanes = [self._sender.gatherer.lane(topic, number) for number in range(state.partitions)]
         return self._topics.setdefault(topic, _Topic(state, lanes))
 
     def _sticky_lane(self, target: _Topic, size_bytes: int) -> LaneState:
@@ -283,7 +284,7 @@ class Producer:
         placed = []
         for start, stop in cut(sizes, self._options.batch_bytes, begun):
             part = indices[start:stop]
-            delivery, first = self._sender.extend(lane, *records.pick(part), int(sizes[start:stop].sum()))
+            delivery, first = self._sender.gatherer.extend(lane, *records.pick(part), int(sizes[start:stop].sum()))
             placed.append(Placed(delivery, first, part))
         return placed
 
@@ -292,7 +293,7 @@ class Producer:
     async def _wait_for_room(self, size_bytes: int) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._room.enqueue(waiter, size_bytes)
-        self._sender.hurry()
+        self._sender.gatherer.hurry()
         try:
             async with asyncio.timeout(self._options.delivery_timeout_ms / 1000):
                 await waiter

@@ -8,10 +8,10 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shformat import Codec, Header
+from shformat import Codec
 from shproto.errors import (
     InvalidBatch,
     NotLeader,
@@ -25,21 +25,16 @@ from shproto.v1 import coordinator_pb2, ingest_pb2
 from shruntime.tasks import Backoff, Tasks
 
 from streamhouse.batches import Batch
-from streamhouse.core.accumulator import Gathering
 from streamhouse.core.options import ACKS, ProducerOptions
-from streamhouse.core.sequences import Lane, Outgoing
-from streamhouse.delivery import Delivery, SendFuture
+from streamhouse.core.sequences import Outgoing
+from streamhouse.delivery import Delivery
+from streamhouse.gatherer import Gatherer, LaneState, Stream, new_backoff
 from streamhouse.leader_stream import LeaderStream
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
 
 log = logging.getLogger(__name__)
 
-RETRY_FIRST_MS = 50
-# A leader change takes seconds: asking once a second finds it soon and costs the coordinator little.
-RETRY_MAX_MS = 1_000
-# A batch that could have gone but found no room grows this long, then it is closed and its deadline counts alone.
-GROW_MS_MAX = 1_000
 # After such a silence the leader may have forgotten an idle producer.
 QUIET_MS = 60_000
 # The leader answers within request_timeout_ms; the answer needs time to travel and wait for those before it.
@@ -47,28 +42,6 @@ ANSWER_GRACE_MS = 5_000
 
 # Said by an agent that does not lead the partition, is going away, or cannot be reached.
 _ASK_WHO_LEADS = (NotLeader, ShuttingDown, Unavailable, UnknownTopic, UnknownPartition)
-
-Stream = LeaderStream["tuple[LaneState, Outgoing[Batch]]"]
-
-
-@dataclass(slots=True, eq=False)
-class LaneState:
-    """One partition: its lane, the batch in the making, and the timers."""
-
-    topic: str
-    partition: int
-    lane: Lane[Batch]
-    backoff: Backoff
-    gathering: Gathering[Delivery] | None = None
-    due: bool = False
-    stream: Stream | None = None
-    parked: bool = False  # waits for a timer or a task that will pump again
-    queued: bool = False  # waits for room on its stream
-    linger: asyncio.TimerHandle | None = None
-    expiry: asyncio.TimerHandle | None = None
-    retry: asyncio.TimerHandle | None = None
-    last_sent_ms: float = -math.inf
-    last_error: StreamHouseError | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +67,7 @@ class Sender:
         self._done = done
         self._codec = Codec.LZ4 if options.compression == "lz4" else Codec.NONE
         self.unfinished: set[Delivery] = set()
-        self._lanes: dict[tuple[str, int], LaneState] = {}
+        self.gatherer = Gatherer(options, self._on_opened, self._pump)
         self._leaders: dict[str, Leader] = {}
         self._warned = False  # that the coordinator does not answer; once, until a leader does
         self._tasks = Tasks()
@@ -103,93 +76,11 @@ class Sender:
     def now_ms(self) -> float:
         return self._loop.time() * 1000
 
-    def _new_backoff(self) -> Backoff:
-        """Short enough that a batch gets several tries within its time."""
-        return Backoff(RETRY_FIRST_MS, min(RETRY_MAX_MS, self._options.delivery_timeout_ms // 4))
-
-    # ---- gathering
-
-    def lane(self, topic: str, partition: int) -> LaneState:
-        state = self._lanes.get((topic, partition))
-        if state is None:
-            state = LaneState(topic, partition, Lane(self._options.idempotent), self._new_backoff())
-            self._lanes[topic, partition] = state
-        return state
-
-    def add(
-        self,
-        state: LaneState,
-        value: bytes | None,
-        key: bytes | None,
-        headers: Sequence[Header] | None,
-        timestamp_ms: int,
-        size_bytes: int,
-    ) -> SendFuture:
-        """Puts one record behind those given before."""
-        gathering = state.gathering
-        if gathering is None or gathering.size_bytes + size_bytes > self._options.batch_bytes:
-            gathering = self._renew(state)
-        index = gathering.add(value, key, headers, timestamp_ms, size_bytes)
-        return SendFuture(gathering.delivery, index, timestamp_ms)
-
-    def extend(
-        self,
-        state: LaneState,
-        values: Sequence[bytes | None],
-        keys: Sequence[bytes | None] | None,
-        headers: Sequence[Sequence[Header]] | None,
-        timestamps_ms: Sequence[int],
-        size_bytes: int,
-    ) -> tuple[Delivery, int]:
-        """Puts many records, not more than one batch of them, behind those given before."""
-        gathering = state.gathering
-        if gathering is None or gathering.size_bytes + size_bytes > self._options.batch_bytes:
-            gathering = self._renew(state)
-        first = gathering.extend(values, keys, headers, timestamps_ms, size_bytes)
-        return gathering.delivery, first
-
-    def _renew(self, state: LaneState) -> Gathering[Delivery]:
-        """A new batch in the making; the one before is full and goes."""
-        if state.gathering is not None:
-            self._close(state)
-            self._pump(state)
-        gathering = Gathering(Delivery(state.topic, state.partition), self.now_ms())
-        self.unfinished.add(gathering.delivery)
-        state.gathering = gathering
-        state.due = False
-        state.linger = self._loop.call_later(self._options.linger_ms / 1000, self._lingered, state, gathering)
-        self._watch_deadline(state, gathering.opened_ms)
-        return gathering
-
-    def _lingered(self, state: LaneState, gathering: Gathering[Delivery]) -> None:
-        if state.gathering is not gathering:
-            return
-        state.due = True
-        self._pump(state)
-        if state.gathering is gathering:
-            state.linger = self._loop.call_later(GROW_MS_MAX / 1000, self._grown, state, gathering)
-
-    def _grown(self, state: LaneState, gathering: Gathering[Delivery]) -> None:
-        if state.gathering is gathering:
-            self._close(state)
-            self._pump(state)
-
-    def _close(self, state: LaneState) -> None:
-        """The batch in the making takes its place in the lane."""
+    def _on_opened(self, state: LaneState) -> None:
         gathering = state.gathering
         assert gathering is not None
-        if state.linger is not None:
-            state.linger.cancel()
-        state.gathering, state.due = None, False
-        deadline_ms = gathering.opened_ms + self._options.delivery_timeout_ms
-        state.lane.append(Outgoing(Batch(gathering), len(gathering.values), deadline_ms))
-
-    def hurry(self) -> None:
-        """Nothing lingers any more of what has been gathered so far."""
-        for state in self._lanes.values():
-            if state.gathering is not None:
-                state.due = True
-                self._pump(state)
+        self.unfinished.add(gathering.delivery)
+        self._watch_deadline(state, gathering.opened_ms)
 
     # ---- sending
 
@@ -201,7 +92,7 @@ class Sender:
             if stream is None:
                 return
             if not lane.ready:
-                self._close(state)
+                self.gatherer.close(state)
             if lane.needs_identity:
                 state.parked = True
                 self._tasks.spawn("init producer", self._identify(state))
@@ -218,7 +109,7 @@ class Sender:
             return None
         leader = self._leaders.get(address)
         if leader is None:
-            leader = self._leaders[address] = Leader(self._new_backoff())
+            leader = self._leaders[address] = Leader(new_backoff(self._options))
         wait_ms = leader.retry_at_ms - self.now_ms()
         if leader.stream is None and wait_ms > 0:
             self._retry_later(state, wait_ms)
@@ -409,7 +300,7 @@ class Sender:
         """Fails what is past its deadline at `now_ms`, with `why` or with the last error of each."""
         gathering = state.gathering
         if gathering is not None and gathering.opened_ms + self._options.delivery_timeout_ms <= now_ms:
-            self._close(state)
+            self.gatherer.close(state)
         for outgoing in state.lane.expire(now_ms):
             self._fail(outgoing.payload, why or self._gave_up(outgoing.last_error or state.last_error))
         self._pump(state)
@@ -424,13 +315,10 @@ class Sender:
 
     async def close(self) -> None:
         """Stops everything; what is unfinished fails."""
-        for state in self._lanes.values():
-            for timer in (state.linger, state.expiry, state.retry):
-                if timer is not None:
-                    timer.cancel()
+        for state in self.gatherer.lanes():
+            state.cancel_timers()
             state.parked = True
-            if state.gathering is not None:
-                self._close(state)
+            self.gatherer.close(state)
             for outgoing in state.lane.expire(math.inf):
                 self._fail(outgoing.payload, Unavailable("the producer was closed before the batch was acknowledged"))
         await self._tasks.stop()

@@ -1,0 +1,81 @@
+"""Questions about offsets that a consumer asks: where partitions begin and end, what its group committed, its lag."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from shproto.errors import Unavailable, UnknownGroup
+from shproto.v1 import coordinator_pb2, query_pb2
+
+from streamhouse.admin import lookup_of
+from streamhouse.core.lag import Lag, lag_of
+from streamhouse.core.options import Start
+from streamhouse.metadata import MetadataCache
+from streamhouse.peers import Peers
+from streamhouse.reader import POSITIONS_MAX
+from streamhouse.records import TopicPartition
+
+
+class Offsets:
+    """Asks the coordinator and the query services; keeps nothing."""
+
+    def __init__(self, peers: Peers, metadata: MetadataCache, group: str | None) -> None:
+        self._peers = peers
+        self._metadata = metadata
+        self._group = group
+
+    async def look_up(self, at: Start, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
+        """The earliest or latest offsets, or the first from a time on. Raises UnknownTopic, Unavailable."""
+        lookups = [lookup_of(where.topic, where.partition, at) for where in partitions]
+        if not lookups:
+            return {}
+        addresses = await self._metadata.query_addresses()
+        if not addresses:
+            raise Unavailable("no query service has a session with the coordinator")
+        query, offsets = self._peers.query(addresses), {}
+        for first in range(0, len(lookups), POSITIONS_MAX):
+            request = query_pb2.LookupOffsetsRequest(lookups=lookups[first : first + POSITIONS_MAX])
+            response = await query.lookup_offsets(request)
+            offsets.update({TopicPartition(found.topic, found.partition): found.offset for found in response.offsets})
+        return offsets
+
+    async def committed(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        """What the group has committed; partitions without a commit are left out."""
+        if self._group is None or not partitions:
+            return {}
+        request = coordinator_pb2.FetchOffsetsRequest(
+            group=self._group,
+            partitions=[coordinator_pb2.TopicPartition(topic=w.topic, partition=w.partition) for w in partitions],
+        )
+        try:
+            response = await self._peers.coordinator.fetch_offsets(request)
+        except UnknownGroup:
+            return {}
+        return {TopicPartition(o.topic, o.partition): o.offset for o in response.offsets if o.offset >= 0}
+
+    async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
+        """A plain commit, for a group without members. Raises IllegalGeneration if it has some."""
+        commits = [
+            coordinator_pb2.OffsetCommit(topic=where.topic, partition=where.partition, offset=offset)
+            for where, offset in offsets.items()
+        ]
+        request = coordinator_pb2.CommitOffsetsRequest(group=self._group or "", offsets=commits)
+        await self._peers.coordinator.commit_offsets(request)
+
+    async def lag(self, positions: Mapping[TopicPartition, int]) -> dict[TopicPartition, Lag]:
+        """Records from each position to the end of its partition."""
+        ends = await self.look_up("latest", list(positions))
+        lags = {}
+        for topic in sorted({where.topic for where in positions}):
+            request = coordinator_pb2.DescribeTopicRequest(topic=topic)
+            for info in (await self._peers.coordinator.describe_topic(request)).partitions:
+                where = TopicPartition(topic, info.partition)
+                if where in positions:
+                    newest = max((part.start_offset for part in info.ranges), default=info.log_start_offset)
+                    lags[where] = lag_of(
+                        positions[where],
+                        info.log_start_offset,
+                        ends[where],
+                        newest,
+                        info.registered_end,
+                        info.record_count,
+                    )
+        return lags
