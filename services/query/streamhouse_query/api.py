@@ -11,15 +11,13 @@ from typing import TypeVar
 from shformat import FormatError
 from shproto.errors import DataLoss, InvalidArgument, StreamHouseError
 from shproto.v1 import query_pb2
-from shruntime.clock import Clock
 
 from streamhouse_query.chunk_reader import ChunkCache
 from streamhouse_query.core.plain import plain_records
-from streamhouse_query.counters import Counters, fetch_duration_ms, tracer
-from streamhouse_query.fetcher import Fetched, Fetcher, Want
-from streamhouse_query.freshness import Freshness
-from streamhouse_query.live_index import LiveIndex
+from streamhouse_query.counters import fetch_duration_ms, tracer
+from streamhouse_query.fetch import fetch
 from streamhouse_query.lookups import Found, Lookups
+from streamhouse_query.reads import Fetched, Reads, Want
 from streamhouse_query.settings import QuerySettings
 from streamhouse_query.subscribe import Source, Subscription
 
@@ -33,24 +31,14 @@ INT64_MAX = (1 << 63) - 1
 class QueryApi:
     """Implements shproto.services.QueryApi."""
 
-    def __init__(
-        self,
-        index: LiveIndex,
-        fetcher: Fetcher,
-        freshness: Freshness,
-        cache: ChunkCache,
-        settings: QuerySettings,
-        clock: Clock,
-        counters: Counters,
-    ) -> None:
-        self._index = index
-        self._fetcher = fetcher
-        self._lookups = Lookups(fetcher)
-        self._freshness = freshness
+    def __init__(self, reads: Reads, cache: ChunkCache, settings: QuerySettings) -> None:
+        self._reads = reads
+        self._index = reads.index
+        self._clock = reads.clock
+        self._counters = reads.counters
+        self._lookups = Lookups(reads)
         self._cache = cache
         self._settings = settings
-        self._clock = clock
-        self._counters = counters
 
     async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse:
         """Raises InvalidArgument, UnknownTopic, UnknownPartition, OffsetBelowStart, OffsetBeyondEnd, DataLoss,
@@ -59,7 +47,7 @@ class QueryApi:
         with tracer.start_as_current_span("query.fetch") as span:
             span.set_attributes({"topic": request.topic, "partition": request.partition, "offset": request.offset})
             want = await self._want(request)
-            response = self._respond(want, await self._fetcher.fetch(want), request.format)
+            response = self._respond(want, await fetch(self._reads, want), request.format)
             span.set_attribute("size_bytes", sum(map(len, response.batches)))
         fetch_duration_ms.record(self._clock.monotonic_ms() - started_ms)
         return response
@@ -68,7 +56,7 @@ class QueryApi:
         """Raises InvalidArgument; what goes wrong in one partition is in its last response."""
         self._check_positions(request)
         subscription = Subscription(
-            self._fetcher,
+            self._reads,
             [self._source(request, position) for position in request.positions],
             buffer_bytes=self._settings.subscribe_buffer_bytes,
             heartbeat_ms=self._settings.subscribe_heartbeat_ms,
@@ -113,7 +101,7 @@ class QueryApi:
         _check("min_bytes", request.min_bytes, 0, bytes_max)
         _check("max_wait_ms", request.max_wait_ms, 0, self._settings.max_wait_ms_max)
         _check_format(request.format)
-        partition = await self._freshness.find(request.topic, request.partition)
+        partition = await self._reads.freshness.find(request.topic, request.partition)
         return Want(partition.key, partition.topic, request.offset, bytes_max, request.min_bytes, request.max_wait_ms)
 
     def _bytes_max(self, asked: int) -> int:
@@ -137,13 +125,13 @@ class QueryApi:
 
         async def resolve() -> Want:
             _check("offset", position.offset, 0, INT64_MAX)
-            partition = await self._freshness.find(position.topic, position.partition)
+            partition = await self._reads.freshness.find(position.topic, position.partition)
             return Want(partition.key, partition.topic, position.offset, self._bytes_max(request.max_bytes))
 
         return Source(resolve, lambda want, fetched: self._respond(want, fetched, request.format), refuse)
 
     async def _look_up(self, lookup: query_pb2.OffsetLookup) -> Found:
-        partition = await self._freshness.find(lookup.topic, lookup.partition)
+        partition = await self._reads.freshness.find(lookup.topic, lookup.partition)
         match lookup.spec:
             case query_pb2.OFFSET_SPEC_EARLIEST:
                 return self._lookups.earliest(partition)

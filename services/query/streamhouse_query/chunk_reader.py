@@ -21,7 +21,7 @@ from streamhouse_query.counters import Counters, download_duration_ms, tracer
 INLINE_BYTES_MAX = 64 * 1024
 
 
-class CacheDirError(Exception):
+class CacheDirError(OSError):
     """The cache directory cannot be used."""
 
 

@@ -13,8 +13,9 @@ from shstore import ObjectMissing
 from streamhouse_query.core.index import PartitionIndex, PartitionKey, SegmentEntry
 from streamhouse_query.core.plan import ReadTail, Wait, plan
 from streamhouse_query.core.timestamps import AtEnd, LookInSegment, LookInTail, first_at, look
-from streamhouse_query.fetcher import TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX, Fetcher, Want
+from streamhouse_query.fetch import TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX, fetch
 from streamhouse_query.live_index import LiveIndex
+from streamhouse_query.reads import Reads, Want
 
 # Of a tail that is searched for a timestamp, per call to its agent.
 TAIL_BYTES = 4 * 1024 * 1024
@@ -26,9 +27,9 @@ Found = tuple[int, int]
 class Lookups:
     """All raise Unavailable where the truth is not known now: a guess would make a reader skip or repeat."""
 
-    def __init__(self, fetcher: Fetcher) -> None:
-        self._fetcher = fetcher
-        self._index: LiveIndex = fetcher.index
+    def __init__(self, reads: Reads) -> None:
+        self._reads = reads
+        self._index: LiveIndex = reads.index
 
     def earliest(self, partition: PartitionIndex) -> Found:
         return partition.log_start_offset, -1
@@ -36,7 +37,7 @@ class Lookups:
     async def latest(self, key: PartitionKey, topic: str) -> Found:
         """The high watermark, from the leader where its records are not all registered."""
         backoff = Backoff(TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX)
-        deadline_ms = self._fetcher.clock.monotonic_ms() + self._fetcher.catch_up_ms
+        deadline_ms = self._reads.clock.monotonic_ms() + self._reads.catch_up_ms
         with self._index.watch(key) as watch:
             while True:
                 watch.arm()
@@ -49,7 +50,7 @@ class Lookups:
                 high_watermark = await self._ask_leader(partition, newest.epoch, newest.registered_end)
                 if high_watermark is not None:
                     return high_watermark, -1
-                remaining_ms = deadline_ms - self._fetcher.clock.monotonic_ms()
+                remaining_ms = deadline_ms - self._reads.clock.monotonic_ms()
                 if remaining_ms <= 0:
                     raise Unavailable(
                         f"{partition.name}: agent {newest.agent_id} does not hold epoch {newest.epoch} yet",
@@ -71,7 +72,7 @@ class Lookups:
             max_bytes=1,
         )
         try:
-            response = await self._fetcher.ingest_at(step.address).read_tail(request)
+            response = await self._reads.ingest_at(step.address).read_tail(request)
         except StreamHouseError as error:
             raise Unavailable(
                 f"the end of {partition.name} is not known: agent {step.agent_id} at {step.address}: {error}",
@@ -79,7 +80,7 @@ class Lookups:
             ) from error
         if response.not_held:
             return None
-        self._fetcher.watermarks.learn(partition.key, epoch, response.high_watermark)
+        self._reads.watermarks.learn(partition.key, epoch, response.high_watermark)
         return max(registered_end, response.high_watermark)
 
     # ---- by timestamp
@@ -104,7 +105,7 @@ class Lookups:
     async def _in_segment(
         self, partition: PartitionIndex, segment: SegmentEntry, timestamp_ms: int, from_offset: int
     ) -> Found | None:
-        segments = self._fetcher.segments
+        segments = self._reads.segments
         try:
             index = await segments.open(partition, segment)
             first = max(index.find_timestamp(timestamp_ms), index.find(from_offset))
@@ -123,7 +124,7 @@ class Lookups:
 
     async def _in_tail(self, partition: PartitionIndex, timestamp_ms: int, offset: int) -> tuple[Found | None, int]:
         """(what was found, where to go on)."""
-        fetched = await self._fetcher.fetch(Want(partition.key, partition.topic, offset, TAIL_BYTES))
+        fetched = await fetch(self._reads, Want(partition.key, partition.topic, offset, TAIL_BYTES))
         if fetched.waiting_reason:
             raise Unavailable(
                 f"{partition.name}: offsets from {offset} on can not be searched now: {fetched.waiting_reason}",

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from shruntime.settings import MIB, StoreSettings
 
 
@@ -79,3 +79,17 @@ class QuerySettings(StoreSettings):
         le=60_000,
         description="ms between the empty responses that tell a subscriber at the end the high watermark",
     )
+
+    @field_validator("cache_chunk_bytes")
+    @classmethod
+    def _chunks_fit_the_cache(cls, value: int, info: ValidationInfo) -> int:
+        if value > info.data.get("cache_bytes_max", value):
+            raise ValueError(f"must not be above cache_bytes_max = {info.data['cache_bytes_max']}")
+        return value
+
+    @field_validator("fetch_bytes_max")
+    @classmethod
+    def _default_is_allowed(cls, value: int, info: ValidationInfo) -> int:
+        if value < info.data.get("fetch_bytes_default", value):
+            raise ValueError(f"must not be below fetch_bytes_default = {info.data['fetch_bytes_default']}")
+        return value

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from shproto.errors import Internal, StreamHouseError
 from shproto.v1.query_pb2 import FetchResponse
 
-from streamhouse_query.fetcher import Fetched, Fetcher, Want
+from streamhouse_query.fetch import fetch
+from streamhouse_query.reads import Fetched, Reads, Want
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +84,8 @@ class _Delivery:
 class Subscription:
     """`responses` ends when every partition has failed; closing it ends all fetches."""
 
-    def __init__(self, fetcher: Fetcher, sources: Sequence[Source], *, buffer_bytes: int, heartbeat_ms: int) -> None:
-        self._fetcher = fetcher
+    def __init__(self, reads: Reads, sources: Sequence[Source], *, buffer_bytes: int, heartbeat_ms: int) -> None:
+        self._reads = reads
         self._sources = sources
         self._budget = ByteBudget(buffer_bytes)
         self._heartbeat_ms = heartbeat_ms
@@ -123,7 +124,7 @@ class Subscription:
         want = replace(want, known_reason="")
         has_more, has_told = False, False
         while True:
-            if has_more or self._fetcher.is_registered(want):
+            if has_more or self._reads.is_registered(want):
                 response = await self._read(source, want)
             else:
                 # The first time at the end is told at once, then only news and heartbeats.
@@ -137,7 +138,7 @@ class Subscription:
         """What is there, under the budget; nothing is said when it is nothing."""
         lent_bytes = await self._budget.take(want.bytes_max)
         try:
-            fetched = await self._fetcher.fetch(replace(want, max_wait_ms=0, known_reason=None))
+            fetched = await fetch(self._reads, replace(want, max_wait_ms=0, known_reason=None))
         except BaseException:
             self._budget.give(lent_bytes)
             raise
@@ -151,7 +152,7 @@ class Subscription:
     async def _await_more(self, source: Source, want: Want, wait_ms: int) -> FetchResponse:
         """What comes, or the word that nothing does; ends when the subscriber has taken it."""
         bytes_max = min(want.bytes_max, WAITING_BYTES_MAX)
-        fetched = await self._fetcher.fetch(replace(want, bytes_max=bytes_max, max_wait_ms=wait_ms))
+        fetched = await fetch(self._reads, replace(want, bytes_max=bytes_max, max_wait_ms=wait_ms))
         response = source.respond(want, fetched)
         taken = asyncio.Event()
         self._ready.put_nowait(_Delivery(response, taken=taken))

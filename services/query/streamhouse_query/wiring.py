@@ -13,6 +13,7 @@ from shruntime.clock import Clock, SystemClock
 from shruntime.logs import configure_logging
 from shruntime.peers import Peers, connect_to_coordinators
 from shruntime.server import RpcServer
+from shruntime.settings import PREFIX, SettingsError
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
 from shstore import ObjectStore
@@ -25,10 +26,10 @@ from streamhouse_query.chunk_reader import ChunkReader
 from streamhouse_query.core.breaker import CircuitBreaker
 from streamhouse_query.core.readahead import ReadAhead
 from streamhouse_query.counters import Counters, export
-from streamhouse_query.fetcher import Fetcher
 from streamhouse_query.follower import Follower
 from streamhouse_query.freshness import Freshness
 from streamhouse_query.live_index import LiveIndex
+from streamhouse_query.reads import Reads
 from streamhouse_query.segment_reader import SegmentReader
 from streamhouse_query.session import SessionKeeper
 from streamhouse_query.settings import QuerySettings
@@ -79,7 +80,7 @@ def build(
     ingest_at: Callable[[str], IngestApi],
     clock: Clock | None = None,
 ) -> QueryService:
-    """The service over its peers; does no I/O. `store` stays the caller's to close."""
+    """The service over its peers; does no I/O. `store` stays the caller's to close. Raises SettingsError."""
     clock = clock or SystemClock()
     counters, tasks, index = Counters(), Tasks(), LiveIndex()
     disk = DiskCache(settings.cache_dir, settings.cache_bytes_max, settings.cache_chunk_bytes, counters)
@@ -98,15 +99,15 @@ def build(
         chunks, lambda key: index.cluster.object_extent(key), settings.segment_index_cache_entries, counters
     )
     freshness = Freshness(coordinator, index, settings.catch_up_ms, clock)
-    fetcher = Fetcher(
+    reads = Reads(
         index,
         segments,
         ingest_at,
         freshness,
-        readahead=ReadAhead(settings.readahead_chunks),
-        catch_up_ms=settings.catch_up_ms,
-        clock=clock,
-        counters=counters,
+        ReadAhead(settings.readahead_chunks),
+        settings.catch_up_ms,
+        clock,
+        counters,
     )
     session = SessionKeeper(coordinator, settings.agent_id, clock)
     follower = Follower(coordinator, index, lambda: session.session_id, clock, counters)
@@ -118,21 +119,24 @@ def build(
             "feed_position": lambda: index.cluster.position,
         },
     )
-    api = QueryApi(index, fetcher, freshness, disk, settings, clock, counters)
+    api = QueryApi(reads, disk, settings)
     return QueryService(api, tasks, index, disk, redis, follower, session)
 
 
 def _redis(settings: QuerySettings, clock: Clock, counters: Counters) -> RedisCache | None:
     if not settings.redis_url:
         return None
-    return RedisCache(
-        settings.redis_url,
-        timeout_ms=settings.redis_timeout_ms,
-        ttl_s=settings.redis_ttl_s,
-        breaker=CircuitBreaker(settings.redis_failures_max, settings.redis_pause_ms),
-        clock=clock,
-        counters=counters,
-    )
+    try:
+        return RedisCache(
+            settings.redis_url,
+            timeout_ms=settings.redis_timeout_ms,
+            ttl_s=settings.redis_ttl_s,
+            breaker=CircuitBreaker(settings.redis_failures_max, settings.redis_pause_ms),
+            clock=clock,
+            counters=counters,
+        )
+    except ValueError as error:
+        raise SettingsError(f"redis_url ({PREFIX}REDIS_URL) = {settings.redis_url!r}: {error}") from error
 
 
 async def run(settings: QuerySettings) -> None:

@@ -7,6 +7,7 @@ from conftest import StartQuery
 from query_standins import StandInPlatform, values_of
 from shformat import decode_batch
 from shproto.errors import (
+    DataLoss,
     InvalidArgument,
     OffsetBelowStart,
     OffsetBeyondEnd,
@@ -130,3 +131,42 @@ async def test_unknown_topic_and_partition(platform: StandInPlatform, start_quer
     with pytest.raises(UnknownPartition) as error:
         await service.api.fetch(query_pb2.FetchRequest(topic="orders", partition=1))
     assert error.value.details["partitions"] == "1"
+
+
+async def test_plain_records_begin_at_exactly_the_offset(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10), timestamps_ms=list(range(100, 110)))
+    await platform.register()
+    await platform.produce([b"tail", None])
+    service = await start_query()
+    response = await fetch(service, 7, format=query_pb2.FETCH_FORMAT_RECORDS)
+    assert not response.batches
+    expected = list(zip(range(7, 12), [*values_of(10)[7:], b"tail", None], strict=True))
+    assert [(r.offset, r.value if r.HasField("value") else None) for r in response.records] == expected
+    assert response.records[0].timestamp_ms == 107 and response.next_offset == 12
+    few = await fetch(service, 7, format=query_pb2.FETCH_FORMAT_RECORDS, max_bytes=1)
+    assert [record.offset for record in few.records] == [7] and few.next_offset == 8
+
+
+async def test_a_damaged_tail_is_not_handed_on(platform: StandInPlatform, start_query: StartQuery) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    ((key, batches),) = platform.agents["a"].logs.items()
+    batches[0] = batches[0][:-1] + bytes([batches[0][-1] ^ 1])
+    service = await start_query()
+    with pytest.raises(DataLoss, match="agent a answered") as error:
+        await fetch(service, 0)
+    assert error.value.details["agent"] == "a" and key[2] == 1
+
+
+async def test_records_that_are_there_do_not_wait_for_an_agent_that_hangs(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    await platform.register()
+    service = await start_query()
+    platform.agents["a"].hangs = True
+    async with asyncio.timeout(2):
+        response = await fetch(service, 0)
+    assert response.next_offset == 10

@@ -55,6 +55,9 @@ class DiskCache:
         """Takes the directory and finds what an earlier run left. Raises CacheDirError."""
         try:
             names = await asyncio.to_thread(self._open)
+        except CacheDirError:
+            self.close()
+            raise
         except OSError as error:
             self.close()
             raise CacheDirError(f"cache_dir {self._directory} cannot be used: {error.strerror}") from error

@@ -6,14 +6,13 @@ Does not own: following the feed, waking readers, what a reader does with it (pl
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from shproto import events as ev
+import shproto.events as ev
 from shproto.v1 import types_pb2
 
 PartitionKey = tuple[str, int]
@@ -78,7 +77,7 @@ class SegmentEntry:
             segment.base_offset,
             segment.end_offset,
             segment.record_count,
-            sys.intern(segment.object_key),
+            segment.object_key,
             segment.object_at,
             segment.size_bytes,
             segment.max_timestamp_ms,
@@ -259,11 +258,10 @@ class ClusterIndex:
     # ---- changing
 
     def add_topic(self, topic: TopicEntry) -> None:
-        topic_id, name = sys.intern(topic.topic_id), sys.intern(topic.topic)
-        self.topics[name] = topic
+        self.topics[topic.topic] = topic
         for partition in range(topic.partitions):
-            key = (topic_id, partition)
-            self.partitions[key] = PartitionIndex(topic_id, name, partition, topic.durable_only)
+            key = (topic.topic_id, partition)
+            self.partitions[key] = PartitionIndex(topic.topic_id, topic.topic, partition, topic.durable_only)
 
     def load_partition(
         self,

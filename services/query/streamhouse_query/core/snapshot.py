@@ -34,7 +34,11 @@ class SnapshotBuilder:
                 session.session_id, session.agent_id, session.role, session.address
             )
         for partition in part.partitions:
-            self._add_partition(partition)
+            try:
+                self._add_partition(partition)
+            except (KeyError, ValueError) as error:  # a partition beyond its topic's, a status nobody knows
+                name = f"{partition.topic.topic}:{partition.partition}"
+                raise IndexMismatch(f"snapshot of {name} cannot be read: {error!r}") from error
 
     def _add_partition(self, partition: coordinator_pb2.SnapshotPartition) -> None:
         topic = partition.topic

@@ -7,8 +7,7 @@ Never spins: every turn of its loop reads something, moves its offset, or waits 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
 from shproto.errors import (
     OffsetBeyondEnd,
@@ -16,13 +15,11 @@ from shproto.errors import (
     Unavailable,
     UnknownTopic,
 )
-from shproto.services import IngestApi
 from shproto.v1 import ingest_pb2
-from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 from shstore import ObjectMissing
 
-from streamhouse_query.core.index import PartitionIndex, PartitionKey, SegmentEntry
+from streamhouse_query.core.index import PartitionIndex, SegmentEntry
 from streamhouse_query.core.plan import (
     BelowStart,
     BeyondEnd,
@@ -34,101 +31,32 @@ from streamhouse_query.core.plan import (
     Wait,
     plan,
 )
-from streamhouse_query.core.readahead import ReadAhead
 from streamhouse_query.core.refusals import damaged_tail, object_missing, refusal, with_next_offset
 from streamhouse_query.core.tail import accept_batches
-from streamhouse_query.core.watermarks import Watermarks
-from streamhouse_query.counters import Counters
-from streamhouse_query.freshness import Freshness
-from streamhouse_query.live_index import LiveIndex, Watch
-from streamhouse_query.segment_reader import SegmentReader
+from streamhouse_query.live_index import Watch
+from streamhouse_query.reads import Fetched, Reads, Want
 
 # One long poll at an agent: long enough to cost nothing, short enough that a peer that went silent is noticed.
 TAIL_WAIT_MS_MAX = 10_000
+# A fetch that has records already waits no longer than this for what an agent may add.
+TAIL_EXTRA_MS_MAX = 100
 # An agent that does not answer or does not hold a range yet is asked again after up to so long.
 TAIL_RETRY_FIRST_MS = 50
 TAIL_RETRY_MS_MAX = 1_000
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
-    """What to fetch. `known_reason`: the waiting reason that the reader has been told; any other one ends the wait
-    at once (None: only the end of max_wait_ms does)."""
-
-    partition: PartitionKey
-    topic: str
-    offset: int
-    bytes_max: int
-    bytes_min: int = 0
-    max_wait_ms: int = 0
-    known_reason: str | None = None
-
-
-@dataclass(slots=True)
-class Fetched:
-    """Whole encoded batches; the first may begin before the offset asked for."""
-
-    batches: list[bytes] = field(default_factory=list)
-    size_bytes: int = 0
-    next_offset: int = 0
-    high_watermark: int = 0
-    log_start_offset: int = 0
-    waiting_reason: str = ""
-
-
-class Fetcher:
-    """Reads for anybody; holds what is shared between fetches."""
-
-    def __init__(
-        self,
-        index: LiveIndex,
-        segments: SegmentReader,
-        ingest_at: Callable[[str], IngestApi],
-        freshness: Freshness,
-        *,
-        readahead: ReadAhead,
-        catch_up_ms: int,
-        clock: Clock,
-        counters: Counters,
-    ) -> None:
-        self.index = index
-        self.segments = segments
-        self.ingest_at = ingest_at
-        self.freshness = freshness
-        self.catch_up_ms = catch_up_ms
-        self.clock = clock
-        self.counters = counters
-        self.watermarks = Watermarks()
-        self._readahead = readahead
-
-    async def fetch(self, want: Want) -> Fetched:
-        """Raises OffsetBelowStart, OffsetBeyondEnd, DataLoss, Unavailable, UnknownTopic (deleted meanwhile)."""
-        return await _Fetch(self, want).run()
-
-    def is_registered(self, want: Want) -> bool:
-        """Whether a segment holds the offset, so that a fetch has something to return."""
-        partition = self.index.get(want.partition, want.topic)
-        return isinstance(plan(self.index.cluster, partition, want.offset), ReadSegment)
-
-    def read_ahead(self, key: PartitionKey, segment: SegmentEntry, offset: int, next_offset: int, at: int) -> None:
-        """After a read of [offset, next_offset) that ended at byte `at` of the segment's object: starts the downloads
-        of what a sequential reader asks for next, also in the segment after this one."""
-        chunks = self._readahead.observe(key, offset, next_offset)
-        if chunks:
-            chunks -= self.segments.prefetch(segment, at, chunks)
-        partition = self.index.cluster.partitions.get(key)
-        following = partition.segment_after(segment.end_offset) if partition and chunks > 0 else None
-        if following is not None and not following.lost_reason:
-            self.segments.prefetch(following, following.object_at, chunks)
+async def fetch(reads: Reads, want: Want) -> Fetched:
+    """Raises OffsetBelowStart, OffsetBeyondEnd, DataLoss, Unavailable, UnknownTopic (deleted meanwhile)."""
+    return await _Fetch(reads, want).run()
 
 
 class _Fetch:
     """One fetch under way."""
 
-    def __init__(self, fetcher: Fetcher, want: Want) -> None:
-        self._fetcher = fetcher
-        self._index = fetcher.index
-        self._clock = fetcher.clock
+    def __init__(self, reads: Reads, want: Want) -> None:
+        self._reads = reads
+        self._index = reads.index
+        self._clock = reads.clock
         self._want = want
         self._offset = want.offset
         self._got = Fetched()
@@ -136,7 +64,7 @@ class _Fetch:
         self._deadline_ms = now_ms + want.max_wait_ms
         # Where records are known to exist and only the feed is behind, a reader waits for it even with max_wait_ms 0:
         # an empty answer would be a wrong one.
-        self._catch_up_ms = max(self._deadline_ms, now_ms + fetcher.catch_up_ms)
+        self._catch_up_ms = max(self._deadline_ms, now_ms + reads.catch_up_ms)
         self._backoff = Backoff(TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX)
 
     async def run(self) -> Fetched:
@@ -156,7 +84,7 @@ class _Fetch:
 
     def _finished(self, partition: PartitionIndex) -> Fetched:
         self._got.next_offset = self._offset
-        self._got.high_watermark = self._fetcher.watermarks.of(partition)
+        self._got.high_watermark = self._reads.watermarks.of(partition)
         self._got.log_start_offset = partition.log_start_offset
         return self._got
 
@@ -180,7 +108,7 @@ class _Fetch:
     async def _refuse(self, partition: PartitionIndex, step: BelowStart | BeyondEnd | Lost, watch: Watch) -> bool:
         if self._got.batches:
             return True  # the reader meets it with its next fetch
-        if isinstance(step, BeyondEnd) and await self._fetcher.freshness.is_behind(partition):
+        if isinstance(step, BeyondEnd) and await self._reads.freshness.is_behind(partition):
             if not await self._changed(watch, self._remaining_ms(self._catch_up_ms)):
                 raise Unavailable(f"{partition.name}: the index is behind; offset {self._offset} may exist")
             return False
@@ -225,7 +153,7 @@ class _Fetch:
         """Ends the fetch with what there is; the reason is for a reader that gets nothing."""
         if reason and not self._got.batches:
             self._got.waiting_reason = reason
-            self._fetcher.counters.unsettled_waits += 1
+            self._reads.counters.unsettled_waits += 1
         return True
 
     async def _again_soon(self, reason: str, watch: Watch, until_ms: int) -> bool:
@@ -241,7 +169,7 @@ class _Fetch:
     async def _read_segment(self, partition: PartitionIndex, segment: SegmentEntry, watch: Watch) -> bool:
         nothing_yet = not self._got.batches
         try:
-            run = await self._fetcher.segments.read_from(
+            run = await self._reads.segments.read_from(
                 partition, segment, self._offset, self._room, at_least_one=nothing_yet
             )
         except ObjectMissing as error:
@@ -251,7 +179,7 @@ class _Fetch:
                 raise
             return True  # the reader meets it with its next fetch
         if run.blocks:
-            self._fetcher.read_ahead(partition.key, segment, self._offset, run.next_offset, run.next_at)
+            self._reads.ahead(partition.key, segment, self._offset, run.next_offset, run.next_at)
         self._add(run.blocks, run.size_bytes, run.next_offset)
         return run.next_offset < segment.end_offset
 
@@ -264,7 +192,7 @@ class _Fetch:
         while self._plan(self._partition()) == ReadSegment(segment):
             watch.arm()
             if not await self._changed(watch, self._remaining_ms(self._catch_up_ms)):
-                self._fetcher.counters.damaged_spans += 1
+                self._reads.counters.damaged_spans += 1
                 raise object_missing(partition, segment) from error
         return False
 
@@ -281,7 +209,7 @@ class _Fetch:
             max_bytes=self._room,
             max_wait_ms=wait_ms,
         )
-        self._fetcher.counters.tail_reads += 1
+        self._reads.counters.tail_reads += 1
         asked_ms = self._clock.monotonic_ms()
         try:
             response = await self._ask(step, request, watch)
@@ -289,30 +217,34 @@ class _Fetch:
             return await self._tail_failed(partition, step, error, watch)
         if wait_ms and self._clock.monotonic_ms() - asked_ms >= wait_ms / 2:
             self._backoff.reset()  # the agent did wait: it may be asked again soon
-        return response is not None and await self._take_tail(partition, step, response, watch)
+        if response is None:
+            return self._has_enough
+        return await self._take_tail(partition, step, response, watch)
 
     async def _ask(
         self, step: ReadTail, request: ingest_pb2.ReadTailRequest, watch: Watch
     ) -> ingest_pb2.ReadTailResponse | None:
-        """The agent's answer; None when the index changed so that something else is to be done."""
-        asked = asyncio.ensure_future(self._fetcher.ingest_at(step.address).read_tail(request))
+        """The agent's answer; None when it is not worth waiting for: the index changed so that something else is to be
+        done, or there are records enough."""
+        asked = asyncio.ensure_future(self._reads.ingest_at(step.address).read_tail(request))
+        timeout_s = TAIL_EXTRA_MS_MAX / 1000 if self._has_enough else None
         try:
             while True:
-                await asyncio.wait((asked, watch.changed), return_when=asyncio.FIRST_COMPLETED)
-                if asked.done():
+                done, _ = await asyncio.wait(
+                    (asked, watch.changed), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if asked in done:
                     return asked.result()
                 watch.arm()
-                if self._plan(self._partition()) != step:
+                if not done or self._plan(self._partition()) != step:
                     return None
         finally:
-            if not asked.done():
-                asked.cancel()
-                await asyncio.wait((asked,))
+            await _ended(asked)
 
     async def _tail_failed(
         self, partition: PartitionIndex, step: ReadTail, error: StreamHouseError, watch: Watch
     ) -> bool:
-        self._fetcher.counters.tail_errors += 1
+        self._reads.counters.tail_errors += 1
         if isinstance(error, OffsetBeyondEnd | UnknownTopic):  # as the agent knows it; it may be behind, or we are
             response = ingest_pb2.ReadTailResponse(
                 not_held=isinstance(error, UnknownTopic), high_watermark=int(error.details.get("high_watermark", 0))
@@ -335,12 +267,12 @@ class _Fetch:
             )
             return await self._again_soon(reason, watch, self._catch_up_ms)
         if step.newest and step.end_offset is None:
-            self._fetcher.watermarks.learn(partition.key, step.epoch, response.high_watermark)
+            self._reads.watermarks.learn(partition.key, step.epoch, response.high_watermark)
         accepted = accept_batches(response.batches, self._offset, step.epoch, step.end_offset)
         if isinstance(accepted, str):
             raise damaged_tail(partition, step, self._offset, accepted)
         if accepted.batches:
-            self._fetcher.counters.tail_bytes += accepted.size_bytes
+            self._reads.counters.tail_bytes += accepted.size_bytes
             self._add(accepted.batches, accepted.size_bytes, accepted.next_offset)
             return self._has_enough
         return await self._nothing_in_tail(partition, step, response.high_watermark, watch)
@@ -354,7 +286,7 @@ class _Fetch:
             max_bytes=1,
         )
         try:
-            response = await self._fetcher.ingest_at(step.address).read_tail(request)
+            response = await self._reads.ingest_at(step.address).read_tail(request)
         except StreamHouseError:
             return None
         if response.not_held or response.high_watermark >= self._offset:
@@ -374,3 +306,12 @@ class _Fetch:
         if self._is_news(step.reason):
             return self._give_up(step.reason)
         return await self._again_soon(step.reason, watch, self._deadline_ms)
+
+
+async def _ended(call: asyncio.Future[Any]) -> None:
+    """Cancels a call that is still under way, and waits for its end."""
+    if not call.done():
+        call.cancel()
+        await asyncio.wait((call,))
+    if not call.cancelled():
+        call.exception()  # seen, whoever is interested has it

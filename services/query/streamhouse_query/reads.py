@@ -1,0 +1,76 @@
+"""What a read asks for and gets, and what all reads of the service share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shproto.services import IngestApi
+from shruntime.clock import Clock
+
+from streamhouse_query.core.index import PartitionKey, SegmentEntry
+from streamhouse_query.core.plan import ReadSegment, plan
+from streamhouse_query.core.readahead import ReadAhead
+from streamhouse_query.core.watermarks import Watermarks
+from streamhouse_query.counters import Counters
+from streamhouse_query.freshness import Freshness
+from streamhouse_query.live_index import LiveIndex
+from streamhouse_query.segment_reader import SegmentReader
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What to fetch. `known_reason`: the waiting reason that the reader has been told; any other one ends the wait
+    at once (None: only the end of max_wait_ms does)."""
+
+    partition: PartitionKey
+    topic: str
+    offset: int
+    bytes_max: int
+    bytes_min: int = 0
+    max_wait_ms: int = 0
+    known_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Fetched:
+    """Whole encoded batches; the first may begin before the offset asked for."""
+
+    batches: list[bytes] = field(default_factory=list)
+    size_bytes: int = 0
+    next_offset: int = 0
+    high_watermark: int = 0
+    log_start_offset: int = 0
+    waiting_reason: str = ""
+
+
+@dataclass(slots=True)
+class Reads:
+    """Shared by all fetches, subscriptions and look-ups. `catch_up_ms`: how long to wait for the event feed where
+    records are known to exist."""
+
+    index: LiveIndex
+    segments: SegmentReader
+    ingest_at: Callable[[str], IngestApi]
+    freshness: Freshness
+    readahead: ReadAhead
+    catch_up_ms: int
+    clock: Clock
+    counters: Counters
+    watermarks: Watermarks = field(default_factory=Watermarks)
+
+    def is_registered(self, want: Want) -> bool:
+        """Whether a segment holds the offset, so that a fetch has something to return at once."""
+        partition = self.index.get(want.partition, want.topic)
+        return isinstance(plan(self.index.cluster, partition, want.offset), ReadSegment)
+
+    def ahead(self, key: PartitionKey, segment: SegmentEntry, offset: int, next_offset: int, at: int) -> None:
+        """After a read of [offset, next_offset) that ended at byte `at` of the segment's object: starts the downloads
+        of what a sequential reader asks for next, also in the segment after this one."""
+        chunks = self.readahead.observe(key, offset, next_offset)
+        if chunks:
+            chunks -= self.segments.prefetch(segment, at, chunks)
+        partition = self.index.cluster.partitions.get(key)
+        following = partition.segment_after(segment.end_offset) if partition and chunks > 0 else None
+        if following is not None and not following.lost_reason:
+            self.segments.prefetch(following, following.object_at, chunks)
