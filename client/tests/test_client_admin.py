@@ -1,0 +1,123 @@
+"""Admin answers, metadata, and the package's front door."""
+
+import subprocess
+import sys
+
+import pytest
+from streamhouse import Admin, Consumer, Producer, errors
+from streamhouse.metadata import MetadataCache
+from streamhouse.peers import Peers
+
+
+async def test_topics(address, platform):
+    async with Admin(address) as admin:
+        made = await admin.create_topic("t", partitions=3, retention_ms=1000, min_acks="durable")
+        assert (made.topic, made.partitions, made.retention_ms, made.retention_bytes) == ("t", 3, 1000, None)
+        assert made.min_acks == "durable"
+        with pytest.raises(errors.TopicExists):
+            await admin.create_topic("t")
+        assert await admin.list_topics() == [made]
+        described = await admin.describe_topic("t")
+        assert described.topic == made
+        assert [part.partition for part in described.partitions] == [0, 1, 2]
+        assert described.partitions[0].ranges[0].status == "open"
+        assert await admin.delete_topic("t") == made.topic_id
+        with pytest.raises(errors.UnknownTopic):
+            await admin.describe_topic("t")
+
+
+async def test_offsets_and_groups(address, platform):
+    platform.add_topic("t", 2)
+    async with Producer(address) as producer:
+        await producer.send_many("t", [b"a", b"b", b"c"], timestamps_ms=[10, 20, 30], partition=1)
+    async with Admin(address) as admin:
+        latest = await admin.offsets("t", "latest")
+        assert {where: found.offset for where, found in latest.items()} == {("t", 0): 0, ("t", 1): 3}
+        found = await admin.offsets("t", 15, partitions=[1])
+        assert (found["t", 1].offset, found["t", 1].timestamp_ms) == (1, 20)
+        with pytest.raises(errors.UnknownGroup):
+            await admin.group_offsets("g")
+        await admin.commit_group_offsets("g", {("t", 1): 2})
+        (committed,) = await admin.group_offsets("g")
+        assert (committed.topic, committed.partition, committed.offset) == ("t", 1, 2)
+    async with Consumer(address, assign=[("t", 1)], group="g") as consumer:
+        async for record in consumer:
+            assert record.value == b"c"
+            break
+
+
+async def test_status(address, platform):
+    async with Admin(address) as admin:
+        status = await admin.status()
+    assert status.sessions[0].role == "ingest"
+    assert status.events_position == 7
+
+
+async def test_nobody_there():
+    async with Admin("127.0.0.1:1") as admin:
+        with pytest.raises(errors.Unavailable):
+            await admin.list_topics()
+
+
+async def test_the_next_coordinator_is_asked(address, platform):
+    platform.add_topic("t", 1)
+    async with Admin(f"127.0.0.1:1,{address}") as admin:
+        assert len(await admin.list_topics()) == 1
+
+
+async def test_metadata_is_fetched_once_and_anew_when_it_is_stale(address, platform):
+    platform.add_topic("t", 2)
+    peers = Peers(address, 5000)
+    metadata = MetadataCache(peers.coordinator)
+    assert (await metadata.topic("t")).leaders == [address, address]
+    known = await metadata.topic("t")
+    assert platform.calls["get_metadata"] == 1
+    await metadata.refresh("t", since_ms=known.fetched_ms - 1)
+    assert platform.calls["get_metadata"] == 1
+    platform.faults.no_leader = True
+    await metadata.refresh("t", since_ms=known.fetched_ms)
+    assert (await metadata.topic("t")).leaders == ["", ""]
+    del platform.topics["t"]
+    with pytest.raises(errors.UnknownTopic):
+        await metadata.refresh("t")
+    assert metadata.cached("t") is None
+    await peers.close()
+
+
+async def test_reading_goes_on_at_the_next_query_service(address, platform):
+    platform.add_topic("t", 1)
+    async with Producer(address) as producer:
+        await producer.send_many("t", [b"%d" % n for n in range(100)])
+    answer = platform.get_metadata
+
+    async def with_a_dead_one(request):
+        response = await answer(request)
+        response.query_addresses.insert(0, "127.0.0.1:1")
+        return response
+
+    platform.get_metadata = with_a_dead_one
+    async with Consumer(address, ["t"], stop_at_end=True) as consumer:
+        assert len([record async for record in consumer]) == 100
+
+
+async def test_more_partitions_than_one_subscription_takes(address, platform):
+    platform.add_topic("t", 600)
+    async with Producer(address) as producer:
+        for number in (0, 499, 500, 599):
+            await producer.send("t", b"%d" % number, partition=number)
+    async with Consumer(address, ["t"], stop_at_end=True) as consumer:
+        assert {int(record.value) async for record in consumer} == {0, 499, 500, 599}
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, streamhouse; print([name for name in ('grpc', 'numpy', 'pyarrow') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import streamhouse
+
+    with pytest.raises(AttributeError):
+        _ = streamhouse.Nothing
+    assert "Producer" in dir(streamhouse)

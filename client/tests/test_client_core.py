@@ -1,0 +1,216 @@
+"""The client's decisions that need no server: cutting, room, positions, lag, options."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shformat import Records
+from shproto.errors import DataLoss, Internal, InvalidArgument
+from streamhouse.core.accumulator import Gathering, record_size
+from streamhouse.core.lag import Lag, lag_of
+from streamhouse.core.options import addresses_of
+from streamhouse.core.outgoing import ManyRecords, cut
+from streamhouse.core.positions import BatchSpan, Cursor, Portion, check_continuity, trim
+from streamhouse.core.room import Room
+from streamhouse.records import RecordBatch, TopicPartition
+
+WHERE = TopicPartition("t", 0)
+
+
+# ---- cutting into batches
+
+
+@given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 60), st.integers(0, 80))
+def test_cut_covers_everything_within_the_limit(sizes, limit, begun):
+    parts = list(cut(np.array(sizes, np.int64), limit, begun))
+    assert [index for start, stop in parts for index in range(start, stop)] == list(range(len(sizes)))
+    for number, (start, stop) in enumerate(parts):
+        total = sum(sizes[start:stop])
+        fits_behind = number == 0 and begun + total <= limit
+        assert fits_behind or total <= limit or stop - start == 1
+    if parts and begun + sizes[0] <= limit:
+        start, stop = parts[0]
+        assert begun + sum(sizes[start:stop]) <= limit
+
+
+records = st.tuples(
+    st.one_of(st.none(), st.binary(max_size=5)),
+    st.one_of(st.none(), st.binary(max_size=5)),
+    st.lists(st.tuples(st.text(max_size=3), st.one_of(st.none(), st.binary(max_size=3))), max_size=2),
+    st.integers(-(1 << 63), (1 << 63) - 1),
+)
+
+
+@given(st.lists(st.lists(records, min_size=1, max_size=4), min_size=1, max_size=5), st.data())
+def test_gathering_one_by_one_or_many_is_the_same(groups, data):
+    one, many, expected = Gathering(None, 0.0), Gathering(None, 0.0), []
+    for group in groups:
+        for value, key, headers, timestamp_ms in group:
+            one.add(value, key, headers, timestamp_ms, record_size(value, key, headers))
+        values, keys, headers, timestamps = (list(column) for column in zip(*group, strict=True))
+        checked = ManyRecords.of(
+            values, keys if any(k is not None for k in keys) else None, timestamps, headers if any(headers) else None
+        )
+        many.extend(*checked.pick(np.arange(len(group))), int(checked.sizes.sum()))
+        expected += group
+    assert one.size_bytes == many.size_bytes
+    for gathering in (one, many):
+        columns = gathering.to_records()
+        assert columns.values.to_list() == [value for value, _, _, _ in expected]
+        assert columns.keys.to_list() == [key for _, key, _, _ in expected]
+        assert columns.timestamps_ms.tolist() == [timestamp_ms for _, _, _, timestamp_ms in expected]
+        found = columns.headers.to_list() if columns.headers is not None else [[] for _ in expected]
+        assert found == [headers for _, _, headers, _ in expected]
+
+
+# ---- room
+
+
+def test_room_is_given_in_the_order_asked():
+    room = Room(100)
+    assert room.try_take(80)
+    assert not room.try_take(30)
+    room.enqueue("big", 90)
+    room.enqueue("small", 10)
+    assert not room.try_take(5), "somebody waits already"
+    assert room.admit() == []
+    room.give_back(80)
+    assert room.admit() == ["big", "small"]
+    assert room.used_bytes == 100
+
+
+def test_one_larger_than_the_room_is_let_in_alone():
+    room = Room(100)
+    assert room.try_take(500)
+    room.enqueue("next", 1)
+    assert room.admit() == []
+    room.give_back(500)
+    assert room.admit() == ["next"]
+
+
+def test_who_gave_up_waiting_is_passed_over():
+    room = Room(10)
+    assert room.try_take(10)
+    room.enqueue("a", 10)
+    room.enqueue("b", 10)
+    assert room.leave("a")
+    room.give_back(10)
+    assert room.admit() == ["b"]
+    assert not room.leave("b")
+
+
+# ---- positions
+
+
+def spans(*rows):
+    return [BatchSpan(*row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("offset", "epoch", "batches", "next_offset"),
+    [
+        (0, 0, [(0, 10, 1), (10, 20, 1)], 20),
+        (5, 0, [(0, 10, 1)], 10),  # a block begins before what was asked for
+        (10, 1, [(10, 20, 1), (100, 110, 2)], 110),  # the next epoch's range begins further on
+        (10, 1, [(100, 110, 2)], 110),
+        (10, 0, [(100, 110, 2)], 110),  # started inside a gap
+        (10, 1, [], 100),
+        (10, 1, [], 10),
+        (0, 1, [(0, 10, 1)], 100),
+    ],
+)
+def test_what_follows_on(offset, epoch, batches, next_offset):
+    cursor = Cursor.at(WHERE, offset)
+    cursor.last_epoch = epoch
+    check_continuity(cursor, spans(*batches), next_offset)
+
+
+@pytest.mark.parametrize(
+    ("offset", "epoch", "batches", "next_offset", "error"),
+    [
+        (0, 0, [(0, 10, 1), (11, 20, 1)], 20, DataLoss),
+        (5, 1, [(6, 10, 1)], 10, DataLoss),
+        (10, 0, [(0, 10, 1)], 10, Internal),  # nothing of what was asked for
+        (0, 0, [(0, 10, 1), (5, 15, 1)], 15, Internal),
+        (0, 0, [(0, 10, 1), (0, 10, 1)], 10, Internal),
+        (0, 0, [(0, 10, 1)], 9, Internal),
+        (10, 1, [], 9, Internal),
+        (10, 2, [(10, 20, 1)], 20, Internal),  # an older epoch after a newer one
+    ],
+)
+def test_what_does_not_follow_on(offset, epoch, batches, next_offset, error):
+    cursor = Cursor.at(WHERE, offset)
+    cursor.last_epoch = epoch
+    with pytest.raises(error):
+        check_continuity(cursor, spans(*batches), next_offset)
+
+
+def portion_of(count, cursor, end=None):
+    batch = RecordBatch(*cursor.where, Records.from_lists([b"%d" % n for n in range(count)]))
+    return Portion(cursor, batch, count if end is None else end)
+
+
+def test_a_record_is_taken_when_the_next_one_is_asked_for():
+    cursor = Cursor.at(WHERE, 0)
+    walk = portion_of(3, cursor, end=10).records()
+    assert next(walk).offset == 0
+    assert (cursor.delivered, cursor.taken) == (1, 0)
+    assert next(walk).offset == 1
+    assert (cursor.delivered, cursor.taken) == (2, 1)
+    assert [record.offset for record in walk] == [2]
+    assert (cursor.delivered, cursor.taken) == (10, 10)
+
+
+def test_nothing_is_handed_over_once_the_partition_is_lost():
+    cursor = Cursor.at(WHERE, 0)
+    portion = portion_of(3, cursor)
+    walk = portion.records()
+    next(walk)
+    cursor.live = False
+    assert list(walk) == []
+    portion.finish()
+    assert (cursor.delivered, cursor.taken) == (1, 1)
+    assert portion.rest() is None
+
+
+def test_the_rest_of_a_portion_and_its_cut():
+    cursor = Cursor.at(WHERE, 0)
+    portion = portion_of(10, cursor)
+    walk = portion.records()
+    next(walk), next(walk)
+    assert portion.rest().offsets.tolist() == list(range(2, 10))
+    shorter = portion.cut_at(4)
+    assert (shorter.end_offset, shorter.batch.offsets.tolist()) == (4, [0, 1, 2, 3])
+    assert portion.cut_at(0).batch is None
+    assert trim(portion.batch.records, 7).offsets.tolist() == [7, 8, 9]
+
+
+# ---- lag
+
+
+@pytest.mark.parametrize(
+    ("position", "lag"),
+    [
+        (1100, Lag(50, True)),  # in the newest epoch: no gaps ahead
+        (1150, Lag(0, True)),
+        (90, Lag(150, False)),  # 100 in the old epoch and 50 in the newest, at most
+        (0, Lag(150, False)),
+    ],
+)
+def test_lag_counts_records(position, lag):
+    assert lag_of(position, 0, 1150, newest_start=1100, newest_registered_end=1100, stored=100) == lag
+
+
+def test_lag_of_a_single_epoch_is_exact():
+    assert lag_of(0, 10, 100, newest_start=0, newest_registered_end=50, stored=40) == Lag(90, True)
+
+
+# ---- addresses
+
+
+def test_bootstrap_addresses():
+    assert addresses_of("a:1, b:2") == ("a:1", "b:2")
+    assert addresses_of(["[::1]:7070"]) == ("[::1]:7070",)
+    for wrong in ("", "a", "a:", ":1", "a:x", "a:70000"):
+        with pytest.raises(InvalidArgument):
+            addresses_of(wrong)
