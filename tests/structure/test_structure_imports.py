@@ -12,7 +12,7 @@ SERVICES = {
 }
 # Pure computation only: no I/O, no clock, no randomness, no event loop.
 CORE_MAY_IMPORT = {
-    "__future__", "bisect", "collections", "collections.abc", "copy", "dataclasses", "enum", "functools", "hashlib",
+    "__future__", "array", "bisect", "collections", "collections.abc", "copy", "dataclasses", "enum", "functools", "hashlib",
     "heapq", "itertools", "json", "math", "operator", "re", "string", "struct", "types", "typing", "zlib", "numpy",
     "numpy.typing", "shformat", "shproto.errors", "shproto.events", "shproto.v1",
 }  # fmt: skip
@@ -38,7 +38,10 @@ def imports_of(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
             base = list(package[: -node.level]) if node.level else []
-            yield node.lineno, ".".join([*base, *([node.module] if node.module else [])])
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from shproto import events` imports a module, not a name out of one.
+            for name in {f"{module}.{alias.name}" if module in OURS else module for alias in node.names}:
+                yield node.lineno, name
 
 
 def violations(path: Path, allowed: Callable[[str], bool]) -> list[str]:
