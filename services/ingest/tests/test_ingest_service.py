@@ -210,7 +210,7 @@ async def test_a_stream_that_is_given_up_leaves_nothing_running(
         async with contextlib.aclosing(service.api.produce_stream(requests())) as stream:
             for _ in range(10):
                 await anext(stream)
-        assert not [task for task in asyncio.all_tasks() if "_feed" in repr(task.get_coro())]
+        assert not [task for task in asyncio.all_tasks() if "IngestApi._feed" in repr(task.get_coro())]
 
 
 # ---- what is refused
