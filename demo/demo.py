@@ -84,7 +84,7 @@ def run(folder: Path, values: list[bytes], keys: list[bytes | None]) -> None:
     figures = Figures(size_bytes=sum(map(len, values)) + sum(len(key) for key in keys if key))
     platform = ServeProcess(folder / "data", folder / "serve.log")
     with platform:
-        console.print(f"streamhouse serve listens on {platform.address}, data in {folder}")
+        console.print(f"streamhouse serve listens on {platform.address}, data in {folder}", soft_wrap=True)
         sent = asyncio.run(fill(platform.address, values, keys, figures))
         expectation = Expectation(sent, PARTITIONS)
     console.print("stopped; starting again with cold memory and caches")
