@@ -28,6 +28,7 @@ from streamhouse_segmenter.builder import BuiltObject
 from streamhouse_segmenter.claims import ClaimLost, hold_claim, release_claim
 from streamhouse_segmenter.core.compaction import CompactionRefused, check_mergeable, check_merged, check_source
 from streamhouse_segmenter.core.keys import data_key
+from streamhouse_segmenter.core.sweep import may_register
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
 
@@ -101,9 +102,10 @@ class Compactor:
         )
         target = BuiltObject(key)
         target.append(first.topic, str(self._ports.new_uuid()), built)
+        upload_started_ms = self._ports.clock.monotonic_ms()
         await self._ports.store.put(target.key, target.parts)
         telemetry.uploaded_bytes.add(target.size_bytes)
-        replaced = await self._register(claim, target.segments[0])
+        replaced = await self._register(claim, target.segments[0], upload_started_ms)
         await release_claim(self._ports, claim.claim_id)
         return replaced
 
@@ -136,6 +138,9 @@ class Compactor:
         )
         backoff = Backoff(self._settings.handover_retry_first_ms, self._settings.handover_retry_max_ms, self._ports.rng)
         while True:  # until it is answered or the claim is lost, which cancels this
+            age_ms = self._ports.clock.monotonic_ms() - upload_started_ms
+            if not may_register(age_ms, self._settings.orphan_grace_ms):
+                raise CompactionRefused(f"the upload began {age_ms} ms ago, the orphan sweep is near")
             try:
                 response = await self._ports.coordinator.register_compaction(request)
                 break

@@ -22,6 +22,7 @@ from streamhouse_segmenter.builder import BuildTooLarge, BuiltObject, ObjectBuil
 from streamhouse_segmenter.claims import ClaimLost, hold_claim, release_claim
 from streamhouse_segmenter.core.plan import BufferSlice, SliceMismatch, plan_objects
 from streamhouse_segmenter.core.retry import retry_after_ms, still_early
+from streamhouse_segmenter.core.sweep import may_register
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
 
@@ -132,7 +133,7 @@ class Handover:
         """Those that are early. Never registers an object that the sweep could take for an orphan already."""
         assert self._upload_started_ms is not None, "registered before it was uploaded"
         age_ms = self._ports.clock.monotonic_ms() - self._upload_started_ms
-        if age_ms >= self._settings.orphan_grace_ms // 2:
+        if not may_register(age_ms, self._settings.orphan_grace_ms):
             raise RegistrationLate(f"the upload began {age_ms} ms ago, the orphan sweep is near")
         response = await self._ports.coordinator.register_segments(
             coordinator_pb2.RegisterSegmentsRequest(

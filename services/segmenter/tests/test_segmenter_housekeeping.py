@@ -202,6 +202,15 @@ async def test_a_lost_compaction_claim_changes_nothing() -> None:
     await house.check()
 
 
+async def test_a_compaction_that_was_uploaded_long_ago_is_not_registered() -> None:
+    """G8: a worker that was stopped for hours must not put a swept object in the place of good segments."""
+    house = House()
+    await house.fill(3)
+    assert await house.segmenter(orphan_grace_ms=0).compact() == 0
+    assert len(house.coordinator.segments) == 3
+    await house.check()
+
+
 # ---- orphans
 
 

@@ -22,6 +22,11 @@ def old_enough(objects: Iterable[StoredObject], *, now_ms: int, grace_ms: int) -
     return [item for item in objects if now_ms - item.modified_ms >= grace_ms]
 
 
+def may_register(upload_age_ms: int, grace_ms: int) -> bool:
+    """Whether an object whose upload began so long ago is safe from any sweep, so that a segment may refer to it."""
+    return upload_age_ms < grace_ms // 2
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """`delete` now; remember `suspects` (key -> when it was first seen unreferenced) until the next look."""
