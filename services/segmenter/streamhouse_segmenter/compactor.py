@@ -130,7 +130,9 @@ class Compactor:
             body = await read(blocks[0].at, blocks[-1].at + blocks[-1].size_bytes - blocks[0].at)
             await asyncio.to_thread(_add_blocks, builder, blocks, body)
 
-    async def _register(self, claim: coordinator_pb2.ClaimCompactionResponse, segment: types_pb2.SegmentRef) -> int:
+    async def _register(
+        self, claim: coordinator_pb2.ClaimCompactionResponse, segment: types_pb2.SegmentRef, upload_started_ms: int
+    ) -> int:
         request = coordinator_pb2.RegisterCompactionRequest(
             claim_id=claim.claim_id,
             replaced_segment_ids=[replaced.segment_id for replaced in claim.segments],
