@@ -1,0 +1,193 @@
+"""The proxy does what its faults say, and nothing while there is none."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+
+from tests.faults.proxy import BOTH, Answers, Direction, FaultProxy
+
+Connect = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+SHORT_S = 0.1
+"""Long enough to be sure that nothing comes over loopback."""
+
+
+class Echo:
+    """Answers every line with itself; remembers what arrived."""
+
+    def __init__(self) -> None:
+        self.arrived: list[bytes] = []
+        self.answer = b""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                self.arrived.append(line)
+                writer.write(self.answer or line)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+
+@pytest.fixture
+async def echo() -> AsyncIterator[tuple[Echo, str]]:
+    service = Echo()
+    server = await asyncio.start_server(service.serve, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    yield service, f"{host}:{port}"
+    server.close()
+
+
+@pytest.fixture
+async def proxy(echo: tuple[Echo, str]) -> AsyncIterator[FaultProxy]:
+    made = FaultProxy("test", echo[1])
+    await made.start()
+    yield made
+    await made.stop()
+
+
+@pytest.fixture
+async def connect(proxy: FaultProxy) -> AsyncIterator[Connect]:
+    writers = []
+
+    async def open_one() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        host, port = proxy.address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writers.append(writer)
+        return reader, writer
+
+    yield open_one
+    for writer in writers:
+        writer.close()
+
+
+async def says_nothing(reader: asyncio.StreamReader) -> bool:
+    try:
+        await asyncio.wait_for(reader.readline(), SHORT_S)
+    except TimeoutError:
+        return True
+    return False
+
+
+async def test_passes_everything_on(proxy: FaultProxy, connect: Connect) -> None:
+    reader, writer = await connect()
+    lines = [b"%d %s\n" % (number, b"x" * 1000) for number in range(3000)]
+    writer.writelines(lines)
+    assert [await reader.readline() for _ in lines] == lines
+    assert proxy.passed_bytes == dict.fromkeys(BOTH, sum(map(len, lines)))
+
+
+async def test_the_end_of_a_stream_is_passed_on(connect: Connect) -> None:
+    reader, writer = await connect()
+    writer.write(b"last\n")
+    writer.write_eof()
+    assert await reader.readline() == b"last\n"
+    assert await reader.read() == b""
+
+
+async def test_delays_one_way(proxy: FaultProxy, connect: Connect) -> None:
+    reader, writer = await connect()
+    proxy.delay(Direction.DOWN, 150)
+    started = asyncio.get_running_loop().time()
+    writer.write(b"a\n")
+    await reader.readline()
+    assert asyncio.get_running_loop().time() - started >= 0.15
+
+
+async def test_holds_requests_and_delivers_them_after_the_heal(
+    echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect
+) -> None:
+    reader, writer = await connect()
+    proxy.hold(Direction.UP)
+    writer.write(b"held\n")
+    assert await says_nothing(reader)
+    assert echo[0].arrived == []
+    await proxy.heal()
+    assert await reader.readline() == b"held\n"
+
+
+async def test_holds_answers_only(echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect) -> None:
+    reader, writer = await connect()
+    proxy.hold(Direction.DOWN)
+    writer.write(b"arrives\n")
+    assert await says_nothing(reader)
+    assert echo[0].arrived == [b"arrives\n"]
+    await proxy.heal()
+    assert await reader.readline() == b"arrives\n"
+
+
+async def test_a_new_connection_is_held_too(proxy: FaultProxy, connect: Connect, echo: tuple[Echo, str]) -> None:
+    proxy.hold(*BOTH)
+    reader, writer = await connect()
+    writer.write(b"x\n")
+    assert await says_nothing(reader)
+    assert echo[0].arrived == []
+
+
+async def test_cuts_what_is_open_and_takes_new_connections(proxy: FaultProxy, connect: Connect) -> None:
+    reader, writer = await connect()
+    writer.write(b"1\n")
+    assert await reader.readline() == b"1\n"
+    proxy.cut()
+    with pytest.raises(ConnectionResetError):
+        await reader.readline()
+    reader, writer = await connect()
+    writer.write(b"2\n")
+    assert await reader.readline() == b"2\n"
+
+
+async def test_refuses_and_accepts_again_on_the_same_port(proxy: FaultProxy, connect: Connect) -> None:
+    reader, _ = await connect()
+    await asyncio.sleep(0)
+    address = proxy.address
+    await proxy.refuse()
+    with pytest.raises(ConnectionRefusedError):
+        await connect()
+    with pytest.raises(ConnectionResetError):
+        await reader.readline()
+    await proxy.accept()
+    assert proxy.address == address
+    reader, writer = await connect()
+    writer.write(b"again\n")
+    assert await reader.readline() == b"again\n"
+
+
+async def test_a_target_that_is_not_there_resets(proxy: FaultProxy, connect: Connect) -> None:
+    proxy.target = ("127.0.0.1", 1)
+    reader, _ = await connect()
+    with pytest.raises(ConnectionResetError):
+        await reader.readline()
+
+
+@pytest.mark.parametrize(("answers", "status"), [(Answers.SLOW_DOWN, b"503"), (Answers.ERROR, b"500")])
+async def test_answers_in_the_servers_place(
+    echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect, answers: Answers, status: bytes
+) -> None:
+    proxy.answers = answers
+    reader, writer = await connect()
+    writer.write(b"PUT /bucket/key HTTP/1.1\r\n\r\n")
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert b"<Code>" in answer
+    assert echo[0].arrived == []
+
+
+async def test_loses_the_answer_of_a_request_that_arrived(
+    echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect
+) -> None:
+    proxy.answers = Answers.LOST
+    reader, writer = await connect()
+    writer.write(b"done\n")
+    with pytest.raises(ConnectionResetError):
+        await reader.readline()
+    assert echo[0].arrived == [b"done\n"]
+
+
+async def test_truncates_a_body(echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect) -> None:
+    proxy.answers = Answers.TRUNCATED
+    echo[0].answer = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n0123456789"
+    reader, writer = await connect()
+    writer.write(b"GET\n")
+    assert await reader.read() == b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n01234"
