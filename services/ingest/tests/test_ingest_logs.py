@@ -1,0 +1,93 @@
+"""What the held logs cost in memory, and who is told of what."""
+
+from streamhouse_ingest.core.buffer import BATCH_OVERHEAD_BYTES, WalPosition
+from streamhouse_ingest.core.partition_log import BatchAppended, LogKey, PartitionLog
+from streamhouse_ingest.logs import HeldLog, Logs
+
+
+def new_logs(memory_bytes_max: int = 10_000, tail_cache_bytes: int = 1_000) -> Logs:
+    return Logs(memory_bytes_max=memory_bytes_max, tail_cache_bytes=tail_cache_bytes, producers_max=10)
+
+
+def lead(logs: Logs, partition: int = 0, epoch: int = 1, start: int = 0) -> HeldLog:
+    key = LogKey(b"t" * 16, partition, epoch)
+    held = logs.hold(PartitionLog(key, "orders", start, start + 10**9, logs.producers(key.partition_key)))
+    logs.lead(held)
+    return held
+
+
+def append(logs: Logs, held: HeldLog, size_bytes: int = 100) -> None:
+    event = BatchAppended(held.log.next_offset, 1, None)
+    held.log.apply(event, WalPosition(1, 0, size_bytes), b"x" * size_bytes, 0)
+    logs.appended(held, size_bytes)
+    logs.trim()
+
+
+def actual_bytes(logs: Logs) -> int:
+    buffers = [b for held in logs for b in held.log._buffers()]
+    return sum(b.memory_bytes + b.overhead_bytes for b in buffers)
+
+
+def test_what_is_counted_is_what_is_there():
+    logs = new_logs()
+    first, second = lead(logs), lead(logs, 1)
+    for _ in range(30):
+        append(logs, first)
+        append(logs, second, 200)
+    assert logs.memory_bytes == actual_bytes(logs) <= 10_000
+    logs.seal(first)
+    logs.register(first, 7)
+    assert logs.memory_bytes == actual_bytes(logs)
+    logs.settle(second, 20)
+    assert logs.memory_bytes == actual_bytes(logs)
+    logs.drop(first, "test")
+    logs.drop(second, "test")
+    assert (logs.memory_bytes, logs.open_bytes, len(logs.dirty)) == (0, 0, 0)
+
+
+def test_registered_batches_stay_for_readers_within_the_tail_cache():
+    logs = new_logs()
+    held = lead(logs)
+    for _ in range(20):
+        append(logs, held)
+        logs.seal(held)
+    logs.register(held, 20)
+    kept = sum(b.memory_bytes + b.overhead_bytes for b in held.log.tail)
+    assert 0 < kept <= 1_000
+    assert held.log.held_from == 20 - len(held.log.tail)
+
+
+def test_a_registered_buffer_that_is_not_in_memory_is_not_kept_nor_what_came_before_it():
+    logs = new_logs(memory_bytes_max=2_000, tail_cache_bytes=10_000)
+    held = lead(logs)
+    for _ in range(4):
+        append(logs, held)
+    logs.seal(held)
+    held.log.sealed[0].drop_batches()
+    logs.memory_bytes -= 400
+    append(logs, held)
+    logs.seal(held)
+    logs.register(held, 5)
+    assert held.log.held_from == 4
+    assert logs.memory_bytes == actual_bytes(logs)
+
+
+def test_memory_is_full_when_what_batches_cost_besides_their_bytes_fills_it():
+    logs = new_logs(memory_bytes_max=1_000)
+    held = lead(logs)
+    for _ in range(1_000 // BATCH_OVERHEAD_BYTES):
+        assert not logs.memory_full
+        append(logs, held, 100)
+    append(logs, held, 100)
+    assert logs.memory_full
+    logs.register(held, held.log.next_offset)
+    assert not logs.memory_full
+
+
+def test_a_newer_epoch_takes_the_name_and_the_older_one_does_not_take_it_away():
+    logs = new_logs()
+    old = lead(logs)
+    new = lead(logs, epoch=2, start=100)
+    logs.drop(old, "test")
+    assert logs.led("orders", 0) is new
+    assert logs.of_partition(b"t" * 16, 0) == [new]
