@@ -14,7 +14,7 @@ from shproto.v1 import query_pb2
 
 from streamhouse_query.chunk_reader import ChunkCache
 from streamhouse_query.core.plain import plain_records
-from streamhouse_query.counters import fetch_duration_ms, tracer
+from streamhouse_query.counters import fetch_duration_ms
 from streamhouse_query.fetch import fetch
 from streamhouse_query.lookups import Found, Lookups
 from streamhouse_query.reads import Fetched, Reads, Want
@@ -44,11 +44,8 @@ class QueryApi:
         """Raises InvalidArgument, UnknownTopic, UnknownPartition, OffsetBelowStart, OffsetBeyondEnd, DataLoss,
         Unavailable."""
         started_ms = self._clock.monotonic_ms()
-        with tracer.start_as_current_span("query.fetch") as span:
-            span.set_attributes({"topic": request.topic, "partition": request.partition, "offset": request.offset})
-            want = await self._want(request)
-            response = self._respond(want, await fetch(self._reads, want), request.format)
-            span.set_attribute("size_bytes", sum(map(len, response.batches)))
+        want = await self._want(request)
+        response = self._respond(want, await fetch(self._reads, want), request.format)
         fetch_duration_ms.record(self._clock.monotonic_ms() - started_ms)
         return response
 

@@ -33,6 +33,7 @@ from streamhouse_query.core.plan import (
 )
 from streamhouse_query.core.refusals import damaged_tail, object_missing, refusal, with_next_offset
 from streamhouse_query.core.tail import accept_batches
+from streamhouse_query.counters import tracer
 from streamhouse_query.live_index import Watch
 from streamhouse_query.reads import Fetched, Reads, Want
 
@@ -47,7 +48,18 @@ TAIL_RETRY_MS_MAX = 1_000
 
 async def fetch(reads: Reads, want: Want) -> Fetched:
     """Raises OffsetBelowStart, OffsetBeyondEnd, DataLoss, Unavailable, UnknownTopic (deleted meanwhile)."""
-    return await _Fetch(reads, want).run()
+    with tracer.start_as_current_span("query.fetch") as span:
+        fetched = await _Fetch(reads, want).run()
+        if span.is_recording():
+            span.set_attributes(
+                {
+                    "streamhouse.topic": want.topic,
+                    "streamhouse.partition": want.partition[1],
+                    "streamhouse.offset": want.offset,
+                    "streamhouse.size_bytes": fetched.size_bytes,
+                }
+            )
+    return fetched
 
 
 class _Fetch:
