@@ -25,18 +25,17 @@ class Delivery:
         self._waiters: list[asyncio.Future[None] | Callable[[], object]] = []
 
     def resolve(self, base_offset: int) -> None:
-        """The batch is acknowledged; without effect once done (a late answer after the delivery timeout)."""
-        if not self.done:
-            self.base_offset = base_offset
-            self._finish()
+        """The batch is acknowledged."""
+        self.base_offset = base_offset
+        self._finish()
 
     def fail(self, error: Exception) -> None:
-        """The batch is given up; without effect once done."""
-        if not self.done:
-            self.error = error
-            self._finish()
+        """The batch is given up."""
+        self.error = error
+        self._finish()
 
     def _finish(self) -> None:
+        assert not self.done, "a batch has one outcome"
         self.done = True
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:

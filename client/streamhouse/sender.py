@@ -189,8 +189,9 @@ class Sender:
             state.lane.acked(outgoing)
             state.backoff.reset()
             state.last_error = None
-            outgoing.payload.delivery.resolve(response.base_offset)
-            self._finish(outgoing.payload)
+            if not outgoing.expired:
+                outgoing.payload.delivery.resolve(response.base_offset)
+                self._finish(outgoing.payload)
         self._pump_waiting(leader)
         self._pump(state)
 
@@ -229,7 +230,7 @@ class Sender:
     ) -> None:
         state.last_error = error
         kept = state.lane.answered(outgoing, error, sent)
-        if not kept:
+        if not kept and not outgoing.expired:
             self._fail(outgoing.payload, error)
         if isinstance(error, _ASK_WHO_LEADS):
             self._retry_after_refresh(state)

@@ -183,6 +183,25 @@ async def test_delivery_timeout_while_the_leader_hangs(platform, address):
             await future
 
 
+@pytest.mark.parametrize("fault", [{}, {"not_leader": 1}, {"refuse_batch": errors.InvalidBatch("no")}])
+async def test_an_answer_after_the_delivery_timeout_changes_nothing(platform, address, fault):
+    platform.add_topic("t", 1)
+    for name, value in fault.items():
+        setattr(platform.faults, name, value)
+    platform.faults.answer_delay_ms = 400
+    async with Producer(address, delivery_timeout_ms=200) as producer:
+        future = await producer.send("t", b"late")
+        with pytest.raises(errors.Unavailable, match="delivery_timeout_ms"):
+            await future
+        assert producer._room.used_bytes == 0
+        platform.faults.answer_delay_ms = 0
+        await asyncio.sleep(0.4)
+        assert isinstance(future.exception(), errors.Unavailable)
+        await (await producer.send("t", b"next"))
+        assert producer._room.used_bytes == 0
+    assert values_in(platform) == ([b"next"] if fault else [b"late", b"next"])
+
+
 async def test_flush_raises_a_failure_nobody_saw(platform, address):
     platform.add_topic("t", 1)
     producer = Producer(address)
