@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from streamhouse.cli.failures import CliError, one_line
 from streamhouse.cli.options import HostPort
-from streamhouse.cli.services import environ_with, load_all_settings
+from streamhouse.cli.services import environ_with, load_all_settings, run_service
 
 if TYPE_CHECKING:
     from streamhouse_embedded.wiring import Ready
@@ -37,8 +36,6 @@ def serve(data_dir: str | None, listen: str | None, config: str | None, as_json:
     Ctrl-C or SIGTERM stops it after sealing, uploading and registering what is in the log. Other settings
     come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
     """
-    import asyncio
-
     # The services read their own settings inside this process, so the options have to reach the variables.
     os.environ.update(environ_with(data_dir=data_dir, listen=listen, config=config))
     load_all_settings()
@@ -46,15 +43,15 @@ def serve(data_dir: str | None, listen: str | None, config: str | None, as_json:
 
     settings = EmbeddedSettings.load()
     from shruntime.logs import configure_logging
+    from streamhouse_coordinator.adapters.migrate import DatabaseTooNew
     from streamhouse_embedded.data_dir import DataDirError
     from streamhouse_embedded.postgres import PostgresError
     from streamhouse_embedded.wiring import serve as run
+    from streamhouse_ingest.ports import WalBroken, WalDamaged, WalDirectoryError
 
     configure_logging("serve", settings.log_level, settings.log_json)
-    try:
-        asyncio.run(run(settings, lambda ready: _announce_soon(ready, as_json)))
-    except (DataDirError, PostgresError) as error:
-        raise CliError(one_line(str(error))) from error
+    expected = (DataDirError, PostgresError, WalDirectoryError, WalDamaged, WalBroken, DatabaseTooNew)
+    run_service(run(settings, lambda ready: _announce_soon(ready, as_json)), *expected)
 
 
 def _announce_soon(ready: Ready, as_json: bool) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import click
 
+from streamhouse.cli.failures import CliError, one_line
 from streamhouse.cli.options import HostPort
 
 SETTINGS_MODULES = ("ingest", "segmenter", "query", "coordinator", "embedded")
@@ -51,9 +52,10 @@ def ingest(**options: str | None) -> None:
     from streamhouse_ingest.settings import IngestSettings
 
     settings = IngestSettings.load(environ_with(**options))
+    from streamhouse_ingest.ports import WalBroken, WalDamaged, WalDirectoryError
     from streamhouse_ingest.wiring import run
 
-    run_service(run, settings)
+    run_service(run(settings), WalDirectoryError, WalDamaged, WalBroken)
 
 
 @click.command(short_help="Run a query service.")
@@ -69,7 +71,7 @@ def query(**options: str | None) -> None:
     settings = QuerySettings.load(environ_with(**options))
     from streamhouse_query.wiring import run
 
-    run_service(run, settings)
+    run_service(run(settings))
 
 
 @click.command(short_help="Run a coordinator.")
@@ -83,9 +85,10 @@ def coordinator(**options: str | None) -> None:
     from streamhouse_coordinator.settings import CoordinatorSettings
 
     settings = CoordinatorSettings.load(environ_with(**options))
+    from streamhouse_coordinator.adapters.migrate import DatabaseTooNew
     from streamhouse_coordinator.wiring import run
 
-    run_service(run, settings)
+    run_service(run(settings), DatabaseTooNew)
 
 
 @click.command(short_help="Run a segmenter.")
@@ -103,8 +106,12 @@ def segmenter(**options: str | None) -> None:
     os.execve(sys.executable, [sys.executable, "-m", "streamhouse_segmenter"], environ)
 
 
-def run_service(run: Callable[[Any], Any], settings: Any) -> None:
-    """Runs a service until it is told to stop; it handles SIGINT and SIGTERM itself."""
+def run_service(service: Coroutine[Any, Any, None], *expected: type[Exception]) -> None:
+    """Runs a service until it is told to stop; it handles SIGINT and SIGTERM itself. `expected`: what it may fail with
+    besides what every command may, so that an operator gets a line and not a traceback."""
     import asyncio
 
-    asyncio.run(run(settings))
+    try:
+        asyncio.run(service)
+    except expected as error:
+        raise CliError(one_line(str(error))) from error
