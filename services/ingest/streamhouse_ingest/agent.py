@@ -1,77 +1,50 @@
-"""The agent's life: lock and replay the log, open the session, serve, drain, stop."""
+"""The agent's life: open and replay the log, open the session, serve, drain, stop."""
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 from shproto.errors import ShuttingDown, Unavailable
 from shproto.services import CoordinatorApi
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import Clock
-from shruntime.settings import MIB
-from shruntime.tasks import Backoff, Tasks
+from shruntime.tasks import Tasks
 
-from streamhouse_ingest.adapters.wal import Wal, WalReader
-from streamhouse_ingest.adapters.wal_directory import WalDirectory
-from streamhouse_ingest.adapters.wal_replay import Replayed, replay_directory
-from streamhouse_ingest.core.lease import Lease
 from streamhouse_ingest.core.partition_log import PartitionLog
-from streamhouse_ingest.core.sealing import SealLimits
-from streamhouse_ingest.core.wal_index import WalIndex
+from streamhouse_ingest.core.replay import Replay
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.moves import Moves
-from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import Sealer, SessionHolder
-from streamhouse_ingest.service import ProduceService
-from streamhouse_ingest.session import Identity, Session
+from streamhouse_ingest.parts import Running, Surroundings, assemble
+from streamhouse_ingest.ports import OpenedLog, Wal
 from streamhouse_ingest.settings import IngestSettings
-from streamhouse_ingest.tail import TailReader
-from streamhouse_ingest.topics import TopicLookup
-from streamhouse_ingest.trimmer import Trimmer
 from streamhouse_ingest.waiting import ends_within
-from streamhouse_ingest.writer import Writer, WriterLimits
 
 log = logging.getLogger(__name__)
 
-# One segmenter builds an object in memory: the largest sealed buffer there may be.
-_OBJECT_BYTES_MAX = 256 * MIB
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """Everything that exists once the log is open."""
-
-    directory: WalDirectory
-    wal: Wal
-    index: WalIndex
-    logs: Logs
-    writer: Writer
-    sealer: Sealer
-    session: Session
-    ranges: Ranges
-    moves: Moves
-    trimmer: Trimmer
-    holder: SessionHolder
-    produce: ProduceService
-    tail: TailReader
-
 
 class Agent:
-    """`start` once, `stop` once. `tasks.failed` is set when the agent cannot go on (a broken log, say)."""
+    """`start` once, `stop` once. `tasks.failed` is set when the agent cannot go on (a broken log, say).
 
-    def __init__(self, settings: IngestSettings, coordinator: CoordinatorApi, clock: Clock) -> None:
+    `open_log` locks and replays the log; it blocks and is called in the log's own thread.
+    """
+
+    def __init__(
+        self,
+        settings: IngestSettings,
+        coordinator: CoordinatorApi,
+        clock: Clock,
+        open_log: Callable[[], OpenedLog],
+    ) -> None:
         self._settings = settings
-        self._coordinator = coordinator
         self._clock = clock
+        self._open_log = open_log
         self._metrics = IngestMetrics()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="wal")
         self._running: Running | None = None
         self._stopping = False
         self.tasks = Tasks()
+        self._around = Surroundings(settings, coordinator, clock, self._metrics, self.tasks, self._thread)
 
     def running(self) -> Running:
         """Raises Unavailable before `start` is done, ShuttingDown after `stop`."""
@@ -85,127 +58,47 @@ class Agent:
 
     async def start(self, advertised_address: str) -> None:
         """Raises WalDirectoryError (locked, another agent's), AgentIdTaken, OSError. Waits for the coordinator."""
-        loop = asyncio.get_running_loop()
-        directory = None
+        opened: OpenedLog | None = None
         try:
-            directory = await loop.run_in_executor(self._thread, self._open_directory)
-            replayed = await loop.run_in_executor(self._thread, replay_directory, directory, self._settings.seal_bytes)
-            running = self._build(directory, replayed, advertised_address)
-            self._restore(running.logs, replayed)
+            opened = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_log)
+            running = assemble(self._around, opened, self._restore(opened.replay), advertised_address)
             self._observe(running)
-            self._spawn_before_session(running)
+            self._spawn_parts(running)
             await running.session.open()
         except BaseException:
             await self.tasks.stop()
-            if directory is not None:
-                directory.close()
+            if opened is not None:
+                opened.unlock()
             self._thread.shutdown(wait=False)
             raise
         self.tasks.spawn("session", running.session.run())
         self._running = running
 
-    def _open_directory(self) -> WalDirectory:
-        return WalDirectory.open(Path(self._settings.wal_dir), self._settings.agent_id)
-
-    def _restore(self, logs: Logs, replayed: Replayed) -> None:
-        self._metrics.damaged.add(len(replayed.replay.damage))
-        for partition_key, states in replayed.replay.producers.items():
+    def _restore(self, replay: Replay) -> Logs:
+        """The logs as the replay found them."""
+        logs = Logs(
+            memory_bytes_max=self._settings.memory_bytes_max,
+            tail_cache_bytes=self._settings.tail_cache_bytes,
+            producers_max=self._settings.producers_per_partition_max,
+        )
+        self._metrics.damaged.add(len(replay.damage))
+        for partition_key, states in replay.producers.items():
             logs.producers(partition_key).merge(states)
-        for key, found in sorted(replayed.replay.logs.items()):
+        for key, found in sorted(replay.logs.items()):
             first_offset = found.first_offset
             restored = PartitionLog(key, "", first_offset, first_offset, logs.producers(key.partition_key))
             restored.restore(found.buffers, found.end_offset)
             logs.hold(restored)
             log.info("replayed %s: offsets %d to %d", restored.describe(), first_offset, restored.next_offset)
+        return logs
 
-    def _build(self, directory: WalDirectory, replayed: Replayed, address: str) -> Running:
-        s = self._settings
-        logs = Logs(
-            memory_bytes_max=s.memory_bytes_max,
-            tail_cache_bytes=s.tail_cache_bytes,
-            producers_max=s.producers_per_partition_max,
-        )
-        wal = Wal(directory, replayed.next_sequence, file_bytes=s.wal_file_bytes, fsync_each=s.wal_fsync == "always")
-        holder, lease = SessionHolder(), Lease(s.lease_margin_ms)
-        sealer = Sealer(logs, self._coordinator, holder, self._clock, _seal_limits(s), self._backoff(), self._metrics)
-        writer = Writer(
-            logs,
-            wal,
-            replayed.index,
-            lease,
-            self._thread,
-            self._clock,
-            WriterLimits(s.queue_bytes_max, s.wal_group_bytes_max, s.wal_bytes_max),
-            self._metrics,
-            lambda held: self._appended(held, sealer),
-        )
-        trimmer = Trimmer(logs, wal, replayed.index, self._thread)
-        moves = Moves(
-            logs,
-            writer,
-            sealer,
-            self._coordinator,
-            holder,
-            self._clock,
-            self.tasks,
-            timeout_ms=s.move_timeout_ms,
-            retry_first_ms=s.retry_first_ms,
-            retry_max_ms=s.retry_max_ms,
-        )
-        ranges = Ranges(logs, writer, moves, self._metrics, trimmer.want)
-        session = Session(
-            Identity(s.agent_id, directory.wal_id, address),
-            self._coordinator,
-            ranges,
-            moves,
-            logs,
-            writer,
-            sealer,
-            lease,
-            holder,
-            self._clock,
-            self._backoff,
-        )
-        topics = TopicLookup(logs, self._coordinator, self._clock, s.agent_id, session.reconcile)
-        produce = ProduceService(logs, writer, topics, self._clock, s, self._metrics)
-        tail = TailReader(
-            logs,
-            WalReader(directory),
-            self._clock,
-            bytes_max=s.read_tail_bytes_max,
-            wait_ms_max=s.read_tail_wait_ms_max,
-        )
-        return Running(
-            directory,
-            wal,
-            replayed.index,
-            logs,
-            writer,
-            sealer,
-            session,
-            ranges,
-            moves,
-            trimmer,
-            holder,
-            produce,
-            tail,
-        )
-
-    def _backoff(self) -> Backoff:
-        return Backoff(self._settings.retry_first_ms, self._settings.retry_max_ms)
-
-    def _appended(self, held: HeldLog, sealer: Sealer) -> None:
-        sealer.appended(held)
-        if held.log.runs_low and self._running is not None:
-            self._running.session.want_heartbeat()
-
-    def _spawn_before_session(self, running: Running) -> None:
+    def _spawn_parts(self, running: Running) -> None:
         self.tasks.spawn("wal writer", running.writer.run())
         self.tasks.spawn("sealer", running.sealer.run())
         self.tasks.spawn("announcer", running.sealer.announce())
         self.tasks.spawn("wal trimmer", running.trimmer.run())
         if self._settings.wal_fsync == "interval":
-            self.tasks.spawn("wal fsync", self._sync_loop(running.wal))
+            self.tasks.spawn("wal fsync", self._sync_loop(running.opened.wal))
 
     async def _sync_loop(self, wal: Wal) -> None:
         loop = asyncio.get_running_loop()
@@ -215,7 +108,7 @@ class Agent:
 
     def _observe(self, running: Running) -> None:
         gauges = {
-            "wal_bytes": ("bytes of the write-ahead log", lambda: running.index.size_bytes),
+            "wal_bytes": ("bytes of the write-ahead log", lambda: running.opened.index.size_bytes),
             "memory_bytes": ("bytes of batches in memory", lambda: running.logs.memory_bytes),
             "queue_bytes": ("bytes waiting to be written", lambda: running.writer.queue_bytes),
             "sealed_bytes": ("bytes sealed and not registered", lambda: running.sealer.sealed_bytes),
@@ -226,7 +119,7 @@ class Agent:
     # ---- stop
 
     async def stop(self) -> None:
-        """Drains: refuses new batches, seals, waits for registration, settles, closes the session and the log.
+        """Drains: refuses new batches, seals, waits for registration, closes the session and the log.
 
         What is not registered within shutdown_timeout_ms stays in the log for the next start.
         """
@@ -259,20 +152,21 @@ class Agent:
     async def _close_log(self, running: Running) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._thread, running.wal.close)
+            await loop.run_in_executor(self._thread, running.opened.wal.close)
             await running.trimmer.trim()
         finally:
-            running.directory.close()
+            running.opened.unlock()
             self._thread.shutdown()
 
     # ---- describe
 
     def describe(self) -> pb.DescribeAgentResponse:
+        """What `streamhouse status` shows of this agent."""
         running = self.running()
         return pb.DescribeAgentResponse(
             agent_id=self._settings.agent_id,
-            wal_id=running.directory.wal_id,
-            wal_bytes=running.index.size_bytes,
+            wal_id=running.opened.wal_id,
+            wal_bytes=running.opened.index.size_bytes,
             wal_bytes_max=self._settings.wal_bytes_max,
             memory_bytes=running.logs.memory_bytes,
             memory_bytes_max=self._settings.memory_bytes_max,
@@ -280,16 +174,6 @@ class Agent:
             unregistered_bytes=sum(held.log.unregistered_bytes for held in running.logs),
             partitions=[_led_partition(held) for held in running.logs if held.log.leading],
         )
-
-
-def _seal_limits(settings: IngestSettings) -> SealLimits:
-    return SealLimits(
-        seal_bytes=settings.seal_bytes,
-        seal_age_ms=settings.seal_age_ms,
-        durable_linger_ms=settings.durable_linger_ms,
-        open_bytes_max=settings.memory_bytes_max // 2,  # the other half is for what is sealed and being uploaded
-        object_bytes_max=_OBJECT_BYTES_MAX,
-    )
 
 
 async def _all_registered(logs: Iterable[HeldLog]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from shproto.errors import SessionExpired, StreamHouseError
 from shproto.services import CoordinatorApi
@@ -32,8 +33,7 @@ class Moves:
         tasks: Tasks,
         *,
         timeout_ms: int,
-        retry_first_ms: int,
-        retry_max_ms: int,
+        make_backoff: Callable[[], Backoff],
     ) -> None:
         self._logs = logs
         self._writer = writer
@@ -43,7 +43,7 @@ class Moves:
         self._clock = clock
         self._tasks = tasks
         self._timeout_ms = timeout_ms
-        self._retry = (retry_first_ms, retry_max_ms)
+        self._make_backoff = make_backoff
         self._moving: dict[LogKey, asyncio.Task[None]] = {}
 
     def moving(self, held: HeldLog) -> bool:
@@ -85,7 +85,7 @@ class Moves:
         end = pb.WalEnd(
             topic_id=key.topic_id, partition=key.partition, epoch=key.epoch, end_offset=held.log.next_offset
         )
-        backoff = Backoff(*self._retry)
+        backoff = self._make_backoff()
         while True:
             request = pb.SettleRangesRequest(session_id=self._holder.session_id, ends=[end])
             try:

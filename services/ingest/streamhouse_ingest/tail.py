@@ -7,10 +7,10 @@ from shproto.errors import DataLoss, Fenced, StreamHouseError
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import Clock
 
-from streamhouse_ingest.adapters.wal import WalDamaged, WalFileGone, WalReader
 from streamhouse_ingest.core.buffer import WalPosition
 from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
 from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.ports import BatchReader, WalDamaged, WalFileGone
 from streamhouse_ingest.waiting import done_within
 
 # gRPC moves 1 MiB messages at 1-2 GB/s and smaller ones slower; larger ones only cost memory.
@@ -22,7 +22,7 @@ Picked = list[tuple[WalPosition, bytes | None]]
 class TailReader:
     """Batches from memory, and from the log's files where memory has given them up."""
 
-    def __init__(self, logs: Logs, reader: WalReader, clock: Clock, *, bytes_max: int, wait_ms_max: int) -> None:
+    def __init__(self, logs: Logs, reader: BatchReader, clock: Clock, *, bytes_max: int, wait_ms_max: int) -> None:
         self._logs = logs
         self._reader = reader
         self._clock = clock
@@ -108,7 +108,7 @@ class TailReader:
                 f"{log.describe()}: {error}",
                 topic=log.topic,
                 partition=log.key.partition,
-                file=error.path.name,
+                file=error.file_name,
                 at=error.position.at,
             ) from error
         return [next(read) if batch is None else batch for _, batch in picked]

@@ -4,9 +4,9 @@ import asyncio
 import logging
 from concurrent.futures import Executor
 
-from streamhouse_ingest.adapters.wal import Wal
 from streamhouse_ingest.core.wal_index import WalIndex
 from streamhouse_ingest.logs import Logs
+from streamhouse_ingest.ports import Wal
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
-"""Puts the ingest agent together: the only module that names concrete classes of other services."""
+"""Puts the ingest agent together: the only module that names the files of the log and the gRPC clients."""
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 from shproto.services import CoordinatorApi, CoordinatorClient
 from shproto.v1 import ingest_pb2
@@ -12,8 +13,12 @@ from shruntime.server import RpcServer
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
 
+from streamhouse_ingest.adapters.wal import FileBatchReader, FileWal
+from streamhouse_ingest.adapters.wal_directory import WalDirectory
+from streamhouse_ingest.adapters.wal_replay import replay_directory
 from streamhouse_ingest.agent import Agent
 from streamhouse_ingest.api import IngestApi
+from streamhouse_ingest.ports import OpenedLog
 from streamhouse_ingest.settings import IngestSettings
 
 log = logging.getLogger(__name__)
@@ -44,13 +49,31 @@ class IngestService:
 
 def build(settings: IngestSettings, coordinator: CoordinatorApi, clock: Clock | None = None) -> IngestService:
     """The agent over whatever coordinator: a client, or the service itself in the same process."""
-    agent = Agent(settings, coordinator, clock or SystemClock())
+    agent = Agent(settings, coordinator, clock or SystemClock(), lambda: open_log(settings))
     api = IngestApi(
         agent,
         requests_in_flight_max=settings.stream_requests_in_flight_max,
         bytes_in_flight_max=settings.stream_bytes_in_flight_max,
     )
     return IngestService(api, agent)
+
+
+def open_log(settings: IngestSettings) -> OpenedLog:
+    """Locks the directory and replays its files. Raises WalDirectoryError, OSError."""
+    directory = WalDirectory.open(Path(settings.wal_dir), settings.agent_id)
+    try:
+        replayed = replay_directory(directory, settings.seal_bytes)
+    except BaseException:
+        directory.close()
+        raise
+    wal = FileWal(
+        directory,
+        replayed.next_sequence,
+        file_bytes=settings.wal_file_bytes,
+        fsync_each=settings.wal_fsync == "always",
+    )
+    reader = FileBatchReader(directory)
+    return OpenedLog(directory.wal_id, replayed.replay, replayed.index, wal, reader, directory.close)
 
 
 async def run(settings: IngestSettings) -> None:

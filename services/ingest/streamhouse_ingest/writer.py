@@ -23,7 +23,6 @@ from shproto.errors import (
 )
 from shruntime.clock import Clock
 
-from streamhouse_ingest.adapters.wal import Frame, Wal, WalBroken, WalFull
 from streamhouse_ingest.core.buffer import WalPosition
 from streamhouse_ingest.core.lease import Lease
 from streamhouse_ingest.core.partition_log import BatchAppended, Decision, Draft, NotLed, RangeExhausted
@@ -31,6 +30,7 @@ from streamhouse_ingest.core.producers import DuplicateOf, FencedBy, OutOfSequen
 from streamhouse_ingest.core.wal_index import WalIndex
 from streamhouse_ingest.logs import HeldLog, Logs, not_leader
 from streamhouse_ingest.metrics import IngestMetrics
+from streamhouse_ingest.ports import Frame, Wal, WalBroken, WalFull
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class WriterLimits:
 
 
 class Writer:
-    """Owns the queue in front of the write-ahead log. `on_append` is told of every batch that was applied."""
+    """Owns the queue in front of the write-ahead log."""
 
     def __init__(
         self,
@@ -101,7 +101,6 @@ class Writer:
         clock: Clock,
         limits: WriterLimits,
         metrics: IngestMetrics,
-        on_append: Callable[[HeldLog], None],
     ) -> None:
         self._logs = logs
         self._wal = wal
@@ -111,13 +110,17 @@ class Writer:
         self._clock = clock
         self._limits = limits
         self._metrics = metrics
-        self._on_append = on_append
+        self._on_append: Callable[[HeldLog], None] = lambda held: None
         self._queue: deque[Append] = deque()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._refusing: StreamHouseError | None = None
         self.queue_bytes = 0  # waiting or being written
+
+    def on_append(self, listener: Callable[[HeldLog], None]) -> None:
+        """Whom to tell, once per group, of each log that got something."""
+        self._on_append = listener
 
     def submit(self, append: Append) -> None:
         """Queues the batch. Raises Overloaded, ShuttingDown, Unavailable when it is not taken."""

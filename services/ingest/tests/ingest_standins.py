@@ -399,9 +399,9 @@ async def kill(service: IngestService) -> None:
     running = service.agent.running()
     await service.tasks.stop()
     service.agent._thread.shutdown(wait=True)
-    running.directory.close()
-    if running.wal._fd >= 0:
-        os.close(running.wal._fd)
+    running.opened.unlock()
+    if running.opened.wal._fd >= 0:
+        os.close(running.opened.wal._fd)
 
 
 async def eventually(condition: Any, timeout_s: float = 5.0) -> None:

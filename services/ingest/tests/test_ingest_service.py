@@ -25,7 +25,7 @@ from shproto import errors
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import ManualClock
-from streamhouse_ingest.adapters.wal_directory import WalLocked
+from streamhouse_ingest.ports import WalLocked
 from streamhouse_ingest.wiring import IngestService
 
 WAL, DURABLE, NONE = types_pb2.ACKS_WAL, types_pb2.ACKS_DURABLE, types_pb2.ACKS_NONE
@@ -386,10 +386,10 @@ async def test_g7_a_full_log_pushes_back_and_takes_more_once_segments_are_regist
                 taken += 1
         assert caught.value.retry_after_ms > 0
         assert caught.value.details["limit"] == "wal_bytes_max"
-        assert service.agent.running().index.size_bytes <= 262144
+        assert service.agent.running().opened.index.size_bytes <= 262144
         segmenter = SegmenterStandIn(coordinator, service)
         async with draining(segmenter):
-            await eventually(lambda: service.agent.running().index.size_bytes < 140_000)
+            await eventually(lambda: service.agent.running().opened.index.size_bytes < 140_000)
             assert (await service.api.produce(request(b"more"))).base_offset == taken
 
 
@@ -429,7 +429,7 @@ async def test_a_full_disk_refuses_keeps_nothing_and_recovers(
     async with running(tmp_path, coordinator) as service:
         await service.api.produce(request(b"a", stamp=ProducerStamp(7, 0, 0)))
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        size = service.agent.running().wal.active_bytes
+        size = service.agent.running().opened.wal.active_bytes
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, before[1]))
         try:
             with pytest.raises(errors.DiskFull):

@@ -8,7 +8,6 @@ believed (https://lwn.net/Articles/752063/).
 import errno
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from shformat import WAL_FILE_HEADER_SIZE, FormatError, check_batch, encode_fram
 
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.core.buffer import WalPosition
-from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.ports import Frame, WalBroken, WalDamaged, WalFileGone, WalFull
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -25,38 +24,7 @@ _READ_GAP_BYTES = 32 * 1024
 _READ_SPAN_BYTES = 1024 * 1024
 
 
-class WalFull(Exception):
-    """No space for the group; nothing of it was kept."""
-
-
-class WalBroken(Exception):
-    """A write or fsync failed in a way that leaves the file's state unknown. Only a restart and replay helps."""
-
-
-class WalDamaged(Exception):
-    """A batch cannot be read back as it was written."""
-
-    def __init__(self, path: Path, position: WalPosition, reason: str) -> None:
-        super().__init__(f"{path} at byte {position.at}: {reason}")
-        self.path = path
-        self.position = position
-
-
-class WalFileGone(Exception):
-    """The file was deleted since: what it held is registered."""
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """A stamped batch on its way to the log."""
-
-    key: LogKey
-    base_offset: int
-    record_count: int
-    batch: bytes
-
-
-class Wal:
+class FileWal:
     """The appending side. Files before `next_sequence` are only read and deleted."""
 
     def __init__(self, directory: WalDirectory, next_sequence: int, *, file_bytes: int, fsync_each: bool) -> None:
@@ -191,7 +159,7 @@ def _positions(parts: list[bytes], file: int, at: int) -> list[WalPosition]:
     return positions
 
 
-class WalReader:
+class FileBatchReader:
     """Reads batches back by position; every one is checked against its CRC."""
 
     def __init__(self, directory: WalDirectory) -> None:
@@ -222,10 +190,10 @@ class WalReader:
         try:
             header = check_batch(batch)
         except FormatError as error:
-            raise WalDamaged(self._directory.file_path(position.file), position, error.what) from error
+            raise WalDamaged(self._directory.file_path(position.file).name, position, error.what) from error
         if header.size_bytes != position.size_bytes:
             reason = f"batch of {header.size_bytes} bytes where one of {position.size_bytes} was written"
-            raise WalDamaged(self._directory.file_path(position.file), position, reason)
+            raise WalDamaged(self._directory.file_path(position.file).name, position, reason)
         return batch
 
 

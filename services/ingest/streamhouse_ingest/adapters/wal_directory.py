@@ -7,20 +7,10 @@ import re
 import uuid
 from pathlib import Path
 
+from streamhouse_ingest.ports import WalDirectoryError, WalLocked, WrongIdentity
+
 _FILE_NAME = re.compile(r"(\d{20})\.wal")
 _IDENTITY_VERSION = 1
-
-
-class WalDirectoryError(Exception):
-    """The directory cannot be used; the message says which and why."""
-
-
-class WalLocked(WalDirectoryError):
-    """Another process has the directory open."""
-
-
-class WrongIdentity(WalDirectoryError):
-    """The directory belongs to another agent, or a file in it to another log."""
 
 
 class WalDirectory:

@@ -15,11 +15,12 @@ from shformat import (
     scan_frames,
 )
 
-from streamhouse_ingest.adapters.wal_directory import WalDirectory, WrongIdentity
+from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.core.buffer import WalPosition
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.core.replay import Replay
 from streamhouse_ingest.core.wal_index import WalIndex
+from streamhouse_ingest.ports import WrongIdentity
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,141 @@
+"""The parts of a running agent, put together once its log is open."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from shproto.services import CoordinatorApi
+from shruntime.clock import Clock
+from shruntime.settings import MIB
+from shruntime.tasks import Backoff, Tasks
+
+from streamhouse_ingest.core.lease import Lease
+from streamhouse_ingest.core.sealing import SealLimits
+from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.metrics import IngestMetrics
+from streamhouse_ingest.moves import Moves
+from streamhouse_ingest.ports import OpenedLog
+from streamhouse_ingest.ranges import Ranges
+from streamhouse_ingest.sealer import Sealer, SessionHolder
+from streamhouse_ingest.service import ProduceService
+from streamhouse_ingest.session import Identity, Session
+from streamhouse_ingest.settings import IngestSettings
+from streamhouse_ingest.tail import TailReader
+from streamhouse_ingest.topics import TopicLookup
+from streamhouse_ingest.trimmer import Trimmer
+from streamhouse_ingest.writer import Writer, WriterLimits
+
+# One segmenter builds an object in memory: the largest sealed buffer there may be.
+_OBJECT_BYTES_MAX = 256 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all parts share and none of them owns."""
+
+    settings: IngestSettings
+    coordinator: CoordinatorApi
+    clock: Clock
+    metrics: IngestMetrics
+    tasks: Tasks
+    thread: Executor
+
+    def backoff(self) -> Backoff:
+        return Backoff(self.settings.retry_first_ms, self.settings.retry_max_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Everything that exists once the log is open."""
+
+    opened: OpenedLog
+    logs: Logs
+    writer: Writer
+    sealer: Sealer
+    session: Session
+    ranges: Ranges
+    moves: Moves
+    trimmer: Trimmer
+    produce: ProduceService
+    tail: TailReader
+
+
+def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) -> Running:
+    """Makes and connects the parts; starts nothing."""
+    settings = around.settings
+    holder, lease = SessionHolder(), Lease(settings.lease_margin_ms)
+    sealer = Sealer(
+        logs, around.coordinator, holder, around.clock, _seal_limits(settings), around.backoff(), around.metrics
+    )
+    writer = _writer(around, opened, logs, lease)
+    trimmer = Trimmer(logs, opened.wal, opened.index, around.thread)
+    moves = _moves(around, logs, writer, sealer, holder)
+    ranges = Ranges(logs, writer, moves, around.metrics, trimmer.want)
+    identity = Identity(settings.agent_id, opened.wal_id, address)
+    session = Session(
+        identity,
+        around.coordinator,
+        ranges,
+        moves,
+        logs,
+        writer,
+        sealer,
+        lease,
+        holder,
+        around.clock,
+        around.backoff,
+    )
+    writer.on_append(_after_append(sealer, session))
+    topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, session.reconcile)
+    produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
+    return Running(opened, logs, writer, sealer, session, ranges, moves, trimmer, produce, _tail(around, opened, logs))
+
+
+def _writer(around: Surroundings, opened: OpenedLog, logs: Logs, lease: Lease) -> Writer:
+    settings = around.settings
+    limits = WriterLimits(settings.queue_bytes_max, settings.wal_group_bytes_max, settings.wal_bytes_max)
+    return Writer(logs, opened.wal, opened.index, lease, around.thread, around.clock, limits, around.metrics)
+
+
+def _moves(around: Surroundings, logs: Logs, writer: Writer, sealer: Sealer, holder: SessionHolder) -> Moves:
+    return Moves(
+        logs,
+        writer,
+        sealer,
+        around.coordinator,
+        holder,
+        around.clock,
+        around.tasks,
+        timeout_ms=around.settings.move_timeout_ms,
+        make_backoff=around.backoff,
+    )
+
+
+def _tail(around: Surroundings, opened: OpenedLog, logs: Logs) -> TailReader:
+    settings = around.settings
+    return TailReader(
+        logs,
+        opened.reader,
+        around.clock,
+        bytes_max=settings.read_tail_bytes_max,
+        wait_ms_max=settings.read_tail_wait_ms_max,
+    )
+
+
+def _after_append(sealer: Sealer, session: Session) -> Callable[[HeldLog], None]:
+    def appended(held: HeldLog) -> None:
+        sealer.appended(held)
+        if held.log.runs_low:
+            session.want_heartbeat()
+
+    return appended
+
+
+def _seal_limits(settings: IngestSettings) -> SealLimits:
+    return SealLimits(
+        seal_bytes=settings.seal_bytes,
+        seal_age_ms=settings.seal_age_ms,
+        durable_linger_ms=settings.durable_linger_ms,
+        open_bytes_max=settings.memory_bytes_max // 2,  # the other half is for what is sealed and being uploaded
+        object_bytes_max=_OBJECT_BYTES_MAX,
+    )

@@ -1,0 +1,96 @@
+"""What the agent needs of its write-ahead log, and how that can fail."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from streamhouse_ingest.core.buffer import WalPosition
+from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.core.replay import Replay
+from streamhouse_ingest.core.wal_index import WalIndex
+
+
+class WalFull(Exception):
+    """No space for the group; nothing of it was kept."""
+
+
+class WalBroken(Exception):
+    """A write or fsync failed in a way that leaves the file's state unknown. Only a restart and replay helps."""
+
+
+class WalDamaged(Exception):
+    """A batch cannot be read back as it was written."""
+
+    def __init__(self, file_name: str, position: WalPosition, reason: str) -> None:
+        super().__init__(f"{file_name} at byte {position.at}: {reason}")
+        self.file_name = file_name
+        self.position = position
+
+
+class WalFileGone(Exception):
+    """The file was deleted since: what it held is registered."""
+
+
+class WalDirectoryError(Exception):
+    """The log's directory cannot be used; the message says which and why."""
+
+
+class WalLocked(WalDirectoryError):
+    """Another process has the directory open."""
+
+
+class WrongIdentity(WalDirectoryError):
+    """The directory belongs to another agent, or a file in it to another log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A stamped batch on its way to the log."""
+
+    key: LogKey
+    base_offset: int
+    record_count: int
+    batch: bytes
+
+
+class Wal(Protocol):
+    """The appending side. Blocking; all calls come from one thread."""
+
+    @property
+    def active(self) -> int | None:
+        """The file that is written to, None before the first group."""
+
+    @property
+    def active_bytes(self) -> int:
+        """Its size."""
+
+    def append(self, frames: Sequence[Frame]) -> list[WalPosition]:
+        """Writes the group as a whole, synced if that is the policy. Raises WalFull, WalBroken."""
+
+    def sync(self) -> None:
+        """Makes what was written durable. Raises WalBroken."""
+
+    def delete(self, sequence: int) -> None:
+        """Removes a file that is not active. Raises OSError."""
+
+    def close(self) -> None:
+        """Syncs and closes the active file. Raises WalBroken."""
+
+
+class BatchReader(Protocol):
+    """The reading side. Blocking; calls may come from any thread."""
+
+    def read(self, positions: Sequence[WalPosition]) -> list[bytes]:
+        """The batches at `positions`, checked, in their order. Raises WalDamaged, WalFileGone, OSError."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedLog:
+    """A locked log and what a replay found in it. `unlock` gives it back once `wal` is closed."""
+
+    wal_id: bytes
+    replay: Replay
+    index: WalIndex
+    wal: Wal
+    reader: BatchReader
+    unlock: Callable[[], None]
