@@ -21,6 +21,8 @@ from tests.fuzz.target import FOUND, Target, cpu_limit, signature
 FINDINGS_MAX = 20
 # Above CPU_SECONDS_MAX by enough that it ends only what no signal handler can: a loop in C.
 _UNIT_TIMEOUT_S = 60
+# A message may quote its input, which may be long.
+_LINE_LENGTH_MAX = 300
 _BLIND_MUTATION = 0.4
 _LEAVE_UNREPAIRED = 0.1
 
@@ -45,6 +47,7 @@ def main() -> None:
         f"-seed={arguments.seed}",
         f"-max_len={target.size_bytes_max}",
         f"-timeout={_UNIT_TIMEOUT_S}",
+        f"-report_slow_units={_UNIT_TIMEOUT_S}",
         "-rss_limit_mb=0",
         "-print_final_stats=1",
         f"-artifact_prefix={FOUND / target.name}-",
@@ -85,9 +88,15 @@ def _guarded(target: Target) -> Callable[[bytes], None]:
                 known.add(name)
                 (FOUND / f"{target.name}-{name}").write_bytes(data)
                 print(f"FOUND {target.name}-{name}", flush=True)
-                traceback.print_exc()
+                print(_shortened(traceback.format_exc()), flush=True)
 
     return check
+
+
+def _shortened(text: str) -> str:
+    return "\n".join(
+        line if len(line) <= _LINE_LENGTH_MAX else f"{line[:_LINE_LENGTH_MAX]}..." for line in text.splitlines()
+    )
 
 
 def _mutator(target: Target) -> Callable[[bytes, int, int], bytes]:

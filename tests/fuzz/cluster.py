@@ -64,9 +64,7 @@ class Cluster:
         store = MemoryStore()
         coordinator = coordinator_wiring.build(_coordinator_settings(dsn))
         ingest = ingest_wiring.build(_ingest_settings(self._directory), coordinator.api)
-        query = query_wiring.build(
-            _query_settings(self._directory), coordinator.api, store, lambda address: ingest.api
-        )
+        query = query_wiring.build(_query_settings(self._directory), coordinator.api, store, lambda address: ingest.api)
         segmenter = segmenter_wiring.build(
             SegmenterSettings.load({}, worker_id="segmenter", scan_interval_ms=200),
             coordinator.api, store, lambda address: ingest.api,

@@ -7,11 +7,13 @@ each other: a batch that validates must decode, alone, among others and through 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from shformat import (
     BATCH_HEADER_SIZE,
+    BlockEntry,
     BuiltSegment,
     DamagedSpan,
     FormatError,
@@ -215,7 +217,11 @@ def _check_block(data: bytes, index: SegmentIndex, position: int) -> bool:
     block = attempt(lambda: run_plan(read_block(entry, LIMITS), _reader(data)), len(data))
     if isinstance(block, FormatError):
         return False
-    return not isinstance(attempt(lambda: validate_batch(block, LIMITS), len(block)), FormatError)
+    batch = attempt(lambda: validate_batch(block, LIMITS), len(block))
+    if isinstance(batch, FormatError):
+        return False
+    ensure(BlockEntry.of(batch, entry.at, zlib.crc32(block)) == entry, "a block is not the one that its entry names")
+    return True
 
 
 # ---- seeds

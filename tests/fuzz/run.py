@@ -19,6 +19,7 @@ from tests.fuzz.target import FOUND, ROOT
 from tests.fuzz.targets import MODULES
 
 _STATUS = re.compile(r"#(\d+)\s+\w+\s+cov: (\d+) ft: (\d+) corp: (\d+)/")
+_NOISE = ("INFO:", "WARNING:", "###### ", '"')
 # libFuzzer ends itself; a process that does not is stuck outside of the fuzzed code.
 _GRACE_S = 180
 
@@ -44,15 +45,15 @@ class Report:
     def line(self) -> str:
         first, last = (self.coverage[0], self.coverage[-1]) if self.coverage else (0, 0)
         return (
-            f"{self.name:12} {self.executions:9,} executions, coverage {first:5} -> {last:5}, {self.features:6} features,"
-            f" corpus {self.corpus:5}, exit {self.exit_code}, found {', '.join(self.found) or 'nothing'}"
+            f"{self.name:12} {self.executions:9,} runs, coverage {first:5} -> {last:5}, {self.features:6} features, "
+            f"corpus {self.corpus:5}, exit {self.exit_code}, found {', '.join(self.found) or 'nothing'}"
         )
 
 
 def run_target(name: str, seconds: int, seed: int, corpus_root: Path | None, *, verbose: bool) -> Report:
     """Fuzzes one target for `seconds`; prints its output when `verbose` or when something was found."""
     report = Report(name)
-    before = set(FOUND.iterdir())
+    before = set(FOUND.glob(f"{name}-*"))
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-") as scratch:
         corpus = Path(scratch) if corpus_root is None else corpus_root / name
         corpus.mkdir(parents=True, exist_ok=True)
@@ -69,9 +70,9 @@ def run_target(name: str, seconds: int, seed: int, corpus_root: Path | None, *, 
             if verbose:
                 print(line, end="", flush=True)
         report.exit_code = process.wait(_GRACE_S)
-    report.found = sorted(path.name for path in set(FOUND.iterdir()) - before)
+    report.found = sorted(path.name for path in set(FOUND.glob(f"{name}-*")) - before)
     if (report.found or report.exit_code) and not verbose:
-        print("".join(line for line in lines if not _STATUS.search(line)))
+        print("".join(line for line in lines if not (_STATUS.search(line) or line.startswith(_NOISE))))
     return report
 
 

@@ -74,7 +74,7 @@ def cpu_limit(seconds: float = CPU_SECONDS_MAX) -> Iterator[None]:
 def signature(error: BaseException) -> str:
     """Equal for findings with one cause: the kind of error, and the line of ours it came from."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if str(ROOT) in frame.filename]
-    ours = [frame for frame in frames if ".venv" not in frame.filename]
+    ours = [frame for frame in frames if ".venv" not in frame.filename and frame.name != ensure.__name__]
     place = f"{Path(ours[-1].filename).stem}-{ours[-1].name}" if ours else "unknown"
     said = str(error) if isinstance(error, Finding) else ""
     digest = hashlib.sha256(f"{type(error).__name__} {place} {said[:40]}".encode()).hexdigest()[:8]
