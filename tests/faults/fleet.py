@@ -1,0 +1,301 @@
+"""The system under test: processes of every service, a proxy in every connection between them, and their servers.
+
+Owns: what runs, what should run, and the links. Does not own: which fault happens when (nemesis.py).
+"""
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults import shim
+from tests.faults.history import ProcessDied, Recorder
+from tests.faults.proxy import FaultProxy
+from tests.integration import servers
+from tests.integration.processes import READY_TIMEOUT_S, ServiceProcess, free_ports, is_serving
+
+COORDINATORS = ("coordinator-1", "coordinator-2")
+AGENTS = ("ingest-1", "ingest-2", "ingest-3")
+QUERIES = ("query-1", "query-2")
+SEGMENTERS = ("segmenter-1", "segmenter-2")
+SERVICES = (*COORDINATORS, *AGENTS, *QUERIES, *SEGMENTERS)
+SMALL_DISK_AGENT = AGENTS[-1]
+SMALL_DISK_BYTES = 48 * 1024 * 1024
+"""Holds what an agent may write in a run of the usual rate between two registrations many times over."""
+
+SESSION_TTL_S = 6
+SUPERVISOR_INTERVAL_S = 0.2
+RESTART_PAUSE_S = 1.0
+
+SETTINGS = {
+    # Short leases, so that a run sees many of them end.
+    "SESSION_TTL_MS": SESSION_TTL_S * 1000,
+    "HEARTBEAT_INTERVAL_MS": 2000,
+    "LEASE_MARGIN_MS": 1500,
+    "RPC_TIMEOUT_MS": 3000,
+    "PG_TIMEOUT_MS": 2000,
+    "GROUP_SESSION_TIMEOUT_MS": 6000,
+    "GROUP_HEARTBEAT_INTERVAL_MS": 1000,
+    # Ranges run out and are extended within a run.
+    "RANGE_WIDTH_OFFSETS": 4000,
+    # Many small segments, merged soon.
+    "SEAL_AGE_MS": 1000,
+    "SEAL_BYTES": 256 * 1024,
+    "WAL_FILE_BYTES": 1024 * 1024,
+    "WAL_BYTES_MAX": 32 * 1024 * 1024,
+    "SCAN_INTERVAL_MS": 1000,
+    "CLAIM_TTL_MS": 6000,
+    "HANDOVER_RETRY_MAX_MS": 2000,
+    "EARLY_WAIT_MS_MAX": 6000,
+    "COMPACTION_INTERVAL_MS": 5000,
+    "COMPACTION_SEGMENTS_MIN": 4,
+    "S3_CONNECT_TIMEOUT_MS": 1000,
+    "S3_READ_TIMEOUT_MS": 3000,
+    "S3_ATTEMPTS_DEADLINE_MS": 5000,
+    "SHUTDOWN_TIMEOUT_MS": 20_000,
+    "CACHE_BYTES_MAX": 16 * 1024 * 1024,
+    "CACHE_CHUNK_BYTES": 64 * 1024,
+}
+"""Of all services, with STREAMHOUSE_ in front."""
+
+SWEEPING = {
+    "COMPACTION_INTERVAL_MS": 86_400_000,
+    "ORPHAN_SWEEP_INTERVAL_MS": 1000,
+    "ORPHAN_GRACE_MS": 1000,
+    "ORPHAN_CONFIRM_MS": 500,
+}
+"""Of the segmenters after the run: nothing is uploaded any more, so an hour's grace can be a second."""
+
+
+def _variables(settings: Mapping[str, object]) -> dict[str, str]:
+    return {f"STREAMHOUSE_{name}": str(value) for name, value in settings.items()}
+
+
+class FleetProcess(ServiceProcess):
+    @property
+    def exit_code(self) -> int:
+        """Of a process that has ended."""
+        assert self._process is not None and self._process.returncode is not None, f"{self.name} has not ended"
+        return self._process.returncode
+
+
+@dataclass
+class Member:
+    """One service process. wanted: it should run. may_die: a fault is on that may end it."""
+
+    name: str
+    process: FleetProcess
+    listen: str
+    control: shim.Control
+    wanted: bool = False
+    may_die: bool = False
+
+
+class Fleet:
+    """`start` returns when everything serves; `heal` when it does again. Links are named FROM>TO; >X is everybody's
+    way to X, by its advertised address."""
+
+    def __init__(self, work_dir: Path, recorder: Recorder) -> None:
+        self.work_dir = work_dir
+        self.recorder = recorder
+        self.links: dict[str, FaultProxy] = {}
+        self.members: dict[str, Member] = {}
+        self.servers: dict[str, servers.Server] = {}
+        self.busy: set[str] = set()
+        self.small_disk: Path | None = None
+        self.library: Path | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+
+    # ---- start
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self._start_servers)
+        self.library = await asyncio.to_thread(shim.build, self.work_dir)
+        self._mount_small_disk()
+        listens = dict(zip(SERVICES, (f"127.0.0.1:{port}" for port in free_ports(len(SERVICES))), strict=True))
+        await self._make_links(listens)
+        for name in SERVICES:
+            self._add(name, listens[name])
+        await asyncio.gather(*(self.start_process(name) for name in SERVICES))
+        self._supervisor = asyncio.create_task(self._supervise(), name="supervisor")
+
+    def _start_servers(self) -> None:
+        makers = {
+            "postgres": servers.postgres_server,
+            "s3": servers.s3_server,
+            "rabbitmq": servers.rabbitmq_server,
+            "redis": servers.redis_server,
+        }
+        for name, make in makers.items():
+            self.servers[name] = make()
+
+    def _mount_small_disk(self) -> None:
+        path = self.work_dir / SMALL_DISK_AGENT
+        path.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES}", "tmpfs", str(path)]
+        if shutil.which("mount") and subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            self.small_disk = path
+
+    async def _make_links(self, listens: Mapping[str, str]) -> None:
+        ways = [(f">{name}", listens[name]) for name in (*AGENTS, *QUERIES)]
+        clients = ("clients", *AGENTS, *QUERIES, *SEGMENTERS)
+        ways += [(f"{client}>{name}", listens[name]) for client in clients for name in COORDINATORS]
+        postgres = self.servers["postgres"].url.rpartition("@")[2].partition("/")[0]
+        ways += [(f"{name}>postgres", postgres) for name in COORDINATORS]
+        s3 = self.servers["s3"].url.removeprefix("http://")
+        ways += [(f"{name}>s3", s3) for name in (*QUERIES, *SEGMENTERS)]
+        for name, target in ways:
+            link = self.links[name] = FaultProxy(name, target)
+            await link.start()
+
+    def bootstrap(self, client: str = "clients") -> str:
+        """The coordinators, as `client` reaches them."""
+        return ",".join(self.links[f"{client}>{name}"].address for name in COORDINATORS)
+
+    def _add(self, name: str, listen: str) -> None:
+        control = shim.Control(self.work_dir / f"{name}.control")
+        environ = _variables(SETTINGS) | {"STREAMHOUSE_LISTEN": listen} | self._environ_of(name)
+        if self.library is not None:
+            environ |= control.environ(self.library)
+        service = name.partition("-")[0]
+        process = FleetProcess(name, [service], environ, self.work_dir)
+        self.members[name] = Member(name, process, listen, control)
+
+    def _environ_of(self, name: str) -> dict[str, str]:
+        own = {key: value for server in self.servers.values() for key, value in server.settings.items()}
+        if name in COORDINATORS:
+            dsn = self.servers["postgres"].url
+            _, _, host = dsn.rpartition("@")
+            direct = host.partition("/")[0]
+            return own | {"STREAMHOUSE_PG_DSN": dsn.replace(f"@{direct}", f"@{self.links[f'{name}>postgres'].address}")}
+        own["STREAMHOUSE_BOOTSTRAP"] = self.bootstrap(name)
+        if f">{name}" in self.links:
+            own["STREAMHOUSE_ADVERTISE"] = self.links[f">{name}"].address
+        if f"{name}>s3" in self.links:
+            own["STREAMHOUSE_S3_ENDPOINT"] = f"http://{self.links[f'{name}>s3'].address}"
+        specific = {
+            "ingest": {"STREAMHOUSE_AGENT_ID": name, "STREAMHOUSE_WAL_DIR": str(self.work_dir / name / "wal")},
+            "query": {"STREAMHOUSE_AGENT_ID": name, "STREAMHOUSE_CACHE_DIR": str(self.work_dir / name)},
+            "segmenter": {"STREAMHOUSE_WORKER_ID": name},
+        }
+        return own | specific[name.partition("-")[0]]
+
+    # ---- processes
+
+    def running(self, names: Iterable[str]) -> list[str]:
+        """Those that no fault is at."""
+        return [name for name in names if self.members[name].wanted and name not in self.busy]
+
+    async def start_process(self, name: str) -> None:
+        """Returns when it serves."""
+        member = self.members[name]
+        if f">{name}" in self.links:
+            await self.links[f">{name}"].accept()
+        member.process.start()
+        member.wanted = True
+        await self.until_serving(name)
+
+    async def until_serving(self, name: str) -> None:
+        """Whatever ended it: the supervisor starts it again. Raises TimeoutError."""
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            while not (self.members[name].process.is_running() and await is_serving(self.members[name].listen)):
+                await asyncio.sleep(SUPERVISOR_INTERVAL_S)
+
+    async def kill(self, name: str) -> None:
+        """SIGKILL; its port refuses then, through the proxy as well."""
+        member = self.members[name]
+        member.wanted = False
+        if member.process.is_running():
+            await asyncio.to_thread(member.process.kill)
+        if f">{name}" in self.links:
+            await self.links[f">{name}"].refuse()
+
+    async def stop_process(self, name: str) -> None:
+        """SIGTERM and the drain; a code other than 0 is an anomaly."""
+        member = self.members[name]
+        member.wanted = False
+        if member.process.is_running():
+            code = await member.process.stop()
+            if code:
+                self.recorder.write(ProcessDied(name, code))
+        if f">{name}" in self.links:
+            await self.links[f">{name}"].refuse()
+
+    def send_signal(self, name: str, number: signal.Signals) -> None:
+        if self.members[name].process.is_running():
+            self.members[name].process.send_signal(number)
+
+    async def _supervise(self) -> None:
+        """Starts what ended by itself again, as systemd or Kubernetes would."""
+        while True:
+            await asyncio.sleep(SUPERVISOR_INTERVAL_S)
+            for member in self.members.values():
+                if member.wanted and not member.process.is_running():
+                    self._note_death(member)
+                    await asyncio.sleep(RESTART_PAUSE_S)
+                    if member.wanted:
+                        member.process.start()
+
+    def _note_death(self, member: Member) -> None:
+        code = member.process.exit_code
+        if member.may_die:
+            self.recorder.note(member.name, f"ended with exit code {code}")
+        else:
+            self.recorder.write(ProcessDied(member.name, code))
+
+    # ---- the end
+
+    async def heal(self) -> None:
+        """Everything runs, every link passes."""
+        for link in self.links.values():
+            await link.heal()
+        for name, server in self.servers.items():
+            if not server.is_running:
+                self.recorder.note("run", f"starts {name} again")
+                await asyncio.to_thread(server.start)
+        for member in self.members.values():
+            member.control.heal()
+            member.may_die = False
+            self.send_signal(member.name, signal.SIGCONT)
+            if not member.wanted:
+                await self.start_process(member.name)
+        for name in self.members:
+            await self.until_serving(name)
+
+    async def sweep(self) -> None:
+        """Segmenters that delete orphans soon, and merge nothing."""
+        for name in SEGMENTERS:
+            await self.stop_process(name)
+            self.members[name].process.environ |= _variables(SWEEPING)
+            await self.start_process(name)
+
+    async def stop(self) -> None:
+        """In order, coordinators last; the rest by force."""
+        try:
+            for name in (*AGENTS, *QUERIES, *SEGMENTERS, *COORDINATORS):
+                await self.stop_process(name)
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Ends whatever is left, by force; nothing outlives it."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+            self._supervisor = None
+        for member in self.members.values():
+            member.wanted = False
+            if member.process.is_running():
+                await asyncio.to_thread(member.process.kill)
+        for link in self.links.values():
+            await link.stop()
+        while self.servers:
+            await asyncio.to_thread(self.servers.popitem()[1].close)
+        if self.small_disk is not None:
+            path, self.small_disk = str(self.small_disk), None
+            await asyncio.to_thread(subprocess.run, ["umount", "-l", path], check=True)
