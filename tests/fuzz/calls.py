@@ -68,7 +68,8 @@ def encode_calls(calls: Sequence[Call]) -> bytes:
 
 def decode_calls(data: bytes) -> list[Call]:
     """The calls up to the first that is none: an unknown name, or bytes that gRPC would refuse itself."""
-    calls, at = [], 0
+    calls: list[Call] = []
+    at = 0
     while at + _HEAD.size <= len(data) and len(calls) < CALLS_MAX:
         name_size, size = _HEAD.unpack_from(data, at)
         payload_at = at + _HEAD.size + name_size
@@ -94,7 +95,7 @@ def fields_of(message: Message) -> Iterator[tuple[Message, FieldDescriptor]]:
     """Every field that is set, with the message it is in, nested ones too."""
     for field, value in message.ListFields():
         yield message, field
-        if field.type == FieldDescriptor.TYPE_MESSAGE and not field.message_type.GetOptions().map_entry:
+        if field.message_type is not None and not field.message_type.GetOptions().map_entry:
             for part in (value if field.is_repeated else [value])[:_ITEMS_MAX]:
                 yield from fields_of(part)
 

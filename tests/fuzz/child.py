@@ -1,12 +1,12 @@
 """One target under libFuzzer, in a process of its own: `run.py` starts it, and reads what libFuzzer prints.
 
-A finding is written to found/ at once and fuzzing goes on; the same finding again is only counted.
+A finding is written to found/ at once and fuzzing goes on; the same finding again, or one that is known and open,
+is passed over.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from random import Random
 
 import atheris
 
-from tests.fuzz.target import FOUND, Target, cpu_limit, signature
+from tests.fuzz.target import FOUND, OPEN, Target, cpu_limit, limit_memory, signature
 
 # Per target and run, so that a broken decoder does not fill the disk.
 FINDINGS_MAX = 20
@@ -40,7 +40,7 @@ def main() -> None:
     for number, seed in enumerate(target.seeds()):
         (corpus / f"seed-{number}").write_bytes(seed)
     target.prepare()
-    limit_memory(target)
+    limit_memory(target.memory_bytes_max)
     options = [
         sys.argv[0],
         f"-max_total_time={arguments.seconds}",
@@ -66,15 +66,10 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def limit_memory(target: Target) -> None:
-    """From here on an allocation that goes `memory_bytes_max` beyond what the process has is a MemoryError."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + target.memory_bytes_max
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-
-
 def _guarded(target: Target) -> Callable[[bytes], None]:
-    known: set[str] = set()
+    # One cause shows in several targets: a finding's name without the target is its signature.
+    known = {path.name.split("-", 1)[1] for path in OPEN.glob("*-*")}
+    findings_max = len(known) + FINDINGS_MAX
 
     def check(data: bytes) -> None:
         try:
@@ -84,7 +79,7 @@ def _guarded(target: Target) -> Callable[[bytes], None]:
             raise
         except BaseException as error:  # noqa: BLE001 - whatever comes out is the finding
             name = signature(error)
-            if name not in known and len(known) < FINDINGS_MAX:
+            if name not in known and len(known) < findings_max:
                 known.add(name)
                 (FOUND / f"{target.name}-{name}").write_bytes(data)
                 print(f"FOUND {target.name}-{name}", flush=True)

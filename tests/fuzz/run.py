@@ -40,6 +40,8 @@ class Report:
         if match := _STATUS.search(line):
             self.executions, coverage, self.features, self.corpus = map(int, match.groups())
             self.coverage.append(coverage)
+        elif line.startswith("FOUND "):
+            self.found.append(line.removeprefix("FOUND ").strip())
 
     @property
     def line(self) -> str:
@@ -70,7 +72,9 @@ def run_target(name: str, seconds: int, seed: int, corpus_root: Path | None, *, 
             if verbose:
                 print(line, end="", flush=True)
         report.exit_code = process.wait(_GRACE_S)
-    report.found = sorted(path.name for path in set(FOUND.glob(f"{name}-*")) - before)
+    # What ended the process: a crash, or a loop in C. libFuzzer itself names these files.
+    crashed = {path.name for path in set(FOUND.glob(f"{name}-*")) - before}
+    report.found = sorted(crashed | set(report.found))
     if (report.found or report.exit_code) and not verbose:
         print("".join(line for line in lines if not (_STATUS.search(line) or line.startswith(_NOISE))))
     return report

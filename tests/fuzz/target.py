@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[2]
 FOUND = Path(__file__).parent / "found"
+# Found, reported and not fixed yet.
+OPEN = FOUND / "open"
 GOLDEN = ROOT / "libs" / "shformat" / "tests" / "golden"
 
 # CPU time, not wall time: a busy machine is no finding. An input of 64 KiB takes milliseconds.
@@ -69,6 +72,13 @@ def cpu_limit(seconds: float = CPU_SECONDS_MAX) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def limit_memory(grow_bytes_max: int) -> None:
+    """From here on an allocation that makes this process larger by more than that is a MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + grow_bytes_max
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def signature(error: BaseException) -> str:

@@ -23,4 +23,5 @@ MODULES = {
 def load(name: str) -> Target:
     """The target called `name`. Raises KeyError for an unknown one."""
     module = importlib.import_module(MODULES[name])
-    return next(target for target in module.TARGETS if target.name == name)
+    targets: tuple[Target, ...] = module.TARGETS
+    return next(target for target in targets if target.name == name)

@@ -3,6 +3,8 @@
 Memory is checked exactly here; the long run (python -m tests.fuzz.run) bounds it by the address space.
 """
 
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from random import Random
@@ -13,11 +15,11 @@ from hypothesis import strategies as st
 from shformat import BatchHeader, FormatError, Records, decode_batch, validate_batch
 
 from tests.fuzz import calls, checksums, formats
-from tests.fuzz.target import Finding, Hang, Target, cpu_limit, signature
+from tests.fuzz.target import ROOT, Finding, Hang, Target, cpu_limit, signature
 from tests.fuzz.targets import MODULES, load
 
 FORMATS = ("batch", "wal", "segment", "varint", "snapshot", "event")
-EXAMPLES = 150
+EXAMPLES = 100
 CHANGES_MAX = 6
 # Limits allow a payload of 1 MiB and 50,000 records at about 80 bytes of temporary columns each, for a handful of
 # readers that hold their results side by side.
@@ -65,7 +67,7 @@ def test_no_input_takes_more_memory_than_the_limits_allow(name: str) -> None:
     target = load(name)
     tracemalloc.start()
     try:
-        for seed in range(60):
+        for seed in range(40):
             data = changed(target, seed, 1 + seed % CHANGES_MAX, repaired=True)
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
@@ -140,6 +142,15 @@ def test_a_loop_without_end_is_a_hang() -> None:
     with pytest.raises(Hang, match="CPU"), cpu_limit(0.05):
         while True:
             pass
+
+
+def test_an_allocation_beyond_the_limit_fails() -> None:
+    """In a process of its own: the limit stays."""
+    code = (
+        "from tests.fuzz.target import limit_memory; limit_memory(64 << 20); bytearray(32 << 20); bytearray(256 << 20)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stderr.strip().endswith("MemoryError")
 
 
 # ---- the tools themselves

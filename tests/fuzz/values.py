@@ -126,7 +126,7 @@ def mutate_event(data: bytes, rng: Random) -> bytes:
 
 
 def _json_value(rng: Random, depth: int) -> object:
-    simple = (None, True, 1.5, "", "x", "\0", rng.choice(EDGES), [], {})
+    simple: tuple[object, ...] = (None, True, 1.5, "", "x", "\0", rng.choice(EDGES), [], {})
     if depth and rng.random() < 0.3:
         return [_json_value(rng, depth - 1)] if rng.random() < 0.5 else {"topic": _json_value(rng, depth - 1)}
     return rng.choice(simple)
