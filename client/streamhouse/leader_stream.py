@@ -40,6 +40,7 @@ class LeaderStream(Generic[T]):
         self._outgoing: deque[tuple[T, ingest_pb2.ProduceRequest]] = deque()
         self._in_flight: deque[tuple[T, float]] = deque()
         self._wake = asyncio.Event()
+        self._ended = False
         self._stalled = False
         self._watch: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -73,6 +74,8 @@ class LeaderStream(Generic[T]):
                 raise
             error = Unavailable(f"the leader at {self.address} did not answer within {self._answer_timeout_s} s")
         finally:
+            self._ended = True
+            self._wake.set()  # gRPC waits for more requests even after the call has failed
             if self._watch is not None:
                 self._watch.cancel()
         sent, unsent = [token for token, _ in self._in_flight], [token for token, _ in self._outgoing]
@@ -83,14 +86,15 @@ class LeaderStream(Generic[T]):
         return cast("AsyncGenerator[ingest_pb2.ProduceResponse, None]", self._api.produce_stream(self._requests()))
 
     async def _requests(self) -> AsyncIterator[ingest_pb2.ProduceRequest]:
-        while True:
-            while self._outgoing:
+        while not self._ended:
+            while self._outgoing and not self._ended:
                 token, request = self._outgoing.popleft()
                 self._in_flight.append((token, asyncio.get_running_loop().time()))
                 self._start_watch()
                 yield request
-            self._wake.clear()
-            await self._wake.wait()
+            if not self._ended:
+                self._wake.clear()
+                await self._wake.wait()
 
     def _start_watch(self) -> None:
         if self._watch is None:

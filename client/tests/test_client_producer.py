@@ -322,6 +322,22 @@ async def test_a_topic_deleted_while_sending(platform, address):
             await future
 
 
+async def test_nothing_is_left_running(platform, address):
+    platform.add_topic("t", 2)
+    before = asyncio.all_tasks()
+    async with Producer(address, batch_bytes=200, linger_ms=0) as producer:
+        for fault in ({"cut_after": 1}, {"cut_after": 0}, {"not_leader": 1}):
+            for name, value in fault.items():
+                setattr(platform.faults, name, value)
+            futures = [await producer.send("t", b"%d" % n, partition=n % 2) for n in range(50)]
+            await asyncio.gather(*futures)
+    ours = {
+        task for task in asyncio.all_tasks() - before if "streamhouse" in repr(task) or "consume_request" in repr(task)
+    }
+    ours = {task for task in ours if "fake_streamhouse" not in repr(task)}
+    assert ours == set()
+
+
 async def test_the_server_restarts(platform, address):
     platform.add_topic("t", 1)
     async with Producer(address, linger_ms=0) as producer:
