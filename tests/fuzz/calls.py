@@ -101,11 +101,15 @@ def fields_of(message: Message) -> Iterator[tuple[Message, FieldDescriptor]]:
 
 
 def remember(response: Message, memory: dict[str, Any]) -> None:
-    """Keeps the latest value of every plain field of the response, by name."""
-    for message, field in fields_of(response):
-        if field.type != FieldDescriptor.TYPE_MESSAGE:
+    """Keeps the latest value of every plain field of the response, by name; an empty text is none."""
+    messages = {id(message): message for message, _ in fields_of(response)}
+    for message in messages.values():
+        for field in message.DESCRIPTOR.fields:
             value = getattr(message, field.name)
-            memory[field.name] = value[0] if field.is_repeated else value
+            if field.is_repeated:
+                value = value[0] if field.message_type is None and value else None
+            if field.message_type is None and value not in (None, "", b""):
+                memory[field.name] = value
 
 
 def fill_in(request: Message, memory: Mapping[str, Any]) -> None:

@@ -213,12 +213,17 @@ def _query_seeds() -> list[bytes]:
 
 
 def _coordinator_seeds() -> list[bytes]:
-    span = {"topic_id": b"$", "epoch": 1, "end_offset": 10}
-    sizes = {"record_count": 10, "size_bytes": 10}
+    span: dict[str, Any] = {"topic_id": b"$", "epoch": 1, "end_offset": 10}
+    sizes: dict[str, Any] = {"record_count": 10, "size_bytes": 10}
     uuid = "00000000-0000-4000-8000-000000000001"
-    segment = tpb.SegmentRef(segment_id=uuid, topic=TOPIC, object_key="k", **span, **sizes)  # type: ignore[arg-type]
-    part = cpb.BufferSlice(topic=TOPIC, **span, **sizes)  # type: ignore[arg-type]
-    lost = cpb.LostSpan(**span, reason="r")  # type: ignore[arg-type]
+    segment = tpb.SegmentRef(segment_id=uuid, topic=TOPIC, object_key="k", **span, **sizes)
+    part = cpb.BufferSlice(topic=TOPIC, **span, **sizes)
+    key: dict[str, Any] = {"topic_id": b"$", "partition": REMEMBERED, "epoch": REMEMBERED}
+    use = cpb.RangeUse(**key, next_offset=REMEMBERED)
+    own = cpb.BufferSlice(topic="fuzzed", end_offset=10, **key, **sizes)
+    own_segment = tpb.SegmentRef(segment_id=uuid, topic="fuzzed", object_key="k", end_offset=10, **key, **sizes)
+    end = cpb.WalEnd(**key, end_offset=10)
+    lost = cpb.LostSpan(**span, reason="r")
     open_session = Call("Coordinator/OpenSession", cpb.OpenSessionRequest(agent_id="fuzzed", role="query"))
     create = Call("Coordinator/CreateTopic", cpb.CreateTopicRequest(topic="fuzzed", partitions=2, retention_ms=1))
     join = Call("Coordinator/JoinGroup", cpb.JoinGroupRequest(group="g", topics=[TOPIC], client_id="c"))
@@ -237,6 +242,13 @@ def _coordinator_seeds() -> list[bytes]:
         [open_session, Call("Coordinator/ListTopics", cpb.ListTopicsRequest()),
          Call("Coordinator/AnnounceBuffer", cpb.AnnounceBufferRequest(session_id="$", buffer_id=uuid, slices=[part])),
          Call("Coordinator/ReportLost", cpb.ReportLostRequest(session_id="$", spans=[lost]))],
+        [Call("Coordinator/OpenSession", cpb.OpenSessionRequest(agent_id="leader", role="ingest", wal_id=b"\1" * 16)),
+         create, Call("Coordinator/GetGrants", cpb.GetGrantsRequest(session_id="$")),
+         Call("Coordinator/Heartbeat", cpb.HeartbeatRequest(session_id="$", low_ranges=[use])),
+         Call("Coordinator/AnnounceBuffer", cpb.AnnounceBufferRequest(session_id="$", buffer_id=uuid, slices=[own])),
+         Call("Coordinator/RegisterSegments", cpb.RegisterSegmentsRequest(buffer_id="$", segments=[own_segment])),
+         Call("Coordinator/SettleRanges", cpb.SettleRangesRequest(session_id="$", ends=[end])),
+         Call("Coordinator/CloseSession", cpb.CloseSessionRequest(session_id="$"))],
         [Call("Coordinator/ClaimBuffer", cpb.ClaimBufferRequest(worker_id="w", claim_ttl_ms=1000)),
          Call("Coordinator/RenewClaim", cpb.RenewClaimRequest(claim_id="$", claim_ttl_ms=1000)),
          Call("Coordinator/ReleaseClaim", cpb.ReleaseClaimRequest(claim_id="$", reason="r"))],
