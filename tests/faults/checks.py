@@ -4,7 +4,7 @@ The names follow the literature (Jepsen's Kafka workload) where it has one.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -282,21 +282,39 @@ def objects_without_registration(timeline: Timeline) -> Iterator[Anomaly]:
 
 
 def registrations_in_disorder(timeline: Timeline) -> Iterator[Anomaly]:
-    """G4: registered segments overlap, leave a gap within an epoch, or lie outside of their epoch."""
+    """G4: registered segments overlap, belong to another epoch than they say, or do not cover exactly what the
+    epochs' ranges say is registered. A merged segment may span epochs; it bears the newest one's number."""
     for partition in timeline.partitions.values():
-        ranges = {item.epoch: item for item in partition.ranges}
-        ends = {item.epoch: item.start_offset for item in partition.ranges}
-        for line, segment in partition.segments:
-            owner = ranges.get(segment.epoch)
-            if owner is None or segment.base_offset != ends[segment.epoch] or segment.end_offset > owner.limit_offset:
-                expected = ends.get(segment.epoch, "no such epoch")
-                text = f"{_at(partition, segment.base_offset)}: segment of epoch {segment.epoch}, expected {expected}"
+        for (_, before), (line, after) in pairwise(partition.segments):
+            if after.base_offset < before.end_offset:
+                text = f"{_at(partition, after.base_offset)}: a segment up to {before.end_offset} covers it already"
                 yield Anomaly("registration-disorder", text, (line,))
-            ends[segment.epoch] = segment.end_offset
-        for epoch, owner in ranges.items():
-            if timeline.complete and ends[epoch] != owner.registered_end:
-                text = f"{_at(partition, ends[epoch])}: epoch {epoch} is registered up to {owner.registered_end}"
-                yield Anomaly("registration-disorder", text)
+        for line, segment in partition.segments:
+            owner = partition.range_of(segment.end_offset - 1)
+            if owner is None or owner.epoch != segment.epoch:
+                text = f"{_at(partition, segment.end_offset - 1)}: epoch {segment.epoch} does not own it"
+                yield Anomaly("registration-disorder", text, (line,))
+        if timeline.complete:
+            yield from _coverage(partition)
+
+
+def _coverage(partition: PartitionTimeline) -> Iterator[Anomaly]:
+    covered = _joined((segment.base_offset, segment.end_offset) for _, segment in partition.segments)
+    claimed = _joined((item.start_offset, item.registered_end) for item in partition.ranges)
+    for first, end in sorted(set(covered) ^ set(claimed)):
+        what = "segments are registered" if (first, end) in covered else "ranges say that it is registered"
+        yield Anomaly("registration-disorder", f"{_at(partition, first)} to {end}: {what}, and not both")
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same offsets in as few spans (first, end) as possible."""
+    joined: list[tuple[int, int]] = []
+    for first, end in sorted(span for span in spans if span[0] < span[1]):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((first, end))
+    return joined
 
 
 def unregistered(timeline: Timeline) -> Iterator[Anomaly]:

@@ -358,13 +358,16 @@ async def torment(
 ) -> None:
     """Faults by the generator until the time is over; each is undone before the next, and all in the end.
 
-    `done` is told of every fault; raises what undoing one fails with."""
+    All names have their turn before one has another. `done` is told of every fault; raises what undoing one fails with.
+    """
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
+    bag: list[str] = []
     while loop.time() < end:
-        count = 2 if len(names) > 1 and rng.random() < TWO_AT_ONCE else 1
-        chosen = rng.sample(names, count)
-        plans = [(name, random.Random(rng.getrandbits(64)), _hold_s(rng, name)) for name in chosen]
+        if not bag:
+            bag = rng.sample(names, len(names))
+        now = [bag.pop() for _ in range(2 if len(bag) > 1 and rng.random() < TWO_AT_ONCE else 1)]
+        plans = [(name, random.Random(rng.getrandbits(64)), _hold_s(rng, name)) for name in now]
         async with asyncio.TaskGroup() as group:
             for name, own, hold_s in plans:
                 group.create_task(_once(fleet, own, name, min(hold_s, max(end - loop.time(), 1.0)), note, done))
