@@ -109,9 +109,9 @@ def segmenter(**options: str | None) -> None:
 def run_service(service: Coroutine[Any, Any, None], *expected: type[Exception]) -> None:
     """Runs a service until it is told to stop; it handles SIGINT and SIGTERM itself. `expected`: what it may fail with
     besides what every command may, so that an operator gets a line and not a traceback."""
-    import asyncio
+    import uvloop
 
     try:
-        asyncio.run(service)
+        uvloop.run(service)
     except expected as error:
         raise CliError(one_line(str(error))) from error
