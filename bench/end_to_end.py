@@ -141,7 +141,9 @@ async def produce(address: str, values: list[bytes], options: argparse.Namespace
         acks_s.append(time.perf_counter() - sent_s)
 
     tasks = []
-    async with Producer(address, acks="wal", batch_bytes=BATCH_BYTES * 5 // 4, linger_ms=2, compression="lz4") as producer:
+    async with Producer(
+        address, acks="wal", batch_bytes=BATCH_BYTES * 5 // 4, linger_ms=2, compression="lz4"
+    ) as producer:
         await (await producer.send_many(TOPIC, values[:BATCH_RECORDS]))  # connections, idempotent id, first fsync
         began_s, at = time.perf_counter(), 0
         while time.perf_counter() - began_s < options.seconds:
