@@ -276,8 +276,8 @@ async def test_auto_commit_leaves_out_what_is_being_processed(platform, address)
     await fill(platform, address, 200, partitions=1)
     async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=20) as consumer:
         await take(consumer, 11)
-        while platform.groups["g"].offsets.get(("t", 0)) is None:
-            await asyncio.sleep(0.01)
+        await until(lambda: platform.groups["g"].offsets.get(("t", 0)) == 10)
+        await asyncio.sleep(0.1)  # several more rounds of it
         assert platform.groups["g"].offsets["t", 0] == 10
         await consumer.commit()
         assert platform.groups["g"].offsets["t", 0] == 11

@@ -1,6 +1,7 @@
 """The producer against a real gRPC server with an in-memory log."""
 
 import asyncio
+import gc
 
 import numpy as np
 import pytest
@@ -324,17 +325,24 @@ async def test_a_topic_deleted_while_sending(platform, address):
 
 async def test_nothing_is_left_running(platform, address):
     platform.add_topic("t", 2)
-    before = asyncio.all_tasks()
+    before, problems = asyncio.all_tasks(), []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context["message"]))
     async with Producer(address, batch_bytes=200, linger_ms=0) as producer:
         for fault in ({"cut_after": 1}, {"cut_after": 0}, {"not_leader": 1}):
             for name, value in fault.items():
                 setattr(platform.faults, name, value)
             futures = [await producer.send("t", b"%d" % n, partition=n % 2) for n in range(50)]
             await asyncio.gather(*futures)
-    ours = {
-        task for task in asyncio.all_tasks() - before if "streamhouse" in repr(task) or "consume_request" in repr(task)
-    }
-    ours = {task for task in ours if "fake_streamhouse" not in repr(task)}
+        await platform.server.stop(0)
+        future = await producer.send("t", b"v")
+        await asyncio.sleep(0.1)
+        platform.server._listen = platform.address
+        await platform.server.start()
+        await future
+    gc.collect()
+    assert [problem for problem in problems if "destroyed" in problem] == []
+    left = {task.get_coro().__qualname__ for task in asyncio.all_tasks() - before}
+    ours = {name for name in left if name.startswith(("Sender.", "LeaderStream.", "_StreamRequestMixin.", "Metadata"))}
     assert ours == set()
 
 
