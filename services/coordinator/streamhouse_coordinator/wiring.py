@@ -124,6 +124,8 @@ def _relay(settings: CoordinatorSettings, feed: Feed, store: PostgresStore) -> R
 async def run(settings: CoordinatorSettings) -> None:
     """The coordinator as a process of its own, until SIGINT or SIGTERM."""
     configure_logging("coordinator", settings.log_level, settings.log_json)
+    # The relay says once that RabbitMQ is away; the library would at every try, with a traceback.
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     telemetry = Telemetry.configure("coordinator", settings)
     service = build(settings)
     apis = [(pb.DESCRIPTOR.services_by_name["Coordinator"], service.api)]

@@ -210,7 +210,7 @@ async def test_leases_do_not_run_out_while_nobody_can_renew_them(
 async def test_a_frozen_postgres_answers_unavailable_in_time(
     postgres: EmbeddedPostgres, dsn: str, fast: Settings
 ) -> None:
-    async with running(fast(dsn, pg_timeout_ms=500)) as service:
+    async with running(fast(dsn, pg_timeout_ms=1_000)) as service:
         assert postgres.pid is not None
         group = [postgres.pid, *_children(postgres.pid)]
         for pid in group:
@@ -219,7 +219,7 @@ async def test_a_frozen_postgres_answers_unavailable_in_time(
             started = time.monotonic()
             with pytest.raises(Unavailable):
                 await service.api.list_topics(pb.ListTopicsRequest())
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 1.8
         finally:
             for pid in group:
                 with contextlib.suppress(ProcessLookupError):
@@ -246,6 +246,30 @@ async def test_it_waits_for_postgres_at_the_start(postgres: EmbeddedPostgres, ds
     await asyncio.wait_for(starting, 20)
     assert list((await service.api.list_topics(pb.ListTopicsRequest())).topics) == []
     await service.stop()
+
+
+async def test_a_cancelled_command_is_cancelled_and_leaves_nothing_half_done(coordinator: CoordinatorService) -> None:
+    store, api = coordinator.context.store, coordinator.api
+
+    async def endless(tx: Any) -> None:
+        while True:
+            await tx.position()
+
+    for number in range(100):
+        commands = [asyncio.create_task(store.run(endless)), asyncio.create_task(_create(api, f"t{number}"))]
+        await asyncio.sleep(0.001 * (number % 13))
+        for command in commands:
+            command.cancel()
+        outcomes = await asyncio.gather(*commands, return_exceptions=True)
+        assert isinstance(outcomes[0], asyncio.CancelledError), "not turned into another error"
+    topics = (await api.list_topics(pb.ListTopicsRequest())).topics
+    for topic in topics:
+        described = await api.describe_topic(pb.DescribeTopicRequest(topic=topic.topic))
+        assert len(described.partitions) == 50
+
+
+async def _create(api: Any, name: str) -> None:
+    await api.create_topic(pb.CreateTopicRequest(topic=name, partitions=50))
 
 
 async def test_two_coordinators_migrate_an_empty_database_at_once(dsn: str, fast: Settings) -> None:

@@ -1,10 +1,11 @@
 """The store in PostgreSQL (asyncpg). The only module that talks to the database; its errors end here.
 
-Every operation has a deadline; a connection that broke or was given up on is closed, never reused. Conflicts with
+Every statement has a deadline; a connection that broke or was given up on is closed, never reused. Conflicts with
 other transactions are retried, everything else that is the database's absence becomes Unavailable.
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -78,7 +79,11 @@ class PostgresStore:
             finally:
                 await connection.close(timeout=self._timeout_s)
             self._pool = await asyncpg.create_pool(
-                self._dsn, min_size=0, max_size=self._pool_max, timeout=self._timeout_s
+                self._dsn,
+                min_size=0,
+                max_size=self._pool_max,
+                timeout=self._timeout_s,
+                command_timeout=self._timeout_s,
             )
         except _ABSENT as error:
             raise _unavailable(error) from error
@@ -101,36 +106,35 @@ class PostgresStore:
         pool = self._pool
         if pool is None:
             raise Unavailable("not connected to PostgreSQL yet", retry_after_ms=1000)
-        connection = await pool.acquire()
+        connection = await pool.acquire(timeout=self._timeout_s)
         try:
             yield connection
         except (StreamHouseError, asyncpg.PostgresError):
             raise
         except BaseException:
-            connection.terminate()
+            _discard(connection)
             raise
         finally:
             await pool.release(connection)
 
     async def _guarded(self, work: Callable[[Any], Awaitable[ResultT]]) -> ResultT:
-        """Runs `work` with a connection, within the deadline, and again after conflicts."""
+        """Runs `work` with a connection, and again after conflicts."""
         try:
-            async with asyncio.timeout(self._timeout_s):
-                for attempt in range(CONFLICT_ATTEMPTS):
-                    try:
-                        async with self._connection() as connection:
-                            return await work(connection)
-                    except _CONFLICTS as error:
-                        _conflicts.add(1)
-                        log.debug("conflict, attempt %d: %s", attempt, error)
-                        await asyncio.sleep(self._rng.uniform(0, 0.002 * 2**attempt))
+            for attempt in range(CONFLICT_ATTEMPTS):
+                try:
+                    async with self._connection() as connection:
+                        return await work(connection)
+                except _CONFLICTS as error:
+                    _conflicts.add(1)
+                    log.debug("conflict, attempt %d: %s", attempt, error)
+                    await asyncio.sleep(self._rng.uniform(0, 0.002 * 2**attempt))
         except _ABSENT as error:
             raise _unavailable(error) from error
         raise Overloaded("too many commands at once change the same rows; try again", retry_after_ms=100)
 
     async def run(self, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
         async def once(connection: Any) -> ResultT:
-            async with connection.transaction():
+            async with _transaction(connection):
                 transaction = PostgresTransaction(connection)
                 result = await work(transaction)
                 await transaction.finish()
@@ -144,7 +148,7 @@ class PostgresStore:
             async with (
                 self._snapshots,
                 self._connection() as connection,
-                connection.transaction(isolation="repeatable_read", readonly=True),
+                _transaction(connection, isolation="repeatable_read", readonly=True),
             ):
                 yield PostgresTransaction(connection)
         except _ABSENT as error:
@@ -178,24 +182,22 @@ class PostgresStore:
         """Publishes the next events and moves the outbox past them, unless another coordinator is at it. Returns how
         many. What `publish` raises leaves the outbox where it was."""
         try:
-            async with self._connection() as connection, connection.transaction():
-                async with asyncio.timeout(self._timeout_s):
-                    after = await connection.fetchval("SELECT position FROM outbox FOR UPDATE SKIP LOCKED")
-                    if after is None:
-                        return 0
-                    rows = await PostgresTransaction(connection).select(
-                        EVENTS, where(position=Above(after)), order=("position",), limit=limit
-                    )
+            async with self._connection() as connection, _transaction(connection):
+                after = await connection.fetchval("SELECT position FROM outbox FOR UPDATE SKIP LOCKED")
+                if after is None:
+                    return 0
+                rows = await PostgresTransaction(connection).select(
+                    EVENTS, where(position=Above(after)), order=("position",), limit=limit
+                )
                 if rows:
                     await publish(rows)
-                    async with asyncio.timeout(self._timeout_s):
-                        await connection.execute("UPDATE outbox SET position = $1", rows[-1].position)
+                    await connection.execute("UPDATE outbox SET position = $1", rows[-1].position)
                 return len(rows)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
             raise _unavailable(error) from error
 
     async def rebuild(self) -> None:
-        async with self._connection() as connection, connection.transaction():
+        async with self._connection() as connection, _transaction(connection):
             await connection.execute("LOCK TABLE event_position IN EXCLUSIVE MODE")
             await connection.execute("TRUNCATE " + ", ".join(table.name for table in PROJECTIONS))
             transaction = PostgresTransaction(connection)
@@ -206,6 +208,28 @@ class PostgresStore:
                 events = [event_from_json(row.type, row.payload) for row in rows]
                 await transaction.apply([op for event in events if event is not None for op in row_ops(event)])
                 after = rows[-1].position
+
+
+@asynccontextmanager
+async def _transaction(connection: Any, **options: Any) -> AsyncIterator[None]:
+    """Commits, or rolls back after an error of ours or of a statement. After anything else the connection will be
+    closed: asking a server that does not answer for a rollback would only take as long again."""
+    transaction = connection.transaction(**options)
+    await transaction.start()
+    try:
+        yield
+    except asyncpg.PostgresConnectionError:
+        raise  # the server has rolled back when it lost us
+    except (StreamHouseError, asyncpg.PostgresError):
+        await transaction.rollback()
+        raise
+    await transaction.commit()
+
+
+def _discard(connection: Any) -> None:
+    """Closes a connection in doubt. Must not raise: it would take the place of the error, or of a cancellation."""
+    with contextlib.suppress(asyncpg.InterfaceError):  # the pool has noticed that it is closed already
+        connection.terminate()
 
 
 def _unavailable(error: BaseException) -> Unavailable:
