@@ -8,6 +8,7 @@ replays it. The exit code is 1 when there was a finding.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -56,13 +57,14 @@ def run_target(name: str, seconds: int, seed: int, corpus_root: Path | None, *, 
     """Fuzzes one target for `seconds`; prints its output when `verbose` or when something was found."""
     report = Report(name)
     before = set(FOUND.glob(f"{name}-*"))
-    with tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-") as scratch:
-        corpus = Path(scratch) if corpus_root is None else corpus_root / name
+    # PostgreSQL of a fuzzer that has just ended may still write there while it is removed.
+    with tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-", ignore_cleanup_errors=True) as scratch:
+        corpus = Path(scratch, "corpus") if corpus_root is None else corpus_root.absolute() / name
         corpus.mkdir(parents=True, exist_ok=True)
         arguments = [f"--target={name}", f"--seconds={seconds}", f"--seed={seed}", f"--corpus={corpus}"]
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.child", *arguments],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            cwd=ROOT, env={**os.environ, "TMPDIR": scratch}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
         assert process.stdout is not None
         lines = []
