@@ -64,8 +64,13 @@ def run_target(name: str, seconds: int, seed: int, corpus_root: Path | None, *, 
         arguments = [f"--target={name}", f"--seconds={seconds}", f"--seed={seed}", f"--corpus={corpus}"]
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.child", *arguments],
-            cwd=ROOT, env={**os.environ, "TMPDIR": scratch}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        )  # fmt: skip
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": scratch},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         assert process.stdout is not None
         lines = []
         for line in process.stdout:
