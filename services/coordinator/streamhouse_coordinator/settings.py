@@ -22,7 +22,7 @@ class CoordinatorSettings(CommonSettings):
         5_000,
         ge=100,
         le=600_000,
-        description="ms PostgreSQL may take per statement before a call is answered UNAVAILABLE; half of rpc_timeout_ms",
+        description="ms PostgreSQL may take per statement until a call is UNAVAILABLE; half of rpc_timeout_ms",
     )
     amqp_url: str = Field("", repr=False, description="RabbitMQ that events are published to; empty: no publishing")
     amqp_timeout_ms: int = Field(10_000, ge=100, le=600_000, description="ms RabbitMQ may take to confirm a batch")
