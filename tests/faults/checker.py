@@ -15,7 +15,7 @@ from tests.faults.checks import CHECKS, Anomaly, permitted_repeats
 from tests.faults.timeline import Outcome, Timeline, index
 
 SHOWN_MAX = 20
-"""Anomalies of one kind that are printed: a broken run has thousands that say the same."""
+"""Anomalies of one kind that are printed: a broken run has thousands. The summary counts them all."""
 
 LINE_CHARS_MAX = 400
 
@@ -83,22 +83,21 @@ def _count(timeline: Timeline) -> Report:
 
 
 def explain(anomalies: Iterable[Anomaly], path: Path) -> Iterator[str]:
-    """Each anomaly, with the lines of the history that show it."""
+    """Anomalies with the lines of the history that show them: one for each operation, as its records say the same."""
     shown: Counter[str] = Counter()
-    chosen = []
+    chosen: dict[tuple[str, int | str], Anomaly] = {}
     for anomaly in anomalies:
+        place = (anomaly.kind, anomaly.lines[0] if anomaly.lines else anomaly.text)
+        if place in chosen or shown[anomaly.kind] == SHOWN_MAX:
+            continue
         shown[anomaly.kind] += 1
-        if shown[anomaly.kind] <= SHOWN_MAX:
-            chosen.append(anomaly)
-    lines = _lines(path, {line for anomaly in chosen for line in anomaly.lines})
-    for anomaly in chosen:
+        chosen[place] = anomaly
+    lines = _lines(path, {line for anomaly in chosen.values() for line in anomaly.lines})
+    for anomaly in chosen.values():
         yield f"{anomaly.kind}: {anomaly.text}"
         for line in anomaly.lines:
             if line in lines:
                 yield f"    {line}: {lines[line]}"
-    for kind, count in shown.items():
-        if count > SHOWN_MAX:
-            yield f"{kind}: {count - SHOWN_MAX} more"
 
 
 def _lines(path: Path, wanted: set[int]) -> dict[int, str]:

@@ -188,7 +188,6 @@ async def main(options: argparse.Namespace) -> int:
     names = nemesis.chosen(options.nemesis)
     work_dir = Path(options.dir) if options.dir else Path(tempfile.mkdtemp(prefix="streamhouse-faults-"))
     work_dir.mkdir(parents=True, exist_ok=True)
-    work_dir.chmod(0o755)
     print(f"seed {options.seed}, {options.minutes} minutes of {', '.join(names)}; history and logs in {work_dir}")
     run = Run(work_dir, options.seed, names, options.minutes * 60)
     await run.run()

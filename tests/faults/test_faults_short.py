@@ -1,0 +1,35 @@
+"""A short mix of faults for every change; `make faults` runs longer ones.
+
+Quotes guarantees G1 to G5 and G8: whatever happens to processes, network and servers, nothing acknowledged is lost or
+rewritten, nobody reads out of order, retries are written once, registrations and objects match.
+"""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.faults.checker import check, explain
+from tests.faults.history import read_history
+from tests.faults.run import Run
+
+SEED = int(os.environ.get("STREAMHOUSE_TEST_SEED", random.SystemRandom().randrange(2**32)))
+SECONDS = 25.0
+NEMESES = ("kill", "pause", "partition", "flaky", "postgres-kill", "s3-faults", "disk-full")
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+
+async def test_a_short_mix_of_faults(tmp_path: Path) -> None:
+    print(f"\nseed {SEED}: set STREAMHOUSE_TEST_SEED to meet the same faults again")
+    run = Run(tmp_path, SEED, NEMESES, SECONDS)
+    await run.run()
+    path = tmp_path / "history.jsonl"
+    report = check(read_history(path))
+    print("\n".join([f"faults: {', '.join(run.faults)}", *report.summary()]))
+    assert not report.anomalies, "\n".join(explain(report.anomalies, path))
+    assert not run.trouble
+    assert report.complete
+    assert run.faults
+    assert report.acknowledged_records > 100, "too little was acknowledged to prove anything"
