@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
+from opentelemetry import metrics
 from shproto.errors import InvalidArgument, Unavailable
 from shruntime.tasks import Backoff
 
@@ -16,6 +17,10 @@ from streamhouse_coordinator.core.tables import EventRow
 from streamhouse_coordinator.ports import Store, Transaction
 
 log = logging.getLogger(__name__)
+
+_followers = metrics.get_meter("streamhouse.coordinator").create_up_down_counter(
+    "streamhouse_coordinator_followers", description="open event streams"
+)
 
 
 class Feed:
@@ -76,11 +81,15 @@ class Feed:
         await self._check(after_position)
         wanted = frozenset(types)
         at = after_position
-        while True:
-            for row in await self._next(at):
-                at = row.position
-                if not wanted or row.type in wanted:
-                    yield row
+        _followers.add(1)
+        try:
+            while True:
+                for row in await self._next(at):
+                    at = row.position
+                    if not wanted or row.type in wanted:
+                        yield row
+        finally:
+            _followers.add(-1)
 
     async def _check(self, after_position: int) -> None:
         last = self._position

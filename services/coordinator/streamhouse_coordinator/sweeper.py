@@ -3,12 +3,27 @@
 import asyncio
 import logging
 
+from opentelemetry import metrics
 from shproto.errors import StreamHouseError
 
-from streamhouse_coordinator.service import groups, housekeeping, outages, sessions
+from streamhouse_coordinator.service import buffers, groups, housekeeping, outages, sessions
 from streamhouse_coordinator.service.common import Context
 
 log = logging.getLogger(__name__)
+
+_meter = metrics.get_meter("streamhouse.coordinator")
+_waiting = _meter.create_gauge(
+    "streamhouse_coordinator_buffers_waiting", description="sealed buffers that are not registered yet"
+)
+_waiting_bytes = _meter.create_gauge(
+    "streamhouse_coordinator_buffers_waiting_bytes", unit="By", description="their bytes in memory or log of the agents"
+)
+_ended = _meter.create_counter(
+    "streamhouse_coordinator_expired_total", description="sessions and group members whose heartbeats stopped, by kind"
+)
+_given_up = _meter.create_counter(
+    "streamhouse_coordinator_ranges_lost_total", description="ranges given up by unclean_recovery_after_ms"
+)
 
 
 class Sweeper:
@@ -29,8 +44,14 @@ class Sweeper:
         if away_ms := await outages.forgive(self._context):
             log.warning("no sweep for %d ms: leases are extended by as much", away_ms)
         if count := await sessions.expire_sessions(self._context):
+            _ended.add(count, {"kind": "session"})
             log.warning("%d sessions expired", count)
         if count := await groups.expire_members(self._context):
+            _ended.add(count, {"kind": "group_member"})
             log.info("%d group members expired", count)
         if count := await housekeeping.recover_unclean(self._context):
+            _given_up.add(count)
             log.error("%d ranges given up: their agents did not come back in time; records are lost", count)
+        count, size_bytes = await buffers.backlog(self._context)
+        _waiting.set(count)
+        _waiting_bytes.set(size_bytes)

@@ -4,7 +4,14 @@ import asyncio
 from collections.abc import Iterable
 
 import pytest
-from shproto.errors import IllegalGeneration, InvalidArgument, UnknownMember, UnknownPartition, UnknownTopic
+from shproto.errors import (
+    IllegalGeneration,
+    InvalidArgument,
+    UnknownGroup,
+    UnknownMember,
+    UnknownPartition,
+    UnknownTopic,
+)
 from shproto.v1 import coordinator_pb2 as pb
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.wiring import CoordinatorService
@@ -49,7 +56,10 @@ class Member:
 
 
 async def committed(api: CoordinatorApi, group: str = "g") -> dict[int, int]:
-    answer = await api.fetch_offsets(pb.FetchOffsetsRequest(group=group))
+    try:
+        answer = await api.fetch_offsets(pb.FetchOffsetsRequest(group=group))
+    except UnknownGroup:
+        return {}
     return {item.partition: item.offset for item in answer.offsets}
 
 
@@ -195,6 +205,16 @@ async def test_commits_of_what_does_not_exist_change_nothing(api: CoordinatorApi
         with pytest.raises(error):
             await api.commit_offsets(pb.CommitOffsetsRequest(group="g", offsets=[good, bad]))
     assert await committed(api) == {}
+
+
+async def test_a_group_nobody_has_heard_of(api: CoordinatorApi) -> None:
+    with pytest.raises(UnknownGroup):
+        await api.fetch_offsets(pb.FetchOffsetsRequest(group="nope"))
+    some = [pb.TopicPartition(topic="orders", partition=1)]
+    answer = await api.fetch_offsets(pb.FetchOffsetsRequest(group="nope", partitions=some))
+    assert [item.offset for item in answer.offsets] == [-1]
+    await Member(api, "known").join()
+    assert not (await api.fetch_offsets(pb.FetchOffsetsRequest(group="known"))).offsets
 
 
 async def test_topics_that_come_and_go_are_picked_up(api: CoordinatorApi) -> None:

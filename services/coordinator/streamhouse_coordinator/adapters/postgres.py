@@ -8,13 +8,15 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import asyncpg
 from opentelemetry import metrics
-from shproto.errors import Overloaded, StreamHouseError, Unavailable
+from shproto.errors import InvalidArgument, Overloaded, StreamHouseError, Unavailable
 from shproto.events import Event, event_from_json
 
 from streamhouse_coordinator.adapters import sql
@@ -52,8 +54,16 @@ _ABSENT = (
     asyncpg.InternalClientError,  # the server closed it in the middle of a handshake
 )
 
-_conflicts = metrics.get_meter("streamhouse.coordinator").create_counter(
+_meter = metrics.get_meter("streamhouse.coordinator")
+_conflicts = _meter.create_counter(
     "streamhouse_coordinator_conflicts_total", description="transactions run again after a conflict with another"
+)
+_absences = _meter.create_counter(
+    "streamhouse_coordinator_postgres_errors_total", description="commands that PostgreSQL did not answer"
+)
+_events = _meter.create_counter("streamhouse_coordinator_events_total", description="events appended, by type")
+_duration = _meter.create_histogram(
+    "streamhouse_coordinator_transaction_duration_ms", unit="ms", description="from asking for a connection to commit"
 )
 
 
@@ -109,6 +119,8 @@ class PostgresStore:
         connection = await pool.acquire(timeout=self._timeout_s)
         try:
             yield connection
+        except asyncpg.DataError as error:  # text with a NUL, a number beyond int8: no command of ours makes these
+            raise InvalidArgument(f"a value cannot be stored: {error}", field="request") from error
         except (StreamHouseError, asyncpg.PostgresError):
             raise
         except BaseException:
@@ -119,11 +131,14 @@ class PostgresStore:
 
     async def _guarded(self, work: Callable[[Any], Awaitable[ResultT]]) -> ResultT:
         """Runs `work` with a connection, and again after conflicts."""
+        started = time.perf_counter()
         try:
             for attempt in range(CONFLICT_ATTEMPTS):
                 try:
                     async with self._connection() as connection:
-                        return await work(connection)
+                        result = await work(connection)
+                    _duration.record((time.perf_counter() - started) * 1000)
+                    return result
                 except _CONFLICTS as error:
                     _conflicts.add(1)
                     log.debug("conflict, attempt %d: %s", attempt, error)
@@ -233,6 +248,7 @@ def _discard(connection: Any) -> None:
 
 
 def _unavailable(error: BaseException) -> Unavailable:
+    _absences.add(1)
     what = str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
     return Unavailable(f"PostgreSQL does not answer: {what}", retry_after_ms=1000)
 
@@ -301,6 +317,8 @@ class PostgresTransaction:
             [event.to_json() for event in events],
         )
         await self.apply([op for event in events for op in row_ops(event)])
+        for name, count in Counter(type(event).__name__ for event in events).items():
+            _events.add(count, {"type": name})
         return last
 
     async def apply(self, ops: Sequence[RowOp]) -> None:

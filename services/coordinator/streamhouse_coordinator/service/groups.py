@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from shproto.errors import Overloaded, StreamHouseError, UnknownMember, UnknownPartition, UnknownTopic
+from shproto.errors import Overloaded, StreamHouseError, UnknownGroup, UnknownMember, UnknownPartition, UnknownTopic
 from shproto.events import Event, GroupMemberJoined, GroupMemberLeft, GroupRebalanced
 
 from streamhouse_coordinator.core import groups
@@ -251,10 +251,13 @@ def _offset_row(name: str, topics: Mapping[str, t.TopicRow], item: Commit, now_m
 async def fetch_offsets(
     context: Context, name: str, wanted: Collection[tuple[str, int]]
 ) -> list[tuple[str, int, t.GroupOffsetRow | None]]:
-    """(topic, partition, what was committed) of the partitions asked, or of all that have commits."""
+    """(topic, partition, what was committed) of the partitions asked, or of all that have commits. Raises UnknownGroup
+    when all are asked of a group that never had members or commits."""
 
     async def work(tx: Transaction) -> list[tuple[str, int, t.GroupOffsetRow | None]]:
         rows = await tx.select(t.GROUP_OFFSETS, where(group_name=name))
+        if not rows and not wanted and not await tx.select(t.GROUPS, where(group_name=name)):
+            raise UnknownGroup(f"group {name!r} has no members and no committed offsets", group=name)
         ids = {row.topic_id for row in rows}
         topics = {row.topic_id: row.topic for row in await tx.select(t.TOPICS, where(topic_id=In(ids)))}
         found = {(topics[row.topic_id], row.partition): row for row in rows if row.topic_id in topics}
