@@ -12,7 +12,7 @@ IN_VENV := PATH="$(abspath $(BIN)):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check format bench serve clean constraints
+.PHONY: help setup demo test check format bench serve clean constraints fuzz faults simulate
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -40,6 +40,10 @@ format: $(VENV)/.ready-dev ## Format the code, fix what can be fixed, write gene
 
 bench: $(VENV)/.ready-demo ## Codec and platform figures of this machine
 	$(BIN)/python bench/end_to_end.py $(ARGS)
+
+fuzz: $(VENV)/.ready-dev ## Coverage-guided fuzzing: MINUTES=10 TARGET=all SEED=1
+	$(PIP) install -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz.run --minutes $(or $(MINUTES),10) --target $(or $(TARGET),all) --seed $(or $(SEED),1)
 
 serve: $(VENV)/.ready-demo ## The embedded platform on ./streamhouse-data
 	$(BIN)/streamhouse serve $(ARGS)

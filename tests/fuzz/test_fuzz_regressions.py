@@ -1,21 +1,15 @@
-"""Every input that ever broke something, again: whatever lies in found/ must be answered as it should be.
-
-Inputs under found/open/ are known to break something that is not fixed yet; the test says so when one is fixed.
-"""
+"""Every input that ever broke something, again: whatever lies in found/ must be answered as it should be."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.fuzz.target import FOUND, OPEN, cpu_limit
+from tests.fuzz.target import FOUND, cpu_limit
 from tests.fuzz.targets import MODULES, load
 
-SERVICES = ("ingest", "query", "coordinator")
 
-
-def _inputs(folder: Path, *, services: bool) -> list[Path]:
-    paths = sorted(path for path in folder.glob("*-*") if path.is_file())
-    return [path for path in paths if (_target_name(path) in SERVICES) == services]
+def _inputs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*-*") if path.is_file())
 
 
 def _target_name(path: Path) -> str:
@@ -27,23 +21,10 @@ def _replay(path: Path) -> None:
         load(_target_name(path)).check(path.read_bytes())
 
 
-@pytest.mark.parametrize("path", _inputs(FOUND, services=False), ids=lambda path: path.name)
-def test_what_was_found_in_a_format_stays_fixed(path: Path) -> None:
-    _replay(path)
-
-
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.integration
-@pytest.mark.parametrize("path", _inputs(FOUND, services=True), ids=lambda path: path.name)
-def test_what_was_found_in_a_service_stays_fixed(path: Path) -> None:
-    _replay(path)
-
-
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.integration
-@pytest.mark.xfail(strict=True, reason="known and open; once fixed, move the input from found/open/ to found/")
-@pytest.mark.parametrize("path", _inputs(OPEN, services=True), ids=lambda path: path.name)
-def test_what_is_still_open(path: Path) -> None:
+@pytest.mark.parametrize("path", _inputs(FOUND), ids=lambda path: path.name)
+def test_what_was_found_stays_fixed(path: Path) -> None:
     _replay(path)
 
 

@@ -13,6 +13,15 @@ from shproto.v1 import types_pb2
 
 Code = grpc.StatusCode
 
+# An error travels in gRPC's trailing metadata, which peers refuse beyond about 8 KiB (message and details, both forms);
+# what a caller sent is echoed, so it is cut. Four bytes a character at worst.
+MESSAGE_CHARS_MAX = 500
+DETAIL_CHARS_MAX = 250
+
+
+def _shortened(text: str, chars_max: int) -> str:
+    return text if len(text) <= chars_max else f"{text[:chars_max]}… ({len(text)} characters)"
+
 
 class StreamHouseError(Exception):
     """Base of all; also what an unknown reason from a newer server decodes to."""
@@ -23,10 +32,10 @@ class StreamHouseError(Exception):
     registry: ClassVar[dict[str, type["StreamHouseError"]]] = {}
 
     def __init__(self, message: str, *, retry_after_ms: int = 0, **details: object) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = _shortened(message, MESSAGE_CHARS_MAX)
+        super().__init__(self.message)
         self.retry_after_ms = retry_after_ms
-        self.details = {name: str(value) for name, value in details.items()}
+        self.details = {name: _shortened(str(value), DETAIL_CHARS_MAX) for name, value in details.items()}
 
     def __init_subclass__(cls) -> None:
         cls.registry[cls.reason] = cls

@@ -88,7 +88,7 @@ class TopicLookup:
         except StreamHouseError as error:
             answer.set_result(error)
             raise
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or a defect: whoever shares this answer must not wait for ever
             answer.set_result(Unavailable(f"topic {topic} is not led here; asking for its leader was broken off"))
             raise
         answer.set_result(metadata)
