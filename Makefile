@@ -31,12 +31,14 @@ check: $(VENV)/.ready-dev ## What CI checks: format, lint, types, generated file
 	$(BIN)/mypy
 	$(IN_VENV) python tools/gen_proto.py --check
 	$(BIN)/python tools/gen_settings_docs.py --check
+	$(BIN)/python tools/gen_module_index.py --check
 
 format: $(VENV)/.ready-dev ## Format the code, fix what can be fixed, write generated files
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(IN_VENV) python tools/gen_proto.py
 	$(BIN)/python tools/gen_settings_docs.py
+	$(BIN)/python tools/gen_module_index.py
 
 bench: $(VENV)/.ready-demo ## Codec and platform figures of this machine
 	$(BIN)/python bench/end_to_end.py $(ARGS)
