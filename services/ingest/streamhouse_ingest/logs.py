@@ -133,6 +133,10 @@ class Logs:
         self.stop_leading(held)
         self._forget_open(held)
         log = held.log
+        if not any(other.log.leading for other in self._by_partition[log.key.partition_key]):
+            # What was registered comes back with the next epoch's grant. A leader has had its grant, and knows only
+            # ranges that ended well: a fenced one ends the session, and with it all leadership.
+            log.give_up()
         buffers = [*log.sealed, *([] if log.open is None else [log.open])]
         self.memory_bytes -= sum(map(_cost, buffers))
         while log.tail:

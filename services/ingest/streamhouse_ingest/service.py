@@ -22,7 +22,7 @@ from shproto.v1 import types_pb2
 from shruntime.clock import Clock
 from shruntime.telemetry import context_of, current_traceparent
 
-from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.logs import HeldLog, Logs, not_leader
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.topics import TopicLookup
@@ -143,7 +143,10 @@ class ProduceService:
     async def _wait_durable(self, accepted: Accepted, written: Written) -> None:
         held = self._holder(written)
         if held is None:
-            return  # the original of a duplicate is not held any more: it is registered
+            if written.duplicate or written.end_offset <= written.held.log.registered_end:
+                return  # not held any more because it is registered
+            log = written.held.log
+            raise not_leader(log.topic, log.key.partition, "its range is over; whether the batch is kept is unknown")
         registered = held.wait_registered(written.end_offset)
         if not await self._done_in_time(accepted, registered):
             raise DurableTimeout(

@@ -94,6 +94,19 @@ def test_settling_below_what_is_held_gives_the_rest_up():
     assert [(b.base_offset, b.end_offset) for b in fenced] == [(10, 20)]
     assert (log.next_offset, log.leading) == (10, False)
     assert log.sealed[0].snapshot == log.producers.snapshot(10)
+    assert log.producers.get(7).next_sequence == 10, "a retry of what was given up is no duplicate"
+
+
+def test_what_a_finished_log_never_registered_is_forgotten():
+    log = new_log(0)
+    append(log, 10, ProducerStamp(7, 0, 0))
+    append(log, 10, ProducerStamp(7, 0, 10))
+    append(log, 5, ProducerStamp(8, 0, 0))
+    log.seal()
+    log.register(10)
+    log.give_up()
+    assert log.producers.get(7).next_sequence == 10
+    assert log.producers.get(8) is None
 
 
 def test_gaps_of_a_replay_are_lost_spans_until_registration_has_passed_them():

@@ -188,8 +188,14 @@ class PartitionLog:
                 self.sealed.append(buffer)
                 buffer = beyond
             fenced.append(buffer)
-        self.next_offset = min(self.next_offset, max(end_offset, self.registered_end))
+        end_offset = max(end_offset, self.registered_end)
+        self.producers.forget(end_offset, self.next_offset)
+        self.next_offset = min(self.next_offset, end_offset)
         return fenced
+
+    def give_up(self) -> None:
+        """The range is over and nothing more of it can be registered: what was not is forgotten."""
+        self.producers.forget(self.registered_end, self.next_offset)
 
     def lost_spans(self) -> list[Span]:
         """The damaged spans that registration has not passed yet, ascending."""

@@ -126,6 +126,16 @@ class ProducerTable:
         ordered = sorted(every.items(), key=lambda item: item[1].batches[-1].base_offset)
         self._states = dict(ordered[-self._producers_max :])
 
+    def forget(self, base_offset: int, end_offset: int) -> None:
+        """Batches in [base_offset, end_offset) were given up: a retry of one is no duplicate, and their offsets are
+        somebody else's by now."""
+        kept = {}
+        for producer_id, state in self._states.items():
+            batches = tuple(batch for batch in state.batches if not base_offset <= batch.base_offset < end_offset)
+            if batches:
+                kept[producer_id] = ProducerState(state.producer_epoch, batches)
+        self._states = kept
+
     def snapshot(self, end_offset: int) -> bytes:
         """What is known of batches below `end_offset`, encoded."""
         return encode_snapshot(_below(self._states.items(), end_offset))
