@@ -13,10 +13,12 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from shproto.errors import StreamHouseError
 from streamhouse import Admin
 
 from tests.faults import facts, history, nemesis
@@ -61,7 +63,7 @@ class Run:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Raises what starting the fleet or undoing a fault fails with; what else goes wrong is in `trouble`."""
+        """What goes wrong with the run itself is in `trouble`; the history up to there can be judged all the same."""
         try:
             await self.fleet.start()
             await self._create_topics()
@@ -75,6 +77,8 @@ class Run:
             await self.fleet.stop()
         except facts.NotSettled as reason:
             self.trouble.append(f"did not come to rest: {reason}")
+        except (AssertionError, OSError, RuntimeError, StreamHouseError, TimeoutError, ExceptionGroup) as error:
+            self.trouble.append("".join(traceback.format_exception(error)))
         finally:
             await self._end_tasks(self._tasks)
             await self.fleet.close()
