@@ -114,6 +114,12 @@ class UnknownGroup(StreamHouseError):
     reason, status = "UNKNOWN_GROUP", Code.NOT_FOUND
 
 
+class GroupNotEmpty(StreamHouseError):
+    """Only a group without members can be reset or deleted. details: group, members."""
+
+    reason, status = "GROUP_NOT_EMPTY", Code.FAILED_PRECONDITION
+
+
 # ---- somebody else took over: look again, then go on
 
 

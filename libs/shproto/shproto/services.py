@@ -37,6 +37,11 @@ class CoordinatorApi(Protocol):
     async def leave_group(self, request: coordinator_pb2.LeaveGroupRequest) -> coordinator_pb2.LeaveGroupResponse: ...
     async def commit_offsets(self, request: coordinator_pb2.CommitOffsetsRequest) -> coordinator_pb2.CommitOffsetsResponse: ...
     async def fetch_offsets(self, request: coordinator_pb2.FetchOffsetsRequest) -> coordinator_pb2.FetchOffsetsResponse: ...
+    async def list_groups(self, request: coordinator_pb2.ListGroupsRequest) -> coordinator_pb2.ListGroupsResponse: ...
+    async def describe_group(self, request: coordinator_pb2.DescribeGroupRequest) -> coordinator_pb2.DescribeGroupResponse: ...
+    async def reset_offsets(self, request: coordinator_pb2.ResetOffsetsRequest) -> coordinator_pb2.ResetOffsetsResponse: ...
+    async def delete_group(self, request: coordinator_pb2.DeleteGroupRequest) -> coordinator_pb2.DeleteGroupResponse: ...
+    async def declare_lost(self, request: coordinator_pb2.DeclareLostRequest) -> coordinator_pb2.DeclareLostResponse: ...
 
 
 class CoordinatorClient:
@@ -129,6 +134,21 @@ class CoordinatorClient:
 
     async def fetch_offsets(self, request: coordinator_pb2.FetchOffsetsRequest) -> coordinator_pb2.FetchOffsetsResponse:
         return await self._connection.unary("/streamhouse.v1.Coordinator/FetchOffsets", request, coordinator_pb2.FetchOffsetsResponse)
+
+    async def list_groups(self, request: coordinator_pb2.ListGroupsRequest) -> coordinator_pb2.ListGroupsResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/ListGroups", request, coordinator_pb2.ListGroupsResponse)
+
+    async def describe_group(self, request: coordinator_pb2.DescribeGroupRequest) -> coordinator_pb2.DescribeGroupResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/DescribeGroup", request, coordinator_pb2.DescribeGroupResponse)
+
+    async def reset_offsets(self, request: coordinator_pb2.ResetOffsetsRequest) -> coordinator_pb2.ResetOffsetsResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/ResetOffsets", request, coordinator_pb2.ResetOffsetsResponse)
+
+    async def delete_group(self, request: coordinator_pb2.DeleteGroupRequest) -> coordinator_pb2.DeleteGroupResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/DeleteGroup", request, coordinator_pb2.DeleteGroupResponse)
+
+    async def declare_lost(self, request: coordinator_pb2.DeclareLostRequest) -> coordinator_pb2.DeclareLostResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/DeclareLost", request, coordinator_pb2.DeclareLostResponse)
 
     async def close(self) -> None:
         await self._connection.close()

@@ -8,12 +8,14 @@ from shproto import events
 
 SEGMENT = events.Segment("s", "t", "orders", 1, 2, 3, 4, 5, "key", 6, 7, 8, 9, 10)
 SLICE = events.Slice("t", "orders", 1, 2, 3, 4, 5, 6)
+CHANGE = events.OffsetChange("t", "orders", 1, -1, 5)
 SAMPLES: dict[str, object] = {
     "str": "text",
     "int": 7,
     "int | None": None,
     "Segment": SEGMENT,
     "tuple[Slice, ...]": (SLICE, SLICE),
+    "tuple[OffsetChange, ...]": (CHANGE, CHANGE),
     "tuple[str, ...]": ("a", "b"),
     "dict[str, list[str]]": {"member": ["orders:1"]},
 }

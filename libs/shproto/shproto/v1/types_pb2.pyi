@@ -210,6 +210,7 @@ class OffsetRange(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     AGENT_ID_FIELD_NUMBER: _builtins.int
     WAL_ID_FIELD_NUMBER: _builtins.int
+    ORPHANED_MS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     start_offset: _builtins.int
     limit_offset: _builtins.int
@@ -221,6 +222,8 @@ class OffsetRange(_message.Message):
     """open | orphaned | settled | lost"""
     agent_id: _builtins.str
     wal_id: _builtins.bytes
+    orphaned_ms: _builtins.int
+    """when its leader was lost; only of orphaned ranges, in DescribeTopic and GetStatus"""
     def __init__(
         self,
         *,
@@ -232,10 +235,11 @@ class OffsetRange(_message.Message):
         status: _builtins.str = ...,
         agent_id: _builtins.str = ...,
         wal_id: _builtins.bytes = ...,
+        orphaned_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "end_offset", b"end_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "agent_id", b"agent_id", "end_offset", b"end_offset", "epoch", b"epoch", "limit_offset", b"limit_offset", "registered_end", b"registered_end", "start_offset", b"start_offset", "status", b"status", "wal_id", b"wal_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "agent_id", b"agent_id", "end_offset", b"end_offset", "epoch", b"epoch", "limit_offset", b"limit_offset", "orphaned_ms", b"orphaned_ms", "registered_end", b"registered_end", "start_offset", b"start_offset", "status", b"status", "wal_id", b"wal_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__end_offset: _TypeAlias = _typing.Literal["end_offset"]  # noqa: Y015
     _WhichOneofArgType__end_offset: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset"]  # noqa: Y015
