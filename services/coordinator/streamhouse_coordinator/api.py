@@ -21,7 +21,16 @@ from streamhouse_coordinator.core.names import (
 from streamhouse_coordinator.core.sessions import INGEST, ROLES
 from streamhouse_coordinator.core.topics import ACKS_WAL
 from streamhouse_coordinator.feed import Feed
-from streamhouse_coordinator.service import buffers, groups, housekeeping, sessions, topics, views
+from streamhouse_coordinator.service import (
+    buffers,
+    group_admin,
+    groups,
+    housekeeping,
+    recovery,
+    sessions,
+    topics,
+    views,
+)
 from streamhouse_coordinator.service.common import Context
 
 _tracer = trace.get_tracer("streamhouse.coordinator")
@@ -261,11 +270,10 @@ class CoordinatorApi:
         return self._assignment(assignment)
 
     def _assignment(self, assignment: groups.Assignment) -> pb.GroupAssignment:
-        pairs = sorted(split_name(name) for name in assignment.assigned)
         return pb.GroupAssignment(
             member_id=assignment.member_id,
             generation=assignment.generation,
-            assigned=[pb.TopicPartition(topic=topic, partition=partition) for topic, partition in pairs],
+            assigned=messages.topic_partitions(sorted(assignment.assigned, key=split_name)),
             # Two heartbeats may be lost, also with a timeout that is shorter than usual.
             heartbeat_interval_ms=min(self._settings.group_heartbeat_interval_ms, assignment.session_timeout_ms // 3),
             session_timeout_ms=assignment.session_timeout_ms,
@@ -290,6 +298,43 @@ class CoordinatorApi:
         wanted = [(item.topic, item.partition) for item in request.partitions]
         found = await groups.fetch_offsets(self._context, request.group, wanted)
         return pb.FetchOffsetsResponse(offsets=[messages.committed_offset(*item) for item in found])
+
+    # ---- for operators
+
+    async def list_groups(self, request: pb.ListGroupsRequest) -> pb.ListGroupsResponse:
+        found = await group_admin.list_groups(self._context)
+        return pb.ListGroupsResponse(groups=[messages.group_summary(item) for item in found])
+
+    async def describe_group(self, request: pb.DescribeGroupRequest) -> pb.DescribeGroupResponse:
+        messages.check_group(request.group)
+        described = await group_admin.describe_group(self._context, request.group)
+        return pb.DescribeGroupResponse(
+            summary=messages.group_summary(described.summary),
+            members=[messages.group_member(item) for item in described.members],
+            partitions=[messages.group_partition(item) for item in described.positions],
+        )
+
+    async def reset_offsets(self, request: pb.ResetOffsetsRequest) -> pb.ResetOffsetsResponse:
+        messages.check_group(request.group)
+        check_number("number of offsets", len(request.offsets), 1, messages.OWNED_MAX)
+        commits = [messages.commit_of(item) for item in request.offsets]
+        await group_admin.reset_offsets(self._context, request.group, commits)
+        return pb.ResetOffsetsResponse()
+
+    async def delete_group(self, request: pb.DeleteGroupRequest) -> pb.DeleteGroupResponse:
+        messages.check_group(request.group)
+        await group_admin.delete_group(self._context, request.group)
+        return pb.DeleteGroupResponse()
+
+    async def declare_lost(self, request: pb.DeclareLostRequest) -> pb.DeclareLostResponse:
+        check_number("number of epochs", len(request.epochs), 1, messages.EPOCHS_MAX)
+        for epoch in request.epochs:
+            check_number("epochs", epoch, 1, messages.INT64_MAX)
+        check_text("reason", request.reason, messages.OPERATOR_REASON_LENGTH_MAX, empty=True)
+        rows = await recovery.declare_lost(
+            self._context, request.topic, request.partition, list(request.epochs), request.reason
+        )
+        return pb.DeclareLostResponse(ranges=[messages.offset_range(row) for row in rows])
 
     # ---- events
 

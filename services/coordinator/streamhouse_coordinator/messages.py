@@ -9,7 +9,9 @@ from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 
 from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.groups import split_name
 from streamhouse_coordinator.core.names import GROUP_LENGTH_MAX, check_number, check_text
+from streamhouse_coordinator.service import group_admin
 from streamhouse_coordinator.service.groups import Commit
 from streamhouse_coordinator.service.sessions import Grant
 
@@ -27,6 +29,8 @@ OBJECT_KEYS_MAX = 10_000
 MEMBER_ID_LENGTH_MAX = 300  # a client id, a hyphen, a UUID
 GROUP_TOPICS_MAX = 1_000
 OWNED_MAX = 100_000  # partitions one member may have
+EPOCHS_MAX = 1_000  # of one partition given up at once; a partition rarely has more than a few unsettled
+OPERATOR_REASON_LENGTH_MAX = 500  # a sentence or two; it is in the event for good
 GROUP_SESSION_TIMEOUT_MS_MIN, GROUP_SESSION_TIMEOUT_MS_MAX = 100, 3_600_000
 METADATA_LENGTH_MAX = 4096  # Kafka's offset.metadata.max.bytes
 
@@ -146,7 +150,7 @@ def topic_info(row: t.TopicRow) -> pb.TopicInfo:
     )
 
 
-def offset_range(row: t.RangeRow) -> types_pb2.OffsetRange:
+def offset_range(row: t.RangeRow, orphaned_ms: int = 0) -> types_pb2.OffsetRange:
     return types_pb2.OffsetRange(
         epoch=row.epoch,
         start_offset=row.start_offset,
@@ -156,6 +160,7 @@ def offset_range(row: t.RangeRow) -> types_pb2.OffsetRange:
         status=row.status,
         agent_id=row.agent_id,
         wal_id=bytes.fromhex(row.wal_id),
+        orphaned_ms=orphaned_ms,
     )
 
 
@@ -214,6 +219,50 @@ def committed_offset(topic: str, partition: int, row: t.GroupOffsetRow | None) -
         offset=row.next_offset,
         metadata=row.metadata,
         committed_ms=row.committed_ms,
+    )
+
+
+def group_summary(summary: group_admin.Summary) -> pb.GroupSummary:
+    return pb.GroupSummary(
+        group=summary.group,
+        state=summary.state,
+        generation=summary.generation,
+        members=summary.members,
+        committed_partitions=summary.committed_partitions,
+    )
+
+
+def topic_partitions(names: Iterable[str]) -> list[pb.TopicPartition]:
+    """Of "topic:partition" names."""
+    pairs = map(split_name, names)
+    return [pb.TopicPartition(topic=topic, partition=partition) for topic, partition in pairs]
+
+
+def group_member(member: group_admin.Member) -> pb.GroupMember:
+    return pb.GroupMember(
+        member_id=member.row.member_id,
+        client_id=member.row.client_id,
+        topics=member.topics,
+        assigned=topic_partitions(member.assigned),
+        owned=topic_partitions(member.owned),
+        session_timeout_ms=member.row.session_timeout_ms,
+        expires_in_ms=member.expires_in_ms,
+    )
+
+
+def group_partition(position: group_admin.Position) -> pb.GroupPartition:
+    commit = position.offset
+    return pb.GroupPartition(
+        topic=position.topic,
+        partition=position.partition,
+        member_id=position.member_id,
+        offset=-1 if commit is None else commit.next_offset,
+        metadata="" if commit is None else commit.metadata,
+        committed_ms=0 if commit is None else commit.committed_ms,
+        log_start_offset=position.log_start_offset,
+        newest_start_offset=position.newest_start_offset,
+        older_records=position.older_records,
+        exact=position.exact,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from shproto.events import Event
 
 from streamhouse_coordinator.core.projection import RowOp
-from streamhouse_coordinator.core.tables import EventRow, RangeRow, Table
+from streamhouse_coordinator.core.tables import ORPHANED, EventRow, RangeRow, Table
 
 ResultT = TypeVar("ResultT")
 RowT = TypeVar("RowT")
@@ -48,6 +48,8 @@ def _unfinished(row: RangeRow) -> bool:
 
 # Ranges that registration may still go on in. An index of the same condition serves it.
 UNFINISHED = Predicate("status <> 'lost' AND registered_end IS DISTINCT FROM end_offset", _unfinished)
+# Ranges whose leader is gone, and whose end nobody knows. An index of the same condition serves it.
+ORPHANED_RANGES = Predicate("status = 'orphaned'", lambda row: row.status == ORPHANED)
 
 
 @dataclass(frozen=True, slots=True)

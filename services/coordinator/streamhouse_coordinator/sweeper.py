@@ -6,7 +6,7 @@ import logging
 from opentelemetry import metrics
 from shproto.errors import StreamHouseError
 
-from streamhouse_coordinator.service import buffers, groups, housekeeping, outages, sessions
+from streamhouse_coordinator.service import buffers, groups, outages, recovery, sessions
 from streamhouse_coordinator.service.common import Context
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,9 @@ _waiting_bytes = _meter.create_gauge(
 )
 _ended = _meter.create_counter(
     "streamhouse_coordinator_expired_total", description="sessions and group members whose heartbeats stopped, by kind"
+)
+_unsettled = _meter.create_gauge(
+    "streamhouse_coordinator_unsettled_ranges", description="ranges whose agent is gone: readers wait at their ends"
 )
 _given_up = _meter.create_counter(
     "streamhouse_coordinator_ranges_lost_total", description="ranges given up by unclean_recovery_after_ms"
@@ -49,9 +52,11 @@ class Sweeper:
         if count := await groups.expire_members(self._context):
             _ended.add(count, {"kind": "group_member"})
             log.info("%d group members expired", count)
-        if count := await housekeeping.recover_unclean(self._context):
-            _given_up.add(count)
-            log.error("%d ranges given up: their agents did not come back in time; records are lost", count)
+        given_up, waiting = await recovery.recover_unclean(self._context)
+        _unsettled.set(waiting)
+        if given_up:
+            _given_up.add(given_up)
+            log.error("%d ranges given up: their agents did not come back in time; records are lost", given_up)
         count, size_bytes = await buffers.backlog(self._context)
         _waiting.set(count)
         _waiting_bytes.set(size_bytes)

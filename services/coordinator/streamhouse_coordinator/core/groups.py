@@ -8,7 +8,9 @@ import heapq
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from shproto.errors import IllegalGeneration, UnknownMember
+from shproto.errors import GroupNotEmpty, IllegalGeneration, UnknownMember
+
+from streamhouse_coordinator.core.tables import LOST, SETTLED, RangeRow
 
 # "topic:partition"; topic names have no colon
 TopicPartition = str
@@ -150,3 +152,36 @@ def check_commit(group: Group, member: str, generation: int, names: Iterable[Top
                 current=group.generation,
                 partition=name,
             )
+
+
+# ---- for operators
+
+
+def state_of(group: Group) -> str:
+    """empty | rebalancing (somebody has to take or to let go) | stable"""
+    if not group.topics:
+        return "empty"
+    nothing: frozenset[TopicPartition] = frozenset()
+    settled = all(group.owned.get(member, nothing) == group.target.get(member, nothing) for member in group.topics)
+    return "stable" if settled else "rebalancing"
+
+
+def check_empty(group: Group, what: str) -> None:
+    """Raises GroupNotEmpty: members would go on at their own offsets, and commit them."""
+    if group.topics:
+        raise GroupNotEmpty(
+            f"group {group.name!r} has {len(group.topics)} members; stop its consumers, then {what}",
+            group=group.name,
+            members=len(group.topics),
+        )
+
+
+def records_before(ranges: Iterable[RangeRow], offset: int) -> tuple[int, bool]:
+    """Records from `offset` on that lie in these ranges of a partition, and whether there can be no more: an
+    unsettled one may hold some that are not registered. Offsets inside a range have no gaps."""
+    records, exact = 0, True
+    for row in ranges:
+        end = row.end_offset if row.status == SETTLED and row.end_offset is not None else row.registered_end
+        records += max(0, end - max(offset, row.start_offset))
+        exact = exact and (row.status in (SETTLED, LOST) or offset >= row.limit_offset)
+    return records, exact

@@ -193,6 +193,16 @@ def _(event: ev.GroupRebalanced) -> RowOps:
     return (Put(t.GROUPS, t.GroupRow(event.group, event.generation, json.dumps(event.assignment, sort_keys=True))),)
 
 
+@row_ops.register
+def _(event: ev.OffsetsReset) -> RowOps:
+    return ()  # committed offsets are no projection: most commits are no events
+
+
+@row_ops.register
+def _(event: ev.GroupDeleted) -> RowOps:
+    return (Remove(t.GROUPS, {"group_name": event.group}),)
+
+
 # ---- many operations as few
 
 

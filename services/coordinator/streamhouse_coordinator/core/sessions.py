@@ -136,3 +136,18 @@ def give_up(row: RangeRow, orphaned_ms: int | None, patience_ms: int, now_ms: in
     if orphaned_ms is None or now_ms - orphaned_ms < patience_ms:
         return None
     return RangeLost(row.topic_id, row.partition, row.epoch, row.limit_offset, "unclean_recovery_after_ms")
+
+
+def declare_lost(row: RangeRow, why: str) -> RangeLost | None:
+    """An operator gives up what only the range's agent has. None when there is nothing to give up any more: its end
+    is known, or it is lost already. Raises InvalidArgument while it is led."""
+    if row.status in (SETTLED, LOST):
+        return None
+    if row.status == OPEN:
+        raise InvalidArgument(
+            f"partition {row.partition} of {row.topic_id}, epoch {row.epoch} is led by agent {row.agent_id}; only a "
+            "range whose agent is gone can be declared lost",
+            field="epochs",
+            value=row.epoch,
+        )
+    return RangeLost(row.topic_id, row.partition, row.epoch, row.limit_offset, why)

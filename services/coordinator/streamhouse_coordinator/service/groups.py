@@ -39,7 +39,9 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
+class Loaded:
+    """A group, its members' rows, and the number of partitions of each topic they read."""
+
     group: groups.Group
     members: dict[str, t.GroupMemberRow]
     partitions: dict[str, int]
@@ -49,7 +51,7 @@ def _encode(names: Collection[str]) -> str:
     return json.dumps(sorted(names), separators=(",", ":"))
 
 
-async def _load(tx: Transaction, name: str) -> _Loaded:
+async def load(tx: Transaction, name: str) -> Loaded:
     """The group as it is; the caller is alone with it from here on."""
     await tx.lock(f"group/{name}")
     rows = await tx.select(t.GROUPS, where(group_name=name))
@@ -65,7 +67,7 @@ async def _load(tx: Transaction, name: str) -> _Loaded:
         {row.member_id: frozenset(json.loads(row.owned)) for row in states if row.member_id in members},
         {member_id: frozenset(names) for member_id, names in assignment.items()},
     )
-    return _Loaded(group, members, await _partitions(tx, read))
+    return Loaded(group, members, await _partitions(tx, read))
 
 
 async def _partitions(tx: Transaction, topics: Collection[str]) -> dict[str, int]:
@@ -75,8 +77,8 @@ async def _partitions(tx: Transaction, topics: Collection[str]) -> dict[str, int
 
 
 async def _change_members(
-    tx: Transaction, loaded: _Loaded, joined: Sequence[GroupMemberJoined], left: Sequence[GroupMemberLeft]
-) -> _Loaded:
+    tx: Transaction, loaded: Loaded, joined: Sequence[GroupMemberJoined], left: Sequence[GroupMemberLeft]
+) -> Loaded:
     """Appends who came and went with the new generation, and wakes the others. Returns the group afterwards."""
     group = loaded.group
     topics = {member: wanted for member, wanted in group.topics.items() if member not in {e.member_id for e in left}}
@@ -89,7 +91,7 @@ async def _change_members(
         [Remove(t.GROUP_MEMBER_STATE, {"group_name": group.name, "member_id": event.member_id}) for event in left]
     )
     tx.wake_group(group.name)
-    return await _load(tx, group.name)
+    return await load(tx, group.name)
 
 
 async def join(
@@ -101,7 +103,7 @@ async def join(
     event = GroupMemberJoined(name, member_id, client_id, tuple(sorted(set(topics))), timeout_ms)
 
     async def work(tx: Transaction) -> Assignment:
-        loaded = await _load(tx, name)
+        loaded = await load(tx, name)
         known = loaded.members.get(member_id)
         if known is None and len(loaded.members) >= context.settings.group_members_max:
             limit = context.settings.group_members_max
@@ -114,7 +116,7 @@ async def join(
     return await context.store.run(work)
 
 
-async def _assign(tx: Transaction, loaded: _Loaded, member_id: str, reported: Names | None) -> Assignment:
+async def _assign(tx: Transaction, loaded: Loaded, member_id: str, reported: Names | None) -> Assignment:
     """What the member may work on now; records it as owned, and its heartbeat."""
     group, member = loaded.group, loaded.members[member_id]
     assigned, pending = groups.available(group, member_id)
@@ -155,7 +157,7 @@ async def _heartbeat(context: Context, name: str, member_id: str, generation: in
 
 
 async def _speak(tx: Transaction, name: str, member_id: str, owned: Names | None) -> Assignment:
-    loaded = await _load(tx, name)
+    loaded = await load(tx, name)
     if member_id not in loaded.members:
         raise UnknownMember(f"group {name!r} has no member {member_id!r}; join again", member_id=member_id)
     return await _assign(tx, loaded, member_id, owned)
@@ -165,7 +167,7 @@ async def leave(context: Context, name: str, member_id: str) -> None:
     """Leaves; a member that is not there has left already."""
 
     async def work(tx: Transaction) -> None:
-        loaded = await _load(tx, name)
+        loaded = await load(tx, name)
         if member_id in loaded.members:
             await _change_members(tx, loaded, [], [GroupMemberLeft(name, member_id, "left")])
 
@@ -180,7 +182,7 @@ async def expire_members(context: Context) -> int:
         return {row.group_name for row in rows}
 
     async def expire(name: str, tx: Transaction) -> int:
-        loaded = await _load(tx, name)
+        loaded = await load(tx, name)
         rows = await tx.select(t.GROUP_MEMBER_STATE, where(group_name=name, expires_ms=AtMost(await tx.now_ms())))
         left = [GroupMemberLeft(name, row.member_id, "expired") for row in rows if row.member_id in loaded.members]
         if left:
@@ -207,7 +209,7 @@ async def _refresh_readers(context: Context, topic: str) -> None:
         return {row.group_name for row in rows if topic in json.loads(row.topics)}
 
     async def refresh(name: str, tx: Transaction) -> None:
-        loaded = await _load(tx, name)
+        loaded = await load(tx, name)
         if groups.outdated(loaded.group, loaded.partitions):
             await _change_members(tx, loaded, [], [])
 
@@ -222,19 +224,20 @@ async def commit(context: Context, name: str, member_id: str, generation: int, c
     """All or none. Raises UnknownMember, IllegalGeneration, UnknownTopic, UnknownPartition."""
 
     async def work(tx: Transaction) -> None:
-        loaded = await _load(tx, name)
+        loaded = await load(tx, name)
         named = [groups.name_of(item.topic, item.partition) for item in commits]
         groups.check_commit(loaded.group, member_id, generation, named)
         # Shared with other commits; keeps a deletion of the topic from slipping in between.
         rows = await tx.select(t.TOPICS, where(topic=In({item.topic for item in commits})), lock="share")
         topics = {row.topic: row for row in rows}
         now_ms = await tx.now_ms()
-        await tx.apply([Put(t.GROUP_OFFSETS, _offset_row(name, topics, item, now_ms)) for item in commits])
+        await tx.apply([Put(t.GROUP_OFFSETS, offset_row(name, topics, item, now_ms)) for item in commits])
 
     await context.store.run(work)
 
 
-def _offset_row(name: str, topics: Mapping[str, t.TopicRow], item: Commit, now_ms: int) -> t.GroupOffsetRow:
+def offset_row(name: str, topics: Mapping[str, t.TopicRow], item: Commit, now_ms: int) -> t.GroupOffsetRow:
+    """Raises UnknownTopic, UnknownPartition."""
     topic = topics.get(item.topic)
     if topic is None:
         raise UnknownTopic(f"topic {item.topic!r} does not exist", topic=item.topic)

@@ -4,22 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from shproto.events import (
-    Event,
-    LogStartMoved,
-    RangeOrphaned,
-    Segment,
-    SegmentsCompacted,
-    event_from_json,
-    partition_stream,
-)
+from shproto.events import LogStartMoved, Segment, SegmentsCompacted
 
-from streamhouse_coordinator.core import compaction, retention, sessions
+from streamhouse_coordinator.core import compaction, retention
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove
 from streamhouse_coordinator.core.registration import Result
 from streamhouse_coordinator.ports import Above, AtMost, In, Totals, Transaction, where
-from streamhouse_coordinator.service.common import CLUSTER_LOCK, Context, commit_leadership, topic_names
+from streamhouse_coordinator.service.common import Context, topic_names
 
 # Partitions whose segments are looked at per claim: the ones with the most small segments come first.
 COMPACTION_CANDIDATES = 20
@@ -180,45 +172,3 @@ async def filter_unreferenced(context: Context, object_keys: Sequence[str]) -> l
         return [key for key in object_keys if key not in referenced]
 
     return await context.store.run(work)
-
-
-# ---- unclean recovery
-
-
-async def recover_unclean(context: Context) -> int:
-    """Gives up ranges that waited for their agent longer than their topic allows; returns how many."""
-
-    async def look(tx: Transaction) -> list[t.TopicRow]:
-        rows = await tx.select(t.TOPICS)
-        return [row for row in rows if row.unclean_recovery_after_ms is not None]
-
-    topics = await context.store.run(look)
-    return await context.store.run(lambda tx: _recover(tx, context, topics)) if topics else 0
-
-
-async def _recover(tx: Transaction, context: Context, topics: Sequence[t.TopicRow]) -> int:
-    orphaned = where(topic_id=In([row.topic_id for row in topics]), status=t.ORPHANED)
-    if not await tx.select(t.RANGES, orphaned, limit=1):
-        return 0
-    await tx.lock(CLUSTER_LOCK)
-    ranges = await tx.select(t.RANGES, orphaned, lock="wait")
-    since = await _orphaned_since(tx, ranges)
-    patience = {row.topic_id: row.unclean_recovery_after_ms or 0 for row in topics}
-    events: list[Event] = [
-        event
-        for row in ranges
-        if (event := sessions.give_up(row, since.get(row.key), patience[row.topic_id], await tx.now_ms())) is not None
-    ]
-    if events:
-        await commit_leadership(tx, context.settings, events)
-    return len(events)
-
-
-async def _orphaned_since(tx: Transaction, ranges: Sequence[t.RangeRow]) -> dict[tuple[str, int, int], int]:
-    streams = In({partition_stream(row.topic_id, row.partition) for row in ranges})
-    since = {}
-    for row in await tx.select(t.EVENTS, where(stream_id=streams, type=RangeOrphaned.__name__)):
-        event = event_from_json(row.type, row.payload)
-        assert isinstance(event, RangeOrphaned)
-        since[(event.topic_id, event.partition, event.epoch)] = row.created_ms
-    return since

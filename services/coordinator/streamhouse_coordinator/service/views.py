@@ -1,6 +1,6 @@
 """What is asked without changing anything: topics, metadata, status, the snapshot."""
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from shproto.errors import UnknownTopic
@@ -11,7 +11,8 @@ from streamhouse_coordinator import messages
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import UNFINISHED, Above, In, Predicate, Totals, Transaction, Where, where
-from streamhouse_coordinator.service.common import Context, newest_ranges, topic_named
+from streamhouse_coordinator.service.common import Context, RangeKey, newest_ranges, topic_named
+from streamhouse_coordinator.service.recovery import orphaned_since
 
 # Segments of one snapshot part: about 250 bytes each, so a part stays below 1 MB.
 SNAPSHOT_SEGMENTS = 4000
@@ -42,7 +43,8 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
         of_topic = where(topic_id=topic.topic_id)
         partitions = await tx.select(t.PARTITIONS, of_topic, order=("partition",))
         newest = await newest_ranges(tx, partitions)
-        unfinished = _by_partition(await tx.select(t.RANGES, where(UNFINISHED, topic_id=topic.topic_id)))
+        rows = await tx.select(t.RANGES, where(UNFINISHED, topic_id=topic.topic_id))
+        unfinished, since = _by_partition(rows), await orphaned_since(tx, rows)
         sums = ("size_bytes", "raw_bytes", "record_count")
         stored = {row.group[0]: row for row in await tx.totals(t.SEGMENTS, of_topic, by=("partition",), sums=sums)}
         addresses = await _addresses(tx)
@@ -52,7 +54,8 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
             last = newest.get(key)
             ranges = {item.epoch: item for item in [*unfinished.get(key, ()), *([last] if last else ())]}
             totals = stored.get(row.partition, Totals((), 0, (0, 0, 0)))
-            shown.append(_partition_info(row, last, [ranges[epoch] for epoch in sorted(ranges)], totals, addresses))
+            offset_ranges = _offset_ranges([ranges[epoch] for epoch in sorted(ranges)], since)
+            shown.append(_partition_info(row, last, offset_ranges, totals, addresses))
         return pb.DescribeTopicResponse(topic=messages.topic_info(topic), partitions=shown)
 
     return await context.store.run(work)
@@ -61,7 +64,7 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
 def _partition_info(
     row: t.PartitionRow,
     last: t.RangeRow | None,
-    ranges: Sequence[t.RangeRow],
+    ranges: Sequence[types_pb2.OffsetRange],
     totals: Totals,
     addresses: dict[str, str],
 ) -> pb.PartitionInfo:
@@ -77,8 +80,12 @@ def _partition_info(
         size_bytes=totals.sums[0],
         raw_bytes=totals.sums[1],
         record_count=totals.sums[2],
-        ranges=[messages.offset_range(item) for item in ranges],
+        ranges=ranges,
     )
+
+
+def _offset_ranges(rows: Sequence[t.RangeRow], since: Mapping[RangeKey, int]) -> list[types_pb2.OffsetRange]:
+    return [messages.offset_range(row, since.get(row.key, 0)) for row in rows]
 
 
 def _by_partition(rows: Sequence[RowT]) -> dict[PartitionKey, list[RowT]]:
@@ -155,12 +162,13 @@ async def get_status(context: Context) -> pb.GetStatusResponse:
         names = {row.topic_id: row.topic for row in await tx.select(t.TOPICS)}
         partitions = await tx.select(t.PARTITIONS, order=("topic_id", "partition"))
         newest = await newest_ranges(tx, partitions)
-        unfinished = _by_partition(await tx.select(t.RANGES, where(UNFINISHED), order=t.RANGES.key))
+        rows = await tx.select(t.RANGES, where(UNFINISHED), order=t.RANGES.key)
+        unfinished, since = _by_partition(rows), await orphaned_since(tx, rows)
         waiting = await tx.totals(t.BUFFER_CLAIMS, where(claim_id=""), sums=("size_bytes",))
         every = await tx.totals(t.BUFFER_CLAIMS, where(), sums=("size_bytes",))
         return pb.GetStatusResponse(
             sessions=[messages.session_info(row, expires_in_ms) for row, expires_in_ms in sessions],
-            leases=[_lease(row, names[row.topic_id], newest, unfinished) for row in partitions],
+            leases=[_lease(row, names[row.topic_id], newest, unfinished, since) for row in partitions],
             buffers_waiting=waiting[0].count,
             buffers_claimed=every[0].count - waiting[0].count,
             buffers_waiting_bytes=every[0].sums[0],
@@ -176,11 +184,13 @@ def _lease(
     topic: str,
     newest: dict[PartitionKey, t.RangeRow],
     unfinished: dict[PartitionKey, list[t.RangeRow]],
+    since: Mapping[RangeKey, int],
 ) -> pb.LeaseInfo:
     key = (row.topic_id, row.partition)
     last = newest.get(key)
     led = last is not None and last.status == t.OPEN
-    older = [item for item in unfinished.get(key, ()) if item.epoch < row.epoch]
+    # Of the newest range too, when there was no agent to take over.
+    waited_for = [item for item in unfinished.get(key, ()) if item.epoch < row.epoch or item.status == t.ORPHANED]
     return pb.LeaseInfo(
         topic=topic,
         partition=row.partition,
@@ -189,7 +199,7 @@ def _lease(
         status="unassigned" if last is None or not led else "moving" if last.moving else "active",
         log_start_offset=row.log_start_offset,
         registered_end=last.registered_end if last is not None else 0,
-        unsettled=[messages.offset_range(item) for item in older],
+        unsettled=_offset_ranges(waited_for, since),
     )
 
 

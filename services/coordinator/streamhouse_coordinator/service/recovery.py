@@ -1,0 +1,119 @@
+"""Ranges whose agent is gone: how long they wait, and giving them up, by policy or by an operator."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from shproto.errors import InvalidArgument, UnknownPartition
+from shproto.events import BufferCompleted, Event, RangeLost, RangeOrphaned, event_from_json, partition_stream
+
+from streamhouse_coordinator.core import registration, sessions
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.projection import Remove
+from streamhouse_coordinator.ports import ORPHANED_RANGES, In, Transaction, where, where_keys
+from streamhouse_coordinator.service.common import (
+    CLUSTER_LOCK,
+    RANGE_KEYS,
+    Context,
+    RangeKey,
+    commit_leadership,
+    ranges_by_key,
+    topic_named,
+)
+
+
+async def recover_unclean(context: Context) -> tuple[int, int]:
+    """Gives up ranges that waited for their agent longer than their topic allows. Returns how many these are, and how
+    many wait on."""
+
+    async def look(tx: Transaction) -> tuple[int, list[t.TopicRow]]:
+        orphaned = await tx.select(t.RANGES, where(ORPHANED_RANGES))
+        rows = await tx.select(t.TOPICS, where(topic_id=In({row.topic_id for row in orphaned}))) if orphaned else []
+        return len(orphaned), [row for row in rows if row.unclean_recovery_after_ms is not None]
+
+    waiting, topics = await context.store.run(look)
+    lost = await context.store.run(lambda tx: _recover(tx, context, topics)) if topics else 0
+    return lost, waiting - lost
+
+
+async def _recover(tx: Transaction, context: Context, topics: Sequence[t.TopicRow]) -> int:
+    await tx.lock(CLUSTER_LOCK)
+    of_topics = where(ORPHANED_RANGES, topic_id=In([row.topic_id for row in topics]))
+    ranges = await tx.select(t.RANGES, of_topics, lock="wait")
+    since = await orphaned_since(tx, ranges)
+    patience = {row.topic_id: row.unclean_recovery_after_ms or 0 for row in topics}
+    now_ms = await tx.now_ms()
+    due = [sessions.give_up(row, since.get(row.key), patience[row.topic_id], now_ms) for row in ranges]
+    lost = [event for event in due if event is not None]
+    await _give_up(tx, context, ranges, lost)
+    return len(lost)
+
+
+async def declare_lost(
+    context: Context, topic: str, partition: int, epochs: Sequence[int], reason: str
+) -> list[t.RangeRow]:
+    """Gives up these orphaned ranges; returns them as they are afterwards. Those whose end is known by now stay as
+    they are. Raises UnknownTopic, UnknownPartition, InvalidArgument for a range that is led, or is not there."""
+
+    async def work(tx: Transaction) -> list[t.RangeRow]:
+        await tx.lock(CLUSTER_LOCK)
+        row = await topic_named(tx, topic)
+        if partition >= row.partitions:
+            raise UnknownPartition(
+                f"topic {topic!r} has {row.partitions} partitions, there is no {partition}",
+                topic=topic,
+                partition=partition,
+                partitions=row.partitions,
+            )
+        keys = [(row.topic_id, partition, epoch) for epoch in epochs]
+        ranges = await ranges_by_key(tx, keys, lock="wait")
+        for key in keys:
+            if key not in ranges:
+                text = f"partition {partition} of topic {topic!r} has no epoch {key[2]}"
+                raise InvalidArgument(text, field="epochs", value=key[2])
+        why = f"operator {reason}".strip()
+        lost = [event for item in ranges.values() if (event := sessions.declare_lost(item, why)) is not None]
+        await _give_up(tx, context, list(ranges.values()), lost)
+        ranges = await ranges_by_key(tx, keys)
+        return [ranges[key] for key in keys]
+
+    return await context.store.run(work)
+
+
+async def _give_up(
+    tx: Transaction, context: Context, ranges: Collection[t.RangeRow], lost: Sequence[RangeLost]
+) -> None:
+    """The caller holds the cluster lock and the rows of `ranges`."""
+    if not lost:
+        return
+    keys = {(event.topic_id, event.partition, event.epoch) for event in lost}
+    gone = {row.key: replace(row, status=t.LOST) for row in ranges if row.key in keys}
+    done = await _emptied_buffers(tx, gone)
+    events: list[Event] = [*lost, *(BufferCompleted(row.buffer_id, row.agent_id) for row in done)]
+    await commit_leadership(tx, context.settings, events)
+    await tx.apply([Remove(t.BUFFER_CLAIMS, {"buffer_id": row.buffer_id}) for row in done])
+
+
+async def _emptied_buffers(tx: Transaction, gone: dict[RangeKey, t.RangeRow]) -> list[t.BufferRow]:
+    """Buffers of which nothing is left to register once these ranges are gone: nobody would ever claim them."""
+    touched = await tx.select(t.BUFFER_SLICES, where_keys(RANGE_KEYS, sorted(gone)))
+    buffer_ids = In({item.buffer_id for item in touched})
+    await tx.select(t.BUFFER_CLAIMS, where(buffer_id=buffer_ids), lock="wait")
+    slices = await tx.select(t.BUFFER_SLICES, where(buffer_id=buffer_ids))
+    known = await ranges_by_key(tx, {item.range_key for item in slices} - set(gone))
+    left = {item.buffer_id for item in registration.unresolved(slices, known | gone)}
+    buffers = await tx.select(t.BUFFERS, where(buffer_id=buffer_ids), order=("buffer_id",))
+    return [row for row in buffers if row.buffer_id not in left]
+
+
+async def orphaned_since(tx: Transaction, ranges: Collection[t.RangeRow]) -> dict[RangeKey, int]:
+    """When each range lost its leader, in ms since 1970; for those of `ranges` that did."""
+    orphaned = {row.key for row in ranges if row.status == t.ORPHANED}
+    if not orphaned:
+        return {}
+    streams = In({partition_stream(topic_id, partition) for topic_id, partition, _ in orphaned})
+    since = {}
+    for row in await tx.select(t.EVENTS, where(stream_id=streams, type=RangeOrphaned.__name__)):
+        event = event_from_json(row.type, row.payload)
+        assert isinstance(event, RangeOrphaned)
+        since[(event.topic_id, event.partition, event.epoch)] = row.created_ms
+    return {key: at_ms for key, at_ms in since.items() if key in orphaned}
