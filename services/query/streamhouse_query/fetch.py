@@ -190,6 +190,8 @@ class _Fetch:
             if nothing_yet:
                 raise
             return True  # the reader meets it with its next fetch
+        if run.base_offset < self._offset and not nothing_yet:
+            return True  # compaction changed the boundaries in between; only a first batch may begin before its offset
         if run.blocks:
             self._reads.ahead(partition.key, segment, self._offset, run.next_offset, run.next_at)
         self._add(run.blocks, run.size_bytes, run.next_offset)

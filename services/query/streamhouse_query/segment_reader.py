@@ -27,11 +27,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class BlockRun:
-    """Consecutive blocks, each one encoded batch; a reader that has them goes on at next_offset, and finds more
-    in the object from byte next_at on."""
+    """Consecutive blocks, each one encoded batch, the first from base_offset on; a reader that has them goes on at
+    next_offset, and finds more in the object from byte next_at on."""
 
     blocks: list[bytes]
     size_bytes: int
+    base_offset: int
     next_offset: int
     next_at: int
 
@@ -75,7 +76,7 @@ class SegmentReader:
         stop = first + len(entries)
         is_end = stop == len(index)
         if not entries:
-            return BlockRun([], 0, segment.end_offset if is_end else offset, segment.object_at)
+            return BlockRun([], 0, offset, segment.end_offset if is_end else offset, segment.object_at)
         try:
             blocks = await self.read_blocks(partition, segment, entries)
         except DataLoss as error:
@@ -88,6 +89,7 @@ class SegmentReader:
         return BlockRun(
             blocks,
             sum(entry.size_bytes for entry in entries),
+            entries[0].first_offset,
             segment.end_offset if is_end else last.end_offset,
             segment.object_at + last.at + last.size_bytes,
         )

@@ -20,8 +20,9 @@ from shstore import Fault, FaultKind, FaultyStore, LocalStore, ScriptedFaults, S
 from streamhouse_query.adapters.disk_cache import DiskCache
 from streamhouse_query.chunk_reader import CacheDirError, ChunkId, ChunkReader, Span
 from streamhouse_query.counters import Counters
+from streamhouse_query.segment_reader import BlockRun, SegmentReader
 from streamhouse_query.wiring import QueryService
-from test_query_fetch import fetch, one_partition, read_all
+from test_query_fetch import fetch, one_partition, read_all, settle_in
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -296,6 +297,30 @@ async def test_an_object_compacted_away_under_a_reader_is_read_where_it_is_now(
     assert response.next_offset == 2_000
     assert await read_all(service) == dict(enumerate(values_of(2_000, 0, 32)))
     assert service.api._index.cluster.segment_count == 1
+
+
+async def test_a_compaction_in_the_middle_of_a_fetch_repeats_nothing(
+    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the fault tests: the merged segment's block began before the second step's offset."""
+    await one_partition(platform)
+    small = [await segment_of(platform, 500, turn * 500, block_bytes_target=1 << 20) for turn in range(2)]
+    service = await start_query()
+    batches = platform.agents["a"].logs[platform.coordinator.topics["orders"].topic_id, 0, 1]
+    merged = await platform.store_segment("orders", 0, 1, batches)
+    read_from = SegmentReader.read_from
+
+    async def read_and_compact(*args: Any, **kwargs: Any) -> BlockRun:
+        run = await read_from(*args, **kwargs)
+        if run.next_offset == 500:
+            await platform.compact(merged, small)
+            await settle_in(platform, service)
+        return run
+
+    monkeypatch.setattr(SegmentReader, "read_from", read_and_compact)
+    response = await fetch(service, 0)
+    assert (len(response.batches), response.next_offset) == (1, 500)
+    assert await read_all(service) == dict(enumerate(values_of(1_000, 0, 32)))
 
 
 async def test_an_object_removed_by_retention_under_a_reader(
