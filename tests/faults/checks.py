@@ -299,11 +299,22 @@ def registrations_in_disorder(timeline: Timeline) -> Iterator[Anomaly]:
 
 
 def _coverage(partition: PartitionTimeline) -> Iterator[Anomaly]:
+    """Merged segments may reach over the gap between two epochs, where no offset is."""
     covered = _joined((segment.base_offset, segment.end_offset) for _, segment in partition.segments)
-    claimed = _joined((item.start_offset, item.registered_end) for item in partition.ranges)
-    for first, end in sorted(set(covered) ^ set(claimed)):
-        what = "segments are registered" if (first, end) in covered else "ranges say that it is registered"
-        yield Anomaly("registration-disorder", f"{_at(partition, first)} to {end}: {what}, and not both")
+    for item in partition.ranges:
+        end = item.end_offset if item.end_offset >= 0 else item.limit_offset
+        missing = (item.registered_end - item.start_offset) - _overlap(covered, item.start_offset, item.registered_end)
+        if missing:
+            text = f"epoch {item.epoch} is registered up to {item.registered_end}, {missing} offsets in no segment"
+            yield Anomaly("registration-disorder", f"{_at(partition, item.start_offset)}: {text}")
+        if beyond := _overlap(covered, item.registered_end, end):
+            text = f"{beyond} offsets beyond the registered end of epoch {item.epoch} in segments"
+            yield Anomaly("registration-disorder", f"{_at(partition, item.registered_end)}: {text}")
+
+
+def _overlap(spans: Iterable[tuple[int, int]], first: int, end: int) -> int:
+    """How many offsets of [first, end) lie in `spans`, which do not overlap each other."""
+    return sum(max(0, min(end, last) - max(first, start)) for start, last in spans)
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -291,18 +291,21 @@ def test_an_unknown_write_may_be_there_or_not() -> None:
     assert check(there).anomalies == []
 
 
-def test_a_merged_segment_may_span_epochs() -> None:
-    """After a graceful move there is no gap between two epochs, so compaction may join them."""
+@pytest.mark.parametrize("gap", [0, 98])
+def test_a_merged_segment_may_span_epochs(gap: int) -> None:
+    """After a graceful move there is nothing between two epochs, after a takeover a gap; compaction joins both."""
     events = [
         h.Topic("t", 1, "wal"),
         h.Range("t", 0, 1, 0, 100, 2, 2, "settled"),
-        h.Range("t", 0, 2, 2, 102, 5, -1, "open"),
-        h.Segment("s1", "t", 0, 2, 0, 4, KEY, 0, 50),
-        h.Segment("s2", "t", 0, 2, 4, 5, KEY, 50, 50),
+        h.Range("t", 0, 2, 2 + gap, 1000, 5 + gap, -1, "open"),
+        h.Segment("s1", "t", 0, 2, 0, 4 + gap, KEY, 0, 50),
+        h.Segment("s2", "t", 0, 2, 4 + gap, 5 + gap, KEY, 50, 50),
         h.StoredObject(KEY, 100),
         h.End(),
     ]
     assert check(events).anomalies == []
+    events[4] = h.Segment("s2", "t", 0, 2, 4 + gap, 7 + gap, KEY, 50, 50)
+    assert check(events).kinds == {"registration-disorder"}
 
 
 def test_a_group_member_may_begin_where_the_group_committed_but_not_beyond() -> None:
