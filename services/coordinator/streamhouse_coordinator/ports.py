@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from shproto.events import Event
 
 from streamhouse_coordinator.core.projection import RowOp
-from streamhouse_coordinator.core.tables import ORPHANED, EventRow, RangeRow, Table
+from streamhouse_coordinator.core.tables import LOST, ORPHANED, EventRow, RangeRow, Table
 
 ResultT = TypeVar("ResultT")
 RowT = TypeVar("RowT")
@@ -50,6 +50,7 @@ def _unfinished(row: RangeRow) -> bool:
 UNFINISHED = Predicate("status <> 'lost' AND registered_end IS DISTINCT FROM end_offset", _unfinished)
 # Ranges whose leader is gone, and whose end nobody knows. An index of the same condition serves it.
 ORPHANED_RANGES = Predicate("status = 'orphaned'", lambda row: row.status == ORPHANED)
+LOST_RANGES = Predicate("status = 'lost'", lambda row: row.status == LOST)
 
 
 @dataclass(frozen=True, slots=True)

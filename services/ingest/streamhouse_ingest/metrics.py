@@ -25,7 +25,7 @@ class IngestMetrics:
         self.rejected = counter("rejected_total", "requests refused, by reason")
         self.damaged = counter("damaged_spans_total", "damaged spans found in the log")
         self.lost_records = counter("lost_records_total", "records reported lost")
-        self.fenced_records = counter("fenced_records_total", "records given up, their range was settled below them")
+        self.fenced_records = counter("fenced_records_total", "records given up: range settled below them, or lost")
         self.sealed = counter("sealed_buffers_total", "sealed buffers announced")
         self.append_ms = histogram("append_ms", "from queueing a batch until the log has it")
         self.write_ms = histogram("wal_write_ms", "write and fsync of a group")

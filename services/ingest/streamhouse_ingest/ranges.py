@@ -14,6 +14,7 @@ from streamhouse_ingest.writer import Writer
 
 log = logging.getLogger(__name__)
 
+LOST = "lost"
 LOST_REASON = "damaged in the write-ahead log"
 
 
@@ -34,10 +35,7 @@ class Ranges:
     async def resume(self, grants: Sequence[pb.RangeGrant]) -> None:
         """Right after a session was opened: all older ranges are settled, and finished if they are not named."""
         await self._writer.barrier()
-        for grant in grants:
-            held = self._logs.get(grant_key(grant)) or self._hold(grant)
-            self._update(held, grant)
-        self._drop_others(grants)
+        self._take_in(grants)
 
     async def take_in(self, grants: Sequence[pb.RangeGrant]) -> None:
         """All ranges of this log that are open or not fully registered, as they are now."""
@@ -46,10 +44,34 @@ class Ranges:
             if held is not None and grant.status not in ("open", "moving"):
                 self._logs.stop_leading(held)
         await self._writer.barrier()
+        self._take_in(grants)
+
+    def _take_in(self, grants: Sequence[pb.RangeGrant]) -> None:
+        kept = [grant for grant in grants if grant.status != LOST]
         for grant in grants:
+            held = self._logs.get(grant_key(grant))
+            if grant.status == LOST and held is not None:
+                self._give_up(held, grant)
+        for grant in kept:
             held = self._logs.get(grant_key(grant)) or self._hold(grant)
             self._update(held, grant)
-        self._drop_others(grants)
+        self._drop_others(kept)
+
+    def _give_up(self, held: HeldLog, grant: pb.RangeGrant) -> None:
+        """The range was declared lost before this agent came back: registration would fence what is left of it."""
+        held.log.name(grant.topic, grant.start_offset, grant.min_acks)
+        self._logs.register(held, grant.registered_end)
+        buffers = [*held.log.sealed, *([] if held.log.open is None else [held.log.open])]
+        records = sum(buffer.record_count for buffer in buffers)
+        self._metrics.fenced_records.add(records)
+        log.error(
+            "%s was declared lost at offset %d: %d records beyond, %d bytes, are given up",
+            held.log.describe(),
+            grant.registered_end,
+            records,
+            held.log.unregistered_bytes,
+        )
+        self._logs.drop(held, "the range was declared lost")
 
     def _hold(self, grant: pb.RangeGrant) -> HeldLog:
         key = grant_key(grant)
@@ -97,13 +119,6 @@ class Ranges:
         named = {grant_key(grant) for grant in grants}
         for held in self._logs:
             if held.log.key not in named:
-                unregistered = held.log.unregistered_bytes
-                if unregistered:
-                    log.warning(
-                        "%s is gone (deleted, lost or settled below): %d bytes of it are given up",
-                        held.log.describe(),
-                        unregistered,
-                    )
                 self._logs.drop(held, "the range is finished or its topic deleted")
         self._trim()
 

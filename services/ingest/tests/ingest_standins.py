@@ -163,6 +163,10 @@ class CoordinatorStandIn:
             row.end, row.status = max(end, row.registered_end), "settled"
             self.emit(events.RangeSettled(row.topic_id.hex(), row.partition, row.epoch, row.end))
 
+    def lose(self, row: Range) -> None:
+        row.end, row.status = row.limit, "lost"
+        self.emit(events.RangeLost(row.topic_id.hex(), row.partition, row.epoch, row.limit, "operator"))
+
     def move(self, topic: str, partition: int) -> None:
         row = next(r for r in self.ranges.values() if (r.topic, r.partition, r.status) == (topic, partition, "open"))
         row.status = "moving"
@@ -205,7 +209,8 @@ class CoordinatorStandIn:
                 row.status = "orphaned"
 
     def _grants(self, wal_id: bytes) -> list[pb.RangeGrant]:
-        return [self._grant_of(r) for r in self.ranges.values() if r.wal_id == wal_id and not r.finished]
+        own = [row for row in self.ranges.values() if row.wal_id == wal_id]
+        return [self._grant_of(row) for row in own if row.status == "lost" or not row.finished]
 
     def _grant_of(self, row: Range) -> pb.RangeGrant:
         grant = pb.RangeGrant(

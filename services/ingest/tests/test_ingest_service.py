@@ -20,6 +20,7 @@ from ingest_standins import (
     started,
     wal_files,
 )
+from opentelemetry import metrics
 from shformat import ProducerStamp, Records, decode_batch, encode_batch
 from shproto import errors
 from shproto.v1 import ingest_pb2 as pb
@@ -603,6 +604,34 @@ async def test_what_lies_beyond_a_settled_end_is_given_up(
         with pytest.raises(errors.NotLeader):
             await waiting
         assert (await read(service, topic_id, 0)).high_watermark == 1
+
+
+async def test_what_was_declared_lost_is_dropped_and_said(
+    tmp_path: Path,
+    coordinator: CoordinatorStandIn,
+    topic_id: bytes,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """An agent that comes back after an operator gave its range up: its records are kept out, and their room freed."""
+    counted: list[int] = []
+    async with running(tmp_path, coordinator) as service:
+        for value in (b"a", b"b", b"c"):
+            await service.api.produce(request(value))
+    coordinator.expire_all()
+    first = coordinator.ranges[(topic_id, 0, 1)]
+    coordinator.register(first.key, 0, 1)
+    coordinator.lose(first)
+    monkeypatch.setattr(metrics.NoOpCounter, "add", lambda self, amount, *args: counted.append(amount))
+    monkeypatch.setattr(metrics, "get_meter", lambda name: metrics.NoOpMeter(name))
+    async with running(tmp_path, coordinator) as service:
+        assert 2 in counted
+        assert "orders/0 epoch 1 was declared lost at offset 1: 2 records beyond" in caplog.text
+        assert service.agent.running().logs.memory_bytes == 0
+        assert (await read(service, topic_id, 0)).not_held
+        assert (await service.api.produce(request(b"d"))).base_offset == first.limit
+    async with running(tmp_path, coordinator):
+        assert caplog.text.count("declared lost") == 1, "its part of the log is gone"
 
 
 async def test_the_coordinator_may_come_later(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):

@@ -721,7 +721,7 @@ class RangeGrant(_message.Message):
     producer_snapshot: _builtins.bytes
     """idempotent producers' state at registered_end or at the previous range's end"""
     status: _builtins.str
-    """open | orphaned | settled; "moving" for an open range that is being moved away"""
+    """open | orphaned | settled; "moving" for an open range that is being moved away;"""
     def __init__(
         self,
         *,

@@ -9,7 +9,7 @@ from shproto.events import BufferCompleted, Event, SessionOpened
 from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp
-from streamhouse_coordinator.ports import UNFINISHED, AtMost, In, Transaction, where, where_keys
+from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Transaction, where, where_keys
 from streamhouse_coordinator.service.common import (
     CLUSTER_LOCK,
     RANGE_KEYS,
@@ -113,7 +113,8 @@ async def heartbeat(context: Context, session_id: str, low_ranges: Mapping[Range
 
 
 async def get_grants(context: Context, session_id: str) -> tuple[int, list[Grant]]:
-    """All ranges of the session's log that registration may go on in, and the grants_version they are as of."""
+    """All ranges of the session's log that registration may go on in, and those that were given up; and the
+    grants_version they are as of."""
 
     async def work(tx: Transaction) -> tuple[int, list[Grant]]:
         session = await live_session(tx, session_id)
@@ -127,7 +128,10 @@ async def get_grants(context: Context, session_id: str) -> tuple[int, list[Grant
 async def _grants(tx: Transaction, wal_id: str) -> list[Grant]:
     if not wal_id:
         return []
-    return await _with_topics(tx, await tx.select(t.RANGES, where(UNFINISHED, wal_id=wal_id), order=RANGE_KEYS))
+    unfinished = await tx.select(t.RANGES, where(UNFINISHED, wal_id=wal_id), order=RANGE_KEYS)
+    # So that an agent knows what it may drop because it is given up, not because it is registered.
+    lost = await tx.select(t.RANGES, where(LOST_RANGES, wal_id=wal_id), order=RANGE_KEYS)
+    return await _with_topics(tx, [*unfinished, *lost])
 
 
 async def _with_topics(tx: Transaction, ranges: Sequence[t.RangeRow]) -> list[Grant]:
