@@ -32,7 +32,7 @@ from streamhouse_query.core.plan import (
     plan,
 )
 from streamhouse_query.core.refusals import damaged_tail, object_missing, refusal, with_next_offset
-from streamhouse_query.core.tail import accept_batches
+from streamhouse_query.core.tail import accept_batches, is_of_later_epoch
 from streamhouse_query.counters import tracer
 from streamhouse_query.live_index import Watch
 from streamhouse_query.reads import Fetched, Reads, Want
@@ -279,6 +279,9 @@ class _Fetch:
                 f"{partition.name}: agent {step.agent_id} has no records of epoch {step.epoch} at offset "
                 f"{self._offset} in its log (any more); waiting for the event feed to say where they are"
             )
+            return await self._again_soon(reason, watch, self._catch_up_ms)
+        if is_of_later_epoch(response.batches, step.epoch):
+            reason = f"{partition.name}: epoch {step.epoch} is over; waiting for the event feed to say where it ended"
             return await self._again_soon(reason, watch, self._catch_up_ms)
         if step.newest and step.end_offset is None:
             self._reads.watermarks.learn(partition.key, step.epoch, response.high_watermark)

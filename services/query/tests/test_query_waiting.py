@@ -190,6 +190,24 @@ async def test_durable_topics_serve_only_what_is_registered(platform: StandInPla
     assert values_in(await asyncio.wait_for(task, 1)) == [b"not durable yet"]
 
 
+async def test_an_agent_that_is_an_epoch_ahead_of_the_feed_is_no_damage(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """Found by the fault tests: an agent that leads again at the end of its own range."""
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    service = await start_query()
+    platform.coordinator.feed_paused = True
+    await platform.settle()
+    await platform.grant("a")
+    await platform.produce([b"more"])
+    task = later(service, 10, max_wait_ms=0)
+    await waiting(task)
+    platform.coordinator.feed_paused = False
+    await platform.coordinator.wake()
+    assert values_in(await asyncio.wait_for(task, 2)) == [b"more"]
+
+
 async def test_a_tail_that_was_given_up_is_waited_for_in_the_feed(
     platform: StandInPlatform, start_query: StartQuery
 ) -> None:

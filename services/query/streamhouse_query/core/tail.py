@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from shformat import FormatError, check_batch
+from shformat import FormatError, check_batch, read_batch_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +13,14 @@ class Accepted:
     batches: list[bytes]
     size_bytes: int
     next_offset: int
+
+
+def is_of_later_epoch(batches: Sequence[bytes], epoch: int) -> bool:
+    """Whether the agent has begun another epoch at this offset already: what it sends is good, the plan is old."""
+    try:
+        return bool(batches) and read_batch_header(batches[0]).epoch > epoch
+    except FormatError:
+        return False  # accept_batches() says what is wrong
 
 
 def accept_batches(batches: Iterable[bytes], offset: int, epoch: int, end_offset: int | None) -> Accepted | str:
