@@ -85,7 +85,8 @@ class FleetProcess(ServiceProcess):
 
 @dataclass
 class Member:
-    """One service process. wanted: it should run. may_die: a fault is on that may end it."""
+    """One service process. wanted: it should run. may_die: a fault is on that may end it. has_served: since it was
+    started last; before, it may end because it does not find what it needs, and is started again."""
 
     name: str
     process: FleetProcess
@@ -93,6 +94,7 @@ class Member:
     control: shim.Control
     wanted: bool = False
     may_die: bool = False
+    has_served: bool = False
 
 
 class Fleet:
@@ -195,15 +197,21 @@ class Fleet:
         member = self.members[name]
         if f">{name}" in self.links:
             await self.links[f">{name}"].accept()
-        member.process.start()
+        self._launch(member)
         member.wanted = True
         await self.until_serving(name)
 
+    def _launch(self, member: Member) -> None:
+        member.has_served = False
+        member.process.start()
+
     async def until_serving(self, name: str) -> None:
         """Whatever ended it: the supervisor starts it again. Raises TimeoutError."""
+        member = self.members[name]
         async with asyncio.timeout(READY_TIMEOUT_S):
-            while not (self.members[name].process.is_running() and await is_serving(self.members[name].listen)):
+            while not (member.process.is_running() and await is_serving(member.listen)):
                 await asyncio.sleep(SUPERVISOR_INTERVAL_S)
+        member.has_served = True
 
     async def kill(self, name: str) -> None:
         """SIGKILL; its port refuses then, through the proxy as well."""
@@ -238,11 +246,11 @@ class Fleet:
                     self._note_death(member)
                     await asyncio.sleep(RESTART_PAUSE_S)
                     if member.wanted:
-                        member.process.start()
+                        self._launch(member)
 
     def _note_death(self, member: Member) -> None:
         code = member.process.exit_code
-        if member.may_die:
+        if member.may_die or not member.has_served:
             self.recorder.note(member.name, f"ended with exit code {code}")
         else:
             self.recorder.write(ProcessDied(member.name, code))
