@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 from opentelemetry import metrics, trace
@@ -12,43 +12,57 @@ tracer = trace.get_tracer("streamhouse.query")
 meter = metrics.get_meter("streamhouse.query")
 
 fetch_duration_ms = meter.create_histogram(
-    "streamhouse_query_fetch_duration_ms", "ms", "time of one Fetch, long polls included"
+    "streamhouse_query_fetch_duration_ms", description="time of one Fetch, long polls included"
 )
 download_duration_ms = meter.create_histogram(
-    "streamhouse_query_download_duration_ms", "ms", "time of one ranged GET from the object store"
+    "streamhouse_query_download_duration_ms", description="time of one ranged GET from the object store"
 )
+
+
+_GAUGES = {
+    "cache_bytes": "bytes in the disk cache",
+    "index_segments": "segments in the index",
+    "feed_position": "position of the last event applied to the index",
+}
+
+
+def _counter(description: str) -> int:
+    """A field that starts at 0 and says what it counts."""
+    return field(default=0, metadata={"description": description})
 
 
 @dataclass(slots=True)
 class Counters:
     """Since the start of the service. Each is also a metric, `streamhouse_query_<name>`."""
 
-    cache_hits: int = 0
-    cache_misses: int = 0
-    cache_write_errors: int = 0
-    cache_damaged_chunks: int = 0
-    downloads: int = 0
-    download_bytes: int = 0
-    shared_hits: int = 0
-    shared_misses: int = 0
-    shared_errors: int = 0
-    readahead_chunks: int = 0
-    fetches: int = 0
-    fetched_bytes: int = 0
-    tail_reads: int = 0
-    tail_bytes: int = 0
-    tail_errors: int = 0
-    unsettled_waits: int = 0
-    damaged_spans: int = 0
-    snapshots: int = 0
+    cache_hits: int = _counter("chunks found in the disk cache")
+    cache_misses: int = _counter("chunks not found in the disk cache")
+    cache_write_errors: int = _counter("chunks that could not be written to the disk cache")
+    cache_damaged_chunks: int = _counter("cached chunks whose bytes were damaged, fetched again")
+    downloads: int = _counter("ranged GETs to the object store")
+    download_bytes: int = _counter("bytes got from the object store")
+    shared_hits: int = _counter("chunks found in the shared cache (Redis)")
+    shared_misses: int = _counter("chunks not found in the shared cache")
+    shared_errors: int = _counter("calls the shared cache did not answer")
+    readahead_chunks: int = _counter("chunks fetched before they were asked for")
+    fetches: int = _counter("fetches answered, subscriptions' included")
+    fetched_bytes: int = _counter("batch bytes given to readers")
+    tail_reads: int = _counter("reads of a leader's tail")
+    tail_bytes: int = _counter("batch bytes read from leaders' tails")
+    tail_errors: int = _counter("tail reads that failed")
+    unsettled_waits: int = _counter("waits at a range whose end is not settled")
+    damaged_spans: int = _counter("damaged or missing spans met by readers")
+    snapshots: int = _counter("snapshots of the index taken")
 
 
 def export(counters: Counters, gauges: dict[str, Callable[[], int]]) -> None:
     """Registers every counter and gauge with telemetry; without the SDK this does nothing."""
-    for name in Counters.__slots__:
-        meter.create_observable_counter(f"streamhouse_query_{name}", [_observe(partial(getattr, counters, name))])
+    for item in fields(Counters):
+        callback = _observe(partial(getattr, counters, item.name))
+        description = item.metadata["description"]
+        meter.create_observable_counter(f"streamhouse_query_{item.name}", [callback], description=description)
     for name, read in gauges.items():
-        meter.create_observable_gauge(f"streamhouse_query_{name}", [_observe(read)])
+        meter.create_observable_gauge(f"streamhouse_query_{name}", [_observe(read)], description=_GAUGES[name])
 
 
 def _observe(

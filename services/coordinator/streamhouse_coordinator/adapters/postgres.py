@@ -63,7 +63,7 @@ _absences = _meter.create_counter(
 )
 _events = _meter.create_counter("streamhouse_coordinator_events_total", description="events appended, by type")
 _duration = _meter.create_histogram(
-    "streamhouse_coordinator_transaction_duration_ms", unit="ms", description="from asking for a connection to commit"
+    "streamhouse_coordinator_transaction_duration_ms", description="from asking for a connection to commit"
 )
 
 

@@ -1,0 +1,66 @@
+"""docs/metrics.md lists what a running platform really measures: no more, no less, with the same words."""
+
+import asyncio
+import re
+import urllib.request
+from pathlib import Path
+
+import pytest
+from streamhouse import Admin, Consumer, Producer
+
+from tests.integration.processes import EmbeddedProcess, free_ports
+
+pytestmark = pytest.mark.integration
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+# Measured only after what they count has happened, which this test does not make happen.
+RARE = {
+    "streamhouse_coordinator_conflicts_total",
+    "streamhouse_coordinator_postgres_errors_total",
+    "streamhouse_coordinator_published_total",
+    "streamhouse_ingest_duplicates_total",
+    "streamhouse_ingest_fenced_records_total",
+    "streamhouse_ingest_lost_records_total",
+    "streamhouse_ingest_rejected_total",
+    "streamhouse_query_fetch_duration_ms",
+    "streamhouse_segmenter_compacted_segments_total",
+    "streamhouse_segmenter_failures_total",
+    "streamhouse_segmenter_orphan_deleted_bytes_total",
+    "streamhouse_segmenter_orphans_deleted_total",
+    "streamhouse_segmenter_retired_bytes_total",
+    "streamhouse_segmenter_retired_segments_total",
+    "streamhouse_segmenter_sweeps_refused_total",
+}
+
+
+def documented() -> dict[str, tuple[str, str]]:
+    rows = re.findall(r"^\| `(streamhouse_\w+)` \| (\w+) \| (.+) \|$", PAGE.read_text(), re.M)
+    return {name: (kind, text) for name, kind, text in rows}
+
+
+def measured(text: str) -> dict[str, tuple[str, str]]:
+    helps = dict(re.findall(r"^# HELP (streamhouse_\w+) (.*)$", text, re.M))
+    return {name: (kind, helps[name]) for name, kind in re.findall(r"^# TYPE (streamhouse_\w+) (\w+)$", text, re.M)}
+
+
+async def test_the_page_and_the_platform_agree(tmp_path: Path) -> None:
+    port = free_ports(1)[0]
+    environ = {"STREAMHOUSE_PROMETHEUS_LISTEN": f"127.0.0.1:{port}", "STREAMHOUSE_SEAL_AGE_MS": "200"}
+    server = EmbeddedProcess(tmp_path / "data", tmp_path, environ)
+    await server.start_serving()
+    async with Admin(server.address) as admin:
+        await admin.create_topic("measured", partitions=1)
+    async with Producer(server.address, acks="durable") as producer:
+        await (await producer.send_many("measured", [b"value"] * 100))
+    async with Consumer(server.address, ["measured"], start="earliest", stop_at_end=True) as consumer:
+        assert sum([len(batch) async for batch in consumer.batches()]) == 100
+
+    def scrape() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+            return str(response.read().decode())
+
+    found = measured(await asyncio.to_thread(scrape))
+    assert await server.stop() == 0, server.log_tail()
+    page = documented()
+    assert {name: page.get(name) for name in found} == found
+    assert page.keys() - found.keys() <= RARE
