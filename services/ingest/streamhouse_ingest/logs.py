@@ -27,12 +27,15 @@ class HeldLog:
         self._durable: list[tuple[int, int, asyncio.Future[NotLeader | None]]] = []
         self._order = itertools.count()
         self._changed: asyncio.Future[None] | None = None
+        self._over = ""
 
     def wait_registered(self, end_offset: int) -> asyncio.Future[NotLeader | None]:
         """Done when everything below `end_offset` is registered, or with an error when that cannot happen any more."""
         future: asyncio.Future[NotLeader | None] = asyncio.get_running_loop().create_future()
         if self.log.registered_end >= end_offset:
             future.set_result(None)
+        elif self._over:
+            future.set_result(self._failure(self._over))
         else:
             heapq.heappush(self._durable, (end_offset, next(self._order), future))
         return future
@@ -48,9 +51,17 @@ class HeldLog:
         kept = [waiting for waiting in self._durable if waiting[0] <= end_offset]
         for waiting in self._durable:
             if waiting[0] > end_offset and not waiting[2].done():
-                waiting[2].set_result(not_leader(self.log.topic, self.log.key.partition, why))
+                waiting[2].set_result(self._failure(why))
         self._durable = kept
         heapq.heapify(self._durable)
+
+    def end(self, why: str) -> None:
+        """Nothing more of the log will be registered: whoever waits, or comes to wait, hears of it."""
+        self._over = why
+        self.fail_waiting_beyond(self.log.registered_end, why)
+
+    def _failure(self, why: str) -> NotLeader:
+        return not_leader(self.log.topic, self.log.key.partition, why)
 
     def changed(self) -> asyncio.Future[None]:
         """Done at the next append or change of the log's state. Shared: shield it."""
@@ -147,7 +158,7 @@ class Logs:
         if not siblings:
             del self._by_partition[log.key.partition_key]
             self._producers.pop(log.key.partition_key, None)
-        held.fail_waiting_beyond(log.registered_end, why)
+        held.end(why)
         held.notify()
 
     # ---- what happens to one

@@ -64,11 +64,15 @@ class Moves:
             task.cancel()
 
     async def _move(self, held: HeldLog) -> None:
-        while not await self._flush_and_stop(held):
+        while not await self._flush_and_stop(held) and self._is_held(held):
             log.warning("%s: not registered within %d ms, going on here", held.log.describe(), self._timeout_ms)
             self._logs.lead(held)
-        if self._logs.get(held.log.key) is held:
+        if self._is_held(held):
             await self._settle(held)
+
+    def _is_held(self, held: HeldLog) -> bool:
+        """Not lost, its topic not deleted meanwhile: a log that nobody holds must never lead again."""
+        return self._logs.get(held.log.key) is held
 
     async def _flush_and_stop(self, held: HeldLog) -> bool:
         """Uploads what is there while writes go on; then refuses writes for the little that came since."""

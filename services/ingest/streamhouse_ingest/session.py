@@ -114,9 +114,7 @@ class Session:
         Nothing is appended meanwhile. Raises AgentIdTaken, InvalidArgument.
         """
         self._moves.cancel_all()
-        for held in self._logs:
-            self._logs.stop_leading(held)
-        await self._writer.barrier()
+        await self._stop_leading()
         opened = await self._open_call()
         self._position = opened.feed_position
         self._interval_ms = opened.heartbeat_interval_ms
@@ -125,6 +123,12 @@ class Session:
         self._holder.set(opened.session_id)
         self.want_reconcile()
         log.info("session %s is open, %d older ranges to finish", opened.session_id, len(opened.resumed))
+
+    async def _stop_leading(self) -> None:
+        """Where each log ends is final after this: a group that is being written still counts."""
+        for held in self._logs:
+            self._logs.stop_leading(held)
+        await self._writer.barrier()
 
     async def _open_call(self) -> pb.OpenSessionResponse:
         backoff = self._make_backoff()
@@ -181,6 +185,7 @@ class Session:
         session_id = self._holder.session_id
         self._holder.set("")
         self._lease.drop()
+        await self._stop_leading()
         if session_id:
             try:
                 ends = wal_ends(held for held in self._logs if held.log.settled_end is None)

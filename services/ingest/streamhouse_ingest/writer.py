@@ -189,7 +189,7 @@ class Writer:
             self.refuse(_broken())
             self._fail(group, _broken())
             raise
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or a defect: nobody may wait for ever
             self._fail(group, Unavailable("stopped while the batch was written; the outcome is unknown"))
             raise
         finally:

@@ -5,8 +5,9 @@ import contextlib
 import errno
 import os
 import resource
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ from shproto import errors
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import ManualClock
-from streamhouse_ingest.ports import WalLocked
+from streamhouse_ingest.adapters.wal import FileWal
+from streamhouse_ingest.core.buffer import WalPosition
+from streamhouse_ingest.ports import Frame, WalLocked
 from streamhouse_ingest.wiring import IngestService
 
 WAL, DURABLE, NONE = types_pb2.ACKS_WAL, types_pb2.ACKS_DURABLE, types_pb2.ACKS_NONE
@@ -557,6 +560,67 @@ async def test_a_move_that_cannot_be_finished_goes_on_serving(
                 taken += 1
             await asyncio.sleep(0.005)
         assert taken > 3
+
+
+async def test_g1_a_move_of_a_deleted_topic_ends_and_takes_no_write_for_the_next_one_of_that_name(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator, move_timeout_ms=20) as service:
+        await service.api.produce(request(b"old"))
+        coordinator.move("orders", 0)
+        await eventually(lambda: coordinator.buffers)
+        coordinator.delete("orders")
+        again = coordinator.create("orders", 2)
+        logs = service.agent.running().logs
+        await eventually(lambda: (held := logs.led("orders", 0)) is not None and held.log.key.topic_id == again)
+        await asyncio.sleep(0.1)
+        await service.api.produce(request(b"new"))
+        assert values_of(await read(service, again, 0)) == [b"new"]
+        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("move ")]
+
+
+async def test_g2_a_range_that_ends_with_the_session_ends_after_what_is_being_written(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    """The agent stops because of an error: a group on its way to the disk may be read before the process ends."""
+    service = await started(tmp_path, coordinator, shutdown_timeout_ms=10)
+    await led(service)
+    goes_on, append = threading.Event(), FileWal.append
+
+    def slow(self: FileWal, frames: Sequence[Frame]) -> list[WalPosition]:
+        goes_on.wait()
+        return append(self, frames)
+
+    async def fail() -> None:
+        raise errors.AgentIdTaken("taken", agent_id="agent-1")
+
+    monkeypatch.setattr(FileWal, "append", slow)
+    producing = asyncio.create_task(service.api.produce(request(b"a")))
+    await eventually(lambda: service.agent.running().writer.queue_bytes)
+    await asyncio.sleep(0.01)
+    service.tasks.spawn("fails", fail())
+    await service.tasks.failed.wait()
+    stopping = asyncio.create_task(service.stop())
+    await asyncio.sleep(0.02)
+    goes_on.set()
+    with pytest.raises(errors.NotLeader):
+        await producing
+    with contextlib.suppress(errors.AgentIdTaken):
+        await stopping
+    assert coordinator.ranges[(topic_id, 0, 1)].end == 1
+
+
+async def test_a_defect_while_writing_leaves_nobody_waiting(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(self: FileWal, frames: Sequence[Frame]) -> list[WalPosition]:
+        raise ValueError("a defect")
+
+    async with running(tmp_path, coordinator) as service:
+        monkeypatch.setattr(FileWal, "append", broken)
+        with pytest.raises(errors.Unavailable, match="stopped while"):
+            await service.api.produce(request(b"a", timeout_ms=60_000))
+        await service.tasks.failed.wait()
 
 
 async def test_a_range_that_runs_low_is_extended(tmp_path: Path):

@@ -11,6 +11,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from shformat import Records, encode_batch
 from shproto.v1 import ingest_pb2 as pb
+from shproto.v1 import types_pb2
 from shruntime.telemetry import current_traceparent
 from streamhouse_ingest import sealer, service
 from streamhouse_ingest.logs import LINKS_MAX
@@ -24,7 +25,7 @@ async def test_append_and_seal_are_linked_to_the_producers_span(tmp_path: Path, 
     monkeypatch.setattr(sealer, "tracer", tracer)
     coordinator = CoordinatorStandIn()
     coordinator.create("orders")
-    agent = await started(tmp_path, coordinator, seal_age_ms=200)
+    agent = await started(tmp_path, coordinator, seal_age_ms=600_000)
     await eventually(lambda: agent.agent.running().logs.led("orders", 0) is not None)
     batch = encode_batch(Records.from_lists([b"v"]))
     await agent.api.produce(pb.ProduceRequest(topic="orders", batch=batch))
@@ -32,8 +33,14 @@ async def test_append_and_seal_are_linked_to_the_producers_span(tmp_path: Path, 
         context = current_traceparent()
     requests = [pb.ProduceRequest(topic="orders", batch=batch, trace_context=context) for _ in range(LINKS_MAX + 8)]
     await asyncio.gather(*map(agent.api.produce, requests))
+    # A waiting durable ack has the buffer sealed now, with all that was appended before it.
+    durable = asyncio.create_task(
+        agent.api.produce(pb.ProduceRequest(topic="orders", batch=batch, acks=types_pb2.ACKS_DURABLE))
+    )
     await eventually(lambda: coordinator.buffers)
     (announced,) = coordinator.buffers.values()
+    durable.cancel()
+    await asyncio.gather(durable, return_exceptions=True)
     await kill(agent)
     spans = exporter.get_finished_spans()
     appends = [span for span in spans if span.name == "ingest.append"]
