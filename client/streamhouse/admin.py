@@ -1,22 +1,25 @@
 """Topics, offsets, groups, the state of the cluster: what operators and scripts ask. Answers are plain dataclasses."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
 from typing import Literal, Self
 
-from shproto.errors import Unavailable
+from shproto.errors import Unavailable, UnknownGroup, UnknownPartition
 from shproto.rpc import Interceptors
 from shproto.v1 import coordinator_pb2, query_pb2, types_pb2
 
 from streamhouse.core.options import ACKS, Acks
+from streamhouse.group_admin import Group, GroupDescription, OffsetReset, ResetTo, description_of, group_of, reset_of
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
 from streamhouse.records import TopicPartition
 
 # Creating a topic or listing one with many partitions touches PostgreSQL; beyond 10 s something is wrong.
 REQUEST_TIMEOUT_MS = 10_000
+# Half of what a query service takes in one request.
+LOOKUPS_MAX = 500
 _ACKS_NAMES: dict[int, Acks] = {ACKS["none"]: "none", ACKS["wal"]: "wal", ACKS["durable"]: "durable"}
 
 
@@ -37,7 +40,8 @@ class Topic:
 @dataclass(frozen=True, slots=True)
 class OffsetRange:
     """The offsets one epoch owns: [start_offset, limit_offset), registered up to registered_end. end_offset is set
-    once it is settled. status: open | orphaned | settled | lost."""
+    once it is settled. status: open | orphaned | settled | lost. orphaned_ms: when its leader was lost; 0: it is not
+    orphaned."""
 
     epoch: int
     start_offset: int
@@ -46,6 +50,7 @@ class OffsetRange:
     end_offset: int | None
     status: str
     agent_id: str
+    orphaned_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +248,118 @@ class Admin:
         ]
         await self._peers.coordinator.commit_offsets(coordinator_pb2.CommitOffsetsRequest(group=group, offsets=commits))
 
+    # ---- consumer groups, for operators
+
+    async def list_groups(self) -> list[Group]:
+        response = await self._peers.coordinator.list_groups(coordinator_pb2.ListGroupsRequest())
+        return [group_of(info) for info in response.groups]
+
+    async def describe_group(self, group: str) -> GroupDescription:
+        """Members, what they work on, positions and lag. Raises UnknownGroup."""
+        request = coordinator_pb2.DescribeGroupRequest(group=group)
+        response = await self._peers.coordinator.describe_group(request)
+        partitions = [TopicPartition(item.topic, item.partition) for item in response.partitions]
+        try:
+            ends = await self._offsets_at("latest", partitions)
+        except Unavailable:
+            ends = {}  # the rest is worth seeing, and just then
+        return description_of(response, ends)
+
+    async def reset_offsets(
+        self, group: str, to: ResetTo, *, topic: str | None = None, partition: int | None = None, execute: bool = False
+    ) -> list[OffsetReset]:
+        """Where the group would go on, one entry per partition: those it has committed, or all of `topic`, or its one
+        `partition`. Only with `execute` it does: then raises GroupNotEmpty while the group has members.
+
+        Raises UnknownGroup (unless a topic is named), UnknownTopic, UnknownPartition, Unavailable.
+        """
+        committed = await self._committed(group, required=topic is None)
+        if topic is None:
+            partitions = [where for where in committed if partition is None or where.partition == partition]
+        elif partition is None:
+            partitions = [TopicPartition(topic, n) for n in range((await self._metadata.topic(topic)).partitions)]
+        else:
+            partitions = [TopicPartition(topic, partition)]
+        starts = await self._offsets_at("earliest", partitions)
+        ends = await self._offsets_at("latest", partitions)
+        wanted = await self._wanted(to, partitions, starts, ends)
+        plan = [
+            reset_of(where, committed.get(where), wanted[where], starts[where], ends[where]) for where in partitions
+        ]
+        if execute and plan:
+            commits = [
+                coordinator_pb2.OffsetCommit(topic=r.topic, partition=r.partition, offset=r.offset) for r in plan
+            ]
+            request = coordinator_pb2.ResetOffsetsRequest(group=group, offsets=commits)
+            await self._peers.coordinator.reset_offsets(request)
+        return plan
+
+    async def _committed(self, group: str, *, required: bool) -> dict[TopicPartition, int]:
+        try:
+            offsets = await self.group_offsets(group)
+        except UnknownGroup:
+            if required:
+                raise
+            return {}
+        return {TopicPartition(item.topic, item.partition): item.offset for item in offsets}
+
+    async def _wanted(
+        self,
+        to: ResetTo,
+        partitions: Sequence[TopicPartition],
+        starts: Mapping[TopicPartition, int],
+        ends: Mapping[TopicPartition, int],
+    ) -> Mapping[TopicPartition, int]:
+        if to == "earliest":
+            return starts
+        if to == "latest":
+            return ends
+        if isinstance(to, datetime):
+            return await self._offsets_at(to, partitions)
+        return dict.fromkeys(partitions, int(to))
+
+    async def _offsets_at(
+        self, at: Literal["earliest", "latest"] | datetime, partitions: Iterable[TopicPartition]
+    ) -> dict[TopicPartition, int]:
+        by_topic: dict[str, list[int]] = {}
+        for where in partitions:
+            by_topic.setdefault(where.topic, []).append(where.partition)
+        found: dict[TopicPartition, int] = {}
+        for topic, numbers in by_topic.items():
+            for first in range(0, len(numbers), LOOKUPS_MAX):
+                answers = await self.offsets(topic, at, numbers[first : first + LOOKUPS_MAX])
+                found |= {where: answer.offset for where, answer in answers.items()}
+        return found
+
+    async def delete_group(self, group: str) -> None:
+        """With its committed offsets. Raises UnknownGroup, GroupNotEmpty."""
+        await self._peers.coordinator.delete_group(coordinator_pb2.DeleteGroupRequest(group=group))
+
+    # ---- ranges whose agent is gone
+
+    async def orphaned_ranges(self, topic: str, partition: int) -> list[OffsetRange]:
+        """What readers of the partition wait for, and only an agent that is gone has. Raises UnknownTopic,
+        UnknownPartition."""
+        described = await self.describe_topic(topic)
+        if partition >= len(described.partitions):
+            raise UnknownPartition(
+                f"topic {topic!r} has {len(described.partitions)} partitions, there is no {partition}",
+                topic=topic,
+                partition=partition,
+                partitions=len(described.partitions),
+            )
+        return [owned for owned in described.partitions[partition].ranges if owned.status == "orphaned"]
+
+    async def declare_lost(
+        self, topic: str, partition: int, epochs: Sequence[int], reason: str = ""
+    ) -> list[OffsetRange]:
+        """Gives up what is not registered of these orphaned ranges, for good: if the agent comes back, its records
+        are kept out. Returns the ranges as they are then; one that was settled meanwhile stays. Raises UnknownTopic,
+        UnknownPartition, InvalidArgument for a range that is led."""
+        request = coordinator_pb2.DeclareLostRequest(topic=topic, partition=partition, epochs=epochs, reason=reason)
+        response = await self._peers.coordinator.declare_lost(request)
+        return [_range(info) for info in response.ranges]
+
 
 def lookup_of(topic: str, partition: int, at: Literal["earliest", "latest"] | int | datetime) -> query_pb2.OffsetLookup:
     """The lookup of an end, or of a time in milliseconds or as a datetime (without a zone: local time)."""
@@ -279,6 +396,7 @@ def _range(info: types_pb2.OffsetRange) -> OffsetRange:
         info.end_offset if info.HasField("end_offset") else None,
         info.status,
         info.agent_id,
+        info.orphaned_ms,
     )
 
 

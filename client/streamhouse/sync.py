@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shformat import Header
 from shproto.rpc import Interceptors
 
-from streamhouse import admin, consumer, delivery, producer
+from streamhouse import admin, consumer, delivery, group_admin, producer
 from streamhouse.background import BACKGROUND
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import Acks, ConsumerKwargs, ProducerKwargs, Start
@@ -363,6 +363,39 @@ class Admin:
     def commit_group_offsets(self, group: str, offsets: dict[tuple[str, int], int]) -> None:
         """Sets where a group without members goes on."""
         BACKGROUND.run(self._inner.commit_group_offsets(group, offsets))
+
+    def list_groups(self) -> list[group_admin.Group]:
+        return BACKGROUND.run(self._inner.list_groups())
+
+    def describe_group(self, group: str) -> group_admin.GroupDescription:
+        """Members, what they work on, positions and lag. Raises UnknownGroup."""
+        return BACKGROUND.run(self._inner.describe_group(group))
+
+    def reset_offsets(
+        self,
+        group: str,
+        to: group_admin.ResetTo,
+        *,
+        topic: str | None = None,
+        partition: int | None = None,
+        execute: bool = False,
+    ) -> list[group_admin.OffsetReset]:
+        """Where the group would go on; only with `execute` it does. Raises GroupNotEmpty then, while it has members."""
+        return BACKGROUND.run(self._inner.reset_offsets(group, to, topic=topic, partition=partition, execute=execute))
+
+    def delete_group(self, group: str) -> None:
+        """With its committed offsets. Raises UnknownGroup, GroupNotEmpty."""
+        BACKGROUND.run(self._inner.delete_group(group))
+
+    def orphaned_ranges(self, topic: str, partition: int) -> list[admin.OffsetRange]:
+        """What readers of the partition wait for, and only an agent that is gone has."""
+        return BACKGROUND.run(self._inner.orphaned_ranges(topic, partition))
+
+    def declare_lost(
+        self, topic: str, partition: int, epochs: Sequence[int], reason: str = ""
+    ) -> list[admin.OffsetRange]:
+        """Gives up what is not registered of these orphaned ranges, for good."""
+        return BACKGROUND.run(self._inner.declare_lost(topic, partition, epochs, reason))
 
     def close(self) -> None:
         BACKGROUND.run(self._inner.close())

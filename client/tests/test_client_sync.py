@@ -4,11 +4,12 @@ import asyncio
 import threading
 
 import pytest
-from fake_streamhouse import FakeStreamHouse
 from streamhouse import errors
 from streamhouse.background import BACKGROUND
 from streamhouse.core.options import ConsumerKwargs, ConsumerOptions, ProducerKwargs, ProducerOptions
 from streamhouse.sync import Admin, Consumer, Producer
+
+from client.tests.fake_streamhouse import FakeStreamHouse
 
 
 @pytest.fixture

@@ -4,7 +4,19 @@ from typing import Any
 
 import click
 
-from streamhouse.cli import consume, health, inspect_commands, produce, serve, services, status, topic
+from streamhouse.cli import (
+    consume,
+    group,
+    health,
+    inspect_commands,
+    partition,
+    produce,
+    serve,
+    services,
+    status,
+    topic,
+    verify,
+)
 from streamhouse.cli.failures import EXIT_INTERRUPTED, CliError, explain, silence_stdout
 
 HELP = """StreamHouse: a durable log over object storage.
@@ -54,6 +66,9 @@ for command in (
     produce.produce,
     consume.consume,
     status.status,
+    group.group,
+    partition.partition,
+    verify.verify,
     inspect_commands.segment,
     inspect_commands.wal,
     health.health,

@@ -37,6 +37,7 @@ Render = Callable[["RecordBatch"], bytes]
 @click.option("--group", help="Consumer group: share the partitions, go on where it stopped, commit.")
 @click.option("--follow", is_flag=True, help="Go on at the end. Default: stop at the end as known at the start.")
 @click.option("--max", "count_max", type=click.IntRange(min=1), metavar="N", help="Stop after N records.")
+@click.option("--skip-lost", is_flag=True, help="Go on behind records that are damaged or were given up.")
 @click.option("--format", "shape", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--json", "shape", flag_value="json", help="The same as --format json.")
 @bootstrap_option
@@ -47,6 +48,7 @@ def consume(
     group: str | None,
     follow: bool,
     count_max: int | None,
+    skip_lost: bool,
     shape: str,
     bootstrap: str,
 ) -> None:
@@ -60,7 +62,7 @@ def consume(
 
     if group is not None and partition is not None:
         raise click.UsageError("--group shares out the partitions itself: leave out --partition")
-    reading = Reading(topic, position, partition, group, follow, count_max)
+    reading = Reading(topic, position, partition, group, follow, count_max, skip_lost)
     asyncio.run(_consume(bootstrap, reading, _json_lines if shape == "json" else _text))
 
 
@@ -74,6 +76,7 @@ class Reading:
     group: str | None
     follow: bool
     count_max: int | None
+    skip_lost: bool
 
     def consumer(self, bootstrap: str) -> Consumer:
         from streamhouse import Consumer
@@ -86,6 +89,7 @@ class Reading:
             group=self.group,
             start=self.position.start,
             stop_at_end=not self.follow,
+            on_data_loss="skip" if self.skip_lost else "error",
         )
 
 

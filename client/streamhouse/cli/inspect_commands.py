@@ -12,6 +12,7 @@ from streamhouse.cli.failures import CliError
 from streamhouse.cli.inspect_files import describe_segment_file, describe_segment_object, describe_wal
 from streamhouse.cli.options import json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
+from streamhouse.cli.store_option import store_of
 
 ROWS_MAX = 40
 
@@ -49,21 +50,8 @@ def inspect_segment(source: str, store_dir: str | None, config: str | None, show
 def _from_store(key: str, store_dir: str | None, config: str | None) -> dict[str, Any]:
     import asyncio
 
-    from shruntime.settings import StoreSettings
-    from shstore.configured import configured_store
-
-    from streamhouse.cli.services import environ_with, load_all_settings
-
-    load_all_settings()
-    environ = environ_with(store_dir=store_dir, config=config)
-    settings = StoreSettings.load(environ)
-    if not (settings.store_dir or config or any(name.startswith("STREAMHOUSE_S3_") for name in environ)):
-        raise CliError(
-            f"{key} is no file here; for an object key say where the store is: --store-dir or STREAMHOUSE_S3_*"
-        )
-
     async def call() -> dict[str, Any]:
-        store = configured_store(settings)
+        store = store_of(f"{key} is no file here; for an object key say where the store is", store_dir, config)
         try:
             return await describe_segment_object(key, store)
         finally:

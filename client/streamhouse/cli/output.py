@@ -16,7 +16,7 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, err: bool = False) -> None:
     """Prints rows under a title. A column named with a trailing `#` holds numbers: it aligns right, without the `#`."""
     from rich import box
     from rich.console import Console
@@ -30,7 +30,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(column.removesuffix("#"), justify="right" if column.endswith("#") else "left")
     for row in rows:
         table.add_row(*(Text(show(cell)) for cell in row))
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+    stream = sys.stderr if err else sys.stdout
+    Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH).print(table)
 
 
 def show(cell: object) -> str:
@@ -57,6 +58,16 @@ def show_share(size_bytes: int, size_bytes_max: int) -> str:
     if size_bytes_max <= 0:
         return show_bytes(size_bytes)
     return f"{show_bytes(size_bytes)} of {show_bytes(size_bytes_max)} ({100 * size_bytes / size_bytes_max:.0f} %)"
+
+
+def show_span(duration_ms: int) -> str:
+    """8 s, 12 min, 3.5 h, 4.0 d"""
+    seconds = max(0, duration_ms) / 1000
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} d"
 
 
 def show_time(time_ms: int | None) -> str:

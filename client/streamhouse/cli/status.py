@@ -9,7 +9,7 @@ import click
 
 from streamhouse.cli.failures import is_unreachable, one_line
 from streamhouse.cli.options import bootstrap_option, json_option
-from streamhouse.cli.output import print_json, print_table, show_bytes, show_share
+from streamhouse.cli.output import print_json, print_table, show_bytes, show_share, show_time
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -203,7 +203,12 @@ def _print_waits(report: dict[str, Any]) -> None:
     )
     for entry in report["partitions"]:
         for owned in entry["unsettled"]:
+            status = f"{owned['status']}{_since(owned['orphaned_ms'])}"
             click.echo(
                 f"readers of {entry['topic']}/{entry['partition']} wait at offset {owned['registered_end']}: "
-                f"epoch {owned['epoch']} of agent {owned['agent_id']} is {owned['status']}"
+                f"epoch {owned['epoch']} of agent {owned['agent_id']} is {status}"
             )
+
+
+def _since(orphaned_ms: int) -> str:
+    return f" since {show_time(orphaned_ms)}; bring the agent back, or see `partition settle`" if orphaned_ms else ""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from streamhouse.cli.ask import ask
 from streamhouse.cli.options import bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
 
 if TYPE_CHECKING:
-    from streamhouse.admin import Admin, TopicDescription
+    from streamhouse.admin import OffsetRange, Topic, TopicDescription
     from streamhouse.core.options import Acks
-
-Answer = TypeVar("Answer")
 
 
 @click.group(short_help="Create, list, describe and delete topics.")
@@ -30,21 +28,22 @@ def topic() -> None:
 @click.option("--retention-bytes", type=click.IntRange(min=1), help="Keep so many bytes per partition. Default: all.")
 @click.option(
     "--min-acks",
-    type=click.Choice(["wal", "durable"]),
+    type=click.Choice(["none", "wal", "durable"]),
     default="wal",
     show_default=True,
-    help="The weakest acknowledgement a producer may ask for: in the leader's log, or on the object store.",
+    help="The weakest acknowledgement a producer may ask for: none, in the leader's log, or on the object store.",
 )
 @click.option(
     "--unclean-recovery-after-ms",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=0),
+    metavar="MS",
     help="Give up on what a lost agent had not uploaded after this long. Default: never, readers wait.",
 )
 @json_option
 @bootstrap_option
 def create(name: str, partitions: int, min_acks: Acks, as_json: bool, bootstrap: str, **limits: int | None) -> None:
     """Create topic NAME."""
-    created = _ask(bootstrap, lambda admin: admin.create_topic(name, partitions, min_acks=min_acks, **limits))
+    created = ask(bootstrap, lambda admin: admin.create_topic(name, partitions, min_acks=min_acks, **limits))
     if as_json:
         print_json(asdict(created))
     else:
@@ -56,7 +55,7 @@ def create(name: str, partitions: int, min_acks: Acks, as_json: bool, bootstrap:
 @bootstrap_option
 def list_topics(as_json: bool, bootstrap: str) -> None:
     """List all topics."""
-    topics = sorted(_ask(bootstrap, lambda admin: admin.list_topics()), key=lambda info: info.topic)
+    topics = sorted(ask(bootstrap, lambda admin: admin.list_topics()), key=lambda info: info.topic)
     if as_json:
         print_json([asdict(info) for info in topics])
         return
@@ -81,7 +80,7 @@ def list_topics(as_json: bool, bootstrap: str) -> None:
 @bootstrap_option
 def describe(name: str, as_json: bool, bootstrap: str) -> None:
     """Show the partitions of topic NAME: leaders, offsets, segments."""
-    described = _ask(bootstrap, lambda admin: admin.describe_topic(name))
+    described = ask(bootstrap, lambda admin: admin.describe_topic(name))
     if as_json:
         print_json(asdict(described))
     else:
@@ -97,35 +96,21 @@ def delete(name: str, yes: bool, as_json: bool, bootstrap: str) -> None:
     """Delete topic NAME and all its records."""
     if not yes:
         click.confirm(f"Delete topic {name} and all its records?", abort=True, err=True)
-    topic_id = _ask(bootstrap, lambda admin: admin.delete_topic(name))
+    topic_id = ask(bootstrap, lambda admin: admin.delete_topic(name))
     if as_json:
         print_json({"topic": name, "topic_id": topic_id})
     else:
         click.echo(f"deleted topic {name}")
 
 
-def _ask(bootstrap: str, question: Callable[[Admin], Awaitable[Answer]]) -> Answer:
-    import asyncio
-
-    from streamhouse import Admin
-
-    async def call() -> Answer:
-        async with Admin(bootstrap) as admin:
-            return await question(admin)
-
-    return asyncio.run(call())
-
-
 def _print_description(described: TopicDescription) -> None:
-    info = described.topic
-    age = "for ever" if info.retention_ms is None else f"{info.retention_ms:,} ms"
-    size = "any size" if info.retention_bytes is None else f"{info.retention_bytes:,} bytes per partition"
-    click.echo(f"topic {info.topic} ({info.topic_id}), min acks {info.min_acks}, retention {age}, {size}")
-    columns = ["partition#", "leader", "epoch#", "start#", "registered end#", "records#", "segments#", "size#", "raw#"]
+    _print_settings(described.topic)
+    columns = ["partition#", "leader", "address", "epoch#", "start#", "registered end#", "records#", "segments#"]
     rows = [
         (
             partition.partition,
             partition.leader_agent_id or "none",
+            partition.leader_address,
             partition.epoch,
             partition.log_start_offset,
             partition.registered_end,
@@ -136,4 +121,41 @@ def _print_description(described: TopicDescription) -> None:
         )
         for partition in described.partitions
     ]
-    print_table("partitions (in segments; newer records are in the leader's log)", columns, rows)
+    title = "partitions (in segments; newer records are in the leader's log)"
+    print_table(title, [*columns, "size#", "raw#"], rows)
+    unfinished = [(part.partition, owned) for part in described.partitions for owned in part.ranges]
+    _print_ranges([(number, owned) for number, owned in unfinished if owned.status != "open"])
+
+
+def _print_settings(info: Topic) -> None:
+    age = "for ever" if info.retention_ms is None else f"{info.retention_ms:,} ms"
+    size = "any size" if info.retention_bytes is None else f"{info.retention_bytes:,} bytes per partition"
+    patience = info.unclean_recovery_after_ms
+    lost = "wait for it" if patience is None else f"give it up after {patience:,} ms"
+    click.echo(
+        f"topic {info.topic} ({info.topic_id}), created {show_time(info.created_ms)}\n"
+        f"min acks {info.min_acks}; retention {age}, {size}; what only a lost agent has: {lost}"
+    )
+
+
+def _print_ranges(ranges: list[tuple[int, OffsetRange]]) -> None:
+    """Of the epochs before the newest ones only those that are not over."""
+    if not ranges:
+        return
+    rows = [
+        (
+            number,
+            owned.epoch,
+            owned.agent_id,
+            owned.status,
+            owned.start_offset,
+            owned.registered_end,
+            owned.end_offset,
+            owned.limit_offset,
+            show_time(owned.orphaned_ms or None),
+        )
+        for number, owned in ranges
+    ]
+    columns = ["partition#", "epoch#", "agent", "status", "start#", "registered end#", "end#", "limit#", "orphaned"]
+    click.echo()
+    print_table("ranges that are not led", columns, rows)

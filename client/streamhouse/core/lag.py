@@ -24,3 +24,9 @@ def lag_of(position: int, log_start: int, end: int, newest_start: int, newest_re
     # Everything stored, and the newest range's records that are not; older unregistered ones are not known of.
     bound = stored + max(0, end - max(newest_registered_end, newest_start))
     return Lag(min(distance, bound), False)
+
+
+def lag_behind(position: int, end: int, newest_start: int, older_records: int, older_exact: bool) -> Lag:
+    """The same where the coordinator has counted: older_records lie from `position` on in the epochs before the
+    newest one. Not older_exact: one of these may hold more than is registered, so this is a lower bound."""
+    return Lag(max(0, end - max(position, newest_start)) + older_records, older_exact)

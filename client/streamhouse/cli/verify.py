@@ -1,0 +1,138 @@
+"""streamhouse verify: does the store hold what the registry says?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from streamhouse.cli.failures import CliError
+from streamhouse.cli.options import bootstrap_option, json_option
+from streamhouse.cli.output import print_json, print_table, show_bytes
+from streamhouse.cli.store_option import store_of
+
+if TYPE_CHECKING:
+    from streamhouse.core.registry_check import Finding
+    from streamhouse.verify import Report
+
+OBJECTS_DIR = "objects"  # of an embedded platform's data directory
+# As long as segmenters wait by default before they count an object as an orphan: it may still be registered.
+GRACE_MS = 3_600_000
+ROWS_MAX = 100
+
+Bar = tuple[Callable[[int], None], Callable[[int], None]]
+
+
+@click.command(short_help="Read every segment, and compare it with the registry.")
+@click.option("--topic", help="Only this topic. Default: all, and objects that no topic owns.")
+@click.option(
+    "--data-dir", type=click.Path(exists=True, file_okay=False), help="Of `streamhouse serve`, on this machine."
+)
+@click.option("--store-dir", type=click.Path(exists=True, file_okay=False), help="Local object store.")
+@click.option("--config", type=click.Path(dir_okay=False), help="TOML file with store settings.")
+@click.option(
+    "--grace-ms",
+    type=click.IntRange(min=0),
+    default=GRACE_MS,
+    show_default=True,
+    help="Objects that are not registered count as findings when they are older than this.",
+)
+@json_option
+@bootstrap_option
+def verify(
+    topic: str | None,
+    data_dir: str | None,
+    store_dir: str | None,
+    config: str | None,
+    grace_ms: int,
+    as_json: bool,
+    bootstrap: str,
+) -> None:
+    """Read every registered segment, check every checksum, decode it, and compare it with the registry.
+
+    Reports segments that are missing, damaged or different, overlaps, gaps inside an epoch, and objects that nobody
+    registered. Exit 1 when there is any. Needs a coordinator and the store: --data-dir, --store-dir or
+    STREAMHOUSE_S3_*. Changes nothing; what the platform does meanwhile is no finding.
+    """
+    import asyncio
+
+    if data_dir is not None and store_dir is not None:
+        raise click.UsageError("--data-dir and --store-dir exclude each other")
+    directory = str(Path(data_dir) / OBJECTS_DIR) if data_dir is not None else store_dir
+    report = asyncio.run(_verify(bootstrap, topic, directory, config, grace_ms))
+    if as_json:
+        print_json(asdict(report))
+    else:
+        _print_report(report)
+    if report.findings:
+        raise CliError(f"{len(report.findings)} finding{'s' if len(report.findings) > 1 else ''}")
+
+
+async def _verify(
+    bootstrap: str, topic: str | None, directory: str | None, config: str | None, grace_ms: int
+) -> Report:
+    from streamhouse.peers import Peers
+    from streamhouse.verify import Verifier
+
+    store = store_of("say where the object store is", directory, config)
+    # Listing a snapshot of many segments takes a while; each answer is waited for this long.
+    peers = Peers(bootstrap, 60_000)
+    try:
+        await store.check()
+        with _progress() as (started, progress):
+            verifier = Verifier(
+                peers.coordinator, store, topic=topic, grace_ms=grace_ms, started=started, progress=progress
+            )
+            return await verifier.run()
+    finally:
+        await peers.close()
+        await store.close()
+
+
+@contextmanager
+def _progress() -> Iterator[Bar]:
+    """(total of bytes, bytes read since): drawn on stderr when that is a terminal."""
+    if not sys.stderr.isatty():
+        yield (lambda total: None), (lambda size_bytes: None)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("verify", total=None)
+        yield (
+            (lambda total: bar.update(task, total=total)),
+            (lambda size_bytes: bar.update(task, advance=size_bytes)),
+        )
+
+
+def _print_report(report: Report) -> None:
+    click.echo(
+        f"{report.segments:,} segments read, {report.records:,} records, {show_bytes(report.size_bytes)}; "
+        f"{report.objects:,} objects listed"
+    )
+    for count, what in (
+        (report.lost_spans, "spans are registered as lost: there is nothing to read"),
+        (report.replaced, "segments were replaced or removed meanwhile"),
+        (report.young_objects, "objects are not registered, and too new to say that they will not be"),
+    ):
+        if count:
+            click.echo(f"{count:,} {what}")
+    if report.findings:
+        click.echo()
+        columns = ["finding", "topic", "partition#", "from offset#", "to#", "object", "at#", ""]
+        print_table("findings", columns, map(_row, report.findings[:ROWS_MAX]))
+    if len(report.findings) > ROWS_MAX:
+        click.echo(f"… {len(report.findings) - ROWS_MAX:,} more, shown with --json")
+
+
+def _row(finding: Finding) -> tuple[object, ...]:
+    numbers = (finding.partition, finding.base_offset, finding.end_offset, finding.object_at)
+    partition, base, end, at = (None if number < 0 else number for number in numbers)
+    return finding.kind, finding.topic, partition, base, end, finding.object_key, at, finding.what

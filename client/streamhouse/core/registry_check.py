@@ -1,0 +1,147 @@
+"""Whether what the registry says of segments holds together, and agrees with what is in the objects. Pure."""
+
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["missing", "damaged", "different", "overlapping", "gap", "unregistered"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """missing: registered, and not in the store (or cut short there). damaged: bytes fail their checks. different:
+    sound, but not what is registered. overlapping: two segments claim the same offsets. gap: registered offsets of an
+    epoch that no segment holds. unregistered: an object that no segment lies in."""
+
+    kind: Kind
+    what: str
+    topic: str = ""
+    partition: int = -1
+    base_offset: int = -1
+    end_offset: int = -1
+    object_key: str = ""
+    object_at: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredSegment:
+    """A segment as it is registered. lost_reason: it stands for records that are gone, and has no object."""
+
+    segment_id: str
+    topic_id: str
+    topic: str
+    partition: int
+    epoch: int
+    base_offset: int
+    end_offset: int
+    record_count: int
+    object_key: str
+    object_at: int
+    size_bytes: int
+    first_timestamp_ms: int
+    max_timestamp_ms: int
+    lost_reason: str
+
+    def finding(self, kind: Kind, what: str) -> Finding:
+        return Finding(
+            kind,
+            what,
+            self.topic,
+            self.partition,
+            self.base_offset,
+            self.end_offset,
+            self.object_key,
+            self.object_at,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredRange:
+    """[start_offset, registered_end) of one epoch should be in segments."""
+
+    epoch: int
+    start_offset: int
+    registered_end: int
+
+
+def check_partition(
+    topic: str,
+    partition: int,
+    log_start_offset: int,
+    ranges: Sequence[RegisteredRange],
+    segments: Iterable[RegisteredSegment],
+) -> list[Finding]:
+    """Overlaps between segments, and gaps in the registered part of the ranges."""
+    ordered = sorted(segments, key=lambda segment: (segment.base_offset, segment.end_offset))
+    findings = list(_overlaps(ordered))
+    spans = _joined((segment.base_offset, segment.end_offset) for segment in ordered)
+    for owned in ranges:
+        start = max(owned.start_offset, log_start_offset)
+        for base, end in _uncovered(start, owned.registered_end, spans):
+            what = f"epoch {owned.epoch} is registered up to {owned.registered_end}, but no segment holds these offsets"
+            findings.append(Finding("gap", what, topic, partition, base, end))
+    return findings
+
+
+def _overlaps(ordered: Sequence[RegisteredSegment]) -> Iterator[Finding]:
+    furthest: RegisteredSegment | None = None
+    for segment in ordered:
+        if furthest is not None and segment.base_offset < furthest.end_offset:
+            what = (
+                f"segments {furthest.segment_id} and {segment.segment_id} both hold offsets "
+                f"{segment.base_offset} to {min(furthest.end_offset, segment.end_offset)} (exclusive)"
+            )
+            yield segment.finding("overlapping", what)
+        if furthest is None or segment.end_offset > furthest.end_offset:
+            furthest = segment
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ascending spans, those that touch or overlap as one."""
+    joined: list[tuple[int, int]] = []
+    for base, end in spans:
+        if joined and base <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((base, end))
+    return joined
+
+
+def _uncovered(start: int, end: int, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What of [start, end) lies in none of the spans, which ascend and are apart."""
+    for base, until in spans:
+        if base >= end:
+            break
+        if base > start:
+            yield start, base
+        start = max(start, until)
+    if start < end:
+        yield start, end
+
+
+def check_contents(segment: RegisteredSegment, described: Mapping[str, Any]) -> list[Finding]:
+    """`described`: what shformat.describe_segment found in the segment's bytes."""
+    damage = [
+        segment.finding("damaged", f"at byte {item['at']} of the segment: {item['what']}")
+        for item in described["damage"]
+    ]
+    header = described["header"]
+    if damage or header is None:
+        return damage
+    blocks = described["blocks"]
+    found = {
+        "topic_id": uuid.UUID(header["topic_id"]).hex,
+        "partition": header["partition"],
+        "epoch": header["epoch"],
+        "base_offset": header["base_offset"],
+        "end_offset": header["end_offset"],
+        "record_count": header["record_count"],
+        "first_timestamp_ms": min(block["first_timestamp_ms"] for block in blocks),
+        "max_timestamp_ms": max(block["max_timestamp_ms"] for block in blocks),
+    }
+    return [
+        segment.finding("different", f"{name} is registered as {getattr(segment, name)}, the object has {value}")
+        for name, value in found.items()
+        if getattr(segment, name) != value
+    ]

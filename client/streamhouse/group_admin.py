@@ -1,0 +1,134 @@
+"""Consumer groups as operators see them: dataclasses, and what their lag and new positions come to."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from shproto.v1 import coordinator_pb2
+
+from streamhouse.core.lag import lag_behind
+from streamhouse.records import TopicPartition
+
+# As in `Admin.reset_offsets`: an end of each partition, an offset, or a time.
+ResetTo = Literal["earliest", "latest"] | int | datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """state: empty | rebalancing | stable"""
+
+    group: str
+    state: str
+    generation: int
+    members: int
+    committed_partitions: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMember:
+    """`assigned` by the newest generation; `owned`: what it works on until it lets go."""
+
+    member_id: str
+    client_id: str
+    topics: tuple[str, ...]
+    assigned: tuple[TopicPartition, ...]
+    owned: tuple[TopicPartition, ...]
+    session_timeout_ms: int
+    expires_in_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPosition:
+    """Where the group goes on in one partition. offset None: nothing is committed, and there is no lag then.
+
+    lag: records from there to the end. Not lag_exact: an agent is gone whose records are not all known. end_offset
+    None: no query service answered for it.
+    """
+
+    topic: str
+    partition: int
+    member_id: str
+    offset: int | None
+    log_start_offset: int
+    end_offset: int | None
+    lag: int | None
+    lag_exact: bool
+    metadata: str
+    committed_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDescription:
+    group: Group
+    members: tuple[GroupMember, ...]
+    positions: tuple[GroupPosition, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OffsetReset:
+    """One partition's new position, `offset`; before None: nothing was committed. clamped: the one asked for lies
+    outside of [log_start_offset, end_offset], this is the nearest inside."""
+
+    topic: str
+    partition: int
+    before: int | None
+    offset: int
+    log_start_offset: int
+    end_offset: int
+    clamped: bool
+
+
+def group_of(info: coordinator_pb2.GroupSummary) -> Group:
+    return Group(info.group, info.state, info.generation, info.members, info.committed_partitions)
+
+
+def description_of(info: coordinator_pb2.DescribeGroupResponse, ends: Mapping[TopicPartition, int]) -> GroupDescription:
+    """`ends`: of the partitions, as far as they are known."""
+    return GroupDescription(
+        group_of(info.summary),
+        tuple(_member(item) for item in info.members),
+        tuple(_position(item, ends.get(TopicPartition(item.topic, item.partition))) for item in info.partitions),
+    )
+
+
+def _member(info: coordinator_pb2.GroupMember) -> GroupMember:
+    return GroupMember(
+        info.member_id,
+        info.client_id,
+        tuple(info.topics),
+        _partitions(info.assigned),
+        _partitions(info.owned),
+        info.session_timeout_ms,
+        info.expires_in_ms,
+    )
+
+
+def _partitions(items: Iterable[coordinator_pb2.TopicPartition]) -> tuple[TopicPartition, ...]:
+    return tuple(TopicPartition(item.topic, item.partition) for item in items)
+
+
+def _position(info: coordinator_pb2.GroupPartition, end: int | None) -> GroupPosition:
+    committed = info.offset if info.offset >= 0 else None
+    lag = None
+    if committed is not None and end is not None:
+        position = max(committed, info.log_start_offset)
+        lag = lag_behind(position, end, info.newest_start_offset, info.older_records, info.exact)
+    return GroupPosition(
+        info.topic,
+        info.partition,
+        info.member_id,
+        committed,
+        info.log_start_offset,
+        end,
+        None if lag is None else lag.records,
+        lag is None or lag.exact,
+        info.metadata,
+        info.committed_ms,
+    )
+
+
+def reset_of(where: TopicPartition, before: int | None, wanted: int, log_start: int, end: int) -> OffsetReset:
+    """`wanted`, or what is nearest to it of what there is."""
+    offset = min(max(wanted, log_start), max(end, log_start))
+    return OffsetReset(where.topic, where.partition, before, offset, log_start, end, offset != wanted)

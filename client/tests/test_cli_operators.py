@@ -1,0 +1,213 @@
+"""Operators' commands end to end: groups and `verify`, as processes against one `streamhouse serve`.
+
+`partition settle` needs an agent that is gone while another leads: tests/integration/test_takeover.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from streamhouse.cli.serve_process import ServeProcess
+from streamhouse.sync import Admin, Consumer, Producer
+
+pytestmark = pytest.mark.integration
+TIMEOUT_S = 60
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    folder = tmp_path_factory.mktemp("operators")
+    with ServeProcess(folder / "data", folder / "serve.log", {"STREAMHOUSE_SEAL_AGE_MS": "300"}) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def data_dir(serve: ServeProcess) -> Path:
+    return serve.data_dir
+
+
+class Cli:
+    def __init__(self, address: str) -> None:
+        self.environ = {key: value for key, value in os.environ.items() if not key.startswith("STREAMHOUSE_")}
+        self.environ["STREAMHOUSE_BOOTSTRAP"] = address
+
+    def run(self, *arguments: str, code: int = 0, given: bytes = b"") -> tuple[str, str]:
+        command = [sys.executable, "-m", "streamhouse.cli", *arguments]
+        done = subprocess.run(
+            command, env=self.environ, input=given, capture_output=True, timeout=TIMEOUT_S, check=False
+        )
+        assert done.returncode == code, done.stderr.decode(errors="replace")
+        return done.stdout.decode(), done.stderr.decode()
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        return json.loads(self.run(*arguments, "--json", code=code)[0])
+
+
+@pytest.fixture
+def cli(serve: ServeProcess) -> Cli:
+    return Cli(serve.address)
+
+
+@pytest.fixture
+def topic(serve: ServeProcess) -> str:
+    """Two partitions, ten records in each, at timestamps 0 to 9."""
+    name = f"t-{uuid4().hex[:12]}"
+    with Admin(serve.address) as admin:
+        admin.create_topic(name, partitions=2)
+    with Producer(serve.address) as producer:
+        for partition in range(2):
+            values = [b"%d" % n for n in range(10)]
+            producer.send_many(name, values, timestamps_ms=list(range(10)), partition=partition).result()
+    return name
+
+
+def registered(serve: ServeProcess, topic: str, count: int) -> None:
+    deadline = time.monotonic() + 30
+    with Admin(serve.address) as admin:
+        while sum(part.record_count for part in admin.describe_topic(topic).partitions) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+# ---- topics
+
+
+def test_a_topic_shows_everything_it_was_made_with(cli: Cli) -> None:
+    name = f"t-{uuid4().hex[:12]}"
+    options = ["--retention-ms", "86400000", "--retention-bytes", "1000000", "--unclean-recovery-after-ms", "0"]
+    created = cli.json("topic", "create", name, "--partitions", "1", "--min-acks", "none", *options)
+    assert (created["min_acks"], created["retention_bytes"]) == ("none", 1_000_000)
+    assert created["unclean_recovery_after_ms"] == 0
+    shown, _ = cli.run("topic", "describe", name)
+    for text in ("min acks none", "86,400,000 ms", "1,000,000 bytes", "give it up after 0 ms", "created 20"):
+        assert text in shown
+
+
+# ---- groups
+
+
+def test_a_group_is_described_moved_and_deleted(cli: Cli, serve: ServeProcess, topic: str) -> None:
+    group = f"g-{uuid4().hex[:8]}"
+    with Consumer(serve.address, [topic], group=group) as consumer:
+        for _ in range(4):
+            next(consumer)
+        consumer.commit()
+        described = cli.json("group", "describe", group)
+        assert (described["group"]["state"], described["group"]["members"]) == ("stable", 1)
+        assert sum(position["lag"] for position in described["positions"] if position["offset"] is not None) >= 6
+        (member,) = described["members"]
+        assert member["owned"] == [[topic, 0], [topic, 1]]
+        assert "GROUP_NOT_EMPTY" in cli.run("group", "reset-offsets", group, "--to", "earliest", "--execute", code=1)[1]
+        assert "GROUP_NOT_EMPTY" in cli.run("group", "delete", group, "--yes", code=1)[1]
+    listed = {item["group"]: item for item in cli.json("group", "list")}
+    assert listed[group]["state"] == "empty"
+    assert group in cli.run("group", "list")[0]
+    with Admin(serve.address) as admin:
+        admin.commit_group_offsets(group, {(topic, 0): 4, (topic, 1): 7})
+    shown, _ = cli.run("group", "describe", group)
+    assert "lag: 9 records in 2 of 2 partitions" in shown
+    check_reset(cli, group, topic)
+    assert cli.run("group", "delete", group, given=b"n\n", code=1)[1].endswith("Aborted!\n")
+    assert cli.run("group", "delete", group, "--yes")[0] == f"deleted group {group}\n"
+    assert "UNKNOWN_GROUP" in cli.run("group", "describe", group, code=1)[1]
+    assert "UNKNOWN_GROUP" in cli.run("group", "reset-offsets", group, "--to", "latest", code=1)[1]
+
+
+def check_reset(cli: Cli, group: str, topic: str) -> None:
+    def reset(*arguments: str) -> list[tuple[int, Any, int, bool]]:
+        report = cli.json("group", "reset-offsets", group, *arguments)
+        assert report["executed"] is ("--execute" in arguments)
+        return [(p["partition"], p["before"], p["offset"], p["clamped"]) for p in report["partitions"]]
+
+    def committed() -> list[int]:
+        return [position["offset"] for position in cli.json("group", "describe", group)["positions"]]
+
+    shown, said = cli.run("group", "reset-offsets", group, "--to", "earliest")
+    assert "nothing was changed; add --execute to do it" in said and topic in shown
+    assert reset("--to", "earliest") == [(0, 4, 0, False), (1, 7, 0, False)]
+    assert committed() == [4, 7], "a dry run changes nothing"
+    assert reset("--to", "99", "--execute") == [(0, 4, 10, True), (1, 7, 10, True)]
+    assert reset("--to", "@3", "--topic", topic, "--execute") == [(0, 10, 3, False), (1, 10, 3, False)]
+    assert reset("--to", "latest", "--topic", topic, "--partition", "1", "--execute") == [(1, 3, 10, False)]
+    assert committed() == [3, 10]
+    assert "UNKNOWN_TOPIC" in cli.run("group", "reset-offsets", group, "--to", "0", "--topic", "nope", code=1)[1]
+    cli.run("group", "reset-offsets", group, "--to", "0", "--partition", "1", code=2)
+
+
+def test_a_group_can_be_placed_before_its_first_consumer(cli: Cli, serve: ServeProcess, topic: str) -> None:
+    group = f"g-{uuid4().hex[:8]}"
+    cli.run("group", "reset-offsets", group, "--to", "8", "--topic", topic, "--execute")
+    with Consumer(serve.address, [topic], group=group, stop_at_end=True) as consumer:
+        assert [record.offset for record in consumer] == [8, 9, 8, 9]
+
+
+# ---- partition settle
+
+
+def test_a_partition_without_orphans_has_nothing_to_settle(cli: Cli, topic: str) -> None:
+    assert "no orphaned range" in cli.run("partition", "settle", topic, "0", "--lost", "--yes", code=1)[1]
+    assert "UNKNOWN_PARTITION" in cli.run("partition", "settle", topic, "9", "--lost", "--yes", code=1)[1]
+    cli.run("partition", "settle", topic, "0", "--yes", code=2)
+
+
+# ---- verify
+
+
+def test_a_sound_platform_verifies(cli: Cli, serve: ServeProcess, data_dir: Path, topic: str) -> None:
+    registered(serve, topic, 20)
+    report = cli.json("verify", "--data-dir", str(data_dir))
+    assert report["findings"] == [] and report["records"] >= 20 and report["objects"] > 0
+    shown, _ = cli.run("verify", "--store-dir", str(data_dir / "objects"), "--topic", topic)
+    assert "20 records" in shown
+
+
+def test_verify_needs_a_store_and_a_topic_that_is_there(cli: Cli, data_dir: Path) -> None:
+    assert "--store-dir" in cli.run("verify", code=1)[1]
+    assert "UNKNOWN_TOPIC" in cli.run("verify", "--data-dir", str(data_dir), "--topic", "nope", code=1)[1]
+
+
+def test_verify_finds_what_is_wrong(cli: Cli, serve: ServeProcess, data_dir: Path) -> None:
+    """Missing, damaged, cut short, unregistered: each at its place; exit 1."""
+    topics = [f"v{number}-{uuid4().hex[:8]}" for number in range(3)]
+    with Admin(serve.address) as admin:
+        for name in topics:
+            admin.create_topic(name)
+    for name in topics:  # one after the other, so that each has an object of its own
+        with Producer(serve.address) as producer:
+            producer.send_many(name, [os.urandom(100) for _ in range(50)]).result()
+        registered(serve, name, 50)
+    objects = data_dir / "objects"
+    missing, damaged, cut = (next(objects.glob(f"data/{name}.*/0/*.seg")) for name in topics)
+    for path in (missing, damaged, cut):
+        path.chmod(0o600)
+    contents = bytearray(damaged.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    damaged.write_bytes(contents)
+    os.truncate(cut, 200)
+    kept = missing.read_bytes()
+    missing.unlink()
+    stray = missing.with_name("00000000000000000099-1-stray.seg")
+    stray.write_bytes(kept)
+    try:
+        report = cli.json("verify", "--data-dir", str(data_dir), "--grace-ms", "0", code=1)
+        found = {(item["kind"], item["topic"], item["object_key"]) for item in report["findings"]}
+        keys = [str(path.relative_to(objects)) for path in (missing, damaged, cut, stray)]
+        assert ("missing", topics[0], keys[0]) in found
+        assert ("damaged", topics[1], keys[1]) in found
+        assert ("missing", topics[2], keys[2]) in found
+        assert ("unregistered", "", keys[3]) in found
+        shown, said = cli.run("verify", "--data-dir", str(data_dir), "--topic", topics[1], code=1)
+        assert "damaged" in shown and said == "error: 1 finding\n"
+        young = cli.json("verify", "--data-dir", str(data_dir), "--topic", topics[0], code=1)
+        assert [item["kind"] for item in young["findings"]] == ["missing"] and young["young_objects"] == 1
+    finally:
+        with Admin(serve.address) as admin:
+            for name in topics:
+                admin.delete_topic(name)
