@@ -287,3 +287,19 @@ async def test_ranges_stay_disjoint_when_everything_happens_at_once(
             end = one.end_offset if one.status == "settled" else one.limit_offset
             assert end <= other.start_offset
             assert one.start_offset <= one.registered_end <= end
+
+
+async def test_a_range_that_was_given_up_is_described(api: CoordinatorApi, open_agent: Any) -> None:
+    """Ingest agents look here before they call an old batch of a takeover durable."""
+    await create(api, 1)
+    agent = await open_agent(api, "a")
+    grant = (await agent.leads())[0]
+    await agent.write(grant, 0, 10)
+    await agent.close()
+    await open_agent(api, "b")
+    await api.declare_lost(pb.DeclareLostRequest(topic="orders", partition=0, epochs=[1]))
+    described = (await api.describe_topic(pb.DescribeTopicRequest(topic="orders"))).partitions[0]
+    assert [(item.epoch, item.status, item.registered_end, item.end_offset) for item in described.ranges] == [
+        (1, "lost", 10, WIDTH),
+        (2, "open", WIDTH, 0),
+    ]

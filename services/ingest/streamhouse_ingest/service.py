@@ -22,6 +22,7 @@ from shproto.v1 import types_pb2
 from shruntime.clock import Clock
 from shruntime.telemetry import context_of, current_traceparent
 
+from streamhouse_ingest.core.partition_log import PartitionLog
 from streamhouse_ingest.logs import HeldLog, Logs, not_leader
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.settings import IngestSettings
@@ -33,6 +34,8 @@ tracer = trace.get_tracer("streamhouse.ingest")
 
 # Below this a batch is checked on the event loop (0.2 ms per 100 KB), above it in a thread.
 _THREAD_FROM_BYTES = 512 * 1024
+# How often the coordinator is asked whether the original of a durable retry is registered in somebody else's range.
+_ASK_AGAIN_MS = 500
 _ACKS = frozenset(types_pb2.Acks.values())
 _ACK_NAMES: dict[int, str] = {types_pb2.ACKS_NONE: "none", types_pb2.ACKS_WAL: "wal", types_pb2.ACKS_DURABLE: "durable"}
 
@@ -108,7 +111,8 @@ class ProduceService:
         return Accepted(request, held, header, acks, timeout_ms, answer_by_ms, written, span)
 
     async def answer(self, accepted: Accepted) -> pb.ProduceResponse:
-        """The response once the ack level is reached. Raises what refused the batch, DurableTimeout, Unavailable."""
+        """The response once the ack level is reached. Raises what refused the batch, DurableTimeout, Unavailable,
+        DataLoss when it is a retry of a batch that was given up."""
         with self._counting_refusals(), trace.use_span(accepted.span, end_on_exit=True):
             return await self._answer(accepted)
 
@@ -141,22 +145,30 @@ class ProduceService:
         return outcome
 
     async def _wait_durable(self, accepted: Accepted, written: Written) -> None:
-        held = self._holder(written)
+        held, log = self._holder(written), written.held.log
         if held is None:
-            if written.duplicate or written.end_offset <= written.held.log.registered_end:
+            if log.start_offset <= written.base_offset and written.end_offset <= log.registered_end:
                 return  # not held any more because it is registered
-            log = written.held.log
-            raise not_leader(log.topic, log.key.partition, "its range is over; whether the batch is kept is unknown")
+            if not written.duplicate:
+                why = "its range is over; whether the batch is kept is unknown"
+                raise not_leader(log.topic, log.key.partition, why)
+            await self._wait_registered_elsewhere(accepted, written)
+            return
         registered = held.wait_registered(written.end_offset)
         if not await self._done_in_time(accepted, registered):
-            raise DurableTimeout(
-                f"{held.log.describe()}: offset {written.base_offset} is in the write-ahead log, but was not "
-                f"registered within {accepted.timeout_ms} ms",
-                base_offset=written.base_offset,
-                timeout_ms=accepted.timeout_ms,
-            )
+            raise _durable_timeout(accepted, held.log, written)
         if (error := registered.result()) is not None:
             raise error
+
+    async def _wait_registered_elsewhere(self, accepted: Accepted, written: Written) -> None:
+        """The original lies in an older range. That may be the orphaned one of an agent whose disk is gone: that it
+        was written there once is no durable acknowledgement."""
+        log = written.held.log
+        while not await self._topics.is_registered(log, written.base_offset):
+            left_ms = accepted.answer_by_ms - self._clock.monotonic_ms()
+            if left_ms <= 0:
+                raise _durable_timeout(accepted, log, written)
+            await self._clock.sleep_ms(min(left_ms, _ASK_AGAIN_MS))
 
     def _holder(self, written: Written) -> HeldLog | None:
         """The log that has the batch: a duplicate's original may lie in an older epoch."""
@@ -234,6 +246,15 @@ class ProduceService:
             return encode_batch(_columns(plain, self._clock.wall_ms()), codec=Codec.LZ4)
         except FormatError as error:
             raise InvalidBatch(f"these records make no batch: {error}", at=error.at, what=error.what) from error
+
+
+def _durable_timeout(accepted: Accepted, log: PartitionLog, written: Written) -> DurableTimeout:
+    return DurableTimeout(
+        f"{log.describe()}: offset {written.base_offset} is in a write-ahead log, but was not registered within "
+        f"{accepted.timeout_ms} ms",
+        base_offset=written.base_offset,
+        timeout_ms=accepted.timeout_ms,
+    )
 
 
 def _start_span(held: HeldLog, trace_context: str) -> tuple[trace.Span, str]:

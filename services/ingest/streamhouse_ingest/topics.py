@@ -1,15 +1,18 @@
-"""What to answer for a partition this agent does not lead: unknown topic, unknown partition, or somebody else's."""
+"""What to answer for a partition this agent does not lead: unknown topic, unknown partition, or somebody else's; and
+what has become of offsets in ranges it does not hold."""
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from shproto.errors import InvalidArgument, StreamHouseError, Unavailable, UnknownPartition, UnknownTopic
+from shproto.errors import DataLoss, InvalidArgument, StreamHouseError, Unavailable, UnknownPartition, UnknownTopic
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
+from shproto.v1 import types_pb2
 from shruntime.clock import Clock
 
+from streamhouse_ingest.core.partition_log import PartitionLog
 from streamhouse_ingest.logs import HeldLog, Logs, not_leader
 from streamhouse_ingest.waiting import ends_within
 
@@ -66,6 +69,26 @@ class TopicLookup:
             raise not_leader(topic, partition, f"its leader is {leader}" if leader else "it has no leader now")
         return held
 
+    async def is_registered(self, log: PartitionLog, offset: int) -> bool:
+        """Whether a batch written at `offset`, in an older range of the log's partition, is in a segment; False also
+        when the coordinator cannot say. Raises DataLoss when its range was given up, NotLeader when the topic is gone.
+        """
+        try:
+            described = await self._coordinator.describe_topic(pb.DescribeTopicRequest(topic=log.topic))
+        except UnknownTopic:
+            described = pb.DescribeTopicResponse()
+        except StreamHouseError:
+            return False
+        if described.topic.topic_id != log.key.topic_id:
+            raise not_leader(log.topic, log.key.partition, "the topic was deleted")
+        for owned in described.partitions[log.key.partition].ranges:
+            end_offset = owned.end_offset if owned.HasField("end_offset") else owned.limit_offset
+            if owned.registered_end <= offset < end_offset:
+                if owned.status == "lost":
+                    raise _given_up(log, owned, offset)
+                return False
+        return True
+
     async def _metadata(self, topic: str) -> pb.TopicMetadata | None:
         now_ms = self._clock.monotonic_ms()
         known = self._known.get(topic)
@@ -105,3 +128,14 @@ class TopicLookup:
                 self._clock, self._reconcile(), _REMEMBER_MS
             )  # ours, but the event has not reached us yet
         return metadata
+
+
+def _given_up(log: PartitionLog, owned: types_pb2.OffsetRange, offset: int) -> DataLoss:
+    return DataLoss(
+        f"{log.topic}/{log.key.partition}: the batch was written at offset {offset} in epoch {owned.epoch} of agent "
+        f"{owned.agent_id}, and given up with everything from offset {owned.registered_end} on",
+        topic=log.topic,
+        partition=log.key.partition,
+        base_offset=owned.registered_end,
+        end_offset=owned.end_offset,
+    )

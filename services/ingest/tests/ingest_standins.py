@@ -115,6 +115,27 @@ class CoordinatorStandIn:
             response.topics.append(pb.TopicMetadata(topic=info, leaders=leaders))
         return response
 
+    async def describe_topic(self, request: pb.DescribeTopicRequest) -> pb.DescribeTopicResponse:
+        self._called("describe_topic")
+        if request.topic not in self.topics:
+            raise UnknownTopic(f"no topic {request.topic}", topic=request.topic)
+        info = self.topics[request.topic]
+        partitions = [pb.PartitionInfo(partition=partition) for partition in range(info.partitions)]
+        for row in self.ranges.values():
+            if row.topic_id == info.topic_id and (row.status == "lost" or not row.finished):
+                owned = types_pb2.OffsetRange(
+                    epoch=row.epoch,
+                    start_offset=row.start,
+                    limit_offset=row.limit,
+                    registered_end=row.registered_end,
+                    status=row.status,
+                    agent_id=row.agent_id,
+                )
+                if row.end is not None:
+                    owned.end_offset = row.end
+                partitions[row.partition].ranges.append(owned)
+        return pb.DescribeTopicResponse(topic=info, partitions=partitions)
+
     # ---- sessions and ranges
 
     def assign(self) -> None:

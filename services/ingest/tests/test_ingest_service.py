@@ -11,16 +11,6 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
-from ingest_standins import (
-    CoordinatorStandIn,
-    SegmenterStandIn,
-    eventually,
-    flip_bit,
-    kill,
-    pull,
-    started,
-    wal_files,
-)
 from opentelemetry import metrics
 from shformat import ProducerStamp, Records, decode_batch, encode_batch
 from shproto import errors
@@ -31,6 +21,17 @@ from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.core.buffer import WalPosition
 from streamhouse_ingest.ports import Frame, WalLocked
 from streamhouse_ingest.wiring import IngestService
+
+from services.ingest.tests.ingest_standins import (
+    CoordinatorStandIn,
+    SegmenterStandIn,
+    eventually,
+    flip_bit,
+    kill,
+    pull,
+    started,
+    wal_files,
+)
 
 WAL, DURABLE, NONE = types_pb2.ACKS_WAL, types_pb2.ACKS_DURABLE, types_pb2.ACKS_NONE
 
@@ -335,6 +336,32 @@ async def test_g5_the_next_leader_knows_the_producers_from_the_snapshot(
         assert (again.base_offset, again.duplicate, again.epoch) == (0, True, 2)
         durable = await other.api.produce(request(b"a", stamp=stamp, acks=DURABLE, timeout_ms=1000))
         assert durable.duplicate, "the original is registered"
+
+
+async def test_g1_a_durable_retry_is_not_acknowledged_by_what_only_a_dead_agents_disk_has(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    """The snapshot travels with the announcement, so the next leader knows batches that were never uploaded."""
+    stamps = [ProducerStamp(7, 0, i) for i in range(2)]
+    async with running(tmp_path / "a", coordinator, seal_age_ms=20) as service:
+        for stamp in stamps:
+            await service.api.produce(request(b"a", stamp=stamp))
+        await eventually(lambda: coordinator.buffers)
+        await eventually(lambda: sum(part.record_count for b in coordinator.buffers.values() for part in b.slices) == 2)
+        last = list(coordinator.buffers.values())[-1].slices[0]
+    coordinator.expire_all()
+    old = coordinator.ranges[(topic_id, 0, 1)]
+    old.snapshot = last.producer_snapshot
+    async with running(tmp_path / "b", coordinator, agent_id="agent-2") as other:
+        retry = request(b"a", stamp=stamps[0], acks=DURABLE, timeout_ms=100)
+        with pytest.raises(errors.DurableTimeout):
+            await other.api.produce(retry)
+        coordinator.register(old.key, 0, 1)
+        found = await other.api.produce(retry)
+        assert (found.duplicate, found.base_offset) == (True, 0)
+        coordinator.lose(old)
+        with pytest.raises(errors.DataLoss):
+            await other.api.produce(request(b"a", stamp=stamps[1], acks=DURABLE, timeout_ms=100))
 
 
 async def test_retries_within_one_group_are_written_once(
@@ -723,8 +750,9 @@ async def test_an_agent_id_in_use_elsewhere_is_refused(
 
 
 async def test_before_start_the_api_says_so(tmp_path: Path, coordinator: CoordinatorStandIn):
-    from ingest_standins import settings
     from streamhouse_ingest.wiring import build
+
+    from services.ingest.tests.ingest_standins import settings
 
     service = build(settings(tmp_path), coordinator)  # type: ignore[arg-type]
     with pytest.raises(errors.Unavailable):

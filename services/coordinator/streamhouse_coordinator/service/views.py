@@ -10,7 +10,17 @@ from shproto.v1 import types_pb2
 from streamhouse_coordinator import messages
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.sessions import INGEST
-from streamhouse_coordinator.ports import UNFINISHED, Above, In, Predicate, Totals, Transaction, Where, where
+from streamhouse_coordinator.ports import (
+    LOST_RANGES,
+    UNFINISHED,
+    Above,
+    In,
+    Predicate,
+    Totals,
+    Transaction,
+    Where,
+    where,
+)
 from streamhouse_coordinator.service.common import Context, RangeKey, newest_ranges, topic_named
 from streamhouse_coordinator.service.recovery import orphaned_since
 
@@ -44,6 +54,7 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
         partitions = await tx.select(t.PARTITIONS, of_topic, order=("partition",))
         newest = await newest_ranges(tx, partitions)
         rows = await tx.select(t.RANGES, where(UNFINISHED, topic_id=topic.topic_id))
+        rows += await _lost_ranges(tx, partitions)
         unfinished, since = _by_partition(rows), await orphaned_since(tx, rows)
         sums = ("size_bytes", "raw_bytes", "record_count")
         stored = {row.group[0]: row for row in await tx.totals(t.SEGMENTS, of_topic, by=("partition",), sums=sums)}
@@ -59,6 +70,13 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
         return pb.DescribeTopicResponse(topic=messages.topic_info(topic), partitions=shown)
 
     return await context.store.run(work)
+
+
+async def _lost_ranges(tx: Transaction, partitions: Sequence[t.PartitionRow]) -> list[t.RangeRow]:
+    """What was given up and is not below the start of its log."""
+    starts = {row.partition: row.log_start_offset for row in partitions}
+    lost = await tx.select(t.RANGES, where(LOST_RANGES, topic_id=partitions[0].topic_id)) if partitions else []
+    return [row for row in lost if row.end_offset is None or row.end_offset > starts.get(row.partition, 0)]
 
 
 def _partition_info(
