@@ -1,4 +1,4 @@
-"""A whole distributed StreamHouse: two of each service as processes over real PostgreSQL, S3, RabbitMQ and Redis."""
+"""A whole distributed StreamHouse: services as processes over real PostgreSQL, S3 and, if given, RabbitMQ and Redis."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,14 +6,17 @@ from pathlib import Path
 from tests.integration.processes import ServiceProcess, free_ports
 
 REPLICAS = 2
+SERVICES = ("coordinator", "ingest", "query", "segmenter")
 
 
 class Cluster:
     """Two coordinators, ingest agents, segmenters and query services. `start` returns when all are ready."""
 
-    def __init__(self, common: Mapping[str, str], work_dir: Path) -> None:
-        """`common`: the STREAMHOUSE_* variables of PostgreSQL, S3, RabbitMQ and Redis."""
-        self._ports = iter(free_ports(4 * REPLICAS))
+    def __init__(self, common: Mapping[str, str], work_dir: Path, replicas: Mapping[str, int] | None = None) -> None:
+        """`common`: the STREAMHOUSE_* variables of PostgreSQL, S3, RabbitMQ and Redis. `replicas`: of services that
+        are not to run twice."""
+        self._replicas = dict.fromkeys(SERVICES, REPLICAS) | dict(replicas or {})
+        self._ports = iter(free_ports(sum(self._replicas.values())))
         self._work_dir = work_dir
         self.coordinators: dict[str, ServiceProcess] = {}
         self.services: dict[str, ServiceProcess] = {}
@@ -30,9 +33,8 @@ class Cluster:
         for name in self._names("segmenter"):
             self._add("segmenter", name, environ | {"STREAMHOUSE_WORKER_ID": name})
 
-    @staticmethod
-    def _names(service: str) -> list[str]:
-        return [f"{service}-{n + 1}" for n in range(REPLICAS)]
+    def _names(self, service: str) -> list[str]:
+        return [f"{service}-{n + 1}" for n in range(self._replicas[service])]
 
     def _add(self, service: str, name: str, environ: Mapping[str, str]) -> None:
         listen = f"127.0.0.1:{next(self._ports)}"
