@@ -81,9 +81,7 @@ async def test_first_start_restart_and_settings(base: Path) -> None:
             assert await query(dsn, f"show {name}") == value
     assert not is_alive(pid)
     assert not (base / "pg" / "postmaster.pid").exists()
-    started = time.monotonic()
     async with running(base / "pg") as (_, dsn):
-        assert time.monotonic() - started < 5, "a restart takes 0.1 s; 5 s leaves room for a busy machine"
         assert await query(dsn, "select n from kept") == 42
 
 

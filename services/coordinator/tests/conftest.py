@@ -119,14 +119,14 @@ class Agent:
         self.api, self.name, self.address, self.wal_id = api, name, address, uuid.uuid4().bytes
         self.session = pb.OpenSessionResponse()
 
-    async def open(self, ends: Mapping[tuple[bytes, int, int], int] | None = None) -> "Agent":
+    async def open(self, ends: Mapping[tuple[bytes, int, int], int] | None = None, **doubts: bool) -> "Agent":
         wal_ends = [
             pb.WalEnd(topic_id=topic_id, partition=partition, epoch=epoch, end_offset=end)
             for (topic_id, partition, epoch), end in (ends or {}).items()
         ]
         self.session = await self.api.open_session(
             pb.OpenSessionRequest(
-                agent_id=self.name, role="ingest", address=self.address, wal_id=self.wal_id, wal_ends=wal_ends
+                agent_id=self.name, role="ingest", address=self.address, wal_id=self.wal_id, wal_ends=wal_ends, **doubts
             )
         )
         return self

@@ -19,6 +19,7 @@ from shproto.events import (
 from streamhouse_coordinator.core import compaction, names, registration, retention, sessions, topics
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.registration import Result
+from streamhouse_coordinator.core.sessions import WalEnds
 
 TOPIC = "0" * 32
 KEY = (TOPIC, 0, 1)
@@ -92,30 +93,46 @@ def old(session_id: str = "s", wal_id: str = "w") -> t.SessionRow:
 
 
 def test_the_same_log_supersedes_its_own_session_at_once_and_settles_where_its_replay_ended() -> None:
-    events = sessions.open_session(OPENED, [old()], {"s"}, [RANGE], {KEY: 140}, set())
+    events = sessions.open_session(OPENED, [old()], {"s"}, [RANGE], WalEnds({KEY: 140}), set())
     assert events == [SessionClosed("s", "a", "ingest", "superseded"), RangeSettled(TOPIC, 0, 1, 140), OPENED]
 
 
 def test_without_a_word_about_a_range_it_settles_at_what_is_registered() -> None:
-    assert sessions.settle_all([RANGE], {}) == [RangeSettled(TOPIC, 0, 1, 100)]
-    assert sessions.settle_all([replace(RANGE, status=t.ORPHANED)], {}) == [RangeSettled(TOPIC, 0, 1, 100)]
-    assert sessions.settle_all([SETTLED], {KEY: 500}) == [], "an end is declared once"
+    assert sessions.settle_all([RANGE], WalEnds(), ()) == [RangeSettled(TOPIC, 0, 1, 100)]
+    assert sessions.settle_all([replace(RANGE, status=t.ORPHANED)], WalEnds(), ()) == [RangeSettled(TOPIC, 0, 1, 100)]
+    assert sessions.settle_all([SETTLED], WalEnds({KEY: 500}), ()) == [], "an end is declared once"
 
 
 def test_a_log_that_lost_its_tail_does_not_take_back_what_is_registered() -> None:
-    assert sessions.settle_all([RANGE], {KEY: 50}) == [RangeSettled(TOPIC, 0, 1, 100)]
+    assert sessions.settle_all([RANGE], WalEnds({KEY: 50}), ()) == [RangeSettled(TOPIC, 0, 1, 100)]
+
+
+def test_g2_a_damaged_log_settles_at_the_limit_what_its_replay_cannot_tell() -> None:
+    unknown = WalEnds({KEY: 140}, unknown=True)
+    other = replace(RANGE, partition=1)
+    assert sessions.settle_all([RANGE, other], unknown, ()) == [
+        RangeSettled(TOPIC, 0, 1, 140),
+        RangeSettled(TOPIC, 1, 1, RANGE.limit_offset),
+    ]
+    durable = sessions.settle_all([other], unknown, {TOPIC})
+    assert durable == [RangeSettled(TOPIC, 1, 1, 100)], "nothing beyond was acknowledged, or read"
+
+
+def test_g2_with_a_torn_log_the_next_epochs_are_granted_before_the_ends_are_declared() -> None:
+    events = sessions.open_session(OPENED, [old()], {"s"}, [RANGE, SETTLED], WalEnds({KEY: 140}, torn=True), set())
+    assert events == [SessionClosed("s", "a", "ingest", "superseded"), RangeOrphaned(TOPIC, 0, 1), OPENED]
 
 
 def test_an_end_beyond_the_range_is_refused() -> None:
     with pytest.raises(InvalidArgument):
-        sessions.settle_all([RANGE], {KEY: 1001})
+        sessions.settle_all([RANGE], WalEnds({KEY: 1001}), ())
 
 
 def test_another_log_under_the_same_agent_id() -> None:
     with pytest.raises(AgentIdTaken):
-        sessions.open_session(OPENED, [old(wal_id="other")], {"s"}, [], {}, set())
+        sessions.open_session(OPENED, [old(wal_id="other")], {"s"}, [], WalEnds(), set())
     foreign = replace(RANGE, wal_id="other")
-    events = sessions.open_session(OPENED, [old(wal_id="other")], set(), [foreign], {}, set())
+    events = sessions.open_session(OPENED, [old(wal_id="other")], set(), [foreign], WalEnds(), set())
     assert events == [RangeOrphaned(TOPIC, 0, 1), SessionClosed("s", "a", "ingest", "expired"), OPENED]
 
 

@@ -303,3 +303,27 @@ async def test_a_range_that_was_given_up_is_described(api: CoordinatorApi, open_
         (1, "lost", 10, WIDTH),
         (2, "open", WIDTH, 0),
     ]
+
+
+async def test_g2_after_damage_no_offset_that_may_have_been_used_is_given_out_again(
+    api: CoordinatorApi, open_agent: Any
+) -> None:
+    """Nobody can say what a damaged log held beyond what its replay found."""
+    topic_id = await create(api, 2)
+    agent = await open_agent(api, "a")
+    await agent.open({(topic_id, 1, 1): 7}, ends_unknown=True)
+    resumed = {grant.partition: grant for grant in agent.session.resumed}
+    assert (resumed[0].end_offset, resumed[1].end_offset) == (WIDTH, 7), "the other one's newest frames are sound"
+    assert {n: grant.start_offset for n, grant in (await agent.leads()).items()} == {0: WIDTH, 1: 7}
+
+
+async def test_g2_after_a_torn_write_the_ends_are_known_but_offsets_go_on_beyond_the_limit(
+    api: CoordinatorApi, open_agent: Any
+) -> None:
+    topic_id = await create(api, 2)
+    agent = await open_agent(api, "a")
+    await agent.open({(topic_id, 0, 1): 7}, torn=True)
+    assert {grant.partition: grant.end_offset for grant in agent.session.resumed} == {0: 7}, "the other was empty"
+    assert {n: grant.start_offset for n, grant in (await agent.leads()).items()} == {0: WIDTH, 1: WIDTH}
+    ranges = await all_ranges(api)
+    assert [(r.epoch, r.status, r.end_offset) for r in ranges[0]] == [(1, "settled", 7), (2, "open", 0)]

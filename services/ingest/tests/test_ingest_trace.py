@@ -4,7 +4,6 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from ingest_standins import CoordinatorStandIn, eventually, kill, started
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -15,6 +14,8 @@ from shproto.v1 import types_pb2
 from shruntime.telemetry import current_traceparent
 from streamhouse_ingest import sealer, service
 from streamhouse_ingest.logs import LINKS_MAX
+
+from services.ingest.tests.ingest_standins import CoordinatorStandIn, eventually, kill, started
 
 
 async def test_append_and_seal_are_linked_to_the_producers_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,17 +1,13 @@
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from query_standins import StandInPlatform
 from streamhouse_query.settings import QuerySettings
 from streamhouse_query.wiring import QueryService, build
 
-StartQuery = Callable[..., Awaitable[QueryService]]
+from services.query.tests.query_standins import StandInPlatform
+from services.query.tests.start_query import StartQuery
 
 
 @pytest.fixture

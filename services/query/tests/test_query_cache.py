@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import StartQuery
-from query_standins import StandInPlatform, values_of
 from shformat import decode_batch
 from shproto import events as ev
 from shproto.errors import DataLoss, Unavailable
@@ -22,7 +20,10 @@ from streamhouse_query.chunk_reader import CacheDirError, ChunkId, ChunkReader, 
 from streamhouse_query.counters import Counters
 from streamhouse_query.segment_reader import BlockRun, SegmentReader
 from streamhouse_query.wiring import QueryService
-from test_query_fetch import fetch, one_partition, read_all, settle_in
+
+from services.query.tests.query_standins import StandInPlatform, values_of
+from services.query.tests.start_query import StartQuery
+from services.query.tests.test_query_fetch import fetch, one_partition, read_all, settle_in
 
 pytestmark = pytest.mark.timeout(30)
 

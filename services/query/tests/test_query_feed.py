@@ -3,11 +3,12 @@
 import asyncio
 
 import pytest
-from conftest import StartQuery
-from query_standins import StandInPlatform, values_of
 from shproto.v1 import coordinator_pb2, query_pb2
 from streamhouse_query.wiring import QueryService
-from test_query_fetch import fetch, one_partition, read_all, settle_in
+
+from services.query.tests.query_standins import StandInPlatform, values_of
+from services.query.tests.start_query import StartQuery
+from services.query.tests.test_query_fetch import fetch, one_partition, read_all, settle_in
 
 pytestmark = pytest.mark.timeout(30)
 

@@ -3,8 +3,6 @@
 import asyncio
 
 import pytest
-from conftest import StartQuery
-from query_standins import StandInPlatform, values_of
 from shformat import decode_batch
 from shproto.errors import (
     DataLoss,
@@ -16,6 +14,9 @@ from shproto.errors import (
 )
 from shproto.v1 import query_pb2
 from streamhouse_query.wiring import QueryService
+
+from services.query.tests.query_standins import StandInPlatform, values_of
+from services.query.tests.start_query import StartQuery
 
 pytestmark = pytest.mark.timeout(30)
 

@@ -3,12 +3,13 @@
 import random
 
 import pytest
-from conftest import StartQuery
-from query_standins import RANGE_WIDTH, StandInPlatform, values_of
 from shproto.errors import InvalidArgument, Unavailable, UnknownTopic
 from shproto.v1 import query_pb2
 from streamhouse_query.wiring import QueryService
-from test_query_fetch import one_partition, settle_in
+
+from services.query.tests.query_standins import RANGE_WIDTH, StandInPlatform, values_of
+from services.query.tests.start_query import StartQuery
+from services.query.tests.test_query_fetch import one_partition, settle_in
 
 pytestmark = pytest.mark.timeout(30)
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from grpc.aio import insecure_channel
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from query_standins import StandInPlatform, values_of
 from shformat import decode_batch
 from shproto.errors import OffsetBeyondEnd, StreamHouseError
 from shproto.rpc import Connection
@@ -22,6 +21,8 @@ from shruntime.settings import SettingsError
 from shstore import LocalStore, StoreSettings
 from streamhouse_query.settings import QuerySettings
 from streamhouse_query.wiring import build
+
+from services.query.tests.query_standins import StandInPlatform, values_of
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -8,10 +8,11 @@ from typing import Any
 import fakeredis
 import pytest
 import redis.asyncio
-from conftest import StartQuery
-from query_standins import StandInPlatform, values_of
-from test_query_cache import segment_of, written
-from test_query_fetch import one_partition, read_all
+
+from services.query.tests.query_standins import StandInPlatform, values_of
+from services.query.tests.start_query import StartQuery
+from services.query.tests.test_query_cache import segment_of, written
+from services.query.tests.test_query_fetch import one_partition, read_all
 
 pytestmark = pytest.mark.timeout(30)
 

@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 
 import pytest
-from conftest import StartQuery
-from query_standins import StandInPlatform, values_of
 from shformat import decode_batch
 from shproto.errors import InvalidArgument, StreamHouseError
 from shproto.rpc import Connection
@@ -16,7 +14,10 @@ from shproto.v1 import query_pb2
 from shruntime.server import RpcServer
 from streamhouse_query.subscribe import ByteBudget
 from streamhouse_query.wiring import QueryService
-from test_query_fetch import one_partition
+
+from services.query.tests.query_standins import StandInPlatform, values_of
+from services.query.tests.start_query import StartQuery
+from services.query.tests.test_query_fetch import one_partition
 
 pytestmark = pytest.mark.timeout(30)
 

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from segmenter_standins import TOPIC_ID, records_of
 from shformat import BatchHeader, encode_batch, read_batch_header
 from shproto.v1 import coordinator_pb2 as c
 from shproto.v1 import types_pb2
@@ -16,6 +15,8 @@ from streamhouse_segmenter.core.keys import data_key, object_key
 from streamhouse_segmenter.core.plan import SliceMismatch, SliceProgress, plan_objects
 from streamhouse_segmenter.core.retry import retry_after_ms, still_early
 from streamhouse_segmenter.core.sweep import StoredObject, judge, old_enough
+
+from services.segmenter.tests.segmenter_standins import TOPIC_ID, records_of
 
 
 def slice_of(partition: int, base: int, end: int, size_bytes: int = 100) -> c.BufferSlice:

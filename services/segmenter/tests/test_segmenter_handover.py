@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from segmenter_standins import TOPIC_ID, StandInAgent, StandInCoordinator, assert_all_stored, records_of
 from shformat import encode_batch, stamp_batch
 from shproto.errors import Unavailable
 from shproto.v1 import coordinator_pb2 as c
@@ -15,6 +14,14 @@ from shstore import FaultKind, FaultyStore, MemoryStore, RandomFaults, RetryingS
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.service import Segmenter
 from streamhouse_segmenter.settings import SegmenterSettings
+
+from services.segmenter.tests.segmenter_standins import (
+    TOPIC_ID,
+    StandInAgent,
+    StandInCoordinator,
+    assert_all_stored,
+    records_of,
+)
 
 SETTINGS = SegmenterSettings(
     handover_retry_first_ms=1,

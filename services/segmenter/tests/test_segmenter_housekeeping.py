@@ -4,7 +4,6 @@ import random
 from typing import Any
 
 import pytest
-from segmenter_standins import TOPIC_ID, StandInAgent, StandInCoordinator, assert_all_stored, records_of
 from shformat import SegmentBuilder, encode_batch
 from shproto.errors import Fenced, Unavailable
 from shproto.v1 import coordinator_pb2 as c
@@ -15,6 +14,14 @@ from streamhouse_segmenter.core.history import MARK_KEY
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.service import Segmenter
 from streamhouse_segmenter.settings import SegmenterSettings
+
+from services.segmenter.tests.segmenter_standins import (
+    TOPIC_ID,
+    StandInAgent,
+    StandInCoordinator,
+    assert_all_stored,
+    records_of,
+)
 
 HOUR_MS = 3_600_000
 SETTINGS = SegmenterSettings(

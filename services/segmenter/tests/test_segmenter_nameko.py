@@ -16,10 +16,11 @@ from pathlib import Path
 
 import aio_pika
 import pytest
-from segmenter_standins import StandInAgent, StandInCoordinator, assert_all_stored
 from shproto.v1 import coordinator_pb2, ingest_pb2
 from shruntime.server import RpcServer
 from shstore import LocalStore, StoreSettings
+
+from services.segmenter.tests.segmenter_standins import StandInAgent, StandInCoordinator, assert_all_stored
 
 for _noisy in ("aiormq", "aio_pika"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # they log every refused connection while a broker starts

@@ -3,10 +3,11 @@
 import asyncio
 from typing import Any
 
-from segmenter_standins import TOPIC_ID, StandInAgent, StandInCoordinator, assert_all_stored
 from shstore import FaultyStore, MemoryStore
 from streamhouse_segmenter.settings import SegmenterSettings
 from streamhouse_segmenter.wiring import SegmenterService, build
+
+from services.segmenter.tests.segmenter_standins import TOPIC_ID, StandInAgent, StandInCoordinator, assert_all_stored
 
 NEVER_MS = 3_600_000
 
