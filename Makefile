@@ -47,6 +47,9 @@ fuzz: $(VENV)/.ready-dev ## Coverage-guided fuzzing: MINUTES=10 TARGET=all SEED=
 	$(PIP) install -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz.run --minutes $(or $(MINUTES),10) --target $(or $(TARGET),all) --seed $(or $(SEED),1)
 
+faults: $(VENV)/.ready-dev ## Whole services under faults, judged by a checker: MINUTES=5 SEED=1 NEMESIS=all
+	$(BIN)/python -m tests.faults.run --minutes $(or $(MINUTES),5) --nemesis $(or $(NEMESIS),all) $(if $(SEED),--seed $(SEED))
+
 serve: $(VENV)/.ready-demo ## The embedded platform on ./streamhouse-data
 	$(BIN)/streamhouse serve $(ARGS)
 
