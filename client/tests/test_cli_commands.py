@@ -78,7 +78,8 @@ def test_help_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     "command",
     ["serve", "topic create", "topic list", "topic describe", "topic delete", "produce", "consume", "segment inspect",
-     "wal inspect", "status", "health", "ingest", "segmenter", "query", "coordinator"],
+     "wal inspect", "status", "group list", "group describe", "group reset-offsets", "group delete", "partition settle",
+     "verify", "health", "ingest", "segmenter", "query", "coordinator"],
 )  # fmt: skip
 def test_every_command_has_help(command: str) -> None:
     result = run(*command.split(), "--help")
@@ -91,7 +92,19 @@ def test_every_command_has_help(command: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["topic list", "topic describe t", "topic create t --partitions 1", "topic delete t --yes", "status"],
+    [
+        "topic list",
+        "topic describe t",
+        "topic create t --partitions 1",
+        "topic delete t --yes",
+        "status",
+        "group list",
+        "group describe g",
+        "group reset-offsets g --to latest",
+        "group delete g --yes",
+        "partition settle t 0 --lost --yes",
+        "verify --store-dir /tmp",
+    ],
 )
 def test_nobody_there_says_what_to_start(arguments: str, closed_port: int) -> None:
     address = f"127.0.0.1:{closed_port}"
@@ -128,7 +141,7 @@ def test_addresses_that_are_fine(address: str) -> None:
     [
         ["topic", "create", "t"],
         ["topic", "create", "t", "--partitions", "0"],
-        ["topic", "create", "t", "--partitions", "1", "--min-acks", "none"],
+        ["topic", "create", "t", "--partitions", "1", "--min-acks", "all"],
         ["topic", "create", "t", "--partitions", "1", "--retention-ms", "0"],
         ["produce"],
         ["produce", "t", "--key-field", "a", "--key-separator", ":"],

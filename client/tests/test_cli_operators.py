@@ -183,7 +183,7 @@ def test_verify_finds_what_is_wrong(cli: Cli, serve: ServeProcess, data_dir: Pat
         with Producer(serve.address) as producer:
             producer.send_many(name, [os.urandom(100) for _ in range(50)]).result()
         registered(serve, name, 50)
-    objects = data_dir / "objects"
+    objects = data_dir / "objects" / "objects"
     missing, damaged, cut = (next(objects.glob(f"data/{name}.*/0/*.seg")) for name in topics)
     for path in (missing, damaged, cut):
         path.chmod(0o600)
