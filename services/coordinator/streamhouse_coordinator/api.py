@@ -18,7 +18,7 @@ from streamhouse_coordinator.core.names import (
     check_text,
     check_topic,
 )
-from streamhouse_coordinator.core.sessions import INGEST, ROLES
+from streamhouse_coordinator.core.sessions import INGEST, ROLES, WalEnds
 from streamhouse_coordinator.core.topics import ACKS_WAL
 from streamhouse_coordinator.feed import Feed
 from streamhouse_coordinator.service import (
@@ -104,13 +104,14 @@ class CoordinatorApi:
                 field="role",
                 value=request.role[:100],
             )
-        if request.role != INGEST and (request.wal_id or request.wal_ends):
+        ends = WalEnds(messages.wal_ends(request.wal_ends), request.ends_unknown, request.torn)
+        if request.role != INGEST and (request.wal_id or ends != WalEnds()):
             raise InvalidArgument(
                 "only ingest agents have a write-ahead log", field="wal_id", value=request.wal_id.hex()
             )
         wal_id = messages.hex_id("wal_id", request.wal_id) if request.role == INGEST else ""
         event = SessionOpened("", request.agent_id, request.role, request.address, wal_id, 0)
-        opened = await sessions.open_session(self._context, event, messages.wal_ends(request.wal_ends))
+        opened = await sessions.open_session(self._context, event, ends)
         return pb.OpenSessionResponse(
             session_id=opened.session_id,
             ttl_ms=self._settings.session_ttl_ms,

@@ -632,12 +632,23 @@ class OpenSessionRequest(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     WAL_ID_FIELD_NUMBER: _builtins.int
     WAL_ENDS_FIELD_NUMBER: _builtins.int
+    ENDS_UNKNOWN_FIELD_NUMBER: _builtins.int
+    TORN_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     role: _builtins.str
     """ingest | query | segmenter | coordinator"""
     address: _builtins.str
     wal_id: _builtins.bytes
     """ingest only: identity of the write-ahead log, 16 bytes"""
+    ends_unknown: _builtins.bool
+    """ingest only: the log is damaged where nobody can say whose records were there. Ranges that are not in wal_ends settle
+    at their limits (those of topics with min_acks durable at registered_end), so that no offset is given out twice; the
+    agent reports as lost what lies between.
+    """
+    torn: _builtins.bool
+    """ingest only: the end of the log looks like a write that was cut off by a power failure. Ranges settle as ever, but
+    the next epochs begin at their limits: should it have been more than that, no offset is given out twice.
+    """
     @_builtins.property
     def wal_ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___WalEnd]:
         """ingest only: what a replay found; older ranges of this WAL settle there"""
@@ -650,10 +661,12 @@ class OpenSessionRequest(_message.Message):
         address: _builtins.str = ...,
         wal_id: _builtins.bytes = ...,
         wal_ends: _abc.Iterable[Global___WalEnd] | None = ...,
+        ends_unknown: _builtins.bool = ...,
+        torn: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id", "role", b"role", "wal_ends", b"wal_ends", "wal_id", b"wal_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id", "ends_unknown", b"ends_unknown", "role", b"role", "torn", b"torn", "wal_ends", b"wal_ends", "wal_id", b"wal_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

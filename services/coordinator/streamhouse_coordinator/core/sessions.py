@@ -1,6 +1,7 @@
 """Opening and ending the sessions that leases hang on, and what becomes of the ranges of an ended one."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from shproto.errors import AgentIdTaken, InvalidArgument
 from shproto.events import Event, RangeExtended, RangeLost, RangeOrphaned, RangeSettled, SessionClosed, SessionOpened
@@ -13,15 +14,25 @@ ROLES = (INGEST, "query", "segmenter", "coordinator")
 RangeKey = tuple[str, int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class WalEnds:
+    """What a replay says of the ends of a log's ranges. `unknown`, `torn`: as in OpenSessionRequest."""
+
+    ends: Mapping[RangeKey, int] = field(default_factory=dict)
+    unknown: bool = False
+    torn: bool = False
+
+
 def open_session(
     opened: SessionOpened,
     others: Sequence[SessionRow],
     live: Collection[str],
     ranges: Sequence[RangeRow],
-    wal_ends: Mapping[RangeKey, int],
+    wal_ends: WalEnds,
     durable_topics: Collection[str],
 ) -> list[Event]:
-    """The events of a new session.
+    """The events of a new session. With a torn log the open ranges are only orphaned by them, so that the next epochs
+    begin at their limits; settle_all() is to follow those grants.
 
     `others`: sessions with the same agent id and role, or the same write-ahead log. `live`: ids of those whose lease
     runs. `ranges`: the unfinished ranges of `others` and of the log. Raises AgentIdTaken, InvalidArgument.
@@ -43,14 +54,19 @@ def open_session(
         events.append(SessionClosed(other.session_id, other.agent_id, other.role, why))
     if opened.wal_id:
         own = [row for row in ranges if row.wal_id == opened.wal_id]
-        events += settle_all(own, wal_ends)
+        events += leave(own, ()) if wal_ends.torn else settle_all(own, wal_ends, durable_topics)
     return [*events, opened]
 
 
-def settle_all(ranges: Sequence[RangeRow], wal_ends: Mapping[RangeKey, int]) -> list[Event]:
-    """Declares the ends of a log's ranges: what its replay found, else what is registered."""
-    unsettled = [row for row in ranges if row.status in (OPEN, ORPHANED)]
-    return [_settled(row, wal_ends.get(row.key, row.registered_end)) for row in unsettled]
+def settle_all(ranges: Sequence[RangeRow], wal_ends: WalEnds, durable_topics: Collection[str]) -> list[Event]:
+    """Declares the ends of a log's ranges: what its replay found, else what is registered, or, where damage may hide
+    more, the limit."""
+    events: list[Event] = []
+    for row in ranges:
+        if row.status in (OPEN, ORPHANED):
+            hidden = wal_ends.unknown and row.topic_id not in durable_topics
+            events.append(_settled(row, wal_ends.ends.get(row.key, row.limit_offset if hidden else row.registered_end)))
+    return events
 
 
 def _settled(row: RangeRow, end_offset: int) -> RangeSettled:

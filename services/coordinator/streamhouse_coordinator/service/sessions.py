@@ -38,7 +38,7 @@ class OpenedSession:
     feed_position: int
 
 
-async def open_session(context: Context, opened: SessionOpened, wal_ends: Mapping[RangeKey, int]) -> OpenedSession:
+async def open_session(context: Context, opened: SessionOpened, wal_ends: sessions.WalEnds) -> OpenedSession:
     """`opened` comes without session_id and started_ms. Raises AgentIdTaken, InvalidArgument."""
     session_id = context.new_id()
 
@@ -49,13 +49,17 @@ async def open_session(context: Context, opened: SessionOpened, wal_ends: Mappin
         others = await _others(tx, opened)
         live = await _live(tx, [row.session_id for row in others], now_ms)
         ranges = await _ranges_of(tx, others, opened.wal_id)
-        events = sessions.open_session(event, others, live, ranges, wal_ends, await durable_topics(tx))
+        durable = await durable_topics(tx)
+        events = sessions.open_session(event, others, live, ranges, wal_ends, durable)
         ops: list[RowOp] = [Remove(t.SESSION_LEASES, {"session_id": row.session_id}) for row in others]
         events += await _drop_buffers(tx, opened.wal_id, now_ms, ops)
         expires_ms = now_ms + context.settings.session_ttl_ms
         await tx.apply([*ops, Put(t.SESSION_LEASES, t.SessionLeaseRow(session_id, expires_ms, 0))])
         if opened.role == sessions.INGEST:
             position = await commit_leadership(tx, context.settings, events)
+            if wal_ends.torn:
+                own = [row for row in ranges if row.wal_id == opened.wal_id]
+                await tx.append(sessions.settle_all(own, wal_ends, durable))
         else:
             position = await tx.append(events) - len(events)
         resumed = await _grants(tx, opened.wal_id)
