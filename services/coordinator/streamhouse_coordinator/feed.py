@@ -55,7 +55,7 @@ class Feed:
                 await self._pause(self._poll_interval_s)
             except Unavailable as error:
                 log.debug("cannot read events: %s", error)
-                await asyncio.sleep(backoff.next_ms() / 1000)
+                await self._pause(backoff.next_ms() / 1000)  # the listener wakes it when PostgreSQL is back
 
     async def _pause(self, seconds: float) -> None:
         try:
