@@ -1,15 +1,27 @@
 """Topics, offsets, groups, the state of the cluster: what operators and scripts ask. Answers are plain dataclasses."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
 from typing import Literal, Self
 
 from shproto.errors import Unavailable, UnknownGroup, UnknownPartition
 from shproto.rpc import Interceptors
-from shproto.v1 import coordinator_pb2, query_pb2, types_pb2
+from shproto.v1 import coordinator_pb2, query_pb2
 
+from streamhouse.cluster import (
+    ClusterStatus,
+    CommittedOffset,
+    FoundOffset,
+    OffsetRange,
+    Topic,
+    TopicDescription,
+    lease_of,
+    partition_of,
+    range_of,
+    session_of,
+    topic_of,
+)
 from streamhouse.core.options import ACKS, Acks
 from streamhouse.group_admin import Group, GroupDescription, OffsetReset, ResetTo, description_of, group_of, reset_of
 from streamhouse.metadata import MetadataCache
@@ -20,117 +32,6 @@ from streamhouse.records import TopicPartition
 REQUEST_TIMEOUT_MS = 10_000
 # Half of what a query service takes in one request.
 LOOKUPS_MAX = 500
-_ACKS_NAMES: dict[int, Acks] = {ACKS["none"]: "none", ACKS["wal"]: "wal", ACKS["durable"]: "durable"}
-
-
-@dataclass(frozen=True, slots=True)
-class Topic:
-    """A topic's settings. retention None: kept for ever; retention_bytes is per partition."""
-
-    topic: str
-    topic_id: str
-    partitions: int
-    retention_ms: int | None
-    retention_bytes: int | None
-    min_acks: Acks
-    unclean_recovery_after_ms: int | None
-    created_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class OffsetRange:
-    """The offsets one epoch owns: [start_offset, limit_offset), registered up to registered_end. end_offset is set
-    once it is settled. status: open | orphaned | settled | lost. orphaned_ms: when its leader was lost; 0: it is not
-    orphaned."""
-
-    epoch: int
-    start_offset: int
-    limit_offset: int
-    registered_end: int
-    end_offset: int | None
-    status: str
-    agent_id: str
-    orphaned_ms: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """leader_agent_id and leader_address are empty while nobody leads. size_bytes and raw_bytes (before
-    compression), segment_count and record_count are of what is on the object store."""
-
-    partition: int
-    leader_agent_id: str
-    leader_address: str
-    epoch: int
-    log_start_offset: int
-    registered_end: int
-    segment_count: int
-    size_bytes: int
-    raw_bytes: int
-    record_count: int
-    ranges: tuple[OffsetRange, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TopicDescription:
-    topic: Topic
-    partitions: tuple[Partition, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """A live service. role: ingest | query | segmenter | coordinator."""
-
-    agent_id: str
-    role: str
-    address: str
-    session_id: str
-    expires_in_ms: int
-    started_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """Who leads a partition. status: active | moving | unassigned; `unsettled`: older ranges readers wait for."""
-
-    topic: str
-    partition: int
-    agent_id: str
-    epoch: int
-    status: str
-    log_start_offset: int
-    registered_end: int
-    unsettled: tuple[OffsetRange, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterStatus:
-    sessions: tuple[Session, ...]
-    leases: tuple[Lease, ...]
-    buffers_waiting: int
-    buffers_claimed: int
-    buffers_waiting_bytes: int
-    events_position: int
-    outbox_position: int
-
-
-@dataclass(frozen=True, slots=True)
-class FoundOffset:
-    """timestamp_ms is that of the record found; -1 when the answer is the end of the partition."""
-
-    offset: int
-    timestamp_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class CommittedOffset:
-    """offset: the next one the group will read."""
-
-    topic: str
-    partition: int
-    offset: int
-    metadata: str = ""
-    committed_ms: int = field(default=0)
 
 
 class Admin:
@@ -179,16 +80,16 @@ class Admin:
             min_acks=ACKS[min_acks],
             unclean_recovery_after_ms=unclean_recovery_after_ms,
         )
-        return _topic(await self._peers.coordinator.create_topic(request))
+        return topic_of(await self._peers.coordinator.create_topic(request))
 
     async def list_topics(self) -> list[Topic]:
         response = await self._peers.coordinator.list_topics(coordinator_pb2.ListTopicsRequest())
-        return [_topic(info) for info in response.topics]
+        return [topic_of(info) for info in response.topics]
 
     async def describe_topic(self, topic: str) -> TopicDescription:
         """Raises UnknownTopic."""
         response = await self._peers.coordinator.describe_topic(coordinator_pb2.DescribeTopicRequest(topic=topic))
-        return TopicDescription(_topic(response.topic), tuple(_partition(info) for info in response.partitions))
+        return TopicDescription(topic_of(response.topic), tuple(partition_of(info) for info in response.partitions))
 
     async def delete_topic(self, topic: str) -> str:
         """The deleted topic's id. Raises UnknownTopic."""
@@ -200,8 +101,8 @@ class Admin:
     async def status(self) -> ClusterStatus:
         response = await self._peers.coordinator.get_status(coordinator_pb2.GetStatusRequest())
         return ClusterStatus(
-            tuple(_session(info) for info in response.sessions),
-            tuple(_lease(info) for info in response.leases),
+            tuple(session_of(info) for info in response.sessions),
+            tuple(lease_of(info) for info in response.leases),
             response.buffers_waiting,
             response.buffers_claimed,
             response.buffers_waiting_bytes,
@@ -358,7 +259,7 @@ class Admin:
         UnknownPartition, InvalidArgument for a range that is led."""
         request = coordinator_pb2.DeclareLostRequest(topic=topic, partition=partition, epochs=epochs, reason=reason)
         response = await self._peers.coordinator.declare_lost(request)
-        return [_range(info) for info in response.ranges]
+        return [range_of(info) for info in response.ranges]
 
 
 def lookup_of(topic: str, partition: int, at: Literal["earliest", "latest"] | int | datetime) -> query_pb2.OffsetLookup:
@@ -372,62 +273,3 @@ def lookup_of(topic: str, partition: int, at: Literal["earliest", "latest"] | in
         lookup.spec = query_pb2.OFFSET_SPEC_TIMESTAMP
         lookup.timestamp_ms = round(at.timestamp() * 1000) if isinstance(at, datetime) else int(at)
     return lookup
-
-
-def _topic(info: coordinator_pb2.TopicInfo) -> Topic:
-    return Topic(
-        info.topic,
-        info.topic_id.hex(),
-        info.partitions,
-        info.retention_ms if info.HasField("retention_ms") else None,
-        info.retention_bytes if info.HasField("retention_bytes") else None,
-        _ACKS_NAMES.get(info.min_acks, "wal"),
-        info.unclean_recovery_after_ms if info.HasField("unclean_recovery_after_ms") else None,
-        info.created_ms,
-    )
-
-
-def _range(info: types_pb2.OffsetRange) -> OffsetRange:
-    return OffsetRange(
-        info.epoch,
-        info.start_offset,
-        info.limit_offset,
-        info.registered_end,
-        info.end_offset if info.HasField("end_offset") else None,
-        info.status,
-        info.agent_id,
-        info.orphaned_ms,
-    )
-
-
-def _partition(info: coordinator_pb2.PartitionInfo) -> Partition:
-    return Partition(
-        info.partition,
-        info.leader_agent_id,
-        info.leader_address,
-        info.epoch,
-        info.log_start_offset,
-        info.registered_end,
-        info.segment_count,
-        info.size_bytes,
-        info.raw_bytes,
-        info.record_count,
-        tuple(_range(part) for part in info.ranges),
-    )
-
-
-def _session(info: coordinator_pb2.SessionInfo) -> Session:
-    return Session(info.agent_id, info.role, info.address, info.session_id, info.expires_in_ms, info.started_ms)
-
-
-def _lease(info: coordinator_pb2.LeaseInfo) -> Lease:
-    return Lease(
-        info.topic,
-        info.partition,
-        info.agent_id,
-        info.epoch,
-        info.status,
-        info.log_start_offset,
-        info.registered_end,
-        tuple(_range(part) for part in info.unsettled),
-    )

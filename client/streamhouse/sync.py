@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shformat import Header
 from shproto.rpc import Interceptors
 
-from streamhouse import admin, consumer, delivery, group_admin, producer
+from streamhouse import admin, cluster, consumer, delivery, group_admin, producer
 from streamhouse.background import BACKGROUND
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import Acks, ConsumerKwargs, ProducerKwargs, Start
@@ -323,7 +323,7 @@ class Admin:
         retention_bytes: int | None = None,
         min_acks: Acks = "wal",
         unclean_recovery_after_ms: int | None = None,
-    ) -> admin.Topic:
+    ) -> cluster.Topic:
         """Raises TopicExists, InvalidArgument."""
         return BACKGROUND.run(
             self._inner.create_topic(
@@ -336,10 +336,10 @@ class Admin:
             )
         )
 
-    def list_topics(self) -> list[admin.Topic]:
+    def list_topics(self) -> list[cluster.Topic]:
         return BACKGROUND.run(self._inner.list_topics())
 
-    def describe_topic(self, topic: str) -> admin.TopicDescription:
+    def describe_topic(self, topic: str) -> cluster.TopicDescription:
         """Raises UnknownTopic."""
         return BACKGROUND.run(self._inner.describe_topic(topic))
 
@@ -347,16 +347,16 @@ class Admin:
         """The deleted topic's id. Raises UnknownTopic."""
         return BACKGROUND.run(self._inner.delete_topic(topic))
 
-    def status(self) -> admin.ClusterStatus:
+    def status(self) -> cluster.ClusterStatus:
         return BACKGROUND.run(self._inner.status())
 
     def offsets(
         self, topic: str, at: Literal["earliest", "latest"] | int | datetime, partitions: Iterable[int] | None = None
-    ) -> dict[TopicPartition, admin.FoundOffset]:
+    ) -> dict[TopicPartition, cluster.FoundOffset]:
         """Where each partition begins, ends, or has its first record at or after a time."""
         return BACKGROUND.run(self._inner.offsets(topic, at, partitions))
 
-    def group_offsets(self, group: str) -> list[admin.CommittedOffset]:
+    def group_offsets(self, group: str) -> list[cluster.CommittedOffset]:
         """What the group has committed. Raises UnknownGroup."""
         return BACKGROUND.run(self._inner.group_offsets(group))
 
@@ -387,13 +387,13 @@ class Admin:
         """With its committed offsets. Raises UnknownGroup, GroupNotEmpty."""
         BACKGROUND.run(self._inner.delete_group(group))
 
-    def orphaned_ranges(self, topic: str, partition: int) -> list[admin.OffsetRange]:
+    def orphaned_ranges(self, topic: str, partition: int) -> list[cluster.OffsetRange]:
         """What readers of the partition wait for, and only an agent that is gone has."""
         return BACKGROUND.run(self._inner.orphaned_ranges(topic, partition))
 
     def declare_lost(
         self, topic: str, partition: int, epochs: Sequence[int], reason: str = ""
-    ) -> list[admin.OffsetRange]:
+    ) -> list[cluster.OffsetRange]:
         """Gives up what is not registered of these orphaned ranges, for good."""
         return BACKGROUND.run(self._inner.declare_lost(topic, partition, epochs, reason))
 

@@ -14,7 +14,7 @@ from streamhouse.cli.options import bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_span, show_time
 
 if TYPE_CHECKING:
-    from streamhouse.admin import OffsetRange
+    from streamhouse.cluster import OffsetRange
 
 
 @click.group(short_help="Settle what readers of a partition wait for.")

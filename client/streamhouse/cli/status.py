@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-    from streamhouse.admin import ClusterStatus, Session
+    from streamhouse.cluster import ClusterStatus, Session
     from streamhouse.peers import Peers
 
 

@@ -12,7 +12,7 @@ from streamhouse.cli.options import bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
 
 if TYPE_CHECKING:
-    from streamhouse.admin import OffsetRange, Topic, TopicDescription
+    from streamhouse.cluster import OffsetRange, Topic, TopicDescription
     from streamhouse.core.options import Acks
 
 

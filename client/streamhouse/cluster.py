@@ -1,0 +1,178 @@
+"""The cluster as an admin sees it: dataclasses, and how they come out of the coordinator's messages."""
+
+from dataclasses import dataclass, field
+
+from shproto.v1 import coordinator_pb2, types_pb2
+
+from streamhouse.core.options import ACKS, Acks
+
+_ACKS_NAMES: dict[int, Acks] = {ACKS["none"]: "none", ACKS["wal"]: "wal", ACKS["durable"]: "durable"}
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """A topic's settings. retention None: kept for ever; retention_bytes is per partition."""
+
+    topic: str
+    topic_id: str
+    partitions: int
+    retention_ms: int | None
+    retention_bytes: int | None
+    min_acks: Acks
+    unclean_recovery_after_ms: int | None
+    created_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class OffsetRange:
+    """The offsets one epoch owns: [start_offset, limit_offset), registered up to registered_end. end_offset is set
+    once it is settled. status: open | orphaned | settled | lost. orphaned_ms: when its leader was lost; 0: it is not
+    orphaned."""
+
+    epoch: int
+    start_offset: int
+    limit_offset: int
+    registered_end: int
+    end_offset: int | None
+    status: str
+    agent_id: str
+    orphaned_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """leader_agent_id and leader_address are empty while nobody leads. size_bytes and raw_bytes (before
+    compression), segment_count and record_count are of what is on the object store."""
+
+    partition: int
+    leader_agent_id: str
+    leader_address: str
+    epoch: int
+    log_start_offset: int
+    registered_end: int
+    segment_count: int
+    size_bytes: int
+    raw_bytes: int
+    record_count: int
+    ranges: tuple[OffsetRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TopicDescription:
+    topic: Topic
+    partitions: tuple[Partition, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A live service. role: ingest | query | segmenter | coordinator."""
+
+    agent_id: str
+    role: str
+    address: str
+    session_id: str
+    expires_in_ms: int
+    started_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who leads a partition. status: active | moving | unassigned; `unsettled`: older ranges readers wait for."""
+
+    topic: str
+    partition: int
+    agent_id: str
+    epoch: int
+    status: str
+    log_start_offset: int
+    registered_end: int
+    unsettled: tuple[OffsetRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    sessions: tuple[Session, ...]
+    leases: tuple[Lease, ...]
+    buffers_waiting: int
+    buffers_claimed: int
+    buffers_waiting_bytes: int
+    events_position: int
+    outbox_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class FoundOffset:
+    """timestamp_ms is that of the record found; -1 when the answer is the end of the partition."""
+
+    offset: int
+    timestamp_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedOffset:
+    """offset: the next one the group will read."""
+
+    topic: str
+    partition: int
+    offset: int
+    metadata: str = ""
+    committed_ms: int = field(default=0)
+
+
+def topic_of(info: coordinator_pb2.TopicInfo) -> Topic:
+    return Topic(
+        info.topic,
+        info.topic_id.hex(),
+        info.partitions,
+        info.retention_ms if info.HasField("retention_ms") else None,
+        info.retention_bytes if info.HasField("retention_bytes") else None,
+        _ACKS_NAMES.get(info.min_acks, "wal"),
+        info.unclean_recovery_after_ms if info.HasField("unclean_recovery_after_ms") else None,
+        info.created_ms,
+    )
+
+
+def range_of(info: types_pb2.OffsetRange) -> OffsetRange:
+    return OffsetRange(
+        info.epoch,
+        info.start_offset,
+        info.limit_offset,
+        info.registered_end,
+        info.end_offset if info.HasField("end_offset") else None,
+        info.status,
+        info.agent_id,
+        info.orphaned_ms,
+    )
+
+
+def partition_of(info: coordinator_pb2.PartitionInfo) -> Partition:
+    return Partition(
+        info.partition,
+        info.leader_agent_id,
+        info.leader_address,
+        info.epoch,
+        info.log_start_offset,
+        info.registered_end,
+        info.segment_count,
+        info.size_bytes,
+        info.raw_bytes,
+        info.record_count,
+        tuple(range_of(part) for part in info.ranges),
+    )
+
+
+def session_of(info: coordinator_pb2.SessionInfo) -> Session:
+    return Session(info.agent_id, info.role, info.address, info.session_id, info.expires_in_ms, info.started_ms)
+
+
+def lease_of(info: coordinator_pb2.LeaseInfo) -> Lease:
+    return Lease(
+        info.topic,
+        info.partition,
+        info.agent_id,
+        info.epoch,
+        info.status,
+        info.log_start_offset,
+        info.registered_end,
+        tuple(range_of(part) for part in info.unsettled),
+    )
