@@ -83,7 +83,9 @@ class Takeover:
     async def cli(self, *arguments: str) -> str:
         command = [sys.executable, "-m", "streamhouse.cli", *arguments, "--bootstrap", self.address]
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
+        # With the variables of a service, so that the command knows the object store.
+        environ = self.cluster.services["segmenter-1"].environ
+        process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, env=environ)
         out, err = await process.communicate()
         assert process.returncode == 0, err.decode()
         return out.decode()
@@ -232,6 +234,8 @@ async def check_the_late_agent(takeover: Takeover, kept: dict[int, bytes]) -> No
     async with Admin(takeover.address) as admin:
         described = await admin.describe_topic(takeover.topic)
     assert described.partitions[0].record_count == STORED + 2 * AFTER, "nothing of the lost range was registered"
+    report = json.loads(await takeover.cli("verify", "--topic", takeover.topic, "--json"))
+    assert report["findings"] == [] and report["records"] == STORED + 2 * AFTER, "what is given up is no gap"
 
 
 async def test_a_durable_topic_does_not_wait(postgres, s3, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
