@@ -23,6 +23,10 @@ _followers = metrics.get_meter("streamhouse.coordinator").create_up_down_counter
 )
 
 
+# A database that came back is noticed about as fast as a client gives up a call.
+RETRY_FIRST_MS, RETRY_MAX_MS = 50, 2_000
+
+
 class Feed:
     """`run` must be running for followers to see new events; `wake` makes it look at once."""
 
@@ -43,8 +47,8 @@ class Feed:
         self._wake.set()
 
     async def run(self) -> None:
-        """Reads for ever. Without the database it tries again, as often as it polls."""
-        backoff = Backoff(first_ms=50, max_ms=max(50, int(self._poll_interval_s * 1000)))
+        """Reads for ever. Without the database it tries again."""
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
         while True:
             try:
                 if self._position < 0:
