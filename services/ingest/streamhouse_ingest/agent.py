@@ -65,6 +65,8 @@ class Agent:
             self._observe(running)
             self._spawn_parts(running)
             await running.session.open()
+            if opened.replay.doubt:
+                await self._mark_settled(opened)
         except BaseException:
             await self.tasks.stop()
             if opened is not None:
@@ -73,6 +75,13 @@ class Agent:
             raise
         self.tasks.spawn("session", running.session.run())
         self._running = running
+
+    async def _mark_settled(self, opened: OpenedLog) -> None:
+        """So that the next start does not take the same damage for new."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, opened.wal.mark_settled)
+        except OSError as error:
+            log.warning("the damage of the log will be reported again at the next start: %s", error)
 
     def _restore(self, replay: Replay) -> Logs:
         """The logs as the replay found them."""

@@ -25,6 +25,7 @@ class IngestMetrics:
         self.rejected = counter("rejected_total", "requests refused, by reason")
         self.damaged = counter("damaged_spans_total", "damaged spans found in the log")
         self.lost_records = counter("lost_records_total", "records reported lost")
+        self.possibly_lost = counter("possibly_lost_ranges_total", "ranges whose end damage of the log hides")
         self.fenced_records = counter("fenced_records_total", "records given up: range settled below them, or lost")
         self.sealed = counter("sealed_buffers_total", "sealed buffers announced")
         self.append_ms = histogram("append_ms", "from queueing a batch until the log has it")

@@ -84,6 +84,7 @@ def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) 
         holder,
         around.clock,
         around.backoff,
+        opened.replay.doubt,
     )
     writer.on_append(_after_append(sealer, session))
     topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, session.reconcile)

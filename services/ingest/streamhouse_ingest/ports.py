@@ -73,6 +73,10 @@ class Wal(Protocol):
     def delete(self, sequence: int) -> None:
         """Removes a file that is not active. Raises OSError."""
 
+    def mark_settled(self) -> None:
+        """The coordinator knows what a replay found: damage in the files before the first append is nothing new to the
+        next replay. Raises OSError."""
+
     def close(self) -> None:
         """Syncs and closes the active file. Raises WalBroken."""
 

@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 LOST = "lost"
 LOST_REASON = "damaged in the write-ahead log"
+POSSIBLY_LOST_REASON = (
+    "possibly lost: the write-ahead log is damaged, and what it held of this range beyond here cannot be told"
+)
 
 
 class Ranges:
@@ -145,11 +148,16 @@ class Ranges:
         spans = []
         for held in self._logs:
             for span in held.log.lost_spans():
-                spans.append(_lost_span(held.log.key, span))
+                # Settled at its limit, with nothing there: nobody knows where it ended.
+                unknown = span.end_offset == held.log.limit_offset
+                reason = POSSIBLY_LOST_REASON if unknown else LOST_REASON
+                spans.append(_lost_span(held.log.key, span, reason))
                 if (held.log.key, span) not in self._reported:
                     self._reported.add((held.log.key, span))
-                    self._metrics.lost_records.add(span.end_offset - span.base_offset)
-                    log.error("%s: offsets %d to %d are lost: %s", held.log.describe(), *span, LOST_REASON)
+                    (self._metrics.possibly_lost if unknown else self._metrics.lost_records).add(
+                        1 if unknown else span.end_offset - span.base_offset
+                    )
+                    log.error("%s: offsets %d to %d: %s", held.log.describe(), *span, reason)
         return spans
 
 
@@ -157,12 +165,12 @@ def grant_key(grant: pb.RangeGrant) -> LogKey:
     return LogKey(grant.topic_id, grant.partition, grant.epoch)
 
 
-def _lost_span(key: LogKey, span: Span) -> pb.LostSpan:
+def _lost_span(key: LogKey, span: Span, reason: str) -> pb.LostSpan:
     return pb.LostSpan(
         topic_id=key.topic_id,
         partition=key.partition,
         epoch=key.epoch,
         base_offset=span.base_offset,
         end_offset=span.end_offset,
-        reason=LOST_REASON,
+        reason=reason,
     )

@@ -32,6 +32,7 @@ from shruntime.tasks import Backoff
 
 from streamhouse_ingest.core.lease import Lease
 from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.core.replay import Doubt
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.moves import Moves
 from streamhouse_ingest.ranges import Ranges
@@ -78,6 +79,7 @@ class Session:
         holder: SessionHolder,
         clock: Clock,
         make_backoff: Callable[[], Backoff],
+        doubt: Doubt,
     ) -> None:
         self._identity = identity
         self._coordinator = coordinator
@@ -90,6 +92,7 @@ class Session:
         self._holder = holder
         self._clock = clock
         self._make_backoff = make_backoff
+        self._doubt = doubt
         self._position = 0
         self._grants_version = 0
         self._interval_ms = 0
@@ -118,6 +121,7 @@ class Session:
         opened = await self._open_call()
         self._position = opened.feed_position
         self._interval_ms = opened.heartbeat_interval_ms
+        self._doubt = Doubt()  # what the log holds from here on is known
         await self._ranges.resume(opened.resumed)
         self._sealer.restart()
         self._holder.set(opened.session_id)
@@ -156,7 +160,9 @@ class Session:
             role="ingest",
             address=self._identity.address,
             wal_id=self._identity.wal_id,
-            wal_ends=wal_ends(self._logs),
+            wal_ends=wal_ends(held for held in self._logs if self._doubt.knows_end(held.log.key)),
+            ends_unknown=self._doubt.hidden,
+            torn=self._doubt.torn,
         )
 
     async def _live(self) -> None:

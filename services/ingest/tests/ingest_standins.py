@@ -204,9 +204,13 @@ class CoordinatorStandIn:
         self.sessions[session.session_id] = session
         position = len(self.events)
         ends = {(end.topic_id, end.partition, end.epoch): end.end_offset for end in request.wal_ends}
-        for row in list(self.ranges.values()):
-            if row.wal_id == request.wal_id and not row.finished:
-                self.settle(row, ends.get(row.key, row.registered_end))
+        own = [row for row in self.ranges.values() if row.wal_id == request.wal_id and not row.finished]
+        if request.torn:
+            for row in own:
+                row.status = "orphaned" if row.status == "open" else row.status
+            self.assign()
+        for row in own:
+            self.settle(row, ends.get(row.key, row.limit if request.ends_unknown else row.registered_end))
         self.buffers.clear()
         self.assign()
         return pb.OpenSessionResponse(

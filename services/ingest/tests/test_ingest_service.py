@@ -868,6 +868,47 @@ async def test_g6_a_damaged_frame_is_reported_lost_and_never_skipped(
         assert sorted(key[3] for key in segmenter.segments) == [0, 3]
 
 
+async def test_g2_offsets_that_damage_may_hide_are_not_used_again_and_reported_as_possibly_lost(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, caplog: pytest.LogCaptureFixture
+):
+    async with running(tmp_path, coordinator) as service:
+        await service.api.produce(request(b"first"))
+        begin = wal_files(tmp_path)[0].stat().st_size
+        await service.api.produce(request(b"acknowledged"))
+        await service.api.produce(request(b"other", partition=1))
+    flip_bit(wal_files(tmp_path)[0], begin)
+    old = coordinator.ranges[(topic_id, 0, 1)]
+    async with running(tmp_path, coordinator) as service:
+        assert old.end == old.limit
+        assert (await service.api.produce(request(b"next"))).base_offset == old.limit
+        assert (await service.api.produce(request(b"next", partition=1))).base_offset == 1, "its last frame is sound"
+        assert old.lost == [(1, old.limit)]
+        assert "orders/0 epoch 1: offsets 1 to 1073741824: possibly lost: the write-ahead log is damaged" in caplog.text
+        assert values_of(await read(service, topic_id, 0)) == [b"first"]
+        with pytest.raises(errors.DataLoss):
+            await read(service, topic_id, 1)
+        await eventually(lambda: coordinator.buffers)
+        await SegmenterStandIn(coordinator, service).drain()
+        assert old.registered_end == old.limit
+    async with running(tmp_path, coordinator) as service:
+        assert (await service.api.produce(request(b"more"))).base_offset == old.limit + 1, "the damage is known by now"
+
+
+async def test_g2_after_a_torn_write_offsets_go_on_beyond_the_limit(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator) as service:
+        await service.api.produce(request(b"first"))
+    path = wal_files(tmp_path)[0]
+    path.write_bytes(path.read_bytes() + bytes(4096))
+    old = coordinator.ranges[(topic_id, 0, 1)]
+    async with running(tmp_path, coordinator) as service:
+        assert (old.end, old.lost) == (1, [])
+        assert (await service.api.produce(request(b"next"))).base_offset == old.limit
+    async with running(tmp_path, coordinator) as service:
+        assert (await service.api.produce(request(b"more"))).base_offset == old.limit + 1
+
+
 async def test_g6_a_batch_damaged_after_it_was_written_is_an_error_when_read_back(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
 ):

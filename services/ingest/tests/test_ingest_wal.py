@@ -259,23 +259,87 @@ def test_a_tail_torn_at_any_byte_of_the_last_frame_is_cut_off(directory: WalDire
     assert spans(replay(directory)) == [(0, 3)]
 
 
-def test_a_zero_filled_tail_is_cut_off(directory: WalDirectory):
+def test_a_zero_filled_tail_ends_the_log_but_may_have_been_more_than_a_torn_write(directory: WalDirectory):
     path, ends = write_three(directory)
     whole = path.read_bytes()
     for good in (ends[1], ends[1] + 7, ends[2]):
         path.write_bytes(whole[:good] + bytes(5000))
-        found = replay(directory)
-        assert spans(found) == [(0, 3 if good == ends[2] else 2)]
-        assert found.replay.damage == []
+        for _ in range(2):
+            found = replay(directory)
+            assert spans(found) == [(0, 3 if good == ends[2] else 2)]
+            assert (found.replay.damage, found.replay.doubt.torn, found.replay.doubt.hidden) == ([], True, False)
+    directory.mark_settled(found.next_sequence)
+    assert not replay(directory).replay.doubt
 
 
-def test_a_file_that_was_only_just_created_is_removed(directory: WalDirectory):
+def test_a_file_that_was_only_just_created_is_removed_and_its_number_used_again(directory: WalDirectory):
     path, _ = write_three(directory)
-    for content in (b"", path.read_bytes()[:20], path.read_bytes()[:WAL_FILE_HEADER_SIZE], bytes(4096)):
+    for content in (b"", path.read_bytes()[:20], path.read_bytes()[:WAL_FILE_HEADER_SIZE]):
         directory.file_path(2).write_bytes(content)
         found = replay(directory)
-        assert (spans(found), found.replay.damage, found.next_sequence) == ([(0, 3)], [], 3)
+        assert (spans(found), found.replay.damage, found.next_sequence) == ([(0, 3)], [], 2)
         assert directory.sequences() == [1]
+    path.unlink()
+    directory.file_path(2).write_bytes(b"")
+    assert replay(directory).next_sequence == 2
+
+
+def test_g2_damage_that_hides_headers_leaves_the_ends_of_logs_unknown_that_have_no_later_frame(directory: WalDirectory):
+    wal = new_wal(directory)
+    frames = [frame(0, b"a"), frame(0, b"x", key=OTHER), frame(1, b"b"), frame(1, b"y", key=OTHER)]
+    first, _, hidden, _ = wal.append(frames)
+    wal.close()
+    path = directory.file_path(1)
+    whole = path.read_bytes()
+    assert not replay(directory).replay.doubt
+    flip(path, hidden.at - FRAME_HEADER_SIZE)
+    doubt = replay(directory).replay.doubt
+    assert doubt.hidden
+    assert not doubt.knows_end(KEY)
+    assert doubt.knows_end(OTHER)
+    assert not doubt.knows_end(LogKey(b"t" * 16, 7, 1)), "nor is it known of those that have no frame left"
+    path.write_bytes(whole)
+    flip(path, first.at - FRAME_HEADER_SIZE)
+    doubt = replay(directory).replay.doubt
+    assert doubt.knows_end(KEY) and doubt.knows_end(OTHER)
+    directory.mark_settled(2)
+    assert not replay(directory).replay.doubt
+
+
+def test_g2_the_last_frame_is_never_taken_for_a_torn_write_when_it_is_all_there(directory: WalDirectory):
+    path, ends = write_three(directory)
+    whole = path.read_bytes()
+    for at in range(ends[1], ends[2]):
+        flip(path, at)
+        found = replay(directory)
+        assert (spans(found), len(found.replay.damage)) == ([(0, 2)], 1), at
+        assert found.replay.doubt.knows_end(KEY) == (found.replay.logs[KEY].end_offset == 3), "lost by name, or doubt"
+        path.write_bytes(whole)
+
+
+def test_damage_that_reaches_beyond_a_known_frame_hides_what_followed(directory: WalDirectory):
+    path, ends = write_three(directory)
+    flip(path, ends[1] - 1)
+    flip(path, ends[1])
+    doubt = replay(directory).replay.doubt
+    assert doubt.hidden
+    assert path.stat().st_size == ends[2]
+
+
+def test_what_a_killed_process_wrote_is_synced_before_retries_are_answered_from_it(
+    directory: WalDirectory, monkeypatch: pytest.MonkeyPatch
+):
+    path, _ = write_three(directory)
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    replay(directory)
+    assert synced == [str(path)]
 
 
 def test_a_flipped_bit_in_the_middle_is_a_hole_never_the_end(directory: WalDirectory):
@@ -322,6 +386,7 @@ def test_a_missing_file_in_the_middle_is_damage(directory: WalDirectory):
     directory.file_path(2).unlink()
     found = replay(directory)
     assert spans(found) == [(1, 2), (3, 4)]
+    assert found.replay.doubt.hidden
     assert [(d.file, "missing" in d.reason) for d in found.replay.damage] == [(2, True)]
 
 

@@ -29,6 +29,7 @@ class FileWal:
 
     def __init__(self, directory: WalDirectory, next_sequence: int, *, file_bytes: int, fsync_each: bool) -> None:
         self._directory = directory
+        self._first_sequence = next_sequence
         self._next_sequence = next_sequence
         self._file_bytes = file_bytes
         self._fsync_each = fsync_each
@@ -67,6 +68,10 @@ class FileWal:
     def delete(self, sequence: int) -> None:
         """Removes a file that is not active; one that is gone already is fine."""
         self._directory.file_path(sequence).unlink(missing_ok=True)
+
+    def mark_settled(self) -> None:
+        """What lies in files before the first of ours has been told to the coordinator. Raises OSError."""
+        self._directory.mark_settled(self._first_sequence)
 
     def close(self) -> None:
         """Syncs and closes the active file. Raises WalBroken."""

@@ -11,6 +11,7 @@ from streamhouse_ingest.ports import WalDirectoryError, WalLocked, WrongIdentity
 
 _FILE_NAME = re.compile(r"(\d{20})\.wal")
 _IDENTITY_VERSION = 1
+_SETTLED = "settled"
 
 
 class WalDirectory:
@@ -45,6 +46,18 @@ class WalDirectory:
                 raise WalDirectoryError(f"{path}: not a name of a write-ahead log file")
             found.append(int(match[1]))
         return sorted(found)
+
+    def settled_before(self) -> int:
+        """The ends of all ranges with frames in files below this number have been declared to the coordinator."""
+        file = self.path / _SETTLED
+        try:
+            return int(file.read_text()) if file.exists() else 0
+        except ValueError:
+            return 0  # at worst a known damage is reported again
+
+    def mark_settled(self, sequence: int) -> None:
+        """Ranges with frames below this file are settled: what damage hides there has been told. Raises OSError."""
+        _replace(self.path / _SETTLED, f"{sequence}\n")
 
     def sync(self) -> None:
         """Makes creations and deletions in the directory durable."""
@@ -87,14 +100,19 @@ def _identity(path: Path, agent_id: str) -> bytes:
 def _create_identity(file: Path, agent_id: str) -> bytes:
     wal_id = uuid.uuid4().bytes
     content = json.dumps({"version": _IDENTITY_VERSION, "agent_id": agent_id, "wal_id": wal_id.hex()})
+    _replace(file, content + "\n")
+    return wal_id
+
+
+def _replace(file: Path, content: str) -> None:
+    """The file has this content, durably, or what it had before."""
     temporary = file.with_suffix(".new")
     with open(temporary, "w") as out:
-        out.write(content + "\n")
+        out.write(content)
         out.flush()
         os.fsync(out.fileno())
     temporary.rename(file)
     _sync_directory(file.parent)
-    return wal_id
 
 
 def _sync_directory(path: Path) -> None:

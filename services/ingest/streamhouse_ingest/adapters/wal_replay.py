@@ -3,9 +3,11 @@
 import logging
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shformat import (
+    FRAME_HEADER_SIZE,
     WAL_FILE_HEADER_SIZE,
     DamagedSpan,
     FormatError,
@@ -23,6 +25,9 @@ from streamhouse_ingest.core.wal_index import WalIndex
 from streamhouse_ingest.ports import WrongIdentity
 
 log = logging.getLogger(__name__)
+
+_LOST_SECTOR = bytes(512)
+_OTHER_FILE = "the header says it is file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +49,16 @@ def replay_directory(directory: WalDirectory, buffer_bytes_max: int) -> Replayed
     for i, sequence in enumerate(sequences):
         missing_from = sequences[i - 1] + 1 if i else sequence
         for missing in range(missing_from, sequence):
-            replay.damaged(missing, 0, 0, f"{directory.file_path(missing)} is missing")
+            reason = f"{directory.file_path(missing)} is missing"
+            replay.damaged(missing, 0, 0, reason, hides=_hides(directory, missing))
         _replay_file(directory, sequence, sequence == sequences[-1], replay, index)
-    return Replayed(replay, index, sequences[-1] + 1 if sequences else 1)
+    # The last file may just have been removed: a number left out would be a missing file at the next start.
+    return Replayed(replay, index, max(directory.sequences(), default=sequences[-1] - 1 if sequences else 0) + 1)
+
+
+def _hides(directory: WalDirectory, sequence: int) -> bool:
+    """Whether damage in this file concerns ranges whose ends are not declared yet."""
+    return sequence >= directory.settled_before()
 
 
 def _replay_file(directory: WalDirectory, sequence: int, is_last: bool, replay: Replay, index: WalIndex) -> None:
@@ -58,7 +70,7 @@ def _replay_file(directory: WalDirectory, sequence: int, is_last: bool, replay: 
             with mmap.mmap(fd, size_bytes, access=mmap.ACCESS_READ) as buffer:
                 good_end = _replay_frames(directory, sequence, buffer, is_last, replay, index)
         elif not is_last:
-            replay.damaged(sequence, 0, 0, "the file is empty")
+            replay.damaged(sequence, 0, 0, "the file is empty", hides=_hides(directory, sequence))
         if is_last and good_end < size_bytes:
             log.warning(
                 "%s: torn tail of %d bytes cut off at byte %d",
@@ -67,6 +79,8 @@ def _replay_file(directory: WalDirectory, sequence: int, is_last: bool, replay: 
                 good_end,
             )
             os.ftruncate(fd, good_end)
+        if is_last:
+            # A process that was killed may have written without syncing; retries are answered from what is found.
             os.fsync(fd)
     finally:
         os.close(fd)
@@ -82,10 +96,11 @@ def _replay_frames(
 ) -> int:
     """Adds the file's frames; returns where its good part ends."""
     header_damage = _check_header(directory, sequence, buffer)
-    if header_damage is not None and is_last and not any(isinstance(f, WalFrame) for f in scan_frames(buffer)):
-        return 0
+    if header_damage is not None and is_last and len(buffer) <= WAL_FILE_HEADER_SIZE:
+        return 0  # only just created: nothing is written before the header is synced
     if header_damage is not None:
-        replay.damaged(sequence, 0, WAL_FILE_HEADER_SIZE, header_damage)
+        other_file = header_damage.startswith(_OTHER_FILE) and _hides(directory, sequence)
+        replay.damaged(sequence, 0, WAL_FILE_HEADER_SIZE, header_damage, hides=other_file)
     tail: list[DamagedSpan] = []  # damage that no valid frame follows, so far
     for item in scan_frames(buffer):
         if isinstance(item, DamagedSpan):
@@ -94,10 +109,31 @@ def _replay_frames(
         _report(directory, sequence, tail, replay)
         tail.clear()
         _add(buffer, sequence, item, replay, index)
-    if is_last and tail:
+    if is_last and tail and _is_cut_off(tail, len(buffer)):
         return tail[0].at
-    _report(directory, sequence, tail, replay)
+    if is_last and tail and buffer.find(_LOST_SECTOR, tail[0].at) >= 0:
+        _report_torn(directory, sequence, tail[0], len(buffer), replay)
+    else:
+        _report(directory, sequence, tail, replay)
     return len(buffer)
+
+
+def _is_cut_off(tail: Sequence[DamagedSpan], size_bytes: int) -> bool:
+    """The file ends within a frame: so far the write came. Nothing that was synced can look like this."""
+    first = tail[0]
+    if first.lost is None:
+        return first.size_bytes < FRAME_HEADER_SIZE
+    return first.at + first.lost.size_bytes > size_bytes
+
+
+def _report_torn(directory: WalDirectory, sequence: int, first: DamagedSpan, size_bytes: int, replay: Replay) -> None:
+    """A power failure can leave the size of the last write and only some of its sectors. It stays in the file: it is
+    looked at again at every start until a session has been opened."""
+    if _hides(directory, sequence):
+        path = directory.file_path(sequence)
+        left = size_bytes - first.at
+        log.warning("%s: the last %d bytes, from byte %d on, look like a torn write: ignored", path, left, first.at)
+        replay.torn()
 
 
 def _check_header(directory: WalDirectory, sequence: int, buffer: mmap.mmap) -> str | None:
@@ -110,7 +146,7 @@ def _check_header(directory: WalDirectory, sequence: int, buffer: mmap.mmap) -> 
         raise WrongIdentity(
             f"{directory.file_path(sequence)}: belongs to log {header.wal_id.hex()}, this is {directory.wal_id.hex()}"
         )
-    return None if header.sequence == sequence else f"the header says it is file {header.sequence}"
+    return None if header.sequence == sequence else f"{_OTHER_FILE} {header.sequence}"
 
 
 def _add(buffer: mmap.mmap, sequence: int, frame: WalFrame, replay: Replay, index: WalIndex) -> None:
@@ -119,6 +155,7 @@ def _add(buffer: mmap.mmap, sequence: int, frame: WalFrame, replay: Replay, inde
         header = read_batch_header(buffer, frame.batch_at)
     except FormatError as error:
         replay.damaged(sequence, frame.at, frame.size_bytes, error.what)
+        replay.lost(key, frame.base_offset, frame.record_count)
         return
     position = WalPosition(sequence, frame.batch_at, frame.batch_size_bytes)
     replay.add(key, frame.base_offset, header, position)
@@ -129,7 +166,9 @@ def _report(directory: WalDirectory, sequence: int, spans: list[DamagedSpan], re
     path = directory.file_path(sequence)
     for span in spans:
         log.error("%s: %d damaged bytes at byte %d: %s", path, span.size_bytes, span.at, span.reason)
-        replay.damaged(sequence, span.at, span.size_bytes, span.reason)
+        # A span of another size than its frame's ends, or begins again, where nobody can say what followed.
+        hides = span.lost is None or span.lost.size_bytes != span.size_bytes
+        replay.damaged(sequence, span.at, span.size_bytes, span.reason, hides=hides and _hides(directory, sequence))
         if span.lost is not None:
             key = LogKey(span.lost.topic_id, span.lost.partition, span.lost.epoch)
             replay.lost(key, span.lost.base_offset, span.lost.record_count)

@@ -19,6 +19,22 @@ class Damage:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Why offsets beyond the ends that a replay found may have been used. `hidden`: damage hides frames, of any log
+    that is not `certain`. `torn`: see Replay.torn()."""
+
+    hidden: bool = False
+    torn: bool = False
+    certain: frozenset[LogKey] = frozenset()
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.torn
+
+    def knows_end(self, key: LogKey) -> bool:
+        return not self.hidden or key in self.certain
+
+
 @dataclass(slots=True)
 class ReplayedLog:
     """`end_offset`: up to where the log was written, damaged frames included."""
@@ -31,9 +47,9 @@ class ReplayedLog:
 class Replay:
     """Takes the frames of all files in the order they were written.
 
-    A damaged frame whose header is intact leaves a known gap. Damage that hides its headers leaves a gap only where
-    a later frame of the same partition shows it; beyond that nobody can say whose records they were, and all that
-    is left is the error in the log and the metric.
+    A damaged frame whose header is intact leaves a known gap. Damage that hides headers leaves a known gap only where
+    a later frame of the same log shows it; of all other logs, those without any frame too, nobody can say any more how
+    far they went: `doubt`.
     """
 
     def __init__(self, buffer_bytes_max: int) -> None:
@@ -41,6 +57,14 @@ class Replay:
         self.logs: dict[LogKey, ReplayedLog] = {}
         self.producers: dict[tuple[bytes, int], dict[int, ProducerState]] = {}
         self.damage: list[Damage] = []
+        self._hidden = False
+        self._torn = False
+        self._certain: set[LogKey] = set()  # logs with a frame after all damage that hides frames
+
+    @property
+    def doubt(self) -> Doubt:
+        """What cannot be said of the ends of this log's ranges."""
+        return Doubt(self._hidden, self._torn, frozenset(self._certain))
 
     def add(self, key: LogKey, base_offset: int, header: BatchHeader, position: WalPosition) -> None:
         """A valid frame. One that overlaps what came before is damage: offsets never change their records."""
@@ -49,6 +73,7 @@ class Replay:
             overlap = f"frame at offset {base_offset}, but offsets up to {log.end_offset} were written before"
             self.damaged(position.file, position.at, position.size_bytes, overlap)
             return
+        self._certain.add(key)
         last = log.buffers[-1] if log.buffers else None
         if last is None or base_offset > last.end_offset or last.size_bytes >= self._buffer_bytes_max:
             last = Buffer(base_offset, 0)
@@ -62,10 +87,19 @@ class Replay:
                 states.get(stamp.producer_id), stamp, header.record_count, base_offset
             )
 
-    def damaged(self, file: int, at: int, size_bytes: int, reason: str) -> None:
+    def damaged(self, file: int, at: int, size_bytes: int, reason: str, *, hides: bool = False) -> None:
+        """`hides`: there may have been frames of any log."""
         self.damage.append(Damage(file, at, size_bytes, reason))
+        if hides:
+            self._hidden = True
+            self._certain.clear()
+
+    def torn(self) -> None:
+        """The log ends with what a write that a power failure cut off can leave; so can, less likely, damage."""
+        self._torn = True
 
     def lost(self, key: LogKey, base_offset: int, record_count: int) -> None:
         """A damaged frame held these records."""
         log = self.logs.setdefault(key, ReplayedLog(base_offset, base_offset))
         log.end_offset = max(log.end_offset, base_offset + record_count)
+        self._certain.add(key)
