@@ -52,7 +52,7 @@ class Feed:
         while True:
             try:
                 if self._position < 0:
-                    self._position = await self._store.run(_position)
+                    await self._moved_to(await self._store.run(_position))
                 while await self._read():
                     pass
                 backoff.reset()
@@ -74,10 +74,13 @@ class Feed:
         rows = await self._store.read_events(self._position, self._batch)
         if rows:
             self._recent.extend(rows)
-            self._position = rows[-1].position
-            async with self._moved:
-                self._moved.notify_all()
+            await self._moved_to(rows[-1].position)
         return len(rows) == self._batch
+
+    async def _moved_to(self, position: int) -> None:
+        self._position = position
+        async with self._moved:
+            self._moved.notify_all()
 
     async def follow(self, after_position: int, types: Sequence[str] = ()) -> AsyncIterator[EventRow]:
         """Every event after the position, for ever. Raises InvalidArgument for a position that is not there yet,
