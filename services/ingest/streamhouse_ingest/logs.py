@@ -14,6 +14,8 @@ from streamhouse_ingest.core.producers import ProducerTable
 
 # Of the appends in one sealed buffer, so many are linked to its trace.
 LINKS_MAX = 32
+# Waits for registration are looked through for abandoned ones when there are so many, then at twice what was left.
+_PRUNE_FROM = 64
 
 
 class HeldLog:
@@ -28,6 +30,7 @@ class HeldLog:
         self._order = itertools.count()
         self._changed: asyncio.Future[None] | None = None
         self._over = ""
+        self._prune_at = _PRUNE_FROM
 
     def wait_registered(self, end_offset: int) -> asyncio.Future[NotLeader | None]:
         """Done when everything below `end_offset` is registered, or with an error when that cannot happen any more."""
@@ -37,6 +40,10 @@ class HeldLog:
         elif self._over:
             future.set_result(self._failure(self._over))
         else:
+            if len(self._durable) >= self._prune_at:  # those who gave up waiting: retries would pile up
+                self._durable = [waiting for waiting in self._durable if not waiting[2].done()]
+                heapq.heapify(self._durable)
+                self._prune_at = max(_PRUNE_FROM, 2 * len(self._durable))
             heapq.heappush(self._durable, (end_offset, next(self._order), future))
         return future
 

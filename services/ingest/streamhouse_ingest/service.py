@@ -155,8 +155,11 @@ class ProduceService:
             await self._wait_registered_elsewhere(accepted, written)
             return
         registered = held.wait_registered(written.end_offset)
-        if not await self._done_in_time(accepted, registered):
-            raise _durable_timeout(accepted, held.log, written)
+        try:
+            if not await self._done_in_time(accepted, registered):
+                raise _durable_timeout(accepted, held.log, written)
+        finally:
+            registered.cancel()  # has no effect once it is done; the log need not keep it otherwise
         if (error := registered.result()) is not None:
             raise error
 

@@ -2,6 +2,7 @@
 
 from streamhouse_ingest.core.buffer import BATCH_OVERHEAD_BYTES, WalPosition
 from streamhouse_ingest.core.partition_log import BatchAppended, LogKey, PartitionLog
+from streamhouse_ingest.core.producers import ProducerTable
 from streamhouse_ingest.logs import HeldLog, Logs
 
 
@@ -91,3 +92,14 @@ def test_a_newer_epoch_takes_the_name_and_the_older_one_does_not_take_it_away():
     logs.drop(old, "test")
     assert logs.led("orders", 0) is new
     assert logs.of_partition(b"t" * 16, 0) == [new]
+
+
+async def test_g7_waits_that_were_given_up_do_not_pile_up():
+    held = HeldLog(PartitionLog(LogKey(b"t" * 16, 0, 1), "orders", 0, 1000, ProducerTable(10)))
+    kept = held.wait_registered(500)
+    for _ in range(1000):
+        held.wait_registered(10).cancel()
+    assert len(held._durable) <= 130
+    held.log.register(500)
+    held.release_registered()
+    assert kept.result() is None

@@ -909,6 +909,29 @@ async def test_g2_after_a_torn_write_offsets_go_on_beyond_the_limit(
         assert (await service.api.produce(request(b"more"))).base_offset == old.limit + 1
 
 
+async def test_g2_what_a_power_failure_takes_back_of_a_log_that_was_not_synced_is_not_written_anew(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    limits = {"wal_fsync": "interval", "wal_fsync_interval_ms": 60_000}
+    async with running(tmp_path, coordinator, **limits) as service:
+        await service.api.produce(request(b"kept"))
+        kept = wal_files(tmp_path)[0].stat().st_size
+        await service.api.produce(request(b"acknowledged and read, then gone"))
+        assert values_of(await read(service, topic_id, 1)) == [b"acknowledged and read, then gone"]
+    os.truncate(wal_files(tmp_path)[0], kept)
+    limit = coordinator.ranges[(topic_id, 0, 1)].limit
+    async with running(tmp_path, coordinator) as service:  # as careful as before, whatever the policy is now
+        assert (await service.api.produce(request(b"other"))).base_offset == limit
+    for _ in range(2):
+        service = await started(tmp_path, coordinator, **limits)
+        await led(service)
+        assert (await service.api.produce(request(b"on"))).base_offset > limit
+        async with draining(SegmenterStandIn(coordinator, service)):
+            await service.stop()
+    async with running(tmp_path, coordinator) as service:
+        assert (await service.api.produce(request(b"on"))).base_offset == limit + 3, "a log that was closed is whole"
+
+
 async def test_g6_a_batch_damaged_after_it_was_written_is_an_error_when_read_back(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
 ):

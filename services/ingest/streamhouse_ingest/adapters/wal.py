@@ -72,12 +72,15 @@ class FileWal:
     def mark_settled(self) -> None:
         """What lies in files before the first of ours has been told to the coordinator. Raises OSError."""
         self._directory.mark_settled(self._first_sequence)
+        self._directory.mark_unsynced(False)
 
     def close(self) -> None:
         """Syncs and closes the active file. Raises WalBroken."""
         if self._fd >= 0:
             try:
                 self.sync()
+                if not self._fsync_each and self._broken is None:
+                    self._directory.mark_unsynced(False)
             finally:
                 os.close(self._fd)
                 self._fd, self.active = -1, None
@@ -95,6 +98,8 @@ class FileWal:
         path = self._directory.file_path(sequence)
         header = encode_wal_file_header(self._directory.wal_id, sequence)
         try:
+            if not self._fsync_each:
+                self._directory.mark_unsynced(True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
                 if os.write(fd, header) != len(header):

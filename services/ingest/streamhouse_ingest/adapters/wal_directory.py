@@ -12,6 +12,7 @@ from streamhouse_ingest.ports import WalDirectoryError, WalLocked, WrongIdentity
 _FILE_NAME = re.compile(r"(\d{20})\.wal")
 _IDENTITY_VERSION = 1
 _SETTLED = "settled"
+_UNSYNCED = "unsynced"
 
 
 class WalDirectory:
@@ -58,6 +59,19 @@ class WalDirectory:
     def mark_settled(self, sequence: int) -> None:
         """Ranges with frames below this file are settled: what damage hides there has been told. Raises OSError."""
         _replace(self.path / _SETTLED, f"{sequence}\n")
+
+    @property
+    def unsynced(self) -> bool:
+        """Records may have been acknowledged, and read, that a power failure has taken back."""
+        return (self.path / _UNSYNCED).exists()
+
+    def mark_unsynced(self, unsynced: bool) -> None:
+        """Raises OSError."""
+        if unsynced:
+            _replace(self.path / _UNSYNCED, "")
+        elif self.unsynced:
+            (self.path / _UNSYNCED).unlink()
+            self.sync()
 
     def sync(self) -> None:
         """Makes creations and deletions in the directory durable."""

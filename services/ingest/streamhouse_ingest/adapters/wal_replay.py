@@ -52,6 +52,9 @@ def replay_directory(directory: WalDirectory, buffer_bytes_max: int) -> Replayed
             reason = f"{directory.file_path(missing)} is missing"
             replay.damaged(missing, 0, 0, reason, hides=_hides(directory, missing))
         _replay_file(directory, sequence, sequence == sequences[-1], replay, index)
+    if directory.unsynced:
+        log.warning("%s: it was not synced before every ack; offsets go on beyond the old ranges", directory.path)
+        replay.torn()
     # The last file may just have been removed: a number left out would be a missing file at the next start.
     return Replayed(replay, index, max(directory.sequences(), default=sequences[-1] - 1 if sequences else 0) + 1)
 

@@ -95,7 +95,8 @@ class Replay:
             self._certain.clear()
 
     def torn(self) -> None:
-        """The log ends with what a write that a power failure cut off can leave; so can, less likely, damage."""
+        """The log ends with what a write that a power failure cut off can leave (so can, less likely, damage), or was
+        not synced before every ack: what was read of it may be gone, and its offsets must not be used again."""
         self._torn = True
 
     def lost(self, key: LogKey, base_offset: int, record_count: int) -> None:
