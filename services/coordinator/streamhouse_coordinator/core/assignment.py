@@ -72,11 +72,7 @@ def _choose(
     sessions: Sequence[SessionRow],
     total: int,
 ) -> list[tuple[PartitionRow, SessionRow]]:
-    """A session for each partition: the one whose log has its past if that has room, else the least loaded.
-
-    Past without room if the log has records that are not registered: only it knows which producers wrote them, so only
-    it can tell a retry from a new batch. A move, which hands that over, evens the load later.
-    """
+    """A session for each partition: the one whose log has its past if that has room, else the least loaded."""
     least, extra = divmod(total, len(sessions))
     loads = {session.session_id: len(held[session.session_id]) for session in sessions}
     by_wal = {session.wal_id: session for session in sessions}
@@ -87,8 +83,7 @@ def _choose(
         past = latest.get((row.topic_id, row.partition))
         session = by_wal.get(past.wal_id) if past is not None else None
         load = loads[session.session_id] if session is not None else 0
-        has_room = load < least or (load == least and above < extra)
-        if session is not None and (has_room or _unregistered(past)):
+        if session is not None and (load < least or (load == least and above < extra)):
             above += load == least
             loads[session.session_id] += 1
             chosen.append((row, session))
@@ -101,15 +96,6 @@ def _choose(
         heapq.heapreplace(by_load, (load + 1, agent_id, at))
         chosen.append((row, sessions[at]))
     return chosen
-
-
-def _unregistered(past: RangeRow | None) -> bool:
-    return (
-        past is not None
-        and past.status == SETTLED
-        and past.end_offset is not None
-        and past.registered_end < past.end_offset
-    )
 
 
 def _grant(
