@@ -315,6 +315,11 @@ async def test_g2_after_damage_no_offset_that_may_have_been_used_is_given_out_ag
     resumed = {grant.partition: grant for grant in agent.session.resumed}
     assert (resumed[0].end_offset, resumed[1].end_offset) == (WIDTH, 7), "the other one's newest frames are sound"
     assert {n: grant.start_offset for n, grant in (await agent.leads()).items()} == {0: WIDTH, 1: 7}
+    lost = pb.LostSpan(topic_id=topic_id, epoch=1, base_offset=0, end_offset=WIDTH, reason="possibly lost")
+    await api.report_lost(pb.ReportLostRequest(session_id=agent.session.session_id, spans=[lost]))
+    first = (await api.describe_topic(pb.DescribeTopicRequest(topic="orders"))).partitions[0]
+    assert (first.record_count, first.segment_count) == (0, 0), "there is nothing that could be read"
+    assert [(item.epoch, item.start_offset) for item in first.ranges] == [(2, WIDTH)], "and nothing to wait for"
 
 
 async def test_g2_after_a_torn_write_the_ends_are_known_but_offsets_go_on_beyond_the_limit(

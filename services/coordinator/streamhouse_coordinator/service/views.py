@@ -57,7 +57,9 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
         rows += await _lost_ranges(tx, partitions)
         unfinished, since = _by_partition(rows), await orphaned_since(tx, rows)
         sums = ("size_bytes", "raw_bytes", "record_count")
-        stored = {row.group[0]: row for row in await tx.totals(t.SEGMENTS, of_topic, by=("partition",), sums=sums)}
+        # Of a span that is possibly lost nobody knows how many records it had: as many as the range's offsets at worst.
+        readable = where(topic_id=topic.topic_id, lost_reason="")
+        stored = {row.group[0]: row for row in await tx.totals(t.SEGMENTS, readable, by=("partition",), sums=sums)}
         addresses = await _addresses(tx)
         shown = []
         for row in partitions:
