@@ -1,0 +1,243 @@
+"""What goes wrong, drawn from the seed: which kinds of faults this run has, how often, when, to whom.
+
+Each run has only some of the kinds, so that also rare combinations get time to themselves (swarm testing,
+https://www.cs.utah.edu/~regehr/papers/swarm12.pdf).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from shstore.faulty import FaultKind
+
+from tests.simulation import database as db
+from tests.simulation import network as net
+from tests.simulation.nodes import IngestNode, Node, Surroundings
+from tests.simulation.store import HOST as STORE
+
+KIND_CHANCE = 0.35
+FAULT_EVERY_S = (0.4, 4.0)
+WALL_JUMP_MS = 4_000
+"""Less than half of orphan_grace_ms: more than that between two machines is not promised to be safe."""
+
+
+class Nemesis:
+    """`begin` starts it, `heal` ends every fault."""
+
+    def __init__(self, around: Surroundings, nodes: list[Node], rng: random.Random, until_s: float) -> None:
+        self._around = around
+        self._nodes = nodes
+        self._agents = [node for node in nodes if isinstance(node, IngestNode)]
+        self._rng = rng
+        self._until_s = until_s
+        every: tuple[Callable[[], None], ...] = (
+            self.kill, self.kill_soon, self.power_cut, self.power_cut_at_operation, self.stop, self.pause,
+            self.partition, self.isolate, self.wall_clock, self.database_down, self.disk_full, self.fsync_fails,
+            self.store_down,
+        )  # fmt: skip
+        self._kinds = [kind for kind in every if rng.random() < KIND_CHANCE]
+        self._every_s = rng.uniform(*FAULT_EVERY_S)
+        self.happened: list[str] = []
+
+    # ---- life
+
+    def begin(self) -> None:
+        self._set_rates()
+        if self._kinds:
+            self._later(self._rng.uniform(1, 3), self._next)
+
+    def _next(self) -> None:
+        if self._around.loop.time() < self._until_s:
+            self._rng.choice(self._kinds)()
+            self._later(self._rng.expovariate(1 / self._every_s), self._next)
+
+    def heal(self) -> None:
+        """No fault any more; every node runs."""
+        around = self._around
+        around.network.rates = net.Rates()
+        around.database.rates = db.Rates()
+        around.database.up = True
+        around.store_rates.faults = {}
+        around.store_rates.late = 0
+        around.network.heal()
+        for agent in self._agents:
+            agent.disk.free_bytes = None
+            agent.disk.fail_fsyncs = 0
+            agent.disk.cut_after = None
+        for node in self._nodes:
+            if node.process is not None:
+                node.process.steps_left = None
+                node.process.resume()
+            node.wanted = True
+            node.restart()
+
+    def _note(self, what: str) -> None:
+        self.happened.append(what)
+        self._around.log("nemesis", what)
+
+    def _later(self, delay_s: float, function: Callable[[], object]) -> None:
+        self._around.network.later(delay_s, function)
+
+    def _for(self, longest_s: float) -> float:
+        """How long a fault lasts: mostly short, sometimes beyond every time-out."""
+        return self._rng.choice((0.2, 1.0, longest_s)) * self._rng.uniform(0.1, 1)
+
+    def _set_rates(self) -> None:
+        """How calls fare all through the run."""
+        rng = self._rng
+        rate = lambda most: rng.choice((0.0, 0.0, rng.uniform(0, most)))  # noqa: E731
+        self._around.network.rates = net.Rates(
+            rate(0.05), rate(0.05), rate(0.02), rate(0.1), rng.choice((0.05, 0.5, 4.0))
+        )
+        self._around.database.rates = db.Rates(
+            rate(0.05), rate(0.05), rate(0.1), rate(0.5), rate(0.05), rng.choice((0.05, 0.5, 3.0))
+        )
+        store = self._around.store_rates
+        store.faults = {kind: rate(0.15) for kind in FaultKind}
+        store.slow_ms = rng.choice((10, 100, 3_000))
+        store.late = rate(0.1)
+
+    # ---- processes and machines
+
+    def _revive(self, node: Node, longest_s: float = 9) -> None:
+        node.wanted = False
+
+        def revive() -> None:
+            node.wanted = True
+            node.restart()
+
+        self._later(self._for(longest_s), revive)
+
+    def kill(self) -> None:
+        node = self._rng.choice(self._nodes)
+        if node.up:
+            self._note(f"kill {node.name}")
+            node.kill()
+            self._revive(node)
+
+    def kill_soon(self) -> None:
+        """Between any two steps of a process: at any await."""
+        node = self._rng.choice(self._nodes)
+        if node.process is not None and node.up:
+            steps = self._rng.randrange(1, 400)
+            self._note(f"kill {node.name} in {steps} steps")
+            node.process.steps_left = steps
+
+    def power_cut(self) -> None:
+        node = self._rng.choice(self._nodes)
+        self._note(f"power cut of {node.name}")
+        node.lose_power()
+        self._revive(node)
+
+    def power_cut_at_operation(self) -> None:
+        """In the middle of a write, before a sync, after a create."""
+        agent = self._rng.choice(self._agents)
+        if agent.up:
+            agent.disk.cut_after = self._rng.randrange(1, 12)
+            self._note(f"power cut of {agent.name} at its {agent.disk.cut_after}. disk operation")
+
+    def died(self, process: object, why: str) -> None:
+        """A process met the death that was prepared for it."""
+        node = next(node for node in self._nodes if node.process is process)
+        self._around.log(node.name, why)
+        if "power" in why:
+            node.lose_power()
+        else:
+            node.kill()
+        self._revive(node)
+
+    def stop(self) -> None:
+        node = self._rng.choice(self._nodes)
+        if node.up:
+            self._note(f"stop {node.name}")
+            node.stop()
+            self._revive(node, 5)
+
+    def pause(self) -> None:
+        node = self._rng.choice(self._nodes)
+        process = node.process
+        if process is not None and process.alive and not process.paused:
+            seconds = self._for(20)
+            self._note(f"pause {node.name} for {seconds:.1f} s")
+            process.pause()
+            self._around.network.paused(process)
+            self._later(seconds, process.resume)
+
+    def wall_clock(self) -> None:
+        node = self._rng.choice(self._nodes)
+        node.clock.offset_ms = self._rng.randrange(-WALL_JUMP_MS, WALL_JUMP_MS)
+        self._note(f"wall clock of {node.name} {node.clock.offset_ms:+d} ms")
+
+    # ---- network
+
+    def _names(self) -> list[str]:
+        return [node.name for node in self._nodes] + [STORE, db.HOST]
+
+    def _cut(self, links: list[tuple[str, str]], seconds: float) -> None:
+        network = self._around.network
+
+        def unblock() -> None:
+            for source, target in links:
+                network.unblock(source, target)
+
+        for source, target in links:
+            network.block(source, target)
+        self._later(seconds, unblock)
+
+    def partition(self) -> None:
+        """Two machines, one way or both."""
+        one, other = self._rng.sample(self._names(), 2)
+        seconds, both = self._for(25), self._rng.random() < 0.5
+        self._note(f"partition {one} -{'-' if both else '>'} {other} for {seconds:.1f} s")
+        self._cut([(one, other), (other, one)] if both else [(one, other)], seconds)
+
+    def isolate(self) -> None:
+        """One machine from all others."""
+        name = self._rng.choice(self._names())
+        seconds = self._for(20)
+        self._note(f"isolate {name} for {seconds:.1f} s")
+        others = [other for other in self._names() if other != name]
+        self._cut([link for other in others for link in ((name, other), (other, name))], seconds)
+
+    # ---- disks and servers
+
+    def disk_full(self) -> None:
+        agent, seconds = self._rng.choice(self._agents), self._for(6)
+        agent.disk.free_bytes = self._rng.choice((0, 100, 2_000))
+        self._note(f"disk of {agent.name} has {agent.disk.free_bytes} bytes left for {seconds:.1f} s")
+
+        def room() -> None:
+            agent.disk.free_bytes = None
+
+        self._later(seconds, room)
+
+    def fsync_fails(self) -> None:
+        agent = self._rng.choice(self._agents)
+        agent.disk.fail_fsyncs = 1
+        self._note(f"next fsync of {agent.name} fails")
+
+    def database_down(self) -> None:
+        seconds = self._for(12)
+        self._note(f"database down for {seconds:.1f} s")
+        self._around.database.down()
+
+        def up() -> None:
+            self._around.database.up = True
+
+        self._later(seconds, up)
+
+    def store_down(self) -> None:
+        rates, seconds = self._around.store_rates, self._for(12)
+        before = rates.faults
+        if FaultKind.UNAVAILABLE in before and before[FaultKind.UNAVAILABLE] == 1:
+            return
+        self._note(f"store down for {seconds:.1f} s")
+        rates.faults = {FaultKind.UNAVAILABLE: 1}
+
+        def up() -> None:
+            rates.faults = before
+
+        self._later(seconds, up)
+
+

@@ -1,0 +1,310 @@
+"""The services as processes on machines of the simulation: built from their real parts, started, killed, restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shproto.services import CoordinatorClient, IngestClient
+from shruntime.tasks import Tasks
+from shstore import MemoryStore
+from streamhouse_coordinator.api import CoordinatorApi
+from streamhouse_coordinator.feed import Feed
+from streamhouse_coordinator.probe import Probe
+from streamhouse_coordinator.service.common import Context
+from streamhouse_coordinator.settings import CoordinatorSettings
+from streamhouse_coordinator.wiring import CoordinatorService
+from streamhouse_ingest import wiring as ingest_wiring
+from streamhouse_ingest.settings import IngestSettings
+from streamhouse_query import wiring as query_wiring
+from streamhouse_query.settings import QuerySettings
+from streamhouse_segmenter import wiring as segmenter_wiring
+from streamhouse_segmenter.adapters.session import keep_session
+from streamhouse_segmenter.settings import SegmenterSettings
+
+from tests.simulation import cache
+from tests.simulation.database import Database, Listener, Session
+from tests.simulation.disk import SimDisk
+from tests.simulation.loop import Process, SimLoop
+from tests.simulation.network import Network, SimConnection
+from tests.simulation.store import Rates, store_of
+
+PORT = 7000
+EPOCH_MS = 1_700_000_000_000
+RPC_TIMEOUT_MS = 3_000
+SUPERVISOR_RESTART_S = 0.5
+"""A process that ended by itself is started again after this, as a supervisor does."""
+
+
+class SimClock:
+    """shruntime.clock.Clock: the loop's time, and a wall clock that may be set."""
+
+    def __init__(self, loop: SimLoop) -> None:
+        self._loop = loop
+        self.offset_ms = 0
+
+    def monotonic_ms(self) -> int:
+        return int(self._loop.time() * 1000)
+
+    def wall_ms(self) -> int:
+        return EPOCH_MS + int(self._loop.time() * 1000) + self.offset_ms
+
+    async def sleep_ms(self, duration_ms: float) -> None:
+        await asyncio.sleep(duration_ms / 1000)
+
+
+@dataclass
+class Surroundings:
+    """What all nodes share."""
+
+    loop: SimLoop
+    network: Network
+    database: Database
+    objects: MemoryStore
+    store_rates: Rates
+    rng: random.Random
+    log: Callable[[str, str], None]
+    bootstrap: list[str] = field(default_factory=list)
+
+    def coordinator(self) -> CoordinatorClient:
+        return CoordinatorClient(self.connection(self.bootstrap))
+
+    def ingest_at(self) -> Callable[[str], IngestClient]:
+        return lambda address: IngestClient(self.connection([address]))
+
+    def connection(self, addresses: list[str]) -> Any:
+        return SimConnection(self.network, addresses, timeout_ms=RPC_TIMEOUT_MS)
+
+
+class Node:
+    """A machine with one service. `deaths`: processes that ended by themselves, and why."""
+
+    kind = ""
+
+    def __init__(self, around: Surroundings, name: str) -> None:
+        self.around = around
+        self.name = name
+        self.address = f"{name}:{PORT}"
+        self.clock = SimClock(around.loop)
+        self.process: Process | None = None
+        self.service: Any = None
+        self.deaths: list[str] = []
+        self.wanted = False
+
+    @property
+    def up(self) -> bool:
+        return self.process is not None and self.process.alive
+
+    def start(self) -> None:
+        """Starts a process; it serves when its start-up is through."""
+        assert not self.up
+        self.wanted = True
+        self.process = Process(self.around.loop, self.name)
+        self.around.log(self.name, "starts")
+        self.process.spawn(self._live(self.process), name=f"main of {self.name}")
+
+    async def _live(self, process: Process) -> None:
+        try:
+            await self.serve(process)
+        except Exception as error:  # noqa: BLE001 - what ends a process, as its exit code would
+            why = f"{type(error).__name__}: {error}"
+            self.around.log(self.name, f"ends by itself: {why}")
+            self.deaths.append(why)
+        else:
+            self.around.log(self.name, "stopped")
+        self.crash(process)
+        if self.wanted:
+            self.around.network.later(SUPERVISOR_RESTART_S, self.restart)
+
+    def restart(self) -> None:
+        if not self.up and self.wanted:
+            self.start()
+
+    def kill(self) -> None:
+        """SIGKILL: the machine stays."""
+        if self.process is not None and self.process.alive:
+            self.around.log(self.name, "is killed")
+            self.wanted = False
+            self.crash(self.process)
+
+    def crash(self, process: Process) -> None:
+        """The process is gone."""
+        process.die()
+
+    def lose_power(self) -> None:
+        """The machine goes off: what was not synced is left to chance."""
+        self.kill()
+
+    def stop(self) -> None:
+        """SIGTERM: drains, then ends."""
+        if self.process is not None and self.process.alive and self.service is not None:
+            self.around.log(self.name, "is told to stop")
+            self.wanted = False
+            process, service = self.process, self.service
+            self.process.spawn(self._stop(process, service), name=f"stop of {self.name}")
+
+    async def _stop(self, process: Process, service: Any) -> None:
+        try:
+            await service.stop()
+        except Exception as error:  # noqa: BLE001 - as above
+            self.around.log(self.name, f"stop failed: {type(error).__name__}: {error}")
+            self.deaths.append(f"stop: {type(error).__name__}: {error}")
+        self.around.log(self.name, "stopped")
+        self.crash(process)
+
+    async def serve(self, process: Process) -> None:
+        """Builds the service, starts it, and returns or raises when it ends."""
+        raise NotImplementedError
+
+
+class CoordinatorNode(Node):
+    kind = "coordinator"
+
+    async def serve(self, process: Process) -> None:
+        settings = CoordinatorSettings.load(
+            {},
+            coordinator_id=self.name,
+            session_ttl_ms=4_000,
+            heartbeat_interval_ms=1_300,
+            session_sweep_interval_ms=500,
+            probe_timeout_ms=500,
+            events_poll_interval_ms=700,
+            range_width_offsets=64,
+            group_session_timeout_ms=3_000,
+            group_heartbeat_interval_ms=1_000,
+        )
+        tasks, store = Tasks(), Session(self.around.database, self.name)
+        context = Context(store, settings)
+        feed = Feed(store, poll_interval_ms=settings.events_poll_interval_ms, batch=50, cached=40)
+        api = CoordinatorApi(context, feed, Probe(context, tasks).follower_gone)
+        listener = Listener(
+            self.around.database, self.name, events_changed=feed.wake, group_changed=context.waiters.changed
+        )
+        service = CoordinatorService(settings, api, context, feed, store, listener, None, tasks)  # type: ignore[arg-type]
+        self.around.network.listen(self.address, process, api)
+        self.service = service
+        await service.start()
+        await service.open_session(self.address)
+        self.around.log(self.name, "serves")
+        await service.failed()
+
+
+class IngestNode(Node):
+    kind = "ingest"
+
+    def __init__(self, around: Surroundings, name: str) -> None:
+        super().__init__(around, name)
+        self.disk = SimDisk(name, around.rng)
+
+    async def serve(self, process: Process) -> None:
+        settings = IngestSettings.load(
+            {},
+            agent_id=self.name,
+            wal_dir=f"/{self.name}",
+            wal_file_bytes=64 * 1024,
+            wal_bytes_max=256 * 1024,
+            wal_group_bytes_max=64 * 1024,
+            queue_bytes_max=64 * 1024,
+            batch_bytes_max=16 * 1024,
+            memory_bytes_max=1024 * 1024,
+            tail_cache_bytes=self.around.rng.choice((0, 4 * 1024, 64 * 1024)),
+            seal_bytes=64 * 1024,
+            seal_age_ms=400,
+            durable_linger_ms=20,
+            lease_margin_ms=500,
+            move_timeout_ms=2_000,
+            shutdown_timeout_ms=3_000,
+            retry_max_ms=1_000,
+            rpc_timeout_ms=RPC_TIMEOUT_MS,
+        )
+        service = ingest_wiring.build(settings, self.around.coordinator(), self.clock)
+        self.around.network.listen(self.address, process, service.api)
+        self.service = service
+        await service.start(self.address)
+        self.around.log(self.name, "serves")
+        await service.tasks.failed.wait()
+        assert service.tasks.error is not None
+        raise service.tasks.error
+
+    def crash(self, process: Process) -> None:
+        super().crash(process)
+        self.disk.killed(process)
+
+    def lose_power(self) -> None:
+        self.kill()
+        self.disk.lose_power()
+
+    def describe(self) -> int:
+        """Bytes that are not registered. Raises StreamHouseError while it starts."""
+        assert self.service is not None
+        return int(self.service.agent.describe().unregistered_bytes)
+
+
+class SegmenterNode(Node):
+    kind = "segmenter"
+
+    async def serve(self, process: Process) -> None:
+        settings = SegmenterSettings.load(
+            {},
+            worker_id=self.name,
+            claim_ttl_ms=3_000,
+            scan_interval_ms=1_000,
+            segment_build_bytes_max=1024 * 1024,
+            handover_retry_first_ms=50,
+            handover_retry_max_ms=1_500,
+            early_wait_ms_max=3_000,
+            compaction_interval_ms=2_500,
+            compaction_segments_min=4,
+            retention_interval_ms=5_000,
+            orphan_sweep_interval_ms=4_000,
+            orphan_grace_ms=20_000,
+            orphan_confirm_ms=3_000,
+            shutdown_timeout_ms=2_000,
+            rpc_timeout_ms=RPC_TIMEOUT_MS,
+        )
+        around = self.around
+        store = store_of(around.objects, around.network, self.name, around.store_rates, around.rng, around.loop)
+        service = segmenter_wiring.build(settings, around.coordinator(), store, around.ingest_at(), self.clock)
+        self.service = service
+        await service.start()
+        service.tasks.spawn("segmenter session", keep_session(service.ports, self.name, self.address))
+        around.log(self.name, "serves")
+        await service.tasks.failed.wait()
+        assert service.tasks.error is not None
+        raise service.tasks.error
+
+
+class QueryNode(Node):
+    kind = "query"
+
+    async def serve(self, process: Process) -> None:
+        settings = QuerySettings.load(
+            {},
+            agent_id=self.name,
+            cache_dir=Path(f"/cache/{self.name}"),
+            cache_bytes_max=1024 * 1024,
+            cache_chunk_bytes=64 * 1024,
+            catch_up_ms=1_000,
+            rpc_timeout_ms=RPC_TIMEOUT_MS,
+        )
+        around = self.around
+        store = store_of(around.objects, around.network, self.name, around.store_rates, around.rng, around.loop)
+        service = query_wiring.build(settings, around.coordinator(), store, around.ingest_at(), self.clock)
+        around.network.listen(self.address, process, service.api)
+        self.service = service
+        await service.start(self.address)
+        around.log(self.name, "serves")
+        await service.tasks.failed.wait()
+        assert service.tasks.error is not None
+        raise service.tasks.error
+
+    def lose_power(self) -> None:
+        self.kill()
+        cache.lose_power(f"/cache/{self.name}", self.around.rng)
+
+
+KINDS: tuple[type[Node], ...] = (CoordinatorNode, IngestNode, SegmenterNode, QueryNode)
