@@ -247,10 +247,16 @@ class PlanMachine(RuleBasedStateMachine):
                 assert not {n for n in readable - self.model.unknown() if n > offset} or self.durable
             case ReadTail() | Wait():
                 newest = self.newest
-                is_end = newest is None or offset in (newest.end, self.model.log_start)
+                is_end = newest is None or offset in (newest.end, self.model.log_start) or self.may_be_extended(offset)
                 assert is_end or offset in self.model.unknown() | self.settled_unregistered()
             case _:
                 raise AssertionError(f"{step} at {offset}")
+
+    def may_be_extended(self, offset: int) -> bool:
+        """The leader may have been given more offsets, and written them, before the feed tells of it."""
+        newest = self.newest
+        assert newest is not None
+        return newest.end is None and (offset == newest.limit or (newest.status == "open" and offset > newest.limit))
 
     def settled_unregistered(self) -> set[int]:
         """A log that came back may end below the declared end; then readers wait (for ReportLost)."""

@@ -158,7 +158,11 @@ def _unregistered(cluster: ClusterIndex, partition: PartitionIndex, position: in
     current = partition.ranges[position]
     newest = position == len(partition.ranges) - 1
     if current.end_offset is None and offset >= current.limit_offset:
-        return BeyondEnd(partition.known_end) if newest else SkipTo(partition.ranges[position + 1].start_offset)
+        if not newest:
+            return SkipTo(partition.ranges[position + 1].start_offset)
+        # The leader of an open range may have been given more offsets than the feed has told of: it is asked.
+        if current.status is not RangeStatus.OPEN and offset > current.limit_offset:
+            return BeyondEnd(partition.known_end)
     reason = _reason(partition, current, newest)
     if partition.durable_only:
         # Here nothing counts as acknowledged before it is registered: what is only in the leader's log may be
