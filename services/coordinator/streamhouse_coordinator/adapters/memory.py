@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 from shproto.events import Event, event_from_json
@@ -114,9 +115,9 @@ class MemoryStore:
         return self._producer_id
 
     async def read_events(self, after_position: int, limit: int, types: Sequence[str] = ()) -> list[t.EventRow]:
-        equals = {"position": Above(after_position)} | ({"type": In(types)} if types else {})
-        transaction = MemoryTransaction(self.tables, 0)
-        return await transaction.select(t.EVENTS, Where(equals), order=("position",), limit=limit)
+        log = self.tables.get(t.EVENTS.name, {})
+        rows = (log[(position,)] for position in range(after_position + 1, len(log) + 1))  # they are gapless
+        return list(islice((row for row in rows if not types or row.type in types), limit))
 
     async def rebuild(self) -> None:
         async with self._alone:
@@ -171,7 +172,8 @@ class MemoryTransaction:
     async def append(self, events: Sequence[Event], trace_context: str = "") -> int:
         log = self._tables.setdefault(t.EVENTS.name, {})
         for event in events:
-            version = 1 + sum(row.stream_id == event.stream_id for row in log.values())
+            before = (row.version for row in reversed(log.values()) if row.stream_id == event.stream_id)
+            version = 1 + next(before, 0)
             payload, kind, position = event.to_json(), type(event).__name__, len(log) + 1
             row = t.EventRow(position, event.stream_id, version, kind, payload, trace_context, self._now_ms)
             log[(position,)] = row
