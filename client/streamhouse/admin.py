@@ -22,7 +22,7 @@ from streamhouse.cluster import (
     session_of,
     topic_of,
 )
-from streamhouse.core.options import ACKS, Acks
+from streamhouse.core.options import ACKS, Acks, check_topic
 from streamhouse.group_admin import Group, GroupDescription, OffsetReset, ResetTo, description_of, group_of, reset_of
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
@@ -71,7 +71,8 @@ class Admin:
         min_acks: Acks = "wal",
         unclean_recovery_after_ms: int | None = None,
     ) -> Topic:
-        """Raises TopicExists, InvalidArgument (name, partitions or retention out of their limits)."""
+        """Raises TopicExists, InvalidArgument (name, partitions, retention or min_acks out of their limits)."""
+        check_topic(partitions, min_acks, retention_ms, retention_bytes, unclean_recovery_after_ms)
         request = coordinator_pb2.CreateTopicRequest(
             topic=topic,
             partitions=partitions,

@@ -4,9 +4,7 @@ from dataclasses import dataclass, field
 
 from shproto.v1 import coordinator_pb2, types_pb2
 
-from streamhouse.core.options import ACKS, Acks
-
-_ACKS_NAMES: dict[int, Acks] = {ACKS["none"]: "none", ACKS["wal"]: "wal", ACKS["durable"]: "durable"}
+from streamhouse.core.options import ACKS_NAMES, Acks
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +124,7 @@ def topic_of(info: coordinator_pb2.TopicInfo) -> Topic:
         info.partitions,
         info.retention_ms if info.HasField("retention_ms") else None,
         info.retention_bytes if info.HasField("retention_bytes") else None,
-        _ACKS_NAMES.get(info.min_acks, "wal"),
+        ACKS_NAMES.get(info.min_acks, "wal"),
         info.unclean_recovery_after_ms if info.HasField("unclean_recovery_after_ms") else None,
         info.created_ms,
     )

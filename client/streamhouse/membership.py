@@ -51,6 +51,7 @@ class Membership:
         self._moved = asyncio.Event()
         self._joining_id = ""
         self._asap = False
+        self._leaving = False
         self.member_id = ""
         self.generation = 0
         self.pending = False
@@ -70,17 +71,20 @@ class Membership:
         await self._apply(await self._coordinator.join_group(request))
 
     async def run(self) -> None:
-        """Heartbeats until cancelled; joins again when the group has forgotten this member."""
-        while True:
+        """Heartbeats until cancelled or leaving; joins again when the group has forgotten this member."""
+        while not self._leaving:
             try:
                 if self.member_id:
                     await self._apply(await self._coordinator.heartbeat_group(self._heartbeat()))
+                    self._backoff.reset()  # not after a join: a member that is forgotten each time must not spin
                 else:
                     await self.join()
-                self._backoff.reset()
             except (UnknownMember, UnknownGroup) as error:
+                if self._leaving:  # a heartbeat on its way was told so; joining again would leave a ghost behind
+                    return
                 log.warning("group %s has forgotten member %s: %s", self._options.group, self.member_id, error)
                 self._forgotten()
+                await asyncio.sleep(self._backoff.next_ms() / 1000)
             except StreamHouseError as error:
                 log.warning("heartbeat to group %s failed: %s", self._options.group, error)
                 if not error.retriable:
@@ -167,6 +171,7 @@ class Membership:
 
     async def leave(self) -> None:
         """Raises Unavailable; the group finds out by the session timeout then."""
+        self._leaving = True
         if self.member_id:
             request = coordinator_pb2.LeaveGroupRequest(group=self._options.group or "", member_id=self.member_id)
             await self._coordinator.leave_group(request)

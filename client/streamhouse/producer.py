@@ -16,7 +16,7 @@ from shproto.rpc import Interceptors
 
 from streamhouse.batches import Batch
 from streamhouse.core.murmur2 import partition_of, partitions_of
-from streamhouse.core.options import ACKS, Acks, Compression, ProducerOptions
+from streamhouse.core.options import ACKS, ACKS_NAMES, Acks, Compression, ProducerOptions
 from streamhouse.core.outgoing import ManyRecords, check_record, cut
 from streamhouse.core.room import Room
 from streamhouse.delivery import Delivery, Placed, SendFuture, SendResult
@@ -224,10 +224,11 @@ class Producer:
         state = await self._metadata.topic(topic)
         # Acks ascend in strength: none, wal, durable.
         if ACKS[self._options.acks] < state.min_acks:
+            weakest = ACKS_NAMES.get(state.min_acks, str(state.min_acks))
             raise AcksTooWeak(
-                f"topic {topic!r} wants acks of level {state.min_acks} at least, the producer has {self._options.acks}",
+                f"topic {topic!r} wants acks {weakest} at least, not {self._options.acks}",
                 acks=self._options.acks,
-                min_acks=state.min_acks,
+                min_acks=weakest,
             )
         lanes = [self._sender.gatherer.lane(topic, number) for number in range(state.partitions)]
         return self._topics.setdefault(topic, _Topic(state, lanes))

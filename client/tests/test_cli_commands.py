@@ -116,6 +116,14 @@ def test_nobody_there_says_what_to_start(arguments: str, closed_port: int) -> No
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(("command", "closed"), [("produce", "stdin"), ("consume", "stdout")])
+def test_a_closed_descriptor_is_one_line(command: str, closed: str, closed_port: int) -> None:
+    shut = {"stdin": "<&-", "stdout": ">&-"}[closed]
+    line = f"exec {sys.executable} -m streamhouse.cli {command} t --bootstrap 127.0.0.1:{closed_port} {shut}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, f"error: {closed} is closed\n")
+
+
 def test_bootstrap_comes_from_the_environment(closed_port: int) -> None:
     address = f"127.0.0.1:{closed_port}"
     result = run("status", env={"STREAMHOUSE_BOOTSTRAP": address})

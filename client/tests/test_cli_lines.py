@@ -15,6 +15,7 @@ from streamhouse.cli.lines import (
 )
 from streamhouse.cli.position import INT64_MAX, Position, parse_position
 from streamhouse.cli.text import record_json, text_lines
+from streamhouse.core.accumulator import RECORD_BYTES_MAX, record_size
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=5))
@@ -33,6 +34,19 @@ def test_last_line_without_newline_and_empty_lines_are_kept() -> None:
     assert splitter.feed(b"a\n\nb\r\nc") == [b"a", b"", b"b\r"]
     assert splitter.finish() == [b"c"]
     assert splitter.finish() == []
+
+
+def test_a_line_beyond_the_limit_is_refused_where_its_end_is_in_the_same_piece() -> None:
+    splitter = LineSplitter()
+    splitter.feed(b"x" * LINE_BYTES_MAX)
+    with pytest.raises(LineTooLong, match=str(LINE_BYTES_MAX)):
+        splitter.feed(b"x\n")
+
+
+def test_the_longest_line_fits_a_record() -> None:
+    splitter = LineSplitter()
+    (line,) = splitter.feed(b"x" * LINE_BYTES_MAX + b"\n")
+    assert record_size(line, None, None) <= RECORD_BYTES_MAX
 
 
 def test_a_line_beyond_the_limit_is_refused_before_it_is_gathered() -> None:

@@ -92,7 +92,7 @@ def test_an_illegal_topic_name_is_refused(cli: Cli) -> None:
 def test_health_of_the_platform(cli: Cli, serve: ServeProcess) -> None:
     assert cli.run("health", serve.address) == b"SERVING\n"
     assert cli.run("health", serve.address, "--service", "streamhouse.v1.Ingest") == b"SERVING\n"
-    assert b"NOT_FOUND" in cli.run("health", serve.address, "--service", "nobody", code=1)
+    assert b"no service 'nobody' here" in cli.run("health", serve.address, "--service", "nobody", code=1)
 
 
 def test_status_shows_every_partition_up_to_its_segments(cli: Cli, topic: str) -> None:

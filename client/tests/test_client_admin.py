@@ -26,6 +26,25 @@ async def test_topics(address, platform):
             await admin.describe_topic("t")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "limit"),
+    [
+        ({"partitions": -1}, "1 to 4294967295"),
+        ({"partitions": 1 << 32}, "1 to 4294967295"),
+        ({"partitions": "4"}, "1 to 4294967295"),
+        ({"retention_ms": 1 << 63}, "0 to 9223372036854775807"),
+        ({"retention_bytes": -(1 << 63) - 1}, "0 to 9223372036854775807"),
+        ({"unclean_recovery_after_ms": 1 << 63}, "0 to 9223372036854775807"),
+        ({"min_acks": "all"}, "none, wal, durable"),
+    ],
+)
+async def test_what_no_message_can_carry_is_refused_with_its_name(address, platform, wrong, limit):
+    (name, value), *_ = wrong.items()
+    async with Admin(address) as admin:
+        with pytest.raises(errors.InvalidArgument, match=f"{name} is {value!r}, must be .*{limit}"):
+            await admin.create_topic("t", **wrong)
+
+
 async def test_offsets_and_groups(address, platform):
     platform.add_topic("t", 2)
     async with Producer(address) as producer:

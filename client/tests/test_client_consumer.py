@@ -5,7 +5,10 @@ from contextlib import aclosing
 from datetime import UTC, datetime
 
 import pytest
+from shproto.v1 import coordinator_pb2
 from streamhouse import Consumer, Producer, Record, errors
+from streamhouse.core.options import ConsumerOptions
+from streamhouse.membership import Membership
 
 
 async def fill(platform, address, count, partitions=3, topic="t"):
@@ -340,6 +343,51 @@ async def test_a_forgotten_member_joins_again(platform, address):
         await fill(platform, address, 20)
         records = await take(consumer, 20)
     assert len({(record.partition, record.offset) for record in records}) == 20
+
+
+class LeavingIsToldFirst:
+    """A coordinator that answers a member's waiting heartbeat before the member's leave."""
+
+    def __init__(self):
+        self.joined = 0
+        self.left = asyncio.Event()
+
+    async def join_group(self, request):
+        self.joined += 1
+        return coordinator_pb2.GroupAssignment(member_id=request.member_id, generation=1, heartbeat_interval_ms=1000)
+
+    async def heartbeat_group(self, request):
+        await self.left.wait()
+        raise errors.UnknownMember(request.member_id)
+
+    async def leave_group(self, request):
+        self.left.set()
+        await asyncio.sleep(0.02)
+        return coordinator_pb2.LeaveGroupResponse()
+
+
+async def test_leaving_is_not_being_forgotten(caplog):
+    async def revoked(partitions):
+        pass
+
+    coordinator = LeavingIsToldFirst()
+    member = Membership(
+        coordinator,
+        ConsumerOptions(group="g"),
+        ["t"],
+        assigned=lambda partitions: None,
+        revoked=revoked,
+        lost=lambda: None,
+        failed=lambda error: None,
+    )
+    await member.join()
+    beating = asyncio.create_task(member.run())
+    await asyncio.sleep(0)
+    await member.leave()
+    async with asyncio.timeout(5):
+        await beating
+    assert coordinator.joined == 1
+    assert "forgotten" not in caplog.text
 
 
 async def test_commit_of_a_partition_that_was_taken_away(platform, address):

@@ -277,7 +277,7 @@ async def test_bad_arguments(platform, address):
 async def test_acks_below_the_topics_minimum(platform, address):
     platform.add_topic("t", 1, min_acks=types_pb2.ACKS_DURABLE)
     async with Producer(address, acks="wal") as producer:
-        with pytest.raises(errors.AcksTooWeak):
+        with pytest.raises(errors.AcksTooWeak, match="acks durable at least, not wal"):
             await producer.send("t", b"v")
 
 

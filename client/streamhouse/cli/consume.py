@@ -95,6 +95,8 @@ class Reading:
 
 async def _consume(bootstrap: str, reading: Reading, render: Render) -> None:
     await _check_offset(bootstrap, reading)
+    if sys.stdout is None:  # started with `>&-`
+        raise OSError("stdout is closed")
     output = Output(sys.stdout.fileno())
     left = reading.count_max
     async with reading.consumer(bootstrap) as consumer:

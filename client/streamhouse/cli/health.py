@@ -23,6 +23,8 @@ def health(address: str, service: str, timeout_ms: int) -> None:
                 health_pb2.HealthCheckRequest(service=service), timeout=timeout_ms / 1000
             )
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                raise CliError(f"{address}: no service {service!r} here") from error
             raise CliError(f"{address}: {error.code().name}: {one_line(error.details() or 'no answer')}") from error
     state = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:

@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# A record has to fit a batch, whose limit is 16 MiB: a longer line is not text, or not meant as one record.
-LINE_BYTES_MAX = 16 * 1024 * 1024
+# A record of 16 MiB less 64 KiB fits a batch, and less 64 KiB again leaves room for what is not its value. A longer
+# line is not text, or not meant as one record.
+LINE_BYTES_MAX = 16 * 1024 * 1024 - 128 * 1024
 
 
 class LineTooLong(ValueError):
-    """The unfinished line is over LINE_BYTES_MAX."""
+    """A line is over LINE_BYTES_MAX."""
 
 
 class LineSplitter:
@@ -30,7 +31,7 @@ class LineSplitter:
         self._unfinished_bytes += len(rest)
         if rest:
             self._unfinished.append(rest)
-        if self._unfinished_bytes > LINE_BYTES_MAX:
+        if self._unfinished_bytes > LINE_BYTES_MAX or (lines and len(lines[0]) > LINE_BYTES_MAX):
             raise LineTooLong(f"a line is longer than the limit of {LINE_BYTES_MAX} bytes")
         return lines
 

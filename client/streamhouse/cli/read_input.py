@@ -14,8 +14,10 @@ CHUNK_BYTES = 1024 * 1024
 
 @contextmanager
 def open_input(path: str) -> Iterator[int]:
-    """The file descriptor of a file, or of stdin for `-`."""
+    """The file descriptor of a file, or of stdin for `-`. Raises OSError."""
     if path == "-":
+        if sys.stdin is None:  # started with `<&-`
+            raise OSError("stdin is closed")
         yield sys.stdin.fileno()
         return
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -15,6 +15,10 @@ OnDataLoss = Literal["error", "skip"]
 Start = Literal["earliest", "latest"] | int | datetime
 
 ACKS = {"none": types_pb2.ACKS_NONE, "wal": types_pb2.ACKS_WAL, "durable": types_pb2.ACKS_DURABLE}
+ACKS_NAMES: dict[int, Acks] = {ACKS["none"]: "none", ACKS["wal"]: "wal", ACKS["durable"]: "durable"}
+
+UINT32_MAX = (1 << 32) - 1
+INT64_MAX = (1 << 63) - 1
 
 MIB = 1 << 20
 DAY_MS = 86_400_000
@@ -88,7 +92,7 @@ class ConsumerOptions:
         if isinstance(self.start, str):
             _one_of("start", self.start, ("earliest", "latest"))
         elif isinstance(self.start, int):
-            _within("start", self.start, 0, (1 << 63) - 1)
+            _within("start", self.start, 0, INT64_MAX)
         elif not isinstance(self.start, datetime):
             raise InvalidArgument(
                 f"start is {self.start!r}, must be earliest, latest, an offset or a datetime",
@@ -141,6 +145,29 @@ def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:
     if not addresses:
         raise InvalidArgument("bootstrap names no address", field="bootstrap", value=bootstrap)
     return addresses
+
+
+def check_topic(
+    partitions: int,
+    min_acks: str,
+    retention_ms: int | None,
+    retention_bytes: int | None,
+    unclean_recovery_after_ms: int | None,
+) -> None:
+    """Whether a message can carry what is asked for; the coordinator knows the real limits.
+
+    Raises InvalidArgument naming the field, its limit and the value.
+    """
+    _one_of("min_acks", min_acks, tuple(ACKS))
+    _within("partitions", partitions, 1, UINT32_MAX)
+    limits = {
+        "retention_ms": retention_ms,
+        "retention_bytes": retention_bytes,
+        "unclean_recovery_after_ms": unclean_recovery_after_ms,
+    }
+    for name, value in limits.items():
+        if value is not None:
+            _within(name, value, 0, INT64_MAX)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
