@@ -272,13 +272,16 @@ PARTITION = t.PartitionRow(TOPIC, 0, 1, 0)
         (POLICY, [], None),
         (POLICY, [row(0, 10, max_ms=900), row(10, 20, max_ms=950)], None),
         (POLICY, [row(0, 10, max_ms=899), row(10, 20, max_ms=950)], (10, "retention_ms")),
-        (POLICY, [row(0, 10, max_ms=950), row(10, 20, max_ms=950), row(20, 30, max_ms=1)], (10, "retention_bytes")),
+        (POLICY, [row(0, 10, max_ms=950), row(10, 20, max_ms=950), row(20, 30, 15, max_ms=1)], (10, "retention_bytes")),
         (POLICY, [row(0, 10, max_ms=1), row(20, 30, max_ms=1)], (30, "retention_ms")),
         (
             replace(POLICY, retention_ms=None),
-            [row(0, 10, 10), row(10, 20, 20), row(20, 30, 10)],
+            [row(0, 10, 10), row(10, 20, 20), row(20, 30, 10), row(30, 40, 15)],
             (20, "retention_bytes"),
         ),
+        # What is kept is never less than retention_bytes, were it one segment that is larger.
+        (replace(POLICY, retention_ms=None), [row(0, 10, 10), row(10, 20, 24)], None),
+        (replace(POLICY, retention_ms=None), [row(0, 10, 1000)], None),
         (replace(POLICY, retention_bytes=None), [row(0, 10, 100, max_ms=950)], None),
         (replace(POLICY, retention_ms=None, retention_bytes=None), [row(0, 10, 100)], None),
     ],

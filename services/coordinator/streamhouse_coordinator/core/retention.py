@@ -10,8 +10,9 @@ from streamhouse_coordinator.core.tables import PartitionRow, SegmentRow, TopicR
 def retain(
     topic: TopicRow, partition: PartitionRow, oldest: Sequence[SegmentRow], size_bytes: int, now_ms: int
 ) -> LogStartMoved | None:
-    """Moves the log start past segments that are wholly older than retention_ms, or as long as the partition
-    (`size_bytes` in all) is above retention_bytes. `oldest`: by offset. None if nothing is due."""
+    """Moves the log start past segments that are wholly older than retention_ms, or that the partition (`size_bytes`
+    in all) can spare and still keep retention_bytes: less would throw away a segment larger than that as soon as it is
+    registered. `oldest`: by offset. None if nothing is due."""
     removed: list[SegmentRow] = []
     reasons = set()
     for segment in oldest:
@@ -35,6 +36,6 @@ def retain(
 def _why(topic: TopicRow, segment: SegmentRow, size_bytes: int, now_ms: int) -> str:
     if topic.retention_ms is not None and segment.max_timestamp_ms < now_ms - topic.retention_ms:
         return "retention_ms"
-    if topic.retention_bytes is not None and size_bytes > topic.retention_bytes:
+    if topic.retention_bytes is not None and size_bytes - segment.size_bytes >= topic.retention_bytes:
         return "retention_bytes"
     return ""
