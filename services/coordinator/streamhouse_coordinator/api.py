@@ -104,7 +104,7 @@ class CoordinatorApi:
                 field="role",
                 value=request.role[:100],
             )
-        ends = WalEnds(messages.wal_ends(request.wal_ends), request.ends_unknown, request.torn)
+        ends = messages.wal_ends(request.wal_ends, unknown=request.ends_unknown, torn=request.torn)
         if request.role != INGEST and (request.wal_id or ends != WalEnds()):
             raise InvalidArgument(
                 "only ingest agents have a write-ahead log", field="wal_id", value=request.wal_id.hex()

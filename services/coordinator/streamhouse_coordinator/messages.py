@@ -11,6 +11,7 @@ from shproto.v1 import types_pb2
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.groups import split_name
 from streamhouse_coordinator.core.names import GROUP_LENGTH_MAX, check_number, check_text
+from streamhouse_coordinator.core.sessions import SNAPSHOT_BYTES_MAX, WalEnds
 from streamhouse_coordinator.service import group_admin
 from streamhouse_coordinator.service.groups import Commit
 from streamhouse_coordinator.service.sessions import Grant
@@ -20,7 +21,6 @@ ID_LENGTH_MAX = 64  # a UUID has 36 characters
 OBJECT_KEY_LENGTH_MAX = 1024  # S3's
 REASON_LENGTH_MAX = 4096
 TRACE_CONTEXT_LENGTH_MAX = 256  # a traceparent has 55
-SNAPSHOT_BYTES_MAX = 16 * 1024 * 1024
 ADDRESS_LENGTH_MAX = 261  # a DNS name of 255, a colon, a port
 # One buffer holds at most one slice per partition of an agent; 100,000 keeps a request below 20 MB.
 SLICES_MAX = 100_000
@@ -68,12 +68,16 @@ def range_key(item: pb.WalEnd | pb.RangeUse | pb.BufferSlice | pb.LostSpan) -> R
     return (hex_id("topic_id", item.topic_id), item.partition, item.epoch)
 
 
-def wal_ends(items: Iterable[pb.WalEnd]) -> dict[RangeKey, int]:
-    ends = {}
+def wal_ends(items: Iterable[pb.WalEnd], *, unknown: bool = False, torn: bool = False) -> WalEnds:
+    ends, snapshots = {}, {}
     for item in items:
         check_number("end_offset", item.end_offset, 0, INT64_MAX)
-        ends[range_key(item)] = item.end_offset
-    return ends
+        check_number("producer_snapshot bytes", len(item.producer_snapshot), 0, SNAPSHOT_BYTES_MAX)
+        key = range_key(item)
+        ends[key] = item.end_offset
+        if item.producer_snapshot:
+            snapshots[key] = item.producer_snapshot
+    return WalEnds(ends, snapshots, unknown, torn)
 
 
 def slice_of(item: pb.BufferSlice) -> Slice:

@@ -182,6 +182,28 @@ def test_producers_state_of_fenced_records_is_not_used() -> None:
     assert not sessions.usable(snapshot(1, 1), None)
 
 
+def test_what_a_settled_range_says_of_its_producers_follows_what_was_known() -> None:
+    declared = WalEnds({KEY: 150}, {KEY: b"tail"})
+    known = {(TOPIC, 0): [snapshot(1, 90), snapshot(1, 120)]}
+    kept = t.ProducerSnapshotRow(TOPIC, 0, 1, 150, b"1@90tail")
+    assert sessions.settled_snapshots([SETTLED], declared, known) == [kept]
+    assert sessions.usable(kept, SETTLED) and sessions.snapshot_for(replace(RANGE, epoch=2), [kept]) == b"1@90tail"
+    two = replace(SETTLED, epoch=2, start_offset=150, registered_end=150, end_offset=170)
+    both = WalEnds({KEY: 150, two.key: 170}, {KEY: b"tail", two.key: b"more"})
+    assert [row.snapshot for row in sessions.settled_snapshots([two, SETTLED], both, known)] == [
+        b"1@90tail",
+        b"1@90tailmore",
+    ]
+
+
+def test_nothing_is_kept_of_producers_where_nothing_is_left_to_register() -> None:
+    said = {KEY: b"tail"}
+    assert sessions.settled_snapshots([SETTLED], WalEnds({KEY: 140}, said), {}) == [], "settled elsewhere"
+    registered = replace(SETTLED, registered_end=150)
+    assert sessions.settled_snapshots([registered], WalEnds({KEY: 150}, said), {}) == []
+    assert sessions.settled_snapshots([SETTLED], WalEnds({KEY: 150}), {}) == []
+
+
 # ---- registration
 
 

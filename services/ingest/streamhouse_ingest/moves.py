@@ -87,7 +87,11 @@ class Moves:
         key = held.log.key
         self._logs.settle(held, held.log.next_offset)  # before the call: a late answer must not revive it
         end = pb.WalEnd(
-            topic_id=key.topic_id, partition=key.partition, epoch=key.epoch, end_offset=held.log.next_offset
+            topic_id=key.topic_id,
+            partition=key.partition,
+            epoch=key.epoch,
+            end_offset=held.log.next_offset,
+            producer_snapshot=held.log.tail_snapshot(),
         )
         backoff = self._make_backoff()
         while True:

@@ -31,7 +31,7 @@ from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 
 from streamhouse_ingest.core.lease import Lease
-from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
 from streamhouse_ingest.core.replay import Doubt
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.moves import Moves
@@ -41,6 +41,10 @@ from streamhouse_ingest.waiting import ends_within
 from streamhouse_ingest.writer import Writer
 
 log = logging.getLogger(__name__)
+
+# Of one request that declares ends; with it the request stays well below the 64 MiB that a message may have. Some 250
+# partitions with as many unregistered producers as one remembers.
+_SNAPSHOTS_BYTES_MAX = 32 * 1024 * 1024
 
 FOLLOWED = (
     BufferCompleted,
@@ -322,16 +326,27 @@ def _key(event: RangeExtended | RangeSettled | RangeOrphaned | RangeLost) -> Log
 
 
 def wal_ends(helds: Iterable[HeldLog]) -> list[pb.WalEnd]:
-    """Up to where the log holds each range."""
-    return [
-        pb.WalEnd(
-            topic_id=held.log.key.topic_id,
-            partition=held.log.key.partition,
-            epoch=held.log.key.epoch,
-            end_offset=held.log.next_offset,
-        )
-        for held in helds
-    ]
+    """Up to where the log holds each range, and whose records those are that are not registered."""
+    ends = []
+    room_bytes = _SNAPSHOTS_BYTES_MAX
+    for held in helds:
+        snapshot = held.log.tail_snapshot()
+        if len(snapshot) > room_bytes:
+            log.warning("%s: too many producers to name; a retry may be written twice elsewhere", held.log.describe())
+            snapshot = b""
+        room_bytes -= len(snapshot)
+        ends.append(_wal_end(held.log, snapshot))
+    return ends
+
+
+def _wal_end(held: PartitionLog, snapshot: bytes) -> pb.WalEnd:
+    return pb.WalEnd(
+        topic_id=held.key.topic_id,
+        partition=held.key.partition,
+        epoch=held.key.epoch,
+        end_offset=held.next_offset,
+        producer_snapshot=snapshot,
+    )
 
 
 def _low_ranges(logs: Logs) -> list[pb.RangeUse]:

@@ -179,9 +179,10 @@ class CoordinatorStandIn:
             )
         )
 
-    def settle(self, row: Range, end: int) -> None:
+    def settle(self, row: Range, end: int, snapshot: bytes = b"") -> None:
         if row.status in ("open", "orphaned", "moving"):
             row.end, row.status = max(end, row.registered_end), "settled"
+            row.snapshot += snapshot
             self.emit(events.RangeSettled(row.topic_id.hex(), row.partition, row.epoch, row.end))
 
     def lose(self, row: Range) -> None:
@@ -204,13 +205,15 @@ class CoordinatorStandIn:
         self.sessions[session.session_id] = session
         position = len(self.events)
         ends = {(end.topic_id, end.partition, end.epoch): end.end_offset for end in request.wal_ends}
+        snapshots = {(end.topic_id, end.partition, end.epoch): end.producer_snapshot for end in request.wal_ends}
         own = [row for row in self.ranges.values() if row.wal_id == request.wal_id and not row.finished]
         if request.torn:
             for row in own:
                 row.status = "orphaned" if row.status == "open" else row.status
             self.assign()
         for row in own:
-            self.settle(row, ends.get(row.key, row.limit if request.ends_unknown else row.registered_end))
+            end = ends.get(row.key, row.limit if request.ends_unknown else row.registered_end)
+            self.settle(row, end, snapshots.get(row.key, b""))
         self.buffers.clear()
         self.assign()
         return pb.OpenSessionResponse(
@@ -274,7 +277,8 @@ class CoordinatorStandIn:
         self._called("settle_ranges")
         self._session(request.session_id)
         for end in request.ends:
-            self.settle(self.ranges[(end.topic_id, end.partition, end.epoch)], end.end_offset)
+            row = self.ranges[(end.topic_id, end.partition, end.epoch)]
+            self.settle(row, end.end_offset, end.producer_snapshot)
         self.assign()
         return pb.SettleRangesResponse()
 
@@ -282,7 +286,8 @@ class CoordinatorStandIn:
         self._called("close_session")
         self.sessions.pop(request.session_id, None)
         for end in request.ends:
-            self.settle(self.ranges[(end.topic_id, end.partition, end.epoch)], end.end_offset)
+            row = self.ranges[(end.topic_id, end.partition, end.epoch)]
+            self.settle(row, end.end_offset, end.producer_snapshot)
         for row in self.ranges.values():
             if row.status == "open":
                 row.status = "orphaned"

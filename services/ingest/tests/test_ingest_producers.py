@@ -105,6 +105,16 @@ def test_any_bytes_give_states_or_a_snapshot_error(data):
         assert str(error).startswith("producer snapshot")
 
 
+def test_snapshots_one_after_the_other_are_merged():
+    table = ProducerTable(10)
+    table.put(7, written(3))
+    table.put(8, ProducerState(0, (WrittenBatch(0, 10, 1030),)))
+    parts = table.snapshot(1010) + table.snapshot(2000, 1010)
+    assert decode_snapshot(parts) == decode_snapshot(table.snapshot(2000)) != decode_snapshot(table.snapshot(1010))
+    newer = encode_snapshot({7: ProducerState(1, (WrittenBatch(0, 10, 2000),))})
+    assert decode_snapshot(parts + newer)[7].producer_epoch == 1
+
+
 def test_a_snapshot_holds_only_what_lies_below_its_offset():
     table = ProducerTable(10)
     table.put(7, written(3))

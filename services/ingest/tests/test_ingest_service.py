@@ -338,6 +338,34 @@ async def test_g5_the_next_leader_knows_the_producers_from_the_snapshot(
         assert durable.duplicate, "the original is registered"
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_g5_the_next_leader_knows_the_producers_of_what_was_neither_registered_nor_announced(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, stopped: bool
+):
+    """After a crash the ends are declared at the next start, from a replay; at a stop from memory."""
+    stamps = [ProducerStamp(7, 0, i) for i in range(3)]
+    service = await started(tmp_path / "a", coordinator, shutdown_timeout_ms=10)
+    await led(service)
+    held = service.agent.running().logs.led("orders", 0)
+    assert held is not None
+    for stamp in stamps:
+        await service.api.produce(request(b"a", stamp=stamp))
+    coordinator.register((topic_id, 0, 1), 0, 1, held.log.producers.snapshot(1))
+    await eventually(lambda: held.log.registered_end == 1)
+    if not stopped:
+        await kill(service)
+        service = await started(tmp_path / "a", coordinator)
+    await (service.stop() if stopped else kill(service))
+    settled = coordinator.ranges[(topic_id, 0, 1)]
+    assert (settled.end, settled.registered_end) == (3, 1)
+    coordinator.expire_all()
+    async with running(tmp_path / "b", coordinator, agent_id="agent-2") as other:
+        for offset, stamp in enumerate(stamps):
+            again = await other.api.produce(request(b"a", stamp=stamp))
+            assert (again.base_offset, again.duplicate) == (offset, True)
+        assert not (await other.api.produce(request(b"a", stamp=ProducerStamp(7, 0, 3)))).duplicate
+
+
 async def test_g1_a_durable_retry_is_not_acknowledged_by_what_only_a_dead_agents_disk_has(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
 ):

@@ -602,11 +602,16 @@ class WalEnd(_message.Message):
     PARTITION_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     END_OFFSET_FIELD_NUMBER: _builtins.int
+    PRODUCER_SNAPSHOT_FIELD_NUMBER: _builtins.int
     topic_id: _builtins.bytes
     partition: _builtins.int
     epoch: _builtins.int
     end_offset: _builtins.int
     """the log holds records up to here (exclusive)"""
+    producer_snapshot: _builtins.bytes
+    """What this range's records that are not registered yet say of idempotent producers. Kept when the range settles, so
+    that the next leader knows a retry of them from a new batch, whoever it is and whether or not they are announced.
+    """
     def __init__(
         self,
         *,
@@ -614,10 +619,11 @@ class WalEnd(_message.Message):
         partition: _builtins.int = ...,
         epoch: _builtins.int = ...,
         end_offset: _builtins.int = ...,
+        producer_snapshot: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_offset", b"end_offset", "epoch", b"epoch", "partition", b"partition", "topic_id", b"topic_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_offset", b"end_offset", "epoch", b"epoch", "partition", b"partition", "producer_snapshot", b"producer_snapshot", "topic_id", b"topic_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -732,9 +738,11 @@ class RangeGrant(_message.Message):
     end_offset: _builtins.int
     min_acks: _types_pb2.Acks.ValueType
     producer_snapshot: _builtins.bytes
-    """idempotent producers' state at registered_end or at the previous range's end"""
+    """idempotent producers' state at registered_end or at the previous range's end:"""
     status: _builtins.str
-    """open | orphaned | settled; "moving" for an open range that is being moved away;"""
+    """encoded snapshots one after the other, older first, to be merged
+    open | orphaned | settled; "moving" for an open range that is being moved away;
+    """
     def __init__(
         self,
         *,

@@ -9,6 +9,8 @@ from shproto.events import Event, RangeExtended, RangeLost, RangeOrphaned, Range
 from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, ProducerSnapshotRow, RangeRow, SessionRow
 
 INGEST = "ingest"
+# What is kept of the producers of one range; an agent's own limit is some 100,000 producers of 130 bytes.
+SNAPSHOT_BYTES_MAX = 16 * 1024 * 1024
 ROLES = (INGEST, "query", "segmenter", "coordinator")
 
 RangeKey = tuple[str, int, int]
@@ -16,9 +18,11 @@ RangeKey = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class WalEnds:
-    """What a replay says of the ends of a log's ranges. `unknown`, `torn`: as in OpenSessionRequest."""
+    """What an agent says of the ends of its log's ranges. `unknown`, `torn`: as in OpenSessionRequest. `snapshots`: of
+    the producers of what is not registered, those that have any."""
 
     ends: Mapping[RangeKey, int] = field(default_factory=dict)
+    snapshots: Mapping[RangeKey, bytes] = field(default_factory=dict)
     unknown: bool = False
     torn: bool = False
 
@@ -102,10 +106,12 @@ def end_session(
     return [closed, *leave(ranges, durable_topics)]
 
 
-def settle(session: SessionRow, ranges: Mapping[RangeKey, RangeRow], ends: Mapping[RangeKey, int]) -> list[Event]:
+def settle(
+    session: SessionRow, ranges: Mapping[RangeKey, RangeRow], ends: Mapping[RangeKey, int]
+) -> list[RangeSettled]:
     """The leader itself ends its ranges. Those already ended, or of a deleted topic, are passed over: the call may be
     a retry. Raises InvalidArgument for a range of another log or an end below what is registered."""
-    events: list[Event] = []
+    events: list[RangeSettled] = []
     for key, end_offset in ends.items():
         row = ranges.get(key)
         if row is None or row.status in (SETTLED, LOST):
@@ -144,6 +150,26 @@ def usable(snapshot: ProducerSnapshotRow, row: RangeRow | None) -> bool:
     if row is None or row.status == LOST:
         return row is not None and snapshot.end_offset <= row.registered_end
     return row.end_offset is None or snapshot.end_offset <= row.end_offset
+
+
+def settled_snapshots(
+    settled: Sequence[RangeRow], declared: WalEnds, known: Mapping[tuple[str, int], Sequence[ProducerSnapshotRow]]
+) -> list[ProducerSnapshotRow]:
+    """What is to be remembered of the producers of ranges that have just settled with records that are not registered.
+
+    Their agent says what only it knows; the state before (the newest usable of `known`) goes in front. Announcing the
+    last buffer of the range replaces it by the whole state.
+    """
+    rows: list[ProducerSnapshotRow] = []
+    for row in sorted(settled, key=lambda item: item.key):
+        said = declared.snapshots.get(row.key, b"")
+        if said and row.end_offset == declared.ends[row.key] > row.registered_end:
+            partition = row.topic_id, row.partition
+            here = [item for item in rows if (item.topic_id, item.partition) == partition]
+            before = snapshot_for(row, [*known.get(partition, ()), *here])
+            whole = before + said if len(before) + len(said) <= SNAPSHOT_BYTES_MAX else said
+            rows.append(ProducerSnapshotRow(*row.key, row.end_offset, whole))
+    return rows
 
 
 def give_up(row: RangeRow, orphaned_ms: int | None, patience_ms: int, now_ms: int) -> RangeLost | None:

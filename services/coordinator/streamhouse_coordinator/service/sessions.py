@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shproto.errors import SessionExpired
-from shproto.events import BufferCompleted, Event, SessionOpened
+from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened
 
 from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
@@ -57,9 +57,10 @@ async def open_session(context: Context, opened: SessionOpened, wal_ends: sessio
         await tx.apply([*ops, Put(t.SESSION_LEASES, t.SessionLeaseRow(session_id, expires_ms, 0))])
         if opened.role == sessions.INGEST:
             position = await commit_leadership(tx, context.settings, events)
+            own = [row for row in ranges if row.wal_id == opened.wal_id and row.status in (t.OPEN, t.ORPHANED)]
             if wal_ends.torn:
-                own = [row for row in ranges if row.wal_id == opened.wal_id]
                 await tx.append(sessions.settle_all(own, wal_ends, durable))
+            await _keep_snapshots(tx, [row.key for row in own], wal_ends)
         else:
             position = await tx.append(events) - len(events)
         resumed = await _grants(tx, opened.wal_id)
@@ -163,40 +164,57 @@ async def _snapshots(
     return by_partition
 
 
-async def settle_ranges(context: Context, session_id: str, ends: Mapping[RangeKey, int]) -> None:
+async def _keep_snapshots(tx: Transaction, settled: Collection[RangeKey], declared: sessions.WalEnds) -> None:
+    """Once the ranges `settled` are: what their agent said of the producers of what is not registered."""
+    keys = [key for key in settled if key in declared.snapshots]
+    if keys:
+        rows = list((await ranges_by_key(tx, keys)).values())
+        known = await _snapshots(tx, {key[:2] for key in keys})
+        kept = sessions.settled_snapshots(rows, declared, known)
+        await tx.apply([Put(t.PRODUCER_SNAPSHOTS, row) for row in kept])
+
+
+async def settle_ranges(context: Context, session_id: str, declared: sessions.WalEnds) -> None:
     """Raises SessionExpired, InvalidArgument."""
 
     async def work(tx: Transaction) -> None:
         await tx.lock(CLUSTER_LOCK)
         session = await live_session(tx, session_id)
-        rows = await ranges_by_key(tx, ends.keys(), lock="wait")
-        events = sessions.settle(session, rows, ends)
+        rows = await ranges_by_key(tx, declared.ends.keys(), lock="wait")
+        events = sessions.settle(session, rows, declared.ends)
         if events:
-            await commit_leadership(tx, context.settings, events)
+            await commit_leadership(tx, context.settings, list[Event](events))
+            await _keep_snapshots(tx, [_key(event) for event in events], declared)
 
     await context.store.run(work)
 
 
-async def end_session(context: Context, session_id: str, why: str, ends: Mapping[RangeKey, int] | None = None) -> None:
-    """Ends the session if it is there, its ranges at `ends` where that is known. why: closed | unreachable
+async def end_session(context: Context, session_id: str, why: str, declared: sessions.WalEnds | None = None) -> None:
+    """Ends the session if it is there, its ranges as `declared` where that is known. why: closed | unreachable
 
     Raises InvalidArgument for ends that settle_ranges() refuses.
     """
 
     async def work(tx: Transaction) -> None:
         await tx.lock(CLUSTER_LOCK)
-        if ends:
-            await _settle_before_end(tx, session_id, ends)
+        if declared is not None and declared.ends:
+            await _settle_before_end(tx, session_id, declared)
         await _end(tx, context, [session_id], why)
 
     await context.store.run(work)
 
 
-async def _settle_before_end(tx: Transaction, session_id: str, ends: Mapping[RangeKey, int]) -> None:
+async def _settle_before_end(tx: Transaction, session_id: str, declared: sessions.WalEnds) -> None:
     """Without granting anything yet: that follows once the session is gone."""
     for session in await tx.select(t.SESSIONS, where(session_id=session_id)):
-        rows = await ranges_by_key(tx, ends.keys(), lock="wait")
-        await tx.append(sessions.settle(session, rows, ends))
+        rows = await ranges_by_key(tx, declared.ends.keys(), lock="wait")
+        events = sessions.settle(session, rows, declared.ends)
+        await tx.append(events)
+        await _keep_snapshots(tx, [_key(event) for event in events], declared)
+
+
+def _key(event: RangeSettled) -> RangeKey:
+    return event.topic_id, event.partition, event.epoch
 
 
 async def _end(tx: Transaction, context: Context, session_ids: Sequence[str], why: str) -> None:

@@ -140,6 +140,11 @@ class PartitionLog:
             if buffer.snapshot is None:
                 buffer.snapshot = self.producers.snapshot(buffer.end_offset)
 
+    def tail_snapshot(self) -> bytes:
+        """What the records that are not registered yet say of their producers. Only this log's own: what else a replay
+        found may have been fenced or lost since."""
+        return self.producers.snapshot(self.next_offset, self.registered_end)
+
     def seal(self) -> Buffer | None:
         """The open buffer becomes sealed; None when there is nothing in it."""
         buffer, self.open = self.open, None

@@ -136,9 +136,9 @@ class ProducerTable:
                 kept[producer_id] = ProducerState(state.producer_epoch, batches)
         self._states = kept
 
-    def snapshot(self, end_offset: int) -> bytes:
-        """What is known of batches below `end_offset`, encoded."""
-        return encode_snapshot(_below(self._states.items(), end_offset))
+    def snapshot(self, end_offset: int, base_offset: int = 0) -> bytes:
+        """What is known of batches in [base_offset, end_offset), encoded."""
+        return encode_snapshot(_between(self._states.items(), base_offset, end_offset))
 
 
 def _newer(ours: ProducerState | None, theirs: ProducerState) -> ProducerState:
@@ -151,10 +151,12 @@ def _newer(ours: ProducerState | None, theirs: ProducerState) -> ProducerState:
     return ProducerState(ours.producer_epoch, tuple(last))
 
 
-def _below(states: Iterable[tuple[int, ProducerState]], end_offset: int) -> dict[int, ProducerState]:
+def _between(
+    states: Iterable[tuple[int, ProducerState]], base_offset: int, end_offset: int
+) -> dict[int, ProducerState]:
     kept = {}
     for producer_id, state in states:
-        batches = tuple(batch for batch in state.batches if batch.base_offset < end_offset)
+        batches = tuple(batch for batch in state.batches if base_offset <= batch.base_offset < end_offset)
         if batches:
             kept[producer_id] = ProducerState(state.producer_epoch, batches)
     return kept
@@ -173,24 +175,29 @@ def encode_snapshot(states: Mapping[int, ProducerState]) -> bytes:
 
 
 def decode_snapshot(data: bytes) -> dict[int, ProducerState]:
-    """The states in `data`. Raises SnapshotError."""
-    if not data:
-        return {}
+    """The states in `data`: no, one or several snapshots, merged. Raises SnapshotError."""
+    at, states = 0, dict[int, ProducerState]()
     try:
-        version, count = _HEAD.unpack_from(data)
-        if version != _SNAPSHOT_VERSION:
-            raise SnapshotError(f"producer snapshot: version {version}, this agent reads {_SNAPSHOT_VERSION}")
-        at, states = _HEAD.size, {}
-        for _ in range(count):
-            producer_id, epoch, batch_count = _PRODUCER.unpack_from(data, at)
-            at += _PRODUCER.size
-            if not 1 <= batch_count <= BATCHES_REMEMBERED:
-                raise SnapshotError(f"producer snapshot: {batch_count} batches at byte {at}")
-            batches = tuple(WrittenBatch(*_BATCH.unpack_from(data, at + i * _BATCH.size)) for i in range(batch_count))
-            at += batch_count * _BATCH.size
-            states[producer_id] = ProducerState(epoch, batches)
+        while at < len(data):
+            version, count = _HEAD.unpack_from(data, at)
+            if version != _SNAPSHOT_VERSION:
+                raise SnapshotError(
+                    f"producer snapshot: version {version} at byte {at}, this agent reads {_SNAPSHOT_VERSION}"
+                )
+            at += _HEAD.size
+            for _ in range(count):
+                producer_id, state, at = _decode_producer(data, at)
+                states[producer_id] = _newer(states.get(producer_id), state)
     except struct.error as error:
         raise SnapshotError(f"producer snapshot: cut off, {len(data)} bytes") from error
-    if at != len(data):
-        raise SnapshotError(f"producer snapshot: {len(data) - at} bytes too many at byte {at}")
     return states
+
+
+def _decode_producer(data: bytes, at: int) -> tuple[int, ProducerState, int]:
+    """The producer at byte `at`, and where the next one begins. Raises SnapshotError, struct.error."""
+    producer_id, epoch, batch_count = _PRODUCER.unpack_from(data, at)
+    at += _PRODUCER.size
+    if not 1 <= batch_count <= BATCHES_REMEMBERED:
+        raise SnapshotError(f"producer snapshot: {batch_count} batches at byte {at}")
+    batches = tuple(WrittenBatch(*_BATCH.unpack_from(data, at + i * _BATCH.size)) for i in range(batch_count))
+    return producer_id, ProducerState(epoch, batches), at + batch_count * _BATCH.size
