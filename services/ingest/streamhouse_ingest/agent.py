@@ -42,6 +42,7 @@ class Agent:
         self._metrics = IngestMetrics()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="wal")
         self._running: Running | None = None
+        self._following: asyncio.Task[None] | None = None
         self._stopping = False
         self.tasks = Tasks()
         self._around = Surroundings(settings, coordinator, clock, self._metrics, self.tasks, self._thread)
@@ -73,7 +74,7 @@ class Agent:
                 opened.unlock()
             self._thread.shutdown(wait=False)
             raise
-        self.tasks.spawn("session", running.session.run())
+        self._following = self.tasks.spawn("session", running.session.run())
         self._running = running
 
     async def _mark_settled(self, opened: OpenedLog) -> None:
@@ -139,6 +140,9 @@ class Agent:
         running.writer.refuse(ShuttingDown("the agent is shutting down", retry_after_ms=1000))
         if self.tasks.error is None:
             await self._drain(running)
+        assert self._following is not None, "it runs since the agent does"
+        self._following.cancel()
+        await asyncio.wait([self._following])
         await running.session.close()
         await self.tasks.stop()
         self._running = None

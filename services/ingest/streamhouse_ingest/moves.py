@@ -67,7 +67,7 @@ class Moves:
         while not await self._flush_and_stop(held) and self._is_held(held):
             log.warning("%s: not registered within %d ms, going on here", held.log.describe(), self._timeout_ms)
             self._logs.lead(held)
-        if self._is_held(held):
+        if self._is_held(held) and not self._writer.broken:  # after that the end is a replay's to find
             await self._settle(held)
 
     def _is_held(self, held: HeldLog) -> bool:

@@ -64,6 +64,10 @@ class Wal(Protocol):
     def active_bytes(self) -> int:
         """Its size."""
 
+    @property
+    def broken(self) -> bool:
+        """A call raised WalBroken: what the files hold only a replay can tell."""
+
     def append(self, frames: Sequence[Frame]) -> list[WalPosition]:
         """Writes the group as a whole, synced if that is the policy. Raises WalFull, WalBroken."""
 

@@ -35,6 +35,7 @@ from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
 from streamhouse_ingest.core.replay import Doubt
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.moves import Moves
+from streamhouse_ingest.ports import WalBroken
 from streamhouse_ingest.ranges import Ranges
 from streamhouse_ingest.sealer import Sealer, SessionHolder
 from streamhouse_ingest.waiting import ends_within
@@ -107,7 +108,7 @@ class Session:
     # ---- one life after the other
 
     async def run(self) -> None:
-        """Follows the open session; opens another one whenever it is lost. Raises AgentIdTaken."""
+        """Follows the open session; opens another one whenever it is lost. Raises AgentIdTaken, WalBroken."""
         while True:
             await self._live()
             log.warning("the session is lost, opening a new one")
@@ -118,7 +119,7 @@ class Session:
     async def open(self) -> None:
         """Opens a session, however long the coordinator takes to answer, and takes in what it says of older ranges.
 
-        Nothing is appended meanwhile. Raises AgentIdTaken, InvalidArgument.
+        Nothing is appended meanwhile. Raises AgentIdTaken, InvalidArgument, WalBroken.
         """
         self._moves.cancel_all()
         await self._stop_leading()
@@ -141,6 +142,8 @@ class Session:
     async def _open_call(self) -> pb.OpenSessionResponse:
         backoff = self._make_backoff()
         while True:
+            if self._writer.broken:
+                raise WalBroken("no session is opened over a log that failed; the next start replays it")
             sent_ms = self._clock.monotonic_ms()
             try:
                 opened = await self._coordinator.open_session(self._open_request())
@@ -190,13 +193,16 @@ class Session:
     async def close(self) -> None:
         """Gives session and ranges back, if the coordinator answers: the next leaders go on where this agent ends.
 
-        Else the session expires, and the next start settles. Nothing may be appended any more.
+        Else, and always after the log failed, the session expires or is replaced, and the next start settles where a
+        replay finds the ends. Nothing may be appended any more; `run` must have ended, or it would open a new session.
         """
         session_id = self._holder.session_id
         self._holder.set("")
         self._lease.drop()
         await self._stop_leading()
-        if session_id:
+        if self._writer.broken:
+            log.warning("the log failed: its ranges are left to the replay of the next start")
+        elif session_id:
             try:
                 ends = wal_ends(held for held in self._logs if held.log.settled_end is None)
                 await self._coordinator.close_session(pb.CloseSessionRequest(session_id=session_id, ends=ends))

@@ -116,7 +116,13 @@ class Writer:
         self._idle = asyncio.Event()
         self._idle.set()
         self._refusing: StreamHouseError | None = None
+        self._failed = False
         self.queue_bytes = 0  # waiting or being written
+
+    @property
+    def broken(self) -> bool:
+        """The log may hold records that were never applied: where its ranges end only a replay can tell."""
+        return self._failed or self._wal.broken
 
     def on_append(self, listener: Callable[[HeldLog], None]) -> None:
         """Whom to tell, once per group, of each log that got something."""
@@ -186,10 +192,12 @@ class Writer:
         except WalFull as error:
             self._fail(group, DiskFull(f"the write-ahead log cannot grow: {error}", retry_after_ms=_WAL_RETRY_MS))
         except WalBroken:
+            self._failed = True
             self.refuse(_broken())
             self._fail(group, _broken())
             raise
         except BaseException:  # cancelled, or a defect: nobody may wait for ever
+            self._failed = True
             self._fail(group, Unavailable("stopped while the batch was written; the outcome is unknown"))
             raise
         finally:

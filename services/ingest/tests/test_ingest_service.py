@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from opentelemetry import metrics
@@ -19,7 +20,7 @@ from shproto.v1 import types_pb2
 from shruntime.clock import ManualClock
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.core.buffer import WalPosition
-from streamhouse_ingest.ports import Frame, WalLocked
+from streamhouse_ingest.ports import Frame, WalBroken, WalLocked
 from streamhouse_ingest.wiring import IngestService
 
 from services.ingest.tests.ingest_standins import (
@@ -516,6 +517,51 @@ async def test_a_failed_fsync_acknowledges_nothing_and_ends_the_agent(
         with pytest.raises(errors.Unavailable):
             await service.api.produce(request(b"c"))
         assert (await read(service, topic_id, 0)).high_watermark == 1
+
+
+async def test_a_failed_log_leaves_its_ranges_to_the_next_replay(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    """What memory says of the end is less than what a replay finds: the group whose fsync failed."""
+    service = await started(tmp_path, coordinator)
+    await led(service)
+    await service.api.produce(request(b"a"))
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(errors.Unavailable):
+        await service.api.produce(request(b"b"))
+    await service.tasks.failed.wait()
+    coordinator.expire_all()
+    running_ = service.agent.running()
+    with pytest.raises(WalBroken):
+        await running_.session.open()
+    await service.stop()
+    monkeypatch.undo()
+    assert coordinator.calls["open_session"] == 1 and "close_session" not in coordinator.calls
+    assert coordinator.ranges[(topic_id, 0, 1)].end is None
+    async with running(tmp_path, coordinator) as again:
+        assert coordinator.ranges[(topic_id, 0, 1)].end == 2
+        assert values_of(await read(again, topic_id, 0)) == [b"a", b"b"]
+
+
+async def test_an_agent_that_stops_opens_no_new_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    coordinator = CoordinatorStandIn(heartbeat_ms=1)
+    coordinator.create("orders")
+    close = coordinator.close_session
+
+    async def slow(request: Any) -> Any:
+        answer = await close(request)
+        await asyncio.sleep(0.05)  # some fifty heartbeats
+        return answer
+
+    monkeypatch.setattr(coordinator, "close_session", slow)
+    service = await started(tmp_path, coordinator)
+    await led(service)
+    await service.stop()
+    assert coordinator.calls["open_session"] == 1 and not coordinator.sessions
 
 
 async def test_with_fsync_by_interval_acks_do_not_wait_for_it(

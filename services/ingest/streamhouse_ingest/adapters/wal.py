@@ -39,6 +39,10 @@ class FileWal:
         self.active: int | None = None
         self.active_bytes = 0
 
+    @property
+    def broken(self) -> bool:
+        return self._broken is not None
+
     def append(self, frames: Sequence[Frame]) -> list[WalPosition]:
         """Writes the group, and syncs it if the policy is to sync each. Raises WalFull, WalBroken."""
         if self._broken is not None:
