@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 # Running calls take milliseconds; the event streams never end by themselves and are cut after this.
 SERVER_STOP_GRACE_MS = 500
 
+# PostgreSQL fails over within seconds; a coordinator that waits for it asks at most so often.
+RETRY_FIRST_MS, RETRY_MAX_MS = 100, 5_000
+
 
 @dataclass
 class CoordinatorService:
@@ -43,7 +46,7 @@ class CoordinatorService:
 
     async def start(self) -> None:
         """Connects, migrates, starts the background work. Keeps trying until PostgreSQL answers."""
-        backoff = Backoff(first_ms=100, max_ms=5_000)
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
         while True:
             try:
                 await self._store.open()
@@ -58,10 +61,15 @@ class CoordinatorService:
             self._tasks.spawn("relay", self._relay.run())
 
     async def open_session(self, address: str) -> None:
-        """Lets others find this coordinator at `address` (host:port) until `stop`."""
+        """Lets others find this coordinator at `address` (host:port) until `stop`. Keeps trying until PostgreSQL
+        answers."""
         name = self.settings.coordinator_id or f"coordinator-{new_uuid()[:8]}"
         request = pb.OpenSessionRequest(agent_id=name, role="coordinator", address=address)
-        self._session_id = (await self.api.open_session(request)).session_id
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
+        await self._reopen(request)
+        while not self._session_id:
+            await asyncio.sleep(backoff.next_ms() / 1000)
+            await self._reopen(request)
         self._tasks.spawn("heartbeat", self._heartbeat(request))
 
     async def _heartbeat(self, request: pb.OpenSessionRequest) -> None:
