@@ -188,6 +188,8 @@ def test_a_batch_that_expires_in_flight_keeps_its_place():
         (errors.DiskFull("x"), Verdict.REFUSED),
         (errors.UnknownTopic("x"), Verdict.REFUSED),
         (errors.NotLeader("x"), Verdict.UNKNOWN),
+        (errors.NotLeader("x", outcome="unknown"), Verdict.UNKNOWN),
+        (errors.NotLeader("x", outcome="not_written"), Verdict.REFUSED),
         (errors.ShuttingDown("x"), Verdict.UNKNOWN),
         (errors.DurableTimeout("x"), Verdict.UNKNOWN),
         (errors.SequenceGap("x"), Verdict.OUT_OF_SEQUENCE),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from shformat import Codec, Records, encode_batch
-from shproto.errors import StreamHouseError
+from shproto.errors import NOT_WRITTEN, StreamHouseError
 from shproto.rpc import Connection
 from shproto.services import CoordinatorClient, IngestClient
 from shproto.v1 import coordinator_pb2, ingest_pb2, types_pb2
@@ -26,17 +26,15 @@ TRY_TIMEOUT_MS = 3_000
 REFUSALS = frozenset(
     {
         "INVALID_ARGUMENT", "INVALID_BATCH", "BATCH_TOO_LARGE", "ACKS_TOO_WEAK", "UNKNOWN_TOPIC", "UNKNOWN_PARTITION",
-        "OVERLOADED", "DISK_FULL", "SEQUENCE_GAP", "PRODUCER_FENCED", "SHUTTING_DOWN", "NOT_LEADER",
+        "OVERLOADED", "DISK_FULL", "SEQUENCE_GAP", "PRODUCER_FENCED", "SHUTTING_DOWN",
     }
 )  # fmt: skip
-"""Answers of an agent that say: nothing was written. See docs/errors.md."""
-
-DOUBT = "unknown"
-"""A leader that lost its lease in the middle says NOT_LEADER, too, and that it does not know."""
+"""Answers of an agent that say: nothing was written. So may NOT_LEADER. See docs/errors.md."""
 
 
 def is_refusal(error: StreamHouseError) -> bool:
-    return error.reason in REFUSALS and DOUBT not in error.message
+    """A leader that lost its lease in the middle says NOT_LEADER, too, and that it does not know."""
+    return error.reason in REFUSALS or (error.reason == "NOT_LEADER" and error.details.get("outcome") == NOT_WRITTEN)
 
 
 @dataclass(frozen=True, slots=True)

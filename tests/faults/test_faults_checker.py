@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shproto import errors
 
 from tests.faults import history as h
 from tests.faults.checker import check, explain, main
 from tests.faults.generate import generate
+from tests.faults.producers import is_refusal
 
 KEY = "data/t.0/0/0.seg"
 
@@ -574,3 +576,19 @@ def test_each_mutation_of_a_correct_model_is_found(mutation: Mutation, kinds: se
     mutated = mutation(rng, generate(rng))
     if mutated is not None:
         assert check(mutated).kinds & kinds
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal"),
+    [
+        (errors.Overloaded("x"), True),
+        (errors.NotLeader("x", outcome=errors.NOT_WRITTEN), True),
+        (errors.NotLeader("x", outcome=errors.UNKNOWN), False),
+        (errors.NotLeader("x"), False),
+        (errors.DurableTimeout("x"), False),
+        (errors.Unavailable("x"), False),
+    ],
+)
+def test_only_what_leaves_no_doubt_is_a_refusal(error: errors.StreamHouseError, refusal: bool) -> None:
+    """The producer's word is the checker's evidence."""
+    assert is_refusal(error) is refusal

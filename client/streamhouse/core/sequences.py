@@ -36,7 +36,8 @@ _OUT_OF_SEQUENCE = (errors.SequenceGap, errors.ProducerFenced)
 
 def verdict_of(error: errors.StreamHouseError) -> Verdict:
     """Errors that promise nothing count as an unknown outcome: a leader may lose its lease after the write."""
-    if isinstance(error, _REFUSED):
+    refused_by_leader = isinstance(error, errors.NotLeader) and error.details.get("outcome") == errors.NOT_WRITTEN
+    if refused_by_leader or isinstance(error, _REFUSED):
         return Verdict.REFUSED
     if isinstance(error, _OUT_OF_SEQUENCE):
         return Verdict.OUT_OF_SEQUENCE

@@ -123,8 +123,13 @@ class GroupNotEmpty(StreamHouseError):
 # ---- somebody else took over: look again, then go on
 
 
+NOT_WRITTEN, UNKNOWN = "not_written", "unknown"
+"""The detail `outcome` of NotLeader."""
+
+
 class NotLeader(StreamHouseError):
-    """This agent does not lead the partition (any more). Refresh the metadata, then retry."""
+    """This agent does not lead the partition (any more). Refresh the metadata, then retry. details: topic, partition,
+    outcome (of the batch that was sent: NOT_WRITTEN or UNKNOWN; absent means unknown, too)."""
 
     reason, status, retriable = "NOT_LEADER", Code.FAILED_PRECONDITION, True
 

@@ -6,7 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from shproto.errors import NotLeader
+from shproto.errors import NOT_WRITTEN, UNKNOWN, NotLeader
 
 from streamhouse_ingest.core.buffer import BATCH_OVERHEAD_BYTES, Buffer
 from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
@@ -68,7 +68,7 @@ class HeldLog:
         self.fail_waiting_beyond(self.log.registered_end, why)
 
     def _failure(self, why: str) -> NotLeader:
-        return not_leader(self.log.topic, self.log.key.partition, why)
+        return not_leader(self.log.topic, self.log.key.partition, why, outcome=UNKNOWN)
 
     def changed(self) -> asyncio.Future[None]:
         """Done at the next append or change of the log's state. Shared: shield it."""
@@ -255,8 +255,12 @@ def _cost(buffer: Buffer) -> int:
     return buffer.memory_bytes + buffer.overhead_bytes
 
 
-def not_leader(topic: str, partition: int, why: str) -> NotLeader:
-    """The answer to a producer that has to look for the leader again."""
+def not_leader(topic: str, partition: int, why: str, *, outcome: str = NOT_WRITTEN) -> NotLeader:
+    """The answer to a producer that has to look for the leader again. `outcome`: what became of its batch."""
     return NotLeader(
-        f"this agent does not lead {topic}/{partition}: {why}", topic=topic, partition=partition, retry_after_ms=100
+        f"this agent does not lead {topic}/{partition}: {why}",
+        topic=topic,
+        partition=partition,
+        outcome=outcome,
+        retry_after_ms=100,
     )

@@ -9,6 +9,7 @@ from typing import Any
 from opentelemetry import trace
 from shformat import BatchHeader, Codec, FormatError, Records, encode_batch, validate_batch
 from shproto.errors import (
+    UNKNOWN,
     AcksTooWeak,
     BatchTooLarge,
     DurableTimeout,
@@ -151,7 +152,7 @@ class ProduceService:
                 return  # not held any more because it is registered
             if not written.duplicate:
                 why = "its range is over; whether the batch is kept is unknown"
-                raise not_leader(log.topic, log.key.partition, why)
+                raise not_leader(log.topic, log.key.partition, why, outcome=UNKNOWN)
             await self._wait_registered_elsewhere(accepted, written)
             return
         registered = held.wait_registered(written.end_offset)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from shformat import BatchHeader, stamp_batch
 from shproto.errors import (
+    UNKNOWN,
     DiskFull,
     Overloaded,
     ProducerFenced,
@@ -337,7 +338,8 @@ def _refusal(append: Append, decision: Decision) -> StreamHouseError:
 
 def _lease_lost(append: Append) -> StreamHouseError:
     log = append.held.log
-    return not_leader(log.topic, log.key.partition, "its lease ran out while the batch was written; outcome unknown")
+    why = "its lease ran out while the batch was written; outcome unknown"
+    return not_leader(log.topic, log.key.partition, why, outcome=UNKNOWN)
 
 
 def _broken() -> StreamHouseError:

@@ -288,7 +288,7 @@ async def test_a_partition_led_elsewhere_says_so(tmp_path: Path, coordinator: Co
         await service.agent.running().session.reconcile()
         with pytest.raises(errors.NotLeader) as caught:
             await service.api.produce(request(b"v", partition=1))
-        assert caught.value.details == {"topic": "orders", "partition": "1"}
+        assert caught.value.details == {"topic": "orders", "partition": "1", "outcome": errors.NOT_WRITTEN}
 
 
 async def test_a_topic_just_created_is_found_before_its_event_arrives(
@@ -704,8 +704,9 @@ async def test_g2_a_range_that_ends_with_the_session_ends_after_what_is_being_wr
     stopping = asyncio.create_task(service.stop())
     await asyncio.sleep(0.02)
     goes_on.set()
-    with pytest.raises(errors.NotLeader):
+    with pytest.raises(errors.NotLeader) as caught:
         await producing
+    assert caught.value.details["outcome"] == errors.UNKNOWN, "it is written, but not acknowledged"
     with contextlib.suppress(errors.AgentIdTaken):
         await stopping
     assert coordinator.ranges[(topic_id, 0, 1)].end == 1
@@ -766,8 +767,9 @@ async def test_what_lies_beyond_a_settled_end_is_given_up(
         waiting = asyncio.create_task(service.api.produce(request(b"b", acks=DURABLE)))
         await eventually(lambda: coordinator.buffers)
         coordinator.settle(coordinator.ranges[(topic_id, 0, 1)], 1)
-        with pytest.raises(errors.NotLeader):
+        with pytest.raises(errors.NotLeader) as caught:
             await waiting
+        assert caught.value.details["outcome"] == errors.UNKNOWN
         assert (await read(service, topic_id, 0)).high_watermark == 1
 
 
