@@ -1,6 +1,7 @@
 """The command line in process: parsing, error lines, inspection. What talks to a platform is in test_cli_serve.py."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -180,6 +181,19 @@ def test_an_unknown_setting_is_named(command: str) -> None:
     result = run(command, env={"STREAMHOUSE_WAL_DRI": "x"})
     assert result.exit_code == 1
     assert result.stderr.startswith("error: unknown setting STREAMHOUSE_WAL_DRI; did you mean wal_dir?")
+
+
+def test_the_segmenter_refuses_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "streamhouse.cli", "segmenter"],
+        env=os.environ | {"STREAMHOUSE_ORPHAN_DRY_RUN": "maybe"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: settings of segmenter: orphan_dry_run (STREAMHOUSE_ORPHAN_DRY_RUN) = 'maybe'")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_setting_out_of_range_is_named() -> None:

@@ -358,6 +358,7 @@ class LeavingIsToldFirst:
 
     async def heartbeat_group(self, request):
         await self.left.wait()
+        await asyncio.sleep(0)
         raise errors.UnknownMember(request.member_id)
 
     async def leave_group(self, request):

@@ -6,6 +6,7 @@ Modules take their tracer and meter from the OpenTelemetry API (`trace.get_trace
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,12 @@ def links_to(traceparents: Sequence[str]) -> list[trace.Link]:
     """Links to the spans named, malformed ones left out."""
     contexts = (trace.get_current_span(context_of(parent)).get_span_context() for parent in traceparents)
     return [trace.Link(context) for context in contexts if context.is_valid]
+
+
+def _is_no_cut_stream(record: logging.LogRecord) -> bool:
+    """Leaves out what the gRPC instrumentation logs, with a traceback, for every stream whose client has gone: its
+    generator is closed by another task than the one that attached the context. That one's context went with it."""
+    return record.getMessage() != "Failed to detach context"
 
 
 class Telemetry:
@@ -67,6 +74,7 @@ class Telemetry:
             return ()
         from opentelemetry.instrumentation.grpc import aio_server_interceptor
 
+        logging.getLogger("opentelemetry.context").addFilter(_is_no_cut_stream)
         return [aio_server_interceptor()]  # type: ignore[no-untyped-call]
 
     def shutdown(self) -> None:

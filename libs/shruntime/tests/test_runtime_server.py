@@ -1,5 +1,7 @@
 """A served API behaves over the network as it does in process: errors, streams, fail-over, health, reflection."""
 
+import asyncio
+import gc
 from collections.abc import AsyncIterator
 
 import grpc.aio
@@ -11,6 +13,7 @@ from shproto.rpc import Connection
 from shproto.services import QueryClient
 from shproto.v1 import query_pb2
 from shruntime.server import ListenError, RpcServer
+from shruntime.telemetry import Telemetry
 
 SERVICE = query_pb2.DESCRIPTOR.services_by_name["Query"]
 
@@ -34,6 +37,29 @@ class EchoQuery:
 
     async def describe_query(self, request: query_pb2.DescribeQueryRequest) -> query_pb2.DescribeQueryResponse:
         return query_pb2.DescribeQueryResponse()
+
+
+class EndlessQuery(EchoQuery):
+    async def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]:
+        while True:
+            yield query_pb2.FetchResponse(batches=[bytes(1 << 20)])
+
+
+async def test_a_cut_stream_of_a_traced_server_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    server = RpcServer("127.0.0.1:0", [(SERVICE, EndlessQuery())], Telemetry(enabled=True).server())
+    await server.start()
+    try:
+        for _ in range(5):
+            connection = Connection([server.address])
+            stream = QueryClient(connection).subscribe(query_pb2.SubscribeRequest())
+            assert await anext(stream)
+            await asyncio.sleep(0.05)  # nobody reads: the server waits in a write, its generator at a yield
+            await connection.close()
+            await asyncio.sleep(0.05)
+            gc.collect()
+    finally:
+        await server.stop(grace_ms=0)
+    assert [record for record in caplog.records if record.name.startswith("opentelemetry")] == []
 
 
 @pytest.fixture

@@ -6,11 +6,14 @@ chosen and the standard library patched before anything else is imported. Thread
 
 import os
 import sys
+import warnings
 
 
 def main() -> int:
     """Exit code 0 after a clean stop, 1 when the settings or what they name cannot be used."""
     os.environ["EVENTLET_HUB"] = "asyncio"
+    # nameko needs it, and who runs a segmenter can do nothing about that.
+    warnings.filterwarnings("ignore", message=r"\s*Eventlet is deprecated")
     import eventlet
 
     eventlet.monkey_patch(thread=False)
@@ -29,7 +32,7 @@ def main() -> int:
         try:
             await run(SegmenterSettings.load())
         except (SettingsError, StoreError, ListenError) as error:
-            return f"segmenter: {error}\n"
+            return f"error: {error}\n"
         return ""
 
     refusal: str = spawn_for_awaitable(serve()).wait()
