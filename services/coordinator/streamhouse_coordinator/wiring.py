@@ -4,7 +4,7 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
-from shproto.errors import SessionExpired, Unavailable
+from shproto.errors import Overloaded, SessionExpired, Unavailable
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.logs import configure_logging
 from shruntime.server import RpcServer
@@ -28,6 +28,7 @@ SERVER_STOP_GRACE_MS = 500
 
 # PostgreSQL fails over within seconds; a coordinator that waits for it asks at most so often.
 RETRY_FIRST_MS, RETRY_MAX_MS = 100, 5_000
+_LATER = (Unavailable, Overloaded)  # PostgreSQL is away or slow; too many others change the same rows
 
 
 @dataclass
@@ -79,13 +80,13 @@ class CoordinatorService:
                 await self.api.heartbeat(pb.HeartbeatRequest(session_id=self._session_id))
             except SessionExpired:
                 await self._reopen(request)
-            except Unavailable as error:
+            except _LATER as error:
                 log.warning("no heartbeat: %s", error.message)
 
     async def _reopen(self, request: pb.OpenSessionRequest) -> None:
         try:
             self._session_id = (await self.api.open_session(request)).session_id
-        except Unavailable as error:
+        except _LATER as error:
             log.warning("no session: %s", error.message)
 
     async def failed(self) -> None:

@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 from shproto.errors import InvalidArgument, Unavailable
 from shproto.v1 import coordinator_pb2 as pb
-from streamhouse_coordinator.adapters.migrate import DatabaseTooNew, available
+from streamhouse_coordinator.adapters.migrate import MIGRATION_LOCK, DatabaseTooNew, available
 from streamhouse_coordinator.core.tables import PROJECTIONS
 from streamhouse_coordinator.wiring import CoordinatorService, build
 from streamhouse_embedded.postgres import EmbeddedPostgres
@@ -145,6 +145,35 @@ async def test_followers_behind_the_cache_read_from_the_database(dsn: str, fast:
         seen = [(await anext(stream)).position for _ in range(10)]
         await stream.aclose()
         assert seen == list(range(3, 13))
+
+
+async def test_a_coordinator_that_starts_while_postgres_is_slow_waits(
+    dsn: str, fast: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beyond pg_timeout_ms, first for its migrations, then for its session."""
+    service = build(fast(dsn, pg_timeout_ms=200))
+    blocker = await asyncpg.connect(dsn)
+    try:
+        await blocker.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
+        starting = asyncio.create_task(service.start())
+        assert not (await asyncio.wait([starting], timeout=0.5))[0]
+        await blocker.execute("SELECT pg_advisory_unlock($1)", MIGRATION_LOCK)
+        async with asyncio.timeout(30):
+            await starting
+        async with blocker.transaction():
+            await blocker.execute("LOCK TABLE sessions IN ACCESS EXCLUSIVE MODE")
+            opening = asyncio.create_task(service.open_session("127.0.0.1:1"))
+            async with asyncio.timeout(30):
+                while sum("no session: " in line for line in caplog.messages) < 2:
+                    await asyncio.sleep(0.02)
+            assert not opening.done()
+        async with asyncio.timeout(30):
+            await opening
+        status = await service.api.get_status(pb.GetStatusRequest())
+        assert [(row.role, row.address) for row in status.sessions] == [("coordinator", "127.0.0.1:1")]
+    finally:
+        await blocker.close()
+        await service.stop()
 
 
 async def test_postgres_restarts_in_between(
