@@ -13,8 +13,8 @@ SERVICES = {
 # Pure computation only: no I/O, no clock, no randomness, no event loop.
 CORE_MAY_IMPORT = {
     "__future__", "array", "bisect", "collections", "collections.abc", "copy", "dataclasses", "enum", "functools",
-    "hashlib", "heapq", "itertools", "json", "math", "operator", "re", "string", "struct", "types", "typing", "zlib", "numpy",
-    "numpy.typing", "shformat", "shproto.errors", "shproto.events", "shproto.v1",
+    "hashlib", "heapq", "itertools", "json", "math", "operator", "re", "string", "struct", "types", "typing", "zlib",
+    "numpy", "numpy.typing", "shformat", "shproto.errors", "shproto.events", "shproto.v1",
 }  # fmt: skip
 LIBS = {
     "shformat": set(),
