@@ -206,6 +206,21 @@ def test_follow_sees_what_comes_and_ends_with_ctrl_c(cli: Cli, topic: str) -> No
         process.communicate()
 
 
+def test_sigterm_commits_what_was_printed_and_leaves_the_group(cli: Cli, topic: str) -> None:
+    cli.run("produce", topic, given=b"one\n")
+    process = cli.start("consume", topic, "--group", f"g-{topic}", "--follow")
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"one\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        assert (process.returncode, out, err) == (130, b"", b"")
+    finally:
+        process.kill()
+        process.communicate()
+    assert cli.run("consume", topic, "--group", f"g-{topic}") == b""
+
+
 def test_a_reader_that_goes_away_is_no_error(cli: Cli, topic: str) -> None:
     cli.run("produce", topic, given=b"some line of text\n" * 50_000)
     with cli.start("consume", topic) as process:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -63,7 +64,20 @@ def consume(
     if group is not None and partition is not None:
         raise click.UsageError("--group shares out the partitions itself: leave out --partition")
     reading = Reading(topic, position, partition, group, follow, count_max, skip_lost)
-    asyncio.run(_consume(bootstrap, reading, _json_lines if shape == "json" else _text))
+    try:
+        asyncio.run(_until_terminated(_consume(bootstrap, reading, _json_lines if shape == "json" else _text)))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None  # SIGTERM ends like Ctrl-C
+
+
+async def _until_terminated(work: Coroutine[Any, Any, None]) -> None:
+    """SIGTERM cancels the work, so that a group member commits what was printed and leaves."""
+    import asyncio
+
+    task = asyncio.current_task()
+    assert task is not None, "a coroutine runs in a task"
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await work
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ class RpcServer:
         try:
             self.port = server.add_insecure_port(self._listen)
         except RuntimeError as error:
-            raise ListenError(f"cannot listen on {self._listen}: {error}") from error
+            raise ListenError(f"cannot listen on {self._listen}: in use, or not an address of this machine") from error
         self._server = server
 
     async def start(self) -> None:
