@@ -39,11 +39,12 @@ class Freshness:
         return self._index.find(topic, partition)
 
     async def is_behind(self, partition: PartitionIndex) -> bool:
-        """Whether the coordinator knows of a newer epoch or of more registered records."""
+        """Whether the coordinator knows of a newer epoch or of more registered records. Raises Unavailable when no
+        coordinator answers: a reader that is told that it is beyond the end starts over."""
         try:
             described = await self._describe(partition.topic)
-        except StreamHouseError:
-            return False  # what we know is the best there is
+        except StreamHouseError as error:
+            raise Unavailable(f"{partition.name}: nobody can say whether the index is behind: {error}") from error
         newest = partition.ranges[-1] if partition.ranges else None
         known = (newest.epoch, newest.registered_end) if newest else (0, 0)
         return any(

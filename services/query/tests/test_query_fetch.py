@@ -9,6 +9,7 @@ from shproto.errors import (
     InvalidArgument,
     OffsetBelowStart,
     OffsetBeyondEnd,
+    Unavailable,
     UnknownPartition,
     UnknownTopic,
 )
@@ -102,6 +103,20 @@ async def test_errors_of_offsets_are_distinct(platform: StandInPlatform, start_q
     at_end = await fetch(service, 30)
     assert (at_end.next_offset, at_end.high_watermark, at_end.log_start_offset) == (30, 30, 10)
     assert not at_end.batches and not at_end.waiting_reason
+
+
+async def test_nobody_is_sent_back_while_no_coordinator_says_where_the_end_is(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """OFFSET_BEYOND_END makes consumers start over; an index that may be behind is no reason for that."""
+    await one_partition(platform)
+    service = await start_query()
+    platform.coordinator.down = True
+    with pytest.raises(Unavailable):
+        await fetch(service, 31)
+    platform.coordinator.down = False
+    with pytest.raises(OffsetBeyondEnd):
+        await fetch(service, 31)
 
 
 @pytest.mark.parametrize(
