@@ -30,27 +30,40 @@ def change(tables: dict[str, Rows], op: RowOp) -> None:
             if key in rows:
                 rows[key] = replace(rows[key], **changes)
         case Remove(_, where):
-            for key in [key for key, row in rows.items() if _meets(row, Where(where))]:
-                del rows[key]
+            for row in _meeting(rows, op.table, Where(where)):
+                del rows[op.table.key_of(row)]
 
 
-def _meets(row: Any, where: Where) -> bool:
-    equal = all(_equal(getattr(row, name), value) for name, value in where.equals.items())
-    if not equal or (where.predicate is not None and not where.predicate.test(row)):
-        return False
-    return not where.keys or tuple(getattr(row, name) for name in where.keys) in set(where.key_rows)
+def _meeting(rows: Rows, table: t.Table[Any], where: Where) -> list[Any]:
+    """The rows that meet all conditions."""
+    found = _by_key(rows, table, where)
+    for name, wanted in where.equals.items():
+        match wanted:
+            case In(values):
+                found = [row for row in found if getattr(row, name) in values]
+            case AtMost(limit):
+                found = [row for row in found if (value := getattr(row, name)) is not None and value <= limit]
+            case Above(limit):
+                found = [row for row in found if (value := getattr(row, name)) is not None and value > limit]
+            case _:
+                found = [row for row in found if getattr(row, name) == wanted]
+    if where.predicate is not None:
+        found = [row for row in found if where.predicate.test(row)]
+    if where.keys:
+        key_rows = set(where.key_rows)
+        found = [row for row in found if tuple(getattr(row, name) for name in where.keys) in key_rows]
+    return found
 
 
-def _equal(value: Any, wanted: Any) -> bool:
-    match wanted:
-        case In(values):
-            return value in values
-        case AtMost(limit):
-            return value is not None and cast(bool, value <= limit)
-        case Above(limit):
-            return value is not None and cast(bool, value > limit)
-        case _:
-            return cast(bool, value == wanted)
+def _by_key(rows: Rows, table: t.Table[Any], where: Where) -> list[Any]:
+    """Those that may meet the conditions: found by the key where the conditions name one, else all."""
+    if where.keys == table.key:
+        return [rows[key] for key in dict.fromkeys(where.key_rows) if key in rows]
+    if all(name in where.equals for name in table.key):
+        values = tuple(where.equals[name] for name in table.key)
+        if not any(isinstance(value, In | AtMost | Above) for value in values):
+            return [rows[values]] if values in rows else []
+    return list(rows.values())
 
 
 class MemoryStore:
@@ -153,7 +166,7 @@ class MemoryTransaction:
         limit: int | None = None,
         lock: Lock = "",
     ) -> list[RowT]:
-        rows = [row for row in self._tables.get(table.name, {}).values() if _meets(row, where)]
+        rows = _meeting(self._tables.get(table.name, {}), table, where)
         if order:
             rows.sort(key=lambda row: tuple(getattr(row, name) for name in order))
         return rows[:limit]
