@@ -101,6 +101,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._now = 0.0
         self._number = 0
         self._runnable: list[Process] = []
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._executor_free_at: dict[Any, float] = {}
         self._in_executor = False
         self.steps = 0
@@ -122,6 +123,16 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:
         return self.call_soon(callback, *args, context=context)  # there is no other thread
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, self._next_number(), timer))
+        return timer
+
+    def call_later(
+        self, delay: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self._now + delay, callback, *args, context=context)
 
     def _enqueue(self, handle: asyncio.Handle) -> None:
         process = handle._context.get(PROCESS, self.world)
@@ -170,16 +181,15 @@ class SimLoop(asyncio.BaseEventLoop):
         return not process.alive
 
     def _advance(self) -> None:
-        timers = self._scheduled
-        while timers and timers[0]._cancelled:
-            heapq.heappop(timers)._scheduled = False
+        timers = self._timers
+        while timers and timers[0][2]._cancelled:
+            heapq.heappop(timers)
         if not timers:
             raise Stuck(f"nothing is left to happen at {self._now:.6f}")
-        self._now = max(self._now, timers[0]._when)
+        self._now = max(self._now, timers[0][0])
         self._instant_ends = self.steps + STEPS_PER_INSTANT_MAX
-        while timers and timers[0]._when <= self._now:
-            timer = heapq.heappop(timers)
-            timer._scheduled = False
+        while timers and timers[0][0] <= self._now:
+            timer = heapq.heappop(timers)[2]
             if not timer._cancelled:
                 self._enqueue(timer)
 

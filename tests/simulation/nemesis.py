@@ -17,8 +17,8 @@ from tests.simulation.nodes import IngestNode, Node, Surroundings
 from tests.simulation.store import HOST as STORE
 
 KIND_CHANCE = 0.35
-FAULT_EVERY_S = (0.4, 4.0)
-WALL_JUMP_MS = 4_000
+FAULT_EVERY_S = (0.2, 2.5)
+WALL_JUMP_MS = 1_500
 """Less than half of orphan_grace_ms: more than that between two machines is not promised to be safe."""
 
 
@@ -45,7 +45,7 @@ class Nemesis:
     def begin(self) -> None:
         self._set_rates()
         if self._kinds:
-            self._later(self._rng.uniform(1, 3), self._next)
+            self._later(self._rng.uniform(0, 2), self._next)
 
     def _next(self) -> None:
         if self._around.loop.time() < self._until_s:
@@ -88,7 +88,7 @@ class Nemesis:
         rng = self._rng
         rate = lambda most: rng.choice((0.0, 0.0, rng.uniform(0, most)))  # noqa: E731
         self._around.network.rates = net.Rates(
-            rate(0.05), rate(0.05), rate(0.02), rate(0.1), rng.choice((0.05, 0.5, 4.0))
+            rate(0.05), rate(0.05), rate(0.02), rate(0.1), rng.choice((0.05, 0.5, 3.0))
         )
         self._around.database.rates = db.Rates(
             rate(0.05), rate(0.05), rate(0.1), rate(0.5), rate(0.05), rng.choice((0.05, 0.5, 3.0))
@@ -100,7 +100,7 @@ class Nemesis:
 
     # ---- processes and machines
 
-    def _revive(self, node: Node, longest_s: float = 9) -> None:
+    def _revive(self, node: Node, longest_s: float = 5) -> None:
         node.wanted = False
 
         def revive() -> None:
@@ -152,13 +152,13 @@ class Nemesis:
         if node.up:
             self._note(f"stop {node.name}")
             node.stop()
-            self._revive(node, 5)
+            self._revive(node, 3)
 
     def pause(self) -> None:
         node = self._rng.choice(self._nodes)
         process = node.process
         if process is not None and process.alive and not process.paused:
-            seconds = self._for(20)
+            seconds = self._for(9)
             self._note(f"pause {node.name} for {seconds:.1f} s")
             process.pause()
             self._around.network.paused(process)
@@ -188,14 +188,14 @@ class Nemesis:
     def partition(self) -> None:
         """Two machines, one way or both."""
         one, other = self._rng.sample(self._names(), 2)
-        seconds, both = self._for(25), self._rng.random() < 0.5
+        seconds, both = self._for(10), self._rng.random() < 0.5
         self._note(f"partition {one} -{'-' if both else '>'} {other} for {seconds:.1f} s")
         self._cut([(one, other), (other, one)] if both else [(one, other)], seconds)
 
     def isolate(self) -> None:
         """One machine from all others."""
         name = self._rng.choice(self._names())
-        seconds = self._for(20)
+        seconds = self._for(9)
         self._note(f"isolate {name} for {seconds:.1f} s")
         others = [other for other in self._names() if other != name]
         self._cut([link for other in others for link in ((name, other), (other, name))], seconds)
@@ -218,7 +218,7 @@ class Nemesis:
         self._note(f"next fsync of {agent.name} fails")
 
     def database_down(self) -> None:
-        seconds = self._for(12)
+        seconds = self._for(6)
         self._note(f"database down for {seconds:.1f} s")
         self._around.database.down()
 
@@ -228,7 +228,7 @@ class Nemesis:
         self._later(seconds, up)
 
     def store_down(self) -> None:
-        rates, seconds = self._around.store_rates, self._for(12)
+        rates, seconds = self._around.store_rates, self._for(6)
         before = rates.faults
         if FaultKind.UNAVAILABLE in before and before[FaultKind.UNAVAILABLE] == 1:
             return

@@ -20,8 +20,8 @@ from shproto.v1 import types_pb2
 
 from tests.simulation.loop import PROCESS, Process, SimFuture, SimLoop
 
-KEEPALIVE_S = 15.0
-"""After so long without an answer a connection is given up: shproto.rpc.CHANNEL_OPTIONS."""
+KEEPALIVE_S = 3.0
+"""After so long without an answer a connection is given up, on the scale of the simulation's other time-outs."""
 
 WINDOW_ITEMS = 16
 """Messages of a stream that its reader has not taken: HTTP/2's flow control."""

@@ -35,7 +35,7 @@ from tests.simulation.store import Rates, store_of
 
 PORT = 7000
 EPOCH_MS = 1_700_000_000_000
-RPC_TIMEOUT_MS = 3_000
+RPC_TIMEOUT_MS = 2_000
 SUPERVISOR_RESTART_S = 0.5
 """A process that ended by itself is started again after this, as a supervisor does."""
 
@@ -117,8 +117,7 @@ class Node:
         else:
             self.around.log(self.name, "stopped")
         self.crash(process)
-        if self.wanted:
-            self.around.network.later(SUPERVISOR_RESTART_S, self.restart)
+        self.around.network.later(SUPERVISOR_RESTART_S, self.restart)
 
     def restart(self) -> None:
         if not self.up and self.wanted:
@@ -155,6 +154,7 @@ class Node:
             self.deaths.append(f"stop: {type(error).__name__}: {error}")
         self.around.log(self.name, "stopped")
         self.crash(process)
+        self.around.network.later(SUPERVISOR_RESTART_S, self.restart)
 
     async def serve(self, process: Process) -> None:
         """Builds the service, starts it, and returns or raises when it ends."""
@@ -168,8 +168,8 @@ class CoordinatorNode(Node):
         settings = CoordinatorSettings.load(
             {},
             coordinator_id=self.name,
-            session_ttl_ms=4_000,
-            heartbeat_interval_ms=1_300,
+            session_ttl_ms=2_500,
+            heartbeat_interval_ms=800,
             session_sweep_interval_ms=500,
             probe_timeout_ms=500,
             events_poll_interval_ms=700,
@@ -215,9 +215,9 @@ class IngestNode(Node):
             seal_bytes=64 * 1024,
             seal_age_ms=400,
             durable_linger_ms=20,
-            lease_margin_ms=500,
-            move_timeout_ms=2_000,
-            shutdown_timeout_ms=3_000,
+            lease_margin_ms=300,
+            move_timeout_ms=1_500,
+            shutdown_timeout_ms=2_000,
             retry_max_ms=1_000,
             rpc_timeout_ms=RPC_TIMEOUT_MS,
         )
@@ -251,18 +251,18 @@ class SegmenterNode(Node):
         settings = SegmenterSettings.load(
             {},
             worker_id=self.name,
-            claim_ttl_ms=3_000,
+            claim_ttl_ms=2_000,
             scan_interval_ms=1_000,
             segment_build_bytes_max=1024 * 1024,
             handover_retry_first_ms=50,
-            handover_retry_max_ms=1_500,
-            early_wait_ms_max=3_000,
-            compaction_interval_ms=2_500,
+            handover_retry_max_ms=1_000,
+            early_wait_ms_max=2_000,
+            compaction_interval_ms=1_500,
             compaction_segments_min=4,
-            retention_interval_ms=5_000,
-            orphan_sweep_interval_ms=4_000,
-            orphan_grace_ms=20_000,
-            orphan_confirm_ms=3_000,
+            retention_interval_ms=3_000,
+            orphan_sweep_interval_ms=2_000,
+            orphan_grace_ms=8_000,
+            orphan_confirm_ms=1_500,
             shutdown_timeout_ms=2_000,
             rpc_timeout_ms=RPC_TIMEOUT_MS,
         )

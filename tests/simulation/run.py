@@ -1,6 +1,7 @@
 """Many simulations: `python -m tests.simulation.run --seeds N --first S [--logs DIR] [--verbose]`.
 
-Prints every failing seed with its anomalies and where its log is; exit code 1 if there was one.
+Prints every failing seed with its anomalies and where its log is; exit code 1 if there was one. Beside SEED.log lies
+SEED.jsonl, the history, which `python -m tests.faults.checker` judges line by line.
 """
 
 import argparse
@@ -15,6 +16,7 @@ HASH_SEED = "0"
 
 def main(arguments: list[str]) -> int:
     options = _options(arguments)
+    from tests.faults.history import write_history
     from tests.simulation.world import simulate
 
     options.logs.mkdir(parents=True, exist_ok=True)
@@ -31,6 +33,7 @@ def main(arguments: list[str]) -> int:
         if result.anomalies or options.keep:
             path = options.logs / f"{seed}.log"
             path.write_text("\n".join(result.log) + "\n")
+            write_history(path.with_suffix(".jsonl"), result.events)
         if result.anomalies:
             failed += 1
             print(f"seed {seed} FAILS, log {path}", flush=True)

@@ -14,8 +14,8 @@ from shstore.faulty import Fault, FaultKind, FaultyStore, Operation, applies
 from tests.simulation.network import Network
 
 HOST = "s3"
-ATTEMPTS_DEADLINE_MS = 5_000
-TIMEOUT_MS = 1_500
+ATTEMPTS_DEADLINE_MS = 2_500
+TIMEOUT_MS = 800
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class NetworkedStore:
         await self._reach()
         if self._network.chance(self._rates.late):
             copies = [bytes(part) for part in parts]
-            self._network.later(self._rng.uniform(0, 8), self._arrive, key, copies, if_absent)
+            self._network.later(self._rng.uniform(0, 4), self._arrive, key, copies, if_absent)
             raise StoreUnavailable("no answer to a put that is still on its way")
         return await self._store.put(key, parts, if_absent=if_absent)
 

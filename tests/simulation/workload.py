@@ -23,12 +23,12 @@ from tests.faults.payload import name_of, payload_of
 from tests.faults.producers import is_refusal
 from tests.simulation.nodes import Surroundings
 
-TIMEOUT_MS = 1_500
-GIVE_UP_S = 12.0
+TIMEOUT_MS = 1_000
+GIVE_UP_S = 8.0
 RECORDS_MAX = 6
-PAUSE_S = 0.15
+PAUSE_S = 0.5
 READ_BYTES = 16 * 1024
-WAIT_MS = 800
+WAIT_MS = 1_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,11 +43,11 @@ from tests.simulation.nodes import (
 from tests.simulation.store import Rates as StoreRates
 from tests.simulation.workload import READ_BYTES, History, Producer, Reader, Target, records_of
 
-FAULTS_S = (6.0, 25.0)
-"""How long the cluster has to stand faults. Long enough for leases (4 s) to run out several times."""
-SETTLE_S = 150.0
-"""How long everything may take to be registered and swept after healing: the orphans' grace is 20 s of it."""
-FIRST_START_S = 10.0
+FAULTS_S = (3.0, 12.0)
+"""How long the cluster has to stand faults. Long enough for leases (2.5 s) to run out several times."""
+SETTLE_S = 90.0
+"""How long everything may take to be registered and swept after healing: the orphans' grace is 8 s of it."""
+FIRST_START_S = 1.0
 POLL_S = 0.5
 UNWIND_ROUNDS = 200
 
@@ -123,8 +123,9 @@ class World:
         await self._create_topics()
         producers = self._producers()
         readers = self._readers()
-        for worker in (*producers, *readers):
-            Process(self.loop, "client").spawn(worker.run())
+        producing = [Process(self.loop, "client").spawn(producer.run()) for producer in producers]
+        for reader in readers:
+            Process(self.loop, "client").spawn(reader.run())
         self.nemesis.begin()
         await asyncio.sleep(max(0.0, self.faults_s - self.loop.time()))
         self.log("world", "heals")
@@ -132,6 +133,7 @@ class World:
         await asyncio.sleep(self.rng.uniform(0, 3))
         for producer in producers:
             producer.stopping = True
+        await asyncio.gather(*producing)
         await self._settle(readers)
 
     async def _create_topics(self) -> None:
