@@ -239,5 +239,3 @@ class Nemesis:
             rates.faults = before
 
         self._later(seconds, up)
-
-

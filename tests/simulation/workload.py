@@ -146,7 +146,9 @@ class Producer:
             self._leaders = {leader.partition: leader.address for leader in topics[0].leaders} if topics else {}
         return self._leaders.get(partition, "")
 
-    async def _send(self, address: str, operation: h.Produce, stamp: ProducerStamp | None) -> ingest_pb2.ProduceResponse:
+    async def _send(
+        self, address: str, operation: h.Produce, stamp: ProducerStamp | None
+    ) -> ingest_pb2.ProduceResponse:
         records = Records.from_lists([payload_of(value) for value in operation.values], timestamps_ms=0)
         batch = encode_batch(records, codec=Codec.NONE, producer=stamp)
         request = ingest_pb2.ProduceRequest(

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -31,7 +31,6 @@ from tests.simulation.loop import Process, SimLoop, Stuck
 from tests.simulation.nemesis import Nemesis
 from tests.simulation.network import Network
 from tests.simulation.nodes import (
-
     CoordinatorNode,
     IngestNode,
     Node,
@@ -410,7 +409,7 @@ def simulate(seed: int) -> Result:
                 world.loop.run_until_complete(world.loop.create_task(world.run(), context=world.client.context))
             except Stuck as error:
                 world.blame("stuck", str(error))
-            except Exception as error:  # noqa: BLE001 - a defect of the simulation itself is a finding, too
+            except Exception as error:
                 world.blame("simulation", f"{type(error).__name__}: {error}")
                 logging.getLogger(__name__).debug("", exc_info=error)
             world.judge()
