@@ -136,7 +136,8 @@ def _retry_may_repeat(timeline: Timeline, partition: PartitionTimeline, offsets:
 
 
 def _took_over(before: h.Range, after: h.Range) -> bool:
-    return after.start_offset == before.limit_offset and before.end_offset != before.limit_offset
+    # Beyond the limit, not only at it: the coordinator does not list an epoch in between that stayed empty.
+    return after.start_offset >= before.limit_offset and before.end_offset != before.limit_offset
 
 
 # ---- order

@@ -26,7 +26,7 @@ from streamhouse_ingest.ports import WrongIdentity
 
 log = logging.getLogger(__name__)
 
-_LOST_SECTOR = bytes(512)
+_SECTOR_BYTES = 512
 _OTHER_FILE = "the header says it is file"
 
 
@@ -114,7 +114,7 @@ def _replay_frames(
         _add(buffer, sequence, item, replay, index)
     if is_last and tail and _is_cut_off(tail, len(buffer)):
         return tail[0].at
-    if is_last and tail and buffer.find(_LOST_SECTOR, tail[0].at) >= 0:
+    if is_last and tail and _lost_a_sector(buffer, tail[0].at):
         _report_torn(directory, sequence, tail[0], len(buffer), replay)
     else:
         _report(directory, sequence, tail, replay)
@@ -127,6 +127,16 @@ def _is_cut_off(tail: Sequence[DamagedSpan], size_bytes: int) -> bool:
     if first.lost is None:
         return first.size_bytes < FRAME_HEADER_SIZE
     return first.at + first.lost.size_bytes > size_bytes
+
+
+def _lost_a_sector(buffer: mmap.mmap, at: int) -> bool:
+    """Whether a sector holds nothing but zeros, as far as it lies behind byte `at` and before the file's end."""
+    while at < len(buffer):
+        end = at - at % _SECTOR_BYTES + _SECTOR_BYTES
+        if not buffer[at:end].strip(b"\0"):
+            return True
+        at = end
+    return False
 
 
 def _report_torn(directory: WalDirectory, sequence: int, first: DamagedSpan, size_bytes: int, replay: Replay) -> None:
