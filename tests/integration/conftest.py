@@ -30,6 +30,12 @@ def s3() -> Iterator[Server]:
     yield from _kept(servers.s3_server)
 
 
+@pytest.fixture
+def storage(postgres: Server, s3: Server) -> dict[str, str]:
+    """The STREAMHOUSE_* variables of a database and a bucket that no other test uses."""
+    return servers.own_storage(postgres, s3)
+
+
 @pytest.fixture(scope="session")
 def rabbitmq() -> Iterator[Server]:
     yield from _kept(servers.rabbitmq_server)

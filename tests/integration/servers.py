@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import boto3
 import pytest
@@ -371,6 +372,27 @@ def s3_server() -> Server:
     return started(backend, url, settings, lambda: _make_bucket(settings))
 
 
+def own_storage(postgres: Server, s3: Server) -> dict[str, str]:
+    """The STREAMHOUSE_* variables of a new database and a new bucket: a test sees nothing of what others left, such as
+    the sessions of agents that were killed."""
+    import asyncpg
+
+    name = f"own-{secrets.token_hex(8)}"
+
+    async def create() -> None:
+        connection = await asyncpg.connect(postgres.url)
+        try:
+            await connection.execute(f'CREATE DATABASE "{name}"')
+        finally:
+            await connection.close()
+
+    _spawn(asyncio.run, create())
+    settings = {**s3.settings, "STREAMHOUSE_S3_BUCKET": name}
+    if not _make_bucket(settings):
+        raise RuntimeError(f"{s3.url} did not make the bucket {name}")
+    return {**settings, "STREAMHOUSE_PG_DSN": urlsplit(postgres.url)._replace(path=f"/{name}").geturl()}
+
+
 def _make_bucket(settings: Mapping[str, str]) -> bool:
     s3 = boto3.client(
         "s3",
@@ -380,7 +402,7 @@ def _make_bucket(settings: Mapping[str, str]) -> bool:
         aws_secret_access_key=settings["STREAMHOUSE_S3_SECRET_KEY"],
     )
     try:
-        s3.create_bucket(Bucket=BUCKET)
+        s3.create_bucket(Bucket=settings["STREAMHOUSE_S3_BUCKET"])
     except ClientError as exc:
         return str(exc.response["Error"]["Code"]) in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
     except BotoCoreError:

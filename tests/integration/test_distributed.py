@@ -42,10 +42,9 @@ async def wait_until_registered(coordinator: CoordinatorClient, ends: list[int])
             await asyncio.sleep(0.2)
 
 
-async def test_a_million_records_through_everything(postgres, s3, rabbitmq, redis_server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_a_million_records_through_everything(storage, rabbitmq, redis_server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     common = {
-        **postgres.settings,
-        **s3.settings,
+        **storage,
         **rabbitmq.settings,
         **redis_server.settings,
         "STREAMHOUSE_SEAL_AGE_MS": "1000",
