@@ -2,7 +2,7 @@
 
 `Machines` stands in for the modules `os`, `fcntl`, `mmap` and `open` in the write-ahead log's adapters, `SimPath` for
 pathlib; only what those use is there. A killed process loses nothing that was written (the page cache stays); a power
-cut keeps what was fsynced, and of the rest what chance leaves: a prefix, a torn write, sectors of zeros, nothing.
+cut keeps what was fsynced, and of the rest what chance leaves: all, a prefix, a torn write, zeros, nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from typing import Any
 from tests.simulation.loop import PROCESS, PowerCut, Process, SimLoop
 
 SECTOR_BYTES = 512
-FATES = ("nothing", "prefix", "everything")
+FATES = ("nothing", "prefix", "zeros", "everything")
+"""Of what was not synced. zeros: the file has its new size, but from some sector on not what was written."""
+
 Entries = dict[str, "SimFile"]
 
 
@@ -49,26 +51,24 @@ class SimFile:
         left = bytearray(self.durable)
         fate = rng.choice(FATES)
         if fate != "nothing" and self.writes:
-            kept = len(self.writes) if fate != "prefix" else rng.randrange(len(self.writes) + 1)
+            kept = rng.randrange(len(self.writes) + 1) if fate == "prefix" else len(self.writes)
             for at, data in self.writes[:kept]:
                 _apply(left, at, data)
             if fate == "prefix" and kept < len(self.writes):
                 at, data = self.writes[kept]
                 if data:
                     _apply(left, at, data[: rng.randrange(len(data))])
-            if fate == "sectors":
+            if fate == "zeros":
                 self._lose_sectors(left, rng)
         self.data, self.durable = left, bytes(left)
         self.writes.clear()
         self.locked_by = None
 
     def _lose_sectors(self, left: bytearray, rng: random.Random) -> None:
-        """The size got there, some of the sectors did not: they hold what they held, or zeros."""
-        for at in range(0, len(left), SECTOR_BYTES):
-            old = self.durable[at : at + SECTOR_BYTES]
-            new = left[at : at + SECTOR_BYTES]
-            if new != old and rng.random() < 0.4:
-                left[at : at + SECTOR_BYTES] = old.ljust(len(new), b"\0")[: len(new)]
+        """None of what was durable is among them."""
+        sector = rng.randrange(len(left) // SECTOR_BYTES + 1)
+        for at in range(max(sector * SECTOR_BYTES, len(self.durable)), len(left)):
+            left[at] = 0
 
 
 def _apply(data: bytearray, at: int, new: bytes | None) -> None:
