@@ -9,12 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from shproto.errors import (
-    OffsetBeyondEnd,
-    StreamHouseError,
-    Unavailable,
-    UnknownTopic,
-)
+from shproto.errors import OffsetBeyondEnd, StreamHouseError, UnknownTopic
 from shproto.v1 import ingest_pb2
 from shruntime.tasks import Backoff
 from shstore import ObjectMissing
@@ -78,6 +73,7 @@ class _Fetch:
         # an empty answer would be a wrong one.
         self._catch_up_ms = max(self._deadline_ms, now_ms + reads.catch_up_ms)
         self._backoff = Backoff(TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX)
+        self._knows_all = False  # whether the index is known to be no older than this fetch
 
     async def run(self) -> Fetched:
         with self._index.watch(self._want.partition) as watch:
@@ -115,14 +111,15 @@ class _Fetch:
             case Wait(reason):
                 return await self._wait(reason, watch)
             case _:
-                return await self._refuse(partition, step, watch)
+                return await self._refuse(partition, step)
 
-    async def _refuse(self, partition: PartitionIndex, step: BelowStart | BeyondEnd | Lost, watch: Watch) -> bool:
+    async def _refuse(self, partition: PartitionIndex, step: BelowStart | BeyondEnd | Lost) -> bool:
         if self._got.batches:
             return True  # the reader meets it with its next fetch
-        if isinstance(step, BeyondEnd) and await self._reads.freshness.is_behind(partition):
-            if not await self._changed(watch, self._remaining_ms(self._catch_up_ms)):
-                raise Unavailable(f"{partition.name}: the index is behind; offset {self._offset} may exist")
+        if isinstance(step, BeyondEnd) and not self._knows_all:
+            # A consumer that is told this starts over: not of a position that another index, or agent, has given it.
+            await self._reads.freshness.catch_up(partition.topic)
+            self._knows_all = True
             return False
         raise refusal(partition, self._offset, step)
 
@@ -316,7 +313,7 @@ class _Fetch:
         if self._has_enough:
             return True
         if high_watermark < self._offset and step.newest and step.end_offset is None:
-            return await self._refuse(partition, BeyondEnd(high_watermark), watch)
+            return await self._refuse(partition, BeyondEnd(high_watermark))
         if high_watermark > self._offset:
             reason = f"{partition.name}: agent {step.agent_id} has records at offset {self._offset} but sent none"
             return await self._again_soon(reason, watch, self._catch_up_ms)

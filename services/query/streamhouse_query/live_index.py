@@ -36,6 +36,7 @@ class LiveIndex:
         self._loaded = False
         self._closed = False
         self._watches: dict[PartitionKey, set[Watch]] = {}
+        self._awaited: dict[asyncio.Future[None], int] = {}  # by whom, which event's position
 
     def find(self, topic: str, partition: int) -> PartitionIndex:
         """Raises UnknownTopic, UnknownPartition; Unavailable before the first snapshot, ShuttingDown after `close`."""
@@ -60,6 +61,18 @@ class LiveIndex:
         if found is None:
             raise UnknownTopic(f"topic {topic!r} was deleted", topic=topic)
         return found
+
+    async def reaches(self, position: int, wait_ms: float) -> bool:
+        """Whether the index is, within `wait_ms`, as of this event or of a later one."""
+        if self.cluster.position < position and not self._closed:
+            reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._awaited[reached] = position
+            try:
+                await asyncio.wait((reached,), timeout=wait_ms / 1000)
+            finally:
+                del self._awaited[reached]
+        self._must_be_open()
+        return self.cluster.position >= position
 
     def apply(self, position: int, event: Event | None) -> None:
         """Raises IndexMismatch and may then be half changed: only `replace` helps."""
@@ -95,6 +108,9 @@ class LiveIndex:
                 del self._watches[key]
 
     def _wake(self, keys: Iterable[PartitionKey] | None) -> None:
+        for reached, position in self._awaited.items():
+            if (self._closed or self.cluster.position >= position) and not reached.done():
+                reached.set_result(None)
         for key in list(self._watches) if keys is None else keys:
             for watch in self._watches.get(key, ()):
                 watch.fire()

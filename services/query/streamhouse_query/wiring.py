@@ -98,7 +98,7 @@ def build(
     segments = SegmentReader(
         chunks, lambda key: index.cluster.object_extent(key), settings.segment_index_cache_entries, counters
     )
-    freshness = Freshness(coordinator, index, settings.catch_up_ms, clock)
+    freshness = Freshness(coordinator, index, settings.catch_up_ms)
     reads = Reads(
         index,
         segments,

@@ -137,7 +137,9 @@ class StandInCoordinator:
             for number in range(created.partitions)
             for item in [self.partitions[created.topic_id, number]]
         ]
-        return coordinator_pb2.DescribeTopicResponse(topic=_topic_info(created), partitions=infos)
+        return coordinator_pb2.DescribeTopicResponse(
+            topic=_topic_info(created), partitions=infos, events_position=len(self.events)
+        )
 
     async def open_session(self, request: coordinator_pb2.OpenSessionRequest) -> coordinator_pb2.OpenSessionResponse:
         self._must_be_up()

@@ -5,8 +5,8 @@ import time
 
 import pytest
 from shformat import decode_batch
-from shproto.errors import DataLoss, OffsetBeyondEnd, ShuttingDown, UnknownTopic
-from shproto.v1 import query_pb2
+from shproto.errors import DataLoss, OffsetBeyondEnd, ShuttingDown, Unavailable, UnknownTopic
+from shproto.v1 import coordinator_pb2, query_pb2
 from streamhouse_query.wiring import QueryService
 
 from services.query.tests.query_standins import RANGE_WIDTH, StandInPlatform, values_of
@@ -268,6 +268,50 @@ async def test_beyond_the_end_is_not_said_while_a_newer_epoch_is_on_its_way(
     assert values_in(await asyncio.wait_for(task, 2)) == [b"new"]
     with pytest.raises(OffsetBeyondEnd):
         await fetch(service, RANGE_WIDTH + 2)
+
+
+async def test_beyond_the_end_is_not_said_when_the_index_caught_up_while_the_coordinator_answered(
+    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by simulation: compared with the index of then, the coordinator's answer proved what was planned before."""
+    coordinator = platform.coordinator
+    await platform.create_topic(durable=True)
+    await platform.start_agent("a")
+    await platform.grant("a")
+    await platform.produce(values_of(10))
+    service = await start_query()
+    describe_topic = coordinator.describe_topic
+
+    async def slowly(request: coordinator_pb2.DescribeTopicRequest) -> coordinator_pb2.DescribeTopicResponse:
+        answer = await describe_topic(request)
+        coordinator.feed_paused = False
+        await coordinator.wake()
+        await settle_in(platform, service)
+        return answer
+
+    monkeypatch.setattr(coordinator, "describe_topic", slowly)
+    coordinator.feed_paused = True
+    await platform.register()
+    response = await fetch(service, 10)
+    assert (response.next_offset, response.high_watermark) == (10, 10)
+
+
+async def test_beyond_the_end_is_not_said_by_an_index_that_may_be_behind(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """A consumer that is told so starts over: neither for want of events nor for want of a coordinator."""
+    await platform.create_topic(durable=True)
+    await platform.start_agent("a")
+    await platform.grant("a")
+    await platform.produce(values_of(10))
+    service = await start_query(catch_up_ms=100)
+    platform.coordinator.feed_paused = True
+    await platform.register()
+    with pytest.raises(Unavailable, match="the index is behind"):
+        await fetch(service, 10)
+    platform.coordinator.down = True
+    with pytest.raises(Unavailable, match="nobody can say"):
+        await fetch(service, 10)
 
 
 async def test_an_agent_that_does_not_answer_is_named(platform: StandInPlatform, start_query: StartQuery) -> None:

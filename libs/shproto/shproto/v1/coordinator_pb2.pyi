@@ -304,6 +304,9 @@ class DescribeTopicResponse(_message.Message):
 
     TOPIC_FIELD_NUMBER: _builtins.int
     PARTITIONS_FIELD_NUMBER: _builtins.int
+    EVENTS_POSITION_FIELD_NUMBER: _builtins.int
+    events_position: _builtins.int
+    """this is the state after that event"""
     @_builtins.property
     def topic(self) -> Global___TopicInfo: ...
     @_builtins.property
@@ -313,10 +316,11 @@ class DescribeTopicResponse(_message.Message):
         *,
         topic: Global___TopicInfo | None = ...,
         partitions: _abc.Iterable[Global___PartitionInfo] | None = ...,
+        events_position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["topic", b"topic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["partitions", b"partitions", "topic", b"topic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events_position", b"events_position", "partitions", b"partitions", "topic", b"topic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -69,7 +69,9 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
             totals = stored.get(row.partition, Totals((), 0, (0, 0, 0)))
             offset_ranges = _offset_ranges([ranges[epoch] for epoch in sorted(ranges)], since)
             shown.append(_partition_info(row, last, offset_ranges, totals, addresses))
-        return pb.DescribeTopicResponse(topic=messages.topic_info(topic), partitions=shown)
+        return pb.DescribeTopicResponse(
+            topic=messages.topic_info(topic), partitions=shown, events_position=await tx.position()
+        )
 
     return await context.store.run(work)
 
