@@ -7,7 +7,7 @@ Nothing is registered here unless a test does it: there is no segmenter.
 import asyncio
 import socket
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,12 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 from shformat import ProducerStamp, Records, encode_batch
+from shformat.wal import FRAME_MAGIC
 from shproto.errors import DurableTimeout, NotLeader, Unavailable
 from shproto.v1 import coordinator_pb2, ingest_pb2, types_pb2
+from streamhouse_coordinator.core import tables
+from streamhouse_coordinator.ports import Transaction
+from streamhouse_coordinator.service import sessions
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.wiring import CoordinatorService
 from streamhouse_coordinator.wiring import build as build_coordinator
@@ -47,6 +51,26 @@ class HardOfHearing:
         raise Unavailable("lost on the way")
 
 
+class LosesAnAnswer:
+    """The coordinator, whose first answer to OpenSession is lost. `between`: awaited before the call is repeated."""
+
+    def __init__(self, api: Any, between: Callable[[str], Awaitable[None]]) -> None:
+        self._api = api
+        self._between = between
+        self.lost: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._api, name)
+
+    async def open_session(self, request: Any) -> Any:
+        opened = await self._api.open_session(request)
+        if self.lost is None:
+            self.lost = opened.session_id
+            await self._between(opened.session_id)
+            raise Unavailable("the answer was lost on the way")
+        return opened
+
+
 @asynccontextmanager
 async def coordinating(server: Any) -> AsyncIterator[CoordinatorService]:
     """On a database of its own: sessions of killed agents would be given partitions until they expire."""
@@ -72,9 +96,11 @@ async def _coordinating(dsn: str) -> AsyncIterator[CoordinatorService]:
         await service.stop()
 
 
-async def start_agent(coordinator: CoordinatorService, directory: Path, name: str, address: str) -> IngestService:
+async def start_agent(
+    coordinator: CoordinatorService, directory: Path, name: str, address: str, face: Any = None
+) -> IngestService:
     settings = IngestSettings.load({}, wal_dir=str(directory / name), agent_id=name, shutdown_timeout_ms=50)
-    service = build_ingest(settings, HardOfHearing(coordinator.api))
+    service = build_ingest(settings, face or HardOfHearing(coordinator.api))
     await service.start(address)
     return service
 
@@ -154,3 +180,57 @@ async def check_retries(postgres: Any, directory: Path, acks: int, stopped: bool
             assert answer.epoch > 1, "not the epoch that wrote them"
         finally:
             await kill(other)
+
+
+async def nothing(session_id: str) -> None:
+    """Between the tries."""
+
+
+@pytest.mark.parametrize("expired", [False, True])
+async def test_a_retry_of_opening_a_session_over_a_damaged_log_declares_nothing_lost_that_was_never_written(
+    postgres: Any, tmp_path: Path, expired: bool
+) -> None:
+    """G6. The ranges that the first try was granted are not among those whose ends the damage hides: also if the lease
+    of that session is over by the time the call is repeated."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        async with coordinating(postgres) as coordinator:
+            await coordinator.api.create_topic(coordinator_pb2.CreateTopicRequest(topic=TOPIC, partitions=1))
+            agent = await start_agent(coordinator, tmp_path, "agent-1", address)
+            for stamp in STAMPS:
+                await produce(agent, stamp)
+            await kill(agent)
+            damage_the_last_frame_header(tmp_path / "agent-1")
+
+            async def expire(session_id: str) -> None:
+                await sessions.end_session(coordinator.context, session_id, "expired")
+
+            face = LosesAnAnswer(HardOfHearing(coordinator.api), expire if expired else nothing)
+            agent = await start_agent(coordinator, tmp_path, "agent-1", address, face)
+            try:
+                answer = await produce(agent, ProducerStamp(8, 0, 0))
+                assert (answer.epoch, answer.base_offset) == ((3 if expired else 2), 2**30)
+                assert await possibly_lost(coordinator) == [(1, len(STAMPS) - 1, 2**30)]
+            finally:
+                await kill(agent)
+
+
+def damage_the_last_frame_header(directory: Path) -> None:
+    (path,) = directory.glob("*.wal")
+    content = bytearray(path.read_bytes())
+    content[content.rindex(FRAME_MAGIC) + 20] ^= 0x01
+    path.write_bytes(content)
+
+
+async def possibly_lost(coordinator: CoordinatorService) -> list[tuple[int, int, int]]:
+    """(epoch, base, end) of every span that is, or waits to be, on record as lost."""
+
+    async def work(tx: Transaction) -> list[tuple[int, int, int]]:
+        waiting = await tx.select(tables.LOST_SPANS)
+        recorded = [row for row in await tx.select(tables.SEGMENTS) if row.lost_reason]
+        return sorted((row.epoch, row.base_offset, row.end_offset) for row in [*waiting, *recorded])
+
+    async with asyncio.timeout(PATIENCE_S):
+        while not (found := await coordinator.context.store.run(work)):
+            await asyncio.sleep(0.02)
+    return found

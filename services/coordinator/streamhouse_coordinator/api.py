@@ -98,6 +98,7 @@ class CoordinatorApi:
     async def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         check_text("agent_id", request.agent_id, AGENT_ID_LENGTH_MAX)
         check_text("address", request.address, messages.ADDRESS_LENGTH_MAX, empty=True)
+        check_text("session_id", request.session_id, messages.ID_LENGTH_MAX, empty=True)
         if request.role not in ROLES:
             raise InvalidArgument(
                 f"role must be one of {', '.join(ROLES)}, got {request.role[:100]!r}",
@@ -110,7 +111,7 @@ class CoordinatorApi:
                 "only ingest agents have a write-ahead log", field="wal_id", value=request.wal_id.hex()
             )
         wal_id = messages.hex_id("wal_id", request.wal_id) if request.role == INGEST else ""
-        event = SessionOpened("", request.agent_id, request.role, request.address, wal_id, 0)
+        event = SessionOpened(request.session_id, request.agent_id, request.role, request.address, wal_id, 0)
         opened = await sessions.open_session(self._context, event, ends)
         return pb.OpenSessionResponse(
             session_id=opened.session_id,

@@ -98,24 +98,40 @@ def test_the_same_log_supersedes_its_own_session_at_once_and_settles_where_its_r
 
 
 def test_without_a_word_about_a_range_it_settles_at_what_is_registered() -> None:
-    assert sessions.settle_all([RANGE], WalEnds(), ()) == [RangeSettled(TOPIC, 0, 1, 100)]
-    assert sessions.settle_all([replace(RANGE, status=t.ORPHANED)], WalEnds(), ()) == [RangeSettled(TOPIC, 0, 1, 100)]
-    assert sessions.settle_all([SETTLED], WalEnds({KEY: 500}), ()) == [], "an end is declared once"
+    assert sessions.settle_all([RANGE], WalEnds(), (), "new") == [RangeSettled(TOPIC, 0, 1, 100)]
+    assert sessions.settle_all([replace(RANGE, status=t.ORPHANED)], WalEnds(), (), "new") == [
+        RangeSettled(TOPIC, 0, 1, 100)
+    ]
+    assert sessions.settle_all([SETTLED], WalEnds({KEY: 500}), (), "new") == [], "an end is declared once"
 
 
 def test_a_log_that_lost_its_tail_does_not_take_back_what_is_registered() -> None:
-    assert sessions.settle_all([RANGE], WalEnds({KEY: 50}), ()) == [RangeSettled(TOPIC, 0, 1, 100)]
+    assert sessions.settle_all([RANGE], WalEnds({KEY: 50}), (), "new") == [RangeSettled(TOPIC, 0, 1, 100)]
 
 
 def test_g2_a_damaged_log_settles_at_the_limit_what_its_replay_cannot_tell() -> None:
     unknown = WalEnds({KEY: 140}, unknown=True)
     other = replace(RANGE, partition=1)
-    assert sessions.settle_all([RANGE, other], unknown, ()) == [
+    assert sessions.settle_all([RANGE, other], unknown, (), "new") == [
         RangeSettled(TOPIC, 0, 1, 140),
         RangeSettled(TOPIC, 1, 1, RANGE.limit_offset),
     ]
-    durable = sessions.settle_all([other], unknown, {TOPIC})
+    durable = sessions.settle_all([other], unknown, {TOPIC}, "new")
     assert durable == [RangeSettled(TOPIC, 1, 1, 100)], "nothing beyond was acknowledged, or read"
+
+
+def test_a_range_granted_to_the_session_whose_opening_is_retried_was_never_written_to() -> None:
+    fresh = replace(RANGE, session_id="new", registered_end=RANGE.start_offset)
+    settled = sessions.settle_all([replace(fresh, status=t.ORPHANED)], WalEnds(unknown=True), (), "new")
+    assert settled == [RangeSettled(TOPIC, 0, 1, RANGE.start_offset)]
+
+
+def test_an_opened_session_is_found_again_by_whoever_opened_it() -> None:
+    session = t.SessionRow("new", "a", "ingest", "h:1", "w", 7)
+    assert sessions.reopened(session, OPENED) is session
+    for other in ({"agent_id": "b"}, {"role": "query"}, {"address": "h:2"}, {"wal_id": "v"}):
+        with pytest.raises(InvalidArgument):
+            sessions.reopened(replace(session, **other), OPENED)
 
 
 def test_g2_with_a_torn_log_the_next_epochs_are_granted_before_the_ends_are_declared() -> None:
@@ -125,7 +141,7 @@ def test_g2_with_a_torn_log_the_next_epochs_are_granted_before_the_ends_are_decl
 
 def test_an_end_beyond_the_range_is_refused() -> None:
     with pytest.raises(InvalidArgument):
-        sessions.settle_all([RANGE], WalEnds({KEY: 1001}), ())
+        sessions.settle_all([RANGE], WalEnds({KEY: 1001}), (), "new")
 
 
 def test_another_log_under_the_same_agent_id() -> None:

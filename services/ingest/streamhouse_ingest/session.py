@@ -7,6 +7,7 @@ taken in by one task (`_reconcile_loop`), so that a log's leadership changes in 
 import asyncio
 import contextlib
 import logging
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -141,12 +142,13 @@ class Session:
 
     async def _open_call(self) -> pb.OpenSessionResponse:
         backoff = self._make_backoff()
+        request = self._open_request(str(uuid.uuid4()))
         while True:
             if self._writer.broken:
                 raise WalBroken("no session is opened over a log that failed; the next start replays it")
             sent_ms = self._clock.monotonic_ms()
             try:
-                opened = await self._coordinator.open_session(self._open_request())
+                opened = await self._coordinator.open_session(request)
             except (AgentIdTaken, InvalidArgument):
                 raise
             except StreamHouseError as error:
@@ -161,8 +163,11 @@ class Session:
                     )
                 return opened
 
-    def _open_request(self) -> pb.OpenSessionRequest:
+    def _open_request(self, session_id: str) -> pb.OpenSessionRequest:
+        """The same for all tries: were a session opened by one whose answer is lost, another one would, over a damaged
+        log, declare the ends unknown of ranges that were granted to that session and never written to."""
         return pb.OpenSessionRequest(
+            session_id=session_id,
             agent_id=self._identity.agent_id,
             role="ingest",
             address=self._identity.address,

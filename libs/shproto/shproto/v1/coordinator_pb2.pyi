@@ -644,6 +644,7 @@ class OpenSessionRequest(_message.Message):
     WAL_ENDS_FIELD_NUMBER: _builtins.int
     ENDS_UNKNOWN_FIELD_NUMBER: _builtins.int
     TORN_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     role: _builtins.str
     """ingest | query | segmenter | coordinator"""
@@ -659,6 +660,10 @@ class OpenSessionRequest(_message.Message):
     """ingest only: the end of the log looks like a write that was cut off by a power failure. Ranges settle as ever, but
     the next epochs begin at their limits: should it have been more than that, no offset is given out twice.
     """
+    session_id: _builtins.str
+    """Drawn anew by the caller for every session it wants, and kept while it repeats the call: one whose answer was lost is
+    answered with the session it opened. Empty: the coordinator draws one.
+    """
     @_builtins.property
     def wal_ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___WalEnd]:
         """ingest only: what a replay found; older ranges of this WAL settle there"""
@@ -673,10 +678,11 @@ class OpenSessionRequest(_message.Message):
         wal_ends: _abc.Iterable[Global___WalEnd] | None = ...,
         ends_unknown: _builtins.bool = ...,
         torn: _builtins.bool = ...,
+        session_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id", "ends_unknown", b"ends_unknown", "role", b"role", "torn", b"torn", "wal_ends", b"wal_ends", "wal_id", b"wal_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id", "ends_unknown", b"ends_unknown", "role", b"role", "session_id", b"session_id", "torn", b"torn", "wal_ends", b"wal_ends", "wal_id", b"wal_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -58,17 +58,37 @@ def open_session(
         events.append(SessionClosed(other.session_id, other.agent_id, other.role, why))
     if opened.wal_id:
         own = [row for row in ranges if row.wal_id == opened.wal_id]
-        events += leave(own, ()) if wal_ends.torn else settle_all(own, wal_ends, durable_topics)
+        events += leave(own, ()) if wal_ends.torn else settle_all(own, wal_ends, durable_topics, opened.session_id)
     return [*events, opened]
 
 
-def settle_all(ranges: Sequence[RangeRow], wal_ends: WalEnds, durable_topics: Collection[str]) -> list[Event]:
+def reopened(session: SessionRow, wanted: SessionOpened) -> SessionRow:
+    """The session that the first try of a repeated call opened. Raises InvalidArgument when it is somebody else's."""
+    found = (session.agent_id, session.role, session.address, session.wal_id)
+    if found != (wanted.agent_id, wanted.role, wanted.address, wanted.wal_id):
+        raise InvalidArgument(
+            f"session {session.session_id!r} is the one of {session.role} {session.agent_id!r} at {session.address}; "
+            "draw another id",
+            field="session_id",
+            value=session.session_id,
+        )
+    return session
+
+
+def settle_all(
+    ranges: Sequence[RangeRow], wal_ends: WalEnds, durable_topics: Collection[str], session_id: str
+) -> list[Event]:
     """Declares the ends of a log's ranges: what its replay found, else what is registered, or, where damage may hide
-    more, the limit."""
+    more, the limit.
+
+    Ranges that were granted to the very session that is being opened, by a first try whose answer was lost and whose
+    lease has run out since, cannot have been written to.
+    """
     events: list[Event] = []
     for row in ranges:
         if row.status in (OPEN, ORPHANED):
-            hidden = wal_ends.unknown and row.topic_id not in durable_topics
+            written = row.session_id != session_id
+            hidden = wal_ends.unknown and written and row.topic_id not in durable_topics
             events.append(_settled(row, wal_ends.ends.get(row.key, row.limit_offset if hidden else row.registered_end)))
     return events
 

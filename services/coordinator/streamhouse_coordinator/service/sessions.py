@@ -8,7 +8,7 @@ from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened
 
 from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.projection import Put, Remove, RowOp
+from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Transaction, where, where_keys
 from streamhouse_coordinator.service.common import (
     CLUSTER_LOCK,
@@ -39,12 +39,15 @@ class OpenedSession:
 
 
 async def open_session(context: Context, opened: SessionOpened, wal_ends: sessions.WalEnds) -> OpenedSession:
-    """`opened` comes without session_id and started_ms. Raises AgentIdTaken, InvalidArgument."""
-    session_id = context.new_id()
+    """`opened` comes without started_ms, and without session_id unless the caller has drawn one: a session of that id
+    is there already if this is a retry whose first answer was lost. Raises AgentIdTaken, InvalidArgument."""
+    session_id = opened.session_id or context.new_id()
 
     async def work(tx: Transaction) -> OpenedSession:
         await tx.lock(CLUSTER_LOCK)
         now_ms = await tx.now_ms()
+        if rows := await tx.select(t.SESSIONS, where(session_id=session_id)):
+            return await _reopened(tx, sessions.reopened(rows[0], opened), now_ms + context.settings.session_ttl_ms)
         event = replace(opened, session_id=session_id, started_ms=now_ms)
         others = await _others(tx, opened)
         live = await _live(tx, [row.session_id for row in others], now_ms)
@@ -59,14 +62,24 @@ async def open_session(context: Context, opened: SessionOpened, wal_ends: sessio
             position = await commit_leadership(tx, context.settings, events)
             own = [row for row in ranges if row.wal_id == opened.wal_id and row.status in (t.OPEN, t.ORPHANED)]
             if wal_ends.torn:
-                await tx.append(sessions.settle_all(own, wal_ends, durable))
+                await tx.append(sessions.settle_all(own, wal_ends, durable, session_id))
             await _keep_snapshots(tx, [row.key for row in own], wal_ends)
         else:
             position = await tx.append(events) - len(events)
-        resumed = await _grants(tx, opened.wal_id)
-        return OpenedSession(session_id, [grant for grant in resumed if grant.range.status != t.OPEN], position)
+        return OpenedSession(session_id, await _resumed(tx, opened.wal_id), position)
 
     return await context.store.run(work)
+
+
+async def _reopened(tx: Transaction, session: t.SessionRow, expires_ms: int) -> OpenedSession:
+    """As it is by now, with a fresh lease. The position comes first: what happens later is on the feed."""
+    position = await tx.position()
+    await tx.apply([Set(t.SESSION_LEASES, (session.session_id,), {"expires_ms": expires_ms})])
+    return OpenedSession(session.session_id, await _resumed(tx, session.wal_id), position)
+
+
+async def _resumed(tx: Transaction, wal_id: str) -> list[Grant]:
+    return [grant for grant in await _grants(tx, wal_id) if grant.range.status != t.OPEN]
 
 
 async def _others(tx: Transaction, opened: SessionOpened) -> list[t.SessionRow]:
