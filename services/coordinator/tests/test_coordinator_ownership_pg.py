@@ -4,12 +4,13 @@ import asyncio
 from itertools import pairwise
 from typing import Any
 
+import asyncpg
 import pytest
 from shproto.errors import AgentIdTaken, InvalidArgument, SessionExpired, TopicExists, UnknownTopic
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from streamhouse_coordinator.api import CoordinatorApi
-from streamhouse_coordinator.wiring import CoordinatorService
+from streamhouse_coordinator.wiring import CoordinatorService, build
 
 WIDTH = 1024
 
@@ -54,6 +55,23 @@ async def test_restart_with_the_same_log_goes_on_without_a_gap(api: CoordinatorA
     assert await agent.write(grant, 10, 25) == pb.REGISTRATION_RESULT_REGISTERED, "registration goes on below the end"
     assert await agent.write(grant, 25, 26) == pb.REGISTRATION_RESULT_FENCED
     assert [g.epoch for g in await agent.grants()] == [2], "the first range is complete"
+
+
+async def test_a_snapshot_has_the_sessions_that_no_event_has_ended(dsn: str, fast: Any, open_agent: Any) -> None:
+    """Found by simulation: a query service took its snapshot right after an outage of PostgreSQL, when the leader's
+    lease had run out and was not yet extended. No event tells of the extension: the leader stayed unknown to it."""
+    service = build(fast(dsn, session_ttl_ms=600_000, session_sweep_interval_ms=60_000))
+    await service.start()
+    connection = await asyncpg.connect(dsn)
+    try:
+        agent = await open_agent(service.api, "a")
+        await connection.execute("UPDATE session_leases SET expires_ms = 1")
+        parts = [part async for part in service.api.get_snapshot(pb.GetSnapshotRequest())]
+        sessions = [session for part in parts for session in part.sessions if session.role == "ingest"]
+        assert [(item.session_id, item.expires_in_ms) for item in sessions] == [(agent.session.session_id, 0)]
+    finally:
+        await connection.close()
+        await service.stop()
 
 
 async def test_takeover_starts_at_the_limit_and_the_old_range_can_still_be_completed(

@@ -229,13 +229,18 @@ def _lease(
 
 
 async def get_snapshot(context: Context) -> AsyncIterator[pb.SnapshotPart]:
-    """Everything a reader's index holds, as of one event, in parts of bounded size."""
+    """Everything a reader's index holds, as of one event, in parts of bounded size.
+
+    Its sessions are those that no event has ended. One whose lease has run out may still go on, after an outage, and
+    then there is no event that would bring it back into the index.
+    """
     async with context.store.snapshot() as tx:
         position = await tx.position()
-        sessions = await _live_sessions(tx)
+        remaining_ms = {row.session_id: ms for row, ms in await _live_sessions(tx)}
+        sessions = await tx.select(t.SESSIONS, order=("agent_id", "started_ms"))
         yield pb.SnapshotPart(
             position=position,
-            sessions=[messages.session_info(row, expires_in_ms) for row, expires_in_ms in sessions],
+            sessions=[messages.session_info(row, remaining_ms.get(row.session_id, 0)) for row in sessions],
         )
         for topic in await tx.select(t.TOPICS, order=("topic_id",)):
             async for part in _topic_parts(tx, topic, position):
