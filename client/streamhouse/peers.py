@@ -14,6 +14,10 @@ from shproto.services import (
 
 from streamhouse.core.options import addresses_of
 
+# A handshake takes milliseconds. An agent that hangs accepts connections and says nothing: whoever waits for it had
+# better ask again who leads. Where a handshake does take longer, the next try finds it done.
+CONNECT_TIMEOUT_MS = 1_000
+
 
 class Peers:
     """Where a client's calls go. `telemetry` adds its interceptors to every channel."""
@@ -35,7 +39,7 @@ class Peers:
 
     async def connect(self, address: str) -> None:
         """Returns once connected to an agent. Raises Unavailable."""
-        await self._connect((address,)).connect()
+        await self._connect((address,)).connect(CONNECT_TIMEOUT_MS)
 
     def query(self, addresses: Sequence[str]) -> QueryApi:
         """Several addresses: calls fail over between them."""

@@ -34,6 +34,7 @@ class Faults:
     metadata_down: bool = False
     subscribe_cut_after: int | None = None  # responses
     no_leader: bool = False
+    leader: str = ""  # an address that is said to lead instead of this one
     fetch_error: dict[tuple[str, int], errors.StreamHouseError] = field(default_factory=dict)
 
 
@@ -227,7 +228,7 @@ class FakeStreamHouse:
         )
         for topic in request.topics:
             info = self._topic(topic)
-            leader = "" if self.faults.no_leader else self.address
+            leader = "" if self.faults.no_leader else self.faults.leader or self.address
             leaders = [
                 coordinator_pb2.LeaderInfo(partition=number, agent_id="agent-1", address=leader, epoch=1)
                 for number in range(info.partitions)

@@ -184,6 +184,30 @@ async def test_delivery_timeout_while_the_leader_hangs(platform, address):
             await future
 
 
+async def test_who_leads_is_asked_again_while_a_connection_to_a_leader_that_hangs_is_still_being_made(
+    platform, address
+):
+    """A process that was stopped accepts connections and says nothing."""
+    platform.add_topic("t", 1)
+    gave_up = asyncio.Event()
+
+    async def say_nothing(reader, writer):
+        while await reader.read(1024):
+            pass
+        gave_up.set()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as mute, Producer(address) as producer:
+        platform.faults.leader = f"127.0.0.1:{mute.sockets[0].getsockname()[1]}"
+        future = await producer.send("t", b"v")
+        while platform.calls["get_metadata"] < 2:
+            await asyncio.sleep(0.01)
+        assert not gave_up.is_set()
+        platform.faults.leader = ""
+        assert (await future).offset == 0
+    await gave_up.wait()
+
+
 @pytest.mark.parametrize("fault", [{}, {"not_leader": 1}, {"refuse_batch": errors.InvalidBatch("no")}])
 async def test_an_answer_after_the_delivery_timeout_changes_nothing(platform, address, fault):
     platform.add_topic("t", 1)

@@ -34,8 +34,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # Also how long one attempt may take: a busy machine needs more than the round trip.
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A peer that vanished without closing (power, network) is noticed in about 15 s.
+    # A peer that vanished without closing (power, network, a process that hangs) is noticed in about 15 s. The second
+    # limit alone does it: gRPC waits a minute for the answer to a ping, whatever keepalive_timeout_ms says.
     ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
@@ -161,20 +163,20 @@ class Connection:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._current = 0
 
-    async def connect(self) -> None:
+    async def connect(self, timeout_ms: int) -> None:
         """Returns once the current address is connected; what is not sent before that was certainly not received.
 
-        Raises Unavailable when connecting fails, or takes longer than a unary call may.
+        Raises Unavailable when connecting fails, or takes longer; then it goes on for the next call to find.
         """
         channel, address = self._channel(), self.addresses[self._current]
         try:
-            async with asyncio.timeout(self._timeout_ms / 1000):
+            async with asyncio.timeout(timeout_ms / 1000):
                 while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
                     if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
                         raise Unavailable(f"cannot connect to {address}", address=address)
                     await channel.wait_for_state_change(state)
         except TimeoutError as error:
-            raise Unavailable(f"not connected to {address} within {self._timeout_ms} ms", address=address) from error
+            raise Unavailable(f"not connected to {address} within {timeout_ms} ms", address=address) from error
 
     async def unary(self, path: str, request: Message, response_type: type[ResponseT]) -> ResponseT:
         wait_ms = getattr(request, "max_wait_ms", 0) or getattr(request, "timeout_ms", 0)
