@@ -1,0 +1,100 @@
+"""What the benches share: what they ran on, what processes use, tables and JSON."""
+
+import asyncio
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+MIB = 1024 * 1024
+console = Console(highlight=False)
+
+
+class Wrong(Exception):
+    """What was measured is not what was promised (lost records, say): the bench fails. Slowness is no error."""
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
+    """The exit code. Ctrl-C and SIGTERM cancel `main`, so that it ends the processes it started."""
+
+    async def guarded() -> int:
+        task = asyncio.create_task(main())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        try:
+            await task
+        except Wrong as error:
+            console.print(f"[red]wrong:[/red] {error}")
+            return 1
+        except asyncio.CancelledError:
+            console.print("stopped")
+            return 130
+        return 0
+
+    return asyncio.run(guarded())
+
+
+def load_average() -> float:
+    """Of the last minute: what else this machine does distorts wall-clock figures."""
+    return os.getloadavg()[0]
+
+
+# ---- processes
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """cpu_s: user and system so far. private_mib: memory that is its own. file_mib: mapped files, which the kernel
+    takes back as it likes; they are no memory that a limit could cover."""
+
+    cpu_s: float
+    private_mib: float
+    file_mib: float
+
+
+def usage(pid: int) -> Usage:
+    """Of one process, from /proc. Raises FileNotFoundError, ProcessLookupError once it is gone."""
+    # The name, in parentheses, may hold spaces; utime and stime are fields 14 and 15.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = int(fields[11]) + int(fields[12])
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    kib = {name: int(text.split()[0]) for name, _, text in (line.partition(":") for line in lines) if "Rss" in name}
+    private_kib = kib["RssAnon"] + kib["RssShmem"]
+    return Usage(ticks / CLOCK_TICKS_PER_S, private_kib / 1024, kib["RssFile"] / 1024)
+
+
+# ---- results
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The first column is text, the others are numbers; the title says how busy the machine was."""
+    table = Table(title=f"{title}; {os.cpu_count()} cores, load {load_average():.1f}", title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def write_json(path: Path | None, options: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    """The figures with what they were measured on; nothing without a path."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
+        "load_average": os.getloadavg(),
+        "options": {name: value if isinstance(value, int | float) else str(value) for name, value in options.items()},
+        "figures": figures,
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")
