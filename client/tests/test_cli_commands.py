@@ -210,6 +210,21 @@ def test_a_table_for_another_service_is_known(tmp_path: Path) -> None:
     assert "RPC_TIMEOUT_MS" in result.stderr
 
 
+@pytest.mark.parametrize("command", [("serve",), ("ingest",), ("verify",), ("segment", "inspect", "key")])
+def test_a_file_of_settings_is_named_as_it_was_typed(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMHOUSE_CONFIG", "")  # `serve` sets it for the services in its process: undone after
+    missing = run(*command, "--config", "nope.toml")
+    assert missing.exit_code == 2
+    assert "'--config'" in missing.stderr and "'nope.toml'" in missing.stderr
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[ingest\n")
+    result = run(*command, "--config", str(broken))
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {broken}: ") and "STREAMHOUSE_CONFIG" not in result.stderr
+
+
 def test_explanations_are_one_line() -> None:
     from shproto.errors import InvalidArgument, Overloaded, Unavailable
 

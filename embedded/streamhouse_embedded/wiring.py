@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from shproto.services import IngestApi
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
 from shruntime.logs import configure_logging
-from shruntime.server import RpcServer
+from shruntime.server import RpcServer, check_listen
 from shruntime.settings import StoreSettings
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
@@ -49,12 +49,36 @@ class Ready:
     postgres_dsn: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Services:
+    """The settings of everything that runs in here."""
+
+    store: StoreSettings
+    coordinator: CoordinatorSettings
+    ingest: IngestSettings
+    query: QuerySettings
+    segmenter: SegmenterSettings
+
+    @staticmethod
+    def load(data_dir: DataDir) -> "_Services":
+        """Raises SettingsError."""
+        return _Services(
+            StoreSettings.load(store_dir=str(data_dir.objects)),
+            CoordinatorSettings.load(amqp_url=""),
+            IngestSettings.load(wal_dir=str(data_dir.wal), agent_id=AGENT_ID),
+            QuerySettings.load(cache_dir=str(data_dir.cache)),
+            SegmenterSettings.load(worker_id=AGENT_ID, amqp_url=""),
+        )
+
+
 class EmbeddedPlatform:
-    """One process's worth of StreamHouse. `start` raises DataDirError, ListenError, PostgresError, StoreError."""
+    """One process's worth of StreamHouse. Raises SettingsError, before anything is created. `start` raises
+    DataDirError, ListenError, PostgresError, StoreError, and SettingsError for a pg_dsn that is of no use."""
 
     def __init__(self, settings: EmbeddedSettings) -> None:
         self._settings = settings
         self._data_dir = DataDir(settings.data_dir)
+        self._services = _Services.load(self._data_dir)
         self._stack = contextlib.AsyncExitStack()
         self.tasks = Tasks()
 
@@ -72,21 +96,17 @@ class EmbeddedPlatform:
     async def _start(self) -> Ready:
         self._data_dir.lock()
         self._stack.callback(self._data_dir.unlock)
+        await check_listen(self._settings.listen)  # before a first start takes its time for the database
         telemetry = Telemetry.configure("embedded", self._settings)
         self._stack.callback(telemetry.shutdown)
         dsn = self._settings.pg_dsn or await self._start_postgres()
         store = await self._open_store()
 
-        coordinator = coordinator_wiring.build(CoordinatorSettings.load(pg_dsn=dsn, amqp_url=""))
-        ingest = ingest_wiring.build(
-            IngestSettings.load(wal_dir=str(self._data_dir.wal), agent_id=AGENT_ID), coordinator.api
-        )
-        query = query_wiring.build(
-            QuerySettings.load(cache_dir=str(self._data_dir.cache)), coordinator.api, store, _always(ingest.api)
-        )
-        segmenter = segmenter_wiring.build(
-            SegmenterSettings.load(worker_id=AGENT_ID, amqp_url=""), coordinator.api, store, _always(ingest.api)
-        )
+        services = self._services
+        coordinator = coordinator_wiring.build(services.coordinator.model_copy(update={"pg_dsn": dsn}))
+        ingest = ingest_wiring.build(services.ingest, coordinator.api)
+        query = query_wiring.build(services.query, coordinator.api, store, _always(ingest.api))
+        segmenter = segmenter_wiring.build(services.segmenter, coordinator.api, store, _always(ingest.api))
         apis = (
             (coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"], coordinator.api),
             (ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], ingest.api),
@@ -121,7 +141,7 @@ class EmbeddedPlatform:
         return dsn
 
     async def _open_store(self) -> ObjectStore:
-        store = configured_store(StoreSettings.load(store_dir=str(self._data_dir.objects)))
+        store = configured_store(self._services.store)
         self._stack.push_async_callback(store.close)
         await store.check()
         return store

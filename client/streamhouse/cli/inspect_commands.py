@@ -10,7 +10,7 @@ import click
 
 from streamhouse.cli.failures import CliError
 from streamhouse.cli.inspect_files import describe_segment_file, describe_segment_object, describe_wal
-from streamhouse.cli.options import json_option
+from streamhouse.cli.options import CONFIG_FILE, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
 from streamhouse.cli.store_option import store_of
 
@@ -27,7 +27,7 @@ def segment() -> None:
 @segment.command("inspect")
 @click.argument("source", metavar="FILE|KEY")
 @click.option("--store-dir", type=click.Path(file_okay=False), help="Local object store that holds KEY.")
-@click.option("--config", type=click.Path(dir_okay=False), help="TOML file with store settings.")
+@click.option("--config", type=CONFIG_FILE, help="TOML file with store settings.")
 @all_option
 @json_option
 def inspect_segment(source: str, store_dir: str | None, config: str | None, show_all: bool, as_json: bool) -> None:

@@ -8,6 +8,7 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PORT_MAX = 65_535
+CONFIG_FILE = click.Path(exists=True, dir_okay=False)
 
 
 class HostPort(click.ParamType[str]):

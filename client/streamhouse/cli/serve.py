@@ -28,7 +28,9 @@ DEFAULT_ADDRESS = "127.0.0.1:7070"
     type=HostPort(port_min=0),
     help=f"Address to listen on, port 0 takes a free one. Default: {DEFAULT_ADDRESS}  [env: STREAMHOUSE_LISTEN]",
 )
-@click.option("--config", type=click.Path(dir_okay=False), help="TOML file with settings  [env: STREAMHOUSE_CONFIG]")
+@click.option(
+    "--config", type=click.Path(exists=True, dir_okay=False), help="TOML file with settings  [env: STREAMHOUSE_CONFIG]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Say where it listens as one JSON line, once it serves.")
 def serve(data_dir: str | None, listen: str | None, config: str | None, as_json: bool) -> None:
     """Run the whole platform in this process, on a local directory: no other server is needed.

@@ -26,7 +26,9 @@ def load_all_settings() -> None:
 def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--config, --listen and --bootstrap: the same as the variables, and stronger."""
     options = (
-        click.option("--config", type=click.Path(dir_okay=False), help="TOML file  [env: STREAMHOUSE_CONFIG]"),
+        click.option(
+            "--config", type=click.Path(exists=True, dir_okay=False), help="TOML file  [env: STREAMHOUSE_CONFIG]"
+        ),
         click.option("--listen", type=HostPort(port_min=0), help="Address to listen on  [env: STREAMHOUSE_LISTEN]"),
         click.option("--bootstrap", type=HostPort(many=True), help="Coordinators  [env: STREAMHOUSE_BOOTSTRAP]"),
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from streamhouse.cli.failures import CliError
-from streamhouse.cli.options import bootstrap_option, json_option
+from streamhouse.cli.options import CONFIG_FILE, bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes
 from streamhouse.cli.store_option import store_of
 
@@ -34,7 +34,7 @@ Bar = tuple[Callable[[int], None], Callable[[int], None]]
     "--data-dir", type=click.Path(exists=True, file_okay=False), help="Of `streamhouse serve`, on this machine."
 )
 @click.option("--store-dir", type=click.Path(exists=True, file_okay=False), help="Local object store.")
-@click.option("--config", type=click.Path(dir_okay=False), help="TOML file with store settings.")
+@click.option("--config", type=CONFIG_FILE, help="TOML file with store settings.")
 @click.option(
     "--grace-ms",
     type=click.IntRange(min=0),

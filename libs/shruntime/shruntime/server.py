@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +49,7 @@ class RpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [descriptor.full_name for descriptor, _ in self._apis]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        await check_listen(self._listen)
         try:
             self.port = server.add_insecure_port(self._listen)
         except RuntimeError as error:
@@ -71,3 +76,31 @@ class RpcServer:
             await self.set_serving(False)
             await self._server.stop(grace_ms / 1000)
             self._server = None
+
+
+async def check_listen(listen: str) -> None:
+    """Raises ListenError with the reason of the operating system. gRPC would write lines of its own to stderr first,
+    and then not say why."""
+    host, _, port = listen.rpartition(":")
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, ValueError) as error:
+        raise ListenError(f"cannot listen on {listen}: no such address ({error})") from error
+    failures = [failure for family, _, _, _, address in found if (failure := _bind_failure(family, address))]
+    taken = [failure for failure in failures if failure.errno == errno.EADDRINUSE]
+    # A name may have an address of a family that this machine does not speak; one that works is enough.
+    if taken or len(failures) == len(found):
+        raise ListenError(f"cannot listen on {listen}: {os.strerror((taken or failures)[0].errno or 0).lower()}")
+
+
+def _bind_failure(family: int, address: Any) -> OSError | None:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As gRPC does: connections of an earlier process that only wait to be forgotten are no obstacle.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error
+    return None

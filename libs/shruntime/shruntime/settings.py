@@ -10,10 +10,12 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from shruntime.urls import address, address_or_empty, addresses
 
 PREFIX = "STREAMHOUSE_"
 CONFIG_VARIABLE = "STREAMHOUSE_CONFIG"
@@ -31,9 +33,15 @@ class CommonSettings(BaseSettings):
     service: ClassVar[str] = "common"
     known: ClassVar[dict[str, type["CommonSettings"]]] = {}
 
-    listen: str = Field("127.0.0.1:0", description="host:port of the gRPC server; port 0 takes a free one")
-    advertise: str = Field("", description="host:port that others reach this service at; empty: the listen address")
-    bootstrap: str = Field("127.0.0.1:7070", description="coordinators, host:port, separated by commas")
+    listen: Annotated[str, AfterValidator(address)] = Field(
+        "127.0.0.1:0", description="host:port of the gRPC server; port 0 takes a free one"
+    )
+    advertise: Annotated[str, AfterValidator(address_or_empty)] = Field(
+        "", description="host:port that others reach this service at; empty: the listen address"
+    )
+    bootstrap: Annotated[str, AfterValidator(addresses)] = Field(
+        "127.0.0.1:7070", description="coordinators, host:port, separated by commas"
+    )
     rpc_timeout_ms: int = Field(
         10_000,
         ge=100,
@@ -54,7 +62,9 @@ class CommonSettings(BaseSettings):
     trace_sample_ratio: float = Field(
         0.01, ge=0, le=1, description="part of the traces that is kept; 1 in 100 keeps the cost unmeasurable"
     )
-    prometheus_listen: str = Field("", description="host:port that serves /metrics; empty: off")
+    prometheus_listen: Annotated[str, AfterValidator(address_or_empty)] = Field(
+        "", description="host:port that serves /metrics; empty: off"
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,7 +89,19 @@ class CommonSettings(BaseSettings):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise SettingsError(_explain(cls.service, error)) from error
+            raise SettingsError(cls._explain(error)) from error
+
+    @classmethod
+    def _explain(cls, error: ValidationError) -> str:
+        """What is wrong with each setting. Values that `repr` leaves out are secrets: their checks say what may be
+        shown."""
+        parts = []
+        for item in error.errors():
+            name = ".".join(str(part) for part in item["loc"])
+            field = cls.model_fields.get(name)
+            value = f" = {item.get('input')!r}" if field is None or field.repr else ""
+            parts.append(f"{name} ({PREFIX}{name.upper()}){value}: {item['msg'].removeprefix('Value error, ')}")
+        return f"settings of {cls.service}: " + "; ".join(parts)
 
     @classmethod
     def _from_variables(cls, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -95,8 +117,10 @@ class CommonSettings(BaseSettings):
             return {}
         try:
             content = tomllib.loads(Path(path).read_text())
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise SettingsError(f"{CONFIG_VARIABLE}={path}: {error}") from error
+        except OSError as error:
+            raise SettingsError(f"cannot read settings from {path}: {error.strerror}") from error
+        except ValueError as error:  # no TOML, or not UTF-8
+            raise SettingsError(f"{path}: {error}") from error
         tables = {name: value for name, value in content.items() if isinstance(value, dict)}
         for table in tables:
             if table not in CommonSettings.known:
@@ -117,14 +141,6 @@ def _must_be_known(name: str, shown: str) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         raise SettingsError(f"unknown setting {shown}" + (f"; did you mean {near[0]}?" if near else ""))
-
-
-def _explain(service: str, error: ValidationError) -> str:
-    parts = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
-        parts.append(f"{name} ({PREFIX}{name.upper()}) = {item.get('input')!r}: {item['msg']}")
-    return f"settings of {service}: " + "; ".join(parts)
 
 
 class StoreSettings(CommonSettings):

@@ -130,9 +130,29 @@ async def test_reflection_lists_the_service(server: RpcServer) -> None:
     assert SERVICE.full_name in await asyncio.to_thread(services)
 
 
-async def test_a_taken_port_is_a_clear_error(server: RpcServer) -> None:
-    with pytest.raises(ListenError, match=server.address):
+async def test_a_taken_port_is_one_clear_error(server: RpcServer, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ListenError, match=f"cannot listen on {server.address}: address already in use"):
         await RpcServer(server.address, [(SERVICE, EchoQuery())]).start()
+    assert capfd.readouterr().err == ""  # gRPC's own lines
+
+
+@pytest.mark.parametrize(
+    ("listen", "said"),
+    [("192.0.2.1:0", "cannot assign requested address"), ("no-such-host.invalid:0", "no such address")],
+)
+async def test_an_address_of_nobody_here_is_one_clear_error(
+    listen: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ListenError, match=f"cannot listen on {listen}: {said}"):
+        await RpcServer(listen, [(SERVICE, EchoQuery())]).start()
+    assert capfd.readouterr().err == ""
+
+
+async def test_a_name_with_several_addresses_is_listened_on() -> None:
+    server = RpcServer("localhost:0", [(SERVICE, EchoQuery())])
+    await server.start()
+    assert server.port > 0
+    await server.stop(0)
 
 
 def test_an_error_of_a_newer_server_is_still_an_error() -> None:

@@ -12,6 +12,7 @@ class ProbeSettings(CommonSettings):
     service: ClassVar[str] = "probe"
 
     probe_bytes_max: int = Field(100, ge=1, le=1000, description="bytes; for this test")
+    probe_password: str = Field("", max_length=20, repr=False, description="a secret")
 
 
 def test_defaults_then_file_then_variables_then_code(tmp_path: Path) -> None:
@@ -31,12 +32,20 @@ def test_defaults_then_file_then_variables_then_code(tmp_path: Path) -> None:
         ({"STREAMHOUSE_PROBE_BYTES_MAX": "0"}, "STREAMHOUSE_PROBE_BYTES_MAX) = '0'"),
         ({"STREAMHOUSE_PROBE_BYTES_MAX": "many"}, "STREAMHOUSE_PROBE_BYTES_MAX) = 'many'"),
         ({"STREAMHOUSE_LOG_LEVEL": "LOUD"}, "STREAMHOUSE_LOG_LEVEL"),
-        ({"STREAMHOUSE_CONFIG": "/nowhere/streamhouse.toml"}, "/nowhere/streamhouse.toml"),
+        ({"STREAMHOUSE_CONFIG": "/nowhere/streamhouse.toml"}, "/nowhere/streamhouse.toml: No such file"),
+        ({"STREAMHOUSE_LISTEN": ""}, "STREAMHOUSE_LISTEN) = ''"),
+        ({"STREAMHOUSE_BOOTSTRAP": "one:1,two"}, "'two' must be host:port"),
     ],
 )
 def test_a_wrong_setting_is_named(environ: dict[str, str], said: str) -> None:
     with pytest.raises(SettingsError, match=said.replace("(", r"\(").replace(")", r"\)")):
         ProbeSettings.load(environ)
+
+
+def test_a_secret_is_named_and_not_shown() -> None:
+    with pytest.raises(SettingsError, match="STREAMHOUSE_PROBE_PASSWORD") as caught:
+        ProbeSettings.load({"STREAMHOUSE_PROBE_PASSWORD": "x" * 21})
+    assert "xxx" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -57,3 +66,10 @@ def test_a_wrong_file_is_named(tmp_path: Path, content: str, said: str) -> None:
 
 def test_settings_of_other_services_are_passed_over() -> None:
     assert ProbeSettings.load({"STREAMHOUSE_S3_BUCKET": "elsewhere"}).probe_bytes_max == 100
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "streamhouse.toml"
+    config.write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match=r"streamhouse.toml: .*utf-8"):
+        ProbeSettings.load({"STREAMHOUSE_CONFIG": str(config)})

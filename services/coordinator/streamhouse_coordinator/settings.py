@@ -1,15 +1,16 @@
 """Settings of the coordinator."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from shruntime.settings import CommonSettings
+from shruntime.urls import url_of
 
 
 class CoordinatorSettings(CommonSettings):
     service: ClassVar[str] = "coordinator"
 
-    pg_dsn: str = Field(
+    pg_dsn: Annotated[str, AfterValidator(url_of("postgresql", "postgres"))] = Field(
         "postgresql://postgres@127.0.0.1:5432/postgres", repr=False, description="PostgreSQL, as a libpq URI"
     )
     pg_pool_max: int = Field(
@@ -24,7 +25,9 @@ class CoordinatorSettings(CommonSettings):
         le=600_000,
         description="ms PostgreSQL may take per statement until a call is UNAVAILABLE; half of rpc_timeout_ms",
     )
-    amqp_url: str = Field("", repr=False, description="RabbitMQ that events are published to; empty: no publishing")
+    amqp_url: Annotated[str, AfterValidator(url_of("amqp", "amqps"))] = Field(
+        "", repr=False, description="RabbitMQ that events are published to; empty: no publishing"
+    )
     amqp_timeout_ms: int = Field(10_000, ge=100, le=600_000, description="ms RabbitMQ may take to confirm a batch")
     coordinator_id: str = Field(
         "", max_length=249, description="name in status and metadata; empty: a new one each start"

@@ -46,7 +46,8 @@ class CoordinatorService:
     _session_id: str = field(default="", init=False)
 
     async def start(self) -> None:
-        """Connects, migrates, starts the background work. Keeps trying until PostgreSQL answers."""
+        """Connects, migrates, starts the background work. Keeps trying until PostgreSQL answers and lets us in. Raises
+        SettingsError when the DSN is of no use, DatabaseTooNew."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
         while True:
             try:

@@ -1,10 +1,11 @@
 """Settings of the query service. Each has a unit, a range and a reason."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from shruntime.settings import MIB, StoreSettings
+from shruntime.urls import url_of
 
 
 class QuerySettings(StoreSettings):
@@ -43,7 +44,9 @@ class QuerySettings(StoreSettings):
         le=100_000_000,
         description="block entries kept in memory, 80 bytes each; one per MiB of records, so this is about 1 TB of log",
     )
-    redis_url: str = Field("", description="Redis that query services share chunks through; empty: none")
+    redis_url: Annotated[str, AfterValidator(url_of("redis", "rediss", "unix"))] = Field(
+        "", repr=False, description="Redis that query services share chunks through; empty: none"
+    )
     redis_timeout_ms: int = Field(
         50, ge=1, le=10_000, description="ms to wait for Redis; beyond that the object store is about as quick"
     )

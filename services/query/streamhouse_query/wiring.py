@@ -16,6 +16,7 @@ from shruntime.server import RpcServer
 from shruntime.settings import PREFIX, SettingsError
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
+from shruntime.urls import masked
 from shstore import ObjectStore
 from shstore.configured import configured_store
 
@@ -136,7 +137,7 @@ def _redis(settings: QuerySettings, clock: Clock, counters: Counters) -> RedisCa
             counters=counters,
         )
     except ValueError as error:
-        raise SettingsError(f"redis_url ({PREFIX}REDIS_URL) = {settings.redis_url!r}: {error}") from error
+        raise SettingsError(f"redis_url ({PREFIX}REDIS_URL) = {masked(settings.redis_url)!r}: {error}") from error
 
 
 async def run(settings: QuerySettings) -> None:

@@ -163,7 +163,14 @@ def test_settings_out_of_range_are_named(values: dict[str, int], named: str) -> 
         QuerySettings.load({}, **values)
 
 
-def test_a_malformed_redis_url_is_named(platform: StandInPlatform, tmp_path: Path) -> None:
-    settings = QuerySettings(cache_dir=tmp_path, redis_url="http://nowhere")
-    with pytest.raises(SettingsError, match="redis_url"):
+def test_a_redis_url_of_another_kind_is_named_without_its_password() -> None:
+    with pytest.raises(SettingsError, match=r"redis_url \(STREAMHOUSE_REDIS_URL\)") as caught:
+        QuerySettings.load({}, redis_url="http://me:secret@nowhere")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_redis_url_that_only_its_library_refuses_is_named(platform: StandInPlatform, tmp_path: Path) -> None:
+    settings = QuerySettings.load({}, cache_dir=tmp_path, redis_url="redis://me:secret@nowhere?max_connections=many")
+    with pytest.raises(SettingsError, match="redis_url") as caught:
         build(settings, platform.coordinator, platform.store, platform.ingest_at)
+    assert "secret" not in str(caught.value)

@@ -1,9 +1,10 @@
 """Settings of the segmenter."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from shruntime.settings import MIB, StoreSettings
+from shruntime.urls import url_of
 
 
 class SegmenterSettings(StoreSettings):
@@ -12,7 +13,7 @@ class SegmenterSettings(StoreSettings):
     worker_id: str = Field(
         "", max_length=200, description="name in claims, logs and status; empty: host name and process id"
     )
-    amqp_url: str = Field(
+    amqp_url: Annotated[str, AfterValidator(url_of("amqp", "amqps"))] = Field(
         "",
         repr=False,
         description="RabbitMQ that wakes the workers, amqp://user:password@host:port/vhost; empty: the event feed",

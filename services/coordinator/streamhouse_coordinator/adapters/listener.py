@@ -8,7 +8,8 @@ from typing import Any
 import asyncpg
 from shruntime.tasks import Backoff
 
-from streamhouse_coordinator.adapters.postgres import EVENTS_CHANNEL, GROUPS_CHANNEL, PostgresStore
+from streamhouse_coordinator.adapters.postgres import PostgresStore
+from streamhouse_coordinator.adapters.postgres_transaction import EVENTS_CHANNEL, GROUPS_CHANNEL
 
 log = logging.getLogger(__name__)
 

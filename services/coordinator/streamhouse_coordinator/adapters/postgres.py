@@ -1,4 +1,4 @@
-"""The store in PostgreSQL (asyncpg). The only module that talks to the database; its errors end here.
+"""The store in PostgreSQL (asyncpg): connections, transactions and their repetition.
 
 Every statement has a deadline; a connection that broke or was given up on is closed, never reused. Conflicts with
 other transactions are retried, everything else that is the database's absence becomes Unavailable.
@@ -9,7 +9,6 @@ import contextlib
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -17,51 +16,31 @@ from typing import Any, TypeVar
 import asyncpg
 from opentelemetry import metrics
 from shproto.errors import InvalidArgument, Overloaded, StreamHouseError, Unavailable
-from shproto.events import Event, event_from_json
+from shproto.events import event_from_json
+from shruntime.settings import PREFIX, SettingsError
+from shruntime.urls import masked
 
-from streamhouse_coordinator.adapters import sql
 from streamhouse_coordinator.adapters.migrate import migrate
-from streamhouse_coordinator.core.projection import RowOp, coalesce, row_ops
-from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, EventRow, Table
-from streamhouse_coordinator.ports import EVERYTHING, Above, In, Lock, Totals, Transaction, Where, where
+from streamhouse_coordinator.adapters.postgres_errors import ABSENT, CONFLICTS, UNUSABLE_DSN, unavailable
+from streamhouse_coordinator.adapters.postgres_transaction import NOW_MS, PostgresTransaction
+from streamhouse_coordinator.core.projection import row_ops
+from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, EventRow
+from streamhouse_coordinator.ports import Above, In, Transaction, Where, where
 
 log = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 RowT = TypeVar("RowT")
 
-EVENTS_CHANNEL = "streamhouse_events"
-GROUPS_CHANNEL = "streamhouse_groups"
-NOW_MS = "(extract(epoch from clock_timestamp()) * 1000)::bigint"
 # How often a transaction that met another's changes is run again before the caller is told to come back: with a wait of
 # up to 2, 4, 8 ... ms in between, two coordinators racing for the same rows need one or two.
 CONFLICT_ATTEMPTS = 10
 REBUILD_BATCH = 1000
 
-_CONFLICTS = (
-    asyncpg.SerializationError,
-    asyncpg.DeadlockDetectedError,
-    asyncpg.UniqueViolationError,  # two transactions inserted the same row; the second finds it when run again
-)
-_ABSENT = (
-    OSError,
-    TimeoutError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,  # shut down by an administrator, crashed, or still starting
-    asyncpg.InsufficientResourcesError,  # too many connections, out of memory, disk full
-    asyncpg.ReadOnlySQLTransactionError,  # a standby, until it is promoted
-    asyncpg.InterfaceError,  # the connection was closed under our feet
-    asyncpg.InternalClientError,  # the server closed it in the middle of a handshake
-)
-
 _meter = metrics.get_meter("streamhouse.coordinator")
 _conflicts = _meter.create_counter(
     "streamhouse_coordinator_conflicts_total", description="transactions run again after a conflict with another"
 )
-_absences = _meter.create_counter(
-    "streamhouse_coordinator_postgres_errors_total", description="commands that PostgreSQL did not answer"
-)
-_events = _meter.create_counter("streamhouse_coordinator_events_total", description="events appended, by type")
 _duration = _meter.create_histogram(
     "streamhouse_coordinator_transaction_duration_ms", description="from asking for a connection to commit"
 )
@@ -80,9 +59,10 @@ class PostgresStore:
         self._rng = random.Random()
 
     async def open(self) -> None:
-        """Connects and migrates. Raises Unavailable when there is no database, DatabaseTooNew when it is not ours."""
+        """Connects and migrates. Raises Unavailable when there is no database, DatabaseTooNew when it is not ours,
+        SettingsError when no database could ever be reached with this DSN."""
         try:
-            connection = await self.connect()
+            connection = await self._first_connection()
             try:
                 for name in await migrate(connection):
                     log.info("migrated the database: %s", name)
@@ -95,8 +75,21 @@ class PostgresStore:
                 timeout=self._timeout_s,
                 command_timeout=self._timeout_s,
             )
-        except _ABSENT as error:
-            raise _unavailable(error) from error
+        except ABSENT as error:
+            raise unavailable(error) from error
+
+    async def _first_connection(self) -> Any:
+        try:
+            return await self.connect()
+        except UNUSABLE_DSN as error:
+            raise self._unusable(str(error)) from error
+        except OSError:
+            raise  # some of ssl's are ValueErrors as well
+        except ValueError as error:  # while parsing: its text may be a part of the password
+            raise self._unusable("cannot be parsed") from error
+
+    def _unusable(self, what: str) -> SettingsError:
+        return SettingsError(f"pg_dsn ({PREFIX}PG_DSN): {masked(self._dsn)!r}: {what}")
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None
@@ -139,12 +132,12 @@ class PostgresStore:
                         result = await work(connection)
                     _duration.record((time.perf_counter() - started) * 1000)
                     return result
-                except _CONFLICTS as error:
+                except CONFLICTS as error:
                     _conflicts.add(1)
                     log.debug("conflict, attempt %d: %s", attempt, error)
                     await asyncio.sleep(self._rng.uniform(0, 0.002 * 2**attempt))
-        except _ABSENT as error:
-            raise _unavailable(error) from error
+        except ABSENT as error:
+            raise unavailable(error) from error
         raise Overloaded("too many commands at once change the same rows; try again", retry_after_ms=100)
 
     async def run(self, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
@@ -166,8 +159,8 @@ class PostgresStore:
                 _transaction(connection, isolation="repeatable_read", readonly=True),
             ):
                 yield PostgresTransaction(connection)
-        except _ABSENT as error:
-            raise _unavailable(error) from error
+        except ABSENT as error:
+            raise unavailable(error) from error
 
     async def renew_session(self, session_id: str, ttl_ms: int) -> int | None:
         text = f"UPDATE session_leases SET expires_ms = {NOW_MS} + $2 WHERE session_id = $1 RETURNING grants_version"
@@ -209,7 +202,7 @@ class PostgresStore:
                     await connection.execute("UPDATE outbox SET position = $1", rows[-1].position)
                 return len(rows)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-            raise _unavailable(error) from error
+            raise unavailable(error) from error
 
     async def rebuild(self) -> None:
         async with self._connection() as connection, _transaction(connection):
@@ -245,108 +238,3 @@ def _discard(connection: Any) -> None:
     """Closes a connection in doubt. Must not raise: it would take the place of the error, or of a cancellation."""
     with contextlib.suppress(asyncpg.InterfaceError):  # the pool has noticed that it is closed already
         connection.terminate()
-
-
-def _unavailable(error: BaseException) -> Unavailable:
-    _absences.add(1)
-    what = str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
-    return Unavailable(f"PostgreSQL does not answer: {what}", retry_after_ms=1000)
-
-
-class PostgresTransaction:
-    """Implements ports.Transaction on an open transaction of `connection`."""
-
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
-        self._now_ms: int | None = None
-        self._groups: set[str] = set()
-
-    async def now_ms(self) -> int:
-        if self._now_ms is None:
-            self._now_ms = await self._connection.fetchval(f"SELECT {NOW_MS}")
-        assert self._now_ms is not None
-        return self._now_ms
-
-    async def lock(self, name: str) -> None:
-        await self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", name)
-
-    async def select(
-        self,
-        table: Table[RowT],
-        where: Where = EVERYTHING,
-        *,
-        order: Sequence[str] = (),
-        limit: int | None = None,
-        lock: Lock = "",
-    ) -> list[RowT]:
-        text, arguments = sql.select(table, where, order, limit, lock)
-        return [table.row(*record) for record in await self._connection.fetch(text, *arguments)]
-
-    async def totals(
-        self, table: Table[Any], where: Where, *, by: Sequence[str] = (), sums: Sequence[str] = ()
-    ) -> list[Totals]:
-        text, arguments = sql.totals(table, where, by, sums)
-        cut = len(by)
-        rows = [tuple(record) for record in await self._connection.fetch(text, *arguments)]
-        return [Totals(row[:cut], row[cut], row[cut + 1 :]) for row in rows]
-
-    async def append(self, events: Sequence[Event], trace_context: str = "") -> int:
-        if not events:
-            return await self.position()
-        # One row, locked until the commit: positions are gapless and in commit order.
-        last: int = await self._connection.fetchval(
-            "WITH moved AS (UPDATE event_position SET position = position + $1 RETURNING position) "
-            "SELECT position FROM moved, LATERAL (SELECT pg_notify($2, moved.position::text)) told",
-            len(events),
-            EVENTS_CHANNEL,
-        )
-        await self._connection.execute(
-            f"""INSERT INTO events (position, stream_id, version, type, payload, trace_context, created_ms)
-            SELECT $1 + u.nth,
-                   u.stream_id,
-                   u.nth_of_stream + coalesce((SELECT max(version) FROM events e WHERE e.stream_id = u.stream_id), 0),
-                   u.type, u.payload, $2, {NOW_MS}
-            FROM unnest($3::bigint[], $4::text[], $5::bigint[], $6::text[], $7::text[])
-                u(nth, stream_id, nth_of_stream, type, payload)""",
-            last - len(events),
-            trace_context,
-            list(range(1, len(events) + 1)),
-            [event.stream_id for event in events],
-            nth_of_stream(events),
-            [type(event).__name__ for event in events],
-            [event.to_json() for event in events],
-        )
-        await self.apply([op for event in events for op in row_ops(event)])
-        for name, count in Counter(type(event).__name__ for event in events).items():
-            _events.add(count, {"type": name})
-        return last
-
-    async def apply(self, ops: Sequence[RowOp]) -> None:
-        for group in coalesce(ops):
-            text, arguments = sql.change(group)
-            await self._connection.execute(text, *arguments)
-
-    async def position(self) -> int:
-        position: int = await self._connection.fetchval("SELECT position FROM event_position")
-        return position
-
-    async def outbox_position(self) -> int:
-        position: int = await self._connection.fetchval("SELECT position FROM outbox")
-        return position
-
-    def wake_group(self, group: str) -> None:
-        self._groups.add(group)
-
-    async def finish(self) -> None:
-        for group in sorted(self._groups):
-            await self._connection.execute("SELECT pg_notify($1, $2)", GROUPS_CHANNEL, group)
-
-
-def nth_of_stream(events: Sequence[Event]) -> list[int]:
-    """For each event, how many of its stream there are up to and with it."""
-    counts: dict[str, int] = {}
-    numbers = []
-    for event in events:
-        counts[event.stream_id] = counts.get(event.stream_id, 0) + 1
-        numbers.append(counts[event.stream_id])
-    return numbers

@@ -1,0 +1,80 @@
+"""Addresses and URLs in settings: checked before anything connects, and shown without their passwords."""
+
+import re
+from collections.abc import Callable
+from urllib.parse import parse_qsl, urlsplit
+
+PORT_MAX = 65_535
+_PASSWORD_OPTION = re.compile(r"(\w*password\s*=\s*)('[^']*'|[^&\s]*)", re.IGNORECASE)
+_ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.%]+\]|[^\s:\[\]/,@]+):(?P<port>\d{1,5})")
+_HOST = re.compile(r"(?:\[[0-9a-fA-F:.%]+\]|[^:\[\]]*)(?::(?P<port>.*))?")
+
+
+def masked(url: str) -> str:
+    """The URL with `***` for whatever may be a password, right or wrong as it is otherwise."""
+    head, slashes, rest = url.partition("//")
+    credentials, at, place = rest.rpartition("@")
+    if at:
+        user, colon, _ = credentials.partition(":")
+        credentials = user + (":***" if colon else "")
+    elif slashes:
+        place = re.sub(r"^([^:/?\[]*):(?!\d*(?:[/?,]|$))[^?]*", r"\1:***", place)  # the @ and the host may be missing
+    return _PASSWORD_OPTION.sub(r"\1***", head + slashes + credentials + at + place)
+
+
+def addresses(text: str) -> str:
+    """A validator for a setting: host:port, or several with commas in between. Raises ValueError."""
+    for part in text.split(","):
+        address(part.strip())
+    return text
+
+
+def address(text: str) -> str:
+    """A validator for a setting: host:port. Raises ValueError."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None or int(match["port"]) > PORT_MAX:
+        raise ValueError(f"{text!r} must be host:port, as in 127.0.0.1:7070")
+    return text
+
+
+def address_or_empty(text: str) -> str:
+    """A validator for a setting: host:port, or nothing. Raises ValueError."""
+    return text and address(text)
+
+
+def url_of(*schemes: str) -> Callable[[str], str]:
+    """A validator for a setting: empty, or a URL of one of `schemes` that can be parsed. It raises ValueError, whose
+    text has the URL without its password."""
+
+    def check(url: str) -> str:
+        problem = _problem(url, schemes) if url else ""
+        if problem:
+            raise ValueError(f"{masked(url)!r} {problem}")
+        return url
+
+    return check
+
+
+def _problem(url: str, schemes: tuple[str, ...]) -> str:
+    if not url.startswith(tuple(f"{scheme}://" for scheme in schemes)):
+        return f"must be a URL that begins with {' or '.join(f'{scheme}://' for scheme in schemes)}"
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "cannot be parsed: is a bracket in user or password not percent-encoded?"
+    if parts.netloc.count("@") > 1:
+        return "has more than one @: in user and password, write %40"
+    if parts.fragment or "#" in url:
+        return "has a #: in user and password, write %23"
+    for host in parts.netloc.rpartition("@")[2].split(","):
+        match = _HOST.fullmatch(host)
+        if match is None:
+            return "has a host that cannot be parsed: it is name:port, or [address]:port for IPv6"
+        port = match["port"]
+        if port and not (port.isdecimal() and 0 < int(port) <= PORT_MAX):
+            return f"has a port that is not 1 to {PORT_MAX}; a : or / in user or password is written %3A or %2F"
+    try:
+        parse_qsl(parts.query, strict_parsing=bool(parts.query))
+    except ValueError:
+        return "has options that are not name=value, joined by &"
+    return ""

@@ -1,0 +1,122 @@
+"""One open transaction in PostgreSQL: reads and changes rows, appends events, wakes those who wait for them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from opentelemetry import metrics
+from shproto.events import Event
+
+from streamhouse_coordinator.adapters import sql
+from streamhouse_coordinator.core.projection import RowOp, coalesce, row_ops
+from streamhouse_coordinator.core.tables import Table
+from streamhouse_coordinator.ports import EVERYTHING, Lock, Totals, Where
+
+RowT = TypeVar("RowT")
+
+EVENTS_CHANNEL = "streamhouse_events"
+GROUPS_CHANNEL = "streamhouse_groups"
+NOW_MS = "(extract(epoch from clock_timestamp()) * 1000)::bigint"
+
+_events = metrics.get_meter("streamhouse.coordinator").create_counter(
+    "streamhouse_coordinator_events_total", description="events appended, by type"
+)
+
+
+class PostgresTransaction:
+    """Implements ports.Transaction on an open transaction of `connection`."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._now_ms: int | None = None
+        self._groups: set[str] = set()
+
+    async def now_ms(self) -> int:
+        if self._now_ms is None:
+            self._now_ms = await self._connection.fetchval(f"SELECT {NOW_MS}")
+        assert self._now_ms is not None
+        return self._now_ms
+
+    async def lock(self, name: str) -> None:
+        await self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", name)
+
+    async def select(
+        self,
+        table: Table[RowT],
+        where: Where = EVERYTHING,
+        *,
+        order: Sequence[str] = (),
+        limit: int | None = None,
+        lock: Lock = "",
+    ) -> list[RowT]:
+        text, arguments = sql.select(table, where, order, limit, lock)
+        return [table.row(*record) for record in await self._connection.fetch(text, *arguments)]
+
+    async def totals(
+        self, table: Table[Any], where: Where, *, by: Sequence[str] = (), sums: Sequence[str] = ()
+    ) -> list[Totals]:
+        text, arguments = sql.totals(table, where, by, sums)
+        cut = len(by)
+        rows = [tuple(record) for record in await self._connection.fetch(text, *arguments)]
+        return [Totals(row[:cut], row[cut], row[cut + 1 :]) for row in rows]
+
+    async def append(self, events: Sequence[Event], trace_context: str = "") -> int:
+        if not events:
+            return await self.position()
+        # One row, locked until the commit: positions are gapless and in commit order.
+        last: int = await self._connection.fetchval(
+            "WITH moved AS (UPDATE event_position SET position = position + $1 RETURNING position) "
+            "SELECT position FROM moved, LATERAL (SELECT pg_notify($2, moved.position::text)) told",
+            len(events),
+            EVENTS_CHANNEL,
+        )
+        await self._connection.execute(
+            f"""INSERT INTO events (position, stream_id, version, type, payload, trace_context, created_ms)
+            SELECT $1 + u.nth,
+                   u.stream_id,
+                   u.nth_of_stream + coalesce((SELECT max(version) FROM events e WHERE e.stream_id = u.stream_id), 0),
+                   u.type, u.payload, $2, {NOW_MS}
+            FROM unnest($3::bigint[], $4::text[], $5::bigint[], $6::text[], $7::text[])
+                u(nth, stream_id, nth_of_stream, type, payload)""",
+            last - len(events),
+            trace_context,
+            list(range(1, len(events) + 1)),
+            [event.stream_id for event in events],
+            nth_of_stream(events),
+            [type(event).__name__ for event in events],
+            [event.to_json() for event in events],
+        )
+        await self.apply([op for event in events for op in row_ops(event)])
+        for name, count in Counter(type(event).__name__ for event in events).items():
+            _events.add(count, {"type": name})
+        return last
+
+    async def apply(self, ops: Sequence[RowOp]) -> None:
+        for group in coalesce(ops):
+            text, arguments = sql.change(group)
+            await self._connection.execute(text, *arguments)
+
+    async def position(self) -> int:
+        position: int = await self._connection.fetchval("SELECT position FROM event_position")
+        return position
+
+    async def outbox_position(self) -> int:
+        position: int = await self._connection.fetchval("SELECT position FROM outbox")
+        return position
+
+    def wake_group(self, group: str) -> None:
+        self._groups.add(group)
+
+    async def finish(self) -> None:
+        for group in sorted(self._groups):
+            await self._connection.execute("SELECT pg_notify($1, $2)", GROUPS_CHANNEL, group)
+
+
+def nth_of_stream(events: Sequence[Event]) -> list[int]:
+    """For each event, how many of its stream there are up to and with it."""
+    counts: dict[str, int] = {}
+    numbers = []
+    for event in events:
+        counts[event.stream_id] = counts.get(event.stream_id, 0) + 1
+        numbers.append(counts[event.stream_id])
+    return numbers
