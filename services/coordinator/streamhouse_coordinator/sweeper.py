@@ -2,10 +2,13 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from opentelemetry import metrics
 from shproto.errors import StreamHouseError
 
+from streamhouse_coordinator.ports import Transaction
 from streamhouse_coordinator.service import buffers, groups, outages, recovery, sessions
 from streamhouse_coordinator.service.common import Context
 
@@ -29,6 +32,18 @@ _given_up = _meter.create_counter(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What one look found to do, and what the gauges show."""
+
+    away_ms: int
+    sessions_expired: bool
+    groups_with_expired: list[str]
+    orphaned: int
+    impatient_topics: list[str]
+    backlog: tuple[int, int]
+
+
 class Sweeper:
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -43,20 +58,41 @@ class Sweeper:
             await asyncio.sleep(self._context.settings.session_sweep_interval_ms / 1000)
 
     async def sweep(self) -> None:
-        """Raises what the store raises."""
-        if away_ms := await outages.forgive(self._context):
-            log.warning("no sweep for %d ms: leases are extended by as much", away_ms)
-        if count := await sessions.expire_sessions(self._context):
+        """Looks, in one small transaction, and then does what is due. Raises what the store raises."""
+        found = await self._context.store.run(self._look)
+        if found.away_ms:
+            log.warning("no sweep for %d ms: leases are extended by as much", found.away_ms)
+        if found.sessions_expired and (count := await sessions.expire_sessions(self._context)):
             _ended.add(count, {"kind": "session"})
             log.warning("%d sessions expired", count)
-        if count := await groups.expire_members(self._context):
+        await self._expire_members(found.groups_with_expired)
+        await self._recover(found)
+        _waiting.set(found.backlog[0])
+        _waiting_bytes.set(found.backlog[1])
+
+    async def _look(self, tx: Transaction) -> _Found:
+        away_ms = await outages.forgive(tx, self._context.settings.session_sweep_interval_ms)
+        orphaned, impatient = await recovery.look_for_orphaned(tx)
+        return _Found(
+            away_ms=away_ms,
+            sessions_expired=await sessions.any_expired(tx),
+            groups_with_expired=await groups.groups_with_expired(tx),
+            orphaned=orphaned,
+            impatient_topics=impatient,
+            backlog=await buffers.backlog(tx),
+        )
+
+    async def _expire_members(self, names: Sequence[str]) -> None:
+        count = sum([await groups.expire_members(self._context, name) for name in names])
+        if count:
             _ended.add(count, {"kind": "group_member"})
             log.info("%d group members expired", count)
-        given_up, waiting = await recovery.recover_unclean(self._context)
-        _unsettled.set(waiting)
+
+    async def _recover(self, found: _Found) -> None:
+        given_up = 0
+        if found.impatient_topics:
+            given_up = await recovery.recover_unclean(self._context, found.impatient_topics)
+        _unsettled.set(found.orphaned - given_up)
         if given_up:
             _given_up.add(given_up)
             log.error("%d ranges given up: their agents did not come back in time; records are lost", given_up)
-        count, size_bytes = await buffers.backlog(self._context)
-        _waiting.set(count)
-        _waiting_bytes.set(size_bytes)

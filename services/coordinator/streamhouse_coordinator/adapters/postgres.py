@@ -74,6 +74,7 @@ class PostgresStore:
                 max_size=self._pool_max,
                 timeout=self._timeout_s,
                 command_timeout=self._timeout_s,
+                reset=_keep,
             )
         except ABSENT as error:
             raise unavailable(error) from error
@@ -232,6 +233,11 @@ async def _transaction(connection: Any, **options: Any) -> AsyncIterator[None]:
         await transaction.rollback()
         raise
     await transaction.commit()
+
+
+async def _keep(_: Any) -> None:
+    """Back in the pool as it is: nothing here changes a session's state, and the pool itself rolls back what is open.
+    Its own reset is a statement more per transaction."""
 
 
 def _discard(connection: Any) -> None:

@@ -251,11 +251,7 @@ async def report_lost(context: Context, session_id: str, spans: Sequence[t.LostS
     await context.store.run(work)
 
 
-async def backlog(context: Context) -> tuple[int, int]:
+async def backlog(tx: Transaction) -> tuple[int, int]:
     """How many sealed buffers are not registered yet, and their bytes."""
-
-    async def work(tx: Transaction) -> tuple[int, int]:
-        every = (await tx.totals(t.BUFFER_CLAIMS, where(), sums=("size_bytes",)))[0]
-        return every.count, every.sums[0]
-
-    return await context.store.run(work)
+    every = (await tx.totals(t.BUFFER_CLAIMS, where(), sums=("size_bytes",)))[0]
+    return every.count, every.sums[0]

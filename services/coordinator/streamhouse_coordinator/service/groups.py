@@ -174,23 +174,24 @@ async def leave(context: Context, name: str, member_id: str) -> None:
     await context.store.run(work)
 
 
-async def expire_members(context: Context) -> int:
-    """Removes members whose heartbeats stopped, by the database's clock; returns how many."""
+async def groups_with_expired(tx: Transaction) -> list[str]:
+    """Groups with members whose heartbeats stopped, by the database's clock."""
+    rows = await tx.select(t.GROUP_MEMBER_STATE, where(expires_ms=AtMost(await tx.now_ms())))
+    return sorted({row.group_name for row in rows})
 
-    async def look(tx: Transaction) -> set[str]:
-        rows = await tx.select(t.GROUP_MEMBER_STATE, where(expires_ms=AtMost(await tx.now_ms())))
-        return {row.group_name for row in rows}
 
-    async def expire(name: str, tx: Transaction) -> int:
-        loaded = await load(tx, name)
-        rows = await tx.select(t.GROUP_MEMBER_STATE, where(group_name=name, expires_ms=AtMost(await tx.now_ms())))
-        left = [GroupMemberLeft(name, row.member_id, "expired") for row in rows if row.member_id in loaded.members]
+async def expire_members(context: Context, group: str) -> int:
+    """Removes members of the group whose heartbeats stopped; returns how many."""
+
+    async def work(tx: Transaction) -> int:
+        loaded = await load(tx, group)
+        rows = await tx.select(t.GROUP_MEMBER_STATE, where(group_name=group, expires_ms=AtMost(await tx.now_ms())))
+        left = [GroupMemberLeft(group, row.member_id, "expired") for row in rows if row.member_id in loaded.members]
         if left:
             await _change_members(tx, loaded, [], left)
         return len(left)
 
-    names = await context.store.run(look)
-    return sum([await context.store.run(partial(expire, name)) for name in sorted(names)])
+    return await context.store.run(work)
 
 
 async def topic_changed(context: Context, topic: str) -> None:

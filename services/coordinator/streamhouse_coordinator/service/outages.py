@@ -7,28 +7,23 @@ group member expired, and every partition would change hands for nothing.
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, RowOp, Set
 from streamhouse_coordinator.ports import Transaction, where
-from streamhouse_coordinator.service.common import Context
 
 SWEEP = "sweep"
 # Sweeps in a row that have to be missing, of all coordinators, before it counts as an outage: one or two are load.
 MISSED_SWEEPS = 3
 
 
-async def forgive(context: Context) -> int:
+async def forgive(tx: Transaction, sweep_interval_ms: int) -> int:
     """Notes that there is a sweep now. If there was none for long, all leases move by that time. Returns it in ms, 0
     if there was no outage."""
-
-    async def work(tx: Transaction) -> int:
-        now_ms = await tx.now_ms()
-        rows = await tx.select(t.SWEEPS, where(name=SWEEP), lock="wait")
-        await tx.apply([Put(t.SWEEPS, t.SweepRow(SWEEP, now_ms))])
-        away_ms = now_ms - rows[0].last_ms if rows else 0
-        if away_ms <= MISSED_SWEEPS * context.settings.session_sweep_interval_ms:
-            return 0
-        await tx.apply(await _moved(tx, away_ms))
-        return away_ms
-
-    return await context.store.run(work)
+    now_ms = await tx.now_ms()
+    rows = await tx.select(t.SWEEPS, where(name=SWEEP), lock="wait")
+    await tx.apply([Put(t.SWEEPS, t.SweepRow(SWEEP, now_ms))])
+    away_ms = now_ms - rows[0].last_ms if rows else 0
+    if away_ms <= MISSED_SWEEPS * sweep_interval_ms:
+        return 0
+    await tx.apply(await _moved(tx, away_ms))
+    return away_ms
 
 
 async def _moved(tx: Transaction, away_ms: int) -> list[RowOp]:

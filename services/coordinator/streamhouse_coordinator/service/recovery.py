@@ -21,26 +21,28 @@ from streamhouse_coordinator.service.common import (
 )
 
 
-async def recover_unclean(context: Context) -> tuple[int, int]:
-    """Gives up ranges that waited for their agent longer than their topic allows. Returns how many these are, and how
-    many wait on."""
-
-    async def look(tx: Transaction) -> tuple[int, list[t.TopicRow]]:
-        orphaned = await tx.select(t.RANGES, where(ORPHANED_RANGES))
-        rows = await tx.select(t.TOPICS, where(topic_id=In({row.topic_id for row in orphaned}))) if orphaned else []
-        return len(orphaned), [row for row in rows if row.unclean_recovery_after_ms is not None]
-
-    waiting, topics = await context.store.run(look)
-    lost = await context.store.run(lambda tx: _recover(tx, context, topics)) if topics else 0
-    return lost, waiting - lost
+async def look_for_orphaned(tx: Transaction) -> tuple[int, list[str]]:
+    """How many ranges wait for their agents, and the topic ids of those that must not wait for ever."""
+    orphaned = await tx.select(t.RANGES, where(ORPHANED_RANGES))
+    if not orphaned:
+        return 0, []
+    rows = await tx.select(t.TOPICS, where(topic_id=In({row.topic_id for row in orphaned})))
+    return len(orphaned), [row.topic_id for row in rows if row.unclean_recovery_after_ms is not None]
 
 
-async def _recover(tx: Transaction, context: Context, topics: Sequence[t.TopicRow]) -> int:
+async def recover_unclean(context: Context, topic_ids: Sequence[str]) -> int:
+    """Gives up ranges of these topics that waited for their agent longer than the topic allows; returns how many."""
+    return await context.store.run(lambda tx: _recover(tx, context, topic_ids))
+
+
+async def _recover(tx: Transaction, context: Context, topic_ids: Sequence[str]) -> int:
     await tx.lock(CLUSTER_LOCK)
-    of_topics = where(ORPHANED_RANGES, topic_id=In([row.topic_id for row in topics]))
-    ranges = await tx.select(t.RANGES, of_topics, lock="wait")
+    topics = await tx.select(t.TOPICS, where(topic_id=In(topic_ids)))
+    patience = {
+        row.topic_id: row.unclean_recovery_after_ms for row in topics if row.unclean_recovery_after_ms is not None
+    }
+    ranges = await tx.select(t.RANGES, where(ORPHANED_RANGES, topic_id=In(patience)), lock="wait")
     since = await orphaned_since(tx, ranges)
-    patience = {row.topic_id: row.unclean_recovery_after_ms or 0 for row in topics}
     now_ms = await tx.now_ms()
     due = [sessions.give_up(row, since.get(row.key), patience[row.topic_id], now_ms) for row in ranges]
     lost = [event for event in due if event is not None]

@@ -245,11 +245,13 @@ async def _end(tx: Transaction, context: Context, session_ids: Sequence[str], wh
         await tx.append(events)
 
 
+async def any_expired(tx: Transaction) -> bool:
+    """Whether a lease has run out by the database's clock."""
+    return bool(await tx.select(t.SESSION_LEASES, where(expires_ms=AtMost(await tx.now_ms())), limit=1))
+
+
 async def expire_sessions(context: Context) -> int:
     """Ends the sessions whose lease has run out by the database's clock; returns how many."""
-
-    async def look(tx: Transaction) -> list[t.SessionLeaseRow]:
-        return await tx.select(t.SESSION_LEASES, where(expires_ms=AtMost(await tx.now_ms())))
 
     async def work(tx: Transaction) -> int:
         await tx.lock(CLUSTER_LOCK)
@@ -257,4 +259,4 @@ async def expire_sessions(context: Context) -> int:
         await _end(tx, context, [row.session_id for row in expired], "expired")
         return len(expired)
 
-    return await context.store.run(work) if await context.store.run(look) else 0
+    return await context.store.run(work)
