@@ -22,7 +22,7 @@ from streamhouse.cluster import (
     session_of,
     topic_of,
 )
-from streamhouse.core.options import ACKS, Acks, check_topic
+from streamhouse.core.options import ACKS, Acks, check_request_timeout, check_topic
 from streamhouse.group_admin import Group, GroupDescription, OffsetReset, ResetTo, description_of, group_of, reset_of
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
@@ -44,6 +44,7 @@ class Admin:
         request_timeout_ms: int = REQUEST_TIMEOUT_MS,
         telemetry: Interceptors | None = None,
     ) -> None:
+        check_request_timeout(request_timeout_ms)
         self._peers = Peers(bootstrap, request_timeout_ms, telemetry)
         self._metadata = MetadataCache(self._peers.coordinator)
 

@@ -11,7 +11,7 @@ from shproto.rpc import Interceptors
 from shruntime.tasks import Backoff, Tasks
 
 from streamhouse.core.lag import Lag
-from streamhouse.core.options import ConsumerOptions, OnDataLoss, OnOutOfRange, Start
+from streamhouse.core.options import ConsumerOptions, OnDataLoss, OnOutOfRange, Start, partitions_of, topics_of
 from streamhouse.core.positions import Cursor, Portion
 from streamhouse.membership import Membership
 from streamhouse.metadata import MetadataCache
@@ -73,8 +73,8 @@ class Consumer:
             retry_timeout_ms=retry_timeout_ms,
             client_id=client_id,
         )
-        self._topics = _topics_of(topics)
-        self._assign = [TopicPartition(topic, partition) for topic, partition in assign]
+        self._topics = topics_of(topics)
+        self._assign = [TopicPartition(*where) for where in partitions_of(assign)]
         if bool(self._topics) == bool(self._assign):
             raise InvalidArgument("give topics, or assign=[(topic, partition), ...], and not both", field="topics")
         self._peers = Peers(bootstrap, request_timeout_ms, telemetry)
@@ -225,13 +225,16 @@ class Consumer:
     def _bounded(self, portion: Portion) -> Portion:
         """Not beyond the end of a bounded read; what was received beyond it will be read again."""
         cursor = portion.cursor
-        if cursor.end is None or portion.end_offset <= cursor.end:
+        if cursor.end is None:
             return portion
-        stopped = Cursor.at(cursor.where, cursor.end, cursor.committed, cursor.end)
+        end = max(cursor.end, cursor.delivered)
+        if portion.end_offset <= end:
+            return portion
+        stopped = Cursor.at(cursor.where, end, cursor.committed, end)
         stopped.delivered, stopped.taken = cursor.delivered, cursor.taken
         self._reader.put(stopped)
         portion.cursor = stopped
-        return portion.cut_at(cursor.end)
+        return portion.cut_at(end)
 
     def _all_at_end(self) -> bool:
         awaited = self._to_open or (self._membership is not None and self._membership.pending)
@@ -395,9 +398,3 @@ class Consumer:
         return self._assign or [
             TopicPartition(state.topic, number) for state in states for number in range(state.partitions)
         ]
-
-
-def _topics_of(topics: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(topics, str) or not all(isinstance(topic, str) for topic in topics):
-        raise InvalidArgument(f"topics must be a list of names, not {topics!r}", field="topics", value=topics)
-    return tuple(dict.fromkeys(topics))

@@ -225,7 +225,7 @@ class Reader:
         cursor.fetch_offset = response.next_offset
         self._portions.extend(portions)
         self._set_queued_bytes(self._queued_bytes + sum(portion.size_bytes for portion in portions))
-        if portions:
+        if portions or cursor.end is not None:  # a bounded read may be over: there is nothing from its beginning on
             self._news.set()
 
     def _note(self, cursor: Cursor, response: query_pb2.FetchResponse) -> None:

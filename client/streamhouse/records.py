@@ -1,6 +1,6 @@
 """What applications see of records: one record, where it went, and many as columns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ class TopicPartition(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One record as read. `key` and `value` may be None (null); `timestamp_ms` counts from 1970-01-01 UTC."""
+    """One record as read. `key` and `value` may be None (null); `timestamp_ms` counts from 1970-01-01 UTC; `headers`
+    are (name, value) pairs, their values may be None."""
 
     topic: str
     partition: int
@@ -25,7 +26,7 @@ class Record(NamedTuple):
     timestamp_ms: int
     key: bytes | None
     value: bytes | None
-    headers: Sequence[Header]
+    headers: tuple[Header, ...]
 
 
 class RecordMetadata(NamedTuple):
@@ -87,7 +88,7 @@ class RecordBatch:
         """The records one by one; lists are made once for the whole batch."""
         columns = self.records
         keys: Any = repeat(None) if columns.keys.all_null else columns.keys.to_list()
-        headers: Any = repeat(()) if columns.headers is None else columns.headers.to_list()
+        headers: Any = repeat(()) if columns.headers is None else map(tuple, columns.headers.to_list())
         return map(
             Record,
             repeat(self.topic),

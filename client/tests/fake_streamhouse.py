@@ -35,6 +35,7 @@ class Faults:
     subscribe_cut_after: int | None = None  # responses
     no_leader: bool = False
     leader: str = ""  # an address that is said to lead instead of this one
+    latest_behind: int = 0  # records by which lookups of the end are out of date
     fetch_error: dict[tuple[str, int], errors.StreamHouseError] = field(default_factory=dict)
 
 
@@ -344,7 +345,7 @@ class FakeStreamHouse:
         for lookup in request.lookups:
             self._topic(lookup.topic)
             log = self.log(lookup.topic, lookup.partition)
-            offset, timestamp_ms = log.next_offset, -1
+            offset, timestamp_ms = log.next_offset - self.faults.latest_behind, -1
             if lookup.spec == query_pb2.OFFSET_SPEC_EARLIEST:
                 offset = log.start_offset
             elif lookup.spec == query_pb2.OFFSET_SPEC_TIMESTAMP:

@@ -225,6 +225,12 @@ def test_a_file_of_settings_is_named_as_it_was_typed(
     assert result.stderr.startswith(f"error: {broken}: ") and "STREAMHOUSE_CONFIG" not in result.stderr
 
 
+@pytest.mark.parametrize("group", ["", "topic", "segment", "wal", "group", "partition"])
+def test_no_command_is_described_by_half_a_sentence(group: str) -> None:
+    shown = run(*group.split(), "--help").stdout
+    assert [line for line in shown.splitlines()[1:] if line.endswith("...")] == []
+
+
 def test_explanations_are_one_line() -> None:
     from shproto.errors import InvalidArgument, Overloaded, Unavailable
 

@@ -57,6 +57,17 @@ def test_a_line_beyond_the_limit_is_refused_before_it_is_gathered() -> None:
         splitter.feed(half)
 
 
+def test_a_line_that_does_not_fit_a_record_together_with_its_key_is_told_apart() -> None:
+    key = "k" * (LINE_BYTES_MAX // 2)
+    long = json.dumps({"k": key}).encode()
+    keyed = keyed_by_field("k")([b'{"k":1}', long, b'{"k":2}'])
+    assert (keyed.values, keyed.keys) == ([b'{"k":1}'], [b"1"])
+    assert keyed.error is not None and f"limit of {LINE_BYTES_MAX} bytes" in keyed.error
+    fits = json.dumps({"k": key[:-10]}).encode()
+    (value,), (kept,) = keyed_by_field("k")([fits]).values, keyed_by_field("k")([fits]).keys or [None]
+    assert record_size(value, kept, None) <= RECORD_BYTES_MAX
+
+
 def test_without_keys_each_line_is_a_value() -> None:
     keyed = without_keys([b"a", b""])
     assert (keyed.values, keyed.keys, keyed.error) == ([b"a", b""], None, None)

@@ -210,6 +210,43 @@ async def test_offsets_out_of_range(platform, address):
         assert (await take(consumer, 1))[0].offset == 300
 
 
+async def test_a_bounded_read_from_beyond_the_end_is_out_of_range_too(platform, address):
+    await fill(platform, address, 300, partitions=1)
+    async with Consumer(address, ["t"], start=500, stop_at_end=True) as consumer:
+        with pytest.raises(errors.OffsetBeyondEnd):
+            [record async for record in consumer]
+        await consumer.seek("t", 0, 300)
+        assert [record async for record in consumer] == []
+        await consumer.seek("t", 0, 301)
+        with pytest.raises(errors.OffsetBeyondEnd):
+            [batch async for batch in consumer.batches()]
+    async with Consumer(address, ["t"], start=500, stop_at_end=True, on_out_of_range="latest") as consumer:
+        assert [record async for record in consumer] == []
+        assert consumer.positions() == {("t", 0): 300}
+    async with Consumer(address, ["t"], start=500, stop_at_end=True, on_out_of_range="earliest") as consumer:
+        assert [record.offset async for record in consumer] == list(range(300))
+
+
+@pytest.mark.parametrize("more", [0, 5])
+async def test_an_end_that_was_out_of_date_does_not_refuse_a_bounded_read(platform, address, more):
+    await fill(platform, address, 300, partitions=1)
+    platform.faults.latest_behind = 100  # a query service that has yet to hear of the last records
+    async with Consumer(address, ["t"], start=300 - more, stop_at_end=True) as consumer:
+        assert [record async for record in consumer] == []
+        assert consumer.positions() == {("t", 0): 300 - more}
+
+
+async def test_headers_are_a_tuple_with_and_without_any(platform, address):
+    platform.add_topic("t", 1)
+    async with Producer(address) as producer:
+        await producer.send("t", b"bare batch", partition=0)
+        await producer.flush()
+        await producer.send("t", b"bare", partition=0)
+        await producer.send("t", b"dressed", headers=[("a", b"1"), ("b", None)], partition=0)
+    async with Consumer(address, ["t"], stop_at_end=True) as consumer:
+        assert [record.headers async for record in consumer] == [(), (), (("a", b"1"), ("b", None))]
+
+
 async def test_waiting_is_surfaced(platform, address):
     await fill(platform, address, 10, partitions=1)
     platform.waiting["t", 0] = "epoch 1 is unsettled"

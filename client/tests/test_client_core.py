@@ -8,11 +8,21 @@ from shformat import Records
 from shproto.errors import DataLoss, Internal, InvalidArgument
 from streamhouse.core.accumulator import Gathering, record_size
 from streamhouse.core.lag import Lag, lag_of
-from streamhouse.core.options import addresses_of
+from streamhouse.core.options import (
+    NAME_LENGTH_MAX,
+    SESSION_TIMEOUT_MS_MAX,
+    SESSION_TIMEOUT_MS_MIN,
+    ConsumerOptions,
+    ProducerOptions,
+    addresses_of,
+    partitions_of,
+)
 from streamhouse.core.outgoing import ManyRecords, cut
 from streamhouse.core.positions import BatchSpan, Cursor, Portion, check_continuity, trim
 from streamhouse.core.room import Room
 from streamhouse.records import RecordBatch, TopicPartition
+from streamhouse_coordinator import messages
+from streamhouse_coordinator.core import names
 
 WHERE = TopicPartition("t", 0)
 
@@ -205,12 +215,81 @@ def test_lag_of_a_single_epoch_is_exact():
     assert lag_of(0, 10, 100, newest_start=0, newest_registered_end=50, stored=40) == Lag(90, True)
 
 
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"session_timeout_ms": 1}, "session_timeout_ms is 1, must be 100 to 3600000"),
+        ({"session_timeout_ms": 3_600_001}, "session_timeout_ms is 3600001, must be 100 to 3600000"),
+        ({"session_timeout_ms": -1}, "session_timeout_ms is -1, must be"),
+        ({"group": ""}, "group is '', must be 1 to 249 characters"),
+        ({"group": "g" * 250}, "group is .*, must be 1 to 249"),
+        ({"group": "a\0b"}, "group is .*NUL"),
+        ({"group": b"g"}, "group is b'g'"),
+        ({"client_id": "c" * 250}, "client_id is .*, must be 0 to 249"),
+        ({"auto_commit": "no"}, "auto_commit is 'no', must be True or False"),
+        ({"stop_at_end": 1}, "stop_at_end is 1"),
+        ({"start": True}, "start is True"),
+        ({"start": -1}, "start is -1, must be 0 to"),
+        ({"start": "newest"}, "start is 'newest', must be one of earliest, latest"),
+        ({"fetch_bytes": 0}, "fetch_bytes is 0, must be 1 to 33554432"),
+        ({"fetch_bytes": 1.5}, "fetch_bytes is 1.5"),
+        ({"prefetch_bytes_max": 0}, "prefetch_bytes_max is 0"),
+        ({"auto_commit_interval_ms": 9}, "auto_commit_interval_ms is 9, must be 10 to"),
+        ({"request_timeout_ms": 0}, "request_timeout_ms is 0, must be 1 to"),
+        ({"retry_timeout_ms": 0}, "retry_timeout_ms is 0, must be 1 to"),
+    ],
+)
+def test_a_consumers_option_out_of_its_limits_is_named(options, named):
+    with pytest.raises(InvalidArgument, match=named) as caught:
+        ConsumerOptions(**options)
+    assert caught.value.details["field"] == next(iter(options))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"acks": "all"}, "acks is 'all', must be one of none, wal, durable"),
+        ({"compression": "zstd"}, "compression is 'zstd'"),
+        ({"linger_ms": True}, "linger_ms is True, must be 0 to 60000"),
+        ({"batch_bytes": 0}, "batch_bytes is 0"),
+        ({"max_in_flight": 1025}, "max_in_flight is 1025, must be 1 to 1024"),
+        ({"buffer_bytes_max": 1}, "buffer_bytes_max is 1, must be 262144 to"),
+        ({"idempotent": None}, "idempotent is None"),
+        ({"client_id": None}, "client_id is None"),
+        ({"delivery_timeout_ms": 0}, "delivery_timeout_ms is 0"),
+        ({"request_timeout_ms": "10"}, "request_timeout_ms is '10'"),
+    ],
+)
+def test_a_producers_option_out_of_its_limits_is_named(options, named):
+    with pytest.raises(InvalidArgument, match=named) as caught:
+        ProducerOptions(**options)
+    assert caught.value.details["field"] == next(iter(options))
+
+
+def test_the_limits_of_members_are_the_coordinators():
+    assert (SESSION_TIMEOUT_MS_MIN, SESSION_TIMEOUT_MS_MAX) == (
+        messages.GROUP_SESSION_TIMEOUT_MS_MIN,
+        messages.GROUP_SESSION_TIMEOUT_MS_MAX,
+    )
+    assert NAME_LENGTH_MAX == names.GROUP_LENGTH_MAX == names.CLIENT_ID_LENGTH_MAX
+
+
+def test_what_to_read_is_named_in_full():
+    assert partitions_of([("t", 1), ["t", np.int64(0)], ("t", 1)]) == [("t", 1), ("t", 0)]
+    for wrong in (["t"], [("t",)], [("t", "0")], [(0, "t")], [None]):
+        with pytest.raises(InvalidArgument, match=r"list of \(topic, partition\)"):
+            partitions_of(wrong)
+
+
 # ---- addresses
 
 
 def test_bootstrap_addresses():
     assert addresses_of("a:1, b:2") == ("a:1", "b:2")
     assert addresses_of(["[::1]:7070"]) == ("[::1]:7070",)
-    for wrong in ("", "a", "a:", ":1", "a:x", "a:70000"):
+    for wrong in ("", "a", "a:", ":1", "a:x", "a:70000", [], [7070]):
         with pytest.raises(InvalidArgument):
             addresses_of(wrong)

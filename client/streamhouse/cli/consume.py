@@ -108,7 +108,6 @@ class Reading:
 
 
 async def _consume(bootstrap: str, reading: Reading, render: Render) -> None:
-    await _check_offset(bootstrap, reading)
     if sys.stdout is None:  # started with `>&-`
         raise OSError("stdout is closed")
     output = Output(sys.stdout.fileno())
@@ -125,23 +124,6 @@ async def _consume(bootstrap: str, reading: Reading, render: Render) -> None:
                 left -= len(batch)
                 if left == 0:
                     return
-
-
-async def _check_offset(bootstrap: str, reading: Reading) -> None:
-    """Raises OffsetBeyondEnd: a bounded read from behind the end would otherwise be an empty success."""
-    from shproto.errors import OffsetBeyondEnd
-
-    from streamhouse import Admin
-
-    if reading.position.kind != "offset" or reading.follow or reading.group is not None:
-        return
-    offset, partitions = reading.position.at, None if reading.partition is None else [reading.partition]
-    async with Admin(bootstrap) as admin:
-        ends = await admin.offsets(reading.topic, "latest", partitions)
-    for where, end in ends.items():
-        if offset > end.offset:
-            text = f"{where.topic}/{where.partition} ends at {end.offset}, offset {offset} is beyond"
-            raise OffsetBeyondEnd(text, offset=offset, high_watermark=end.offset)
 
 
 def _text(batch: RecordBatch) -> bytes:

@@ -36,7 +36,7 @@ def list_groups(as_json: bool, bootstrap: str) -> None:
     print_table("groups", columns, rows)
 
 
-@group.command()
+@group.command(short_help="Show members, positions and lag of a group.")
 @click.argument("name")
 @json_option
 @bootstrap_option

@@ -24,7 +24,7 @@ def segment() -> None:
     """Look into segments."""
 
 
-@segment.command("inspect")
+@segment.command("inspect", short_help="Show blocks and damage of a segment.")
 @click.argument("source", metavar="FILE|KEY")
 @click.option("--store-dir", type=click.Path(file_okay=False), help="Local object store that holds KEY.")
 @click.option("--config", type=CONFIG_FILE, help="TOML file with store settings.")
@@ -65,7 +65,7 @@ def wal() -> None:
     """Look into write-ahead logs."""
 
 
-@wal.command("inspect")
+@wal.command("inspect", short_help="Show frames and damage of a write-ahead log.")
 @click.argument("source", metavar="DIR|FILE", type=click.Path(exists=True, path_type=Path))
 @all_option
 @json_option

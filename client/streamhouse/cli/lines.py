@@ -84,9 +84,13 @@ def keyed_by_field(field: str) -> Keying:
         keys: list[bytes | None] = []
         for at, line in enumerate(lines):
             try:
-                keys.append(_key_of(json.loads(line), field))
+                key = _key_of(json.loads(line), field)
             except (ValueError, RecursionError) as error:
                 return KeyedLines(lines[:at], keys, _reason(error, line))
+            if key is not None and len(line) + len(key) > LINE_BYTES_MAX:
+                sizes = f"it has {len(line)} bytes and its key {len(key)}"
+                return KeyedLines(lines[:at], keys, f"{sizes}, together over the limit of {LINE_BYTES_MAX} bytes")
+            keys.append(key)
         return KeyedLines(lines, keys)
 
     return keying

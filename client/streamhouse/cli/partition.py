@@ -22,7 +22,7 @@ def partition() -> None:
     """Settle what readers of a partition wait for."""
 
 
-@partition.command()
+@partition.command(short_help="Give up what only an agent that is gone has.")
 @click.argument("topic")
 @click.argument("number", metavar="PARTITION", type=click.IntRange(min=0))
 @click.option("--lost", is_flag=True, required=True, help="Declare lost what only an agent that is gone has.")

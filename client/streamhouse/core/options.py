@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, TypedDict
+from operator import index
+from typing import Literal, SupportsIndex, TypedDict
 
 from shproto.errors import InvalidArgument
 from shproto.v1 import types_pb2
@@ -22,6 +23,9 @@ INT64_MAX = (1 << 63) - 1
 
 MIB = 1 << 20
 DAY_MS = 86_400_000
+# The coordinator's: names of groups and clients, and for how long a member of a group may be silent.
+NAME_LENGTH_MAX = 249
+SESSION_TIMEOUT_MS_MIN, SESSION_TIMEOUT_MS_MAX = 100, 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,9 @@ class ProducerOptions:
         _within("max_in_flight", self.max_in_flight, 1, 1024)
         _within("buffer_bytes_max", self.buffer_bytes_max, self.batch_bytes, 1 << 40)
         _within("delivery_timeout_ms", self.delivery_timeout_ms, 1, DAY_MS)
-        _within("request_timeout_ms", self.request_timeout_ms, 1, DAY_MS)
+        check_request_timeout(self.request_timeout_ms)
+        _flag("idempotent", self.idempotent)
+        _text("client_id", self.client_id, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +92,15 @@ class ConsumerOptions:
         _within("auto_commit_interval_ms", self.auto_commit_interval_ms, 10, DAY_MS)
         _within("fetch_bytes", self.fetch_bytes, 1, 32 * MIB)  # half of what one gRPC message may hold
         _within("prefetch_bytes_max", self.prefetch_bytes_max, 1, 1 << 40)
-        _within("session_timeout_ms", self.session_timeout_ms, 0, DAY_MS)
-        _within("request_timeout_ms", self.request_timeout_ms, 1, DAY_MS)
+        if self.session_timeout_ms != 0:
+            _within("session_timeout_ms", self.session_timeout_ms, SESSION_TIMEOUT_MS_MIN, SESSION_TIMEOUT_MS_MAX)
+        check_request_timeout(self.request_timeout_ms)
         _within("retry_timeout_ms", self.retry_timeout_ms, 1, DAY_MS)
+        _flag("auto_commit", self.auto_commit)
+        _flag("stop_at_end", self.stop_at_end)
+        _text("client_id", self.client_id, 0)
+        if self.group is not None:
+            _text("group", self.group, 1)
         if isinstance(self.start, str):
             _one_of("start", self.start, ("earliest", "latest"))
         elif isinstance(self.start, int):
@@ -134,8 +146,30 @@ class ConsumerKwargs(TypedDict, total=False):
     client_id: str
 
 
+def topics_of(topics: Sequence[str]) -> tuple[str, ...]:
+    """Each name once. Raises InvalidArgument."""
+    if isinstance(topics, str) or not all(isinstance(topic, str) for topic in topics):
+        raise InvalidArgument(f"topics must be a list of names, not {topics!r}", field="topics", value=topics)
+    return tuple(dict.fromkeys(topics))
+
+
+def partitions_of(assign: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Each (topic, partition) once. Raises InvalidArgument."""
+    found: dict[tuple[str, int], None] = {}
+    for item in assign:
+        pair = isinstance(item, tuple | list) and len(item) == 2
+        if not pair or not isinstance(item[0], str) or not isinstance(item[1], SupportsIndex):
+            raise InvalidArgument(
+                f"assign must be a list of (topic, partition), not of {item!r}", field="assign", value=item
+            )
+        found[item[0], index(item[1])] = None
+    return list(found)
+
+
 def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:
-    """`host:port` addresses from one string (commas between several) or a sequence."""
+    """`host:port` addresses from one string (commas between several) or a sequence. Raises InvalidArgument."""
+    if not isinstance(bootstrap, str) and not all(isinstance(part, str) for part in bootstrap):
+        raise InvalidArgument(f"bootstrap must be text, not {bootstrap!r}", field="bootstrap", value=bootstrap)
     parts = bootstrap.split(",") if isinstance(bootstrap, str) else list(bootstrap)
     addresses = tuple(part.strip() for part in parts if part.strip())
     for address in addresses:
@@ -170,6 +204,26 @@ def check_topic(
             _within(name, value, 0, INT64_MAX)
 
 
+def check_request_timeout(request_timeout_ms: int) -> None:
+    """Raises InvalidArgument naming the option, its limit and the value."""
+    _within("request_timeout_ms", request_timeout_ms, 1, DAY_MS)
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name} is {value!r}, must be True or False", field=name, value=value)
+
+
+def _text(name: str, value: object, least: int) -> None:
+    if not isinstance(value, str) or not least <= len(value) <= NAME_LENGTH_MAX or "\0" in value:
+        raise InvalidArgument(
+            f"{name} is {value!r:.300}, must be {least} to {NAME_LENGTH_MAX} characters, none of them NUL",
+            field=name,
+            value=value,
+            limit=NAME_LENGTH_MAX,
+        )
+
+
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InvalidArgument(
@@ -181,7 +235,7 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _within(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or not low <= value <= high:
+    if type(value) is not int or not low <= value <= high:
         raise InvalidArgument(
             f"{name} is {value!r}, must be {low} to {high}", field=name, value=value, limit=f"{low}..{high}"
         )

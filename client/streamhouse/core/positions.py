@@ -43,12 +43,17 @@ class Cursor:
     @property
     def wants_more(self) -> bool:
         """Whether to fetch for it."""
-        return self.live and not self.failed and (self.end is None or self.fetch_offset < self.end)
+        return self.live and not self.failed and (self.end is None or self.fetch_offset < self.end or self.is_beyond)
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether a bounded read began behind its end, and no server has said yet that there is such an offset."""
+        return self.end is not None and self.delivered > self.end and self.high_watermark < self.delivered
 
     @property
     def at_end(self) -> bool:
         """Whether a bounded read has handed over everything."""
-        return self.end is not None and self.delivered >= self.end
+        return self.end is not None and self.delivered >= self.end and not self.is_beyond
 
 
 @dataclass(frozen=True, slots=True)
