@@ -12,10 +12,10 @@ IN_VENV := PATH="$(abspath $(BIN)):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check format bench serve clean constraints fuzz faults simulate
+.PHONY: help setup demo test check format bench bench-faults serve clean constraints fuzz faults simulate
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready-dev ## Virtual environment in .venv with everything for development
 
@@ -41,7 +41,13 @@ format: $(VENV)/.ready-dev ## Format the code, fix what can be fixed, write gene
 	$(BIN)/python tools/gen_module_index.py
 
 bench: $(VENV)/.ready-demo ## Codec and platform figures of this machine
-	$(BIN)/python bench/end_to_end.py $(ARGS)
+	$(BIN)/python -m bench.end_to_end $(ARGS)
+
+bench-faults: $(VENV)/.ready-dev ## Pauses after kill, stop and move; start-up over 1 GiB of log; idle partitions; S3 away
+	$(BIN)/python -m bench.failover $(if $(JSON),--json $(JSON)/failover.json)
+	$(BIN)/python -m bench.replay $(if $(JSON),--json $(JSON)/replay.json)
+	$(BIN)/python -m bench.idle $(if $(JSON),--json $(JSON)/idle.json)
+	$(BIN)/python -m bench.outage --minutes $(or $(MINUTES),10) $(if $(JSON),--json $(JSON)/outage.json)
 
 fuzz: $(VENV)/.ready-dev ## Coverage-guided fuzzing: MINUTES=10 TARGET=all SEED=1
 	$(PIP) install -c constraints.txt -e '.[fuzz]'
