@@ -351,6 +351,15 @@ def test_wal_damage_names_the_lost_offsets(tmp_path: Path) -> None:
     assert "offsets 100 to 102 (exclusive)" in result.stdout
 
 
+def test_a_wal_file_cut_off_between_frames_is_found_by_the_next_one(tmp_path: Path) -> None:
+    whole, cut = wal_bytes(3), wal_bytes(2)
+    (tmp_path / "1.wal").write_bytes(cut)
+    (tmp_path / "2.wal").write_bytes(encode_wal_file_header(uuid.uuid4().bytes, 2, len(whole)))
+    result = run("wal", "inspect", str(tmp_path))
+    assert result.exit_code == 1
+    assert f"damage at byte {len(cut):,}, {len(whole) - len(cut):,} bytes: the file ends here" in result.stdout
+
+
 def test_wal_torn_tail_is_told_from_other_damage(tmp_path: Path) -> None:
     result = run("wal", "inspect", str(_file(tmp_path, wal_bytes(3)[:-1])))
     assert result.exit_code == 1

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from shformat.batch_header import BATCH_HEADER_SIZE, BATCH_MAGIC, BODY_AT
 from shformat.segment import INDEX_ENTRY_SIZE, SEGMENT_FOOTER_SIZE, SEGMENT_HEADER_SIZE
-from shformat.wal import FRAME_HEADER_SIZE, FRAME_MAGIC, WAL_FILE_HEADER_SIZE
+from shformat.wal import FRAME_HEADER_SIZE, FRAME_MAGIC, WAL_FILE_HEADER_SIZE, WAL_FILE_HEADER_SIZE_V1
 
 _U32 = struct.Struct("<I")
 _SIZE_AT = 28
@@ -43,7 +43,7 @@ def repair_batches(data: bytes) -> bytes:
 
 def frame_starts(data: bytes | bytearray) -> Iterator[int]:
     """Where frames of a log file start: after the one before, else wherever the magic is."""
-    at = WAL_FILE_HEADER_SIZE
+    at = WAL_FILE_HEADER_SIZE_V1
     while (at := data.find(FRAME_MAGIC, at)) >= 0:
         if at + FRAME_HEADER_SIZE > len(data):
             return
@@ -56,8 +56,9 @@ def frame_starts(data: bytes | bytearray) -> Iterator[int]:
 def repair_wal(data: bytes) -> bytes:
     """The file header, every frame, and the batch in every frame."""
     fixed = bytearray(data)
-    if len(fixed) >= WAL_FILE_HEADER_SIZE:
-        _put_crc(fixed, WAL_FILE_HEADER_SIZE - 4, 0, WAL_FILE_HEADER_SIZE - 4)
+    size_bytes = WAL_FILE_HEADER_SIZE_V1 if fixed[4:6] == b"\1\0" else WAL_FILE_HEADER_SIZE
+    if len(fixed) >= size_bytes:
+        _put_crc(fixed, size_bytes - 4, 0, size_bytes - 4)
     for at in frame_starts(data):
         batch_at = at + FRAME_HEADER_SIZE
         (size_bytes,) = _U32.unpack_from(fixed, at + 12)

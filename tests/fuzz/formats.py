@@ -29,6 +29,7 @@ from shformat import (
     describe_segment,
     describe_wal_file,
     encode_batch,
+    frames_start,
     open_segment,
     read_batch_header,
     read_block,
@@ -38,7 +39,6 @@ from shformat import (
     stamp_batch,
     validate_batch,
 )
-from shformat.wal import WAL_FILE_HEADER_SIZE
 
 from tests.fuzz.checksums import repair_batches, repair_segment, repair_wal
 from tests.fuzz.format_mutators import mutate_batches, mutate_segment, mutate_wal
@@ -154,7 +154,7 @@ def check_wal(data: bytes) -> None:
     """Header, frames and damage: always a tiling of the file, the same for every kind of buffer."""
     attempt(lambda: decode_wal_file_header(data), len(data))
     items = list(scan_frames(data, limits=LIMITS))
-    at = min(WAL_FILE_HEADER_SIZE, len(data))
+    at = min(frames_start(data, LIMITS), len(data))
     for item in items:
         ensure(item.at == at and item.size_bytes > 0, "scan_frames leaves a gap or overlaps")
         at = item.at + item.size_bytes
@@ -239,6 +239,6 @@ def _batch_seeds() -> list[bytes]:
 
 TARGETS = (
     Target("batch", check_batches, _batch_seeds, mutate_batches, repair_batches),
-    Target("wal", check_wal, lambda: _golden("wal_v1.bin"), mutate_wal, repair_wal),
+    Target("wal", check_wal, lambda: _golden("wal_v1.bin", "wal_v2.bin"), mutate_wal, repair_wal),
     Target("segment", check_segment, lambda: _golden("segment_v1.bin"), mutate_segment, repair_segment),
 )

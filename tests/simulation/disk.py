@@ -19,6 +19,8 @@ from typing import Any
 from tests.simulation.loop import PROCESS, PowerCut, Process, SimLoop
 
 SECTOR_BYTES = 512
+FORGOTTEN_SHARE = 0.5
+"""Of failed fsyncs: after these the kernel takes for clean what it could not write; else it is dirty still."""
 FATES = ("nothing", "prefix", "zeros", "everything")
 """Of what was not synced. zeros: the file has its new size, but from some sector on not what was written."""
 
@@ -27,7 +29,9 @@ Entries = dict[str, "SimFile"]
 
 @dataclass(eq=False)
 class SimFile:
-    """`durable` is what a power cut leaves for certain, `writes` what came since: (at, bytes), or (size, None)."""
+    """`data` is what reads see. `durable` is what a power cut leaves for certain, `writes` what came since: (at,
+    bytes), or (size, None). After an fsync that failed there may be more in `data`: pages that count as clean.
+    """
 
     data: bytearray = field(default_factory=bytearray)
     durable: bytes = b""
@@ -43,8 +47,20 @@ class SimFile:
         self.writes.append((size, None))
 
     def sync(self) -> None:
-        self.durable = bytes(self.data)
+        left = bytearray(self.durable)
+        for at, data in self.writes:
+            _apply(left, at, data)
+        self.durable = bytes(left)
         self.writes.clear()
+
+    def fail_sync(self) -> None:
+        """As Linux does it: the pages are clean from now on, but never reached the disk."""
+        self.writes.clear()
+
+    def drop_clean(self) -> None:
+        """Clean pages are read from the disk again. The file keeps its size: what is not there reads as zeros."""
+        if not self.writes:
+            self.data = bytearray(self.durable) + bytes(max(0, len(self.data) - len(self.durable)))
 
     def lose_power(self, rng: random.Random) -> None:
         """Leaves the durable bytes and some of what was written since."""
@@ -207,6 +223,7 @@ class Machines:
 
     O_RDWR, O_CREAT, O_EXCL, O_CLOEXEC = os.O_RDWR, os.O_CREAT, os.O_EXCL, os.O_CLOEXEC
     O_RDONLY, O_DIRECTORY = os.O_RDONLY, os.O_DIRECTORY
+    POSIX_FADV_DONTNEED = os.POSIX_FADV_DONTNEED
 
     def __init__(self, loop: SimLoop) -> None:
         self._loop = loop
@@ -280,6 +297,8 @@ class Machines:
         _may_cut(opened.disk)
         if opened.disk.fail_fsyncs and self._loop.in_executor:
             opened.disk.fail_fsyncs -= 1
+            if opened.file is not None and opened.disk.rng.random() < FORGOTTEN_SHARE:
+                opened.file.fail_sync()
             raise OSError(errno.EIO, "Input/output error")
         if opened.file is None:
             opened.disk.sync()
@@ -287,6 +306,10 @@ class Machines:
             opened.file.sync()
 
     fdatasync = fsync
+
+    def posix_fadvise(self, fd: int, at: int, size_bytes: int, advice: int) -> None:
+        assert advice == self.POSIX_FADV_DONTNEED
+        self._file(fd)[1].drop_clean()
 
     def fstat(self, fd: int) -> Any:
         size_bytes = len(self._file(fd)[1].data)

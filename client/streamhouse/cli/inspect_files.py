@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,18 @@ def describe_wal(path: Path) -> dict[str, Any]:
     for file in files:
         with _mapped(file) as buffer:
             described.append({"file": str(file), **describe_wal_file(buffer)})
+    for file_before, file_after in pairwise(described):
+        _note_cut_short(file_before, file_after)
     return {"source": str(path), "size_bytes": sum(item["size_bytes"] for item in described), "files": described}
+
+
+def _note_cut_short(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """A file that was cut off between two frames is found by what the header of the next one says of its size."""
+    at, declared = before["size_bytes"], after["header"]["previous_size_bytes"] if after["header"] else 0
+    follows = before["header"] and after["header"] and before["header"]["sequence"] + 1 == after["header"]["sequence"]
+    if follows and at < declared:
+        what = f"the file ends here, the next one says that {declared} bytes were written"
+        before["damage"].append({"at": at, "size_bytes": declared - at, "what": what, "lost": None})
 
 
 @contextmanager

@@ -25,12 +25,14 @@ from .segment_reader import ReadAt, check_block, open_segment, read_block, run_p
 from .wal import (
     FRAME_HEADER_SIZE,
     WAL_FILE_HEADER_SIZE,
+    WAL_FILE_HEADER_SIZE_V1,
     DamagedSpan,
     WalFileHeader,
     WalFrame,
     decode_wal_file_header,
     encode_frame_header,
     encode_wal_file_header,
+    frames_start,
     scan_frames,
 )
 
@@ -43,6 +45,7 @@ __all__ = [
     "SEGMENT_HEADER_SIZE",
     "SEGMENT_MAGIC",
     "WAL_FILE_HEADER_SIZE",
+    "WAL_FILE_HEADER_SIZE_V1",
     "BatchHeader",
     "BlockEntry",
     "BuiltSegment",
@@ -76,6 +79,7 @@ __all__ = [
     "encode_batch",
     "encode_frame_header",
     "encode_wal_file_header",
+    "frames_start",
     "open_segment",
     "read_batch_header",
     "read_block",

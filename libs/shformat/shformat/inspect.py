@@ -27,7 +27,7 @@ from .segment import (
     decode_segment_header,
 )
 from .segment_reader import read_block, run_plan
-from .wal import WAL_FILE_HEADER_SIZE, WalFrame, decode_wal_file_header, scan_frames
+from .wal import WAL_FILE_HEADER_SIZE, WalFrame, decode_wal_file_header, frames_start, scan_frames
 
 Description = dict[str, Any]
 T = TypeVar("T")
@@ -74,11 +74,11 @@ def describe_wal_file(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> 
     damage: list[Description] = []
     header = _attempt(lambda: decode_wal_file_header(buffer), damage)
     for entry in damage:
-        entry |= {"size_bytes": min(len(buffer), WAL_FILE_HEADER_SIZE), "lost": None}
+        entry |= {"size_bytes": min(len(buffer), frames_start(buffer, limits)), "lost": None}
     frames = []
     end_of_damage = 0
     view = memoryview(buffer)
-    for item in scan_frames(view, WAL_FILE_HEADER_SIZE, limits):
+    for item in scan_frames(view, limits=limits):
         if isinstance(item, WalFrame):
             frames.append(_describe_frame(item, view, damage, limits))
             continue
@@ -89,7 +89,7 @@ def describe_wal_file(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> 
     return {
         "kind": "wal",
         "size_bytes": len(buffer),
-        "header": header and {"wal_id": header.wal_id.hex(), "sequence": header.sequence},
+        "header": header and {**asdict(header), "wal_id": header.wal_id.hex()},
         "frames": frames,
         "record_count": sum(frame["record_count"] for frame in frames),
         "damage": damage,

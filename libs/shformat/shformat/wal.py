@@ -17,15 +17,19 @@ from .errors import FormatError
 from .limits import DEFAULT_LIMITS, INT64_MAX, UINT32_MAX, FormatLimits
 
 WAL_MAGIC = b"SHWL"
-WAL_VERSION = 1
+WAL_VERSION = 2
 WAL_ID_SIZE = 16
 TOPIC_ID_SIZE = 16
 
-# magic, version, flags, wal id, sequence | crc of what precedes
-_FILE_BODY = struct.Struct("<4sHH16sQ")
-_FILE = struct.Struct("<4sHH16sQI")
-WAL_FILE_HEADER_SIZE = 36
+# magic, version, flags, wal id, sequence, since version 2: size of the previous file | crc of what precedes
+_FILE_BODY = struct.Struct("<4sHH16sQQ")
+_FILE = struct.Struct("<4sHH16sQQI")
+_FILE_V1 = struct.Struct("<4sHH16sQI")
+WAL_FILE_HEADER_SIZE = 44
+WAL_FILE_HEADER_SIZE_V1 = 36
+_FILE_HEADER_SIZES = {1: WAL_FILE_HEADER_SIZE_V1, 2: WAL_FILE_HEADER_SIZE}
 assert _FILE.size == WAL_FILE_HEADER_SIZE == _FILE_BODY.size + 4
+assert _FILE_V1.size == WAL_FILE_HEADER_SIZE_V1
 
 # 0xF5 occurs in no UTF-8 text, so a search for the magic does not stop inside records that are text.
 FRAME_MAGIC = b"\xf5SHF"
@@ -49,10 +53,20 @@ _NIL = bytes(TOPIC_ID_SIZE)
 
 @dataclass(frozen=True, slots=True)
 class WalFileHeader:
-    """Which log (16 bytes, stays the same on one disk) and which of its files, counted up by the writer."""
+    """Which log (16 bytes, stays the same on one disk) and which of its files, counted up by the writer.
+
+    previous_size_bytes: of the file before this one when this one was begun; 0 where there was none, or in version 1,
+    which does not say. size_bytes: of this header.
+    """
 
     wal_id: bytes
     sequence: int
+    previous_size_bytes: int = 0
+    version: int = WAL_VERSION
+
+    @property
+    def size_bytes(self) -> int:
+        return _FILE_HEADER_SIZES[self.version]
 
 
 @dataclass(slots=True)
@@ -84,31 +98,62 @@ class DamagedSpan:
 # ---- file header
 
 
-def encode_wal_file_header(wal_id: bytes, sequence: int) -> bytes:
-    """The first WAL_FILE_HEADER_SIZE bytes of a file. Raises FormatError unless 16 non-zero bytes and a u63."""
+def encode_wal_file_header(wal_id: bytes, sequence: int, previous_size_bytes: int = 0) -> bytes:
+    """The first WAL_FILE_HEADER_SIZE bytes of a file. Raises FormatError unless 16 non-zero bytes, a u63, and 0 or the
+    size of a file with a header."""
     _check_id("wal id", wal_id, 8)
     _check_range("sequence", sequence, 0, INT64_MAX, 24)
-    body = _FILE_BODY.pack(WAL_MAGIC, WAL_VERSION, 0, wal_id, sequence)
+    _check_previous(previous_size_bytes)
+    body = _FILE_BODY.pack(WAL_MAGIC, WAL_VERSION, 0, wal_id, sequence, previous_size_bytes)
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
 def decode_wal_file_header(buffer: Buffer) -> WalFileHeader:
-    """The header at the start of `buffer`. Raises FormatError."""
-    if len(buffer) < WAL_FILE_HEADER_SIZE:
+    """The header at the start of `buffer`, of version 1 or 2. Raises FormatError."""
+    if len(buffer) < WAL_FILE_HEADER_SIZE_V1:
         raise FormatError(f"WAL file header: {len(buffer)} of {WAL_FILE_HEADER_SIZE} bytes")
-    magic, version, flags, wal_id, sequence, crc = _FILE.unpack_from(buffer)
+    magic, version, flags, wal_id, sequence, _ = _FILE_V1.unpack_from(buffer)
     if magic != WAL_MAGIC:
         raise FormatError(f"WAL file magic is {magic!r}, expected {WAL_MAGIC!r}")
-    if version != WAL_VERSION:
-        raise FormatError(f"WAL file version is {version}, this reader knows {WAL_VERSION}", 4)
-    computed = zlib.crc32(memoryview(buffer)[: _FILE_BODY.size])
-    if computed != crc:
-        raise FormatError(f"WAL file header CRC is {computed:#010x}, the header says {crc:#010x}", 32)
+    if version not in _FILE_HEADER_SIZES:
+        raise FormatError(f"WAL file version is {version}, this reader knows 1 to {WAL_VERSION}", 4)
+    crc_at = _check_file_crc(buffer, _FILE_HEADER_SIZES[version])
     if flags:
         raise FormatError(f"WAL file flags are {flags:#06x}, must be 0", 6)
     _check_id("wal id", wal_id, 8)
     _check_range("sequence", sequence, 0, INT64_MAX, 24)
-    return WalFileHeader(wal_id, sequence)
+    previous_size_bytes = 0 if version == 1 else int.from_bytes(buffer[crc_at - 8 : crc_at], "little")
+    _check_previous(previous_size_bytes)
+    return WalFileHeader(wal_id, sequence, previous_size_bytes, version)
+
+
+def _check_file_crc(buffer: Buffer, size_bytes: int) -> int:
+    """Where the CRC of a header of this size lies. Raises FormatError."""
+    if len(buffer) < size_bytes:
+        raise FormatError(f"WAL file header: {len(buffer)} of {size_bytes} bytes")
+    at = size_bytes - 4
+    computed, declared = zlib.crc32(memoryview(buffer)[:at]), int.from_bytes(buffer[at:size_bytes], "little")
+    if computed != declared:
+        raise FormatError(f"WAL file header CRC is {computed:#010x}, the header says {declared:#010x}", at)
+    return at
+
+
+def _check_previous(size_bytes: int) -> None:
+    if size_bytes:
+        _check_range("previous size", size_bytes, WAL_FILE_HEADER_SIZE_V1, INT64_MAX, 32)
+
+
+def frames_start(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> int:
+    """Where the frames of a file begin: behind its header; where that is damaged, at an intact frame header behind
+    what a header of some version would take, else by the version it names, else as in the newest one."""
+    try:
+        return decode_wal_file_header(buffer).size_bytes
+    except FormatError:
+        with memoryview(buffer) as view:
+            scan = _Scan(buffer, view, limits)
+            sizes = _FILE_HEADER_SIZES.values()
+            named = _FILE_HEADER_SIZES.get(int.from_bytes(view[4:6], "little"), WAL_FILE_HEADER_SIZE)
+            return next((size for size in sizes if scan.is_header(size)), named)
 
 
 # ---- frames
@@ -134,16 +179,17 @@ def encode_frame_header(
 
 
 def scan_frames(
-    buffer: Buffer, start: int = WAL_FILE_HEADER_SIZE, limits: FormatLimits = DEFAULT_LIMITS
+    buffer: Buffer, start: int | None = None, limits: FormatLimits = DEFAULT_LIMITS
 ) -> Iterator[WalFrame | DamagedSpan]:
-    """Every valid frame of a file in order, and every damaged stretch between them, without a gap.
+    """Every valid frame of a file in order, and every damaged stretch between them, without a gap, from `start` on, by
+    default from frames_start().
 
     A damaged stretch ends where the next intact frame header starts, or at the end of the buffer; a frame
     whose header is intact and whose batch is not is a stretch of its own. Never raises on content. A search
     compares header checksums only, so time stays linear in the size of the buffer, garbage or not.
     """
     with memoryview(buffer) as view:
-        yield from _Scan(buffer, view, limits).frames(start)
+        yield from _Scan(buffer, view, limits).frames(frames_start(buffer, limits) if start is None else start)
 
 
 class _Scan:
@@ -219,13 +265,17 @@ class _Scan:
 
     def _is_boundary(self, at: int) -> bool:
         """The buffer ends at `at`, or an intact header starts there."""
-        return at == len(self._view) or (at < len(self._view) and not isinstance(self._header_at(at), str))
+        return at == len(self._view) or self.is_header(at)
+
+    def is_header(self, at: int) -> bool:
+        """An intact frame header starts at `at`."""
+        return at < len(self._view) and not isinstance(self._header_at(at), str)
 
     def _next_header(self, start: int) -> int:
         """Where the first intact header at or after `start` is; the end of the buffer if there is none."""
         at = _find_magic(self._buffer, start)
         while at >= 0:
-            if not isinstance(self._header_at(at), str):
+            if self.is_header(at):
                 return at
             at = _find_magic(self._buffer, at + 1)
         return len(self._view)

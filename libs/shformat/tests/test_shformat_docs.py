@@ -61,7 +61,7 @@ def example_batch() -> bytes:
 
 def example_wal_file() -> bytes:
     batch = example_batch()
-    return encode_wal_file_header(bytes(range(1, 17)), 1) + encode_frame_header(TOPIC, 2, 3, 42, 2, batch) + batch
+    return encode_wal_file_header(bytes(range(1, 17)), 2, 4096) + encode_frame_header(TOPIC, 2, 3, 42, 2, batch) + batch
 
 
 def example_segment() -> bytes:

@@ -129,7 +129,7 @@ def test_a_cut_segment() -> None:
 
 def test_a_sound_wal_file() -> None:
     found = described_wal(wal_file())
-    assert found["header"] == {"wal_id": TOPIC.hex(), "sequence": 9}
+    assert found["header"] == {"wal_id": TOPIC.hex(), "sequence": 9, "previous_size_bytes": 0, "version": 2}
     assert found["damage"] == []
     assert found["ends_in_damage"] is False
     assert found["record_count"] == 6
@@ -152,7 +152,7 @@ def test_a_torn_tail_and_a_damaged_file_header() -> None:
     found = described_wal(flipped(wal_file(), 9)[:-3])
     assert found["header"] is None
     assert found["ends_in_damage"] is True
-    assert [damage["at"] for damage in found["damage"]] == [32, WAL_FILE_HEADER_SIZE + 2 * FRAME]
+    assert [damage["at"] for damage in found["damage"]] == [40, WAL_FILE_HEADER_SIZE + 2 * FRAME]
     assert described_wal(b"")["ends_in_damage"] is True
 
 

@@ -5,6 +5,7 @@ import random
 import struct
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,20 @@ from hypothesis import strategies as st
 from shformat import (
     FRAME_HEADER_SIZE,
     WAL_FILE_HEADER_SIZE,
+    WAL_FILE_HEADER_SIZE_V1,
     Codec,
     DamagedSpan,
     FormatError,
     FormatLimits,
     Records,
+    WalFileHeader,
     WalFrame,
     decode_batch,
     decode_wal_file_header,
     encode_batch,
     encode_frame_header,
     encode_wal_file_header,
+    frames_start,
     scan_frames,
     stamp_batch,
 )
@@ -72,12 +76,51 @@ def assert_covers(data: bytes, items: list[WalFrame | DamagedSpan]) -> None:
 # ---- file header
 
 
-@given(st.binary(min_size=16, max_size=16).filter(any), st.integers(0, INT64_MAX))
-def test_file_header_round_trip(wal_id: bytes, sequence: int) -> None:
-    encoded = encode_wal_file_header(wal_id, sequence)
+@given(
+    st.binary(min_size=16, max_size=16).filter(any),
+    st.integers(0, INT64_MAX),
+    st.just(0) | st.integers(WAL_FILE_HEADER_SIZE_V1, INT64_MAX),
+)
+def test_file_header_round_trip(wal_id: bytes, sequence: int, previous: int) -> None:
+    encoded = encode_wal_file_header(wal_id, sequence, previous)
     assert len(encoded) == WAL_FILE_HEADER_SIZE
     header = decode_wal_file_header(encoded + b"frames")
-    assert (header.wal_id, header.sequence) == (wal_id, sequence)
+    assert header == WalFileHeader(wal_id, sequence, previous)
+    assert header.size_bytes == WAL_FILE_HEADER_SIZE
+
+
+def version_1(*frames: bytes) -> bytes:
+    """A file as version 1 wrote it."""
+    body = struct.pack("<4sHH16sQ", b"SHWL", 1, 0, WAL_ID, 9)
+    return body + zlib.crc32(body).to_bytes(4, "little") + b"".join(frames)
+
+
+def test_version_1_says_nothing_of_the_file_before() -> None:
+    header = decode_wal_file_header(version_1())
+    assert header == WalFileHeader(WAL_ID, 9, previous_size_bytes=0, version=1)
+    assert header.size_bytes == WAL_FILE_HEADER_SIZE_V1 == len(version_1())
+    assert good(list(scan_frames(version_1(*FRAMES)))) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("make", [version_1, wal_file])
+def test_a_damaged_file_header_does_not_cost_its_frames(make: Callable[..., bytes]) -> None:
+    """Whatever is damaged of it, its version included."""
+    whole = make(*FRAMES)
+    for at in range(len(make())):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0xFF
+        items = list(scan_frames(damaged))
+        assert (good(items), damage(items)) == ([0, 2, 3], []), at
+        assert frames_start(damaged) == len(make())
+
+
+def test_a_damaged_file_header_and_first_frame_leave_the_rest() -> None:
+    for make in (version_1, wal_file):
+        damaged = bytearray(make(*FRAMES))
+        damaged[20] ^= 1
+        damaged[len(make()) + 9] ^= 1
+        items = list(scan_frames(damaged))
+        assert (good(items), [span.at for span in damage(items)]) == ([2, 3], [len(make())])
 
 
 def test_file_header_damage_is_caught_bit_by_bit() -> None:
@@ -96,16 +139,18 @@ def test_file_header_damage_is_caught_bit_by_bit() -> None:
     ("form", "at", "value", "says"),
     [
         ("<4s", 0, b"SHWX", "WAL file magic"),
-        ("<H", 4, 2, "version is 2"),
+        ("<H", 4, 3, "version is 3"),
         ("<H", 6, 1, "flags are 0x0001"),
         ("<16s", 8, bytes(16), "wal id is"),
         ("<Q", 24, 1 << 63, "sequence is 9223372036854775808"),
+        ("<Q", 32, 1 << 63, "previous size is 9223372036854775808"),
+        ("<Q", 32, 35, "previous size is 35"),
     ],
 )
 def test_file_header_fields(form: str, at: int, value: int | bytes, says: str) -> None:
     changed = bytearray(encode_wal_file_header(WAL_ID, 1))
     struct.pack_into(form, changed, at, value)
-    struct.pack_into("<I", changed, 32, zlib.crc32(changed[:32]))
+    struct.pack_into("<I", changed, 40, zlib.crc32(changed[:40]))
     with pytest.raises(FormatError, match=says):
         decode_wal_file_header(changed)
 

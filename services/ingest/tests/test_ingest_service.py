@@ -913,9 +913,8 @@ async def test_a_tail_read_says_what_it_does_not_hold(tmp_path: Path, coordinato
         for value in (b"a", b"b"):
             await service.api.produce(request(value))
         assert (await read(service, topic_id, 3)).not_held
-        await eventually(lambda: coordinator.buffers)
-        await SegmenterStandIn(coordinator, service).drain()
-        await eventually(lambda: service.agent.running().logs.memory_bytes == 0)
+        async with draining(SegmenterStandIn(coordinator, service)):
+            await eventually(lambda: service.agent.running().logs.memory_bytes == 0)
         below = await read(service, topic_id, 0)
         assert (values_of(below), below.tail_start_offset, below.high_watermark) == ([], 2, 2)
 

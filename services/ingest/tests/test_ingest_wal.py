@@ -3,12 +3,22 @@
 import errno
 import os
 import resource
-from collections.abc import Iterator
+import struct
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from shformat import FRAME_HEADER_SIZE, WAL_FILE_HEADER_SIZE, ProducerStamp, Records, encode_batch, stamp_batch
+from shformat import (
+    FRAME_HEADER_SIZE,
+    WAL_FILE_HEADER_SIZE,
+    ProducerStamp,
+    Records,
+    encode_batch,
+    encode_frame_header,
+    stamp_batch,
+)
 from streamhouse_ingest.adapters.wal import FileBatchReader, FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.adapters.wal_replay import Replayed, replay_directory
@@ -36,8 +46,12 @@ def directory(tmp_path: Path) -> Iterator[WalDirectory]:
     opened.close()
 
 
-def new_wal(directory: WalDirectory, next_sequence: int = 1, *, file_bytes: int = 1 << 20) -> FileWal:
-    return FileWal(directory, next_sequence, file_bytes=file_bytes, fsync_each=True)
+def new_wal(
+    directory: WalDirectory, next_sequence: int = 1, *, file_bytes: int = 1 << 20, previous_size_bytes: int = 0
+) -> FileWal:
+    return FileWal(
+        directory, next_sequence, file_bytes=file_bytes, fsync_each=True, previous_size_bytes=previous_size_bytes
+    )
 
 
 def frame(base: int, *values: bytes, key: LogKey = KEY, producer: ProducerStamp | None = None) -> Frame:
@@ -390,6 +404,165 @@ def test_a_missing_file_in_the_middle_is_damage(directory: WalDirectory):
     assert spans(found) == [(1, 2), (3, 4)]
     assert found.replay.doubt.hidden
     assert [(d.file, "missing" in d.reason) for d in found.replay.damage] == [(2, True)]
+
+
+def write_files(directory: WalDirectory, count: int) -> list[list[WalPosition]]:
+    """Files of three frames each, one log over all of them."""
+    wal = new_wal(directory, file_bytes=700)
+    written = [wal.append([frame(3 * n + i, b"v" * 50) for i in range(3)]) for n in range(count)]
+    wal.close()
+    assert directory.sequences() == list(range(1, count + 1))
+    return written
+
+
+def test_g6_a_file_cut_off_between_two_frames_is_known_by_the_header_of_the_next_one(directory: WalDirectory):
+    written = write_files(directory, 3)
+    path = directory.file_path(2)
+    whole = path.read_bytes()
+    for kept in range(3):
+        path.write_bytes(whole[: written[1][kept].at - FRAME_HEADER_SIZE])
+        found = replay(directory)
+        assert spans(found) == [(0, 3 + kept), (6, 9)]
+        (damage,) = found.replay.damage
+        assert (damage.file, damage.at + damage.size_bytes) == (2, len(whole))
+        assert found.replay.doubt.hidden, "frames of any log may have been there"
+        assert found.replay.doubt.knows_end(KEY), "there is a later frame"
+        assert directory.sequences() == [1, 2, 3]
+    path.write_bytes(whole)
+    assert not replay(directory).replay.damage
+    directory.mark_settled(3)
+    path.write_bytes(whole[: written[1][2].at - FRAME_HEADER_SIZE])
+    assert not replay(directory).replay.doubt, "the coordinator knows"
+
+
+def test_g6_a_file_that_was_only_just_created_bears_witness_of_the_one_before(directory: WalDirectory):
+    """It has no frame, but it stays until what it says has been told."""
+    written = write_files(directory, 2)
+    first, second = directory.file_path(1), directory.file_path(2)
+    second.write_bytes(second.read_bytes()[:WAL_FILE_HEADER_SIZE])
+    whole = first.read_bytes()
+    first.write_bytes(whole[: written[0][2].at - FRAME_HEADER_SIZE])
+    for _ in range(2):
+        found = replay(directory)
+        assert (spans(found), found.replay.doubt.hidden, found.next_sequence) == ([(0, 2)], True, 3)
+        assert found.previous_size_bytes == WAL_FILE_HEADER_SIZE
+    first.write_bytes(whole)
+    found = replay(directory)
+    assert (found.replay.damage, found.next_sequence, found.previous_size_bytes) == ([], 2, len(whole))
+
+
+def test_a_crash_at_any_byte_of_a_rotation_is_no_damage(directory: WalDirectory):
+    """The file before is complete and synced before the next one exists; that one has its header before a frame."""
+    write_files(directory, 2)
+    path = directory.file_path(2)
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        found = replay(directory)
+        assert not found.replay.damage and not found.replay.doubt, size
+        assert found.next_sequence == (3 if spans(found)[-1][1] > 3 else 2)
+    for size in range(WAL_FILE_HEADER_SIZE):  # sectors that never reached the disk
+        path.write_bytes(bytes(size))
+        assert not replay(directory).replay.damage
+        assert directory.sequences() == [1]
+
+
+def test_after_a_torn_tail_the_next_file_says_where_it_was_cut_off(directory: WalDirectory):
+    path, ends = write_three(directory)
+    path.write_bytes(path.read_bytes()[:-1])
+    found = replay(directory)
+    assert found.previous_size_bytes == ends[1] == path.stat().st_size
+    wal = new_wal(directory, found.next_sequence, previous_size_bytes=found.previous_size_bytes)
+    wal.append([frame(2, b"d")])
+    wal.close()
+    found = replay(directory)
+    assert (spans(found), found.replay.damage) == ([(0, 3)], [])
+
+
+def test_what_lies_beyond_the_known_end_of_a_file_is_no_part_of_the_log(directory: WalDirectory):
+    """What a group that did not fit may leave when the power fails before its removal has reached the disk."""
+    write_files(directory, 2)
+    path = directory.file_path(1)
+    whole = path.read_bytes()
+    left = frame(3, b"never acknowledged")
+    header = encode_frame_header(*left.key, left.base_offset, left.record_count, left.batch)
+    path.write_bytes(whole + header + left.batch)
+    found = replay(directory)
+    assert (spans(found), found.replay.damage, found.replay.doubt.hidden) == ([(0, 6)], [], False)
+    assert FileBatchReader(directory).read(positions_of(found))[3] == frame(3, b"v" * 50).batch
+
+
+def test_a_log_of_version_1_is_read_and_gone_on_with(directory: WalDirectory):
+    path, _ = write_three(directory)
+    body = struct.pack("<4sHH16sQ", b"SHWL", 1, 0, directory.wal_id, 1)
+    path.write_bytes(body + zlib.crc32(body).to_bytes(4, "little") + path.read_bytes()[WAL_FILE_HEADER_SIZE:])
+    found = replay(directory)
+    assert (spans(found), found.replay.damage, found.previous_size_bytes) == ([(0, 3)], [], path.stat().st_size)
+    wal = new_wal(directory, 2, previous_size_bytes=found.previous_size_bytes)
+    wal.append([frame(3, b"d")])
+    wal.close()
+    found = replay(directory)
+    assert (spans(found), found.replay.damage) == ([(0, 4)], [])
+    assert len(FileBatchReader(directory).read(positions_of(found))) == 4
+
+
+@contextmanager
+def unreadable(monkeypatch: pytest.MonkeyPatch, path: Path, start: int, end: int) -> Iterator[None]:
+    """A bad spot of the disk: reading any byte of it fails."""
+    pread = os.pread
+
+    def read(fd: int, size_bytes: int, at: int) -> bytes:
+        if Path(f"/proc/self/fd/{fd}").readlink() == path and at < end and at + size_bytes > start:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(fd, size_bytes, at)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pread", read)
+        yield
+
+
+def test_g6_what_the_disk_does_not_give_back_is_damage_in_the_middle_and_the_tail_at_the_end(
+    directory: WalDirectory, monkeypatch: pytest.MonkeyPatch
+):
+    """A mapped page that cannot be read would kill the process, at every start."""
+    wal = new_wal(directory)
+    positions = wal.append([frame(i, os.urandom(8000)) for i in range(4)])
+    wal.close()
+    path = directory.file_path(1)
+    middle, last = positions[1].at + 4096, positions[3].at + 4096
+    with unreadable(monkeypatch, path, middle, middle + 1):
+        found = replay(directory)
+        assert spans(found) == [(0, 1), (2, 4)]
+        assert found.replay.logs[KEY].end_offset == 4 and len(found.replay.damage) == 1
+        with pytest.raises(WalDamaged):
+            FileBatchReader(directory).read(positions)
+        assert len(FileBatchReader(directory).read(positions[2:])) == 2
+    with unreadable(monkeypatch, path, last, path.stat().st_size):
+        found = replay(directory)
+        assert (spans(found), found.replay.damage, found.replay.doubt.torn) == ([(0, 3)], [], True)
+    assert not replay(directory).replay.doubt
+
+
+def test_g1_what_an_fsync_that_failed_left_in_the_page_cache_is_not_believed(
+    directory: WalDirectory, monkeypatch: pytest.MonkeyPatch
+):
+    """The last file is synced, then dropped from the cache, before the first byte of it is looked at."""
+    write_files(directory, 2)
+    done: list[tuple[str, str]] = []
+
+    def noted(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def run(fd: int, *arguments: int) -> object:
+            done.append((name, Path(f"/proc/self/fd/{fd}").readlink().name))
+            return call(fd, *arguments)
+
+        return run
+
+    for name in ("fsync", "posix_fadvise", "pread"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    replay(directory)
+    of_last = [name for name, file in done if file == directory.file_path(2).name]
+    assert of_last[of_last.index("fsync") :][:3] == ["fsync", "posix_fadvise", "pread"]
+    assert ("posix_fadvise", directory.file_path(1).name) not in done, "it was synced before the second one was begun"
 
 
 def test_a_damaged_file_header_does_not_cost_its_frames(directory: WalDirectory):

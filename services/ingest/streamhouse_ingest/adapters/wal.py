@@ -25,10 +25,20 @@ _READ_SPAN_BYTES = 1024 * 1024
 
 
 class FileWal:
-    """The appending side. Files before `next_sequence` are only read and deleted."""
+    """The appending side. Files before `next_sequence` are only read and deleted; the newest of them is synced and has
+    `previous_size_bytes` (0: there is none)."""
 
-    def __init__(self, directory: WalDirectory, next_sequence: int, *, file_bytes: int, fsync_each: bool) -> None:
+    def __init__(
+        self,
+        directory: WalDirectory,
+        next_sequence: int,
+        *,
+        file_bytes: int,
+        fsync_each: bool,
+        previous_size_bytes: int = 0,
+    ) -> None:
         self._directory = directory
+        self._previous_size_bytes = previous_size_bytes
         self._first_sequence = next_sequence
         self._next_sequence = next_sequence
         self._file_bytes = file_bytes
@@ -83,6 +93,7 @@ class FileWal:
         if self._fd >= 0:
             try:
                 self.sync()
+                self._previous_size_bytes = self.active_bytes
                 if not self._fsync_each and self._broken is None:
                     self._directory.mark_unsynced(False)
             finally:
@@ -100,7 +111,7 @@ class FileWal:
     def _create(self) -> None:
         sequence = self._next_sequence
         path = self._directory.file_path(sequence)
-        header = encode_wal_file_header(self._directory.wal_id, sequence)
+        header = encode_wal_file_header(self._directory.wal_id, sequence, self._previous_size_bytes)
         try:
             if not self._fsync_each:
                 self._directory.mark_unsynced(True)
@@ -180,7 +191,8 @@ class FileBatchReader:
         self._directory = directory
 
     def read(self, positions: Sequence[WalPosition]) -> list[bytes]:
-        """The batches at `positions`, in their order. Raises WalDamaged, WalFileGone, OSError."""
+        """The batches at `positions`, in their order. Raises WalDamaged (also where the disk gives nothing back),
+        WalFileGone, OSError."""
         batches: list[bytes] = []
         for span in _spans(positions):
             batches += self._read_span(span)
@@ -195,9 +207,17 @@ class FileBatchReader:
             raise WalFileGone(str(path)) from error
         try:
             data = os.pread(fd, end - start, start)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            data = None
         finally:
             os.close(fd)
-        return [self._checked(data, start, position) for position in span]
+        if data is not None:
+            return [self._checked(data, start, position) for position in span]
+        if len(span) > 1:  # one by one: a bad spot costs the batches that lie in it
+            return [batch for position in span for batch in self._read_span([position])]
+        raise WalDamaged(path.name, span[0], "the disk does not give it back")
 
     def _checked(self, data: bytes, start: int, position: WalPosition) -> bytes:
         batch = data[position.at - start : position.at - start + position.size_bytes]

@@ -1,9 +1,10 @@
 """Reads all files of a write-ahead log back at start-up: memory-mapped, one pass, keeping positions only."""
 
+import contextlib
 import logging
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shformat import (
@@ -28,15 +29,22 @@ log = logging.getLogger(__name__)
 
 _SECTOR_BYTES = 512
 _OTHER_FILE = "the header says it is file"
+# Files are tried for what cannot be read in steps of this many bytes, then page by page where one fails.
+_TRY_BYTES = 1024 * 1024
+_PAGE_BYTES = 4096
+
+FileBytes = mmap.mmap | bytearray
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What was found, the files it lies in, the sequence of the next file."""
+    """What was found, the files it lies in, the sequence of the next file and the size of the one before that (0 where
+    there is none)."""
 
     replay: Replay
     index: WalIndex
     next_sequence: int
+    previous_size_bytes: int
 
 
 def replay_directory(directory: WalDirectory, buffer_bytes_max: int) -> Replayed:
@@ -44,81 +52,215 @@ def replay_directory(directory: WalDirectory, buffer_bytes_max: int) -> Replayed
 
     Raises WrongIdentity when a file belongs to another log, OSError.
     """
-    replay, index = Replay(buffer_bytes_max), WalIndex()
+    files = _Files(directory, buffer_bytes_max)
     sequences = directory.sequences()
     for i, sequence in enumerate(sequences):
-        missing_from = sequences[i - 1] + 1 if i else sequence
-        for missing in range(missing_from, sequence):
-            reason = f"{directory.file_path(missing)} is missing"
-            replay.damaged(missing, 0, 0, reason, hides=_hides(directory, missing))
-        _replay_file(directory, sequence, sequence == sequences[-1], replay, index)
+        for missing in range(sequences[i - 1] + 1 if i else sequence, sequence):
+            files.missing(missing)
+        files.read(sequence, is_last=sequence == sequences[-1])
     if directory.unsynced:
         log.warning("%s: it was not synced before every ack; offsets go on beyond the old ranges", directory.path)
-        replay.torn()
+        files.replay.torn()
     # The last file may just have been removed: a number left out would be a missing file at the next start.
-    return Replayed(replay, index, max(directory.sequences(), default=sequences[-1] - 1 if sequences else 0) + 1)
+    next_sequence = max(directory.sequences(), default=sequences[-1] - 1 if sequences else 0) + 1
+    return Replayed(files.replay, files.index, next_sequence, files.index.size_of(next_sequence - 1))
 
 
-def _hides(directory: WalDirectory, sequence: int) -> bool:
-    """Whether damage in this file concerns ranges whose ends are not declared yet."""
-    return sequence >= directory.settled_before()
+class _Files:
+    """The files in their order, and what they amount to so far."""
 
+    def __init__(self, directory: WalDirectory, buffer_bytes_max: int) -> None:
+        self._directory = directory
+        self._settled_before = directory.settled_before()
+        self._cut_short = False  # the file read last lacks an end that the next one knows of
+        self.replay = Replay(buffer_bytes_max)
+        self.index = WalIndex()
 
-def _replay_file(directory: WalDirectory, sequence: int, is_last: bool, replay: Replay, index: WalIndex) -> None:
-    fd = os.open(directory.file_path(sequence), os.O_RDWR | os.O_CLOEXEC)
-    try:
-        size_bytes = os.fstat(fd).st_size
-        good_end = size_bytes
-        if size_bytes:
-            with mmap.mmap(fd, size_bytes, access=mmap.ACCESS_READ) as buffer:
-                good_end = _replay_frames(directory, sequence, buffer, is_last, replay, index)
-        elif not is_last:
-            replay.damaged(sequence, 0, 0, "the file is empty", hides=_hides(directory, sequence))
+    def missing(self, sequence: int) -> None:
+        path = self._directory.file_path(sequence)
+        self.replay.damaged(sequence, 0, 0, f"{path} is missing", hides=self._hides(sequence))
+
+    def read(self, sequence: int, *, is_last: bool) -> None:
+        fd = os.open(self._directory.file_path(sequence), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if is_last:
+                _forget_cached(fd)
+            size_bytes = os.fstat(fd).st_size
+            good_end = self._read_open(fd, sequence, size_bytes, is_last=is_last)
+        finally:
+            os.close(fd)
+        if is_last and good_end <= WAL_FILE_HEADER_SIZE and not self._cut_short:
+            self._directory.file_path(sequence).unlink()  # created, but no group was ever written to it
+            self._directory.sync()
+        else:  # kept without a frame, too, if it is the witness of what the file before lacks
+            self.index.resize(sequence, good_end if is_last else size_bytes)
+            self._cut_short = not is_last and self._report_cut_short(sequence, size_bytes)
+
+    def _read_open(self, fd: int, sequence: int, size_bytes: int, *, is_last: bool) -> int:
+        """Adds the file's frames; returns where its good part ends. A torn tail is cut off."""
+        path = self._directory.file_path(sequence)
+        if not size_bytes:
+            if not is_last:
+                self.replay.damaged(sequence, 0, 0, "the file is empty", hides=self._hides(sequence))
+            return 0
+        declared = None if is_last else self._declared_size(sequence)
+        if declared is not None and size_bytes > declared:
+            log.warning("%s: %d bytes beyond what was written in it are ignored", path, size_bytes - declared)
+            size_bytes = declared
+        with _bytes_of(fd, size_bytes, str(path)) as buffer:
+            good_end = self._read_frames(sequence, buffer, is_last=is_last)
         if is_last and good_end < size_bytes:
-            log.warning(
-                "%s: torn tail of %d bytes cut off at byte %d",
-                directory.file_path(sequence),
-                size_bytes - good_end,
-                good_end,
-            )
+            log.warning("%s: torn tail of %d bytes cut off at byte %d", path, size_bytes - good_end, good_end)
             os.ftruncate(fd, good_end)
-        if is_last:
-            # A process that was killed may have written without syncing; retries are answered from what is found.
             os.fsync(fd)
-    finally:
-        os.close(fd)
-    if good_end <= WAL_FILE_HEADER_SIZE and is_last:
-        directory.file_path(sequence).unlink()  # created, but no group was ever written to it
-        directory.sync()
-    else:
-        index.resize(sequence, good_end)
+        return good_end
+
+    def _declared_size(self, sequence: int) -> int | None:
+        """Of this file, by the header of the next one; None where that does not say. What is wrong with that one is
+        said when it is read itself."""
+        try:
+            fd = os.open(self._directory.file_path(sequence + 1), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            header = decode_wal_file_header(os.pread(fd, WAL_FILE_HEADER_SIZE, 0))
+        except (FormatError, OSError):
+            return None
+        finally:
+            os.close(fd)
+        if header.wal_id != self._directory.wal_id or header.sequence != sequence + 1:
+            return None
+        return header.previous_size_bytes or None
+
+    def _report_cut_short(self, sequence: int, size_bytes: int) -> bool:
+        """Whether the file was longer once. Cut off between two frames it looks as sound as any."""
+        declared = self._declared_size(sequence)
+        if declared is None or size_bytes >= declared:
+            return False
+        what = f"the file ends at byte {size_bytes}, the next one says that {declared} were written"
+        log.error("%s: %s", self._directory.file_path(sequence), what)
+        self.replay.damaged(sequence, size_bytes, declared - size_bytes, what, hides=self._hides(sequence))
+        return True
+
+    def _hides(self, sequence: int) -> bool:
+        """Whether damage in this file concerns ranges whose ends are not declared yet."""
+        return sequence >= self._settled_before
+
+    def _read_frames(self, sequence: int, buffer: FileBytes, *, is_last: bool) -> int:
+        """Adds the file's frames; returns where its good part ends."""
+        header_damage = self._check_header(sequence, buffer)
+        if header_damage is not None and is_last and len(buffer) <= WAL_FILE_HEADER_SIZE:
+            return 0  # only just created: nothing is written before the header is synced
+        if header_damage is not None:
+            other_file = header_damage.startswith(_OTHER_FILE) and self._hides(sequence)
+            self.replay.damaged(sequence, 0, WAL_FILE_HEADER_SIZE, header_damage, hides=other_file)
+        tail: list[DamagedSpan] = []  # damage that no valid frame follows, so far
+        for item in scan_frames(buffer):
+            if isinstance(item, DamagedSpan):
+                tail.append(item)
+                continue
+            self._report(sequence, tail)
+            tail.clear()
+            self._add(buffer, sequence, item)
+        if is_last and tail and _is_cut_off(tail, len(buffer)):
+            return tail[0].at
+        if is_last and tail and _lost_a_sector(buffer, tail[0].at):
+            self._report_torn(sequence, tail[0], len(buffer))
+        else:
+            self._report(sequence, tail)
+        return len(buffer)
+
+    def _check_header(self, sequence: int, buffer: FileBytes) -> str | None:
+        """What is wrong with the file's header. Raises WrongIdentity when it is sound and names another log."""
+        try:
+            header = decode_wal_file_header(buffer)
+        except FormatError as error:
+            return error.what
+        ours = self._directory.wal_id
+        if header.wal_id != ours:
+            path = self._directory.file_path(sequence)
+            raise WrongIdentity(f"{path}: belongs to log {header.wal_id.hex()}, this is {ours.hex()}")
+        return None if header.sequence == sequence else f"{_OTHER_FILE} {header.sequence}"
+
+    def _add(self, buffer: FileBytes, sequence: int, frame: WalFrame) -> None:
+        key = LogKey(frame.topic_id, frame.partition, frame.epoch)
+        try:
+            header = read_batch_header(buffer, frame.batch_at)
+        except FormatError as error:
+            self.replay.damaged(sequence, frame.at, frame.size_bytes, error.what)
+            self.replay.lost(key, frame.base_offset, frame.record_count)
+            return
+        position = WalPosition(sequence, frame.batch_at, frame.batch_size_bytes)
+        self.replay.add(key, frame.base_offset, header, position)
+        self.index.note(sequence, key, frame.base_offset + header.record_count)
+
+    def _report(self, sequence: int, spans: Sequence[DamagedSpan]) -> None:
+        path = self._directory.file_path(sequence)
+        for span in spans:
+            log.error("%s: %d damaged bytes at byte %d: %s", path, span.size_bytes, span.at, span.reason)
+            # A span of another size than its frame's ends, or begins again, where nobody can say what followed.
+            hides = span.lost is None or span.lost.size_bytes != span.size_bytes
+            hides = hides and self._hides(sequence)
+            self.replay.damaged(sequence, span.at, span.size_bytes, span.reason, hides=hides)
+            if span.lost is not None:
+                key = LogKey(span.lost.topic_id, span.lost.partition, span.lost.epoch)
+                self.replay.lost(key, span.lost.base_offset, span.lost.record_count)
+
+    def _report_torn(self, sequence: int, first: DamagedSpan, size_bytes: int) -> None:
+        """A power failure can leave the size of the last write and only some of its sectors. It stays in the file: it
+        is looked at again at every start until a session has been opened."""
+        if self._hides(sequence):
+            path = self._directory.file_path(sequence)
+            left = size_bytes - first.at
+            log.warning("%s: the last %d bytes, from byte %d on, look like a torn write: ignored", path, left, first.at)
+            self.replay.torn()
 
 
-def _replay_frames(
-    directory: WalDirectory, sequence: int, buffer: mmap.mmap, is_last: bool, replay: Replay, index: WalIndex
-) -> int:
-    """Adds the file's frames; returns where its good part ends."""
-    header_damage = _check_header(directory, sequence, buffer)
-    if header_damage is not None and is_last and len(buffer) <= WAL_FILE_HEADER_SIZE:
-        return 0  # only just created: nothing is written before the header is synced
-    if header_damage is not None:
-        other_file = header_damage.startswith(_OTHER_FILE) and _hides(directory, sequence)
-        replay.damaged(sequence, 0, WAL_FILE_HEADER_SIZE, header_damage, hides=other_file)
-    tail: list[DamagedSpan] = []  # damage that no valid frame follows, so far
-    for item in scan_frames(buffer):
-        if isinstance(item, DamagedSpan):
-            tail.append(item)
-            continue
-        _report(directory, sequence, tail, replay)
-        tail.clear()
-        _add(buffer, sequence, item, replay, index)
-    if is_last and tail and _is_cut_off(tail, len(buffer)):
-        return tail[0].at
-    if is_last and tail and _lost_a_sector(buffer, tail[0].at):
-        _report_torn(directory, sequence, tail[0], len(buffer), replay)
-    else:
-        _report(directory, sequence, tail, replay)
-    return len(buffer)
+def _forget_cached(fd: int) -> None:
+    """What is read from here on comes from the disk, as far as the kernel takes advice.
+
+    A process that was killed may have written without syncing, so that comes first: retries are answered from what is
+    found. After an fsync that failed Linux holds pages that it takes for clean although they never reached the disk;
+    reading them back would acknowledge, to a retry, what the next power failure takes away
+    (https://wiki.postgresql.org/wiki/Fsync_Errors). Only the last file can be one of such a failure: none is begun
+    before everything in the one before is synced. Raises OSError.
+    """
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def _bytes_of(fd: int, size_bytes: int, name: str) -> Iterator[FileBytes]:
+    """The file, mapped; a copy with zeros in place of pages that the disk does not give back (a mapped one would kill
+    the process): at the end of the last file they make a torn tail, elsewhere damage."""
+    unreadable = list(_unreadable(fd, size_bytes))
+    if not unreadable:
+        with mmap.mmap(fd, size_bytes, access=mmap.ACCESS_READ) as mapped:
+            yield mapped
+        return
+    log.error("%s: %d pages cannot be read, the first at byte %d", name, len(unreadable), unreadable[0])
+    copy, holes = bytearray(size_bytes), set(unreadable)
+    for at in range(0, size_bytes, _PAGE_BYTES):
+        if at not in holes:
+            part = os.pread(fd, min(_PAGE_BYTES, size_bytes - at), at)
+            copy[at : at + len(part)] = part
+    yield copy
+
+
+def _unreadable(fd: int, size_bytes: int) -> Iterator[int]:
+    """Where the pages begin that cannot be read. What can be is in the page cache afterwards."""
+    for at in range(0, size_bytes, _TRY_BYTES):
+        if not _can_read(fd, min(_TRY_BYTES, size_bytes - at), at):
+            pages = range(at, min(at + _TRY_BYTES, size_bytes), _PAGE_BYTES)
+            yield from (page for page in pages if not _can_read(fd, min(_PAGE_BYTES, size_bytes - page), page))
+
+
+def _can_read(fd: int, size_bytes: int, at: int) -> bool:
+    try:
+        return len(os.pread(fd, size_bytes, at)) == size_bytes
+    except OSError as error:
+        log.error("reading %d bytes at byte %d failed: %s", size_bytes, at, error)
+        return False
 
 
 def _is_cut_off(tail: Sequence[DamagedSpan], size_bytes: int) -> bool:
@@ -129,7 +271,7 @@ def _is_cut_off(tail: Sequence[DamagedSpan], size_bytes: int) -> bool:
     return first.at + first.lost.size_bytes > size_bytes
 
 
-def _lost_a_sector(buffer: mmap.mmap, at: int) -> bool:
+def _lost_a_sector(buffer: FileBytes, at: int) -> bool:
     """Whether a sector holds nothing but zeros, as far as it lies behind byte `at` and before the file's end."""
     while at < len(buffer):
         end = at - at % _SECTOR_BYTES + _SECTOR_BYTES
@@ -137,51 +279,3 @@ def _lost_a_sector(buffer: mmap.mmap, at: int) -> bool:
             return True
         at = end
     return False
-
-
-def _report_torn(directory: WalDirectory, sequence: int, first: DamagedSpan, size_bytes: int, replay: Replay) -> None:
-    """A power failure can leave the size of the last write and only some of its sectors. It stays in the file: it is
-    looked at again at every start until a session has been opened."""
-    if _hides(directory, sequence):
-        path = directory.file_path(sequence)
-        left = size_bytes - first.at
-        log.warning("%s: the last %d bytes, from byte %d on, look like a torn write: ignored", path, left, first.at)
-        replay.torn()
-
-
-def _check_header(directory: WalDirectory, sequence: int, buffer: mmap.mmap) -> str | None:
-    """What is wrong with the file's header. Raises WrongIdentity when it is sound and names another log."""
-    try:
-        header = decode_wal_file_header(buffer)
-    except FormatError as error:
-        return error.what
-    if header.wal_id != directory.wal_id:
-        raise WrongIdentity(
-            f"{directory.file_path(sequence)}: belongs to log {header.wal_id.hex()}, this is {directory.wal_id.hex()}"
-        )
-    return None if header.sequence == sequence else f"{_OTHER_FILE} {header.sequence}"
-
-
-def _add(buffer: mmap.mmap, sequence: int, frame: WalFrame, replay: Replay, index: WalIndex) -> None:
-    key = LogKey(frame.topic_id, frame.partition, frame.epoch)
-    try:
-        header = read_batch_header(buffer, frame.batch_at)
-    except FormatError as error:
-        replay.damaged(sequence, frame.at, frame.size_bytes, error.what)
-        replay.lost(key, frame.base_offset, frame.record_count)
-        return
-    position = WalPosition(sequence, frame.batch_at, frame.batch_size_bytes)
-    replay.add(key, frame.base_offset, header, position)
-    index.note(sequence, key, frame.base_offset + header.record_count)
-
-
-def _report(directory: WalDirectory, sequence: int, spans: list[DamagedSpan], replay: Replay) -> None:
-    path = directory.file_path(sequence)
-    for span in spans:
-        log.error("%s: %d damaged bytes at byte %d: %s", path, span.size_bytes, span.at, span.reason)
-        # A span of another size than its frame's ends, or begins again, where nobody can say what followed.
-        hides = span.lost is None or span.lost.size_bytes != span.size_bytes
-        replay.damaged(sequence, span.at, span.size_bytes, span.reason, hides=hides and _hides(directory, sequence))
-        if span.lost is not None:
-            key = LogKey(span.lost.topic_id, span.lost.partition, span.lost.epoch)
-            replay.lost(key, span.lost.base_offset, span.lost.record_count)

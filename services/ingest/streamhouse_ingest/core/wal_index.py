@@ -21,6 +21,10 @@ class WalIndex:
         """Of all files together."""
         return sum(self._sizes.values())
 
+    def size_of(self, file: int) -> int:
+        """0 when there is no such file."""
+        return self._sizes.get(file, 0)
+
     def resize(self, file: int, size_bytes: int) -> None:
         """The file exists and is this large."""
         self._sizes[file] = size_bytes
