@@ -10,6 +10,7 @@ import random
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
 
 from tests.faults.fleet import (
     AGENTS,
@@ -353,12 +354,20 @@ TWO_AT_ONCE = 0.3
 Note = Callable[[str, str], None]
 
 
+@dataclass
+class Faults:
+    """`done`: every one so far, by name. `at_work`: those that are on."""
+
+    done: list[str] = field(default_factory=list)
+    at_work: set[str] = field(default_factory=set)
+
+
 async def torment(
-    fleet: Fleet, rng: random.Random, names: list[str], seconds: float, note: Note, done: list[str]
+    fleet: Fleet, rng: random.Random, names: list[str], seconds: float, note: Note, faults: Faults
 ) -> None:
     """Faults by the generator until the time is over; each is undone before the next, and all in the end.
 
-    All names have their turn before one has another. `done` is told of every fault; raises what undoing one fails with.
+    All names have their turn before one has another. `faults` says which; raises what undoing one fails with.
     """
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
@@ -370,7 +379,7 @@ async def torment(
         plans = [(name, random.Random(rng.getrandbits(64)), _hold_s(rng, name)) for name in now]
         async with asyncio.TaskGroup() as group:
             for name, own, hold_s in plans:
-                group.create_task(_once(fleet, own, name, min(hold_s, max(end - loop.time(), 1.0)), note, done))
+                group.create_task(_once(fleet, own, name, min(hold_s, max(end - loop.time(), 1.0)), note, faults))
         await asyncio.sleep(rng.uniform(*PAUSE_S))
 
 
@@ -378,15 +387,18 @@ def _hold_s(rng: random.Random, name: str) -> float:
     return rng.uniform(*HOLD_S.get(name, HOLD_DEFAULT_S))
 
 
-async def _once(fleet: Fleet, rng: random.Random, name: str, hold_s: float, note: Note, done: list[str]) -> None:
+async def _once(fleet: Fleet, rng: random.Random, name: str, hold_s: float, note: Note, faults: Faults) -> None:
     try:
         async with NEMESES[name](fleet, rng) as what:
             note("nemesis", f"{name}: {what}, for {hold_s:.1f} s")
-            done.append(name)
+            faults.done.append(name)
+            faults.at_work.add(name)
             await asyncio.sleep(hold_s)
         note("nemesis", f"{name}: over")
     except NotPossible as reason:
         note("nemesis", f"{name}: not now: {reason}")
+    finally:
+        faults.at_work.discard(name)
 
 
 def chosen(text: str) -> list[str]:

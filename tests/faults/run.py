@@ -21,7 +21,7 @@ from pathlib import Path
 from shproto.errors import StreamHouseError
 from streamhouse import Admin
 
-from tests.faults import facts, history, nemesis
+from tests.faults import facts, history, nemesis, progress
 from tests.faults.checker import Report, check, explain
 from tests.faults.consumers import GroupWatcher, Membership, PlainConsumer
 from tests.faults.fleet import Fleet
@@ -56,7 +56,8 @@ class Run:
         self.rng = random.Random(seed)
         self.names = list(names)
         self.seconds = seconds
-        self.faults: list[str] = []
+        self.faults = nemesis.Faults()
+        self.ends_s: float | None = None
         self.trouble: list[str] = []
         self._producers: list[SdkProducer | SingleTryProducer] = []
         self._consumers: list[PlainConsumer] = []
@@ -70,6 +71,7 @@ class Run:
             members = self._start_workload()
             await asyncio.sleep(WARM_UP_S)
             seed = random.Random(self.rng.getrandbits(64))
+            self.ends_s = time.monotonic() + self.seconds
             await nemesis.torment(self.fleet, seed, self.names, self.seconds, self.recorder.note, self.faults)
             self.recorder.note("run", "heals everything")
             await self.fleet.heal()
@@ -177,9 +179,9 @@ class Run:
 
 
 def print_report(run: Run, report: Report, seed: int, path: Path) -> None:
-    counts = ", ".join(f"{name} {count}" for name, count in sorted(Counter(run.faults).items()))
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(Counter(run.faults.done).items()))
     print(f"seed {seed}")
-    print(f"faults {len(run.faults)}: {counts}")
+    print(f"faults {len(run.faults.done)}: {counts}")
     for line in report.summary():
         print(line)
     for line in explain(report.anomalies, path):
@@ -188,23 +190,35 @@ def print_report(run: Run, report: Report, seed: int, path: Path) -> None:
         print(f"trouble: {line}")
 
 
-async def main(options: argparse.Namespace) -> int:
-    names = nemesis.chosen(options.nemesis)
+def main(options: argparse.Namespace) -> int:
     work_dir = Path(options.dir) if options.dir else Path(tempfile.mkdtemp(prefix="streamhouse-faults-"))
     work_dir.mkdir(parents=True, exist_ok=True)
+    with progress.clients_log(work_dir / "clients.log"):
+        passed = asyncio.run(judge(options, work_dir))
+    if passed and not options.dir:
+        shutil.rmtree(work_dir)
+    return 0 if passed else 1
+
+
+async def judge(options: argparse.Namespace, work_dir: Path) -> bool:
+    """Whether the run passed."""
+    names = nemesis.chosen(options.nemesis)
     print(f"seed {options.seed}, {options.minutes} minutes of {', '.join(names)}; history and logs in {work_dir}")
     run = Run(work_dir, options.seed, names, options.minutes * 60)
-    await run.run()
+    telling = asyncio.create_task(progress.tell(lambda: run.ends_s, run.faults.at_work, run.recorder.counts))
+    try:
+        await run.run()
+    finally:
+        telling.cancel()
+        await asyncio.wait([telling])
     path = work_dir / "history.jsonl"
     report = check(history.read_history(path))
     print_report(run, report, options.seed, path)
     if report.anomalies or run.trouble or not report.complete:
         print(f"FAILED; everything needed to look into it is in {work_dir}")
-        return 1
+        return False
     print("PASSED")
-    if not options.dir:
-        shutil.rmtree(work_dir)
-    return 0
+    return True
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -218,5 +232,5 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(asyncio.run(main(parse(sys.argv[1:]))))
+        sys.exit(main(parse(sys.argv[1:])))
     sys.exit(130)
