@@ -26,6 +26,7 @@ from streamhouse_coordinator.service import (
     group_admin,
     groups,
     housekeeping,
+    objects,
     recovery,
     sessions,
     topics,
@@ -184,6 +185,12 @@ class CoordinatorApi:
         await buffers.release_claim(self._context, request.claim_id, reason, request.retry_after_ms)
         return pb.ReleaseClaimResponse()
 
+    async def declare_uploads(self, request: pb.DeclareUploadsRequest) -> pb.DeclareUploadsResponse:
+        check_text("claim_id", request.claim_id, messages.ID_LENGTH_MAX)
+        keys = messages.object_keys(request.object_keys, least=1, most=messages.SLICES_MAX)
+        await objects.declare_uploads(self._context, request.claim_id, keys)
+        return pb.DeclareUploadsResponse()
+
     async def register_segments(self, request: pb.RegisterSegmentsRequest) -> pb.RegisterSegmentsResponse:
         messages.check_count("segments", request.segments, messages.SLICES_MAX)
         check_text("trace_context", request.trace_context, messages.TRACE_CONTEXT_LENGTH_MAX, empty=True)
@@ -238,6 +245,22 @@ class CoordinatorApi:
         check_number("number of object_keys", len(request.object_keys), 0, messages.OBJECT_KEYS_MAX)
         keys = await housekeeping.filter_unreferenced(self._context, list(request.object_keys))
         return pb.FilterUnreferencedResponse(object_keys=keys)
+
+    async def begin_deletion(self, request: pb.BeginDeletionRequest) -> pb.BeginDeletionResponse:
+        keys = messages.object_keys(request.object_keys)
+        patience = messages.patience(request.grace_ms, request.confirm_ms)
+        now_ms, judged = await objects.begin_deletion(self._context, keys, patience, request.dry_run)
+        return pb.BeginDeletionResponse(now_ms=now_ms, objects=[messages.object_deletion(item) for item in judged])
+
+    async def finish_deletion(self, request: pb.FinishDeletionRequest) -> pb.FinishDeletionResponse:
+        await objects.finish_deletion(self._context, messages.object_keys(request.object_keys))
+        return pb.FinishDeletionResponse()
+
+    async def list_deletions(self, request: pb.ListDeletionsRequest) -> pb.ListDeletionsResponse:
+        check_number("limit", request.limit, 1, messages.OBJECT_KEYS_MAX)
+        patience = messages.patience(request.grace_ms, request.confirm_ms)
+        keys = await objects.list_deletions(self._context, patience, request.limit)
+        return pb.ListDeletionsResponse(object_keys=keys)
 
     # ---- consumer groups
 

@@ -1,7 +1,7 @@
 """Between protobuf messages and the coordinator's rows and events. Checks what comes in; raises InvalidArgument."""
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from shproto.errors import InvalidArgument
 from shproto.events import Segment, Slice
@@ -9,11 +9,13 @@ from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 
 from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.deletion import Patience
 from streamhouse_coordinator.core.groups import split_name
 from streamhouse_coordinator.core.names import GROUP_LENGTH_MAX, check_number, check_text
 from streamhouse_coordinator.core.sessions import SNAPSHOT_BYTES_MAX, WalEnds
 from streamhouse_coordinator.service import group_admin
 from streamhouse_coordinator.service.groups import Commit
+from streamhouse_coordinator.service.objects import Judged
 from streamhouse_coordinator.service.sessions import Grant
 
 INT64_MAX = 2**63 - 1
@@ -26,6 +28,7 @@ ADDRESS_LENGTH_MAX = 261  # a DNS name of 255, a colon, a port
 SLICES_MAX = 100_000
 # A page of an object listing has 1,000 keys; ten of them are one question.
 OBJECT_KEYS_MAX = 10_000
+DELETION_PATIENCE_MS_MAX = 10 * 366 * 24 * 3_600_000  # ten years: longer is a mistake in the unit
 MEMBER_ID_LENGTH_MAX = 300  # a client id, a hyphen, a UUID
 GROUP_TOPICS_MAX = 1_000
 OWNED_MAX = 100_000  # partitions one member may have
@@ -50,6 +53,31 @@ def check_uuid(field: str, value: str) -> str:
         return str(uuid.UUID(value))
     except ValueError as error:
         raise InvalidArgument(f"{field} must be a UUID, got {value[:100]!r}", field=field, value=value[:100]) from error
+
+
+def object_keys(keys: Sequence[str], least: int = 0, most: int = OBJECT_KEYS_MAX) -> list[str]:
+    """Each once, in order."""
+    check_number("number of object_keys", len(keys), least, most)
+    for key in keys:
+        check_text("object_keys", key, OBJECT_KEY_LENGTH_MAX)
+    return list(dict.fromkeys(keys))
+
+
+def patience(grace_ms: int, confirm_ms: int) -> Patience:
+    check_number("grace_ms", grace_ms, 0, DELETION_PATIENCE_MS_MAX)
+    check_number("confirm_ms", confirm_ms, 0, DELETION_PATIENCE_MS_MAX)
+    return Patience(grace_ms, confirm_ms)
+
+
+def object_deletion(item: Judged) -> pb.ObjectDeletion:
+    state = item.state
+    return pb.ObjectDeletion(
+        object_key=state.object_key,
+        verdict=pb.DeletionVerdict.ValueType(item.verdict),
+        noticed_ms=state.deletion.noticed_ms if state.deletion is not None else 0,
+        declared_ms=state.intent.declared_ms if state.intent is not None else 0,
+        worker_id=state.intent.worker_id if state.intent is not None else "",
+    )
 
 
 def check_count(field: str, items: Iterable[object], most: int) -> None:

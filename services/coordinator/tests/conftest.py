@@ -15,6 +15,8 @@ from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.wiring import CoordinatorService, build
 from streamhouse_embedded.postgres import EmbeddedPostgres
 
+from services.coordinator.tests.declared import declare
+
 
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
@@ -167,6 +169,7 @@ class Agent:
         """Seals, claims, uploads and registers one span; returns the result."""
         buffer_id = await self.announce((grant, base, end))
         ref = segment_ref(grant.topic_id, grant.partition, grant.epoch, base, end, **changes)
+        await declare(self.api, [ref.object_key])
         request = pb.RegisterSegmentsRequest(buffer_id=buffer_id, segments=[ref])
         return (await self.api.register_segments(request)).results[0]
 

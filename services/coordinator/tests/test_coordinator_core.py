@@ -247,7 +247,8 @@ def test_judging_a_segment(offered: Segment, held: t.RangeRow | None, expected: 
 def register(
     segments: list[Segment], known: set[str] | None = None, lost: list[t.LostSpanRow] | None = None
 ) -> registration.Registration:
-    return registration.register(segments, {KEY: RANGE}, known or set(), lost or [], {TOPIC: "orders"}, "b")
+    keys = {item.object_key for item in segments}
+    return registration.register(segments, {KEY: RANGE}, known or set(), lost or [], {TOPIC: "orders"}, "b", keys)
 
 
 def test_segments_of_one_object_register_in_offset_order_and_answer_in_the_order_asked() -> None:
@@ -363,8 +364,8 @@ def test_choosing_what_to_merge(segments: list[t.SegmentRow], expected: list[int
 def test_a_merged_segment_takes_the_place_of_just_what_it_holds() -> None:
     replaced = [row(0, 10), row(10, 20)]
     merged = segment(0, 20, "m")
-    assert compaction.judge(merged, replaced, 2, known=False) == Result.REGISTERED
-    assert compaction.judge(merged, [], 2, known=True) == Result.REGISTERED, "an earlier try succeeded"
+    assert compaction.judge(merged, replaced, 2, known=False, declared=True) == Result.REGISTERED
+    assert compaction.judge(merged, [], 2, known=True, declared=False) == Result.REGISTERED, "an earlier try succeeded"
     for bad, rows, asked in (
         (merged, replaced[:1], 2),  # one is gone
         (merged, [], 0),
@@ -376,4 +377,4 @@ def test_a_merged_segment_takes_the_place_of_just_what_it_holds() -> None:
         (merged, [row(0, 10), row(11, 20)], 2),
         (merged, [row(0, 10), row(10, 20, lost="hole")], 2),
     ):
-        assert compaction.judge(bad, rows, asked, known=False) == Result.FENCED
+        assert compaction.judge(bad, rows, asked, known=False, declared=True) == Result.FENCED

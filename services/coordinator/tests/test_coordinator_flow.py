@@ -48,6 +48,7 @@ async def test_topic_to_registered_segment(coordinator: CoordinatorService) -> N
         )
         for p in range(2)
     ]
+    await api.declare_uploads(pb.DeclareUploadsRequest(claim_id=claim.claim_id, object_keys=["mixed/x"]))
     request = pb.RegisterSegmentsRequest(claim_id=claim.claim_id, buffer_id=buffer_id, segments=segments)
     assert list((await api.register_segments(request)).results) == [1, 1]
     assert list((await api.register_segments(request)).results) == [1, 1]

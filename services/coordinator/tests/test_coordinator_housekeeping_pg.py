@@ -64,9 +64,13 @@ def ask(ttl_ms: int = 60_000) -> pb.ClaimCompactionRequest:
     )
 
 
-def merged(claim: pb.ClaimCompactionResponse, make_segment: MakeSegment) -> pb.RegisterCompactionRequest:
+async def merged(
+    api: CoordinatorApi, claim: pb.ClaimCompactionResponse, make_segment: MakeSegment
+) -> pb.RegisterCompactionRequest:
+    """A request to register the merged segment, whose object is declared."""
     first, last = claim.segments[0], claim.segments[-1]
     ref = make_segment(first.topic_id, first.partition, last.epoch, first.base_offset, last.end_offset, size_bytes=300)
+    await api.declare_uploads(pb.DeclareUploadsRequest(claim_id=claim.claim_id, object_keys=[ref.object_key]))
     ids = [item.segment_id for item in claim.segments]
     return pb.RegisterCompactionRequest(claim_id=claim.claim_id, replaced_segment_ids=ids, segment=ref)
 
@@ -79,7 +83,7 @@ async def test_compaction_replaces_a_run(api: CoordinatorApi, open_agent: Any, m
     assert claim.found and [item.base_offset for item in claim.segments] == [0, 10, 20, 30]
     assert claim.segments[0].topic == "orders" and claim.segments[0].object_key
     assert not (await api.claim_compaction(ask())).found, "the partition is taken"
-    request = merged(claim, make_segment)
+    request = await merged(api, claim, make_segment)
     for _ in range(2):  # the second one as if the first answer had been lost
         assert (await api.register_compaction(request)).result == REGISTERED
     now = await partition(api)
@@ -97,7 +101,7 @@ async def test_a_compaction_that_lost_a_segment_to_retention_is_fenced(
     await fill(api, await open_agent(api, "a"), 4)
     claim = await api.claim_compaction(ask())
     await api.apply_retention(pb.ApplyRetentionRequest())
-    assert (await api.register_compaction(merged(claim, make_segment))).result == FENCED
+    assert (await api.register_compaction(await merged(api, claim, make_segment))).result == FENCED
     assert (await partition(api)).segment_count == 3
 
 
@@ -109,11 +113,13 @@ async def test_two_compactions_of_the_same_run(
     await fill(apis[0], await open_agent(apis[0], "a"), 4)
     claims = [item for item in await asyncio.gather(*(api.claim_compaction(ask(100)) for api in apis)) if item.found]
     assert len(claims) == 1
+    requests = [await merged(apis[0], claims[0], make_segment)]
     await asyncio.sleep(0.15)
-    claims.append(await apis[1].claim_compaction(ask()))
-    assert claims[1].found, "an expired claim is free"
+    second = await apis[1].claim_compaction(ask())
+    assert second.found, "an expired claim is free"
+    requests.append(await merged(apis[1], second, make_segment))
     results = await asyncio.gather(
-        *(api.register_compaction(merged(claim, make_segment)) for api, claim in zip(apis, claims, strict=True))
+        *(api.register_compaction(request) for api, request in zip(apis, requests, strict=True))
     )
     assert sorted(item.result for item in results) == [REGISTERED, FENCED]
     assert (await partition(apis[0])).record_count == 40

@@ -16,6 +16,8 @@ from streamhouse_coordinator.core.tables import PROJECTIONS
 from streamhouse_coordinator.wiring import CoordinatorService, build
 from streamhouse_embedded.postgres import EmbeddedPostgres
 
+from services.coordinator.tests.declared import declare
+
 Settings = Callable[..., Any]
 
 
@@ -71,6 +73,7 @@ async def busy_history(service: CoordinatorService, open_agent: Any) -> None:
     new_ids = [item.segment_id for item in claim.segments]
     new.end_offset, new.record_count = claim.segments[-1].end_offset, sum(s.record_count for s in claim.segments)
     new.segment_id = "00000000-0000-0000-0000-000000000001"
+    await declare(api, [new.object_key])
     await api.register_compaction(
         pb.RegisterCompactionRequest(claim_id=claim.claim_id, replaced_segment_ids=new_ids, segment=new)
     )

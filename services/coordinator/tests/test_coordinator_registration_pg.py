@@ -12,6 +12,8 @@ from shproto.v1 import types_pb2
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.wiring import CoordinatorService
 
+from services.coordinator.tests.declared import declare
+
 MakeSegment = Callable[..., types_pb2.SegmentRef]
 REGISTERED, COVERED, FENCED, EARLY = 1, 2, 3, 4
 
@@ -27,6 +29,7 @@ async def claim(api: CoordinatorApi, ttl_ms: int = 60_000) -> pb.ClaimBufferResp
 
 
 async def register(api: CoordinatorApi, buffer_id: str, *segments: types_pb2.SegmentRef) -> list[int]:
+    await declare(api, (item.object_key for item in segments))
     request = pb.RegisterSegmentsRequest(buffer_id=buffer_id, segments=segments)
     return list((await api.register_segments(request)).results)
 

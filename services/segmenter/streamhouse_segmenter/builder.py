@@ -68,13 +68,17 @@ class ObjectBuilder:
         self._settings = settings
         self._claim = claim
 
-    async def build(self, slices: Sequence[BufferSlice]) -> BuiltObject:
+    def new_key(self, slices: Sequence[BufferSlice]) -> str:
+        """Of the object to be built of these slices; never given before."""
+        day = datetime.fromtimestamp(self._ports.clock.wall_ms() / 1000, UTC).date().isoformat()
+        return object_key(slices, day, self._ports.new_uuid().hex)
+
+    async def build(self, key: str, slices: Sequence[BufferSlice]) -> BuiltObject:
         """One object of these slices.
 
         Raises SliceMismatch, FormatError (a damaged batch), BuildTooLarge, and StreamHouseError from the agent.
         """
-        day = datetime.fromtimestamp(self._ports.clock.wall_ms() / 1000, UTC).date().isoformat()
-        target = BuiltObject(object_key(slices, day, self._ports.new_uuid().hex))
+        target = BuiltObject(key)
         agent = self._ports.ingest_at(self._claim.address)
         for slice_ in slices:
             built = await self._build_segment(agent, slice_, self._settings.segment_build_bytes_max - target.size_bytes)

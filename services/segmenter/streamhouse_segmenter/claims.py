@@ -5,14 +5,16 @@ A lost claim is no danger (registration is a compare-and-set), only wasted work 
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from shproto.errors import Fenced, StreamHouseError
 from shproto.v1 import coordinator_pb2
 from shruntime.clock import Clock
+from shruntime.tasks import Backoff
 
 from streamhouse_segmenter.ports import Ports
+from streamhouse_segmenter.settings import SegmenterSettings
 
 log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
@@ -58,6 +60,22 @@ async def _renew(ports: Ports, claim_id: str, ttl_ms: int) -> None:
             log.warning("claim %s not renewed yet: %s", claim_id, error)
         else:
             expires_ms = asked_ms + ttl_ms
+
+
+async def declare_uploads(ports: Ports, settings: SegmenterSettings, claim_id: str, object_keys: Sequence[str]) -> None:
+    """Must be done before the first of these is uploaded. Repeats until it is answered or the claim is lost, which
+    cancels this. Raises Fenced, and what else is no use repeating."""
+    request = coordinator_pb2.DeclareUploadsRequest(claim_id=claim_id, object_keys=object_keys)
+    backoff = Backoff(settings.handover_retry_first_ms, settings.handover_retry_max_ms, ports.rng)
+    while True:
+        try:
+            await ports.coordinator.declare_uploads(request)
+            return
+        except StreamHouseError as error:
+            if not error.retriable:
+                raise
+            log.warning("claim %s: uploads not declared yet: %s", claim_id, error)
+            await ports.clock.sleep_ms(backoff.next_ms())
 
 
 async def release_claim(ports: Ports, claim_id: str, *, reason: str = "", retry_after_ms: int = 0) -> None:

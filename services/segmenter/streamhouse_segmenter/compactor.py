@@ -25,10 +25,9 @@ from shstore import StoreError
 
 from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.builder import BuiltObject
-from streamhouse_segmenter.claims import ClaimLost, hold_claim, release_claim
+from streamhouse_segmenter.claims import ClaimLost, declare_uploads, hold_claim, release_claim
 from streamhouse_segmenter.core.compaction import CompactionRefused, check_mergeable, check_merged, check_source
 from streamhouse_segmenter.core.keys import data_key
-from streamhouse_segmenter.core.sweep import may_register
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
 
@@ -102,10 +101,10 @@ class Compactor:
         )
         target = BuiltObject(key)
         target.append(first.topic, str(self._ports.new_uuid()), built)
-        upload_started_ms = self._ports.clock.monotonic_ms()
+        await declare_uploads(self._ports, self._settings, claim.claim_id, [key])
         await self._ports.store.put(target.key, target.parts)
         telemetry.uploaded_bytes.add(target.size_bytes)
-        replaced = await self._register(claim, target.segments[0], upload_started_ms)
+        replaced = await self._register(claim, target.segments[0])
         await release_claim(self._ports, claim.claim_id)
         return replaced
 
@@ -130,9 +129,7 @@ class Compactor:
             body = await read(blocks[0].at, blocks[-1].at + blocks[-1].size_bytes - blocks[0].at)
             await asyncio.to_thread(_add_blocks, builder, blocks, body)
 
-    async def _register(
-        self, claim: coordinator_pb2.ClaimCompactionResponse, segment: types_pb2.SegmentRef, upload_started_ms: int
-    ) -> int:
+    async def _register(self, claim: coordinator_pb2.ClaimCompactionResponse, segment: types_pb2.SegmentRef) -> int:
         request = coordinator_pb2.RegisterCompactionRequest(
             claim_id=claim.claim_id,
             replaced_segment_ids=[replaced.segment_id for replaced in claim.segments],
@@ -140,9 +137,6 @@ class Compactor:
         )
         backoff = Backoff(self._settings.handover_retry_first_ms, self._settings.handover_retry_max_ms, self._ports.rng)
         while True:  # until it is answered or the claim is lost, which cancels this
-            age_ms = self._ports.clock.monotonic_ms() - upload_started_ms
-            if not may_register(age_ms, self._settings.orphan_grace_ms):
-                raise CompactionRefused(f"the upload began {age_ms} ms ago, the orphan sweep is near")
             try:
                 response = await self._ports.coordinator.register_compaction(request)
                 break
@@ -152,7 +146,8 @@ class Compactor:
                 log.warning("compaction: registration to be repeated: %s", error)
                 await self._ports.clock.sleep_ms(backoff.next_ms())
         if response.result != coordinator_pb2.REGISTRATION_RESULT_REGISTERED:
-            log.info("compaction of %d segments came too late, dropped", len(claim.segments))
+            result = coordinator_pb2.RegistrationResult.Name(response.result)
+            log.info("compaction of %d segments came too late (%s), dropped", len(claim.segments), result)
             return 0
         telemetry.compacted_segments.add(len(claim.segments))
         return len(claim.segments)

@@ -1,10 +1,12 @@
 """One claimed buffer on its way: pull, build, upload, register, release. Every step may be cut off and repeated.
 
 Owns: the order of the steps and what happens when one fails. Does not own: which buffer comes next (service.py).
-Before registration nothing is visible; registration is the coordinator's compare-and-set; an object whose
-registration never happened is an orphan that the sweep removes.
+Before registration nothing is visible; registration is the coordinator's compare-and-set. Objects are declared before
+they are uploaded (decision 0007): one whose registration never happened is an orphan that the sweep removes, and one
+that the sweep has taken cannot be registered any more.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,18 +21,22 @@ from shstore import StoreError
 
 from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.builder import BuildTooLarge, BuiltObject, ObjectBuilder
-from streamhouse_segmenter.claims import ClaimLost, hold_claim, release_claim
+from streamhouse_segmenter.claims import ClaimLost, declare_uploads, hold_claim, release_claim
 from streamhouse_segmenter.core.plan import BufferSlice, SliceMismatch, plan_objects
 from streamhouse_segmenter.core.retry import retry_after_ms, still_early
-from streamhouse_segmenter.core.sweep import may_register
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
 
 log = logging.getLogger(__name__)
+WITHDRAWN = coordinator_pb2.REGISTRATION_RESULT_WITHDRAWN
 
 
 class RegistrationLate(Exception):
     """The segments could not be registered in the time they have: a predecessor is missing, or the coordinator."""
+
+
+class UploadWithdrawn(Exception):
+    """The sweep has taken an object for an orphan, because its registration came so late: it must be built again."""
 
 
 class Outcome(StrEnum):
@@ -56,7 +62,6 @@ class Handover:
         self._claim = claim
         self._builder = ObjectBuilder(ports, settings, claim)
         self._early: list[types_pb2.SegmentRef] = []
-        self._upload_started_ms: int | None = None
         self._traceparent = claim.trace_context
 
     async def run(self, built: Callable[[], None]) -> HandoverResult:
@@ -77,27 +82,37 @@ class Handover:
         return result
 
     async def _work(self, built: Callable[[], None]) -> None:
-        for slices in plan_objects(self._claim.slices, self._settings.segment_bytes_target):
-            await self._upload(await self._build(slices))
+        plan = plan_objects(self._claim.slices, self._settings.segment_bytes_target)
+        objects = {self._builder.new_key(slices): slices for slices in plan}
+        # While the first object is being built: the declaration costs no time.
+        declaring = asyncio.create_task(
+            declare_uploads(self._ports, self._settings, self._claim.claim_id, list(objects)), name="declare uploads"
+        )
+        try:
+            for key, slices in objects.items():
+                target = await self._build(key, slices)
+                await declaring
+                await self._upload(target)
+        finally:
+            declaring.cancel()
+            await asyncio.gather(declaring, return_exceptions=True)
         built()
         await self._register_early()
         await release_claim(self._ports, self._claim.claim_id)
 
-    async def _build(self, slices: Sequence[BufferSlice]) -> BuiltObject:
+    async def _build(self, key: str, slices: Sequence[BufferSlice]) -> BuiltObject:
         started_ms = self._ports.clock.monotonic_ms()
         attributes: dict[str, str | int] = {"buffer_id": self._claim.buffer_id, "slices": len(slices)}
         with telemetry.tracer.start_as_current_span(
             "segmenter.build", context_of(self._claim.trace_context), attributes=attributes
         ):
-            target = await self._builder.build(slices)
+            target = await self._builder.build(key, slices)
         telemetry.build_ms.record(self._ports.clock.monotonic_ms() - started_ms)
         return target
 
     async def _upload(self, target: BuiltObject) -> None:
         """Puts the object and offers its segments once; those that are early wait in `_early`."""
         started_ms = self._ports.clock.monotonic_ms()
-        if self._upload_started_ms is None:
-            self._upload_started_ms = started_ms
         attributes: dict[str, str | int] = {"object_key": target.key, "size_bytes": target.size_bytes}
         with telemetry.tracer.start_as_current_span(
             "segmenter.upload", context_of(self._claim.trace_context), attributes=attributes
@@ -130,11 +145,7 @@ class Handover:
             await self._offer(waiting)
 
     async def _register(self, segments: Sequence[types_pb2.SegmentRef]) -> list[types_pb2.SegmentRef]:
-        """Those that are early. Never registers an object that the sweep could take for an orphan already."""
-        assert self._upload_started_ms is not None, "registered before it was uploaded"
-        age_ms = self._ports.clock.monotonic_ms() - self._upload_started_ms
-        if not may_register(age_ms, self._settings.orphan_grace_ms):
-            raise RegistrationLate(f"the upload began {age_ms} ms ago, the orphan sweep is near")
+        """Those that are early. Raises UploadWithdrawn."""
         response = await self._ports.coordinator.register_segments(
             coordinator_pb2.RegisterSegmentsRequest(
                 claim_id=self._claim.claim_id,
@@ -143,8 +154,11 @@ class Handover:
                 trace_context=self._traceparent,
             )
         )
-        for segment, result in zip(segments, response.results, strict=True):
+        answered = list(zip(segments, response.results, strict=True))
+        for segment, result in answered:
             _count(segment, result)
+        if withdrawn := [segment for segment, result in answered if result == WITHDRAWN]:
+            raise UploadWithdrawn(f"{withdrawn[0].object_key} is being deleted: registered too late")
         return still_early(segments, response.results)
 
     async def _give_back(self, error: Exception) -> HandoverResult:
@@ -179,6 +193,7 @@ def _why(error: Exception) -> str:
         (FormatError, "format"),
         (StoreError, "store"),
         (RegistrationLate, "early"),
+        (UploadWithdrawn, "withdrawn"),
         (StreamHouseError, "peer"),
     )
     return next((name for kind, name in kinds if isinstance(error, kind)), "defect")
@@ -189,6 +204,7 @@ _RESULT_NAMES = {
     coordinator_pb2.REGISTRATION_RESULT_COVERED: "covered",
     coordinator_pb2.REGISTRATION_RESULT_FENCED: "fenced",
     coordinator_pb2.REGISTRATION_RESULT_EARLY: "early",
+    WITHDRAWN: "withdrawn",
 }
 
 

@@ -96,12 +96,12 @@ class SegmenterSettings(StoreSettings):
         3_600_000,
         ge=1_000,
         le=604_800_000,
-        description="ms an object must be old before it may count as an orphan: far beyond upload and clock skew",
+        description="ms an object must be old, and its declaration, before it may count as an orphan: far beyond uploads",
     )
     orphan_confirm_ms: int = Field(
         300_000,
         ge=0,
         le=604_800_000,
-        description="ms between seeing an object unreferenced and deleting it, for readers with a plan from before",
+        description="ms from noticing that an object is unreferenced to deleting it, for readers with an older plan",
     )
     orphan_dry_run: bool = Field(False, description="log orphans instead of deleting them")

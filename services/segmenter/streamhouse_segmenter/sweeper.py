@@ -1,12 +1,12 @@
 """Removes objects that no segment refers to: left over from crashes, compaction, retention, deleted topics.
 
-Nothing else is ever deleted. Three belts: the object is older than any upload that could still be registered
-(orphan_grace_ms; handovers stop registering at half of it), it was unreferenced in two looks orphan_confirm_ms
-apart, and the metadata's history is the one that was there before (core/history.py).
+Nothing else is ever deleted (decision 0007). Before an object goes, the coordinator begins its deletion: it refuses
+objects that are part of the log or may become so, and from then on nothing can be registered in the object. Before
+that the metadata's history must be the one that was there before (core/history.py).
 """
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from shproto.errors import Unavailable
@@ -17,36 +17,43 @@ from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.builder import each_within
 from streamhouse_segmenter.core.history import MARK_KEY, HistoryMark, went_back
 from streamhouse_segmenter.core.keys import DATA_PREFIX, MIXED_PREFIX
-from streamhouse_segmenter.core.sweep import StoredObject, judge, old_enough
+from streamhouse_segmenter.core.sweep import Orphan, StoredObject, judge, old_enough
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
 
 log = logging.getLogger(__name__)
 # S3 lists and deletes this many per request.
 PAGE_KEYS = 1000
-# Objects handled in one sweep: some 20 MB of keys. What is beyond is found by the next one.
-SUSPECTS_MAX = 100_000
+PREFIXES = (DATA_PREFIX, MIXED_PREFIX)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SweepReport:
-    """`refused` says why nothing was looked at; empty: it was."""
+    """`waiting`: unreferenced, to be deleted by a later sweep (all of them, in a dry run). `in_upload`: declared, and
+    perhaps registered soon. `cleared`: uploads that left nothing behind, and deletions that another sweep did not
+    finish. `refused` says why nothing was looked at; empty: it was."""
 
-    suspects: int = 0
+    waiting: int = 0
     deleted: int = 0
     deleted_bytes: int = 0
+    in_upload: int = 0
+    cleared: int = 0
     refused: str = ""
+
+
+def _ignore(orphan: Orphan) -> None:
+    """Nobody wants to know."""
 
 
 class Sweeper:
     def __init__(self, ports: Ports, settings: SegmenterSettings) -> None:
         self._ports = ports
         self._settings = settings
-        self._suspects: dict[str, int] = {}
         self._marked = 0
 
-    async def run(self) -> SweepReport:
-        """One look over the whole store. Raises StreamHouseError, StoreError; what was deleted by then is gone."""
+    async def run(self, prefixes: Sequence[str] = PREFIXES, found: Callable[[Orphan], None] = _ignore) -> SweepReport:
+        """One look over the store; tells `found` of every orphan. Raises StreamHouseError, StoreError; what was
+        deleted by then is gone."""
         refused = await self._history_fault()
         if refused:
             log.error(
@@ -57,20 +64,15 @@ class Sweeper:
             )
             telemetry.sweeps_refused.add(1)
             return SweepReport(refused=refused)
-        unreferenced = await self._unreferenced()
-        verdict = judge(
-            unreferenced,
-            self._suspects,
-            now_ms=self._ports.clock.monotonic_ms(),
-            confirm_ms=self._settings.orphan_confirm_ms,
-        )
-        self._suspects = verdict.suspects
-        if self._settings.orphan_dry_run:
-            for item in verdict.delete:
-                log.info("orphan (dry run): %s, %d bytes", item.key, item.size_bytes)
-            return SweepReport(len(verdict.suspects) + len(verdict.delete))
-        await self._delete(verdict.delete)
-        return SweepReport(len(verdict.suspects), len(verdict.delete), sum(item.size_bytes for item in verdict.delete))
+        report = SweepReport()
+        for prefix in prefixes:
+            async for page in self._old_pages(prefix):
+                for orphan in await self._sweep_page(page, report):
+                    found(orphan)
+        if not self._settings.orphan_dry_run:
+            await self._clear(report)
+        telemetry.orphans_waiting.set(report.waiting)
+        return report
 
     async def mark_history(self) -> None:
         """Notes in the store where the metadata's history stands, unless it went back. Raises as `run`."""
@@ -84,18 +86,6 @@ class Sweeper:
             await self._ports.store.put(MARK_KEY, [event.encode()], if_absent=False)
             self._marked = event.position
 
-    async def _unreferenced(self) -> list[StoredObject]:
-        found: list[StoredObject] = []
-        for prefix in (DATA_PREFIX, MIXED_PREFIX):
-            async for page in self._old_pages(prefix):
-                request = coordinator_pb2.FilterUnreferencedRequest(object_keys=[item.key for item in page])
-                answer = set((await self._ports.coordinator.filter_unreferenced(request)).object_keys)
-                found += [item for item in page if item.key in answer]
-                if len(found) >= SUSPECTS_MAX:
-                    log.warning("orphan sweep: more than %d suspects, the rest next time", SUSPECTS_MAX)
-                    return found[:SUSPECTS_MAX]
-        return found
-
     async def _old_pages(self, prefix: str) -> AsyncIterator[list[StoredObject]]:
         page: list[StoredObject] = []
         async for info in self._ports.store.list(prefix):
@@ -107,14 +97,58 @@ class Sweeper:
         if page:
             yield page
 
-    async def _delete(self, orphans: Sequence[StoredObject]) -> None:
-        for start in range(0, len(orphans), PAGE_KEYS):
-            page = orphans[start : start + PAGE_KEYS]
-            await self._ports.store.delete([item.key for item in page])
-            size_bytes = sum(item.size_bytes for item in page)
-            telemetry.orphans_deleted.add(len(page))
+    async def _sweep_page(self, page: Sequence[StoredObject], report: SweepReport) -> list[Orphan]:
+        judged = judge(page, await self._begin([item.key for item in page]))
+        report.in_upload += judged.declared
+        if judged.declared:
+            telemetry.deletions_refused.add(judged.declared, {"why": "in_upload"})
+        if self._settings.orphan_dry_run:
+            report.waiting += len(judged.orphans)
+            for item in judged.orphans:
+                log.info("orphan (dry run): %s, %d bytes, %s", item.key, item.size_bytes, item.why)
+            return judged.orphans
+        gone = [item for item in judged.orphans if item.deletable]
+        await self._delete([item.key for item in gone])
+        size_bytes = sum(item.size_bytes for item in gone)
+        report.waiting += len(judged.orphans) - len(gone)
+        report.deleted += len(gone)
+        report.deleted_bytes += size_bytes
+        if gone:
+            telemetry.orphans_deleted.add(len(gone))
             telemetry.orphan_deleted_bytes.add(size_bytes)
-            log.info("orphan sweep: %d objects deleted, %d bytes, first %s", len(page), size_bytes, page[0].key)
+            log.info("orphan sweep: %d objects deleted, %d bytes, first %s", len(gone), size_bytes, gone[0].key)
+        return judged.orphans
+
+    async def _clear(self, report: SweepReport) -> None:
+        """What no listing shows: uploads that left nothing behind, deletions of objects that are gone already."""
+        request = coordinator_pb2.ListDeletionsRequest(
+            grace_ms=self._settings.orphan_grace_ms, confirm_ms=self._settings.orphan_confirm_ms, limit=PAGE_KEYS
+        )
+        while keys := list((await self._ports.coordinator.list_deletions(request)).object_keys):
+            said = (await self._begin(keys)).objects
+            if refused := sum(item.verdict == coordinator_pb2.DELETION_VERDICT_REFERENCED for item in said):
+                telemetry.deletions_refused.add(refused, {"why": "referenced"})
+            begun = [item.object_key for item in said if item.verdict == coordinator_pb2.DELETION_VERDICT_BEGUN]
+            if not begun:
+                break
+            await self._delete(begun)
+            report.cleared += len(begun)
+
+    async def _begin(self, keys: Sequence[str]) -> coordinator_pb2.BeginDeletionResponse:
+        return await self._ports.coordinator.begin_deletion(
+            coordinator_pb2.BeginDeletionRequest(
+                object_keys=keys,
+                grace_ms=self._settings.orphan_grace_ms,
+                confirm_ms=self._settings.orphan_confirm_ms,
+                dry_run=self._settings.orphan_dry_run,
+            )
+        )
+
+    async def _delete(self, begun: Sequence[str]) -> None:
+        """Deletes objects whose deletion was begun, and says so. In between a crash costs a repetition."""
+        if begun:
+            await self._ports.store.delete(begun)
+            await self._ports.coordinator.finish_deletion(coordinator_pb2.FinishDeletionRequest(object_keys=begun))
 
     async def _history_fault(self) -> str:
         """Why the feed is not the one that was marked; empty when it is, or nothing was marked yet."""

@@ -7,9 +7,9 @@ _meter = metrics.get_meter("streamhouse.segmenter")
 
 # outcome: registered | failed | claim_lost
 buffers = _meter.create_counter("streamhouse_segmenter_buffers", description="claimed buffers, by outcome")
-# result: registered | covered | fenced | early
+# result: registered | covered | fenced | early | withdrawn
 registrations = _meter.create_counter("streamhouse_segmenter_registrations", description="answers, by result")
-# why: mismatch | format | store | peer | early | defect
+# why: mismatch | format | store | peer | early | withdrawn | compaction | defect
 failures = _meter.create_counter("streamhouse_segmenter_failures", description="work given back, by reason")
 pulled_bytes = _meter.create_counter("streamhouse_segmenter_pulled_bytes", description="batches pulled from agents")
 uploaded_bytes = _meter.create_counter("streamhouse_segmenter_uploaded_bytes", description="bytes of new objects")
@@ -28,6 +28,13 @@ retired_segments = _meter.create_counter("streamhouse_segmenter_retired_segments
 retired_bytes = _meter.create_counter("streamhouse_segmenter_retired_bytes", description="removed by retention")
 orphans_deleted = _meter.create_counter("streamhouse_segmenter_orphans_deleted", description="objects deleted")
 orphan_deleted_bytes = _meter.create_counter("streamhouse_segmenter_orphan_deleted_bytes", description="of them")
+orphans_waiting = _meter.create_gauge(
+    "streamhouse_segmenter_orphans_waiting", description="unreferenced objects that the last sweep left for a later one"
+)
+# why: in_upload | referenced
+deletions_refused = _meter.create_counter(
+    "streamhouse_segmenter_deletions_refused", description="objects the coordinator did not give free, by reason"
+)
 sweeps_refused = _meter.create_counter(
     "streamhouse_segmenter_sweeps_refused", description="sweeps not done because the metadata went back in time"
 )

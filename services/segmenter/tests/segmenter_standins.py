@@ -35,10 +35,19 @@ class Buffer:
     held_back: bool = False
 
 
-class StandInCoordinator:
-    """Claims never run out by time here: `expire_claims` does it."""
+@dataclass
+class Deletion:
+    noticed_ms: int
+    begun: bool = False
 
-    def __init__(self) -> None:
+
+class StandInCoordinator:
+    """Claims never run out by time here: `expire_claims` does it. `now_ms` is PostgreSQL's clock."""
+
+    def __init__(self, now_ms: Callable[[], int] = lambda: 0) -> None:
+        self._now_ms = now_ms
+        self.intents: dict[str, tuple[str, int]] = {}
+        self.deletions: dict[str, Deletion] = {}
         self.ranges: dict[RangeKey, Range] = {}
         self.segments: dict[str, types_pb2.SegmentRef] = {}
         self.buffers: dict[str, Buffer] = {}
@@ -139,6 +148,13 @@ class StandInCoordinator:
         self.compactions.pop(request.claim_id, None)
         return c.ReleaseClaimResponse()
 
+    async def declare_uploads(self, request: c.DeclareUploadsRequest) -> c.DeclareUploadsResponse:
+        self._up()
+        if request.claim_id not in self.claims | self.compactions.keys():
+            raise Fenced("the claim has run out")
+        self.intents |= {key: (request.claim_id, self._now_ms()) for key in request.object_keys}
+        return c.DeclareUploadsResponse()
+
     async def register_segments(self, request: c.RegisterSegmentsRequest) -> c.RegisterSegmentsResponse:
         self._up()
         results = [self._register(segment) for segment in request.segments]
@@ -150,6 +166,7 @@ class StandInCoordinator:
                 buffer.fenced.add(spans.index((key_of(segment), segment.base_offset)))
         if not self._open_slices(buffer):
             self.claims.discard(buffer.claim_id)
+            self.intents = {key: intent for key, intent in self.intents.items() if intent[0] != buffer.claim_id}
         return c.RegisterSegmentsResponse(results=results)
 
     def _register(self, segment: types_pb2.SegmentRef) -> "c.RegistrationResult.ValueType":
@@ -166,6 +183,8 @@ class StandInCoordinator:
             return c.REGISTRATION_RESULT_FENCED
         if range_.end_offset is not None and segment.end_offset > range_.end_offset:
             return c.REGISTRATION_RESULT_FENCED
+        if segment.object_key not in self.intents:
+            return c.REGISTRATION_RESULT_WITHDRAWN
         self.segments[segment.segment_id] = segment
         range_.registered_end = segment.end_offset
         self.record("SegmentRegistered", f"partition/{segment.topic_id.hex()}/{segment.partition}")
@@ -190,9 +209,12 @@ class StandInCoordinator:
             return c.RegisterCompactionResponse(result=c.REGISTRATION_RESULT_REGISTERED)
         if not set(request.replaced_segment_ids) <= self.segments.keys():
             return c.RegisterCompactionResponse(result=c.REGISTRATION_RESULT_COVERED)
+        if request.segment.object_key not in self.intents:
+            return c.RegisterCompactionResponse(result=c.REGISTRATION_RESULT_WITHDRAWN)
         for segment_id in request.replaced_segment_ids:
             del self.segments[segment_id]
         self.segments[request.segment.segment_id] = request.segment
+        del self.intents[request.segment.object_key]
         return c.RegisterCompactionResponse(result=c.REGISTRATION_RESULT_REGISTERED)
 
     async def apply_retention(self, request: c.ApplyRetentionRequest) -> c.ApplyRetentionResponse:
@@ -204,6 +226,50 @@ class StandInCoordinator:
         self._up()
         used = {segment.object_key for segment in self.segments.values()}
         return c.FilterUnreferencedResponse(object_keys=[key for key in request.object_keys if key not in used])
+
+    async def begin_deletion(self, request: c.BeginDeletionRequest) -> c.BeginDeletionResponse:
+        self._up()
+        objects = [self._judge(key, request) for key in request.object_keys]
+        return c.BeginDeletionResponse(objects=objects, now_ms=self._now_ms())
+
+    def _judge(self, key: str, request: c.BeginDeletionRequest) -> c.ObjectDeletion:
+        now_ms = self._now_ms()
+        claim_id, declared_ms = self.intents.get(key, ("", now_ms))
+        held = claim_id in self.claims | self.compactions.keys()
+        found = self.deletions.get(key)
+        if key in {segment.object_key for segment in self.segments.values()}:
+            verdict = c.DELETION_VERDICT_REFERENCED
+        elif claim_id and (held or now_ms - declared_ms < request.grace_ms):
+            verdict = c.DELETION_VERDICT_DECLARED
+        elif (found and found.begun) or now_ms - (found.noticed_ms if found else now_ms) >= request.confirm_ms:
+            verdict = c.DELETION_VERDICT_BEGUN
+        else:
+            verdict = c.DELETION_VERDICT_NOTICED
+        if not request.dry_run and verdict in (c.DELETION_VERDICT_BEGUN, c.DELETION_VERDICT_NOTICED):
+            row = self.deletions.setdefault(key, Deletion(now_ms))
+            row.begun = row.begun or verdict == c.DELETION_VERDICT_BEGUN
+            if row.begun:
+                self.intents.pop(key, None)
+        return c.ObjectDeletion(
+            object_key=key,
+            verdict=verdict,
+            noticed_ms=found.noticed_ms if found else 0,
+            declared_ms=declared_ms if claim_id else 0,
+            worker_id="w1" if claim_id else "",
+        )
+
+    async def finish_deletion(self, request: c.FinishDeletionRequest) -> c.FinishDeletionResponse:
+        self._up()
+        for key in request.object_keys:
+            self.deletions.pop(key, None)
+        return c.FinishDeletionResponse()
+
+    async def list_deletions(self, request: c.ListDeletionsRequest) -> c.ListDeletionsResponse:
+        self._up()
+        now_ms = self._now_ms()
+        noticed = [key for key, row in self.deletions.items() if now_ms - row.noticed_ms >= request.confirm_ms]
+        stale = [key for key, (_, declared_ms) in self.intents.items() if now_ms - declared_ms >= request.grace_ms]
+        return c.ListDeletionsResponse(object_keys=list(dict.fromkeys(noticed + stale))[: request.limit])
 
     # ---- sessions and the feed
 

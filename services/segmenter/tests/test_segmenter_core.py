@@ -1,6 +1,7 @@
 """The segmenter's decisions, without I/O."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from streamhouse_segmenter.core.history import HistoryMark, went_back
 from streamhouse_segmenter.core.keys import data_key, object_key
 from streamhouse_segmenter.core.plan import SliceMismatch, SliceProgress, plan_objects
 from streamhouse_segmenter.core.retry import retry_after_ms, still_early
-from streamhouse_segmenter.core.sweep import StoredObject, judge, old_enough
+from streamhouse_segmenter.core.sweep import Orphan, StoredObject, judge, old_enough
 
 from services.segmenter.tests.segmenter_standins import TOPIC_ID, records_of
 
@@ -146,19 +147,31 @@ def test_young_objects_are_left_alone() -> None:
     assert old_enough(objects, now_ms=1000, grace_ms=1000) == [objects[0]]
 
 
-def test_an_orphan_is_seen_twice_before_it_goes() -> None:
-    first = judge([object_of("a")], {}, now_ms=100, confirm_ms=50)
-    assert (first.delete, first.suspects) == ((), {"a": 100})
-    again = judge([object_of("a"), object_of("b")], first.suspects, now_ms=149, confirm_ms=50)
-    assert (again.delete, again.suspects) == ((), {"a": 100, "b": 149})
-    third = judge([object_of("a"), object_of("b")], again.suspects, now_ms=150, confirm_ms=50)
-    assert ([item.key for item in third.delete], third.suspects) == (["a"], {"b": 149})
+def deletion_of(key: str, verdict: "c.DeletionVerdict.ValueType", **changes: Any) -> c.ObjectDeletion:
+    return c.ObjectDeletion(object_key=key, verdict=verdict, **changes)
 
 
-def test_what_was_referenced_in_between_starts_over() -> None:
-    suspects = judge([object_of("a")], {}, now_ms=0, confirm_ms=50).suspects
-    suspects = judge([], suspects, now_ms=60, confirm_ms=50).suspects
-    assert judge([object_of("a")], suspects, now_ms=100, confirm_ms=50).delete == ()
+def test_orphans_are_what_the_coordinator_says() -> None:
+    answer = c.BeginDeletionResponse(
+        objects=[
+            deletion_of("a", c.DELETION_VERDICT_REFERENCED),
+            deletion_of("b", c.DELETION_VERDICT_DECLARED, declared_ms=90, worker_id="w"),
+            deletion_of("c", c.DELETION_VERDICT_NOTICED),
+            deletion_of("d", c.DELETION_VERDICT_BEGUN, noticed_ms=40, declared_ms=30, worker_id="w"),
+        ],
+        now_ms=100,
+    )
+    judged = judge([object_of(key, 7) for key in "abcd"], answer)
+    assert judged.declared == 1
+    assert judged.orphans == [Orphan("c", 10, 7, 100, 0, "", False), Orphan("d", 10, 7, 40, 30, "w", True)]
+    assert "no segment" in judged.orphans[0].why and "never registered" in judged.orphans[1].why
+
+
+@pytest.mark.parametrize("keys", [["b", "a"], ["a"], ["a", "b", "c"]])
+def test_an_answer_about_other_objects_deletes_nothing(keys: list[str]) -> None:
+    answer = c.BeginDeletionResponse(objects=[deletion_of(key, c.DELETION_VERDICT_BEGUN) for key in keys])
+    with pytest.raises(ValueError, match=r"asked about|argument"):
+        judge([object_of("a"), object_of("b")], answer)
 
 
 # ---- history

@@ -193,16 +193,16 @@ async def test_a_crash_anywhere_leaves_one_cover_of_every_record(after: bool) ->
 async def test_a_zombie_that_wakes_up_after_its_claim_was_taken_changes_nothing(world: World) -> None:
     """G4: the second worker registers, then the first one goes on with what it had built."""
     world.seal("b1", world.agent.append(0, [5]))
-    gate = asyncio.Event()
+    uploading, gate = asyncio.Event(), asyncio.Event()
 
     class SlowStore(MemoryStore):
         async def put(self, *args: Any, **kwargs: Any) -> Any:
+            uploading.set()
             await gate.wait()
             return await world.store.put(*args, **kwargs)
 
     zombie = asyncio.create_task(world.worker(store=SlowStore()).drain())
-    while not world.agent.pulls:
-        await asyncio.sleep(0)
+    await uploading.wait()
     world.coordinator.expire_claims()
     await world.worker("w2").drain()
     gate.set()
@@ -430,11 +430,39 @@ async def test_a_lost_answer_to_the_registration_is_asked_again(world: World) ->
     await world.check()
 
 
-async def test_an_upload_from_long_ago_is_not_registered(world: World) -> None:
-    """G8: it may be gone with the orphan sweep at any moment."""
+async def test_nothing_is_uploaded_before_it_is_declared(world: World) -> None:
+    """G8: with an answer that is lost, and asked for again."""
     world.seal("b1", world.agent.append(0, [10]))
-    given_back = await _one_failure(world, world.worker(orphan_grace_ms=0))
-    assert "the orphan sweep is near" in given_back.reason
+    declare, lost = world.coordinator.declare_uploads, True
+
+    async def lose_the_answer(request: c.DeclareUploadsRequest) -> c.DeclareUploadsResponse:
+        nonlocal lost
+        assert [info.key async for info in world.store.list("")] == []
+        response = await declare(request)
+        if lost:
+            lost = False
+            raise Unavailable("the answer was lost")
+        return response
+
+    world.coordinator.declare_uploads = lose_the_answer  # type: ignore[method-assign]
+    assert (await world.worker().drain()).registered == 1
+    await world.check()
+
+
+async def test_a_claim_that_was_lost_before_the_upload_uploads_nothing(world: World) -> None:
+    world.seal("b1", world.agent.append(0, [10]))
+    declare = world.coordinator.declare_uploads
+
+    async def too_late(request: c.DeclareUploadsRequest) -> c.DeclareUploadsResponse:
+        world.coordinator.expire_claims()
+        world.coordinator.declare_uploads = declare  # type: ignore[method-assign]
+        return await declare(request)
+
+    world.coordinator.declare_uploads = too_late  # type: ignore[method-assign]
+    report = await world.worker().drain()
+    assert (report.claims_lost, report.registered) == (1, 1)
+    await world.check()
+    assert len([info async for info in world.store.list("")]) == 1
 
 
 async def test_the_build_limit_holds_for_all_callers_together(world: World) -> None:

@@ -9,7 +9,7 @@ from shproto.errors import Fenced, Unavailable
 from shproto.v1 import coordinator_pb2 as c
 from shproto.v1 import types_pb2
 from shruntime.clock import ManualClock, SystemClock
-from shstore import FaultKind, FaultyStore, MemoryStore, ScriptedFaults
+from shstore import FaultKind, FaultyStore, MemoryStore, ScriptedFaults, StoreUnavailable
 from streamhouse_segmenter.core.history import MARK_KEY
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.service import Segmenter
@@ -37,9 +37,9 @@ class House:
     """A drained partition set, and time that is moved by hand for the sweep."""
 
     def __init__(self, **overrides: Any) -> None:
-        self.coordinator: Any = StandInCoordinator()
-        self.agent: Any = StandInAgent()
         self.clock = ManualClock(100 * HOUR_MS)
+        self.coordinator: Any = StandInCoordinator(self.clock.wall_ms)
+        self.agent: Any = StandInAgent()
         self.store: Any = MemoryStore(now_ms=self.clock.wall_ms)
         self.settings = SETTINGS.model_copy(update=overrides)
         self.rng = random.Random(3)
@@ -56,6 +56,12 @@ class House:
             slices = [self.agent.append(partition, [5, 7]) for partition in range(partitions)]
             self.coordinator.announce(f"b{len(self.coordinator.buffers)}-{number}", "agent:1", slices)
         await self.segmenter(builds_in_flight_max=1).drain()
+
+    async def hours_pass(self) -> None:
+        """Claims run out, and the sweep deletes what looks like an orphan."""
+        self.coordinator.expire_claims()
+        self.clock.advance(2 * HOUR_MS)
+        await sweep_until_confirmed(self)
 
     async def keys(self, prefix: str = "") -> set[str]:
         return {info.key async for info in self.store.list(prefix) if info.key != MARK_KEY}
@@ -209,13 +215,21 @@ async def test_a_lost_compaction_claim_changes_nothing() -> None:
     await house.check()
 
 
-async def test_a_compaction_that_was_uploaded_long_ago_is_not_registered() -> None:
+async def test_a_compaction_that_the_sweep_overtook_is_dropped() -> None:
     """G8: a worker that was stopped for hours must not put a swept object in the place of good segments."""
     house = House()
     await house.fill(3)
-    assert await house.segmenter(orphan_grace_ms=0).compact() == 0
+    register = house.coordinator.register_compaction
+
+    async def stop_for_hours_before(request: c.RegisterCompactionRequest) -> c.RegisterCompactionResponse:
+        await house.hours_pass()
+        return await register(request)
+
+    house.coordinator.register_compaction = stop_for_hours_before
+    assert await house.segmenter().compact() == 0
     assert len(house.coordinator.segments) == 3
     await house.check()
+    assert await house.keys() == house.registered
 
 
 # ---- orphans
@@ -248,7 +262,7 @@ async def test_replaced_objects_go_after_the_readers_had_time() -> None:
     await house.segmenter().compact()
     assert len(await house.keys()) == 5
     first = await house.sweeping.sweep_orphans()
-    assert (first.deleted, first.suspects) == (0, 4)
+    assert (first.deleted, first.waiting) == (0, 4)
     house.clock.advance(SETTINGS.orphan_confirm_ms)
     assert (await house.sweeping.sweep_orphans()).deleted == 4
     assert await house.keys() == house.registered
@@ -260,8 +274,84 @@ async def test_a_dry_run_deletes_nothing() -> None:
     await house.store.put("data/x/0/1-1-a.seg", [b"left over"])
     house.clock.advance(HOUR_MS)
     report = await sweep_until_confirmed(house)
-    assert (report.deleted, report.suspects) == (0, 1)
+    assert (report.deleted, report.waiting) == (0, 1)
     assert await house.keys() == {"data/x/0/1-1-a.seg"}
+
+
+async def test_a_registration_that_the_sweep_overtook_is_refused_and_built_again() -> None:
+    """G8: a worker stopped between upload and registration finds its object deleted. No segment may refer to it."""
+    house = House()
+    slice_ = house.agent.append(0, [5, 7])
+    house.coordinator.announce("b1", "agent:1", [slice_])
+    register = house.coordinator.register_segments
+    swept: list[str] = []
+
+    async def stop_for_hours_before(request: c.RegisterSegmentsRequest) -> c.RegisterSegmentsResponse:
+        house.coordinator.register_segments = register
+        swept.extend(await house.keys())
+        await house.hours_pass()
+        return await register(request)
+
+    house.coordinator.register_segments = stop_for_hours_before
+    report = await house.segmenter().drain()
+    assert (report.failed, report.registered) == (1, 1)
+    assert house.coordinator.results == [c.REGISTRATION_RESULT_WITHDRAWN, c.REGISTRATION_RESULT_REGISTERED]
+    await house.check()
+    assert len(swept) == 1 and house.registered.isdisjoint(swept)
+
+
+async def test_an_upload_under_way_is_left_alone() -> None:
+    """However old its object is: as long as the claim is held, or the declaration is young."""
+    house = House()
+    house.coordinator.announce("b1", "agent:1", [house.agent.append(0, [5, 7])])
+    register = house.coordinator.register_segments
+
+    async def be_slow(request: c.RegisterSegmentsRequest) -> c.RegisterSegmentsResponse:
+        house.clock.advance(2 * HOUR_MS)
+        assert (await sweep_until_confirmed(house)).in_upload == 1
+        return await register(request)
+
+    house.coordinator.register_segments = be_slow
+    assert (await house.segmenter().drain()).registered == 1
+    await house.check()
+
+
+@pytest.mark.parametrize("step", ["delete", "finish_deletion"])
+async def test_a_deletion_that_was_cut_off_is_repeated(step: str) -> None:
+    house = House()
+    await house.store.put("data/x/0/1-1-a.seg", [b"left over"])
+    house.clock.advance(HOUR_MS)
+    await house.sweeping.sweep_orphans()
+    house.clock.advance(SETTINGS.orphan_confirm_ms)
+    finish, store = house.coordinator.finish_deletion, house.store
+
+    async def crash(request: object) -> None:
+        raise Unavailable("cut off")
+
+    if step == "delete":
+        faulty = FaultyStore(house.store, ScriptedFaults([FaultKind.UNAVAILABLE], operation="delete"))
+        sweeping = house.segmenter(store=faulty, clock=house.clock)
+    else:
+        house.coordinator.finish_deletion, sweeping = crash, house.sweeping
+    with pytest.raises((Unavailable, StoreUnavailable)):
+        await sweeping.sweep_orphans()
+    assert [row.begun for row in house.coordinator.deletions.values()] == [True]
+    house.coordinator.finish_deletion, house.store = finish, store
+    report = await house.segmenter(clock=house.clock).sweep_orphans()
+    assert (report.deleted, report.cleared) == ((1, 0) if step == "delete" else (0, 1))
+    assert house.coordinator.deletions == {} and await house.keys() == set()
+
+
+async def test_an_upload_that_left_nothing_behind_is_cleared() -> None:
+    house = House()
+    house.coordinator.announce("b1", "agent:1", [house.agent.append(0, [5, 7])])
+    faulty = FaultyStore(house.store, ScriptedFaults([FaultKind.UNAVAILABLE], operation="put"))
+    house.coordinator.release_claim = house.coordinator.renew_claim  # the worker is gone, and tells nobody
+    await house.segmenter(store=faulty).drain()
+    assert len(house.coordinator.intents) == 1
+    await house.hours_pass()
+    await house.sweeping.sweep_orphans()
+    assert (house.coordinator.intents, house.coordinator.deletions) == ({}, {})
 
 
 async def test_several_sweepers_do_no_harm() -> None:

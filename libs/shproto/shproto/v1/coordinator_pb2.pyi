@@ -35,6 +35,8 @@ class _RegistrationResultEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Re
     """the range was settled below this span, lost, or the topic is gone: drop ours"""
     REGISTRATION_RESULT_EARLY: _RegistrationResult.ValueType  # 4
     """an earlier span is not registered yet: try again"""
+    REGISTRATION_RESULT_WITHDRAWN: _RegistrationResult.ValueType  # 5
+    """its object was not declared, or is being deleted: upload again under a new key"""
 
 class RegistrationResult(_RegistrationResult, metaclass=_RegistrationResultEnumTypeWrapper): ...
 
@@ -47,7 +49,38 @@ REGISTRATION_RESULT_FENCED: RegistrationResult.ValueType  # 3
 """the range was settled below this span, lost, or the topic is gone: drop ours"""
 REGISTRATION_RESULT_EARLY: RegistrationResult.ValueType  # 4
 """an earlier span is not registered yet: try again"""
+REGISTRATION_RESULT_WITHDRAWN: RegistrationResult.ValueType  # 5
+"""its object was not declared, or is being deleted: upload again under a new key"""
 Global___RegistrationResult: _TypeAlias = RegistrationResult  # noqa: Y015
+
+class _DeletionVerdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeletionVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeletionVerdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DELETION_VERDICT_UNSPECIFIED: _DeletionVerdict.ValueType  # 0
+    DELETION_VERDICT_REFERENCED: _DeletionVerdict.ValueType  # 1
+    """a registered segment lies in it"""
+    DELETION_VERDICT_DECLARED: _DeletionVerdict.ValueType  # 2
+    """it is being uploaded, and may still be registered"""
+    DELETION_VERDICT_NOTICED: _DeletionVerdict.ValueType  # 3
+    """nothing refers to it; readers may still have it in their plans"""
+    DELETION_VERDICT_BEGUN: _DeletionVerdict.ValueType  # 4
+    """may be deleted"""
+
+class DeletionVerdict(_DeletionVerdict, metaclass=_DeletionVerdictEnumTypeWrapper): ...
+
+DELETION_VERDICT_UNSPECIFIED: DeletionVerdict.ValueType  # 0
+DELETION_VERDICT_REFERENCED: DeletionVerdict.ValueType  # 1
+"""a registered segment lies in it"""
+DELETION_VERDICT_DECLARED: DeletionVerdict.ValueType  # 2
+"""it is being uploaded, and may still be registered"""
+DELETION_VERDICT_NOTICED: DeletionVerdict.ValueType  # 3
+"""nothing refers to it; readers may still have it in their plans"""
+DELETION_VERDICT_BEGUN: DeletionVerdict.ValueType  # 4
+"""may be deleted"""
+Global___DeletionVerdict: _TypeAlias = DeletionVerdict  # noqa: Y015
 
 @_typing.final
 class TopicInfo(_message.Message):
@@ -1218,6 +1251,50 @@ class ReleaseClaimResponse(_message.Message):
 Global___ReleaseClaimResponse: _TypeAlias = ReleaseClaimResponse  # noqa: Y015
 
 @_typing.final
+class DeclareUploadsRequest(_message.Message):
+    """Before an object is uploaded: no segment in an object that was not declared is ever registered. FENCED when the claim
+    (of a buffer or of a compaction) is not held any more.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLAIM_ID_FIELD_NUMBER: _builtins.int
+    OBJECT_KEYS_FIELD_NUMBER: _builtins.int
+    claim_id: _builtins.str
+    @_builtins.property
+    def object_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """never used before"""
+
+    def __init__(
+        self,
+        *,
+        claim_id: _builtins.str = ...,
+        object_keys: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim_id", b"claim_id", "object_keys", b"object_keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeclareUploadsRequest: _TypeAlias = DeclareUploadsRequest  # noqa: Y015
+
+@_typing.final
+class DeclareUploadsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeclareUploadsResponse: _TypeAlias = DeclareUploadsResponse  # noqa: Y015
+
+@_typing.final
 class RegisterSegmentsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1526,6 +1603,184 @@ class FilterUnreferencedResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FilterUnreferencedResponse: _TypeAlias = FilterUnreferencedResponse  # noqa: Y015
+
+@_typing.final
+class BeginDeletionRequest(_message.Message):
+    """Deleting objects, in two phases: begin (from then on no segment can be registered in them), delete them in the store,
+    finish. What is never finished is begun again by the next sweep.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECT_KEYS_FIELD_NUMBER: _builtins.int
+    GRACE_MS_FIELD_NUMBER: _builtins.int
+    CONFIRM_MS_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    grace_ms: _builtins.int
+    """an upload that was declared less than this ago may still be registered"""
+    confirm_ms: _builtins.int
+    """from noticing that nothing refers to an object until it may be deleted"""
+    dry_run: _builtins.bool
+    """decide, and change nothing"""
+    @_builtins.property
+    def object_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        object_keys: _abc.Iterable[_builtins.str] | None = ...,
+        grace_ms: _builtins.int = ...,
+        confirm_ms: _builtins.int = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm_ms", b"confirm_ms", "dry_run", b"dry_run", "grace_ms", b"grace_ms", "object_keys", b"object_keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginDeletionRequest: _TypeAlias = BeginDeletionRequest  # noqa: Y015
+
+@_typing.final
+class ObjectDeletion(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECT_KEY_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    NOTICED_MS_FIELD_NUMBER: _builtins.int
+    DECLARED_MS_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    object_key: _builtins.str
+    verdict: Global___DeletionVerdict.ValueType
+    noticed_ms: _builtins.int
+    """when nothing was seen to refer to it first; 0: now"""
+    declared_ms: _builtins.int
+    """when its upload was declared; 0: never, or it was registered since"""
+    worker_id: _builtins.str
+    """by whom"""
+    def __init__(
+        self,
+        *,
+        object_key: _builtins.str = ...,
+        verdict: Global___DeletionVerdict.ValueType = ...,
+        noticed_ms: _builtins.int = ...,
+        declared_ms: _builtins.int = ...,
+        worker_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["declared_ms", b"declared_ms", "noticed_ms", b"noticed_ms", "object_key", b"object_key", "verdict", b"verdict", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObjectDeletion: _TypeAlias = ObjectDeletion  # noqa: Y015
+
+@_typing.final
+class BeginDeletionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECTS_FIELD_NUMBER: _builtins.int
+    NOW_MS_FIELD_NUMBER: _builtins.int
+    now_ms: _builtins.int
+    """PostgreSQL's clock"""
+    @_builtins.property
+    def objects(self) -> _containers.RepeatedCompositeFieldContainer[Global___ObjectDeletion]:
+        """in the order asked"""
+
+    def __init__(
+        self,
+        *,
+        objects: _abc.Iterable[Global___ObjectDeletion] | None = ...,
+        now_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["now_ms", b"now_ms", "objects", b"objects"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginDeletionResponse: _TypeAlias = BeginDeletionResponse  # noqa: Y015
+
+@_typing.final
+class FinishDeletionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECT_KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def object_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        object_keys: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["object_keys", b"object_keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinishDeletionRequest: _TypeAlias = FinishDeletionRequest  # noqa: Y015
+
+@_typing.final
+class FinishDeletionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinishDeletionResponse: _TypeAlias = FinishDeletionResponse  # noqa: Y015
+
+@_typing.final
+class ListDeletionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRACE_MS_FIELD_NUMBER: _builtins.int
+    CONFIRM_MS_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    grace_ms: _builtins.int
+    confirm_ms: _builtins.int
+    limit: _builtins.int
+    def __init__(
+        self,
+        *,
+        grace_ms: _builtins.int = ...,
+        confirm_ms: _builtins.int = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm_ms", b"confirm_ms", "grace_ms", b"grace_ms", "limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeletionsRequest: _TypeAlias = ListDeletionsRequest  # noqa: Y015
+
+@_typing.final
+class ListDeletionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECT_KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def object_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """begun and not finished, noticed long enough ago, or declared and never registered"""
+
+    def __init__(
+        self,
+        *,
+        object_keys: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["object_keys", b"object_keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeletionsResponse: _TypeAlias = ListDeletionsResponse  # noqa: Y015
 
 @_typing.final
 class FollowEventsRequest(_message.Message):

@@ -35,10 +35,11 @@ def choose(
     return run if len(run) >= segments_min else []
 
 
-def judge(merged: Segment, replaced: Sequence[SegmentRow], asked: int, known: bool) -> Result:
+def judge(merged: Segment, replaced: Sequence[SegmentRow], asked: int, known: bool, declared: bool) -> Result:
     """Compare-and-set: REGISTERED only if all `asked` segments are still there and `merged` holds just what they hold.
 
-    `replaced`: those that are, by offset. `known`: `merged` is registered already, by an earlier try.
+    `replaced`: those that are, by offset. `known`: `merged` is registered already, by an earlier try. `declared`:
+    whether its object is one that nobody may delete.
     """
     if known:
         return Result.REGISTERED
@@ -49,4 +50,6 @@ def judge(merged: Segment, replaced: Sequence[SegmentRow], asked: int, known: bo
     covers = (replaced[0].base_offset, replaced[-1].end_offset) == (merged.base_offset, merged.end_offset)
     complete = sum(row.record_count for row in replaced) == merged.record_count
     healthy = not any(row.lost_reason for row in replaced)
-    return Result.REGISTERED if adjacent and covers and complete and healthy else Result.FENCED
+    if not (adjacent and covers and complete and healthy):
+        return Result.FENCED
+    return Result.REGISTERED if declared else Result.WITHDRAWN

@@ -18,6 +18,7 @@ class Result(IntEnum):
     COVERED = 2
     FENCED = 3
     EARLY = 4
+    WITHDRAWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,13 @@ def register(
     lost: Sequence[LostSpanRow],
     topics: Mapping[str, str],
     buffer_id: str,
+    declared: Collection[str],
 ) -> Registration:
     """Judges the segments of one object, in offset order within each range, and the reported holes they run up to.
 
     `ranges`: those the segments and holes name. `known_ids`: segment ids registered before. `lost`: holes that
-    wait. `topics`: name by topic_id.
+    wait. `topics`: name by topic_id. `declared`: keys of the objects that nobody may delete; what lies in another one
+    is WITHDRAWN.
     """
     now = dict(ranges)
     results: dict[int, Result] = {}
@@ -64,8 +67,13 @@ def register(
     todo = sorted(enumerate(segments), key=lambda item: item[1].base_offset)
     for at, segment in todo:
         _fill_holes(now, _key(segment), lost, topics, events)
-        results[at] = Result.REGISTERED if segment.segment_id in known_ids else judge(segment, now.get(_key(segment)))
-        if results[at] is Result.REGISTERED and segment.segment_id not in known_ids:
+        if segment.segment_id in known_ids:
+            results[at] = Result.REGISTERED
+            continue
+        results[at] = judge(segment, now.get(_key(segment)))
+        if results[at] is Result.REGISTERED and segment.object_key not in declared:
+            results[at] = Result.WITHDRAWN
+        if results[at] is Result.REGISTERED:
             _take(now, segment, buffer_id, events)
     for key in list(now):
         _fill_holes(now, key, lost, topics, events)

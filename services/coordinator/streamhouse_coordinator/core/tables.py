@@ -239,6 +239,26 @@ class GroupOffsetRow:
 
 
 @dataclass(frozen=True, slots=True)
+class UploadIntentRow:
+    """An object that `worker_id` said it would upload. `buffer_id`: what for; empty: a compaction."""
+
+    object_key: str
+    claim_id: str
+    buffer_id: str
+    worker_id: str
+    declared_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeletionRow:
+    """An object that nothing refers to. `begun_ms`: since when it may be gone from the store; 0: it is there."""
+
+    object_key: str
+    noticed_ms: int
+    begun_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class SweepRow:
     """When expired leases were last looked for, by any coordinator."""
 
@@ -281,6 +301,8 @@ PRODUCER_SNAPSHOTS = Table("producer_snapshots", ProducerSnapshotRow, ("topic_id
 LOST_SPANS = Table("lost_spans", LostSpanRow, ("topic_id", "partition", "epoch", "base_offset"))
 GROUP_MEMBER_STATE = Table("group_member_state", GroupMemberStateRow, ("group_name", "member_id"))
 GROUP_OFFSETS = Table("group_offsets", GroupOffsetRow, ("group_name", "topic_id", "partition"))
+UPLOAD_INTENTS = Table("upload_intents", UploadIntentRow, ("object_key",))
+DELETIONS = Table("deletions", DeletionRow, ("object_key",))
 SWEEPS = Table("sweeps", SweepRow, ("name",))
 EVENTS = Table("events", EventRow, ("position",))
 
@@ -303,5 +325,7 @@ STATE: tuple[Table[object], ...] = (
     LOST_SPANS,
     GROUP_MEMBER_STATE,
     GROUP_OFFSETS,
+    UPLOAD_INTENTS,
+    DELETIONS,
     SWEEPS,
 )  # type: ignore[assignment]

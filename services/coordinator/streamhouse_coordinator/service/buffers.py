@@ -121,7 +121,12 @@ async def _unresolved(
 
 async def _complete(tx: Transaction, buffers: Sequence[t.BufferRow], buffer_id: str) -> None:
     await tx.append([BufferCompleted(row.buffer_id, row.agent_id) for row in buffers])
-    await tx.apply([Remove(t.BUFFER_CLAIMS, {"buffer_id": buffer_id})])
+    await tx.apply(_done_with(buffer_id))
+
+
+def _done_with(buffer_id: str) -> list[RowOp]:
+    """What a completed buffer leaves behind. Uploads for it that are not registered now never will be."""
+    return [Remove(table, {"buffer_id": buffer_id}) for table in (t.BUFFER_CLAIMS, t.UPLOAD_INTENTS)]
 
 
 async def renew_claim(context: Context, claim_id: str, ttl_ms: int) -> None:
@@ -188,7 +193,13 @@ async def _register(tx: Transaction, buffer_id: str, segments: Sequence[Segment]
     lost = await tx.select(t.LOST_SPANS, where_keys(("topic_id", "partition", "epoch"), sorted(keys)))
     names = await topic_names(tx, {item.topic_id for item in segments} | {row.topic_id for row in lost})
     named = [replace(item, topic=names.get(item.topic_id, item.topic)) for item in segments]
-    return registration.register(named, ranges, {row.segment_id for row in known}, lost, names, buffer_id)
+    # The claim row stands for the buffer: whoever completes a buffer holds it. The intents' rows stand for the objects:
+    # whoever begins to delete one holds it.
+    await tx.select(t.BUFFER_CLAIMS, where(buffer_id=buffer_id), lock="wait")
+    keys_offered = {item.object_key for item in segments}
+    intents = await tx.select(t.UPLOAD_INTENTS, where(object_key=In(keys_offered)), lock="wait")
+    declared = {row.object_key for row in intents}
+    return registration.register(named, ranges, {row.segment_id for row in known}, lost, names, buffer_id, declared)
 
 
 async def _finish(tx: Transaction, buffer_id: str, done: registration.Registration, trace_context: str) -> None:
@@ -197,12 +208,10 @@ async def _finish(tx: Transaction, buffer_id: str, done: registration.Registrati
         Remove(t.LOST_SPANS, {name: getattr(span, name) for name in t.LOST_SPANS.key}) for span in done.lost_done
     ]
     ops += await _outdated_snapshots(tx, done)
-    # The claim row stands for the buffer: whoever completes a buffer holds it.
-    await tx.select(t.BUFFER_CLAIMS, where(buffer_id=buffer_id), lock="wait")
     buffers = await tx.select(t.BUFFERS, where(buffer_id=buffer_id))
     if buffers and not await _unresolved(tx, buffer_id, done.ranges):
         events.append(BufferCompleted(buffer_id, buffers[0].agent_id))
-        ops.append(Remove(t.BUFFER_CLAIMS, {"buffer_id": buffer_id}))
+        ops += _done_with(buffer_id)
     if events:
         await tx.append(events, trace_context)
     await tx.apply(ops)
@@ -242,7 +251,7 @@ async def report_lost(context: Context, session_id: str, spans: Sequence[t.LostS
         await tx.apply([Put(t.LOST_SPANS, span) for span in spans])
         names = await topic_names(tx, {span.topic_id for span in spans})
         waiting = await tx.select(t.LOST_SPANS, where_keys(("topic_id", "partition", "epoch"), sorted(ranges)))
-        await _finish(tx, "", registration.register([], ranges, (), waiting, names, ""), "")
+        await _finish(tx, "", registration.register([], ranges, (), waiting, names, "", ()), "")
         gone = [span for span in spans if span.range_key not in ranges]
         await tx.apply(
             [Remove(t.LOST_SPANS, {name: getattr(span, name) for name in t.LOST_SPANS.key}) for span in gone]

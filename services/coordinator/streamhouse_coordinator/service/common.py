@@ -1,7 +1,8 @@
 """What the commands share: the lock order, what is live, what to do after leadership changed.
 
 Locks are taken in this order, so that transactions cannot wait for each other in a circle: the cluster lock or a
-group's lock, topic rows, partition rows, range rows, buffer rows, then (in append) the event position.
+group's lock, topic rows, partition rows, range rows, buffer claims, compaction claims, upload intents, deletions, then
+(in append) the event position.
 """
 
 import uuid

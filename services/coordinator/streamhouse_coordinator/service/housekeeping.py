@@ -142,19 +142,22 @@ async def _take(
 
 
 async def register_compaction(context: Context, claim_id: str, replaced_ids: Sequence[str], merged: Segment) -> Result:
-    """Puts `merged` in the place of the segments named if all of them are still there, else FENCED."""
+    """Puts `merged` in the place of the segments named if all of them are still there, else FENCED; WITHDRAWN if its
+    object may be deleted."""
 
     async def work(tx: Transaction) -> Result:
         of_partition = where(topic_id=merged.topic_id, partition=merged.partition)
         await tx.select(t.PARTITIONS, of_partition, lock="wait")
+        claims = await tx.select(t.COMPACTION_CLAIMS, where(claim_id=claim_id), lock="wait")
+        intents = await tx.select(t.UPLOAD_INTENTS, where(object_key=merged.object_key), lock="wait")
         known = bool(await tx.select(t.SEGMENTS, where(segment_id=merged.segment_id)))
         rows = await tx.select(t.SEGMENTS, where(segment_id=In(replaced_ids)), order=("base_offset",))
-        result = compaction.judge(merged, rows, len(set(replaced_ids)), known)
+        result = compaction.judge(merged, rows, len(set(replaced_ids)), known, bool(intents))
         if result is Result.REGISTERED and not known:
             names = await topic_names(tx, {merged.topic_id})
             named = replace(merged, topic=names.get(merged.topic_id, merged.topic))
             await tx.append([SegmentsCompacted(named, tuple(row.segment_id for row in rows))])
-        claims = await tx.select(t.COMPACTION_CLAIMS, where(claim_id=claim_id))
+            await tx.apply([Remove(t.UPLOAD_INTENTS, {"object_key": merged.object_key})])
         await tx.apply(
             [Remove(t.COMPACTION_CLAIMS, {"topic_id": c.topic_id, "partition": c.partition}) for c in claims]
         )

@@ -1,0 +1,93 @@
+"""Which objects may be deleted. A segment is only ever registered in an object whose upload was declared; deletion
+withdraws the declaration first, so that what may be deleted can never become part of the log any more."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.projection import Put, Remove, RowOp
+
+
+class Verdict(IntEnum):
+    """As DeletionVerdict in the proto."""
+
+    REFERENCED = 1
+    DECLARED = 2
+    NOTICED = 3
+    BEGUN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectState:
+    """What is known of one object. `held`: the claim that its upload was declared under is still somebody's."""
+
+    object_key: str
+    referenced: bool
+    intent: t.UploadIntentRow | None
+    held: bool
+    deletion: t.DeletionRow | None
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long an upload may take to be registered, and how long readers may have a plan that names an object."""
+
+    grace_ms: int
+    confirm_ms: int
+
+
+def judge(state: ObjectState, now_ms: int, patience: Patience) -> Verdict:
+    """REFERENCED and DECLARED are refusals; NOTICED is to be asked again."""
+    if state.referenced:
+        return Verdict.REFERENCED
+    if state.intent is not None and not is_stale(state, now_ms, patience):
+        return Verdict.DECLARED
+    if state.deletion is not None and state.deletion.begun_ms:
+        return Verdict.BEGUN
+    noticed_ms = now_ms if state.deletion is None else state.deletion.noticed_ms
+    return Verdict.BEGUN if now_ms - noticed_ms >= patience.confirm_ms else Verdict.NOTICED
+
+
+def is_stale(state: ObjectState, now_ms: int, patience: Patience) -> bool:
+    """Whether nobody is expected to register the object any more. If somebody does, no harm is done: it is refused."""
+    return state.intent is not None and not state.held and now_ms - state.intent.declared_ms >= patience.grace_ms
+
+
+def withdraws(state: ObjectState, verdict: Verdict, now_ms: int, patience: Patience) -> bool:
+    """Whether the declaration goes: deletion begins, or the object is registered and its worker gone."""
+    return verdict is Verdict.BEGUN or (verdict is Verdict.REFERENCED and is_stale(state, now_ms, patience))
+
+
+def changes(state: ObjectState, verdict: Verdict, now_ms: int) -> list[RowOp]:
+    """What the verdict changes in the table of deletions."""
+    key = {"object_key": state.object_key}
+    match verdict:
+        case Verdict.REFERENCED:
+            return [Remove(t.DELETIONS, key)] if state.deletion is not None else []
+        case Verdict.DECLARED:
+            return []
+        case Verdict.NOTICED | Verdict.BEGUN:
+            before = state.deletion or t.DeletionRow(state.object_key, now_ms, 0)
+            begun_ms = before.begun_ms or (now_ms if verdict is Verdict.BEGUN else 0)
+            after = replace(before, begun_ms=begun_ms)
+            return [] if after == state.deletion else [Put(t.DELETIONS, after)]
+
+
+def withdrawal(
+    intents: Iterable[t.UploadIntentRow],
+    buffer_claims: Iterable[t.BufferClaimRow],
+    compaction_claims: Iterable[t.CompactionClaimRow],
+) -> list[RowOp]:
+    """Removes the declarations, and ends the claims they were made under (which have run out): a repeated declaration
+    that arrives late must not bring one back."""
+    gone = list(intents)
+    ended = {row.claim_id for row in gone}
+    ops: list[RowOp] = [Remove(t.UPLOAD_INTENTS, {"object_key": row.object_key}) for row in gone]
+    ops += [Put(t.BUFFER_CLAIMS, replace(c, claim_id="", worker_id="")) for c in buffer_claims if c.claim_id in ended]
+    ops += [
+        Remove(t.COMPACTION_CLAIMS, {"topic_id": c.topic_id, "partition": c.partition})
+        for c in compaction_claims
+        if c.claim_id in ended
+    ]
+    return ops

@@ -1,0 +1,143 @@
+"""Objects before they are part of the log and after: declared uploads, and deletion in two phases."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shproto.errors import Fenced, InvalidArgument
+
+from streamhouse_coordinator.core import deletion
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.deletion import ObjectState, Patience, Verdict
+from streamhouse_coordinator.core.projection import Put, Remove, RowOp
+from streamhouse_coordinator.ports import AtMost, In, Lock, Transaction, where
+from streamhouse_coordinator.service.common import Context
+
+
+async def declare_uploads(context: Context, claim_id: str, object_keys: Sequence[str]) -> None:
+    """Whoever holds the claim, of a buffer or of a compaction, is about to upload these. Declaring again changes
+    nothing. Raises Fenced when the claim is not held any more, InvalidArgument for a key that is being deleted."""
+
+    async def work(tx: Transaction) -> None:
+        claims = await _claims(tx, [claim_id], "wait")
+        if not (claims.buffers or claims.compactions):
+            raise Fenced(f"claim {claim_id!r} is done, or expired and taken by another worker", offered=claim_id)
+        gone = await tx.select(t.DELETIONS, where(object_key=In(object_keys)))
+        if gone:
+            key = gone[0].object_key
+            raise InvalidArgument(f"object {key!r} is being deleted", field="object_keys", value=key)
+        worker_id = (claims.buffers or claims.compactions)[0].worker_id
+        buffer_id = claims.buffers[0].buffer_id if claims.buffers else ""
+        now_ms = await tx.now_ms()
+        rows = [t.UploadIntentRow(key, claim_id, buffer_id, worker_id, now_ms) for key in object_keys]
+        await tx.apply([Put(t.UPLOAD_INTENTS, row) for row in rows])
+
+    await context.store.run(work)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One object, and what may be done with it."""
+
+    state: ObjectState
+    verdict: Verdict
+
+
+async def begin_deletion(
+    context: Context, object_keys: Sequence[str], patience: Patience, dry_run: bool
+) -> tuple[int, list[Judged]]:
+    """PostgreSQL's time, and one verdict per key. From BEGUN on, no segment can be registered in the object, ever."""
+
+    async def work(tx: Transaction) -> tuple[int, list[Judged]]:
+        found = await _look(tx, object_keys, "" if dry_run else "wait")
+        now_ms = await tx.now_ms()
+        states = found.states(object_keys, now_ms)
+        judged = [Judged(state, deletion.judge(state, now_ms, patience)) for state in states]
+        if not dry_run:
+            await tx.apply(_changes(judged, found, now_ms, patience))
+        return now_ms, judged
+
+    return await context.store.run(work)
+
+
+def _changes(judged: Sequence[Judged], found: "_Found", now_ms: int, patience: Patience) -> list[RowOp]:
+    ops = [op for item in judged for op in deletion.changes(item.state, item.verdict, now_ms)]
+    withdrawn = [
+        item.state.intent
+        for item in judged
+        if item.state.intent is not None and deletion.withdraws(item.state, item.verdict, now_ms, patience)
+    ]
+    return ops + deletion.withdrawal(withdrawn, found.claims.buffers, found.claims.compactions)
+
+
+async def finish_deletion(context: Context, object_keys: Sequence[str]) -> None:
+    """The objects are gone from the store."""
+
+    async def work(tx: Transaction) -> None:
+        await tx.apply([Remove(t.DELETIONS, {"object_key": key}) for key in object_keys])
+
+    await context.store.run(work)
+
+
+async def list_deletions(context: Context, patience: Patience, limit: int) -> list[str]:
+    """Keys to begin the deletion of that no listing of the store need show: deletions that were not finished, and
+    uploads that never came to anything. The oldest first."""
+
+    async def work(tx: Transaction) -> list[str]:
+        now_ms = await tx.now_ms()
+        noticed = where(noticed_ms=AtMost(now_ms - patience.confirm_ms))
+        declared = where(declared_ms=AtMost(now_ms - patience.grace_ms))
+        deletions = await tx.select(t.DELETIONS, noticed, order=("noticed_ms", "object_key"), limit=limit)
+        intents = await tx.select(t.UPLOAD_INTENTS, declared, order=("declared_ms", "object_key"), limit=limit)
+        keys = [row.object_key for row in deletions] + [row.object_key for row in intents]
+        return list(dict.fromkeys(keys))[:limit]
+
+    return await context.store.run(work)
+
+
+# ---- what there is
+
+
+@dataclass(frozen=True, slots=True)
+class _Claims:
+    buffers: list[t.BufferClaimRow]
+    compactions: list[t.CompactionClaimRow]
+
+    def held(self, now_ms: int) -> set[str]:
+        buffers = {row.claim_id for row in self.buffers if row.free_at_ms > now_ms}
+        return buffers | {row.claim_id for row in self.compactions if row.expires_ms > now_ms}
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    claims: _Claims
+    intents: dict[str, t.UploadIntentRow]
+    deletions: dict[str, t.DeletionRow]
+    referenced: set[str]
+
+    def states(self, object_keys: Sequence[str], now_ms: int) -> list[ObjectState]:
+        held = self.claims.held(now_ms)
+        found = []
+        for key in object_keys:
+            intent = self.intents.get(key)
+            is_held = intent is not None and intent.claim_id in held
+            found.append(ObjectState(key, key in self.referenced, intent, is_held, self.deletions.get(key)))
+        return found
+
+
+async def _claims(tx: Transaction, claim_ids: Sequence[str], lock: Lock) -> _Claims:
+    if not claim_ids:
+        return _Claims([], [])
+    buffers = await tx.select(t.BUFFER_CLAIMS, where(claim_id=In(claim_ids)), lock=lock)
+    return _Claims(buffers, await tx.select(t.COMPACTION_CLAIMS, where(claim_id=In(claim_ids)), lock=lock))
+
+
+async def _look(tx: Transaction, object_keys: Sequence[str], lock: Lock) -> _Found:
+    """With the intents locked, no registration in these objects is under way: what it did is seen, or it comes later
+    and finds no intent."""
+    of_keys = where(object_key=In(object_keys))
+    claim_ids = sorted({row.claim_id for row in await tx.select(t.UPLOAD_INTENTS, of_keys)})
+    claims = await _claims(tx, claim_ids, lock)
+    intents = {row.object_key: row for row in await tx.select(t.UPLOAD_INTENTS, of_keys, lock=lock)}
+    deletions = {row.object_key: row for row in await tx.select(t.DELETIONS, of_keys, lock=lock)}
+    totals = await tx.totals(t.SEGMENTS, of_keys, by=("object_key",))
+    return _Found(claims, intents, deletions, {row.group[0] for row in totals})
