@@ -29,6 +29,7 @@ from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.wiring import IngestService
 from streamhouse_ingest.wiring import build as build_ingest
 
+from services.coordinator.tests.declared import declare
 from services.ingest.tests.ingest_standins import kill
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
@@ -131,6 +132,7 @@ async def register(coordinator: CoordinatorService, topic: coordinator_pb2.Topic
         size_bytes=100,
         raw_bytes=100,
     )
+    await declare(coordinator.api, [segment.object_key])
     request = coordinator_pb2.RegisterSegmentsRequest(buffer_id=str(uuid.uuid4()), segments=[segment])
     results = (await coordinator.api.register_segments(request)).results
     assert list(results) == [coordinator_pb2.REGISTRATION_RESULT_REGISTERED]

@@ -96,7 +96,7 @@ class SegmenterSettings(StoreSettings):
         3_600_000,
         ge=1_000,
         le=604_800_000,
-        description="ms an object must be old, and its declaration, before it may count as an orphan: far beyond uploads",
+        description="ms an object and its declaration must be old before it may be an orphan: far beyond any upload",
     )
     orphan_confirm_ms: int = Field(
         300_000,
