@@ -70,6 +70,50 @@ def test_a_member_that_leaves_moves_only_its_own(count: int, size: int) -> None:
     assert all(set(before[member]) <= set(after[member]) for member in topics)
 
 
+many = st.lists(st.sampled_from("abcdefghij"), min_size=1, unique=True)
+counts_of_topics = st.fixed_dictionaries({"t": st.integers(1, 40), "u": st.integers(1, 40)})
+
+
+def moved(
+    previous: Mapping[str, list[str]], target: Mapping[str, list[str]], existing: set[str]
+) -> dict[str, set[str]]:
+    """What members that stay lose although it still exists."""
+    return {member: (set(previous.get(member, ())) & existing) - set(target[member]) for member in target}
+
+
+@given(st.lists(st.tuples(many, counts_of_topics), min_size=2, max_size=5))
+def test_as_few_partitions_move_as_balance_allows(rounds: list[tuple[list[str], dict[str, int]]]) -> None:
+    """Members come and go, several at once, and topics with them; all read the same topics. Balanced is: nobody has
+    two more than another. Of what a member had it can keep one more than the others' share only where that does not
+    come out even, so whatever it had above that has to go, and nothing else may."""
+    previous: dict[str, list[str]] = {}
+    for members_now, counts in rounds:
+        target = rebalance({member: {"t", "u"} for member in members_now}, counts, previous)
+        existing = {name_of(topic, number) for topic, count in counts.items() for number in range(count)}
+        share, over = divmod(len(existing), len(members_now))
+        had = sorted((len(set(previous.get(member, ())) & existing) for member in members_now), reverse=True)
+        needed = sum(max(0, kept - share - (rank < over)) for rank, kept in enumerate(had))
+        assert sum(map(len, moved(previous, target, existing).values())) == needed
+        previous = target
+
+
+@given(members, members, partitions)
+def test_two_members_never_exchange_partitions_of_a_topic(
+    before: Mapping[str, frozenset[str]], after: Mapping[str, frozenset[str]], counts: dict[str, int]
+) -> None:
+    previous = rebalance(before, counts, {})
+    target = rebalance(after, counts, previous)
+    stay = set(before) & set(after)
+    owner = {name: member for member, owned in target.items() for name in owned}
+    moves = {
+        (member, owner[name], split_name(name)[0])
+        for member in stay
+        for name in set(previous[member]) - set(target[member])
+        if owner.get(name) in stay
+    }
+    assert not {(there, here, topic) for here, there, topic in moves} & moves
+
+
 @given(st.data())
 def test_no_partition_is_ever_worked_on_by_two(data: st.DataObject) -> None:
     """Members come, go, speak and answer late, in any order; what they were given and did not yet let go never

@@ -1,7 +1,8 @@
 """Consumer groups against a real PostgreSQL: hand-over, fencing, expiry, long polls."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 from shproto.errors import (
@@ -14,7 +15,7 @@ from shproto.errors import (
 )
 from shproto.v1 import coordinator_pb2 as pb
 from streamhouse_coordinator.api import CoordinatorApi
-from streamhouse_coordinator.wiring import CoordinatorService
+from streamhouse_coordinator.wiring import CoordinatorService, build
 
 Two = tuple[CoordinatorService, CoordinatorService]
 
@@ -123,6 +124,55 @@ async def test_members_joining_at_once_through_two_coordinators_share_everything
         held = [name for member in members for name in member.owned]
         assert len(held) == len(set(held)), "a partition belongs to two members"
     assert [len(member.owned) for member in members] == [2] * 6
+
+
+async def test_a_restarted_coordinator_goes_on_with_the_same_group(dsn: str, fast: Callable[..., Any]) -> None:
+    first = build(fast(dsn))
+    await first.start()
+    await first.api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=4))
+    one, two = await Member(first.api).join(), await Member(first.api).join()
+    for member in (one, one, two, two, one):
+        await member.heartbeat()
+    await one.commit(0, 17)
+    before = one.generation, one.id, one.numbers, two.numbers
+    await first.stop()
+    again = build(fast(dsn))
+    await again.start()
+    try:
+        one.api = two.api = again.api
+        for member in (one, two):
+            await member.heartbeat()
+        assert (one.generation, one.id, one.numbers, two.numbers) == before, "nobody had to join again, nothing moved"
+        await one.commit(1, 18)
+        with pytest.raises(IllegalGeneration):
+            await one.commit(2, 99)
+        assert await committed(again.api) == {0: 17, 1: 18}
+        described = await again.api.describe_group(pb.DescribeGroupRequest(group="g"))
+        assert {member.member_id for member in described.members} == {one.id, two.id}
+    finally:
+        await again.stop()
+
+
+async def test_another_replica_fences_and_expires_as_the_first(two_coordinators: Two) -> None:
+    """One replica took the members in; the other hears a heartbeat, a commit, and then nothing more of one of them."""
+    here, there = (service.api for service in two_coordinators)
+    await here.create_topic(pb.CreateTopicRequest(topic="orders", partitions=4))
+    one, two = await Member(here).join(), await Member(here).join(session_timeout_ms=700)
+    await one.heartbeat()
+    one.api = two.api = there
+    await one.heartbeat()
+    await two.heartbeat()
+    assert (one.numbers, two.numbers) == ([0, 1], [2, 3])
+    await two.commit(2, 5)
+    with pytest.raises(IllegalGeneration):
+        await one.commit(2, 6)
+    two.api = here
+    async with asyncio.timeout(30):
+        while one.numbers != [0, 1, 2, 3]:
+            await one.heartbeat(max_wait_ms=1_000)
+    with pytest.raises(UnknownMember):
+        await two.commit(2, 7)
+    assert await committed(here) == await committed(there) == {2: 5}
 
 
 async def test_leaving_and_expiry_free_partitions(api: CoordinatorApi) -> None:

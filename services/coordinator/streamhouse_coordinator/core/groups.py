@@ -58,11 +58,12 @@ def rebalance(
     free = {name_of(topic, number) for topic in partitions if readers[topic] for number in range(partitions[topic])}
     target: dict[str, set[TopicPartition]] = {member: set() for member in topics}
     for member in sorted(topics):
-        kept = {name for name in previous.get(member, ()) if name in free and split_name(name)[0] in topics[member]}
-        target[member] = kept
-        free -= kept
+        own = {name for name in previous.get(member, ()) if name in free and split_name(name)[0] in topics[member]}
+        target[member] = own
+        free -= own
+    kept = {member: frozenset(names) for member, names in target.items()}
     _hand_out(free, readers, target)
-    _level(readers, target)
+    _level(readers, target, kept)
     return {member: sorted(names, key=_order) for member, names in sorted(target.items())}
 
 
@@ -82,25 +83,48 @@ def _hand_out(
             heapq.heapreplace(loads, (load + 1, member))
 
 
-def _level(readers: Mapping[str, list[str]], target: dict[str, set[TopicPartition]]) -> None:
-    """Moves single partitions from fuller to emptier members until none is two ahead of one that could take over.
+def _level(
+    readers: Mapping[str, list[str]],
+    target: dict[str, set[TopicPartition]],
+    kept: Mapping[str, Collection[TopicPartition]],
+) -> None:
+    """Moves single partitions from the fullest member to the emptiest that reads them, until none is two ahead of one
+    that could take over. Always the fullest: taking from one until it is even would take more than its surplus.
     Every move lowers the sum of the squared loads, so it ends."""
+    crowds = {topic: tuple(members) for topic, members in readers.items()}
+    stacks = {member: _stacks(crowds, names, kept[member]) for member, names in target.items()}
     moved = True
-    while moved:
+    while moved:  # again, because what is given away by one may be what another could not give to it before
         moved = False
-        for member in sorted(target, key=lambda member: (-len(target[member]), member)):
-            settled: set[str] = set()
-            for name in sorted(target[member], key=_order, reverse=True):
-                topic = split_name(name)[0]
-                if topic in settled:
-                    continue
-                least = min(readers[topic], key=lambda other: (len(target[other]), other))
-                if len(target[member]) - len(target[least]) < 2:
-                    settled.add(topic)
-                    continue
-                target[member].remove(name)
-                target[least].add(name)
-                moved = True
+        fullest = [(-len(names), member) for member, names in target.items()]
+        heapq.heapify(fullest)
+        while fullest:
+            load, member = heapq.heappop(fullest)
+            if -load != len(target[member]) or not (stack := stacks[member]):
+                continue  # it has another entry, or nothing
+            found = [(min((len(target[other]), other) for other in crowd), crowd) for crowd in stack]
+            (least, taker), crowd = min(found)
+            if -load - least < 2:
+                continue
+            name = stack[crowd].pop()
+            if not stack[crowd]:
+                del stack[crowd]
+            stacks[taker].setdefault(crowd, []).append(name)
+            target[member].remove(name)
+            target[taker].add(name)
+            heapq.heappush(fullest, (load + 1, member))
+            heapq.heappush(fullest, (-least - 1, taker))
+            moved = True
+
+
+def _stacks(
+    crowds: Mapping[str, tuple[str, ...]], names: Collection[TopicPartition], kept: Collection[TopicPartition]
+) -> dict[tuple[str, ...], list[TopicPartition]]:
+    """A member's partitions by who could take them, the first to go last: what it did not have before."""
+    stacks: dict[tuple[str, ...], list[TopicPartition]] = {}
+    for name in sorted(names, key=lambda name: (name not in kept, _order(name))):
+        stacks.setdefault(crowds[split_name(name)[0]], []).append(name)
+    return stacks
 
 
 def outdated(group: Group, partitions: Mapping[str, int]) -> bool:
