@@ -80,7 +80,7 @@ def test_help_loads_nothing_heavy() -> None:
     "command",
     ["serve", "topic create", "topic list", "topic describe", "topic delete", "produce", "consume", "segment inspect",
      "wal inspect", "status", "group list", "group describe", "group reset-offsets", "group delete", "partition settle",
-     "verify", "health", "ingest", "segmenter", "query", "coordinator"],
+     "verify", "sweep", "health", "ingest", "segmenter", "query", "coordinator"],
 )  # fmt: skip
 def test_every_command_has_help(command: str) -> None:
     result = run(*command.split(), "--help")
@@ -105,6 +105,7 @@ def test_every_command_has_help(command: str) -> None:
         "group delete g --yes",
         "partition settle t 0 --lost --yes",
         "verify --store-dir /tmp",
+        "sweep --store-dir /tmp",
     ],
 )
 def test_nobody_there_says_what_to_start(arguments: str, closed_port: int) -> None:
@@ -210,7 +211,7 @@ def test_a_table_for_another_service_is_known(tmp_path: Path) -> None:
     assert "RPC_TIMEOUT_MS" in result.stderr
 
 
-@pytest.mark.parametrize("command", [("serve",), ("ingest",), ("verify",), ("segment", "inspect", "key")])
+@pytest.mark.parametrize("command", [("serve",), ("ingest",), ("verify",), ("sweep",), ("segment", "inspect", "key")])
 def test_a_file_of_settings_is_named_as_it_was_typed(
     command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,3 +211,55 @@ def test_verify_finds_what_is_wrong(cli: Cli, serve: ServeProcess, data_dir: Pat
         with Admin(serve.address) as admin:
             for name in topics:
                 admin.delete_topic(name)
+
+
+# ---- sweep
+
+
+def test_a_sweep_shows_asks_and_deletes(cli: Cli, serve: ServeProcess, data_dir: Path, topic: str) -> None:
+    registered(serve, topic, 20)
+    objects = data_dir / "objects" / "objects"
+    kept = next(objects.glob(f"*/{topic}.*/*/*.seg"), None) or next(objects.glob("mixed/*/*.seg"))
+    strays = [objects / "data" / f"{topic}.stray" / "0" / f"{number:020d}-1-a.seg" for number in range(2)]
+    strays[0].parent.mkdir(parents=True)
+    for stray in strays:
+        stray.write_bytes(b"left over")
+        os.utime(stray, (1, 1))
+    keys = [str(stray.relative_to(objects)) for stray in strays]
+    mine = ("sweep", "--data-dir", str(data_dir), "--prefix", f"data/{topic}.stray/")
+
+    shown = cli.json(*mine, "--dry-run", "--confirm-ms", "0")
+    assert [(item["key"], item["size_bytes"], item["deletable"]) for item in shown["objects"]] == [
+        (key, 9, True) for key in keys
+    ]
+    assert all("no segment" in item["why"] and item["since_ms"] for item in shown["objects"])
+    assert not cli.json(*mine, "--dry-run")["objects"][0]["deletable"], "it was not noticed before"
+    table, _ = cli.run(*mine, "--dry-run")
+    assert keys[0] in table and "18 B; 0 may be deleted now" in table
+    cli.run(*mine, "--confirm-ms", "0", code=1)  # nobody says yes
+    assert all(stray.exists() for stray in strays)
+
+    done, _ = cli.run(*mine, "--confirm-ms", "0", "--yes")
+    assert "2 objects deleted, 18 B; 0 later" in done
+    assert not any(stray.exists() for stray in strays) and kept.exists()
+    assert cli.json(*mine, "--yes")["objects"] == []
+    assert cli.json("sweep", "--data-dir", str(data_dir), "--dry-run")["refused"] == ""
+    assert "must begin with data/" in cli.run("sweep", "--prefix", "control/", code=2)[1]
+
+
+def test_a_sweep_refuses_metadata_older_than_the_store(cli: Cli, data_dir: Path) -> None:
+    mark = data_dir / "objects" / "objects" / "control" / "history-mark.json"
+    before = mark.read_bytes() if mark.exists() else None
+    mark.parent.mkdir(exist_ok=True)
+    mark.unlink(missing_ok=True)
+    mark.write_bytes(
+        b'{"position": 1000000, "stream_id": "topic/x", "version": 1, "type": "TopicCreated", "created_ms": 1}'
+    )
+    try:
+        for options in (["--dry-run"], ["--yes"]):
+            said = cli.run("sweep", "--data-dir", str(data_dir), *options, code=1)[1]
+            assert "refused" in said and "position 1000000 is gone" in said and "history-mark.json" in said
+    finally:
+        mark.unlink()
+        if before is not None:
+            mark.write_bytes(before)

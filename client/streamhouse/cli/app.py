@@ -14,6 +14,7 @@ from streamhouse.cli import (
     serve,
     services,
     status,
+    sweep,
     topic,
     verify,
 )
@@ -69,6 +70,7 @@ for command in (
     group.group,
     partition.partition,
     verify.verify,
+    sweep.sweep,
     inspect_commands.segment,
     inspect_commands.wal,
     health.health,

@@ -10,7 +10,7 @@ from streamhouse_segmenter.compactor import Compactor
 from streamhouse_segmenter.drain import Drain, DrainReport
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
-from streamhouse_segmenter.sweeper import Sweeper, SweepReport
+from streamhouse_segmenter.sweeper import Sweeper, SweepReport, refusal
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,10 @@ class Segmenter:
 
     async def sweep_orphans(self) -> SweepReport:
         """Deletes objects that no segment refers to. Raises StreamHouseError, StoreError."""
-        return await self._sweeper.run()
+        report = await self._sweeper.run()
+        if report.refused:
+            log.error("%s", refusal(report.refused))
+        return report
 
     async def mark_history(self) -> None:
         """Notes where the metadata's history stands, so that a restored backup is noticed before a sweep.

@@ -27,6 +27,14 @@ PAGE_KEYS = 1000
 PREFIXES = (DATA_PREFIX, MIXED_PREFIX)
 
 
+def refusal(why: str) -> str:
+    """A refused sweep's reason and way out, for people."""
+    return (
+        f"orphan sweep refused, the metadata went back in time: {why}. If segments were lost with it, recover them"
+        f" first; then delete {MARK_KEY}"
+    )
+
+
 @dataclass(slots=True)
 class SweepReport:
     """`waiting`: unreferenced, to be deleted by a later sweep (all of them, in a dry run). `in_upload`: declared, and
@@ -51,25 +59,19 @@ class Sweeper:
         self._settings = settings
         self._marked = 0
 
-    async def run(self, prefixes: Sequence[str] = PREFIXES, found: Callable[[Orphan], None] = _ignore) -> SweepReport:
-        """One look over the store; tells `found` of every orphan. Raises StreamHouseError, StoreError; what was
-        deleted by then is gone."""
+    async def run(self, prefix: str = "", found: Callable[[Orphan], None] = _ignore) -> SweepReport:
+        """One look over the store, or what of it is below `prefix`; tells `found` of every orphan. Raises
+        StreamHouseError, StoreError; what was deleted by then is gone."""
         refused = await self._history_fault()
         if refused:
-            log.error(
-                "orphan sweep refused, the metadata went back in time: %s. If segments were lost with it, recover them"
-                " first; then delete %s",
-                refused,
-                MARK_KEY,
-            )
             telemetry.sweeps_refused.add(1)
             return SweepReport(refused=refused)
         report = SweepReport()
-        for prefix in prefixes:
-            async for page in self._old_pages(prefix):
+        for part in (prefix,) if prefix else PREFIXES:
+            async for page in self._old_pages(part):
                 for orphan in await self._sweep_page(page, report):
                     found(orphan)
-        if not self._settings.orphan_dry_run:
+        if not (prefix or self._settings.orphan_dry_run):
             await self._clear(report)
         telemetry.orphans_waiting.set(report.waiting)
         return report
