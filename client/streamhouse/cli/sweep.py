@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,9 +91,9 @@ def sweep(
     """Delete objects that no registered segment lies in, as segmenters do by and by: once, now, and asking first.
 
     Shows each with the reason, its size, its age and since when nothing refers to it. The coordinator decides about
-    every object, and refuses those that are part of the log or are being uploaded; nothing can be registered in an object
-    from then on. One that was not noticed before is deleted by a later sweep, --confirm-ms after. Refuses
-    (exit 1) when PostgreSQL holds an earlier state than the store has seen: a restored backup.
+    every object, and refuses those that are part of the log or are being uploaded; nothing can be registered in an
+    object from then on. One that was not noticed before is deleted by a later sweep, --confirm-ms after.
+    Refuses (exit 1) when PostgreSQL holds an earlier state than the store has seen: a restored backup.
     """
     if data_dir is not None and store_dir is not None:
         raise click.UsageError("--data-dir and --store-dir exclude each other")
@@ -125,6 +124,8 @@ def _checked(prefix: str) -> str:
 
 def _sweep(place: Place, *, dry_run: bool) -> tuple[SweepReport, Found]:
     """Raises CliError when the sweep refuses."""
+    import asyncio
+
     from streamhouse_segmenter.sweeper import refusal
 
     report, found = asyncio.run(_run(place, dry_run))
