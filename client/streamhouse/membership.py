@@ -111,6 +111,8 @@ class Membership:
         self._asap = bool(revoked)
         if revoked:
             await self._revoked(revoked)
+            if self.member_id != answer.member_id:
+                return  # the commit of what was revoked was told that the group has forgotten us
             self.owned -= revoked
         self.owned |= added
         self.pending = answer.pending
@@ -129,7 +131,8 @@ class Membership:
         self._lost()
 
     async def commit(self, offsets: dict[TopicPartition, int]) -> None:
-        """Raises IllegalGeneration when a rebalance is not known here yet or took a partition away, UnknownMember."""
+        """Raises IllegalGeneration when a rebalance is not known here yet or took a partition away; UnknownMember when
+        the group has forgotten this member: nothing is its own any more from then on."""
         commits = [
             coordinator_pb2.OffsetCommit(topic=where.topic, partition=where.partition, offset=offset)
             for where, offset in offsets.items()
@@ -137,7 +140,12 @@ class Membership:
         request = coordinator_pb2.CommitOffsetsRequest(
             group=self._options.group or "", member_id=self.member_id, generation=self.generation, offsets=commits
         )
-        await self._coordinator.commit_offsets(request)
+        try:
+            await self._coordinator.commit_offsets(request)
+        except UnknownMember:
+            if self.member_id == request.member_id:
+                self._forgotten()  # before the next heartbeat tells: what was received is somebody else's to process
+            raise
 
     async def commit_through_rebalance(self, offsets: dict[TopicPartition, int]) -> None:
         """Like `commit`; if the group has moved on, waits to hear of it and tries once more with what is still ours."""

@@ -9,6 +9,7 @@ from shproto.v1 import coordinator_pb2
 from streamhouse import Consumer, Producer, Record, errors
 from streamhouse.core.options import ConsumerOptions
 from streamhouse.membership import Membership
+from streamhouse.records import TopicPartition
 
 
 async def fill(platform, address, count, partitions=3, topic="t"):
@@ -426,6 +427,59 @@ async def test_leaving_is_not_being_forgotten(caplog):
         await beating
     assert coordinator.joined == 1
     assert "forgotten" not in caplog.text
+
+
+class ForgetsAtCommit:
+    """A coordinator that forgets its member while that one's heartbeat is on its way."""
+
+    def __init__(self):
+        self.joined = []
+        self.told = asyncio.Event()
+
+    async def join_group(self, request):
+        self.joined.append(request.member_id)
+        assigned = [coordinator_pb2.TopicPartition(topic="t", partition=0)]
+        return coordinator_pb2.GroupAssignment(
+            member_id=request.member_id, generation=len(self.joined), assigned=assigned, heartbeat_interval_ms=1000
+        )
+
+    async def heartbeat_group(self, request):
+        await self.told.wait()
+        if request.member_id == self.joined[0]:
+            raise errors.UnknownMember(request.member_id)
+        await asyncio.Event().wait()
+
+    async def commit_offsets(self, request):
+        raise errors.UnknownMember(request.member_id)
+
+
+async def test_a_refused_commit_is_enough_to_know_that_all_is_lost():
+    lost = []
+    coordinator = ForgetsAtCommit()
+
+    async def revoked(partitions):
+        raise AssertionError("what is lost is not given up in order")
+
+    member = Membership(
+        coordinator,
+        ConsumerOptions(group="g"),
+        ["t"],
+        assigned=lambda partitions: None,
+        revoked=revoked,
+        lost=lambda: lost.append(set(member.owned)),
+        failed=lambda error: None,
+    )
+    await member.join()
+    beating = asyncio.create_task(member.run())
+    await asyncio.sleep(0)
+    with pytest.raises(errors.UnknownMember):
+        await member.commit_through_rebalance({TopicPartition("t", 0): 1})
+    assert lost == [set()] and member.owned == set()
+    coordinator.told.set()
+    await until(lambda: len(coordinator.joined) == 2 and member.owned == {("t", 0)})
+    assert coordinator.joined[0] != coordinator.joined[1]
+    beating.cancel()
+    await asyncio.wait([beating])
 
 
 async def test_commit_of_a_partition_that_was_taken_away(platform, address):
