@@ -129,9 +129,11 @@ class Rivals:
 
     # ---- agents
 
-    async def start_agent(self, stack: contextlib.AsyncExitStack, name: str, directory: Path, address: str) -> None:
+    async def start_agent(
+        self, stack: contextlib.AsyncExitStack, name: str, directory: Path, address: str, **changed: Any
+    ) -> None:
         settings = IngestSettings.load(
-            {}, wal_dir=str(directory / name), agent_id=name, shutdown_timeout_ms=50, retry_max_ms=100
+            {}, wal_dir=str(directory / name), agent_id=name, shutdown_timeout_ms=50, retry_max_ms=100, **changed
         )
         self.ears[name] = HardOfHearing(self.coordinator.api)
         self.agents[name] = build_ingest(settings, self.ears[name])  # type: ignore[arg-type]
@@ -248,13 +250,13 @@ async def until(met: Callable[[], Any]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def rivals(dsn: str, directory: Path, min_acks: int) -> AsyncIterator[Rivals]:
-    """Everything runs; `old` leads."""
+async def rivals(dsn: str, directory: Path, min_acks: int, **of_old: Any) -> AsyncIterator[Rivals]:
+    """Everything runs; `old` leads, an agent with the settings `of_old`."""
     async with contextlib.AsyncExitStack() as stack:
         found = await _platform(stack, dsn, directory)
         # Somebody answers at the agents' addresses, so that the coordinator's probe takes nobody for dead.
         old, new = (_listening_address(stack) for _ in range(2))
-        await found.start_agent(stack, "old", directory, old)
+        await found.start_agent(stack, "old", directory, old, **of_old)
         create = coordinator_pb2.CreateTopicRequest(topic=TOPIC, partitions=1, min_acks=min_acks)  # type: ignore[arg-type]
         await found.coordinator.api.create_topic(create)
         await found.leads("old")

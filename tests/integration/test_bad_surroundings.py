@@ -18,6 +18,7 @@ from shproto.v1 import coordinator_pb2, ingest_pb2, types_pb2
 
 from tests.integration.processes import EmbeddedProcess, ServiceProcess, free_ports
 from tests.integration.reading import read_partition
+from tests.integration.rivals import rivals
 
 pytestmark = pytest.mark.integration
 
@@ -108,6 +109,30 @@ async def test_damage_in_the_middle_of_the_log_is_an_error_with_its_place(tmp_pa
     await ingest.close()
     await query.close()
     assert await server.stop() == 0, server.log_tail()
+
+
+async def test_damage_on_a_running_agents_disk_is_an_error_with_its_place(
+    storage: dict[str, str], tmp_path: Path
+) -> None:
+    """G6, G1: of a buffer that is read from the log again to be uploaded. The damaged record is on record as lost, the
+    others are in the object store: the log itself is not needed any more."""
+    memory = {"memory_bytes_max": 1 << 20, "tail_cache_bytes": 0}
+    async with rivals(storage["STREAMHOUSE_PG_DSN"], tmp_path, types_pb2.ACKS_WAL, **memory) as found:
+        found.store.gate.clear()
+        rng = random.Random(2)
+        values = [rng.randbytes(50_000) for _ in range(60)]
+        for value in values:
+            await found.produce("old", value, types_pb2.ACKS_WAL)
+        hit = 35  # a segmenter builds two buffers of some ten records at a time, none of which it can upload
+        (log_file,) = (tmp_path / "old").glob("*.wal")
+        with log_file.open("r+b") as file:  # in place: the agent has it open
+            file.seek(log_file.read_bytes().index(values[hit]) + 25_000)
+            file.write(b"damaged")
+        found.store.gate.set()
+        assert await found.produce("old", b"durable", types_pb2.ACKS_DURABLE) == 60, "what lies behind is registered"
+        kept = {at: value for at, value in found.acknowledged.items() if at != hit}
+        assert await found.read() == (kept, [(hit, hit + 1)])
+        await found.check_registry()
 
 
 @pytest.fixture

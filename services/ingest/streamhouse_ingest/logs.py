@@ -4,11 +4,11 @@ import asyncio
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from shproto.errors import NOT_WRITTEN, UNKNOWN, NotLeader
 
-from streamhouse_ingest.core.buffer import BATCH_OVERHEAD_BYTES, Buffer
+from streamhouse_ingest.core.buffer import BATCH_OVERHEAD_BYTES, Buffer, WalPosition
 from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
 from streamhouse_ingest.core.producers import ProducerTable
 
@@ -193,6 +193,13 @@ class Logs:
         held.release_registered()
         held.notify()
         self.trim()
+
+    def cut_out(self, held: HeldLog, buffer: Buffer, damaged: Collection[WalPosition]) -> list[Buffer]:
+        """Batches of a sealed buffer cannot be read back any more. Returns the buffers that are left of it."""
+        left = held.log.cut_out(buffer, damaged)
+        self.memory_bytes += sum(map(_cost, left)) - _cost(buffer)
+        held.notify()
+        return left
 
     def settle(self, held: HeldLog, end_offset: int) -> int:
         """The range ends at `end_offset`. Returns how many records of ours lie beyond and are given up."""

@@ -11,6 +11,7 @@ from shruntime.tasks import Backoff, Tasks
 
 from streamhouse_ingest.core.lease import Lease
 from streamhouse_ingest.core.sealing import SealLimits
+from streamhouse_ingest.damage import Damage
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.moves import Moves
@@ -89,7 +90,9 @@ def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) 
     writer.on_append(_after_append(sealer, session))
     topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, session.reconcile)
     produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
-    return Running(opened, logs, writer, sealer, session, ranges, moves, trimmer, produce, _tail(around, opened, logs))
+    damage = Damage(logs, opened.reader, sealer, around.metrics, session.want_reconcile)
+    tail = _tail(around, opened, logs, damage)
+    return Running(opened, logs, writer, sealer, session, ranges, moves, trimmer, produce, tail)
 
 
 def _writer(around: Surroundings, opened: OpenedLog, logs: Logs, lease: Lease) -> Writer:
@@ -112,11 +115,12 @@ def _moves(around: Surroundings, logs: Logs, writer: Writer, sealer: Sealer, hol
     )
 
 
-def _tail(around: Surroundings, opened: OpenedLog, logs: Logs) -> TailReader:
+def _tail(around: Surroundings, opened: OpenedLog, logs: Logs, damage: Damage) -> TailReader:
     settings = around.settings
     return TailReader(
         logs,
         opened.reader,
+        damage,
         around.clock,
         bytes_max=settings.read_tail_bytes_max,
         wait_ms_max=settings.read_tail_wait_ms_max,

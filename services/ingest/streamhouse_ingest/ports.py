@@ -91,6 +91,9 @@ class BatchReader(Protocol):
     def read(self, positions: Sequence[WalPosition]) -> list[bytes]:
         """The batches at `positions`, checked, in their order. Raises WalDamaged, WalFileGone, OSError."""
 
+    def find_damaged(self, positions: Sequence[WalPosition]) -> list[WalPosition]:
+        """Those that cannot be read back, as far as possible from the disk itself. Raises WalFileGone, OSError."""
+
 
 @dataclass(frozen=True, slots=True)
 class OpenedLog:

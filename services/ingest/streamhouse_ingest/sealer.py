@@ -130,6 +130,10 @@ class Sealer:
             self._seal([self._logs.dirty[key] for key in keys])
         return plan.look_again_ms
 
+    def seal_alone(self, held: HeldLog) -> None:
+        """At once, into an object of its own."""
+        self._seal([held])
+
     def _seal(self, helds: Sequence[HeldLog]) -> None:
         parents = [parent for held in helds for parent in held.traceparents][-LINKS_MAX:]
         for held in helds:
@@ -150,7 +154,7 @@ class Sealer:
         for held in self._logs:
             self._logs.seal(held)
             held.log.take_snapshots()
-        self._announce_again([(held, buffer) for held in self._logs for buffer in held.log.sealed])
+        self.announce_again([(held, buffer) for held in self._logs for buffer in held.log.sealed])
 
     def completed(self, buffer_id: str) -> None:
         """The coordinator has done with a buffer. What of it is not registered after all is announced anew."""
@@ -162,10 +166,10 @@ class Sealer:
                     again += [(held, buffer) for buffer in held.log.sealed if _overlap(buffer, old)]
             if again:
                 log.info("buffer %s: %d slices are not registered, announcing them anew", buffer_id, len(again))
-            self._announce_again(again)
+            self.announce_again(again)
 
-    def _announce_again(self, slices: Sequence[tuple[HeldLog, Buffer]]) -> None:
-        """Grouped into objects like a seal's."""
+    def announce_again(self, slices: Sequence[tuple[HeldLog, Buffer]]) -> None:
+        """Other buffers than before hold what was announced. Grouped into objects like a seal's."""
         group: list[tuple[HeldLog, Buffer]] = []
         size_bytes = 0
         for held, buffer in slices:

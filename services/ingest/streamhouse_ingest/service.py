@@ -12,6 +12,7 @@ from shproto.errors import (
     UNKNOWN,
     AcksTooWeak,
     BatchTooLarge,
+    DataLoss,
     DurableTimeout,
     InvalidArgument,
     InvalidBatch,
@@ -113,7 +114,7 @@ class ProduceService:
 
     async def answer(self, accepted: Accepted) -> pb.ProduceResponse:
         """The response once the ack level is reached. Raises what refused the batch, DurableTimeout, Unavailable,
-        DataLoss when it is a retry of a batch that was given up."""
+        DataLoss when it is a retry of a batch that was given up, or was damaged before it was registered."""
         with self._counting_refusals(), trace.use_span(accepted.span, end_on_exit=True):
             return await self._answer(accepted)
 
@@ -149,6 +150,7 @@ class ProduceService:
         held, log = self._holder(written), written.held.log
         if held is None:
             if log.start_offset <= written.base_offset and written.end_offset <= log.registered_end:
+                _check_kept(log, written)
                 return  # not held any more because it is registered
             if not written.duplicate:
                 why = "its range is over; whether the batch is kept is unknown"
@@ -163,6 +165,7 @@ class ProduceService:
             registered.cancel()  # has no effect once it is done; the log need not keep it otherwise
         if (error := registered.result()) is not None:
             raise error
+        _check_kept(held.log, written)
 
     async def _wait_registered_elsewhere(self, accepted: Accepted, written: Written) -> None:
         """The original lies in an older range. That may be the orphaned one of an agent whose disk is gone: that it
@@ -250,6 +253,20 @@ class ProduceService:
             return encode_batch(_columns(plain, self._clock.wall_ms()), codec=Codec.LZ4)
         except FormatError as error:
             raise InvalidBatch(f"these records make no batch: {error}", at=error.at, what=error.what) from error
+
+
+def _check_kept(log: PartitionLog, written: Written) -> None:
+    """That everything up to the batch is registered says that the batch is, or that it is on record as lost. Raises
+    DataLoss."""
+    if log.is_damaged(written.base_offset):
+        raise DataLoss(
+            f"{log.describe()}: the batch at offset {written.base_offset} was damaged in the write-ahead log before it "
+            "was in the object store",
+            topic=log.topic,
+            partition=log.key.partition,
+            base_offset=written.base_offset,
+            end_offset=written.end_offset,
+        )
 
 
 def _durable_timeout(accepted: Accepted, log: PartitionLog, written: Written) -> DurableTimeout:

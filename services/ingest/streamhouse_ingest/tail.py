@@ -7,8 +7,8 @@ from shproto.errors import DataLoss, Fenced, StreamHouseError
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import Clock
 
-from streamhouse_ingest.core.buffer import WalPosition
 from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
+from streamhouse_ingest.damage import Damage
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.ports import BatchReader, WalDamaged, WalFileGone
 from streamhouse_ingest.waiting import done_within
@@ -16,15 +16,16 @@ from streamhouse_ingest.waiting import done_within
 # gRPC moves 1 MiB messages at 1-2 GB/s and smaller ones slower; larger ones only cost memory.
 SLICE_MESSAGE_BYTES = 1024 * 1024
 
-Picked = list[tuple[WalPosition, bytes | None]]
-
 
 class TailReader:
     """Batches from memory, and from the log's files where memory has given them up."""
 
-    def __init__(self, logs: Logs, reader: BatchReader, clock: Clock, *, bytes_max: int, wait_ms_max: int) -> None:
+    def __init__(
+        self, logs: Logs, reader: BatchReader, damage: Damage, clock: Clock, *, bytes_max: int, wait_ms_max: int
+    ) -> None:
         self._logs = logs
         self._reader = reader
+        self._damage = damage
         self._clock = clock
         self._bytes_max = bytes_max
         self._wait_ms_max = wait_ms_max
@@ -43,13 +44,13 @@ class TailReader:
         log = held.log
         bytes_max = min(request.max_bytes or self._bytes_max, self._bytes_max)
         response = pb.ReadTailResponse(high_watermark=log.next_offset, tail_start_offset=log.held_from)
-        picked = log.read(request.offset, log.next_offset, bytes_max)
-        if not picked and (gap := log.gap_at(request.offset)) is not None:
-            raise _lost(log, gap.base_offset, gap.end_offset, "these records were damaged in the write-ahead log")
         try:
-            response.batches.extend(await self._bytes_of(log, picked))
+            batches, _ = await self._read(held, request.offset, log.next_offset, bytes_max)
         except WalFileGone:  # registered and trimmed while we were about to read: plan anew
             return pb.ReadTailResponse(high_watermark=log.next_offset, tail_start_offset=log.next_offset)
+        if not batches and (gap := log.gap_at(request.offset)) is not None:
+            raise _lost(log, gap.base_offset, gap.end_offset, "these records were damaged in the write-ahead log")
+        response.batches.extend(batches)
         return response
 
     def _find(self, topic_id: bytes, partition: int, offset: int) -> HeldLog | None:
@@ -75,14 +76,14 @@ class TailReader:
             raise self._not_held(held, request, offset)
         while offset < request.end_offset:
             held = self._logs.get(key)
-            picked = held.log.read(offset, request.end_offset, SLICE_MESSAGE_BYTES) if held is not None else []
-            if held is None or not picked:
+            if held is None:
                 raise self._not_held(held, request, offset)
-            next_offset = held.log.end_after(offset, len(picked))
             try:
-                batches = await self._bytes_of(held.log, picked)
+                batches, next_offset = await self._read(held, offset, request.end_offset, SLICE_MESSAGE_BYTES)
             except WalFileGone as error:
                 raise self._not_held(None, request, offset) from error
+            if not batches:
+                raise self._not_held(held, request, offset)
             yield pb.PullSliceResponse(batches=batches)
             offset = next_offset
 
@@ -97,21 +98,32 @@ class TailReader:
             buffer_id=request.buffer_id,
         )
 
-    async def _bytes_of(self, log: PartitionLog, picked: Picked) -> list[bytes]:
-        missing = [position for position, batch in picked if batch is None]
-        if not missing:
-            return [batch for _, batch in picked if batch is not None]
+    async def _read(self, held: HeldLog, offset: int, end_offset: int, bytes_max: int) -> tuple[list[bytes], int]:
+        """Whole batches in a row from the one that holds `offset` on, and where they end; none where it is not held.
+        Raises WalFileGone, DataLoss."""
         try:
-            read = iter(await asyncio.to_thread(self._reader.read, missing))
+            return await self._try_to_read(held.log, offset, end_offset, bytes_max)
+        except WalDamaged as error:
+            await self._damage.met(held, error.position)
+        try:
+            return await self._try_to_read(held.log, offset, end_offset, bytes_max)  # up to the gap that it made
         except WalDamaged as error:
             raise DataLoss(
-                f"{log.describe()}: {error}",
-                topic=log.topic,
-                partition=log.key.partition,
+                f"{held.log.describe()}: {error}",
+                topic=held.log.topic,
+                partition=held.log.key.partition,
                 file=error.file_name,
                 at=error.position.at,
             ) from error
-        return [next(read) if batch is None else batch for _, batch in picked]
+
+    async def _try_to_read(
+        self, log: PartitionLog, offset: int, end_offset: int, bytes_max: int
+    ) -> tuple[list[bytes], int]:
+        picked = log.read(offset, end_offset, bytes_max)
+        next_offset = log.end_after(offset, len(picked)) if picked else offset
+        missing = [position for position, batch in picked if batch is None]
+        read = iter(await asyncio.to_thread(self._reader.read, missing) if missing else ())
+        return [next(read) if batch is None else batch for _, batch in picked], next_offset
 
 
 def _lost(log: PartitionLog, base_offset: int, end_offset: int, why: str) -> DataLoss:

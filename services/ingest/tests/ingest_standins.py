@@ -10,7 +10,7 @@ from typing import Any
 
 from shformat import Records, decode_batch
 from shproto import events
-from shproto.errors import AgentIdTaken, SessionExpired, Unavailable, UnknownTopic
+from shproto.errors import AgentIdTaken, DataLoss, Fenced, SessionExpired, Unavailable, UnknownTopic
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import ingest_pb2, types_pb2
 from shruntime.clock import Clock
@@ -377,8 +377,13 @@ class SegmenterStandIn:
         """Builds everything announced so far; returns how many buffers."""
         done = 0
         for buffer_id, request in list(self.coordinator.buffers.items()):
-            for part in request.slices:
-                await self._build(buffer_id, part)
+            try:
+                for part in request.slices:
+                    await self._build(buffer_id, part)
+            except DataLoss:
+                continue  # tried again with the next round, as a segmenter does
+            except Fenced:
+                pass  # registered meanwhile under another announcement
             self.coordinator.complete(buffer_id)
             done += 1
         return done
@@ -389,6 +394,7 @@ class SegmenterStandIn:
         records = await pull(self.service, key, part.base_offset, part.end_offset, buffer_id)
         if self.coordinator.register(key, part.base_offset, part.end_offset, part.producer_snapshot):
             self.segments[(*key, part.base_offset)] = records
+            self.coordinator.fill_holes()
 
     async def run(self) -> None:
         while True:

@@ -222,3 +222,27 @@ class LogMachine(RuleBasedStateMachine):
 
 TestLogMachine = LogMachine.TestCase
 TestLogMachine.settings = hypothesis_settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_batches_that_cannot_be_read_back_are_cut_out_and_forgotten():
+    log = new_log(start=0)
+    for n in range(6):
+        append(log, 2, ProducerStamp(7 if n < 5 else 8, 0, 2 * n if n < 5 else 0), at=100 * n)
+    buffer = log.seal()
+    assert buffer is not None
+    append(log, 2, at=600)
+    later = log.seal()
+    assert log.cut_out(buffer, {WalPosition(1, at, 20) for at in (100, 200, 500)}) == list(log.sealed)[:2]
+    assert [(b.base_offset, b.end_offset, b.size_bytes) for b in log.sealed] == [(0, 2, 20), (6, 10, 40), (12, 14, 20)]
+    assert log.sealed[2] is later
+    assert log.lost_spans() == [Span(2, 6), Span(10, 12)]
+    assert [log.is_damaged(offset) for offset in (1, 2, 5, 6, 9, 10, 11, 12)] == [0, 1, 1, 0, 0, 1, 1, 0]
+    state = log.producers.get(7)
+    assert state is not None and [batch.base_offset for batch in state.batches] == [0, 6, 8]
+    assert log.producers.get(8) is None
+    assert later is not None and later.snapshot == log.producers.snapshot(14), "nor is it in what is announced next"
+    log.register(14)
+    assert (log.lost_spans(), log.is_damaged(3)) == ([], True), "for whoever asks about it later"
+    whole = Buffer(0, 0)
+    whole.append(1, WalPosition(1, 0, 10), None)
+    assert whole.cut_out({WalPosition(1, 0, 10)}) == []

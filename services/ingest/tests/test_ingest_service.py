@@ -20,7 +20,7 @@ from shproto.v1 import types_pb2
 from shruntime.clock import ManualClock
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.core.buffer import WalPosition
-from streamhouse_ingest.ports import Frame, WalBroken, WalLocked
+from streamhouse_ingest.ports import Frame, WalBroken, WalDamaged, WalLocked
 from streamhouse_ingest.wiring import IngestService
 
 from services.ingest.tests.ingest_standins import (
@@ -1007,17 +1007,95 @@ async def test_g2_what_a_power_failure_takes_back_of_a_log_that_was_not_synced_i
         assert (await service.api.produce(request(b"on"))).base_offset == limit + 3, "a log that was closed is whole"
 
 
+SMALL_MEMORY = {"memory_bytes_max": 1 << 20, "tail_cache_bytes": 0, "durable_linger_ms": 10_000}
+"""What is not sealed at once leaves memory when some 20 batches of 50 kB are there."""
+
+
+def offsets_and_values(records: Records) -> list[tuple[int, bytes | None]]:
+    return list(zip(records.offsets.tolist(), records.values.to_list(), strict=True))
+
+
+def flip_in(path: Path, value: bytes) -> None:
+    """A bit of what a record holds."""
+    flip_bit(path, path.read_bytes().index(value) + len(value) // 2)
+
+
 async def test_g6_a_batch_damaged_after_it_was_written_is_an_error_when_read_back(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
 ):
-    async with running(tmp_path, coordinator, memory_bytes_max=1 << 20, tail_cache_bytes=0) as service:
-        for _ in range(30):
-            await service.api.produce(request(os.urandom(50_000)))
+    """With its place; what comes before and after it is there."""
+    values = [os.urandom(50_000) for _ in range(30)]
+    async with running(tmp_path, coordinator, **SMALL_MEMORY) as service:
+        for value in values:
+            await service.api.produce(request(value))
         (path,) = wal_files(tmp_path)
-        flip_bit(path, 1000)
+        flip_in(path, values[3])
+        assert values_of(await read(service, topic_id, 0)) == values[:3]
         with pytest.raises(errors.DataLoss) as caught:
-            await read(service, topic_id, 0)
-        assert caught.value.details["file"] == path.name
+            await read(service, topic_id, 3)
+        assert (caught.value.details["base_offset"], caught.value.details["end_offset"]) == ("3", "4")
+        assert values_of(await read(service, topic_id, 4))[:2] == values[4:6]
+
+
+async def test_g6_damage_on_a_running_agents_disk_holds_up_nothing_but_what_it_hit(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    """Of a buffer that is read from the log again for its hand-over the damaged batches are cut out and reported; the
+    rest is registered, in order, and acknowledged. A durable ack of what was hit is refused."""
+    values = [os.urandom(50_000) for _ in range(32)]
+    hit = (0, 7, 8, 20, 31)
+    stamps = [ProducerStamp(n + 1, 0, 0) for n in range(32)]
+    async with running(tmp_path, coordinator, **SMALL_MEMORY) as service:
+        durable: dict[int, asyncio.Task[pb.ProduceResponse]] = {}
+        for n, value in enumerate(values):
+            call = service.api.produce(request(value, acks=DURABLE if n in (7, 10) else WAL, stamp=stamps[n]))
+            if n in (7, 10):
+                durable[n] = asyncio.create_task(call)
+                await eventually(lambda n=n: service.agent.running().logs.led("orders", 0).log.next_offset == n + 1)
+            else:
+                assert (await call).base_offset == n
+        held = service.agent.running().logs.led("orders", 0)
+        assert held is not None and held.log.open is not None
+        service.agent.running().logs.memory_bytes -= held.log.open.drop_batches()  # as when memory is full
+        for n in hit:
+            flip_in(wal_files(tmp_path)[0], values[n])
+        segmenter = SegmenterStandIn(coordinator, service)
+        service.agent.running().sealer.seal_now([held])
+        async with draining(segmenter):
+            assert (await durable[10]).base_offset == 10
+            with pytest.raises(errors.DataLoss) as caught:
+                await durable[7]
+            assert (caught.value.details["base_offset"], caught.value.details["end_offset"]) == ("7", "8")
+            await eventually(lambda: held.log.registered_end == 32)
+            again = await service.api.produce(request(values[7], acks=DURABLE, stamp=stamps[7]))
+            assert (again.base_offset, again.duplicate) == (32, False), "a retry of what was lost is written anew"
+        row = coordinator.ranges[(topic_id, 0, 1)]
+        assert sorted(row.lost) == [(0, 1), (7, 9), (20, 21), (31, 32)]
+        stored = [item for _, records in sorted(segmenter.segments.items()) for item in offsets_and_values(records)]
+        assert stored == [(n, value) for n, value in enumerate([*values, values[7]]) if n not in hit]
+        await eventually(lambda: service.agent.running().logs.memory_bytes == 0)
+
+
+async def test_g6_a_second_look_at_what_seems_damaged_takes_nothing_out_that_can_be_read(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    values = [os.urandom(50_000) for _ in range(30)]
+    async with running(tmp_path, coordinator, **SMALL_MEMORY) as service:
+        for value in values:
+            await service.api.produce(request(value))
+        reader = service.agent.running().opened.reader
+        read_batches, failures = reader.read, 1
+
+        def fail_once(positions: Sequence[WalPosition]) -> list[bytes]:
+            nonlocal failures
+            failures -= 1
+            if failures == 0:
+                raise WalDamaged("file", positions[0], "a bit flipped in the page cache")
+            return read_batches(positions)
+
+        monkeypatch.setattr(reader, "read", fail_once)
+        assert values_of(await read(service, topic_id, 0))[:5] == values[:5]
+        assert service.agent.running().logs.led("orders", 0).log.lost_spans() == []
 
 
 async def test_describe_shows_what_is_there(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):

@@ -198,13 +198,43 @@ class FileBatchReader:
             batches += self._read_span(span)
         return batches
 
-    def _read_span(self, span: list[WalPosition]) -> list[bytes]:
-        start, end = span[0].at, span[-1].at + span[-1].size_bytes
-        path = self._directory.file_path(span[0].file)
+    def find_damaged(self, positions: Sequence[WalPosition]) -> list[WalPosition]:
+        """Those that cannot be read back, after a second look: from the disk, where the page cache lets go of them.
+        Raises WalFileGone, OSError."""
+        damaged = []
+        for span in _spans(positions):
+            try:
+                self._read_span(span)
+            except WalDamaged:
+                self._forget_cached(span)
+                damaged += [position for position in span if not self._can_read(position)]
+        return damaged
+
+    def _can_read(self, position: WalPosition) -> bool:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._read_span([position])
+        except WalDamaged:
+            return False
+        return True
+
+    def _forget_cached(self, span: Sequence[WalPosition]) -> None:
+        fd = self._open(span[0].file)
+        try:
+            size_bytes = span[-1].at + span[-1].size_bytes - span[0].at
+            os.posix_fadvise(fd, span[0].at, size_bytes, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+    def _open(self, file: int) -> int:
+        path = self._directory.file_path(file)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise WalFileGone(str(path)) from error
+
+    def _read_span(self, span: list[WalPosition]) -> list[bytes]:
+        start, end = span[0].at, span[-1].at + span[-1].size_bytes
+        fd = self._open(span[0].file)
         try:
             data = os.pread(fd, end - start, start)
         except OSError as error:
@@ -217,7 +247,7 @@ class FileBatchReader:
             return [self._checked(data, start, position) for position in span]
         if len(span) > 1:  # one by one: a bad spot costs the batches that lie in it
             return [batch for position in span for batch in self._read_span([position])]
-        raise WalDamaged(path.name, span[0], "the disk does not give it back")
+        raise WalDamaged(self._directory.file_path(span[0].file).name, span[0], "the disk does not give it back")
 
     def _checked(self, data: bytes, start: int, position: WalPosition) -> bytes:
         batch = data[position.at - start : position.at - start + position.size_bytes]

@@ -5,6 +5,7 @@ Columns instead of objects: a batch costs 48 bytes besides its own, so that a lo
 
 from array import array
 from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass
 
 # What one batch costs in the columns below: five 8-byte numbers and a pointer.
@@ -88,7 +89,7 @@ class Buffer:
         for i in range(bisect_right(self._ends, offset), len(self._ends)):
             if self._base_of(i) >= end_offset or (picked and total + self._sizes[i] > bytes_max):
                 break
-            picked.append((WalPosition(self._files[i], self._ats[i], self._sizes[i]), self._batches[i]))
+            picked.append((self._position(i), self._batches[i]))
             total += self._sizes[i]
         return picked
 
@@ -111,15 +112,36 @@ class Buffer:
         """Two buffers that meet at `offset`, a batch boundary inside this one."""
         assert self.base_offset < offset < self.end_offset and self.is_boundary(offset), "not between two batches"
         at = bisect_right(self._ends, offset)
-        head, rest = Buffer(self.base_offset, self.first_append_ms), Buffer(offset, self.first_append_ms)
-        for part, span in ((head, slice(0, at)), (rest, slice(at, None))):
-            part._ends, part._files = self._ends[span], self._files[span]
-            part._ats, part._sizes, part._batches = self._ats[span], self._sizes[span], self._batches[span]
-            part.end_offset = part._ends[-1]
-            part.size_bytes = sum(part._sizes)
-            part.memory_bytes = sum(len(batch) for batch in part._batches if batch is not None)
+        head, rest = self._part(0, at), self._part(at, len(self))
         rest.snapshot = self.snapshot
         return head, rest
+
+    def cut_out(self, damaged: Collection[WalPosition]) -> list["Buffer"]:
+        """What is left without these batches: buffers with gaps where they were, none empty."""
+        holes = [i for i in range(len(self)) if self._position(i) in damaged]
+        cuts = [(-1, *holes)[n] + 1 for n in range(len(holes) + 1)]
+        return [self._part(start, stop) for start, stop in zip(cuts, [*holes, len(self)], strict=True) if start < stop]
+
+    def on_disk_only(self) -> list[WalPosition]:
+        """Of the batches that are not in memory."""
+        return [self._position(i) for i, batch in enumerate(self._batches) if batch is None]
+
+    def holds(self, position: WalPosition) -> bool:
+        """Whether one of the batches lies there."""
+        return any(self._ats[i] == position.at and self._files[i] == position.file for i in range(len(self)))
+
+    def _part(self, start: int, stop: int) -> "Buffer":
+        """The batches from number `start` to `stop`."""
+        part, span = Buffer(self._base_of(start), self.first_append_ms), slice(start, stop)
+        part._ends, part._files = self._ends[span], self._files[span]
+        part._ats, part._sizes, part._batches = self._ats[span], self._sizes[span], self._batches[span]
+        part.end_offset = part._ends[-1]
+        part.size_bytes = sum(part._sizes)
+        part.memory_bytes = sum(len(batch) for batch in part._batches if batch is not None)
+        return part
+
+    def _position(self, i: int) -> WalPosition:
+        return WalPosition(self._files[i], self._ats[i], self._sizes[i])
 
     def _base_of(self, i: int) -> int:
         return self._ends[i - 1] if i else self.base_offset

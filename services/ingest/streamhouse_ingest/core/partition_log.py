@@ -6,9 +6,9 @@ write-ahead log has them; a group whose write failed leaves no trace.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 from shformat import ProducerStamp
@@ -90,6 +90,7 @@ class PartitionLog:
         self.tail: deque[Buffer] = deque()
         self.sealed: deque[Buffer] = deque()
         self.open: Buffer | None = None
+        self._damaged: list[Span] = []
 
     # ---- appending
 
@@ -201,6 +202,27 @@ class PartitionLog:
     def give_up(self) -> None:
         """The range is over and nothing more of it can be registered: what was not is forgotten."""
         self.producers.forget(self.registered_end, self.next_offset)
+
+    def cut_out(self, buffer: Buffer, damaged: Collection[WalPosition]) -> list[Buffer]:
+        """Batches of a sealed buffer cannot be read back any more: the gaps are lost spans from now on. Returns the
+        buffers that are left of it. A retry of what was lost is no duplicate."""
+        left = buffer.cut_out(damaged)
+        at = self.sealed.index(buffer)
+        del self.sealed[at]
+        for part in reversed(left):
+            self.sealed.insert(at, part)
+        edges = [buffer.base_offset, *chain(*((part.base_offset, part.end_offset) for part in left)), buffer.end_offset]
+        for gap in map(Span, edges[::2], edges[1::2]):
+            if gap.base_offset < gap.end_offset:
+                self._damaged.append(gap)
+                self.producers.forget(*gap)
+        for later in islice(self.sealed, at, None):
+            later.snapshot = self.producers.snapshot(later.end_offset)
+        return left
+
+    def is_damaged(self, offset: int) -> bool:
+        """The batch at `offset` was written, but was damaged before it was registered."""
+        return any(span.base_offset <= offset < span.end_offset for span in self._damaged)
 
     def lost_spans(self) -> list[Span]:
         """The damaged spans that registration has not passed yet, ascending."""
