@@ -8,6 +8,7 @@ that the sweep has taken cannot be registered any more.
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -73,8 +74,10 @@ class Handover:
         except (ClaimLost, Fenced) as error:
             log.warning("buffer %s: %s", self._claim.buffer_id, error)
             result = HandoverResult(Outcome.CLAIM_LOST)
+            _let_go(error)
         except Exception as error:  # noqa: BLE001 - whatever it was, the buffer must go back and be tried again
             result = await self._give_back(error)
+            _let_go(error)
         else:
             telemetry.handover_ms.record(self._ports.clock.monotonic_ms() - started_ms)
             result = HandoverResult(Outcome.REGISTERED)
@@ -183,6 +186,15 @@ class Handover:
         reason = f"{why}: {error}"
         await release_claim(self._ports, self._claim.claim_id, reason=reason, retry_after_ms=wait_ms)
         return HandoverResult(Outcome.FAILED, wait_ms)
+
+
+def _let_go(error: BaseException) -> None:
+    """Frees what the frames of a failure hold. A task and the traceback of its error refer to each other: the object
+    that could not be uploaded would stay until a full garbage collection, and a process that mostly waits does few."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
 
 
 def _why(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Claim to registered, with every arrow cut: G1, G2 and G8 of ARCHITECTURE.md from the segmenter's side."""
 
 import asyncio
+import gc
 import random
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,6 +12,7 @@ from shproto.errors import Unavailable
 from shproto.v1 import coordinator_pb2 as c
 from shruntime.clock import SystemClock
 from shstore import FaultKind, FaultyStore, MemoryStore, RandomFaults, RetryingStore, RetryPolicy, ScriptedFaults
+from streamhouse_segmenter.builder import BuiltObject
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.service import Segmenter
 from streamhouse_segmenter.settings import SegmenterSettings
@@ -373,6 +375,20 @@ async def test_a_store_that_is_down_costs_a_retry(world: World) -> None:
     assert (await _one_failure(world, world.worker(store=faulty))).reason.startswith("store: ")
     await world.worker().drain()
     await world.check()
+
+
+async def test_g7_what_could_not_be_uploaded_is_freed_at_once(world: World) -> None:
+    """A full garbage collection may be minutes away, and a store that is down fails every few seconds."""
+    world.seal("b1", world.agent.append(0, [10]))
+    faulty = FaultyStore(world.store)
+    faulty.down = True
+    gc.collect()
+    gc.disable()
+    try:
+        await _one_failure(world, world.worker(store=faulty))
+        assert not [kept for kept in gc.get_objects() if isinstance(kept, BuiltObject)]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("kind", [FaultKind.TIMEOUT_DONE, FaultKind.LOST_REPLY, FaultKind.TIMEOUT_NOT_DONE])
