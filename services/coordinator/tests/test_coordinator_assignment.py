@@ -4,8 +4,16 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from shproto.events import EpochGranted, MoveRequested
-from streamhouse_coordinator.core.assignment import assign, start_of_next
+from shproto.events import (
+    EpochGranted,
+    MoveRequested,
+    RangeLost,
+    RangeOrphaned,
+    RangeSettled,
+    SessionClosed,
+    TopicCreated,
+)
+from streamhouse_coordinator.core.assignment import excess, grant, left_without_leader, move, start_of_next
 from streamhouse_coordinator.core.projection import row_ops
 from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, PartitionRow, RangeRow, SessionRow
 
@@ -24,21 +32,30 @@ def range_of(partition: int, status: str, agent: str, *, epoch: int = 1, end: in
 def run(
     count: int, latest: dict[int, RangeRow], agents: list[str]
 ) -> tuple[dict[int, EpochGranted], list[MoveRequested]]:
-    partitions = [PartitionRow(TOPIC, p, latest[p].epoch if p in latest else 0, 0) for p in range(count)]
-    by_key = {(TOPIC, number): row for number, row in latest.items()}
-    events = assign({TOPIC: "orders"}, partitions, by_key, [session(name) for name in agents], WIDTH)
-    grants = {event.partition: event for event in events if isinstance(event, EpochGranted)}
-    return grants, [event for event in events if isinstance(event, MoveRequested)]
+    waiting = [
+        PartitionRow(TOPIC, number, latest[number].epoch if number in latest else 0, 0)
+        for number in range(count)
+        if number not in latest or latest[number].status != OPEN
+    ]
+    by_key = {(TOPIC, row.partition): latest[row.partition] for row in waiting if row.partition in latest}
+    sessions = [session(name) for name in agents]
+    held = [row for row in latest.values() if row.status == OPEN and not row.moving]
+    loads = {row.session_id: sum(one.session_id == row.session_id for one in held) for row in sessions}
+    grants = grant({TOPIC: "orders"}, waiting, by_key, loads, sessions, count, WIDTH)
+    for event in grants:
+        loads[event.session_id] += 1
+    moves = move({TOPIC: "orders"}, held, excess(loads, sessions, count))
+    return {event.partition: event for event in grants}, moves
 
 
 def apply(
     latest: dict[int, RangeRow], grants: dict[int, EpochGranted], moves: list[MoveRequested]
 ) -> dict[int, RangeRow]:
     after = dict(latest)
-    for number, event in grants.items():
-        after[number] = row_ops(event)[0].row  # type: ignore[union-attr]
-    for move in moves:
-        after[move.partition] = replace(after[move.partition], moving=True)
+    for number, granted in grants.items():
+        after[number] = row_ops(granted)[0].row  # type: ignore[union-attr]
+    for event in moves:
+        after[event.partition] = replace(after[event.partition], moving=True)
     return after
 
 
@@ -47,6 +64,17 @@ def test_where_the_next_epoch_starts() -> None:
     assert start_of_next(range_of(0, SETTLED, "a", end=40)) == 40, "no gap after a known end"
     assert start_of_next(range_of(0, ORPHANED, "a")) == WIDTH, "past everything the lost leader may have acknowledged"
     assert start_of_next(range_of(0, LOST, "a", end=WIDTH)) == WIDTH
+
+
+def test_which_partitions_events_leave_without_a_leader() -> None:
+    events = [
+        TopicCreated(TOPIC, "orders", 2, None, None, 2, None, 0),
+        RangeSettled("a", 5, 1, 10),
+        RangeOrphaned("a", 6, 1),
+        RangeLost("a", 7, 1, 100, "why"),
+        SessionClosed("session-a", "a", "ingest", "expired"),
+    ]
+    assert list(left_without_leader(events)) == [(TOPIC, 0), (TOPIC, 1), ("a", 5), ("a", 6), ("a", 7)]
 
 
 def test_no_agents_no_grants() -> None:

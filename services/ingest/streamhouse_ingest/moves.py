@@ -18,6 +18,10 @@ from streamhouse_ingest.writer import Writer
 
 log = logging.getLogger(__name__)
 
+# So many partitions refuse writes at once, however many have to move: their ends are declared in one call, which the
+# coordinator answers in well under a second. With as many producers as one remembers each, the call has 13 MB.
+MOVES_AT_ONCE = 100
+
 
 class Moves:
     """Registration comes before settling, because the next leader needs the idempotent producers' state at the end."""
@@ -45,6 +49,9 @@ class Moves:
         self._timeout_ms = timeout_ms
         self._make_backoff = make_backoff
         self._moving: dict[LogKey, asyncio.Task[None]] = {}
+        self._turn = asyncio.Semaphore(MOVES_AT_ONCE)
+        self._unsettled: dict[LogKey, pb.WalEnd] = {}
+        self._settling = asyncio.Lock()
 
     def moving(self, held: HeldLog) -> bool:
         return held.log.key in self._moving
@@ -64,20 +71,25 @@ class Moves:
             task.cancel()
 
     async def _move(self, held: HeldLog) -> None:
-        while not await self._flush_and_stop(held) and self._is_held(held):
-            log.warning("%s: not registered within %d ms, going on here", held.log.describe(), self._timeout_ms)
-            self._logs.lead(held)
-        if self._is_held(held) and not self._writer.broken:  # after that the end is a replay's to find
-            await self._settle(held)
+        await self._flush(held)
+        async with self._turn:
+            while not await self._flush_and_stop(held) and self._is_held(held):
+                log.warning("%s: not registered within %d ms, going on here", held.log.describe(), self._timeout_ms)
+                self._logs.lead(held)
+            if self._is_held(held) and not self._writer.broken:  # after that the end is a replay's to find
+                await self._settle(held)
 
     def _is_held(self, held: HeldLog) -> bool:
         """Not lost, its topic not deleted meanwhile: a log that nobody holds must never lead again."""
         return self._logs.get(held.log.key) is held
 
-    async def _flush_and_stop(self, held: HeldLog) -> bool:
-        """Uploads what is there while writes go on; then refuses writes for the little that came since."""
+    async def _flush(self, held: HeldLog) -> None:
         self._sealer.seal_now([held])
         await held.wait_registered(held.log.next_offset)
+
+    async def _flush_and_stop(self, held: HeldLog) -> bool:
+        """Uploads what is there while writes go on; then refuses writes for the little that came since."""
+        await self._flush(held)
         self._logs.stop_leading(held)
         await self._writer.barrier()
         self._sealer.seal_now([held])
@@ -86,22 +98,38 @@ class Moves:
     async def _settle(self, held: HeldLog) -> None:
         key = held.log.key
         self._logs.settle(held, held.log.next_offset)  # before the call: a late answer must not revive it
-        end = pb.WalEnd(
+        self._unsettled[key] = pb.WalEnd(
             topic_id=key.topic_id,
             partition=key.partition,
             epoch=key.epoch,
             end_offset=held.log.next_offset,
             producer_snapshot=held.log.tail_snapshot(),
         )
-        backoff = self._make_backoff()
-        while True:
-            request = pb.SettleRangesRequest(session_id=self._holder.session_id, ends=[end])
-            try:
-                await self._coordinator.settle_ranges(request)
-            except SessionExpired:
-                return  # the next session settles it
-            except StreamHouseError as error:
+        backoff, alone = self._make_backoff(), False
+        try:
+            while (error := await self._settle_with_others(key, alone)) is not None:
                 log.warning("%s: cannot be settled yet: %s", held.log.describe(), error.message)
+                alone = not error.retriable  # what one range is refused for must not keep the others
                 await self._clock.sleep_ms(backoff.next_ms())
-            else:
-                return
+        finally:
+            self._unsettled.pop(key, None)
+
+    async def _settle_with_others(self, key: LogKey, alone: bool) -> StreamHouseError | None:
+        """Declares where this range ends, and those that wait by now; one call at a time. Returns what it failed with,
+        None once this range is settled, or the next session has to settle it."""
+        async with self._settling:
+            if key not in self._unsettled:
+                return None  # another's call took it along
+            keys = [key] if alone else list(self._unsettled)
+            ends = [self._unsettled[one] for one in keys]
+            try:
+                await self._coordinator.settle_ranges(
+                    pb.SettleRangesRequest(session_id=self._holder.session_id, ends=ends)
+                )
+            except SessionExpired:
+                pass  # the next session settles them
+            except StreamHouseError as error:
+                return error
+            for one in keys:
+                self._unsettled.pop(one, None)
+            return None

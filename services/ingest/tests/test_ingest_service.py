@@ -648,6 +648,31 @@ async def test_a_move_seals_uploads_settles_and_the_next_epoch_begins_there(
             assert (await service.api.produce(request(b"c"))).base_offset == 2
 
 
+async def test_of_many_moves_a_few_refuse_writes_at_once_and_one_call_settles_them(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("streamhouse_ingest.moves.MOVES_AT_ONCE", 10)
+    go_on, settle, calls = asyncio.Event(), coordinator.settle_ranges, []
+
+    async def held_up(request: Any) -> Any:
+        calls.append(len(request.ends))
+        await go_on.wait()
+        return await settle(request)
+
+    monkeypatch.setattr(coordinator, "settle_ranges", held_up)
+    many = coordinator.create("many", 30)
+    async with running(tmp_path, coordinator) as service:
+        logs = service.agent.running().logs
+        led_now = lambda: sum(logs.led("many", number) is not None for number in range(30))  # noqa: E731
+        await eventually(lambda: led_now() == 30)
+        for number in range(30):
+            coordinator.move("many", number)
+        await eventually(lambda: calls and led_now() == 20)
+        go_on.set()
+        await eventually(lambda: all((many, number, 2) in coordinator.ranges for number in range(30)))
+        assert sum(calls) == 30 and len(calls) <= 6 and max(calls) <= 10
+
+
 async def test_a_move_that_cannot_be_finished_goes_on_serving(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
 ):

@@ -5,41 +5,68 @@ partitions as possible move.
 """
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from shproto.events import EpochGranted, Event, MoveRequested
+from shproto.events import EpochGranted, Event, MoveRequested, RangeLost, RangeOrphaned, RangeSettled, TopicCreated
 
-from streamhouse_coordinator.core.tables import OPEN, SETTLED, PartitionRow, RangeRow, SessionRow
+from streamhouse_coordinator.core.tables import SETTLED, PartitionRow, RangeRow, SessionRow
 
 PartitionKey = tuple[str, int]
 
 
-def assign(
-    topics: Mapping[str, str],
-    partitions: Sequence[PartitionRow],
-    latest: Mapping[PartitionKey, RangeRow],
-    sessions: Sequence[SessionRow],
-    width_offsets: int,
-) -> list[Event]:
-    """Grants and moves that are due.
+def left_without_leader(events: Iterable[Event]) -> Iterator[PartitionKey]:
+    """The partitions that nobody leads any more, or yet, because of these events."""
+    for event in events:
+        match event:
+            case RangeSettled() | RangeOrphaned() | RangeLost():
+                yield event.topic_id, event.partition
+            case TopicCreated():
+                yield from ((event.topic_id, number) for number in range(event.partitions))
 
-    `topics`: name by topic_id. `latest`: each partition's newest range. `sessions`: the live ingest sessions; an open
-    range belongs to one of them.
+
+def grant(
+    topics: Mapping[str, str],
+    waiting: Sequence[PartitionRow],
+    latest: Mapping[PartitionKey, RangeRow],
+    loads: Mapping[str, int],
+    sessions: Sequence[SessionRow],
+    total: int,
+    width_offsets: int,
+) -> list[EpochGranted]:
+    """A leader for each partition that has none; nobody to lead them: no grants.
+
+    `topics`: name by topic_id. `waiting`: the partitions without a leader; `latest`: the newest range of each that has
+    had one. `sessions`: the live ingest sessions; `loads`: by their ids, how many partitions each leads that are not on
+    the move. `total`: of all partitions there are.
     """
     if not sessions:
         return []
-    ordered = sorted(partitions, key=lambda row: (row.topic_id, row.partition))
-    held = _held(latest.values(), sessions)
-    waiting = [row for row in ordered if not _led(latest.get((row.topic_id, row.partition)))]
-    chosen = _choose(waiting, latest, held, sessions, len(partitions))
-    grants: list[Event] = [
+    ordered = sorted(waiting, key=lambda row: (row.topic_id, row.partition))
+    return [
         _grant(topics[row.topic_id], row, latest.get((row.topic_id, row.partition)), session, width_offsets)
-        for row, session in chosen
+        for row, session in _choose(ordered, latest, loads, sessions, total)
     ]
-    loads = {session_id: len(ranges) for session_id, ranges in held.items()}
-    for _, session in chosen:
-        loads[session.session_id] += 1
-    return grants + _moves(topics, held, loads, sessions, len(partitions))
+
+
+def excess(loads: Mapping[str, int], sessions: Sequence[SessionRow], total: int) -> dict[str, int]:
+    """By session id, how many partitions are to move away; the sessions with the most keep the larger shares."""
+    if not sessions:
+        return {}
+    least, extra = divmod(total, len(sessions))
+    fullest = sorted(sessions, key=lambda session: (-loads[session.session_id], session.agent_id))
+    over = {row.session_id: loads[row.session_id] - (least + (rank < extra)) for rank, row in enumerate(fullest)}
+    return {session_id: count for session_id, count in over.items() if count > 0}
+
+
+def move(topics: Mapping[str, str], held: Sequence[RangeRow], over: Mapping[str, int]) -> list[MoveRequested]:
+    """The moves that `excess` asks for. `held`: the open ranges of those sessions that are not on the move yet."""
+    moves = []
+    for session_id, count in over.items():
+        ranges = sorted((row for row in held if row.session_id == session_id), key=lambda row: row.key)
+        for row in ranges[-count:]:
+            name = topics[row.topic_id]
+            moves.append(MoveRequested(row.topic_id, name, row.partition, row.epoch, row.session_id, row.agent_id))
+    return moves
 
 
 def start_of_next(previous: RangeRow | None) -> int:
@@ -52,29 +79,16 @@ def start_of_next(previous: RangeRow | None) -> int:
     return previous.limit_offset
 
 
-def _led(latest: RangeRow | None) -> bool:
-    return latest is not None and latest.status == OPEN
-
-
-def _held(latest: Iterable[RangeRow], sessions: Sequence[SessionRow]) -> dict[str, list[RangeRow]]:
-    """Per session the ranges it keeps; those on the move are as good as gone."""
-    held: dict[str, list[RangeRow]] = {session.session_id: [] for session in sessions}
-    for row in latest:
-        if row.status == OPEN and not row.moving and row.session_id in held:
-            held[row.session_id].append(row)
-    return held
-
-
 def _choose(
     waiting: Sequence[PartitionRow],
     latest: Mapping[PartitionKey, RangeRow],
-    held: Mapping[str, Sequence[RangeRow]],
+    held: Mapping[str, int],
     sessions: Sequence[SessionRow],
     total: int,
 ) -> list[tuple[PartitionRow, SessionRow]]:
     """A session for each partition: the one whose log has its past if that has room, else the least loaded."""
     least, extra = divmod(total, len(sessions))
-    loads = {session.session_id: len(held[session.session_id]) for session in sessions}
+    loads = {session.session_id: held[session.session_id] for session in sessions}
     by_wal = {session.wal_id: session for session in sessions}
     chosen: list[tuple[PartitionRow, SessionRow]] = []
     rest = []
@@ -113,26 +127,3 @@ def _grant(
         start_offset=start,
         limit_offset=start + width_offsets,
     )
-
-
-def _moves(
-    topics: Mapping[str, str],
-    held: Mapping[str, Sequence[RangeRow]],
-    loads: Mapping[str, int],
-    sessions: Sequence[SessionRow],
-    total: int,
-) -> list[Event]:
-    """What the fullest agents hold above their share; the ones with the most keep the larger shares."""
-    least, extra = divmod(total, len(sessions))
-    moves: list[Event] = []
-    fullest = sorted(sessions, key=lambda session: (-loads[session.session_id], session.agent_id))
-    for rank, session in enumerate(fullest):
-        excess = loads[session.session_id] - (least + (rank < extra))
-        ranges = sorted(held[session.session_id], key=lambda row: row.key)
-        for row in ranges[len(ranges) - min(excess, len(ranges)) :] if excess > 0 else ():
-            moves.append(
-                MoveRequested(
-                    row.topic_id, topics[row.topic_id], row.partition, row.epoch, row.session_id, row.agent_id
-                )
-            )
-    return moves

@@ -6,17 +6,17 @@ group's lock, topic rows, partition rows, range rows, buffer claims, compaction 
 """
 
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from shproto.errors import SessionExpired, UnknownTopic
-from shproto.events import Event
+from shproto.events import Event, MoveRequested
 
 from streamhouse_coordinator.core import assignment, topics
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Set
 from streamhouse_coordinator.core.sessions import INGEST
-from streamhouse_coordinator.ports import In, Lock, Store, Transaction, where, where_keys
+from streamhouse_coordinator.ports import In, Lock, Store, Transaction, Where, where, where_keys
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.waiters import GroupWaiters
 
@@ -84,11 +84,49 @@ async def commit_leadership(tx: Transaction, settings: CoordinatorSettings, even
     lease. Returns the position before all of them. The caller holds the cluster lock."""
     before = await tx.position()
     await tx.append(events)
-    partitions = await tx.select(t.PARTITIONS)
-    latest = await newest_ranges(tx, partitions)
     sessions = await tx.select(t.SESSIONS, where(role=INGEST), order=("agent_id",))
-    names = {row.topic_id: row.topic for row in await tx.select(t.TOPICS)}
-    follow_up = assignment.assign(names, partitions, latest, sessions, settings.range_width_offsets)
-    version = await tx.append(follow_up)
+    version = await tx.append(await _follow_up(tx, settings, sessions, events))
     await tx.apply([Set(t.SESSION_LEASES, (row.session_id,), {"grants_version": version}) for row in sessions])
     return before
+
+
+async def _follow_up(
+    tx: Transaction, settings: CoordinatorSettings, sessions: Sequence[t.SessionRow], events: Sequence[Event]
+) -> list[Event]:
+    """Grants and moves that are due. Costs by what changed: of all the other partitions only numbers are read."""
+    if not sessions:
+        return []
+    total = (await tx.totals(t.PARTITIONS, where()))[0].count
+    led = await tx.totals(t.RANGES, where(status=t.OPEN), by=("session_id", "moving"))
+    loads = {row.session_id: 0 for row in sessions} | {
+        session_id: found.count for found in led for session_id, moving in [found.group] if not moving
+    }
+    touched = assignment.left_without_leader(events)
+    waiting = await _without_leader(tx, set(touched), total - sum(found.count for found in led))
+    names = await topic_names(tx, {row.topic_id for row in waiting})
+    latest = await newest_ranges(tx, waiting)
+    grants = assignment.grant(names, waiting, latest, loads, sessions, total, settings.range_width_offsets)
+    for event in grants:
+        loads[event.session_id] += 1
+    return [*grants, *await _moves(tx, assignment.excess(loads, sessions, total))]
+
+
+async def _without_leader(tx: Transaction, touched: Collection[tuple[str, int]], count: int) -> list[t.PartitionRow]:
+    """The `count` partitions that nobody leads: most often those just `touched`; else all have to be looked through."""
+    if not count:
+        return []
+    waiting = await _leaderless_of(tx, where_keys(("topic_id", "partition"), sorted(touched))) if touched else []
+    return waiting if len(waiting) == count else await _leaderless_of(tx, where())
+
+
+async def _leaderless_of(tx: Transaction, which: Where) -> list[t.PartitionRow]:
+    partitions = await tx.select(t.PARTITIONS, which)
+    led = {key for key, row in (await newest_ranges(tx, partitions)).items() if row.status == t.OPEN}
+    return [row for row in partitions if (row.topic_id, row.partition) not in led]
+
+
+async def _moves(tx: Transaction, over: dict[str, int]) -> list[MoveRequested]:
+    if not over:
+        return []
+    held = await tx.select(t.RANGES, where(session_id=In(over), status=t.OPEN, moving=False))
+    return assignment.move(await topic_names(tx, {row.topic_id for row in held}), held, over)
