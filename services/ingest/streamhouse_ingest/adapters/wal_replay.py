@@ -159,8 +159,9 @@ class _Files:
             if isinstance(item, DamagedSpan):
                 tail.append(item)
                 continue
-            self._report(sequence, tail)
-            tail.clear()
+            if tail:
+                self._report(sequence, tail)
+                tail.clear()
             self._add(buffer, sequence, item)
         if is_last and tail and _is_cut_off(tail, len(buffer)):
             return tail[0].at

@@ -68,7 +68,9 @@ class Replay:
 
     def add(self, key: LogKey, base_offset: int, header: BatchHeader, position: WalPosition) -> None:
         """A valid frame. One that overlaps what came before is damage: offsets never change their records."""
-        log = self.logs.setdefault(key, ReplayedLog(base_offset, base_offset))
+        log = self.logs.get(key)
+        if log is None:
+            log = self.logs[key] = ReplayedLog(base_offset, base_offset)
         if base_offset < log.end_offset:
             overlap = f"frame at offset {base_offset}, but offsets up to {log.end_offset} were written before"
             self.damaged(position.file, position.at, position.size_bytes, overlap)
