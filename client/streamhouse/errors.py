@@ -12,6 +12,7 @@ from shproto.errors import (
     Internal,
     InvalidArgument,
     InvalidBatch,
+    MetadataWentBack,
     NotLeader,
     OffsetBelowStart,
     OffsetBeyondEnd,
@@ -25,6 +26,7 @@ from shproto.errors import (
     UnknownGroup,
     UnknownMember,
     UnknownPartition,
+    UnknownProducer,
     UnknownTopic,
 )
 
@@ -40,6 +42,7 @@ __all__ = [
     "Internal",
     "InvalidArgument",
     "InvalidBatch",
+    "MetadataWentBack",
     "NotLeader",
     "OffsetBelowStart",
     "OffsetBeyondEnd",
@@ -53,5 +56,6 @@ __all__ = [
     "UnknownGroup",
     "UnknownMember",
     "UnknownPartition",
+    "UnknownProducer",
     "UnknownTopic",
 ]

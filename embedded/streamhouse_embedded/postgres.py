@@ -99,6 +99,15 @@ class EmbeddedPostgres:
             await self.stop()
             raise
 
+    def running_dsn(self) -> str:
+        """Of the server that another process runs on this directory. Raises PostgresError when there is none."""
+        try:
+            lines = (self.data_dir / "postmaster.pid").read_text().splitlines()
+            port, directory, host = int(lines[3]), lines[4], lines[5]
+        except (OSError, IndexError, ValueError):
+            raise PostgresError(f"no PostgreSQL runs in {self.data_dir}") from None
+        return self._dsn(directory or host, port)
+
     async def stop(self) -> None:
         """Fast shutdown (open transactions roll back); harder ones if that takes too long. Idempotent."""
         process, self._process = self._process, None

@@ -5,12 +5,14 @@ from typing import Any
 import click
 
 from streamhouse.cli import (
+    backup,
     consume,
     group,
     health,
     inspect_commands,
     partition,
     produce,
+    restore,
     serve,
     services,
     status,
@@ -71,6 +73,8 @@ for command in (
     partition.partition,
     verify.verify,
     sweep.sweep,
+    backup.backup,
+    restore.restore,
     inspect_commands.segment,
     inspect_commands.wal,
     health.health,

@@ -131,6 +131,9 @@ def _sweep(place: Place, *, dry_run: bool) -> tuple[SweepReport, Found]:
     report, found = asyncio.run(_run(place, dry_run))
     if report.refused:
         raise CliError(refusal(report.refused))
+    if report.resting_until_ms:
+        until = show_time(report.resting_until_ms)
+        raise CliError(f"the metadata was restored not long ago: nothing is deleted before {until}")
     return report, found
 
 

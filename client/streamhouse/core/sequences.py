@@ -31,7 +31,7 @@ class Verdict(Enum):
 
 # An agent may hear of a new topic late; whether there is one is the coordinator's to say.
 _REFUSED = (errors.Overloaded, errors.DiskFull, errors.UnknownTopic, errors.UnknownPartition)
-_OUT_OF_SEQUENCE = (errors.SequenceGap, errors.ProducerFenced)
+_OUT_OF_SEQUENCE = (errors.SequenceGap, errors.ProducerFenced, errors.UnknownProducer)
 
 
 def verdict_of(error: errors.StreamHouseError) -> Verdict:

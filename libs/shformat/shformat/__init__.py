@@ -21,7 +21,15 @@ from .segment import (
     decode_segment_header,
 )
 from .segment_builder import BLOCK_BYTES_TARGET, BuiltSegment, SegmentBuilder
-from .segment_reader import ReadAt, check_block, open_segment, read_block, run_plan, run_plan_async
+from .segment_reader import (
+    ReadAt,
+    check_block,
+    last_segment_size,
+    open_segment,
+    read_block,
+    run_plan,
+    run_plan_async,
+)
 from .wal import (
     FRAME_HEADER_SIZE,
     WAL_FILE_HEADER_SIZE,
@@ -80,6 +88,7 @@ __all__ = [
     "encode_frame_header",
     "encode_wal_file_header",
     "frames_start",
+    "last_segment_size",
     "open_segment",
     "read_batch_header",
     "read_block",

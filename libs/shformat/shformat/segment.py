@@ -262,6 +262,12 @@ def encode_footer(footer: SegmentFooter) -> bytes:
     return body + zlib.crc32(body).to_bytes(4, "little") + SEGMENT_MAGIC
 
 
+def size_by_footer(buffer: Buffer) -> int:
+    """The size of a whole segment, as its footer (not checked) has it."""
+    index_at, index_size_bytes, *_ = _FOOTER.unpack_from(buffer)
+    return int(index_at + index_size_bytes + SEGMENT_FOOTER_SIZE)
+
+
 def decode_footer(buffer: Buffer, segment_size_bytes: int, limits: FormatLimits = DEFAULT_LIMITS) -> SegmentFooter:
     """The footer in the last SEGMENT_FOOTER_SIZE bytes of `buffer`, which ends where the segment ends.
 

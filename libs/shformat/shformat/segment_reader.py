@@ -15,6 +15,7 @@ from .errors import FormatError
 from .limits import DEFAULT_LIMITS, FormatLimits
 from .segment import (
     SEGMENT_BYTES_MIN,
+    SEGMENT_FOOTER_SIZE,
     SEGMENT_HEADER_SIZE,
     BlockEntry,
     SegmentHeader,
@@ -23,6 +24,7 @@ from .segment import (
     decode_footer,
     decode_index,
     decode_segment_header,
+    size_by_footer,
 )
 
 T = TypeVar("T")
@@ -63,6 +65,20 @@ def open_segment(size_bytes: int, limits: FormatLimits = DEFAULT_LIMITS) -> Plan
     header = decode_segment_header(lead[:SEGMENT_HEADER_SIZE])
     check_agreement(header, index)
     return header, index
+
+
+def last_segment_size(tail: Buffer, object_size_bytes: int, limits: FormatLimits = DEFAULT_LIMITS) -> int:
+    """Bytes of the last of several segments that lie back to back, by its footer at the end of `tail`. For who does not
+    know where the segments of an object begin. Raises FormatError."""
+    footer = memoryview(tail)[-SEGMENT_FOOTER_SIZE:]
+    if len(footer) != SEGMENT_FOOTER_SIZE:
+        raise FormatError(f"segment footer: {len(footer)} of {SEGMENT_FOOTER_SIZE} bytes")
+    size_bytes = size_by_footer(footer)
+    if not SEGMENT_BYTES_MIN <= size_bytes <= min(object_size_bytes, limits.segment_bytes_max):
+        high = min(object_size_bytes, limits.segment_bytes_max)
+        raise FormatError(f"footer of a segment of {size_bytes} bytes, must be {SEGMENT_BYTES_MIN} to {high}")
+    decode_footer(footer, size_bytes, limits)
+    return size_bytes
 
 
 def read_block(entry: BlockEntry, limits: FormatLimits = DEFAULT_LIMITS) -> Plan[memoryview]:

@@ -176,6 +176,21 @@ class ProducerFenced(StreamHouseError):
     reason, status = "PRODUCER_FENCED", Code.FAILED_PRECONDITION
 
 
+class UnknownProducer(StreamHouseError):
+    """The producer id was given out before the metadata was restored from a backup: whether a retry of its batch was
+    written before nobody can tell. Take a new id. details: producer_id, producer_ids_from."""
+
+    reason, status = "UNKNOWN_PRODUCER", Code.FAILED_PRECONDITION
+
+
+class MetadataWentBack(StreamHouseError):
+    """PostgreSQL holds older metadata than the caller has seen, or another platform's: an old dump was put in its
+    place, or an empty database. Nothing is done on it; `streamhouse restore` brings metadata back. details: history_id,
+    position (what is there), known_history_id, known_position (what the caller has seen)."""
+
+    reason, status = "METADATA_WENT_BACK", Code.FAILED_PRECONDITION
+
+
 # ---- pressure and absence: retry later, as hinted
 
 

@@ -93,10 +93,26 @@ class OffsetChange:
     offset: int
 
 
-_NESTED: dict[str, type[Segment] | type[Slice] | type[OffsetChange]] = {
+@dataclass(frozen=True, slots=True)
+class RangeState:
+    """A range as a restore left it. `agent_id`, `wal_id` empty: nobody's yet."""
+
+    epoch: int
+    start_offset: int
+    limit_offset: int
+    registered_end: int
+    end_offset: int | None
+    status: str
+    agent_id: str
+    wal_id: str
+
+
+_NESTED: dict[str, type[Segment] | type[Slice] | type[OffsetChange] | type[RangeState]] = {
     "segment": Segment,
     "slices": Slice,
     "changes": OffsetChange,
+    "ranges": RangeState,
+    "segments": Segment,
 }
 
 
@@ -167,7 +183,7 @@ class SessionOpened(Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class SessionClosed(Event):
-    """why: closed | expired | superseded | unreachable"""
+    """why: closed | expired | superseded | unreachable | restored"""
 
     session_id: str
     agent_id: str
@@ -319,6 +335,41 @@ class LogStartMoved(_OfPartition, Event):
     why: str
 
 
+# ---- restores
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class HistoryBegan(Event):
+    """The metadata was restored: from here on the events are another history than the one the backup was taken from."""
+
+    history_id: str
+    restored_from: str
+    backup: str
+    backup_position: int
+
+    @property
+    def stream_id(self) -> str:
+        return "history"
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class PartitionRestored(_OfPartition, Event):
+    """What a restore found out of a partition: these ranges and segments are as given, the removed ones are gone.
+    `epoch`: the highest that may have been granted."""
+
+    topic_id: str
+    topic: str
+    partition: int
+    epoch: int
+    log_start_offset: int
+    ranges: tuple[RangeState, ...]
+    removed_epochs: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    removed_segment_ids: tuple[str, ...]
+
+
 # ---- consumer groups
 
 
@@ -339,7 +390,7 @@ class GroupMemberJoined(Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class GroupMemberLeft(Event):
-    """why: left | expired"""
+    """why: left | expired | restored"""
 
     group: str
     member_id: str

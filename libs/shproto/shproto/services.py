@@ -46,6 +46,7 @@ class CoordinatorApi(Protocol):
     async def reset_offsets(self, request: coordinator_pb2.ResetOffsetsRequest) -> coordinator_pb2.ResetOffsetsResponse: ...
     async def delete_group(self, request: coordinator_pb2.DeleteGroupRequest) -> coordinator_pb2.DeleteGroupResponse: ...
     async def declare_lost(self, request: coordinator_pb2.DeclareLostRequest) -> coordinator_pb2.DeclareLostResponse: ...
+    async def complete_restore(self, request: coordinator_pb2.CompleteRestoreRequest) -> coordinator_pb2.CompleteRestoreResponse: ...
 
 
 class CoordinatorClient:
@@ -165,6 +166,9 @@ class CoordinatorClient:
 
     async def declare_lost(self, request: coordinator_pb2.DeclareLostRequest) -> coordinator_pb2.DeclareLostResponse:
         return await self._connection.unary("/streamhouse.v1.Coordinator/DeclareLost", request, coordinator_pb2.DeclareLostResponse)
+
+    async def complete_restore(self, request: coordinator_pb2.CompleteRestoreRequest) -> coordinator_pb2.CompleteRestoreResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/CompleteRestore", request, coordinator_pb2.CompleteRestoreResponse)
 
     async def close(self) -> None:
         await self._connection.close()

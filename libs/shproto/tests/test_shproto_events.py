@@ -8,6 +8,7 @@ from shproto import events
 
 SEGMENT = events.Segment("s", "t", "orders", 1, 2, 3, 4, 5, "key", 6, 7, 8, 9, 10)
 SLICE = events.Slice("t", "orders", 1, 2, 3, 4, 5, 6)
+RANGE = events.RangeState(1, 2, 3, 4, None, "orphaned", "a", "w")
 CHANGE = events.OffsetChange("t", "orders", 1, -1, 5)
 SAMPLES: dict[str, object] = {
     "str": "text",
@@ -16,6 +17,9 @@ SAMPLES: dict[str, object] = {
     "Segment": SEGMENT,
     "tuple[Slice, ...]": (SLICE, SLICE),
     "tuple[OffsetChange, ...]": (CHANGE, CHANGE),
+    "tuple[RangeState, ...]": (RANGE, RANGE),
+    "tuple[Segment, ...]": (SEGMENT, SEGMENT),
+    "tuple[int, ...]": (1, 2),
     "tuple[str, ...]": ("a", "b"),
     "dict[str, list[str]]": {"member": ["orders:1"]},
 }

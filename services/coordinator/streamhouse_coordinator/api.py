@@ -11,6 +11,7 @@ from shruntime.telemetry import context_of, current_traceparent
 
 from streamhouse_coordinator import messages
 from streamhouse_coordinator.core.groups import name_of, split_name
+from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.names import (
     AGENT_ID_LENGTH_MAX,
     CLIENT_ID_LENGTH_MAX,
@@ -28,6 +29,7 @@ from streamhouse_coordinator.service import (
     housekeeping,
     objects,
     recovery,
+    restores,
     sessions,
     topics,
     views,
@@ -113,13 +115,17 @@ class CoordinatorApi:
             )
         wal_id = messages.hex_id("wal_id", request.wal_id) if request.role == INGEST else ""
         event = SessionOpened(request.session_id, request.agent_id, request.role, request.address, wal_id, 0)
-        opened = await sessions.open_session(self._context, event, ends)
+        check_text("history_id", request.history_id, messages.ID_LENGTH_MAX, empty=True)
+        seen = Head(request.history_id, request.seen_position)
+        opened = await sessions.open_session(self._context, event, ends, seen)
         return pb.OpenSessionResponse(
             session_id=opened.session_id,
             ttl_ms=self._settings.session_ttl_ms,
             heartbeat_interval_ms=self._settings.heartbeat_interval_ms,
             resumed=[messages.range_grant(grant) for grant in opened.resumed],
             feed_position=opened.feed_position,
+            history_id=opened.history.history_id,
+            producer_ids_from=opened.history.producer_ids_from,
         )
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
@@ -361,10 +367,22 @@ class CoordinatorApi:
         )
         return pb.DeclareLostResponse(ranges=[messages.offset_range(row) for row in rows])
 
+    async def complete_restore(self, request: pb.CompleteRestoreRequest) -> pb.CompleteRestoreResponse:
+        check_text("reason", request.reason, messages.OPERATOR_REASON_LENGTH_MAX, empty=True)
+        found, agents = await restores.complete(
+            self._context, lost=request.lost, dry_run=request.dry_run, reason=request.reason
+        )
+        barriers = [
+            pb.RestoreBarrier(topic=topic, partition=row.partition, range=messages.offset_range(row))
+            for topic, row in found
+        ]
+        return pb.CompleteRestoreResponse(barriers=barriers, agents=agents)
+
     # ---- events
 
     async def follow_events(self, request: pb.FollowEventsRequest) -> AsyncIterator[pb.Event]:
-        events = self._feed.follow(request.after_position, list(request.types))
+        check_text("history_id", request.history_id, messages.ID_LENGTH_MAX, empty=True)
+        events = self._feed.follow(request.after_position, list(request.types), request.history_id)
         try:
             async with contextlib.aclosing(events):  # type: ignore[type-var]
                 async for row in events:

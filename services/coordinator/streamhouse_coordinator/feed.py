@@ -13,8 +13,9 @@ from opentelemetry import metrics
 from shproto.errors import InvalidArgument, Unavailable
 from shruntime.tasks import Backoff
 
+from streamhouse_coordinator.core.histories import Head, went_back
 from streamhouse_coordinator.core.tables import EventRow
-from streamhouse_coordinator.ports import Store, Transaction
+from streamhouse_coordinator.ports import Store
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ class Feed:
         self._batch = batch
         self._recent: deque[EventRow] = deque(maxlen=cached)
         self._position = -1  # the newest event read; -1 until the reader has begun
+        self._history_id = ""
+        self._checked = False  # whether the history is known to be the same since the database was last away
+        self._era = 0  # counts the changes of history
         self._wake = asyncio.Event()
         self._moved = asyncio.Condition()
 
@@ -51,13 +55,14 @@ class Feed:
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
         while True:
             try:
-                if self._position < 0:
-                    await self._moved_to(await self._store.run(_position))
+                if not self._checked:
+                    await self._check_history()
                 while await self._read():
                     pass
                 backoff.reset()
                 await self._pause(self._poll_interval_s)
             except Unavailable as error:
+                self._checked = False
                 log.debug("cannot read events: %s", error)
                 await self._pause(backoff.next_ms() / 1000)  # the listener wakes it when PostgreSQL is back
 
@@ -66,9 +71,22 @@ class Feed:
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
         except TimeoutError:
-            return  # poll: a notification may have been missed
+            self._checked = False  # poll: a notification may have been missed
         finally:
             self._wake.clear()
+
+    async def _check_history(self) -> None:
+        """Another database may have taken the place of the one that was read: its events are not the same."""
+        head = await self._store.head()
+        if head.history_id != self._history_id or head.position < self._position:
+            if self._position >= 0:
+                self._era += 1
+                log.error("the metadata went back: event %d of %s was read, now there is %d of %s",
+                          self._position, self._history_id, head.position, head.history_id)  # fmt: skip
+            self._history_id = head.history_id
+            self._recent.clear()
+            await self._moved_to(head.position)
+        self._checked = True
 
     async def _read(self) -> bool:
         rows = await self._store.read_events(self._position, self._batch)
@@ -82,26 +100,36 @@ class Feed:
         async with self._moved:
             self._moved.notify_all()
 
-    async def follow(self, after_position: int, types: Sequence[str] = ()) -> AsyncIterator[EventRow]:
+    async def follow(
+        self, after_position: int, types: Sequence[str] = (), history_id: str = ""
+    ) -> AsyncIterator[EventRow]:
         """Every event after the position, for ever. Raises InvalidArgument for a position that is not there yet,
-        Unavailable when the database goes away while the follower has to read it."""
-        await self._check(after_position)
+        MetadataWentBack when the history is not, or not any more, the one that the position is of, Unavailable when
+        the database goes away while the follower has to read it."""
+        await self._check(Head(history_id, after_position))
+        era = self._era
         wanted = frozenset(types)
         at = after_position
         _followers.add(1)
         try:
             while True:
-                for row in await self._next(at):
+                rows = await self._next(at, era)
+                if self._era != era:
+                    raise went_back(Head(self._history_id, self._position), Head(history_id, at), "it was replaced")
+                for row in rows:
                     at = row.position
                     if not wanted or row.type in wanted:
                         yield row
         finally:
             _followers.add(-1)
 
-    async def _check(self, after_position: int) -> None:
-        last = self._position
-        if after_position > last:
-            last = await self._store.run(_position)
+    async def _check(self, seen: Head) -> None:
+        last, after_position = self._position, seen.position
+        if after_position > last or (seen.history_id and seen.history_id != self._history_id):
+            head = await self._store.head()
+            last = head.position
+            if seen.history_id and (seen.history_id != head.history_id or after_position > last):
+                raise went_back(head, seen, "it is not what is followed")
         if not 0 <= after_position <= last:
             raise InvalidArgument(
                 f"after_position {after_position} is not between 0 and the last event, {last}; take a new snapshot",
@@ -118,15 +146,13 @@ class Feed:
         except TimeoutError:
             return
 
-    async def _next(self, at: int) -> list[EventRow]:
-        """At least one event after `at`, in order, as soon as there is one."""
+    async def _next(self, at: int, era: int) -> list[EventRow]:
+        """At least one event after `at`, in order, as soon as there is one; nothing once the era has ended."""
         async with self._moved:
-            await self._moved.wait_for(lambda: self._position > at)
+            await self._moved.wait_for(lambda: self._position > at or self._era != era)
+        if self._era != era:
+            return []
         if self._recent and self._recent[0].position <= at + 1:
             count = self._position - at
             return [self._recent[index] for index in range(len(self._recent) - count, len(self._recent))]
         return await self._store.read_events(at, self._batch)
-
-
-async def _position(tx: Transaction) -> int:
-    return await tx.position()

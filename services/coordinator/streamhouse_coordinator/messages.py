@@ -97,15 +97,18 @@ def range_key(item: pb.WalEnd | pb.RangeUse | pb.BufferSlice | pb.LostSpan) -> R
 
 
 def wal_ends(items: Iterable[pb.WalEnd], *, unknown: bool = False, torn: bool = False) -> WalEnds:
-    ends, snapshots = {}, {}
+    ends, snapshots, firsts = {}, {}, {}
     for item in items:
         check_number("end_offset", item.end_offset, 0, INT64_MAX)
         check_number("producer_snapshot bytes", len(item.producer_snapshot), 0, SNAPSHOT_BYTES_MAX)
         key = range_key(item)
         ends[key] = item.end_offset
+        if item.HasField("first_offset"):
+            check_number("first_offset", item.first_offset, 0, item.end_offset)
+            firsts[key] = item.first_offset
         if item.producer_snapshot:
             snapshots[key] = item.producer_snapshot
-    return WalEnds(ends, snapshots, unknown, torn)
+    return WalEnds(ends, snapshots, unknown, torn, firsts)
 
 
 def slice_of(item: pb.BufferSlice) -> Slice:

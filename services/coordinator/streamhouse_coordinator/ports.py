@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from shproto.events import Event
 
+from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.projection import RowOp
 from streamhouse_coordinator.core.tables import LOST, ORPHANED, EventRow, RangeRow, Table
 
@@ -143,5 +144,30 @@ class Store(Protocol):
 
     async def read_events(self, after_position: int, limit: int, types: Sequence[str] = ()) -> list[EventRow]: ...
 
+    async def head(self) -> Head:
+        """The last event and its history. One statement."""
+
     async def rebuild(self) -> None:
         """Empties the projections and applies every event again, in one transaction."""
+
+
+class Snapshot(Transaction, Protocol):
+    """What a backup reads: one moment of everything."""
+
+    async def producer_id(self) -> int:
+        """At least the last one given out."""
+
+    async def migrations(self) -> list[str]: ...
+
+
+class Restoring(Transaction, Protocol):
+    """What a restore writes, all of it or nothing."""
+
+    async def found(self) -> list[str]:
+        """What the database holds already, for people; empty: nothing."""
+
+    async def set_position(self, position: int) -> None:
+        """Of the last event, for the feed and for the outbox alike."""
+
+    async def set_producer_id(self, producer_id: int) -> None:
+        """As if this was the last one given out."""

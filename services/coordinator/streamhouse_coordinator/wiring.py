@@ -2,21 +2,29 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shproto.errors import Overloaded, SessionExpired, Unavailable
 from shproto.v1 import coordinator_pb2 as pb
+from shruntime.clock import SystemClock
 from shruntime.logs import configure_logging
 from shruntime.server import RpcServer
 from shruntime.tasks import Backoff, Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
+from shstore import ObjectStore
 
+from streamhouse_coordinator.adapters import postgres_backup
 from streamhouse_coordinator.adapters.listener import Listener
 from streamhouse_coordinator.adapters.postgres import PostgresStore
 from streamhouse_coordinator.adapters.rabbitmq import Relay
 from streamhouse_coordinator.api import CoordinatorApi
+from streamhouse_coordinator.core.backup_format import Manifest
+from streamhouse_coordinator.core.tables import EVENTS, EventRow
 from streamhouse_coordinator.feed import Feed
+from streamhouse_coordinator.ports import where
 from streamhouse_coordinator.probe import Probe
+from streamhouse_coordinator.service import backup, restore
 from streamhouse_coordinator.service.common import Context, new_uuid
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.sweeper import Sweeper
@@ -129,6 +137,47 @@ def _relay(settings: CoordinatorSettings, feed: Feed, store: PostgresStore) -> R
         return None
     batch, timeout_ms = settings.outbox_batch, settings.amqp_timeout_ms
     return Relay(settings.amqp_url, feed, store.drain_outbox, batch=batch, timeout_ms=timeout_ms)
+
+
+# ---- without a coordinator
+
+
+async def take_backup(pg_dsn: str, store: ObjectStore) -> Manifest:
+    """A backup of the metadata, now; while everything runs, or nothing. Raises Unavailable, InvalidArgument,
+    StoreError."""
+    async with postgres_backup.snapshot(pg_dsn) as snapshot:
+        return await backup.take(snapshot, store, SystemClock().wall_ms())
+
+
+async def read_backups(store: ObjectStore) -> list[Manifest]:
+    """Oldest first. Raises BackupDamaged, StoreError."""
+    listed = await backup.list_backups(store)
+    return [await backup.read_manifest(store, name) for name in listed.backups]
+
+
+async def prune_backups(store: ObjectStore, keep: int) -> list[str]:
+    """Deletes all but the newest; returns the names of those that are gone. Raises StoreError."""
+    return await backup.prune(store, keep, SystemClock().wall_ms())
+
+
+async def restore_backup(
+    pg_dsn: str,
+    store: ObjectStore,
+    name: str,
+    *,
+    dry_run: bool,
+    accept_holes: bool,
+    progress: Callable[[str, int, int], None],
+) -> tuple[restore.Report, EventRow]:
+    """Restores a backup by its name, or the "latest", into an empty database; no service may run. Returns with the
+    report the last event there is then. Raises what restore.restore does, and DatabaseTooNew."""
+    manifest = await backup.read_manifest(store, name)
+    async with postgres_backup.restoring(pg_dsn, commit=not dry_run) as tx:
+        report = await restore.restore(
+            tx, store, manifest, accept_holes=accept_holes, new_id=new_uuid, progress=progress
+        )
+        last = (await tx.select(EVENTS, where(position=report.position)))[0]
+    return report, last
 
 
 async def run(settings: CoordinatorSettings) -> None:

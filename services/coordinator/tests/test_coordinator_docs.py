@@ -4,7 +4,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from shproto.events import Event, OffsetChange, Segment, Slice
+from shproto.events import Event, OffsetChange, RangeState, Segment, Slice
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, STATE
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -24,7 +24,7 @@ def test_every_event_and_field_is_documented() -> None:
         named = re.findall(r"`(\w+)`", documented[name].split("|")[0])
         assert [item.name for item in fields(kind)] == named, name
     text = (DOCS / "events.md").read_text()
-    assert all(f"`{item.name}`" in text for part in (Segment, Slice, OffsetChange) for item in fields(part))
+    assert all(f"`{item.name}`" in text for part in (Segment, Slice, OffsetChange, RangeState) for item in fields(part))
 
 
 def test_every_table_and_column_is_documented() -> None:

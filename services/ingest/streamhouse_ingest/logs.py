@@ -87,6 +87,7 @@ class Logs:
 
     def __init__(self, *, memory_bytes_max: int, tail_cache_bytes: int, producers_max: int) -> None:
         self.memory_bytes_max = memory_bytes_max
+        self.producer_ids_from = 0  # smaller ones were given out before the metadata was restored
         self._tail_cache_bytes = tail_cache_bytes
         self._producers_max = producers_max
         self._by_key: dict[LogKey, HeldLog] = {}

@@ -12,6 +12,7 @@ from shruntime.tasks import Backoff, Tasks
 from streamhouse_ingest.core.lease import Lease
 from streamhouse_ingest.core.sealing import SealLimits
 from streamhouse_ingest.damage import Damage
+from streamhouse_ingest.history import History
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.moves import Moves
@@ -69,7 +70,8 @@ def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) 
         logs, around.coordinator, holder, around.clock, _seal_limits(settings), around.backoff(), around.metrics
     )
     writer = _writer(around, opened, logs, lease)
-    trimmer = Trimmer(logs, opened.wal, opened.index, around.thread)
+    history = History(opened.seen, opened.wal, around.thread)
+    trimmer = Trimmer(logs, opened.wal, opened.index, around.thread, history)
     moves = _moves(around, logs, writer, sealer, holder)
     ranges = Ranges(logs, writer, moves, around.metrics, trimmer.want)
     identity = Identity(settings.agent_id, opened.wal_id, address)
@@ -86,6 +88,7 @@ def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) 
         around.clock,
         around.backoff,
         opened.replay.doubt,
+        history,
     )
     writer.on_append(_after_append(sealer, session))
     topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, session.reconcile)

@@ -53,6 +53,14 @@ class Frame:
     batch: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A history of the metadata's events and the last position of it that was heard of; no id: none yet."""
+
+    history_id: str = ""
+    position: int = 0
+
+
 class Wal(Protocol):
     """The appending side. Blocking; all calls come from one thread."""
 
@@ -81,6 +89,9 @@ class Wal(Protocol):
         """The coordinator knows what a replay found: damage in the files before the first append is nothing new to the
         next replay. Raises OSError."""
 
+    def note_history(self, seen: Seen) -> None:
+        """Keeps it beside the log, durably. Raises OSError."""
+
     def close(self) -> None:
         """Syncs and closes the active file. Raises WalBroken."""
 
@@ -104,4 +115,5 @@ class OpenedLog:
     index: WalIndex
     wal: Wal
     reader: BatchReader
+    seen: Seen
     unlock: Callable[[], None]

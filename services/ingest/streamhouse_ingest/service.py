@@ -18,6 +18,7 @@ from shproto.errors import (
     InvalidBatch,
     StreamHouseError,
     Unavailable,
+    UnknownProducer,
 )
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
@@ -100,6 +101,7 @@ class ProduceService:
         batch = request.batch if request.WhichOneof("payload") == "batch" else self._encode(request)
         header = await self._validate(batch)
         self._check_timestamp(header)
+        self._check_producer(header)
         timeout_ms = request.timeout_ms or self._settings.produce_timeout_ms
         written = None if acks == types_pb2.ACKS_NONE else asyncio.get_running_loop().create_future()
         span, traceparent = _start_span(held, request.trace_context)
@@ -225,6 +227,16 @@ class ProduceService:
         if not header.contiguous:
             raise InvalidBatch("a produced batch has no gaps in its offsets", at=0, what="offset gaps")
         return header
+
+    def _check_producer(self, header: BatchHeader) -> None:
+        first = self._logs.producer_ids_from
+        if header.producer is not None and header.producer.producer_id < first:
+            raise UnknownProducer(
+                f"producer id {header.producer.producer_id} is from before the metadata was restored; ids begin at "
+                f"{first} now. Take a new one; whether a batch that is sent again was written before cannot be told",
+                producer_id=header.producer.producer_id,
+                producer_ids_from=first,
+            )
 
     def _check_timestamp(self, header: BatchHeader) -> None:
         """Any int64 is a timestamp, but one far ahead would keep its segment from ever expiring."""

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from shproto.errors import AgentIdTaken, InvalidArgument, SessionExpired, StreamHouseError
+from shproto.errors import AgentIdTaken, InvalidArgument, MetadataWentBack, SessionExpired, StreamHouseError
 from shproto.events import (
     BufferCompleted,
     EpochGranted,
@@ -34,6 +34,7 @@ from shruntime.tasks import Backoff
 from streamhouse_ingest.core.lease import Lease
 from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
 from streamhouse_ingest.core.replay import Doubt
+from streamhouse_ingest.history import History
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.moves import Moves
 from streamhouse_ingest.ports import WalBroken
@@ -86,6 +87,7 @@ class Session:
         clock: Clock,
         make_backoff: Callable[[], Backoff],
         doubt: Doubt,
+        history: History,
     ) -> None:
         self._identity = identity
         self._coordinator = coordinator
@@ -99,6 +101,7 @@ class Session:
         self._clock = clock
         self._make_backoff = make_backoff
         self._doubt = doubt
+        self._history = history
         self._position = 0
         self._grants_version = 0
         self._interval_ms = 0
@@ -120,12 +123,16 @@ class Session:
     async def open(self) -> None:
         """Opens a session, however long the coordinator takes to answer, and takes in what it says of older ranges.
 
-        Nothing is appended meanwhile. Raises AgentIdTaken, InvalidArgument, WalBroken.
+        Nothing is appended meanwhile, nor while the metadata is not what this log goes with (METADATA_WENT_BACK): then
+        it is asked again until somebody restores it. Raises AgentIdTaken, InvalidArgument, WalBroken, OSError.
         """
         self._moves.cancel_all()
         await self._stop_leading()
         opened = await self._open_call()
         self._position = opened.feed_position
+        self._logs.producer_ids_from = opened.producer_ids_from
+        self._history.opened(opened.history_id, opened.feed_position)
+        await self._history.save()
         self._interval_ms = opened.heartbeat_interval_ms
         self._doubt = Doubt()  # what the log holds from here on is known
         await self._ranges.resume(opened.resumed)
@@ -175,6 +182,8 @@ class Session:
             wal_ends=wal_ends(held for held in self._logs if self._doubt.knows_end(held.log.key)),
             ends_unknown=self._doubt.hidden,
             torn=self._doubt.torn,
+            history_id=self._history.seen.history_id,
+            seen_position=self._history.seen.position,
         )
 
     async def _live(self) -> None:
@@ -240,6 +249,7 @@ class Session:
             backoff.reset()
             wait_ms = self._interval_ms
             self._lease.renew(sent_ms, response.ttl_ms)
+            await self._history.save()
             for grant in response.extended:
                 self._ranges.extend(LogKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)
             if response.grants_version != self._grants_version:
@@ -255,12 +265,14 @@ class Session:
                 after_position=self._position,
                 types=[kind.__name__ for kind in FOLLOWED],
                 session_id=self._holder.session_id,
+                history_id=self._history.seen.history_id,
             )
             try:
                 async with contextlib.aclosing(self._coordinator.follow_events(request)) as rows:  # type: ignore[type-var]
                     async for row in rows:
                         backoff.reset()
                         self._position = row.position
+                        self._history.heard_of(row.position)
                         event = event_from_json(row.type, row.payload_json)
                         if event is not None and self._closes_us(event):
                             return
@@ -268,6 +280,9 @@ class Session:
                             self._handle(event)
             except SessionExpired:
                 raise
+            except MetadataWentBack as error:
+                log.error("the session is given up: %s", error.message)
+                return
             except StreamHouseError as error:
                 log.warning("the event feed broke off: %s", error.message)
             await self._clock.sleep_ms(backoff.next_ms())
@@ -357,6 +372,7 @@ def _wal_end(held: PartitionLog, snapshot: bytes) -> pb.WalEnd:
         epoch=held.key.epoch,
         end_offset=held.next_offset,
         producer_snapshot=snapshot,
+        first_offset=held.registered_end,
     )
 
 

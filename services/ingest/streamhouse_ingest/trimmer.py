@@ -5,6 +5,7 @@ import logging
 from concurrent.futures import Executor
 
 from streamhouse_ingest.core.wal_index import WalIndex
+from streamhouse_ingest.history import History
 from streamhouse_ingest.logs import Logs
 from streamhouse_ingest.ports import Wal
 
@@ -14,11 +15,12 @@ log = logging.getLogger(__name__)
 class Trimmer:
     """One task; in the log's own thread, so that a deletion never races with a rotation."""
 
-    def __init__(self, logs: Logs, wal: Wal, index: WalIndex, thread: Executor) -> None:
+    def __init__(self, logs: Logs, wal: Wal, index: WalIndex, thread: Executor, history: History) -> None:
         self._logs = logs
         self._wal = wal
         self._index = index
         self._thread = thread
+        self._history = history
         self._wanted = asyncio.Event()
 
     def want(self) -> None:
@@ -33,6 +35,9 @@ class Trimmer:
 
     async def trim(self) -> None:
         """Raises OSError when a file cannot be deleted."""
+        if self._index.deletable(self._logs.registered_end, self._wal.active):
+            # Metadata from before these registrations must not find the log without them and take it for whole.
+            await self._history.save()
         loop = asyncio.get_running_loop()
         for file in self._index.deletable(self._logs.registered_end, self._wal.active):
             await loop.run_in_executor(self._thread, self._wal.delete, file)

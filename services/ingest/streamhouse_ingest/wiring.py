@@ -62,6 +62,7 @@ def open_log(settings: IngestSettings) -> OpenedLog:
     """Locks the directory and replays its files. Raises WalDirectoryError, OSError."""
     directory = WalDirectory.open(Path(settings.wal_dir), settings.agent_id)
     try:
+        seen = directory.history()
         replayed = replay_directory(directory, settings.seal_bytes)
     except BaseException:
         directory.close()
@@ -74,7 +75,7 @@ def open_log(settings: IngestSettings) -> OpenedLog:
         previous_size_bytes=replayed.previous_size_bytes,
     )
     reader = FileBatchReader(directory)
-    return OpenedLog(directory.wal_id, replayed.replay, replayed.index, wal, reader, directory.close)
+    return OpenedLog(directory.wal_id, replayed.replay, replayed.index, wal, reader, seen, directory.close)
 
 
 async def run(settings: IngestSettings) -> None:

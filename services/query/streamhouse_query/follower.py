@@ -54,7 +54,7 @@ class Follower:
         while True:
             try:
                 if await self._went_back():
-                    log.warning("the coordinator is behind event %d: its history changed", self._index.cluster.position)
+                    log.warning("event %d is of another history than the coordinator's", self._index.cluster.position)
                     await self._snapshot()
                 await self._follow()
                 log.info("the event feed ended at %d; connecting again", self._index.cluster.position)
@@ -85,11 +85,14 @@ class Follower:
 
     async def _went_back(self) -> bool:
         status = await self._coordinator.get_status(coordinator_pb2.GetStatusRequest())
-        return status.events_position < self._index.cluster.position
+        cluster = self._index.cluster
+        return status.events_position < cluster.position or status.history_id != cluster.history_id
 
     async def _follow(self) -> None:
         request = coordinator_pb2.FollowEventsRequest(
-            after_position=self._index.cluster.position, session_id=self._session_id()
+            after_position=self._index.cluster.position,
+            session_id=self._session_id(),
+            history_id=self._index.cluster.history_id,
         )
         async with contextlib.aclosing(self._coordinator.follow_events(request)) as events:  # type: ignore[type-var]
             async for event in events:

@@ -7,7 +7,7 @@ that the metadata's history must be the one that was there before (core/history.
 
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shproto.errors import Unavailable
 from shproto.v1 import coordinator_pb2
@@ -15,7 +15,7 @@ from shstore import ObjectMissing
 
 from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.builder import each_within
-from streamhouse_segmenter.core.history import MARK_KEY, HistoryMark, went_back
+from streamhouse_segmenter.core.history import MARK_KEY, NO_MARK, HistoryMark, went_back
 from streamhouse_segmenter.core.keys import DATA_PREFIX, MIXED_PREFIX
 from streamhouse_segmenter.core.sweep import Orphan, StoredObject, judge, old_enough
 from streamhouse_segmenter.ports import Ports
@@ -30,8 +30,8 @@ PREFIXES = (DATA_PREFIX, MIXED_PREFIX)
 def refusal(why: str) -> str:
     """A refused sweep's reason and way out, for people."""
     return (
-        f"orphan sweep refused, the metadata went back in time: {why}. If segments were lost with it, recover them"
-        f" first; then delete {MARK_KEY}"
+        f"orphan sweep refused, the metadata went back in time: {why}. Bring it back with"
+        f" `streamhouse restore`, or, if nothing was lost with it, delete {MARK_KEY}"
     )
 
 
@@ -39,7 +39,8 @@ def refusal(why: str) -> str:
 class SweepReport:
     """`waiting`: unreferenced, to be deleted by a later sweep (all of them, in a dry run). `in_upload`: declared, and
     perhaps registered soon. `cleared`: uploads that left nothing behind, and deletions that another sweep did not
-    finish. `refused` says why nothing was looked at; empty: it was."""
+    finish. `refused` says why nothing was looked at; empty: it was. `resting_until_ms`: nothing was, because the
+    metadata was restored not long ago; since 1970."""
 
     waiting: int = 0
     deleted: int = 0
@@ -47,6 +48,7 @@ class SweepReport:
     in_upload: int = 0
     cleared: int = 0
     refused: str = ""
+    resting_until_ms: int = 0
 
 
 def _ignore(orphan: Orphan) -> None:
@@ -62,7 +64,10 @@ class Sweeper:
     async def run(self, prefix: str = "", found: Callable[[Orphan], None] = _ignore) -> SweepReport:
         """One look over the store, or what of it is below `prefix`; tells `found` of every orphan. Raises
         StreamHouseError, StoreError; what was deleted by then is gone."""
-        refused = await self._history_fault()
+        mark, refused = await self._history()
+        if not refused and not self._settings.orphan_dry_run and self._ports.clock.wall_ms() < mark.sweep_from_ms:
+            log.info("no orphan sweep yet: the metadata was restored not long ago (docs/backup.md)")
+            return SweepReport(resting_until_ms=mark.sweep_from_ms)
         if refused:
             telemetry.sweeps_refused.add(1)
             return SweepReport(refused=refused)
@@ -78,14 +83,16 @@ class Sweeper:
 
     async def mark_history(self) -> None:
         """Notes in the store where the metadata's history stands, unless it went back. Raises as `run`."""
-        if await self._history_fault():
+        mark, refused = await self._history()
+        if refused:
             return
         status = await self._ports.coordinator.get_status(coordinator_pb2.GetStatusRequest())
         if status.events_position == self._marked:
             return
         event = await self._event_at(status.events_position)
         if event is not None:
-            await self._ports.store.put(MARK_KEY, [event.encode()], if_absent=False)
+            kept = replace(event, sweep_from_ms=mark.sweep_from_ms)
+            await self._ports.store.put(MARK_KEY, [kept.encode()], if_absent=False)
             self._marked = event.position
 
     async def _old_pages(self, prefix: str) -> AsyncIterator[list[StoredObject]]:
@@ -152,15 +159,15 @@ class Sweeper:
             await self._ports.store.delete(begun)
             await self._ports.coordinator.finish_deletion(coordinator_pb2.FinishDeletionRequest(object_keys=begun))
 
-    async def _history_fault(self) -> str:
-        """Why the feed is not the one that was marked; empty when it is, or nothing was marked yet."""
+    async def _history(self) -> tuple[HistoryMark, str]:
+        """The mark, and why the feed is not the one that was marked; empty when it is, or nothing was marked yet."""
         try:
             mark = HistoryMark.decode(await self._ports.store.get(MARK_KEY))
         except ObjectMissing:
-            return ""
+            return NO_MARK, ""
         except ValueError as error:
-            return f"{MARK_KEY} is unreadable: {error}"
-        return went_back(mark, await self._event_at(mark.position))
+            return NO_MARK, f"{MARK_KEY} is unreadable: {error}"
+        return mark, went_back(mark, await self._event_at(mark.position))
 
     async def _event_at(self, position: int) -> HistoryMark | None:
         """The event at `position`; None when the feed does not reach it or has a hole there."""

@@ -601,11 +601,14 @@ class GetStatusResponse(_message.Message):
     BUFFERS_WAITING_BYTES_FIELD_NUMBER: _builtins.int
     EVENTS_POSITION_FIELD_NUMBER: _builtins.int
     OUTBOX_POSITION_FIELD_NUMBER: _builtins.int
+    HISTORY_ID_FIELD_NUMBER: _builtins.int
     buffers_waiting: _builtins.int
     buffers_claimed: _builtins.int
     buffers_waiting_bytes: _builtins.int
     events_position: _builtins.int
     outbox_position: _builtins.int
+    history_id: _builtins.str
+    """of the events; another one after every restore from a backup"""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionInfo]: ...
     @_builtins.property
@@ -620,10 +623,11 @@ class GetStatusResponse(_message.Message):
         buffers_waiting_bytes: _builtins.int = ...,
         events_position: _builtins.int = ...,
         outbox_position: _builtins.int = ...,
+        history_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffers_claimed", b"buffers_claimed", "buffers_waiting", b"buffers_waiting", "buffers_waiting_bytes", b"buffers_waiting_bytes", "events_position", b"events_position", "leases", b"leases", "outbox_position", b"outbox_position", "sessions", b"sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffers_claimed", b"buffers_claimed", "buffers_waiting", b"buffers_waiting", "buffers_waiting_bytes", b"buffers_waiting_bytes", "events_position", b"events_position", "history_id", b"history_id", "leases", b"leases", "outbox_position", b"outbox_position", "sessions", b"sessions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -640,6 +644,7 @@ class WalEnd(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     END_OFFSET_FIELD_NUMBER: _builtins.int
     PRODUCER_SNAPSHOT_FIELD_NUMBER: _builtins.int
+    FIRST_OFFSET_FIELD_NUMBER: _builtins.int
     topic_id: _builtins.bytes
     partition: _builtins.int
     epoch: _builtins.int
@@ -649,6 +654,8 @@ class WalEnd(_message.Message):
     """What this range's records that are not registered yet say of idempotent producers. Kept when the range settles, so
     that the next leader knows a retry of them from a new batch, whoever it is and whether or not they are announced.
     """
+    first_offset: _builtins.int
+    """From here on the log has the range's records; what lies below is registered. Absent: not known."""
     def __init__(
         self,
         *,
@@ -657,12 +664,15 @@ class WalEnd(_message.Message):
         epoch: _builtins.int = ...,
         end_offset: _builtins.int = ...,
         producer_snapshot: _builtins.bytes = ...,
+        first_offset: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_offset", b"_first_offset", "first_offset", b"first_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_offset", b"end_offset", "epoch", b"epoch", "partition", b"partition", "producer_snapshot", b"producer_snapshot", "topic_id", b"topic_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_offset", b"_first_offset", "end_offset", b"end_offset", "epoch", b"epoch", "first_offset", b"first_offset", "partition", b"partition", "producer_snapshot", b"producer_snapshot", "topic_id", b"topic_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__first_offset: _TypeAlias = _typing.Literal["first_offset"]  # noqa: Y015
+    _WhichOneofArgType__first_offset: _TypeAlias = _typing.Literal["_first_offset", b"_first_offset"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_offset) -> _WhichOneofReturnType__first_offset | None: ...
 
 Global___WalEnd: _TypeAlias = WalEnd  # noqa: Y015
 
@@ -678,6 +688,8 @@ class OpenSessionRequest(_message.Message):
     ENDS_UNKNOWN_FIELD_NUMBER: _builtins.int
     TORN_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    HISTORY_ID_FIELD_NUMBER: _builtins.int
+    SEEN_POSITION_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     role: _builtins.str
     """ingest | query | segmenter | coordinator"""
@@ -697,6 +709,12 @@ class OpenSessionRequest(_message.Message):
     """Drawn anew by the caller for every session it wants, and kept while it repeats the call: one whose answer was lost is
     answered with the session it opened. Empty: the coordinator draws one.
     """
+    history_id: _builtins.str
+    """ingest only: the history of the events that this log goes with, and the last position of it that the agent has
+    heard of; empty: none yet. Metadata that is older, or of a history that this one does not go on from, is refused
+    with METADATA_WENT_BACK: it would take records that it has forgotten for never written.
+    """
+    seen_position: _builtins.int
     @_builtins.property
     def wal_ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___WalEnd]:
         """ingest only: what a replay found; older ranges of this WAL settle there"""
@@ -712,10 +730,12 @@ class OpenSessionRequest(_message.Message):
         ends_unknown: _builtins.bool = ...,
         torn: _builtins.bool = ...,
         session_id: _builtins.str = ...,
+        history_id: _builtins.str = ...,
+        seen_position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id", "ends_unknown", b"ends_unknown", "role", b"role", "session_id", b"session_id", "torn", b"torn", "wal_ends", b"wal_ends", "wal_id", b"wal_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id", "ends_unknown", b"ends_unknown", "history_id", b"history_id", "role", b"role", "seen_position", b"seen_position", "session_id", b"session_id", "torn", b"torn", "wal_ends", b"wal_ends", "wal_id", b"wal_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -730,11 +750,19 @@ class OpenSessionResponse(_message.Message):
     HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     FEED_POSITION_FIELD_NUMBER: _builtins.int
+    HISTORY_ID_FIELD_NUMBER: _builtins.int
+    PRODUCER_IDS_FROM_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     ttl_ms: _builtins.int
     heartbeat_interval_ms: _builtins.int
     feed_position: _builtins.int
     """follow the events from here"""
+    history_id: _builtins.str
+    """of the events"""
+    producer_ids_from: _builtins.int
+    """Producer ids below were given out before the metadata was restored: what they wrote since the backup nobody can tell
+    from a retry of it, so their batches are refused with UNKNOWN_PRODUCER.
+    """
     @_builtins.property
     def resumed(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeGrant]:
         """this WAL's ranges that are not fully registered yet"""
@@ -747,10 +775,12 @@ class OpenSessionResponse(_message.Message):
         heartbeat_interval_ms: _builtins.int = ...,
         resumed: _abc.Iterable[Global___RangeGrant] | None = ...,
         feed_position: _builtins.int = ...,
+        history_id: _builtins.str = ...,
+        producer_ids_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feed_position", b"feed_position", "heartbeat_interval_ms", b"heartbeat_interval_ms", "resumed", b"resumed", "session_id", b"session_id", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feed_position", b"feed_position", "heartbeat_interval_ms", b"heartbeat_interval_ms", "history_id", b"history_id", "producer_ids_from", b"producer_ids_from", "resumed", b"resumed", "session_id", b"session_id", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1791,9 +1821,12 @@ class FollowEventsRequest(_message.Message):
     AFTER_POSITION_FIELD_NUMBER: _builtins.int
     TYPES_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    HISTORY_ID_FIELD_NUMBER: _builtins.int
     after_position: _builtins.int
     session_id: _builtins.str
     """the follower's session, if it has one"""
+    history_id: _builtins.str
+    """the history that after_position is of: METADATA_WENT_BACK when it is another one; empty: not"""
     @_builtins.property
     def types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """empty: all"""
@@ -1804,10 +1837,11 @@ class FollowEventsRequest(_message.Message):
         after_position: _builtins.int = ...,
         types: _abc.Iterable[_builtins.str] | None = ...,
         session_id: _builtins.str = ...,
+        history_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_position", b"after_position", "session_id", b"session_id", "types", b"types"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_position", b"after_position", "history_id", b"history_id", "session_id", b"session_id", "types", b"types"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1910,8 +1944,11 @@ class SnapshotPart(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     PARTITIONS_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
+    HISTORY_ID_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """every part: the state as of this event"""
+    history_id: _builtins.str
+    """every part"""
     @_builtins.property
     def partitions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotPartition]: ...
     @_builtins.property
@@ -1922,10 +1959,11 @@ class SnapshotPart(_message.Message):
         position: _builtins.int = ...,
         partitions: _abc.Iterable[Global___SnapshotPartition] | None = ...,
         sessions: _abc.Iterable[Global___SessionInfo] | None = ...,
+        history_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["partitions", b"partitions", "position", b"position", "sessions", b"sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["history_id", b"history_id", "partitions", b"partitions", "position", b"position", "sessions", b"sessions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2590,3 +2628,87 @@ class DeclareLostResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeclareLostResponse: _TypeAlias = DeclareLostResponse  # noqa: Y015
+
+@_typing.final
+class CompleteRestoreRequest(_message.Message):
+    """After a restore, when all agents are back that will ever be: ends the waiting for what others may have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOST_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    lost: _builtins.bool
+    """some are not: readers are told (DATA_LOSS) that records may be gone"""
+    dry_run: _builtins.bool
+    """only say what there is"""
+    reason: _builtins.str
+    """with lost"""
+    def __init__(
+        self,
+        *,
+        lost: _builtins.bool = ...,
+        dry_run: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "lost", b"lost", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompleteRestoreRequest: _TypeAlias = CompleteRestoreRequest  # noqa: Y015
+
+@_typing.final
+class RestoreBarrier(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOPIC_FIELD_NUMBER: _builtins.int
+    PARTITION_FIELD_NUMBER: _builtins.int
+    RANGE_FIELD_NUMBER: _builtins.int
+    topic: _builtins.str
+    partition: _builtins.int
+    @_builtins.property
+    def range(self) -> _types_pb2.OffsetRange:
+        """as it was"""
+
+    def __init__(
+        self,
+        *,
+        topic: _builtins.str = ...,
+        partition: _builtins.int = ...,
+        range: _types_pb2.OffsetRange | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["range", b"range"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["partition", b"partition", "range", b"range", "topic", b"topic"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreBarrier: _TypeAlias = RestoreBarrier  # noqa: Y015
+
+@_typing.final
+class CompleteRestoreResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BARRIERS_FIELD_NUMBER: _builtins.int
+    AGENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def barriers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RestoreBarrier]: ...
+    @_builtins.property
+    def agents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """ingest agents with a session"""
+
+    def __init__(
+        self,
+        *,
+        barriers: _abc.Iterable[Global___RestoreBarrier] | None = ...,
+        agents: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "barriers", b"barriers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompleteRestoreResponse: _TypeAlias = CompleteRestoreResponse  # noqa: Y015

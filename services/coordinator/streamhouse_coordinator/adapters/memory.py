@@ -11,6 +11,7 @@ from shproto.events import Event, event_from_json
 from shruntime.clock import Clock
 
 from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set, row_ops
 from streamhouse_coordinator.ports import EVERYTHING, Above, AtMost, In, Lock, Totals, Transaction, Where
 
@@ -75,7 +76,7 @@ class MemoryStore:
         events_changed: Callable[[], None] = lambda: None,
         group_changed: Callable[[str], None] = lambda group: None,
     ) -> None:
-        self.tables: dict[str, Rows] = {}
+        self.tables: dict[str, Rows] = {t.HISTORIES.name: {(1,): t.HistoryRow(1, "memory", 0, 0, 0)}}
         self._clock = clock
         self._events_changed = events_changed
         self._group_changed = group_changed
@@ -131,6 +132,10 @@ class MemoryStore:
         log = self.tables.get(t.EVENTS.name, {})
         rows = (log[(position,)] for position in range(after_position + 1, len(log) + 1))  # they are gapless
         return list(islice((row for row in rows if not types or row.type in types), limit))
+
+    async def head(self) -> Head:
+        histories = self.tables[t.HISTORIES.name]
+        return Head(histories[(len(histories),)].history_id, len(self.tables.get(t.EVENTS.name, {})))
 
     async def rebuild(self) -> None:
         async with self._alone:

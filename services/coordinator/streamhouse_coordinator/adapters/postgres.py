@@ -23,6 +23,7 @@ from shruntime.urls import masked
 from streamhouse_coordinator.adapters.migrate import migrate
 from streamhouse_coordinator.adapters.postgres_errors import ABSENT, CONFLICTS, UNUSABLE_DSN, unavailable
 from streamhouse_coordinator.adapters.postgres_transaction import NOW_MS, PostgresTransaction
+from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.projection import row_ops
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, EventRow
 from streamhouse_coordinator.ports import Above, In, Transaction, Where, where
@@ -186,6 +187,11 @@ class PostgresStore:
             return await PostgresTransaction(connection).select(EVENTS, Where(equals), order=("position",), limit=limit)
 
         return await self._guarded(read)
+
+    async def head(self) -> Head:
+        text = """SELECT (SELECT history_id FROM histories ORDER BY nth DESC LIMIT 1),
+            (SELECT position FROM event_position)"""
+        return Head(*await self._guarded(lambda connection: connection.fetchrow(text)))
 
     async def drain_outbox(self, publish: Callable[[Sequence[EventRow]], Awaitable[None]], limit: int) -> int:
         """Publishes the next events and moves the outbox past them, unless another coordinator is at it. Returns how

@@ -177,6 +177,39 @@ def _(event: ev.LogStartMoved) -> RowOps:
 
 
 @row_ops.register
+def _(event: ev.HistoryBegan) -> RowOps:
+    return ()  # histories are no projection: the first one began without an event
+
+
+@row_ops.register
+def _(event: ev.PartitionRestored) -> RowOps:
+    key = {"topic_id": event.topic_id, "partition": event.partition}
+    gone = [Remove(t.RANGES, key | {"epoch": epoch}) for epoch in event.removed_epochs]
+    gone += [Remove(t.SEGMENTS, {"segment_id": segment_id}) for segment_id in event.removed_segment_ids]
+    ranges = [Put(t.RANGES, _restored_range(event, item)) for item in event.ranges]
+    segments = [Put(t.SEGMENTS, _segment_row(item)) for item in event.segments]
+    changes = {"epoch": event.epoch, "log_start_offset": event.log_start_offset}
+    return (*gone, *ranges, *segments, Set(t.PARTITIONS, (event.topic_id, event.partition), changes))
+
+
+def _restored_range(event: ev.PartitionRestored, item: ev.RangeState) -> t.RangeRow:
+    return t.RangeRow(
+        event.topic_id,
+        event.partition,
+        item.epoch,
+        item.start_offset,
+        item.limit_offset,
+        item.registered_end,
+        item.end_offset,
+        item.status,
+        "",
+        item.agent_id,
+        item.wal_id,
+        False,
+    )
+
+
+@row_ops.register
 def _(event: ev.GroupMemberJoined) -> RowOps:
     topics = json.dumps(list(event.topics))
     row = t.GroupMemberRow(event.group, event.member_id, event.client_id, topics, event.session_timeout_ms)

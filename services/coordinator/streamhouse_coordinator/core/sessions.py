@@ -19,12 +19,14 @@ RangeKey = tuple[str, int, int]
 @dataclass(frozen=True, slots=True)
 class WalEnds:
     """What an agent says of the ends of its log's ranges. `unknown`, `torn`: as in OpenSessionRequest. `snapshots`: of
-    the producers of what is not registered, those that have any."""
+    the producers of what is not registered, those that have any. `firsts`: from where on the log has each range, where
+    it says so."""
 
     ends: Mapping[RangeKey, int] = field(default_factory=dict)
     snapshots: Mapping[RangeKey, bytes] = field(default_factory=dict)
     unknown: bool = False
     torn: bool = False
+    firsts: Mapping[RangeKey, int] = field(default_factory=dict)
 
 
 def open_session(

@@ -266,6 +266,18 @@ class SweepRow:
     last_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class HistoryRow:
+    """A history of the events; the newest `nth` is the one that goes on. It shares the events up to `from_position`
+    with the ones before. Producer ids below `producer_ids_from` were given out in an older one."""
+
+    nth: int
+    history_id: str
+    from_position: int
+    producer_ids_from: int
+    created_ms: int
+
+
 # ---- events
 
 
@@ -304,6 +316,7 @@ GROUP_OFFSETS = Table("group_offsets", GroupOffsetRow, ("group_name", "topic_id"
 UPLOAD_INTENTS = Table("upload_intents", UploadIntentRow, ("object_key",))
 DELETIONS = Table("deletions", DeletionRow, ("object_key",))
 SWEEPS = Table("sweeps", SweepRow, ("name",))
+HISTORIES = Table("histories", HistoryRow, ("nth",))
 EVENTS = Table("events", EventRow, ("position",))
 
 PROJECTIONS: tuple[Table[object], ...] = (
@@ -328,4 +341,5 @@ STATE: tuple[Table[object], ...] = (
     UPLOAD_INTENTS,
     DELETIONS,
     SWEEPS,
+    HISTORIES,
 )  # type: ignore[assignment]

@@ -8,8 +8,10 @@ from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened
 
 from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.histories import NOTHING_SEEN, Head, check_seen
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Transaction, where, where_keys
+from streamhouse_coordinator.service import restores
 from streamhouse_coordinator.service.common import (
     CLUSTER_LOCK,
     RANGE_KEYS,
@@ -36,18 +38,27 @@ class OpenedSession:
     session_id: str
     resumed: list[Grant]
     feed_position: int
+    history: t.HistoryRow
 
 
-async def open_session(context: Context, opened: SessionOpened, wal_ends: sessions.WalEnds) -> OpenedSession:
+async def open_session(
+    context: Context, opened: SessionOpened, wal_ends: sessions.WalEnds, seen: Head = NOTHING_SEEN
+) -> OpenedSession:
     """`opened` comes without started_ms, and without session_id unless the caller has drawn one: a session of that id
-    is there already if this is a retry whose first answer was lost. Raises AgentIdTaken, InvalidArgument."""
+    is there already if this is a retry whose first answer was lost. `seen`: what the agent's log knows of the metadata.
+    Raises AgentIdTaken, InvalidArgument, MetadataWentBack."""
     session_id = opened.session_id or context.new_id()
+    declared = wal_ends
 
     async def work(tx: Transaction) -> OpenedSession:
         await tx.lock(CLUSTER_LOCK)
         now_ms = await tx.now_ms()
+        histories = await tx.select(t.HISTORIES, order=("nth",))
+        check_seen(histories, await tx.position(), seen)
         if rows := await tx.select(t.SESSIONS, where(session_id=session_id)):
-            return await _reopened(tx, sessions.reopened(rows[0], opened), now_ms + context.settings.session_ttl_ms)
+            until_ms = now_ms + context.settings.session_ttl_ms
+            return await _reopened(tx, sessions.reopened(rows[0], opened), until_ms, histories[-1])
+        wal_ends = await restores.split_barriers(tx, opened.agent_id, opened.wal_id, declared)
         event = replace(opened, session_id=session_id, started_ms=now_ms)
         others = await _others(tx, opened)
         live = await _live(tx, [row.session_id for row in others], now_ms)
@@ -66,16 +77,16 @@ async def open_session(context: Context, opened: SessionOpened, wal_ends: sessio
             await _keep_snapshots(tx, [row.key for row in own], wal_ends)
         else:
             position = await tx.append(events) - len(events)
-        return OpenedSession(session_id, await _resumed(tx, opened.wal_id), position)
+        return OpenedSession(session_id, await _resumed(tx, opened.wal_id), position, histories[-1])
 
     return await context.store.run(work)
 
 
-async def _reopened(tx: Transaction, session: t.SessionRow, expires_ms: int) -> OpenedSession:
+async def _reopened(tx: Transaction, session: t.SessionRow, expires_ms: int, history: t.HistoryRow) -> OpenedSession:
     """As it is by now, with a fresh lease. The position comes first: what happens later is on the feed."""
     position = await tx.position()
     await tx.apply([Set(t.SESSION_LEASES, (session.session_id,), {"expires_ms": expires_ms})])
-    return OpenedSession(session.session_id, await _resumed(tx, session.wal_id), position)
+    return OpenedSession(session.session_id, await _resumed(tx, session.wal_id), position, history)
 
 
 async def _resumed(tx: Transaction, wal_id: str) -> list[Grant]:

@@ -196,6 +196,7 @@ async def get_status(context: Context) -> pb.GetStatusResponse:
             buffers_waiting_bytes=every[0].sums[0],
             events_position=await tx.position(),
             outbox_position=await tx.outbox_position(),
+            history_id=await _history_id(tx),
         )
 
     return await context.store.run(work)
@@ -238,13 +239,20 @@ async def get_snapshot(context: Context) -> AsyncIterator[pb.SnapshotPart]:
         position = await tx.position()
         remaining_ms = {row.session_id: ms for row, ms in await _live_sessions(tx)}
         sessions = await tx.select(t.SESSIONS, order=("agent_id", "started_ms"))
+        history_id = await _history_id(tx)
         yield pb.SnapshotPart(
             position=position,
+            history_id=history_id,
             sessions=[messages.session_info(row, remaining_ms.get(row.session_id, 0)) for row in sessions],
         )
         for topic in await tx.select(t.TOPICS, order=("topic_id",)):
             async for part in _topic_parts(tx, topic, position):
+                part.history_id = history_id
                 yield part
+
+
+async def _history_id(tx: Transaction) -> str:
+    return (await tx.select(t.HISTORIES, order=("nth",)))[-1].history_id
 
 
 async def _topic_parts(tx: Transaction, topic: t.TopicRow, position: int) -> AsyncIterator[pb.SnapshotPart]:

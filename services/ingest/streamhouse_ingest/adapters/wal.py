@@ -15,7 +15,7 @@ from shformat import WAL_FILE_HEADER_SIZE, FormatError, check_batch, encode_fram
 
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.core.buffer import WalPosition
-from streamhouse_ingest.ports import Frame, WalBroken, WalDamaged, WalFileGone, WalFull
+from streamhouse_ingest.ports import Frame, Seen, WalBroken, WalDamaged, WalFileGone, WalFull
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -87,6 +87,10 @@ class FileWal:
         """What lies in files before the first of ours has been told to the coordinator. Raises OSError."""
         self._directory.mark_settled(self._first_sequence)
         self._directory.mark_unsynced(False)
+
+    def note_history(self, seen: Seen) -> None:
+        """Keeps it beside the log, durably. Raises OSError."""
+        self._directory.note_history(seen)
 
     def close(self) -> None:
         """Syncs and closes the active file. Raises WalBroken."""

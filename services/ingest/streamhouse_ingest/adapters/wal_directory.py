@@ -7,12 +7,13 @@ import re
 import uuid
 from pathlib import Path
 
-from streamhouse_ingest.ports import WalDirectoryError, WalLocked, WrongIdentity
+from streamhouse_ingest.ports import Seen, WalDirectoryError, WalLocked, WrongIdentity
 
 _FILE_NAME = re.compile(r"(\d{20})\.wal")
 _IDENTITY_VERSION = 1
 _SETTLED = "settled"
 _UNSYNCED = "unsynced"
+_HISTORY = "history"
 
 
 class WalDirectory:
@@ -72,6 +73,24 @@ class WalDirectory:
         elif self.unsynced:
             (self.path / _UNSYNCED).unlink()
             self.sync()
+
+    def history(self) -> Seen:
+        """Of the metadata that the log goes with. Raises WalDirectoryError for a file that says something else."""
+        file = self.path / _HISTORY
+        if not file.exists():
+            return Seen()
+        try:
+            content = json.loads(file.read_text())
+            return Seen(str(content["history_id"]), int(content["position"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise WalDirectoryError(
+                f"{file}: not a note of a history: {error!r}. If the metadata is known to be the one this log "
+                "goes with, delete the file"
+            ) from error
+
+    def note_history(self, seen: Seen) -> None:
+        """Raises OSError."""
+        _replace(self.path / _HISTORY, json.dumps({"history_id": seen.history_id, "position": seen.position}) + "\n")
 
     def sync(self) -> None:
         """Makes creations and deletions in the directory durable."""

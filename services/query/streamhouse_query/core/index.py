@@ -235,6 +235,7 @@ class ClusterIndex:
 
     def __init__(self) -> None:
         self.position = 0
+        self.history_id = ""
         self.topics: dict[str, TopicEntry] = {}
         self.partitions: dict[PartitionKey, PartitionIndex] = {}
         self.sessions: dict[str, AgentSession] = {}
@@ -395,6 +396,11 @@ class ClusterIndex:
         return frozenset([partition.key])
 
 
+def _restored(index: ClusterIndex, event: ev.PartitionRestored | ev.HistoryBegan) -> frozenset[PartitionKey]:
+    """Ranges and segments may have changed in any way."""
+    raise IndexMismatch(f"the metadata was restored ({event.stream_id})")
+
+
 _HANDLERS: dict[type, Callable[[ClusterIndex, Any], frozenset[PartitionKey] | None]] = {
     ev.TopicCreated: ClusterIndex._topic_created,
     ev.TopicDeleted: ClusterIndex._topic_deleted,
@@ -408,4 +414,6 @@ _HANDLERS: dict[type, Callable[[ClusterIndex, Any], frozenset[PartitionKey] | No
     ev.SegmentRegistered: ClusterIndex._segment_registered,
     ev.SegmentsCompacted: ClusterIndex._segments_compacted,
     ev.LogStartMoved: ClusterIndex._log_start_moved,
+    ev.PartitionRestored: _restored,
+    ev.HistoryBegan: _restored,
 }

@@ -170,7 +170,7 @@ def _unregistered(cluster: ClusterIndex, partition: PartitionIndex, position: in
         if newest and current.status is RangeStatus.OPEN and offset > current.registered_end:
             return BeyondEnd(current.registered_end)
         return Wait(reason)
-    address = cluster.address_of(current.agent_id, current.wal_id)
+    address = cluster.address_of(current.agent_id, current.wal_id) if current.wal_id else ""
     if not address:
         return Wait(reason or _no_session(partition, current))
     return ReadTail(current.epoch, current.agent_id, address, current.end_offset, newest, reason)
@@ -179,6 +179,12 @@ def _unregistered(cluster: ClusterIndex, partition: PartitionIndex, position: in
 def _reason(partition: PartitionIndex, current: EpochRange, newest: bool) -> str:
     if current.status is RangeStatus.OPEN and newest:
         return ""
+    if current.status is RangeStatus.ORPHANED and not current.wal_id:
+        return (
+            f"{partition.name}: the metadata was restored from a backup, and agents may have records from offset "
+            f"{current.registered_end} on in their write-ahead logs; waiting for them to come back, or for "
+            "`streamhouse restore --complete`"
+        )
     held = f"{partition.name}: epoch {current.epoch} of agent {current.agent_id} is"
     what = f"records from offset {current.registered_end} on"
     if current.status is RangeStatus.SETTLED:

@@ -6,22 +6,27 @@ position, its history is another one, and nothing may be deleted.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from shproto.v1 import coordinator_pb2
 
 MARK_KEY = "control/history-mark.json"
+# What a restore of the metadata left out (damaged objects, segments behind a hole) stays for a week: time to look at
+# the report, and to restore once more.
+RESTORE_GRACE_MS = 7 * 24 * 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryMark:
-    """One event of the control plane, by what identifies it."""
+    """One event of the control plane, by what identifies it. Nothing is deleted before `sweep_from_ms` (since 1970): it
+    is set when the metadata was restored, and goes from mark to mark."""
 
     position: int
     stream_id: str
     version: int
     type: str
     created_ms: int
+    sweep_from_ms: int = 0
 
     @classmethod
     def of(cls, event: coordinator_pb2.Event) -> "HistoryMark":
@@ -39,10 +44,13 @@ class HistoryMark:
             raise ValueError(f"not a history mark: {error}") from error
 
 
+NO_MARK = HistoryMark(0, "", 0, "", 0)
+
+
 def went_back(mark: HistoryMark, current: HistoryMark | None) -> str:
     """Why the feed is not the one that `mark` was taken from; empty when it is. `current`: what is there now."""
     if current is None:
         return f"the event at position {mark.position} is gone"
-    if current != mark:
+    if current != replace(mark, sweep_from_ms=0):
         return f"the event at position {mark.position} is {current}, it was {mark}"
     return ""

@@ -1,0 +1,118 @@
+"""What backups and restores need of PostgreSQL beyond the store: a whole database as of one moment, and an empty one to
+fill. Errors of the database end here, as in postgres.py."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+from shproto.errors import InvalidArgument
+
+from streamhouse_coordinator.adapters.migrate import available, migrate
+from streamhouse_coordinator.adapters.postgres_errors import ABSENT, unavailable
+from streamhouse_coordinator.adapters.postgres_transaction import PostgresTransaction
+from streamhouse_coordinator.core.tables import EVENTS, HISTORIES, PROJECTIONS, STATE, Table
+from streamhouse_coordinator.ports import Restoring, Snapshot
+
+# A statement reads or writes some thousand rows; a database that takes longer than this does not work.
+STATEMENT_TIMEOUT_S = 300.0
+CONNECT_TIMEOUT_S = 30.0
+
+
+class PostgresSnapshot(PostgresTransaction):
+    """Implements ports.Snapshot."""
+
+    async def producer_id(self) -> int:
+        number: int = await self._connection.fetchval("SELECT last_value FROM producer_ids")
+        return number
+
+    async def migrations(self) -> list[str]:
+        return [row["name"] for row in await self._connection.fetch("SELECT name FROM migrations ORDER BY name")]
+
+
+class PostgresRestoring(PostgresTransaction):
+    """Implements ports.Restoring."""
+
+    async def found(self) -> list[str]:
+        counts = []
+        tables: list[Table[Any]] = [EVENTS, *PROJECTIONS, *STATE]
+        for table in tables:
+            if table.name != HISTORIES.name:
+                count = await self._connection.fetchval(f'SELECT count(*) FROM "{table.name}"')
+                counts += [f"{count} rows in {table.name}"] if count else []
+        return counts
+
+    async def set_position(self, position: int) -> None:
+        await self._connection.execute("UPDATE event_position SET position = $1", position)
+        await self._connection.execute("UPDATE outbox SET position = $1", position)
+
+    async def set_producer_id(self, producer_id: int) -> None:
+        await self._connection.execute("SELECT setval('producer_ids', $1)", producer_id)
+
+
+@asynccontextmanager
+async def snapshot(dsn: str) -> AsyncIterator[Snapshot]:
+    """One moment of the database, for as long as it is open. Changes nothing, not even its tables. Raises Unavailable;
+    InvalidArgument for a database that is not, or not yet, one of this version."""
+    async with _connected(dsn) as connection:
+        await _must_be_ours(connection)
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            yield PostgresSnapshot(connection)
+
+
+@asynccontextmanager
+async def restoring(dsn: str, *, commit: bool) -> AsyncIterator[Restoring]:
+    """A transaction over the whole database, which gets its tables first; rolled back at its end unless `commit`.
+    Raises Unavailable, DatabaseTooNew; InvalidArgument where there are tables that are not ours."""
+    async with _connected(dsn) as connection:
+        await _must_be_free(connection)
+        await migrate(connection)
+        transaction = connection.transaction()
+        await transaction.start()
+        try:
+            await connection.execute("LOCK TABLE event_position, sessions, histories IN EXCLUSIVE MODE")
+            restore = PostgresRestoring(connection)
+            yield restore
+            await restore.finish()
+        except BaseException:
+            if not connection.is_closed():
+                await transaction.rollback()
+            raise
+        await (transaction.commit() if commit else transaction.rollback())
+
+
+@asynccontextmanager
+async def _connected(dsn: str) -> AsyncIterator[Any]:
+    try:
+        connection = await asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT_S, command_timeout=STATEMENT_TIMEOUT_S)
+        try:
+            yield connection
+        finally:
+            await connection.close(timeout=CONNECT_TIMEOUT_S)
+    except ABSENT as error:
+        raise unavailable(error) from error
+
+
+async def _tables(connection: Any) -> list[str]:
+    rows = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = current_schema() ORDER BY 1")
+    return [row["tablename"] for row in rows]
+
+
+async def _must_be_ours(connection: Any) -> None:
+    if "migrations" not in await _tables(connection):
+        raise InvalidArgument("the database is not one of StreamHouse: it has no table migrations", field="pg_dsn")
+    done = {row["name"] for row in await connection.fetch("SELECT name FROM migrations")}
+    if done != set(available()):
+        raise InvalidArgument(
+            f"the database is of another version: it has the migrations {', '.join(sorted(done))}, this program knows "
+            f"{', '.join(sorted(available()))}; back it up with the version its coordinators run",
+            field="pg_dsn",
+        )
+
+
+async def _must_be_free(connection: Any) -> None:
+    tables = await _tables(connection)
+    if tables and "migrations" not in tables:
+        raise InvalidArgument(
+            f"the database is not empty: it has the tables {', '.join(tables)}; restore into a new one", field="pg_dsn"
+        )

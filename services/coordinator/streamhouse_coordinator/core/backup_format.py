@@ -1,0 +1,160 @@
+"""The bytes of a backup: objects with rows, and a manifest that names them all and is written last.
+
+docs/backup.md is the page for readers. A backup without a readable manifest is none.
+"""
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from shproto.errors import InvalidArgument
+
+from streamhouse_coordinator.core import tables as t
+
+PREFIX = "backup/"
+MANIFEST = "manifest.json"
+VERSION = 1
+# What has to come back. Leases, claims, members and sweeps are of the moment; producers' state goes (see restoring.py).
+TABLES: tuple[t.Table[Any], ...] = (t.EVENTS, t.HISTORIES, t.LOST_SPANS, t.GROUP_OFFSETS)
+# Rows of one object, some 400 bytes each: 8 MB to hold at once, and a request a second or two long.
+CHUNK_ROWS = 20_000
+# What a reader is willing to take: 20,000 rows, some of which name thousands of segments.
+CHUNK_BYTES_MAX = 256 * 1024 * 1024
+CHUNK_RAW_BYTES_MAX = 2 * 1024 * 1024 * 1024
+# A million objects are 2 * 10^10 rows.
+MANIFEST_BYTES_MAX = 256 * 1024 * 1024
+
+_NAME = re.compile(r"\d{8}T\d{6}Z-\d{12,19}")
+_BY_NAME = {table.name: table for table in TABLES}
+
+
+class BackupDamaged(ValueError):
+    """Bytes that are no part of a backup, or not the ones its manifest names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """An object with rows of one table. `sha256` and `size_bytes` are of the object, `raw_bytes` of what it holds."""
+
+    key: str
+    table: str
+    rows: int
+    size_bytes: int
+    raw_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`position`: of the last event in it. `producer_id`: the last one given out."""
+
+    version: int
+    name: str
+    created_ms: int
+    position: int
+    history_id: str
+    producer_id: int
+    migrations: tuple[str, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(chunk.size_bytes for chunk in self.chunks)
+
+
+def backup_name(time_text: str, position: int) -> str:
+    """`time_text`: yyyymmddThhmmssZ."""
+    return f"{time_text}-{position:012d}"
+
+
+def check_name(name: str) -> str:
+    """Raises InvalidArgument."""
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument(f"{name[:100]!r} is not a name of a backup", field="backup", value=name[:100])
+    return name
+
+
+def manifest_key(name: str) -> str:
+    return f"{PREFIX}{name}/{MANIFEST}"
+
+
+def chunk_key(name: str, table: str, nth: int) -> str:
+    return f"{PREFIX}{name}/{table}-{nth:06d}.jsonl.gz"
+
+
+def name_of(key: str) -> str:
+    """The backup an object belongs to; empty if it belongs to none."""
+    parts = key.removeprefix(PREFIX).split("/")
+    return parts[0] if len(parts) == 2 and _NAME.fullmatch(parts[0]) else ""
+
+
+def encode_chunk(key: str, table: t.Table[Any], rows: Sequence[Any]) -> tuple[Chunk, bytes]:
+    """gzip of one JSON array per row, its columns in the order of the table."""
+    lines = [json.dumps([getattr(row, name) for name in table.columns], separators=(",", ":")) for row in rows]
+    raw = "".join(line + "\n" for line in lines).encode()
+    packer = zlib.compressobj(6, zlib.DEFLATED, 31)
+    body = packer.compress(raw) + packer.flush()
+    digest = hashlib.sha256(body).hexdigest()
+    return Chunk(key, table.name, len(rows), len(body), len(raw), digest), body
+
+
+def decode_chunk(chunk: Chunk, body: bytes) -> list[Any]:
+    """The rows. Raises BackupDamaged."""
+    if len(body) != chunk.size_bytes or hashlib.sha256(body).hexdigest() != chunk.sha256:
+        raise BackupDamaged(f"{chunk.key}: not the bytes that the manifest names")
+    unpacker = zlib.decompressobj(31)
+    try:
+        raw = unpacker.decompress(body, chunk.raw_bytes + 1)
+        table = _BY_NAME[chunk.table]
+        rows = [table.row(*json.loads(line)) for line in raw.splitlines()]
+    except (zlib.error, KeyError, ValueError, TypeError) as error:
+        raise BackupDamaged(f"{chunk.key}: {error}") from error
+    if len(raw) != chunk.raw_bytes or len(rows) != chunk.rows:
+        raise BackupDamaged(f"{chunk.key}: {len(rows)} rows, the manifest says {chunk.rows}")
+    return rows
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    body = json.dumps(asdict(manifest), separators=(",", ":"), sort_keys=True)
+    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "backup": body}).encode()
+
+
+def decode_manifest(key: str, data: bytes) -> Manifest:
+    """Raises BackupDamaged."""
+    try:
+        outer = json.loads(data)
+        body = outer["backup"]
+        if hashlib.sha256(body.encode()).hexdigest() != outer["sha256"]:
+            raise BackupDamaged(f"{key}: its checksum does not fit")
+        values = json.loads(body)
+        if values["version"] != VERSION:
+            raise BackupDamaged(f"{key}: version {values['version']}, this program reads {VERSION}")
+        chunks = tuple(_chunk(key, item) for item in values.pop("chunks"))
+        migrations = tuple(values.pop("migrations"))
+        return Manifest(**values, chunks=chunks, migrations=migrations)
+    except BackupDamaged:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BackupDamaged(f"{key}: not a manifest of a backup: {error}") from error
+
+
+def _chunk(key: str, values: dict[str, Any]) -> Chunk:
+    chunk = Chunk(**values)
+    if chunk.table not in _BY_NAME or name_of(chunk.key) != name_of(key):
+        raise BackupDamaged(f"{key}: names {chunk.key} of table {chunk.table}, which is not of this backup")
+    if not 0 <= chunk.size_bytes <= CHUNK_BYTES_MAX or not 0 <= chunk.raw_bytes <= CHUNK_RAW_BYTES_MAX:
+        raise BackupDamaged(f"{chunk.key}: {chunk.size_bytes} bytes, of {chunk.raw_bytes}; too large")
+    return chunk
+
+
+def complete(names: Iterable[str], with_manifest: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(backups, half-made ones), each oldest first."""
+    whole = set(with_manifest)
+    return sorted(whole), sorted(set(names) - whole)
+
+
+assert all(item.type is not bytes for table in TABLES for item in fields(table.row)), "rows are JSON as they are"  # type: ignore[arg-type]

@@ -1,0 +1,126 @@
+"""Barriers: offsets that a restore cannot say anything about, because only agents' logs have what was written there.
+
+A barrier is an orphaned range of nobody (no agent, no log). One with epoch n stands for all epochs above the range
+before it up to n, and for the rest of that range if its end is not known: such a range ends where the barrier begins
+until its agent says more. Readers wait at a barrier. An agent that opens its session with a log of such an epoch gets
+its part of the barrier as a range of its own. Ranges ascend by epoch and by offset alike, always.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from streamhouse_coordinator.core.tables import ORPHANED, SETTLED, RangeRow
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What an agent's log holds of one epoch: [first_offset, end_offset). What lies below it is registered, or is not
+    in this log any more."""
+
+    epoch: int
+    first_offset: int
+    end_offset: int
+
+
+@dataclass(slots=True)
+class Split:
+    """How the ranges of a partition change. `reset`: ranges whose segments must go, as their agent has all of it and
+    more before it. `ends`: what counts of the reported ends, where that is less than was reported."""
+
+    ranges: list[RangeRow]
+    removed_epochs: list[int] = field(default_factory=list)
+    reset: list[int] = field(default_factory=list)
+    ends: dict[int, int] = field(default_factory=dict)
+
+
+def barrier(topic_id: str, partition: int, epoch: int, start_offset: int, limit_offset: int) -> RangeRow:
+    return RangeRow(
+        topic_id, partition, epoch, start_offset, limit_offset, start_offset, None, ORPHANED, "", "", "", False
+    )
+
+
+def is_barrier(row: RangeRow) -> bool:
+    """Nothing of it is registered, and it is nobody's."""
+    return is_unclaimed(row) and row.registered_end == row.start_offset
+
+
+def is_unclaimed(row: RangeRow) -> bool:
+    """A restore made it, and no agent has said that it is its own."""
+    return row.status == ORPHANED and not row.wal_id
+
+
+def released(row: RangeRow) -> RangeRow:
+    """Nobody has anything of it. A barrier is empty then and lies at its limit, so that the next range begins behind
+    what may have been given out."""
+    at = row.limit_offset if is_barrier(row) else row.registered_end
+    start = at if is_barrier(row) else row.start_offset
+    return replace(row, status=SETTLED, start_offset=start, registered_end=at, limit_offset=at, end_offset=at)
+
+
+def split(ranges: Sequence[RangeRow], reported: Sequence[Reported], agent_id: str, wal_id: str) -> Split:
+    """The ranges of one partition once an agent has said what its log holds. `ranges`: all of it, ascending."""
+    rows = sorted(ranges, key=lambda row: row.epoch)
+    result = Split([])
+    for item in sorted(reported, key=lambda item: item.epoch):
+        at = next((at for at, row in enumerate(rows) if row.epoch >= item.epoch), len(rows))
+        if at < len(rows) and rows[at].epoch == item.epoch and not is_barrier(rows[at]):
+            _claim(rows, at, item, agent_id, wal_id, result)
+        elif at < len(rows) and is_barrier(rows[at]):
+            _take(rows, at, item, agent_id, wal_id, result)
+    _compare(ranges, rows, result)
+    return result
+
+
+def _claim(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id: str, result: Split) -> None:
+    """The epoch has a range already: what is in the log behind it comes out of the barrier that follows."""
+    row = rows[at]
+    if row.status != ORPHANED or row.wal_id not in ("", wal_id):
+        return
+    row = replace(row, agent_id=agent_id, wal_id=wal_id)
+    before = rows[at - 1] if at else None
+    floor = 0 if before is None else before.registered_end if before.end_offset is None else before.end_offset
+    if not rows[at].wal_id and max(item.first_offset, floor) < row.start_offset:
+        # Nothing of the epoch was registered: what was found is not its beginning, and the log has that, too.
+        start = max(item.first_offset, floor)
+        row = replace(row, start_offset=start, registered_end=start)
+        result.reset.append(row.epoch)
+        if before is not None and before.end_offset is None:
+            rows[at - 1] = replace(before, limit_offset=min(before.limit_offset, start))
+    rows[at] = row
+    following = rows[at + 1] if at + 1 < len(rows) else None
+    if following is not None and is_barrier(following) and following.start_offset == row.limit_offset:
+        end = min(max(item.end_offset, row.limit_offset), following.limit_offset)
+        rows[at] = replace(row, limit_offset=end)
+        rows[at + 1] = replace(following, start_offset=end, registered_end=end)
+    if item.end_offset > rows[at].limit_offset:
+        result.ends[item.epoch] = rows[at].limit_offset
+
+
+def _take(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id: str, result: Split) -> None:
+    """An epoch nobody knew: it becomes a range, and what is left of the barrier on both sides stays one."""
+    whole = rows[at]
+    first = max(item.first_offset, whole.start_offset)
+    end = min(item.end_offset, whole.limit_offset)
+    if end != item.end_offset:
+        result.ends[item.epoch] = end
+    if first >= end:
+        return
+    own = replace(whole, epoch=item.epoch, start_offset=first, registered_end=first, limit_offset=end)
+    parts = [replace(own, agent_id=agent_id, wal_id=wal_id)]
+    before = rows[at - 1] if at else None
+    if item.epoch > (before.epoch if before is not None else 0) + 1:
+        parts.insert(0, replace(whole, epoch=item.epoch - 1, limit_offset=first))
+    elif before is not None and before.end_offset is None and before.limit_offset == whole.start_offset:
+        rows[at - 1] = replace(before, limit_offset=first)
+    if whole.epoch > item.epoch:
+        parts.append(replace(whole, start_offset=end, registered_end=end))
+    rows[at : at + 1] = parts
+
+
+def _compare(before: Sequence[RangeRow], rows: list[RangeRow], result: Split) -> None:
+    """Keeps what is not empty, and of that what changed. The last range stays: the next one is granted behind it."""
+    empty = [row for row in rows[:-1] if is_barrier(row) and row.start_offset == row.limit_offset]
+    kept = [row for row in rows if row not in empty]
+    known: Mapping[int, RangeRow] = {row.epoch: row for row in before}
+    result.ranges = [row for row in kept if known.get(row.epoch) != row]
+    result.removed_epochs = sorted(set(known) - {row.epoch for row in kept})

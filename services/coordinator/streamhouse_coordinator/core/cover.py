@@ -1,0 +1,217 @@
+"""Which stored segments make up a partition again after a restore: a gapless cover without overlaps.
+
+Objects that overlap (inputs and outputs of compactions, uploads that were repeated) hold the same records for the same
+epoch and offset, so any cover will do. What does not count: records of an epoch at or beyond the start of a later one,
+or beyond the known end of their own range; registration had fenced them.
+"""
+
+import heapq
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from shproto.events import Segment
+
+from streamhouse_coordinator.core.tables import LOST, RangeRow
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Offsets [base_offset, end_offset) of one epoch."""
+
+    epoch: int
+    base_offset: int
+    end_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A segment that can be read. `spans`: whose records it holds, a merged one of several epochs; of a registered one
+    they need not be known. `registered`: the backup knows it."""
+
+    segment: Segment
+    spans: tuple[Span, ...]
+    registered: bool = False
+
+    @property
+    def base_offset(self) -> int:
+        return self.segment.base_offset
+
+    @property
+    def end_offset(self) -> int:
+        return self.segment.end_offset
+
+
+@dataclass(slots=True)
+class Cover:
+    """`chosen`: ascending. `lost`: was registered, and no object holds it. `stranded`: behind a hole inside their
+    epoch, so not part of the log. `log_start_offset`: where the log begins now."""
+
+    log_start_offset: int
+    chosen: list[Candidate] = field(default_factory=list)
+    lost: list[Span] = field(default_factory=list)
+    stranded: list[Candidate] = field(default_factory=list)
+
+
+def cover(
+    log_start_offset: int,
+    ranges: Sequence[RangeRow],
+    candidates: Iterable[Candidate],
+    *,
+    has_retention: bool,
+    accept_holes: bool,
+) -> Cover:
+    """The cover of a partition from `log_start_offset` on.
+
+    `ranges`: as the backup has them. `has_retention`: what is missing at the beginning was removed by it.
+    `accept_holes`: holes inside epochs become lost spans, and what lies behind them counts.
+    """
+    return _Search(log_start_offset, ranges, candidates, has_retention, accept_holes).run()
+
+
+class _Search:
+    def __init__(
+        self,
+        log_start_offset: int,
+        ranges: Sequence[RangeRow],
+        candidates: Iterable[Candidate],
+        has_retention: bool,
+        accept_holes: bool,
+    ) -> None:
+        self._ranges = {row.epoch: row for row in ranges}
+        self._has_retention = has_retention
+        self._accept_holes = accept_holes
+        every = list(candidates)
+        self._starts = _starts(self._ranges, every)
+        self._epochs = sorted(self._starts)
+        self._usable = [item for item in every if item.registered or not self._void(item)]
+        self._usable.sort(key=lambda item: (item.base_offset, item.end_offset))
+        self._found = Cover(log_start_offset)
+
+    def run(self) -> Cover:
+        at = self._found.log_start_offset
+        edges = _by_base(self._usable)
+        while True:
+            path = _farthest(at, edges)
+            if path:
+                self._found.chosen += path
+                at = path[-1].end_offset
+            following = self._following(at)
+            if not self._cross(at, following):
+                self._strand(following)
+                edges = _by_base(self._usable)
+            elif following is None:
+                return self._found
+            else:
+                at = following
+
+    def _following(self, at: int) -> int | None:
+        """The base of the next usable candidate."""
+        position = bisect_left(self._usable, at, key=lambda item: item.base_offset)
+        return self._usable[position].base_offset if position < len(self._usable) else None
+
+    def _cross(self, at: int, following: int | None) -> bool:
+        """Accounts for what lies between; False when what follows must not be reached."""
+        lost = self._registered_between(at, following)
+        hole = self._hole_before(at, following)
+        if self._has_retention and not self._found.chosen:
+            ends = [span.end_offset for span in lost] + ([following] if following is not None else [])
+            self._found.log_start_offset = max([self._found.log_start_offset, *ends])
+            return True
+        if hole is not None and not self._accept_holes:
+            return False
+        self._found.lost += lost
+        if hole is not None:
+            self._found.lost.append(hole)
+        return True
+
+    def _registered_between(self, at: int, following: int | None) -> list[Span]:
+        found = []
+        for row in self._ranges.values():
+            base = max(at, row.start_offset)
+            end = row.registered_end if following is None else min(following, row.registered_end)
+            if base < end:
+                found.append(Span(row.epoch, base, end))
+        return sorted(found, key=lambda span: span.base_offset)
+
+    def _hole_before(self, at: int, following: int | None) -> Span | None:
+        """What nobody registered in the epoch that goes on at `following`."""
+        epoch = None if following is None else self._owner(following)
+        if following is None or epoch is None:
+            return None
+        known = self._ranges[epoch].registered_end if epoch in self._ranges else 0
+        base = max(at, self._starts[epoch], known)
+        return Span(epoch, base, following) if base < following else None
+
+    def _strand(self, following: int | None) -> None:
+        assert following is not None, "only what follows can be stranded"
+        epoch = self._owner(following)
+        gone = [
+            item for item in self._usable if item.base_offset >= following and self._owner(item.base_offset) == epoch
+        ]
+        self._found.stranded += gone
+        kept = {id(item) for item in gone}
+        self._usable = [item for item in self._usable if id(item) not in kept]
+
+    def _owner(self, offset: int) -> int | None:
+        """The last epoch that starts at or below `offset`; starts ascend with the epochs."""
+        position = bisect_right(self._epochs, offset, key=lambda epoch: self._starts[epoch]) - 1
+        return self._epochs[position] if position >= 0 else None
+
+    def _void(self, item: Candidate) -> bool:
+        return any(self._fenced(span) for span in item.spans)
+
+    def _fenced(self, span: Span) -> bool:
+        position = bisect_right(self._epochs, span.epoch)
+        if position < len(self._epochs) and self._starts[self._epochs[position]] < span.end_offset:
+            return True
+        row = self._ranges.get(span.epoch)
+        if row is None:
+            return False
+        end = row.registered_end if row.status == LOST else row.end_offset
+        return span.base_offset < row.start_offset or (end is not None and span.end_offset > end)
+
+
+def _starts(ranges: Mapping[int, RangeRow], candidates: Iterable[Candidate]) -> dict[int, int]:
+    """Where each epoch starts, as far as anybody can tell. Made to ascend: what lies below a known later start is the
+    earlier epoch's."""
+    starts: dict[int, int] = {epoch: row.start_offset for epoch, row in ranges.items()}
+    for item in candidates:
+        for span in item.spans:
+            if span.epoch not in ranges:
+                starts[span.epoch] = min(starts.get(span.epoch, span.base_offset), span.base_offset)
+    lowest: int | None = None
+    for epoch in sorted(starts, reverse=True):
+        lowest = starts[epoch] if lowest is None else min(lowest, starts[epoch])
+        starts[epoch] = lowest
+    return starts
+
+
+def _by_base(candidates: Iterable[Candidate]) -> dict[int, list[Candidate]]:
+    edges: dict[int, list[Candidate]] = defaultdict(list)
+    for item in candidates:
+        edges[item.base_offset].append(item)
+    return edges
+
+
+def _farthest(at: int, edges: Mapping[int, Sequence[Candidate]]) -> list[Candidate]:
+    """The adjacent candidates from `at` on that reach farthest; of several ways the one with the fewest that are not
+    registered, then the fewest."""
+    best: dict[int, tuple[tuple[int, int], Candidate | None]] = {at: ((0, 0), None)}
+    waiting, farthest = [at], at
+    while waiting:
+        offset = heapq.heappop(waiting)
+        (new, count), _ = best[offset]
+        for item in edges.get(offset, ()):
+            cost = (new + (not item.registered), count + 1)
+            if item.end_offset not in best:
+                heapq.heappush(waiting, item.end_offset)
+            if item.end_offset not in best or cost < best[item.end_offset][0]:
+                best[item.end_offset] = (cost, item)
+            farthest = max(farthest, item.end_offset)
+    path: list[Candidate] = []
+    while (step := best[farthest][1]) is not None:
+        path.append(step)
+        farthest = step.base_offset
+    return path[::-1]

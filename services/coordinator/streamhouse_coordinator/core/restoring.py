@@ -1,0 +1,250 @@
+"""What a restore makes of one partition: its ranges and segments as the backup and the object store together show them.
+
+Whatever was granted or written after the backup must never be given out again, so offsets, epochs, generations and
+producer ids go on far beyond it.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from shproto.events import Event, PartitionRestored, RangeOrphaned, RangeState, Segment
+
+from streamhouse_coordinator.core.barriers import barrier, is_unclaimed
+from streamhouse_coordinator.core.cover import Candidate, Cover, Span, cover
+from streamhouse_coordinator.core.tables import (
+    LOST,
+    ORPHANED,
+    SETTLED,
+    LostSpanRow,
+    PartitionRow,
+    RangeRow,
+    SegmentRow,
+    TopicRow,
+)
+from streamhouse_coordinator.core.topics import ACKS_DURABLE
+
+# A range is 2^30 offsets wide by default and skips that much at a takeover: this is a thousand takeovers, or 10^12
+# records of one partition, since the backup. 2^63 has room for eight million restores.
+JUMP_OFFSETS = 2**40
+# Every takeover and every start of an agent is an epoch: one a second for twelve days.
+JUMP_EPOCHS = 2**20
+# One per rebalance.
+JUMP_GENERATIONS = 2**20
+# One per start of an idempotent producer.
+JUMP_PRODUCER_IDS = 2**32
+
+WHY_RESTORED = "restored"
+MISSING_REASON = "missing in the object store when the metadata was restored"
+# Segments named by one event: some 400 bytes each.
+SEGMENTS_PER_EVENT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredPartition:
+    """`events` in order. `cover`: what was found. `adopted`: not in the backup. `barriers`: how many there are."""
+
+    events: list[Event]
+    cover: Cover
+    adopted: list[Candidate]
+    missing: list[SegmentRow]
+    barriers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A partition as the backup has it, and the segments that can be read. `present`: ids of the backup's segments
+    whose objects are there."""
+
+    topic: TopicRow
+    partition: PartitionRow
+    ranges: Sequence[RangeRow]
+    segments: Sequence[SegmentRow]
+    present: Collection[str]
+    candidates: Sequence[Candidate] = field(default_factory=list)
+
+
+def restore_partition(known: Known, *, accept_holes: bool) -> RestoredPartition:
+    topic = known.topic
+    rows = {row.segment_id: row for row in known.segments}
+    missing = [row for row in known.segments if row.segment_id not in known.present]
+    held = [_candidate(row, topic.topic) for row in known.segments if row.segment_id in known.present]
+    found = cover(
+        known.partition.log_start_offset,
+        known.ranges,
+        [*held, *(item for item in known.candidates if item.segment.segment_id not in rows)],
+        has_retention=topic.retention_ms is not None or topic.retention_bytes is not None,
+        accept_holes=accept_holes,
+    )
+    ranges = _ranges(known, found)
+    adopted = [item for item in found.chosen if item.segment.segment_id not in rows]
+    events = _events(known, found, ranges, adopted)
+    return RestoredPartition(events, found, adopted, missing, sum(map(is_unclaimed, ranges)))
+
+
+def lost_segment(topic: TopicRow, partition: int, span: Span, reason: str) -> Segment:
+    """Stands for records that are gone. Its id follows from the place."""
+    return Segment(
+        segment_id=f"lost-{topic.topic_id}-{partition}-{span.epoch}-{span.base_offset}",
+        topic_id=topic.topic_id,
+        topic=topic.topic,
+        partition=partition,
+        epoch=span.epoch,
+        base_offset=span.base_offset,
+        end_offset=span.end_offset,
+        record_count=span.end_offset - span.base_offset,
+        object_key="",
+        object_at=0,
+        size_bytes=0,
+        raw_bytes=0,
+        first_timestamp_ms=0,
+        max_timestamp_ms=0,
+        lost_reason=reason,
+    )
+
+
+def _candidate(row: SegmentRow, topic: str) -> Candidate:
+    values = {name: getattr(row, name) for name in SegmentRow.__slots__}
+    return Candidate(Segment(topic=topic, **values), (), registered=True)
+
+
+# ---- ranges
+
+
+def _ranges(known: Known, found: Cover) -> list[RangeRow]:
+    """All ranges of the partition, ascending, with what nobody knows between them."""
+    ends, starts = _registered(found)
+    rows = [replace(row, registered_end=max(row.registered_end, ends.get(row.epoch, 0))) for row in known.ranges]
+    rows.sort(key=lambda row: row.epoch)
+    newest = known.partition.epoch
+    for epoch in sorted(set(starts) - {row.epoch for row in rows}):
+        template = barrier(known.topic.topic_id, known.partition.partition, epoch, starts[epoch], ends[epoch])
+        rows.append(replace(template, registered_end=ends[epoch]))
+    last_epoch = max([newest, *(row.epoch for row in rows)]) + JUMP_EPOCHS
+    last_offset = max([found.log_start_offset, *(max(row.limit_offset, row.registered_end) for row in rows)])
+    jump = last_offset + JUMP_OFFSETS
+    end = barrier(known.topic.topic_id, known.partition.partition, last_epoch, jump, jump)
+    older = [row for row in rows if row.epoch < newest]
+    uncertain = [row for row in rows if row.epoch >= newest]
+    if known.topic.min_acks == ACKS_DURABLE:
+        settled = [_settled(row, row.registered_end) for row in [*older, *uncertain]]
+        return [*settled, _settled(end, end.start_offset)]
+    return [*map(_unled, older), *_with_barriers(known, found, [*uncertain, end])]
+
+
+def _registered(found: Cover) -> tuple[dict[int, int], dict[int, int]]:
+    """By epoch: up to where the cover has its records, and from where."""
+    ends: dict[int, int] = {}
+    starts: dict[int, int] = {}
+    spans = [span for item in found.chosen for span in item.spans]
+    for span in [*spans, *found.lost]:
+        ends[span.epoch] = max(ends.get(span.epoch, 0), span.end_offset)
+        starts[span.epoch] = min(starts.get(span.epoch, span.base_offset), span.base_offset)
+    return ends, starts
+
+
+def _settled(row: RangeRow, end_offset: int) -> RangeRow:
+    if row.status in (SETTLED, LOST):
+        return row
+    limit = max(row.registered_end, end_offset)
+    return replace(row, status=SETTLED, end_offset=end_offset, limit_offset=limit, session_id="", moving=False)
+
+
+def _unled(row: RangeRow) -> RangeRow:
+    return row if row.status in (SETTLED, LOST) else replace(row, status=ORPHANED, session_id="", moving=False)
+
+
+def _with_barriers(known: Known, found: Cover, rows: list[RangeRow]) -> list[RangeRow]:
+    """`rows`: those whose ends nobody knows, ascending, and the empty one that stands for the end of the unknown."""
+    topic_id, partition = known.topic.topic_id, known.partition.partition
+    result: list[RangeRow] = []
+    if not known.ranges and rows[0].epoch > 1:
+        result += _gap(topic_id, partition, rows[0], found.log_start_offset)
+    for row, following in pairwise(rows):
+        result += _bounded(row, following)
+        at = result[-1].limit_offset if result[-1].end_offset is None else result[-1].end_offset
+        assert at is not None
+        if following.epoch > row.epoch + 1:
+            result += _gap(topic_id, partition, following, at)
+    return result
+
+
+def _bounded(row: RangeRow, following: RangeRow) -> list[RangeRow]:
+    """Where `row` ends, as far as anybody can tell."""
+    if row.status in (SETTLED, LOST):
+        return [row]
+    row = replace(row, status=ORPHANED, session_id="", moving=False)
+    if row.registered_end == following.start_offset:
+        return [_settled(row, row.registered_end)]
+    adjacent = following.epoch == row.epoch + 1
+    return [replace(row, limit_offset=following.start_offset if adjacent else row.registered_end)]
+
+
+def _gap(topic_id: str, partition: int, following: RangeRow, start_offset: int) -> list[RangeRow]:
+    """The barrier before `following`; the end of the unknown is a barrier itself."""
+    is_end = following.limit_offset == following.start_offset
+    epoch = following.epoch if is_end else following.epoch - 1
+    if start_offset >= following.start_offset:
+        return []
+    return [barrier(topic_id, partition, epoch, start_offset, following.start_offset)]
+
+
+# ---- events
+
+
+def _events(known: Known, found: Cover, ranges: list[RangeRow], adopted: Sequence[Candidate]) -> list[Event]:
+    topic, partition = known.topic, known.partition.partition
+    kept = {item.segment.segment_id for item in found.chosen}
+    removed = [row.segment_id for row in known.segments if row.segment_id not in kept]
+    segments = [item.segment for item in adopted]
+    segments += [lost_segment(topic, partition, span, MISSING_REASON) for span in found.lost]
+    segments.sort(key=lambda segment: segment.base_offset)
+    before = {row.epoch: row for row in known.ranges}
+    changed = [row for row in ranges if before.get(row.epoch) != row]
+    epoch = max(row.epoch for row in ranges)
+    events: list[Event] = []
+    for first in range(0, max(1, len(segments), len(removed)), SEGMENTS_PER_EVENT):
+        part = slice(first, first + SEGMENTS_PER_EVENT)
+        events.append(
+            PartitionRestored(
+                topic_id=topic.topic_id,
+                topic=topic.topic,
+                partition=partition,
+                epoch=epoch,
+                log_start_offset=found.log_start_offset,
+                ranges=tuple(map(range_state, changed)) if not first else (),
+                removed_epochs=(),
+                segments=tuple(segments[part]),
+                removed_segment_ids=tuple(removed[part]),
+            )
+        )
+    return [*events, *orphanings(before.values(), changed)]
+
+
+def orphanings(before: Iterable[RangeRow], changed: Iterable[RangeRow]) -> list[Event]:
+    """So that it is known since when readers wait for them."""
+    already = {row.epoch for row in before if row.status == ORPHANED}
+    return [
+        RangeOrphaned(row.topic_id, row.partition, row.epoch)
+        for row in changed
+        if row.status == ORPHANED and row.epoch not in already
+    ]
+
+
+def range_state(row: RangeRow) -> RangeState:
+    return RangeState(
+        row.epoch,
+        row.start_offset,
+        row.limit_offset,
+        row.registered_end,
+        row.end_offset,
+        row.status,
+        row.agent_id,
+        row.wal_id,
+    )
+
+
+def outstanding(spans: Iterable[LostSpanRow], ranges: Iterable[RangeRow]) -> list[LostSpanRow]:
+    """Reported holes that registration has still to reach."""
+    ends = {row.key: row.registered_end for row in ranges}
+    return [span for span in spans if span.end_offset > ends.get(span.range_key, span.end_offset)]

@@ -1,0 +1,297 @@
+"""A restore: a backup into an empty database, then what the object store knows beyond it, all in one transaction."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from shproto.errors import InvalidArgument
+from shproto.events import (
+    BufferCompleted,
+    Event,
+    GroupMemberLeft,
+    GroupRebalanced,
+    HistoryBegan,
+    SessionClosed,
+    TopicCreated,
+    event_from_json,
+)
+from shstore import ObjectStore
+
+from streamhouse_coordinator.core import backup_format as fmt
+from streamhouse_coordinator.core import restoring
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.cover import Candidate
+from streamhouse_coordinator.core.projection import Put, Remove, row_ops
+from streamhouse_coordinator.core.topics import ACKS_WAL
+from streamhouse_coordinator.ports import Restoring, where
+from streamhouse_coordinator.service import stored_segments as stored
+from streamhouse_coordinator.service.backup import read_chunk
+
+log = logging.getLogger(__name__)
+
+# Rows of one statement: a few hundred bytes each, and some ms.
+BATCH_ROWS = 1000
+
+RowT = TypeVar("RowT", t.RangeRow, t.SegmentRow)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(slots=True)
+class PartitionReport:
+    """What was not simply as the backup has it. `log_start_moved`: from, to. `lost`, `stranded`: (epoch, from, to)."""
+
+    topic: str
+    partition: int
+    adopted_segments: int = 0
+    adopted_records: int = 0
+    missing_segments: int = 0
+    log_start_moved: tuple[int, int] | None = None
+    lost: list[tuple[int, int, int]] = field(default_factory=list)
+    stranded: list[tuple[int, int, int]] = field(default_factory=list)
+    barriers: int = 0
+
+
+@dataclass(slots=True)
+class Report:
+    """`warnings`: what an operator should know, in sentences."""
+
+    backup: str
+    history_id: str
+    position: int
+    events: int
+    topics: int = 0
+    recovered_topics: list[str] = field(default_factory=list)
+    partitions: int = 0
+    segments: int = 0
+    adopted_segments: int = 0
+    adopted_records: int = 0
+    missing_segments: int = 0
+    barriers: int = 0
+    stranded_segments: int = 0
+    lost_spans: int = 0
+    damaged_objects: list[str] = field(default_factory=list)
+    changed: list[PartitionReport] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+async def restore(
+    tx: Restoring,
+    store: ObjectStore,
+    manifest: fmt.Manifest,
+    *,
+    accept_holes: bool,
+    new_id: Callable[[], str],
+    progress: Progress,
+) -> Report:
+    """Fills the empty database of `tx`. Raises InvalidArgument when it is not empty, BackupDamaged, StoreError,
+    Unavailable; nothing is written then."""
+    if found := await tx.found():
+        raise InvalidArgument(
+            f"the database is not empty: {', '.join(found)}. Restore into a new one, with no coordinator running",
+            field="pg_dsn",
+        )
+    events = await _load(tx, store, manifest, progress)
+    report = Report(manifest.name, new_id(), manifest.position, events)
+    await _end_the_moment(tx)
+    await _adopt(tx, store, accept_holes, report, progress)
+    await _begin_history(tx, manifest, report)
+    report.position = await tx.position()
+    return report
+
+
+# ---- the backup
+
+
+async def _load(tx: Restoring, store: ObjectStore, manifest: fmt.Manifest, progress: Progress) -> int:
+    old = await tx.select(t.HISTORIES)
+    await tx.apply([Remove(t.HISTORIES, {"nth": row.nth}) for row in old])
+    tables = {table.name: table for table in fmt.TABLES}
+    last = 0
+    for chunk in manifest.chunks:
+        rows = await read_chunk(store, chunk)
+        table = tables[chunk.table]
+        for first in range(0, len(rows), BATCH_ROWS):
+            batch = rows[first : first + BATCH_ROWS]
+            if table is t.EVENTS:
+                last = _follows(chunk.key, last, batch)
+                progress("events", last, manifest.position)
+                await _load_events(tx, batch)
+            else:
+                await tx.apply([Put(table, row) for row in batch])
+    if last != manifest.position:
+        raise fmt.BackupDamaged(f"{manifest.name} ends at event {last}, its manifest says {manifest.position}")
+    await tx.set_position(last)
+    return last
+
+
+def _follows(key: str, last: int, events: Sequence[t.EventRow]) -> int:
+    expected = list(range(last + 1, last + 1 + len(events)))
+    if [row.position for row in events] != expected:
+        raise fmt.BackupDamaged(f"{key}: events are missing after position {last}")
+    return last + len(events)
+
+
+async def _load_events(tx: Restoring, rows: Sequence[t.EventRow]) -> None:
+    await tx.apply([Put(t.EVENTS, row) for row in rows])
+    events = [event_from_json(row.type, row.payload) for row in rows]
+    unknown = sorted({row.type for row, event in zip(rows, events, strict=True) if event is None})
+    if unknown:
+        raise fmt.BackupDamaged(f"events of types this version does not know: {', '.join(unknown)}")
+    await tx.apply([op for event in events if event is not None for op in row_ops(event)])
+
+
+async def _append(tx: Restoring, events: Sequence[Event]) -> None:
+    for first in range(0, len(events), BATCH_ROWS):
+        await tx.append(events[first : first + BATCH_ROWS])
+
+
+async def _end_the_moment(tx: Restoring) -> None:
+    """Sessions, group members and sealed buffers were of the processes that ran then."""
+    why = restoring.WHY_RESTORED
+    events: list[Event] = [
+        SessionClosed(row.session_id, row.agent_id, row.role, why) for row in await tx.select(t.SESSIONS)
+    ]
+    events += [BufferCompleted(row.buffer_id, row.agent_id) for row in await tx.select(t.BUFFERS)]
+    events += [GroupMemberLeft(row.group_name, row.member_id, why) for row in await tx.select(t.GROUP_MEMBERS)]
+    for group in await tx.select(t.GROUPS):
+        generation = group.generation + restoring.JUMP_GENERATIONS
+        events.append(GroupRebalanced(group.group_name, generation, {}))
+    await _append(tx, events)
+
+
+async def _begin_history(tx: Restoring, manifest: fmt.Manifest, report: Report) -> None:
+    histories = await tx.select(t.HISTORIES, order=("nth",))
+    if not histories or histories[-1].history_id != manifest.history_id:
+        raise fmt.BackupDamaged(f"{manifest.name}: its histories do not end with {manifest.history_id}")
+    producer_id = manifest.producer_id + restoring.JUMP_PRODUCER_IDS
+    await tx.set_producer_id(producer_id)
+    row = t.HistoryRow(histories[-1].nth + 1, report.history_id, manifest.position, producer_id, await tx.now_ms())
+    await tx.apply([Put(t.HISTORIES, row)])
+    await tx.append([HistoryBegan(report.history_id, manifest.history_id, manifest.name, manifest.position)])
+
+
+# ---- the object store
+
+
+async def _adopt(tx: Restoring, store: ObjectStore, accept_holes: bool, report: Report, progress: Progress) -> None:
+    known = await tx.select(t.SEGMENTS, order=("topic_id", "partition", "base_offset"))
+    objects = await stored.scan(store, _known_ends(known), progress)
+    report.damaged_objects = [f"{item.object_key} before byte {item.at}: {item.what}" for item in objects.damaged]
+    places = {(row.object_key, row.object_at) for row in known}
+    fresh = [item for item in objects.found if (item.segment.object_key, item.segment.object_at) not in places]
+    await _recover_topics(tx, fresh, report)
+    topics = {row.topic_id: row for row in await tx.select(t.TOPICS)}
+    present = {row.segment_id for row in known if row.lost_reason or _is_there(row, objects.sizes)}
+    candidates = stored.by_partition([item for item in fresh if item.segment.topic_id in topics])
+    segments = _grouped(known)
+    ranges = _grouped(await tx.select(t.RANGES, order=t.RANGES.key))
+    spans = await tx.select(t.LOST_SPANS)
+    partitions = await tx.select(t.PARTITIONS, order=t.PARTITIONS.key)
+    report.topics, report.partitions = len(topics), len(partitions)
+    for nth, partition in enumerate(partitions):
+        key = (partition.topic_id, partition.partition)
+        of_partition = restoring.Known(
+            topics[partition.topic_id],
+            partition,
+            ranges.get(key, []),
+            segments.get(key, []),
+            present,
+            _named(candidates.get(key, []), topics[partition.topic_id].topic),
+        )
+        # Many small segments are many steps: others in this loop (a progress display) get their turn.
+        restored = await asyncio.to_thread(restoring.restore_partition, of_partition, accept_holes=accept_holes)
+        await _append(tx, restored.events)
+        _account(report, of_partition, restored)
+        progress("partitions", nth + 1, len(partitions))
+    left = restoring.outstanding(spans, await tx.select(t.RANGES))
+    done = [span for span in spans if span not in left]
+    await tx.apply([Remove(t.LOST_SPANS, {name: getattr(span, name) for name in t.LOST_SPANS.key}) for span in done])
+    _warn(report)
+
+
+def _known_ends(segments: Iterable[t.SegmentRow]) -> dict[str, int]:
+    """Bytes of each object that segments account for."""
+    sizes: Counter[str] = Counter()
+    for row in segments:
+        sizes[row.object_key] += row.size_bytes
+    return dict(sizes)
+
+
+def _is_there(row: t.SegmentRow, sizes: dict[str, int]) -> bool:
+    return sizes.get(row.object_key, 0) >= row.object_at + row.size_bytes
+
+
+def _grouped(rows: Iterable[RowT]) -> dict[tuple[str, int], list[RowT]]:
+    found: dict[tuple[str, int], list[RowT]] = {}
+    for row in rows:
+        found.setdefault((row.topic_id, row.partition), []).append(row)
+    return found
+
+
+def _named(candidates: Sequence[Candidate], topic: str) -> list[Candidate]:
+    return [replace(item, segment=replace(item.segment, topic=topic)) for item in candidates]
+
+
+async def _recover_topics(tx: Restoring, found: Sequence[Candidate], report: Report) -> None:
+    """Topics that were created after the backup, as far as their objects tell: id, partitions with records, and, if not
+    all of these share objects with other topics, the name. A topic deleted before the backup stays deleted."""
+    ids = {item.segment.topic_id for item in found}
+    for topic_id in sorted(ids):
+        if await tx.select(t.EVENTS, where(stream_id=f"topic/{topic_id}"), limit=1):
+            continue
+        of_topic = [item.segment for item in found if item.segment.topic_id == topic_id]
+        name = stored.topic_name((segment.object_key for segment in of_topic), topic_id)
+        if not name or await tx.select(t.TOPICS, where(topic=name)):
+            name = f"recovered-{topic_id[:8]}"
+        partitions = 1 + max(segment.partition for segment in of_topic)
+        await tx.append([TopicCreated(topic_id, name, partitions, None, None, ACKS_WAL, None, await tx.now_ms())])
+        report.recovered_topics.append(name)
+        report.warnings.append(
+            f"topic {name} was created after the backup: it has its records, {partitions} partitions (as many as have "
+            "records), and default settings"
+        )
+
+
+# ---- the report
+
+
+def _account(report: Report, known: restoring.Known, restored: restoring.RestoredPartition) -> None:
+    cover = restored.cover
+    before, after = known.partition.log_start_offset, cover.log_start_offset
+    part = PartitionReport(
+        topic=known.topic.topic,
+        partition=known.partition.partition,
+        adopted_segments=len(restored.adopted),
+        adopted_records=sum(item.segment.record_count for item in restored.adopted),
+        missing_segments=len(restored.missing),
+        log_start_moved=(before, after) if before != after else None,
+        lost=[(span.epoch, span.base_offset, span.end_offset) for span in cover.lost],
+        stranded=[(item.segment.epoch, item.base_offset, item.end_offset) for item in cover.stranded],
+        barriers=restored.barriers,
+    )
+    report.segments += len(cover.chosen) - len(restored.adopted)
+    report.adopted_segments += part.adopted_segments
+    report.adopted_records += part.adopted_records
+    report.missing_segments += part.missing_segments
+    report.lost_spans += len(part.lost)
+    report.stranded_segments += len(part.stranded)
+    report.barriers += part.barriers
+    if part.adopted_segments or part.missing_segments or part.log_start_moved or part.lost or part.stranded:
+        report.changed.append(part)
+
+
+def _warn(report: Report) -> None:
+    if report.lost_spans:
+        report.warnings.append(
+            f"{report.lost_spans} spans of registered records are in no object: reading them is DATA_LOSS"
+        )
+    if report.stranded_segments:
+        report.warnings.append(
+            f"{report.stranded_segments} segments lie behind holes in their epochs and were left out: agents that are "
+            "back may have what is missing; if none has it, restore again with --accept-holes"
+        )
+    if report.damaged_objects:
+        report.warnings.append(f"{len(report.damaged_objects)} objects cannot be read and were left out")

@@ -1,0 +1,30 @@
+"""What this agent's log goes with: the history of the metadata, and how far of it the agent has heard. Kept beside the
+log, so that metadata that went back in time is noticed before anything is dropped or given out again."""
+
+import asyncio
+from concurrent.futures import Executor
+
+from streamhouse_ingest.ports import Seen, Wal
+
+
+class History:
+    """Owned by the session; saved in the log's own thread."""
+
+    def __init__(self, seen: Seen, wal: Wal, thread: Executor) -> None:
+        self.seen = self._saved = seen
+        self._wal = wal
+        self._thread = thread
+
+    def opened(self, history_id: str, position: int) -> None:
+        """A session was opened over this history."""
+        self.seen = Seen(history_id, position)
+
+    def heard_of(self, position: int) -> None:
+        self.seen = Seen(self.seen.history_id, max(self.seen.position, position))
+
+    async def save(self) -> None:
+        """Durably. Raises OSError."""
+        seen = self.seen
+        if seen != self._saved and seen.history_id:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._wal.note_history, seen)
+            self._saved = seen

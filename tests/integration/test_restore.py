@@ -1,0 +1,210 @@
+"""PostgreSQL is lost entirely, and the platform comes back from a backup, the object store and the agents' logs.
+
+Quotes guarantees G1 (nothing acknowledged is lost), G2 (an offset never changes its record, and is never given out
+again), G3 (order, without skipping an acknowledged record) and G8 (nothing that is needed is deleted).
+"""
+
+import asyncio
+import json
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+from streamhouse import Admin, Consumer, Producer
+
+from tests.integration.cluster import Cluster
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+PATIENCE_S = 90
+"""Of every wait; nothing here depends on how long one takes."""
+PARTITIONS = 2
+GROUP = "billing"
+REPLICAS = {"coordinator": 1, "query": 1, "segmenter": 1}
+Acknowledged = dict[tuple[str, int], dict[int, bytes]]
+
+
+async def until(ask: Callable[[], Any], met: Callable[[Any], bool]) -> Any:
+    async with asyncio.timeout(PATIENCE_S):
+        while not met(answer := await ask()):
+            await asyncio.sleep(0.1)
+    return answer
+
+
+async def new_database(dsn: str) -> str:
+    """The DSN of another, empty one on the same server; the old one is dropped with all there is in it."""
+    name = f"own-{secrets.token_hex(8)}"
+    url = urlsplit(dsn)
+    connection = await asyncpg.connect(url._replace(path="/postgres").geturl())
+    try:
+        await connection.execute(f'DROP DATABASE "{url.path[1:]}" WITH (FORCE)')
+        await connection.execute(f'CREATE DATABASE "{name}"')
+    finally:
+        await connection.close()
+    return url._replace(path=f"/{name}").geturl()
+
+
+async def cli(environ: Mapping[str, str], *arguments: str) -> Any:
+    """The JSON that a command prints."""
+    command = [sys.executable, "-m", "streamhouse.cli", *arguments, "--json"]
+    done = await asyncio.to_thread(subprocess.run, command, env=dict(environ), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+class Platform:
+    """Clusters one after the other over the same agents' disks."""
+
+    def __init__(self, storage: Mapping[str, str], work_dir: Path) -> None:
+        self.storage = dict(storage)
+        self.work_dir = work_dir
+        self.acknowledged: Acknowledged = {}
+        self.cluster = self._cluster()
+
+    def _cluster(self) -> Cluster:
+        common = {
+            **self.storage,
+            # What is not asked to be durable stays in the log for as long as a test takes.
+            "STREAMHOUSE_SEAL_AGE_MS": "600000",
+            "STREAMHOUSE_SCAN_INTERVAL_MS": "500",
+        }
+        return Cluster(common, self.work_dir, REPLICAS)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """Of a service, so that a command knows database and object store."""
+        return dict(self.cluster.services["segmenter-1"].environ) | self.storage
+
+    @property
+    def address(self) -> str:
+        return self.cluster.bootstrap
+
+    async def start(self) -> None:
+        self.cluster = self._cluster()
+        await self.cluster.start()
+
+    async def create(self, topic: str, **options: Any) -> None:
+        async with Admin(self.address) as admin:
+            await admin.create_topic(topic, partitions=PARTITIONS, **options)
+            await until(lambda: admin.describe_topic(topic), lambda d: all(p.leader_agent_id for p in d.partitions))
+
+    async def produce(self, topic: str, what: str, count: int, acks: Any) -> None:
+        """So many records to each partition; an offset that was acknowledged before is a failure."""
+        async with Producer(self.address, acks=acks) as producer:
+            for partition in range(PARTITIONS):
+                values = [f"{what} {n}".encode() for n in range(count)]
+                sent = await (await producer.send_many(topic, values, partition=partition))
+                known = self.acknowledged.setdefault((topic, partition), {})
+                for offset, value in zip(sent.offsets.tolist(), values, strict=True):
+                    assert offset not in known, f"{topic}/{partition}: offset {offset} was given out again"
+                    known[offset] = value
+
+    async def restart_agent(self, name: str) -> None:
+        """kill -9 and start: new epochs."""
+        self.cluster.services[name].kill()
+        self.cluster.services[name].start()
+        await self.cluster.services[name].wait_serving(self.cluster.addresses[name])
+
+    async def lose_postgresql(self) -> None:
+        self.cluster.kill_all()
+        self.storage["STREAMHOUSE_PG_DSN"] = await new_database(self.storage["STREAMHOUSE_PG_DSN"])
+
+    async def read(self, topic: str, partition: int, count: int) -> dict[int, bytes | None]:
+        """The first `count` records; the order of a reader, each offset once."""
+        found: dict[int, bytes | None] = {}
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            Consumer(self.address, assign=[(topic, partition)], start="earliest") as consumer,
+        ):
+            async for record in consumer:
+                assert record.offset > max(found, default=-1), "ascending"
+                found[record.offset] = record.value
+                if len(found) == count:
+                    return found
+        raise AssertionError("the consumer ended")
+
+    async def check_all(self) -> None:
+        for (topic, partition), known in self.acknowledged.items():
+            assert await self.read(topic, partition, len(known)) == known, f"{topic}/{partition}"
+
+
+async def test_postgresql_is_lost_and_everything_acknowledged_comes_back(
+    storage: dict[str, str], tmp_path: Path
+) -> None:
+    platform = Platform(storage, tmp_path)
+    try:
+        await before_the_loss(platform)
+        await platform.lose_postgresql()
+        planned = await cli(platform.environ, "restore", "--dry-run")
+        report = await cli(platform.environ, "restore", "--yes")
+        same = ("backup", "topics", "segments", "adopted_segments", "adopted_records", "barriers")
+        assert [planned[name] for name in same] == [report[name] for name in same]
+        assert report["adopted_records"] >= 60 and report["recovered_topics"] == ["late"], report
+        assert not report["missing_segments"] and not report["lost_spans"] and not report["stranded_segments"], report
+        await after_the_loss(platform)
+        await platform.cluster.stop()
+    finally:
+        platform.cluster.kill_all()
+
+
+async def before_the_loss(platform: Platform) -> None:
+    await platform.start()
+    await platform.create("orders")
+    await platform.create("payments", min_acks="durable")
+    await platform.produce("orders", "stored", 10, "durable")
+    await platform.produce("orders", "in the log", 10, "wal")
+    await platform.produce("payments", "paid", 10, "durable")
+    async with Consumer(platform.address, ["orders"], group=GROUP, start="earliest", auto_commit=False) as consumer:
+        for _ in range(10):
+            await anext(consumer)
+        await consumer.commit()
+    await cli(platform.environ, "backup")
+    # From here on the backup knows nothing.
+    await platform.produce("orders", "stored later", 10, "durable")
+    await platform.produce("payments", "paid later", 10, "durable")
+    await platform.create("late")
+    await platform.produce("late", "later topic", 10, "durable")
+    await platform.produce("orders", "in the log later", 10, "wal")
+    await platform.restart_agent("ingest-1")
+    await platform.produce("orders", "new epoch, stored", 10, "durable")
+    await platform.produce("orders", "new epoch, in the log", 10, "wal")
+
+
+async def after_the_loss(platform: Platform) -> None:
+    await platform.start()
+    waiting = await cli(platform.environ, "restore", "--complete", "--dry-run", "--bootstrap", platform.address)
+    assert waiting["agents"] == ["ingest-1", "ingest-2"] and waiting["barriers"]
+    await cli(platform.environ, "restore", "--complete", "--yes", "--bootstrap", platform.address)
+    before = {key: max(known) for key, known in platform.acknowledged.items()}
+    for topic in ("orders", "payments", "late"):
+        await platform.produce(topic, "after", 5, "durable")
+    for key, last in before.items():
+        after = [at for at, value in platform.acknowledged[key].items() if value.startswith(b"after")]
+        assert min(after) > last + 2**39, "far behind all that may have been given out"
+    await platform.check_all()
+    await the_group_goes_on(platform)
+    found = await cli(platform.environ, "verify", "--bootstrap", platform.address)
+    assert found["findings"] == []
+
+
+async def the_group_goes_on(platform: Platform) -> None:
+    """Where it had committed at the time of the backup."""
+    known = {key: values for key, values in platform.acknowledged.items() if key[0] == "orders"}
+    seen: set[tuple[str, int, int]] = set()
+    total = sum(map(len, known.values())) - 10
+    async with (
+        asyncio.timeout(PATIENCE_S),
+        Consumer(platform.address, ["orders"], group=GROUP, start="earliest", auto_commit=False) as consumer,
+    ):
+        async for record in consumer:
+            place = (record.topic, record.partition, record.offset)
+            assert place not in seen and known[place[:2]][record.offset] == record.value
+            seen.add(place)
+            if len(seen) == total:
+                return
