@@ -1,52 +1,31 @@
 """The producer: takes records, partitions them, waits for room, hands them to the sender."""
 
 import asyncio
-import random
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 from shformat import Header
-from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded, UnknownPartition
+from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded
 from shproto.rpc import Interceptors
 
 from streamhouse.batches import Batch
-from streamhouse.core.murmur2 import partition_of, partitions_of
 from streamhouse.core.options import ACKS, ACKS_NAMES, Acks, Compression, ProducerOptions
 from streamhouse.core.outgoing import ManyRecords, check_record, cut
 from streamhouse.core.room import Room
 from streamhouse.delivery import Delivery, Placed, SendFuture, SendResult
 from streamhouse.gatherer import LaneState
-from streamhouse.metadata import MetadataCache, TopicState
+from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
+from streamhouse.placing import TopicLanes
 from streamhouse.sender import Sender
 
-# Keys repeat; 16,384 of them cost 2 MB and save most of the hashing.
-_partition_of_cached = lru_cache(maxsize=16_384)(partition_of)
 # send_many takes room and gives the event loop a turn after this much: 4 MiB take about 30 ms to partition and encode.
 SLICE_BYTES = 4 * 1024 * 1024
 _DEFAULTS = ProducerOptions()
-
-
-class _Topic:
-    """A topic being written to: its lanes, and the partition that records without a key go to for now."""
-
-    __slots__ = ("lanes", "state", "sticky")
-
-    def __init__(self, state: TopicState, lanes: list[LaneState]) -> None:
-        self.state = state
-        self.lanes = lanes
-        self.sticky = self.next_sticky()
-
-    def next_sticky(self) -> int:
-        """Any partition that has a leader; any at all while none has."""
-        led = [number for number, address in enumerate(self.state.leaders) if address]
-        self.sticky = random.choice(led or range(len(self.lanes)))
-        return self.sticky
 
 
 class Producer:
@@ -90,7 +69,7 @@ class Producer:
         self._peers = Peers(bootstrap, request_timeout_ms, telemetry)
         self._metadata = MetadataCache(self._peers.coordinator)
         self._room: Room[asyncio.Future[None]] = Room(buffer_bytes_max)
-        self._topics: dict[str, _Topic] = {}
+        self._topics: dict[str, TopicLanes] = {}
         self._made_sender: Sender | None = None
         self._unseen_failure: Delivery | None = None
         self._closed = False
@@ -138,11 +117,11 @@ class Producer:
         if timestamp_ms is None:
             timestamp_ms = time.time_ns() // 1_000_000
         if partition is not None:
-            lane = _lane_of(target, partition)
+            lane = target.lane(partition)
         elif key is not None:
-            lane = target.lanes[_partition_of_cached(key, len(target.lanes))]
+            lane = target.lane_of_key(key)
         else:
-            lane = self._sticky_lane(target, size_bytes)
+            lane = target.sticky_lane(size_bytes)
         return self._sender.gatherer.add(lane, value, key, headers, timestamp_ms, size_bytes)
 
     async def send_many(
@@ -161,7 +140,7 @@ class Producer:
         """
         target = self._topics.get(topic) or await self._open_topic(topic)
         if partition is not None:
-            _lane_of(target, partition)
+            target.lane(partition)
         now_ms = time.time_ns() // 1_000_000
         records = ManyRecords.of(values, keys, now_ms if timestamps_ms is None else timestamps_ms, headers)
         placed: list[Placed] = []
@@ -216,9 +195,9 @@ class Producer:
         """Asks for the topic ahead of the first `send`. Raises UnknownTopic, UnknownPartition, AcksTooWeak."""
         target = self._topics.get(topic) or await self._open_topic(topic)
         if partition is not None:
-            _lane_of(target, partition)
+            target.lane(partition)
 
-    async def _open_topic(self, topic: str) -> _Topic:
+    async def _open_topic(self, topic: str) -> TopicLanes:
         if self._closed:
             raise InvalidArgument("the producer is closed")
         state = await self._metadata.topic(topic)
@@ -231,23 +210,15 @@ class Producer:
                 min_acks=weakest,
             )
         lanes = [self._sender.gatherer.lane(topic, number) for number in range(state.partitions)]
-        return self._topics.setdefault(topic, _Topic(state, lanes))
-
-    def _sticky_lane(self, target: _Topic, size_bytes: int) -> LaneState:
-        """The lane whose batch is being gathered without keys; another one once that batch has gone."""
-        lane = target.lanes[target.sticky]
-        gathering = lane.gathering
-        if gathering is None or gathering.size_bytes + size_bytes > self._options.batch_bytes:
-            lane = target.lanes[target.next_sticky()]
-        return lane
+        return self._topics.setdefault(topic, TopicLanes(state, lanes, self._options.batch_bytes))
 
     def _place(
-        self, target: _Topic, records: ManyRecords, start: int, stop: int, partition: int | None
+        self, target: TopicLanes, records: ManyRecords, start: int, stop: int, partition: int | None
     ) -> list[Placed]:
         """Puts records start to stop, grouped by partition, into the lanes' batches."""
         if partition is not None:
             return self._extend(target.lanes[partition], records, np.arange(start, stop))
-        partitions = self._partitions(target, records, start, stop)
+        partitions = target.partitions(records, start, stop)
         order = np.argsort(partitions, kind="stable")
         numbers, firsts = np.unique(partitions[order], return_index=True)
         groups = np.split(order + start, firsts[1:])
@@ -256,26 +227,6 @@ class Producer:
             for number, indices in zip(numbers.tolist(), groups, strict=True)
             for placed in self._extend(target.lanes[number], records, indices)
         ]
-
-    def _partitions(self, target: _Topic, records: ManyRecords, start: int, stop: int) -> NDArray[np.int64]:
-        keys = records.key_column(start, stop)
-        if keys is None:
-            return self._sticky_partitions(target, records.sizes[start:stop])
-        partitions = partitions_of(keys, len(target.lanes))
-        if keys.valid is not None:
-            nulls = ~keys.valid
-            partitions[nulls] = self._sticky_partitions(target, records.sizes[start:stop][nulls])
-        return partitions
-
-    def _sticky_partitions(self, target: _Topic, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sticky partition until its batch is full, then another one, a batch full each."""
-        gathering = target.lanes[target.sticky].gathering
-        if gathering is None:
-            target.next_sticky()
-        begun = gathering.size_bytes if gathering is not None else 0
-        turns = (np.cumsum(sizes) + begun - 1) // self._options.batch_bytes
-        choices = [target.sticky, *(target.next_sticky() for _ in range(int(turns[-1]) if len(turns) else 0))]
-        return np.array(choices, np.int64)[turns]
 
     def _extend(self, lane: LaneState, records: ManyRecords, indices: NDArray[np.int64]) -> list[Placed]:
         """`indices` are ascending: the partition keeps the order given."""
@@ -326,14 +277,3 @@ class Producer:
         for waiter in self._room.admit():
             if not waiter.done():
                 waiter.set_result(None)
-
-
-def _lane_of(target: _Topic, partition: int) -> LaneState:
-    if not 0 <= partition < len(target.lanes):
-        raise UnknownPartition(
-            f"topic {target.state.topic!r} has partitions 0 to {len(target.lanes) - 1}, not {partition}",
-            topic=target.state.topic,
-            partition=partition,
-            partitions=len(target.lanes),
-        )
-    return target.lanes[partition]

@@ -11,7 +11,8 @@ import zlib
 from collections.abc import Iterator
 
 from shformat.batch_header import BATCH_HEADER_SIZE, BATCH_MAGIC, BODY_AT
-from shformat.segment import INDEX_ENTRY_SIZE, SEGMENT_FOOTER_SIZE, SEGMENT_HEADER_SIZE
+from shformat.segment import SEGMENT_FOOTER_SIZE, SEGMENT_HEADER_SIZE
+from shformat.segment_index import INDEX_ENTRY_SIZE
 from shformat.wal import FRAME_HEADER_SIZE, FRAME_MAGIC, WAL_FILE_HEADER_SIZE, WAL_FILE_HEADER_SIZE_V1
 
 _U32 = struct.Struct("<I")

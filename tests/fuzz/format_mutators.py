@@ -9,7 +9,8 @@ import lz4.block
 import numpy as np
 from shformat import Codec
 from shformat.batch_header import BATCH_HEADER_SIZE
-from shformat.segment import INDEX_ENTRY_SIZE, SEGMENT_FOOTER_SIZE, SEGMENT_HEADER_SIZE
+from shformat.segment import SEGMENT_FOOTER_SIZE, SEGMENT_HEADER_SIZE
+from shformat.segment_index import INDEX_ENTRY_SIZE
 from shformat.varint import encode_varints
 from shformat.wal import FRAME_HEADER_SIZE
 

@@ -11,16 +11,15 @@ from .segment import (
     SEGMENT_FOOTER_SIZE,
     SEGMENT_HEADER_SIZE,
     SEGMENT_MAGIC,
-    BlockEntry,
     SegmentFooter,
     SegmentHeader,
-    SegmentIndex,
     SegmentInfo,
     decode_footer,
     decode_index,
     decode_segment_header,
 )
 from .segment_builder import BLOCK_BYTES_TARGET, BuiltSegment, SegmentBuilder
+from .segment_index import BlockEntry, SegmentIndex
 from .segment_reader import (
     ReadAt,
     check_block,

@@ -18,14 +18,13 @@ from .segment import (
     SEGMENT_BYTES_MIN,
     SEGMENT_FOOTER_SIZE,
     SEGMENT_HEADER_SIZE,
-    BlockEntry,
     SegmentHeader,
-    SegmentIndex,
     check_agreement,
     decode_footer,
     decode_index,
     decode_segment_header,
 )
+from .segment_index import BlockEntry, SegmentIndex
 from .segment_reader import read_block, run_plan
 from .wal import WAL_FILE_HEADER_SIZE, WalFrame, decode_wal_file_header, frames_start, scan_frames
 

@@ -15,18 +15,16 @@ from .batches import decode_checked_batches
 from .errors import FormatError
 from .limits import DEFAULT_LIMITS, MIB, FormatLimits
 from .segment import (
-    INDEX_ENTRY_SIZE,
     SEGMENT_FOOTER_SIZE,
     SEGMENT_HEADER_SIZE,
-    BlockEntry,
     SegmentFooter,
     SegmentHeader,
-    SegmentIndex,
     SegmentInfo,
     check_identity,
     encode_footer,
     encode_segment_header,
 )
+from .segment_index import INDEX_ENTRY_SIZE, BlockEntry, SegmentIndex
 
 BLOCK_BYTES_TARGET = MIB
 

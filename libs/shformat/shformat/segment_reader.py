@@ -17,15 +17,14 @@ from .segment import (
     SEGMENT_BYTES_MIN,
     SEGMENT_FOOTER_SIZE,
     SEGMENT_HEADER_SIZE,
-    BlockEntry,
     SegmentHeader,
-    SegmentIndex,
     check_agreement,
     decode_footer,
     decode_index,
     decode_segment_header,
     size_by_footer,
 )
+from .segment_index import BlockEntry, SegmentIndex
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from shformat import (
 from shformat.batch_header import _HEADER as BATCH_HEADER
 from shformat.segment import _FOOTER as SEGMENT_FOOTER
 from shformat.segment import _HEADER as SEGMENT_HEADER
-from shformat.segment import INDEX_ENTRY, INDEX_ENTRY_SIZE
+from shformat.segment_index import INDEX_ENTRY, INDEX_ENTRY_SIZE
 from shformat.wal import _FILE as WAL_FILE_HEADER
 from shformat.wal import _FRAME as FRAME_HEADER
 

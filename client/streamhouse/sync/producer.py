@@ -1,30 +1,22 @@
-"""The client for plain code: the same `Producer`, `Consumer` and `Admin`, without async.
-
-All share one event loop on one background thread. A producer and an admin may be used by several threads at once; a
-consumer by one at a time.
-"""
+"""The producer for plain code: records wait for the event loop's thread and are handed to it together."""
 
 import asyncio
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal, NamedTuple, Self, Unpack
+from typing import NamedTuple, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 from shformat import Header
 from shproto.rpc import Interceptors
 
-from streamhouse import admin, cluster, consumer, delivery, group_admin, producer
+from streamhouse import delivery, producer
 from streamhouse.background import BACKGROUND
-from streamhouse.core.lag import Lag
-from streamhouse.core.options import Acks, ConsumerKwargs, ProducerKwargs, Start
+from streamhouse.core.options import ProducerKwargs
 from streamhouse.core.outgoing import check_record
 from streamhouse.delivery import SentRecords
-from streamhouse.records import Record, RecordBatch, RecordMetadata, TopicPartition
-
-__all__ = ["Admin", "Consumer", "Producer", "SendFuture", "SendResult"]
+from streamhouse.records import RecordMetadata
 
 # Records wait here for the loop's thread to come round; beyond this the sending thread waits for it.
 STAGED_RECORDS_MAX = 10_000
@@ -220,182 +212,3 @@ class Producer:
                 raise
         finally:
             await self._inner.close(flush=False)
-
-
-class Consumer:
-    """Reads records; see `streamhouse.Consumer` for the options and for what is committed when."""
-
-    def __init__(
-        self,
-        bootstrap: str | Sequence[str],
-        topics: Sequence[str] = (),
-        *,
-        assign: Sequence[tuple[str, int]] = (),
-        telemetry: Interceptors | None = None,
-        **options: Unpack[ConsumerKwargs],
-    ) -> None:
-        self._inner = consumer.Consumer(bootstrap, topics, assign=assign, telemetry=telemetry, **options)
-
-    def __enter__(self) -> Self:
-        BACKGROUND.run(self._inner.__aenter__())
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        BACKGROUND.run(self._inner.close(done_with_last=kind is None))
-
-    def __iter__(self) -> Self:
-        self._inner.__aiter__()
-        return self
-
-    def __next__(self) -> Record:
-        while True:
-            for record in self._inner._walk:
-                return record
-            if not BACKGROUND.run(self._inner._advance()):
-                raise StopIteration
-
-    def batches(self) -> Iterator[RecordBatch]:
-        """Records as columns, a `RecordBatch` of one partition at a time."""
-        self._inner.__aiter__()
-        while (batch := self._inner._rest()) is not None or BACKGROUND.run(self._inner._advance()):
-            if batch is not None:
-                yield batch
-
-    def commit(self, offsets: Mapping[tuple[str, int], int] | None = None) -> None:
-        """Stores where the group goes on: everything handed over so far, or the `offsets` given."""
-        BACKGROUND.run(self._inner.commit(offsets))
-
-    def seek(self, topic: str, partition: int, offset: Start) -> None:
-        """Goes on at `offset` (or at an end, or a time)."""
-        BACKGROUND.run(self._inner.seek(topic, partition, offset))
-
-    def lag(self) -> dict[TopicPartition, Lag]:
-        """Records still to be handed over, per partition."""
-        return BACKGROUND.run(self._inner.lag())
-
-    def positions(self) -> dict[TopicPartition, int]:
-        """The next offset that will be handed over, per partition."""
-        return self._inner.positions()
-
-    @property
-    def assignment(self) -> frozenset[TopicPartition]:
-        """The partitions being read."""
-        return self._inner.assignment
-
-    @property
-    def waiting(self) -> Mapping[TopicPartition, str]:
-        """Why partitions that cannot be read on at the moment wait."""
-        return self._inner.waiting
-
-    def close(self) -> None:
-        """Commits (with auto_commit), leaves the group, closes the connections."""
-        BACKGROUND.run(self._inner.close())
-
-
-class Admin:
-    """Topics, offsets, status; see `streamhouse.Admin`."""
-
-    def __init__(
-        self,
-        bootstrap: str | Sequence[str],
-        *,
-        request_timeout_ms: int = admin.REQUEST_TIMEOUT_MS,
-        telemetry: Interceptors | None = None,
-    ) -> None:
-        self._inner = admin.Admin(bootstrap, request_timeout_ms=request_timeout_ms, telemetry=telemetry)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def create_topic(
-        self,
-        topic: str,
-        partitions: int = 1,
-        *,
-        retention_ms: int | None = None,
-        retention_bytes: int | None = None,
-        min_acks: Acks = "wal",
-        unclean_recovery_after_ms: int | None = None,
-    ) -> cluster.Topic:
-        """Raises TopicExists, InvalidArgument."""
-        return BACKGROUND.run(
-            self._inner.create_topic(
-                topic,
-                partitions,
-                retention_ms=retention_ms,
-                retention_bytes=retention_bytes,
-                min_acks=min_acks,
-                unclean_recovery_after_ms=unclean_recovery_after_ms,
-            )
-        )
-
-    def list_topics(self) -> list[cluster.Topic]:
-        return BACKGROUND.run(self._inner.list_topics())
-
-    def describe_topic(self, topic: str) -> cluster.TopicDescription:
-        """Raises UnknownTopic."""
-        return BACKGROUND.run(self._inner.describe_topic(topic))
-
-    def delete_topic(self, topic: str) -> str:
-        """The deleted topic's id. Raises UnknownTopic."""
-        return BACKGROUND.run(self._inner.delete_topic(topic))
-
-    def status(self) -> cluster.ClusterStatus:
-        return BACKGROUND.run(self._inner.status())
-
-    def offsets(
-        self, topic: str, at: Literal["earliest", "latest"] | int | datetime, partitions: Iterable[int] | None = None
-    ) -> dict[TopicPartition, cluster.FoundOffset]:
-        """Where each partition begins, ends, or has its first record at or after a time."""
-        return BACKGROUND.run(self._inner.offsets(topic, at, partitions))
-
-    def group_offsets(self, group: str) -> list[cluster.CommittedOffset]:
-        """What the group has committed. Raises UnknownGroup."""
-        return BACKGROUND.run(self._inner.group_offsets(group))
-
-    def commit_group_offsets(self, group: str, offsets: dict[tuple[str, int], int]) -> None:
-        """Sets where a group without members goes on."""
-        BACKGROUND.run(self._inner.commit_group_offsets(group, offsets))
-
-    def list_groups(self) -> list[group_admin.Group]:
-        return BACKGROUND.run(self._inner.list_groups())
-
-    def describe_group(self, group: str) -> group_admin.GroupDescription:
-        """Members, what they work on, positions and lag. Raises UnknownGroup."""
-        return BACKGROUND.run(self._inner.describe_group(group))
-
-    def reset_offsets(
-        self,
-        group: str,
-        to: group_admin.ResetTo,
-        *,
-        topic: str | None = None,
-        partition: int | None = None,
-        execute: bool = False,
-    ) -> list[group_admin.OffsetReset]:
-        """Where the group would go on; only with `execute` it does. Raises GroupNotEmpty then, while it has members."""
-        return BACKGROUND.run(self._inner.reset_offsets(group, to, topic=topic, partition=partition, execute=execute))
-
-    def delete_group(self, group: str) -> None:
-        """With its committed offsets. Raises UnknownGroup, GroupNotEmpty."""
-        BACKGROUND.run(self._inner.delete_group(group))
-
-    def orphaned_ranges(self, topic: str, partition: int) -> list[cluster.OffsetRange]:
-        """What readers of the partition wait for, and only an agent that is gone has."""
-        return BACKGROUND.run(self._inner.orphaned_ranges(topic, partition))
-
-    def declare_lost(
-        self, topic: str, partition: int, epochs: Sequence[int], reason: str = ""
-    ) -> list[cluster.OffsetRange]:
-        """Gives up what is not registered of these orphaned ranges, for good."""
-        return BACKGROUND.run(self._inner.declare_lost(topic, partition, epochs, reason))
-
-    def close(self) -> None:
-        BACKGROUND.run(self._inner.close())

@@ -1,0 +1,11 @@
+"""The client for plain code: the same `Producer`, `Consumer` and `Admin`, without async.
+
+All share one event loop on one background thread. A producer and an admin may be used by several threads at once; a
+consumer by one at a time.
+"""
+
+from streamhouse.sync.admin import Admin
+from streamhouse.sync.consumer import Consumer
+from streamhouse.sync.producer import Producer, SendFuture, SendResult
+
+__all__ = ["Admin", "Consumer", "Producer", "SendFuture", "SendResult"]

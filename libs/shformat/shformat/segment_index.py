@@ -1,0 +1,123 @@
+"""The block index of a segment in memory: one row per block. docs/formats/segment.md draws an entry.
+
+Owns: the layout of an entry and finding blocks. Does not own: reading it from bytes, and what must hold (segment.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .batch_header import BatchHeader
+from .columns import Int64s
+
+INDEX_ENTRY = np.dtype(
+    [
+        ("first_offset", "<i8"),
+        ("end_offset", "<i8"),
+        ("at", "<u8"),
+        ("first_timestamp_ms", "<i8"),
+        ("max_timestamp_ms", "<i8"),
+        ("epoch", "<u8"),
+        ("size_bytes", "<u4"),
+        ("record_count", "<u4"),
+        ("uncompressed_bytes", "<u4"),
+        ("crc", "<u4"),
+    ]
+)
+INDEX_ENTRY_SIZE = 64
+assert INDEX_ENTRY.itemsize == INDEX_ENTRY_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEntry:
+    """One block: offsets [first_offset, end_offset), bytes [at, at + size_bytes) from the segment's start.
+    crc is over all bytes of the block, base offset and epoch included."""
+
+    first_offset: int
+    end_offset: int
+    at: int
+    first_timestamp_ms: int
+    max_timestamp_ms: int
+    epoch: int
+    size_bytes: int
+    record_count: int
+    uncompressed_bytes: int
+    crc: int
+
+    @classmethod
+    def of(cls, header: BatchHeader, at: int, crc: int) -> BlockEntry:
+        """The entry of the block with this batch header, at this position."""
+        return cls(
+            header.base_offset,
+            header.end_offset,
+            at,
+            header.first_timestamp_ms,
+            header.max_timestamp_ms,
+            header.epoch,
+            header.size_bytes,
+            header.record_count,
+            header.uncompressed_bytes,
+            crc,
+        )
+
+
+class SegmentIndex:
+    """The blocks of a segment in offset order, as one array; entries are made when asked for."""
+
+    __slots__ = ("_blocks", "_ends", "_latest")
+
+    def __init__(self, blocks: NDArray[np.void]) -> None:
+        self._blocks = blocks
+        # Contiguous copies: a bisect over the strided field would touch a cache line per probe anyway, but
+        # searchsorted would copy the whole column on every call.
+        self._ends: Int64s = np.ascontiguousarray(blocks["end_offset"])
+        self._latest: Int64s = np.maximum.accumulate(blocks["max_timestamp_ms"])
+
+    @classmethod
+    def of(cls, entries: list[BlockEntry]) -> SegmentIndex:
+        """An index of these blocks, in order."""
+        rows = [tuple(getattr(entry, name) for name in _FIELDS) for entry in entries]
+        return cls(np.array(rows, INDEX_ENTRY))
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, position: int) -> BlockEntry:
+        return BlockEntry(*self._blocks[position].item())
+
+    def __iter__(self) -> Iterator[BlockEntry]:
+        return (BlockEntry(*row) for row in self._blocks.tolist())
+
+    def find(self, offset: int) -> int:
+        """Position of the block that holds `offset`, or of the next one after it; len(self) past the end."""
+        return int(np.searchsorted(self._ends, offset, side="right"))
+
+    def find_timestamp(self, timestamp_ms: int) -> int:
+        """Position of the first block that reaches `timestamp_ms`; len(self) when none does."""
+        return int(np.searchsorted(self._latest, timestamp_ms, side="left"))
+
+    @property
+    def record_count(self) -> int:
+        """Records of all blocks."""
+        return int(self._blocks["record_count"].sum(dtype=np.int64))
+
+    @property
+    def raw_bytes(self) -> int:
+        """Uncompressed payload bytes of all blocks."""
+        return int(self._blocks["uncompressed_bytes"].sum(dtype=np.int64))
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the index."""
+        return self._blocks.nbytes + self._ends.nbytes + self._latest.nbytes
+
+    def encode(self) -> bytes:
+        """INDEX_ENTRY_SIZE bytes per block."""
+        return self._blocks.tobytes()
+
+
+_FIELDS: tuple[str, ...] = INDEX_ENTRY.names or ()
