@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shformat import FormatError, last_segment_size, open_segment, run_plan_async
-from shformat.segment import SegmentHeader, SegmentIndex
+from shformat.segment import SegmentHeader
+from shformat.segment_index import SegmentIndex
 from shproto.events import Segment
 from shstore import ObjectMissing, ObjectStore
 
