@@ -153,8 +153,10 @@ class Sender:
         except InvalidBatch as error:
             self._failed_try(state, outgoing, error)
             return
+        known = self._metadata.cached(state.topic)
         request = ingest_pb2.ProduceRequest(
             topic=state.topic,
+            topic_id=known.topic_id if known else b"",
             partition=state.partition,
             acks=ACKS[self._options.acks],
             batch=encoded,

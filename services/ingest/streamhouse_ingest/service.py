@@ -39,6 +39,7 @@ tracer = trace.get_tracer("streamhouse.ingest")
 _THREAD_FROM_BYTES = 512 * 1024
 # How often the coordinator is asked whether the original of a durable retry is registered in somebody else's range.
 _ASK_AGAIN_MS = 500
+TOPIC_ID_BYTES = 16  # of a UUID
 _ACKS = frozenset(types_pb2.Acks.values())
 _ACK_NAMES: dict[int, str] = {types_pb2.ACKS_NONE: "none", types_pb2.ACKS_WAL: "wal", types_pb2.ACKS_DURABLE: "durable"}
 
@@ -55,6 +56,22 @@ class Accepted:
     answer_by_ms: int
     written: asyncio.Future[Written | StreamHouseError] | None
     span: trace.Span
+
+
+def is_meant(request: pb.ProduceRequest, held: HeldLog) -> bool:
+    """Whether the log is of the topic that the producer means, not of another one of that name."""
+    return not request.topic_id or request.topic_id == held.log.key.topic_id
+
+
+def check_topic_id(topic_id: bytes) -> None:
+    """Raises InvalidArgument."""
+    if len(topic_id) not in (0, TOPIC_ID_BYTES):
+        raise InvalidArgument(
+            f"topic_id must have {TOPIC_ID_BYTES} bytes, or none, got {len(topic_id)}",
+            field="topic_id",
+            limit=TOPIC_ID_BYTES,
+            value=len(topic_id),
+        )
 
 
 class ProduceService:
@@ -94,9 +111,7 @@ class ProduceService:
             raise
 
     async def _accept(self, request: pb.ProduceRequest) -> Accepted:
-        held = self._logs.led(request.topic, request.partition)
-        if held is None:
-            held = await self._topics.find_leader(request.topic, request.partition)
+        held = await self._leading(request)
         acks = self._acks(request, held)
         batch = request.batch if request.WhichOneof("payload") == "batch" else self._encode(request)
         header = await self._validate(batch)
@@ -113,6 +128,18 @@ class ProduceService:
             raise
         answer_by_ms = self._clock.monotonic_ms() + timeout_ms
         return Accepted(request, held, header, acks, timeout_ms, answer_by_ms, written, span)
+
+    async def _leading(self, request: pb.ProduceRequest) -> HeldLog:
+        """The log that the batch is for. A topic created again under its name is another one: a batch for it must not
+        be acknowledged into the log of the old one because the agent does not know yet, nor the other way round."""
+        check_topic_id(request.topic_id)
+        held = self._logs.led(request.topic, request.partition)
+        if held is None or not is_meant(request, held):
+            held = await self._topics.find_leader(request.topic, request.partition)
+        if not is_meant(request, held):
+            why = "another topic of that name was created; one of us does not know it yet"
+            raise not_leader(request.topic, request.partition, why)
+        return held
 
     async def answer(self, accepted: Accepted) -> pb.ProduceResponse:
         """The response once the ack level is reached. Raises what refused the batch, DurableTimeout, Unavailable,

@@ -300,6 +300,32 @@ async def test_a_topic_just_created_is_found_before_its_event_arrives(
         assert (await service.api.produce(request(b"v", topic="late"))).base_offset == 0
 
 
+async def test_g1_a_topic_created_again_takes_its_own_writes_before_the_agent_has_heard_of_it(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    """Not into the log of the deleted one, which nobody will ever read; nor late batches for that one into the new."""
+    old, new = request(b"old"), request(b"new")
+    old.topic_id = topic_id
+    async with running(tmp_path, coordinator) as service:
+        await service.api.produce(old)
+        coordinator.delete("orders")
+        new.topic_id = coordinator.create("orders")
+        async with asyncio.timeout(30):
+            while True:  # as a producer does
+                try:
+                    assert (await service.api.produce(new)).base_offset == 0
+                    break
+                except errors.NotLeader as error:
+                    assert error.details["outcome"] == errors.NOT_WRITTEN
+                    await asyncio.sleep(0.05)
+        assert values_of(await read(service, new.topic_id, 0)) == [b"new"]
+        with pytest.raises(errors.NotLeader):
+            await service.api.produce(old)
+        new.topic_id = b"short"
+        with pytest.raises(errors.InvalidArgument, match="topic_id"):
+            await service.api.produce(new)
+
+
 # ---- idempotent producers (G5)
 
 

@@ -29,6 +29,7 @@ class ProduceRequest(_message.Message):
     BATCH_FIELD_NUMBER: _builtins.int
     RECORDS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    TOPIC_ID_FIELD_NUMBER: _builtins.int
     TRACE_CONTEXT_FIELD_NUMBER: _builtins.int
     topic: _builtins.str
     partition: _builtins.int
@@ -37,6 +38,8 @@ class ProduceRequest(_message.Message):
     """one encoded record batch, docs/formats/record-batch.md"""
     timeout_ms: _builtins.int
     """how long to wait for the ack level; 0: the server's default"""
+    topic_id: _builtins.bytes
+    """which topic of that name is meant; empty: whichever the agent leads. NOT_LEADER for another one"""
     trace_context: _builtins.str
     """W3C traceparent of this batch's produce span; empty: none. A stream has no metadata per batch"""
     @_builtins.property
@@ -52,11 +55,12 @@ class ProduceRequest(_message.Message):
         batch: _builtins.bytes = ...,
         records: _types_pb2.RecordList | None = ...,
         timeout_ms: _builtins.int = ...,
+        topic_id: _builtins.bytes = ...,
         trace_context: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "payload", b"payload", "records", b"records"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "batch", b"batch", "partition", b"partition", "payload", b"payload", "records", b"records", "timeout_ms", b"timeout_ms", "topic", b"topic", "trace_context", b"trace_context"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "batch", b"batch", "partition", b"partition", "payload", b"payload", "records", b"records", "timeout_ms", b"timeout_ms", "topic", b"topic", "topic_id", b"topic_id", "trace_context", b"trace_context"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["batch", "records"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
