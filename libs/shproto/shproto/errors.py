@@ -99,13 +99,13 @@ class TopicExists(StreamHouseError):
 
 
 class OffsetBelowStart(StreamHouseError):
-    """Retention removed it. details: offset, log_start_offset."""
+    """Retention removed it. details: topic, partition, offset, log_start_offset."""
 
     reason, status = "OFFSET_BELOW_START", Code.OUT_OF_RANGE
 
 
 class OffsetBeyondEnd(StreamHouseError):
-    """Nothing was written there yet. details: offset, high_watermark."""
+    """Nothing was written there yet. details: topic, partition, offset, high_watermark."""
 
     reason, status = "OFFSET_BEYOND_END", Code.OUT_OF_RANGE
 
@@ -135,7 +135,7 @@ class NotLeader(StreamHouseError):
 
 
 class Fenced(StreamHouseError):
-    """The epoch or claim offered is no longer the live one. details: offered, held."""
+    """The epoch or claim offered is no longer the live one. details: offered (a claim), or partition, epoch, offset, buffer_id."""
 
     reason, status = "FENCED", Code.ABORTED
 
@@ -153,7 +153,7 @@ class AgentIdTaken(StreamHouseError):
 
 
 class UnknownMember(StreamHouseError):
-    """The group has forgotten this member: join again."""
+    """The group has forgotten this member: join again. details: group, member_id."""
 
     reason, status = "UNKNOWN_MEMBER", Code.ABORTED
 

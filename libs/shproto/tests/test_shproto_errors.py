@@ -1,11 +1,13 @@
 """docs/errors.md lists every error with the status and retriability it really has."""
 
+import ast
 import re
 from pathlib import Path
 
 from shproto.errors import StreamHouseError
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "errors.md"
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = ROOT / "docs" / "errors.md"
 
 
 def test_the_page_lists_every_error() -> None:
@@ -13,6 +15,28 @@ def test_the_page_lists_every_error() -> None:
     documented = {reason: (status, retriable == "yes") for reason, status, retriable in rows}
     actual = {reason: (cls.status.name, cls.retriable) for reason, cls in StreamHouseError.registry.items()}
     assert documented == actual
+
+
+def details_sent() -> dict[str, set[str]]:
+    """By class name: the details that any code of ours gives to an error of that class."""
+    sent: dict[str, set[str]] = {cls.__name__: set() for cls in StreamHouseError.registry.values()}
+    for path in [path for part in ("libs", "services", "client") for path in (ROOT / part).rglob("*.py")]:
+        if "tests" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in sent:
+                sent[node.func.id] |= {keyword.arg for keyword in node.keywords if keyword.arg}
+    return sent
+
+
+def test_the_page_names_no_details_that_nobody_sends() -> None:
+    by_class = details_sent()
+    sent = {reason: by_class[cls.__name__] for reason, cls in StreamHouseError.registry.items()}
+    rows = re.findall(r"^\| ([A-Z_]+) \| [A-Z_]+ \| (?:yes|no) \| .* \| ?(.*?) ?\|$", PAGE.read_text(), re.M)
+    assert len(rows) == len(sent)
+    for reason, details in rows:
+        named = set(re.findall(r"[a-z_]+", re.sub(r"\(.*?\)| or ", " ", details)))
+        assert named <= sent[reason], f"{reason}: {named - sent[reason]}"
 
 
 def test_round_trip_keeps_class_and_numbers() -> None:

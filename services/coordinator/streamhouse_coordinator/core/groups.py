@@ -165,7 +165,9 @@ def check_commit(group: Group, member: str, generation: int, names: Iterable[Top
             )
         return
     if member not in group.topics:
-        raise UnknownMember(f"group {group.name!r} has no member {member!r}; join again", member_id=member)
+        raise UnknownMember(
+            f"group {group.name!r} has no member {member!r}; join again", group=group.name, member_id=member
+        )
     own = group.owned.get(member, frozenset())
     held = {name for other, others in group.owned.items() if other != member for name in others}
     for name in names:

@@ -159,7 +159,7 @@ async def _heartbeat(context: Context, name: str, member_id: str, generation: in
 async def _speak(tx: Transaction, name: str, member_id: str, owned: Names | None) -> Assignment:
     loaded = await load(tx, name)
     if member_id not in loaded.members:
-        raise UnknownMember(f"group {name!r} has no member {member_id!r}; join again", member_id=member_id)
+        raise UnknownMember(f"group {name!r} has no member {member_id!r}; join again", group=name, member_id=member_id)
     return await _assign(tx, loaded, member_id, owned)
 
 
