@@ -135,7 +135,7 @@ class NotLeader(StreamHouseError):
 
 
 class Fenced(StreamHouseError):
-    """The epoch or claim offered is no longer the live one. details: offered (a claim), or partition, epoch, offset, buffer_id."""
+    """The epoch or claim is no longer the live one. details: offered, or partition, epoch, offset, buffer_id."""
 
     reason, status = "FENCED", Code.ABORTED
 
