@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Self
 
@@ -230,7 +230,7 @@ class Consumer:
         end = max(cursor.end, cursor.delivered)
         if portion.end_offset <= end:
             return portion
-        stopped = Cursor.at(cursor.where, end, cursor.committed, end)
+        stopped = Cursor.at(cursor.where, end, cursor.committed, end, cursor.topic_id)
         stopped.delivered, stopped.taken = cursor.delivered, cursor.taken
         self._reader.put(stopped)
         portion.cursor = stopped
@@ -244,7 +244,7 @@ class Consumer:
         for where, end in (await self._offsets.look_up("latest", list(self._reader.cursors))).items():
             cursor = self._reader.cursors.get(where)
             if cursor is not None and cursor.end != end:
-                self._reader.put(Cursor.at(where, cursor.delivered, cursor.committed, end))
+                self._reader.put(Cursor.at(where, cursor.delivered, cursor.committed, end, cursor.topic_id))
 
     # ---- where we are
 
@@ -273,7 +273,7 @@ class Consumer:
         cursor = self._reader.cursors.get(where)
         if cursor is None:
             raise InvalidArgument(f"{topic}/{partition} was taken away meanwhile", field="partition")
-        self._reader.put(Cursor.at(where, found, cursor.committed, cursor.end))
+        self._reader.put(Cursor.at(where, found, cursor.committed, cursor.end, cursor.topic_id))
 
     async def lag(self) -> dict[TopicPartition, Lag]:
         """Records still to be handed over, per partition; see `Lag` for when it is exact."""
@@ -371,6 +371,7 @@ class Consumer:
     async def _open(self, partitions: Sequence[TopicPartition]) -> None:
         """Finds where each starts, then reads it, unless it was taken away meanwhile."""
         asked = dict(self._to_open)
+        topic_ids = await self._topic_ids({where.topic for where in partitions})
         committed = await self._offsets.committed(partitions)
         fresh = [where for where in partitions if where not in committed]
         start = self._options.start
@@ -381,9 +382,16 @@ class Consumer:
         for where in partitions:
             if self._membership is None or where in still:
                 offset = committed.get(where, starts.get(where, 0))
-                self._reader.put(Cursor.at(where, offset, committed.get(where, -1), ends.get(where)))
+                cursor = Cursor.at(where, offset, committed.get(where, -1), ends.get(where), topic_ids[where.topic])
+                self._reader.put(cursor)
         self._forget_opening(still)
         self._reader.notify()
+
+    async def _topic_ids(self, topics: Collection[str]) -> dict[str, bytes]:
+        """As the coordinator knows them now: a query service may still have a deleted topic of the same name."""
+        for topic in topics:
+            await self._metadata.refresh(topic)
+        return {topic: (await self._metadata.topic(topic)).topic_id for topic in topics}
 
     def _forget_opening(self, partitions: Iterable[TopicPartition]) -> None:
         for where in partitions:

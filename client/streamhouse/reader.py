@@ -173,7 +173,9 @@ class Reader:
         if not self._addresses:
             raise Unavailable("no query service has a session with the coordinator")
         positions = [
-            query_pb2.FetchPosition(topic=c.where.topic, partition=c.where.partition, offset=c.fetch_offset)
+            query_pb2.FetchPosition(
+                topic=c.where.topic, partition=c.where.partition, offset=c.fetch_offset, topic_id=c.topic_id
+            )
             for c in cursors
         ]
         request = query_pb2.SubscribeRequest(

@@ -20,7 +20,7 @@ class Cursor:
     fetch_offset: everything below has been received. delivered: everything below was handed to the application.
     taken: everything below the application has done with (it asked for more since). committed: last stored; -1 never.
     end: where a bounded read stops; None reads on. failed: nothing is fetched, until the
-    application has seen the error or a pause is over.
+    application has seen the error or a pause is over. topic_id: which topic of that name; empty: not known.
     """
 
     where: TopicPartition
@@ -32,13 +32,16 @@ class Cursor:
     log_start_offset: int = -1
     last_epoch: int = 0
     end: int | None = None
+    topic_id: bytes = b""
     live: bool = True
     failed: bool = False
     failing_since_ms: float | None = None
 
     @classmethod
-    def at(cls, where: TopicPartition, offset: int, committed: int = -1, end: int | None = None) -> "Cursor":
-        return cls(where, offset, offset, offset, committed=committed, end=end)
+    def at(
+        cls, where: TopicPartition, offset: int, committed: int = -1, end: int | None = None, topic_id: bytes = b""
+    ) -> "Cursor":
+        return cls(where, offset, offset, offset, committed=committed, end=end, topic_id=topic_id)
 
     @property
     def wants_more(self) -> bool:

@@ -28,6 +28,9 @@ LOOKUPS_AT_ONCE = 8
 INT64_MAX = (1 << 63) - 1
 
 
+TOPIC_ID_BYTES = 16  # of a UUID
+
+
 class QueryApi:
     """Implements shproto.services.QueryApi."""
 
@@ -98,7 +101,8 @@ class QueryApi:
         _check("min_bytes", request.min_bytes, 0, bytes_max)
         _check("max_wait_ms", request.max_wait_ms, 0, self._settings.max_wait_ms_max)
         _check_format(request.format)
-        partition = await self._reads.freshness.find(request.topic, request.partition)
+        _check_topic_id(request.topic_id)
+        partition = await self._reads.freshness.find(request.topic, request.partition, request.topic_id)
         return Want(partition.key, partition.topic, request.offset, bytes_max, request.min_bytes, request.max_wait_ms)
 
     def _bytes_max(self, asked: int) -> int:
@@ -122,7 +126,8 @@ class QueryApi:
 
         async def resolve() -> Want:
             _check("offset", position.offset, 0, INT64_MAX)
-            partition = await self._reads.freshness.find(position.topic, position.partition)
+            _check_topic_id(position.topic_id)
+            partition = await self._reads.freshness.find(position.topic, position.partition, position.topic_id)
             return Want(partition.key, partition.topic, position.offset, self._bytes_max(request.max_bytes))
 
         return Source(resolve, lambda want, fetched: self._respond(want, fetched, request.format), refuse)
@@ -177,6 +182,11 @@ class QueryApi:
 def _check(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise InvalidArgument(f"{name} is {value}, must be {low} to {high}", field=name, value=value, limit=high)
+
+
+def _check_topic_id(topic_id: bytes) -> None:
+    if topic_id:
+        _check("length of topic_id", len(topic_id), TOPIC_ID_BYTES, TOPIC_ID_BYTES)
 
 
 def _check_format(form: int) -> None:

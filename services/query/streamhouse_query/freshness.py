@@ -19,13 +19,23 @@ class Freshness:
         self._index = index
         self._catch_up_ms = catch_up_ms
 
-    async def find(self, topic: str, partition: int) -> PartitionIndex:
-        """Raises UnknownTopic, UnknownPartition; Unavailable when the feed does not bring a new topic in time."""
+    async def find(self, topic: str, partition: int, topic_id: bytes = b"") -> PartitionIndex:
+        """The partition of the topic of that name and, if one is given, that id: the index may still have one that was
+        deleted, and another one created under its name.
+
+        Raises UnknownTopic, UnknownPartition; Unavailable when the feed does not bring a new topic in time.
+        """
         try:
-            return self._index.find(topic, partition)
+            return self._find(topic, partition, topic_id)
         except (UnknownTopic, UnknownPartition):
             await self.catch_up(topic)
-        return self._index.find(topic, partition)
+        return self._find(topic, partition, topic_id)
+
+    def _find(self, topic: str, partition: int, topic_id: bytes) -> PartitionIndex:
+        found = self._index.find(topic, partition)
+        if topic_id and found.topic_id != topic_id.hex():
+            raise UnknownTopic(f"topic {topic!r} was deleted, and another one created under its name", topic=topic)
+        return found
 
     async def catch_up(self, topic: str) -> None:
         """When this returns, the index knows everything that had happened when it was called. Whatever position a

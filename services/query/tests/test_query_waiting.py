@@ -5,7 +5,7 @@ import time
 
 import pytest
 from shformat import decode_batch
-from shproto.errors import DataLoss, OffsetBeyondEnd, ShuttingDown, Unavailable, UnknownTopic
+from shproto.errors import DataLoss, InvalidArgument, OffsetBeyondEnd, ShuttingDown, Unavailable, UnknownTopic
 from shproto.v1 import coordinator_pb2, query_pb2
 from streamhouse_query.wiring import QueryService
 
@@ -433,3 +433,36 @@ async def test_stopping_ends_long_polls(platform: StandInPlatform, start_query: 
         await asyncio.wait_for(task, 1)
     with pytest.raises(ShuttingDown):
         await fetch(service, 0)
+
+
+async def test_who_means_a_topic_created_again_is_never_shown_the_old_one(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """The index still has the deleted topic under the name: better no answer than its records."""
+    await one_partition(platform)
+    old_id = bytes.fromhex(platform.coordinator.topics["orders"].topic_id)
+    await platform.produce(values_of(10))
+    await platform.register()
+    service = await start_query(catch_up_ms=100)
+    assert values_in(await fetch(service, 0, topic_id=old_id)) == values_of(10)
+
+    platform.coordinator.feed_paused = True
+    await platform.delete_topic("orders")
+    new_id = bytes.fromhex(await platform.create_topic())
+    await platform.grant("a")
+    await platform.produce([b"new"])
+    with pytest.raises(Unavailable, match="behind"):
+        await fetch(service, 0, topic_id=new_id)
+    position = query_pb2.FetchPosition(topic="orders", topic_id=new_id)
+    async for response in service.api.subscribe(query_pb2.SubscribeRequest(positions=[position])):
+        assert (response.error.reason, list(response.batches)) == ("UNAVAILABLE", [])
+        break
+
+    platform.coordinator.feed_paused = False
+    await platform.coordinator.wake()
+    assert values_in(await fetch(service, 0, topic_id=new_id)) == [b"new"]
+    assert values_in(await fetch(service, 0)) == [b"new"]
+    with pytest.raises(UnknownTopic, match="another one"):
+        await fetch(service, 0, topic_id=old_id)
+    with pytest.raises(InvalidArgument, match="topic_id"):
+        await fetch(service, 0, topic_id=b"short")
