@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from shproto.errors import Unavailable
 from shruntime.clock import Clock
 from streamhouse_coordinator.adapters.memory import MemoryStore
+from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.tables import EventRow
 from streamhouse_coordinator.ports import Transaction
 
@@ -167,6 +168,9 @@ class Session:
 
     async def read_events(self, after_position: int, limit: int, types: Sequence[str] = ()) -> list[EventRow]:
         return await self._call(lambda: self._database.memory.read_events(after_position, limit, types))
+
+    async def head(self) -> Head:
+        return await self._call(self._database.memory.head)
 
     async def rebuild(self) -> None:
         await self._call(self._database.memory.rebuild)

@@ -116,6 +116,10 @@ _NESTED: dict[str, type[Segment] | type[Slice] | type[OffsetChange] | type[Range
 }
 
 
+def topic_stream(topic_id: str) -> str:
+    return f"topic/{topic_id}"
+
+
 def partition_stream(topic_id: str, partition: int) -> str:
     return f"partition/{topic_id}/{partition}"
 
@@ -147,7 +151,7 @@ class TopicCreated(Event):
 
     @property
     def stream_id(self) -> str:
-        return f"topic/{self.topic_id}"
+        return topic_stream(self.topic_id)
 
 
 @event_type
@@ -159,7 +163,7 @@ class TopicDeleted(Event):
 
     @property
     def stream_id(self) -> str:
-        return f"topic/{self.topic_id}"
+        return topic_stream(self.topic_id)
 
 
 # ---- sessions
@@ -357,7 +361,7 @@ class HistoryBegan(Event):
 @dataclass(frozen=True, slots=True)
 class PartitionRestored(_OfPartition, Event):
     """What a restore found out of a partition: these ranges and segments are as given, the removed ones are gone.
-    `epoch`: the highest that may have been granted."""
+    `epoch`: the highest that may have been granted. `partitions`: how many the topic has now, 0: as before."""
 
     topic_id: str
     topic: str
@@ -368,6 +372,7 @@ class PartitionRestored(_OfPartition, Event):
     removed_epochs: tuple[int, ...]
     segments: tuple[Segment, ...]
     removed_segment_ids: tuple[str, ...]
+    partitions: int = 0
 
 
 # ---- consumer groups

@@ -118,6 +118,8 @@ class CoordinatorApi:
         check_text("history_id", request.history_id, messages.ID_LENGTH_MAX, empty=True)
         seen = Head(request.history_id, request.seen_position)
         opened = await sessions.open_session(self._context, event, ends, seen)
+        for topic in opened.recovered_topics:
+            await groups.topic_changed(self._context, topic)
         return pb.OpenSessionResponse(
             session_id=opened.session_id,
             ttl_ms=self._settings.session_ttl_ms,

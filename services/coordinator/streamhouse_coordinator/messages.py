@@ -11,7 +11,7 @@ from shproto.v1 import types_pb2
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.deletion import Patience
 from streamhouse_coordinator.core.groups import split_name
-from streamhouse_coordinator.core.names import GROUP_LENGTH_MAX, check_number, check_text
+from streamhouse_coordinator.core.names import GROUP_LENGTH_MAX, check_number, check_text, check_topic
 from streamhouse_coordinator.core.sessions import SNAPSHOT_BYTES_MAX, WalEnds
 from streamhouse_coordinator.service import group_admin
 from streamhouse_coordinator.service.groups import Commit
@@ -97,18 +97,21 @@ def range_key(item: pb.WalEnd | pb.RangeUse | pb.BufferSlice | pb.LostSpan) -> R
 
 
 def wal_ends(items: Iterable[pb.WalEnd], *, unknown: bool = False, torn: bool = False) -> WalEnds:
-    ends, snapshots, firsts = {}, {}, {}
+    ends, snapshots, firsts, topics = {}, {}, {}, {}
     for item in items:
         check_number("end_offset", item.end_offset, 0, INT64_MAX)
         check_number("producer_snapshot bytes", len(item.producer_snapshot), 0, SNAPSHOT_BYTES_MAX)
         key = range_key(item)
         ends[key] = item.end_offset
+        if item.topic:
+            check_topic(item.topic)
+            topics[key[0]] = item.topic
         if item.HasField("first_offset"):
             check_number("first_offset", item.first_offset, 0, item.end_offset)
             firsts[key] = item.first_offset
         if item.producer_snapshot:
             snapshots[key] = item.producer_snapshot
-    return WalEnds(ends, snapshots, unknown, torn, firsts)
+    return WalEnds(ends, snapshots, unknown, torn, firsts, topics)
 
 
 def slice_of(item: pb.BufferSlice) -> Slice:

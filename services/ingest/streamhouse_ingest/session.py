@@ -373,6 +373,7 @@ def _wal_end(held: PartitionLog, snapshot: bytes) -> pb.WalEnd:
         end_offset=held.next_offset,
         producer_snapshot=snapshot,
         first_offset=held.registered_end,
+        topic=held.topic,
     )
 
 

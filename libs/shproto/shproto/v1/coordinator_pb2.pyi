@@ -645,6 +645,7 @@ class WalEnd(_message.Message):
     END_OFFSET_FIELD_NUMBER: _builtins.int
     PRODUCER_SNAPSHOT_FIELD_NUMBER: _builtins.int
     FIRST_OFFSET_FIELD_NUMBER: _builtins.int
+    TOPIC_FIELD_NUMBER: _builtins.int
     topic_id: _builtins.bytes
     partition: _builtins.int
     epoch: _builtins.int
@@ -656,6 +657,8 @@ class WalEnd(_message.Message):
     """
     first_offset: _builtins.int
     """From here on the log has the range's records; what lies below is registered. Absent: not known."""
+    topic: _builtins.str
+    """its name, if the agent has heard it"""
     def __init__(
         self,
         *,
@@ -665,10 +668,11 @@ class WalEnd(_message.Message):
         end_offset: _builtins.int = ...,
         producer_snapshot: _builtins.bytes = ...,
         first_offset: _builtins.int | None = ...,
+        topic: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_offset", b"_first_offset", "first_offset", b"first_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_offset", b"_first_offset", "end_offset", b"end_offset", "epoch", b"epoch", "first_offset", b"first_offset", "partition", b"partition", "producer_snapshot", b"producer_snapshot", "topic_id", b"topic_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_offset", b"_first_offset", "end_offset", b"end_offset", "epoch", b"epoch", "first_offset", b"first_offset", "partition", b"partition", "producer_snapshot", b"producer_snapshot", "topic", b"topic", "topic_id", b"topic_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_offset: _TypeAlias = _typing.Literal["first_offset"]  # noqa: Y015
     _WhichOneofArgType__first_offset: _TypeAlias = _typing.Literal["_first_offset", b"_first_offset"]  # noqa: Y015

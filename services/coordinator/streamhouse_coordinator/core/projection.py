@@ -188,8 +188,9 @@ def _(event: ev.PartitionRestored) -> RowOps:
     gone += [Remove(t.SEGMENTS, {"segment_id": segment_id}) for segment_id in event.removed_segment_ids]
     ranges = [Put(t.RANGES, _restored_range(event, item)) for item in event.ranges]
     segments = [Put(t.SEGMENTS, _segment_row(item)) for item in event.segments]
-    changes = {"epoch": event.epoch, "log_start_offset": event.log_start_offset}
-    return (*gone, *ranges, *segments, Set(t.PARTITIONS, (event.topic_id, event.partition), changes))
+    row = t.PartitionRow(event.topic_id, event.partition, event.epoch, event.log_start_offset)
+    topic = [Set(t.TOPICS, (event.topic_id,), {"partitions": event.partitions})] if event.partitions else []
+    return (*topic, *gone, *ranges, *segments, Put(t.PARTITIONS, row))
 
 
 def _restored_range(event: ev.PartitionRestored, item: ev.RangeState) -> t.RangeRow:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from shproto.events import Event, PartitionRestored, RangeOrphaned, RangeState, Segment
+from shproto.events import Event, PartitionRestored, RangeOrphaned, RangeState, Segment, TopicCreated
 
 from streamhouse_coordinator.core.barriers import barrier, is_unclaimed
 from streamhouse_coordinator.core.cover import Candidate, Cover, Span, cover
@@ -22,7 +22,7 @@ from streamhouse_coordinator.core.tables import (
     SegmentRow,
     TopicRow,
 )
-from streamhouse_coordinator.core.topics import ACKS_DURABLE
+from streamhouse_coordinator.core.topics import ACKS_DURABLE, ACKS_WAL
 
 # A range is 2^30 offsets wide by default and skips that much at a takeover: this is a thousand takeovers, or 10^12
 # records of one partition, since the backup. 2^63 has room for eight million restores.
@@ -106,6 +106,24 @@ def lost_segment(topic: TopicRow, partition: int, span: Span, reason: str) -> Se
 def _candidate(row: SegmentRow, topic: str) -> Candidate:
     values = {name: getattr(row, name) for name in SegmentRow.__slots__}
     return Candidate(Segment(topic=topic, **values), (), registered=True)
+
+
+def recovered_topic(topic_id: str, name: str, partitions: int, now_ms: int) -> TopicCreated:
+    """A topic that the backup does not know, under its old id and, if that is known and free, name."""
+    name = name or f"recovered-{topic_id[:8]}"
+    return TopicCreated(topic_id, name, partitions, None, None, ACKS_WAL, None, now_ms)
+
+
+def unknown_partitions(topic: TopicRow, numbers: Iterable[int]) -> list[Event]:
+    """Partitions of which only agents' logs have anything: barriers from the beginning."""
+    events: list[Event] = []
+    for number in numbers:
+        nothing = Known(topic, PartitionRow(topic.topic_id, number, 0, 0), (), (), ())
+        for event in restore_partition(nothing, accept_holes=False).events:
+            events.append(
+                replace(event, partitions=topic.partitions) if isinstance(event, PartitionRestored) else event
+            )
+    return events
 
 
 # ---- ranges

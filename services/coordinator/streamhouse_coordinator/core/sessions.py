@@ -20,13 +20,14 @@ RangeKey = tuple[str, int, int]
 class WalEnds:
     """What an agent says of the ends of its log's ranges. `unknown`, `torn`: as in OpenSessionRequest. `snapshots`: of
     the producers of what is not registered, those that have any. `firsts`: from where on the log has each range, where
-    it says so."""
+    it says so. `topics`: names by topic id, those that it knows."""
 
     ends: Mapping[RangeKey, int] = field(default_factory=dict)
     snapshots: Mapping[RangeKey, bytes] = field(default_factory=dict)
     unknown: bool = False
     torn: bool = False
     firsts: Mapping[RangeKey, int] = field(default_factory=dict)
+    topics: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_session(

@@ -15,8 +15,8 @@ from shproto.events import (
     GroupRebalanced,
     HistoryBegan,
     SessionClosed,
-    TopicCreated,
     event_from_json,
+    topic_stream,
 )
 from shstore import ObjectStore
 
@@ -25,7 +25,6 @@ from streamhouse_coordinator.core import restoring
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.cover import Candidate
 from streamhouse_coordinator.core.projection import Put, Remove, row_ops
-from streamhouse_coordinator.core.topics import ACKS_WAL
 from streamhouse_coordinator.ports import Restoring, where
 from streamhouse_coordinator.service import stored_segments as stored
 from streamhouse_coordinator.service.backup import read_chunk
@@ -240,14 +239,15 @@ async def _recover_topics(tx: Restoring, found: Sequence[Candidate], report: Rep
     all of these share objects with other topics, the name. A topic deleted before the backup stays deleted."""
     ids = {item.segment.topic_id for item in found}
     for topic_id in sorted(ids):
-        if await tx.select(t.EVENTS, where(stream_id=f"topic/{topic_id}"), limit=1):
+        if await tx.select(t.EVENTS, where(stream_id=topic_stream(topic_id)), limit=1):
             continue
         of_topic = [item.segment for item in found if item.segment.topic_id == topic_id]
         name = stored.topic_name((segment.object_key for segment in of_topic), topic_id)
-        if not name or await tx.select(t.TOPICS, where(topic=name)):
-            name = f"recovered-{topic_id[:8]}"
+        taken = await tx.select(t.TOPICS, where(topic=name)) if name else []
         partitions = 1 + max(segment.partition for segment in of_topic)
-        await tx.append([TopicCreated(topic_id, name, partitions, None, None, ACKS_WAL, None, await tx.now_ms())])
+        event = restoring.recovered_topic(topic_id, "" if taken else name, partitions, await tx.now_ms())
+        await tx.append([event])
+        name = event.topic
         report.recovered_topics.append(name)
         report.warnings.append(
             f"topic {name} was created after the backup: it has its records, {partitions} partitions (as many as have "

@@ -1,25 +1,57 @@
 """After a restore: agents come back with what only their logs have, and an operator says when nobody else will."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from shproto.errors import InvalidArgument
-from shproto.events import Event, PartitionRestored, RangeLost
+from shproto.events import Event, PartitionRestored, RangeLost, SegmentRegistered, topic_stream
 
 from streamhouse_coordinator.core import barriers, restoring, sessions
 from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.cover import Span
 from streamhouse_coordinator.ports import ORPHANED_RANGES, In, Transaction, where, where_keys
 from streamhouse_coordinator.service.common import CLUSTER_LOCK, Context, commit_leadership, topic_names
 
+log = logging.getLogger(__name__)
+
 PartitionKey = tuple[str, int]
+
+
+async def recover_topics(tx: Transaction, declared: sessions.WalEnds, partitions_max: int) -> list[str]:
+    """Topics and partitions that a restored database has never heard of, but an agent's log: they were made after the
+    backup, and nothing of them, or not of all partitions, was uploaded. Everything in them is a barrier first. Returns
+    the names of topics that changed. The caller holds the cluster lock."""
+    counts: dict[str, int] = {}
+    for topic_id, partition, _ in declared.ends:
+        if partition < partitions_max:
+            counts[topic_id] = max(counts.get(topic_id, 0), partition + 1)
+    topics = {row.topic_id: row for row in await tx.select(t.TOPICS, where(topic_id=In(counts)))}
+    changed = []
+    for topic_id, count in sorted(counts.items()):
+        topic = topics.get(topic_id) or await _recovered(tx, topic_id, count, declared.topics.get(topic_id, ""))
+        if topic is not None and (topic_id not in topics or count > topic.partitions):
+            new = range(topics[topic_id].partitions if topic_id in topics else 0, count)
+            await tx.append(restoring.unknown_partitions(replace(topic, partitions=count), new))
+            log.warning("topic %s is not in the backup: recovered with %d partitions", topic.topic, count)
+            changed.append(topic.topic)
+    return changed
+
+
+async def _recovered(tx: Transaction, topic_id: str, partitions: int, name: str) -> t.TopicRow | None:
+    """A new topic under its old id; None when it was deleted before the backup."""
+    if await tx.select(t.EVENTS, where(stream_id=topic_stream(topic_id)), limit=1):
+        return None
+    taken = await tx.select(t.TOPICS, where(topic=name)) if name else []
+    event = restoring.recovered_topic(topic_id, "" if taken else name, partitions, await tx.now_ms())
+    await tx.append([event])
+    return (await tx.select(t.TOPICS, where(topic_id=topic_id)))[0]
 
 
 async def split_barriers(tx: Transaction, agent_id: str, wal_id: str, declared: sessions.WalEnds) -> sessions.WalEnds:
     """Gives the ranges that an agent's log knows and a restored database does not their place. Returns `declared`, with
     the ends that count. The caller holds the cluster lock."""
     keys = {key[:2] for key in declared.ends}
-    if not wal_id or not keys:
-        return declared
     unclaimed = await tx.select(t.RANGES, where(ORPHANED_RANGES, wal_id=""))
     waiting = sorted({(row.topic_id, row.partition) for row in unclaimed} & keys)
     ends = dict(declared.ends)
@@ -46,7 +78,26 @@ async def _split(
         gone = [row.segment_id for row in reset]
         event = _restored(partition, names[key[0]], result.ranges, result.removed_epochs, gone)
         await tx.append([event, *restoring.orphanings(rows, result.ranges)])
+    await _register_holes(tx, key, wal_id, reported)
     return {(*key, epoch): end for epoch, end in result.ends.items()}
+
+
+async def _register_holes(
+    tx: Transaction, key: PartitionKey, wal_id: str, reported: Sequence[barriers.Reported]
+) -> None:
+    """What was registered after the backup, and so is not in the log any more, and is in no object either."""
+    firsts = {item.epoch: item.first_offset for item in reported}
+    own = await tx.select(t.RANGES, where(topic_id=key[0], partition=key[1], wal_id=wal_id, status=t.ORPHANED))
+    topics = await tx.select(t.TOPICS, where(topic_id=key[0]))
+    spans = [Span(row.epoch, row.registered_end, min(firsts.get(row.epoch, 0), row.limit_offset)) for row in own]
+    events = []
+    for span in spans:
+        if span.base_offset < span.end_offset:
+            segment = restoring.lost_segment(topics[0], key[1], span, restoring.MISSING_REASON)
+            events.append(SegmentRegistered(segment, ""))
+            log.error("%s/%d: offsets %d to %d were registered after the backup, and no object holds them",
+                      topics[0].topic, key[1], span.base_offset, span.end_offset)  # fmt: skip
+    await tx.append(events)
 
 
 async def complete(

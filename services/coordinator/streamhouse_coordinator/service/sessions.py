@@ -39,6 +39,7 @@ class OpenedSession:
     resumed: list[Grant]
     feed_position: int
     history: t.HistoryRow
+    recovered_topics: Sequence[str] = ()
 
 
 async def open_session(
@@ -58,7 +59,10 @@ async def open_session(
         if rows := await tx.select(t.SESSIONS, where(session_id=session_id)):
             until_ms = now_ms + context.settings.session_ttl_ms
             return await _reopened(tx, sessions.reopened(rows[0], opened), until_ms, histories[-1])
-        wal_ends = await restores.split_barriers(tx, opened.agent_id, opened.wal_id, declared)
+        wal_ends, recovered = declared, list[str]()
+        if opened.wal_id and len(histories) > 1:
+            recovered = await restores.recover_topics(tx, declared, context.settings.partitions_per_topic_max)
+            wal_ends = await restores.split_barriers(tx, opened.agent_id, opened.wal_id, declared)
         event = replace(opened, session_id=session_id, started_ms=now_ms)
         others = await _others(tx, opened)
         live = await _live(tx, [row.session_id for row in others], now_ms)
@@ -77,7 +81,7 @@ async def open_session(
             await _keep_snapshots(tx, [row.key for row in own], wal_ends)
         else:
             position = await tx.append(events) - len(events)
-        return OpenedSession(session_id, await _resumed(tx, opened.wal_id), position, histories[-1])
+        return OpenedSession(session_id, await _resumed(tx, opened.wal_id), position, histories[-1], recovered)
 
     return await context.store.run(work)
 
