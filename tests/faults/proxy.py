@@ -35,12 +35,14 @@ BOTH = (Direction.UP, Direction.DOWN)
 
 
 class Answers(Enum):
-    """What becomes of answers. SLOW_DOWN, ERROR: requests get HTTP 503 or 500 and never arrive. LOST: requests arrive,
-    the connection is reset when the answer comes. TRUNCATED: it is reset in the middle of the answer's body."""
+    """What becomes of answers. SLOW_DOWN, ERROR, CONFLICT: requests get HTTP 503, 500 or 409 and never arrive. LOST:
+    requests arrive, the connection is reset when the answer comes. TRUNCATED: it is reset in the middle of the answer's
+    body."""
 
     NORMAL = "normal"
     SLOW_DOWN = "503"
     ERROR = "500"
+    CONFLICT = "409"
     LOST = "lost"
     TRUNCATED = "truncated"
 
@@ -48,6 +50,7 @@ class Answers(Enum):
 _CODES = {
     Answers.SLOW_DOWN: ("503 Slow Down", "SlowDown"),
     Answers.ERROR: ("500 Internal Server Error", "InternalError"),
+    Answers.CONFLICT: ("409 Conflict", "ConditionalRequestConflict"),
 }
 
 
@@ -124,6 +127,9 @@ class _Pipe:
     def _spoil(self, data: bytes, writer: asyncio.StreamWriter) -> bytes:
         """Raises ConnectionResetError where the fault ends the connection."""
         if self.proxy.answers is Answers.LOST:
+            heads = data.split(b"\r\n\r\n")
+            if heads.pop() == b"" and all(head.startswith(b"HTTP/1.1 100 ") for head in heads):
+                return data  # the client sends its body only when it is told to continue
             self.reset()
             raise ConnectionResetError("the answer is lost")
         if self.proxy.answers is Answers.TRUNCATED:

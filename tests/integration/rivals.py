@@ -12,7 +12,7 @@ from shformat import Records, decode_batch, encode_batch
 from shproto.errors import DataLoss, SessionExpired, Unavailable
 from shproto.events import Event, event_from_json
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
-from shstore import MemoryStore
+from shstore import MemoryStore, ObjectStore
 from streamhouse_coordinator.core import tables
 from streamhouse_coordinator.ports import where
 from streamhouse_coordinator.service import sessions
@@ -116,7 +116,7 @@ class Rivals:
     """`old` leads first, `new` is granted the next epoch. `acknowledged`: by offset, whoever did."""
 
     def __init__(
-        self, coordinator: CoordinatorService, store: GatedStore, witness: Witness, query: Any, apis: dict[str, Any]
+        self, coordinator: CoordinatorService, store: Any, witness: Witness, query: Any, apis: dict[str, Any]
     ) -> None:
         self.coordinator = coordinator
         self.store = store
@@ -250,10 +250,12 @@ async def until(met: Callable[[], Any]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def rivals(dsn: str, directory: Path, min_acks: int, **of_old: Any) -> AsyncIterator[Rivals]:
-    """Everything runs; `old` leads, an agent with the settings `of_old`."""
+async def rivals(
+    dsn: str, directory: Path, min_acks: int, store: ObjectStore | None = None, **of_old: Any
+) -> AsyncIterator[Rivals]:
+    """Everything runs over `store`, by default one with a gate; `old` leads, an agent with the settings `of_old`."""
     async with contextlib.AsyncExitStack() as stack:
-        found = await _platform(stack, dsn, directory)
+        found = await _platform(stack, dsn, directory, store or GatedStore())
         # Somebody answers at the agents' addresses, so that the coordinator's probe takes nobody for dead.
         old, new = (_listening_address(stack) for _ in range(2))
         await found.start_agent(stack, "old", directory, old, **of_old)
@@ -264,12 +266,12 @@ async def rivals(dsn: str, directory: Path, min_acks: int, **of_old: Any) -> Asy
         yield found
 
 
-async def _platform(stack: contextlib.AsyncExitStack, dsn: str, directory: Path) -> Rivals:
+async def _platform(stack: contextlib.AsyncExitStack, dsn: str, directory: Path, store: ObjectStore) -> Rivals:
     settings = CoordinatorSettings.load({}, pg_dsn=dsn, session_ttl_ms=HOUR_MS, heartbeat_interval_ms=200)
     coordinator = build_coordinator(settings)
     await coordinator.start()
     stack.push_async_callback(coordinator.stop)
-    store, witness, agents = GatedStore(), Witness(coordinator.api), dict[str, Any]()
+    witness, agents = Witness(coordinator.api), dict[str, Any]()
     segmenter = build_segmenter(
         SegmenterSettings.load({}, worker_id="segmenter-1", scan_interval_ms=100, handover_retry_max_ms=200),
         witness,  # type: ignore[arg-type]

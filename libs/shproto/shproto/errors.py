@@ -206,8 +206,12 @@ class DiskFull(StreamHouseError):
     reason, status, retriable = "DISK_FULL", Code.RESOURCE_EXHAUSTED, True
 
 
+AWAY = "away"
+
+
 class Unavailable(StreamHouseError):
-    """A service, PostgreSQL or the object store did not answer in time; the outcome may be unknown."""
+    """A service, PostgreSQL or the object store did not answer in time; the outcome may be unknown. details: database =
+    away where a coordinator answers that PostgreSQL does not."""
 
     reason, status, retriable = "UNAVAILABLE", Code.UNAVAILABLE, True
 

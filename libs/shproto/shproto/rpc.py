@@ -240,11 +240,10 @@ class Connection:
         return self._channels[address]
 
     def _moved_on(self, error: grpc.aio.AioRpcError) -> bool:
-        """Turns to the next address if this one did not answer at all; says whether it did."""
-        if _error_detail(error) is not None or error.code() not in (
-            grpc.StatusCode.UNAVAILABLE,
-            grpc.StatusCode.DEADLINE_EXCEEDED,
-        ):
+        """Turns to the next address if this one did not answer, or only that what it needs does not: another replica
+        may still reach PostgreSQL. Says whether it did."""
+        absent = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        if error.code() not in absent or not isinstance(to_streamhouse_error(error), Unavailable):
             return False
         self._current = (self._current + 1) % len(self.addresses)
         return True

@@ -8,7 +8,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from shproto.errors import Internal, OffsetBeyondEnd, StreamHouseError, Unavailable
+from shproto.errors import AWAY, Internal, OffsetBeyondEnd, StreamHouseError, Unavailable
 from shproto.rpc import Connection
 from shproto.services import QueryClient
 from shproto.v1 import query_pb2
@@ -102,6 +102,26 @@ async def test_the_next_address_is_tried(server: RpcServer) -> None:
     client = QueryClient(Connection(["127.0.0.1:1", server.address]))
     assert (await client.fetch(query_pb2.FetchRequest(offset=4))).next_offset == 4
     await client.close()
+
+
+async def test_the_next_address_is_tried_too_where_what_the_first_one_needs_is_away(server: RpcServer) -> None:
+    """A coordinator that cannot reach PostgreSQL, say."""
+
+    class Cut(EchoQuery):
+        async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse:
+            raise Unavailable("PostgreSQL does not answer", database=AWAY)
+
+    cut = RpcServer("127.0.0.1:0", [(SERVICE, Cut())])
+    await cut.start()
+    client = QueryClient(Connection([cut.address, server.address]))
+    assert (await client.fetch(query_pb2.FetchRequest(offset=4))).next_offset == 4
+    only = QueryClient(Connection([cut.address]))
+    with pytest.raises(Unavailable, match="PostgreSQL does not answer") as caught:
+        await only.fetch(query_pb2.FetchRequest(offset=4))
+    assert caught.value.details == {"database": AWAY}
+    for opened in (client, only):
+        await opened.close()
+    await cut.stop(0)
 
 
 async def test_nobody_there_is_unavailable() -> None:

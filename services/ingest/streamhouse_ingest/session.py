@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from shproto.errors import AgentIdTaken, InvalidArgument, MetadataWentBack, SessionExpired, StreamHouseError
+from shproto.errors import AWAY, AgentIdTaken, InvalidArgument, MetadataWentBack, SessionExpired, StreamHouseError
 from shproto.events import (
     BufferCompleted,
     EpochGranted,
@@ -105,6 +105,7 @@ class Session:
         self._position = 0
         self._grants_version = 0
         self._interval_ms = 0
+        self._ttl_ms = 0
         self._beat_now = asyncio.Event()
         self._reconcile_wanted = asyncio.Event()
         self._reconciled = asyncio.Event()
@@ -133,7 +134,7 @@ class Session:
         self._logs.producer_ids_from = opened.producer_ids_from
         self._history.opened(opened.history_id, opened.feed_position)
         await self._history.save()
-        self._interval_ms = opened.heartbeat_interval_ms
+        self._interval_ms, self._ttl_ms = opened.heartbeat_interval_ms, opened.ttl_ms
         self._doubt = Doubt()  # what the log holds from here on is known
         await self._ranges.resume(opened.resumed)
         self._sealer.restart()
@@ -244,6 +245,10 @@ class Session:
                 raise
             except StreamHouseError as error:
                 log.warning("heartbeat failed: %s", error.message)
+                if error.details.get("database") == AWAY:
+                    # Coordinators that answer, and cannot grant anything to anybody: nobody is to take over, and they
+                    # will not count this time against the lease. Offsets last as long as the range does.
+                    self._lease.renew(sent_ms, self._ttl_ms)
                 wait_ms = min(backoff.next_ms(), self._interval_ms)
                 continue
             backoff.reset()

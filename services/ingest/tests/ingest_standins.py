@@ -10,7 +10,7 @@ from typing import Any
 
 from shformat import Records, decode_batch
 from shproto import events
-from shproto.errors import AgentIdTaken, DataLoss, Fenced, SessionExpired, Unavailable, UnknownTopic
+from shproto.errors import AWAY, AgentIdTaken, DataLoss, Fenced, SessionExpired, Unavailable, UnknownTopic
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import ingest_pb2, types_pb2
 from shruntime.clock import Clock
@@ -54,7 +54,7 @@ class SessionState:
 
 
 class CoordinatorStandIn:
-    """`down` makes every call fail; `calls` counts them by name."""
+    """`down` makes every call fail, `database_away` as for want of PostgreSQL; `calls` counts them by name."""
 
     def __init__(self, *, width: int = 2**30, ttl_ms: int = 30_000, heartbeat_ms: int = 10_000) -> None:
         self.width = width
@@ -67,6 +67,7 @@ class CoordinatorStandIn:
         self.events: list[pb.Event] = []
         self.calls: dict[str, int] = {}
         self.down = False
+        self.database_away = False
         self.version = 0
         self._news = asyncio.Event()
 
@@ -74,6 +75,8 @@ class CoordinatorStandIn:
         self.calls[name] = self.calls.get(name, 0) + 1
         if self.down:
             raise Unavailable("the coordinator is down")
+        if self.database_away:
+            raise Unavailable("PostgreSQL does not answer", database=AWAY)
 
     def emit(self, event: events.Event) -> None:
         row = pb.Event(

@@ -639,6 +639,44 @@ async def test_without_a_renewed_lease_nothing_is_acknowledged(
     await kill(service)
 
 
+async def test_g7_without_postgresql_writes_go_on_to_the_end_of_the_reserved_range(tmp_path: Path):
+    """Produce with acks=wal goes on while PostgreSQL is away, however long; at the end of the range it is pressed back,
+    and goes on where it was as soon as the range can be extended."""
+    width = 40
+    coordinator, clock = CoordinatorStandIn(width=width), ManualClock(1_000_000)
+    topic_id = coordinator.create("orders")
+    service = await started(tmp_path, coordinator, clock=clock)
+    await led(service)
+
+    async def beat() -> None:
+        """A failed heartbeat is repeated within 20 ms, one that succeeded after 10 s."""
+        before = coordinator.calls.get("heartbeat", 0)
+        while coordinator.calls.get("heartbeat", 0) == before:
+            clock.advance(5_000)
+            await asyncio.sleep(0.001)
+
+    coordinator.database_away = True
+    for offset in range(width):
+        await beat()
+        assert (await service.api.produce(request(b"v"))).base_offset == offset
+    assert clock.now_ms > 1_000_000 + 5 * coordinator.ttl_ms
+    for _ in range(2):
+        with pytest.raises(errors.Overloaded, match="offsets up to 40 are used up") as caught:
+            await service.api.produce(request(b"w"))
+        assert (caught.value.details["limit"], caught.value.details["value"]) == ("limit_offset", "40")
+        assert caught.value.retry_after_ms > 0
+    assert (await read(service, topic_id, 0)).high_watermark == width, "reads go on"
+    coordinator.database_away = False
+    while True:
+        await beat()
+        with contextlib.suppress(errors.Overloaded):
+            answer = await service.api.produce(request(b"w"))
+            break
+    assert (answer.base_offset, answer.epoch) == (width, 1)
+    assert len(coordinator.ranges) == 1, "nobody took over, no offset was skipped"
+    await kill(service)
+
+
 async def test_a_lost_session_is_opened_anew_without_a_gap_in_the_offsets(tmp_path: Path, topic_name: str = "orders"):
     coordinator = CoordinatorStandIn(heartbeat_ms=20)
     topic_id = coordinator.create("orders")

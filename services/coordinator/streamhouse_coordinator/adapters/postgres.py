@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 from opentelemetry import metrics
-from shproto.errors import InvalidArgument, Overloaded, StreamHouseError, Unavailable
+from shproto.errors import AWAY, InvalidArgument, Overloaded, StreamHouseError, Unavailable
 from shproto.events import event_from_json
 from shruntime.settings import PREFIX, SettingsError
 from shruntime.urls import masked
@@ -110,7 +110,7 @@ class PostgresStore:
         """A pooled connection. Whatever leaves it in doubt (cancelled, timed out, broken) closes it."""
         pool = self._pool
         if pool is None:
-            raise Unavailable("not connected to PostgreSQL yet", retry_after_ms=1000)
+            raise Unavailable("not connected to PostgreSQL yet", retry_after_ms=1000, database=AWAY)
         connection = await pool.acquire(timeout=self._timeout_s)
         try:
             yield connection

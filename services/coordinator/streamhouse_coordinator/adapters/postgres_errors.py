@@ -2,7 +2,7 @@
 
 import asyncpg
 from opentelemetry import metrics
-from shproto.errors import Unavailable
+from shproto.errors import AWAY, Unavailable
 
 CONFLICTS = (
     asyncpg.SerializationError,
@@ -42,4 +42,4 @@ def unavailable(error: BaseException) -> Unavailable:
     _absences.add(1)
     what = str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
     does = "refuses us" if isinstance(error, REFUSED) else "does not answer"
-    return Unavailable(f"PostgreSQL {does}: {what}", retry_after_ms=1000)
+    return Unavailable(f"PostgreSQL {does}: {what}", retry_after_ms=1000, database=AWAY)

@@ -1,0 +1,145 @@
+"""What an object store does on bad days, each of it once: the real S3 adapter against a real S3 API behind a proxy that
+plays the fault. Durable writes wait, then are acknowledged; every record is registered exactly once.
+
+Quotes guarantees G1 (nothing acknowledged is lost), G2 (an offset never changes its record), G6 (no silent damage) and
+G7 (pressure is visible, never fatal) for an object store that is away, slow, throttling or lying.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from shproto.v1 import types_pb2
+from shstore import ObjectStore, RetryingStore, RetryPolicy, StoreSettings, open_store
+from shstore.errors import ObjectExists, StoreError
+
+from tests.faults.proxy import Answers, Direction, FaultProxy
+from tests.integration.rivals import Rivals, rivals, until
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+DURABLE = types_pb2.ACKS_DURABLE
+READ_TIMEOUT_MS = 1_000
+
+
+class Noting:
+    """The store, and the errors of its calls since `clear`. `tries`: of puts and gets that have begun."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self.clear()
+
+    def clear(self) -> None:
+        self.tries = 0
+        self.errors: list[StoreError] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def put(self, key: str, parts: Sequence[bytes | memoryview], *, if_absent: bool = True) -> Any:
+        return await self._noted(self._store.put(key, parts, if_absent=if_absent))
+
+    async def get(self, key: str, *, at: int = 0, size_bytes: int | None = None) -> Any:
+        return await self._noted(self._store.get(key, at=at, size_bytes=size_bytes))
+
+    async def _noted(self, call: Any) -> Any:
+        self.tries += 1
+        try:
+            return await call
+        except StoreError as error:
+            self.errors.append(error)
+            raise
+
+
+class Weather:
+    """One bad day after the other."""
+
+    def __init__(self, found: Rivals, proxy: FaultProxy, store: Noting) -> None:
+        self._rivals = found
+        self._proxy = proxy
+        self._store = store
+
+    async def write_through(self, name: str) -> None:
+        """A durable write while the fault `name` lasts until it has been met."""
+        before = len(self._rivals.acknowledged)
+        self._store.clear()
+        self._begin(name)
+        writing = asyncio.create_task(self._rivals.produce("old", b"during " + name.encode(), DURABLE))
+        await until(lambda: self._store.errors)
+        assert not writing.done(), f"{name}: acknowledged by a store that has not answered"
+        await self._proxy.heal()
+        assert await writing == before
+        if name == "lost":  # the first try took effect: the next one meets 412, and its own bytes
+            assert [error for error in self._store.errors if isinstance(error, ObjectExists)], name
+
+    async def read_through(self, name: str) -> None:
+        self._store.clear()
+        self._begin(name)
+        reading = asyncio.create_task(self._rivals.read())
+        await until(lambda: self._store.errors)
+        assert not reading.done(), f"{name}: an answer out of thin air"
+        await self._proxy.heal()
+        assert await reading == (self._rivals.acknowledged, [])
+
+    def _begin(self, name: str) -> None:
+        if name == "silent":  # whether it took effect nobody hears in time
+            self._proxy.hold(Direction.DOWN)
+        elif name == "slow":
+            self._proxy.delay(Direction.DOWN, 2 * READ_TIMEOUT_MS)
+        else:
+            self._proxy.answers = Answers(name)
+
+
+WRITES = ("503", "500", "409", "lost", "truncated", "silent", "slow")
+READS = ("503", "500", "lost", "truncated", "silent")
+
+
+def settings(storage: dict[str, str], address: str) -> StoreSettings:
+    return StoreSettings(
+        kind="s3",
+        bucket=storage["STREAMHOUSE_S3_BUCKET"],
+        endpoint=f"http://{address}",
+        access_key=storage["STREAMHOUSE_S3_ACCESS_KEY"],
+        secret_key=storage["STREAMHOUSE_S3_SECRET_KEY"],
+        connect_timeout_ms=READ_TIMEOUT_MS,
+        read_timeout_ms=READ_TIMEOUT_MS,
+    )
+
+
+@contextlib.asynccontextmanager
+async def bad_weather(storage: dict[str, str], directory: Path) -> AsyncIterator[tuple[Rivals, Weather]]:
+    proxy = FaultProxy("store", urlsplit(storage["STREAMHOUSE_S3_ENDPOINT"]).netloc)
+    await proxy.start()
+    store = Noting(open_store(settings(storage, proxy.address)))
+    retrying = RetryingStore(store, RetryPolicy(base_delay_ms=50, throttled_base_delay_ms=50, max_delay_ms=500))
+    try:
+        async with rivals(storage["STREAMHOUSE_PG_DSN"], directory, DURABLE, store=retrying) as found:
+            yield found, Weather(found, proxy, store)
+    finally:
+        await retrying.close()
+        await proxy.stop()
+
+
+async def test_g1_g2_g7_every_fault_of_the_store_ends_in_exactly_one_registration(
+    storage: dict[str, str], tmp_path: Path
+) -> None:
+    async with bad_weather(storage, tmp_path) as (found, weather):
+        for name in WRITES:
+            await weather.write_through(name)
+        assert await found.registered(1) == [(n, n + 1) for n in range(len(WRITES))]
+        assert [len(results) for results in found.witness.judged.values()] == [1] * len(WRITES)
+        assert await found.read() == (found.acknowledged, [])
+        await found.check_registry()
+
+
+async def test_g6_a_reader_gets_what_is_there_or_waits_whatever_the_store_does(
+    storage: dict[str, str], tmp_path: Path
+) -> None:
+    async with bad_weather(storage, tmp_path) as (found, weather):
+        for name in READS:
+            await found.produce("old", b"to be read during " + name.encode(), DURABLE)
+            await weather.read_through(name)
