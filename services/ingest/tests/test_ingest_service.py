@@ -596,11 +596,16 @@ async def test_with_fsync_by_interval_acks_do_not_wait_for_it(
     synced: list[int] = []
     real = os.fdatasync
     monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(fd), real(fd))[1])
-    async with running(tmp_path, coordinator, wal_fsync="interval", wal_fsync_interval_ms=30) as service:
+    clock = ManualClock(1_000_000)
+    async with running(tmp_path, coordinator, clock=clock, wal_fsync="interval", wal_fsync_interval_ms=30) as service:
         await service.api.produce(request(b"a"))
         assert not synced
+        clock.advance(30)
         await eventually(lambda: synced)
-        await asyncio.sleep(0.1)
+        for _ in range(5):
+            clock.advance(30)
+            await service.agent.running().writer.barrier()
+        await asyncio.get_running_loop().run_in_executor(service.agent._thread, lambda: None)  # those before are done
         assert len(synced) == 1, "nothing new, nothing to sync"
 
 
