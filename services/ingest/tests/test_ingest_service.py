@@ -1150,7 +1150,8 @@ async def test_g6_damage_on_a_running_agents_disk_holds_up_nothing_but_what_it_h
                 assert (await call).base_offset == n
         held = service.agent.running().logs.led("orders", 0)
         assert held is not None and held.log.open is not None
-        service.agent.running().logs.memory_bytes -= held.log.open.drop_batches()  # as when memory is full
+        for buffer in (*held.log.sealed, held.log.open):  # as when memory is full
+            service.agent.running().logs.memory_bytes -= buffer.drop_batches()
         for n in hit:
             flip_in(wal_files(tmp_path)[0], values[n])
         segmenter = SegmenterStandIn(coordinator, service)
