@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from shproto.errors import Unavailable
-from shruntime.clock import Clock
 from streamhouse_coordinator.adapters.memory import MemoryStore
 from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.tables import EventRow
 from streamhouse_coordinator.ports import Transaction
 
+from tests.simulation.clock import SimClock
 from tests.simulation.loop import PROCESS
 from tests.simulation.network import Network
 
@@ -48,7 +48,8 @@ class Rates:
 class Database:
     """`up`: whether it answers at all."""
 
-    def __init__(self, network: Network, rng: random.Random, clock: Clock) -> None:
+    def __init__(self, network: Network, rng: random.Random, clock: SimClock) -> None:
+        self.clock = clock
         self.memory = MemoryStore(clock, self._events_changed, self._group_changed)
         self.network = network
         self.rng = rng

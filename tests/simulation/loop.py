@@ -32,6 +32,25 @@ class Stuck(Exception):
     """Nothing can ever happen any more, or something spins without time passing."""
 
 
+class Step:
+    """asyncio.Handle and asyncio.TimerHandle, as far as anybody uses them: there are tens of thousands per run."""
+
+    __slots__ = ("args", "callback", "context", "is_cancelled", "when")
+
+    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Context, when: float) -> None:
+        self.callback = callback
+        self.args = args
+        self.context = context
+        self.when = when
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+
 class Process:
     """Tasks that share a fate. A dead one never runs again, not even its `finally`: its memory is simply gone."""
 
@@ -41,12 +60,13 @@ class Process:
         self.alive = True
         self.paused = False
         self.pauses = 0
-        self.ready: deque[asyncio.Handle] = deque()
+        self.ready: deque[Step] = deque()
         self.steps_left: int | None = None  # dies when it comes to 0
         self.tasks: dict[int, SimTask] = {}  # strong: what is dropped would run its `finally`
         self.on_death: list[Callable[[], None]] = []
         self.context = copy_context()
         self.context.run(PROCESS.set, self)
+        loop.processes.append(self)
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any], name: str = "") -> "SimTask":
         return self.loop.create_task(coroutine, name=name or None, context=self.context.copy())
@@ -101,11 +121,12 @@ class SimLoop(asyncio.BaseEventLoop):
         self._now = 0.0
         self._number = 0
         self._runnable: list[Process] = []
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers: list[tuple[float, int, Step]] = []
         self._executor_free_at: dict[Any, float] = {}
         self._in_executor = False
         self.steps = 0
         self._instant_ends = STEPS_PER_INSTANT_MAX
+        self.processes: list[Process] = []
         self.world = Process(self, "world")
         self.died: Callable[[Process, str], None] = lambda process, why: process.die()
         self.executor_delay: Callable[[Process, bool], float] = lambda process, own: 0.0002
@@ -116,28 +137,28 @@ class SimLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self._now
 
-    def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
-        self._enqueue(handle)
-        return handle
+    def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> Any:
+        step = Step(callback, args, context if context is not None else copy_context(), 0.0)
+        self._enqueue(step)
+        return step
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:
+    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Context | None = None) -> Any:
         return self.call_soon(callback, *args, context=context)  # there is no other thread
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
-        heapq.heappush(self._timers, (when, self._next_number(), timer))
+    def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> Any:
+        timer = Step(callback, args, context if context is not None else copy_context(), when)
+        self._number += 1
+        heapq.heappush(self._timers, (when, self._number, timer))
         return timer
 
-    def call_later(
-        self, delay: float, callback: Any, *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Context | None = None) -> Any:
         return self.call_at(self._now + delay, callback, *args, context=context)
 
-    def _enqueue(self, handle: asyncio.Handle) -> None:
-        process = handle._context.get(PROCESS, self.world)
-        process.ready.append(handle)
-        if len(process.ready) == 1 and process.alive and not process.paused:
+    def _enqueue(self, step: Step) -> None:
+        process = step.context.get(PROCESS, self.world)
+        ready = process.ready
+        ready.append(step)
+        if len(ready) == 1 and process.alive and not process.paused:
             self._runnable.append(process)
 
     def hold(self, process: Process) -> None:
@@ -161,15 +182,19 @@ class SimLoop(asyncio.BaseEventLoop):
         process = runnable[at]
         if process.steps_left is not None and self._counted_out(process):
             return
-        handle = process.ready.popleft()
+        step = process.ready.popleft()
         if not process.ready:
             runnable[at] = runnable[-1]
             runnable.pop()
         self.steps += 1
         if self.steps > self._instant_ends:
-            raise Stuck(f"{STEPS_PER_INSTANT_MAX} steps at {self._now:.6f}, the last one {handle} of {process.name}")
-        if not handle._cancelled:
-            handle._run()
+            last = f"{step.callback} of {process.name}"
+            raise Stuck(f"{STEPS_PER_INSTANT_MAX} steps at {self._now:.6f}, the last one {last}")
+        if not step.is_cancelled:
+            try:
+                step.context.run(step.callback, *step.args)
+            except Exception as error:  # noqa: BLE001 - as in asyncio.Handle: it is told to the loop's handler
+                self.call_exception_handler({"message": f"exception in {step.callback}", "exception": error})
 
     def _counted_out(self, process: Process) -> bool:
         assert process.steps_left is not None
@@ -182,7 +207,7 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _advance(self) -> None:
         timers = self._timers
-        while timers and timers[0][2]._cancelled:
+        while timers and timers[0][2].is_cancelled:
             heapq.heappop(timers)
         if not timers:
             raise Stuck(f"nothing is left to happen at {self._now:.6f}")
@@ -190,7 +215,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._instant_ends = self.steps + STEPS_PER_INSTANT_MAX
         while timers and timers[0][0] <= self._now:
             timer = heapq.heappop(timers)[2]
-            if not timer._cancelled:
+            if not timer.is_cancelled:
                 self._enqueue(timer)
 
     # ---- tasks, futures, executors

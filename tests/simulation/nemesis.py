@@ -16,41 +16,27 @@ from tests.simulation import network as net
 from tests.simulation.nodes import IngestNode, Node, Surroundings
 from tests.simulation.store import HOST as STORE
 
-KIND_CHANCE = 0.35
-FAULT_EVERY_S = (0.2, 2.5)
+KIND_CHANCE = 0.3
+FAULT_EVERY_S = (0.1, 1.5)
 WALL_JUMP_MS = 1_500
 """Less than half of orphan_grace_ms: more than that between two machines is not promised to be safe."""
+DATABASE_JUMP_MS = (-1_500, 4_000)
+"""Nothing but leases and claims hangs on it: more than any of them lasts."""
 
 
 class Nemesis:
-    """`begin` starts it, `heal` ends every fault."""
+    """`begin` starts it, `heal` ends every fault. `happened`: the faults, in words."""
 
-    def __init__(self, around: Surroundings, nodes: list[Node], rng: random.Random, until_s: float) -> None:
+    def __init__(self, around: Surroundings, nodes: list[Node], rng: random.Random) -> None:
         self._around = around
         self._nodes = nodes
         self._agents = [node for node in nodes if isinstance(node, IngestNode)]
         self._rng = rng
-        self._until_s = until_s
-        every: tuple[Callable[[], None], ...] = (
-            self.kill, self.kill_soon, self.power_cut, self.power_cut_at_operation, self.stop, self.pause,
-            self.partition, self.isolate, self.wall_clock, self.database_down, self.disk_full, self.fsync_fails,
-            self.store_down,
-        )  # fmt: skip
-        self._kinds = [kind for kind in every if rng.random() < KIND_CHANCE]
-        self._every_s = rng.uniform(*FAULT_EVERY_S)
         self.happened: list[str] = []
 
-    # ---- life
-
     def begin(self) -> None:
-        self._set_rates()
-        if self._kinds:
-            self._later(self._rng.uniform(0, 2), self._next)
-
-    def _next(self) -> None:
-        if self._around.loop.time() < self._until_s:
-            self._rng.choice(self._kinds)()
-            self._later(self._rng.expovariate(1 / self._every_s), self._next)
+        """Before the first process starts."""
+        raise NotImplementedError
 
     def heal(self) -> None:
         """No fault any more; every node runs."""
@@ -66,11 +52,22 @@ class Nemesis:
             agent.disk.fail_fsyncs = 0
             agent.disk.cut_after = None
         for node in self._nodes:
+            node.dies_at_step = None
             if node.process is not None:
                 node.process.steps_left = None
                 node.process.resume()
             node.wanted = True
             node.restart()
+
+    def died(self, process: object, why: str) -> None:
+        """A process met the death that was prepared for it."""
+        node = next(node for node in self._nodes if node.process is process)
+        self._around.log(node.name, why)
+        if "power" in why:
+            node.lose_power()
+        else:
+            node.kill()
+        self._revive(node)
 
     def _note(self, what: str) -> None:
         self.happened.append(what)
@@ -82,6 +79,40 @@ class Nemesis:
     def _for(self, longest_s: float) -> float:
         """How long a fault lasts: mostly short, sometimes beyond every time-out."""
         return self._rng.choice((0.2, 1.0, longest_s)) * self._rng.uniform(0.1, 1)
+
+    def _revive(self, node: Node, longest_s: float = 5) -> None:
+        node.wanted = False
+
+        def revive() -> None:
+            node.wanted = True
+            node.restart()
+
+        self._later(self._for(longest_s), revive)
+
+
+class RandomNemesis(Nemesis):
+    """Faults one after the other until `until_s`."""
+
+    def __init__(self, around: Surroundings, nodes: list[Node], rng: random.Random, until_s: float) -> None:
+        super().__init__(around, nodes, rng)
+        self._until_s = until_s
+        every: tuple[Callable[[], None], ...] = (
+            self.kill, self.kill_soon, self.power_cut, self.power_cut_at_operation, self.stop, self.pause,
+            self.partition, self.isolate, self.wall_clock, self.database_clock, self.database_down, self.disk_full,
+            self.fsync_fails, self.store_down,
+        )  # fmt: skip
+        self._kinds = [kind for kind in every if rng.random() < KIND_CHANCE]
+        self._every_s = rng.uniform(*FAULT_EVERY_S)
+
+    def begin(self) -> None:
+        self._set_rates()
+        if self._kinds:
+            self._later(self._rng.uniform(0, 2), self._next)
+
+    def _next(self) -> None:
+        if self._around.loop.time() < self._until_s:
+            self._rng.choice(self._kinds)()
+            self._later(self._rng.expovariate(1 / self._every_s), self._next)
 
     def _set_rates(self) -> None:
         """How calls fare all through the run."""
@@ -100,15 +131,6 @@ class Nemesis:
 
     # ---- processes and machines
 
-    def _revive(self, node: Node, longest_s: float = 5) -> None:
-        node.wanted = False
-
-        def revive() -> None:
-            node.wanted = True
-            node.restart()
-
-        self._later(self._for(longest_s), revive)
-
     def kill(self) -> None:
         node = self._rng.choice(self._nodes)
         if node.up:
@@ -125,7 +147,7 @@ class Nemesis:
             node.process.steps_left = steps
 
     def power_cut(self) -> None:
-        node = self._rng.choice(self._nodes)
+        node = self._rng.choice(self._nodes + self._agents)  # mostly of one that has something to lose
         self._note(f"power cut of {node.name}")
         node.lose_power()
         self._revive(node)
@@ -136,16 +158,6 @@ class Nemesis:
         if agent.up:
             agent.disk.cut_after = self._rng.randrange(1, 12)
             self._note(f"power cut of {agent.name} at its {agent.disk.cut_after}. disk operation")
-
-    def died(self, process: object, why: str) -> None:
-        """A process met the death that was prepared for it."""
-        node = next(node for node in self._nodes if node.process is process)
-        self._around.log(node.name, why)
-        if "power" in why:
-            node.lose_power()
-        else:
-            node.kill()
-        self._revive(node)
 
     def stop(self) -> None:
         node = self._rng.choice(self._nodes)
@@ -168,6 +180,12 @@ class Nemesis:
         node = self._rng.choice(self._nodes)
         node.clock.offset_ms = self._rng.randrange(-WALL_JUMP_MS, WALL_JUMP_MS)
         self._note(f"wall clock of {node.name} {node.clock.offset_ms:+d} ms")
+
+    def database_clock(self) -> None:
+        """Forward: every lease has run out at once."""
+        clock = self._around.database.clock
+        clock.offset_ms = self._rng.randrange(*DATABASE_JUMP_MS)
+        self._note(f"clock of the database {clock.offset_ms:+d} ms")
 
     # ---- network
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,34 +26,18 @@ from streamhouse_segmenter.adapters.session import keep_session
 from streamhouse_segmenter.settings import SegmenterSettings
 
 from tests.simulation import cache
+from tests.simulation.clock import SimClock
+from tests.simulation.connection import SimConnection
 from tests.simulation.database import Database, Listener, Session
 from tests.simulation.disk import SimDisk
 from tests.simulation.loop import Process, SimLoop
-from tests.simulation.network import Network, SimConnection
+from tests.simulation.network import Network
 from tests.simulation.store import Rates, store_of
 
 PORT = 7000
-EPOCH_MS = 1_700_000_000_000
 RPC_TIMEOUT_MS = 2_000
 SUPERVISOR_RESTART_S = 0.5
 """A process that ended by itself is started again after this, as a supervisor does."""
-
-
-class SimClock:
-    """shruntime.clock.Clock: the loop's time, and a wall clock that may be set."""
-
-    def __init__(self, loop: SimLoop) -> None:
-        self._loop = loop
-        self.offset_ms = 0
-
-    def monotonic_ms(self) -> int:
-        return int(self._loop.time() * 1000)
-
-    def wall_ms(self) -> int:
-        return EPOCH_MS + int(self._loop.time() * 1000) + self.offset_ms
-
-    async def sleep_ms(self, duration_ms: float) -> None:
-        await asyncio.sleep(duration_ms / 1000)
 
 
 @dataclass
@@ -94,6 +77,7 @@ class Node:
         self.service: Any = None
         self.deaths: list[str] = []
         self.wanted = False
+        self.dies_at_step: int | None = None  # of its next process
 
     @property
     def up(self) -> bool:
@@ -104,6 +88,7 @@ class Node:
         assert not self.up
         self.wanted = True
         self.process = Process(self.around.loop, self.name)
+        self.process.steps_left, self.dies_at_step = self.dies_at_step, None
         self.around.log(self.name, "starts")
         self.process.spawn(self._live(self.process), name=f"main of {self.name}")
 
@@ -170,9 +155,9 @@ class CoordinatorNode(Node):
             coordinator_id=self.name,
             session_ttl_ms=2_500,
             heartbeat_interval_ms=800,
-            session_sweep_interval_ms=500,
+            session_sweep_interval_ms=700,
             probe_timeout_ms=500,
-            events_poll_interval_ms=700,
+            events_poll_interval_ms=1_000,
             range_width_offsets=64,
             group_session_timeout_ms=3_000,
             group_heartbeat_interval_ms=1_000,
@@ -221,6 +206,8 @@ class IngestNode(Node):
             retry_max_ms=1_000,
             rpc_timeout_ms=RPC_TIMEOUT_MS,
         )
+        # Less than an operator may set: so that files of the log are full, and go, within a run.
+        settings = settings.model_copy(update={"wal_file_bytes": self.around.rng.choice((2, 8, 64)) * 1024})
         service = ingest_wiring.build(settings, self.around.coordinator(), self.clock)
         self.around.network.listen(self.address, process, service.api)
         self.service = service
@@ -260,9 +247,9 @@ class SegmenterNode(Node):
             compaction_interval_ms=1_500,
             compaction_segments_min=4,
             retention_interval_ms=3_000,
-            orphan_sweep_interval_ms=2_000,
-            orphan_grace_ms=8_000,
-            orphan_confirm_ms=1_500,
+            orphan_sweep_interval_ms=1_500,
+            orphan_grace_ms=4_000,
+            orphan_confirm_ms=1_000,
             shutdown_timeout_ms=2_000,
             rpc_timeout_ms=RPC_TIMEOUT_MS,
         )

@@ -1,0 +1,180 @@
+"""After the faults: everything is registered, readable and swept in bounded time, and the history is complete."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from shproto.errors import StreamHouseError
+from shproto.services import CoordinatorClient, QueryClient
+from shproto.v1 import coordinator_pb2, query_pb2
+
+from tests.faults import history as h
+from tests.simulation.nodes import IngestNode, Node, QueryNode, Surroundings
+from tests.simulation.workload import READ_BYTES, History, Reader, Target, records_of
+
+SETTLE_S = 90.0
+"""How long everything may take to be registered and swept after healing: the orphans' grace is 4 s of it."""
+POLL_S = 0.5
+
+
+class Ending:
+    """`blame(kind, text)`: what is not as it should be."""
+
+    def __init__(
+        self,
+        around: Surroundings,
+        nodes: Sequence[Node],
+        targets: Sequence[Target],
+        readers: Sequence[Reader],
+        history: History,
+        blame: Callable[[str, str], None],
+    ) -> None:
+        self._around = around
+        self._loop = around.loop
+        self._nodes = nodes
+        self._targets = targets
+        self._readers = readers
+        self._history = history
+        self._blame = blame
+        self._ends: dict[tuple[str, int], int] = {}
+
+    async def run(self) -> None:
+        """Returns when all is proven, or blames what is not."""
+        deadline = self._loop.time() + SETTLE_S
+        snapshot = await self._registered(deadline)
+        if snapshot is None:
+            return
+        if not await self._read_everything(deadline):
+            return
+        await self._swept(deadline)
+        snapshot = await self._registered(deadline)
+        if snapshot is None:
+            return
+        while self._behind() and self._loop.time() < deadline:
+            await asyncio.sleep(POLL_S)
+        for reader in self._readers:
+            self._history.write(h.Position(reader.name, *reader.where, reader.offset))
+        self._record(snapshot)
+        self._history.write(h.End())
+
+    def _behind(self) -> bool:
+        return any(reader.offset < self._ends.get(reader.where, 0) for reader in self._readers)
+
+    async def _registered(self, deadline: float) -> dict[tuple[str, int], Any] | None:
+        """The metadata once nothing is unregistered; None if that never comes."""
+        why = ["nothing was asked yet"]
+        while self._loop.time() < deadline:
+            try:
+                snapshot = await take_snapshot(self._around.coordinator())
+                why = self._unfinished(snapshot)
+            except StreamHouseError as error:
+                why = [f"no answer: {error.reason}: {error.message}"]
+            if not why:
+                return snapshot
+            await asyncio.sleep(POLL_S)
+        self._blame("not-settled", "; ".join(why))
+        return None
+
+    def _unfinished(self, snapshot: dict[tuple[str, int], Any]) -> list[str]:
+        missing = []
+        for (topic, partition), part in sorted(snapshot.items()):
+            for item in part.ranges:
+                open_end = item.status == "open" and item is part.ranges[-1]
+                if not open_end and not (item.HasField("end_offset") and item.registered_end >= item.end_offset):
+                    missing.append(
+                        f"{topic}/{partition} epoch {item.epoch} of {item.agent_id} is {item.status}, registered to "
+                        f"{item.registered_end} of {item.end_offset if item.HasField('end_offset') else '?'}"
+                    )
+        for node in self._nodes:
+            if isinstance(node, IngestNode):
+                try:
+                    unregistered = node.describe() if node.up and node.service else -1
+                except StreamHouseError as error:
+                    missing.append(f"{node.name}: {error.message}")
+                else:
+                    if unregistered:
+                        missing.append(f"{node.name} holds {unregistered} bytes that are not registered")
+        return missing
+
+    async def _read_everything(self, deadline: float) -> bool:
+        for node in self._nodes:
+            if isinstance(node, QueryNode):
+                for target in self._targets:
+                    for partition in range(target.partitions):
+                        if not await self._read_back(node, target.topic, partition, deadline):
+                            return False
+        return True
+
+    async def _read_back(self, node: Node, topic: str, partition: int, deadline: float) -> bool:
+        query, offset, why = QueryClient(self._around.connection([node.address])), 0, ""
+        while self._loop.time() < deadline:
+            request = query_pb2.FetchRequest(topic=topic, partition=partition, offset=offset, max_bytes=READ_BYTES)
+            try:
+                response = await query.fetch(request)
+                why = response.waiting_reason
+            except StreamHouseError as error:
+                why = f"{error.reason}: {error.message}"
+            if why:
+                await asyncio.sleep(POLL_S)
+                continue
+            offsets, values = records_of(response, offset)
+            self._history.write(h.ReadBack(node.name, topic, partition, h.spans_of(offsets), values))
+            if response.next_offset == offset and offset >= response.high_watermark:
+                self._ends[topic, partition] = max(offset, self._ends.get((topic, partition), 0))
+                return True
+            offset = response.next_offset
+        self._blame("unreadable", f"{topic}/{partition} at {offset} by {node.name}: {why}")
+        return False
+
+    async def _swept(self, deadline: float) -> None:
+        """Until the sweep has left only what is referred to; what it leaves is the checker's to find."""
+        coordinator = self._around.coordinator()
+        while self._loop.time() < deadline:
+            try:
+                snapshot = await take_snapshot(coordinator)
+            except StreamHouseError:
+                await asyncio.sleep(POLL_S)
+                continue
+            referred = {segment.object_key for part in snapshot.values() for segment in part.segments}
+            if self._object_keys() <= referred:
+                return
+            await asyncio.sleep(1)
+
+    def _object_keys(self) -> set[str]:
+        return {key for key in self._around.objects._objects if key.startswith(("data/", "mixed/"))}
+
+    def _record(self, snapshot: dict[tuple[str, int], Any]) -> None:
+        for (topic, partition), part in sorted(snapshot.items()):
+            for item in part.ranges:
+                end = item.end_offset if item.HasField("end_offset") else -1
+                self._history.write(
+                    h.Range(
+                        topic, partition, item.epoch, item.start_offset, item.limit_offset, item.registered_end, end,
+                        item.status,
+                    )
+                )  # fmt: skip
+            for ref in part.segments:
+                key = "" if ref.lost_reason else ref.object_key
+                self._history.write(
+                    h.Segment(
+                        ref.segment_id, topic, partition, ref.epoch, ref.base_offset, ref.end_offset, key,
+                        ref.object_at, ref.size_bytes,
+                    )
+                )  # fmt: skip
+        for key in sorted(self._object_keys()):
+            self._history.write(h.StoredObject(key, self._around.objects._objects[key][0].size_bytes))
+
+
+async def take_snapshot(coordinator: CoordinatorClient) -> dict[tuple[str, int], Any]:
+    """Per partition its ranges and all its segments. Raises StreamHouseError."""
+    found: dict[tuple[str, int], Any] = {}
+    async for part in coordinator.get_snapshot(coordinator_pb2.GetSnapshotRequest()):
+        for item in part.partitions:
+            where = (item.topic.topic, item.partition)
+            if where in found:
+                found[where].segments.extend(item.segments)
+            else:
+                found[where] = item
+    return found

@@ -1,0 +1,57 @@
+"""While a simulation runs, the services' modules meet the simulated machines instead of the real one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+from streamhouse_ingest import wiring as ingest_wiring
+from streamhouse_ingest.adapters import wal, wal_directory, wal_replay
+from streamhouse_query import wiring as query_wiring
+
+from tests.simulation.cache import SimChunkCache
+from tests.simulation.disk import SimDisk
+from tests.simulation.loop import PROCESS, SimLoop
+from tests.simulation.machines import FcntlModule, Machines, MmapModule, SimPath
+
+
+@contextmanager
+def patched(loop: SimLoop, disks: Mapping[str, SimDisk], log: logging.Handler) -> Iterator[None]:
+    """`disks` by the directory that stands for them; all log records go to `log`."""
+    machines = Machines(loop)
+    root = logging.getLogger()
+    level = root.level
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ingest_wiring, "Path", lambda path: SimPath(disks[path])))
+        for module in (wal, wal_directory, wal_replay):
+            stack.enter_context(mock.patch.object(module, "os", machines))
+        stack.enter_context(mock.patch.object(wal_directory, "fcntl", FcntlModule(machines)))
+        stack.enter_context(mock.patch.object(wal_directory, "open", machines.open_text, create=True))
+        stack.enter_context(mock.patch.object(wal_replay, "mmap", MmapModule(machines)))
+        stack.enter_context(mock.patch.object(query_wiring, "DiskCache", SimChunkCache))
+        root.addHandler(log)
+        root.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            root.removeHandler(log)
+            root.setLevel(level)
+
+
+class LogHandler(logging.Handler):
+    """Log records of the services, into the simulation's log. A defect that was caught and logged is an anomaly."""
+
+    def __init__(self, loop: SimLoop, log: Callable[[str, str], None], blame: Callable[[str, str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._loop = loop
+        self._log = log
+        self._blame = blame
+
+    def emit(self, record: logging.LogRecord) -> None:
+        process = PROCESS.get(self._loop.world)
+        text = f"{record.levelname} {record.name}: {record.getMessage()}"
+        self._log(process.name, text)
+        if record.exc_info and record.exc_info[1] is not None:
+            self._blame("defect", f"{process.name}: {text}: {record.exc_info[1]!r}")
