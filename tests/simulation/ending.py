@@ -18,6 +18,9 @@ SETTLE_S = 90.0
 """How long everything may take to be registered and swept after healing: the orphans' grace is 4 s of it."""
 POLL_S = 0.5
 
+Snapshot = dict[tuple[str, int], Any]
+"""What the coordinator says of each (topic, partition)."""
+
 
 class Ending:
     """`blame(kind, text)`: what is not as it should be."""
@@ -48,21 +51,18 @@ class Ending:
             return
         if not await self._read_everything(deadline):
             return
-        await self._swept(deadline)
-        snapshot = await self._registered(deadline)
-        if snapshot is None:
-            return
+        snapshot = await self._swept(deadline, snapshot)
+        self._record(snapshot)
         while self._behind() and self._loop.time() < deadline:
             await asyncio.sleep(POLL_S)
         for reader in self._readers:
             self._history.write(h.Position(reader.name, *reader.where, reader.offset))
-        self._record(snapshot)
         self._history.write(h.End())
 
     def _behind(self) -> bool:
         return any(reader.offset < self._ends.get(reader.where, 0) for reader in self._readers)
 
-    async def _registered(self, deadline: float) -> dict[tuple[str, int], Any] | None:
+    async def _registered(self, deadline: float) -> Snapshot | None:
         """The metadata once nothing is unregistered; None if that never comes."""
         why = ["nothing was asked yet"]
         while self._loop.time() < deadline:
@@ -77,7 +77,7 @@ class Ending:
         self._blame("not-settled", "; ".join(why))
         return None
 
-    def _unfinished(self, snapshot: dict[tuple[str, int], Any]) -> list[str]:
+    def _unfinished(self, snapshot: Snapshot) -> list[str]:
         missing = []
         for (topic, partition), part in sorted(snapshot.items()):
             for item in part.ranges:
@@ -128,24 +128,27 @@ class Ending:
         self._blame("unreadable", f"{topic}/{partition} at {offset} by {node.name}: {why}")
         return False
 
-    async def _swept(self, deadline: float) -> None:
-        """Until the sweep has left only what is referred to; what it leaves is the checker's to find."""
-        coordinator = self._around.coordinator()
+    async def _swept(self, deadline: float, snapshot: Snapshot) -> Snapshot:
+        """The metadata once the sweep has left only what it refers to; if that never comes, as they are: what is left
+        is the checker's to find."""
         while self._loop.time() < deadline:
+            before = self._object_keys()
             try:
-                snapshot = await take_snapshot(coordinator)
+                snapshot = await take_snapshot(self._around.coordinator())
             except StreamHouseError:
                 await asyncio.sleep(POLL_S)
                 continue
             referred = {segment.object_key for part in snapshot.values() for segment in part.segments}
-            if self._object_keys() <= referred:
-                return
+            at_rest = before == self._object_keys() and not self._around.store_rates.under_way
+            if at_rest and before <= referred and not self._unfinished(snapshot):
+                break
             await asyncio.sleep(1)
+        return snapshot
 
     def _object_keys(self) -> set[str]:
         return {key for key in self._around.objects._objects if key.startswith(("data/", "mixed/"))}
 
-    def _record(self, snapshot: dict[tuple[str, int], Any]) -> None:
+    def _record(self, snapshot: Snapshot) -> None:
         for (topic, partition), part in sorted(snapshot.items()):
             for item in part.ranges:
                 end = item.end_offset if item.HasField("end_offset") else -1
@@ -167,9 +170,9 @@ class Ending:
             self._history.write(h.StoredObject(key, self._around.objects._objects[key][0].size_bytes))
 
 
-async def take_snapshot(coordinator: CoordinatorClient) -> dict[tuple[str, int], Any]:
+async def take_snapshot(coordinator: CoordinatorClient) -> Snapshot:
     """Per partition its ranges and all its segments. Raises StreamHouseError."""
-    found: dict[tuple[str, int], Any] = {}
+    found: Snapshot = {}
     async for part in coordinator.get_snapshot(coordinator_pb2.GetSnapshotRequest()):
         for item in part.partitions:
             where = (item.topic.topic, item.partition)

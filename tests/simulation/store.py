@@ -20,11 +20,13 @@ TIMEOUT_MS = 800
 
 @dataclass(slots=True)
 class Rates:
-    """Chances per request. late: a put that fails takes effect all the same, some time after its caller gave up."""
+    """Chances per request. late: a put that fails takes effect all the same, some time after its caller gave up;
+    under_way: how many of these are still to arrive."""
 
     faults: dict[FaultKind, float] = field(default_factory=dict)
     slow_ms: int = 0
     late: float = 0.0
+    under_way: int = 0
 
 
 class StoreFaults:
@@ -67,12 +69,14 @@ class NetworkedStore:
         await self._reach()
         if self._network.chance(self._rates.late):
             copies = [bytes(part) for part in parts]
+            self._rates.under_way += 1
             self._network.later(self._rng.uniform(0, 4), self._arrive, key, copies, if_absent)
             raise StoreUnavailable("no answer to a put that is still on its way")
         return await self._store.put(key, parts, if_absent=if_absent)
 
     def _arrive(self, key: str, parts: list[bytes], if_absent: bool) -> None:
         """The memory store's calls never wait, so one step runs them."""
+        self._rates.under_way -= 1
         try:
             self._store.put(key, parts, if_absent=if_absent).send(None)
         except (StopIteration, ObjectExists):
