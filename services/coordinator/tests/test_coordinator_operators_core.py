@@ -26,7 +26,7 @@ def test_a_group_with_members_is_told_to_stop_them() -> None:
     with pytest.raises(GroupNotEmpty) as caught:
         check_empty(Group("g", 3, {"m": {"t"}}), "delete it")
     assert caught.value.details == {"group": "g", "members": "1"}
-    assert "stop its consumers, then delete it" in caught.value.message
+    assert "stop the consumers, then delete it" in caught.value.message
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def check_empty(group: Group, what: str) -> None:
     """Raises GroupNotEmpty: members would go on at their own offsets, and commit them."""
     if group.topics:
         raise GroupNotEmpty(
-            f"group {group.name!r} has {len(group.topics)} members; stop its consumers, then {what}",
+            f"group {group.name!r} has {len(group.topics)} member(s); stop the consumers, then {what}",
             group=group.name,
             members=len(group.topics),
         )
