@@ -56,6 +56,9 @@ class Membership:
         self.generation = 0
         self.pending = False
         self.owned: set[TopicPartition] = set()
+        # Of those owned and not about to be given up: by which assignment. Somebody else may have been between two.
+        self._tenures: dict[TopicPartition, int] = {}
+        self._assignments = 0
 
     async def join(self) -> None:
         """Becomes a member. Raises UnknownTopic, InvalidArgument, Unavailable."""
@@ -106,6 +109,7 @@ class Membership:
         self._heartbeat_interval_ms = answer.heartbeat_interval_ms
         given = {TopicPartition(item.topic, item.partition) for item in answer.assigned}
         revoked, added = self.owned - given, given - self.owned
+        self._tenures = {where: since for where, since in self._tenures.items() if where not in revoked}
         self._renew(answer.generation)
         # Whatever was given up is told at once, so that its next owner need not wait.
         self._asap = bool(revoked)
@@ -115,6 +119,8 @@ class Membership:
                 return  # the commit of what was revoked was told that the group has forgotten us
             self.owned -= revoked
         self.owned |= added
+        self._assignments += 1
+        self._tenures.update(dict.fromkeys(added, self._assignments))
         self.pending = answer.pending
         if added or revoked:
             log.info("group %s generation %d: %d partitions", self._options.group, self.generation, len(self.owned))
@@ -128,6 +134,7 @@ class Membership:
 
     def _forgotten(self) -> None:
         self.member_id, self._joining_id, self.owned, self.pending = "", "", set(), False
+        self._tenures = {}
         self._lost()
 
     async def commit(self, offsets: dict[TopicPartition, int]) -> None:
@@ -148,25 +155,29 @@ class Membership:
             raise
 
     async def commit_through_rebalance(self, offsets: dict[TopicPartition, int]) -> None:
-        """Like `commit`; if the group has moved on, waits to hear of it and tries once more with what is still ours."""
+        """Like `commit`; if the group has moved on, waits to hear of it and tries once more, if all of it has been ours
+        without a break: in one somebody else may have gone further."""
         generation, moved = self.generation, self._moved
-        self._check_ours(offsets)
+        tenures = self._tenures_of(offsets)
         try:
             await self.commit(offsets)
         except IllegalGeneration:
             if self.generation == generation and not await self._hears_of(moved):
                 raise
-            self._check_ours(offsets)
+            if self._tenures_of(offsets) != tenures:
+                raise
             await self.commit(offsets)
 
-    def _check_ours(self, offsets: Iterable[TopicPartition]) -> None:
-        foreign = sorted(set(offsets) - self.owned)
+    def _tenures_of(self, offsets: Iterable[TopicPartition]) -> list[int]:
+        """Since which assignments these are ours. Raises IllegalGeneration where they are not."""
+        foreign = sorted(set(offsets) - self._tenures.keys())
         if foreign:
             raise IllegalGeneration(
                 f"group {self._options.group}: not assigned to this consumer (any more): "
                 f"{', '.join(f'{topic}/{partition}' for topic, partition in foreign)}",
                 generation=self.generation,
             )
+        return [self._tenures[where] for where in offsets]
 
     async def _hears_of(self, moved: asyncio.Event) -> bool:
         """Whether a heartbeat tells of another generation within the request timeout."""

@@ -482,6 +482,77 @@ async def test_a_refused_commit_is_enough_to_know_that_all_is_lost():
     await asyncio.wait([beating])
 
 
+class MovesOnDuringACommit:
+    """A coordinator whose first answer to a commit takes so long that the partition goes to somebody else and comes
+    back (or stays) meanwhile. `committed`: what it took."""
+
+    def __init__(self, *, taken_away):
+        self.taken_away = taken_away
+        self.moves = asyncio.Event()
+        self.committed = []
+        self.commits = 0
+        self.generation = 1
+
+    def _answer(self, request, assigned=True):
+        partitions = [coordinator_pb2.TopicPartition(topic="t", partition=0)] if assigned else []
+        return coordinator_pb2.GroupAssignment(
+            member_id=request.member_id, generation=self.generation, assigned=partitions, heartbeat_interval_ms=1000
+        )
+
+    async def join_group(self, request):
+        return self._answer(request)
+
+    async def heartbeat_group(self, request):
+        await self.moves.wait()
+        if self.generation == 3:
+            self.moves.clear()
+            await self.moves.wait()
+        self.generation += 1
+        return self._answer(request, assigned=self.generation == 3 or not self.taken_away)
+
+    async def commit_offsets(self, request):
+        self.commits += 1
+        if self.commits == 1:
+            self.moves.set()
+            await until(lambda: not self.moves.is_set())  # the third generation is taken in
+        if request.generation != self.generation:
+            raise errors.IllegalGeneration("the group has moved on", generation=self.generation)
+        self.committed += [item.offset for item in request.offsets]
+
+
+@pytest.mark.parametrize("taken_away", [True, False])
+async def test_a_commit_is_repeated_after_a_rebalance_only_where_nobody_else_was_between(taken_away):
+    """Else it would take the group back behind what the other member had committed."""
+    coordinator = MovesOnDuringACommit(taken_away=taken_away)
+
+    async def revoked(partitions):
+        assert partitions == {("t", 0)}
+
+    member = Membership(
+        coordinator,
+        ConsumerOptions(group="g"),
+        ["t"],
+        assigned=lambda partitions: None,
+        revoked=revoked,
+        lost=lambda: None,
+        failed=lambda error: None,
+    )
+    await member.join()
+    beating = asyncio.create_task(member.run())
+    if taken_away:
+        with pytest.raises(errors.IllegalGeneration):
+            await member.commit_through_rebalance({TopicPartition("t", 0): 10})
+        assert coordinator.committed == []
+    else:
+        await member.commit_through_rebalance({TopicPartition("t", 0): 10})
+        assert coordinator.committed == [10]
+    assert (member.generation, member.owned) == (3, {("t", 0)})
+    await member.commit_through_rebalance({TopicPartition("t", 0): 60})
+    assert coordinator.committed[-1] == 60
+    beating.cancel()
+    await asyncio.wait([beating])
+
+
 async def test_commit_of_a_partition_that_was_taken_away(platform, address):
     await fill(platform, address, 100, partitions=2)
     async with Consumer(address, ["t"], group="g", auto_commit=False) as first:
