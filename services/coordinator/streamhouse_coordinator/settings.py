@@ -25,6 +25,13 @@ class CoordinatorSettings(CommonSettings):
         le=600_000,
         description="ms PostgreSQL may take per statement until a call is UNAVAILABLE; half of rpc_timeout_ms",
     )
+    pg_migration_timeout_ms: int = Field(
+        600_000,
+        ge=100,
+        le=86_400_000,
+        description="ms the migrations at a start may take, waiting for another coordinator's included, until they are "
+        "tried again; an index over the segments of a large cluster takes minutes",
+    )
     amqp_url: Annotated[str, AfterValidator(url_of("amqp", "amqps"))] = Field(
         "", repr=False, description="RabbitMQ that events are published to; empty: no publishing"
     )

@@ -118,7 +118,12 @@ class CoordinatorService:
 def build(settings: CoordinatorSettings) -> CoordinatorService:
     """A coordinator that is not started yet."""
     tasks = Tasks()
-    store = PostgresStore(settings.pg_dsn, pool_max=settings.pg_pool_max, timeout_ms=settings.pg_timeout_ms)
+    store = PostgresStore(
+        settings.pg_dsn,
+        pool_max=settings.pg_pool_max,
+        timeout_ms=settings.pg_timeout_ms,
+        migration_timeout_ms=settings.pg_migration_timeout_ms,
+    )
     context = Context(store, settings)
     feed = Feed(
         store,

@@ -315,3 +315,23 @@ async def test_two_coordinators_migrate_an_empty_database_at_once(dsn: str, fast
     await connection.close()
     with pytest.raises(DatabaseTooNew):
         await build(fast(dsn)).start()
+
+
+async def test_migrations_that_cannot_go_on_are_given_up_and_tried_again(
+    dsn: str, fast: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody else holds the lock and never gives it back."""
+    holder = await asyncpg.connect(dsn)
+    await holder.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
+    service = build(fast(dsn, pg_migration_timeout_ms=100))
+    starting = asyncio.create_task(service.start())
+    async with asyncio.timeout(30):
+        while caplog.text.count("was not migrated within pg_migration_timeout_ms (100 ms)") < 2:
+            await asyncio.sleep(0.02)
+    with pytest.raises(Unavailable):
+        await service.api.list_topics(pb.ListTopicsRequest())
+    await holder.close()
+    async with asyncio.timeout(30):
+        await starting
+    assert not (await service.api.list_topics(pb.ListTopicsRequest())).topics
+    await service.stop()

@@ -20,25 +20,23 @@ def available() -> dict[str, str]:
 
 
 async def migrate(connection: Any) -> list[str]:
-    """Applies what is missing, each migration with its record in one transaction; returns their names."""
+    """Applies what is missing, each migration with its record in one transaction; returns their names.
+
+    Waits for others that migrate. After an error the caller closes the connection, and the lock goes with it: giving it
+    back takes an answer from a server that may have none.
+    """
     await connection.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
-    try:
-        await connection.execute(
-            "CREATE TABLE IF NOT EXISTS migrations "
-            "(name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
-        )
-        done = {row["name"] for row in await connection.fetch("SELECT name FROM migrations")}
-        known = available()
-        if unknown := done - set(known):
-            raise DatabaseTooNew(
-                f"the database has migrations this version does not know: {', '.join(sorted(unknown))}"
-            )
-        missing = [name for name in known if name not in done]
-        for name in missing:
-            async with connection.transaction():
-                await connection.execute(known[name])
-                await connection.execute("INSERT INTO migrations (name) VALUES ($1)", name)
-        return missing
-    finally:
-        if not connection.is_closed():
-            await connection.execute("SELECT pg_advisory_unlock($1)", MIGRATION_LOCK)
+    await connection.execute(
+        "CREATE TABLE IF NOT EXISTS migrations (name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
+    )
+    done = {row["name"] for row in await connection.fetch("SELECT name FROM migrations")}
+    known = available()
+    if unknown := done - set(known):
+        raise DatabaseTooNew(f"the database has migrations this version does not know: {', '.join(sorted(unknown))}")
+    missing = [name for name in known if name not in done]
+    for name in missing:
+        async with connection.transaction():
+            await connection.execute(known[name])
+            await connection.execute("INSERT INTO migrations (name) VALUES ($1)", name)
+    await connection.execute("SELECT pg_advisory_unlock($1)", MIGRATION_LOCK)
+    return missing

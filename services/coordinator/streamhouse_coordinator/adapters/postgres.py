@@ -50,10 +50,11 @@ _duration = _meter.create_histogram(
 class PostgresStore:
     """Implements ports.Store. `open` must have succeeded before anything but Unavailable comes back."""
 
-    def __init__(self, dsn: str, *, pool_max: int, timeout_ms: int) -> None:
+    def __init__(self, dsn: str, *, pool_max: int, timeout_ms: int, migration_timeout_ms: int) -> None:
         self._dsn = dsn
         self._pool_max = pool_max
         self._timeout_s = timeout_ms / 1000
+        self._migration_timeout_ms = migration_timeout_ms
         self._pool: Any = None
         # Snapshots hold a connection for as long as their reader takes: some must stay for everybody else.
         self._snapshots = asyncio.Semaphore(max(1, pool_max // 4))
@@ -63,12 +64,7 @@ class PostgresStore:
         """Connects and migrates. Raises Unavailable when there is no database, DatabaseTooNew when it is not ours,
         SettingsError when no database could ever be reached with this DSN."""
         try:
-            connection = await self._first_connection()
-            try:
-                for name in await migrate(connection):
-                    log.info("migrated the database: %s", name)
-            finally:
-                await connection.close(timeout=self._timeout_s)
+            await self._migrate(await self._first_connection())
             self._pool = await asyncpg.create_pool(
                 self._dsn,
                 min_size=0,
@@ -79,6 +75,34 @@ class PostgresStore:
             )
         except ABSENT as error:
             raise unavailable(error) from error
+
+    async def _migrate(self, connection: Any) -> None:
+        """A migration takes longer than a statement, and may have to wait for another coordinator's."""
+        limit_ms = self._migration_timeout_ms
+        deadline = asyncio.timeout(limit_ms / 1000)
+        try:
+            async with deadline:
+                for name in await migrate(connection):
+                    log.info("migrated the database: %s", name)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise Unavailable(
+                f"the database was not migrated within pg_migration_timeout_ms ({limit_ms} ms): it is slow, its tables "
+                "are locked, or another coordinator migrates it",
+                retry_after_ms=1000,
+                database=AWAY,
+            ) from error
+        finally:
+            await self._close_first(connection)
+
+    async def _close_first(self, connection: Any) -> None:
+        """Whatever state it is in: a server that does not answer must not hide what went wrong before."""
+        try:
+            await connection.close(timeout=self._timeout_s)
+        except ABSENT as error:
+            log.info("closing the connection that migrated: %s", error)
+            connection.terminate()
 
     async def _first_connection(self) -> Any:
         try:
