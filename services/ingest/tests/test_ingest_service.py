@@ -446,6 +446,31 @@ async def test_a_durable_ack_in_vain_leaves_the_record_and_a_retry_finds_it(
             assert (again.base_offset, again.duplicate) == (0, True)
 
 
+async def test_g1_a_durable_ack_waits_for_the_registration_that_covers_its_offset(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    """Not for any that comes: neither one below it, nor one of another partition."""
+    async with running(tmp_path, coordinator, durable_linger_ms=10_000) as service:
+        await led(service, partition=1)
+        held = service.agent.running().logs.led("orders", 0)
+        assert held is not None
+        waiting = []
+        for end in (1, 2, 3):
+            waiting.append(asyncio.create_task(service.api.produce(request(b"a", acks=DURABLE))))
+            await eventually(lambda end=end: held.log.next_offset == end)
+        await service.api.produce(request(b"b", partition=1))
+        other = service.agent.running().logs.led("orders", 1)
+        assert other is not None
+        coordinator.register((topic_id, 1, 1), 0, 1)
+        await eventually(lambda: other.log.registered_end == 1)
+        assert not [call for call in waiting if call.done()]
+        coordinator.register((topic_id, 0, 1), 0, 2)
+        assert [(await call).base_offset for call in waiting[:2]] == [0, 1]
+        assert not waiting[2].done()
+        coordinator.register((topic_id, 0, 1), 2, 3)
+        assert (await waiting[2]).base_offset == 2
+
+
 async def test_a_topic_that_wants_durable_gets_it_by_default(tmp_path: Path, coordinator: CoordinatorStandIn):
     coordinator.create("orders", min_acks=DURABLE)
     async with running(tmp_path, coordinator) as service:
