@@ -6,7 +6,10 @@ again), G3 (order, without skipping an acknowledged record) and G8 (nothing that
 
 import asyncio
 import json
+import os
 import secrets
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +22,7 @@ import pytest
 from streamhouse import Admin, Consumer, Producer
 
 from tests.integration.cluster import Cluster
+from tests.integration.processes import EmbeddedProcess
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -58,13 +62,58 @@ async def cli(environ: Mapping[str, str], *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-class Platform:
+class Clients:
+    """What producers were told, and what readers find, at `address`."""
+
+    def __init__(self) -> None:
+        self.acknowledged: Acknowledged = {}
+
+    @property
+    def address(self) -> str:
+        raise NotImplementedError
+
+    async def create(self, topic: str, **options: Any) -> None:
+        async with Admin(self.address) as admin:
+            await admin.create_topic(topic, partitions=PARTITIONS, **options)
+            await until(lambda: admin.describe_topic(topic), lambda d: all(p.leader_agent_id for p in d.partitions))
+
+    async def produce(self, topic: str, what: str, count: int, acks: Any) -> None:
+        """So many records to each partition; an offset that was acknowledged before is a failure."""
+        async with Producer(self.address, acks=acks) as producer:
+            for partition in range(PARTITIONS):
+                values = [f"{what} {n}".encode() for n in range(count)]
+                sent = await (await producer.send_many(topic, values, partition=partition))
+                known = self.acknowledged.setdefault((topic, partition), {})
+                for offset, value in zip(sent.offsets.tolist(), values, strict=True):
+                    assert offset not in known, f"{topic}/{partition}: offset {offset} was given out again"
+                    known[offset] = value
+
+    async def read(self, topic: str, partition: int, count: int) -> dict[int, bytes | None]:
+        """The first `count` records; the order of a reader, each offset once."""
+        found: dict[int, bytes | None] = {}
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            Consumer(self.address, assign=[(topic, partition)], start="earliest") as consumer,
+        ):
+            async for record in consumer:
+                assert record.offset > max(found, default=-1), "ascending"
+                found[record.offset] = record.value
+                if len(found) == count:
+                    return found
+        raise AssertionError("the consumer ended")
+
+    async def check_all(self) -> None:
+        for (topic, partition), known in self.acknowledged.items():
+            assert await self.read(topic, partition, len(known)) == known, f"{topic}/{partition}"
+
+
+class Platform(Clients):
     """Clusters one after the other over the same agents' disks."""
 
     def __init__(self, storage: Mapping[str, str], work_dir: Path) -> None:
+        super().__init__()
         self.storage = dict(storage)
         self.work_dir = work_dir
-        self.acknowledged: Acknowledged = {}
         self.cluster = self._cluster()
 
     def _cluster(self) -> Cluster:
@@ -89,22 +138,6 @@ class Platform:
         self.cluster = self._cluster()
         await self.cluster.start()
 
-    async def create(self, topic: str, **options: Any) -> None:
-        async with Admin(self.address) as admin:
-            await admin.create_topic(topic, partitions=PARTITIONS, **options)
-            await until(lambda: admin.describe_topic(topic), lambda d: all(p.leader_agent_id for p in d.partitions))
-
-    async def produce(self, topic: str, what: str, count: int, acks: Any) -> None:
-        """So many records to each partition; an offset that was acknowledged before is a failure."""
-        async with Producer(self.address, acks=acks) as producer:
-            for partition in range(PARTITIONS):
-                values = [f"{what} {n}".encode() for n in range(count)]
-                sent = await (await producer.send_many(topic, values, partition=partition))
-                known = self.acknowledged.setdefault((topic, partition), {})
-                for offset, value in zip(sent.offsets.tolist(), values, strict=True):
-                    assert offset not in known, f"{topic}/{partition}: offset {offset} was given out again"
-                    known[offset] = value
-
     async def restart_agent(self, name: str) -> None:
         """kill -9 and start: new epochs."""
         self.cluster.services[name].kill()
@@ -114,24 +147,6 @@ class Platform:
     async def lose_postgresql(self) -> None:
         self.cluster.kill_all()
         self.storage["STREAMHOUSE_PG_DSN"] = await new_database(self.storage["STREAMHOUSE_PG_DSN"])
-
-    async def read(self, topic: str, partition: int, count: int) -> dict[int, bytes | None]:
-        """The first `count` records; the order of a reader, each offset once."""
-        found: dict[int, bytes | None] = {}
-        async with (
-            asyncio.timeout(PATIENCE_S),
-            Consumer(self.address, assign=[(topic, partition)], start="earliest") as consumer,
-        ):
-            async for record in consumer:
-                assert record.offset > max(found, default=-1), "ascending"
-                found[record.offset] = record.value
-                if len(found) == count:
-                    return found
-        raise AssertionError("the consumer ended")
-
-    async def check_all(self) -> None:
-        for (topic, partition), known in self.acknowledged.items():
-            assert await self.read(topic, partition, len(known)) == known, f"{topic}/{partition}"
 
 
 async def test_postgresql_is_lost_and_everything_acknowledged_comes_back(
@@ -208,3 +223,113 @@ async def the_group_goes_on(platform: Platform) -> None:
             seen.add(place)
             if len(seen) == total:
                 return
+
+
+async def test_an_old_dump_in_the_place_of_the_database_is_refused_and_a_restore_helps(
+    storage: dict[str, str], tmp_path: Path
+) -> None:
+    platform = Platform(storage, tmp_path)
+    try:
+        await platform.start()
+        await platform.create("orders")
+        await platform.produce("orders", "stored", 10, "durable")
+        await cli(platform.environ, "backup")
+        await platform.cluster.stop()
+        current, dump = platform.storage["STREAMHOUSE_PG_DSN"], await copy_of(platform.storage["STREAMHOUSE_PG_DSN"])
+        await platform.start()
+        await platform.produce("orders", "stored later", 10, "durable")
+        await platform.produce("orders", "in the log", 10, "wal")
+        platform.cluster.kill_all()
+        await agents_refuse(platform, dump)
+        platform.storage["STREAMHOUSE_PG_DSN"] = current
+        await platform.lose_postgresql()
+        await agents_refuse(platform, platform.storage["STREAMHOUSE_PG_DSN"])
+        platform.storage["STREAMHOUSE_PG_DSN"] = await new_database(platform.storage["STREAMHOUSE_PG_DSN"])
+        await cli(platform.environ, "restore", "--yes")
+        await platform.start()
+        await cli(platform.environ, "restore", "--complete", "--yes", "--bootstrap", platform.address)
+        await platform.produce("orders", "after", 5, "wal")
+        await platform.check_all()
+    finally:
+        platform.cluster.kill_all()
+
+
+async def copy_of(dsn: str) -> str:
+    """The DSN of a copy of the database, which nobody may be using."""
+    name = f"own-{secrets.token_hex(8)}"
+    url = urlsplit(dsn)
+    connection = await asyncpg.connect(url._replace(path="/postgres").geturl())
+    try:
+        await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{url.path[1:]}"')
+    finally:
+        await connection.close()
+    return url._replace(path=f"/{name}").geturl()
+
+
+async def agents_refuse(platform: Platform, dsn: str) -> None:
+    """Over this database no agent works, and none drops anything of its log."""
+    platform.storage["STREAMHOUSE_PG_DSN"] = dsn
+    platform.cluster = platform._cluster()
+    names = ("coordinator-1", "ingest-1", "ingest-2")
+    before = {path: path.read_bytes() for path in platform.work_dir.glob("ingest-*/*.wal")}
+    assert before, "there is something to lose"
+    for name in names:
+        platform.cluster.services[name].start()
+    for name in names[1:]:
+        service = platform.cluster.services[name]
+        start = len(service.log_tail(10**9))
+
+        async def said(service: Any = service, start: int = start) -> str:
+            return str(service.log_tail(10**9))[start:]
+
+        await until(said, lambda text: "streamhouse restore" in text)
+        assert service.is_running(), "it keeps asking"
+    platform.cluster.kill_all()
+    assert {path: path.read_bytes() for path in before} == before
+
+
+class Embedded(Clients):
+    """`streamhouse serve` on a directory."""
+
+    def __init__(self, work_dir: Path) -> None:
+        super().__init__()
+        self.data_dir = work_dir / "data"
+        self.server = EmbeddedProcess(self.data_dir, work_dir, {"STREAMHOUSE_SEAL_AGE_MS": "600000"})
+
+    @property
+    def address(self) -> str:
+        return self.server.address
+
+    async def cli(self, *arguments: str) -> Any:
+        return await cli(self.server.environ, *arguments)
+
+    def lose_postgresql(self) -> None:
+        self.server.kill()
+        pid = int((self.data_dir / "postgres" / "postmaster.pid").read_text().splitlines()[0])
+        os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.data_dir / "postgres")
+
+
+async def test_serve_comes_back_without_its_postgresql(tmp_path: Path) -> None:
+    platform = Embedded(tmp_path)
+    place = ("--data-dir", str(platform.data_dir))
+    await platform.server.start_serving()
+    try:
+        await platform.create("orders")
+        await platform.produce("orders", "stored", 10, "durable")
+        taken = await platform.cli("backup", "--keep", "2", *place)
+        await platform.produce("orders", "stored later", 10, "durable")
+        await platform.produce("orders", "in the log", 10, "wal")
+        platform.lose_postgresql()
+        assert [item["name"] for item in await platform.cli("backup", "--list", *place)] == [taken["name"]]
+        report = await platform.cli("restore", "--yes", *place)
+        assert (report["backup"], report["adopted_records"]) == (taken["name"], 10 * PARTITIONS)
+        await platform.server.start_serving()
+        waiting = await platform.cli("restore", "--complete", "--yes", "--bootstrap", platform.address)
+        assert waiting["agents"] == ["embedded"]
+        await platform.produce("orders", "after", 5, "wal")
+        await platform.check_all()
+        found = await platform.cli("verify", *place, "--bootstrap", platform.address)
+        assert found["findings"] == []
+    finally:
+        assert await platform.server.stop() == 0
