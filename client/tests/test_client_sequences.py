@@ -169,6 +169,16 @@ def test_a_gap_after_an_unknown_outcome_is_not_renumbered():
     assert lane.idle
 
 
+def test_a_retry_across_a_restore_fails_and_what_follows_gets_a_new_id():
+    lane = Lane(idempotent=True)
+    (batch,) = in_flight(lane, 1)
+    lane.append(Outgoing("next", 1, 1e9))
+    assert lane.answered(batch, errors.Unavailable("PostgreSQL is gone"))
+    assert lane.take() is batch
+    assert not lane.answered(batch, errors.UnknownProducer("from before the restore")), "it may be written already"
+    assert lane.needs_identity
+
+
 def test_a_batch_that_expires_in_flight_keeps_its_place():
     lane = Lane(idempotent=True)
     batches = in_flight(lane, 2)
@@ -194,6 +204,7 @@ def test_a_batch_that_expires_in_flight_keeps_its_place():
         (errors.DurableTimeout("x"), Verdict.UNKNOWN),
         (errors.SequenceGap("x"), Verdict.OUT_OF_SEQUENCE),
         (errors.ProducerFenced("x"), Verdict.OUT_OF_SEQUENCE),
+        (errors.UnknownProducer("x"), Verdict.OUT_OF_SEQUENCE),
         (errors.InvalidBatch("x"), Verdict.FATAL),
         (errors.AcksTooWeak("x"), Verdict.FATAL),
     ],

@@ -27,6 +27,7 @@ from shformat import (
     decode_index,
     decode_segment_header,
     encode_batch,
+    last_segment_size,
     open_segment,
     read_batch_header,
     read_block,
@@ -50,6 +51,32 @@ def build(batches: list[bytes], epoch: int = 9, **options: object) -> BuiltSegme
     for one in batches:
         builder.add(one)
     return builder.finish()
+
+
+def test_segments_back_to_back_are_found_from_the_end() -> None:
+    one, two = joined(build([batch(0, 10)])), joined(build([batch(10, 2000), batch(2010, 2000)]))
+    assert last_segment_size(one + two, len(one) + len(two)) == len(two)
+    assert last_segment_size((one + two)[-40:], len(one) + len(two)) == len(two), "the footer is enough"
+    assert last_segment_size(one, len(one)) == len(one)
+
+
+@pytest.mark.parametrize(
+    ("tail", "size_bytes", "what"),
+    [
+        (b"short", 100, "5 of 32 bytes"),
+        (bytes(32), 1000, "footer"),
+        (b"\xff" * 32, 1000, "footer of a segment of"),
+    ],
+)
+def test_what_is_no_footer_is_refused(tail: bytes, size_bytes: int, what: str) -> None:
+    with pytest.raises(FormatError, match=what):
+        last_segment_size(tail, size_bytes)
+
+
+def test_a_footer_of_more_than_the_object_is_refused() -> None:
+    one = joined(build([batch(0, 10)]))
+    with pytest.raises(FormatError, match="must be"):
+        last_segment_size(one, len(one) - 1)
 
 
 def joined(built: BuiltSegment) -> bytes:

@@ -140,8 +140,10 @@ class CoordinatorApi:
         )
 
     async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:
-        version, grants = await sessions.get_grants(self._context, request.session_id)
-        return pb.GetGrantsResponse(grants=[messages.range_grant(grant) for grant in grants], grants_version=version)
+        version, grants, position = await sessions.get_grants(self._context, request.session_id)
+        return pb.GetGrantsResponse(
+            grants=[messages.range_grant(grant) for grant in grants], grants_version=version, position=position
+        )
 
     async def settle_ranges(self, request: pb.SettleRangesRequest) -> pb.SettleRangesResponse:
         await sessions.settle_ranges(self._context, request.session_id, messages.wal_ends(request.ends))

@@ -346,6 +346,9 @@ class Session:
 
     async def _reconcile(self) -> None:
         response = await self._coordinator.get_grants(pb.GetGrantsRequest(session_id=self._holder.session_id))
+        # Before anything is appended to a new range: metadata that does not know it must not be taken for right.
+        self._history.heard_of(response.position)
+        await self._history.save()
         await self._ranges.take_in(response.grants)
         if spans := self._ranges.lost_spans():
             await self._coordinator.report_lost(pb.ReportLostRequest(session_id=self._holder.session_id, spans=spans))

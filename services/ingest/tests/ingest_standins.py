@@ -10,7 +10,16 @@ from typing import Any
 
 from shformat import Records, decode_batch
 from shproto import events
-from shproto.errors import AWAY, AgentIdTaken, DataLoss, Fenced, SessionExpired, Unavailable, UnknownTopic
+from shproto.errors import (
+    AWAY,
+    AgentIdTaken,
+    DataLoss,
+    Fenced,
+    MetadataWentBack,
+    SessionExpired,
+    Unavailable,
+    UnknownTopic,
+)
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import ingest_pb2, types_pb2
 from shruntime.clock import Clock
@@ -69,6 +78,9 @@ class CoordinatorStandIn:
         self.down = False
         self.database_away = False
         self.version = 0
+        self.history_id = "history"
+        self.producer_ids_from = 0
+        self.opened: list[pb.OpenSessionRequest] = []
         self._news = asyncio.Event()
 
     def _called(self, name: str) -> None:
@@ -199,6 +211,9 @@ class CoordinatorStandIn:
 
     async def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         self._called("open_session")
+        self.opened.append(request)
+        if request.history_id not in ("", self.history_id) or request.seen_position > len(self.events):
+            raise MetadataWentBack("went back", history_id=self.history_id, position=len(self.events))
         for other in list(self.sessions.values()):
             if other.agent_id == request.agent_id and other.wal_id != request.wal_id:
                 raise AgentIdTaken("taken", agent_id=request.agent_id)
@@ -225,6 +240,8 @@ class CoordinatorStandIn:
             heartbeat_interval_ms=self.heartbeat_ms,
             resumed=[grant for grant in self._grants(request.wal_id) if grant.status != "open"],
             feed_position=position,
+            history_id=self.history_id,
+            producer_ids_from=self.producer_ids_from,
         )
 
     def _session(self, session_id: str) -> SessionState:
@@ -274,7 +291,9 @@ class CoordinatorStandIn:
     async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:
         self._called("get_grants")
         session = self._session(request.session_id)
-        return pb.GetGrantsResponse(grants=self._grants(session.wal_id), grants_version=self.version)
+        return pb.GetGrantsResponse(
+            grants=self._grants(session.wal_id), grants_version=self.version, position=len(self.events)
+        )
 
     async def settle_ranges(self, request: pb.SettleRangesRequest) -> pb.SettleRangesResponse:
         self._called("settle_ranges")

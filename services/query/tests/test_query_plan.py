@@ -2,11 +2,19 @@
 
 from dataclasses import dataclass, field, replace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from shproto import events as ev
-from streamhouse_query.core.index import ClusterIndex, PartitionIndex
+from streamhouse_query.core.index import (
+    AgentSession,
+    ClusterIndex,
+    EpochRange,
+    IndexMismatch,
+    PartitionIndex,
+    RangeStatus,
+)
 from streamhouse_query.core.plan import (
     BelowStart,
     BeyondEnd,
@@ -22,6 +30,22 @@ from streamhouse_query.core.timestamps import AtEnd, LookInSegment, LookInTail, 
 
 TOPIC_ID = "ab" * 16
 WIDTH = 12
+
+
+def test_a_reader_waits_at_a_barrier_and_is_told_how_it_ends() -> None:
+    cluster = ClusterIndex()
+    cluster.apply(1, ev.TopicCreated(TOPIC_ID, "orders", 1, None, None, 2, None, 0))
+    cluster.sessions["s"] = AgentSession("s", "", "ingest", "127.0.0.1:1")
+    barrier = EpochRange(9, 0, 100, 0, None, RangeStatus.ORPHANED, "", "")
+    cluster.load_partition((TOPIC_ID, 0), 0, [barrier], [])
+    step = plan(cluster, cluster.partitions[TOPIC_ID, 0], 0)
+    assert isinstance(step, Wait) and "restore --complete" in step.reason
+
+
+def test_a_restore_costs_a_snapshot() -> None:
+    cluster = ClusterIndex()
+    with pytest.raises(IndexMismatch, match="restored"):
+        cluster.apply(1, ev.HistoryBegan("new", "old", "backup", 0))
 
 
 @dataclass

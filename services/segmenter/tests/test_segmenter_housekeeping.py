@@ -1,6 +1,7 @@
 """Compaction keeps every record; the orphan sweep deletes what is unreferenced and old, and nothing else (G8)."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from shproto.v1 import coordinator_pb2 as c
 from shproto.v1 import types_pb2
 from shruntime.clock import ManualClock, SystemClock
 from shstore import FaultKind, FaultyStore, MemoryStore, ScriptedFaults, StoreUnavailable
-from streamhouse_segmenter.core.history import MARK_KEY
+from streamhouse_segmenter.core.history import MARK_KEY, HistoryMark
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.service import Segmenter
 from streamhouse_segmenter.settings import SegmenterSettings
@@ -401,6 +402,25 @@ async def test_a_sweep_after_a_restored_backup_is_refused() -> None:
     await house.store.delete([MARK_KEY])  # the operator has looked
     assert (await sweep_until_confirmed(house)).deleted == 3
     assert await house.keys() == house.registered
+
+
+async def test_after_a_restore_sweeps_rest_and_marks_keep_that() -> None:
+    house = House()
+    await house.fill(2)
+    await house.sweeping.mark_history()
+    mark = HistoryMark.decode(await house.store.get(MARK_KEY))
+    resting = replace(mark, sweep_from_ms=house.clock.wall_ms() + 10 * HOUR_MS)
+    await house.store.put(MARK_KEY, [resting.encode()], if_absent=False)  # as a restore leaves it
+    await house.store.put("data/x/0/1-1-a.seg", [b"left out"])
+    house.clock.advance(2 * HOUR_MS)
+    report = await sweep_until_confirmed(house)
+    assert (report.deleted, report.resting_until_ms, report.refused) == (0, resting.sweep_from_ms, "")
+    await house.fill(1)
+    await house.sweeping.mark_history()
+    mark = HistoryMark.decode(await house.store.get(MARK_KEY))
+    assert mark.position > resting.position and mark.sweep_from_ms == resting.sweep_from_ms
+    house.clock.advance(10 * HOUR_MS)
+    assert (await sweep_until_confirmed(house)).deleted == 1
 
 
 async def test_an_unreadable_mark_stops_the_sweep() -> None:

@@ -950,7 +950,10 @@ class GetGrantsResponse(_message.Message):
 
     GRANTS_FIELD_NUMBER: _builtins.int
     GRANTS_VERSION_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
     grants_version: _builtins.int
+    position: _builtins.int
+    """no grant is of an event behind this one"""
     @_builtins.property
     def grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeGrant]: ...
     def __init__(
@@ -958,10 +961,11 @@ class GetGrantsResponse(_message.Message):
         *,
         grants: _abc.Iterable[Global___RangeGrant] | None = ...,
         grants_version: _builtins.int = ...,
+        position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grants", b"grants", "grants_version", b"grants_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grants", b"grants", "grants_version", b"grants_version", "position", b"position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

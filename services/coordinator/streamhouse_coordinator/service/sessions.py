@@ -145,15 +145,16 @@ async def heartbeat(context: Context, session_id: str, low_ranges: Mapping[Range
     return version, await context.store.run(work)
 
 
-async def get_grants(context: Context, session_id: str) -> tuple[int, list[Grant]]:
-    """All ranges of the session's log that registration may go on in, and those that were given up; and the
-    grants_version they are as of."""
+async def get_grants(context: Context, session_id: str) -> tuple[int, list[Grant], int]:
+    """All ranges of the session's log that registration may go on in, and those that were given up; the
+    grants_version they are as of, and a position that is not before any of them."""
 
-    async def work(tx: Transaction) -> tuple[int, list[Grant]]:
+    async def work(tx: Transaction) -> tuple[int, list[Grant], int]:
         session = await live_session(tx, session_id)
         # The version first: a change in between makes the agent ask once more, never once too few.
         leases = await tx.select(t.SESSION_LEASES, where(session_id=session_id))
-        return (leases[0].grants_version if leases else 0), await _grants(tx, session.wal_id)
+        grants = await _grants(tx, session.wal_id)
+        return (leases[0].grants_version if leases else 0), grants, await tx.position()
 
     return await context.store.run(work)
 

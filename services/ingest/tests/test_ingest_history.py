@@ -1,0 +1,87 @@
+"""An agent knows which metadata its log goes with, and works over no other."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import pytest
+from shformat import ProducerStamp
+from shproto import errors
+from streamhouse_ingest.ports import WalDirectoryError
+
+from services.ingest.tests.ingest_standins import (
+    CoordinatorStandIn,
+    SegmenterStandIn,
+    eventually,
+    kill,
+    started,
+    wal_files,
+)
+from services.ingest.tests.test_ingest_service import DURABLE, draining, led, request, running
+
+
+@pytest.fixture
+def coordinator() -> CoordinatorStandIn:
+    made = CoordinatorStandIn()
+    made.create("orders", 2)
+    return made
+
+
+def noted(directory: Path) -> tuple[str, int]:
+    found = json.loads((directory / "history").read_text())
+    return found["history_id"], found["position"]
+
+
+async def test_the_log_keeps_what_it_has_heard_of_before_it_drops_anything(
+    tmp_path: Path, coordinator: CoordinatorStandIn
+) -> None:
+    limits = {"wal_file_bytes": 65536, "wal_bytes_max": 262144, "wal_group_bytes_max": 65536, "seal_bytes": 65536}
+    async with running(tmp_path, coordinator, **limits) as service, draining(SegmenterStandIn(coordinator, service)):
+        history_id, opened_at = noted(tmp_path)
+        assert history_id == "history"
+        for _ in range(4):
+            await service.api.produce(request(os.urandom(50_000), acks=DURABLE))
+        await eventually(lambda: not (tmp_path / f"{1:020d}.wal").exists())
+        assert noted(tmp_path)[1] > opened_at, "up to the registrations that freed the file"
+
+
+async def test_metadata_that_went_back_is_asked_again_until_it_is_right(
+    tmp_path: Path, coordinator: CoordinatorStandIn
+) -> None:
+    async with running(tmp_path, coordinator) as service, draining(SegmenterStandIn(coordinator, service)):
+        await service.api.produce(request(b"a", acks=DURABLE))
+        await service.api.produce(request(b"b"))
+    coordinator.history_id = "of a new and empty database"
+    calls = coordinator.calls["open_session"]
+    starting = asyncio.create_task(started(tmp_path, coordinator))
+    await eventually(lambda: coordinator.calls["open_session"] > calls + 2)
+    assert not starting.done() and wal_files(tmp_path), "nothing is led, nothing is dropped"
+    assert coordinator.opened[-1].history_id == "history" and coordinator.opened[-1].seen_position > 0
+    coordinator.history_id = "history"
+    service = await starting
+    await led(service)
+    await kill(service)
+
+
+async def test_the_whole_log_is_told_with_where_it_begins(tmp_path: Path, coordinator: CoordinatorStandIn) -> None:
+    async with running(tmp_path, coordinator) as service:
+        await service.api.produce(request(b"a", b"b"))
+    async with running(tmp_path, coordinator):
+        ends = [(end.epoch, end.first_offset, end.end_offset) for end in coordinator.opened[-1].wal_ends]
+        assert ends == [(1, 0, 2)]
+
+
+async def test_a_producer_of_before_the_restore_is_refused(tmp_path: Path, coordinator: CoordinatorStandIn) -> None:
+    coordinator.producer_ids_from = 1000
+    async with running(tmp_path, coordinator) as service:
+        with pytest.raises(errors.UnknownProducer, match="before the metadata was restored"):
+            await service.api.produce(request(b"a", stamp=ProducerStamp(999, 0, 0)))
+        assert (await service.api.produce(request(b"a", stamp=ProducerStamp(1000, 0, 0)))).base_offset == 0
+        assert (await service.api.produce(request(b"b"))).base_offset == 1
+
+
+async def test_a_damaged_note_is_no_reason_to_trust_anybody(tmp_path: Path, coordinator: CoordinatorStandIn) -> None:
+    (tmp_path / "history").write_text("nonsense")
+    with pytest.raises(WalDirectoryError, match="not a note of a history"):
+        await started(tmp_path, coordinator)
