@@ -49,7 +49,7 @@ class Ending:
         snapshot = await self._registered(deadline)
         if snapshot is None:
             return
-        if not await self._read_everything(deadline):
+        if not await self._read_everything(deadline, snapshot):
             return
         snapshot = await self._swept(deadline, snapshot)
         self._record(snapshot)
@@ -98,13 +98,13 @@ class Ending:
                         missing.append(f"{node.name} holds {unregistered} bytes that are not registered")
         return missing
 
-    async def _read_everything(self, deadline: float) -> bool:
-        for node in self._nodes:
-            if isinstance(node, QueryNode):
-                for target in self._targets:
-                    for partition in range(target.partitions):
-                        if not await self._read_back(node, target.topic, partition, deadline):
-                            return False
+    async def _read_everything(self, deadline: float, snapshot: Snapshot) -> bool:
+        """By every query service: as far as it said itself that there is something, and as far as we know better."""
+        for (topic, partition), part in sorted(snapshot.items()):
+            self._ends[topic, partition] = max((segment.end_offset for segment in part.segments), default=0)
+            for node in self._nodes:
+                if isinstance(node, QueryNode) and not await self._read_back(node, topic, partition, deadline):
+                    return False
         return True
 
     async def _read_back(self, node: Node, topic: str, partition: int, deadline: float) -> bool:
@@ -121,10 +121,14 @@ class Ending:
                 continue
             offsets, values = records_of(response, offset)
             self._history.write(h.ReadBack(node.name, topic, partition, h.spans_of(offsets), values))
-            if response.next_offset == offset and offset >= response.high_watermark:
-                self._ends[topic, partition] = max(offset, self._ends.get((topic, partition), 0))
+            if response.next_offset > offset:
+                offset = response.next_offset
+            elif offset >= max(response.high_watermark, self._ends[topic, partition]):
+                self._ends[topic, partition] = offset
                 return True
-            offset = response.next_offset
+            else:
+                why = f"nothing more, and no reason, below {self._ends[topic, partition]}"
+                await asyncio.sleep(POLL_S)
         self._blame("unreadable", f"{topic}/{partition} at {offset} by {node.name}: {why}")
         return False
 

@@ -205,15 +205,19 @@ class _Text(io.StringIO):
 
     def flush(self) -> None:
         text = self.getvalue()[self._written :].encode()
-        if text:
-            self._machines.pwrite(self._fd, text, self._written)
-            self._written += len(text)
+        while text:
+            written = self._machines.pwrite(self._fd, text, self._written)
+            self._written += written
+            text = text[written:]
 
     def close(self) -> None:
-        if not self.closed:
+        if self.closed:
+            return
+        try:
             self.flush()
+        finally:
             self._machines.close(self._fd)
-        super().close()
+            super().close()
 
 
 class _Mapped(bytes):

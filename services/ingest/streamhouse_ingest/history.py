@@ -2,9 +2,12 @@
 log, so that metadata that went back in time is noticed before anything is dropped or given out again."""
 
 import asyncio
+import logging
 from concurrent.futures import Executor
 
-from streamhouse_ingest.ports import Seen, Wal
+from streamhouse_ingest.ports import NO_SPACE, Seen, Wal
+
+log = logging.getLogger(__name__)
 
 
 class History:
@@ -23,8 +26,19 @@ class History:
         self.seen = Seen(self.seen.history_id, max(self.seen.position, position))
 
     async def save(self) -> None:
-        """Durably. Raises OSError."""
+        """Durably; on a full disk the next call that finds room does. Raises OSError.
+
+        Without room the agent goes on: it can only get some by giving its log away, to segmenters and with heartbeats.
+        What is noted from before still serves, for all that the metadata held then.
+        """
         seen = self.seen
-        if seen != self._saved and seen.history_id:
+        if seen == self._saved or not seen.history_id:
+            return
+        try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._wal.note_history, seen)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            log.warning("the disk is full: how far the metadata was heard of will be noted later: %s", error)
+        else:
             self._saved = seen

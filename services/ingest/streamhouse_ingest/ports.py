@@ -1,5 +1,6 @@
 """What the agent needs of its write-ahead log, and how that can fail."""
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,6 +9,9 @@ from streamhouse_ingest.core.buffer import WalPosition
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.core.replay import Replay
 from streamhouse_ingest.core.wal_index import WalIndex
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""OSErrors of a disk that has no room: the only ones that an agent outlives."""
 
 
 class WalFull(Exception):

@@ -35,11 +35,11 @@ class Trimmer:
 
     async def trim(self) -> None:
         """Raises OSError when a file cannot be deleted."""
-        if self._index.deletable(self._logs.registered_end, self._wal.active):
-            # Metadata from before these registrations must not find the log without them and take it for whole.
-            await self._history.save()
         loop = asyncio.get_running_loop()
         for file in self._index.deletable(self._logs.registered_end, self._wal.active):
+            # Metadata from before these registrations must not find the log without them and take it for whole. Noted
+            # once for all files, or, where the disk is full, when one that is gone has made room.
+            await self._history.save()
             await loop.run_in_executor(self._thread, self._wal.delete, file)
             self._index.remove(file)
             log.info("deleted log file %d: everything in it is registered", file)

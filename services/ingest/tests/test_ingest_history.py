@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,25 @@ async def test_the_log_keeps_what_it_has_heard_of_before_it_drops_anything(
             await service.api.produce(request(os.urandom(50_000), acks=DURABLE))
         await eventually(lambda: not (tmp_path / f"{1:020d}.wal").exists())
         assert noted(tmp_path)[1] > opened_at, "up to the registrations that freed the file"
+
+
+async def test_g7_a_full_disk_does_not_end_an_agent_that_could_give_its_log_away(
+    tmp_path: Path, coordinator: CoordinatorStandIn
+) -> None:
+    """Found by simulation: it ended, and could not start again, over the note."""
+    coordinator.heartbeat_ms = 20
+    async with running(tmp_path, coordinator) as service:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))  # as a full disk, but with EFBIG
+        try:
+            coordinator.create("more", 1)
+            position = len(coordinator.events)
+            beats = coordinator.calls.get("heartbeat", 0)
+            await eventually(lambda: coordinator.calls.get("heartbeat", 0) > beats + 3)
+            assert not service.tasks.failed.is_set() and noted(tmp_path)[1] < position
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        await eventually(lambda: noted(tmp_path)[1] >= position)
 
 
 async def test_metadata_that_went_back_is_asked_again_until_it_is_right(

@@ -15,9 +15,8 @@ from shformat import WAL_FILE_HEADER_SIZE, FormatError, check_batch, encode_fram
 
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.core.buffer import WalPosition
-from streamhouse_ingest.ports import Frame, Seen, WalBroken, WalDamaged, WalFileGone, WalFull
+from streamhouse_ingest.ports import NO_SPACE, Frame, Seen, WalBroken, WalDamaged, WalFileGone, WalFull
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 # Batches that lie this close together are read in one go: a seek costs about as much as 32 KiB.
 _READ_GAP_BYTES = 32 * 1024
@@ -152,7 +151,7 @@ class FileWal:
             raise WalBroken(f"cannot cut the failed group off: {error}") from error
 
     def _failure(self, error: OSError, path: Path) -> WalFull | WalBroken:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             return WalFull(f"{path}: {error.strerror}")
         self._broken = error
         return WalBroken(f"{path}: {error}")
