@@ -119,12 +119,14 @@ class Admin:
     ) -> dict[TopicPartition, FoundOffset]:
         """Where each partition begins or ends, or its first record at or after a time (datetime, or milliseconds
         since 1970-01-01 UTC). Raises UnknownTopic, UnknownPartition, Unavailable (no query service)."""
+        await self._metadata.refresh(topic)  # which topic of that name there is now
+        state = await self._metadata.topic(topic)
         if partitions is None:
-            partitions = range((await self._metadata.topic(topic)).partitions)
+            partitions = range(state.partitions)
         addresses = await self._metadata.query_addresses()
         if not addresses:
             raise Unavailable("no query service has a session with the coordinator")
-        lookups = [lookup_of(topic, partition, at) for partition in partitions]
+        lookups = [lookup_of(topic, partition, state.topic_id, at) for partition in partitions]
         request = query_pb2.LookupOffsetsRequest(lookups=lookups)
         response = await self._peers.query(addresses).lookup_offsets(request)
         return {
@@ -264,9 +266,11 @@ class Admin:
         return [range_of(info) for info in response.ranges]
 
 
-def lookup_of(topic: str, partition: int, at: Literal["earliest", "latest"] | int | datetime) -> query_pb2.OffsetLookup:
+def lookup_of(
+    topic: str, partition: int, topic_id: bytes, at: Literal["earliest", "latest"] | int | datetime
+) -> query_pb2.OffsetLookup:
     """The lookup of an end, or of a time in milliseconds or as a datetime (without a zone: local time)."""
-    lookup = query_pb2.OffsetLookup(topic=topic, partition=partition)
+    lookup = query_pb2.OffsetLookup(topic=topic, partition=partition, topic_id=topic_id)
     if at == "earliest":
         lookup.spec = query_pb2.OFFSET_SPEC_EARLIEST
     elif at == "latest":

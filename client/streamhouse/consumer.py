@@ -241,7 +241,7 @@ class Consumer:
         return not awaited and all(cursor.at_end for cursor in self._reader.cursors.values())
 
     async def _set_ends(self) -> None:
-        for where, end in (await self._offsets.look_up("latest", list(self._reader.cursors))).items():
+        for where, end in (await self._offsets.look_up("latest", self._topic_ids())).items():
             cursor = self._reader.cursors.get(where)
             if cursor is not None and cursor.end != end:
                 self._reader.put(Cursor.at(where, cursor.delivered, cursor.committed, end, cursor.topic_id))
@@ -262,12 +262,16 @@ class Consumer:
         """The next offset that will be handed over, per partition."""
         return {where: cursor.delivered for where, cursor in self._reader.cursors.items()}
 
+    def _topic_ids(self) -> dict[TopicPartition, bytes]:
+        return {where: cursor.topic_id for where, cursor in self._reader.cursors.items()}
+
     async def seek(self, topic: str, partition: int, offset: Start) -> None:
         """Goes on at `offset` (or at an end, or a time). Raises InvalidArgument when it is not assigned."""
         where = TopicPartition(topic, partition)
-        if where not in self._reader.cursors:
+        topic_id = self._topic_ids().get(where)
+        if topic_id is None:
             raise InvalidArgument(f"{topic}/{partition} is not assigned to this consumer", field="partition")
-        found = offset if isinstance(offset, int) else (await self._offsets.look_up(offset, [where]))[where]
+        found = offset if isinstance(offset, int) else (await self._offsets.look_up(offset, {where: topic_id}))[where]
         if found < 0:
             raise InvalidArgument(f"offset is {found}, must not be negative", field="offset", value=found)
         cursor = self._reader.cursors.get(where)
@@ -277,7 +281,7 @@ class Consumer:
 
     async def lag(self) -> dict[TopicPartition, Lag]:
         """Records still to be handed over, per partition; see `Lag` for when it is exact."""
-        return await self._offsets.lag(self.positions())
+        return await self._offsets.lag(self.positions(), self._topic_ids())
 
     # ---- commits
 
@@ -371,27 +375,27 @@ class Consumer:
     async def _open(self, partitions: Sequence[TopicPartition]) -> None:
         """Finds where each starts, then reads it, unless it was taken away meanwhile."""
         asked = dict(self._to_open)
-        topic_ids = await self._topic_ids({where.topic for where in partitions})
+        topic_ids = await self._current_topic_ids(partitions)
         committed = await self._offsets.committed(partitions)
-        fresh = [where for where in partitions if where not in committed]
+        fresh = {where: topic_ids[where] for where in partitions if where not in committed}
         start = self._options.start
         starts = dict.fromkeys(fresh, start) if isinstance(start, int) else await self._offsets.look_up(start, fresh)
-        ends = await self._offsets.look_up("latest", partitions) if self._options.stop_at_end else {}
+        ends = await self._offsets.look_up("latest", topic_ids) if self._options.stop_at_end else {}
         # Taken away and given back meanwhile counts as taken away: another member may have gone further.
         still = {where for where, token in asked.items() if self._to_open.get(where) is token}
         for where in partitions:
             if self._membership is None or where in still:
                 offset = committed.get(where, starts.get(where, 0))
-                cursor = Cursor.at(where, offset, committed.get(where, -1), ends.get(where), topic_ids[where.topic])
+                cursor = Cursor.at(where, offset, committed.get(where, -1), ends.get(where), topic_ids[where])
                 self._reader.put(cursor)
         self._forget_opening(still)
         self._reader.notify()
 
-    async def _topic_ids(self, topics: Collection[str]) -> dict[str, bytes]:
+    async def _current_topic_ids(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, bytes]:
         """As the coordinator knows them now: a query service may still have a deleted topic of the same name."""
-        for topic in topics:
+        for topic in {where.topic for where in partitions}:
             await self._metadata.refresh(topic)
-        return {topic: (await self._metadata.topic(topic)).topic_id for topic in topics}
+        return {where: (await self._metadata.topic(where.topic)).topic_id for where in partitions}
 
     def _forget_opening(self, partitions: Iterable[TopicPartition]) -> None:
         for where in partitions:

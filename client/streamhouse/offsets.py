@@ -1,6 +1,6 @@
 """Questions about offsets that a consumer asks: where partitions begin and end, what its group committed, its lag."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from shproto.errors import Unavailable, UnknownGroup
 from shproto.v1 import coordinator_pb2, query_pb2
@@ -22,9 +22,10 @@ class Offsets:
         self._metadata = metadata
         self._group = group
 
-    async def look_up(self, at: Start, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
-        """The earliest or latest offsets, or the first from a time on. Raises UnknownTopic, Unavailable."""
-        lookups = [lookup_of(where.topic, where.partition, at) for where in partitions]
+    async def look_up(self, at: Start, partitions: Mapping[TopicPartition, bytes]) -> dict[TopicPartition, int]:
+        """The earliest or latest offsets, or the first from a time on. `partitions`: with the topic's id; empty: not
+        known. Raises UnknownTopic, Unavailable."""
+        lookups = [lookup_of(*where, topic_id, at) for where, topic_id in partitions.items()]
         if not lookups:
             return {}
         addresses = await self._metadata.query_addresses()
@@ -60,9 +61,11 @@ class Offsets:
         request = coordinator_pb2.CommitOffsetsRequest(group=self._group or "", offsets=commits)
         await self._peers.coordinator.commit_offsets(request)
 
-    async def lag(self, positions: Mapping[TopicPartition, int]) -> dict[TopicPartition, Lag]:
+    async def lag(
+        self, positions: Mapping[TopicPartition, int], topic_ids: Mapping[TopicPartition, bytes]
+    ) -> dict[TopicPartition, Lag]:
         """Records from each position to the end of its partition."""
-        ends = await self.look_up("latest", list(positions))
+        ends = await self.look_up("latest", {where: topic_ids[where] for where in positions})
         lags = {}
         for topic in sorted({where.topic for where in positions}):
             request = coordinator_pb2.DescribeTopicRequest(topic=topic)

@@ -7,7 +7,7 @@ partitions there are, commits.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from itertools import groupby
 from typing import Literal, cast
@@ -40,13 +40,13 @@ POSITIONS_MAX = 500
 # Batches smaller than this on average are joined: handing one over costs about as much as copying 64 KiB.
 SMALL_BATCH_BYTES = 64 * 1024
 
-Lookup = Callable[[Start, Iterable[TopicPartition]], Awaitable[dict[TopicPartition, int]]]
+Lookup = Callable[[Start, Mapping[TopicPartition, bytes]], Awaitable[dict[TopicPartition, int]]]
 
 
 class Reader:
     """`run` is a task of the owner. Cursors come and go with `put` and `drop`; `pop` gives what was received.
 
-    `lookup` finds the earliest or latest offsets, for on_out_of_range.
+    `lookup` finds the earliest or latest offsets of partitions of topics with these ids, for on_out_of_range.
     """
 
     def __init__(self, options: ConsumerOptions, peers: Peers, metadata: MetadataCache, lookup: Lookup) -> None:
@@ -246,7 +246,7 @@ class Reader:
         """By policy; otherwise tried again later, or the application's to decide."""
         policy = self._options.on_out_of_range
         if isinstance(error, (OffsetBelowStart, OffsetBeyondEnd)) and policy != "error":
-            offset = (await self._lookup(policy, [cursor.where]))[cursor.where]
+            offset = (await self._lookup(policy, {cursor.where: cursor.topic_id}))[cursor.where]
             log.warning("%s/%d: %s; going on at the %s offset %d", *cursor.where, error, policy, offset)
             self._jump(cursor, offset)
         elif isinstance(error, DataLoss) and self._options.on_data_loss == "skip" and _end_of_loss(error, cursor):

@@ -133,7 +133,8 @@ class QueryApi:
         return Source(resolve, lambda want, fetched: self._respond(want, fetched, request.format), refuse)
 
     async def _look_up(self, lookup: query_pb2.OffsetLookup) -> Found:
-        partition = await self._reads.freshness.find(lookup.topic, lookup.partition)
+        _check_topic_id(lookup.topic_id)
+        partition = await self._reads.freshness.find(lookup.topic, lookup.partition, lookup.topic_id)
         match lookup.spec:
             case query_pb2.OFFSET_SPEC_EARLIEST:
                 return self._lookups.earliest(partition)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 
 import pytest
 from shformat import decode_batch
@@ -457,12 +458,21 @@ async def test_who_means_a_topic_created_again_is_never_shown_the_old_one(
     async for response in service.api.subscribe(query_pb2.SubscribeRequest(positions=[position])):
         assert (response.error.reason, list(response.batches)) == ("UNAVAILABLE", [])
         break
+    with pytest.raises(Unavailable, match="behind"):
+        await latest(service, new_id)
 
     platform.coordinator.feed_paused = False
     await platform.coordinator.wake()
     assert values_in(await fetch(service, 0, topic_id=new_id)) == [b"new"]
     assert values_in(await fetch(service, 0)) == [b"new"]
-    with pytest.raises(UnknownTopic, match="another one"):
-        await fetch(service, 0, topic_id=old_id)
-    with pytest.raises(InvalidArgument, match="topic_id"):
-        await fetch(service, 0, topic_id=b"short")
+    assert (await latest(service, new_id), await latest(service, b"")) == (1, 1)
+    for ask in (partial(fetch, service, 0), partial(latest, service)):
+        with pytest.raises(UnknownTopic, match="another one"):
+            await ask(topic_id=old_id)
+        with pytest.raises(InvalidArgument, match="topic_id"):
+            await ask(topic_id=b"short")
+
+
+async def latest(service: QueryService, topic_id: bytes) -> int:
+    lookup = query_pb2.OffsetLookup(topic="orders", spec=query_pb2.OFFSET_SPEC_LATEST, topic_id=topic_id)
+    return (await service.api.lookup_offsets(query_pb2.LookupOffsetsRequest(lookups=[lookup]))).offsets[0].offset

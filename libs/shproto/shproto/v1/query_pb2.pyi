@@ -223,10 +223,13 @@ class OffsetLookup(_message.Message):
     PARTITION_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     TIMESTAMP_MS_FIELD_NUMBER: _builtins.int
+    TOPIC_ID_FIELD_NUMBER: _builtins.int
     topic: _builtins.str
     partition: _builtins.int
     spec: Global___OffsetSpec.ValueType
     timestamp_ms: _builtins.int
+    topic_id: _builtins.bytes
+    """as in FetchRequest"""
     def __init__(
         self,
         *,
@@ -234,10 +237,11 @@ class OffsetLookup(_message.Message):
         partition: _builtins.int = ...,
         spec: Global___OffsetSpec.ValueType = ...,
         timestamp_ms: _builtins.int = ...,
+        topic_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["partition", b"partition", "spec", b"spec", "timestamp_ms", b"timestamp_ms", "topic", b"topic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["partition", b"partition", "spec", b"spec", "timestamp_ms", b"timestamp_ms", "topic", b"topic", "topic_id", b"topic_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
