@@ -217,8 +217,8 @@ async def _a_moment() -> None:
 
 
 def _may_end(node: Node, why: str) -> bool:
-    """Ends that the faults explain: a disk that failed, an agent whose old session was still there."""
-    return isinstance(node, IngestNode) and why.startswith(("WalBroken", "OSError", "stop: WalBroken", "stop: OSError"))
+    """Ends that the faults explain: a disk that failed. One that is full explains none (G7)."""
+    return isinstance(node, IngestNode) and any(cause in why for cause in ("WalBroken", "[Errno 5]"))
 
 
 def simulate(seed: int, crash: Crash | None = None) -> Result:
