@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 from streamhouse_ingest import wiring as ingest_wiring
-from streamhouse_ingest.adapters import wal, wal_directory, wal_replay
+from streamhouse_ingest.adapters import wal, wal_directory, wal_note, wal_replay
 from streamhouse_query import wiring as query_wiring
 
 from tests.simulation.cache import SimChunkCache
@@ -25,7 +25,7 @@ def patched(loop: SimLoop, disks: Mapping[str, SimDisk], log: logging.Handler) -
     level = root.level
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(ingest_wiring, "Path", lambda path: SimPath(disks[path])))
-        for module in (wal, wal_directory, wal_replay):
+        for module in (wal, wal_directory, wal_note, wal_replay):
             stack.enter_context(mock.patch.object(module, "os", machines))
         stack.enter_context(mock.patch.object(wal_directory, "fcntl", FcntlModule(machines)))
         stack.enter_context(mock.patch.object(wal_directory, "open", machines.open_text, create=True))

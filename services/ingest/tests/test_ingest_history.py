@@ -1,7 +1,6 @@
 """An agent knows which metadata its log goes with, and works over no other."""
 
 import asyncio
-import json
 import os
 import resource
 from pathlib import Path
@@ -9,7 +8,8 @@ from pathlib import Path
 import pytest
 from shformat import ProducerStamp
 from shproto import errors
-from streamhouse_ingest.ports import WalDirectoryError
+from streamhouse_ingest.adapters.wal_note import SLOT_BYTES, HistoryNote
+from streamhouse_ingest.ports import Seen, WalDirectoryError
 
 from services.ingest.tests.ingest_standins import (
     CoordinatorStandIn,
@@ -30,8 +30,8 @@ def coordinator() -> CoordinatorStandIn:
 
 
 def noted(directory: Path) -> tuple[str, int]:
-    found = json.loads((directory / "history").read_text())
-    return found["history_id"], found["position"]
+    seen = HistoryNote(directory / "history").read()
+    return seen.history_id, seen.position
 
 
 async def test_the_log_keeps_what_it_has_heard_of_before_it_drops_anything(
@@ -105,3 +105,29 @@ async def test_a_damaged_note_is_no_reason_to_trust_anybody(tmp_path: Path, coor
     (tmp_path / "history").write_text("nonsense")
     with pytest.raises(WalDirectoryError, match="not a note of a history"):
         await started(tmp_path, coordinator)
+
+
+def test_of_a_torn_write_the_note_before_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "history"
+    note = HistoryNote(path)
+    for position in range(1, 6):
+        note.write(Seen("h", position))
+        assert HistoryNote(path).read() == Seen("h", position)
+    whole = path.read_bytes()
+    found = set()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        found.add(HistoryNote(path).read())
+    assert found == {Seen("h", 5), Seen("h", 4)}
+    again = HistoryNote(path)
+    again.write(Seen("h", again.read().position + 2))
+    assert HistoryNote(path).read().position in (6, 7)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x", bytes(2 * SLOT_BYTES), bytes(range(256)) * 4], ids=["empty", "short", "zeros", "other"]
+)
+def test_what_was_never_a_note_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "history").write_bytes(content)
+    with pytest.raises(WalDirectoryError, match="not a note of a history"):
+        HistoryNote(tmp_path / "history").read()

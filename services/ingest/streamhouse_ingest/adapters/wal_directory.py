@@ -7,6 +7,7 @@ import re
 import uuid
 from pathlib import Path
 
+from streamhouse_ingest.adapters.wal_note import HistoryNote
 from streamhouse_ingest.ports import Seen, WalDirectoryError, WalLocked, WrongIdentity
 
 _FILE_NAME = re.compile(r"(\d{20})\.wal")
@@ -23,6 +24,7 @@ class WalDirectory:
         self.path = path
         self.wal_id = wal_id
         self._lock = lock
+        self._note = HistoryNote(path / _HISTORY)
 
     @classmethod
     def open(cls, path: Path, agent_id: str) -> "WalDirectory":
@@ -76,21 +78,11 @@ class WalDirectory:
 
     def history(self) -> Seen:
         """Of the metadata that the log goes with. Raises WalDirectoryError for a file that says something else."""
-        file = self.path / _HISTORY
-        if not file.exists():
-            return Seen()
-        try:
-            content = json.loads(file.read_text())
-            return Seen(str(content["history_id"]), int(content["position"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise WalDirectoryError(
-                f"{file}: not a note of a history: {error!r}. If the metadata is known to be the one this log "
-                "goes with, delete the file"
-            ) from error
+        return self._note.read()
 
     def note_history(self, seen: Seen) -> None:
-        """Raises OSError."""
-        _replace(self.path / _HISTORY, json.dumps({"history_id": seen.history_id, "position": seen.position}) + "\n")
+        """After history(). Raises OSError."""
+        self._note.write(seen)
 
     def sync(self) -> None:
         """Makes creations and deletions in the directory durable."""
