@@ -244,6 +244,9 @@ class Epoch:
     settled: bool
     cuts: list[int] = field(default_factory=list)
     early: tuple[int, int] | None = None  # uploaded, not registered
+    fenced: int = (
+        0  # so many records beyond the end it was settled at were uploaded: by a leader that was none any more
+    )
 
 
 @st.composite
@@ -252,7 +255,7 @@ def pasts(draw: st.DrawFn) -> tuple[list[Epoch], int, int]:
     epochs: list[Epoch] = []
     at = 0
     for number in range(1, draw(st.integers(1, 6)) + 1):
-        registered = at + draw(st.integers(0, 30))
+        registered = at + draw(st.just(0) | st.integers(0, 30))
         written = registered + draw(st.integers(0, 20))
         settled = draw(st.booleans())
         cuts = sorted(draw(st.sets(st.integers(at, registered), max_size=4)) | {at, registered})
@@ -261,7 +264,8 @@ def pasts(draw: st.DrawFn) -> tuple[list[Epoch], int, int]:
             base = draw(st.integers(registered, written - 1))
             early = (base, draw(st.integers(base + 1, written)))
         wal_id = draw(st.sampled_from("abc"))
-        epochs.append(Epoch(number, wal_id, at, registered, written, at + WIDTH, settled, cuts, early))
+        fenced = draw(st.integers(0, 5)) if settled else 0
+        epochs.append(Epoch(number, wal_id, at, registered, written, at + WIDTH, settled, cuts, early, fenced))
         at = written if settled else at + WIDTH
     known_count = draw(st.integers(0, len(epochs)))
     last = epochs[known_count - 1] if known_count else None
@@ -282,14 +286,18 @@ def backup_of(epochs: Sequence[Epoch], known_count: int, registered: int) -> lis
     return rows
 
 
-def stored_of(epochs: Sequence[Epoch], merged: bool) -> list[Candidate]:
+def stored_of(epochs: Sequence[Epoch], known_count: int, merged: bool) -> list[Candidate]:
     stored = []
-    for item in epochs:
+    for item, following in zip(epochs, [*epochs[1:], None], strict=True):
         stored += [found(one, other, item.number) for one, other in pairwise(item.cuts)]
         if item.early is not None:
             stored.append(found(*item.early, item.number))
         if merged and item.registered > item.start:
             stored.append(found(item.start, item.registered, item.number))
+        # Nothing but the metadata or a later epoch's segment at the same offset tells (docs/decisions/0006).
+        told = item.number < known_count or (following is not None and following.registered > following.start)
+        if item.fenced and told:
+            stored.append(found(item.written, item.written + item.fenced, item.number))
     return stored
 
 
@@ -311,7 +319,7 @@ def test_whatever_happened_before_nothing_acknowledged_is_lost(
 ) -> None:
     epochs, known_count, registered = past
     ranges = backup_of(epochs, known_count, registered)
-    candidates = stored_of(epochs, merged)
+    candidates = stored_of(epochs, known_count, merged)
     result = restore_partition(
         Known(TOPIC, t.PartitionRow(TOPIC.topic_id, 0, known_count, 0), ranges, [], (), candidates), accept_holes=False
     )
@@ -320,10 +328,9 @@ def test_whatever_happened_before_nothing_acknowledged_is_lost(
     assert start_of_next(rows[-1]) > max(item.written for item in epochs)
     for one, other in pairwise(result.cover.chosen):
         assert one.end_offset <= other.base_offset, "no overlap"
-    kept = {offset for item in result.cover.chosen for offset in range(item.base_offset, item.end_offset)}
-    assert kept >= {offset for item in epochs for offset in range(item.start, item.registered)}, (
-        "all that was registered"
-    )
+    kept = {(c.segment.epoch, at) for c in result.cover.chosen for at in range(c.base_offset, c.end_offset)}
+    registered_ones = {(item.number, at) for item in epochs for at in range(item.start, item.registered)}
+    assert kept >= registered_ones, "all that was registered, and of the epoch that it was registered for"
     for wal_id in order:
         logs = [item for item in epochs if item.wal_id == wal_id and item.written > item.registered]
         outcome = split(rows, [Reported(item.number, item.registered, item.written) for item in logs], wal_id, wal_id)
@@ -337,6 +344,7 @@ def test_whatever_happened_before_nothing_acknowledged_is_lost(
                     "there is room for all that is in the log"
                 )
             assert item.number not in outcome.ends
+        assert start_of_next(rows[-1]) > max(item.written for item in epochs)
     by_epoch = {row.epoch: row for row in rows}
     for item in epochs:
         if item.written > item.registered:
