@@ -42,7 +42,9 @@ class Runner:
         """Or it was to stop at the first finding, and has one."""
         if self._options.until_found and self.failed:
             return True
-        return bool(self._options.seconds) and time.perf_counter() - self._started > self._options.seconds
+        if not self._options.seconds or self.ran < self._options.at_least:
+            return False
+        return time.perf_counter() - self._started > self._options.seconds
 
     def tell(self, name: str, result: Result) -> None:
         self.ran += 1
@@ -131,6 +133,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=100, help="how many")
     parser.add_argument("--first", type=int, default=1, help="the first seed, or step")
     parser.add_argument("--seconds", type=float, default=0, help="begin no run after this; 0: no limit")
+    parser.add_argument("--at-least", type=int, default=0, metavar="RUNS", help="so many, however long they take")
     parser.add_argument("--file", type=Path, help="the seeds of this file instead")
     parser.add_argument("--crash-everywhere", action="store_true", help="a run per step of every process")
     parser.add_argument("--every", type=int, default=1, help="with --crash-everywhere: only each so manieth step")
