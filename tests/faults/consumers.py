@@ -1,7 +1,6 @@
 """Consumers of a run: plain ones that read all partitions, and members of a group that commit what they have read."""
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Mapping, Sequence
 
@@ -114,8 +113,7 @@ class GroupMember:
             finally:
                 if waiting is not None:
                     waiting.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, StreamHouseError, StopAsyncIteration):
-                        await waiting
+                    await asyncio.gather(waiting, return_exceptions=True)
 
     async def _commit(self, consumer: Consumer) -> None:
         """What was handed over. A refusal may come from the second coordinator that was asked, after the first has
@@ -197,15 +195,18 @@ class Membership:
     async def leave(self) -> str:
         """One of them leaves; its name. Raises what it failed with."""
         name = self._rng.choice(sorted(self._tasks))
-        await self._end(self._tasks.pop(name))
+        await self._end(name)
         return name
 
     async def close(self) -> None:
-        tasks, self._tasks = self._tasks, {}
-        for task in tasks.values():
-            await self._end(task)
+        for name in sorted(self._tasks):
+            await self._end(name)
 
-    async def _end(self, task: asyncio.Task[None]) -> None:
+    async def _end(self, name: str) -> None:
+        """Whoever is cancelled while waiting here leaves the member to close()."""
+        task = self._tasks[name]
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])
+        del self._tasks[name]
+        if not task.cancelled():
+            task.result()

@@ -4,7 +4,6 @@ Owns: what runs, what should run, and the links. Does not own: which fault happe
 """
 
 import asyncio
-import contextlib
 import shutil
 import signal
 import subprocess
@@ -293,8 +292,9 @@ class Fleet:
         """Ends whatever is left, by force; nothing outlives it."""
         if self._supervisor is not None:
             self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
+            await asyncio.wait([self._supervisor])
+            if not self._supervisor.cancelled():
+                self._supervisor.result()
             self._supervisor = None
         for member in self.members.values():
             member.wanted = False
