@@ -291,6 +291,7 @@ def _coordinator_seeds() -> list[bytes]:
         [Call("Coordinator/FollowEvents", cpb.FollowEventsRequest(types=["TopicCreated"])),
          Call("Coordinator/GetSnapshot", cpb.GetSnapshotRequest()),
          Call("Coordinator/GetStatus", cpb.GetStatusRequest()),
+         Call("Coordinator/GetHead", cpb.GetHeadRequest()),
          Call("Coordinator/InitProducer", cpb.InitProducerRequest())],
     ]  # fmt: skip
     return [encode_calls(calls) for calls in sequences]

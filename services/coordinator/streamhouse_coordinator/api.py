@@ -96,6 +96,10 @@ class CoordinatorApi:
     async def get_status(self, request: pb.GetStatusRequest) -> pb.GetStatusResponse:
         return await views.get_status(self._context)
 
+    async def get_head(self, request: pb.GetHeadRequest) -> pb.GetHeadResponse:
+        head = await self._context.store.head()
+        return pb.GetHeadResponse(events_position=head.position, history_id=head.history_id)
+
     # ---- sessions and leases
 
     async def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:

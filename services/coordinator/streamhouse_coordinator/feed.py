@@ -55,10 +55,9 @@ class Feed:
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
         while True:
             try:
-                if not self._checked:
-                    await self._check_history()
-                while await self._read():
-                    pass
+                if self._checked or await self._check_history():
+                    while await self._read():
+                        pass
                 backoff.reset()
                 await self._pause(self._poll_interval_s)
             except Unavailable as error:
@@ -75,8 +74,9 @@ class Feed:
         finally:
             self._wake.clear()
 
-    async def _check_history(self) -> None:
-        """Another database may have taken the place of the one that was read: its events are not the same."""
+    async def _check_history(self) -> bool:
+        """Whether there are events to read. Another database may have taken the place of the one that was read: its
+        events are not the same."""
         head = await self._store.head()
         if head.history_id != self._history_id or head.position < self._position:
             if self._position >= 0:
@@ -87,6 +87,7 @@ class Feed:
             self._recent.clear()
             await self._moved_to(head.position)
         self._checked = True
+        return head.position > self._position
 
     async def _read(self) -> bool:
         rows = await self._store.read_events(self._position, self._batch)

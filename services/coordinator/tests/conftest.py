@@ -201,7 +201,7 @@ def make_segment() -> Callable[..., types_pb2.SegmentRef]:
 
 async def events_of(api: CoordinatorApi, *types: str) -> list[pb.Event]:
     """All events so far."""
-    last = (await api.get_status(pb.GetStatusRequest())).events_position
+    last = (await api.get_head(pb.GetHeadRequest())).events_position
     found: list[pb.Event] = []
     async for event in api.follow_events(pb.FollowEventsRequest(after_position=0)):
         if not types or event.type in types:

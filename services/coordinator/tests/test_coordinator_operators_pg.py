@@ -250,3 +250,11 @@ async def test_the_same_by_policy_also_of_the_buffers(
     leases = (await api.get_status(pb.GetStatusRequest())).leases
     assert {lease.topic: len(lease.unsettled) for lease in leases} == {"orders": 0, "kept": 1}
     assert (await api.get_status(pb.GetStatusRequest())).buffers_waiting == 1
+
+
+async def test_the_head_is_that_of_the_status(api: CoordinatorApi) -> None:
+    before = await api.get_status(pb.GetStatusRequest())
+    head = await api.get_head(pb.GetHeadRequest())
+    after = await api.get_status(pb.GetStatusRequest())
+    assert 0 < before.events_position <= head.events_position <= after.events_position
+    assert head.history_id == before.history_id == after.history_id != ""

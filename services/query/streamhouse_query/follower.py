@@ -84,9 +84,9 @@ class Follower:
                  len(cluster.partitions))  # fmt: skip
 
     async def _went_back(self) -> bool:
-        status = await self._coordinator.get_status(coordinator_pb2.GetStatusRequest())
+        head = await self._coordinator.get_head(coordinator_pb2.GetHeadRequest())
         cluster = self._index.cluster
-        return status.events_position < cluster.position or status.history_id != cluster.history_id
+        return head.events_position < cluster.position or head.history_id != cluster.history_id
 
     async def _follow(self) -> None:
         request = coordinator_pb2.FollowEventsRequest(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from shformat import Records, SegmentBuilder, encode_batch, read_batch_header, stamp_batch
 from shproto import events as ev
-from shproto.errors import SessionExpired, Unavailable, UnknownTopic
+from shproto.errors import MetadataWentBack, SessionExpired, Unavailable, UnknownTopic
 from shproto.v1 import coordinator_pb2, ingest_pb2, types_pb2
 from shstore import MemoryStore, ObjectStore
 
@@ -40,6 +40,7 @@ class StandInCoordinator:
         self.topics: dict[str, ev.TopicCreated] = {}
         self.partitions: dict[tuple[str, int], Partition] = {}
         self.sessions: dict[str, ev.SessionOpened] = {}
+        self.history_id = "first"
         self.down = False
         self.feed_paused = False
         self.snapshots_given = 0
@@ -71,6 +72,8 @@ class StandInCoordinator:
 
     async def follow_events(self, request: coordinator_pb2.FollowEventsRequest) -> AsyncIterator[coordinator_pb2.Event]:
         cuts, position = self.cut_streams, request.after_position
+        if request.history_id != self.history_id:
+            raise MetadataWentBack(f"followed is {request.history_id!r}, this is {self.history_id!r}")
         while True:
             self._must_be_up()
             await self._news(position, cuts)
@@ -101,7 +104,7 @@ class StandInCoordinator:
             )
             for item in self.sessions.values()
         ]
-        yield coordinator_pb2.SnapshotPart(position=position, sessions=sessions)
+        yield coordinator_pb2.SnapshotPart(position=position, history_id=self.history_id, sessions=sessions)
         for created in self.topics.values():
             for number in range(created.partitions):
                 partition = self.partitions[created.topic_id, number]
@@ -115,11 +118,11 @@ class StandInCoordinator:
                         ranges=[_offset_range(item) for item in partition.ranges],
                         segments=[segment_ref(item) for item in segments],
                     )
-                    yield coordinator_pb2.SnapshotPart(position=position, partitions=[part])
+                    yield coordinator_pb2.SnapshotPart(position=position, history_id=self.history_id, partitions=[part])
 
-    async def get_status(self, request: coordinator_pb2.GetStatusRequest) -> coordinator_pb2.GetStatusResponse:
+    async def get_head(self, request: coordinator_pb2.GetHeadRequest) -> coordinator_pb2.GetHeadResponse:
         self._must_be_up()
-        return coordinator_pb2.GetStatusResponse(events_position=len(self.events))
+        return coordinator_pb2.GetHeadResponse(events_position=len(self.events), history_id=self.history_id)
 
     async def describe_topic(
         self, request: coordinator_pb2.DescribeTopicRequest

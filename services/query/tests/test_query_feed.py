@@ -116,6 +116,25 @@ async def test_a_history_that_went_back_is_loaded_anew(platform: StandInPlatform
     assert service._index.cluster.segment_count == 1
 
 
+async def test_another_history_of_the_same_length_is_loaded_anew(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    service = await start_query()
+    await settle_in(platform, service)
+    coordinator = platform.coordinator
+    assert (service._index.cluster.history_id, coordinator.snapshots_given) == ("first", 1)
+    coordinator.history_id = "restored"
+    await coordinator.cut()
+    await eventually(lambda: service._index.cluster.history_id == "restored")
+    await coordinator.cut()
+    await platform.produce(values_of(10))
+    await platform.register()
+    await settle_in(platform, service)
+    assert coordinator.snapshots_given == 2
+    assert await read_all(service) == dict(enumerate(values_of(10)))
+
+
 async def test_an_event_that_does_not_fit_costs_a_snapshot(platform: StandInPlatform, start_query: StartQuery) -> None:
     await one_partition(platform)
     service = await start_query()

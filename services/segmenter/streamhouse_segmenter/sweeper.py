@@ -86,10 +86,10 @@ class Sweeper:
         mark, refused = await self._history()
         if refused:
             return
-        status = await self._ports.coordinator.get_status(coordinator_pb2.GetStatusRequest())
-        if status.events_position == self._marked:
+        head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
+        if head.events_position == self._marked:
             return
-        event = await self._event_at(status.events_position)
+        event = await self._event_at(head.events_position)
         if event is not None:
             kept = replace(event, sweep_from_ms=mark.sweep_from_ms)
             await self._ports.store.put(MARK_KEY, [kept.encode()], if_absent=False)
@@ -171,8 +171,8 @@ class Sweeper:
 
     async def _event_at(self, position: int) -> HistoryMark | None:
         """The event at `position`; None when the feed does not reach it or has a hole there."""
-        status = await self._ports.coordinator.get_status(coordinator_pb2.GetStatusRequest())
-        if not 0 < position <= status.events_position:
+        head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
+        if not 0 < position <= head.events_position:
             return None
         feed = each_within(
             self._ports.coordinator.follow_events(coordinator_pb2.FollowEventsRequest(after_position=position - 1)),

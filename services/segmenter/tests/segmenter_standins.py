@@ -273,9 +273,9 @@ class StandInCoordinator:
 
     # ---- sessions and the feed
 
-    async def get_status(self, request: c.GetStatusRequest) -> c.GetStatusResponse:
+    async def get_head(self, request: c.GetHeadRequest) -> c.GetHeadResponse:
         self._up()
-        return c.GetStatusResponse(events_position=len(self.events))
+        return c.GetHeadResponse(events_position=len(self.events))
 
     async def follow_events(self, request: c.FollowEventsRequest) -> AsyncIterator[c.Event]:
         self._up()

@@ -25,10 +25,14 @@ class SnapshotBuilder:
 
     def add(self, part: coordinator_pb2.SnapshotPart) -> None:
         """Raises IndexMismatch when parts of different snapshots are mixed, or a part contradicts itself."""
-        if self._parts and part.position != self.cluster.position:
-            raise IndexMismatch(f"snapshot part of position {part.position} among parts of {self.cluster.position}")
+        cluster = self.cluster
+        if self._parts and (part.position, part.history_id) != (cluster.position, cluster.history_id):
+            raise IndexMismatch(
+                f"snapshot part of event {part.position} of history {part.history_id!r} among parts of "
+                f"{cluster.position} of {cluster.history_id!r}"
+            )
         self._parts += 1
-        self.cluster.position = part.position
+        cluster.position, cluster.history_id = part.position, part.history_id
         for session in part.sessions:
             self.cluster.sessions[session.session_id] = AgentSession(
                 session.session_id, session.agent_id, session.role, session.address

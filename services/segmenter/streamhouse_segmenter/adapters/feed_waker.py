@@ -30,10 +30,10 @@ async def follow_buffers(ports: Ports, wake: Callable[[], None]) -> None:
 
 
 async def _follow(ports: Ports, wake: Callable[[], None], backoff: Backoff) -> None:
-    status = await ports.coordinator.get_status(coordinator_pb2.GetStatusRequest())
+    head = await ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
     wake()  # for what was sealed while nobody followed
     feed = ports.coordinator.follow_events(
-        coordinator_pb2.FollowEventsRequest(after_position=status.events_position, types=[BufferSealed.__name__])
+        coordinator_pb2.FollowEventsRequest(after_position=head.events_position, types=[BufferSealed.__name__])
     )
     async for _ in feed:
         backoff.reset()
