@@ -17,6 +17,11 @@ from streamhouse_coordinator.service.common import Context
 
 log = logging.getLogger(__name__)
 
+# What a look that decided nothing waits for the next one: of a process that dies the connections may break a moment
+# before it stops listening, and a busy database may refuse the takeover of thousands of partitions. About six seconds
+# in all; after that only the lease decides.
+LOOK_AGAIN_MS = (100, 200, 400, 800, 1_600, 3_200)
+
 
 class Probe:
     """`follower_gone` is called when the event stream of a session broke."""
@@ -24,23 +29,43 @@ class Probe:
     def __init__(self, context: Context, tasks: Tasks) -> None:
         self._context = context
         self._tasks = tasks
-        self._running: set[str] = set()
+        self._running: dict[str, asyncio.Event] = {}  # by session, set when its stream broke once more
 
     def follower_gone(self, session_id: str) -> None:
-        if session_id not in self._running:
-            self._running.add(session_id)
-            self._tasks.spawn(f"probe {session_id}", self._probe(session_id))
+        if session_id in self._running:
+            self._running[session_id].set()
+        else:
+            self._running[session_id] = asyncio.Event()
+            self._tasks.spawn(f"probe {session_id}", self._probe(session_id, self._running[session_id]))
 
-    async def _probe(self, session_id: str) -> None:
+    async def _probe(self, session_id: str, broke_again: asyncio.Event) -> None:
+        try:
+            looks = 0
+            while not await self._ended(session_id) and looks < len(LOOK_AGAIN_MS):
+                try:
+                    async with asyncio.timeout(LOOK_AGAIN_MS[looks] / 1000):
+                        await broke_again.wait()
+                    broke_again.clear()
+                    looks = 0
+                except TimeoutError:
+                    looks += 1
+        finally:
+            del self._running[session_id]
+
+    async def _ended(self, session_id: str) -> bool:
+        """Looks once. Whether the session has ended, now or before."""
         try:
             address = await self._context.store.run(lambda tx: _address(tx, session_id))
-            if address and await self._refused(address):
-                log.warning("the agent of session %s at %s is gone: its leases go to others", session_id, address)
-                await sessions.end_session(self._context, session_id, "unreachable")
+            if not address:
+                return True
+            if not await self._refused(address):
+                return False
+            log.warning("the agent of session %s at %s is gone: its leases go to others", session_id, address)
+            await sessions.end_session(self._context, session_id, "unreachable")
         except StreamHouseError as error:
             log.warning("cannot end session %s before it expires: %s", session_id, error.message)
-        finally:
-            self._running.discard(session_id)
+            return False
+        return True
 
     async def _refused(self, address: str) -> bool:
         """Only a refusal counts: it says that the machine is there and the process is not."""

@@ -1,0 +1,119 @@
+"""A killed agent's partitions go to others at once, also where the first look at it decides nothing."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import pytest
+from shproto.errors import Unavailable
+from shproto.events import SessionOpened
+from shruntime.clock import SystemClock
+from shruntime.tasks import Tasks
+from streamhouse_coordinator.adapters.memory import MemoryStore
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.sessions import INGEST, WalEnds
+from streamhouse_coordinator.ports import Transaction, where
+from streamhouse_coordinator.probe import Probe
+from streamhouse_coordinator.service import sessions
+from streamhouse_coordinator.service.common import CLUSTER_LOCK, Context
+from streamhouse_coordinator.settings import CoordinatorSettings
+
+ResultT = TypeVar("ResultT")
+SESSION = "11111111-1111-1111-1111-111111111111"
+
+
+class BusyStore(MemoryStore):
+    """Refuses the next `refusals` transactions that change who leads."""
+
+    refusals = 0
+
+    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
+        async def refusing(tx: Transaction) -> ResultT:
+            lock = tx.lock
+
+            async def refuse(name: str) -> None:
+                if name == CLUSTER_LOCK and self.refusals:
+                    self.refusals -= 1
+                    raise Unavailable("PostgreSQL takes longer than pg_timeout_ms")
+                await lock(name)
+
+            tx.lock = refuse  # type: ignore[method-assign]
+            return await work(tx)
+
+        return await super().run(refusing)
+
+
+class Machine:
+    """Where the agent listens until `stop`; `accepted` tells of every look at it."""
+
+    def __init__(self) -> None:
+        self.accepted = asyncio.Event()
+        self._server: asyncio.Server | None = None
+
+    async def listen(self) -> str:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted.set()
+        writer.close()
+
+    def stop(self) -> None:
+        assert self._server is not None
+        self._server.close()
+
+
+@asynccontextmanager
+async def probing(store: BusyStore, address: str) -> AsyncIterator[Probe]:
+    """A session of an agent at `address`, and the probe of its coordinator."""
+    context = Context(store, CoordinatorSettings.load({}, pg_dsn="postgresql://nowhere/none"))
+    opened = SessionOpened(SESSION, "a", INGEST, address, "22" * 16, 0)
+    await sessions.open_session(context, opened, WalEnds())
+    tasks = Tasks()
+    try:
+        yield Probe(context, tasks)
+    finally:
+        await tasks.stop()
+    assert tasks.error is None
+
+
+async def ended(store: BusyStore) -> None:
+    async with asyncio.timeout(30):
+        while await store.run(lambda tx: tx.select(t.SESSIONS, where(session_id=SESSION))):
+            await asyncio.sleep(0.01)
+
+
+async def test_an_agent_that_still_listens_when_its_stream_breaks_is_looked_at_again() -> None:
+    """The kernel closes the sockets of a killed process one after the other."""
+    store, machine = BusyStore(SystemClock()), Machine()
+    async with probing(store, await machine.listen()) as probe:
+        probe.follower_gone(SESSION)
+        await machine.accepted.wait()
+        machine.stop()
+        await ended(store)
+
+
+@pytest.mark.parametrize("refusals", [1, 3])
+async def test_a_takeover_that_the_database_refuses_is_tried_again(refusals: int) -> None:
+    store, machine = BusyStore(SystemClock()), Machine()
+    async with probing(store, await machine.listen()) as probe:
+        machine.stop()
+        store.refusals = refusals
+        probe.follower_gone(SESSION)
+        await ended(store)
+        assert store.refusals == 0
+
+
+async def test_an_agent_that_listens_keeps_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamhouse_coordinator.probe.LOOK_AGAIN_MS", (1, 1))
+    store, machine = BusyStore(SystemClock()), Machine()
+    async with probing(store, await machine.listen()) as probe:
+        probe.follower_gone(SESSION)
+        async with asyncio.timeout(30):
+            while probe._running:
+                await asyncio.sleep(0.01)
+        assert await store.run(lambda tx: tx.select(t.SESSIONS, where(session_id=SESSION)))
+        machine.stop()
+        probe.follower_gone(SESSION)
+        await ended(store)
