@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Iter
 from types import MappingProxyType, TracebackType
 from typing import Self
 
-from shproto.errors import Internal, InvalidArgument, StreamHouseError, UnknownPartition
+from shproto.errors import Internal, InvalidArgument, StreamHouseError, UnknownPartition, UnknownTopic
 from shproto.rpc import Interceptors
 from shruntime.tasks import Backoff, Tasks
 
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import ConsumerOptions, OnDataLoss, OnOutOfRange, Start, partitions_of, topics_of
-from streamhouse.core.positions import Cursor, Portion
+from streamhouse.core.positions import Cursor, Portion, Position
 from streamhouse.membership import Membership
 from streamhouse.metadata import MetadataCache
 from streamhouse.offsets import Offsets
@@ -80,7 +80,7 @@ class Consumer:
         self._peers = Peers(bootstrap, request_timeout_ms, telemetry)
         self._metadata = MetadataCache(self._peers.coordinator)
         self._offsets = Offsets(self._peers, self._metadata, group)
-        self._reader = Reader(self._options, self._peers, self._metadata, self._offsets.look_up)
+        self._reader = Reader(self._options, self._peers, self._metadata, self._offsets.look_up, self._topic_gone)
         self._membership: Membership | None = None
         self._tasks: Tasks | None = None
         self._to_open: dict[TopicPartition, object] = {}
@@ -295,34 +295,42 @@ class Consumer:
         if offsets is None:
             await self._commit(self._uncommitted(done_with_last=True))
         else:
-            await self._commit({TopicPartition(*where): offset for where, offset in offsets.items()})
+            topic_ids = self._topic_ids()
+            given = {TopicPartition(*where): offset for where, offset in offsets.items()}
+            await self._commit({w: Position(offset, topic_ids.get(w, b"")) for w, offset in given.items()})
 
     def _uncommitted(
         self, done_with_last: bool, among: Iterable[TopicPartition] | None = None
-    ) -> dict[TopicPartition, int]:
-        offsets = {}
+    ) -> dict[TopicPartition, Position]:
+        positions = {}
         for where in self._reader.cursors if among is None else among:
             cursor = self._reader.cursors.get(where)
             if cursor is not None:
                 offset = cursor.delivered if done_with_last else cursor.taken
                 if offset != cursor.committed:
-                    offsets[where] = offset
-        return offsets
+                    positions[where] = Position(offset, cursor.topic_id)
+        return positions
 
-    async def _commit(self, offsets: dict[TopicPartition, int]) -> None:
-        if not offsets:
+    async def _commit(self, positions: Mapping[TopicPartition, Position]) -> None:
+        if not positions:
             return
-        if self._membership is not None:
-            await self._membership.commit_through_rebalance(offsets)
-        else:
-            await self._offsets.commit(offsets)
-        self._note_committed(offsets)
+        try:
+            if self._membership is not None:
+                await self._membership.commit_through_rebalance(positions)
+            else:
+                await self._offsets.commit(positions)
+        except UnknownTopic as error:
+            topic = error.details.get("topic", "")
+            for topic_id in {position.topic_id for where, position in positions.items() if where.topic == topic}:
+                self._topic_gone(topic, topic_id)
+            raise
+        self._note_committed(positions)
 
-    def _note_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
-        for where, offset in offsets.items():
+    def _note_committed(self, positions: Mapping[TopicPartition, Position]) -> None:
+        for where, position in positions.items():
             cursor = self._reader.cursors.get(where)
-            if cursor is not None:
-                cursor.committed = offset
+            if cursor is not None and cursor.topic_id == position.topic_id:
+                cursor.committed = position.offset
 
     async def _auto_commit(self) -> None:
         while True:
@@ -342,12 +350,12 @@ class Consumer:
     async def _on_revoked(self, revoked: set[TopicPartition]) -> None:
         """Stops them, then commits what was done with; the record being processed will be read again elsewhere."""
         self._forget_opening(revoked)
-        offsets = self._uncommitted(done_with_last=False, among=revoked)
+        positions = self._uncommitted(done_with_last=False, among=revoked)
         for where in revoked:
             self._reader.drop(where)
-        if offsets and self._options.auto_commit and self._membership is not None:
+        if positions and self._options.auto_commit and self._membership is not None:
             try:
-                await self._membership.commit(offsets)
+                await self._membership.commit(positions)
             except StreamHouseError as error:
                 log.warning("the last commit of revoked partitions failed, records will be read again: %s", error)
 
@@ -355,6 +363,18 @@ class Consumer:
         self._to_open.clear()
         for where in list(self._reader.cursors):
             self._reader.drop(where)
+
+    def _topic_gone(self, topic: str, topic_id: bytes) -> bool:
+        """A member is assigned partitions by the topic's name, so the group may not tell it that the topic is another
+        one: it starts on them anew, once there is one. Without membership that is the application's to decide."""
+        if self._membership is None:
+            return False
+        known = self._topic_ids()
+        partitions = {where for where, held in known.items() if where.topic == topic and held == topic_id}
+        for where in partitions:
+            self._reader.drop(where)
+        self._on_assigned(partitions)
+        return True
 
     async def _open_assigned(self) -> None:
         """Opens what the group assigns, however long finding the offsets takes; heartbeats go on meanwhile."""
@@ -367,7 +387,9 @@ class Consumer:
                 backoff.reset()
             except StreamHouseError as error:
                 log.warning("cannot start on %s: %s", sorted(self._to_open), error)
-                if not error.retriable:
+                if not error.retriable and not isinstance(
+                    error, UnknownTopic
+                ):  # it comes back, or the group takes it away
                     self._reader.fail(error)
                 await asyncio.sleep(backoff.next_ms() / 1000)
                 self._opening.set()
@@ -376,7 +398,7 @@ class Consumer:
         """Finds where each starts, then reads it, unless it was taken away meanwhile."""
         asked = dict(self._to_open)
         topic_ids = await self._current_topic_ids(partitions)
-        committed = await self._offsets.committed(partitions)
+        committed = await self._offsets.committed(topic_ids)
         fresh = {where: topic_ids[where] for where in partitions if where not in committed}
         start = self._options.start
         starts = dict.fromkeys(fresh, start) if isinstance(start, int) else await self._offsets.look_up(start, fresh)

@@ -6,7 +6,7 @@ Owns: member id, generation, which partitions are ours. Does not own: reading, p
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from shproto.errors import IllegalGeneration, StreamHouseError, UnknownGroup, UnknownMember
 from shproto.services import CoordinatorApi
@@ -14,6 +14,8 @@ from shproto.v1 import coordinator_pb2
 from shruntime.tasks import Backoff
 
 from streamhouse.core.options import ConsumerOptions
+from streamhouse.core.positions import Position
+from streamhouse.offsets import commits_of
 from streamhouse.records import TopicPartition
 
 log = logging.getLogger(__name__)
@@ -137,15 +139,15 @@ class Membership:
         self._tenures = {}
         self._lost()
 
-    async def commit(self, offsets: dict[TopicPartition, int]) -> None:
+    async def commit(self, positions: Mapping[TopicPartition, Position]) -> None:
         """Raises IllegalGeneration when a rebalance is not known here yet or took a partition away; UnknownMember when
-        the group has forgotten this member: nothing is its own any more from then on."""
-        commits = [
-            coordinator_pb2.OffsetCommit(topic=where.topic, partition=where.partition, offset=offset)
-            for where, offset in offsets.items()
-        ]
+        the group has forgotten this member: nothing is its own any more from then on; UnknownTopic when a topic was
+        deleted, and perhaps created again."""
         request = coordinator_pb2.CommitOffsetsRequest(
-            group=self._options.group or "", member_id=self.member_id, generation=self.generation, offsets=commits
+            group=self._options.group or "",
+            member_id=self.member_id,
+            generation=self.generation,
+            offsets=commits_of(positions),
         )
         try:
             await self._coordinator.commit_offsets(request)
@@ -154,30 +156,30 @@ class Membership:
                 self._forgotten()  # before the next heartbeat tells: what was received is somebody else's to process
             raise
 
-    async def commit_through_rebalance(self, offsets: dict[TopicPartition, int]) -> None:
+    async def commit_through_rebalance(self, positions: Mapping[TopicPartition, Position]) -> None:
         """Like `commit`; if the group has moved on, waits to hear of it and tries once more, if all of it has been ours
         without a break: in one somebody else may have gone further."""
         generation, moved = self.generation, self._moved
-        tenures = self._tenures_of(offsets)
+        tenures = self._tenures_of(positions)
         try:
-            await self.commit(offsets)
+            await self.commit(positions)
         except IllegalGeneration:
             if self.generation == generation and not await self._hears_of(moved):
                 raise
-            if self._tenures_of(offsets) != tenures:
+            if self._tenures_of(positions) != tenures:
                 raise
-            await self.commit(offsets)
+            await self.commit(positions)
 
-    def _tenures_of(self, offsets: Iterable[TopicPartition]) -> list[int]:
+    def _tenures_of(self, partitions: Iterable[TopicPartition]) -> list[int]:
         """Since which assignments these are ours. Raises IllegalGeneration where they are not."""
-        foreign = sorted(set(offsets) - self._tenures.keys())
+        foreign = sorted(set(partitions) - self._tenures.keys())
         if foreign:
             raise IllegalGeneration(
                 f"group {self._options.group}: not assigned to this consumer (any more): "
                 f"{', '.join(f'{topic}/{partition}' for topic, partition in foreign)}",
                 generation=self.generation,
             )
-        return [self._tenures[where] for where in offsets]
+        return [self._tenures[where] for where in partitions]
 
     async def _hears_of(self, moved: asyncio.Event) -> bool:
         """Whether a heartbeat tells of another generation within the request timeout."""

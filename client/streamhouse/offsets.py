@@ -1,6 +1,6 @@
 """Questions about offsets that a consumer asks: where partitions begin and end, what its group committed, its lag."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from shproto.errors import Unavailable, UnknownGroup
 from shproto.v1 import coordinator_pb2, query_pb2
@@ -8,10 +8,20 @@ from shproto.v1 import coordinator_pb2, query_pb2
 from streamhouse.admin import lookup_of
 from streamhouse.core.lag import Lag, lag_of
 from streamhouse.core.options import Start
+from streamhouse.core.positions import Position
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
 from streamhouse.reader import POSITIONS_MAX
 from streamhouse.records import TopicPartition
+
+
+def commits_of(positions: Mapping[TopicPartition, Position]) -> list[coordinator_pb2.OffsetCommit]:
+    return [
+        coordinator_pb2.OffsetCommit(
+            topic=topic, partition=partition, offset=position.offset, topic_id=position.topic_id
+        )
+        for (topic, partition), position in positions.items()
+    ]
 
 
 class Offsets:
@@ -38,8 +48,8 @@ class Offsets:
             offsets.update({TopicPartition(found.topic, found.partition): found.offset for found in response.offsets})
         return offsets
 
-    async def committed(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
-        """What the group has committed; partitions without a commit are left out."""
+    async def committed(self, partitions: Mapping[TopicPartition, bytes]) -> dict[TopicPartition, int]:
+        """What the group has committed in partitions of topics with these ids; those without a commit are left out."""
         if self._group is None or not partitions:
             return {}
         request = coordinator_pb2.FetchOffsetsRequest(
@@ -50,15 +60,16 @@ class Offsets:
             response = await self._peers.coordinator.fetch_offsets(request)
         except UnknownGroup:
             return {}
-        return {TopicPartition(o.topic, o.partition): o.offset for o in response.offsets if o.offset >= 0}
+        found = {TopicPartition(item.topic, item.partition): item for item in response.offsets if item.offset >= 0}
+        return {
+            where: found[where].offset
+            for where, topic_id in partitions.items()
+            if where in found and found[where].topic_id in (topic_id, b"")  # empty: of an older coordinator
+        }
 
-    async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
-        """A plain commit, for a group without members. Raises IllegalGeneration if it has some."""
-        commits = [
-            coordinator_pb2.OffsetCommit(topic=where.topic, partition=where.partition, offset=offset)
-            for where, offset in offsets.items()
-        ]
-        request = coordinator_pb2.CommitOffsetsRequest(group=self._group or "", offsets=commits)
+    async def commit(self, positions: Mapping[TopicPartition, Position]) -> None:
+        """A plain commit, for a group without members. Raises IllegalGeneration if it has some, UnknownTopic."""
+        request = coordinator_pb2.CommitOffsetsRequest(group=self._group or "", offsets=commits_of(positions))
         await self._peers.coordinator.commit_offsets(request)
 
     async def lag(

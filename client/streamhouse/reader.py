@@ -19,6 +19,7 @@ from shproto.errors import (
     OffsetBeyondEnd,
     StreamHouseError,
     Unavailable,
+    UnknownTopic,
 )
 from shproto.v1 import query_pb2
 from shruntime.tasks import Backoff
@@ -47,13 +48,22 @@ class Reader:
     """`run` is a task of the owner. Cursors come and go with `put` and `drop`; `pop` gives what was received.
 
     `lookup` finds the earliest or latest offsets of partitions of topics with these ids, for on_out_of_range.
+    `topic_gone(topic, topic_id)`: whether the owner takes care of cursors whose topic is not there any more.
     """
 
-    def __init__(self, options: ConsumerOptions, peers: Peers, metadata: MetadataCache, lookup: Lookup) -> None:
+    def __init__(
+        self,
+        options: ConsumerOptions,
+        peers: Peers,
+        metadata: MetadataCache,
+        lookup: Lookup,
+        topic_gone: Callable[[str, bytes], bool],
+    ) -> None:
         self._options = options
         self._peers = peers
         self._metadata = metadata
         self._lookup = lookup
+        self._topic_gone = topic_gone
         self.cursors: dict[TopicPartition, Cursor] = {}
         self.waiting: dict[TopicPartition, str] = {}
         self._portions: deque[Portion] = deque()
@@ -245,6 +255,8 @@ class Reader:
     async def _partition_failed(self, cursor: Cursor, error: StreamHouseError) -> None:
         """By policy; otherwise tried again later, or the application's to decide."""
         policy = self._options.on_out_of_range
+        if isinstance(error, UnknownTopic) and self._topic_gone(cursor.where.topic, cursor.topic_id):
+            return
         if isinstance(error, (OffsetBelowStart, OffsetBeyondEnd)) and policy != "error":
             offset = (await self._lookup(policy, {cursor.where: cursor.topic_id}))[cursor.where]
             log.warning("%s/%d: %s; going on at the %s offset %d", *cursor.where, error, policy, offset)

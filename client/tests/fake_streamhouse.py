@@ -131,6 +131,7 @@ class FakeStreamHouse:
         self.topics: dict[str, coordinator_pb2.TopicInfo] = {}
         self.groups: dict[str, Group] = defaultdict(Group)
         self.calls: Counter[str] = Counter()
+        self.lives: Counter[str] = Counter()
         self.waiting: dict[tuple[str, int], str] = {}
         self.produced: list[ingest_pb2.ProduceRequest] = []
         self.commits: list[coordinator_pb2.CommitOffsetsRequest] = []
@@ -163,8 +164,13 @@ class FakeStreamHouse:
         return refuse
 
     def add_topic(self, topic: str, partitions: int, min_acks: int = types_pb2.ACKS_WAL) -> None:
+        """One of a name that was there before is another topic: another id, nothing committed."""
+        life = bytes([self.lives[topic]])
+        self.lives[topic] += 1
+        for group in self.groups.values():
+            group.offsets = {where: offset for where, offset in group.offsets.items() if where[0] != topic}
         self.topics[topic] = coordinator_pb2.TopicInfo(
-            topic_id=topic.encode().ljust(16, b"\0"), topic=topic, partitions=partitions, min_acks=min_acks
+            topic_id=topic.encode().ljust(15, b"\0") + life, topic=topic, partitions=partitions, min_acks=min_acks
         )
         self.logs.update({(topic, number): PartitionLog() for number in range(partitions)})
 
@@ -175,9 +181,9 @@ class FakeStreamHouse:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    def _topic(self, topic: str) -> coordinator_pb2.TopicInfo:
-        if topic not in self.topics:
-            raise errors.UnknownTopic(f"no topic {topic}")
+    def _topic(self, topic: str, topic_id: bytes = b"") -> coordinator_pb2.TopicInfo:
+        if topic not in self.topics or topic_id not in (b"", self.topics[topic].topic_id):
+            raise errors.UnknownTopic(f"no topic {topic}", topic=topic)
         return self.topics[topic]
 
     # ---- coordinator
@@ -271,7 +277,7 @@ class FakeStreamHouse:
     def _append(self, request: ingest_pb2.ProduceRequest) -> ingest_pb2.ProduceResponse:
         response = ingest_pb2.ProduceResponse(topic=request.topic, partition=request.partition, epoch=1)
         try:
-            self._topic(request.topic)
+            self._topic(request.topic, request.topic_id)
             self._trip()
             log = self.log(request.topic, request.partition)
             base, duplicate = log.append(request.batch)
@@ -301,12 +307,13 @@ class FakeStreamHouse:
     async def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]:
         self.calls["subscribe"] += 1
         positions = {(p.topic, p.partition): p.offset for p in request.positions}
+        ids = {(p.topic, p.partition): p.topic_id for p in request.positions}
         told: dict[tuple[str, int], tuple[int, str]] = {}
         while positions:
             changed = self._changed
             idle = True
             for where in list(positions):
-                response = self._fetch(where, positions[where], request.max_bytes)
+                response = self._fetch(where, ids[where], positions[where], request.max_bytes)
                 if response.HasField("error"):
                     del positions[where]
                     yield response
@@ -325,12 +332,12 @@ class FakeStreamHouse:
             if idle:
                 await changed.wait()
 
-    def _fetch(self, where: tuple[str, int], offset: int, max_bytes: int) -> query_pb2.FetchResponse:
+    def _fetch(self, where: tuple[str, int], topic_id: bytes, offset: int, max_bytes: int) -> query_pb2.FetchResponse:
         response = query_pb2.FetchResponse(topic=where[0], partition=where[1], next_offset=offset)
         try:
             if where in self.faults.fetch_error:
                 raise self.faults.fetch_error.pop(where)
-            self._topic(where[0])
+            self._topic(where[0], topic_id)
             log = self.log(*where)
             response.high_watermark, response.log_start_offset = log.next_offset, log.start_offset
             response.waiting_reason = self.waiting.get(where, "")
@@ -343,7 +350,7 @@ class FakeStreamHouse:
     async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse:
         response = query_pb2.LookupOffsetsResponse()
         for lookup in request.lookups:
-            self._topic(lookup.topic)
+            self._topic(lookup.topic, lookup.topic_id)
             log = self.log(lookup.topic, lookup.partition)
             offset, timestamp_ms = log.next_offset - self.faults.latest_behind, -1
             if lookup.spec == query_pb2.OFFSET_SPEC_EARLIEST:
@@ -445,6 +452,8 @@ class FakeStreamHouse:
             foreign = [o for o in request.offsets if (o.topic, o.partition) not in owned]
             if request.generation != group.generation or foreign:
                 raise errors.IllegalGeneration("old", generation=request.generation, current=group.generation)
+        for item in request.offsets:
+            self._topic(item.topic, item.topic_id)
         self.commits.append(request)
         group.offsets.update({(o.topic, o.partition): o.offset for o in request.offsets})
         return coordinator_pb2.CommitOffsetsResponse()
@@ -456,5 +465,6 @@ class FakeStreamHouse:
         wanted = [(where.topic, where.partition) for where in request.partitions] or list(offsets)
         response = coordinator_pb2.FetchOffsetsResponse()
         for topic, number in wanted:
-            response.offsets.add(topic=topic, partition=number, offset=offsets.get((topic, number), -1))
+            found = response.offsets.add(topic=topic, partition=number, offset=offsets.get((topic, number), -1))
+            found.topic_id = self.topics[topic].topic_id if found.offset >= 0 else b""
         return response

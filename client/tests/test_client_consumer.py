@@ -8,6 +8,7 @@ import pytest
 from shproto.v1 import coordinator_pb2
 from streamhouse import Consumer, Producer, Record, errors
 from streamhouse.core.options import ConsumerOptions
+from streamhouse.core.positions import Position
 from streamhouse.membership import Membership
 from streamhouse.records import TopicPartition
 
@@ -473,7 +474,7 @@ async def test_a_refused_commit_is_enough_to_know_that_all_is_lost():
     beating = asyncio.create_task(member.run())
     await asyncio.sleep(0)
     with pytest.raises(errors.UnknownMember):
-        await member.commit_through_rebalance({TopicPartition("t", 0): 1})
+        await member.commit_through_rebalance({TopicPartition("t", 0): Position(1)})
     assert lost == [set()] and member.owned == set()
     coordinator.told.set()
     await until(lambda: len(coordinator.joined) == 2 and member.owned == {("t", 0)})
@@ -541,13 +542,13 @@ async def test_a_commit_is_repeated_after_a_rebalance_only_where_nobody_else_was
     beating = asyncio.create_task(member.run())
     if taken_away:
         with pytest.raises(errors.IllegalGeneration):
-            await member.commit_through_rebalance({TopicPartition("t", 0): 10})
+            await member.commit_through_rebalance({TopicPartition("t", 0): Position(10)})
         assert coordinator.committed == []
     else:
-        await member.commit_through_rebalance({TopicPartition("t", 0): 10})
+        await member.commit_through_rebalance({TopicPartition("t", 0): Position(10)})
         assert coordinator.committed == [10]
     assert (member.generation, member.owned) == (3, {("t", 0)})
-    await member.commit_through_rebalance({TopicPartition("t", 0): 60})
+    await member.commit_through_rebalance({TopicPartition("t", 0): Position(60)})
     assert coordinator.committed[-1] == 60
     beating.cancel()
     await asyncio.wait([beating])
@@ -570,3 +571,38 @@ async def test_a_group_read_to_the_end(platform, address):
     async with Consumer(address, ["t"], group="g", stop_at_end=True) as consumer:
         assert len([record async for record in consumer]) == 500
     assert sum(platform.groups["g"].offsets.values()) == 500
+
+
+@pytest.mark.parametrize("noticed_by", ["reading", "a commit"])
+async def test_a_member_starts_anew_on_a_topic_created_again_that_the_group_does_not_tell_it_of(
+    platform, address, noticed_by
+):
+    """It owns the same partition, by its name, all the time; its old position is none in the new topic."""
+    await fill(platform, address, 50, partitions=1)
+    async with Consumer(address, ["t"], group="g", start="earliest", auto_commit=False) as consumer:
+        await take(consumer, 50)
+        await consumer.commit()
+        assert platform.groups["g"].offsets == {("t", 0): 50}
+        await fill(platform, address, 20, partitions=1)
+        await take(consumer, 10)
+        platform.add_topic("t", 1)
+        if noticed_by == "a commit":
+            with pytest.raises(errors.UnknownTopic):
+                await consumer.commit()
+        await fill(platform, address, 80, partitions=1)
+        platform.wake()
+        records = [record async for record in until_offset(consumer, 79)]
+        anew = next(n for n, record in enumerate(records) if record.offset == 0)
+        assert [int(record.value) for record in records[anew:]] == list(range(80)), "from the start of the new topic"
+        await consumer.commit()
+    assert platform.groups["g"].offsets == {("t", 0): 80}
+    ids = [commit.offsets[0].topic_id for commit in platform.commits]
+    assert len(ids) == 2 and ids[1] == platform.topics["t"].topic_id != ids[0]
+
+
+async def until_offset(consumer, offset):
+    async with asyncio.timeout(10):
+        async for record in consumer:
+            yield record
+            if record.offset == offset:
+                break

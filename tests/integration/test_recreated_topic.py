@@ -145,3 +145,36 @@ async def test_a_topic_created_again_never_shows_old_data(cluster: Cluster, stor
                     await wait_until_swept(storage, keys)
     finally:
         await coordinator.close()
+
+
+async def test_a_member_that_lives_through_it_starts_anew(cluster: Cluster) -> None:
+    """The group assigns by name, so it may have nothing to tell the member, which goes on committing."""
+    coordinator = CoordinatorClient(Connection(cluster.bootstrap.split(",")))
+    values: list[bytes | None] = []
+
+    async def take(consumer: Consumer, until: set[bytes]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            async for batch in consumer.batches():
+                values.extend(batch.values.to_list())
+                if until <= set(values):
+                    break
+
+    try:
+        async with Admin(cluster.bootstrap) as admin, Producer(cluster.bootstrap, acks="wal") as producer:
+            await admin.create_topic(TOPIC, partitions=PARTITIONS)
+            first = await produce(producer, "first")
+            async with Consumer(
+                cluster.bootstrap, [TOPIC], group=GROUP, start="earliest", auto_commit_interval_ms=50
+            ) as consumer:
+                await take(consumer, set(itertools.chain(*first)))
+                await admin.delete_topic(TOPIC)
+                await admin.create_topic(TOPIC, partitions=PARTITIONS)
+                other = await produce(producer, "other")
+                values.clear()
+                await take(consumer, set(itertools.chain(*other)))
+                assert set(values) == set(itertools.chain(*other)), "all of it, and nothing of the first"
+                await consumer.commit()
+            assert await committed(coordinator) == [RECORDS] * PARTITIONS
+            await admin.delete_topic(TOPIC)
+    finally:
+        await coordinator.close()

@@ -5,12 +5,20 @@ Owns: positions and the checks on offsets. Does not own: the network, time, who 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from shformat import Records
 from shproto.errors import DataLoss, Internal
 
 from streamhouse.records import Record, RecordBatch, TopicPartition
+
+
+class Position(NamedTuple):
+    """The next offset to read in a partition of the topic with this id (empty: not known)."""
+
+    offset: int
+    topic_id: bytes = b""
 
 
 @dataclass(slots=True, eq=False)

@@ -169,7 +169,8 @@ def check_group(name: str) -> None:
 def commit_of(item: pb.OffsetCommit) -> Commit:
     check_number("offset", item.offset, 0, INT64_MAX)
     check_text("metadata", item.metadata, METADATA_LENGTH_MAX, empty=True)
-    return Commit(item.topic, item.partition, item.offset, item.metadata)
+    topic_id = hex_id("topic_id", item.topic_id) if item.topic_id else ""
+    return Commit(item.topic, item.partition, item.offset, item.metadata, topic_id)
 
 
 # ---- out
@@ -257,6 +258,7 @@ def committed_offset(topic: str, partition: int, row: t.GroupOffsetRow | None) -
         offset=row.next_offset,
         metadata=row.metadata,
         committed_ms=row.committed_ms,
+        topic_id=bytes.fromhex(row.topic_id),
     )
 
 

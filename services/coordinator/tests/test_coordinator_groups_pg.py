@@ -254,6 +254,35 @@ async def test_commits_of_what_does_not_exist_change_nothing(api: CoordinatorApi
     assert await committed(api) == {}
 
 
+async def test_a_position_in_a_deleted_topic_is_not_one_in_the_topic_created_again(api: CoordinatorApi) -> None:
+    """A member that lived through both and was told of neither still owns the partition, by its name."""
+    await api.create_topic(pb.CreateTopicRequest(topic="other", partitions=1))
+    one = await Member(api, topics=["orders", "other"]).join()
+    old = (await api.describe_topic(pb.DescribeTopicRequest(topic="orders"))).topic.topic_id
+    await api.delete_topic(pb.DeleteTopicRequest(topic="orders"))
+    new = (await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=4))).topic_id
+
+    async def commit(topic_id: bytes, offset: int) -> None:
+        offsets = [
+            pb.OffsetCommit(topic="other", partition=0, offset=offset),
+            pb.OffsetCommit(topic="orders", partition=1, offset=offset, topic_id=topic_id),
+        ]
+        await api.commit_offsets(
+            pb.CommitOffsetsRequest(group="g", member_id=one.id, generation=one.generation, offsets=offsets)
+        )
+
+    with pytest.raises(UnknownTopic, match="another one") as refused:
+        await commit(old, 40)
+    assert refused.value.details["topic"] == "orders"
+    with pytest.raises(InvalidArgument, match="topic_id"):
+        await commit(b"short", 40)
+    assert not (await api.fetch_offsets(pb.FetchOffsetsRequest(group="g"))).offsets, "all or none"
+    await commit(new, 2)
+    answer = await api.fetch_offsets(pb.FetchOffsetsRequest(group="g"))
+    assert [(item.topic, item.offset) for item in answer.offsets] == [("orders", 2), ("other", 2)]
+    assert answer.offsets[0].topic_id == new
+
+
 async def test_a_group_nobody_has_heard_of(api: CoordinatorApi) -> None:
     with pytest.raises(UnknownGroup):
         await api.fetch_offsets(pb.FetchOffsetsRequest(group="nope"))

@@ -32,10 +32,13 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
+    """`topic_id`: of the topic that was read; empty: of whichever has the name."""
+
     topic: str
     partition: int
     next_offset: int
     metadata: str
+    topic_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,10 +241,14 @@ async def commit(context: Context, name: str, member_id: str, generation: int, c
 
 
 def offset_row(name: str, topics: Mapping[str, t.TopicRow], item: Commit, now_ms: int) -> t.GroupOffsetRow:
-    """Raises UnknownTopic, UnknownPartition."""
+    """Raises UnknownTopic, also for a position in a deleted topic of the name; UnknownPartition."""
     topic = topics.get(item.topic)
     if topic is None:
         raise UnknownTopic(f"topic {item.topic!r} does not exist", topic=item.topic)
+    if item.topic_id and item.topic_id != topic.topic_id:
+        raise UnknownTopic(
+            f"topic {item.topic!r} was deleted, and another one created under its name", topic=item.topic
+        )
     if item.partition >= topic.partitions:
         raise UnknownPartition(
             f"topic {item.topic!r} has {topic.partitions} partitions, there is no {item.partition}",
