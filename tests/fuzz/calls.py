@@ -104,12 +104,13 @@ def remember(response: Message, memory: dict[str, Any]) -> None:
     """Keeps the latest value of every plain field of the response, by name; an empty text is none."""
     messages = {id(message): message for message, _ in fields_of(response)}
     for message in messages.values():
-        for field in message.DESCRIPTOR.fields:
-            value = getattr(message, field.name)
-            if field.is_repeated:
-                value = value[0] if field.message_type is None and value else None
-            if field.message_type is None and value not in (None, "", b""):
-                memory[field.name] = value
+        fields: Sequence[Any] = message.DESCRIPTOR.fields
+    for field in fields:
+        value = getattr(message, field.name)
+        if field.is_repeated:
+            value = value[0] if field.message_type is None and value else None
+        if field.message_type is None and value not in (None, "", b""):
+            memory[field.name] = value
 
 
 def fill_in(request: Message, memory: Mapping[str, Any]) -> None:
@@ -147,14 +148,15 @@ def mutator(universe: Sequence[str]) -> Callable[[bytes, Random], bytes]:
 
 def _new_call(method: str, rng: Random) -> Call:
     request = request_type(method)()
-    for field in request.DESCRIPTOR.fields:
+    fields: Sequence[Any] = request.DESCRIPTOR.fields
+    for field in fields:
         if rng.random() < 0.8:
             _change_field(request, field, rng, 2, likely=True)
     return Call(method, request)
 
 
 def _change_message(message: Message, rng: Random, depth: int) -> None:
-    fields = message.DESCRIPTOR.fields
+    fields: Sequence[Any] = message.DESCRIPTOR.fields
     if fields:
         _change_field(message, rng.choice(fields), rng, depth)
 
@@ -177,7 +179,8 @@ def _fill(message: Message, rng: Random, depth: int, *, likely: bool) -> None:
     if not likely and message.ListFields():
         _change_message(message, rng, depth - 1)
         return
-    for field in message.DESCRIPTOR.fields:
+    fields: Sequence[Any] = message.DESCRIPTOR.fields
+    for field in fields:
         _change_field(message, field, rng, depth - 1, likely=likely)
 
 

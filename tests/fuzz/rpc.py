@@ -79,7 +79,8 @@ class _Shell:
 
     async def _run(self, cluster: Cluster, calls: Sequence[Call]) -> None:
         self.memory = {}
-        created, deleted = set(), False
+        created: set[str] = set()
+        deleted = False
         for method, group in groupby(calls, key=lambda call: call.method):
             requests = [call.request for call in group]
             for request in requests:
@@ -87,7 +88,7 @@ class _Shell:
                 _bound_waits(request)
             await _call(cluster, method, requests, self.memory)
             if method == "Coordinator/CreateTopic":
-                created |= {request.topic for request in requests}
+                created |= {request.topic for request in requests if isinstance(request, cpb.CreateTopicRequest)}
             deleted |= method == "Coordinator/DeleteTopic"
         for topic in created - {TOPIC}:
             with contextlib.suppress(StreamHouseError):
@@ -127,6 +128,7 @@ async def _seconds(count: int) -> AsyncIterator[None]:
     """Raises TimeoutError after so many turns of a second each. A machine that stood still for a minute had one turn:
     that is no finding."""
     loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle | None = None
 
     def turn(left: int) -> None:
         nonlocal timer

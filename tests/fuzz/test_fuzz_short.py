@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shformat import BatchHeader, FormatError, Records, decode_batch, validate_batch
 
-from tests.fuzz import calls, checksums, formats
+from tests.fuzz import calls, checksums
 from tests.fuzz.target import ROOT, Finding, Hang, Target, cpu_limit, signature
 from tests.fuzz.targets import MODULES, load
 
@@ -129,9 +129,9 @@ def _forgetful(batches: list[memoryview], *arguments: object) -> Records:
 @pytest.mark.parametrize(
     ("name", "patched", "bug"),
     [
-        ("batch", "tests.fuzz.formats.validate_batch", _lenient),
+        ("batch", "tests.fuzz.validate_batch", _lenient),
         ("batch", "tests.fuzz.formats.decode_batches", _forgetful),
-        ("wal", "tests.fuzz.formats.validate_batch", _lenient),
+        ("wal", "tests.fuzz.validate_batch", _lenient),
         ("segment", "shformat.segment_reader.check_agreement", lambda header, index: None),
         ("segment", "shformat.segment_reader.check_block", lambda block, entry, limits: None),
         ("varint", "shformat.varint._refuse_overflow", lambda *_: None),
@@ -165,7 +165,7 @@ def test_an_allocation_beyond_the_limit_fails() -> None:
 
 def test_repaired_inputs_reach_behind_the_checksums() -> None:
     """Of inputs changed once, most must fail for what they say, not for a CRC."""
-    for name, read in (("batch", formats.validate_batch),):
+    for name, read in (("batch", validate_batch),):
         target = load(name)
         reasons = [_reason(read, changed(target, seed, 1, repaired=True)) for seed in range(300)]
         assert sum("CRC" in reason for reason in reasons) < 30

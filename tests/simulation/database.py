@@ -104,7 +104,11 @@ class Listener:
     async def run(self) -> None:
         self._process = PROCESS.get()
         database, key = self._database, id(self)
-        self._process.on_death.append(lambda: database.listeners.pop(key, None))
+
+        def forget() -> None:
+            database.listeners.pop(key, None)
+
+        self._process.on_death.append(forget)
         while True:
             if database.up and database.network.is_open(self.name, HOST):
                 self._ended = asyncio.Event()

@@ -137,21 +137,30 @@ class SimLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self._now
 
-    def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> Any:
+    # The callers are asyncio's own: nothing is won by repeating its generic signatures.
+    def call_soon(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Context | None = None
+    ) -> Any:
         step = Step(callback, args, context if context is not None else copy_context(), 0.0)
         self._enqueue(step)
         return step
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Context | None = None) -> Any:
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Context | None = None
+    ) -> Any:
         return self.call_soon(callback, *args, context=context)  # there is no other thread
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> Any:
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> Any:
         timer = Step(callback, args, context if context is not None else copy_context(), when)
         self._number += 1
         heapq.heappush(self._timers, (when, self._number, timer))
         return timer
 
-    def call_later(self, delay: float, callback: Any, *args: Any, context: Context | None = None) -> Any:
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> Any:
         return self.call_at(self._now + delay, callback, *args, context=context)
 
     def _enqueue(self, step: Step) -> None:
@@ -170,7 +179,7 @@ class SimLoop(asyncio.BaseEventLoop):
             self._runnable.append(process)
 
     def _run_once(self) -> None:
-        while not self._stopping:
+        while not self._stopping:  # type: ignore[attr-defined]  # BaseEventLoop has it
             if not self._runnable:
                 self._advance()
             else:
@@ -229,7 +238,9 @@ class SimLoop(asyncio.BaseEventLoop):
         future.number = self._next_number()
         return future
 
-    def create_task(self, coro: Any, *, name: str | None = None, context: Context | None = None) -> SimTask:
+    def create_task(  # type: ignore[override]
+        self, coro: Any, *, name: str | None = None, context: Context | None = None
+    ) -> SimTask:
         number = self._next_number()
         task = SimTask.__new__(SimTask)
         task.number = number  # before asyncio puts it into a set
@@ -241,7 +252,7 @@ class SimLoop(asyncio.BaseEventLoop):
             process.tasks = {key: kept for key, kept in process.tasks.items() if not kept.done()}
         return task
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
         """One call after the other for an executor of its own, at once for the common one (None)."""
         process, future = PROCESS.get(self.world), self.create_future()
         start = self._now

@@ -117,7 +117,10 @@ class RandomNemesis(Nemesis):
     def _set_rates(self) -> None:
         """How calls fare all through the run."""
         rng = self._rng
-        rate = lambda most: rng.choice((0.0, 0.0, rng.uniform(0, most)))  # noqa: E731
+
+        def rate(most: float) -> float:
+            return rng.choice((0.0, 0.0, rng.uniform(0, most)))
+
         self._around.network.rates = net.Rates(
             rate(0.05), rate(0.05), rate(0.02), rate(0.1), rng.choice((0.05, 0.5, 3.0))
         )
@@ -147,7 +150,7 @@ class RandomNemesis(Nemesis):
             node.process.steps_left = steps
 
     def power_cut(self) -> None:
-        node = self._rng.choice(self._nodes + self._agents)  # mostly of one that has something to lose
+        node = self._rng.choice([*self._nodes, *self._agents])  # mostly of one that has something to lose
         self._note(f"power cut of {node.name}")
         node.lose_power()
         self._revive(node)

@@ -99,7 +99,7 @@ class Network:
 
     # ---- messages
 
-    def later(self, delay_s: float, function: Callable[..., None], *args: Any) -> None:
+    def later(self, delay_s: float, function: Callable[..., object], *args: Any) -> None:
         self._loop.call_later(delay_s, function, *args, context=self._world)
 
     def latency(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,11 +99,16 @@ class Node:
         except Exception as error:  # noqa: BLE001 - what ends a process, as its exit code would
             why = f"{type(error).__name__}: {error}"
             self.around.log(self.name, f"ends by itself: {why}")
-            self.deaths.append(why)
+            if not self.may_end_over(error):
+                self.deaths.append(why)
         else:
             self.around.log(self.name, "stopped")
         self.crash(process)
         self.around.network.later(SUPERVISOR_RESTART_S, self.restart)
+
+    def may_end_over(self, error: Exception) -> bool:
+        """Whether there is nothing better to do, whatever the faults."""
+        return False
 
     def restart(self) -> None:
         if not self.up and self.wanted:
@@ -184,6 +190,10 @@ class IngestNode(Node):
     def __init__(self, around: Surroundings, name: str) -> None:
         super().__init__(around, name)
         self.disk = SimDisk(name, around.rng)
+
+    def may_end_over(self, error: Exception) -> bool:
+        """A full disk is no reason once there is a log, which could be given away (G7)."""
+        return isinstance(error, OSError) and error.errno == errno.ENOSPC and "identity" not in self.disk.files
 
     async def serve(self, process: Process) -> None:
         settings = IngestSettings.load(

@@ -44,7 +44,7 @@ class Runner:
             return True
         if not self._options.seconds or self.ran < self._options.at_least:
             return False
-        return time.perf_counter() - self._started > self._options.seconds
+        return bool(time.perf_counter() - self._started > self._options.seconds)
 
     def tell(self, name: str, result: Result) -> None:
         self.ran += 1

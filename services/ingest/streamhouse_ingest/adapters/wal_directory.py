@@ -12,6 +12,7 @@ from streamhouse_ingest.ports import Seen, WalDirectoryError, WalLocked, WrongId
 
 _FILE_NAME = re.compile(r"(\d{20})\.wal")
 _IDENTITY_VERSION = 1
+_PID_CHARS = 20
 _SETTLED = "settled"
 _UNSYNCED = "unsynced"
 _HISTORY = "history"
@@ -98,8 +99,8 @@ def _lock(lock: int, path: Path) -> None:
     except BlockingIOError as error:
         holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
         raise WalLocked(f"{path}: in use by another process (pid {holder or 'unknown'})") from error
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    # In place and of one length: an agent must start over its log on a disk without a byte left.
+    os.pwrite(lock, f"{os.getpid():<{_PID_CHARS}}\n".encode(), 0)
 
 
 def _identity(path: Path, agent_id: str) -> bytes:
