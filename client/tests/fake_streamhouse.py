@@ -29,6 +29,7 @@ class Faults:
     cut_after: int | None = None
     cut_writes: bool = True
     answer_delay_ms: int = 0
+    hold: asyncio.Event | None = None  # batches that have come are taken once it is set
     refuse_batch: errors.StreamHouseError | None = None
     silent: bool = False  # takes requests, never answers
     metadata_down: bool = False
@@ -263,6 +264,8 @@ class FakeStreamHouse:
             faults = self.faults
             if faults.silent:
                 continue
+            if faults.hold is not None:
+                await faults.hold.wait()
             if faults.answer_delay_ms:
                 await asyncio.sleep(faults.answer_delay_ms / 1000)
             if faults.cut_after is not None:
