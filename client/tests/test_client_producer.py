@@ -22,8 +22,8 @@ async def until(condition):
 
 
 def let_delivery_timeout_pass(producer):
-    """What its timers do at the deadline, now: a real one short enough to wait for would pass, on a busy machine, before
-    the leader has heard of the batch."""
+    """What its timers do at the deadline, now. A real one short enough to wait for would pass, on a busy machine,
+    before the leader has heard of the batch."""
     for state in producer._sender.gatherer.lanes():
         producer._sender._expire(state, math.inf)
 
