@@ -15,6 +15,7 @@ from shformat import Codec
 from shproto.errors import (
     InvalidBatch,
     NotLeader,
+    OutcomeUnknown,
     ShuttingDown,
     StreamHouseError,
     Unavailable,
@@ -26,7 +27,7 @@ from shruntime.tasks import Backoff, Tasks
 
 from streamhouse.batches import Batch
 from streamhouse.core.options import ACKS, ProducerOptions
-from streamhouse.core.sequences import Outgoing
+from streamhouse.core.sequences import Outgoing, in_doubt
 from streamhouse.delivery import Delivery
 from streamhouse.gatherer import Gatherer, LaneState, Stream, new_backoff
 from streamhouse.leader_stream import LeaderStream
@@ -233,7 +234,9 @@ class Sender:
         state.last_error = error
         kept = state.lane.answered(outgoing, error, sent)
         if not kept and not outgoing.expired:
-            self._fail(outgoing.payload, error)
+            self._fail(
+                outgoing.payload, _unknown_outcome(state, outgoing, error) if in_doubt(outgoing, error) else error
+            )
         if isinstance(error, _ASK_WHO_LEADS):
             self._retry_after_refresh(state)
         elif kept and not state.parked:
@@ -325,3 +328,16 @@ class Sender:
             for outgoing in state.lane.expire(math.inf):
                 self._fail(outgoing.payload, Unavailable("the producer was closed before the batch was acknowledged"))
         await self._tasks.stop()
+
+
+def _unknown_outcome(state: LaneState, outgoing: Outgoing[Batch], error: StreamHouseError) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"{state.topic}/{state.partition}: {outgoing.record_count} records may or may not have been written. An "
+        "earlier try got no answer, and the leader that was asked again does not have this producer's history: another "
+        "agent took over, or the metadata was restored. Sent once more they could be there twice, so they are given "
+        f"up. Read the partition once it is settled (the leader's answer was {error.reason}: {error.message})",
+        topic=state.topic,
+        partition=state.partition,
+        record_count=outgoing.record_count,
+        refusal=error.reason,
+    )

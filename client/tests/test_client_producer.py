@@ -163,9 +163,11 @@ async def test_a_gap_after_an_unknown_outcome_fails_clearly(platform, address):
         platform.faults.cut_after = 0
         platform.faults.cut_writes = False
         future = await producer.send("t", b"2")
-        with pytest.raises(errors.SequenceGap):
+        with pytest.raises(errors.OutcomeUnknown, match=r"t/0: 1 records may or may not have been written") as caught:
             await future
         await (await producer.send("t", b"3"))
+    assert caught.value.details == {"topic": "t", "partition": "0", "record_count": "1", "refusal": "SEQUENCE_GAP"}
+    assert not caught.value.retriable
     assert values_in(platform) == [b"0", b"1", b"3"]
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shproto import errors
-from streamhouse.core.sequences import IN_FLIGHT_PER_PARTITION_MAX, Lane, Outgoing, Verdict, verdict_of
+from streamhouse.core.sequences import IN_FLIGHT_PER_PARTITION_MAX, Lane, Outgoing, Verdict, in_doubt, verdict_of
 
 
 class Leader:
@@ -165,8 +165,12 @@ def test_a_gap_after_an_unknown_outcome_is_not_renumbered():
     (batch,) = in_flight(lane, 1)
     assert lane.answered(batch, errors.Unavailable("cut"))
     assert lane.take() is batch
-    assert not lane.answered(batch, errors.SequenceGap("the new leader never had what came before"))
+    gap = errors.SequenceGap("the new leader never had what came before")
+    assert not in_doubt(Outgoing("never sent", 1, 1e9), gap)
+    assert not lane.answered(batch, gap)
     assert lane.idle
+    assert in_doubt(batch, gap)
+    assert not in_doubt(batch, errors.AcksTooWeak("says itself what is wrong"))
 
 
 def test_a_retry_across_a_restore_fails_and_what_follows_gets_a_new_id():

@@ -44,6 +44,12 @@ def verdict_of(error: errors.StreamHouseError) -> Verdict:
     return Verdict.UNKNOWN if error.retriable else Verdict.FATAL
 
 
+def in_doubt(batch: "Outgoing[T]", error: errors.StreamHouseError) -> bool:
+    """Whether a batch given up with `error` may be in the log all the same: an earlier try of it got no answer, and the
+    leader that refused this one does not know what the producer wrote."""
+    return batch.maybe_written and verdict_of(error) is Verdict.OUT_OF_SEQUENCE
+
+
 @dataclass(slots=True, eq=False)
 class Outgoing(Generic[T]):
     """A closed batch. `payload` is the owner's."""

@@ -183,6 +183,14 @@ class UnknownProducer(StreamHouseError):
     reason, status = "UNKNOWN_PRODUCER", Code.FAILED_PRECONDITION
 
 
+class OutcomeUnknown(StreamHouseError):
+    """Raised by the SDK, sent by nobody: a batch may or may not have been written, and trying again could write it
+    twice. An earlier try got no answer, and the leader that was asked again does not know the producer's history.
+    details: topic, partition, record_count, refusal (reason of the leader's answer)."""
+
+    reason, status = "OUTCOME_UNKNOWN", Code.UNKNOWN
+
+
 class MetadataWentBack(StreamHouseError):
     """PostgreSQL holds older metadata than the caller has seen, or another platform's: an old dump was put in its
     place, or an empty database. Nothing is done on it; `streamhouse restore` brings metadata back. details: history_id,
