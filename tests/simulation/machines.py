@@ -127,11 +127,12 @@ class Machines:
         if self._loop.in_executor and disk.step():
             file.write(at, content[: disk.rng.randrange(len(content) + 1)])
             raise PowerCut
-        room = disk.room_for(len(content))
-        if content and not room:
+        growth = max(0, at + len(content) - len(file.data))  # what is written in place has its room
+        written = len(content) - growth + disk.room_for(growth)
+        if content and not written:
             raise OSError(errno.ENOSPC, "No space left on device")
-        file.write(at, content[:room])
-        return room
+        file.write(at, content[:written])
+        return written
 
     def pwritev(self, fd: int, parts: Sequence[bytes | memoryview], at: int) -> int:
         return self.pwrite(fd, b"".join(parts), at)
