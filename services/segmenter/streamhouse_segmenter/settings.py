@@ -61,7 +61,10 @@ class SegmenterSettings(StoreSettings):
         200, ge=1, le=60_000, description="ms of the first back-off of a buffer that failed; doubles, with full jitter"
     )
     handover_retry_max_ms: int = Field(
-        30_000, ge=1, le=3_600_000, description="ms a failed buffer waits at most; the store is back within that"
+        5_000,
+        ge=1,
+        le=3_600_000,
+        description="ms a failed buffer waits at most: so late is a store noticed that is back; a try takes a minute",
     )
     early_retry_first_ms: int = Field(
         20, ge=1, le=60_000, description="ms of the first back-off of a segment whose predecessor is not registered"
