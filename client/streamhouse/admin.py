@@ -186,6 +186,7 @@ class Admin:
         else:
             partitions = [TopicPartition(topic, partition)]
         starts = await self._offsets_at("earliest", partitions)
+        topics = {name: await self._metadata.topic(name) for name in {where.topic for where in partitions}}
         ends = await self._offsets_at("latest", partitions)
         wanted = await self._wanted(to, partitions, starts, ends)
         plan = [
@@ -193,7 +194,10 @@ class Admin:
         ]
         if execute and plan:
             commits = [
-                coordinator_pb2.OffsetCommit(topic=r.topic, partition=r.partition, offset=r.offset) for r in plan
+                coordinator_pb2.OffsetCommit(
+                    topic=r.topic, partition=r.partition, offset=r.offset, topic_id=topics[r.topic].topic_id
+                )
+                for r in plan
             ]
             request = coordinator_pb2.ResetOffsetsRequest(group=group, offsets=commits)
             await self._peers.coordinator.reset_offsets(request)

@@ -101,6 +101,9 @@ async def test_offsets_are_reset_only_without_members_and_leave_an_event(api: Co
     assert [(item["partition"], item["offset_before"], item["offset"]) for item in changes] == [(0, 10, 3), (1, -1, 0)]
     with pytest.raises(UnknownTopic):
         await api.reset_offsets(pb.ResetOffsetsRequest(group="g", offsets=commits((0, 1), topic="nope")))
+    deleted = pb.OffsetCommit(topic="orders", partition=0, offset=1, topic_id=bytes(16))
+    with pytest.raises(UnknownTopic, match="another one"):
+        await api.reset_offsets(pb.ResetOffsetsRequest(group="g", offsets=[deleted]))
     with pytest.raises(UnknownPartition):
         await api.reset_offsets(pb.ResetOffsetsRequest(group="g", offsets=commits((0, 9), (2, 1))))
     with pytest.raises(InvalidArgument):
