@@ -2,7 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from types import MappingProxyType, TracebackType
 from typing import Self
 
@@ -163,7 +173,7 @@ class Consumer:
     async def _commit_and_leave(self, done_with_last: bool) -> None:
         try:
             if self._options.auto_commit and self._options.group is not None:
-                await self._commit(self._uncommitted(done_with_last))
+                await _commit_existing(self._uncommitted(done_with_last), self._commit)
             if self._membership is not None:
                 await self._membership.leave()
         except StreamHouseError as error:
@@ -336,7 +346,7 @@ class Consumer:
         while True:
             await asyncio.sleep(self._options.auto_commit_interval_ms / 1000)
             try:
-                await self._commit(self._uncommitted(done_with_last=False))
+                await _commit_existing(self._uncommitted(done_with_last=False), self._commit)
             except StreamHouseError as error:
                 log.warning("auto commit failed, it is tried again: %s", error)
 
@@ -355,7 +365,7 @@ class Consumer:
             self._reader.drop(where)
         if positions and self._options.auto_commit and self._membership is not None:
             try:
-                await self._membership.commit(positions)
+                await _commit_existing(positions, self._membership.commit)
             except StreamHouseError as error:
                 log.warning("the last commit of revoked partitions failed, records will be read again: %s", error)
 
@@ -432,3 +442,18 @@ class Consumer:
         return self._assign or [
             TopicPartition(state.topic, number) for state in states for number in range(state.partitions)
         ]
+
+
+async def _commit_existing(
+    positions: Mapping[TopicPartition, Position], commit: Callable[[Mapping[TopicPartition, Position]], Awaitable[None]]
+) -> None:
+    """Positions in a topic that is not there any more are nobody's, and do not hold up the others."""
+    while positions:
+        try:
+            return await commit(positions)
+        except UnknownTopic as error:
+            rest = {where: at for where, at in positions.items() if where.topic != error.details.get("topic")}
+            if len(rest) == len(positions):
+                raise
+            log.warning("positions of a deleted topic are not committed: %s", error)
+            positions = rest

@@ -606,3 +606,15 @@ async def until_offset(consumer, offset):
             yield record
             if record.offset == offset:
                 break
+
+
+@pytest.mark.parametrize("others", [[], ["u"]])
+async def test_a_deleted_topic_does_not_hold_up_other_commits_nor_leaving(platform, address, others):
+    topics = ["t", *others]
+    for topic in topics:
+        await fill(platform, address, 20, partitions=1, topic=topic)
+    async with Consumer(address, topics, group="g", start="earliest", auto_commit_interval_ms=60_000) as consumer:
+        await take(consumer, 20 * len(topics))
+        platform.add_topic("t", 1)
+    assert platform.groups["g"].offsets == {(topic, 0): 20 for topic in others}
+    assert not platform.groups["g"].members, "it has left"
