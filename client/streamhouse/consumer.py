@@ -450,7 +450,8 @@ async def _commit_existing(
     """Positions in a topic that is not there any more are nobody's, and do not hold up the others."""
     while positions:
         try:
-            return await commit(positions)
+            await commit(positions)
+            return
         except UnknownTopic as error:
             rest = {where: at for where, at in positions.items() if where.topic != error.details.get("topic")}
             if len(rest) == len(positions):
