@@ -215,6 +215,20 @@ def file_size_limit(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_g7_a_directory_is_opened_on_a_full_disk(tmp_path: Path):
+    """Found by simulation: a power cut had taken the lock file's content, and there was no room for it."""
+    path = tmp_path / "wal"
+    WalDirectory.open(path, "agent-1").close()
+    (path / "lock").write_bytes(b"")
+    with file_size_limit(0):
+        again = WalDirectory.open(path, "agent-1")
+    try:
+        with pytest.raises(WalLocked, match="pid unknown"):
+            WalDirectory.open(path, "agent-1")
+    finally:
+        again.close()
+
+
 def test_a_full_disk_leaves_nothing_of_the_group_and_writing_goes_on_when_there_is_space(directory: WalDirectory):
     wal = new_wal(directory)
     wal.append([frame(0, b"a")])

@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 
 from streamhouse_ingest.adapters.wal_note import HistoryNote
-from streamhouse_ingest.ports import Seen, WalDirectoryError, WalLocked, WrongIdentity
+from streamhouse_ingest.ports import NO_SPACE, Seen, WalDirectoryError, WalLocked, WrongIdentity
 
 _FILE_NAME = re.compile(r"(\d{20})\.wal")
 _IDENTITY_VERSION = 1
@@ -99,8 +99,13 @@ def _lock(lock: int, path: Path) -> None:
     except BlockingIOError as error:
         holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
         raise WalLocked(f"{path}: in use by another process (pid {holder or 'unknown'})") from error
-    # In place and of one length: an agent must start over its log on a disk without a byte left.
-    os.pwrite(lock, f"{os.getpid():<{_PID_CHARS}}\n".encode(), 0)
+    try:
+        os.pwrite(lock, f"{os.getpid():<{_PID_CHARS}}\n".encode(), 0)
+    except OSError as error:
+        # Only the error of whoever comes second reads it. An agent must start over its log on a disk without a byte left:
+        # giving the log away is what makes room.
+        if error.errno not in NO_SPACE:
+            raise
 
 
 def _identity(path: Path, agent_id: str) -> bytes:
