@@ -102,7 +102,7 @@ def _lock(lock: int, path: Path) -> None:
     try:
         os.pwrite(lock, f"{os.getpid():<{_PID_CHARS}}\n".encode(), 0)
     except OSError as error:
-        # Only the error of whoever comes second reads it. An agent must start over its log on a disk without a byte left:
+        # Only the error of whoever comes second reads it. An agent must start over its log on a disk without a byte:
         # giving the log away is what makes room.
         if error.errno not in NO_SPACE:
             raise
