@@ -105,6 +105,10 @@ class Server:
         self._backend.close()
 
 
+def _popen(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, **options)
+
+
 class ProcessBackend:
     """A program in a process group and a directory of its own; ends with the test process."""
 
@@ -120,7 +124,7 @@ class ProcessBackend:
         assert self._process is None, f"{self._name} runs already"
         with self.log_path.open("ab") as log:
             self._process = _spawn(
-                subprocess.Popen,
+                _popen,
                 self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -298,7 +302,7 @@ def _postgres_answers(dsn: str) -> bool:
         await connection.close()
         return True
 
-    return _spawn(asyncio.run, connect())
+    return bool(_spawn(asyncio.run, connect()))
 
 
 # S3
