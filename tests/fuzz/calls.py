@@ -105,12 +105,12 @@ def remember(response: Message, memory: dict[str, Any]) -> None:
     messages = {id(message): message for message, _ in fields_of(response)}
     for message in messages.values():
         fields: Sequence[Any] = message.DESCRIPTOR.fields
-    for field in fields:
-        value = getattr(message, field.name)
-        if field.is_repeated:
-            value = value[0] if field.message_type is None and value else None
-        if field.message_type is None and value not in (None, "", b""):
-            memory[field.name] = value
+        for field in fields:
+            value = getattr(message, field.name)
+            if field.is_repeated:
+                value = value[0] if field.message_type is None and value else None
+            if field.message_type is None and value not in (None, "", b""):
+                memory[field.name] = value
 
 
 def fill_in(request: Message, memory: Mapping[str, Any]) -> None:

@@ -129,9 +129,9 @@ def _forgetful(batches: list[memoryview], *arguments: object) -> Records:
 @pytest.mark.parametrize(
     ("name", "patched", "bug"),
     [
-        ("batch", "tests.fuzz.validate_batch", _lenient),
+        ("batch", "tests.fuzz.formats.validate_batch", _lenient),
         ("batch", "tests.fuzz.formats.decode_batches", _forgetful),
-        ("wal", "tests.fuzz.validate_batch", _lenient),
+        ("wal", "tests.fuzz.formats.validate_batch", _lenient),
         ("segment", "shformat.segment_reader.check_agreement", lambda header, index: None),
         ("segment", "shformat.segment_reader.check_block", lambda block, entry, limits: None),
         ("varint", "shformat.varint._refuse_overflow", lambda *_: None),
