@@ -236,17 +236,22 @@ class PostgresStore:
             raise unavailable(error) from error
 
     async def rebuild(self) -> None:
-        async with self._connection() as connection, _transaction(connection):
-            await connection.execute("LOCK TABLE event_position IN EXCLUSIVE MODE")
-            await connection.execute("TRUNCATE " + ", ".join(table.name for table in PROJECTIONS))
-            transaction = PostgresTransaction(connection)
-            after = 0
-            while rows := await transaction.select(
-                EVENTS, where(position=Above(after)), order=("position",), limit=REBUILD_BATCH
-            ):
-                events = [event_from_json(row.type, row.payload) for row in rows]
-                await transaction.apply([op for event in events if event is not None for op in row_ops(event)])
-                after = rows[-1].position
+        """Again after a conflict: a sweep holds what it has read while it waits for what is locked here."""
+        await self._guarded(_rebuild)
+
+
+async def _rebuild(connection: Any) -> None:
+    async with _transaction(connection):
+        await connection.execute("LOCK TABLE event_position IN EXCLUSIVE MODE")
+        await connection.execute("TRUNCATE " + ", ".join(table.name for table in PROJECTIONS))
+        transaction = PostgresTransaction(connection)
+        after = 0
+        while rows := await transaction.select(
+            EVENTS, where(position=Above(after)), order=("position",), limit=REBUILD_BATCH
+        ):
+            events = [event_from_json(row.type, row.payload) for row in rows]
+            await transaction.apply([op for event in events if event is not None for op in row_ops(event)])
+            after = rows[-1].position
 
 
 @asynccontextmanager
