@@ -7,12 +7,10 @@ partitions there are, commits.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from itertools import groupby
 from typing import Literal, cast
 
-from shformat import FormatError, Records, decode_batch, read_batch_header
 from shproto.errors import (
     DataLoss,
     OffsetBelowStart,
@@ -24,11 +22,12 @@ from shproto.errors import (
 from shproto.v1 import query_pb2
 from shruntime.tasks import Backoff
 
+from streamhouse.core.decoding import end_of_loss, portions_of
 from streamhouse.core.options import ConsumerOptions, Start
-from streamhouse.core.positions import BatchSpan, Cursor, Portion, check_continuity, trim
+from streamhouse.core.positions import Cursor, Portion
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
-from streamhouse.records import RecordBatch, TopicPartition
+from streamhouse.records import TopicPartition
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +37,6 @@ RETRY_MAX_MS = 1_000
 PARTITION_RETRY_MS = 1_000
 # Half of what a query service takes for one subscription, with its default settings.
 POSITIONS_MAX = 500
-# Batches smaller than this on average are joined: handing one over costs about as much as copying 64 KiB.
-SMALL_BATCH_BYTES = 64 * 1024
 
 Lookup = Callable[[Start, Mapping[TopicPartition, bytes]], Awaitable[dict[TopicPartition, int]]]
 
@@ -224,16 +221,11 @@ class Reader:
 
     def _accept(self, cursor: Cursor, response: query_pb2.FetchResponse) -> None:
         """Checks, decodes and queues; the cursor moves only if all of it is good."""
-        offset = cursor.fetch_offset
-        spans, parts = _decode(cursor, response.batches)
-        check_continuity(cursor, spans, response.next_offset)
-        portions = [Portion(cursor, batch, end) for batch, end in _batches(cursor.where, parts, offset)]
-        if response.next_offset > (portions[-1].end_offset if portions else offset):
-            portions.append(Portion(cursor, None, response.next_offset))
+        portions, last_epoch = portions_of(cursor, response.batches, response.next_offset)
         self._note(cursor, response)
         cursor.failing_since_ms = None
-        if spans:
-            cursor.last_epoch = spans[-1].epoch
+        if last_epoch:
+            cursor.last_epoch = last_epoch
         cursor.fetch_offset = response.next_offset
         self._portions.extend(portions)
         self._set_queued_bytes(self._queued_bytes + sum(portion.size_bytes for portion in portions))
@@ -261,8 +253,8 @@ class Reader:
             offset = (await self._lookup(policy, {cursor.where: cursor.topic_id}))[cursor.where]
             log.warning("%s/%d: %s; going on at the %s offset %d", *cursor.where, error, policy, offset)
             self._jump(cursor, offset)
-        elif isinstance(error, DataLoss) and self._options.on_data_loss == "skip" and _end_of_loss(error, cursor):
-            offset = _end_of_loss(error, cursor)
+        elif isinstance(error, DataLoss) and self._options.on_data_loss == "skip" and end_of_loss(error, cursor):
+            offset = end_of_loss(error, cursor)
             log.warning("%s/%d: %s; going on at offset %d", *cursor.where, error, offset)
             self._jump(cursor, offset)
         elif error.retriable and self._may_retry(cursor):
@@ -290,43 +282,3 @@ class Reader:
             cursor.fetch_offset = offset
             cursor.last_epoch = 0
             self._news.set()
-
-
-def _end_of_loss(error: DataLoss, cursor: Cursor) -> int:
-    """Where records go on after a loss; 0 when the error does not say, or nothing further on."""
-    for name in ("next_offset", "end_offset"):
-        digits = error.details.get(name, "")
-        if digits.isdecimal() and int(digits) > cursor.fetch_offset:
-            return int(digits)
-    return 0
-
-
-def _decode(cursor: Cursor, encoded: Iterable[bytes]) -> tuple[list[BatchSpan], list[Records]]:
-    """Raises DataLoss for bytes that are no batch: damaged on their way, or in the store."""
-    spans, parts = [], []
-    for data in encoded:
-        try:
-            header = read_batch_header(data)
-            parts.append(decode_batch(data))
-        except FormatError as error:
-            topic, partition = cursor.where
-            raise DataLoss(
-                f"{topic}/{partition}: what was received for offset {cursor.fetch_offset} is damaged: {error}",
-                topic=topic,
-                partition=partition,
-                base_offset=cursor.fetch_offset,
-                at=error.at,
-            ) from error
-        spans.append(BatchSpan(header.base_offset, header.end_offset, header.epoch))
-    return spans, parts
-
-
-def _batches(where: TopicPartition, parts: list[Records], offset: int) -> Iterable[tuple[RecordBatch, int]]:
-    """(batch, end offset): the first trimmed to `offset`, small neighbours joined."""
-    if not parts:
-        return
-    parts[0] = trim(parts[0], offset)
-    for small, group in groupby(parts, lambda part: part.size_bytes < SMALL_BATCH_BYTES):
-        for records in [Records.concat(list(group))] if small else group:
-            if len(records):
-                yield RecordBatch(*where, records), int(records.offsets[-1]) + 1

@@ -1,21 +1,18 @@
 """Moves a producer's batches: from its lanes onto the leaders' streams, and again when that fails.
 
-Owns: the lanes, the streams, retries with their waits, deadlines. Decisions about order and sequence numbers are
+Owns: the lanes, retries with their waits, deadlines. Decisions about order and sequence numbers are
 core.sequences'. Everything runs on one event loop, in callbacks that never leave a lane half-changed.
 """
 
 import asyncio
 import logging
 import math
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from shformat import Codec
 from shproto.errors import (
     InvalidBatch,
     NotLeader,
-    OutcomeUnknown,
     ShuttingDown,
     StreamHouseError,
     Unavailable,
@@ -23,14 +20,15 @@ from shproto.errors import (
     UnknownTopic,
 )
 from shproto.v1 import coordinator_pb2, ingest_pb2
-from shruntime.tasks import Backoff, Tasks
+from shruntime.tasks import Tasks
 
 from streamhouse.batches import Batch
+from streamhouse.core.given_up import refused, timed_out
 from streamhouse.core.options import ACKS, ProducerOptions
-from streamhouse.core.sequences import Outgoing, in_doubt
+from streamhouse.core.sequences import Outgoing
 from streamhouse.delivery import Delivery
-from streamhouse.gatherer import Gatherer, LaneState, Stream, new_backoff
-from streamhouse.leader_stream import LeaderStream
+from streamhouse.gatherer import Gatherer, LaneState, Stream
+from streamhouse.leaders import Leaders, Sent
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
 
@@ -38,22 +36,9 @@ log = logging.getLogger(__name__)
 
 # After such a silence the leader may have forgotten an idle producer.
 QUIET_MS = 60_000
-# The leader answers within request_timeout_ms; the answer needs time to travel and wait for those before it.
-ANSWER_GRACE_MS = 5_000
 
 # Said by an agent that does not lead the partition, is going away, or cannot be reached.
 _ASK_WHO_LEADS = (NotLeader, ShuttingDown, Unavailable, UnknownTopic, UnknownPartition)
-
-
-@dataclass(slots=True, eq=False)
-class Leader:
-    """One address: its stream, who waits for room on it, and when it may be tried again."""
-
-    backoff: Backoff
-    stream: Stream | None = None
-    waiting: deque[LaneState] = field(default_factory=deque)
-    retry_at_ms: float = -math.inf
-    warned: bool = False  # that it cannot be reached; once, until it answers again
 
 
 class Sender:
@@ -69,9 +54,9 @@ class Sender:
         self._codec = Codec.LZ4 if options.compression == "lz4" else Codec.NONE
         self.unfinished: set[Delivery] = set()
         self.gatherer = Gatherer(options, self._on_opened, self._pump)
-        self._leaders: dict[str, Leader] = {}
-        self._warned = False  # that the coordinator does not answer; once, until a leader does
         self._tasks = Tasks()
+        self._leaders = Leaders(options, peers, self._tasks, self._on_answer, self._on_broken)
+        self._warned = False  # that the coordinator does not answer; once, until a leader does
         self._loop = asyncio.get_running_loop()
 
     def now_ms(self) -> float:
@@ -108,38 +93,20 @@ class Sender:
             state.last_error = NotLeader(f"{state.topic}/{state.partition} has no leader at the moment")
             self._retry_after_refresh(state)
             return None
-        leader = self._leaders.get(address)
-        if leader is None:
-            leader = self._leaders[address] = Leader(new_backoff(self._options))
-        wait_ms = leader.retry_at_ms - self.now_ms()
-        if leader.stream is None and wait_ms > 0:
+        leader = self._leaders.at(address)
+        wait_ms = leader.wait_ms(self.now_ms())
+        if wait_ms > 0:
             self._retry_later(state, wait_ms)
             return None
-        stream = leader.stream or self._open_stream(address, leader)
+        stream = self._leaders.open_stream(leader)
         if state.stream is not stream:
             if state.lane.in_flight_count:
                 return None  # pumped again with the last answer from the other stream
             state.stream = stream
             state.lane.doubt()
         if not stream.has_room:
-            if not state.queued:
-                state.queued = True
-                leader.waiting.append(state)
+            leader.wait_for_room(state)
             return None
-        return stream
-
-    def _open_stream(self, address: str, leader: Leader) -> Stream:
-        stream: Stream = LeaderStream(
-            address,
-            self._peers.ingest(address),
-            self._peers.connect,
-            self._options.max_in_flight,
-            self._options.request_timeout_ms + ANSWER_GRACE_MS,
-            self._on_answer,
-            self._on_broken,
-        )
-        leader.stream = stream
-        self._tasks.spawn(f"produce to {address}", stream.run())
         return stream
 
     def _submit(self, state: LaneState, stream: Stream) -> None:
@@ -179,13 +146,11 @@ class Sender:
 
     # ---- answers
 
-    def _on_answer(
-        self, stream: Stream, token: tuple[LaneState, Outgoing[Batch]], response: ingest_pb2.ProduceResponse
-    ) -> None:
+    def _on_answer(self, stream: Stream, token: Sent, response: ingest_pb2.ProduceResponse) -> None:
         state, outgoing = token
-        leader = self._leaders[stream.address]
-        leader.backoff.reset()
-        leader.warned = self._warned = False
+        leader = self._leaders.at(stream.address)
+        leader.answered()
+        self._warned = False
         if response.HasField("error"):
             self._failed_try(state, outgoing, StreamHouseError.from_detail(response.error))
         else:
@@ -195,28 +160,18 @@ class Sender:
             if not outgoing.expired:
                 outgoing.payload.delivery.resolve(response.base_offset)
                 self._finish(outgoing.payload)
-        self._pump_waiting(leader)
+        leader.pump_waiting(self._pump)
         self._pump(state)
-
-    def _pump_waiting(self, leader: Leader) -> None:
-        """Those that found no room go first, each in its turn."""
-        for _ in range(len(leader.waiting)):
-            if leader.stream is not None and not leader.stream.has_room:
-                return
-            state = leader.waiting.popleft()
-            state.queued = False
-            self._pump(state)
 
     def _on_broken(
         self,
         stream: Stream,
-        sent: list[tuple[LaneState, Outgoing[Batch]]],
-        unsent: list[tuple[LaneState, Outgoing[Batch]]],
+        sent: list[Sent],
+        unsent: list[Sent],
         error: StreamHouseError,
     ) -> None:
-        leader = self._leaders[stream.address]
-        leader.stream = None
-        leader.retry_at_ms = self.now_ms() + leader.backoff.next_ms()
+        leader = self._leaders.at(stream.address)
+        leader.broke(self.now_ms())
         if (sent or unsent) and not leader.warned:
             leader.warned = True
             log.warning("the stream to %s broke with %d batches unanswered: %s", stream.address, len(sent), error)
@@ -226,7 +181,7 @@ class Sender:
             self._failed_try(state, outgoing, error)
         for state, outgoing in unsent:
             self._failed_try(state, outgoing, error, sent=False)
-        self._pump_waiting(leader)
+        leader.pump_waiting(self._pump)
 
     def _failed_try(
         self, state: LaneState, outgoing: Outgoing[Batch], error: StreamHouseError, sent: bool = True
@@ -234,9 +189,7 @@ class Sender:
         state.last_error = error
         kept = state.lane.answered(outgoing, error, sent)
         if not kept and not outgoing.expired:
-            self._fail(
-                outgoing.payload, _unknown_outcome(state, outgoing, error) if in_doubt(outgoing, error) else error
-            )
+            self._fail(outgoing.payload, refused(state.topic, state.partition, outgoing, error))
         if isinstance(error, _ASK_WHO_LEADS):
             self._retry_after_refresh(state)
         elif kept and not state.parked:
@@ -308,16 +261,9 @@ class Sender:
         if gathering is not None and gathering.opened_ms + self._options.delivery_timeout_ms <= now_ms:
             self.gatherer.close(state)
         for outgoing in state.lane.expire(now_ms):
-            self._fail(outgoing.payload, why or self._gave_up(outgoing.last_error or state.last_error))
+            last_error = outgoing.last_error or state.last_error
+            self._fail(outgoing.payload, why or timed_out(self._options.delivery_timeout_ms, last_error))
         self._pump(state)
-
-    def _gave_up(self, error: StreamHouseError | None) -> StreamHouseError:
-        waited = f"not acknowledged within delivery_timeout_ms = {self._options.delivery_timeout_ms}"
-        if error is None:
-            return Unavailable(f"{waited}; no answer from the leader", limit="delivery_timeout_ms")
-        last = type(error)(f"{waited}; last error: {error.message}")
-        last.details = dict(error.details)
-        return last
 
     async def close(self) -> None:
         """Stops everything; what is unfinished fails."""
@@ -328,16 +274,3 @@ class Sender:
             for outgoing in state.lane.expire(math.inf):
                 self._fail(outgoing.payload, Unavailable("the producer was closed before the batch was acknowledged"))
         await self._tasks.stop()
-
-
-def _unknown_outcome(state: LaneState, outgoing: Outgoing[Batch], error: StreamHouseError) -> OutcomeUnknown:
-    return OutcomeUnknown(
-        f"{state.topic}/{state.partition}: {outgoing.record_count} records may or may not have been written. An "
-        "earlier try got no answer, and the leader that was asked again does not have this producer's history: another "
-        "agent took over, or the metadata was restored. Sent once more they could be there twice, so they are given "
-        f"up. Read the partition once it is settled (the leader's answer was {error.reason}: {error.message})",
-        topic=state.topic,
-        partition=state.partition,
-        record_count=outgoing.record_count,
-        refusal=error.reason,
-    )
