@@ -15,7 +15,7 @@ from tests.faults import shim
 from tests.faults.history import ProcessDied, Recorder
 from tests.faults.proxy import FaultProxy
 from tests.integration import servers
-from tests.integration.processes import READY_TIMEOUT_S, ServiceProcess, free_ports, is_serving
+from tests.integration.processes import ServiceProcess, free_ports, is_serving
 
 COORDINATORS = ("coordinator-1", "coordinator-2")
 AGENTS = ("ingest-1", "ingest-2", "ingest-3")
@@ -29,6 +29,8 @@ SMALL_DISK_BYTES = 48 * 1024 * 1024
 SESSION_TTL_S = 6
 SUPERVISOR_INTERVAL_S = 0.2
 RESTART_PAUSE_S = 1.0
+SERVING_TIMEOUT_S = 240
+"""After a power cut everything starts at once, while PostgreSQL recovers; a busy machine has taken a minute for it."""
 
 SETTINGS = {
     # Short leases, so that a run sees many of them end.
@@ -207,7 +209,7 @@ class Fleet:
     async def until_serving(self, name: str) -> None:
         """Whatever ended it: the supervisor starts it again. Raises TimeoutError."""
         member = self.members[name]
-        async with asyncio.timeout(READY_TIMEOUT_S):
+        async with asyncio.timeout(SERVING_TIMEOUT_S):
             while not (member.process.is_running() and await is_serving(member.listen)):
                 await asyncio.sleep(SUPERVISOR_INTERVAL_S)
         member.has_served = True

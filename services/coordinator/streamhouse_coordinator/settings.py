@@ -11,7 +11,9 @@ class CoordinatorSettings(CommonSettings):
     service: ClassVar[str] = "coordinator"
 
     pg_dsn: Annotated[str, AfterValidator(url_of("postgresql", "postgres"))] = Field(
-        "postgresql://postgres@127.0.0.1:5432/postgres", repr=False, description="PostgreSQL, as a libpq URI"
+        "postgresql://postgres@127.0.0.1:5432/postgres",
+        repr=False,
+        description="PostgreSQL, as a libpq URI; a primary and its standbys separated by commas",
     )
     pg_pool_max: int = Field(
         10,

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 from shruntime.settings import SettingsError
+from streamhouse_coordinator.adapters.postgres_hosts import by_host
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.wiring import build
 from streamhouse_embedded.postgres import EmbeddedPostgres
@@ -99,3 +101,66 @@ async def test_a_user_that_is_granted_later_is_waited_for(
     await connection.close()
     await asyncio.wait_for(start, 20)
     await service.stop()
+
+
+@asynccontextmanager
+async def silent_server() -> AsyncIterator[str]:
+    """host:port of what takes connections and never says a word."""
+    held: list[asyncio.StreamWriter] = []
+
+    async def hold(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.append(writer)
+
+    async with await asyncio.start_server(hold, "127.0.0.1", 0) as server:
+        yield "127.0.0.1:{1}".format(*server.sockets[0].getsockname())
+        for writer in held:
+            writer.transport.abort()
+
+
+async def test_a_server_that_is_silent_leaves_time_for_the_next(by_password: str, fast: Settings) -> None:
+    async with silent_server() as silent:
+        place = urlsplit(by_password).netloc.rpartition("@")[2]
+        service = build(fast(by_password.replace(place, f"{silent},{place}"), pg_timeout_ms=1_000))
+        await asyncio.wait_for(service.start(), 20)
+        await service.stop()
+
+
+async def test_it_says_of_each_server_what_is_wrong_with_it(
+    by_password: str, fast: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The only one that answers takes no writes."""
+    connection = await asyncpg.connect(by_password)
+    await connection.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
+    await connection.close()
+    async with silent_server() as silent:
+        place = urlsplit(by_password).netloc.rpartition("@")[2]
+        service = build(fast(by_password.replace(place, f"{silent},{place}"), pg_timeout_ms=500))
+        start = asyncio.create_task(service.start())
+        with caplog.at_level(logging.WARNING):
+            await waits_saying(caplog, f"{silent}: no answer in time; {place}: takes no writes")
+        start.cancel()
+        await asyncio.wait([start])
+        await service.stop()
+
+
+@pytest.mark.parametrize(
+    ("dsn", "places"),
+    [
+        ("postgresql://u:p@db/x?sslmode=off", [("db", "postgresql://u:p@db/x?sslmode=off")]),
+        ("postgresql:///x?host=/run", [("", "postgresql:///x?host=/run")]),
+        (
+            "postgresql://u:p,q@a:1,[::1]:2/x",
+            [
+                ("a:1", "postgresql://u:p,q@a:1/x?target_session_attrs=read-write"),
+                ("[::1]:2", "postgresql://u:p,q@[::1]:2/x?target_session_attrs=read-write"),
+            ],
+        ),
+        ("postgres://a,b?x=1", [(h, f"postgres://{h}?x=1&target_session_attrs=read-write") for h in "ab"]),
+        (
+            "postgres://a,b/x?target_session_attrs=any",
+            [(h, f"postgres://{h}/x?target_session_attrs=any") for h in "ab"],
+        ),
+    ],
+)
+def test_several_servers_are_tried_one_by_one(dsn: str, places: list[tuple[str, str]]) -> None:
+    assert by_host(dsn) == places

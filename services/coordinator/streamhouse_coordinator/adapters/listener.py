@@ -15,6 +15,10 @@ log = logging.getLogger(__name__)
 
 RECONNECT_FIRST_MS, RECONNECT_MAX_MS = 50, 5_000
 
+PROBE_S = 10.0
+"""How long a connection may be silent before it is asked whether it is there: that of a server whose machine is gone is
+never closed, and nothing would be heard from the one that took its place."""
+
 
 class Listener:
     """Calls `events_changed` after commits with events, `group_changed` with the name of a group that changed.
@@ -47,7 +51,8 @@ class Listener:
             backoff.reset()
             self._events_changed()
             self._group_changed("")
-            await ended.wait()
+            while not await _within(PROBE_S, ended):
+                await connection.execute("SELECT", timeout=PROBE_S)
         finally:
             connection.terminate()
 
@@ -56,3 +61,11 @@ class Listener:
 
     def _on_group(self, connection: Any, pid: int, channel: str, payload: str) -> None:
         self._group_changed(payload)
+
+
+async def _within(seconds: float, event: asyncio.Event) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return False
+    return True

@@ -22,6 +22,7 @@ from shruntime.urls import masked
 
 from streamhouse_coordinator.adapters.migrate import migrate
 from streamhouse_coordinator.adapters.postgres_errors import ABSENT, CONFLICTS, UNUSABLE_DSN, unavailable
+from streamhouse_coordinator.adapters.postgres_hosts import Hosts
 from streamhouse_coordinator.adapters.postgres_transaction import NOW_MS, PostgresTransaction
 from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.projection import row_ops
@@ -52,6 +53,7 @@ class PostgresStore:
 
     def __init__(self, dsn: str, *, pool_max: int, timeout_ms: int, migration_timeout_ms: int) -> None:
         self._dsn = dsn
+        self._hosts = Hosts(dsn)
         self._pool_max = pool_max
         self._timeout_s = timeout_ms / 1000
         self._migration_timeout_ms = migration_timeout_ms
@@ -66,12 +68,11 @@ class PostgresStore:
         try:
             await self._migrate(await self._first_connection())
             self._pool = await asyncpg.create_pool(
-                self._dsn,
                 min_size=0,
                 max_size=self._pool_max,
-                timeout=self._timeout_s,
                 command_timeout=self._timeout_s,
                 reset=_keep,
+                connect=self._open_for_pool,
             )
         except ABSENT as error:
             raise unavailable(error) from error
@@ -127,7 +128,10 @@ class PostgresStore:
 
     async def connect(self) -> Any:
         """A connection outside the pool, for the caller to close."""
-        return await asyncpg.connect(self._dsn, timeout=self._timeout_s)
+        return await self._hosts.connect(timeout_s=self._timeout_s)
+
+    async def _open_for_pool(self, _dsn: str | None, **options: Any) -> Any:
+        return await self._hosts.connect(timeout_s=self._timeout_s, **options)
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[Any]:
@@ -140,6 +144,9 @@ class PostgresStore:
             yield connection
         except asyncpg.DataError as error:  # text with a NUL, a number beyond int8: no command of ours makes these
             raise InvalidArgument(f"a value cannot be stored: {error}", field="request") from error
+        except asyncpg.ReadOnlySQLTransactionError:  # behind a proxy's address, another server may be the primary now
+            _discard(connection)
+            raise
         except (StreamHouseError, asyncpg.PostgresError):
             raise
         except BaseException:

@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import asyncpg
 from shproto.errors import InvalidArgument
 
 from streamhouse_coordinator.adapters.migrate import available, migrate
 from streamhouse_coordinator.adapters.postgres_errors import ABSENT, unavailable
+from streamhouse_coordinator.adapters.postgres_hosts import Hosts
 from streamhouse_coordinator.adapters.postgres_transaction import PostgresTransaction
 from streamhouse_coordinator.core.tables import EVENTS, HISTORIES, PROJECTIONS, STATE, Table
 from streamhouse_coordinator.ports import Restoring, Snapshot
@@ -84,7 +84,7 @@ async def restoring(dsn: str, *, commit: bool) -> AsyncIterator[Restoring]:
 @asynccontextmanager
 async def _connected(dsn: str) -> AsyncIterator[Any]:
     try:
-        connection = await asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT_S, command_timeout=STATEMENT_TIMEOUT_S)
+        connection = await Hosts(dsn).connect(timeout_s=CONNECT_TIMEOUT_S, command_timeout=STATEMENT_TIMEOUT_S)
         try:
             yield connection
         finally:

@@ -1,0 +1,193 @@
+"""PostgreSQL's machine dies for good, and its standby is promoted: the whole platform as processes, writing all the
+time.
+
+Quotes what docs/guarantees.md says of an absent PostgreSQL (acks=wal goes on within the reserved range, acks=durable
+waits, nothing changes hands) and G1, G2 and G8 across the failover: nothing is lost, given out or registered twice.
+"""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from shproto.rpc import Connection
+from shproto.services import QueryClient
+from streamhouse import Admin, Producer
+from streamhouse_coordinator.adapters import listener
+from streamhouse_coordinator.adapters.postgres import PostgresStore
+from streamhouse_embedded.postgres import PostgresError
+
+from tests.faults.proxy import Direction, FaultProxy
+from tests.integration.cluster import Cluster
+from tests.integration.reading import read_partition
+from tests.integration.servers import Server, new_work_dir
+from tests.integration.standby import PostgresPair
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+TTL_MS = 3_000
+PATIENCE_S = 90
+ACKS = {"fast": "wal", "safe": "durable"}
+"""A topic of one partition for each."""
+
+
+class Writer:
+    """Sends one record after the other and remembers where each was acknowledged."""
+
+    def __init__(self, address: str, topic: str) -> None:
+        self._address, self._topic = address, topic
+        self.acknowledged: dict[int, bytes | None] = {}
+        self._stopping = False
+
+    async def run(self) -> None:
+        async with Producer(
+            self._address, acks=ACKS[self._topic], linger_ms=0, delivery_timeout_ms=PATIENCE_S * 1000
+        ) as producer:
+            for n in count():
+                if self._stopping:
+                    return
+                value = f"{self._topic} {n}".encode()
+                offset = (await (await producer.send(self._topic, value=value))).offset
+                assert offset not in self.acknowledged, f"{self._topic}: offset {offset} was given out again"
+                self.acknowledged[offset] = value
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    async def progress(self, records: int) -> None:
+        """Waits for so many more acknowledgements."""
+        goal = len(self.acknowledged) + records
+        await until(lambda: len(self.acknowledged) >= goal)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not holds():
+            await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[PostgresPair]:
+    servers = PostgresPair(new_work_dir("failover"))
+    try:
+        await servers.start()
+    except PostgresError as error:
+        pytest.skip(f"no PostgreSQL of our own: {error}")
+    try:
+        yield servers
+    finally:
+        await servers.stop()
+
+
+@pytest.fixture
+async def cluster(pair: PostgresPair, storage: dict[str, str], tmp_path: Path) -> AsyncIterator[Cluster]:
+    common = storage | {
+        "STREAMHOUSE_PG_DSN": pair.dsn,
+        "STREAMHOUSE_PG_TIMEOUT_MS": "2000",
+        "STREAMHOUSE_SESSION_TTL_MS": str(TTL_MS),
+        "STREAMHOUSE_HEARTBEAT_INTERVAL_MS": "500",
+        "STREAMHOUSE_SEAL_AGE_MS": "500",
+    }
+    whole = Cluster(common, tmp_path)
+    try:
+        await whole.start()
+        yield whole
+        await whole.stop()
+    finally:
+        whole.kill_all()
+
+
+async def test_the_standby_takes_over_and_nothing_is_lost_or_registered_twice(
+    pair: PostgresPair, cluster: Cluster
+) -> None:
+    async with Admin(cluster.bootstrap) as admin:
+        for topic in ACKS:
+            await admin.create_topic(topic, partitions=1)
+    writers = {topic: Writer(cluster.bootstrap, topic) for topic in ACKS}
+    async with asyncio.TaskGroup() as group:
+        for writer in writers.values():
+            group.create_task(writer.run())
+        for writer in writers.values():
+            await writer.progress(20)
+        pair.kill_primary()
+        await _go_on_without(writers, TTL_MS * 2 / 1000)
+        await pair.promote()
+        for writer in writers.values():
+            await writer.progress(20)
+            writer.stop()
+    await _check(cluster, writers)
+
+
+async def _go_on_without(writers: dict[str, Writer], seconds: float) -> None:
+    """For longer than any lease: acks=wal all the time, acks=durable nothing but what was under way."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while loop.time() < end:
+        await writers["fast"].progress(5)
+    before = len(writers["safe"].acknowledged)
+    await writers["fast"].progress(5)
+    assert len(writers["safe"].acknowledged) == before
+
+
+async def _check(cluster: Cluster, writers: dict[str, Writer]) -> None:
+    connection = Connection([cluster.addresses["query-1"]])
+    try:
+        for topic, writer in writers.items():
+            assert (await read_partition(QueryClient(connection), topic, 0)).at() == writer.acknowledged
+    finally:
+        await connection.close()
+    async with Admin(cluster.bootstrap) as admin:
+        for topic in ACKS:
+            described = await admin.describe_topic(topic)
+            assert [part.epoch for part in described.partitions] == [1], "nothing changed hands"
+    assert (await _verify(cluster))["findings"] == []
+
+
+async def _verify(cluster: Cluster) -> Any:
+    command = [sys.executable, "-m", "streamhouse.cli", "verify", "--bootstrap", cluster.bootstrap, "--json"]
+    environ = cluster.services["segmenter-1"].environ
+    done = await asyncio.to_thread(subprocess.run, command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+class CountingStore(PostgresStore):
+    connects = 0
+
+    async def connect(self) -> Any:
+        self.connects += 1
+        return await super().connect()
+
+
+async def test_who_listens_notices_that_the_other_end_is_gone_without_a_word(
+    postgres: Server, storage: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that dies closes no connection; through another, notifications are heard again."""
+    monkeypatch.setattr(listener, "PROBE_S", 0.2)
+    dsn = storage["STREAMHOUSE_PG_DSN"]
+    place = urlsplit(dsn).netloc.rpartition("@")[2]
+    proxy = FaultProxy("postgres", place)
+    await proxy.start()
+    store = CountingStore(dsn.replace(place, proxy.address), pool_max=2, timeout_ms=5_000, migration_timeout_ms=60_000)
+    listening = asyncio.Event()
+    heard = listener.Listener(store, events_changed=listening.set, group_changed=lambda _: None)
+    task = asyncio.create_task(heard.run())
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await listening.wait()
+            listening.clear()
+            proxy.hold(*Direction)
+            while store.connects < 2:
+                await asyncio.sleep(0.05)
+            await proxy.heal()
+            await listening.wait()
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        await proxy.stop()
