@@ -97,6 +97,10 @@ class Reader:
         self._failures = deque(item for item in self._failures if item[0] is None or item[0].live)
         self._set_queued_bytes(sum(portion.size_bytes for portion in self._portions))
 
+    def topic_ids(self) -> dict[TopicPartition, bytes]:
+        """Of which topic each cursor's partition is."""
+        return {where: cursor.topic_id for where, cursor in self.cursors.items()}
+
     def pop(self) -> Portion | None:
         """What was received first; None when there is nothing. Raises a failure when its turn comes; the partition
         is tried again after that."""

@@ -42,7 +42,7 @@ class Consumer:
 
     def __next__(self) -> Record:
         while True:
-            for record in self._inner._walk:
+            for record in self._inner._iteration.records:
                 return record
             if not BACKGROUND.run(self._inner._advance()):
                 raise StopIteration
@@ -50,7 +50,7 @@ class Consumer:
     def batches(self) -> Iterator[RecordBatch]:
         """Records as columns, a `RecordBatch` of one partition at a time."""
         self._inner.__aiter__()
-        while (batch := self._inner._rest()) is not None or BACKGROUND.run(self._inner._advance()):
+        while (batch := self._inner._iteration.rest()) is not None or BACKGROUND.run(self._inner._advance()):
             if batch is not None:
                 yield batch
 
