@@ -7,7 +7,7 @@ import asyncio
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from tests.faults.history import ProcessDied, Recorder
 from tests.faults.proxy import FaultProxy
 from tests.integration import servers
 from tests.integration.processes import ServiceProcess, free_ports, is_serving
+from tests.integration.standby import postgres_pair
 
 COORDINATORS = ("coordinator-1", "coordinator-2")
 AGENTS = ("ingest-1", "ingest-2", "ingest-3")
@@ -70,6 +71,11 @@ SWEEPING = {
     "ORPHAN_CONFIRM_MS": 500,
 }
 """Of the segmenters after the run: nothing is uploaded any more, so an hour's grace can be a second."""
+
+
+def postgres_links(coordinator: str) -> list[str]:
+    """To the two places where a PostgreSQL may run."""
+    return [f"{coordinator}>postgres-{place}" for place in (1, 2)]
 
 
 def _variables(settings: Mapping[str, object]) -> dict[str, str]:
@@ -127,8 +133,8 @@ class Fleet:
         self._supervisor = asyncio.create_task(self._supervise(), name="supervisor")
 
     def _start_servers(self) -> None:
-        makers = {
-            "postgres": servers.postgres_server,
+        makers: dict[str, Callable[[], servers.Server]] = {
+            "postgres": postgres_pair,
             "s3": servers.s3_server,
             "rabbitmq": servers.rabbitmq_server,
             "redis": servers.redis_server,
@@ -147,13 +153,17 @@ class Fleet:
         ways = [(f">{name}", listens[name]) for name in (*AGENTS, *QUERIES)]
         clients = ("clients", *AGENTS, *QUERIES, *SEGMENTERS)
         ways += [(f"{client}>{name}", listens[name]) for client in clients for name in COORDINATORS]
-        postgres = self.servers["postgres"].url.rpartition("@")[2].partition("/")[0]
-        ways += [(f"{name}>postgres", postgres) for name in COORDINATORS]
+        ways += [
+            way for name in COORDINATORS for way in zip(postgres_links(name), self._postgres_places(), strict=True)
+        ]
         s3 = self.servers["s3"].url.removeprefix("http://")
         ways += [(f"{name}>s3", s3) for name in (*QUERIES, *SEGMENTERS)]
         for name, target in ways:
             link = self.links[name] = FaultProxy(name, target)
             await link.start()
+
+    def _postgres_places(self) -> list[str]:
+        return self.servers["postgres"].url.rpartition("@")[2].partition("/")[0].split(",")
 
     def bootstrap(self, client: str = "clients") -> str:
         """The coordinators, as `client` reaches them."""
@@ -172,9 +182,9 @@ class Fleet:
         own = {key: value for server in self.servers.values() for key, value in server.settings.items()}
         if name in COORDINATORS:
             dsn = self.servers["postgres"].url
-            _, _, host = dsn.rpartition("@")
-            direct = host.partition("/")[0]
-            return own | {"STREAMHOUSE_PG_DSN": dsn.replace(f"@{direct}", f"@{self.links[f'{name}>postgres'].address}")}
+            for link, place in zip(postgres_links(name), self._postgres_places(), strict=True):
+                dsn = dsn.replace(place, self.links[link].address)
+            return own | {"STREAMHOUSE_PG_DSN": dsn}
         own["STREAMHOUSE_BOOTSTRAP"] = self.bootstrap(name)
         if f">{name}" in self.links:
             own["STREAMHOUSE_ADVERTISE"] = self.links[f">{name}"].address

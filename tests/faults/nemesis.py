@@ -21,8 +21,10 @@ from tests.faults.fleet import (
     SESSION_TTL_S,
     SMALL_DISK_AGENT,
     Fleet,
+    postgres_links,
 )
 from tests.faults.proxy import BOTH, Answers, Direction
+from tests.integration.standby import PostgresPair
 
 Nemesis = Callable[[Fleet, random.Random], AbstractAsyncContextManager[str]]
 
@@ -168,7 +170,7 @@ async def isolate(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
 async def postgres_partition(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
     """One or both coordinators do not reach PostgreSQL, or do not hear its answers."""
     names = rng.choice((COORDINATORS, COORDINATORS[:1], COORDINATORS[1:]))
-    links = [f"{name}>postgres" for name in names]
+    links = [link for name in names for link in postgres_links(name)]
     ways = rng.choice((BOTH, (Direction.DOWN,)))
     with _all_of(fleet, links):
         for link in links:
@@ -233,6 +235,20 @@ async def postgres_kill(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
 async def postgres_restart(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
     async with _outage(fleet, "postgres", fleet.servers["postgres"].stop, "is stopped") as what:
         yield what
+
+
+@nemesis("postgres-failover")
+async def postgres_failover(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
+    """It gets a synchronous standby, and dies; the standby takes its place. The next time it is the other way round."""
+    server = fleet.servers["postgres"]
+    assert isinstance(server, PostgresPair)
+    with _all_of(fleet, ["postgres"]):
+        await asyncio.to_thread(server.attach_standby)
+        server.kill()
+        try:
+            yield "postgres is killed, to be replaced by its standby"
+        finally:
+            await asyncio.to_thread(server.start)
 
 
 @nemesis("s3-away")

@@ -47,7 +47,7 @@ Result = TypeVar("Result")
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="server-spawner")
 
 
-def _spawn(call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+def spawn(call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
     return _spawner.submit(call, *arguments, **options).result()
 
 
@@ -123,7 +123,7 @@ class ProcessBackend:
     def start(self) -> None:
         assert self._process is None, f"{self._name} runs already"
         with self.log_path.open("ab") as log:
-            self._process = _spawn(
+            self._process = spawn(
                 _popen,
                 self._command,
                 stdin=subprocess.DEVNULL,
@@ -255,10 +255,10 @@ class PostgresBackend:
         self.dsn = ""
 
     def start(self) -> None:
-        self.dsn = _spawn(asyncio.run, self._postgres.start())
+        self.dsn = spawn(asyncio.run, self._postgres.start())
 
     def stop(self) -> None:
-        _spawn(asyncio.run, self._postgres.stop())
+        spawn(asyncio.run, self._postgres.stop())
 
     def kill(self) -> None:
         self._postgres.kill()
@@ -279,7 +279,7 @@ def postgres_server() -> Server:
         password = secrets.token_hex(8)
         dsn = f"postgresql://postgres:{password}@127.0.0.1:{port}/postgres"
         backend = ContainerBackend("postgres:17", 5432, port, {"POSTGRES_PASSWORD": password})
-        return started(backend, dsn, {"STREAMHOUSE_PG_DSN": dsn}, lambda: _postgres_answers(dsn))
+        return started(backend, dsn, {"STREAMHOUSE_PG_DSN": dsn}, lambda: postgres_answers(dsn))
     try:
         find_bin_dir()
     except PostgresError as exc:
@@ -288,10 +288,10 @@ def postgres_server() -> Server:
     backend.start()  # makes the password that the DSN holds
     dsn = backend.dsn
     backend.stop()
-    return started(backend, dsn, {"STREAMHOUSE_PG_DSN": dsn}, lambda: _postgres_answers(dsn))
+    return started(backend, dsn, {"STREAMHOUSE_PG_DSN": dsn}, lambda: postgres_answers(dsn))
 
 
-def _postgres_answers(dsn: str) -> bool:
+def postgres_answers(dsn: str) -> bool:
     import asyncpg
 
     async def connect() -> bool:
@@ -302,7 +302,7 @@ def _postgres_answers(dsn: str) -> bool:
         await connection.close()
         return True
 
-    return bool(_spawn(asyncio.run, connect()))
+    return bool(spawn(asyncio.run, connect()))
 
 
 # S3
@@ -390,7 +390,7 @@ def own_storage(postgres: Server, s3: Server) -> dict[str, str]:
         finally:
             await connection.close()
 
-    _spawn(asyncio.run, create())
+    spawn(asyncio.run, create())
     settings = {**s3.settings, "STREAMHOUSE_S3_BUCKET": name}
     if not _make_bucket(settings):
         raise RuntimeError(f"{s3.url} did not make the bucket {name}")

@@ -1,76 +1,131 @@
-"""A PostgreSQL with a synchronous standby, and what happens to it when its machine dies: the standby is promoted."""
+"""A PostgreSQL that may get a synchronous standby, which takes its place when its machine dies."""
 
+import asyncio
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
-from streamhouse_embedded.postgres import EmbeddedPostgres
+import pytest
+from streamhouse_embedded.postgres import EmbeddedPostgres, PostgresError
 from streamhouse_embedded.postgres_system import RunAs, find_bin_dir
 
 from tests.integration.processes import free_ports
+from tests.integration.servers import Server, new_work_dir, postgres_answers, spawn
 
 
-class PostgresPair:
-    """`start` returns with the standby attached; a transaction is committed when both have it.
+class PostgresPairBackend:
+    """Two places for a server. At first one runs; `attach_standby` puts a copy of it at the other, and from then on a
+    transaction is committed when both have it. If the first is killed, `start` promotes the copy instead of it."""
 
-    All methods have to be called on a thread that outlives the servers.
-    """
-
-    def __init__(self, work_dir: Path) -> None:
-        ports = free_ports(2)
-        self._dirs = [work_dir / name / "data" for name in ("primary", "standby")]
-        self._primary, self._standby = (
-            EmbeddedPostgres(path, port=port) for path, port in zip(self._dirs, ports, strict=True)
-        )
-        self._dsns: list[str] = []
+    def __init__(self) -> None:
+        self._work_dir = new_work_dir("postgres-pair")
+        self._dirs = [self._work_dir / name / "data" for name in "ab"]
+        self._ports = free_ports(2)
+        self._postgres = [EmbeddedPostgres(path, port=port) for path, port in zip(self._dirs, self._ports, strict=True)]
+        self._primary = 0
+        self._dsns = ["", ""]
 
     @property
     def dsn(self) -> str:
-        """Names both, and leaves it to the reader to find out which one is the primary."""
-        credentials = self._dsns[0].rpartition("@")[0]
-        hosts = ",".join(urlsplit(dsn).netloc.rpartition("@")[2] for dsn in self._dsns)
-        return f"{credentials}@{hosts}/postgres"
+        """Names both places; known after the first start."""
+        parts = urlsplit(self._dsns[self._primary])
+        hosts = ",".join(f"127.0.0.1:{port}" for port in self._ports)
+        return f"{parts.scheme}://{parts.username}:{parts.password}@{hosts}/postgres?target_session_attrs=read-write"
 
-    async def start(self) -> None:
-        dsn = await self._primary.start()
-        self._copy(dsn)
-        self._dsns = [dsn, await self._standby.start()]
-        await self._tell(0, "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
-        # Returns when the standby has it, too.
-        await self._tell(0, "CREATE TABLE attached ()", "DROP TABLE attached")
+    @property
+    def _has_standby(self) -> bool:
+        return self._postgres[1 - self._primary].pid is not None
 
-    def kill_primary(self) -> None:
-        self._primary.kill()
+    def attach_standby(self) -> None:
+        """Returns when it has everything. Transactions go on meanwhile."""
+        primary, standby = self._primary, 1 - self._primary
+        shutil.rmtree(self._dirs[standby].parent, ignore_errors=True)
+        spawn(self._copy, self._dsns[primary], self._dirs[standby])
+        self._start_one(standby)
+        self._tell(primary, "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
+        self._tell(primary, "CREATE TABLE attached ()", "DROP TABLE attached")  # returns when the standby has it, too
 
-    async def promote(self) -> None:
-        await self._tell(1, "SELECT pg_promote()")
+    def start(self) -> None:
+        if self._has_standby:
+            self._primary = 1 - self._primary
+            self._tell(self._primary, "SELECT pg_promote()")
+        else:
+            self._start_one(self._primary)
 
-    async def stop(self) -> None:
-        await self._standby.stop()
-        await self._primary.stop()
+    def stop(self) -> None:
+        self._must_have_no_standby()
+        spawn(asyncio.run, self._postgres[self._primary].stop())
 
-    async def _tell(self, which: int, *statements: str) -> None:
-        connection = await asyncpg.connect(self._dsns[which])
-        try:
-            for statement in statements:
-                await connection.execute(statement)
-        finally:
-            await connection.close()
+    def kill(self) -> None:
+        self._postgres[self._primary].kill()
 
-    def _copy(self, dsn: str) -> None:
-        """The primary's files as they are, and the note that they are a standby's (`pg_basebackup -R`)."""
-        parts, bin_dir, path = urlsplit(dsn), find_bin_dir(), self._dirs[1]
+    def close(self) -> None:
+        for postgres in self._postgres:
+            postgres.kill()
+        shutil.rmtree(self._work_dir)
+
+    def failure(self) -> str:
+        return "" if self._postgres[self._primary].pid else "PostgreSQL ended"
+
+    def _must_have_no_standby(self) -> None:
+        assert not self._has_standby, "a primary that has a standby can only be killed"
+
+    def _start_one(self, which: int) -> None:
+        self._dsns[which] = spawn(asyncio.run, self._postgres[which].start())
+
+    def _tell(self, which: int, *statements: str) -> None:
+        async def tell() -> None:
+            connection = await asyncpg.connect(self._dsns[which])
+            try:
+                for statement in statements:
+                    await connection.execute(statement)
+            finally:
+                await connection.close()
+
+        spawn(asyncio.run, tell())
+
+    def _copy(self, dsn: str, path: Path) -> None:
+        """The files of a server that runs, and the note that they are a standby's."""
         path.parent.mkdir(mode=0o755)
+        parts, bin_dir = urlsplit(dsn), find_bin_dir()
         user = RunAs.choose(bin_dir, path)
         user.give(path.parent)
+        where = [f"--host={parts.hostname}", f"--port={parts.port}", "--username=postgres", f"--pgdata={path}"]
         subprocess.run(
             user.command(
                 bin_dir / "pg_basebackup",
-                [f"--host={parts.hostname}", f"--port={parts.port}", "--username=postgres", f"--pgdata={path}",
-                 "--write-recovery-conf", "--wal-method=stream"],
+                [*where, "--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast"],
             ),
             env={**os.environ, "PGPASSWORD": parts.password or "", "LC_ALL": "C"},
             check=True,
-        )  # fmt: skip
+        )
+
+
+class PostgresPair(Server):
+    """As any other; `attach_standby`, `kill`, `start` is a failover."""
+
+    def __init__(self, backend: PostgresPairBackend, dsn: str) -> None:
+        super().__init__(backend, dsn, {"STREAMHOUSE_PG_DSN": dsn}, lambda: postgres_answers(dsn))
+        self.attach_standby = backend.attach_standby
+
+
+def postgres_pair() -> PostgresPair:
+    """Started, without a standby. Skips the test if there is no PostgreSQL of our own."""
+    try:
+        find_bin_dir()
+    except PostgresError as error:
+        pytest.skip(str(error))
+    backend = PostgresPairBackend()
+    backend.start()  # makes the password that the DSN holds
+    dsn = backend.dsn
+    backend.stop()
+    pair = PostgresPair(backend, dsn)
+    try:
+        pair.start()
+    except BaseException:
+        pair.close()
+        raise
+    return pair

@@ -9,7 +9,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ from shproto.services import QueryClient
 from streamhouse import Admin, Producer
 from streamhouse_coordinator.adapters import listener
 from streamhouse_coordinator.adapters.postgres import PostgresStore
-from streamhouse_embedded.postgres import PostgresError
 
 from tests.faults.proxy import Direction, FaultProxy
 from tests.integration.cluster import Cluster
 from tests.integration.reading import read_partition
-from tests.integration.servers import Server, new_work_dir
-from tests.integration.standby import PostgresPair
+from tests.integration.servers import Server
+from tests.integration.standby import PostgresPair, postgres_pair
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -73,22 +72,16 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-async def pair() -> AsyncIterator[PostgresPair]:
-    servers = PostgresPair(new_work_dir("failover"))
-    try:
-        await servers.start()
-    except PostgresError as error:
-        pytest.skip(f"no PostgreSQL of our own: {error}")
-    try:
-        yield servers
-    finally:
-        await servers.stop()
+def pair() -> Iterator[PostgresPair]:
+    server = postgres_pair()
+    yield server
+    server.close()
 
 
 @pytest.fixture
 async def cluster(pair: PostgresPair, storage: dict[str, str], tmp_path: Path) -> AsyncIterator[Cluster]:
     common = storage | {
-        "STREAMHOUSE_PG_DSN": pair.dsn,
+        **pair.settings,
         "STREAMHOUSE_PG_TIMEOUT_MS": "2000",
         "STREAMHOUSE_SESSION_TTL_MS": str(TTL_MS),
         "STREAMHOUSE_HEARTBEAT_INTERVAL_MS": "500",
@@ -110,14 +103,15 @@ async def test_the_standby_takes_over_and_nothing_is_lost_or_registered_twice(
         for topic in ACKS:
             await admin.create_topic(topic, partitions=1)
     writers = {topic: Writer(cluster.bootstrap, topic) for topic in ACKS}
+    await asyncio.to_thread(pair.attach_standby)
     async with asyncio.TaskGroup() as group:
         for writer in writers.values():
             group.create_task(writer.run())
         for writer in writers.values():
             await writer.progress(20)
-        pair.kill_primary()
+        pair.kill()
         await _go_on_without(writers, TTL_MS * 2 / 1000)
-        await pair.promote()
+        await asyncio.to_thread(pair.start)
         for writer in writers.values():
             await writer.progress(20)
             writer.stop()
