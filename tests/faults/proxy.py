@@ -37,7 +37,7 @@ BOTH = (Direction.UP, Direction.DOWN)
 class Answers(Enum):
     """What becomes of answers. SLOW_DOWN, ERROR, CONFLICT: requests get HTTP 503, 500 or 409 and never arrive. LOST:
     requests arrive, the connection is reset when the answer comes. TRUNCATED: it is reset in the middle of the answer's
-    body."""
+    body, or of its head if it has no body."""
 
     NORMAL = "normal"
     SLOW_DOWN = "503"
@@ -52,6 +52,13 @@ _CODES = {
     Answers.ERROR: ("500 Internal Server Error", "InternalError"),
     Answers.CONFLICT: ("409 Conflict", "ConditionalRequestConflict"),
 }
+
+
+def _half(answer: bytes) -> bytes:
+    head, separator, body = answer.partition(b"\r\n\r\n")
+    if b"content-length: 0" in head.lower().split(b"\r\n"):
+        return head[: len(head) // 2]
+    return head + separator + body[: len(body) // 2]
 
 
 class _Pipe:
@@ -133,8 +140,7 @@ class _Pipe:
             self.reset()
             raise ConnectionResetError("the answer is lost")
         if self.proxy.answers is Answers.TRUNCATED:
-            head, separator, body = data.partition(b"\r\n\r\n")
-            writer.write(head + separator + body[: len(body) // 2])
+            writer.write(_half(data))
             raise ConnectionResetError("the answer is truncated")
         return data
 

@@ -185,9 +185,21 @@ async def test_loses_the_answer_of_a_request_that_arrived(
     assert echo[0].arrived == [b"done\n"]
 
 
-async def test_truncates_a_body(echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect) -> None:
+@pytest.mark.parametrize(
+    ("answer", "arrives"),
+    [
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n0123456789",
+            b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n01234",
+        ),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\n"),
+    ],
+)
+async def test_truncates_a_body_or_else_the_head(
+    echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect, answer: bytes, arrives: bytes
+) -> None:
     proxy.answers = Answers.TRUNCATED
-    echo[0].answer = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n0123456789"
+    echo[0].answer = answer
     reader, writer = await connect()
     writer.write(b"GET\n")
-    assert await reader.read() == b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n01234"
+    assert await reader.read() == arrives

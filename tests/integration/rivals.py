@@ -185,6 +185,10 @@ class Rivals:
         rows = await self._select(tables.SEGMENTS, epoch=epoch)
         return sorted((row.base_offset, row.end_offset) for row in rows)
 
+    async def object_keys(self) -> list[str]:
+        """Of the objects that segments lie in."""
+        return sorted({row.object_key for row in await self._select(tables.SEGMENTS)})
+
     async def events(self, kind: type[Event]) -> list[Event | None]:
         rows = await self._select(tables.EVENTS, type=kind.__name__)
         return [event_from_json(row.type, row.payload) for row in rows]

@@ -7,6 +7,7 @@ G7 (pressure is visible, never fatal) for an object store that is away, slow, th
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from urllib.parse import urlsplit
 
 import pytest
 from shproto.v1 import types_pb2
+from shruntime import settings as runtime
 from shstore import ObjectStore, RetryingStore, RetryPolicy, StoreSettings, open_store
+from shstore.configured import configured_store
 from shstore.errors import ObjectExists, StoreError
 
 from tests.faults.proxy import Answers, Direction, FaultProxy
@@ -22,8 +25,9 @@ from tests.integration.rivals import Rivals, rivals, until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
-DURABLE = types_pb2.ACKS_DURABLE
+DURABLE, WAL = types_pb2.ACKS_DURABLE, types_pb2.ACKS_WAL
 READ_TIMEOUT_MS = 1_000
+LATENCY_MS = 10_000
 
 
 class Noting:
@@ -143,3 +147,37 @@ async def test_g6_a_reader_gets_what_is_there_or_waits_whatever_the_store_does(
         for name in READS:
             await found.produce("old", b"to be read during " + name.encode(), DURABLE)
             await weather.read_through(name)
+
+
+async def everything_is_registered(found: Rivals) -> bool:
+    return (await found.range(1)).registered_end == len(found.acknowledged)
+
+
+async def test_g2_g7_ten_seconds_of_latency_make_everything_late_and_nothing_wrong(
+    storage: dict[str, str], tmp_path: Path
+) -> None:
+    """With the time-outs that a service has by default: no try is given up, so nothing is uploaded twice either."""
+    proxy = FaultProxy("store", urlsplit(storage["STREAMHOUSE_S3_ENDPOINT"]).netloc)
+    await proxy.start()
+    environ = {name: value for name, value in storage.items() if name.startswith("STREAMHOUSE_S3_")}
+    store = configured_store(
+        runtime.StoreSettings.load(environ | {"STREAMHOUSE_S3_ENDPOINT": f"http://{proxy.address}"})
+    )
+    try:
+        async with rivals(storage["STREAMHOUSE_PG_DSN"], tmp_path, WAL, store=store) as found:
+            proxy.delay(Direction.DOWN, LATENCY_MS)
+            stored = asyncio.create_task(found.produce("old", b"durable", DURABLE))
+            await until(lambda: proxy.passed_bytes[Direction.UP])  # the upload is on its way
+            for number in range(20):  # the store is not in the way of these
+                await found.produce("old", b"%d" % number, WAL)
+            assert not stored.done()
+            await stored
+            assert await found.read() == (found.acknowledged, [])
+            await proxy.heal()
+            await until(functools.partial(everything_is_registered, found))
+            assert set(map(len, found.witness.judged.values())) == {1}, "no span was offered twice"
+            assert [info.key async for info in store.list("data/")] == await found.object_keys()
+            await found.check_registry()
+    finally:
+        await store.close()
+        await proxy.stop()

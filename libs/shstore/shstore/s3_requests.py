@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import aioboto3
 from aiobotocore.config import AioConfig
+from aiobotocore.httpsession import AIOHTTPSession
 
 from shstore.errors import StoreUnavailable
 from shstore.s3_errors import CLIENT_ERRORS, store_error
@@ -61,12 +62,29 @@ class S3Requests:
         return reply
 
 
+class _Http(AIOHTTPSession):  # type: ignore[misc]
+    """HTTP without what aiohttp does beyond being asked."""
+
+    async def send(self, request: Any) -> Any:
+        """Without `Expect: 100-continue`: for the server's leave to go on, aiohttp waits longer than read_timeout."""
+        request.headers.pop("Expect", None)
+        return await super().send(request)
+
+    async def _get_session(self, proxy_url: str | None) -> Any:
+        """One that sends each request once. A PUT whose connection broke aiohttp would repeat by itself; had it taken
+        effect, the repetition meets its own object, and whoever asked is told that somebody else's is there."""
+        session = await super()._get_session(proxy_url)
+        session._retry_connection = False  # there is no public switch; aiohttp's own test client does the same
+        return session
+
+
 def _new_client(settings: StoreSettings) -> Any:
     config = AioConfig(
         connect_timeout=settings.connect_timeout_ms / 1000,
         read_timeout=settings.read_timeout_ms / 1000,
         max_pool_connections=settings.max_connections,
         retries={"mode": "standard", "total_max_attempts": 1},
+        http_session_cls=_Http,
         signature_version="s3v4",
         s3={"addressing_style": "path" if settings.path_style else "virtual"},
         request_checksum_calculation="when_supported" if settings.request_checksums else "when_required",

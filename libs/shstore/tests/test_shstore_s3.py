@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,8 +24,9 @@ from shstore import (
     StoreUnavailable,
 )
 
+from libs.shstore.tests.http_server import answering, forwarding, listening, server
+
 MIB = 1024 * 1024
-Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
 
 
 async def test_no_bucket(s3_settings: StoreSettings) -> None:
@@ -215,6 +216,22 @@ async def test_a_silent_server_times_out(s3_settings: StoreSettings, limits: dic
             await store.get("k")
 
 
+@pytest.mark.parametrize("size_bytes", [10, 4 * MIB, 6 * MIB])
+async def test_a_put_waits_for_nothing_but_the_reply(s3_settings: StoreSettings, size_bytes: int) -> None:
+    """The server takes what comes and never says a word, not even that the body may follow."""
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(MIB):
+            pass
+
+    async with (
+        listening(listen) as endpoint,
+        opened(s3_settings, endpoint=endpoint, read_timeout_ms=100) as store,
+    ):
+        with pytest.raises(StoreUnavailable, match="Read timeout"):
+            await store.put("k", [bytes(size_bytes)])
+
+
 async def test_a_huge_object_is_refused_before_it_is_read(s3_settings: StoreSettings) -> None:
     reply = b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 99999999999999\r\n\r\n'
     message = "get of 99999999999999 bytes of 'k' is over get_bytes_max = 1000"
@@ -224,62 +241,3 @@ async def test_a_huge_object_is_refused_before_it_is_read(s3_settings: StoreSett
     ):
         with pytest.raises(StoreInvalid, match=message):
             await store.get("k")
-
-
-def answering(reply: bytes) -> Answer:
-    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
-        writer.write(reply)
-
-    return answer
-
-
-def forwarding(target: str, marker: bytes, on_marker: Callable[[], Awaitable[None]]) -> Answer:
-    """Pass each request on; one whose first line contains `marker` is cut after `on_marker()`."""
-    host, port = target.removeprefix("http://").split(":")
-
-    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
-        if marker in request.split(b"\r\n", 1)[0]:
-            await on_marker()
-            return
-        upstream_reader, upstream_writer = await asyncio.open_connection(host, int(port))
-        upstream_writer.write(request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
-        writer.write(await upstream_reader.read())
-        upstream_writer.close()
-        await upstream_writer.wait_closed()
-
-    return answer
-
-
-async def read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-    head = await reader.readuntil(b"\r\n\r\n")
-    headers = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line)
-    if headers.get(b"expect") == b"100-continue":
-        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    return head + await reader.readexactly(int(headers.get(b"content-length", b"0")))
-
-
-@asynccontextmanager
-async def server(answer: Answer) -> AsyncIterator[str]:
-    """An HTTP server on a free port that gives each connection's one request to `answer`, then hangs up."""
-    connections: set[asyncio.Task[None]] = set()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
-        connections.add(task)
-        try:
-            await answer(await read_request(reader, writer), writer)
-        except (asyncio.CancelledError, asyncio.IncompleteReadError, ConnectionError):
-            return  # the test is over, or the client hung up first
-        finally:
-            connections.discard(task)
-            writer.close()
-
-    listening = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1 << 20)
-    try:
-        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-    finally:
-        listening.close()
-        for task in list(connections):
-            task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
