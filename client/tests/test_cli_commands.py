@@ -76,6 +76,22 @@ def test_help_loads_nothing_heavy() -> None:
     assert "streamhouse serve" in done.stdout
 
 
+def test_a_local_store_and_a_refusal_load_no_s3_client() -> None:
+    """Which takes longer than the command itself."""
+    code = (
+        "import sys\n"
+        "from shproto.errors import UnknownTopic\n"
+        "from streamhouse.cli.failures import explain\n"
+        "print(explain(UnknownTopic('no such topic'), {}), 'shstore' in sys.modules)\n"
+        "from shstore import open_store\n"
+        "open_store('file:///tmp')\n"
+        "sys.exit('loaded' if {'aioboto3', 'botocore'} & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "no such topic (UNKNOWN_TOPIC) False\n"
+
+
 @pytest.mark.parametrize(
     "command",
     ["serve", "topic create", "topic list", "topic describe", "topic delete", "produce", "consume", "segment inspect",

@@ -21,13 +21,15 @@ class CliError(click.ClickException):
 
 def explain(error: Exception, context: Mapping[str, str]) -> str | None:
     """One line about an expected failure; None for a defect. `context` may name the bootstrap address in use."""
-    from shformat import FormatError
     from shproto.errors import StreamHouseError
-    from shruntime.settings import SettingsError
-    from shstore.errors import StoreError
 
     if isinstance(error, StreamHouseError):
         return _explain_refusal(error, context)
+    # Only now: the store brings an S3 client with it, and what it takes to load that a refusal need not wait for.
+    from shformat import FormatError
+    from shruntime.settings import SettingsError
+    from shstore.errors import StoreError
+
     if isinstance(error, SettingsError | StoreError | FormatError | OSError):
         return one_line(str(error))
     return None

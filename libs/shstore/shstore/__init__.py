@@ -21,7 +21,6 @@ from shstore.memory import MemoryStore
 from shstore.open import open_store
 from shstore.port import ObjectInfo, ObjectStore
 from shstore.retrying import RetryingStore, RetryPolicy
-from shstore.s3 import S3Store
 from shstore.settings import StoreSettings
 
 __all__ = [
@@ -41,7 +40,6 @@ __all__ = [
     "RangeBeyondEnd",
     "RetryPolicy",
     "RetryingStore",
-    "S3Store",
     "ScriptedFaults",
     "StoreCorrupt",
     "StoreDenied",

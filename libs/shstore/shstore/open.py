@@ -9,7 +9,6 @@ from shstore.errors import StoreInvalid
 from shstore.local import LocalStore
 from shstore.memory import MemoryStore
 from shstore.port import ObjectStore
-from shstore.s3 import S3Store
 from shstore.settings import StoreSettings
 
 _URL_OPTIONS = ("endpoint", "region")
@@ -25,6 +24,9 @@ def open_store(where: StoreSettings | str) -> ObjectStore:
     if settings.kind == "local":
         return LocalStore(settings)
     if settings.kind == "s3":
+        # Loading an S3 client takes a process half a second, and most commands and local platforms never need it.
+        from shstore.s3 import S3Store
+
         return S3Store(settings)
     return MemoryStore(settings)
 

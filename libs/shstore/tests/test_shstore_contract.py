@@ -21,10 +21,10 @@ from shstore import (
     RangeBeyondEnd,
     RetryingStore,
     RetryPolicy,
-    S3Store,
     StoreInvalid,
     StoreSettings,
 )
+from shstore.s3 import S3Store
 
 MIB = 1024 * 1024
 STORES = ("memory", "local", "s3", "faulty")

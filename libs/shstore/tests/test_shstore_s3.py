@@ -15,7 +15,6 @@ from shstore import (
     BucketMissing,
     ObjectExists,
     ObjectMissing,
-    S3Store,
     StoreCorrupt,
     StoreDenied,
     StoreError,
@@ -23,6 +22,7 @@ from shstore import (
     StoreSettings,
     StoreUnavailable,
 )
+from shstore.s3 import S3Store
 
 from libs.shstore.tests.http_server import answering, forwarding, listening, server
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shstore import LocalStore, MemoryStore, S3Store, StoreError, StoreInvalid, StoreSettings, open_store
+from shstore import LocalStore, MemoryStore, StoreError, StoreInvalid, StoreSettings, open_store
 from shstore.keys import check_key
 from shstore.open import settings_from_url
 from shstore.ranges import byte_views, split_views
+from shstore.s3 import S3Store
 
 
 @given(parts=st.lists(st.binary(max_size=40), max_size=12), part_bytes=st.integers(1, 50))
