@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .batch_header import BATCH_HEADER_SIZE, Buffer
 from .errors import FormatError
@@ -69,8 +70,7 @@ class WalFileHeader:
         return _FILE_HEADER_SIZES[self.version]
 
 
-@dataclass(slots=True)
-class WalFrame:
+class WalFrame(NamedTuple):
     """A frame whose checksums hold. Positions are bytes from the start of the scanned buffer; sizes in bytes."""
 
     topic_id: bytes

@@ -155,6 +155,7 @@ class _Files:
             other_file = header_damage.startswith(_OTHER_FILE) and self._hides(sequence)
             self.replay.damaged(sequence, 0, WAL_FILE_HEADER_SIZE, header_damage, hides=other_file)
         tail: list[DamagedSpan] = []  # damage that no valid frame follows, so far
+        ends: dict[LogKey, int] = {}
         for item in scan_frames(buffer):
             if isinstance(item, DamagedSpan):
                 tail.append(item)
@@ -162,7 +163,9 @@ class _Files:
             if tail:
                 self._report(sequence, tail)
                 tail.clear()
-            self._add(buffer, sequence, item)
+            self._add(buffer, sequence, item, ends)
+        for key, end_offset in ends.items():
+            self.index.note(sequence, key, end_offset)
         if is_last and tail and _is_cut_off(tail, len(buffer)):
             return tail[0].at
         if is_last and tail and _lost_a_sector(buffer, tail[0].at):
@@ -183,7 +186,8 @@ class _Files:
             raise WrongIdentity(f"{path}: belongs to log {header.wal_id.hex()}, this is {ours.hex()}")
         return None if header.sequence == sequence else f"{_OTHER_FILE} {header.sequence}"
 
-    def _add(self, buffer: FileBytes, sequence: int, frame: WalFrame) -> None:
+    def _add(self, buffer: FileBytes, sequence: int, frame: WalFrame, ends: dict[LogKey, int]) -> None:
+        """`ends`: up to where this file holds each log; the frame's end goes in."""
         key = LogKey(frame.topic_id, frame.partition, frame.epoch)
         try:
             header = read_batch_header(buffer, frame.batch_at)
@@ -193,7 +197,7 @@ class _Files:
             return
         position = WalPosition(sequence, frame.batch_at, frame.batch_size_bytes)
         self.replay.add(key, frame.base_offset, header, position)
-        self.index.note(sequence, key, frame.base_offset + header.record_count)
+        ends[key] = max(ends.get(key, 0), frame.base_offset + header.record_count)
 
     def _report(self, sequence: int, spans: Sequence[DamagedSpan]) -> None:
         path = self._directory.file_path(sequence)

@@ -6,14 +6,13 @@ Columns instead of objects: a batch costs 48 bytes besides its own, so that a lo
 from array import array
 from bisect import bisect_right
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # What one batch costs in the columns below: five 8-byte numbers and a pointer.
 BATCH_OVERHEAD_BYTES = 48
 
 
-@dataclass(frozen=True, slots=True)
-class WalPosition:
+class WalPosition(NamedTuple):
     """Where a batch lies: file sequence, byte position of the batch in that file, its size."""
 
     file: int

@@ -11,6 +11,7 @@ Per producer the last few batches are remembered with their offsets. The rules a
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from shformat import ProducerStamp
 
@@ -26,8 +27,7 @@ class SnapshotError(ValueError):
     """A producer snapshot that is not one; names what is wrong and where."""
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenBatch:
+class WrittenBatch(NamedTuple):
     base_sequence: int
     record_count: int
     base_offset: int
@@ -37,8 +37,7 @@ class WrittenBatch:
         return self.base_sequence + self.record_count
 
 
-@dataclass(frozen=True, slots=True)
-class ProducerState:
+class ProducerState(NamedTuple):
     """The last batches of one producer epoch, ascending; never empty."""
 
     producer_epoch: int

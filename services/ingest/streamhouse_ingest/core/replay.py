@@ -37,10 +37,13 @@ class Doubt:
 
 @dataclass(slots=True)
 class ReplayedLog:
-    """`end_offset`: up to where the log was written, damaged frames included."""
+    """`end_offset`: up to where the log was written, damaged frames included. `producers`: of its partition.
+    `hidings_before`: how often damage had hidden frames before the last frame of this log."""
 
     first_offset: int
     end_offset: int
+    producers: dict[int, ProducerState]
+    hidings_before: int = 0
     buffers: list[Buffer] = field(default_factory=list)
 
 
@@ -57,44 +60,41 @@ class Replay:
         self.logs: dict[LogKey, ReplayedLog] = {}
         self.producers: dict[tuple[bytes, int], dict[int, ProducerState]] = {}
         self.damage: list[Damage] = []
-        self._hidden = False
+        self._hidings = 0  # how often damage may have hidden frames of any log
         self._torn = False
-        self._certain: set[LogKey] = set()  # logs with a frame after all damage that hides frames
 
     @property
     def doubt(self) -> Doubt:
         """What cannot be said of the ends of this log's ranges."""
-        return Doubt(self._hidden, self._torn, frozenset(self._certain))
+        certain = frozenset(key for key, log in self.logs.items() if log.hidings_before == self._hidings)
+        return Doubt(self._hidings > 0, self._torn, certain)
 
     def add(self, key: LogKey, base_offset: int, header: BatchHeader, position: WalPosition) -> None:
         """A valid frame. One that overlaps what came before is damage: offsets never change their records."""
         log = self.logs.get(key)
         if log is None:
-            log = self.logs[key] = ReplayedLog(base_offset, base_offset)
+            log = self._begin(key, base_offset)
         if base_offset < log.end_offset:
             overlap = f"frame at offset {base_offset}, but offsets up to {log.end_offset} were written before"
             self.damaged(position.file, position.at, position.size_bytes, overlap)
             return
-        self._certain.add(key)
+        log.hidings_before = self._hidings
         last = log.buffers[-1] if log.buffers else None
         if last is None or base_offset > last.end_offset or last.size_bytes >= self._buffer_bytes_max:
             last = Buffer(base_offset, 0)
             log.buffers.append(last)
         last.append(header.record_count, position, None)
         log.end_offset = last.end_offset
-        if header.producer is not None:
-            states = self.producers.setdefault(key.partition_key, {})
-            stamp = header.producer
-            states[stamp.producer_id] = after_write(
-                states.get(stamp.producer_id), stamp, header.record_count, base_offset
-            )
+        stamp = header.producer
+        if stamp is not None:
+            states, producer_id = log.producers, stamp.producer_id
+            states[producer_id] = after_write(states.get(producer_id), stamp, header.record_count, base_offset)
 
     def damaged(self, file: int, at: int, size_bytes: int, reason: str, *, hides: bool = False) -> None:
         """`hides`: there may have been frames of any log."""
         self.damage.append(Damage(file, at, size_bytes, reason))
         if hides:
-            self._hidden = True
-            self._certain.clear()
+            self._hidings += 1
 
     def torn(self) -> None:
         """The log ends with what a write that a power failure cut off can leave (so can, less likely, damage), or was
@@ -103,6 +103,12 @@ class Replay:
 
     def lost(self, key: LogKey, base_offset: int, record_count: int) -> None:
         """A damaged frame held these records."""
-        log = self.logs.setdefault(key, ReplayedLog(base_offset, base_offset))
+        log = self.logs.get(key) or self._begin(key, base_offset)
         log.end_offset = max(log.end_offset, base_offset + record_count)
-        self._certain.add(key)
+        log.hidings_before = self._hidings
+
+    def _begin(self, key: LogKey, base_offset: int) -> ReplayedLog:
+        """The log starts at this frame, as far as the files say. Producers outlive epochs."""
+        producers = self.producers.setdefault(key.partition_key, {})
+        log = self.logs[key] = ReplayedLog(base_offset, base_offset, producers)
+        return log
