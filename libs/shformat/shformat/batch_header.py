@@ -185,8 +185,8 @@ def read_batch_header(buffer: Buffer, at: int = 0, limits: FormatLimits = DEFAUL
         max_timestamp_ms,
         producer if producer_id else None,
         contiguous,
-        bool(flags & _KEYS),
-        bool(flags & _HEADERS),
+        flags & _KEYS != 0,
+        flags & _HEADERS != 0,
     )
 
 

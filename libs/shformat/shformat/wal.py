@@ -43,7 +43,6 @@ _FRAME_BODY_AT = 8
 assert _FRAME.size == FRAME_HEADER_SIZE == _FRAME_BODY_AT + _FRAME_BODY.size
 assert _FRAME_LEAD.size == _FRAME_BODY_AT
 
-_BATCH_CRC = struct.Struct("<I")
 # Frames that fail may overlap only when somebody stored forged frames inside damaged ones. Beyond this many
 # times the buffer's size such a frame is believed only if an intact header follows it: time stays linear.
 _WASTED_CRC_FACTOR = 4
@@ -71,7 +70,8 @@ class WalFileHeader:
 
 
 class WalFrame(NamedTuple):
-    """A frame whose checksums hold. Positions are bytes from the start of the scanned buffer; sizes in bytes."""
+    """A frame whose checksums hold. Positions are bytes from the start of the scanned buffer; sizes in bytes;
+    batch_crc as the header has it."""
 
     topic_id: bytes
     partition: int
@@ -82,6 +82,7 @@ class WalFrame(NamedTuple):
     size_bytes: int
     batch_at: int
     batch_size_bytes: int
+    batch_crc: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,49 +196,49 @@ def scan_frames(
 class _Scan:
     """One pass over one buffer. Knows how much work failed checks may still cost."""
 
-    __slots__ = ("_buffer", "_limits", "_view", "_wasted_bytes_left")
+    __slots__ = ("_batch_bytes_max", "_buffer", "_view", "_wasted_bytes_left")
 
     def __init__(self, buffer: Buffer, view: memoryview, limits: FormatLimits) -> None:
         self._buffer = buffer
         self._view = view
-        self._limits = limits
+        self._batch_bytes_max = limits.batch_bytes_max
         self._wasted_bytes_left = _WASTED_CRC_FACTOR * len(view)
 
     def frames(self, start: int) -> Iterator[WalFrame | DamagedSpan]:
         at, size = start, len(self._view)
         while at < size:
             frame = self._header_at(at)
-            reason = frame if isinstance(frame, str) else self._damage(frame)
             if isinstance(frame, str):
-                end = self._next_header(at + 1)
-                yield DamagedSpan(at, end - at, frame)
-            elif reason is None:
-                end = at + frame.size_bytes
+                span = DamagedSpan(at, self._next_header(at + 1) - at, frame)
+                yield span
+                at += span.size_bytes
+                continue
+            reason = self._damage(frame)
+            if reason is None:
                 yield frame
+                at += frame.size_bytes
             else:
                 end = at + frame.size_bytes
                 if not self._is_boundary(end):
                     end = self._next_header(at + 1)
                 yield DamagedSpan(at, end - at, reason, frame)
-            at = end
+                at = end
 
     def _header_at(self, at: int) -> WalFrame | str:
         """The frame whose intact header is at `at`, its batch unseen; or why there is none."""
         view = self._view
         if len(view) - at < FRAME_HEADER_SIZE:
             return f"{len(view) - at} bytes, a frame header takes {FRAME_HEADER_SIZE}"
-        magic, header_crc, _, size_bytes, topic_id, partition, record_count, epoch, base_offset = _FRAME.unpack_from(
-            view, at
-        )
+        fields = _FRAME.unpack_from(view, at)
+        magic, header_crc, batch_crc, size_bytes, topic_id, partition, record_count, epoch, base_offset = fields
         if magic != FRAME_MAGIC:
             return f"frame magic is {magic!r}, expected {FRAME_MAGIC!r}"
         batch_at = at + FRAME_HEADER_SIZE
         if zlib.crc32(view[at + _FRAME_BODY_AT : batch_at]) != header_crc:
             return "frame header CRC does not match"
         batch_size_bytes = size_bytes - FRAME_HEADER_SIZE
-        bound = self._limits.batch_bytes_max
-        if not BATCH_HEADER_SIZE <= batch_size_bytes <= bound:
-            return f"frame holds {batch_size_bytes} bytes, must be {BATCH_HEADER_SIZE} to {bound}"
+        if not BATCH_HEADER_SIZE <= batch_size_bytes <= self._batch_bytes_max:
+            return f"frame holds {batch_size_bytes} bytes, must be {BATCH_HEADER_SIZE} to {self._batch_bytes_max}"
         if (
             topic_id == _NIL
             or not record_count
@@ -246,7 +247,7 @@ class _Scan:
         ):
             return f"frame fields: epoch {epoch}, record count {record_count}, base offset {base_offset}"
         return WalFrame(
-            topic_id, partition, epoch, base_offset, record_count, at, size_bytes, batch_at, batch_size_bytes
+            topic_id, partition, epoch, base_offset, record_count, at, size_bytes, batch_at, batch_size_bytes, batch_crc
         )
 
     def _damage(self, frame: WalFrame) -> str | None:
@@ -256,12 +257,11 @@ class _Scan:
             return f"frame of {frame.size_bytes} bytes, {len(view) - frame.at} are there"
         if self._wasted_bytes_left <= 0 and not self._is_boundary(end):
             return "batch not checked: too many overlapping frames failed before it"
-        (declared,) = _BATCH_CRC.unpack_from(view, frame.at + _FRAME_BODY_AT)
         computed = zlib.crc32(view[frame.batch_at : end])
-        if computed == declared:
+        if computed == frame.batch_crc:
             return None
         self._wasted_bytes_left -= frame.size_bytes
-        return f"batch CRC is {computed:#010x}, the frame says {declared:#010x}"
+        return f"batch CRC is {computed:#010x}, the frame says {frame.batch_crc:#010x}"
 
     def _is_boundary(self, at: int) -> bool:
         """The buffer ends at `at`, or an intact header starts there."""

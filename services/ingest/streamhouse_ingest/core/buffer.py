@@ -64,15 +64,16 @@ class Buffer:
         return len(self._ends) * BATCH_OVERHEAD_BYTES
 
     def append(self, record_count: int, position: WalPosition, batch: bytes | None) -> None:
+        file, at, size_bytes = position
         self.end_offset += record_count
         self._ends.append(self.end_offset)
-        self._files.append(position.file)
-        self._ats.append(position.at)
-        self._sizes.append(position.size_bytes)
+        self._files.append(file)
+        self._ats.append(at)
+        self._sizes.append(size_bytes)
         self._batches.append(batch)
-        self.size_bytes += position.size_bytes
+        self.size_bytes += size_bytes
         if batch is not None:
-            self.memory_bytes += position.size_bytes
+            self.memory_bytes += size_bytes
 
     def drop_batches(self) -> int:
         """Gives up the bytes in memory (the log on disk has them). Returns how many were freed."""

@@ -1,12 +1,18 @@
 """What the files of a write-ahead log amount to: per log its batches and producers, and where damage lies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shformat import BatchHeader
+from shformat import BatchHeader, ProducerStamp
 
 from streamhouse_ingest.core.buffer import Buffer, WalPosition
 from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.producers import ProducerState, after_write
+from streamhouse_ingest.core.producers import BATCHES_REMEMBERED, ProducerState, after_write
+
+# A producer's batch: its stamp, record count, base offset.
+_Written = tuple[ProducerStamp, int, int]
+# A producer's batches are cut down to those that count once there are this many: not at every frame.
+_WRITTEN_MAX = 2 * BATCHES_REMEMBERED
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +43,13 @@ class Doubt:
 
 @dataclass(slots=True)
 class ReplayedLog:
-    """`end_offset`: up to where the log was written, damaged frames included. `producers`: of its partition.
-    `hidings_before`: how often damage had hidden frames before the last frame of this log."""
+    """`end_offset`: up to where the log was written, damaged frames included. `written`: by producer id the last
+    batches of the partition (producers outlive epochs). `hidings_before`: how often damage had hidden frames before the
+    last frame of this log."""
 
     first_offset: int
     end_offset: int
-    producers: dict[int, ProducerState]
+    written: dict[int, list[_Written]]
     hidings_before: int = 0
     buffers: list[Buffer] = field(default_factory=list)
 
@@ -58,7 +65,7 @@ class Replay:
     def __init__(self, buffer_bytes_max: int) -> None:
         self._buffer_bytes_max = buffer_bytes_max
         self.logs: dict[LogKey, ReplayedLog] = {}
-        self.producers: dict[tuple[bytes, int], dict[int, ProducerState]] = {}
+        self._written: dict[tuple[bytes, int], dict[int, list[_Written]]] = {}
         self.damage: list[Damage] = []
         self._hidings = 0  # how often damage may have hidden frames of any log
         self._torn = False
@@ -68,6 +75,15 @@ class Replay:
         """What cannot be said of the ends of this log's ranges."""
         certain = frozenset(key for key, log in self.logs.items() if log.hidings_before == self._hidings)
         return Doubt(self._hidings > 0, self._torn, certain)
+
+    @property
+    def producers(self) -> dict[tuple[bytes, int], dict[int, ProducerState]]:
+        """By partition and producer id, after the frames so far."""
+        return {
+            key: {producer_id: _state_after(batches) for producer_id, batches in written.items()}
+            for key, written in self._written.items()
+            if written
+        }
 
     def add(self, key: LogKey, base_offset: int, header: BatchHeader, position: WalPosition) -> None:
         """A valid frame. One that overlaps what came before is damage: offsets never change their records."""
@@ -87,8 +103,12 @@ class Replay:
         log.end_offset = last.end_offset
         stamp = header.producer
         if stamp is not None:
-            states, producer_id = log.producers, stamp.producer_id
-            states[producer_id] = after_write(states.get(producer_id), stamp, header.record_count, base_offset)
+            written = log.written.get(stamp.producer_id)
+            if written is None:
+                written = log.written[stamp.producer_id] = []
+            elif len(written) >= _WRITTEN_MAX:
+                del written[:-BATCHES_REMEMBERED]
+            written.append((stamp, header.record_count, base_offset))
 
     def damaged(self, file: int, at: int, size_bytes: int, reason: str, *, hides: bool = False) -> None:
         """`hides`: there may have been frames of any log."""
@@ -108,7 +128,16 @@ class Replay:
         log.hidings_before = self._hidings
 
     def _begin(self, key: LogKey, base_offset: int) -> ReplayedLog:
-        """The log starts at this frame, as far as the files say. Producers outlive epochs."""
-        producers = self.producers.setdefault(key.partition_key, {})
-        log = self.logs[key] = ReplayedLog(base_offset, base_offset, producers)
+        """The log starts at this frame, as far as the files say."""
+        written = self._written.setdefault(key.partition_key, {})
+        log = self.logs[key] = ReplayedLog(base_offset, base_offset, written)
         return log
+
+
+def _state_after(written: Sequence[_Written]) -> ProducerState:
+    """Only its last batches say what a producer's state is: worked out once at the end instead of after each frame."""
+    state = None
+    for stamp, record_count, base_offset in written:
+        state = after_write(state, stamp, record_count, base_offset)
+    assert state is not None, "a producer that wrote nothing"
+    return state
