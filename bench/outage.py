@@ -50,7 +50,14 @@ class Phase:
     name: str
     seconds: float = 0.0
     acked_records: int = 0
+    first_ack_s: float | None = None
     failed: Counter[str] = field(default_factory=Counter)
+    began_s: float = field(default_factory=time.monotonic)
+
+    def acked(self, record_count: int) -> None:
+        if self.first_ack_s is None:
+            self.first_ack_s = time.monotonic() - self.began_s
+        self.acked_records += record_count
 
 
 @dataclass(slots=True)
@@ -92,7 +99,7 @@ class Load:
             try:
                 batch = self._values[at : at + BATCH_RECORDS]
                 self.written.add(await (await producer.send_many(TOPIC, batch, partition=partition)), at)
-                self.phase.acked_records += BATCH_RECORDS
+                self.phase.acked(BATCH_RECORDS)
             except StreamHouseError as error:
                 self.phase.failed[error.reason] += 1
 
@@ -192,16 +199,17 @@ async def outage(cluster: Cluster, s3: servers.Server, options: argparse.Namespa
 
 async def phase(load: Load, name: str, seconds: float, writing: asyncio.Task[None]) -> Phase:
     """Lets the load go on. Raises what ended it, should anything."""
-    load.phase, began_s = Phase(name), time.monotonic()
+    load.phase = Phase(name)
     done, _ = await asyncio.wait([writing], timeout=seconds)
     if done:
         writing.result()
     found = load.phase
-    found.seconds = time.monotonic() - began_s
+    found.seconds = time.monotonic() - found.began_s
+    first_ack = "none" if found.first_ack_s is None else f"after {found.first_ack_s:.1f} s"
     rate = found.acked_records * RECORD_BYTES / found.seconds / 1e6
     console.print(
-        f"  {name}: {found.seconds:.0f} s, {rate:.1f} MB/s acknowledged, sends failed: {dict(found.failed)}, "
-        f"load {load_average():.1f}"
+        f"  {name}: {found.seconds:.0f} s, {rate:.1f} MB/s acknowledged, the first {first_ack}, "
+        f"sends failed: {dict(found.failed)}, load {load_average():.1f}"
     )
     return found
 
@@ -259,6 +267,7 @@ def shown(found: Phase) -> dict[str, Any]:
         "seconds": found.seconds,
         "acked_records": found.acked_records,
         "acked_mb_per_s": found.acked_records * RECORD_BYTES / found.seconds / 1e6,
+        "first_ack_s": found.first_ack_s,
         "failed": dict(found.failed),
     }
 

@@ -119,7 +119,8 @@ async def bad_weather(storage: dict[str, str], directory: Path) -> AsyncIterator
     proxy = FaultProxy("store", urlsplit(storage["STREAMHOUSE_S3_ENDPOINT"]).netloc)
     await proxy.start()
     store = Noting(open_store(settings(storage, proxy.address)))
-    retrying = RetryingStore(store, RetryPolicy(base_delay_ms=50, throttled_base_delay_ms=50, max_delay_ms=500))
+    policy = RetryPolicy(base_delay_ms=50, throttled_base_delay_ms=50, max_delay_ms=500, throttled_max_delay_ms=500)
+    retrying = RetryingStore(store, policy)
     try:
         async with rivals(storage["STREAMHOUSE_PG_DSN"], directory, DURABLE, store=retrying) as found:
             yield found, Weather(found, proxy, store)

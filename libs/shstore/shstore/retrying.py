@@ -29,21 +29,31 @@ class RetryPolicy:
     """Cap of the first wait. It doubles with each further one."""
     throttled_base_delay_ms: int = 500
     """The same after SlowDown: S3 asks for less load, and needs longer to grow its capacity."""
-    max_delay_ms: int = 10_000
-    """No wait is longer: a store that came back is noticed within 10 s."""
+    max_delay_ms: int = 2_000
+    """No wait is longer: a store that came back is noticed within 2 s. Asking it once a second costs it nothing."""
+    throttled_max_delay_ms: int = 10_000
+    """The same after SlowDown: a store that is overloaded recovers sooner if it is asked less."""
     deadline_ms: int = 120_000
     """Two slow attempts (60 s each), or some twenty failing quickly; then the caller's own queue takes over."""
 
     def __post_init__(self) -> None:
-        for name in ("base_delay_ms", "throttled_base_delay_ms", "max_delay_ms", "deadline_ms"):
+        for name in (
+            "base_delay_ms",
+            "throttled_base_delay_ms",
+            "max_delay_ms",
+            "throttled_max_delay_ms",
+            "deadline_ms",
+        ):
             if getattr(self, name) <= 0:
                 raise StoreInvalid(f"retry {name} is {getattr(self, name)}, but must be at least 1")
 
     def delay_cap_ms(self, failures: int, *, throttled: bool) -> int:
         """Longest wait after the `failures`-th failure in a row (counted from 1)."""
-        base = self.throttled_base_delay_ms if throttled else self.base_delay_ms
+        base_ms, max_ms = self.base_delay_ms, self.max_delay_ms
+        if throttled:
+            base_ms, max_ms = self.throttled_base_delay_ms, self.throttled_max_delay_ms
         doublings = min(failures - 1, 30)  # beyond 2^30 the cap holds anyway
-        return min(base << doublings, self.max_delay_ms)
+        return min(base_ms << doublings, max_ms)
 
 
 class RetryingStore:

@@ -24,6 +24,8 @@ from shstore import (
     StoreUnavailable,
 )
 
+_WAITS = ["base_delay_ms", "throttled_base_delay_ms", "max_delay_ms", "throttled_max_delay_ms", "deadline_ms"]
+
 
 class HandClock:
     """Seconds that pass only by sleeping."""
@@ -67,8 +69,17 @@ async def test_a_throttled_call_waits_longer() -> None:
     assert clock.slept == [0.5, 0.2]
 
 
+@pytest.mark.parametrize(("kind", "within_s"), [(FaultKind.UNAVAILABLE, 2), (FaultKind.THROTTLED, 10)])
+async def test_a_store_that_is_back_is_noticed(kind: FaultKind, within_s: int) -> None:
+    """However long it was away; one that asked for less load is given more time."""
+    store, faulty, clock = retrying(ScriptedFaults([kind] * 12))
+    await store.check()
+    assert len(faulty.injected) == 12
+    assert clock.slept[-1] == max(clock.slept) == within_s
+
+
 async def test_the_deadline_ends_it() -> None:
-    policy = RetryPolicy(base_delay_ms=1_000, max_delay_ms=4_000, deadline_ms=10_000)
+    policy = RetryPolicy(base_delay_ms=1_000, throttled_max_delay_ms=4_000, deadline_ms=10_000)
     store, faulty, clock = retrying(ScriptedFaults([FaultKind.THROTTLED] * 50), policy)
     with pytest.raises(StoreUnavailable, match=r"gave up to get 'k' after 10000 ms.*throttled on get") as caught:
         await store.get("k")
@@ -133,7 +144,7 @@ async def test_a_list_goes_on_where_it_broke() -> None:
 
 async def test_a_list_that_gets_on_is_not_given_up() -> None:
     """The deadline is over attempts without progress: a listing of millions may take long."""
-    policy = RetryPolicy(base_delay_ms=3_000, deadline_ms=4_000)
+    policy = RetryPolicy(base_delay_ms=3_000, max_delay_ms=3_000, deadline_ms=4_000)
     script = [Fault(FaultKind.UNAVAILABLE, after_items=1)] * 8
     store, _, clock = retrying(ScriptedFaults(script, operation="list"), policy)
     keys = [f"k{number}" for number in range(9)]
@@ -143,7 +154,7 @@ async def test_a_list_that_gets_on_is_not_given_up() -> None:
     assert clock.now == 24
 
 
-@pytest.mark.parametrize("name", ["base_delay_ms", "throttled_base_delay_ms", "max_delay_ms", "deadline_ms"])
+@pytest.mark.parametrize("name", _WAITS)
 def test_a_policy_names_its_bad_value(name: str) -> None:
     with pytest.raises(StoreInvalid, match=f"retry {name} is 0"):
         RetryPolicy(**{name: 0})
@@ -152,7 +163,8 @@ def test_a_policy_names_its_bad_value(name: str) -> None:
 @given(failures=st.integers(1, 10_000), throttled=st.booleans())
 def test_no_wait_is_over_the_cap(failures: int, throttled: bool) -> None:
     policy = RetryPolicy()
-    assert 0 < policy.delay_cap_ms(failures, throttled=throttled) <= policy.max_delay_ms
+    max_ms = policy.throttled_max_delay_ms if throttled else policy.max_delay_ms
+    assert 0 < policy.delay_cap_ms(failures, throttled=throttled) <= max_ms
 
 
 @pytest.mark.parametrize("seed", range(20))

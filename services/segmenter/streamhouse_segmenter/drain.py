@@ -13,11 +13,12 @@ from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.handover import Handover, HandoverResult, Outcome
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
+from streamhouse_segmenter.store_doubt import StoreDoubt
 
 
 @dataclass(slots=True)
 class DrainReport:
-    """Buffers by outcome, and the shortest time after which a failed one may be claimed again (None: no failure)."""
+    """Buffers by outcome, and the shortest time after which to look again, beside the periodic scan (None: none)."""
 
     registered: int = 0
     failed: int = 0
@@ -29,8 +30,11 @@ class DrainReport:
         self.claims_lost += result.outcome is Outcome.CLAIM_LOST
         if result.outcome is Outcome.FAILED:
             self.failed += 1
-            known = self.retry_after_ms
-            self.retry_after_ms = result.retry_after_ms if known is None else min(known, result.retry_after_ms)
+            self.look_again_within(result.retry_after_ms)
+
+    def look_again_within(self, wait_ms: int) -> None:
+        """There is work that cannot be claimed before that."""
+        self.retry_after_ms = wait_ms if self.retry_after_ms is None else min(self.retry_after_ms, wait_ms)
 
 
 class _Slot:
@@ -56,7 +60,8 @@ class Drain:
         self._settings = settings
         self._worker_id = worker_id
         self._slots = asyncio.Semaphore(settings.builds_in_flight_max)
-        self._closing = False
+        self._closing = asyncio.Event()
+        self._doubt = StoreDoubt(ports.store)
         self._woken = asyncio.Event()
         self._runs = 0
         self._idle = asyncio.Event()
@@ -64,7 +69,7 @@ class Drain:
 
     def close(self) -> None:
         """Claims nothing more; what is in hand is finished."""
-        self._closing = True
+        self._closing.set()
         self._woken.set()
 
     def wake(self) -> None:
@@ -93,7 +98,7 @@ class Drain:
         report = DrainReport()
         running: set[asyncio.Task[HandoverResult]] = set()
         try:
-            while not self._closing:
+            while not self._closing.is_set():
                 self._woken.clear()
                 started = await self._start_next()
                 if started is not None:
@@ -109,6 +114,8 @@ class Drain:
             for result in await asyncio.gather(*running, return_exceptions=True):
                 if isinstance(result, HandoverResult):
                     report.add(result)
+        if self._doubt.stands:
+            report.look_again_within(self._settings.handover_retry_max_ms)
         return report
 
     async def _start_next(self) -> asyncio.Task[HandoverResult] | None:
@@ -123,7 +130,7 @@ class Drain:
         return None if claim is None else asyncio.create_task(self._hand_over(claim, slot))
 
     async def _claim(self) -> coordinator_pb2.ClaimBufferResponse | None:
-        if self._closing:
+        if self._closing.is_set() or not await self._doubt.settled(self._closing):
             return None
         claim = await self._ports.coordinator.claim_buffer(
             coordinator_pb2.ClaimBufferRequest(worker_id=self._worker_id, claim_ttl_ms=self._settings.claim_ttl_ms)
@@ -132,7 +139,10 @@ class Drain:
 
     async def _hand_over(self, claim: coordinator_pb2.ClaimBufferResponse, slot: _Slot) -> HandoverResult:
         try:
-            return await Handover(self._ports, self._settings, claim).run(slot.give_back)
+            result = await Handover(self._ports, self._settings, claim).run(slot.give_back)
+            if result.by_store:
+                self._doubt.begin()
+            return result
         finally:
             slot.give_back()
 

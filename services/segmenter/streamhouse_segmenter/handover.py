@@ -48,10 +48,11 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HandoverResult:
-    """`retry_after_ms`: when the buffer can be claimed again, if it failed."""
+    """Of a failure: `retry_after_ms` until the buffer can be claimed again; `by_store`, whether an upload failed."""
 
     outcome: Outcome
     retry_after_ms: int = 0
+    by_store: bool = False
 
 
 class Handover:
@@ -185,7 +186,7 @@ class Handover:
         )
         reason = f"{why}: {error}"
         await release_claim(self._ports, self._claim.claim_id, reason=reason, retry_after_ms=wait_ms)
-        return HandoverResult(Outcome.FAILED, wait_ms)
+        return HandoverResult(Outcome.FAILED, wait_ms, by_store=isinstance(error, StoreError))
 
 
 def _let_go(error: BaseException) -> None:

@@ -64,7 +64,7 @@ class SegmenterSettings(StoreSettings):
         5_000,
         ge=1,
         le=3_600_000,
-        description="ms a failed buffer waits at most: so late is a store noticed that is back; a try takes a minute",
+        description="ms a failed buffer waits at most; while the store is away it is asked every 2 s and none is tried",
     )
     early_retry_first_ms: int = Field(
         20, ge=1, le=60_000, description="ms of the first back-off of a segment whose predecessor is not registered"

@@ -11,11 +11,21 @@ from shformat import encode_batch, stamp_batch
 from shproto.errors import Unavailable
 from shproto.v1 import coordinator_pb2 as c
 from shruntime.clock import SystemClock
-from shstore import FaultKind, FaultyStore, MemoryStore, RandomFaults, RetryingStore, RetryPolicy, ScriptedFaults
+from shstore import (
+    FaultKind,
+    FaultyStore,
+    MemoryStore,
+    RandomFaults,
+    RetryingStore,
+    RetryPolicy,
+    ScriptedFaults,
+    StoreUnavailable,
+)
 from streamhouse_segmenter.builder import BuiltObject
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.service import Segmenter
 from streamhouse_segmenter.settings import SegmenterSettings
+from streamhouse_segmenter.store_doubt import StoreDoubt
 
 from services.segmenter.tests.segmenter_standins import (
     TOPIC_ID,
@@ -499,3 +509,89 @@ async def test_the_build_limit_holds_for_all_callers_together(world: World) -> N
     await asyncio.gather(worker.drain(), worker.drain(), worker.drain())
     assert peak == 2
     await world.check()
+
+
+def _hold_back_what_fails(world: World) -> None:
+    """As the coordinator does for retry_after_ms; until `expire_claims`."""
+    release = world.coordinator.release_claim
+
+    async def release_and_hold_back(request: c.ReleaseClaimRequest) -> c.ReleaseClaimResponse:
+        for buffer in world.coordinator.buffers.values():
+            if buffer.claim_id == request.claim_id:
+                buffer.held_back = bool(request.reason)
+        return await release(request)
+
+    world.coordinator.release_claim = release_and_hold_back  # type: ignore[method-assign]
+
+
+async def test_after_an_outage_the_oldest_buffers_go_up_first(world: World) -> None:
+    """Younger ones could not be registered before them, and the agent's log gives back its space from the front."""
+    for number in range(6):
+        world.seal(f"b{number}", world.agent.append(0, [10]))
+    _hold_back_what_fails(world)
+    faulty = FaultyStore(world.store)
+    faulty.down = True
+    worker = world.worker(store=faulty, builds_in_flight_max=1)
+    for _ in range(3):
+        report = await worker.drain()
+        assert report.retry_after_ms is not None
+    world.coordinator.expire_claims()
+    faulty.down = False
+    report = await worker.drain()
+    assert (report.registered, report.retry_after_ms) == (6, None)
+    assert [buffer.attempts for buffer in world.coordinator.buffers.values()] == [2, 1, 1, 1, 1, 1]
+    assert c.REGISTRATION_RESULT_EARLY not in world.coordinator.results
+    await world.check()
+
+
+async def test_a_buffer_that_the_store_refuses_holds_up_no_other(world: World) -> None:
+    for number in range(4):
+        world.seal(f"b{number}", world.agent.append(number, [10]))
+    _hold_back_what_fails(world)
+
+    class Picky(MemoryStore):
+        async def put(self, key: str, *args: Any, **kwargs: Any) -> Any:
+            if "/0/" in key:
+                raise StoreUnavailable("not this one")
+            return await world.store.put(key, *args, **kwargs)
+
+    report = await world.worker(store=Picky(), builds_in_flight_max=1).drain()
+    assert (report.failed, report.registered) == (1, 3)
+    assert world.coordinator.waiting == ["b0"]
+
+
+async def test_a_store_that_is_away_is_asked_by_one_caller_until_it_answers() -> None:
+    answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    asked: list[str] = []
+
+    class Silent(MemoryStore):
+        async def check(self) -> None:
+            asked.append("check")
+            await answer
+
+    doubt, closing = StoreDoubt(Silent()), asyncio.Event()
+    assert await doubt.settled(closing)
+    assert asked == []
+    doubt.begin()
+    asking = asyncio.create_task(doubt.settled(closing))
+    while not asked:
+        await asyncio.sleep(0)
+    assert not await doubt.settled(closing)
+    assert asked == ["check"]
+    answer.set_result(None)
+    assert await asking
+    assert not doubt.stands
+
+
+async def test_an_end_does_not_wait_for_the_store() -> None:
+    class Silent(MemoryStore):
+        async def check(self) -> None:
+            await asyncio.Event().wait()
+
+    doubt, closing = StoreDoubt(Silent()), asyncio.Event()
+    doubt.begin()
+    asking = asyncio.create_task(doubt.settled(closing))
+    await asyncio.sleep(0)
+    closing.set()
+    assert not await asking
+    assert doubt.stands

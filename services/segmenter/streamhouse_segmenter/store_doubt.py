@@ -1,0 +1,57 @@
+"""After an upload failed, the store is asked whether it is there before the next buffer is claimed.
+
+While the store is away every claim would end like the last one, after a build for nothing. And the next buffer would
+be a younger one, since the one that failed waits for its next try: once the store was back, the younger would go up
+first and then wait, not registered, for the older ones. A store that answers was not what was wrong: the other buffers
+go on, and the one that failed keeps its own back-off.
+"""
+
+import asyncio
+import logging
+
+from shstore import ObjectStore, StoreError
+
+log = logging.getLogger(__name__)
+
+
+class StoreDoubt:
+    """`store` repeats what may be repeated: one question notices within its back-off that the store is back."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._asking = False
+        self.stands = False
+
+    def begin(self) -> None:
+        """The store failed a call."""
+        self.stands = True
+
+    async def settled(self, closing: asyncio.Event) -> bool:
+        """Whether the store is believed to be there; waits for its answer, but not once `closing` is set. One caller at
+        a time asks; the others get False meanwhile."""
+        if not self.stands:
+            return True
+        if self._asking:
+            return False
+        self._asking = True
+        try:
+            self.stands = not await self._answers(closing)
+        finally:
+            self._asking = False
+        return not self.stands
+
+    async def _answers(self, closing: asyncio.Event) -> bool:
+        asking = asyncio.create_task(self._store.check(), name="ask the store")
+        stopping = asyncio.create_task(closing.wait(), name="wait for the end")
+        try:
+            await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                asking.result()
+        except StoreError as error:
+            log.warning("the store is not there, nothing is claimed until it is: %s", error)
+            return False
+        finally:
+            for task in (asking, stopping):
+                task.cancel()
+            await asyncio.gather(asking, stopping, return_exceptions=True)
+        return not closing.is_set()
