@@ -144,7 +144,9 @@ class CoordinatorApi:
         )
 
     async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:
-        version, grants, position = await sessions.get_grants(self._context, request.session_id)
+        check_number("number of ranges in only", len(request.only), 0, messages.GRANTS_ASKED_MAX)
+        only = {messages.range_key(item) for item in request.only}
+        version, grants, position = await sessions.get_grants(self._context, request.session_id, only)
         return pb.GetGrantsResponse(
             grants=[messages.range_grant(grant) for grant in grants], grants_version=version, position=position
         )

@@ -28,6 +28,7 @@ ADDRESS_LENGTH_MAX = 261  # a DNS name of 255, a colon, a port
 SLICES_MAX = 100_000
 # A page of an object listing has 1,000 keys; ten of them are one question.
 OBJECT_KEYS_MAX = 10_000
+GRANTS_ASKED_MAX = 10_000  # ranges named in one question, some 30 bytes each; who wants more asks for all
 DELETION_PATIENCE_MS_MAX = 10 * 366 * 24 * 3_600_000  # ten years: longer is a mistake in the unit
 MEMBER_ID_LENGTH_MAX = 300  # a client id, a hyphen, a UUID
 GROUP_TOPICS_MAX = 1_000
@@ -92,7 +93,7 @@ def check_span(base_offset: int, end_offset: int) -> None:
 # ---- in
 
 
-def range_key(item: pb.WalEnd | pb.RangeUse | pb.BufferSlice | pb.LostSpan) -> RangeKey:
+def range_key(item: pb.RangeKey | pb.WalEnd | pb.RangeUse | pb.BufferSlice | pb.LostSpan) -> RangeKey:
     return (hex_id("topic_id", item.topic_id), item.partition, item.epoch)
 
 

@@ -350,3 +350,27 @@ async def test_g2_after_a_torn_write_the_ends_are_known_but_offsets_go_on_beyond
     assert {n: grant.start_offset for n, grant in (await agent.leads()).items()} == {0: WIDTH, 1: WIDTH}
     ranges = await all_ranges(api)
     assert [(r.epoch, r.status, r.end_offset) for r in ranges[0]] == [(1, "settled", 7), (2, "open", 0)]
+
+
+async def test_an_agent_may_ask_about_some_of_its_grants(api: CoordinatorApi, open_agent: Any) -> None:
+    await create(api, 4)
+    one, other = await open_agent(api, "a"), await open_agent(api, "b")
+    await one.settle(*((grant, 0) for grant in await one.grants() if grant.status == "moving"))
+    mine, theirs = await one.grants(), await other.grants()
+    assert [grant.partition for grant in mine] == [0, 1] and [grant.partition for grant in theirs] == [2, 3]
+
+    async def ask(*grants: pb.RangeGrant, epoch: int = 0) -> pb.GetGrantsResponse:
+        keys = [
+            pb.RangeKey(topic_id=grant.topic_id, partition=grant.partition, epoch=epoch or grant.epoch)
+            for grant in grants
+        ]
+        return await api.get_grants(pb.GetGrantsRequest(session_id=one.session.session_id, only=keys))
+
+    answer = await ask(mine[1], theirs[0])
+    assert list(answer.grants) == [mine[1]], "of another log nothing is said"
+    everything = await api.get_grants(pb.GetGrantsRequest(session_id=one.session.session_id))
+    assert (answer.grants_version, answer.position) == (everything.grants_version, everything.position)
+    assert not (await ask(*mine, epoch=9)).grants
+    assert not (await ask(theirs[0], epoch=1)).grants, "finished: settled, and empty"
+    with pytest.raises(InvalidArgument, match="number of ranges in only"):
+        await ask(*[mine[0]] * 10_001)

@@ -12,6 +12,9 @@ from shruntime.tasks import Backoff, Tasks
 from streamhouse_ingest.core.lease import Lease
 from streamhouse_ingest.core.sealing import SealLimits
 from streamhouse_ingest.damage import Damage
+from streamhouse_ingest.event_feed import EventFeed
+from streamhouse_ingest.grants import Grants
+from streamhouse_ingest.heartbeats import Heartbeats
 from streamhouse_ingest.history import History
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
@@ -55,6 +58,7 @@ class Running:
     writer: Writer
     sealer: Sealer
     session: Session
+    grants: Grants
     ranges: Ranges
     moves: Moves
     trimmer: Trimmer
@@ -75,9 +79,28 @@ def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) 
     moves = _moves(around, logs, writer, sealer, holder)
     ranges = Ranges(logs, writer, moves, around.metrics, trimmer.want)
     identity = Identity(settings.agent_id, opened.wal_id, address)
+    grants = Grants(around.coordinator, ranges, holder, history, around.clock, around.backoff)
+    feed = EventFeed(
+        settings.agent_id,
+        around.coordinator,
+        holder,
+        logs,
+        ranges,
+        sealer,
+        grants,
+        history,
+        around.clock,
+        around.backoff,
+    )
+    heartbeats = Heartbeats(
+        around.coordinator, holder, lease, logs, ranges, grants, feed, history, around.clock, around.backoff
+    )
     session = Session(
         identity,
         around.coordinator,
+        heartbeats,
+        feed,
+        grants,
         ranges,
         moves,
         logs,
@@ -90,12 +113,12 @@ def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) 
         opened.replay.doubt,
         history,
     )
-    writer.on_append(_after_append(sealer, session))
-    topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, session.reconcile)
+    writer.on_append(_after_append(sealer, heartbeats))
+    topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, grants.take_in)
     produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
-    damage = Damage(logs, opened.reader, sealer, around.metrics, session.want_reconcile)
+    damage = Damage(logs, opened.reader, sealer, around.metrics, grants.want_all)
     tail = _tail(around, opened, logs, damage)
-    return Running(opened, logs, writer, sealer, session, ranges, moves, trimmer, produce, tail)
+    return Running(opened, logs, writer, sealer, session, grants, ranges, moves, trimmer, produce, tail)
 
 
 def _writer(around: Surroundings, opened: OpenedLog, logs: Logs, lease: Lease) -> Writer:
@@ -130,11 +153,11 @@ def _tail(around: Surroundings, opened: OpenedLog, logs: Logs, damage: Damage) -
     )
 
 
-def _after_append(sealer: Sealer, session: Session) -> Callable[[HeldLog], None]:
+def _after_append(sealer: Sealer, heartbeats: Heartbeats) -> Callable[[HeldLog], None]:
     def appended(held: HeldLog) -> None:
         sealer.appended(held)
         if held.log.runs_low:
-            session.want_heartbeat()
+            heartbeats.want()
 
     return appended
 

@@ -1,7 +1,7 @@
 """Brings the held logs in line with what the coordinator says of this agent's ranges."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from shproto.v1 import coordinator_pb2 as pb
 
@@ -40,16 +40,21 @@ class Ranges:
         await self._writer.barrier()
         self._take_in(grants)
 
-    async def take_in(self, grants: Sequence[pb.RangeGrant]) -> None:
-        """All ranges of this log that are open or not fully registered, as they are now."""
+    async def take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[LogKey] = ()) -> list[LogKey]:
+        """All ranges of this log that are open or not fully registered, as they are now; or those among `only`.
+
+        Returns those that events from after the answer have finished meanwhile: it is to be asked again.
+        """
         for grant in grants:
             held = self._logs.get(grant_key(grant))
             if held is not None and grant.status not in ("open", "moving"):
                 self._logs.stop_leading(held)
         await self._writer.barrier()
-        self._take_in(grants)
+        self._take_in(grants, only)
+        keys = map(grant_key, grants)
+        return [key for key in keys if (held := self._logs.get(key)) is not None and _is_finished(held)]
 
-    def _take_in(self, grants: Sequence[pb.RangeGrant]) -> None:
+    def _take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[LogKey] = ()) -> None:
         kept = [grant for grant in grants if grant.status != LOST]
         for grant in grants:
             held = self._logs.get(grant_key(grant))
@@ -58,7 +63,7 @@ class Ranges:
         for grant in kept:
             held = self._logs.get(grant_key(grant)) or self._hold(grant)
             self._update(held, grant)
-        self._drop_others(kept)
+        self._drop_others(kept, only)
 
     def _give_up(self, held: HeldLog, grant: pb.RangeGrant) -> None:
         """The range was declared lost before this agent came back: registration would fence what is left of it."""
@@ -118,9 +123,13 @@ class Ranges:
             self._metrics.fenced_records.add(fenced)
             log.error("%s was settled at %d: %d records beyond are given up", held.log.describe(), end_offset, fenced)
 
-    def _drop_others(self, grants: Iterable[pb.RangeGrant]) -> None:
+    def _held(self, only: Collection[LogKey]) -> list[HeldLog]:
+        """Those of `only`; all where that is empty."""
+        return [held for key in only if (held := self._logs.get(key)) is not None] if only else list(self._logs)
+
+    def _drop_others(self, grants: Iterable[pb.RangeGrant], only: Collection[LogKey]) -> None:
         named = {grant_key(grant) for grant in grants}
-        for held in self._logs:
+        for held in self._held(only):
             if held.log.key not in named:
                 self._logs.drop(held, "the range is finished or its topic deleted")
         self._trim()
@@ -134,7 +143,7 @@ class Ranges:
             return False
         self._logs.register(held, end_offset)
         self._trim()
-        return held.log.settled_end is not None and end_offset >= held.log.settled_end
+        return _is_finished(held)
 
     def extend(self, key: LogKey, limit_offset: int) -> None:
         held = self._logs.get(key)
@@ -143,10 +152,10 @@ class Ranges:
 
     # ---- damage
 
-    def lost_spans(self) -> list[pb.LostSpan]:
-        """What was acknowledged and cannot be read back any more; logged and counted once."""
+    def lost_spans(self, only: Collection[LogKey] = ()) -> list[pb.LostSpan]:
+        """What was acknowledged and cannot be read back any more, of all logs or of `only`; logged and counted once."""
         spans = []
-        for held in self._logs:
+        for held in self._held(only):
             for span in held.log.lost_spans():
                 # Settled at its limit, with nothing there: nobody knows where it ended.
                 unknown = span.end_offset == held.log.limit_offset
@@ -159,6 +168,10 @@ class Ranges:
                     )
                     log.error("%s: offsets %d to %d: %s", held.log.describe(), *span, reason)
         return spans
+
+
+def _is_finished(held: HeldLog) -> bool:
+    return held.log.settled_end is not None and held.log.registered_end >= held.log.settled_end
 
 
 def grant_key(grant: pb.RangeGrant) -> LogKey:

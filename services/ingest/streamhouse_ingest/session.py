@@ -1,46 +1,33 @@
-"""The agent's session with the coordinator: opens it, keeps it alive, follows what becomes of the agent's ranges.
+"""The agent's session with the coordinator: opens it, lives in it, closes it.
 
-`run` is one life after the other: open, follow and renew until the session is lost, then open again. Grants are
-taken in by one task (`_reconcile_loop`), so that a log's leadership changes in one place only.
+`run` is one life after the other: open; renew the lease, follow the events and keep up with the grants until the
+session is lost; then open again.
 """
 
 import asyncio
-import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from shproto.errors import AWAY, AgentIdTaken, InvalidArgument, MetadataWentBack, SessionExpired, StreamHouseError
-from shproto.events import (
-    BufferCompleted,
-    EpochGranted,
-    Event,
-    MoveRequested,
-    RangeExtended,
-    RangeLost,
-    RangeOrphaned,
-    RangeSettled,
-    SegmentRegistered,
-    SessionClosed,
-    TopicDeleted,
-    event_from_json,
-)
+from shproto.errors import AgentIdTaken, InvalidArgument, SessionExpired, StreamHouseError
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 
 from streamhouse_ingest.core.lease import Lease
-from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
+from streamhouse_ingest.core.partition_log import PartitionLog
 from streamhouse_ingest.core.replay import Doubt
+from streamhouse_ingest.event_feed import EventFeed
+from streamhouse_ingest.grants import Grants
+from streamhouse_ingest.heartbeats import Heartbeats
 from streamhouse_ingest.history import History
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.moves import Moves
 from streamhouse_ingest.ports import WalBroken
 from streamhouse_ingest.ranges import Ranges
 from streamhouse_ingest.sealer import Sealer, SessionHolder
-from streamhouse_ingest.waiting import ends_within
 from streamhouse_ingest.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -48,19 +35,6 @@ log = logging.getLogger(__name__)
 # Of one request that declares ends; with it the request stays well below the 64 MiB that a message may have. Some 250
 # partitions with as many unregistered producers as one remembers.
 _SNAPSHOTS_BYTES_MAX = 32 * 1024 * 1024
-
-FOLLOWED = (
-    BufferCompleted,
-    EpochGranted,
-    MoveRequested,
-    RangeExtended,
-    RangeLost,
-    RangeOrphaned,
-    RangeSettled,
-    SegmentRegistered,
-    SessionClosed,
-    TopicDeleted,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +51,9 @@ class Session:
         self,
         identity: Identity,
         coordinator: CoordinatorApi,
+        heartbeats: Heartbeats,
+        feed: EventFeed,
+        grants: Grants,
         ranges: Ranges,
         moves: Moves,
         logs: Logs,
@@ -91,6 +68,9 @@ class Session:
     ) -> None:
         self._identity = identity
         self._coordinator = coordinator
+        self._heartbeats = heartbeats
+        self._feed = feed
+        self._grants = grants
         self._ranges = ranges
         self._moves = moves
         self._logs = logs
@@ -102,13 +82,6 @@ class Session:
         self._make_backoff = make_backoff
         self._doubt = doubt
         self._history = history
-        self._position = 0
-        self._grants_version = 0
-        self._interval_ms = 0
-        self._ttl_ms = 0
-        self._beat_now = asyncio.Event()
-        self._reconcile_wanted = asyncio.Event()
-        self._reconciled = asyncio.Event()
 
     # ---- one life after the other
 
@@ -130,16 +103,16 @@ class Session:
         self._moves.cancel_all()
         await self._stop_leading()
         opened = await self._open_call()
-        self._position = opened.feed_position
         self._logs.producer_ids_from = opened.producer_ids_from
         self._history.opened(opened.history_id, opened.feed_position)
         await self._history.save()
-        self._interval_ms, self._ttl_ms = opened.heartbeat_interval_ms, opened.ttl_ms
+        self._heartbeats.begin(opened.heartbeat_interval_ms, opened.ttl_ms)
+        self._feed.begin(opened.feed_position)
         self._doubt = Doubt()  # what the log holds from here on is known
         await self._ranges.resume(opened.resumed)
         self._sealer.restart()
         self._holder.set(opened.session_id)
-        self.want_reconcile()
+        self._grants.begin()
         log.info("session %s is open, %d older ranges to finish", opened.session_id, len(opened.resumed))
 
     async def _stop_leading(self) -> None:
@@ -190,9 +163,9 @@ class Session:
     async def _live(self) -> None:
         """Until the session is lost."""
         tasks = [
-            asyncio.create_task(self._heartbeat_loop(), name="heartbeat"),
-            asyncio.create_task(self._feed_loop(), name="feed"),
-            asyncio.create_task(self._reconcile_loop(), name="reconcile"),
+            asyncio.create_task(self._heartbeats.run(), name="heartbeats"),
+            asyncio.create_task(self._feed.run(), name="event feed"),
+            asyncio.create_task(self._grants.run(), name="grants"),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -224,140 +197,6 @@ class Session:
             except StreamHouseError as error:
                 log.warning("the session could not be closed, it will expire: %s", error.message)
 
-    # ---- heartbeats
-
-    def want_heartbeat(self) -> None:
-        """A range runs low: do not wait for the next beat."""
-        self._beat_now.set()
-
-    async def _heartbeat_loop(self) -> None:
-        """Returns or raises SessionExpired when the session is lost."""
-        backoff = self._make_backoff()
-        wait_ms: float = self._interval_ms
-        while True:
-            await ends_within(self._clock, self._beat_now.wait(), wait_ms)
-            self._beat_now.clear()
-            sent_ms = self._clock.monotonic_ms()
-            request = pb.HeartbeatRequest(session_id=self._holder.session_id, low_ranges=_low_ranges(self._logs))
-            try:
-                response = await self._coordinator.heartbeat(request)
-            except SessionExpired:
-                raise
-            except StreamHouseError as error:
-                log.warning("heartbeat failed: %s", error.message)
-                if error.details.get("database") == AWAY:
-                    # Coordinators that answer, and cannot grant anything to anybody: nobody is to take over, and they
-                    # will not count this time against the lease. Offsets last as long as the range does.
-                    self._lease.renew(sent_ms, self._ttl_ms)
-                wait_ms = min(backoff.next_ms(), self._interval_ms)
-                continue
-            backoff.reset()
-            wait_ms = self._interval_ms
-            self._lease.renew(sent_ms, response.ttl_ms)
-            await self._history.save()
-            for grant in response.extended:
-                self._ranges.extend(LogKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)
-            if response.grants_version != self._grants_version:
-                self.want_reconcile()
-
-    # ---- the feed
-
-    async def _feed_loop(self) -> None:
-        """Follows the events from the last seen position, reconnecting. Returns when the session is closed."""
-        backoff = self._make_backoff()
-        while True:
-            request = pb.FollowEventsRequest(
-                after_position=self._position,
-                types=[kind.__name__ for kind in FOLLOWED],
-                session_id=self._holder.session_id,
-                history_id=self._history.seen.history_id,
-            )
-            try:
-                async with contextlib.aclosing(self._coordinator.follow_events(request)) as rows:  # type: ignore[type-var]
-                    async for row in rows:
-                        backoff.reset()
-                        self._position = row.position
-                        self._history.heard_of(row.position)
-                        event = event_from_json(row.type, row.payload_json)
-                        if event is not None and self._closes_us(event):
-                            return
-                        if event is not None:
-                            self._handle(event)
-            except SessionExpired:
-                raise
-            except MetadataWentBack as error:
-                log.error("the session is given up: %s", error.message)
-                return
-            except StreamHouseError as error:
-                log.warning("the event feed broke off: %s", error.message)
-            await self._clock.sleep_ms(backoff.next_ms())
-
-    def _closes_us(self, event: Event) -> bool:
-        return isinstance(event, SessionClosed) and event.session_id == self._holder.session_id
-
-    def _handle(self, event: Event) -> None:
-        match event:
-            case SegmentRegistered(segment=segment):
-                key = LogKey(bytes.fromhex(segment.topic_id), segment.partition, segment.epoch)
-                if self._ranges.registered(key, segment.end_offset):
-                    self.want_reconcile()
-            case BufferCompleted(buffer_id=buffer_id):
-                self._sealer.completed(buffer_id)
-            case RangeExtended():
-                self._ranges.extend(_key(event), event.limit_offset)
-            case EpochGranted() | MoveRequested():
-                if event.agent_id == self._identity.agent_id:
-                    self.want_reconcile()
-            case RangeSettled() | RangeOrphaned() | RangeLost():
-                if self._logs.get(_key(event)) is not None:
-                    self.want_reconcile()
-            case TopicDeleted():
-                topic_id = bytes.fromhex(event.topic_id)
-                if any(held.log.key.topic_id == topic_id for held in self._logs):
-                    self.want_reconcile()
-
-    # ---- grants
-
-    def want_reconcile(self) -> None:
-        self._reconcile_wanted.set()
-
-    async def reconcile(self) -> None:
-        """Takes in the grants as they are now; returns when that is done or the session is lost."""
-        self._reconciled.clear()
-        self.want_reconcile()
-        await self._reconciled.wait()
-
-    async def _reconcile_loop(self) -> None:
-        backoff = self._make_backoff()
-        while True:
-            await self._reconcile_wanted.wait()
-            self._reconcile_wanted.clear()
-            try:
-                await self._reconcile()
-            except SessionExpired:
-                raise
-            except StreamHouseError as error:
-                log.warning("cannot take in the grants: %s", error.message)
-                self._reconcile_wanted.set()
-                await self._clock.sleep_ms(backoff.next_ms())
-                continue
-            backoff.reset()
-            self._reconciled.set()
-
-    async def _reconcile(self) -> None:
-        response = await self._coordinator.get_grants(pb.GetGrantsRequest(session_id=self._holder.session_id))
-        # Before anything is appended to a new range: metadata that does not know it must not be taken for right.
-        self._history.heard_of(response.position)
-        await self._history.save()
-        await self._ranges.take_in(response.grants)
-        if spans := self._ranges.lost_spans():
-            await self._coordinator.report_lost(pb.ReportLostRequest(session_id=self._holder.session_id, spans=spans))
-        self._grants_version = response.grants_version
-
-
-def _key(event: RangeExtended | RangeSettled | RangeOrphaned | RangeLost) -> LogKey:
-    return LogKey(bytes.fromhex(event.topic_id), event.partition, event.epoch)
-
 
 def wal_ends(helds: Iterable[HeldLog]) -> list[pb.WalEnd]:
     """Up to where the log holds each range, and whose records those are that are not registered."""
@@ -383,16 +222,3 @@ def _wal_end(held: PartitionLog, snapshot: bytes) -> pb.WalEnd:
         first_offset=held.registered_end,
         topic=held.topic,
     )
-
-
-def _low_ranges(logs: Logs) -> list[pb.RangeUse]:
-    return [
-        pb.RangeUse(
-            topic_id=held.log.key.topic_id,
-            partition=held.log.key.partition,
-            epoch=held.log.key.epoch,
-            next_offset=held.log.next_offset,
-        )
-        for held in logs
-        if held.log.leading and held.log.runs_low
-    ]

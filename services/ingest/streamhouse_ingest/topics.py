@@ -3,7 +3,7 @@ what has become of offsets in ranges it does not hold."""
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from shproto.errors import DataLoss, InvalidArgument, StreamHouseError, Unavailable, UnknownPartition, UnknownTopic
@@ -12,7 +12,7 @@ from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import Clock
 
-from streamhouse_ingest.core.partition_log import PartitionLog
+from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
 from streamhouse_ingest.logs import HeldLog, Logs, not_leader
 from streamhouse_ingest.waiting import ends_within
 
@@ -34,13 +34,13 @@ class TopicLookup:
         coordinator: CoordinatorApi,
         clock: Clock,
         agent_id: str,
-        reconcile: Callable[[], Coroutine[Any, Any, None]],
+        take_in: Callable[[Collection[LogKey]], Coroutine[Any, Any, None]],
     ) -> None:
         self._logs = logs
         self._coordinator = coordinator
         self._clock = clock
         self._agent_id = agent_id
-        self._reconcile = reconcile
+        self._take_in = take_in
         self._known: OrderedDict[str, tuple[int, asyncio.Future[Answer]]] = OrderedDict()
 
     async def find_leader(self, topic: str, partition: int) -> HeldLog:
@@ -123,11 +123,18 @@ class TopicLookup:
         except UnknownTopic:
             return None
         metadata = next((item for item in response.topics if item.topic.topic == topic), None)
-        if metadata is not None and any(leader.agent_id == self._agent_id for leader in metadata.leaders):
-            await ends_within(
-                self._clock, self._reconcile(), _REMEMBER_MS
-            )  # ours, but the event has not reached us yet
+        if metadata is not None and (ours := self._led_by_us(metadata)):
+            # The event has not reached us yet.
+            await ends_within(self._clock, self._take_in(ours), _REMEMBER_MS)
         return metadata
+
+    def _led_by_us(self, metadata: pb.TopicMetadata) -> list[LogKey]:
+        topic_id = metadata.topic.topic_id
+        return [
+            LogKey(topic_id, leader.partition, leader.epoch)
+            for leader in metadata.leaders
+            if leader.agent_id == self._agent_id
+        ]
 
 
 def _given_up(log: PartitionLog, owned: types_pb2.OffsetRange, offset: int) -> DataLoss:

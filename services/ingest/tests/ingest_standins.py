@@ -291,9 +291,13 @@ class CoordinatorStandIn:
     async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:
         self._called("get_grants")
         session = self._session(request.session_id)
-        return pb.GetGrantsResponse(
-            grants=self._grants(session.wal_id), grants_version=self.version, position=len(self.events)
-        )
+        only = {(key.topic_id, key.partition, key.epoch) for key in request.only}
+        grants = [
+            grant
+            for grant in self._grants(session.wal_id)
+            if not only or (grant.topic_id, grant.partition, grant.epoch) in only
+        ]
+        return pb.GetGrantsResponse(grants=grants, grants_version=self.version, position=len(self.events))
 
     async def settle_ranges(self, request: pb.SettleRangesRequest) -> pb.SettleRangesResponse:
         self._called("settle_ranges")

@@ -1,11 +1,13 @@
 """Looking up a topic that is not led here: one question for many producers, and none of them waits for ever."""
 
 import asyncio
+from collections.abc import Collection
 from typing import Any
 
 import pytest
 from shproto.errors import Unavailable
 from shruntime.clock import ManualClock
+from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.logs import Logs
 from streamhouse_ingest.topics import TopicLookup
 
@@ -23,8 +25,8 @@ class BrokenCoordinator:
         raise ZeroDivisionError("a defect")
 
 
-async def never() -> None:
-    raise AssertionError("nothing to reconcile")
+async def never(keys: Collection[LogKey]) -> None:
+    raise AssertionError("nothing to take in")
 
 
 async def test_a_defect_of_the_first_asker_frees_the_others() -> None:

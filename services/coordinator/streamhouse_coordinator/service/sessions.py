@@ -145,15 +145,17 @@ async def heartbeat(context: Context, session_id: str, low_ranges: Mapping[Range
     return version, await context.store.run(work)
 
 
-async def get_grants(context: Context, session_id: str) -> tuple[int, list[Grant], int]:
-    """All ranges of the session's log that registration may go on in, and those that were given up; the
-    grants_version they are as of, and a position that is not before any of them."""
+async def get_grants(
+    context: Context, session_id: str, only: Collection[RangeKey] = ()
+) -> tuple[int, list[Grant], int]:
+    """The ranges of the session's log that registration may go on in, and those that were given up: all of them, or
+    those among `only`; the grants_version they are as of, and a position that is not before any of them."""
 
     async def work(tx: Transaction) -> tuple[int, list[Grant], int]:
         session = await live_session(tx, session_id)
         # The version first: a change in between makes the agent ask once more, never once too few.
         leases = await tx.select(t.SESSION_LEASES, where(session_id=session_id))
-        grants = await _grants(tx, session.wal_id)
+        grants = await (_grants_of(tx, session.wal_id, only) if only else _grants(tx, session.wal_id))
         return (leases[0].grants_version if leases else 0), grants, await tx.position()
 
     return await context.store.run(work)
@@ -166,6 +168,11 @@ async def _grants(tx: Transaction, wal_id: str) -> list[Grant]:
     # So that an agent knows what it may drop because it is given up, not because it is registered.
     lost = await tx.select(t.RANGES, where(LOST_RANGES, wal_id=wal_id), order=RANGE_KEYS)
     return await _with_topics(tx, [*unfinished, *lost])
+
+
+async def _grants_of(tx: Transaction, wal_id: str, keys: Collection[RangeKey]) -> list[Grant]:
+    rows = await tx.select(t.RANGES, where_keys(RANGE_KEYS, sorted(keys), wal_id=wal_id), order=RANGE_KEYS)
+    return await _with_topics(tx, [row for row in rows if row.unfinished or row.status == t.LOST])
 
 
 async def _with_topics(tx: Transaction, ranges: Sequence[t.RangeRow]) -> list[Grant]:

@@ -1,0 +1,146 @@
+"""Follows the coordinator's events, and passes on what they say of this agent's ranges and buffers."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+
+from shproto.errors import MetadataWentBack, SessionExpired, StreamHouseError
+from shproto.events import (
+    BufferCompleted,
+    EpochGranted,
+    Event,
+    MoveRequested,
+    RangeExtended,
+    RangeLost,
+    RangeOrphaned,
+    RangeSettled,
+    SegmentRegistered,
+    SessionClosed,
+    TopicDeleted,
+    event_from_json,
+)
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2 as pb
+from shruntime.clock import Clock
+from shruntime.tasks import Backoff
+
+from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.grants import Grants
+from streamhouse_ingest.history import History
+from streamhouse_ingest.logs import Logs
+from streamhouse_ingest.ranges import Ranges
+from streamhouse_ingest.sealer import Sealer, SessionHolder
+
+log = logging.getLogger(__name__)
+
+FOLLOWED = (
+    BufferCompleted,
+    EpochGranted,
+    MoveRequested,
+    RangeExtended,
+    RangeLost,
+    RangeOrphaned,
+    RangeSettled,
+    SegmentRegistered,
+    SessionClosed,
+    TopicDeleted,
+)
+
+
+class EventFeed:
+    """`position`: of the last event that came in."""
+
+    def __init__(
+        self,
+        agent_id: str,
+        coordinator: CoordinatorApi,
+        holder: SessionHolder,
+        logs: Logs,
+        ranges: Ranges,
+        sealer: Sealer,
+        grants: Grants,
+        history: History,
+        clock: Clock,
+        make_backoff: Callable[[], Backoff],
+    ) -> None:
+        self._agent_id = agent_id
+        self._coordinator = coordinator
+        self._holder = holder
+        self._logs = logs
+        self._ranges = ranges
+        self._sealer = sealer
+        self._grants = grants
+        self._history = history
+        self._clock = clock
+        self._make_backoff = make_backoff
+        self.position = 0
+
+    def begin(self, position: int) -> None:
+        """Of the session that was opened: what happens behind `position` concerns it."""
+        self.position = position
+
+    async def run(self) -> None:
+        """Follows the events from the last seen position, reconnecting. Returns when the session is closed."""
+        backoff = self._make_backoff()
+        while True:
+            try:
+                if await self._follow(backoff):
+                    return
+            except SessionExpired:
+                raise
+            except MetadataWentBack as error:
+                log.error("the session is given up: %s", error.message)
+                return
+            except StreamHouseError as error:
+                log.warning("the event feed broke off: %s", error.message)
+            await self._clock.sleep_ms(backoff.next_ms())
+
+    async def _follow(self, backoff: Backoff) -> bool:
+        """Until the stream ends. Whether the session was closed."""
+        request = pb.FollowEventsRequest(
+            after_position=self.position,
+            types=[kind.__name__ for kind in FOLLOWED],
+            session_id=self._holder.session_id,
+            history_id=self._history.seen.history_id,
+        )
+        async with contextlib.aclosing(self._coordinator.follow_events(request)) as rows:  # type: ignore[type-var]
+            async for row in rows:
+                backoff.reset()
+                self.position = row.position
+                self._history.heard_of(row.position)
+                event = event_from_json(row.type, row.payload_json)
+                if event is not None and self._closes_us(event):
+                    return True
+                if event is not None:
+                    self._handle(event)
+        return False
+
+    def _closes_us(self, event: Event) -> bool:
+        return isinstance(event, SessionClosed) and event.session_id == self._holder.session_id
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case SegmentRegistered(segment=segment):
+                key = LogKey(bytes.fromhex(segment.topic_id), segment.partition, segment.epoch)
+                if self._ranges.registered(key, segment.end_offset):
+                    self._grants.changed([key], self.position)
+            case BufferCompleted(buffer_id=buffer_id):
+                self._sealer.completed(buffer_id)
+            case RangeExtended():
+                self._ranges.extend(_key(event), event.limit_offset)
+            case EpochGranted() | MoveRequested():
+                if event.agent_id == self._agent_id:
+                    self._grants.changed([_key(event)], self.position)
+            case RangeSettled() | RangeOrphaned() | RangeLost():
+                if self._logs.get(_key(event)) is not None:
+                    self._grants.changed([_key(event)], self.position)
+            case TopicDeleted():
+                topic_id = bytes.fromhex(event.topic_id)
+                keys = [held.log.key for held in self._logs if held.log.key.topic_id == topic_id]
+                self._grants.changed(keys, self.position)
+
+
+def _key(
+    event: EpochGranted | MoveRequested | RangeExtended | RangeSettled | RangeOrphaned | RangeLost,
+) -> LogKey:
+    return LogKey(bytes.fromhex(event.topic_id), event.partition, event.epoch)

@@ -1,0 +1,128 @@
+"""Keeps up with the agent's grants: asks the coordinator for those that changed, and takes the answers in.
+
+One task (`run`), so that a log's leadership changes in one place only, and one question at a time: what changes
+meanwhile is asked for together, in the next.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable
+
+from shproto.errors import SessionExpired, StreamHouseError
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2 as pb
+from shruntime.clock import Clock
+from shruntime.tasks import Backoff
+
+from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.core.wanted import Question, Wanted
+from streamhouse_ingest.history import History
+from streamhouse_ingest.ranges import Ranges
+from streamhouse_ingest.sealer import SessionHolder
+
+log = logging.getLogger(__name__)
+
+
+class Grants:
+    """`want_all`, `changed` and `heard_of` return at once; `take_in` waits for the answer."""
+
+    def __init__(
+        self,
+        coordinator: CoordinatorApi,
+        ranges: Ranges,
+        holder: SessionHolder,
+        history: History,
+        clock: Clock,
+        make_backoff: Callable[[], Backoff],
+    ) -> None:
+        self._coordinator = coordinator
+        self._ranges = ranges
+        self._holder = holder
+        self._history = history
+        self._clock = clock
+        self._make_backoff = make_backoff
+        self._wanted = Wanted()
+        self._awake = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
+
+    # ---- what to ask for
+
+    def begin(self) -> None:
+        """A session was opened."""
+        self._wanted.begin()
+        self._awake.set()
+
+    def want_all(self) -> None:
+        self._wanted.want_all()
+        self._awake.set()
+
+    def changed(self, keys: Iterable[LogKey], position: int) -> None:
+        """An event at `position` of the feed changed these ranges."""
+        self._wanted.changed(keys, position)
+        self._awake.set()
+
+    def heard_of(self, version: int, seen_position: int) -> None:
+        """A heartbeat's grants_version, and how far the feed has come."""
+        self._wanted.heard_of(version, seen_position)
+        self._awake.set()
+
+    async def take_in(self, keys: Collection[LogKey] = ()) -> None:
+        """Takes in these grants as they are now, or all; returns when that is done, in this session or a later one."""
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append(done)
+        if keys:
+            self._wanted.want(keys)
+        else:
+            self._wanted.want_all()
+        self._awake.set()
+        try:
+            await done
+        finally:
+            if done in self._waiting:
+                self._waiting.remove(done)
+
+    # ---- asking
+
+    async def run(self) -> None:
+        """Asks whenever something is wanted. Raises SessionExpired."""
+        backoff = self._make_backoff()
+        while True:
+            await self._awake.wait()
+            self._awake.clear()
+            question = self._wanted.take()
+            if question is None:
+                continue
+            try:
+                await self._ask(question)
+            except SessionExpired:
+                raise
+            except StreamHouseError as error:
+                log.warning("cannot take in the grants: %s", error.message)
+                self._wanted.put_back(question)
+                self._awake.set()
+                await self._clock.sleep_ms(backoff.next_ms())
+                continue
+            backoff.reset()
+
+    async def _ask(self, question: Question) -> None:
+        waiting = list(self._waiting)
+        response = await self._coordinator.get_grants(
+            pb.GetGrantsRequest(session_id=self._holder.session_id, only=[_range_key(key) for key in question])
+        )
+        # Before anything is appended to a new range: metadata that does not know it must not be taken for right.
+        self._history.heard_of(response.position)
+        await self._history.save()
+        finished = await self._ranges.take_in(response.grants, question.keys())
+        if spans := self._ranges.lost_spans(question.keys()):
+            await self._coordinator.report_lost(pb.ReportLostRequest(session_id=self._holder.session_id, spans=spans))
+        self._wanted.answered(question, response.grants_version)
+        if finished:
+            self._wanted.want(finished)
+            self._awake.set()
+        for done in waiting:
+            if not done.done():
+                done.set_result(None)
+
+
+def _range_key(key: LogKey) -> pb.RangeKey:
+    return pb.RangeKey(topic_id=key.topic_id, partition=key.partition, epoch=key.epoch)

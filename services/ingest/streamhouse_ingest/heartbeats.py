@@ -1,0 +1,108 @@
+"""Renews the session's lease, and asks for more offsets where a range runs low."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from shproto.errors import AWAY, SessionExpired, StreamHouseError
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2 as pb
+from shruntime.clock import Clock
+from shruntime.tasks import Backoff
+
+from streamhouse_ingest.core.lease import Lease
+from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.event_feed import EventFeed
+from streamhouse_ingest.grants import Grants
+from streamhouse_ingest.history import History
+from streamhouse_ingest.logs import Logs
+from streamhouse_ingest.ranges import Ranges
+from streamhouse_ingest.sealer import SessionHolder
+from streamhouse_ingest.waiting import ends_within
+
+log = logging.getLogger(__name__)
+
+
+class Heartbeats:
+    def __init__(
+        self,
+        coordinator: CoordinatorApi,
+        holder: SessionHolder,
+        lease: Lease,
+        logs: Logs,
+        ranges: Ranges,
+        grants: Grants,
+        feed: EventFeed,
+        history: History,
+        clock: Clock,
+        make_backoff: Callable[[], Backoff],
+    ) -> None:
+        self._coordinator = coordinator
+        self._holder = holder
+        self._lease = lease
+        self._logs = logs
+        self._ranges = ranges
+        self._grants = grants
+        self._feed = feed
+        self._history = history
+        self._clock = clock
+        self._make_backoff = make_backoff
+        self._interval_ms = 0
+        self._ttl_ms = 0
+        self._now = asyncio.Event()
+
+    def begin(self, interval_ms: int, ttl_ms: int) -> None:
+        """Of the session that was opened."""
+        self._interval_ms, self._ttl_ms = interval_ms, ttl_ms
+
+    def want(self) -> None:
+        """A range runs low: do not wait for the next beat."""
+        self._now.set()
+
+    async def run(self) -> None:
+        """Raises SessionExpired when the session is lost."""
+        backoff = self._make_backoff()
+        wait_ms: float = self._interval_ms
+        while True:
+            await ends_within(self._clock, self._now.wait(), wait_ms)
+            self._now.clear()
+            try:
+                await self._beat()
+            except SessionExpired:
+                raise
+            except StreamHouseError as error:
+                log.warning("heartbeat failed: %s", error.message)
+                wait_ms = min(backoff.next_ms(), self._interval_ms)
+            else:
+                backoff.reset()
+                wait_ms = self._interval_ms
+
+    async def _beat(self) -> None:
+        sent_ms = self._clock.monotonic_ms()
+        request = pb.HeartbeatRequest(session_id=self._holder.session_id, low_ranges=_low_ranges(self._logs))
+        try:
+            response = await self._coordinator.heartbeat(request)
+        except StreamHouseError as error:
+            if error.details.get("database") == AWAY:
+                # Coordinators that answer, and cannot grant anything to anybody: nobody is to take over, and they
+                # will not count this time against the lease. Offsets last as long as the range does.
+                self._lease.renew(sent_ms, self._ttl_ms)
+            raise
+        self._lease.renew(sent_ms, response.ttl_ms)
+        await self._history.save()
+        for grant in response.extended:
+            self._ranges.extend(LogKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)
+        self._grants.heard_of(response.grants_version, self._feed.position)
+
+
+def _low_ranges(logs: Logs) -> list[pb.RangeUse]:
+    return [
+        pb.RangeUse(
+            topic_id=held.log.key.topic_id,
+            partition=held.log.key.partition,
+            epoch=held.log.key.epoch,
+            next_offset=held.log.next_offset,
+        )
+        for held in logs
+        if held.log.leading and held.log.runs_low
+    ]

@@ -1,0 +1,161 @@
+"""Keeping up with the grants: what is asked for, and that nothing is missed by asking for little."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from shproto.errors import Unavailable
+from shproto.v1 import coordinator_pb2 as pb
+from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.core.wanted import RANGES_ASKED_MAX, Wanted
+
+from services.ingest.tests.ingest_standins import CoordinatorStandIn, eventually, kill, started
+
+ALL: dict[LogKey, int] = {}
+
+
+def key(partition: int) -> LogKey:
+    return LogKey(b"t" * 16, partition, 1)
+
+
+def known_as_of(version: int) -> Wanted:
+    wanted = Wanted()
+    wanted.begin()
+    assert wanted.take() == ALL
+    wanted.answered(ALL, version)
+    return wanted
+
+
+def test_a_session_begins_by_asking_for_all() -> None:
+    wanted = known_as_of(7)
+    assert wanted.take() is None
+    wanted.begin()
+    assert wanted.take() == ALL
+
+
+def test_events_are_asked_about_together_and_once() -> None:
+    wanted = known_as_of(7)
+    wanted.changed([key(0)], 8)
+    wanted.changed([key(1), key(0)], 9)
+    assert wanted.take() == {key(0): 9, key(1): 9}
+    assert wanted.take() is None
+
+
+def test_what_changes_while_a_question_is_under_way_is_asked_about_again() -> None:
+    wanted = known_as_of(7)
+    wanted.changed([key(0)], 8)
+    question = wanted.take()
+    assert question is not None
+    wanted.changed([key(0)], 9)
+    wanted.answered(question, 8)
+    assert wanted.take() == {key(0): 9}
+
+
+def test_an_answer_about_all_covers_the_events_before_it() -> None:
+    wanted = Wanted()
+    wanted.begin()
+    assert wanted.take() == ALL
+    wanted.changed([key(0)], 8)  # the feed is behind the answer that is under way
+    wanted.changed([key(1)], 12)
+    wanted.answered(ALL, 10)
+    wanted.changed([key(2)], 9)
+    assert wanted.take() == {key(1): 12}
+
+
+def test_a_new_session_knows_nothing_of_the_last_one() -> None:
+    """After a restore positions begin lower again."""
+    wanted = known_as_of(1_000)
+    wanted.begin()
+    assert wanted.take() == ALL
+    wanted.answered(ALL, 3)
+    wanted.changed([key(0)], 4)
+    assert wanted.take() == {key(0): 4}
+
+
+@pytest.mark.parametrize(
+    ("version", "seen_position", "asks"),
+    [(7, 5, False), (9, 9, False), (9, 12, False), (9, 8, True)],
+    ids=["known", "seen", "seen long ago", "not seen yet"],
+)
+def test_a_heartbeat_asks_for_what_the_events_have_not_brought(version: int, seen_position: int, asks: bool) -> None:
+    wanted = known_as_of(7)
+    wanted.heard_of(version, seen_position)
+    assert wanted.take() == (ALL if asks else None)
+
+
+def test_a_question_without_an_answer_is_asked_again() -> None:
+    wanted = known_as_of(7)
+    wanted.changed([key(0)], 8)
+    question = wanted.take()
+    assert question is not None
+    wanted.changed([key(1)], 9)
+    wanted.put_back(question)
+    assert wanted.take() == {key(0): 8, key(1): 9}
+    wanted.put_back(ALL)
+    assert wanted.take() == ALL
+
+
+def test_more_than_a_question_may_name_is_asking_for_all() -> None:
+    wanted = known_as_of(7)
+    wanted.changed(map(key, range(RANGES_ASKED_MAX)), 8)
+    wanted.want([key(RANGES_ASKED_MAX)])
+    assert wanted.take() == ALL
+
+
+class Asked(CoordinatorStandIn):
+    """Notes what each GetGrants named; answers wait for `gate`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[set[int]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.refuse = 0
+
+    async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:
+        self.asked.append({item.partition for item in request.only})
+        if self.refuse:
+            self.refuse -= 1
+            raise Unavailable("not now")
+        answer = await super().get_grants(request)
+        await self.gate.wait()
+        return answer
+
+
+async def test_a_new_topic_is_asked_about_alone(tmp_path: Path) -> None:
+    coordinator = Asked()
+    coordinator.create("old", 50)
+    service = await started(tmp_path, coordinator)
+    logs = service.agent.running().logs
+    await eventually(lambda: logs.led("old", 49) is not None)
+    del coordinator.asked[:]
+    coordinator.refuse = 1
+    coordinator.create("new", 3)
+    await eventually(lambda: all(logs.led("new", partition) for partition in range(3)))
+    assert set().union(*coordinator.asked) == {0, 1, 2}
+    assert all(coordinator.asked), "nothing asks for all"
+    assert logs.led("old", 49) is not None
+    coordinator.delete("new")
+    await eventually(lambda: logs.led("new", 0) is None)
+    assert all(coordinator.asked) and logs.led("old", 49) is not None
+    await kill(service)
+
+
+async def test_a_range_that_is_finished_while_its_end_is_asked_for_is_dropped(tmp_path: Path) -> None:
+    """The answer is from before the registration, whose event finds a log that is not known to have an end."""
+    coordinator = Asked()
+    topic_id = coordinator.create("orders", 1)
+    service = await started(tmp_path, coordinator)
+    logs, first = service.agent.running().logs, LogKey(topic_id, 0, 1)
+    await eventually(lambda: logs.led("orders", 0) is not None)
+    asked = len(coordinator.asked)
+    coordinator.gate.clear()
+    coordinator.settle(coordinator.ranges[first], 10)
+    await eventually(lambda: len(coordinator.asked) > asked)
+    assert coordinator.register(first, 0, 10)
+    held = logs.get(first)
+    assert held is not None
+    await eventually(lambda: held.log.registered_end == 10)
+    coordinator.gate.set()
+    await eventually(lambda: logs.get(first) is None)
+    await kill(service)
