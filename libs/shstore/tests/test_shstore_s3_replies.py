@@ -13,10 +13,10 @@ from shstore import (
     ObjectMissing,
     RetryingStore,
     RetryPolicy,
-    S3Store,
     StoreSettings,
     StoreUnavailable,
 )
+from shstore.s3 import S3Store
 
 from libs.shstore.tests.http_server import Wire, server
 from libs.shstore.tests.test_shstore_s3 import uploads_under_way
