@@ -35,7 +35,8 @@ PAGE_KEYS = 1000
 @dataclass(slots=True)
 class Report:
     """replaced: segments that compaction or retention removed while they were to be read. young_objects: not
-    registered, and too new to say that they will not be. lost_spans: registered as lost, so nothing to read."""
+    registered, and too new to say that they will not be. waiting_objects: nothing refers to them, a sweep has noticed
+    it, and a later one deletes them. lost_spans: registered as lost, so nothing to read."""
 
     segments: int = 0
     records: int = 0
@@ -44,6 +45,7 @@ class Report:
     replaced: int = 0
     objects: int = 0
     young_objects: int = 0
+    waiting_objects: int = 0
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -150,15 +152,23 @@ class Verifier:
 
     async def _look_for_orphans(self, partitions: Sequence[_Partition], registered: set[str]) -> None:
         async for page in self._unknown_pages(partitions, registered):
-            unreferenced = set(await self._is_unreferenced(list(page)))
-            for key, (size_bytes, age_ms) in page.items():
-                if key not in unreferenced:
-                    continue  # registered since
-                if age_ms < self._grace_ms:
-                    self._report.young_objects += 1
-                else:
-                    what = f"{size_bytes} bytes, {age_ms // 1000} s old, and no segment lies in it"
-                    self._report.findings.append(Finding("unregistered", what, object_key=key))
+            # A dry run: it says what a sweep has noted down, and notes nothing.
+            request = coordinator_pb2.BeginDeletionRequest(
+                object_keys=list(page), grace_ms=self._grace_ms, confirm_ms=0, dry_run=True
+            )
+            for said in (await self._coordinator.begin_deletion(request)).objects:
+                self._judge_unknown(said, *page[said.object_key])
+
+    def _judge_unknown(self, said: coordinator_pb2.ObjectDeletion, size_bytes: int, age_ms: int) -> None:
+        if said.verdict == coordinator_pb2.DELETION_VERDICT_REFERENCED:
+            return  # registered since
+        if said.noticed_ms:
+            self._report.waiting_objects += 1
+        elif said.verdict == coordinator_pb2.DELETION_VERDICT_DECLARED or age_ms < self._grace_ms:
+            self._report.young_objects += 1
+        else:
+            what = f"{size_bytes} bytes, {age_ms // 1000} s old, and no segment lies in it"
+            self._report.findings.append(Finding("unregistered", what, object_key=said.object_key))
 
     async def _unknown_pages(
         self, partitions: Sequence[_Partition], registered: set[str]

@@ -213,6 +213,25 @@ def test_verify_finds_what_is_wrong(cli: Cli, serve: ServeProcess, data_dir: Pat
                 admin.delete_topic(name)
 
 
+def test_what_waits_for_the_sweep_is_no_finding(cli: Cli, serve: ServeProcess, data_dir: Path, topic: str) -> None:
+    registered(serve, topic, 20)
+    with Admin(serve.address) as admin:
+        topic_id = admin.describe_topic(topic).topic.topic_id
+    objects = data_dir / "objects" / "objects"
+    stray = objects / "data" / f"{topic}.{topic_id[:8]}" / "0" / "00000000000000000099-1-stray.seg"
+    stray.parent.mkdir(parents=True, exist_ok=True)
+    stray.write_bytes(b"left over")
+    os.utime(stray, (1, 1))
+    mine = ("--data-dir", str(data_dir), "--topic", topic)
+    assert [item["kind"] for item in cli.json("verify", *mine, code=1)["findings"]] == ["unregistered"]
+    prefix = str(stray.parent.relative_to(objects))
+    assert cli.json("sweep", "--data-dir", str(data_dir), "--prefix", prefix, "--yes")["waiting"] == 1
+    report = cli.json("verify", *mine)
+    assert report["findings"] == [] and report["waiting_objects"] == 1 and report["young_objects"] == 0
+    assert "1 objects wait for the sweep" in cli.run("verify", *mine)[0]
+    stray.unlink()
+
+
 # ---- sweep
 
 
@@ -258,7 +277,14 @@ def test_a_sweep_refuses_metadata_older_than_the_store(cli: Cli, data_dir: Path)
     try:
         for options in (["--dry-run"], ["--yes"]):
             said = cli.run("sweep", "--data-dir", str(data_dir), *options, code=1)[1]
-            assert "refused" in said and "position 1000000 is gone" in said and "history-mark.json" in said
+            assert (
+                "refused" in said
+                and "PostgreSQL stands at event" in said
+                and "has seen event 1000000" in said
+                and "history-mark.json" in said
+            )
+        shown, _ = cli.run("verify", "--data-dir", str(data_dir), code=1)
+        assert "outdated" in shown
     finally:
         mark.unlink()
         if before is not None:

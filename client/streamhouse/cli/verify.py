@@ -55,9 +55,10 @@ def verify(
 ) -> None:
     """Read every registered segment, check every checksum, decode it, and compare it with the registry.
 
-    Reports segments that are missing, damaged or different, overlaps, gaps inside an epoch, and objects that nobody
-    registered. Exit 1 when there is any. Needs a coordinator and the store: --data-dir, --store-dir or
-    STREAMHOUSE_S3_*. Changes nothing; what the platform does meanwhile is no finding.
+    Reports segments that are missing, damaged or different, overlaps, gaps inside an epoch, objects that nobody
+    registered, and metadata that is older than the store has seen. Exit 1 when there is any. Needs a coordinator and
+    the store: --data-dir, --store-dir or STREAMHOUSE_S3_*. Changes nothing; what the platform does meanwhile, and
+    objects that wait for the sweep, are no findings.
     """
     import asyncio
 
@@ -76,10 +77,17 @@ def verify(
 async def _verify(
     bootstrap: str, topic: str | None, directory: str | None, config: str | None, grace_ms: int
 ) -> Report:
+    from streamhouse_segmenter.ports import Ports
+    from streamhouse_segmenter.settings import SegmenterSettings
+    from streamhouse_segmenter.sweeper import Sweeper
+
+    from streamhouse.cli.services import environ_with
+    from streamhouse.core.registry_check import Finding
     from streamhouse.peers import Peers
     from streamhouse.verify import Verifier
 
     store = store_of("say where the object store is", directory, config)
+    settings = SegmenterSettings.load(environ_with(store_dir=directory, config=config))
     # Listing a snapshot of many segments takes a while; each answer is waited for this long.
     peers = Peers(bootstrap, 60_000)
     try:
@@ -88,7 +96,12 @@ async def _verify(
             verifier = Verifier(
                 peers.coordinator, store, topic=topic, grace_ms=grace_ms, started=started, progress=progress
             )
-            return await verifier.run()
+            report = await verifier.run()
+        _, outdated = await Sweeper(Ports(peers.coordinator, store, peers.ingest), settings).check_history()
+        if outdated:
+            what = f"{outdated}. Agents and sweeps refuse it: bring the metadata back with `streamhouse restore`"
+            report.findings.insert(0, Finding("outdated", what))
+        return report
     finally:
         await peers.close()
         await store.close()
@@ -121,6 +134,7 @@ def _print_report(report: Report) -> None:
         (report.lost_spans, "spans are registered as lost: there is nothing to read"),
         (report.replaced, "segments were replaced or removed meanwhile"),
         (report.young_objects, "objects are not registered, and too new to say that they will not be"),
+        (report.waiting_objects, "objects wait for the sweep: nothing refers to them any more"),
     ):
         if count:
             click.echo(f"{count:,} {what}")

@@ -5,14 +5,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["missing", "damaged", "different", "overlapping", "gap", "unregistered"]
+Kind = Literal["missing", "damaged", "different", "overlapping", "gap", "unregistered", "outdated"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """missing: registered, and not in the store (or cut short there). damaged: bytes fail their checks. different:
     sound, but not what is registered. overlapping: two segments claim the same offsets. gap: registered offsets of an
-    epoch that no segment holds. unregistered: an object that no segment lies in."""
+    epoch that no segment holds. unregistered: an object that no segment lies in, and that no sweep has noticed.
+    outdated: the registry is older than what the store has seen of it, or is another one."""
 
     kind: Kind
     what: str

@@ -1,13 +1,15 @@
 """A directory as object store: the embedded platform's, and good for one machine.
-Objects lie under `objects/` by their key; `tmp/` holds what is being written. All blocking calls run in
-threads. Limits of a directory: a key cannot also be the directory of another ('a' beside 'a/b')."""
+Objects lie under `objects/` by their key; `tmp/` holds what is being written; `lock` keeps those who remove empty
+directories from those who put objects there. All blocking calls run in threads. Limits of a directory: a key cannot
+also be the directory of another ('a' beside 'a/b')."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import stat
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -35,6 +37,8 @@ class LocalStore:
         root = settings.path / settings.prefix
         self._objects = root / "objects"
         self._temps = root / "tmp"
+        self._lock = files.DirectoryLock(root / "lock")
+        self._lock_number = -1
         self._durable_directories: set[Path] = set()
         self._prepared = False
 
@@ -92,18 +96,29 @@ class LocalStore:
             probe.unlink()
 
     def _put(self, key: str, views: Sequence[memoryview], if_absent: bool) -> ObjectInfo:
-        with files.translating(f"put {key!r}"):
-            try:
-                self._prepare()
-                with files.TempFile(self._temps) as temp:
-                    temp.write(views)
-                    self._publish(key, temp.path, if_absent)
-                    return _info(key, temp.status())
-            except FileNotFoundError:
-                # Someone removed one of our directories: the next attempt makes them anew.
-                self._prepared = False
-                self._durable_directories.clear()
-                raise
+        with files.translating(f"put {key!r}"), self._prepared_for(), files.TempFile(self._temps) as temp:
+            temp.write(views)
+            with self._lock.using() as number:
+                self._forget_before(number)
+                self._publish(key, temp.path, if_absent)
+            return _info(key, temp.status())
+
+    @contextmanager
+    def _prepared_for(self) -> Iterator[None]:
+        try:
+            self._prepare()
+            yield
+        except FileNotFoundError:
+            # Someone removed one of our directories: the next attempt makes them anew.
+            self._prepared = False
+            self._durable_directories.clear()
+            raise
+
+    def _forget_before(self, number: int) -> None:
+        """Directories that are known to be durable may have been removed since, and made anew by others."""
+        if number != self._lock_number:
+            self._durable_directories.clear()
+            self._lock_number = number
 
     def _publish(self, key: str, temp: Path, if_absent: bool) -> None:
         target = self._objects / key
@@ -155,16 +170,26 @@ class LocalStore:
             return _info(key, status)
 
     def _delete(self, keys: Sequence[str]) -> None:
-        with files.translating(f"delete {len(keys)} objects"):
-            emptied: set[Path] = set()
-            for path in (self._objects / key for key in keys):
-                try:
-                    path.unlink()
-                    emptied.add(path.parent)
-                except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                    continue  # no such object, which is what was asked for
-            for directory in emptied:
-                files.sync_directory(directory)
+        with files.translating(f"delete {len(keys)} objects"), self._prepared_for():
+            with self._lock.using():
+                emptied = self._unlink(keys)
+            if empty := [directory for directory in emptied if files.is_empty(directory)]:
+                with self._lock.removing():
+                    for directory in empty:
+                        files.remove_empty(directory, self._objects)
+
+    def _unlink(self, keys: Sequence[str]) -> set[Path]:
+        """Durably; the directories that the objects were in."""
+        emptied: set[Path] = set()
+        for path in (self._objects / key for key in keys):
+            try:
+                path.unlink()
+                emptied.add(path.parent)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                continue  # no such object, which is what was asked for
+        for directory in emptied:
+            files.sync_directory(directory)
+        return emptied
 
 
 def _page(walk: files.Walk) -> Sequence[tuple[str, os.stat_result]]:

@@ -123,6 +123,63 @@ def remove_leftovers(directory: Path) -> None:
             os.close(fd)
 
 
+class DirectoryLock:
+    """Between those who put names into directories and those who remove empty ones, also in other processes.
+
+    The file at `path` holds a number that grows with each removal: who remembers of a directory that it is there, and
+    durable, does so for one number only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextmanager
+    def using(self) -> Iterator[int]:
+        """No directory is removed meanwhile. Yields the number."""
+        with self._locked(fcntl.LOCK_SH) as fd:
+            yield _number(fd)
+
+    @contextmanager
+    def removing(self) -> Iterator[None]:
+        """Nobody uses a directory meanwhile."""
+        with self._locked(fcntl.LOCK_EX) as fd:
+            os.pwrite(fd, (_number(fd) + 1).to_bytes(8, "little"), 0)
+            yield
+
+    @contextmanager
+    def _locked(self, kind: int) -> Iterator[int]:
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, kind)
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def _number(fd: int) -> int:
+    return int.from_bytes(os.pread(fd, 8, 0), "little")
+
+
+def remove_empty(directory: Path, root: Path) -> None:
+    """Remove `directory` and those above it, below `root`, as far as they are empty. Leaves what cannot be removed: it
+    costs a listing some time, no more."""
+    while directory != root:
+        try:
+            directory.rmdir()
+        except OSError:
+            return
+        directory = directory.parent
+
+
+def is_empty(directory: Path) -> bool:
+    """False also when it is not there."""
+    try:
+        with os.scandir(directory) as entries:
+            return next(entries, None) is None
+    except FileNotFoundError:
+        return False
+
+
 def sync_directory(directory: Path) -> None:
     """Make new and removed names of `directory` durable."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

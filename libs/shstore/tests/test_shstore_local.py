@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from shstore import (
     StoreInvalid,
     StoreSettings,
     StoreUnavailable,
+    local_files,
 )
 from shstore.local_files import TempFile, store_error
 
@@ -94,13 +96,67 @@ async def test_foreign_files_and_links_are_not_objects(tmp_path: Path) -> None:
 async def test_directories_removed_by_someone_come_back(tmp_path: Path) -> None:
     store = open_local(tmp_path)
     await store.put("a/k", [b"x"])
-    await store.delete(["a/k"])
-    (tmp_path / "objects" / "a").rmdir()
-    (tmp_path / "tmp").rmdir()
+    for directory in ("objects/a", "tmp"):
+        shutil.rmtree(tmp_path / directory)
     with pytest.raises(StoreUnavailable):
         await store.put("a/k", [b"x"])
     await store.put("a/k", [b"y"])
     assert await store.get("a/k") == b"y"
+    shutil.rmtree(tmp_path)
+    with pytest.raises(StoreUnavailable):
+        await store.delete(["a/k"])
+    await store.delete(["a/k"])
+
+
+async def test_a_delete_leaves_no_empty_directories(tmp_path: Path) -> None:
+    store = open_local(tmp_path)
+    for key in ("a/b/c/1", "a/b/2", "d/3"):
+        await store.put(key, [b"x"])
+    objects = tmp_path / "objects"
+
+    def directories() -> set[str]:
+        return {str(path.relative_to(objects)) for path in objects.rglob("*") if path.is_dir()}
+
+    await store.delete(["a/b/c/1", "a/b/c/not-there"])
+    assert directories() == {"a", "a/b", "d"}
+    await store.delete(["a/b/2", "d/3"])
+    assert directories() == set() and objects.is_dir()
+    await store.put("a", [b"a key now"])
+    assert [info.key async for info in store.list("")] == ["a"]
+
+
+async def test_puts_do_not_notice_that_directories_come_and_go(tmp_path: Path) -> None:
+    """Two stores, as two processes have them; each delete empties the directory that the other one puts into."""
+
+    async def come_and_go(name: str) -> None:
+        store = open_local(tmp_path)
+        for number in range(150):
+            key = f"data/t/0/{name}-{number}"
+            await store.put(key, [name.encode()])
+            assert await store.get(key) == name.encode()
+            await store.delete([key])
+
+    await asyncio.gather(*(come_and_go(name) for name in "abcd"))
+    assert [*(tmp_path / "objects").iterdir()] == []
+
+
+async def test_a_directory_that_others_made_anew_is_made_durable_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(local_files, "sync_directory", synced.append)
+    ours, theirs = open_local(tmp_path), open_local(tmp_path)
+    await ours.put("a/b/1", [b"x"])
+    await ours.put("a/b/2", [b"x"])
+    await theirs.delete(["a/b/1", "a/b/2"])
+    await theirs.put("a/b/3", [b"x"])
+    synced.clear()
+    await ours.put("a/b/4", [b"x"])
+    objects = tmp_path / "objects"
+    assert {objects, objects / "a", objects / "a" / "b"} <= set(synced), "theirs may not be there after a power loss"
+    synced.clear()
+    await ours.put("a/b/5", [b"x"])
+    assert synced == [objects / "a" / "b"]
 
 
 async def test_two_processes_race_for_keys(tmp_path: Path) -> None:

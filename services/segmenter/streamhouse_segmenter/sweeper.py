@@ -64,7 +64,7 @@ class Sweeper:
     async def run(self, prefix: str = "", found: Callable[[Orphan], None] = _ignore) -> SweepReport:
         """One look over the store, or what of it is below `prefix`; tells `found` of every orphan. Raises
         StreamHouseError, StoreError; what was deleted by then is gone."""
-        mark, refused = await self._history()
+        mark, refused = await self.check_history()
         if not refused and not self._settings.orphan_dry_run and self._ports.clock.wall_ms() < mark.sweep_from_ms:
             log.info("no orphan sweep yet: the metadata was restored not long ago (docs/backup.md)")
             return SweepReport(resting_until_ms=mark.sweep_from_ms)
@@ -83,13 +83,13 @@ class Sweeper:
 
     async def mark_history(self) -> None:
         """Notes in the store where the metadata's history stands, unless it went back. Raises as `run`."""
-        mark, refused = await self._history()
+        mark, refused = await self.check_history()
         if refused:
             return
         head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
         if head.events_position == self._marked:
             return
-        event = await self._event_at(head.events_position)
+        event = await self._event_at(head.events_position, head.events_position)
         if event is not None:
             kept = replace(event, sweep_from_ms=mark.sweep_from_ms)
             await self._ports.store.put(MARK_KEY, [kept.encode()], if_absent=False)
@@ -159,20 +159,21 @@ class Sweeper:
             await self._ports.store.delete(begun)
             await self._ports.coordinator.finish_deletion(coordinator_pb2.FinishDeletionRequest(object_keys=begun))
 
-    async def _history(self) -> tuple[HistoryMark, str]:
-        """The mark, and why the feed is not the one that was marked; empty when it is, or nothing was marked yet."""
+    async def check_history(self) -> tuple[HistoryMark, str]:
+        """The mark, and why the feed is not the one that was marked; empty when it is, or nothing was marked yet.
+        Raises as `run`."""
         try:
             mark = HistoryMark.decode(await self._ports.store.get(MARK_KEY))
         except ObjectMissing:
             return NO_MARK, ""
         except ValueError as error:
             return NO_MARK, f"{MARK_KEY} is unreadable: {error}"
-        return mark, went_back(mark, await self._event_at(mark.position))
-
-    async def _event_at(self, position: int) -> HistoryMark | None:
-        """The event at `position`; None when the feed does not reach it or has a hole there."""
         head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
-        if not 0 < position <= head.events_position:
+        return mark, went_back(mark, await self._event_at(mark.position, head.events_position), head)
+
+    async def _event_at(self, position: int, last_position: int) -> HistoryMark | None:
+        """The event at `position`; None when the feed does not reach it or has a hole there."""
+        if not 0 < position <= last_position:
             return None
         feed = each_within(
             self._ports.coordinator.follow_events(coordinator_pb2.FollowEventsRequest(after_position=position - 1)),

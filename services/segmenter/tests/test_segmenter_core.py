@@ -182,7 +182,14 @@ def test_a_mark_survives_its_encoding() -> None:
     assert HistoryMark.decode(mark.encode()) == mark
 
 
-@pytest.mark.parametrize("body", [b"", b"nonsense", b"{}", b"[1]", b'{"position": 1}', b"\xff\xfe"])
+def _mark_created(created: str) -> bytes:
+    return b'{"position": 1, "stream_id": "", "version": 1, "type": "", "created_ms": %s}' % created.encode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"nonsense", b"{}", b"[1]", b'{"position": 1}', b"\xff\xfe", _mark_created('"x"'), _mark_created("1e30")],
+)
 def test_a_damaged_mark_is_refused(body: bytes) -> None:
     with pytest.raises(ValueError):
         HistoryMark.decode(body)
@@ -190,9 +197,14 @@ def test_a_damaged_mark_is_refused(body: bytes) -> None:
 
 def test_another_history_is_noticed() -> None:
     mark = HistoryMark(7, "topic/ab", 2, "TopicCreated", 1234)
-    assert went_back(mark, mark) == ""
-    assert "is gone" in went_back(mark, None)
-    assert "it was" in went_back(mark, dataclasses.replace(mark, created_ms=1235))
+    head = c.GetHeadResponse(events_position=5, history_id="h2")
+    assert went_back(mark, mark, head) == ""
+    assert went_back(dataclasses.replace(mark, sweep_from_ms=9), mark, head) == ""
+    assert went_back(mark, None, head) == (
+        "the store has seen event 7 (TopicCreated of topic/ab, 1234 ms after 1970), which is not there:"
+        " PostgreSQL stands at event 5 of history h2"
+    )
+    assert "is another one there" in went_back(mark, dataclasses.replace(mark, created_ms=1235), head)
 
 
 # ---- compaction

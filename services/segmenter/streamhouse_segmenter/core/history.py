@@ -32,6 +32,10 @@ class HistoryMark:
     def of(cls, event: coordinator_pb2.Event) -> "HistoryMark":
         return cls(event.position, event.stream_id, event.version, event.type, event.created_ms)
 
+    def describe(self) -> str:
+        """For people; the position apart."""
+        return f"{self.type} of {self.stream_id}, {self.created_ms} ms after 1970"
+
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
@@ -39,18 +43,25 @@ class HistoryMark:
     def decode(cls, body: bytes) -> "HistoryMark":
         """Raises ValueError for anything that is not a mark."""
         try:
-            return cls(**json.loads(body))
+            mark = cls(**json.loads(body))
         except TypeError as error:
             raise ValueError(f"not a history mark: {error}") from error
+        numbers = {name: getattr(mark, name) for name in ("position", "version", "created_ms", "sweep_from_ms")}
+        if wrong := [name for name, number in numbers.items() if not isinstance(number, int)]:
+            raise ValueError(f"not a history mark: {wrong[0]} is not a whole number")
+        return mark
 
 
 NO_MARK = HistoryMark(0, "", 0, "", 0)
 
 
-def went_back(mark: HistoryMark, current: HistoryMark | None) -> str:
-    """Why the feed is not the one that `mark` was taken from; empty when it is. `current`: what is there now."""
-    if current is None:
-        return f"the event at position {mark.position} is gone"
-    if current != replace(mark, sweep_from_ms=0):
-        return f"the event at position {mark.position} is {current}, it was {mark}"
-    return ""
+def went_back(mark: HistoryMark, current: HistoryMark | None, head: coordinator_pb2.GetHeadResponse) -> str:
+    """Why the feed is not the one that `mark` was taken from; empty when it is. `current`: what is there now; `head`:
+    where the feed ends."""
+    if current == replace(mark, sweep_from_ms=0):
+        return ""
+    there = "is not there" if current is None else f"is another one there ({current.describe()})"
+    return (
+        f"the store has seen event {mark.position} ({mark.describe()}), which {there}:"
+        f" PostgreSQL stands at event {head.events_position} of history {head.history_id}"
+    )
