@@ -141,8 +141,9 @@ class Producer:
         target = self._topics.get(topic) or await self._open_topic(topic)
         if partition is not None:
             target.lane(partition)
-        now_ms = time.time_ns() // 1_000_000
-        records = ManyRecords.of(values, keys, now_ms if timestamps_ms is None else timestamps_ms, headers)
+        if timestamps_ms is None:
+            timestamps_ms = time.time_ns() // 1_000_000
+        records = ManyRecords.of(values, keys, timestamps_ms, headers)
         placed: list[Placed] = []
         for start, stop in cut(records.sizes, min(SLICE_BYTES, self._options.buffer_bytes_max // 4)):
             size_bytes = int(records.sizes[start:stop].sum())

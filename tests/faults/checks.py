@@ -230,6 +230,18 @@ def unseen(timeline: Timeline) -> Iterator[Anomaly]:
                 yield Anomaly("unseen", text, (line,))
 
 
+def passed_by_group(timeline: Timeline) -> Iterator[Anomaly]:
+    """A group has committed beyond a record that none of its members was ever given."""
+    for partition in timeline.partitions.values():
+        for line, event in partition.positions:
+            if event.group:
+                given = partition.given_to(event.group)
+                passed = [offset for offset in partition.known_in(0, event.offset) if offset not in given]
+                if passed:
+                    text = f"group {event.group} is at {event.offset}, and was never given {len(passed)} records"
+                    yield Anomaly("group-gap", f"{_at(partition, passed[0])}: {text}", (line,))
+
+
 # ---- groups
 
 
@@ -368,6 +380,7 @@ CHECKS: tuple[Check, ...] = (
     order_inversions,
     polls,
     unseen,
+    passed_by_group,
     commits_going_back,
     commits_from_nowhere,
     registrations_without_object,

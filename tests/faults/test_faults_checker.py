@@ -183,6 +183,14 @@ WRONG: dict[str, tuple[list[h.Event], set[str]]] = {
         replaced(h.Position, 0, offset=100),
         {"unseen"},
     ),
+    "a group that stays behind": (
+        before(h.ReadBack, h.Position("members", "t", 0, 100, group="g")),
+        {"unseen"},
+    ),
+    "committed by a group, given to none of its members": (
+        before(h.ReadBack, h.Position("members", "t", 0, 101, group="another")),
+        {"group-gap"},
+    ),
     "committed offset read lower": (
         before(h.Position, h.FetchCommitted(8, "m3", "g", "t", 0), h.Committed(8, 2)),
         {"commit-back"},

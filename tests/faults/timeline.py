@@ -89,6 +89,11 @@ class PartitionTimeline:
         """Known offsets in [start, end)."""
         return self.known[bisect_left(self.known, start) : bisect_left(self.known, end)]
 
+    def given_to(self, group: str) -> set[int]:
+        """Offsets that members of the group were given."""
+        polled = (event for _, event in self.reads if isinstance(event, h.Polled) and event.group == group)
+        return {offset for event in polled for offset in h.offsets_of(event.spans)}
+
     def range_of(self, offset: int) -> h.Range | None:
         """The epoch that owns the offset; None where an epoch has ended below it, or none ever had it."""
         for item in self.ranges:

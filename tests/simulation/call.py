@@ -1,4 +1,4 @@
-"""One call over the simulated network, unary or with a stream of answers.
+"""One call over the simulated network: one message each way, or a stream of them.
 
 A call's handler is a task of the process that serves it: it ends with that process, and is cancelled when its caller is
 gone.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
@@ -37,11 +38,49 @@ def resolve(future: SimFuture, value: Any) -> None:
         future.set_result(value)
 
 
+class _Way:
+    """One direction of a connection: what is posted runs on the other side in the order of the posts, as over TCP.
+    `broke(why)`: it ends here, nothing that is posted later arrives."""
+
+    def __init__(self, network: Network, source: str, target: str, broke: Callable[[str], None]) -> None:
+        self._network = network
+        self._source = source
+        self._target = target
+        self._broke = broke
+        self._sent = 0
+        self._received = 0
+        self._early: dict[int, Callable[[], None]] = {}
+
+    def post(self, arrive: Callable[[], None], lost: float = 0.0) -> None:
+        """`lost`: the chance that the connection breaks instead."""
+        number = self._sent
+        self._sent += 1
+        if self._network.chance(lost):
+            self._network.later(self._network.latency(), self._broke, "the connection broke")
+            return
+
+        def there() -> None:
+            self._early[number] = arrive
+            while (due := self._early.pop(self._received, None)) is not None:
+                self._received += 1
+                due()
+
+        self._network.send(self._source, self._target, there)
+
+
 class Call:
-    """The client's half and the server's half share only messages."""
+    """The client's half and the server's half share only messages. `request`: makes the server's copy of it; None: the
+    client sends a stream of them, see `feed`."""
 
     def __init__(
-        self, network: Network, loop: SimLoop, number: int, source: Process, address: str, method: str, request: Any
+        self,
+        network: Network,
+        loop: SimLoop,
+        number: int,
+        source: Process,
+        address: str,
+        method: str,
+        request: Callable[[], Message] | None,
     ) -> None:
         self._network = network
         self._loop = loop
@@ -49,7 +88,7 @@ class Call:
         self.source = source
         self.target_name = address.partition(":")[0]
         self.target: Process | None = None
-        self._address = address
+        self.address = address
         self.method = method
         self._request = request
         self._task: asyncio.Task[Any] | None = None
@@ -57,9 +96,10 @@ class Call:
         self._news: SimFuture | None = None
         self._room: SimFuture | None = None
         self._unread = 0
-        self._sent = 0
-        self._received = 0
-        self._early: dict[int, Callable[[], None]] = {}
+        self._there = _Way(network, source.name, self.target_name, self.cut)
+        self._back = _Way(network, self.target_name, source.name, self.cut)
+        self._requests: deque[Any] = deque()
+        self._more: SimFuture | None = None
         self._abandoned = False
         self._client_gone = False
         self._ended: Any = None  # what ends the client's half: an exception, or END
@@ -71,7 +111,14 @@ class Call:
         if network.chance(network.rates.lose_request):
             network.later(network.latency() * 10, self.cut, "the request was lost")
             return
-        network.send(self.source.name, self.target_name, self._arrive)
+        self._there.post(self._arrive)
+
+    async def feed(self, requests: AsyncIterator[Message]) -> None:
+        """Sends a stream of requests. There is no window: who calls limits what has no answer yet."""
+        async for request in requests:
+            copy = type(request).FromString(request.SerializeToString())
+            self._there.post(partial(self._take, copy), self._network.rates.lose_request)
+        self._there.post(partial(self._take, END))
 
     async def next(self) -> Any:
         """The next answer, END at the end. Raises StreamHouseError, NoAnswer."""
@@ -108,7 +155,7 @@ class Call:
 
     def cut(self, why: str) -> None:
         """The connection is given up on both sides."""
-        self._end(NoAnswer(f"{self._address}: {why}"))
+        self._end(NoAnswer(f"{self.address}: {why}"))
         self.client_died()
 
     # ---- the server's half
@@ -116,7 +163,7 @@ class Call:
     def _arrive(self) -> None:
         if self._client_gone:
             return
-        found = self._network.find(self._address)
+        found = self._network.find(self.address)
         if found is None:
             self._network.send(self.target_name, self.source.name, self._refused)
             self._close()
@@ -125,11 +172,27 @@ class Call:
         self._task = self.target.spawn(self._serve(api), name=f"{self.method} for {self.source.name}")
 
     def _refused(self) -> None:
-        self._end(NoAnswer(f"nobody listens at {self._address}"))
+        self._end(NoAnswer(f"nobody listens at {self.address}"))
+
+    def _take(self, request: Any) -> None:
+        self._requests.append(request)
+        if self._more is not None:
+            resolve(self._more, None)
+
+    async def _stream_of_requests(self) -> AsyncIterator[Message]:
+        while True:
+            while not self._requests:
+                self._more = self._loop.create_future()
+                await self._more
+            request = self._requests.popleft()
+            if request is END:
+                return
+            yield request
 
     async def _serve(self, api: Any) -> None:
+        request = self._request() if self._request is not None else self._stream_of_requests()
         try:
-            answer = getattr(api, self.method)(self._request())
+            answer = getattr(api, self.method)(request)
             if hasattr(answer, "__anext__"):
                 async with aclosing(answer) as items:
                     async for item in items:
@@ -165,20 +228,7 @@ class Call:
         self._post(lambda: self._end(StreamHouseError.from_detail(detail)))
 
     def _post(self, arrive: Callable[[], None]) -> None:
-        """To the client, where `arrive` runs in the order of the posts, as over TCP."""
-        network, number = self._network, self._sent
-        self._sent += 1
-        if network.chance(network.rates.lose_reply):
-            network.later(network.latency(), self.cut, "the connection broke")
-            return
-
-        def there() -> None:
-            self._early[number] = arrive
-            while (due := self._early.pop(self._received, None)) is not None:
-                self._received += 1
-                due()
-
-        network.send(self.target_name, self.source.name, there)
+        self._back.post(arrive, self._network.rates.lose_reply)
 
     def client_died(self) -> None:
         self._client_gone = True

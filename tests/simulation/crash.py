@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.simulation.nemesis import Nemesis
@@ -23,8 +24,10 @@ class Crash:
 
 
 class OneCrash(Nemesis):
-    def __init__(self, around: Surroundings, nodes: list[Node], rng: random.Random, crash: Crash) -> None:
-        super().__init__(around, nodes, rng)
+    def __init__(
+        self, around: Surroundings, nodes: Sequence[Node], clients: Sequence[Node], rng: random.Random, crash: Crash
+    ) -> None:
+        super().__init__(around, nodes, clients, rng)
         self._crash = crash
 
     def begin(self) -> None:

@@ -11,8 +11,11 @@ from shproto.services import CoordinatorClient, QueryClient
 from shproto.v1 import coordinator_pb2, query_pb2
 
 from tests.faults import history as h
+from tests.simulation.crowd import Crowd
+from tests.simulation.group_ending import GroupEnding
+from tests.simulation.history import History
 from tests.simulation.nodes import IngestNode, Node, QueryNode, Surroundings
-from tests.simulation.workload import READ_BYTES, History, Reader, Target, records_of
+from tests.simulation.workload import READ_BYTES, Target, records_of
 
 SETTLE_S = 90.0
 """How long everything may take to be registered and swept after healing: the orphans' grace is 4 s of it."""
@@ -30,7 +33,7 @@ class Ending:
         around: Surroundings,
         nodes: Sequence[Node],
         targets: Sequence[Target],
-        readers: Sequence[Reader],
+        crowd: Crowd,
         history: History,
         blame: Callable[[str, str], None],
     ) -> None:
@@ -38,7 +41,7 @@ class Ending:
         self._loop = around.loop
         self._nodes = nodes
         self._targets = targets
-        self._readers = readers
+        self._crowd = crowd
         self._history = history
         self._blame = blame
         self._ends: dict[tuple[str, int], int] = {}
@@ -55,12 +58,17 @@ class Ending:
         self._record(snapshot)
         while self._behind() and self._loop.time() < deadline:
             await asyncio.sleep(POLL_S)
-        for reader in self._readers:
-            self._history.write(h.Position(reader.name, *reader.where, reader.offset))
+        for reader in self._crowd.readers:
+            for where, offset in reader.positions().items():
+                self._history.write(h.Position(reader.reader, *where, offset))
+        if self._crowd.has_group:
+            await GroupEnding(self._around, self._history, self._ends, self._blame).run(deadline)
         self._history.write(h.End())
 
     def _behind(self) -> bool:
-        return any(reader.offset < self._ends.get(reader.where, 0) for reader in self._readers)
+        """There is one reader per partition, or one of all; while it has no consumer it is nowhere."""
+        positions = {where: at for reader in self._crowd.readers for where, at in reader.positions().items()}
+        return any(positions.get(where, -1) < end for where, end in self._ends.items())
 
     async def _registered(self, deadline: float) -> Snapshot | None:
         """The metadata once nothing is unregistered; None if that never comes."""

@@ -7,7 +7,7 @@ https://www.cs.utah.edu/~regehr/papers/swarm12.pdf).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from shstore.faulty import FaultKind
 
@@ -17,6 +17,8 @@ from tests.simulation.nodes import IngestNode, Node, Surroundings
 from tests.simulation.store import HOST as STORE
 
 KIND_CHANCE = 0.3
+CLIENT_SHARE = 0.25
+"""Of the faults of machines and links, where there are clients with machines of their own."""
 FAULT_EVERY_S = (0.1, 1.5)
 WALL_JUMP_MS = 60_000
 """Far beyond leases, claims and the orphans' grace: no safety property rests on clocks."""
@@ -27,9 +29,13 @@ DATABASE_JUMP_MS = (-1_500, 4_000)
 class Nemesis:
     """`begin` starts it, `heal` ends every fault. `happened`: the faults, in words."""
 
-    def __init__(self, around: Surroundings, nodes: list[Node], rng: random.Random) -> None:
+    def __init__(
+        self, around: Surroundings, nodes: Sequence[Node], clients: Sequence[Node], rng: random.Random
+    ) -> None:
         self._around = around
-        self._nodes = nodes
+        self._services = nodes
+        self._clients = clients
+        self._nodes = [*nodes, *clients]
         self._agents = [node for node in nodes if isinstance(node, IngestNode)]
         self._rng = rng
         self.happened: list[str] = []
@@ -93,8 +99,15 @@ class Nemesis:
 class RandomNemesis(Nemesis):
     """Faults one after the other until `until_s`."""
 
-    def __init__(self, around: Surroundings, nodes: list[Node], rng: random.Random, until_s: float) -> None:
-        super().__init__(around, nodes, rng)
+    def __init__(
+        self,
+        around: Surroundings,
+        nodes: Sequence[Node],
+        clients: Sequence[Node],
+        rng: random.Random,
+        until_s: float,
+    ) -> None:
+        super().__init__(around, nodes, clients, rng)
         self._until_s = until_s
         every: tuple[Callable[[], None], ...] = (
             self.kill, self.kill_soon, self.power_cut, self.power_cut_at_operation, self.stop, self.pause,
@@ -134,8 +147,15 @@ class RandomNemesis(Nemesis):
 
     # ---- processes and machines
 
+    def _victim(self) -> Node:
+        """Mostly one of the services: they have more to lose."""
+        return self._rng.choice(self._clients if self._hits_client() else self._services)
+
+    def _hits_client(self) -> bool:
+        return bool(self._clients) and self._rng.random() < CLIENT_SHARE
+
     def kill(self) -> None:
-        node = self._rng.choice(self._nodes)
+        node = self._victim()
         if node.up:
             self._note(f"kill {node.name}")
             node.kill()
@@ -143,14 +163,14 @@ class RandomNemesis(Nemesis):
 
     def kill_soon(self) -> None:
         """Between any two steps of a process: at any await."""
-        node = self._rng.choice(self._nodes)
+        node = self._victim()
         if node.process is not None and node.up:
             steps = self._rng.randrange(1, 400)
             self._note(f"kill {node.name} in {steps} steps")
             node.process.steps_left = steps
 
     def power_cut(self) -> None:
-        node = self._rng.choice([*self._nodes, *self._agents])  # mostly of one that has something to lose
+        node = self._rng.choice([*self._services, *self._agents])  # mostly of one that has something to lose
         self._note(f"power cut of {node.name}")
         node.lose_power()
         self._revive(node)
@@ -163,14 +183,14 @@ class RandomNemesis(Nemesis):
             self._note(f"power cut of {agent.name} at its {agent.disk.cut_after}. disk operation")
 
     def stop(self) -> None:
-        node = self._rng.choice(self._nodes)
+        node = self._victim()
         if node.up:
             self._note(f"stop {node.name}")
             node.stop()
             self._revive(node, 3)
 
     def pause(self) -> None:
-        node = self._rng.choice(self._nodes)
+        node = self._victim()
         process = node.process
         if process is not None and process.alive and not process.paused:
             seconds = self._for(9)
@@ -180,7 +200,7 @@ class RandomNemesis(Nemesis):
             self._later(seconds, process.resume)
 
     def wall_clock(self) -> None:
-        node = self._rng.choice(self._nodes)
+        node = self._rng.choice(self._services)
         node.clock.offset_ms = self._rng.randrange(-WALL_JUMP_MS, WALL_JUMP_MS)
         self._note(f"wall clock of {node.name} {node.clock.offset_ms:+d} ms")
 
@@ -193,7 +213,7 @@ class RandomNemesis(Nemesis):
     # ---- network
 
     def _names(self) -> list[str]:
-        return [node.name for node in self._nodes] + [STORE, db.HOST]
+        return [node.name for node in self._services] + [STORE, db.HOST]
 
     def _cut(self, links: list[tuple[str, str]], seconds: float) -> None:
         network = self._around.network
@@ -209,16 +229,19 @@ class RandomNemesis(Nemesis):
     def partition(self) -> None:
         """Two machines, one way or both."""
         one, other = self._rng.sample(self._names(), 2)
+        if self._hits_client():
+            one = self._rng.choice(self._clients).name
         seconds, both = self._for(10), self._rng.random() < 0.5
         self._note(f"partition {one} -{'-' if both else '>'} {other} for {seconds:.1f} s")
         self._cut([(one, other), (other, one)] if both else [(one, other)], seconds)
 
     def isolate(self) -> None:
         """One machine from all others."""
-        name = self._rng.choice(self._names())
+        name = self._rng.choice(self._clients).name if self._hits_client() else self._rng.choice(self._names())
         seconds = self._for(9)
         self._note(f"isolate {name} for {seconds:.1f} s")
-        others = [other for other in self._names() if other != name]
+        names = [*self._names(), *(client.name for client in self._clients)]
+        others = [other for other in names if other != name]
         self._cut([link for other in others for link in ((name, other), (other, name))], seconds)
 
     # ---- disks and servers

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf.message import Message
+
 from tests.simulation.call import Call, resolve
 from tests.simulation.loop import PROCESS, Process, SimLoop
 
@@ -48,6 +50,10 @@ class Network:
 
     def listen(self, address: str, process: Process, api: Any) -> None:
         self._servers[address] = (process, api)
+        self.join(process)
+
+    def join(self, process: Process) -> None:
+        """Its peers hear of its end."""
         process.on_death.append(lambda: self._gone(process))
 
     def block(self, source: str, target: str) -> None:
@@ -129,7 +135,7 @@ class Network:
         found = self._servers.get(address)
         return found if found is not None and found[0].alive else None
 
-    def open_call(self, address: str, method: str, request: Any) -> Call:
+    def open_call(self, address: str, method: str, request: Callable[[], Message] | None) -> Call:
         self._number += 1
         call = Call(self, self._loop, self._number, PROCESS.get(), address, method, request)
         self._calls[call.number] = call

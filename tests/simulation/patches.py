@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
+from streamhouse import peers
 from streamhouse_ingest import wiring as ingest_wiring
 from streamhouse_ingest.adapters import wal, wal_directory, wal_note, wal_replay
 from streamhouse_query import wiring as query_wiring
@@ -18,8 +20,11 @@ from tests.simulation.machines import FcntlModule, Machines, MmapModule, SimPath
 
 
 @contextmanager
-def patched(loop: SimLoop, disks: Mapping[str, SimDisk], log: logging.Handler) -> Iterator[None]:
-    """`disks` by the directory that stands for them; all log records go to `log`."""
+def patched(
+    loop: SimLoop, disks: Mapping[str, SimDisk], connection: Callable[..., Any], log: logging.Handler
+) -> Iterator[None]:
+    """`disks` by the directory that stands for them; the SDK's calls go over what `connection` makes; all log records
+    go to `log`."""
     machines = Machines(loop)
     root = logging.getLogger()
     level = root.level
@@ -31,6 +36,7 @@ def patched(loop: SimLoop, disks: Mapping[str, SimDisk], log: logging.Handler) -
         stack.enter_context(mock.patch.object(wal_directory, "open", machines.open_text, create=True))
         stack.enter_context(mock.patch.object(wal_replay, "mmap", MmapModule(machines)))
         stack.enter_context(mock.patch.object(query_wiring, "DiskCache", SimChunkCache))
+        stack.enter_context(mock.patch.object(peers, "Connection", connection))
         root.addHandler(log)
         root.setLevel(logging.INFO)
         try:
@@ -41,7 +47,7 @@ def patched(loop: SimLoop, disks: Mapping[str, SimDisk], log: logging.Handler) -
 
 
 class LogHandler(logging.Handler):
-    """Log records of the services, into the simulation's log. A defect that was caught and logged is an anomaly."""
+    """Log records of services and clients, into the run's log. A defect that was caught and logged is an anomaly."""
 
     def __init__(self, loop: SimLoop, log: Callable[[str, str], None], blame: Callable[[str, str], None]) -> None:
         super().__init__(logging.INFO)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from unittest import mock
 
 from shproto.events import Segment
-from streamhouse_coordinator.core import registration
+from streamhouse import Consumer
+from streamhouse.batches import Batch
+from streamhouse.core.positions import Position
+from streamhouse.core.sequences import Lane, Outgoing
+from streamhouse.records import TopicPartition
+from streamhouse_coordinator.core import groups, registration
+from streamhouse_coordinator.core.groups import Group
 from streamhouse_coordinator.core.registration import Result
 from streamhouse_coordinator.core.tables import RangeRow
 from streamhouse_ingest.adapters.wal import FileWal
@@ -32,6 +39,33 @@ async def _not_asked(freshness: Freshness, topic: str) -> None:
     """The index is taken for fresh."""
 
 
+def _without_generation(group: Group, member: str, generation: int, names: Iterable[str]) -> None:
+    """Whoever says that it is a member commits what it likes."""
+
+
+def _without_hand_over(group: Group, member: str) -> tuple[frozenset[str], bool]:
+    """The new owner does not wait for the old one."""
+    return group.target.get(member, frozenset()), False
+
+
+_take = Lane.take
+
+
+def _renumbered(lane: Lane[Batch]) -> Outgoing[Batch]:
+    """A batch that is sent again gets the next sequence number."""
+    lane._queue[0].stamp = None
+    return _take(lane)
+
+
+def _received(
+    consumer: Consumer, done_with_last: bool, among: Iterable[TopicPartition] | None = None
+) -> dict[TopicPartition, Position]:
+    """What was fetched is committed, whether the application has it or not."""
+    cursors = consumer._reader.cursors
+    wanted = [cursors[where] for where in (cursors if among is None else among) if where in cursors]
+    return {cursor.where: Position(cursor.fetch_offset, cursor.topic_id) for cursor in wanted}
+
+
 PLANTED: dict[str, tuple[object, str, object]] = {
     "no-fsync": (FileWal, "_sync", lambda wal: None),
     "no-compare-and-set": (registration, "judge", _without_compare_and_set),
@@ -39,10 +73,16 @@ PLANTED: dict[str, tuple[object, str, object]] = {
     "log-trimmed-early": (wal_index, "_covered", lambda registered_end, end_offset: True),
     "forgotten-producers": (ProducerTable, "merge", lambda table, others: None),
     "stale-index": (Freshness, "catch_up", _not_asked),
+    "commits-not-fenced": (groups, "check_commit", _without_generation),
+    "no-hand-over": (groups, "available", _without_hand_over),
+    "retry-renumbered": (Lane, "take", _renumbered),
+    "received-is-committed": (Consumer, "_uncommitted", _received),
 }
 """Acknowledged before it is on disk; registered whatever is there already, or beyond a settled end; files of the log
 deleted before their records are registered; producers' states not taken over from where a partition was before; a
-reader told that it is beyond the end by an index that is behind."""
+reader told that it is beyond the end by an index that is behind; a group's offsets taken from members whose time is
+over; partitions given to a new member while the old one reads on; a producer's retry under a new sequence number; a
+consumer that commits what its application has not had."""
 
 
 def planted(name: str) -> AbstractContextManager[object]:

@@ -8,32 +8,31 @@ NAME.jsonl, the history, which `python -m tests.faults.checker` judges line by l
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import closing
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from opentelemetry import metrics
-
-if TYPE_CHECKING:
-    from tests.simulation.world import Result
+from tests.simulation.runs import Keeping, Run, Shown, Workers
 
 HASH_SEED = "0"
-CRASHING = ("coordinator-0", "ingest-0", "ingest-1", "segmenter-0", "query-0")
+CRASHING = ("coordinator-0", "ingest-0", "ingest-1", "segmenter-0", "query-0", "producer-0", "member-0")
 """The processes of a run of one crash."""
+PROGRESS_S = 15
+PROGRESS_RUNS = 500
+"""A line on stderr so often: where somebody looks by time, in a file by runs."""
 
 
 class Runner:
-    """Runs simulations and tells of them."""
+    """Tells of runs."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
-        self._started = time.perf_counter()
+        self._started = self._told = time.perf_counter()
         self.ran = 0
         self.failed = 0
         self._acknowledged = 0
@@ -46,80 +45,74 @@ class Runner:
             return False
         return bool(time.perf_counter() - self._started > self._options.seconds)
 
-    def tell(self, name: str, result: Result) -> None:
+    def tell(self, shown: Shown) -> None:
         self.ran += 1
-        self._acknowledged += result.acknowledged
+        self._acknowledged += shown.acknowledged
         if self._options.verbose:
             print(
-                f"{name}: {result.virtual_s:.0f} s virtual, {result.steps} steps, {result.faults} faults, "
-                f"{result.acknowledged} records acknowledged, {len(result.anomalies)} anomalies",
+                f"{shown.name}: {shown.virtual_s:.0f} s virtual, {shown.steps} steps, {shown.faults} faults, "
+                f"{shown.acknowledged} records acknowledged, {len(shown.anomalies)} anomalies",
                 flush=True,
             )
-        if result.anomalies or self._options.keep:
-            self._keep(name, result)
-        if result.anomalies:
+        if shown.anomalies:
             self.failed += 1
-            print(f"{name} FAILS, log {self._options.logs / name}.log", flush=True)
-            for anomaly in result.anomalies[:5]:
+            print(f"{shown.name} FAILS, log {self._options.logs / shown.name}.log", flush=True)
+            for anomaly in shown.anomalies[:5]:
                 print(f"    {anomaly.kind}: {anomaly.text[:300]}", flush=True)
+        self._progress()
 
-    def _keep(self, name: str, result: Result) -> None:
-        from tests.faults.history import write_history
+    def _progress(self) -> None:
+        now = time.perf_counter()
+        due = now - self._told >= PROGRESS_S if sys.stderr.isatty() else self.ran % PROGRESS_RUNS == 0
+        if due:
+            self._told = now
+            print(self._summary(), file=sys.stderr, flush=True)
 
-        self._options.logs.mkdir(parents=True, exist_ok=True)
-        (self._options.logs / f"{name}.log").write_text("\n".join(result.log) + "\n")
-        write_history(self._options.logs / f"{name}.jsonl", result.events)
-
-    def end(self) -> int:
+    def _summary(self) -> str:
         seconds = time.perf_counter() - self._started
-        print(
+        return (
             f"{self.ran} runs, {self.failed} failed, {self._acknowledged} records acknowledged, "
             f"{seconds:.1f} s, {self.ran / seconds:.1f} per second"
         )
+
+    def end(self) -> int:
+        print(self._summary())
         return 1 if self.failed else 0
 
 
 def main(arguments: list[str]) -> int:
-    from tests.simulation.planted import planted
-
     options = _options(arguments)
-    # Otherwise every service that ever was is kept, for its metrics.
-    metrics.set_meter_provider(metrics.NoOpMeterProvider())
-    gc.freeze()  # the collections after each run are spared what was imported
     runner = Runner(options)
-    with planted(options.plant) if options.plant else nullcontext():
-        (crash_everywhere if options.crash_everywhere else run_seeds)(runner, options)
+    with closing(Workers(options.jobs, Keeping(options.logs, options.keep, options.plant))) as workers:
+        (crash_everywhere if options.crash_everywhere else run_seeds)(runner, workers, options)
     return runner.end()
 
 
-def run_seeds(runner: Runner, options: argparse.Namespace) -> None:
-    from tests.simulation.world import simulate
-
+def run_seeds(runner: Runner, workers: Workers, options: argparse.Namespace) -> None:
     seeds = seeds_in(options.file) if options.file else range(options.first, options.first + options.seeds)
-    for seed in seeds:
-        if runner.has_enough():
-            break
-        runner.tell(f"seed-{seed}", simulate(seed))
+    with closing(workers.show(Run(f"seed-{seed}", seed) for seed in seeds)) as shown:
+        while not runner.has_enough() and (found := next(shown, None)) is not None:
+            runner.tell(found)
 
 
-def crash_everywhere(runner: Runner, options: argparse.Namespace) -> None:
+def crash_everywhere(runner: Runner, workers: Workers, options: argparse.Namespace) -> None:
     """One process after the other dies at its step `first`, `first + every`, ... until there is no such step; the
     agents' machines also lose their power at each operation of their disks."""
-    from tests.simulation.crash import Crash
-    from tests.simulation.world import simulate
-
     for power in (False, True):
         for node in CRASHING:
             if power and not node.startswith("ingest"):
                 continue
-            for step in count(options.first, options.every):
-                if runner.has_enough():
-                    return
-                crash = Crash(node, step, power)
-                result = simulate(options.seed, crash)
-                if not result.faults:
-                    break
-                runner.tell(str(crash), result)
+            with closing(workers.show(_crashes(node, power, options))) as shown:
+                while not runner.has_enough() and (found := next(shown)).faults:
+                    runner.tell(found)
+
+
+def _crashes(node: str, power: bool, options: argparse.Namespace) -> Iterator[Run]:
+    from tests.simulation.crash import Crash
+
+    for step in count(options.first, options.every):
+        crash = Crash(node, step, power)
+        yield Run(str(crash), options.seed, crash)
 
 
 def seeds_in(path: Path) -> list[int]:
@@ -132,19 +125,32 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=100, help="how many")
     parser.add_argument("--first", type=int, default=1, help="the first seed, or step")
+    parser.add_argument("--jobs", type=_jobs, default=_cores(), help="processes, as many as cores by default")
     parser.add_argument("--seconds", type=float, default=0, help="begin no run after this; 0: no limit")
     parser.add_argument("--at-least", type=int, default=0, metavar="RUNS", help="so many, however long they take")
     parser.add_argument("--file", type=Path, help="the seeds of this file instead")
     parser.add_argument("--crash-everywhere", action="store_true", help="a run per step of every process")
     parser.add_argument("--every", type=int, default=1, help="with --crash-everywhere: only each so manieth step")
     parser.add_argument("--seed", type=int, default=1, help="with --crash-everywhere: of the run that is repeated")
-    parser.add_argument("--plant", metavar="DEFECT", help="with a defect on purpose, see planted.py")
+    parser.add_argument("--plant", metavar="DEFECT", default="", help="with a defect on purpose, see planted.py")
     parser.add_argument("--until-found", action="store_true", help="end with the first one that fails")
     logs = Path(tempfile.gettempdir()) / "streamhouse-simulation"
     parser.add_argument("--logs", type=Path, default=logs, help=f"directory of the logs, {logs} by default")
     parser.add_argument("--keep", action="store_true", help="keep the logs of runs that pass, too")
     parser.add_argument("--verbose", action="store_true", help="a line per run")
     return parser.parse_args(arguments)
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _jobs(text: str) -> int:
+    jobs = int(text)
+    if jobs < 1:
+        raise argparse.ArgumentTypeError(f"jobs is {jobs}, must be at least 1")
+    return jobs
 
 
 if __name__ == "__main__":

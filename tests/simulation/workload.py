@@ -1,10 +1,10 @@
-"""Producers and readers: what they do and see goes into the history, which the checker of tests/faults judges."""
+"""Clients written by hand, producers and readers: what they do and see goes into the history."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 
@@ -21,6 +21,7 @@ from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2, types_pb2
 from tests.faults import history as h
 from tests.faults.payload import name_of, payload_of
 from tests.faults.producers import is_refusal
+from tests.simulation.history import History
 from tests.simulation.nodes import Surroundings
 
 TIMEOUT_MS = 1_000
@@ -38,22 +39,6 @@ class Target:
     topic: str
     partitions: int
     min_acks: str
-
-
-class History:
-    """tests.faults.history.Recorder, in memory and in virtual time."""
-
-    def __init__(self, now_s: Callable[[], float]) -> None:
-        self._now_s = now_s
-        self._ids = count(1)
-        self.events: list[h.Event] = []
-
-    def new_id(self) -> int:
-        return next(self._ids)
-
-    def write(self, event: h.Event) -> None:
-        object.__setattr__(event, "at_ms", int(self._now_s() * 1000))
-        self.events.append(event)
 
 
 class Producer:
@@ -175,24 +160,27 @@ class Reader:
     ) -> None:
         self._around = around
         self._history = history
-        self.name = name
-        self.where = (topic, partition)
+        self.reader = name
+        self._where = (topic, partition)
         self._queries = queries
         self._at_query = 0
-        self.offset = 0
+        self._offset = 0
         self.waiting = ""
 
+    def positions(self) -> Mapping[tuple[str, int], int]:
+        return {self._where: self._offset}
+
     async def run(self) -> None:
-        self._history.write(h.Assigned(self.name, *self.where, 0))
+        self._history.write(h.Assigned(self.reader, *self._where, 0))
         while True:
             if not await self._poll():
                 self._at_query = (self._at_query + 1) % len(self._queries)
                 await asyncio.sleep(0.3)
 
     async def _poll(self) -> bool:
-        topic, partition = self.where
+        topic, partition = self._where
         request = query_pb2.FetchRequest(
-            topic=topic, partition=partition, offset=self.offset, max_bytes=READ_BYTES, max_wait_ms=WAIT_MS
+            topic=topic, partition=partition, offset=self._offset, max_bytes=READ_BYTES, max_wait_ms=WAIT_MS
         )
         query = QueryClient(self._around.connection([self._queries[self._at_query]]))
         try:
@@ -200,17 +188,17 @@ class Reader:
         except StreamHouseError as error:
             self.waiting = f"{error.reason}: {error.message}"
             if error.reason not in ("UNKNOWN_TOPIC", "UNKNOWN_PARTITION"):
-                self._history.write(h.ReadFailed(self.name, error.reason, error.message))
+                self._history.write(h.ReadFailed(self.reader, error.reason, error.message))
             if isinstance(error, OffsetBelowStart):
                 raise
             return False
         self.waiting = response.waiting_reason
-        offsets, values = records_of(response, self.offset)
+        offsets, values = records_of(response, self._offset)
         if offsets:
-            self._history.write(h.Polled(self.name, topic, partition, h.spans_of(offsets), values))
-        if response.next_offset < self.offset:
-            self._history.write(h.ReadFailed(self.name, "DATA_LOSS", f"sent back to {response.next_offset}"))
-        self.offset = max(self.offset, response.next_offset)
+            self._history.write(h.Polled(self.reader, topic, partition, h.spans_of(offsets), values))
+        if response.next_offset < self._offset:
+            self._history.write(h.ReadFailed(self.reader, "DATA_LOSS", f"sent back to {response.next_offset}"))
+        self._offset = max(self._offset, response.next_offset)
         return True
 
 

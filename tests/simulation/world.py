@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from shproto.errors import StreamHouseError, TopicExists
@@ -19,8 +20,10 @@ from tests.simulation.cache import SimChunkCache
 from tests.simulation.chance import seeded
 from tests.simulation.clock import SimClock
 from tests.simulation.crash import Crash, OneCrash
+from tests.simulation.crowd import EVERYBODY, Company, Crowd
 from tests.simulation.database import Database
 from tests.simulation.ending import Ending
+from tests.simulation.history import History, RecordingConnection
 from tests.simulation.loop import Process, SimLoop, SimTask, Stuck
 from tests.simulation.nemesis import Nemesis, RandomNemesis
 from tests.simulation.network import Network
@@ -34,7 +37,7 @@ from tests.simulation.nodes import (
 )
 from tests.simulation.patches import LogHandler, patched
 from tests.simulation.store import Rates as StoreRates
-from tests.simulation.workload import History, Producer, Reader, Target
+from tests.simulation.workload import Target
 
 FAULTS_S = (2.0, 9.0)
 """How long the cluster has to stand faults. Long enough for leases (2.5 s) to run out several times."""
@@ -75,12 +78,15 @@ class World:
         self.nodes = self._make_nodes(crash is not None)
         self.around.bootstrap = [node.address for node in self.nodes if isinstance(node, CoordinatorNode)]
         self.targets = [Target("plain", 2, "wal"), Target("safe", 1, "durable")]
+        company = EVERYBODY if crash is not None else Company.draw(rng)
+        own_luck = random.Random(rng.getrandbits(64))
+        self.crowd = Crowd(self.around, self.history, self.targets, self.nodes, own_luck, company, self.blame)
         self.faults_s = CRASH_S if crash is not None else FIRST_START_S + rng.uniform(*FAULTS_S)
         luck = random.Random(rng.getrandbits(64))
         self.nemesis: Nemesis = (
-            OneCrash(self.around, self.nodes, luck, crash)
+            OneCrash(self.around, self.nodes, self.crowd.nodes, luck, crash)
             if crash is not None
-            else RandomNemesis(self.around, self.nodes, luck, self.faults_s)
+            else RandomNemesis(self.around, self.nodes, self.crowd.nodes, luck, self.faults_s)
         )
         self.loop.died = self.nemesis.died
         self.loop.connect = self.network.connect
@@ -107,6 +113,8 @@ class World:
         self.result.log.append(f"{self.loop.time():12.6f} {who:14} {text}")
 
     def blame(self, kind: str, text: str) -> None:
+        if self.judged:
+            return
         self.log("anomaly", f"{kind}: {text}")
         self.result.anomalies.append(Anomaly(kind, text))
 
@@ -121,19 +129,13 @@ class World:
             node.wanted = True
             self.network.later(self.rng.uniform(0, 0.5), node.restart)
         await self._create_topics()
-        producers = self._producers()
-        readers = self._readers()
-        producing = [Process(self.loop, "client").spawn(producer.run()) for producer in producers]
-        for reader in readers:
-            Process(self.loop, "client").spawn(reader.run())
+        self.crowd.start()
         await asyncio.sleep(max(0.0, self.faults_s - self.loop.time()))
         self.log("world", "heals")
         self.nemesis.heal()
         await asyncio.sleep(self.rng.uniform(0, 1.5))
-        for producer in producers:
-            producer.stopping = True
-        await asyncio.gather(*producing)
-        await Ending(self.around, self.nodes, self.targets, readers, self.history, self.blame).run()
+        await self.crowd.stop_producing()
+        await Ending(self.around, self.nodes, self.targets, self.crowd, self.history, self.blame).run()
 
     async def _create_topics(self) -> None:
         coordinator = self.around.coordinator()
@@ -153,23 +155,6 @@ class World:
                     await asyncio.sleep(0.2)
             self.history.write(h.Topic(target.topic, target.partitions, target.min_acks))
 
-    def _producers(self) -> list[Producer]:
-        producers = []
-        for number in range(4):
-            target = self.targets[number % len(self.targets)]
-            rng = random.Random(self.rng.getrandbits(64))
-            idempotent = number < 2 or self.rng.random() < 0.3
-            producers.append(Producer(self.around, self.history, f"producer-{number}", target, rng, idempotent))
-        return producers
-
-    def _readers(self) -> list[Reader]:
-        queries = [node.address for node in self.nodes if isinstance(node, QueryNode)]
-        return [
-            Reader(self.around, self.history, f"reader-{target.topic}-{partition}", target.topic, partition, queries)
-            for target in self.targets
-            for partition in range(target.partitions)
-        ]
-
     # ---- after it
 
     def judge(self) -> None:
@@ -178,12 +163,12 @@ class World:
             self.blame(anomaly.kind, anomaly.text)
         for defect in self.network.defects:
             self.blame("defect", defect)
-        for node in self.nodes:
+        for node in [*self.nodes, *self.crowd.nodes]:
             for why in node.deaths:
                 if not _may_end(node, why):
                     self.blame("died", f"{node.name}: {why}")
         result = self.result
-        result.events = self.history.events
+        result.events = list(self.history.events)
         result.acknowledged = report.acknowledged_records
         result.faults = len(self.nemesis.happened)
         result.steps, result.virtual_s = self.loop.steps, self.loop.time()
@@ -227,7 +212,8 @@ def simulate(seed: int, crash: Crash | None = None) -> Result:
     with seeded(seed) as rng:
         world = World(seed, rng, crash)
         disks = {f"/{node.name}": node.disk for node in world.nodes if isinstance(node, IngestNode)}
-        with patched(world.loop, disks, LogHandler(world.loop, world.log, world.blame)):
+        connection = partial(RecordingConnection, world.network, world.history)
+        with patched(world.loop, disks, connection, LogHandler(world.loop, world.log, world.blame)):
             try:
                 world.loop.run_until_complete(world.loop.create_task(world.run(), context=world.client.context))
             except Stuck as error:

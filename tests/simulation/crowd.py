@@ -1,0 +1,164 @@
+"""Who uses the cluster in a run: clients written by hand, applications over the SDK, or some of both, as drawn."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tests.simulation.applications import Membership
+from tests.simulation.clients import (
+    GROUP,
+    ClientNode,
+    ConsumerNode,
+    GroupOwnership,
+    MemberNode,
+    ProducerNode,
+    ReaderNode,
+)
+from tests.simulation.history import History
+from tests.simulation.loop import Process
+from tests.simulation.nodes import Node, QueryNode, Surroundings
+from tests.simulation.workload import Producer, Reader, Target
+
+PRODUCERS = 4
+SDK_PRODUCERS = 2
+SDK_CHANCE = 0.5
+GROUP_CHANCE = 0.5
+CHURN_EVERY_S = (0.5, 4.0)
+"""How often a member leaves, dies or stalls, besides what the faults do to it."""
+AWAY_S = 2.0
+STALL_CHANCE = 0.3
+STALL_S = 6.0
+"""At most; the members' sessions last 1.5 to 4 s."""
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Company:
+    """Which clients are over the SDK. members: of the group; 0: there is none."""
+
+    sdk_producers: int
+    sdk_reader: bool
+    members: int
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> Company:
+        producers = SDK_PRODUCERS if rng.random() < SDK_CHANCE else 0
+        return cls(producers, rng.random() < SDK_CHANCE / 2, rng.choice((2, 3)) if rng.random() < GROUP_CHANCE else 0)
+
+
+EVERYBODY = Company(SDK_PRODUCERS, sdk_reader=False, members=2)
+
+
+class Crowd:
+    """`nodes`: those with a machine of their own."""
+
+    def __init__(
+        self,
+        around: Surroundings,
+        history: History,
+        targets: Sequence[Target],
+        services: Sequence[Node],
+        rng: random.Random,
+        company: Company,
+        blame: Callable[[str, str], None],
+    ) -> None:
+        self._around = around
+        self._history = history
+        self._targets = targets
+        self._rng = rng
+        self._ownership = GroupOwnership(around, blame)
+        self._queries = [node.address for node in services if isinstance(node, QueryNode)]
+        self._partitions = [(target.topic, number) for target in targets for number in range(target.partitions)]
+        self._sdk_producers = [self._sdk_producer(number) for number in range(company.sdk_producers)]
+        self._producers = [self._producer(number) for number in range(company.sdk_producers, PRODUCERS)]
+        self._readers = [] if company.sdk_reader else [self._reader(*where) for where in self._partitions]
+        self._sdk_readers = [self._sdk_reader()] if company.sdk_reader else []
+        self._ownership.members += [self._member(number) for number in range(company.members)]
+        self._producing: list[asyncio.Task[None]] = []
+        self._is_over = False
+
+    # ---- who
+
+    def _own_luck(self) -> random.Random:
+        return random.Random(self._rng.getrandbits(64))
+
+    def _producer(self, number: int) -> Producer:
+        idempotent = number < 2 or self._rng.random() < 0.3
+        return Producer(
+            self._around, self._history, f"producer-{number}", self._target(number), self._own_luck(), idempotent
+        )
+
+    def _target(self, number: int) -> Target:
+        return self._targets[number % len(self._targets)]
+
+    def _sdk_producer(self, number: int) -> ProducerNode:
+        return ProducerNode(self._around, self._history, f"producer-{number}", self._own_luck(), self._target(number))
+
+    def _reader(self, topic: str, partition: int) -> Reader:
+        return Reader(self._around, self._history, f"reader-{topic}-{partition}", topic, partition, self._queries)
+
+    def _sdk_reader(self) -> ReaderNode:
+        return ReaderNode(self._around, self._history, "reader-0", self._own_luck(), self._partitions)
+
+    def _member(self, number: int) -> MemberNode:
+        """The first one reads all topics, so that the group does."""
+        topics = [target.topic for target in self._targets]
+        if number and self._rng.random() < 0.2:
+            topics = [self._rng.choice(topics)]
+        membership = Membership(GROUP, topics, self._ownership.polled)
+        return MemberNode(self._around, self._history, f"member-{number}", self._own_luck(), membership)
+
+    @property
+    def nodes(self) -> list[ClientNode]:
+        return [*self._sdk_producers, *self._sdk_readers, *self._ownership.members]
+
+    @property
+    def readers(self) -> list[Reader | ConsumerNode]:
+        """Those that read every partition they have from its beginning to its end."""
+        return [*self._readers, *self._sdk_readers]
+
+    @property
+    def has_group(self) -> bool:
+        return bool(self._ownership.members)
+
+    # ---- what they do
+
+    def start(self) -> None:
+        for node in self.nodes:
+            node.wanted = True
+            self._around.network.later(self._rng.uniform(0, 1), node.restart)
+        self._producing = [self._process().spawn(producer.run()) for producer in self._producers]
+        for reader in self._readers:
+            self._process().spawn(reader.run())
+        if self.has_group:
+            self._process().spawn(self._come_and_go(), name="members come and go")
+
+    def _process(self) -> Process:
+        return Process(self._around.loop, "client")
+
+    async def _come_and_go(self) -> None:
+        rng = self._rng
+        while True:
+            await asyncio.sleep(rng.uniform(*CHURN_EVERY_S))
+            if self._is_over:
+                return
+            member = rng.choice(self._ownership.members)
+            if rng.random() < STALL_CHANCE:
+                member.stall(rng.uniform(0, STALL_S))
+            else:
+                rng.choice((member.stop, member.stop, member.kill))()
+                self._around.network.later(rng.uniform(0, AWAY_S), member.come_back)
+
+    async def stop_producing(self) -> None:
+        """Returns when nothing is under way any more; from here on members stay."""
+        self._is_over = True
+        for producer in self._producers:
+            producer.stopping = True
+        for node in self._sdk_producers:
+            node.finish()
+        await asyncio.gather(*self._producing)
+        while any(node.up for node in self._sdk_producers):
+            await asyncio.sleep(POLL_S)
