@@ -12,26 +12,19 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from shformat import BatchHeader, stamp_batch
-from shproto.errors import (
-    UNKNOWN,
-    DiskFull,
-    Overloaded,
-    ProducerFenced,
-    SequenceGap,
-    ShuttingDown,
-    StreamHouseError,
-    Unavailable,
-)
+from shproto.errors import DiskFull, ShuttingDown, StreamHouseError, Unavailable
 from shruntime.clock import Clock
 
 from streamhouse_ingest.core.buffer import WalPosition
+from streamhouse_ingest.core.draft import Decision, Draft, NotLed
 from streamhouse_ingest.core.lease import Lease
-from streamhouse_ingest.core.partition_log import BatchAppended, Decision, Draft, NotLed, RangeExhausted
-from streamhouse_ingest.core.producers import DuplicateOf, FencedBy, OutOfSequence
+from streamhouse_ingest.core.partition_log import BatchAppended
+from streamhouse_ingest.core.producers import DuplicateOf
 from streamhouse_ingest.core.wal_index import WalIndex
-from streamhouse_ingest.logs import HeldLog, Logs, not_leader
+from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.ports import Frame, Wal, WalBroken, WalFull
+from streamhouse_ingest.refusals import lease_lost, log_failed, overloaded, refusal
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +32,6 @@ log = logging.getLogger(__name__)
 _GROUP_BATCHES_MAX = 1024
 _QUEUE_RETRY_MS = 20  # the queue drains a group every few milliseconds
 _WAL_RETRY_MS = 1000  # space comes back when a segment is registered, once per sealed buffer
-_RANGE_RETRY_MS = 100  # an extension takes one call to the coordinator
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +127,12 @@ class Writer:
             raise type(self._refusing)(self._refusing.message, retry_after_ms=self._refusing.retry_after_ms)
         size_bytes = len(append.batch)
         if self.queue_bytes + size_bytes > self._limits.queue_bytes_max:
-            raise _overloaded("queue_bytes_max", self._limits.queue_bytes_max, self.queue_bytes, _QUEUE_RETRY_MS)
+            raise overloaded("queue_bytes_max", self._limits.queue_bytes_max, self.queue_bytes, _QUEUE_RETRY_MS)
         wal_bytes = self._index.size_bytes + self.queue_bytes
         if wal_bytes + size_bytes > self._limits.wal_bytes_max:
-            raise _overloaded("wal_bytes_max", self._limits.wal_bytes_max, wal_bytes, _WAL_RETRY_MS)
+            raise overloaded("wal_bytes_max", self._limits.wal_bytes_max, wal_bytes, _WAL_RETRY_MS)
         if self._logs.memory_full:
-            raise _overloaded("memory_bytes_max", self._logs.memory_bytes_max, self._logs.memory_bytes, _WAL_RETRY_MS)
+            raise overloaded("memory_bytes_max", self._logs.memory_bytes_max, self._logs.memory_bytes, _WAL_RETRY_MS)
         append.queued_ms = self._clock.monotonic_ms()
         self.queue_bytes += size_bytes
         self._queue.append(append)
@@ -194,8 +186,8 @@ class Writer:
             self._fail(group, DiskFull(f"the write-ahead log cannot grow: {error}", retry_after_ms=_WAL_RETRY_MS))
         except WalBroken:
             self._failed = True
-            self.refuse(_broken())
-            self._fail(group, _broken())
+            self.refuse(log_failed())
+            self._fail(group, log_failed())
             raise
         except BaseException:  # cancelled, or a defect: nobody may wait for ever
             self._failed = True
@@ -250,7 +242,7 @@ class Writer:
             if append.durable and _waits_for_seal(append, decision):
                 append.held.durable_since_ms = append.held.durable_since_ms or now_ms
                 touched[append.held] = None
-            self._resolve(append, self._answer(append, decision) if led else _lease_lost(append))
+            self._resolve(append, self._answer(append, decision) if led else lease_lost(append.held))
         for held in touched:
             held.notify()
             self._on_append(held)
@@ -276,7 +268,7 @@ class Writer:
         if isinstance(decision, DuplicateOf):
             self._metrics.duplicates.add(1)
             return Written(append.held, decision.base_offset, decision.base_offset + count, duplicate=True)
-        return _refusal(append, decision)
+        return refusal(append.held, append.header.producer, decision)
 
     def _fail(self, group: list[Append], error: StreamHouseError) -> None:
         for append in group:
@@ -301,56 +293,3 @@ def _waits_for_seal(append: Append, decision: Decision) -> bool:
     if buffer is None or not isinstance(decision, BatchAppended | DuplicateOf):
         return False
     return decision.base_offset >= buffer.base_offset
-
-
-def _refusal(append: Append, decision: Decision) -> StreamHouseError:
-    topic, partition = append.held.log.topic, append.held.log.key.partition
-    stamp = append.header.producer
-    match decision:
-        case OutOfSequence(expected):
-            assert stamp is not None
-            return SequenceGap(
-                f"{topic}/{partition}: batch with sequence {stamp.base_sequence}, expected {expected}",
-                topic=topic,
-                partition=partition,
-                producer_id=stamp.producer_id,
-                expected=expected,
-                got=stamp.base_sequence,
-            )
-        case FencedBy(held_epoch):
-            assert stamp is not None
-            return ProducerFenced(
-                f"{topic}/{partition}: producer epoch {stamp.producer_epoch}, {held_epoch} has written",
-                producer_id=stamp.producer_id,
-                offered=stamp.producer_epoch,
-                held=held_epoch,
-            )
-        case RangeExhausted(limit_offset):
-            return Overloaded(
-                f"{topic}/{partition}: offsets up to {limit_offset} are used up, more are being asked for",
-                retry_after_ms=_RANGE_RETRY_MS,
-                limit="limit_offset",
-                value=limit_offset,
-            )
-        case _:
-            return not_leader(topic, partition, "its lease has moved or run out")
-
-
-def _lease_lost(append: Append) -> StreamHouseError:
-    log = append.held.log
-    why = "its lease ran out while the batch was written; outcome unknown"
-    return not_leader(log.topic, log.key.partition, why, outcome=UNKNOWN)
-
-
-def _broken() -> StreamHouseError:
-    return Unavailable("the write-ahead log failed; the agent has to restart. The outcome of the batch is unknown")
-
-
-def _overloaded(limit: str, limit_bytes: int, value: int, retry_after_ms: int) -> Overloaded:
-    return Overloaded(
-        f"{limit} is {limit_bytes} bytes, {value} are in use",
-        retry_after_ms=retry_after_ms,
-        limit=limit,
-        limit_bytes=limit_bytes,
-        value=value,
-    )

@@ -6,15 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from shformat import ProducerStamp
 from streamhouse_ingest.core.buffer import Buffer, WalPosition
-from streamhouse_ingest.core.partition_log import (
-    BatchAppended,
-    Draft,
-    LogKey,
-    NotLed,
-    PartitionLog,
-    RangeExhausted,
-    Span,
-)
+from streamhouse_ingest.core.draft import Draft, NotLed, RangeExhausted
+from streamhouse_ingest.core.partition_log import BatchAppended, LogKey, PartitionLog, Span
 from streamhouse_ingest.core.producers import DuplicateOf, OutOfSequence, ProducerTable
 
 KEY = LogKey(b"t" * 16, 3, 5)

@@ -1,8 +1,8 @@
 """The log of one epoch of one partition, as far as this agent holds it.
 
 Owns: which offset comes next, whether the agent may still append, which batches are buffered, sealed, registered.
-Does not own: disk, network, time. Appends are decided on a Draft and change the log only in apply(), after the
-write-ahead log has them; a group whose write failed leaves no trace.
+Does not own: disk, network, time. Appends are decided on a draft (draft.py) and change the log only in apply(), after
+the write-ahead log has them.
 """
 
 from collections import deque
@@ -14,15 +14,7 @@ from typing import NamedTuple
 from shformat import ProducerStamp
 
 from streamhouse_ingest.core.buffer import Buffer, WalPosition
-from streamhouse_ingest.core.producers import (
-    DuplicateOf,
-    FencedBy,
-    OutOfSequence,
-    ProducerState,
-    ProducerTable,
-    after_write,
-    check_sequence,
-)
+from streamhouse_ingest.core.producers import ProducerTable, after_write
 
 
 class LogKey(NamedTuple):
@@ -51,21 +43,6 @@ class BatchAppended:
     base_offset: int
     record_count: int
     stamp: ProducerStamp | None
-
-
-@dataclass(frozen=True, slots=True)
-class NotLed:
-    """The agent does not append to this log (any more)."""
-
-
-@dataclass(frozen=True, slots=True)
-class RangeExhausted:
-    """The epoch's offsets run out; an extension is being asked for."""
-
-    limit_offset: int
-
-
-Decision = BatchAppended | DuplicateOf | OutOfSequence | FencedBy | NotLed | RangeExhausted
 
 
 class PartitionLog:
@@ -299,30 +276,3 @@ class PartitionLog:
 
     def describe(self) -> str:
         return f"{self.topic or self.key.topic_id.hex()}/{self.key.partition} epoch {self.key.epoch}"
-
-
-class Draft:
-    """What a group of appends will do to one log if its write succeeds."""
-
-    def __init__(self, log: PartitionLog) -> None:
-        self._log = log
-        self._next_offset = log.next_offset
-        self._producers: dict[int, ProducerState] = {}
-
-    def decide(self, record_count: int, stamp: ProducerStamp | None) -> Decision:
-        """Where the batch goes, or why it does not. A BatchAppended counts for the decisions after it."""
-        if not self._log.leading:
-            return NotLed()
-        state = None
-        if stamp is not None:
-            state = self._producers.get(stamp.producer_id) or self._log.producers.get(stamp.producer_id)
-            verdict = check_sequence(state, stamp, record_count)
-            if isinstance(verdict, DuplicateOf | OutOfSequence | FencedBy):
-                return verdict
-        if self._next_offset + record_count > self._log.limit_offset:
-            return RangeExhausted(self._log.limit_offset)
-        appended = BatchAppended(self._next_offset, record_count, stamp)
-        self._next_offset += record_count
-        if stamp is not None:
-            self._producers[stamp.producer_id] = after_write(state, stamp, record_count, appended.base_offset)
-        return appended

@@ -1,0 +1,61 @@
+"""Decides appends, before the write-ahead log has them.
+
+A draft stands for one log while a group of batches is decided; it changes nothing, so that a group whose write failed
+leaves no trace.
+"""
+
+from dataclasses import dataclass
+
+from shformat import ProducerStamp
+
+from streamhouse_ingest.core.partition_log import BatchAppended, PartitionLog
+from streamhouse_ingest.core.producers import (
+    DuplicateOf,
+    FencedBy,
+    OutOfSequence,
+    ProducerState,
+    after_write,
+    check_sequence,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NotLed:
+    """The agent does not append to this log (any more)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RangeExhausted:
+    """The epoch's offsets run out; an extension is being asked for."""
+
+    limit_offset: int
+
+
+Decision = BatchAppended | DuplicateOf | OutOfSequence | FencedBy | NotLed | RangeExhausted
+
+
+class Draft:
+    """What a group of appends will do to one log if its write succeeds."""
+
+    def __init__(self, log: PartitionLog) -> None:
+        self._log = log
+        self._next_offset = log.next_offset
+        self._producers: dict[int, ProducerState] = {}
+
+    def decide(self, record_count: int, stamp: ProducerStamp | None) -> Decision:
+        """Where the batch goes, or why it does not. A BatchAppended counts for the decisions after it."""
+        if not self._log.leading:
+            return NotLed()
+        state = None
+        if stamp is not None:
+            state = self._producers.get(stamp.producer_id) or self._log.producers.get(stamp.producer_id)
+            verdict = check_sequence(state, stamp, record_count)
+            if isinstance(verdict, DuplicateOf | OutOfSequence | FencedBy):
+                return verdict
+        if self._next_offset + record_count > self._log.limit_offset:
+            return RangeExhausted(self._log.limit_offset)
+        appended = BatchAppended(self._next_offset, record_count, stamp)
+        self._next_offset += record_count
+        if stamp is not None:
+            self._producers[stamp.producer_id] = after_write(state, stamp, record_count, appended.base_offset)
+        return appended

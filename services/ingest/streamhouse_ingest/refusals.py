@@ -1,0 +1,66 @@
+"""What a batch that the log did not take is answered with."""
+
+from shformat import ProducerStamp
+from shproto.errors import UNKNOWN, Overloaded, ProducerFenced, SequenceGap, StreamHouseError, Unavailable
+
+from streamhouse_ingest.core.draft import Decision, RangeExhausted
+from streamhouse_ingest.core.producers import FencedBy, OutOfSequence
+from streamhouse_ingest.logs import HeldLog, not_leader
+
+_RANGE_RETRY_MS = 100  # an extension takes one call to the coordinator
+
+
+def refusal(held: HeldLog, stamp: ProducerStamp | None, decision: Decision) -> StreamHouseError:
+    """The answer to a batch that was decided not to be appended."""
+    topic, partition = held.log.topic, held.log.key.partition
+    match decision:
+        case OutOfSequence(expected):
+            assert stamp is not None
+            return SequenceGap(
+                f"{topic}/{partition}: batch with sequence {stamp.base_sequence}, expected {expected}",
+                topic=topic,
+                partition=partition,
+                producer_id=stamp.producer_id,
+                expected=expected,
+                got=stamp.base_sequence,
+            )
+        case FencedBy(held_epoch):
+            assert stamp is not None
+            return ProducerFenced(
+                f"{topic}/{partition}: producer epoch {stamp.producer_epoch}, {held_epoch} has written",
+                producer_id=stamp.producer_id,
+                offered=stamp.producer_epoch,
+                held=held_epoch,
+            )
+        case RangeExhausted(limit_offset):
+            return Overloaded(
+                f"{topic}/{partition}: offsets up to {limit_offset} are used up, more are being asked for",
+                retry_after_ms=_RANGE_RETRY_MS,
+                limit="limit_offset",
+                value=limit_offset,
+            )
+        case _:
+            return not_leader(topic, partition, "its lease has moved or run out")
+
+
+def lease_lost(held: HeldLog) -> StreamHouseError:
+    """The answer to a batch that was written when the agent may not have led any more."""
+    log = held.log
+    why = "its lease ran out while the batch was written; outcome unknown"
+    return not_leader(log.topic, log.key.partition, why, outcome=UNKNOWN)
+
+
+def log_failed() -> StreamHouseError:
+    """The answer from the moment on that the log cannot be trusted any more."""
+    return Unavailable("the write-ahead log failed; the agent has to restart. The outcome of the batch is unknown")
+
+
+def overloaded(limit: str, limit_bytes: int, value: int, retry_after_ms: int) -> Overloaded:
+    """G7: the answer beyond the limit of this name."""
+    return Overloaded(
+        f"{limit} is {limit_bytes} bytes, {value} are in use",
+        retry_after_ms=retry_after_ms,
+        limit=limit,
+        limit_bytes=limit_bytes,
+        value=value,
+    )

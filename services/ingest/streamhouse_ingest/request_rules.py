@@ -1,0 +1,133 @@
+"""What a produce request must be like, and what is made of one that is."""
+
+import asyncio
+from collections.abc import Sequence
+
+from shformat import BatchHeader, Codec, FormatError, Records, encode_batch, validate_batch
+from shproto.errors import AcksTooWeak, BatchTooLarge, InvalidArgument, InvalidBatch, UnknownProducer
+from shproto.v1 import ingest_pb2 as pb
+from shproto.v1 import types_pb2
+from shruntime.clock import Clock
+
+from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.settings import IngestSettings
+
+# Below this a batch is checked on the event loop (0.2 ms per 100 KB), above it in a thread.
+_THREAD_FROM_BYTES = 512 * 1024
+TOPIC_ID_BYTES = 16  # of a UUID
+_ACKS = frozenset(types_pb2.Acks.values())
+_ACK_NAMES: dict[int, str] = {types_pb2.ACKS_NONE: "none", types_pb2.ACKS_WAL: "wal", types_pb2.ACKS_DURABLE: "durable"}
+
+
+def is_meant(request: pb.ProduceRequest, held: HeldLog) -> bool:
+    """Whether the log is of the topic that the producer means, not of another one of that name."""
+    return not request.topic_id or request.topic_id == held.log.key.topic_id
+
+
+def check_topic_id(topic_id: bytes) -> None:
+    """Raises InvalidArgument."""
+    if len(topic_id) not in (0, TOPIC_ID_BYTES):
+        raise InvalidArgument(
+            f"topic_id must have {TOPIC_ID_BYTES} bytes, or none, got {len(topic_id)}",
+            field="topic_id",
+            limit=TOPIC_ID_BYTES,
+            value=len(topic_id),
+        )
+
+
+class RequestRules:
+    """Checks against the settings, the clock, and what the agent knows of the metadata."""
+
+    def __init__(self, logs: Logs, clock: Clock, settings: IngestSettings) -> None:
+        self._logs = logs
+        self._clock = clock
+        self._settings = settings
+
+    def acks(self, request: pb.ProduceRequest, held: HeldLog) -> int:
+        """The ack level to answer at. Raises InvalidArgument, AcksTooWeak."""
+        if request.acks not in _ACKS:
+            raise InvalidArgument(
+                f"acks is {request.acks}, known are 0 to 3", field="acks", value=request.acks, limit=3
+            )
+        least = held.log.min_acks or types_pb2.ACKS_WAL
+        if request.acks == types_pb2.ACKS_UNSPECIFIED:
+            return least
+        if request.acks < least:
+            asked, allowed = _ACK_NAMES[request.acks], _ACK_NAMES[least]
+            raise AcksTooWeak(
+                f"topic {request.topic} wants acks {allowed} at least, not {asked}", acks=asked, min_acks=allowed
+            )
+        return request.acks
+
+    async def validate(self, batch: bytes) -> BatchHeader:
+        """Raises BatchTooLarge, InvalidBatch."""
+        size_bytes, limit_bytes = len(batch), self._settings.batch_bytes_max
+        if size_bytes > limit_bytes:
+            raise BatchTooLarge(
+                f"batch of {size_bytes} bytes, batch_bytes_max is {limit_bytes}",
+                size_bytes=size_bytes,
+                limit_bytes=limit_bytes,
+            )
+        try:
+            if size_bytes < _THREAD_FROM_BYTES:
+                header = validate_batch(batch)
+            else:
+                header = await asyncio.to_thread(validate_batch, batch)
+        except FormatError as error:
+            raise InvalidBatch(f"not a record batch: {error}", at=error.at, what=error.what) from error
+        if not header.contiguous:
+            raise InvalidBatch("a produced batch has no gaps in its offsets", at=0, what="offset gaps")
+        return header
+
+    def check_producer(self, header: BatchHeader) -> None:
+        """Raises UnknownProducer for an id that may have been given out twice."""
+        first = self._logs.producer_ids_from
+        if header.producer is not None and header.producer.producer_id < first:
+            raise UnknownProducer(
+                f"producer id {header.producer.producer_id} is from before the metadata was restored; ids begin at "
+                f"{first} now. Take a new one; whether a batch that is sent again was written before cannot be told",
+                producer_id=header.producer.producer_id,
+                producer_ids_from=first,
+            )
+
+    def check_timestamp(self, header: BatchHeader) -> None:
+        """Any int64 is a timestamp, but one far ahead would keep its segment from ever expiring. Raises
+        InvalidArgument."""
+        limit_ms = self._clock.wall_ms() + self._settings.timestamp_ahead_ms_max
+        if header.max_timestamp_ms > limit_ms:
+            raise InvalidArgument(
+                f"max_timestamp_ms is {header.max_timestamp_ms}, at most {limit_ms} is accepted now "
+                f"(timestamp_ahead_ms_max is {self._settings.timestamp_ahead_ms_max})",
+                field="max_timestamp_ms",
+                value=header.max_timestamp_ms,
+                limit=limit_ms,
+            )
+
+    def encode(self, request: pb.ProduceRequest) -> bytes:
+        """The plain records as one batch. Raises InvalidArgument, InvalidBatch, BatchTooLarge."""
+        plain = request.records.records
+        limit = self._settings.records_per_plain_request_max
+        if not 1 <= len(plain) <= limit:
+            raise InvalidArgument(
+                f"{len(plain)} records in one request, must be 1 to {limit}",
+                field="records",
+                value=len(plain),
+                limit=limit,
+            )
+        try:
+            return encode_batch(_columns(plain, self._clock.wall_ms()), codec=Codec.LZ4)
+        except FormatError as error:
+            raise InvalidBatch(f"these records make no batch: {error}", at=error.at, what=error.what) from error
+
+
+def _columns(plain: Sequence[types_pb2.Record], now_ms: int) -> Records:
+    """Messages to columns, one comprehension each; a timestamp of 0 becomes `now_ms`."""
+    headers = None
+    if any(record.headers for record in plain):
+        headers = [[(h.key, h.value if h.HasField("value") else None) for h in record.headers] for record in plain]
+    return Records.from_lists(
+        [record.value if record.HasField("value") else None for record in plain],
+        [record.key if record.HasField("key") else None for record in plain],
+        [record.timestamp_ms or now_ms for record in plain],
+        headers,
+    )
