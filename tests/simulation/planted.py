@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from unittest import mock
 
 from shproto.events import Segment
-from streamhouse import Consumer
 from streamhouse.batches import Batch
+from streamhouse.commits import Commits
 from streamhouse.core.positions import Position
 from streamhouse.core.sequences import Lane, Outgoing
 from streamhouse.records import TopicPartition
@@ -58,10 +58,10 @@ def _renumbered(lane: Lane[Batch]) -> Outgoing[Batch]:
 
 
 def _received(
-    consumer: Consumer, done_with_last: bool, among: Iterable[TopicPartition] | None = None
+    commits: Commits, done_with_last: bool, among: Iterable[TopicPartition] | None = None
 ) -> dict[TopicPartition, Position]:
     """What was fetched is committed, whether the application has it or not."""
-    cursors = consumer._reader.cursors
+    cursors = commits._cursors
     wanted = [cursors[where] for where in (cursors if among is None else among) if where in cursors]
     return {cursor.where: Position(cursor.fetch_offset, cursor.topic_id) for cursor in wanted}
 
@@ -76,7 +76,7 @@ PLANTED: dict[str, tuple[object, str, object]] = {
     "commits-not-fenced": (groups, "check_commit", _without_generation),
     "no-hand-over": (groups, "available", _without_hand_over),
     "retry-renumbered": (Lane, "take", _renumbered),
-    "received-is-committed": (Consumer, "_uncommitted", _received),
+    "received-is-committed": (Commits, "outstanding", _received),
 }
 """Acknowledged before it is on disk; registered whatever is there already, or beyond a settled end; files of the log
 deleted before their records are registered; producers' states not taken over from where a partition was before; a
