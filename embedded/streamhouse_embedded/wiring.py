@@ -124,9 +124,10 @@ class EmbeddedPlatform:
         self._stack.push_async_callback(segmenter.stop)
         await query.start(address)
         self._stack.push_async_callback(query.stop)
+        # Before the agent: it waits for metadata that went back to be put right, and whoever does that has to ask.
+        await server.start()
         await ingest.start(address)
         self._stack.push_async_callback(ingest.stop)
-        await server.start()
         self._stack.push_async_callback(self.tasks.stop)
         self.tasks.spawn("coordinator watch", coordinator.failed())
         for name, tasks in (("ingest", ingest.tasks), ("query", query.tasks), ("segmenter", segmenter.tasks)):

@@ -319,10 +319,11 @@ async def agents_refuse(platform: Platform, dsn: str) -> None:
 class Embedded(Clients):
     """`streamhouse serve` on a directory."""
 
-    def __init__(self, work_dir: Path) -> None:
+    def __init__(self, work_dir: Path, **environ: str) -> None:
         super().__init__()
         self.data_dir = work_dir / "data"
-        self.server = EmbeddedProcess(self.data_dir, work_dir, {"STREAMHOUSE_SEAL_AGE_MS": "600000"})
+        self.postgres = self.data_dir / "postgres"
+        self.server = EmbeddedProcess(self.data_dir, work_dir, {"STREAMHOUSE_SEAL_AGE_MS": "600000", **environ})
 
     @property
     def address(self) -> str:
@@ -331,11 +332,38 @@ class Embedded(Clients):
     async def cli(self, *arguments: str) -> Any:
         return await cli(self.server.environ, *arguments)
 
-    def lose_postgresql(self) -> None:
+    def kill(self) -> None:
         self.server.kill()
-        pid = int((self.data_dir / "postgres" / "postmaster.pid").read_text().splitlines()[0])
-        os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.data_dir / "postgres")
+        note = self.postgres / "postmaster.pid"
+        if note.exists():  # else it had not been started yet
+            os.kill(int(note.read_text().splitlines()[0]), signal.SIGKILL)
+
+    def lose_postgresql(self) -> None:
+        self.kill()
+        shutil.rmtree(self.postgres)
+
+    def objects(self) -> set[str]:
+        """Keys of what segments may lie in."""
+        root = self.data_dir / "objects" / "objects"
+        return {str(path.relative_to(root)) for part in ("data", "mixed") for path in (root / part).rglob("*.seg")}
+
+    def mark(self) -> HistoryMark:
+        """What the store has seen of the metadata's history."""
+        return HistoryMark.decode((self.data_dir / "objects" / "objects" / MARK_KEY).read_bytes())
+
+    async def refused(self, *arguments: str) -> str:
+        """What a command says that ends with exit 1, once the server answers."""
+
+        async def said() -> tuple[int, str]:
+            command = [sys.executable, "-m", "streamhouse.cli", *arguments, "--bootstrap", self.address]
+            done = await asyncio.to_thread(
+                subprocess.run, command, env=self.server.environ, capture_output=True, text=True
+            )
+            return done.returncode, done.stdout + done.stderr
+
+        code, text = await until(said, lambda answer: "nothing answers" not in answer[1])
+        assert code == 1, text
+        return str(text)
 
 
 async def test_serve_comes_back_without_its_postgresql(tmp_path: Path) -> None:
@@ -361,3 +389,84 @@ async def test_serve_comes_back_without_its_postgresql(tmp_path: Path) -> None:
         assert found["findings"] == []
     finally:
         assert await platform.server.stop() == 0
+
+
+SWEEPING = {
+    "STREAMHOUSE_RETENTION_INTERVAL_MS": "100",  # so often the history is marked in the store
+    "STREAMHOUSE_ORPHAN_SWEEP_INTERVAL_MS": "200",
+    "STREAMHOUSE_ORPHAN_GRACE_MS": "1000",
+    "STREAMHOUSE_ORPHAN_CONFIRM_MS": "0",
+}
+
+
+async def test_an_old_data_directory_of_postgresql_is_refused_and_nothing_is_deleted(tmp_path: Path) -> None:
+    """G8: the files of PostgreSQL as they were some time ago, under a store that has seen what came after."""
+    platform = Embedded(tmp_path, **SWEEPING)
+    old, newest = tmp_path / "postgres-old", tmp_path / "postgres-newest"
+    await platform.server.start_serving()
+    try:
+        await platform.create("orders")
+        await platform.produce("orders", "stored", 10, "durable")
+        assert await platform.server.stop() == 0
+        copy_files(platform.postgres, old)
+        known = platform.objects()
+        await platform.server.start_serving()
+        await platform.produce("orders", "stored later", 10, "durable")
+        await the_store_has_seen_everything(platform)
+        platform.kill()
+        platform.postgres.rename(newest)
+        copy_files(old, platform.postgres)
+
+        kept = platform.objects()
+        assert known < kept, "there is something that the old files do not know"
+        await everything_refuses(platform, kept - known)
+        assert platform.objects() == kept
+
+        platform.kill()
+        shutil.rmtree(platform.postgres)
+        newest.rename(platform.postgres)
+        await platform.server.start_serving()
+        await platform.check_all()
+        found = await platform.cli("verify", "--data-dir", str(platform.data_dir), "--bootstrap", platform.address)
+        assert found["findings"] == []
+        assert await platform.server.stop() == 0
+    finally:
+        if platform.server.is_running():
+            platform.kill()
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """With their owner, who may be another user."""
+    subprocess.run(["cp", "-a", str(source), str(target)], check=True)
+
+
+async def the_store_has_seen_everything(platform: Embedded) -> None:
+    async with Admin(platform.address) as admin:
+        position = (await admin.status()).events_position
+
+    async def mark() -> HistoryMark:
+        return platform.mark()
+
+    await until(mark, lambda found: found.position >= position)
+
+
+async def everything_refuses(platform: Embedded, later: set[str]) -> None:
+    """The agent, every sweep, and verify, which names the objects that were registered `later`."""
+    platform.server.start()
+    place = ("--data-dir", str(platform.data_dir))
+    for how in ("--dry-run", "--yes"):
+        said = await platform.refused("sweep", how, *place)
+        assert "orphan sweep refused" in said and "streamhouse restore" in said
+        assert f"has seen event {platform.mark().position} " in said and "PostgreSQL stands at event " in said
+
+    async def log() -> str:
+        return platform.server.log_tail(10**9)
+
+    await until(
+        log, lambda text: "orphan sweep refused" in text and "cannot open a session yet: the metadata went back" in text
+    )
+    said = await platform.refused("verify", *place, "--grace-ms", "0", "--json")
+    found = json.loads(said.rpartition("error: ")[0])
+    assert found["findings"][0]["kind"] == "outdated"
+    unregistered = {item["object_key"] for item in found["findings"] if item["kind"] == "unregistered"}
+    assert unregistered == later
