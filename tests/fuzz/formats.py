@@ -32,6 +32,7 @@ from shformat import (
     frames_start,
     open_segment,
     read_batch_header,
+    read_batch_headers,
     read_block,
     run_plan,
     scan_frames,
@@ -83,8 +84,11 @@ def rows(records: Records) -> list[tuple[Any, ...]]:
 
 def check_batches(data: bytes) -> None:
     """`data` as one batch, and as batches back to back."""
-    for read in (read_batch_header, check_batch):
-        attempt(lambda read=read: read(data, 0, LIMITS), len(data))  # type: ignore[misc]
+    header = attempt(lambda: read_batch_header(data, 0, LIMITS), len(data))
+    attempt(lambda: check_batch(data, 0, LIMITS), len(data))
+    if len(data) >= BATCH_HEADER_SIZE:
+        many = attempt(lambda: read_batch_headers(data, [0], LIMITS))
+        ensure(isinstance(many, FormatError) == isinstance(header, FormatError), "one header and many: other rules")
     _check_one_batch(data)
     batches = attempt(lambda: split_batches(data, LIMITS), len(data))
     if isinstance(batches, FormatError) or len(batches) > _BATCHES_MAX:

@@ -2,6 +2,7 @@
 
 from .batch import check_batch, decode_batch, encode_batch, split_batches, stamp_batch, validate_batch
 from .batch_header import BATCH_HEADER_SIZE, BatchHeader, Codec, ProducerStamp, read_batch_header
+from .batch_headers import HeaderColumns, read_batch_headers
 from .batches import decode_batches
 from .columns import BytesColumn, Header, HeadersColumn, Records
 from .errors import FormatError
@@ -62,6 +63,7 @@ __all__ = [
     "FormatError",
     "FormatLimits",
     "Header",
+    "HeaderColumns",
     "HeadersColumn",
     "ProducerStamp",
     "ReadAt",
@@ -90,6 +92,7 @@ __all__ = [
     "last_segment_size",
     "open_segment",
     "read_batch_header",
+    "read_batch_headers",
     "read_block",
     "run_plan",
     "run_plan_async",

@@ -34,7 +34,7 @@ assert _HEADER.size == BATCH_HEADER_SIZE == BODY_AT + _BODY.size
 assert _STAMP.size == STAMP_SIZE == BODY_AT - _CRC.size
 
 # One byte of LZ4 stands for at most 255 bytes of output; more is a lie told to make a reader allocate.
-_LZ4_RATIO_MAX = 255
+LZ4_RATIO_MAX = 255
 
 
 class Codec(IntEnum):
@@ -54,7 +54,7 @@ class Flag(IntFlag):
 
 # As numbers: operations on an IntFlag cost a third of what reading a header does.
 _OFFSET_GAPS, _KEYS, _HEADERS = map(int, Flag)
-_FLAGS_ALL = _OFFSET_GAPS | _KEYS | _HEADERS
+FLAGS_ALL = _OFFSET_GAPS | _KEYS | _HEADERS
 _CODECS = {int(codec): codec for codec in Codec}
 
 
@@ -201,7 +201,7 @@ def _check_kind(magic: bytes, version: int, codec_id: int, flags: int, at: int) 
     codec = _CODECS.get(codec_id)
     if codec is None:
         raise FormatError(f"batch codec is {codec_id}, this reader knows {sorted(_CODECS)}", at + 25)
-    if flags & ~_FLAGS_ALL:
+    if flags & ~FLAGS_ALL:
         raise FormatError(f"batch flags {flags:#06x} have unknown bits", at + 26)
     return codec
 
@@ -216,7 +216,7 @@ def _check_sizes(
     stored = size_bytes - BATCH_HEADER_SIZE
     if codec is Codec.NONE and uncompressed_bytes != stored:
         raise FormatError(f"uncompressed payload of {uncompressed_bytes} bytes stored in {stored}", at + 32)
-    if uncompressed_bytes > stored * _LZ4_RATIO_MAX:
+    if uncompressed_bytes > stored * LZ4_RATIO_MAX:
         raise FormatError(f"{uncompressed_bytes} bytes cannot come out of {stored} bytes of LZ4", at + 32)
     if not 1 <= record_count <= limits.record_count_max:
         raise FormatError(f"record count is {record_count}, must be 1 to {limits.record_count_max}", at + 36)

@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from itertools import accumulate
 
 import lz4.block
 import numpy as np
@@ -16,10 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shformat import (
     BATCH_HEADER_SIZE,
+    BatchHeader,
     BytesColumn,
     Codec,
     FormatError,
     FormatLimits,
+    HeaderColumns,
     HeadersColumn,
     ProducerStamp,
     Records,
@@ -28,6 +31,7 @@ from shformat import (
     decode_batches,
     encode_batch,
     read_batch_header,
+    read_batch_headers,
     split_batches,
     stamp_batch,
     validate_batch,
@@ -665,3 +669,83 @@ def test_positions_in_a_compressed_payload_are_said_to_be_such() -> None:
 def test_the_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(FormatError("what it is", 7)))
     assert (error.what, error.at, str(error)) == ("what it is", 7, "what it is (at byte 7)")
+
+
+# ---- many headers at once
+
+# Every field of the header: where it is, its format, values about its bounds.
+HEADER_FIELDS = [
+    (0, "<q", [-1, 0, 7, INT64_MAX - 3, INT64_MAX - 2, INT64_MAX, INT64_MIN]),
+    (8, "<Q", [0, 1, INT64_MAX, INT64_MAX + 1, (1 << 64) - 1]),
+    (20, "<I", [0, int.from_bytes(b"SHRA", "little")]),
+    (24, "<B", [0, 1, 2, 255]),
+    (25, "<B", [0, 1, 2, 3, 255]),
+    (26, "<H", [0, 1, 2, 4, 7, 8, 1 << 15, (1 << 16) - 1]),
+    (28, "<I", [0, 83, 84, 85, 120, 1 << 20, (1 << 24) + 1, (1 << 32) - 1]),
+    (32, "<I", [0, 28, 33, 34, 1 << 20, (1 << 26) + 1, (1 << 32) - 1]),
+    (36, "<I", [0, 1, 2, 3, 4, 1 << 20, (1 << 31) + 1, (1 << 32) - 1]),
+    (40, "<q", [-1, 0, 1, 2, 3, 4, INT64_MAX, INT64_MIN]),
+    (48, "<q", [0, 5, INT64_MAX, INT64_MIN]),
+    (56, "<q", [0, 5, INT64_MAX, INT64_MIN]),
+    (64, "<q", [0, 1, -1, INT64_MAX, INT64_MIN]),
+    (72, "<q", [0, 1, -1, INT64_MAX, INT64_MIN]),
+    (80, "<I", [0, 1, (1 << 32) - 1]),
+]
+header_changes = st.lists(
+    st.sampled_from([(at, form, value) for at, form, values in HEADER_FIELDS for value in values]), max_size=4
+)
+
+
+def changed(batch: bytes, changes: list[tuple[int, str, int]]) -> bytes:
+    copy = bytearray(batch)
+    for at, form, value in changes:
+        struct.pack_into(form, copy, at, value)
+    return bytes(copy)
+
+
+def attempt_header(data: bytes, at: int) -> BatchHeader | str:
+    try:
+        return read_batch_header(data, at)
+    except FormatError as error:
+        return str(error)
+
+
+def columns_of(headers: list[BatchHeader]) -> HeaderColumns:
+    stamps = [header.producer or ProducerStamp(0, 0, 0) for header in headers]
+    return HeaderColumns(
+        [header.record_count for header in headers],
+        [stamp.producer_id for stamp in stamps],
+        [stamp.producer_epoch for stamp in stamps],
+        [stamp.base_sequence for stamp in stamps],
+    )
+
+
+def assert_read_alike(batches: list[bytes]) -> None:
+    """Many headers at once: the same fields as one by one, or the error of the first bad one."""
+    data = b"".join(batches)
+    ats = list(accumulate(map(len, batches), initial=0))[:-1]
+    one_by_one = [attempt_header(data, at) for at in ats]
+    wrong = next((header for header in one_by_one if isinstance(header, str)), None)
+    if wrong is None:
+        assert read_batch_headers(data, ats) == columns_of([h for h in one_by_one if not isinstance(h, str)])
+    else:
+        with pytest.raises(FormatError) as raised:
+            read_batch_headers(data, ats)
+        assert str(raised.value) == wrong
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(list(Codec)), st.lists(header_changes, min_size=1, max_size=4))
+def test_many_headers_are_read_as_one(codec: Codec, changes: list[list[tuple[int, str, int]]]) -> None:
+    batch = encode_batch(Records.from_lists([b"a" * 9] * 3), codec=codec, producer=ProducerStamp(5, 6, 7))
+    assert_read_alike([changed(batch, each) for each in changes])
+
+
+@pytest.mark.parametrize("codec", list(Codec))
+@pytest.mark.parametrize("producer", [None, ProducerStamp(5, 6, 7)])
+def test_every_bound_of_a_header_is_the_same_for_many(codec: Codec, producer: ProducerStamp | None) -> None:
+    for offsets in (None, [4, 6, 9]):
+        batch = encode_batch(Records.from_lists([b"a" * 40] * 3, offsets=offsets), codec=codec, producer=producer)
+        for at, form, values in HEADER_FIELDS:
+            for value in values:
+                assert_read_alike([batch, changed(batch, [(at, form, value)]), batch])

@@ -597,6 +597,20 @@ def test_a_frame_that_would_change_an_offset_is_damage(directory: WalDirectory):
     assert len(found.replay.damage) == 1
 
 
+def test_frames_that_hold_no_batch_are_damage_and_the_others_are_not(directory: WalDirectory):
+    wal = new_wal(directory)
+    frames = [frame(n, b"v") for n in range(11)]
+    for n in (0, 4, 5, 10):
+        frames[n] = Frame(KEY, n, 1, frames[n].batch[:24] + b"\x09" + frames[n].batch[25:])
+    wal.append(frames)
+    wal.close()
+    found = replay(directory)
+    assert spans(found) == [(1, 4), (6, 10)]
+    assert found.replay.logs[KEY].end_offset == 11
+    assert [damage.reason for damage in found.replay.damage] == ["batch version is 9, this reader knows 1"] * 4
+    assert not found.replay.doubt, "the frames say what is lost"
+
+
 def test_replayed_buffers_are_cut_at_the_sealing_size(directory: WalDirectory):
     wal = new_wal(directory)
     wal.append([frame(i, os.urandom(1000)) for i in range(10)])

@@ -14,14 +14,13 @@ from shformat import (
     FormatError,
     WalFrame,
     decode_wal_file_header,
-    read_batch_header,
+    read_batch_headers,
     scan_frames,
 )
 
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
-from streamhouse_ingest.core.buffer import WalPosition
 from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.replay import Replay
+from streamhouse_ingest.core.replay import Replay, runs_of
 from streamhouse_ingest.core.wal_index import WalIndex
 from streamhouse_ingest.ports import WrongIdentity
 
@@ -32,6 +31,9 @@ _OTHER_FILE = "the header says it is file"
 # Files are tried for what cannot be read in steps of this many bytes, then page by page where one fails.
 _TRY_BYTES = 1024 * 1024
 _PAGE_BYTES = 4096
+
+# So many frames are added together: enough that what this costs at once does not count, 2 MB of them.
+_FRAMES_TOGETHER = 4096
 
 FileBytes = mmap.mmap | bytearray
 
@@ -154,18 +156,7 @@ class _Files:
         if header_damage is not None:
             other_file = header_damage.startswith(_OTHER_FILE) and self._hides(sequence)
             self.replay.damaged(sequence, 0, WAL_FILE_HEADER_SIZE, header_damage, hides=other_file)
-        tail: list[DamagedSpan] = []  # damage that no valid frame follows, so far
-        ends: dict[LogKey, int] = {}
-        for item in scan_frames(buffer):
-            if isinstance(item, DamagedSpan):
-                tail.append(item)
-                continue
-            if tail:
-                self._report(sequence, tail)
-                tail.clear()
-            self._add(buffer, sequence, item, ends)
-        for key, end_offset in ends.items():
-            self.index.note(sequence, key, end_offset)
+        tail = self._read_items(sequence, buffer)
         if is_last and tail and _is_cut_off(tail, len(buffer)):
             return tail[0].at
         if is_last and tail and _lost_a_sector(buffer, tail[0].at):
@@ -173,6 +164,26 @@ class _Files:
         else:
             self._report(sequence, tail)
         return len(buffer)
+
+    def _read_items(self, sequence: int, buffer: FileBytes) -> list[DamagedSpan]:
+        """Adds the file's frames; returns the damage that no valid frame follows."""
+        tail: list[DamagedSpan] = []
+        frames: list[WalFrame] = []  # valid, not added yet: nothing damaged lies between them
+        for item in scan_frames(buffer):
+            if isinstance(item, DamagedSpan):
+                self._add(buffer, sequence, frames)
+                frames = []
+                tail.append(item)
+                continue
+            if tail:
+                self._report(sequence, tail)
+                tail = []
+            frames.append(item)
+            if len(frames) == _FRAMES_TOGETHER:
+                self._add(buffer, sequence, frames)
+                frames = []
+        self._add(buffer, sequence, frames)
+        return tail
 
     def _check_header(self, sequence: int, buffer: FileBytes) -> str | None:
         """What is wrong with the file's header. Raises WrongIdentity when it is sound and names another log."""
@@ -186,18 +197,28 @@ class _Files:
             raise WrongIdentity(f"{path}: belongs to log {header.wal_id.hex()}, this is {ours.hex()}")
         return None if header.sequence == sequence else f"{_OTHER_FILE} {header.sequence}"
 
-    def _add(self, buffer: FileBytes, sequence: int, frame: WalFrame, ends: dict[LogKey, int]) -> None:
-        """`ends`: up to where this file holds each log; the frame's end goes in."""
-        key = LogKey(frame.topic_id, frame.partition, frame.epoch)
-        try:
-            header = read_batch_header(buffer, frame.batch_at)
-        except FormatError as error:
-            self.replay.damaged(sequence, frame.at, frame.size_bytes, error.what)
-            self.replay.lost(key, frame.base_offset, frame.record_count)
+    def _add(self, buffer: FileBytes, sequence: int, frames: Sequence[WalFrame]) -> None:
+        """Adds frames between which nothing is damaged; those that hold no batch are damage themselves."""
+        if not frames:
             return
-        position = WalPosition(sequence, frame.batch_at, frame.batch_size_bytes)
-        self.replay.add(key, frame.base_offset, header, position)
-        ends[key] = max(ends.get(key, 0), frame.base_offset + header.record_count)
+        try:
+            headers = read_batch_headers(buffer, [frame.batch_at for frame in frames])
+        except FormatError as error:
+            if len(frames) == 1:
+                self._add_damaged(sequence, frames[0], error.what)
+            else:  # halves, down to the bad ones: the others stay many
+                middle = len(frames) // 2
+                self._add(buffer, sequence, frames[:middle])
+                self._add(buffer, sequence, frames[middle:])
+            return
+        for key, run in runs_of(frames, headers):
+            self.replay.add(key, sequence, run)
+            self.index.note(sequence, key, max(run.ends()))
+
+    def _add_damaged(self, sequence: int, frame: WalFrame, reason: str) -> None:
+        self.replay.damaged(sequence, frame.at, frame.size_bytes, reason)
+        key = LogKey(frame.topic_id, frame.partition, frame.epoch)
+        self.replay.lost(key, frame.base_offset, frame.record_count)
 
     def _report(self, sequence: int, spans: Sequence[DamagedSpan]) -> None:
         path = self._directory.file_path(sequence)

@@ -5,7 +5,8 @@ Columns instead of objects: a batch costs 48 bytes besides its own, so that a lo
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import accumulate, islice, repeat
 from typing import NamedTuple
 
 # What one batch costs in the columns below: five 8-byte numbers and a pointer.
@@ -74,6 +75,16 @@ class Buffer:
         self.size_bytes += size_bytes
         if batch is not None:
             self.memory_bytes += size_bytes
+
+    def extend(self, record_counts: Sequence[int], file: int, ats: Sequence[int], sizes_bytes: Sequence[int]) -> None:
+        """append() for many batches of one file that are not in memory."""
+        self._ends.extend(islice(accumulate(record_counts, initial=self.end_offset), 1, None))
+        self._files.extend(repeat(file, len(ats)))
+        self._ats.extend(ats)
+        self._sizes.extend(sizes_bytes)
+        self._batches.extend(repeat(None, len(ats)))
+        self.end_offset += sum(record_counts)
+        self.size_bytes += sum(sizes_bytes)
 
     def drop_batches(self) -> int:
         """Gives up the bytes in memory (the log on disk has them). Returns how many were freed."""

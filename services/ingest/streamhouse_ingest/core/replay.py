@@ -1,11 +1,14 @@
 """What the files of a write-ahead log amount to: per log its batches and producers, and where damage lies."""
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import add
 
-from shformat import BatchHeader, ProducerStamp
+from shformat import HeaderColumns, ProducerStamp, WalFrame
 
-from streamhouse_ingest.core.buffer import Buffer, WalPosition
+from streamhouse_ingest.core.buffer import Buffer
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.core.producers import BATCHES_REMEMBERED, ProducerState, after_write
 
@@ -54,6 +57,62 @@ class ReplayedLog:
     buffers: list[Buffer] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Frames of one log in one file, in the order they were written, as columns. `ats`, `sizes_bytes`: of the batches.
+    `producer_ids`: 0 for none."""
+
+    base_offsets: list[int]
+    record_counts: list[int]
+    ats: list[int]
+    sizes_bytes: list[int]
+    producer_ids: list[int]
+    producer_epochs: list[int]
+    base_sequences: list[int]
+
+    def ends(self) -> list[int]:
+        """Where each frame's offsets end."""
+        return list(map(add, self.base_offsets, self.record_counts))
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the frames between two gaps, or steps back, in the offsets."""
+        start = 0
+        for i, (base_offset, end) in enumerate(zip(self.base_offsets[1:], self.ends(), strict=False), 1):
+            if base_offset != end:
+                yield start, i
+                start = i
+        yield start, len(self.base_offsets)
+
+
+def runs_of(frames: Sequence[WalFrame], headers: HeaderColumns) -> Iterator[tuple[LogKey, Run]]:
+    """The frames of each log, `headers` being their batches'; those of a partition in the order they were written,
+    whatever its epochs. What takes a step per frame is left to the interpreter's own loops from here on: a log of small
+    batches has millions of them."""
+    base_offsets = [frame.base_offset for frame in frames]
+    ats = [frame.batch_at for frame in frames]
+    sizes_bytes = [frame.batch_size_bytes for frame in frames]
+    columns = (base_offsets, headers.record_counts, ats, sizes_bytes, *headers[1:])
+    for key, places in _places_of(frames):
+        yield key, Run(*(list(map(column.__getitem__, places)) for column in columns))
+
+
+def _places_of(frames: Sequence[WalFrame]) -> list[tuple[LogKey, list[int]]]:
+    """Which of the frames follow each other in a log, until there is one of another epoch of its partition."""
+    found: list[tuple[LogKey, list[int]]] = []
+    growing: dict[tuple[bytes, int, int], list[int]] = {}
+    latest: dict[tuple[bytes, int], LogKey] = {}
+    for place, frame in enumerate(frames):
+        places = growing.get(frame[:3])
+        if places is None:
+            key = LogKey(*frame[:3])
+            growing.pop(latest.get(key.partition_key, key), None)
+            latest[key.partition_key] = key
+            places = growing[key] = []
+            found.append((key, places))
+        places.append(place)
+    return found
+
+
 class Replay:
     """Takes the frames of all files in the order they were written.
 
@@ -85,30 +144,32 @@ class Replay:
             if written
         }
 
-    def add(self, key: LogKey, base_offset: int, header: BatchHeader, position: WalPosition) -> None:
-        """A valid frame. One that overlaps what came before is damage: offsets never change their records."""
-        log = self.logs.get(key)
-        if log is None:
-            log = self._begin(key, base_offset)
-        if base_offset < log.end_offset:
-            overlap = f"frame at offset {base_offset}, but offsets up to {log.end_offset} were written before"
-            self.damaged(position.file, position.at, position.size_bytes, overlap)
-            return
-        log.hidings_before = self._hidings
-        last = log.buffers[-1] if log.buffers else None
-        if last is None or base_offset > last.end_offset or last.size_bytes >= self._buffer_bytes_max:
-            last = Buffer(base_offset, 0)
-            log.buffers.append(last)
-        last.append(header.record_count, position, None)
-        log.end_offset = last.end_offset
-        stamp = header.producer
-        if stamp is not None:
-            written = log.written.get(stamp.producer_id)
-            if written is None:
-                written = log.written[stamp.producer_id] = []
-            elif len(written) >= _WRITTEN_MAX:
-                del written[:-BATCHES_REMEMBERED]
-            written.append((stamp, header.record_count, base_offset))
+    def add(self, key: LogKey, file: int, run: Run) -> None:
+        """Valid frames. One that overlaps what came before is damage: offsets never change their records."""
+        log = self.logs.get(key) or self._begin(key, run.base_offsets[0])
+        for start, stop in run.pieces():
+            kept = bisect_left(run.base_offsets, log.end_offset, start, stop)
+            for i in range(start, kept):
+                overlap = (
+                    f"frame at offset {run.base_offsets[i]}, but offsets up to {log.end_offset} were written before"
+                )
+                self.damaged(file, run.ats[i], run.sizes_bytes[i], overlap)
+            if kept < stop:
+                log.hidings_before = self._hidings
+                self._append(log, file, run, kept, stop)
+                _note_written(log.written, run, kept, stop)
+
+    def _append(self, log: ReplayedLog, file: int, run: Run, start: int, stop: int) -> None:
+        """Frames start to stop of the run, without a gap between them; a buffer takes them until it is full."""
+        while start < stop:
+            last = log.buffers[-1] if log.buffers else None
+            if last is None or run.base_offsets[start] > last.end_offset or last.size_bytes >= self._buffer_bytes_max:
+                last = Buffer(run.base_offsets[start], 0)
+                log.buffers.append(last)
+            sizes_before = list(accumulate(run.sizes_bytes[start:stop], initial=last.size_bytes))
+            taken = slice(start, start + bisect_left(sizes_before, self._buffer_bytes_max, 0, stop - start))
+            last.extend(run.record_counts[taken], file, run.ats[taken], run.sizes_bytes[taken])
+            log.end_offset, start = last.end_offset, taken.stop
 
     def damaged(self, file: int, at: int, size_bytes: int, reason: str, *, hides: bool = False) -> None:
         """`hides`: there may have been frames of any log."""
@@ -132,6 +193,20 @@ class Replay:
         written = self._written.setdefault(key.partition_key, {})
         log = self.logs[key] = ReplayedLog(base_offset, base_offset, written)
         return log
+
+
+def _note_written(producers: dict[int, list[_Written]], run: Run, start: int, stop: int) -> None:
+    """Frames start to stop were written by their producers, if they have one."""
+    if run.producer_ids[start:stop].count(run.producer_ids[start]) == stop - start:
+        start = max(start, stop - BATCHES_REMEMBERED)  # those before say nothing any more
+    for i in range(start, stop):
+        producer_id = run.producer_ids[i]
+        if producer_id:
+            written = producers.setdefault(producer_id, [])
+            if len(written) >= _WRITTEN_MAX:
+                del written[:-BATCHES_REMEMBERED]
+            stamp = ProducerStamp(producer_id, run.producer_epochs[i], run.base_sequences[i])
+            written.append((stamp, run.record_counts[i], run.base_offsets[i]))
 
 
 def _state_after(written: Sequence[_Written]) -> ProducerState:
