@@ -23,7 +23,16 @@ from streamhouse.cluster import (
     topic_of,
 )
 from streamhouse.core.options import ACKS, Acks, check_request_timeout, check_topic
-from streamhouse.group_admin import Group, GroupDescription, OffsetReset, ResetTo, description_of, group_of, reset_of
+from streamhouse.group_admin import (
+    Group,
+    GroupDescription,
+    OffsetReset,
+    ResetTo,
+    description_of,
+    group_of,
+    reset_of,
+    topic_ids_of,
+)
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
 from streamhouse.records import TopicPartition
@@ -139,16 +148,25 @@ class Admin:
         request = coordinator_pb2.FetchOffsetsRequest(group=group)
         response = await self._peers.coordinator.fetch_offsets(request)
         return [
-            CommittedOffset(found.topic, found.partition, found.offset, found.metadata, found.committed_ms)
+            CommittedOffset(
+                found.topic, found.partition, found.offset, found.metadata, found.committed_ms, found.topic_id.hex()
+            )
             for found in response.offsets
             if found.offset >= 0
         ]
 
-    async def commit_group_offsets(self, group: str, offsets: dict[tuple[str, int], int]) -> None:
+    async def commit_group_offsets(
+        self, group: str, offsets: Mapping[tuple[str, int], int], *, topic_ids: Mapping[str, str] | None = None
+    ) -> None:
         """Sets where a group goes on: (topic, partition) -> offset. Only while it has no members; else raises
-        IllegalGeneration or UnknownMember."""
+        IllegalGeneration or UnknownMember.
+
+        `topic_ids`: by name, the topics that the offsets are of, as Topic and CommittedOffset say them. If another one
+        has the name by now, raises UnknownTopic and sets nothing. Names without an id: whichever topic has it now.
+        """
+        ids = topic_ids_of(topic_ids or {}, {topic for topic, _ in offsets})
         commits = [
-            coordinator_pb2.OffsetCommit(topic=topic, partition=partition, offset=offset)
+            coordinator_pb2.OffsetCommit(topic=topic, partition=partition, offset=offset, topic_id=ids.get(topic, b""))
             for (topic, partition), offset in offsets.items()
         ]
         await self._peers.coordinator.commit_offsets(coordinator_pb2.CommitOffsetsRequest(group=group, offsets=commits))

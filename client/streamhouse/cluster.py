@@ -108,13 +108,14 @@ class FoundOffset:
 
 @dataclass(frozen=True, slots=True)
 class CommittedOffset:
-    """offset: the next one the group will read."""
+    """offset: the next one the group will read. topic_id: which topic of that name it was committed in."""
 
     topic: str
     partition: int
     offset: int
     metadata: str = ""
     committed_ms: int = field(default=0)
+    topic_id: str = ""
 
 
 def topic_of(info: coordinator_pb2.TopicInfo) -> Topic:

@@ -243,9 +243,14 @@ class Consumer:
         if offsets is None:
             await self._commits.commit(self._commits.outstanding(done_with_last=True))
         else:
-            topic_ids = self._reader.topic_ids()
             given = {TopicPartition(*where): offset for where, offset in offsets.items()}
-            await self._commits.commit({w: Position(offset, topic_ids.get(w, b"")) for w, offset in given.items()})
+            await self._commits.commit({w: Position(offset, self._topic_id(w)) for w, offset in given.items()})
+
+    def _topic_id(self, where: TopicPartition) -> bytes:
+        """Of the topic that the application has read by this name, if only other partitions of it; else empty."""
+        known = self._reader.topic_ids()
+        of_topic = (topic_id for read, topic_id in known.items() if read.topic == where.topic)
+        return known.get(where) or next(of_topic, b"")
 
     async def _store(self, positions: Mapping[TopicPartition, Position]) -> None:
         if self._membership is not None:

@@ -1,10 +1,12 @@
 """Consumer groups as operators see them: dataclasses, and what their lag and new positions come to."""
 
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from shproto.errors import InvalidArgument
 from shproto.v1 import coordinator_pb2
 
 from streamhouse.core.lag import lag_behind
@@ -132,3 +134,20 @@ def reset_of(where: TopicPartition, before: int | None, wanted: int, log_start: 
     """`wanted`, or what is nearest to it of what there is."""
     offset = min(max(wanted, log_start), max(end, log_start))
     return OffsetReset(where.topic, where.partition, before, offset, log_start, end, offset != wanted)
+
+
+def topic_ids_of(topic_ids: Mapping[str, str], topics: Collection[str]) -> dict[str, bytes]:
+    """From how an application says them. Raises InvalidArgument for what is no id, or of none of the `topics`."""
+    found = {}
+    for topic, topic_id in topic_ids.items():
+        if topic not in topics:
+            raise InvalidArgument(f"topic_ids names topic {topic!r}, offsets do not", field="topic_ids", value=topic)
+        try:
+            found[topic] = uuid.UUID(hex=topic_id).bytes
+        except ValueError as error:
+            raise InvalidArgument(
+                f"topic_ids has {topic_id[:100]!r} for topic {topic!r}, which is no topic id: 32 hex digits",
+                field="topic_ids",
+                value=topic_id[:100],
+            ) from error
+    return found

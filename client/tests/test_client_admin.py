@@ -65,6 +65,27 @@ async def test_offsets_and_groups(address, platform):
             break
 
 
+async def test_a_commit_names_the_topic_that_it_is_of(address, platform):
+    platform.add_topic("t", 2)
+    platform.add_topic("other", 1)
+    async with Admin(address) as admin:
+        ids = {"t": (await admin.describe_topic("t")).topic.topic_id}
+        await admin.commit_group_offsets("g", {("t", 1): 2, ("other", 0): 7}, topic_ids=ids)
+        assert [(item.topic, item.topic_id) for item in await admin.group_offsets("g") if item.topic == "t"] == [
+            ("t", ids["t"])
+        ]
+        await admin.delete_topic("t")
+        platform.add_topic("t", 2)
+        with pytest.raises(errors.UnknownTopic):
+            await admin.commit_group_offsets("g", {("other", 0): 8, ("t", 1): 3}, topic_ids=ids)
+        assert [(item.topic, item.offset) for item in await admin.group_offsets("g")] == [("other", 7)]
+        await admin.commit_group_offsets("g", {("t", 1): 1})  # whichever there is
+        with pytest.raises(errors.InvalidArgument, match="no topic id"):
+            await admin.commit_group_offsets("g", {("t", 1): 3}, topic_ids={"t": "ab"})
+        with pytest.raises(errors.InvalidArgument, match="names topic 'x'"):
+            await admin.commit_group_offsets("g", {("t", 1): 3}, topic_ids={"x": ids["t"]})
+
+
 async def test_status(address, platform):
     async with Admin(address) as admin:
         status = await admin.status()

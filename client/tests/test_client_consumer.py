@@ -327,6 +327,20 @@ async def test_auto_commit_leaves_out_what_is_being_processed(platform, address)
         assert platform.groups["g"].offsets["t", 0] == 3
 
 
+async def test_a_commit_by_name_is_of_the_topic_that_was_read(platform, address):
+    """Also of a partition that somebody else reads."""
+    await fill(platform, address, 20, partitions=2)
+    async with Consumer(address, assign=[("t", 0)], group="g", auto_commit=False) as consumer:
+        await take(consumer, 1)
+        await consumer.commit({("t", 0): 1, ("t", 1): 2})
+        assert [item.topic_id for item in platform.commits[-1].offsets] == [platform.topics["t"].topic_id] * 2
+        platform.add_topic("t", 2)
+        for where in (("t", 0), ("t", 1)):
+            with pytest.raises(errors.UnknownTopic):
+                await consumer.commit({where: 5})
+        assert platform.groups["g"].offsets == {}
+
+
 async def test_without_auto_commit_nothing_is_committed(platform, address):
     await fill(platform, address, 20, partitions=1)
     async with Consumer(address, ["t"], group="g", auto_commit=False) as consumer:

@@ -1,6 +1,6 @@
 """The admin for plain code."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Literal, Self
@@ -79,9 +79,12 @@ class Admin:
         """What the group has committed. Raises UnknownGroup."""
         return BACKGROUND.run(self._inner.group_offsets(group))
 
-    def commit_group_offsets(self, group: str, offsets: dict[tuple[str, int], int]) -> None:
-        """Sets where a group without members goes on."""
-        BACKGROUND.run(self._inner.commit_group_offsets(group, offsets))
+    def commit_group_offsets(
+        self, group: str, offsets: Mapping[tuple[str, int], int], *, topic_ids: Mapping[str, str] | None = None
+    ) -> None:
+        """Sets where a group without members goes on. Raises UnknownTopic where another topic than that of `topic_ids`
+        has the name."""
+        BACKGROUND.run(self._inner.commit_group_offsets(group, offsets, topic_ids=topic_ids))
 
     def list_groups(self) -> list[group_admin.Group]:
         return BACKGROUND.run(self._inner.list_groups())

@@ -283,6 +283,22 @@ async def test_a_position_in_a_deleted_topic_is_not_one_in_the_topic_created_aga
     assert answer.offsets[0].topic_id == new
 
 
+async def test_a_commit_without_members_names_its_topic_too(api: CoordinatorApi) -> None:
+    old = (await api.describe_topic(pb.DescribeTopicRequest(topic="orders"))).topic.topic_id
+    one = pb.OffsetCommit(topic="orders", partition=1, offset=3, topic_id=old)
+    await api.commit_offsets(pb.CommitOffsetsRequest(group="g", offsets=[one]))
+    await api.delete_topic(pb.DeleteTopicRequest(topic="orders"))
+    with pytest.raises(UnknownTopic, match="does not exist"):
+        await api.commit_offsets(pb.CommitOffsetsRequest(group="g", offsets=[one]))
+    new = (await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=4))).topic_id
+    with pytest.raises(UnknownTopic, match="another one"):
+        await api.commit_offsets(pb.CommitOffsetsRequest(group="g", offsets=[one]))
+    assert await committed(api) == {}
+    one.topic_id = new
+    await api.commit_offsets(pb.CommitOffsetsRequest(group="g", offsets=[one]))
+    assert (await api.fetch_offsets(pb.FetchOffsetsRequest(group="g"))).offsets[0].topic_id == new
+
+
 async def test_a_group_nobody_has_heard_of(api: CoordinatorApi) -> None:
     with pytest.raises(UnknownGroup):
         await api.fetch_offsets(pb.FetchOffsetsRequest(group="nope"))
