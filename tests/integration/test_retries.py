@@ -184,16 +184,17 @@ async def check_retries(postgres: Any, directory: Path, acks: int, stopped: bool
             await kill(other)
 
 
-async def nothing(session_id: str) -> None:
-    """Between the tries."""
+class Died(Exception):
+    """The process did."""
 
 
-@pytest.mark.parametrize("expired", [False, True])
+@pytest.mark.parametrize("dies", [False, True], ids=["repeated", "died and started again"])
+@pytest.mark.parametrize("expired", [False, True], ids=["in time", "expired"])
 async def test_a_retry_of_opening_a_session_over_a_damaged_log_declares_nothing_lost_that_was_never_written(
-    postgres: Any, tmp_path: Path, expired: bool
+    postgres: Any, tmp_path: Path, expired: bool, dies: bool
 ) -> None:
     """G6. The ranges that the first try was granted are not among those whose ends the damage hides: also if the lease
-    of that session is over by the time the call is repeated."""
+    of that session is over by the time the call is repeated, and if it is another process that repeats it."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"127.0.0.1:{listening.getsockname()[1]}"
         async with coordinating(postgres) as coordinator:
@@ -204,10 +205,16 @@ async def test_a_retry_of_opening_a_session_over_a_damaged_log_declares_nothing_
             await kill(agent)
             damage_the_last_frame_header(tmp_path / "agent-1")
 
-            async def expire(session_id: str) -> None:
-                await sessions.end_session(coordinator.context, session_id, "expired")
+            async def between(session_id: str) -> None:
+                if expired:
+                    await sessions.end_session(coordinator.context, session_id, "expired")
+                if dies:
+                    raise Died
 
-            face = LosesAnAnswer(HardOfHearing(coordinator.api), expire if expired else nothing)
+            face = LosesAnAnswer(HardOfHearing(coordinator.api), between)
+            if dies:
+                with pytest.raises(Died):
+                    await start_agent(coordinator, tmp_path, "agent-1", address, face)
             agent = await start_agent(coordinator, tmp_path, "agent-1", address, face)
             try:
                 answer = await produce(agent, ProducerStamp(8, 0, 0))

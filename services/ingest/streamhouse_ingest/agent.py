@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,7 +66,7 @@ class Agent:
             running = assemble(self._around, opened, self._restore(opened.replay), advertised_address)
             self._observe(running)
             self._spawn_parts(running)
-            await running.session.open()
+            await running.session.open(await self._session_id(opened, advertised_address))
             if opened.replay.doubt:
                 await self._mark_settled(opened)
         except BaseException:
@@ -76,6 +77,19 @@ class Agent:
             raise
         self._following = self.tasks.spawn("session", running.session.run())
         self._running = running
+
+    async def _session_id(self, opened: OpenedLog, address: str) -> str:
+        """Of the first session. Over a damaged log it is the one that a process before this one asked for, should that
+        have died before it had the answer: what was granted to it cannot have been written to, and is not to be
+        reported as possibly lost. Not over a torn log, which does not show all that was written."""
+        drawn, doubt = str(uuid.uuid4()), opened.replay.doubt
+        if not doubt.hidden or doubt.torn:
+            return drawn
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, opened.wal.opening_id, address, drawn)
+        except OSError as error:
+            log.warning("the session's id cannot be noted, empty ranges may be reported as possibly lost: %s", error)
+            return drawn
 
     async def _mark_settled(self, opened: OpenedLog) -> None:
         """So that the next start does not take the same damage for new."""

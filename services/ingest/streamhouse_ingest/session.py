@@ -92,9 +92,9 @@ class Session:
             log.warning("the session is lost, opening a new one")
             self._lease.drop()
             self._holder.set("")
-            await self.open()
+            await self.open(str(uuid.uuid4()))
 
-    async def open(self) -> None:
+    async def open(self, session_id: str) -> None:
         """Opens a session, however long the coordinator takes to answer, and takes in what it says of older ranges.
 
         Nothing is appended meanwhile, nor while the metadata is not what this log goes with (METADATA_WENT_BACK): then
@@ -102,7 +102,7 @@ class Session:
         """
         self._moves.cancel_all()
         await self._stop_leading()
-        opened = await self._open_call()
+        opened = await self._open_call(session_id)
         self._logs.producer_ids_from = opened.producer_ids_from
         self._history.opened(opened.history_id, opened.feed_position)
         await self._history.save()
@@ -121,9 +121,9 @@ class Session:
             self._logs.stop_leading(held)
         await self._writer.barrier()
 
-    async def _open_call(self) -> pb.OpenSessionResponse:
+    async def _open_call(self, session_id: str) -> pb.OpenSessionResponse:
         backoff = self._make_backoff()
-        request = self._open_request(str(uuid.uuid4()))
+        request = self._open_request(session_id)
         while True:
             if self._writer.broken:
                 raise WalBroken("no session is opened over a log that failed; the next start replays it")

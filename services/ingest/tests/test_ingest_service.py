@@ -588,7 +588,7 @@ async def test_a_failed_log_leaves_its_ranges_to_the_next_replay(
     coordinator.expire_all()
     running_ = service.agent.running()
     with pytest.raises(WalBroken):
-        await running_.session.open()
+        await running_.session.open("another")
     await service.stop()
     monkeypatch.undo()
     assert coordinator.calls["open_session"] == 1 and "close_session" not in coordinator.calls

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import struct
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -334,6 +335,23 @@ def test_g2_damage_that_hides_headers_leaves_the_ends_of_logs_unknown_that_have_
     assert doubt.knows_end(KEY) and doubt.knows_end(OTHER)
     directory.mark_settled(2)
     assert not replay(directory).replay.doubt
+
+
+def test_a_session_id_is_noted_for_as_long_as_nothing_is_written(directory: WalDirectory):
+    first, second, third = (str(uuid.UUID(int=number)) for number in range(3))
+    wal = new_wal(directory)
+    assert wal.opening_id("a:1", first) == first
+    assert new_wal(directory).opening_id("a:1", second) == first, "the next process asks for the same"
+    assert new_wal(directory).opening_id("a:2", second) == second, "the coordinator knows the session by its address"
+    wal.append([frame(0, b"a")])
+    wal.close()
+    later = FileWal(directory, replay(directory).next_sequence, file_bytes=1 << 20, fsync_each=True)
+    assert later.opening_id("a:2", third) == third
+    later.mark_settled()
+    assert later.opening_id("a:2", first) == first
+    for content in ("", "{}", "[]", "null", '{"version": 1, "sequence": 1, "address": "a:1", "session_id": "x"}'):
+        (directory.path / "opening").write_text(content)
+        assert new_wal(directory).opening_id("a:1", second) == second
 
 
 def test_g2_the_last_frame_is_never_taken_for_a_torn_write_when_it_is_all_there(directory: WalDirectory):

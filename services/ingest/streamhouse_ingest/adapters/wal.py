@@ -87,6 +87,11 @@ class FileWal:
         self._directory.mark_settled(self._first_sequence)
         self._directory.mark_unsynced(False)
 
+    def opening_id(self, address: str, drawn: str) -> str:
+        """The session id that was asked for before over what lies in files before the first of ours, which nobody has
+        begun since; else `drawn`, noted for whoever comes next. Raises OSError."""
+        return self._directory.opening_id(self._first_sequence, address, drawn)
+
     def note_history(self, seen: Seen) -> None:
         """Keeps it beside the log, durably. Raises OSError."""
         self._directory.note_history(seen)

@@ -16,6 +16,8 @@ _PID_CHARS = 20
 _SETTLED = "settled"
 _UNSYNCED = "unsynced"
 _HISTORY = "history"
+_OPENING = "opening"
+_OPENING_VERSION = 1
 
 
 class WalDirectory:
@@ -63,6 +65,17 @@ class WalDirectory:
     def mark_settled(self, sequence: int) -> None:
         """Ranges with frames below this file are settled: what damage hides there has been told. Raises OSError."""
         _replace(self.path / _SETTLED, f"{sequence}\n")
+        (self.path / _OPENING).unlink(missing_ok=True)
+
+    def opening_id(self, sequence: int, address: str, drawn: str) -> str:
+        """The session id noted when nothing had been written to file `sequence` either, by an agent at this address;
+        else `drawn`, noted from now on. Raises OSError."""
+        file = self.path / _OPENING
+        noted = _opening_of(file, sequence, address) if file.exists() else ""
+        if not noted:
+            content = {"version": _OPENING_VERSION, "sequence": sequence, "address": address, "session_id": drawn}
+            _replace(file, json.dumps(content) + "\n")
+        return noted or drawn
 
     @property
     def unsynced(self) -> bool:
@@ -126,6 +139,17 @@ def _identity(path: Path, agent_id: str) -> bytes:
     if owner != agent_id:
         raise WrongIdentity(f"{path}: belongs to agent {owner!r}, this one is {agent_id!r}")
     return wal_id
+
+
+def _opening_of(file: Path, sequence: int, address: str) -> str:
+    """The session id that the file notes for this; empty when it says something else."""
+    try:
+        content = json.loads(file.read_text())
+        said = content["version"], content["sequence"], content["address"]
+        session_id = str(uuid.UUID(content["session_id"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""  # at worst an empty range is reported as possibly lost
+    return session_id if said == (_OPENING_VERSION, sequence, address) else ""
 
 
 def _create_identity(file: Path, agent_id: str) -> bytes:
