@@ -12,6 +12,9 @@ from streamhouse.core.positions import Position
 from streamhouse.membership import Membership
 from streamhouse.records import TopicPartition
 
+# Until what must come is given up: no duration is what is tested, and the machine may be busy.
+PATIENCE_S = 60
+
 
 async def fill(platform, address, count, partitions=3, topic="t"):
     """`count` numbered records, keyed, with timestamps 0, 1, 2, ..."""
@@ -26,7 +29,7 @@ async def fill(platform, address, count, partitions=3, topic="t"):
 
 async def take(consumer, count):
     records = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         async for record in consumer:
             records.append(record)
             if len(records) == count:
@@ -357,7 +360,7 @@ async def collect(consumer, seen, stop):
 
 
 async def until(condition):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -438,8 +441,7 @@ async def test_leaving_is_not_being_forgotten(caplog):
     beating = asyncio.create_task(member.run())
     await asyncio.sleep(0)
     await member.leave()
-    async with asyncio.timeout(5):
-        await beating
+    await beating
     assert coordinator.joined == 1
     assert "forgotten" not in caplog.text
 
@@ -615,7 +617,7 @@ async def test_a_member_starts_anew_on_a_topic_created_again_that_the_group_does
 
 
 async def until_offset(consumer, offset):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         async for record in consumer:
             yield record
             if record.offset == offset:

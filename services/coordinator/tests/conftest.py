@@ -50,10 +50,21 @@ async def _execute(server: EmbeddedPostgres, statement: str) -> None:
         await connection.close()
 
 
+@pytest.fixture
+async def change_rows(dsn: str) -> AsyncIterator[Callable[..., Awaitable[object]]]:
+    """`await change_rows("UPDATE ...", value, ...)`. Leases and claims last for minutes here, whatever the machine has
+    to do: a test that needs one to be over says so, and does not wait for it."""
+    connection = await asyncpg.connect(dsn)
+    yield connection.execute
+    await connection.close()
+
+
 def fast_settings(dsn: str, **changes: object) -> CoordinatorSettings:
     values: dict[str, object] = {
         "pg_dsn": dsn,
-        "session_ttl_ms": 2_000,
+        "pg_timeout_ms": 60_000,
+        "session_ttl_ms": 600_000,
+        "group_session_timeout_ms": 600_000,
         "heartbeat_interval_ms": 200,
         "session_sweep_interval_ms": 50,
         "range_width_offsets": 1024,
@@ -78,19 +89,8 @@ async def coordinator(dsn: str) -> AsyncIterator[CoordinatorService]:
 
 
 @pytest.fixture
-async def slow_expiry(dsn: str) -> AsyncIterator[CoordinatorService]:
-    """A coordinator whose leases do not run out during a test."""
-    service = build(fast_settings(dsn, session_ttl_ms=600_000))
-    await service.start()
-    try:
-        yield service
-    finally:
-        await service.stop()
-
-
-@pytest.fixture
 async def two_coordinators(dsn: str) -> AsyncIterator[tuple[CoordinatorService, CoordinatorService]]:
-    services = build(fast_settings(dsn, session_ttl_ms=60_000)), build(fast_settings(dsn, session_ttl_ms=60_000))
+    services = build(fast_settings(dsn)), build(fast_settings(dsn))
     await asyncio.gather(*(service.start() for service in services))
     try:
         yield services

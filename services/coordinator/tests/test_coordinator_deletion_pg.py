@@ -20,9 +20,9 @@ HOUR_MS = 3_600_000
 
 
 @pytest.fixture
-async def api(slow_expiry: CoordinatorService) -> CoordinatorApi:
-    await slow_expiry.api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=2))
-    return slow_expiry.api
+async def api(coordinator: CoordinatorService) -> CoordinatorApi:
+    await coordinator.api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=2))
+    return coordinator.api
 
 
 async def claim(api: CoordinatorApi, ttl_ms: int = 60_000) -> pb.ClaimBufferResponse:

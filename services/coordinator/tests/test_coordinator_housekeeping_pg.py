@@ -1,7 +1,7 @@
 """Retention, compaction, orphans and unclean recovery against a real PostgreSQL."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -11,12 +11,13 @@ from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.wiring import CoordinatorService
 
 MakeSegment = Callable[..., types_pb2.SegmentRef]
+ChangeRows = Callable[..., Awaitable[object]]
 REGISTERED, FENCED = 1, 3
 
 
 @pytest.fixture
-async def api(slow_expiry: CoordinatorService) -> CoordinatorApi:
-    return slow_expiry.api
+async def api(coordinator: CoordinatorService) -> CoordinatorApi:
+    return coordinator.api
 
 
 async def fill(api: CoordinatorApi, agent: Any, spans: int, **changes: Any) -> pb.RangeGrant:
@@ -106,15 +107,18 @@ async def test_a_compaction_that_lost_a_segment_to_retention_is_fenced(
 
 
 async def test_two_compactions_of_the_same_run(
-    two_coordinators: tuple[CoordinatorService, CoordinatorService], open_agent: Any, make_segment: MakeSegment
+    two_coordinators: tuple[CoordinatorService, CoordinatorService],
+    open_agent: Any,
+    make_segment: MakeSegment,
+    change_rows: ChangeRows,
 ) -> None:
     apis = [service.api for service in two_coordinators]
     await apis[0].create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
     await fill(apis[0], await open_agent(apis[0], "a"), 4)
-    claims = [item for item in await asyncio.gather(*(api.claim_compaction(ask(100)) for api in apis)) if item.found]
+    claims = [item for item in await asyncio.gather(*(api.claim_compaction(ask()) for api in apis)) if item.found]
     assert len(claims) == 1
     requests = [await merged(apis[0], claims[0], make_segment)]
-    await asyncio.sleep(0.15)
+    await change_rows("UPDATE compaction_claims SET expires_ms = 1")
     second = await apis[1].claim_compaction(ask())
     assert second.found, "an expired claim is free"
     requests.append(await merged(apis[1], second, make_segment))
@@ -125,16 +129,18 @@ async def test_two_compactions_of_the_same_run(
     assert (await partition(apis[0])).record_count == 40
 
 
-async def test_released_and_renewed_compaction_claims(api: CoordinatorApi, open_agent: Any) -> None:
+async def test_released_and_renewed_compaction_claims(
+    api: CoordinatorApi, open_agent: Any, change_rows: ChangeRows
+) -> None:
     await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
     await fill(api, await open_agent(api, "a"), 3)
-    first = await api.claim_compaction(ask(200))
-    await api.renew_claim(pb.RenewClaimRequest(claim_id=first.claim_id, claim_ttl_ms=60_000))
-    await asyncio.sleep(0.25)
+    first = await api.claim_compaction(ask(60_000))
+    await api.renew_claim(pb.RenewClaimRequest(claim_id=first.claim_id, claim_ttl_ms=600_000))
+    await change_rows("UPDATE compaction_claims SET expires_ms = expires_ms - 120000")
     assert not (await api.claim_compaction(ask())).found
-    await api.release_claim(pb.ReleaseClaimRequest(claim_id=first.claim_id, reason="S3 is away", retry_after_ms=200))
+    await api.release_claim(pb.ReleaseClaimRequest(claim_id=first.claim_id, reason="S3 is away", retry_after_ms=60_000))
     assert not (await api.claim_compaction(ask())).found
-    await asyncio.sleep(0.25)
+    await change_rows("UPDATE compaction_claims SET expires_ms = 1")
     second = await api.claim_compaction(ask())
     await api.release_claim(pb.ReleaseClaimRequest(claim_id=second.claim_id))
     assert (await api.claim_compaction(ask())).found

@@ -14,9 +14,9 @@ REGISTERED, FENCED = pb.REGISTRATION_RESULT_REGISTERED, pb.REGISTRATION_RESULT_F
 
 
 @pytest.fixture
-async def api(slow_expiry: CoordinatorService) -> CoordinatorApi:
-    await slow_expiry.api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=2))
-    return slow_expiry.api
+async def api(coordinator: CoordinatorService) -> CoordinatorApi:
+    await coordinator.api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=2))
+    return coordinator.api
 
 
 def commits(*offsets: tuple[int, int], topic: str = "orders") -> list[pb.OffsetCommit]:
@@ -112,7 +112,7 @@ async def test_offsets_are_reset_only_without_members_and_leave_an_event(api: Co
 
 
 async def test_a_deleted_group_is_gone_and_may_come_again(
-    api: CoordinatorApi, slow_expiry: CoordinatorService, all_events: Any
+    api: CoordinatorApi, coordinator: CoordinatorService, all_events: Any
 ) -> None:
     member = await join(api)
     delete = pb.DeleteGroupRequest(group="g")
@@ -126,7 +126,7 @@ async def test_a_deleted_group_is_gone_and_may_come_again(
         await api.delete_group(delete)
     with pytest.raises(UnknownGroup):
         await describe(api)
-    await slow_expiry.context.store.rebuild()
+    await coordinator.context.store.rebuild()
     assert list((await api.list_groups(pb.ListGroupsRequest())).groups) == []
     assert (await join(api)).generation == 1
     assert [item.offset for item in (await describe(api)).partitions] == [-1, -1]

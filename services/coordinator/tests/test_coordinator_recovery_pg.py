@@ -226,7 +226,7 @@ async def test_leases_do_not_run_out_while_nobody_can_renew_them(
     dsn: str, fast: Settings, open_agent: Any, all_events: Any
 ) -> None:
     """The rows are put as they are after PostgreSQL was away for longer than any lease lasts: last swept long ago."""
-    settings = fast(dsn, session_ttl_ms=600_000, group_session_timeout_ms=600_000)
+    settings = fast(dsn)
     connection = await asyncpg.connect(dsn)
 
     async def swept(after_ms: int) -> int:

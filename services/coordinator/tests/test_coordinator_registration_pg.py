@@ -1,7 +1,7 @@
 """Sealed buffers and segments against a real PostgreSQL: claims, compare-and-set, holes, producers' state."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
@@ -15,13 +15,14 @@ from streamhouse_coordinator.wiring import CoordinatorService
 from services.coordinator.tests.declared import declare
 
 MakeSegment = Callable[..., types_pb2.SegmentRef]
+ChangeRows = Callable[..., Awaitable[object]]
 REGISTERED, COVERED, FENCED, EARLY = 1, 2, 3, 4
 
 
 @pytest.fixture
-async def api(slow_expiry: CoordinatorService) -> CoordinatorApi:
-    await slow_expiry.api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=3))
-    return slow_expiry.api
+async def api(coordinator: CoordinatorService) -> CoordinatorApi:
+    await coordinator.api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=3))
+    return coordinator.api
 
 
 async def claim(api: CoordinatorApi, ttl_ms: int = 60_000) -> pb.ClaimBufferResponse:
@@ -34,32 +35,34 @@ async def register(api: CoordinatorApi, buffer_id: str, *segments: types_pb2.Seg
     return list((await api.register_segments(request)).results)
 
 
-async def test_buffers_are_claimed_oldest_first_and_once(api: CoordinatorApi, open_agent: Any) -> None:
+async def test_buffers_are_claimed_oldest_first_and_once(
+    api: CoordinatorApi, open_agent: Any, change_rows: ChangeRows
+) -> None:
     agent = await open_agent(api, "a", "127.0.0.1:7")
     grant = (await agent.leads())[0]
     first, second = await agent.announce((grant, 0, 10)), await agent.announce((grant, 10, 20))
-    claims = [await claim(api, 300), await claim(api), await claim(api)]
+    claims = [await claim(api), await claim(api), await claim(api)]
     assert [item.buffer_id for item in claims] == [first, second, ""]
     assert (claims[0].attempt, claims[0].agent_id, claims[0].address) == (1, "a", "127.0.0.1:7")
-    await asyncio.sleep(0.35)
+    await change_rows("UPDATE buffer_claims SET free_at_ms = 1 WHERE buffer_id = $1", first)
     again = await claim(api)
     assert (again.buffer_id, again.attempt) == (first, 2), "an expired claim is free"
     with pytest.raises(Fenced):
         await api.renew_claim(pb.RenewClaimRequest(claim_id=claims[0].claim_id, claim_ttl_ms=1000))
     await api.release_claim(pb.ReleaseClaimRequest(claim_id=claims[0].claim_id))  # not ours any more: no effect
     assert not (await claim(api)).found
-    await api.release_claim(pb.ReleaseClaimRequest(claim_id=again.claim_id, reason="S3 is away", retry_after_ms=300))
+    await api.release_claim(pb.ReleaseClaimRequest(claim_id=again.claim_id, reason="S3 is away", retry_after_ms=60_000))
     assert not (await claim(api)).found
-    await asyncio.sleep(0.35)
+    await change_rows("UPDATE buffer_claims SET free_at_ms = 1 WHERE buffer_id = $1", first)
     assert (await claim(api)).attempt == 3
 
 
-async def test_a_renewed_claim_is_not_free(api: CoordinatorApi, open_agent: Any) -> None:
+async def test_a_renewed_claim_is_not_free(api: CoordinatorApi, open_agent: Any, change_rows: ChangeRows) -> None:
     agent = await open_agent(api, "a")
     await agent.announce(((await agent.leads())[0], 0, 10))
-    claimed = await claim(api, 200)
-    await api.renew_claim(pb.RenewClaimRequest(claim_id=claimed.claim_id, claim_ttl_ms=60_000))
-    await asyncio.sleep(0.25)
+    claimed = await claim(api, 60_000)
+    await api.renew_claim(pb.RenewClaimRequest(claim_id=claimed.claim_id, claim_ttl_ms=600_000))
+    await change_rows("UPDATE buffer_claims SET free_at_ms = free_at_ms - 120000")
     assert not (await claim(api)).found
 
 

@@ -96,9 +96,9 @@ async def platform(coordinator: CoordinatorService, open_agent: OpenAgent) -> As
 
 
 async def test_a_restored_database_knows_what_was_registered_after_the_backup(
-    slow_expiry: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
+    coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
 ) -> None:
-    async with platform(slow_expiry, open_agent) as stored, another_database(dsn) as fresh:
+    async with platform(coordinator, open_agent) as stored, another_database(dsn) as fresh:
         grant = (await stored.agent.leads())[0]
         await stored.write(grant, 0, 10)
         manifest = await wiring.take_backup(dsn, stored.store)
@@ -112,7 +112,7 @@ async def test_a_restored_database_knows_what_was_registered_after_the_backup(
         assert {row[4:6] for row in after["segments"]} == {(0, 10), (10, 30)}
         assert after["ranges"][0][5] == 30, "registered_end"
         # Nothing else is to look at tables while they are rebuilt: no sweep.
-        settings = fast(fresh, session_ttl_ms=600_000, session_sweep_interval_ms=600_000)
+        settings = fast(fresh, session_sweep_interval_ms=600_000)
         async with coordinator_on(settings) as restored:
             status = await restored.api.get_status(pb.GetStatusRequest())
             assert status.history_id == report.history_id and not status.sessions
@@ -127,9 +127,9 @@ async def test_a_restored_database_knows_what_was_registered_after_the_backup(
 
 
 async def test_holes_are_accepted_where_that_is_asked_for(
-    slow_expiry: CoordinatorService, open_agent: OpenAgent, dsn: str
+    coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str
 ) -> None:
-    async with platform(slow_expiry, open_agent) as stored, another_database(dsn) as fresh:
+    async with platform(coordinator, open_agent) as stored, another_database(dsn) as fresh:
         grant = (await stored.agent.leads())[0]
         await wiring.take_backup(dsn, stored.store)
         await stored.write(grant, 0, 10)
@@ -141,9 +141,9 @@ async def test_holes_are_accepted_where_that_is_asked_for(
 
 
 async def test_a_database_that_is_not_empty_is_refused(
-    slow_expiry: CoordinatorService, open_agent: OpenAgent, dsn: str
+    coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str
 ) -> None:
-    async with platform(slow_expiry, open_agent) as stored, another_database(dsn) as fresh:
+    async with platform(coordinator, open_agent) as stored, another_database(dsn) as fresh:
         await wiring.take_backup(dsn, stored.store)
         with pytest.raises(InvalidArgument, match=r"not empty: .* rows in events"):
             await restore(dsn, stored.store)
@@ -155,9 +155,9 @@ async def test_a_database_that_is_not_empty_is_refused(
 
 
 async def test_a_damaged_backup_leaves_the_database_empty(
-    slow_expiry: CoordinatorService, open_agent: OpenAgent, dsn: str
+    coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str
 ) -> None:
-    async with platform(slow_expiry, open_agent) as stored, another_database(dsn) as fresh:
+    async with platform(coordinator, open_agent) as stored, another_database(dsn) as fresh:
         manifest = await wiring.take_backup(dsn, stored.store)
         chunk = manifest.chunks[-1]
         body = await stored.store.get(chunk.key)
@@ -168,7 +168,7 @@ async def test_a_damaged_backup_leaves_the_database_empty(
         assert (await restore(fresh, stored.store)).events == manifest.position, "nothing had been written"
 
 
-async def test_what_has_no_manifest_is_no_backup_and_old_ones_go(slow_expiry: CoordinatorService, dsn: str) -> None:
+async def test_what_has_no_manifest_is_no_backup_and_old_ones_go(coordinator: CoordinatorService, dsn: str) -> None:
     store = MemoryStore()
     with pytest.raises(InvalidArgument, match="no backup"):
         await backup.read_manifest(store, "latest")
@@ -184,13 +184,13 @@ async def test_what_has_no_manifest_is_no_backup_and_old_ones_go(slow_expiry: Co
 
 
 async def test_an_agent_brings_epochs_and_topics_that_only_its_log_knows(
-    slow_expiry: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
+    coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
 ) -> None:
-    async with platform(slow_expiry, open_agent) as stored, another_database(dsn) as fresh:
+    async with platform(coordinator, open_agent) as stored, another_database(dsn) as fresh:
         grant = (await stored.agent.leads())[0]
         await wiring.take_backup(dsn, stored.store)
         await restore(fresh, stored.store)
-        async with coordinator_on(fast(fresh, session_ttl_ms=600_000)) as restored:
+        async with coordinator_on(fast(fresh)) as restored:
             unknown = uuid.uuid4().bytes
             ends = [
                 pb.WalEnd(topic_id=grant.topic_id, partition=0, epoch=1, first_offset=0, end_offset=7),
@@ -228,14 +228,14 @@ async def test_an_agent_brings_epochs_and_topics_that_only_its_log_knows(
 
 
 async def test_what_was_registered_and_is_in_no_object_is_registered_as_lost(
-    slow_expiry: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
+    coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
 ) -> None:
-    async with platform(slow_expiry, open_agent) as stored, another_database(dsn) as fresh:
+    async with platform(coordinator, open_agent) as stored, another_database(dsn) as fresh:
         grant = (await stored.agent.leads())[0]
         await wiring.take_backup(dsn, stored.store)
         await stored.write(grant, 0, 10)
         await restore(fresh, stored.store)
-        async with coordinator_on(fast(fresh, session_ttl_ms=600_000)) as restored:
+        async with coordinator_on(fast(fresh)) as restored:
             end = pb.WalEnd(topic_id=grant.topic_id, partition=0, epoch=1, first_offset=20, end_offset=25)
             request = pb.OpenSessionRequest(
                 agent_id="a", role="ingest", address="127.0.0.1:1", wal_id=stored.agent.wal_id, wal_ends=[end]
@@ -247,9 +247,9 @@ async def test_what_was_registered_and_is_in_no_object_is_registered_as_lost(
 
 
 async def test_lost_barriers_are_told_to_readers(
-    slow_expiry: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
+    coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
 ) -> None:
-    async with platform(slow_expiry, open_agent) as stored, another_database(dsn) as fresh:
+    async with platform(coordinator, open_agent) as stored, another_database(dsn) as fresh:
         await wiring.take_backup(dsn, stored.store)
         await restore(fresh, stored.store)
         async with coordinator_on(fast(fresh)) as restored:
@@ -262,11 +262,11 @@ async def test_lost_barriers_are_told_to_readers(
 
 
 async def test_an_agent_is_refused_by_metadata_that_went_back(
-    slow_expiry: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
+    coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
 ) -> None:
-    api = slow_expiry.api
+    api = coordinator.api
     async with (
-        platform(slow_expiry, open_agent) as stored,
+        platform(coordinator, open_agent) as stored,
         another_database(dsn) as fresh,
         another_database(dsn) as new,
     ):

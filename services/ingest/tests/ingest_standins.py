@@ -471,7 +471,7 @@ async def kill(service: IngestService) -> None:
         os.close(running.opened.wal._fd)
 
 
-async def eventually(condition: Any, timeout_s: float = 5.0) -> None:
+async def eventually(condition: Any, timeout_s: float = 60.0) -> None:
     """Waits until `condition()` is true."""
     async with asyncio.timeout(timeout_s):
         while not condition():
