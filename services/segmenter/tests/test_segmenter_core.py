@@ -92,7 +92,7 @@ def test_the_announced_batches_pass() -> None:
         ([header_of(10, 29)], "end offset", 40, 39),
         ([], "end offset", 40, 10),
         (
-            [dataclasses.replace(header_of(10, 29), last_offset_delta=29, contiguous=False)],
+            [header_of(10, 29)._replace(last_offset_delta=29, contiguous=False)],
             "offsets of a batch",
             29,
             30,
