@@ -1,6 +1,7 @@
 """The shape of the code, held: cores are pure, layers point one way, wiring alone names concrete classes."""
 
 import ast
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,8 +30,13 @@ def python_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
 
 
-def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+@functools.cache
+def imports_of(path: Path) -> list[tuple[int, str]]:
     """(line, module) of every import, `from package import module` as package, relative ones made absolute."""
+    return list(_imports_of(path))
+
+
+def _imports_of(path: Path) -> Iterator[tuple[int, str]]:
     package = path.relative_to(next(p for p in path.parents if p.name in OURS).parent).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
