@@ -14,7 +14,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.assignment import start_of_next
 from streamhouse_coordinator.core.barriers import Reported, is_barrier, is_unclaimed, released, split
 from streamhouse_coordinator.core.cover import Candidate, Span, cover
-from streamhouse_coordinator.core.histories import Head, check_seen
+from streamhouse_coordinator.core.histories import Head, check_log, check_seen
 from streamhouse_coordinator.core.restoring import JUMP_EPOCHS, JUMP_OFFSETS, Known, restore_partition
 from streamhouse_coordinator.core.topics import ACKS_DURABLE, ACKS_WAL
 
@@ -368,6 +368,20 @@ def test_metadata_that_goes_on_from_what_was_seen_is_fine(seen: Head) -> None:
 def test_metadata_that_went_back_is_refused(seen: Head) -> None:
     with pytest.raises(MetadataWentBack, match="streamhouse restore"):
         check_seen(HISTORIES, 15, seen)
+
+
+GRANTED = {("aa", 0): 3, ("aa", 1): 0}
+
+
+@pytest.mark.parametrize("declared", [[], [("aa", 0, 1), ("aa", 0, 3)], [("deleted", 5, 9)], [("aa", 7, 1)]])
+def test_a_log_without_a_history_may_have_what_was_granted(declared: list[tuple[str, int, int]]) -> None:
+    check_log(Head("h", 15), declared, GRANTED, {"aa", "deleted"})
+
+
+@pytest.mark.parametrize("unknown", [("aa", 0, 4), ("aa", 1, 1), ("never", 0, 1)])
+def test_a_log_without_a_history_and_with_records_of_an_unknown_epoch_is_refused(unknown: tuple[str, int, int]) -> None:
+    with pytest.raises(MetadataWentBack, match=f"epoch {unknown[2]} of topic {unknown[0]}.*streamhouse restore"):
+        check_log(Head("h", 15), [("aa", 0, 3), unknown], GRANTED, {"aa", "deleted"})
 
 
 # ---- the format

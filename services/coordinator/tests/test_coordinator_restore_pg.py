@@ -294,6 +294,29 @@ async def test_an_agent_is_refused_by_metadata_that_went_back(
                 await empty.api.open_session(opening(status.history_id, 1))
 
 
+async def test_a_log_that_names_no_history_is_refused_where_it_has_more_than_was_granted(
+    slow_expiry: CoordinatorService, open_agent: OpenAgent
+) -> None:
+    """Agents of a version that kept no note of it, and those whose note was deleted."""
+    api = slow_expiry.api
+
+    async def create(topic: str) -> bytes:
+        return (await api.create_topic(pb.CreateTopicRequest(topic=topic, partitions=1))).topic_id
+
+    orders, gone = await create("orders"), await create("gone")
+    agent = await open_agent(api, "a")
+    epochs = {grant.topic_id: grant.epoch for grant in await agent.grants()}
+    await api.delete_topic(pb.DeleteTopicRequest(topic="gone"))
+    known = {(topic_id, 0, epoch): 0 for topic_id, epoch in epochs.items()}
+    assert {key[0] for key in known} == {orders, gone}
+    await agent.open(known)  # what it holds of a deleted topic it is to drop
+    before = (await api.get_head(pb.GetHeadRequest())).events_position
+    for unknown in ((orders, 0, epochs[orders] + 7), (b"x" * 16, 0, 1)):
+        with pytest.raises(MetadataWentBack, match="never granted"):
+            await agent.open(known | {unknown: 10})
+    assert (await api.get_head(pb.GetHeadRequest())).events_position == before, "nothing was settled or granted"
+
+
 async def test_followers_are_cut_off_when_the_history_changes_under_them(
     coordinator: CoordinatorService, dsn: str
 ) -> None:

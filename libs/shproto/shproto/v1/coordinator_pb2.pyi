@@ -755,6 +755,7 @@ class OpenSessionRequest(_message.Message):
     """ingest only: the history of the events that this log goes with, and the last position of it that the agent has
     heard of; empty: none yet. Metadata that is older, or of a history that this one does not go on from, is refused
     with METADATA_WENT_BACK: it would take records that it has forgotten for never written.
+    Without a history_id a log that has records (wal_ends) of an epoch that was never granted is refused likewise.
     """
     seen_position: _builtins.int
     @_builtins.property

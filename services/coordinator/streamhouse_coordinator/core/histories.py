@@ -1,6 +1,6 @@
 """Which history of the events this is, and whether what others have seen of it is still there."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from shproto.errors import MetadataWentBack
@@ -29,6 +29,34 @@ def check_seen(histories: Sequence[HistoryRow], position: int, seen: Head) -> No
         raise went_back(Head(current, position), seen, "it is older than what was seen of it")
     if seen.history_id not in {row.history_id for row in histories}:
         raise went_back(Head(current, position), seen, "it does not go on from the history known here")
+
+
+def check_log(
+    head: Head,
+    declared: Collection[tuple[str, int, int]],
+    granted: Mapping[tuple[str, int], int],
+    heard_of: Collection[str],
+) -> None:
+    """For a log that does not say which history it goes with: an agent of a version that kept no note, or one whose
+    note an operator has deleted. Raises MetadataWentBack if it has records of an epoch that nobody was granted here:
+    they would be taken for records of a deleted topic, and dropped.
+
+    `declared`: (topic id, partition, epoch) of the log's ranges. `granted`: by partition, the last epoch. `heard_of`:
+    ids of topics that there are or were.
+    """
+    for topic_id, partition, epoch in sorted(declared):
+        known = granted.get((topic_id, partition), 0 if topic_id not in heard_of else epoch)
+        if epoch > known:
+            raise MetadataWentBack(
+                f"the metadata went back or is another one: it stands at event {head.position} of history "
+                f"{head.history_id}, and the agent's log has records of epoch {epoch} of topic {topic_id}, partition "
+                f"{partition}, which it never granted. The log does not say which history it goes with. Nothing is "
+                "done on it. If PostgreSQL was lost, bring the metadata back with `streamhouse restore`",
+                history_id=head.history_id,
+                position=head.position,
+                known_history_id="",
+                known_position=0,
+            )
 
 
 def went_back(there: Head, seen: Head, why: str) -> MetadataWentBack:

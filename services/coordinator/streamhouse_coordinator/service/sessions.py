@@ -4,11 +4,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shproto.errors import SessionExpired
-from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened
+from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened, topic_stream
 
 from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.histories import NOTHING_SEEN, Head, check_seen
+from streamhouse_coordinator.core.histories import NOTHING_SEEN, Head, check_log, check_seen
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Transaction, where, where_keys
 from streamhouse_coordinator.service import restores
@@ -56,6 +56,8 @@ async def open_session(
         now_ms = await tx.now_ms()
         histories = await tx.select(t.HISTORIES, order=("nth",))
         check_seen(histories, await tx.position(), seen)
+        if not seen.history_id and len(histories) == 1:  # a restore gives ranges that it does not know their place
+            await _check_log(tx, histories[0], declared)
         if rows := await tx.select(t.SESSIONS, where(session_id=session_id)):
             until_ms = now_ms + context.settings.session_ttl_ms
             return await _reopened(tx, sessions.reopened(rows[0], opened), until_ms, histories[-1])
@@ -84,6 +86,22 @@ async def open_session(
         return OpenedSession(session_id, await _resumed(tx, opened.wal_id), position, histories[-1], recovered)
 
     return await context.store.run(work)
+
+
+async def _check_log(tx: Transaction, history: t.HistoryRow, declared: sessions.WalEnds) -> None:
+    """Raises MetadataWentBack."""
+    keys = sorted({key[:2] for key in declared.ends})
+    if not keys:
+        return
+    rows = await tx.select(t.PARTITIONS, where_keys(("topic_id", "partition"), keys))
+    streams = In({topic_stream(topic_id) for topic_id, _ in keys})
+    heard_of = {row.stream_id for row in await tx.select(t.EVENTS, where(stream_id=streams, version=1))}
+    check_log(
+        Head(history.history_id, await tx.position()),
+        declared.ends,
+        {(row.topic_id, row.partition): row.epoch for row in rows},
+        {topic_id for topic_id, _ in keys if topic_stream(topic_id) in heard_of},
+    )
 
 
 async def _reopened(tx: Transaction, session: t.SessionRow, expires_ms: int, history: t.HistoryRow) -> OpenedSession:
