@@ -295,10 +295,10 @@ async def test_an_agent_is_refused_by_metadata_that_went_back(
 
 
 async def test_a_log_that_names_no_history_is_refused_where_it_has_more_than_was_granted(
-    slow_expiry: CoordinatorService, open_agent: OpenAgent
+    coordinator: CoordinatorService, open_agent: OpenAgent
 ) -> None:
     """Agents of a version that kept no note of it, and those whose note was deleted."""
-    api = slow_expiry.api
+    api = coordinator.api
 
     async def create(topic: str) -> bytes:
         return (await api.create_topic(pb.CreateTopicRequest(topic=topic, partitions=1))).topic_id
