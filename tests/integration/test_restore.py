@@ -5,6 +5,7 @@ again), G3 (order, without skipping an acknowledged record) and G8 (nothing that
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -316,6 +317,18 @@ async def agents_refuse(platform: Platform, dsn: str) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
+def _with_children(pid: int) -> list[int]:
+    return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
 class Embedded(Clients):
     """`streamhouse serve` on a directory."""
 
@@ -332,14 +345,24 @@ class Embedded(Clients):
     async def cli(self, *arguments: str) -> Any:
         return await cli(self.server.environ, *arguments)
 
-    def kill(self) -> None:
-        self.server.kill()
+    async def kill(self) -> None:
+        """Returns when nothing of PostgreSQL runs any more: its checkpointer may still write into the directory, by its
+        name, after the server itself was killed."""
         note = self.postgres / "postmaster.pid"
-        if note.exists():  # else it had not been started yet
-            os.kill(int(note.read_text().splitlines()[0]), signal.SIGKILL)
+        running = note.exists()  # else it had not been started yet
+        pids = _with_children(int(note.read_text().splitlines()[0])) if running else []
+        self.server.kill()
+        if running:
+            with contextlib.suppress(ProcessLookupError):  # it ends with its parent, by itself
+                os.kill(pids[0], signal.SIGKILL)
 
-    def lose_postgresql(self) -> None:
-        self.kill()
+        async def alive() -> list[int]:
+            return [pid for pid in pids if _is_running(pid)]
+
+        await until(alive, lambda found: not found)
+
+    async def lose_postgresql(self) -> None:
+        await self.kill()
         shutil.rmtree(self.postgres)
 
     def objects(self) -> set[str]:
@@ -376,7 +399,7 @@ async def test_serve_comes_back_without_its_postgresql(tmp_path: Path) -> None:
         taken = await platform.cli("backup", "--keep", "2", *place)
         await platform.produce("orders", "stored later", 10, "durable")
         await platform.produce("orders", "in the log", 10, "wal")
-        platform.lose_postgresql()
+        await platform.lose_postgresql()
         assert [item["name"] for item in await platform.cli("backup", "--list", *place)] == [taken["name"]]
         report = await platform.cli("restore", "--yes", *place)
         assert (report["backup"], report["adopted_records"]) == (taken["name"], 10 * PARTITIONS)
@@ -413,7 +436,7 @@ async def test_an_old_data_directory_of_postgresql_is_refused_and_nothing_is_del
         await platform.server.start_serving()
         await platform.produce("orders", "stored later", 10, "durable")
         await the_store_has_seen_everything(platform)
-        platform.kill()
+        await platform.kill()
         platform.postgres.rename(newest)
         copy_files(old, platform.postgres)
 
@@ -422,7 +445,7 @@ async def test_an_old_data_directory_of_postgresql_is_refused_and_nothing_is_del
         await everything_refuses(platform, kept - known)
         assert platform.objects() == kept
 
-        platform.kill()
+        await platform.kill()
         shutil.rmtree(platform.postgres)
         newest.rename(platform.postgres)
         await platform.server.start_serving()
@@ -432,7 +455,7 @@ async def test_an_old_data_directory_of_postgresql_is_refused_and_nothing_is_del
         assert await platform.server.stop() == 0
     finally:
         if platform.server.is_running():
-            platform.kill()
+            await platform.kill()
 
 
 def copy_files(source: Path, target: Path) -> None:
