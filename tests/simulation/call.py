@@ -42,6 +42,8 @@ class _Way:
     """One direction of a connection: what is posted runs on the other side in the order of the posts, as over TCP.
     `broke(why)`: it ends here, nothing that is posted later arrives."""
 
+    __slots__ = ("_broke", "_early", "_network", "_received", "_sent", "_source", "_target")
+
     def __init__(self, network: Network, source: str, target: str, broke: Callable[[str], None]) -> None:
         self._network = network
         self._source = source
@@ -58,14 +60,13 @@ class _Way:
         if self._network.chance(lost):
             self._network.later(self._network.latency(), self._broke, "the connection broke")
             return
+        self._network.send(self._source, self._target, partial(self._arrived, number, arrive))
 
-        def there() -> None:
-            self._early[number] = arrive
-            while (due := self._early.pop(self._received, None)) is not None:
-                self._received += 1
-                due()
-
-        self._network.send(self._source, self._target, there)
+    def _arrived(self, number: int, arrive: Callable[[], None]) -> None:
+        self._early[number] = arrive
+        while (due := self._early.pop(self._received, None)) is not None:
+            self._received += 1
+            due()
 
 
 class Call:

@@ -134,6 +134,8 @@ class SimLoop(asyncio.BaseEventLoop):
 
     # ---- time and order
 
+    get_debug = staticmethod(bool)  # asked for every future, so it may cost nothing
+
     def time(self) -> float:
         return self._now
 
@@ -161,7 +163,11 @@ class SimLoop(asyncio.BaseEventLoop):
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Any, *args: Any, context: Context | None = None
     ) -> Any:
-        return self.call_at(self._now + delay, callback, *args, context=context)
+        when = self._now + delay
+        timer = Step(callback, args, context if context is not None else copy_context(), when)
+        self._number += 1
+        heapq.heappush(self._timers, (when, self._number, timer))
+        return timer
 
     def _enqueue(self, step: Step) -> None:
         process = step.context.get(PROCESS, self.world)
@@ -179,11 +185,12 @@ class SimLoop(asyncio.BaseEventLoop):
             self._runnable.append(process)
 
     def _run_once(self) -> None:
+        runnable, step, advance = self._runnable, self._step, self._advance
         while not self._stopping:  # type: ignore[attr-defined]  # BaseEventLoop has it
-            if not self._runnable:
-                self._advance()
+            if runnable:
+                step()
             else:
-                self._step()
+                advance()
 
     def _step(self) -> None:
         runnable = self._runnable

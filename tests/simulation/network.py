@@ -65,14 +65,14 @@ class Network:
     def heal(self) -> None:
         self._blocked.clear()
         held, self._held = self._held, {}
-        for messages in held.values():
-            for message in messages:
-                self.later(self.latency(), message)
+        for link, messages in held.items():
+            for arrive in messages:
+                self.later(self.latency(), self._at_the_wire, link, arrive)
 
     def unblock(self, source: str, target: str) -> None:
         self._blocked.pop((source, target), None)
-        for message in self._held.pop((source, target), ()):
-            self.later(self.latency(), message)
+        for arrive in self._held.pop((source, target), ()):
+            self.later(self.latency(), self._at_the_wire, (source, target), arrive)
 
     def is_open(self, source: str, target: str) -> bool:
         return (source, target) not in self._blocked
@@ -116,14 +116,13 @@ class Network:
 
     def send(self, source: str, target: str, arrive: Callable[[], None]) -> None:
         """`arrive` runs when the message is there, which may be never."""
+        self.later(self.latency(), self._at_the_wire, (source, target), arrive)
 
-        def at_the_wire() -> None:
-            if self.is_open(source, target):
-                arrive()
-            else:
-                self._held.setdefault((source, target), []).append(at_the_wire)
-
-        self.later(self.latency(), at_the_wire)
+    def _at_the_wire(self, link: tuple[str, str], arrive: Callable[[], None]) -> None:
+        if link in self._blocked:
+            self._held.setdefault(link, []).append(arrive)
+        else:
+            arrive()
 
     def log(self, source: str, text: str) -> None:
         self._log(source, text)

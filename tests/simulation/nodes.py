@@ -53,6 +53,7 @@ class Surroundings:
     rng: random.Random
     log: Callable[[str, str], None]
     bootstrap: list[str] = field(default_factory=list)
+    range_width_offsets: int = 64
 
     def coordinator(self) -> CoordinatorClient:
         return CoordinatorClient(self.connection(self.bootstrap))
@@ -164,7 +165,7 @@ class CoordinatorNode(Node):
             session_sweep_interval_ms=700,
             probe_timeout_ms=500,
             events_poll_interval_ms=1_000,
-            range_width_offsets=64,
+            range_width_offsets=self.around.range_width_offsets,
             group_session_timeout_ms=3_000,
             group_heartbeat_interval_ms=1_000,
         )

@@ -42,6 +42,8 @@ from tests.simulation.workload import Target
 FAULTS_S = (2.0, 9.0)
 """How long the cluster has to stand faults. Long enough for leases (2.5 s) to run out several times."""
 FIRST_START_S = 1.0
+RANGE_WIDTHS_OFFSETS = (16, 64)
+"""So narrow that a range is extended several times in a run."""
 CRASH_S = 2.5
 """Of a run in which one process dies once: every step of it is one run, so it is short."""
 UNWIND_ROUNDS = 200
@@ -74,6 +76,7 @@ class World:
         self.around = Surroundings(
             self.loop, self.network, database, objects, StoreRates(), random.Random(rng.getrandbits(64)), self.log
         )
+        self.around.range_width_offsets = rng.choice(RANGE_WIDTHS_OFFSETS)
         self.history = History(self.loop.time)
         self.nodes = self._make_nodes(crash is not None)
         self.around.bootstrap = [node.address for node in self.nodes if isinstance(node, CoordinatorNode)]
@@ -222,6 +225,6 @@ def simulate(seed: int, crash: Crash | None = None) -> Result:
                 world.blame("simulation", f"{type(error).__name__}: {error}")
                 logging.getLogger(__name__).debug("", exc_info=error)
             world.judge()
-        world.unwind()
+            world.unwind()  # with machines of the simulation still: what is closed now are their files
         world.loop.close()
     return world.result

@@ -35,7 +35,8 @@ class LiveIndex:
         self.cluster = ClusterIndex()
         self._loaded = False
         self._closed = False
-        self._watches: dict[PartitionKey, set[Watch]] = {}
+        # In the order in which they came: that is the order in which they are woken, in a simulation as well.
+        self._watches: dict[PartitionKey, dict[Watch, None]] = {}
         self._awaited: dict[asyncio.Future[None], int] = {}  # by whom, which event's position
 
     def find(self, topic: str, partition: int) -> PartitionIndex:
@@ -98,12 +99,12 @@ class LiveIndex:
     @contextmanager
     def watch(self, key: PartitionKey) -> Iterator[Watch]:
         watch = Watch()
-        watches = self._watches.setdefault(key, set())
-        watches.add(watch)
+        watches = self._watches.setdefault(key, {})
+        watches[watch] = None
         try:
             yield watch
         finally:
-            watches.discard(watch)
+            del watches[watch]
             if not watches and self._watches.get(key) is watches:
                 del self._watches[key]
 
