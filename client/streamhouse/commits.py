@@ -27,6 +27,7 @@ class Commits:
         self._cursors = cursors
         self._store = store
         self._topic_gone = topic_gone
+        self._turn = asyncio.Lock()
 
     def outstanding(
         self, done_with_last: bool, among: Iterable[TopicPartition] | None = None
@@ -46,13 +47,19 @@ class Commits:
         if not positions:
             return
         try:
-            await self._store(positions)
+            await self.in_turn(self._store, positions)
         except UnknownTopic as error:
             topic = error.details.get("topic", "")
             for topic_id in {position.topic_id for where, position in positions.items() if where.topic == topic}:
                 self._topic_gone(topic, topic_id)
             raise
         self._note_committed(positions)
+
+    async def in_turn(self, store: Store, positions: Mapping[TopicPartition, Position]) -> None:
+        """One commit at a time, in the order asked for: of two that are under way, the older positions may be stored
+        last. Raises what `store` raises."""
+        async with self._turn:
+            await store(positions)
 
     def _note_committed(self, positions: Mapping[TopicPartition, Position]) -> None:
         for where, position in positions.items():

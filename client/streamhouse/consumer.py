@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Self
 
@@ -268,7 +269,7 @@ class Consumer:
             self._reader.drop(where)
         if positions and self._options.auto_commit and self._membership is not None:
             try:
-                await commit_existing(positions, self._membership.commit)
+                await commit_existing(positions, partial(self._commits.in_turn, self._membership.commit))
             except StreamHouseError as error:
                 log.warning("the last commit of revoked partitions failed, records will be read again: %s", error)
 

@@ -148,14 +148,21 @@ def order_inversions(timeline: Timeline) -> Iterator[Anomaly]:
     for partition in timeline.partitions.values():
         last: dict[str, tuple[int, Write]] = {}
         for write in partition.writes:
-            for offset in write.offsets:
+            for offset, value in zip(write.offsets, write.produce.values, strict=False):
                 before = last.get(write.produce.process)
                 if before is not None and offset <= before[0]:
                     text = f"{_at(partition, offset)}: {write.produce.process} sent it after {before[0]}"
                     yield Anomaly("order-inversion", text, (before[1].line, before[1].done_line, write.line))
-                last[write.produce.process] = (offset, write)
+                last[write.produce.process] = (_first_copy(timeline, partition, offset, value), write)
         for line, before_offset, offset in partition.read_back_disorder:
             yield Anomaly("order-inversion", f"{_at(partition, offset)}: read back after {before_offset}", (line,))
+
+
+def _first_copy(timeline: Timeline, partition: PartitionTimeline, offset: int, value: str) -> int:
+    """Where the record at `offset` stands first: what follows it may follow a copy that a retry may have left."""
+    places = sorted(partition.places[value])
+    may_repeat = len(places) > 1 and _retry_may_repeat(timeline, partition, places)
+    return places[0] if may_repeat else offset
 
 
 def polls(timeline: Timeline) -> Iterator[Anomaly]:

@@ -285,6 +285,21 @@ def test_a_takeover_without_the_logs_end_may_repeat_a_retry(start: int) -> None:
     assert report.permitted_repeats == 1
 
 
+def test_what_follows_a_record_that_is_repeated_may_follow_its_first_copy() -> None:
+    """ "a" and "b" in flight at a takeover: another agent wrote "a" again, the first one came back and knew "b"."""
+    events = [
+        h.Topic("t", 1, "wal"),
+        h.Produce(1, "p", "t", 0, ("a", "b"), "wal"),
+        h.Produced(1, ((100, 1), (1, 1))),
+        h.ReadBack("query-1", "t", 0, ((0, 2), (100, 1)), ("a", "b", "a")),
+        h.Range("t", 0, 1, 0, 100, 2, 2, "settled"),
+        h.Range("t", 0, 2, 100, 200, 101, -1, "open"),
+    ]
+    report = check(events)
+    assert report.anomalies == []
+    assert report.permitted_repeats == 1
+
+
 def test_an_unknown_write_may_be_there_or_not() -> None:
     events = before(h.ReadBack, h.Produce(7, "q", "t", 0, ("x",), "wal"), h.ProduceFailed(7, False, "UNAVAILABLE"))
     assert check(events).anomalies == []

@@ -8,13 +8,16 @@ from shformat import ProducerStamp
 from streamhouse_ingest.core.buffer import Buffer, WalPosition
 from streamhouse_ingest.core.draft import Draft, NotLed, RangeExhausted
 from streamhouse_ingest.core.partition_log import BatchAppended, LogKey, PartitionLog, Span
-from streamhouse_ingest.core.producers import DuplicateOf, OutOfSequence, ProducerTable
+from streamhouse_ingest.core.producers import DuplicateOf, OutOfSequence, ProducerTable, decode_snapshot
 
 KEY = LogKey(b"t" * 16, 3, 5)
 
 
-def new_log(start: int = 100, limit: int = 10_000) -> PartitionLog:
-    log = PartitionLog(KEY, "orders", start, limit, ProducerTable(100))
+def new_log(start: int = 100, limit: int = 10_000, before: PartitionLog | None = None) -> PartitionLog:
+    """`before`: the log of the epoch before of the same partition."""
+    key = KEY if before is None else before.key._replace(epoch=before.key.epoch + 1)
+    producers = ProducerTable(100) if before is None else before.producers
+    log = PartitionLog(key, "orders", start, limit, producers)
     log.leading = True
     return log
 
@@ -100,6 +103,31 @@ def test_what_a_finished_log_never_registered_is_forgotten():
     log.give_up()
     assert log.producers.get(7).next_sequence == 10
     assert log.producers.get(8) is None
+
+
+def two_epochs_at_the_same_offsets() -> tuple[PartitionLog, PartitionLog]:
+    """The older one was settled at 10 and its agent did not know: the next one began there, and both are in its log."""
+    older = new_log(0)
+    append(older, 10, ProducerStamp(7, 0, 0))
+    append(older, 10, ProducerStamp(8, 0, 0))
+    newer = new_log(10, before=older)
+    append(newer, 10, ProducerStamp(9, 0, 0))
+    return older, newer
+
+
+@pytest.mark.parametrize("ends", [lambda older: older.settle(10), lambda older: older.give_up()])
+def test_what_an_epoch_gives_up_leaves_what_the_next_one_wrote_at_the_same_offsets(ends):
+    """G5: otherwise a retry of it is written once more."""
+    older, newer = two_epochs_at_the_same_offsets()
+    ends(older)
+    assert Draft(newer).decide(10, ProducerStamp(9, 0, 0)) == DuplicateOf(10)
+    assert isinstance(Draft(newer).decide(10, ProducerStamp(8, 0, 0)), BatchAppended), "it was given up"
+
+
+def test_the_end_of_an_epoch_names_no_batch_of_an_older_one_at_its_offsets():
+    """G1: the next leader would acknowledge a retry of it, and the records are nowhere."""
+    _, newer = two_epochs_at_the_same_offsets()
+    assert set(decode_snapshot(newer.tail_snapshot())) == {9}
 
 
 def test_gaps_of_a_replay_are_lost_spans_until_registration_has_passed_them():

@@ -24,7 +24,7 @@ from streamhouse_ingest.core.producers import (
 def written(count: int, *, epoch: int = 0, size: int = 10) -> ProducerState:
     state = None
     for i in range(count):
-        state = after_write(state, ProducerStamp(7, epoch, i * size), size, 1000 + i * size)
+        state = after_write(state, ProducerStamp(7, epoch, i * size), size, 1000 + i * size, 0)
     assert state is not None
     return state
 
@@ -47,8 +47,8 @@ def test_a_newer_producer_epoch_starts_at_zero_and_fences_the_older_one():
     state = written(2)
     assert check_sequence(state, ProducerStamp(7, 1, 0), 10) == InSequence()
     assert check_sequence(state, ProducerStamp(7, 1, 20), 10) == OutOfSequence(0)
-    newer = after_write(state, ProducerStamp(7, 1, 0), 10, 2000)
-    assert newer.batches == (WrittenBatch(0, 10, 2000),)
+    newer = after_write(state, ProducerStamp(7, 1, 0), 10, 2000, 3)
+    assert newer.batches == (WrittenBatch(0, 10, 2000, 3),)
     assert check_sequence(newer, ProducerStamp(7, 0, 20), 10) == FencedBy(1)
 
 
@@ -75,7 +75,9 @@ def test_a_merge_keeps_the_newer_batches_of_both_sides():
 
 
 batches = st.lists(
-    st.builds(WrittenBatch, st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**63 - 1)),
+    st.builds(
+        WrittenBatch, st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**63 - 1), st.just(0)
+    ),
     min_size=1,
     max_size=BATCHES_REMEMBERED,
 ).map(tuple)
@@ -109,7 +111,7 @@ def test_snapshots_one_after_the_other_are_merged():
     table = ProducerTable(10)
     table.put(7, written(3))
     table.put(8, ProducerState(0, (WrittenBatch(0, 10, 1030),)))
-    parts = table.snapshot(1010) + table.snapshot(2000, 1010)
+    parts = table.snapshot(1010) + table.snapshot_of(0, 1010, 2000)
     assert decode_snapshot(parts) == decode_snapshot(table.snapshot(2000)) != decode_snapshot(table.snapshot(1010))
     newer = encode_snapshot({7: ProducerState(1, (WrittenBatch(0, 10, 2000),))})
     assert decode_snapshot(parts + newer)[7].producer_epoch == 1

@@ -57,5 +57,7 @@ class Draft:
         appended = BatchAppended(self._next_offset, record_count, stamp)
         self._next_offset += record_count
         if stamp is not None:
-            self._producers[stamp.producer_id] = after_write(state, stamp, record_count, appended.base_offset)
+            self._producers[stamp.producer_id] = after_write(
+                state, stamp, record_count, appended.base_offset, self._log.key.epoch
+            )
         return appended

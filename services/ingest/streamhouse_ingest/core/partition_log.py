@@ -81,7 +81,8 @@ class PartitionLog:
         if event.stamp is not None:
             producer_id = event.stamp.producer_id
             state = self.producers.get(producer_id)
-            self.producers.put(producer_id, after_write(state, event.stamp, event.record_count, event.base_offset))
+            written = after_write(state, event.stamp, event.record_count, event.base_offset, self.key.epoch)
+            self.producers.put(producer_id, written)
 
     def restore(self, buffers: Iterable[Buffer], end_offset: int) -> None:
         """What a replay found, ascending; all of it sealed. The log was written up to `end_offset`."""
@@ -121,7 +122,7 @@ class PartitionLog:
     def tail_snapshot(self) -> bytes:
         """What the records that are not registered yet say of their producers. Only this log's own: what else a replay
         found may have been fenced or lost since."""
-        return self.producers.snapshot(self.next_offset, self.registered_end)
+        return self.producers.snapshot_of(self.key.epoch, self.registered_end, self.next_offset)
 
     def seal(self) -> Buffer | None:
         """The open buffer becomes sealed; None when there is nothing in it."""
@@ -172,13 +173,13 @@ class PartitionLog:
                 buffer = beyond
             fenced.append(buffer)
         end_offset = max(end_offset, self.registered_end)
-        self.producers.forget(end_offset, self.next_offset)
+        self.producers.forget(self.key.epoch, end_offset, self.next_offset)
         self.next_offset = min(self.next_offset, end_offset)
         return fenced
 
     def give_up(self) -> None:
         """The range is over and nothing more of it can be registered: what was not is forgotten."""
-        self.producers.forget(self.registered_end, self.next_offset)
+        self.producers.forget(self.key.epoch, self.registered_end, self.next_offset)
 
     def cut_out(self, buffer: Buffer, damaged: Collection[WalPosition]) -> list[Buffer]:
         """Batches of a sealed buffer cannot be read back any more: the gaps are lost spans from now on. Returns the
@@ -192,7 +193,7 @@ class PartitionLog:
         for gap in map(Span, edges[::2], edges[1::2]):
             if gap.base_offset < gap.end_offset:
                 self._damaged.append(gap)
-                self.producers.forget(*gap)
+                self.producers.forget(self.key.epoch, *gap)
         for later in islice(self.sealed, at, None):
             later.snapshot = self.producers.snapshot(later.end_offset)
         return left

@@ -9,7 +9,7 @@ Per producer the last few batches are remembered with their offsets. The rules a
 """
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,9 +28,13 @@ class SnapshotError(ValueError):
 
 
 class WrittenBatch(NamedTuple):
+    """epoch: whose log it is in; 0 where the coordinator told of it. What an epoch has to give up may lie at the same
+    offsets as what the next one wrote."""
+
     base_sequence: int
     record_count: int
     base_offset: int
+    epoch: int = 0
 
     @property
     def next_sequence(self) -> int:
@@ -89,10 +93,10 @@ def check_sequence(state: ProducerState | None, stamp: ProducerStamp, record_cou
 
 
 def after_write(
-    state: ProducerState | None, stamp: ProducerStamp, record_count: int, base_offset: int
+    state: ProducerState | None, stamp: ProducerStamp, record_count: int, base_offset: int, epoch: int
 ) -> ProducerState:
-    """The state once the batch is written at `base_offset`."""
-    written = WrittenBatch(stamp.base_sequence, record_count, base_offset)
+    """The state once the batch is written at `base_offset` in `epoch`."""
+    written = WrittenBatch(stamp.base_sequence, record_count, base_offset, epoch)
     if state is None or state.producer_epoch != stamp.producer_epoch:
         return ProducerState(stamp.producer_epoch, (written,))
     return ProducerState(stamp.producer_epoch, (*state.batches[1 - BATCHES_REMEMBERED :], written))
@@ -125,19 +129,22 @@ class ProducerTable:
         ordered = sorted(every.items(), key=lambda item: item[1].batches[-1].base_offset)
         self._states = dict(ordered[-self._producers_max :])
 
-    def forget(self, base_offset: int, end_offset: int) -> None:
-        """Batches in [base_offset, end_offset) were given up: a retry of one is no duplicate, and their offsets are
-        somebody else's by now."""
-        kept = {}
-        for producer_id, state in self._states.items():
-            batches = tuple(batch for batch in state.batches if not base_offset <= batch.base_offset < end_offset)
-            if batches:
-                kept[producer_id] = ProducerState(state.producer_epoch, batches)
-        self._states = kept
+    def forget(self, epoch: int, base_offset: int, end_offset: int) -> None:
+        """The epoch's batches in [base_offset, end_offset) were given up: a retry of one is no duplicate, and their
+        offsets may be a later epoch's by now."""
+        self._states = _those(
+            self._states, lambda batch: batch.epoch != epoch or not base_offset <= batch.base_offset < end_offset
+        )
 
-    def snapshot(self, end_offset: int, base_offset: int = 0) -> bytes:
-        """What is known of batches in [base_offset, end_offset), encoded."""
-        return encode_snapshot(_between(self._states.items(), base_offset, end_offset))
+    def snapshot(self, end_offset: int) -> bytes:
+        """What is known of batches below end_offset, encoded."""
+        return encode_snapshot(_those(self._states, lambda batch: batch.base_offset < end_offset))
+
+    def snapshot_of(self, epoch: int, base_offset: int, end_offset: int) -> bytes:
+        """What is known of the epoch's batches in [base_offset, end_offset), encoded."""
+        return encode_snapshot(
+            _those(self._states, lambda batch: batch.epoch == epoch and base_offset <= batch.base_offset < end_offset)
+        )
 
 
 def _newer(ours: ProducerState | None, theirs: ProducerState) -> ProducerState:
@@ -150,12 +157,11 @@ def _newer(ours: ProducerState | None, theirs: ProducerState) -> ProducerState:
     return ProducerState(ours.producer_epoch, tuple(last))
 
 
-def _between(
-    states: Iterable[tuple[int, ProducerState]], base_offset: int, end_offset: int
-) -> dict[int, ProducerState]:
+def _those(states: Mapping[int, ProducerState], wanted: Callable[[WrittenBatch], bool]) -> dict[int, ProducerState]:
+    """The states as far as they are of wanted batches."""
     kept = {}
-    for producer_id, state in states:
-        batches = tuple(batch for batch in state.batches if base_offset <= batch.base_offset < end_offset)
+    for producer_id, state in states.items():
+        batches = tuple(filter(wanted, state.batches))
         if batches:
             kept[producer_id] = ProducerState(state.producer_epoch, batches)
     return kept
@@ -169,7 +175,7 @@ def encode_snapshot(states: Mapping[int, ProducerState]) -> bytes:
     parts = [_HEAD.pack(_SNAPSHOT_VERSION, len(states))]
     for producer_id, state in states.items():
         parts.append(_PRODUCER.pack(producer_id, state.producer_epoch, len(state.batches)))
-        parts.extend(_BATCH.pack(batch.base_sequence, batch.record_count, batch.base_offset) for batch in state.batches)
+        parts.extend(_BATCH.pack(*batch[:3]) for batch in state.batches)
     return b"".join(parts)
 
 

@@ -12,8 +12,8 @@ from streamhouse_ingest.core.buffer import Buffer
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.core.producers import BATCHES_REMEMBERED, ProducerState, after_write
 
-# A producer's batch: its stamp, record count, base offset.
-_Written = tuple[ProducerStamp, int, int]
+# A producer's batch: its stamp, record count, base offset, the epoch it was written in.
+_Written = tuple[ProducerStamp, int, int, int]
 # A producer's batches are cut down to those that count once there are this many: not at every frame.
 _WRITTEN_MAX = 2 * BATCHES_REMEMBERED
 
@@ -157,7 +157,7 @@ class Replay:
             if kept < stop:
                 log.hidings_before = self._hidings
                 self._append(log, file, run, kept, stop)
-                _note_written(log.written, run, kept, stop)
+                _note_written(log.written, key.epoch, run, kept, stop)
 
     def _append(self, log: ReplayedLog, file: int, run: Run, start: int, stop: int) -> None:
         """Frames start to stop of the run, without a gap between them; a buffer takes them until it is full."""
@@ -195,7 +195,7 @@ class Replay:
         return log
 
 
-def _note_written(producers: dict[int, list[_Written]], run: Run, start: int, stop: int) -> None:
+def _note_written(producers: dict[int, list[_Written]], epoch: int, run: Run, start: int, stop: int) -> None:
     """Frames start to stop were written by their producers, if they have one."""
     if run.producer_ids[start:stop].count(run.producer_ids[start]) == stop - start:
         start = max(start, stop - BATCHES_REMEMBERED)  # those before say nothing any more
@@ -206,13 +206,13 @@ def _note_written(producers: dict[int, list[_Written]], run: Run, start: int, st
             if len(written) >= _WRITTEN_MAX:
                 del written[:-BATCHES_REMEMBERED]
             stamp = ProducerStamp(producer_id, run.producer_epochs[i], run.base_sequences[i])
-            written.append((stamp, run.record_counts[i], run.base_offsets[i]))
+            written.append((stamp, run.record_counts[i], run.base_offsets[i], epoch))
 
 
 def _state_after(written: Sequence[_Written]) -> ProducerState:
     """Only its last batches say what a producer's state is: worked out once at the end instead of after each frame."""
     state = None
-    for stamp, record_count, base_offset in written:
-        state = after_write(state, stamp, record_count, base_offset)
+    for batch in written:
+        state = after_write(state, *batch)
     assert state is not None, "a producer that wrote nothing"
     return state
