@@ -136,8 +136,9 @@ def _retry_may_repeat(timeline: Timeline, partition: PartitionTimeline, offsets:
 
 
 def _took_over(before: h.Range, after: h.Range) -> bool:
-    # Beyond the limit, not only at it: the coordinator does not list an epoch in between that stayed empty.
-    return after.start_offset >= before.limit_offset and before.end_offset != before.limit_offset
+    # Beyond the limit, not only at it: the coordinator does not list an epoch in between that stayed empty. A range
+    # that turned out to be full up to its limit may have been handed over as well: the ranges do not tell.
+    return after.start_offset >= before.limit_offset
 
 
 # ---- order

@@ -28,6 +28,7 @@ class ClientNode(Node):
         self.rng = rng
         self._numbers = count(1)
         self._told: Process | None = None
+        self._hurries = False
 
     def make(self) -> Application:
         raise NotImplementedError
@@ -38,6 +39,8 @@ class ClientNode(Node):
     async def serve(self, process: Process) -> None:
         self.around.network.join(process)
         self.service = self.make()
+        if self._hurries:
+            self.service.hurry()
         await self.service.run()
 
     def crash(self, process: Process) -> None:
@@ -49,6 +52,12 @@ class ClientNode(Node):
         if self.service is not None and self._told is not self.process:
             self._told = self.process
             super().stop()
+
+    def hurry(self) -> None:
+        """What runs on it, now and later, takes no time for its own work."""
+        self._hurries = True
+        if self.service is not None:
+            self.service.hurry()
 
     def come_back(self) -> None:
         """After it was stopped."""

@@ -49,6 +49,7 @@ class Ending:
     async def run(self) -> None:
         """Returns when all is proven, or blames what is not."""
         deadline = self._loop.time() + SETTLE_S
+        self._crowd.hurry()
         snapshot = await self._registered(deadline)
         if snapshot is None:
             return

@@ -79,6 +79,7 @@ class Node:
         self.service: Any = None
         self.deaths: list[str] = []
         self.wanted = False
+        self.stopping = False
         self.dies_at_step: int | None = None  # of its next process
 
     @property
@@ -88,7 +89,7 @@ class Node:
     def start(self) -> None:
         """Starts a process; it serves when its start-up is through."""
         assert not self.up
-        self.wanted = True
+        self.wanted, self.stopping = True, False
         self.process = Process(self.around.loop, self.name)
         self.process.steps_left, self.dies_at_step = self.dies_at_step, None
         self.around.log(self.name, "starts")
@@ -131,10 +132,10 @@ class Node:
         self.kill()
 
     def stop(self) -> None:
-        """SIGTERM: drains, then ends."""
-        if self.process is not None and self.process.alive and self.service is not None:
+        """SIGTERM: drains, then ends; a second one changes nothing (shruntime.tasks.wait_for_stop)."""
+        if self.process is not None and self.process.alive and self.service is not None and not self.stopping:
             self.around.log(self.name, "is told to stop")
-            self.wanted = False
+            self.wanted, self.stopping = False, True
             process, service = self.process, self.service
             self.process.spawn(self._stop(process, service), name=f"stop of {self.name}")
 

@@ -96,7 +96,7 @@ class Agent:
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, opened.wal.mark_settled)
         except OSError as error:
-            log.warning("the damage of the log will be reported again at the next start: %s", error)
+            log.warning("that the log's damage was reported cannot be noted before something is written: %s", error)
 
     def _restore(self, replay: Replay) -> Logs:
         """The logs as the replay found them."""

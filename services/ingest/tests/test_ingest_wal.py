@@ -337,6 +337,26 @@ def test_g2_damage_that_hides_headers_leaves_the_ends_of_logs_unknown_that_have_
     assert not replay(directory).replay.doubt
 
 
+def test_no_file_is_begun_before_it_is_noted_that_the_damage_of_older_ones_was_told(directory: WalDirectory):
+    """On a full disk it cannot be; what is written once there is room must not be doubted because of it."""
+    old = new_wal(directory)
+    first, _ = old.append([frame(0, b"a"), frame(1, b"b")])
+    old.close()
+    flip(directory.file_path(1), first.at - FRAME_HEADER_SIZE)
+    found = replay(directory)
+    assert found.replay.doubt.hidden
+    wal = new_wal(directory, found.next_sequence)
+    with file_size_limit(0):
+        with pytest.raises(OSError, match="large"):
+            wal.mark_settled()
+        with pytest.raises(WalFull):
+            wal.append([frame(2, b"c")])
+    assert directory.sequences() == [1]
+    wal.append([frame(2, b"c")])
+    wal.close()
+    assert not replay(directory).replay.doubt
+
+
 def test_a_session_id_is_noted_for_as_long_as_nothing_is_written(directory: WalDirectory):
     first, second, third = (str(uuid.UUID(int=number)) for number in range(3))
     wal = new_wal(directory)

@@ -44,6 +44,7 @@ class FileWal:
         self._fsync_each = fsync_each
         self._fd = -1
         self._dirty = False
+        self._has_to_settle = False
         self._broken: Exception | None = None
         self.active: int | None = None
         self.active_bytes = 0
@@ -83,9 +84,12 @@ class FileWal:
         self._directory.file_path(sequence).unlink(missing_ok=True)
 
     def mark_settled(self) -> None:
-        """What lies in files before the first of ours has been told to the coordinator. Raises OSError."""
+        """What lies in files before the first of ours has been told to the coordinator. Raises OSError; no file is
+        begun then before it can be noted, so that old damage never casts doubt on what is written from now on."""
+        self._has_to_settle = True
         self._directory.mark_settled(self._first_sequence)
         self._directory.mark_unsynced(False)
+        self._has_to_settle = False
 
     def opening_id(self, address: str, drawn: str) -> str:
         """The session id that was asked for before over what lies in files before the first of ours, which nobody has
@@ -121,6 +125,8 @@ class FileWal:
         path = self._directory.file_path(sequence)
         header = encode_wal_file_header(self._directory.wal_id, sequence, self._previous_size_bytes)
         try:
+            if self._has_to_settle:
+                self.mark_settled()
             if not self._fsync_each:
                 self._directory.mark_unsynced(True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
