@@ -1,11 +1,12 @@
 """Commits of what the application has done with: what is not stored yet, storing it, and again every interval.
 
-Owns: which positions to store. Does not own: how they are stored, what is read.
+Owns: which positions to store, and that one commit comes after the other. Does not own: how they are stored, what is
+read.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from shproto.errors import StreamHouseError, UnknownTopic
 
@@ -15,77 +16,81 @@ from streamhouse.records import TopicPartition
 log = logging.getLogger(__name__)
 
 Store = Callable[[Mapping[TopicPartition, Position]], Awaitable[None]]
+Cursors = Mapping[TopicPartition, Cursor]
 
 
 class Commits:
     """`cursors`: of what is read at the moment, the owner's. `topic_gone(topic, topic_id)`: told of topics that a
-    commit found deleted."""
+    commit found deleted.
 
-    def __init__(
-        self, cursors: Mapping[TopicPartition, Cursor], store: Store, topic_gone: Callable[[str, bytes], object]
-    ) -> None:
+    One commit at a time, and what it stores is looked up when it is its turn: of two that are under way, or were looked
+    up one before the other, the older positions could be stored last.
+    """
+
+    def __init__(self, cursors: Cursors, store: Store, topic_gone: Callable[[str, bytes], object]) -> None:
         self._cursors = cursors
         self._store = store
         self._topic_gone = topic_gone
         self._turn = asyncio.Lock()
 
-    def outstanding(
-        self, done_with_last: bool, among: Iterable[TopicPartition] | None = None
-    ) -> dict[TopicPartition, Position]:
-        """Positions to store, of all partitions or `among` these. done_with_last: whether the record in hand counts."""
-        positions = {}
-        for where in self._cursors if among is None else among:
-            cursor = self._cursors.get(where)
-            if cursor is not None:
-                offset = cursor.delivered if done_with_last else cursor.taken
-                if offset != cursor.committed:
-                    positions[where] = Position(offset, cursor.topic_id)
-        return positions
+    def done_with_all(self) -> None:
+        """The application says so of everything handed over, the record in hand included."""
+        for cursor in self._cursors.values():
+            cursor.taken = cursor.delivered
 
-    async def commit(self, positions: Mapping[TopicPartition, Position]) -> None:
-        """Raises what storing raises: IllegalGeneration, UnknownMember, UnknownTopic, Unavailable."""
+    async def commit(self, given: Mapping[TopicPartition, Position] | None = None) -> None:
+        """Stores what the application has done with, or the positions `given`. Raises what storing raises:
+        IllegalGeneration, UnknownMember, UnknownTopic, Unavailable."""
+        async with self._turn:
+            cursors = dict(self._cursors)
+            await self._commit(cursors, _outstanding(cursors) if given is None else given, self._store)
+
+    async def commit_existing(self, cursors: Cursors | None = None, store: Store | None = None) -> None:
+        """What the application has done with, of `cursors` that it has no longer or of all, where the topic is still
+        there: positions in one that is not are nobody's, and do not hold up the others. Raises as `commit` does."""
+        async with self._turn:
+            cursors = dict(self._cursors if cursors is None else cursors)
+            positions = _outstanding(cursors)
+            while positions:
+                try:
+                    await self._commit(cursors, positions, store or self._store)
+                    return
+                except UnknownTopic as error:
+                    rest = {where: at for where, at in positions.items() if where.topic != error.details.get("topic")}
+                    if len(rest) == len(positions):
+                        raise
+                    log.warning("positions of a deleted topic are not committed: %s", error)
+                    positions = rest
+
+    async def _commit(self, cursors: Cursors, positions: Mapping[TopicPartition, Position], store: Store) -> None:
         if not positions:
             return
         try:
-            await self.in_turn(self._store, positions)
+            await store(positions)
         except UnknownTopic as error:
             topic = error.details.get("topic", "")
             for topic_id in {position.topic_id for where, position in positions.items() if where.topic == topic}:
                 self._topic_gone(topic, topic_id)
             raise
-        self._note_committed(positions)
-
-    async def in_turn(self, store: Store, positions: Mapping[TopicPartition, Position]) -> None:
-        """One commit at a time, in the order asked for: of two that are under way, the older positions may be stored
-        last. Raises what `store` raises."""
-        async with self._turn:
-            await store(positions)
-
-    def _note_committed(self, positions: Mapping[TopicPartition, Position]) -> None:
         for where, position in positions.items():
-            cursor = self._cursors.get(where)
-            if cursor is not None and cursor.topic_id == position.topic_id:
-                cursor.committed = position.offset
+            for cursor in (cursors.get(where), self._cursors.get(where)):  # a seek makes a new one
+                if cursor is not None and cursor.topic_id == position.topic_id:
+                    cursor.committed = position.offset
 
     async def run(self, interval_ms: int) -> None:
         """Commits every so often until cancelled; failures are tried again."""
         while True:
             await asyncio.sleep(interval_ms / 1000)
             try:
-                await commit_existing(self.outstanding(done_with_last=False), self.commit)
+                await self.commit_existing()
             except StreamHouseError as error:
                 log.warning("auto commit failed, it is tried again: %s", error)
 
 
-async def commit_existing(positions: Mapping[TopicPartition, Position], commit: Store) -> None:
-    """Positions in a topic that is not there any more are nobody's, and do not hold up the others."""
-    while positions:
-        try:
-            await commit(positions)
-            return
-        except UnknownTopic as error:
-            rest = {where: at for where, at in positions.items() if where.topic != error.details.get("topic")}
-            if len(rest) == len(positions):
-                raise
-            log.warning("positions of a deleted topic are not committed: %s", error)
-            positions = rest
+def _outstanding(cursors: Cursors) -> dict[TopicPartition, Position]:
+    """What the application has done with and is not stored."""
+    return {
+        where: Position(cursor.taken, cursor.topic_id)
+        for where, cursor in cursors.items()
+        if cursor.taken != cursor.committed
+    }

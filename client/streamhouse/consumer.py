@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Self
 
@@ -11,7 +10,7 @@ from shproto.errors import Internal, InvalidArgument, StreamHouseError, UnknownP
 from shproto.rpc import Interceptors
 from shruntime.tasks import Tasks
 
-from streamhouse.commits import Commits, commit_existing
+from streamhouse.commits import Commits
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import ConsumerOptions, OnDataLoss, OnOutOfRange, Start, partitions_of, topics_of
 from streamhouse.core.positions import Cursor, Position
@@ -165,7 +164,9 @@ class Consumer:
     async def _commit_and_leave(self, done_with_last: bool) -> None:
         try:
             if self._options.auto_commit and self._options.group is not None:
-                await commit_existing(self._commits.outstanding(done_with_last), self._commits.commit)
+                if done_with_last:
+                    self._commits.done_with_all()
+                await self._commits.commit_existing()
             if self._membership is not None:
                 await self._membership.leave()
         except StreamHouseError as error:
@@ -242,7 +243,8 @@ class Consumer:
         if self._options.group is None:
             raise InvalidArgument("a consumer without a group has nothing to commit to", field="group")
         if offsets is None:
-            await self._commits.commit(self._commits.outstanding(done_with_last=True))
+            self._commits.done_with_all()
+            await self._commits.commit()
         else:
             given = {TopicPartition(*where): offset for where, offset in offsets.items()}
             await self._commits.commit({w: Position(offset, self._topic_id(w)) for w, offset in given.items()})
@@ -264,12 +266,12 @@ class Consumer:
     async def _on_revoked(self, revoked: set[TopicPartition]) -> None:
         """Stops them, then commits what was done with; the record being processed will be read again elsewhere."""
         self._openings.forget(revoked)
-        positions = self._commits.outstanding(done_with_last=False, among=revoked)
+        cursors = {where: cursor for where, cursor in self._reader.cursors.items() if where in revoked}
         for where in revoked:
             self._reader.drop(where)
-        if positions and self._options.auto_commit and self._membership is not None:
+        if self._options.auto_commit and self._membership is not None:
             try:
-                await commit_existing(positions, partial(self._commits.in_turn, self._membership.commit))
+                await self._commits.commit_existing(cursors, self._membership.commit)
             except StreamHouseError as error:
                 log.warning("the last commit of revoked partitions failed, records will be read again: %s", error)
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 
+import pytest
 from streamhouse.commits import Commits
 from streamhouse.core.positions import Cursor, Position
 from streamhouse.records import TopicPartition
@@ -10,25 +11,88 @@ from streamhouse.records import TopicPartition
 WHERE = TopicPartition("t", 0)
 
 
-async def test_a_later_commit_waits_for_the_one_under_way():
-    """The automatic one and the application's, or that of close(): on its own way the older could be stored last."""
-    stored, slow = [], asyncio.Event()
+class Log:
+    """Where commits are stored; the first one takes until `answers` is set."""
 
-    async def store(positions: Mapping[TopicPartition, Position]) -> None:
-        if not stored:
-            await slow.wait()
-        stored.append(positions[WHERE].offset)
+    def __init__(self) -> None:
+        self.stored: list[int] = []
+        self.answers = asyncio.Event()
+        self._asked = 0
 
-    cursor = Cursor.at(WHERE, 0)
-    commits = Commits({WHERE: cursor}, store, lambda topic, topic_id: None)
-    asked = []
-    for offset in (4, 5):
-        cursor.delivered = offset
-        asked.append(asyncio.create_task(commits.commit(commits.outstanding(done_with_last=True))))
-        await asyncio.sleep(0)
-    asked.append(asyncio.create_task(commits.in_turn(store, {WHERE: Position(6)})))
+    async def store(self, positions: Mapping[TopicPartition, Position]) -> None:
+        self._asked += 1
+        if self._asked == 1:
+            await self.answers.wait()
+        self.stored.append(positions[WHERE].offset)
+
+
+@pytest.fixture
+def cursors() -> dict[TopicPartition, Cursor]:
+    """3 is in hand."""
+    cursor = Cursor.at(WHERE, 3)
+    cursor.delivered = 4
+    return {WHERE: cursor}
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def commits(cursors: dict[TopicPartition, Cursor], log: Log) -> Commits:
+    return Commits(cursors, log.store, lambda topic, topic_id: None)
+
+
+async def test_an_automatic_commit_never_goes_behind_the_applications_own(
+    commits: Commits, cursors: dict[TopicPartition, Cursor], log: Log
+):
+    """The application commits the record in hand, too; the automatic one is asked for before and after that is
+    stored."""
+    commits.done_with_all()
+    own = asyncio.create_task(commits.commit())
     await asyncio.sleep(0)
-    slow.set()
-    await asyncio.gather(*asked)
-    assert stored == [4, 5, 6]
-    assert cursor.committed == 5
+    automatic = asyncio.create_task(commits.commit_existing())
+    await asyncio.sleep(0)
+    log.answers.set()
+    await asyncio.gather(own, automatic)
+    await commits.commit_existing()
+    assert log.stored == [4]
+    assert cursors[WHERE].committed == 4
+
+
+async def test_what_a_waiting_commit_stores_is_what_was_done_by_its_turn(
+    commits: Commits, cursors: dict[TopicPartition, Cursor], log: Log
+):
+    first = asyncio.create_task(commits.commit_existing())
+    await asyncio.sleep(0)
+    second = asyncio.create_task(commits.commit_existing())
+    given = asyncio.create_task(commits.commit({WHERE: Position(2)}))
+    await asyncio.sleep(0)
+    cursors[WHERE].taken = 4
+    log.answers.set()
+    await asyncio.gather(first, second, given)
+    assert log.stored == [3, 4, 2]
+
+
+async def test_partitions_that_are_given_up_wait_for_the_commit_under_way(
+    commits: Commits, cursors: dict[TopicPartition, Cursor], log: Log
+):
+    commits.done_with_all()
+    own = asyncio.create_task(commits.commit())
+    await asyncio.sleep(0)
+    revoked = {WHERE: cursors.pop(WHERE)}
+    revoking = asyncio.create_task(commits.commit_existing(revoked, log.store))
+    await asyncio.sleep(0)
+    log.answers.set()
+    await asyncio.gather(own, revoking)
+    assert log.stored == [4], "the record in hand was committed: there is nothing left to store"
+
+
+async def test_a_seek_back_is_stored(commits: Commits, cursors: dict[TopicPartition, Cursor], log: Log):
+    log.answers.set()
+    commits.done_with_all()
+    await commits.commit()
+    cursors[WHERE] = Cursor.at(WHERE, 1, cursors[WHERE].committed)
+    await commits.commit_existing()
+    assert log.stored == [4, 1]
