@@ -60,10 +60,12 @@ class Ranges:
             held = self._logs.get(grant_key(grant))
             if grant.status == LOST and held is not None:
                 self._give_up(held, grant)
-        for grant in kept:
+        # What older epochs give up comes first: it may lie at the offsets of newer ones, whose producer snapshots must
+        # not have it, and once one of them leads it cannot be given up any more.
+        self._drop_others(kept, only)
+        for grant in sorted(kept, key=lambda grant: grant.epoch):
             held = self._logs.get(grant_key(grant)) or self._hold(grant)
             self._update(held, grant)
-        self._drop_others(kept, only)
 
     def _give_up(self, held: HeldLog, grant: pb.RangeGrant) -> None:
         """The range was declared lost before this agent came back: registration would fence what is left of it."""

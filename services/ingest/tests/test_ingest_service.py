@@ -13,18 +13,22 @@ from typing import Any
 
 import pytest
 from opentelemetry import metrics
-from shformat import ProducerStamp, Records, decode_batch, encode_batch
+from shformat import ProducerStamp, Records, decode_batch, encode_batch, stamp_batch
 from shproto import errors
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import ManualClock
 from streamhouse_ingest.adapters.wal import FileWal
+from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.core.buffer import WalPosition
+from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.core.producers import ProducerState, WrittenBatch, decode_snapshot, encode_snapshot
 from streamhouse_ingest.ports import Frame, WalBroken, WalDamaged, WalLocked
 from streamhouse_ingest.wiring import IngestService
 
 from services.ingest.tests.ingest_standins import (
     CoordinatorStandIn,
+    Range,
     SegmenterStandIn,
     eventually,
     flip_bit,
@@ -890,6 +894,38 @@ async def test_what_lies_beyond_a_settled_end_is_given_up(
             await waiting
         assert caught.value.details["outcome"] == errors.UNKNOWN
         assert (await read(service, topic_id, 0)).high_watermark == 1
+
+
+async def test_what_an_older_epoch_gave_up_is_in_no_snapshot_of_a_newer_one(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    """G1: both wrote at 10, only the newer one's counts. Registered with the older one's producer, a retry of that
+    would be acknowledged as a duplicate, and be nowhere."""
+    directory = WalDirectory.open(tmp_path, "agent-1")
+    wal = FileWal(directory, 1, file_bytes=1 << 20, fsync_each=True)
+    wal.append([frame(topic_id, epoch, base, producer) for epoch, base, producer in [(1, 0, 7), (1, 10, 8)]])
+    wal.append([frame(topic_id, epoch, base, producer) for epoch, base, producer in [(2, 10, 9), (2, 20, 9)]])
+    wal.close()
+    directory.close()
+    ours = ("orders", topic_id, 0)
+    finished = Range(*ours, 1, 0, 100, 10, directory.wal_id, "agent-1", 10, "settled")
+    known = encode_snapshot({7: ProducerState(0, (WrittenBatch(0, 10, 0),))})
+    settled = Range(*ours, 2, 10, 100, 10, directory.wal_id, "agent-1", 20, "settled", known)
+    coordinator.ranges = {row.key: row for row in (finished, settled)}
+    async with running(tmp_path, coordinator) as service:
+        held = service.agent.running().logs.get(LogKey(*settled.key))
+        assert held is not None
+        (left,) = held.log.sealed
+        assert (left.base_offset, left.end_offset) == (10, 20)
+        assert left.snapshot is not None
+        assert set(decode_snapshot(left.snapshot)) == {7, 9}
+
+
+def frame(topic_id: bytes, epoch: int, base_offset: int, producer_id: int) -> Frame:
+    """Ten records of a producer, of which it is the first or the second ten."""
+    stamp = ProducerStamp(producer_id, 0, base_offset // 20 * 10)
+    data = stamp_batch(batch(*[b"x"] * 10, stamp=stamp), base_offset, epoch)
+    return Frame(LogKey(topic_id, 0, epoch), base_offset, 10, data)
 
 
 async def test_what_was_declared_lost_is_dropped_and_said(
