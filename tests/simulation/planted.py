@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from unittest import mock
 
 from shproto.events import Segment
+from streamhouse import commits
 from streamhouse.batches import Batch
-from streamhouse.commits import Commits
-from streamhouse.core.positions import Position
+from streamhouse.core.positions import Cursor, Position
 from streamhouse.core.sequences import Lane, Outgoing
 from streamhouse.records import TopicPartition
 from streamhouse_coordinator.core import groups, registration
@@ -57,13 +57,9 @@ def _renumbered(lane: Lane[Batch]) -> Outgoing[Batch]:
     return _take(lane)
 
 
-def _received(
-    commits: Commits, done_with_last: bool, among: Iterable[TopicPartition] | None = None
-) -> dict[TopicPartition, Position]:
+def _received(cursors: Mapping[TopicPartition, Cursor]) -> dict[TopicPartition, Position]:
     """What was fetched is committed, whether the application has it or not."""
-    cursors = commits._cursors
-    wanted = [cursors[where] for where in (cursors if among is None else among) if where in cursors]
-    return {cursor.where: Position(cursor.fetch_offset, cursor.topic_id) for cursor in wanted}
+    return {where: Position(cursor.fetch_offset, cursor.topic_id) for where, cursor in cursors.items()}
 
 
 PLANTED: dict[str, tuple[object, str, object]] = {
@@ -76,7 +72,7 @@ PLANTED: dict[str, tuple[object, str, object]] = {
     "commits-not-fenced": (groups, "check_commit", _without_generation),
     "no-hand-over": (groups, "available", _without_hand_over),
     "retry-renumbered": (Lane, "take", _renumbered),
-    "received-is-committed": (Commits, "outstanding", _received),
+    "received-is-committed": (commits, "_outstanding", _received),
 }
 """Acknowledged before it is on disk; registered whatever is there already, or beyond a settled end; files of the log
 deleted before their records are registered; producers' states not taken over from where a partition was before; a
