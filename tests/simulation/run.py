@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -158,4 +159,5 @@ if __name__ == "__main__":
         # Sets of strings are iterated in the order of their hashes: fixed, so that a seed is the same everywhere.
         os.environ["PYTHONHASHSEED"] = HASH_SEED
         os.execv(sys.executable, [sys.executable, "-m", "tests.simulation.run", *sys.argv[1:]])
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # or its workers would live on
     sys.exit(main(sys.argv[1:]))
