@@ -210,11 +210,13 @@ class Sealer:
         return True
 
     def _request(self, session_id: str, sealed: SealedBuffer) -> pb.AnnounceBufferRequest:
-        """Without the slices that are registered or given up by now."""
+        """What is left of its slices: an older announcement of the same records may have registered them, or a part."""
         wanted = [
             (held.log.key, held.log.topic, buffer)
-            for held, buffer in sealed.slices
-            if buffer in held.log.sealed and self._logs.get(held.log.key) is held
+            for held, old in sealed.slices
+            if self._logs.get(held.log.key) is held
+            for buffer in held.log.sealed
+            if _overlap(buffer, old)
         ]
         return pb.AnnounceBufferRequest(
             session_id=session_id,

@@ -896,6 +896,26 @@ async def test_what_lies_beyond_a_settled_end_is_given_up(
         assert (await read(service, topic_id, 0)).high_watermark == 1
 
 
+async def test_what_is_left_of_a_buffer_is_announced_when_a_part_was_registered_meanwhile(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    """A segmenter may still hold what the session before announced; it would never be registered otherwise."""
+    async with running(tmp_path, coordinator) as service:
+        for value in (b"a", b"b"):
+            await service.api.produce(request(value))
+        agent = service.agent.running()
+        held = agent.logs.get(LogKey(topic_id, 0, 1))
+        assert held is not None
+        coordinator.down = True
+        agent.sealer.seal_now([held])
+        await eventually(lambda: coordinator.calls.get("announce_buffer"))
+        agent.ranges.registered(held.log.key, 1)
+        coordinator.down = False
+        await eventually(lambda: coordinator.buffers)
+        (announced,) = coordinator.buffers.values()
+        assert [(item.base_offset, item.end_offset) for item in announced.slices] == [(1, 2)]
+
+
 async def test_what_an_older_epoch_gave_up_is_in_no_snapshot_of_a_newer_one(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
 ):
