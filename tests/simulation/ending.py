@@ -45,17 +45,19 @@ class Ending:
         self._history = history
         self._blame = blame
         self._ends: dict[tuple[str, int], int] = {}
+        self._read_to: dict[tuple[str, str, int], int] = {}
 
     async def run(self) -> None:
         """Returns when all is proven, or blames what is not."""
         deadline = self._loop.time() + SETTLE_S
         self._crowd.hurry()
-        snapshot = await self._registered(deadline)
-        if snapshot is None:
-            return
-        if not await self._read_everything(deadline, snapshot):
-            return
-        snapshot = await self._swept(deadline, snapshot)
+        while True:
+            snapshot = await self._registered(deadline)
+            if snapshot is None or not await self._read_everything(deadline, snapshot):
+                return
+            snapshot = await self._swept(deadline, snapshot)
+            if not self._has_grown(snapshot):
+                break  # else a write came in so late that its client had given it up before we began
         self._record(snapshot)
         while self._behind() and self._loop.time() < deadline:
             await asyncio.sleep(POLL_S)
@@ -65,6 +67,9 @@ class Ending:
         if self._crowd.has_group:
             await GroupEnding(self._around, self._history, self._ends, self._blame).run(deadline)
         self._history.write(h.End())
+
+    def _has_grown(self, snapshot: Snapshot) -> bool:
+        return any(_end_of(part) > self._ends[where] for where, part in snapshot.items())
 
     def _behind(self) -> bool:
         """There is one reader per partition, or one of all; while it has no consumer it is nowhere."""
@@ -110,14 +115,16 @@ class Ending:
     async def _read_everything(self, deadline: float, snapshot: Snapshot) -> bool:
         """By every query service: as far as it said itself that there is something, and as far as we know better."""
         for (topic, partition), part in sorted(snapshot.items()):
-            self._ends[topic, partition] = max((segment.end_offset for segment in part.segments), default=0)
+            self._ends[topic, partition] = _end_of(part)
             for node in self._nodes:
                 if isinstance(node, QueryNode) and not await self._read_back(node, topic, partition, deadline):
                     return False
         return True
 
     async def _read_back(self, node: Node, topic: str, partition: int, deadline: float) -> bool:
-        query, offset, why = QueryClient(self._around.connection([node.address])), 0, ""
+        """From where it was read to before. Blames it when that fails."""
+        query, why = QueryClient(self._around.connection([node.address])), ""
+        offset = self._read_to.get((node.name, topic, partition), 0)
         while self._loop.time() < deadline:
             request = query_pb2.FetchRequest(topic=topic, partition=partition, offset=offset, max_bytes=READ_BYTES)
             try:
@@ -133,7 +140,7 @@ class Ending:
             if response.next_offset > offset:
                 offset = response.next_offset
             elif offset >= max(response.high_watermark, self._ends[topic, partition]):
-                self._ends[topic, partition] = offset
+                self._ends[topic, partition] = self._read_to[node.name, topic, partition] = offset
                 return True
             else:
                 why = f"nothing more, and no reason, below {self._ends[topic, partition]}"
@@ -194,3 +201,8 @@ async def take_snapshot(coordinator: CoordinatorClient) -> Snapshot:
             else:
                 found[where] = item
     return found
+
+
+def _end_of(part: Any) -> int:
+    """Up to where the partition is registered."""
+    return max((segment.end_offset for segment in part.segments), default=0)
