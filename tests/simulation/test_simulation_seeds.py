@@ -17,7 +17,7 @@ from tests.simulation.run import HASH_SEED
 
 ROOT = Path(__file__).parents[2]
 SEEDS = Path(__file__).with_name("seeds.txt")
-SECONDS = 75
+SECONDS = 45
 SEEDS_MAX = 300
 """A machine with nothing else to do gets through most of them."""
 RUNS_MIN = 16
