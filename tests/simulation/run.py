@@ -131,7 +131,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--at-least", type=int, default=0, metavar="RUNS", help="so many, however long they take")
     parser.add_argument("--file", type=Path, help="the seeds of this file instead")
     parser.add_argument("--crash-everywhere", action="store_true", help="a run per step of every process")
-    parser.add_argument("--every", type=int, default=1, help="with --crash-everywhere: only each so manieth step")
+    parser.add_argument("--every", type=int, default=1, help="with --crash-everywhere: only every so many-th step")
     parser.add_argument("--seed", type=int, default=1, help="with --crash-everywhere: of the run that is repeated")
     parser.add_argument("--plant", metavar="DEFECT", default="", help="with a defect on purpose, see planted.py")
     parser.add_argument("--until-found", action="store_true", help="end with the first one that fails")
