@@ -94,15 +94,19 @@ class Handover:
         )
         try:
             for key, slices in objects.items():
-                target = await self._build(key, slices)
-                await declaring
-                await self._upload(target)
+                await self._store(key, slices, declaring)
         finally:
             declaring.cancel()
             await asyncio.gather(declaring, return_exceptions=True)
         built()
         await self._register_early()
         await release_claim(self._ports, self._claim.claim_id)
+
+    async def _store(self, key: str, slices: Sequence[BufferSlice], declaring: asyncio.Task[None]) -> None:
+        """On its own, so that the object is freed once it is uploaded: its registration may have to wait for long."""
+        target = await self._build(key, slices)
+        await declaring
+        await self._upload(target)
 
     async def _build(self, key: str, slices: Sequence[BufferSlice]) -> BuiltObject:
         started_ms = self._ports.clock.monotonic_ms()

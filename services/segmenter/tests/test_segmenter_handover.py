@@ -259,6 +259,23 @@ async def test_buffers_out_of_order_wait_for_their_predecessor(world: World) -> 
     await world.check()
 
 
+async def test_g7_what_waits_for_its_predecessor_is_freed_once_it_is_uploaded(world: World) -> None:
+    """Many buffers may wait: some KiB each, not the object that each of them became."""
+    first, second = world.agent.append(0, [4]), world.agent.append(0, [5])
+    world.seal("b1", first)
+    world.seal("b2", second)
+    world.coordinator.buffers["b1"].held_back = True
+    draining = asyncio.create_task(world.worker().drain())
+    while c.REGISTRATION_RESULT_EARLY not in world.coordinator.results:
+        await asyncio.sleep(0.001)
+    gc.collect()
+    assert not [kept for kept in gc.get_objects() if isinstance(kept, BuiltObject)]
+    world.coordinator.buffers["b1"].held_back = False
+    await draining
+    await world.worker().drain()
+    await world.check()
+
+
 async def test_an_early_segment_is_given_back_in_the_end(world: World) -> None:
     world.agent.append(0, [50])
     world.seal("b2", world.agent.append(0, [50]))
