@@ -357,6 +357,24 @@ def test_no_file_is_begun_before_it_is_noted_that_the_damage_of_older_ones_was_t
     assert not replay(directory).replay.doubt
 
 
+def test_g2_notes_of_a_log_that_was_given_away_say_nothing_of_the_files_that_begin_anew(directory: WalDirectory):
+    """File numbers begin at 1 again once the log is empty; below the number in an old note new damage would be none."""
+    old = new_wal(directory, 8)
+    old.append([frame(0, b"a")])
+    old.close()
+    old.mark_settled()
+    old.opening_id("a:1", str(uuid.UUID(int=1)))
+    old.delete(8)
+    assert replay(directory).next_sequence == 1
+    new = new_wal(directory)
+    _, hidden = new.append([frame(1, b"b"), frame(2, b"acknowledged")])
+    new.close()
+    flip(directory.file_path(1), hidden.at - FRAME_HEADER_SIZE)
+    doubt = replay(directory).replay.doubt
+    assert doubt.hidden and not doubt.knows_end(KEY)
+    assert new_wal(directory, 8).opening_id("a:1", str(uuid.UUID(int=2))) == str(uuid.UUID(int=2))
+
+
 def test_a_session_id_is_noted_for_as_long_as_nothing_is_written(directory: WalDirectory):
     first, second, third = (str(uuid.UUID(int=number)) for number in range(3))
     wal = new_wal(directory)

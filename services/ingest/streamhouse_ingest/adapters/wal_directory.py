@@ -77,6 +77,14 @@ class WalDirectory:
             _replace(file, json.dumps(content) + "\n")
         return noted or drawn
 
+    def forget_files(self) -> None:
+        """There are none, and their numbers begin anew: what is noted of a number would be taken for said of another
+        file. Raises OSError."""
+        for file in (self.path / _SETTLED, self.path / _OPENING):
+            if file.exists():
+                file.unlink()
+                self.sync()
+
     @property
     def unsynced(self) -> bool:
         """Records may have been acknowledged, and read, that a power failure has taken back."""

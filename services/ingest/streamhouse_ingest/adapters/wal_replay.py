@@ -54,8 +54,10 @@ def replay_directory(directory: WalDirectory, buffer_bytes_max: int) -> Replayed
 
     Raises WrongIdentity when a file belongs to another log, OSError.
     """
-    files = _Files(directory, buffer_bytes_max)
     sequences = directory.sequences()
+    if not sequences:
+        directory.forget_files()
+    files = _Files(directory, buffer_bytes_max)
     for i, sequence in enumerate(sequences):
         for missing in range(sequences[i - 1] + 1 if i else sequence, sequence):
             files.missing(missing)
