@@ -1,6 +1,7 @@
 """All logs the agent holds: by key, by partition, by name; their memory, and who waits for them."""
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 from collections import deque
@@ -83,7 +84,8 @@ class HeldLog:
 
 
 class Logs:
-    """Owns the held logs. What it counts: `memory_bytes` (batches in memory and what all batches cost besides)."""
+    """Owns the held logs. What it counts: `memory_bytes` (batches in memory, what all batches cost besides, and what
+    sealed buffers say of their producers)."""
 
     def __init__(self, *, memory_bytes_max: int, tail_cache_bytes: int, producers_max: int) -> None:
         self.memory_bytes_max = memory_bytes_max
@@ -179,14 +181,23 @@ class Logs:
 
     def seal(self, held: HeldLog) -> Buffer | None:
         self._forget_open(held)
-        return held.log.seal()
+        buffer = held.log.seal()
+        if buffer is not None:
+            self.memory_bytes += buffer.snapshot_bytes
+        return buffer
+
+    def take_snapshots(self, held: HeldLog) -> None:
+        """Gives sealed buffers of a replay what they say of their producers."""
+        with self._counting_sealed(held.log):
+            held.log.take_snapshots()
 
     def register(self, held: HeldLog, registered_end: int) -> None:
         """Releases the durable acks below `registered_end`, and the memory as far as it is not kept for readers."""
         log = held.log
         if log.open is not None and log.open.base_offset < registered_end:
-            self._forget_open(held)
+            self.seal(held)  # somebody registered from it under an older announcement
         for buffer in log.register(registered_end):
+            self.memory_bytes -= buffer.drop_snapshot()
             self._tail.append((held, buffer))
             self._tail_bytes += _cost(buffer)
             if buffer.memory_bytes < buffer.size_bytes:  # partly on disk only, in files that may go now
@@ -197,17 +208,17 @@ class Logs:
 
     def cut_out(self, held: HeldLog, buffer: Buffer, damaged: Collection[WalPosition]) -> list[Buffer]:
         """Batches of a sealed buffer cannot be read back any more. Returns the buffers that are left of it."""
-        left = held.log.cut_out(buffer, damaged)
-        self.memory_bytes += sum(map(_cost, left)) - _cost(buffer)
+        with self._counting_sealed(held.log):
+            left = held.log.cut_out(buffer, damaged)
         held.notify()
         return left
 
     def settle(self, held: HeldLog, end_offset: int) -> int:
         """The range ends at `end_offset`. Returns how many records of ours lie beyond and are given up."""
         self.stop_leading(held)
-        self._forget_open(held)
-        fenced = held.log.settle(end_offset)
-        self.memory_bytes -= sum(map(_cost, fenced))
+        self.seal(held)
+        with self._counting_sealed(held.log):
+            fenced = held.log.settle(end_offset)
         held.fail_waiting_beyond(max(end_offset, held.log.registered_end), "the range was settled below the record")
         held.notify()
         return sum(buffer.record_count for buffer in fenced)
@@ -222,8 +233,9 @@ class Logs:
 
     @property
     def memory_full(self) -> bool:
-        """Even without any batch in memory the limit is reached: too many small batches wait for registration."""
-        return self.memory_bytes >= self.memory_bytes_max
+        """Even without any batch in memory there is more than the limit: too many small batches wait for registration,
+        or buffers of too many producers. What is just within the limit trim() leaves, so that is not full."""
+        return self.memory_bytes > self.memory_bytes_max
 
     def trim(self) -> None:
         """Keeps within the limits: registered batches go first, then sealed ones, then open ones (the log has them)."""
@@ -245,6 +257,13 @@ class Logs:
             if held.log.open is not None:
                 yield held.log.open
 
+    @contextlib.contextmanager
+    def _counting_sealed(self, log: PartitionLog) -> Iterator[None]:
+        """What is done changes which buffers are sealed, or what they cost."""
+        before = sum(map(_cost, log.sealed))
+        yield
+        self.memory_bytes += sum(map(_cost, log.sealed)) - before
+
     def _empty_tail_to(self, held: HeldLog, buffer: Buffer) -> None:
         """Gives up the log's registered buffers up to `buffer`: what is kept has no gap."""
         dropped = None
@@ -260,7 +279,7 @@ class Logs:
 
 
 def _cost(buffer: Buffer) -> int:
-    return buffer.memory_bytes + buffer.overhead_bytes
+    return buffer.memory_bytes + buffer.overhead_bytes + buffer.snapshot_bytes
 
 
 def not_leader(topic: str, partition: int, why: str, *, outcome: str = NOT_WRITTEN) -> NotLeader:

@@ -116,6 +116,9 @@ class Ranges:
         except SnapshotError as error:
             # Going on costs deduplication of retries that are under way right now; refusing would cost all writes.
             log.error("%s: %s", held.log.describe(), error)
+        for older in self._logs.of_partition(*held.log.key.partition_key):
+            if older.log.key.epoch < held.log.key.epoch:
+                older.log.forget_lost()
 
     def _settle(self, held: HeldLog, end_offset: int) -> None:
         if held.log.settled_end == end_offset:

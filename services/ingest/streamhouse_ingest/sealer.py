@@ -7,7 +7,7 @@ import asyncio
 import logging
 import uuid
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from opentelemetry import trace
@@ -27,6 +27,11 @@ from streamhouse_ingest.waiting import ends_within
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer("streamhouse.ingest")
+
+# What one announcement says of producers, and of how many slices: with these it stays well below the 64 MiB that a
+# message may have.
+_SNAPSHOTS_BYTES_MAX = 32 * 1024 * 1024
+_SLICES_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +148,8 @@ class Sealer:
             self._enqueue(slices)
 
     def _enqueue(self, slices: Sequence[tuple[HeldLog, Buffer]]) -> None:
-        if slices:
-            self._queue.append(SealedBuffer(str(uuid.uuid4()), tuple(slices), current_traceparent()))
+        for part in _within_a_message(slices):
+            self._queue.append(SealedBuffer(str(uuid.uuid4()), tuple(part), current_traceparent()))
             self._queued.set()
 
     def restart(self) -> None:
@@ -153,7 +158,7 @@ class Sealer:
         self._announced.clear()
         for held in self._logs:
             self._logs.seal(held)
-            held.log.take_snapshots()
+            self._logs.take_snapshots(held)
         self.announce_again([(held, buffer) for held in self._logs for buffer in held.log.sealed])
 
     def completed(self, buffer_id: str) -> None:
@@ -237,6 +242,20 @@ def _candidate(held: HeldLog) -> Candidate:
     return Candidate(
         held.log.key, buffer.size_bytes, buffer.first_append_ms, held.durable_since_ms, must=held.must_seal
     )
+
+
+def _within_a_message(slices: Sequence[tuple[HeldLog, Buffer]]) -> Iterator[list[tuple[HeldLog, Buffer]]]:
+    """The slices in runs that can be announced: one that is refused for its size would hold up all behind it."""
+    run: list[tuple[HeldLog, Buffer]] = []
+    room_bytes = _SNAPSHOTS_BYTES_MAX
+    for held, buffer in slices:
+        if run and (buffer.snapshot_bytes > room_bytes or len(run) == _SLICES_MAX):
+            yield run
+            run, room_bytes = [], _SNAPSHOTS_BYTES_MAX
+        run.append((held, buffer))
+        room_bytes -= buffer.snapshot_bytes
+    if run:
+        yield run
 
 
 def _overlap(buffer: Buffer, old: Buffer) -> bool:

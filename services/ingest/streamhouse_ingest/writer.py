@@ -129,7 +129,7 @@ class Writer:
         if self.queue_bytes + size_bytes > self._limits.queue_bytes_max:
             raise overloaded("queue_bytes_max", self._limits.queue_bytes_max, self.queue_bytes, _QUEUE_RETRY_MS)
         wal_bytes = self._index.size_bytes + self.queue_bytes
-        if wal_bytes + size_bytes > self._limits.wal_bytes_max:
+        if wal_bytes + size_bytes > self._limits.wal_bytes_max and not self._only_next_makes_room:
             raise overloaded("wal_bytes_max", self._limits.wal_bytes_max, wal_bytes, _WAL_RETRY_MS)
         if self._logs.memory_full:
             raise overloaded("memory_bytes_max", self._logs.memory_bytes_max, self._logs.memory_bytes, _WAL_RETRY_MS)
@@ -137,6 +137,12 @@ class Writer:
         self.queue_bytes += size_bytes
         self._queue.append(append)
         self._wake.set()
+
+    @property
+    def _only_next_makes_room(self) -> bool:
+        """All is registered, but the file that is open cannot be deleted before the next group begins another. That
+        happens where a group, or a batch, is larger than two files are to be together."""
+        return not self.queue_bytes and self._index.all_covered(self._logs.registered_end)
 
     def refuse(self, error: StreamHouseError) -> None:
         """From now on new batches get this answer; what is queued is still written."""

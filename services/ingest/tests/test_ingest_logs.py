@@ -2,7 +2,7 @@
 
 from streamhouse_ingest.core.buffer import BATCH_OVERHEAD_BYTES, WalPosition
 from streamhouse_ingest.core.partition_log import BatchAppended, LogKey, PartitionLog
-from streamhouse_ingest.core.producers import ProducerTable
+from streamhouse_ingest.core.producers import ProducerState, ProducerTable, WrittenBatch
 from streamhouse_ingest.logs import HeldLog, Logs
 
 
@@ -26,7 +26,7 @@ def append(logs: Logs, held: HeldLog, size_bytes: int = 100) -> None:
 
 def actual_bytes(logs: Logs) -> int:
     buffers = [b for held in logs for b in held.log._buffers()]
-    return sum(b.memory_bytes + b.overhead_bytes for b in buffers)
+    return sum(b.memory_bytes + b.overhead_bytes + len(b.snapshot or b"") for b in buffers)
 
 
 def test_what_is_counted_is_what_is_there():
@@ -83,6 +83,37 @@ def test_memory_is_full_when_what_batches_cost_besides_their_bytes_fills_it():
     assert logs.memory_full
     logs.register(held, held.log.next_offset)
     assert not logs.memory_full
+
+
+def test_g7_memory_that_is_just_used_up_is_not_full_for_ever():
+    logs = new_logs(memory_bytes_max=1_024, tail_cache_bytes=1_024)
+    held = lead(logs)
+    for _ in range(8):
+        append(logs, held, 128 - BATCH_OVERHEAD_BYTES)
+    logs.seal(held)
+    logs.register(held, held.log.next_offset)
+    assert not logs.memory_full, "all is registered: nothing would ever change that"
+
+
+def test_g7_what_sealed_buffers_say_of_their_producers_counts_and_goes_with_their_registration():
+    """With many producers of little data this is most of what a buffer costs."""
+    logs = new_logs(memory_bytes_max=10_000, tail_cache_bytes=10_000)
+    held, other = lead(logs), lead(logs, 1)
+    for producer_id in range(1, 11):
+        held.log.producers.put(producer_id, ProducerState(0, (WrittenBatch(0, 1, 0, 1),)))
+    snapshot_bytes = len(held.log.producers.snapshot(1))
+    append(logs, other)
+    for _ in range(10):
+        append(logs, held)
+        logs.seal(held)
+    batches_bytes = 11 * (100 + BATCH_OVERHEAD_BYTES)
+    assert logs.memory_bytes == actual_bytes(logs) == batches_bytes + 10 * snapshot_bytes
+    logs.register(held, 5)
+    assert logs.memory_bytes == actual_bytes(logs) == batches_bytes + 5 * snapshot_bytes
+    logs.settle(held, 8)
+    assert logs.memory_bytes == actual_bytes(logs)
+    logs.drop(held, "test")
+    assert logs.memory_bytes == actual_bytes(logs) == 100 + BATCH_OVERHEAD_BYTES
 
 
 def test_a_newer_epoch_takes_the_name_and_the_older_one_does_not_take_it_away():

@@ -245,6 +245,18 @@ TestLogMachine = LogMachine.TestCase
 TestLogMachine.settings = hypothesis_settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
+def test_g1_what_was_cut_out_is_forgotten_also_where_the_coordinator_has_told_of_it():
+    """It was declared with the range's end, and came back with the grant of the next epoch."""
+    log = new_log(start=0)
+    append(log, 2, ProducerStamp(7, 0, 0))
+    buffer = log.seal()
+    assert buffer is not None
+    log.producers.merge(decode_snapshot(log.tail_snapshot()))
+    log.settle(2)
+    log.cut_out(buffer, {WalPosition(1, 0, 20)})
+    assert log.producers.get(7) is None, "a retry would be acknowledged as a duplicate of what is lost"
+
+
 def test_batches_that_cannot_be_read_back_are_cut_out_and_forgotten():
     log = new_log(start=0)
     for n in range(6):

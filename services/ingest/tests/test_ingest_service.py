@@ -15,14 +15,21 @@ import pytest
 from opentelemetry import metrics
 from shformat import ProducerStamp, Records, decode_batch, encode_batch, stamp_batch
 from shproto import errors
+from shproto.rpc import MESSAGE_BYTES_MAX
+from shproto.v1 import coordinator_pb2, types_pb2
 from shproto.v1 import ingest_pb2 as pb
-from shproto.v1 import types_pb2
 from shruntime.clock import ManualClock
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.core.buffer import WalPosition
 from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.producers import ProducerState, WrittenBatch, decode_snapshot, encode_snapshot
+from streamhouse_ingest.core.producers import (
+    ProducerState,
+    ProducerTable,
+    WrittenBatch,
+    decode_snapshot,
+    encode_snapshot,
+)
 from streamhouse_ingest.ports import Frame, WalBroken, WalDamaged, WalLocked
 from streamhouse_ingest.wiring import IngestService
 
@@ -506,6 +513,18 @@ async def test_g7_a_full_log_pushes_back_and_takes_more_once_segments_are_regist
         async with draining(segmenter):
             await eventually(lambda: service.agent.running().opened.index.size_bytes < 140_000)
             assert (await service.api.produce(request(b"more"))).base_offset == taken
+
+
+async def test_g7_a_log_full_of_one_file_takes_more_once_that_is_registered(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    """A group may be larger than a file is to be: the open file is all of the log, and nothing but a write ends it."""
+    limits = {"wal_file_bytes": 65536, "wal_bytes_max": 262144, "seal_bytes": 65536}
+    async with running(tmp_path, coordinator, **limits) as service, draining(SegmenterStandIn(coordinator, service)):
+        for n in range(5):
+            answer = await service.api.produce(request(os.urandom(200_000), acks=DURABLE))
+            assert answer.base_offset == n
+            assert service.agent.running().opened.index.size_bytes <= 2 * 262144
 
 
 async def test_g7_memory_stays_bounded_and_what_left_it_is_read_from_the_log(
@@ -1024,6 +1043,30 @@ async def test_many_partitions_share_one_announcement(tmp_path: Path):
         assert [len(b.slices) for b in coordinator.buffers.values()] == [20]
 
 
+async def test_g7_an_announcement_stays_within_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With many producers in many partitions it would be larger: refused for ever, and all behind it with it."""
+    coordinator = CoordinatorStandIn()
+    coordinator.create("orders", 80)
+    sizes: list[int] = []
+    announce = coordinator.announce_buffer
+
+    async def bounded(request: coordinator_pb2.AnnounceBufferRequest) -> coordinator_pb2.AnnounceBufferResponse:
+        if request.ByteSize() > MESSAGE_BYTES_MAX:
+            raise errors.InvalidArgument("RESOURCE_EXHAUSTED: CLIENT: Sent message larger than max")
+        sizes.append(len(request.slices))
+        return await announce(request)
+
+    monkeypatch.setattr(coordinator, "announce_buffer", bounded)
+    monkeypatch.setattr(ProducerTable, "snapshot", lambda table, end_offset: bytes(1 << 20))
+    async with running(tmp_path, coordinator, memory_bytes_max=1 << 30) as service:
+        for partition in range(80):
+            await led(service, partition=partition)
+            await service.api.produce(request(b"v", partition=partition))
+        agent = service.agent.running()
+        agent.sealer.seal_now(agent.logs)
+        await eventually(lambda: sum(sizes) == 80, timeout_s=10)
+
+
 async def test_an_announcement_is_repeated_until_it_is_heard(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
 ):
@@ -1144,6 +1187,32 @@ async def test_g2_offsets_that_damage_may_hide_are_not_used_again_and_reported_a
         assert (await service.api.produce(request(b"more"))).base_offset == old.limit + 1, "the damage is known by now"
 
 
+async def test_g2_damage_after_the_log_was_given_away_is_as_new_as_any(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    """Damage once, everything registered, a stop that leaves no file; then damage again."""
+
+    async def damaged_start() -> tuple[Range, IngestService]:
+        async with running(tmp_path, coordinator) as service:
+            await service.api.produce(request(b"first"))
+            begin = wal_files(tmp_path)[0].stat().st_size
+            hidden = await service.api.produce(request(b"acknowledged"))
+        flip_bit(wal_files(tmp_path)[0], begin)
+        old = coordinator.ranges[(topic_id, 0, hidden.epoch)]
+        service = await started(tmp_path, coordinator)
+        await led(service)
+        return old, service
+
+    old, service = await damaged_start()
+    assert old.end == old.limit
+    async with draining(SegmenterStandIn(coordinator, service)):
+        await service.stop()
+    assert not wal_files(tmp_path)
+    old, service = await damaged_start()
+    await kill(service)
+    assert old.end == old.limit, "else the offset of what was acknowledged is given out again"
+
+
 async def test_g2_after_a_torn_write_offsets_go_on_beyond_the_limit(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
 ):
@@ -1250,6 +1319,30 @@ async def test_g6_damage_on_a_running_agents_disk_holds_up_nothing_but_what_it_h
         stored = [item for _, records in sorted(segmenter.segments.items()) for item in offsets_and_values(records)]
         assert stored == [(n, value) for n, value in enumerate([*values, values[7]]) if n not in hit]
         await eventually(lambda: service.agent.running().logs.memory_bytes == 0)
+
+
+async def test_g1_a_durable_retry_is_not_acknowledged_by_what_damage_took(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    """The coordinator was told of it when the range was settled, before the damage, and tells the next epoch."""
+    value, stamp = os.urandom(2000), ProducerStamp(7, 0, 0)
+    async with running(tmp_path, coordinator) as service:
+        await service.api.produce(request(value, stamp=stamp))
+        await service.api.produce(request(b"another"))
+    async with running(tmp_path, coordinator):
+        old = coordinator.ranges[(topic_id, 0, 1)]
+        assert (old.end, old.registered_end) == (2, 0)
+        assert set(decode_snapshot(old.snapshot)) == {7}
+    flip_in(wal_files(tmp_path)[0], value)
+    async with running(tmp_path, coordinator) as service:
+        segmenter = SegmenterStandIn(coordinator, service)
+        async with draining(segmenter):
+            await eventually(lambda: old.registered_end == 2)
+            assert old.lost == [(0, 1)]
+            again = await service.api.produce(request(value, stamp=stamp, acks=DURABLE))
+            assert not again.duplicate
+        stored = [item for records in segmenter.segments.values() for item in offsets_and_values(records)]
+        assert sorted(stored) == [(1, b"another"), (2, value)]
 
 
 async def test_g6_a_second_look_at_what_seems_damaged_takes_nothing_out_that_can_be_read(

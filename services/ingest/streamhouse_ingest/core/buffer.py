@@ -24,7 +24,7 @@ class WalPosition(NamedTuple):
 class Buffer:
     """Covers [base_offset, end_offset) without a gap. Grows until it is sealed.
 
-    `snapshot`: the idempotent producers' state at end_offset, known from sealing on."""
+    `snapshot`: the idempotent producers' state at end_offset, known from sealing to registration."""
 
     __slots__ = (
         "_ats",
@@ -91,6 +91,15 @@ class Buffer:
         freed, self.memory_bytes = self.memory_bytes, 0
         if freed:
             self._batches = [None] * len(self._ends)
+        return freed
+
+    @property
+    def snapshot_bytes(self) -> int:
+        return len(self.snapshot or b"")
+
+    def drop_snapshot(self) -> int:
+        """It is registered: nobody will be told any more. Returns how many bytes were freed."""
+        freed, self.snapshot = self.snapshot_bytes, None
         return freed
 
     def pick(self, offset: int, end_offset: int, bytes_max: int) -> list[tuple[WalPosition, bytes | None]]:

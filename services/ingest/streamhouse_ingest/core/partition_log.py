@@ -14,7 +14,7 @@ from typing import NamedTuple
 from shformat import ProducerStamp
 
 from streamhouse_ingest.core.buffer import Buffer, WalPosition
-from streamhouse_ingest.core.producers import ProducerTable, after_write
+from streamhouse_ingest.core.producers import TOLD, ProducerTable, after_write
 
 
 class LogKey(NamedTuple):
@@ -193,10 +193,21 @@ class PartitionLog:
         for gap in map(Span, edges[::2], edges[1::2]):
             if gap.base_offset < gap.end_offset:
                 self._damaged.append(gap)
-                self.producers.forget(self.key.epoch, *gap)
+                self._forget_lost(gap)
         for later in islice(self.sealed, at, None):
             later.snapshot = self.producers.snapshot(later.end_offset)
         return left
+
+    def forget_lost(self) -> None:
+        """Once it is known what is registered: what the coordinator tells of producers may have been said before the
+        damage."""
+        for span in (*self._damaged, *self.lost_spans()):
+            self._forget_lost(span)
+
+    def _forget_lost(self, span: Span) -> None:
+        """Whoever told of its batches: below the end of this range no offset is another epoch's."""
+        self.producers.forget(self.key.epoch, *span)
+        self.producers.forget(TOLD, *span)
 
     def is_damaged(self, offset: int) -> bool:
         """The batch at `offset` was written, but was damaged before it was registered."""

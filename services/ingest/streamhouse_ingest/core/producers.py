@@ -17,6 +17,8 @@ from shformat import ProducerStamp
 
 # A client keeps at most this many batches of one partition in flight when it is idempotent, as in Kafka.
 BATCHES_REMEMBERED = 5
+# The epoch of a batch that the coordinator told of.
+TOLD = 0
 _SNAPSHOT_VERSION = 1
 _HEAD = struct.Struct("<BI")  # version, producers
 _PRODUCER = struct.Struct("<qIB")  # producer id, producer epoch, batches
@@ -28,13 +30,13 @@ class SnapshotError(ValueError):
 
 
 class WrittenBatch(NamedTuple):
-    """epoch: whose log it is in; 0 where the coordinator told of it. What an epoch has to give up may lie at the same
-    offsets as what the next one wrote."""
+    """epoch: whose log it is in; TOLD where the coordinator told of it. What an epoch has to give up may lie at the
+    same offsets as what the next one wrote."""
 
     base_sequence: int
     record_count: int
     base_offset: int
-    epoch: int = 0
+    epoch: int = TOLD
 
     @property
     def next_sequence(self) -> int:

@@ -46,6 +46,10 @@ class WalIndex:
             files.append(file)
         return files
 
+    def all_covered(self, registered_end: Callable[[LogKey], int | None]) -> bool:
+        """Nothing in any file is needed any more."""
+        return len(self.deletable(registered_end, None)) == len(self._ends)
+
     def remove(self, file: int) -> None:
         del self._ends[file]
         del self._sizes[file]
