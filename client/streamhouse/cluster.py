@@ -38,6 +38,16 @@ class OffsetRange:
 
 
 @dataclass(frozen=True, slots=True)
+class LostRecords:
+    """Offsets [base_offset, end_offset) of an epoch whose records are gone for good; reading them is DATA_LOSS."""
+
+    epoch: int
+    base_offset: int
+    end_offset: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Partition:
     """leader_agent_id and leader_address are empty while nobody leads. size_bytes and raw_bytes (before
     compression), segment_count and record_count are of what is on the object store."""
@@ -53,6 +63,7 @@ class Partition:
     raw_bytes: int
     record_count: int
     ranges: tuple[OffsetRange, ...]
+    lost: tuple[LostRecords, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +168,7 @@ def partition_of(info: coordinator_pb2.PartitionInfo) -> Partition:
         info.raw_bytes,
         info.record_count,
         tuple(range_of(part) for part in info.ranges),
+        tuple(LostRecords(span.epoch, span.base_offset, span.end_offset, span.reason) for span in info.lost),
     )
 
 

@@ -15,6 +15,8 @@ from uuid import uuid4
 
 import pytest
 from streamhouse.cli.serve_process import ServeProcess
+from streamhouse.cli.topic import show_description
+from streamhouse.cluster import LostRecords, Partition, Topic, TopicDescription
 from streamhouse.sync import Admin, Consumer, Producer
 
 pytestmark = pytest.mark.integration
@@ -88,6 +90,15 @@ def test_a_topic_shows_everything_it_was_made_with(cli: Cli) -> None:
     shown, _ = cli.run("topic", "describe", name)
     for text in ("min acks none", "86,400,000 ms", "1,000,000 bytes", "give it up after 0 ms", "created 20"):
         assert text in shown
+
+
+def test_what_is_lost_for_good_is_shown_with_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    topic = Topic("orders", "id", 1, None, None, "wal", None, 0)
+    lost = LostRecords(3, 1_000, 1_004, "damaged in the write-ahead log")
+    show_description(TopicDescription(topic, (Partition(0, "a", "", 4, 0, 2_000, 2, 9, 9, 1_996, (), (lost,)),)))
+    title, _, _, row = capsys.readouterr().out.splitlines()[-4:]
+    assert title.strip() == "lost for good"
+    assert row.split(maxsplit=4) == ["0", "3", "1,000", "1,004", "damaged in the write-ahead log"]
 
 
 # ---- groups

@@ -12,7 +12,7 @@ from streamhouse.cli.options import bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
 
 if TYPE_CHECKING:
-    from streamhouse.cluster import OffsetRange, Topic, TopicDescription
+    from streamhouse.cluster import LostRecords, OffsetRange, Topic, TopicDescription
     from streamhouse.core.options import Acks
 
 
@@ -84,7 +84,7 @@ def describe(name: str, as_json: bool, bootstrap: str) -> None:
     if as_json:
         print_json(asdict(described))
     else:
-        _print_description(described)
+        show_description(described)
 
 
 @topic.command()
@@ -103,7 +103,8 @@ def delete(name: str, yes: bool, as_json: bool, bootstrap: str) -> None:
         click.echo(f"deleted topic {name}")
 
 
-def _print_description(described: TopicDescription) -> None:
+def show_description(described: TopicDescription) -> None:
+    """Prints it for people."""
     _print_settings(described.topic)
     columns = ["partition#", "leader", "address", "epoch#", "start#", "registered end#", "records#", "segments#"]
     rows = [
@@ -125,6 +126,7 @@ def _print_description(described: TopicDescription) -> None:
     print_table(title, [*columns, "size#", "raw#"], rows)
     unfinished = [(part.partition, owned) for part in described.partitions for owned in part.ranges]
     _print_ranges([(number, owned) for number, owned in unfinished if owned.status != "open"])
+    _print_lost([(part.partition, span) for part in described.partitions for span in part.lost])
 
 
 def _print_settings(info: Topic) -> None:
@@ -159,3 +161,11 @@ def _print_ranges(ranges: list[tuple[int, OffsetRange]]) -> None:
     columns = ["partition#", "epoch#", "agent", "status", "start#", "registered end#", "end#", "limit#", "orphaned"]
     click.echo()
     print_table("ranges that are not led", columns, rows)
+
+
+def _print_lost(spans: list[tuple[int, LostRecords]]) -> None:
+    """Also what is only possibly lost: its reason says so."""
+    if spans:
+        rows = [(number, span.epoch, span.base_offset, span.end_offset, span.reason) for number, span in spans]
+        click.echo()
+        print_table("lost for good", ["partition#", "epoch#", "from#", "to#", "reason"], rows)

@@ -157,6 +157,17 @@ def segment_of(item: types_pb2.SegmentRef) -> Segment:
     )
 
 
+def lost_segment(row: t.SegmentRow) -> pb.LostSpan:
+    return pb.LostSpan(
+        topic_id=uuid.UUID(row.topic_id).bytes,
+        partition=row.partition,
+        epoch=row.epoch,
+        base_offset=row.base_offset,
+        end_offset=row.end_offset,
+        reason=row.lost_reason,
+    )
+
+
 def lost_span(item: pb.LostSpan) -> t.LostSpanRow:
     check_span(item.base_offset, item.end_offset)
     check_text("reason", item.reason, REASON_LENGTH_MAX)

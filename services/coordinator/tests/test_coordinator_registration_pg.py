@@ -176,6 +176,8 @@ async def test_holes_in_the_log_are_recorded_in_their_place(
     request = pb.ReportLostRequest(session_id=agent.session.session_id, spans=[span])
     await api.report_lost(request)
     await api.report_lost(request)
+    described = (await api.describe_topic(pb.DescribeTopicRequest(topic="orders"))).partitions[0]
+    assert not described.lost, "registration has not reached it"
     buffer_id = await agent.announce((grant, 0, 10), (grant, 15, 20))
     segments = [make_segment(grant.topic_id, 0, 1, 0, 10), make_segment(grant.topic_id, 0, 1, 15, 20)]
     assert await register(api, buffer_id, *segments) == [REGISTERED, REGISTERED]
@@ -188,6 +190,8 @@ async def test_holes_in_the_log_are_recorded_in_their_place(
         (15, 20, ""),
     ]
     assert len(await all_events(api, "SegmentRegistered")) == 3
+    described = (await api.describe_topic(pb.DescribeTopicRequest(topic="orders"))).partitions[0]
+    assert (list(described.lost), described.record_count) == ([span], 15)
     other = await open_agent(api, "b")
     request.session_id = other.session.session_id
     with pytest.raises(InvalidArgument):

@@ -71,7 +71,8 @@ class TopicLookup:
 
     async def is_registered(self, log: PartitionLog, offset: int) -> bool:
         """Whether a batch written at `offset`, in an older range of the log's partition, is in a segment; False also
-        when the coordinator cannot say. Raises DataLoss when its range was given up, NotLeader when the topic is gone.
+        when the coordinator cannot say. Raises DataLoss when it is on record as lost or its range was given up,
+        NotLeader when the topic is gone.
         """
         try:
             described = await self._coordinator.describe_topic(pb.DescribeTopicRequest(topic=log.topic))
@@ -81,7 +82,11 @@ class TopicLookup:
             return False
         if described.topic.topic_id != log.key.topic_id:
             raise not_leader(log.topic, log.key.partition, "the topic was deleted")
-        for owned in described.partitions[log.key.partition].ranges:
+        info = described.partitions[log.key.partition]
+        for span in info.lost:
+            if span.base_offset <= offset < span.end_offset:
+                raise _on_record_as_lost(log, span, offset)
+        for owned in info.ranges:
             end_offset = owned.end_offset if owned.HasField("end_offset") else owned.limit_offset
             if owned.registered_end <= offset < end_offset:
                 if owned.status == "lost":
@@ -135,6 +140,17 @@ class TopicLookup:
             for leader in metadata.leaders
             if leader.agent_id == self._agent_id
         ]
+
+
+def _on_record_as_lost(log: PartitionLog, span: pb.LostSpan, offset: int) -> DataLoss:
+    return DataLoss(
+        f"{log.topic}/{log.key.partition}: the batch was written at offset {offset} in epoch {span.epoch}, and is lost "
+        f"before it was in the object store: {span.reason}",
+        topic=log.topic,
+        partition=log.key.partition,
+        base_offset=span.base_offset,
+        end_offset=span.end_offset,
+    )
 
 
 def _given_up(log: PartitionLog, owned: types_pb2.OffsetRange, offset: int) -> DataLoss:

@@ -149,6 +149,9 @@ class CoordinatorStandIn:
                 if row.end is not None:
                     owned.end_offset = row.end
                 partitions[row.partition].ranges.append(owned)
+            if row.topic_id == info.topic_id:
+                registered = [span for span in row.lost if span[1] <= row.registered_end]
+                partitions[row.partition].lost.extend(_lost_span(row, *span) for span in sorted(registered))
         return pb.DescribeTopicResponse(topic=info, partitions=partitions)
 
     # ---- sessions and ranges
@@ -438,6 +441,17 @@ async def pull(
     records = Records.concat(parts)
     assert (int(records.offsets[0]), int(records.offsets[-1]) + 1) == (base, end)
     return records
+
+
+def _lost_span(row: Range, base_offset: int, end_offset: int) -> pb.LostSpan:
+    return pb.LostSpan(
+        topic_id=row.topic_id,
+        partition=row.partition,
+        epoch=row.epoch,
+        base_offset=base_offset,
+        end_offset=end_offset,
+        reason="damaged",
+    )
 
 
 def settings(directory: object, **overrides: Any) -> IngestSettings:

@@ -1345,6 +1345,25 @@ async def test_g1_a_durable_retry_is_not_acknowledged_by_what_damage_took(
         assert sorted(stored) == [(1, b"another"), (2, value)]
 
 
+async def test_g1_a_durable_retry_elsewhere_is_told_what_damage_took(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    """Another agent was told of the producer, and registration has passed the batch: as a lost one."""
+    value, stamp = os.urandom(2000), ProducerStamp(7, 0, 0)
+    async with running(tmp_path / "a", coordinator) as service:
+        await service.api.produce(request(value, stamp=stamp))
+        await service.api.produce(request(b"another"))
+    async with running(tmp_path / "a", coordinator):
+        old = coordinator.ranges[(topic_id, 0, 1)]
+    flip_in(wal_files(tmp_path / "a")[0], value)
+    async with running(tmp_path / "a", coordinator) as service, draining(SegmenterStandIn(coordinator, service)):
+        await eventually(lambda: old.registered_end == 2)
+    coordinator.expire_all()
+    async with running(tmp_path / "b", coordinator, agent_id="agent-2") as other:
+        with pytest.raises(errors.DataLoss, match="offset 0 in epoch 1, and is lost"):
+            await other.api.produce(request(value, stamp=stamp, acks=DURABLE, timeout_ms=2000))
+
+
 async def test_g6_a_second_look_at_what_seems_damaged_takes_nothing_out_that_can_be_read(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
 ):

@@ -290,6 +290,7 @@ class PartitionInfo(_message.Message):
     RANGES_FIELD_NUMBER: _builtins.int
     RAW_BYTES_FIELD_NUMBER: _builtins.int
     RECORD_COUNT_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
     partition: _builtins.int
     leader_agent_id: _builtins.str
     """empty: none"""
@@ -308,6 +309,10 @@ class PartitionInfo(_message.Message):
     def ranges(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.OffsetRange]:
         """those not settled and fully registered, and the newest"""
 
+    @_builtins.property
+    def lost(self) -> _containers.RepeatedCompositeFieldContainer[Global___LostSpan]:
+        """registered as lost, from log_start_offset on: in no object, ascending"""
+
     def __init__(
         self,
         *,
@@ -322,10 +327,11 @@ class PartitionInfo(_message.Message):
         ranges: _abc.Iterable[_types_pb2.OffsetRange] | None = ...,
         raw_bytes: _builtins.int = ...,
         record_count: _builtins.int = ...,
+        lost: _abc.Iterable[Global___LostSpan] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "leader_address", b"leader_address", "leader_agent_id", b"leader_agent_id", "log_start_offset", b"log_start_offset", "partition", b"partition", "ranges", b"ranges", "raw_bytes", b"raw_bytes", "record_count", b"record_count", "registered_end", b"registered_end", "segment_count", b"segment_count", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "leader_address", b"leader_address", "leader_agent_id", b"leader_agent_id", "log_start_offset", b"log_start_offset", "lost", b"lost", "partition", b"partition", "ranges", b"ranges", "raw_bytes", b"raw_bytes", "record_count", b"record_count", "registered_end", b"registered_end", "segment_count", b"segment_count", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import (
     LOST_RANGES,
+    LOST_SEGMENTS,
     UNFINISHED,
     Above,
     In,
@@ -60,6 +61,9 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
         # Of a span that is possibly lost nobody knows how many records it had: as many as the range's offsets at worst.
         readable = where(topic_id=topic.topic_id, lost_reason="")
         stored = {row.group[0]: row for row in await tx.totals(t.SEGMENTS, readable, by=("partition",), sums=sums)}
+        lost = _by_partition(
+            await tx.select(t.SEGMENTS, where(LOST_SEGMENTS, **of_topic.equals), order=("base_offset",))
+        )
         addresses = await _addresses(tx)
         shown = []
         for row in partitions:
@@ -68,7 +72,7 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
             ranges = {item.epoch: item for item in [*unfinished.get(key, ()), *([last] if last else ())]}
             totals = stored.get(row.partition, Totals((), 0, (0, 0, 0)))
             offset_ranges = _offset_ranges([ranges[epoch] for epoch in sorted(ranges)], since)
-            shown.append(_partition_info(row, last, offset_ranges, totals, addresses))
+            shown.append(_partition_info(row, last, offset_ranges, totals, addresses, lost.get(key, ())))
         return pb.DescribeTopicResponse(
             topic=messages.topic_info(topic), partitions=shown, events_position=await tx.position()
         )
@@ -89,6 +93,7 @@ def _partition_info(
     ranges: Sequence[types_pb2.OffsetRange],
     totals: Totals,
     addresses: dict[str, str],
+    lost: Sequence[t.SegmentRow],
 ) -> pb.PartitionInfo:
     led = last is not None and last.status == t.OPEN
     return pb.PartitionInfo(
@@ -103,6 +108,7 @@ def _partition_info(
         raw_bytes=totals.sums[1],
         record_count=totals.sums[2],
         ranges=ranges,
+        lost=map(messages.lost_segment, lost),
     )
 
 
