@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+import asyncpg
 import pytest
 from shproto.errors import (
     IllegalGeneration,
@@ -201,6 +202,27 @@ async def test_leaving_and_expiry_free_partitions(api: CoordinatorApi, change_ro
     await api.leave_group(pb.LeaveGroupRequest(group="g", member_id=one.id))
     await two.heartbeat()
     assert two.numbers == [0, 1, 2, 3]
+
+
+async def test_a_heartbeat_is_not_answered_while_its_member_is_being_expired(
+    coordinator: CoordinatorService, api: CoordinatorApi, dsn: str, change_rows: ChangeRows
+) -> None:
+    """Who is told to go on must still be a member: what it works on is given to others otherwise."""
+    member = await Member(api).join()
+    await member.heartbeat()
+    await member.heartbeat()
+    connection = await asyncpg.connect(dsn)
+    async with connection.transaction():
+        await connection.execute("SELECT FROM event_position FOR UPDATE")  # here the expiry has to wait
+        await change_rows(EXPIRE, member.id)
+        while not await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+            await asyncio.sleep(0.01)
+        beating = asyncio.create_task(member.heartbeat())
+        await asyncio.wait([beating], timeout=1)
+        assert not beating.done(), "its member is on the way out"
+    with pytest.raises(UnknownMember):
+        await beating
+    await connection.close()
 
 
 async def test_joining_again_as_before_changes_nothing(api: CoordinatorApi) -> None:

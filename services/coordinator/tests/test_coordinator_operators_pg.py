@@ -4,6 +4,7 @@ import asyncio
 import json
 from typing import Any
 
+import asyncpg
 import pytest
 from shproto.errors import GroupNotEmpty, InvalidArgument, UnknownGroup, UnknownPartition, UnknownTopic
 from shproto.v1 import coordinator_pb2 as pb
@@ -261,3 +262,17 @@ async def test_the_head_is_that_of_the_status(api: CoordinatorApi) -> None:
     after = await api.get_status(pb.GetStatusRequest())
     assert 0 < before.events_position <= head.events_position <= after.events_position
     assert head.history_id == before.history_id == after.history_id != ""
+
+
+async def test_the_status_bears_a_topic_that_is_created_while_it_is_read(api: CoordinatorApi, dsn: str) -> None:
+    """Each of its statements sees what was committed before it."""
+    connection = await asyncpg.connect(dsn)
+    async with connection.transaction():
+        await connection.execute("LOCK TABLE partitions IN ACCESS EXCLUSIVE MODE")  # here the status has to wait
+        asking = asyncio.create_task(api.get_status(pb.GetStatusRequest()))
+        while not await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+            await asyncio.sleep(0.01)
+        await connection.execute("INSERT INTO topics VALUES ('aa', 'new', 1, NULL, NULL, 2, NULL, 0)")
+        await connection.execute("INSERT INTO partitions VALUES ('aa', 0, 0, 0)")
+    assert {lease.topic for lease in (await asking).leases} >= {"orders"}
+    await connection.close()

@@ -34,6 +34,16 @@ async def running(settings: Any) -> AsyncIterator[CoordinatorService]:
         await service.stop()
 
 
+async def crash(postgres: EmbeddedPostgres) -> None:
+    """Of all its processes at once: what was not written down by then is gone. After a kill of the first one the others
+    may still finish what they are at."""
+    assert postgres.pid is not None
+    os.kill(postgres.pid, signal.SIGQUIT)
+    while postgres.pid is not None:
+        await asyncio.sleep(0.005)
+    postgres.kill()
+
+
 async def until(attempt: Callable[[], Awaitable[Any]], seconds: float = PATIENCE_S) -> Any:
     """The answer, as soon as there is one."""
     async with asyncio.timeout(seconds):
@@ -201,6 +211,28 @@ async def test_postgres_restarts_in_between(
     async with asyncio.timeout(PATIENCE_S):
         assert (await coming).type == "TopicCreated", "the follower's stream goes on"
     await stream.aclose()
+
+
+async def test_no_producer_id_is_given_out_twice_over_a_crash(
+    postgres: EmbeddedPostgres, coordinator: CoordinatorService, dsn: str, change_rows: Callable[..., Any]
+) -> None:
+    """PostgreSQL writes down 32 numbers of a sequence at a time: who gets the second has to wait for that, too."""
+    # Each flush takes 100 ms, as on a slow disk.
+    database = dsn.split("?")[0].rsplit("/", 1)[1]
+    for setting in ("commit_delay = 100000", "commit_siblings = 0"):
+        await change_rows(f"ALTER DATABASE {database} SET {setting}")
+    await coordinator.context.store.close()
+    await coordinator.context.store.open()
+    await asyncio.gather(*(coordinator.context.store.head() for _ in range(8)))  # so many connections
+    asking = [asyncio.create_task(coordinator.api.init_producer(pb.InitProducerRequest())) for _ in range(8)]
+    given, rest = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+    await crash(postgres)
+    for task in rest:
+        task.cancel()
+    await asyncio.gather(*rest, return_exceptions=True)
+    await postgres.start()
+    first = await until(lambda: coordinator.api.init_producer(pb.InitProducerRequest()))
+    assert first.producer_id > max(task.result().producer_id for task in given)
 
 
 async def test_notifications_work_again_after_a_restart(postgres: EmbeddedPostgres, dsn: str, fast: Settings) -> None:

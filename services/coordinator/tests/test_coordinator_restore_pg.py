@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 from shformat import Records, SegmentBuilder, encode_batch
 from shproto.errors import InvalidArgument, MetadataWentBack
+from shproto.events import GroupDeleted
 from shproto.v1 import coordinator_pb2 as pb
 from shstore import MemoryStore
 from streamhouse_coordinator import wiring
@@ -124,6 +125,28 @@ async def test_a_restored_database_knows_what_was_registered_after_the_backup(
             before = await rows_of(fresh)
             await restored.context.store.rebuild()
             assert await rows_of(fresh) == before
+
+
+async def test_a_topic_created_again_long_after_comes_back(
+    coordinator: CoordinatorService, dsn: str, fast: Fast
+) -> None:
+    """Its name is free once the rows of the old one are gone, also where others came first among the same events."""
+    api, store = coordinator.api, MemoryStore()
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+    # So many events that the topic is there when the batch begins in which it goes and comes again.
+    await coordinator.context.store.run(lambda tx: tx.append([GroupDeleted("gone")] * 1000))
+    await api.create_topic(pb.CreateTopicRequest(topic="other", partitions=1))
+    await api.delete_topic(pb.DeleteTopicRequest(topic="orders"))
+    again = await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=2))
+    await wiring.take_backup(dsn, store)
+    async with another_database(dsn) as fresh:
+        await restore(fresh, store)
+        async with coordinator_on(fast(fresh, session_sweep_interval_ms=600_000)) as restored:
+            await restored.context.store.rebuild()
+            found = await restored.api.list_topics(pb.ListTopicsRequest())
+            assert {item.topic: item.partitions for item in found.topics} == {"orders": 2, "other": 1}
+            assert again.topic_id in {item.topic_id for item in found.topics}
+    await store.close()
 
 
 async def test_holes_are_accepted_where_that_is_asked_for(

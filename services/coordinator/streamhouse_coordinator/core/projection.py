@@ -282,4 +282,5 @@ def _grouped(ops: Iterable[RowOp]) -> list[list[RowOp]]:
     for op in ops:
         columns = tuple(sorted(op.changes)) if isinstance(op, Set) else ()
         groups.setdefault((type(op), columns), []).append(op)
-    return list(groups.values())
+    # What goes makes room for what comes under other keys: a topic created again has the name of the one deleted.
+    return sorted(groups.values(), key=lambda group: not isinstance(group[0], Remove))

@@ -188,7 +188,9 @@ async def expire_members(context: Context, group: str) -> int:
 
     async def work(tx: Transaction) -> int:
         loaded = await load(tx, group)
-        rows = await tx.select(t.GROUP_MEMBER_STATE, where(group_name=group, expires_ms=AtMost(await tx.now_ms())))
+        expired = where(group_name=group, expires_ms=AtMost(await tx.now_ms()))
+        # Locked: a heartbeat comes before this, or learns that its member is gone; it takes no lock of the group.
+        rows = await tx.select(t.GROUP_MEMBER_STATE, expired, lock="wait")
         left = [GroupMemberLeft(group, row.member_id, "expired") for row in rows if row.member_id in loaded.members]
         if left:
             await _change_members(tx, loaded, [], left)

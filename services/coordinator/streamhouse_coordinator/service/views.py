@@ -187,8 +187,10 @@ def _topic_metadata(
 async def get_status(context: Context) -> pb.GetStatusResponse:
     async def work(tx: Transaction) -> pb.GetStatusResponse:
         sessions = await _live_sessions(tx)
-        names = {row.topic_id: row.topic for row in await tx.select(t.TOPICS)}
         partitions = await tx.select(t.PARTITIONS, order=("topic_id", "partition"))
+        # Afterwards: a topic that is created in between has no partitions here; one that is deleted is left out.
+        names = {row.topic_id: row.topic for row in await tx.select(t.TOPICS)}
+        partitions = [row for row in partitions if row.topic_id in names]
         newest = await newest_ranges(tx, partitions)
         rows = await tx.select(t.RANGES, where(UNFINISHED), order=t.RANGES.key)
         unfinished, since = _by_partition(rows), await orphaned_since(tx, rows)
