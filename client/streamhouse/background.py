@@ -24,19 +24,25 @@ class Background:
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
+        """Raises RuntimeError in a child that was forked after the first use."""
         with self._lock:
-            # A forked child has no such thread; gRPC wants new channels there anyway.
-            if self._loop is None or self._pid != os.getpid():
-                self._start()
-            assert self._loop is not None
+            if self._loop is None:
+                return self._start()
+            if self._pid != os.getpid():
+                # gRPC's own thread has not come along either: the first call would wait for ever, past its deadline.
+                raise RuntimeError(
+                    "this process was forked from one that had used the client, and gRPC does not work in it: use the "
+                    "client only after forking, or start processes with the method `spawn`"
+                )
             return self._loop
 
-    def _start(self) -> None:
+    def _start(self) -> asyncio.AbstractEventLoop:
         loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, args=(loop,), name="streamhouse", daemon=True)
         self._thread.start()
         self._loop, self._pid = loop, os.getpid()
         atexit.register(self.stop)
+        return loop
 
     @staticmethod
     def _run(loop: asyncio.AbstractEventLoop) -> None:
@@ -46,9 +52,13 @@ class Background:
         loop.close()
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """The coroutine's result. Raises what it raises, TimeoutError after timeout_s; a wait that is interrupted
-        cancels it."""
-        loop = self.loop
+        """The coroutine's result. Raises what it raises, TimeoutError after timeout_s, RuntimeError in a forked child;
+        a wait that is interrupted cancels it."""
+        try:
+            loop = self.loop
+        except RuntimeError:
+            work.close()
+            raise
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("the synchronous client would wait for itself here: use the async one in callbacks")

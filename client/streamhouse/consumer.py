@@ -85,7 +85,8 @@ class Consumer:
         self._offsets = Offsets(self._peers, self._metadata, group)
         self._reader = Reader(self._options, self._peers, self._metadata, self._offsets.look_up, self._topic_gone)
         self._membership: Membership | None = None
-        self._tasks: Tasks | None = None
+        self._tasks: Tasks | None = None  # once started
+        self._starting = asyncio.Lock()
         self._openings = Openings(self._options, self._metadata, self._offsets, self._reader)
         self._commits = Commits(self._reader.cursors, self._store, self._topic_gone)
         self._iteration = Iteration(self._reader, self._offsets, stop_at_end, self._is_opening)
@@ -110,26 +111,35 @@ class Consumer:
 
         Raises UnknownTopic, UnknownPartition, InvalidArgument, Unavailable.
         """
-        if self._tasks is not None:
-            return
-        self._tasks = Tasks()
+        async with self._starting:
+            if self._tasks is None and not self._closed:
+                await self._find_partitions()
+                if not self._closed:
+                    self._run()
+
+    async def _find_partitions(self) -> None:
+        """What may fail or be cancelled of a start: another one begins here again."""
         partitions = await self._all_partitions()
-        group_topics = self._topics if self._options.group is not None else ()
-        if group_topics:
-            self._membership = Membership(
-                self._peers.coordinator,
-                self._options,
-                group_topics,
-                assigned=self._openings.add,
-                revoked=self._on_revoked,
-                lost=self._on_lost,
-                failed=self._reader.fail,
-            )
-            await self._membership.join()
+        if self._options.group is None or not self._topics:
+            await self._openings.open(partitions)
+            return
+        # Kept, should joining fail: the member id is its own, and no ghost stays behind when it tries again.
+        self._membership = self._membership or Membership(
+            self._peers.coordinator,
+            self._options,
+            self._topics,
+            assigned=self._openings.add,
+            revoked=self._on_revoked,
+            lost=self._on_lost,
+            failed=self._reader.fail,
+        )
+        await self._membership.join()
+
+    def _run(self) -> None:
+        self._tasks = Tasks()
+        if self._membership is not None:
             self._spawn("open partitions", self._openings.run())
             self._spawn("group membership", self._membership.run())
-        else:
-            await self._openings.open(partitions)
         self._spawn("read", self._reader.run())
         if self._options.auto_commit and self._options.group is not None:
             self._spawn("auto commit", self._commits.run(self._options.auto_commit_interval_ms))
@@ -197,7 +207,9 @@ class Consumer:
         return await self._iteration.advance()
 
     def _is_opening(self) -> bool:
-        return self._openings.pending or (self._membership is not None and self._membership.pending)
+        member = self._membership
+        # One that the group has forgotten has no partitions, and will have: no end of what there is to read.
+        return self._openings.pending or (member is not None and (member.pending or not member.member_id))
 
     # ---- where we are
 
@@ -213,7 +225,8 @@ class Consumer:
 
     def positions(self) -> dict[TopicPartition, int]:
         """The next offset that will be handed over, per partition."""
-        return {where: cursor.delivered for where, cursor in self._reader.cursors.items()}
+        # Copied in one step: `streamhouse.sync` asks from another thread.
+        return {where: cursor.delivered for where, cursor in list(self._reader.cursors.items())}
 
     async def seek(self, topic: str, partition: int, offset: Start) -> None:
         """Goes on at `offset` (or at an end, or a time). Raises InvalidArgument when it is not assigned."""

@@ -49,6 +49,10 @@ class Iteration:
         Raises what reading failed with: DataLoss, OffsetBelowStart, OffsetBeyondEnd, UnknownTopic, Unavailable (nothing
         answered for retry_timeout_ms). Iterating again goes on where it failed.
         """
+        if self._portion is not None and self._portion.broken_off:
+            self._portion.resume()
+            self.records = self._portion.records()
+            return True
         if self._portion is not None:
             self._portion.finish()
             self._portion = None

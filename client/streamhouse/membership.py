@@ -116,6 +116,7 @@ class Membership:
         # Whatever was given up is told at once, so that its next owner need not wait.
         self._asap = bool(revoked)
         if revoked:
+            self.pending = answer.pending or bool(added)  # also while what is revoked is being given up
             await self._revoked(revoked)
             if self.member_id != answer.member_id:
                 return  # the commit of what was revoked was told that the group has forgotten us

@@ -12,7 +12,8 @@ from streamhouse.core.outgoing import ManyRecords
 from streamhouse.gatherer import LaneState
 from streamhouse.metadata import TopicState
 
-# Keys repeat; 16,384 of them cost 2 MB and save most of the hashing.
+# Keys repeat; 16,384 of them cost 2 MB and save most of the hashing, with the largest that are kept 6 MB.
+CACHED_KEY_BYTES_MAX = 256
 _partition_of_cached = lru_cache(maxsize=16_384)(partition_of)
 
 
@@ -45,7 +46,8 @@ class TopicLanes:
         return self.lanes[partition]
 
     def lane_of_key(self, key: bytes) -> LaneState:
-        return self.lanes[_partition_of_cached(key, len(self.lanes))]
+        partition = _partition_of_cached if len(key) <= CACHED_KEY_BYTES_MAX else partition_of
+        return self.lanes[partition(key, len(self.lanes))]
 
     def sticky_lane(self, size_bytes: int) -> LaneState:
         """The lane whose batch is being gathered without keys; another one once that batch has gone."""

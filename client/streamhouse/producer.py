@@ -26,6 +26,8 @@ from streamhouse.sender import Sender
 # send_many takes room and gives the event loop a turn after this much: 4 MiB take about 30 ms to partition and encode.
 SLICE_BYTES = 4 * 1024 * 1024
 _DEFAULTS = ProducerOptions()
+# Failed batches that nobody asked about are remembered for the next flush, a few hundred bytes each.
+UNSEEN_FAILURES_MAX = 1_000
 
 
 class Producer:
@@ -71,7 +73,7 @@ class Producer:
         self._room: Room[asyncio.Future[None]] = Room(buffer_bytes_max)
         self._topics: dict[str, TopicLanes] = {}
         self._made_sender: Sender | None = None
-        self._unseen_failure: Delivery | None = None
+        self._failures: list[Delivery] = []  # since the last flush; those that were seen meanwhile among them
         self._closed = False
 
     @property
@@ -108,12 +110,15 @@ class Producer:
 
         A record with a key goes to the key's partition as in Kafka; one without stays with the others of its batch.
         Raises UnknownTopic, UnknownPartition, AcksTooWeak, BatchTooLarge (the record alone is over the limit),
-        InvalidArgument, TypeError, Overloaded (no room within delivery_timeout_ms), Unavailable.
+        InvalidArgument (also once closed), TypeError, Overloaded (no room within delivery_timeout_ms), Unavailable.
         """
         target = self._topics.get(topic) or await self._open_topic(topic)
         size_bytes = check_record(value, key, headers, timestamp_ms)
+        if partition is not None:
+            target.lane(partition)  # refused before it has taken room
         if not self._room.try_take(size_bytes):
             await self._wait_for_room(size_bytes)
+        self._must_be_open(size_bytes)
         if timestamp_ms is None:
             timestamp_ms = time.time_ns() // 1_000_000
         if partition is not None:
@@ -151,6 +156,7 @@ class Producer:
                 await self._wait_for_room(size_bytes)
             else:
                 await asyncio.sleep(0)  # the streams' turn
+            self._must_be_open(size_bytes)
             placed.extend(self._place(target, records, start, stop, partition))
         return SendResult(topic, len(values), placed)
 
@@ -163,10 +169,11 @@ class Producer:
             self._sender.gatherer.hurry()
             for delivery in list(self._sender.unfinished):
                 await delivery.finished()
-        failure, self._unseen_failure = self._unseen_failure, None
-        if failure is not None and not failure.seen and failure.error is not None:
-            failure.seen = True
-            raise failure.error
+        failures, self._failures = self._failures, []
+        for failure in failures:
+            if not failure.seen and failure.error is not None:
+                failure.seen = True
+                raise failure.error
 
     async def close(self, *, flush: bool = True, raise_failures: bool = True) -> None:
         """Flushes (unless told not to), then closes the connections. Raises what `flush` raises, after closing."""
@@ -199,8 +206,7 @@ class Producer:
             target.lane(partition)
 
     async def _open_topic(self, topic: str) -> TopicLanes:
-        if self._closed:
-            raise InvalidArgument("the producer is closed")
+        self._must_be_open()
         state = await self._metadata.topic(topic)
         # Acks ascend in strength: none, wal, durable.
         if ACKS[self._options.acks] < state.min_acks:
@@ -251,8 +257,8 @@ class Producer:
             async with asyncio.timeout(self._options.delivery_timeout_ms / 1000):
                 await waiter
         except BaseException as error:
-            if not self._room.leave(waiter):
-                self._give_back(size_bytes)
+            left = self._room.leave(waiter)
+            self._give_back(0 if left else size_bytes)  # in both cases there may be room for those behind it now
             if isinstance(error, TimeoutError):
                 raise self._no_room(size_bytes) from None
             raise
@@ -267,11 +273,23 @@ class Producer:
             value=self._room.used_bytes,
         )
 
+    def _must_be_open(self, taken_bytes: int = 0) -> None:
+        """Raises InvalidArgument once closed, the room taken given back: nobody sends what a lane gets then."""
+        if self._closed:
+            self._give_back(taken_bytes)
+            raise InvalidArgument("the producer is closed")
+
     def _on_done(self, batch: Batch) -> None:
-        delivery = batch.delivery
-        if delivery.error is not None and (self._unseen_failure is None or self._unseen_failure.seen):
-            self._unseen_failure = delivery
+        if batch.delivery.error is not None:
+            self._remember_failure(batch.delivery)
         self._give_back(batch.size_bytes)
+
+    def _remember_failure(self, delivery: Delivery) -> None:
+        """For the next flush: the application may still learn of any of them by itself, so one is not enough."""
+        if len(self._failures) >= UNSEEN_FAILURES_MAX:
+            self._failures = [failure for failure in self._failures if not failure.seen]
+        if len(self._failures) < UNSEEN_FAILURES_MAX:
+            self._failures.append(delivery)
 
     def _give_back(self, size_bytes: int) -> None:
         self._room.give_back(size_bytes)

@@ -57,6 +57,19 @@ async def test_reads_every_record_once_and_in_order(platform, address):
     assert first.timestamp_ms == int(first.value)
 
 
+async def test_records_without_bytes_fill_the_prefetch_too(platform, address):
+    """Null keys and values cost their offsets and timestamps all the same."""
+    platform.add_topic("t", 1)
+    count, per_batch = 100_000, 1_000
+    async with Producer(address, batch_bytes=per_batch * 32) as producer:
+        await producer.send_many("t", [None] * count)
+    async with Consumer(address, ["t"], fetch_bytes=1, prefetch_bytes_max=per_batch * 32) as consumer:
+        await until(lambda: consumer._reader._portions)
+        await asyncio.sleep(0.5)
+        assert sum(len(portion.batch) for portion in consumer._reader._portions) <= 2 * per_batch
+        assert len(await take(consumer, count)) == count
+
+
 async def test_batches_are_columns(platform, address):
     await fill(platform, address, 2000)
     seen = 0
@@ -284,6 +297,29 @@ async def test_unknown_topic_and_bad_arguments(platform, address):
             await consumer.commit()
 
 
+@pytest.mark.parametrize("group", [None, "g"])
+async def test_iterating_again_after_a_start_that_failed_or_was_cancelled(platform, address, group):
+    await fill(platform, address, 10, partitions=1)
+    consumer = Consumer(address, ["t"], group=group)
+    platform.faults.metadata_down = True
+    with pytest.raises(errors.Unavailable):
+        await anext(consumer)
+    platform.faults.metadata_down = False
+    starting = asyncio.create_task(consumer.start())
+    await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    assert starting.cancelled()
+    first, second = asyncio.create_task(consumer.start()), asyncio.create_task(consumer.start())
+    await asyncio.gather(first, second)
+    assert len(platform.groups["g"].members) == (group is not None)
+    assert len(await take(consumer, 10)) == 10
+    await consumer.close()
+    assert platform.groups["g"].members == {}
+    with pytest.raises(StopAsyncIteration):
+        await anext(consumer)
+
+
 async def test_a_topic_deleted_while_reading(platform, address):
     await fill(platform, address, 10, partitions=1)
     async with Consumer(address, ["t"]) as consumer:
@@ -499,6 +535,50 @@ async def test_a_refused_commit_is_enough_to_know_that_all_is_lost():
     await asyncio.wait([beating])
 
 
+class Swaps:
+    """A coordinator that takes the one partition away and gives another one in the same answer."""
+
+    def _answer(self, request, partition):
+        assigned = [coordinator_pb2.TopicPartition(topic="t", partition=partition)]
+        return coordinator_pb2.GroupAssignment(
+            member_id=request.member_id, generation=1 + partition, assigned=assigned, heartbeat_interval_ms=1000
+        )
+
+    async def join_group(self, request):
+        return self._answer(request, 0)
+
+    async def heartbeat_group(self, request):
+        if request.generation == 2:
+            await asyncio.Event().wait()
+        return self._answer(request, 1)
+
+
+async def test_what_is_given_in_turn_is_pending_until_the_other_is_let_go():
+    """A bounded read would take having nothing for its end."""
+    pending = []
+    assigned = asyncio.Event()
+
+    async def revoked(partitions):
+        pending.append(member.pending)
+
+    member = Membership(
+        Swaps(),
+        ConsumerOptions(group="g"),
+        ["t"],
+        assigned=lambda partitions: assigned.set() if ("t", 1) in partitions else None,
+        revoked=revoked,
+        lost=lambda: None,
+        failed=lambda error: None,
+    )
+    await member.join()
+    beating = asyncio.create_task(member.run())
+    async with asyncio.timeout(PATIENCE_S):
+        await assigned.wait()
+    assert pending == [True] and not member.pending
+    beating.cancel()
+    await asyncio.wait([beating])
+
+
 class MovesOnDuringACommit:
     """A coordinator whose first answer to a commit takes so long that the partition goes to somebody else and comes
     back (or stays) meanwhile. `committed`: what it took."""
@@ -587,6 +667,16 @@ async def test_a_group_read_to_the_end(platform, address):
     async with Consumer(address, ["t"], group="g", stop_at_end=True) as consumer:
         assert len([record async for record in consumer]) == 500
     assert sum(platform.groups["g"].offsets.values()) == 500
+
+
+async def test_a_forgotten_member_that_reads_to_the_end_does_not_take_losing_all_for_the_end(platform, address):
+    await fill(platform, address, 500, partitions=1)
+    async with Consumer(address, ["t"], group="g", stop_at_end=True, fetch_bytes=1) as consumer:
+        await take(consumer, 10)
+        await consumer.commit()
+        platform.expel("g")
+        await until(lambda: not consumer.assignment)
+        assert [record.offset async for record in consumer] == list(range(10, 500))
 
 
 @pytest.mark.parametrize("noticed_by", ["reading", "a commit"])

@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from shformat import decode_batch
 from shproto.v1 import types_pb2
 from streamhouse import Producer, errors
 from streamhouse.core.murmur2 import partition_of
+from streamhouse.placing import _partition_of_cached
 
 # Until what must come is given up: no duration is what is tested, and the machine may be busy.
 PATIENCE_S = 60
@@ -78,6 +80,17 @@ async def test_send_and_send_many_keep_their_order(platform, address):
             await producer.send("t", b"%d" % n, partition=1)
             await producer.send_many("t", [b"%d" % m for m in range(n + 1, n + 10)], partition=1)
     assert values_in(platform) == [b"%d" % n for n in range(100)]
+
+
+async def test_large_keys_are_not_kept(platform, address):
+    platform.add_topic("t", 4)
+    _partition_of_cached.cache_clear()
+    async with Producer(address) as producer:
+        for size in (10, 100_000):
+            key = bytes(size)
+            sent = await (await producer.send("t", b"v", key=key))
+            assert sent.partition == partition_of(key, 4)
+    assert _partition_of_cached.cache_info().currsize == 1
 
 
 async def test_records_without_keys_stay_with_their_batch(platform, address):
@@ -272,6 +285,21 @@ async def test_flush_raises_a_failure_nobody_saw(platform, address):
     await producer.close()
 
 
+async def test_flush_raises_a_failure_that_came_behind_one_that_was_seen(platform, address):
+    platform.add_topic("t", 2)
+    async with Producer(address) as producer:
+        futures = []
+        for partition in range(2):
+            platform.faults.refuse_batch = errors.InvalidBatch(f"no {partition}")
+            futures.append(await producer.send("t", b"v", partition=partition))
+            await until(futures[-1].done)
+        with pytest.raises(errors.InvalidBatch, match="no 0"):
+            await futures[0]
+        with pytest.raises(errors.InvalidBatch, match="no 1"):
+            await producer.flush()
+        await producer.flush()
+
+
 async def test_flush_waits_for_acknowledgement(platform, address):
     platform.add_topic("t", 1)
     platform.faults.answer_delay_ms = 50
@@ -310,6 +338,21 @@ async def test_no_room_within_the_delivery_timeout(platform, address):
     await producer.close(flush=False)
 
 
+async def test_who_gives_up_waiting_for_room_lets_the_next_one_have_it(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.silent = True
+    producer = Producer(address, batch_bytes=1_000, buffer_bytes_max=1_000)
+    await producer.send("t", b"x" * 600)
+    large, small = [asyncio.create_task(producer.send("t", b"x" * size)) for size in (600, 60)]
+    await until(lambda: len(producer._room._waiting) == 2)
+    large.cancel()
+    async with asyncio.timeout(PATIENCE_S):
+        await small
+    assert large.cancelled()
+    await producer.close(flush=False)
+    assert producer._room.used_bytes == 0
+
+
 async def test_bad_arguments(platform, address):
     platform.add_topic("t", 2)
     async with Producer(address) as producer:
@@ -327,6 +370,8 @@ async def test_bad_arguments(platform, address):
             await producer.send_many("t", [b"v"], keys=[])
         with pytest.raises(errors.InvalidArgument):
             await producer.send("t", b"v", timestamp_ms=1 << 63)
+        with pytest.raises(TypeError):
+            await producer.send("t", b"v", timestamp_ms=1.5)
         with pytest.raises(errors.InvalidArgument):
             await producer.send_many("t", [b"v"], timestamps_ms=[1 << 63])
     assert values_in(platform) == []
@@ -334,6 +379,56 @@ async def test_bad_arguments(platform, address):
         Producer(address, linger_ms=-1)
     with pytest.raises(errors.InvalidArgument, match="bootstrap"):
         Producer("nowhere")
+
+
+async def test_a_refused_record_takes_no_room(platform, address):
+    platform.add_topic("t", 1)
+    async with Producer(address, batch_bytes=100, buffer_bytes_max=100, delivery_timeout_ms=1_000) as producer:
+        for _ in range(3):
+            with pytest.raises(errors.UnknownPartition):
+                await producer.send("t", b"x" * 60, partition=1)
+        assert producer._room.used_bytes == 0
+
+
+@pytest.mark.parametrize("many", [False, True])
+async def test_nothing_is_taken_after_closing(platform, address, many):
+    platform.add_topic("t", 1)
+    producer = Producer(address)
+    await (await producer.send("t", b"before"))
+    await producer.close()
+    with pytest.raises(errors.InvalidArgument, match="closed"):
+        await (producer.send_many("t", [b"after"]) if many else producer.send("t", b"after"))
+
+
+async def test_who_waits_for_room_while_the_producer_is_closed_is_told(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.silent = True
+    producer = Producer(address, batch_bytes=100, buffer_bytes_max=100)
+    first = await producer.send("t", b"x" * 60)
+    waiting = [
+        asyncio.create_task(producer.send("t", b"x" * 60)),
+        asyncio.create_task(producer.send_many("t", [b"x" * 60])),
+    ]
+    await until(lambda: len(producer._room._waiting) == 2)
+    await producer.close(flush=False)
+    with pytest.raises(errors.Unavailable, match="closed"):
+        await first
+    async with asyncio.timeout(PATIENCE_S):
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [errors.InvalidArgument] * 2
+    assert producer._room.used_bytes == 0
+
+
+async def test_a_list_of_headers_may_be_used_again(platform, address):
+    platform.add_topic("t", 1)
+    headers = [("n", b"0")]
+    async with Producer(address, linger_ms=1_000) as producer:
+        for n in range(3):
+            headers[0] = ("n", b"%d" % n)
+            await producer.send("t", b"v", headers=headers)
+            await producer.send_many("t", [b"v"], headers=[headers])
+    (batch,) = platform.log("t", 0).batches
+    assert decode_batch(batch.data).headers.to_list() == [[("n", b"%d" % (n // 2))] for n in range(6)]
 
 
 async def test_acks_below_the_topics_minimum(platform, address):

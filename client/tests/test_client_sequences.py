@@ -215,3 +215,58 @@ def test_a_batch_that_expires_in_flight_keeps_its_place():
 )
 def test_what_an_error_says_of_the_batch(error, verdict):
     assert verdict_of(error) is verdict
+
+
+def test_an_old_ids_acknowledgement_does_not_vouch_for_a_new_one():
+    """A leader that does not know a producer takes its batches at any number: a second one after refusing the first."""
+    lane, leader = Lane(idempotent=True), Leader()
+    first, second = in_flight(lane, 2)
+    for batch in (first, second):
+        leader.append(batch)
+    lane.append(Outgoing("third", 1, 1e9))
+    lane.append(Outgoing("fourth", 1, 1e9))
+    assert lane.expire(0) == [first]
+    for batch in (first, second):  # both were written, the answers are lost
+        lane.answered(batch, errors.Unavailable("cut"))
+    assert lane.take() is second
+    assert leader.append(second) is None
+    lane.acked(second)
+    assert lane.needs_identity
+    lane.identify(2, 0)
+    tries = [lane.take()]
+    while lane.ready:
+        tries.append(lane.take())
+    answers = [errors.Overloaded("full"), *(leader.append(batch) for batch in tries[1:])]
+    for batch, error in zip(tries, answers, strict=True):
+        lane.acked(batch) if error is None else lane.answered(batch, error)
+    for producer_id in range(3, 10):
+        if lane.idle:
+            break
+        if lane.needs_identity:
+            lane.identify(producer_id, 0)
+        batch = lane.take()
+        error = leader.append(batch)
+        lane.acked(batch) if error is None else lane.answered(batch, error)
+    assert leader.log == [0, 1, "third", "fourth"]
+
+
+def test_batches_of_two_producer_ids_are_never_in_flight_together():
+    """Their numbers do not hold them together: where the one is refused, the leader takes the other."""
+    lane = Lane(idempotent=True)
+    expired, refused, broken = in_flight(lane, 3)
+    lane.append(Outgoing("last", 1, 1e9))
+    assert lane.expire(0) == [expired]
+    lane.answered(expired, errors.Overloaded("full"))
+    lane.answered(refused, errors.Overloaded("full"))
+    lane.answered(broken, errors.Unavailable("cut"))
+    leader = Leader()  # another one, after a takeover: it knows nothing
+    lane.identify(2, 0)
+    refusals = {broken: errors.Overloaded("full")}
+    while not lane.idle:
+        tries = [lane.take()]
+        while lane.ready:
+            tries.append(lane.take())
+        answers = [refusals.pop(batch, None) or leader.append(batch) for batch in tries]
+        for batch, error in zip(tries, answers, strict=True):
+            lane.acked(batch) if error is None else lane.answered(batch, error)
+    assert leader.log == [1, 2, "last"]

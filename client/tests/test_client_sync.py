@@ -1,13 +1,18 @@
 """The synchronous client, against a fake on an event loop of its own."""
 
 import asyncio
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 from streamhouse import errors
 from streamhouse.background import BACKGROUND
 from streamhouse.core.options import ConsumerKwargs, ConsumerOptions, ProducerKwargs, ProducerOptions
+from streamhouse.records import RecordBatch, TopicPartition
 from streamhouse.sync import Admin, Consumer, Producer
+from streamhouse.sync.producer import STAGED_BYTES_MAX
 
 from client.tests.fake_streamhouse import FakeStreamHouse
 
@@ -94,6 +99,50 @@ def test_several_threads_share_a_producer(server):
             assert numbers == list(range(partition, 1000, 3))
 
 
+@pytest.mark.parametrize("as_batches", [False, True])
+def test_an_interrupted_iteration_goes_on_where_it_was(server, monkeypatch, as_batches):
+    """Ctrl-C, and what other signal handlers raise, may come between any two steps of it."""
+    server.add_topic("t", 1)
+    with Producer(server.address) as producer:
+        producer.send_many("t", [b"%d" % n for n in range(100)])
+    each = RecordBatch.__iter__
+
+    def interrupted(batch):
+        for record in each(batch):
+            if record.offset == 40:
+                monkeypatch.undo()
+                raise KeyboardInterrupt
+            yield record
+
+    monkeypatch.setattr(RecordBatch, "__iter__", interrupted)
+    offsets = []
+    with Consumer(server.address, ["t"], stop_at_end=True) as consumer:
+        with pytest.raises(KeyboardInterrupt):
+            offsets.extend(record.offset for record in consumer)
+        if as_batches:
+            offsets = [offset for batch in consumer.batches() for offset in batch.offsets.tolist()]
+        else:
+            offsets = [record.offset for record in consumer]
+    assert offsets[-1] == 99 and offsets[0] <= 40 and len(offsets) == 100 - offsets[0]
+
+
+def test_positions_can_be_asked_for_while_partitions_come_and_go(server):
+    server.add_topic("t", 1)
+    with Consumer(server.address, ["t"]) as consumer:
+        cursors = consumer._inner._reader.cursors
+
+        class Coming:
+            """What the loop's thread does, in the very moment."""
+
+            @property
+            def delivered(self):
+                cursors[TopicPartition("t", len(cursors))] = cursors["t", 0]
+                return 7
+
+        cursors[TopicPartition("t", 1)] = Coming()
+        assert consumer.positions() == {("t", 0): 0, ("t", 1): 7}
+
+
 def test_errors_reach_the_caller(server):
     server.add_topic("t", 1)
     with Producer(server.address) as producer:
@@ -111,6 +160,7 @@ def test_errors_reach_the_caller(server):
     with pytest.raises(errors.InvalidBatch):
         producer.flush()
     producer.close()
+    assert isinstance(producer.send("t", b"v").exception(10), errors.InvalidArgument)
 
 
 def test_a_timeout_does_not_lose_the_record(server):
@@ -123,12 +173,85 @@ def test_a_timeout_does_not_lose_the_record(server):
         assert future.result(10).offset == 0
 
 
+def test_a_timeout_does_not_lose_what_another_thread_sent_meanwhile(server):
+    """Who waits for a record hands over what is staged, of whomever, and may be cancelled while there is no room."""
+    server.add_topic("t", 1)
+    server.faults.answer_delay_ms = 1_500
+    with Producer(server.address, batch_bytes=100, buffer_bytes_max=100) as producer:
+        first = producer.send("t", b"1" * 60)
+        while first._inner is None:
+            time.sleep(0.01)
+        busy = threading.Event()
+        BACKGROUND.loop.call_soon_threadsafe(busy.wait)
+        timed_out = []
+
+        def wait():
+            try:
+                first.result(0.5)
+            except TimeoutError as error:
+                timed_out.append(error)
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        time.sleep(0.1)  # now its wait is in the loop's queue, and before what comes next
+        others = [producer.send("t", b"%d" % n * 60) for n in (2, 3)]
+        busy.set()
+        waiter.join()
+        assert timed_out
+        server.faults.answer_delay_ms = 0
+        assert [future.result(30).offset for future in others] == [1, 2]
+    assert [value[:1] for _, value in server.log("t", 0).records()] == [b"1", b"2", b"3"]
+
+
+def test_records_on_their_way_to_the_loop_are_bounded_in_bytes(server):
+    server.add_topic("t", 1)
+    server.faults.answer_delay_ms = 2_000
+    mib, count = 1 << 20, 64
+    futures = []
+    with Producer(server.address, buffer_bytes_max=mib) as producer:
+
+        def work():
+            futures.extend(producer.send("t", bytes(mib)) for _ in range(count))
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        while producer._inner._room.used_bytes == 0:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        assert sum(staged.size_bytes for staged in producer._staged) <= STAGED_BYTES_MAX
+        assert worker.is_alive(), "it waits"
+        server.faults.answer_delay_ms = 0
+        worker.join()
+    assert [future.result(0).offset for future in futures] == list(range(count))
+
+
 def test_waiting_inside_the_loop_is_refused():
     async def work():
         BACKGROUND.run(asyncio.sleep(0))
 
     with pytest.raises(RuntimeError, match="wait for itself"):
         BACKGROUND.run(work())
+
+
+FORKS = """
+import asyncio, os
+from streamhouse.background import BACKGROUND
+BACKGROUND.run(asyncio.sleep(0))
+child = os.fork()
+if child == 0:
+    try:
+        BACKGROUND.run(asyncio.sleep(0))
+    except RuntimeError:
+        os._exit(7)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+BACKGROUND.run(asyncio.sleep(0))
+"""
+
+
+def test_a_forked_child_is_told_that_it_cannot_use_the_client():
+    """Where the parent has, gRPC's threads are missing in the child: calls would hang, past any deadline."""
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=60)
 
 
 def test_keyword_arguments_are_the_options():

@@ -114,14 +114,14 @@ async def _consume(bootstrap: str, reading: Reading, render: Render) -> None:
     left = reading.count_max
     async with reading.consumer(bootstrap) as consumer:
         async for batch in consumer.batches():
-            if left is not None and len(batch) > left:
-                # What is not printed must not be committed: put the group's position behind the last one printed.
-                behind = int(batch.offsets[left - 1]) + 1
-                batch = batch.slice(0, left)
-                await consumer.seek(batch.topic, batch.partition, behind)
-            await output.write(render(batch))
+            wanted = len(batch) if left is None else min(left, len(batch))
+            await output.write(render(batch.slice(0, wanted)))
+            # What is not printed must not be committed: put the group's position behind the last one printed, now that
+            # it is.
+            if wanted < len(batch) and (batch.topic, batch.partition) in consumer.assignment:
+                await consumer.seek(batch.topic, batch.partition, int(batch.offsets[wanted - 1]) + 1)
             if left is not None:
-                left -= len(batch)
+                left -= wanted
                 if left == 0:
                     return
 

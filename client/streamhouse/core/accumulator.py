@@ -32,6 +32,11 @@ def record_size(value: bytes | None, key: bytes | None, headers: Sequence[Header
     return size
 
 
+def _own(headers: Sequence[Header] | None) -> Sequence[Header]:
+    """One record's, in a list that the application cannot change any more: they are encoded later."""
+    return tuple(headers) if headers else ()
+
+
 @dataclass(slots=True, eq=False)
 class Gathering(Generic[T]):
     """A batch in the making. `delivery` is the owner's handle of its outcome."""
@@ -58,10 +63,10 @@ class Gathering(Generic[T]):
             self.keys = [None] * index
             self.keys.append(key)
         if self.headers is not None:
-            self.headers.append(headers or ())
+            self.headers.append(_own(headers))
         elif headers:
             self.headers = [()] * index
-            self.headers.append(headers)
+            self.headers.append(_own(headers))
         self.size_bytes += size
         return index
 
@@ -84,7 +89,7 @@ class Gathering(Generic[T]):
         if headers is not None:
             if self.headers is None:
                 self.headers = [()] * index
-            self.headers.extend(headers)
+            self.headers.extend(map(_own, headers))
         elif self.headers is not None:
             self.headers.extend(repeat((), len(values)))
         self.values.extend(values)

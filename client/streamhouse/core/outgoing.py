@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import cast
 
 import numpy as np
@@ -24,7 +25,7 @@ def check_record(
         raise TypeError(f"{name} must be bytes or None, not {type(wrong).__name__}")
     if headers:
         _check_headers(headers, "headers")
-    if timestamp_ms is not None and not _INT64_MIN <= timestamp_ms <= _INT64_MAX:
+    if timestamp_ms is not None and not _INT64_MIN <= index(timestamp_ms) <= _INT64_MAX:
         raise InvalidArgument(
             f"timestamp_ms is {timestamp_ms}, outside int64", field="timestamp_ms", value=timestamp_ms
         )

@@ -11,6 +11,7 @@ import numpy as np
 from shformat import Records
 from shproto.errors import DataLoss, Internal
 
+from streamhouse.core.accumulator import RECORD_OVERHEAD_BYTES
 from streamhouse.records import Record, RecordBatch, TopicPartition
 
 
@@ -79,27 +80,37 @@ class BatchSpan:
 @dataclass(slots=True, eq=False)
 class Portion:
     """Received and not handed over yet. `batch` None: only the position moves (a known gap). end_offset: the
-    position after it."""
+    position after it. broken_off: an exception came between two of its records, Ctrl-C for example."""
 
     cursor: Cursor
     batch: RecordBatch | None
     end_offset: int
+    broken_off: bool = False
 
     @property
     def size_bytes(self) -> int:
-        return self.batch.size_bytes if self.batch is not None else 0
+        """In memory, about: a record without key and value has an offset, a timestamp and lengths all the same."""
+        batch = self.batch
+        return batch.size_bytes + len(batch) * RECORD_OVERHEAD_BYTES if batch is not None else 0
 
     def records(self) -> Iterator[Record]:
         """One by one, with the positions kept; stops early once the cursor is no longer live."""
         cursor = self.cursor
-        if self.batch is not None:
-            for record in self.batch:
-                if not cursor.live:
-                    return
-                after = record.offset + 1
-                cursor.delivered = after
-                yield record
-                cursor.taken = after
+        try:
+            if self.batch is not None:
+                for record in self.batch:
+                    if not cursor.live:
+                        return
+                    after = record.offset + 1
+                    cursor.delivered = after
+                    yield record
+                    cursor.taken = after
+        except GeneratorExit:
+            raise  # nobody wants the others as records
+        except BaseException:
+            self.broken_off = True
+            cursor.delivered = cursor.taken  # whether the application got the last one is not known
+            raise
         self.finish()
 
     def finish(self) -> None:
@@ -113,6 +124,11 @@ class Portion:
             return None
         start = int(np.searchsorted(self.batch.offsets, self.cursor.delivered))
         return self.batch.slice(start, len(self.batch)) if start < len(self.batch) else None
+
+    def resume(self) -> None:
+        """After it was broken off: what `records` gives from now on."""
+        self.broken_off = False
+        self.batch = self.rest()
 
     def cut_at(self, offset: int) -> "Portion":
         """Only what lies below `offset`."""

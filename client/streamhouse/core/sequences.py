@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import islice
 from typing import Generic, TypeVar
 
 from shformat import ProducerStamp
@@ -94,7 +95,15 @@ class Lane(Generic[T]):
     @property
     def open_for_sending(self) -> bool:
         """Whether a batch, if there is one, may be sent now."""
-        return not self._draining and len(self._in_flight) < (self._in_flight_max if self._proven else 1)
+        together = self._proven and not self._mixes_ids
+        return not self._draining and len(self._in_flight) < (self._in_flight_max if together else 1)
+
+    @property
+    def _mixes_ids(self) -> bool:
+        """Whether the next batch or one in flight keeps the number of an older producer id: numbers of two ids do not
+        tell the leader which of the batches comes first."""
+        stamps = [batch.stamp for batch in (*self._in_flight, *islice(self._queue, 1))]
+        return any(stamp is not None and not self._is_present(stamp) for stamp in stamps)
 
     @property
     def ready(self) -> bool:
@@ -134,7 +143,8 @@ class Lane(Generic[T]):
 
     def acked(self, batch: Outgoing[T]) -> None:
         self._in_flight.remove(batch)
-        self._proven = True
+        # One under an older producer id says nothing about the present one.
+        self._proven = self._proven or self._is_present(batch.stamp)
         self._settle()
 
     def answered(self, batch: Outgoing[T], error: errors.StreamHouseError, sent: bool = True) -> bool:
@@ -176,6 +186,10 @@ class Lane(Generic[T]):
         self._returned = deque(batch for batch in self._returned if not batch.expired)
         self._settle()
         return gone
+
+    def _is_present(self, stamp: ProducerStamp | None) -> bool:
+        """Whether it is of the producer id that new batches get."""
+        return stamp is not None and (stamp.producer_id, stamp.producer_epoch) == self._identity
 
     def _settle(self) -> None:
         """Once nothing is in flight, what came back goes first again."""

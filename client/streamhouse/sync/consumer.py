@@ -78,7 +78,7 @@ class Consumer:
     @property
     def waiting(self) -> Mapping[TopicPartition, str]:
         """Why partitions that cannot be read on at the moment wait."""
-        return self._inner.waiting
+        return dict(self._inner.waiting)  # as it is now: the other thread goes on changing it
 
     def close(self) -> None:
         """Commits (with auto_commit), leaves the group, closes the connections."""

@@ -18,8 +18,10 @@ from streamhouse.core.outgoing import check_record
 from streamhouse.delivery import SentRecords
 from streamhouse.records import RecordMetadata
 
-# Records wait here for the loop's thread to come round; beyond this the sending thread waits for it.
+# Records wait here for the loop's thread to come round; beyond this the sending thread waits for it. While the buffer
+# is full this is held twice on top of it: what waits for room, and what waits behind that.
 STAGED_RECORDS_MAX = 10_000
+STAGED_BYTES_MAX = 4 * 1024 * 1024
 
 
 class SendFuture:
@@ -93,6 +95,7 @@ class _Staged(NamedTuple):
     headers: Sequence[Header] | None
     partition: int | None
     timestamp_ms: int | None
+    size_bytes: int
 
 
 class Producer:
@@ -107,6 +110,7 @@ class Producer:
     ) -> None:
         self._inner = producer.Producer(bootstrap, telemetry=telemetry, **options)
         self._staged: list[_Staged] = []
+        self._staged_bytes = 0
         self._fewer = threading.Condition()
         self._scheduled = False
         self._drain_lock = asyncio.Lock()
@@ -134,35 +138,55 @@ class Producer:
 
         Raises UnknownTopic, UnknownPartition, AcksTooWeak, BatchTooLarge, InvalidArgument, TypeError, Unavailable.
         """
-        check_record(value, key, headers, timestamp_ms)
+        size_bytes = check_record(value, key, headers, timestamp_ms)
         if not self._inner.knows(topic, partition):
             BACKGROUND.run(self._inner.open_topic(topic, partition))
-        future = SendFuture(self)
+        headers = tuple(headers) if headers else None  # the application's list may change before it is handed over
+        future, loop = SendFuture(self), BACKGROUND.loop
         with self._fewer:
-            while len(self._staged) >= STAGED_RECORDS_MAX:
+            while not self._may_stage(size_bytes):
                 self._fewer.wait()
-            self._staged.append(_Staged(future, topic, value, key, headers, partition, timestamp_ms))
+            self._staged.append(_Staged(future, topic, value, key, headers, partition, timestamp_ms, size_bytes))
+            self._staged_bytes += size_bytes
             if not self._scheduled:
                 self._scheduled = True
-                asyncio.run_coroutine_threadsafe(self._drain(), BACKGROUND.loop)
+                asyncio.run_coroutine_threadsafe(self._drain(), loop)
         return future
+
+    def _may_stage(self, size_bytes: int) -> bool:
+        """One record may always wait alone, however large."""
+        few = len(self._staged) < STAGED_RECORDS_MAX and self._staged_bytes + size_bytes <= STAGED_BYTES_MAX
+        return few or not self._staged
 
     async def _drain(self) -> None:
         """Hands everything staged to the producer, in order."""
         async with self._drain_lock:
             while True:
                 with self._fewer:
-                    staged, self._staged = self._staged, []
+                    staged, self._staged, self._staged_bytes = self._staged, [], 0
                     if not staged:
                         self._scheduled = False
                         return
                     self._fewer.notify_all()
-                for future, topic, value, key, headers, partition, timestamp_ms in staged:
-                    try:
-                        future._inner = await self._inner.send(topic, value, key, headers, partition, timestamp_ms)
-                    except Exception as error:  # noqa: BLE001 - kept for the future, and for flush
-                        future._error = error
-                        self._refused = self._refused or error
+                await self._hand_over(staged)
+
+    async def _hand_over(self, staged: list[_Staged]) -> None:
+        """Cancelled (whoever waits for a record has no more time, and drains for all) it puts back what is left: the
+        drain that was scheduled with it is still to come."""
+        done = 0
+        try:
+            for future, topic, value, key, headers, partition, timestamp_ms, _ in staged:
+                try:
+                    future._inner = await self._inner.send(topic, value, key, headers, partition, timestamp_ms)
+                except Exception as error:  # noqa: BLE001 - kept for the future, and for flush
+                    future._error = error
+                    self._refused = self._refused or error
+                done += 1
+        finally:
+            if done < len(staged):
+                with self._fewer:
+                    self._staged[:0] = staged[done:]
+                    self._staged_bytes = sum(record.size_bytes for record in self._staged)
 
     def send_many(
         self,

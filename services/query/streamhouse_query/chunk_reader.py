@@ -60,10 +60,11 @@ class SharedCache(Protocol):
 
 @dataclass(slots=True)
 class _Flight:
-    """A download under way: `result` is there before the chunk is on disk."""
+    """A download under way: `result` is there before the chunk is on disk, `task` ends after that."""
 
     end: int
     result: asyncio.Future[bytes]
+    task: asyncio.Task[None] | None = None
 
 
 class ChunkReader:
@@ -137,8 +138,8 @@ class ChunkReader:
         for number in self._ends(spans):
             self._counters.cache_damaged_chunks += 1
             chunk = ChunkId(object_key, number)
-            if (flight := self._flights.get(chunk)) is not None:
-                await asyncio.wait([flight.result])
+            if (flight := self._flights.get(chunk)) is not None and flight.task is not None:
+                await asyncio.wait([flight.task])  # until then it gives its bytes to readers, and to the caches
             await self._disk.drop(chunk)
             if self._shared is not None:
                 await self._shared.drop(chunk)
@@ -210,7 +211,7 @@ class ChunkReader:
     def _start(self, chunk: ChunkId, end: int) -> _Flight:
         flight = _Flight(end, asyncio.get_running_loop().create_future())
         self._flights[chunk] = flight
-        self._tasks.spawn(f"download {chunk.object_key} {chunk.number}", self._fly(chunk, flight))
+        flight.task = self._tasks.spawn(f"download {chunk.object_key} {chunk.number}", self._fly(chunk, flight))
         return flight
 
     async def _fly(self, chunk: ChunkId, flight: _Flight) -> None:

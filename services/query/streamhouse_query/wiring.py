@@ -130,6 +130,7 @@ def _redis(settings: QuerySettings, clock: Clock, counters: Counters) -> RedisCa
     try:
         return RedisCache(
             settings.redis_url,
+            chunk_bytes=settings.cache_chunk_bytes,
             timeout_ms=settings.redis_timeout_ms,
             ttl_s=settings.redis_ttl_s,
             breaker=CircuitBreaker(settings.redis_failures_max, settings.redis_pause_ms),

@@ -2,8 +2,10 @@
 
 import asyncio
 import errno
+import itertools
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,34 @@ async def test_damage_in_the_cache_is_dropped_and_fetched_again(
     for path in chunk_files(tmp_path / "cache"):
         path.unlink()
     assert await read_all(service) == expected
+
+
+async def test_damage_on_the_way_is_fetched_again_however_slow_the_disk(
+    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The damaged bytes are given to readers before they are on disk: until then they must not be given out again."""
+    await one_partition(platform)
+    await segment_of(platform, 5_000)
+    service = await start_query()
+    get, write, gets = platform.store.get, DiskCache._write, itertools.count()
+
+    async def damage_first(*args: Any, **kwargs: Any) -> bytes:
+        content = await get(*args, **kwargs)
+        return content if next(gets) else bytes(byte ^ 0x40 for byte in content)
+
+    def write_slowly(*args: Any) -> None:
+        time.sleep(0.1)
+        write(*args)
+
+    monkeypatch.setattr(platform.store, "get", damage_first)
+    monkeypatch.setattr(DiskCache, "_write", write_slowly)
+    expected = dict(enumerate(values_of(5_000, 0, 32)))
+    assert await read_all(service) == expected
+    await written(service)
+    assert service.api._counters.damaged_spans == 0
+    before = service.api._counters.cache_damaged_chunks
+    assert await read_all(service) == expected
+    assert service.api._counters.cache_damaged_chunks == before, "nor is it in the cache"
 
 
 async def test_damage_in_the_cache_is_found_when_the_segment_is_opened(

@@ -52,6 +52,24 @@ async def test_a_second_service_finds_what_the_first_downloaded(
     await client.aclose()
 
 
+async def test_services_with_chunks_of_other_sizes_do_not_share_them(
+    platform: StandInPlatform, start_query: StartQuery, server: fakeredis.FakeServer, tmp_path: Path
+) -> None:
+    """As while the setting is being changed: the second chunk of the one is not that of the other."""
+    await one_partition(platform)
+    await segment_of(platform, 20_000)
+    expected = dict(enumerate(values_of(20_000, 0, 32)))
+    first = await start_query(redis_url="redis://x")
+    assert await read_all(first) == expected
+    await written(first)
+    for factor in (2, 4):
+        settings = {"cache_dir": tmp_path / f"of {factor}", "cache_chunk_bytes": factor * 64 * 1024}
+        other = await start_query(redis_url="redis://x", **settings)
+        assert await read_all(other) == expected
+        await written(other)
+        assert other.api._counters.cache_damaged_chunks == 0
+
+
 async def test_redis_away_costs_a_metric_and_is_left_alone_for_a_while(
     platform: StandInPlatform, start_query: StartQuery, server: fakeredis.FakeServer
 ) -> None:

@@ -26,13 +26,23 @@ T = TypeVar("T")
 
 
 class RedisCache:
-    """Values are a CRC32 (little-endian) and the chunk. No call takes longer than `timeout_ms`."""
+    """Values are a CRC32 (little-endian) and the chunk. No call takes longer than `timeout_ms`. Only services with the
+    same `chunk_bytes` share: to others a chunk of that number is other bytes of the object."""
 
     def __init__(
-        self, url: str, *, timeout_ms: int, ttl_s: int, breaker: CircuitBreaker, clock: Clock, counters: Counters
+        self,
+        url: str,
+        *,
+        chunk_bytes: int,
+        timeout_ms: int,
+        ttl_s: int,
+        breaker: CircuitBreaker,
+        clock: Clock,
+        counters: Counters,
     ) -> None:
         """Raises ValueError for a malformed url. Connects at the first use."""
         self._redis = redis.asyncio.Redis.from_url(url)
+        self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_ms / 1000
         self._ttl_s = ttl_s
         self._breaker = breaker
@@ -41,7 +51,7 @@ class RedisCache:
 
     async def get(self, chunk: ChunkId) -> bytes | None:
         """None when it is not there, damaged, or Redis does not answer in time."""
-        value = await self._call(lambda: self._redis.get(_key_of(chunk)))
+        value = await self._call(lambda: self._redis.get(self._key_of(chunk)))
         if value is None:
             self._counters.shared_misses += 1
             return None
@@ -57,10 +67,10 @@ class RedisCache:
 
     async def put(self, chunk: ChunkId, content: bytes) -> None:
         value = zlib.crc32(content).to_bytes(_CRC_BYTES, "little") + content
-        await self._call(lambda: self._redis.set(_key_of(chunk), value, ex=self._ttl_s))
+        await self._call(lambda: self._redis.set(self._key_of(chunk), value, ex=self._ttl_s))
 
     async def drop(self, chunk: ChunkId) -> None:
-        await self._call(lambda: self._redis.delete(_key_of(chunk)))
+        await self._call(lambda: self._redis.delete(self._key_of(chunk)))
 
     async def close(self) -> None:
         await self._redis.aclose()
@@ -79,6 +89,5 @@ class RedisCache:
         self._breaker.succeeded()
         return answer
 
-
-def _key_of(chunk: ChunkId) -> str:
-    return f"streamhouse:chunk:{chunk.object_key}:{chunk.number}"
+    def _key_of(self, chunk: ChunkId) -> str:
+        return f"streamhouse:chunk:{self._chunk_bytes}:{chunk.object_key}:{chunk.number}"
