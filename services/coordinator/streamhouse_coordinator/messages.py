@@ -234,6 +234,7 @@ def range_grant(grant: Grant) -> pb.RangeGrant:
         min_acks=types_pb2.Acks.ValueType(topic.min_acks),
         producer_snapshot=grant.producer_snapshot,
         status="moving" if row.moving else row.status,
+        snapshot_omitted=grant.snapshot_omitted,
     )
 
 

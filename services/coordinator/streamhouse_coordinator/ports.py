@@ -80,7 +80,8 @@ EVERYTHING = Where({})
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """The count of the rows of one group and the sums of the columns asked for."""
+    """The count of the rows of one group and the sums of the columns asked for; where a column has bytes, of their
+    lengths."""
 
     group: tuple[Any, ...]
     count: int

@@ -165,9 +165,9 @@ class Agent:
         )
         return buffer_id
 
-    async def write(self, grant: pb.RangeGrant, base: int, end: int, **changes: Any) -> int:
+    async def write(self, grant: pb.RangeGrant, base: int, end: int, snapshot: bytes = b"", **changes: Any) -> int:
         """Seals, claims, uploads and registers one span; returns the result."""
-        buffer_id = await self.announce((grant, base, end))
+        buffer_id = await self.announce((grant, base, end), snapshot=snapshot)
         ref = segment_ref(grant.topic_id, grant.partition, grant.epoch, base, end, **changes)
         await declare(self.api, [ref.object_key])
         request = pb.RegisterSegmentsRequest(buffer_id=buffer_id, segments=[ref])

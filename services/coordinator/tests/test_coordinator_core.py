@@ -16,6 +16,7 @@ from shproto.events import (
     SessionOpened,
     TopicCreated,
 )
+from shproto.rpc import MESSAGE_BYTES_MAX
 from streamhouse_coordinator.core import compaction, names, registration, retention, sessions, topics
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.registration import Result
@@ -189,6 +190,41 @@ def test_which_producers_state_a_leader_gets() -> None:
     own = [*earlier, snapshot(2, 60), snapshot(2, 90), snapshot(2, 110)]
     assert sessions.snapshot_for(replace(RANGE, epoch=2), own) == b"2@90", "a resumed one: at registered_end"
     assert sessions.snapshot_for(RANGE, []) == b""
+
+
+@pytest.mark.parametrize(
+    ("sizes_bytes", "told"),
+    [
+        ([], 0),
+        ([5], 1),
+        ([11], 1),
+        ([11, 1], 1),
+        ([4, 6], 2),
+        ([4, 6, 1], 2),
+        ([4, 7, 1], 1),
+        ([0, 0, 11, 0], 2),
+    ],
+)
+def test_how_many_producers_states_an_answer_tells(
+    monkeypatch: pytest.MonkeyPatch, sizes_bytes: list[int], told: int
+) -> None:
+    """The first, whatever its size; none behind one that is omitted."""
+    monkeypatch.setattr(sessions, "TOLD_BYTES_MAX", 10)
+    assert sessions.told_count(sizes_bytes) == told
+
+
+def test_the_largest_answer_fits_into_a_message() -> None:
+    largest = max(sessions.SNAPSHOT_BYTES_MAX, sessions.TOLD_BYTES_MAX)
+    assert largest <= MESSAGE_BYTES_MAX // 2, "the other half is for what else 100,000 grants say"
+
+
+def test_where_an_older_epoch_has_a_producers_state_a_newer_one_has() -> None:
+    """What is omitted from an answer goes by it."""
+    snapshots = [snapshot(2, 60), snapshot(2, 90), snapshot(3, 95)]
+    for end in (0, 60, 95):
+        rows = [replace(RANGE, epoch=epoch, registered_end=end) for epoch in range(1, 6)]
+        found = [sessions.newest_for(row, snapshots) is not None for row in rows]
+        assert found == sorted(found) and found[-1]
 
 
 def test_producers_state_of_fenced_records_is_not_used() -> None:

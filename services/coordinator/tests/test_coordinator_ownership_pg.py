@@ -1,7 +1,7 @@
 """Epochs own offset ranges: restart, takeover, moves and expiry against a real PostgreSQL."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +11,7 @@ from shproto.errors import AgentIdTaken, InvalidArgument, SessionExpired, TopicE
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from streamhouse_coordinator.api import CoordinatorApi
+from streamhouse_coordinator.core import sessions as core_sessions
 from streamhouse_coordinator.wiring import CoordinatorService, build
 
 WIDTH = 1024
@@ -381,3 +382,77 @@ async def test_an_agent_may_ask_about_some_of_its_grants(api: CoordinatorApi, op
     assert not (await ask(theirs[0], epoch=1)).grants, "finished: settled, and empty"
     with pytest.raises(InvalidArgument, match="number of ranges in only"):
         await ask(*[mine[0]] * 10_001)
+
+
+def key_of(grant: pb.RangeGrant) -> pb.RangeKey:
+    return pb.RangeKey(topic_id=grant.topic_id, partition=grant.partition, epoch=grant.epoch)
+
+
+def told(grants: Iterable[pb.RangeGrant]) -> list[tuple[int, int, bytes, bool]]:
+    return [(item.partition, item.epoch, item.producer_snapshot, item.snapshot_omitted) for item in grants]
+
+
+async def with_producers(api: CoordinatorApi, open_agent: Any) -> Any:
+    """An agent that came back: of partitions 0 to 2 epoch 1 is settled, epoch 2 is open; 3 is as it was."""
+    topic_id = await create(api, 4)
+    agent = await open_agent(api, "a")
+    grants = await agent.leads()
+    for number, state in enumerate([b"0000", b"1111", b"2222"]):
+        await agent.write(grants[number], 0, 10, snapshot=state)
+    return await agent.open({(topic_id, number, 1): 20 for number in range(3)})
+
+
+async def test_what_of_producers_does_not_fit_into_an_answer_is_in_those_that_follow(
+    api: CoordinatorApi, open_agent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_sessions, "TOLD_BYTES_MAX", 9)
+    agent = await with_producers(api, open_agent)
+    resumed = list(agent.session.resumed)
+    assert told(resumed) == [(0, 1, b"0000", False), (1, 1, b"1111", False), (2, 1, b"", True)]
+    rest = [key_of(grant) for grant in resumed if grant.snapshot_omitted]
+    request = pb.GetGrantsRequest(session_id=agent.session.session_id, only=rest)
+    completed = (await api.get_grants(request)).grants
+    assert told(completed) == [(2, 1, b"2222", False)]
+    completed[0].producer_snapshot, completed[0].snapshot_omitted = b"", True
+    assert list(completed) == resumed[2:], "and else it says the same"
+    assert told(await agent.grants()) == [
+        (0, 1, b"0000", False),
+        (0, 2, b"0000", False),
+        (1, 1, b"", True),
+        (1, 2, b"", True),
+        (2, 1, b"", True),
+        (2, 2, b"", True),
+        (3, 2, b"", False),
+    ]
+    low = pb.RangeUse(topic_id=resumed[0].topic_id, partition=0, epoch=2, next_offset=20 + WIDTH - 1)
+    assert told((await agent.heartbeat(low)).extended) == [(0, 2, b"", True)]
+
+
+async def test_asking_for_what_was_omitted_comes_to_an_end(
+    api: CoordinatorApi, open_agent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where each is larger than what an answer has room for; what was given up takes none."""
+    monkeypatch.setattr(core_sessions, "TOLD_BYTES_MAX", 1)
+    agent = await with_producers(api, open_agent)
+    await agent.close()
+    await api.declare_lost(pb.DeclareLostRequest(topic="orders", partition=0, epochs=[2], reason="a test"))
+    await agent.open()
+    grants, answers = await agent.grants(), 1
+    found = {(item.partition, item.epoch): item.producer_snapshot for item in grants if not item.snapshot_omitted}
+    while rest := [key_of(grant) for grant in grants if grant.snapshot_omitted]:
+        request = pb.GetGrantsRequest(session_id=agent.session.session_id, only=rest)
+        grants, answers = list((await api.get_grants(request)).grants), answers + 1
+        complete = [grant for grant in grants if not grant.snapshot_omitted]
+        assert complete == sorted(grants, key=lambda grant: (grant.partition, grant.epoch))[: len(complete)]
+        found |= {(grant.partition, grant.epoch): grant.producer_snapshot for grant in complete}
+    assert found == {
+        (0, 1): b"0000",
+        (0, 2): b"",
+        (0, 3): b"0000",
+        (1, 1): b"1111",
+        (1, 3): b"1111",
+        (2, 1): b"2222",
+        (2, 3): b"2222",
+        (3, 3): b"",
+    }
+    assert answers == 6

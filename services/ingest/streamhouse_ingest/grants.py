@@ -43,7 +43,7 @@ class Grants:
         self._make_backoff = make_backoff
         self._wanted = Wanted()
         self._awake = asyncio.Event()
-        self._waiting: list[asyncio.Future[None]] = []
+        self._waiting: list[tuple[asyncio.Future[None], Collection[LogKey]]] = []
 
     # ---- what to ask for
 
@@ -69,7 +69,8 @@ class Grants:
     async def take_in(self, keys: Collection[LogKey] = ()) -> None:
         """Takes in these grants as they are now, or all; returns when that is done, in this session or a later one."""
         done = asyncio.get_running_loop().create_future()
-        self._waiting.append(done)
+        waiting = done, keys
+        self._waiting.append(waiting)
         if keys:
             self._wanted.want(keys)
         else:
@@ -78,8 +79,7 @@ class Grants:
         try:
             await done
         finally:
-            if done in self._waiting:
-                self._waiting.remove(done)
+            self._waiting.remove(waiting)
 
     # ---- asking
 
@@ -107,22 +107,22 @@ class Grants:
     async def _ask(self, question: Question) -> None:
         waiting = list(self._waiting)
         response = await self._coordinator.get_grants(
-            pb.GetGrantsRequest(session_id=self._holder.session_id, only=[_range_key(key) for key in question])
+            pb.GetGrantsRequest(session_id=self._holder.session_id, only=range_keys(question))
         )
         # Before anything is appended to a new range: metadata that does not know it must not be taken for right.
         self._history.heard_of(response.position)
         await self._history.save()
-        finished = await self._ranges.take_in(response.grants, question.keys())
+        taken = await self._ranges.take_in(response.grants, question.keys())
         if spans := self._ranges.lost_spans(question.keys()):
             await self._coordinator.report_lost(pb.ReportLostRequest(session_id=self._holder.session_id, spans=spans))
-        self._wanted.answered(question, response.grants_version)
-        if finished:
-            self._wanted.want(finished)
+        self._wanted.answered(question, response.grants_version, taken.rest)
+        self._wanted.want(taken.finished)
+        if self._wanted:
             self._awake.set()
-        for done in waiting:
-            if not done.done():
+        for done, keys in waiting:
+            if not done.done() and not self._wanted.waits_for_rest(keys):
                 done.set_result(None)
 
 
-def _range_key(key: LogKey) -> pb.RangeKey:
-    return pb.RangeKey(topic_id=key.topic_id, partition=key.partition, epoch=key.epoch)
+def range_keys(keys: Iterable[LogKey]) -> list[pb.RangeKey]:
+    return [pb.RangeKey(topic_id=key.topic_id, partition=key.partition, epoch=key.epoch) for key in keys]

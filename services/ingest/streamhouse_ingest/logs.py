@@ -26,6 +26,7 @@ class HeldLog:
         self.log = log
         self.durable_since_ms: int | None = None  # a durable ack waits for the open buffer since
         self.must_seal = False
+        self.told = False  # in this session, what the coordinator knows of the partition's producers
         self.traceparents: deque[str] = deque(maxlen=LINKS_MAX)
         self._durable: list[tuple[int, int, asyncio.Future[NotLeader | None]]] = []
         self._order = itertools.count()

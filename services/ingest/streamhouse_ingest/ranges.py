@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from shproto.v1 import coordinator_pb2 as pb
 
@@ -21,6 +22,15 @@ POSSIBLY_LOST_REASON = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class TakenIn:
+    """What has to be asked again of an answer. `finished`: events from after it have finished these meanwhile. `rest`:
+    what the coordinator knows of their producers did not fit, so that they wait."""
+
+    finished: Sequence[LogKey] = ()
+    rest: Sequence[LogKey] = ()
+
+
 class Ranges:
     """`trim` is called when files of the log may have become free."""
 
@@ -35,26 +45,30 @@ class Ranges:
         self._reported: set[tuple[LogKey, Span]] = set()
         self.closing = False
 
-    async def resume(self, grants: Sequence[pb.RangeGrant]) -> None:
-        """Right after a session was opened: all older ranges are settled, and finished if they are not named."""
-        await self._writer.barrier()
-        self._take_in(grants)
+    async def resume(self, grants: Sequence[pb.RangeGrant]) -> TakenIn:
+        """Right after a session was opened: all older ranges are settled, and finished if they are not named.
 
-    async def take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[LogKey] = ()) -> list[LogKey]:
-        """All ranges of this log that are open or not fully registered, as they are now; or those among `only`.
-
-        Returns those that events from after the answer have finished meanwhile: it is to be asked again.
+        Nothing may be announced before the rest, too, is taken in.
         """
+        await self._writer.barrier()
+        for held in self._logs:
+            held.told = False
+        return TakenIn(rest=self._take_in(grants))
+
+    async def take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[LogKey] = ()) -> TakenIn:
+        """All ranges of this log that are open or not fully registered, as they are now; or those among `only`."""
         for grant in grants:
             held = self._logs.get(grant_key(grant))
             if held is not None and grant.status not in ("open", "moving"):
                 self._logs.stop_leading(held)
         await self._writer.barrier()
-        self._take_in(grants, only)
+        rest = self._take_in(grants, only)
         keys = map(grant_key, grants)
-        return [key for key in keys if (held := self._logs.get(key)) is not None and _is_finished(held)]
+        finished = [key for key in keys if (held := self._logs.get(key)) is not None and _is_finished(held)]
+        return TakenIn(finished, rest)
 
-    def _take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[LogKey] = ()) -> None:
+    def _take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[LogKey] = ()) -> list[LogKey]:
+        """Returns the rest: all that is said of them waits, since settling, too, goes by what is known of producers."""
         kept = [grant for grant in grants if grant.status != LOST]
         for grant in grants:
             held = self._logs.get(grant_key(grant))
@@ -63,9 +77,16 @@ class Ranges:
         # What older epochs give up comes first: it may lie at the offsets of newer ones, whose producer snapshots must
         # not have it, and once one of them leads it cannot be given up any more.
         self._drop_others(kept, only)
+        rest = [grant_key(grant) for grant in kept if self._must_wait(grant)]
+        waiting = set(rest)
         for grant in sorted(kept, key=lambda grant: grant.epoch):
-            held = self._logs.get(grant_key(grant)) or self._hold(grant)
-            self._update(held, grant)
+            if grant_key(grant) not in waiting:
+                self._update(self._logs.get(grant_key(grant)) or self._hold(grant), grant)
+        return rest
+
+    def _must_wait(self, grant: pb.RangeGrant) -> bool:
+        held = self._logs.get(grant_key(grant))
+        return grant.snapshot_omitted and (held is None or not held.told)
 
     def _give_up(self, held: HeldLog, grant: pb.RangeGrant) -> None:
         """The range was declared lost before this agent came back: registration would fence what is left of it."""
@@ -109,13 +130,14 @@ class Ranges:
 
     def _merge_producers(self, held: HeldLog, grant: pb.RangeGrant) -> None:
         """What the coordinator knows of the partition's producers; only before the first append of the epoch."""
-        if held.log.leading:
+        if held.log.leading or grant.snapshot_omitted:
             return
         try:
             held.log.producers.merge(decode_snapshot(grant.producer_snapshot))
         except SnapshotError as error:
             # Going on costs deduplication of retries that are under way right now; refusing would cost all writes.
             log.error("%s: %s", held.log.describe(), error)
+        held.told = True
         for older in self._logs.of_partition(*held.log.key.partition_key):
             if older.log.key.epoch < held.log.key.epoch:
                 older.log.forget_lost()

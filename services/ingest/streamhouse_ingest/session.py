@@ -7,7 +7,7 @@ session is lost; then open again.
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from shproto.errors import AgentIdTaken, InvalidArgument, SessionExpired, StreamHouseError
@@ -17,10 +17,11 @@ from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 
 from streamhouse_ingest.core.lease import Lease
-from streamhouse_ingest.core.partition_log import PartitionLog
+from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
 from streamhouse_ingest.core.replay import Doubt
+from streamhouse_ingest.core.wanted import first_of
 from streamhouse_ingest.event_feed import EventFeed
-from streamhouse_ingest.grants import Grants
+from streamhouse_ingest.grants import Grants, range_keys
 from streamhouse_ingest.heartbeats import Heartbeats
 from streamhouse_ingest.history import History
 from streamhouse_ingest.logs import HeldLog, Logs
@@ -103,13 +104,9 @@ class Session:
         self._moves.cancel_all()
         await self._stop_leading()
         opened = await self._open_call(session_id)
-        self._logs.producer_ids_from = opened.producer_ids_from
-        self._history.opened(opened.history_id, opened.feed_position)
-        await self._history.save()
-        self._heartbeats.begin(opened.heartbeat_interval_ms, opened.ttl_ms)
-        self._feed.begin(opened.feed_position)
-        self._doubt = Doubt()  # what the log holds from here on is known
-        await self._ranges.resume(opened.resumed)
+        while not await self._resume(opened):
+            log.warning("the session is lost already, opening it again")
+            opened = await self._open_call(session_id)
         self._sealer.restart()
         self._holder.set(opened.session_id)
         self._grants.begin()
@@ -121,12 +118,54 @@ class Session:
             self._logs.stop_leading(held)
         await self._writer.barrier()
 
+    async def _resume(self, opened: pb.OpenSessionResponse) -> bool:
+        """Takes in all that is said of older ranges, in as many answers as that takes. False when the session is over
+        before: nothing was written in it, so that its id may be used again."""
+        self._logs.producer_ids_from = opened.producer_ids_from
+        self._history.opened(opened.history_id, opened.feed_position)
+        await self._history.save()
+        self._heartbeats.begin(opened.heartbeat_interval_ms, opened.ttl_ms)
+        self._feed.begin(opened.feed_position)
+        self._doubt = Doubt()  # what the log holds from here on is known
+        rest = set((await self._ranges.resume(opened.resumed)).rest)
+        try:
+            while rest:
+                asked = first_of(rest)
+                response = await self._rest_call(opened.session_id, asked)
+                self._history.heard_of(response.position)
+                await self._history.save()
+                rest = rest.difference(asked).union((await self._ranges.take_in(response.grants, asked)).rest)
+        except SessionExpired:
+            return False
+        return True
+
+    async def _rest_call(self, session_id: str, keys: Sequence[LogKey]) -> pb.GetGrantsResponse:
+        """What did not fit into the answers before. Renews the lease, which nobody else does yet."""
+        backoff = self._make_backoff()
+        request = pb.GetGrantsRequest(session_id=session_id, only=range_keys(keys))
+        while True:
+            self._check_log()
+            sent_ms = self._clock.monotonic_ms()
+            try:
+                beat = await self._coordinator.heartbeat(pb.HeartbeatRequest(session_id=session_id))
+                self._lease.renew(sent_ms, beat.ttl_ms)
+                return await self._coordinator.get_grants(request)
+            except (SessionExpired, InvalidArgument):
+                raise
+            except StreamHouseError as error:
+                log.warning("cannot take in the older ranges yet: %s", error.message)
+                await self._clock.sleep_ms(backoff.next_ms())
+
+    def _check_log(self) -> None:
+        """Raises WalBroken."""
+        if self._writer.broken:
+            raise WalBroken("no session is opened over a log that failed; the next start replays it")
+
     async def _open_call(self, session_id: str) -> pb.OpenSessionResponse:
         backoff = self._make_backoff()
         request = self._open_request(session_id)
         while True:
-            if self._writer.broken:
-                raise WalBroken("no session is opened over a log that failed; the next start replays it")
+            self._check_log()
             sent_ms = self._clock.monotonic_ms()
             try:
                 opened = await self._coordinator.open_session(request)

@@ -63,7 +63,8 @@ class SessionState:
 
 
 class CoordinatorStandIn:
-    """`down` makes every call fail, `database_away` as for want of PostgreSQL; `calls` counts them by name."""
+    """`down` makes every call fail, `database_away` as for want of PostgreSQL; `calls` counts them by name.
+    `told_bytes_max`: of producer snapshots in one answer."""
 
     def __init__(self, *, width: int = 2**30, ttl_ms: int = 30_000, heartbeat_ms: int = 10_000) -> None:
         self.width = width
@@ -77,6 +78,7 @@ class CoordinatorStandIn:
         self.calls: dict[str, int] = {}
         self.down = False
         self.database_away = False
+        self.told_bytes_max = 2**60
         self.version = 0
         self.history_id = "history"
         self.producer_ids_from = 0
@@ -241,7 +243,7 @@ class CoordinatorStandIn:
             session_id=session.session_id,
             ttl_ms=self.ttl_ms,
             heartbeat_interval_ms=self.heartbeat_ms,
-            resumed=[grant for grant in self._grants(request.wal_id) if grant.status != "open"],
+            resumed=self._within([grant for grant in self._grants(request.wal_id) if grant.status != "open"]),
             feed_position=position,
             history_id=self.history_id,
             producer_ids_from=self.producer_ids_from,
@@ -262,6 +264,17 @@ class CoordinatorStandIn:
     def _grants(self, wal_id: bytes) -> list[pb.RangeGrant]:
         own = [row for row in self.ranges.values() if row.wal_id == wal_id]
         return [self._grant_of(row) for row in own if row.status == "lost" or not row.finished]
+
+    def _within(self, grants: list[pb.RangeGrant]) -> list[pb.RangeGrant]:
+        """In an answer: from the first snapshot on that does not fit all are omitted, but never the first one."""
+        used, full = 0, False
+        for grant in sorted(grants, key=lambda grant: (grant.topic_id, grant.partition, grant.epoch)):
+            size_bytes = len(grant.producer_snapshot)
+            full = full or (used > 0 and used + size_bytes > self.told_bytes_max)
+            used += size_bytes
+            if size_bytes and full:
+                grant.producer_snapshot, grant.snapshot_omitted = b"", True
+        return grants
 
     def _grant_of(self, row: Range) -> pb.RangeGrant:
         grant = pb.RangeGrant(
@@ -300,7 +313,7 @@ class CoordinatorStandIn:
             for grant in self._grants(session.wal_id)
             if not only or (grant.topic_id, grant.partition, grant.epoch) in only
         ]
-        return pb.GetGrantsResponse(grants=grants, grants_version=self.version, position=len(self.events))
+        return pb.GetGrantsResponse(grants=self._within(grants), grants_version=self.version, position=len(self.events))
 
     async def settle_ranges(self, request: pb.SettleRangesRequest) -> pb.SettleRangesResponse:
         self._called("settle_ranges")
@@ -341,6 +354,10 @@ class CoordinatorStandIn:
             return False
         row.registered_end = end
         row.snapshot = snapshot or row.snapshot
+        for newer in self.ranges.values():  # at its beginning a range has what is newest of an older one
+            same = (newer.topic_id, newer.partition) == (row.topic_id, row.partition)
+            if same and newer.epoch > row.epoch and newer.status == "open" and newer.registered_end == newer.start:
+                newer.snapshot = snapshot or newer.snapshot
         segment = events.Segment(
             str(uuid.uuid4()),
             row.topic_id.hex(),

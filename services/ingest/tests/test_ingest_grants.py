@@ -7,6 +7,7 @@ import pytest
 from shproto.errors import Unavailable
 from shproto.v1 import coordinator_pb2 as pb
 from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.core.producers import ProducerState, WrittenBatch, encode_snapshot
 from streamhouse_ingest.core.wanted import RANGES_ASKED_MAX, Wanted
 
 from services.ingest.tests.ingest_standins import CoordinatorStandIn, eventually, kill, started
@@ -102,6 +103,51 @@ def test_more_than_a_question_may_name_is_asking_for_all() -> None:
     assert wanted.take() == ALL
 
 
+def test_what_did_not_fit_into_an_answer_is_asked_for_again_whatever_the_events_say() -> None:
+    wanted = Wanted()
+    wanted.begin()
+    assert wanted.take() == ALL
+    wanted.answered(ALL, 10, [key(0), key(1), key(2)])
+    wanted.changed([key(1), key(5)], 9)
+    assert set(wanted.take() or ()) == {key(0), key(1), key(2)}, "known as of 10, but for these"
+    wanted.changed([key(5)], 11)
+    question = {key(0): 0, key(1): 0, key(2): 0}
+    wanted.put_back(question)
+    assert set(wanted.take() or ()) == {key(0), key(1), key(2), key(5)}
+    wanted.answered({**question, key(5): 11}, 12, [key(2)])
+    assert [wanted.waits_for_rest(some) for some in ([key(1)], [key(1), key(2)], [])] == [False, True, True]
+    assert set(wanted.take() or ()) == {key(2)}
+    wanted.answered({key(2): 0}, 12)
+    assert not wanted and wanted.take() is None
+
+
+def test_asking_for_all_begins_the_rest_anew() -> None:
+    wanted = known_as_of(7)
+    wanted.answered({key(0): 8}, 8, [key(0)])
+    wanted.want_all()
+    assert wanted.take() == ALL
+    wanted.answered(ALL, 9, [key(1)])
+    assert set(wanted.take() or ()) == {key(1)}
+    wanted.begin()
+    assert wanted.take() == ALL and not wanted.waits_for_rest([key(1)])
+
+
+def test_more_than_a_question_may_name_did_not_fit() -> None:
+    """Older epochs of a partition come first, and what changed meanwhile does not come between."""
+    wanted = known_as_of(7)
+    rest = [LogKey(b"t" * 16, partition, epoch) for epoch in (2, 1) for partition in range(RANGES_ASKED_MAX)]
+    wanted.answered(ALL, 7, rest)
+    wanted.changed([key(RANGES_ASKED_MAX)], 8)
+    asked: list[LogKey] = []
+    while len(asked) < len(rest):
+        question = wanted.take()
+        assert question and len(question) == RANGES_ASKED_MAX
+        asked += question
+        wanted.answered(question, 9)
+    assert asked == sorted(rest)
+    assert wanted.take() == {key(RANGES_ASKED_MAX): 8}
+
+
 class Asked(CoordinatorStandIn):
     """Notes what each GetGrants named; answers wait for `gate`."""
 
@@ -138,6 +184,22 @@ async def test_a_new_topic_is_asked_about_alone(tmp_path: Path) -> None:
     coordinator.delete("new")
     await eventually(lambda: logs.led("new", 0) is None)
     assert all(coordinator.asked) and logs.led("old", 49) is not None
+    await kill(service)
+
+
+async def test_a_range_that_is_led_waits_for_nothing_that_is_omitted_later(tmp_path: Path) -> None:
+    coordinator = Asked()
+    coordinator.create("orders", 3)
+    service = await started(tmp_path, coordinator)
+    running = service.agent.running()
+    await eventually(lambda: all(running.logs.led("orders", partition) for partition in range(3)))
+    for row in coordinator.ranges.values():
+        row.snapshot = encode_snapshot({7: ProducerState(0, (WrittenBatch(0, 1, 0),))})
+    coordinator.told_bytes_max = 1
+    asked = len(coordinator.asked)
+    await running.grants.take_in()
+    assert coordinator.asked[asked:] == [set()]
+    assert all(running.logs.led("orders", partition) for partition in range(3))
     await kill(service)
 
 

@@ -376,6 +376,103 @@ async def test_g5_the_next_leader_knows_the_producers_from_the_snapshot(
         assert durable.duplicate, "the original is registered"
 
 
+@contextlib.asynccontextmanager
+async def serving(
+    directory: Path, coordinator: CoordinatorStandIn, **overrides: object
+) -> AsyncIterator[IngestService]:
+    """An agent that leads both partitions, and whose buffers are registered; stopped at the end."""
+    service = await started(directory, coordinator, **overrides)
+    async with draining(SegmenterStandIn(coordinator, service)):
+        for partition in range(2):
+            await led(service, partition=partition)
+        yield service
+        await service.stop()
+
+
+async def write_to_both(service: IngestService, producer_id: int) -> list[bool]:
+    """One batch each; whether it was there already."""
+    stamp = ProducerStamp(producer_id, 0, 0)
+    return [(await service.api.produce(request(b"a", partition=n, stamp=stamp))).duplicate for n in range(2)]
+
+
+async def test_g5_the_next_leader_knows_the_producers_that_do_not_fit_into_an_answer(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with serving(tmp_path / "a", coordinator) as service:
+        assert await write_to_both(service, 7) == [False, False]
+    coordinator.told_bytes_max = 1
+    async with serving(tmp_path / "b", coordinator, agent_id="agent-2") as other:
+        assert await write_to_both(other, 7) == [True, True]
+
+
+class InPieces(CoordinatorStandIn):
+    """Tells of one range's producers at a time, once `begun`; GetGrants then first fails with each of `failures`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: list[errors.StreamHouseError] = []
+
+    def begin(self, *failures: errors.StreamHouseError) -> None:
+        self.told_bytes_max, self.failures = 1, list(failures)
+
+    async def get_grants(self, asked: coordinator_pb2.GetGrantsRequest) -> coordinator_pb2.GetGrantsResponse:
+        if self.failures:
+            failure = self.failures.pop(0)
+            if isinstance(failure, errors.SessionExpired):
+                self.expire_all()
+            raise failure
+        return await super().get_grants(asked)
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [
+        [],
+        [errors.Unavailable("not now"), errors.Internal("nor now")],
+        [errors.SessionExpired("too late", session_id="")],
+    ],
+    ids=["in one go", "with failures", "too slow for its session"],
+)
+async def test_g5_who_comes_back_announces_what_also_says_of_producers_that_did_not_fit_into_an_answer(
+    tmp_path: Path, failures: list[errors.StreamHouseError]
+):
+    """Of these only the coordinator knows: they wrote before the agent led. Its announcement is all that the next
+    leader hears of them."""
+    coordinator = InPieces()
+    coordinator.create("orders", 2)
+    async with serving(tmp_path / "a", coordinator) as service:
+        assert await write_to_both(service, 7) == [False, False]
+    back = {"agent_id": "agent-2"}
+    async with running(tmp_path / "b", coordinator, **back) as service:
+        await led(service, partition=1)
+        assert await write_to_both(service, 8) == [False, False]
+    opened = len(coordinator.opened)
+    coordinator.begin(*failures)
+    async with serving(tmp_path / "b", coordinator, **back) as service:
+        await eventually(lambda: all(row.finished for row in coordinator.ranges.values() if row.epoch == 2))
+    expired = any(isinstance(failure, errors.SessionExpired) for failure in failures)
+    assert len(coordinator.opened) - opened == 1 + expired
+    assert len({request.session_id for request in coordinator.opened[opened:]}) == 1, "nothing was written in it"
+    async with serving(tmp_path / "c", coordinator, agent_id="agent-3") as other:
+        assert await write_to_both(other, 8) == [True, True]
+        assert await write_to_both(other, 7) == [True, True]
+
+
+async def test_no_session_is_completed_over_a_log_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    coordinator = InPieces()
+    coordinator.create("orders", 2)
+    async with running(tmp_path, coordinator) as service:
+        await led(service, partition=1)
+        assert await write_to_both(service, 7) == [False, False]
+    coordinator.begin(*[errors.Unavailable("not now")] * 1000)
+    starting = asyncio.create_task(started(tmp_path, coordinator))
+    await eventually(lambda: len(coordinator.failures) < 1000)
+    monkeypatch.setattr(FileWal, "broken", True)
+    with pytest.raises(WalBroken):
+        await starting
+    assert not coordinator.buffers
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 async def test_g5_the_next_leader_knows_the_producers_of_what_was_neither_registered_nor_announced(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, stopped: bool

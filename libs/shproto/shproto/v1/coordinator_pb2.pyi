@@ -805,7 +805,9 @@ class OpenSessionResponse(_message.Message):
     ttl_ms: _builtins.int
     heartbeat_interval_ms: _builtins.int
     feed_position: _builtins.int
-    """follow the events from here"""
+    """snapshot_omitted by GetGrants before any of them is announced again
+    follow the events from here
+    """
     history_id: _builtins.str
     """of the events"""
     producer_ids_from: _builtins.int
@@ -814,7 +816,7 @@ class OpenSessionResponse(_message.Message):
     """
     @_builtins.property
     def resumed(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeGrant]:
-        """this WAL's ranges that are not fully registered yet"""
+        """this WAL's ranges that are not fully registered yet; complete those with"""
 
     def __init__(
         self,
@@ -850,6 +852,7 @@ class RangeGrant(_message.Message):
     MIN_ACKS_FIELD_NUMBER: _builtins.int
     PRODUCER_SNAPSHOT_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_OMITTED_FIELD_NUMBER: _builtins.int
     topic_id: _builtins.bytes
     topic: _builtins.str
     partition: _builtins.int
@@ -862,8 +865,16 @@ class RangeGrant(_message.Message):
     producer_snapshot: _builtins.bytes
     """idempotent producers' state at registered_end or at the previous range's end:"""
     status: _builtins.str
-    """encoded snapshots one after the other, older first, to be merged
+    """encoded snapshots one after the other, older first, to be merged. Empty for
+    "lost" ranges, of which nobody needs it
     open | orphaned | settled; "moving" for an open range that is being moved away;
+    """
+    snapshot_omitted: _builtins.bool
+    """"lost": given up while the agent was away, to be dropped
+    There is a producer_snapshot, but it does not fit into this answer: ask for it by GetGrants.only before leading the
+    range, or announcing records of it; without it a retry would be written twice. An answer that omits some has the
+    snapshots of the first grants in the order of topic_id, partition, epoch, so that of one partition the older epochs
+    are complete before the newer ones, and whoever asks again gets on with every answer.
     """
     def __init__(
         self,
@@ -879,10 +890,11 @@ class RangeGrant(_message.Message):
         min_acks: _types_pb2.Acks.ValueType = ...,
         producer_snapshot: _builtins.bytes = ...,
         status: _builtins.str = ...,
+        snapshot_omitted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "end_offset", b"end_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "end_offset", b"end_offset", "epoch", b"epoch", "limit_offset", b"limit_offset", "min_acks", b"min_acks", "partition", b"partition", "producer_snapshot", b"producer_snapshot", "registered_end", b"registered_end", "start_offset", b"start_offset", "status", b"status", "topic", b"topic", "topic_id", b"topic_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "end_offset", b"end_offset", "epoch", b"epoch", "limit_offset", b"limit_offset", "min_acks", b"min_acks", "partition", b"partition", "producer_snapshot", b"producer_snapshot", "registered_end", b"registered_end", "snapshot_omitted", b"snapshot_omitted", "start_offset", b"start_offset", "status", b"status", "topic", b"topic", "topic_id", b"topic_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__end_offset: _TypeAlias = _typing.Literal["end_offset"]  # noqa: Y015
     _WhichOneofArgType__end_offset: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset"]  # noqa: Y015
@@ -954,7 +966,9 @@ class HeartbeatResponse(_message.Message):
     grants_version: _builtins.int
     """changes whenever GetGrants would answer differently"""
     @_builtins.property
-    def extended(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeGrant]: ...
+    def extended(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeGrant]:
+        """all with snapshot_omitted: whoever writes to a range knows its producers"""
+
     def __init__(
         self,
         *,

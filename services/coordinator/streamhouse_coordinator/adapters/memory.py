@@ -67,6 +67,11 @@ def _by_key(rows: Rows, table: t.Table[Any], where: Where) -> list[Any]:
     return list(rows.values())
 
 
+def _amount(value: int | bytes) -> int:
+    """What a column's value adds to a sum."""
+    return len(value) if isinstance(value, bytes) else value
+
+
 class MemoryStore:
     """Implements ports.Store. `events_changed` and `group_changed` are called after commits, as LISTEN does."""
 
@@ -183,7 +188,7 @@ class MemoryTransaction:
         for row in await self.select(table, where):
             groups.setdefault(tuple(getattr(row, name) for name in by), []).append(row)
         return [
-            Totals(group, len(rows), tuple(sum(getattr(row, name) for row in rows) for name in sums))
+            Totals(group, len(rows), tuple(sum(_amount(getattr(row, name)) for row in rows) for name in sums))
             for group, rows in groups.items()
         ]
 

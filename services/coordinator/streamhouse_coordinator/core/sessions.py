@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TypeVar
 
 from shproto.errors import AgentIdTaken, InvalidArgument
 from shproto.events import Event, RangeExtended, RangeLost, RangeOrphaned, RangeSettled, SessionClosed, SessionOpened
@@ -11,6 +13,9 @@ from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, P
 INGEST = "ingest"
 # What is kept of the producers of one range; an agent's own limit is some 100,000 producers of 130 bytes.
 SNAPSHOT_BYTES_MAX = 16 * 1024 * 1024
+# What one answer tells of producers; with it the answer stays well below the 64 MiB that a message may have, whatever
+# else its grants have (some 100 bytes each). Two of the largest, or some 300 ranges with 1000 producers each.
+TOLD_BYTES_MAX = 32 * 1024 * 1024
 ROLES = (INGEST, "query", "segmenter", "coordinator")
 
 RangeKey = tuple[str, int, int]
@@ -28,6 +33,24 @@ class WalEnds:
     torn: bool = False
     firsts: Mapping[RangeKey, int] = field(default_factory=dict)
     topics: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSnapshot:
+    """A ProducerSnapshotRow without its bytes."""
+
+    topic_id: str
+    partition: int
+    epoch: int
+    end_offset: int
+    size_bytes: int
+
+    @property
+    def key(self) -> tuple[str, int, int, int]:
+        return (self.topic_id, self.partition, self.epoch, self.end_offset)
+
+
+SnapshotT = TypeVar("SnapshotT", ProducerSnapshotRow, StoredSnapshot)
 
 
 def open_session(
@@ -158,16 +181,32 @@ def extend(row: RangeRow, next_offset: int, width_offsets: int) -> RangeExtended
     return RangeExtended(row.topic_id, row.partition, row.epoch, row.limit_offset + width_offsets)
 
 
-def snapshot_for(row: RangeRow, snapshots: Sequence[ProducerSnapshotRow]) -> bytes:
-    """Idempotent producers' state for whoever goes on in `row`: what its own epoch recorded up to registered_end,
-    else, at its beginning, the newest of an earlier epoch. Empty if there is none."""
+def newest_for(row: RangeRow, snapshots: Sequence[SnapshotT]) -> SnapshotT | None:
+    """Of a partition's usable snapshots the one that the leader of `row` goes on from: the newest of what is registered
+    of the range, or, at its beginning, the newest of an earlier epoch. None if there is none.
+
+    Where an older range of the partition has one, a newer range has one, too: what is omitted from an answer relies on
+    it (told_count).
+    """
     own = [item for item in snapshots if item.epoch == row.epoch and item.end_offset <= row.registered_end]
     earlier = [item for item in snapshots if item.epoch < row.epoch]
-    newest = max(own or earlier, key=lambda item: (item.epoch, item.end_offset), default=None)
+    return max(own or earlier, key=lambda item: (item.epoch, item.end_offset), default=None)
+
+
+def snapshot_for(row: RangeRow, snapshots: Sequence[ProducerSnapshotRow]) -> bytes:
+    """The bytes of newest_for()."""
+    newest = newest_for(row, snapshots)
     return newest.snapshot if newest is not None else b""
 
 
-def usable(snapshot: ProducerSnapshotRow, row: RangeRow | None) -> bool:
+def told_count(sizes_bytes: Sequence[int]) -> int:
+    """Of an answer's producer snapshots, which are so large, so many are told; those behind are omitted, smaller ones
+    included. The first is told however large it is: who asks again for what was omitted gets on with every answer."""
+    fitting = sum(total <= TOLD_BYTES_MAX for total in accumulate(sizes_bytes))
+    return max(fitting, min(1, len(sizes_bytes)))
+
+
+def usable(snapshot: ProducerSnapshotRow | StoredSnapshot, row: RangeRow | None) -> bool:
     """Whether what `snapshot` remembers is in the log, or still may get there. A retry of what was fenced or lost
     must not be taken for a duplicate."""
     if row is None or row.status == LOST:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 
 from shproto.errors import SessionExpired
 from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened, topic_stream
@@ -23,14 +24,17 @@ from streamhouse_coordinator.service.common import (
     ranges_by_key,
 )
 
+SnapshotKey = tuple[str, int, int, int]
+
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A range as its agent is to know it."""
+    """A range as its agent is to know it. `snapshot_omitted`: there is a snapshot, to be asked for again."""
 
     range: t.RangeRow
     topic: t.TopicRow
-    producer_snapshot: bytes
+    producer_snapshot: bytes = b""
+    snapshot_omitted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ async def _reopened(tx: Transaction, session: t.SessionRow, expires_ms: int, his
 
 
 async def _resumed(tx: Transaction, wal_id: str) -> list[Grant]:
-    return [grant for grant in await _grants(tx, wal_id) if grant.range.status != t.OPEN]
+    return await _with_topics(tx, [row for row in await _ranges_to_grant(tx, wal_id) if row.status != t.OPEN])
 
 
 async def _others(tx: Transaction, opened: SessionOpened) -> list[t.SessionRow]:
@@ -158,7 +162,12 @@ async def heartbeat(context: Context, session_id: str, low_ranges: Mapping[Range
         width = context.settings.range_width_offsets
         wider = [sessions.extend(row, low_ranges[key], width) for key, row in own.items()]
         await tx.append([event for event in wider if event is not None])
-        return await _with_topics(tx, list((await ranges_by_key(tx, own.keys())).values()))
+        rows = await ranges_by_key(tx, own.keys())
+        topics = await _topics_of(tx, rows.values())
+        # Who writes to a range knows its producers, and the answer has to fit into a message.
+        return [
+            Grant(row, topics[row.topic_id], snapshot_omitted=True) for row in rows.values() if row.topic_id in topics
+        ]
 
     return version, await context.store.run(work)
 
@@ -173,45 +182,89 @@ async def get_grants(
         session = await live_session(tx, session_id)
         # The version first: a change in between makes the agent ask once more, never once too few.
         leases = await tx.select(t.SESSION_LEASES, where(session_id=session_id))
-        grants = await (_grants_of(tx, session.wal_id, only) if only else _grants(tx, session.wal_id))
+        ranges = await (_ranges_among(tx, session.wal_id, only) if only else _ranges_to_grant(tx, session.wal_id))
+        grants = await _with_topics(tx, ranges)
         return (leases[0].grants_version if leases else 0), grants, await tx.position()
 
     return await context.store.run(work)
 
 
-async def _grants(tx: Transaction, wal_id: str) -> list[Grant]:
+async def _ranges_to_grant(tx: Transaction, wal_id: str) -> list[t.RangeRow]:
     if not wal_id:
         return []
     unfinished = await tx.select(t.RANGES, where(UNFINISHED, wal_id=wal_id), order=RANGE_KEYS)
     # So that an agent knows what it may drop because it is given up, not because it is registered.
     lost = await tx.select(t.RANGES, where(LOST_RANGES, wal_id=wal_id), order=RANGE_KEYS)
-    return await _with_topics(tx, [*unfinished, *lost])
+    return [*unfinished, *lost]
 
 
-async def _grants_of(tx: Transaction, wal_id: str, keys: Collection[RangeKey]) -> list[Grant]:
+async def _ranges_among(tx: Transaction, wal_id: str, keys: Collection[RangeKey]) -> list[t.RangeRow]:
     rows = await tx.select(t.RANGES, where_keys(RANGE_KEYS, sorted(keys), wal_id=wal_id), order=RANGE_KEYS)
-    return await _with_topics(tx, [row for row in rows if row.unfinished or row.status == t.LOST])
+    return [row for row in rows if row.unfinished or row.status == t.LOST]
 
 
 async def _with_topics(tx: Transaction, ranges: Sequence[t.RangeRow]) -> list[Grant]:
-    if not ranges:
-        return []
-    topic_ids = In({row.topic_id for row in ranges})
-    topics = {row.topic_id: row for row in await tx.select(t.TOPICS, where(topic_id=topic_ids))}
-    snapshots = await _snapshots(tx, {(row.topic_id, row.partition) for row in ranges})
+    """In the order of `ranges`. What is told of their producers fits into a message; the rest is omitted."""
+    topics = await _topics_of(tx, ranges)
+    named = [row for row in ranges if row.topic_id in topics]
+    # A range that was given up is dropped by its agent, whoever wrote to it.
+    going_on = [row for row in named if row.status != t.LOST]
+    stored = await _stored_snapshots(tx, {row.key[:2] for row in going_on})
+    newest = {row.key: sessions.newest_for(row, stored.get(row.key[:2], ())) for row in going_on}
+    wanted = {key: snapshot.key for key, snapshot in newest.items() if snapshot is not None}
+    told = await _told(tx, wanted, [snapshot.size_bytes for snapshot in newest.values() if snapshot is not None])
     return [
-        Grant(row, topics[row.topic_id], sessions.snapshot_for(row, snapshots.get((row.topic_id, row.partition), [])))
-        for row in ranges
-        if row.topic_id in topics
+        Grant(row, topics[row.topic_id], told.get(row.key, b""), row.key in wanted and row.key not in told)
+        for row in named
     ]
+
+
+async def _topics_of(tx: Transaction, ranges: Collection[t.RangeRow]) -> dict[str, t.TopicRow]:
+    """By id, those that are not deleted."""
+    topic_ids = {row.topic_id for row in ranges}
+    rows = await tx.select(t.TOPICS, where(topic_id=In(topic_ids))) if topic_ids else []
+    return {row.topic_id: row for row in rows}
+
+
+async def _told(
+    tx: Transaction, wanted: Mapping[RangeKey, SnapshotKey], sizes_bytes: Sequence[int]
+) -> dict[RangeKey, bytes]:
+    """Of the snapshots `wanted`, by range and of these sizes, those that an answer has room for: only their bytes are
+    read. One that a registration replaces meanwhile is left to the next answer, and so are all behind it."""
+    fitting = dict(islice(wanted.items(), sessions.told_count(sizes_bytes)))
+    if not fitting:
+        return {}
+    keys = t.PRODUCER_SNAPSHOTS.key
+    rows = await tx.select(t.PRODUCER_SNAPSHOTS, where_keys(keys, sorted(set(fitting.values()))))
+    found = {t.PRODUCER_SNAPSHOTS.key_of(row): row.snapshot for row in rows}
+    there = takewhile(lambda item: item[1] in found, fitting.items())
+    return {range_key: found[snapshot_key] for range_key, snapshot_key in there}
+
+
+async def _stored_snapshots(
+    tx: Transaction, partitions: Collection[tuple[str, int]]
+) -> dict[tuple[str, int], list[sessions.StoredSnapshot]]:
+    """Without their bytes: of an agent's partitions these may be more than a process has memory."""
+    if not partitions:
+        return {}
+    of_partitions = where_keys(("topic_id", "partition"), sorted(partitions))
+    rows = await tx.totals(t.PRODUCER_SNAPSHOTS, of_partitions, by=t.PRODUCER_SNAPSHOTS.key, sums=("snapshot",))
+    return await _usable(tx, [sessions.StoredSnapshot(*row.group, *row.sums) for row in rows])
 
 
 async def _snapshots(
     tx: Transaction, partitions: Collection[tuple[str, int]]
 ) -> dict[tuple[str, int], list[t.ProducerSnapshotRow]]:
     rows = await tx.select(t.PRODUCER_SNAPSHOTS, where_keys(("topic_id", "partition"), sorted(partitions)))
+    return await _usable(tx, rows)
+
+
+async def _usable(
+    tx: Transaction, rows: Sequence[sessions.SnapshotT]
+) -> dict[tuple[str, int], list[sessions.SnapshotT]]:
+    """By partition."""
     ranges = await ranges_by_key(tx, {(row.topic_id, row.partition, row.epoch) for row in rows})
-    by_partition: dict[tuple[str, int], list[t.ProducerSnapshotRow]] = {}
+    by_partition: dict[tuple[str, int], list[sessions.SnapshotT]] = {}
     for row in rows:
         if sessions.usable(row, ranges.get((row.topic_id, row.partition, row.epoch))):
             by_partition.setdefault((row.topic_id, row.partition), []).append(row)

@@ -1,10 +1,10 @@
 """What the agent has to ask the coordinator about its ranges: about all of them, or about those that events named.
 
 The events bring every change, so that asking for what they name is enough; all is asked for when a session begins, and
-when a heartbeat tells of a change that the events have not brought.
+when a heartbeat tells of a change that the events have not brought. What an answer has no room for is asked for again.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from streamhouse_ingest.core.partition_log import LogKey
 
@@ -22,11 +22,13 @@ class Wanted:
     def __init__(self) -> None:
         self._all = False
         self._ranges: dict[LogKey, int] = {}
+        self._rest: set[LogKey] = set()
         self._as_of = 0
 
     def begin(self) -> None:
         """A session was opened: all has to be asked for, whatever was known of another one."""
         self._as_of = 0
+        self._rest.clear()
         self.want_all()
 
     def want_all(self) -> None:
@@ -53,23 +55,45 @@ class Wanted:
         if version != self._as_of and version > seen_position:
             self.want_all()
 
+    def __bool__(self) -> bool:
+        """Whether there is something to ask."""
+        return self._all or bool(self._ranges or self._rest)
+
     def take(self) -> Question | None:
         """What to ask now; None when there is nothing."""
-        if not (self._all or self._ranges):
+        if not self:
             return None
-        question = {} if self._all else self._ranges
+        asked = {} if self._all else {**dict.fromkeys(self._rest, _NO_EVENT), **self._ranges}
+        if len(asked) > RANGES_ASKED_MAX:
+            return dict.fromkeys(first_of(self._rest), _NO_EVENT)  # the others later, or newer epochs came first
         self._all, self._ranges = False, {}
-        return question
+        return asked
 
     def put_back(self, question: Question) -> None:
         """It was not answered."""
         if not question:
             self.want_all()
         elif not self._all:
-            self._ranges = {**question, **self._ranges}
+            missing = {key: position for key, position in question.items() if key not in self._rest}
+            self._ranges = {**missing, **self._ranges}
+            if len(self._ranges) > RANGES_ASKED_MAX:
+                self.want_all()
 
-    def answered(self, question: Question, version: int) -> None:
-        """All ranges are known as of the event `version` if it asked for all: older events tell nothing new."""
-        if not question:
+    def answered(self, question: Question, version: int, rest: Collection[LogKey] = ()) -> None:
+        """All ranges are known as of the event `version` if it asked for all: older events tell nothing new. `rest`:
+        those that did not fit into the answer; what is said of them later is not older."""
+        if question:
+            self._rest = (self._rest - question.keys()) | set(rest)
+        else:
             self._as_of = version
             self._ranges = {key: position for key, position in self._ranges.items() if position > version}
+            self._rest = set(rest)
+
+    def waits_for_rest(self, keys: Collection[LogKey]) -> bool:
+        """Whether any of `keys` (none: any at all) did not fit into the answers so far."""
+        return not self._rest.isdisjoint(keys) if keys else bool(self._rest)
+
+
+def first_of(rest: Collection[LogKey]) -> list[LogKey]:
+    """As many as one question may name, in the order in which answers have them: of a partition older epochs first."""
+    return sorted(rest)[:RANGES_ASKED_MAX]
