@@ -10,6 +10,7 @@ from shproto.errors import Fenced, InvalidArgument, SessionExpired
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from streamhouse_coordinator.api import CoordinatorApi
+from streamhouse_coordinator.service import sessions
 from streamhouse_coordinator.wiring import CoordinatorService
 
 from services.coordinator.tests.declared import declare
@@ -209,6 +210,25 @@ async def test_the_next_leader_gets_the_producers_state(api: CoordinatorApi, ope
     await agent.settle((grant, 20))
     grants = {item.epoch: item.producer_snapshot for item in await agent.grants() if item.partition == 0}
     assert grants == {1: b"state at 10", 2: b"state at 20"}
+
+
+async def test_g5_a_registration_while_grants_are_read_takes_no_producers_from_them(
+    api: CoordinatorApi, open_agent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each statement sees what is committed by then: the range from before it, the snapshots from after it."""
+    agent = await open_agent(api, "a")
+    grant = (await agent.leads())[0]
+    for end in (10, 20):
+        await agent.announce((grant, end - 10, end), snapshot=f"state at {end}".encode())
+    assert await agent.write(grant, 0, 10) == REGISTERED
+    read = sessions._stored_snapshots
+
+    async def read_after_a_registration(*args: Any) -> Any:
+        assert await agent.write(grant, 10, 20) == REGISTERED
+        return await read(*args)
+
+    monkeypatch.setattr(sessions, "_stored_snapshots", read_after_a_registration)
+    assert (await agent.leads())[0].producer_snapshot == b"state at 20"
 
 
 def count_statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:

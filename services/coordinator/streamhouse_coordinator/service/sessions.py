@@ -210,7 +210,9 @@ async def _with_topics(tx: Transaction, ranges: Sequence[t.RangeRow]) -> list[Gr
     # A range that was given up is dropped by its agent, whoever wrote to it.
     going_on = [row for row in named if row.status != t.LOST]
     stored = await _stored_snapshots(tx, {row.key[:2] for row in going_on})
-    newest = {row.key: sessions.newest_for(row, stored.get(row.key[:2], ())) for row in going_on}
+    # As they are after the snapshots were read: a registration in between removes those of what was registered before.
+    now = await ranges_by_key(tx, {row.key for row in going_on})
+    newest = {row.key: sessions.newest_for(now.get(row.key, row), stored.get(row.key[:2], ())) for row in going_on}
     wanted = {key: snapshot.key for key, snapshot in newest.items() if snapshot is not None}
     told = await _told(tx, wanted, [snapshot.size_bytes for snapshot in newest.values() if snapshot is not None])
     return [
