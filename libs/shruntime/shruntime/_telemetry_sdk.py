@@ -31,7 +31,7 @@ def install(service: str, settings: CommonSettings) -> None:
     if settings.prometheus_listen:
         host, _, port = settings.prometheus_listen.rpartition(":")
         readers.append(PrometheusMetricReader())
-        start_http_server(int(port), addr=host)
+        start_http_server(int(port), addr=host.strip("[]"))
     metrics.set_meter_provider(MeterProvider(readers, resource))
 
 

@@ -9,6 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from opentelemetry import trace
 from shproto.errors import StreamHouseError
@@ -165,10 +166,7 @@ class Sealer:
         """The coordinator has done with a buffer. What of it is not registered after all is announced anew."""
         sealed = self._announced.pop(buffer_id, None)
         if sealed is not None:
-            again = []
-            for held, old in sealed.slices:
-                if self._logs.get(held.log.key) is held:
-                    again += [(held, buffer) for buffer in held.log.sealed if _overlap(buffer, old)]
+            again = self._still_sealed(sealed)
             if again:
                 log.info("buffer %s: %d slices are not registered, announcing them anew", buffer_id, len(again))
             self.announce_again(again)
@@ -216,19 +214,22 @@ class Sealer:
 
     def _request(self, session_id: str, sealed: SealedBuffer) -> pb.AnnounceBufferRequest:
         """What is left of its slices: an older announcement of the same records may have registered them, or a part."""
-        wanted = [
-            (held.log.key, held.log.topic, buffer)
-            for held, old in sealed.slices
-            if self._logs.get(held.log.key) is held
-            for buffer in held.log.sealed
-            if _overlap(buffer, old)
-        ]
         return pb.AnnounceBufferRequest(
             session_id=session_id,
             buffer_id=sealed.buffer_id,
-            slices=[_slice(key, topic, buffer) for key, topic, buffer in wanted],
+            slices=[_slice(held.log.key, held.log.topic, buffer) for held, buffer in self._still_sealed(sealed)],
             trace_context=sealed.trace_context,
         )
+
+    def _still_sealed(self, sealed: SealedBuffer) -> list[tuple[HeldLog, Buffer]]:
+        """The buffers that hold what is left of its slices. One walk over each log, which may have thousands after a
+        long outage of the object store."""
+        left: list[tuple[HeldLog, Buffer]] = []
+        for held, slices in groupby(sealed.slices, key=lambda item: item[0]):
+            known = self._logs.get(held.log.key)
+            if known is not None and known is held:
+                left += [(known, buffer) for buffer in overlapping(known.log.sealed, [old for _, old in slices])]
+        return left
 
     @property
     def sealed_bytes(self) -> int:
@@ -258,8 +259,16 @@ def _within_a_message(slices: Sequence[tuple[HeldLog, Buffer]]) -> Iterator[list
         yield run
 
 
-def _overlap(buffer: Buffer, old: Buffer) -> bool:
-    return buffer.base_offset < old.end_offset and old.base_offset < buffer.end_offset
+def overlapping(buffers: Iterable[Buffer], olds: Sequence[Buffer]) -> Iterator[Buffer]:
+    """Those that share offsets with any of `olds`; both ascend, and none of either overlap."""
+    at = 0
+    for buffer in buffers:
+        while at < len(olds) and olds[at].end_offset <= buffer.base_offset:
+            at += 1
+        if at == len(olds):
+            return
+        if olds[at].base_offset < buffer.end_offset:
+            yield buffer
 
 
 def _slice(key: LogKey, topic: str, buffer: Buffer) -> pb.BufferSlice:

@@ -15,7 +15,6 @@ import pytest
 from opentelemetry import metrics
 from shformat import ProducerStamp, Records, decode_batch, encode_batch, stamp_batch
 from shproto import errors
-from shproto.rpc import MESSAGE_BYTES_MAX
 from shproto.v1 import coordinator_pb2, types_pb2
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import ManualClock
@@ -25,7 +24,6 @@ from streamhouse_ingest.core.buffer import WalPosition
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.core.producers import (
     ProducerState,
-    ProducerTable,
     WrittenBatch,
     decode_snapshot,
     encode_snapshot,
@@ -1138,30 +1136,6 @@ async def test_many_partitions_share_one_announcement(tmp_path: Path):
         await asyncio.gather(*(service.api.produce(request(b"v", partition=p)) for p in range(20)))
         await eventually(lambda: coordinator.buffers)
         assert [len(b.slices) for b in coordinator.buffers.values()] == [20]
-
-
-async def test_g7_an_announcement_stays_within_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """With many producers in many partitions it would be larger: refused for ever, and all behind it with it."""
-    coordinator = CoordinatorStandIn()
-    coordinator.create("orders", 80)
-    sizes: list[int] = []
-    announce = coordinator.announce_buffer
-
-    async def bounded(request: coordinator_pb2.AnnounceBufferRequest) -> coordinator_pb2.AnnounceBufferResponse:
-        if request.ByteSize() > MESSAGE_BYTES_MAX:
-            raise errors.InvalidArgument("RESOURCE_EXHAUSTED: CLIENT: Sent message larger than max")
-        sizes.append(len(request.slices))
-        return await announce(request)
-
-    monkeypatch.setattr(coordinator, "announce_buffer", bounded)
-    monkeypatch.setattr(ProducerTable, "snapshot", lambda table, end_offset: bytes(1 << 20))
-    async with running(tmp_path, coordinator, memory_bytes_max=1 << 30) as service:
-        for partition in range(80):
-            await led(service, partition=partition)
-            await service.api.produce(request(b"v", partition=partition))
-        agent = service.agent.running()
-        agent.sealer.seal_now(agent.logs)
-        await eventually(lambda: sum(sizes) == 80, timeout_s=10)
 
 
 async def test_an_announcement_is_repeated_until_it_is_heard(

@@ -60,11 +60,11 @@ class SharedCache(Protocol):
 
 @dataclass(slots=True)
 class _Flight:
-    """A download under way: `result` is there before the chunk is on disk, `task` ends after that."""
+    """A download under way: `result` is there before the chunk is on disk, `ended` when nothing of it is to come."""
 
     end: int
     result: asyncio.Future[bytes]
-    task: asyncio.Task[None] | None = None
+    ended: asyncio.Event
 
 
 class ChunkReader:
@@ -138,8 +138,9 @@ class ChunkReader:
         for number in self._ends(spans):
             self._counters.cache_damaged_chunks += 1
             chunk = ChunkId(object_key, number)
-            if (flight := self._flights.get(chunk)) is not None and flight.task is not None:
-                await asyncio.wait([flight.task])  # until then it gives its bytes to readers, and to the caches
+            # To its very end: until then who looks again is given its bytes, and it puts them into the caches.
+            if (flight := self._flights.get(chunk)) is not None:
+                await flight.ended.wait()
             await self._disk.drop(chunk)
             if self._shared is not None:
                 await self._shared.drop(chunk)
@@ -209,10 +210,20 @@ class ChunkReader:
     # ---- downloads
 
     def _start(self, chunk: ChunkId, end: int) -> _Flight:
-        flight = _Flight(end, asyncio.get_running_loop().create_future())
+        flight = _Flight(end, asyncio.get_running_loop().create_future(), asyncio.Event())
         self._flights[chunk] = flight
-        flight.task = self._tasks.spawn(f"download {chunk.object_key} {chunk.number}", self._fly(chunk, flight))
+        task = self._tasks.spawn(f"download {chunk.object_key} {chunk.number}", self._fly(chunk, flight))
+        task.add_done_callback(lambda _: self._end(chunk, flight))
         return flight
+
+    def _end(self, chunk: ChunkId, flight: _Flight) -> None:
+        """However it came to that, were it by a cancellation before it began."""
+        if not flight.result.done():
+            flight.result.set_exception(StoreUnavailable("the download was given up: the service stops"))
+        flight.result.exception()  # seen: nobody may be waiting any more
+        if self._flights.get(chunk) is flight:
+            del self._flights[chunk]
+        flight.ended.set()
 
     async def _fly(self, chunk: ChunkId, flight: _Flight) -> None:
         try:
@@ -224,12 +235,6 @@ class ChunkReader:
                 await self._shared.put(chunk, content)
         except StoreError as error:
             flight.result.set_exception(error)
-        finally:
-            if not flight.result.done():
-                flight.result.set_exception(StoreUnavailable("the download was given up: the service stops"))
-            flight.result.exception()  # seen: nobody may be waiting any more
-            if self._flights.get(chunk) is flight:
-                del self._flights[chunk]
 
     async def _obtain(self, chunk: ChunkId, end: int) -> tuple[bytes, bool]:
         """(bytes of the chunk up to `end`, whether they come from the shared cache)."""

@@ -102,7 +102,7 @@ class _Fetch:
             return True
         match step:
             case ReadSegment(segment):
-                return await self._read_segment(partition, segment, watch)
+                return await self._read_segment(partition, segment)
             case ReadTail():
                 return await self._read_tail(partition, step, watch)
             case SkipTo(offset):
@@ -175,14 +175,14 @@ class _Fetch:
 
     # ---- registered records
 
-    async def _read_segment(self, partition: PartitionIndex, segment: SegmentEntry, watch: Watch) -> bool:
+    async def _read_segment(self, partition: PartitionIndex, segment: SegmentEntry) -> bool:
         nothing_yet = not self._got.batches
         try:
             run = await self._reads.segments.read_from(
                 partition, segment, self._offset, self._room, at_least_one=nothing_yet
             )
         except ObjectMissing as error:
-            return await self._missing(partition, segment, error, watch)
+            return await self._missing(partition, segment, error)
         except StreamHouseError:
             if nothing_yet:
                 raise
@@ -194,17 +194,16 @@ class _Fetch:
         self._add(run.blocks, run.size_bytes, run.next_offset)
         return run.next_offset < segment.end_offset
 
-    async def _missing(
-        self, partition: PartitionIndex, segment: SegmentEntry, error: ObjectMissing, watch: Watch
-    ) -> bool:
-        """Compaction or retention may have deleted the object, and the event be on its way."""
+    async def _missing(self, partition: PartitionIndex, segment: SegmentEntry, error: ObjectMissing) -> bool:
+        """Compaction or retention may have deleted the object, and the event be on its way, or not come at all while
+        this service is cut off from the coordinators: only an index that is not behind can tell that it is lost."""
         if self._got.batches:
             return True
-        while self._plan(self._partition()) == ReadSegment(segment):
-            watch.arm()
-            if not await self._changed(watch, self._remaining_ms(self._catch_up_ms)):
-                self._reads.counters.damaged_spans += 1
-                raise object_missing(partition, segment) from error
+        if self._plan(self._partition()) == ReadSegment(segment):
+            await self._reads.freshness.catch_up(partition.topic)
+        if self._plan(self._partition()) == ReadSegment(segment):
+            self._reads.counters.damaged_spans += 1
+            raise object_missing(partition, segment) from error
         return False
 
     # ---- records that only the agent has

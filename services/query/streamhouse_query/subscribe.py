@@ -139,12 +139,12 @@ class Subscription:
         lent_bytes = await self._budget.take(want.bytes_max)
         try:
             fetched = await fetch(self._reads, replace(want, max_wait_ms=0, known_reason=None))
+            response = source.respond(want, fetched)
         except BaseException:
             self._budget.give(lent_bytes)
             raise
         held_bytes = min(lent_bytes, fetched.size_bytes)
         self._budget.give(lent_bytes - held_bytes)
-        response = source.respond(want, fetched)
         if fetched.batches:
             self._ready.put_nowait(_Delivery(response, held_bytes))
         return response

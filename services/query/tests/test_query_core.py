@@ -46,6 +46,9 @@ def test_readahead_grows_with_a_reader_and_forgets_those_that_jump() -> None:
         ahead.observe(key, 1_000 + 2 * n, 1_001 + 2 * n)
     assert ahead.observe(key, 7, 8) == 0
     assert len(ahead._expected) == READERS_MAX
+    key = ("of one who reads for years", 0)
+    ahead._expected[key, 0] = 1 << 40
+    assert ahead.observe(key, 0, 1) == 8
     off = ReadAhead(0)
     assert [off.observe(key, n, n + 1) for n in range(4)] == [0, 0, 0, 0]
 
@@ -110,6 +113,19 @@ def test_plain_records_begin_at_the_offset_and_stop_at_the_limits() -> None:
     many = encode_batch(Records.from_lists([b""] * (RECORDS_MAX + 5)), base_offset=0, epoch=1)
     found, next_offset = plain_records([many], 0, RECORDS_MAX + 5, 1 << 20)
     assert len(found) == next_offset == RECORDS_MAX
+
+
+def test_plain_records_with_large_headers_stop_at_the_limit() -> None:
+    """A batch may hold 64 MiB of them, which as one response would be too large to be sent, at every try."""
+    headers = [[("h" * 50, b"v" * 50), ("n", None)]] * 100
+    records = Records.from_lists([b"x"] * 100, headers=headers)
+    batches = [encode_batch(records, base_offset=base, epoch=1) for base in (0, 100)]
+    for offset in (0, 50, 93):
+        found, next_offset = plain_records(batches, offset, 200, 1_000)
+        assert [record.offset for record in found] == list(range(offset, next_offset))
+        assert sum(len(h.key) + len(h.value) for record in found for h in record.headers) in range(1, 1_000)
+    found, next_offset = plain_records(batches, 99, 200, 1)
+    assert (len(found), next_offset) == (1, 100), "at least one"
 
 
 @pytest.mark.parametrize("bytes_max", [1, 7, 50, 10_000])

@@ -7,12 +7,13 @@ from itertools import pairwise
 
 import pytest
 from shformat import decode_batch
-from shproto.errors import InvalidArgument, StreamHouseError
+from shproto.errors import DataLoss, InvalidArgument, StreamHouseError
 from shproto.rpc import Connection
 from shproto.services import QueryClient
 from shproto.v1 import query_pb2
 from shruntime.server import RpcServer
-from streamhouse_query.subscribe import ByteBudget
+from streamhouse_query.reads import Fetched, Want
+from streamhouse_query.subscribe import ByteBudget, Source, Subscription
 from streamhouse_query.wiring import QueryService
 
 from services.query.tests.query_standins import StandInPlatform, values_of
@@ -270,6 +271,32 @@ async def test_over_grpc_a_subscriber_that_goes_away_leaves_nothing_running(
 
 def pumps() -> list["asyncio.Task[object]"]:
     return [task for task in asyncio.all_tasks() if task.get_name().startswith("subscription ")]
+
+
+async def test_a_partition_that_fails_with_its_records_gives_its_bytes_back(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await partitions(platform, 2)
+    for number in range(2):
+        await platform.produce(values_of(1_000, 0, 100), number=number)
+        await platform.register(number=number)
+    service = await start_query()
+
+    def source(number: int) -> Source:
+        async def resolve() -> Want:
+            return Want(service._index.find("orders", number).key, "orders", 0, 1 << 20)
+
+        def respond(want: Want, fetched: Fetched) -> query_pb2.FetchResponse:
+            if not number:
+                raise DataLoss("cannot be decoded")
+            return query_pb2.FetchResponse(partition=number, batches=fetched.batches, next_offset=fetched.next_offset)
+
+        return Source(resolve, respond, lambda error: query_pb2.FetchResponse(error=error.to_detail()))
+
+    subscription = Subscription(service.api._reads, [source(0), source(1)], buffer_bytes=1 << 20, heartbeat_ms=1_000)
+    async with contextlib.aclosing(subscription.responses()) as responses:
+        got = await until(responses, lambda response: bool(response.batches))
+    assert got[0].HasField("error") and got[-1].next_offset == 1_000
 
 
 async def test_the_byte_budget_is_first_come_first_served_and_survives_cancellation() -> None:

@@ -68,7 +68,7 @@ class Compactor:
             worker_id=self._worker_id,
             claim_ttl_ms=self._settings.claim_ttl_ms,
             small_bytes_max=self._settings.compaction_small_bytes_max,
-            target_bytes=self._settings.compaction_target_bytes,
+            target_bytes=min(self._settings.compaction_target_bytes, self._settings.segment_build_bytes_max),
             segments_min=self._settings.compaction_segments_min,
         )
 

@@ -86,7 +86,7 @@ class Handover:
         return result
 
     async def _work(self, built: Callable[[], None]) -> None:
-        plan = plan_objects(self._claim.slices, self._settings.segment_bytes_target)
+        plan = plan_objects(self._claim.slices, self._settings.slices_together_bytes)
         objects = {self._builder.new_key(slices): slices for slices in plan}
         # While the first object is being built: the declaration costs no time.
         declaring = asyncio.create_task(

@@ -42,7 +42,10 @@ class SegmenterSettings(StoreSettings):
     )
 
     block_bytes_target: int = Field(
-        MIB, ge=4096, le=16 * MIB, description="uncompressed bytes of a segment's block: what one cached read fetches"
+        MIB,
+        ge=4096,
+        le=4_000_000,  # what SegmentBuilder takes
+        description="uncompressed bytes of a segment's block: what one cached read fetches",
     )
     segment_bytes_target: int = Field(
         64 * MIB,
@@ -108,3 +111,9 @@ class SegmenterSettings(StoreSettings):
         description="ms from noticing that an object is unreferenced to deleting it, for readers with an older plan",
     )
     orphan_dry_run: bool = Field(False, description="log orphans instead of deleting them")
+
+    @property
+    def slices_together_bytes(self) -> int:
+        """segment_bytes_target as far as a build can hold it: with a block that is not compressed yet, and a quarter
+        for what the frames of small segments take."""
+        return min(self.segment_bytes_target, (self.segment_build_bytes_max - self.block_bytes_target) * 3 // 4)

@@ -83,14 +83,14 @@ class Sweeper:
 
     async def mark_history(self) -> None:
         """Notes in the store where the metadata's history stands, unless it went back. Raises as `run`."""
-        mark, refused = await self.check_history()
-        if refused:
-            return
         head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
         if head.events_position == self._marked:
             return
         event = await self._event_at(head.events_position, head.events_position)
-        if event is not None:
+        # Last: what was the right history then was so before, when the event was read. An old dump that is put in
+        # PostgreSQL's place in between must not become what the store has seen.
+        mark, refused = await self.check_history()
+        if event is not None and not refused:
             kept = replace(event, sweep_from_ms=mark.sweep_from_ms)
             await self._ports.store.put(MARK_KEY, [kept.encode()], if_absent=False)
             self._marked = event.position

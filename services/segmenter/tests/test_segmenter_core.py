@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shformat import BatchHeader, encode_batch, read_batch_header
+from shformat import BatchHeader, SegmentBuilder, encode_batch, read_batch_header
 from shproto.v1 import coordinator_pb2 as c
 from shproto.v1 import types_pb2
+from shruntime.settings import SettingsError
 from shstore.keys import check_key
 from streamhouse_segmenter.core.compaction import CompactionRefused, check_mergeable
 from streamhouse_segmenter.core.history import HistoryMark, went_back
@@ -16,6 +17,7 @@ from streamhouse_segmenter.core.keys import data_key, object_key
 from streamhouse_segmenter.core.plan import SliceMismatch, SliceProgress, plan_objects
 from streamhouse_segmenter.core.retry import retry_after_ms, still_early
 from streamhouse_segmenter.core.sweep import Orphan, StoredObject, judge, old_enough
+from streamhouse_segmenter.settings import SegmenterSettings
 
 from services.segmenter.tests.segmenter_standins import TOPIC_ID, records_of
 
@@ -35,6 +37,22 @@ def slice_of(partition: int, base: int, end: int, size_bytes: int = 100) -> c.Bu
 
 def header_of(base: int, count: int, epoch: int = 3) -> BatchHeader:
     return read_batch_header(encode_batch(records_of(0, base, count), base_offset=base, epoch=epoch))
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize("extreme", ["Ge", "Le"])
+def test_segments_can_be_built_of_all_blocks_that_may_be_asked_for(extreme: str) -> None:
+    """Else every buffer would fail, for ever."""
+    field = SegmenterSettings.model_fields["block_bytes_target"]
+    [bound] = [getattr(item, extreme.lower()) for item in field.metadata if type(item).__name__ == extreme]
+    SegmentBuilder(TOPIC_ID, 0, 1, block_bytes_target=bound)
+
+
+def test_blocks_that_cannot_be_built_are_refused() -> None:
+    with pytest.raises(SettingsError, match="block_bytes_target"):
+        SegmenterSettings.load({}, block_bytes_target=8 << 20)
 
 
 # ---- keys

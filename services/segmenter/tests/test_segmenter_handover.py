@@ -369,6 +369,28 @@ async def test_a_slice_beyond_the_memory_limit_is_refused(world: World) -> None:
     assert "segment_build_bytes_max = 300" in given_back.reason
 
 
+async def test_small_slices_that_are_too_much_for_one_build_become_several_objects(world: World) -> None:
+    """However large an object may be otherwise; the buffer would fail at every try."""
+    slices = [world.agent.append(partition, [30, 30]) for partition in range(40)]
+    world.coordinator.announce("b1", "agent:1", slices)
+    limit = sum(slice_.size_bytes for slice_ in slices) // 2
+    await world.worker(segment_build_bytes_max=limit, block_bytes_target=4096).drain()
+    assert not world.coordinator.released or not world.coordinator.released[0].reason
+    await world.check()
+
+
+async def test_a_merge_is_no_larger_than_a_build_may_be(world: World) -> None:
+    asked = []
+
+    async def claim_compaction(request: c.ClaimCompactionRequest) -> c.ClaimCompactionResponse:
+        asked.append(request.target_bytes)
+        return c.ClaimCompactionResponse()
+
+    world.coordinator.claim_compaction = claim_compaction  # type: ignore[method-assign]
+    await world.worker(compaction_target_bytes=512 << 20, segment_build_bytes_max=320 << 20).compact()
+    assert asked == [320 << 20]
+
+
 async def test_an_agent_that_is_away_costs_a_retry(world: World) -> None:
     world.seal("b1", world.agent.append(0, [10]))
     world.agent.down = True

@@ -404,6 +404,31 @@ async def test_a_sweep_after_a_restored_backup_is_refused() -> None:
     assert await house.keys() == house.registered
 
 
+@pytest.mark.parametrize("swapped_at", [1, 2])
+async def test_no_mark_is_taken_from_metadata_that_goes_back_while_it_is_taken(swapped_at: int) -> None:
+    """The coordinator waits for PostgreSQL for some seconds: long enough to put an old dump in its place."""
+    house = House()
+    await house.fill(3)
+    backup = (list(house.coordinator.events), dict(house.coordinator.segments))
+    await house.fill(3)
+    await house.sweeping.mark_history()
+    before = await house.keys()
+    get_head, asked = house.coordinator.get_head, 0
+
+    async def get_head_of_a_dump(request: c.GetHeadRequest) -> c.GetHeadResponse:
+        nonlocal asked
+        asked += 1
+        if asked == swapped_at:
+            house.coordinator.events, house.coordinator.segments = [*backup[0]], dict(backup[1])
+        return await get_head(request)
+
+    house.coordinator.get_head = get_head_of_a_dump
+    await house.sweeping.mark_history()
+    house.clock.advance(2 * HOUR_MS)
+    assert (await sweep_until_confirmed(house)).refused
+    assert await house.keys() == before
+
+
 async def test_after_a_restore_sweeps_rest_and_marks_keep_that() -> None:
     house = House()
     await house.fill(2)

@@ -144,7 +144,7 @@ class DiskCache:
         path = self._path(name)
         unfinished = path.with_name(f"{name}.tmp")
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)  # the cache may be deleted, also while it is used
             unfinished.write_bytes(content)
             unfinished.rename(path)
         except OSError:

@@ -8,38 +8,52 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 from shformat import Records, decode_batch
 from shproto.v1 import types_pb2
 
 # About 10 ms of work. Who wants more takes encoded batches.
 RECORDS_MAX = 10_000
+# What a header costs beside its bytes, so that millions of empty ones are not taken for nothing.
+_HEADER_BYTES = 16
 
 
 def plain_records(
     batches: Iterable[bytes], offset: int, next_offset: int, bytes_max: int
 ) -> tuple[list[types_pb2.Record], int]:
-    """(records from `offset` on: at least one if there is one, else up to `bytes_max` of keys and values;
+    """(records from `offset` on: at least one if there is one, else up to `bytes_max` of keys, values and headers;
     the offset to go on at). `next_offset`: where a reader of all of `batches` goes on. Raises FormatError."""
     plain: list[types_pb2.Record] = []
     for batch in batches:
         records = decode_batch(batch)
         first = int(np.searchsorted(records.offsets, offset))
-        stop = _stop(records, first, bytes_max, RECORDS_MAX - len(plain), at_least_one=not plain)
-        taken = records.slice(first, stop)
-        plain += _messages(taken)
-        bytes_max -= taken.size_bytes
+        sizes = _sizes(records)
+        stop = _stop(sizes, first, bytes_max, RECORDS_MAX - len(plain), at_least_one=not plain)
+        plain += _messages(records.slice(first, stop))
+        bytes_max -= int(sizes[stop] - sizes[first])
         if stop < len(records):
             return plain, int(records.offsets[stop])
     return plain, next_offset
 
 
-def _stop(records: Records, first: int, bytes_max: int, count_max: int, *, at_least_one: bool) -> int:
+def _sizes(records: Records) -> NDArray[np.int64]:
+    """Bytes of all records before each one, and of all of them."""
+    sizes = np.zeros(len(records) + 1, np.int64)
+    sizes[1:] = records.keys.ends + records.values.ends
+    if records.headers is not None:
+        of_headers = np.zeros(len(records.headers.names) + 1, np.int64)
+        of_headers[1:] = records.headers.names.ends + records.headers.values.ends
+        of_headers += np.arange(len(of_headers)) * _HEADER_BYTES
+        sizes[1:] += of_headers[records.headers.ends]
+    return sizes
+
+
+def _stop(sizes: NDArray[np.int64], first: int, bytes_max: int, count_max: int, *, at_least_one: bool) -> int:
     """The first position that does not fit any more."""
-    sizes = records.keys.ends + records.values.ends
-    base = int(sizes[first - 1]) if first else 0
-    fits = int(np.searchsorted(sizes, base + bytes_max, side="right"))
-    stop = min(fits, first + count_max, len(records))
-    return max(stop, first + 1) if at_least_one and first < len(records) else max(stop, first)
+    count = len(sizes) - 1
+    fits = int(np.searchsorted(sizes[1:], int(sizes[first]) + bytes_max, side="right"))
+    stop = min(fits, first + count_max, count)
+    return max(stop, first + 1) if at_least_one and first < count else max(stop, first)
 
 
 def _messages(records: Records) -> list[types_pb2.Record]:

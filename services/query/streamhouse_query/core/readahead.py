@@ -8,6 +8,8 @@ from .index import PartitionKey
 
 # Readers that are remembered: two per partition of a cluster of 4,000 partitions; each costs about 200 bytes.
 READERS_MAX = 8192
+# The window is that of the largest setting, 64 chunks, by then; a reader may go on for years.
+_DOUBLINGS_MAX = 6
 
 
 class ReadAhead:
@@ -23,4 +25,4 @@ class ReadAhead:
         self._expected[partition, next_offset] = streak + 1
         if len(self._expected) > READERS_MAX:
             self._expected.popitem(last=False)
-        return min(self._chunks_max, 1 << (streak - 1)) if streak else 0
+        return min(self._chunks_max, 1 << min(streak - 1, _DOUBLINGS_MAX)) if streak else 0

@@ -1,0 +1,111 @@
+"""Announcements that the coordinator can take, however much is sealed at once."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shproto.rpc import MESSAGE_BYTES_MAX
+from shproto.v1 import coordinator_pb2 as pb
+from shruntime.clock import SystemClock
+from shruntime.tasks import Backoff
+from streamhouse_ingest.core.buffer import Buffer, WalPosition
+from streamhouse_ingest.core.producers import ProducerTable
+from streamhouse_ingest.core.sealing import SealLimits
+from streamhouse_ingest.logs import Logs
+from streamhouse_ingest.metrics import IngestMetrics
+from streamhouse_ingest.sealer import Sealer, SessionHolder, overlapping
+
+from services.ingest.tests.test_ingest_logs import append, lead, new_logs
+
+# As the coordinator has it: messages.SLICES_MAX.
+SLICES_MAX = 100_000
+# A thousand producers (producers_per_partition_max) with five batches each.
+SNAPSHOT = bytes(5 + 1_000 * (13 + 5 * 20))
+
+
+class _Announced:
+    """Takes what is announced."""
+
+    def __init__(self) -> None:
+        self.requests: list[pb.AnnounceBufferRequest] = []
+
+    async def announce_buffer(self, request: pb.AnnounceBufferRequest) -> pb.AnnounceBufferResponse:
+        self.requests.append(request)
+        return pb.AnnounceBufferResponse()
+
+
+async def announced(logs: Logs, slices: int) -> list[pb.AnnounceBufferRequest]:
+    """What a new session is told, until it is so many slices."""
+    coordinator: Any = _Announced()
+    holder = SessionHolder()
+    holder.set("session")
+    limits = SealLimits(1 << 26, 10_000, 20, 1 << 28, 1 << 28)
+    sealer = Sealer(logs, coordinator, holder, SystemClock(), limits, Backoff(1, 1), IngestMetrics())
+    sealer.restart()
+    task = asyncio.create_task(sealer.announce())
+    async with asyncio.timeout(20):
+        while sum(len(request.slices) for request in coordinator.requests) < slices:
+            await asyncio.sleep(0.001)
+    task.cancel()
+    return coordinator.requests
+
+
+async def test_the_producers_of_many_partitions_are_announced_in_messages_that_can_be_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ProducerTable, "snapshot", lambda self, end_offset: SNAPSHOT)
+    logs = new_logs(1 << 30)
+    for partition in range(700):
+        append(logs, lead(logs, partition))
+    requests = await announced(logs, 700)
+    assert [item.partition for request in requests for item in request.slices] == list(range(700))
+    assert max(request.ByteSize() for request in requests) < MESSAGE_BYTES_MAX
+
+
+async def test_many_small_buffers_are_announced_in_numbers_that_are_taken() -> None:
+    """Sealed one by one while nothing could be uploaded, and announced anew together when the session was lost."""
+    logs = new_logs(1 << 30)
+    per_partition = SLICES_MAX // 1_000 + 1
+    for partition in range(1_000):
+        held = lead(logs, partition)
+        for _ in range(per_partition):
+            append(logs, held, 1)
+            logs.seal(held)
+    requests = await announced(logs, 1_000 * per_partition)
+    assert max(len(request.slices) for request in requests) <= SLICES_MAX
+    slices = [(item.partition, item.base_offset) for request in requests for item in request.slices]
+    assert slices == [(partition, base) for partition in range(1_000) for base in range(per_partition)]
+
+
+class _Counted(Buffer):
+    """Counts how often it is looked at."""
+
+    looks = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "end_offset":
+            _Counted.looks += 1
+        return super().__getattribute__(name)
+
+
+@given(st.lists(st.integers(1, 3), max_size=30), st.lists(st.integers(1, 3), max_size=30), st.integers(0, 9))
+def test_what_is_left_of_an_announcement_is_found_in_one_walk(now: list[int], then: list[int], gap: int) -> None:
+    """After a day without an object store there are thousands of both."""
+    buffers, olds = _buffers(now, gap), _buffers(then, 0)
+    _Counted.looks = 0
+    found = list(overlapping(buffers, olds))
+    assert _Counted.looks <= 3 * (len(buffers) + len(olds))
+    assert found == [
+        b for b in buffers if any(b.base_offset < o.end_offset and o.base_offset < b.end_offset for o in olds)
+    ]
+
+
+def _buffers(counts: list[int], base_offset: int) -> list[Buffer]:
+    buffers = []
+    for count in counts:
+        buffers.append(_Counted(base_offset, 0))
+        buffers[-1].append(count, WalPosition(1, 0, 1), None)
+        base_offset += count
+    return buffers
