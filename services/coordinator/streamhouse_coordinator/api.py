@@ -98,7 +98,9 @@ class CoordinatorApi:
 
     async def get_head(self, request: pb.GetHeadRequest) -> pb.GetHeadResponse:
         head = await self._context.store.head()
-        return pb.GetHeadResponse(events_position=head.position, history_id=head.history_id)
+        return pb.GetHeadResponse(
+            events_position=head.position, history_id=head.history_id, missing_position=head.missing_position
+        )
 
     # ---- sessions and leases
 

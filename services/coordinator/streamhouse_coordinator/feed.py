@@ -16,6 +16,7 @@ from shruntime.tasks import Backoff
 from streamhouse_coordinator.core.histories import Head, went_back
 from streamhouse_coordinator.core.tables import EventRow
 from streamhouse_coordinator.ports import Store
+from streamhouse_coordinator.service import forks
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Feed:
         self._batch = batch
         self._recent: deque[EventRow] = deque(maxlen=cached)
         self._position = -1  # the newest event read; -1 until the reader has begun
+        self._last: EventRow | None = None  # the one at `_position`, once it was read
         self._history_id = ""
         self._checked = False  # whether the history is known to be the same since the database was last away
         self._era = 0  # counts the changes of history
@@ -79,22 +81,36 @@ class Feed:
         events are not the same."""
         head = await self._store.head()
         if head.history_id != self._history_id or head.position < self._position:
-            if self._position >= 0:
-                self._era += 1
-                log.error("the metadata went back: event %d of %s was read, now there is %d of %s",
-                          self._position, self._history_id, head.position, head.history_id)  # fmt: skip
-            self._history_id = head.history_id
-            self._recent.clear()
-            await self._moved_to(head.position)
+            await self._went_back(head)
         self._checked = True
         return head.position > self._position
 
     async def _read(self) -> bool:
-        rows = await self._store.read_events(self._position, self._batch)
+        """Whether there may be more. The last event is read again with those behind it: where another one is in its
+        place, those that were read are gone, however many there are by now."""
+        known = min(self._position, 1)
+        rows = await self._store.read_events(self._position - known, self._batch + known)
+        if known and not (rows and rows[0].position == self._position and self._last in (None, rows[0])):
+            await self._went_back(await self._store.head())
+            return False
         if rows:
-            self._recent.extend(rows)
-            await self._moved_to(rows[-1].position)
-        return len(rows) == self._batch
+            self._last = rows[-1]
+        if new := rows[known:]:
+            self._recent.extend(new)
+            await self._moved_to(new[-1].position)
+        return len(new) == self._batch
+
+    async def _went_back(self, head: Head) -> None:
+        """Another history may go on at any place: a restore has accounted for what is gone. Raises Unavailable."""
+        if self._position >= 0:
+            if head.history_id == self._history_id:
+                await forks.note(self._store, Head(self._history_id, self._position), forks.COORDINATOR)
+            self._era += 1
+            log.error("the metadata went back: event %d of %s was read, now there is %d of %s",
+                      self._position, self._history_id, head.position, head.history_id)  # fmt: skip
+        self._history_id, self._last = head.history_id, None
+        self._recent.clear()
+        await self._moved_to(head.position)
 
     async def _moved_to(self, position: int) -> None:
         self._position = position

@@ -9,7 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
-from shproto.errors import Unavailable
+from shproto.errors import MetadataWentBack, Unavailable
 from shproto.v1 import coordinator_pb2
 from shstore import ObjectMissing
 
@@ -25,22 +25,20 @@ log = logging.getLogger(__name__)
 # S3 lists and deletes this many per request.
 PAGE_KEYS = 1000
 PREFIXES = (DATA_PREFIX, MIXED_PREFIX)
+_WAY_OUT = f"Bring it back with `streamhouse restore`, or, if nothing was lost with it, delete {MARK_KEY}"
 
 
 def refusal(why: str) -> str:
     """A refused sweep's reason and way out, for people."""
-    return (
-        f"orphan sweep refused, the metadata went back in time: {why}. Bring it back with"
-        f" `streamhouse restore`, or, if nothing was lost with it, delete {MARK_KEY}"
-    )
+    return f"orphan sweep refused, the metadata went back in time: {why}"
 
 
 @dataclass(slots=True)
 class SweepReport:
     """`waiting`: unreferenced, to be deleted by a later sweep (all of them, in a dry run). `in_upload`: declared, and
     perhaps registered soon. `cleared`: uploads that left nothing behind, and deletions that another sweep did not
-    finish. `refused` says why nothing was looked at; empty: it was. `resting_until_ms`: nothing was, because the
-    metadata was restored not long ago; since 1970."""
+    finish. `refused` says why nothing was deleted (any more); empty: it was. `resting_until_ms`: nothing was, because
+    the metadata was restored not long ago; since 1970."""
 
     waiting: int = 0
     deleted: int = 0
@@ -49,6 +47,15 @@ class SweepReport:
     cleared: int = 0
     refused: str = ""
     resting_until_ms: int = 0
+
+
+def _missing(head: coordinator_pb2.GetHeadResponse) -> str:
+    if not head.missing_position:
+        return ""
+    return (
+        f"event {head.missing_position} of history {head.history_id} was seen, and is not there any more."
+        " Bring it back with `streamhouse restore`"
+    )
 
 
 def _ignore(orphan: Orphan) -> None:
@@ -72,14 +79,21 @@ class Sweeper:
             telemetry.sweeps_refused.add(1)
             return SweepReport(refused=refused)
         report = SweepReport()
+        try:
+            await self._sweep(prefix, found, report)
+        except MetadataWentBack as error:  # noticed by others: the mark is from before what is missing
+            telemetry.sweeps_refused.add(1)
+            report.refused = error.message
+        telemetry.orphans_waiting.set(report.waiting)
+        return report
+
+    async def _sweep(self, prefix: str, found: Callable[[Orphan], None], report: SweepReport) -> None:
         for part in (prefix,) if prefix else PREFIXES:
             async for page in self._old_pages(part):
                 for orphan in await self._sweep_page(page, report):
                     found(orphan)
         if not (prefix or self._settings.orphan_dry_run):
             await self._clear(report)
-        telemetry.orphans_waiting.set(report.waiting)
-        return report
 
     async def mark_history(self) -> None:
         """Notes in the store where the metadata's history stands, unless it went back. Raises as `run`."""
@@ -160,16 +174,17 @@ class Sweeper:
             await self._ports.coordinator.finish_deletion(coordinator_pb2.FinishDeletionRequest(object_keys=begun))
 
     async def check_history(self) -> tuple[HistoryMark, str]:
-        """The mark, and why the feed is not the one that was marked; empty when it is, or nothing was marked yet.
-        Raises as `run`."""
+        """The mark, and why the feed is not the one that was marked, or lacks what came after it; empty when it is the
+        one, or nothing was marked yet. Raises as `run`."""
         try:
             mark = HistoryMark.decode(await self._ports.store.get(MARK_KEY))
         except ObjectMissing:
             return NO_MARK, ""
         except ValueError as error:
-            return NO_MARK, f"{MARK_KEY} is unreadable: {error}"
+            return NO_MARK, f"{MARK_KEY} is unreadable: {error}. {_WAY_OUT}"
         head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
-        return mark, went_back(mark, await self._event_at(mark.position, head.events_position), head)
+        why = went_back(mark, await self._event_at(mark.position, head.events_position), head)
+        return mark, f"{why}. {_WAY_OUT}" if why else _missing(head)
 
     async def _event_at(self, position: int, last_position: int) -> HistoryMark | None:
         """The event at `position`; None when the feed does not reach it or has a hole there."""

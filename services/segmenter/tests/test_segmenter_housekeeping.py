@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from shformat import SegmentBuilder, encode_batch
-from shproto.errors import Fenced, Unavailable
+from shproto.errors import Fenced, MetadataWentBack, Unavailable
 from shproto.v1 import coordinator_pb2 as c
 from shproto.v1 import types_pb2
 from shruntime.clock import ManualClock, SystemClock
@@ -426,6 +426,29 @@ async def test_no_mark_is_taken_from_metadata_that_goes_back_while_it_is_taken(s
     await house.sweeping.mark_history()
     house.clock.advance(2 * HOUR_MS)
     assert (await sweep_until_confirmed(house)).refused
+    assert await house.keys() == before
+
+
+async def test_a_sweep_that_the_coordinator_refuses_deletes_nothing() -> None:
+    """It was told of what is missing by others; the mark is from before that."""
+    house = House()
+    await house.fill(3)
+    await house.sweeping.mark_history()
+    await house.store.put("data/x/0/1-1-a.seg", [b"x"])
+    before = await house.keys()
+
+    async def begin_deletion(request: c.BeginDeletionRequest) -> c.BeginDeletionResponse:
+        raise MetadataWentBack("the metadata went back: event 9 was seen, and is gone")
+
+    async def get_head(request: c.GetHeadRequest) -> c.GetHeadResponse:
+        return c.GetHeadResponse(events_position=len(house.coordinator.events), missing_position=9)
+
+    house.coordinator.begin_deletion = begin_deletion  # type: ignore[method-assign]
+    house.clock.advance(2 * HOUR_MS)
+    report = await sweep_until_confirmed(house)
+    assert "event 9 was seen" in report.refused and not report.deleted
+    house.coordinator.get_head = get_head  # type: ignore[method-assign]
+    assert "event 9 of history" in (await sweep_until_confirmed(house)).refused
     assert await house.keys() == before
 
 

@@ -660,18 +660,22 @@ class GetHeadResponse(_message.Message):
 
     EVENTS_POSITION_FIELD_NUMBER: _builtins.int
     HISTORY_ID_FIELD_NUMBER: _builtins.int
+    MISSING_POSITION_FIELD_NUMBER: _builtins.int
     events_position: _builtins.int
     history_id: _builtins.str
     """of the events, as in GetStatusResponse"""
+    missing_position: _builtins.int
+    """of an event of this history that was seen and is not there any more; 0: none"""
     def __init__(
         self,
         *,
         events_position: _builtins.int = ...,
         history_id: _builtins.str = ...,
+        missing_position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events_position", b"events_position", "history_id", b"history_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events_position", b"events_position", "history_id", b"history_id", "missing_position", b"missing_position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

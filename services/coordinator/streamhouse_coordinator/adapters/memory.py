@@ -140,7 +140,8 @@ class MemoryStore:
 
     async def head(self) -> Head:
         histories = self.tables[t.HISTORIES.name]
-        return Head(histories[(len(histories),)].history_id, len(self.tables.get(t.EVENTS.name, {})))
+        missing = max((row.position for row in self.tables.get(t.FORKS.name, {}).values()), default=0)
+        return Head(histories[(len(histories),)].history_id, len(self.tables.get(t.EVENTS.name, {})), missing)
 
     async def rebuild(self) -> None:
         async with self._alone:

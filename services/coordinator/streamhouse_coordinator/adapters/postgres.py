@@ -225,7 +225,7 @@ class PostgresStore:
 
     async def head(self) -> Head:
         text = """SELECT (SELECT history_id FROM histories ORDER BY nth DESC LIMIT 1),
-            (SELECT position FROM event_position)"""
+            (SELECT position FROM event_position), (SELECT coalesce(max(position), 0) FROM forks)"""
         return Head(*await self._guarded(lambda connection: connection.fetchrow(text)))
 
     async def drain_outbox(self, publish: Callable[[Sequence[EventRow]], Awaitable[None]], limit: int) -> int:

@@ -10,10 +10,11 @@ from streamhouse_coordinator.core.tables import HistoryRow
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The last event of a history."""
+    """The last event of a history. missing_position: of an event that was seen and is not there any more; 0: none."""
 
     history_id: str
     position: int
+    missing_position: int = 0
 
 
 NOTHING_SEEN = Head("", 0)

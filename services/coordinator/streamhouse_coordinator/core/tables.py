@@ -282,6 +282,16 @@ class HistoryRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ForkRow:
+    """An event at `position` of the history was seen, and is not there any more. seen_by: coordinator | agent"""
+
+    history_id: str
+    position: int
+    seen_by: str
+    noticed_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class EventRow:
     position: int
     stream_id: str
@@ -317,6 +327,7 @@ UPLOAD_INTENTS = Table("upload_intents", UploadIntentRow, ("object_key",))
 DELETIONS = Table("deletions", DeletionRow, ("object_key",))
 SWEEPS = Table("sweeps", SweepRow, ("name",))
 HISTORIES = Table("histories", HistoryRow, ("nth",))
+FORKS = Table("forks", ForkRow, ("history_id",))
 EVENTS = Table("events", EventRow, ("position",))
 
 PROJECTIONS: tuple[Table[object], ...] = (
@@ -342,4 +353,5 @@ STATE: tuple[Table[object], ...] = (
     DELETIONS,
     SWEEPS,
     HISTORIES,
+    FORKS,
 )  # type: ignore[assignment]

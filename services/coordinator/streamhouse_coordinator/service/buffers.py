@@ -12,6 +12,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import AtMost, In, Transaction, where, where_keys
+from streamhouse_coordinator.service import forks
 from streamhouse_coordinator.service.common import Context, RangeKey, live_session, ranges_by_key, topic_names
 
 # How many buffers that turn out to be done are passed over per claim; the next claim goes on.
@@ -173,9 +174,10 @@ def _release_compaction(row: t.CompactionClaimRow, free_at_ms: int, retry_after_
 async def register(
     context: Context, buffer_id: str, segments: Sequence[Segment], trace_context: str
 ) -> list[registration.Result]:
-    """One answer per segment. Correct without a claim: the ranges decide, whoever asks."""
+    """One answer per segment. Correct without a claim: the ranges decide, whoever asks. Raises MetadataWentBack."""
 
     async def work(tx: Transaction) -> list[registration.Result]:
+        await forks.check(tx, forks.COORDINATOR)
         done = await _register(tx, buffer_id, segments)
         await _finish(tx, buffer_id, done, trace_context)
         return done.results

@@ -10,6 +10,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.deletion import ObjectState, Patience, Verdict
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp
 from streamhouse_coordinator.ports import AtMost, In, Lock, Transaction, where
+from streamhouse_coordinator.service import forks
 from streamhouse_coordinator.service.common import Context
 
 
@@ -45,9 +46,12 @@ class Judged:
 async def begin_deletion(
     context: Context, object_keys: Sequence[str], patience: Patience, dry_run: bool
 ) -> tuple[int, list[Judged]]:
-    """PostgreSQL's time, and one verdict per key. From BEGUN on, no segment can be registered in the object, ever."""
+    """PostgreSQL's time, and one verdict per key. From BEGUN on, no segment can be registered in the object, ever.
+    Raises MetadataWentBack: what was registered in events that are gone would be taken for an orphan."""
 
     async def work(tx: Transaction) -> tuple[int, list[Judged]]:
+        if not dry_run:
+            await forks.check(tx, forks.COORDINATOR, forks.AGENT)
         found = await _look(tx, object_keys, "" if dry_run else "wait")
         now_ms = await tx.now_ms()
         states = found.states(object_keys, now_ms)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 
-from shproto.errors import SessionExpired
+from shproto.errors import MetadataWentBack, SessionExpired
 from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened, topic_stream
 
 from streamhouse_coordinator.core import sessions
@@ -12,7 +12,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.histories import NOTHING_SEEN, Head, check_log, check_seen
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Transaction, where, where_keys
-from streamhouse_coordinator.service import restores
+from streamhouse_coordinator.service import forks, restores
 from streamhouse_coordinator.service.common import (
     CLUSTER_LOCK,
     RANGE_KEYS,
@@ -60,6 +60,8 @@ async def open_session(
         now_ms = await tx.now_ms()
         histories = await tx.select(t.HISTORIES, order=("nth",))
         check_seen(histories, await tx.position(), seen)
+        if opened.role == sessions.INGEST:
+            await forks.check(tx, forks.COORDINATOR)
         if not seen.history_id and len(histories) == 1:  # a restore gives ranges that it does not know their place
             await _check_log(tx, histories[0], declared)
         if rows := await tx.select(t.SESSIONS, where(session_id=session_id)):
@@ -89,7 +91,12 @@ async def open_session(
             position = await tx.append(events) - len(events)
         return OpenedSession(session_id, await _resumed(tx, opened.wal_id), position, histories[-1], recovered)
 
-    return await context.store.run(work)
+    try:
+        return await context.store.run(work)
+    except MetadataWentBack as error:
+        if forks.proves(error, seen):
+            await forks.note(context.store, seen, forks.AGENT)
+        raise
 
 
 async def _check_log(tx: Transaction, history: t.HistoryRow, declared: sessions.WalEnds) -> None:

@@ -1,0 +1,58 @@
+"""Metadata that lacks what was seen of it: noted, so that it is not worked on once new events have taken the places of
+those that are gone.
+
+A coordinator that sees it stops everything that adds to the log or takes from it, until the metadata is restored. That
+an agent says so stops deletions only: its note may be damaged.
+"""
+
+import logging
+
+from shproto.errors import MetadataWentBack
+
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.histories import Head, went_back
+from streamhouse_coordinator.core.projection import Put, Remove, RowOp
+from streamhouse_coordinator.core.sessions import INGEST
+from streamhouse_coordinator.ports import Store, Transaction, where
+from streamhouse_coordinator.service.common import CLUSTER_LOCK
+
+log = logging.getLogger(__name__)
+
+COORDINATOR, AGENT = "coordinator", "agent"
+
+
+async def note(store: Store, seen: Head, seen_by: str) -> None:
+    """The event of `seen` is not there any more. Ingest agents have to open new sessions if a coordinator has seen it,
+    and will not get any. Nothing is noted of a history that has been replaced by a restore. Raises Unavailable."""
+
+    async def work(tx: Transaction) -> bool:
+        await tx.lock(CLUSTER_LOCK)
+        histories = await tx.select(t.HISTORIES, order=("nth",))
+        known = await tx.select(t.FORKS)
+        if histories[-1].history_id != seen.history_id or any(row.seen_by in (COORDINATOR, seen_by) for row in known):
+            return False
+        ops: list[RowOp] = [Put(t.FORKS, t.ForkRow(seen.history_id, seen.position, seen_by, await tx.now_ms()))]
+        if seen_by == COORDINATOR:
+            agents = await tx.select(t.SESSIONS, where(role=INGEST))
+            ops += [Remove(t.SESSION_LEASES, {"session_id": row.session_id}) for row in agents]
+        await tx.apply(ops)
+        return True
+
+    if await store.run(work):
+        log.critical(
+            "the metadata went back: event %d of history %s was seen and is not there any more. Bring it back with "
+            "`streamhouse restore` (docs/backup.md)", seen.position, seen.history_id,
+        )  # fmt: skip
+
+
+async def check(tx: Transaction, *seen_by: str) -> None:
+    """Raises MetadataWentBack if it is noted that events are missing, by one of `seen_by`."""
+    for row in await tx.select(t.FORKS):
+        if row.seen_by in seen_by:
+            there = Head(row.history_id, await tx.position())
+            raise went_back(there, Head(row.history_id, row.position), "that event was seen, and is gone")
+
+
+def proves(error: MetadataWentBack, seen: Head) -> bool:
+    """Whether it says that events of the very history are missing that is there; another history proves nothing."""
+    return bool(seen.history_id) and error.details.get("history_id") == seen.history_id
