@@ -9,6 +9,8 @@ from typing import Any
 from unittest import mock
 
 from streamhouse import peers
+from streamhouse_coordinator.core import sessions as coordinator_sessions
+from streamhouse_ingest import sealer
 from streamhouse_ingest import wiring as ingest_wiring
 from streamhouse_ingest.adapters import wal, wal_directory, wal_note, wal_replay
 from streamhouse_query import wiring as query_wiring
@@ -21,10 +23,14 @@ from tests.simulation.machines import FcntlModule, Machines, MmapModule, SimPath
 
 @contextmanager
 def patched(
-    loop: SimLoop, disks: Mapping[str, SimDisk], connection: Callable[..., Any], log: logging.Handler
+    loop: SimLoop,
+    disks: Mapping[str, SimDisk],
+    connection: Callable[..., Any],
+    log: logging.Handler,
+    small_messages: bool,
 ) -> Iterator[None]:
     """`disks` by the directory that stands for them; the SDK's calls go over what `connection` makes; all log records
-    go to `log`."""
+    go to `log`. `small_messages`: what agents and coordinators tell each other of producers takes many."""
     machines = Machines(loop)
     root = logging.getLogger()
     level = root.level
@@ -37,6 +43,9 @@ def patched(
         stack.enter_context(mock.patch.object(wal_replay, "mmap", MmapModule(machines)))
         stack.enter_context(mock.patch.object(query_wiring, "DiskCache", SimChunkCache))
         stack.enter_context(mock.patch.object(peers, "Connection", connection))
+        if small_messages:
+            stack.enter_context(mock.patch.object(coordinator_sessions, "TOLD_BYTES_MAX", 1))
+            stack.enter_context(mock.patch.object(sealer, "SNAPSHOTS_BYTES_MAX", 1))
         root.addHandler(log)
         root.setLevel(logging.INFO)
         try:

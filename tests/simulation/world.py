@@ -44,6 +44,8 @@ FAULTS_S = (2.0, 9.0)
 FIRST_START_S = 1.0
 RANGE_WIDTHS_OFFSETS = (16, 64)
 """So narrow that a range is extended several times in a run."""
+SMALL_MESSAGES_SHARE = 0.3
+"""Of the runs: in these no two partitions' producers fit into one message."""
 CRASH_S = 2.5
 """Of a run in which one process dies once: every step of it is one run, so it is short."""
 UNWIND_ROUNDS = 200
@@ -216,7 +218,9 @@ def simulate(seed: int, crash: Crash | None = None) -> Result:
         world = World(seed, rng, crash)
         disks = {f"/{node.name}": node.disk for node in world.nodes if isinstance(node, IngestNode)}
         connection = partial(RecordingConnection, world.network, world.history)
-        with patched(world.loop, disks, connection, LogHandler(world.loop, world.log, world.blame)):
+        small_messages = random.Random(seed).random() < SMALL_MESSAGES_SHARE  # of its own source
+        handler = LogHandler(world.loop, world.log, world.blame)
+        with patched(world.loop, disks, connection, handler, small_messages):
             try:
                 world.loop.run_until_complete(world.loop.create_task(world.run(), context=world.client.context))
             except Stuck as error:

@@ -31,7 +31,7 @@ tracer = trace.get_tracer("streamhouse.ingest")
 
 # What one announcement says of producers, and of how many slices: with these it stays well below the 64 MiB that a
 # message may have.
-_SNAPSHOTS_BYTES_MAX = 32 * 1024 * 1024
+SNAPSHOTS_BYTES_MAX = 32 * 1024 * 1024
 _SLICES_MAX = 10_000
 
 
@@ -248,11 +248,11 @@ def _candidate(held: HeldLog) -> Candidate:
 def _within_a_message(slices: Sequence[tuple[HeldLog, Buffer]]) -> Iterator[list[tuple[HeldLog, Buffer]]]:
     """The slices in runs that can be announced: one that is refused for its size would hold up all behind it."""
     run: list[tuple[HeldLog, Buffer]] = []
-    room_bytes = _SNAPSHOTS_BYTES_MAX
+    room_bytes = SNAPSHOTS_BYTES_MAX
     for held, buffer in slices:
         if run and (buffer.snapshot_bytes > room_bytes or len(run) == _SLICES_MAX):
             yield run
-            run, room_bytes = [], _SNAPSHOTS_BYTES_MAX
+            run, room_bytes = [], SNAPSHOTS_BYTES_MAX
         run.append((held, buffer))
         room_bytes -= buffer.snapshot_bytes
     if run:
