@@ -119,6 +119,7 @@ class Admin:
             response.buffers_waiting_bytes,
             response.events_position,
             response.outbox_position,
+            response.missing_position,
         )
 
     # ---- offsets

@@ -100,6 +100,9 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
+    """missing_position: of an event that was seen and is not there any more, so that the metadata is to be restored;
+    0: none."""
+
     sessions: tuple[Session, ...]
     leases: tuple[Lease, ...]
     buffers_waiting: int
@@ -107,6 +110,7 @@ class ClusterStatus:
     buffers_waiting_bytes: int
     events_position: int
     outbox_position: int
+    missing_position: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,7 @@ async def collect_status(bootstrap: str) -> dict[str, Any]:
         },
         "events_position": answer.events_position,
         "outbox_position": answer.outbox_position,
+        "missing_position": answer.missing_position,
     }
 
 
@@ -201,6 +202,11 @@ def _print_waits(report: dict[str, Any]) -> None:
         f"sealed buffers: {buffers['waiting']} waiting ({show_bytes(buffers['waiting_bytes'])}), "
         f"{buffers['claimed']} claimed; events: {report['events_position']}, relayed: {report['outbox_position']}"
     )
+    if position := report["missing_position"]:
+        click.echo(
+            f"THE METADATA WENT BACK: event {position} was seen, and is not there any more. No "
+            "object is deleted, and agents may be refused: bring it back with `streamhouse restore` (docs/backup.md)"
+        )
     for entry in report["partitions"]:
         for owned in entry["unsettled"]:
             status = f"{owned['status']}{_since(owned['orphaned_ms'])}"

@@ -62,6 +62,7 @@ async def test_g8_events_that_a_coordinator_has_read_are_missed_whatever_came_af
     with pytest.raises(MetadataWentBack):
         await api.begin_deletion(pb.BeginDeletionRequest(object_keys=["data/x"], grace_ms=1, confirm_ms=1))
     assert (await api.get_head(pb.GetHeadRequest())).missing_position == last
+    assert (await api.get_status(pb.GetStatusRequest())).missing_position == last
     await api.open_session(pb.OpenSessionRequest(agent_id="q", role="query"))  # readers go on
 
 

@@ -608,6 +608,7 @@ class GetStatusResponse(_message.Message):
     EVENTS_POSITION_FIELD_NUMBER: _builtins.int
     OUTBOX_POSITION_FIELD_NUMBER: _builtins.int
     HISTORY_ID_FIELD_NUMBER: _builtins.int
+    MISSING_POSITION_FIELD_NUMBER: _builtins.int
     buffers_waiting: _builtins.int
     buffers_claimed: _builtins.int
     buffers_waiting_bytes: _builtins.int
@@ -615,6 +616,8 @@ class GetStatusResponse(_message.Message):
     outbox_position: _builtins.int
     history_id: _builtins.str
     """of the events; another one after every restore from a backup"""
+    missing_position: _builtins.int
+    """as in GetHeadResponse"""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionInfo]: ...
     @_builtins.property
@@ -630,10 +633,11 @@ class GetStatusResponse(_message.Message):
         events_position: _builtins.int = ...,
         outbox_position: _builtins.int = ...,
         history_id: _builtins.str = ...,
+        missing_position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffers_claimed", b"buffers_claimed", "buffers_waiting", b"buffers_waiting", "buffers_waiting_bytes", b"buffers_waiting_bytes", "events_position", b"events_position", "history_id", b"history_id", "leases", b"leases", "outbox_position", b"outbox_position", "sessions", b"sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffers_claimed", b"buffers_claimed", "buffers_waiting", b"buffers_waiting", "buffers_waiting_bytes", b"buffers_waiting_bytes", "events_position", b"events_position", "history_id", b"history_id", "leases", b"leases", "missing_position", b"missing_position", "outbox_position", b"outbox_position", "sessions", b"sessions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -205,6 +205,7 @@ async def get_status(context: Context) -> pb.GetStatusResponse:
             events_position=await tx.position(),
             outbox_position=await tx.outbox_position(),
             history_id=await _history_id(tx),
+            missing_position=max((row.position for row in await tx.select(t.FORKS)), default=0),
         )
 
     return await context.store.run(work)
