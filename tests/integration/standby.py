@@ -27,6 +27,7 @@ class PostgresPairBackend:
         self._postgres = [EmbeddedPostgres(path, port=port) for path, port in zip(self._dirs, self._ports, strict=True)]
         self._primary = 0
         self._dsns = ["", ""]
+        self._left_behind = False
 
     @property
     def dsn(self) -> str:
@@ -48,7 +49,16 @@ class PostgresPairBackend:
         self._tell(primary, "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
         self._tell(primary, "CREATE TABLE attached ()", "DROP TABLE attached")  # returns when the standby has it, too
 
+    def leave_standby_behind(self) -> None:
+        """What is committed from now on it does not get. It will take over all the same."""
+        self._tell(self._primary, "ALTER SYSTEM RESET synchronous_standby_names", "SELECT pg_reload_conf()")
+        self._postgres[1 - self._primary].kill()
+        self._left_behind = True
+
     def start(self) -> None:
+        if self._left_behind:
+            self._start_one(1 - self._primary)
+            self._left_behind = False
         if self._has_standby:
             self._primary = 1 - self._primary
             self._tell(self._primary, "SELECT pg_promote()")
@@ -110,6 +120,7 @@ class PostgresPair(Server):
     def __init__(self, backend: PostgresPairBackend, dsn: str) -> None:
         super().__init__(backend, dsn, {"STREAMHOUSE_PG_DSN": dsn}, lambda: postgres_answers(dsn))
         self.attach_standby = backend.attach_standby
+        self.leave_standby_behind = backend.leave_standby_behind
 
 
 def postgres_pair() -> PostgresPair:

@@ -6,16 +6,18 @@ waits, nothing changes hands) and G1, G2 and G8 across the failover: nothing is 
 """
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from shproto.errors import StreamHouseError, Unavailable
 from shproto.rpc import Connection
 from shproto.services import QueryClient
 from streamhouse import Admin, Producer
@@ -118,6 +120,50 @@ async def test_the_standby_takes_over_and_nothing_is_lost_or_registered_twice(
     await _check(cluster, writers)
 
 
+async def test_g8_a_standby_that_lagged_is_not_worked_on_and_nothing_is_deleted(
+    pair: PostgresPair, cluster: Cluster
+) -> None:
+    """What was registered last is not in it, and new events soon stand where those were."""
+    async with Admin(cluster.bootstrap) as admin:
+        await admin.create_topic("safe", partitions=1)
+        writer = Writer(cluster.bootstrap, "safe")
+        writing = asyncio.create_task(writer.run())
+        try:
+            await writer.progress(10)
+            await asyncio.to_thread(pair.attach_standby)
+            await writer.progress(10)
+            await asyncio.to_thread(pair.leave_standby_behind)
+            await writer.progress(10)
+            await asyncio.to_thread(pair.kill)
+            await asyncio.to_thread(pair.start)
+            await _until_missed(admin)
+            place = ("--bootstrap", cluster.bootstrap, "--json")
+            environ = cluster.services["segmenter-1"].environ
+            for how in ("--dry-run", "--yes"):
+                said = await _cli(environ, "sweep", how, *place)
+                assert said.returncode == 1 and "was seen, and is not there any more" in said.stderr, said
+            found = json.loads((await _cli(environ, "verify", "--grace-ms", "0", *place)).stdout)
+            assert {"outdated", "unregistered"} <= {item["kind"] for item in found["findings"]}
+            async with Producer(cluster.bootstrap, acks="wal", delivery_timeout_ms=3_000) as producer:
+                with pytest.raises(StreamHouseError):  # no agent leads on it
+                    await (await producer.send("safe", value=b"more"))
+        finally:
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+            cluster.kill_all()  # agents would wait for a session before they stop
+
+
+async def _until_missed(admin: Admin) -> None:
+    """It is known that events are missing, and agents' sessions are over."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            with contextlib.suppress(Unavailable):
+                status = await admin.status()
+                if status.missing_position and not any(session.role == "ingest" for session in status.sessions):
+                    return
+            await asyncio.sleep(0.2)
+
+
 async def _go_on_without(writers: dict[str, Writer], seconds: float) -> None:
     """For longer than any lease: acks=wal all the time, acks=durable nothing but what was under way."""
     loop = asyncio.get_running_loop()
@@ -144,11 +190,15 @@ async def _check(cluster: Cluster, writers: dict[str, Writer]) -> None:
 
 
 async def _verify(cluster: Cluster) -> Any:
-    command = [sys.executable, "-m", "streamhouse.cli", "verify", "--bootstrap", cluster.bootstrap, "--json"]
     environ = cluster.services["segmenter-1"].environ
-    done = await asyncio.to_thread(subprocess.run, command, env=environ, capture_output=True, text=True)
+    done = await _cli(environ, "verify", "--bootstrap", cluster.bootstrap, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
+
+
+async def _cli(environ: Mapping[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "streamhouse.cli", *arguments]
+    return await asyncio.to_thread(subprocess.run, command, env=dict(environ), capture_output=True, text=True)
 
 
 class CountingStore(PostgresStore):

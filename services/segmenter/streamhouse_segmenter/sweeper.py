@@ -174,15 +174,18 @@ class Sweeper:
             await self._ports.coordinator.finish_deletion(coordinator_pb2.FinishDeletionRequest(object_keys=begun))
 
     async def check_history(self) -> tuple[HistoryMark, str]:
-        """The mark, and why the feed is not the one that was marked, or lacks what came after it; empty when it is the
-        one, or nothing was marked yet. Raises as `run`."""
+        """The mark, and why the feed is not the one that was marked, or lacks events that were seen; empty when neither
+        is known. Raises as `run`."""
         try:
             mark = HistoryMark.decode(await self._ports.store.get(MARK_KEY))
         except ObjectMissing:
-            return NO_MARK, ""
+            mark = NO_MARK
         except ValueError as error:
             return NO_MARK, f"{MARK_KEY} is unreadable: {error}. {_WAY_OUT}"
+        # After the mark was read, which others renew.
         head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
+        if mark is NO_MARK:
+            return mark, _missing(head)
         why = went_back(mark, await self._event_at(mark.position, head.events_position), head)
         return mark, f"{why}. {_WAY_OUT}" if why else _missing(head)
 
