@@ -34,6 +34,10 @@ class S3Store:
         self._settings = settings
         self._prefix = f"{settings.prefix.rstrip('/')}/" if settings.prefix else ""
         self._s3 = S3Requests(settings)
+        # The upload as a whole is told which checksum its parts carry: servers may refuse parts with one that it was
+        # not created for, as S3's own description of multipart uploads says. Both name it, so that the two cannot
+        # differ by a default of the client library.
+        self._checksum = {"ChecksumAlgorithm": "CRC32"} if settings.request_checksums else {}
 
     async def put(self, key: str, parts: Sequence[bytes | memoryview], *, if_absent: bool = True) -> ObjectInfo:
         check_key(key)
@@ -123,7 +127,7 @@ class S3Store:
         return b""
 
     async def _put_multipart(self, key: str, views: Sequence[memoryview], size_bytes: int, condition: Reply) -> Reply:
-        created = await self._s3.request("create_multipart_upload", key, Key=self._name(key))
+        created = await self._s3.request("create_multipart_upload", key, Key=self._name(key), **self._checksum)
         upload = {"Key": self._name(key), "UploadId": created["UploadId"]}
         try:
             parts = await self._upload_parts(key, upload, views, size_bytes)
@@ -143,7 +147,9 @@ class S3Store:
         async def send(number: int, part: Sequence[memoryview]) -> Reply:
             async with room:
                 body = b"".join(part)
-                reply = await self._s3.request("upload_part", key, PartNumber=number, Body=body, **upload)
+                reply = await self._s3.request(
+                    "upload_part", key, PartNumber=number, Body=body, **self._checksum, **upload
+                )
             checksum = {"ChecksumCRC32": reply["ChecksumCRC32"]} if "ChecksumCRC32" in reply else {}
             return {"PartNumber": number, "ETag": reply["ETag"], **checksum}
 

@@ -33,17 +33,19 @@ class Wire:
     """Passes requests on to `target`, and loses what comes back where it is told to.
 
     `lost`, `cut`: of a request whose first line contains one of these, once each, nothing of the reply arrives, or its
-    head and half of its body. `requests`: the first lines of all there were.
+    head and half of its body. `requests`: the first lines of all there were, `heads` with the headers.
     """
 
     def __init__(self, target: str) -> None:
         self.lost: list[bytes] = []
         self.cut: list[bytes] = []
         self.requests: list[bytes] = []
+        self.heads: list[bytes] = []
         self._target = target
 
     async def answer(self, request: bytes, writer: asyncio.StreamWriter) -> None:
         self.requests.append(first_line(request))
+        self.heads.append(request.partition(b"\r\n\r\n")[0].lower())
         reply = await forwarded(self._target, request)  # whatever becomes of the reply, the request took effect
         if self._due(self.lost, request):
             return

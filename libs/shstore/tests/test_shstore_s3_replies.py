@@ -57,10 +57,24 @@ async def test_a_put_whose_reply_was_lost_is_found_to_be_done(
     async with wired(s3_settings) as (wire, one_try):
         wire.lost += [request_] * times
         store = RetryingStore(one_try, POLICY)
-        assert await store.put("k", [body]) == await store.head("k")
+        put, head = await store.put("k", [body]), await store.head("k")
+        assert (put.key, put.size_bytes, put.etag) == (head.key, head.size_bytes, head.etag)
         assert not wire.lost, "the fault was met"
         assert await store.get("k") == body
         assert [info.key async for info in store.list("")] == ["k"]
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+async def test_a_multipart_upload_is_created_for_the_checksum_that_its_parts_carry(
+    s3_settings: StoreSettings, checksums: bool
+) -> None:
+    async with wired(dataclasses.replace(s3_settings, request_checksums=checksums)) as (wire, store):
+        await store.put("k", [LARGE])
+    (create,) = [head for head in wire.heads if b"?uploads " in head]
+    parts = [head for head in wire.heads if b"partnumber=" in head]
+    assert len(parts) == 2
+    assert (b"x-amz-checksum-algorithm: crc32\r\n" in create) == checksums
+    assert all((b"x-amz-checksum-crc32" in part) == checksums for part in parts)
 
 
 async def test_a_completed_upload_whose_reply_was_lost_leaves_no_parts(s3_settings: StoreSettings) -> None:
