@@ -30,6 +30,11 @@ def s3() -> Iterator[Server]:
     yield from _kept(servers.s3_server)
 
 
+@pytest.fixture(scope="session")
+def versitygw() -> Iterator[Server]:
+    yield from _kept(servers.versitygw_server)
+
+
 @pytest.fixture
 def storage(postgres: Server, s3: Server) -> dict[str, str]:
     """The STREAMHOUSE_* variables of a database and a bucket that no other test uses."""

@@ -1,4 +1,4 @@
-"""The real servers integration tests run against: PostgreSQL, an S3 API, RabbitMQ and Redis.
+"""The real servers integration tests run against: PostgreSQL, S3 APIs, RabbitMQ and Redis.
 
 Each is a container where a Docker engine answers, else a process of what is installed. All listen on 127.0.0.1
 and keep their port, so that `stop`, `start` and `kill` play an outage. Calls block; from a coroutine use
@@ -41,6 +41,7 @@ READY_TIMEOUT_S = 90.0
 
 STOP_TIMEOUT_S = 30.0
 BUCKET = "streamhouse"
+VERSITYGW_INSTALL = "go install github.com/versity/versitygw/cmd/versitygw@v1.8.0"
 Result = TypeVar("Result")
 
 # A child is told of the death of the *thread* that made it, so all are made by one that lives to the end.
@@ -374,6 +375,41 @@ def s3_server() -> Server:
     else:
         pytest.skip("no Docker engine, and the package moto is not installed")
     return started(backend, url, settings, lambda: _make_bucket(settings))
+
+
+def versitygw_server() -> Server:
+    """versitygw, started: an S3 server that is stricter than moto about multipart uploads. Skips the test if there is
+    none."""
+    program = _versitygw_program()
+    if program is None:
+        pytest.skip(f"no versitygw at $VERSITYGW, on PATH or in Go's bin; {VERSITYGW_INSTALL}")
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    settings = {
+        "STREAMHOUSE_S3_ENDPOINT": url,
+        "STREAMHOUSE_S3_BUCKET": BUCKET,
+        "STREAMHOUSE_S3_ACCESS_KEY": "streamhouse",
+        "STREAMHOUSE_S3_SECRET_KEY": secrets.token_hex(8),
+        "STREAMHOUSE_S3_REGION": "us-east-1",
+    }
+    environ = {
+        "ROOT_ACCESS_KEY": settings["STREAMHOUSE_S3_ACCESS_KEY"],
+        "ROOT_SECRET_KEY": settings["STREAMHOUSE_S3_SECRET_KEY"],
+    }
+    # Beside the objects, not in extended attributes: not every file system that tests run on has them.
+    arguments = ["--quiet", "--port", f"127.0.0.1:{port}", "posix", "--sidecar", "{dir}/sidecar", "{dir}/buckets"]
+    backend = ProcessBackend("versitygw", program, arguments, environ)
+    for name in ("sidecar", "buckets"):
+        (backend.work_dir / name).mkdir()
+    return started(backend, url, settings, lambda: _make_bucket(settings))
+
+
+def _versitygw_program() -> Path | None:
+    """$VERSITYGW, or where `go install` puts it: on PATH or not."""
+    go_path = Path(os.environ.get("GOPATH") or Path.home() / "go")
+    installed = Path(os.environ.get("GOBIN") or go_path / "bin", "versitygw")
+    found = os.environ.get("VERSITYGW") or shutil.which("versitygw") or (installed if installed.exists() else None)
+    return Path(found) if found else None
 
 
 def own_storage(postgres: Server, s3: Server) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A moto server in its own process, once per session, and a fresh bucket per test."""
+"""S3 servers in their own processes, once per session, and a fresh bucket per test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import boto3
 import pytest
 from shstore import StoreSettings
+
+from tests.integration.servers import Server, versitygw_server
 
 # Prints the port it found, and ends with its standard input: it cannot outlive the tests.
 MOTO = """
@@ -59,13 +61,13 @@ def strict_s3() -> Iterator[StoreSettings]:
         yield StoreSettings(kind="s3", endpoint=endpoint, bucket="bucket", access_key="AKIAWRONG", secret_key="s")
 
 
-def create_bucket(endpoint: str, bucket: str) -> None:
+def create_bucket(endpoint: str, bucket: str, access_key: str = "test", secret_key: str = "test") -> None:
     s3 = boto3.client(
         "s3",
         endpoint_url=endpoint,
         region_name="us-east-1",
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
     )
     s3.create_bucket(Bucket=bucket)
     s3.close()
@@ -73,15 +75,33 @@ def create_bucket(endpoint: str, bucket: str) -> None:
 
 @pytest.fixture
 def s3_settings(s3_endpoint: str) -> StoreSettings:
+    return new_bucket(s3_endpoint, "test", "test")
+
+
+@pytest.fixture(scope="session")
+def versitygw() -> Iterator[Server]:
+    server = versitygw_server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def versitygw_settings(versitygw: Server) -> StoreSettings:
+    keys = (versitygw.settings[f"STREAMHOUSE_S3_{name}_KEY"] for name in ("ACCESS", "SECRET"))
+    return new_bucket(versitygw.url, *keys)
+
+
+def new_bucket(endpoint: str, access_key: str, secret_key: str) -> StoreSettings:
+    """The settings of a bucket made now; 5 MiB, S3's least, begin a multipart upload."""
     settings = StoreSettings(
         kind="s3",
-        endpoint=s3_endpoint,
+        endpoint=endpoint,
         bucket=f"test-{uuid.uuid4().hex}",
         prefix="cluster-a",
-        access_key="test",
-        secret_key="test",
+        access_key=access_key,
+        secret_key=secret_key,
         multipart_threshold_bytes=5 * 1024 * 1024,
         multipart_part_bytes=5 * 1024 * 1024,
     )
-    create_bucket(s3_endpoint, settings.bucket)
+    create_bucket(endpoint, settings.bucket, access_key, secret_key)
     return settings

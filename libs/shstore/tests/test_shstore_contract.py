@@ -27,7 +27,13 @@ from shstore import (
 from shstore.s3 import S3Store
 
 MIB = 1024 * 1024
-STORES = ("memory", "local", "s3", "faulty")
+STORES = (
+    "memory",
+    "local",
+    "s3",
+    pytest.param("versitygw", marks=pytest.mark.integration),
+    "faulty",
+)
 
 
 @pytest.fixture(params=STORES)
@@ -39,6 +45,8 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         opened = LocalStore(StoreSettings(kind="local", path=tmp_path / "store", prefix="cluster-a"))
     elif request.param == "s3":
         opened = S3Store(request.getfixturevalue("s3_settings"))
+    elif request.param == "versitygw":
+        opened = S3Store(request.getfixturevalue("versitygw_settings"))
     else:
         opened = RetryingStore(
             FaultyStore(MemoryStore(), RandomFaults(random.Random(7), dict.fromkeys(FaultKind, 0.05))),
