@@ -10,6 +10,7 @@ from shproto.rpc import Interceptors
 from shproto.v1 import coordinator_pb2, query_pb2
 
 from streamhouse.cluster import (
+    BufferFailure,
     ClusterStatus,
     CommittedOffset,
     FoundOffset,
@@ -120,6 +121,10 @@ class Admin:
             response.events_position,
             response.outbox_position,
             response.missing_position,
+            tuple(
+                BufferFailure(item.buffer_id, item.agent_id, item.attempt, item.reason, item.size_bytes)
+                for item in response.buffer_failures
+            ),
         )
 
     # ---- offsets

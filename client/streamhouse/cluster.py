@@ -99,9 +99,26 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class BufferFailure:
+    """A sealed buffer whose last hand-over to the object store failed. reason: "kind: what happened"; of kind
+    `refused`, repeating it does not help before an operator has acted."""
+
+    buffer_id: str
+    agent_id: str
+    attempt: int
+    reason: str
+    size_bytes: int
+
+    @property
+    def refused(self) -> bool:
+        """True if the store refused it for good."""
+        return self.reason.startswith("refused: ")
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterStatus:
     """missing_position: of an event that was seen and is not there any more, so that the metadata is to be restored;
-    0: none."""
+    0: none. buffer_failures: the oldest of those there are."""
 
     sessions: tuple[Session, ...]
     leases: tuple[Lease, ...]
@@ -111,6 +128,7 @@ class ClusterStatus:
     events_position: int
     outbox_position: int
     missing_position: int = 0
+    buffer_failures: tuple[BufferFailure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from streamhouse.cli.serve_process import ServeProcess
+from streamhouse.cli.status import show_failure
 from streamhouse.cli.topic import show_description
-from streamhouse.cluster import LostRecords, Partition, Topic, TopicDescription
+from streamhouse.cluster import BufferFailure, LostRecords, Partition, Topic, TopicDescription
 from streamhouse.sync import Admin, Consumer, Producer
 
 pytestmark = pytest.mark.integration
@@ -99,6 +101,19 @@ def test_what_is_lost_for_good_is_shown_with_its_place(capsys: pytest.CaptureFix
     title, _, _, row = capsys.readouterr().out.splitlines()[-4:]
     assert title.strip() == "lost for good"
     assert row.split(maxsplit=4) == ["0", "3", "1,000", "1,004", "damaged in the write-ahead log"]
+
+
+# ---- status
+
+
+def test_a_buffer_that_the_store_refuses_stands_out_from_one_that_is_late() -> None:
+    def shown(reason: str) -> str:
+        failure = BufferFailure("b-1", "a", 19, reason, 2048)
+        return show_failure(asdict(failure) | {"refused": failure.refused})
+
+    refused = "THE OBJECT STORE REFUSES buffer b-1 of agent a (2.0 KiB), attempt 19: refused: InvalidPart"
+    assert shown("refused: InvalidPart") == refused
+    assert shown("store: timeout").startswith("not handed over yet: buffer b-1 ")
 
 
 # ---- groups

@@ -35,14 +35,15 @@ BOTH = (Direction.UP, Direction.DOWN)
 
 
 class Answers(Enum):
-    """What becomes of answers. SLOW_DOWN, ERROR, CONFLICT: requests get HTTP 503, 500 or 409 and never arrive. LOST:
-    requests arrive, the connection is reset when the answer comes. TRUNCATED: it is reset in the middle of the answer's
-    body, or of its head if it has no body."""
+    """What becomes of answers. SLOW_DOWN, ERROR, CONFLICT, DENIED: requests get HTTP 503, 500, 409 or 403 and never
+    arrive. LOST: requests arrive, the connection is reset when the answer comes. TRUNCATED: it is reset in the middle
+    of the answer's body, or of its head if it has no body."""
 
     NORMAL = "normal"
     SLOW_DOWN = "503"
     ERROR = "500"
     CONFLICT = "409"
+    DENIED = "403"
     LOST = "lost"
     TRUNCATED = "truncated"
 
@@ -51,6 +52,7 @@ _CODES = {
     Answers.SLOW_DOWN: ("503 Slow Down", "SlowDown"),
     Answers.ERROR: ("500 Internal Server Error", "InternalError"),
     Answers.CONFLICT: ("409 Conflict", "ConditionalRequestConflict"),
+    Answers.DENIED: ("403 Forbidden", "AccessDenied"),
 }
 
 

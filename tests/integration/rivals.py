@@ -277,7 +277,13 @@ async def _platform(stack: contextlib.AsyncExitStack, dsn: str, directory: Path,
     stack.push_async_callback(coordinator.stop)
     witness, agents = Witness(coordinator.api), dict[str, Any]()
     segmenter = build_segmenter(
-        SegmenterSettings.load({}, worker_id="segmenter-1", scan_interval_ms=100, handover_retry_max_ms=200),
+        SegmenterSettings.load(
+            {},
+            worker_id="segmenter-1",
+            scan_interval_ms=100,
+            handover_retry_max_ms=200,
+            handover_refused_retry_ms=200,
+        ),
         witness,  # type: ignore[arg-type]
         store,
         agents.__getitem__,

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from shproto.v1 import types_pb2
+from shproto.v1 import coordinator_pb2, types_pb2
 from shruntime import settings as runtime
 from shstore import ObjectStore, RetryingStore, RetryPolicy, StoreSettings, open_store
 from shstore.configured import configured_store
@@ -70,15 +70,22 @@ class Weather:
     async def write_through(self, name: str) -> None:
         """A durable write while the fault `name` lasts until it has been met."""
         before = len(self._rivals.acknowledged)
-        self._store.clear()
-        self._begin(name)
-        writing = asyncio.create_task(self._rivals.produce("old", b"during " + name.encode(), DURABLE))
+        writing = self.begin_write(name)
         await until(lambda: self._store.errors)
         assert not writing.done(), f"{name}: acknowledged by a store that has not answered"
-        await self._proxy.heal()
+        await self.end()
         assert await writing == before
         if name == "lost":  # the first try took effect: the next one meets 412, and its own bytes
             assert [error for error in self._store.errors if isinstance(error, ObjectExists)], name
+
+    def begin_write(self, name: str) -> asyncio.Task[int]:
+        """A durable write under the fault `name`, which lasts until `end`."""
+        self._store.clear()
+        self._begin(name)
+        return asyncio.create_task(self._rivals.produce("old", b"during " + name.encode(), DURABLE))
+
+    async def end(self) -> None:
+        await self._proxy.heal()
 
     async def read_through(self, name: str) -> None:
         self._store.clear()
@@ -148,6 +155,29 @@ async def test_g6_a_reader_gets_what_is_there_or_waits_whatever_the_store_does(
         for name in READS:
             await found.produce("old", b"to be read during " + name.encode(), DURABLE)
             await weather.read_through(name)
+
+
+async def test_g7_what_the_store_refuses_is_an_error_in_status_until_it_is_taken(
+    storage: dict[str, str], tmp_path: Path
+) -> None:
+    """Repeating does not help: somebody has to hear of it. Once the store takes it, the write is acknowledged."""
+    async with bad_weather(storage, tmp_path) as (found, weather):
+
+        async def is_shown() -> bool:
+            status = await found.coordinator.api.get_status(coordinator_pb2.GetStatusRequest())
+            return [item.reason for item in status.buffer_failures if "AccessDenied" in item.reason] != []
+
+        writing = weather.begin_write("403")
+        await until(is_shown)
+        status = await found.coordinator.api.get_status(coordinator_pb2.GetStatusRequest())
+        (failure,) = status.buffer_failures
+        assert failure.reason.startswith("refused: S3 put_object at http://127.0.0.1:")
+        assert (failure.agent_id, failure.attempt >= 1, failure.size_bytes > 0) == ("old", True, True)
+        assert not writing.done()
+        await weather.end()
+        await writing
+        status = await found.coordinator.api.get_status(coordinator_pb2.GetStatusRequest())
+        assert not status.buffer_failures
 
 
 async def everything_is_registered(found: Rivals) -> bool:

@@ -71,6 +71,7 @@ async def collect_status(bootstrap: str) -> dict[str, Any]:
         "events_position": answer.events_position,
         "outbox_position": answer.outbox_position,
         "missing_position": answer.missing_position,
+        "buffer_failures": [asdict(item) | {"refused": item.refused} for item in answer.buffer_failures],
     }
 
 
@@ -207,6 +208,8 @@ def _print_waits(report: dict[str, Any]) -> None:
             f"THE METADATA WENT BACK: event {position} was seen, and is not there any more. No "
             "object is deleted, and agents may be refused: bring it back with `streamhouse restore` (docs/backup.md)"
         )
+    for item in report["buffer_failures"]:
+        click.echo(show_failure(item))
     for entry in report["partitions"]:
         for owned in entry["unsettled"]:
             status = f"{owned['status']}{_since(owned['orphaned_ms'])}"
@@ -214,6 +217,16 @@ def _print_waits(report: dict[str, Any]) -> None:
                 f"readers of {entry['topic']}/{entry['partition']} wait at offset {owned['registered_end']}: "
                 f"epoch {owned['epoch']} of agent {owned['agent_id']} is {status}"
             )
+
+
+def show_failure(item: dict[str, Any]) -> str:
+    """Returns the line about one buffer whose last hand-over failed."""
+    what = "THE OBJECT STORE REFUSES" if item["refused"] else "not handed over yet:"
+    size = show_bytes(item["size_bytes"])
+    return (
+        f"{what} buffer {item['buffer_id']} of agent {item['agent_id']} ({size}), attempt {item['attempt']}: "
+        f"{one_line(item['reason'])}"
+    )
 
 
 def _since(orphaned_ms: int) -> str:

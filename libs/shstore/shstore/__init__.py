@@ -2,6 +2,7 @@
 Knows nothing of topics and segments."""
 
 from shstore.errors import (
+    REFUSALS,
     BodyTruncated,
     BucketMissing,
     KeyInvalid,
@@ -24,6 +25,7 @@ from shstore.retrying import RetryingStore, RetryPolicy
 from shstore.settings import StoreSettings
 
 __all__ = [
+    "REFUSALS",
     "BodyTruncated",
     "BucketMissing",
     "Fault",

@@ -109,6 +109,10 @@ class StoreInvalid(StoreError):
     kind = StoreErrorKind.INVALID
 
 
+REFUSALS = (StoreDenied, StoreInvalid)
+"""The store answers, and refuses: repeating the call cannot help before an operator has changed something."""
+
+
 class KeyInvalid(StoreInvalid):
     """The key (or list prefix) breaks a rule of `shstore.keys`; it never reached the store."""
 

@@ -52,6 +52,8 @@ UNFINISHED = Predicate("status <> 'lost' AND registered_end IS DISTINCT FROM end
 # Ranges whose leader is gone, and whose end nobody knows. An index of the same condition serves it.
 ORPHANED_RANGES = Predicate("status = 'orphaned'", lambda row: row.status == ORPHANED)
 LOST_RANGES = Predicate("status = 'lost'", lambda row: row.status == LOST)
+# Sealed buffers whose last hand-over failed.
+FAILED_BUFFERS = Predicate("last_reason <> ''", lambda row: row.last_reason != "")
 # What stands for records that are gone.
 LOST_SEGMENTS = Predicate("lost_reason <> ''", lambda row: row.lost_reason != "")
 

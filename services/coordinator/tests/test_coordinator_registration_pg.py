@@ -54,6 +54,9 @@ async def test_buffers_are_claimed_oldest_first_and_once(
     assert not (await claim(api)).found
     await api.release_claim(pb.ReleaseClaimRequest(claim_id=again.claim_id, reason="S3 is away", retry_after_ms=60_000))
     assert not (await claim(api)).found
+    (failure,) = (await api.get_status(pb.GetStatusRequest())).buffer_failures
+    assert (failure.buffer_id, failure.agent_id, failure.attempt, failure.reason) == (first, "a", 2, "S3 is away")
+    assert failure.size_bytes == sum(item.size_bytes for item in again.slices)
     await change_rows("UPDATE buffer_claims SET free_at_ms = 1 WHERE buffer_id = $1", first)
     assert (await claim(api)).attempt == 3
 

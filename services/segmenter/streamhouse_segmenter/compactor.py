@@ -21,7 +21,7 @@ from shformat import (
 from shproto.errors import Fenced, StreamHouseError
 from shproto.v1 import coordinator_pb2, types_pb2
 from shruntime.tasks import Backoff
-from shstore import StoreError
+from shstore import REFUSALS, StoreError
 
 from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.builder import BuiltObject
@@ -79,7 +79,8 @@ class Compactor:
         except (ClaimLost, Fenced) as error:
             log.warning("compaction: %s", error)
         except (StoreError, StreamHouseError, FormatError, CompactionRefused) as error:
-            level = logging.ERROR if isinstance(error, (FormatError, CompactionRefused)) else logging.WARNING
+            needs_somebody = isinstance(error, (FormatError, CompactionRefused, *REFUSALS))
+            level = logging.ERROR if needs_somebody else logging.WARNING
             log.log(level, "compaction given back: %s", error)
             telemetry.failures.add(1, {"why": "compaction"})
             retry_ms = self._settings.compaction_interval_ms

@@ -18,7 +18,7 @@ from shproto.errors import Fenced, StreamHouseError
 from shproto.v1 import coordinator_pb2, types_pb2
 from shruntime.tasks import Backoff
 from shruntime.telemetry import context_of, current_traceparent
-from shstore import StoreError
+from shstore import REFUSALS, StoreError
 
 from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.builder import BuildTooLarge, BuiltObject, ObjectBuilder
@@ -172,7 +172,7 @@ class Handover:
     async def _give_back(self, error: Exception) -> HandoverResult:
         why = _why(error)
         log.log(
-            logging.ERROR if why in ("mismatch", "format", "defect") else logging.WARNING,
+            logging.ERROR if why in ("mismatch", "format", "refused", "defect") else logging.WARNING,
             "buffer %s of agent %s given back at attempt %d (%s): %s",
             self._claim.buffer_id,
             self._claim.agent_id,
@@ -182,12 +182,14 @@ class Handover:
             exc_info=error if why == "defect" else None,
         )
         telemetry.failures.add(1, {"why": why})
-        wait_ms = retry_after_ms(
-            self._claim.attempt,
-            self._ports.rng.random(),
-            first_ms=self._settings.handover_retry_first_ms,
-            max_ms=self._settings.handover_retry_max_ms,
-        )
+        wait_ms = self._settings.handover_refused_retry_ms
+        if why != "refused":
+            wait_ms = retry_after_ms(
+                self._claim.attempt,
+                self._ports.rng.random(),
+                first_ms=self._settings.handover_retry_first_ms,
+                max_ms=self._settings.handover_retry_max_ms,
+            )
         reason = f"{why}: {error}"
         await release_claim(self._ports, self._claim.claim_id, reason=reason, retry_after_ms=wait_ms)
         return HandoverResult(Outcome.FAILED, wait_ms, by_store=isinstance(error, StoreError))
@@ -208,6 +210,7 @@ def _why(error: Exception) -> str:
         (SliceMismatch, "mismatch"),
         (BuildTooLarge, "mismatch"),
         (FormatError, "format"),
+        *((refusal, "refused") for refusal in REFUSALS),
         (StoreError, "store"),
         (RegistrationLate, "early"),
         (UploadWithdrawn, "withdrawn"),

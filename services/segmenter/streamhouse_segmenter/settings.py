@@ -69,6 +69,13 @@ class SegmenterSettings(StoreSettings):
         le=3_600_000,
         description="ms a failed buffer waits at most; while the store is away it is asked every 2 s and none is tried",
     )
+    handover_refused_retry_ms: int = Field(
+        30_000,
+        ge=1,
+        le=3_600_000,
+        description="ms until a buffer that the store refuses (permissions, a request it does not take) is tried "
+        "again: an operator has to act first, and `status` says so",
+    )
     early_retry_first_ms: int = Field(
         20, ge=1, le=60_000, description="ms of the first back-off of a segment whose predecessor is not registered"
     )

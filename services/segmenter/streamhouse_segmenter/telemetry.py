@@ -9,7 +9,7 @@ _meter = metrics.get_meter("streamhouse.segmenter")
 buffers = _meter.create_counter("streamhouse_segmenter_buffers", description="claimed buffers, by outcome")
 # result: registered | covered | fenced | early | withdrawn
 registrations = _meter.create_counter("streamhouse_segmenter_registrations", description="answers, by result")
-# why: mismatch | format | store | peer | early | withdrawn | compaction | defect
+# why: mismatch | format | store | refused | peer | early | withdrawn | compaction | defect
 failures = _meter.create_counter("streamhouse_segmenter_failures", description="work given back, by reason")
 pulled_bytes = _meter.create_counter("streamhouse_segmenter_pulled_bytes", description="batches pulled from agents")
 uploaded_bytes = _meter.create_counter("streamhouse_segmenter_uploaded_bytes", description="bytes of new objects")

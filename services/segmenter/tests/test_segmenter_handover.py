@@ -19,6 +19,9 @@ from shstore import (
     RetryingStore,
     RetryPolicy,
     ScriptedFaults,
+    StoreDenied,
+    StoreError,
+    StoreInvalid,
     StoreUnavailable,
 )
 from streamhouse_segmenter.builder import BuiltObject
@@ -422,6 +425,25 @@ async def test_a_store_that_is_down_costs_a_retry(world: World) -> None:
     faulty = FaultyStore(world.store)
     faulty.down = True
     assert (await _one_failure(world, world.worker(store=faulty))).reason.startswith("store: ")
+    await world.worker().drain()
+    await world.check()
+
+
+@pytest.mark.parametrize("error", [StoreInvalid("InvalidPart"), StoreDenied("AccessDenied")])
+async def test_what_the_store_refuses_is_no_failure_that_passes(
+    world: World, error: StoreError, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said as an error, under a name of its own, and not hammered on."""
+    world.seal("b1", world.agent.append(0, [10]))
+
+    class Refusing(MemoryStore):
+        async def put(self, *args: Any, **kwargs: Any) -> Any:
+            raise error
+
+    given_back = await _one_failure(world, world.worker(store=Refusing(), handover_refused_retry_ms=12_345))
+    assert given_back.reason == f"refused: {error}"
+    assert given_back.retry_after_ms == 12_345
+    assert [record.levelname for record in caplog.records if "given back" in record.message] == ["ERROR"]
     await world.worker().drain()
     await world.check()
 

@@ -597,6 +597,41 @@ class LeaseInfo(_message.Message):
 Global___LeaseInfo: _TypeAlias = LeaseInfo  # noqa: Y015
 
 @_typing.final
+class BufferFailure(_message.Message):
+    """A sealed buffer whose last hand-over failed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUFFER_ID_FIELD_NUMBER: _builtins.int
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    buffer_id: _builtins.str
+    agent_id: _builtins.str
+    attempt: _builtins.int
+    """tries so far"""
+    reason: _builtins.str
+    """"kind: what happened"; refused: repeating does not help before somebody acts"""
+    size_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        buffer_id: _builtins.str = ...,
+        agent_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "attempt", b"attempt", "buffer_id", b"buffer_id", "reason", b"reason", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BufferFailure: _TypeAlias = BufferFailure  # noqa: Y015
+
+@_typing.final
 class GetStatusResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -609,6 +644,7 @@ class GetStatusResponse(_message.Message):
     OUTBOX_POSITION_FIELD_NUMBER: _builtins.int
     HISTORY_ID_FIELD_NUMBER: _builtins.int
     MISSING_POSITION_FIELD_NUMBER: _builtins.int
+    BUFFER_FAILURES_FIELD_NUMBER: _builtins.int
     buffers_waiting: _builtins.int
     buffers_claimed: _builtins.int
     buffers_waiting_bytes: _builtins.int
@@ -622,6 +658,10 @@ class GetStatusResponse(_message.Message):
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionInfo]: ...
     @_builtins.property
     def leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaseInfo]: ...
+    @_builtins.property
+    def buffer_failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___BufferFailure]:
+        """the oldest of those there are"""
+
     def __init__(
         self,
         *,
@@ -634,10 +674,11 @@ class GetStatusResponse(_message.Message):
         outbox_position: _builtins.int = ...,
         history_id: _builtins.str = ...,
         missing_position: _builtins.int = ...,
+        buffer_failures: _abc.Iterable[Global___BufferFailure] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffers_claimed", b"buffers_claimed", "buffers_waiting", b"buffers_waiting", "buffers_waiting_bytes", b"buffers_waiting_bytes", "events_position", b"events_position", "history_id", b"history_id", "leases", b"leases", "missing_position", b"missing_position", "outbox_position", b"outbox_position", "sessions", b"sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_failures", b"buffer_failures", "buffers_claimed", b"buffers_claimed", "buffers_waiting", b"buffers_waiting", "buffers_waiting_bytes", b"buffers_waiting_bytes", "events_position", b"events_position", "history_id", b"history_id", "leases", b"leases", "missing_position", b"missing_position", "outbox_position", b"outbox_position", "sessions", b"sessions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,6 +11,7 @@ from streamhouse_coordinator import messages
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import (
+    FAILED_BUFFERS,
     LOST_RANGES,
     LOST_SEGMENTS,
     UNFINISHED,
@@ -28,6 +29,8 @@ from streamhouse_coordinator.service.recovery import orphaned_since
 # Segments of one snapshot part: about 250 bytes each, so a part stays below 1 MB.
 SNAPSHOT_SEGMENTS = 4000
 SNAPSHOT_PARTITIONS = 500
+# Failed buffers of one status: the oldest hold the others up, and an outage may fail thousands.
+BUFFER_FAILURES_SHOWN = 20
 
 PartitionKey = tuple[str, int]
 RowT = TypeVar("RowT", t.RangeRow, t.SegmentRow)
@@ -206,9 +209,29 @@ async def get_status(context: Context) -> pb.GetStatusResponse:
             outbox_position=await tx.outbox_position(),
             history_id=await _history_id(tx),
             missing_position=max((row.position for row in await tx.select(t.FORKS)), default=0),
+            buffer_failures=await _buffer_failures(tx),
         )
 
     return await context.store.run(work)
+
+
+async def _buffer_failures(tx: Transaction) -> list[pb.BufferFailure]:
+    """Returns the oldest buffers whose last hand-over failed, at most BUFFER_FAILURES_SHOWN."""
+    claims = await tx.select(
+        t.BUFFER_CLAIMS, where(FAILED_BUFFERS), order=("sealed_position",), limit=BUFFER_FAILURES_SHOWN
+    )
+    buffers = await tx.select(t.BUFFERS, where(buffer_id=In([row.buffer_id for row in claims])))
+    agents = {row.buffer_id: row.agent_id for row in buffers}
+    return [
+        pb.BufferFailure(
+            buffer_id=row.buffer_id,
+            agent_id=agents.get(row.buffer_id, ""),
+            attempt=row.attempt,
+            reason=row.last_reason,
+            size_bytes=row.size_bytes,
+        )
+        for row in claims
+    ]
 
 
 def _lease(
