@@ -81,6 +81,26 @@ def test_the_registered_segment_is_what_the_bytes_say(contents: bytes) -> None:
     assert check(contents, segment(10, 13)) == []
 
 
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3), min_size=1, max_size=5))
+def test_what_the_builder_says_of_a_segment_is_what_its_bytes_say(blocks: list[list[int]]) -> None:
+    """Also where timestamps descend from one block to the next: a late client, a retry, another clock."""
+    builder = SegmentBuilder(TOPIC_ID.bytes, 0, 7, block_bytes_target=1)  # every batch is a block of its own
+    offset = 10
+    for timestamps in blocks:
+        records = Records.from_lists([b"x"] * len(timestamps), timestamps_ms=timestamps)
+        builder.add(stamp_batch(encode_batch(records), offset, 7))
+        offset += len(timestamps)
+    built = builder.finish()
+    assert built.info.block_count == len(blocks)
+    registered = segment(
+        built.info.base_offset,
+        built.info.end_offset,
+        first_timestamp_ms=built.info.first_timestamp_ms,
+        max_timestamp_ms=built.info.max_timestamp_ms,
+    )
+    assert check(b"".join(built.parts), registered) == []
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
