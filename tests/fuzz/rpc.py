@@ -108,7 +108,7 @@ def _bound_waits(request: Message) -> None:
         if getattr(request, name, 0) > WAIT_MS_MAX:
             setattr(request, name, WAIT_MS_MAX)
     if isinstance(request, cpb.FollowEventsRequest):
-        request.session_id = ""  # else the agent of that session is looked for on the network when we hang up
+        request.session_token = ""  # else the agent of that session is looked for on the network when we hang up
 
 
 async def _call(cluster: Cluster, method: str, requests: list[Any], memory: dict[str, Any]) -> None:
@@ -258,20 +258,21 @@ def _coordinator_seeds() -> list[bytes]:
         [create, Call("Coordinator/DescribeTopic", cpb.DescribeTopicRequest(topic="fuzzed")),
          Call("Coordinator/DeleteTopic", cpb.DeleteTopicRequest(topic="fuzzed"))],
         [Call("Coordinator/GetMetadata", cpb.GetMetadataRequest(topics=[TOPIC, "missing"]))],
-        [open_session, Call("Coordinator/Heartbeat", cpb.HeartbeatRequest(session_id="$")),
-         Call("Coordinator/GetGrants", cpb.GetGrantsRequest(session_id="$")),
-         Call("Coordinator/SettleRanges", cpb.SettleRangesRequest(session_id="$", ends=[cpb.WalEnd(**span)])),
-         Call("Coordinator/CloseSession", cpb.CloseSessionRequest(session_id="$"))],
+        [open_session, Call("Coordinator/Heartbeat", cpb.HeartbeatRequest(session_token="$")),
+         Call("Coordinator/GetGrants", cpb.GetGrantsRequest(session_token="$")),
+         Call("Coordinator/SettleRanges", cpb.SettleRangesRequest(session_token="$", ends=[cpb.WalEnd(**span)])),
+         Call("Coordinator/CloseSession", cpb.CloseSessionRequest(session_token="$"))],
         [open_session, Call("Coordinator/ListTopics", cpb.ListTopicsRequest()),
-         Call("Coordinator/AnnounceBuffer", cpb.AnnounceBufferRequest(session_id="$", buffer_id=uuid, slices=[part])),
-         Call("Coordinator/ReportLost", cpb.ReportLostRequest(session_id="$", spans=[lost]))],
+         Call("Coordinator/AnnounceBuffer",
+              cpb.AnnounceBufferRequest(session_token="$", buffer_id=uuid, slices=[part])),
+         Call("Coordinator/ReportLost", cpb.ReportLostRequest(session_token="$", spans=[lost]))],
         [Call("Coordinator/OpenSession", cpb.OpenSessionRequest(agent_id="leader", role="ingest", wal_id=b"\1" * 16)),
-         create, Call("Coordinator/GetGrants", cpb.GetGrantsRequest(session_id="$")),
-         Call("Coordinator/Heartbeat", cpb.HeartbeatRequest(session_id="$", low_ranges=[use])),
-         Call("Coordinator/AnnounceBuffer", cpb.AnnounceBufferRequest(session_id="$", buffer_id=uuid, slices=[own])),
+         create, Call("Coordinator/GetGrants", cpb.GetGrantsRequest(session_token="$")),
+         Call("Coordinator/Heartbeat", cpb.HeartbeatRequest(session_token="$", low_ranges=[use])),
+         Call("Coordinator/AnnounceBuffer", cpb.AnnounceBufferRequest(session_token="$", buffer_id=uuid, slices=[own])),
          Call("Coordinator/RegisterSegments", cpb.RegisterSegmentsRequest(buffer_id="$", segments=[own_segment])),
-         Call("Coordinator/SettleRanges", cpb.SettleRangesRequest(session_id="$", ends=[end])),
-         Call("Coordinator/CloseSession", cpb.CloseSessionRequest(session_id="$"))],
+         Call("Coordinator/SettleRanges", cpb.SettleRangesRequest(session_token="$", ends=[end])),
+         Call("Coordinator/CloseSession", cpb.CloseSessionRequest(session_token="$"))],
         [Call("Coordinator/ClaimBuffer", cpb.ClaimBufferRequest(worker_id="w", claim_ttl_ms=1000)),
          Call("Coordinator/RenewClaim", cpb.RenewClaimRequest(claim_id="$", claim_ttl_ms=1000)),
          Call("Coordinator/DeclareUploads", cpb.DeclareUploadsRequest(claim_id="$", object_keys=["k"])),

@@ -107,7 +107,7 @@ class CoordinatorApi:
     async def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         check_text("agent_id", request.agent_id, AGENT_ID_LENGTH_MAX)
         check_text("address", request.address, messages.ADDRESS_LENGTH_MAX, empty=True)
-        check_text("session_id", request.session_id, messages.ID_LENGTH_MAX, empty=True)
+        token = messages.session_token(request.session_token) if request.session_token else self._context.new_id()
         if request.role not in ROLES:
             raise InvalidArgument(
                 f"role must be one of {', '.join(ROLES)}, got {request.role[:100]!r}",
@@ -120,13 +120,14 @@ class CoordinatorApi:
                 "only ingest agents have a write-ahead log", field="wal_id", value=request.wal_id.hex()
             )
         wal_id = messages.hex_id("wal_id", request.wal_id) if request.role == INGEST else ""
-        event = SessionOpened(request.session_id, request.agent_id, request.role, request.address, wal_id, 0)
+        event = SessionOpened(messages.session_id_of(token), request.agent_id, request.role, request.address, wal_id, 0)
         check_text("history_id", request.history_id, messages.ID_LENGTH_MAX, empty=True)
         seen = Head(request.history_id, request.seen_position)
         opened = await sessions.open_session(self._context, event, ends, seen)
         for topic in opened.recovered_topics:
             await groups.topic_changed(self._context, topic)
         return pb.OpenSessionResponse(
+            session_token=token,
             session_id=opened.session_id,
             ttl_ms=self._settings.session_ttl_ms,
             heartbeat_interval_ms=self._settings.heartbeat_interval_ms,
@@ -138,7 +139,7 @@ class CoordinatorApi:
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         low = {messages.range_key(item): item.next_offset for item in request.low_ranges}
-        version, extended = await sessions.heartbeat(self._context, request.session_id, low)
+        version, extended = await sessions.heartbeat(self._context, messages.session_id_of(request.session_token), low)
         return pb.HeartbeatResponse(
             ttl_ms=self._settings.session_ttl_ms,
             grants_version=version,
@@ -148,17 +149,23 @@ class CoordinatorApi:
     async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:
         check_number("number of ranges in only", len(request.only), 0, messages.GRANTS_ASKED_MAX)
         only = {messages.range_key(item) for item in request.only}
-        version, grants, position = await sessions.get_grants(self._context, request.session_id, only)
+        version, grants, position = await sessions.get_grants(
+            self._context, messages.session_id_of(request.session_token), only
+        )
         return pb.GetGrantsResponse(
             grants=[messages.range_grant(grant) for grant in grants], grants_version=version, position=position
         )
 
     async def settle_ranges(self, request: pb.SettleRangesRequest) -> pb.SettleRangesResponse:
-        await sessions.settle_ranges(self._context, request.session_id, messages.wal_ends(request.ends))
+        await sessions.settle_ranges(
+            self._context, messages.session_id_of(request.session_token), messages.wal_ends(request.ends)
+        )
         return pb.SettleRangesResponse()
 
     async def close_session(self, request: pb.CloseSessionRequest) -> pb.CloseSessionResponse:
-        await sessions.end_session(self._context, request.session_id, "closed", messages.wal_ends(request.ends))
+        await sessions.end_session(
+            self._context, messages.session_id_of(request.session_token), "closed", messages.wal_ends(request.ends)
+        )
         return pb.CloseSessionResponse()
 
     # ---- sealed buffers and segments
@@ -168,7 +175,7 @@ class CoordinatorApi:
         check_number("number of slices", len(request.slices), 1, messages.SLICES_MAX)
         check_text("trace_context", request.trace_context, messages.TRACE_CONTEXT_LENGTH_MAX, empty=True)
         slices = tuple(messages.slice_of(item) for item in request.slices)
-        sealed = BufferSealed(buffer_id, request.session_id, "", "", slices)
+        sealed = BufferSealed(buffer_id, messages.session_id_of(request.session_token), "", "", slices)
         snapshots = {messages.range_key(item): item.producer_snapshot for item in request.slices}
         await buffers.announce(self._context, sealed, snapshots, request.trace_context)
         return pb.AnnounceBufferResponse()
@@ -223,7 +230,7 @@ class CoordinatorApi:
     async def report_lost(self, request: pb.ReportLostRequest) -> pb.ReportLostResponse:
         messages.check_count("spans", request.spans, messages.SLICES_MAX)
         spans = [messages.lost_span(item) for item in request.spans]
-        await buffers.report_lost(self._context, request.session_id, spans)
+        await buffers.report_lost(self._context, messages.session_id_of(request.session_token), spans)
         return pb.ReportLostResponse()
 
     # ---- housekeeping
@@ -400,8 +407,8 @@ class CoordinatorApi:
                 async for row in events:
                     yield messages.event(row)
         finally:
-            if request.session_id:
-                self._follower_gone(request.session_id)
+            if request.session_token:
+                self._follower_gone(messages.session_id_of(request.session_token))
 
     async def get_snapshot(self, request: pb.GetSnapshotRequest) -> AsyncIterator[pb.SnapshotPart]:
         async with contextlib.aclosing(views.get_snapshot(self._context)) as parts:  # type: ignore[type-var]

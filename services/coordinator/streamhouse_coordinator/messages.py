@@ -1,5 +1,6 @@
 """Between protobuf messages and the coordinator's rows and events. Checks what comes in; raises InvalidArgument."""
 
+import hashlib
 import uuid
 from collections.abc import Iterable, Sequence
 
@@ -20,6 +21,7 @@ from streamhouse_coordinator.service.sessions import Grant
 
 INT64_MAX = 2**63 - 1
 ID_LENGTH_MAX = 64  # a UUID has 36 characters
+SESSION_TOKEN_LENGTH_MIN = 16  # of a secret, drawn at random; a UUID is what is expected
 OBJECT_KEY_LENGTH_MAX = 1024  # S3's
 REASON_LENGTH_MAX = 4096
 TRACE_CONTEXT_LENGTH_MAX = 256  # a traceparent has 55
@@ -54,6 +56,27 @@ def check_uuid(field: str, value: str) -> str:
         return str(uuid.UUID(value))
     except ValueError as error:
         raise InvalidArgument(f"{field} must be a UUID, got {value[:100]!r}", field=field, value=value[:100]) from error
+
+
+def session_id_of(token: str) -> str:
+    """Returns the id of the session that `token` is the secret of: 122 bits of a digest, in the form of a UUID.
+
+    The token is known to its holder alone. Everything that is kept and told, events and backups included, has the id,
+    which opens nothing.
+    """
+    return str(uuid.UUID(bytes=hashlib.sha256(token.encode()).digest()[:16], version=4))
+
+
+def session_token(value: str) -> str:
+    """A secret that a caller has drawn. An error must not say it: errors are logged."""
+    if not SESSION_TOKEN_LENGTH_MIN <= len(value) <= ID_LENGTH_MAX or "\0" in value:
+        raise InvalidArgument(
+            f"session_token must have {SESSION_TOKEN_LENGTH_MIN} to {ID_LENGTH_MAX} characters, got {len(value)}",
+            field="session_token",
+            value=f"{len(value)} characters",
+            limit=ID_LENGTH_MAX,
+        )
+    return value
 
 
 def object_keys(keys: Sequence[str], least: int = 0, most: int = OBJECT_KEYS_MAX) -> list[str]:

@@ -51,7 +51,7 @@ class CoordinatorService:
     _listener: Listener
     _relay: Relay | None
     _tasks: Tasks
-    _session_id: str = field(default="", init=False)
+    _session_token: str = field(default="", init=False)
 
     async def start(self) -> None:
         """Connects, migrates, starts the background work. Keeps trying until PostgreSQL answers and lets us in. Raises
@@ -77,7 +77,7 @@ class CoordinatorService:
         request = pb.OpenSessionRequest(agent_id=name, role="coordinator", address=address)
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
         await self._reopen(request)
-        while not self._session_id:
+        while not self._session_token:
             await asyncio.sleep(backoff.next_ms() / 1000)
             await self._reopen(request)
         self._tasks.spawn("heartbeat", self._heartbeat(request))
@@ -86,7 +86,7 @@ class CoordinatorService:
         while True:
             await asyncio.sleep(self.settings.heartbeat_interval_ms / 1000)
             try:
-                await self.api.heartbeat(pb.HeartbeatRequest(session_id=self._session_id))
+                await self.api.heartbeat(pb.HeartbeatRequest(session_token=self._session_token))
             except SessionExpired:
                 await self._reopen(request)
             except _LATER as error:
@@ -94,7 +94,7 @@ class CoordinatorService:
 
     async def _reopen(self, request: pb.OpenSessionRequest) -> None:
         try:
-            self._session_id = (await self.api.open_session(request)).session_id
+            self._session_token = (await self.api.open_session(request)).session_token
         except _LATER as error:
             log.warning("no session: %s", error.message)
 
@@ -107,9 +107,9 @@ class CoordinatorService:
     async def stop(self) -> None:
         """Ends the background work, says goodbye if PostgreSQL is there to hear it, closes the connections."""
         await self._tasks.stop()
-        if self._session_id:
+        if self._session_token:
             try:
-                await self.api.close_session(pb.CloseSessionRequest(session_id=self._session_id))
+                await self.api.close_session(pb.CloseSessionRequest(session_token=self._session_token))
             except Unavailable as error:
                 log.warning("session stays until it expires: %s", error.message)
         await self._store.close()

@@ -134,7 +134,7 @@ class Agent:
         return self
 
     async def grants(self) -> list[pb.RangeGrant]:
-        answer = await self.api.get_grants(pb.GetGrantsRequest(session_id=self.session.session_id))
+        answer = await self.api.get_grants(pb.GetGrantsRequest(session_token=self.session.session_token))
         return list(answer.grants)
 
     async def leads(self) -> dict[int, pb.RangeGrant]:
@@ -142,7 +142,7 @@ class Agent:
         return {grant.partition: grant for grant in await self.grants() if grant.status in ("open", "moving")}
 
     async def heartbeat(self, *low: pb.RangeUse) -> pb.HeartbeatResponse:
-        return await self.api.heartbeat(pb.HeartbeatRequest(session_id=self.session.session_id, low_ranges=low))
+        return await self.api.heartbeat(pb.HeartbeatRequest(session_token=self.session.session_token, low_ranges=low))
 
     async def announce(self, *spans: tuple[pb.RangeGrant, int, int], snapshot: bytes = b"") -> str:
         buffer_id = str(uuid.uuid4())
@@ -161,7 +161,7 @@ class Agent:
             for grant, base, end in spans
         ]
         await self.api.announce_buffer(
-            pb.AnnounceBufferRequest(session_id=self.session.session_id, buffer_id=buffer_id, slices=slices)
+            pb.AnnounceBufferRequest(session_token=self.session.session_token, buffer_id=buffer_id, slices=slices)
         )
         return buffer_id
 
@@ -178,10 +178,10 @@ class Agent:
             pb.WalEnd(topic_id=grant.topic_id, partition=grant.partition, epoch=grant.epoch, end_offset=end)
             for grant, end in ends
         ]
-        await self.api.settle_ranges(pb.SettleRangesRequest(session_id=self.session.session_id, ends=wal_ends))
+        await self.api.settle_ranges(pb.SettleRangesRequest(session_token=self.session.session_token, ends=wal_ends))
 
     async def close(self) -> None:
-        await self.api.close_session(pb.CloseSessionRequest(session_id=self.session.session_id))
+        await self.api.close_session(pb.CloseSessionRequest(session_token=self.session.session_token))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ async def test_topic_to_registered_segment(coordinator: CoordinatorService) -> N
     session = await api.open_session(
         pb.OpenSessionRequest(agent_id="a", role="ingest", address="127.0.0.1:1", wal_id=wal_id)
     )
-    grants = (await api.get_grants(pb.GetGrantsRequest(session_id=session.session_id))).grants
+    grants = (await api.get_grants(pb.GetGrantsRequest(session_token=session.session_token))).grants
     assert [(g.partition, g.epoch, g.start_offset, g.limit_offset) for g in grants] == [
         (0, 1, 0, 1024),
         (1, 1, 0, 1024),
@@ -27,7 +27,7 @@ async def test_topic_to_registered_segment(coordinator: CoordinatorService) -> N
         for p in range(2)
     ]
     await api.announce_buffer(
-        pb.AnnounceBufferRequest(session_id=session.session_id, buffer_id=buffer_id, slices=slices)
+        pb.AnnounceBufferRequest(session_token=session.session_token, buffer_id=buffer_id, slices=slices)
     )
     claim = await api.claim_buffer(pb.ClaimBufferRequest(worker_id="w", claim_ttl_ms=5000))
     assert claim.found and claim.buffer_id == buffer_id and claim.address == "127.0.0.1:1" and len(claim.slices) == 2

@@ -48,10 +48,10 @@ async def test_restart_with_the_same_log_goes_on_without_a_gap(api: CoordinatorA
     agent = await open_agent(api, "a")
     grant = (await agent.leads())[0]
     assert await agent.write(grant, 0, 10) == pb.REGISTRATION_RESULT_REGISTERED
-    first = agent.session.session_id
+    first = agent.session.session_token
     await agent.open({(topic_id, 0, 1): 25})  # its log holds 15 records more
     with pytest.raises(SessionExpired):
-        await api.heartbeat(pb.HeartbeatRequest(session_id=first))
+        await api.heartbeat(pb.HeartbeatRequest(session_token=first))
     resumed = agent.session.resumed
     assert [(r.epoch, r.registered_end, r.end_offset, r.status) for r in resumed] == [(1, 10, 25, "settled")]
     new = (await agent.leads())[0]
@@ -199,7 +199,7 @@ async def test_a_dead_process_is_replaced_before_its_lease_runs_out(
     api = coordinator.api
     server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
     agent = await open_agent(api, "a", f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    request = pb.FollowEventsRequest(after_position=0, session_id=agent.session.session_id)
+    request = pb.FollowEventsRequest(after_position=0, session_token=agent.session.session_token)
     stream = api.follow_events(request)
     await anext(stream)
     if not alive:
@@ -342,7 +342,7 @@ async def test_g2_after_damage_no_offset_that_may_have_been_used_is_given_out_ag
     assert (resumed[0].end_offset, resumed[1].end_offset) == (WIDTH, 7), "the other one's newest frames are sound"
     assert {n: grant.start_offset for n, grant in (await agent.leads()).items()} == {0: WIDTH, 1: 7}
     lost = pb.LostSpan(topic_id=topic_id, epoch=1, base_offset=0, end_offset=WIDTH, reason="possibly lost")
-    await api.report_lost(pb.ReportLostRequest(session_id=agent.session.session_id, spans=[lost]))
+    await api.report_lost(pb.ReportLostRequest(session_token=agent.session.session_token, spans=[lost]))
     first = (await api.describe_topic(pb.DescribeTopicRequest(topic="orders"))).partitions[0]
     assert (first.record_count, first.segment_count) == (0, 0), "there is nothing that could be read"
     assert [(item.epoch, item.start_offset) for item in first.ranges] == [(2, WIDTH)], "and nothing to wait for"
@@ -372,11 +372,11 @@ async def test_an_agent_may_ask_about_some_of_its_grants(api: CoordinatorApi, op
             pb.RangeKey(topic_id=grant.topic_id, partition=grant.partition, epoch=epoch or grant.epoch)
             for grant in grants
         ]
-        return await api.get_grants(pb.GetGrantsRequest(session_id=one.session.session_id, only=keys))
+        return await api.get_grants(pb.GetGrantsRequest(session_token=one.session.session_token, only=keys))
 
     answer = await ask(mine[1], theirs[0])
     assert list(answer.grants) == [mine[1]], "of another log nothing is said"
-    everything = await api.get_grants(pb.GetGrantsRequest(session_id=one.session.session_id))
+    everything = await api.get_grants(pb.GetGrantsRequest(session_token=one.session.session_token))
     assert (answer.grants_version, answer.position) == (everything.grants_version, everything.position)
     assert not (await ask(*mine, epoch=9)).grants
     assert not (await ask(theirs[0], epoch=1)).grants, "finished: settled, and empty"
@@ -410,7 +410,7 @@ async def test_what_of_producers_does_not_fit_into_an_answer_is_in_those_that_fo
     resumed = list(agent.session.resumed)
     assert told(resumed) == [(0, 1, b"0000", False), (1, 1, b"1111", False), (2, 1, b"", True)]
     rest = [key_of(grant) for grant in resumed if grant.snapshot_omitted]
-    request = pb.GetGrantsRequest(session_id=agent.session.session_id, only=rest)
+    request = pb.GetGrantsRequest(session_token=agent.session.session_token, only=rest)
     completed = (await api.get_grants(request)).grants
     assert told(completed) == [(2, 1, b"2222", False)]
     completed[0].producer_snapshot, completed[0].snapshot_omitted = b"", True
@@ -440,7 +440,7 @@ async def test_asking_for_what_was_omitted_comes_to_an_end(
     grants, answers = await agent.grants(), 1
     found = {(item.partition, item.epoch): item.producer_snapshot for item in grants if not item.snapshot_omitted}
     while rest := [key_of(grant) for grant in grants if grant.snapshot_omitted]:
-        request = pb.GetGrantsRequest(session_id=agent.session.session_id, only=rest)
+        request = pb.GetGrantsRequest(session_token=agent.session.session_token, only=rest)
         grants, answers = list((await api.get_grants(request)).grants), answers + 1
         complete = [grant for grant in grants if not grant.snapshot_omitted]
         assert complete == sorted(grants, key=lambda grant: (grant.partition, grant.epoch))[: len(complete)]

@@ -167,7 +167,7 @@ class Walk:
             for row in own
         ]
         request = pb.OpenSessionRequest(agent_id=name, role="ingest", wal_id=self.wal(name), wal_ends=ends)
-        self.sessions[name] = (await self.api.open_session(request)).session_id
+        self.sessions[name] = (await self.api.open_session(request)).session_token
 
     def wal(self, name: str) -> bytes:
         return name.encode() * 16
@@ -176,8 +176,8 @@ class Walk:
         return self.sessions.get(self.rng.choice("abc"), "none")
 
     async def seal(self) -> None:
-        session_id = self.session()
-        grants = (await self.api.get_grants(pb.GetGrantsRequest(session_id=session_id))).grants
+        token = self.session()
+        grants = (await self.api.get_grants(pb.GetGrantsRequest(session_token=token))).grants
         slices = [
             pb.BufferSlice(
                 topic_id=grant.topic_id,
@@ -193,7 +193,7 @@ class Walk:
         ]
         buffer_id = self.new_id()
         await self.api.announce_buffer(
-            pb.AnnounceBufferRequest(session_id=session_id, buffer_id=buffer_id, slices=slices)
+            pb.AnnounceBufferRequest(session_token=token, buffer_id=buffer_id, slices=slices)
         )
 
     async def claim(self) -> None:
@@ -239,27 +239,27 @@ class Walk:
             await self.api.finish_deletion(pb.FinishDeletionRequest(object_keys=done))
 
     async def settle(self) -> None:
-        session_id = self.session()
-        grants = (await self.api.get_grants(pb.GetGrantsRequest(session_id=session_id))).grants
+        token = self.session()
+        grants = (await self.api.get_grants(pb.GetGrantsRequest(session_token=token))).grants
         ends = [
             pb.WalEnd(topic_id=g.topic_id, partition=g.partition, epoch=g.epoch, end_offset=g.registered_end)
             for g in grants
             if g.status == "moving" or self.rng.random() < 0.2
         ]
-        await self.api.settle_ranges(pb.SettleRangesRequest(session_id=session_id, ends=ends))
+        await self.api.settle_ranges(pb.SettleRangesRequest(session_token=token, ends=ends))
 
     async def close(self) -> None:
         if self.rng.random() < 0.3:
-            await self.api.close_session(pb.CloseSessionRequest(session_id=self.session()))
+            await self.api.close_session(pb.CloseSessionRequest(session_token=self.session()))
 
     async def beat(self) -> None:
-        session_id = self.session()
-        grants = (await self.api.get_grants(pb.GetGrantsRequest(session_id=session_id))).grants
+        token = self.session()
+        grants = (await self.api.get_grants(pb.GetGrantsRequest(session_token=token))).grants
         low = [
             pb.RangeUse(topic_id=g.topic_id, partition=g.partition, epoch=g.epoch, next_offset=g.registered_end)
             for g in grants
         ]
-        await self.api.heartbeat(pb.HeartbeatRequest(session_id=session_id, low_ranges=low))
+        await self.api.heartbeat(pb.HeartbeatRequest(session_token=token, low_ranges=low))
 
     async def expire(self) -> None:
         self.clock.advance(self.rng.choice([100, 400, 1100]))

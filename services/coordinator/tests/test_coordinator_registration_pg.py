@@ -77,7 +77,7 @@ async def test_announcing_again_changes_nothing(
     grant = (await agent.leads())[0]
     buffer_id = await agent.announce((grant, 0, 10))
     request = pb.AnnounceBufferRequest(
-        session_id=agent.session.session_id,
+        session_token=agent.session.session_token,
         buffer_id=buffer_id,
         slices=[
             pb.BufferSlice(topic_id=grant.topic_id, partition=0, epoch=1, base_offset=0, end_offset=10, record_count=10)
@@ -88,7 +88,7 @@ async def test_announcing_again_changes_nothing(
     await api.announce_buffer(request)
     assert not (await claim(api)).found
     assert len(await all_events(api, "BufferSealed")) == 1
-    request.session_id = "gone"
+    request.session_token = "gone"
     with pytest.raises(SessionExpired):
         await api.announce_buffer(request)
 
@@ -177,7 +177,7 @@ async def test_holes_in_the_log_are_recorded_in_their_place(
     agent = await open_agent(api, "a")
     grant = (await agent.leads())[0]
     span = pb.LostSpan(topic_id=grant.topic_id, partition=0, epoch=1, base_offset=10, end_offset=15, reason="bad CRC")
-    request = pb.ReportLostRequest(session_id=agent.session.session_id, spans=[span])
+    request = pb.ReportLostRequest(session_token=agent.session.session_token, spans=[span])
     await api.report_lost(request)
     await api.report_lost(request)
     described = (await api.describe_topic(pb.DescribeTopicRequest(topic="orders"))).partitions[0]
@@ -197,7 +197,7 @@ async def test_holes_in_the_log_are_recorded_in_their_place(
     described = (await api.describe_topic(pb.DescribeTopicRequest(topic="orders"))).partitions[0]
     assert (list(described.lost), described.record_count) == ([span], 15)
     other = await open_agent(api, "b")
-    request.session_id = other.session.session_id
+    request.session_token = other.session.session_token
     with pytest.raises(InvalidArgument):
         await api.report_lost(request)
 

@@ -66,7 +66,7 @@ class Agent:
             running = assemble(self._around, opened, self._restore(opened.replay), advertised_address)
             self._observe(running)
             self._spawn_parts(running)
-            await running.session.open(await self._session_id(opened, advertised_address))
+            await running.session.open(await self._session_token(opened, advertised_address))
             if opened.replay.doubt:
                 await self._mark_settled(opened)
         except BaseException:
@@ -78,7 +78,7 @@ class Agent:
         self._following = self.tasks.spawn("session", running.session.run())
         self._running = running
 
-    async def _session_id(self, opened: OpenedLog, address: str) -> str:
+    async def _session_token(self, opened: OpenedLog, address: str) -> str:
         """Of the first session. Over a damaged log it is the one that a process before this one asked for, should that
         have died before it had the answer: what was granted to it cannot have been written to, and is not to be
         reported as possibly lost. Not over a torn log, which does not show all that was written."""
@@ -88,7 +88,7 @@ class Agent:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, opened.wal.opening_id, address, drawn)
         except OSError as error:
-            log.warning("the session's id cannot be noted, empty ranges may be reported as possibly lost: %s", error)
+            log.warning("the session's token cannot be noted, empty ranges may be reported as possibly lost: %s", error)
             return drawn
 
     async def _mark_settled(self, opened: OpenedLog) -> None:

@@ -100,7 +100,7 @@ class EventFeed:
         request = pb.FollowEventsRequest(
             after_position=self.position,
             types=[kind.__name__ for kind in FOLLOWED],
-            session_id=self._holder.session_id,
+            session_token=self._holder.token,
             history_id=self._history.seen.history_id,
         )
         async with contextlib.aclosing(self._coordinator.follow_events(request)) as rows:  # type: ignore[type-var]

@@ -107,14 +107,14 @@ class Grants:
     async def _ask(self, question: Question) -> None:
         waiting = list(self._waiting)
         response = await self._coordinator.get_grants(
-            pb.GetGrantsRequest(session_id=self._holder.session_id, only=range_keys(question))
+            pb.GetGrantsRequest(session_token=self._holder.token, only=range_keys(question))
         )
         # Before anything is appended to a new range: metadata that does not know it must not be taken for right.
         self._history.heard_of(response.position)
         await self._history.save()
         taken = await self._ranges.take_in(response.grants, question.keys())
         if spans := self._ranges.lost_spans(question.keys()):
-            await self._coordinator.report_lost(pb.ReportLostRequest(session_id=self._holder.session_id, spans=spans))
+            await self._coordinator.report_lost(pb.ReportLostRequest(session_token=self._holder.token, spans=spans))
         self._wanted.answered(question, response.grants_version, taken.rest)
         self._wanted.want(taken.finished)
         if self._wanted:

@@ -79,7 +79,7 @@ class Heartbeats:
 
     async def _beat(self) -> None:
         sent_ms = self._clock.monotonic_ms()
-        request = pb.HeartbeatRequest(session_id=self._holder.session_id, low_ranges=_low_ranges(self._logs))
+        request = pb.HeartbeatRequest(session_token=self._holder.token, low_ranges=_low_ranges(self._logs))
         try:
             response = await self._coordinator.heartbeat(request)
         except StreamHouseError as error:

@@ -124,7 +124,7 @@ class Moves:
             ends = [self._unsettled[one] for one in keys]
             try:
                 await self._coordinator.settle_ranges(
-                    pb.SettleRangesRequest(session_id=self._holder.session_id, ends=ends)
+                    pb.SettleRangesRequest(session_token=self._holder.token, ends=ends)
                 )
             except SessionExpired:
                 pass  # the next session settles them

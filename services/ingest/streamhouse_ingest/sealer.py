@@ -45,23 +45,28 @@ class SealedBuffer:
 
 
 class SessionHolder:
-    """The id of the open session; empty while there is none."""
+    """The open session: its token, which calls carry, and its id, which events name. Both empty while there is none."""
 
     def __init__(self) -> None:
+        self.token = ""
         self.session_id = ""
         self._open = asyncio.Event()
 
-    def set(self, session_id: str) -> None:
-        self.session_id = session_id
-        if session_id:
-            self._open.set()
-        else:
-            self._open.clear()
+    def set(self, token: str, session_id: str) -> None:
+        """A session is open."""
+        self.token, self.session_id = token, session_id
+        self._open.set()
+
+    def clear(self) -> None:
+        """There is no session any more."""
+        self.token = self.session_id = ""
+        self._open.clear()
 
     async def wait_open(self) -> str:
-        while not self.session_id:
+        """Returns the token of the open session, once there is one."""
+        while not self.token:
             await self._open.wait()
-        return self.session_id
+        return self.token
 
 
 class Sealer:
@@ -197,8 +202,8 @@ class Sealer:
 
     async def _announce_one(self, sealed: SealedBuffer) -> bool:
         """False when it has to be tried again; the wait for that is over then."""
-        session_id = await self._session.wait_open()
-        request = self._request(session_id, sealed)
+        token = await self._session.wait_open()
+        request = self._request(token, sealed)
         if not request.slices:
             return True
         self._announced[sealed.buffer_id] = sealed  # before the call: its events may be here before its answer
@@ -212,10 +217,10 @@ class Sealer:
         self._metrics.sealed.add(1)
         return True
 
-    def _request(self, session_id: str, sealed: SealedBuffer) -> pb.AnnounceBufferRequest:
+    def _request(self, token: str, sealed: SealedBuffer) -> pb.AnnounceBufferRequest:
         """What is left of its slices: an older announcement of the same records may have registered them, or a part."""
         return pb.AnnounceBufferRequest(
-            session_id=session_id,
+            session_token=token,
             buffer_id=sealed.buffer_id,
             slices=[_slice(held.log.key, held.log.topic, buffer) for held, buffer in self._still_sealed(sealed)],
             trace_context=sealed.trace_context,

@@ -46,7 +46,7 @@ class Identity:
 
 
 class Session:
-    """Owns the session id and the lease."""
+    """Owns the session's token and the lease."""
 
     def __init__(
         self,
@@ -92,10 +92,10 @@ class Session:
             await self._live()
             log.warning("the session is lost, opening a new one")
             self._lease.drop()
-            self._holder.set("")
+            self._holder.clear()
             await self.open(str(uuid.uuid4()))
 
-    async def open(self, session_id: str) -> None:
+    async def open(self, token: str) -> None:
         """Opens a session, however long the coordinator takes to answer, and takes in what it says of older ranges.
 
         Nothing is appended meanwhile, nor while the metadata is not what this log goes with (METADATA_WENT_BACK): then
@@ -103,12 +103,12 @@ class Session:
         """
         self._moves.cancel_all()
         await self._stop_leading()
-        opened = await self._open_call(session_id)
+        opened = await self._open_call(token)
         while not await self._resume(opened):
             log.warning("the session is lost already, opening it again")
-            opened = await self._open_call(session_id)
+            opened = await self._open_call(token)
         self._sealer.restart()
-        self._holder.set(opened.session_id)
+        self._holder.set(opened.session_token, opened.session_id)
         self._grants.begin()
         log.info("session %s is open, %d older ranges to finish", opened.session_id, len(opened.resumed))
 
@@ -120,7 +120,7 @@ class Session:
 
     async def _resume(self, opened: pb.OpenSessionResponse) -> bool:
         """Takes in all that is said of older ranges, in as many answers as that takes. False when the session is over
-        before: nothing was written in it, so that its id may be used again."""
+        before: nothing was written in it, so that its token may be used again."""
         self._logs.producer_ids_from = opened.producer_ids_from
         self._history.opened(opened.history_id, opened.feed_position)
         await self._history.save()
@@ -131,7 +131,7 @@ class Session:
         try:
             while rest:
                 asked = first_of(rest)
-                response = await self._rest_call(opened.session_id, asked)
+                response = await self._rest_call(opened.session_token, asked)
                 self._history.heard_of(response.position)
                 await self._history.save()
                 rest = rest.difference(asked).union((await self._ranges.take_in(response.grants, asked)).rest)
@@ -139,15 +139,15 @@ class Session:
             return False
         return True
 
-    async def _rest_call(self, session_id: str, keys: Sequence[LogKey]) -> pb.GetGrantsResponse:
+    async def _rest_call(self, token: str, keys: Sequence[LogKey]) -> pb.GetGrantsResponse:
         """What did not fit into the answers before. Renews the lease, which nobody else does yet."""
         backoff = self._make_backoff()
-        request = pb.GetGrantsRequest(session_id=session_id, only=range_keys(keys))
+        request = pb.GetGrantsRequest(session_token=token, only=range_keys(keys))
         while True:
             self._check_log()
             sent_ms = self._clock.monotonic_ms()
             try:
-                beat = await self._coordinator.heartbeat(pb.HeartbeatRequest(session_id=session_id))
+                beat = await self._coordinator.heartbeat(pb.HeartbeatRequest(session_token=token))
                 self._lease.renew(sent_ms, beat.ttl_ms)
                 return await self._coordinator.get_grants(request)
             except (SessionExpired, InvalidArgument):
@@ -161,9 +161,9 @@ class Session:
         if self._writer.broken:
             raise WalBroken("no session is opened over a log that failed; the next start replays it")
 
-    async def _open_call(self, session_id: str) -> pb.OpenSessionResponse:
+    async def _open_call(self, token: str) -> pb.OpenSessionResponse:
         backoff = self._make_backoff()
-        request = self._open_request(session_id)
+        request = self._open_request(token)
         while True:
             self._check_log()
             sent_ms = self._clock.monotonic_ms()
@@ -183,11 +183,11 @@ class Session:
                     )
                 return opened
 
-    def _open_request(self, session_id: str) -> pb.OpenSessionRequest:
+    def _open_request(self, token: str) -> pb.OpenSessionRequest:
         """The same for all tries: were a session opened by one whose answer is lost, another one would, over a damaged
         log, declare the ends unknown of ranges that were granted to that session and never written to."""
         return pb.OpenSessionRequest(
-            session_id=session_id,
+            session_token=token,
             agent_id=self._identity.agent_id,
             role="ingest",
             address=self._identity.address,
@@ -223,16 +223,16 @@ class Session:
         Else, and always after the log failed, the session expires or is replaced, and the next start settles where a
         replay finds the ends. Nothing may be appended any more; `run` must have ended, or it would open a new session.
         """
-        session_id = self._holder.session_id
-        self._holder.set("")
+        token = self._holder.token
+        self._holder.clear()
         self._lease.drop()
         await self._stop_leading()
         if self._writer.broken:
             log.warning("the log failed: its ranges are left to the replay of the next start")
-        elif session_id:
+        elif token:
             try:
                 ends = wal_ends(held for held in self._logs if held.log.settled_end is None)
-                await self._coordinator.close_session(pb.CloseSessionRequest(session_id=session_id, ends=ends))
+                await self._coordinator.close_session(pb.CloseSessionRequest(session_token=token, ends=ends))
             except StreamHouseError as error:
                 log.warning("the session could not be closed, it will expire: %s", error.message)
 

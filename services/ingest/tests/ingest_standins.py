@@ -56,6 +56,7 @@ class Range:
 
 @dataclass
 class SessionState:
+    token: str
     session_id: str
     agent_id: str
     wal_id: bytes
@@ -223,9 +224,9 @@ class CoordinatorStandIn:
             if other.agent_id == request.agent_id and other.wal_id != request.wal_id:
                 raise AgentIdTaken("taken", agent_id=request.agent_id)
             if other.wal_id == request.wal_id:
-                del self.sessions[other.session_id]
-        session = SessionState(str(uuid.uuid4()), request.agent_id, request.wal_id, request.address)
-        self.sessions[session.session_id] = session
+                del self.sessions[other.token]
+        session = SessionState(str(uuid.uuid4()), str(uuid.uuid4()), request.agent_id, request.wal_id, request.address)
+        self.sessions[session.token] = session
         position = len(self.events)
         ends = {(end.topic_id, end.partition, end.epoch): end.end_offset for end in request.wal_ends}
         snapshots = {(end.topic_id, end.partition, end.epoch): end.producer_snapshot for end in request.wal_ends}
@@ -240,6 +241,7 @@ class CoordinatorStandIn:
         self.buffers.clear()
         self.assign()
         return pb.OpenSessionResponse(
+            session_token=session.token,
             session_id=session.session_id,
             ttl_ms=self.ttl_ms,
             heartbeat_interval_ms=self.heartbeat_ms,
@@ -249,10 +251,10 @@ class CoordinatorStandIn:
             producer_ids_from=self.producer_ids_from,
         )
 
-    def _session(self, session_id: str) -> SessionState:
-        if session_id not in self.sessions:
-            raise SessionExpired("gone", session_id=session_id)
-        return self.sessions[session_id]
+    def _session(self, token: str) -> SessionState:
+        if token not in self.sessions:
+            raise SessionExpired("gone")
+        return self.sessions[token]
 
     def expire_all(self) -> None:
         """Every session ends; open ranges are orphaned."""
@@ -295,7 +297,7 @@ class CoordinatorStandIn:
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         self._called("heartbeat")
-        self._session(request.session_id)
+        self._session(request.session_token)
         extended = []
         for use in request.low_ranges:
             row = self.ranges[(use.topic_id, use.partition, use.epoch)]
@@ -306,7 +308,7 @@ class CoordinatorStandIn:
 
     async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:
         self._called("get_grants")
-        session = self._session(request.session_id)
+        session = self._session(request.session_token)
         only = {(key.topic_id, key.partition, key.epoch) for key in request.only}
         grants = [
             grant
@@ -317,7 +319,7 @@ class CoordinatorStandIn:
 
     async def settle_ranges(self, request: pb.SettleRangesRequest) -> pb.SettleRangesResponse:
         self._called("settle_ranges")
-        self._session(request.session_id)
+        self._session(request.session_token)
         for end in request.ends:
             row = self.ranges[(end.topic_id, end.partition, end.epoch)]
             self.settle(row, end.end_offset, end.producer_snapshot)
@@ -326,7 +328,7 @@ class CoordinatorStandIn:
 
     async def close_session(self, request: pb.CloseSessionRequest) -> pb.CloseSessionResponse:
         self._called("close_session")
-        self.sessions.pop(request.session_id, None)
+        self.sessions.pop(request.session_token, None)
         for end in request.ends:
             row = self.ranges[(end.topic_id, end.partition, end.epoch)]
             self.settle(row, end.end_offset, end.producer_snapshot)
@@ -339,7 +341,7 @@ class CoordinatorStandIn:
 
     async def announce_buffer(self, request: pb.AnnounceBufferRequest) -> pb.AnnounceBufferResponse:
         self._called("announce_buffer")
-        self._session(request.session_id)
+        self._session(request.session_token)
         self.buffers.setdefault(request.buffer_id, request)
         return pb.AnnounceBufferResponse()
 
@@ -380,7 +382,7 @@ class CoordinatorStandIn:
 
     async def report_lost(self, request: pb.ReportLostRequest) -> pb.ReportLostResponse:
         self._called("report_lost")
-        self._session(request.session_id)
+        self._session(request.session_token)
         for span in request.spans:
             row = self.ranges[(span.topic_id, span.partition, span.epoch)]
             if (span.base_offset, span.end_offset) not in row.lost:

@@ -40,7 +40,7 @@ async def announced(logs: Logs, slices: int) -> list[pb.AnnounceBufferRequest]:
     """What a new session is told, until it is so many slices."""
     coordinator: Any = _Announced()
     holder = SessionHolder()
-    holder.set("session")
+    holder.set("token", "session")
     limits = SealLimits(1 << 26, 10_000, 20, 1 << 28, 1 << 28)
     sealer = Sealer(logs, coordinator, holder, SystemClock(), limits, Backoff(1, 1), IngestMetrics())
     sealer.restart()

@@ -450,7 +450,7 @@ async def test_g5_who_comes_back_announces_what_also_says_of_producers_that_did_
         await eventually(lambda: all(row.finished for row in coordinator.ranges.values() if row.epoch == 2))
     expired = any(isinstance(failure, errors.SessionExpired) for failure in failures)
     assert len(coordinator.opened) - opened == 1 + expired
-    assert len({request.session_id for request in coordinator.opened[opened:]}) == 1, "nothing was written in it"
+    assert len({request.session_token for request in coordinator.opened[opened:]}) == 1, "nothing was written in it"
     async with serving(tmp_path / "c", coordinator, agent_id="agent-3") as other:
         assert await write_to_both(other, 8) == [True, True]
         assert await write_to_both(other, 7) == [True, True]

@@ -32,13 +32,13 @@ class Follower:
         self,
         coordinator: CoordinatorApi,
         index: LiveIndex,
-        session_id: Callable[[], str],
+        session_token: Callable[[], str],
         clock: Clock,
         counters: Counters,
     ) -> None:
         self._coordinator = coordinator
         self._index = index
-        self._session_id = session_id
+        self._session_token = session_token
         self._clock = clock
         self._counters = counters
         self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
@@ -91,7 +91,7 @@ class Follower:
     async def _follow(self) -> None:
         request = coordinator_pb2.FollowEventsRequest(
             after_position=self._index.cluster.position,
-            session_id=self._session_id(),
+            session_token=self._session_token(),
             history_id=self._index.cluster.history_id,
         )
         async with contextlib.aclosing(self._coordinator.follow_events(request)) as events:  # type: ignore[type-var]

@@ -25,13 +25,13 @@ class SessionKeeper:
         self._clock = clock
         self._address = ""
         self._interval_ms = 0
-        self.session_id = ""
+        self.token = ""
 
     async def open(self, address: str) -> None:
         """Waits for a coordinator that grants the session."""
         self._address = address
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
-        while not self.session_id:
+        while not self.token:
             try:
                 await self._open()
             except StreamHouseError as error:
@@ -44,12 +44,12 @@ class SessionKeeper:
         while True:
             await self._clock.sleep_ms(self._interval_ms)
             try:
-                request = coordinator_pb2.HeartbeatRequest(session_id=self.session_id)
+                request = coordinator_pb2.HeartbeatRequest(session_token=self.token)
                 await self._coordinator.heartbeat(request)
                 backoff.reset()
             except SessionExpired:
                 log.warning("the session expired; opening a new one")
-                self.session_id = ""
+                self.token = ""
                 await self.open(self._address)
             except StreamHouseError as error:
                 log.warning("no coordinator takes the heartbeat: %s", error)
@@ -57,18 +57,18 @@ class SessionKeeper:
 
     async def close(self) -> None:
         """Best effort: a session that cannot be closed expires."""
-        if not self.session_id:
+        if not self.token:
             return
         try:
-            await self._coordinator.close_session(coordinator_pb2.CloseSessionRequest(session_id=self.session_id))
+            await self._coordinator.close_session(coordinator_pb2.CloseSessionRequest(session_token=self.token))
         except StreamHouseError as error:
             log.info("the session could not be closed and will expire: %s", error)
-        self.session_id = ""
+        self.token = ""
 
     async def _open(self) -> None:
         agent_id = self._agent_id or f"query@{self._address}"
         response = await self._coordinator.open_session(
             coordinator_pb2.OpenSessionRequest(agent_id=agent_id, role="query", address=self._address)
         )
-        self.session_id = response.session_id
+        self.token = response.session_token
         self._interval_ms = response.heartbeat_interval_ms

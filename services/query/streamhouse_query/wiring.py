@@ -111,7 +111,7 @@ def build(
         counters,
     )
     session = SessionKeeper(coordinator, settings.agent_id, clock)
-    follower = Follower(coordinator, index, lambda: session.session_id, clock, counters)
+    follower = Follower(coordinator, index, lambda: session.token, clock, counters)
     export(
         counters,
         {

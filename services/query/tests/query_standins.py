@@ -152,16 +152,18 @@ class StandInCoordinator:
                 session_id, request.agent_id, request.role, request.address, request.wal_id.hex(), started_ms=0
             )
         )
-        return coordinator_pb2.OpenSessionResponse(session_id=session_id, ttl_ms=300, heartbeat_interval_ms=20)
+        return coordinator_pb2.OpenSessionResponse(
+            session_token=session_id, session_id=session_id, ttl_ms=300, heartbeat_interval_ms=20
+        )
 
     async def heartbeat(self, request: coordinator_pb2.HeartbeatRequest) -> coordinator_pb2.HeartbeatResponse:
         self._must_be_up()
-        if request.session_id not in self.sessions:
+        if request.session_token not in self.sessions:
             raise SessionExpired("no such session")
         return coordinator_pb2.HeartbeatResponse(ttl_ms=300)
 
     async def close_session(self, request: coordinator_pb2.CloseSessionRequest) -> coordinator_pb2.CloseSessionResponse:
-        await self.end_session(request.session_id, "closed")
+        await self.end_session(request.session_token, "closed")
         return coordinator_pb2.CloseSessionResponse()
 
     async def add_session(self, opened: ev.SessionOpened) -> None:

@@ -290,9 +290,9 @@ class StandInCoordinator:
 
     async def open_session(self, request: c.OpenSessionRequest) -> c.OpenSessionResponse:
         self._up()
-        session_id = str(uuid.uuid4())
+        token = str(uuid.uuid4())
         self.sessions.add(f"{request.role}/{request.agent_id}")
-        return c.OpenSessionResponse(session_id=session_id, ttl_ms=30_000, heartbeat_interval_ms=1_000)
+        return c.OpenSessionResponse(session_token=token, ttl_ms=30_000, heartbeat_interval_ms=1_000)
 
     async def heartbeat(self, request: c.HeartbeatRequest) -> c.HeartbeatResponse:
         self._up()

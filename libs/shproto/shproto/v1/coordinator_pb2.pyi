@@ -532,6 +532,7 @@ class SessionInfo(_message.Message):
     role: _builtins.str
     address: _builtins.str
     session_id: _builtins.str
+    """as in events"""
     expires_in_ms: _builtins.int
     started_ms: _builtins.int
     def __init__(
@@ -784,7 +785,7 @@ class OpenSessionRequest(_message.Message):
     WAL_ENDS_FIELD_NUMBER: _builtins.int
     ENDS_UNKNOWN_FIELD_NUMBER: _builtins.int
     TORN_FIELD_NUMBER: _builtins.int
-    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     HISTORY_ID_FIELD_NUMBER: _builtins.int
     SEEN_POSITION_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
@@ -802,9 +803,10 @@ class OpenSessionRequest(_message.Message):
     """ingest only: the end of the log looks like a write that was cut off by a power failure. Ranges settle as ever, but
     the next epochs begin at their limits: should it have been more than that, no offset is given out twice.
     """
-    session_id: _builtins.str
-    """Drawn anew by the caller for every session it wants, and kept while it repeats the call: one whose answer was lost is
-    answered with the session it opened. Empty: the coordinator draws one.
+    session_token: _builtins.str
+    """The secret of the session: drawn anew by the caller for every session it wants, at random and at least 16 characters
+    long, and kept while it repeats the call: one whose answer was lost is answered with the session it opened. Empty:
+    the coordinator draws one.
     """
     history_id: _builtins.str
     """ingest only: the history of the events that this log goes with, and the last position of it that the agent has
@@ -827,13 +829,13 @@ class OpenSessionRequest(_message.Message):
         wal_ends: _abc.Iterable[Global___WalEnd] | None = ...,
         ends_unknown: _builtins.bool = ...,
         torn: _builtins.bool = ...,
-        session_id: _builtins.str = ...,
+        session_token: _builtins.str = ...,
         history_id: _builtins.str = ...,
         seen_position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id", "ends_unknown", b"ends_unknown", "history_id", b"history_id", "role", b"role", "seen_position", b"seen_position", "session_id", b"session_id", "torn", b"torn", "wal_ends", b"wal_ends", "wal_id", b"wal_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id", "ends_unknown", b"ends_unknown", "history_id", b"history_id", "role", b"role", "seen_position", b"seen_position", "session_token", b"session_token", "torn", b"torn", "wal_ends", b"wal_ends", "wal_id", b"wal_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -841,16 +843,21 @@ Global___OpenSessionRequest: _TypeAlias = OpenSessionRequest  # noqa: Y015
 
 @_typing.final
 class OpenSessionResponse(_message.Message):
+    """Whoever knows a session's token may act as its holder, so only OpenSession answers it. Everything else that names a
+    session (events, GetStatus, GetSnapshot) has its session_id, from which the token cannot be told.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     TTL_MS_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     FEED_POSITION_FIELD_NUMBER: _builtins.int
     HISTORY_ID_FIELD_NUMBER: _builtins.int
     PRODUCER_IDS_FROM_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_token: _builtins.str
     ttl_ms: _builtins.int
     heartbeat_interval_ms: _builtins.int
     feed_position: _builtins.int
@@ -863,6 +870,8 @@ class OpenSessionResponse(_message.Message):
     """Producer ids below were given out before the metadata was restored: what they wrote since the backup nobody can tell
     from a retry of it, so their batches are refused with UNKNOWN_PRODUCER.
     """
+    session_id: _builtins.str
+    """as in events"""
     @_builtins.property
     def resumed(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeGrant]:
         """this WAL's ranges that are not fully registered yet; complete those with"""
@@ -870,17 +879,18 @@ class OpenSessionResponse(_message.Message):
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
+        session_token: _builtins.str = ...,
         ttl_ms: _builtins.int = ...,
         heartbeat_interval_ms: _builtins.int = ...,
         resumed: _abc.Iterable[Global___RangeGrant] | None = ...,
         feed_position: _builtins.int = ...,
         history_id: _builtins.str = ...,
         producer_ids_from: _builtins.int = ...,
+        session_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feed_position", b"feed_position", "heartbeat_interval_ms", b"heartbeat_interval_ms", "history_id", b"history_id", "producer_ids_from", b"producer_ids_from", "resumed", b"resumed", "session_id", b"session_id", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feed_position", b"feed_position", "heartbeat_interval_ms", b"heartbeat_interval_ms", "history_id", b"history_id", "producer_ids_from", b"producer_ids_from", "resumed", b"resumed", "session_id", b"session_id", "session_token", b"session_token", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -983,9 +993,9 @@ Global___RangeUse: _TypeAlias = RangeUse  # noqa: Y015
 class HeartbeatRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     LOW_RANGES_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
+    session_token: _builtins.str
     @_builtins.property
     def low_ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeUse]:
         """ranges that run out: please extend"""
@@ -993,12 +1003,12 @@ class HeartbeatRequest(_message.Message):
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
+        session_token: _builtins.str = ...,
         low_ranges: _abc.Iterable[Global___RangeUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["low_ranges", b"low_ranges", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["low_ranges", b"low_ranges", "session_token", b"session_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1062,9 +1072,9 @@ Global___RangeKey: _TypeAlias = RangeKey  # noqa: Y015
 class GetGrantsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     ONLY_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
+    session_token: _builtins.str
     @_builtins.property
     def only(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeKey]:
         """of these ranges; none: all. One that is not answered is finished or gone"""
@@ -1072,12 +1082,12 @@ class GetGrantsRequest(_message.Message):
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
+        session_token: _builtins.str = ...,
         only: _abc.Iterable[Global___RangeKey] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["only", b"only", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["only", b"only", "session_token", b"session_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1114,9 +1124,9 @@ Global___GetGrantsResponse: _TypeAlias = GetGrantsResponse  # noqa: Y015
 class SettleRangesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     ENDS_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
+    session_token: _builtins.str
     @_builtins.property
     def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___WalEnd]:
         """this agent's own ranges, at their true ends; leadership of them ends"""
@@ -1124,12 +1134,12 @@ class SettleRangesRequest(_message.Message):
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
+        session_token: _builtins.str = ...,
         ends: _abc.Iterable[Global___WalEnd] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "session_token", b"session_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1154,9 +1164,9 @@ Global___SettleRangesResponse: _TypeAlias = SettleRangesResponse  # noqa: Y015
 class CloseSessionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     ENDS_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
+    session_token: _builtins.str
     @_builtins.property
     def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___WalEnd]:
         """ingest only: this agent's ranges, settled as by SettleRanges in the same transaction, so"""
@@ -1164,12 +1174,12 @@ class CloseSessionRequest(_message.Message):
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
+        session_token: _builtins.str = ...,
         ends: _abc.Iterable[Global___WalEnd] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "session_token", b"session_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1240,11 +1250,11 @@ Global___BufferSlice: _TypeAlias = BufferSlice  # noqa: Y015
 class AnnounceBufferRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     BUFFER_ID_FIELD_NUMBER: _builtins.int
     SLICES_FIELD_NUMBER: _builtins.int
     TRACE_CONTEXT_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
+    session_token: _builtins.str
     buffer_id: _builtins.str
     """UUID; announcing the same one again changes nothing"""
     trace_context: _builtins.str
@@ -1254,14 +1264,14 @@ class AnnounceBufferRequest(_message.Message):
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
+        session_token: _builtins.str = ...,
         buffer_id: _builtins.str = ...,
         slices: _abc.Iterable[Global___BufferSlice] | None = ...,
         trace_context: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_id", b"buffer_id", "session_id", b"session_id", "slices", b"slices", "trace_context", b"trace_context"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_id", b"buffer_id", "session_token", b"session_token", "slices", b"slices", "trace_context", b"trace_context"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1560,20 +1570,20 @@ Global___LostSpan: _TypeAlias = LostSpan  # noqa: Y015
 class ReportLostRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
-    session_id: _builtins.str
+    session_token: _builtins.str
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___LostSpan]: ...
     def __init__(
         self,
         *,
-        session_id: _builtins.str = ...,
+        session_token: _builtins.str = ...,
         spans: _abc.Iterable[Global___LostSpan] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "spans", b"spans"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_token", b"session_token", "spans", b"spans"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1967,10 +1977,10 @@ class FollowEventsRequest(_message.Message):
 
     AFTER_POSITION_FIELD_NUMBER: _builtins.int
     TYPES_FIELD_NUMBER: _builtins.int
-    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     HISTORY_ID_FIELD_NUMBER: _builtins.int
     after_position: _builtins.int
-    session_id: _builtins.str
+    session_token: _builtins.str
     """the follower's session, if it has one"""
     history_id: _builtins.str
     """the history that after_position is of: METADATA_WENT_BACK when it is another one; empty: not"""
@@ -1983,12 +1993,12 @@ class FollowEventsRequest(_message.Message):
         *,
         after_position: _builtins.int = ...,
         types: _abc.Iterable[_builtins.str] | None = ...,
-        session_id: _builtins.str = ...,
+        session_token: _builtins.str = ...,
         history_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_position", b"after_position", "history_id", b"history_id", "session_id", b"session_id", "types", b"types"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_position", b"after_position", "history_id", b"history_id", "session_token", b"session_token", "types", b"types"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -93,9 +93,8 @@ def reopened(session: SessionRow, wanted: SessionOpened) -> SessionRow:
     found = (session.agent_id, session.role, session.address, session.wal_id)
     if found != (wanted.agent_id, wanted.role, wanted.address, wanted.wal_id):
         raise InvalidArgument(
-            f"session {session.session_id!r} is the one of {session.role} {session.agent_id!r} at {session.address}; "
-            "draw another id",
-            field="session_id",
+            f"the token is the one of session {session.session_id!r}, of another {session.role}; draw another one",
+            field="session_token",
             value=session.session_id,
         )
     return session

@@ -49,11 +49,9 @@ class OpenedSession:
 async def open_session(
     context: Context, opened: SessionOpened, wal_ends: sessions.WalEnds, seen: Head = NOTHING_SEEN
 ) -> OpenedSession:
-    """`opened` comes without started_ms, and without session_id unless the caller has drawn one: a session of that id
-    is there already if this is a retry whose first answer was lost. `seen`: what the agent's log knows of the metadata.
-    Raises AgentIdTaken, InvalidArgument, MetadataWentBack."""
-    session_id = opened.session_id or context.new_id()
-    declared = wal_ends
+    """`opened` comes without started_ms. A session of its id is there already if this is a retry whose first answer was
+    lost. `seen`: what the agent's log knows of the metadata. Raises AgentIdTaken, InvalidArgument, MetadataWentBack."""
+    session_id, declared = opened.session_id, wal_ends
 
     async def work(tx: Transaction) -> OpenedSession:
         await tx.lock(CLUSTER_LOCK)
@@ -71,7 +69,7 @@ async def open_session(
         if opened.wal_id and len(histories) > 1:
             recovered = await restores.recover_topics(tx, declared, context.settings.partitions_per_topic_max)
             wal_ends = await restores.split_barriers(tx, opened.agent_id, opened.wal_id, declared)
-        event = replace(opened, session_id=session_id, started_ms=now_ms)
+        event = replace(opened, started_ms=now_ms)
         others = await _others(tx, opened)
         live = await _live(tx, [row.session_id for row in others], now_ms)
         ranges = await _ranges_of(tx, others, opened.wal_id)

@@ -32,13 +32,13 @@ async def _renew(ports: Ports, opened: coordinator_pb2.OpenSessionResponse) -> N
     try:
         while True:
             await ports.clock.sleep_ms(opened.heartbeat_interval_ms)
-            await ports.coordinator.heartbeat(coordinator_pb2.HeartbeatRequest(session_id=opened.session_id))
+            await ports.coordinator.heartbeat(coordinator_pb2.HeartbeatRequest(session_token=opened.session_token))
     finally:
-        await _close(ports, opened.session_id)
+        await _close(ports, opened.session_token)
 
 
-async def _close(ports: Ports, session_id: str) -> None:
+async def _close(ports: Ports, token: str) -> None:
     try:
-        await ports.coordinator.close_session(coordinator_pb2.CloseSessionRequest(session_id=session_id))
+        await ports.coordinator.close_session(coordinator_pb2.CloseSessionRequest(session_token=token))
     except StreamHouseError as error:
         log.info("session not closed, it expires by itself: %s", error)
