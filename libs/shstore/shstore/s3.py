@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 
+from shstore.body import request_body
 from shstore.errors import BodyTruncated, ObjectMissing, RangeBeyondEnd, StoreCorrupt, StoreError
 from shstore.keys import check_key, check_prefix
 from shstore.port import ObjectInfo
@@ -46,8 +47,9 @@ class S3Store:
         if size_bytes > self._settings.multipart_threshold_bytes:
             reply = await self._put_multipart(key, views, size_bytes, condition)
         else:
-            body = b"".join(views)
-            reply = await self._s3.request("put_object", key, Key=self._name(key), Body=body, **condition)
+            reply = await self._s3.request(
+                "put_object", key, Key=self._name(key), Body=request_body(views), **condition
+            )
         sent_at = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
         if sent_at is None:
             return await self.head(key)
@@ -146,9 +148,8 @@ class S3Store:
 
         async def send(number: int, part: Sequence[memoryview]) -> Reply:
             async with room:
-                body = b"".join(part)
                 reply = await self._s3.request(
-                    "upload_part", key, PartNumber=number, Body=body, **self._checksum, **upload
+                    "upload_part", key, PartNumber=number, Body=request_body(part), **self._checksum, **upload
                 )
             checksum = {"ChecksumCRC32": reply["ChecksumCRC32"]} if "ChecksumCRC32" in reply else {}
             return {"PartNumber": number, "ETag": reply["ETag"], **checksum}

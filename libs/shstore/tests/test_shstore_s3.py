@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -77,6 +78,22 @@ async def test_keys_lie_below_the_prefix(s3_settings: StoreSettings) -> None:
     assert [info.key async for info in whole.list("")] == ["one-two/k", "one/k"]
     for store in (one, two, whole):
         await store.close()
+
+
+@pytest.mark.parametrize("threshold_bytes", [5 * MIB, 64 * MIB], ids=["multipart", "one put"])
+async def test_an_upload_holds_no_second_copy_of_the_object(s3_settings: StoreSettings, threshold_bytes: int) -> None:
+    """G7: whoever builds objects counts their bytes once. The object here is 32 views of the same MiB."""
+    piece = bytes(range(256)) * 4096
+    async with opened(s3_settings, multipart_threshold_bytes=threshold_bytes) as store:
+        await store.put("first", [b"opens the client"])
+        tracemalloc.start()
+        try:
+            await store.put("large", [piece] * 32)
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak_bytes < 8 * MIB
+        assert await store.get("large", at=5 * MIB - 2, size_bytes=4) == piece[-2:] + piece[:2]
 
 
 async def uploads_under_way(settings: StoreSettings) -> int:

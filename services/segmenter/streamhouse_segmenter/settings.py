@@ -57,7 +57,8 @@ class SegmenterSettings(StoreSettings):
         320 * MIB,
         ge=MIB,
         le=1024 * MIB,
-        description="bytes one build may hold in memory: the largest sealed slice (256 MiB), a batch and room",
+        description="bytes one build may hold in memory: the largest sealed slice (256 MiB), a batch and room. Uploads "
+        "copy nothing, so all builds and a compaction hold (builds_in_flight_max + 1) times this at worst",
     )
 
     handover_retry_first_ms: int = Field(
