@@ -144,7 +144,7 @@ class EmbeddedPlatform:
     async def _open_store(self) -> ObjectStore:
         store = configured_store(self._services.store)
         self._stack.push_async_callback(store.close)
-        await store.check()
+        await store.wait_until_usable()
         return store
 
 

@@ -5,17 +5,23 @@ clients do not come back at once), and a deadline over all attempts of a call.""
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from shstore.errors import ObjectExists, StoreError, StoreInvalid, StoreUnavailable
+from shstore.errors import REFUSALS, ObjectExists, StoreError, StoreInvalid, StoreUnavailable
 from shstore.port import ObjectInfo, ObjectStore
 from shstore.ranges import byte_views, split_views
 
 Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
+
+SILENCE_SAID_S = 5.0
+"""Of a store that does not answer the first question: as long as a slow one may take over a listing."""
 
 COMPARE_BYTES = 8 * 1024 * 1024
 """Bytes per read when a put of unknown outcome is compared with what is stored: bounds the memory it takes."""
@@ -116,6 +122,38 @@ class RetryingStore:
 
     async def check(self) -> None:
         await self._retried("check the store", self._store.check)
+
+    async def wait_until_usable(self) -> None:
+        """Returns once the store answers `check`, however long that takes, and logs what it waits for.
+
+        Raises REFUSALS, which waiting does not mend: wrong credentials, a missing bucket, an unusable directory.
+        """
+        failures = 0
+        while True:
+            try:
+                await self._check_aloud()
+            except REFUSALS:
+                raise
+            except StoreError as error:
+                failures += 1
+                _log.warning("waiting for the object store: %s", error)
+                await self._sleep(self._rng.uniform(0, self._policy.delay_cap_ms(failures, throttled=False)) / 1000)
+            else:
+                if failures:
+                    _log.info("the object store answers")
+                return
+
+    async def _check_aloud(self) -> None:
+        """Checks once, and logs that the store is silent long before the attempt is given up."""
+        asking = asyncio.ensure_future(self._store.check())
+        try:
+            await asyncio.wait((asking,), timeout=SILENCE_SAID_S)
+            if not asking.done():
+                _log.warning("waiting for the object store: it has not answered for %g s", SILENCE_SAID_S)
+            await asking
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
 
     async def close(self) -> None:
         await self._store.close()

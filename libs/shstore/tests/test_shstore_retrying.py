@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shstore import (
     BodyTruncated,
+    BucketMissing,
     Fault,
     FaultKind,
     FaultyStore,
@@ -20,6 +21,7 @@ from shstore import (
     RetryingStore,
     RetryPolicy,
     ScriptedFaults,
+    StoreDenied,
     StoreInvalid,
     StoreUnavailable,
 )
@@ -67,6 +69,40 @@ async def test_a_throttled_call_waits_longer() -> None:
     store, _, clock = retrying(ScriptedFaults([FaultKind.THROTTLED, FaultKind.UNAVAILABLE]))
     await store.check()
     assert clock.slept == [0.5, 0.2]
+
+
+async def test_a_start_waits_for_the_store_beyond_every_deadline(caplog: pytest.LogCaptureFixture) -> None:
+    faults = [FaultKind.UNAVAILABLE, FaultKind.TIMEOUT_NOT_DONE, FaultKind.THROTTLED, FaultKind.UNAVAILABLE]
+    store, faulty, clock = retrying(ScriptedFaults(faults), RetryPolicy(base_delay_ms=1_000, deadline_ms=1))
+    await store.wait_until_usable()
+    assert len(faulty.injected) == 4
+    assert sum(clock.slept) > 1
+    said = [record.message for record in caplog.records]
+    assert [message.startswith("waiting for the object store: ") for message in said] == [True] * 4
+
+
+async def test_a_start_does_not_wait_for_what_an_operator_has_to_put_right() -> None:
+    class Refusing(MemoryStore):
+        async def check(self) -> None:
+            raise error
+
+    for error in (StoreDenied("wrong key"), BucketMissing("b", None)):
+        with pytest.raises(type(error)):
+            await RetryingStore(Refusing()).wait_until_usable()
+
+
+async def test_a_start_says_that_the_store_is_silent(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shstore.retrying.SILENCE_SAID_S", 0.001)
+
+    class Silent(MemoryStore):
+        async def check(self) -> None:
+            while not caplog.records:
+                await asyncio.sleep(0)
+
+    await RetryingStore(Silent()).wait_until_usable()
+    assert caplog.records[0].message == "waiting for the object store: it has not answered for 0.001 s"
 
 
 @pytest.mark.parametrize(("kind", "within_s"), [(FaultKind.UNAVAILABLE, 2), (FaultKind.THROTTLED, 10)])

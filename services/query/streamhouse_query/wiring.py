@@ -17,7 +17,7 @@ from shruntime.settings import PREFIX, SettingsError
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
 from shruntime.urls import masked
-from shstore import ObjectStore
+from shstore import ObjectStore, RetryingStore
 from shstore.configured import configured_store
 
 from streamhouse_query.adapters.disk_cache import DiskCache
@@ -144,7 +144,7 @@ def _redis(settings: QuerySettings, clock: Clock, counters: Counters) -> RedisCa
 async def run(settings: QuerySettings) -> None:
     """The query service as a process of its own, until SIGINT or SIGTERM.
 
-    Raises StoreError (the object store is not usable), CacheDirError, ListenError.
+    Raises StoreError (the object store refuses), CacheDirError, ListenError.
     """
     configure_logging(settings.service, settings.log_level, settings.log_json)
     async with contextlib.AsyncExitStack() as stack:
@@ -152,7 +152,6 @@ async def run(settings: QuerySettings) -> None:
         stack.callback(telemetry.shutdown)
         store = configured_store(settings)
         stack.push_async_callback(store.close)
-        await store.check()
         connection = connect_to_coordinators(settings, telemetry)
         stack.push_async_callback(connection.close)
         ingest_at = Peers(IngestClient, settings, telemetry)
@@ -163,13 +162,14 @@ async def run(settings: QuerySettings) -> None:
         await server.start()
         stack.push_async_callback(server.stop, CALL_GRACE_MS)
         stack.push_async_callback(service.stop)
-        service.tasks.spawn("query start", _serve(service, server, settings))
+        service.tasks.spawn("query start", _serve(service, server, store, settings))
         await wait_for_stop(service.tasks)
         await server.set_serving(False)
 
 
-async def _serve(service: QueryService, server: RpcServer, settings: QuerySettings) -> None:
-    """In the background, so that a stop is heard while there is no coordinator yet."""
+async def _serve(service: QueryService, server: RpcServer, store: RetryingStore, settings: QuerySettings) -> None:
+    """Starts the service in the background, so that a stop is heard while there is no store or coordinator yet."""
+    await store.wait_until_usable()
     await service.start(settings.advertise or server.address)
     await server.set_serving(True)
     log.info("serving on %s", server.address)

@@ -76,7 +76,7 @@ async def run(settings: SegmenterSettings) -> None:
     """The segmenter as a process of its own, until SIGTERM or SIGINT. `python -m streamhouse_segmenter` calls it,
     because nameko wants the event loop prepared before anything else is imported.
 
-    Raises StoreError (the store is not usable), ListenError.
+    Raises StoreError (the store refuses), ListenError.
     """
     configure_logging("segmenter", settings.log_level, settings.log_json)
     async with contextlib.AsyncExitStack() as stack:
@@ -84,7 +84,6 @@ async def run(settings: SegmenterSettings) -> None:
         stack.callback(telemetry.shutdown)
         store = configured_store(settings)
         stack.push_async_callback(store.close)
-        await store.check()
         connection = connect_to_coordinators(settings, telemetry)
         stack.push_async_callback(connection.close)
         ingest_at = Peers(IngestClient, settings, telemetry)
@@ -94,15 +93,27 @@ async def run(settings: SegmenterSettings) -> None:
         stack.push_async_callback(server.stop, 0)
         service = build(settings, CoordinatorClient(connection), store, ingest_at)
         service.follow_feed = not settings.amqp_url
-        await service.start()
         stack.push_async_callback(service.stop)
-        _wake_by_events(settings, service, stack)
-        address = settings.advertise or server.address
-        service.tasks.spawn("segmenter session", keep_session(service.ports, service.api.worker_id, address))
-        await server.set_serving(True)
-        log.info("segmenter %s serves health checks on %s", service.api.worker_id, address)
+        service.tasks.spawn("segmenter start", _serve(service, server, store, settings, stack))
         await wait_for_stop(service.tasks)
         await server.set_serving(False)
+
+
+async def _serve(
+    service: SegmenterService,
+    server: RpcServer,
+    store: RetryingStore,
+    settings: SegmenterSettings,
+    stack: contextlib.AsyncExitStack,
+) -> None:
+    """Starts the service in the background, so that a stop is heard while there is no store yet."""
+    await store.wait_until_usable()
+    await service.start()
+    _wake_by_events(settings, service, stack)
+    address = settings.advertise or server.address
+    service.tasks.spawn("segmenter session", keep_session(service.ports, service.api.worker_id, address))
+    await server.set_serving(True)
+    log.info("segmenter %s serves health checks on %s", service.api.worker_id, address)
 
 
 def _wake_by_events(settings: SegmenterSettings, service: SegmenterService, stack: contextlib.AsyncExitStack) -> None:

@@ -335,9 +335,10 @@ async def test_prometheus_metrics_are_served_beside_nameko(platform: Platform, b
     assert "streamhouse_segmenter_records_total" in text
 
 
-async def test_unusable_settings_end_it_with_a_message(platform: Platform) -> None:
+async def test_unusable_settings_end_it_with_a_message(platform: Platform, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     for settings, message in (
-        ({"STORE_DIR": "/proc/nowhere", "S3_ATTEMPTS_DEADLINE_MS": 100}, "/proc/nowhere"),
+        ({"STORE_DIR": tmp_path / "file" / "store"}, f"{tmp_path}/file/store"),
         ({"BUILDS_IN_FLIGHT_MAX": 0}, "builds_in_flight_max (STREAMHOUSE_BUILDS_IN_FLIGHT_MAX) = '0'"),
         ({"SEGMENT_TARGET": 1}, "unknown setting STREAMHOUSE_SEGMENT_TARGET"),
     ):
