@@ -30,6 +30,15 @@ def check_key(key: str) -> str:
     return key
 
 
+def is_key(key: str) -> bool:
+    """True if `key` may name an object. Others may keep things in a bucket under names that no put of ours accepts."""
+    try:
+        check_key(key)
+    except KeyInvalid:
+        return False
+    return True
+
+
 def check_prefix(prefix: str) -> str:
     """Return `prefix` if keys can start with it (the last component may be cut anywhere, or be empty)."""
     _check_text(prefix, KEY_BYTES_MAX)

@@ -15,14 +15,13 @@ from typing import Self, TypeAlias, TypeVar
 
 from shstore.errors import (
     BodyTruncated,
-    KeyInvalid,
     ObjectMissing,
     StoreDenied,
     StoreError,
     StoreInvalid,
     StoreUnavailable,
 )
-from shstore.keys import check_key
+from shstore.keys import is_key
 
 Walk: TypeAlias = Iterator[tuple[str, os.stat_result]]
 Result = TypeVar("Result")
@@ -231,7 +230,7 @@ def _walk(directory: Path, base: str, prefix: str, start_after: str) -> Walk:
             passed = key < start_after and not start_after.startswith(key)
             if not passed and (key.startswith(prefix) or prefix.startswith(key)):
                 yield from _walk(Path(entry.path), key, prefix, start_after)
-        elif key.startswith(prefix) and key > start_after and _is_key(key):
+        elif key.startswith(prefix) and key > start_after and is_key(key):
             try:
                 yield key, entry.stat(follow_symlinks=False)
             except FileNotFoundError:
@@ -248,11 +247,3 @@ def _entries(directory: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
                     yield entry.name, entry
     except (FileNotFoundError, NotADirectoryError):
         return  # nothing was put there yet
-
-
-def _is_key(key: str) -> bool:
-    try:
-        check_key(key)
-    except KeyInvalid:
-        return False  # a file somebody else put there, with a name that no put accepts
-    return True

@@ -44,7 +44,8 @@ class ObjectStore(Protocol):
         """Objects whose key starts with `prefix` and is greater than `start_after`, by ascending key.
 
         Keys ascend by code point (which is UTF-8 byte order). An object put or deleted meanwhile may
-        or may not appear; all others appear exactly once.
+        or may not appear; all others appear exactly once. What lies there under a name that is no key
+        (the mark of an empty folder, say) does not appear: no other call takes that name.
         """
         ...
 

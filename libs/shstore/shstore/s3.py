@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 
 from shstore.body import request_body
 from shstore.errors import BodyTruncated, ObjectMissing, RangeBeyondEnd, StoreCorrupt, StoreError
-from shstore.keys import check_key, check_prefix
+from shstore.keys import check_key, check_prefix, is_key
 from shstore.port import ObjectInfo
 from shstore.ranges import byte_views, check_range, resolve_range, split_views
 from shstore.s3_errors import delete_error
@@ -77,7 +77,8 @@ class S3Store:
             page = await self._s3.request("list_objects_v2", None, Prefix=self._name(prefix), **position)
             for found in page.get("Contents", ()):
                 key = found["Key"].removeprefix(self._prefix)
-                yield _info(key, found["Size"], found["LastModified"], found)
+                if is_key(key):  # "data/", say, is what consoles make for an empty folder
+                    yield _info(key, found["Size"], found["LastModified"], found)
             if not page.get("IsTruncated"):
                 return
             position = {"ContinuationToken": page["NextContinuationToken"]}

@@ -33,6 +33,7 @@ CLIENT_ERRORS = (BotoCoreError, ClientError, aiohttp.ClientError, OSError)
 
 _THROTTLED = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "429")
 _AGAIN = ("RequestTimeout", "ConditionalRequestConflict", "OperationAborted", "BadDigest", "IncompleteBody")
+_PASSING = (*_THROTTLED, *_AGAIN, "InternalError", "ServiceUnavailable")
 _MISSING = ("NoSuchKey", "NoSuchUpload")
 _DENIED = ("ExpiredToken", "InvalidToken")
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
@@ -51,16 +52,14 @@ def store_error(exc: Exception, operation: str, key: str | None, settings: Store
 
 
 def delete_error(errors: Sequence[dict[str, Any]], settings: StoreSettings) -> StoreError:
-    """The port's word for keys that DeleteObjects reports as not deleted."""
-    first = errors[0]
+    """The port's word for keys that DeleteObjects reports as not deleted: a refusal if one of them is refused."""
+    refused = [error for error in errors if error.get("Code", "") not in _PASSING]
+    first = (refused or errors)[0]
     message = (
         f"S3 delete_objects in bucket {settings.bucket!r}: {len(errors)} keys were not deleted, "
         f"the first {first.get('Key')!r}: {first.get('Code')}: {first.get('Message', '')}"
     )
-    code = first.get("Code", "")
-    if code == "AccessDenied":
-        return StoreDenied(message)
-    return StoreUnavailable(message, throttled=code in _THROTTLED)
+    return StoreDenied(message) if refused else StoreUnavailable(message, throttled=first.get("Code") in _THROTTLED)
 
 
 def _response_error(exc: ClientError, where: str, key: str | None, settings: StoreSettings) -> StoreError:

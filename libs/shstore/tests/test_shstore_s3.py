@@ -196,6 +196,42 @@ async def test_what_error_codes_mean(
         assert requests == 1, "retries are RetryingStore's"
 
 
+DELETE_REPLY = b"""<?xml version="1.0"?><DeleteResult>%s</DeleteResult>"""
+DELETE_ERROR = b"<Error><Key>%s</Key><Code>%s</Code><Message>no</Message></Error>"
+
+
+@pytest.mark.parametrize(
+    ("codes", "kind", "named"),
+    [
+        (["SlowDown"], StoreUnavailable, "k0"),
+        (["InternalError", "InternalError"], StoreUnavailable, "k0"),
+        (["AccessDenied"], StoreDenied, "k0"),
+        (["InternalError", "ObjectLocked"], StoreDenied, "k1"),
+    ],
+)
+async def test_what_codes_of_single_keys_of_a_delete_mean(
+    s3_settings: StoreSettings, codes: list[str], kind: type[StoreError], named: str
+) -> None:
+    """A key under a lock is no store that is away: repeating does not help, and the others are gone."""
+    errors = b"".join(DELETE_ERROR % (b"k%d" % number, code.encode()) for number, code in enumerate(codes))
+    body = DELETE_REPLY % errors
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    async with server(answering(reply)) as endpoint, opened(s3_settings, endpoint=endpoint) as store:
+        with pytest.raises(kind, match=f"the first '{named}'") as caught:
+            await store.delete(["k0", "k1"])
+        assert type(caught.value) is kind
+
+
+async def test_what_others_keep_under_names_that_are_no_keys_is_not_listed(s3_settings: StoreSettings) -> None:
+    """Consoles make "data/" for an empty folder; a sweep that was told of it could never delete it, nor go on."""
+    async with opened(s3_settings) as store:
+        await store.put("data/x", [b"ours"])
+        client = await store._s3.client()
+        for name in ("data/", "data//y", "data/../z"):
+            await client.put_object(Bucket=s3_settings.bucket, Key=store._name(name), Body=b"theirs")
+        assert [info.key async for info in store.list("data/")] == ["data/x"]
+
+
 GET_100 = b'HTTP/1.1 206 Partial\r\nETag: "e"\r\nContent-Length: %d\r\nContent-Range: %s\r\n\r\n'
 
 
