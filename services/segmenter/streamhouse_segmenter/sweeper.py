@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from shproto.errors import MetadataWentBack, Unavailable
 from shproto.v1 import coordinator_pb2
-from shstore import ObjectMissing
+from shstore import ObjectMissing, StoreError
 
 from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.builder import each_within
@@ -130,8 +130,8 @@ class Sweeper:
             for item in judged.orphans:
                 log.info("orphan (dry run): %s, %d bytes, %s", item.key, item.size_bytes, item.why)
             return judged.orphans
-        gone = [item for item in judged.orphans if item.deletable]
-        await self._delete([item.key for item in gone])
+        deleted = await self._delete([item.key for item in judged.orphans if item.deletable])
+        gone = [item for item in judged.orphans if item.key in deleted]
         size_bytes = sum(item.size_bytes for item in gone)
         report.waiting += len(judged.orphans) - len(gone)
         report.deleted += len(gone)
@@ -152,10 +152,10 @@ class Sweeper:
             if refused := sum(item.verdict == coordinator_pb2.DELETION_VERDICT_REFERENCED for item in said):
                 telemetry.deletions_refused.add(refused, {"why": "referenced"})
             begun = [item.object_key for item in said if item.verdict == coordinator_pb2.DELETION_VERDICT_BEGUN]
-            if not begun:
+            deleted = await self._delete(begun)
+            if not deleted:
                 break
-            await self._delete(begun)
-            report.cleared += len(begun)
+            report.cleared += len(deleted)
 
     async def _begin(self, keys: Sequence[str]) -> coordinator_pb2.BeginDeletionResponse:
         return await self._ports.coordinator.begin_deletion(
@@ -167,11 +167,32 @@ class Sweeper:
             )
         )
 
-    async def _delete(self, begun: Sequence[str]) -> None:
-        """Deletes objects whose deletion was begun, and says so. In between a crash costs a repetition."""
-        if begun:
-            await self._ports.store.delete(begun)
-            await self._ports.coordinator.finish_deletion(coordinator_pb2.FinishDeletionRequest(object_keys=begun))
+    async def _delete(self, begun: Sequence[str]) -> set[str]:
+        """Deletes objects whose deletion was begun, and says so. In between a crash costs a repetition.
+
+        Returns the keys that are gone. One that the store does not let go (a lock on the object, say) keeps nobody
+        else's: it stays begun, and is tried again by the next sweep.
+        """
+        deleted = await self._delete_from_store(begun) if begun else []
+        if deleted:
+            await self._ports.coordinator.finish_deletion(coordinator_pb2.FinishDeletionRequest(object_keys=deleted))
+        return set(deleted)
+
+    async def _delete_from_store(self, keys: Sequence[str]) -> list[str]:
+        """Returns the keys that are gone. Raises StoreError when it is the store that cannot be had."""
+        try:
+            await self._ports.store.delete(keys)
+            return list(keys)
+        except StoreError as error:
+            if error.retriable:
+                raise
+            if len(keys) == 1:
+                log.error("the store does not delete %r: %s", keys[0], error)
+                telemetry.failures.add(1, {"why": "deletion"})
+                return []
+        # Halves, so that one key among a thousand costs some twenty requests.
+        half = len(keys) // 2
+        return [*await self._delete_from_store(keys[:half]), *await self._delete_from_store(keys[half:])]
 
     async def check_history(self) -> tuple[HistoryMark, str]:
         """The mark, and why the feed is not the one that was marked, or lacks events that were seen; empty when neither

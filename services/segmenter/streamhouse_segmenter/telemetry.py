@@ -10,7 +10,9 @@ buffers = _meter.create_counter("streamhouse_segmenter_buffers", description="cl
 # result: registered | covered | fenced | early | withdrawn
 registrations = _meter.create_counter("streamhouse_segmenter_registrations", description="answers, by result")
 # why: mismatch | format | store | refused | peer | early | withdrawn | compaction | defect
-failures = _meter.create_counter("streamhouse_segmenter_failures", description="work given back, by reason")
+failures = _meter.create_counter(
+    "streamhouse_segmenter_failures", description="work that failed and is tried again later, by reason"
+)
 pulled_bytes = _meter.create_counter("streamhouse_segmenter_pulled_bytes", description="batches pulled from agents")
 uploaded_bytes = _meter.create_counter("streamhouse_segmenter_uploaded_bytes", description="bytes of new objects")
 raw_bytes = _meter.create_counter("streamhouse_segmenter_raw_bytes", description="bytes of new segments, uncompressed")

@@ -1,6 +1,7 @@
 """Compaction keeps every record; the orphan sweep deletes what is unreferenced and old, and nothing else (G8)."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from shproto.errors import Fenced, MetadataWentBack, Unavailable
 from shproto.v1 import coordinator_pb2 as c
 from shproto.v1 import types_pb2
 from shruntime.clock import ManualClock, SystemClock
-from shstore import FaultKind, FaultyStore, MemoryStore, ScriptedFaults, StoreUnavailable
+from shstore import FaultKind, FaultyStore, MemoryStore, ScriptedFaults, StoreDenied, StoreUnavailable
 from streamhouse_segmenter.core.history import MARK_KEY, HistoryMark
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.service import Segmenter
@@ -353,6 +354,42 @@ async def test_an_upload_that_left_nothing_behind_is_cleared() -> None:
     await house.hours_pass()
     await house.sweeping.sweep_orphans()
     assert (house.coordinator.intents, house.coordinator.deletions) == ({}, {})
+
+
+class LockedStore(MemoryStore):
+    """Does not let some keys go, as one with object locks; says so of the first in the way."""
+
+    def __init__(self, locked: set[str], **options: Any) -> None:
+        super().__init__(**options)
+        self.locked = locked
+        self.deletes = 0
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        self.deletes += 1
+        await super().delete([key for key in keys if key not in self.locked])
+        if refused := self.locked & set(keys):
+            raise StoreDenied(f"AccessDenied: {min(refused)}")
+
+
+async def test_an_object_that_the_store_does_not_let_go_keeps_no_other() -> None:
+    """One object under a lock held up the whole sweep, and every sweep after it."""
+    house = House()
+    locked = {"data/x/0/500-1-a.seg", "mixed/2024-01-01/b.seg"}
+    store = LockedStore(set(locked), now_ms=house.clock.wall_ms)
+    house.store, house.sweeping = store, house.segmenter(store=store, clock=house.clock)
+    for number in range(1100):
+        await house.store.put(f"data/x/0/{number}-1-a.seg", [b"left over"])
+    for key in ("mixed/2024-01-01/b.seg", "mixed/2024-01-02/c.seg"):
+        await house.store.put(key, [b"left over"])
+    house.clock.advance(2 * HOUR_MS)
+    report = await sweep_until_confirmed(house)
+    assert report.deleted == 1100
+    assert await house.keys() == locked
+    assert set(house.coordinator.deletions) == locked, "tried again by the next sweep"
+    assert store.deletes < 50, "the rest of a page goes in few requests"
+    store.locked.clear()
+    assert (await house.sweeping.sweep_orphans()).deleted == 2
+    assert not await house.keys()
 
 
 async def test_several_sweepers_do_no_harm() -> None:
