@@ -239,12 +239,12 @@ def _coordinator_seeds() -> list[bytes]:
     span: dict[str, Any] = {"topic_id": b"$", "epoch": 1, "end_offset": 10}
     sizes: dict[str, Any] = {"record_count": 10, "size_bytes": 10}
     uuid = "00000000-0000-4000-8000-000000000001"
-    segment = tpb.SegmentRef(segment_id=uuid, topic=TOPIC, object_key="k", **span, **sizes)
+    segment = tpb.SegmentRef(segment_id=uuid, topic=TOPIC, object_key="data/k", **span, **sizes)
     part = cpb.BufferSlice(topic=TOPIC, **span, **sizes)
     key: dict[str, Any] = {"topic_id": b"$", "partition": REMEMBERED, "epoch": REMEMBERED}
     use = cpb.RangeUse(**key, next_offset=REMEMBERED)
     own = cpb.BufferSlice(topic="fuzzed", end_offset=10, **key, **sizes)
-    own_segment = tpb.SegmentRef(segment_id=uuid, topic="fuzzed", object_key="k", end_offset=10, **key, **sizes)
+    own_segment = tpb.SegmentRef(segment_id=uuid, topic="fuzzed", object_key="data/k", end_offset=10, **key, **sizes)
     end = cpb.WalEnd(**key, end_offset=10)
     lost = cpb.LostSpan(**span, reason="r")
     open_session = Call("Coordinator/OpenSession", cpb.OpenSessionRequest(agent_id="fuzzed", role="query"))
@@ -275,7 +275,7 @@ def _coordinator_seeds() -> list[bytes]:
          Call("Coordinator/CloseSession", cpb.CloseSessionRequest(session_token="$"))],
         [Call("Coordinator/ClaimBuffer", cpb.ClaimBufferRequest(worker_id="w", claim_ttl_ms=1000)),
          Call("Coordinator/RenewClaim", cpb.RenewClaimRequest(claim_id="$", claim_ttl_ms=1000)),
-         Call("Coordinator/DeclareUploads", cpb.DeclareUploadsRequest(claim_id="$", object_keys=["k"])),
+         Call("Coordinator/DeclareUploads", cpb.DeclareUploadsRequest(claim_id="$", object_keys=["data/k"])),
          Call("Coordinator/ReleaseClaim", cpb.ReleaseClaimRequest(claim_id="$", reason="r"))],
         [Call("Coordinator/ListTopics", cpb.ListTopicsRequest()),
          Call("Coordinator/RegisterSegments", cpb.RegisterSegmentsRequest(segments=[segment])),
@@ -284,10 +284,11 @@ def _coordinator_seeds() -> list[bytes]:
         [Call("Coordinator/ClaimCompaction", cpb.ClaimCompactionRequest(
             worker_id="w", claim_ttl_ms=1000, small_bytes_max=1000, target_bytes=10_000, segments_min=2)),
          Call("Coordinator/ApplyRetention", cpb.ApplyRetentionRequest()),
-         Call("Coordinator/FilterUnreferenced", cpb.FilterUnreferencedRequest(object_keys=["k"])),
-         Call("Coordinator/BeginDeletion", cpb.BeginDeletionRequest(object_keys=["k"], grace_ms=1000, confirm_ms=1)),
+         Call("Coordinator/FilterUnreferenced", cpb.FilterUnreferencedRequest(object_keys=["data/k"])),
+         Call("Coordinator/BeginDeletion",
+              cpb.BeginDeletionRequest(object_keys=["data/k"], grace_ms=1000, confirm_ms=1)),
          Call("Coordinator/ListDeletions", cpb.ListDeletionsRequest(grace_ms=1, confirm_ms=1, limit=10)),
-         Call("Coordinator/FinishDeletion", cpb.FinishDeletionRequest(object_keys=["k"]))],
+         Call("Coordinator/FinishDeletion", cpb.FinishDeletionRequest(object_keys=["data/k"]))],
         [join, Call("Coordinator/HeartbeatGroup", heartbeat), Call("Coordinator/CommitOffsets", commit),
          Call("Coordinator/FetchOffsets", cpb.FetchOffsetsRequest(group="g", partitions=[owned])),
          Call("Coordinator/LeaveGroup", cpb.LeaveGroupRequest(group="g", member_id="$"))],

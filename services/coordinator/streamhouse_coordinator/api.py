@@ -267,8 +267,7 @@ class CoordinatorApi:
         return pb.ApplyRetentionResponse(segments_removed=segments, bytes_removed=size_bytes)
 
     async def filter_unreferenced(self, request: pb.FilterUnreferencedRequest) -> pb.FilterUnreferencedResponse:
-        check_number("number of object_keys", len(request.object_keys), 0, messages.OBJECT_KEYS_MAX)
-        keys = await housekeeping.filter_unreferenced(self._context, list(request.object_keys))
+        keys = await housekeeping.filter_unreferenced(self._context, messages.any_object_keys(request.object_keys))
         return pb.FilterUnreferencedResponse(object_keys=keys)
 
     async def begin_deletion(self, request: pb.BeginDeletionRequest) -> pb.BeginDeletionResponse:
@@ -278,7 +277,7 @@ class CoordinatorApi:
         return pb.BeginDeletionResponse(now_ms=now_ms, objects=[messages.object_deletion(item) for item in judged])
 
     async def finish_deletion(self, request: pb.FinishDeletionRequest) -> pb.FinishDeletionResponse:
-        await objects.finish_deletion(self._context, messages.object_keys(request.object_keys))
+        await objects.finish_deletion(self._context, messages.any_object_keys(request.object_keys))
         return pb.FinishDeletionResponse()
 
     async def list_deletions(self, request: pb.ListDeletionsRequest) -> pb.ListDeletionsResponse:

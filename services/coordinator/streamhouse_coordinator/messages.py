@@ -14,6 +14,7 @@ from streamhouse_coordinator.core.deletion import Patience
 from streamhouse_coordinator.core.groups import split_name
 from streamhouse_coordinator.core.names import GROUP_LENGTH_MAX, check_number, check_text, check_topic
 from streamhouse_coordinator.core.sessions import SNAPSHOT_BYTES_MAX, WalEnds
+from streamhouse_coordinator.segment_keys import check_segment_key
 from streamhouse_coordinator.service import group_admin
 from streamhouse_coordinator.service.groups import Commit
 from streamhouse_coordinator.service.objects import Judged
@@ -22,12 +23,12 @@ from streamhouse_coordinator.service.sessions import Grant
 INT64_MAX = 2**63 - 1
 ID_LENGTH_MAX = 64  # a UUID has 36 characters
 SESSION_TOKEN_LENGTH_MIN = 16  # of a secret, drawn at random; a UUID is what is expected
-OBJECT_KEY_LENGTH_MAX = 1024  # S3's
 REASON_LENGTH_MAX = 4096
 TRACE_CONTEXT_LENGTH_MAX = 256  # a traceparent has 55
 ADDRESS_LENGTH_MAX = 261  # a DNS name of 255, a colon, a port
 # One buffer holds at most one slice per partition of an agent; 100,000 keeps a request below 20 MB.
 SLICES_MAX = 100_000
+OBJECT_KEY_LENGTH_MAX = 1024  # S3's
 # A page of an object listing has 1,000 keys; ten of them are one question.
 OBJECT_KEYS_MAX = 10_000
 GRANTS_ASKED_MAX = 10_000  # ranges named in one question, some 30 bytes each; who wants more asks for all
@@ -80,11 +81,19 @@ def session_token(value: str) -> str:
 
 
 def object_keys(keys: Sequence[str], least: int = 0, most: int = OBJECT_KEYS_MAX) -> list[str]:
-    """Each once, in order."""
+    """Returns the keys of objects that may hold segments, each once, in order."""
     check_number("number of object_keys", len(keys), least, most)
     for key in keys:
-        check_text("object_keys", key, OBJECT_KEY_LENGTH_MAX)
+        check_segment_key("object_keys", key)
     return list(dict.fromkeys(keys))
+
+
+def any_object_keys(keys: Sequence[str]) -> list[str]:
+    """Returns keys that are only looked up or forgotten: an older version may have recorded any text."""
+    check_number("number of object_keys", len(keys), 0, OBJECT_KEYS_MAX)
+    for key in keys:
+        check_text("object_keys", key, OBJECT_KEY_LENGTH_MAX)
+    return list(keys)
 
 
 def patience(grace_ms: int, confirm_ms: int) -> Patience:
@@ -158,7 +167,7 @@ def slice_of(item: pb.BufferSlice) -> Slice:
 def segment_of(item: types_pb2.SegmentRef) -> Segment:
     check_span(item.base_offset, item.end_offset)
     check_number("record_count", item.record_count, 1, item.end_offset - item.base_offset)
-    check_text("object_key", item.object_key, OBJECT_KEY_LENGTH_MAX)
+    check_segment_key("object_key", item.object_key)
     for field in ("object_at", "raw_bytes"):
         check_number(field, getattr(item, field), 0, INT64_MAX)
     check_number("size_bytes", item.size_bytes, 1, INT64_MAX)

@@ -2,7 +2,7 @@
 may be gone (G8)."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import asyncpg
@@ -108,6 +108,64 @@ async def test_only_a_claim_declares(api: CoordinatorApi, open_agent: Any) -> No
     held = await claim(api)
     with pytest.raises(InvalidArgument, match="is being deleted"):
         await declare(api, held.claim_id, "data/x")
+
+
+NO_SEGMENT_KEYS = [
+    "",
+    "data/",
+    "data//x",
+    "/data/x",
+    "data",
+    "database/x",
+    "other/x",
+    "backup/20240101T000000Z-000000000001/manifest.json",
+    "../../etc/passwd",
+    "data/../backup/20240101T000000Z-000000000001/manifest.json",
+    "mixed/./x",
+    "/etc/passwd",
+    "data/x\0y",
+    "data/x\ny",
+    "data/" + "x" * 256,
+    "data/" + "x/" * 400 + "x",
+]
+
+
+@pytest.mark.parametrize("key", NO_SEGMENT_KEYS)
+async def test_a_key_that_can_hold_no_segment_is_refused_before_anything_is_recorded(
+    api: CoordinatorApi, open_agent: Any, make_segment: MakeSegment, dsn: str, key: str
+) -> None:
+    """A backup's manifest was deleted like an orphan; `../../etc/passwd` stopped every sweep at the store's refusal."""
+    buffer_id, segment = await announced(api, await open_agent(api, "a"), make_segment)
+    held = await claim(api)
+    with pytest.raises(InvalidArgument, match="object key"):
+        await api.begin_deletion(pb.BeginDeletionRequest(object_keys=["data/x", key]))
+    with pytest.raises(InvalidArgument, match="object key"):
+        await declare(api, held.claim_id, "data/x", key)
+    segment.object_key = key
+    with pytest.raises(InvalidArgument, match="object key"):
+        await register(api, buffer_id, segment)
+    request = pb.RegisterCompactionRequest(claim_id="c", replaced_segment_ids=["s"], segment=segment)
+    with pytest.raises(InvalidArgument, match="object key"):
+        await api.register_compaction(request)
+    connection = await asyncpg.connect(dsn)
+    try:
+        for table in ("deletions", "upload_intents", "segments"):
+            assert not await connection.fetch(f"SELECT 1 FROM {table}"), table
+    finally:
+        await connection.close()
+
+
+async def test_rows_of_an_older_version_with_such_keys_stop_no_sweep(
+    api: CoordinatorApi, change_rows: Callable[..., Awaitable[object]]
+) -> None:
+    assert await begin(api, "data/x", confirm_ms=HOUR_MS) == ["NOTICED"]
+    foreign = [key for key in NO_SEGMENT_KEYS if "\0" not in key]
+    for key in foreign:  # older than what is left of the log, and so told first
+        await change_rows("INSERT INTO deletions VALUES ($1, 1, 2)", key)
+    await change_rows("INSERT INTO upload_intents VALUES ('backup/y', 'c', '', 'w', 1)")
+    request = pb.ListDeletionsRequest(grace_ms=0, confirm_ms=0, limit=5)
+    assert list((await api.list_deletions(request)).object_keys) == ["data/x"]
+    assert await begin(api, *await pending(api)) == ["BEGUN"]
 
 
 async def test_an_upload_is_safe_while_its_claim_is_held(

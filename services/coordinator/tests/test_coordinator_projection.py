@@ -213,7 +213,7 @@ class Walk:
                     base_offset=item.base_offset,
                     end_offset=item.end_offset,
                     record_count=1,
-                    object_key=claim.claim_id,
+                    object_key=f"data/{claim.claim_id}",
                     size_bytes=100,
                 )
                 for item in claim.slices
@@ -225,8 +225,8 @@ class Walk:
         """Late and twice, too."""
         if self.claims:
             claim_id = self.rng.choice(self.claims[-4:]).claim_id
-            self.objects.append(claim_id)
-            await self.api.declare_uploads(pb.DeclareUploadsRequest(claim_id=claim_id, object_keys=[claim_id]))
+            self.objects.append(f"data/{claim_id}")
+            await self.api.declare_uploads(pb.DeclareUploadsRequest(claim_id=claim_id, object_keys=self.objects[-1:]))
 
     async def sweep(self) -> None:
         """Whatever has been begun may be gone from the store at any moment."""

@@ -1,5 +1,6 @@
 """Objects before they are part of the log and after: declared uploads, and deletion in two phases."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,11 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.deletion import ObjectState, Patience, Verdict
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp
 from streamhouse_coordinator.ports import AtMost, In, Lock, Transaction, where
+from streamhouse_coordinator.segment_keys import flaw_of_key
 from streamhouse_coordinator.service import forks
 from streamhouse_coordinator.service.common import Context
+
+log = logging.getLogger(__name__)
 
 
 async def declare_uploads(context: Context, claim_id: str, object_keys: Sequence[str]) -> None:
@@ -83,19 +87,34 @@ async def finish_deletion(context: Context, object_keys: Sequence[str]) -> None:
 
 
 async def list_deletions(context: Context, patience: Patience, limit: int) -> list[str]:
-    """Keys to begin the deletion of that no listing of the store need show: deletions that were not finished, and
-    uploads that never came to anything. The oldest first."""
+    """Returns keys to begin the deletion of that no listing of the store need show: deletions that were not finished,
+    and uploads that never came to anything. The oldest first.
+
+    Rows that an older version took with keys that cannot hold segments are forgotten here, not told: whoever handed
+    one of them to the store was refused, and never came to the rows behind it.
+    """
 
     async def work(tx: Transaction) -> list[str]:
-        now_ms = await tx.now_ms()
-        noticed = where(noticed_ms=AtMost(now_ms - patience.confirm_ms))
-        declared = where(declared_ms=AtMost(now_ms - patience.grace_ms))
-        deletions = await tx.select(t.DELETIONS, noticed, order=("noticed_ms", "object_key"), limit=limit)
-        intents = await tx.select(t.UPLOAD_INTENTS, declared, order=("declared_ms", "object_key"), limit=limit)
-        keys = [row.object_key for row in deletions] + [row.object_key for row in intents]
-        return list(dict.fromkeys(keys))[:limit]
+        while True:
+            found = await _overdue(tx, patience, limit)
+            flawed = [key for key in found if flaw_of_key(key)]
+            if not flawed:
+                return found
+            log.warning("forgets %d objects to delete that are no segments', the first is %r", len(flawed), flawed[0])
+            gone = [{"object_key": key} for key in flawed]
+            await tx.apply([Remove(table, key) for key in gone for table in (t.DELETIONS, t.UPLOAD_INTENTS)])
 
     return await context.store.run(work)
+
+
+async def _overdue(tx: Transaction, patience: Patience, limit: int) -> list[str]:
+    now_ms = await tx.now_ms()
+    noticed = where(noticed_ms=AtMost(now_ms - patience.confirm_ms))
+    declared = where(declared_ms=AtMost(now_ms - patience.grace_ms))
+    deletions = await tx.select(t.DELETIONS, noticed, order=("noticed_ms", "object_key"), limit=limit)
+    intents = await tx.select(t.UPLOAD_INTENTS, declared, order=("declared_ms", "object_key"), limit=limit)
+    keys = [row.object_key for row in deletions] + [row.object_key for row in intents]
+    return list(dict.fromkeys(keys))[:limit]
 
 
 # ---- what there is

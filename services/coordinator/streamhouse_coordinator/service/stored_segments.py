@@ -13,8 +13,8 @@ from shproto.events import Segment
 from shstore import ObjectMissing, ObjectStore
 
 from streamhouse_coordinator.core.cover import Candidate, Span
+from streamhouse_coordinator.segment_keys import SEGMENT_PREFIXES
 
-PREFIXES = ("data/", "mixed/")
 # Header, index and footer of one object are three requests of some 30 ms; a listing brings a thousand keys a page.
 READS_AT_ONCE = 16
 TAIL_BYTES = 32 * 1024
@@ -43,7 +43,7 @@ class Stored:
 async def scan(store: ObjectStore, known_ends: Mapping[str, int], progress: Callable[[str, int, int], None]) -> Stored:
     """`known_ends`: by key, the bytes of each object that segments of the backup account for. Raises StoreError."""
     stored = Stored()
-    for prefix in PREFIXES:
+    for prefix in SEGMENT_PREFIXES:
         async for info in store.list(prefix):
             stored.sizes[info.key] = info.size_bytes
             if len(stored.sizes) % 1000 == 0:
