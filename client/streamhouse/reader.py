@@ -7,7 +7,7 @@ partitions there are, commits.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Literal, cast
 
@@ -192,7 +192,7 @@ class Reader:
         request = query_pb2.SubscribeRequest(
             positions=positions, max_bytes=self._options.fetch_bytes, format=query_pb2.FETCH_FORMAT_ENCODED
         )
-        stream = self._peers.query((self._addresses[0],)).subscribe(request)
+        stream = self._peers.query((self._addresses[0],)).subscribe(_only(request))
         return cast("AsyncGenerator[query_pb2.FetchResponse, None]", stream)
 
     async def _stream_failed(self, error: StreamHouseError) -> None:
@@ -286,3 +286,7 @@ class Reader:
             cursor.fetch_offset = offset
             cursor.last_epoch = 0
             self._news.set()
+
+
+async def _only(request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.SubscribeRequest]:
+    yield request

@@ -307,8 +307,11 @@ class FakeStreamHouse:
 
     # ---- query
 
-    async def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]:
+    async def subscribe(
+        self, requests: AsyncIterator[query_pb2.SubscribeRequest]
+    ) -> AsyncIterator[query_pb2.FetchResponse]:
         self.calls["subscribe"] += 1
+        request = await anext(requests)
         positions = {(p.topic, p.partition): p.offset for p in request.positions}
         ids = {(p.topic, p.partition): p.topic_id for p in request.positions}
         told: dict[tuple[str, int], tuple[int, str]] = {}

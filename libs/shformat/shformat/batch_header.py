@@ -33,6 +33,9 @@ BODY_AT = 20
 assert _HEADER.size == BATCH_HEADER_SIZE == BODY_AT + _BODY.size
 assert _STAMP.size == STAMP_SIZE == BODY_AT - _CRC.size
 
+# A decoded record takes this beside its bytes: offset, timestamp, end of its key and of its value, 8 bytes each.
+DECODED_RECORD_BYTES = 32
+
 # One byte of LZ4 stands for at most 255 bytes of output; more is a lie told to make a reader allocate.
 LZ4_RATIO_MAX = 255
 
@@ -92,6 +95,11 @@ class BatchHeader(NamedTuple):
     def end_offset(self) -> int:
         """One past the last record's offset."""
         return self.base_offset + self.last_offset_delta + 1
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory that the decoded columns take, about; known without decoding."""
+        return self.uncompressed_bytes + DECODED_RECORD_BYTES * self.record_count
 
 
 # ---- encoding

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .batch_header import BatchHeader
+from .batch_header import DECODED_RECORD_BYTES, BatchHeader
 from .columns import Int64s
 
 INDEX_ENTRY = np.dtype(
@@ -47,6 +47,11 @@ class BlockEntry:
     record_count: int
     uncompressed_bytes: int
     crc: int
+
+    @property
+    def decoded_bytes(self) -> int:
+        """As of the block's header."""
+        return self.uncompressed_bytes + DECODED_RECORD_BYTES * self.record_count
 
     @classmethod
     def of(cls, header: BatchHeader, at: int, crc: int) -> BlockEntry:

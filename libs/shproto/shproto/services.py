@@ -211,7 +211,7 @@ class IngestClient:
 
 class QueryApi(Protocol):
     async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse: ...
-    def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]: ...
+    def subscribe(self, requests: AsyncIterator[query_pb2.SubscribeRequest]) -> AsyncIterator[query_pb2.FetchResponse]: ...
     async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse: ...
     async def describe_query(self, request: query_pb2.DescribeQueryRequest) -> query_pb2.DescribeQueryResponse: ...
 
@@ -223,8 +223,8 @@ class QueryClient:
     async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse:
         return await self._connection.unary("/streamhouse.v1.Query/Fetch", request, query_pb2.FetchResponse)
 
-    def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]:
-        return self._connection.unary_stream("/streamhouse.v1.Query/Subscribe", request, query_pb2.FetchResponse)
+    def subscribe(self, requests: AsyncIterator[query_pb2.SubscribeRequest]) -> AsyncIterator[query_pb2.FetchResponse]:
+        return self._connection.stream_stream("/streamhouse.v1.Query/Subscribe", requests, query_pb2.FetchResponse)
 
     async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse:
         return await self._connection.unary("/streamhouse.v1.Query/LookupOffsets", request, query_pb2.LookupOffsetsResponse)

@@ -28,9 +28,12 @@ class EchoQuery:
             raise ZeroDivisionError("a defect")
         return query_pb2.FetchResponse(next_offset=request.offset)
 
-    async def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]:
-        for position in request.positions:
-            yield await self.fetch(query_pb2.FetchRequest(offset=position.offset))
+    async def subscribe(
+        self, requests: AsyncIterator[query_pb2.SubscribeRequest]
+    ) -> AsyncIterator[query_pb2.FetchResponse]:
+        async for request in requests:
+            for position in request.positions:
+                yield await self.fetch(query_pb2.FetchRequest(offset=position.offset))
 
     async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse:
         return query_pb2.LookupOffsetsResponse()
@@ -40,9 +43,15 @@ class EchoQuery:
 
 
 class EndlessQuery(EchoQuery):
-    async def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]:
+    async def subscribe(
+        self, requests: AsyncIterator[query_pb2.SubscribeRequest]
+    ) -> AsyncIterator[query_pb2.FetchResponse]:
         while True:
             yield query_pb2.FetchResponse(batches=[bytes(1 << 20)])
+
+
+async def one(request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.SubscribeRequest]:
+    yield request
 
 
 async def test_a_cut_stream_of_a_traced_server_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
@@ -51,7 +60,7 @@ async def test_a_cut_stream_of_a_traced_server_is_no_error(caplog: pytest.LogCap
     try:
         for _ in range(5):
             connection = Connection([server.address])
-            stream = QueryClient(connection).subscribe(query_pb2.SubscribeRequest())
+            stream = QueryClient(connection).subscribe(one(query_pb2.SubscribeRequest()))
             assert await anext(stream)
             await asyncio.sleep(0.05)  # nobody reads: the server waits in a write, its generator at a yield
             await connection.close()
@@ -93,9 +102,19 @@ async def test_a_stream_delivers_until_its_error(client: QueryClient) -> None:
     request = query_pb2.SubscribeRequest(positions=[query_pb2.FetchPosition(offset=n) for n in (1, 2, 13, 4)])
     seen = []
     with pytest.raises(OffsetBeyondEnd):
-        async for response in client.subscribe(request):
+        async for response in client.subscribe(one(request)):
             seen.append(response.next_offset)
     assert seen == [1, 2]
+
+
+async def test_who_sends_one_request_where_a_stream_of_them_is_taken_is_understood(server: RpcServer) -> None:
+    """As clients did before Subscribe took updates of windows, and as any simple one does."""
+    request = query_pb2.SubscribeRequest(positions=[query_pb2.FetchPosition(offset=n) for n in (1, 2)])
+    connection = Connection([server.address])
+    path = "/streamhouse.v1.Query/Subscribe"
+    responses = connection.unary_stream(path, request, query_pb2.FetchResponse)
+    assert [response.next_offset async for response in responses] == [1, 2]
+    await connection.close()
 
 
 async def test_the_next_address_is_tried(server: RpcServer) -> None:

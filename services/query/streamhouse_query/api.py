@@ -19,7 +19,7 @@ from streamhouse_query.fetch import fetch
 from streamhouse_query.lookups import Found, Lookups
 from streamhouse_query.reads import Fetched, Reads, Want
 from streamhouse_query.settings import QuerySettings
-from streamhouse_query.subscribe import Source, Subscription
+from streamhouse_query.subscribe import Source, Subscription, Window
 
 T = TypeVar("T")
 
@@ -52,8 +52,11 @@ class QueryApi:
         fetch_duration_ms.record(self._clock.monotonic_ms() - started_ms)
         return response
 
-    async def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]:
+    async def subscribe(
+        self, requests: AsyncIterator[query_pb2.SubscribeRequest]
+    ) -> AsyncIterator[query_pb2.FetchResponse]:
         """Raises InvalidArgument; what goes wrong in one partition is in its last response."""
+        request = await anext(requests, query_pb2.SubscribeRequest())
         self._check_positions(request)
         subscription = Subscription(
             self._reads,
@@ -61,7 +64,7 @@ class QueryApi:
             buffer_bytes=self._settings.subscribe_buffer_bytes,
             heartbeat_ms=self._settings.subscribe_heartbeat_ms,
         )
-        async with contextlib.aclosing(subscription.responses()) as responses:
+        async with contextlib.aclosing(subscription.responses(requests)) as responses:
             async for response in responses:
                 yield response
 
@@ -119,6 +122,13 @@ class QueryApi:
                 name = f"{position.topic}:{position.partition}"
                 raise InvalidArgument(f"positions has {name} twice", field="positions", value=name)
             seen.add((position.topic, position.partition))
+            if position.HasField("window_bytes") and request.format == query_pb2.FETCH_FORMAT_RECORDS:
+                raise InvalidArgument(
+                    "window_bytes counts encoded batches, and format is records (2): leave one of them out",
+                    field="window_bytes",
+                )
+        if request.window_updates:
+            raise InvalidArgument("window_updates come after the first message", field="window_updates")
 
     def _source(self, request: query_pb2.SubscribeRequest, position: query_pb2.FetchPosition) -> Source:
         def refuse(error: StreamHouseError) -> query_pb2.FetchResponse:
@@ -130,7 +140,8 @@ class QueryApi:
             partition = await self._reads.freshness.find(position.topic, position.partition, position.topic_id)
             return Want(partition.key, partition.topic, position.offset, self._bytes_max(request.max_bytes))
 
-        return Source(resolve, lambda want, fetched: self._respond(want, fetched, request.format), refuse)
+        window = Window(position.window_bytes if position.HasField("window_bytes") else None)
+        return Source(resolve, lambda want, fetched: self._respond(want, fetched, request.format), refuse, window)
 
     async def _look_up(self, lookup: query_pb2.OffsetLookup) -> Found:
         _check_topic_id(lookup.topic_id)

@@ -98,7 +98,7 @@ class _Fetch:
 
     async def _take(self, partition: PartitionIndex, step: Step, watch: Watch) -> bool:
         """One step; whether the fetch is done."""
-        if self._got.batches and self._room <= 0:
+        if self._got.batches and (self._room <= 0 or self._decoded_room == 0):
             return True
         match step:
             case ReadSegment(segment):
@@ -128,12 +128,19 @@ class _Fetch:
         return self._want.bytes_max - self._got.size_bytes
 
     @property
+    def _decoded_room(self) -> int | None:
+        """Decoded bytes that may still be fetched; None: no limit."""
+        limit = self._want.decoded_bytes_max
+        return None if limit is None else max(0, limit - self._got.decoded_bytes)
+
+    @property
     def _has_enough(self) -> bool:
         return bool(self._got.batches) and self._got.size_bytes >= self._want.bytes_min
 
-    def _add(self, batches: list[bytes], size_bytes: int, next_offset: int) -> None:
+    def _add(self, batches: list[bytes], size_bytes: int, decoded_bytes: int, next_offset: int) -> None:
         self._got.batches += batches
         self._got.size_bytes += size_bytes
+        self._got.decoded_bytes += decoded_bytes
         self._offset = next_offset
         self._backoff.reset()
 
@@ -179,7 +186,7 @@ class _Fetch:
         nothing_yet = not self._got.batches
         try:
             run = await self._reads.segments.read_from(
-                partition, segment, self._offset, self._room, at_least_one=nothing_yet
+                partition, segment, self._offset, self._room, self._decoded_room, at_least_one=nothing_yet
             )
         except ObjectMissing as error:
             return await self._missing(partition, segment, error)
@@ -191,7 +198,7 @@ class _Fetch:
             return True  # compaction changed the boundaries in between; only a first batch may begin before its offset
         if run.blocks:
             self._reads.ahead(partition.key, segment, self._offset, run.next_offset, run.next_at)
-        self._add(run.blocks, run.size_bytes, run.next_offset)
+        self._add(run.blocks, run.size_bytes, run.decoded_bytes, run.next_offset)
         return run.next_offset < segment.end_offset
 
     async def _missing(self, partition: PartitionIndex, segment: SegmentEntry, error: ObjectMissing) -> bool:
@@ -281,12 +288,12 @@ class _Fetch:
             return await self._again_soon(reason, watch, self._catch_up_ms)
         if step.newest and step.end_offset is None:
             self._reads.watermarks.learn(partition.key, step.epoch, response.high_watermark)
-        accepted = accept_batches(response.batches, self._offset, step.epoch, step.end_offset)
+        accepted = accept_batches(response.batches, self._offset, step.epoch, step.end_offset, self._decoded_room)
         if isinstance(accepted, str):
             raise damaged_tail(partition, step, self._offset, accepted)
         if accepted.batches:
             self._reads.counters.tail_bytes += accepted.size_bytes
-            self._add(accepted.batches, accepted.size_bytes, accepted.next_offset)
+            self._add(accepted.batches, accepted.size_bytes, accepted.decoded_bytes, accepted.next_offset)
             return self._has_enough
         return await self._nothing_in_tail(partition, step, response.high_watermark, watch)
 

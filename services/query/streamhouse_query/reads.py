@@ -20,7 +20,8 @@ from streamhouse_query.segment_reader import SegmentReader
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """What to fetch. `known_reason`: the waiting reason that the reader has been told; any other one ends the wait
+    """What to fetch. `decoded_bytes_max`: of its batches once they are decoded (None: no limit); at least one batch is
+    fetched in any case. `known_reason`: the waiting reason that the reader has been told; any other one ends the wait
     at once (None: only the end of max_wait_ms does)."""
 
     partition: PartitionKey
@@ -30,14 +31,17 @@ class Want:
     bytes_min: int = 0
     max_wait_ms: int = 0
     known_reason: str | None = None
+    decoded_bytes_max: int | None = None
 
 
 @dataclass(slots=True)
 class Fetched:
-    """Whole encoded batches; the first may begin before the offset asked for."""
+    """Whole encoded batches; the first may begin before the offset asked for. decoded_bytes: what they take decoded, by
+    their headers."""
 
     batches: list[bytes] = field(default_factory=list)
     size_bytes: int = 0
+    decoded_bytes: int = 0
     next_offset: int = 0
     high_watermark: int = 0
     log_start_offset: int = 0

@@ -32,6 +32,7 @@ class BlockRun:
 
     blocks: list[bytes]
     size_bytes: int
+    decoded_bytes: int
     base_offset: int
     next_offset: int
     next_at: int
@@ -64,19 +65,27 @@ class SegmentReader:
         return index
 
     async def read_from(
-        self, partition: PartitionIndex, segment: SegmentEntry, offset: int, bytes_max: int, *, at_least_one: bool
+        self,
+        partition: PartitionIndex,
+        segment: SegmentEntry,
+        offset: int,
+        bytes_max: int,
+        decoded_bytes_max: int | None = None,
+        *,
+        at_least_one: bool,
     ) -> BlockRun:
-        """The block that holds `offset` (or the next record after it), and those that follow up to `bytes_max`.
+        """The block that holds `offset` (or the next record after it), and those that follow up to `bytes_max`, and
+        decoded up to `decoded_bytes_max` (None: no limit).
 
         Without any block, next_offset says whether the first did not fit (it is `offset`) or there is none left.
         """
         index = await self.open(partition, segment)
         first = index.find(offset)
-        entries = _choose(index, first, bytes_max, at_least_one)
+        entries = _choose(index, first, bytes_max, decoded_bytes_max, at_least_one)
         stop = first + len(entries)
         is_end = stop == len(index)
         if not entries:
-            return BlockRun([], 0, offset, segment.end_offset if is_end else offset, segment.object_at)
+            return BlockRun([], 0, 0, offset, segment.end_offset if is_end else offset, segment.object_at)
         try:
             blocks = await self.read_blocks(partition, segment, entries)
         except DataLoss as error:
@@ -89,6 +98,7 @@ class SegmentReader:
         return BlockRun(
             blocks,
             sum(entry.size_bytes for entry in entries),
+            sum(entry.decoded_bytes for entry in entries),
             entries[0].first_offset,
             segment.end_offset if is_end else last.end_offset,
             segment.object_at + last.at + last.size_bytes,
@@ -173,13 +183,17 @@ class SegmentReader:
         return error
 
 
-def _choose(index: SegmentIndex, first: int, bytes_max: int, at_least_one: bool) -> list[BlockEntry]:
+def _choose(
+    index: SegmentIndex, first: int, bytes_max: int, decoded_bytes_max: int | None, at_least_one: bool
+) -> list[BlockEntry]:
     entries: list[BlockEntry] = []
-    total = 0
+    total = decoded = 0
     for position in range(first, len(index)):
         entry = index[position]
         total += entry.size_bytes
-        if total > bytes_max and (entries or not at_least_one):
+        decoded += entry.decoded_bytes
+        too_much = total > bytes_max or (decoded_bytes_max is not None and decoded > decoded_bytes_max)
+        if too_much and (entries or not at_least_one):
             break
         entries.append(entry)
     return entries

@@ -1,7 +1,10 @@
 """One subscription: many partitions, read by turns, pushed as they come.
 
-Each partition has at most one fetch under way. Fetches that may return much hold a share of the byte budget until
-the subscriber has taken what they got; a partition at its end waits with a small fetch that holds none.
+Owns: what was fetched and the subscriber has not taken, the windows of the partitions. Does not own: reading.
+Invariants: each partition has at most one fetch under way. Fetches that may return much hold a share of the byte budget
+until the subscriber has taken what they got; a partition at its end waits with a small fetch that holds none. A
+partition whose window is used up is not fetched, so that it holds nothing either. What was fetched leaves by turns, one
+response of each partition that has any.
 """
 
 from __future__ import annotations
@@ -9,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from shproto.errors import Internal, StreamHouseError
-from shproto.v1.query_pb2 import FetchResponse
+from shproto.errors import Internal, InvalidArgument, StreamHouseError
+from shproto.v1.query_pb2 import FetchResponse, SubscribeRequest, WindowUpdate
+from shruntime.turns import Turns
 
 from streamhouse_query.fetch import fetch
 from streamhouse_query.reads import Fetched, Reads, Want
@@ -63,6 +67,42 @@ class ByteBudget:
                 return
 
 
+class Window:
+    """Decoded bytes that the subscriber takes of one partition before it says what it has consumed. One response may
+    exceed them, as a batch is sent whole. None: no limit but gRPC's flow control."""
+
+    def __init__(self, size_bytes: int | None = None) -> None:
+        self.free_bytes = size_bytes
+        self._opened = asyncio.Event()
+
+    @property
+    def is_open(self) -> bool:
+        return self.free_bytes is None or self.free_bytes > 0
+
+    def limit(self, size_bytes: int) -> int:
+        """The part of `size_bytes` that fits into the window."""
+        return size_bytes if self.free_bytes is None else min(size_bytes, self.free_bytes)
+
+    def use(self, size_bytes: int) -> None:
+        """Takes what was sent from the window."""
+        if self.free_bytes is not None:
+            self.free_bytes -= size_bytes
+
+    def add(self, size_bytes: int) -> None:
+        """Adds what the subscriber has consumed. Raises InvalidArgument without a window."""
+        if self.free_bytes is None:
+            raise InvalidArgument("an update of a window, of a position that was given none", field="window_updates")
+        self.free_bytes += size_bytes
+        if self.is_open:
+            self._opened.set()
+
+    async def wait_open(self) -> None:
+        """Returns once anything may be sent."""
+        while not self.is_open:
+            self._opened.clear()
+            await self._opened.wait()
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """One partition of a subscription. `resolve` finds it (StreamHouseError if it is not there), `respond` makes the
@@ -71,6 +111,7 @@ class Source:
     resolve: Callable[[], Awaitable[Want]]
     respond: Callable[[Want, Fetched], FetchResponse]
     refuse: Callable[[StreamHouseError], FetchResponse]
+    window: Window = field(default_factory=Window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,72 +130,132 @@ class Subscription:
         self._sources = sources
         self._budget = ByteBudget(buffer_bytes)
         self._heartbeat_ms = heartbeat_ms
-        self._ready: asyncio.Queue[_Delivery] = asyncio.Queue()  # bounded by the budget, and by one more per partition
+        self._ready: Turns[int, _Delivery] = Turns()  # bounded by the budget, and by one more per partition
+        self._news = asyncio.Event()
+        self._failure: StreamHouseError | None = None
 
-    async def responses(self) -> AsyncGenerator[FetchResponse, None]:
-        pumps = [
-            asyncio.create_task(self._pump(source), name=f"subscription {number}")
-            for number, source in enumerate(self._sources)
+    async def responses(self, requests: AsyncIterator[SubscribeRequest]) -> AsyncGenerator[FetchResponse, None]:
+        """Responses of all partitions, by turns. `requests`: what comes after the first one, updates of windows.
+
+        Raises InvalidArgument for an update that is none.
+        """
+        tasks = [
+            asyncio.create_task(self._pump(number), name=f"subscription {number}")
+            for number in range(len(self._sources))
         ]
+        tasks.append(asyncio.create_task(self._update_windows(requests), name="subscription windows"))
         try:
-            running = len(pumps)
+            running = len(self._sources)
             while running:
-                delivery = await self._ready.get()
+                delivery = await self._next()
                 yield delivery.response
                 self._budget.give(delivery.lent_bytes)
                 if delivery.taken is not None:
                     delivery.taken.set()
                 running -= delivery.is_last
         finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _pump(self, source: Source) -> None:
+    async def _next(self) -> _Delivery:
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if self._ready:
+                return self._ready.take()[1]
+            self._news.clear()
+            await self._news.wait()
+
+    def _deliver(self, number: int, delivery: _Delivery) -> None:
+        self._ready.put(number, delivery)
+        self._news.set()
+
+    async def _update_windows(self, requests: AsyncIterator[SubscribeRequest]) -> None:
+        """Until the subscriber has no more to say. An update that is none ends the subscription."""
         try:
-            await self._read_on(source, await source.resolve())
+            async for request in requests:
+                if request.positions:
+                    raise InvalidArgument("positions are in the first message only", field="positions")
+                for update in request.window_updates:
+                    self._update(update)
         except StreamHouseError as error:
-            self._ready.put_nowait(_Delivery(source.refuse(error), is_last=True))
+            self._fail(error)
+        except Exception as error:
+            log.exception("the requests of a subscription failed with a defect")
+            self._fail(Internal(f"internal error: {type(error).__name__}: {error}"))
+
+    def _update(self, update: WindowUpdate) -> None:
+        if update.position >= len(self._sources):
+            raise InvalidArgument(
+                f"window_updates names position {update.position}, must be 0 to {len(self._sources) - 1}",
+                field="window_updates",
+                value=update.position,
+                limit=len(self._sources) - 1,
+            )
+        self._sources[update.position].window.add(update.size_bytes)
+
+    def _fail(self, error: StreamHouseError) -> None:
+        self._failure = error
+        self._news.set()
+
+    async def _pump(self, number: int) -> None:
+        source = self._sources[number]
+        try:
+            await self._read_on(number, await source.resolve())
+        except StreamHouseError as error:
+            self._deliver(number, _Delivery(source.refuse(error), is_last=True))
         except Exception as error:
             log.exception("a partition of a subscription failed with a defect")
             refusal = source.refuse(Internal(f"internal error: {type(error).__name__}: {error}"))
-            self._ready.put_nowait(_Delivery(refusal, is_last=True))
+            self._deliver(number, _Delivery(refusal, is_last=True))
 
-    async def _read_on(self, source: Source, want: Want) -> None:
+    async def _read_on(self, number: int, want: Want) -> None:
+        window = self._sources[number].window
         want = replace(want, known_reason="")
         has_more, has_told = False, False
+        # Of what was fetched last: an agent knows only encoded sizes, so that without it each read of its tail would
+        # bring that many times what can be sent.
+        ratio = 1.0
         while True:
+            await window.wait_open()
+            decoded_bytes_max = window.limit(want.bytes_max)
+            bytes_max = max(1, int(decoded_bytes_max / ratio))
+            limited = replace(want, bytes_max=bytes_max, decoded_bytes_max=decoded_bytes_max)
             if has_more or self._reads.is_registered(want):
-                response = await self._read(source, want)
+                fetched, response = await self._read(number, want, limited)
             else:
                 # The first time at the end is told at once, then only news and heartbeats.
-                response = await self._await_more(source, want, self._heartbeat_ms if has_told else 0)
+                wait_ms = self._heartbeat_ms if has_told else 0
+                fetched, response = await self._await_more(number, want, replace(limited, max_wait_ms=wait_ms))
                 has_told = True
+            window.use(fetched.decoded_bytes)
+            if fetched.size_bytes:
+                ratio = max(1.0, fetched.decoded_bytes / fetched.size_bytes)
             has_records = bool(response.batches or response.records)
             has_more = has_records and response.next_offset < response.high_watermark
             want = replace(want, offset=response.next_offset, known_reason=response.waiting_reason)
 
-    async def _read(self, source: Source, want: Want) -> FetchResponse:
+    async def _read(self, number: int, want: Want, limited: Want) -> tuple[Fetched, FetchResponse]:
         """What is there, under the budget; nothing is said when it is nothing."""
-        lent_bytes = await self._budget.take(want.bytes_max)
+        lent_bytes = await self._budget.take(limited.bytes_max)
         try:
-            fetched = await fetch(self._reads, replace(want, max_wait_ms=0, known_reason=None))
-            response = source.respond(want, fetched)
+            fetched = await fetch(self._reads, replace(limited, max_wait_ms=0, known_reason=None))
+            response = self._sources[number].respond(want, fetched)
         except BaseException:
             self._budget.give(lent_bytes)
             raise
         held_bytes = min(lent_bytes, fetched.size_bytes)
         self._budget.give(lent_bytes - held_bytes)
         if fetched.batches:
-            self._ready.put_nowait(_Delivery(response, held_bytes))
-        return response
+            self._deliver(number, _Delivery(response, held_bytes))
+        return fetched, response
 
-    async def _await_more(self, source: Source, want: Want, wait_ms: int) -> FetchResponse:
+    async def _await_more(self, number: int, want: Want, limited: Want) -> tuple[Fetched, FetchResponse]:
         """What comes, or the word that nothing does; ends when the subscriber has taken it."""
-        bytes_max = min(want.bytes_max, WAITING_BYTES_MAX)
-        fetched = await fetch(self._reads, replace(want, bytes_max=bytes_max, max_wait_ms=wait_ms))
-        response = source.respond(want, fetched)
+        fetched = await fetch(self._reads, replace(limited, bytes_max=min(limited.bytes_max, WAITING_BYTES_MAX)))
+        response = self._sources[number].respond(want, fetched)
         taken = asyncio.Event()
-        self._ready.put_nowait(_Delivery(response, taken=taken))
+        self._deliver(number, _Delivery(response, taken=taken))
         await taken.wait()
-        return response
+        return fetched, response

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shformat import Records, encode_batch
+from shformat import Records, encode_batch, read_batch_header
 from streamhouse_query.core.breaker import CircuitBreaker
 from streamhouse_query.core.lru import LruLimit
 from streamhouse_query.core.plain import RECORDS_MAX, plain_records
@@ -72,10 +72,15 @@ def batch(base_offset: int, count: int, epoch: int = 1) -> bytes:
 
 def test_a_tail_must_follow_on() -> None:
     good = [batch(10, 5), batch(15, 5)]
-    whole = Accepted(good, len(good[0]) + len(good[1]), 20)
+    decoded = [read_batch_header(data).decoded_bytes for data in good]
+    whole = Accepted(good, len(good[0]) + len(good[1]), sum(decoded), 20)
     assert accept_batches(good, 10, 1, None) == accept_batches(good, 13, 1, 20) == whole
-    assert accept_batches(good, 10, 1, 19) == Accepted(good[:1], len(good[0]), 15), "nothing beyond the settled end"
-    assert accept_batches([], 10, 1, None) == Accepted([], 0, 10)
+    first = Accepted(good[:1], len(good[0]), decoded[0], 15)
+    assert accept_batches(good, 10, 1, 19) == first, "nothing beyond the settled end"
+    assert accept_batches(good, 10, 1, None, 0) == first, "one batch at least"
+    assert accept_batches(good, 10, 1, None, sum(decoded) - 1) == first, "nothing beyond what may be decoded"
+    assert accept_batches(good, 10, 1, None, sum(decoded)) == whole
+    assert accept_batches([], 10, 1, None) == Accepted([], 0, 0, 10)
     damaged = bytearray(good[0])
     damaged[-1] ^= 1
     for batches, offset in (

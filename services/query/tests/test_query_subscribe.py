@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 
 import pytest
-from shformat import decode_batch
+from shformat import decode_batch, read_batch_header
 from shproto.errors import DataLoss, InvalidArgument, StreamHouseError
 from shproto.rpc import Connection
 from shproto.services import QueryClient
-from shproto.v1 import query_pb2
+from shproto.v1 import ingest_pb2, query_pb2
 from shruntime.server import RpcServer
 from streamhouse_query.reads import Fetched, Want
 from streamhouse_query.subscribe import ByteBudget, Source, Subscription
@@ -25,6 +25,25 @@ pytestmark = pytest.mark.timeout(30)
 Responses = AsyncIterator[query_pb2.FetchResponse]
 
 
+class Requests:
+    """What a subscriber says: one request at first, then what a test adds."""
+
+    def __init__(self, *requests: query_pb2.SubscribeRequest) -> None:
+        self._queue: asyncio.Queue[query_pb2.SubscribeRequest] = asyncio.Queue()
+        for request in requests:
+            self._queue.put_nowait(request)
+
+    def __aiter__(self) -> "Requests":
+        return self
+
+    async def __anext__(self) -> query_pb2.SubscribeRequest:
+        return await self._queue.get()
+
+    def consumed(self, position: int, size_bytes: int) -> None:
+        update = query_pb2.WindowUpdate(position=position, size_bytes=size_bytes)
+        self._queue.put_nowait(query_pb2.SubscribeRequest(window_updates=[update]))
+
+
 @contextlib.asynccontextmanager
 async def subscribed(
     service: QueryService, *positions: tuple[str, int, int], **fields: object
@@ -32,7 +51,7 @@ async def subscribed(
     request = query_pb2.SubscribeRequest(
         positions=[query_pb2.FetchPosition(topic=t, partition=p, offset=o) for t, p, o in positions], **fields
     )
-    async with contextlib.aclosing(service.api.subscribe(request)) as responses:
+    async with contextlib.aclosing(service.api.subscribe(Requests(request))) as responses:
         yield responses
 
 
@@ -103,6 +122,121 @@ async def test_every_partition_has_its_turn_and_no_offset_comes_twice(
         assert values_in(got, number) == values_of(500)
     first_turns = [response.partition for response in got if response.batches][:20]
     assert len(set(first_turns)) > 10, "by turns, not one partition after the other"
+
+
+def decoded_bytes_of(response: query_pb2.FetchResponse) -> int:
+    return sum(read_batch_header(batch).decoded_bytes for batch in response.batches)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+async def test_a_response_is_bounded_by_what_it_takes_decoded(
+    platform: StandInPlatform, start_query: StartQuery, registered: bool
+) -> None:
+    """4 MiB of values that are all the same are hundreds once they are decoded."""
+    await one_partition(platform)
+    for _ in range(20):
+        await platform.produce([bytes(10_000)] * 20)
+    if registered:
+        await platform.register(block_bytes_target=200_000)
+    service = await start_query()
+    async with subscribed(service, ("orders", 0, 0), max_bytes=1 << 20) as responses:
+        got = await until(responses, lambda response: response.next_offset == 400)
+    assert values_in(got) == [bytes(10_000)] * 400
+    assert max(decoded_bytes_of(response) for response in got) <= 1 << 20
+    assert len([response for response in got if response.batches]) < 10, "as much as it may be"
+
+
+async def test_a_ratio_that_is_known_keeps_agents_from_sending_what_is_not_sent_on(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await one_partition(platform)
+    for _ in range(200):
+        await platform.produce([bytes(10_000)] * 20)
+    service = await start_query()
+    asked = []
+    read_tail = platform.agents["a"].read_tail
+
+    async def count(request: ingest_pb2.ReadTailRequest) -> ingest_pb2.ReadTailResponse:
+        response = await read_tail(request)
+        asked.append(sum(map(len, response.batches)))
+        return response
+
+    platform.agents["a"].read_tail = count  # type: ignore[method-assign]
+    async with subscribed(service, ("orders", 0, 0), max_bytes=1 << 20) as responses:
+        got = await until(responses, lambda response: response.next_offset == 4_000)
+    sent = sum(len(batch) for response in got for batch in response.batches)
+    assert sum(asked) < 4 * sent, "but for the first time, before the ratio is known"
+
+
+async def test_a_window_that_is_used_up_holds_up_no_other_partition(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """One budget of 1 MiB for all: the partition that nobody takes records of must hold none of it."""
+    await partitions(platform, 3)
+    for number in (0, 1):
+        for turn in range(20):
+            await platform.produce(values_of(2_000, turn * 2_000, 32), number=number)
+        await platform.register(number=number, block_bytes_target=64 * 1024)
+    service = await start_query(subscribe_buffer_bytes=1 << 20)
+    windows = (300_000, 1 << 30, 300_000)
+    positions = [
+        query_pb2.FetchPosition(topic="orders", partition=number, offset=0, window_bytes=window)
+        for number, window in enumerate(windows)
+    ]
+    requests = Requests(query_pb2.SubscribeRequest(positions=positions, max_bytes=1 << 20))
+    async with contextlib.aclosing(service.api.subscribe(requests)) as responses:
+        got = await until(responses, lambda response: response.partition == 1 and response.next_offset == 40_000)
+        await platform.produce([b"quiet"], number=2)
+        got += await until(responses, lambda response: response.partition == 2 and bool(response.batches))
+        first = sum(decoded_bytes_of(response) for response in got if response.partition == 0)
+        a_block = 200_000  # its records of 32 bytes count as many for what they take beside
+        assert 300_000 <= first < 300_000 + a_block
+        read = max(response.next_offset for response in got if response.partition == 0)
+        assert read < 40_000
+
+        requests.consumed(0, 300_000)
+        got = await until(responses, lambda response: response.partition == 0 and bool(response.batches))
+        assert values_in(got) == values_of(got[-1].next_offset - read, read, 32)
+        requests.consumed(0, 1 << 30)
+        got += await until(responses, lambda response: response.next_offset == 40_000)
+        assert values_in(got) == values_of(40_000 - read, read, 32)
+
+
+async def test_a_subscriber_without_windows_gets_partitions_by_turns_from_what_is_read_ahead(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    await partitions(platform, 2)
+    for turn in range(20):
+        await platform.produce(values_of(2_000, turn * 2_000, 32))
+    await platform.register(block_bytes_target=64 * 1024)
+    service = await start_query()
+    async with subscribed(service, ("orders", 0, 0), ("orders", 1, 0), max_bytes=128 * 1024) as responses:
+        await until(responses, lambda response: response.partition == 1)
+        await anext(responses)  # now it has taken that, too
+        await platform.produce([b"quiet"], number=1)
+        await asyncio.sleep(0.2)  # much is read ahead of it
+        behind = await until(responses, lambda response: response.partition == 1)
+    assert len(behind) <= 2 and values_in(behind, 1) == [b"quiet"]
+
+
+@pytest.mark.parametrize(
+    ("position", "later", "named"),
+    [
+        ({"window_bytes": 1}, {"window_updates": [{"position": 1, "size_bytes": 1}]}, "must be 0 to 0"),
+        ({}, {"window_updates": [{"position": 0, "size_bytes": 1}]}, "was given none"),
+        ({"window_bytes": 1}, {"positions": [{"topic": "orders"}]}, "first message only"),
+    ],
+)
+async def test_bad_later_requests_end_a_subscription(
+    platform: StandInPlatform, start_query: StartQuery, position: dict, later: dict, named: str
+) -> None:
+    await one_partition(platform)
+    service = await start_query()
+    first = query_pb2.SubscribeRequest(positions=[query_pb2.FetchPosition(topic="orders", **position)])
+    requests = Requests(first, query_pb2.SubscribeRequest(**later))
+    with pytest.raises(InvalidArgument, match=named):
+        async with contextlib.aclosing(service.api.subscribe(requests)) as responses:
+            await until(responses, lambda response: False)
 
 
 async def test_a_slow_subscriber_does_not_make_the_service_read_on(
@@ -229,10 +363,16 @@ async def test_bad_subscriptions_are_refused(platform: StandInPlatform, start_qu
         ([("orders", n, 0) for n in range(3)], {}),
         ([("orders", 0, 0)], {"format": 9}),
         ([("orders", 0, 0)], {"max_bytes": 1 << 30}),
+        ([("orders", 0, 0)], {"window_updates": [query_pb2.WindowUpdate()]}),
     ):
         with pytest.raises(InvalidArgument):
             async with subscribed(service, *positions, **fields) as responses:
                 await anext(responses)
+    windowed = query_pb2.FetchPosition(topic="orders", window_bytes=1)
+    plain = query_pb2.SubscribeRequest(positions=[windowed], format=query_pb2.FETCH_FORMAT_RECORDS)
+    for request in (query_pb2.SubscribeRequest(), plain):
+        with pytest.raises(InvalidArgument):
+            await anext(service.api.subscribe(Requests(request)))
 
 
 async def test_stopping_ends_subscriptions(platform: StandInPlatform, start_query: StartQuery) -> None:
@@ -256,10 +396,11 @@ async def test_over_grpc_a_subscriber_that_goes_away_leaves_nothing_running(
     await server.start()
     client = QueryClient(Connection([server.address]))
     position = query_pb2.FetchPosition(topic="orders", partition=0, offset=0)
-    async with contextlib.aclosing(client.subscribe(query_pb2.SubscribeRequest(positions=[position]))) as responses:
+    requests = Requests(query_pb2.SubscribeRequest(positions=[position]))
+    async with contextlib.aclosing(client.subscribe(requests)) as responses:
         got = await until(responses, lambda response: response.next_offset == 10)
         assert values_in(got) == values_of(10)
-        assert len(pumps()) == 1
+        assert len(pumps()) == 2  # one for the partition, one for what the subscriber says
     while pumps() or service._index._watches:
         await asyncio.sleep(0.01)
     with pytest.raises(StreamHouseError) as error:
@@ -294,7 +435,7 @@ async def test_a_partition_that_fails_with_its_records_gives_its_bytes_back(
         return Source(resolve, respond, lambda error: query_pb2.FetchResponse(error=error.to_detail()))
 
     subscription = Subscription(service.api._reads, [source(0), source(1)], buffer_bytes=1 << 20, heartbeat_ms=1_000)
-    async with contextlib.aclosing(subscription.responses()) as responses:
+    async with contextlib.aclosing(subscription.responses(Requests())) as responses:
         got = await until(responses, lambda response: bool(response.batches))
     assert got[0].HasField("error") and got[-1].next_offset == 1_000
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from functools import partial
 
 import pytest
@@ -456,7 +457,7 @@ async def test_who_means_a_topic_created_again_is_never_shown_the_old_one(
     with pytest.raises(Unavailable, match="behind"):
         await fetch(service, 0, topic_id=new_id)
     position = query_pb2.FetchPosition(topic="orders", topic_id=new_id)
-    async for response in service.api.subscribe(query_pb2.SubscribeRequest(positions=[position])):
+    async for response in service.api.subscribe(one(query_pb2.SubscribeRequest(positions=[position]))):
         assert (response.error.reason, list(response.batches)) == ("UNAVAILABLE", [])
         break
     with pytest.raises(Unavailable, match="behind"):
@@ -472,6 +473,10 @@ async def test_who_means_a_topic_created_again_is_never_shown_the_old_one(
             await ask(topic_id=old_id)
         with pytest.raises(InvalidArgument, match="topic_id"):
             await ask(topic_id=b"short")
+
+
+async def one(request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.SubscribeRequest]:
+    yield request
 
 
 async def latest(service: QueryService, topic_id: bytes) -> int:

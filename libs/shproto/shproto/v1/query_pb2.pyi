@@ -167,11 +167,17 @@ class FetchPosition(_message.Message):
     PARTITION_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     TOPIC_ID_FIELD_NUMBER: _builtins.int
+    WINDOW_BYTES_FIELD_NUMBER: _builtins.int
     topic: _builtins.str
     partition: _builtins.int
     offset: _builtins.int
     topic_id: _builtins.bytes
     """as in FetchRequest"""
+    window_bytes: _builtins.int
+    """Flow control of this one partition, so that one that is read slowly holds up no other: as long as this is above 0
+    another response of records is sent, and its batches are subtracted, each with its header's uncompressed_bytes and
+    32 bytes a record. Absent: as much as gRPC takes.
+    """
     def __init__(
         self,
         *,
@@ -179,14 +185,43 @@ class FetchPosition(_message.Message):
         partition: _builtins.int = ...,
         offset: _builtins.int = ...,
         topic_id: _builtins.bytes = ...,
+        window_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_window_bytes", b"_window_bytes", "window_bytes", b"window_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_window_bytes", b"_window_bytes", "offset", b"offset", "partition", b"partition", "topic", b"topic", "topic_id", b"topic_id", "window_bytes", b"window_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__window_bytes: _TypeAlias = _typing.Literal["window_bytes"]  # noqa: Y015
+    _WhichOneofArgType__window_bytes: _TypeAlias = _typing.Literal["_window_bytes", b"_window_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__window_bytes) -> _WhichOneofReturnType__window_bytes | None: ...
+
+Global___FetchPosition: _TypeAlias = FetchPosition  # noqa: Y015
+
+@_typing.final
+class WindowUpdate(_message.Message):
+    """Like HTTP/2's: adds to the window of a partition what was consumed of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """which of the `positions`, from 0"""
+    size_bytes: _builtins.int
+    """counted as in FetchPosition.window_bytes"""
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "partition", b"partition", "topic", b"topic", "topic_id", b"topic_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___FetchPosition: _TypeAlias = FetchPosition  # noqa: Y015
+Global___WindowUpdate: _TypeAlias = WindowUpdate  # noqa: Y015
 
 @_typing.final
 class SubscribeRequest(_message.Message):
@@ -195,21 +230,29 @@ class SubscribeRequest(_message.Message):
     POSITIONS_FIELD_NUMBER: _builtins.int
     MAX_BYTES_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
+    WINDOW_UPDATES_FIELD_NUMBER: _builtins.int
     max_bytes: _builtins.int
-    """of one response"""
+    """of one response, counted as in FetchPosition.window_bytes; one batch may be larger. 0: the server's default"""
     format: Global___FetchFormat.ValueType
     @_builtins.property
-    def positions(self) -> _containers.RepeatedCompositeFieldContainer[Global___FetchPosition]: ...
+    def positions(self) -> _containers.RepeatedCompositeFieldContainer[Global___FetchPosition]:
+        """In the first message of a stream:"""
+
+    @_builtins.property
+    def window_updates(self) -> _containers.RepeatedCompositeFieldContainer[Global___WindowUpdate]:
+        """In those after it:"""
+
     def __init__(
         self,
         *,
         positions: _abc.Iterable[Global___FetchPosition] | None = ...,
         max_bytes: _builtins.int = ...,
         format: Global___FetchFormat.ValueType = ...,
+        window_updates: _abc.Iterable[Global___WindowUpdate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "max_bytes", b"max_bytes", "positions", b"positions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "max_bytes", b"max_bytes", "positions", b"positions", "window_updates", b"window_updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

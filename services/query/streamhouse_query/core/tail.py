@@ -12,6 +12,7 @@ from shformat import FormatError, check_batch, read_batch_header
 class Accepted:
     batches: list[bytes]
     size_bytes: int
+    decoded_bytes: int
     next_offset: int
 
 
@@ -23,13 +24,16 @@ def is_of_later_epoch(batches: Sequence[bytes], epoch: int) -> bool:
         return False  # accept_batches() says what is wrong
 
 
-def accept_batches(batches: Iterable[bytes], offset: int, epoch: int, end_offset: int | None) -> Accepted | str:
+def accept_batches(
+    batches: Iterable[bytes], offset: int, epoch: int, end_offset: int | None, decoded_bytes_max: int | None = None
+) -> Accepted | str:
     """The batches that a reader at `offset` gets, or what is wrong with them.
 
-    Nothing beyond `end_offset` is accepted: it was written, but its range was settled below it.
+    Nothing beyond `end_offset` is accepted: it was written, but its range was settled below it. After the first batch
+    those that would take more than `decoded_bytes_max` decoded are left for the next read.
     """
     accepted: list[bytes] = []
-    next_offset = offset
+    next_offset, decoded_bytes = offset, 0
     for batch in batches:
         try:
             header = check_batch(batch)
@@ -41,6 +45,10 @@ def accept_batches(batches: Iterable[bytes], offset: int, epoch: int, end_offset
         if header.epoch != epoch or not follows or header.end_offset <= next_offset:
             found = f"{header.base_offset} to {header.end_offset} of epoch {header.epoch}"
             return f"offset {next_offset} of epoch {epoch} asked for, {found} sent"
+        decoded_bytes += header.decoded_bytes
+        if accepted and decoded_bytes_max is not None and decoded_bytes > decoded_bytes_max:
+            decoded_bytes -= header.decoded_bytes
+            break
         accepted.append(batch)
         next_offset = header.end_offset
-    return Accepted(accepted, sum(map(len, accepted)), next_offset)
+    return Accepted(accepted, sum(map(len, accepted)), decoded_bytes, next_offset)
