@@ -1,25 +1,25 @@
 """A TCP proxy between two parts, and what a network does to them: delay, silence, cuts, refusals; one way too.
 
-What a held direction receives is delivered after the heal, as TCP's retransmission would: bytes are never taken out
-of the middle of a stream. `Answers` are faults of the HTTP server behind it (the object store's).
+Owns: the listening socket, the connections through it, and their faults. `Answers` are faults of the HTTP server behind
+it (the object store's).
+Invariants: bytes of one direction arrive in order, and none is taken out of the middle of a stream. The end of a
+stream, orderly (FIN) or not (RST), arrives behind its bytes, and like them not while the direction is silent; after the
+heal they arrive, as TCP's retransmission would have it. A connection that is opened while either direction is silent is
+established after the heal, not before: neither a SYN nor the answer to it gets through.
 """
 
 import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Coroutine
 from enum import Enum
 from itertools import count
-
-Queue = asyncio.Queue[tuple[float, bytes]]
-"""What was received, and when."""
 
 CHUNK_BYTES = 64 * 1024
 HELD_BYTES_MAX = 8 * 1024 * 1024
 """A held direction stops reading beyond this: then the sender's own buffers fill, as on a real network."""
 
-CONNECT_RETRY_S = 0.05
+BACKLOG = 100
 DRAIN_S = 0.2
 """After an early answer the rest of the request is read for so long; closing at once would destroy the answer."""
 
@@ -63,66 +63,117 @@ def _half(answer: bytes) -> bytes:
     return head + separator + body[: len(body) // 2]
 
 
+class End(Enum):
+    """How a stream ends."""
+
+    ORDERLY = "FIN"
+    RESET = "RST"
+
+
+class _Flow:
+    """One direction of a connection: from `reader`'s side to `writer`'s. Reads ahead of what it delivers, so that a
+    delay costs no throughput."""
+
+    def __init__(
+        self, proxy: "FaultProxy", way: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._proxy = proxy
+        self.way = way
+        self._reader = reader
+        self._writer = writer
+        self._queue: asyncio.Queue[tuple[float, bytes | End]] = asyncio.Queue(HELD_BYTES_MAX // CHUNK_BYTES)
+        self._is_receiver_gone = False
+
+    async def put(self, item: bytes | End) -> None:
+        await self._queue.put((asyncio.get_running_loop().time(), item))
+
+    async def receive(self) -> None:
+        """Takes what the sender sends, and how it ends."""
+        end = End.ORDERLY
+        try:
+            while data := await self._reader.read(CHUNK_BYTES):
+                await self.put(data)
+        except OSError:
+            end = End.RESET
+        await self.put(end)
+
+    async def next(self) -> bytes | End:
+        """Returns the next item once it is due and the direction passes it."""
+        received_at, item = await self._queue.get()
+        await asyncio.sleep(received_at + self._proxy.delay_ms[self.way] / 1000 - asyncio.get_running_loop().time())
+        if not self._proxy.is_open(self.way):
+            self._proxy.held_bytes[self.way] += len(item) if isinstance(item, bytes) else 0
+            await self._proxy.passes(self.way)
+        return item
+
+    async def hand_over(self, data: bytes) -> None:
+        """Writes to the receiver. Raises ConnectionResetError the first time that it is gone; later data is dropped."""
+        if self._is_receiver_gone:
+            return
+        try:
+            self._writer.write(data)
+            await self._writer.drain()
+        except OSError as error:
+            self._is_receiver_gone = True
+            raise ConnectionResetError("the receiver is gone") from error
+        self._proxy.passed_bytes[self.way] += len(data)
+
+    def end(self) -> None:
+        """Tells the receiver that nothing follows."""
+        if self._writer.can_write_eof():
+            self._writer.write_eof()
+
+
 class _Pipe:
-    """One connection, both ways. Ends with either side."""
+    """One connection. Over when both sides were told that the other has ended, or one that it was reset."""
 
     def __init__(self, proxy: "FaultProxy", near: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
         self.proxy = proxy
         self.near_reader, self.near_writer = near
         self.far_writer: asyncio.StreamWriter | None = None
+        self._ended_ways = 0
 
     async def run(self) -> None:
         try:
-            await self.proxy.passes(Direction.UP)  # a SYN does not get through a partition either
-            target = await asyncio.open_connection(*self.proxy.target)
+            await self.proxy.passes(Direction.UP)
+            far_reader, self.far_writer = await asyncio.open_connection(*self.proxy.target)
         except OSError:
             self.reset()
             return
-        far_reader, self.far_writer = target
-        work = [
-            *self._way(self.near_reader, self.far_writer, Direction.UP),
-            *self._way(far_reader, self.near_writer, Direction.DOWN),
-        ]
+        up = _Flow(self.proxy, Direction.UP, self.near_reader, self.far_writer)
+        down = _Flow(self.proxy, Direction.DOWN, far_reader, self.near_writer)
+        work = (up.receive(), down.receive(), self._deliver(up, down), self._deliver(down, up))
         tasks = [asyncio.create_task(part) for part in work]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if any(isinstance(task.exception(), ConnectionResetError) for task in done):
+                self.reset()
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self.close()
 
-    def _way(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Direction
-    ) -> tuple[Coroutine[None, None, None], Coroutine[None, None, None]]:
-        """Reads ahead of what it sends, so that a delay costs no throughput."""
-        queue: Queue = asyncio.Queue(HELD_BYTES_MAX // CHUNK_BYTES)
-        return self._receive(reader, queue), self._send(queue, writer, way)
-
-    async def _receive(self, reader: asyncio.StreamReader, queue: Queue) -> None:
-        """Until the end of the stream, which goes into the queue as an empty chunk."""
-        data = b"-"
-        while data:
-            data = await reader.read(CHUNK_BYTES)
-            await queue.put((asyncio.get_running_loop().time(), data))
-
-    async def _send(self, queue: Queue, writer: asyncio.StreamWriter, way: Direction) -> None:
-        loop = asyncio.get_running_loop()
+    async def _deliver(self, flow: _Flow, back: _Flow) -> None:
+        """Raises ConnectionResetError when the connection is to be reset, EOFError when it is over."""
         while True:
-            received_at, data = await queue.get()
-            if not data:
-                if writer.can_write_eof():
-                    writer.write_eof()
-                return
-            await asyncio.sleep(received_at + self.proxy.delay_ms[way] / 1000 - loop.time())
-            await self.proxy.passes(way)
-            if way is Direction.UP and self.proxy.answers in _CODES:
+            item = await flow.next()
+            if item is End.RESET:
+                raise ConnectionResetError("by the sender")
+            if item is End.ORDERLY:
+                flow.end()
+                self._ended_ways += 1
+                if self._ended_ways == len(BOTH):
+                    raise EOFError("both sides have ended")
+                continue
+            assert isinstance(item, bytes)
+            if flow.way is Direction.UP and self.proxy.answers in _CODES:
                 await self._answer(*_CODES[self.proxy.answers])
-            if way is Direction.DOWN:
-                data = self._spoil(data, writer)
-            writer.write(data)
-            await writer.drain()
-            self.proxy.passed_bytes[way] += len(data)
+            data = await self._spoil(item, flow) if flow.way is Direction.DOWN else item
+            try:
+                await flow.hand_over(data)
+            except ConnectionResetError:
+                await back.put(End.RESET)  # the receiver's own RST travels back as everything does
 
     async def _answer(self, status: str, code: str) -> None:
         """An answer of our own to the request that begins; then the connection ends."""
@@ -131,19 +182,18 @@ class _Pipe:
         self.near_writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         await self.near_writer.drain()
         await asyncio.sleep(DRAIN_S)
-        raise ConnectionResetError("answered by the proxy")
+        raise EOFError("answered by the proxy")
 
-    def _spoil(self, data: bytes, writer: asyncio.StreamWriter) -> bytes:
-        """Raises ConnectionResetError where the fault ends the connection."""
+    async def _spoil(self, data: bytes, flow: _Flow) -> bytes:
+        """Raises EOFError or ConnectionResetError where the fault ends the connection."""
         if self.proxy.answers is Answers.LOST:
             heads = data.split(b"\r\n\r\n")
             if heads.pop() == b"" and all(head.startswith(b"HTTP/1.1 100 ") for head in heads):
                 return data  # the client sends its body only when it is told to continue
-            self.reset()
             raise ConnectionResetError("the answer is lost")
         if self.proxy.answers is Answers.TRUNCATED:
-            writer.write(_half(data))
-            raise ConnectionResetError("the answer is truncated")
+            await flow.hand_over(_half(data))
+            raise EOFError("the answer is truncated")
         return data
 
     def reset(self) -> None:
@@ -162,6 +212,24 @@ class _Pipe:
                 writer.close()
 
 
+class _Listening(Enum):
+    """OPEN: connections are taken. DEAF: a SYN gets no answer, and is repeated by its sender until the heal. CLOSED:
+    connections are refused."""
+
+    OPEN = "open"
+    DEAF = "deaf"
+    CLOSED = "closed"
+
+
+def _bound(address: tuple[str, int]) -> socket.socket:
+    """A socket that others may share its port with, as long as none of them listens yet."""
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setblocking(False)
+    made.bind(address)
+    return made
+
+
 class FaultProxy:
     """Listens on a port of its own for `target` (host:port). All faults may change while connections are open.
 
@@ -175,52 +243,113 @@ class FaultProxy:
         self.address = ""
         self.delay_ms = dict.fromkeys(BOTH, 0)
         self.passed_bytes = dict.fromkeys(BOTH, 0)
+        self.held_bytes = dict.fromkeys(BOTH, 0)
         self.answers = Answers.NORMAL
         self._open = {way: asyncio.Event() for way in BOTH}
-        self._server: asyncio.Server | None = None
-        self._pipes: dict[int, tuple[_Pipe, asyncio.Task[None]]] = {}
+        self._is_refusing = False
+        self._listening = _Listening.CLOSED
+        self._port: socket.socket | None = None
+        self._socket: socket.socket | None = None
+        self._plug: socket.socket | None = None
+        self._plugged_by: tuple[str, int] | None = None
+        self._pipes: dict[int, tuple[_Pipe | None, asyncio.Task[None]]] = {}
         self._numbers = count()
         for event in self._open.values():
             event.set()
 
     async def start(self) -> None:
-        await self._listen(0)
-
-    async def _listen(self, port: int) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", port)
-        name = self._server.sockets[0].getsockname()
-        self.address = f"{name[0]}:{name[1]}"
+        self._port = _bound(("127.0.0.1", 0))  # stays ours while nothing listens there
+        host, port = self._port.getsockname()
+        self.address = f"{host}:{port}"
+        self._listen()
 
     async def stop(self) -> None:
-        await self.refuse()
-        for _, task in list(self._pipes.values()):
-            task.cancel()
+        self._turn(_Listening.CLOSED)
+        if self._port is not None:
+            self._port.close()
+            self._port = None
+        self.cut()
         await asyncio.gather(*(task for _, task in self._pipes.values()), return_exceptions=True)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    # ---- connections
+
+    def _listen(self) -> None:
+        """Makes the socket do what the faults say."""
+        if not all(event.is_set() for event in self._open.values()):
+            self._turn(_Listening.DEAF)
+        else:
+            self._turn(_Listening.CLOSED if self._is_refusing else _Listening.OPEN)
+
+    def _turn(self, how: _Listening) -> None:
+        if self._port is None or how is self._listening:
+            return
+        loop = asyncio.get_running_loop()
+        if self._plug is not None:
+            self._plug.close()
+            self._plug = None
+        if self._socket is None:
+            self._socket = _bound(self._port.getsockname())
+        loop.remove_reader(self._socket)
+        if how is _Listening.OPEN:
+            self._socket.listen(BACKLOG)
+            loop.add_reader(self._socket, self._accept)
+        elif how is _Listening.DEAF:
+            # A full queue of connections that nobody accepts: Linux drops the SYN of the next one. One fills it.
+            self._socket.listen(0)
+            self._plug = socket.socket()
+            self._plug.setblocking(False)
+            self._plug.connect_ex(self._socket.getsockname())
+            self._plugged_by = self._plug.getsockname()
+        else:
+            self._socket.close()
+            self._socket = None
+        self._listening = how
+
+    def _accept(self) -> None:
+        assert self._socket is not None, "only an open socket has a reader"
+        try:
+            near, peer = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # reset before it was taken
+        if peer == self._plugged_by:
+            near.close()
+            return
+        near.setblocking(False)
         number = next(self._numbers)
-        task = asyncio.current_task()
-        assert task is not None
-        pipe = _Pipe(self, (reader, writer))
-        self._pipes[number] = (pipe, task)
+        self._pipes[number] = (None, asyncio.create_task(self._carry(number, near), name=f"{self.name} {number}"))
+
+    async def _carry(self, number: int, near: socket.socket) -> None:
+        try:
+            streams = await asyncio.open_connection(sock=near)
+        except BaseException:
+            near.close()
+            del self._pipes[number]
+            raise
+        pipe = _Pipe(self, streams)
+        self._pipes[number] = (pipe, self._pipes[number][1])
         try:
             await pipe.run()
         except asyncio.CancelledError:
-            pipe.reset()  # by stop(), which waits for us; asyncio's own callback would complain of the cancellation
+            pipe.reset()
+            raise
         finally:
             pipe.close()
             del self._pipes[number]
 
     # ---- faults
 
+    def is_open(self, way: Direction) -> bool:
+        return self._open[way].is_set()
+
     async def passes(self, way: Direction) -> None:
         """Returns once bytes may go this way."""
         await self._open[way].wait()
 
     def hold(self, *ways: Direction) -> None:
-        """Silence: bytes that go this way arrive after `heal`; connections stay open."""
+        """Silence: what goes this way arrives after `heal`; connections stay open, new ones get no answer."""
         for way in ways:
             self._open[way].clear()
+        self._listen()
 
     def delay(self, way: Direction, ms: int) -> None:
         self.delay_ms[way] = ms
@@ -228,20 +357,22 @@ class FaultProxy:
     def cut(self) -> None:
         """Resets every connection there is; new ones are fine."""
         for pipe, task in list(self._pipes.values()):
-            pipe.reset()
+            if pipe is not None:
+                pipe.reset()
             task.cancel()
 
     async def refuse(self) -> None:
-        """As if the process were not there: connections are reset, new ones refused."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.close()
-        self.cut()
+        """As if the process were not there: connections are reset, new ones refused. Nobody behind a silent direction
+        hears of it."""
+        self._is_refusing = True
+        self._listen()
+        if self._listening is _Listening.CLOSED:
+            self.cut()
 
     async def accept(self) -> None:
         """Ends `refuse`."""
-        if self._server is None:
-            await self._listen(int(self.address.rpartition(":")[2]))
+        self._is_refusing = False
+        self._listen()
 
     async def heal(self) -> None:
         """Ends everything."""

@@ -1,34 +1,57 @@
 """The proxy does what its faults say, and nothing while there is none."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 import pytest
 
 from tests.faults.proxy import BOTH, Answers, Direction, FaultProxy
 
-Connect = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+Connect = Callable[[], Coroutine[Any, Any, tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 SHORT_S = 0.1
 """Long enough to be sure that nothing comes over loopback."""
 
+PATIENCE_S = 20
+"""A SYN without an answer is repeated after 1, 3 and 7 s."""
+
 
 class Echo:
-    """Answers every line with itself; remembers what arrived."""
+    """Answers every line with itself; remembers what arrived and how each stream ended."""
 
     def __init__(self) -> None:
         self.arrived: list[bytes] = []
+        self.ends: list[str] = []
         self.answer = b""
+        self.closes = True
+        self.writers: list[asyncio.StreamWriter] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.append(writer)
         try:
             while line := await reader.readline():
                 self.arrived.append(line)
                 writer.write(self.answer or line)
                 await writer.drain()
+            self.ends.append("FIN")
         except ConnectionError:
-            pass
-        finally:
+            self.ends.append("RST")
+        if self.closes:
             writer.close()
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """As the kernel does for a process that dies with bytes unread."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not holds():
+            await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -118,12 +141,99 @@ async def test_holds_answers_only(echo: tuple[Echo, str], proxy: FaultProxy, con
     assert await reader.readline() == b"arrives\n"
 
 
-async def test_a_new_connection_is_held_too(proxy: FaultProxy, connect: Connect, echo: tuple[Echo, str]) -> None:
-    proxy.hold(*BOTH)
+@pytest.mark.parametrize("way", BOTH)
+async def test_a_new_connection_gets_no_answer_while_either_direction_is_silent(
+    echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect, way: Direction
+) -> None:
+    proxy.hold(way)
+    connecting = asyncio.create_task(connect())
+    await asyncio.sleep(SHORT_S)
+    assert not connecting.done(), "the SYN got through"
+    assert echo[0].writers == []
+    await proxy.heal()
+    async with asyncio.timeout(PATIENCE_S):
+        reader, writer = await connecting
+        writer.write(b"x\n")
+        assert await reader.readline() == b"x\n"
+    assert len(echo[0].writers) == 1, "the proxy's own connection reached the target"
+
+
+@pytest.mark.parametrize("end", ["FIN", "RST"])
+async def test_the_end_of_a_stream_does_not_pass_a_silent_direction(
+    echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect, end: str
+) -> None:
     reader, writer = await connect()
-    writer.write(b"x\n")
+    writer.write(b"1\n")
+    await reader.readline()
+    proxy.hold(Direction.UP)
+    if end == "RST":
+        reset(writer)
+    else:
+        writer.close()
+    await asyncio.sleep(SHORT_S)
+    assert echo[0].ends == []
+    await proxy.heal()
+    await until(lambda: echo[0].ends == [end])
+
+
+async def test_a_sender_to_a_dead_peer_hears_of_it_only_by_the_way_back(
+    echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect
+) -> None:
+    _, writer = await connect()
+    await until(lambda: echo[0].writers)
+    proxy.hold(Direction.UP)
+    reset(writer)
+    far = echo[0].writers[0]
+    for _ in range(3):  # to a peer that answers with RST, which is lost
+        far.write(b"anybody?\n")
+        await far.drain()
+        await asyncio.sleep(SHORT_S / 3)
+    assert echo[0].ends == []
+    await proxy.heal()
+    await until(lambda: echo[0].ends == ["RST"])
+
+
+async def test_a_side_that_has_closed_answers_more_bytes_with_a_reset(
+    echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect
+) -> None:
+    echo[0].closes = False
+    _, writer = await connect()
+    writer.close()
+    await until(lambda: echo[0].ends == ["FIN"])
+    far = echo[0].writers[0]
+    with pytest.raises(ConnectionError):
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                far.write(b"more\n")
+                await far.drain()
+                await asyncio.sleep(0.01)
+
+
+async def test_a_process_that_dies_behind_a_silent_direction_is_not_heard_of(
+    proxy: FaultProxy, connect: Connect
+) -> None:
+    reader, writer = await connect()
+    writer.write(b"1\n")
+    await reader.readline()
+    proxy.hold(Direction.DOWN)
+    await proxy.refuse()
     assert await says_nothing(reader)
-    assert echo[0].arrived == []
+    connecting = asyncio.create_task(connect())
+    await asyncio.sleep(SHORT_S)
+    assert not connecting.done(), "a refusal got through"
+    await proxy.heal()
+    async with asyncio.timeout(PATIENCE_S):
+        await connecting
+
+
+async def test_counts_what_is_held(proxy: FaultProxy, connect: Connect) -> None:
+    reader, writer = await connect()
+    proxy.hold(Direction.UP)
+    writer.write(b"12345678\n")
+    await until(lambda: proxy.held_bytes[Direction.UP])
+    await proxy.heal()
+    await reader.readline()
+    assert proxy.held_bytes == {Direction.UP: 9, Direction.DOWN: 0}
 
 
 async def test_cuts_what_is_open_and_takes_new_connections(proxy: FaultProxy, connect: Connect) -> None:
