@@ -21,7 +21,7 @@ from pathlib import Path
 from shproto.errors import StreamHouseError
 from streamhouse import Admin
 
-from tests.faults import facts, history, nemesis, progress
+from tests.faults import facts, history, nemeses, nemesis, progress
 from tests.faults.checker import Report, check, explain
 from tests.faults.consumers import GroupWatcher, Membership, PlainConsumer
 from tests.faults.fleet import Fleet
@@ -202,7 +202,7 @@ def main(options: argparse.Namespace) -> int:
 
 async def judge(options: argparse.Namespace, work_dir: Path) -> bool:
     """Whether the run passed."""
-    names = nemesis.chosen(options.nemesis)
+    names = nemeses.chosen(options.nemesis)
     print(f"seed {options.seed}, {options.minutes} minutes of {', '.join(names)}; history and logs in {work_dir}")
     run = Run(work_dir, options.seed, names, options.minutes * 60)
     telling = asyncio.create_task(progress.tell(lambda: run.ends_s, run.faults.at_work, run.recorder.counts))
@@ -225,7 +225,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5, help="of faults; start and end come on top")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32), help="default: random")
-    parser.add_argument("--nemesis", default="all", help=f"all, or some of {', '.join(sorted(nemesis.NEMESES))}")
+    parser.add_argument("--nemesis", default="all", help=f"all, or some of {', '.join(sorted(nemeses.NEMESES))}")
     parser.add_argument("--dir", default="", help="kept in any case; default: a new one, kept after a failure")
     return parser.parse_args(arguments)
 
