@@ -23,6 +23,9 @@ AGENTS = ("ingest-1", "ingest-2", "ingest-3")
 QUERIES = ("query-1", "query-2")
 SEGMENTERS = ("segmenter-1", "segmenter-2")
 SERVICES = (*COORDINATORS, *AGENTS, *QUERIES, *SEGMENTERS)
+CLIENTS = "clients"
+"""All clients of a run are in one process, and so behind the same links."""
+
 SMALL_DISK_AGENT = AGENTS[-1]
 SMALL_DISK_BYTES = 48 * 1024 * 1024
 """Holds what an agent may write in a run of the usual rate between two registrations many times over."""
@@ -78,6 +81,11 @@ def postgres_links(coordinator: str) -> list[str]:
     return [f"{coordinator}>postgres-{place}" for place in (1, 2)]
 
 
+def place_of(url: str) -> str:
+    """host:port of a URL; several, separated by commas, of a PostgreSQL's."""
+    return url.partition("://")[2].rpartition("@")[2].partition("/")[0]
+
+
 def _variables(settings: Mapping[str, object]) -> dict[str, str]:
     return {f"STREAMHOUSE_{name}": str(value) for name, value in settings.items()}
 
@@ -105,8 +113,8 @@ class Member:
 
 
 class Fleet:
-    """`start` returns when everything serves; `heal` when it does again. Links are named FROM>TO; >X is everybody's
-    way to X, by its advertised address."""
+    """`start` returns when everything serves; `heal` when it does again. Links are named FROM>TO, one for each pair of
+    processes that talk to each other."""
 
     def __init__(self, work_dir: Path, recorder: Recorder) -> None:
         self.work_dir = work_dir
@@ -150,22 +158,30 @@ class Fleet:
             self.small_disk = path
 
     async def _make_links(self, listens: Mapping[str, str]) -> None:
-        ways = [(f">{name}", listens[name]) for name in (*AGENTS, *QUERIES)]
-        clients = ("clients", *AGENTS, *QUERIES, *SEGMENTERS)
-        ways += [(f"{client}>{name}", listens[name]) for client in clients for name in COORDINATORS]
-        ways += [
-            way for name in COORDINATORS for way in zip(postgres_links(name), self._postgres_places(), strict=True)
-        ]
-        s3 = self.servers["s3"].url.removeprefix("http://")
-        ways += [(f"{name}>s3", s3) for name in (*QUERIES, *SEGMENTERS)]
-        for name, target in ways:
-            link = self.links[name] = FaultProxy(name, target)
+        callers = {
+            AGENTS: (CLIENTS, *COORDINATORS, *QUERIES, *SEGMENTERS),
+            QUERIES: (CLIENTS,),
+            COORDINATORS: (CLIENTS, *AGENTS, *QUERIES, *SEGMENTERS),
+        }
+        ways = {
+            f"{caller}>{name}": listens[name] for group, names in callers.items() for name in group for caller in names
+        }
+        for name in COORDINATORS:
+            ways |= zip(postgres_links(name), self._postgres_places(), strict=True)
+        servers_of = {"s3": (*QUERIES, *SEGMENTERS), "rabbitmq": (*COORDINATORS, *SEGMENTERS), "redis": QUERIES}
+        for server, names in servers_of.items():
+            ways |= {f"{name}>{server}": place_of(self.servers[server].url) for name in names}
+        for way, target in ways.items():
+            link = self.links[way] = FaultProxy(way, target)
             await link.start()
 
     def _postgres_places(self) -> list[str]:
-        return self.servers["postgres"].url.rpartition("@")[2].partition("/")[0].split(",")
+        return place_of(self.servers["postgres"].url).split(",")
 
-    def bootstrap(self, client: str = "clients") -> str:
+    def links_to(self, name: str) -> list[FaultProxy]:
+        return [link for way, link in self.links.items() if way.endswith(f">{name}")]
+
+    def bootstrap(self, client: str = CLIENTS) -> str:
         """The coordinators, as `client` reaches them."""
         return ",".join(self.links[f"{client}>{name}"].address for name in COORDINATORS)
 
@@ -173,23 +189,30 @@ class Fleet:
         control = shim.Control(self.work_dir / f"{name}.control")
         environ = _variables(SETTINGS) | {"STREAMHOUSE_LISTEN": listen} | self._environ_of(name)
         if self.library is not None:
-            environ |= control.environ(self.library)
+            environ |= control.environ(self.library, self._routes_of(name))
         service = name.partition("-")[0]
         process = FleetProcess(name, [service], environ, self.work_dir)
         self.members[name] = Member(name, process, listen, control)
 
+    def _routes_of(self, name: str) -> dict[str, str]:
+        """An agent tells everybody the same address, the clients' link to it: others are led to links of their own."""
+        own = {agent: self.links[f"{name}>{agent}"] for agent in AGENTS if f"{name}>{agent}" in self.links}
+        return {self.links[f"{CLIENTS}>{agent}"].address: link.address for agent, link in own.items()}
+
     def _environ_of(self, name: str) -> dict[str, str]:
         own = {key: value for server in self.servers.values() for key, value in server.settings.items()}
+        for server in self.servers:
+            if link := self.links.get(f"{name}>{server}"):
+                place = place_of(self.servers[server].url)
+                own = {key: value.replace(place, link.address) for key, value in own.items()}
         if name in COORDINATORS:
             dsn = self.servers["postgres"].url
-            for link, place in zip(postgres_links(name), self._postgres_places(), strict=True):
-                dsn = dsn.replace(place, self.links[link].address)
+            for way, place in zip(postgres_links(name), self._postgres_places(), strict=True):
+                dsn = dsn.replace(place, self.links[way].address)
             return own | {"STREAMHOUSE_PG_DSN": dsn}
         own["STREAMHOUSE_BOOTSTRAP"] = self.bootstrap(name)
-        if f">{name}" in self.links:
-            own["STREAMHOUSE_ADVERTISE"] = self.links[f">{name}"].address
-        if f"{name}>s3" in self.links:
-            own["STREAMHOUSE_S3_ENDPOINT"] = f"http://{self.links[f'{name}>s3'].address}"
+        if f"{CLIENTS}>{name}" in self.links:
+            own["STREAMHOUSE_ADVERTISE"] = self.links[f"{CLIENTS}>{name}"].address
         specific = {
             "ingest": {"STREAMHOUSE_AGENT_ID": name, "STREAMHOUSE_WAL_DIR": str(self.work_dir / name / "wal")},
             "query": {"STREAMHOUSE_AGENT_ID": name, "STREAMHOUSE_CACHE_DIR": str(self.work_dir / name)},
@@ -206,8 +229,8 @@ class Fleet:
     async def start_process(self, name: str) -> None:
         """Returns when it serves."""
         member = self.members[name]
-        if f">{name}" in self.links:
-            await self.links[f">{name}"].accept()
+        for link in self.links_to(name):
+            await link.accept()
         self._launch(member)
         member.wanted = True
         await self.until_serving(name)
@@ -230,8 +253,8 @@ class Fleet:
         member.wanted = False
         if member.process.is_running():
             await asyncio.to_thread(member.process.kill)
-        if f">{name}" in self.links:
-            await self.links[f">{name}"].refuse()
+        for link in self.links_to(name):
+            await link.refuse()
 
     async def stop_process(self, name: str) -> None:
         """SIGTERM and the drain; a code other than 0 is an anomaly."""
@@ -241,8 +264,8 @@ class Fleet:
             code = await member.process.stop()
             if code:
                 self.recorder.write(ProcessDied(name, code))
-        if f">{name}" in self.links:
-            await self.links[f">{name}"].refuse()
+        for link in self.links_to(name):
+            await link.refuse()
 
     def send_signal(self, name: str, number: signal.Signals) -> None:
         if self.members[name].process.is_running():

@@ -61,7 +61,7 @@ async def clock(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
         raise NotPossible("no C compiler to build the shim with")
     with one_of(fleet, rng, SERVICES) as name:
         shift_s = rng.choice((-1, 1)) * rng.randrange(10, CLOCK_SHIFT_S_MAX)
-        fleet.members[name].control.shift_clock(shift_s)
+        fleet.members[name].control.shift_clock(shift_s * 1000)
         try:
             yield f"the clock of {name} is {shift_s:+} s off"
         finally:

@@ -28,7 +28,7 @@ async def isolate(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
     """All links of one process are silent: to it, from it, or both."""
     with one_of(fleet, rng, (*AGENTS, *QUERIES, *SEGMENTERS)) as name:
         outgoing = [link for link in fleet.links if link.startswith(f"{name}>")]
-        incoming = [link for link in fleet.links if link == f">{name}"]
+        incoming = [link for link in fleet.links if link.endswith(f">{name}")]
         chosen = rng.choice([links for links in (outgoing, incoming, outgoing + incoming) if links])
         with all_of(fleet, chosen):
             for link in chosen:
