@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.faults import history as h
 from tests.faults.checks import CHECKS, Anomaly, permitted_repeats
+from tests.faults.silence import Silence, silences, table
 from tests.faults.timeline import Outcome, Timeline, index
 
 SHOWN_MAX = 20
@@ -33,6 +34,7 @@ class Report:
     permitted_repeats: int = 0
     complete: bool = False
     anomalies: list[Anomaly] = field(default_factory=list)
+    silences: list[Silence] = field(default_factory=list)
 
     @property
     def kinds(self) -> set[str]:
@@ -46,6 +48,7 @@ class Report:
         yield f"records: {self.acknowledged_records} acknowledged, {self.polled_records} handed to consumers"
         if self.permitted_repeats:
             yield f"records written twice by a retry across an unsettled takeover (allowed): {self.permitted_repeats}"
+        yield from table(self.silences)
         if not self.complete:
             yield "the run did not come to its end: what is missing may only be late"
         counts = Counter(anomaly.kind for anomaly in self.anomalies)
@@ -79,6 +82,7 @@ def _count(timeline: Timeline) -> Report:
         polled_records=sum(polled),
         permitted_repeats=permitted_repeats(timeline),
         complete=timeline.complete,
+        silences=silences(timeline),
     )
 
 

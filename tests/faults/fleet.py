@@ -26,6 +26,23 @@ SERVICES = (*COORDINATORS, *AGENTS, *QUERIES, *SEGMENTERS)
 CLIENTS = "clients"
 """All clients of a run are in one process, and so behind the same links."""
 
+POSTGRES_PLACES = ("postgres-1", "postgres-2")
+"""One of them has the primary at a time."""
+
+CALLERS = {
+    AGENTS: (CLIENTS, *COORDINATORS, *QUERIES, *SEGMENTERS),
+    QUERIES: (CLIENTS,),
+    COORDINATORS: (CLIENTS, *AGENTS, *QUERIES, *SEGMENTERS),
+    POSTGRES_PLACES: COORDINATORS,
+    ("s3",): (*QUERIES, *SEGMENTERS),
+    ("rabbitmq",): (*COORDINATORS, *SEGMENTERS),
+    ("redis",): QUERIES,
+}
+"""Who calls whom."""
+
+WAYS = tuple(f"{caller}>{name}" for names, callers in CALLERS.items() for name in names for caller in callers)
+"""The names of all links."""
+
 SMALL_DISK_AGENT = AGENTS[-1]
 SMALL_DISK_BYTES = 48 * 1024 * 1024
 """Holds what an agent may write in a run of the usual rate between two registrations many times over."""
@@ -76,11 +93,6 @@ SWEEPING = {
 """Of the segmenters after the run: nothing is uploaded any more, so an hour's grace can be a second."""
 
 
-def postgres_links(coordinator: str) -> list[str]:
-    """To the two places where a PostgreSQL may run."""
-    return [f"{coordinator}>postgres-{place}" for place in (1, 2)]
-
-
 def place_of(url: str) -> str:
     """host:port of a URL; several, separated by commas, of a PostgreSQL's."""
     return url.partition("://")[2].rpartition("@")[2].partition("/")[0]
@@ -123,6 +135,7 @@ class Fleet:
         self.members: dict[str, Member] = {}
         self.servers: dict[str, servers.Server] = {}
         self.busy: set[str] = set()
+        self.turns: dict[str, list[int]] = {}
         self.small_disk: Path | None = None
         self.library: Path | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -158,32 +171,22 @@ class Fleet:
             self.small_disk = path
 
     async def _make_links(self, listens: Mapping[str, str]) -> None:
-        callers = {
-            AGENTS: (CLIENTS, *COORDINATORS, *QUERIES, *SEGMENTERS),
-            QUERIES: (CLIENTS,),
-            COORDINATORS: (CLIENTS, *AGENTS, *QUERIES, *SEGMENTERS),
-        }
-        ways = {
-            f"{caller}>{name}": listens[name] for group, names in callers.items() for name in group for caller in names
-        }
-        for name in COORDINATORS:
-            ways |= zip(postgres_links(name), self._postgres_places(), strict=True)
-        servers_of = {"s3": (*QUERIES, *SEGMENTERS), "rabbitmq": (*COORDINATORS, *SEGMENTERS), "redis": QUERIES}
-        for server, names in servers_of.items():
-            ways |= {f"{name}>{server}": place_of(self.servers[server].url) for name in names}
-        for way, target in ways.items():
-            link = self.links[way] = FaultProxy(way, target)
+        servers_at = {name: place_of(server.url) for name, server in self.servers.items()}
+        targets = {**listens, **servers_at, **self._postgres_places()}
+        for way in WAYS:
+            link = self.links[way] = FaultProxy(way, targets[way.partition(">")[2]])
             await link.start()
 
-    def _postgres_places(self) -> list[str]:
-        return place_of(self.servers["postgres"].url).split(",")
+    def _postgres_places(self) -> dict[str, str]:
+        return dict(zip(POSTGRES_PLACES, place_of(self.servers["postgres"].url).split(","), strict=True))
 
     def links_to(self, name: str) -> list[FaultProxy]:
         return [link for way, link in self.links.items() if way.endswith(f">{name}")]
 
     def bootstrap(self, client: str = CLIENTS) -> str:
-        """The coordinators, as `client` reaches them."""
-        return ",".join(self.links[f"{client}>{name}"].address for name in COORDINATORS)
+        """The coordinators, as `client` reaches them: half of the services ask the second one first."""
+        names = COORDINATORS if client not in SERVICES or SERVICES.index(client) % 2 else COORDINATORS[::-1]
+        return ",".join(self.links[f"{client}>{name}"].address for name in names)
 
     def _add(self, name: str, listen: str) -> None:
         control = shim.Control(self.work_dir / f"{name}.control")
@@ -207,8 +210,8 @@ class Fleet:
                 own = {key: value.replace(place, link.address) for key, value in own.items()}
         if name in COORDINATORS:
             dsn = self.servers["postgres"].url
-            for way, place in zip(postgres_links(name), self._postgres_places(), strict=True):
-                dsn = dsn.replace(place, self.links[way].address)
+            for place, address in self._postgres_places().items():
+                dsn = dsn.replace(address, self.links[f"{name}>{place}"].address)
             return own | {"STREAMHOUSE_PG_DSN": dsn}
         own["STREAMHOUSE_BOOTSTRAP"] = self.bootstrap(name)
         if f"{CLIENTS}>{name}" in self.links:

@@ -201,9 +201,21 @@ class StoredObject(Event):
 
 @dataclass(frozen=True, slots=True)
 class Note(Event):
-    """Something to know when reading the history: a fault begins or ends, a process starts or dies."""
+    """Something to know when reading the history: a process ends and may, a member joins."""
 
     process: str
+    text: str
+
+
+BEGINS, OVER, SKIPPED = "begins", "over", "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault(Event):
+    """A nemesis of that name. state: begins | over | skipped (nothing was done, the text says why)."""
+
+    name: str
+    state: str
     text: str
 
 
@@ -295,6 +307,10 @@ class Recorder:
 
     def note(self, process: str, text: str) -> None:
         self.write(Note(process, text))
+        self._file.flush()
+
+    def fault(self, event: Fault) -> None:
+        self.write(event)
         self._file.flush()
 
     def close(self) -> None:

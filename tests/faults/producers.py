@@ -18,7 +18,9 @@ from tests.faults.payload import payload_of
 
 RECORDS_MAX = 12
 PAUSE_S = (0.01, 0.15)
-IN_FLIGHT_MAX = 40
+IN_FLIGHT_MAX = 10
+"""Operations of one partition: a partition that waits for its leader must not keep the others waiting."""
+
 DELIVERY_TIMEOUT_MS = 60_000
 REQUEST_TIMEOUT_MS = 4_000
 TRY_TIMEOUT_MS = 3_000
@@ -57,10 +59,9 @@ class _Producing:
         self.stopping = False
         self._numbers = count()
 
-    def invoke(self) -> Produce:
+    def invoke(self, partition: int) -> Produce:
         """The next operation, recorded."""
         values = tuple(f"{self.process}.{next(self._numbers)}" for _ in range(self.rng.randrange(1, RECORDS_MAX)))
-        partition = self.rng.randrange(self.target.partitions)
         operation = Produce(
             self.recorder.new_id(), self.process, self.target.topic, partition, values, self.target.acks
         )
@@ -76,7 +77,7 @@ class SdkProducer(_Producing):
 
     async def run(self, bootstrap: str) -> None:
         """Until `stopping`; then waits for everything under way."""
-        room = asyncio.Semaphore(IN_FLIGHT_MAX)
+        rooms = [asyncio.Semaphore(IN_FLIGHT_MAX) for _ in range(self.target.partitions)]
         options = Producer(
             bootstrap,
             acks=self.target.acks,
@@ -88,10 +89,12 @@ class SdkProducer(_Producing):
         waiting: set[asyncio.Task[None]] = set()
         try:
             while not self.stopping:
-                await room.acquire()
-                task = asyncio.create_task(self._send(options, room, self.invoke()))
-                waiting.add(task)
-                task.add_done_callback(waiting.discard)
+                partition = self.rng.randrange(self.target.partitions)
+                if not rooms[partition].locked():
+                    await rooms[partition].acquire()  # there is room: does not wait
+                    task = asyncio.create_task(self._send(options, rooms[partition], self.invoke(partition)))
+                    waiting.add(task)
+                    task.add_done_callback(waiting.discard)
                 await self.pause()
             await asyncio.gather(*waiting)
         finally:
@@ -125,7 +128,7 @@ class SingleTryProducer(_Producing):
                 if not any(leaders):
                     leaders = await self._leaders(coordinator)
                     continue
-                operation = self.invoke()
+                operation = self.invoke(self.rng.randrange(self.target.partitions))
                 address = leaders[operation.partition]
                 if address and address not in agents:
                     agents[address] = IngestClient(Connection([address], timeout_ms=TRY_TIMEOUT_MS))

@@ -268,7 +268,6 @@ class FaultProxy:
         if self._port is not None:
             self._port.close()
             self._port = None
-        self.cut()
         await asyncio.gather(*(task for _, task in self._pipes.values()), return_exceptions=True)
 
     # ---- connections
@@ -303,6 +302,7 @@ class FaultProxy:
         else:
             self._socket.close()
             self._socket = None
+            self.cut()
         self._listening = how
 
     def _accept(self) -> None:
@@ -362,12 +362,10 @@ class FaultProxy:
             task.cancel()
 
     async def refuse(self) -> None:
-        """As if the process were not there: connections are reset, new ones refused. Nobody behind a silent direction
-        hears of it."""
+        """As if the process were not there: connections are reset, new ones refused. Behind a silent direction that is
+        not heard of before the heal."""
         self._is_refusing = True
         self._listen()
-        if self._listening is _Listening.CLOSED:
-            self.cut()
 
     async def accept(self) -> None:
         """Ends `refuse`."""
@@ -375,9 +373,9 @@ class FaultProxy:
         self._listen()
 
     async def heal(self) -> None:
-        """Ends everything."""
+        """Ends what the network does. `refuse` goes on: a process that is not there does not come back by it."""
         for event in self._open.values():
             event.set()
         self.delay_ms = dict.fromkeys(BOTH, 0)
         self.answers = Answers.NORMAL
-        await self.accept()
+        self._listen()

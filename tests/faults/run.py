@@ -72,7 +72,7 @@ class Run:
             await asyncio.sleep(WARM_UP_S)
             seed = random.Random(self.rng.getrandbits(64))
             self.ends_s = time.monotonic() + self.seconds
-            await nemesis.torment(self.fleet, seed, self.names, self.seconds, self.recorder.note, self.faults)
+            await nemesis.torment(self.fleet, seed, self.names, self.seconds, self.recorder, self.faults)
             self.recorder.note("run", "heals everything")
             await self.fleet.heal()
             await self._finish(members)

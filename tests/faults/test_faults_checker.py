@@ -412,7 +412,8 @@ def test_every_kind_of_event_survives_the_file(tmp_path: Path) -> None:
     events = [
         *good(),
         h.ReadFailed("c", "UNAVAILABLE", "away"),
-        h.Note("nemesis", "kill"),
+        h.Note("member-1", "joins"),
+        h.Fault("kill", h.BEGINS, "kill -9 ingest-1"),
         h.ProcessDied("ingest-1", -9),
     ]
     h.write_history(path, events)

@@ -222,8 +222,11 @@ async def test_a_process_that_dies_behind_a_silent_direction_is_not_heard_of(
     await asyncio.sleep(SHORT_S)
     assert not connecting.done(), "a refusal got through"
     await proxy.heal()
-    async with asyncio.timeout(PATIENCE_S):
-        await connecting
+    with pytest.raises(ConnectionError):
+        await reader.read()
+    with pytest.raises(ConnectionRefusedError):
+        async with asyncio.timeout(PATIENCE_S):
+            await connecting
 
 
 async def test_counts_what_is_held(proxy: FaultProxy, connect: Connect) -> None:

@@ -105,7 +105,7 @@ class PartitionTimeline:
 
 @dataclass
 class Timeline:
-    """The whole run."""
+    """The whole run. signs_ms: when something was acknowledged (by ack level), and handed to consumers (reads)."""
 
     topics: dict[str, h.Topic] = field(default_factory=dict)
     partitions: dict[Where, PartitionTimeline] = field(default_factory=dict)
@@ -114,6 +114,8 @@ class Timeline:
     objects: dict[str, tuple[int, h.StoredObject]] = field(default_factory=dict)
     read_errors: list[tuple[int, h.ReadFailed]] = field(default_factory=list)
     deaths: list[tuple[int, h.ProcessDied]] = field(default_factory=list)
+    faults: list[tuple[int, h.Fault]] = field(default_factory=list)
+    signs_ms: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     complete: bool = False
 
     def partition(self, topic: str, partition: int) -> PartitionTimeline:
@@ -151,6 +153,7 @@ class _Indexer:
             case h.Polled():
                 partition = timeline.partition(event.topic, event.partition)
                 partition.reads.append((line, event))
+                timeline.signs_ms["reads"].append(event.at_ms)
                 self._see_all(partition, line, event)
             case h.ReadBack():
                 self._read_back(line, event)
@@ -179,6 +182,8 @@ class _Indexer:
                 timeline.read_errors.append((line, event))
             case h.ProcessDied():
                 timeline.deaths.append((line, event))
+            case h.Fault():
+                timeline.faults.append((line, event))
             case h.End():
                 timeline.complete = True
 
@@ -193,6 +198,7 @@ class _Indexer:
         write = self._writes.pop(event.id)
         write.outcome, write.done_line, write.epoch = Outcome.OK, line, event.epoch
         write.offsets = tuple(h.offsets_of(event.spans))
+        self.timeline.signs_ms[write.produce.acks].append(event.at_ms)
         partition = self.timeline.partition(write.produce.topic, write.produce.partition)
         for offset, value in zip(write.offsets, write.produce.values, strict=True):
             partition.see(offset, value, line)

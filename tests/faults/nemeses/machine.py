@@ -7,13 +7,13 @@ import random
 from collections.abc import AsyncIterator
 
 from tests.faults.fleet import AGENTS, SERVICES, SMALL_DISK_AGENT, Fleet
-from tests.faults.nemesis import NotPossible, all_of, nemesis, one_of
+from tests.faults.nemesis import Deed, NotPossible, all_of, nemesis, one_of
 
 CLOCK_SHIFT_S_MAX = 600
 
 
 @nemesis("disk-full", hold_s=(2.0, 8.0))
-async def disk_full(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
+async def disk_full(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
     """An agent's disk has no byte left."""
     if fleet.small_disk is None:
         raise NotPossible("this machine does not allow to mount a tmpfs")
@@ -21,7 +21,7 @@ async def disk_full(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
         filler = fleet.small_disk / "filler"
         try:
             await asyncio.to_thread(_fill, str(filler))
-            yield f"the disk of {SMALL_DISK_AGENT} is full"
+            yield Deed(f"the disk of {SMALL_DISK_AGENT} is full")
         finally:
             filler.unlink(missing_ok=True)
 
@@ -38,7 +38,7 @@ def _fill(path: str) -> None:
 
 
 @nemesis("fsync", hold_s=(2.0, 5.0))
-async def fsync(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
+async def fsync(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
     """fsync answers EIO: the agent must not trust its log any more, ends, and replays."""
     if fleet.library is None:
         raise NotPossible("no C compiler to build the shim with")
@@ -47,7 +47,7 @@ async def fsync(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
         member.may_die = True
         member.control.fail_fsync(True)
         try:
-            yield f"fsync fails for {name}"
+            yield Deed(f"fsync fails for {name}")
         finally:
             member.control.fail_fsync(False)
             await fleet.until_serving(name)
@@ -55,7 +55,7 @@ async def fsync(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
 
 
 @nemesis("clock")
-async def clock(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
+async def clock(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
     """The wall clock of one process is wrong by minutes."""
     if fleet.library is None:
         raise NotPossible("no C compiler to build the shim with")
@@ -63,6 +63,6 @@ async def clock(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
         shift_s = rng.choice((-1, 1)) * rng.randrange(10, CLOCK_SHIFT_S_MAX)
         fleet.members[name].control.shift_clock(shift_s * 1000)
         try:
-            yield f"the clock of {name} is {shift_s:+} s off"
+            yield Deed(f"the clock of {name} is {shift_s:+} s off")
         finally:
             fleet.members[name].control.shift_clock(0)

@@ -6,34 +6,34 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from tests.faults.fleet import Fleet
-from tests.faults.nemesis import all_of, nemesis
+from tests.faults.nemesis import Deed, all_of, nemesis
 from tests.integration.standby import PostgresPair
 
 
 @asynccontextmanager
-async def outage(fleet: Fleet, name: str, stop: Callable[[], None], what: str) -> AsyncIterator[str]:
+async def outage(fleet: Fleet, name: str, stop: Callable[[], None], what: str) -> AsyncIterator[Deed]:
     with all_of(fleet, [name]):
         await asyncio.to_thread(stop)
         try:
-            yield f"{name} {what}"
+            yield Deed(f"{name} {what}")
         finally:
             await asyncio.to_thread(fleet.servers[name].start)
 
 
 @nemesis("postgres-kill")
-async def postgres_kill(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
-    async with outage(fleet, "postgres", fleet.servers["postgres"].kill, "is killed") as what:
-        yield what
+async def postgres_kill(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+    async with outage(fleet, "postgres", fleet.servers["postgres"].kill, "is killed") as deed:
+        yield deed
 
 
 @nemesis("postgres-restart")
-async def postgres_restart(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
-    async with outage(fleet, "postgres", fleet.servers["postgres"].stop, "is stopped") as what:
-        yield what
+async def postgres_restart(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+    async with outage(fleet, "postgres", fleet.servers["postgres"].stop, "is stopped") as deed:
+        yield deed
 
 
 @nemesis("postgres-failover")
-async def postgres_failover(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
+async def postgres_failover(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
     """It gets a synchronous standby, and dies; the standby takes its place. The next time it is the other way round."""
     server = fleet.servers["postgres"]
     assert isinstance(server, PostgresPair)
@@ -41,20 +41,20 @@ async def postgres_failover(fleet: Fleet, rng: random.Random) -> AsyncIterator[s
         await asyncio.to_thread(server.attach_standby)
         server.kill()
         try:
-            yield "postgres is killed, to be replaced by its standby"
+            yield Deed("postgres is killed, to be replaced by its standby")
         finally:
             await asyncio.to_thread(server.start)
 
 
 @nemesis("rabbitmq")
-async def rabbitmq(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
+async def rabbitmq(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
     server = fleet.servers["rabbitmq"]
-    async with outage(fleet, "rabbitmq", rng.choice((server.stop, server.kill)), "is away") as what:
-        yield what
+    async with outage(fleet, "rabbitmq", rng.choice((server.stop, server.kill)), "is away") as deed:
+        yield deed
 
 
 @nemesis("redis")
-async def redis(fleet: Fleet, rng: random.Random) -> AsyncIterator[str]:
+async def redis(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
     server = fleet.servers["redis"]
-    async with outage(fleet, "redis", rng.choice((server.stop, server.kill)), "is away") as what:
-        yield what
+    async with outage(fleet, "redis", rng.choice((server.stop, server.kill)), "is away") as deed:
+        yield deed

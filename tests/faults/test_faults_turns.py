@@ -1,0 +1,114 @@
+"""Nemeses have their turns, are held, undone in time, and written down."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults import history as h
+from tests.faults import nemeses, nemesis
+from tests.faults.fleet import Fleet
+from tests.faults.nemesis import Deed, Faults, NotHealed, NotPossible, by_turns, torment
+
+
+class Played:
+    """Nemeses of this test alone, and the history they leave."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._path = tmp_path / "history.jsonl"
+        self.fleet = Fleet(tmp_path, h.Recorder(self._path))
+        self.faults = Faults()
+        monkeypatch.setattr(nemesis, "NEMESES", {})
+        monkeypatch.setattr(nemesis, "HOLD_S", {})
+        monkeypatch.setattr(nemesis, "PAUSE_S", (0.0, 0.01))
+
+    async def torment(self, seconds: float, seed: int = 1) -> list[h.Fault]:
+        rng = random.Random(seed)
+        try:
+            await torment(self.fleet, rng, list(nemesis.NEMESES), seconds, self.fleet.recorder, self.faults)
+        finally:
+            self.fleet.recorder.close()
+        return [event for event in h.read_history(self._path) if isinstance(event, h.Fault)]
+
+
+@pytest.fixture
+def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Played:
+    return Played(tmp_path, monkeypatch)
+
+
+def register(name: str, undo_s: float = 0.0, why_not: str = "") -> None:
+    @nemesis.nemesis(name, hold_s=(0.01, 0.02))
+    async def body(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+        if why_not:
+            raise NotPossible(why_not)
+        deed = Deed(f"did {name}")
+        try:
+            yield deed
+        finally:
+            await asyncio.sleep(undo_s)
+            deed.effect = f"hurt {name}"
+
+
+async def test_all_have_their_turn_before_one_has_another(played: Played) -> None:
+    for name in "abcde":
+        register(name)
+    await played.torment(0.5)
+    done = played.faults.done
+    assert len(done) > 10
+    rounds = [set(done[at : at + 5]) for at in range(0, len(done) - 4, 5)]
+    assert all(found == set("abcde") for found in rounds)
+    assert played.faults.at_work == set()
+
+
+async def test_the_history_says_what_was_done_and_what_came_of_it(played: Played) -> None:
+    register("a")
+    found = await played.torment(0.01)
+    assert [(event.name, event.state) for event in found] == [("a", h.BEGINS), ("a", h.OVER)]
+    assert found[0].text.startswith("did a, for ")
+    assert found[1].text == "undone in 0.0 s; hurt a"
+
+
+async def test_one_that_is_not_possible_is_skipped_with_its_reason(played: Played) -> None:
+    register("a", why_not="no such thing here")
+    found = await played.torment(0.01)
+    assert {(event.state, event.text) for event in found} == {(h.SKIPPED, "no such thing here")}
+    assert played.faults.done == []
+
+
+async def test_one_that_is_not_undone_in_time_fails_the_run(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nemesis, "HEAL_S_MAX", 0.05)
+    register("a", undo_s=60)
+    with pytest.RaisesGroup(pytest.RaisesExc(NotHealed, match=r"a was not undone within 0\.05 s")):
+        await played.torment(0.01)
+
+
+async def test_the_same_seed_gives_the_same_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        played = Played(tmp_path / str(number), monkeypatch)
+        for name in "abcdefgh":
+            register(name)
+        await played.torment(0.3, seed=7)
+        done.append(played.faults.done[:8])
+    assert done[0] == done[1]
+
+
+def test_options_have_their_turns(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, h.Recorder(tmp_path / "history.jsonl"))
+    rng = random.Random(5)
+    drawn = ["".join(by_turns(fleet, rng, "x", "abc") for _ in range(3)) for _ in range(30)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in drawn) and len(set(drawn)) > 1
+    fleet.recorder.close()
+
+
+def test_names_may_have_stars() -> None:
+    holes = nemeses.chosen("black-hole-*")
+    assert len(holes) == 15 and all(name.startswith("black-hole-") for name in holes)
+    assert nemeses.chosen("kill, pause") == ["kill", "pause"]
+    assert nemeses.chosen("all") == sorted(nemeses.NEMESES)
+    for unknown in ("kil", "kill,no-*", "", ","):
+        with pytest.raises(ValueError, match="unknown nemesis"):
+            nemeses.chosen(unknown)
