@@ -10,8 +10,8 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
-from prometheus_client import start_http_server
 
+from shruntime.metrics_page import serve_metrics
 from shruntime.settings import CommonSettings
 
 
@@ -31,7 +31,7 @@ def install(service: str, settings: CommonSettings) -> None:
     if settings.prometheus_listen:
         host, _, port = settings.prometheus_listen.rpartition(":")
         readers.append(PrometheusMetricReader())
-        start_http_server(int(port), addr=host.strip("[]"))
+        serve_metrics(host.strip("[]"), int(port))
     metrics.set_meter_provider(MeterProvider(readers, resource))
 
 

@@ -32,3 +32,23 @@ def _has_ipv6() -> bool:
 def test_metrics_are_served_on_an_ipv6_address() -> None:
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=30)
     assert ended.stdout == "200\n", ended.stderr
+
+
+CROWD = """
+import socket, sys, time, urllib.request
+from shruntime import metrics_page
+metrics_page.SILENCE_MAX_S = metrics_page._Handler.timeout = 0.5
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+metrics_page.serve_metrics("127.0.0.1", port)
+silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+closed = [connection.recv(1) for connection in silent]  # at once, or once they were silent for too long
+assert closed == [b""] * 100
+print(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").status)
+"""
+
+
+def test_silent_clients_do_not_keep_others_from_the_metrics() -> None:
+    ended = subprocess.run([sys.executable, "-c", CROWD], capture_output=True, text=True, timeout=60)
+    assert (ended.stdout, ended.stderr) == ("200\n", "")
