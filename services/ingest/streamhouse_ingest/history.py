@@ -5,7 +5,7 @@ import asyncio
 import logging
 from concurrent.futures import Executor
 
-from streamhouse_ingest.ports import NO_SPACE, Seen, Wal
+from streamhouse_ingest.ports import SCARCE, Seen, Wal
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class History:
         self.seen = Seen(self.seen.history_id, max(self.seen.position, position))
 
     async def save(self) -> None:
-        """Durably; on a full disk the next call that finds room does. Raises OSError.
+        """Durably; on a full disk, or without a file descriptor, the next call that finds room does. Raises OSError.
 
         Without room the agent goes on: it can only get some by giving its log away, to segmenters and with heartbeats.
         What is noted from before still serves, for all that the metadata held then.
@@ -37,8 +37,8 @@ class History:
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._wal.note_history, seen)
         except OSError as error:
-            if error.errno not in NO_SPACE:
+            if error.errno not in SCARCE:
                 raise
-            log.warning("the disk is full: how far the metadata was heard of will be noted later: %s", error)
+            log.warning("how far the metadata was heard of will be noted later: %s", error)
         else:
             self._saved = seen

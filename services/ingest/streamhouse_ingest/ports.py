@@ -5,17 +5,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from shruntime.descriptors import NO_DESCRIPTORS
+
 from streamhouse_ingest.core.buffer import WalPosition
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.core.replay import Replay
 from streamhouse_ingest.core.wal_index import WalIndex
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""OSErrors of a disk that has no room: the only ones that an agent outlives."""
+"""OSErrors of a disk that has no room."""
+
+SCARCE = (*NO_SPACE, *NO_DESCRIPTORS)
+"""OSErrors of a machine that has no room or no file descriptor for now: the only ones that an agent outlives."""
 
 
 class WalFull(Exception):
-    """No space for the group; nothing of it was kept."""
+    """No space, or no file descriptor, for the group; nothing of it was kept."""
 
 
 class WalBroken(Exception):

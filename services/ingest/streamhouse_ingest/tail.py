@@ -3,18 +3,19 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from shproto.errors import DataLoss, Fenced, StreamHouseError
+from shproto.errors import DataLoss, Fenced, Overloaded, StreamHouseError
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import Clock
 
 from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
 from streamhouse_ingest.damage import Damage
 from streamhouse_ingest.logs import HeldLog, Logs
-from streamhouse_ingest.ports import BatchReader, WalDamaged, WalFileGone
+from streamhouse_ingest.ports import SCARCE, BatchReader, WalDamaged, WalFileGone
 from streamhouse_ingest.waiting import done_within
 
 # gRPC moves 1 MiB messages at 1-2 GB/s and smaller ones slower; larger ones only cost memory.
 SLICE_MESSAGE_BYTES = 1024 * 1024
+SCARCE_RETRY_MS = 1_000  # connections that hold the descriptors end by themselves, silent ones within 10 s
 
 
 class TailReader:
@@ -100,7 +101,20 @@ class TailReader:
 
     async def _read(self, held: HeldLog, offset: int, end_offset: int, bytes_max: int) -> tuple[list[bytes], int]:
         """Whole batches in a row from the one that holds `offset` on, and where they end; none where it is not held.
-        Raises WalFileGone, DataLoss."""
+        Raises WalFileGone, DataLoss, Overloaded."""
+        try:
+            return await self._read_around_damage(held, offset, end_offset, bytes_max)
+        except OSError as error:
+            if error.errno not in SCARCE:
+                raise
+            raise Overloaded(
+                f"{held.log.describe()}: the write-ahead log cannot be opened to be read now: {error.strerror}",
+                retry_after_ms=SCARCE_RETRY_MS,
+            ) from error
+
+    async def _read_around_damage(
+        self, held: HeldLog, offset: int, end_offset: int, bytes_max: int
+    ) -> tuple[list[bytes], int]:
         try:
             return await self._try_to_read(held.log, offset, end_offset, bytes_max)
         except WalDamaged as error:

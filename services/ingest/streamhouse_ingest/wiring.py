@@ -7,6 +7,8 @@ from pathlib import Path
 from shproto.services import CoordinatorApi, CoordinatorClient
 from shproto.v1 import ingest_pb2
 from shruntime.clock import Clock, SystemClock
+from shruntime.connections import ConnectionLimits
+from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
 from shruntime.peers import connect_to_coordinators
 from shruntime.server import RpcServer
@@ -81,11 +83,12 @@ def open_log(settings: IngestSettings) -> OpenedLog:
 async def run(settings: IngestSettings) -> None:
     """One ingest process: serves until SIGINT or SIGTERM, then drains. Raises what ended it otherwise."""
     configure_logging("ingest", settings.log_level, settings.log_json)
+    raise_descriptor_limit()
     telemetry = Telemetry.configure("ingest", settings)
     connection = connect_to_coordinators(settings, telemetry)
     service = build(settings, CoordinatorClient(connection))
     descriptor = ingest_pb2.DESCRIPTOR.services_by_name["Ingest"]
-    server = RpcServer(settings.listen, [(descriptor, service.api)], telemetry.server())
+    server = RpcServer(settings.listen, [(descriptor, service.api)], telemetry.server(), ConnectionLimits.of(settings))
     serving = Tasks()
     try:
         await server.start()

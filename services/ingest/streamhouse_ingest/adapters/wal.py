@@ -15,7 +15,7 @@ from shformat import WAL_FILE_HEADER_SIZE, FormatError, check_batch, encode_fram
 
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.core.buffer import WalPosition
-from streamhouse_ingest.ports import NO_SPACE, Frame, Seen, WalBroken, WalDamaged, WalFileGone, WalFull
+from streamhouse_ingest.ports import SCARCE, Frame, Seen, WalBroken, WalDamaged, WalFileGone, WalFull
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 # Batches that lie this close together are read in one go: a seek costs about as much as 32 KiB.
@@ -116,7 +116,10 @@ class FileWal:
         if self.active is not None and self.active_bytes > WAL_FILE_HEADER_SIZE:
             if self.active_bytes + size_bytes <= self._file_bytes:
                 return
-            self.close()
+            try:
+                self.close()
+            except OSError as error:  # the file is whole and closed, only what is noted beside it is not written
+                raise self._failure(error, self._directory.path) from error
         if self.active is None:
             self._create()
 
@@ -162,7 +165,7 @@ class FileWal:
             raise WalBroken(f"cannot cut the failed group off: {error}") from error
 
     def _failure(self, error: OSError, path: Path) -> WalFull | WalBroken:
-        if error.errno in NO_SPACE:
+        if error.errno in SCARCE:
             return WalFull(f"{path}: {error.strerror}")
         self._broken = error
         return WalBroken(f"{path}: {error}")
