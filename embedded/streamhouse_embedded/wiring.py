@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from shproto.services import IngestApi
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
+from shruntime.connections import ConnectionLimits
+from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
 from shruntime.server import RpcServer, check_listen
 from shruntime.settings import StoreSettings
@@ -112,7 +114,7 @@ class EmbeddedPlatform:
             (ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], ingest.api),
             (query_pb2.DESCRIPTOR.services_by_name["Query"], query.api),
         )
-        server = RpcServer(self._settings.listen, apis, telemetry.server())
+        server = RpcServer(self._settings.listen, apis, telemetry.server(), ConnectionLimits.of(self._settings))
         await server.bind()
         address = self._settings.advertise or server.address
 
@@ -162,6 +164,7 @@ async def _raise_when_failed(tasks: Tasks) -> None:
 async def serve(settings: EmbeddedSettings, on_ready: Callable[[Ready], None]) -> None:
     """Runs the platform until SIGINT or SIGTERM, then drains. Raises what `EmbeddedPlatform.start` raises."""
     configure_logging("embedded", settings.log_level, settings.log_json)
+    raise_descriptor_limit()
     platform = EmbeddedPlatform(settings)
     on_ready(await platform.start())
     try:

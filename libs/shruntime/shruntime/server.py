@@ -15,6 +15,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from shproto.rpc import CHANNEL_OPTIONS, serve_api
 
+from shruntime.connections import AddressLimit, ConnectionLimits
+from shruntime.tasks import Tasks
+
 
 class ListenError(OSError):
     """The address cannot be listened on."""
@@ -28,10 +31,13 @@ class RpcServer:
         listen: str,
         apis: Sequence[tuple[ServiceDescriptor, object]],
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
+        limits: ConnectionLimits | None = None,
     ) -> None:
         self._listen = listen
         self._apis = apis
         self._interceptors = interceptors
+        self._limits = limits or ConnectionLimits()
+        self._tasks = Tasks()
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: grpc.aio.Server | None = None
         self.port = 0
@@ -43,7 +49,9 @@ class RpcServer:
 
     async def bind(self) -> None:
         """Takes the port, so that `address` is known; calls wait until `start`. Raises ListenError."""
-        server = grpc.aio.server(options=CHANNEL_OPTIONS, interceptors=list(self._interceptors))
+        server = grpc.aio.server(
+            options=(*CHANNEL_OPTIONS, *self._limits.channel_options()), interceptors=list(self._interceptors)
+        )
         for descriptor, api in self._apis:
             serve_api(server, descriptor, api)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -63,6 +71,8 @@ class RpcServer:
         assert self._server is not None, "bind() sets it or raises"
         await self.set_serving(False)
         await self._server.start()
+        address_limit = AddressLimit(self.port, self._limits.per_address_max)
+        self._tasks.spawn("connections per address", address_limit.run())
 
     async def set_serving(self, serving: bool) -> None:
         """What health checks are answered, for the server as a whole and for each service."""
@@ -76,6 +86,7 @@ class RpcServer:
             await self.set_serving(False)
             await self._server.stop(grace_ms / 1000)
             self._server = None
+        await self._tasks.stop()
 
 
 async def check_listen(listen: str) -> None:

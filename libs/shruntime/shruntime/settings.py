@@ -48,6 +48,26 @@ class CommonSettings(BaseSettings):
         le=600_000,
         description="ms a call to another service may take; ten times a slow PostgreSQL commit",
     )
+    connections_max: int = Field(
+        10_000,
+        ge=1,
+        le=1_000_000,
+        description="connections the gRPC server takes, further ones are closed at once; fewer where the limit of open "
+        "files (ulimit -n) would not leave 256 for files",
+    )
+    connections_per_address_max: int = Field(
+        5_000,
+        ge=1,
+        le=1_000_000,
+        description="connections from one address, further ones are closed within a second; half of all at most, so "
+        "that one machine cannot shut out the others",
+    )
+    connection_handshake_timeout_ms: int = Field(
+        10_000,
+        ge=100,
+        le=600_000,
+        description="ms until a connection must have begun to speak HTTP/2; one that is silent for longer is closed",
+    )
     shutdown_timeout_ms: int = Field(
         30_000,
         ge=0,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from shproto.errors import Overloaded, SessionExpired, Unavailable
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import SystemClock
+from shruntime.connections import ConnectionLimits
+from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
 from shruntime.server import RpcServer
 from shruntime.tasks import Backoff, Tasks, wait_for_stop
@@ -188,12 +190,13 @@ async def restore_backup(
 async def run(settings: CoordinatorSettings) -> None:
     """The coordinator as a process of its own, until SIGINT or SIGTERM."""
     configure_logging("coordinator", settings.log_level, settings.log_json)
+    raise_descriptor_limit()
     # The relay says once that RabbitMQ is away; the library would at every try, with a traceback.
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     telemetry = Telemetry.configure("coordinator", settings)
     service = build(settings)
     apis = [(pb.DESCRIPTOR.services_by_name["Coordinator"], service.api)]
-    server = RpcServer(settings.listen, apis, telemetry.server())
+    server = RpcServer(settings.listen, apis, telemetry.server(), ConnectionLimits.of(settings))
     await server.start()
     serving = Tasks()
     try:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
 from shproto.v1 import query_pb2
 from shruntime.clock import Clock, SystemClock
+from shruntime.connections import ConnectionLimits
+from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
 from shruntime.peers import Peers, connect_to_coordinators
 from shruntime.server import RpcServer
@@ -147,6 +149,7 @@ async def run(settings: QuerySettings) -> None:
     Raises StoreError (the object store refuses), CacheDirError, ListenError.
     """
     configure_logging(settings.service, settings.log_level, settings.log_json)
+    raise_descriptor_limit()
     async with contextlib.AsyncExitStack() as stack:
         telemetry = Telemetry.configure(settings.service, settings)
         stack.callback(telemetry.shutdown)
@@ -158,7 +161,7 @@ async def run(settings: QuerySettings) -> None:
         stack.push_async_callback(ingest_at.close)
         service = build(settings, CoordinatorClient(connection), store, ingest_at)
         apis = [(query_pb2.DESCRIPTOR.services_by_name["Query"], service.api)]
-        server = RpcServer(settings.listen, apis, telemetry.server())
+        server = RpcServer(settings.listen, apis, telemetry.server(), ConnectionLimits.of(settings))
         await server.start()
         stack.push_async_callback(server.stop, CALL_GRACE_MS)
         stack.push_async_callback(service.stop)

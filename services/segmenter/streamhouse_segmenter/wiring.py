@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
 from shruntime.clock import Clock, SystemClock
+from shruntime.connections import ConnectionLimits
+from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
 from shruntime.peers import Peers, connect_to_coordinators
 from shruntime.server import RpcServer
@@ -79,6 +81,7 @@ async def run(settings: SegmenterSettings) -> None:
     Raises StoreError (the store refuses), ListenError.
     """
     configure_logging("segmenter", settings.log_level, settings.log_json)
+    raise_descriptor_limit()
     async with contextlib.AsyncExitStack() as stack:
         telemetry = Telemetry.configure("segmenter", settings)
         stack.callback(telemetry.shutdown)
@@ -88,7 +91,7 @@ async def run(settings: SegmenterSettings) -> None:
         stack.push_async_callback(connection.close)
         ingest_at = Peers(IngestClient, settings, telemetry)
         stack.push_async_callback(ingest_at.close)
-        server = RpcServer(settings.listen, (), telemetry.server())
+        server = RpcServer(settings.listen, (), telemetry.server(), ConnectionLimits.of(settings))
         await server.start()
         stack.push_async_callback(server.stop, 0)
         service = build(settings, CoordinatorClient(connection), store, ingest_at)
