@@ -91,8 +91,8 @@ class Totals:
 
 
 class Transaction(Protocol):
-    """All or nothing. Row locks are taken in key order; `append` comes after all of them (it takes the lock that
-    orders events), so that transactions never wait for each other in a circle."""
+    """All or nothing. A statement locks its rows in key order; service/common.py has the order of the statements. The
+    lock that orders the events is taken last, by the commit."""
 
     async def now_ms(self) -> int:
         """The database's clock, once per transaction."""
@@ -114,14 +114,18 @@ class Transaction(Protocol):
         self, table: Table[Any], where: Where, *, by: Sequence[str] = (), sums: Sequence[str] = ()
     ) -> list[Totals]: ...
 
-    async def append(self, events: Sequence[Event], trace_context: str = "") -> int:
-        """Appends the events and applies their row operations. Returns the position of the last one."""
+    async def append(self, events: Sequence[Event], trace_context: str = "") -> None:
+        """Applies the events' row operations now; their positions follow with the commit, in the order appended."""
+
+    def with_position(self, ops: Callable[[int], Sequence[RowOp]]) -> None:
+        """Row operations on state tables that name the position of the transaction's last event: made and applied by
+        the commit. Rows that others may hold must be locked before."""
 
     async def apply(self, ops: Sequence[RowOp]) -> None:
         """Row operations on state tables."""
 
     async def position(self) -> int:
-        """The position of the last event."""
+        """The position of the last event that was committed; the transaction's own have none yet."""
 
     async def outbox_position(self) -> int: ...
 
@@ -166,7 +170,8 @@ class Snapshot(Transaction, Protocol):
 
 
 class Restoring(Transaction, Protocol):
-    """What a restore writes, all of it or nothing."""
+    """What a restore writes, all of it or nothing. It is alone with the database: its events get their positions at
+    once."""
 
     async def found(self) -> list[str]:
         """What the database holds already, for people; empty: nothing."""

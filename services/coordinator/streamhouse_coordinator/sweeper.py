@@ -10,7 +10,7 @@ from shproto.errors import StreamHouseError
 
 from streamhouse_coordinator.ports import Transaction
 from streamhouse_coordinator.service import buffers, groups, outages, recovery, sessions
-from streamhouse_coordinator.service.common import Context
+from streamhouse_coordinator.service.common import Context, make_moves
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class _Found:
     """What one look found to do, and what the gauges show."""
 
     away_ms: int
+    moves_due: bool
     sessions_expired: bool
     groups_with_expired: list[str]
     orphaned: int
@@ -65,16 +66,19 @@ class Sweeper:
         if found.sessions_expired and (count := await sessions.expire_sessions(self._context)):
             _ended.add(count, {"kind": "session"})
             log.warning("%d sessions expired", count)
+        if found.moves_due:
+            await make_moves(self._context)
         await self._expire_members(found.groups_with_expired)
         await self._recover(found)
         _waiting.set(found.backlog[0])
         _waiting_bytes.set(found.backlog[1])
 
     async def _look(self, tx: Transaction) -> _Found:
-        away_ms = await outages.forgive(tx, self._context.settings.session_sweep_interval_ms)
+        away_ms, moves_due = await outages.forgive(tx, self._context.settings.session_sweep_interval_ms)
         orphaned, impatient = await recovery.look_for_orphaned(tx)
         return _Found(
             away_ms=away_ms,
+            moves_due=moves_due,
             sessions_expired=await sessions.any_expired(tx),
             groups_with_expired=await groups.groups_with_expired(tx),
             orphaned=orphaned,

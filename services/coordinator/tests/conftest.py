@@ -1,6 +1,7 @@
 """A PostgreSQL of its own for these tests, and coordinators on it."""
 
 import asyncio
+import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.wiring import CoordinatorService, build
 from streamhouse_embedded.postgres import EmbeddedPostgres
 
+from services.coordinator.tests import lock_order
 from services.coordinator.tests.declared import declare
 
 
@@ -27,6 +29,18 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostg
         yield server
     finally:
         asyncio.run(server.stop())
+
+
+@pytest.fixture(autouse=True)
+def locks_in_order(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Whatever a test is about: no transaction of it takes its locks in another order than the one written down, and
+    PostgreSQL finds no deadlock."""
+    violations = lock_order.watch(monkeypatch)
+    caplog.set_level(logging.DEBUG, "streamhouse_coordinator.adapters.postgres")
+    yield
+    assert not violations, f"locks out of order: {sorted(set(violations))}"
+    logged = [record.getMessage() for phase in ("setup", "call") for record in caplog.get_records(phase)]
+    assert not [line for line in logged if "deadlock detected" in line]
 
 
 def dsn_of(server: EmbeddedPostgres, database: str) -> str:

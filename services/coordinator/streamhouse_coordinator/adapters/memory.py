@@ -94,6 +94,7 @@ class MemoryStore:
             transaction = MemoryTransaction(self.tables, self._clock.wall_ms())
             try:
                 result = await work(transaction)
+                await transaction.finish()
             except BaseException:
                 self.tables = before
                 raise
@@ -159,6 +160,8 @@ class MemoryTransaction:
     def __init__(self, tables: dict[str, Rows], now_ms: int) -> None:
         self._tables = tables
         self._now_ms = now_ms
+        self._pending: list[tuple[Event, str]] = []
+        self._with_position: list[Callable[[int], Sequence[RowOp]]] = []
         self.appended = False
         self.groups: set[str] = set()
 
@@ -193,17 +196,25 @@ class MemoryTransaction:
             for group, rows in groups.items()
         ]
 
-    async def append(self, events: Sequence[Event], trace_context: str = "") -> int:
-        log = self._tables.setdefault(t.EVENTS.name, {})
+    async def append(self, events: Sequence[Event], trace_context: str = "") -> None:
         for event in events:
+            await self.apply(row_ops(event))
+        self._pending += [(event, trace_context) for event in events]
+
+    def with_position(self, ops: Callable[[int], Sequence[RowOp]]) -> None:
+        self._with_position.append(ops)
+
+    async def finish(self) -> None:
+        """Numbers the appended events, as a commit does."""
+        log = self._tables.setdefault(t.EVENTS.name, {})
+        for event, trace_context in self._pending:
             before = (row.version for row in reversed(log.values()) if row.stream_id == event.stream_id)
             version = 1 + next(before, 0)
             payload, kind, position = event.to_json(), type(event).__name__, len(log) + 1
             row = t.EventRow(position, event.stream_id, version, kind, payload, trace_context, self._now_ms)
             log[(position,)] = row
-            await self.apply(row_ops(event))
-        self.appended = self.appended or bool(events)
-        return len(log)
+        self.appended = bool(self._pending)
+        await self.apply([op for ops in self._with_position for op in ops(len(log))])
 
     async def apply(self, ops: Sequence[RowOp]) -> None:
         for op in ops:

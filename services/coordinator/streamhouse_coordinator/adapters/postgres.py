@@ -26,7 +26,7 @@ from streamhouse_coordinator.adapters.postgres_hosts import Hosts
 from streamhouse_coordinator.adapters.postgres_transaction import NOW_MS, PostgresTransaction
 from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.projection import row_ops
-from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, EventRow
+from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, EventRow, lock_rank
 from streamhouse_coordinator.ports import Above, In, Transaction, Where, where
 
 log = logging.getLogger(__name__)
@@ -253,8 +253,9 @@ class PostgresStore:
 
 async def _rebuild(connection: Any) -> None:
     async with _transaction(connection):
+        # As commands do: the rows first, then the position.
+        await connection.execute("TRUNCATE " + ", ".join(table.name for table in sorted(PROJECTIONS, key=lock_rank)))
         await connection.execute("LOCK TABLE event_position IN EXCLUSIVE MODE")
-        await connection.execute("TRUNCATE " + ", ".join(table.name for table in PROJECTIONS))
         transaction = PostgresTransaction(connection)
         after = 0
         while rows := await transaction.select(

@@ -1,11 +1,12 @@
 """What backups and restores need of PostgreSQL beyond the store: a whole database as of one moment, and an empty one to
 fill. Errors of the database end here, as in postgres.py."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from shproto.errors import InvalidArgument
+from shproto.events import Event
 
 from streamhouse_coordinator.adapters.migrate import available, migrate
 from streamhouse_coordinator.adapters.postgres_errors import ABSENT, unavailable
@@ -32,6 +33,10 @@ class PostgresSnapshot(PostgresTransaction):
 
 class PostgresRestoring(PostgresTransaction):
     """Implements ports.Restoring."""
+
+    async def append(self, events: Sequence[Event], trace_context: str = "") -> None:
+        await super().append(events, trace_context)
+        await self.finish()
 
     async def found(self) -> list[str]:
         counts = []
@@ -71,9 +76,7 @@ async def restoring(dsn: str, *, commit: bool) -> AsyncIterator[Restoring]:
         await transaction.start()
         try:
             await connection.execute("LOCK TABLE event_position, sessions, histories IN EXCLUSIVE MODE")
-            restore = PostgresRestoring(connection)
-            yield restore
-            await restore.finish()
+            yield PostgresRestoring(connection)
         except BaseException:
             if not connection.is_closed():
                 await transaction.rollback()

@@ -1,7 +1,12 @@
-"""One open transaction in PostgreSQL: reads and changes rows, appends events, wakes those who wait for them."""
+"""One open transaction in PostgreSQL: reads and changes rows, appends events, wakes those who wait for them.
+
+Owns: the events appended so far, until `finish` numbers them.
+Invariants: the row of `event_position` is the last that a transaction locks, right before its commit. Every other
+transaction waits for that row, so it is held for three statements, and a transaction that holds it waits for nobody.
+"""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from opentelemetry import metrics
@@ -30,6 +35,8 @@ class PostgresTransaction:
         self._connection = connection
         self._now_ms: int | None = None
         self._groups: set[str] = set()
+        self._pending: list[tuple[Event, str]] = []  # with its trace context
+        self._with_position: list[Callable[[int], Sequence[RowOp]]] = []
 
     async def now_ms(self) -> int:
         if self._now_ms is None:
@@ -60,36 +67,12 @@ class PostgresTransaction:
         rows = [tuple(record) for record in await self._connection.fetch(text, *arguments)]
         return [Totals(row[:cut], row[cut], row[cut + 1 :]) for row in rows]
 
-    async def append(self, events: Sequence[Event], trace_context: str = "") -> int:
-        if not events:
-            return await self.position()
-        # One row, locked until the commit: positions are gapless and in commit order.
-        last: int = await self._connection.fetchval(
-            "WITH moved AS (UPDATE event_position SET position = position + $1 RETURNING position) "
-            "SELECT position FROM moved, LATERAL (SELECT pg_notify($2, moved.position::text)) told",
-            len(events),
-            EVENTS_CHANNEL,
-        )
-        await self._connection.execute(
-            f"""INSERT INTO events (position, stream_id, version, type, payload, trace_context, created_ms)
-            SELECT $1 + u.nth,
-                   u.stream_id,
-                   u.nth_of_stream + coalesce((SELECT max(version) FROM events e WHERE e.stream_id = u.stream_id), 0),
-                   u.type, u.payload, $2, {NOW_MS}
-            FROM unnest($3::bigint[], $4::text[], $5::bigint[], $6::text[], $7::text[])
-                u(nth, stream_id, nth_of_stream, type, payload)""",
-            last - len(events),
-            trace_context,
-            list(range(1, len(events) + 1)),
-            [event.stream_id for event in events],
-            nth_of_stream(events),
-            [type(event).__name__ for event in events],
-            [event.to_json() for event in events],
-        )
+    async def append(self, events: Sequence[Event], trace_context: str = "") -> None:
         await self.apply([op for event in events for op in row_ops(event)])
-        for name, count in Counter(type(event).__name__ for event in events).items():
-            _events.add(count, {"type": name})
-        return last
+        self._pending += [(event, trace_context) for event in events]
+
+    def with_position(self, ops: Callable[[int], Sequence[RowOp]]) -> None:
+        self._with_position.append(ops)
 
     async def apply(self, ops: Sequence[RowOp]) -> None:
         for group in coalesce(ops):
@@ -108,8 +91,45 @@ class PostgresTransaction:
         self._groups.add(group)
 
     async def finish(self) -> None:
+        """Numbers the appended events. To be called once, as the last thing before the commit."""
         for group in sorted(self._groups):
             await self._connection.execute("SELECT pg_notify($1, $2)", GROUPS_CHANNEL, group)
+        if not self._pending:
+            position = await self.position() if self._with_position else 0
+        else:
+            position = await self._number(self._pending)
+        await self.apply([op for ops in self._with_position for op in ops(position)])
+        self._pending, self._with_position = [], []
+
+    async def _number(self, pending: Sequence[tuple[Event, str]]) -> int:
+        """Gives the events their positions; returns the last one. The row of `event_position` stays locked until the
+        commit: positions are gapless and in commit order."""
+        events = [event for event, _ in pending]
+        last: int = await self._connection.fetchval(
+            "WITH moved AS (UPDATE event_position SET position = position + $1 RETURNING position) "
+            "SELECT position FROM moved, LATERAL (SELECT pg_notify($2, moved.position::text)) told",
+            len(events),
+            EVENTS_CHANNEL,
+        )
+        await self._connection.execute(
+            f"""INSERT INTO events (position, stream_id, version, type, payload, trace_context, created_ms)
+            SELECT $1 + u.nth,
+                   u.stream_id,
+                   u.nth_of_stream + coalesce((SELECT max(version) FROM events e WHERE e.stream_id = u.stream_id), 0),
+                   u.type, u.payload, u.trace_context, {NOW_MS}
+            FROM unnest($2::bigint[], $3::text[], $4::bigint[], $5::text[], $6::text[], $7::text[])
+                u(nth, stream_id, nth_of_stream, type, payload, trace_context)""",
+            last - len(events),
+            list(range(1, len(events) + 1)),
+            [event.stream_id for event in events],
+            nth_of_stream(events),
+            [type(event).__name__ for event in events],
+            [event.to_json() for event in events],
+            [trace_context for _, trace_context in pending],
+        )
+        for name, count in Counter(type(event).__name__ for event in events).items():
+            _events.add(count, {"type": name})
+        return last
 
 
 def nth_of_stream(events: Sequence[Event]) -> list[int]:

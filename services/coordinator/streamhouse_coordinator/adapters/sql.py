@@ -90,7 +90,7 @@ def totals(table: Table[Any], where: Where, by: Sequence[str], sums: Sequence[st
 
 
 def change(group: Sequence[RowOp]) -> Statement:
-    """One statement for a group as projection.coalesce makes them."""
+    """One statement for a group as projection.coalesce makes them; it locks its rows in key order."""
     match group[0]:
         case Put(table, _):
             return _upsert(table, [op.row for op in group if isinstance(op, Put)])
@@ -115,13 +115,37 @@ def _upsert(table: Table[Any], rows: Sequence[Any]) -> Statement:
 def _update(table: Table[Any], changed: Sequence[str], ops: Sequence[Set]) -> Statement:
     columns = (*table.key, *changed)
     sets = ", ".join(f'"{name}" = u."{name}"' for name in changed)
-    keys = " AND ".join(f't."{name}" = u."{name}"' for name in table.key)
-    text = f"UPDATE {table.name} t SET {sets} FROM unnest({_unnest(table, columns)}) u({_names(columns)}) WHERE {keys}"
+    rows = f"unnest({_unnest(table, columns)}) u({_names(columns)})"
+    text = f"UPDATE {table.name} t SET {sets} FROM {rows} WHERE {_same(table.key)}"
+    if len(ops) > 1:
+        text = f"{_locked(table, rows, table.key)} {text} AND {_held(table)}"
     arguments = [[op.key[at] for op in ops] for at in range(len(table.key))]
     return text, arguments + [[op.changes[name] for op in ops] for name in changed]
 
 
 def _delete(table: Table[Any], columns: Sequence[str], ops: Sequence[Remove]) -> Statement:
-    keys = " AND ".join(f't."{name}" = u."{name}"' for name in columns)
-    text = f"DELETE FROM {table.name} t USING unnest({_unnest(table, columns)}) u({_names(columns)}) WHERE {keys}"
+    rows = f"unnest({_unnest(table, columns)}) u({_names(columns)})"
+    text = f"DELETE FROM {table.name} t USING {rows} WHERE {_same(columns)}"
+    if len(ops) > 1 or set(columns) != set(table.key):
+        text = f"{_locked(table, rows, columns)} DELETE FROM {table.name} t WHERE {_held(table)}"
     return text, [[op.where[name] for op in ops] for name in columns]
+
+
+def _same(columns: Sequence[str]) -> str:
+    return " AND ".join(f't."{name}" = u."{name}"' for name in columns)
+
+
+def _locked(table: Table[Any], rows: str, columns: Sequence[str]) -> str:
+    """Locks the rows in key order before they change: an UPDATE or DELETE locks in whatever order its plan finds them,
+    and two that meet in opposite orders wait for each other in a circle."""
+    key = _key(table)
+    locking = f"SELECT {key} FROM {table.name} t JOIN {rows} ON {_same(columns)} ORDER BY {key} FOR UPDATE OF t"
+    return f"WITH locked AS MATERIALIZED ({locking})"
+
+
+def _held(table: Table[Any]) -> str:
+    return f"({_key(table)}) IN (SELECT * FROM locked)"
+
+
+def _key(table: Table[Any]) -> str:
+    return ", ".join(f't."{name}"' for name in table.key)

@@ -241,8 +241,8 @@ def _(event: ev.GroupDeleted) -> RowOps:
 
 
 def coalesce(ops: Iterable[RowOp]) -> list[list[RowOp]]:
-    """The same effect in groups that may each run as one statement: one table, one kind, the same columns,
-    no key twice. Groups must run in order."""
+    """Returns the same effect in groups that may each run as one statement: one table, one kind, the same columns, no
+    key twice, keys ascending. Groups must run in order, which is that of the tables' locks."""
     groups: list[list[RowOp]] = []
     pending: dict[str, dict[tuple[object, ...], RowOp]] = {}
     for op in ops:
@@ -254,7 +254,8 @@ def coalesce(ops: Iterable[RowOp]) -> list[list[RowOp]]:
             table_ops.clear()
         else:
             table_ops[key] = _merge(table_ops.get(key), op)
-    return groups + [group for table_ops in pending.values() for group in _grouped(table_ops.values())]
+    groups += [group for table_ops in pending.values() for group in _grouped(table_ops.values())]
+    return sorted(groups, key=lambda group: t.lock_rank(group[0].table))
 
 
 def _key(op: RowOp) -> tuple[object, ...] | None:
@@ -279,7 +280,7 @@ def _merge(before: RowOp | None, op: RowOp) -> RowOp:
 
 def _grouped(ops: Iterable[RowOp]) -> list[list[RowOp]]:
     groups: dict[tuple[object, ...], list[RowOp]] = {}
-    for op in ops:
+    for op in sorted(ops, key=lambda op: _key(op) or ()):
         columns = tuple(sorted(op.changes)) if isinstance(op, Set) else ()
         groups.setdefault((type(op), columns), []).append(op)
     # What goes makes room for what comes under other keys: a topic created again has the name of the one deleted.

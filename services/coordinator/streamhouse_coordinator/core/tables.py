@@ -6,7 +6,7 @@ claims, committed offsets. Field order is column order; identifiers of topics an
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 RowT = TypeVar("RowT")
 
@@ -329,6 +329,30 @@ SWEEPS = Table("sweeps", SweepRow, ("name",))
 HISTORIES = Table("histories", HistoryRow, ("nth",))
 FORKS = Table("forks", ForkRow, ("history_id",))
 EVENTS = Table("events", EventRow, ("position",))
+
+# Tables whose rows are locked one after the other, in this order, and the tables whose rows only the holder of another
+# lock changes: of the range or partition they belong to (segments, lost spans, buffers), or of their group. The rules
+# are in service/common.py.
+LOCK_ORDER: tuple[Table[Any], ...] = (
+    TOPICS,
+    RANGES,
+    PARTITIONS,
+    BUFFER_CLAIMS,
+    COMPACTION_CLAIMS,
+    UPLOAD_INTENTS,
+    DELETIONS,
+    PRODUCER_SNAPSHOTS,
+    GROUP_OFFSETS,
+    SWEEPS,
+    SESSION_LEASES,
+)
+_LOCK_RANKS = {table.name: rank for rank, table in enumerate(LOCK_ORDER)}
+
+
+def lock_rank(table: Table[Any]) -> int:
+    """Returns the place of a table's rows in the order of locks; of rows that have none, behind all others."""
+    return _LOCK_RANKS.get(table.name, len(LOCK_ORDER))
+
 
 PROJECTIONS: tuple[Table[object], ...] = (
     TOPICS,

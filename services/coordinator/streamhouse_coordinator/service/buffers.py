@@ -47,16 +47,17 @@ async def announce(
         names = await topic_names(tx, {item.topic_id for item in sealed.slices})
         slices = tuple(replace(item, topic=names.get(item.topic_id, item.topic)) for item in sealed.slices)
         event = replace(sealed, agent_id=session.agent_id, wal_id=session.wal_id, slices=slices)
-        position = await tx.append([event], trace_context)
+        await tx.append([event], trace_context)
         size_bytes = sum(item.size_bytes for item in slices)
-        free = t.BufferClaimRow(event.buffer_id, event.wal_id, position, size_bytes, trace_context, "", "", 0, 0, "")
+        free = t.BufferClaimRow(event.buffer_id, event.wal_id, 0, size_bytes, trace_context, "", "", 0, 0, "")
         ends = {(item.topic_id, item.partition, item.epoch): item.end_offset for item in slices}
         kept = [
             Put(t.PRODUCER_SNAPSHOTS, t.ProducerSnapshotRow(*key, ends[key], snapshot))
             for key, snapshot in snapshots.items()
             if snapshot and key[0] in names
         ]
-        await tx.apply([Put(t.BUFFER_CLAIMS, free), *kept])
+        await tx.apply(kept)
+        tx.with_position(lambda position: [Put(t.BUFFER_CLAIMS, replace(free, sealed_position=position))])
 
     await context.store.run(work)
 

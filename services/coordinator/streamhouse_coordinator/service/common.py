@@ -1,29 +1,47 @@
 """What the commands share: the lock order, what is live, what to do after leadership changed.
 
-Locks are taken in this order, so that transactions cannot wait for each other in a circle: the cluster lock or a
-group's lock, topic rows, partition rows, range rows, buffer claims, compaction claims, upload intents, deletions, then
-(in append) the event position.
+Locks are taken in one order, so that transactions cannot wait for each other in a circle:
+
+1. the cluster lock, or one group's lock;
+2. rows of the tables of core.tables.LOCK_ORDER, in that order;
+3. the event position, by the commit.
+
+- Rows of one table are locked by one statement, which locks them in key order, once per transaction. The holder of the
+  cluster lock is excepted where nobody else locks more than one row: it may lock partitions in several statements, and
+  session leases at any time, since who locks one without the cluster lock holds nothing else.
+- Rows of the other tables are changed only by the holder of a lock above them (a segment by that of its range or
+  partition, a buffer by that of its claim, a member by that of its group), or are inserted under a new key.
+- A change of leadership is two transactions: the change with the grants that follow from it, and the moves. Which
+  ranges are to move shows only when the others are locked, and these would be locked out of order.
 """
 
+import logging
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from shproto.errors import SessionExpired, UnknownTopic
+from shproto.errors import SessionExpired, StreamHouseError, UnknownTopic
 from shproto.events import Event, MoveRequested
 
 from streamhouse_coordinator.core import assignment, topics
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.projection import Set
+from streamhouse_coordinator.core.projection import Put, Remove, Set
 from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import In, Lock, Store, Transaction, Where, where, where_keys
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.waiters import GroupWaiters
 
+log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+
 RangeKey = tuple[str, int, int]
 RANGE_KEYS = ("topic_id", "partition", "epoch")
 # Who may lead what changes in one transaction at a time; such commands are rare.
 CLUSTER_LOCK = "cluster"
+# The row of `sweeps` that stands for moves that are due.
+MOVES_DUE = "moves"
 
 
 def new_uuid() -> str:
@@ -79,36 +97,86 @@ async def newest_ranges(tx: Transaction, partitions: Collection[t.PartitionRow])
     return {key[:2]: row for key, row in (await ranges_by_key(tx, keys)).items()}
 
 
+async def change_leadership(context: Context, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
+    """Runs a command that calls commit_leadership, then makes the moves that are due. Returns the command's result,
+    also where the moves have to be left to a sweep: the command itself is committed."""
+    result = await context.store.run(work)
+    try:
+        await make_moves(context)
+    except StreamHouseError as error:
+        log.warning("partitions that are due to move wait for the next sweep: %s", error.message)
+    return result
+
+
 async def commit_leadership(tx: Transaction, settings: CoordinatorSettings, events: list[Event]) -> int:
-    """Appends events that changed who leads what, then the grants and moves that follow, and tells every agent's
-    lease. Returns the position before all of them. The caller holds the cluster lock."""
+    """Appends events that changed who leads what, then the grants that follow, notes whether moves are due, and tells
+    every agent's lease. Returns a position before all of them. The caller holds the cluster lock."""
     before = await tx.position()
     await tx.append(events)
-    sessions = await tx.select(t.SESSIONS, where(role=INGEST), order=("agent_id",))
-    version = await tx.append(await _follow_up(tx, settings, sessions, events))
-    await tx.apply([Set(t.SESSION_LEASES, (row.session_id,), {"grants_version": version}) for row in sessions])
+    sessions = await _ingest_sessions(tx)
+    if sessions:
+        load = await _load_of(tx, sessions)
+        touched = assignment.left_without_leader(events)
+        waiting = await _without_leader(tx, set(touched), load.leaderless)
+        names = await topic_names(tx, {row.topic_id for row in waiting})
+        latest = await newest_ranges(tx, waiting)
+        width = settings.range_width_offsets
+        grants = assignment.grant(names, waiting, latest, load.by_session, sessions, load.total, width)
+        await tx.append(grants)
+        for event in grants:
+            load.by_session[event.session_id] += 1
+        if assignment.excess(load.by_session, sessions, load.total):
+            await tx.apply([Put(t.SWEEPS, t.SweepRow(MOVES_DUE, await tx.now_ms()))])
+    await _tell_leases(tx, sessions)
     return before
 
 
-async def _follow_up(
-    tx: Transaction, settings: CoordinatorSettings, sessions: Sequence[t.SessionRow], events: Sequence[Event]
-) -> list[Event]:
-    """Grants and moves that are due. Costs by what changed: of all the other partitions only numbers are read."""
-    if not sessions:
-        return []
+async def make_moves(context: Context) -> None:
+    """Asks leaders that have more than their share to give partitions up, if a change of leadership noted that."""
+
+    async def work(tx: Transaction) -> None:
+        if not await tx.select(t.SWEEPS, where(name=MOVES_DUE)):
+            return
+        await tx.lock(CLUSTER_LOCK)
+        sessions = await _ingest_sessions(tx)
+        if sessions:
+            load = await _load_of(tx, sessions)
+            await tx.append(await _moves(tx, assignment.excess(load.by_session, sessions, load.total)))
+        await tx.apply([Remove(t.SWEEPS, {"name": MOVES_DUE})])
+        await _tell_leases(tx, sessions)
+
+    await context.store.run(work)
+
+
+async def _tell_leases(tx: Transaction, sessions: Sequence[t.SessionRow]) -> None:
+    """With the next heartbeat each agent hears of the position that its grants may have changed at."""
+    ids = [row.session_id for row in sessions]
+    await tx.select(t.SESSION_LEASES, where(session_id=In(ids)), lock="wait")
+    tx.with_position(lambda position: [Set(t.SESSION_LEASES, (id_,), {"grants_version": position}) for id_ in ids])
+
+
+async def _ingest_sessions(tx: Transaction) -> list[t.SessionRow]:
+    return await tx.select(t.SESSIONS, where(role=INGEST), order=("agent_id",))
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """`total`: of all partitions. `by_session`: how many each leads that are not on the move. `leaderless`: how many
+    nobody leads."""
+
+    total: int
+    by_session: dict[str, int]
+    leaderless: int
+
+
+async def _load_of(tx: Transaction, sessions: Sequence[t.SessionRow]) -> _Load:
+    """Costs by the number of sessions: of the partitions only numbers are read."""
     total = (await tx.totals(t.PARTITIONS, where()))[0].count
     led = await tx.totals(t.RANGES, where(status=t.OPEN), by=("session_id", "moving"))
     loads = {row.session_id: 0 for row in sessions} | {
         session_id: found.count for found in led for session_id, moving in [found.group] if not moving
     }
-    touched = assignment.left_without_leader(events)
-    waiting = await _without_leader(tx, set(touched), total - sum(found.count for found in led))
-    names = await topic_names(tx, {row.topic_id for row in waiting})
-    latest = await newest_ranges(tx, waiting)
-    grants = assignment.grant(names, waiting, latest, loads, sessions, total, settings.range_width_offsets)
-    for event in grants:
-        loads[event.session_id] += 1
-    return [*grants, *await _moves(tx, assignment.excess(loads, sessions, total))]
+    return _Load(total, loads, total - sum(found.count for found in led))
 
 
 async def _without_leader(tx: Transaction, touched: Collection[tuple[str, int]], count: int) -> list[t.PartitionRow]:
@@ -126,7 +194,10 @@ async def _leaderless_of(tx: Transaction, which: Where) -> list[t.PartitionRow]:
 
 
 async def _moves(tx: Transaction, over: dict[str, int]) -> list[MoveRequested]:
+    """The caller holds the cluster lock and no range: those that are to move are locked here."""
     if not over:
         return []
     held = await tx.select(t.RANGES, where(session_id=In(over), status=t.OPEN, moving=False))
-    return assignment.move(await topic_names(tx, {row.topic_id for row in held}), held, over)
+    moves = assignment.move(await topic_names(tx, {row.topic_id for row in held}), held, over)
+    await ranges_by_key(tx, {(event.topic_id, event.partition, event.epoch) for event in moves}, lock="wait")
+    return moves

@@ -7,23 +7,30 @@ group member expired, and every partition would change hands for nothing.
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, RowOp, Set
 from streamhouse_coordinator.ports import Transaction, where
+from streamhouse_coordinator.service.common import CLUSTER_LOCK, MOVES_DUE
 
 SWEEP = "sweep"
 # Sweeps in a row that have to be missing, of all coordinators, before it counts as an outage: one or two are load.
 MISSED_SWEEPS = 3
 
 
-async def forgive(tx: Transaction, sweep_interval_ms: int) -> int:
+async def forgive(tx: Transaction, sweep_interval_ms: int) -> tuple[int, bool]:
     """Notes that there is a sweep now. If there was none for long, all leases move by that time. Returns it in ms, 0
-    if there was no outage."""
+    if there was no outage; and whether moves of partitions are due, which the same table tells. The caller holds no
+    lock yet."""
     now_ms = await tx.now_ms()
-    rows = await tx.select(t.SWEEPS, where(name=SWEEP), lock="wait")
+    rows = {row.name: row.last_ms for row in await tx.select(t.SWEEPS)}
+    away_ms = now_ms - rows.get(SWEEP, now_ms)
+    if away_ms > MISSED_SWEEPS * sweep_interval_ms:
+        # Another coordinator may be the first to notice, and leases must not move twice.
+        await tx.lock(CLUSTER_LOCK)
+        found = await tx.select(t.SWEEPS, where(name=SWEEP), lock="wait")
+        away_ms = now_ms - found[0].last_ms if found else 0
     await tx.apply([Put(t.SWEEPS, t.SweepRow(SWEEP, now_ms))])
-    away_ms = now_ms - rows[0].last_ms if rows else 0
     if away_ms <= MISSED_SWEEPS * sweep_interval_ms:
-        return 0
+        return 0, MOVES_DUE in rows
     await tx.apply(await _moved(tx, away_ms))
-    return away_ms
+    return away_ms, MOVES_DUE in rows
 
 
 async def _moved(tx: Transaction, away_ms: int) -> list[RowOp]:

@@ -15,6 +15,7 @@ from streamhouse_coordinator.service.common import (
     RANGE_KEYS,
     Context,
     RangeKey,
+    change_leadership,
     commit_leadership,
     ranges_by_key,
     topic_named,
@@ -32,7 +33,7 @@ async def look_for_orphaned(tx: Transaction) -> tuple[int, list[str]]:
 
 async def recover_unclean(context: Context, topic_ids: Sequence[str]) -> int:
     """Gives up ranges of these topics that waited for their agent longer than the topic allows; returns how many."""
-    return await context.store.run(lambda tx: _recover(tx, context, topic_ids))
+    return await change_leadership(context, lambda tx: _recover(tx, context, topic_ids))
 
 
 async def _recover(tx: Transaction, context: Context, topic_ids: Sequence[str]) -> int:
@@ -78,7 +79,7 @@ async def declare_lost(
         ranges = await ranges_by_key(tx, keys)
         return [ranges[key] for key in keys]
 
-    return await context.store.run(work)
+    return await change_leadership(context, work)
 
 
 async def _give_up(
@@ -89,9 +90,9 @@ async def _give_up(
         return
     keys = {(event.topic_id, event.partition, event.epoch) for event in lost}
     gone = {row.key: replace(row, status=t.LOST) for row in ranges if row.key in keys}
+    await commit_leadership(tx, context.settings, list[Event](lost))
     done = await _emptied_buffers(tx, gone)
-    events: list[Event] = [*lost, *(BufferCompleted(row.buffer_id, row.agent_id) for row in done)]
-    await commit_leadership(tx, context.settings, events)
+    await tx.append([BufferCompleted(row.buffer_id, row.agent_id) for row in done])
     await tx.apply([Remove(t.BUFFER_CLAIMS, {"buffer_id": row.buffer_id}) for row in done])
 
 

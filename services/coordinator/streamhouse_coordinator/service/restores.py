@@ -11,7 +11,14 @@ from streamhouse_coordinator.core import barriers, restoring, sessions
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.cover import Span
 from streamhouse_coordinator.ports import ORPHANED_RANGES, In, Transaction, where, where_keys
-from streamhouse_coordinator.service.common import CLUSTER_LOCK, Context, commit_leadership, topic_names
+from streamhouse_coordinator.service.common import (
+    CLUSTER_LOCK,
+    Context,
+    RangeKey,
+    change_leadership,
+    commit_leadership,
+    topic_names,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +55,24 @@ async def _recovered(tx: Transaction, topic_id: str, partitions: int, name: str)
     return (await tx.select(t.TOPICS, where(topic_id=topic_id)))[0]
 
 
+async def behind_barriers(tx: Transaction, declared: sessions.WalEnds) -> list[RangeKey]:
+    """Returns the keys of all ranges that split_barriers() may change: those of the partitions of a log that have
+    barriers. The caller holds the cluster lock, and is to lock them together with all other ranges that it needs."""
+    waiting = await _partitions_with_barriers(tx, declared)
+    rows = await tx.select(t.RANGES, where_keys(("topic_id", "partition"), waiting)) if waiting else []
+    return [row.key for row in rows]
+
+
+async def _partitions_with_barriers(tx: Transaction, declared: sessions.WalEnds) -> list[PartitionKey]:
+    unclaimed = await tx.select(t.RANGES, where(ORPHANED_RANGES, wal_id=""))
+    return sorted({(row.topic_id, row.partition) for row in unclaimed} & {key[:2] for key in declared.ends})
+
+
 async def split_barriers(tx: Transaction, agent_id: str, wal_id: str, declared: sessions.WalEnds) -> sessions.WalEnds:
     """Gives the ranges that an agent's log knows and a restored database does not their place. Returns `declared`, with
-    the ends that count. The caller holds the cluster lock."""
-    keys = {key[:2] for key in declared.ends}
-    unclaimed = await tx.select(t.RANGES, where(ORPHANED_RANGES, wal_id=""))
-    waiting = sorted({(row.topic_id, row.partition) for row in unclaimed} & keys)
+    the ends that count. The caller holds the cluster lock, and locks on the ranges of behind_barriers()."""
     ends = dict(declared.ends)
-    for key in waiting:
+    for key in await _partitions_with_barriers(tx, declared):
         ends |= await _split(tx, key, agent_id, wal_id, declared)
     return replace(declared, ends=ends)
 
@@ -65,7 +82,7 @@ async def _split(
 ) -> Mapping[tuple[str, int, int], int]:
     of_partition = where(topic_id=key[0], partition=key[1])
     partition = (await tx.select(t.PARTITIONS, of_partition, lock="wait"))[0]
-    rows = await tx.select(t.RANGES, of_partition, order=("epoch",), lock="wait")
+    rows = await tx.select(t.RANGES, of_partition, order=("epoch",))
     reported = [
         barriers.Reported(epoch, declared.firsts.get((*key, epoch), 0), end)
         for (topic_id, number, epoch), end in declared.ends.items()
@@ -121,7 +138,7 @@ async def complete(
             await commit_leadership(tx, context.settings, events)
         return [(names[row.topic_id], row) for row in rows], [row.agent_id for row in agents]
 
-    return await context.store.run(work)
+    return await change_leadership(context, work)
 
 
 def _lost(rows: Sequence[t.RangeRow], reason: str) -> list[Event]:

@@ -18,6 +18,7 @@ from streamhouse_coordinator.service.common import (
     RANGE_KEYS,
     Context,
     RangeKey,
+    change_leadership,
     commit_leadership,
     durable_topics,
     live_session,
@@ -66,17 +67,21 @@ async def open_session(
             until_ms = now_ms + context.settings.session_ttl_ms
             return await _reopened(tx, sessions.reopened(rows[0], opened), until_ms, histories[-1])
         wal_ends, recovered = declared, list[str]()
-        if opened.wal_id and len(histories) > 1:
-            recovered = await restores.recover_topics(tx, declared, context.settings.partitions_per_topic_max)
-            wal_ends = await restores.split_barriers(tx, opened.agent_id, opened.wal_id, declared)
         event = replace(opened, started_ms=now_ms)
         others = await _others(tx, opened)
         live = await _live(tx, [row.session_id for row in others], now_ms)
+        behind_barriers: list[RangeKey] = []
+        if opened.wal_id and len(histories) > 1:
+            recovered = await restores.recover_topics(tx, declared, context.settings.partitions_per_topic_max)
+            behind_barriers = await restores.behind_barriers(tx, declared)
+        unfinished = [row.key for row in await _ranges_of(tx, others, opened.wal_id)]
+        await ranges_by_key(tx, {*unfinished, *behind_barriers}, lock="wait")
+        if behind_barriers:
+            wal_ends = await restores.split_barriers(tx, opened.agent_id, opened.wal_id, declared)
         ranges = await _ranges_of(tx, others, opened.wal_id)
         durable = await durable_topics(tx)
         events = sessions.open_session(event, others, live, ranges, wal_ends, durable)
         ops: list[RowOp] = [Remove(t.SESSION_LEASES, {"session_id": row.session_id}) for row in others]
-        events += await _drop_buffers(tx, opened.wal_id, now_ms, ops)
         expires_ms = now_ms + context.settings.session_ttl_ms
         await tx.apply([*ops, Put(t.SESSION_LEASES, t.SessionLeaseRow(session_id, expires_ms, 0))])
         if opened.role == sessions.INGEST:
@@ -84,13 +89,15 @@ async def open_session(
             own = [row for row in ranges if row.wal_id == opened.wal_id and row.status in (t.OPEN, t.ORPHANED)]
             if wal_ends.torn:
                 await tx.append(sessions.settle_all(own, wal_ends, durable, session_id))
+            await _drop_buffers(tx, opened.wal_id, now_ms)
             await _keep_snapshots(tx, [row.key for row in own], wal_ends)
         else:
-            position = await tx.append(events) - len(events)
+            position = await tx.position()
+            await tx.append(events)
         return OpenedSession(session_id, await _resumed(tx, opened.wal_id), position, histories[-1], recovered)
 
     try:
-        return await context.store.run(work)
+        return await change_leadership(context, work)
     except MetadataWentBack as error:
         if forks.proves(error, seen):
             await forks.note(context.store, seen, forks.AGENT)
@@ -139,17 +146,15 @@ async def _live(tx: Transaction, session_ids: Collection[str], now_ms: int) -> s
 async def _ranges_of(tx: Transaction, others: Sequence[t.SessionRow], wal_id: str) -> list[t.RangeRow]:
     wal_ids = {row.wal_id for row in others} | {wal_id}
     wal_ids.discard("")
-    return await tx.select(t.RANGES, where(UNFINISHED, wal_id=In(wal_ids)), lock="wait") if wal_ids else []
+    return await tx.select(t.RANGES, where(UNFINISHED, wal_id=In(wal_ids))) if wal_ids else []
 
 
-async def _drop_buffers(tx: Transaction, wal_id: str, now_ms: int, ops: list[RowOp]) -> list[Event]:
+async def _drop_buffers(tx: Transaction, wal_id: str, now_ms: int) -> None:
     """A log that was opened again is sealed anew: its unclaimed buffers are obsolete."""
-    if not wal_id:
-        return []
     free = await tx.select(t.BUFFER_CLAIMS, where(wal_id=wal_id, free_at_ms=AtMost(now_ms)), lock="skip")
     buffers = await tx.select(t.BUFFERS, where(buffer_id=In([row.buffer_id for row in free])))
-    ops += [Remove(t.BUFFER_CLAIMS, {"buffer_id": row.buffer_id}) for row in free]
-    return [BufferCompleted(row.buffer_id, row.agent_id) for row in buffers]
+    await tx.append([BufferCompleted(row.buffer_id, row.agent_id) for row in buffers])
+    await tx.apply([Remove(t.BUFFER_CLAIMS, {"buffer_id": row.buffer_id}) for row in free])
 
 
 async def heartbeat(context: Context, session_id: str, low_ranges: Mapping[RangeKey, int]) -> tuple[int, list[Grant]]:
@@ -300,7 +305,7 @@ async def settle_ranges(context: Context, session_id: str, declared: sessions.Wa
             await commit_leadership(tx, context.settings, list[Event](events))
             await _keep_snapshots(tx, [_key(event) for event in events], declared)
 
-    await context.store.run(work)
+    await change_leadership(context, work)
 
 
 async def end_session(context: Context, session_id: str, why: str, declared: sessions.WalEnds | None = None) -> None:
@@ -315,13 +320,16 @@ async def end_session(context: Context, session_id: str, why: str, declared: ses
             await _settle_before_end(tx, session_id, declared)
         await _end(tx, context, [session_id], why)
 
-    await context.store.run(work)
+    await change_leadership(context, work)
 
 
 async def _settle_before_end(tx: Transaction, session_id: str, declared: sessions.WalEnds) -> None:
     """Without granting anything yet: that follows once the session is gone."""
     for session in await tx.select(t.SESSIONS, where(session_id=session_id)):
-        rows = await ranges_by_key(tx, declared.ends.keys(), lock="wait")
+        led = await tx.select(t.RANGES, where(session_id=session_id, status=t.OPEN))
+        # All that the end of the session is going to need, too.
+        locked = await ranges_by_key(tx, {*declared.ends, *(row.key for row in led)}, lock="wait")
+        rows = {key: row for key, row in locked.items() if key in declared.ends}
         events = sessions.settle(session, rows, declared.ends)
         await tx.append(events)
         await _keep_snapshots(tx, [_key(event) for event in events], declared)
@@ -360,4 +368,4 @@ async def expire_sessions(context: Context) -> int:
         await _end(tx, context, [row.session_id for row in expired], "expired")
         return len(expired)
 
-    return await context.store.run(work)
+    return await change_leadership(context, work)

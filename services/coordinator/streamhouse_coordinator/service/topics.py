@@ -8,7 +8,13 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core import topics
 from streamhouse_coordinator.core.projection import Remove
 from streamhouse_coordinator.ports import Transaction, where
-from streamhouse_coordinator.service.common import CLUSTER_LOCK, Context, commit_leadership, topic_named
+from streamhouse_coordinator.service.common import (
+    CLUSTER_LOCK,
+    Context,
+    change_leadership,
+    commit_leadership,
+    topic_named,
+)
 
 
 async def create_topic(context: Context, command: TopicCreated) -> t.TopicRow:
@@ -26,7 +32,7 @@ async def create_topic(context: Context, command: TopicCreated) -> t.TopicRow:
         await commit_leadership(tx, settings, [event])
         return (await tx.select(t.TOPICS, where(topic_id=topic_id)))[0]
 
-    return await context.store.run(work)
+    return await change_leadership(context, work)
 
 
 async def delete_topic(context: Context, name: str) -> str:
@@ -36,11 +42,11 @@ async def delete_topic(context: Context, name: str) -> str:
         await tx.lock(CLUSTER_LOCK)
         topic = await topic_named(tx, name, lock="wait")
         of_topic = where(topic_id=topic.topic_id)
-        await tx.select(t.PARTITIONS, of_topic, lock="wait")
         await tx.select(t.RANGES, of_topic, lock="wait")
+        await tx.select(t.PARTITIONS, of_topic, lock="wait")
         await commit_leadership(tx, context.settings, [TopicDeleted(topic.topic_id, name, await tx.now_ms())])
         state = (t.PRODUCER_SNAPSHOTS, t.LOST_SPANS, t.COMPACTION_CLAIMS, t.GROUP_OFFSETS)
         await tx.apply([Remove(table, {"topic_id": topic.topic_id}) for table in state])
         return topic.topic_id
 
-    return await context.store.run(work)
+    return await change_leadership(context, work)
