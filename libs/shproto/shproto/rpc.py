@@ -18,6 +18,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from shproto import forks
 from shproto.errors import Internal, InvalidArgument, StreamHouseError, Unavailable
 from shproto.v1 import types_pb2
 
@@ -231,12 +232,16 @@ class Connection:
             call.cancel()
 
     def _channel(self) -> grpc.aio.Channel:
+        """The channel to the current address, made on first use. Raises RuntimeError in a child that was forked after
+        gRPC was used."""
+        forks.check()
         address = self.addresses[self._current]
         if address not in self._channels:
             interceptors = list(self._interceptors.client()) if self._interceptors else None
             self._channels[address] = grpc.aio.insecure_channel(
                 address, options=CHANNEL_OPTIONS, interceptors=interceptors
             )
+            forks.note(self._channels[address])
         return self._channels[address]
 
     def _moved_on(self, error: grpc.aio.AioRpcError) -> bool:
@@ -249,6 +254,9 @@ class Connection:
         return True
 
     async def close(self) -> None:
+        """Cancels what still runs. Raises RuntimeError in a child that was forked after gRPC was used."""
+        if self._channels:
+            forks.check()
         channels, self._channels = self._channels, {}
         for channel in channels.values():
             await channel.close(grace=None)

@@ -13,6 +13,7 @@ import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from shproto import forks
 from shproto.rpc import CHANNEL_OPTIONS, serve_api
 
 from shruntime.connections import AddressLimit, ConnectionLimits
@@ -48,10 +49,13 @@ class RpcServer:
         return f"{self._listen.rpartition(':')[0]}:{self.port}"
 
     async def bind(self) -> None:
-        """Takes the port, so that `address` is known; calls wait until `start`. Raises ListenError."""
+        """Takes the port, so that `address` is known; calls wait until `start`. Raises ListenError, and RuntimeError in
+        a child that was forked after gRPC was used."""
+        forks.check()
         server = grpc.aio.server(
             options=(*CHANNEL_OPTIONS, *self._limits.channel_options()), interceptors=list(self._interceptors)
         )
+        forks.note(server)
         for descriptor, api in self._apis:
             serve_api(server, descriptor, api)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
