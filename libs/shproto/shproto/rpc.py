@@ -146,6 +146,21 @@ def _error_detail(error: grpc.aio.AioRpcError) -> bytes | None:
     return next((value for key, value in metadata if key == ERROR_METADATA_KEY), None)
 
 
+def _silence_poller(loop: asyncio.AbstractEventLoop) -> None:
+    """Keeps tracebacks that mean nothing off the log, unless the loop has an exception handler. All event loops of a
+    process share gRPC's poller: each is woken for every event, and finds that another was faster, or that the event is
+    of one that is closed by now."""
+    if loop.get_exception_handler() is None:
+        loop.set_exception_handler(_on_loop_exception)
+
+
+def _on_loop_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    error = context.get("exception")
+    too_late = isinstance(error, BlockingIOError) or (isinstance(error, RuntimeError) and "is closed" in str(error))
+    if not too_late or "PollerCompletionQueue._handle_events" not in context.get("message", ""):
+        loop.default_exception_handler(context)
+
+
 class Connection:
     """Calls one service at one of several addresses; goes to the next address when one does not answer.
 
@@ -242,6 +257,7 @@ class Connection:
                 address, options=CHANNEL_OPTIONS, interceptors=interceptors
             )
             forks.note(self._channels[address])
+            _silence_poller(asyncio.get_running_loop())
         return self._channels[address]
 
     def _moved_on(self, error: grpc.aio.AioRpcError) -> bool:
