@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -58,6 +59,15 @@ class Interceptors(Protocol):
 
 # ---- the serving side
 
+_caller_gives_up_at: ContextVar[float | None] = ContextVar("caller_gives_up_at", default=None)
+
+
+def time_left_ms() -> float | None:
+    """Returns the ms until the caller of the unary RPC that is being served gives up; None if the caller sets no
+    deadline, or is in this process."""
+    at = _caller_gives_up_at.get()
+    return None if at is None else max(0.0, (at - asyncio.get_running_loop().time()) * 1000)
+
 
 def serve_api(server: grpc.aio.Server, service: ServiceDescriptor, api: object) -> None:
     """Adds `api` to `server` under the service's full name; every RPC of the service must be a method of `api`."""
@@ -84,6 +94,8 @@ def _handler(method: MethodDescriptor, call: Callable[..., Any]) -> grpc.RpcMeth
 
 def _unary(call: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        if (left_s := context.time_remaining()) is not None:
+            _caller_gives_up_at.set(asyncio.get_running_loop().time() + left_s)
         try:
             return await call(request)
         except StreamHouseError as error:

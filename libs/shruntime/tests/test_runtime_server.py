@@ -9,7 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from shproto.errors import AWAY, Internal, OffsetBeyondEnd, StreamHouseError, Unavailable
-from shproto.rpc import Connection
+from shproto.rpc import Connection, time_left_ms
 from shproto.services import QueryClient
 from shproto.v1 import query_pb2
 from shruntime.server import ListenError, RpcServer
@@ -26,6 +26,8 @@ class EchoQuery:
             raise OffsetBeyondEnd("offset 13 is beyond the end", retry_after_ms=7, offset=13, high_watermark=5)
         if request.offset == 99:
             raise ZeroDivisionError("a defect")
+        if request.offset == 77:
+            return query_pb2.FetchResponse(next_offset=int(time_left_ms() or -1))
         return query_pb2.FetchResponse(next_offset=request.offset)
 
     async def subscribe(
@@ -91,6 +93,21 @@ async def test_an_error_keeps_its_class_message_and_numbers(client: QueryClient)
         await client.fetch(query_pb2.FetchRequest(offset=13))
     assert caught.value.details == {"offset": "13", "high_watermark": "5"}
     assert caught.value.retry_after_ms == 7
+
+
+async def test_a_service_knows_when_its_caller_gives_up(server: RpcServer) -> None:
+    client = QueryClient(Connection([server.address], timeout_ms=500_000))
+    left_ms = (await client.fetch(query_pb2.FetchRequest(offset=77, max_wait_ms=100_000))).next_offset
+    assert 500_000 < left_ms <= 600_000
+    assert time_left_ms() is None, "of nobody here"
+    await client.close()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        call = channel.unary_unary(
+            "/streamhouse.v1.Query/Fetch",
+            request_serializer=query_pb2.FetchRequest.SerializeToString,
+            response_deserializer=query_pb2.FetchResponse.FromString,
+        )
+        assert (await call(query_pb2.FetchRequest(offset=77))).next_offset == -1, "it waits for ever"
 
 
 async def test_a_defect_is_internal_not_silence(client: QueryClient) -> None:

@@ -79,6 +79,13 @@ class RetryingStore:
         self._rng = rng or random.Random()
         self._monotonic = monotonic
         self._sleep = sleep
+        self._trouble: StoreError | None = None
+
+    @property
+    def trouble(self) -> str:
+        """What the store failed with last; empty if it has answered since. Calls that are still retried say nothing
+        else."""
+        return str(self._trouble or "")
 
     async def put(self, key: str, parts: Sequence[bytes | memoryview], *, if_absent: bool = True) -> ObjectInfo:
         """As ObjectStore.put. An object found on a repeated put-if-absent with the same bytes is this put's own:
@@ -111,10 +118,12 @@ class RetryingStore:
             try:
                 async for info in self._store.list(prefix, start_after=last):
                     last = info.key
+                    self._trouble = None
                     yield info
                     backoff = self._new_backoff(f"list {prefix!r}")
                 return
             except StoreError as exc:
+                self._note(exc)
                 await backoff.wait(exc)
 
     async def delete(self, keys: Sequence[str]) -> None:
@@ -166,11 +175,20 @@ class RetryingStore:
         while True:
             try:
                 async with asyncio.timeout(backoff.remaining_s()):
-                    return await call()
+                    result = await call()
             except TimeoutError:
-                raise backoff.gave_up() from None
+                self._trouble = backoff.gave_up()
+                raise self._trouble from None
             except StoreError as exc:
+                self._note(exc)
                 await backoff.wait(exc)
+            else:
+                self._trouble = None
+                return result
+
+    def _note(self, error: StoreError) -> None:
+        """A missing object, say, is an answer; a failure to answer, or a refusal, is trouble."""
+        self._trouble = error if error.retriable or isinstance(error, REFUSALS) else None
 
     async def _stored_same(self, key: str, parts: Sequence[bytes | memoryview]) -> ObjectInfo | None:
         """What is stored under `key`, if it is these very bytes; else None."""

@@ -9,7 +9,8 @@ from functools import partial
 from typing import TypeVar
 
 from shformat import FormatError
-from shproto.errors import DataLoss, InvalidArgument, StreamHouseError
+from shproto.errors import DataLoss, InvalidArgument, StreamHouseError, Unavailable
+from shproto.rpc import time_left_ms
 from shproto.v1 import query_pb2
 
 from streamhouse_query.chunk_reader import ChunkCache
@@ -26,6 +27,8 @@ T = TypeVar("T")
 # Look-ups of one request that run at once: each may hold a chunk or a tail of some MiB.
 LOOKUPS_AT_ONCE = 8
 INT64_MAX = (1 << 63) - 1
+# So long before the caller's deadline it is told what its call waits for: enough for the way back over a slow network.
+TELL_BEFORE_MS = 500
 
 
 TOPIC_ID_BYTES = 16  # of a UUID
@@ -81,7 +84,7 @@ class QueryApi:
                 topic=lookup.topic, partition=lookup.partition, offset=offset, timestamp_ms=timestamp_ms
             )
 
-        found = await _all([partial(one, item) for item in request.lookups])
+        found = await self._told(_all([partial(one, item) for item in request.lookups]))
         return query_pb2.LookupOffsetsResponse(offsets=found)
 
     async def describe_query(self, request: query_pb2.DescribeQueryRequest) -> query_pb2.DescribeQueryResponse:
@@ -106,7 +109,15 @@ class QueryApi:
         _check_format(request.format)
         _check_topic_id(request.topic_id)
         partition = await self._reads.freshness.find(request.topic, request.partition, request.topic_id)
-        return Want(partition.key, partition.topic, request.offset, bytes_max, request.min_bytes, request.max_wait_ms)
+        return Want(
+            partition.key,
+            partition.topic,
+            request.offset,
+            bytes_max,
+            request.min_bytes,
+            request.max_wait_ms,
+            tell_after_ms=_tell_after_ms(),
+        )
 
     def _bytes_max(self, asked: int) -> int:
         _check("max_bytes", asked, 0, self._settings.fetch_bytes_max)
@@ -159,6 +170,20 @@ class QueryApi:
             value=lookup.spec,
         )
 
+    async def _told(self, answer: Awaitable[T]) -> T:
+        """The answer; raises Unavailable, with what is known of the cause, just before the caller gives up."""
+        tell_after_ms = _tell_after_ms()
+        if tell_after_ms is None:
+            return await answer
+        try:
+            async with asyncio.timeout(tell_after_ms / 1000) as guard:
+                return await answer
+        except TimeoutError:
+            if not guard.expired():
+                raise
+        trouble = self._reads.store_trouble() or "the object store, or an agent, does not answer"
+        raise Unavailable(f"not found within {tell_after_ms:.0f} ms: {trouble}")
+
     # ---- responses
 
     def _respond(self, want: Want, fetched: Fetched, form: int) -> query_pb2.FetchResponse:
@@ -204,6 +229,12 @@ def _check_topic_id(topic_id: bytes) -> None:
 def _check_format(form: int) -> None:
     if form not in query_pb2.FetchFormat.values():
         raise InvalidArgument(f"format is {form}, must be encoded (1) or records (2)", field="format", value=form)
+
+
+def _tell_after_ms() -> float | None:
+    """How long the caller may be left without a word; None if it sets no deadline."""
+    left_ms = time_left_ms()
+    return None if left_ms is None else left_ms - min(TELL_BEFORE_MS, left_ms / 4)
 
 
 async def _all(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:

@@ -7,9 +7,10 @@ Never spins: every turn of its loop reads something, moves its offset, or waits 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from shproto.errors import OffsetBeyondEnd, StreamHouseError, UnknownTopic
+from shproto.errors import OffsetBeyondEnd, StreamHouseError, Unavailable, UnknownTopic
 from shproto.v1 import ingest_pb2
 from shruntime.tasks import Backoff
 from shstore import ObjectMissing
@@ -74,15 +75,28 @@ class _Fetch:
         self._catch_up_ms = max(self._deadline_ms, now_ms + reads.catch_up_ms)
         self._backoff = Backoff(TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX)
         self._knows_all = False  # whether the index is known to be no older than this fetch
+        self._tell_ms = None if want.tell_after_ms is None else now_ms + int(want.tell_after_ms)
+        self._held_up_by: Callable[[], str] = str
 
     async def run(self) -> Fetched:
         with self._index.watch(self._want.partition) as watch:
-            done = False
-            while not done:
-                watch.arm()
-                partition = self._partition()
-                done = await self._take(partition, self._plan(partition), watch)
+            tell_after_ms = self._want.tell_after_ms
+            try:
+                async with asyncio.timeout(None if tell_after_ms is None else tell_after_ms / 1000) as guard:
+                    await self._read(watch)
+            except TimeoutError:
+                if not guard.expired():
+                    raise
+                self._give_up(self._held_up_by())
         return self._finished(self._partition())
+
+    async def _read(self, watch: Watch) -> None:
+        """Every step leaves the state whole at each of its awaits, so that it may be cut off at any of them."""
+        done = False
+        while not done:
+            watch.arm()
+            partition = self._partition()
+            done = await self._take(partition, self._plan(partition), watch)
 
     def _partition(self) -> PartitionIndex:
         return self._index.get(self._want.partition, self._want.topic)
@@ -102,7 +116,7 @@ class _Fetch:
             return True
         match step:
             case ReadSegment(segment):
-                return await self._read_segment(partition, segment)
+                return await self._read_segment(partition, segment, watch)
             case ReadTail():
                 return await self._read_tail(partition, step, watch)
             case SkipTo(offset):
@@ -118,6 +132,7 @@ class _Fetch:
             return True  # the reader meets it with its next fetch
         if isinstance(step, BeyondEnd) and not self._knows_all:
             # A consumer that is told this starts over: not of a position that another index, or agent, has given it.
+            self._held_up_by = lambda: f"{partition.name}: no coordinator says whether the index is behind"
             await self._reads.freshness.catch_up(partition.topic)
             self._knows_all = True
             return False
@@ -157,6 +172,7 @@ class _Fetch:
     async def _wait(self, reason: str, watch: Watch) -> bool:
         if self._has_enough or self._is_news(reason):
             return self._give_up(reason)
+        self._held_up_by = lambda: reason
         if await self._changed(watch, self._remaining_ms(self._deadline_ms)):
             return False
         return self._give_up(reason)
@@ -177,19 +193,23 @@ class _Fetch:
         remaining_ms = self._remaining_ms(until_ms)
         if self._got.batches or remaining_ms == 0:
             return self._give_up(reason)
+        self._held_up_by = lambda: reason
         await self._changed(watch, min(self._backoff.next_ms(), remaining_ms))
         return False
 
     # ---- registered records
 
-    async def _read_segment(self, partition: PartitionIndex, segment: SegmentEntry) -> bool:
+    async def _read_segment(self, partition: PartitionIndex, segment: SegmentEntry, watch: Watch) -> bool:
         nothing_yet = not self._got.batches
+        self._held_up_by = lambda: self._store_holds_up(partition)
         try:
             run = await self._reads.segments.read_from(
                 partition, segment, self._offset, self._room, self._decoded_room, at_least_one=nothing_yet
             )
         except ObjectMissing as error:
             return await self._missing(partition, segment, error)
+        except Unavailable as error:  # waited for like everything else that may come back
+            return await self._again_soon(str(error), watch, self._tell_ms or self._deadline_ms)
         except StreamHouseError:
             if nothing_yet:
                 raise
@@ -201,12 +221,20 @@ class _Fetch:
         self._add(run.blocks, run.size_bytes, run.decoded_bytes, run.next_offset)
         return run.next_offset < segment.end_offset
 
+    def _store_holds_up(self, partition: PartitionIndex) -> str:
+        silent = f"it has not answered within {self._want.tell_after_ms:.0f} ms"
+        return (
+            f"{partition.name}: records from offset {self._offset} on are in the object store, and cannot be read now: "
+            f"{self._reads.store_trouble() or silent}"
+        )
+
     async def _missing(self, partition: PartitionIndex, segment: SegmentEntry, error: ObjectMissing) -> bool:
         """Compaction or retention may have deleted the object, and the event be on its way, or not come at all while
         this service is cut off from the coordinators: only an index that is not behind can tell that it is lost."""
         if self._got.batches:
             return True
         if self._plan(self._partition()) == ReadSegment(segment):
+            self._held_up_by = lambda: f"{partition.name}: {error}, and no coordinator says whether the index is behind"
             await self._reads.freshness.catch_up(partition.topic)
         if self._plan(self._partition()) == ReadSegment(segment):
             self._reads.counters.damaged_spans += 1
@@ -225,6 +253,9 @@ class _Fetch:
             offset=self._offset,
             max_bytes=self._room,
             max_wait_ms=wait_ms,
+        )
+        self._held_up_by = lambda: (
+            step.reason or f"{partition.name}: agent {step.agent_id} at {step.address} does not answer"
         )
         self._reads.counters.tail_reads += 1
         asked_ms = self._clock.monotonic_ms()

@@ -22,7 +22,8 @@ from streamhouse_query.segment_reader import SegmentReader
 class Want:
     """What to fetch. `decoded_bytes_max`: of its batches once they are decoded (None: no limit); at least one batch is
     fetched in any case. `known_reason`: the waiting reason that the reader has been told; any other one ends the wait
-    at once (None: only the end of max_wait_ms does)."""
+    at once (None: only the end of max_wait_ms does). `tell_after_ms`: after so long the fetch ends with the reason for
+    which there is nothing yet, whatever it waits for (None: it waits for as long as that takes)."""
 
     partition: PartitionKey
     topic: str
@@ -32,6 +33,7 @@ class Want:
     max_wait_ms: int = 0
     known_reason: str | None = None
     decoded_bytes_max: int | None = None
+    tell_after_ms: float | None = None
 
 
 @dataclass(slots=True)
@@ -51,7 +53,7 @@ class Fetched:
 @dataclass(slots=True)
 class Reads:
     """Shared by all fetches, subscriptions and look-ups. `catch_up_ms`: how long to wait for the event feed where
-    records are known to exist."""
+    records are known to exist. `store_trouble`: what the object store fails with at the moment, or nothing."""
 
     index: LiveIndex
     segments: SegmentReader
@@ -62,6 +64,7 @@ class Reads:
     clock: Clock
     counters: Counters
     watermarks: Watermarks = field(default_factory=Watermarks)
+    store_trouble: Callable[[], str] = lambda: ""
 
     def is_registered(self, want: Want) -> bool:
         """Whether a segment holds the offset, so that a fetch has something to return at once."""

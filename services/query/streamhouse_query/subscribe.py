@@ -237,10 +237,12 @@ class Subscription:
             want = replace(want, offset=response.next_offset, known_reason=response.waiting_reason)
 
     async def _read(self, number: int, want: Want, limited: Want) -> tuple[Fetched, FetchResponse]:
-        """What is there, under the budget; nothing is said when it is nothing."""
+        """What is there, under the budget. If nothing comes for as long as a heartbeat takes, the subscriber is told
+        why."""
         lent_bytes = await self._budget.take(limited.bytes_max)
+        told = replace(limited, max_wait_ms=0, known_reason=None, tell_after_ms=self._heartbeat_ms)
         try:
-            fetched = await fetch(self._reads, replace(limited, max_wait_ms=0, known_reason=None))
+            fetched = await fetch(self._reads, told)
             response = self._sources[number].respond(want, fetched)
         except BaseException:
             self._budget.give(lent_bytes)
@@ -249,13 +251,24 @@ class Subscription:
         self._budget.give(lent_bytes - held_bytes)
         if fetched.batches:
             self._deliver(number, _Delivery(response, held_bytes))
+        elif response.waiting_reason not in ("", want.known_reason):
+            await self._deliver_and_wait(number, response)
         return fetched, response
 
     async def _await_more(self, number: int, want: Want, limited: Want) -> tuple[Fetched, FetchResponse]:
         """What comes, or the word that nothing does; ends when the subscriber has taken it."""
-        fetched = await fetch(self._reads, replace(limited, bytes_max=min(limited.bytes_max, WAITING_BYTES_MAX)))
+        small = replace(
+            limited,
+            bytes_max=min(limited.bytes_max, WAITING_BYTES_MAX),
+            tell_after_ms=limited.max_wait_ms + self._heartbeat_ms,
+        )
+        fetched = await fetch(self._reads, small)
         response = self._sources[number].respond(want, fetched)
+        await self._deliver_and_wait(number, response)
+        return fetched, response
+
+    async def _deliver_and_wait(self, number: int, response: FetchResponse) -> None:
+        """Returns once the subscriber has taken the response."""
         taken = asyncio.Event()
         self._deliver(number, _Delivery(response, taken=taken))
         await taken.wait()
-        return fetched, response

@@ -111,6 +111,7 @@ def build(
         settings.catch_up_ms,
         clock,
         counters,
+        store_trouble=lambda: store.trouble if isinstance(store, RetryingStore) else "",
     )
     session = SessionKeeper(coordinator, settings.agent_id, clock)
     follower = Follower(coordinator, index, lambda: session.token, clock, counters)

@@ -419,9 +419,9 @@ async def test_failed_downloads_are_retriable_and_never_cached(
     await segment_of(platform, 1_000)
     faulty = FaultyStore(platform.store, ScriptedFaults([kind]))
     service = await start_query(store=faulty)
-    with pytest.raises(Unavailable) as error:
-        await fetch(service, 0)
-    assert error.value.retriable
+    waiting = await fetch(service, 0)
+    assert (waiting.next_offset, list(waiting.batches)) == (0, [])
+    assert "cannot be read now" in waiting.waiting_reason
     assert await read_all(service) == dict(enumerate(values_of(1_000, 0, 32)))
     assert faulty.injected
 
@@ -439,8 +439,13 @@ async def test_a_store_that_is_down_stops_only_what_is_not_cached(
     faulty.down = True
     first = await fetch(service, 0)
     assert first.next_offset == second.base_offset, "what was got before the failure is given"
-    with pytest.raises(Unavailable):
-        await fetch(service, second.base_offset)
+    waiting = await fetch(service, second.base_offset)
+    assert second.object_key in waiting.waiting_reason
+    assert "cannot be read now" in waiting.waiting_reason
+    asked = asyncio.create_task(fetch(service, second.base_offset, max_wait_ms=30_000))
+    await asyncio.sleep(0)
+    faulty.down = False
+    assert (await asked).next_offset == 2_000, "a long poll goes on once the store is back"
 
 
 async def test_a_full_disk_only_costs_the_caching(
