@@ -25,7 +25,7 @@ class Topic:
 class OffsetRange:
     """The offsets one epoch owns: [start_offset, limit_offset), registered up to registered_end. end_offset is set
     once it is settled. status: open | orphaned | settled | lost. orphaned_ms: when its leader was lost; 0: it is not
-    orphaned."""
+    orphaned. acknowledged_end: set when its log came back, and lacks records that it had acknowledged up to there."""
 
     epoch: int
     start_offset: int
@@ -35,6 +35,7 @@ class OffsetRange:
     status: str
     agent_id: str
     orphaned_ms: int = 0
+    acknowledged_end: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +175,7 @@ def range_of(info: types_pb2.OffsetRange) -> OffsetRange:
         info.status,
         info.agent_id,
         info.orphaned_ms,
+        info.acknowledged_end if info.HasField("acknowledged_end") else None,
     )
 
 

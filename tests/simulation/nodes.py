@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shproto.services import CoordinatorClient, IngestClient
+from shproto.v1 import ingest_pb2
 from shruntime.tasks import Tasks
 from shstore import MemoryStore
 from streamhouse_coordinator.api import CoordinatorApi
@@ -173,7 +174,7 @@ class CoordinatorNode(Node):
         tasks, store = Tasks(), Session(self.around.database, self.name)
         context = Context(store, settings)
         feed = Feed(store, poll_interval_ms=settings.events_poll_interval_ms, batch=50, cached=40)
-        api = CoordinatorApi(context, feed, Probe(context, tasks).follower_gone)
+        api = CoordinatorApi(context, feed, Probe(context, tasks, self._describe_agent))
         listener = Listener(
             self.around.database, self.name, events_changed=feed.wake, group_changed=context.waiters.changed
         )
@@ -184,6 +185,9 @@ class CoordinatorNode(Node):
         await service.open_session(self.address)
         self.around.log(self.name, "serves")
         await service.failed()
+
+    async def _describe_agent(self, address: str) -> Any:
+        return await self.around.ingest_at()(address).describe_agent(ingest_pb2.DescribeAgentRequest())
 
 
 class IngestNode(Node):

@@ -212,7 +212,7 @@ def _print_waits(report: dict[str, Any]) -> None:
         click.echo(show_failure(item))
     for entry in report["partitions"]:
         for owned in entry["unsettled"]:
-            status = f"{owned['status']}{_since(owned['orphaned_ms'])}"
+            status = f"{owned['status']}{_since(owned['orphaned_ms'])}{_lacks(owned['acknowledged_end'])}"
             click.echo(
                 f"readers of {entry['topic']}/{entry['partition']} wait at offset {owned['registered_end']}: "
                 f"epoch {owned['epoch']} of agent {owned['agent_id']} is {status}"
@@ -226,6 +226,15 @@ def show_failure(item: dict[str, Any]) -> str:
     return (
         f"{what} buffer {item['buffer_id']} of agent {item['agent_id']} ({size}), attempt {item['attempt']}: "
         f"{one_line(item['reason'])}"
+    )
+
+
+def _lacks(acknowledged_end: int | None) -> str:
+    if acknowledged_end is None:
+        return ""
+    return (
+        f". THE AGENT CAME BACK WITHOUT ALL THAT IT HAD ACKNOWLEDGED, up to offset {acknowledged_end}: over an older "
+        "copy of its log, or one that lost its end. Start it over the right disk, or give the rest up"
     )
 
 

@@ -147,7 +147,8 @@ class SessionExpired(StreamHouseError):
 
 
 class AgentIdTaken(StreamHouseError):
-    """Another live agent with another write-ahead log uses this agent id. details: agent_id."""
+    """A live process has what is asked for: an agent with another write-ahead log the id, or one with the same log (of
+    which one of the two has a copy), or a segmenter the id. details: agent_id, address."""
 
     reason, status = "AGENT_ID_TAKEN", Code.ALREADY_EXISTS
 

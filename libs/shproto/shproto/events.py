@@ -252,6 +252,19 @@ class RangeOrphaned(_OfPartition, Event):
 
 @event_type
 @dataclass(frozen=True, slots=True)
+class LogFoundTruncated(_OfPartition, Event):
+    """The range's log was opened again and ends at `log_end`, though buffers up to `acknowledged_end` had been
+    announced from it. The range stays orphaned until the rest comes back, or an operator gives it up."""
+
+    topic_id: str
+    partition: int
+    epoch: int
+    log_end: int
+    acknowledged_end: int
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
 class RangeSettled(_OfPartition, Event):
     """Nothing at or beyond `end_offset` was acknowledged in this epoch. Registration below it goes on."""
 

@@ -1,7 +1,8 @@
 """The coordinator's RPCs: checks what is asked, calls the service, shapes the answer."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from typing import Protocol
 
 from opentelemetry import trace
 from shproto.errors import InvalidArgument
@@ -19,7 +20,8 @@ from streamhouse_coordinator.core.names import (
     check_text,
     check_topic,
 )
-from streamhouse_coordinator.core.sessions import INGEST, ROLES, WalEnds
+from streamhouse_coordinator.core.sessions import INGEST, ROLES, WalEnds, taken
+from streamhouse_coordinator.core.tables import SessionRow
 from streamhouse_coordinator.core.topics import ACKS_WAL
 from streamhouse_coordinator.feed import Feed
 from streamhouse_coordinator.service import (
@@ -42,17 +44,25 @@ _tracer = trace.get_tracer("streamhouse.coordinator")
 FIRST_PRODUCER_EPOCH = 0
 METADATA_TOPICS_MAX = 10_000
 
-FollowerGone = Callable[[str], None]
+
+class Holders(Protocol):
+    """Knows about the processes that hold sessions (probe.Probe)."""
+
+    def follower_gone(self, session_id: str) -> None:
+        """The event stream of the session broke."""
+
+    async def holds(self, session: SessionRow) -> bool:
+        """True if a process answers for the session."""
 
 
 class CoordinatorApi:
-    """Implements shproto.services.CoordinatorApi. `follower_gone` is told when a session's event stream breaks."""
+    """Implements shproto.services.CoordinatorApi."""
 
-    def __init__(self, context: Context, feed: Feed, follower_gone: FollowerGone) -> None:
+    def __init__(self, context: Context, feed: Feed, holders: Holders) -> None:
         self._context = context
         self._settings = context.settings
         self._feed = feed
-        self._follower_gone = follower_gone
+        self._holders = holders
 
     # ---- topics
 
@@ -123,6 +133,9 @@ class CoordinatorApi:
         event = SessionOpened(messages.session_id_of(token), request.agent_id, request.role, request.address, wal_id, 0)
         check_text("history_id", request.history_id, messages.ID_LENGTH_MAX, empty=True)
         seen = Head(request.history_id, request.seen_position)
+        for rival in await sessions.rivals(self._context, event):
+            if await self._holders.holds(rival):
+                raise taken(rival)
         opened = await sessions.open_session(self._context, event, ends, seen)
         for topic in opened.recovered_topics:
             await groups.topic_changed(self._context, topic)
@@ -407,7 +420,7 @@ class CoordinatorApi:
                     yield messages.event(row)
         finally:
             if request.session_token:
-                self._follower_gone(messages.session_id_of(request.session_token))
+                self._holders.follower_gone(messages.session_id_of(request.session_token))
 
     async def get_snapshot(self, request: pb.GetSnapshotRequest) -> AsyncIterator[pb.SnapshotPart]:
         async with contextlib.aclosing(views.get_snapshot(self._context)) as parts:  # type: ignore[type-var]

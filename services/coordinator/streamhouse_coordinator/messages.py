@@ -244,6 +244,7 @@ def offset_range(row: t.RangeRow, orphaned_ms: int = 0) -> types_pb2.OffsetRange
         agent_id=row.agent_id,
         wal_id=bytes.fromhex(row.wal_id),
         orphaned_ms=orphaned_ms,
+        acknowledged_end=row.acknowledged_end,
     )
 
 

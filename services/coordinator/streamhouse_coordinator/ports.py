@@ -82,12 +82,13 @@ EVERYTHING = Where({})
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """The count of the rows of one group and the sums of the columns asked for; where a column has bytes, of their
-    lengths."""
+    """The count of the rows of one group, and the sums and maxima of the columns asked for; where a column has bytes,
+    the sum of their lengths."""
 
     group: tuple[Any, ...]
     count: int
-    sums: tuple[int, ...]
+    sums: tuple[int, ...] = ()
+    maxima: tuple[int, ...] = ()
 
 
 class Transaction(Protocol):
@@ -111,8 +112,15 @@ class Transaction(Protocol):
     ) -> list[RowT]: ...
 
     async def totals(
-        self, table: Table[Any], where: Where, *, by: Sequence[str] = (), sums: Sequence[str] = ()
-    ) -> list[Totals]: ...
+        self,
+        table: Table[Any],
+        where: Where,
+        *,
+        by: Sequence[str] = (),
+        sums: Sequence[str] = (),
+        maxima: Sequence[str] = (),
+    ) -> list[Totals]:
+        """Returns one per group; of `maxima`, groups without rows have none."""
 
     async def append(self, events: Sequence[Event], trace_context: str = "") -> None:
         """Applies the events' row operations now; their positions follow with the commit, in the order appended."""

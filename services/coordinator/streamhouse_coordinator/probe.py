@@ -1,4 +1,5 @@
-"""Finds out quickly that an agent's process is gone, so that others need not wait for its lease to run out.
+"""Finds out about the process that holds a session: that it is gone, so that others need not wait for its lease to run
+out, or that it is there, before another one takes its place.
 
 Safe because nothing rests on it: an agent that is wrongly taken for dead finds its ranges orphaned and opens a new
 session.
@@ -6,11 +7,14 @@ session.
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 
 from shproto.errors import StreamHouseError
+from shproto.v1 import ingest_pb2
 from shruntime.tasks import Tasks
 
-from streamhouse_coordinator.core.tables import SESSIONS
+from streamhouse_coordinator.core.sessions import INGEST
+from streamhouse_coordinator.core.tables import SESSIONS, SessionRow
 from streamhouse_coordinator.ports import Transaction, where
 from streamhouse_coordinator.service import sessions
 from streamhouse_coordinator.service.common import Context
@@ -22,13 +26,17 @@ log = logging.getLogger(__name__)
 # in all; after that only the lease decides.
 LOOK_AGAIN_MS = (100, 200, 400, 800, 1_600, 3_200)
 
+DescribeAgent = Callable[[str], Awaitable[ingest_pb2.DescribeAgentResponse]]
+
 
 class Probe:
-    """`follower_gone` is called when the event stream of a session broke."""
+    """`follower_gone` is called when the event stream of a session broke. `describe_agent` asks the ingest agent at an
+    address."""
 
-    def __init__(self, context: Context, tasks: Tasks) -> None:
+    def __init__(self, context: Context, tasks: Tasks, describe_agent: DescribeAgent) -> None:
         self._context = context
         self._tasks = tasks
+        self._describe_agent = describe_agent
         self._running: dict[str, asyncio.Event] = {}  # by session, set when its stream broke once more
 
     def follower_gone(self, session_id: str) -> None:
@@ -69,17 +77,33 @@ class Probe:
 
     async def _refused(self, address: str) -> bool:
         """Only a refusal counts: it says that the machine is there and the process is not."""
-        host, _, port = address.rpartition(":")
         try:
-            async with asyncio.timeout(self._context.settings.probe_timeout_ms / 1000):
-                _, writer = await asyncio.open_connection(host, int(port))
+            await self._connect(address)
         except ConnectionRefusedError:
             return True
         except (OSError, TimeoutError, ValueError) as error:
             log.info("cannot tell whether the agent at %s is alive: %s", address, error)
-            return False
-        writer.close()
         return False
+
+    async def _connect(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        async with asyncio.timeout(self._context.settings.probe_timeout_ms / 1000):
+            _, writer = await asyncio.open_connection(host, int(port))
+        writer.close()
+
+    async def holds(self, session: SessionRow) -> bool:
+        """Asks once. True if a process answers that it has this very session open, or, of another role than ingest,
+        listens at the session's address; False also where that cannot be told within probe_timeout_ms."""
+        try:
+            if session.role != INGEST:
+                await self._connect(session.address)
+                return True
+            async with asyncio.timeout(self._context.settings.probe_timeout_ms / 1000):
+                described = await self._describe_agent(session.address)
+            return described.session_id == session.session_id
+        except (StreamHouseError, OSError, TimeoutError, ValueError) as error:
+            log.info("nobody at %s has session %s: %s", session.address, session.session_id, error)
+            return False
 
 
 async def _address(tx: Transaction, session_id: str) -> str:

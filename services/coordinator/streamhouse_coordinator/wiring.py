@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shproto.errors import Overloaded, SessionExpired, Unavailable
+from shproto.rpc import Connection
+from shproto.services import IngestClient
 from shproto.v1 import coordinator_pb2 as pb
+from shproto.v1 import ingest_pb2
 from shruntime.clock import SystemClock
 from shruntime.connections import ConnectionLimits
 from shruntime.descriptors import raise_descriptor_limit
@@ -133,10 +136,18 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
         batch=settings.events_batch,
         cached=settings.events_cached,
     )
-    probe = Probe(context, tasks)
-    api = CoordinatorApi(context, feed, probe.follower_gone)
+    api = CoordinatorApi(context, feed, Probe(context, tasks, _describe_agent))
     listener = Listener(store, events_changed=feed.wake, group_changed=context.waiters.changed)
     return CoordinatorService(settings, api, context, feed, store, listener, _relay(settings, feed, store), tasks)
+
+
+async def _describe_agent(address: str) -> ingest_pb2.DescribeAgentResponse:
+    """Over a connection of its own: agents are asked when one of them takes another's place, which is rare."""
+    connection = Connection([address])
+    try:
+        return await IngestClient(connection).describe_agent(ingest_pb2.DescribeAgentRequest())
+    finally:
+        await connection.close()
 
 
 def _relay(settings: CoordinatorSettings, feed: Feed, store: PostgresStore) -> Relay | None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from shproto.errors import AgentIdTaken, InvalidArgument, Overloaded, TopicExists
 from shproto.events import (
+    LogFoundTruncated,
     RangeExtended,
     RangeLost,
     RangeOrphaned,
@@ -20,12 +21,13 @@ from shproto.rpc import MESSAGE_BYTES_MAX
 from streamhouse_coordinator.core import compaction, names, registration, retention, sessions, topics
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.registration import Result
-from streamhouse_coordinator.core.sessions import WalEnds
+from streamhouse_coordinator.core.sessions import Known, WalEnds
 
 TOPIC = "0" * 32
 KEY = (TOPIC, 0, 1)
 RANGE = t.RangeRow(TOPIC, 0, 1, 0, 1000, 100, None, t.OPEN, "s", "a", "w", False)
 SETTLED = replace(RANGE, status=t.SETTLED, end_offset=150)
+NOTHING_KNOWN = Known()
 
 
 def segment(base: int, end: int, name: str = "x", **changes: Any) -> Segment:
@@ -94,36 +96,56 @@ def old(session_id: str = "s", wal_id: str = "w") -> t.SessionRow:
 
 
 def test_the_same_log_supersedes_its_own_session_at_once_and_settles_where_its_replay_ended() -> None:
-    events = sessions.open_session(OPENED, [old()], {"s"}, [RANGE], WalEnds({KEY: 140}), set())
+    events = sessions.open_session(OPENED, [old()], {"s"}, [RANGE], WalEnds({KEY: 140}), NOTHING_KNOWN)
     assert events == [SessionClosed("s", "a", "ingest", "superseded"), RangeSettled(TOPIC, 0, 1, 140), OPENED]
 
 
 def test_without_a_word_about_a_range_it_settles_at_what_is_registered() -> None:
-    assert sessions.settle_all([RANGE], WalEnds(), (), "new") == [RangeSettled(TOPIC, 0, 1, 100)]
-    assert sessions.settle_all([replace(RANGE, status=t.ORPHANED)], WalEnds(), (), "new") == [
+    assert sessions.settle_all([RANGE], WalEnds(), NOTHING_KNOWN, "new") == [RangeSettled(TOPIC, 0, 1, 100)]
+    assert sessions.settle_all([replace(RANGE, status=t.ORPHANED)], WalEnds(), NOTHING_KNOWN, "new") == [
         RangeSettled(TOPIC, 0, 1, 100)
     ]
-    assert sessions.settle_all([SETTLED], WalEnds({KEY: 500}), (), "new") == [], "an end is declared once"
+    assert sessions.settle_all([SETTLED], WalEnds({KEY: 500}), NOTHING_KNOWN, "new") == [], "an end is declared once"
 
 
 def test_a_log_that_lost_its_tail_does_not_take_back_what_is_registered() -> None:
-    assert sessions.settle_all([RANGE], WalEnds({KEY: 50}), (), "new") == [RangeSettled(TOPIC, 0, 1, 100)]
+    assert sessions.settle_all([RANGE], WalEnds({KEY: 50}), NOTHING_KNOWN, "new") == [RangeSettled(TOPIC, 0, 1, 100)]
+
+
+@pytest.mark.parametrize(
+    ("row_", "known"),
+    [
+        (RANGE, Known({KEY: 140})),
+        (replace(RANGE, status=t.ORPHANED), Known({KEY: 140})),
+        (replace(RANGE, status=t.ORPHANED, acknowledged_end=140), NOTHING_KNOWN),
+    ],
+)
+def test_g1_a_log_that_lacks_what_it_had_announced_settles_nothing(row_: t.RangeRow, known: Known) -> None:
+    """An older copy of the disk came back: what was acknowledged since is given up by nobody but an operator."""
+    orphaned = [RangeOrphaned(TOPIC, 0, 1)] if row_.status == t.OPEN else []
+    noted = [LogFoundTruncated(TOPIC, 0, 1, 120, 140)] if row_.acknowledged_end is None else []
+    assert sessions.settle_all([row_], WalEnds({KEY: 120}), known, "new") == [*orphaned, *noted]
+    nothing_left = sessions.settle_all([row_], WalEnds(), known, "new")
+    assert [type(event).__name__ for event in nothing_left] == [type(event).__name__ for event in [*orphaned, *noted]]
+    assert sessions.settle_all([row_], WalEnds({KEY: 140}), known, "new") == [RangeSettled(TOPIC, 0, 1, 140)]
+    durable = Known(known.announced, {TOPIC})
+    assert sessions.settle_all([row_], WalEnds({KEY: 120}), durable, "new") == [RangeSettled(TOPIC, 0, 1, 120)]
 
 
 def test_g2_a_damaged_log_settles_at_the_limit_what_its_replay_cannot_tell() -> None:
     unknown = WalEnds({KEY: 140}, unknown=True)
     other = replace(RANGE, partition=1)
-    assert sessions.settle_all([RANGE, other], unknown, (), "new") == [
+    assert sessions.settle_all([RANGE, other], unknown, NOTHING_KNOWN, "new") == [
         RangeSettled(TOPIC, 0, 1, 140),
         RangeSettled(TOPIC, 1, 1, RANGE.limit_offset),
     ]
-    durable = sessions.settle_all([other], unknown, {TOPIC}, "new")
+    durable = sessions.settle_all([other], unknown, Known({}, {TOPIC}), "new")
     assert durable == [RangeSettled(TOPIC, 1, 1, 100)], "nothing beyond was acknowledged, or read"
 
 
 def test_a_range_granted_to_the_session_whose_opening_is_retried_was_never_written_to() -> None:
     fresh = replace(RANGE, session_id="new", registered_end=RANGE.start_offset)
-    settled = sessions.settle_all([replace(fresh, status=t.ORPHANED)], WalEnds(unknown=True), (), "new")
+    settled = sessions.settle_all([replace(fresh, status=t.ORPHANED)], WalEnds(unknown=True), NOTHING_KNOWN, "new")
     assert settled == [RangeSettled(TOPIC, 0, 1, RANGE.start_offset)]
 
 
@@ -136,20 +158,22 @@ def test_an_opened_session_is_found_again_by_whoever_opened_it() -> None:
 
 
 def test_g2_with_a_torn_log_the_next_epochs_are_granted_before_the_ends_are_declared() -> None:
-    events = sessions.open_session(OPENED, [old()], {"s"}, [RANGE, SETTLED], WalEnds({KEY: 140}, torn=True), set())
+    events = sessions.open_session(
+        OPENED, [old()], {"s"}, [RANGE, SETTLED], WalEnds({KEY: 140}, torn=True), NOTHING_KNOWN
+    )
     assert events == [SessionClosed("s", "a", "ingest", "superseded"), RangeOrphaned(TOPIC, 0, 1), OPENED]
 
 
 def test_an_end_beyond_the_range_is_refused() -> None:
     with pytest.raises(InvalidArgument):
-        sessions.settle_all([RANGE], WalEnds({KEY: 1001}), (), "new")
+        sessions.settle_all([RANGE], WalEnds({KEY: 1001}), NOTHING_KNOWN, "new")
 
 
 def test_another_log_under_the_same_agent_id() -> None:
     with pytest.raises(AgentIdTaken):
-        sessions.open_session(OPENED, [old(wal_id="other")], {"s"}, [], WalEnds(), set())
+        sessions.open_session(OPENED, [old(wal_id="other")], {"s"}, [], WalEnds(), NOTHING_KNOWN)
     foreign = replace(RANGE, wal_id="other")
-    events = sessions.open_session(OPENED, [old(wal_id="other")], set(), [foreign], WalEnds(), set())
+    events = sessions.open_session(OPENED, [old(wal_id="other")], set(), [foreign], WalEnds(), NOTHING_KNOWN)
     assert events == [RangeOrphaned(TOPIC, 0, 1), SessionClosed("s", "a", "ingest", "expired"), OPENED]
 
 
@@ -161,12 +185,29 @@ def test_ranges_of_a_leader_that_is_gone() -> None:
 
 def test_settling_is_repeatable_and_only_for_the_leader() -> None:
     session = old()
-    assert sessions.settle(session, {KEY: RANGE}, {KEY: 140}) == [RangeSettled(TOPIC, 0, 1, 140)]
-    assert sessions.settle(session, {KEY: SETTLED}, {KEY: 150}) == []
-    assert sessions.settle(session, {}, {KEY: 150}) == [], "the topic was deleted"
+    assert sessions.settle(session, {KEY: RANGE}, {KEY: 140}, NOTHING_KNOWN) == [RangeSettled(TOPIC, 0, 1, 140)]
+    assert sessions.settle(session, {KEY: SETTLED}, {KEY: 150}, NOTHING_KNOWN) == []
+    assert sessions.settle(session, {}, {KEY: 150}, NOTHING_KNOWN) == [], "the topic was deleted"
     for row_, end in ((replace(RANGE, wal_id="other"), 140), (RANGE, 99), (RANGE, 1001)):
         with pytest.raises(InvalidArgument):
-            sessions.settle(session, {KEY: row_}, {KEY: end})
+            sessions.settle(session, {KEY: row_}, {KEY: end}, NOTHING_KNOWN)
+
+
+def test_g1_a_leader_settles_nothing_below_what_it_announced() -> None:
+    announced = Known({KEY: 140})
+    with pytest.raises(InvalidArgument, match="acknowledged up to 140"):
+        sessions.settle(old(), {KEY: RANGE}, {KEY: 139}, announced)
+    assert sessions.settle(old(), {KEY: RANGE}, {KEY: 140}, announced) == [RangeSettled(TOPIC, 0, 1, 140)]
+    durable = Known({KEY: 140}, {TOPIC})
+    assert sessions.settle(old(), {KEY: RANGE}, {KEY: 120}, durable) == [RangeSettled(TOPIC, 0, 1, 120)]
+
+
+def test_a_range_that_waits_for_what_its_log_lacks_keeps_no_agent_from_leaving() -> None:
+    waits = replace(RANGE, status=t.ORPHANED, acknowledged_end=140)
+    assert sessions.settle(old(), {KEY: waits}, {KEY: 120}, NOTHING_KNOWN) == []
+    assert sessions.settle(old(), {KEY: waits}, {KEY: 150}, NOTHING_KNOWN) == [RangeSettled(TOPIC, 0, 1, 150)]
+    with pytest.raises(InvalidArgument):
+        sessions.settle(old(wal_id="other"), {KEY: waits}, {KEY: 120}, NOTHING_KNOWN)
 
 
 def test_ranges_are_extended_when_a_quarter_is_left() -> None:

@@ -1,18 +1,21 @@
-"""A killed agent's partitions go to others at once, also where the first look at it decides nothing."""
+"""A killed agent's partitions go to others at once, also where the first look at it decides nothing; a live agent's
+log is not taken from it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
 from shproto.errors import Unavailable
 from shproto.events import SessionOpened
+from shproto.v1 import ingest_pb2
 from shruntime.clock import SystemClock
 from shruntime.tasks import Tasks
 from streamhouse_coordinator.adapters.memory import MemoryStore
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.sessions import INGEST, WalEnds
+from streamhouse_coordinator.core.sessions import INGEST, SEGMENTER, WalEnds
 from streamhouse_coordinator.ports import Transaction, where
 from streamhouse_coordinator.probe import Probe
 from streamhouse_coordinator.service import sessions
@@ -64,6 +67,10 @@ class Machine:
         self._server.close()
 
 
+async def unreachable(address: str) -> ingest_pb2.DescribeAgentResponse:
+    raise Unavailable(f"nothing at {address}")
+
+
 @asynccontextmanager
 async def probing(store: BusyStore, address: str) -> AsyncIterator[Probe]:
     """A session of an agent at `address`, and the probe of its coordinator."""
@@ -72,7 +79,7 @@ async def probing(store: BusyStore, address: str) -> AsyncIterator[Probe]:
     await sessions.open_session(context, opened, WalEnds())
     tasks = Tasks()
     try:
-        yield Probe(context, tasks)
+        yield Probe(context, tasks, unreachable)
     finally:
         await tasks.stop()
     assert tasks.error is None
@@ -117,3 +124,43 @@ async def test_an_agent_that_listens_keeps_its_session(monkeypatch: pytest.Monke
         machine.stop()
         probe.follower_gone(SESSION)
         await ended(store)
+
+
+def describing(answer: str | BaseException) -> Probe:
+    """A probe whose agents answer with this session, or not at all."""
+
+    async def describe(address: str) -> ingest_pb2.DescribeAgentResponse:
+        if isinstance(answer, BaseException):
+            raise answer
+        if not answer:
+            await asyncio.sleep(3600)
+        return ingest_pb2.DescribeAgentResponse(session_id=answer)
+
+    settings = CoordinatorSettings.load({}, pg_dsn="postgresql://nowhere/none", probe_timeout_ms=10)
+    return Probe(Context(BusyStore(SystemClock()), settings), Tasks(), describe)
+
+
+@pytest.mark.parametrize(
+    ("answer", "held"),
+    [
+        (SESSION, True),
+        ("22222222-2222-2222-2222-222222222222", False),
+        ("", False),
+        (Unavailable("the agent is starting: its log is being replayed"), False),
+        (Unavailable("UNAVAILABLE: connection refused"), False),
+    ],
+)
+async def test_an_agent_holds_its_session_only_if_it_says_so(answer: str | BaseException, held: bool) -> None:
+    """The same address may be the process that is being started; the same log a copy."""
+    session = t.SessionRow(SESSION, "a", INGEST, "h:1", "w", 0)
+    assert await describing(answer).holds(session) is held
+
+
+async def test_a_worker_holds_its_session_while_it_listens() -> None:
+    machine = Machine()
+    session = t.SessionRow(SESSION, "w", SEGMENTER, await machine.listen(), "", 0)
+    probe = describing(AssertionError("workers are not asked"))
+    assert await probe.holds(session)
+    machine.stop()
+    assert not await probe.holds(session)
+    assert not await probe.holds(replace(session, address="no address"))

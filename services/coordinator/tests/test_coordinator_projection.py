@@ -114,6 +114,16 @@ def test_segments_of_events_fit_their_table() -> None:
 # ---- a control plane in memory
 
 
+class Nobody:
+    """No process is behind any session."""
+
+    def follower_gone(self, session_id: str) -> None:
+        """Nothing is to be found out."""
+
+    async def holds(self, session: t.SessionRow) -> bool:
+        return False
+
+
 class Walk:
     """Random commands of agents, segmenters and members; nothing of what they hit is an error."""
 
@@ -124,7 +134,7 @@ class Walk:
         settings = CoordinatorSettings.load({}, range_width_offsets=64, session_ttl_ms=1000)
         self.context = Context(self.store, settings, new_id=self.new_id)
         feed = Feed(self.store, poll_interval_ms=1000, batch=100, cached=100)
-        self.api = CoordinatorApi(self.context, feed, lambda session_id: None)
+        self.api = CoordinatorApi(self.context, feed, Nobody())
         self.sessions: dict[str, str] = {}
         self.claims: list[pb.ClaimBufferResponse] = []
         self.objects: list[str] = []

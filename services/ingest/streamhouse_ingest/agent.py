@@ -200,6 +200,7 @@ class Agent:
             sealed_bytes=running.sealer.sealed_bytes,
             unregistered_bytes=sum(held.log.unregistered_bytes for held in running.logs),
             partitions=[_led_partition(held) for held in running.logs if held.log.leading],
+            session_id=running.holder.session_id,
         )
 
 

@@ -58,6 +58,7 @@ class Running:
     writer: Writer
     sealer: Sealer
     session: Session
+    holder: SessionHolder
     grants: Grants
     ranges: Ranges
     moves: Moves
@@ -118,7 +119,7 @@ def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) 
     produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
     damage = Damage(logs, opened.reader, sealer, around.metrics, grants.want_all)
     tail = _tail(around, opened, logs, damage)
-    return Running(opened, logs, writer, sealer, session, grants, ranges, moves, trimmer, produce, tail)
+    return Running(opened, logs, writer, sealer, session, holder, grants, ranges, moves, trimmer, produce, tail)
 
 
 def _writer(around: Surroundings, opened: OpenedLog, logs: Logs, lease: Lease) -> Writer:

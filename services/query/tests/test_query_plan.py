@@ -338,6 +338,18 @@ PlanMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40
 TestPlan = PlanMachine.TestCase
 
 
+def test_readers_are_told_that_a_log_came_back_without_its_end() -> None:
+    machine = PlanMachine()
+    machine.create(durable=False)
+    machine.grant("x")
+    machine.append(5, 0)
+    machine.orphan()
+    machine.apply(ev.LogFoundTruncated(*machine.partition.key, 1, 3, 5))
+    step = plan(machine.cluster, machine.partition, 0)
+    assert isinstance(step, Wait | ReadTail)
+    assert "came back without records up to offset 5 that it had acknowledged" in step.reason
+
+
 def test_two_sessions_of_one_agent_and_a_session_of_unknown_log() -> None:
     cluster = ClusterIndex()
     cluster.apply(1, ev.SessionOpened("s1", "a", "ingest", "old:1", "w", 0))

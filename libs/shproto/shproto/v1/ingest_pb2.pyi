@@ -258,6 +258,7 @@ class DescribeAgentResponse(_message.Message):
     SEALED_BYTES_FIELD_NUMBER: _builtins.int
     UNREGISTERED_BYTES_FIELD_NUMBER: _builtins.int
     PARTITIONS_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     wal_id: _builtins.bytes
     wal_bytes: _builtins.int
@@ -268,6 +269,8 @@ class DescribeAgentResponse(_message.Message):
     """sealed and not registered yet"""
     unregistered_bytes: _builtins.int
     """everything acknowledged and not registered yet"""
+    session_id: _builtins.str
+    """of its open session, as in events; empty: none"""
     @_builtins.property
     def partitions(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedPartition]: ...
     def __init__(
@@ -282,10 +285,11 @@ class DescribeAgentResponse(_message.Message):
         sealed_bytes: _builtins.int = ...,
         unregistered_bytes: _builtins.int = ...,
         partitions: _abc.Iterable[Global___LedPartition] | None = ...,
+        session_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "memory_bytes", b"memory_bytes", "memory_bytes_max", b"memory_bytes_max", "partitions", b"partitions", "sealed_bytes", b"sealed_bytes", "unregistered_bytes", b"unregistered_bytes", "wal_bytes", b"wal_bytes", "wal_bytes_max", b"wal_bytes_max", "wal_id", b"wal_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "memory_bytes", b"memory_bytes", "memory_bytes_max", b"memory_bytes_max", "partitions", b"partitions", "sealed_bytes", b"sealed_bytes", "session_id", b"session_id", "unregistered_bytes", b"unregistered_bytes", "wal_bytes", b"wal_bytes", "wal_bytes_max", b"wal_bytes_max", "wal_id", b"wal_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -211,6 +211,7 @@ class OffsetRange(_message.Message):
     AGENT_ID_FIELD_NUMBER: _builtins.int
     WAL_ID_FIELD_NUMBER: _builtins.int
     ORPHANED_MS_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_END_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     start_offset: _builtins.int
     limit_offset: _builtins.int
@@ -224,6 +225,10 @@ class OffsetRange(_message.Message):
     wal_id: _builtins.bytes
     orphaned_ms: _builtins.int
     """when its leader was lost; only of orphaned ranges, in DescribeTopic and GetStatus"""
+    acknowledged_end: _builtins.int
+    """Set when the range's log came back without all that it had acknowledged: up to here. Such a range stays orphaned until
+    the rest is back, or an operator gives it up.
+    """
     def __init__(
         self,
         *,
@@ -236,13 +241,19 @@ class OffsetRange(_message.Message):
         agent_id: _builtins.str = ...,
         wal_id: _builtins.bytes = ...,
         orphaned_ms: _builtins.int = ...,
+        acknowledged_end: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "end_offset", b"end_offset"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_acknowledged_end", b"_acknowledged_end", "_end_offset", b"_end_offset", "acknowledged_end", b"acknowledged_end", "end_offset", b"end_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "agent_id", b"agent_id", "end_offset", b"end_offset", "epoch", b"epoch", "limit_offset", b"limit_offset", "orphaned_ms", b"orphaned_ms", "registered_end", b"registered_end", "start_offset", b"start_offset", "status", b"status", "wal_id", b"wal_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_acknowledged_end", b"_acknowledged_end", "_end_offset", b"_end_offset", "acknowledged_end", b"acknowledged_end", "agent_id", b"agent_id", "end_offset", b"end_offset", "epoch", b"epoch", "limit_offset", b"limit_offset", "orphaned_ms", b"orphaned_ms", "registered_end", b"registered_end", "start_offset", b"start_offset", "status", b"status", "wal_id", b"wal_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__acknowledged_end: _TypeAlias = _typing.Literal["acknowledged_end"]  # noqa: Y015
+    _WhichOneofArgType__acknowledged_end: _TypeAlias = _typing.Literal["_acknowledged_end", b"_acknowledged_end"]  # noqa: Y015
     _WhichOneofReturnType__end_offset: _TypeAlias = _typing.Literal["end_offset"]  # noqa: Y015
     _WhichOneofArgType__end_offset: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__acknowledged_end) -> _WhichOneofReturnType__acknowledged_end | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__end_offset) -> _WhichOneofReturnType__end_offset | None: ...
 
 Global___OffsetRange: _TypeAlias = OffsetRange  # noqa: Y015

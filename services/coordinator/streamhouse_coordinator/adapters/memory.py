@@ -186,13 +186,24 @@ class MemoryTransaction:
         return rows[:limit]
 
     async def totals(
-        self, table: t.Table[Any], where: Where, *, by: Sequence[str] = (), sums: Sequence[str] = ()
+        self,
+        table: t.Table[Any],
+        where: Where,
+        *,
+        by: Sequence[str] = (),
+        sums: Sequence[str] = (),
+        maxima: Sequence[str] = (),
     ) -> list[Totals]:
         groups: dict[tuple[Any, ...], list[Any]] = {} if by else {(): []}
         for row in await self.select(table, where):
             groups.setdefault(tuple(getattr(row, name) for name in by), []).append(row)
         return [
-            Totals(group, len(rows), tuple(sum(_amount(getattr(row, name)) for row in rows) for name in sums))
+            Totals(
+                group,
+                len(rows),
+                tuple(sum(_amount(getattr(row, name)) for row in rows) for name in sums),
+                tuple(max(getattr(row, name) for row in rows) for name in maxima) if rows else (),
+            )
             for group, rows in groups.items()
         ]
 

@@ -60,12 +60,21 @@ class PostgresTransaction:
         return [table.row(*record) for record in await self._connection.fetch(text, *arguments)]
 
     async def totals(
-        self, table: Table[Any], where: Where, *, by: Sequence[str] = (), sums: Sequence[str] = ()
+        self,
+        table: Table[Any],
+        where: Where,
+        *,
+        by: Sequence[str] = (),
+        sums: Sequence[str] = (),
+        maxima: Sequence[str] = (),
     ) -> list[Totals]:
-        text, arguments = sql.totals(table, where, by, sums)
-        cut = len(by)
+        text, arguments = sql.totals(table, where, by, sums, maxima)
+        cut, end = len(by), len(by) + 1 + len(sums)
         rows = [tuple(record) for record in await self._connection.fetch(text, *arguments)]
-        return [Totals(row[:cut], row[cut], row[cut + 1 :]) for row in rows]
+        return [
+            Totals(row[:cut], row[cut], row[cut + 1 : end], tuple(value for value in row[end:] if value is not None))
+            for row in rows
+        ]
 
     async def append(self, events: Sequence[Event], trace_context: str = "") -> None:
         await self.apply([op for event in events for op in row_ops(event)])

@@ -79,12 +79,13 @@ def select(table: Table[Any], where: Where, order: Sequence[str], limit: int | N
     return text, arguments
 
 
-def totals(table: Table[Any], where: Where, by: Sequence[str], sums: Sequence[str]) -> Statement:
+def totals(table: Table[Any], where: Where, by: Sequence[str], sums: Sequence[str], maxima: Sequence[str]) -> Statement:
     arguments: list[Any] = []
     condition = where_clause(table, where, arguments)
     types_ = column_types(table)
     summed = [f'octet_length("{name}")' if types_[name] == "bytea" else f'"{name}"' for name in sums]
     shown = [f'"{name}"' for name in by] + ["count(*)"] + [f"coalesce(sum({term}), 0)::bigint" for term in summed]
+    shown += [f'max("{name}")' for name in maxima]
     grouping = f" GROUP BY {_names(by)}" if by else ""
     return f"SELECT {', '.join(shown)} FROM {table.name}{condition}{grouping}", arguments
 

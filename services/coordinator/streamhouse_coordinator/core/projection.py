@@ -118,6 +118,11 @@ def _(event: ev.RangeOrphaned) -> RowOps:
 
 
 @row_ops.register
+def _(event: ev.LogFoundTruncated) -> RowOps:
+    return _set_range(event, acknowledged_end=event.acknowledged_end)
+
+
+@row_ops.register
 def _(event: ev.RangeSettled) -> RowOps:
     return _set_range(event, status=t.SETTLED, end_offset=event.end_offset, moving=False)
 

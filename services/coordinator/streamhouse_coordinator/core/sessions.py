@@ -6,17 +6,26 @@ from itertools import accumulate
 from typing import TypeVar
 
 from shproto.errors import AgentIdTaken, InvalidArgument
-from shproto.events import Event, RangeExtended, RangeLost, RangeOrphaned, RangeSettled, SessionClosed, SessionOpened
+from shproto.events import (
+    Event,
+    LogFoundTruncated,
+    RangeExtended,
+    RangeLost,
+    RangeOrphaned,
+    RangeSettled,
+    SessionClosed,
+    SessionOpened,
+)
 
 from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, ProducerSnapshotRow, RangeRow, SessionRow
 
-INGEST = "ingest"
+INGEST, SEGMENTER = "ingest", "segmenter"
 # What is kept of the producers of one range; an agent's own limit is some 100,000 producers of 130 bytes.
 SNAPSHOT_BYTES_MAX = 16 * 1024 * 1024
 # What one answer tells of producers; with it the answer stays well below the 64 MiB that a message may have, whatever
 # else its grants have (some 100 bytes each). Two of the largest, or some 300 ranges with 1000 producers each.
 TOLD_BYTES_MAX = 32 * 1024 * 1024
-ROLES = (INGEST, "query", "segmenter", "coordinator")
+ROLES = (INGEST, "query", SEGMENTER, "coordinator")
 
 RangeKey = tuple[str, int, int]
 
@@ -53,13 +62,28 @@ class StoredSnapshot:
 SnapshotT = TypeVar("SnapshotT", ProducerSnapshotRow, StoredSnapshot)
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the coordinator knows of acknowledged records that are not registered. `announced`: the ends of the buffers
+    that were announced of each range; of `durable_topics` nothing that is not registered counts as acknowledged."""
+
+    announced: Mapping[RangeKey, int] = field(default_factory=dict)
+    durable_topics: Collection[str] = ()
+
+    def acknowledged_end(self, row: RangeRow) -> int:
+        """Returns the offset below which no end of `row` can be right."""
+        if row.topic_id in self.durable_topics:
+            return row.registered_end
+        return max(row.registered_end, self.announced.get(row.key, 0), row.acknowledged_end or 0)
+
+
 def open_session(
     opened: SessionOpened,
     others: Sequence[SessionRow],
     live: Collection[str],
     ranges: Sequence[RangeRow],
     wal_ends: WalEnds,
-    durable_topics: Collection[str],
+    known: Known,
 ) -> list[Event]:
     """The events of a new session. With a torn log the open ranges are only orphaned by them, so that the next epochs
     begin at their limits; settle_all() is to follow those grants.
@@ -80,12 +104,23 @@ def open_session(
             )
         else:
             why = "expired"
-            events += leave([row for row in ranges if row.session_id == other.session_id], durable_topics)
+            events += leave([row for row in ranges if row.session_id == other.session_id], known.durable_topics)
         events.append(SessionClosed(other.session_id, other.agent_id, other.role, why))
     if opened.wal_id:
         own = [row for row in ranges if row.wal_id == opened.wal_id]
-        events += leave(own, ()) if wal_ends.torn else settle_all(own, wal_ends, durable_topics, opened.session_id)
+        events += leave(own, ()) if wal_ends.torn else settle_all(own, wal_ends, known, opened.session_id)
     return [*events, opened]
+
+
+def taken(rival: SessionRow) -> AgentIdTaken:
+    """Returns the refusal to whoever opens a session in the place of a process that is alive."""
+    what = "write-ahead log" if rival.role == INGEST else "id"
+    return AgentIdTaken(
+        f"the {what} of {rival.role} {rival.agent_id!r} is in use by a live process at {rival.address}; "
+        + ("one of the two works on a copy" if rival.role == INGEST else "give this one another id"),
+        agent_id=rival.agent_id,
+        address=rival.address,
+    )
 
 
 def reopened(session: SessionRow, wanted: SessionOpened) -> SessionRow:
@@ -100,11 +135,9 @@ def reopened(session: SessionRow, wanted: SessionOpened) -> SessionRow:
     return session
 
 
-def settle_all(
-    ranges: Sequence[RangeRow], wal_ends: WalEnds, durable_topics: Collection[str], session_id: str
-) -> list[Event]:
+def settle_all(ranges: Sequence[RangeRow], wal_ends: WalEnds, known: Known, session_id: str) -> list[Event]:
     """Declares the ends of a log's ranges: what its replay found, else what is registered, or, where damage may hide
-    more, the limit.
+    more, the limit. A range whose log lacks what was announced of it is orphaned, and waits.
 
     Ranges that were granted to the very session that is being opened, by a first try whose answer was lost and whose
     lease has run out since, cannot have been written to.
@@ -113,8 +146,20 @@ def settle_all(
     for row in ranges:
         if row.status in (OPEN, ORPHANED):
             written = row.session_id != session_id
-            hidden = wal_ends.unknown and written and row.topic_id not in durable_topics
-            events.append(_settled(row, wal_ends.ends.get(row.key, row.limit_offset if hidden else row.registered_end)))
+            hidden = wal_ends.unknown and written and row.topic_id not in known.durable_topics
+            end_offset = wal_ends.ends.get(row.key, row.limit_offset if hidden else row.registered_end)
+            if max(end_offset, row.registered_end) < known.acknowledged_end(row):
+                events += _truncated(row, end_offset, known.acknowledged_end(row))
+            else:
+                events.append(_settled(row, end_offset))
+    return events
+
+
+def _truncated(row: RangeRow, log_end: int, acknowledged_end: int) -> list[Event]:
+    """An older copy of the log came back, or one that lost its end: nothing says that the rest is gone for good."""
+    events: list[Event] = leave([row], ())
+    if row.acknowledged_end != acknowledged_end:
+        events.append(LogFoundTruncated(row.topic_id, row.partition, row.epoch, log_end, acknowledged_end))
     return events
 
 
@@ -152,22 +197,27 @@ def end_session(
 
 
 def settle(
-    session: SessionRow, ranges: Mapping[RangeKey, RangeRow], ends: Mapping[RangeKey, int]
+    session: SessionRow, ranges: Mapping[RangeKey, RangeRow], ends: Mapping[RangeKey, int], known: Known
 ) -> list[RangeSettled]:
     """The leader itself ends its ranges. Those already ended, or of a deleted topic, are passed over: the call may be
-    a retry. Raises InvalidArgument for a range of another log or an end below what is registered."""
+    a retry; so are those that wait for what their log lacks. Raises InvalidArgument for a range of another log, or an
+    end below what is registered or was announced."""
     events: list[RangeSettled] = []
     for key, end_offset in ends.items():
         row = ranges.get(key)
         if row is None or row.status in (SETTLED, LOST):
             continue
-        if row.wal_id != session.wal_id or end_offset < row.registered_end:
+        least = known.acknowledged_end(row)
+        waits = row.acknowledged_end is not None and row.registered_end <= end_offset < row.acknowledged_end
+        if row.wal_id == session.wal_id and waits:
+            continue
+        if row.wal_id != session.wal_id or end_offset < least:
             raise InvalidArgument(
                 f"partition {row.partition} of {row.topic_id}, epoch {row.epoch}: cannot settle at {end_offset}; "
-                f"registered up to {row.registered_end}, led by agent {row.agent_id}",
+                f"acknowledged up to {least}, registered up to {row.registered_end}, led by agent {row.agent_id}",
                 field="end_offset",
                 value=end_offset,
-                limit=row.registered_end,
+                limit=least,
             )
         events.append(_settled(row, end_offset))
     return events

@@ -55,7 +55,9 @@ class PartitionRow:
 
 @dataclass(frozen=True, slots=True)
 class RangeRow:
-    """The offsets one epoch owns. `registered_end` only grows; `end_offset` is set once, when the range ends."""
+    """The offsets one epoch owns. `registered_end` only grows; `end_offset` is set once, when the range ends.
+    `acknowledged_end`: set when the range's log came back and ended before it, though it had announced buffers up to
+    there; the range is settled at no lower end."""
 
     topic_id: str
     partition: int
@@ -69,6 +71,7 @@ class RangeRow:
     agent_id: str
     wal_id: str
     moving: bool
+    acknowledged_end: int | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:

@@ -47,6 +47,25 @@ class OpenedSession:
     recovered_topics: Sequence[str] = ()
 
 
+async def rivals(context: Context, opened: SessionOpened) -> list[t.SessionRow]:
+    """Returns the sessions that opening this one would end while they are alive: of the same write-ahead log, or of a
+    segmenter with the same id at another address. Whoever has one is to be asked first: a copy of an agent's disk must
+    not settle what the agent has acknowledged since."""
+
+    async def work(tx: Transaction) -> list[t.SessionRow]:
+        others = [row for row in await _others(tx, opened) if row.session_id != opened.session_id]
+        live = await _live(tx, [row.session_id for row in others], await tx.now_ms()) if others else set()
+        return [row for row in others if row.session_id in live and _rivals(row, opened)]
+
+    return await context.store.run(work)
+
+
+def _rivals(other: t.SessionRow, opened: SessionOpened) -> bool:
+    if opened.wal_id:
+        return other.wal_id == opened.wal_id
+    return opened.role == sessions.SEGMENTER and other.address != opened.address
+
+
 async def open_session(
     context: Context, opened: SessionOpened, wal_ends: sessions.WalEnds, seen: Head = NOTHING_SEEN
 ) -> OpenedSession:
@@ -79,8 +98,8 @@ async def open_session(
         if behind_barriers:
             wal_ends = await restores.split_barriers(tx, opened.agent_id, opened.wal_id, declared)
         ranges = await _ranges_of(tx, others, opened.wal_id)
-        durable = await durable_topics(tx)
-        events = sessions.open_session(event, others, live, ranges, wal_ends, durable)
+        known = await _known(tx, [row.key for row in ranges])
+        events = sessions.open_session(event, others, live, ranges, wal_ends, known)
         ops: list[RowOp] = [Remove(t.SESSION_LEASES, {"session_id": row.session_id}) for row in others]
         expires_ms = now_ms + context.settings.session_ttl_ms
         await tx.apply([*ops, Put(t.SESSION_LEASES, t.SessionLeaseRow(session_id, expires_ms, 0))])
@@ -88,7 +107,8 @@ async def open_session(
             position = await commit_leadership(tx, context.settings, events)
             own = [row for row in ranges if row.wal_id == opened.wal_id and row.status in (t.OPEN, t.ORPHANED)]
             if wal_ends.torn:
-                await tx.append(sessions.settle_all(own, wal_ends, durable, session_id))
+                orphaned = [replace(row, status=t.ORPHANED) for row in own]
+                await tx.append(sessions.settle_all(orphaned, wal_ends, known, session_id))
             await _drop_buffers(tx, opened.wal_id, now_ms)
             await _keep_snapshots(tx, [row.key for row in own], wal_ends)
         else:
@@ -147,6 +167,14 @@ async def _ranges_of(tx: Transaction, others: Sequence[t.SessionRow], wal_id: st
     wal_ids = {row.wal_id for row in others} | {wal_id}
     wal_ids.discard("")
     return await tx.select(t.RANGES, where(UNFINISHED, wal_id=In(wal_ids))) if wal_ids else []
+
+
+async def _known(tx: Transaction, keys: Collection[RangeKey]) -> sessions.Known:
+    """What was announced of these ranges, before any of it is dropped. One aggregate, however many buffers wait."""
+    durable = await durable_topics(tx)
+    of_ranges = where_keys(RANGE_KEYS, sorted(key for key in keys if key[0] not in durable))
+    rows = await tx.totals(t.BUFFER_SLICES, of_ranges, by=RANGE_KEYS, maxima=("end_offset",)) if keys else []
+    return sessions.Known({(row.group[0], row.group[1], row.group[2]): row.maxima[0] for row in rows}, durable)
 
 
 async def _drop_buffers(tx: Transaction, wal_id: str, now_ms: int) -> None:
@@ -300,7 +328,7 @@ async def settle_ranges(context: Context, session_id: str, declared: sessions.Wa
         await tx.lock(CLUSTER_LOCK)
         session = await live_session(tx, session_id)
         rows = await ranges_by_key(tx, declared.ends.keys(), lock="wait")
-        events = sessions.settle(session, rows, declared.ends)
+        events = sessions.settle(session, rows, declared.ends, await _known(tx, rows))
         if events:
             await commit_leadership(tx, context.settings, list[Event](events))
             await _keep_snapshots(tx, [_key(event) for event in events], declared)
@@ -330,7 +358,7 @@ async def _settle_before_end(tx: Transaction, session_id: str, declared: session
         # All that the end of the session is going to need, too.
         locked = await ranges_by_key(tx, {*declared.ends, *(row.key for row in led)}, lock="wait")
         rows = {key: row for key, row in locked.items() if key in declared.ends}
-        events = sessions.settle(session, rows, declared.ends)
+        events = sessions.settle(session, rows, declared.ends, await _known(tx, rows))
         await tx.append(events)
         await _keep_snapshots(tx, [_key(event) for event in events], declared)
 

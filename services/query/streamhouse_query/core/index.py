@@ -36,7 +36,8 @@ class RangeStatus(StrEnum):
 @dataclass(frozen=True, slots=True)
 class EpochRange:
     """The offsets [start_offset, limit_offset) that one epoch owns. Segments cover them up to registered_end;
-    end_offset is known once the range is settled or lost: nothing at or beyond it was acknowledged."""
+    end_offset is known once the range is settled or lost: nothing at or beyond it was acknowledged. acknowledged_end:
+    its log came back, and lacks records that it had acknowledged up to there."""
 
     epoch: int
     start_offset: int
@@ -46,6 +47,7 @@ class EpochRange:
     status: RangeStatus
     agent_id: str
     wal_id: str
+    acknowledged_end: int | None = None
 
     @property
     def complete(self) -> bool:
@@ -360,6 +362,9 @@ class ClusterIndex:
     def _range_orphaned(self, event: ev.RangeOrphaned) -> frozenset[PartitionKey]:
         return self._range_changed(event, status=RangeStatus.ORPHANED)
 
+    def _log_found_truncated(self, event: ev.LogFoundTruncated) -> frozenset[PartitionKey]:
+        return self._range_changed(event, acknowledged_end=event.acknowledged_end)
+
     def _range_settled(self, event: ev.RangeSettled) -> frozenset[PartitionKey]:
         return self._range_changed(event, status=RangeStatus.SETTLED, end_offset=event.end_offset)
 
@@ -367,7 +372,9 @@ class ClusterIndex:
         return self._range_changed(event, status=RangeStatus.LOST, end_offset=event.end_offset)
 
     def _range_changed(
-        self, event: ev.RangeExtended | ev.RangeOrphaned | ev.RangeSettled | ev.RangeLost, **changes: Any
+        self,
+        event: ev.RangeExtended | ev.RangeOrphaned | ev.LogFoundTruncated | ev.RangeSettled | ev.RangeLost,
+        **changes: Any,
     ) -> frozenset[PartitionKey]:
         partition = self._partition(event.topic_id, event.partition)
         partition.change_range(event.epoch, **changes)
@@ -409,6 +416,7 @@ _HANDLERS: dict[type, Callable[[ClusterIndex, Any], frozenset[PartitionKey] | No
     ev.EpochGranted: ClusterIndex._epoch_granted,
     ev.RangeExtended: ClusterIndex._range_extended,
     ev.RangeOrphaned: ClusterIndex._range_orphaned,
+    ev.LogFoundTruncated: ClusterIndex._log_found_truncated,
     ev.RangeSettled: ClusterIndex._range_settled,
     ev.RangeLost: ClusterIndex._range_lost,
     ev.SegmentRegistered: ClusterIndex._segment_registered,

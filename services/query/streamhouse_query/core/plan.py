@@ -189,6 +189,11 @@ def _reason(partition: PartitionIndex, current: EpochRange, newest: bool) -> str
     what = f"records from offset {current.registered_end} on"
     if current.status is RangeStatus.SETTLED:
         return f"{held} settled at {current.end_offset}; waiting for its {what} to be uploaded and registered"
+    if current.acknowledged_end is not None:
+        return (
+            f"{held} unsettled: its write-ahead log came back without records up to offset {current.acknowledged_end} "
+            f"that it had acknowledged; waiting for the right disk, or for the range to be declared lost"
+        )
     return (
         f"{held} unsettled: {what} that it acknowledged may only be in its write-ahead log; "
         "waiting for the agent to come back, or for the range to be declared lost"

@@ -68,6 +68,7 @@ def _range_of(item: types_pb2.OffsetRange) -> EpochRange:
         RangeStatus(item.status),
         item.agent_id,
         item.wal_id.hex(),
+        item.acknowledged_end if item.HasField("acknowledged_end") else None,
     )
 
 
