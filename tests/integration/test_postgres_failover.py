@@ -20,6 +20,7 @@ import pytest
 from shproto.errors import StreamHouseError, Unavailable
 from shproto.rpc import Connection
 from shproto.services import QueryClient
+from shproto.v1 import query_pb2
 from streamhouse import Admin, Producer
 from streamhouse_coordinator.adapters import listener
 from streamhouse_coordinator.adapters.postgres import PostgresStore
@@ -144,6 +145,9 @@ async def test_g8_a_standby_that_lagged_is_not_worked_on_and_nothing_is_deleted(
                 assert said.returncode == 1 and "was seen, and is not there any more" in said.stderr, said
             found = json.loads((await _cli(environ, "verify", "--grace-ms", "0", *place)).stdout)
             assert {"outdated", "unregistered"} <= {item["kind"] for item in found["findings"]}
+            await _is_told_of_it(cluster)
+            said = await _cli(environ, "status", "--bootstrap", cluster.bootstrap)
+            assert "THE METADATA WENT BACK" in said.stdout and "partition settle" not in said.stdout, said
             async with Producer(cluster.bootstrap, acks="wal", delivery_timeout_ms=3_000) as producer:
                 with pytest.raises(StreamHouseError):  # no agent leads on it
                     await (await producer.send("safe", value=b"more"))
@@ -162,6 +166,21 @@ async def _until_missed(admin: Admin) -> None:
                 if status.missing_position and not any(session.role == "ingest" for session in status.sessions):
                     return
             await asyncio.sleep(0.2)
+
+
+async def _is_told_of_it(cluster: Cluster) -> None:
+    """G3: what lies behind the records that can be read is not known: a reader there is not told that it is the end."""
+    query, offset = QueryClient(Connection([cluster.addresses["query-1"]])), 0
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                answer = await query.fetch(query_pb2.FetchRequest(topic="safe", offset=offset))
+                if "the metadata went back" in answer.waiting_reason:
+                    return
+                offset = answer.next_offset
+                await asyncio.sleep(0.05)
+    finally:
+        await query.close()
 
 
 async def _go_on_without(writers: dict[str, Writer], seconds: float) -> None:

@@ -212,7 +212,9 @@ def _print_waits(report: dict[str, Any]) -> None:
         click.echo(show_failure(item))
     for entry in report["partitions"]:
         for owned in entry["unsettled"]:
-            status = f"{owned['status']}{_since(owned['orphaned_ms'])}{_lacks(owned['acknowledged_end'])}"
+            went_back = bool(report["missing_position"])
+            lacks = "" if went_back else _lacks(owned["acknowledged_end"])
+            status = f"{owned['status']}{_since(owned['orphaned_ms'], went_back=went_back)}{lacks}"
             click.echo(
                 f"readers of {entry['topic']}/{entry['partition']} wait at offset {owned['registered_end']}: "
                 f"epoch {owned['epoch']} of agent {owned['agent_id']} is {status}"
@@ -238,5 +240,10 @@ def _lacks(acknowledged_end: int | None) -> str:
     )
 
 
-def _since(orphaned_ms: int) -> str:
-    return f" since {show_time(orphaned_ms)}; bring the agent back, or see `partition settle`" if orphaned_ms else ""
+def _since(orphaned_ms: int, *, went_back: bool) -> str:
+    """Since when a range has no agent, and what helps. Of metadata that went back the agent cannot work, and settling
+    would give up records that a restore brings back."""
+    if not orphaned_ms:
+        return ""
+    helps = "restore the metadata first" if went_back else "bring the agent back, or see `partition settle`"
+    return f" since {show_time(orphaned_ms)}; {helps}"

@@ -26,6 +26,7 @@ from streamhouse_query.core.plan import (
     Step,
     Wait,
     plan,
+    went_back_reason,
 )
 from streamhouse_query.core.refusals import damaged_tail, object_missing, refusal, with_next_offset
 from streamhouse_query.core.tail import accept_batches, is_of_later_epoch
@@ -125,9 +126,9 @@ class _Fetch:
             case Wait(reason):
                 return await self._wait(reason, watch)
             case _:
-                return await self._refuse(partition, step)
+                return await self._refuse(partition, step, watch)
 
-    async def _refuse(self, partition: PartitionIndex, step: BelowStart | BeyondEnd | Lost) -> bool:
+    async def _refuse(self, partition: PartitionIndex, step: BelowStart | BeyondEnd | Lost, watch: Watch) -> bool:
         if self._got.batches:
             return True  # the reader meets it with its next fetch
         if isinstance(step, BeyondEnd) and not self._knows_all:
@@ -136,6 +137,8 @@ class _Fetch:
             await self._reads.freshness.catch_up(partition.topic)
             self._knows_all = True
             return False
+        if isinstance(step, BeyondEnd) and self._index.cluster.missing_position:  # an agent's end, of what it knows
+            return await self._wait(went_back_reason(self._index.cluster, partition.name, self._offset), watch)
         raise refusal(partition, self._offset, step)
 
     @property
@@ -350,7 +353,7 @@ class _Fetch:
         if self._has_enough:
             return True
         if high_watermark < self._offset and step.newest and step.end_offset is None:
-            return await self._refuse(partition, BeyondEnd(high_watermark))
+            return await self._refuse(partition, BeyondEnd(high_watermark), watch)
         if high_watermark > self._offset:
             reason = f"{partition.name}: agent {step.agent_id} has records at offset {self._offset} but sent none"
             return await self._again_soon(reason, watch, self._catch_up_ms)

@@ -14,6 +14,7 @@ from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 
 from streamhouse_query.core.index import IndexMismatch
+from streamhouse_query.core.missing_events import MissingEvents
 from streamhouse_query.core.snapshot import SnapshotBuilder
 from streamhouse_query.counters import Counters
 from streamhouse_query.live_index import LiveIndex
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 # Coordinators restart within a second; a fleet that comes back does not all ask within the same 100 ms.
 RETRY_FIRST_MS = 100
 RETRY_MS_MAX = 2_000
+# One short statement; readers at a rollback are told as soon as a subscription's heartbeat tells anything.
+HEAD_INTERVAL_MS = 5_000
 
 
 class Follower:
@@ -42,6 +45,7 @@ class Follower:
         self._clock = clock
         self._counters = counters
         self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+        self._missing = MissingEvents()
 
     async def load(self) -> None:
         """The first snapshot; waits for a coordinator that gives one."""
@@ -65,6 +69,26 @@ class Follower:
                 log.warning("the event feed broke at %d: %s", self._index.cluster.position, error)
             await self._clock.sleep_ms(self._backoff.next_ms())
 
+    async def watch_head(self) -> None:
+        """Notices metadata that went back while the feed goes on: there may be as many events as before."""
+        while True:
+            await self._clock.sleep_ms(HEAD_INTERVAL_MS)
+            try:
+                await self._head()
+            except StreamHouseError as error:
+                log.debug("no coordinator says where the events end: %s", error)
+
+    async def _head(self) -> coordinator_pb2.GetHeadResponse:
+        """The coordinator's last event, after a look at whether what the index has seen is still there."""
+        seen = self._index.cluster.history_id, self._index.cluster.position
+        head = await self._coordinator.get_head(coordinator_pb2.GetHeadRequest())
+        before = self._missing.position
+        missing = self._missing.judge(head.history_id, head.events_position, head.missing_position, seen=seen)
+        if missing and missing != before:
+            log.error("the metadata went back: event %d was seen, and is not there any more", missing)
+        self._index.miss(missing)
+        return head
+
     async def _tried_snapshot(self) -> bool:
         try:
             await self._snapshot()
@@ -74,6 +98,7 @@ class Follower:
         return True
 
     async def _snapshot(self) -> None:
+        await self._head()  # first: nobody may take the end of an older index for the end
         builder = SnapshotBuilder()
         async for part in self._coordinator.get_snapshot(coordinator_pb2.GetSnapshotRequest()):
             builder.add(part)
@@ -84,7 +109,7 @@ class Follower:
                  len(cluster.partitions))  # fmt: skip
 
     async def _went_back(self) -> bool:
-        head = await self._coordinator.get_head(coordinator_pb2.GetHeadRequest())
+        head = await self._head()
         cluster = self._index.cluster
         return head.events_position < cluster.position or head.history_id != cluster.history_id
 

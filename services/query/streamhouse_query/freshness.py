@@ -28,8 +28,21 @@ class Freshness:
         try:
             return self._find(topic, partition, topic_id)
         except (UnknownTopic, UnknownPartition):
-            await self.catch_up(topic)
+            await self._catch_up_or_wait(topic)
         return self._find(topic, partition, topic_id)
+
+    async def _catch_up_or_wait(self, topic: str) -> None:
+        """A topic that was created in events that are missing is not unknown: whoever is told so forgets about it."""
+        try:
+            await self.catch_up(topic)
+        except UnknownTopic:
+            if not self._index.cluster.missing_position:
+                raise
+            raise Unavailable(
+                f"topic {topic!r} is not in the metadata, which went back: event "
+                f"{self._index.cluster.missing_position} was seen, and is not there any more",
+                retry_after_ms=1_000,
+            ) from None
 
     def _find(self, topic: str, partition: int, topic_id: bytes) -> PartitionIndex:
         found = self._index.find(topic, partition)

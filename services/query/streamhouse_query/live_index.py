@@ -81,9 +81,16 @@ class LiveIndex:
 
     def replace(self, cluster: ClusterIndex) -> None:
         """A new snapshot."""
+        cluster.missing_position = self.cluster.missing_position
         self.cluster = cluster
         self._loaded = True
         self._wake(None)
+
+    def miss(self, position: int) -> None:
+        """Event `position` is not there any more (0: none is missing): what readers wait for changes."""
+        if self.cluster.missing_position != position:
+            self.cluster.missing_position = position
+            self._wake(None)
 
     def close(self) -> None:
         """Ends all waits: whoever looks again gets ShuttingDown."""

@@ -11,7 +11,7 @@ from shruntime.tasks import Backoff
 from shstore import ObjectMissing
 
 from streamhouse_query.core.index import PartitionIndex, PartitionKey, SegmentEntry
-from streamhouse_query.core.plan import ReadTail, Wait, plan
+from streamhouse_query.core.plan import ReadTail, Wait, plan, went_back_reason
 from streamhouse_query.core.timestamps import AtEnd, LookInSegment, LookInTail, first_at, look
 from streamhouse_query.fetch import TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX, fetch
 from streamhouse_query.live_index import LiveIndex
@@ -42,6 +42,9 @@ class Lookups:
             while True:
                 watch.arm()
                 partition = self._index.get(key, topic)
+                if self._index.cluster.missing_position:
+                    reason = went_back_reason(self._index.cluster, partition.name, partition.known_end)
+                    raise Unavailable(f"the end of {partition.name} is not known: {reason}", retry_after_ms=1_000)
                 newest = partition.ranges[-1] if partition.ranges else None
                 if newest is None or newest.end_offset is not None:
                     return partition.known_end, -1

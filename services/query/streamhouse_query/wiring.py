@@ -64,6 +64,7 @@ class QueryService:
         await self._follower.load()
         await self._session.open(address)
         self.tasks.spawn("query feed", self._follower.run())
+        self.tasks.spawn("query head", self._follower.watch_head())
         self.tasks.spawn("query session", self._session.run())
 
     async def stop(self) -> None:

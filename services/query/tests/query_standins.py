@@ -41,6 +41,7 @@ class StandInCoordinator:
         self.partitions: dict[tuple[str, int], Partition] = {}
         self.sessions: dict[str, ev.SessionOpened] = {}
         self.history_id = "first"
+        self.missing_position = 0
         self.down = False
         self.feed_paused = False
         self.snapshots_given = 0
@@ -122,7 +123,9 @@ class StandInCoordinator:
 
     async def get_head(self, request: coordinator_pb2.GetHeadRequest) -> coordinator_pb2.GetHeadResponse:
         self._must_be_up()
-        return coordinator_pb2.GetHeadResponse(events_position=len(self.events), history_id=self.history_id)
+        return coordinator_pb2.GetHeadResponse(
+            events_position=len(self.events), history_id=self.history_id, missing_position=self.missing_position
+        )
 
     async def describe_topic(
         self, request: coordinator_pb2.DescribeTopicRequest

@@ -3,12 +3,14 @@
 import asyncio
 
 import pytest
+from shproto.errors import Unavailable
 from shproto.v1 import coordinator_pb2, query_pb2
 from streamhouse_query.wiring import QueryService
 
 from services.query.tests.query_standins import StandInPlatform, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import fetch, one_partition, read_all, settle_in
+from services.query.tests.test_query_lookups import latest
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -93,8 +95,11 @@ async def test_reads_go_on_while_no_coordinator_answers(platform: StandInPlatfor
     assert await read_all(service) == dict(enumerate(values_of(20)))
 
 
-async def test_a_history_that_went_back_is_loaded_anew(platform: StandInPlatform, start_query: StartQuery) -> None:
-    """A metadata restore: the coordinator knows fewer events than we do."""
+async def test_g3_readers_of_metadata_that_went_back_are_told_so(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """An old dump in its place: the coordinator knows fewer events than we do. What it knows is served, and nobody is
+    sent back from where it ends, or told that there is no such topic: only a restore shows what there is."""
     await one_partition(platform)
     await platform.produce(values_of(10))
     service = await start_query()
@@ -110,10 +115,45 @@ async def test_a_history_that_went_back_is_loaded_anew(platform: StandInPlatform
     await coordinator.cut()
     await eventually(lambda: coordinator.snapshots_given == 2)
     await eventually(lambda: service._index.cluster.segment_count == 0)
-    assert await read_all(service) == dict(enumerate(values_of(10)))
+    assert len((await fetch(service, 0)).batches) == 1
+    for offset in (10, 12, 10**12):
+        answer = await fetch(service, offset)
+        assert answer.next_offset == offset
+        assert "the metadata went back: event 5 was seen" in answer.waiting_reason
+    await platform.register()  # soon there are as many events again
+    await platform.produce(values_of(1, 10))
     await platform.register()
     await settle_in(platform, service)
-    assert service._index.cluster.segment_count == 1
+    assert service._index.cluster.segment_count == 2
+    assert "the metadata went back" in (await fetch(service, 11)).waiting_reason
+    with pytest.raises(Unavailable, match="the metadata went back"):
+        await latest(service)
+    with pytest.raises(Unavailable, match="which went back"):
+        await service.api.fetch(query_pb2.FetchRequest(topic="created later"))
+    task = asyncio.create_task(fetch(service, 11, max_wait_ms=60_000))
+    await asyncio.sleep(0.05)
+    coordinator.history_id = "restored"  # a restore begins another history
+    await coordinator.cut()
+    await platform.produce(values_of(1, 11))
+    assert (await task).next_offset == 12
+    await eventually(lambda: service._index.cluster.missing_position == 0)
+    assert not (await fetch(service, 12)).waiting_reason
+
+
+async def test_g3_a_rollback_that_only_coordinators_have_seen_is_told(
+    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The feed goes on meanwhile, and other events stand where the missing ones were."""
+    monkeypatch.setattr("streamhouse_query.follower.HEAD_INTERVAL_MS", 20)
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    service = await start_query()
+    waiting = asyncio.create_task(fetch(service, 10, max_wait_ms=60_000))
+    await asyncio.sleep(0.05)
+    platform.coordinator.missing_position = 3
+    await eventually(lambda: service._index.cluster.missing_position == 3)
+    waiting.cancel()
+    assert "event 3 was seen" in (await fetch(service, 10)).waiting_reason
 
 
 async def test_another_history_of_the_same_length_is_loaded_anew(

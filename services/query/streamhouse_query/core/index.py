@@ -233,10 +233,12 @@ class _ObjectExtent:
 
 
 class ClusterIndex:
-    """All partitions and sessions, as of event `position`."""
+    """All partitions and sessions, as of event `position`. missing_position: of an event that was seen and is not there
+    any more, so that more may have been written than is known here; 0: none."""
 
     def __init__(self) -> None:
         self.position = 0
+        self.missing_position = 0
         self.history_id = ""
         self.topics: dict[str, TopicEntry] = {}
         self.partitions: dict[PartitionKey, PartitionIndex] = {}

@@ -5,7 +5,7 @@ A registered record is never stepped over: only offsets that no epoch can have u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .index import ClusterIndex, EpochRange, PartitionIndex, RangeStatus, SegmentEntry
 
@@ -73,6 +73,29 @@ Step = ReadSegment | ReadTail | SkipTo | Wait | BelowStart | BeyondEnd | Lost
 
 def plan(cluster: ClusterIndex, partition: PartitionIndex, offset: int) -> Step:
     """The next step of a reader that has everything below `offset`."""
+    step = _plan(cluster, partition, offset)
+    if cluster.missing_position:
+        return _of_metadata_that_went_back(cluster, partition, offset, step)
+    return step
+
+
+def _of_metadata_that_went_back(cluster: ClusterIndex, partition: PartitionIndex, offset: int, step: Step) -> Step:
+    """What is known is served. Where that ends is not the end, and nothing but a restore brings more."""
+    if not isinstance(step, Wait | ReadTail | BeyondEnd):
+        return step
+    reason = went_back_reason(cluster, partition.name, offset)
+    return replace(step, reason=reason) if isinstance(step, ReadTail) else Wait(reason)
+
+
+def went_back_reason(cluster: ClusterIndex, name: str, offset: int) -> str:
+    """Returns why nobody can say what there is from `offset` on."""
+    return (
+        f"{name}: the metadata went back: event {cluster.missing_position} was seen, and is not there any more; "
+        f"whether there are records from offset {offset} on cannot be told before `streamhouse restore`"
+    )
+
+
+def _plan(cluster: ClusterIndex, partition: PartitionIndex, offset: int) -> Step:
     if offset < partition.log_start_offset:
         return BelowStart(partition.log_start_offset)
     segment = partition.segment_at(offset)
