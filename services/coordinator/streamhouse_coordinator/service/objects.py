@@ -94,17 +94,18 @@ async def list_deletions(context: Context, patience: Patience, limit: int) -> li
     one of them to the store was refused, and never came to the rows behind it.
     """
 
-    async def work(tx: Transaction) -> list[str]:
-        while True:
-            found = await _overdue(tx, patience, limit)
-            flawed = [key for key in found if flaw_of_key(key)]
-            if not flawed:
-                return found
-            log.warning("forgets %d objects to delete that are no segments', the first is %r", len(flawed), flawed[0])
-            gone = [{"object_key": key} for key in flawed]
-            await tx.apply([Remove(table, key) for key in gone for table in (t.DELETIONS, t.UPLOAD_INTENTS)])
+    async def work(tx: Transaction) -> tuple[list[str], list[str]]:
+        found = await _overdue(tx, patience, limit)
+        flawed = [key for key in found if flaw_of_key(key)]
+        gone = [{"object_key": key} for key in flawed]
+        await tx.apply([Remove(table, key) for key in gone for table in (t.DELETIONS, t.UPLOAD_INTENTS)])
+        return found, flawed
 
-    return await context.store.run(work)
+    while True:
+        found, flawed = await context.store.run(work)
+        if not flawed:
+            return found
+        log.warning("forgets %d objects to delete that are no segments', the first is %r", len(flawed), flawed[0])
 
 
 async def _overdue(tx: Transaction, patience: Patience, limit: int) -> list[str]:
