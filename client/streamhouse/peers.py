@@ -27,12 +27,12 @@ class Peers:
     ) -> None:
         self._request_timeout_ms = request_timeout_ms
         self._telemetry = telemetry
-        self._connections: dict[tuple[str, ...], Connection] = {}
+        self._connections: dict[tuple[tuple[str, ...], bool], Connection] = {}
         self._bootstrap = addresses_of(bootstrap)
 
     @property
     def coordinator(self) -> CoordinatorApi:
-        return CoordinatorClient(self._connect(self._bootstrap))
+        return CoordinatorClient(self._connect(self._bootstrap, advertised=False))
 
     def ingest(self, address: str) -> IngestApi:
         return IngestClient(self._connect((address,)))
@@ -45,11 +45,16 @@ class Peers:
         """Several addresses: calls fail over between them."""
         return QueryClient(self._connect(tuple(addresses)))
 
-    def _connect(self, addresses: tuple[str, ...]) -> Connection:
-        connection = self._connections.get(addresses)
+    def _connect(self, addresses: tuple[str, ...], *, advertised: bool = True) -> Connection:
+        key = addresses, advertised
+        connection = self._connections.get(key)
         if connection is None:
-            connection = Connection(addresses, timeout_ms=self._request_timeout_ms, interceptors=self._telemetry)
-            self._connections[addresses] = connection
+            connection = self._connections[key] = Connection(
+                addresses,
+                timeout_ms=self._request_timeout_ms,
+                interceptors=self._telemetry,
+                advertised=advertised,
+            )
         return connection
 
     async def close(self) -> None:

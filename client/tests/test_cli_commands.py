@@ -129,7 +129,8 @@ def test_nobody_there_says_what_to_start(arguments: str, closed_port: int) -> No
     result = run(*arguments.split(), "--bootstrap", address)
     assert result.exit_code == 1
     assert result.stderr == (
-        f"error: nothing answers at {address}: start it with `streamhouse serve`, or name another with --bootstrap\n"
+        f"error: nothing answers at {address}: start it with `streamhouse serve`, or name another with --bootstrap "
+        f"(cannot connect to {address}: Connection refused)\n"
     )
     assert result.stdout == ""
 

@@ -8,7 +8,8 @@ from functools import cache
 from typing import Any
 
 from google.protobuf.message import Message
-from shproto.errors import StreamHouseError, Unavailable
+from shproto.addresses import AddressOrder
+from shproto.errors import ShuttingDown, StreamHouseError, Unavailable
 
 from tests.simulation.call import END, Call, NoAnswer
 from tests.simulation.loop import PROCESS
@@ -19,18 +20,24 @@ class SimConnection:
     """shproto.rpc.Connection, in the simulation. `timeout_ms` and the walk over the addresses are the same."""
 
     def __init__(
-        self, network: Network, addresses: Sequence[str], *, timeout_ms: int = 10_000, interceptors: object = None
+        self,
+        network: Network,
+        addresses: Sequence[str],
+        *,
+        timeout_ms: int = 10_000,
+        interceptors: object = None,
+        advertised: bool = False,
     ) -> None:
         assert interceptors is None, "telemetry is off"
         self._network = network
         self.addresses = tuple(addresses)
         self._timeout_ms = timeout_ms
-        self._current = 0
+        self._order = AddressOrder(len(self.addresses))
         self._connected: set[str] = set()
 
     async def connect(self, timeout_ms: int) -> None:
         """Raises Unavailable. Who has been connected takes itself for connected until a call fails."""
-        address = self.addresses[self._current]
+        address = self.addresses[self._order.current]
         if address in self._connected:
             return
         host, _, port = address.partition(":")
@@ -44,14 +51,22 @@ class SimConnection:
     async def unary(self, path: str, request: Message, response_type: type[Any]) -> Any:
         wait_ms = getattr(request, "max_wait_ms", 0) or getattr(request, "timeout_ms", 0)
         deadline_s = (self._timeout_ms + wait_ms) / 1000
-        for attempt in range(len(self.addresses)):
+        tried: list[int] = []
+        while True:
+            which = self._next(tried)
             try:
-                return await self._once(self.addresses[self._current], path, request, deadline_s)
-            except Unavailable:
-                self._move_on()
-                if attempt == len(self.addresses) - 1:
+                response = await self._once(self.addresses[which], path, request, deadline_s)
+            except (Unavailable, ShuttingDown):
+                tried.append(which)
+                self._order.failed(which, _now_ms())
+                if len(tried) == len(self.addresses):
                     raise
-        raise AssertionError("unreachable")
+            else:
+                self._order.answered(which)
+                return response
+
+    def _next(self, tried: Sequence[int] = ()) -> int:
+        return self._order.ordered(_now_ms(), without=tried)[0]
 
     async def _once(self, address: str, path: str, request: Message, deadline_s: float) -> Any:
         source, method = PROCESS.get().name, _method(path)
@@ -77,21 +92,28 @@ class SimConnection:
                 call.abandon()
             self._network.log(source, f"-> {address} {method}: {outcome}")
 
-    def _move_on(self) -> None:
-        self._current = (self._current + 1) % len(self.addresses)
-
     async def unary_stream(self, path: str, request: Message, response_type: type[Any]) -> AsyncIterator[Any]:
-        call = self._open(path, _copier(request))
-        async for item in self._items(call):
-            yield item
+        tried: list[int] = []
+        while True:
+            which, begun = self._next(tried), False
+            try:
+                async for item in self._items(which, self._open(which, path, _copier(request))):
+                    begun = True
+                    yield item
+                return
+            except (Unavailable, ShuttingDown):
+                tried.append(which)
+                if begun or len(tried) == len(self.addresses):
+                    raise
 
     async def stream_stream(
         self, path: str, requests: AsyncIterator[Message], response_type: type[Any]
     ) -> AsyncIterator[Any]:
-        call = self._open(path, None)
+        which = self._next()
+        call = self._open(which, path, None)
         feeding = asyncio.create_task(call.feed(requests))
         try:
-            async for item in self._items(call):
+            async for item in self._items(which, call):
                 yield item
         finally:
             feeding.cancel()
@@ -99,13 +121,13 @@ class SimConnection:
             if isinstance(ended, Exception):
                 raise ended  # a defect of whoever makes the requests
 
-    def _open(self, path: str, request: Callable[[], Message] | None) -> Call:
-        address, method = self.addresses[self._current], _method(path)
+    def _open(self, which: int, path: str, request: Callable[[], Message] | None) -> Call:
+        address, method = self.addresses[which], _method(path)
         call = self._network.open_call(address, method, request)
         self._network.log(PROCESS.get().name, f"-> {address} {method}: begins")
         return call
 
-    async def _items(self, call: Call) -> AsyncIterator[Any]:
+    async def _items(self, which: int, call: Call) -> AsyncIterator[Any]:
         try:
             while (item := await call.next()) is not END:
                 yield item
@@ -113,17 +135,21 @@ class SimConnection:
                     raise NoAnswer(f"{call.address}: the stream broke")
         except NoAnswer as error:
             self._connected.discard(call.address)
-            self._move_on()
+            self._order.failed(which, _now_ms())
             self._network.log(PROCESS.get().name, f"-> {call.address} {call.method}: {error}")
             raise Unavailable(f"UNAVAILABLE: {error}") from error
-        except Unavailable:
-            self._move_on()
+        except (Unavailable, ShuttingDown):
+            self._order.failed(which, _now_ms())
             raise
         finally:
             call.abandon()
 
     async def close(self) -> None:
         """Nothing is held open."""
+
+
+def _now_ms() -> float:
+    return asyncio.get_running_loop().time() * 1000
 
 
 @cache

@@ -43,8 +43,9 @@ class RecordingConnection(SimConnection):
         *,
         timeout_ms: int = 10_000,
         interceptors: object = None,
+        advertised: bool = False,
     ) -> None:
-        super().__init__(network, addresses, timeout_ms=timeout_ms, interceptors=interceptors)
+        super().__init__(network, addresses, timeout_ms=timeout_ms, interceptors=interceptors, advertised=advertised)
         self._history = history
 
     async def unary(self, path: str, request: Message, response_type: type[Any]) -> Any:

@@ -40,20 +40,22 @@ def one_line(text: str) -> str:
 
 
 def _explain_refusal(error: Any, context: Mapping[str, str]) -> str:
-    if is_unreachable(error):
-        where = context.get("bootstrap", "the address given")
-        return f"nothing answers at {where}: start it with `streamhouse serve`, or name another with --bootstrap"
+    bootstrap = context.get("bootstrap", "").split(",")
+    # Also an address that a service advertises may be out of reach: nothing is wrong with --bootstrap then.
+    if is_unreachable(error) and error.details.get("address") in bootstrap:
+        where, why = context["bootstrap"], one_line(error.message)
+        return f"nothing answers at {where}: start it with `streamhouse serve`, or name another with --bootstrap ({why})"
     text = f"{one_line(error.message)} ({error.reason})"
     if error.retry_after_ms:
         text += f"; try again in {error.retry_after_ms} ms"
-    elif error.retriable:
+    elif error.retriable and not getattr(error, "foreign", False):
         text += "; trying again may help"
     return text
 
 
 def is_unreachable(error: Any) -> bool:
-    """Whether this is the transport saying that nobody listens, not a service's own Unavailable."""
-    return error.reason == "UNAVAILABLE" and "failed to connect" in error.message
+    """True if there was no connection at all; False for a service's own Unavailable."""
+    return error.reason == "UNAVAILABLE" and not error.maybe_done
 
 
 def silence_stdout() -> None:

@@ -220,9 +220,15 @@ AWAY = "away"
 
 class Unavailable(StreamHouseError):
     """A service, PostgreSQL or the object store did not answer in time; the outcome may be unknown. details: database =
-    away where a coordinator answers that PostgreSQL does not."""
+    away where a coordinator answers that PostgreSQL does not.
+
+    Two facts are for the caller's own process, and do not travel. `maybe_done` is False if certainly nothing was done:
+    there was no connection to send the call on. `foreign` is True if something answers at every address, and nothing
+    there is the service: trying again does not help before somebody corrects the address."""
 
     reason, status, retriable = "UNAVAILABLE", Code.UNAVAILABLE, True
+    maybe_done = True
+    foreign = False
 
 
 class DurableTimeout(StreamHouseError):

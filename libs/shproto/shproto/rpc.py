@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeVar
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import grpc
 import grpc.aio
@@ -20,7 +23,8 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from shproto import forks
-from shproto.errors import Internal, InvalidArgument, StreamHouseError, Unavailable
+from shproto.addresses import AddressOrder
+from shproto.errors import Internal, InvalidArgument, ShuttingDown, StreamHouseError, Unavailable
 from shproto.v1 import types_pb2
 
 log = logging.getLogger(__name__)
@@ -131,31 +135,151 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: StreamHouse
 
 # ---- the calling side
 
+# An address has this long to itself before the next is tried beside it: what RFC 8305 recommends. A connection takes
+# milliseconds; an address behind which nobody speaks takes gRPC's 5 s to fail.
+HEAD_START_MS = 250
 
-def to_streamhouse_error(error: grpc.aio.AioRpcError) -> StreamHouseError:
-    """The error raised by the service, or what the transport's status amounts to."""
-    detail = _error_detail(error)
-    if detail is not None:
-        return StreamHouseError.from_detail(types_pb2.ErrorDetail.FromString(detail))
-    text = f"{error.code().name}: {error.details()}"
-    if error.code() in (
+ADVERTISED_HINT = "; the service advertises this address: if it cannot be reached there, set its STREAMHOUSE_ADVERTISE"
+
+# gRPC's words for a call that was never sent, because there was no connection, and in them the cause.
+_NO_CONNECTION = (
+    re.compile(
+        r"failed to connect to all addresses; last error: [A-Z_]+: (?:\S+: )?(?:Failed to connect to .*?: )?(.+)"
+    ),
+    re.compile(r"errors resolving .*: (.+?)\]?"),
+    re.compile(r"DNS resolution failed .*?: (.+)"),
+)
+# What gRPC makes of the first bytes of a server that speaks something else.
+_OTHER_PROTOCOL = re.compile(r"Expected SETTINGS frame|http1\.x server")
+# Our services send an ErrorDetail with every refusal; without one these are the words of another server, or of a proxy.
+_OTHER_SERVER = (
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.UNKNOWN,
+)
+
+
+def _service_error(error: grpc.aio.AioRpcError) -> StreamHouseError | None:
+    """Returns the error that the service raised; None if the status is the transport's own, or another server's."""
+    metadata: Any = error.trailing_metadata() or ()
+    detail = next((value for key, value in metadata if key == ERROR_METADATA_KEY), None)
+    return None if detail is None else StreamHouseError.from_detail(types_pb2.ErrorDetail.FromString(detail))
+
+
+def _transport_error(error: grpc.aio.AioRpcError, address: str, path: str, hint: str) -> StreamHouseError:
+    """Returns what a status without a service's error amounts to. The error names the address, and gives `hint` where
+    there was no connection."""
+    code, said = error.code(), error.details() or ""
+    text = f"{address}: {code.name}: {said}"
+    if code in _OTHER_SERVER:
+        return _foreign(f"{address} is another server, or of another version: {code.name} for {path}: {said}", address)
+    if code is grpc.StatusCode.UNAVAILABLE and (cause := _connect_failure(said)):
+        if _OTHER_PROTOCOL.search(cause):
+            return _foreign(f"{address} is no gRPC server: {cause}", address)
+        return _unreachable(address, cause, hint)
+    if code in (
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.StatusCode.CANCELLED,
     ):
-        return Unavailable(text)
-    if error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT):
+        return Unavailable(text, address=address)
+    if code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT):
         return InvalidArgument(text)
     return Internal(text)
+
+
+def _connect_failure(said: str) -> str | None:
+    """Returns why there was no connection; None if there was one."""
+    matches = (pattern.fullmatch(said) for pattern in _NO_CONNECTION)
+    return next((match[1] for match in matches if match), None)
+
+
+def _foreign(text: str, address: str) -> Unavailable:
+    error = Unavailable(text, address=address)
+    error.maybe_done, error.foreign = False, True
+    return error
+
+
+def _unreachable(address: str, cause: str, hint: str) -> Unavailable:
+    error = Unavailable(f"cannot connect to {address}: {cause}{hint}", address=address)
+    error.maybe_done = False
+    return error
 
 
 def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def _error_detail(error: grpc.aio.AioRpcError) -> bytes | None:
-    metadata: Any = error.trailing_metadata() or ()
-    return next((value for key, value in metadata if key == ERROR_METADATA_KEY), None)
+class _Endpoint:
+    """One address and its channel, made on first use. A context manager around every use of the channel."""
+
+    def __init__(self, address: str, interceptors: Interceptors | None) -> None:
+        self.address = address
+        self._interceptors = interceptors
+        self._channel: grpc.aio.Channel | None = None
+        self._uses = 0
+
+    def __enter__(self) -> grpc.aio.Channel:
+        """Returns the channel. Raises RuntimeError in a child that was forked after gRPC was used."""
+        forks.check()
+        if self._channel is None:
+            interceptors = list(self._interceptors.client()) if self._interceptors else None
+            self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS, interceptors=interceptors)
+            forks.note(self._channel)
+            _silence_poller(asyncio.get_running_loop())
+        self._uses += 1
+        return self._channel
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._uses -= 1
+
+    @property
+    def is_connected(self) -> bool:
+        """True if a call can be sent at once."""
+        return self._channel is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+    async def connected(self) -> bool:
+        """Returns True once connected, False once that has failed: gRPC goes on trying, and the next call finds out."""
+        with self as channel:
+            while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+                if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+                    return False
+                await channel.wait_for_state_change(state)
+            return True
+
+    async def failure(self) -> str:
+        """Returns why there is no connection, which gRPC tells calls alone; empty if there is one by now."""
+        with self as channel:
+            try:
+                check = channel.unary_unary("/grpc.health.v1.Health/Check", bytes, bytes)
+                await check(b"", timeout=1)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    said = error.details() or ""
+                    return _connect_failure(said) or said
+            return ""
+
+    async def close_unused(self) -> None:
+        """Closes the channel unless a call uses it, so that nobody goes on connecting to an address that was left."""
+        if self._uses == 0:
+            await self.close()
+
+    async def close(self) -> None:
+        """Closes the channel; calls that still run on it are cancelled. Raises RuntimeError in a forked child."""
+        if self._channel is not None:
+            forks.check()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close(grace=None)
+
+
+class _Failure(NamedTuple):
+    """What a call came to at one address."""
+
+    error: StreamHouseError
+    by_service: bool
 
 
 def _silence_poller(loop: asyncio.AbstractEventLoop) -> None:
@@ -176,63 +300,92 @@ def _on_loop_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any])
 class Connection:
     """Calls one service at one of several addresses; goes to the next address when one does not answer.
 
-    Unary calls are tried once at every address before Unavailable is raised: all StreamHouse calls may be
-    repeated. `timeout_ms` is the deadline of a unary call, on top of the wait that the request itself asks for.
+    Addresses are connected side by side, each HEAD_START_MS after the one before, and the first that is connected is
+    kept. A unary call, and a stream that has brought nothing yet, is tried once at every address before Unavailable is
+    raised with the words of each: all StreamHouse calls may be repeated. An answer of another server counts as none.
+    `timeout_ms` is the deadline of a unary call at one address, on top of the wait that the request itself asks for.
+    `advertised`: the addresses come from services, not from the user; errors say so.
     """
 
     def __init__(
-        self, addresses: Sequence[str], *, timeout_ms: int = 10_000, interceptors: Interceptors | None = None
+        self,
+        addresses: Sequence[str],
+        *,
+        timeout_ms: int = 10_000,
+        interceptors: Interceptors | None = None,
+        advertised: bool = False,
     ) -> None:
         if not addresses:
             raise ValueError("no addresses to connect to")
         self.addresses = tuple(addresses)
         self._timeout_ms = timeout_ms
-        self._interceptors = interceptors
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._current = 0
+        self._hint = ADVERTISED_HINT if advertised else ""
+        self._endpoints = [_Endpoint(address, interceptors) for address in self.addresses]
+        self._order = AddressOrder(len(self.addresses))
+        self._closed = False
+
+    @property
+    def _current(self) -> int:
+        """Position of the address that the next call begins with."""
+        return self._order.current
 
     async def connect(self, timeout_ms: int) -> None:
         """Returns once the current address is connected; what is not sent before that was certainly not received.
 
         Raises Unavailable when connecting fails, or takes longer; then it goes on for the next call to find.
         """
-        channel, address = self._channel(), self.addresses[self._current]
+        endpoint = self._endpoints[self._current]
         try:
             async with asyncio.timeout(timeout_ms / 1000):
-                while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
-                    if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
-                        raise Unavailable(f"cannot connect to {address}", address=address)
-                    await channel.wait_for_state_change(state)
+                if await endpoint.connected():
+                    return
         except TimeoutError as error:
-            raise Unavailable(f"not connected to {address} within {timeout_ms} ms", address=address) from error
+            raise _unreachable(endpoint.address, f"no connection within {timeout_ms} ms", self._hint) from error
+        if cause := await endpoint.failure():
+            raise _unreachable(endpoint.address, cause, self._hint)
 
     async def unary(self, path: str, request: Message, response_type: type[ResponseT]) -> ResponseT:
+        """Returns the answer. Raises the service's error, or Unavailable."""
         wait_ms = getattr(request, "max_wait_ms", 0) or getattr(request, "timeout_ms", 0)
         deadline_s = (self._timeout_ms + wait_ms) / 1000
-        for attempt in range(len(self.addresses)):
-            call = self._channel().unary_unary(
-                path,
-                request_serializer=_serialize,
-                response_deserializer=response_type.FromString,
-            )
+        failures: dict[int, _Failure] = {}
+        while True:
+            which = await self._choose(failures)
             try:
-                response: ResponseT = await call(request, timeout=deadline_s)
-                return response
+                with self._endpoints[which] as channel:
+                    call = channel.unary_unary(
+                        path, request_serializer=_serialize, response_deserializer=response_type.FromString
+                    )
+                    response: ResponseT = await call(request, timeout=deadline_s)
             except grpc.aio.AioRpcError as error:
-                if not self._moved_on(error) or attempt == len(self.addresses) - 1:
-                    raise to_streamhouse_error(error) from error
-        raise AssertionError("unreachable: the last attempt returns or raises")
+                await self._note_failure(which, error, path, failures)
+            else:
+                self._order.answered(which)
+                return response
 
     async def unary_stream(
         self, path: str, request: Message, response_type: type[ResponseT]
     ) -> AsyncIterator[ResponseT]:
-        call = self._channel().unary_stream(
-            path,
-            request_serializer=_serialize,
-            response_deserializer=response_type.FromString,
-        )
-        async for response in self._responses(call(request)):
-            yield response
+        """Yields the answers. Raises the service's error, or Unavailable; with no answer so far only once no address
+        gives one."""
+        failures: dict[int, _Failure] = {}
+        while True:
+            which = await self._choose(failures)
+            begun = False
+            try:
+                with self._endpoints[which] as channel:
+                    call = channel.unary_stream(
+                        path, request_serializer=_serialize, response_deserializer=response_type.FromString
+                    )(request)
+                    try:
+                        async for response in call:
+                            begun = True
+                            yield response
+                    finally:
+                        call.cancel()
+                return
+            except grpc.aio.AioRpcError as error:
+                await self._note_failure(which, error, path, failures, last=begun)
 
     async def stream_stream(
         self,
@@ -240,51 +393,112 @@ class Connection:
         requests: AsyncIterator[Message],
         response_type: type[ResponseT],
     ) -> AsyncIterator[ResponseT]:
-        call = self._channel().stream_stream(
-            path,
-            request_serializer=_serialize,
-            response_deserializer=response_type.FromString,
-        )
-        async for response in self._responses(call(requests)):
-            yield response
-
-    async def _responses(self, call: Any) -> AsyncIterator[Any]:
+        """Yields the answers to `requests`, which are taken once and sent to one address. Raises the service's error,
+        or Unavailable."""
+        which = await self._choose({})
         try:
-            async for response in call:
-                yield response
+            with self._endpoints[which] as channel:
+                call = channel.stream_stream(
+                    path, request_serializer=_serialize, response_deserializer=response_type.FromString
+                )(requests)
+                try:
+                    async for response in call:
+                        yield response
+                finally:
+                    call.cancel()
         except grpc.aio.AioRpcError as error:
-            self._moved_on(error)
-            raise to_streamhouse_error(error) from error
+            await self._note_failure(which, error, path, {}, last=True)
+
+    # ---- which address
+
+    async def _choose(self, failures: Mapping[int, _Failure]) -> int:
+        """Returns the address to ask: the current one if it is connected, else the first that comes to be. If none does
+        it is the current one: the call that fails there says why."""
+        order = self._order.ordered(_now_ms(), without=failures)
+        first = order[0]
+        if len(order) == 1 or self._endpoints[first].is_connected:
+            return first
+        try:
+            async with asyncio.timeout(self._timeout_ms / 1000):
+                winner = await self._race(order)
+        except TimeoutError:
+            return first
+        if winner is None:
+            return first
+        for slower in order[: order.index(winner)]:
+            self._order.failed(slower, _now_ms())
+            await self._endpoints[slower].close_unused()
+        return winner
+
+    async def _race(self, order: Sequence[int]) -> int | None:
+        """Connects the addresses side by side, each after a head start of the one before or once that has failed.
+        Returns the first that is connected; None once all have failed."""
+        to_begin = deque(order)
+        running: dict[asyncio.Task[bool], int] = {}
+        try:
+            while to_begin or running:
+                if to_begin:
+                    which = to_begin.popleft()
+                    running[asyncio.create_task(self._endpoints[which].connected())] = which
+                head_start_s = HEAD_START_MS / 1000 if to_begin else None
+                done, _ = await asyncio.wait(running, timeout=head_start_s, return_when=asyncio.FIRST_COMPLETED)
+                connected = [running[task] for task in done if task.result()]
+                if connected:
+                    return min(connected, key=order.index)
+                for task in done:
+                    del running[task]
+            return None
         finally:
-            call.cancel()
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
-    def _channel(self) -> grpc.aio.Channel:
-        """The channel to the current address, made on first use. Raises RuntimeError in a child that was forked after
-        gRPC was used."""
-        forks.check()
-        address = self.addresses[self._current]
-        if address not in self._channels:
-            interceptors = list(self._interceptors.client()) if self._interceptors else None
-            self._channels[address] = grpc.aio.insecure_channel(
-                address, options=CHANNEL_OPTIONS, interceptors=interceptors
-            )
-            forks.note(self._channels[address])
-            _silence_poller(asyncio.get_running_loop())
-        return self._channels[address]
+    async def _note_failure(
+        self,
+        which: int,
+        raw: grpc.aio.AioRpcError,
+        path: str,
+        failures: dict[int, _Failure],
+        *,
+        last: bool = False,
+    ) -> None:
+        """Adds to `failures` what another address may answer differently: this one did not answer, or what it needs did
+        not (another replica may still reach PostgreSQL). Raises everything else, and if no address is left."""
+        endpoint = self._endpoints[which]
+        said = _service_error(raw)
+        error = said or _transport_error(raw, endpoint.address, path, self._hint)
+        if not isinstance(error, (Unavailable, ShuttingDown)) or self._closed:
+            raise error from raw
+        self._order.failed(which, _now_ms())
+        failures[which] = _Failure(error, by_service=said is not None)
+        if last or len(failures) == len(self.addresses):
+            raise self._no_answer(failures) from raw
+        await endpoint.close_unused()
 
-    def _moved_on(self, error: grpc.aio.AioRpcError) -> bool:
-        """Turns to the next address if this one did not answer, or only that what it needs does not: another replica
-        may still reach PostgreSQL. Says whether it did."""
-        absent = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-        if error.code() not in absent or not isinstance(to_streamhouse_error(error), Unavailable):
-            return False
-        self._current = (self._current + 1) % len(self.addresses)
-        return True
+    def _no_answer(self, failures: Mapping[int, _Failure]) -> StreamHouseError:
+        """Returns one error for those of all addresses, with the details of a service's own error if there is one: that
+        PostgreSQL is away says more than that another replica is."""
+        found = list(failures.values())
+        if len(found) == 1:
+            return found[0].error
+        chosen = next((failure for failure in found if failure.by_service), found[-1]).error
+        said = "; ".join(
+            f"{self.addresses[which]}: {failure.error.message}" if failure.by_service else failure.error.message
+            for which, failure in failures.items()
+        )
+        merged = type(chosen)(said, retry_after_ms=chosen.retry_after_ms, **chosen.details)
+        if isinstance(merged, Unavailable):
+            merged.maybe_done = any(getattr(failure.error, "maybe_done", True) for failure in found)
+            merged.foreign = all(getattr(failure.error, "foreign", False) for failure in found)
+        return merged
 
     async def close(self) -> None:
-        """Cancels what still runs. Raises RuntimeError in a child that was forked after gRPC was used."""
-        if self._channels:
-            forks.check()
-        channels, self._channels = self._channels, {}
-        for channel in channels.values():
-            await channel.close(grace=None)
+        """Closes all channels; calls that still run are cancelled. Raises RuntimeError in a child that was forked after
+        gRPC was used."""
+        self._closed = True
+        for endpoint in self._endpoints:
+            await endpoint.close()
+
+
+def _now_ms() -> float:
+    return asyncio.get_running_loop().time() * 1000

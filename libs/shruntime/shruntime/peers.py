@@ -33,7 +33,10 @@ class Peers(Generic[Client]):
     def __call__(self, address: str) -> Client:
         if address not in self._connections:
             self._connections[address] = Connection(
-                [address], timeout_ms=self._settings.rpc_timeout_ms, interceptors=self._telemetry
+                [address],
+                timeout_ms=self._settings.rpc_timeout_ms,
+                interceptors=self._telemetry,
+                advertised=True,
             )
         return self._make_client(self._connections[address])
 
