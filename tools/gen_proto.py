@@ -24,7 +24,7 @@ HEADER = '''"""Typed service APIs, generated from proto/ by tools/gen_proto.py: 
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from shproto.rpc import Connection
+from shproto.rpc import Caller
 from shproto.v1 import {modules}
 '''
 
@@ -82,7 +82,7 @@ def service_code(service: ServiceDescriptorProto, modules: dict[str, str]) -> st
         "",
         "",
         f"class {service.name}Client:",
-        "    def __init__(self, connection: Connection) -> None:",
+        "    def __init__(self, connection: Caller) -> None:",
     ]
     lines += ["        self._connection = connection", ""]
     for method in service.method:

@@ -23,7 +23,7 @@ from streamhouse.cluster import (
     session_of,
     topic_of,
 )
-from streamhouse.core.options import ACKS, Acks, check_request_timeout, check_topic
+from streamhouse.core.options import ACKS, Acks, addresses_of, check_request_timeout, check_retry_timeout, check_topic
 from streamhouse.group_admin import (
     Group,
     GroupDescription,
@@ -37,25 +37,37 @@ from streamhouse.group_admin import (
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
 from streamhouse.records import TopicPartition
+from streamhouse.retries import Retries
 
 # Creating a topic or listing one with many partitions touches PostgreSQL; beyond 10 s something is wrong.
 REQUEST_TIMEOUT_MS = 10_000
+# Kafka's default for an admin's calls: a rolling restart fits.
+RETRY_TIMEOUT_MS = 60_000
 # Half of what a query service takes in one request.
 LOOKUPS_MAX = 500
 
 
 class Admin:
-    """Use it as an async context manager. Every method raises Unavailable when no coordinator answers."""
+    """Use it as an async context manager.
+
+    request_timeout_ms: of one try. retry_timeout_ms: how long a call that nobody answers, or that a server is too busy
+    for, is tried again; then every method raises Unavailable or Overloaded. Creating a topic, and deleting a topic or a
+    group, raises Unavailable at once after a try whose answer was lost: a second one could not tell who did it.
+    """
 
     def __init__(
         self,
         bootstrap: str | Sequence[str],
         *,
         request_timeout_ms: int = REQUEST_TIMEOUT_MS,
+        retry_timeout_ms: int = RETRY_TIMEOUT_MS,
         telemetry: Interceptors | None = None,
     ) -> None:
         check_request_timeout(request_timeout_ms)
-        self._peers = Peers(bootstrap, request_timeout_ms, telemetry)
+        check_retry_timeout(retry_timeout_ms)
+        addresses = addresses_of(bootstrap)
+        retries = Retries("retry_timeout_ms", retry_timeout_ms, addresses)
+        self._peers = Peers(addresses, request_timeout_ms, telemetry, retries)
         self._metadata = MetadataCache(self._peers.coordinator)
 
     async def __aenter__(self) -> Self:

@@ -12,7 +12,15 @@ from shruntime.tasks import Tasks
 
 from streamhouse.commits import Commits
 from streamhouse.core.lag import Lag
-from streamhouse.core.options import ConsumerOptions, OnDataLoss, OnOutOfRange, Start, partitions_of, topics_of
+from streamhouse.core.options import (
+    ConsumerOptions,
+    OnDataLoss,
+    OnOutOfRange,
+    Start,
+    addresses_of,
+    partitions_of,
+    topics_of,
+)
 from streamhouse.core.positions import Cursor, Position
 from streamhouse.iteration import Iteration
 from streamhouse.membership import Membership
@@ -22,6 +30,7 @@ from streamhouse.openings import Openings
 from streamhouse.peers import Peers
 from streamhouse.reader import Reader
 from streamhouse.records import Record, RecordBatch, TopicPartition
+from streamhouse.retries import Retries
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +89,9 @@ class Consumer:
         self._assign = [TopicPartition(*where) for where in partitions_of(assign)]
         if bool(self._topics) == bool(self._assign):
             raise InvalidArgument("give topics, or assign=[(topic, partition), ...], and not both", field="topics")
-        self._peers = Peers(bootstrap, request_timeout_ms, telemetry)
+        addresses = addresses_of(bootstrap)
+        self._peers = Peers(addresses, request_timeout_ms, telemetry)
+        self._retries = Retries("retry_timeout_ms", retry_timeout_ms, addresses)
         self._metadata = MetadataCache(self._peers.coordinator)
         self._offsets = Offsets(self._peers, self._metadata, group)
         self._reader = Reader(self._options, self._peers, self._metadata, self._offsets.look_up, self._topic_gone)
@@ -113,7 +124,7 @@ class Consumer:
         """
         async with self._starting:
             if self._tasks is None and not self._closed:
-                await self._find_partitions()
+                await self._retries.run(self._find_partitions)
                 if not self._closed:
                     self._run()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from shproto.rpc import Connection, Interceptors
+from shproto.rpc import Caller, Connection, Interceptors
 from shproto.services import (
     CoordinatorApi,
     CoordinatorClient,
@@ -13,6 +13,7 @@ from shproto.services import (
 )
 
 from streamhouse.core.options import addresses_of
+from streamhouse.retries import Retries, RetryingConnection
 
 # A handshake takes milliseconds. An agent that hangs accepts connections and says nothing: whoever waits for it had
 # better ask again who leads. Where a handshake does take longer, the next try finds it done.
@@ -20,22 +21,28 @@ CONNECT_TIMEOUT_MS = 1_000
 
 
 class Peers:
-    """Where a client's calls go. `telemetry` adds its interceptors to every channel."""
+    """Where a client's calls go. `telemetry` adds its interceptors to every channel; with `retries` every call that may
+    be repeated is, until it is answered."""
 
     def __init__(
-        self, bootstrap: str | Sequence[str], request_timeout_ms: int, telemetry: Interceptors | None = None
+        self,
+        bootstrap: str | Sequence[str],
+        request_timeout_ms: int,
+        telemetry: Interceptors | None = None,
+        retries: Retries | None = None,
     ) -> None:
         self._request_timeout_ms = request_timeout_ms
         self._telemetry = telemetry
+        self._retries = retries
         self._connections: dict[tuple[tuple[str, ...], bool], Connection] = {}
         self._bootstrap = addresses_of(bootstrap)
 
     @property
     def coordinator(self) -> CoordinatorApi:
-        return CoordinatorClient(self._connect(self._bootstrap, advertised=False))
+        return CoordinatorClient(self._caller(self._bootstrap, advertised=False))
 
     def ingest(self, address: str) -> IngestApi:
-        return IngestClient(self._connect((address,)))
+        return IngestClient(self._caller((address,)))
 
     async def connect(self, address: str) -> None:
         """Returns once connected to an agent. Raises Unavailable."""
@@ -43,7 +50,11 @@ class Peers:
 
     def query(self, addresses: Sequence[str]) -> QueryApi:
         """Several addresses: calls fail over between them."""
-        return QueryClient(self._connect(tuple(addresses)))
+        return QueryClient(self._caller(tuple(addresses)))
+
+    def _caller(self, addresses: tuple[str, ...], *, advertised: bool = True) -> Caller:
+        connection = self._connect(addresses, advertised=advertised)
+        return connection if self._retries is None else RetryingConnection(connection, self._retries)
 
     def _connect(self, addresses: tuple[str, ...], *, advertised: bool = True) -> Connection:
         key = addresses, advertised

@@ -13,7 +13,7 @@ from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded
 from shproto.rpc import Interceptors
 
 from streamhouse.batches import Batch
-from streamhouse.core.options import ACKS, ACKS_NAMES, Acks, Compression, ProducerOptions
+from streamhouse.core.options import ACKS, ACKS_NAMES, Acks, Compression, ProducerOptions, addresses_of
 from streamhouse.core.outgoing import ManyRecords, check_record, cut
 from streamhouse.core.room import Room
 from streamhouse.delivery import Delivery, Placed, SendFuture, SendResult
@@ -21,6 +21,7 @@ from streamhouse.gatherer import LaneState
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
 from streamhouse.placing import TopicLanes
+from streamhouse.retries import Retries
 from streamhouse.sender import Sender
 
 # send_many takes room and gives the event loop a turn after this much: 4 MiB take about 30 ms to partition and encode.
@@ -68,7 +69,9 @@ class Producer:
             request_timeout_ms=request_timeout_ms,
             client_id=client_id,
         )
-        self._peers = Peers(bootstrap, request_timeout_ms, telemetry)
+        addresses = addresses_of(bootstrap)
+        self._peers = Peers(addresses, request_timeout_ms, telemetry)
+        self._retries = Retries("delivery_timeout_ms", delivery_timeout_ms, addresses)
         self._metadata = MetadataCache(self._peers.coordinator)
         self._room: Room[asyncio.Future[None]] = Room(buffer_bytes_max)
         self._topics: dict[str, TopicLanes] = {}
@@ -207,7 +210,7 @@ class Producer:
 
     async def _open_topic(self, topic: str) -> TopicLanes:
         self._must_be_open()
-        state = await self._metadata.topic(topic)
+        state = await self._retries.run(lambda: self._metadata.topic(topic))
         # Acks ascend in strength: none, wal, durable.
         if ACKS[self._options.acks] < state.min_acks:
             weakest = ACKS_NAMES.get(state.min_acks, str(state.min_acks))

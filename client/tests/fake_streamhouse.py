@@ -126,7 +126,7 @@ class Group:
 
 
 class FakeStreamHouse:
-    def __init__(self) -> None:
+    def __init__(self, listen: str = "127.0.0.1:0") -> None:
         self.faults = Faults()
         self.logs: dict[tuple[str, int], PartitionLog] = {}
         self.topics: dict[str, coordinator_pb2.TopicInfo] = {}
@@ -143,7 +143,7 @@ class FakeStreamHouse:
             (ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], self),
             (query_pb2.DESCRIPTOR.services_by_name["Query"], self),
         ]
-        self.server = RpcServer("127.0.0.1:0", services)
+        self.server = RpcServer(listen, services)
 
     @property
     def address(self) -> str:

@@ -114,6 +114,7 @@ def test_every_command_has_help(command: str) -> None:
         "topic describe t",
         "topic create t --partitions 1",
         "topic delete t --yes",
+        "produce t --file /dev/null",
         "status",
         "group list",
         "group describe g",
@@ -126,13 +127,24 @@ def test_every_command_has_help(command: str) -> None:
 )
 def test_nobody_there_says_what_to_start(arguments: str, closed_port: int) -> None:
     address = f"127.0.0.1:{closed_port}"
-    result = run(*arguments.split(), "--bootstrap", address)
+    result = run(*arguments.split(), "--bootstrap", address, "--retry-timeout-ms", "1000")
     assert result.exit_code == 1
     assert result.stderr == (
         f"error: nothing answers at {address}: start it with `streamhouse serve`, or name another with --bootstrap "
-        f"(cannot connect to {address}: Connection refused)\n"
+        f"(no answer from {address} within retry_timeout_ms = 1000; "
+        f"last error: cannot connect to {address}: Connection refused)\n"
     )
     assert result.stdout == ""
+
+
+def test_consume_of_nobody_says_what_to_start(closed_port: int) -> None:
+    """Its output needs a descriptor of its own, so it runs as a process."""
+    command = [sys.executable, "-m", "streamhouse.cli", "consume", "t", "--retry-timeout-ms", "1000"]
+    done = subprocess.run(
+        [*command, "--bootstrap", f"127.0.0.1:{closed_port}"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: nothing answers at 127.0.0.1:{closed_port}: start it with ")
 
 
 @pytest.mark.parametrize(("command", "closed"), [("produce", "stdin"), ("consume", "stdout")])
@@ -145,7 +157,7 @@ def test_a_closed_descriptor_is_one_line(command: str, closed: str, closed_port:
 
 def test_bootstrap_comes_from_the_environment(closed_port: int) -> None:
     address = f"127.0.0.1:{closed_port}"
-    result = run("status", env={"STREAMHOUSE_BOOTSTRAP": address})
+    result = run("status", "--retry-timeout-ms", "1", env={"STREAMHOUSE_BOOTSTRAP": address})
     assert address in result.stderr
 
 

@@ -94,7 +94,7 @@ async def test_status(address, platform):
 
 
 async def test_nobody_there():
-    async with Admin("127.0.0.1:1") as admin:
+    async with Admin("127.0.0.1:1", retry_timeout_ms=1) as admin:
         with pytest.raises(errors.Unavailable):
             await admin.list_topics()
 

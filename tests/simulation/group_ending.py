@@ -58,11 +58,12 @@ class GroupEnding:
         connection = RecordingConnection(around.network, self._history, around.bootstrap, timeout_ms=RPC_TIMEOUT_MS)
         partitions = [coordinator_pb2.TopicPartition(topic=topic, partition=number) for topic, number in self._ends]
         request = coordinator_pb2.FetchOffsetsRequest(group=GROUP, partitions=partitions)
-        answer = await CoordinatorClient(connection).fetch_offsets(request)  # type: ignore[arg-type]
+        answer = await CoordinatorClient(connection).fetch_offsets(request)
         return {(item.topic, item.partition): item.offset for item in answer.offsets}
 
     async def _lags(self) -> dict[Where, int | None]:
         """As an operator sees them. Raises StreamHouseError."""
-        async with Admin(self._around.bootstrap, request_timeout_ms=RPC_TIMEOUT_MS) as admin:
+        bootstrap, timeout_ms = self._around.bootstrap, RPC_TIMEOUT_MS
+        async with Admin(bootstrap, request_timeout_ms=timeout_ms, retry_timeout_ms=timeout_ms) as admin:
             description = await admin.describe_group(GROUP)
         return {(item.topic, item.partition): item.lag for item in description.positions}

@@ -1,24 +1,59 @@
-"""One question to the cluster, and its answer."""
+"""The cluster as the command line meets it: nobody there is waited for as long as --retry-timeout-ms says."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from streamhouse.cli.options import retry_timeout_ms
+
 if TYPE_CHECKING:
     from streamhouse.admin import Admin
+    from streamhouse.peers import Peers
 
 Answer = TypeVar("Answer")
 
 
 def ask(bootstrap: str, question: Callable[[Admin], Awaitable[Answer]]) -> Answer:
-    """The answer; raises what the Admin's methods raise."""
+    """Returns the answer to one question. Raises what the Admin's methods raise."""
     import asyncio
 
-    from streamhouse import Admin
-
     async def call() -> Answer:
-        async with Admin(bootstrap) as admin:
+        async with open_admin(bootstrap) as admin:
             return await question(admin)
 
     return asyncio.run(call())
+
+
+def open_admin(bootstrap: str) -> Admin:
+    """Returns an Admin with the command's --retry-timeout-ms."""
+    from streamhouse import Admin
+
+    return Admin(bootstrap, retry_timeout_ms=retry_timeout_ms())
+
+
+def open_peers(bootstrap: str, request_timeout_ms: int) -> Peers:
+    """Returns the services' own APIs, with the command's --retry-timeout-ms."""
+    from streamhouse.core.options import addresses_of
+    from streamhouse.peers import Peers
+    from streamhouse.retries import Retries
+
+    addresses = addresses_of(bootstrap)
+    retries = Retries("retry_timeout_ms", retry_timeout_ms(), addresses)
+    return Peers(addresses, request_timeout_ms, retries=retries)
+
+
+async def find_topic(bootstrap: str, topic: str) -> None:
+    """Returns once a coordinator has said that there is this topic. Raises UnknownTopic, Unavailable.
+
+    Producers and consumers wait for a first answer as long as for later ones, which is minutes: somebody who forgot to
+    start a server, or misspelt a name, is told sooner.
+    """
+    from streamhouse.admin import REQUEST_TIMEOUT_MS
+    from streamhouse.metadata import MetadataCache
+
+    peers = open_peers(bootstrap, REQUEST_TIMEOUT_MS)
+    try:
+        await MetadataCache(peers.coordinator).topic(topic)
+    finally:
+        await peers.close()

@@ -44,7 +44,9 @@ def _explain_refusal(error: Any, context: Mapping[str, str]) -> str:
     # Also an address that a service advertises may be out of reach: nothing is wrong with --bootstrap then.
     if is_unreachable(error) and error.details.get("address") in bootstrap:
         where, why = context["bootstrap"], one_line(error.message)
-        return f"nothing answers at {where}: start it with `streamhouse serve`, or name another with --bootstrap ({why})"
+        return (
+            f"nothing answers at {where}: start it with `streamhouse serve`, or name another with --bootstrap ({why})"
+        )
     text = f"{one_line(error.message)} ({error.reason})"
     if error.retry_after_ms:
         text += f"; try again in {error.retry_after_ms} ms"

@@ -8,6 +8,8 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PORT_MAX = 65_535
+# Long enough for a service that is being restarted, short enough for somebody who forgot to start one.
+RETRY_TIMEOUT_MS = 10_000
 CONFIG_FILE = click.Path(exists=True, dir_okay=False)
 
 
@@ -29,7 +31,20 @@ class HostPort(click.ParamType[str]):
 
 
 def bootstrap_option(command: Command) -> Command:
-    """--bootstrap; also kept for the hint when nothing answers there."""
+    """--bootstrap, also kept for the hint when nothing answers there, and --retry-timeout-ms for `retry_timeout_ms`."""
+    patience = click.option(
+        "--retry-timeout-ms",
+        type=click.IntRange(min=1),
+        default=RETRY_TIMEOUT_MS,
+        show_default=True,
+        expose_value=False,
+        callback=_remember,
+        help="How long to try again when no coordinator answers.",
+    )
+    return patience(_bootstrap(command))
+
+
+def _bootstrap(command: Command) -> Command:
     return click.option(
         "--bootstrap",
         type=HostPort(many=True),
@@ -43,9 +58,16 @@ def bootstrap_option(command: Command) -> Command:
     )(command)
 
 
-def _remember(ctx: click.Context, _param: click.Parameter, value: str) -> str:
-    ctx.ensure_object(dict)["bootstrap"] = value
+def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    ctx.ensure_object(dict)[param.name] = value
     return value
+
+
+def retry_timeout_ms() -> int:
+    """Returns what the running command was given for --retry-timeout-ms."""
+    context = click.get_current_context(silent=True)
+    options = {} if context is None else context.ensure_object(dict)
+    return int(options.get("retry_timeout_ms", RETRY_TIMEOUT_MS))
 
 
 def json_option(command: Command) -> Command:

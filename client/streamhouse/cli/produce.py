@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from streamhouse.cli.ask import find_topic
 from streamhouse.cli.failures import CliError, explain
 from streamhouse.cli.lines import (
     Keying,
@@ -145,6 +146,7 @@ class DeliveryFailed(Exception):
 async def _produce(bootstrap: str, topic: str, acks: Any, descriptor: int, keying: Keying, progress: Any) -> Report:
     from streamhouse import Producer
 
+    await find_topic(bootstrap, topic)
     report = Report(acks)
     async with Producer(bootstrap, acks=acks) as producer:
         sending = Sending(producer, topic, report)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from streamhouse.cli.ask import open_peers
 from streamhouse.cli.failures import CliError, one_line
 from streamhouse.cli.metadata import metadata_of
 from streamhouse.cli.options import bootstrap_option, json_option
@@ -192,10 +193,8 @@ def _complete(bootstrap: str, *, lost: bool, dry_run: bool, reason: str, yes: bo
 async def _call(bootstrap: str, lost: bool, dry_run: bool, reason: str) -> CompleteRestoreResponse:
     from shproto.v1 import coordinator_pb2
 
-    from streamhouse.peers import Peers
-
     # Thousands of partitions in one transaction take a while.
-    peers = Peers(bootstrap, 60_000)
+    peers = open_peers(bootstrap, 60_000)
     try:
         request = coordinator_pb2.CompleteRestoreRequest(lost=lost, dry_run=dry_run, reason=reason)
         return await peers.coordinator.complete_restore(request)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from streamhouse.cli.ask import open_admin
 from streamhouse.cli.failures import is_unreachable, one_line
 from streamhouse.cli.options import bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_share, show_time
@@ -43,10 +44,9 @@ async def collect_status(bootstrap: str) -> dict[str, Any]:
     coordinator answers; an agent that does not is in the report with its `error`."""
     import asyncio
 
-    from streamhouse import Admin
     from streamhouse.peers import Peers
 
-    async with Admin(bootstrap) as admin:
+    async with open_admin(bootstrap) as admin:
         answer = await admin.status()
     ingest = [session for session in answer.sessions if session.role == "ingest"]
     query = [session for session in answer.sessions if session.role == "query"]

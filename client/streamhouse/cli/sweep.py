@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from streamhouse.cli.ask import open_peers
 from streamhouse.cli.failures import CliError
 from streamhouse.cli.options import CONFIG_FILE, bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_span, show_time
@@ -144,14 +145,13 @@ async def _run(place: Place, dry_run: bool) -> tuple[SweepReport, Found]:
     from streamhouse_segmenter.sweeper import Sweeper
 
     from streamhouse.cli.services import environ_with
-    from streamhouse.peers import Peers
 
     store = store_of("say where the object store is", place.store_dir, place.config)
     settings = SegmenterSettings.load(
         environ_with(store_dir=place.store_dir, config=place.config), **place.patience, orphan_dry_run=dry_run
     )
     found = Found(settings.orphan_confirm_ms)
-    peers = Peers(place.bootstrap, settings.rpc_timeout_ms)
+    peers = open_peers(place.bootstrap, settings.rpc_timeout_ms)
     try:
         await store.check()
         await peers.coordinator.get_status(coordinator_pb2.GetStatusRequest())  # about an empty store nothing is asked

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from streamhouse.cli.ask import open_peers
 from streamhouse.cli.failures import CliError
 from streamhouse.cli.options import CONFIG_FILE, bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes
@@ -83,13 +84,12 @@ async def _verify(
 
     from streamhouse.cli.services import environ_with
     from streamhouse.core.registry_check import Finding
-    from streamhouse.peers import Peers
     from streamhouse.verify import Verifier
 
     store = store_of("say where the object store is", directory, config)
     settings = SegmenterSettings.load(environ_with(store_dir=directory, config=config))
     # Listing a snapshot of many segments takes a while; each answer is waited for this long.
-    peers = Peers(bootstrap, 60_000)
+    peers = open_peers(bootstrap, 60_000)
     try:
         await store.check()
         with _progress() as (started, progress):

@@ -95,7 +95,7 @@ class ConsumerOptions:
         if self.session_timeout_ms != 0:
             _within("session_timeout_ms", self.session_timeout_ms, SESSION_TIMEOUT_MS_MIN, SESSION_TIMEOUT_MS_MAX)
         check_request_timeout(self.request_timeout_ms)
-        _within("retry_timeout_ms", self.retry_timeout_ms, 1, DAY_MS)
+        check_retry_timeout(self.retry_timeout_ms)
         _flag("auto_commit", self.auto_commit)
         _flag("stop_at_end", self.stop_at_end)
         _text("client_id", self.client_id, 0)
@@ -207,6 +207,11 @@ def check_topic(
 def check_request_timeout(request_timeout_ms: int) -> None:
     """Raises InvalidArgument naming the option, its limit and the value."""
     _within("request_timeout_ms", request_timeout_ms, 1, DAY_MS)
+
+
+def check_retry_timeout(retry_timeout_ms: int) -> None:
+    """Raises InvalidArgument naming the option, its limit and the value."""
+    _within("retry_timeout_ms", retry_timeout_ms, 1, DAY_MS)
 
 
 def _flag(name: str, value: object) -> None:

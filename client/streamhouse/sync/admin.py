@@ -21,9 +21,15 @@ class Admin:
         bootstrap: str | Sequence[str],
         *,
         request_timeout_ms: int = admin.REQUEST_TIMEOUT_MS,
+        retry_timeout_ms: int = admin.RETRY_TIMEOUT_MS,
         telemetry: Interceptors | None = None,
     ) -> None:
-        self._inner = admin.Admin(bootstrap, request_timeout_ms=request_timeout_ms, telemetry=telemetry)
+        self._inner = admin.Admin(
+            bootstrap,
+            request_timeout_ms=request_timeout_ms,
+            retry_timeout_ms=retry_timeout_ms,
+            telemetry=telemetry,
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -275,6 +275,17 @@ class _Endpoint:
             await channel.close(grace=None)
 
 
+class Caller(Protocol):
+    """What the generated clients call with: a `Connection`, or what stands for one."""
+
+    async def unary(self, path: str, request: Message, response_type: type[ResponseT]) -> ResponseT: ...
+    def unary_stream(self, path: str, request: Message, response_type: type[ResponseT]) -> AsyncIterator[ResponseT]: ...
+    def stream_stream(
+        self, path: str, requests: AsyncIterator[Message], response_type: type[ResponseT]
+    ) -> AsyncIterator[ResponseT]: ...
+    async def close(self) -> None: ...
+
+
 class _Failure(NamedTuple):
     """What a call came to at one address."""
 

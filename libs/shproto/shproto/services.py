@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from shproto.rpc import Connection
+from shproto.rpc import Caller
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
 
 
@@ -51,7 +51,7 @@ class CoordinatorApi(Protocol):
 
 
 class CoordinatorClient:
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Caller) -> None:
         self._connection = connection
 
     async def create_topic(self, request: coordinator_pb2.CreateTopicRequest) -> coordinator_pb2.TopicInfo:
@@ -187,7 +187,7 @@ class IngestApi(Protocol):
 
 
 class IngestClient:
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Caller) -> None:
         self._connection = connection
 
     async def produce(self, request: ingest_pb2.ProduceRequest) -> ingest_pb2.ProduceResponse:
@@ -217,7 +217,7 @@ class QueryApi(Protocol):
 
 
 class QueryClient:
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Caller) -> None:
         self._connection = connection
 
     async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse:

@@ -1,0 +1,230 @@
+"""Calls that nobody answers are repeated for as long as the options say, refusals never, and one notice tells."""
+
+import asyncio
+import logging
+import socket
+import threading
+
+import grpc.aio
+import pytest
+import streamhouse.retries
+from click.testing import CliRunner
+from shproto.errors import InvalidArgument, Overloaded, TopicExists, Unavailable
+from streamhouse import Admin, Consumer, Producer, sync
+from streamhouse.cli import main
+from streamhouse.retries import Retries
+
+from client.tests.fake_streamhouse import FakeStreamHouse
+
+BOOTSTRAP = ["a:1", "b:2"]
+
+
+def retries(timeout_ms: int = 60_000) -> Retries:
+    return Retries("retry_timeout_ms", timeout_ms, BOOTSTRAP)
+
+
+def unsent(message: str = "cannot connect to b:2: Connection refused") -> Unavailable:
+    error = Unavailable(message, address="b:2")
+    error.maybe_done = False
+    return error
+
+
+class Script:
+    """Raises the errors given, one after the other, then answers."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.calls = 0
+
+    async def __call__(self) -> str:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return "answer"
+
+
+# ---- what is repeated
+
+
+@pytest.mark.parametrize("error", [Unavailable("gone"), Overloaded("too many calls", retry_after_ms=1)])
+async def test_a_call_is_repeated_until_it_is_answered(error):
+    script = Script(error, error, error)
+    assert await retries().run(script) == "answer"
+    assert script.calls == 4
+
+
+async def test_a_refusal_is_raised_at_once():
+    script = Script(InvalidArgument("partitions is 0"))
+    with pytest.raises(InvalidArgument):
+        await retries().run(script)
+    assert script.calls == 1
+
+
+async def test_wrong_servers_are_not_waited_for():
+    """A mistyped port: waiting a minute before saying so helps nobody."""
+    error = unsent("a:1 is no gRPC server")
+    error.foreign = True
+    script = Script(error)
+    with pytest.raises(Unavailable, match="a:1 is no gRPC server"):
+        await retries().run(script)
+    assert script.calls == 1
+
+
+@pytest.mark.parametrize(("error", "again"), [(Unavailable("cut"), False), (unsent(), True), (Overloaded("x"), True)])
+async def test_what_must_not_be_done_twice_is_repeated_only_if_nothing_was_done(error, again):
+    script = Script(error)
+    if again:
+        assert await retries().run(script, repeatable=False) == "answer"
+    else:
+        with pytest.raises(Unavailable, match="cut"):
+            await retries().run(script, repeatable=False)
+
+
+async def test_the_error_at_the_end_names_the_addresses_the_option_and_the_last_cause():
+    with pytest.raises(Unavailable) as caught:
+        await retries(300).run(Script(*[unsent()] * 100))
+    assert caught.value.message == (
+        "no answer from a:1,b:2 within retry_timeout_ms = 300; last error: cannot connect to b:2: Connection refused"
+    )
+    assert not caught.value.maybe_done and caught.value.details == {"address": "b:2"}
+
+
+async def test_a_call_that_hangs_ends_with_the_time():
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(Unavailable, match="no answer from a:1,b:2 within retry_timeout_ms = 50"):
+        await retries(50).run(hang)
+
+
+async def test_a_timeout_of_the_call_itself_is_its_own_affair():
+    with pytest.raises(TimeoutError, match="of the call"):
+        await retries().run(Script(TimeoutError("of the call")))
+
+
+async def test_there_is_one_notice_and_one_all_clear_however_many_calls_wait(caplog, monkeypatch):
+    monkeypatch.setattr(streamhouse.retries, "NOTICE_AFTER_MS", 0)
+    waiting, failures = retries(), 0
+
+    async def call() -> None:
+        nonlocal failures
+        failures += 1
+        if failures <= 60:
+            raise unsent()
+
+    await asyncio.gather(*[waiting.run(call) for _ in range(20)])
+    assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.WARNING]
+    assert caplog.messages == [
+        "no answer yet, trying again for retry_timeout_ms = 60000: cannot connect to b:2: Connection refused",
+        "a:1,b:2 answers",
+    ]
+
+
+async def test_a_short_absence_is_no_news(caplog):
+    assert await retries().run(Script(unsent(), unsent())) == "answer"
+    assert caplog.messages == []
+
+
+# ---- first contact: nobody is there when the client begins
+
+
+class LatePlatform(FakeStreamHouse):
+    """Begins to listen, on an address known before, once a client has failed to reach it."""
+
+    def __init__(self) -> None:
+        with socket.socket() as held:
+            held.bind(("127.0.0.1", 0))
+            self.bootstrap = f"127.0.0.1:{held.getsockname()[1]}"
+        super().__init__(self.bootstrap)
+        self.missed = threading.Event()
+
+    async def begin_once_missed(self) -> None:
+        while not self.missed.is_set():
+            await asyncio.sleep(0.01)
+        self.add_topic("t", 1)
+        await self.server.start()
+
+
+@pytest.fixture
+async def late(monkeypatch):
+    platform = LatePlatform()
+    repeats = streamhouse.retries._may_repeat
+
+    def noted(*arguments):
+        platform.missed.set()
+        return repeats(*arguments)
+
+    monkeypatch.setattr(streamhouse.retries, "_may_repeat", noted)
+    beginning = asyncio.create_task(platform.begin_once_missed())
+    yield platform
+    beginning.cancel()
+    await asyncio.gather(beginning, return_exceptions=True)
+    await platform.server.stop(0)
+
+
+async def test_a_producer_waits_for_its_first_contact(late):
+    async with Producer(late.bootstrap) as producer:
+        metadata = await (await producer.send("t", b"x"))
+    assert metadata.offset == 0 and late.missed.is_set()
+
+
+async def test_a_consumer_waits_for_its_first_contact(late):
+    async with Consumer(late.bootstrap, ["t"], group="g") as consumer:
+        assert consumer.positions() or consumer.assignment == frozenset()
+    assert late.missed.is_set() and late.calls["join_group"] == 1
+
+
+async def test_an_admin_waits_for_its_first_contact(late):
+    async with Admin(late.bootstrap) as admin:
+        assert [topic.topic for topic in await admin.list_topics()] == ["t"]
+        with pytest.raises(TopicExists):
+            await admin.create_topic("t")
+    assert late.missed.is_set()
+
+
+async def test_plain_code_waits_for_its_first_contact(late):
+    def work() -> int:
+        with sync.Producer(late.bootstrap) as producer:
+            return producer.send("t", b"x").result(60).offset
+
+    assert await asyncio.to_thread(work) == 0
+    assert late.missed.is_set()
+
+
+@pytest.mark.parametrize("command", ["topic list", "topic describe t", "produce t --file /dev/null"])
+async def test_the_command_line_waits_for_its_first_contact(late, command):
+    arguments = [*command.split(), "--bootstrap", late.bootstrap, "--retry-timeout-ms", "60000"]
+    result = await asyncio.to_thread(CliRunner().invoke, main, arguments)
+    assert result.exit_code == 0, result.output
+    assert late.missed.is_set()
+
+
+# ---- the options name the time
+
+
+async def test_the_producer_gives_up_with_its_own_option():
+    async with Producer("127.0.0.1:1", delivery_timeout_ms=1_000) as producer:
+        with pytest.raises(
+            Unavailable, match=r"no answer from 127\.0\.0\.1:1 within delivery_timeout_ms = 1000; last error"
+        ):
+            await producer.send("t", b"x")
+
+
+async def test_consumer_and_admin_give_up_with_their_own_option():
+    with pytest.raises(Unavailable, match=r"within retry_timeout_ms = 1000; last error: cannot connect to 127\.0\.0\.1"):
+        await Consumer("127.0.0.1:1", ["t"], retry_timeout_ms=1_000).start()
+    async with Admin("127.0.0.1:1", retry_timeout_ms=1_000) as admin:
+        with pytest.raises(Unavailable, match="within retry_timeout_ms = 1000; last error: cannot connect to"):
+            await admin.list_topics()
+
+
+async def test_a_wrong_server_is_named_at_once():
+    other = grpc.aio.server()
+    port = other.add_insecure_port("127.0.0.1:0")
+    await other.start()
+    try:
+        async with Admin(f"127.0.0.1:{port}") as admin:
+            with pytest.raises(Unavailable, match=f"127.0.0.1:{port} is another server, or of another version"):
+                await admin.list_topics()
+    finally:
+        await other.stop(None)
