@@ -84,13 +84,13 @@ class Retries:
         error = type(last)(f"{waited}; last error: {last.message}", retry_after_ms=last.retry_after_ms)
         error.details = dict(last.details)
         if isinstance(error, Unavailable) and isinstance(last, Unavailable):
-            error.maybe_done, error.foreign = last.maybe_done, last.foreign
+            error.maybe_done, error.permanent = last.maybe_done, last.permanent
         return error
 
 
 def _may_repeat(error: StreamHouseError, repeatable: bool) -> bool:
     if isinstance(error, Unavailable):
-        return not error.foreign and (repeatable or not error.maybe_done)
+        return not error.permanent and (repeatable or not error.maybe_done)
     return error.retriable and (repeatable or isinstance(error, Overloaded))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from shformat import decode_batch, read_batch_header, stamp_batch, validate_batch
 from shproto import errors
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2, types_pb2
-from shruntime.server import RpcServer
+from shruntime.server import RpcServer, ServerLimits
 
 WAIT_MAX_MS = 200
 
@@ -126,7 +126,7 @@ class Group:
 
 
 class FakeStreamHouse:
-    def __init__(self, listen: str = "127.0.0.1:0") -> None:
+    def __init__(self, listen: str = "127.0.0.1:0", limits: ServerLimits | None = None) -> None:
         self.faults = Faults()
         self.logs: dict[tuple[str, int], PartitionLog] = {}
         self.topics: dict[str, coordinator_pb2.TopicInfo] = {}
@@ -143,7 +143,7 @@ class FakeStreamHouse:
             (ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], self),
             (query_pb2.DESCRIPTOR.services_by_name["Query"], self),
         ]
-        self.server = RpcServer(listen, services)
+        self.server = RpcServer(listen, services, limits=limits)
 
     @property
     def address(self) -> str:

@@ -300,7 +300,7 @@ async def test_unknown_topic_and_bad_arguments(platform, address):
 @pytest.mark.parametrize("group", [None, "g"])
 async def test_iterating_again_after_a_start_that_failed_or_was_cancelled(platform, address, group):
     await fill(platform, address, 10, partitions=1)
-    consumer = Consumer(address, ["t"], group=group)
+    consumer = Consumer(address, ["t"], group=group, retry_timeout_ms=200)
     platform.faults.metadata_down = True
     with pytest.raises(errors.Unavailable):
         await anext(consumer)

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from shproto.services import IngestApi
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
-from shruntime.connections import ConnectionLimits
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
-from shruntime.server import RpcServer, check_listen
+from shruntime.server import RpcServer, ServerLimits, check_listen
 from shruntime.settings import StoreSettings
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
@@ -114,7 +113,7 @@ class EmbeddedPlatform:
             (ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], ingest.api),
             (query_pb2.DESCRIPTOR.services_by_name["Query"], query.api),
         )
-        server = RpcServer(self._settings.listen, apis, telemetry.server(), ConnectionLimits.of(self._settings))
+        server = RpcServer(self._settings.listen, apis, telemetry.server(), ServerLimits.of(self._settings))
         await server.bind()
         address = self._settings.advertise or server.address
 

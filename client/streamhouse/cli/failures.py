@@ -50,7 +50,7 @@ def _explain_refusal(error: Any, context: Mapping[str, str]) -> str:
     text = f"{one_line(error.message)} ({error.reason})"
     if error.retry_after_ms:
         text += f"; try again in {error.retry_after_ms} ms"
-    elif error.retriable and not getattr(error, "foreign", False):
+    elif error.retriable and not getattr(error, "permanent", False):
         text += "; trying again may help"
     return text
 

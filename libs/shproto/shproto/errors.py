@@ -223,12 +223,12 @@ class Unavailable(StreamHouseError):
     away where a coordinator answers that PostgreSQL does not.
 
     Two facts are for the caller's own process, and do not travel. `maybe_done` is False if certainly nothing was done:
-    there was no connection to send the call on. `foreign` is True if something answers at every address, and nothing
-    there is the service: trying again does not help before somebody corrects the address."""
+    there was no connection to send the call on. `permanent` is True if trying again does not help: something answers at
+    each address, and it is not the service; or the caller has closed the connection."""
 
     reason, status, retriable = "UNAVAILABLE", Code.UNAVAILABLE, True
     maybe_done = True
-    foreign = False
+    permanent = False
 
 
 class DurableTimeout(StreamHouseError):

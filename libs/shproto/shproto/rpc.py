@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -24,7 +26,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from shproto import forks
 from shproto.addresses import AddressOrder
-from shproto.errors import Internal, InvalidArgument, ShuttingDown, StreamHouseError, Unavailable
+from shproto.errors import Internal, InvalidArgument, Overloaded, ShuttingDown, StreamHouseError, Unavailable
 from shproto.v1 import types_pb2
 
 log = logging.getLogger(__name__)
@@ -73,9 +75,49 @@ def time_left_ms() -> float | None:
     return None if at is None else max(0.0, (at - asyncio.get_running_loop().time()) * 1000)
 
 
-def serve_api(server: grpc.aio.Server, service: ServiceDescriptor, api: object) -> None:
+# When callers that were refused are to come again: spread out, so that a crowd does not come back as one.
+RETRY_AFTER_MS_MIN, RETRY_AFTER_MS_MAX = 200, 1_000
+
+
+class CallLimit:
+    """How many calls of one kind a server works on at once. A context manager around each of them: beyond `calls_max`
+    raises Overloaded, which names the setting `limit`."""
+
+    def __init__(self, limit: str, calls_max: int) -> None:
+        self._limit = limit
+        self._calls_max = calls_max
+        self.in_flight = 0
+        self.refused = 0
+
+    def __enter__(self) -> None:
+        if self.in_flight >= self._calls_max:
+            self.refused += 1
+            raise Overloaded(
+                f"this server is at its limit: {self._limit} = {self._calls_max}",
+                retry_after_ms=random.randint(RETRY_AFTER_MS_MIN, RETRY_AFTER_MS_MAX),
+                limit=self._limit,
+                value=self._calls_max,
+            )
+        self.in_flight += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.in_flight -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class CallLimits:
+    """The limits of a server, shared by its services. Streams have one of their own, because they stay open: a client
+    that has a stream, and needs a call to go on with it, must not wait for others to close theirs."""
+
+    calls: CallLimit
+    streams: CallLimit
+
+
+def serve_api(server: grpc.aio.Server, service: ServiceDescriptor, api: object, limits: CallLimits) -> None:
     """Adds `api` to `server` under the service's full name; every RPC of the service must be a method of `api`."""
-    handlers = {method.name: _handler(method, getattr(api, _snake_case(method.name))) for method in service.methods}
+    handlers = {
+        method.name: _handler(method, getattr(api, _snake_case(method.name)), limits) for method in service.methods
+    }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
 
@@ -83,7 +125,7 @@ def _snake_case(name: str) -> str:
     return "".join(f"_{char.lower()}" if char.isupper() else char for char in name).lstrip("_")
 
 
-def _handler(method: MethodDescriptor, call: Callable[..., Any]) -> grpc.RpcMethodHandler[Any, Any]:
+def _handler(method: MethodDescriptor, call: Callable[..., Any], limits: CallLimits) -> grpc.RpcMethodHandler[Any, Any]:
     codecs = {
         "request_deserializer": GetMessageClass(method.input_type).FromString,
         "response_serializer": GetMessageClass(method.output_type).SerializeToString,
@@ -92,16 +134,17 @@ def _handler(method: MethodDescriptor, call: Callable[..., Any]) -> grpc.RpcMeth
         make = (
             grpc.stream_stream_rpc_method_handler if method.client_streaming else grpc.unary_stream_rpc_method_handler
         )
-        return make(_streaming(call), **codecs)  # type: ignore[arg-type]
-    return grpc.unary_unary_rpc_method_handler(_unary(call), **codecs)  # type: ignore[arg-type]
+        return make(_streaming(call, limits.streams), **codecs)  # type: ignore[arg-type]
+    return grpc.unary_unary_rpc_method_handler(_unary(call, limits.calls), **codecs)  # type: ignore[arg-type]
 
 
-def _unary(call: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+def _unary(call: Callable[[Any], Any], limit: CallLimit) -> Callable[[Any, Any], Any]:
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         if (left_s := context.time_remaining()) is not None:
             _caller_gives_up_at.set(asyncio.get_running_loop().time() + left_s)
         try:
-            return await call(request)
+            with limit:
+                return await call(request)
         except StreamHouseError as error:
             await _abort(context, error)
         except Exception as error:  # noqa: BLE001 - the boundary: a defect must not leak as UNKNOWN without a log
@@ -110,11 +153,12 @@ def _unary(call: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
     return handle
 
 
-def _streaming(call: Callable[[Any], AsyncIterator[Any]]) -> Callable[[Any, Any], Any]:
+def _streaming(call: Callable[[Any], AsyncIterator[Any]], limit: CallLimit) -> Callable[[Any, Any], Any]:
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
-            async for response in call(request):
-                yield response
+            with limit:
+                async for response in call(request):
+                    yield response
         except StreamHouseError as error:
             await _abort(context, error)
         except Exception as error:  # noqa: BLE001 - the boundary, as above
@@ -198,7 +242,7 @@ def _connect_failure(said: str) -> str | None:
 
 def _foreign(text: str, address: str) -> Unavailable:
     error = Unavailable(text, address=address)
-    error.maybe_done, error.foreign = False, True
+    error.maybe_done, error.permanent = False, True
     return error
 
 
@@ -345,6 +389,7 @@ class Connection:
 
         Raises Unavailable when connecting fails, or takes longer; then it goes on for the next call to find.
         """
+        self._must_be_open()
         endpoint = self._endpoints[self._current]
         try:
             async with asyncio.timeout(timeout_ms / 1000):
@@ -420,11 +465,21 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             await self._note_failure(which, error, path, {}, last=True)
 
+    def _must_be_open(self) -> None:
+        """Raises Unavailable once closed, since a channel made then would be closed by nobody; RuntimeError in a child
+        that was forked after gRPC was used."""
+        forks.check()
+        if self._closed:
+            error = Unavailable("the connection is closed")
+            error.maybe_done, error.permanent = False, True
+            raise error
+
     # ---- which address
 
     async def _choose(self, failures: Mapping[int, _Failure]) -> int:
         """Returns the address to ask: the current one if it is connected, else the first that comes to be. If none does
-        it is the current one: the call that fails there says why."""
+        it is the current one: the call that fails there says why. Raises Unavailable once closed."""
+        self._must_be_open()
         order = self._order.ordered(_now_ms(), without=failures)
         first = order[0]
         if len(order) == 1 or self._endpoints[first].is_connected:
@@ -500,7 +555,7 @@ class Connection:
         merged = type(chosen)(said, retry_after_ms=chosen.retry_after_ms, **chosen.details)
         if isinstance(merged, Unavailable):
             merged.maybe_done = any(getattr(failure.error, "maybe_done", True) for failure in found)
-            merged.foreign = all(getattr(failure.error, "foreign", False) for failure in found)
+            merged.permanent = all(getattr(failure.error, "permanent", False) for failure in found)
         return merged
 
     async def close(self) -> None:

@@ -7,21 +7,55 @@ import errno
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from opentelemetry import metrics
 from shproto import forks
-from shproto.rpc import CHANNEL_OPTIONS, serve_api
+from shproto.rpc import CHANNEL_OPTIONS, CallLimit, CallLimits, serve_api
 
 from shruntime.connections import AddressLimit, ConnectionLimits
+from shruntime.settings import CommonSettings
 from shruntime.tasks import Tasks
+
+_meter = metrics.get_meter("streamhouse.server")
 
 
 class ListenError(OSError):
     """The address cannot be listened on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """How many connections, calls and streams a server has at once; the defaults are those of the settings."""
+
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
+    calls_in_flight_max: int = CommonSettings.model_fields["calls_in_flight_max"].default
+    streams_open_max: int = CommonSettings.model_fields["streams_open_max"].default
+    calls_pending_max: int = CommonSettings.model_fields["calls_pending_max"].default
+
+    @classmethod
+    def of(cls, settings: CommonSettings) -> Self:
+        """Returns what the settings ask for, connections as far as this process's file descriptors allow."""
+        return cls(
+            connections=ConnectionLimits.of(settings),
+            calls_in_flight_max=settings.calls_in_flight_max,
+            streams_open_max=settings.streams_open_max,
+            calls_pending_max=settings.calls_pending_max,
+        )
+
+    def channel_options(self) -> tuple[tuple[str, int], ...]:
+        """Returns gRPC's part of it. By default it ends calls with CANCELLED once 1,000 to 3,000 wait to be looked at,
+        so that a server that is well would turn a crowd of clients away."""
+        return (
+            *self.connections.channel_options(),
+            ("grpc.server.max_pending_requests", self.calls_pending_max),
+            ("grpc.server.max_pending_requests_hard_limit", self.calls_pending_max),
+        )
 
 
 class RpcServer:
@@ -32,13 +66,17 @@ class RpcServer:
         listen: str,
         apis: Sequence[tuple[ServiceDescriptor, object]],
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
-        limits: ConnectionLimits | None = None,
+        limits: ServerLimits | None = None,
     ) -> None:
         self._listen = listen
         self._apis = apis
         self._interceptors = interceptors
-        self._limits = limits or ConnectionLimits()
+        self._limits = limits or ServerLimits()
         self._tasks = Tasks()
+        self.calls = CallLimits(
+            CallLimit("calls_in_flight_max", self._limits.calls_in_flight_max),
+            CallLimit("streams_open_max", self._limits.streams_open_max),
+        )
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: grpc.aio.Server | None = None
         self.port = 0
@@ -57,7 +95,7 @@ class RpcServer:
         )
         forks.note(server)
         for descriptor, api in self._apis:
-            serve_api(server, descriptor, api)
+            serve_api(server, descriptor, api, self.calls)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [descriptor.full_name for descriptor, _ in self._apis]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
@@ -67,6 +105,25 @@ class RpcServer:
         except RuntimeError as error:
             raise ListenError(f"cannot listen on {self._listen}: in use, or not an address of this machine") from error
         self._server = server
+        self._measure()
+
+    def _measure(self) -> None:
+        calls, streams = self.calls.calls, self.calls.streams
+        _meter.create_observable_gauge(
+            "streamhouse_server_calls_in_flight",
+            [lambda _: [metrics.Observation(calls.in_flight)]],
+            description="calls being worked on, long polls included",
+        )
+        _meter.create_observable_gauge(
+            "streamhouse_server_streams_open",
+            [lambda _: [metrics.Observation(streams.in_flight)]],
+            description="streams that are open",
+        )
+        _meter.create_observable_counter(
+            "streamhouse_server_calls_refused",
+            [lambda _: [metrics.Observation(calls.refused + streams.refused)]],
+            description="calls and streams told to come again",
+        )
 
     async def start(self) -> None:
         """Serves; binds first if that was not done. Raises ListenError when the port is taken."""
@@ -75,7 +132,7 @@ class RpcServer:
         assert self._server is not None, "bind() sets it or raises"
         await self.set_serving(False)
         await self._server.start()
-        address_limit = AddressLimit(self.port, self._limits.per_address_max)
+        address_limit = AddressLimit(self.port, self._limits.connections.per_address_max)
         self._tasks.spawn("connections per address", address_limit.run())
 
     async def set_serving(self, serving: bool) -> None:

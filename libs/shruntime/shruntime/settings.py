@@ -42,6 +42,27 @@ class CommonSettings(BaseSettings):
     bootstrap: Annotated[str, AfterValidator(addresses)] = Field(
         "127.0.0.1:7070", description="coordinators, host:port, separated by commas"
     )
+    calls_in_flight_max: int = Field(
+        20_000,
+        ge=1,
+        le=1_000_000,
+        description="calls worked on at once, 15 KB each; beyond, callers are told OVERLOADED and when to try again. "
+        "Every member of a group has a long poll open",
+    )
+    streams_open_max: int = Field(
+        20_000,
+        ge=1,
+        le=1_000_000,
+        description="streams open at once, 25 KB each; beyond, callers are told OVERLOADED and when to try again. A "
+        "producer has one to each leader, a consumer one to a query service",
+    )
+    calls_pending_max: int = Field(
+        100_000,
+        ge=1,
+        le=10_000_000,
+        description="calls that have arrived and were not looked at yet, 15 KB each; the server looks at thousands a "
+        "second. Beyond, gRPC turns them away itself, and cannot say when to try again",
+    )
     rpc_timeout_ms: int = Field(
         10_000,
         ge=100,

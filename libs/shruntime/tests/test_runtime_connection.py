@@ -13,16 +13,17 @@ import pytest
 from shproto import rpc
 from shproto.errors import AWAY, OffsetBeyondEnd, ShuttingDown, StreamHouseError, Unavailable
 from shproto.rpc import Connection
-from shproto.services import QueryClient
-from shproto.v1 import query_pb2
+from shproto.services import CoordinatorClient
+from shproto.v1 import coordinator_pb2
 from shruntime.server import RpcServer
 
-SERVICE = query_pb2.DESCRIPTOR.services_by_name["Query"]
-FETCH = query_pb2.FetchRequest(offset=4)
+SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"]
+GET_HEAD = coordinator_pb2.GetHeadRequest()
 
 
-class Query:
-    """Answers with the offset that is asked for; `fault` is raised instead, once `release` is set."""
+class Replica:
+    """Answers that the events are at position 4; once `release` is set it raises `fault` instead. Its stream has
+    `after` items before that."""
 
     def __init__(self, fault: StreamHouseError | None = None, after: int = 0) -> None:
         self.fault = fault
@@ -30,36 +31,44 @@ class Query:
         self.release = asyncio.Event()
         self.calls = 0
 
-    async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse:
+    def __getattr__(self, name: str) -> Callable[[object], Awaitable[None]]:
+        """The other RPCs of the service."""
+
+        async def refuse(request: object) -> None:
+            raise NotImplementedError(name)
+
+        return refuse
+
+    async def get_head(self, request: coordinator_pb2.GetHeadRequest) -> coordinator_pb2.GetHeadResponse:
         self.calls += 1
         if self.fault is not None:
             await self.release.wait()
             raise self.fault
-        return query_pb2.FetchResponse(next_offset=request.offset)
+        return coordinator_pb2.GetHeadResponse(events_position=4)
 
-    async def subscribe(self, request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.FetchResponse]:
+    async def get_snapshot(
+        self, request: coordinator_pb2.GetSnapshotRequest
+    ) -> AsyncIterator[coordinator_pb2.SnapshotPart]:
         self.calls += 1
         for number in range(self.after):
-            yield query_pb2.FetchResponse(next_offset=number)
+            yield coordinator_pb2.SnapshotPart(position=number)
         if self.fault is not None:
             raise self.fault
-        yield query_pb2.FetchResponse(next_offset=100)
-
-    async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse:
-        return query_pb2.LookupOffsetsResponse()
-
-    async def describe_query(self, request: query_pb2.DescribeQueryRequest) -> query_pb2.DescribeQueryResponse:
-        return query_pb2.DescribeQueryResponse()
+        yield coordinator_pb2.SnapshotPart(position=100)
 
 
-Serve = Callable[[Query], Awaitable[str]]
+async def snapshot_of(client: CoordinatorClient) -> list[int]:
+    return [part.position async for part in client.get_snapshot(coordinator_pb2.GetSnapshotRequest())]
+
+
+Serve = Callable[[Replica], Awaitable[str]]
 
 
 @pytest.fixture
 async def serve() -> AsyncIterator[Serve]:
     servers: list[RpcServer] = []
 
-    async def start(api: Query) -> str:
+    async def start(api: Replica) -> str:
         server = RpcServer("127.0.0.1:0", [(SERVICE, api)])
         servers.append(server)
         await server.start()
@@ -126,15 +135,15 @@ Connect = Callable[..., Connection]
 
 async def test_calls_that_fail_together_all_go_to_the_next_address(serve: Serve, connect: Connect) -> None:
     """Each failure used to advance the connection by one: of calls that failed together half went back."""
-    away, well = Query(Unavailable("PostgreSQL does not answer", database=AWAY)), Query()
-    client = QueryClient(connect(await serve(away), await serve(well)))
-    calls = [asyncio.create_task(client.fetch(FETCH)) for _ in range(8)]
+    away, well = Replica(Unavailable("PostgreSQL does not answer", database=AWAY)), Replica()
+    client = CoordinatorClient(connect(await serve(away), await serve(well)))
+    calls = [asyncio.create_task(client.get_head(GET_HEAD)) for _ in range(8)]
     while away.calls < 8:
         await asyncio.sleep(0.01)
     away.release.set()
-    assert [response.next_offset for response in await asyncio.gather(*calls)] == [4] * 8
+    assert [response.events_position for response in await asyncio.gather(*calls)] == [4] * 8
     assert (away.calls, well.calls) == (8, 8)
-    await client.fetch(FETCH)
+    await client.get_head(GET_HEAD)
     assert (away.calls, well.calls) == (8, 9)  # it is remembered
 
 
@@ -144,9 +153,9 @@ async def test_a_silent_address_costs_a_head_start_and_not_its_own_timeout(
     slow = [item for item in rpc.CHANNEL_OPTIONS if item[0] != "grpc.min_reconnect_backoff_ms"]
     monkeypatch.setattr(rpc, "CHANNEL_OPTIONS", (*slow, ("grpc.min_reconnect_backoff_ms", 120_000)))
     with silence() as silent:
-        client = QueryClient(connect(silent, await serve(Query()), timeout_ms=120_000))
+        client = CoordinatorClient(connect(silent, await serve(Replica()), timeout_ms=120_000))
         async with asyncio.timeout(60):
-            assert (await client.fetch(FETCH)).next_offset == 4
+            assert (await client.get_head(GET_HEAD)).events_position == 4
 
 
 @pytest.mark.parametrize("kind", ["another gRPC server", "a web server", "nobody"])
@@ -155,34 +164,34 @@ async def test_what_is_no_service_is_passed_over(
 ) -> None:
     with web_server() as web:
         first = {"another gRPC server": other_server, "a web server": web, "nobody": refusing}[kind]
-        client = QueryClient(connect(first, await serve(Query())))
-        assert (await client.fetch(FETCH)).next_offset == 4
-        assert [response.next_offset async for response in client.subscribe(query_pb2.SubscribeRequest())] == [100]
+        client = CoordinatorClient(connect(first, await serve(Replica())))
+        assert (await client.get_head(GET_HEAD)).events_position == 4
+        assert await snapshot_of(client) == [100]
 
 
 async def test_wrong_servers_are_named(connect: Connect, other_server: str, refusing: str) -> None:
     with web_server() as web:
         with pytest.raises(Unavailable) as caught:
-            await QueryClient(connect(other_server, web)).fetch(FETCH)
+            await CoordinatorClient(connect(other_server, web)).get_head(GET_HEAD)
         assert f"{other_server} is another server, or of another version" in caught.value.message
         assert f"{web} is no gRPC server" in caught.value.message
-        assert caught.value.foreign and not caught.value.maybe_done
+        assert caught.value.permanent and not caught.value.maybe_done
     with pytest.raises(Unavailable) as caught:
-        await QueryClient(connect(other_server, refusing)).fetch(FETCH)
+        await CoordinatorClient(connect(other_server, refusing)).get_head(GET_HEAD)
     assert f"cannot connect to {refusing}: Connection refused" in caught.value.message
-    assert not caught.value.foreign and not caught.value.maybe_done
+    assert not caught.value.permanent and not caught.value.maybe_done
 
 
 async def test_a_name_that_cannot_be_resolved_is_named_with_the_cause(connect: Connect) -> None:
     with pytest.raises(Unavailable, match=r"cannot connect to no-such-host\.invalid:7070: \S") as caught:
-        await QueryClient(connect("no-such-host.invalid:7070")).fetch(FETCH)
+        await CoordinatorClient(connect("no-such-host.invalid:7070")).get_head(GET_HEAD)
     assert "errors resolving" not in caught.value.message and not caught.value.maybe_done
 
 
 async def test_an_advertised_address_that_does_not_work_names_the_setting(connect: Connect, refusing: str) -> None:
     connection = connect(refusing, advertised=True)
     with pytest.raises(Unavailable, match=f"cannot connect to {refusing}: Connection refused; .*STREAMHOUSE_ADVERTISE"):
-        await QueryClient(connection).fetch(FETCH)
+        await CoordinatorClient(connection).get_head(GET_HEAD)
     with pytest.raises(Unavailable, match=f"cannot connect to {refusing}: Connection refused; .*STREAMHOUSE_ADVERTISE"):
         await connection.connect(60_000)
 
@@ -190,12 +199,12 @@ async def test_an_advertised_address_that_does_not_work_names_the_setting(connec
 async def test_the_word_of_a_service_weighs_more_than_the_absence_of_others(
     serve: Serve, connect: Connect, refusing: str
 ) -> None:
-    away = Query(Unavailable("PostgreSQL does not answer", retry_after_ms=7, database=AWAY))
+    away = Replica(Unavailable("PostgreSQL does not answer", retry_after_ms=7, database=AWAY))
     away.release.set()
     address = await serve(away)
     for addresses in ([address, refusing], [refusing, address]):
         with pytest.raises(Unavailable) as caught:
-            await QueryClient(connect(*addresses)).fetch(FETCH)
+            await CoordinatorClient(connect(*addresses)).get_head(GET_HEAD)
         assert caught.value.details == {"database": AWAY}
         assert caught.value.retry_after_ms == 7 and caught.value.maybe_done
         assert f"{address}: PostgreSQL does not answer" in caught.value.message
@@ -206,27 +215,38 @@ async def test_a_stream_that_has_not_begun_goes_to_the_next_address(
     serve: Serve, connect: Connect, refusing: str
 ) -> None:
     """As `verify` reads its snapshot."""
-    stopping = await serve(Query(ShuttingDown("this service is stopping; ask another one")))
-    well = await serve(Query())
-    client = QueryClient(connect(refusing, stopping, well))
-    assert [response.next_offset async for response in client.subscribe(query_pb2.SubscribeRequest())] == [100]
+    stopping = await serve(Replica(ShuttingDown("this service is stopping; ask another one")))
+    well = await serve(Replica())
+    client = CoordinatorClient(connect(refusing, stopping, well))
+    assert await snapshot_of(client) == [100]
 
 
 async def test_a_stream_that_has_begun_is_not_begun_again_elsewhere(serve: Serve, connect: Connect) -> None:
-    breaking, well = Query(Unavailable("gone"), after=2), Query()
-    client = QueryClient(connect(await serve(breaking), await serve(well)))
+    breaking, well = Replica(Unavailable("gone"), after=2), Replica()
+    client = CoordinatorClient(connect(await serve(breaking), await serve(well)))
     seen = []
     with pytest.raises(Unavailable, match="gone"):
-        async for response in client.subscribe(query_pb2.SubscribeRequest()):
-            seen.append(response.next_offset)
+        async for part in client.get_snapshot(coordinator_pb2.GetSnapshotRequest()):
+            seen.append(part.position)
     assert (seen, well.calls) == ([0, 1], 0)
-    assert [response.next_offset async for response in client.subscribe(query_pb2.SubscribeRequest())] == [100]
+    assert await snapshot_of(client) == [100]
+
+
+async def test_a_closed_connection_says_so(serve: Serve, connect: Connect, refusing: str) -> None:
+    for addresses in ([await serve(Replica())], [refusing, await serve(Replica())]):
+        connection = connect(*addresses)
+        await connection.close()
+        with pytest.raises(Unavailable, match="the connection is closed") as caught:
+            await CoordinatorClient(connection).get_head(GET_HEAD)
+        assert caught.value.permanent
+        with pytest.raises(Unavailable, match="the connection is closed"):
+            await connection.connect(1_000)
 
 
 async def test_a_refusal_is_final_wherever_it_comes_from(serve: Serve, connect: Connect) -> None:
-    refused, well = Query(OffsetBeyondEnd("beyond", offset=4)), Query()
+    refused, well = Replica(OffsetBeyondEnd("beyond", offset=4)), Replica()
     refused.release.set()
-    client = QueryClient(connect(await serve(refused), await serve(well)))
+    client = CoordinatorClient(connect(await serve(refused), await serve(well)))
     with pytest.raises(OffsetBeyondEnd):
-        await client.fetch(FETCH)
+        await client.get_head(GET_HEAD)
     assert well.calls == 0

@@ -13,7 +13,7 @@ from shproto.v1 import query_pb2
 from shruntime import connections, descriptors
 from shruntime.connections import AddressLimit, ConnectionLimits
 from shruntime.descriptors import connections_allowed, raise_descriptor_limit
-from shruntime.server import RpcServer
+from shruntime.server import RpcServer, ServerLimits
 from shruntime.settings import CommonSettings
 
 from libs.shruntime.tests.test_runtime_server import SERVICE, EchoQuery
@@ -23,7 +23,9 @@ PATIENCE_S = 30
 
 @contextlib.asynccontextmanager
 async def serving(**limits: int) -> AsyncIterator[RpcServer]:
-    server = RpcServer("127.0.0.1:0", [(SERVICE, EchoQuery())], limits=ConnectionLimits(**limits))
+    server = RpcServer(
+        "127.0.0.1:0", [(SERVICE, EchoQuery())], limits=ServerLimits(connections=ConnectionLimits(**limits))
+    )
     await server.start()
     yield server
     await server.stop(0)

@@ -11,10 +11,9 @@ from shproto.services import IngestClient
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import ingest_pb2
 from shruntime.clock import SystemClock
-from shruntime.connections import ConnectionLimits
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
-from shruntime.server import RpcServer
+from shruntime.server import RpcServer, ServerLimits
 from shruntime.tasks import Backoff, Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
 from shstore import ObjectStore
@@ -207,7 +206,7 @@ async def run(settings: CoordinatorSettings) -> None:
     telemetry = Telemetry.configure("coordinator", settings)
     service = build(settings)
     apis = [(pb.DESCRIPTOR.services_by_name["Coordinator"], service.api)]
-    server = RpcServer(settings.listen, apis, telemetry.server(), ConnectionLimits.of(settings))
+    server = RpcServer(settings.listen, apis, telemetry.server(), ServerLimits.of(settings))
     await server.start()
     serving = Tasks()
     try:

@@ -7,11 +7,10 @@ from pathlib import Path
 from shproto.services import CoordinatorApi, CoordinatorClient
 from shproto.v1 import ingest_pb2
 from shruntime.clock import Clock, SystemClock
-from shruntime.connections import ConnectionLimits
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
 from shruntime.peers import connect_to_coordinators
-from shruntime.server import RpcServer
+from shruntime.server import RpcServer, ServerLimits
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
 
@@ -88,7 +87,7 @@ async def run(settings: IngestSettings) -> None:
     connection = connect_to_coordinators(settings, telemetry)
     service = build(settings, CoordinatorClient(connection))
     descriptor = ingest_pb2.DESCRIPTOR.services_by_name["Ingest"]
-    server = RpcServer(settings.listen, [(descriptor, service.api)], telemetry.server(), ConnectionLimits.of(settings))
+    server = RpcServer(settings.listen, [(descriptor, service.api)], telemetry.server(), ServerLimits.of(settings))
     serving = Tasks()
     try:
         await server.start()

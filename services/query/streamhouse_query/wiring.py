@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
 from shproto.v1 import query_pb2
 from shruntime.clock import Clock, SystemClock
-from shruntime.connections import ConnectionLimits
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
 from shruntime.peers import Peers, connect_to_coordinators
-from shruntime.server import RpcServer
+from shruntime.server import RpcServer, ServerLimits
 from shruntime.settings import PREFIX, SettingsError
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
@@ -163,7 +162,7 @@ async def run(settings: QuerySettings) -> None:
         stack.push_async_callback(ingest_at.close)
         service = build(settings, CoordinatorClient(connection), store, ingest_at)
         apis = [(query_pb2.DESCRIPTOR.services_by_name["Query"], service.api)]
-        server = RpcServer(settings.listen, apis, telemetry.server(), ConnectionLimits.of(settings))
+        server = RpcServer(settings.listen, apis, telemetry.server(), ServerLimits.of(settings))
         await server.start()
         stack.push_async_callback(server.stop, CALL_GRACE_MS)
         stack.push_async_callback(service.stop)

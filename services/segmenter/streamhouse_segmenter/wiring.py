@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
 from shruntime.clock import Clock, SystemClock
-from shruntime.connections import ConnectionLimits
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
 from shruntime.peers import Peers, connect_to_coordinators
-from shruntime.server import RpcServer
+from shruntime.server import RpcServer, ServerLimits
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
 from shstore import ObjectStore, RetryingStore, RetryPolicy
@@ -91,7 +90,7 @@ async def run(settings: SegmenterSettings) -> None:
         stack.push_async_callback(connection.close)
         ingest_at = Peers(IngestClient, settings, telemetry)
         stack.push_async_callback(ingest_at.close)
-        server = RpcServer(settings.listen, (), telemetry.server(), ConnectionLimits.of(settings))
+        server = RpcServer(settings.listen, (), telemetry.server(), ServerLimits.of(settings))
         await server.start()
         stack.push_async_callback(server.stop, 0)
         service = build(settings, CoordinatorClient(connection), store, ingest_at)
