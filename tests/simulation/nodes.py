@@ -24,7 +24,6 @@ from streamhouse_ingest.settings import IngestSettings
 from streamhouse_query import wiring as query_wiring
 from streamhouse_query.settings import QuerySettings
 from streamhouse_segmenter import wiring as segmenter_wiring
-from streamhouse_segmenter.adapters.session import keep_session
 from streamhouse_segmenter.settings import SegmenterSettings
 
 from tests.simulation import cache
@@ -273,8 +272,7 @@ class SegmenterNode(Node):
         store = store_of(around.objects, around.network, self.name, around.store_rates, around.rng, around.loop)
         service = segmenter_wiring.build(settings, around.coordinator(), store, around.ingest_at(), self.clock)
         self.service = service
-        await service.start()
-        service.tasks.spawn("segmenter session", keep_session(service.ports, self.name, self.address))
+        await service.start(self.address)
         around.log(self.name, "serves")
         await service.tasks.failed.wait()
         assert service.tasks.error is not None

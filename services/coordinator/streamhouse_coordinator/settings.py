@@ -80,7 +80,7 @@ class CoordinatorSettings(CommonSettings):
         600_000,
         ge=1_000,
         le=3_600_000,
-        description="ms a claim may be asked for; a dead segmenter's work waits this long",
+        description="ms a claim may be asked for; the work of a segmenter that dies without a session waits this long",
     )
     events_poll_interval_ms: int = Field(
         1_000, ge=10, le=60_000, description="ms until new events are seen without PostgreSQL's NOTIFY"

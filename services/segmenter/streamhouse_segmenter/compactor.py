@@ -6,7 +6,7 @@ once readers have had time to notice.
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from shformat import (
     BlockEntry,
@@ -39,10 +39,13 @@ READ_BYTES_MAX = 8 * 1024 * 1024
 class Compactor:
     """`run` may be called in any number of processes: claims keep them apart."""
 
-    def __init__(self, ports: Ports, settings: SegmenterSettings, worker_id: str) -> None:
+    def __init__(
+        self, ports: Ports, settings: SegmenterSettings, worker_id: str, may_claim: Callable[[], bool]
+    ) -> None:
         self._ports = ports
         self._settings = settings
         self._worker_id = worker_id
+        self._may_claim = may_claim
         self._closing = False
 
     def close(self) -> None:
@@ -53,7 +56,7 @@ class Compactor:
         """Merges until nothing is worth merging or one merge fails; returns how many segments were replaced.
         Raises StreamHouseError when the coordinator cannot be asked."""
         replaced = 0
-        while not self._closing:
+        while not self._closing and self._may_claim():
             claim = await self._ports.coordinator.claim_compaction(self._request())
             if not claim.found:
                 break

@@ -5,6 +5,7 @@ Owns: how many builds run at once in this process. Does not own: when to look (a
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from shproto.v1 import coordinator_pb2
@@ -55,10 +56,13 @@ class _Slot:
 class Drain:
     """`run` may be called by any number of callers at once: together they build at most builds_in_flight_max."""
 
-    def __init__(self, ports: Ports, settings: SegmenterSettings, worker_id: str) -> None:
+    def __init__(
+        self, ports: Ports, settings: SegmenterSettings, worker_id: str, may_claim: Callable[[], bool]
+    ) -> None:
         self._ports = ports
         self._settings = settings
         self._worker_id = worker_id
+        self._may_claim = may_claim
         self._slots = asyncio.Semaphore(settings.builds_in_flight_max)
         self._closing = asyncio.Event()
         self._doubt = StoreDoubt(ports.store)
@@ -130,7 +134,7 @@ class Drain:
         return None if claim is None else asyncio.create_task(self._hand_over(claim, slot))
 
     async def _claim(self) -> coordinator_pb2.ClaimBufferResponse | None:
-        if self._closing.is_set() or not await self._doubt.settled(self._closing):
+        if self._closing.is_set() or not await self._doubt.settled(self._closing) or not self._may_claim():
             return None
         claim = await self._ports.coordinator.claim_buffer(
             coordinator_pb2.ClaimBufferRequest(worker_id=self._worker_id, claim_ttl_ms=self._settings.claim_ttl_ms)

@@ -2,6 +2,7 @@
 calls these. Each may run in any number of processes at once."""
 
 import logging
+from collections.abc import Callable
 
 from shproto.v1 import coordinator_pb2
 
@@ -16,11 +17,19 @@ log = logging.getLogger(__name__)
 
 
 class Segmenter:
-    def __init__(self, ports: Ports, settings: SegmenterSettings, worker_id: str) -> None:
+    """`may_claim`: False while nothing may be claimed, because there is no session."""
+
+    def __init__(
+        self,
+        ports: Ports,
+        settings: SegmenterSettings,
+        worker_id: str,
+        may_claim: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.worker_id = worker_id
         self._ports = ports
-        self._drain = Drain(ports, settings, worker_id)
-        self._compactor = Compactor(ports, settings, worker_id)
+        self._drain = Drain(ports, settings, worker_id, may_claim)
+        self._compactor = Compactor(ports, settings, worker_id, may_claim)
         self._sweeper = Sweeper(ports, settings)
 
     def close(self) -> None:

@@ -26,7 +26,8 @@ class SegmenterSettings(StoreSettings):
         60_000,
         ge=1_000,
         le=600_000,
-        description="ms until a dead worker's buffer is free again; renewed three times within it while working",
+        description="ms a claimed buffer is kept from others without a renewal, of which there are three in it; less "
+        "where the worker's session ends",
     )
     scan_interval_ms: int = Field(
         5_000,

@@ -18,9 +18,9 @@ from shruntime.telemetry import Telemetry
 from shstore import ObjectStore, RetryingStore, RetryPolicy
 from shstore.configured import configured_store
 
-from streamhouse_segmenter.adapters.feed_waker import follow_buffers
+from streamhouse_segmenter.adapters.feed_waker import BUFFERS_AND_WORKERS, WORKERS, follow_events
 from streamhouse_segmenter.adapters.loop_worker import LoopWorker
-from streamhouse_segmenter.adapters.session import keep_session
+from streamhouse_segmenter.adapters.session import WorkerSession
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.service import Segmenter
 from streamhouse_segmenter.settings import SegmenterSettings
@@ -35,18 +35,25 @@ class SegmenterService:
     api: Segmenter
     ports: Ports
     worker: LoopWorker
+    session: WorkerSession
     tasks: Tasks
     follow_feed: bool = True
 
-    async def start(self) -> None:
+    async def start(self, address: str = "") -> None:
+        """`address`: where this process listens, for a session of its own; empty: it lives in the coordinator's."""
+        if address:
+            self.session.start(address)
+            types = BUFFERS_AND_WORKERS if self.follow_feed else WORKERS
+            self.tasks.spawn("segmenter session", self.session.run(types, self.wake))
+        elif self.follow_feed:
+            self.tasks.spawn("segmenter feed", follow_events(self.ports, BUFFERS_AND_WORKERS, self.wake))
         await self.worker.start()
-        if self.follow_feed:
-            self.tasks.spawn("segmenter feed", follow_buffers(self.ports, self.wake))
 
     async def stop(self) -> None:
         self.api.close()
+        await self.worker.stop()  # while there is a session: with it would go the claims of what is in hand
         await self.tasks.stop()
-        await self.worker.stop()
+        await self.session.close()
 
     def wake(self) -> None:
         """There may be a buffer to claim: look now, not at the next scan."""
@@ -63,8 +70,10 @@ def build(
     """A segmenter over these peers, woken by the coordinator's feed; `ingest_at(address)` gives an agent's API."""
     ports = Ports(coordinator, _retrying(store, settings), ingest_at, clock or SystemClock())
     worker_id = settings.worker_id or f"{socket.gethostname()}-{os.getpid()}"
-    segmenter = Segmenter(ports, settings, worker_id)
-    return SegmenterService(segmenter, ports, LoopWorker(segmenter, settings, ports), Tasks())
+    session = WorkerSession(ports, worker_id)
+    segmenter = Segmenter(ports, settings, worker_id, session.may_claim)
+    worker = LoopWorker(segmenter, settings, ports)
+    return SegmenterService(segmenter, ports, worker, session, Tasks())
 
 
 def _retrying(store: ObjectStore, settings: SegmenterSettings) -> ObjectStore:
@@ -110,10 +119,9 @@ async def _serve(
 ) -> None:
     """Starts the service in the background, so that a stop is heard while there is no store yet."""
     await store.wait_until_usable()
-    await service.start()
-    _wake_by_events(settings, service, stack)
     address = settings.advertise or server.address
-    service.tasks.spawn("segmenter session", keep_session(service.ports, service.api.worker_id, address))
+    await service.start(address)
+    _wake_by_events(settings, service, stack)
     await server.set_serving(True)
     log.info("segmenter %s serves health checks on %s", service.api.worker_id, address)
 

@@ -1,6 +1,7 @@
 """Sealed buffers: announced, claimed, and registered as segments."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from opentelemetry import metrics
@@ -14,6 +15,8 @@ from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import AtMost, In, Transaction, where, where_keys
 from streamhouse_coordinator.service import forks
 from streamhouse_coordinator.service.common import Context, RangeKey, live_session, ranges_by_key, topic_names
+
+log = logging.getLogger(__name__)
 
 # How many buffers that turn out to be done are passed over per claim; the next claim goes on.
 CLAIM_CANDIDATES = 16
@@ -163,6 +166,23 @@ async def release_claim(context: Context, claim_id: str, reason: str, retry_afte
         await tx.apply([_release_compaction(row, free_at_ms, retry_after_ms) for row in compactions])
 
     await context.store.run(work)
+
+
+async def free_claims(tx: Transaction, worker_ids: Collection[str]) -> None:
+    """Ends all that these workers have claimed: they are gone, or begin anew. Nobody is harmed if one goes on all the
+    same: its registration is judged by the ranges, and it stops when its claim cannot be renewed."""
+    if not worker_ids:
+        return
+    now_ms = await tx.now_ms()
+    of_workers = where(worker_id=In(worker_ids))
+    buffers = await tx.select(t.BUFFER_CLAIMS, of_workers, lock="wait")
+    compactions = [row for row in await tx.select(t.COMPACTION_CLAIMS, of_workers, lock="wait") if row.claim_id]
+    changes = {"claim_id": "", "worker_id": "", "free_at_ms": now_ms, "last_reason": "its worker is gone"}
+    await tx.apply([Set(t.BUFFER_CLAIMS, (row.buffer_id,), changes) for row in buffers])
+    await tx.apply([_release_compaction(row, now_ms, 0) for row in compactions])
+    if buffers or compactions:
+        names = ", ".join(sorted(worker_ids))
+        log.info("%d buffers and %d compactions of %s are free again", len(buffers), len(compactions), names)
 
 
 def _release_compaction(row: t.CompactionClaimRow, free_at_ms: int, retry_after_ms: int) -> RowOp:

@@ -12,7 +12,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.histories import NOTHING_SEEN, Head, check_log, check_seen
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Transaction, where, where_keys
-from streamhouse_coordinator.service import forks, restores
+from streamhouse_coordinator.service import buffers, forks, restores
 from streamhouse_coordinator.service.common import (
     CLUSTER_LOCK,
     RANGE_KEYS,
@@ -100,6 +100,8 @@ async def open_session(
         ranges = await _ranges_of(tx, others, opened.wal_id)
         known = await _known(tx, [row.key for row in ranges])
         events = sessions.open_session(event, others, live, ranges, wal_ends, known)
+        if opened.role == sessions.SEGMENTER:
+            await buffers.free_claims(tx, [opened.agent_id])
         ops: list[RowOp] = [Remove(t.SESSION_LEASES, {"session_id": row.session_id}) for row in others]
         expires_ms = now_ms + context.settings.session_ttl_ms
         await tx.apply([*ops, Put(t.SESSION_LEASES, t.SessionLeaseRow(session_id, expires_ms, 0))])
@@ -375,6 +377,7 @@ async def _end(tx: Transaction, context: Context, session_ids: Sequence[str], wh
     for row in rows:
         held = [item for item in open_ranges if item.session_id == row.session_id]
         events += sessions.end_session(row, held, durable, why)
+    await buffers.free_claims(tx, [row.agent_id for row in rows if row.role == sessions.SEGMENTER])
     await tx.apply([Remove(t.SESSION_LEASES, {"session_id": session_id}) for session_id in session_ids])
     if any(row.role == sessions.INGEST for row in rows):
         await commit_leadership(tx, context.settings, events)

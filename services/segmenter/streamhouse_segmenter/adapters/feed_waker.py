@@ -1,10 +1,11 @@
-"""Wakes the worker at BufferSealed events of the coordinator's feed: embedded, or wherever there is no RabbitMQ."""
+"""Wakes the worker at events of the coordinator's feed: buffers to claim, and workers that are gone, whose claims are
+free."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from shproto.errors import StreamHouseError
-from shproto.events import BufferSealed
+from shproto.events import BufferSealed, SessionClosed, event_from_json
 from shproto.v1 import coordinator_pb2
 from shruntime.tasks import Backoff
 
@@ -16,26 +17,44 @@ log = logging.getLogger(__name__)
 RECONNECT_FIRST_MS = 100
 RECONNECT_MAX_MS = 5_000
 
+BUFFERS_AND_WORKERS = (BufferSealed.__name__, SessionClosed.__name__)
+WORKERS = (SessionClosed.__name__,)
 
-async def follow_buffers(ports: Ports, wake: Callable[[], None]) -> None:
-    """Calls `wake` at every BufferSealed from now on; runs until cancelled and reconnects by itself."""
+
+async def follow_events(ports: Ports, types: Sequence[str], wake: Callable[[], None], session_token: str = "") -> None:
+    """Calls `wake` at every event of these types from now on; runs until cancelled and reconnects by itself.
+
+    `session_token`: of the session that the coordinator looks after when the stream breaks; empty: none.
+    """
     backoff = Backoff(RECONNECT_FIRST_MS, RECONNECT_MAX_MS, ports.rng)
     while True:
         try:
-            await _follow(ports, wake, backoff)
+            await _follow(ports, types, wake, session_token, backoff)
             log.debug("the event feed ended")
         except StreamHouseError as error:
             log.info("the event feed broke, the periodic scan goes on: %s", error)
         await ports.clock.sleep_ms(backoff.next_ms())
 
 
-async def _follow(ports: Ports, wake: Callable[[], None], backoff: Backoff) -> None:
+async def _follow(
+    ports: Ports, types: Sequence[str], wake: Callable[[], None], session_token: str, backoff: Backoff
+) -> None:
     head = await ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
     wake()  # for what was sealed while nobody followed
     feed = ports.coordinator.follow_events(
-        coordinator_pb2.FollowEventsRequest(after_position=head.events_position, types=[BufferSealed.__name__])
+        coordinator_pb2.FollowEventsRequest(
+            after_position=head.events_position, types=types, session_token=session_token
+        )
     )
-    async for _ in feed:
+    async for row in feed:
         backoff.reset()
-        telemetry.events.add(1)
-        wake()
+        if row.type == BufferSealed.__name__:
+            telemetry.events.add(1)
+            wake()
+        elif _frees_claims(row):
+            wake()
+
+
+def _frees_claims(row: coordinator_pb2.Event) -> bool:
+    event = event_from_json(row.type, row.payload_json)
+    return isinstance(event, SessionClosed) and event.role == "segmenter"

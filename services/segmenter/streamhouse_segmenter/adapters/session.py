@@ -1,44 +1,114 @@
-"""Lets the coordinator know that this worker is there: for `streamhouse status`. Nothing depends on it."""
+"""The worker's session with the coordinator, and the event stream that goes with it.
 
+Owns: the session's token; that it is renewed, and that its stream stands. The stream wakes the worker, and by its break
+the coordinator notices a worker that died. Does not own: what is claimed (drain.py, compactor.py).
+Invariants: Nothing is claimed while there is no session. The coordinator frees all that a worker has claimed when its
+session ends, and when it opens another one.
+"""
+
+import asyncio
 import logging
+from collections.abc import Callable, Sequence
 
-from shproto.errors import StreamHouseError
+from shproto.errors import AgentIdTaken, SessionExpired, StreamHouseError
 from shproto.v1 import coordinator_pb2
 from shruntime.tasks import Backoff
 
+from streamhouse_segmenter.adapters.feed_waker import follow_events
 from streamhouse_segmenter.ports import Ports
 
 log = logging.getLogger(__name__)
-REOPEN_FIRST_MS = 200
-REOPEN_MAX_MS = 10_000
+RETRY_FIRST_MS = 200
+RETRY_MAX_MS = 5_000
 
 
-async def keep_session(ports: Ports, agent_id: str, address: str) -> None:
-    """Opens a session and renews it until cancelled, then closes it; opens another when it is gone."""
-    backoff = Backoff(REOPEN_FIRST_MS, REOPEN_MAX_MS, ports.rng)
-    while True:
-        try:
-            opened = await ports.coordinator.open_session(
-                coordinator_pb2.OpenSessionRequest(agent_id=agent_id, role="segmenter", address=address)
-            )
-            backoff.reset()
-            await _renew(ports, opened)
-        except StreamHouseError as error:
-            log.info("no session with the coordinator, trying again: %s", error)
-        await ports.clock.sleep_ms(backoff.next_ms())
+class WorkerSession:
+    """`start` makes the session wanted, `run` keeps it until cancelled, `close` gives it back. One that was never
+    started, as in the embedded platform, keeps nobody from claiming."""
 
+    def __init__(self, ports: Ports, worker_id: str) -> None:
+        self._ports = ports
+        self._worker_id = worker_id
+        self._address = ""
+        self._token = ""
 
-async def _renew(ports: Ports, opened: coordinator_pb2.OpenSessionResponse) -> None:
-    try:
+    def may_claim(self) -> bool:
+        """True unless a session is wanted and not open."""
+        return not self._address or bool(self._token)
+
+    def start(self, address: str) -> None:
+        """From now on nothing is claimed without a session. `address`: where this process listens."""
+        self._address = address
+
+    async def run(self, event_types: Sequence[str], wake: Callable[[], None]) -> None:
+        """Opens the session and lives in it; opens another one when it is lost. Wakes the worker at each, and at
+        events of these types."""
         while True:
-            await ports.clock.sleep_ms(opened.heartbeat_interval_ms)
-            await ports.coordinator.heartbeat(coordinator_pb2.HeartbeatRequest(session_token=opened.session_token))
-    finally:
-        await _close(ports, opened.session_token)
+            opened = await self._open()
+            self._token = opened.session_token
+            log.info("session %s is open", opened.session_id)
+            wake()
+            try:
+                await self._live(opened.heartbeat_interval_ms, event_types, wake)
+            except SessionExpired as error:
+                log.warning("the session is lost, and with it what was claimed: %s", error.message)
+                self._token = ""
 
+    async def _open(self) -> coordinator_pb2.OpenSessionResponse:
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS, self._ports.rng)
+        request = coordinator_pb2.OpenSessionRequest(
+            agent_id=self._worker_id,
+            role="segmenter",
+            address=self._address,
+            session_token=str(self._ports.new_uuid()),
+        )
+        while True:
+            try:
+                return await self._ports.coordinator.open_session(request)
+            except AgentIdTaken as error:
+                log.error("nothing is claimed: %s", error.message)
+            except StreamHouseError as error:
+                log.warning("no session yet, nothing is claimed: %s", error.message)
+            await self._ports.clock.sleep_ms(backoff.next_ms())
 
-async def _close(ports: Ports, token: str) -> None:
-    try:
-        await ports.coordinator.close_session(coordinator_pb2.CloseSessionRequest(session_token=token))
-    except StreamHouseError as error:
-        log.info("session not closed, it expires by itself: %s", error)
+    async def _live(self, heartbeat_interval_ms: int, event_types: Sequence[str], wake: Callable[[], None]) -> None:
+        """Raises SessionExpired."""
+        feed = follow_events(self._ports, event_types, wake, self._token)
+        tasks = [
+            asyncio.create_task(self._renew(heartbeat_interval_ms), name="segmenter heartbeats"),
+            asyncio.create_task(feed, name="segmenter feed"),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _renew(self, interval_ms: int) -> None:
+        """Raises SessionExpired."""
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS, self._ports.rng)
+        wait_ms: float = interval_ms
+        while True:
+            await self._ports.clock.sleep_ms(wait_ms)
+            try:
+                await self._ports.coordinator.heartbeat(coordinator_pb2.HeartbeatRequest(session_token=self._token))
+            except SessionExpired:
+                raise
+            except StreamHouseError as error:
+                log.warning("heartbeat failed: %s", error.message)
+                wait_ms = min(backoff.next_ms(), interval_ms)
+            else:
+                backoff.reset()
+                wait_ms = interval_ms
+
+    async def close(self) -> None:
+        """Gives the session back, best effort: one that cannot be closed expires. `run` must have ended."""
+        token, self._token = self._token, ""
+        if token:
+            try:
+                await self._ports.coordinator.close_session(coordinator_pb2.CloseSessionRequest(session_token=token))
+            except StreamHouseError as error:
+                log.info("session not closed, it expires by itself: %s", error)

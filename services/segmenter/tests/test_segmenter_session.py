@@ -1,0 +1,144 @@
+"""The worker's session: nothing is claimed without one, it outlives failed heartbeats, and its feed wakes the
+worker."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from shproto.errors import AgentIdTaken, SessionExpired, Unavailable
+from shproto.events import BufferSealed, Event, SessionClosed
+from shproto.v1 import coordinator_pb2 as c
+from shstore import MemoryStore
+from streamhouse_segmenter.settings import SegmenterSettings
+from streamhouse_segmenter.wiring import SegmenterService, build
+
+from services.segmenter.tests.segmenter_standins import StandInAgent, StandInCoordinator
+
+NEVER_MS = 3_600_000
+
+
+class Coordinator(StandInCoordinator):
+    """Answers to sessions by script; the last answer counts for all further calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opening: list[Exception | None] = [None]
+        self.heartbeats: list[Exception | None] = [None]
+        self.tokens: list[str] = []
+        self.closed: list[str] = []
+        self.follows: list[c.FollowEventsRequest] = []
+        self.claims_asked = 0
+        self.beats = 0
+
+    async def open_session(self, request: c.OpenSessionRequest) -> c.OpenSessionResponse:
+        self.tokens.append(request.session_token)
+        if (error := _next(self.opening)) is not None:
+            raise error
+        return c.OpenSessionResponse(session_token=request.session_token, session_id="s", heartbeat_interval_ms=5)
+
+    async def heartbeat(self, request: c.HeartbeatRequest) -> c.HeartbeatResponse:
+        self.beats += 1
+        if (error := _next(self.heartbeats)) is not None:
+            raise error
+        return c.HeartbeatResponse()
+
+    async def close_session(self, request: c.CloseSessionRequest) -> c.CloseSessionResponse:
+        self.closed.append(request.session_token)
+        return c.CloseSessionResponse()
+
+    async def claim_buffer(self, request: c.ClaimBufferRequest) -> c.ClaimBufferResponse:
+        self.claims_asked += 1
+        return await super().claim_buffer(request)
+
+    async def emit(self, event: Event) -> None:
+        row = c.Event(position=len(self.events) + 1, type=type(event).__name__, payload_json=event.to_json())
+        async with self._news:
+            self.events.append(row)
+            self._news.notify_all()
+
+    async def follow_events(self, request: c.FollowEventsRequest) -> AsyncIterator[c.Event]:
+        self.follows.append(request)
+        async for event in super().follow_events(request):
+            yield event
+
+
+def _next(script: list[Exception | None]) -> Exception | None:
+    return script.pop(0) if len(script) > 1 else script[0]
+
+
+async def until(met: Any) -> None:
+    async with asyncio.timeout(30):
+        while not met():
+            await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def running(coordinator: Coordinator, *, follow_feed: bool = True) -> AsyncIterator[SegmenterService]:
+    agent: Any = StandInAgent()
+    api: Any = coordinator
+    settings = SegmenterSettings(worker_id="w1", scan_interval_ms=NEVER_MS)
+    service = build(settings, api, MemoryStore(), lambda address: agent)
+    service.follow_feed = follow_feed
+    await service.start("127.0.0.1:1")
+    try:
+        yield service
+    finally:
+        await service.stop()
+    assert service.tasks.error is None
+
+
+async def test_nothing_is_claimed_before_the_session_is_open() -> None:
+    coordinator = Coordinator()
+    taken = AgentIdTaken("the id of segmenter 'w1' is in use by a live process", agent_id="w1")
+    coordinator.opening = [Unavailable("no coordinator"), taken, None]
+    async with running(coordinator) as service:
+        await until(lambda: len(coordinator.tokens) == 2)
+        assert coordinator.claims_asked == 0 and not service.session.may_claim()
+        await until(lambda: coordinator.claims_asked)
+        assert len(set(coordinator.tokens)) == 1, "one session is wanted, however often it is asked for"
+    assert coordinator.closed == coordinator.tokens[-1:]
+
+
+async def test_a_failed_heartbeat_keeps_the_session_and_its_claims() -> None:
+    coordinator = Coordinator()
+    coordinator.heartbeats = [Unavailable("away"), Unavailable("away"), None]
+    async with running(coordinator) as service:
+        await until(lambda: coordinator.beats > 3)
+        assert service.session.may_claim()
+        assert len(coordinator.tokens) == 1 and not coordinator.closed
+
+
+async def test_a_lost_session_is_followed_by_another() -> None:
+    coordinator = Coordinator()
+    coordinator.heartbeats = [SessionExpired("gone"), None]
+    async with running(coordinator):
+        await until(lambda: len(coordinator.tokens) == 2 and coordinator.beats > 2)
+        assert len(set(coordinator.tokens)) == 2
+        await until(lambda: len(coordinator.follows) >= 2)
+        assert [request.session_token for request in coordinator.follows] == coordinator.tokens, "watched by its stream"
+
+
+async def test_a_worker_that_is_gone_wakes_the_others() -> None:
+    """What it had claimed is free, and no event of the buffers says so."""
+    coordinator = Coordinator()
+    async with running(coordinator, follow_feed=False):
+        await until(lambda: coordinator.follows and coordinator.claims_asked)
+        assert list(coordinator.follows[0].types) == [SessionClosed.__name__], "RabbitMQ tells of buffers"
+        await until(lambda: coordinator.beats > 1)
+        asked = coordinator.claims_asked
+        await coordinator.emit(SessionClosed("q", "q1", "query", "expired"))
+        await coordinator.emit(SessionClosed("x", "w2", "segmenter", "unreachable"))
+        await until(lambda: coordinator.claims_asked > asked)
+
+
+async def test_without_an_address_it_lives_in_the_coordinators_process() -> None:
+    coordinator = Coordinator()
+    api: Any = coordinator
+    service = build(
+        SegmenterSettings(worker_id="w1", scan_interval_ms=NEVER_MS), api, MemoryStore(), lambda address: api
+    )
+    await service.start()
+    await until(lambda: coordinator.follows and coordinator.claims_asked)
+    assert BufferSealed.__name__ in coordinator.follows[0].types and not coordinator.tokens
+    await service.stop()
