@@ -3,10 +3,11 @@
 The names follow the literature (Jepsen's Kafka workload) where it has one.
 """
 
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from tests.faults import history as h
 from tests.faults.timeline import Outcome, PartitionTimeline, Timeline, Write
@@ -25,6 +26,12 @@ Check = Callable[[Timeline], Iterator[Anomaly]]
 MIN_ACKS_DURABLE = "durable"
 # An error with these reasons says that bytes are gone or wrong; others say that somebody is away.
 DAMAGE = ("DATA_LOSS", "INTERNAL", "OFFSET_BEYOND_END", "OFFSET_BELOW_START")
+
+BIT_FLIPS = "s3-bit-flips"
+"""The nemesis that damages what is read on its way: who reads meanwhile may be told of it."""
+
+TOLD_LATE_MS = 10_000
+"""Until a consumer hears what its query service has met: the longest wait of a request, and a busy machine."""
 
 
 def _at(partition: PartitionTimeline, offset: int) -> str:
@@ -366,10 +373,20 @@ def unregistered(timeline: Timeline) -> Iterator[Anomaly]:
 
 
 def damage(timeline: Timeline) -> Iterator[Anomaly]:
-    """G6 turned round: no fault here damages stored bytes, so nobody may be told of damage."""
+    """G6 turned round: no fault here damages stored bytes, so nobody may be told of damage; but while bits flip on the
+    way."""
+    flips = _windows(timeline, BIT_FLIPS)
     for line, event in timeline.read_errors:
-        if event.reason in DAMAGE:
+        is_flipped = any(begin <= event.at_ms <= end + TOLD_LATE_MS for begin, end in flips)
+        if event.reason in DAMAGE and not (event.reason == "DATA_LOSS" and is_flipped):
             yield Anomaly("damage", f"{event.process}: {event.reason}: {event.error}", (line,))
+
+
+def _windows(timeline: Timeline, name: str) -> list[tuple[int, int]]:
+    """When the nemesis was at work, in ms since the run began."""
+    begins = [event.at_ms for _, event in timeline.faults if (event.name, event.state) == (name, h.BEGINS)]
+    ends = [event.at_ms for _, event in timeline.faults if (event.name, event.state) == (name, h.OVER)]
+    return list(zip_longest(begins, ends, fillvalue=sys.maxsize))
 
 
 def deaths(timeline: Timeline) -> Iterator[Anomaly]:

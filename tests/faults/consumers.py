@@ -26,6 +26,7 @@ REQUEST_TIMEOUT_MS = 3_000
 COMMIT_EVERY_S = 1.0
 WATCH_EVERY_S = 2.0
 RESTART_PAUSE_S = 0.5
+REREAD_EVERY_S = (3.0, 10.0)
 
 
 def record_poll(recorder: Recorder, process: str, batch: RecordBatch, group: str = "") -> None:
@@ -35,12 +36,20 @@ def record_poll(recorder: Recorder, process: str, batch: RecordBatch, group: str
 
 
 class PlainConsumer:
-    """Reads every partition from its start, for ever; after an error goes on where it was."""
+    """Reads every partition from its start, for ever; after an error goes on where it was.
 
-    def __init__(self, process: str, partitions: Sequence[Where], recorder: Recorder) -> None:
+    With `rereads` it goes back again and again to somewhere it has been, so that segments are read and not only what is
+    new; until `settling`.
+    """
+
+    def __init__(
+        self, process: str, partitions: Sequence[Where], recorder: Recorder, rereads: random.Random | None = None
+    ) -> None:
         self.process = process
         self.recorder = recorder
         self.positions: dict[Where, int] = dict.fromkeys(partitions, 0)
+        self.settling = False
+        self._rereads = rereads
 
     async def run(self, bootstrap: str) -> None:
         """Until cancelled."""
@@ -59,13 +68,27 @@ class PlainConsumer:
             retry_timeout_ms=RETRY_TIMEOUT_MS,
             start=0,
         )
+        loop = asyncio.get_running_loop()
         async with consumer:
-            for where, offset in self.positions.items():
-                await consumer.seek(*where, offset)
-                self.recorder.write(Assigned(self.process, *where, offset))
+            await self._seek(consumer, self.positions)
+            reread_at_s = self._next_reread(loop.time())
             async for batch in consumer.batches():
                 record_poll(self.recorder, self.process, batch)
                 self.positions[batch.topic, batch.partition] = int(batch.offsets[-1]) + 1
+                if self._rereads is not None and not self.settling and loop.time() >= reread_at_s:
+                    await self._seek(
+                        consumer, {where: self._rereads.randrange(at + 1) for where, at in self.positions.items()}
+                    )
+                    reread_at_s = self._next_reread(loop.time())
+
+    def _next_reread(self, now_s: float) -> float:
+        return now_s + (self._rereads.uniform(*REREAD_EVERY_S) if self._rereads is not None else 0.0)
+
+    async def _seek(self, consumer: Consumer, offsets: Mapping[Where, int]) -> None:
+        for where, offset in offsets.items():
+            await consumer.seek(*where, offset)
+            self.positions[where] = offset
+            self.recorder.write(Assigned(self.process, *where, offset))
 
 
 class GroupMember:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.faults import shim
 from tests.faults.history import ProcessDied, Recorder
 from tests.faults.proxy import FaultProxy
+from tests.faults.store_proxy import StoreProxy
 from tests.integration import servers
 from tests.integration.processes import ServiceProcess, free_ports, is_serving
 from tests.integration.standby import postgres_pair
@@ -75,12 +76,18 @@ SETTINGS = {
     "EARLY_WAIT_MS_MAX": 6000,
     "COMPACTION_INTERVAL_MS": 5000,
     "COMPACTION_SEGMENTS_MIN": 4,
+    # Orphans are looked for all the time, and deleted as soon as no fault can hold up a registration for so long.
+    "ORPHAN_SWEEP_INTERVAL_MS": 4000,
+    "ORPHAN_GRACE_MS": 30_000,
+    "ORPHAN_CONFIRM_MS": 5000,
     "S3_CONNECT_TIMEOUT_MS": 1000,
     "S3_READ_TIMEOUT_MS": 3000,
     "S3_ATTEMPTS_DEADLINE_MS": 5000,
     "SHUTDOWN_TIMEOUT_MS": 20_000,
-    "CACHE_BYTES_MAX": 16 * 1024 * 1024,
+    # Small caches: what is read again comes from the object store.
+    "CACHE_BYTES_MAX": 1024 * 1024,
     "CACHE_CHUNK_BYTES": 64 * 1024,
+    "REDIS_TTL_S": 2,
 }
 """Of all services, with STREAMHOUSE_ in front."""
 
@@ -134,6 +141,7 @@ class Fleet:
         self.links: dict[str, FaultProxy] = {}
         self.members: dict[str, Member] = {}
         self.servers: dict[str, servers.Server] = {}
+        self.store: StoreProxy | None = None
         self.busy: set[str] = set()
         self.turns: dict[str, list[int]] = {}
         self.small_disk: Path | None = None
@@ -172,7 +180,9 @@ class Fleet:
 
     async def _make_links(self, listens: Mapping[str, str]) -> None:
         servers_at = {name: place_of(server.url) for name, server in self.servers.items()}
-        targets = {**listens, **servers_at, **self._postgres_places()}
+        self.store = StoreProxy(servers_at["s3"])
+        await self.store.start()
+        targets = {**listens, **servers_at, **self._postgres_places(), "s3": self.store.address}
         for way in WAYS:
             link = self.links[way] = FaultProxy(way, targets[way.partition(">")[2]])
             await link.start()
@@ -298,6 +308,8 @@ class Fleet:
         """Everything runs, every link passes."""
         for link in self.links.values():
             await link.heal()
+        if self.store is not None:
+            self.store.heal()
         for name, server in self.servers.items():
             if not server.is_running:
                 self.recorder.note("run", f"starts {name} again")
@@ -340,6 +352,8 @@ class Fleet:
                 await asyncio.to_thread(member.process.kill)
         for link in self.links.values():
             await link.stop()
+        if self.store is not None:
+            await self.store.stop()
         while self.servers:
             await asyncio.to_thread(self.servers.popitem()[1].close)
         if self.small_disk is not None:

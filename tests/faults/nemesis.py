@@ -44,6 +44,10 @@ class NotPossible(Exception):
     """This nemesis finds nothing to hit at the moment, or the machine does not allow it. Says why."""
 
 
+class Busy(NotPossible):
+    """What it would hit has another fault: its turn comes later."""
+
+
 class NotHealed(Exception):
     """A nemesis was not undone in its time."""
 
@@ -66,7 +70,7 @@ def one_of(fleet: Fleet, rng: random.Random, candidates: Iterable[str]) -> Itera
     """A target that no other fault is at, kept for this one."""
     free = [name for name in candidates if name not in fleet.busy]
     if not free:
-        raise NotPossible("every target has a fault already")
+        raise Busy("every target has a fault already")
     chosen = rng.choice(free)
     with all_of(fleet, [chosen]):
         yield chosen
@@ -76,7 +80,7 @@ def one_of(fleet: Fleet, rng: random.Random, candidates: Iterable[str]) -> Itera
 def all_of(fleet: Fleet, names: Iterable[str]) -> Iterator[None]:
     wanted = set(names)
     if wanted & fleet.busy:
-        raise NotPossible(f"{', '.join(sorted(wanted & fleet.busy))} has a fault already")
+        raise Busy(f"{', '.join(sorted(wanted & fleet.busy))} has a fault already")
     fleet.busy |= wanted
     try:
         yield
@@ -124,12 +128,16 @@ async def torment(
         now = [bag.pop() for _ in range(2 if len(bag) > 1 and rng.random() < TWO_AT_ONCE else 1)]
         plans = [(name, random.Random(rng.getrandbits(64)), rng.uniform(*HOLD_S[name])) for name in now]
         async with asyncio.TaskGroup() as group:
-            for name, own, hold_s in plans:
+            tasks = [
                 group.create_task(_once(fleet, own, name, min(hold_s, max(end - loop.time(), 1.0)), recorder, faults))
+                for name, own, hold_s in plans
+            ]
+        bag = [name for name, task in zip(now, tasks, strict=True) if not task.result()] + bag
         await asyncio.sleep(rng.uniform(*PAUSE_S))
 
 
-async def _once(fleet: Fleet, rng: random.Random, name: str, hold_s: float, recorder: Recorder, faults: Faults) -> None:
+async def _once(fleet: Fleet, rng: random.Random, name: str, hold_s: float, recorder: Recorder, faults: Faults) -> bool:
+    """Returns False if it must have its turn another time."""
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         try:
@@ -137,7 +145,7 @@ async def _once(fleet: Fleet, rng: random.Random, name: str, hold_s: float, reco
                 deed = await stack.enter_async_context(NEMESES[name](fleet, rng))
         except NotPossible as reason:
             recorder.fault(Fault(name, SKIPPED, str(reason)))
-            return
+            return not isinstance(reason, Busy)
         recorder.fault(Fault(name, BEGINS, f"{deed.text}, for {hold_s:.1f} s"))
         faults.done.append(name)
         faults.at_work.add(name)
@@ -147,6 +155,7 @@ async def _once(fleet: Fleet, rng: random.Random, name: str, hold_s: float, reco
             await stack.aclose()
         faults.at_work.discard(name)
         recorder.fault(Fault(name, OVER, f"undone in {loop.time() - healing_since:.1f} s; {deed.effect}".rstrip("; ")))
+    return True
 
 
 @asynccontextmanager

@@ -73,7 +73,12 @@ class _Producing:
 
 
 class SdkProducer(_Producing):
-    """Pipelined, idempotent; what it gives up may be written or not."""
+    """Pipelined, idempotent; what it gives up may be written or not. Hands over one batch after the other, as an
+    application does that cares for their order, and waits for all acknowledgements at once."""
+
+    def __init__(self, process: str, target: Target, recorder: Recorder, rng: random.Random) -> None:
+        super().__init__(process, target, recorder, rng)
+        self._turn = asyncio.Lock()
 
     async def run(self, bootstrap: str) -> None:
         """Until `stopping`; then waits for everything under way."""
@@ -105,7 +110,8 @@ class SdkProducer(_Producing):
     async def _send(self, producer: Producer, room: asyncio.Semaphore, operation: Produce) -> None:
         try:
             values = [payload_of(value) for value in operation.values]
-            result = await producer.send_many(operation.topic, values, partition=operation.partition)
+            async with self._turn:
+                result = await producer.send_many(operation.topic, values, partition=operation.partition)
             sent = await result
             self.recorder.write(Produced(operation.id, spans_of(sent.offsets.tolist())))
         except StreamHouseError as error:

@@ -1,7 +1,7 @@
 """A TCP proxy between two parts, and what a network does to them: delay, silence, cuts, refusals; one way too.
 
-Owns: the listening socket, the connections through it, and their faults. `Answers` are faults of the HTTP server behind
-it (the object store's).
+Owns: the listening socket, the connections through it, and their faults. Does not own: what the bytes say
+(store_proxy.py, postgres_proxy.py).
 Invariants: bytes of one direction arrive in order, and none is taken out of the middle of a stream. The end of a
 stream, orderly (FIN) or not (RST), arrives behind its bytes, and like them not while the direction is silent; after the
 heal they arrive, as TCP's retransmission would have it. A connection that is opened while either direction is silent is
@@ -20,8 +20,6 @@ HELD_BYTES_MAX = 8 * 1024 * 1024
 """A held direction stops reading beyond this: then the sender's own buffers fill, as on a real network."""
 
 BACKLOG = 100
-DRAIN_S = 0.2
-"""After an early answer the rest of the request is read for so long; closing at once would destroy the answer."""
 
 
 class Direction(Enum):
@@ -32,35 +30,6 @@ class Direction(Enum):
 
 
 BOTH = (Direction.UP, Direction.DOWN)
-
-
-class Answers(Enum):
-    """What becomes of answers. SLOW_DOWN, ERROR, CONFLICT, DENIED: requests get HTTP 503, 500, 409 or 403 and never
-    arrive. LOST: requests arrive, the connection is reset when the answer comes. TRUNCATED: it is reset in the middle
-    of the answer's body, or of its head if it has no body."""
-
-    NORMAL = "normal"
-    SLOW_DOWN = "503"
-    ERROR = "500"
-    CONFLICT = "409"
-    DENIED = "403"
-    LOST = "lost"
-    TRUNCATED = "truncated"
-
-
-_CODES = {
-    Answers.SLOW_DOWN: ("503 Slow Down", "SlowDown"),
-    Answers.ERROR: ("500 Internal Server Error", "InternalError"),
-    Answers.CONFLICT: ("409 Conflict", "ConditionalRequestConflict"),
-    Answers.DENIED: ("403 Forbidden", "AccessDenied"),
-}
-
-
-def _half(answer: bytes) -> bytes:
-    head, separator, body = answer.partition(b"\r\n\r\n")
-    if b"content-length: 0" in head.lower().split(b"\r\n"):
-        return head[: len(head) // 2]
-    return head + separator + body[: len(body) // 2]
 
 
 class End(Enum):
@@ -167,34 +136,10 @@ class _Pipe:
                     raise EOFError("both sides have ended")
                 continue
             assert isinstance(item, bytes)
-            if flow.way is Direction.UP and self.proxy.answers in _CODES:
-                await self._answer(*_CODES[self.proxy.answers])
-            data = await self._spoil(item, flow) if flow.way is Direction.DOWN else item
             try:
-                await flow.hand_over(data)
+                await flow.hand_over(item)
             except ConnectionResetError:
                 await back.put(End.RESET)  # the receiver's own RST travels back as everything does
-
-    async def _answer(self, status: str, code: str) -> None:
-        """An answer of our own to the request that begins; then the connection ends."""
-        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>"
-        head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nConnection: close\r\n"
-        self.near_writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        await self.near_writer.drain()
-        await asyncio.sleep(DRAIN_S)
-        raise EOFError("answered by the proxy")
-
-    async def _spoil(self, data: bytes, flow: _Flow) -> bytes:
-        """Raises EOFError or ConnectionResetError where the fault ends the connection."""
-        if self.proxy.answers is Answers.LOST:
-            heads = data.split(b"\r\n\r\n")
-            if heads.pop() == b"" and all(head.startswith(b"HTTP/1.1 100 ") for head in heads):
-                return data  # the client sends its body only when it is told to continue
-            raise ConnectionResetError("the answer is lost")
-        if self.proxy.answers is Answers.TRUNCATED:
-            await flow.hand_over(_half(data))
-            raise EOFError("the answer is truncated")
-        return data
 
     def reset(self) -> None:
         """RST to both sides: what is under way is lost."""
@@ -244,7 +189,6 @@ class FaultProxy:
         self.delay_ms = dict.fromkeys(BOTH, 0)
         self.passed_bytes = dict.fromkeys(BOTH, 0)
         self.held_bytes = dict.fromkeys(BOTH, 0)
-        self.answers = Answers.NORMAL
         self._open = {way: asyncio.Event() for way in BOTH}
         self._is_refusing = False
         self._listening = _Listening.CLOSED
@@ -377,5 +321,4 @@ class FaultProxy:
         for event in self._open.values():
             event.set()
         self.delay_ms = dict.fromkeys(BOTH, 0)
-        self.answers = Answers.NORMAL
         self._listen()

@@ -13,8 +13,11 @@ from shproto import errors
 
 from tests.faults import history as h
 from tests.faults.checker import check, explain, main
+from tests.faults.checks import BIT_FLIPS, TOLD_LATE_MS
 from tests.faults.generate import generate
+from tests.faults.nemeses import store
 from tests.faults.producers import is_refusal
+from tests.faults.store_proxy import StoreFault
 
 KEY = "data/t.0/0/0.seg"
 
@@ -405,6 +408,33 @@ def test_what_is_no_history_is_refused(
     path.write_text(line + "\n")
     assert main([str(path)]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told_ms", "reason", "fault", "is_found"),
+    [
+        (1500, "DATA_LOSS", BIT_FLIPS, False),
+        (2000 + TOLD_LATE_MS, "DATA_LOSS", BIT_FLIPS, False),
+        (2001 + TOLD_LATE_MS, "DATA_LOSS", BIT_FLIPS, True),
+        (999, "DATA_LOSS", BIT_FLIPS, True),
+        (1500, "INTERNAL", BIT_FLIPS, True),
+        (1500, "DATA_LOSS", "kill", True),
+    ],
+)
+def test_damage_may_be_told_of_while_bits_flip_on_the_way(
+    told_ms: int, reason: str, fault: str, is_found: bool
+) -> None:
+    events = before(
+        h.End,
+        h.Fault(fault, h.BEGINS, "", at_ms=1000),
+        h.Fault(fault, h.OVER, "", at_ms=2000),
+        h.ReadFailed("plain", reason, "", at_ms=told_ms),
+    )
+    assert check(events).kinds == ({"damage"} if is_found else set())
+
+
+def test_the_nemesis_that_flips_bits_is_known_by_that_name() -> None:
+    assert store.FAULTS[BIT_FLIPS] == (StoreFault.FLIPPED,)
 
 
 def test_every_kind_of_event_survives_the_file(tmp_path: Path) -> None:

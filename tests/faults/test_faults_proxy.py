@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.proxy import BOTH, Answers, Direction, FaultProxy
+from tests.faults.proxy import BOTH, Direction, FaultProxy
 
 Connect = Callable[[], Coroutine[Any, Any, tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 SHORT_S = 0.1
@@ -24,7 +24,6 @@ class Echo:
     def __init__(self) -> None:
         self.arrived: list[bytes] = []
         self.ends: list[str] = []
-        self.answer = b""
         self.closes = True
         self.writers: list[asyncio.StreamWriter] = []
 
@@ -33,7 +32,7 @@ class Echo:
         try:
             while line := await reader.readline():
                 self.arrived.append(line)
-                writer.write(self.answer or line)
+                writer.write(line)
                 await writer.drain()
             self.ends.append("FIN")
         except ConnectionError:
@@ -272,47 +271,3 @@ async def test_a_target_that_is_not_there_resets(proxy: FaultProxy, connect: Con
     reader, _ = await connect()
     with pytest.raises(ConnectionResetError):
         await reader.readline()
-
-
-@pytest.mark.parametrize(("answers", "status"), [(Answers.SLOW_DOWN, b"503"), (Answers.ERROR, b"500")])
-async def test_answers_in_the_servers_place(
-    echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect, answers: Answers, status: bytes
-) -> None:
-    proxy.answers = answers
-    reader, writer = await connect()
-    writer.write(b"PUT /bucket/key HTTP/1.1\r\n\r\n")
-    answer = await reader.read()
-    assert answer.startswith(b"HTTP/1.1 " + status)
-    assert b"<Code>" in answer
-    assert echo[0].arrived == []
-
-
-async def test_loses_the_answer_of_a_request_that_arrived(
-    echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect
-) -> None:
-    proxy.answers = Answers.LOST
-    reader, writer = await connect()
-    writer.write(b"done\n")
-    with pytest.raises(ConnectionResetError):
-        await reader.readline()
-    assert echo[0].arrived == [b"done\n"]
-
-
-@pytest.mark.parametrize(
-    ("answer", "arrives"),
-    [
-        (
-            b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n0123456789",
-            b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n01234",
-        ),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", b"HTTP/1.1 200 OK\r\n"),
-    ],
-)
-async def test_truncates_a_body_or_else_the_head(
-    echo: tuple[Echo, str], proxy: FaultProxy, connect: Connect, answer: bytes, arrives: bytes
-) -> None:
-    proxy.answers = Answers.TRUNCATED
-    echo[0].answer = answer
-    reader, writer = await connect()
-    writer.write(b"GET\n")
-    assert await reader.read() == arrives

@@ -16,7 +16,7 @@ from tests.faults.run import Run
 
 SEED = int(os.environ.get("STREAMHOUSE_TEST_SEED", random.SystemRandom().randrange(2**32)))
 SECONDS = 25.0
-NEMESES = ("kill", "pause", "black-hole-client-agent", "flaky", "postgres-failover", "s3-faults", "disk-full")
+NEMESES = ("kill", "pause", "black-hole-client-agent", "flaky", "postgres-failover", "s3-resets", "disk-full")
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 

@@ -77,6 +77,23 @@ async def test_one_that_is_not_possible_is_skipped_with_its_reason(played: Playe
     assert played.faults.done == []
 
 
+async def test_one_whose_target_has_another_fault_has_its_turn_later(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nemesis, "TWO_AT_ONCE", 1.0)
+    for name in ("a", "b"):
+
+        @nemesis.nemesis(name, hold_s=(0.01, 0.02))
+        async def body(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+            with nemesis.all_of(fleet, ["the same"]):
+                yield Deed("did it")
+
+    found = await played.torment(0.5)
+    assert {"skipped", "begins"} <= {event.state for event in found}
+    counts = [played.faults.done.count(name) for name in ("a", "b")]
+    assert min(counts) > 2 and max(counts) - min(counts) <= 1
+
+
 async def test_one_that_is_not_undone_in_time_fails_the_run(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nemesis, "HEAL_S_MAX", 0.05)
     register("a", undo_s=60)

@@ -20,7 +20,8 @@ from shstore import ObjectStore, RetryingStore, RetryPolicy, StoreSettings, open
 from shstore.configured import configured_store
 from shstore.errors import ObjectExists, StoreError
 
-from tests.faults.proxy import Answers, Direction, FaultProxy
+from tests.faults.proxy import Direction, FaultProxy
+from tests.faults.store_proxy import StoreFault, StoreProxy
 from tests.integration.rivals import Rivals, rivals, until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -62,9 +63,10 @@ class Noting:
 class Weather:
     """One bad day after the other."""
 
-    def __init__(self, found: Rivals, proxy: FaultProxy, store: Noting) -> None:
+    def __init__(self, found: Rivals, link: FaultProxy, server: StoreProxy, store: Noting) -> None:
         self._rivals = found
-        self._proxy = proxy
+        self._link = link
+        self._server = server
         self._store = store
 
     async def write_through(self, name: str) -> None:
@@ -75,7 +77,7 @@ class Weather:
         assert not writing.done(), f"{name}: acknowledged by a store that has not answered"
         await self.end()
         assert await writing == before
-        if name == "lost":  # the first try took effect: the next one meets 412, and its own bytes
+        if name in ("lost", "late"):  # the first try took effect: the next one meets 412, and its own bytes
             assert [error for error in self._store.errors if isinstance(error, ObjectExists)], name
 
     def begin_write(self, name: str) -> asyncio.Task[int]:
@@ -85,7 +87,7 @@ class Weather:
         return asyncio.create_task(self._rivals.produce("old", b"during " + name.encode(), DURABLE))
 
     async def end(self) -> None:
-        await self._proxy.heal()
+        await self._heal()
 
     async def read_through(self, name: str) -> None:
         self._store.clear()
@@ -93,20 +95,24 @@ class Weather:
         reading = asyncio.create_task(self._rivals.read())
         await until(lambda: self._store.errors)
         assert not reading.done(), f"{name}: an answer out of thin air"
-        await self._proxy.heal()
+        await self._heal()
         assert await reading == (self._rivals.acknowledged, [])
 
     def _begin(self, name: str) -> None:
         if name == "silent":  # whether it took effect nobody hears in time
-            self._proxy.hold(Direction.DOWN)
+            self._link.hold(Direction.DOWN)
         elif name == "slow":
-            self._proxy.delay(Direction.DOWN, 2 * READ_TIMEOUT_MS)
+            self._link.delay(Direction.DOWN, 2 * READ_TIMEOUT_MS)
         else:
-            self._proxy.answers = Answers(name)
+            self._server.begin(StoreFault(name), seconds=2 * READ_TIMEOUT_MS / 1000)
+
+    async def _heal(self) -> None:
+        self._server.heal()
+        await self._link.heal()
 
 
-WRITES = ("503", "500", "409", "lost", "truncated", "silent", "slow")
-READS = ("503", "500", "lost", "truncated", "silent")
+WRITES = ("503", "500", "409", "unsent", "lost", "late", "truncated", "silent", "slow")
+READS = ("503", "500", "lost", "truncated", "short", "whole", "silent")
 
 
 def settings(storage: dict[str, str], address: str) -> StoreSettings:
@@ -123,17 +129,20 @@ def settings(storage: dict[str, str], address: str) -> StoreSettings:
 
 @contextlib.asynccontextmanager
 async def bad_weather(storage: dict[str, str], directory: Path) -> AsyncIterator[tuple[Rivals, Weather]]:
-    proxy = FaultProxy("store", urlsplit(storage["STREAMHOUSE_S3_ENDPOINT"]).netloc)
-    await proxy.start()
-    store = Noting(open_store(settings(storage, proxy.address)))
+    server = StoreProxy(urlsplit(storage["STREAMHOUSE_S3_ENDPOINT"]).netloc)
+    await server.start()
+    link = FaultProxy("store", server.address)
+    await link.start()
+    store = Noting(open_store(settings(storage, link.address)))
     policy = RetryPolicy(base_delay_ms=50, throttled_base_delay_ms=50, max_delay_ms=500, throttled_max_delay_ms=500)
     retrying = RetryingStore(store, policy)
     try:
         async with rivals(storage["STREAMHOUSE_PG_DSN"], directory, DURABLE, store=retrying) as found:
-            yield found, Weather(found, proxy, store)
+            yield found, Weather(found, link, server, store)
     finally:
         await retrying.close()
-        await proxy.stop()
+        await link.stop()
+        await server.stop()
 
 
 async def test_g1_g2_g7_every_fault_of_the_store_ends_in_exactly_one_registration(

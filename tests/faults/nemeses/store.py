@@ -1,12 +1,30 @@
-"""Nemeses of the object store."""
+"""Nemeses of the object store: it is away, refuses, loses answers, is late, and lies about what it holds."""
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from tests.faults.fleet import Fleet
 from tests.faults.nemeses.servers import outage
-from tests.faults.nemesis import Deed, all_of, nemesis
-from tests.faults.proxy import Answers, Direction
+from tests.faults.nemesis import Deed, all_of, by_turns, nemesis
+from tests.faults.proxy import Direction
+from tests.faults.store_proxy import StoreFault
+
+LATE_S = (1.0, 8.0)
+"""Less and more than the services wait for an answer (S3_READ_TIMEOUT_MS)."""
+
+SHARE = (0.3, 1.0)
+"""Of the requests that can meet the fault."""
+
+FAULTS: dict[str, tuple[StoreFault, ...]] = {
+    "s3-refuses": (StoreFault.SLOW_DOWN, StoreFault.ERROR, StoreFault.CONFLICT, StoreFault.DENIED),
+    "s3-resets": (StoreFault.LOST, StoreFault.UNSENT),
+    "s3-late": (StoreFault.LATE,),
+    "s3-cut-bodies": (StoreFault.TRUNCATED, StoreFault.SHORT),
+    "s3-bit-flips": (StoreFault.FLIPPED,),
+    "s3-ignores-ranges": (StoreFault.WHOLE,),
+    "s3-slow-bodies": (StoreFault.TRICKLE,),
+    "s3-stale-listings": (StoreFault.STALE,),
+}
 
 
 @nemesis("s3-away")
@@ -16,18 +34,41 @@ async def s3_away(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
         yield deed
 
 
-@nemesis("s3-faults")
-async def s3_faults(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-    """The object store throttles, fails, loses answers, cuts bodies short, or takes seconds."""
+@nemesis("s3-slow")
+async def s3_slow(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+    """Every answer takes up to five seconds, by the network."""
     links = [name for name in fleet.links if name.endswith(">s3")]
-    fault = rng.choice((Answers.SLOW_DOWN, Answers.ERROR, Answers.LOST, Answers.TRUNCATED, Answers.NORMAL))
-    delay_ms = rng.randrange(500, 5000) if fault is Answers.NORMAL else 0
+    delay_ms = rng.randrange(500, 5000)
     with all_of(fleet, links):
         for name in links:
-            fleet.links[name].answers = fault
             fleet.links[name].delay(Direction.DOWN, delay_ms)
         try:
-            yield Deed(f"s3 answers {fault.value}, {delay_ms} ms late")
+            yield Deed(f"s3 answers {delay_ms} ms late")
         finally:
             for name in links:
                 await fleet.links[name].heal()
+
+
+def store_fault(name: str, faults: Sequence[StoreFault]) -> Callable[[Fleet, random.Random], AsyncIterator[Deed]]:
+    async def lie(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+        """A part of the requests, or all, meets one of `faults`; these have their turns."""
+        store = fleet.store
+        assert store is not None, "a fleet that runs has one"
+        fault = by_turns(fleet, rng, name, faults)
+        share, seconds = rng.uniform(*SHARE), rng.uniform(*LATE_S)
+        with all_of(fleet, ["s3-answers"]):
+            before = store.touched[fault]
+            store.begin(fault, share=share, seconds=seconds, seed=rng.getrandbits(32))
+            timed = f", {seconds:.1f} s each" if fault in (StoreFault.LATE, StoreFault.TRICKLE) else ""
+            deed = Deed(f"{share:.0%} of the requests meet {fault.value}{timed}")
+            try:
+                yield deed
+            finally:
+                store.heal()
+                deed.effect = f"{store.touched[fault] - before} requests hit"
+
+    return lie
+
+
+for _name, _faults in FAULTS.items():
+    nemesis(_name)(store_fault(_name, _faults))
