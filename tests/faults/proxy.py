@@ -12,8 +12,10 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections.abc import Callable
 from enum import Enum
 from itertools import count
+from typing import Protocol
 
 CHUNK_BYTES = 64 * 1024
 HELD_BYTES_MAX = 8 * 1024 * 1024
@@ -37,6 +39,23 @@ class End(Enum):
 
     ORDERLY = "FIN"
     RESET = "RST"
+
+
+class Refused(Exception):
+    """The connection is over: `answer` is the last that its client hears."""
+
+    def __init__(self, answer: bytes) -> None:
+        super().__init__("the server refuses the connection")
+        self.answer = answer
+
+
+class Session(Protocol):
+    """One connection as its server sees it: may answer in the server's place. Sees all bytes, in any pieces."""
+
+    def up(self, data: bytes) -> tuple[bytes, bytes]:
+        """Returns (what goes on to the server, what the client is answered). Raises Refused."""
+
+    def down(self, data: bytes) -> None: ...
 
 
 class _Flow:
@@ -111,8 +130,9 @@ class _Pipe:
             return
         up = _Flow(self.proxy, Direction.UP, self.near_reader, self.far_writer)
         down = _Flow(self.proxy, Direction.DOWN, far_reader, self.near_writer)
-        work = (up.receive(), down.receive(), self._deliver(up, down), self._deliver(down, up))
-        tasks = [asyncio.create_task(part) for part in work]
+        session = self.proxy.session() if self.proxy.session is not None else None
+        delivering = (self._deliver(up, down, session), self._deliver(down, up, session))
+        tasks = [asyncio.create_task(part) for part in (up.receive(), down.receive(), *delivering)]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             if any(isinstance(task.exception(), ConnectionResetError) for task in done):
@@ -123,7 +143,7 @@ class _Pipe:
             await asyncio.gather(*tasks, return_exceptions=True)
             self.close()
 
-    async def _deliver(self, flow: _Flow, back: _Flow) -> None:
+    async def _deliver(self, flow: _Flow, back: _Flow, session: Session | None) -> None:
         """Raises ConnectionResetError when the connection is to be reset, EOFError when it is over."""
         while True:
             item = await flow.next()
@@ -136,10 +156,25 @@ class _Pipe:
                     raise EOFError("both sides have ended")
                 continue
             assert isinstance(item, bytes)
+            data = await self._through(session, flow.way, item) if session is not None else item
             try:
-                await flow.hand_over(item)
+                await flow.hand_over(data)
             except ConnectionResetError:
                 await back.put(End.RESET)  # the receiver's own RST travels back as everything does
+
+    async def _through(self, session: Session, way: Direction, data: bytes) -> bytes:
+        """What goes on of `data`. Raises EOFError where the server's answer would be the end."""
+        if way is Direction.DOWN:
+            session.down(data)
+            return data
+        try:
+            onward, answer = session.up(data)
+        except Refused as refusal:
+            self.near_writer.write(refusal.answer)
+            await self.near_writer.drain()
+            raise EOFError("refused") from refusal
+        self.near_writer.write(answer)
+        return onward
 
     def reset(self) -> None:
         """RST to both sides: what is under way is lost."""
@@ -181,8 +216,10 @@ class FaultProxy:
     `start` and `stop` once each; `address` is known from the start on and stays the same.
     """
 
-    def __init__(self, name: str, target: str) -> None:
+    def __init__(self, name: str, target: str, session: Callable[[], Session] | None = None) -> None:
+        """`session` makes what looks into each connection; None: nobody does."""
         host, _, port = target.rpartition(":")
+        self.session = session
         self.name = name
         self.target = (host, int(port))
         self.address = ""

@@ -1,13 +1,19 @@
 """The proxy in front of the object store plays each fault to the real S3 adapter, and is not there without one."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from shstore import ObjectStore, StoreSettings, open_store
 from shstore.errors import BodyTruncated, ObjectExists, ObjectMissing, StoreCorrupt, StoreDenied, StoreUnavailable
 
+from tests.faults import nemeses
+from tests.faults.fleet import Fleet
+from tests.faults.history import Recorder
+from tests.faults.proxy import Direction, FaultProxy
 from tests.faults.store_proxy import StoreFault, StoreProxy
 from tests.integration import servers
 
@@ -221,3 +227,68 @@ async def test_a_clock_that_is_too_far_off_is_refused(
     writer.write_eof()
     assert (b"<Code>RequestTimeTooSkewed" in await reader.read()) is is_refused
     writer.close()
+
+
+# ---- the nemeses
+
+
+@pytest.fixture
+async def fleet(tmp_path: Path, s3: servers.Server, proxy: StoreProxy) -> AsyncIterator[Fleet]:
+    """No processes: the store, and one link to it."""
+    made = Fleet(tmp_path, Recorder(tmp_path / "history.jsonl"))
+    made.servers["s3"], made.store = s3, proxy
+    made.links["query-1>s3"] = FaultProxy("query-1>s3", proxy.address)
+    await made.links["query-1>s3"].start()
+    yield made
+    await made.links["query-1>s3"].stop()
+    made.recorder.close()
+
+
+async def call_everything(store: ObjectStore, number: int) -> list[BaseException]:
+    """Calls of each kind; what they failed with."""
+    calls = [
+        store.put(f"data/{number}", [b"x"]),
+        store.get(KEY),
+        store.get(KEY, at=5, size_bytes=100),
+        store.head(KEY),
+        keys(store),
+    ]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    return [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+
+
+@pytest.mark.parametrize("name", sorted(nemeses.store.FAULTS))
+async def test_a_nemesis_of_the_store_hits_requests_while_it_is_at_work(
+    fleet: Fleet, store: ObjectStore, proxy: StoreProxy, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nemeses.store, "LATE_S", (0.1, 0.3))
+    rng = random.Random(name)
+    await keys(store)
+    met: set[StoreFault] = set()
+    for turn in nemeses.store.FAULTS[name]:
+        before = proxy.touched.copy()
+        async with nemeses.NEMESES[name](fleet, rng) as deed:
+            for number in range(8):
+                await call_everything(store, 100 * len(met) + number)
+            (fault,) = proxy.touched - before
+            met.add(fault)
+            assert fault.value in deed.text, turn
+        hit = (proxy.touched - before)[fault]
+        assert deed.effect == f"{hit} requests hit" and hit > 0
+        assert await call_everything(store, 100 * len(met) + 99) == []
+        assert proxy.touched - before == {fault: hit}
+    assert met == set(nemeses.store.FAULTS[name])
+
+
+async def test_a_slow_store_is_slow_by_the_network(fleet: Fleet) -> None:
+    link = fleet.links["query-1>s3"]
+    async with nemeses.NEMESES["s3-slow"](fleet, random.Random(1)):
+        assert 500 <= link.delay_ms[Direction.DOWN] < 5000
+    assert link.delay_ms[Direction.DOWN] == 0
+
+
+async def test_a_store_that_is_away_keeps_its_objects(fleet: Fleet, store: ObjectStore) -> None:
+    async with nemeses.NEMESES["s3-away"](fleet, random.Random(1)):
+        assert len(await call_everything(store, 1)) == 5
+    assert await call_everything(store, 1) == []
+    assert await store.get(KEY) == BODY
