@@ -4,18 +4,20 @@ Owns: what runs, what should run, and the links. Does not own: which fault happe
 """
 
 import asyncio
+import functools
+import resource
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults import shim
 from tests.faults.history import ProcessDied, Recorder
+from tests.faults.postgres_proxy import PostgresErrors, PostgresSession
 from tests.faults.proxy import FaultProxy
 from tests.faults.store_proxy import StoreProxy
-from tests.integration import servers
+from tests.integration import servers, small_disk
 from tests.integration.processes import ServiceProcess, free_ports, is_serving
 from tests.integration.standby import postgres_pair
 
@@ -47,6 +49,12 @@ WAYS = tuple(f"{caller}>{name}" for names, callers in CALLERS.items() for name i
 SMALL_DISK_AGENT = AGENTS[-1]
 SMALL_DISK_BYTES = 48 * 1024 * 1024
 """Holds what an agent may write in a run of the usual rate between two registrations many times over."""
+
+POSTGRES_DISK_BYTES = 1024 * 1024 * 1024
+"""Two clusters with as much of their log as they keep (max_wal_size) fit in."""
+
+DESCRIPTORS_MAX = 1024
+"""Of each service: what most systems give to a process."""
 
 SESSION_TTL_S = 6
 SUPERVISOR_INTERVAL_S = 0.2
@@ -110,6 +118,10 @@ def _variables(settings: Mapping[str, object]) -> dict[str, str]:
 
 
 class FleetProcess(ServiceProcess):
+    def start(self) -> None:
+        super().start()
+        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS_MAX, DESCRIPTORS_MAX))
+
     @property
     def exit_code(self) -> int:
         """Of a process that has ended."""
@@ -142,6 +154,8 @@ class Fleet:
         self.members: dict[str, Member] = {}
         self.servers: dict[str, servers.Server] = {}
         self.store: StoreProxy | None = None
+        self.postgres_errors = PostgresErrors()
+        self.postgres_control: shim.Control | None = None
         self.busy: set[str] = set()
         self.turns: dict[str, list[int]] = {}
         self.small_disk: Path | None = None
@@ -151,8 +165,8 @@ class Fleet:
     # ---- start
 
     async def start(self) -> None:
-        await asyncio.to_thread(self._start_servers)
         self.library = await asyncio.to_thread(shim.build, self.work_dir)
+        await asyncio.to_thread(self._start_servers)
         self._mount_small_disk()
         listens = dict(zip(SERVICES, (f"127.0.0.1:{port}" for port in free_ports(len(SERVICES))), strict=True))
         await self._make_links(listens)
@@ -163,7 +177,7 @@ class Fleet:
 
     def _start_servers(self) -> None:
         makers: dict[str, Callable[[], servers.Server]] = {
-            "postgres": postgres_pair,
+            "postgres": functools.partial(postgres_pair, POSTGRES_DISK_BYTES, self._postgres_variables),
             "s3": servers.s3_server,
             "rabbitmq": servers.rabbitmq_server,
             "redis": servers.redis_server,
@@ -171,11 +185,17 @@ class Fleet:
         for name, make in makers.items():
             self.servers[name] = make()
 
+    def _postgres_variables(self, directory: Path) -> Mapping[str, str]:
+        """PostgreSQL may be another user: what it loads lies in its own directory."""
+        if self.library is None:
+            return {}
+        self.postgres_control = shim.Control(directory / "control")
+        return self.postgres_control.environ(Path(shutil.copy(self.library, directory)))
+
     def _mount_small_disk(self) -> None:
         path = self.work_dir / SMALL_DISK_AGENT
         path.mkdir(exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES}", "tmpfs", str(path)]
-        if shutil.which("mount") and subprocess.run(command, capture_output=True, check=False).returncode == 0:
+        if small_disk.mount(path, SMALL_DISK_BYTES):
             self.small_disk = path
 
     async def _make_links(self, listens: Mapping[str, str]) -> None:
@@ -184,7 +204,9 @@ class Fleet:
         await self.store.start()
         targets = {**listens, **servers_at, **self._postgres_places(), "s3": self.store.address}
         for way in WAYS:
-            link = self.links[way] = FaultProxy(way, targets[way.partition(">")[2]])
+            target = way.partition(">")[2]
+            session = functools.partial(PostgresSession, self.postgres_errors) if target in POSTGRES_PLACES else None
+            link = self.links[way] = FaultProxy(way, targets[target], session)
             await link.start()
 
     def _postgres_places(self) -> dict[str, str]:
@@ -310,6 +332,9 @@ class Fleet:
             await link.heal()
         if self.store is not None:
             self.store.heal()
+        self.postgres_errors.heal()
+        if self.postgres_control is not None:
+            self.postgres_control.heal()
         for name, server in self.servers.items():
             if not server.is_running:
                 self.recorder.note("run", f"starts {name} again")
@@ -357,5 +382,5 @@ class Fleet:
         while self.servers:
             await asyncio.to_thread(self.servers.popitem()[1].close)
         if self.small_disk is not None:
-            path, self.small_disk = str(self.small_disk), None
-            await asyncio.to_thread(subprocess.run, ["umount", "-l", path], check=True)
+            path, self.small_disk = self.small_disk, None
+            await asyncio.to_thread(small_disk.unmount, path)

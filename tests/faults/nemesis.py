@@ -33,6 +33,9 @@ HOLD_S: dict[str, tuple[float, float]] = {}
 HOLD_DEFAULT_S = (1.0, 2 * SESSION_TTL_S)
 """How long a fault lasts: shorter and longer than a lease."""
 
+LONG_HOLD_S = (1.0, 4 * SESSION_TTL_S)
+"""For what is met by time-outs, so that these add up: an address is tried and given up, then the next one."""
+
 BEGIN_S_MAX = 120.0
 """A standby is copied from its primary first."""
 

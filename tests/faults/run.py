@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -66,6 +67,7 @@ class Run:
     async def run(self) -> None:
         """What goes wrong with the run itself is in `trouble`; the history up to there can be judged all the same."""
         try:
+            _raise_descriptor_limit()
             await self.fleet.start()
             await self._create_topics()
             members = self._start_workload()
@@ -181,6 +183,12 @@ class Run:
                 self.recorder.write(history.Position(consumer.process, *where, offset))
         for where in PARTITIONS:
             self.recorder.write(history.Position("members", *where, committed.get(where, 0), group=GROUP))
+
+
+def _raise_descriptor_limit() -> None:
+    """Proxies and nemeses hold thousands of connections."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def print_report(run: Run, report: Report, seed: int, path: Path) -> None:

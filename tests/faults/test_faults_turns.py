@@ -10,6 +10,7 @@ import pytest
 from tests.faults import history as h
 from tests.faults import nemeses, nemesis
 from tests.faults.fleet import Fleet
+from tests.faults.nemeses import network, store
 from tests.faults.nemesis import Deed, Faults, NotHealed, NotPossible, by_turns, torment
 
 
@@ -129,3 +130,13 @@ def test_names_may_have_stars() -> None:
     for unknown in ("kil", "kill,no-*", "", ","):
         with pytest.raises(ValueError, match="unknown nemesis"):
             nemeses.chosen(unknown)
+
+
+def test_each_nemesis_has_a_test_that_it_bites() -> None:
+    """By its name, or with its family."""
+    texts = [path.read_text() for path in Path(__file__).parent.glob("test_faults_*.py")]
+    families = {f"black-hole-{source}-{target}" for source, target in network.BLACK_HOLES} | store.FAULTS.keys()
+    named = {name for name in nemeses.NEMESES if any(f'"{name}"' in text for text in texts)}
+    assert nemeses.NEMESES.keys() - named - families == set()
+    assert any('parametrize("name", HOLES)' in text for text in texts)
+    assert any("sorted(nemeses.store.FAULTS)" in text for text in texts)

@@ -2,8 +2,11 @@
 
 import asyncio
 import os
+import shlex
 import shutil
 import subprocess
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,19 +15,31 @@ import pytest
 from streamhouse_embedded.postgres import EmbeddedPostgres, PostgresError
 from streamhouse_embedded.postgres_system import RunAs, find_bin_dir
 
+from tests.integration import small_disk
 from tests.integration.processes import free_ports
 from tests.integration.servers import Server, new_work_dir, postgres_answers, spawn
+
+Variables = Callable[[Path], Mapping[str, str]]
+ANSWERS_SOON_S = 10.0
+"""After a crash a small server replays its log in less; then it has ended, or hangs."""
 
 
 class PostgresPairBackend:
     """Two places for a server. At first one runs; `attach_standby` puts a copy of it at the other, and from then on a
     transaction is committed when both have it. If the first is killed, `start` promotes the copy instead of it."""
 
-    def __init__(self) -> None:
-        self._work_dir = new_work_dir("postgres-pair")
-        self._dirs = [self._work_dir / name / "data" for name in "ab"]
+    def __init__(self, disk_bytes: int = 0, variables: Variables | None = None) -> None:
+        """`disk_bytes`: of a disk of their own, where this machine allows to mount one; 0: none. `variables`: makes the
+        servers' additional environment, given a directory that they may read."""
+        self.work_dir = new_work_dir("postgres-pair")
+        self.has_disk = bool(disk_bytes) and small_disk.mount(self.work_dir, disk_bytes)
+        self._dirs = [self.work_dir / name / "data" for name in "ab"]
         self._ports = free_ports(2)
-        self._postgres = [EmbeddedPostgres(path, port=port) for path, port in zip(self._dirs, self._ports, strict=True)]
+        bin_dir = _wrapped(self.work_dir / "bin", variables(self.work_dir)) if variables is not None else None
+        self._postgres = [
+            EmbeddedPostgres(path, bin_dir=bin_dir, port=port)
+            for path, port in zip(self._dirs, self._ports, strict=True)
+        ]
         self._primary = 0
         self._dsns = ["", ""]
         self._left_behind = False
@@ -75,10 +90,16 @@ class PostgresPairBackend:
     def close(self) -> None:
         for postgres in self._postgres:
             postgres.kill()
-        shutil.rmtree(self._work_dir)
+        if self.has_disk:
+            small_disk.unmount(self.work_dir)
+        shutil.rmtree(self.work_dir)
 
     def failure(self) -> str:
         return "" if self._postgres[self._primary].pid else "PostgreSQL ended"
+
+    def log_lines(self, words: str) -> int:
+        """How many lines with these words the primary has logged."""
+        return self._postgres[self._primary].log_path.read_text(errors="replace").count(words)
 
     def _must_have_no_standby(self) -> None:
         assert not self._has_standby, "a primary that has a standby can only be killed"
@@ -114,29 +135,52 @@ class PostgresPairBackend:
         )
 
 
+def _wrapped(directory: Path, variables: Mapping[str, str]) -> Path:
+    """PostgreSQL's programs, each in an environment with these variables."""
+    directory.mkdir(mode=0o755)
+    assignments = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+    for name in ("initdb", "postgres"):
+        script = directory / name
+        script.write_text(f'#!/bin/sh\n{assignments} exec {shlex.quote(str(find_bin_dir() / name))} "$@"\n')
+        script.chmod(0o755)
+    return directory
+
+
 class PostgresPair(Server):
-    """As any other; `attach_standby`, `kill`, `start` is a failover."""
+    """As any other; `attach_standby`, `kill`, `start` is a failover. `disk`: its file system, if it is its own."""
 
     def __init__(self, backend: PostgresPairBackend, dsn: str) -> None:
         super().__init__(backend, dsn, {"STREAMHOUSE_PG_DSN": dsn}, lambda: postgres_answers(dsn))
         self.attach_standby = backend.attach_standby
         self.leave_standby_behind = backend.leave_standby_behind
+        self.disk = backend.work_dir if backend.has_disk else None
+        self.log_lines = backend.log_lines
+
+    def start_unless_it_answers(self) -> None:
+        """After what may have ended it."""
+        deadline = time.monotonic() + ANSWERS_SOON_S
+        while not postgres_answers(self.url):
+            if time.monotonic() > deadline:
+                self.kill()
+                self.start()
+                return
+            time.sleep(0.1)
 
 
-def postgres_pair() -> PostgresPair:
+def postgres_pair(disk_bytes: int = 0, variables: Variables | None = None) -> PostgresPair:
     """Started, without a standby. Skips the test if there is no PostgreSQL of our own."""
     try:
         find_bin_dir()
     except PostgresError as error:
         pytest.skip(str(error))
-    backend = PostgresPairBackend()
-    backend.start()  # makes the password that the DSN holds
-    dsn = backend.dsn
-    backend.stop()
-    pair = PostgresPair(backend, dsn)
+    backend = PostgresPairBackend(disk_bytes, variables)
     try:
+        backend.start()  # makes the password that the DSN holds
+        dsn = backend.dsn
+        backend.stop()
+        pair = PostgresPair(backend, dsn)
         pair.start()
     except BaseException:
-        pair.close()
+        backend.close()
         raise
     return pair

@@ -11,16 +11,12 @@ from tests.faults.fleet import (
     POSTGRES_PLACES,
     QUERIES,
     SEGMENTERS,
-    SESSION_TTL_S,
     Fleet,
 )
-from tests.faults.nemesis import Deed, NotPossible, all_of, by_turns, nemesis, one_of
+from tests.faults.nemesis import LONG_HOLD_S, Deed, NotPossible, all_of, by_turns, nemesis, one_of
 from tests.faults.proxy import BOTH, Direction
 
 FLAKY_INTERVAL_S = (0.05, 0.5)
-BLACK_HOLE_HOLD_S = (1.0, 4 * SESSION_TTL_S)
-"""Long enough for time-outs to add up: an address is tried, given up, and the next one is."""
-
 GROUPS: dict[str, tuple[str, ...]] = {
     "client": (CLIENTS,),
     "agent": AGENTS,
@@ -98,7 +94,7 @@ def black_hole(source: str, target: str) -> Callable[[Fleet, random.Random], Asy
 
 
 for _source, _target in BLACK_HOLES:
-    nemesis(f"black-hole-{_source}-{_target}", BLACK_HOLE_HOLD_S)(black_hole(_source, _target))
+    nemesis(f"black-hole-{_source}-{_target}", LONG_HOLD_S)(black_hole(_source, _target))
 
 
 @nemesis("isolate")

@@ -5,9 +5,17 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import asyncpg
+
 from tests.faults.fleet import Fleet
-from tests.faults.nemesis import Deed, all_of, nemesis
+from tests.faults.nemesis import LONG_HOLD_S, Busy, Deed, NotPossible, all_of, by_turns, nemesis
+from tests.faults.postgres_proxy import AT_CONNECT, ERRORS
+from tests.integration import small_disk
 from tests.integration.standby import PostgresPair
+
+NO_SPACE = "No space left on device"
+OUTSIDER_TIMEOUT_S = 5
+TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY tablename"
 
 
 @asynccontextmanager
@@ -44,6 +52,71 @@ async def postgres_failover(fleet: Fleet, rng: random.Random) -> AsyncIterator[D
             yield Deed("postgres is killed, to be replaced by its standby")
         finally:
             await asyncio.to_thread(server.start)
+
+
+@nemesis("postgres-errors")
+async def postgres_errors(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+    """A part of the statements is answered with an error, as of a full disk, and not done; or of the connections."""
+    errors = fleet.postgres_errors
+    sqlstate = by_turns(fleet, rng, "postgres-errors", sorted(ERRORS))
+    share = rng.choice((1.0, rng.uniform(0.05, 0.5)))
+    with all_of(fleet, ["postgres-answers"]):
+        before = errors.touched[sqlstate]
+        errors.begin(sqlstate, share=share, seed=rng.getrandbits(32))
+        what = "connections" if sqlstate == AT_CONNECT else "statements"
+        deed = Deed(f"postgres answers {share:.0%} of the {what} with {sqlstate}, {ERRORS[sqlstate]}")
+        try:
+            yield deed
+        finally:
+            errors.heal()
+            deed.effect = f"{errors.touched[sqlstate] - before} {what} hit"
+
+
+@nemesis("postgres-disk-full", hold_s=(4.0, 15.0))
+async def postgres_disk_full(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+    """Its disk has no byte left. It may end by that; then it is started again once there is room."""
+    server = fleet.servers["postgres"]
+    assert isinstance(server, PostgresPair)
+    if server.disk is None:
+        raise NotPossible("this machine does not allow to mount a tmpfs; postgres-errors plays 53100 all the same")
+    with all_of(fleet, ["postgres"]):
+        filler = server.disk / "filler"
+        before = server.log_lines(NO_SPACE)
+        deed = Deed("the disk of postgres is full")
+        try:
+            await asyncio.to_thread(small_disk.fill, filler)
+            yield deed
+        finally:
+            filler.unlink(missing_ok=True)
+            deed.effect = f"it said {server.log_lines(NO_SPACE) - before} times: {NO_SPACE}"
+            await asyncio.to_thread(server.start_unless_it_answers)
+
+
+LOCKS = (
+    "LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE",
+    "LOCK TABLE {table} IN SHARE MODE",
+    "SELECT 1 FROM {table} FOR UPDATE",
+)
+"""As a migration holds them, a CREATE INDEX, and somebody who forgot to commit."""
+
+
+@nemesis("postgres-locks", hold_s=LONG_HOLD_S)
+async def postgres_locks(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+    """Somebody else's transaction holds locks that ours wait for, and is idle."""
+    with all_of(fleet, ["postgres"]):
+        outsider = await asyncpg.connect(fleet.servers["postgres"].url, timeout=OUTSIDER_TIMEOUT_S)
+        try:
+            tables = [row["tablename"] for row in await outsider.fetch(TABLES)]
+            statement = by_turns(fleet, rng, "postgres-locks", LOCKS).format(table=rng.choice(tables))
+            await outsider.execute(f"SET lock_timeout = '{OUTSIDER_TIMEOUT_S} s'; BEGIN; {statement}")
+            deed = Deed(f"an outsider's transaction holds {statement}")
+            yield deed
+            waiting = await outsider.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted")
+            deed.effect = f"{waiting} locks were waited for in the end"
+        except asyncpg.LockNotAvailableError as error:
+            raise Busy(f"no lock within {OUTSIDER_TIMEOUT_S} s: others were at it all the time") from error
+        finally:
+            outsider.terminate()
 
 
 @nemesis("rabbitmq")
