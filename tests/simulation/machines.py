@@ -1,11 +1,10 @@
-"""The operating system around a simulated disk: stand-ins for the modules `os`, `fcntl` and `mmap`, for `open` and
-pathlib, in the write-ahead log's adapters. Only what those use is there."""
+"""The operating system around a simulated disk: stand-ins for the modules `os`, `fcntl` and `mmap`, and for pathlib, in
+the write-ahead log's adapters. Only what those use is there."""
 
 from __future__ import annotations
 
 import errno
 import fnmatch
-import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,9 +30,6 @@ class SimPath:
     @property
     def parent(self) -> SimPath:
         return SimPath(self.disk)
-
-    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """The root is there."""
 
     def glob(self, pattern: str) -> Iterator[SimPath]:
         return iter([SimPath(self.disk, name) for name in self.disk.files if fnmatch.fnmatch(name, pattern)])
@@ -184,41 +180,6 @@ class Machines:
         if file.locked_by is not None and file.locked_by.alive:
             raise BlockingIOError(errno.EWOULDBLOCK, "locked")
         file.locked_by = process
-
-    def open_text(self, path: SimPath, mode: str) -> _Text:
-        assert mode == "w"
-        fd = self.open(path, self.O_RDWR | self.O_CREAT)
-        self.ftruncate(fd, 0)
-        return _Text(self, fd)
-
-
-class _Text(io.StringIO):
-    """What `open(path, "w")` gives."""
-
-    def __init__(self, machines: Machines, fd: int) -> None:
-        super().__init__()
-        self._machines = machines
-        self._fd = fd
-        self._written = 0
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def flush(self) -> None:
-        text = self.getvalue()[self._written :].encode()
-        while text:
-            written = self._machines.pwrite(self._fd, text, self._written)
-            self._written += written
-            text = text[written:]
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        try:
-            self.flush()
-        finally:
-            self._machines.close(self._fd)
-            super().close()
 
 
 class _Mapped(bytes):

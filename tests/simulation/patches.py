@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+from shruntime import files
 from streamhouse import peers
 from streamhouse_coordinator.core import sessions as coordinator_sessions
 from streamhouse_ingest import sealer
@@ -36,10 +37,11 @@ def patched(
     level = root.level
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(ingest_wiring, "Path", lambda path: SimPath(disks[path])))
-        for module in (wal, wal_directory, wal_note, wal_replay):
+        for module in (wal, wal_directory, wal_note, wal_replay, files):
             stack.enter_context(mock.patch.object(module, "os", machines))
+        stack.enter_context(mock.patch.object(files, "make_directory", lambda path: None))  # a disk is one directory
+        stack.enter_context(mock.patch.object(files, "make_private", lambda path: True))  # of one user
         stack.enter_context(mock.patch.object(wal_directory, "fcntl", FcntlModule(machines)))
-        stack.enter_context(mock.patch.object(wal_directory, "open", machines.open_text, create=True))
         stack.enter_context(mock.patch.object(wal_replay, "mmap", MmapModule(machines)))
         stack.enter_context(mock.patch.object(query_wiring, "DiskCache", SimChunkCache))
         stack.enter_context(mock.patch.object(peers, "Connection", connection))

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+from shruntime.files import PRIVATE_DIRECTORY, make_directory, sync_directory
+
 from shstore import local_files as files
 from shstore.errors import KeyInvalid, ObjectExists, ObjectMissing
 from shstore.keys import check_key, check_prefix
@@ -79,11 +81,7 @@ class LocalStore:
     def _prepare(self) -> None:
         if not self._prepared:
             for directory in (self._objects, self._temps):
-                directory.mkdir(parents=True, exist_ok=True)
-            # Everything down to objects/ must survive a power loss as surely as what is put into it.
-            for directory in (self._objects.parent, *self._objects.parent.parents):
-                if os.access(directory, os.R_OK):
-                    files.sync_directory(directory)
+                make_directory(directory)
             files.remove_leftovers(self._temps)
             self._prepared = True
 
@@ -132,9 +130,9 @@ class LocalStore:
             if target.is_dir():
                 raise KeyInvalid(key, "is a directory of other keys in this local store") from None
             # Who retries after a lost outcome takes "exists" for success: make that durable too.
-            files.sync_directory(target.parent)
+            sync_directory(target.parent)
             raise ObjectExists(key) from None
-        files.sync_directory(target.parent)
+        sync_directory(target.parent)
 
     def _make_directories(self, key: str, directory: Path) -> None:
         """Make and fsync each level once per process: another writer's mkdir may not be durable yet."""
@@ -142,10 +140,10 @@ class LocalStore:
             if level in self._durable_directories or not level.is_relative_to(self._objects):
                 continue
             try:
-                level.mkdir(exist_ok=True)
+                level.mkdir(PRIVATE_DIRECTORY, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
                 raise KeyInvalid(key, "lies below another object's key in this local store") from None
-            files.sync_directory(level.parent)
+            sync_directory(level.parent)
             self._durable_directories.add(level)
 
     def _get(self, key: str, at: int, size_bytes: int | None) -> bytes:
@@ -188,7 +186,7 @@ class LocalStore:
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 continue  # no such object, which is what was asked for
         for directory in emptied:
-            files.sync_directory(directory)
+            sync_directory(directory)
         return emptied
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias, TypeVar
 
+from shruntime.files import PRIVATE_FILE
+
 from shstore.errors import (
     BodyTruncated,
     ObjectMissing,
@@ -73,7 +75,7 @@ class TempFile:
     def __enter__(self) -> Self:
         while True:
             self.path = self._directory / f"{os.getpid()}-{uuid.uuid4().hex}"
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             if self.status().st_nlink:
                 return self
@@ -147,7 +149,7 @@ class DirectoryLock:
 
     @contextmanager
     def _locked(self, kind: int) -> Iterator[int]:
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
         try:
             fcntl.flock(fd, kind)
             yield fd
@@ -177,15 +179,6 @@ def is_empty(directory: Path) -> bool:
             return next(entries, None) is None
     except FileNotFoundError:
         return False
-
-
-def sync_directory(directory: Path) -> None:
-    """Make new and removed names of `directory` durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextmanager

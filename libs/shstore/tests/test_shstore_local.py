@@ -20,7 +20,7 @@ from shstore import (
     StoreInvalid,
     StoreSettings,
     StoreUnavailable,
-    local_files,
+    local,
 )
 from shstore.local_files import TempFile, store_error
 
@@ -144,7 +144,7 @@ async def test_a_directory_that_others_made_anew_is_made_durable_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(local_files, "sync_directory", synced.append)
+    monkeypatch.setattr(local, "sync_directory", synced.append)
     ours, theirs = open_local(tmp_path), open_local(tmp_path)
     await ours.put("a/b/1", [b"x"])
     await ours.put("a/b/2", [b"x"])

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import stat
 import struct
 import uuid
 import zlib
@@ -108,6 +109,18 @@ def test_the_identity_stays_and_belongs_to_one_agent(tmp_path: Path):
         WalDirectory.open(tmp_path, "agent-2")
 
 
+def test_the_log_is_nobody_elses_to_read_nor_is_one_of_an_older_version(tmp_path: Path):
+    directory = WalDirectory.open(tmp_path / "wal", "agent-1")
+    new_wal(directory).append([frame(0, b"secret")])
+    directory.close()
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "wal").iterdir()}
+    assert set(modes.values()) == {0o600}
+    assert stat.S_IMODE((tmp_path / "wal").stat().st_mode) == 0o700
+    (tmp_path / "wal").chmod(0o755)
+    WalDirectory.open(tmp_path / "wal", "agent-1").close()
+    assert stat.S_IMODE((tmp_path / "wal").stat().st_mode) == 0o700
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"version": 1, "agent_id": "agent-1", "wal_id": "00"}', "{}"])
 def test_an_identity_that_is_not_one_is_refused(tmp_path: Path, content: str):
     (tmp_path / "identity").write_text(content)
@@ -174,6 +187,21 @@ def test_a_new_log_goes_on_in_a_new_file(directory: WalDirectory):
     wal.close()
     assert directory.sequences() == [1, 2]
     assert spans(replay(directory)) == [(0, 4)]
+
+
+def test_g6_a_deleted_file_stays_deleted_before_the_next_one_goes(
+    directory: WalDirectory, monkeypatch: pytest.MonkeyPatch
+):
+    """A power cut that undid one deletion and not a later one would leave a hole, which is damage."""
+    wal = new_wal(directory, file_bytes=100)
+    for base in range(4):
+        wal.append([frame(base, b"x" * 50)])
+    left_at_sync: list[list[int]] = []
+    monkeypatch.setattr(directory, "sync", lambda: left_at_sync.append(directory.sequences()))
+    wal.delete(1)
+    wal.delete(2)
+    assert left_at_sync == [[2, 3, 4], [3, 4]]
+    wal.close()
 
 
 def test_reading_checks_every_batch(directory: WalDirectory):

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from shformat import WAL_FILE_HEADER_SIZE, FormatError, check_batch, encode_frame_header, encode_wal_file_header
+from shruntime import files
 
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.core.buffer import WalPosition
@@ -80,8 +81,13 @@ class FileWal:
             self._sync()
 
     def delete(self, sequence: int) -> None:
-        """Removes a file that is not active; one that is gone already is fine."""
+        """Removes a file that is not active, durably; one that is gone already is fine. Raises OSError.
+
+        Files go oldest first, and each is gone for good before the next one is touched: a power cut that brought back
+        an older file without a younger one would look like a missing file, which is damage.
+        """
         self._directory.file_path(sequence).unlink(missing_ok=True)
+        self._directory.sync()
 
     def mark_settled(self) -> None:
         """What lies in files before the first of ours has been told to the coordinator. Raises OSError; no file is
@@ -132,7 +138,7 @@ class FileWal:
                 self.mark_settled()
             if not self._fsync_each:
                 self._directory.mark_unsynced(True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, files.PRIVATE_FILE)
             try:
                 if os.write(fd, header) != len(header):
                     raise OSError(errno.ENOSPC, "short write of the file header")

@@ -2,13 +2,18 @@
 
 import fcntl
 import json
+import logging
 import os
 import re
 import uuid
 from pathlib import Path
 
+from shruntime import files
+
 from streamhouse_ingest.adapters.wal_note import HistoryNote
 from streamhouse_ingest.ports import NO_SPACE, Seen, WalDirectoryError, WalLocked, WrongIdentity
+
+log = logging.getLogger(__name__)
 
 _FILE_NAME = re.compile(r"(\d{20})\.wal")
 _IDENTITY_VERSION = 1
@@ -31,12 +36,17 @@ class WalDirectory:
 
     @classmethod
     def open(cls, path: Path, agent_id: str) -> "WalDirectory":
-        """Creates the directory and its identity when it is new. Raises WalLocked, WrongIdentity, OSError."""
-        path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        """Creates the directory and its identity when it is new, for this user alone; takes an older one away from
+        other users. Raises WalLocked, WrongIdentity, OSError."""
+        files.make_directory(path)
+        files.sync_directory(path)  # what a killed process left here is built upon: its names must be durable
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
         try:
             _lock(lock, path)
-            return cls(path, lock, _identity(path, agent_id))
+            wal_id = _identity(path, agent_id)
+            if not files.make_private(path):
+                log.warning("%s holds records, is open to other users and belongs to one: `chmod 700` it", path)
+            return cls(path, lock, wal_id)
         except BaseException:
             os.close(lock)
             raise
@@ -64,7 +74,7 @@ class WalDirectory:
 
     def mark_settled(self, sequence: int) -> None:
         """Ranges with frames below this file are settled: what damage hides there has been told. Raises OSError."""
-        _replace(self.path / _SETTLED, f"{sequence}\n")
+        files.write_text(self.path / _SETTLED, f"{sequence}\n")
         (self.path / _OPENING).unlink(missing_ok=True)
 
     def opening_id(self, sequence: int, address: str, drawn: str) -> str:
@@ -74,7 +84,7 @@ class WalDirectory:
         noted = _opening_of(file, sequence, address) if file.exists() else ""
         if not noted:
             content = {"version": _OPENING_VERSION, "sequence": sequence, "address": address, "session_id": drawn}
-            _replace(file, json.dumps(content) + "\n")
+            files.write_text(file, json.dumps(content) + "\n")
         return noted or drawn
 
     def forget_files(self) -> None:
@@ -93,7 +103,7 @@ class WalDirectory:
     def mark_unsynced(self, unsynced: bool) -> None:
         """Raises OSError."""
         if unsynced:
-            _replace(self.path / _UNSYNCED, "")
+            files.write_text(self.path / _UNSYNCED, "")
         elif self.unsynced:
             (self.path / _UNSYNCED).unlink()
             self.sync()
@@ -108,7 +118,7 @@ class WalDirectory:
 
     def sync(self) -> None:
         """Makes creations and deletions in the directory durable."""
-        _sync_directory(self.path)
+        files.sync_directory(self.path)
 
     def close(self) -> None:
         os.close(self._lock)
@@ -163,24 +173,5 @@ def _opening_of(file: Path, sequence: int, address: str) -> str:
 def _create_identity(file: Path, agent_id: str) -> bytes:
     wal_id = uuid.uuid4().bytes
     content = json.dumps({"version": _IDENTITY_VERSION, "agent_id": agent_id, "wal_id": wal_id.hex()})
-    _replace(file, content + "\n")
+    files.write_text(file, content + "\n")
     return wal_id
-
-
-def _replace(file: Path, content: str) -> None:
-    """The file has this content, durably, or what it had before."""
-    temporary = file.with_suffix(".new")
-    with open(temporary, "w") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.rename(file)
-    _sync_directory(file.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

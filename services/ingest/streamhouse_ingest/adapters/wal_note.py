@@ -9,6 +9,8 @@ import struct
 import zlib
 from pathlib import Path
 
+from shruntime import files
+
 from streamhouse_ingest.ports import Seen, WalDirectoryError
 
 SLOT_BYTES = 512
@@ -55,7 +57,7 @@ class HistoryNote:
         if self._number:
             fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
             try:
-                _write(fd, slot, number % 2 * SLOT_BYTES)
+                files.write_at(fd, slot, number % 2 * SLOT_BYTES)
             finally:
                 os.close(fd)
         else:
@@ -64,26 +66,13 @@ class HistoryNote:
 
     def _create(self, content: bytes) -> None:
         temporary = self._path.with_suffix(".new")
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
         try:
             os.ftruncate(fd, 0)
-            _write(fd, content.ljust(2 * SLOT_BYTES, b"\0"), 0)
+            files.write_at(fd, content.ljust(2 * SLOT_BYTES, b"\0"), 0)
         finally:
             os.close(fd)
-        temporary.rename(self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def _write(fd: int, data: bytes, at: int) -> None:
-    written = 0
-    while written < len(data):
-        # A full disk writes less first, and says so at the next try.
-        written += os.pwrite(fd, data[written:], at + written)
-    os.fsync(fd)
+        files.rename(temporary, self._path)
 
 
 def _encode(number: int, seen: Seen) -> bytes:
