@@ -113,6 +113,7 @@ def run_service(service: Coroutine[Any, Any, None], *expected: type[Exception]) 
     besides what every command may, so that an operator gets a line and not a traceback."""
     import uvloop
 
+    os.umask(0o077)  # logs, caches and data directories hold records: they are nobody else's to read
     try:
         uvloop.run(service)
     except expected as error:

@@ -11,6 +11,7 @@ import warnings
 
 def main() -> int:
     """Exit code 0 after a clean stop, 1 when the settings or what they name cannot be used."""
+    os.umask(0o077)
     os.environ["EVENTLET_HUB"] = "asyncio"
     # nameko needs it, and who runs a segmenter can do nothing about that.
     warnings.filterwarnings("ignore", message=r"\s*Eventlet is deprecated")

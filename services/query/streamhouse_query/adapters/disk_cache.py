@@ -1,7 +1,8 @@
 """Chunks of objects as files in a directory: kept over restarts, least recently used out first.
 
-A chunk is written beside and renamed into place, so a file is whole or not there; it is not fsynced, because every
-block is checked against its CRC when it is used. The modification time of a file is when it was last used.
+A chunk is written beside and renamed into place, so a file is whole or not there; neither it nor its directory is
+fsynced, because every block is checked against its CRC when it is used and what a power cut takes is fetched again.
+The modification time of a file is when it was last used.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from shruntime.files import PRIVATE_DIRECTORY, PRIVATE_FILE, make_private
 
 from streamhouse_query.chunk_reader import CacheDirError, ChunkId
 from streamhouse_query.core.lru import LruLimit
@@ -72,8 +75,8 @@ class DiskCache:
             self._lock = -1
 
     def _open(self) -> list[tuple[str, int]]:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._directory.mkdir(PRIVATE_DIRECTORY, parents=True, exist_ok=True)
+        self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -81,7 +84,9 @@ class DiskCache:
         for path in self._directory.iterdir():
             if path != self._chunks and _ANY_CHUNK_DIR.fullmatch(path.name):
                 shutil.rmtree(path)  # of another chunk size: of no use any more
-        self._chunks.mkdir(exist_ok=True)
+        self._chunks.mkdir(PRIVATE_DIRECTORY, exist_ok=True)
+        if not make_private(self._chunks):
+            log.warning("%s holds records, is open to other users and belongs to one: delete it", self._chunks)
         return [(name, size_bytes) for _, name, size_bytes in sorted(self._scan())]
 
     def _scan(self) -> Iterator[tuple[int, str, int]]:
@@ -144,7 +149,9 @@ class DiskCache:
         path = self._path(name)
         unfinished = path.with_name(f"{name}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)  # the cache may be deleted, also while it is used
+            path.parent.mkdir(
+                PRIVATE_DIRECTORY, parents=True, exist_ok=True
+            )  # the cache may be deleted, also while it is used
             unfinished.write_bytes(content)
             unfinished.rename(path)
         except OSError:
