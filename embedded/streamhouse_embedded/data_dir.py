@@ -1,8 +1,17 @@
-"""The directory of an embedded platform, held by one process at a time."""
+"""The directory of an embedded platform, held by one process at a time and closed to other users."""
 
 import fcntl
+import logging
 import os
 from pathlib import Path
+
+from shruntime import files
+
+log = logging.getLogger(__name__)
+
+
+OUR_NAMES = ("postgres", "objects", "wal", "cache", "lock")
+"""What the names of our files and directories begin with."""
 
 
 class DataDirError(Exception):
@@ -33,10 +42,11 @@ class DataDir:
         return self.path / "cache"
 
     def lock(self) -> None:
-        """Raises DataDirError when another process holds it, naming that process."""
+        """Makes the directory if it is missing and takes it for this process; takes it away from other users, as far
+        as it is ours. Raises DataDirError, when another process holds it naming that process."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            files.make_directory(self.path)
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
         except OSError as error:
             raise DataDirError(f"data directory {self.path} cannot be used: {error.strerror}") from error
         try:
@@ -48,9 +58,27 @@ class DataDir:
                 f"data directory {self.path} is already served by process {holder}; "
                 "stop that one first, or choose another directory with --data-dir"
             ) from error
+        self._lock = lock
         os.truncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
-        self._lock = lock
+        self._close_to_others()
+
+    def _close_to_others(self) -> None:
+        """What earlier versions made is readable by all. The directory itself may be anybody's, /srv or a volume: its
+        permissions are changed only if all that is in it is ours."""
+        for made_by_us in (self.objects, self.wal, self.cache, self.path / "lock"):
+            if made_by_us.exists():
+                self._make_private(made_by_us)
+        if all(entry.name.startswith(OUR_NAMES) for entry in self.path.iterdir()):
+            self._make_private(self.path)
+        elif self.path.stat().st_mode & files.OTHERS:
+            log.warning("data directory %s is open to other users: `chmod 700` it if it is nobody else's", self.path)
+
+    def _make_private(self, path: Path) -> None:
+        if not files.make_private(path):
+            log.warning(
+                "%s is open to other users and its owner is another one: `chmod go= %s` as that user", path, path
+            )
 
     def unlock(self) -> None:
         if self._lock >= 0:

@@ -1,26 +1,34 @@
 """PostgreSQL as a child process on a data directory of ours: made at the first start, recovered at every other.
-Meant for one machine and one user; production uses a server of its own (pg_dsn)."""
+Meant for one machine and one user; production uses a server of its own (pg_dsn).
+
+Owns: the server's process, its data directory, and who may connect to it.
+Invariants: at most one server of one process of ours runs on a data directory. Only the user that runs this process
+can connect to it: over a socket PostgreSQL asks the kernel for that user (`peer`), over TCP for a random password.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import fcntl
+import glob
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
 import asyncpg
+from shruntime import files
 
-from streamhouse_embedded.postgres_system import PostgresError, RunAs, find_bin_dir, stop_orphan
+from streamhouse_embedded.postgres_system import PostgresError, RunAs, find_bin_dir, stop_orphans
 
 __all__ = ["EmbeddedPostgres", "PostgresError"]
 
@@ -32,6 +40,9 @@ SOCKET_PATH_BYTES_MAX = 107
 SOCKET_PORT = 5432
 """Only names the socket file: `.s.PGSQL.5432`."""
 
+TOOL_TIMEOUT_S = 30.0
+"""For `postgres --version`, which takes some ms."""
+
 INITDB_TIMEOUT_S = 120.0
 """It takes 0.3 s, and some seconds where fsync is slow."""
 
@@ -41,14 +52,19 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
 """For a fast shutdown, which writes a checkpoint; then for an immediate one. After that it is killed."""
 
+CHECKSUMS_TIMEOUT_S = 3600.0
+"""For adding checksums to an older data directory: it is read and written once, some 100 MB/s on slow disks."""
+
 POLL_INTERVAL_S = 0.01
 LOG_BYTES_MAX = 1024 * 1024
 """The log of earlier starts is dropped beyond this."""
 
 LOG_LINES_SHOWN = 15
 
+SHARED_BUFFERS_BYTES = 64 * 1024 * 1024
+"""The control plane's tables fit many times over."""
+
 SETTINGS = {
-    "shared_buffers": "64MB",  # the control plane's tables fit many times over
     "max_connections": "60",  # four services with pools of up to 10, and room for psql
     "max_wal_size": "256MB",  # bounds disk use and the replay after a crash
     "max_parallel_workers_per_gather": "0",  # small queries only; spares /dev/shm, which is small in containers
@@ -56,6 +72,13 @@ SETTINGS = {
     "logging_collector": "off",
 }
 """Durability settings (fsync, synchronous_commit, full_page_writes) stay at their defaults: on."""
+
+PASSWORD_FILE, HBA_FILE, IDENT_FILE = "streamhouse.password", "streamhouse_hba.conf", "streamhouse_ident.conf"
+HBA = """# Written at every start. StreamHouse's own role: the user that runs it, and root. All others by password.
+local all,replication postgres peer map=streamhouse
+local all all scram-sha-256
+host all,replication all 127.0.0.1/32 scram-sha-256
+"""
 
 _LEFT_BY_CRASH = "pre-existing shared memory block"
 """Logged while backends of a killed server still end: some ms later the start works."""
@@ -68,11 +91,20 @@ class EmbeddedPostgres:
     password where `port` says so, or where the path is too long for a socket (then on a free port).
     """
 
-    def __init__(self, data_dir: Path | str, *, bin_dir: Path | str | None = None, port: int | None = None) -> None:
+    def __init__(
+        self,
+        data_dir: Path | str,
+        *,
+        bin_dir: Path | str | None = None,
+        port: int | None = None,
+        shared_buffers_bytes: int = SHARED_BUFFERS_BYTES,
+    ) -> None:
         self.data_dir = Path(data_dir).absolute()
         self.log_path = self._beside(".log")
         self._explicit_bin_dir = Path(bin_dir) if bin_dir else None
         self._port = port
+        self._settings = SETTINGS | {"shared_buffers": f"{shared_buffers_bytes // 1024}kB"}
+        self._address: tuple[str, int] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = -1
 
@@ -87,14 +119,16 @@ class EmbeddedPostgres:
         Raises PostgresError, with the last lines of the log where there are some.
         """
         assert self._process is None, "started twice"
+        self._address = None
         self._acquire_lock()
         try:
             bin_dir = find_bin_dir(self._explicit_bin_dir)
-            user = RunAs.choose(bin_dir, self.data_dir)
-            await asyncio.to_thread(stop_orphan, self.data_dir)
-            if not (self.data_dir / "PG_VERSION").exists():
-                await self._initialise(bin_dir, user)
-            return await self._start_server(bin_dir, user)
+            user = await asyncio.to_thread(RunAs.choose, bin_dir, self.data_dir)
+            dsn = await self._open(bin_dir, user)
+            if await _has_checksums(dsn):
+                return dsn
+            await self._add_checksums(bin_dir, user)
+            return await self._open(bin_dir, user)
         except BaseException:
             await self.stop()
             raise
@@ -131,8 +165,8 @@ class EmbeddedPostgres:
     def _acquire_lock(self) -> None:
         """The lock goes with our process: who has it may take a running server for an orphan."""
         try:
-            self.data_dir.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self._beside(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            files.make_directory(self.data_dir.parent)
+            lock = os.open(self._beside(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
         except OSError as exc:
             raise PostgresError(f"cannot use {self.data_dir}: {exc.strerror}") from exc
         try:
@@ -147,53 +181,118 @@ class EmbeddedPostgres:
             os.close(self._lock)
             self._lock = -1
 
-    async def _initialise(self, bin_dir: Path, user: RunAs) -> None:
-        """initdb beside the final place, then rename: a crash in between leaves nothing half-made there."""
-        fresh = self._beside(".initdb")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(mode=0o700)
-        password_path = fresh.with_suffix(".password")
-        password_path.unlink(missing_ok=True)
-        password_path.touch(mode=0o600)
-        password_path.write_text(secrets.token_urlsafe(24))
-        user.give(fresh)
-        user.give(password_path)
-        arguments = ["-D", str(fresh), "-U", "postgres", "-E", "UTF8", "--no-locale", "--auth-local=trust",
-                     "--auth-host=scram-sha-256", f"--pwfile={password_path}"]  # fmt: skip
+    async def _open(self, bin_dir: Path, user: RunAs) -> str:
+        """Starts the server on its data, which are made at the first start; returns its DSN."""
         try:
-            await self._run_initdb(user.command(bin_dir / "initdb", arguments))
-            password_path.replace(fresh / "streamhouse.password")
+            user.admit(self.data_dir.parent)
+            await asyncio.to_thread(stop_orphans, self.data_dir)
+            if (self.data_dir / "PG_VERSION").exists():
+                await self._check_version(bin_dir, user)
+                await asyncio.to_thread(user.adopt, self.data_dir)
+                # The process that renamed it into place may have been killed before that was durable.
+                files.sync_directory(self.data_dir.parent)
+            else:
+                await self._initialise(bin_dir, user)
+            self._write_access_rules(user)
+        except OSError as exc:
+            raise PostgresError(f"cannot set up {self.data_dir}: {exc.strerror} ({exc.filename})") from exc
+        return await self._start_server(bin_dir, user)
+
+    async def _check_version(self, bin_dir: Path, user: RunAs) -> None:
+        """Raises PostgresError if the data are of another major version than the programs, which refuse them."""
+        made_by = (self.data_dir / "PG_VERSION").read_bytes()[:32].decode(errors="replace").strip()
+        said = await asyncio.to_thread(self._output_of, user.command(bin_dir / "postgres", ["--version"]), user)
+        match = re.search(r"(\d+)(?:\.|devel|beta|rc|\s|$)", said)
+        if match is None or match[1] != made_by:
+            raise PostgresError(
+                f"the data in {self.data_dir} are of PostgreSQL {made_by}, the programs in {bin_dir} say {said!r}: set "
+                f"pg_bin_dir to a directory with those of PostgreSQL {made_by}"
+            )
+
+    def _output_of(self, command: Sequence[str], user: RunAs) -> str:
+        environ = user.environ(self.data_dir.parent)
+        try:
+            ended = subprocess.run(command, capture_output=True, env=environ, check=False, timeout=TOOL_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return f"nothing within {TOOL_TIMEOUT_S} s"
+        return (ended.stdout or ended.stderr).decode(errors="replace").strip()
+
+    async def _initialise(self, bin_dir: Path, user: RunAs) -> None:
+        """initdb beside the final place, then rename: a crash in between leaves nothing half-made there. The place is
+        another each time: an initdb that outlives its parent for a moment removes what it has made."""
+        for leftover in self.data_dir.parent.glob(f"{glob.escape(self.data_dir.name)}.initdb*"):
+            await asyncio.to_thread(stop_orphans, leftover)
+            _remove(leftover)
+        fresh = self._beside(f".initdb-{secrets.token_hex(4)}")
+        password_path = fresh.with_name(f"{fresh.name}.password")
+        arguments = ["-D", str(fresh), "-U", "postgres", "-E", "UTF8", "--no-locale", "--data-checksums",
+                     "--auth-local=peer", "--auth-host=scram-sha-256", f"--pwfile={password_path}"]  # fmt: skip
+        try:
+            fresh.mkdir(files.PRIVATE_DIRECTORY)
+            _write_private(password_path, secrets.token_urlsafe(24))
+            user.give(fresh)
+            user.give(password_path)
+            await self._run("initdb", user, user.command(bin_dir / "initdb", arguments), INITDB_TIMEOUT_S)
+            files.rename(password_path, fresh / PASSWORD_FILE)
             if self.data_dir.exists():
                 self.data_dir.rmdir()
-            fresh.rename(self.data_dir)
-        except OSError as exc:
-            raise PostgresError(f"cannot set up {self.data_dir}: {exc.strerror}") from exc
+            files.rename(fresh, self.data_dir)
         finally:
             password_path.unlink(missing_ok=True)
-            shutil.rmtree(fresh, ignore_errors=True)
+            _remove(fresh)
 
-    async def _run_initdb(self, command: Sequence[str]) -> None:
+    def _write_access_rules(self, user: RunAs) -> None:
+        """Who may connect, beside PostgreSQL's own files: those of older data directories trust every local user."""
+        clients = dict.fromkeys((user.client, "root"))
+        for path, content in (
+            (self.data_dir / HBA_FILE, HBA),
+            (self.data_dir / IDENT_FILE, "".join(f'streamhouse "{client}" postgres\n' for client in clients)),
+        ):
+            _write_private(path, content)
+            user.give(path)
+
+    async def _add_checksums(self, bin_dir: Path, user: RunAs) -> None:
+        """Turns page checksums on in a data directory that was made without, while its server does not run. Should
+        that fail, the data are as good as before: says what to do and returns."""
+        process, self._process = self._process, None
+        assert process is not None
+        await _stop_process(process)
+        log.info("adding checksums to the pages in %s: once, it may take a minute per 5 GB", self.data_dir)
+        command = user.command(bin_dir / "pg_checksums", ["--enable", "-D", str(self.data_dir)])
+        try:
+            await self._run("pg_checksums", user, command, CHECKSUMS_TIMEOUT_S)
+        except PostgresError as error:
+            log.warning(
+                "the database in %s has no page checksums, a damaged page may hide acknowledged records; stop "
+                "StreamHouse and run `pg_checksums --enable -D %s`: %s", self.data_dir, self.data_dir, error,
+            )  # fmt: skip
+
+    async def _run(self, name: str, user: RunAs, command: Sequence[str], timeout_s: float) -> None:
+        """Runs a program of PostgreSQL's, with its output in the log. Raises PostgresError."""
         with self._open_log() as output:
             log_at = output.tell()
-            process = _spawn(command, output)
+            process = _spawn(command, output, user.environ(self.data_dir.parent))
         try:
-            code = await asyncio.to_thread(process.wait, INITDB_TIMEOUT_S)
+            code = await asyncio.to_thread(process.wait, timeout_s)
         except subprocess.TimeoutExpired:
-            raise self._error(f"initdb did not end within {INITDB_TIMEOUT_S} s", log_at) from None
+            raise self._error(f"{name} did not end within {timeout_s} s", log_at) from None
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
         if code:
-            raise self._error(f"initdb failed with exit code {code}", log_at)
+            raise self._error(f"{name} failed with exit code {code}", log_at)
 
     async def _start_server(self, bin_dir: Path, user: RunAs) -> str:
         log_at = 0
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 while True:
-                    process, dsn, log_at = self._launch(bin_dir, user)
+                    address = self._address or self._choose_address()
+                    dsn = self._dsn(*address)
+                    process, log_at = self._launch(bin_dir, user, address)
                     if await self._accepts(dsn, process):
+                        self._address = address
                         log.info("PostgreSQL runs in %s, pid %d", self.data_dir, process.pid)
                         return dsn
                     if not self._may_repeat(log_at):
@@ -204,13 +303,13 @@ class EmbeddedPostgres:
             message = f"PostgreSQL did not accept connections within {START_TIMEOUT_S} s"
             raise self._error(message, log_at) from None
 
-    def _launch(self, bin_dir: Path, user: RunAs) -> tuple[subprocess.Popen[bytes], str, int]:
-        """The new server process, its DSN, and where its lines begin in the log."""
-        host, port = self._choose_address()
+    def _launch(self, bin_dir: Path, user: RunAs, address: tuple[str, int]) -> tuple[subprocess.Popen[bytes], int]:
+        """The new server process, and where its lines begin in the log."""
+        command = user.command(bin_dir / "postgres", self._arguments(*address))
         with self._open_log() as output:
             log_at = output.tell()
-            self._process = _spawn(user.command(bin_dir / "postgres", self._arguments(host, port)), output)
-        return self._process, self._dsn(host, port), log_at
+            self._process = _spawn(command, output, user.environ(self.data_dir.parent))
+        return self._process, log_at
 
     async def _accepts(self, dsn: str, process: subprocess.Popen[bytes]) -> bool:
         """Whether the server accepts a connection (True) or ends first (False)."""
@@ -228,7 +327,8 @@ class EmbeddedPostgres:
 
     def _may_repeat(self, log_at: int) -> bool:
         lines = self._log_lines(log_at)
-        port_taken = self._port is None and any("Address already in use" in line for line in lines)
+        may_choose = self._port is None and self._address is None
+        port_taken = may_choose and any("Address already in use" in line for line in lines)
         return port_taken or any(_LEFT_BY_CRASH in line for line in lines)
 
     def _choose_address(self) -> tuple[str, int]:
@@ -246,25 +346,29 @@ class EmbeddedPostgres:
         by_socket = host.startswith("/")
         # PostgreSQL takes the directory as a list, separated by commas and quoted like SQL names.
         directory = f'"{host.replace(chr(34), chr(34) * 2)}"' if by_socket else ""
-        addresses = {
+        places = {
+            "hba_file": str(self.data_dir / HBA_FILE),
+            "ident_file": str(self.data_dir / IDENT_FILE),
             "listen_addresses": "" if by_socket else host,
             "unix_socket_directories": directory,
             "port": str(port),
         }
-        options = [option for item in (SETTINGS | addresses).items() for option in ("-c", "=".join(item))]
+        options = [option for item in (self._settings | places).items() for option in ("-c", "=".join(item))]
         return ["-D", str(self.data_dir), *options]
 
     def _dsn(self, host: str, port: int) -> str:
         if host.startswith("/"):
             return f"postgresql://postgres@/postgres?host={quote(host, safe='')}&port={port}"
-        password = (self.data_dir / "streamhouse.password").read_text()
+        password = (self.data_dir / PASSWORD_FILE).read_text()
         return f"postgresql://postgres:{password}@{host}:{port}/postgres"
 
     def _open_log(self) -> IO[bytes]:
         with contextlib.suppress(FileNotFoundError):
             if self.log_path.stat().st_size > LOG_BYTES_MAX:
                 self.log_path.unlink()
-        output = self.log_path.open("ab")
+        fd = os.open(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
+        output = os.fdopen(fd, "ab")
+        files.make_private(self.log_path)
         output.seek(0, os.SEEK_END)
         return output
 
@@ -278,17 +382,36 @@ class EmbeddedPostgres:
         return PostgresError(f"{message} (data directory {self.data_dir}, log {self.log_path}):\n  {shown}")
 
 
-def _spawn(command: Sequence[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _spawn(command: Sequence[str], output: IO[bytes], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start in a session of its own, so that Ctrl-C in a terminal reaches only us, and we stop it in order."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        env=ours | {"LC_ALL": "C"},
-        start_new_session=True,
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environ, start_new_session=True
     )
+
+
+def _write_private(path: Path, content: str) -> None:
+    """Gives the file this content, durably, for its owner alone."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, files.PRIVATE_FILE)
+    try:
+        files.write_at(fd, content.encode(), 0)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a directory with all that is in it, as far as it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+async def _has_checksums(dsn: str) -> bool:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return bool(await connection.fetchval("SHOW data_checksums") == "on")
+    finally:
+        await connection.close()
 
 
 async def _stop_process(process: subprocess.Popen[bytes]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 from streamhouse_embedded.postgres import EmbeddedPostgres, PostgresError
-from streamhouse_embedded.postgres_system import RunAs, find_bin_dir, stop_orphan
+from streamhouse_embedded.postgres_system import KEPT_VARIABLES, RunAs, find_bin_dir, nss_wrapper, stop_orphans
 
 
 @pytest.fixture
@@ -63,6 +63,16 @@ def owner_of(path: Path) -> int:
     return path.stat().st_uid
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def tool(name: str, data_dir: Path, *arguments: str) -> None:
+    """Runs a program of PostgreSQL's as the user that owns the data directory here."""
+    user = RunAs.choose(find_bin_dir(), data_dir)
+    subprocess.run(user.command(find_bin_dir() / name, [*arguments, "-D", str(data_dir)]), check=True)
+
+
 async def until_gone(pid: int) -> None:
     async with asyncio.timeout(20):
         while is_alive(pid):
@@ -76,7 +86,7 @@ async def test_first_start_restart_and_settings(base: Path) -> None:
         await query(dsn, "create table kept as select 42 as n")
         for name, value in (
             ("server_encoding", "UTF8"), ("fsync", "on"), ("synchronous_commit", "on"), ("full_page_writes", "on"),
-            ("shared_buffers", "64MB"), ("max_connections", "60"), ("listen_addresses", ""),
+            ("shared_buffers", "64MB"), ("max_connections", "60"), ("listen_addresses", ""), ("data_checksums", "on"),
         ):  # fmt: skip
             assert await query(dsn, f"show {name}") == value
     assert not is_alive(pid)
@@ -205,8 +215,10 @@ async def test_a_lock_file_with_another_programs_pid_is_removed(base: Path, byst
         pass
     lock_file = base / "pg" / "postmaster.pid"
     lock_file.write_text(f"{bystander.pid}\n{base}/pg\n1\n5432\n")
-    assert not stop_orphan(base / "pg")
+    assert not stop_orphans(base / "pg")
     assert not lock_file.exists()
+    socket_lock_file = base / "pg" / ".s.PGSQL.5432.lock"
+    socket_lock_file.write_text(f"{bystander.pid}\n{base}/pg\n1\n5432\n")
     lock_file.write_text(f"{bystander.pid}\n{base}/pg\n1\n5432\n")
     async with running(base / "pg") as (_, dsn):
         assert await query(dsn, "select 1") == 1
@@ -214,9 +226,32 @@ async def test_a_lock_file_with_another_programs_pid_is_removed(base: Path, byst
 
 
 @pytest.mark.parametrize("content", ["", "nonsense", "999999999\n"])
-async def test_a_damaged_lock_file_stops_nothing(base: Path, content: str) -> None:
-    (base / "postmaster.pid").write_text(content)
-    assert not stop_orphan(base)
+async def test_a_damaged_lock_file_keeps_nothing_from_starting(base: Path, content: str) -> None:
+    """A server killed while it starts leaves an empty one, which PostgreSQL takes for that of another server."""
+    async with running(base / "pg"):
+        pass
+    (base / "pg" / "postmaster.pid").write_text(content)
+    assert not stop_orphans(base / "pg")
+    (base / "pg" / "postmaster.pid").write_text(content)
+    async with running(base / "pg") as (_, dsn):
+        assert await query(dsn, "select 1") == 1
+
+
+async def test_a_start_waits_for_what_is_left_of_a_killed_server(base: Path) -> None:
+    """Its backends live on for a moment, or longer where one is stuck; the new server could not start beside them."""
+    child, pid = await start_child(base / "pg")
+    backends = children_of(pid)
+    assert backends
+    for backend in backends:
+        os.kill(backend, signal.SIGSTOP)
+    os.kill(pid, signal.SIGKILL)
+    child.kill()
+    await child.wait()
+    resumed = asyncio.get_running_loop().call_later(0.5, lambda: [os.kill(b, signal.SIGCONT) for b in backends])
+    async with running(base / "pg") as (_, dsn):
+        assert not any(is_alive(backend) for backend in backends)
+        assert await query(dsn, "select n from kept") == 7
+    resumed.cancel()
 
 
 async def test_a_crash_in_initdb_leaves_a_fresh_start(base: Path) -> None:
@@ -226,7 +261,7 @@ async def test_a_crash_in_initdb_leaves_a_fresh_start(base: Path) -> None:
     (base / "pg").mkdir()
     async with running(base / "pg") as (_, dsn):
         assert await query(dsn, "select 1") == 1
-    assert names_in(base) == ["pg", "pg.lock", "pg.log"]
+    assert names_in(base) == ["pg", "pg.lock", "pg.log"], "nothing is left of either initdb"
 
 
 async def test_errors_show_the_log(base: Path) -> None:
@@ -258,7 +293,7 @@ def test_the_wheel_comes_first() -> None:
 async def test_root_under_a_closed_directory_uses_a_namespace(base: Path) -> None:
     closed = base / "closed"
     closed.mkdir(mode=0o700)
-    assert RunAs.choose(find_bin_dir(), closed / "pg").namespace
+    assert RunAs.choose(find_bin_dir(), closed / "pg").namespace_uid
     for _ in range(2):
         async with running(closed / "pg") as (_, dsn):
             assert await query(dsn, "select 1") == 1
@@ -269,17 +304,201 @@ async def test_root_under_a_closed_directory_uses_a_namespace(base: Path) -> Non
     await until_gone(pid)
 
 
+@pytest.fixture
+def no_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that forbids them, or a system without `unshare`."""
+    (tmp_path / "no-programs").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "no-programs"))
+
+
+def connect_as_nobody(data_dir: Path) -> str:
+    """What `psql` says, which does not come in."""
+    command = [find_bin_dir() / "psql", "-h", data_dir, "-U", "postgres", "-c", "select 1", "postgres"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, user="nobody", group="nogroup", extra_groups=[], check=False
+    )
+    assert ended.returncode != 0
+    return ended.stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="is about root")
-async def test_root_under_an_open_directory_drops_to_nobody(base: Path) -> None:
+async def test_root_without_namespaces_drops_to_nobody_whose_other_processes_are_refused(
+    base: Path, no_namespaces: None
+) -> None:
+    if not all(level.stat().st_mode & 0o001 for level in find_bin_dir().resolve().parents):
+        pytest.skip(f"nobody cannot reach {find_bin_dir()}")
+    base = base / "data"
+    base.mkdir(mode=0o700)
     async with running(base / "pg") as (postgres, dsn):
-        assert (base / "pg").stat().st_uid == 65534
-        assert owner_of(Path(f"/proc/{postgres.pid}")) == 65534
+        assert owner_of(base / "pg") == owner_of(Path(f"/proc/{postgres.pid}")) == 65534
+        assert stat.S_IMODE(base.stat().st_mode) == 0o710
         assert await query(dsn, "select 1") == 1
+        assert "Peer authentication failed" in await asyncio.to_thread(connect_as_nobody, base / "pg")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="is about root")
+async def test_root_takes_data_back_that_an_earlier_version_left_to_nobody(base: Path) -> None:
+    async with running(base / "pg") as (_, dsn):
+        await query(dsn, "create table kept as select 42 as n")
+    for path in (base / "pg", *(base / "pg").rglob("*")):
+        os.chown(path, 65534, 65534)
+    async with running(base / "pg") as (_, dsn):
+        assert await query(dsn, "select n from kept") == 42
+    assert {owner_of(path) for path in (base / "pg", *(base / "pg").rglob("*"))} == {0}
+
+
+ANOTHER_UID = 12345
+
+
+def as_uid_without_a_name(*command: str) -> list[str]:
+    """The command line under a uid that no passwd file knows, as on OpenShift; the files are still ours."""
+    return ["unshare", "-U", f"--map-user={ANOTHER_UID}", f"--map-group={ANOTHER_UID}", *command]
+
+
+START_TWICE = """
+import asyncio, os, sys
+from pathlib import Path
+import asyncpg
+from streamhouse_embedded.postgres import EmbeddedPostgres
+async def main():
+    for _ in range(2):
+        postgres = EmbeddedPostgres(Path(sys.argv[1]))
+        connection = await asyncpg.connect(await postgres.start())
+        print(os.geteuid(), await connection.fetchval("select system_user"))
+        await connection.close()
+        await postgres.stop()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("way", ["namespace", "nss_wrapper"])
+def test_a_uid_without_a_passwd_entry_may_run_it(base: Path, tmp_path: Path, way: str) -> None:
+    if subprocess.run(as_uid_without_a_name("true"), capture_output=True, check=False).returncode:
+        pytest.skip("user namespaces, which give this test such a uid, are not allowed here")
+    if way == "nss_wrapper" and nss_wrapper() is None:
+        pytest.skip("libnss_wrapper is not installed")
+    path = os.environ["PATH"] if way == "namespace" else str(tmp_path)
+    command = as_uid_without_a_name("env", f"PATH={path}", sys.executable, "-c", START_TWICE, str(base / "pg"))
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    lines = [line.split() for line in ended.stdout.splitlines()]
+    assert [uid for uid, _ in lines] == [str(ANOTHER_UID)] * 2
+    assert all(user.startswith("peer:") for _, user in lines)
+
+
+# ---- who else may do what
+
+
+def environment_of(postgres: EmbeddedPostgres) -> dict[str, str]:
+    content = Path(f"/proc/{postgres.pid}/environ").read_text()
+    return dict(variable.split("=", 1) for variable in content.split("\0") if variable)
+
+
+async def test_its_environment_holds_nothing_of_ours(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMHOUSE_S3_SECRET_KEY", "topsecret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
+    monkeypatch.setenv("PGPASSWORD", "topsecret")
+    monkeypatch.setenv("TZ", "UTC")
+    async with running(base / "pg") as (postgres, _):
+        given = environment_of(postgres)
+    assert "topsecret" not in given.values()
+    assert given["TZ"] == "UTC"
+    assert set(given) <= {*KEPT_VARIABLES, "LC_ALL"} | {name for name in given if name.startswith("PG")}, "PG: its own"
+
+
+async def test_no_rule_trusts_anybody_in_data_of_an_older_version_either(base: Path) -> None:
+    async with running(base / "pg"):
+        pass
+    (base / "pg" / "pg_hba.conf").write_text("local all all trust\nhost all all 127.0.0.1/32 trust\n")
+    async with running(base / "pg") as (_, dsn):
+        methods = "select string_agg(distinct auth_method, ' ' order by auth_method) from pg_hba_file_rules"
+        assert await query(dsn, methods) == "peer scram-sha-256"
+
+
+async def test_its_log_and_lock_are_nobody_elses_to_read(base: Path) -> None:
+    (base / "pg.log").touch(mode=0o644)
+    async with running(base / "pg"):
+        assert {stat.S_IMODE((base / name).stat().st_mode) for name in ("pg.log", "pg.lock")} == {0o600}
+
+
+# ---- checksums
+
+
+async def damage(postgres: EmbeddedPostgres, dsn: str, table: str) -> None:
+    """Flips a bit of a record that the file of `table` holds, and ends the server: it has the page in memory."""
+    await query(dsn, "checkpoint")
+    path = postgres.data_dir / str(await query(dsn, f"select pg_relation_filepath('{table}')"))
+    await postgres.stop()
+    content = bytearray(path.read_bytes())
+    content[content.index(b"precious")] ^= 1
+    path.write_bytes(content)
+
+
+async def test_g6_a_flipped_bit_is_an_error_and_not_another_record(base: Path) -> None:
+    async with running(base / "pg") as (postgres, dsn):
+        await query(dsn, "create table kept as select 'precious' as what")
+        await damage(postgres, dsn, "kept")
+    async with running(base / "pg") as (_, dsn):
+        with pytest.raises(asyncpg.DataCorruptedError, match="invalid page"):
+            await query(dsn, "select what from kept")
+
+
+@pytest.mark.parametrize("ended", ["stopped", "killed"])
+async def test_g6_data_of_an_older_version_get_checksums(base: Path, ended: str) -> None:
+    async with running(base / "pg") as (_, dsn):
+        await query(dsn, "create table kept as select 'precious' as what")
+    tool("pg_checksums", base / "pg", "--disable")
+    if ended == "killed":
+        await leave_killed(base / "pg")
+    async with running(base / "pg") as (postgres, dsn):
+        assert await query(dsn, "show data_checksums") == "on"
+        assert await query(dsn, "select what from kept") == "precious"
+        await damage(postgres, dsn, "kept")
+    async with running(base / "pg") as (_, dsn):
+        with pytest.raises(asyncpg.DataCorruptedError, match="invalid page"):
+            await query(dsn, "select what from kept")
+
+
+async def leave_killed(data_dir: Path) -> None:
+    """As kill -9 leaves it: in no state in which checksums can be added."""
+    user = RunAs.choose(find_bin_dir(), data_dir)
+    arguments = ["-D", str(data_dir), "-c", "listen_addresses=", "-c", f"unix_socket_directories={data_dir}"]
+    command = user.command(find_bin_dir() / "postgres", arguments)
+    server = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
+    async with asyncio.timeout(20):
+        while not (data_dir / ".s.PGSQL.5432.lock").exists():
+            await asyncio.sleep(0.02)
+    server.kill()
+    await server.wait()
+    stop_orphans(data_dir)
+
+
+async def test_data_that_cannot_get_checksums_are_served_with_a_warning(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    programs = base / "programs"
+    programs.mkdir()
+    for name in ("initdb", "postgres"):
+        (programs / name).symlink_to(find_bin_dir() / name)
+    async with running(base / "pg"):
+        pass
+    tool("pg_checksums", base / "pg", "--disable")
+    async with running(base / "pg", bin_dir=programs) as (_, dsn):
+        assert await query(dsn, "select 1") == 1
+    assert f"pg_checksums --enable -D {base}/pg" in caplog.text
+
+
+async def test_data_of_another_version_of_postgresql_are_refused_in_one_clear_line(base: Path) -> None:
+    async with running(base / "pg"):
+        pass
+    (base / "pg" / "PG_VERSION").write_text("9\n")
+    with pytest.raises(PostgresError, match=r"the data in .*/pg are of PostgreSQL 9, the programs in .* say .*\n?"):
+        await EmbeddedPostgres(base / "pg").start()
 
 
 async def test_cancelling_a_start_leaves_nothing_running(base: Path) -> None:
     postgres = EmbeddedPostgres(base / "pg")
-    for delay_s in (0.05, 0.3, 0.6):
+    for delay_s in (0.05, 0.3, 0.6, 1.2):
         starting = asyncio.create_task(postgres.start())
         await asyncio.sleep(delay_s)
         starting.cancel()

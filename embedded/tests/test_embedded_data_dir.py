@@ -1,0 +1,68 @@
+"""The data directory: one process at a time, and nobody else's to read."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from streamhouse_embedded.data_dir import DataDir, DataDirError
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def take(path: Path) -> None:
+    data_dir = DataDir(path)
+    data_dir.lock()
+    data_dir.unlock()
+
+
+def test_a_new_one_is_closed_to_others_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        take(tmp_path / "deep" / "data")
+    finally:
+        os.umask(before)
+    assert mode_of(tmp_path / "deep") == mode_of(tmp_path / "deep" / "data") == 0o700
+    assert mode_of(tmp_path / "deep" / "data" / "lock") == 0o600
+
+
+def open_to_all(path: Path) -> None:
+    """What versions before this one left."""
+    for name in ("objects", "wal", "cache", "postgres"):
+        (path / name).mkdir(parents=True, mode=0o755)
+    (path / "lock").touch(mode=0o644)
+    path.chmod(0o755)
+
+
+def test_one_of_an_older_version_is_closed_to_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_to_all(tmp_path)
+    take(tmp_path)
+    assert [mode_of(tmp_path / name) for name in ("objects", "wal", "cache", "lock")] == [0o700, 0o700, 0o700, 0o600]
+    assert mode_of(tmp_path) == 0o700
+    assert not caplog.messages
+
+
+def test_a_directory_that_holds_other_things_keeps_its_permissions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`--data-dir .` or /srv: what is ours in it is closed, the rest is said."""
+    open_to_all(tmp_path)
+    (tmp_path / "of-somebody-else").touch(mode=0o644)
+    take(tmp_path)
+    assert mode_of(tmp_path) == 0o755
+    assert mode_of(tmp_path / "wal") == 0o700
+    assert mode_of(tmp_path / "of-somebody-else") == 0o644
+    assert caplog.messages == [
+        f"data directory {tmp_path} is open to other users: `chmod 700` it if it is nobody else's"
+    ]
+
+
+def test_the_second_process_is_told_which_one_has_it(tmp_path: Path) -> None:
+    first = DataDir(tmp_path)
+    first.lock()
+    with pytest.raises(DataDirError, match=f"already served by process {os.getpid()}; stop that one first"):
+        DataDir(tmp_path).lock()
+    first.unlock()
+    take(tmp_path)
