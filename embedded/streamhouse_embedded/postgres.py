@@ -1,5 +1,5 @@
-"""PostgreSQL as a child process on a data directory of ours: made at the first start, recovered at every other.
-Meant for one machine and one user; production uses a server of its own (pg_dsn).
+"""PostgreSQL as a child process on a data directory of ours: made at the first start, recovered at every other, and
+started again when it dies. Meant for one machine and one user; production uses a server of its own (pg_dsn).
 
 Owns: the server's process, its data directory, and who may connect to it.
 Invariants: at most one server of one process of ours runs on a data directory. Only the user that runs this process
@@ -20,13 +20,14 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
 import asyncpg
 from shruntime import files
+from shruntime.tasks import Backoff
 
 from streamhouse_embedded.postgres_system import PostgresError, RunAs, find_bin_dir, stop_orphans
 
@@ -54,6 +55,9 @@ STOP_TIMEOUT_S = 15.0
 
 CHECKSUMS_TIMEOUT_S = 3600.0
 """For adding checksums to an older data directory: it is read and written once, some 100 MB/s on slow disks."""
+
+RESTART_FIRST_MS, RESTART_MAX_MS = 100, 10_000
+"""Back-off of restarts. A server that has run for longer than the maximum begins anew: it does not die at its start."""
 
 POLL_INTERVAL_S = 0.01
 LOG_BYTES_MAX = 1024 * 1024
@@ -132,6 +136,35 @@ class EmbeddedPostgres:
         except BaseException:
             await self.stop()
             raise
+
+    async def keep_running(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
+        """Starts the server again whenever it ends by itself, with back-off, at the same address. For ever; cancel it
+        before `stop`. `on_change` is told False when the server has ended, True when it accepts connections again."""
+        loop = asyncio.get_running_loop()
+        backoff = Backoff(RESTART_FIRST_MS, RESTART_MAX_MS)
+        while True:
+            assert self._process is not None, "start() comes first"
+            began_s = loop.time()
+            await _wait_for_end(self._process)
+            log.error("PostgreSQL in %s ended (%s); starting it again", self.data_dir, _how_it_ended(self._process))
+            if loop.time() - began_s > RESTART_MAX_MS / 1000:
+                backoff.reset()
+            await on_change(False)
+            while True:
+                await asyncio.sleep(backoff.next_ms() / 1000)
+                if await self._restart():
+                    break
+            await on_change(True)
+
+    async def _restart(self) -> bool:
+        """Returns False, with an error in the log, if the server does not start: its disk may be full for a while."""
+        try:
+            bin_dir = find_bin_dir(self._explicit_bin_dir)
+            await self._open(bin_dir, await asyncio.to_thread(RunAs.choose, bin_dir, self.data_dir))
+        except (PostgresError, OSError) as error:
+            log.error("PostgreSQL cannot be started again: %s", error)
+            return False
+        return True
 
     def running_dsn(self) -> str:
         """Of the server that another process runs on this directory. Raises PostgresError when there is none."""
@@ -412,6 +445,27 @@ async def _has_checksums(dsn: str) -> bool:
         return bool(await connection.fetchval("SHOW data_checksums") == "on")
     finally:
         await connection.close()
+
+
+async def _wait_for_end(process: subprocess.Popen[bytes]) -> None:
+    """Returns when the process has ended, and reaps it. Takes no thread, which could not be cancelled."""
+    if process.poll() is not None:
+        return
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        loop.add_reader(pidfd, ended.set)
+        await ended.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+    process.wait()
+
+
+def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    code = process.returncode
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 async def _stop_process(process: subprocess.Popen[bytes]) -> None:

@@ -81,6 +81,8 @@ class EmbeddedPlatform:
         self._data_dir = DataDir(settings.data_dir)
         self._services = _Services.load(self._data_dir)
         self._stack = contextlib.AsyncExitStack()
+        self._serving: RpcServer | None = None
+        self._database_answers = True
         self.tasks = Tasks()
 
     async def start(self) -> Ready:
@@ -92,6 +94,9 @@ class EmbeddedPlatform:
 
     async def stop(self) -> None:
         """Drains: seals, uploads, registers, gives the leases back; then stops everything."""
+        serving, self._serving = self._serving, None
+        if serving is not None:
+            await serving.set_serving(False)
         await self._stack.aclose()
 
     async def _start(self) -> Ready:
@@ -133,14 +138,27 @@ class EmbeddedPlatform:
         self.tasks.spawn("coordinator watch", coordinator.failed())
         for name, tasks in (("ingest", ingest.tasks), ("query", query.tasks), ("segmenter", segmenter.tasks)):
             self.tasks.spawn(f"{name} watch", _raise_when_failed(tasks))
-        await server.set_serving(True)
+        self._serving = server
+        await self._update_health()
         return Ready(address, str(self._data_dir.path), dsn)
 
     async def _start_postgres(self) -> str:
         postgres = EmbeddedPostgres(self._data_dir.postgres, bin_dir=self._settings.pg_bin_dir or None)
         dsn = await postgres.start()
         self._stack.push_async_callback(postgres.stop)
+        watch = Tasks()
+        watch.spawn("PostgreSQL", postgres.keep_running(self._on_database_change))
+        self._stack.push_async_callback(watch.stop)  # after the drain, which registers what the log holds
+        self.tasks.spawn("PostgreSQL watch", _raise_when_failed(watch))
         return dsn
+
+    async def _on_database_change(self, answers: bool) -> None:
+        self._database_answers = answers
+        await self._update_health()
+
+    async def _update_health(self) -> None:
+        if self._serving is not None:
+            await self._serving.set_serving(self._database_answers)
 
     async def _open_store(self) -> ObjectStore:
         store = configured_store(self._services.store)

@@ -496,6 +496,70 @@ async def test_data_of_another_version_of_postgresql_are_refused_in_one_clear_li
         await EmbeddedPostgres(base / "pg").start()
 
 
+# ---- a server that dies
+
+
+class Watched:
+    """A server with `keep_running`, and what that has told so far."""
+
+    def __init__(self, postgres: EmbeddedPostgres) -> None:
+        self.told: asyncio.Queue[bool] = asyncio.Queue()
+        self.task = asyncio.create_task(postgres.keep_running(self.told.put))
+
+    async def next(self) -> bool:
+        async with asyncio.timeout(60):
+            return await self.told.get()
+
+
+@asynccontextmanager
+async def watched(data_dir: Path, **options: object) -> AsyncIterator[tuple[EmbeddedPostgres, str, Watched]]:
+    async with running(data_dir, **options) as (postgres, dsn):
+        watch = Watched(postgres)
+        try:
+            yield postgres, dsn, watch
+        finally:
+            watch.task.cancel()
+            await asyncio.wait([watch.task])
+
+
+@pytest.mark.parametrize("way", ["socket", "tcp"])
+async def test_a_killed_server_is_started_again_at_its_address(base: Path, way: str) -> None:
+    async with watched(base / ("pg" if way == "socket" else "d" * 110)) as (postgres, dsn, watch):
+        await query(dsn, "create table kept as select 42 as n")
+        for _ in range(3):
+            killed = postgres.pid
+            assert killed
+            os.kill(killed, signal.SIGKILL)
+            assert [await watch.next(), await watch.next()] == [False, True]
+            assert postgres.pid != killed
+            assert await query(dsn, "select n from kept") == 42
+
+
+async def test_a_server_that_cannot_start_is_tried_until_it_can(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with watched(base / "pg") as (postgres, dsn, watch):
+        control = base / "pg" / "global" / "pg_control"
+        control.rename(base / "away")
+        assert postgres.pid
+        os.kill(postgres.pid, signal.SIGKILL)
+        assert await watch.next() is False
+        async with asyncio.timeout(60):
+            while caplog.text.count("PostgreSQL cannot be started again") < 2:
+                await asyncio.sleep(0.02)
+        assert watch.told.empty()
+        (base / "away").rename(control)
+        assert await watch.next() is True
+        assert await query(dsn, "select 1") == 1
+
+
+async def test_nothing_is_started_again_once_the_watch_is_over(base: Path) -> None:
+    async with watched(base / "pg") as (postgres, _, watch):
+        watch.task.cancel()
+        await asyncio.wait([watch.task])
+        assert postgres.pid
+    assert watch.told.empty()
+    assert not stop_orphans(base / "pg")
+
+
 async def test_cancelling_a_start_leaves_nothing_running(base: Path) -> None:
     postgres = EmbeddedPostgres(base / "pg")
     for delay_s in (0.05, 0.3, 0.6, 1.2):
