@@ -16,6 +16,7 @@ from streamhouse_coordinator.adapters.postgres_hosts import by_host
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.wiring import build
 from streamhouse_embedded.postgres import EmbeddedPostgres
+from streamhouse_embedded.postgres_system import RunAs, find_bin_dir
 
 Settings = Callable[..., Any]
 
@@ -73,6 +74,30 @@ async def test_a_wrong_password_is_said_and_tried_again(
     await asyncio.wait_for(start, 20)
     assert "not-the-password" not in caplog.text
     await service.stop()
+
+
+@pytest.mark.parametrize("checksums", [True, False], ids=["with", "without"])
+async def test_g6_a_server_without_page_checksums_is_warned_of(
+    tmp_path: Path, checksums: bool, fast: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    data_dir, programs = tmp_path / "data", tmp_path / "programs"
+    server = EmbeddedPostgres(data_dir)
+    await server.start()
+    await server.stop()
+    if not checksums:
+        disable = RunAs.choose(find_bin_dir(), data_dir).command(
+            find_bin_dir() / "pg_checksums", ["--disable", "-D", str(data_dir)]
+        )
+        assert await (await asyncio.create_subprocess_exec(*disable)).wait() == 0
+        programs.mkdir()  # without pg_checksums, with which they would come back
+        for name in ("initdb", "postgres"):
+            (programs / name).symlink_to(find_bin_dir() / name)
+        server = EmbeddedPostgres(data_dir, bin_dir=programs)
+    service = build(fast(await server.start()))
+    await service.start()
+    await service.stop()
+    await server.stop()
+    assert ("PostgreSQL has no page checksums" in caplog.text) != checksums
 
 
 async def test_a_database_that_is_made_later_is_waited_for(

@@ -85,6 +85,7 @@ class PostgresStore:
             async with deadline:
                 for name in await migrate(connection):
                     log.info("migrated the database: %s", name)
+                await _warn_without_checksums(connection)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -280,6 +281,15 @@ async def _transaction(connection: Any, **options: Any) -> AsyncIterator[None]:
         await transaction.rollback()
         raise
     await transaction.commit()
+
+
+async def _warn_without_checksums(connection: Any) -> None:
+    """A flipped bit on PostgreSQL's disk can hide registered segments: only checksums make that an error."""
+    if await connection.fetchval("SELECT current_setting('data_checksums', true)") == "off":
+        log.warning(
+            "PostgreSQL has no page checksums: damage on its disk may hide acknowledged records and nobody is told. "
+            "Stop it and run `pg_checksums --enable`, or make a new one with `initdb --data-checksums`"
+        )
 
 
 async def _keep(_: Any) -> None:
