@@ -75,7 +75,8 @@ class TopicDescription:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A live service. role: ingest | query | segmenter | coordinator."""
+    """A live service. role: ingest | query | segmenter | coordinator. log_full: the disk of an ingest agent's log has
+    no room, so that it leads only what no other can."""
 
     agent_id: str
     role: str
@@ -83,6 +84,7 @@ class Session:
     session_id: str
     expires_in_ms: int
     started_ms: int
+    log_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,15 @@ def partition_of(info: coordinator_pb2.PartitionInfo) -> Partition:
 
 
 def session_of(info: coordinator_pb2.SessionInfo) -> Session:
-    return Session(info.agent_id, info.role, info.address, info.session_id, info.expires_in_ms, info.started_ms)
+    return Session(
+        info.agent_id,
+        info.role,
+        info.address,
+        info.session_id,
+        info.expires_in_ms,
+        info.started_ms,
+        info.log_full,
+    )
 
 
 def lease_of(info: coordinator_pb2.LeaseInfo) -> Lease:

@@ -208,6 +208,11 @@ def _print_waits(report: dict[str, Any]) -> None:
             f"THE METADATA WENT BACK: event {position} was seen, and is not there any more. No "
             "object is deleted, and agents may be refused: bring it back with `streamhouse restore` (docs/backup.md)"
         )
+    for session in report["sessions"]:
+        if session["log_full"]:
+            click.echo(
+                f"THE LOG OF AGENT {session['agent_id']} HAS NO ROOM: others lead instead, as far as there are any"
+            )
     for item in report["buffer_failures"]:
         click.echo(show_failure(item))
     for entry in report["partitions"]:

@@ -152,7 +152,9 @@ class CoordinatorApi:
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         low = {messages.range_key(item): item.next_offset for item in request.low_ranges}
-        version, extended = await sessions.heartbeat(self._context, messages.session_id_of(request.session_token), low)
+        session_id = messages.session_id_of(request.session_token)
+        log_full = request.log_full if request.HasField("log_full") else None
+        version, extended = await sessions.heartbeat(self._context, session_id, low, log_full)
         return pb.HeartbeatResponse(
             ttl_ms=self._settings.session_ttl_ms,
             grants_version=version,

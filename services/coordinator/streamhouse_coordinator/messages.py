@@ -284,7 +284,7 @@ def buffer_slice(row: t.BufferSliceRow, topic: str) -> pb.BufferSlice:
     )
 
 
-def session_info(row: t.SessionRow, expires_in_ms: int) -> pb.SessionInfo:
+def session_info(row: t.SessionRow, expires_in_ms: int, *, log_full: bool = False) -> pb.SessionInfo:
     return pb.SessionInfo(
         agent_id=row.agent_id,
         role=row.role,
@@ -292,6 +292,7 @@ def session_info(row: t.SessionRow, expires_in_ms: int) -> pb.SessionInfo:
         session_id=row.session_id,
         expires_in_ms=expires_in_ms,
         started_ms=row.started_ms,
+        log_full=log_full,
     )
 
 

@@ -1,5 +1,6 @@
 """Grants and moves: balanced, sticky, never over another epoch's offsets."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from hypothesis import given
@@ -13,7 +14,14 @@ from shproto.events import (
     SessionClosed,
     TopicCreated,
 )
-from streamhouse_coordinator.core.assignment import excess, grant, left_without_leader, move, start_of_next
+from streamhouse_coordinator.core.assignment import (
+    able_to_lead,
+    excess,
+    grant,
+    left_without_leader,
+    move,
+    start_of_next,
+)
 from streamhouse_coordinator.core.projection import row_ops
 from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, PartitionRow, RangeRow, SessionRow
 
@@ -30,7 +38,7 @@ def range_of(partition: int, status: str, agent: str, *, epoch: int = 1, end: in
 
 
 def run(
-    count: int, latest: dict[int, RangeRow], agents: list[str]
+    count: int, latest: dict[int, RangeRow], agents: list[str], full: Collection[str] = ()
 ) -> tuple[dict[int, EpochGranted], list[MoveRequested]]:
     waiting = [
         PartitionRow(TOPIC, number, latest[number].epoch if number in latest else 0, 0)
@@ -41,10 +49,12 @@ def run(
     sessions = [session(name) for name in agents]
     held = [row for row in latest.values() if row.status == OPEN and not row.moving]
     loads = {row.session_id: sum(one.session_id == row.session_id for one in held) for row in sessions}
-    grants = grant({TOPIC: "orders"}, waiting, by_key, loads, sessions, count, WIDTH)
+    full = {f"session-{name}" for name in full}
+    able = able_to_lead(sessions, full)
+    grants = grant({TOPIC: "orders"}, waiting, by_key, loads, able, count, WIDTH)
     for event in grants:
         loads[event.session_id] += 1
-    moves = move({TOPIC: "orders"}, held, excess(loads, sessions, count))
+    moves = move({TOPIC: "orders"}, held, excess(loads, sessions, count, full))
     return {event.partition: event for event in grants}, moves
 
 
@@ -99,6 +109,32 @@ def test_a_new_agent_makes_the_others_move_just_enough() -> None:
     assert [move.partition for move in moves] == [3, 4]
     moving = {number: replace(row, moving=number >= 3) for number, row in latest.items()}
     assert run(5, moving, ["a", "b"]) == ({}, []), "what is on the move is not moved again"
+
+
+def settled(latest: dict[int, RangeRow]) -> dict[int, RangeRow]:
+    """Every move is made."""
+    return {
+        number: replace(row, status=SETTLED, end_offset=row.start_offset, moving=False) if row.moving else row
+        for number, row in latest.items()
+    }
+
+
+def test_an_agent_whose_log_is_full_gives_all_up_and_gets_its_share_back() -> None:
+    latest = {number: range_of(number, OPEN, "ab"[number % 2]) for number in range(6)}
+    _, moves = run(6, latest, ["a", "b", "c"], full="a")
+    assert {move.agent_id for move in moves} == {"a"} and len(moves) == 3
+    latest = settled(apply(latest, {}, moves))
+    grants, _ = run(6, latest, ["a", "b", "c"], full="a")
+    assert {event.agent_id for event in grants.values()} == {"c"}, "also those whose past is in the full log"
+    latest = apply(latest, grants, [])
+    assert run(6, latest, ["a", "b", "c"], full="a") == ({}, [])
+    assert len(run(6, latest, ["a", "b", "c"])[1]) == 2, "with room it has its share again"
+
+
+def test_when_all_logs_are_full_nothing_moves() -> None:
+    latest = {number: range_of(number, OPEN, "ab"[number % 2]) for number in range(6)}
+    assert run(6, latest, ["a", "b"], full="ab") == ({}, [])
+    assert {event.agent_id for event in run(1, {}, ["a"], full="a")[0].values()} == {"a"}, "nobody else is there"
 
 
 @given(

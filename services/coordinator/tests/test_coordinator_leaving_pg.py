@@ -1,4 +1,4 @@
-"""An agent that leaves in good order: its partitions go on elsewhere, right where it ended."""
+"""An agent that leaves in good order, or has no room in its log: its partitions go on elsewhere, where it ended."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -25,3 +25,36 @@ async def test_partitions_of_a_leaving_agent_go_on_elsewhere_without_a_gap(
     found = {grant.partition: grant for grant in (await api.get_grants(request)).grants}
     assert {p: (grant.start_offset, grant.status) for p, grant in found.items()} == {0: (7, "open"), 1: (7, "open")}
     assert {grant.epoch for grant in found.values()} == {2}, "nothing was granted to the one that left"
+
+
+async def beat(agent: Any, log_full: bool) -> None:
+    request = pb.HeartbeatRequest(session_token=agent.session.session_token, log_full=log_full)
+    await agent.api.heartbeat(request)
+
+
+async def moved(agent: Any) -> int:
+    """Gives up what is to move, as a leader does; how much that was."""
+    moving = [grant for grant in (await agent.leads()).values() if grant.status == "moving"]
+    await agent.settle(*((grant, grant.start_offset) for grant in moving))
+    return len(moving)
+
+
+async def test_g7_partitions_of_an_agent_whose_log_is_full_go_to_others_as_long_as_there_are_any(
+    coordinator: CoordinatorService, open_agent: Callable[..., Awaitable[Any]]
+) -> None:
+    api = coordinator.api
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=4))
+    full = await open_agent(api, "a")
+    await beat(full, True)
+    assert (await moved(full), len(await full.leads())) == (0, 4), "there is nobody else"
+    other = await open_agent(api, "b")
+    assert await moved(full) == 4
+    assert (len(await full.leads()), len(await other.leads())) == (0, 4)
+    shown = (await api.get_status(pb.GetStatusRequest())).sessions
+    assert {session.agent_id: session.log_full for session in shown} == {"a": True, "b": False}
+    await full.heartbeat()  # without a word of it: nothing has changed
+    await api.create_topic(pb.CreateTopicRequest(topic="later", partitions=2))
+    assert len(await full.leads()) == 0, "new partitions are not given to it either"
+    await beat(full, False)
+    assert await moved(other) == 3
+    assert len(await full.leads()) == 3

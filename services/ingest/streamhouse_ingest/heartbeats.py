@@ -1,4 +1,4 @@
-"""Renews the session's lease, and asks for more offsets where a range runs low."""
+"""Renews the session's lease, asks for more offsets where a range runs low, and says when the log has no room."""
 
 import asyncio
 import logging
@@ -15,6 +15,7 @@ from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.event_feed import EventFeed
 from streamhouse_ingest.grants import Grants
 from streamhouse_ingest.history import History
+from streamhouse_ingest.log_room import LogRoom
 from streamhouse_ingest.logs import Logs
 from streamhouse_ingest.ranges import Ranges
 from streamhouse_ingest.sealer import SessionHolder
@@ -34,6 +35,7 @@ class Heartbeats:
         grants: Grants,
         feed: EventFeed,
         history: History,
+        room: LogRoom,
         clock: Clock,
         make_backoff: Callable[[], Backoff],
     ) -> None:
@@ -45,6 +47,9 @@ class Heartbeats:
         self._grants = grants
         self._feed = feed
         self._history = history
+        self._room = room
+        self._full = False
+        self._told_full = False
         self._clock = clock
         self._make_backoff = make_backoff
         self._interval_ms = 0
@@ -54,6 +59,7 @@ class Heartbeats:
     def begin(self, interval_ms: int, ttl_ms: int) -> None:
         """Of the session that was opened."""
         self._interval_ms, self._ttl_ms = interval_ms, ttl_ms
+        self._told_full = False
 
     def want(self) -> None:
         """A range runs low: do not wait for the next beat."""
@@ -78,8 +84,11 @@ class Heartbeats:
                 wait_ms = self._interval_ms
 
     async def _beat(self) -> None:
+        full = self._full
         sent_ms = self._clock.monotonic_ms()
         request = pb.HeartbeatRequest(session_token=self._holder.token, low_ranges=_low_ranges(self._logs))
+        if full != self._told_full:
+            request.log_full = full
         try:
             response = await self._coordinator.heartbeat(request)
         except StreamHouseError as error:
@@ -89,10 +98,13 @@ class Heartbeats:
                 self._lease.renew(sent_ms, self._ttl_ms)
             raise
         self._lease.renew(sent_ms, response.ttl_ms)
+        self._told_full = full
         await self._history.save()
         for grant in response.extended:
             self._ranges.extend(LogKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)
         self._grants.heard_of(response.grants_version, self._feed.position)
+        # For the next beat: the log's thread may hang on a disk, and the lease must not wait for that.
+        self._full = await self._room.lacking()
 
 
 def _low_ranges(logs: Logs) -> list[pb.RangeUse]:

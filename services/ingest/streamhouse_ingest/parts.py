@@ -16,6 +16,7 @@ from streamhouse_ingest.event_feed import EventFeed
 from streamhouse_ingest.grants import Grants
 from streamhouse_ingest.heartbeats import Heartbeats
 from streamhouse_ingest.history import History
+from streamhouse_ingest.log_room import LogRoom
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.moves import Moves
@@ -74,7 +75,8 @@ def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) 
     sealer = Sealer(
         logs, around.coordinator, holder, around.clock, _seal_limits(settings), around.backoff(), around.metrics
     )
-    writer = _writer(around, opened, logs, lease)
+    room = LogRoom(opened.wal, around.thread, around.clock, grace_ms=settings.wal_full_grace_ms)
+    writer = _writer(around, opened, logs, lease, room)
     history = History(opened.seen, opened.wal, around.thread)
     trimmer = Trimmer(logs, opened.wal, opened.index, around.thread, history)
     moves = _moves(around, logs, writer, sealer, holder)
@@ -94,7 +96,7 @@ def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) 
         around.backoff,
     )
     heartbeats = Heartbeats(
-        around.coordinator, holder, lease, logs, ranges, grants, feed, history, around.clock, around.backoff
+        around.coordinator, holder, lease, logs, ranges, grants, feed, history, room, around.clock, around.backoff
     )
     session = Session(
         identity,
@@ -122,10 +124,10 @@ def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) 
     return Running(opened, logs, writer, sealer, session, holder, grants, ranges, moves, trimmer, produce, tail)
 
 
-def _writer(around: Surroundings, opened: OpenedLog, logs: Logs, lease: Lease) -> Writer:
+def _writer(around: Surroundings, opened: OpenedLog, logs: Logs, lease: Lease, room: LogRoom) -> Writer:
     settings = around.settings
     limits = WriterLimits(settings.queue_bytes_max, settings.wal_group_bytes_max, settings.wal_bytes_max)
-    return Writer(logs, opened.wal, opened.index, lease, around.thread, around.clock, limits, around.metrics)
+    return Writer(logs, opened.wal, opened.index, lease, around.thread, around.clock, limits, around.metrics, room)
 
 
 def _moves(around: Surroundings, logs: Logs, writer: Writer, sealer: Sealer, holder: SessionHolder) -> Moves:

@@ -91,6 +91,9 @@ class Wal(Protocol):
     def sync(self) -> None:
         """Makes what was written durable. Raises WalBroken."""
 
+    def has_room(self) -> bool:
+        """True if another whole file could be begun now."""
+
     def delete(self, sequence: int) -> None:
         """Removes a file that is not active. Raises OSError."""
 

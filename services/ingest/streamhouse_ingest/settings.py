@@ -38,6 +38,13 @@ class IngestSettings(CommonSettings):
         ge=256 * 1024,
         description="bytes of the whole log, beyond which producers are refused: minutes of an object store outage",
     )
+    wal_full_grace_ms: int = Field(
+        10_000,
+        ge=0,
+        le=3_600_000,
+        description="ms after which an agent whose disk has no room for its log asks for its partitions to be moved to "
+        "others: longer than a segment takes to be uploaded, which gives room back",
+    )
     wal_group_bytes_max: int = Field(
         8 * MIB,
         ge=64 * 1024,

@@ -21,6 +21,7 @@ from streamhouse_ingest.core.lease import Lease
 from streamhouse_ingest.core.partition_log import BatchAppended
 from streamhouse_ingest.core.producers import DuplicateOf
 from streamhouse_ingest.core.wal_index import WalIndex
+from streamhouse_ingest.log_room import LogRoom
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.ports import Frame, Wal, WalBroken, WalFull
@@ -94,6 +95,7 @@ class Writer:
         clock: Clock,
         limits: WriterLimits,
         metrics: IngestMetrics,
+        room: LogRoom,
     ) -> None:
         self._logs = logs
         self._wal = wal
@@ -103,6 +105,7 @@ class Writer:
         self._clock = clock
         self._limits = limits
         self._metrics = metrics
+        self._room = room
         self._on_append: Callable[[HeldLog], None] = lambda held: None
         self._queue: deque[Append] = deque()
         self._wake = asyncio.Event()
@@ -189,6 +192,7 @@ class Writer:
             positions = await self._append(frames) if frames else []
             self._apply(decided, iter(positions))
         except WalFull as error:
+            self._room.full()
             self._fail(group, DiskFull(f"the write-ahead log cannot grow: {error}", retry_after_ms=_WAL_RETRY_MS))
         except WalBroken:
             self._failed = True

@@ -71,6 +71,7 @@ class CoordinatorStandIn:
         self.width = width
         self.ttl_ms = ttl_ms
         self.heartbeat_ms = heartbeat_ms
+        self.told_full: list[bool] = []  # what agents said of the room in their logs
         self.topics: dict[str, pb.TopicInfo] = {}
         self.ranges: dict[tuple[bytes, int, int], Range] = {}
         self.sessions: dict[str, SessionState] = {}
@@ -298,6 +299,8 @@ class CoordinatorStandIn:
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatResponse:
         self._called("heartbeat")
         self._session(request.session_token)
+        if request.HasField("log_full"):
+            self.told_full.append(request.log_full)
         extended = []
         for use in request.low_ranges:
             row = self.ranges[(use.topic_id, use.partition, use.epoch)]

@@ -8,6 +8,7 @@ import resource
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from streamhouse_ingest.core.producers import (
     decode_snapshot,
     encode_snapshot,
 )
+from streamhouse_ingest.log_room import LogRoom
 from streamhouse_ingest.ports import Frame, WalBroken, WalDamaged, WalLocked
 from streamhouse_ingest.wiring import IngestService
 
@@ -713,6 +715,61 @@ async def test_g7_no_descriptor_to_read_the_log_with_is_told_to_try_again(
             await read(service, topic_id, 0)
         assert refused.value.retry_after_ms > 0
         assert (await read(service, topic_id, 0)).batches
+
+
+async def test_g7_a_log_without_room_is_told_once_until_a_whole_file_fits_again(tmp_path: Path):
+    """So that others lead meanwhile. That small batches still fit does not count."""
+    coordinator = CoordinatorStandIn(heartbeat_ms=10)
+    coordinator.create("orders", 2)
+
+    async def beats(count: int) -> None:
+        until = coordinator.calls.get("heartbeat", 0) + count
+        async with asyncio.timeout(30):
+            while coordinator.calls.get("heartbeat", 0) < until:
+                await asyncio.sleep(0.001)
+
+    async with running(tmp_path, coordinator, wal_full_grace_ms=0, wal_file_bytes=64 * 1024) as service:
+        await service.api.produce(request(b"a"))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+        try:
+            with pytest.raises(errors.DiskFull):
+                await service.api.produce(request(os.urandom(45_000)))
+            await beats(5)
+            await service.api.produce(request(b"b"))
+            await beats(5)
+            assert coordinator.told_full == [True]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        await beats(5)
+        assert coordinator.told_full == [True, False]
+        assert not (tmp_path / "room").exists()
+
+
+async def test_a_log_that_is_full_for_less_than_the_grace_period_keeps_its_leaderships():
+    class Disk:
+        """As much of a log as counts here."""
+
+        room = False
+
+        def has_room(self) -> bool:
+            return self.room
+
+    clock, disk = ManualClock(0), Disk()
+    with ThreadPoolExecutor(1) as thread:
+        room = LogRoom(disk, thread, clock, grace_ms=10_000)  # type: ignore[arg-type]
+        assert not await room.lacking(), "nothing has failed yet"
+        room.full()
+        clock.advance(9_999)
+        room.full()
+        assert not await room.lacking()
+        clock.advance(1)
+        assert await room.lacking()
+        disk.room = True
+        assert not await room.lacking()
+        room.full()
+        disk.room = False
+        assert not await room.lacking(), "the grace period begins anew"
 
 
 async def test_a_failed_fsync_acknowledges_nothing_and_ends_the_agent(

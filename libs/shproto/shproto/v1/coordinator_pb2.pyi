@@ -528,6 +528,7 @@ class SessionInfo(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     EXPIRES_IN_MS_FIELD_NUMBER: _builtins.int
     STARTED_MS_FIELD_NUMBER: _builtins.int
+    LOG_FULL_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     role: _builtins.str
     address: _builtins.str
@@ -535,6 +536,8 @@ class SessionInfo(_message.Message):
     """as in events"""
     expires_in_ms: _builtins.int
     started_ms: _builtins.int
+    log_full: _builtins.bool
+    """of an ingest agent: it leads only what no other can"""
     def __init__(
         self,
         *,
@@ -544,10 +547,11 @@ class SessionInfo(_message.Message):
         session_id: _builtins.str = ...,
         expires_in_ms: _builtins.int = ...,
         started_ms: _builtins.int = ...,
+        log_full: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id", "expires_in_ms", b"expires_in_ms", "role", b"role", "session_id", b"session_id", "started_ms", b"started_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id", "expires_in_ms", b"expires_in_ms", "log_full", b"log_full", "role", b"role", "session_id", b"session_id", "started_ms", b"started_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -995,7 +999,10 @@ class HeartbeatRequest(_message.Message):
 
     SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     LOW_RANGES_FIELD_NUMBER: _builtins.int
+    LOG_FULL_FIELD_NUMBER: _builtins.int
     session_token: _builtins.str
+    log_full: _builtins.bool
+    """only when it has changed: the log's disk has no room, let others lead"""
     @_builtins.property
     def low_ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeUse]:
         """ranges that run out: please extend"""
@@ -1005,12 +1012,15 @@ class HeartbeatRequest(_message.Message):
         *,
         session_token: _builtins.str = ...,
         low_ranges: _abc.Iterable[Global___RangeUse] | None = ...,
+        log_full: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_log_full", b"_log_full", "log_full", b"log_full"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["low_ranges", b"low_ranges", "session_token", b"session_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_log_full", b"_log_full", "log_full", b"log_full", "low_ranges", b"low_ranges", "session_token", b"session_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__log_full: _TypeAlias = _typing.Literal["log_full"]  # noqa: Y015
+    _WhichOneofArgType__log_full: _TypeAlias = _typing.Literal["_log_full", b"_log_full"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__log_full) -> _WhichOneofReturnType__log_full | None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
 

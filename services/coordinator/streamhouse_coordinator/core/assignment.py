@@ -1,11 +1,11 @@
 """Who leads which partition: grants for partitions without a leader, moves when the load is uneven.
 
-Balanced means that any two agents' numbers of partitions differ by at most one once the moves are done; as few
-partitions as possible move.
+An agent that cannot write, because its log's disk is full, leads only what nobody else can. Balanced means that any two
+of the others' numbers of partitions differ by at most one once the moves are done; as few partitions as possible move.
 """
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from shproto.events import EpochGranted, Event, MoveRequested, RangeLost, RangeOrphaned, RangeSettled, TopicCreated
 
@@ -48,13 +48,23 @@ def grant(
     ]
 
 
-def excess(loads: Mapping[str, int], sessions: Sequence[SessionRow], total: int) -> dict[str, int]:
-    """By session id, how many partitions are to move away; the sessions with the most keep the larger shares."""
+def able_to_lead(sessions: Sequence[SessionRow], full: Collection[str]) -> list[SessionRow]:
+    """Returns the sessions that partitions may be given to: those not in `full`, or all if that leaves nobody."""
+    return [row for row in sessions if row.session_id not in full] or list(sessions)
+
+
+def excess(
+    loads: Mapping[str, int], sessions: Sequence[SessionRow], total: int, full: Collection[str] = ()
+) -> dict[str, int]:
+    """By session id, how many partitions are to move away; the sessions with the most keep the larger shares, those in
+    `full` nothing, unless that leaves nobody."""
     if not sessions:
         return {}
-    least, extra = divmod(total, len(sessions))
-    fullest = sorted(sessions, key=lambda session: (-loads[session.session_id], session.agent_id))
-    over = {row.session_id: loads[row.session_id] - (least + (rank < extra)) for rank, row in enumerate(fullest)}
+    able = able_to_lead(sessions, full)
+    least, extra = divmod(total, len(able))
+    fullest = sorted(able, key=lambda session: (-loads[session.session_id], session.agent_id))
+    shares = {row.session_id: least + (rank < extra) for rank, row in enumerate(fullest)}
+    over = {row.session_id: loads[row.session_id] - shares.get(row.session_id, 0) for row in sessions}
     return {session_id: count for session_id, count in over.items() if count > 0}
 
 

@@ -160,11 +160,12 @@ class GroupMemberRow:
 
 @dataclass(frozen=True, slots=True)
 class SessionLeaseRow:
-    """`grants_version` changes with every change of who leads what."""
+    """`grants_version` changes with every change of who leads what. `log_full`: its agent's log has no room."""
 
     session_id: str
     expires_ms: int
     grants_version: int
+    log_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)

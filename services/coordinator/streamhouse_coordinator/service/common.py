@@ -121,11 +121,12 @@ async def commit_leadership(tx: Transaction, settings: CoordinatorSettings, even
         names = await topic_names(tx, {row.topic_id for row in waiting})
         latest = await newest_ranges(tx, waiting)
         width = settings.range_width_offsets
-        grants = assignment.grant(names, waiting, latest, load.by_session, sessions, load.total, width)
+        able = assignment.able_to_lead(sessions, load.full)
+        grants = assignment.grant(names, waiting, latest, load.by_session, able, load.total, width)
         await tx.append(grants)
         for event in grants:
             load.by_session[event.session_id] += 1
-        if assignment.excess(load.by_session, sessions, load.total):
+        if assignment.excess(load.by_session, sessions, load.total, load.full):
             await tx.apply([Put(t.SWEEPS, t.SweepRow(MOVES_DUE, await tx.now_ms()))])
     await _tell_leases(tx, sessions)
     return before
@@ -141,7 +142,7 @@ async def make_moves(context: Context) -> None:
         sessions = await _ingest_sessions(tx)
         if sessions:
             load = await _load_of(tx, sessions)
-            await tx.append(await _moves(tx, assignment.excess(load.by_session, sessions, load.total)))
+            await tx.append(await _moves(tx, assignment.excess(load.by_session, sessions, load.total, load.full)))
         await tx.apply([Remove(t.SWEEPS, {"name": MOVES_DUE})])
         await _tell_leases(tx, sessions)
 
@@ -162,11 +163,12 @@ async def _ingest_sessions(tx: Transaction) -> list[t.SessionRow]:
 @dataclass(frozen=True, slots=True)
 class _Load:
     """`total`: of all partitions. `by_session`: how many each leads that are not on the move. `leaderless`: how many
-    nobody leads."""
+    nobody leads. `full`: the sessions of agents whose log has no room."""
 
     total: int
     by_session: dict[str, int]
     leaderless: int
+    full: frozenset[str]
 
 
 async def _load_of(tx: Transaction, sessions: Sequence[t.SessionRow]) -> _Load:
@@ -176,7 +178,8 @@ async def _load_of(tx: Transaction, sessions: Sequence[t.SessionRow]) -> _Load:
     loads = {row.session_id: 0 for row in sessions} | {
         session_id: found.count for found in led for session_id, moving in [found.group] if not moving
     }
-    return _Load(total, loads, total - sum(found.count for found in led))
+    full = frozenset(row.session_id for row in await tx.select(t.SESSION_LEASES, where(log_full=True)))
+    return _Load(total, loads, total - sum(found.count for found in led), full)
 
 
 async def _without_leader(tx: Transaction, touched: Collection[tuple[str, int]], count: int) -> list[t.PartitionRow]:

@@ -1,5 +1,6 @@
 """Sessions of agents, and the ranges that hang on them."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
@@ -24,6 +25,8 @@ from streamhouse_coordinator.service.common import (
     live_session,
     ranges_by_key,
 )
+
+log = logging.getLogger(__name__)
 
 SnapshotKey = tuple[str, int, int, int]
 
@@ -145,7 +148,8 @@ async def _check_log(tx: Transaction, history: t.HistoryRow, declared: sessions.
 async def _reopened(tx: Transaction, session: t.SessionRow, expires_ms: int, history: t.HistoryRow) -> OpenedSession:
     """As it is by now, with a fresh lease. The position comes first: what happens later is on the feed."""
     position = await tx.position()
-    await tx.apply([Set(t.SESSION_LEASES, (session.session_id,), {"expires_ms": expires_ms})])
+    renewed = {"expires_ms": expires_ms, "log_full": False}  # the process that comes back says so if it is
+    await tx.apply([Set(t.SESSION_LEASES, (session.session_id,), renewed)])
     return OpenedSession(session.session_id, await _resumed(tx, session.wal_id), position, history)
 
 
@@ -187,11 +191,16 @@ async def _drop_buffers(tx: Transaction, wal_id: str, now_ms: int) -> None:
     await tx.apply([Remove(t.BUFFER_CLAIMS, {"buffer_id": row.buffer_id}) for row in free])
 
 
-async def heartbeat(context: Context, session_id: str, low_ranges: Mapping[RangeKey, int]) -> tuple[int, list[Grant]]:
-    """Renews the lease; extends ranges that run out. Returns (grants_version, those ranges). Raises SessionExpired."""
+async def heartbeat(
+    context: Context, session_id: str, low_ranges: Mapping[RangeKey, int], log_full: bool | None = None
+) -> tuple[int, list[Grant]]:
+    """Renews the lease; extends ranges that run out. `log_full`: the agent's log has no room any more, or has it again.
+    Returns (grants_version, those ranges). Raises SessionExpired."""
     version = await context.store.renew_session(session_id, context.settings.session_ttl_ms)
     if version is None:
         raise SessionExpired(f"session {session_id!r} has ended; open a new one", session_id=session_id)
+    if log_full is not None:
+        await _note_log_full(context, session_id, log_full)
     if not low_ranges:
         return version, []
 
@@ -210,6 +219,23 @@ async def heartbeat(context: Context, session_id: str, low_ranges: Mapping[Range
         ]
 
     return version, await context.store.run(work)
+
+
+async def _note_log_full(context: Context, session_id: str, full: bool) -> None:
+    """Others lead from now on what the session leads, or it gets its share again. Raises SessionExpired."""
+
+    async def work(tx: Transaction) -> str:
+        await tx.lock(CLUSTER_LOCK)
+        session = await live_session(tx, session_id)
+        await tx.apply([Set(t.SESSION_LEASES, (session_id,), {"log_full": full})])
+        await commit_leadership(tx, context.settings, [])
+        return session.agent_id
+
+    agent_id = await change_leadership(context, work)
+    if full:
+        log.warning("the write-ahead log of agent %s has no room: others are to lead its partitions", agent_id)
+    else:
+        log.info("the write-ahead log of agent %s has room again", agent_id)
 
 
 async def get_grants(

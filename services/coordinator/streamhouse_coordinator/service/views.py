@@ -190,6 +190,7 @@ def _topic_metadata(
 async def get_status(context: Context) -> pb.GetStatusResponse:
     async def work(tx: Transaction) -> pb.GetStatusResponse:
         sessions = await _live_sessions(tx)
+        full = {row.session_id for row in await tx.select(t.SESSION_LEASES, where(log_full=True))}
         partitions = await tx.select(t.PARTITIONS, order=("topic_id", "partition"))
         # Afterwards: a topic that is created in between has no partitions here; one that is deleted is left out.
         names = {row.topic_id: row.topic for row in await tx.select(t.TOPICS)}
@@ -200,7 +201,10 @@ async def get_status(context: Context) -> pb.GetStatusResponse:
         waiting = await tx.totals(t.BUFFER_CLAIMS, where(claim_id=""), sums=("size_bytes",))
         every = await tx.totals(t.BUFFER_CLAIMS, where(), sums=("size_bytes",))
         return pb.GetStatusResponse(
-            sessions=[messages.session_info(row, expires_in_ms) for row, expires_in_ms in sessions],
+            sessions=[
+                messages.session_info(row, expires_in_ms, log_full=row.session_id in full)
+                for row, expires_in_ms in sessions
+            ],
             leases=[_lease(row, names[row.topic_id], newest, unfinished, since) for row in partitions],
             buffers_waiting=waiting[0].count,
             buffers_claimed=every[0].count - waiting[0].count,

@@ -22,6 +22,7 @@ _SETTLED = "settled"
 _UNSYNCED = "unsynced"
 _HISTORY = "history"
 _OPENING = "opening"
+_ROOM = "room"
 _OPENING_VERSION = 1
 
 
@@ -115,6 +116,22 @@ class WalDirectory:
     def note_history(self, seen: Seen) -> None:
         """After history(). Raises OSError."""
         self._note.write(seen)
+
+    def has_room(self, size_bytes: int) -> bool:
+        """True if the disk, the quota and the process let a file of this size be made; asks by making one."""
+        file = self.path / _ROOM
+        try:
+            fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:
+            return False
+        try:
+            os.posix_fallocate(fd, 0, size_bytes)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+            file.unlink(missing_ok=True)
+        return True
 
     def sync(self) -> None:
         """Makes creations and deletions in the directory durable."""
