@@ -35,7 +35,9 @@ class Faults:
     metadata_down: bool = False
     subscribe_cut_after: int | None = None  # responses
     no_leader: bool = False
+    reader: str = ""  # an address that is said to serve reads instead of this one
     leader: str = ""  # an address that is said to lead instead of this one
+    session_ends_s: float | None = None  # of the event loop's clock; None: the leader's session is renewed all the time
     latest_behind: int = 0  # records by which lookups of the end are out of date
     fetch_error: dict[tuple[str, int], errors.StreamHouseError] = field(default_factory=dict)
 
@@ -232,7 +234,7 @@ class FakeStreamHouse:
         if self.faults.metadata_down:
             raise errors.Unavailable("no PostgreSQL")
         response = coordinator_pb2.GetMetadataResponse(
-            query_addresses=[self.address], coordinator_addresses=[self.address]
+            query_addresses=[self.faults.reader or self.address], coordinator_addresses=[self.address]
         )
         for topic in request.topics:
             info = self._topic(topic)
@@ -249,7 +251,11 @@ class FakeStreamHouse:
         return coordinator_pb2.InitProducerResponse(producer_id=next(self._ids), producer_epoch=0)
 
     async def get_status(self, request: coordinator_pb2.GetStatusRequest) -> coordinator_pb2.GetStatusResponse:
-        session = coordinator_pb2.SessionInfo(agent_id="agent-1", role="ingest", address=self.address)
+        leader = self.faults.leader or self.address
+        session = coordinator_pb2.SessionInfo(agent_id="agent-1", role="ingest", address=leader, expires_in_ms=30_000)
+        if self.faults.session_ends_s is not None:
+            left_s = self.faults.session_ends_s - asyncio.get_running_loop().time()
+            session.expires_in_ms = max(0, round(left_s * 1000))
         return coordinator_pb2.GetStatusResponse(sessions=[session], events_position=7)
 
     # ---- ingest

@@ -306,3 +306,24 @@ def test_a_taken_port_is_one_clear_line(serve: ServeProcess, tmp_path: Path) -> 
     error = cli.run("serve", "--data-dir", str(tmp_path / "data"), "--listen", serve.address, code=1)
     assert error == f"error: cannot listen on {serve.address}: address already in use\n".encode()
     assert not (tmp_path / "data" / "postgres").exists()  # nobody waited for a database first
+
+
+def test_who_listens_everywhere_is_reached_at_what_it_advertises(tmp_path: Path) -> None:
+    cli = Cli("127.0.0.1:1")
+    listens = ("--listen", "0.0.0.0:0", "--data-dir", str(tmp_path / "data"))
+    process = cli.start("serve", *listens, "--json")
+    try:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        assert not ready["address"].startswith("0.0.0.0")
+        there = Cli(f"127.0.0.1:{ready['address'].rpartition(':')[2]}")
+        there.run("topic", "create", "t", "--partitions", "1")
+        there.run("produce", "t", given=b"hello\n")
+        assert there.run("consume", "t") == b"hello\n"
+        addresses = {session["address"] for session in there.json("status")["sessions"]}  # type: ignore[index]
+        assert addresses == {ready["address"]}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=TIMEOUT_S)
+    error = cli.run("serve", *listens, "--advertise", "0.0.0.0:7070", code=1)
+    assert b"advertise (STREAMHOUSE_ADVERTISE) = '0.0.0.0:7070'" in error

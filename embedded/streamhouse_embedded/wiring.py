@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from shproto.services import IngestApi
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
+from shruntime.advertise import advertised_address
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
 from shruntime.server import RpcServer, ServerLimits, check_listen
@@ -120,7 +121,7 @@ class EmbeddedPlatform:
         )
         server = RpcServer(self._settings.listen, apis, telemetry.server(), ServerLimits.of(self._settings))
         await server.bind()
-        address = self._settings.advertise or server.address
+        address = await advertised_address(self._settings, server.address)
 
         await coordinator.start()
         self._stack.push_async_callback(coordinator.stop)

@@ -139,3 +139,9 @@ def test_the_guard_sees_a_violation(tmp_path: Path) -> None:
     bad = package / "bad.py"
     bad.write_text("import asyncio\nfrom shproto.v1 import types_pb2\nfrom .inner import x\n")
     assert [name for _, name in imports_of(bad)] == ["asyncio", "shproto.v1", "shformat.inner"]
+
+
+def test_no_service_decides_itself_what_it_advertises() -> None:
+    """`advertised_address` never says 0.0.0.0; `settings.advertise or server.address` did."""
+    sources = [*ROOT.glob("services/*/streamhouse_*/**/*.py"), *ROOT.glob("embedded/streamhouse_embedded/**/*.py")]
+    assert [str(path) for path in sources if ".advertise" in path.read_text().replace("shruntime.advertise", "")] == []

@@ -41,19 +41,3 @@ def open_peers(bootstrap: str, request_timeout_ms: int) -> Peers:
     addresses = addresses_of(bootstrap)
     retries = Retries("retry_timeout_ms", retry_timeout_ms(), addresses)
     return Peers(addresses, request_timeout_ms, retries=retries)
-
-
-async def find_topic(bootstrap: str, topic: str) -> None:
-    """Returns once a coordinator has said that there is this topic. Raises UnknownTopic, Unavailable.
-
-    Producers and consumers wait for a first answer as long as for later ones, which is minutes: somebody who forgot to
-    start a server, or misspelt a name, is told sooner.
-    """
-    from streamhouse.admin import REQUEST_TIMEOUT_MS
-    from streamhouse.metadata import MetadataCache
-
-    peers = open_peers(bootstrap, REQUEST_TIMEOUT_MS)
-    try:
-        await MetadataCache(peers.coordinator).topic(topic)
-    finally:
-        await peers.close()

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamhouse.cli.ask import find_topic
 from streamhouse.cli.options import bootstrap_option
 from streamhouse.cli.position import Position, PositionType
 from streamhouse.cli.text import record_json, text_lines
@@ -109,11 +108,13 @@ class Reading:
 
 
 async def _consume(bootstrap: str, reading: Reading, render: Render) -> None:
+    from streamhouse.cli.reach import reach_readers
+
     if sys.stdout is None:  # started with `>&-`
         raise OSError("stdout is closed")
     output = Output(sys.stdout.fileno())
     left = reading.count_max
-    await find_topic(bootstrap, reading.topic)
+    await reach_readers(bootstrap, reading.topic)
     async with reading.consumer(bootstrap) as consumer:
         async for batch in consumer.batches():
             wanted = len(batch) if left is None else min(left, len(batch))

@@ -70,5 +70,14 @@ def retry_timeout_ms() -> int:
     return int(options.get("retry_timeout_ms", RETRY_TIMEOUT_MS))
 
 
+def advertise_option(command: Command) -> Command:
+    """--advertise, for what listens."""
+    return click.option(
+        "--advertise",
+        type=HostPort(),
+        help="Address at which others reach it, if not the one it listens on  [env: STREAMHOUSE_ADVERTISE]",
+    )(command)
+
+
 def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")(command)

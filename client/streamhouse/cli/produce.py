@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamhouse.cli.ask import find_topic
 from streamhouse.cli.failures import CliError, explain
 from streamhouse.cli.lines import (
     Keying,
@@ -145,8 +144,9 @@ class DeliveryFailed(Exception):
 
 async def _produce(bootstrap: str, topic: str, acks: Any, descriptor: int, keying: Keying, progress: Any) -> Report:
     from streamhouse import Producer
+    from streamhouse.cli.reach import reach_leaders
 
-    await find_topic(bootstrap, topic)
+    await reach_leaders(bootstrap, topic)
     report = Report(acks)
     async with Producer(bootstrap, acks=acks) as producer:
         sending = Sending(producer, topic, report)

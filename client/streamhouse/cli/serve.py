@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from streamhouse.cli.options import HostPort
+from streamhouse.cli.options import HostPort, advertise_option
 from streamhouse.cli.services import environ_with, load_all_settings, run_service
 
 if TYPE_CHECKING:
@@ -28,18 +28,19 @@ DEFAULT_ADDRESS = "127.0.0.1:7070"
     type=HostPort(port_min=0),
     help=f"Address to listen on, port 0 takes a free one. Default: {DEFAULT_ADDRESS}  [env: STREAMHOUSE_LISTEN]",
 )
+@advertise_option
 @click.option(
     "--config", type=click.Path(exists=True, dir_okay=False), help="TOML file with settings  [env: STREAMHOUSE_CONFIG]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Say where it listens as one JSON line, once it serves.")
-def serve(data_dir: str | None, listen: str | None, config: str | None, as_json: bool) -> None:
+def serve(data_dir: str | None, listen: str | None, advertise: str | None, config: str | None, as_json: bool) -> None:
     """Run the whole platform in this process, on a local directory: no other server is needed.
 
     Ctrl-C or SIGTERM stops it after sealing, uploading and registering what is in the log. Other settings
     come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
     """
     # The services read their own settings inside this process, so the options have to reach the variables.
-    os.environ.update(environ_with(data_dir=data_dir, listen=listen, config=config))
+    os.environ.update(environ_with(data_dir=data_dir, listen=listen, advertise=advertise, config=config))
     load_all_settings()
     from streamhouse_embedded.settings import EmbeddedSettings
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from streamhouse.cli.failures import CliError, one_line
-from streamhouse.cli.options import HostPort
+from streamhouse.cli.options import HostPort, advertise_option
 
 SETTINGS_MODULES = ("ingest", "segmenter", "query", "coordinator", "embedded")
 
@@ -24,12 +24,13 @@ def load_all_settings() -> None:
 
 
 def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--config, --listen and --bootstrap: the same as the variables, and stronger."""
+    """--config, --listen, --advertise and --bootstrap: the same as the variables, and stronger."""
     options = (
         click.option(
             "--config", type=click.Path(exists=True, dir_okay=False), help="TOML file  [env: STREAMHOUSE_CONFIG]"
         ),
         click.option("--listen", type=HostPort(port_min=0), help="Address to listen on  [env: STREAMHOUSE_LISTEN]"),
+        advertise_option,
         click.option("--bootstrap", type=HostPort(many=True), help="Coordinators  [env: STREAMHOUSE_BOOTSTRAP]"),
     )
     for option in reversed(options):

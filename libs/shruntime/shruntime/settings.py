@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from shruntime.urls import address, address_or_empty, addresses
+from shruntime.urls import address, address_or_empty, addresses, advertised_or_empty
 
 PREFIX = "STREAMHOUSE_"
 CONFIG_VARIABLE = "STREAMHOUSE_CONFIG"
@@ -36,8 +36,10 @@ class CommonSettings(BaseSettings):
     listen: Annotated[str, AfterValidator(address)] = Field(
         "127.0.0.1:0", description="host:port of the gRPC server; port 0 takes a free one"
     )
-    advertise: Annotated[str, AfterValidator(address_or_empty)] = Field(
-        "", description="host:port that others reach this service at; empty: the listen address"
+    advertise: Annotated[str, AfterValidator(advertised_or_empty)] = Field(
+        "",
+        description="host:port at which others reach this service; empty: the listen address, or if that is 0.0.0.0 or "
+        "[::] the address from which this machine reaches the coordinators or the rest of the world",
     )
     bootstrap: Annotated[str, AfterValidator(addresses)] = Field(
         "127.0.0.1:7070", description="coordinators, host:port, separated by commas"

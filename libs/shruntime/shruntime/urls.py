@@ -1,6 +1,8 @@
 """Addresses and URLs in settings: checked before anything connects, and shown without their passwords."""
 
+import ipaddress
 import re
+import socket
 from collections.abc import Callable
 from urllib.parse import parse_qsl, urlsplit
 
@@ -35,6 +37,28 @@ def address(text: str) -> str:
     if match is None or int(match["port"]) > PORT_MAX:
         raise ValueError(f"{text!r} must be host:port, as in 127.0.0.1:7070")
     return text
+
+
+def advertised_or_empty(text: str) -> str:
+    """A validator for a setting: host:port that can be connected to, or nothing. Raises ValueError."""
+    if not text:
+        return text
+    host, _, port = address(text).rpartition(":")
+    if is_unspecified(host):
+        raise ValueError(f"{text!r} means all addresses of a machine: name the one at which others reach this service")
+    if int(port) == 0:
+        raise ValueError(f"{text!r} has port 0: name the port at which others reach this service")
+    return text
+
+
+def is_unspecified(host: str) -> bool:
+    """True for 0.0.0.0, [::] and whatever else the system takes for them (0, 0x0, [::ffff:0.0.0.0])."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, flags=socket.AI_NUMERICHOST)
+    except OSError:  # a name
+        return False
+    numbers = [ipaddress.ip_address(str(item[4][0]).partition("%")[0]) for item in found]
+    return any(number.is_unspecified or number == ipaddress.ip_address("::ffff:0.0.0.0") for number in numbers)
 
 
 def address_or_empty(text: str) -> str:

@@ -10,6 +10,7 @@ from shproto.rpc import Connection
 from shproto.services import IngestClient
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import ingest_pb2
+from shruntime.advertise import advertised_address
 from shruntime.clock import SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
@@ -222,7 +223,7 @@ async def run(settings: CoordinatorSettings) -> None:
 async def _serve(service: CoordinatorService, server: RpcServer) -> None:
     """From here on until cancelled; raises what killed the service."""
     await service.start()
-    await service.open_session(service.settings.advertise or server.address)
+    await service.open_session(await advertised_address(service.settings, server.address))
     await server.set_serving(True)
     log.info("serving on %s", server.address)
     await service.failed()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shproto.services import CoordinatorApi, CoordinatorClient
 from shproto.v1 import ingest_pb2
+from shruntime.advertise import advertised_address
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
@@ -105,7 +106,7 @@ async def run(settings: IngestSettings) -> None:
 
 async def _serve(service: IngestService, server: RpcServer, settings: IngestSettings) -> None:
     """Starts, however long the coordinator takes; then raises what kills the agent, should anything."""
-    await service.start(settings.advertise or server.address)
+    await service.start(await advertised_address(settings, server.address))
     await server.set_serving(True)
     await service.tasks.failed.wait()
     assert service.tasks.error is not None, "failed means that there is an error"

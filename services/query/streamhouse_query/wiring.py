@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
 from shproto.v1 import query_pb2
+from shruntime.advertise import advertised_address
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
@@ -174,6 +175,6 @@ async def run(settings: QuerySettings) -> None:
 async def _serve(service: QueryService, server: RpcServer, store: RetryingStore, settings: QuerySettings) -> None:
     """Starts the service in the background, so that a stop is heard while there is no store or coordinator yet."""
     await store.wait_until_usable()
-    await service.start(settings.advertise or server.address)
+    await service.start(await advertised_address(settings, server.address))
     await server.set_serving(True)
     log.info("serving on %s", server.address)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
+from shruntime.advertise import advertised_address
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
@@ -119,7 +120,7 @@ async def _serve(
 ) -> None:
     """Starts the service in the background, so that a stop is heard while there is no store yet."""
     await store.wait_until_usable()
-    address = settings.advertise or server.address
+    address = await advertised_address(settings, server.address)
     await service.start(address)
     _wake_by_events(settings, service, stack)
     await server.set_serving(True)
