@@ -5,6 +5,8 @@ Names are loaded on first use, so that `import streamhouse` costs nothing.
 
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from streamhouse.admin import Admin
     from streamhouse.consumer import Consumer
@@ -48,4 +50,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "__version__"])

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from streamhouse import __version__
 from streamhouse.cli import (
     backup,
     consume,
@@ -57,7 +58,7 @@ class FriendlyGroup(click.Group):
 
 
 @click.group(cls=FriendlyGroup, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="streamhouse", prog_name="streamhouse")
+@click.version_option(__version__, prog_name="streamhouse")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     ctx.obj = {}

@@ -4,8 +4,14 @@ All share one event loop on one background thread. A producer and an admin may b
 consumer by one at a time.
 """
 
+from streamhouse.consumer import Consumer as _AsyncConsumer
+from streamhouse.producer import Producer as _AsyncProducer
 from streamhouse.sync.admin import Admin
 from streamhouse.sync.consumer import Consumer
 from streamhouse.sync.producer import Producer, SendFuture, SendResult
+from streamhouse.sync.signatures import show_options
+
+show_options(Consumer, _AsyncConsumer)
+show_options(Producer, _AsyncProducer)
 
 __all__ = ["Admin", "Consumer", "Producer", "SendFuture", "SendResult"]
