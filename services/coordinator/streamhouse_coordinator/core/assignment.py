@@ -1,17 +1,29 @@
 """Who leads which partition: grants for partitions without a leader, moves when the load is uneven.
 
-An agent that cannot write, because its log's disk is full, leads only what nobody else can. Balanced means that any two
-of the others' numbers of partitions differ by at most one once the moves are done; as few partitions as possible move.
+Balanced means, once the moves are done: of each topic any two agents lead numbers of partitions that differ by at most
+one, and so do their numbers in all. The topic comes first, since it is a topic that is hot: an even total does not say
+where its load is. An agent that cannot write, because its log's disk is full, leads only what nobody else can.
+
+Of a topic each agent has `size // agents` partitions, and some agents one more: an extra part. Whoever leads more than
+the even share keeps an extra part where that is possible, so that nothing moves for nothing; who gets the other extra
+parts, and who hands one over, is decided by the totals.
 """
 
 import heapq
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
+import numpy as np
+from numpy.typing import NDArray
 from shproto.events import EpochGranted, Event, MoveRequested, RangeLost, RangeOrphaned, RangeSettled, TopicCreated
 
 from streamhouse_coordinator.core.tables import SETTLED, PartitionRow, RangeRow, SessionRow
 
 PartitionKey = tuple[str, int]
+Numbers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
 def left_without_leader(events: Iterable[Event]) -> Iterator[PartitionKey]:
@@ -24,27 +36,143 @@ def left_without_leader(events: Iterable[Event]) -> Iterator[PartitionKey]:
                 yield from ((event.topic_id, number) for number in range(event.partitions))
 
 
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How many partitions of each topic each session is to lead. `room`: how many more than it leads, of those on the
+    move and without a leader; `surplus`: how many it is to give up. Both by (topic_id, session_id), without zeros."""
+
+    room: dict[tuple[str, str], int]
+    surplus: dict[tuple[str, str], int]
+
+
+def share(
+    sizes: Mapping[str, int],
+    held: Mapping[tuple[str, str], int],
+    sessions: Sequence[SessionRow],
+    others: Mapping[str, int] = MappingProxyType({}),
+) -> Shares:
+    """Returns the balanced shares that cost the fewest moves, or, in one of some thousand cases, one more than these.
+    Nobody gives up more of a topic than it has above the even share.
+
+    `sizes`: partitions by topic_id. `held`: by (topic_id, session_id), how many are led and not on the move; a session
+    that is not in `sessions` is to give up all. `sessions`: by agent_id. `others`: by session_id, how many it leads of
+    topics that are left out. 10,000 topics of one partition and 100 agents take 0.5 s at worst on a busy machine, 100
+    topics of 100 partitions 2 ms.
+    """
+    topics, columns = sorted(sizes), {row.session_id: at for at, row in enumerate(sessions)}
+    rows = {topic_id: at for at, topic_id in enumerate(topics)}
+    count: Numbers = np.zeros((len(topics), len(sessions)), np.int64)
+    surplus = {}
+    for (topic_id, session_id), led in held.items():
+        if topic_id in rows and session_id in columns:
+            count[rows[topic_id], columns[session_id]] = led
+        elif led:
+            surplus[topic_id, session_id] = led
+    if not sessions:
+        return Shares({}, surplus)
+    loads = np.array([others.get(row.session_id, 0) for row in sessions], np.int64)
+    difference = _parts(count, np.array([sizes[topic_id] for topic_id in topics], np.int64), loads) - count
+    room = {}
+    for row, column in np.argwhere(difference).tolist():
+        key, more = (topics[row], sessions[column].session_id), int(difference[row, column])
+        if more > 0:
+            room[key] = more
+        else:
+            surplus[key] = -more
+    return Shares(room, surplus)
+
+
+def _parts(count: Numbers, sizes: Numbers, loads: Numbers) -> Numbers:
+    """Returns how many partitions of each topic (row) each agent (column) is to lead; `loads`: what it leads beside."""
+    even, extras = np.divmod(sizes, count.shape[1])
+    above: Flags = count > even[:, None]
+    has_extra, totals = _extras(above, extras, loads)
+    _even_out(has_extra, above, totals)
+    parts: Numbers = even[:, None] + has_extra
+    return parts
+
+
+def _extras(above: Flags, extras: Numbers, loads: Numbers) -> tuple[Flags, Numbers]:
+    """Returns who has an extra part of which topic, and the totals with them: those with more than the even share come
+    first, then those with the smallest totals so far. No choice here costs a move that another would save."""
+    has_extra, holders = above.copy(), above.sum(1)
+    totals: Numbers = loads + has_extra[holders <= extras].sum(0)
+    for row in np.flatnonzero(holders > extras):
+        kept = _lowest(totals, np.flatnonzero(above[row]), int(extras[row]))
+        has_extra[row] = False
+        has_extra[row, kept] = True
+        totals[kept] += 1
+    for row in np.flatnonzero(holders < extras):
+        new = _lowest(totals, np.flatnonzero(~has_extra[row]), int(extras[row] - holders[row]))
+        has_extra[row, new] = True
+        totals[new] += 1
+    return has_extra, totals
+
+
+def _lowest(totals: Numbers, among: NDArray[np.intp], count: int) -> NDArray[np.intp]:
+    order = np.lexsort((among, totals[among]))
+    return among[order[:count]]
+
+
+def _even_out(has_extra: Flags, above: Flags, totals: Numbers) -> None:
+    """Hands extra parts from agents with too many in all to those with too few; first those that no move hangs on.
+
+    The agent with more extra parts always has one of a topic that the other has none of, so that every pair can be
+    evened out directly.
+    """
+    least, larger = divmod(int(totals.sum()), len(totals))
+    target = np.full(len(totals), least)
+    target[np.lexsort((np.arange(len(totals)), -totals))[:larger]] += 1
+    for at_a_cost in (False, True):
+        for source in np.flatnonzero(totals > target):
+            for receiver in np.flatnonzero(totals < target):
+                count = min(totals[source] - target[source], target[receiver] - totals[receiver])
+                movable = has_extra[:, source] & ~has_extra[:, receiver]
+                if not at_a_cost:
+                    movable &= above[:, source] == above[:, receiver]
+                handed = np.flatnonzero(movable)[: max(0, count)]
+                has_extra[handed, source], has_extra[handed, receiver] = False, True
+                totals[source] -= len(handed)
+                totals[receiver] += len(handed)
+
+
 def grant(
+    shares: Shares,
     topics: Mapping[str, str],
     waiting: Sequence[PartitionRow],
     latest: Mapping[PartitionKey, RangeRow],
     loads: Mapping[str, int],
     sessions: Sequence[SessionRow],
-    total: int,
     width_offsets: int,
 ) -> list[EpochGranted]:
-    """A leader for each partition that has none; nobody to lead them: no grants.
+    """Returns a leader for each partition that has none; nobody to lead them: no grants.
 
-    `topics`: name by topic_id. `waiting`: the partitions without a leader; `latest`: the newest range of each that has
-    had one. `sessions`: the live ingest sessions; `loads`: by their ids, how many partitions each leads that are not on
-    the move. `total`: of all partitions there are.
+    The session whose log has a partition's past gets it if it has room in the topic; else the one with room that leads
+    least. `topics`: name by topic_id. `waiting`: the partitions without a leader; `latest`: the newest range of each
+    that has had one. `loads`: by session_id, how many partitions each leads that are not on the move.
     """
     if not sessions:
         return []
-    ordered = sorted(waiting, key=lambda row: (row.topic_id, row.partition))
+    room, totals = dict(shares.room), {row.session_id: loads.get(row.session_id, 0) for row in sessions}
+    by_wal = {row.wal_id: row for row in sessions}
+    chosen: dict[PartitionKey, SessionRow] = {}
+    rest: dict[str, list[PartitionRow]] = defaultdict(list)
+    for row in sorted(waiting, key=lambda row: (row.topic_id, row.partition)):
+        past = latest.get((row.topic_id, row.partition))
+        session = by_wal.get(past.wal_id) if past is not None else None
+        if session is not None and room.get((row.topic_id, session.session_id), 0):
+            chosen[row.topic_id, row.partition] = session
+            room[row.topic_id, session.session_id] -= 1
+            totals[session.session_id] += 1
+        else:
+            rest[row.topic_id].append(row)
+    for topic_id, rows in rest.items():
+        for row, session in zip(rows, _by_load(topic_id, room, totals, sessions), strict=False):
+            chosen[topic_id, row.partition] = session
     return [
-        _grant(topics[row.topic_id], row, latest.get((row.topic_id, row.partition)), session, width_offsets)
-        for row, session in _choose(ordered, latest, loads, sessions, total)
+        _grant(topics[row.topic_id], row, latest.get(key), chosen[key], width_offsets)
+        for row in sorted(waiting, key=lambda row: (row.topic_id, row.partition))
+        for key in [(row.topic_id, row.partition)]
     ]
 
 
@@ -53,27 +181,35 @@ def able_to_lead(sessions: Sequence[SessionRow], full: Collection[str]) -> list[
     return [row for row in sessions if row.session_id not in full] or list(sessions)
 
 
-def excess(
-    loads: Mapping[str, int], sessions: Sequence[SessionRow], total: int, full: Collection[str] = ()
-) -> dict[str, int]:
-    """By session id, how many partitions are to move away; the sessions with the most keep the larger shares, those in
-    `full` nothing, unless that leaves nobody."""
-    if not sessions:
-        return {}
-    able = able_to_lead(sessions, full)
-    least, extra = divmod(total, len(able))
-    fullest = sorted(able, key=lambda session: (-loads[session.session_id], session.agent_id))
-    shares = {row.session_id: least + (rank < extra) for rank, row in enumerate(fullest)}
-    over = {row.session_id: loads[row.session_id] - shares.get(row.session_id, 0) for row in sessions}
-    return {session_id: count for session_id, count in over.items() if count > 0}
+def _by_load(
+    topic_id: str, room: dict[tuple[str, str], int], totals: dict[str, int], sessions: Sequence[SessionRow]
+) -> Iterator[SessionRow]:
+    """Gives the sessions that have room in the topic, each as often as it has, the one that leads least first."""
+    by_load = [
+        (totals[row.session_id], row.agent_id, at)
+        for at, row in enumerate(sessions)
+        if room.get((topic_id, row.session_id), 0)
+    ]
+    heapq.heapify(by_load)
+    while by_load:
+        load, agent_id, at = heapq.heappop(by_load)
+        session_id = sessions[at].session_id
+        room[topic_id, session_id] -= 1
+        totals[session_id] += 1
+        if room[topic_id, session_id]:
+            heapq.heappush(by_load, (load + 1, agent_id, at))
+        yield sessions[at]
 
 
-def move(topics: Mapping[str, str], held: Sequence[RangeRow], over: Mapping[str, int]) -> list[MoveRequested]:
-    """The moves that `excess` asks for. `held`: the open ranges of those sessions that are not on the move yet."""
-    moves = []
-    for session_id, count in over.items():
-        ranges = sorted((row for row in held if row.session_id == session_id), key=lambda row: row.key)
-        for row in ranges[-count:]:
+def move(
+    topics: Mapping[str, str], held: Sequence[RangeRow], surplus: Mapping[tuple[str, str], int]
+) -> list[MoveRequested]:
+    """Returns the moves of as many partitions as are too many. `held`: the open ranges of these topics and sessions
+    that are not on the move yet."""
+    left, moves = dict(surplus), []
+    for row in sorted(held, key=lambda row: row.key, reverse=True):
+        if left.get((row.topic_id, row.session_id), 0):
+            left[row.topic_id, row.session_id] -= 1
             name = topics[row.topic_id]
             moves.append(MoveRequested(row.topic_id, name, row.partition, row.epoch, row.session_id, row.agent_id))
     return moves
@@ -87,39 +223,6 @@ def start_of_next(previous: RangeRow | None) -> int:
         assert previous.end_offset is not None
         return previous.end_offset
     return previous.limit_offset
-
-
-def _choose(
-    waiting: Sequence[PartitionRow],
-    latest: Mapping[PartitionKey, RangeRow],
-    held: Mapping[str, int],
-    sessions: Sequence[SessionRow],
-    total: int,
-) -> list[tuple[PartitionRow, SessionRow]]:
-    """A session for each partition: the one whose log has its past if that has room, else the least loaded."""
-    least, extra = divmod(total, len(sessions))
-    loads = {session.session_id: held[session.session_id] for session in sessions}
-    by_wal = {session.wal_id: session for session in sessions}
-    chosen: list[tuple[PartitionRow, SessionRow]] = []
-    rest = []
-    above = sum(load > least for load in loads.values())
-    for row in waiting:
-        past = latest.get((row.topic_id, row.partition))
-        session = by_wal.get(past.wal_id) if past is not None else None
-        load = loads[session.session_id] if session is not None else 0
-        if session is not None and (load < least or (load == least and above < extra)):
-            above += load == least
-            loads[session.session_id] += 1
-            chosen.append((row, session))
-        else:
-            rest.append(row)
-    by_load = [(loads[session.session_id], session.agent_id, at) for at, session in enumerate(sessions)]
-    heapq.heapify(by_load)
-    for row in rest:
-        load, agent_id, at = by_load[0]
-        heapq.heapreplace(by_load, (load + 1, agent_id, at))
-        chosen.append((row, sessions[at]))
-    return chosen
 
 
 def _grant(

@@ -17,12 +17,13 @@ Locks are taken in one order, so that transactions cannot wait for each other in
 
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from shproto.errors import SessionExpired, StreamHouseError, UnknownTopic
-from shproto.events import Event, MoveRequested
+from shproto.events import Event, MoveRequested, TopicCreated
 
 from streamhouse_coordinator.core import assignment, topics
 from streamhouse_coordinator.core import tables as t
@@ -115,18 +116,19 @@ async def commit_leadership(tx: Transaction, settings: CoordinatorSettings, even
     await tx.append(events)
     sessions = await _ingest_sessions(tx)
     if sessions:
-        load = await _load_of(tx, sessions)
-        touched = assignment.left_without_leader(events)
-        waiting = await _without_leader(tx, set(touched), load.leaderless)
+        touched = set(assignment.left_without_leader(events))
+        created = {event.topic_id for event in events if isinstance(event, TopicCreated)}
+        # A new topic unbalances no other: it is shared out alone, so that ten thousand can be made one after the other.
+        alone = created if 0 < len(created) == len(events) else None
+        load = await _load_of(tx, alone)
+        waiting = await _without_leader(tx, touched, load.leaderless)
+        able = assignment.able_to_lead(sessions, load.full)
+        shares = assignment.share(load.sizes, load.led, able, load.others)
         names = await topic_names(tx, {row.topic_id for row in waiting})
         latest = await newest_ranges(tx, waiting)
         width = settings.range_width_offsets
-        able = assignment.able_to_lead(sessions, load.full)
-        grants = assignment.grant(names, waiting, latest, load.by_session, able, load.total, width)
-        await tx.append(grants)
-        for event in grants:
-            load.by_session[event.session_id] += 1
-        if assignment.excess(load.by_session, sessions, load.total, load.full):
+        await tx.append(assignment.grant(shares, names, waiting, latest, load.by_session, able, width))
+        if shares.surplus:
             await tx.apply([Put(t.SWEEPS, t.SweepRow(MOVES_DUE, await tx.now_ms()))])
     await _tell_leases(tx, sessions)
     return before
@@ -141,8 +143,9 @@ async def make_moves(context: Context) -> None:
         await tx.lock(CLUSTER_LOCK)
         sessions = await _ingest_sessions(tx)
         if sessions:
-            load = await _load_of(tx, sessions)
-            await tx.append(await _moves(tx, assignment.excess(load.by_session, sessions, load.total, load.full)))
+            load = await _load_of(tx)
+            able = assignment.able_to_lead(sessions, load.full)
+            await tx.append(await _moves(tx, assignment.share(load.sizes, load.led, able).surplus))
         await tx.apply([Remove(t.SWEEPS, {"name": MOVES_DUE})])
         await _tell_leases(tx, sessions)
 
@@ -162,24 +165,41 @@ async def _ingest_sessions(tx: Transaction) -> list[t.SessionRow]:
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """`total`: of all partitions. `by_session`: how many each leads that are not on the move. `leaderless`: how many
-    nobody leads. `full`: the sessions of agents whose log has no room."""
+    """`sizes`: partitions by topic_id. `led`: how many of them that are not on the move, by (topic_id, session_id).
+    `others`: how many of other topics, by session_id. `leaderless`: how many of `sizes` nobody leads. `full`: the
+    sessions of agents whose log has no room."""
 
-    total: int
-    by_session: dict[str, int]
+    sizes: dict[str, int]
+    led: dict[tuple[str, str], int]
+    others: dict[str, int]
     leaderless: int
     full: frozenset[str]
 
+    @property
+    def by_session(self) -> dict[str, int]:
+        """How many partitions each session leads that are not on the move."""
+        total = Counter(self.others)
+        for (_, session_id), count in self.led.items():
+            total[session_id] += count
+        return total
 
-async def _load_of(tx: Transaction, sessions: Sequence[t.SessionRow]) -> _Load:
-    """Costs by the number of sessions: of the partitions only numbers are read."""
-    total = (await tx.totals(t.PARTITIONS, where()))[0].count
-    led = await tx.totals(t.RANGES, where(status=t.OPEN), by=("session_id", "moving"))
-    loads = {row.session_id: 0 for row in sessions} | {
-        session_id: found.count for found in led for session_id, moving in [found.group] if not moving
-    }
+
+async def _load_of(tx: Transaction, topic_ids: Collection[str] | None = None) -> _Load:
+    """Of all topics, or of these. Costs by the number of topics and sessions: of partitions only numbers are read."""
+    of_topics: dict[str, object] = {} if topic_ids is None else {"topic_id": In(topic_ids)}
+    sizes = {row.group[0]: row.count for row in await tx.totals(t.PARTITIONS, Where(of_topics), by=("topic_id",))}
+    by = ("topic_id", "session_id", "moving")
+    rows = await tx.totals(t.RANGES, Where({"status": t.OPEN, **of_topics}), by=by)
+    led = {(row.group[0], row.group[1]): row.count for row in rows if not row.group[2]}
+    leaderless = sum(sizes.values()) - sum(row.count for row in rows)
+    others: Counter[str] = Counter()
+    if topic_ids is not None:
+        every = await tx.totals(t.RANGES, where(status=t.OPEN, moving=False), by=("session_id",))
+        others.update({row.group[0]: row.count for row in every})
+        for (_, session_id), count in led.items():
+            others[session_id] -= count
     full = frozenset(row.session_id for row in await tx.select(t.SESSION_LEASES, where(log_full=True)))
-    return _Load(total, loads, total - sum(found.count for found in led), full)
+    return _Load(sizes, led, others, leaderless, full)
 
 
 async def _without_leader(tx: Transaction, touched: Collection[tuple[str, int]], count: int) -> list[t.PartitionRow]:
@@ -196,11 +216,12 @@ async def _leaderless_of(tx: Transaction, which: Where) -> list[t.PartitionRow]:
     return [row for row in partitions if (row.topic_id, row.partition) not in led]
 
 
-async def _moves(tx: Transaction, over: dict[str, int]) -> list[MoveRequested]:
+async def _moves(tx: Transaction, surplus: Mapping[tuple[str, str], int]) -> list[MoveRequested]:
     """The caller holds the cluster lock and no range: those that are to move are locked here."""
-    if not over:
+    if not surplus:
         return []
-    held = await tx.select(t.RANGES, where(session_id=In(over), status=t.OPEN, moving=False))
-    moves = assignment.move(await topic_names(tx, {row.topic_id for row in held}), held, over)
+    of_surplus = where_keys(("topic_id", "session_id"), sorted(surplus), status=t.OPEN, moving=False)
+    held = await tx.select(t.RANGES, of_surplus)
+    moves = assignment.move(await topic_names(tx, {row.topic_id for row in held}), held, surplus)
     await ranges_by_key(tx, {(event.topic_id, event.partition, event.epoch) for event in moves}, lock="wait")
     return moves
