@@ -75,7 +75,7 @@ class Retries:
     def _answered(self) -> None:
         if self._told:
             self._told = False
-            log.warning("%s answers", self._bootstrap)
+            log.info("%s answers", self._bootstrap)
 
     def _gave_up(self, last: StreamHouseError | None) -> StreamHouseError:
         waited = f"no answer from {self._bootstrap} within {self._option} = {self._timeout_ms}"

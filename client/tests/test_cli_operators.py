@@ -194,6 +194,13 @@ def test_a_sound_platform_verifies(cli: Cli, serve: ServeProcess, data_dir: Path
     assert "20 records" in shown
 
 
+def test_verify_asks_the_coordinator_that_is_there(cli: Cli, serve: ServeProcess, data_dir: Path, topic: str) -> None:
+    """It reads a stream, and begins it at the first address."""
+    bootstrap = f"127.0.0.1:1,{serve.address}"
+    report = cli.json("verify", "--data-dir", str(data_dir), "--topic", topic, "--bootstrap", bootstrap)
+    assert report["findings"] == []
+
+
 def test_verify_needs_a_store_and_a_topic_that_is_there(cli: Cli, data_dir: Path) -> None:
     assert "--store-dir" in cli.run("verify", code=1)[1]
     assert "UNKNOWN_TOPIC" in cli.run("verify", "--data-dir", str(data_dir), "--topic", "nope", code=1)[1]

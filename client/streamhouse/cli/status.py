@@ -95,7 +95,8 @@ async def _ask(session: Session, call: Awaitable[Any]) -> dict[str, Any]:
     try:
         answer = await call
     except StreamHouseError as error:
-        return head | {"error": "does not answer" if is_unreachable(error) else one_line(error.message)}
+        unreachable = f"cannot be reached at {session.address}"
+        return head | {"error": unreachable if is_unreachable(error) else one_line(error.message)}
     fields = _fields(answer)
     if "partitions" in fields:
         fields["partitions"] = [_fields(item) for item in fields["partitions"]]

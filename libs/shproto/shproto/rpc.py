@@ -201,7 +201,6 @@ _OTHER_SERVER = (
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.NOT_FOUND,
-    grpc.StatusCode.UNKNOWN,
 )
 
 
@@ -227,6 +226,7 @@ def _transport_error(error: grpc.aio.AioRpcError, address: str, path: str, hint:
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.UNKNOWN,  # gRPC's word for a stream that was removed, and that of a server with a defect
     ):
         return Unavailable(text, address=address)
     if code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT):

@@ -169,6 +169,28 @@ async def test_what_is_no_service_is_passed_over(
         assert await snapshot_of(client) == [100]
 
 
+async def test_a_server_with_a_defect_is_passed_over_and_may_be_better_later(serve: Serve, connect: Connect) -> None:
+    class Defect(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:  # type: ignore[type-arg]
+            async def answer(request: bytes, context: object) -> bytes:
+                raise RuntimeError("a defect")
+
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Defect(),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        client = CoordinatorClient(connect(address, await serve(Replica())))
+        assert (await client.get_head(GET_HEAD)).events_position == 4
+        with pytest.raises(Unavailable, match=f"{address}: UNKNOWN: .*a defect") as caught:
+            await CoordinatorClient(connect(address)).get_head(GET_HEAD)
+        assert caught.value.maybe_done and not caught.value.permanent
+    finally:
+        await server.stop(None)
+
+
 async def test_wrong_servers_are_named(connect: Connect, other_server: str, refusing: str) -> None:
     with web_server() as web:
         with pytest.raises(Unavailable) as caught:
