@@ -140,6 +140,9 @@ class CommonSettings(BaseSettings):
         shown."""
         parts = []
         for item in error.errors():
+            if not item["loc"]:  # several settings together: the input is all of them, secrets included
+                parts.append(item["msg"].removeprefix("Value error, "))
+                continue
             name = ".".join(str(part) for part in item["loc"])
             field = cls.model_fields.get(name)
             value = f" = {item.get('input')!r}" if field is None or field.repr else ""

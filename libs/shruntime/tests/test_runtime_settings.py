@@ -1,10 +1,10 @@
 """Settings: sources, ranges, and errors that name the setting."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 from shruntime.settings import CommonSettings, SettingsError
 
 
@@ -73,3 +73,19 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     config.write_bytes(b"\xff\xfe")
     with pytest.raises(SettingsError, match=r"streamhouse.toml: .*utf-8"):
         ProbeSettings.load({"STREAMHOUSE_CONFIG": str(config)})
+
+
+class FittingSettings(ProbeSettings):
+    service: ClassVar[str] = "fitting"
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.probe_bytes_max == 7:
+            raise ValueError("probe_bytes_max (7) does not fit")
+        return self
+
+
+def test_settings_that_do_not_fit_together_are_named_without_all_the_others() -> None:
+    with pytest.raises(SettingsError) as caught:
+        FittingSettings.load({}, probe_bytes_max=7, probe_password="secret")
+    assert str(caught.value) == "settings of fitting: probe_bytes_max (7) does not fit"
