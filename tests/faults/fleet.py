@@ -68,7 +68,7 @@ SETTINGS = {
     "HEARTBEAT_INTERVAL_MS": 2000,
     "LEASE_MARGIN_MS": 1500,
     "RPC_TIMEOUT_MS": 3000,
-    "PG_TIMEOUT_MS": 2000,
+    "PG_TIMEOUT_MS": 1200,
     "GROUP_SESSION_TIMEOUT_MS": 6000,
     "GROUP_HEARTBEAT_INTERVAL_MS": 1000,
     # Ranges run out and are extended within a run.

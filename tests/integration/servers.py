@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -290,6 +290,38 @@ def postgres_server() -> Server:
     dsn = backend.dsn
     backend.stop()
     return started(backend, dsn, {"STREAMHOUSE_PG_DSN": dsn}, lambda: postgres_answers(dsn))
+
+
+@contextlib.contextmanager
+def pgbouncer(dsn: str, *, pool_size: int) -> Iterator[str]:
+    """A pgbouncer in front of the database of `dsn`, which gives out transactions on `pool_size` connections. Yields
+    the DSN through it. Skips the test if there is none."""
+    program = shutil.which("pgbouncer")
+    if program is None:
+        pytest.skip("pgbouncer is not installed (apt install pgbouncer)")
+    (port,) = free_ports(1)
+    target = urlsplit(dsn)
+    backend = ProcessBackend("pgbouncer", Path(program), ["{dir}/pgbouncer.ini"], {})
+    settings = {
+        "listen_addr": "127.0.0.1",
+        "listen_port": port,
+        "unix_socket_dir": "",
+        "auth_type": "any",
+        "pool_mode": "transaction",
+        "default_pool_size": pool_size,
+    }
+    if os.getuid() == 0:
+        settings["user"] = "nobody"  # it refuses to run as root
+    place = f"host={target.hostname} port={target.port} dbname={target.path.removeprefix('/')}"
+    lines = ["[databases]", f"pooled = {place} user={target.username} password={target.password}", "[pgbouncer]"]
+    lines += [f"{name} = {value}" for name, value in settings.items()]
+    (backend.work_dir / "pgbouncer.ini").write_text("\n".join(lines) + "\n")
+    url = f"postgresql://anybody@127.0.0.1:{port}/pooled"
+    server = started(backend, url, {}, lambda: postgres_answers(url))
+    try:
+        yield url
+    finally:
+        server.close()
 
 
 def postgres_answers(dsn: str) -> bool:

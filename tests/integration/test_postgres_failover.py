@@ -23,7 +23,7 @@ from shproto.services import QueryClient
 from shproto.v1 import query_pb2
 from streamhouse import Admin, Producer
 from streamhouse_coordinator.adapters import listener
-from streamhouse_coordinator.adapters.postgres import PostgresStore
+from streamhouse_coordinator.adapters.postgres_connections import Listening
 
 from tests.faults.proxy import Direction, FaultProxy
 from tests.integration.cluster import Cluster
@@ -33,7 +33,7 @@ from tests.integration.standby import PostgresPair, postgres_pair
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
-TTL_MS = 3_000
+TTL_MS = 6_000
 PATIENCE_S = 90
 ACKS = {"fast": "wal", "safe": "durable"}
 """A topic of one partition for each."""
@@ -220,7 +220,7 @@ async def _cli(environ: Mapping[str, str], *arguments: str) -> "subprocess.Compl
     return await asyncio.to_thread(subprocess.run, command, env=dict(environ), capture_output=True, text=True)
 
 
-class CountingStore(PostgresStore):
+class CountingListening(Listening):
     connects = 0
 
     async def connect(self) -> Any:
@@ -237,16 +237,16 @@ async def test_who_listens_notices_that_the_other_end_is_gone_without_a_word(
     place = urlsplit(dsn).netloc.rpartition("@")[2]
     proxy = FaultProxy("postgres", place)
     await proxy.start()
-    store = CountingStore(dsn.replace(place, proxy.address), pool_max=2, timeout_ms=5_000, migration_timeout_ms=60_000)
+    connections = CountingListening(dsn.replace(place, proxy.address), timeout_ms=5_000)
     listening = asyncio.Event()
-    heard = listener.Listener(store, events_changed=listening.set, group_changed=lambda _: None)
+    heard = listener.Listener(connections.connect, events_changed=listening.set, group_changed=lambda _: None)
     task = asyncio.create_task(heard.run())
     try:
         async with asyncio.timeout(PATIENCE_S):
             await listening.wait()
             listening.clear()
             proxy.hold(*Direction)
-            while store.connects < 2:
+            while connections.connects < 2:
                 await asyncio.sleep(0.05)
             await proxy.heal()
             await listening.wait()

@@ -163,6 +163,7 @@ class CoordinatorNode(Node):
             coordinator_id=self.name,
             session_ttl_ms=2_500,
             heartbeat_interval_ms=800,
+            pg_timeout_ms=500,
             session_sweep_interval_ms=700,
             probe_timeout_ms=500,
             events_poll_interval_ms=1_000,

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 from opentelemetry import metrics
-from shproto.errors import InvalidArgument, Unavailable
+from shproto.errors import InvalidArgument, StreamHouseError
 from shruntime.tasks import Backoff
 
 from streamhouse_coordinator.core.histories import Head, went_back
@@ -53,7 +53,7 @@ class Feed:
         self._wake.set()
 
     async def run(self) -> None:
-        """Reads for ever. Without the database it tries again."""
+        """Reads for ever. Without the database it tries again, whatever it answers."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
         while True:
             try:
@@ -62,7 +62,7 @@ class Feed:
                         pass
                 backoff.reset()
                 await self._pause(self._poll_interval_s)
-            except Unavailable as error:
+            except StreamHouseError as error:
                 self._checked = False
                 log.debug("cannot read events: %s", error)
                 await self._pause(backoff.next_ms() / 1000)  # the listener wakes it when PostgreSQL is back

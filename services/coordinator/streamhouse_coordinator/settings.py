@@ -1,10 +1,13 @@
 """Settings of the coordinator."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from shruntime.settings import CommonSettings
 from shruntime.urls import url_of
+
+# Of a lease; the rest is the agents' own margin (lease_margin_ms, 2 s by default).
+LEASE_SHARE = 0.75
 
 
 class CoordinatorSettings(CommonSettings):
@@ -15,17 +18,37 @@ class CoordinatorSettings(CommonSettings):
         repr=False,
         description="PostgreSQL, as a libpq URI; a primary and its standbys separated by commas",
     )
+    pg_listen_dsn: Annotated[str, AfterValidator(url_of("postgresql", "postgres"))] = Field(
+        "",
+        repr=False,
+        description="PostgreSQL without the pooler that pg_dsn leads through, for LISTEN; empty: pg_dsn, or, through a "
+        "pooler, events are polled every events_poll_interval_ms",
+    )
+    pg_pooler: Literal["auto", "none", "transaction"] = Field(
+        "auto",
+        description="what pg_dsn leads to: auto finds out and takes any pooler for one that gives out transactions; "
+        "none: the server, or a pooler that gives out sessions; transaction: pgbouncer with pool_mode=transaction",
+    )
     pg_pool_max: int = Field(
         10,
         ge=2,
         le=1000,
-        description="connections per coordinator; events are appended one transaction at a time anyway",
+        description="connections per coordinator, statements that were given up and may still run included; events are "
+        "appended one transaction at a time anyway",
     )
     pg_timeout_ms: int = Field(
         5_000,
         ge=100,
         le=600_000,
-        description="ms PostgreSQL may take per statement until a call is UNAVAILABLE; half of rpc_timeout_ms",
+        description="ms PostgreSQL may take per statement until a call is UNAVAILABLE; half of rpc_timeout_ms. It ends "
+        "statements itself after 80 % of this, and waits for locks after 60 %",
+    )
+    pg_transaction_idle_ms: int = Field(
+        2_000,
+        ge=100,
+        le=600_000,
+        description="ms a transaction may wait for its coordinator until PostgreSQL ends it: a coordinator that is cut "
+        "off or frozen keeps its locks from the others for so long",
     )
     pg_migration_timeout_ms: int = Field(
         600_000,
@@ -93,3 +116,23 @@ class CoordinatorSettings(CommonSettings):
     retention_batch: int = Field(
         1_000, ge=1, le=100_000, description="segments removed per partition and transaction; the next run goes on"
     )
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        """While PostgreSQL is away, an agent goes on for as long as coordinators tell it so: a heartbeat is answered
+        after pg_timeout_ms, the next one is sent heartbeat_interval_ms later and answered after pg_timeout_ms again.
+        Meanwhile the lease that the first one renewed must not run out."""
+        silent_ms = 2 * self.pg_timeout_ms + self.heartbeat_interval_ms
+        if silent_ms > LEASE_SHARE * self.session_ttl_ms:
+            raise ValueError(
+                f"session_ttl_ms ({self.session_ttl_ms}) is too short for pg_timeout_ms ({self.pg_timeout_ms}) and "
+                f"heartbeat_interval_ms ({self.heartbeat_interval_ms}): while PostgreSQL is away agents hear from the "
+                f"coordinator every 2 * pg_timeout_ms + heartbeat_interval_ms = {silent_ms} ms, which must be at most "
+                f"{LEASE_SHARE:.0%} of session_ttl_ms; make that {-int(-silent_ms // LEASE_SHARE)} at least"
+            )
+        if self.pg_timeout_ms >= self.rpc_timeout_ms:
+            raise ValueError(
+                f"pg_timeout_ms ({self.pg_timeout_ms}) must be below rpc_timeout_ms ({self.rpc_timeout_ms}): callers "
+                "would give up before they hear that PostgreSQL is away"
+            )
+        return self

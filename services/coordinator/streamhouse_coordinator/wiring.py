@@ -4,8 +4,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
-from shproto.errors import Overloaded, SessionExpired, Unavailable
+from shproto.errors import Internal, Overloaded, SessionExpired, StreamHouseError, Unavailable
 from shproto.rpc import Connection
 from shproto.services import IngestClient
 from shproto.v1 import coordinator_pb2 as pb
@@ -22,6 +23,7 @@ from shstore import ObjectStore
 from streamhouse_coordinator.adapters import postgres_backup
 from streamhouse_coordinator.adapters.listener import Listener
 from streamhouse_coordinator.adapters.postgres import PostgresStore
+from streamhouse_coordinator.adapters.postgres_connections import Connections, Limits, Listening
 from streamhouse_coordinator.adapters.rabbitmq import Relay
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.core.backup_format import Manifest
@@ -41,7 +43,8 @@ SERVER_STOP_GRACE_MS = 500
 
 # PostgreSQL fails over within seconds; a coordinator that waits for it asks at most so often.
 RETRY_FIRST_MS, RETRY_MAX_MS = 100, 5_000
-_LATER = (Unavailable, Overloaded)  # PostgreSQL is away or slow; too many others change the same rows
+# PostgreSQL is away or slow; too many others change the same rows; it refuses what it should not.
+_LATER = (Unavailable, Overloaded, Internal)
 
 
 @dataclass
@@ -94,7 +97,7 @@ class CoordinatorService:
                 await self.api.heartbeat(pb.HeartbeatRequest(session_token=self._session_token))
             except SessionExpired:
                 await self._reopen(request)
-            except _LATER as error:
+            except StreamHouseError as error:
                 log.warning("no heartbeat: %s", error.message)
 
     async def _reopen(self, request: pb.OpenSessionRequest) -> None:
@@ -115,7 +118,7 @@ class CoordinatorService:
         if self._session_token:
             try:
                 await self.api.close_session(pb.CloseSessionRequest(session_token=self._session_token))
-            except Unavailable as error:
+            except StreamHouseError as error:
                 log.warning("session stays until it expires: %s", error.message)
         await self._store.close()
 
@@ -123,12 +126,9 @@ class CoordinatorService:
 def build(settings: CoordinatorSettings) -> CoordinatorService:
     """A coordinator that is not started yet."""
     tasks = Tasks()
-    store = PostgresStore(
-        settings.pg_dsn,
-        pool_max=settings.pg_pool_max,
-        timeout_ms=settings.pg_timeout_ms,
-        migration_timeout_ms=settings.pg_migration_timeout_ms,
-    )
+    limits = Limits(settings.pg_timeout_ms, settings.pg_transaction_idle_ms)
+    connections = Connections(settings.pg_dsn, pool_max=settings.pg_pool_max, limits=limits, pooler=settings.pg_pooler)
+    store = PostgresStore(connections, migration_timeout_ms=settings.pg_migration_timeout_ms)
     context = Context(store, settings)
     feed = Feed(
         store,
@@ -137,7 +137,13 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
         cached=settings.events_cached,
     )
     api = CoordinatorApi(context, feed, Probe(context, tasks, _describe_agent))
-    listener = Listener(store, events_changed=feed.wake, group_changed=context.waiters.changed)
+    listening = Listening(settings.pg_listen_dsn or settings.pg_dsn, settings.pg_timeout_ms)
+    listener = Listener(
+        listening.connect,
+        events_changed=feed.wake,
+        group_changed=context.waiters.changed,
+        works=lambda: bool(settings.pg_listen_dsn) or not connections.through_pooler,
+    )
     return CoordinatorService(settings, api, context, feed, store, listener, _relay(settings, feed, store), tasks)
 
 
@@ -154,7 +160,9 @@ def _relay(settings: CoordinatorSettings, feed: Feed, store: PostgresStore) -> R
     if not settings.amqp_url:
         return None
     batch, timeout_ms = settings.outbox_batch, settings.amqp_timeout_ms
-    return Relay(settings.amqp_url, feed, store.drain_outbox, batch=batch, timeout_ms=timeout_ms)
+    # A batch is given up after timeout_ms; PostgreSQL waits for longer, so that it never ends one that is not.
+    drain = partial(store.drain_outbox, idle_ms=timeout_ms + settings.pg_timeout_ms)
+    return Relay(settings.amqp_url, feed, drain, batch=batch, timeout_ms=timeout_ms)
 
 
 # ---- without a coordinator

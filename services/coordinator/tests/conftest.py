@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import os
+import socket
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -56,6 +58,17 @@ async def dsn(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
     await _execute(postgres, f"DROP DATABASE {name} WITH (FORCE)")
 
 
+@pytest.fixture
+async def tcp_dsn(tmp_path: Path) -> AsyncIterator[str]:
+    """The DSN of a server of its own, on TCP and with a password."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = EmbeddedPostgres(tmp_path / "data", port=port)
+    yield await server.start()
+    await server.stop()
+
+
 async def _execute(server: EmbeddedPostgres, statement: str) -> None:
     connection = await asyncpg.connect(dsn_of(server, "postgres"))
     try:
@@ -77,6 +90,8 @@ def fast_settings(dsn: str, **changes: object) -> CoordinatorSettings:
     values: dict[str, object] = {
         "pg_dsn": dsn,
         "pg_timeout_ms": 60_000,
+        "rpc_timeout_ms": 120_000,
+        "pg_transaction_idle_ms": 30_000,
         "session_ttl_ms": 600_000,
         "group_session_timeout_ms": 600_000,
         "heartbeat_interval_ms": 200,

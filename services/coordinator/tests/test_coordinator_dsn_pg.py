@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,14 +21,9 @@ Settings = Callable[..., Any]
 
 
 @pytest.fixture
-async def by_password(tmp_path: Path) -> AsyncIterator[str]:
+def by_password(tcp_dsn: str) -> str:
     """The DSN of a server that asks for a password."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = EmbeddedPostgres(tmp_path / "data", port=port)
-    yield await server.start()
-    await server.stop()
+    return tcp_dsn
 
 
 async def waits_saying(caplog: pytest.LogCaptureFixture, text: str) -> None:

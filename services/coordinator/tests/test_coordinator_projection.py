@@ -131,7 +131,9 @@ class Walk:
         self.rng = random.Random(seed)
         self.clock = ManualClock(1_000_000)
         self.store = memory.MemoryStore(self.clock)
-        settings = CoordinatorSettings.load({}, range_width_offsets=64, session_ttl_ms=1000)
+        settings = CoordinatorSettings.load(
+            {}, range_width_offsets=64, session_ttl_ms=1000, pg_timeout_ms=100, heartbeat_interval_ms=100
+        )
         self.context = Context(self.store, settings, new_id=self.new_id)
         feed = Feed(self.store, poll_interval_ms=1000, batch=100, cached=100)
         self.api = CoordinatorApi(self.context, feed, Nobody())

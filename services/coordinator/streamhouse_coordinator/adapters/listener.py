@@ -1,14 +1,14 @@
-"""PostgreSQL's LISTEN on a connection of its own. Only makes things faster: whoever is woken also polls."""
+"""PostgreSQL's LISTEN on a connection of its own, to the server itself: a pooler that gives out transactions forgets
+who listens. Only makes things faster: whoever is woken also polls."""
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-import asyncpg
 from shruntime.tasks import Backoff
 
-from streamhouse_coordinator.adapters.postgres import PostgresStore
+from streamhouse_coordinator.adapters.postgres_errors import FAILURES
 from streamhouse_coordinator.adapters.postgres_transaction import EVENTS_CHANNEL, GROUPS_CHANNEL
 
 log = logging.getLogger(__name__)
@@ -22,33 +22,49 @@ never closed, and nothing would be heard from the one that took its place."""
 
 class Listener:
     """Calls `events_changed` after commits with events, `group_changed` with the name of a group that changed.
-    After a reconnect, everything may have changed: `group_changed("")`."""
+    After a reconnect, everything may have changed: `group_changed("")`. `connect`: makes a connection to keep. `works`:
+    False where LISTEN has no effect; known once the store is open."""
 
     def __init__(
-        self, store: PostgresStore, *, events_changed: Callable[[], None], group_changed: Callable[[str], None]
+        self,
+        connect: Callable[[], Awaitable[Any]],
+        *,
+        events_changed: Callable[[], None],
+        group_changed: Callable[[str], None],
+        works: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._store = store
+        self._connect = connect
+        self._works = works
+        self._hears = True
         self._events_changed = events_changed
         self._group_changed = group_changed
 
     async def run(self) -> None:
         """Listens for ever; reconnects whenever the connection ends."""
+        if not self._works():
+            log.warning(
+                "LISTEN does not work through the pooler that pg_dsn leads to, so events are polled; name the server "
+                "itself in pg_listen_dsn to hear of them at once"
+            )
+            return
         backoff = Backoff(RECONNECT_FIRST_MS, RECONNECT_MAX_MS)
         while True:
             try:
                 await self._listen(backoff)
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-                log.debug("cannot listen: %s", error)
+            except FAILURES as error:
+                log.log(logging.INFO if self._hears else logging.DEBUG, "cannot listen: %s", error)
+                self._hears = False
             await asyncio.sleep(backoff.next_ms() / 1000)
 
     async def _listen(self, backoff: Backoff) -> None:
-        connection = await self._store.connect()
+        connection = await self._connect()
         ended = asyncio.Event()
         try:
             connection.add_termination_listener(lambda _: ended.set())
             await connection.add_listener(EVENTS_CHANNEL, self._on_event)
             await connection.add_listener(GROUPS_CHANNEL, self._on_group)
             backoff.reset()
+            self._hears = True
             self._events_changed()
             self._group_changed("")
             while not await _within(PROBE_S, ended):

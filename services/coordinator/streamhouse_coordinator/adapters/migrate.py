@@ -1,4 +1,8 @@
-"""Brings a database to the tables this version works with. Two coordinators may start at the same time."""
+"""Brings a database to the tables this version works with. Two coordinators may start at the same time.
+
+Migrations are only ever added. One that was changed afterwards would leave every database that had it already
+different from a new one: a test holds their hashes.
+"""
 
 from importlib import resources
 from typing import Any
@@ -20,12 +24,18 @@ def available() -> dict[str, str]:
 
 
 async def migrate(connection: Any) -> list[str]:
-    """Applies what is missing, each migration with its record in one transaction; returns their names.
+    """Applies what is missing, all of it or nothing; returns the names. Waits for others that migrate. Raises
+    DatabaseTooNew."""
+    # One transaction, so that a pooler may lie in between: a lock of the session would stay with another's connection.
+    # It takes as long as it takes, whatever limits the user or the database have.
+    async with connection.transaction():
+        for limit in ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"):
+            await connection.execute(f"SET LOCAL {limit} = 0")
+        return await _migrate(connection)
 
-    Waits for others that migrate. After an error the caller closes the connection, and the lock goes with it: giving it
-    back takes an answer from a server that may have none.
-    """
-    await connection.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
+
+async def _migrate(connection: Any) -> list[str]:
+    await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK)
     await connection.execute(
         "CREATE TABLE IF NOT EXISTS migrations (name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
     )
@@ -35,8 +45,6 @@ async def migrate(connection: Any) -> list[str]:
         raise DatabaseTooNew(f"the database has migrations this version does not know: {', '.join(sorted(unknown))}")
     missing = [name for name in known if name not in done]
     for name in missing:
-        async with connection.transaction():
-            await connection.execute(known[name])
-            await connection.execute("INSERT INTO migrations (name) VALUES ($1)", name)
-    await connection.execute("SELECT pg_advisory_unlock($1)", MIGRATION_LOCK)
+        await connection.execute(known[name])
+        await connection.execute("INSERT INTO migrations (name) VALUES ($1)", name)
     return missing

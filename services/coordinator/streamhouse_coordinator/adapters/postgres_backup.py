@@ -9,7 +9,8 @@ from shproto.errors import InvalidArgument
 from shproto.events import Event
 
 from streamhouse_coordinator.adapters.migrate import available, migrate
-from streamhouse_coordinator.adapters.postgres_errors import ABSENT, unavailable
+from streamhouse_coordinator.adapters.postgres_connections import begin
+from streamhouse_coordinator.adapters.postgres_errors import FAILURES, translated
 from streamhouse_coordinator.adapters.postgres_hosts import Hosts
 from streamhouse_coordinator.adapters.postgres_transaction import PostgresTransaction
 from streamhouse_coordinator.core.tables import EVENTS, HISTORIES, PROJECTIONS, STATE, Table
@@ -18,6 +19,12 @@ from streamhouse_coordinator.ports import Restoring, Snapshot
 # A statement reads or writes some thousand rows; a database that takes longer than this does not work.
 STATEMENT_TIMEOUT_S = 300.0
 CONNECT_TIMEOUT_S = 30.0
+# In ms. Between two statements an object of 256 MiB may be on its way to the store.
+LIMITS = {
+    "statement_timeout": "300000",
+    "lock_timeout": "60000",
+    "idle_in_transaction_session_timeout": "900000",
+}
 
 
 class PostgresSnapshot(PostgresTransaction):
@@ -60,9 +67,9 @@ async def snapshot(dsn: str) -> AsyncIterator[Snapshot]:
     """One moment of the database, for as long as it is open. Changes nothing, not even its tables. Raises Unavailable;
     InvalidArgument for a database that is not, or not yet, one of this version."""
     async with _connected(dsn) as connection:
+        await connection.execute(begin("ISOLATION LEVEL REPEATABLE READ READ ONLY", LIMITS))
         await _must_be_ours(connection)
-        async with connection.transaction(isolation="repeatable_read", readonly=True):
-            yield PostgresSnapshot(connection)
+        yield PostgresSnapshot(connection)
 
 
 @asynccontextmanager
@@ -70,30 +77,28 @@ async def restoring(dsn: str, *, commit: bool) -> AsyncIterator[Restoring]:
     """A transaction over the whole database, which gets its tables first; rolled back at its end unless `commit`.
     Raises Unavailable, DatabaseTooNew; InvalidArgument where there are tables that are not ours."""
     async with _connected(dsn) as connection:
-        await _must_be_free(connection)
+        async with connection.transaction():
+            await _must_be_free(connection)
         await migrate(connection)
-        transaction = connection.transaction()
-        await transaction.start()
-        try:
-            await connection.execute("LOCK TABLE event_position, sessions, histories IN EXCLUSIVE MODE")
-            yield PostgresRestoring(connection)
-        except BaseException:
-            if not connection.is_closed():
-                await transaction.rollback()
-            raise
-        await (transaction.commit() if commit else transaction.rollback())
+        await connection.execute(begin("", LIMITS))
+        await connection.execute("LOCK TABLE event_position, sessions, histories IN EXCLUSIVE MODE")
+        yield PostgresRestoring(connection)
+        await connection.execute("COMMIT" if commit else "ROLLBACK")
 
 
 @asynccontextmanager
 async def _connected(dsn: str) -> AsyncIterator[Any]:
+    """A connection that may lead through a pooler: what is done with it is done in transactions. One that is open when
+    the connection is closed is rolled back."""
+    options = {"command_timeout": STATEMENT_TIMEOUT_S, "statement_cache_size": 0}
     try:
-        connection = await Hosts(dsn).connect(timeout_s=CONNECT_TIMEOUT_S, command_timeout=STATEMENT_TIMEOUT_S)
+        connection = await Hosts(dsn).connect(timeout_s=CONNECT_TIMEOUT_S, **options)
         try:
             yield connection
         finally:
             await connection.close(timeout=CONNECT_TIMEOUT_S)
-    except ABSENT as error:
-        raise unavailable(error) from error
+    except FAILURES as error:
+        raise translated(error) from error
 
 
 async def _tables(connection: Any) -> list[str]:

@@ -6,7 +6,7 @@ from urllib.parse import parse_qs
 
 import asyncpg
 
-from streamhouse_coordinator.adapters.postgres_errors import ABSENT, UNUSABLE_DSN
+from streamhouse_coordinator.adapters.postgres_errors import FAILURES, UNUSABLE_DSN, is_away
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,9 @@ class Hosts:
                 connection = await asyncpg.connect(place[1], timeout=timeout_s / len(self._places), **options)
             except UNUSABLE_DSN:
                 raise
-            except ABSENT as error:
+            except FAILURES as error:
+                if not is_away(error):
+                    raise
                 said.append(f"{place[0]}: {_what(error)}")
             else:
                 self._prefer(place)

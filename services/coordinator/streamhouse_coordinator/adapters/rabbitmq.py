@@ -13,7 +13,7 @@ from typing import Any
 import aio_pika
 from aio_pika.exceptions import AMQPError, AMQPException, ChannelInvalidStateError
 from opentelemetry import metrics
-from shproto.errors import Unavailable
+from shproto.errors import StreamHouseError
 from shruntime.tasks import Backoff
 
 from streamhouse_coordinator.core.tables import EventRow
@@ -72,7 +72,7 @@ class Relay:
                     up = True
                     backoff.reset()
                     await self._publish_all(connection)
-            except (*_BROKER_AWAY, Unavailable) as error:
+            except (*_BROKER_AWAY, StreamHouseError) as error:
                 level = logging.WARNING if up else logging.DEBUG
                 log.log(level, "not publishing events for now: %s", error or type(error).__name__)
                 up = False

@@ -1,0 +1,315 @@
+"""Connections to PostgreSQL: how they are made, how many there are, and what the server ends by itself.
+
+Owns: the pool, and a slot for each statement or transaction that may be running in the server.
+Does not own: what is done with a connection (postgres.py), which server it leads to (postgres_hosts.py).
+Invariants: at most `pool_max` statements and transactions of this process run in the server, those included that were
+given up and that the server has not ended yet. Every transaction has a limit that the server keeps: a coordinator that
+is cut off or frozen holds its locks for `pg_transaction_idle_ms`, not for as long as it is away.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import asyncpg
+from opentelemetry import metrics
+from shproto.errors import AWAY, InvalidArgument, StreamHouseError, Unavailable
+
+from streamhouse_coordinator.adapters.postgres_errors import FAILURES, cannot_be_stored
+from streamhouse_coordinator.adapters.postgres_hosts import Hosts
+
+log = logging.getLogger(__name__)
+
+Pooler = Literal["auto", "none", "transaction"]
+
+# PostgreSQL ends a statement before its coordinator gives it up, and a wait for a lock before that: then the answer
+# says what was waited for, and nothing is left behind in the server.
+STATEMENT_SHARE, LOCK_SHARE = 0.8, 0.6
+# A reader that takes no part of a snapshot for so long is cut off. A snapshot holds no row, only old versions of rows.
+SNAPSHOT_IDLE_MS = 60_000
+# A server that runs a statement looks so often whether there is still somebody to answer. One system call.
+CHECK_INTERVAL_MS = 1_000
+# A server that waits for its client finds out within 25 s that the machine is gone.
+KEEPALIVES = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
+
+_given_up = metrics.get_meter("streamhouse.coordinator").create_up_down_counter(
+    "streamhouse_coordinator_postgres_given_up", description="statements given up that PostgreSQL may still run"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What PostgreSQL ends by itself: a statement, a wait for a lock, a transaction whose coordinator says nothing."""
+
+    timeout_ms: int
+    transaction_idle_ms: int
+
+    @property
+    def statement_ms(self) -> int:
+        return int(self.timeout_ms * STATEMENT_SHARE)
+
+    @property
+    def lock_ms(self) -> int:
+        return int(self.timeout_ms * LOCK_SHARE)
+
+    def of_transaction(self, idle_ms: int) -> dict[str, str]:
+        """Settings of one transaction, in PostgreSQL's words."""
+        return {
+            "statement_timeout": str(self.statement_ms),
+            "lock_timeout": str(self.lock_ms),
+            "idle_in_transaction_session_timeout": str(idle_ms),
+        }
+
+    def of_session(self) -> dict[str, str]:
+        """Settings of a connection that leads to the server itself."""
+        return {
+            **self.of_transaction(self.transaction_idle_ms),
+            **KEEPALIVES,
+            "tcp_user_timeout": str(self.timeout_ms),
+            "client_connection_check_interval": str(CHECK_INTERVAL_MS),
+        }
+
+
+class Connections:
+    """`open` before `connection`; `close` when nobody uses any."""
+
+    def __init__(self, dsn: str, *, pool_max: int, limits: Limits, pooler: Pooler) -> None:
+        self.dsn = dsn
+        self.pool_max = pool_max
+        self.limits = limits
+        self._hosts = Hosts(dsn)
+        self._timeout_s = limits.timeout_ms / 1000
+        self._pooler: Pooler = pooler
+        self._pool: Any = None
+        self._slots = asyncio.Semaphore(pool_max)
+        self._ending: set[asyncio.Task[None]] = set()
+
+    @property
+    def through_pooler(self) -> bool:
+        """True if every transaction may run on another connection of the server; known once `first` has returned."""
+        return self._pooler == "transaction"
+
+    # ---- one connection
+
+    async def first(self) -> Any:
+        """Returns a connection outside the pool and without limits, for the caller to close: for migrations, which take
+        as long as they take. Finds out whether there is a pooler in between. Raises asyncpg's errors, OSError."""
+        connection = await self._hosts.connect(timeout_s=self._timeout_s, statement_cache_size=0)
+        try:
+            if self._pooler == "auto":
+                self._pooler = "transaction" if await _leads_to_pooler(connection) else "none"
+                if self.through_pooler:
+                    log.info("PostgreSQL is reached through a pooler; it is taken for one that gives out transactions")
+            if not self.through_pooler:
+                await _set(connection, KEEPALIVES)
+        except BaseException:
+            discard(connection)
+            raise
+        return connection
+
+    async def _for_pool(self, _dsn: str | None, **options: Any) -> Any:
+        connection = await self._hosts.connect(timeout_s=self._timeout_s, **options)
+        try:
+            if not self.through_pooler:
+                await _limit_session(connection, self.limits)
+        except BaseException:
+            discard(connection)
+            raise
+        return connection
+
+    # ---- the pool
+
+    async def open(self) -> None:
+        """Makes the pool, without connections. Raises asyncpg's errors."""
+        # Behind a pooler the next transaction may run where its statements were never prepared.
+        cache = {"statement_cache_size": 0} if self.through_pooler else {}
+        self._pool = await asyncpg.create_pool(
+            min_size=0,
+            max_size=self.pool_max,
+            command_timeout=self._timeout_s,
+            reset=_keep,
+            connect=self._for_pool,
+            **cache,
+        )
+
+    async def close(self) -> None:
+        pool, self._pool = self._pool, None
+        for task in self._ending:
+            task.cancel()
+        await asyncio.gather(*self._ending, return_exceptions=True)
+        if pool is not None:
+            try:
+                await asyncio.wait_for(pool.close(), self._timeout_s)
+            except TimeoutError:
+                pool.terminate()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Any]:
+        """A pooled connection. One that was given up on, by a deadline or a cancellation, is used again only if the
+        server has ended what it was asked; the caller does not wait for that. Raises InvalidArgument for values that
+        cannot be stored, Unavailable, asyncpg's errors."""
+        if self._pool is None:
+            raise Unavailable("not connected to PostgreSQL yet", retry_after_ms=1000, database=AWAY)
+        pool = self._pool
+        connection = await self._take(pool)
+        try:
+            yield connection
+        except (TimeoutError, asyncio.CancelledError):
+            self._end(pool, connection)
+            raise
+        except BaseException as error:
+            if not _leaves_sound(error):
+                discard(connection)
+            await self._give_back(pool, connection)
+            if cannot_be_stored(error):  # no command of ours makes such values of what it has checked
+                raise InvalidArgument(f"a value cannot be stored: {error}", field="request") from error
+            raise
+        else:
+            await self._give_back(pool, connection)
+
+    async def _take(self, pool: Any) -> Any:
+        deadline = asyncio.timeout(self._timeout_s)
+        try:
+            async with deadline:
+                await self._slots.acquire()
+                try:
+                    return await pool.acquire()
+                except BaseException:
+                    self._slots.release()
+                    raise
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise TimeoutError(
+                f"no connection within pg_timeout_ms ({self.limits.timeout_ms} ms): of {self.pool_max} (pg_pool_max), "
+                f"{len(self._ending)} are taken by statements that were given up and may still run"
+            ) from error
+
+    async def _give_back(self, pool: Any, connection: Any) -> None:
+        try:
+            await pool.release(connection)
+        finally:
+            self._slots.release()
+
+    def _end(self, pool: Any, connection: Any) -> None:
+        """Keeps the slot until the server has ended what it was asked, by its answer to the cancellation that asyncpg
+        sends, or, where it cannot be heard, by its own limits."""
+        task = asyncio.create_task(self._ended(pool, connection), name="end a statement that was given up")
+        self._ending.add(task)
+        _given_up.add(1)
+        task.add_done_callback(self._has_ended)
+
+    async def _ended(self, pool: Any, connection: Any) -> None:
+        limit_s = self.limits.statement_ms / 1000
+        try:
+            async with asyncio.timeout(limit_s):
+                if connection.is_in_transaction():
+                    await connection.execute("ROLLBACK")
+        except FAILURES as error:
+            log.debug("a connection that was given up on is closed: %s", error or type(error).__name__)
+            discard(connection)
+        except asyncio.CancelledError:
+            discard(connection)
+            raise
+        finally:
+            with contextlib.suppress(*FAILURES):  # it is closed then
+                await pool.release(connection, timeout=limit_s)
+
+    def _has_ended(self, task: asyncio.Task[None]) -> None:
+        self._ending.discard(task)
+        _given_up.add(-1)
+        self._slots.release()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("ending a statement that was given up failed", exc_info=error)
+
+    # ---- transactions
+
+    @asynccontextmanager
+    async def transaction(self, connection: Any, how: str = "", *, idle_ms: int | None = None) -> AsyncIterator[None]:
+        """Commits, or rolls back after an error of ours or of a statement. After anything else the connection will be
+        closed: asking a server that does not answer for a rollback would only take as long again.
+
+        `idle_ms`: how long the server waits for the next statement.
+        """
+        limits = self.limits.of_transaction(idle_ms or self.limits.transaction_idle_ms)
+        if not (self.through_pooler or idle_ms):
+            limits = {}  # the session has them
+        try:
+            await connection.execute(begin(how, limits))
+            yield
+        except (StreamHouseError, asyncpg.PostgresError):
+            if not connection.is_closed():  # else the server has rolled back when it lost us, or ended it
+                await connection.execute("ROLLBACK")
+            raise
+        if (ended := await connection.execute("COMMIT")) != "COMMIT":
+            raise asyncpg.InFailedSQLTransactionError(f"the transaction ended with {ended}: a statement had failed")
+
+
+class Listening:
+    """Makes connections that are kept, to a server itself."""
+
+    def __init__(self, dsn: str, timeout_ms: int) -> None:
+        self._hosts = Hosts(dsn)
+        self._timeout_ms = timeout_ms
+
+    async def connect(self) -> Any:
+        """Returns a connection for the caller to close. Raises asyncpg's errors, OSError."""
+        connection = await self._hosts.connect(timeout_s=self._timeout_ms / 1000)
+        try:
+            await _set(connection, KEEPALIVES | {"tcp_user_timeout": str(self._timeout_ms)})
+        except BaseException:
+            discard(connection)
+            raise
+        return connection
+
+
+def begin(how: str, limits: dict[str, str]) -> str:
+    """Returns the statements that begin a transaction with these settings, which end with it. They travel together and
+    reach one connection of the server, whatever lies in between."""
+    return "; ".join([f"BEGIN {how}".rstrip(), *(f"SET LOCAL {name} = '{value}'" for name, value in limits.items())])
+
+
+async def _limit_session(connection: Any, limits: Limits) -> None:
+    """Gives the connection the limits that its server knows (client_connection_check_interval came with 14). Not as
+    parameters of the start: a pooler refuses those."""
+    settings = limits.of_session()
+    try:
+        await _set(connection, settings)
+    except asyncpg.InvalidParameterValueError:  # an operating system without means to look for a closed connection
+        del settings["client_connection_check_interval"]
+        await _set(connection, settings)
+
+
+async def _set(connection: Any, settings: dict[str, str]) -> None:
+    text = "SELECT set_config(name, value, false) FROM unnest($1::text[], $2::text[]) given(name, value) "
+    text += "JOIN pg_settings USING (name)"
+    await connection.execute(text, list(settings), list(settings.values()))
+
+
+async def _leads_to_pooler(connection: Any) -> bool:
+    """True if the process that answers is not the one that let us in: a pooler makes up the number that it tells."""
+    async with connection.transaction():
+        return bool(await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid())
+
+
+async def _keep(_: Any) -> None:
+    """Back in the pool as it is: nothing here changes a session's state, and the pool itself rolls back what is open.
+    Its own reset is a statement more per transaction."""
+
+
+def _leaves_sound(error: BaseException) -> bool:
+    """True if the connection may go on after this error: our own, or one of the statement. Behind a proxy's address
+    another server may be the primary now."""
+    if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+        return False
+    return isinstance(error, (StreamHouseError, asyncpg.PostgresError))
+
+
+def discard(connection: Any) -> None:
+    """Closes a connection in doubt. Must not raise: it would take the place of the error, or of a cancellation."""
+    with contextlib.suppress(asyncpg.InterfaceError):  # the pool has noticed that it is closed already
+        connection.terminate()

@@ -1,0 +1,209 @@
+"""What PostgreSQL ends by itself, and how much of what was given up may be left in it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+from shproto.errors import StreamHouseError, Unavailable
+from shproto.v1 import coordinator_pb2 as pb
+from shruntime.settings import SettingsError
+from streamhouse_coordinator.adapters.migrate import MIGRATION_LOCK, available
+from streamhouse_coordinator.adapters.postgres_transaction import PostgresTransaction
+from streamhouse_coordinator.ports import Transaction
+from streamhouse_coordinator.settings import CoordinatorSettings
+from streamhouse_coordinator.wiring import CoordinatorService, build
+
+PATIENCE_S = 60
+
+Settings = Callable[..., CoordinatorSettings]
+
+
+@asynccontextmanager
+async def running(settings: CoordinatorSettings) -> AsyncIterator[CoordinatorService]:
+    service = build(settings)
+    await service.start()
+    try:
+        yield service
+    finally:
+        await service.stop()
+
+
+@pytest.fixture
+async def direct(dsn: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection that has nothing to do with any coordinator."""
+    connection = await asyncpg.connect(dsn)
+    yield connection
+    await connection.close()
+
+
+observer = direct
+"""Another one: a transaction sees who is connected as it was at its first look."""
+
+
+async def setting_in_transaction(service: CoordinatorService, name: str) -> str:
+    async def show(tx: Transaction) -> str:
+        assert isinstance(tx, PostgresTransaction)
+        value: str = await tx._connection.fetchval("SELECT current_setting($1)", name)
+        return value
+
+    return await service.context.store.run(show)
+
+
+@pytest.mark.parametrize("pooler", ["none", "transaction"])
+async def test_the_server_has_limits_for_every_transaction(dsn: str, fast: Settings, pooler: str) -> None:
+    settings = fast(dsn, pg_timeout_ms=10_000, pg_transaction_idle_ms=2_000, pg_pooler=pooler)
+    async with running(settings) as service:
+        expected = {
+            "statement_timeout": "8s",
+            "lock_timeout": "6s",
+            "idle_in_transaction_session_timeout": "2s",
+        }
+        if pooler == "none":
+            expected |= {"client_connection_check_interval": "1s"}
+        found = {name: await setting_in_transaction(service, name) for name in expected}
+        assert found == expected
+
+
+async def test_a_connection_over_tcp_is_watched_by_the_server(tcp_dsn: str, fast: Settings) -> None:
+    async with running(fast(tcp_dsn, pg_timeout_ms=10_000)) as service:
+        expected = {
+            "tcp_keepalives_idle": "10",
+            "tcp_keepalives_interval": "5",
+            "tcp_keepalives_count": "3",
+            "tcp_user_timeout": "10000",
+        }
+        found = {name: await setting_in_transaction(service, name) for name in expected}
+        assert found == expected
+
+
+async def test_migrations_have_no_such_limits(dsn: str, fast: Settings, direct: asyncpg.Connection) -> None:
+    """Neither ours nor those that an administrator has set for the user or the database."""
+    database = await direct.fetchval("SELECT current_database()")
+    for name in ("statement_timeout", "lock_timeout"):
+        await direct.execute(f"ALTER DATABASE {database} SET {name} = '20ms'")
+    await direct.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
+    service = build(fast(dsn, pg_timeout_ms=100))
+    starting = asyncio.create_task(service.start())
+    try:
+        done, _ = await asyncio.wait([starting], timeout=0.5)
+        assert not done, "it waits for the other one's migrations"
+        tries = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        assert await direct.fetchval(tries) == 1, "and has not been ended for that"
+        await direct.execute("SELECT pg_advisory_unlock($1)", MIGRATION_LOCK)
+        async with asyncio.timeout(PATIENCE_S):
+            await starting
+        names = [row["name"] for row in await direct.fetch("SELECT name FROM migrations ORDER BY name")]
+        assert names == list(available())
+    finally:
+        await service.stop()
+
+
+async def test_a_transaction_whose_coordinator_says_nothing_is_ended(
+    two_coordinators: tuple[CoordinatorService, CoordinatorService], dsn: str, fast: Settings
+) -> None:
+    """As one that is frozen between two statements, holding the position that all others wait for."""
+    frozen = build(fast(dsn, pg_transaction_idle_ms=300))
+    await frozen.start()
+    holds = asyncio.Event()
+
+    async def hold(tx: Transaction) -> None:
+        assert isinstance(tx, PostgresTransaction)
+        await tx._connection.execute("UPDATE event_position SET position = position")
+        holds.set()
+        await asyncio.Event().wait()
+
+    holding = asyncio.create_task(frozen.context.store.run(hold))
+    try:
+        await holds.wait()
+        async with asyncio.timeout(PATIENCE_S):
+            await two_coordinators[0].api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+        assert not holding.done(), "it is still frozen"
+    finally:
+        holding.cancel()
+        await asyncio.wait([holding])
+        await frozen.stop()
+
+
+# ---- statements that were given up
+
+GIVEN_UP = 40
+POOL_MAX = 3
+OTHERS = 3
+"""The connection that listens, and the test's own."""
+
+
+async def backends(connection: asyncpg.Connection) -> int:
+    counted = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+    return int(await connection.fetchval(counted))
+
+
+async def test_statements_given_up_under_a_held_lock_do_not_pile_up(
+    dsn: str, fast: Settings, direct: asyncpg.Connection, observer: asyncpg.Connection
+) -> None:
+    settings = fast(dsn, pg_timeout_ms=200, pg_pool_max=POOL_MAX, session_sweep_interval_ms=600_000)
+    async with running(settings) as service:
+        await service.api.create_topic(pb.CreateTopicRequest(topic="before", partitions=1))
+        seen = 0
+        async with direct.transaction():
+            await direct.execute("LOCK TABLE topics IN ACCESS EXCLUSIVE MODE")
+            for _ in range(GIVEN_UP):
+                with pytest.raises(Unavailable):
+                    await service.api.list_topics(pb.ListTopicsRequest())
+                seen = max(seen, await backends(observer))
+        assert seen <= POOL_MAX + OTHERS
+        answer = await until(lambda: service.api.list_topics(pb.ListTopicsRequest()))
+        assert [topic.topic for topic in answer.topics] == ["before"]
+
+
+async def test_calls_that_are_cancelled_under_a_held_lock_do_not_pile_up(
+    dsn: str, fast: Settings, direct: asyncpg.Connection, observer: asyncpg.Connection
+) -> None:
+    """By callers that lose patience long before pg_timeout_ms; the connections are used again afterwards."""
+    settings = fast(dsn, pg_timeout_ms=20_000, pg_pool_max=POOL_MAX, session_sweep_interval_ms=600_000)
+    async with running(settings) as service:
+        seen = 0
+        async with direct.transaction():
+            await direct.execute("LOCK TABLE topics IN ACCESS EXCLUSIVE MODE")
+            for _ in range(GIVEN_UP):
+                call = asyncio.create_task(service.api.list_topics(pb.ListTopicsRequest()))
+                await asyncio.wait([call], timeout=0.05)
+                call.cancel()
+                await asyncio.wait([call])
+                seen = max(seen, await backends(observer))
+        assert seen <= POOL_MAX + OTHERS
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(*(service.api.list_topics(pb.ListTopicsRequest()) for _ in range(2 * POOL_MAX)))
+
+
+async def until(call: Callable[[], Awaitable[Any]]) -> Any:
+    """The answer of `call`, as soon as it has one."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                return await call()
+            except StreamHouseError:
+                await asyncio.sleep(0.05)
+
+
+# ---- settings that do not fit together
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"session_ttl_ms": 8_000, "heartbeat_interval_ms": 2_600},
+            r"session_ttl_ms \(8000\) is too short for",
+        ),
+        ({"session_ttl_ms": 20_000}, r"heartbeat_interval_ms = 20000 ms.* make that 26667 at least"),
+        ({"pg_timeout_ms": 12_000, "session_ttl_ms": 60_000}, r"pg_timeout_ms \(12000\) must be below rpc_timeout_ms"),
+    ],
+)
+def test_a_lease_outlives_the_silence_of_an_outage(changes: dict[str, int], said: str) -> None:
+    with pytest.raises(SettingsError, match=said) as caught:
+        CoordinatorSettings.load({}, pg_dsn="postgresql://me:secret@host/db", **changes)
+    assert "secret" not in str(caught.value)
+    assert CoordinatorSettings.load({}, session_ttl_ms=8_000, pg_timeout_ms=1_800, heartbeat_interval_ms=2_400)
