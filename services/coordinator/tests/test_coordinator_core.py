@@ -1,9 +1,13 @@
 """Tables of cases for the coordinator's decisions."""
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from shproto.errors import AgentIdTaken, InvalidArgument, Overloaded, TopicExists
 from shproto.events import (
     LogFoundTruncated,
@@ -428,7 +432,10 @@ def test_the_log_start_never_moves_back() -> None:
         ([row(0, 1), row(2, 3), row(3, 4), row(4, 5)], [2, 3, 4]),
         ([row(0, 1), row(1, 2, 50), row(2, 3), row(3, 4), row(4, 5)], [2, 3, 4]),
         ([row(0, 1), row(1, 2, lost="hole"), row(2, 3), row(3, 4), row(4, 5)], [2, 3, 4]),
-        ([row(0, 1, 19), row(1, 2, 19), row(2, 3, 19), row(3, 4, 9), row(4, 5, 9)], [1, 2, 3]),
+        ([row(0, 1, 19), row(1, 2, 19), row(2, 3, 19), row(3, 4, 9), row(4, 5, 9)], [0, 1]),
+        ([row(0, 1, 19), row(1, 2, 5), row(2, 3, 5), row(3, 4, 5)], [1, 2, 3]),
+        ([row(0, 1, 19), row(1, 2, 5), row(2, 3, 5)], []),
+        ([row(0, 1, 19), row(1, 2, 5), row(2, 3, 5), row(3, 4, 40)], [0, 1, 2]),
         ([row(0, 1), row(1, 2), row(2, 3), row(3, 4), row(4, 5), row(5, 6)], [0, 1, 2, 3, 4]),
         ([row(0, 1), row(1, 2), row(2, 3), row(9, 10)], [0, 1, 2]),
     ],
@@ -436,6 +443,57 @@ def test_the_log_start_never_moves_back() -> None:
 def test_choosing_what_to_merge(segments: list[t.SegmentRow], expected: list[int]) -> None:
     run = compaction.choose(segments, small_bytes_max=20, target_bytes=50, segments_min=3)
     assert [item.base_offset for item in run] == expected
+
+
+def test_a_nearly_full_segment_is_not_taken_along_for_a_few_small_ones() -> None:
+    """Every merge wrote the merged segment of the one before again, with the few that came since."""
+    old = row(0, 100, 15_000)
+    new = [row(base, base + 1, 100) for base in range(100, 110)]
+    assert compaction.choose([old, *new], 16_000, 64_000, 8) == new
+
+
+def test_segments_that_are_left_out_close_a_run() -> None:
+    segments = [row(0, 1, 9), row(1, 2, 5), row(2, 3, 1)]
+    assert compaction.choose(segments, 20, 50, 3) == []
+    assert compaction.choose(segments, 20, 50, 3, followed={3}) == segments
+    assert compaction.choose(segments, 20, 50, 3, followed={2, 4}) == []
+
+
+@given(
+    sizes=st.lists(st.one_of(st.integers(1, 20), st.integers(1, 5000)), max_size=150),
+    gaps=st.sets(st.integers(0, 150), max_size=3),
+    segments_min=st.integers(2, 8),
+)
+def test_merging_comes_to_rest_with_bounded_runs_and_bounded_rewrites(
+    sizes: list[int], gaps: set[int], segments_min: int
+) -> None:
+    small, target = 1000, 4000
+    segments = [row(2 * at + (at in gaps), 2 * at + 2, size) for at, size in enumerate(sizes)]
+    writes = dict.fromkeys((item.segment_id for item in segments), 0)
+    while chosen := compaction.choose(segments, small, target, segments_min):
+        total = sum(item.size_bytes for item in chosen)
+        assert len(chosen) > 1 and total <= target
+        assert all(one.end_offset == other.base_offset for one, other in pairwise(chosen))
+        assert max(item.size_bytes for item in chosen) < small
+        at = segments.index(chosen[0])
+        merged = row(chosen[0].base_offset, chosen[-1].end_offset, total, name=f"merged {len(writes)}")
+        writes[merged.segment_id] = 1 + max(writes[item.segment_id] for item in chosen)
+        segments[at : at + len(chosen)] = [merged]
+    for run in compaction.runs(segments, small):
+        assert len(run.segments) <= compaction.RUN_SEGMENTS_MAX
+        assert not run.closed or len(run.segments) < segments_min
+        assert sum(item.size_bytes for item in run.segments) <= target
+    # To the base segments_min, and once each to fill a segment, for an end, and for a run that was too long.
+    assert max(writes.values(), default=0) <= math.log(target, segments_min) + 3
+
+
+def test_claims_look_at_the_most_crowded_partitions_and_at_the_others_by_turns() -> None:
+    """Twenty partitions with many small segments and nothing to merge kept all others from ever being looked at."""
+    counts = {(TOPIC, number): 100 if number < 50 else 10 for number in range(200)} | {(TOPIC, 300): 7}
+    looked = [compaction.partitions_to_look_at(counts, 8, f"claim {number}") for number in range(40)]
+    assert all(len(set(keys)) == len(keys) == compaction.LOOKS_MAX for keys in looked)
+    assert all(counts[key] == 100 for keys in looked for key in keys[: compaction.CROWDED_LOOKS])
+    assert {key for keys in looked for key in keys} == counts.keys() - {(TOPIC, 300)}
 
 
 def test_a_merged_segment_takes_the_place_of_just_what_it_holds() -> None:

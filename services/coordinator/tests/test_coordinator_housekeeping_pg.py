@@ -8,6 +8,7 @@ import pytest
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from streamhouse_coordinator.api import CoordinatorApi
+from streamhouse_coordinator.service import housekeeping
 from streamhouse_coordinator.wiring import CoordinatorService
 
 MakeSegment = Callable[..., types_pb2.SegmentRef]
@@ -93,6 +94,35 @@ async def test_compaction_replaces_a_run(api: CoordinatorApi, open_agent: Any, m
     unreferenced = await api.filter_unreferenced(pb.FilterUnreferencedRequest(object_keys=keys))
     assert list(unreferenced.object_keys) == [*keys[:4], "data/unknown"]
     assert not (await api.claim_compaction(ask())).found, "nothing small is left"
+
+
+async def test_small_segments_behind_any_number_of_large_ones_are_found(
+    api: CoordinatorApi, open_agent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first 10,000 segments of a partition were looked at: one of 640 GB was never compacted again."""
+    monkeypatch.setattr(housekeeping, "COMPACTION_SEGMENTS", 5)
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+    agent = await open_agent(api, "a")
+    grant = (await agent.leads())[0]
+    #        large ones                    small ones, two at a time    and three that are worth it, over two pages
+    sizes = [*[200] * 12, *[100, 100, 200] * 3, 100, 100, 100]
+    for at, size_bytes in enumerate(sizes):
+        await agent.write(grant, 10 * at, 10 * at + 10, size_bytes=size_bytes)
+    claim = await api.claim_compaction(ask())
+    assert [item.base_offset for item in claim.segments] == [210, 220, 230]
+
+
+async def test_small_segments_before_a_large_one_do_not_wait_for_more(api: CoordinatorApi, open_agent: Any) -> None:
+    """The run is closed by a segment that is not among the small ones that are read."""
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+    agent = await open_agent(api, "a")
+    grant = (await agent.leads())[0]
+    for at, size_bytes in enumerate([100, 10, 10]):
+        await agent.write(grant, 10 * at, 10 * at + 10, size_bytes=size_bytes)
+    assert not (await api.claim_compaction(ask())).found, "not three times as large as the largest"
+    await agent.write(grant, 30, 40, size_bytes=200)
+    claim = await api.claim_compaction(ask())
+    assert [item.base_offset for item in claim.segments] == [0, 10, 20]
 
 
 async def test_a_compaction_that_lost_a_segment_to_retention_is_fenced(

@@ -34,6 +34,8 @@ from streamhouse_segmenter.settings import SegmenterSettings
 log = logging.getLogger(__name__)
 # One read per so many bytes of blocks: S3 gives its throughput at this size, and it bounds the memory of a read.
 READ_BYTES_MAX = 8 * 1024 * 1024
+# Small segments read at once: a partition with durable acks leaves some 600 a minute, of some 20 ms each.
+READS_AT_ONCE = 16
 
 
 class Compactor:
@@ -70,8 +72,8 @@ class Compactor:
         return coordinator_pb2.ClaimCompactionRequest(
             worker_id=self._worker_id,
             claim_ttl_ms=self._settings.claim_ttl_ms,
-            small_bytes_max=self._settings.compaction_small_bytes_max,
-            target_bytes=min(self._settings.compaction_target_bytes, self._settings.segment_build_bytes_max),
+            small_bytes_max=min(self._settings.compaction_small_bytes_max, self._settings.merged_bytes_max // 2),
+            target_bytes=self._settings.merged_bytes_max,
             segments_min=self._settings.compaction_segments_min,
         )
 
@@ -117,14 +119,35 @@ class Compactor:
         builder = SegmentBuilder(
             last.topic_id, last.partition, last.epoch, block_bytes_target=self._settings.block_bytes_target
         )
-        for segment in segments:
-            await self._copy(segment, builder)
+        for together in _read_together(segments):
+            bodies = await self._read_whole(together) if together[0].size_bytes <= READ_BYTES_MAX else [None]
+            for segment, body in zip(together, bodies, strict=True):
+                await self._copy(segment, body, builder)
         return await asyncio.to_thread(builder.finish)
 
-    async def _copy(self, segment: types_pb2.SegmentRef, builder: SegmentBuilder) -> None:
-        """Adds every block of a registered segment, each checked against its index entry."""
+    async def _read_whole(self, segments: Sequence[types_pb2.SegmentRef]) -> list[bytes]:
+        """The bytes of small segments, read side by side: of hundreds, each is one short request, not three in turn."""
+        reads = [
+            asyncio.create_task(
+                self._ports.store.get(item.object_key, at=item.object_at, size_bytes=item.size_bytes),
+                name=f"read {item.object_key}",
+            )
+            for item in segments
+        ]
+        try:
+            return await asyncio.gather(*reads)
+        finally:
+            for task in reads:
+                task.cancel()
+            await asyncio.gather(*reads, return_exceptions=True)
+
+    async def _copy(self, segment: types_pb2.SegmentRef, whole: bytes | None, builder: SegmentBuilder) -> None:
+        """Adds every block of a registered segment, each checked against its index entry. `whole`: its bytes; None:
+        they are read piece by piece."""
 
         async def read(at: int, size_bytes: int) -> bytes:
+            if whole is not None:
+                return whole[at : at + size_bytes]
             return await self._ports.store.get(segment.object_key, at=segment.object_at + at, size_bytes=size_bytes)
 
         header, index = await run_plan_async(open_segment(segment.size_bytes), read)
@@ -155,6 +178,20 @@ class Compactor:
             return 0
         telemetry.compacted_segments.add(len(claim.segments))
         return len(claim.segments)
+
+
+def _read_together(segments: Sequence[types_pb2.SegmentRef]) -> Iterator[list[types_pb2.SegmentRef]]:
+    """The segments in order, in runs of at most READ_BYTES_MAX and READS_AT_ONCE (or one segment)."""
+    run: list[types_pb2.SegmentRef] = []
+    size_bytes = 0
+    for segment in segments:
+        if run and (size_bytes + segment.size_bytes > READ_BYTES_MAX or len(run) == READS_AT_ONCE):
+            yield run
+            run, size_bytes = [], 0
+        run.append(segment)
+        size_bytes += segment.size_bytes
+    if run:
+        yield run
 
 
 def _runs(index: SegmentIndex) -> Iterator[list[BlockEntry]]:

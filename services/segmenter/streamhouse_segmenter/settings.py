@@ -1,8 +1,8 @@
 """Settings of the segmenter."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from shruntime.settings import MIB, StoreSettings
 from shruntime.urls import url_of
 
@@ -93,13 +93,20 @@ class SegmenterSettings(StoreSettings):
 
     compaction_interval_ms: int = Field(60_000, ge=50, le=86_400_000, description="ms between looks for small segments")
     compaction_small_bytes_max: int = Field(
-        16 * MIB, ge=1024, le=1024 * MIB, description="bytes below which a segment is worth merging"
+        16 * MIB,
+        ge=1024,
+        le=1024 * MIB,
+        description="bytes below which a segment is worth merging; at most half of the target",
     )
     compaction_target_bytes: int = Field(
         64 * MIB, ge=4096, le=512 * MIB, description="bytes of a merged segment, about"
     )
     compaction_segments_min: int = Field(
-        8, ge=2, le=10_000, description="small segments in a row that make a merge worth its requests"
+        8,
+        ge=2,
+        le=10_000,
+        description="how many times as large as the largest of the small segments in it a merged one has to be: each "
+        "byte is written again log(target / first size) times to this base, and fewer than this many of a size wait",
     )
     retention_interval_ms: int = Field(
         60_000, ge=50, le=86_400_000, description="ms between applications of retention by time and size"
@@ -120,6 +127,20 @@ class SegmenterSettings(StoreSettings):
         description="ms from noticing that an object is unreferenced to deleting it, for readers with an older plan",
     )
     orphan_dry_run: bool = Field(False, description="log orphans instead of deleting them")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.compaction_small_bytes_max > self.compaction_target_bytes // 2:
+            raise ValueError(
+                f"compaction_small_bytes_max ({self.compaction_small_bytes_max}) must be at most half of "
+                f"compaction_target_bytes ({self.compaction_target_bytes}), so that two fit together"
+            )
+        return self
+
+    @property
+    def merged_bytes_max(self) -> int:
+        """compaction_target_bytes as far as a build can hold it."""
+        return min(self.compaction_target_bytes, self.segment_build_bytes_max)
 
     @property
     def slices_together_bytes(self) -> int:

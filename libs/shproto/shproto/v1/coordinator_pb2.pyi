@@ -1632,7 +1632,7 @@ class ClaimCompactionRequest(_message.Message):
     target_bytes: _builtins.int
     """merge up to about this much"""
     segments_min: _builtins.int
-    """at least so many in a row"""
+    """so many times as large as the largest of them, so that no byte is merged again and again"""
     def __init__(
         self,
         *,

@@ -1,38 +1,132 @@
-"""Which small segments are worth merging, and whether a merged one may take their place."""
+"""Which small segments are worth merging, and whether a merged one may take their place.
 
-from collections.abc import Sequence
-from itertools import pairwise
+A merge writes all of its bytes again, so it has to be worth that: the merged segment is to be `segments_min` times as
+large as the largest one that goes into it. Then every byte is written again at most log(target / first size) times, to
+that base, however long the partition lives, and no nearly full segment is taken along for a few small ones. What waits
+for company is bounded, too: of each size, in powers of `segments_min`, some segments less than that
+(docs/decisions/0010-compaction-in-tiers.md).
+"""
+
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from shproto.events import Segment
 
 from streamhouse_coordinator.core.registration import Result
 from streamhouse_coordinator.core.tables import SegmentRow
 
+PartitionKey = tuple[str, int]
+
+# Small segments in a row that are merged even if that does not grow them enough: sizes that differ wildly could wait
+# for company for ever, while every read of the partition opens each of them. Regular appends leave some 30.
+RUN_SEGMENTS_MAX = 64
+# Partitions whose segments a claim looks at, a few milliseconds each: the most crowded, where a backlog is, and others
+# by turns, since many small segments need not have anything to merge.
+LOOKS_MAX, CROWDED_LOOKS = 64, 16
+
+
+def partitions_to_look_at(counts: Mapping[PartitionKey, int], segments_min: int, turn: str) -> list[PartitionKey]:
+    """Returns partitions that may have something to merge, at most LOOKS_MAX. `counts`: of small segments. `turn`:
+    another text gives other partitions."""
+    crowded = sorted(
+        (key for key, count in counts.items() if count >= segments_min), key=lambda key: (-counts[key], key)
+    )
+    others = sorted(crowded[CROWDED_LOOKS:], key=lambda key: zlib.crc32(f"{turn} {key}".encode()))
+    return [*crowded[:CROWDED_LOOKS], *others[: LOOKS_MAX - CROWDED_LOOKS]]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Small segments of a partition side by side. `closed`: a segment follows that never merges with them, so that the
+    run will not grow any more."""
+
+    segments: Sequence[SegmentRow]
+    closed: bool
+
+    @property
+    def end_offset(self) -> int:
+        return self.segments[-1].end_offset
+
 
 def choose(
-    segments: Sequence[SegmentRow], small_bytes_max: int, target_bytes: int, segments_min: int
+    segments: Sequence[SegmentRow],
+    small_bytes_max: int,
+    target_bytes: int,
+    segments_min: int,
+    followed: Collection[int] = (),
 ) -> list[SegmentRow]:
-    """The first run of at least `segments_min` adjacent segments below `small_bytes_max` that together have at most
-    `target_bytes`, as long as it gets; empty if there is none. `segments`: of one partition, by offset."""
+    """Returns the segments to merge next, two or more side by side, at most `target_bytes` together; none if nothing is
+    worth it.
+
+    In a run of segments below `small_bytes_max` that is: as many as fill a segment of `target_bytes`; all of a run that
+    will not grow any more; the most segments that together are `segments_min` times as large as the largest of them.
+    `segments`: of one partition, by offset. `followed`: offsets at which segments begin that are left out of them.
+    """
+    small_bytes_max = min(small_bytes_max, target_bytes // 2)  # two fit together, and what is filled is not small
+    best: Sequence[SegmentRow] = ()
+    for run in runs(segments, small_bytes_max):
+        sizes = [segment.size_bytes for segment in run.segments]
+        if sum(sizes) > target_bytes:
+            return list(run.segments[: sum(total <= target_bytes for total in accumulate(sizes))])
+        if len(sizes) >= segments_min and (run.closed or run.end_offset in followed):
+            return list(run.segments)
+        first, end = _most_grown(sizes, segments_min)
+        if end - first > len(best):
+            best = run.segments[first:end]
+    return list(best)
+
+
+def runs(segments: Sequence[SegmentRow], small_bytes_max: int) -> Iterator[Run]:
+    """Yields the runs of small segments, in order."""
     run: list[SegmentRow] = []
-    size_bytes = 0
     for segment in segments:
-        if segment.lost_reason or segment.size_bytes >= small_bytes_max:
-            if len(run) >= segments_min:
-                return run
-            run, size_bytes = [], 0
+        follows = bool(run) and run[-1].end_offset == segment.base_offset
+        small = not segment.lost_reason and segment.size_bytes < small_bytes_max
+        if run and not (small and follows):
+            yield Run(run, closed=follows)
+            run = []
+        if small:
+            run.append(segment)
+    if run:
+        yield Run(run, closed=False)
+
+
+def _most_grown(sizes: Sequence[int], segments_min: int) -> tuple[int, int]:
+    """Returns [first, end) of the most neighbours that are together at least `segments_min` times as large as the
+    largest of them; of too long a run, and failing that, of those that grow most; (0, 0) if there are none."""
+    totals = [0, *accumulate(sizes)]
+    long = len(sizes) > RUN_SEGMENTS_MAX
+    best, rank = (0, 0), (0, 0.0)
+    for largest, (first, end) in zip(sizes, _largest_in(sizes), strict=True):
+        grown = (totals[end] - totals[first]) / largest
+        if grown >= segments_min:
+            rank_here = (2, float(end - first))
+        elif long and end - first >= segments_min:
+            rank_here = (1, grown)
+        else:
             continue
-        fits = size_bytes + segment.size_bytes <= target_bytes
-        adjacent = not run or run[-1].end_offset == segment.base_offset
-        if not (fits and adjacent) and len(run) >= segments_min:
-            return run
-        if not adjacent:
-            run, size_bytes = [], 0
-        run.append(segment)
-        size_bytes += segment.size_bytes
-        while size_bytes > target_bytes:
-            size_bytes -= run.pop(0).size_bytes
-    return run if len(run) >= segments_min else []
+        if rank_here > rank:
+            best, rank = (first, end), rank_here
+    return best
+
+
+def _largest_in(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns for each place the widest [first, end) around it in which no size is larger. Linear in their number."""
+    first, end = list(range(len(sizes))), [len(sizes)] * len(sizes)
+    open_: list[int] = []  # places whose end is not found yet, their sizes descending
+    for at, size in enumerate(sizes):
+        while open_ and sizes[open_[-1]] < size:
+            end[open_.pop()] = at
+        if not open_:
+            first[at] = 0
+        elif sizes[open_[-1]] == size:
+            first[at] = first[open_[-1]]
+        else:
+            first[at] = open_[-1] + 1
+        open_.append(at)
+    return list(zip(first, end, strict=True))
 
 
 def judge(merged: Segment, replaced: Sequence[SegmentRow], asked: int, known: bool, declared: bool) -> Result:

@@ -10,12 +10,10 @@ from streamhouse_coordinator.core import compaction, retention
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove
 from streamhouse_coordinator.core.registration import Result
-from streamhouse_coordinator.ports import Above, AtMost, In, Totals, Transaction, where
+from streamhouse_coordinator.ports import Above, AtMost, In, Totals, Transaction, where, where_keys
 from streamhouse_coordinator.service.common import Context, topic_names
 
-# Partitions whose segments are looked at per claim: the ones with the most small segments come first.
-COMPACTION_CANDIDATES = 20
-# Segments of one partition that a claim looks at: at 64 KiB each, 10,000 of them would make ten large ones.
+# Small segments read at once, some 300 bytes each: hours of a partition with durable acknowledgements.
 COMPACTION_SEGMENTS = 10_000
 
 PartitionKey = tuple[str, int]
@@ -92,6 +90,7 @@ async def claim_compaction(
 ) -> CompactionClaim | None:
     """A run of small segments to merge, of a partition nobody else works on; None if there is none."""
     claim_id = context.new_id()
+    choose = partial(_choose, small_bytes_max=small_bytes_max, target_bytes=target_bytes, segments_min=segments_min)
 
     async def work(tx: Transaction) -> CompactionClaim | None:
         now_ms = await tx.now_ms()
@@ -99,46 +98,54 @@ async def claim_compaction(
             (row.topic_id, row.partition)
             for row in await tx.select(t.COMPACTION_CLAIMS, where(expires_ms=Above(now_ms)))
         }
-        for key in await _crowded(tx, small_bytes_max, segments_min, taken):
-            claim = t.CompactionClaimRow(*key, claim_id, worker_id, now_ms + ttl_ms)
-            run = await _take(tx, claim, now_ms, small_bytes_max, target_bytes, segments_min)
-            if run:
-                return CompactionClaim(claim_id, (await topic_names(tx, {key[0]})).get(key[0], ""), run)
+        small = where(size_bytes=AtMost(small_bytes_max - 1), lost_reason="")
+        rows: list[Totals] = await tx.totals(t.SEGMENTS, small, by=("topic_id", "partition"))
+        counts = {(row.group[0], row.group[1]): row.count for row in rows if row.group not in taken}
+        for key in compaction.partitions_to_look_at(counts, segments_min, turn=claim_id):
+            if await choose(tx, key) and await _take(tx, key, now_ms):
+                run = await choose(tx, key)  # as it is now that the partition is ours
+                if run:
+                    await tx.apply(
+                        [Put(t.COMPACTION_CLAIMS, t.CompactionClaimRow(*key, claim_id, worker_id, now_ms + ttl_ms))]
+                    )
+                    return CompactionClaim(claim_id, (await topic_names(tx, {key[0]})).get(key[0], ""), run)
         return None
 
     return await context.store.run(work)
 
 
-async def _crowded(
-    tx: Transaction, small_bytes_max: int, segments_min: int, taken: set[PartitionKey]
-) -> list[PartitionKey]:
-    small = where(size_bytes=AtMost(small_bytes_max - 1), lost_reason="")
-    counts: list[Totals] = await tx.totals(t.SEGMENTS, small, by=("topic_id", "partition"))
-    crowded = [row for row in counts if row.count >= segments_min and row.group not in taken]
-    crowded.sort(key=lambda row: (-row.count, row.group))
-    return [(row.group[0], row.group[1]) for row in crowded[:COMPACTION_CANDIDATES]]
-
-
-async def _take(
-    tx: Transaction,
-    claim: t.CompactionClaimRow,
-    now_ms: int,
-    small_bytes_max: int,
-    target_bytes: int,
-    segments_min: int,
+async def _choose(
+    tx: Transaction, key: PartitionKey, *, small_bytes_max: int, target_bytes: int, segments_min: int
 ) -> list[t.SegmentRow]:
-    of_partition = where(topic_id=claim.topic_id, partition=claim.partition)
-    # The partition's row decides between two workers that look at the same time; the loser takes another partition.
+    """What to merge of one partition. Reads the small segments alone, page by page: before them may lie any number of
+    large ones."""
+    after = -1
+    while True:
+        of_page = where(
+            topic_id=key[0],
+            partition=key[1],
+            base_offset=Above(after),
+            size_bytes=AtMost(small_bytes_max - 1),
+            lost_reason="",
+        )
+        page = await tx.select(t.SEGMENTS, of_page, order=("base_offset",), limit=COMPACTION_SEGMENTS)
+        found = list(compaction.runs(page, small_bytes_max))
+        ends = [(*key, run.end_offset) for run in found]
+        behind = await tx.select(t.SEGMENTS, where_keys(("topic_id", "partition", "base_offset"), ends)) if ends else []
+        followed = {row.base_offset for row in behind}
+        run = compaction.choose(page, small_bytes_max, target_bytes, segments_min, followed)
+        if run or len(page) < COMPACTION_SEGMENTS:
+            return run
+        after = found[-1].segments[0].base_offset - 1  # the last run may go on in the next page
+
+
+async def _take(tx: Transaction, key: PartitionKey, now_ms: int) -> bool:
+    """True if the partition is the caller's to claim, until its transaction ends. Of two workers that look at the same
+    time the loser takes another partition."""
+    of_partition = where(topic_id=key[0], partition=key[1])
     if not await tx.select(t.PARTITIONS, of_partition, lock="skip"):
-        return []
-    held = await tx.select(t.COMPACTION_CLAIMS, of_partition)
-    if any(row.expires_ms > now_ms for row in held):
-        return []
-    segments = await tx.select(t.SEGMENTS, of_partition, order=("base_offset",), limit=COMPACTION_SEGMENTS)
-    run = compaction.choose(segments, small_bytes_max, target_bytes, segments_min)
-    if run:
-        await tx.apply([Put(t.COMPACTION_CLAIMS, claim)])
-    return run
+        return False
+    return not any(row.expires_ms > now_ms for row in await tx.select(t.COMPACTION_CLAIMS, of_partition))
 
 
 async def register_compaction(context: Context, claim_id: str, replaced_ids: Sequence[str], merged: Segment) -> Result:
