@@ -264,10 +264,16 @@ class _Endpoint:
         self._interceptors = interceptors
         self._channel: grpc.aio.Channel | None = None
         self._uses = 0
+        self.closed = False
 
     def __enter__(self) -> grpc.aio.Channel:
-        """Returns the channel. Raises RuntimeError in a child that was forked after gRPC was used."""
+        """Returns the channel. Raises Unavailable once closed, since a channel made then would be closed by nobody, and
+        RuntimeError in a child that was forked after gRPC was used."""
         forks.check()
+        if self.closed:
+            error = Unavailable("the connection is closed")
+            error.maybe_done, error.permanent = False, True
+            raise error
         if self._channel is None:
             interceptors = list(self._interceptors.client()) if self._interceptors else None
             self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS, interceptors=interceptors)
@@ -281,7 +287,8 @@ class _Endpoint:
 
     @property
     def is_connected(self) -> bool:
-        """True if a call can be sent at once."""
+        """True if a call can be sent at once. Raises RuntimeError in a forked child."""
+        forks.check()
         return self._channel is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
 
     async def connected(self) -> bool:
@@ -308,10 +315,14 @@ class _Endpoint:
     async def close_unused(self) -> None:
         """Closes the channel unless a call uses it, so that nobody goes on connecting to an address that was left."""
         if self._uses == 0:
-            await self.close()
+            await self._close_channel()
 
     async def close(self) -> None:
-        """Closes the channel; calls that still run on it are cancelled. Raises RuntimeError in a forked child."""
+        """Closes the channel for good; cancels calls that still run on it. Raises RuntimeError in a forked child."""
+        self.closed = True
+        await self._close_channel()
+
+    async def _close_channel(self) -> None:
         if self._channel is not None:
             forks.check()
         channel, self._channel = self._channel, None
@@ -377,7 +388,7 @@ class Connection:
         self._hint = ADVERTISED_HINT if advertised else ""
         self._endpoints = [_Endpoint(address, interceptors) for address in self.addresses]
         self._order = AddressOrder(len(self.addresses))
-        self._closed = False
+        self._races: set[asyncio.Task[bool]] = set()
 
     @property
     def _current(self) -> int:
@@ -389,7 +400,6 @@ class Connection:
 
         Raises Unavailable when connecting fails, or takes longer; then it goes on for the next call to find.
         """
-        self._must_be_open()
         endpoint = self._endpoints[self._current]
         try:
             async with asyncio.timeout(timeout_ms / 1000):
@@ -465,21 +475,11 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             await self._note_failure(which, error, path, {}, last=True)
 
-    def _must_be_open(self) -> None:
-        """Raises Unavailable once closed, since a channel made then would be closed by nobody; RuntimeError in a child
-        that was forked after gRPC was used."""
-        forks.check()
-        if self._closed:
-            error = Unavailable("the connection is closed")
-            error.maybe_done, error.permanent = False, True
-            raise error
-
     # ---- which address
 
     async def _choose(self, failures: Mapping[int, _Failure]) -> int:
         """Returns the address to ask: the current one if it is connected, else the first that comes to be. If none does
-        it is the current one: the call that fails there says why. Raises Unavailable once closed."""
-        self._must_be_open()
+        it is the current one: the call that fails there says why."""
         order = self._order.ordered(_now_ms(), without=failures)
         first = order[0]
         if len(order) == 1 or self._endpoints[first].is_connected:
@@ -505,10 +505,13 @@ class Connection:
             while to_begin or running:
                 if to_begin:
                     which = to_begin.popleft()
-                    running[asyncio.create_task(self._endpoints[which].connected())] = which
+                    task = asyncio.create_task(self._endpoints[which].connected())
+                    running[task] = which
+                    self._races.add(task)
+                    task.add_done_callback(self._races.discard)
                 head_start_s = HEAD_START_MS / 1000 if to_begin else None
                 done, _ = await asyncio.wait(running, timeout=head_start_s, return_when=asyncio.FIRST_COMPLETED)
-                connected = [running[task] for task in done if task.result()]
+                connected = [running[task] for task in done if not task.cancelled() and task.result()]
                 if connected:
                     return min(connected, key=order.index)
                 for task in done:
@@ -533,7 +536,7 @@ class Connection:
         endpoint = self._endpoints[which]
         said = _service_error(raw)
         error = said or _transport_error(raw, endpoint.address, path, self._hint)
-        if not isinstance(error, (Unavailable, ShuttingDown)) or self._closed:
+        if not isinstance(error, (Unavailable, ShuttingDown)) or endpoint.closed:
             raise error from raw
         self._order.failed(which, _now_ms())
         failures[which] = _Failure(error, by_service=said is not None)
@@ -561,7 +564,8 @@ class Connection:
     async def close(self) -> None:
         """Closes all channels; calls that still run are cancelled. Raises RuntimeError in a child that was forked after
         gRPC was used."""
-        self._closed = True
+        for race in list(self._races):
+            race.cancel()
         for endpoint in self._endpoints:
             await endpoint.close()
 

@@ -265,6 +265,19 @@ async def test_a_closed_connection_says_so(serve: Serve, connect: Connect, refus
             await connection.connect(1_000)
 
 
+async def test_calls_that_wait_for_a_connection_end_when_it_is_closed(connect: Connect) -> None:
+    """They used to go on, and to open a channel that nobody closed."""
+    with silence() as one, silence() as other:
+        connection = connect(one, other, timeout_ms=120_000)
+        waiting = asyncio.create_task(CoordinatorClient(connection).get_head(GET_HEAD))
+        while len(connection._races) < 2:
+            await asyncio.sleep(0.01)
+        await connection.close()
+        with pytest.raises(Unavailable, match="the connection is closed"):
+            await waiting
+    assert [endpoint._channel for endpoint in connection._endpoints] == [None, None]
+
+
 async def test_a_refusal_is_final_wherever_it_comes_from(serve: Serve, connect: Connect) -> None:
     refused, well = Replica(OffsetBeyondEnd("beyond", offset=4)), Replica()
     refused.release.set()
