@@ -50,12 +50,24 @@ def dsn_of(server: EmbeddedPostgres, database: str) -> str:
 
 
 @pytest.fixture
-async def dsn(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
+async def new_database(postgres: EmbeddedPostgres) -> AsyncIterator[Callable[[], Awaitable[str]]]:
+    """`await new_database()`: the DSN of a fresh database."""
+    names: list[str] = []
+
+    async def new() -> str:
+        names.append(f"test_{os.urandom(6).hex()}")
+        await _execute(postgres, f"CREATE DATABASE {names[-1]}")
+        return dsn_of(postgres, names[-1])
+
+    yield new
+    for name in names:
+        await _execute(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def dsn(new_database: Callable[[], Awaitable[str]]) -> str:
     """A fresh database."""
-    name = f"test_{os.urandom(6).hex()}"
-    await _execute(postgres, f"CREATE DATABASE {name}")
-    yield dsn_of(postgres, name)
-    await _execute(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+    return await new_database()
 
 
 @pytest.fixture

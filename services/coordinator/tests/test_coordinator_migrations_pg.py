@@ -1,0 +1,83 @@
+"""Migrations are only added: what is applied once stays as it was, and every database ends with the same tables."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from shproto.v1 import coordinator_pb2 as pb
+from streamhouse_coordinator.adapters import migrate
+from streamhouse_coordinator.wiring import build
+
+# Add a line for each new migration. Never change one: databases out there have the migration as it is.
+SHA256 = {
+    "0001_tables": "8af54d370564940c8413af425116f1052539730684792e5e0403dcedde89b709",
+    "0002_orphaned_ranges": "17c89fcf705505c10c2e270a058bb921a49e1337fc9419ac3e55b04484b72233",
+    "0003_histories": "e7c0ca5944d2328abe3c4dc6fec1edb122cec66a38229cf27d280ebca93c9911",
+    "0004_deletions": "72dfbf75e6321f8aec0b724b575e31ea5e1a523735755ba642dbfb4912908d9e",
+    "0005_forks": "28f2c985b902828f31247fab9dc8779707f3ff71aa167719775b400856fc72af",
+    "0006_acknowledged_end": "f18ffcddd2afc8095f55ea33555215c1c913c24f4a525f8ecafd622c341a8a8a",
+    "0007_log_full": "5acb2ef08c09e3f7048a0b2a26f24c7eda322f16decb243c8e8138b66aad036a",
+    "0008_tables_of_early_databases": "0ce156194b7be5df179497387ddc9020e2bc700283efe07c44b84588bf9bef32",
+}
+
+# Two were changed before this test was there. Databases that have them as they were are brought to the same tables.
+AS_THEY_WERE = Path(__file__).with_name("migrations_as_they_were")
+FIRST_TABLES, SECOND_TABLES = "0001_tables_first", "0001_tables_second"
+FIRST_ORPHANED = "0002_orphaned_ranges_first"
+
+
+def test_no_migration_is_changed_or_taken_back() -> None:
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in migrate.available().items()}
+    assert hashes == SHA256
+    numbers = [name.split("_")[0] for name in hashes]
+    assert numbers == [f"{number:04d}" for number in range(1, len(numbers) + 1)]
+
+
+async def schema(connection: asyncpg.Connection) -> list[tuple[Any, ...]]:
+    """Tables, columns, indexes, constraints and sequences, without the order in which they were made."""
+    queries = (
+        "SELECT table_name, column_name, data_type, is_nullable, column_default FROM information_schema.columns "
+        "WHERE table_schema = 'public'",
+        "SELECT tablename, indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'",
+        "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint "
+        "WHERE connamespace = 'public'::regnamespace",
+        "SELECT sequence_name FROM information_schema.sequences WHERE sequence_schema = 'public'",
+    )
+    found = [tuple(row.values()) for query in queries for row in await connection.fetch(query)]
+    return sorted(found, key=repr)
+
+
+@pytest.mark.parametrize(
+    "applied",
+    [
+        [FIRST_TABLES],
+        [SECOND_TABLES],
+        ["0001_tables"],
+        ["0001_tables", FIRST_ORPHANED],
+        ["0001_tables", FIRST_ORPHANED, "0004_deletions"],
+        ["0001_tables", "0002_orphaned_ranges", "0003_histories", "0004_deletions", "0005_forks"],
+    ],
+    ids=lambda names: names[-1],
+)
+async def test_a_database_of_any_time_gets_the_tables_of_a_new_one(
+    dsn: str, new_database: Callable[[], Any], fast: Callable[..., Any], applied: list[str]
+) -> None:
+    old = await asyncpg.connect(dsn)
+    await old.execute("CREATE TABLE migrations (name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())")
+    for name in applied:
+        changed = AS_THEY_WERE / f"{name}.sql"
+        await old.execute(changed.read_text() if changed.exists() else migrate.available()[name])
+        known = name.removesuffix("_first").removesuffix("_second")
+        await old.execute("INSERT INTO migrations (name) VALUES ($1)", known)
+    service = build(fast(dsn))
+    await service.start()  # its sweeps look at what was missing
+    await service.api.join_group(pb.JoinGroupRequest(group="g", topics=["orders"]))
+    await service.stop()
+    fresh = await asyncpg.connect(await new_database())
+    await migrate.migrate(fresh)
+    assert await schema(old) == await schema(fresh)
+    await old.close()
+    await fresh.close()
