@@ -24,6 +24,7 @@ from streamhouse.cluster import (
     topic_of,
 )
 from streamhouse.core.options import ACKS, Acks, addresses_of, check_request_timeout, check_retry_timeout, check_topic
+from streamhouse.core.times import ms_of
 from streamhouse.group_admin import (
     Group,
     GroupDescription,
@@ -309,7 +310,8 @@ class Admin:
 def lookup_of(
     topic: str, partition: int, topic_id: bytes, at: Literal["earliest", "latest"] | int | datetime
 ) -> query_pb2.OffsetLookup:
-    """The lookup of an end, or of a time in milliseconds or as a datetime (without a zone: local time)."""
+    """Returns the lookup of an end, or of a time in milliseconds or as a datetime. Raises InvalidArgument for one without
+    a time zone."""
     lookup = query_pb2.OffsetLookup(topic=topic, partition=partition, topic_id=topic_id)
     if at == "earliest":
         lookup.spec = query_pb2.OFFSET_SPEC_EARLIEST
@@ -317,5 +319,5 @@ def lookup_of(
         lookup.spec = query_pb2.OFFSET_SPEC_LATEST
     else:
         lookup.spec = query_pb2.OFFSET_SPEC_TIMESTAMP
-        lookup.timestamp_ms = round(at.timestamp() * 1000) if isinstance(at, datetime) else int(at)
+        lookup.timestamp_ms = ms_of("time", at) if isinstance(at, datetime) else int(at)
     return lookup

@@ -1,28 +1,38 @@
-"""What became of sent records: one outcome per batch, shared by the futures of its records."""
+"""Outcomes of sent records: one per batch, shared by the futures of its records.
+
+Owns: outcomes, and who waits for them. Does not own: sending, retries.
+Invariants: a batch has one outcome; a future takes it over before anybody can see that the batch is done.
+"""
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from contextvars import Context
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from shproto import forks
 
 from streamhouse.records import RecordMetadata
+
+T = TypeVar("T")
 
 
 class Delivery:
     """The outcome of one batch: the base offset it got, or an error. Futures of its records share it."""
 
-    __slots__ = ("_waiters", "base_offset", "done", "error", "partition", "seen", "topic")
+    __slots__ = ("_waiters", "base_offset", "done", "error", "partition", "record_count", "seen", "topic")
 
     def __init__(self, topic: str, partition: int) -> None:
         self.topic = topic
         self.partition = partition
+        self.record_count = 0
         self.base_offset = -1
         self.error: Exception | None = None
         self.done = False
-        self.seen = False  # whether somebody learnt of the error
-        self._waiters: list[asyncio.Future[None] | Callable[[], object]] = []
+        self.seen = False  # the application learnt of the error
+        self._waiters: list[Callable[[], object]] = []
 
     def resolve(self, base_offset: int) -> None:
         """The batch is acknowledged."""
@@ -39,69 +49,140 @@ class Delivery:
         self.done = True
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
-            if not isinstance(waiter, asyncio.Future):
-                asyncio.get_running_loop().call_soon(waiter)
-            elif not waiter.done():
-                waiter.set_result(None)
+            waiter()
 
     async def finished(self) -> None:
-        """Until the batch is delivered or failed; raises nothing of it."""
+        """Returns once the batch is delivered or has failed; raises nothing of it."""
         if not self.done:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            await waiter
+            done = asyncio.Event()
+            self.when_done(done.set)
+            await done.wait()
 
-    def call_when_done(self, callback: Callable[[], object]) -> None:
-        """Runs `callback` from the event loop once done."""
-        if self.done:
-            asyncio.get_running_loop().call_soon(callback)
-        else:
-            self._waiters.append(callback)
+    def when_done(self, waiter: Callable[[], object]) -> None:
+        """Calls `waiter()` as soon as the batch, which is not done yet, is."""
+        self._waiters.append(waiter)
 
-    def offset_of(self, index: int) -> int:
-        """The offset of record `index` of the batch; raises what the batch failed with."""
+    def metadata(self, index: int, timestamp_ms: int) -> RecordMetadata:
+        """Returns the place of record `index` of the batch. Raises what the batch failed with."""
         if self.error is not None:
-            self.seen = True
             raise self.error
-        return self.base_offset + index if self.base_offset >= 0 else -1
+        offset = self.base_offset + index if self.base_offset >= 0 else -1
+        return RecordMetadata(self.topic, self.partition, offset, timestamp_ms)
 
 
-class SendFuture:
-    """Awaitable outcome of one `send`; await it from the producer's event loop, as often as wanted."""
+class _Outcome(asyncio.Future[T]):
+    """An asyncio future that follows deliveries only once somebody waits for it.
 
-    __slots__ = ("_delivery", "_index", "_timestamp_ms")
+    Most futures of `send` are dropped at once. Were each to be kept and settled with its batch, a full buffer of small
+    records would hold 100 MB of them. So a future takes over what its deliveries say when it is asked, and registers
+    with them when somebody waits.
 
-    def __init__(self, delivery: Delivery, index: int, timestamp_ms: int) -> None:
-        self._delivery = delivery
-        self._index = index
-        self._timestamp_ms = timestamp_ms
+    Cancelling it ends the waiting and recalls nothing: the records are on their way.
+    """
 
-    def __await__(self) -> Generator[Any, None, RecordMetadata]:
-        if not self._delivery.done:
-            yield from self._delivery.finished().__await__()
-        return self.result()
+    __slots__ = ("_follows",)
+    _follows: bool  # registered with a delivery
+
+    @abstractmethod
+    def _pending(self) -> Delivery | None:
+        """Returns a delivery that is not done; None once all are."""
+
+    @abstractmethod
+    def _outcome(self) -> T:
+        """Returns what the deliveries amount to. Raises what they failed with."""
+
+    @abstractmethod
+    def _mark_seen(self) -> None:
+        """The application learns of what has failed."""
+
+    def _update(self) -> bool:
+        """Takes over the outcome if there is one. Returns True once this future is done."""
+        if super().done():
+            return True
+        if self._pending() is not None:
+            return False
+        try:
+            super().set_result(self._outcome())
+        except Exception as error:  # noqa: BLE001 - the batch failed with it
+            super().set_exception(error)
+            self._log_traceback = False  # `flush` raises failures that nobody saw
+        return True
+
+    def _follow(self) -> None:
+        """Registers with a delivery that is not done, if there is one and it has not registered before."""
+        if not self._update() and not self._follows:
+            pending = self._pending()
+            assert pending is not None, "not done, so something is pending"
+            self._follows = True
+            pending.when_done(self._go_on)
+
+    def _go_on(self) -> None:
+        self._follows = False
+        self._follow()
 
     def done(self) -> bool:
-        return self._delivery.done
+        """Returns True once delivered, failed or cancelled."""
+        return self._update()
 
-    def result(self) -> RecordMetadata:
-        """Where the record is. Raises what delivery failed with, or InvalidStateError before it is done."""
-        delivery = self._delivery
-        if not delivery.done:
-            raise asyncio.InvalidStateError("the record is not acknowledged yet")
-        offset = delivery.offset_of(self._index)
-        return RecordMetadata(delivery.topic, delivery.partition, offset, self._timestamp_ms)
+    def cancel(self, msg: Any | None = None) -> bool:
+        """Ends the waiting; what was sent is on its way all the same. Returns False if it is done already."""
+        return not self._update() and super().cancel(msg)
 
-    def exception(self) -> Exception | None:
-        """What delivery failed with; None if it did not. Raises InvalidStateError before it is done."""
-        if not self._delivery.done:
-            raise asyncio.InvalidStateError("the record is not acknowledged yet")
+    def cancelled(self) -> bool:
+        """Returns True after `cancel`, unless it was done before."""
+        return self._update() and super().cancelled()
+
+    def result(self) -> T:
+        """Returns the place of what was sent. Raises what delivery failed with, InvalidStateError before it is done."""
+        if self._update():
+            self._mark_seen()
+        return super().result()
+
+    def exception(self) -> BaseException | None:
+        """Returns the error that delivery failed with, or None. Raises InvalidStateError before it is done."""
+        if self._update():
+            self._mark_seen()
+        return super().exception()
+
+    def add_done_callback(self, fn: Callable[[Self], object], /, *, context: Context | None = None) -> None:
+        """Calls `fn(self)` from the event loop once done."""
+        super().add_done_callback(fn, context=context)
+        self._follow()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        if not self._update():
+            forks.check()
+            self._asyncio_future_blocking = True
+            yield self  # the task that waits adds its callback
+        return self.result()
+
+    __iter__ = __await__
+
+
+class SendFuture(_Outcome[RecordMetadata]):
+    """Outcome of one `send`: an asyncio future, for `await`, `asyncio.wait`, `gather`, `wait_for` and callbacks."""
+
+    __slots__ = ("_delivery", "_index", "_timestamp_ms")
+    _delivery: Delivery
+    _index: int
+    _timestamp_ms: int
+
+    def _pending(self) -> Delivery | None:
+        return None if self._delivery.done else self._delivery
+
+    def _outcome(self) -> RecordMetadata:
+        return self._delivery.metadata(self._index, self._timestamp_ms)
+
+    def _mark_seen(self) -> None:
         self._delivery.seen = True
-        return self._delivery.error
 
-    def add_done_callback(self, callback: Callable[["SendFuture"], object]) -> None:
-        """Calls `callback(self)` from the event loop once done."""
-        self._delivery.call_when_done(lambda: callback(self))
+
+def send_future(loop: asyncio.AbstractEventLoop, delivery: Delivery, index: int, timestamp_ms: int) -> SendFuture:
+    """Returns the future of record `index` of a batch. An `__init__` of its own, or looking for the running loop (a
+    system call), would double what making one costs."""
+    future = SendFuture(loop=loop)
+    future._delivery, future._index, future._timestamp_ms, future._follows = delivery, index, timestamp_ms, False
+    return future
 
 
 class SentRecords(NamedTuple):
@@ -120,48 +201,73 @@ class Placed(NamedTuple):
     indices: NDArray[np.int64]
 
 
-class SendResult:
-    """Awaitable outcome of one `send_many`: `await result` gives `SentRecords`."""
+class PlacedRecords:
+    """The records of one `send_many`, by the batches that they are in."""
 
-    __slots__ = ("_count", "_placed", "_topic")
+    __slots__ = ("_done_count", "_placed", "_topic", "count")
 
     def __init__(self, topic: str, count: int, placed: Sequence[Placed]) -> None:
+        self.count = count
         self._topic = topic
-        self._count = count
         self._placed = placed
+        self._done_count = 0  # leading batches that are done
 
-    def __len__(self) -> int:
-        return self._count
-
-    def __await__(self) -> Generator[Any, None, SentRecords]:
-        for placed in self._placed:
-            yield from placed.delivery.finished().__await__()
-        return self.result()
-
-    def done(self) -> bool:
-        return all(placed.delivery.done for placed in self._placed)
+    def pending(self) -> Delivery | None:
+        """Returns the first batch's delivery that is not done; None once all are."""
+        for at in range(self._done_count, len(self._placed)):
+            self._done_count = at  # stored, not counted up: `streamhouse.sync` asks from several threads
+            if not self._placed[at].delivery.done:
+                return self._placed[at].delivery
+        self._done_count = len(self._placed)
+        return None
 
     def result(self) -> SentRecords:
-        """Raises what the first failed batch failed with, or InvalidStateError before all are done."""
-        if not self.done():
-            raise asyncio.InvalidStateError("not all records are acknowledged yet")
-        errors = self.errors()
-        if errors:
-            raise errors[0][0]
-        return SentRecords(self._topic, *self._arrays())
+        """Returns partitions and offsets, once nothing is pending. Raises what the first failed batch failed with."""
+        for placed in self._placed:
+            if placed.delivery.error is not None:
+                raise placed.delivery.error
+        partitions = np.empty(self.count, np.int64)
+        offsets = np.empty(self.count, np.int64)
+        for delivery, first, indices in self._placed:
+            partitions[indices] = delivery.partition
+            base = delivery.base_offset
+            offsets[indices] = np.arange(base + first, base + first + len(indices)) if base >= 0 else -1
+        return SentRecords(self._topic, partitions, offsets)
 
     def errors(self) -> list[tuple[Exception, NDArray[np.int64]]]:
-        """What failed so far: the error and the positions (in the lists given) of the records it concerns."""
+        """Returns what failed so far: the error and the positions (in the lists given) of the records it concerns."""
         failed = [placed for placed in self._placed if placed.delivery.error is not None]
         for placed in failed:
             placed.delivery.seen = True
         return [(placed.delivery.error, placed.indices) for placed in failed if placed.delivery.error is not None]
 
-    def _arrays(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        partitions = np.empty(self._count, np.int64)
-        offsets = np.empty(self._count, np.int64)
-        for delivery, first, indices in self._placed:
-            partitions[indices] = delivery.partition
-            base = delivery.base_offset
-            offsets[indices] = np.arange(base + first, base + first + len(indices)) if base >= 0 else -1
-        return partitions, offsets
+
+class SendResult(_Outcome[SentRecords]):
+    """Outcome of one `send_many`: an asyncio future of `SentRecords`. It is done once all batches are, and fails with
+    the error of the first batch that failed."""
+
+    __slots__ = ("_records",)
+
+    def __init__(self, records: PlacedRecords, *, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self._records = records
+        self._follows = False
+
+    def __len__(self) -> int:
+        return self._records.count
+
+    def __bool__(self) -> bool:
+        return True  # a future also without records
+
+    def errors(self) -> list[tuple[Exception, NDArray[np.int64]]]:
+        """Returns what failed so far: the error and the positions (in the lists given) of the records it concerns."""
+        return self._records.errors()
+
+    def _pending(self) -> Delivery | None:
+        return self._records.pending()
+
+    def _outcome(self) -> SentRecords:
+        return self._records.result()
+
+    def _mark_seen(self) -> None:
+        self._records.errors()

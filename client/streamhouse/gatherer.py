@@ -16,7 +16,7 @@ from streamhouse.batches import Batch
 from streamhouse.core.accumulator import Gathering
 from streamhouse.core.options import ProducerOptions
 from streamhouse.core.sequences import Lane, Outgoing
-from streamhouse.delivery import Delivery, SendFuture
+from streamhouse.delivery import Delivery
 from streamhouse.leader_stream import LeaderStream
 
 RETRY_FIRST_MS = 50
@@ -67,7 +67,7 @@ class Gatherer:
         self._options = options
         self._opened = opened
         self._pump = pump
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._lanes: dict[tuple[str, int], LaneState] = {}
 
     def lanes(self) -> list[LaneState]:
@@ -86,23 +86,25 @@ class Gatherer:
         state: LaneState,
         value: bytes | None,
         key: bytes | None,
-        headers: Sequence[Header] | None,
+        headers: tuple[Header, ...],
         timestamp_ms: int,
         size_bytes: int,
-    ) -> SendFuture:
-        """Puts one record behind those given before."""
+    ) -> tuple[Delivery, int, int]:
+        """Puts one record behind those given before. Returns the batch's outcome, the record's position in the batch
+        and its timestamp."""
         gathering = state.gathering
         if gathering is None or gathering.size_bytes + size_bytes > self._options.batch_bytes:
             gathering = self._renew(state)
         index = gathering.add(value, key, headers, timestamp_ms, size_bytes)
-        return SendFuture(gathering.delivery, index, timestamp_ms)
+        gathering.delivery.record_count = index + 1
+        return gathering.delivery, index, timestamp_ms
 
     def extend(
         self,
         state: LaneState,
         values: Sequence[bytes | None],
         keys: Sequence[bytes | None] | None,
-        headers: Sequence[Sequence[Header]] | None,
+        headers: Sequence[tuple[Header, ...]] | None,
         timestamps_ms: Sequence[int],
         size_bytes: int,
     ) -> tuple[Delivery, int]:
@@ -112,6 +114,7 @@ class Gatherer:
         if gathering is None or gathering.size_bytes + size_bytes > self._options.batch_bytes:
             gathering = self._renew(state)
         first = gathering.extend(values, keys, headers, timestamps_ms, size_bytes)
+        gathering.delivery.record_count = first + len(values)
         return gathering.delivery, first
 
     def _renew(self, state: LaneState) -> Gathering[Delivery]:
@@ -119,9 +122,9 @@ class Gatherer:
         if state.gathering is not None:
             self.close(state)
             self._pump(state)
-        gathering = Gathering(Delivery(state.topic, state.partition), self._loop.time() * 1000)
+        gathering = Gathering(Delivery(state.topic, state.partition), self.loop.time() * 1000)
         state.gathering, state.due = gathering, False
-        state.linger = self._loop.call_later(self._options.linger_ms / 1000, self._lingered, state, gathering)
+        state.linger = self.loop.call_later(self._options.linger_ms / 1000, self._lingered, state, gathering)
         self._opened(state)
         return gathering
 
@@ -131,7 +134,7 @@ class Gatherer:
         state.due = True
         self._pump(state)
         if state.gathering is gathering:
-            state.linger = self._loop.call_later(GROW_MS_MAX / 1000, self._grown, state, gathering)
+            state.linger = self.loop.call_later(GROW_MS_MAX / 1000, self._grown, state, gathering)
 
     def _grown(self, state: LaneState, gathering: Gathering[Delivery]) -> None:
         if state.gathering is gathering:

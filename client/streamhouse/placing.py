@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from shproto.errors import UnknownPartition
 
 from streamhouse.core.murmur2 import partition_of, partitions_of
+from streamhouse.core.options import partition_number
 from streamhouse.core.outgoing import ManyRecords
-from streamhouse.gatherer import LaneState
+from streamhouse.gatherer import Gatherer, LaneState
 from streamhouse.metadata import TopicState
 
 # Keys repeat; 16,384 of them cost 2 MB and save most of the hashing, with the largest that are kept 6 MB.
@@ -20,11 +21,13 @@ _partition_of_cached = lru_cache(maxsize=16_384)(partition_of)
 class TopicLanes:
     """A topic being written to: its lanes, and the partition that records without a key go to for now."""
 
-    __slots__ = ("_batch_bytes", "_sticky", "lanes", "state")
+    __slots__ = ("_batch_bytes", "_sticky", "gatherer", "lanes", "loop", "state")
 
-    def __init__(self, state: TopicState, lanes: list[LaneState], batch_bytes: int) -> None:
+    def __init__(self, state: TopicState, gatherer: Gatherer, batch_bytes: int) -> None:
         self.state = state
-        self.lanes = lanes
+        self.gatherer = gatherer
+        self.loop = gatherer.loop
+        self.lanes = [gatherer.lane(state.topic, number) for number in range(state.partitions)]
         self._batch_bytes = batch_bytes
         self._sticky = self._next_sticky()
 
@@ -35,7 +38,9 @@ class TopicLanes:
         return self._sticky
 
     def lane(self, partition: int) -> LaneState:
-        """Raises UnknownPartition."""
+        """Returns the partition's lane. Raises UnknownPartition, TypeError."""
+        if partition.__class__ is not int:
+            partition = partition_number(partition)
         if not 0 <= partition < len(self.lanes):
             raise UnknownPartition(
                 f"topic {self.state.topic!r} has partitions 0 to {len(self.lanes) - 1}, not {partition}",

@@ -1,28 +1,43 @@
 """The producer: takes records, partitions them, waits for room, hands them to the sender."""
 
 import asyncio
+import atexit
+import logging
 import time
+import weakref
 from collections.abc import Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from shformat import Header
+from shproto import forks
 from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded
 from shproto.rpc import Interceptors
 
 from streamhouse.batches import Batch
-from streamhouse.core.options import ACKS, ACKS_NAMES, Acks, Compression, ProducerOptions, addresses_of
-from streamhouse.core.outgoing import ManyRecords, check_record, cut
+from streamhouse.core.options import (
+    ACKS,
+    ACKS_NAMES,
+    Acks,
+    Compression,
+    ProducerOptions,
+    addresses_of,
+    check_timeout_s,
+    check_topic_name,
+)
+from streamhouse.core.outgoing import Bytes, CheckedRecord, Headers, ManyRecords, check_record, cut
 from streamhouse.core.room import Room
-from streamhouse.delivery import Delivery, Placed, SendFuture, SendResult
+from streamhouse.delivery import Delivery, Placed, PlacedRecords, SendFuture, SendResult, send_future
 from streamhouse.gatherer import LaneState
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
 from streamhouse.placing import TopicLanes
 from streamhouse.retries import Retries
 from streamhouse.sender import Sender
+
+log = logging.getLogger(__name__)
 
 # send_many takes room and gives the event loop a turn after this much: 4 MiB take about 30 ms to partition and encode.
 SLICE_BYTES = 4 * 1024 * 1024
@@ -40,6 +55,8 @@ class Producer:
     retried before its future fails. Raises InvalidArgument for an option out of its limits.
     One producer belongs to one event loop; `streamhouse.sync.Producer` may be shared by threads.
     """
+
+    _closed = True  # until it is made: there is nothing to close before
 
     def __init__(
         self,
@@ -78,6 +95,7 @@ class Producer:
         self._made_sender: Sender | None = None
         self._failures: list[Delivery] = []  # since the last flush; those that were seen meanwhile among them
         self._closed = False
+        _UNCLOSED.add(self)
 
     @property
     def _sender(self) -> Sender:
@@ -103,25 +121,40 @@ class Producer:
     async def send(
         self,
         topic: str,
-        value: bytes | None = None,
-        key: bytes | None = None,
-        headers: Sequence[Header] | None = None,
+        value: Bytes | None = None,
+        key: Bytes | None = None,
+        headers: Headers | None = None,
         partition: int | None = None,
-        timestamp_ms: int | None = None,
+        timestamp_ms: int | datetime | None = None,
     ) -> SendFuture:
         """Takes one record; waits only while the buffer is full. `await` the future for its `RecordMetadata`.
 
         A record with a key goes to the key's partition as in Kafka; one without stays with the others of its batch.
+        headers: a dict, or pairs. timestamp_ms: milliseconds since 1970 or an aware datetime; default: now.
         Raises UnknownTopic, UnknownPartition, AcksTooWeak, BatchTooLarge (the record alone is over the limit),
         InvalidArgument (also once closed), TypeError, Overloaded (no room within delivery_timeout_ms), Unavailable.
         """
+        record = check_record(value, key, headers, timestamp_ms)
         target = self._topics.get(topic) or await self._open_topic(topic)
-        size_bytes = check_record(value, key, headers, timestamp_ms)
         if partition is not None:
             target.lane(partition)  # refused before it has taken room
-        if not self._room.try_take(size_bytes):
-            await self._wait_for_room(size_bytes)
-        self._must_be_open(size_bytes)
+        if self._closed or forks.lost or not self._room.try_take(record[-1]):
+            await self._wait_for_room(record[-1])
+        delivery, index, taken_ms = self._add(target, record, partition)
+        return send_future(target.loop, delivery, index, taken_ms)
+
+    async def take(self, topic: str, record: CheckedRecord, partition: int | None) -> tuple[Delivery, int, int]:
+        """Takes a record as `check_record` returns it. Returns its batch's outcome, its position in the batch and its
+        timestamp. Raises what `send` raises."""
+        target = self._topics.get(topic) or await self._open_topic(topic)
+        if partition is not None:
+            target.lane(partition)
+        if self._closed or forks.lost or not self._room.try_take(record[-1]):
+            await self._wait_for_room(record[-1])
+        return self._add(target, record, partition)
+
+    def _add(self, target: TopicLanes, record: CheckedRecord, partition: int | None) -> tuple[Delivery, int, int]:
+        value, key, headers, timestamp_ms, size_bytes = record
         if timestamp_ms is None:
             timestamp_ms = time.time_ns() // 1_000_000
         if partition is not None:
@@ -130,15 +163,15 @@ class Producer:
             lane = target.lane_of_key(key)
         else:
             lane = target.sticky_lane(size_bytes)
-        return self._sender.gatherer.add(lane, value, key, headers, timestamp_ms, size_bytes)
+        return target.gatherer.add(lane, value, key, headers, timestamp_ms, size_bytes)
 
     async def send_many(
         self,
         topic: str,
-        values: Sequence[bytes | None],
-        keys: Sequence[bytes | None] | None = None,
-        timestamps_ms: int | Sequence[int] | None = None,
-        headers: Sequence[Sequence[Header]] | None = None,
+        values: Sequence[Bytes | None],
+        keys: Sequence[Bytes | None] | None = None,
+        timestamps_ms: int | datetime | Sequence[int | datetime] | None = None,
+        headers: Sequence[Headers] | None = None,
         partition: int | None = None,
     ) -> SendResult:
         """Takes many records, in the order given; waits while the buffer is full. Lists, one entry per record.
@@ -146,60 +179,131 @@ class Producer:
         `await` the result for `SentRecords` (partitions and offsets as arrays). Nothing is sent if any record is
         refused; raises what `send` raises, with the record's position.
         """
-        target = self._topics.get(topic) or await self._open_topic(topic)
-        if partition is not None:
-            target.lane(partition)
+        records = await self.take_many(topic, values, keys, timestamps_ms, headers, partition)
+        return SendResult(records, loop=asyncio.get_running_loop())
+
+    async def take_many(
+        self,
+        topic: str,
+        values: Sequence[Bytes | None],
+        keys: Sequence[Bytes | None] | None,
+        timestamps_ms: int | datetime | Sequence[int | datetime] | None,
+        headers: Sequence[Headers] | None,
+        partition: int | None,
+    ) -> PlacedRecords:
+        """Takes the records of a `send_many`. Returns the batches that they are in."""
         if timestamps_ms is None:
             timestamps_ms = time.time_ns() // 1_000_000
         records = ManyRecords.of(values, keys, timestamps_ms, headers)
+        target = self._topics.get(topic) or await self._open_topic(topic)
+        if partition is not None:
+            target.lane(partition)
         placed: list[Placed] = []
         for start, stop in cut(records.sizes, min(SLICE_BYTES, self._options.buffer_bytes_max // 4)):
             size_bytes = int(records.sizes[start:stop].sum())
-            if not self._room.try_take(size_bytes):
+            if self._closed or forks.lost or not self._room.try_take(size_bytes):
                 await self._wait_for_room(size_bytes)
             else:
                 await asyncio.sleep(0)  # the streams' turn
-            self._must_be_open(size_bytes)
+                self._must_be_open(size_bytes)
             placed.extend(self._place(target, records, start, stop, partition))
-        return SendResult(topic, len(values), placed)
+        return PlacedRecords(topic, len(records.values), placed)
 
-    async def flush(self) -> None:
+    # ---- the end
+
+    async def flush(self, timeout_s: float | None = None) -> None:
         """Waits until everything taken so far is acknowledged or has failed.
 
-        Raises the first failure that nobody has seen through a future or a result since the last flush.
+        Raises TimeoutError when that takes longer than timeout_s (None: no limit but delivery_timeout_ms); sending goes
+        on. Else raises the first failure that nobody has seen through a future or a result since the last flush.
         """
+        check_timeout_s("timeout_s", timeout_s)
+        forks.check()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.all_finished()
+        except TimeoutError:
+            text = not_acknowledged(self.unacknowledged, f"timeout_s = {timeout_s}", self.last_error)
+            raise TimeoutError(text) from None
+        self.raise_unseen_failure()
+
+    async def all_finished(self) -> None:
+        """Returns once everything taken so far is acknowledged or has failed; raises nothing of it."""
         if self._made_sender is not None:
             self._sender.gatherer.hurry()
             for delivery in list(self._sender.unfinished):
                 await delivery.finished()
+
+    def raise_unseen_failure(self) -> None:
+        """Raises the first failure since the last flush that nobody has seen."""
         failures, self._failures = self._failures, []
         for failure in failures:
             if not failure.seen and failure.error is not None:
                 failure.seen = True
                 raise failure.error
 
-    async def close(self, *, flush: bool = True, raise_failures: bool = True) -> None:
-        """Flushes (unless told not to), then closes the connections. Raises what `flush` raises, after closing."""
+    async def close(self, timeout_s: float | None = None, *, flush: bool = True, raise_failures: bool = True) -> None:
+        """Flushes (unless told not to), then closes the connections. Raises what `flush` raises, after closing.
+
+        What is not acknowledged after timeout_s is given up: its futures fail with Unavailable.
+        """
+        check_timeout_s("timeout_s", timeout_s)
+        forks.check()
         if self._closed:
             return
         self._closed = True
+        told = False  # what is not acknowledged: by raising or logging it
         try:
             if flush:
-                await self.flush()
-        except Exception:
+                await self.flush(timeout_s)
+        except Exception as error:
+            told = True
             if raise_failures:
                 raise
+            log.warning("closing the producer: %s", error)
         finally:
-            if self._made_sender is not None:
-                await self._made_sender.close()
-            await self._metadata.close()
-            await self._peers.close()
+            given_up = self.unacknowledged
+            if given_up and not told:
+                log.warning("the producer is closed without a flush: %s", not_acknowledged(given_up))
+            await self.shut_down()
+
+    async def shut_down(self) -> None:
+        """Closes the connections without a flush: what is not acknowledged fails."""
+        self._closed = True
+        if self._made_sender is not None:
+            await self._made_sender.close()
+        await self._metadata.close()
+        await self._peers.close()
+
+    @property
+    def unacknowledged(self) -> int:
+        """Number of records taken that are neither acknowledged nor failed."""
+        return 0 if self._made_sender is None else self._made_sender.unfinished_records
+
+    @property
+    def unseen_failures(self) -> int:
+        """Number of records that failed since the last flush and that nobody has asked about."""
+        return sum(failure.record_count for failure in self._failures if not failure.seen)
+
+    @property
+    def last_error(self) -> Exception | None:
+        """Why what is not acknowledged is not: the last error of a try, or of a batch that failed."""
+        tried = None if self._made_sender is None else self._made_sender.last_error
+        return tried or next((failure.error for failure in reversed(self._failures) if not failure.seen), None)
+
+    def __del__(self) -> None:
+        # Of an event loop that has ended, or the application still has it and this is not called.
+        if not self._closed:
+            _warn_of_loss([self])
 
     # ---- topics and partitions
 
     def knows(self, topic: str, partition: int | None) -> bool:
-        """Whether `send` would find topic and partition without asking; safe from any thread."""
-        target = self._topics.get(topic)
+        """True if `send` would find topic and partition without asking; safe from any thread."""
+        try:
+            target = self._topics.get(topic)
+        except TypeError:  # refused when it is asked for
+            return False
         return target is not None and (partition is None or 0 <= partition < len(target.lanes))
 
     async def open_topic(self, topic: str, partition: int | None = None) -> None:
@@ -209,6 +313,7 @@ class Producer:
             target.lane(partition)
 
     async def _open_topic(self, topic: str) -> TopicLanes:
+        check_topic_name(topic)
         self._must_be_open()
         state = await self._retries.run(lambda: self._metadata.topic(topic))
         # Acks ascend in strength: none, wal, durable.
@@ -219,8 +324,7 @@ class Producer:
                 acks=self._options.acks,
                 min_acks=weakest,
             )
-        lanes = [self._sender.gatherer.lane(topic, number) for number in range(state.partitions)]
-        return self._topics.setdefault(topic, TopicLanes(state, lanes, self._options.batch_bytes))
+        return self._topics.setdefault(topic, TopicLanes(state, self._sender.gatherer, self._options.batch_bytes))
 
     def _place(
         self, target: TopicLanes, records: ManyRecords, start: int, stop: int, partition: int | None
@@ -253,6 +357,9 @@ class Producer:
     # ---- room
 
     async def _wait_for_room(self, size_bytes: int) -> None:
+        """Returns once room is taken. Raises Overloaded after delivery_timeout_ms, InvalidArgument once closed."""
+        forks.check()
+        self._must_be_open()
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._room.enqueue(waiter, size_bytes)
         self._sender.gatherer.hurry()
@@ -265,6 +372,7 @@ class Producer:
             if isinstance(error, TimeoutError):
                 raise self._no_room(size_bytes) from None
             raise
+        self._must_be_open(size_bytes)
 
     def _no_room(self, size_bytes: int) -> Overloaded:
         limit = self._options.buffer_bytes_max
@@ -280,7 +388,7 @@ class Producer:
         """Raises InvalidArgument once closed, the room taken given back: nobody sends what a lane gets then."""
         if self._closed:
             self._give_back(taken_bytes)
-            raise InvalidArgument("the producer is closed")
+            raise InvalidArgument("the producer is closed", field="producer", value="closed")
 
     def _on_done(self, batch: Batch) -> None:
         if batch.delivery.error is not None:
@@ -299,3 +407,30 @@ class Producer:
         for waiter in self._room.admit():
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def not_acknowledged(count: int, within: str = "", error: BaseException | None = None) -> str:
+    """Returns the sentence on `count` records for errors and warnings."""
+    text = "1 record is not acknowledged" if count == 1 else f"{count:,} records are not acknowledged"
+    text += f" within {within}" if within else ""
+    return text if error is None else f"{text}; the last error: {error}"
+
+
+# Used or not, until closed or collected; those of `streamhouse.sync` are flushed and closed before the process ends.
+_UNCLOSED: weakref.WeakSet[Producer] = weakref.WeakSet()
+
+
+def _warn_of_loss(producers: Sequence[Producer]) -> None:
+    """Says once how many records went down with producers that nobody closed."""
+    lost = sum(producer.unacknowledged + producer.unseen_failures for producer in producers)
+    if lost and not forks.lost:
+        log.warning("a producer was not closed and its event loop has ended: %s", not_acknowledged(lost))
+
+
+@atexit.register
+def _warn_at_exit() -> None:
+    unclosed = [producer for producer in _UNCLOSED if not producer._closed]
+    _UNCLOSED.clear()
+    _warn_of_loss(unclosed)
+    for producer in unclosed:
+        producer._closed = True  # said

@@ -62,6 +62,16 @@ class Sender:
     def now_ms(self) -> float:
         return self._loop.time() * 1000
 
+    @property
+    def unfinished_records(self) -> int:
+        """Number of records that are neither acknowledged nor failed."""
+        return sum(delivery.record_count for delivery in self.unfinished)
+
+    @property
+    def last_error(self) -> StreamHouseError | None:
+        """The error of a try that nothing has succeeded since, of any partition."""
+        return next((state.last_error for state in self.gatherer.lanes() if state.last_error is not None), None)
+
     def _on_opened(self, state: LaneState) -> None:
         gathering = state.gathering
         assert gathering is not None

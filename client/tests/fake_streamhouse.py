@@ -31,6 +31,7 @@ class Faults:
     answer_delay_ms: int = 0
     hold: asyncio.Event | None = None  # batches that have come are taken once it is set
     refuse_batch: errors.StreamHouseError | None = None
+    refuse_all: errors.StreamHouseError | None = None  # until set back
     silent: bool = False  # takes requests, never answers
     metadata_down: bool = False
     subscribe_cut_after: int | None = None  # responses
@@ -307,6 +308,8 @@ class FakeStreamHouse:
         if faults.overloaded:
             faults.overloaded -= 1
             raise errors.Overloaded("full", retry_after_ms=faults.retry_after_ms)
+        if faults.refuse_all is not None:
+            raise faults.refuse_all
         if faults.refuse_batch is not None:
             refusal, faults.refuse_batch = faults.refuse_batch, None
             raise refusal

@@ -15,7 +15,8 @@ from streamhouse.cli.lines import (
 )
 from streamhouse.cli.position import INT64_MAX, Position, parse_position
 from streamhouse.cli.text import record_json, text_lines
-from streamhouse.core.accumulator import RECORD_BYTES_MAX, record_size
+from streamhouse.core.accumulator import RECORD_BYTES_MAX
+from streamhouse.core.outgoing import check_record
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=5))
@@ -46,7 +47,7 @@ def test_a_line_beyond_the_limit_is_refused_where_its_end_is_in_the_same_piece()
 def test_the_longest_line_fits_a_record() -> None:
     splitter = LineSplitter()
     (line,) = splitter.feed(b"x" * LINE_BYTES_MAX + b"\n")
-    assert record_size(line, None, None) <= RECORD_BYTES_MAX
+    assert check_record(line, None, None, None)[-1] <= RECORD_BYTES_MAX
 
 
 def test_a_line_beyond_the_limit_is_refused_before_it_is_gathered() -> None:
@@ -65,7 +66,7 @@ def test_a_line_that_does_not_fit_a_record_together_with_its_key_is_told_apart()
     assert keyed.error is not None and f"limit of {LINE_BYTES_MAX} bytes" in keyed.error
     fits = json.dumps({"k": key[:-10]}).encode()
     (value,), (kept,) = keyed_by_field("k")([fits]).values, keyed_by_field("k")([fits]).keys or [None]
-    assert record_size(value, kept, None) <= RECORD_BYTES_MAX
+    assert check_record(value, kept, None, None)[-1] <= RECORD_BYTES_MAX
 
 
 def test_without_keys_each_line_is_a_value() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shformat import Records
 from shproto.errors import DataLoss, Internal, InvalidArgument
-from streamhouse.core.accumulator import Gathering, record_size
+from streamhouse.core.accumulator import Gathering
 from streamhouse.core.lag import Lag, lag_of
 from streamhouse.core.options import (
     NAME_LENGTH_MAX,
@@ -17,7 +17,7 @@ from streamhouse.core.options import (
     addresses_of,
     partitions_of,
 )
-from streamhouse.core.outgoing import ManyRecords, cut
+from streamhouse.core.outgoing import ManyRecords, check_record, cut
 from streamhouse.core.positions import BatchSpan, Cursor, Portion, check_continuity, trim
 from streamhouse.core.room import Room
 from streamhouse.records import RecordBatch, TopicPartition
@@ -56,7 +56,7 @@ def test_gathering_one_by_one_or_many_is_the_same(groups, data):
     one, many, expected = Gathering(None, 0.0), Gathering(None, 0.0), []
     for group in groups:
         for value, key, headers, timestamp_ms in group:
-            one.add(value, key, headers, timestamp_ms, record_size(value, key, headers))
+            one.add(*check_record(value, key, headers, timestamp_ms))
         values, keys, headers, timestamps = (list(column) for column in zip(*group, strict=True))
         checked = ManyRecords.of(
             values, keys if any(k is not None for k in keys) else None, timestamps, headers if any(headers) else None

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import math
+from datetime import UTC, datetime, timedelta, timezone
 
 import numpy as np
 import pytest
@@ -310,6 +311,141 @@ async def test_flush_waits_for_acknowledgement(platform, address):
         assert future.result().offset == 0
 
 
+async def test_flush_gives_up_after_its_timeout_and_sending_goes_on(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.hold = asyncio.Event()
+    async with Producer(address) as producer:
+        futures = [await producer.send("t", b"%d" % n) for n in range(3)]
+        with pytest.raises(TimeoutError, match=r"3 records are not acknowledged within timeout_s = 0\.01"):
+            await producer.flush(0.01)
+        with pytest.raises(TimeoutError, match=r"within timeout_s = 0$"):
+            await producer.flush(0)
+        platform.faults.hold.set()
+        await producer.flush(PATIENCE_S)
+        assert [future.result().offset for future in futures] == [0, 1, 2]
+
+
+async def test_close_gives_up_after_its_timeout(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.overloaded = 1_000_000
+    producer = Producer(address)
+    future = await producer.send("t", b"v")
+    await until(lambda: has_failed(producer))
+    with pytest.raises(
+        TimeoutError, match=r"1 record is not acknowledged within timeout_s = 0\.01; the last error: full"
+    ):
+        await producer.close(0.01)
+    with pytest.raises(errors.Unavailable, match="closed"):
+        await future
+    assert producer.unacknowledged == 0
+    await producer.close()
+
+
+@pytest.mark.parametrize("timeout_s", [-1, math.nan, "5", True, timedelta(seconds=1)])
+async def test_a_timeout_that_is_none_is_named(platform, address, timeout_s):
+    producer = Producer(address)
+    for call in (producer.flush, producer.close):
+        with pytest.raises(errors.InvalidArgument, match="timeout_s is") as caught:
+            await call(timeout_s)
+        assert caught.value.details["field"] == "timeout_s"
+    await producer.close()
+
+
+async def test_a_close_without_a_flush_says_how_many_records_are_dropped(platform, address, caplog):
+    platform.add_topic("t", 1)
+    platform.faults.silent = True
+    producer = Producer(address)
+    for _ in range(1_200):
+        await producer.send("t", b"v")
+    await producer.close(flush=False)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "the producer is closed without a flush: 1,200 records are not acknowledged"
+    ]
+
+
+# ---- futures
+
+
+async def test_the_futures_of_send_are_asyncio_futures(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.hold = asyncio.Event()
+    async with Producer(address) as producer:
+        sent = [await producer.send("t", b"%d" % n) for n in range(3)]
+        many = await producer.send_many("t", [b"3", b"4"])
+        nothing = await producer.send_many("t", [])
+        assert all(isinstance(future, asyncio.Future) for future in (*sent, many, nothing))
+        called = []
+        sent[0].add_done_callback(lambda future: called.append(future.result().offset))
+        sent[1].add_done_callback(called.append)
+        assert sent[1].remove_done_callback(called.append) == 1
+        done, pending = await asyncio.wait([*sent, many, nothing], timeout=0.01)
+        assert done == {nothing} and pending == {*sent, many}
+        with pytest.raises(asyncio.InvalidStateError):
+            sent[0].result()
+        platform.faults.hold.set()
+        async with asyncio.timeout(PATIENCE_S):
+            done, pending = await asyncio.wait([*sent, many, nothing], return_when=asyncio.ALL_COMPLETED)
+            assert done == {*sent, many, nothing} and not pending
+            assert [metadata.offset for metadata in await asyncio.gather(*sent)] == [0, 1, 2]
+            assert sorted([(await future).offset for future in asyncio.as_completed(sent)]) == [0, 1, 2]
+            assert (await asyncio.wait_for(many, 1)).offsets.tolist() == [3, 4]
+            assert (await asyncio.shield(nothing)).offsets.tolist() == []
+        assert called == [0]
+
+
+async def test_a_wait_for_a_future_can_be_given_up(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.hold = asyncio.Event()
+    async with Producer(address) as producer:
+        given_up, cancelled, shielded = [await producer.send("t", b"v") for _ in range(3)]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(given_up, 0.01)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(shielded), 0.01)
+        assert cancelled.cancel() and cancelled.cancelled() and cancelled.done()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        task = asyncio.create_task(asyncio.wait([shielded]))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        platform.faults.hold.set()
+        assert (await shielded).offset == 2
+        assert not shielded.cancel() and not shielded.cancelled()
+    assert len(values_in(platform)) == 3, "cancelling recalls nothing"
+
+
+async def test_a_failure_that_only_a_callback_saw_is_raised_by_flush(platform, address):
+    """And asyncio logs nothing about it."""
+    platform.add_topic("t", 1)
+    problems = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context["message"]))
+    producer = Producer(address)
+    platform.faults.refuse_batch = errors.InvalidBatch("no")
+    called = asyncio.Event()
+    (await producer.send("t", b"v")).add_done_callback(lambda future: called.set())
+    async with asyncio.timeout(PATIENCE_S):
+        await called.wait()
+    gc.collect()
+    with pytest.raises(errors.InvalidBatch):
+        await producer.close()
+    assert problems == []
+
+
+async def test_a_failure_is_seen_through_gather(platform, address):
+    platform.add_topic("t", 1)
+    async with Producer(address) as producer:
+        platform.faults.refuse_batch = errors.InvalidBatch("no")
+        outcomes = await asyncio.gather(*[await producer.send("t", b"v") for _ in range(2)], return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [errors.InvalidBatch] * 2
+        platform.faults.refuse_batch = errors.InvalidBatch("no")
+        with pytest.raises(errors.InvalidBatch):
+            await asyncio.wait_for(await producer.send_many("t", [b"v"]), PATIENCE_S)
+
+
+# ---- room
+
+
 async def test_send_waits_for_room(platform, address):
     platform.add_topic("t", 1)
     platform.faults.answer_delay_ms = 5
@@ -374,6 +510,8 @@ async def test_bad_arguments(platform, address):
             await producer.send("t", b"v", timestamp_ms=1.5)
         with pytest.raises(errors.InvalidArgument):
             await producer.send_many("t", [b"v"], timestamps_ms=[1 << 63])
+        with pytest.raises(errors.InvalidArgument, match="topic is None, must be 1 to 249 characters"):
+            await producer.send(None, b"v")
     assert values_in(platform) == []
     with pytest.raises(errors.InvalidArgument, match="linger_ms"):
         Producer(address, linger_ms=-1)
@@ -429,6 +567,104 @@ async def test_a_list_of_headers_may_be_used_again(platform, address):
             await producer.send_many("t", [b"v"], headers=[headers])
     (batch,) = platform.log("t", 0).batches
     assert decode_batch(batch.data).headers.to_list() == [[("n", b"%d" % (n // 2))] for n in range(6)]
+
+
+async def test_what_the_application_may_still_change_is_taken_as_it_is_now(platform, address):
+    platform.add_topic("t", 1)
+    data, headers = bytearray(b"1234"), {"a": bytearray(b"x"), "b": None}
+    async with Producer(address, linger_ms=1_000) as producer:
+        await producer.send("t", data, key=memoryview(data)[1:3], headers=headers)
+        values = [memoryview(data)[::2], bytearray(b"v"), None]
+        await producer.send_many("t", values, keys=[bytearray(b"k"), b"l", None], headers=[headers, [], {}])
+        data[:] = b"----"
+        headers["a"][:] = b"y"
+        headers["c"] = b"z"
+        values.clear()
+    (batch,) = platform.log("t", 0).batches
+    records = decode_batch(batch.data)
+    assert records.values.to_list() == [b"1234", b"13", b"v", None]
+    assert records.keys.to_list() == [b"23", b"k", b"l", None]
+    assert records.headers.to_list() == [[("a", b"x"), ("b", None)], [("a", b"x"), ("b", None)], [], []]
+
+
+async def test_datetimes_are_milliseconds_of_any_time_zone(platform, address):
+    platform.add_topic("t", 1)
+    moment = datetime(2024, 2, 29, 12, 0, 0, 999_999, tzinfo=timezone(timedelta(hours=5, minutes=30)))
+    expected = 1_709_188_200_999
+    async with Producer(address) as producer:
+        future = await producer.send("t", b"v", timestamp_ms=moment)
+        await producer.send_many("t", [b"v"], timestamps_ms=moment)
+        await producer.send_many("t", [b"v"] * 3, timestamps_ms=[moment, 7, datetime(1969, 12, 31, tzinfo=UTC)])
+        await producer.send_many("t", [b"v"] * 2, timestamps_ms=np.array([1, 2]))
+        assert (await future).timestamp_ms == expected
+    (batch,) = platform.log("t", 0).batches
+    assert decode_batch(batch.data).timestamps_ms.tolist() == [expected, expected, expected, 7, -86_400_000, 1, 2]
+
+
+NAIVE = datetime(2024, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "named"),
+    [
+        ({"value": "text"}, TypeError, r"value must be bytes, bytearray, memoryview or None, not 'text' \(str\)"),
+        ({"key": 5}, TypeError, r"key must be bytes.* not 5 \(int\)"),
+        ({"headers": {"a": "1"}}, TypeError, r"headers\['a'\] must be bytes.* not '1' \(str\)"),
+        ({"headers": {5: b"1"}}, TypeError, r"headers must have names of text, not 5 \(int\)"),
+        ({"headers": "ab"}, TypeError, r"headers must be a dict or a list of \(name, value\) pairs, not 'ab' \(str\)"),
+        ({"headers": [("a",)]}, TypeError, r"headers must hold \(name, value\) pairs, not \('a',\)"),
+        ({"headers": 5}, TypeError, r"headers must be a dict or .* not 5 \(int\)"),
+        ({"headers": [("a", b"")] * 257}, errors.InvalidArgument, r"headers holds 257 headers, a record may have 256"),
+        ({"headers": {"\ud800": b""}}, errors.InvalidArgument, r"headers has the name '\\ud800', which is no text"),
+        ({"timestamp_ms": 1.5}, TypeError, r"timestamp_ms must be milliseconds since 1970 or a datetime, not 1\.5"),
+        (
+            {"timestamp_ms": -(1 << 63) - 1},
+            errors.InvalidArgument,
+            r"timestamp_ms is -9223372036854775809, must be -92",
+        ),
+        ({"timestamp_ms": NAIVE}, errors.InvalidArgument, r"timestamp_ms is datetime.*without a time zone"),
+        ({"partition": "0"}, errors.InvalidArgument, r"partition is '0', must be 0 to 4294967295"),
+        ({"partition": 1}, errors.UnknownPartition, r"topic 't' has partitions 0 to 0, not 1"),
+        ({"value": bytearray(17 << 20)}, errors.BatchTooLarge, r"value has 17825792 bytes, a record may have 16711680"),
+    ],
+)
+async def test_a_bad_record_is_named_with_field_limit_and_value(platform, address, arguments, kind, named):
+    platform.add_topic("t", 1)
+    async with Producer(address) as producer:
+        with pytest.raises(kind, match=named):
+            await producer.send("t", **arguments)
+    assert values_in(platform) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind", "named"),
+    [
+        ({"values": "abc"}, TypeError, r"values must be a list, one entry per record, not 'abc' \(str\)"),
+        ({"values": b"abc"}, TypeError, r"values must be a list.* not b'abc' \(bytes\)"),
+        ({"values": iter([b"v"])}, TypeError, r"values must be a list.*\(list_iterator\)"),
+        ({"values": 5}, TypeError, r"values must be a list.* not 5 \(int\)"),
+        ({"values": [b"v", "w"]}, TypeError, r"values\[1\] must be bytes.* not 'w' \(str\)"),
+        ({"keys": [b"k"]}, errors.InvalidArgument, r"keys has 1 entries for 2 values"),
+        ({"keys": [b"k", 5]}, TypeError, r"keys\[1\] must be bytes.* not 5 \(int\)"),
+        ({"headers": [("a", b"1"), ("b", b"2")]}, TypeError, r"headers\[0\] must hold \(name, value\) pairs, not 'a'"),
+        ({"timestamps_ms": [1]}, errors.InvalidArgument, r"timestamps_ms has 1 entries for 2 values"),
+        ({"timestamps_ms": [1, None]}, TypeError, r"timestamps_ms\[1\] must be milliseconds since 1970 or a datetime"),
+        ({"timestamps_ms": [1, NAIVE]}, errors.InvalidArgument, r"timestamps_ms\[1\] is datetime.*without a time zone"),
+        (
+            {"timestamps_ms": [1, 1 << 63]},
+            errors.InvalidArgument,
+            r"timestamps_ms\[1\] is 9223372036854775808, must be",
+        ),
+        ({"timestamps_ms": np.array([1.0, 2.0])}, TypeError, r"timestamps_ms\[0\] must be milliseconds"),
+        ({"partition": 1.0}, errors.InvalidArgument, r"partition is 1\.0, must be 0 to 4294967295"),
+    ],
+)
+async def test_a_bad_list_of_records_is_named_with_field_and_position(platform, address, columns, kind, named):
+    platform.add_topic("t", 1)
+    async with Producer(address) as producer:
+        with pytest.raises(kind, match=named):
+            await producer.send_many("t", **({"values": [b"v", b"w"]} | columns))
+    assert values_in(platform) == []
 
 
 async def test_acks_below_the_topics_minimum(platform, address):

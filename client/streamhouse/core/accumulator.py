@@ -19,24 +19,6 @@ RECORD_OVERHEAD_BYTES = 32
 RECORD_BYTES_MAX = DEFAULT_LIMITS.batch_bytes_max - 64 * 1024
 
 
-def record_size(value: bytes | None, key: bytes | None, headers: Sequence[Header] | None) -> int:
-    """Bytes a record counts for against batch and buffer limits."""
-    size = RECORD_OVERHEAD_BYTES
-    if value is not None:
-        size += len(value)
-    if key is not None:
-        size += len(key)
-    if headers:
-        for name, header_value in headers:
-            size += len(name.encode()) + len(header_value or b"") + RECORD_OVERHEAD_BYTES
-    return size
-
-
-def _own(headers: Sequence[Header] | None) -> Sequence[Header]:
-    """One record's, in a list that the application cannot change any more: they are encoded later."""
-    return tuple(headers) if headers else ()
-
-
 @dataclass(slots=True, eq=False)
 class Gathering(Generic[T]):
     """A batch in the making. `delivery` is the owner's handle of its outcome."""
@@ -47,13 +29,13 @@ class Gathering(Generic[T]):
     timestamps_ms: list[int] = field(default_factory=list)
     # None while no record has one.
     keys: list[bytes | None] | None = None
-    headers: list[Sequence[Header]] | None = None
+    headers: list[tuple[Header, ...]] | None = None
     size_bytes: int = 0
 
     def add(
-        self, value: bytes | None, key: bytes | None, headers: Sequence[Header] | None, timestamp_ms: int, size: int
+        self, value: bytes | None, key: bytes | None, headers: tuple[Header, ...], timestamp_ms: int, size: int
     ) -> int:
-        """Appends one record; its position in the batch."""
+        """Appends one record. Returns its position in the batch."""
         index = len(self.values)
         self.values.append(value)
         self.timestamps_ms.append(timestamp_ms)
@@ -63,10 +45,10 @@ class Gathering(Generic[T]):
             self.keys = [None] * index
             self.keys.append(key)
         if self.headers is not None:
-            self.headers.append(_own(headers))
+            self.headers.append(headers)
         elif headers:
             self.headers = [()] * index
-            self.headers.append(_own(headers))
+            self.headers.append(headers)
         self.size_bytes += size
         return index
 
@@ -74,11 +56,11 @@ class Gathering(Generic[T]):
         self,
         values: Sequence[bytes | None],
         keys: Sequence[bytes | None] | None,
-        headers: Sequence[Sequence[Header]] | None,
+        headers: Sequence[tuple[Header, ...]] | None,
         timestamps_ms: Sequence[int],
         size: int,
     ) -> int:
-        """Appends many records; the position of the first."""
+        """Appends many records. Returns the position of the first."""
         index = len(self.values)
         if keys is not None:
             if self.keys is None:
@@ -89,7 +71,7 @@ class Gathering(Generic[T]):
         if headers is not None:
             if self.headers is None:
                 self.headers = [()] * index
-            self.headers.extend(map(_own, headers))
+            self.headers.extend(headers)
         elif self.headers is not None:
             self.headers.extend(repeat((), len(values)))
         self.values.extend(values)

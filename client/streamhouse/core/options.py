@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from operator import index
-from typing import Literal, SupportsIndex, TypedDict
+from typing import Literal, SupportsIndex, TypedDict, cast
 
 from shproto.errors import InvalidArgument
 from shproto.v1 import types_pb2
+
+from streamhouse.core.times import ms_of
 
 Acks = Literal["none", "wal", "durable"]
 Compression = Literal["lz4", "none"]
@@ -105,7 +107,9 @@ class ConsumerOptions:
             _one_of("start", self.start, ("earliest", "latest"))
         elif isinstance(self.start, int):
             _within("start", self.start, 0, INT64_MAX)
-        elif not isinstance(self.start, datetime):
+        elif isinstance(self.start, datetime):
+            ms_of("start", self.start)
+        else:
             raise InvalidArgument(
                 f"start is {self.start!r}, must be earliest, latest, an offset or a datetime",
                 field="start",
@@ -202,6 +206,42 @@ def check_topic(
     for name, value in limits.items():
         if value is not None:
             _within(name, value, 0, INT64_MAX)
+
+
+def check_topic_name(topic: object) -> None:
+    """Raises InvalidArgument for what no topic can be named; which names are legal is the coordinator's to say."""
+    _text("topic", topic, 1)
+
+
+def check_group_name(group: object) -> None:
+    """Raises InvalidArgument for what no group can be named."""
+    _text("group", group, 1)
+
+
+def partition_number(partition: object) -> int:
+    """Returns the partition's number, from whatever counts as an integer. Raises InvalidArgument."""
+    number = index(partition) if isinstance(partition, SupportsIndex) else partition
+    _within("partition", cast("int", number), 0, UINT32_MAX)
+    return cast("int", number)
+
+
+def check_timeout_s(name: str, timeout_s: object) -> None:
+    """Raises InvalidArgument unless it is None (no limit) or a number of seconds from 0 on."""
+    if timeout_s is None:
+        return
+    number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+    if not number or not timeout_s >= 0:  # type: ignore[operator]  # also refuses NaN
+        raise InvalidArgument(
+            f"{name} is {timeout_s!r:.100}, must be seconds from 0 on, or None",
+            field=name,
+            value=timeout_s,
+            limit="0..",
+        )
+
+
+def check_exit_timeout(exit_timeout_ms: int) -> None:
+    """Raises InvalidArgument naming the option, its limit and the value."""
+    _within("exit_timeout_ms", exit_timeout_ms, 0, DAY_MS)
 
 
 def check_request_timeout(request_timeout_ms: int) -> None:

@@ -1,38 +1,54 @@
-"""Records given to a producer: checked at the door, so that one bad record fails alone and not its batch."""
+"""Records given to a producer: checked at the door, so that one bad record fails alone and not its batch.
 
-from collections.abc import Iterator, Sequence
+What the application may still change (bytearrays, memoryviews, lists, dicts) is copied here: it is encoded later.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from operator import index
-from typing import cast
+from reprlib import repr as short
+from typing import Any, SupportsIndex, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from shformat import DEFAULT_LIMITS, BytesColumn, Header
 from shproto.errors import BatchTooLarge, InvalidArgument
 
-from streamhouse.core.accumulator import RECORD_BYTES_MAX, RECORD_OVERHEAD_BYTES, record_size
+from streamhouse.core.accumulator import RECORD_BYTES_MAX, RECORD_OVERHEAD_BYTES
+from streamhouse.core.times import ms_of
+
+Bytes = bytes | bytearray | memoryview
+Headers = Mapping[str, Bytes | None] | Iterable[tuple[str, Bytes | None]]
+# value, key, headers, timestamp_ms (None: now), bytes that it counts for.
+CheckedRecord = tuple[bytes | None, bytes | None, tuple[Header, ...], int | None, int]
 
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 _BYTES_OR_NULL = {bytes, type(None)}
 
 
 def check_record(
-    value: bytes | None, key: bytes | None, headers: Sequence[Header] | None, timestamp_ms: int | None
-) -> int:
-    """The record's size in bytes. Raises TypeError, InvalidArgument, BatchTooLarge."""
-    if (value.__class__ is not bytes and value is not None) or (key.__class__ is not bytes and key is not None):
-        name, wrong = ("value", value) if value.__class__ is not bytes and value is not None else ("key", key)
-        raise TypeError(f"{name} must be bytes or None, not {type(wrong).__name__}")
+    value: Bytes | None, key: Bytes | None, headers: Headers | None, timestamp_ms: int | datetime | None
+) -> CheckedRecord:
+    """Returns the record as it will be sent, with its size. Raises TypeError, InvalidArgument, BatchTooLarge."""
+    size_bytes = RECORD_OVERHEAD_BYTES
+    if value is not None:
+        if value.__class__ is not bytes:
+            value = _bytes_of("value", value)
+        size_bytes += len(value)
+    if key is not None:
+        if key.__class__ is not bytes:
+            key = _bytes_of("key", key)
+        size_bytes += len(key)
+    own: tuple[Header, ...] = ()
     if headers:
-        _check_headers(headers, "headers")
-    if timestamp_ms is not None and not _INT64_MIN <= index(timestamp_ms) <= _INT64_MAX:
-        raise InvalidArgument(
-            f"timestamp_ms is {timestamp_ms}, outside int64", field="timestamp_ms", value=timestamp_ms
-        )
-    size_bytes = record_size(value, key, headers)
+        own, headers_bytes = _headers_of("headers", headers)
+        size_bytes += headers_bytes
+    if timestamp_ms is not None:
+        timestamp_ms = _timestamp_of("timestamp_ms", timestamp_ms)
     if size_bytes > RECORD_BYTES_MAX:
         raise _too_large("the record", size_bytes)
-    return size_bytes
+    return value, key, own, timestamp_ms, size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,32 +59,38 @@ class ManyRecords:
     values: Sequence[bytes | None]
     keys: Sequence[bytes | None] | None
     timestamps_ms: NDArray[np.int64]
-    headers: Sequence[Sequence[Header]] | None
+    headers: Sequence[tuple[Header, ...]] | None
     sizes: NDArray[np.int64]
     key_sizes: NDArray[np.int64]
 
     @classmethod
     def of(
         cls,
-        values: Sequence[bytes | None],
-        keys: Sequence[bytes | None] | None,
-        timestamps_ms: int | Sequence[int],
-        headers: Sequence[Sequence[Header]] | None,
+        values: Sequence[Bytes | None],
+        keys: Sequence[Bytes | None] | None,
+        timestamps_ms: int | datetime | Sequence[int | datetime],
+        headers: Sequence[Headers] | None,
     ) -> "ManyRecords":
         """Raises TypeError, InvalidArgument, BatchTooLarge."""
-        count = len(values)
+        count = _count_of("values", values)
         for name, column in (("keys", keys), ("headers", headers)):
-            if column is not None and len(column) != count:
-                raise InvalidArgument(f"{name} has {len(column)} entries for {count} values", field=name)
-        sizes = _sizes("values", values) + RECORD_OVERHEAD_BYTES
-        key_sizes = np.zeros(count, np.int64) if keys is None else _sizes("keys", keys)
+            if column is not None and _count_of(name, column) != count:
+                raise InvalidArgument(
+                    f"{name} has {len(column)} entries for {count} values", field=name, value=len(column), limit=count
+                )
+        own_values, sizes = _column_of("values", values)
+        sizes += RECORD_OVERHEAD_BYTES
+        own_keys, key_sizes = (None, np.zeros(count, np.int64)) if keys is None else _column_of("keys", keys)
         sizes += key_sizes
+        own_headers: list[tuple[Header, ...]] | None = None
         if headers is not None:
-            sizes += _header_sizes(headers)
+            checked = [_headers_of(f"headers[{at}]", item) if item else ((), 0) for at, item in enumerate(headers)]
+            own_headers = [pairs for pairs, _ in checked]
+            sizes += np.fromiter((size_bytes for _, size_bytes in checked), np.int64, count)
         if count and int(sizes.max()) > RECORD_BYTES_MAX:
             position = int(np.argmax(sizes))
             raise _too_large(f"record {position}", int(sizes[position]))
-        return cls(values, keys, _timestamps(timestamps_ms, count), headers, sizes, key_sizes)
+        return cls(own_values, own_keys, _timestamps_of(timestamps_ms, count), own_headers, sizes, key_sizes)
 
     def key_column(self, start: int, stop: int) -> BytesColumn | None:
         """The keys of records start to stop; None when no list of keys was given."""
@@ -82,7 +104,9 @@ class ManyRecords:
 
     def pick(
         self, indices: NDArray[np.int64]
-    ) -> tuple[Sequence[bytes | None], Sequence[bytes | None] | None, Sequence[Sequence[Header]] | None, Sequence[int]]:
+    ) -> tuple[
+        Sequence[bytes | None], Sequence[bytes | None] | None, Sequence[tuple[Header, ...]] | None, Sequence[int]
+    ]:
         """values, keys, headers, timestamps_ms of some records, in the order of `indices`."""
         wanted = indices.tolist()
         return (
@@ -110,53 +134,111 @@ def cut(sizes: NDArray[np.int64], limit: int, begun: int = 0) -> Iterator[tuple[
         start, floor, begun = stop, int(totals[stop - 1]), 0
 
 
-def _sizes(name: str, column: Sequence[bytes | None]) -> NDArray[np.int64]:
-    kinds = set(map(type, column))
+def _count_of(name: str, column: Sequence[Any]) -> int:
+    if isinstance(column, str | bytes | bytearray | memoryview | Mapping) or not hasattr(column, "__getitem__"):
+        raise TypeError(f"{name} must be a list, one entry per record, not {_described(column)}")
+    return len(column)
+
+
+def _column_of(name: str, column: Sequence[Bytes | None]) -> tuple[Sequence[bytes | None], NDArray[np.int64]]:
+    """Returns values or keys as bytes, and the size of each. Raises TypeError, BatchTooLarge."""
+    own = cast("list[bytes | None]", list(column))
+    kinds = set(map(type, own))
     if not kinds <= _BYTES_OR_NULL:
-        wrong = ", ".join(sorted(kind.__name__ for kind in kinds - _BYTES_OR_NULL))
-        raise TypeError(f"{name} must hold bytes or None, not {wrong}")
+        for at, item in enumerate(own):
+            if item is not None and item.__class__ is not bytes:
+                own[at] = _bytes_of(f"{name}[{at}]", item)
     if type(None) in kinds:
-        return np.fromiter((0 if item is None else len(item) for item in column), np.int64, len(column))
-    return np.fromiter(map(len, column), np.int64, len(column))  # type: ignore[arg-type]
+        return own, np.fromiter((0 if item is None else len(item) for item in own), np.int64, len(own))
+    return own, np.fromiter(map(len, cast("Sequence[bytes]", own)), np.int64, len(own))
 
 
-def _header_sizes(headers: Sequence[Sequence[Header]]) -> NDArray[np.int64]:
-    for position, pairs in enumerate(headers):
-        if pairs:
-            _check_headers(pairs, f"headers of record {position}")
-    return np.fromiter((record_size(None, None, pairs) for pairs in headers), np.int64, len(headers)) - (
-        RECORD_OVERHEAD_BYTES
-    )
+def _bytes_of(name: str, item: object) -> bytes:
+    """Returns a copy that nobody else can change. Raises TypeError, and BatchTooLarge before anything is copied."""
+    if not isinstance(item, bytes | bytearray | memoryview):
+        hint = "; encode it first" if isinstance(item, str) else ""
+        raise TypeError(f"{name} must be bytes, bytearray, memoryview or None, not {_described(item)}{hint}")
+    size_bytes = item.nbytes if isinstance(item, memoryview) else len(item)
+    if size_bytes > RECORD_BYTES_MAX:
+        raise _too_large(name, size_bytes)
+    return bytes(item)
 
 
-def _check_headers(headers: Sequence[Header], what: str) -> None:
-    limit = DEFAULT_LIMITS.headers_per_record_max
-    if len(headers) > limit:
-        raise InvalidArgument(
-            f"{what}: {len(headers)}, at most {limit}", field="headers", value=len(headers), limit=limit
-        )
-    for name, value in headers:
-        if not isinstance(name, str) or type(value) not in _BYTES_OR_NULL:
-            raise TypeError(f"{what} must be (str, bytes or None) pairs, not ({name!r}, {value!r})")
+def _headers_of(name: str, headers: Headers) -> tuple[tuple[Header, ...], int]:
+    """Returns the headers as pairs, and the bytes they count for. Raises TypeError, InvalidArgument, BatchTooLarge."""
+    if isinstance(headers, Mapping):
+        headers = headers.items()
+    elif isinstance(headers, str | bytes | bytearray | memoryview) or not isinstance(headers, Iterable):
+        raise TypeError(f"{name} must be a dict or a list of (name, value) pairs, not {_described(headers)}")
+    limit, size_bytes = DEFAULT_LIMITS.headers_per_record_max, 0
+    own: list[Header] = []
+    for pair in headers:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"{name} must hold (name, value) pairs, not {_described(pair)}")
+        if len(own) == limit:
+            more = f"{len(headers)}" if isinstance(headers, Sequence | Mapping) else f"more than {limit}"
+            raise InvalidArgument(
+                f"{name} holds {more} headers, a record may have {limit}", field="headers", value=more, limit=limit
+            )
+        header, value = pair
+        if not isinstance(header, str):
+            raise TypeError(f"{name} must have names of text, not {_described(header)}")
+        if value is not None and value.__class__ is not bytes:
+            value = _bytes_of(f"{name}[{short(header)}]", value)
         try:
-            name.encode()
+            size_bytes += len(header.encode()) + len(value or b"") + RECORD_OVERHEAD_BYTES
         except UnicodeEncodeError as error:
-            raise InvalidArgument(f"{what}: name {name!r} is not text: {error.reason}", field="headers") from error
+            raise InvalidArgument(
+                f"{name} has the name {short(header)}, which is no text: {error.reason}", field="headers", value=header
+            ) from error
+        own.append((header, value))
+    return tuple(own), size_bytes
 
 
-def _timestamps(timestamps_ms: int | Sequence[int], count: int) -> NDArray[np.int64]:
+def _timestamp_of(name: str, timestamp_ms: int | datetime) -> int:
+    if isinstance(timestamp_ms, datetime):
+        return ms_of(name, timestamp_ms)
     try:
-        if isinstance(timestamps_ms, int):
-            return np.full(count, timestamps_ms, np.int64)
-        column = np.asarray(timestamps_ms if len(timestamps_ms) else np.zeros(0, np.int64))
-    except OverflowError as error:
-        raise InvalidArgument(f"timestamps_ms: {error}", field="timestamps_ms") from error
-    if column.dtype.kind != "i" or column.shape != (count,):
+        number = index(timestamp_ms)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be milliseconds since 1970 or a datetime, not {_described(timestamp_ms)}"
+        ) from None
+    if not _INT64_MIN <= number <= _INT64_MAX:
         raise InvalidArgument(
-            f"timestamps_ms must be {count} int64 numbers, not {column.dtype} of shape {column.shape}",
-            field="timestamps_ms",
+            f"{name} is {number}, must be {_INT64_MIN} to {_INT64_MAX}",
+            field="timestamp_ms",
+            value=number,
+            limit=f"{_INT64_MIN}..{_INT64_MAX}",
         )
-    return column.astype(np.int64, copy=False)
+    return number
+
+
+def _timestamps_of(timestamps_ms: int | datetime | Sequence[int | datetime], count: int) -> NDArray[np.int64]:
+    single = isinstance(timestamps_ms, datetime | SupportsIndex) and not isinstance(timestamps_ms, np.ndarray)
+    if single:
+        return np.full(count, _timestamp_of("timestamps_ms", cast("int | datetime", timestamps_ms)), np.int64)
+    column = cast("Sequence[int | datetime]", timestamps_ms)
+    if _count_of("timestamps_ms", column) != count:
+        raise InvalidArgument(
+            f"timestamps_ms has {len(column)} entries for {count} values",
+            field="timestamps_ms",
+            value=len(column),
+            limit=count,
+        )
+    if isinstance(column, np.ndarray) or set(map(type, column)) <= {int}:
+        try:
+            numbers = np.array(column)
+        except OverflowError:
+            numbers = np.zeros(0)
+        if numbers.dtype.kind == "i" and numbers.shape == (count,):
+            return numbers.astype(np.int64, copy=False)
+    each = (_timestamp_of(f"timestamps_ms[{at}]", item) for at, item in enumerate(column))
+    return np.fromiter(each, np.int64, count)
+
+
+def _described(item: object) -> str:
+    return f"{short(item)} ({type(item).__name__})"
 
 
 def _too_large(what: str, size_bytes: int) -> BatchTooLarge:
