@@ -310,8 +310,8 @@ class Admin:
 def lookup_of(
     topic: str, partition: int, topic_id: bytes, at: Literal["earliest", "latest"] | int | datetime
 ) -> query_pb2.OffsetLookup:
-    """Returns the lookup of an end, or of a time in milliseconds or as a datetime. Raises InvalidArgument for one without
-    a time zone."""
+    """Returns the lookup of an end, or of a time in milliseconds or as a datetime. Raises InvalidArgument for one that
+    has no time zone."""
     lookup = query_pb2.OffsetLookup(topic=topic, partition=partition, topic_id=topic_id)
     if at == "earliest":
         lookup.spec = query_pb2.OFFSET_SPEC_EARLIEST

@@ -1,11 +1,19 @@
-"""One event loop on one background thread, for the synchronous client. Started on first use, ended with the process."""
+"""One event loop on one background thread, for the synchronous client: started on first use, ended with the process.
+
+Owns: the loop and its thread, what is to be done before the process ends. Does not own: the coroutines.
+Invariants: the loop's thread never waits for a lock that another thread can hold. KeyboardInterrupt may come between
+any two steps of a thread of the application, also inside `Condition.__enter__`, and then leaves the lock taken for
+ever; so threads meet in deques and in `_Call`, whose lock the loop's thread only ever releases.
+"""
 
 import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+from shproto import forks
 
 T = TypeVar("T")
 
@@ -13,70 +21,134 @@ T = TypeVar("T")
 JOIN_TIMEOUT_S = 5.0
 
 
+class _Call(Generic[T]):
+    """A coroutine that one thread waits for while the loop's thread runs it."""
+
+    __slots__ = ("_cancelled", "_done", "_task", "_work")
+
+    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
+        self._work = work
+        self._task: asyncio.Task[T] | None = None
+        self._cancelled = False
+        # Taken until the task has ended. It is this call's own: if it stays taken, nobody else waits for it.
+        self._done = threading.Lock()
+        self._done.acquire()
+
+    def start(self) -> None:
+        """In the loop's thread: runs the coroutine, unless `cancel` came first."""
+        if not self._cancelled:
+            self._task = asyncio.get_running_loop().create_task(self._work)
+            self._task.add_done_callback(self._ended)
+
+    def cancel(self) -> None:
+        """In the loop's thread: ends the coroutine, also one that was never started."""
+        self._cancelled = True
+        if self._task is not None:
+            self._task.cancel()
+        else:
+            self._work.close()
+
+    def _ended(self, task: asyncio.Task[T]) -> None:
+        if not task.cancelled():
+            task.exception()  # asked for here: the waiting thread may have been interrupted, and asyncio would log it
+        self._done.release()
+
+    def wait(self, timeout_s: float | None) -> T:
+        """In the waiting thread: returns the result. Raises what the coroutine raised, TimeoutError after timeout_s."""
+        limit_s = -1 if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)
+        if not self._done.acquire(timeout=limit_s):
+            raise TimeoutError(f"no result after timeout_s = {timeout_s}")
+        assert self._task is not None, "it ended, so it was started"
+        if self._task.cancelled():
+            raise RuntimeError("the client was stopped while this call waited")
+        return self._task.result()
+
+
 class Background:
     """`run` hands a coroutine to the loop and waits; from any thread but the loop's own."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # never taken by the loop's thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._pid = 0
+        self._ended = False
+        self._before_end: list[Callable[[], None]] = []
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """Raises RuntimeError in a child that was forked after the first use."""
-        with self._lock:
-            if self._loop is None:
-                return self._start()
-            if self._pid != os.getpid():
-                # gRPC's own thread has not come along either: the first call would wait for ever, past its deadline.
-                raise RuntimeError(
-                    "this process was forked from one that had used the client, and gRPC does not work in it: use the "
-                    "client only after forking, or start processes with the method `spawn`"
-                )
-            return self._loop
+        """The running loop, started on first use. Raises RuntimeError in a child that was forked after that, and once
+        the process ends."""
+        loop = self._loop
+        if loop is None:
+            forks.check()
+            with self._lock:
+                return self._loop or self._start()
+        if self._pid != os.getpid():
+            raise RuntimeError(forks.MESSAGE)  # the thread has not come along
+        return loop
 
     def _start(self) -> asyncio.AbstractEventLoop:
+        if self._ended:
+            raise RuntimeError("the process ends: the client has been stopped")
         loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, args=(loop,), name="streamhouse", daemon=True)
-        self._thread.start()
-        self._loop, self._pid = loop, os.getpid()
-        atexit.register(self.stop)
+        thread = threading.Thread(target=self._run, args=(loop,), name="streamhouse", daemon=True)
+        thread.start()
+        if self._thread is None:
+            atexit.register(self.stop)
+        self._thread, self._pid = thread, os.getpid()
+        self._loop = loop  # last: the others are there for whoever sees it
         return loop
 
     @staticmethod
     def _run(loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
-        loop.run_forever()
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+        with asyncio.Runner(loop_factory=lambda: loop):  # cancels, at the end, what is left, and waits for it
+            loop.run_forever()
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """The coroutine's result. Raises what it raises, TimeoutError after timeout_s, RuntimeError in a forked child;
-        a wait that is interrupted cancels it."""
+        """Returns the coroutine's result. Raises what it raises, TimeoutError after timeout_s, RuntimeError in a forked
+        child; a wait that is interrupted cancels it."""
         try:
             loop = self.loop
-        except RuntimeError:
+            self.refuse_own_thread()
+        except BaseException:
             work.close()
             raise
-        if threading.current_thread() is self._thread:
-            work.close()
-            raise RuntimeError("the synchronous client would wait for itself here: use the async one in callbacks")
-        future = asyncio.run_coroutine_threadsafe(work, loop)
+        call: _Call[T] | None = None
         try:
-            return future.result(timeout_s)
+            call = _Call(work)
+            loop.call_soon_threadsafe(call.start)
+            return call.wait(timeout_s)
         except BaseException:
-            future.cancel()
+            if call is None or loop.is_closed():
+                work.close()
+            else:
+                loop.call_soon_threadsafe(call.cancel)
             raise
 
+    def refuse_own_thread(self) -> None:
+        """Raises RuntimeError in the loop's thread, which would wait for itself."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("the synchronous client would wait for itself here: use the async one in callbacks")
+
+    def before_end(self, work: Callable[[], None]) -> None:
+        """Has `work` called when the process ends, while the loop still runs."""
+        self._before_end.append(work)
+
     def stop(self) -> None:
-        """Ends the thread; later use starts another one."""
-        with self._lock:
-            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-            if loop is None or thread is None or self._pid != os.getpid():
-                return
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(JOIN_TIMEOUT_S)
+        """Does what was asked for with `before_end`, then ends the thread, for good."""
+        if self._loop is None or self._pid != os.getpid():
+            return
+        try:
+            for work in self._before_end:
+                work()
+        finally:
+            self._ended = True
+            loop, thread, self._loop = self._loop, self._thread, None
+            loop.call_soon_threadsafe(loop.stop)
+            if thread is not None:
+                thread.join(JOIN_TIMEOUT_S)
 
 
 BACKGROUND = Background()

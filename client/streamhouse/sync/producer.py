@@ -1,50 +1,82 @@
-"""The producer for plain code: records wait for the event loop's thread and are handed to it together."""
+"""The producer for plain code: records wait for the event loop's thread, which takes them over one after the other.
+
+Owns: records on their way to the loop's thread, the threads that wait for them to get fewer, producers that are to be
+flushed before the process ends. Does not own: what becomes of a record that the loop's thread has taken.
+Invariants: threads share no lock (`streamhouse.background` says why). A record that `send` has taken gets an outcome,
+also when the producer is closed meanwhile.
+"""
 
 import asyncio
+import contextlib
+import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import datetime
+from itertools import repeat
 from types import TracebackType
-from typing import NamedTuple, Self, Unpack
+from typing import Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
-from shformat import Header
+from shproto import forks
+from shproto.errors import InvalidArgument, Overloaded
 from shproto.rpc import Interceptors
 
-from streamhouse import delivery, producer
+from streamhouse import producer
 from streamhouse.background import BACKGROUND
-from streamhouse.core.options import ProducerKwargs
-from streamhouse.core.outgoing import check_record
-from streamhouse.delivery import SentRecords
+from streamhouse.core.options import ProducerKwargs, check_exit_timeout, check_timeout_s, partition_number
+from streamhouse.core.outgoing import Bytes, CheckedRecord, Headers, check_record
+from streamhouse.delivery import Delivery, PlacedRecords, SentRecords
+from streamhouse.producer import not_acknowledged
 from streamhouse.records import RecordMetadata
 
-# Records wait here for the loop's thread to come round; beyond this the sending thread waits for it. While the buffer
-# is full this is held twice on top of it: what waits for room, and what waits behind that.
-STAGED_RECORDS_MAX = 10_000
-STAGED_BYTES_MAX = 4 * 1024 * 1024
+log = logging.getLogger(__name__)
+
+# Staged records are counted in slots, one for each SLOT_BYTES begun, so that 4 MiB of them, or 8,192, wait for the
+# loop's thread to come round; beyond that the sending thread waits. Four milliseconds of records at 2 million a second.
+SLOT_BYTES = 512
+STAGED_SLOTS_MAX = 8_192
+# The loop's thread takes over this many, a few milliseconds of work, then gives streams and heartbeats their turn.
+TURN_RECORDS = 1_000
+# 5 s for the last records of a script: a leader that answers takes milliseconds, one that does not must not keep a
+# process from ending.
+EXIT_TIMEOUT_MS = 5_000
 
 
 class SendFuture:
     """Outcome of one `send`."""
 
-    __slots__ = ("_error", "_inner", "_producer")
+    __slots__ = ("_delivery", "_error", "_index", "_producer", "_seen", "_timestamp_ms")
 
     def __init__(self, owner: "Producer") -> None:
         self._producer = owner
-        self._inner: delivery.SendFuture | None = None
-        self._error: Exception | None = None
+        self._delivery: Delivery | None = None  # once the loop's thread has taken the record
+        self._index = 0
+        self._timestamp_ms = 0
+        self._error: Exception | None = None  # it would not take it
+        self._seen = False
 
     def done(self) -> bool:
-        return self._error is not None or (self._inner is not None and self._inner.done())
+        """Returns True once the record is acknowledged or has failed."""
+        return self._error is not None or (self._delivery is not None and self._delivery.done)
 
     def result(self, timeout_s: float | None = None) -> RecordMetadata:
-        """Where the record is, once acknowledged. Raises what delivery failed with, TimeoutError after timeout_s."""
-        if self._inner is not None and self._inner.done():
-            return self._inner.result()
-        return BACKGROUND.run(self._outcome(), timeout_s)
+        """Returns the place of the record, once acknowledged. Raises what delivery failed with, TimeoutError after
+        timeout_s."""
+        if not self.done():
+            check_timeout_s("timeout_s", timeout_s)
+            BACKGROUND.run(self._finished(), timeout_s)
+        if self._error is not None:
+            self._seen = True
+            raise self._error
+        assert self._delivery is not None, "done, and neither sent nor refused"
+        self._delivery.seen = True
+        return self._delivery.metadata(self._index, self._timestamp_ms)
 
     def exception(self, timeout_s: float | None = None) -> Exception | None:
-        """What delivery failed with; None once it is acknowledged. Raises TimeoutError after timeout_s."""
+        """Returns what delivery failed with; None once it is acknowledged. Raises TimeoutError after timeout_s."""
         try:
             self.result(timeout_s)
         except TimeoutError:
@@ -53,68 +85,83 @@ class SendFuture:
             return error
         return None
 
-    async def _outcome(self) -> RecordMetadata:
-        await self._producer._drain()
-        if self._error is not None:
-            raise self._error
-        assert self._inner is not None, "drained, and neither sent nor refused"
-        return await self._inner
+    async def _finished(self) -> None:
+        if self._delivery is None and self._error is None:
+            await self._producer._handed_over()
+        if self._delivery is not None:
+            await self._delivery.finished()
 
 
 class SendResult:
     """Outcome of one `send_many`."""
 
-    def __init__(self, inner: delivery.SendResult) -> None:
-        self._inner = inner
+    __slots__ = ("_records",)
+
+    def __init__(self, records: PlacedRecords) -> None:
+        self._records = records
 
     def __len__(self) -> int:
-        return len(self._inner)
+        return self._records.count
+
+    def __bool__(self) -> bool:
+        return True  # also one of no records
 
     def done(self) -> bool:
-        return self._inner.done()
+        """Returns True once every record is acknowledged or has failed."""
+        return self._records.pending() is None
 
     def result(self, timeout_s: float | None = None) -> SentRecords:
-        """Partitions and offsets. Raises what the first failed batch failed with, TimeoutError after timeout_s."""
-        return BACKGROUND.run(self._outcome(), timeout_s)
+        """Returns partitions and offsets. Raises what the first failed batch failed with, TimeoutError after
+        timeout_s."""
+        if not self.done():
+            check_timeout_s("timeout_s", timeout_s)
+            BACKGROUND.run(self._finished(), timeout_s)
+        self._records.errors()
+        return self._records.result()
 
     def errors(self) -> list[tuple[Exception, NDArray[np.int64]]]:
-        """What failed so far: the error and the positions of the records it concerns."""
-        return self._inner.errors()
+        """Returns what failed so far: the error and the positions of the records it concerns."""
+        return self._records.errors()
 
-    async def _outcome(self) -> SentRecords:
-        return await self._inner
+    async def _finished(self) -> None:
+        while (pending := self._records.pending()) is not None:
+            await pending.finished()
 
 
-class _Staged(NamedTuple):
-    """Arguments of a `send` on their way to the loop's thread."""
-
-    future: SendFuture
-    topic: str
-    value: bytes | None
-    key: bytes | None
-    headers: Sequence[Header] | None
-    partition: int | None
-    timestamp_ms: int | None
-    size_bytes: int
+_Staged = tuple[SendFuture, str, CheckedRecord, int | None]
+# What is in the queue to the loop's thread: a record; None for each slot more that it takes, behind it; a future that
+# is to be told once everything before it has been taken over.
+_Item = _Staged | asyncio.Future[None] | None
 
 
 class Producer:
-    """Writes records; see `streamhouse.Producer` for the options. Leaving the context flushes."""
+    """Writes records; see `streamhouse.Producer` for the options. Leaving the context flushes.
+
+    exit_timeout_ms: how long the end of the process waits for a producer that was not closed; what is not acknowledged
+    by then is counted in a warning. Several threads may share a producer.
+    """
 
     def __init__(
         self,
         bootstrap: str | Sequence[str],
         *,
+        exit_timeout_ms: int = EXIT_TIMEOUT_MS,
         telemetry: Interceptors | None = None,
         **options: Unpack[ProducerKwargs],
     ) -> None:
+        check_exit_timeout(exit_timeout_ms)
         self._inner = producer.Producer(bootstrap, telemetry=telemetry, **options)
-        self._staged: list[_Staged] = []
-        self._staged_bytes = 0
-        self._fewer = threading.Condition()
-        self._scheduled = False
-        self._drain_lock = asyncio.Lock()
-        self._refused: Exception | None = None
+        self._exit_timeout_ms = exit_timeout_ms
+        self._wait_ms = self._inner._options.delivery_timeout_ms
+        # Appended to by any thread, taken from by the loop's alone; single steps of a deque need no lock.
+        self._staged: deque[_Item] = deque()
+        self._waiting: deque[threading.Lock] = deque()
+        self._woken = False  # the loop's thread will come round
+        self._taking: asyncio.Task[None] | None = None
+        # Since the last flush, what the loop's thread would not take: how many, and those for the flush to raise.
+        self._refused: list[SendFuture] = []
+        self._refused_count = 0
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -122,117 +169,266 @@ class Producer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and forks.lost:
+            return  # a child that leaves the block that its parent forked in: the parent's to close
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        BACKGROUND.run(self._close(flush=not interrupted, raise_failures=kind is None))
+        self._close(None, flush=not interrupted, raise_failures=kind is None)
+
+    # ---- sending
 
     def send(
         self,
         topic: str,
-        value: bytes | None = None,
-        key: bytes | None = None,
-        headers: Sequence[Header] | None = None,
+        value: Bytes | None = None,
+        key: Bytes | None = None,
+        headers: Headers | None = None,
         partition: int | None = None,
-        timestamp_ms: int | None = None,
+        timestamp_ms: int | datetime | None = None,
     ) -> SendFuture:
         """Takes one record; waits while the buffer is full. `result()` of the future waits for the acknowledgement.
 
-        Raises UnknownTopic, UnknownPartition, AcksTooWeak, BatchTooLarge, InvalidArgument, TypeError, Unavailable.
+        Raises UnknownTopic, UnknownPartition, AcksTooWeak, BatchTooLarge, InvalidArgument (also once closed),
+        TypeError, Overloaded (no room within delivery_timeout_ms), Unavailable.
         """
-        size_bytes = check_record(value, key, headers, timestamp_ms)
+        self._must_be_open()
+        record = check_record(value, key, headers, timestamp_ms)
+        if partition is not None and partition.__class__ is not int:
+            partition = partition_number(partition)
         if not self._inner.knows(topic, partition):
+            _UNCLOSED.add(self)
             BACKGROUND.run(self._inner.open_topic(topic, partition))
-        headers = tuple(headers) if headers else None  # the application's list may change before it is handed over
-        future, loop = SendFuture(self), BACKGROUND.loop
-        with self._fewer:
-            while not self._may_stage(size_bytes):
-                self._fewer.wait()
-            self._staged.append(_Staged(future, topic, value, key, headers, partition, timestamp_ms, size_bytes))
-            self._staged_bytes += size_bytes
-            if not self._scheduled:
-                self._scheduled = True
-                asyncio.run_coroutine_threadsafe(self._drain(), loop)
+        future = SendFuture(self)
+        self._stage((future, topic, record, partition), record[4])
         return future
-
-    def _may_stage(self, size_bytes: int) -> bool:
-        """One record may always wait alone, however large."""
-        few = len(self._staged) < STAGED_RECORDS_MAX and self._staged_bytes + size_bytes <= STAGED_BYTES_MAX
-        return few or not self._staged
-
-    async def _drain(self) -> None:
-        """Hands everything staged to the producer, in order."""
-        async with self._drain_lock:
-            while True:
-                with self._fewer:
-                    staged, self._staged, self._staged_bytes = self._staged, [], 0
-                    if not staged:
-                        self._scheduled = False
-                        return
-                    self._fewer.notify_all()
-                await self._hand_over(staged)
-
-    async def _hand_over(self, staged: list[_Staged]) -> None:
-        """Cancelled (whoever waits for a record has no more time, and drains for all) it puts back what is left: the
-        drain that was scheduled with it is still to come."""
-        done = 0
-        try:
-            for future, topic, value, key, headers, partition, timestamp_ms, _ in staged:
-                try:
-                    future._inner = await self._inner.send(topic, value, key, headers, partition, timestamp_ms)
-                except Exception as error:  # noqa: BLE001 - kept for the future, and for flush
-                    future._error = error
-                    self._refused = self._refused or error
-                done += 1
-        finally:
-            if done < len(staged):
-                with self._fewer:
-                    self._staged[:0] = staged[done:]
-                    self._staged_bytes = sum(record.size_bytes for record in self._staged)
 
     def send_many(
         self,
         topic: str,
-        values: Sequence[bytes | None],
-        keys: Sequence[bytes | None] | None = None,
-        timestamps_ms: int | Sequence[int] | None = None,
-        headers: Sequence[Sequence[Header]] | None = None,
+        values: Sequence[Bytes | None],
+        keys: Sequence[Bytes | None] | None = None,
+        timestamps_ms: int | datetime | Sequence[int | datetime] | None = None,
+        headers: Sequence[Headers] | None = None,
         partition: int | None = None,
     ) -> SendResult:
         """Takes many records, in the order given; waits while the buffer is full. Raises what `send` raises."""
-        return BACKGROUND.run(self._send_many(topic, values, keys, timestamps_ms, headers, partition))
+        self._must_be_open()
+        _UNCLOSED.add(self)
+        return SendResult(BACKGROUND.run(self._take_many(topic, values, keys, timestamps_ms, headers, partition)))
 
-    async def _send_many(
+    async def _take_many(
         self,
         topic: str,
-        values: Sequence[bytes | None],
-        keys: Sequence[bytes | None] | None,
-        timestamps_ms: int | Sequence[int] | None,
-        headers: Sequence[Sequence[Header]] | None,
+        values: Sequence[Bytes | None],
+        keys: Sequence[Bytes | None] | None,
+        timestamps_ms: int | datetime | Sequence[int | datetime] | None,
+        headers: Sequence[Headers] | None,
         partition: int | None,
-    ) -> SendResult:
-        await self._drain()
-        return SendResult(await self._inner.send_many(topic, values, keys, timestamps_ms, headers, partition))
+    ) -> PlacedRecords:
+        await self._handed_over()
+        return await self._inner.take_many(topic, values, keys, timestamps_ms, headers, partition)
 
-    def flush(self) -> None:
-        """Waits until everything taken so far is acknowledged or has failed; raises the first failure nobody saw."""
-        BACKGROUND.run(self._flush())
+    def _must_be_open(self) -> None:
+        if forks.lost:
+            forks.check()
+        if self._closed:
+            raise InvalidArgument("the producer is closed", field="producer", value="closed")
 
-    async def _flush(self) -> None:
-        await self._drain()
-        await self._inner.flush()
-        refused, self._refused = self._refused, None
-        if refused is not None:
-            raise refused
+    # ---- on the way to the loop's thread
 
-    def close(self) -> None:
-        """Flushes, then closes the connections."""
-        BACKGROUND.run(self._close(flush=True, raise_failures=True))
+    def _stage(self, item: _Staged, size_bytes: int) -> None:
+        """Puts a record behind those staged before; one may always wait alone, however large."""
+        staged, more_slots = self._staged, size_bytes // SLOT_BYTES
+        if len(staged) + more_slots >= STAGED_SLOTS_MAX and staged:
+            self._wait_for_room(size_bytes)
+        staged.append(item)
+        if more_slots:
+            staged.extend(repeat(None, more_slots))
+        if not self._woken:
+            self._wake()
 
-    async def _close(self, *, flush: bool, raise_failures: bool) -> None:
+    def _wake(self) -> None:
+        """Has the loop's thread come round. An interrupt in here may cost a second wake-up, never the only one."""
+        loop = BACKGROUND.loop
+        try:
+            self._woken = True
+            loop.call_soon_threadsafe(self._take_over)
+        except BaseException:
+            self._woken = False
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._take_over)
+            raise
+
+    def _wait_for_room(self, size_bytes: int) -> None:
+        """Returns once the record may be staged. Raises Overloaded after delivery_timeout_ms."""
+        BACKGROUND.refuse_own_thread()
+        deadline_s = time.monotonic() + self._wait_ms / 1000
+        while self._staged and len(self._staged) + size_bytes // SLOT_BYTES >= STAGED_SLOTS_MAX:
+            # This wait's own lock: interrupted, it stays in the deque until the loop's thread releases it, in vain.
+            room = threading.Lock()
+            room.acquire()
+            self._waiting.append(room)
+            self._wake()  # after the append: the loop's thread may have looked just before it
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0 or not room.acquire(timeout=min(left_s, threading.TIMEOUT_MAX)):
+                raise Overloaded(
+                    f"no room for {size_bytes} bytes within delivery_timeout_ms = {self._wait_ms}: the buffer is full "
+                    f"and {len(self._staged)} slots of records wait for it",
+                    field="buffer_bytes_max",
+                    limit=STAGED_SLOTS_MAX,
+                    value=len(self._staged),
+                )
+
+    def _take_over(self) -> None:
+        """In the loop's thread: begins to take over what is staged, unless it is being done."""
+        if self._taking is None or self._taking.done():
+            self._taking = asyncio.get_running_loop().create_task(self._take_staged())
+
+    async def _take_staged(self) -> None:
+        """Hands everything staged to the producer, in order, until nothing is left."""
+        staged, take, taken = self._staged, self._inner.take, 0
+        while True:
+            try:
+                item = staged[0]  # it leaves the queue once it is taken over: until then it is counted, and not lost
+            except IndexError:
+                self._let_on()
+                self._woken = False
+                if not staged:  # what comes from here on wakes us again
+                    return
+                self._woken = True
+                continue
+            if isinstance(item, tuple):
+                future, topic, record, partition = item
+                try:
+                    delivery, future._index, future._timestamp_ms = await take(topic, record, partition)
+                    future._delivery = delivery  # last: with it the future may be done
+                except Exception as error:  # noqa: BLE001 - kept for the future, and for flush
+                    self._refuse(future, error)
+                taken += 1
+                if taken % TURN_RECORDS == 0:
+                    await asyncio.sleep(0)
+            elif item is not None and not item.done():
+                item.set_result(None)
+            staged.popleft()
+            if self._waiting and len(staged) <= STAGED_SLOTS_MAX // 2:
+                self._let_on()
+
+    def _refuse(self, future: SendFuture, error: Exception) -> None:
+        future._error = error
+        self._refused_count += 1
+        if len(self._refused) < producer.UNSEEN_FAILURES_MAX:
+            self._refused.append(future)
+
+    def _let_on(self) -> None:
+        """Lets the threads that wait for room look again."""
+        while self._waiting:
+            self._waiting.popleft().release()
+
+    async def _handed_over(self) -> None:
+        """Returns once everything staged so far is taken over."""
+        reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._staged.append(reached)
+        self._take_over()
+        await reached
+
+    # ---- the end
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Waits until everything taken so far is acknowledged or has failed.
+
+        Raises TimeoutError when that takes longer than timeout_s (None: no limit but delivery_timeout_ms); sending goes
+        on. Else raises the first failure that nobody saw.
+        """
+        check_timeout_s("timeout_s", timeout_s)
+        BACKGROUND.run(self._flush(timeout_s))
+
+    async def _flush(self, timeout_s: float | None) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._handed_over()
+                await self._inner.all_finished()
+        except TimeoutError:
+            text = not_acknowledged(self._unacknowledged(), f"timeout_s = {timeout_s}", self._inner.last_error)
+            raise TimeoutError(text) from None
+        refused, self._refused, self._refused_count = self._refused, [], 0
+        self._inner.raise_unseen_failure()
+        for future in refused:
+            if not future._seen and future._error is not None:
+                future._seen = True
+                raise future._error
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Flushes, then closes the connections. Raises what `flush` raises, after closing.
+
+        What is not acknowledged after timeout_s is given up: its futures fail.
+        """
+        check_timeout_s("timeout_s", timeout_s)
+        self._close(timeout_s, flush=True, raise_failures=True)
+
+    def _close(self, timeout_s: float | None, *, flush: bool, raise_failures: bool) -> None:
+        forks.check()
+        self._closed = True
+        BACKGROUND.run(self._end(timeout_s, flush=flush, raise_failures=raise_failures))
+        _UNCLOSED.discard(self)
+
+    async def _end(self, timeout_s: float | None, *, flush: bool, raise_failures: bool) -> None:
+        told = False  # what is not acknowledged: by raising or logging it
         try:
             if flush:
-                await self._flush()
-        except Exception:
+                await self._flush(timeout_s)
+        except Exception as error:
+            told = True
             if raise_failures:
                 raise
+            log.warning("closing the producer: %s", error)
         finally:
-            await self._inner.close(flush=False)
+            given_up = self._unacknowledged()
+            if given_up and not told:
+                log.warning("the producer is closed without a flush: %s", not_acknowledged(given_up))
+            await self._shut_down()
+
+    async def _shut_down(self) -> None:
+        await self._inner.shut_down()
+        await self._handed_over()  # so that what was staged fails, and does not wait for ever
+
+    async def _flush_at_exit(self) -> None:
+        with contextlib.suppress(TimeoutError):  # what is left is counted
+            async with asyncio.timeout(self._exit_timeout_ms / 1000):
+                await self._handed_over()
+                await self._inner.all_finished()
+
+    def _unacknowledged(self) -> int:
+        """Number of records that are staged, or taken and neither acknowledged nor failed."""
+        return sum(isinstance(item, tuple) for item in self._staged.copy()) + self._inner.unacknowledged
+
+    def _lost(self) -> int:
+        """Number of records that nobody would hear of if the process ended now."""
+        refused = self._refused_count - sum(future._seen for future in self._refused)
+        return self._unacknowledged() + self._inner.unseen_failures + refused
+
+
+# Producers that were used and are not closed.
+_UNCLOSED: set[Producer] = set()
+
+
+def _flush_at_exit() -> None:
+    """Waits for the records of producers that were not closed; says in one line how many are dropped."""
+    producers = list(_UNCLOSED)
+    for unclosed in producers:
+        unclosed._closed = True  # threads that go on sending are told
+
+    async def each(work: Callable[[Producer], Coroutine[None, None, None]]) -> None:
+        await asyncio.gather(*map(work, producers))
+
+    with contextlib.suppress(KeyboardInterrupt):  # no patience to wait for them
+        BACKGROUND.run(each(Producer._flush_at_exit))
+    lost = sum(unclosed._lost() for unclosed in producers)
+    errors = [unclosed._inner.last_error for unclosed in producers]
+    BACKGROUND.run(each(Producer._shut_down))
+    if lost:
+        limit_ms = max(unclosed._exit_timeout_ms for unclosed in producers)
+        error = next((error for error in errors if error is not None), None)
+        text = not_acknowledged(lost, f"exit_timeout_ms = {limit_ms}", error)
+        log.warning("the process ends, and its producer was not closed: %s. They are dropped", text)
+
+
+BACKGROUND.before_end(_flush_at_exit)
