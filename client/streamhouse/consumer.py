@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Self
 
+from shproto import forks
 from shproto.errors import Internal, InvalidArgument, StreamHouseError, UnknownPartition
 from shproto.rpc import Interceptors
 from shruntime.tasks import Tasks
@@ -120,8 +121,9 @@ class Consumer:
     async def start(self) -> None:
         """Joins the group or opens the partitions. Iterating does it as well.
 
-        Raises UnknownTopic, UnknownPartition, InvalidArgument, Unavailable.
+        Raises UnknownTopic, UnknownPartition, InvalidArgument, Unavailable, RuntimeError in a forked child.
         """
+        forks.check()
         async with self._starting:
             if self._tasks is None and not self._closed:
                 await self._retries.run(self._find_partitions)
