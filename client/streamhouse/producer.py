@@ -1,11 +1,9 @@
 """The producer: takes records, partitions them, waits for room, hands them to the sender."""
 
 import asyncio
-import atexit
 import logging
 import time
-import weakref
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Self
@@ -56,8 +54,6 @@ class Producer:
     One producer belongs to one event loop; `streamhouse.sync.Producer` may be shared by threads.
     """
 
-    _closed = True  # until it is made: there is nothing to close before
-
     def __init__(
         self,
         bootstrap: str | Sequence[str],
@@ -95,14 +91,31 @@ class Producer:
         self._made_sender: Sender | None = None
         self._failures: list[Delivery] = []  # since the last flush; those that were seen meanwhile among them
         self._closed = False
-        _UNCLOSED.add(self)
+        self._life: AsyncGenerator[None, None] | None = None  # since the first use
 
     @property
     def _sender(self) -> Sender:
-        """Made inside the event loop that it then belongs to."""
+        assert self._made_sender is not None, "no topic was opened"
+        return self._made_sender
+
+    async def _begin(self) -> None:
+        """Makes the sender inside the event loop that it then belongs to."""
         if self._made_sender is None:
             self._made_sender = Sender(self._options, self._peers, self._metadata, self._on_done)
-        return self._made_sender
+            self._life = self._live()
+            await anext(self._life)
+
+    async def _live(self) -> AsyncGenerator[None, None]:
+        """Suspended from the first use to the end. An event loop that ends closes generators that are suspended in it:
+        a producer that nobody closed then says what it takes down, and leaves no task behind."""
+        try:
+            yield
+        finally:
+            if not self._closed:
+                self._closed = True
+                if lost := self.unacknowledged + self.unseen_failures:
+                    log.warning("the event loop ends, and its producer was not closed: %s", not_acknowledged(lost))
+                await self._disconnect()
 
     async def __aenter__(self) -> Self:
         return self
@@ -135,7 +148,10 @@ class Producer:
         InvalidArgument (also once closed), TypeError, Overloaded (no room within delivery_timeout_ms), Unavailable.
         """
         record = check_record(value, key, headers, timestamp_ms)
-        target = self._topics.get(topic) or await self._open_topic(topic)
+        try:
+            target = self._topics[topic]
+        except (KeyError, TypeError):  # a list can be no key of a dict
+            target = await self._open_topic(topic)
         if partition is not None:
             target.lane(partition)  # refused before it has taken room
         if self._closed or forks.lost or not self._room.try_take(record[-1]):
@@ -146,7 +162,10 @@ class Producer:
     async def take(self, topic: str, record: CheckedRecord, partition: int | None) -> tuple[Delivery, int, int]:
         """Takes a record as `check_record` returns it. Returns its batch's outcome, its position in the batch and its
         timestamp. Raises what `send` raises."""
-        target = self._topics.get(topic) or await self._open_topic(topic)
+        try:
+            target = self._topics[topic]
+        except (KeyError, TypeError):  # a list can be no key of a dict
+            target = await self._open_topic(topic)
         if partition is not None:
             target.lane(partition)
         if self._closed or forks.lost or not self._room.try_take(record[-1]):
@@ -195,7 +214,10 @@ class Producer:
         if timestamps_ms is None:
             timestamps_ms = time.time_ns() // 1_000_000
         records = ManyRecords.of(values, keys, timestamps_ms, headers)
-        target = self._topics.get(topic) or await self._open_topic(topic)
+        try:
+            target = self._topics[topic]
+        except (KeyError, TypeError):  # a list can be no key of a dict
+            target = await self._open_topic(topic)
         if partition is not None:
             target.lane(partition)
         placed: list[Placed] = []
@@ -270,6 +292,11 @@ class Producer:
     async def shut_down(self) -> None:
         """Closes the connections without a flush: what is not acknowledged fails."""
         self._closed = True
+        await self._disconnect()
+        if self._life is not None:
+            await self._life.aclose()
+
+    async def _disconnect(self) -> None:
         if self._made_sender is not None:
             await self._made_sender.close()
         await self._metadata.close()
@@ -290,11 +317,6 @@ class Producer:
         """Why what is not acknowledged is not: the last error of a try, or of a batch that failed."""
         tried = None if self._made_sender is None else self._made_sender.last_error
         return tried or next((failure.error for failure in reversed(self._failures) if not failure.seen), None)
-
-    def __del__(self) -> None:
-        # Of an event loop that has ended, or the application still has it and this is not called.
-        if not self._closed:
-            _warn_of_loss([self])
 
     # ---- topics and partitions
 
@@ -324,6 +346,8 @@ class Producer:
                 acks=self._options.acks,
                 min_acks=weakest,
             )
+        self._must_be_open()
+        await self._begin()
         return self._topics.setdefault(topic, TopicLanes(state, self._sender.gatherer, self._options.batch_bytes))
 
     def _place(
@@ -414,23 +438,3 @@ def not_acknowledged(count: int, within: str = "", error: BaseException | None =
     text = "1 record is not acknowledged" if count == 1 else f"{count:,} records are not acknowledged"
     text += f" within {within}" if within else ""
     return text if error is None else f"{text}; the last error: {error}"
-
-
-# Used or not, until closed or collected; those of `streamhouse.sync` are flushed and closed before the process ends.
-_UNCLOSED: weakref.WeakSet[Producer] = weakref.WeakSet()
-
-
-def _warn_of_loss(producers: Sequence[Producer]) -> None:
-    """Says once how many records went down with producers that nobody closed."""
-    lost = sum(producer.unacknowledged + producer.unseen_failures for producer in producers)
-    if lost and not forks.lost:
-        log.warning("a producer was not closed and its event loop has ended: %s", not_acknowledged(lost))
-
-
-@atexit.register
-def _warn_at_exit() -> None:
-    unclosed = [producer for producer in _UNCLOSED if not producer._closed]
-    _UNCLOSED.clear()
-    _warn_of_loss(unclosed)
-    for producer in unclosed:
-        producer._closed = True  # said

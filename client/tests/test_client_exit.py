@@ -147,7 +147,7 @@ def test_a_coroutine_that_ends_without_close_says_what_is_lost(topic):
                 await producer.send("t", b"%d" % n)
         asyncio.run(main())
     """
-    said = "a producer was not closed and its event loop has ended: 600 records are not acknowledged\n"
+    said = "the event loop ends, and its producer was not closed: 600 records are not acknowledged\n"
     assert run(topic, body) == said
     assert run(topic, body.replace("producer =", "global producer; producer =")) == said
 
