@@ -228,13 +228,13 @@ def stop_orphans(data_dir: Path) -> bool:
     another program's by now, or when they are half written.
     The caller holds the lock that keeps other starts away. Raises PostgresError if a process does not end.
     """
-    found = bool(_processes_on(data_dir))
+    found = bool(processes_on(data_dir))
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
-        pids = _processes_on(data_dir)
+        pids = processes_on(data_dir)
         for pid in _to_shut_down(data_dir, pids) if number == signal.SIGINT else pids:
             _signal(pid, data_dir, number)
         _wait_until_gone(data_dir, ORPHAN_STOP_TIMEOUT_S)
-    if left := _processes_on(data_dir):
+    if left := processes_on(data_dir):
         shown = ", ".join(map(str, left))
         raise PostgresError(f"PostgreSQL of an earlier run (pid {shown}) still uses {data_dir} and cannot be stopped")
     for lock_file in (data_dir / "postmaster.pid", *data_dir.glob(".s.PGSQL.*.lock")):
@@ -269,11 +269,11 @@ def _signal(pid: int, data_dir: Path, number: signal.Signals) -> None:
 
 def _wait_until_gone(data_dir: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while _processes_on(data_dir) and time.monotonic() < deadline:
+    while processes_on(data_dir) and time.monotonic() < deadline:
         time.sleep(ORPHAN_POLL_S)
 
 
-def _processes_on(data_dir: Path) -> list[int]:
+def processes_on(data_dir: Path) -> list[int]:
     """Pids of PostgreSQL's processes that work on `data_dir`: it is the working directory of all of them."""
     if not data_dir.exists():
         return []

@@ -69,12 +69,12 @@ def restore(
         click.confirm(f"Restore the {name} backup? No service may be running.", abort=True, err=True)
     import asyncio
 
-    from streamhouse_coordinator.adapters.migrate import DatabaseTooNew
+    from streamhouse_coordinator.adapters.migrate import DatabaseRefused
     from streamhouse_coordinator.core.backup_format import BackupDamaged
 
     try:
         report = asyncio.run(_restore(name, dry_run, accept_holes, data_dir, config))
-    except (BackupDamaged, DatabaseTooNew) as error:
+    except (BackupDamaged, DatabaseRefused) as error:
         raise CliError(one_line(str(error))) from error
     if as_json:
         print_json({**asdict(report), "dry_run": dry_run})

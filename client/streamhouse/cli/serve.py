@@ -46,14 +46,14 @@ def serve(data_dir: str | None, listen: str | None, advertise: str | None, confi
 
     settings = EmbeddedSettings.load()
     from shruntime.logs import configure_logging
-    from streamhouse_coordinator.adapters.migrate import DatabaseTooNew
+    from streamhouse_coordinator.adapters.migrate import DatabaseRefused
     from streamhouse_embedded.data_dir import DataDirError
     from streamhouse_embedded.postgres import PostgresError
     from streamhouse_embedded.wiring import serve as run
     from streamhouse_ingest.ports import WalBroken, WalDamaged, WalDirectoryError
 
     configure_logging("serve", settings.log_level, settings.log_json)
-    expected = (DataDirError, PostgresError, WalDirectoryError, WalDamaged, WalBroken, DatabaseTooNew)
+    expected = (DataDirError, PostgresError, WalDirectoryError, WalDamaged, WalBroken, DatabaseRefused)
     run_service(run(settings, lambda ready: _announce_soon(ready, as_json)), *expected)
 
 

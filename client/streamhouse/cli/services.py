@@ -88,10 +88,10 @@ def coordinator(**options: str | None) -> None:
     from streamhouse_coordinator.settings import CoordinatorSettings
 
     settings = CoordinatorSettings.load(environ_with(**options))
-    from streamhouse_coordinator.adapters.migrate import DatabaseTooNew
+    from streamhouse_coordinator.adapters.migrate import DatabaseRefused
     from streamhouse_coordinator.wiring import run
 
-    run_service(run(settings), DatabaseTooNew)
+    run_service(run(settings), DatabaseRefused)
 
 
 @click.command(short_help="Run a segmenter.")

@@ -63,7 +63,7 @@ class CoordinatorService:
 
     async def start(self) -> None:
         """Connects, migrates, starts the background work. Keeps trying until PostgreSQL answers and lets us in. Raises
-        SettingsError when the DSN is of no use, DatabaseTooNew."""
+        SettingsError when the DSN is of no use, DatabaseRefused."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
         while True:
             try:
@@ -196,7 +196,7 @@ async def restore_backup(
     progress: Callable[[str, int, int], None],
 ) -> tuple[restore.Report, EventRow]:
     """Restores a backup by its name, or the "latest", into an empty database; no service may run. Returns with the
-    report the last event there is then. Raises what restore.restore does, and DatabaseTooNew."""
+    report the last event there is then. Raises what restore.restore does, and DatabaseRefused."""
     manifest = await backup.read_manifest(store, name)
     async with postgres_backup.restoring(pg_dsn, commit=not dry_run) as tx:
         report = await restore.restore(

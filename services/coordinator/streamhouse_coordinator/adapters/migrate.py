@@ -7,14 +7,27 @@ different from a new one: a test holds their hashes.
 from importlib import resources
 from typing import Any
 
+import asyncpg
+
 from streamhouse_coordinator.adapters import migrations
+from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, STATE, Table
 
 # Any number will do, as long as no other program takes the same advisory lock in this database ("sh" + "mig").
 MIGRATION_LOCK = 0x73686D6967
 
+_WAY_OUT = "restore a backup into an empty database, see docs/backup.md"
 
-class DatabaseTooNew(RuntimeError):
+
+class DatabaseRefused(RuntimeError):
+    """A database that this version cannot work with; the message says why, and what to do."""
+
+
+class DatabaseTooNew(DatabaseRefused):
     """The database was migrated by a newer version; this one must not touch it."""
+
+
+class DatabaseMismatch(DatabaseRefused):
+    """The database has other tables than its migrations make: no release made it, or somebody changed it."""
 
 
 def available() -> dict[str, str]:
@@ -25,7 +38,7 @@ def available() -> dict[str, str]:
 
 async def migrate(connection: Any) -> list[str]:
     """Applies what is missing, all of it or nothing; returns the names. Waits for others that migrate. Raises
-    DatabaseTooNew."""
+    DatabaseRefused."""
     # One transaction, so that a pooler may lie in between: a lock of the session would stay with another's connection.
     # It takes as long as it takes, whatever limits the user or the database have.
     async with connection.transaction():
@@ -45,6 +58,28 @@ async def _migrate(connection: Any) -> list[str]:
         raise DatabaseTooNew(f"the database has migrations this version does not know: {', '.join(sorted(unknown))}")
     missing = [name for name in known if name not in done]
     for name in missing:
-        await connection.execute(known[name])
+        try:
+            await connection.execute(known[name])
+        except asyncpg.InsufficientPrivilegeError:
+            raise  # may be granted later
+        except asyncpg.SyntaxOrAccessError as error:  # a table or column that is missing, or there already
+            raise DatabaseMismatch(f"migration {name} does not fit the database: {error}; {_WAY_OUT}") from error
         await connection.execute("INSERT INTO migrations (name) VALUES ($1)", name)
+    await _must_have_tables(connection)
     return missing
+
+
+async def _must_have_tables(connection: Any) -> None:
+    """A command that met a missing column later would fail as if by a defect, and again at every try."""
+    rows = await connection.fetch(
+        "SELECT relname, attname FROM pg_attribute JOIN pg_class ON attrelid = pg_class.oid "
+        "WHERE relnamespace = current_schema()::regnamespace AND attnum > 0 AND NOT attisdropped"
+    )
+    found = {(row["relname"], row["attname"]) for row in rows}
+    tables: tuple[Table[Any], ...] = (*PROJECTIONS, *STATE, EVENTS)
+    wanted = ((table.name, column) for table in tables for column in table.columns)
+    if lacking := [f"{table}.{column}" for table, column in wanted if (table, column) not in found]:
+        raise DatabaseMismatch(
+            f"the database has every migration of this version, but not {', '.join(lacking)}: no release made it, or "
+            f"somebody has changed it; {_WAY_OUT}"
+        )

@@ -19,10 +19,11 @@ from shproto.events import event_from_json
 from shruntime.settings import PREFIX, SettingsError
 from shruntime.urls import masked
 
-from streamhouse_coordinator.adapters.migrate import migrate
+from streamhouse_coordinator.adapters.migrate import DatabaseRefused, migrate
 from streamhouse_coordinator.adapters.postgres_connections import SNAPSHOT_IDLE_MS, Connections, discard
 from streamhouse_coordinator.adapters.postgres_errors import (
     CONFLICTS,
+    DAMAGED,
     DATABASE_FAILURES,
     FAILURES,
     UNUSABLE_DSN,
@@ -66,11 +67,13 @@ class PostgresStore:
         self._rng = random.Random()
 
     async def open(self) -> None:
-        """Connects and migrates. Raises Unavailable when there is no database, DatabaseTooNew when it is not ours,
-        SettingsError when no database could ever be reached with this DSN."""
+        """Connects and migrates. Raises Unavailable when there is no database, DatabaseRefused when it is not ours or
+        damaged, SettingsError when no database could ever be reached with this DSN."""
         try:
             await self._migrate(await self._first_connection())
             await self._connections.open()
+        except DAMAGED as error:  # waiting for it to go by helps nobody at a start
+            raise DatabaseRefused(f"the database cannot be opened, it is damaged: {error}") from error
         except FAILURES as error:
             if not is_away(error):
                 raise

@@ -75,7 +75,7 @@ async def snapshot(dsn: str) -> AsyncIterator[Snapshot]:
 @asynccontextmanager
 async def restoring(dsn: str, *, commit: bool) -> AsyncIterator[Restoring]:
     """A transaction over the whole database, which gets its tables first; rolled back at its end unless `commit`.
-    Raises Unavailable, DatabaseTooNew; InvalidArgument where there are tables that are not ours."""
+    Raises Unavailable, DatabaseRefused; InvalidArgument where there are tables that are not ours."""
     async with _connected(dsn) as connection:
         async with connection.transaction():
             await _must_be_free(connection)

@@ -24,6 +24,9 @@ REFUSED = (  # by a server that may be about to be set up: it gets its users and
     asyncpg.InvalidCatalogNameError,  # no such database
     asyncpg.InsufficientPrivilegeError,  # not yet granted
 )
+DAMAGED = (asyncpg.DataCorruptedError, asyncpg.IndexCorruptedError)
+"""Pages of the server's that its checksums, or what should be in them, prove wrong."""
+
 UNUSABLE_DSN = (
     asyncpg.ClientConfigurationError,
     asyncpg.UndefinedObjectError,  # an option of the DSN that is no parameter of the server's either

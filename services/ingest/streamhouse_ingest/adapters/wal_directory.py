@@ -38,8 +38,11 @@ class WalDirectory:
     @classmethod
     def open(cls, path: Path, agent_id: str) -> "WalDirectory":
         """Creates the directory and its identity when it is new, for this user alone; takes an older one away from
-        other users. Raises WalLocked, WrongIdentity, OSError."""
-        files.make_directory(path)
+        other users. Raises WalDirectoryError (WalLocked, WrongIdentity among them), OSError."""
+        try:
+            files.make_directory(path)
+        except NotADirectoryError as error:
+            raise WalDirectoryError(f"{error.filename}: not a directory") from error
         files.sync_directory(path)  # what a killed process left here is built upon: its names must be durable
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
         try:

@@ -4,6 +4,7 @@ Two slots, written in turn and in place: the one before stays whole whatever hap
 byte left, which waits for the log to be trimmed, does not keep the note from being written.
 """
 
+import json
 import os
 import struct
 import zlib
@@ -40,15 +41,28 @@ class HistoryNote:
             content = os.pread(fd, 2 * SLOT_BYTES + 1, 0)
         finally:
             os.close(fd)
+        if content.startswith(b"{"):
+            return self._read_json(content)
         slots = [_decode(content[at : at + SLOT_BYTES]) for at in (0, SLOT_BYTES)]
         found = [slot for slot in slots if slot is not None]
         if len(content) != 2 * SLOT_BYTES or not found:
-            raise WalDirectoryError(
-                f"{self._path}: not a note of a history. If the metadata is known to be the one this log goes with, "
-                "delete the file"
-            )
+            raise self._damaged()
         self._number, seen = max(found, key=lambda slot: slot[0])
         return seen
+
+    def _read_json(self, content: bytes) -> Seen:
+        """A note of the first version, before there were slots; the next one is written as a new file in its place."""
+        try:
+            noted = json.loads(content)
+            return Seen(str(noted["history_id"]), int(noted["position"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged() from error
+
+    def _damaged(self) -> WalDirectoryError:
+        return WalDirectoryError(
+            f"{self._path}: not a note of a history. If the metadata is known to be the one this log goes with, "
+            "delete the file"
+        )
 
     def write(self, seen: Seen) -> None:
         """Durably; on failure the last note stays. Raises OSError."""
