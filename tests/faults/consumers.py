@@ -27,6 +27,7 @@ COMMIT_EVERY_S = 1.0
 WATCH_EVERY_S = 2.0
 RESTART_PAUSE_S = 0.5
 REREAD_EVERY_S = (3.0, 10.0)
+REREAD_PAUSE_S = 0.05
 
 
 def record_poll(recorder: Recorder, process: str, batch: RecordBatch, group: str = "") -> None:
@@ -50,6 +51,7 @@ class PlainConsumer:
         self.positions: dict[Where, int] = dict.fromkeys(partitions, 0)
         self.settling = False
         self._rereads = rereads
+        self._reread_at_s = 0.0
 
     async def run(self, bootstrap: str) -> None:
         """Until cancelled."""
@@ -68,21 +70,37 @@ class PlainConsumer:
             retry_timeout_ms=RETRY_TIMEOUT_MS,
             start=0,
         )
-        loop = asyncio.get_running_loop()
         async with consumer:
             await self._seek(consumer, self.positions)
-            reread_at_s = self._next_reread(loop.time())
-            async for batch in consumer.batches():
-                record_poll(self.recorder, self.process, batch)
-                self.positions[batch.topic, batch.partition] = int(batch.offsets[-1]) + 1
-                if self._rereads is not None and not self.settling and loop.time() >= reread_at_s:
-                    await self._seek(
-                        consumer, {where: self._rereads.randrange(at + 1) for where, at in self.positions.items()}
-                    )
-                    reread_at_s = self._next_reread(loop.time())
+            batches = consumer.batches()
+            waiting: asyncio.Task[RecordBatch] | None = None
+            try:
+                while True:
+                    waiting = waiting or asyncio.ensure_future(anext(batches))
+                    done, _ = await asyncio.wait([waiting], timeout=self._until_reread_s())
+                    if done:
+                        batch, waiting = waiting.result(), None
+                        record_poll(self.recorder, self.process, batch)
+                        self.positions[batch.topic, batch.partition] = int(batch.offsets[-1]) + 1
+                    await self._reread(consumer)
+            finally:
+                if waiting is not None:
+                    waiting.cancel()
+                    await asyncio.gather(waiting, return_exceptions=True)
 
-    def _next_reread(self, now_s: float) -> float:
-        return now_s + (self._rereads.uniform(*REREAD_EVERY_S) if self._rereads is not None else 0.0)
+    def _until_reread_s(self) -> float | None:
+        if self._rereads is None or self.settling:
+            return None
+        return max(0.0, self._reread_at_s - asyncio.get_running_loop().time())
+
+    async def _reread(self, consumer: Consumer) -> None:
+        """Goes back, if it is time; and takes its time with what it is given, so that it does not read all day."""
+        if self._rereads is None or self.settling:
+            return
+        await asyncio.sleep(REREAD_PAUSE_S)
+        if self._until_reread_s() == 0:
+            await self._seek(consumer, {where: self._rereads.randrange(at + 1) for where, at in self.positions.items()})
+            self._reread_at_s = asyncio.get_running_loop().time() + self._rereads.uniform(*REREAD_EVERY_S)
 
     async def _seek(self, consumer: Consumer, offsets: Mapping[Where, int]) -> None:
         for where, offset in offsets.items():
