@@ -11,6 +11,7 @@ import contextlib
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -204,6 +205,7 @@ def print_report(run: Run, report: Report, seed: int, path: Path) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the fleet must not outlive us
     work_dir = Path(options.dir) if options.dir else Path(tempfile.mkdtemp(prefix="streamhouse-faults-"))
     work_dir.mkdir(parents=True, exist_ok=True)
     with progress.clients_log(work_dir / "clients.log"):
