@@ -26,8 +26,8 @@ REQUEST_TIMEOUT_MS = 3_000
 COMMIT_EVERY_S = 1.0
 WATCH_EVERY_S = 2.0
 RESTART_PAUSE_S = 0.5
-REREAD_EVERY_S = (3.0, 10.0)
-REREAD_PAUSE_S = 0.05
+REREAD_EVERY_S = (0.1, 1.0)
+REREAD_FOR_S = (0.3, 2.0)
 
 
 def record_poll(recorder: Recorder, process: str, batch: RecordBatch, group: str = "") -> None:
@@ -37,21 +37,12 @@ def record_poll(recorder: Recorder, process: str, batch: RecordBatch, group: str
 
 
 class PlainConsumer:
-    """Reads every partition from its start, for ever; after an error goes on where it was.
+    """Reads every partition from its start, for ever; after an error goes on where it was."""
 
-    With `rereads` it goes back again and again to somewhere it has been, so that segments are read and not only what is
-    new; until `settling`.
-    """
-
-    def __init__(
-        self, process: str, partitions: Sequence[Where], recorder: Recorder, rereads: random.Random | None = None
-    ) -> None:
+    def __init__(self, process: str, partitions: Sequence[Where], recorder: Recorder) -> None:
         self.process = process
         self.recorder = recorder
         self.positions: dict[Where, int] = dict.fromkeys(partitions, 0)
-        self.settling = False
-        self._rereads = rereads
-        self._reread_at_s = 0.0
 
     async def run(self, bootstrap: str) -> None:
         """Until cancelled."""
@@ -63,50 +54,54 @@ class PlainConsumer:
                 await asyncio.sleep(RESTART_PAUSE_S)
 
     async def _read(self, bootstrap: str) -> None:
-        consumer = Consumer(
-            bootstrap,
-            assign=list(self.positions),
-            request_timeout_ms=REQUEST_TIMEOUT_MS,
-            retry_timeout_ms=RETRY_TIMEOUT_MS,
-            start=0,
-        )
-        async with consumer:
-            await self._seek(consumer, self.positions)
-            batches = consumer.batches()
-            waiting: asyncio.Task[RecordBatch] | None = None
+        async with _reader(bootstrap, list(self.positions)) as consumer:
+            for where, offset in self.positions.items():
+                await consumer.seek(*where, offset)
+                self.recorder.write(Assigned(self.process, *where, offset))
+            async for batch in consumer.batches():
+                record_poll(self.recorder, self.process, batch)
+                self.positions[batch.topic, batch.partition] = int(batch.offsets[-1]) + 1
+
+
+class Rereader:
+    """Reads again and again for a moment somewhere where another consumer has been, in one partition: what is new comes
+    from the agents, this from segments."""
+
+    def __init__(self, process: str, leader: PlainConsumer, recorder: Recorder, rng: random.Random) -> None:
+        self.process = process
+        self.recorder = recorder
+        self._leader = leader
+        self._rng = rng
+
+    async def run(self, bootstrap: str) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(self._rng.uniform(*REREAD_EVERY_S))
+            where = self._rng.choice(list(self._leader.positions))
             try:
-                while True:
-                    waiting = waiting or asyncio.ensure_future(anext(batches))
-                    done, _ = await asyncio.wait([waiting], timeout=self._until_reread_s())
-                    if done:
-                        batch, waiting = waiting.result(), None
-                        record_poll(self.recorder, self.process, batch)
-                        self.positions[batch.topic, batch.partition] = int(batch.offsets[-1]) + 1
-                    await self._reread(consumer)
-            finally:
-                if waiting is not None:
-                    waiting.cancel()
-                    await asyncio.gather(waiting, return_exceptions=True)
+                async with asyncio.timeout(self._rng.uniform(*REREAD_FOR_S)):
+                    await self._read(bootstrap, where, self._rng.randrange(self._leader.positions[where] + 1))
+            except TimeoutError:
+                continue
+            except StreamHouseError as error:
+                self.recorder.write(ReadFailed(self.process, error.reason, error.message[:300]))
 
-    def _until_reread_s(self) -> float | None:
-        if self._rereads is None or self.settling:
-            return None
-        return max(0.0, self._reread_at_s - asyncio.get_running_loop().time())
-
-    async def _reread(self, consumer: Consumer) -> None:
-        """Goes back, if it is time; and takes its time with what it is given, so that it does not read all day."""
-        if self._rereads is None or self.settling:
-            return
-        await asyncio.sleep(REREAD_PAUSE_S)
-        if self._until_reread_s() == 0:
-            await self._seek(consumer, {where: self._rereads.randrange(at + 1) for where, at in self.positions.items()})
-            self._reread_at_s = asyncio.get_running_loop().time() + self._rereads.uniform(*REREAD_EVERY_S)
-
-    async def _seek(self, consumer: Consumer, offsets: Mapping[Where, int]) -> None:
-        for where, offset in offsets.items():
+    async def _read(self, bootstrap: str, where: Where, offset: int) -> None:
+        async with _reader(bootstrap, [where]) as consumer:
             await consumer.seek(*where, offset)
-            self.positions[where] = offset
             self.recorder.write(Assigned(self.process, *where, offset))
+            async for batch in consumer.batches():
+                record_poll(self.recorder, self.process, batch)
+
+
+def _reader(bootstrap: str, partitions: Sequence[Where]) -> Consumer:
+    return Consumer(
+        bootstrap,
+        assign=list(partitions),
+        request_timeout_ms=REQUEST_TIMEOUT_MS,
+        retry_timeout_ms=RETRY_TIMEOUT_MS,
+        start=0,
+    )
 
 
 class GroupMember:

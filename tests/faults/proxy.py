@@ -17,6 +17,8 @@ from enum import Enum
 from itertools import count
 from typing import Protocol
 
+from tests.integration.processes import bound_socket
+
 CHUNK_BYTES = 64 * 1024
 HELD_BYTES_MAX = 8 * 1024 * 1024
 """A held direction stops reading beyond this: then the sender's own buffers fill, as on a real network."""
@@ -201,15 +203,6 @@ class _Listening(Enum):
     CLOSED = "closed"
 
 
-def _bound(address: tuple[str, int]) -> socket.socket:
-    """A socket that others may share its port with, as long as none of them listens yet."""
-    made = socket.socket()
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    made.setblocking(False)
-    made.bind(address)
-    return made
-
-
 class FaultProxy:
     """Listens on a port of its own for `target` (host:port). All faults may change while connections are open.
 
@@ -239,7 +232,7 @@ class FaultProxy:
             event.set()
 
     async def start(self) -> None:
-        self._port = _bound(("127.0.0.1", 0))  # stays ours while nothing listens there
+        self._port = bound_socket(("127.0.0.1", 0))  # stays ours while nothing listens there
         host, port = self._port.getsockname()
         self.address = f"{host}:{port}"
         self._listen()
@@ -268,7 +261,7 @@ class FaultProxy:
             self._plug.close()
             self._plug = None
         if self._socket is None:
-            self._socket = _bound(self._port.getsockname())
+            self._socket = bound_socket(self._port.getsockname())
         loop.remove_reader(self._socket)
         if how is _Listening.OPEN:
             self._socket.listen(BACKLOG)

@@ -25,7 +25,7 @@ from streamhouse import Admin
 
 from tests.faults import facts, history, nemeses, nemesis, progress
 from tests.faults.checker import Report, check, explain
-from tests.faults.consumers import GroupWatcher, Membership, PlainConsumer
+from tests.faults.consumers import GroupWatcher, Membership, PlainConsumer, Rereader
 from tests.faults.fleet import Fleet
 from tests.faults.history import Recorder
 from tests.faults.producers import SdkProducer, SingleTryProducer, Target
@@ -102,12 +102,10 @@ class Run:
             self._producers.append(SdkProducer(f"sdk-{number}", target, self.recorder, self._own_rng()))
         for number, target in enumerate((WAL, DURABLE), 1):
             self._producers.append(SingleTryProducer(f"once-{number}", target, self.recorder, self._own_rng()))
-        self._consumers = [
-            PlainConsumer("plain", PARTITIONS, self.recorder),
-            PlainConsumer("rereading", PARTITIONS, self.recorder, self._own_rng()),
-        ]
+        self._consumers = [PlainConsumer(f"plain-{number}", PARTITIONS, self.recorder) for number in (1, 2)]
+        rereader = Rereader("rereading", self._consumers[0], self.recorder, self._own_rng())
         bootstrap = self.fleet.bootstrap()
-        for worker in (*self._producers, *self._consumers):
+        for worker in (*self._producers, *self._consumers, rereader):
             self._tasks[worker.process] = asyncio.create_task(worker.run(bootstrap), name=worker.process)
         topics = [target.topic for target in TARGETS]
         members = Membership(GROUP, topics, bootstrap, self.recorder, self._own_rng())
@@ -166,8 +164,6 @@ class Run:
 
     async def _catch_up(self, ends: Mapping[facts.Where, int]) -> None:
         """Consumers have some time to get to the end; records where they stand then."""
-        for consumer in self._consumers:
-            consumer.settling = True
         last = {where: end for where, end in ends.items() if end}
         deadline = time.monotonic() + CATCH_UP_DEADLINE_S
         watcher = GroupWatcher("watcher-end", GROUP, PARTITIONS, self.recorder)

@@ -6,6 +6,7 @@ rewritten, nobody reads out of order, retries are written once, registrations an
 
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,15 @@ async def test_a_short_mix_of_faults(tmp_path: Path) -> None:
     assert report.complete
     assert run.faults.done
     assert report.acknowledged_records > 100, "too little was acknowledged to prove anything"
+    assert not unused(run), "a fault of these links hits nothing"
+
+
+def unused(run: Run) -> set[str]:
+    """Kinds of links that nothing came through: who calls by them goes by another way."""
+    carried = Counter[str]()
+    for way, link in run.fleet.links.items():
+        carried["{}>{}".format(*(name.rpartition("-")[0] or name for name in way.split(">")))] += sum(
+            link.passed_bytes.values()
+        )
+    rare = {"coordinator>ingest"}  # asked only when an agent's stream broke
+    return {kind for kind in carried if not carried[kind]} - rare

@@ -1,8 +1,10 @@
 """Services of StreamHouse as real processes: started with the commands and variables that deploy/ uses."""
 
 import asyncio
+import atexit
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,18 +16,31 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 READY_TIMEOUT_S = 60
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago; all held at once so that they differ."""
-    import socket
+_ours: list[socket.socket] = []
 
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()
+
+def bound_socket(address: tuple[str, int]) -> socket.socket:
+    """A socket that does not listen. Others are not given its port by chance as long as it is open, and may bind to it
+    by its number, as servers do (SO_REUSEADDR)."""
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setblocking(False)
+    made.bind(address)
+    return made
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that are ours until this process ends: nobody else takes them before a server starts, or while it is
+    down."""
+    made = [bound_socket(("127.0.0.1", 0)) for _ in range(count)]
+    _ours.extend(made)
+    return [item.getsockname()[1] for item in made]
+
+
+@atexit.register
+def _close_ports() -> None:
+    for item in _ours:
+        item.close()
 
 
 async def is_serving(address: str) -> bool:
