@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shformat import Records
+from shformat import TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, Records
 from shproto.errors import DataLoss, Internal, InvalidArgument
 from streamhouse.core.accumulator import Gathering
 from streamhouse.core.lag import Lag, lag_of
@@ -47,7 +47,7 @@ records = st.tuples(
     st.one_of(st.none(), st.binary(max_size=5)),
     st.one_of(st.none(), st.binary(max_size=5)),
     st.lists(st.tuples(st.text(max_size=3), st.one_of(st.none(), st.binary(max_size=3))), max_size=2),
-    st.integers(-(1 << 63), (1 << 63) - 1),
+    st.integers(TIMESTAMP_MS_MIN, TIMESTAMP_MS_MAX),
 )
 
 

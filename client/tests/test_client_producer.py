@@ -618,9 +618,9 @@ NAIVE = datetime(2024, 1, 1)
         ({"headers": {"\ud800": b""}}, errors.InvalidArgument, r"headers has the name '\\ud800', which is no text"),
         ({"timestamp_ms": 1.5}, TypeError, r"timestamp_ms must be milliseconds since 1970 or a datetime, not 1\.5"),
         (
-            {"timestamp_ms": -(1 << 63) - 1},
+            {"timestamp_ms": -(1 << 63)},
             errors.InvalidArgument,
-            r"timestamp_ms is -9223372036854775809, must be -92",
+            r"timestamp_ms is -9223372036854775808, must be -62135596800000 to 253402300799999, the years 1 to 9999",
         ),
         ({"timestamp_ms": NAIVE}, errors.InvalidArgument, r"timestamp_ms is datetime.*without a time zone"),
         ({"partition": "0"}, errors.InvalidArgument, r"partition is '0', must be 0 to 4294967295"),
@@ -654,6 +654,16 @@ async def test_a_bad_record_is_named_with_field_limit_and_value(platform, addres
             {"timestamps_ms": [1, 1 << 63]},
             errors.InvalidArgument,
             r"timestamps_ms\[1\] is 9223372036854775808, must be",
+        ),
+        (
+            {"timestamps_ms": [1, -(1 << 63)]},
+            errors.InvalidArgument,
+            r"timestamps_ms\[1\] is -9223372036854775808, must be -62135596800000 to 253402300799999",
+        ),
+        (
+            {"timestamps_ms": np.array([253_402_300_800_000, 2])},
+            errors.InvalidArgument,
+            r"timestamps_ms\[0\] is 253402300800000, must be",
         ),
         ({"timestamps_ms": np.array([1.0, 2.0])}, TypeError, r"timestamps_ms\[0\] must be milliseconds"),
         ({"partition": 1.0}, errors.InvalidArgument, r"partition is 1\.0, must be 0 to 4294967295"),

@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from shformat import DEFAULT_LIMITS, BytesColumn, Header
+from shformat import DEFAULT_LIMITS, TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, BytesColumn, Header
 from shproto.errors import BatchTooLarge, InvalidArgument
 
 from streamhouse.core.accumulator import RECORD_BYTES_MAX, RECORD_OVERHEAD_BYTES
@@ -23,7 +23,6 @@ Headers = Mapping[str, Bytes | None] | Iterable[tuple[str, Bytes | None]]
 # value, key, headers, timestamp_ms (None: now), bytes that it counts for.
 CheckedRecord = tuple[bytes | None, bytes | None, tuple[Header, ...], int | None, int]
 
-_INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 _BYTES_OR_NULL = {bytes, type(None)}
 
 
@@ -204,12 +203,12 @@ def _timestamp_of(name: str, timestamp_ms: int | datetime) -> int:
         raise TypeError(
             f"{name} must be milliseconds since 1970 or a datetime, not {_described(timestamp_ms)}"
         ) from None
-    if not _INT64_MIN <= number <= _INT64_MAX:
+    if not TIMESTAMP_MS_MIN <= number <= TIMESTAMP_MS_MAX:
         raise InvalidArgument(
-            f"{name} is {number}, must be {_INT64_MIN} to {_INT64_MAX}",
+            f"{name} is {number}, must be {TIMESTAMP_MS_MIN} to {TIMESTAMP_MS_MAX}, the years 1 to 9999",
             field="timestamp_ms",
             value=number,
-            limit=f"{_INT64_MIN}..{_INT64_MAX}",
+            limit=f"{TIMESTAMP_MS_MIN}..{TIMESTAMP_MS_MAX}",
         )
     return number
 
@@ -232,7 +231,9 @@ def _timestamps_of(timestamps_ms: int | datetime | Sequence[int | datetime], cou
         except OverflowError:
             numbers = np.zeros(0)
         if numbers.dtype.kind == "i" and numbers.shape == (count,):
-            return numbers.astype(np.int64, copy=False)
+            numbers = numbers.astype(np.int64, copy=False)
+            if not ((numbers < TIMESTAMP_MS_MIN) | (numbers > TIMESTAMP_MS_MAX)).any():
+                return numbers
     each = (_timestamp_of(f"timestamps_ms[{at}]", item) for at, item in enumerate(column))
     return np.fromiter(each, np.int64, count)
 

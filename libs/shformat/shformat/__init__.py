@@ -1,13 +1,22 @@
 """StreamHouse's bytes: record batches, WAL frames, segments. Pure: no I/O, no clock, usable alone."""
 
-from .batch import check_batch, decode_batch, encode_batch, split_batches, stamp_batch, validate_batch
+from .batch import (
+    check_batch,
+    check_new_timestamps,
+    decode_batch,
+    encode_batch,
+    split_batches,
+    stamp_batch,
+    validate_batch,
+    validate_new_batch,
+)
 from .batch_header import BATCH_HEADER_SIZE, BatchHeader, Codec, ProducerStamp, read_batch_header
 from .batch_headers import HeaderColumns, read_batch_headers
 from .batches import decode_batches
 from .columns import BytesColumn, Header, HeadersColumn, Records
-from .errors import FormatError
+from .errors import FormatError, ValueOutOfRange
 from .inspect import describe_segment, describe_wal_file
-from .limits import DEFAULT_LIMITS, FormatLimits
+from .limits import DEFAULT_LIMITS, TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, FormatLimits
 from .segment import (
     SEGMENT_FOOTER_SIZE,
     SEGMENT_HEADER_SIZE,
@@ -52,6 +61,8 @@ __all__ = [
     "SEGMENT_FOOTER_SIZE",
     "SEGMENT_HEADER_SIZE",
     "SEGMENT_MAGIC",
+    "TIMESTAMP_MS_MAX",
+    "TIMESTAMP_MS_MIN",
     "WAL_FILE_HEADER_SIZE",
     "WAL_FILE_HEADER_SIZE_V1",
     "BatchHeader",
@@ -73,10 +84,12 @@ __all__ = [
     "SegmentHeader",
     "SegmentIndex",
     "SegmentInfo",
+    "ValueOutOfRange",
     "WalFileHeader",
     "WalFrame",
     "check_batch",
     "check_block",
+    "check_new_timestamps",
     "decode_batch",
     "decode_batches",
     "decode_footer",
@@ -100,4 +113,5 @@ __all__ = [
     "split_batches",
     "stamp_batch",
     "validate_batch",
+    "validate_new_batch",
 ]

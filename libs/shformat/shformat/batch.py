@@ -12,8 +12,10 @@ import zlib
 import lz4.block
 
 from .batch_header import (
+    BASE_SEQUENCE_AT,
     BATCH_HEADER_SIZE,
     BODY_AT,
+    FIRST_TIMESTAMP_AT,
     STAMP_SIZE,
     BatchHeader,
     Buffer,
@@ -25,11 +27,11 @@ from .batch_header import (
     encode_stamp,
     read_batch_header,
 )
-from .columns import Records
-from .errors import FormatError
-from .limits import DEFAULT_LIMITS, FormatLimits
+from .columns import Int64s, Records
+from .errors import FormatError, ValueOutOfRange
+from .limits import DEFAULT_LIMITS, INT64_MAX, TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, FormatLimits
 from .payload import PayloadShape, decode_payload, encode_payload
-from .varint import largest_of
+from .varint import largest_of, smallest_of
 
 # ---- encoding
 
@@ -154,6 +156,28 @@ def validate_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> Bat
     `buffer` must hold exactly one batch.
     """
     return _decode_one(buffer, limits)[0]
+
+
+def validate_new_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> BatchHeader:
+    """validate_batch() for a batch that is to be written: its timestamps are dates, and all of its sequence numbers are
+    within int64. Raises ValueOutOfRange for those, FormatError for anything else.
+
+    Batches written before there were these limits may be beyond them, and are read all the same.
+    """
+    header, records = _decode_one(buffer, limits)
+    check_new_timestamps(records.timestamps_ms)
+    if header.producer is not None:
+        most = INT64_MAX - header.record_count
+        if header.producer.base_sequence > most:
+            raise ValueOutOfRange("base_sequence", header.producer.base_sequence, 0, most, BASE_SEQUENCE_AT)
+    return header
+
+
+def check_new_timestamps(timestamps_ms: Int64s) -> None:
+    """Raises ValueOutOfRange unless all of them lie in the years 1 to 9999."""
+    for extreme in (int(smallest_of(timestamps_ms)), int(largest_of(timestamps_ms))):
+        if not TIMESTAMP_MS_MIN <= extreme <= TIMESTAMP_MS_MAX:
+            raise ValueOutOfRange("timestamp_ms", extreme, TIMESTAMP_MS_MIN, TIMESTAMP_MS_MAX, FIRST_TIMESTAMP_AT)
 
 
 def decode_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> Records:

@@ -1,4 +1,4 @@
-"""The one error of this library."""
+"""The one error of this library, and its kind for numbers out of range."""
 
 from __future__ import annotations
 
@@ -15,5 +15,19 @@ class FormatError(ValueError):
         self.what = what
         self.at = at
 
-    def __reduce__(self) -> tuple[type[FormatError], tuple[str, int]]:
+    def __reduce__(self) -> tuple[type[FormatError], tuple[object, ...]]:
         return type(self), (self.what, self.at)
+
+
+class ValueOutOfRange(FormatError):
+    """A number that a batch may have, and a batch that is written from now on may not."""
+
+    def __init__(self, field: str, value: int, least: int, most: int, at: int = 0) -> None:
+        super().__init__(f"{field} is {value}, must be {least} to {most}", at)
+        self.field = field
+        self.value = value
+        self.least = least
+        self.most = most
+
+    def __reduce__(self) -> tuple[type[FormatError], tuple[object, ...]]:
+        return type(self), (self.field, self.value, self.least, self.most, self.at)

@@ -10,6 +10,11 @@ INT64_MAX = (1 << 63) - 1
 INT64_MIN = -(1 << 63)
 UINT32_MAX = (1 << 32) - 1
 
+TIMESTAMP_MS_MIN = -62_135_596_800_000
+TIMESTAMP_MS_MAX = 253_402_300_799_999
+"""0001-01-01 to 9999-12-31T23:59:59.999 UTC: what ISO 8601, Python, SQL and Arrow have a date for. Asked of new batches
+only: those written before there was a limit are read whatever they say."""
+
 
 @dataclass(frozen=True, slots=True)
 class FormatLimits:

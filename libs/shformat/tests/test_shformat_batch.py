@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shformat import (
     BATCH_HEADER_SIZE,
+    TIMESTAMP_MS_MAX,
+    TIMESTAMP_MS_MIN,
     BatchHeader,
     BytesColumn,
     Codec,
@@ -26,6 +28,7 @@ from shformat import (
     HeadersColumn,
     ProducerStamp,
     Records,
+    ValueOutOfRange,
     check_batch,
     decode_batch,
     decode_batches,
@@ -35,6 +38,7 @@ from shformat import (
     split_batches,
     stamp_batch,
     validate_batch,
+    validate_new_batch,
 )
 
 INT64_MAX = (1 << 63) - 1
@@ -165,6 +169,41 @@ def test_timestamps_whose_difference_exceeds_int64() -> None:
     stamps = [INT64_MIN, INT64_MAX, -1, INT64_MIN, 0, INT64_MAX]
     decoded = decode_batch(encode_batch(Records.from_lists([b""] * 6, timestamps_ms=stamps)))
     assert decoded.timestamps_ms.tolist() == stamps
+
+
+@pytest.mark.parametrize(
+    ("timestamps_ms", "bad"),
+    [
+        ([0, -(2**63)], -(2**63)),
+        ([TIMESTAMP_MS_MIN - 1, 0], TIMESTAMP_MS_MIN - 1),
+        ([5, TIMESTAMP_MS_MAX + 1, 5], TIMESTAMP_MS_MAX + 1),
+        ([TIMESTAMP_MS_MIN, TIMESTAMP_MS_MAX], None),
+    ],
+)
+def test_a_new_batch_has_timestamps_that_are_dates_and_an_old_one_may_have_others(
+    timestamps_ms: list[int], bad: int | None
+) -> None:
+    batch = encode_batch(Records.from_lists([b"v"] * len(timestamps_ms), timestamps_ms=timestamps_ms))
+    assert decode_batch(batch).timestamps_ms.tolist() == timestamps_ms
+    assert validate_batch(batch).record_count == len(timestamps_ms)
+    if bad is None:
+        assert validate_new_batch(batch) == validate_batch(batch)
+        return
+    with pytest.raises(ValueOutOfRange, match=f"timestamp_ms is {bad}, must be {TIMESTAMP_MS_MIN} to") as caught:
+        validate_new_batch(batch)
+    copied = pickle.loads(pickle.dumps(caught.value))  # from a pool of processes
+    assert (copied.field, copied.value, copied.most) == ("timestamp_ms", bad, TIMESTAMP_MS_MAX)
+
+
+@pytest.mark.parametrize(("first", "fits"), [(2**63 - 3, True), (2**63 - 2, False), (2**63 - 1, False)])
+def test_the_sequence_numbers_of_a_new_batch_end_within_int64(first: int, fits: bool) -> None:
+    batch = encode_batch(Records.from_lists([b"a", b"b"]), producer=ProducerStamp(7, 0, first))
+    assert validate_batch(batch).producer == ProducerStamp(7, 0, first)
+    if fits:
+        assert validate_new_batch(batch) == validate_batch(batch)
+    else:
+        with pytest.raises(ValueOutOfRange, match=f"base_sequence is {first}, must be 0 to {2**63 - 3} .at byte 72"):
+            validate_new_batch(batch)
 
 
 def test_the_highest_offset_and_the_widest_gap() -> None:

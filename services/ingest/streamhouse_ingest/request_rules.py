@@ -3,7 +3,16 @@
 import asyncio
 from collections.abc import Sequence
 
-from shformat import BatchHeader, Codec, FormatError, Records, encode_batch, validate_batch
+from shformat import (
+    BatchHeader,
+    Codec,
+    FormatError,
+    Records,
+    ValueOutOfRange,
+    check_new_timestamps,
+    encode_batch,
+    validate_new_batch,
+)
 from shproto.errors import AcksTooWeak, BatchTooLarge, InvalidArgument, InvalidBatch, UnknownProducer
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
@@ -60,7 +69,7 @@ class RequestRules:
         return request.acks
 
     async def validate(self, batch: bytes) -> BatchHeader:
-        """Raises BatchTooLarge, InvalidBatch."""
+        """Raises BatchTooLarge, InvalidBatch, InvalidArgument."""
         size_bytes, limit_bytes = len(batch), self._settings.batch_bytes_max
         if size_bytes > limit_bytes:
             raise BatchTooLarge(
@@ -70,9 +79,11 @@ class RequestRules:
             )
         try:
             if size_bytes < _THREAD_FROM_BYTES:
-                header = validate_batch(batch)
+                header = validate_new_batch(batch)
             else:
-                header = await asyncio.to_thread(validate_batch, batch)
+                header = await asyncio.to_thread(validate_new_batch, batch)
+        except ValueOutOfRange as error:
+            raise _out_of_range(error) from error
         except FormatError as error:
             raise InvalidBatch(f"not a record batch: {error}", at=error.at, what=error.what) from error
         if not header.contiguous:
@@ -91,8 +102,7 @@ class RequestRules:
             )
 
     def check_timestamp(self, header: BatchHeader) -> None:
-        """Any int64 is a timestamp, but one far ahead would keep its segment from ever expiring. Raises
-        InvalidArgument."""
+        """A timestamp far ahead would keep its segment from ever expiring. Raises InvalidArgument."""
         limit_ms = self._clock.wall_ms() + self._settings.timestamp_ahead_ms_max
         if header.max_timestamp_ms > limit_ms:
             raise InvalidArgument(
@@ -115,9 +125,18 @@ class RequestRules:
                 limit=limit,
             )
         try:
-            return encode_batch(_columns(plain, self._clock.wall_ms()), codec=Codec.LZ4)
+            records = _columns(plain, self._clock.wall_ms())
+            check_new_timestamps(records.timestamps_ms)
+            return encode_batch(records, codec=Codec.LZ4)
+        except ValueOutOfRange as error:
+            raise _out_of_range(error) from error
         except FormatError as error:
             raise InvalidBatch(f"these records make no batch: {error}", at=error.at, what=error.what) from error
+
+
+def _out_of_range(error: ValueOutOfRange) -> InvalidArgument:
+    limit = f"{error.least}..{error.most}"
+    return InvalidArgument(error.what, field=error.field, value=error.value, limit=limit)
 
 
 def _columns(plain: Sequence[types_pb2.Record], now_ms: int) -> Records:

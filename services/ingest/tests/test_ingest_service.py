@@ -14,7 +14,15 @@ from typing import Any
 
 import pytest
 from opentelemetry import metrics
-from shformat import ProducerStamp, Records, decode_batch, encode_batch, stamp_batch
+from shformat import (
+    TIMESTAMP_MS_MAX,
+    TIMESTAMP_MS_MIN,
+    ProducerStamp,
+    Records,
+    decode_batch,
+    encode_batch,
+    stamp_batch,
+)
 from shproto import errors
 from shproto.v1 import coordinator_pb2, types_pb2
 from shproto.v1 import ingest_pb2 as pb
@@ -253,6 +261,18 @@ async def test_a_stream_that_is_given_up_leaves_nothing_running(
         (pb.ProduceRequest(topic="orders", acks=NONE, batch=batch(b"v")), errors.AcksTooWeak),
         (pb.ProduceRequest(topic="orders", acks=17, batch=batch(b"v")), errors.InvalidArgument),  # type: ignore[arg-type]
         (pb.ProduceRequest(topic="orders", batch=batch(b"v", timestamp_ms=2**62)), errors.InvalidArgument),
+        (pb.ProduceRequest(topic="orders", batch=batch(b"v", timestamp_ms=-(2**63))), errors.InvalidArgument),
+        (
+            pb.ProduceRequest(
+                topic="orders",
+                records=types_pb2.RecordList(records=[types_pb2.Record(value=b"v", timestamp_ms=-(2**63))]),
+            ),
+            errors.InvalidArgument,
+        ),
+        (
+            pb.ProduceRequest(topic="orders", batch=batch(b"v", stamp=ProducerStamp(7, 0, 2**63 - 1))),
+            errors.InvalidArgument,
+        ),
     ],
 )
 async def test_bad_requests_are_refused_and_leave_nothing(
@@ -266,10 +286,19 @@ async def test_bad_requests_are_refused_and_leave_nothing(
         assert (await service.api.produce(request(b"good"))).base_offset == 0
 
 
-async def test_negative_timestamps_are_as_good_as_any(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
-    async with running(tmp_path, coordinator) as service:
-        answer = await service.api.produce(pb.ProduceRequest(topic="orders", batch=batch(b"v", timestamp_ms=-(2**63))))
-        assert answer.base_offset == 0
+async def test_timestamps_of_all_years_with_four_digits_are_taken(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator, timestamp_ahead_ms_max=1 << 50) as service:
+        for timestamp_ms in (TIMESTAMP_MS_MIN, -1, 0, TIMESTAMP_MS_MAX):
+            await service.api.produce(pb.ProduceRequest(topic="orders", batch=batch(b"v", timestamp_ms=timestamp_ms)))
+        for timestamp_ms in (TIMESTAMP_MS_MIN - 1, TIMESTAMP_MS_MAX + 1):
+            with pytest.raises(errors.InvalidArgument) as caught:
+                request = pb.ProduceRequest(topic="orders", batch=batch(b"v", timestamp_ms=timestamp_ms))
+                await service.api.produce(request)
+            assert caught.value.details["field"] == "timestamp_ms"
+            assert caught.value.details["value"] == str(timestamp_ms)
+            assert caught.value.details["limit"] == f"{TIMESTAMP_MS_MIN}..{TIMESTAMP_MS_MAX}"
 
 
 async def test_a_batch_with_gaps_in_its_offsets_is_refused(
