@@ -26,6 +26,14 @@ class SettingsError(ValueError):
     """Names the setting, its value and what is allowed."""
 
 
+def one_line(text: str) -> str:
+    """A validator for a setting: text without control characters, as names in logs and tables have to be. Raises
+    ValueError."""
+    if not text.isprintable():
+        raise ValueError("must be printable text on one line")
+    return text
+
+
 class CommonSettings(BaseSettings):
     """What every service understands. Subclasses set `service` and add their own fields."""
 

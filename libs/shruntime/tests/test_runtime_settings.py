@@ -5,7 +5,7 @@ from typing import ClassVar, Self
 
 import pytest
 from pydantic import Field, model_validator
-from shruntime.settings import CommonSettings, SettingsError
+from shruntime.settings import CommonSettings, SettingsError, one_line
 
 
 class ProbeSettings(CommonSettings):
@@ -40,6 +40,13 @@ def test_defaults_then_file_then_variables_then_code(tmp_path: Path) -> None:
 def test_a_wrong_setting_is_named(environ: dict[str, str], said: str) -> None:
     with pytest.raises(SettingsError, match=said.replace("(", r"\(").replace(")", r"\)")):
         ProbeSettings.load(environ)
+
+
+def test_names_are_printable_text_on_one_line() -> None:
+    assert one_line("Ühlingen 1") == "Ühlingen 1"
+    for text in ("a\nb", "\x1b[2J", "a\x00", "a\u2028"):
+        with pytest.raises(ValueError, match="printable text on one line"):
+            one_line(text)
 
 
 def test_a_secret_is_named_and_not_shown() -> None:

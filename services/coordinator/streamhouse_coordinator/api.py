@@ -16,6 +16,7 @@ from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.names import (
     AGENT_ID_LENGTH_MAX,
     CLIENT_ID_LENGTH_MAX,
+    check_name,
     check_number,
     check_text,
     check_topic,
@@ -115,8 +116,8 @@ class CoordinatorApi:
     # ---- sessions and leases
 
     async def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
-        check_text("agent_id", request.agent_id, AGENT_ID_LENGTH_MAX)
-        check_text("address", request.address, messages.ADDRESS_LENGTH_MAX, empty=True)
+        check_name("agent_id", request.agent_id, AGENT_ID_LENGTH_MAX)
+        check_name("address", request.address, messages.ADDRESS_LENGTH_MAX, empty=True)
         token = messages.session_token(request.session_token) if request.session_token else self._context.new_id()
         if request.role not in ROLES:
             raise InvalidArgument(
@@ -131,7 +132,7 @@ class CoordinatorApi:
             )
         wal_id = messages.hex_id("wal_id", request.wal_id) if request.role == INGEST else ""
         event = SessionOpened(messages.session_id_of(token), request.agent_id, request.role, request.address, wal_id, 0)
-        check_text("history_id", request.history_id, messages.ID_LENGTH_MAX, empty=True)
+        check_name("history_id", request.history_id, messages.ID_LENGTH_MAX, empty=True)
         seen = Head(request.history_id, request.seen_position)
         for rival in await sessions.rivals(self._context, event):
             if await self._holders.holds(rival):
@@ -188,7 +189,7 @@ class CoordinatorApi:
     async def announce_buffer(self, request: pb.AnnounceBufferRequest) -> pb.AnnounceBufferResponse:
         buffer_id = messages.check_uuid("buffer_id", request.buffer_id)
         check_number("number of slices", len(request.slices), 1, messages.SLICES_MAX)
-        check_text("trace_context", request.trace_context, messages.TRACE_CONTEXT_LENGTH_MAX, empty=True)
+        check_name("trace_context", request.trace_context, messages.TRACE_CONTEXT_LENGTH_MAX, empty=True)
         slices = tuple(messages.slice_of(item) for item in request.slices)
         sealed = BufferSealed(buffer_id, messages.session_id_of(request.session_token), "", "", slices)
         snapshots = {messages.range_key(item): item.producer_snapshot for item in request.slices}
@@ -196,7 +197,7 @@ class CoordinatorApi:
         return pb.AnnounceBufferResponse()
 
     async def claim_buffer(self, request: pb.ClaimBufferRequest) -> pb.ClaimBufferResponse:
-        check_text("worker_id", request.worker_id, AGENT_ID_LENGTH_MAX)
+        check_name("worker_id", request.worker_id, AGENT_ID_LENGTH_MAX)
         check_number("claim_ttl_ms", request.claim_ttl_ms, 1, self._settings.claim_ttl_ms_max)
         claimed = await buffers.claim(self._context, request.worker_id, request.claim_ttl_ms)
         if claimed is None:
@@ -213,28 +214,28 @@ class CoordinatorApi:
         )
 
     async def renew_claim(self, request: pb.RenewClaimRequest) -> pb.RenewClaimResponse:
-        check_text("claim_id", request.claim_id, messages.ID_LENGTH_MAX)
+        check_name("claim_id", request.claim_id, messages.ID_LENGTH_MAX)
         check_number("claim_ttl_ms", request.claim_ttl_ms, 1, self._settings.claim_ttl_ms_max)
         await buffers.renew_claim(self._context, request.claim_id, request.claim_ttl_ms)
         return pb.RenewClaimResponse()
 
     async def release_claim(self, request: pb.ReleaseClaimRequest) -> pb.ReleaseClaimResponse:
-        check_text("claim_id", request.claim_id, messages.ID_LENGTH_MAX)
+        check_name("claim_id", request.claim_id, messages.ID_LENGTH_MAX)
         check_number("retry_after_ms", request.retry_after_ms, 0, self._settings.claim_ttl_ms_max)
         reason = request.reason[: messages.REASON_LENGTH_MAX].replace("\0", "")
         await buffers.release_claim(self._context, request.claim_id, reason, request.retry_after_ms)
         return pb.ReleaseClaimResponse()
 
     async def declare_uploads(self, request: pb.DeclareUploadsRequest) -> pb.DeclareUploadsResponse:
-        check_text("claim_id", request.claim_id, messages.ID_LENGTH_MAX)
+        check_name("claim_id", request.claim_id, messages.ID_LENGTH_MAX)
         keys = messages.object_keys(request.object_keys, least=1, most=messages.SLICES_MAX)
         await objects.declare_uploads(self._context, request.claim_id, keys)
         return pb.DeclareUploadsResponse()
 
     async def register_segments(self, request: pb.RegisterSegmentsRequest) -> pb.RegisterSegmentsResponse:
         messages.check_count("segments", request.segments, messages.SLICES_MAX)
-        check_text("trace_context", request.trace_context, messages.TRACE_CONTEXT_LENGTH_MAX, empty=True)
-        check_text("buffer_id", request.buffer_id, messages.ID_LENGTH_MAX, empty=True)
+        check_name("trace_context", request.trace_context, messages.TRACE_CONTEXT_LENGTH_MAX, empty=True)
+        check_name("buffer_id", request.buffer_id, messages.ID_LENGTH_MAX, empty=True)
         segments = [messages.segment_of(item) for item in request.segments]
         with _tracer.start_as_current_span("coordinator.register", context_of(request.trace_context)) as span:
             span.set_attribute("segments", len(segments))
@@ -251,7 +252,7 @@ class CoordinatorApi:
     # ---- housekeeping
 
     async def claim_compaction(self, request: pb.ClaimCompactionRequest) -> pb.ClaimCompactionResponse:
-        check_text("worker_id", request.worker_id, AGENT_ID_LENGTH_MAX)
+        check_name("worker_id", request.worker_id, AGENT_ID_LENGTH_MAX)
         check_number("claim_ttl_ms", request.claim_ttl_ms, 1, self._settings.claim_ttl_ms_max)
         check_number("small_bytes_max", request.small_bytes_max, 1, messages.INT64_MAX)
         check_number("target_bytes", request.target_bytes, 1, messages.INT64_MAX)
@@ -270,7 +271,7 @@ class CoordinatorApi:
         return pb.ClaimCompactionResponse(found=True, claim_id=claim.claim_id, segments=segments)
 
     async def register_compaction(self, request: pb.RegisterCompactionRequest) -> pb.RegisterCompactionResponse:
-        check_text("claim_id", request.claim_id, messages.ID_LENGTH_MAX, empty=True)
+        check_name("claim_id", request.claim_id, messages.ID_LENGTH_MAX, empty=True)
         check_number("number of replaced_segment_ids", len(request.replaced_segment_ids), 1, messages.SLICES_MAX)
         result = await housekeeping.register_compaction(
             self._context, request.claim_id, list(request.replaced_segment_ids), messages.segment_of(request.segment)
@@ -305,8 +306,8 @@ class CoordinatorApi:
 
     async def join_group(self, request: pb.JoinGroupRequest) -> pb.GroupAssignment:
         messages.check_group(request.group)
-        check_text("member_id", request.member_id, messages.MEMBER_ID_LENGTH_MAX, empty=True)
-        check_text("client_id", request.client_id, CLIENT_ID_LENGTH_MAX, empty=True)
+        check_name("member_id", request.member_id, messages.MEMBER_ID_LENGTH_MAX, empty=True)
+        check_name("client_id", request.client_id, CLIENT_ID_LENGTH_MAX, empty=True)
         check_number("number of topics", len(request.topics), 1, messages.GROUP_TOPICS_MAX)
         for topic in request.topics:
             check_topic(topic)
@@ -324,8 +325,8 @@ class CoordinatorApi:
         return self._assignment(assignment)
 
     async def heartbeat_group(self, request: pb.HeartbeatGroupRequest) -> pb.GroupAssignment:
-        messages.check_group(request.group)
-        check_text("member_id", request.member_id, messages.MEMBER_ID_LENGTH_MAX)
+        messages.check_known_group(request.group)
+        check_name("member_id", request.member_id, messages.MEMBER_ID_LENGTH_MAX)
         check_number("number of owned partitions", len(request.owned), 0, messages.OWNED_MAX)
         owned = frozenset(name_of(item.topic, item.partition) for item in request.owned)
         assignment = await groups.heartbeat(
@@ -345,7 +346,7 @@ class CoordinatorApi:
         )
 
     async def leave_group(self, request: pb.LeaveGroupRequest) -> pb.LeaveGroupResponse:
-        messages.check_group(request.group)
+        messages.check_known_group(request.group)
         await groups.leave(self._context, request.group, request.member_id)
         return pb.LeaveGroupResponse()
 
@@ -357,7 +358,7 @@ class CoordinatorApi:
         return pb.CommitOffsetsResponse()
 
     async def fetch_offsets(self, request: pb.FetchOffsetsRequest) -> pb.FetchOffsetsResponse:
-        messages.check_group(request.group)
+        messages.check_known_group(request.group)
         check_number("number of partitions", len(request.partitions), 0, messages.OWNED_MAX)
         wanted = [(item.topic, item.partition) for item in request.partitions]
         found = await groups.fetch_offsets(self._context, request.group, wanted)
@@ -370,7 +371,7 @@ class CoordinatorApi:
         return pb.ListGroupsResponse(groups=[messages.group_summary(item) for item in found])
 
     async def describe_group(self, request: pb.DescribeGroupRequest) -> pb.DescribeGroupResponse:
-        messages.check_group(request.group)
+        messages.check_known_group(request.group)
         described = await group_admin.describe_group(self._context, request.group)
         return pb.DescribeGroupResponse(
             summary=messages.group_summary(described.summary),
@@ -386,7 +387,7 @@ class CoordinatorApi:
         return pb.ResetOffsetsResponse()
 
     async def delete_group(self, request: pb.DeleteGroupRequest) -> pb.DeleteGroupResponse:
-        messages.check_group(request.group)
+        messages.check_known_group(request.group)
         await group_admin.delete_group(self._context, request.group)
         return pb.DeleteGroupResponse()
 
@@ -414,7 +415,7 @@ class CoordinatorApi:
     # ---- events
 
     async def follow_events(self, request: pb.FollowEventsRequest) -> AsyncIterator[pb.Event]:
-        check_text("history_id", request.history_id, messages.ID_LENGTH_MAX, empty=True)
+        check_name("history_id", request.history_id, messages.ID_LENGTH_MAX, empty=True)
         events = self._feed.follow(request.after_position, list(request.types), request.history_id)
         try:
             async with contextlib.aclosing(events):  # type: ignore[type-var]

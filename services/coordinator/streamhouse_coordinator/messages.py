@@ -12,7 +12,7 @@ from shproto.v1 import types_pb2
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.deletion import Patience
 from streamhouse_coordinator.core.groups import split_name
-from streamhouse_coordinator.core.names import GROUP_LENGTH_MAX, check_number, check_text, check_topic
+from streamhouse_coordinator.core.names import GROUP_LENGTH_MAX, check_name, check_number, check_text, check_topic
 from streamhouse_coordinator.core.sessions import SNAPSHOT_BYTES_MAX, WalEnds
 from streamhouse_coordinator.segment_keys import check_segment_key
 from streamhouse_coordinator.service import group_admin
@@ -207,6 +207,13 @@ def lost_span(item: pb.LostSpan) -> t.LostSpanRow:
 
 
 def check_group(name: str) -> None:
+    """Of a group that may be made by the call. Raises InvalidArgument."""
+    check_name("group", name, GROUP_LENGTH_MAX)
+
+
+def check_known_group(name: str) -> None:
+    """Of a group that is asked for: one with a name that is none any more can be looked at, and deleted. Raises
+    InvalidArgument."""
     check_text("group", name, GROUP_LENGTH_MAX)
 
 

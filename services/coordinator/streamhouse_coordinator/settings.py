@@ -3,7 +3,7 @@
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
-from shruntime.settings import CommonSettings
+from shruntime.settings import CommonSettings, one_line
 from shruntime.urls import url_of
 
 # Of a lease; the rest is the agents' own margin (lease_margin_ms, 2 s by default).
@@ -61,7 +61,7 @@ class CoordinatorSettings(CommonSettings):
         "", repr=False, description="RabbitMQ that events are published to; empty: no publishing"
     )
     amqp_timeout_ms: int = Field(10_000, ge=100, le=600_000, description="ms RabbitMQ may take to confirm a batch")
-    coordinator_id: str = Field(
+    coordinator_id: Annotated[str, AfterValidator(one_line)] = Field(
         "", max_length=249, description="name in status and metadata; empty: a new one each start"
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from shproto.errors import AWAY, Internal, StreamHouseError, Unavailable
+from shproto.errors import AWAY, Internal, InvalidArgument, StreamHouseError, Unavailable
 from shproto.v1 import coordinator_pb2 as pb
 from streamhouse_coordinator.wiring import CoordinatorService, build
 
@@ -154,3 +154,27 @@ async def test_numbers_and_texts_that_have_no_place_in_a_column_are_the_callers_
             await store.renew_session(session_id, ttl_ms)
         assert caught.value.reason == "INVALID_ARGUMENT"
     assert await store.renew_session("nobody", 1) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "request_"),
+    [
+        ("open_session", pb.OpenSessionRequest(agent_id="a\nb", role="ingest", address="127.0.0.1:1")),
+        ("open_session", pb.OpenSessionRequest(agent_id="a", role="query", address="127.0.0.1:1\n")),
+        ("claim_buffer", pb.ClaimBufferRequest(worker_id="\x1b[2Jw", claim_ttl_ms=1000)),
+        ("claim_compaction", pb.ClaimCompactionRequest(worker_id="w\r", claim_ttl_ms=1000)),
+        ("join_group", pb.JoinGroupRequest(group="g\n", topics=["orders"])),
+        ("join_group", pb.JoinGroupRequest(group="g", topics=["orders"], client_id="c\u2028")),
+        ("join_group", pb.JoinGroupRequest(group="g", topics=["orders"], member_id="m\t")),
+        ("commit_offsets", pb.CommitOffsetsRequest(group="g\n")),
+        ("reset_offsets", pb.ResetOffsetsRequest(group="g\n", offsets=[pb.OffsetCommit(topic="orders")])),
+    ],
+)
+async def test_names_that_would_not_stay_on_their_line_are_refused(
+    coordinator: CoordinatorService, call: str, request_: Any
+) -> None:
+    with pytest.raises(InvalidArgument, match="control character"):
+        await getattr(coordinator.api, call)(request_)
+    status = await coordinator.api.get_status(pb.GetStatusRequest())
+    assert not [session for session in status.sessions if session.role in ("ingest", "query")]
+    assert not (await coordinator.api.list_groups(pb.ListGroupsRequest())).groups

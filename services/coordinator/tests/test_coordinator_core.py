@@ -59,6 +59,21 @@ def test_illegal_topic_names(name: str) -> None:
     assert caught.value.details["field"] == "topic"
 
 
+@pytest.mark.parametrize("name", ["agent-1", "Agent 1: Ühlingen", "\u7d50\u5408", "\U0001f980"])
+def test_legal_names_of_agents_and_groups(name: str) -> None:
+    names.check_name("agent_id", name, 249)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb", "a\r", "\tb", "\x1b[2J", "a\x00", "a\x7f", "a\x85b", "a\u2028b", "a\u202eb", "", "a" * 250]
+)
+def test_a_name_that_would_not_stay_on_its_line_is_refused(name: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        names.check_name("agent_id", name, 249)
+    assert caught.value.details["field"] == "agent_id"
+    assert caught.value.message.isprintable()
+
+
 CREATE = TopicCreated("", "orders", 1, None, None, 2, None, 0)
 
 

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
-from shruntime.settings import MIB, StoreSettings
+from shruntime.settings import MIB, StoreSettings, one_line
 from shruntime.urls import url_of
 
 
 class QuerySettings(StoreSettings):
     service: ClassVar[str] = "query"
 
-    agent_id: str = Field(
+    agent_id: Annotated[str, AfterValidator(one_line)] = Field(
         "", max_length=128, description="name of this query service in `status`; empty: made from its address"
     )
     cache_dir: Path = Field(

@@ -3,14 +3,14 @@
 from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, Field, model_validator
-from shruntime.settings import MIB, StoreSettings
+from shruntime.settings import MIB, StoreSettings, one_line
 from shruntime.urls import url_of
 
 
 class SegmenterSettings(StoreSettings):
     service: ClassVar[str] = "segmenter"
 
-    worker_id: str = Field(
+    worker_id: Annotated[str, AfterValidator(one_line)] = Field(
         "", max_length=200, description="name in claims, logs and status; empty: host name and process id"
     )
     amqp_url: Annotated[str, AfterValidator(url_of("amqp", "amqps"))] = Field(
