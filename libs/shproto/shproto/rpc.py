@@ -11,8 +11,9 @@ import asyncio
 import logging
 import random
 import re
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
@@ -75,33 +76,56 @@ def time_left_ms() -> float | None:
     return None if at is None else max(0.0, (at - asyncio.get_running_loop().time()) * 1000)
 
 
+_caller_connection: ContextVar[str] = ContextVar("caller_connection", default="")
+
+
+def caller_connection() -> str:
+    """Returns a name of the connection that the RPC being served came over; empty if the caller is in this process."""
+    return _caller_connection.get()
+
+
 # When callers that were refused are to come again: spread out, so that a crowd does not come back as one.
 RETRY_AFTER_MS_MIN, RETRY_AFTER_MS_MAX = 200, 1_000
 
 
 class CallLimit:
-    """How many calls of one kind a server works on at once. A context manager around each of them: beyond `calls_max`
-    raises Overloaded, which names the setting `limit`."""
+    """How many calls of one kind a server works on at once, in all and of one connection. `limit`, `connection_limit`:
+    the settings that Overloaded names."""
 
-    def __init__(self, limit: str, calls_max: int) -> None:
+    def __init__(self, limit: str, calls_max: int, connection_limit: str, per_connection_max: int) -> None:
         self._limit = limit
         self._calls_max = calls_max
+        self._connection_limit = connection_limit
+        self._per_connection_max = per_connection_max
+        self._of: Counter[str] = Counter()
         self.in_flight = 0
         self.refused = 0
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def call(self, connection: str) -> Iterator[None]:
+        """Around one call. Raises Overloaded beyond a limit."""
         if self.in_flight >= self._calls_max:
-            self.refused += 1
-            raise Overloaded(
-                f"this server is at its limit: {self._limit} = {self._calls_max}",
-                retry_after_ms=random.randint(RETRY_AFTER_MS_MIN, RETRY_AFTER_MS_MAX),
-                limit=self._limit,
-                value=self._calls_max,
-            )
+            raise self._refusal(self._limit, self._calls_max)
+        if self._of[connection] >= self._per_connection_max:
+            raise self._refusal(self._connection_limit, self._per_connection_max)
         self.in_flight += 1
+        self._of[connection] += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            self._of[connection] -= 1
+            if not self._of[connection]:
+                del self._of[connection]
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.in_flight -= 1
+    def _refusal(self, limit: str, value: int) -> Overloaded:
+        self.refused += 1
+        return Overloaded(
+            f"this server is at its limit: {limit} = {value}",
+            retry_after_ms=random.randint(RETRY_AFTER_MS_MIN, RETRY_AFTER_MS_MAX),
+            limit=limit,
+            value=value,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +166,10 @@ def _unary(call: Callable[[Any], Any], limit: CallLimit) -> Callable[[Any, Any],
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         if (left_s := context.time_remaining()) is not None:
             _caller_gives_up_at.set(asyncio.get_running_loop().time() + left_s)
+        connection = context.peer()
+        _caller_connection.set(connection)
         try:
-            with limit:
+            with limit.call(connection):
                 return await call(request)
         except StreamHouseError as error:
             await _abort(context, error)
@@ -155,8 +181,10 @@ def _unary(call: Callable[[Any], Any], limit: CallLimit) -> Callable[[Any, Any],
 
 def _streaming(call: Callable[[Any], AsyncIterator[Any]], limit: CallLimit) -> Callable[[Any, Any], Any]:
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        connection = context.peer()
+        _caller_connection.set(connection)
         try:
-            with limit:
+            with limit.call(connection):
                 async for response in call(request):
                     yield response
         except StreamHouseError as error:

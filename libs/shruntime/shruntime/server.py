@@ -36,6 +36,8 @@ class ServerLimits:
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     calls_in_flight_max: int = CommonSettings.model_fields["calls_in_flight_max"].default
     streams_open_max: int = CommonSettings.model_fields["streams_open_max"].default
+    calls_per_connection_max: int = CommonSettings.model_fields["calls_per_connection_max"].default
+    streams_per_connection_max: int = CommonSettings.model_fields["streams_per_connection_max"].default
     calls_pending_max: int = CommonSettings.model_fields["calls_pending_max"].default
 
     @classmethod
@@ -45,6 +47,8 @@ class ServerLimits:
             connections=ConnectionLimits.of(settings),
             calls_in_flight_max=settings.calls_in_flight_max,
             streams_open_max=settings.streams_open_max,
+            calls_per_connection_max=settings.calls_per_connection_max,
+            streams_per_connection_max=settings.streams_per_connection_max,
             calls_pending_max=settings.calls_pending_max,
         )
 
@@ -74,8 +78,18 @@ class RpcServer:
         self._limits = limits or ServerLimits()
         self._tasks = Tasks()
         self.calls = CallLimits(
-            CallLimit("calls_in_flight_max", self._limits.calls_in_flight_max),
-            CallLimit("streams_open_max", self._limits.streams_open_max),
+            CallLimit(
+                "calls_in_flight_max",
+                self._limits.calls_in_flight_max,
+                "calls_per_connection_max",
+                self._limits.calls_per_connection_max,
+            ),
+            CallLimit(
+                "streams_open_max",
+                self._limits.streams_open_max,
+                "streams_per_connection_max",
+                self._limits.streams_per_connection_max,
+            ),
         )
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: grpc.aio.Server | None = None

@@ -66,6 +66,15 @@ class CommonSettings(BaseSettings):
         description="streams open at once, 25 KB each; beyond, callers are told OVERLOADED and when to try again. A "
         "producer has one to each leader, a consumer one to a query service",
     )
+    calls_per_connection_max: int = Field(
+        5_000,
+        ge=1,
+        le=1_000_000,
+        description="of calls_in_flight_max, those of one connection: a process with thousands of clients shares one",
+    )
+    streams_per_connection_max: int = Field(
+        5_000, ge=1, le=1_000_000, description="of streams_open_max, those of one connection, likewise"
+    )
     calls_pending_max: int = Field(
         100_000,
         ge=1,

@@ -132,3 +132,33 @@ def test_the_limits_come_from_the_settings() -> None:
         ("grpc.server.max_pending_requests", 8),
         ("grpc.server.max_pending_requests_hard_limit", 8),
     } <= set(limits.channel_options())
+
+
+async def test_one_connection_does_not_take_the_calls_and_streams_of_all() -> None:
+    api = HeldQuery()
+    limits = ServerLimits(calls_per_connection_max=2, streams_per_connection_max=1)
+    server = RpcServer("127.0.0.1:0", [(SERVICE, api)], limits=limits)
+    await server.start()
+    # A port of its own for each: channels with the same target and options share a connection.
+    clients = [QueryClient(Connection([address])) for address in (server.address, f"localhost:{server.port}")]
+    held = [asyncio.create_task(client.fetch(query_pb2.FetchRequest())) for client in clients for _ in range(2)]
+    streams = [client.subscribe(one_request()) for client in clients]
+    try:
+        for stream in streams:
+            await anext(stream)
+        while api.held < 4:
+            await asyncio.sleep(0.01)
+        for client in clients:
+            with pytest.raises(Overloaded, match="calls_per_connection_max = 2") as caught:
+                await client.fetch(query_pb2.FetchRequest())
+            assert caught.value.details == {"limit": "calls_per_connection_max", "value": "2"}
+            with pytest.raises(Overloaded, match="streams_per_connection_max = 1"):
+                await anext(client.subscribe(one_request()))
+        api.release.set()
+        await asyncio.gather(*held)
+        assert (await clients[0].fetch(query_pb2.FetchRequest(offset=4))).next_offset == 4
+    finally:
+        for client in clients:
+            await client.close()
+        await server.stop(0)
+    assert (server.calls.calls.in_flight, server.calls.streams.in_flight) == (0, 0)

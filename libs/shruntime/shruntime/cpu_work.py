@@ -1,0 +1,73 @@
+"""Work that would keep an event loop from everybody else: done in threads, a few at a time, by turns.
+
+Owns: what waits to be done. Does not own: threads, which are the loop's.
+Invariants: at most `at_once_max` jobs run, and each key has one of them started before any other key has two; what is
+queued never exceeds `bytes_max`, one job of any size excepted.
+"""
+
+import asyncio
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from shruntime.turns import Turns
+
+T = TypeVar("T")
+
+
+class QueueFull(Exception):
+    """There is no room for the job; `queued_bytes` wait."""
+
+    def __init__(self, queued_bytes: int) -> None:
+        super().__init__(f"{queued_bytes} bytes wait to be worked on")
+        self.queued_bytes = queued_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Job(Generic[T]):
+    work: Callable[[], T]
+    size_bytes: int
+    done: asyncio.Future[T]
+
+
+class CpuWork:
+    """Keys are callers that are not to wait behind one another's jobs: connections, say."""
+
+    def __init__(self, *, at_once_max: int, bytes_max: int) -> None:
+        self._at_once_max = at_once_max
+        self._bytes_max = bytes_max
+        self._jobs: Turns[Hashable, _Job[Any]] = Turns()
+        self._running = 0
+        self.queued_bytes = 0
+
+    async def run(self, key: Hashable, work: Callable[[], T], size_bytes: int) -> T:
+        """Returns what `work` returns in a thread, once it is this key's turn. Raises QueueFull, and what it raises."""
+        if self.queued_bytes and self.queued_bytes + size_bytes > self._bytes_max:
+            raise QueueFull(self.queued_bytes)
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.queued_bytes += size_bytes
+        self._jobs.put(key, _Job(work, size_bytes, done))
+        self._start_next()
+        return await done
+
+    def _start_next(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._running < self._at_once_max and self._jobs:
+            _, job = self._jobs.take()
+            if job.done.cancelled():  # nobody waits for it any more
+                self.queued_bytes -= job.size_bytes
+                continue
+            self._running += 1
+            running = loop.run_in_executor(None, job.work)
+            running.add_done_callback(lambda ended, job=job: self._ended(job, ended))  # type: ignore[misc]
+
+    def _ended(self, job: _Job[Any], ended: asyncio.Future[Any]) -> None:
+        self._running -= 1
+        self.queued_bytes -= job.size_bytes
+        error = ended.exception() if not ended.cancelled() else asyncio.CancelledError()
+        if not job.done.done():
+            if error is None:
+                job.done.set_result(ended.result())
+            else:
+                job.done.set_exception(error)
+        self._start_next()
