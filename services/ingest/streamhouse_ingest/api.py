@@ -5,36 +5,46 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 from shproto.errors import StreamHouseError
+from shproto.rpc import caller_connection
 from shproto.v1 import ingest_pb2 as pb
 
 from streamhouse_ingest.agent import Agent
+from streamhouse_ingest.in_flight import BytesInFlight
 from streamhouse_ingest.service import Accepted, ProduceService
 
 
 class IngestApi:
     """Implements shproto.services.IngestApi."""
 
-    def __init__(self, agent: Agent, *, requests_in_flight_max: int, bytes_in_flight_max: int) -> None:
+    def __init__(
+        self, agent: Agent, *, requests_in_flight_max: int, bytes_in_flight_max: int, connection_bytes_max: int
+    ) -> None:
         self._agent = agent
         self._requests_in_flight_max = requests_in_flight_max
         self._bytes_in_flight_max = bytes_in_flight_max
+        self._in_flight = BytesInFlight(connection_bytes_max)
 
     async def produce(self, request: pb.ProduceRequest) -> pb.ProduceResponse:
-        return await self._agent.running().produce.produce(request)
+        produce = self._agent.running().produce
+        with self._in_flight.hold(caller_connection(), request.ByteSize()):
+            return await produce.produce(request)
 
     async def produce_stream(self, requests: AsyncIterator[pb.ProduceRequest]) -> AsyncIterator[pb.ProduceResponse]:
         """Answers in the order of the requests; an error of one is in its response."""
         produce = self._agent.running().produce
+        connection = caller_connection()
         window = _Window(self._requests_in_flight_max, self._bytes_in_flight_max)
         feeder = asyncio.ensure_future(self._feed(produce, requests, window))
         try:
             while (item := await window.next()) is not None:
                 yield await _answer(produce, item)
-                window.release()
+                self._in_flight.give_back(connection, window.release())
             await feeder
         finally:
             feeder.cancel()
             await asyncio.gather(feeder, return_exceptions=True)
+            for size_bytes in window.unanswered:
+                self._in_flight.give_back(connection, size_bytes)
 
     async def _feed(
         self, produce: ProduceService, requests: AsyncIterator[pb.ProduceRequest], window: "_Window"
@@ -42,11 +52,13 @@ class IngestApi:
         try:
             async for request in requests:
                 await window.wait_for_room()
+                size_bytes = request.ByteSize()
+                await self._in_flight.take(caller_connection(), size_bytes)
+                window.admit(size_bytes)
                 try:
-                    accepted = await produce.accept(request)
-                    window.put(accepted, accepted.header.size_bytes)
+                    window.put(await produce.accept(request))
                 except StreamHouseError as error:
-                    window.put(_refused(request, error), 0)
+                    window.put(_refused(request, error))
         finally:
             window.close()
 
@@ -75,12 +87,13 @@ def _refused(request: pb.ProduceRequest, error: StreamHouseError) -> pb.ProduceR
 
 
 class _Window:
-    """What of one stream is not answered yet, in order, bounded in number and bytes."""
+    """What of one stream is not answered yet, in order, bounded in number and bytes. `unanswered`: the sizes of the
+    requests."""
 
     def __init__(self, requests_max: int, bytes_max: int) -> None:
         self._requests_max = requests_max
         self._bytes_max = bytes_max
-        self._sizes: deque[int] = deque()
+        self.unanswered: deque[int] = deque()
         self._bytes = 0
         self._items: deque[Accepted | pb.ProduceResponse] = deque()
         self._closed = False
@@ -88,19 +101,25 @@ class _Window:
 
     async def wait_for_room(self) -> None:
         """Returns when one more may be taken; with that one the bytes may go over the limit once."""
-        while len(self._sizes) >= self._requests_max or self._bytes >= self._bytes_max:
+        while len(self.unanswered) >= self._requests_max or self._bytes >= self._bytes_max:
             await self._wait()
 
-    def put(self, item: Accepted | pb.ProduceResponse, size_bytes: int) -> None:
-        self._sizes.append(size_bytes)
+    def admit(self, size_bytes: int) -> None:
+        """One more is there; `put` follows."""
+        self.unanswered.append(size_bytes)
         self._bytes += size_bytes
+
+    def put(self, item: Accepted | pb.ProduceResponse) -> None:
+        """What became of the one admitted last."""
         self._items.append(item)
         self._moved.set()
 
-    def release(self) -> None:
-        """The oldest one is answered."""
-        self._bytes -= self._sizes.popleft()
+    def release(self) -> int:
+        """The oldest one is answered; returns its size in bytes."""
+        size_bytes = self.unanswered.popleft()
+        self._bytes -= size_bytes
         self._moved.set()
+        return size_bytes
 
     async def next(self) -> "Accepted | pb.ProduceResponse | None":
         """The next one to answer; None when the stream has ended and all are answered."""

@@ -30,7 +30,7 @@ class HeldLog:
         self.traceparents: deque[str] = deque(maxlen=LINKS_MAX)
         self._durable: list[tuple[int, int, asyncio.Future[NotLeader | None]]] = []
         self._order = itertools.count()
-        self._changed: asyncio.Future[None] | None = None
+        self._changed: dict[asyncio.Future[None], None] = {}
         self._over = ""
         self._prune_at = _PRUNE_FROM
 
@@ -72,16 +72,22 @@ class HeldLog:
     def _failure(self, why: str) -> NotLeader:
         return not_leader(self.log.topic, self.log.key.partition, why, outcome=UNKNOWN)
 
-    def changed(self) -> asyncio.Future[None]:
-        """Done at the next append or change of the log's state. Shared: shield it."""
-        if self._changed is None:
-            self._changed = asyncio.get_running_loop().create_future()
-        return self._changed
+    @contextlib.contextmanager
+    def changed(self) -> Iterator[asyncio.Future[None]]:
+        """A future that is done at the next append or change of the log's state. Each wait has one of its own: taking
+        a callback off a shared one looks through those of all others."""
+        change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changed[change] = None
+        try:
+            yield change
+        finally:
+            self._changed.pop(change, None)
 
     def notify(self) -> None:
-        if self._changed is not None:
-            self._changed.set_result(None)
-            self._changed = None
+        changed, self._changed = self._changed, {}
+        for change in changed:
+            if not change.done():
+                change.set_result(None)
 
 
 class Logs:

@@ -1,7 +1,7 @@
 """What a produce request must be like, and what is made of one that is."""
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from shformat import (
     BatchHeader,
@@ -11,18 +11,25 @@ from shformat import (
     ValueOutOfRange,
     check_new_timestamps,
     encode_batch,
+    read_batch_header,
     validate_new_batch,
 )
 from shproto.errors import AcksTooWeak, BatchTooLarge, InvalidArgument, InvalidBatch, UnknownProducer
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import Clock
+from shruntime.cpu_work import CpuWork, QueueFull
 
 from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.refusals import overloaded
 from streamhouse_ingest.settings import IngestSettings
 
-# Below this a batch is checked on the event loop (0.2 ms per 100 KB), above it in a thread.
-_THREAD_FROM_BYTES = 512 * 1024
+T = TypeVar("T")
+
+# What takes no more memory than this is checked, or encoded, on the event loop: 1 ms per MiB. The rest is done in a
+# thread, by turns between connections. The size in question is the decoded one: 250 KB may unpack to 63 MiB.
+_INLINE_BYTES_MAX = 512 * 1024
+_QUEUE_RETRY_MS = 200  # the largest batch takes about as long to check
 TOPIC_ID_BYTES = 16  # of a UUID
 _ACKS = frozenset(types_pb2.Acks.values())
 _ACK_NAMES: dict[int, str] = {types_pb2.ACKS_NONE: "none", types_pb2.ACKS_WAL: "wal", types_pb2.ACKS_DURABLE: "durable"}
@@ -51,6 +58,7 @@ class RequestRules:
         self._logs = logs
         self._clock = clock
         self._settings = settings
+        self._work = CpuWork(at_once_max=settings.checks_at_once_max, bytes_max=settings.queue_bytes_max)
 
     def acks(self, request: pb.ProduceRequest, held: HeldLog) -> int:
         """The ack level to answer at. Raises InvalidArgument, AcksTooWeak."""
@@ -68,8 +76,8 @@ class RequestRules:
             )
         return request.acks
 
-    async def validate(self, batch: bytes) -> BatchHeader:
-        """Raises BatchTooLarge, InvalidBatch, InvalidArgument."""
+    async def validate(self, batch: bytes, connection: str) -> BatchHeader:
+        """Raises BatchTooLarge, InvalidBatch, InvalidArgument, Overloaded."""
         size_bytes, limit_bytes = len(batch), self._settings.batch_bytes_max
         if size_bytes > limit_bytes:
             raise BatchTooLarge(
@@ -78,10 +86,10 @@ class RequestRules:
                 limit_bytes=limit_bytes,
             )
         try:
-            if size_bytes < _THREAD_FROM_BYTES:
+            if read_batch_header(batch).decoded_bytes <= _INLINE_BYTES_MAX:
                 header = validate_new_batch(batch)
             else:
-                header = await asyncio.to_thread(validate_new_batch, batch)
+                header = await self._in_thread(connection, lambda: validate_new_batch(batch), size_bytes)
         except ValueOutOfRange as error:
             raise _out_of_range(error) from error
         except FormatError as error:
@@ -113,8 +121,8 @@ class RequestRules:
                 limit=limit_ms,
             )
 
-    def encode(self, request: pb.ProduceRequest) -> bytes:
-        """The plain records as one batch. Raises InvalidArgument, InvalidBatch, BatchTooLarge."""
+    async def encode(self, request: pb.ProduceRequest, connection: str) -> bytes:
+        """The plain records as one batch. Raises InvalidArgument, InvalidBatch, BatchTooLarge, Overloaded."""
         plain = request.records.records
         limit = self._settings.records_per_plain_request_max
         if not 1 <= len(plain) <= limit:
@@ -124,14 +132,28 @@ class RequestRules:
                 value=len(plain),
                 limit=limit,
             )
-        try:
-            records = _columns(plain, self._clock.wall_ms())
+        now_ms, size_bytes = self._clock.wall_ms(), request.ByteSize()
+
+        def encoded() -> bytes:
+            records = _columns(plain, now_ms)
             check_new_timestamps(records.timestamps_ms)
             return encode_batch(records, codec=Codec.LZ4)
+
+        try:
+            if size_bytes <= _INLINE_BYTES_MAX:
+                return encoded()
+            return await self._in_thread(connection, encoded, size_bytes)
         except ValueOutOfRange as error:
             raise _out_of_range(error) from error
         except FormatError as error:
             raise InvalidBatch(f"these records make no batch: {error}", at=error.at, what=error.what) from error
+
+    async def _in_thread(self, connection: str, work: Callable[[], T], size_bytes: int) -> T:
+        try:
+            return await self._work.run(connection, work, size_bytes)
+        except QueueFull as full:
+            limit_bytes = self._settings.queue_bytes_max
+            raise overloaded("queue_bytes_max", limit_bytes, full.queued_bytes, _QUEUE_RETRY_MS) from full
 
 
 def _out_of_range(error: ValueOutOfRange) -> InvalidArgument:

@@ -15,6 +15,7 @@ from shproto.errors import (
     StreamHouseError,
     Unavailable,
 )
+from shproto.rpc import caller_connection
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import Clock
@@ -89,8 +90,10 @@ class ProduceService:
     async def _accept(self, request: pb.ProduceRequest) -> Accepted:
         held = await self._leading(request)
         acks = self._rules.acks(request, held)
-        batch = request.batch if request.WhichOneof("payload") == "batch" else self._rules.encode(request)
-        header = await self._rules.validate(batch)
+        connection = caller_connection()
+        is_encoded = request.WhichOneof("payload") == "batch"
+        batch = request.batch if is_encoded else await self._rules.encode(request, connection)
+        header = await self._rules.validate(batch, connection)
         self._rules.check_timestamp(header)
         self._rules.check_producer(header)
         timeout_ms = request.timeout_ms or self._settings.produce_timeout_ms

@@ -66,6 +66,19 @@ class IngestSettings(CommonSettings):
         ge=64 * 1024,
         description="bytes waiting to be written, beyond which producers are refused: eight groups",
     )
+    connection_bytes_in_flight_max: int = Field(
+        32 * MIB,
+        ge=64 * 1024,
+        description="bytes of one connection's requests that may be unanswered, beyond which it is refused, or read no "
+        "further: half of the queue, so that one client cannot fill it",
+    )
+    checks_at_once_max: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="large batches (above 512 KiB unpacked) checked at once, each a thread and up to 64 MiB for 0.2 s; "
+        "connections have their turns",
+    )
     batch_bytes_max: int = Field(
         16 * MIB, ge=1024, le=16 * MIB, description="bytes of one record batch; the format's own limit is 16 MiB"
     )

@@ -65,8 +65,11 @@ class TailReader:
     async def _wait_for_more(self, held: HeldLog, offset: int, deadline_ms: int) -> None:
         while held.log.next_offset == offset and self._logs.get(held.log.key) is held:
             left_ms = deadline_ms - self._clock.monotonic_ms()
-            if left_ms <= 0 or not await done_within(self._clock, held.changed(), left_ms):
+            if left_ms <= 0:
                 return
+            with held.changed() as change:
+                if not await done_within(self._clock, change, left_ms):
+                    return
 
     async def pull_slice(self, request: pb.PullSliceRequest) -> AsyncIterator[pb.PullSliceResponse]:
         """Exactly [base_offset, end_offset). Raises Fenced when it is not held (any more), DataLoss when damaged."""

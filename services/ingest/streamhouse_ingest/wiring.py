@@ -56,6 +56,7 @@ def build(settings: IngestSettings, coordinator: CoordinatorApi, clock: Clock | 
         agent,
         requests_in_flight_max=settings.stream_requests_in_flight_max,
         bytes_in_flight_max=settings.stream_bytes_in_flight_max,
+        connection_bytes_max=settings.connection_bytes_in_flight_max,
     )
     return IngestService(api, agent)
 

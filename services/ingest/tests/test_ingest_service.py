@@ -17,16 +17,19 @@ from opentelemetry import metrics
 from shformat import (
     TIMESTAMP_MS_MAX,
     TIMESTAMP_MS_MIN,
+    Codec,
     ProducerStamp,
     Records,
     decode_batch,
     encode_batch,
     stamp_batch,
+    validate_new_batch,
 )
 from shproto import errors
 from shproto.v1 import coordinator_pb2, types_pb2
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import ManualClock
+from streamhouse_ingest import request_rules
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.core.buffer import WalPosition
@@ -190,6 +193,49 @@ async def test_plain_records_are_encoded_by_the_server(
     assert records.headers.to_list() == [[("h", b"1")], [], [("null", None)]]
     assert records.timestamps_ms[0] == 5
     assert before <= records.timestamps_ms[1] <= time.time() * 1000
+
+
+def small_and_large() -> tuple[bytes, bytes]:
+    """Two batches of less than 100 KB; the second unpacks to 20 MiB."""
+    large = encode_batch(Records.from_lists([bytes(20 << 20)], timestamps_ms=0), codec=Codec.LZ4)
+    assert len(large) < 100_000
+    return batch(b"small"), large
+
+
+async def test_g7_what_unpacks_to_much_is_checked_beside_the_event_loop(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    """Decided by the size that its header declares, not by the one it comes in."""
+    threads: dict[int, str] = {}
+
+    def noted(checked: bytes) -> Any:
+        threads[len(checked)] = threading.current_thread().name
+        return validate_new_batch(checked)
+
+    monkeypatch.setattr(request_rules, "validate_new_batch", noted)
+    small, large = small_and_large()
+    async with running(tmp_path, coordinator) as service:
+        for sent in (small, large):
+            await service.api.produce(pb.ProduceRequest(topic="orders", batch=sent))
+    assert threads[len(small)] == threading.current_thread().name
+    assert threads[len(large)] != threading.current_thread().name
+
+
+async def test_g7_many_plain_bytes_are_encoded_beside_the_event_loop(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    threads: list[str] = []
+
+    def noted(*args: Any, **options: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return encode_batch(*args, **options)
+
+    monkeypatch.setattr(request_rules, "encode_batch", noted)
+    async with running(tmp_path, coordinator) as service:
+        for size in (10, 1 << 20):
+            plain = types_pb2.RecordList(records=[types_pb2.Record(value=os.urandom(size))])
+            await service.api.produce(pb.ProduceRequest(topic="orders", records=plain))
+    assert [name == threading.current_thread().name for name in threads] == [True, False]
 
 
 async def test_acks_none_is_answered_at_once_and_still_written(

@@ -1,0 +1,53 @@
+"""What one connection may have unanswered."""
+
+import asyncio
+import contextlib
+
+import pytest
+from shproto.errors import Overloaded
+from streamhouse_ingest.in_flight import BytesInFlight
+
+
+def test_a_connection_is_refused_beyond_its_limit_and_no_other_is() -> None:
+    in_flight = BytesInFlight(100)
+    with contextlib.ExitStack() as held:
+        held.enter_context(in_flight.hold("a", 60))
+        held.enter_context(in_flight.hold("a", 40))
+        with pytest.raises(Overloaded) as refused, in_flight.hold("a", 1):
+            pass
+        assert refused.value.details["limit"] == "connection_bytes_in_flight_max"
+        assert refused.value.details["value"] == "100"
+        assert refused.value.retry_after_ms > 0
+        held.enter_context(in_flight.hold("b", 100))
+        held.enter_context(in_flight.hold("", 1_000))
+        held.enter_context(in_flight.hold("", 1_000))  # in this process: services of our own
+    with in_flight.hold("a", 500):  # of any size, alone
+        pass
+    assert not in_flight._of
+
+
+async def test_a_stream_waits_for_room() -> None:
+    in_flight = BytesInFlight(100)
+    await in_flight.take("a", 90)
+    large, small, given_up = (asyncio.create_task(in_flight.take("a", size)) for size in (50, 20, 30))
+    await asyncio.sleep(0)
+    assert not (large.done() or small.done())
+    given_up.cancel()
+    await in_flight.take("b", 90)
+    in_flight.give_back("a", 90)
+    await asyncio.gather(large, small)
+    for size in (50, 20):
+        in_flight.give_back("a", size)
+    in_flight.give_back("b", 90)
+    assert not in_flight._of
+
+
+async def test_a_wait_that_is_given_up_leaves_nothing() -> None:
+    in_flight = BytesInFlight(100)
+    await in_flight.take("a", 100)
+    waiting = asyncio.create_task(in_flight.take("a", 1))
+    await asyncio.sleep(0)
+    in_flight.give_back("a", 100)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert not in_flight._of
