@@ -9,9 +9,10 @@ from functools import partial
 from typing import TypeVar
 
 from shformat import FormatError
-from shproto.errors import DataLoss, InvalidArgument, StreamHouseError, Unavailable
-from shproto.rpc import time_left_ms
+from shproto.errors import DataLoss, InvalidArgument, Overloaded, StreamHouseError, Unavailable
+from shproto.rpc import caller_connection, time_left_ms
 from shproto.v1 import query_pb2
+from shruntime.cpu_work import CpuWork, QueueFull
 
 from streamhouse_query.chunk_reader import ChunkCache
 from streamhouse_query.core.plain import plain_records
@@ -20,7 +21,7 @@ from streamhouse_query.fetch import fetch
 from streamhouse_query.lookups import Found, Lookups
 from streamhouse_query.reads import Fetched, Reads, Want
 from streamhouse_query.settings import QuerySettings
-from streamhouse_query.subscribe import Source, Subscription, Window
+from streamhouse_query.subscribe import ByteBudget, ConnectionBudgets, Source, Subscription, Window
 
 T = TypeVar("T")
 
@@ -29,6 +30,9 @@ LOOKUPS_AT_ONCE = 8
 INT64_MAX = (1 << 63) - 1
 # So long before the caller's deadline it is told what its call waits for: enough for the way back over a slow network.
 TELL_BEFORE_MS = 500
+# What decodes to no more than this is made into the plain form on the event loop; the rest in a thread.
+INLINE_BYTES_MAX = 512 * 1024
+RETRY_MS = 200
 
 
 TOPIC_ID_BYTES = 16  # of a UUID
@@ -45,13 +49,15 @@ class QueryApi:
         self._lookups = Lookups(reads)
         self._cache = cache
         self._settings = settings
+        self._work = CpuWork(at_once_max=settings.decodes_at_once_max, bytes_max=settings.decode_queue_bytes_max)
+        self._connections = ConnectionBudgets(settings.subscribe_connection_bytes)
 
     async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse:
         """Raises InvalidArgument, UnknownTopic, UnknownPartition, OffsetBelowStart, OffsetBeyondEnd, DataLoss,
         Unavailable."""
         started_ms = self._clock.monotonic_ms()
         want = await self._want(request)
-        response = self._respond(want, await fetch(self._reads, want), request.format)
+        response = await self._respond(want, await fetch(self._reads, want), request.format)
         fetch_duration_ms.record(self._clock.monotonic_ms() - started_ms)
         return response
 
@@ -61,15 +67,16 @@ class QueryApi:
         """Raises InvalidArgument; what goes wrong in one partition is in its last response."""
         request = await anext(requests, query_pb2.SubscribeRequest())
         self._check_positions(request)
-        subscription = Subscription(
-            self._reads,
-            [self._source(request, position) for position in request.positions],
-            buffer_bytes=self._settings.subscribe_buffer_bytes,
-            heartbeat_ms=self._settings.subscribe_heartbeat_ms,
-        )
-        async with contextlib.aclosing(subscription.responses(requests)) as responses:
-            async for response in responses:
-                yield response
+        with self._connections.budget(caller_connection()) as shared:
+            subscription = Subscription(
+                self._reads,
+                [self._source(request, position) for position in request.positions],
+                budgets=(shared, ByteBudget(self._settings.subscribe_buffer_bytes)),
+                heartbeat_ms=self._settings.subscribe_heartbeat_ms,
+            )
+            async with contextlib.aclosing(subscription.responses(requests)) as responses:
+                async for response in responses:
+                    yield response
 
     async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse:
         """Raises InvalidArgument, UnknownTopic, UnknownPartition, DataLoss; Unavailable where an answer would be a
@@ -186,7 +193,7 @@ class QueryApi:
 
     # ---- responses
 
-    def _respond(self, want: Want, fetched: Fetched, form: int) -> query_pb2.FetchResponse:
+    async def _respond(self, want: Want, fetched: Fetched, form: int) -> query_pb2.FetchResponse:
         self._counters.fetches += 1
         self._counters.fetched_bytes += fetched.size_bytes
         response = query_pb2.FetchResponse(
@@ -200,10 +207,19 @@ class QueryApi:
         if form != query_pb2.FETCH_FORMAT_RECORDS:
             response.batches.extend(fetched.batches)
             return response
+        make = partial(plain_records, fetched.batches, want.offset, fetched.next_offset, want.bytes_max)
         try:
-            records, response.next_offset = plain_records(
-                fetched.batches, want.offset, fetched.next_offset, want.bytes_max
-            )
+            if fetched.decoded_bytes <= INLINE_BYTES_MAX:
+                records, response.next_offset = make()
+            else:
+                records, response.next_offset = await self._work.run(caller_connection(), make, fetched.size_bytes)
+        except QueueFull as full:
+            raise Overloaded(
+                f"decode_queue_bytes_max is {self._settings.decode_queue_bytes_max} bytes, {full.queued_bytes} wait",
+                retry_after_ms=RETRY_MS,
+                limit="decode_queue_bytes_max",
+                value=full.queued_bytes,
+            ) from full
         except FormatError as error:  # its CRC was right: whoever wrote it wrote nonsense
             raise DataLoss(
                 f"{want.topic}:{want.partition[1]}: records from offset {want.offset} on cannot be decoded: {error}",

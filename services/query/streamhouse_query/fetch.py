@@ -34,12 +34,12 @@ from streamhouse_query.counters import tracer
 from streamhouse_query.live_index import Watch
 from streamhouse_query.reads import Fetched, Reads, Want
 
-# One long poll at an agent: long enough to cost nothing, short enough that a peer that went silent is noticed.
-TAIL_WAIT_MS_MAX = 10_000
 # A fetch that has records already waits no longer than this for what an agent may add.
 TAIL_EXTRA_MS_MAX = 100
 # An agent that does not answer or does not hold a range yet is asked again after up to so long.
 TAIL_RETRY_FIRST_MS = 50
+# A reader that is to be told of news is told of an agent that has failed for so long; it may only be restarting.
+TELL_FAILURE_MS = 5_000
 TAIL_RETRY_MS_MAX = 1_000
 
 
@@ -78,6 +78,7 @@ class _Fetch:
         self._knows_all = False  # whether the index is known to be no older than this fetch
         self._tell_ms = None if want.tell_after_ms is None else now_ms + int(want.tell_after_ms)
         self._held_up_by: Callable[[], str] = str
+        self._failing_since_ms: int | None = None
 
     async def run(self) -> Fetched:
         with self._index.watch(self._want.partition) as watch:
@@ -161,6 +162,7 @@ class _Fetch:
         self._got.decoded_bytes += decoded_bytes
         self._offset = next_offset
         self._backoff.reset()
+        self._failing_since_ms = None
 
     # ---- waiting
 
@@ -197,7 +199,9 @@ class _Fetch:
         if self._got.batches or remaining_ms == 0:
             return self._give_up(reason)
         self._held_up_by = lambda: reason
-        await self._changed(watch, min(self._backoff.next_ms(), remaining_ms))
+        changed = await self._changed(watch, min(self._backoff.next_ms(), remaining_ms))
+        if not changed and self._remaining_ms(until_ms) == 0:
+            return self._give_up(reason)  # another try may take longer than the caller waits
         return False
 
     # ---- registered records
@@ -247,30 +251,51 @@ class _Fetch:
     # ---- records that only the agent has
 
     async def _read_tail(self, partition: PartitionIndex, step: ReadTail, watch: Watch) -> bool:
-        wait_ms = 0
-        if not self._has_enough and not self._is_news(step.reason):
-            wait_ms = min(self._remaining_ms(self._deadline_ms), TAIL_WAIT_MS_MAX)
+        self._held_up_by = lambda: step.reason or _silent(partition, step)
+        waits = not self._has_enough and not self._is_news(step.reason) and self._remaining_ms(self._deadline_ms) > 0
+        if waits and not self._knows_more(partition, step):
+            return await self._poll_tail(partition, step, watch)
         request = ingest_pb2.ReadTailRequest(
             topic_id=bytes.fromhex(partition.topic_id),
             partition=partition.partition,
             offset=self._offset,
             max_bytes=self._room,
-            max_wait_ms=wait_ms,
-        )
-        self._held_up_by = lambda: (
-            step.reason or f"{partition.name}: agent {step.agent_id} at {step.address} does not answer"
         )
         self._reads.counters.tail_reads += 1
         asked_ms = self._clock.monotonic_ms()
         try:
             response = await self._ask(step, request, watch)
         except StreamHouseError as error:
-            return await self._tail_failed(partition, step, error, watch)
-        if wait_ms and self._clock.monotonic_ms() - asked_ms >= wait_ms / 2:
-            self._backoff.reset()  # the agent did wait: it may be asked again soon
+            return await self._tail_failed(partition, step, error, watch, asked_ms)
         if response is None:
             return self._has_enough
         return await self._take_tail(partition, step, response, watch)
+
+    def _knows_more(self, partition: PartitionIndex, step: ReadTail) -> bool:
+        """True if the agent is known to have records at the offset, so that there is nothing to wait for."""
+        newest = step.newest and step.end_offset is None
+        return newest and self._reads.watermarks.of(partition) > self._offset
+
+    async def _poll_tail(self, partition: PartitionIndex, step: ReadTail, watch: Watch) -> bool:
+        """Waits at the end together with all other readers there."""
+        polls, place = self._reads.polls, (step.address, partition.key, self._offset)
+        joined_ms = self._clock.monotonic_ms()
+        with polls.join(*place) as news:
+            while not news.done():
+                remaining_ms = self._remaining_ms(self._deadline_ms)
+                if remaining_ms == 0:
+                    return self._give_up(step.reason if polls.is_answered(*place) else _silent(partition, step))
+                await asyncio.wait(
+                    (news, watch.changed), timeout=remaining_ms / 1000, return_when=asyncio.FIRST_COMPLETED
+                )
+                if watch.changed.done() and not news.done():
+                    watch.arm()
+                    if self._plan(self._partition()) != step:
+                        return False
+        answer = news.result()
+        if isinstance(answer, StreamHouseError):
+            return await self._tail_failed(partition, step, answer, watch, joined_ms)
+        return await self._take_tail(partition, step, answer, watch)
 
     async def _ask(
         self, step: ReadTail, request: ingest_pb2.ReadTailRequest, watch: Watch
@@ -293,8 +318,9 @@ class _Fetch:
             await _ended(asked)
 
     async def _tail_failed(
-        self, partition: PartitionIndex, step: ReadTail, error: StreamHouseError, watch: Watch
+        self, partition: PartitionIndex, step: ReadTail, error: StreamHouseError, watch: Watch, since_ms: int
     ) -> bool:
+        """`since_ms`: when the call began that failed."""
         self._reads.counters.tail_errors += 1
         if isinstance(error, OffsetBeyondEnd | UnknownTopic):  # as the agent knows it; it may be behind, or we are
             response = ingest_pb2.ReadTailResponse(
@@ -303,7 +329,11 @@ class _Fetch:
             return await self._take_tail(partition, step, response, watch)
         if not error.retriable and not self._got.batches:
             raise with_next_offset(error, partition)
-        reason = f"{partition.name}: agent {step.agent_id} at {step.address} does not answer: {error}"
+        reason = f"{_silent(partition, step)}: {error}"
+        if self._failing_since_ms is None:
+            self._failing_since_ms = since_ms
+        if self._is_news(reason) and self._clock.monotonic_ms() - self._failing_since_ms >= TELL_FAILURE_MS:
+            return self._give_up(reason)
         return await self._again_soon(reason, watch, self._deadline_ms)
 
     async def _take_tail(
@@ -360,6 +390,10 @@ class _Fetch:
         if self._is_news(step.reason):
             return self._give_up(step.reason)
         return await self._again_soon(step.reason, watch, self._deadline_ms)
+
+
+def _silent(partition: PartitionIndex, step: ReadTail) -> str:
+    return f"{partition.name}: agent {step.agent_id} at {step.address} does not answer"
 
 
 async def _ended(call: asyncio.Future[Any]) -> None:

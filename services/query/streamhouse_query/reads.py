@@ -16,6 +16,7 @@ from streamhouse_query.counters import Counters
 from streamhouse_query.freshness import Freshness
 from streamhouse_query.live_index import LiveIndex
 from streamhouse_query.segment_reader import SegmentReader
+from streamhouse_query.tail_polls import TailPolls
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Reads:
     ingest_at: Callable[[str], IngestApi]
     freshness: Freshness
     readahead: ReadAhead
+    polls: TailPolls
     catch_up_ms: int
     clock: Clock
     counters: Counters

@@ -76,11 +76,31 @@ class QuerySettings(StoreSettings):
     subscribe_buffer_bytes: int = Field(
         32 * MIB, ge=MIB, le=1 << 32, description="bytes read ahead of one subscriber that does not keep up"
     )
+    subscribe_connection_bytes: int = Field(
+        128 * MIB,
+        ge=MIB,
+        le=1 << 40,
+        description="bytes read ahead of all subscribers on one connection; many consumers in a process share one",
+    )
     subscribe_heartbeat_ms: int = Field(
-        5_000,
+        30_000,
         ge=10,
         le=60_000,
-        description="ms between the empty responses that tell a subscriber at the end the high watermark",
+        description="ms between the empty responses that a subscriber at the end gets so that no proxy takes it for "
+        "dead; all news is told at once. Idle subscribers cost these, and nothing else",
+    )
+    decodes_at_once_max: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="large responses (above 512 KiB) in the plain form made at once, each a thread; connections have "
+        "their turns",
+    )
+    decode_queue_bytes_max: int = Field(
+        64 * MIB,
+        ge=MIB,
+        le=1 << 40,
+        description="bytes of batches that wait for that, beyond which callers are told to come again",
     )
 
     @field_validator("cache_chunk_bytes")

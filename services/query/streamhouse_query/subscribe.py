@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from shproto.errors import Internal, InvalidArgument, StreamHouseError
@@ -27,6 +29,9 @@ log = logging.getLogger(__name__)
 # What a partition that waits at its end may get at once, apart from one batch of any size. What is beyond comes with
 # the next fetch, under the budget.
 WAITING_BYTES_MAX = 64 * 1024
+# After so long, or a heartbeat if that is shorter, a subscriber whose records cannot be had is told why.
+TELL_AFTER_MS_MAX = 5_000
+HEARTBEAT_SPREAD = 0.85
 
 
 class ByteBudget:
@@ -65,6 +70,55 @@ class ByteBudget:
                 turn.set_result(None)
             else:
                 return
+
+
+class ConnectionBudgets:
+    """A budget for each connection, shared by its subscriptions: one client cannot have the service read ahead for
+    thousands of them. Callers in this process have one each."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._budgets: dict[str, tuple[ByteBudget, int]] = {}
+
+    @contextmanager
+    def budget(self, connection: str) -> Iterator[ByteBudget]:
+        """Around one subscription."""
+        if not connection:
+            yield ByteBudget(self._bytes_max)
+            return
+        budget, users = self._budgets.get(connection, (ByteBudget(self._bytes_max), 0))
+        self._budgets[connection] = (budget, users + 1)
+        try:
+            yield budget
+        finally:
+            budget, users = self._budgets.pop(connection)
+            if users > 1:
+                self._budgets[connection] = (budget, users - 1)
+
+
+class Loan:
+    """Bytes taken of several budgets, in their order; given back as far as they are not used, then all."""
+
+    def __init__(self, lent: Sequence[tuple[ByteBudget, int]]) -> None:
+        self._lent = list(lent)
+
+    @classmethod
+    async def take(cls, budgets: Sequence[ByteBudget], size_bytes: int) -> Loan:
+        lent: list[tuple[ByteBudget, int]] = []
+        try:
+            for budget in budgets:
+                lent.append((budget, await budget.take(size_bytes)))
+        except BaseException:
+            cls(lent).give_back()
+            raise
+        return cls(lent)
+
+    def give_back(self, keep_bytes: int = 0) -> None:
+        """Keeps `keep_bytes`, or what was lent if that is less."""
+        for number, (budget, size_bytes) in enumerate(self._lent):
+            kept = min(size_bytes, keep_bytes)
+            self._lent[number] = (budget, kept)
+            budget.give(size_bytes - kept)
 
 
 class Window:
@@ -109,7 +163,7 @@ class Source:
     response of what was fetched; its next_offset says where to go on."""
 
     resolve: Callable[[], Awaitable[Want]]
-    respond: Callable[[Want, Fetched], FetchResponse]
+    respond: Callable[[Want, Fetched], Awaitable[FetchResponse]]
     refuse: Callable[[StreamHouseError], FetchResponse]
     window: Window = field(default_factory=Window)
 
@@ -117,7 +171,7 @@ class Source:
 @dataclass(frozen=True, slots=True)
 class _Delivery:
     response: FetchResponse
-    lent_bytes: int = 0
+    loan: Loan | None = None
     taken: asyncio.Event | None = None
     is_last: bool = False
 
@@ -125,11 +179,15 @@ class _Delivery:
 class Subscription:
     """`responses` ends when every partition has failed; closing it ends all fetches."""
 
-    def __init__(self, reads: Reads, sources: Sequence[Source], *, buffer_bytes: int, heartbeat_ms: int) -> None:
+    def __init__(
+        self, reads: Reads, sources: Sequence[Source], *, budgets: Sequence[ByteBudget], heartbeat_ms: int
+    ) -> None:
+        """`budgets`: what is read ahead is taken of each of them."""
         self._reads = reads
         self._sources = sources
-        self._budget = ByteBudget(buffer_bytes)
+        self._budgets = budgets
         self._heartbeat_ms = heartbeat_ms
+        self._tell_after_ms = min(heartbeat_ms, TELL_AFTER_MS_MAX)
         self._ready: Turns[int, _Delivery] = Turns()  # bounded by the budget, and by one more per partition
         self._news = asyncio.Event()
         self._failure: StreamHouseError | None = None
@@ -149,7 +207,8 @@ class Subscription:
             while running:
                 delivery = await self._next()
                 yield delivery.response
-                self._budget.give(delivery.lent_bytes)
+                if delivery.loan is not None:
+                    delivery.loan.give_back()
                 if delivery.taken is not None:
                     delivery.taken.set()
                 running -= delivery.is_last
@@ -226,7 +285,8 @@ class Subscription:
                 fetched, response = await self._read(number, want, limited)
             else:
                 # The first time at the end is told at once, then only news and heartbeats.
-                wait_ms = self._heartbeat_ms if has_told else 0
+                # At times spread out: those who came together would else be told together for ever.
+                wait_ms = int(self._heartbeat_ms * random.uniform(HEARTBEAT_SPREAD, 1)) if has_told else 0
                 fetched, response = await self._await_more(number, want, replace(limited, max_wait_ms=wait_ms))
                 has_told = True
             window.use(fetched.decoded_bytes)
@@ -237,20 +297,18 @@ class Subscription:
             want = replace(want, offset=response.next_offset, known_reason=response.waiting_reason)
 
     async def _read(self, number: int, want: Want, limited: Want) -> tuple[Fetched, FetchResponse]:
-        """What is there, under the budget. If nothing comes for as long as a heartbeat takes, the subscriber is told
-        why."""
-        lent_bytes = await self._budget.take(limited.bytes_max)
-        told = replace(limited, max_wait_ms=0, known_reason=None, tell_after_ms=self._heartbeat_ms)
+        """What is there, under the budgets. If nothing comes for a while, the subscriber is told why."""
+        loan = await Loan.take(self._budgets, limited.bytes_max)
+        told = replace(limited, max_wait_ms=0, known_reason=None, tell_after_ms=self._tell_after_ms)
         try:
             fetched = await fetch(self._reads, told)
-            response = self._sources[number].respond(want, fetched)
+            response = await self._sources[number].respond(want, fetched)
         except BaseException:
-            self._budget.give(lent_bytes)
+            loan.give_back()
             raise
-        held_bytes = min(lent_bytes, fetched.size_bytes)
-        self._budget.give(lent_bytes - held_bytes)
+        loan.give_back(keep_bytes=fetched.size_bytes)
         if fetched.batches:
-            self._deliver(number, _Delivery(response, held_bytes))
+            self._deliver(number, _Delivery(response, loan))
         elif response.waiting_reason not in ("", want.known_reason):
             await self._deliver_and_wait(number, response)
         return fetched, response
@@ -260,10 +318,10 @@ class Subscription:
         small = replace(
             limited,
             bytes_max=min(limited.bytes_max, WAITING_BYTES_MAX),
-            tell_after_ms=limited.max_wait_ms + self._heartbeat_ms,
+            tell_after_ms=limited.max_wait_ms + self._tell_after_ms,
         )
         fetched = await fetch(self._reads, small)
-        response = self._sources[number].respond(want, fetched)
+        response = await self._sources[number].respond(want, fetched)
         await self._deliver_and_wait(number, response)
         return fetched, response
 

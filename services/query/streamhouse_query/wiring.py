@@ -36,6 +36,7 @@ from streamhouse_query.reads import Reads
 from streamhouse_query.segment_reader import SegmentReader
 from streamhouse_query.session import SessionKeeper
 from streamhouse_query.settings import QuerySettings
+from streamhouse_query.tail_polls import TailPolls
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ def build(
         ingest_at,
         freshness,
         ReadAhead(settings.readahead_chunks),
+        TailPolls(ingest_at, tasks, clock, counters),
         settings.catch_up_ms,
         clock,
         counters,

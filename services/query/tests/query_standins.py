@@ -195,6 +195,7 @@ class StandInAgent:
         self.down = False
         self.hangs = False
         self.calls = 0
+        self.calls_waiting = 0
         self._changed = asyncio.Condition()
 
     def hold(self, topic_id: str, partition: int, epoch: int, start: int) -> None:
@@ -232,11 +233,14 @@ class StandInAgent:
             return ingest_pb2.ReadTailResponse(not_held=True)
         if request.max_wait_ms and self.next_offset(key) == request.offset:
             async with self._changed:
+                self.calls_waiting += 1
                 try:
                     async with asyncio.timeout(request.max_wait_ms / 1000):
                         await self._changed.wait_for(lambda: self.next_offset(key) > request.offset)
                 except TimeoutError:
                     pass
+                finally:
+                    self.calls_waiting -= 1
         response = ingest_pb2.ReadTailResponse(
             high_watermark=self.next_offset(key), tail_start_offset=self.held_from[key]
         )

@@ -13,7 +13,7 @@ from shproto.services import QueryClient
 from shproto.v1 import ingest_pb2, query_pb2
 from shruntime.server import RpcServer
 from streamhouse_query.reads import Fetched, Want
-from streamhouse_query.subscribe import ByteBudget, Source, Subscription
+from streamhouse_query.subscribe import ByteBudget, ConnectionBudgets, Loan, Source, Subscription
 from streamhouse_query.wiring import QueryService
 
 from services.query.tests.query_standins import StandInPlatform, values_of
@@ -427,14 +427,16 @@ async def test_a_partition_that_fails_with_its_records_gives_its_bytes_back(
         async def resolve() -> Want:
             return Want(service._index.find("orders", number).key, "orders", 0, 1 << 20)
 
-        def respond(want: Want, fetched: Fetched) -> query_pb2.FetchResponse:
+        async def respond(want: Want, fetched: Fetched) -> query_pb2.FetchResponse:
             if not number:
                 raise DataLoss("cannot be decoded")
             return query_pb2.FetchResponse(partition=number, batches=fetched.batches, next_offset=fetched.next_offset)
 
         return Source(resolve, respond, lambda error: query_pb2.FetchResponse(error=error.to_detail()))
 
-    subscription = Subscription(service.api._reads, [source(0), source(1)], buffer_bytes=1 << 20, heartbeat_ms=1_000)
+    subscription = Subscription(
+        service.api._reads, [source(0), source(1)], budgets=[ByteBudget(1 << 20)], heartbeat_ms=1_000
+    )
     async with contextlib.aclosing(subscription.responses(Requests())) as responses:
         got = await until(responses, lambda response: bool(response.batches))
     assert got[0].HasField("error") and got[-1].next_offset == 1_000
@@ -457,3 +459,59 @@ async def test_the_byte_budget_is_first_come_first_served_and_survives_cancellat
     assert order == [0, 3]
     budget.give(70)
     assert await budget.take(100) == 100
+
+
+async def test_g7_idle_subscribers_cost_by_change_and_not_by_subscriber(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """A hundred of them wait at the end: the agent is asked once for all, and once more for each change."""
+    await one_partition(platform)
+    await platform.produce(values_of(10))
+    service = await start_query(subscribe_heartbeat_ms=60_000)
+    agent = platform.agents["a"]
+    async with contextlib.AsyncExitStack() as stack:
+        streams = [await stack.enter_async_context(subscribed(service, ("orders", 0, 10))) for _ in range(100)]
+        for stream in streams:
+            assert (await anext(stream)).next_offset == 10  # there is nothing, which is told at once
+        waiting = [asyncio.create_task(anext(stream)) for stream in streams]
+        async with asyncio.timeout(10):
+            while len(service.api._reads.polls._polls) != 1 or agent.calls_waiting != 1:
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        before = agent.calls
+        await platform.produce(values_of(1, 10))
+        responses = await asyncio.gather(*waiting)
+        assert [values_in([response]) for response in responses] == [values_of(1, 10)] * 100
+        assert agent.calls - before <= 3
+    assert not service.api._reads.polls._polls
+
+
+async def test_g7_what_is_read_ahead_is_limited_by_connection() -> None:
+    budgets = ConnectionBudgets(100)
+    with budgets.budget("a") as first, budgets.budget("a") as second, budgets.budget("b") as other:
+        assert first is second and first is not other
+        own = ByteBudget(80)
+        loan = await Loan.take((first, own), 70)
+        waiting = asyncio.create_task(Loan.take((second, ByteBudget(80)), 60))
+        await asyncio.sleep(0)
+        assert not waiting.done(), "of another subscription on the connection"
+        loan.give_back(keep_bytes=40)
+        rest = await waiting
+        loan.give_back()
+        rest.give_back()
+        assert (first._free, own._free) == (100, 80)
+    with budgets.budget("") as one, budgets.budget("") as another:
+        assert one is not another
+    assert not budgets._budgets
+
+
+async def test_a_loan_that_is_given_up_in_between_gives_back_what_it_had() -> None:
+    first, second = ByteBudget(100), ByteBudget(100)
+    held = await second.take(100)
+    taking = asyncio.create_task(Loan.take((first, second), 50))
+    await asyncio.sleep(0)
+    assert first._free == 50
+    taking.cancel()
+    await asyncio.gather(taking, return_exceptions=True)
+    second.give(held)
+    assert (first._free, second._free) == (100, 100)

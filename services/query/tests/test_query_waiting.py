@@ -1,6 +1,7 @@
 """Long polls, takeovers, gaps, the race between an agent that gives up its tail and the event feed."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from functools import partial
@@ -9,6 +10,7 @@ import pytest
 from shformat import decode_batch
 from shproto.errors import DataLoss, InvalidArgument, OffsetBeyondEnd, ShuttingDown, Unavailable, UnknownTopic
 from shproto.v1 import coordinator_pb2, query_pb2
+from streamhouse_query.core.plain import plain_records
 from streamhouse_query.wiring import QueryService
 
 from services.query.tests.query_standins import RANGE_WIDTH, StandInPlatform, values_of
@@ -332,6 +334,43 @@ async def test_an_agent_that_does_not_answer_is_named(platform: StandInPlatform,
     platform.agents["a"].down = True
     await settle_in(platform, service)
     assert values_in(await fetch(service, 0)) == values_of(10), "segments need no agent"
+
+
+async def test_an_agent_that_hangs_is_told_at_the_end_of_a_wait(
+    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That nothing is there is only known if the agent says so."""
+    monkeypatch.setattr("streamhouse_query.tail_polls.POLL_LATE_MS", 100)
+    await one_partition(platform)
+    service = await start_query()
+    assert not (await fetch(service, 0, max_wait_ms=200)).waiting_reason
+    platform.agents["a"].hangs = True
+    for wait_ms in (50, 1_000):  # before the call is given up, and after
+        reason = (await fetch(service, 0, max_wait_ms=wait_ms)).waiting_reason
+        assert reason.startswith("orders:0: agent a at a:1 does not answer")
+    platform.agents["a"].hangs = False
+    assert not (await fetch(service, 0, max_wait_ms=200)).waiting_reason
+
+
+async def test_many_plain_records_are_decoded_beside_the_event_loop(
+    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def noted(*args: object) -> object:
+        threads.append(threading.current_thread().name)
+        return plain_records(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("streamhouse_query.api.plain_records", noted)
+    await one_partition(platform)
+    await platform.produce([b"small"])
+    await platform.produce([bytes(2 << 20)])
+    service = await start_query()
+    form = query_pb2.FETCH_FORMAT_RECORDS
+    first = await fetch(service, 0, format=form, max_bytes=1)
+    second = await fetch(service, 1, format=form)
+    assert [len(first.records), len(second.records[0].value)] == [1, 2 << 20]
+    assert [name == threading.current_thread().name for name in threads] == [True, False]
 
 
 async def test_a_hanging_agent_is_left_when_the_index_changes(

@@ -1,0 +1,127 @@
+"""Long polls at the ends of partitions: one call to the agent for all readers that wait at the same offset.
+
+Owns: the polls, and who waits for each. Does not own: what a reader does with an answer (fetch.py).
+Invariants: a poll ends with the agent's first answer that is news, or with its last reader; until then it costs one
+call in POLL_WAIT_MS, however many readers wait. Each reader has a future of its own: taking a callback off a shared one
+looks through those of all others, which took seconds with thousands of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from shproto.errors import StreamHouseError, Unavailable
+from shproto.services import IngestApi
+from shproto.v1 import ingest_pb2
+from shruntime.clock import Clock
+from shruntime.tasks import Backoff, Tasks
+
+from streamhouse_query.core.index import PartitionKey
+from streamhouse_query.counters import Counters
+
+# One call at an agent: long enough to cost nothing, short enough that a peer that went silent is noticed.
+POLL_WAIT_MS = 10_000
+# An agent that has not answered so long after it was to is silent, and readers are told.
+POLL_LATE_MS = 2_000
+# What the first record after a quiet time brings along; what is beyond comes with the next read.
+POLL_BYTES = 64 * 1024
+# So many readers are woken before others have a turn.
+WAKE_TOGETHER = 64
+# An agent that answers at once and says nothing new is asked again after so long.
+AGAIN_FIRST_MS, AGAIN_MAX_MS = 50, 1_000
+
+News = ingest_pb2.ReadTailResponse | StreamHouseError
+PollKey = tuple[str, PartitionKey, int]
+
+
+class _Poll:
+    """`answered`: the agent has, and had nothing new."""
+
+    def __init__(self) -> None:
+        self.readers: dict[asyncio.Future[News], None] = {}
+        self.answered = False
+        self.task: asyncio.Task[None] | None = None
+
+
+class TailPolls:
+    """Shared by all reads of the service; `tasks` owns the polls."""
+
+    def __init__(self, ingest_at: Callable[[str], IngestApi], tasks: Tasks, clock: Clock, counters: Counters) -> None:
+        self._ingest_at = ingest_at
+        self._tasks = tasks
+        self._clock = clock
+        self._counters = counters
+        self._polls: dict[PollKey, _Poll] = {}
+
+    @contextmanager
+    def join(self, address: str, partition: PartitionKey, offset: int) -> Iterator[asyncio.Future[News]]:
+        """A future of what the agent answers that is news to a reader at `offset`: records, or an error."""
+        key = (address, partition, offset)
+        poll = self._polls.get(key)
+        if poll is None:
+            poll = self._polls[key] = _Poll()
+            poll.task = self._tasks.spawn(f"tail of {partition[0]}:{partition[1]}", self._run(key, poll))
+        news: asyncio.Future[News] = asyncio.get_running_loop().create_future()
+        poll.readers[news] = None
+        try:
+            yield news
+        finally:
+            poll.readers.pop(news, None)
+            if not poll.readers and self._polls.get(key) is poll:
+                del self._polls[key]
+                assert poll.task is not None, "it was spawned with the poll"
+                poll.task.cancel()
+
+    def is_answered(self, address: str, partition: PartitionKey, offset: int) -> bool:
+        """True if the agent has answered the poll at this offset: that nothing is there is known then."""
+        poll = self._polls.get((address, partition, offset))
+        return poll is not None and poll.answered
+
+    async def _run(self, key: PollKey, poll: _Poll) -> None:
+        try:
+            news = await self._news(key, poll)
+        finally:
+            if self._polls.get(key) is poll:
+                del self._polls[key]
+        for number, reader in enumerate(list(poll.readers), start=1):
+            if not reader.done():
+                reader.set_result(news)
+            if number % WAKE_TOGETHER == 0:
+                await asyncio.sleep(0)
+
+    async def _news(self, key: PollKey, poll: _Poll) -> News:
+        """Asks until there is something to tell. The first call does not wait: it shows that the agent answers."""
+        address, (topic_id, partition), offset = key
+        request = ingest_pb2.ReadTailRequest(
+            topic_id=bytes.fromhex(topic_id), partition=partition, offset=offset, max_bytes=POLL_BYTES
+        )
+        backoff = Backoff(AGAIN_FIRST_MS, AGAIN_MAX_MS)
+        while True:
+            self._counters.tail_reads += 1
+            asked_ms = self._clock.monotonic_ms()
+            late_ms = request.max_wait_ms + POLL_LATE_MS
+            try:
+                async with asyncio.timeout(late_ms / 1000) as guard:
+                    answer = await self._ingest_at(address).read_tail(request)
+            except StreamHouseError as error:
+                return error
+            except TimeoutError:
+                if not guard.expired():
+                    raise
+                return Unavailable(f"no answer within {late_ms} ms")
+            if _is_news(answer, offset):
+                return answer
+            if poll.answered and self._clock.monotonic_ms() - asked_ms < request.max_wait_ms / 2:
+                await self._clock.sleep_ms(backoff.next_ms())
+            else:
+                backoff.reset()
+            poll.answered, request.max_wait_ms = True, POLL_WAIT_MS
+
+
+def _is_news(answer: ingest_pb2.ReadTailResponse, offset: int) -> bool:
+    """False if the log ends at `offset`, and the reader knew."""
+    return bool(
+        answer.batches or answer.not_held or answer.high_watermark != offset or answer.tail_start_offset > offset
+    )
