@@ -17,40 +17,40 @@ log = logging.getLogger(__name__)
 
 Store = Callable[[Mapping[TopicPartition, Position]], Awaitable[None]]
 Cursors = Mapping[TopicPartition, Cursor]
+DoneBelow = Callable[[Cursor], int]
 
 
 class Commits:
-    """`cursors`: of what is read at the moment, the owner's. `topic_gone(topic, topic_id)`: told of topics that a
-    commit found deleted.
+    """`cursors`: of what is read at the moment, the owner's. `done_below(cursor)`: the offset below which the
+    application has done with everything. `topic_gone(topic, topic_id)`: told of topics that a commit found deleted.
 
     One commit at a time, and what it stores is looked up when it is its turn: of two that are under way, or were looked
     up one before the other, the older positions could be stored last.
     """
 
-    def __init__(self, cursors: Cursors, store: Store, topic_gone: Callable[[str, bytes], object]) -> None:
+    def __init__(
+        self, cursors: Cursors, done_below: DoneBelow, store: Store, topic_gone: Callable[[str, bytes], object]
+    ) -> None:
         self._cursors = cursors
+        self._done_below = done_below
         self._store = store
         self._topic_gone = topic_gone
         self._turn = asyncio.Lock()
-
-    def done_with_all(self) -> None:
-        """The application says so of everything handed over, the record in hand included."""
-        for cursor in self._cursors.values():
-            cursor.taken = cursor.delivered
 
     async def commit(self, given: Mapping[TopicPartition, Position] | None = None) -> None:
         """Stores what the application has done with, or the positions `given`. Raises what storing raises:
         IllegalGeneration, UnknownMember, UnknownTopic, Unavailable."""
         async with self._turn:
             cursors = dict(self._cursors)
-            await self._commit(cursors, _outstanding(cursors) if given is None else given, self._store)
+            positions = _outstanding(cursors, self._done_below) if given is None else given
+            await self._commit(cursors, positions, self._store)
 
     async def commit_existing(self, cursors: Cursors | None = None, store: Store | None = None) -> None:
         """What the application has done with, of `cursors` that it has no longer or of all, where the topic is still
         there: positions in one that is not are nobody's, and do not hold up the others. Raises as `commit` does."""
         async with self._turn:
             cursors = dict(self._cursors if cursors is None else cursors)
-            positions = _outstanding(cursors)
+            positions = _outstanding(cursors, self._done_below)
             while positions:
                 try:
                     await self._commit(cursors, positions, store or self._store)
@@ -87,10 +87,11 @@ class Commits:
                 log.warning("auto commit failed, it is tried again: %s", error)
 
 
-def _outstanding(cursors: Cursors) -> dict[TopicPartition, Position]:
+def _outstanding(cursors: Cursors, done_below: DoneBelow) -> dict[TopicPartition, Position]:
     """What the application has done with and is not stored."""
+    done = {where: (cursor, done_below(cursor)) for where, cursor in cursors.items()}
     return {
-        where: Position(cursor.taken, cursor.topic_id)
-        for where, cursor in cursors.items()
-        if cursor.taken != cursor.committed
+        where: Position(offset, cursor.topic_id)
+        for where, (cursor, offset) in done.items()
+        if offset != cursor.committed
     }

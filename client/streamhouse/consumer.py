@@ -1,17 +1,26 @@
-"""The consumer as applications see it: its life, its membership of a group, positions; the work is done elsewhere."""
+"""The consumer as applications see it: its life, its membership of a group, positions; the work is done elsewhere.
+
+Owns: the parts of a consumer and their background tasks. Does not own: what is received, what is handed over, commits.
+"""
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from types import MappingProxyType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from shproto import forks
-from shproto.errors import Internal, InvalidArgument, StreamHouseError, UnknownPartition
+from shproto.errors import (
+    Internal,
+    InvalidArgument,
+    StreamHouseError,
+    UnknownPartition,
+)
 from shproto.rpc import Interceptors
 from shruntime.tasks import Tasks
 
 from streamhouse.commits import Commits
+from streamhouse.core.in_flight import Worker
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import (
     ConsumerOptions,
@@ -46,8 +55,9 @@ class Consumer:
     partitions that the group has not committed. stop_at_end: an iteration ends where the log ended when it began.
     on_out_of_range, on_data_loss: whether to raise or to go on (at an end of the log; behind the loss).
 
-    Delivery is at least once: with auto_commit only records that the application has done with (it asked for the
-    next one) are committed. One consumer belongs to one event loop; see `streamhouse.sync` for plain code.
+    Several tasks may iterate one consumer: each record goes to one of them. Delivery is at least once: with auto_commit
+    only records that the application has done with are committed, and a task has done with a record when it asks for
+    its next one. One consumer belongs to one event loop; see `streamhouse.sync` for plain code.
     """
 
     def __init__(
@@ -100,8 +110,10 @@ class Consumer:
         self._tasks: Tasks | None = None  # once started
         self._starting = asyncio.Lock()
         self._openings = Openings(self._options, self._metadata, self._offsets, self._reader)
-        self._commits = Commits(self._reader.cursors, self._store, self._topic_gone)
-        self._iteration = Iteration(self._reader, self._offsets, stop_at_end, self._is_opening)
+        self._iteration = Iteration(self._reader, self._offsets, stop_at_end, self._is_opening, self._advance)
+        self._next = self._iteration.next
+        self._in_flight = self._iteration.in_flight
+        self._commits = Commits(self._reader.cursors, self._done_below, self._store, self._topic_gone)
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -125,10 +137,11 @@ class Consumer:
         """
         forks.check()
         async with self._starting:
-            if self._tasks is None and not self._closed:
-                await self._retries.run(self._find_partitions)
-                if not self._closed:
-                    self._run()
+            if self._tasks is not None or self._closed:
+                return
+            await self._retries.run(self._find_partitions)
+            if not self._closed:
+                self._run()
 
     async def _find_partitions(self) -> None:
         """What may fail or be cancelled of a start: another one begins here again."""
@@ -150,6 +163,7 @@ class Consumer:
 
     def _run(self) -> None:
         self._tasks = Tasks()
+        self._iteration.start()
         if self._membership is not None:
             self._spawn("open partitions", self._openings.run())
             self._spawn("group membership", self._membership.run())
@@ -169,26 +183,31 @@ class Consumer:
     async def close(self, *, done_with_last: bool = True) -> None:
         """Commits (with auto_commit) and leaves the group, then closes the connections.
 
-        done_with_last: whether the records handed over last are committed, too.
+        done_with_last: whether the record in hand of the task that calls is committed, too, and those of tasks that
+        have returned.
         """
+        await self._close(self._worker(), done_with_last)
+
+    async def _close(self, worker: Worker, done_with_last: bool) -> None:
         if self._closed:
             return
         self._closed = True
         self._iteration.close()
         try:
             if self._tasks is not None:
-                await self._commit_and_leave(done_with_last)
+                if done_with_last:
+                    worker.held = None
+                    self._in_flight.finish_ended()
+                await self._commit_and_leave()
         finally:
             if self._tasks is not None:
                 await self._tasks.stop()
             await self._metadata.close()
             await self._peers.close()
 
-    async def _commit_and_leave(self, done_with_last: bool) -> None:
+    async def _commit_and_leave(self) -> None:
         try:
             if self._options.auto_commit and self._options.group is not None:
-                if done_with_last:
-                    self._commits.done_with_all()
                 await self._commits.commit_existing()
             if self._membership is not None:
                 await self._membership.leave()
@@ -197,27 +216,38 @@ class Consumer:
 
     # ---- reading
 
-    def __aiter__(self) -> Self:
+    def __aiter__(self) -> "RecordIterator":
         self._iteration.begin()
-        return self
+        return RecordIterator(self, self._worker())
 
-    async def __anext__(self) -> Record:
-        while True:
-            for record in self._iteration.records:
-                return record
-            if not await self._advance():
-                raise StopAsyncIteration
+    def __anext__(self) -> Coroutine[Any, Any, Record]:
+        worker = self._worker()
+        worker.held = None
+        return self._next(worker)
 
-    async def batches(self) -> AsyncIterator[RecordBatch]:
+    def batches(self) -> "BatchIterator":
         """Records as columns, a `RecordBatch` of one partition at a time."""
         self._iteration.begin()
-        while (batch := self._iteration.rest()) is not None or await self._advance():
-            if batch is not None:
-                yield batch
+        return BatchIterator(self)
 
-    async def _advance(self) -> bool:
+    def _worker(self) -> Worker:
+        """The task that calls. Found when it calls, not when what it awaits runs: `wait_for` runs that in another."""
+        try:
+            return self._in_flight.worker(asyncio.current_task())
+        except RuntimeError:  # no event loop runs yet
+            return self._in_flight.worker(None)
+
+    async def _next_batch(self, worker: Worker) -> RecordBatch:
+        while (batch := self._iteration.take_batch(worker)) is None:
+            if not await self._advance(worker):
+                raise StopAsyncIteration
+        return batch
+
+    async def _advance(self, worker: Worker) -> bool:
         await self.start()
-        return await self._iteration.advance()
+        found = await self._iteration.advance()
+        self._in_flight.waited(worker)
+        return found
 
     def _is_opening(self) -> bool:
         member = self._membership
@@ -262,14 +292,18 @@ class Consumer:
     # ---- commits
 
     async def commit(self, offsets: Mapping[tuple[str, int], int] | None = None) -> None:
-        """Stores where the group goes on: everything handed over so far, or the `offsets` given.
+        """Stores where the group goes on: behind everything that the application has done with, the record in hand of
+        the task that calls included; or the `offsets` given.
 
         Raises InvalidArgument without a group, IllegalGeneration when a partition was taken away, Unavailable.
         """
+        await self._commit(self._worker(), offsets)
+
+    async def _commit(self, worker: Worker, offsets: Mapping[tuple[str, int], int] | None) -> None:
         if self._options.group is None:
             raise InvalidArgument("a consumer without a group has nothing to commit to", field="group")
         if offsets is None:
-            self._commits.done_with_all()
+            worker.held = None
             await self._commits.commit()
         else:
             given = {TopicPartition(*where): offset for where, offset in offsets.items()}
@@ -280,6 +314,17 @@ class Consumer:
         known = self._reader.topic_ids()
         of_topic = (topic_id for read, topic_id in known.items() if read.topic == where.topic)
         return known.get(where) or next(of_topic, b"")
+
+    def _done_below(self, cursor: Cursor) -> int:
+        for worker, held, offset in self._in_flight.abandoned():
+            log.warning(
+                "%r has ended with %s/%d, offset %d, in hand, without asking for another record: the group's position "
+                "stays there",
+                worker.owner,
+                *held.where,
+                offset,
+            )
+        return self._in_flight.done_below(cursor)
 
     async def _store(self, positions: Mapping[TopicPartition, Position]) -> None:
         if self._membership is not None:
@@ -327,3 +372,38 @@ class Consumer:
         return self._assign or [
             TopicPartition(state.topic, number) for state in states for number in range(state.partitions)
         ]
+
+
+class RecordIterator(AsyncIterator[Record]):
+    """One `async for` over a consumer, of the task that began it."""
+
+    __slots__ = ("_consumer", "_worker")
+
+    def __init__(self, consumer: Consumer, worker: Worker) -> None:
+        self._consumer = consumer
+        self._worker = worker
+
+    def __anext__(self) -> Coroutine[Any, Any, Record]:
+        self._worker.held = None
+        return self._consumer._next(self._worker)
+
+
+class BatchIterator(AsyncIterator[RecordBatch]):
+    """What `Consumer.batches` gives. A timeout or a cancellation ends one wait, not the iteration."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+        self._closed = False
+
+    def __anext__(self) -> Coroutine[Any, Any, RecordBatch]:
+        worker = self._consumer._worker()
+        worker.held = None
+        return self._consumer._next_batch(worker) if not self._closed else _ended()
+
+    async def aclose(self) -> None:
+        """Nothing more comes; for `contextlib.aclosing`."""
+        self._closed = True
+
+
+async def _ended() -> RecordBatch:
+    raise StopAsyncIteration

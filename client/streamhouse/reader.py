@@ -2,6 +2,8 @@
 
 Owns: the stream, fail-over between query services, what is received and not handed over. Does not own: which
 partitions there are, commits.
+Invariants: what is received waits by partition and is handed over by turns between them. Of each partition no more is
+asked for than its window, and no more is decoded than prefetch_bytes_max in all, but for one batch of any size each.
 """
 
 import asyncio
@@ -21,9 +23,10 @@ from shproto.errors import (
 )
 from shproto.v1 import query_pb2
 from shruntime.tasks import Backoff
+from shruntime.turns import Turns
 
-from streamhouse.core.decoding import end_of_loss, portions_of
-from streamhouse.core.options import ConsumerOptions, Start
+from streamhouse.core.decoding import Encoded, check_response, decode, end_of_loss
+from streamhouse.core.options import MIB, ConsumerOptions, Start
 from streamhouse.core.positions import Cursor, Portion
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
@@ -37,8 +40,67 @@ RETRY_MAX_MS = 1_000
 PARTITION_RETRY_MS = 1_000
 # Half of what a query service takes for one subscription, with its default settings.
 POSITIONS_MAX = 500
+# Three quarters of prefetch_bytes_max are shared out: a batch is sent whole, beyond a window if need be, and what has
+# no room holds up the stream. A share is not less than a block: one at a time keeps a partition going.
+WINDOWS_SHARE = 0.75
+WINDOW_BYTES_MIN = MIB
+# What was consumed of a window is told in quarters of it: until then the server has the rest to send.
+WINDOW_UPDATES = 4
 
 Lookup = Callable[[Start, Mapping[TopicPartition, bytes]], Awaitable[dict[TopicPartition, int]]]
+
+
+class _Subscription:
+    """What the client says on one Subscribe stream: the positions, then what was consumed of their windows."""
+
+    def __init__(self, cursors: Sequence[Cursor], window_bytes: int, fetch_bytes: int) -> None:
+        self._update_bytes = max(1, window_bytes // WINDOW_UPDATES)
+        self._places = {cursor: place for place, cursor in enumerate(cursors)}
+        self._consumed = [0] * len(cursors)
+        self._due: deque[query_pb2.WindowUpdate] = deque()
+        self._news = asyncio.Event()
+        self._closed = False
+        positions = [
+            query_pb2.FetchPosition(
+                topic=cursor.where.topic,
+                partition=cursor.where.partition,
+                offset=cursor.fetch_offset,
+                topic_id=cursor.topic_id,
+                window_bytes=max(0, window_bytes - cursor.received_bytes),
+            )
+            for cursor in cursors
+        ]
+        self._first = query_pb2.SubscribeRequest(
+            positions=positions, max_bytes=fetch_bytes, format=query_pb2.FETCH_FORMAT_ENCODED
+        )
+
+    def consumed(self, cursor: Cursor, size_bytes: int) -> None:
+        """Opens the cursor's window by what was received and is consumed; nothing for cursors of other streams."""
+        place = self._places.get(cursor)
+        if place is None:
+            return
+        self._consumed[place] += size_bytes
+        if self._consumed[place] >= self._update_bytes:
+            self._due.append(query_pb2.WindowUpdate(position=place, size_bytes=self._consumed[place]))
+            self._consumed[place] = 0
+            self._news.set()
+
+    async def requests(self) -> AsyncIterator[query_pb2.SubscribeRequest]:
+        """The requests of the stream, until it is closed."""
+        yield self._first
+        while not self._closed:
+            if self._due:
+                updates = list(self._due)
+                self._due.clear()
+                yield query_pb2.SubscribeRequest(window_updates=updates)
+            else:
+                self._news.clear()
+                await self._news.wait()
+
+    def close(self) -> None:
+        """Ends the requests: gRPC waits for more of them even after the call has failed."""
+        self._closed = True
+        self._news.set()
 
 
 class Reader:
@@ -63,12 +125,14 @@ class Reader:
         self._topic_gone = topic_gone
         self.cursors: dict[TopicPartition, Cursor] = {}
         self.waiting: dict[TopicPartition, str] = {}
-        self._portions: deque[Portion] = deque()
-        self._queued_bytes = 0
-        self._failures: deque[tuple[Cursor | None, StreamHouseError]] = deque()
+        # None: of no partition. At most one error each; it comes after what was received before.
+        self._received: Turns[Cursor | None, Portion | StreamHouseError] = Turns()
+        self._received_bytes = 0
+        self._has_failure = False
         self._news = asyncio.Event()
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
+        self._subscriptions: dict[_Subscription, None] = {}  # in order
         self._addresses: deque[str] = deque()
         self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
         self._failing_since: float | None = None
@@ -90,63 +154,98 @@ class Reader:
         self._news.set()
 
     def _end(self, cursor: Cursor | None) -> None:
-        if cursor is None:
-            return
-        cursor.live = False
-        self._portions = deque(portion for portion in self._portions if portion.cursor.live)
-        self._failures = deque(item for item in self._failures if item[0] is None or item[0].live)
-        self._set_queued_bytes(sum(portion.size_bytes for portion in self._portions))
+        if cursor is not None:
+            cursor.live = False
+            self._forget(cursor)
+
+    def _forget(self, cursor: Cursor) -> None:
+        """What was received of the cursor is not handed over."""
+        for item in self._received.drop(cursor):
+            if isinstance(item, Portion):
+                self.consumed(item)
+
+    def rewind(self, cursor: Cursor, offset: int) -> None:
+        """Reads the cursor's partition from `offset` again, when it wants more; what was received of it is dropped."""
+        cursor.restarts += 1
+        cursor.fetch_offset, cursor.last_epoch = offset, 0
+        cursor.failed = False
+        self._forget(cursor)
+        self._changed.set()
+
+    def set_end(self, cursor: Cursor, end: int) -> None:
+        """Lets a bounded read of the partition end there."""
+        cursor.end = end
+        self._changed.set()
 
     def topic_ids(self) -> dict[TopicPartition, bytes]:
         """Of which topic each cursor's partition is."""
         return {where: cursor.topic_id for where, cursor in self.cursors.items()}
 
     def pop(self) -> Portion | None:
-        """What was received first; None when there is nothing. Raises a failure when its turn comes; the partition
-        is tried again after that."""
-        if self._portions:
-            portion = self._portions.popleft()
-            self._set_queued_bytes(self._queued_bytes - portion.size_bytes)
-            return portion
-        if self._failures:
-            cursor, error = self._failures.popleft()
-            if cursor is not None:
-                cursor.failed, cursor.failing_since_ms = False, None
-            self._failing_since = None
-            self._changed.set()
-            raise error
-        self._news.clear()
-        return None
+        """Returns what was received first of the partition whose turn it is; None when there is nothing. The caller
+        says when it is `consumed`, or gives it back with `put_back`.
+
+        Raises a failure when its turn comes; the partition is tried again after that.
+        """
+        if not self._received:
+            self._news.clear()
+            return None
+        cursor, item = self._received.take()
+        if isinstance(item, Portion):
+            return item
+        if cursor is not None:
+            cursor.failed, cursor.failing_since_ms = False, None
+        else:
+            self._has_failure = False
+        self._failing_since = None
+        self._changed.set()
+        raise item
+
+    def put_back(self, portion: Portion) -> None:
+        """Takes back a portion of which records are left, to be popped when its partition has its next turn."""
+        if portion.cursor.live:
+            self._received.put_back(portion.cursor, portion)
+            self._news.set()
+        else:
+            self.consumed(portion)
+
+    def consumed(self, portion: Portion) -> None:
+        """Nothing more of the portion is handed over: there is room for others. It may be told twice."""
+        size_bytes, portion.size_bytes = portion.size_bytes, 0
+        self._received_bytes -= size_bytes
+        portion.cursor.received_bytes -= size_bytes
+        self._room.set()
+        for subscription in self._subscriptions:
+            subscription.consumed(portion.cursor, size_bytes)
 
     async def wait(self) -> None:
         """Until there is something new since `pop` had nothing: records, a failure, other cursors."""
         await self._news.wait()
 
+    @property
+    def has_more(self) -> bool:
+        """True if anything waits to be popped."""
+        return bool(self._received)
+
     def fail(self, error: StreamHouseError, cursor: Cursor | None = None) -> None:
         """Lets the application see `error` once it has taken what was received before."""
         if cursor is not None:
             cursor.failed = True
-        elif any(other is None for other, _ in self._failures):
+        elif self._has_failure:
             return  # one at a time: it has not seen the one before
-        self._failures.append((cursor, error))
+        else:
+            self._has_failure = True
+        self._received.put(cursor, error)
         self._news.set()
 
     def notify(self) -> None:
         """Wakes the application's side to look again."""
         self._news.set()
 
-    def _set_queued_bytes(self, size_bytes: int) -> None:
-        self._queued_bytes = size_bytes
-        if size_bytes < self._options.prefetch_bytes_max:
-            self._room.set()
-        else:
-            self._room.clear()
-
     # ---- the stream
 
     async def run(self) -> None:
         """Keeps streams open over the cursors that want more, until cancelled."""
-        self._room.set()
         while True:
             self._changed.clear()
             wanted = [cursor for cursor in self.cursors.values() if cursor.wants_more]
@@ -163,37 +262,51 @@ class Reader:
                 if isinstance(result, Exception):
                     raise result  # a defect ends the owner's task
 
+    @property
+    def _window_bytes(self) -> int:
+        """Of each partition."""
+        share = int(self._options.prefetch_bytes_max * WINDOWS_SHARE) // max(1, len(self.cursors))
+        return max(share, min(WINDOW_BYTES_MIN, self._options.prefetch_bytes_max))
+
     async def _keep_reading(self, cursors: Sequence[Cursor]) -> Literal[True]:
         """One stream after the other over the same cursors; returns when they need another set of positions."""
         while True:
             try:
-                async with aclosing(await self._open(cursors)) as responses:
-                    by_partition = {cursor.where: cursor for cursor in cursors}
-                    async for response in responses:
-                        self._failing_since = None
-                        self._backoff.reset()
-                        if not await self._take(by_partition, response):
-                            return True
+                if await self._read_stream(cursors):
+                    return True
                 raise Unavailable("the query service ended the stream")
             except StreamHouseError as error:
                 await self._stream_failed(error)
 
-    async def _open(self, cursors: Sequence[Cursor]) -> AsyncGenerator[query_pb2.FetchResponse, None]:
+    async def _read_stream(self, cursors: Sequence[Cursor]) -> bool:
+        """Returns True when the cursors need another set of positions, False when the server ended the stream."""
+        address = await self._address()
+        subscription = _Subscription(cursors, self._window_bytes, self._options.fetch_bytes)
+        wanted = {cursor.where: (cursor, cursor.restarts) for cursor in cursors}
+        stream = cast(
+            "AsyncGenerator[query_pb2.FetchResponse, None]",
+            self._peers.query((address,)).subscribe(subscription.requests()),
+        )
+        self._subscriptions[subscription] = None
+        try:
+            async with aclosing(stream) as responses:
+                async for response in responses:
+                    self._failing_since = None
+                    self._backoff.reset()
+                    cursor, restarts = wanted.get(TopicPartition(response.topic, response.partition), (None, 0))
+                    if cursor is not None and not await self._take(cursor, restarts, response):
+                        return True
+            return False
+        finally:
+            subscription.close()
+            del self._subscriptions[subscription]
+
+    async def _address(self) -> str:
         if not self._addresses:
             self._addresses.extend(await self._metadata.query_addresses())
         if not self._addresses:
             raise Unavailable("no query service has a session with the coordinator")
-        positions = [
-            query_pb2.FetchPosition(
-                topic=c.where.topic, partition=c.where.partition, offset=c.fetch_offset, topic_id=c.topic_id
-            )
-            for c in cursors
-        ]
-        request = query_pb2.SubscribeRequest(
-            positions=positions, max_bytes=self._options.fetch_bytes, format=query_pb2.FETCH_FORMAT_ENCODED
-        )
-        stream = self._peers.query((self._addresses[0],)).subscribe(_only(request))
-        return cast("AsyncGenerator[query_pb2.FetchResponse, None]", stream)
+        return self._addresses[0]
 
     async def _stream_failed(self, error: StreamHouseError) -> None:
         """Goes to the next address; to the application only once nothing has worked for retry_timeout_ms."""
@@ -207,34 +320,44 @@ class Reader:
             self.fail(error)
         await asyncio.sleep(max(error.retry_after_ms, self._backoff.next_ms()) / 1000)
 
-    async def _take(self, wanted: dict[TopicPartition, Cursor], response: query_pb2.FetchResponse) -> bool:
-        """Whether the stream may go on as it is."""
-        where = TopicPartition(response.topic, response.partition)
-        cursor = wanted.get(where)
-        if cursor is None or not cursor.live:
-            return True
+    async def _take(self, cursor: Cursor, restarts: int, response: query_pb2.FetchResponse) -> bool:
+        """Queues what the response holds; returns True if the stream may go on as it is."""
+        if not cursor.live or cursor.restarts != restarts:
+            return True  # the streams are about to be opened anew
         try:
             if response.HasField("error"):
                 raise StreamHouseError.from_detail(response.error)
-            self._accept(cursor, response)
+            found = check_response(cursor, response.batches, response.next_offset)
+            self._note(cursor, response)
+            for encoded in found:
+                await self._wait_for_room(encoded.decoded_bytes)
+                if not cursor.live or cursor.restarts != restarts:
+                    return True
+                self._accept(cursor, encoded)
         except StreamHouseError as error:
             await self._partition_failed(cursor, error)
             return False
-        await self._room.wait()
+        cursor.failing_since_ms = None
+        if response.next_offset > cursor.fetch_offset:
+            self._jump(cursor, response.next_offset, cursor.last_epoch)
+        elif not found and cursor.end is not None:
+            self._news.set()  # a bounded read may be over: there is nothing from its beginning on
         return True
 
-    def _accept(self, cursor: Cursor, response: query_pb2.FetchResponse) -> None:
-        """Checks, decodes and queues; the cursor moves only if all of it is good."""
-        portions, last_epoch = portions_of(cursor, response.batches, response.next_offset)
-        self._note(cursor, response)
-        cursor.failing_since_ms = None
-        if last_epoch:
-            cursor.last_epoch = last_epoch
-        cursor.fetch_offset = response.next_offset
-        self._portions.extend(portions)
-        self._set_queued_bytes(self._queued_bytes + sum(portion.size_bytes for portion in portions))
-        if portions or cursor.end is not None:  # a bounded read may be over: there is nothing from its beginning on
-            self._news.set()
+    async def _wait_for_room(self, size_bytes: int) -> None:
+        """Returns once so much may be decoded; in any case when nothing else is held."""
+        while self._received_bytes and self._received_bytes + size_bytes > self._options.prefetch_bytes_max:
+            self._room.clear()
+            await self._room.wait()
+
+    def _accept(self, cursor: Cursor, encoded: Encoded) -> None:
+        """Decodes and queues; the cursor moves only if all of it is good."""
+        portion = decode(cursor, encoded)
+        cursor.fetch_offset, cursor.last_epoch = encoded.end_offset, encoded.epoch
+        cursor.received_bytes += portion.size_bytes
+        self._received_bytes += portion.size_bytes
+        self._received.put(cursor, portion)
+        self._news.set()
 
     def _note(self, cursor: Cursor, response: query_pb2.FetchResponse) -> None:
         cursor.high_watermark = response.high_watermark
@@ -261,8 +384,7 @@ class Reader:
             offset = end_of_loss(error, cursor)
             log.warning("%s/%d: %s; going on at offset %d", *cursor.where, error, offset)
             self._jump(cursor, offset)
-        elif error.retriable and self._may_retry(cursor):
-            log.warning("%s/%d at offset %d: %s", *cursor.where, cursor.fetch_offset, error)
+        elif error.retriable and self._may_retry(cursor, error):
             cursor.failed = True
             asyncio.get_running_loop().call_later(
                 max(error.retry_after_ms, PARTITION_RETRY_MS) / 1000, self._retry, cursor
@@ -270,9 +392,10 @@ class Reader:
         else:
             self.fail(error, cursor)
 
-    def _may_retry(self, cursor: Cursor) -> bool:
+    def _may_retry(self, cursor: Cursor, error: StreamHouseError) -> bool:
         now_ms = asyncio.get_running_loop().time() * 1000
-        if cursor.failing_since_ms is None:
+        if cursor.failing_since_ms is None:  # told once, not with every try
+            log.warning("%s/%d at offset %d, trying again: %s", *cursor.where, cursor.fetch_offset, error)
             cursor.failing_since_ms = now_ms
         return now_ms - cursor.failing_since_ms < self._options.retry_timeout_ms
 
@@ -280,13 +403,10 @@ class Reader:
         cursor.failed = False
         self._changed.set()
 
-    def _jump(self, cursor: Cursor, offset: int) -> None:
+    def _jump(self, cursor: Cursor, offset: int, last_epoch: int = 0) -> None:
+        """Goes on at `offset`, without records before it."""
         if cursor.live:
-            self._portions.append(Portion(cursor, None, offset))
+            self._received.put(cursor, Portion(cursor, None, offset))
             cursor.fetch_offset = offset
-            cursor.last_epoch = 0
+            cursor.last_epoch = last_epoch
             self._news.set()
-
-
-async def _only(request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.SubscribeRequest]:
-    yield request

@@ -7,7 +7,8 @@ remembered, unknown producers accepted), answers come in order, groups rebalance
 import asyncio
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from shformat import decode_batch, read_batch_header, stamp_batch, validate_batch
@@ -40,6 +41,11 @@ class Faults:
     leader: str = ""  # an address that is said to lead instead of this one
     session_ends_s: float | None = None  # of the event loop's clock; None: the leader's session is renewed all the time
     latest_behind: int = 0  # records by which lookups of the end are out of date
+    lookups_down: bool = False
+    heartbeats_down: bool = False
+    join_down: bool = False
+    refuse_commits: list[errors.StreamHouseError] = field(default_factory=list)
+    windows_unknown: bool = False  # as a query service of before there were any
     fetch_error: dict[tuple[str, int], errors.StreamHouseError] = field(default_factory=dict)
 
 
@@ -88,16 +94,18 @@ class PartitionLog:
         self.next_offset = start_offset
 
     def read(self, offset: int, max_bytes: int) -> tuple[list[bytes], int]:
-        """Whole batches from `offset` on, up to the next gap between epochs; and the next offset."""
+        """Whole batches from `offset` on, up to `max_bytes` decoded and the next gap of epochs; the next offset."""
         if offset < self.start_offset:
             raise errors.OffsetBelowStart("below", offset=offset, log_start_offset=self.start_offset)
         if offset > self.next_offset:
             raise errors.OffsetBeyondEnd("beyond", offset=offset, high_watermark=self.next_offset)
         found: list[bytes] = []
+        size = 0
         for batch in self.batches:
             if batch.end_offset <= offset:
                 continue
-            if found and (batch.base_offset != offset or sum(map(len, found)) + len(batch.data) > max_bytes):
+            size += read_batch_header(batch.data).decoded_bytes
+            if found and (batch.base_offset != offset or size > max_bytes):
                 break
             if not found and batch.base_offset > offset:
                 break
@@ -321,6 +329,33 @@ class FakeStreamHouse:
     ) -> AsyncIterator[query_pb2.FetchResponse]:
         self.calls["subscribe"] += 1
         request = await anext(requests)
+        windows = {
+            number: position.window_bytes
+            for number, position in enumerate(request.positions)
+            if position.HasField("window_bytes") and not self.faults.windows_unknown
+        }
+        numbers = {(p.topic, p.partition): number for number, p in enumerate(request.positions)}
+        updating = asyncio.create_task(self._update_windows(requests, windows))
+        try:
+            async with aclosing(self._responses(request, windows, numbers)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            updating.cancel()
+            await asyncio.gather(updating, return_exceptions=True)
+
+    async def _update_windows(
+        self, requests: AsyncIterator[query_pb2.SubscribeRequest], windows: dict[int, int]
+    ) -> None:
+        async for request in requests:
+            for update in request.window_updates:
+                if update.position in windows:
+                    windows[update.position] += update.size_bytes
+            self.wake()
+
+    async def _responses(
+        self, request: query_pb2.SubscribeRequest, windows: dict[int, int], numbers: dict[tuple[str, int], int]
+    ) -> AsyncGenerator[query_pb2.FetchResponse, None]:
         positions = {(p.topic, p.partition): p.offset for p in request.positions}
         ids = {(p.topic, p.partition): p.topic_id for p in request.positions}
         told: dict[tuple[str, int], tuple[int, str]] = {}
@@ -328,7 +363,11 @@ class FakeStreamHouse:
             changed = self._changed
             idle = True
             for where in list(positions):
-                response = self._fetch(where, ids[where], positions[where], request.max_bytes)
+                number = numbers[where]
+                if windows.get(number, 1) <= 0:
+                    continue
+                max_bytes = min(request.max_bytes or 1 << 20, windows.get(number, 1 << 62))
+                response = self._fetch(where, ids[where], positions[where], max_bytes)
                 if response.HasField("error"):
                     del positions[where]
                     yield response
@@ -336,6 +375,8 @@ class FakeStreamHouse:
                 news = (response.high_watermark, response.waiting_reason)
                 if response.next_offset == positions[where] and told.get(where) == news:
                     continue
+                if number in windows:
+                    windows[number] -= sum(read_batch_header(batch).decoded_bytes for batch in response.batches)
                 idle = idle and response.next_offset == positions[where]
                 positions[where], told[where] = response.next_offset, news
                 if self.faults.subscribe_cut_after is not None:
@@ -356,7 +397,7 @@ class FakeStreamHouse:
             log = self.log(*where)
             response.high_watermark, response.log_start_offset = log.next_offset, log.start_offset
             response.waiting_reason = self.waiting.get(where, "")
-            batches, response.next_offset = log.read(offset, max_bytes or 1 << 20)
+            batches, response.next_offset = log.read(offset, max_bytes)
             response.batches.extend(batches)
         except errors.StreamHouseError as error:
             response.error.CopyFrom(error.to_detail())
@@ -364,6 +405,8 @@ class FakeStreamHouse:
 
     async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse:
         response = query_pb2.LookupOffsetsResponse()
+        if self.faults.lookups_down:
+            raise errors.Unavailable("no leader answers")
         for lookup in request.lookups:
             self._topic(lookup.topic, lookup.topic_id)
             log = self.log(lookup.topic, lookup.partition)
@@ -383,6 +426,8 @@ class FakeStreamHouse:
 
     async def join_group(self, request: coordinator_pb2.JoinGroupRequest) -> coordinator_pb2.GroupAssignment:
         self.calls["join_group"] += 1
+        if self.faults.join_down:
+            raise errors.Unavailable("no PostgreSQL")
         group = self.groups[request.group]
         member_id = request.member_id or f"member-{next(self._ids)}"
         group.members[member_id] = Member(tuple(request.topics))
@@ -419,6 +464,9 @@ class FakeStreamHouse:
         )
 
     async def heartbeat_group(self, request: coordinator_pb2.HeartbeatGroupRequest) -> coordinator_pb2.GroupAssignment:
+        self.calls["heartbeat_group"] += 1
+        if self.faults.heartbeats_down:
+            raise errors.Unavailable("no PostgreSQL")
         group = self.groups[request.group]
         if request.member_id not in group.members:
             raise errors.UnknownMember(request.member_id)
@@ -460,6 +508,8 @@ class FakeStreamHouse:
         self, request: coordinator_pb2.CommitOffsetsRequest
     ) -> coordinator_pb2.CommitOffsetsResponse:
         group = self.groups[request.group]
+        if self.faults.refuse_commits:
+            raise self.faults.refuse_commits.pop(0)
         if group.members or request.member_id:
             if request.member_id not in group.members:
                 raise errors.UnknownMember(request.member_id)

@@ -1,6 +1,7 @@
 """The consumer against a real gRPC server with an in-memory log."""
 
 import asyncio
+import random
 from contextlib import aclosing
 from datetime import UTC, datetime
 
@@ -64,10 +65,82 @@ async def test_records_without_bytes_fill_the_prefetch_too(platform, address):
     async with Producer(address, batch_bytes=per_batch * 32) as producer:
         await producer.send_many("t", [None] * count)
     async with Consumer(address, ["t"], fetch_bytes=1, prefetch_bytes_max=per_batch * 32) as consumer:
-        await until(lambda: consumer._reader._portions)
+        await until(lambda: consumer._reader._received)
         await asyncio.sleep(0.5)
-        assert sum(len(portion.batch) for portion in consumer._reader._portions) <= 2 * per_batch
+        assert sum(len(portion.batch) for portion in consumer._reader._received) <= 2 * per_batch
         assert len(await take(consumer, count)) == count
+
+
+@pytest.mark.parametrize("windows_unknown", [False, True])
+async def test_what_is_prefetched_is_bounded_by_what_it_takes_decoded(platform, address, windows_unknown):
+    """Of data that compresses well, four thousand times that is in one response. Also with a query service that knows
+    nothing of windows."""
+    platform.add_topic("t", 2)
+    platform.faults.windows_unknown = windows_unknown
+    mib = 1 << 20
+    async with Producer(address) as producer:
+        for partition in (0, 1):
+            for _ in range(10):
+                await producer.send_many("t", [bytes(mib // 4)] * 8, partition=partition)
+    async with Consumer(address, ["t"], prefetch_bytes_max=4 * mib, stop_at_end=True) as consumer:
+        await until(lambda: consumer._reader._received)
+        await asyncio.sleep(0.3)
+        most = consumer._reader._received_bytes
+        count = 0
+        async for record in consumer:
+            count += len(record.value)
+            most = max(most, consumer._reader._received_bytes)
+    assert count == 2 * 10 * 2 * mib
+    assert mib < most <= 5 * mib
+
+
+@pytest.mark.parametrize("same", [False, True])
+async def test_a_new_record_of_a_quiet_partition_does_not_wait_behind_the_backlog_of_another(platform, address, same):
+    """Nor behind what was fetched of it already."""
+    platform.add_topic("t", 2)
+    async with Producer(address) as producer:
+        for _ in range(30):
+            await producer.send_many("t", [b"same" * 50 if same else random.randbytes(200)] * 2_000, partition=0)
+        await producer.flush()
+        async with Consumer(address, ["t"], prefetch_bytes_max=8 << 20) as consumer:
+            behind, sent = 0, False
+            async for record in consumer:
+                if record.partition == 1:
+                    break
+                if sent:
+                    behind += 1
+                await asyncio.sleep(0.001)
+                if not sent and record.offset == 50:
+                    await until(lambda: consumer._reader._received_bytes > 2 << 20)
+                    await (await producer.send("t", b"quiet", partition=1))
+                    sent = True
+    assert sent and behind < 1_000  # a few turns, on a slow machine; in the backlog there are 60,000
+
+
+async def test_a_slow_application_reads_all_of_its_partitions(platform, address):
+    await fill(platform, address, 20_000, partitions=6)
+    seen = set()
+    async with Consumer(address, ["t"]) as consumer:
+        for _ in range(300):
+            seen.add((await anext(consumer)).partition)
+            await asyncio.sleep(0.001)
+            if len(seen) == 6:
+                break
+    assert seen == set(range(6))
+
+
+async def test_a_query_service_that_sends_beyond_a_window_is_borne(platform, address):
+    platform.faults.windows_unknown = True
+    await fill(platform, address, 5_000)
+    async with Consumer(address, ["t"], prefetch_bytes_max=2_000, stop_at_end=True) as consumer:
+        assert len([record async for record in consumer]) == 5_000
+
+
+async def test_more_partitions_than_the_prefetch_has_room_for(platform, address):
+    await fill(platform, address, 20_000, partitions=40)
+    async with Consumer(address, ["t"], prefetch_bytes_max=10_000, fetch_bytes=500, stop_at_end=True) as consumer:
+        records = [record async for record in consumer]
+    assert sorted(int(record.value) for record in records) == list(range(20_000))
 
 
 async def test_batches_are_columns(platform, address):

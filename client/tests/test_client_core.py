@@ -160,39 +160,47 @@ def portion_of(count, cursor, end=None):
     return Portion(cursor, batch, count if end is None else end)
 
 
-def test_a_record_is_taken_when_the_next_one_is_asked_for():
+def test_rows_go_on_where_the_cursor_is_and_the_last_one_comes_alone():
     cursor = Cursor.at(WHERE, 0)
-    walk = portion_of(3, cursor, end=10).records()
-    assert next(walk).offset == 0
-    assert (cursor.delivered, cursor.taken) == (1, 0)
-    assert next(walk).offset == 1
-    assert (cursor.delivered, cursor.taken) == (2, 1)
-    assert [record.offset for record in walk] == [2]
-    assert (cursor.delivered, cursor.taken) == (10, 10)
+    portion = portion_of(5, cursor, end=10)
+    rows, is_last = portion.rows(2)
+    assert (rows.offsets.tolist(), is_last) == ([0, 1], False)
+    cursor.delivered = 1
+    rows, is_last = portion.rows(100)
+    assert (rows.offsets.tolist(), is_last) == ([1, 2, 3], False)
+    cursor.delivered = 4
+    rows, is_last = portion.rows(100)
+    assert (rows.offsets.tolist(), is_last) == ([4], True)
+    cursor.delivered = 5
+    assert portion.rows(100) == (None, False)
+    assert portion.rest() is None
+
+
+def test_rows_are_bounded_in_bytes():
+    batch = RecordBatch(*WHERE, Records.from_lists([bytes(100_000)] * 10))
+    rows, is_last = Portion(Cursor.at(WHERE, 0), batch, 10).rows(256)
+    assert (len(rows), is_last) == (2, False)
 
 
 def test_nothing_is_handed_over_once_the_partition_is_lost():
     cursor = Cursor.at(WHERE, 0)
     portion = portion_of(3, cursor)
-    walk = portion.records()
-    next(walk)
     cursor.live = False
-    assert list(walk) == []
-    portion.finish()
-    assert (cursor.delivered, cursor.taken) == (1, 1)
+    assert portion.rows(100) == (None, False)
     assert portion.rest() is None
 
 
 def test_the_rest_of_a_portion_and_its_cut():
     cursor = Cursor.at(WHERE, 0)
     portion = portion_of(10, cursor)
-    walk = portion.records()
-    next(walk), next(walk)
+    cursor.delivered = 2
     assert portion.rest().offsets.tolist() == list(range(2, 10))
-    shorter = portion.cut_at(4)
-    assert (shorter.end_offset, shorter.batch.offsets.tolist()) == (4, [0, 1, 2, 3])
-    assert portion.cut_at(0).batch is None
-    assert trim(portion.batch.records, 7).offsets.tolist() == [7, 8, 9]
+    records = portion.batch.records
+    portion.cut_at(4)
+    assert (portion.end_offset, portion.batch.offsets.tolist()) == (4, [0, 1, 2, 3])
+    portion.cut_at(0)
+    assert portion.batch is None
+    assert trim(records, 7).offsets.tolist() == [7, 8, 9]
 
 
 # ---- lag

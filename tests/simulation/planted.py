@@ -57,7 +57,7 @@ def _renumbered(lane: Lane[Batch]) -> Outgoing[Batch]:
     return _take(lane)
 
 
-def _received(cursors: Mapping[TopicPartition, Cursor]) -> dict[TopicPartition, Position]:
+def _received(cursors: Mapping[TopicPartition, Cursor], done_below: object) -> dict[TopicPartition, Position]:
     """What was fetched is committed, whether the application has it or not."""
     return {where: Position(cursor.fetch_offset, cursor.topic_id) for where, cursor in cursors.items()}
 

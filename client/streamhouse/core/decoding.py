@@ -1,34 +1,89 @@
 """What a query service sent for one partition, turned into portions for the application.
 
 Owns: decoding, joining small batches, what an error says about where records go on. Does not own: the cursor, which
-moves only once all of an answer is good.
+moves only over what is good.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from shformat import FormatError, Records, decode_batch, read_batch_header
+from shformat import BatchHeader, FormatError, Records, decode_batch, read_batch_header
 from shproto.errors import DataLoss
 
 from streamhouse.core.positions import BatchSpan, Cursor, Portion, check_continuity, trim
-from streamhouse.records import RecordBatch, TopicPartition
+from streamhouse.records import RecordBatch
 
-# Batches smaller than this on average are joined: handing one over costs about as much as copying 64 KiB.
+# Batches smaller than this are joined with their neighbours: handing one over costs about as much as copying 64 KiB.
 SMALL_BATCH_BYTES = 64 * 1024
+# Up to about this much: a block of a segment, which is what larger ones come in.
+JOINED_BYTES_MAX = 1024 * 1024
 
 
-def portions_of(cursor: Cursor, encoded: Sequence[bytes], next_offset: int) -> tuple[list[Portion], int]:
-    """What follows at the cursor, up to `next_offset`, and the epoch of the last batch (0 without one).
+@dataclass(slots=True, eq=False)
+class Encoded:
+    """Batches that become one portion. decoded_bytes: what they take once they are decoded, by their headers;
+    end_offset, epoch: of the last one."""
+
+    batches: list[bytes]
+    decoded_bytes: int
+    end_offset: int
+    epoch: int
+
+
+def check_response(cursor: Cursor, encoded: Sequence[bytes], next_offset: int) -> list[Encoded]:
+    """Returns what follows at the cursor, up to `next_offset`. Decodes nothing: it may be hundreds of times as large.
 
     Raises DataLoss for bytes that are no batch and records that are missing, Internal for offsets that go backwards.
     """
-    offset = cursor.fetch_offset
-    spans, parts = _decode(cursor, encoded)
+    headers = [_header(cursor, data) for data in encoded]
+    spans = [BatchSpan(header.base_offset, header.end_offset, header.epoch) for header in headers]
     check_continuity(cursor, spans, next_offset)
-    portions = [Portion(cursor, batch, end) for batch, end in _batches(cursor.where, parts, offset)]
-    if next_offset > (portions[-1].end_offset if portions else offset):
-        portions.append(Portion(cursor, None, next_offset))
-    return portions, spans[-1].epoch if spans else 0
+    found: list[Encoded] = []
+    joinable = False
+    for data, header in zip(encoded, headers, strict=True):
+        small = header.uncompressed_bytes < SMALL_BATCH_BYTES
+        if small and joinable and found[-1].decoded_bytes + header.decoded_bytes <= JOINED_BYTES_MAX:
+            joined = found[-1]
+            joined.batches.append(data)
+            joined.decoded_bytes += header.decoded_bytes
+            joined.end_offset, joined.epoch = header.end_offset, header.epoch
+        else:
+            found.append(Encoded([data], header.decoded_bytes, header.end_offset, header.epoch))
+        joinable = small
+    return found
+
+
+def decode(cursor: Cursor, encoded: Encoded) -> Portion:
+    """Returns the records from the cursor on. Raises DataLoss for bytes that are damaged."""
+    parts = []
+    for data in encoded.batches:
+        try:
+            parts.append(decode_batch(data))
+        except FormatError as error:
+            raise _damaged(cursor, error) from error
+    parts[0] = trim(parts[0], cursor.fetch_offset)
+    records = Records.concat(parts)
+    batch = RecordBatch(*cursor.where, records) if len(records) else None
+    return Portion(cursor, batch, encoded.end_offset, encoded.decoded_bytes)
+
+
+def _header(cursor: Cursor, data: bytes) -> BatchHeader:
+    try:
+        return read_batch_header(data)
+    except FormatError as error:
+        raise _damaged(cursor, error) from error
+
+
+def _damaged(cursor: Cursor, error: FormatError) -> DataLoss:
+    """Damaged on its way, or in the store."""
+    topic, partition = cursor.where
+    return DataLoss(
+        f"{topic}/{partition}: what was received for offset {cursor.fetch_offset} is damaged: {error}",
+        topic=topic,
+        partition=partition,
+        base_offset=cursor.fetch_offset,
+        at=error.at,
+    )
 
 
 def end_of_loss(error: DataLoss, cursor: Cursor) -> int:
@@ -38,34 +93,3 @@ def end_of_loss(error: DataLoss, cursor: Cursor) -> int:
         if digits.isdecimal() and int(digits) > cursor.fetch_offset:
             return int(digits)
     return 0
-
-
-def _decode(cursor: Cursor, encoded: Iterable[bytes]) -> tuple[list[BatchSpan], list[Records]]:
-    """Raises DataLoss for bytes that are no batch: damaged on their way, or in the store."""
-    spans, parts = [], []
-    for data in encoded:
-        try:
-            header = read_batch_header(data)
-            parts.append(decode_batch(data))
-        except FormatError as error:
-            topic, partition = cursor.where
-            raise DataLoss(
-                f"{topic}/{partition}: what was received for offset {cursor.fetch_offset} is damaged: {error}",
-                topic=topic,
-                partition=partition,
-                base_offset=cursor.fetch_offset,
-                at=error.at,
-            ) from error
-        spans.append(BatchSpan(header.base_offset, header.end_offset, header.epoch))
-    return spans, parts
-
-
-def _batches(where: TopicPartition, parts: list[Records], offset: int) -> Iterable[tuple[RecordBatch, int]]:
-    """(batch, end offset): the first trimmed to `offset`, small neighbours joined."""
-    if not parts:
-        return
-    parts[0] = trim(parts[0], offset)
-    for small, group in groupby(parts, lambda part: part.size_bytes < SMALL_BATCH_BYTES):
-        for records in [Records.concat(list(group))] if small else group:
-            if len(records):
-                yield RecordBatch(*where, records), int(records.offsets[-1]) + 1

@@ -73,9 +73,9 @@ class ConsumerOptions:
     auto_commit: bool = True
     # Kafka's default: at most 5 s of records are read twice after a crash.
     auto_commit_interval_ms: int = 5_000
-    # Of one response: four blocks of 1 MiB, so that decoding, not waiting, takes the time.
+    # Of one response, decoded: four blocks of 1 MiB, so that decoding, not waiting, takes the time.
     fetch_bytes: int = 4 * MIB
-    # Decoded and not yet taken: two responses of each of a few partitions, uncompressed.
+    # Decoded and not yet handed over, all partitions together: four responses of each of four.
     prefetch_bytes_max: int = 64 * MIB
     # 0: the server's default.
     session_timeout_ms: int = 0

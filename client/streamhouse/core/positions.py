@@ -3,7 +3,7 @@
 Owns: positions and the checks on offsets. Does not own: the network, time, who is assigned what.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,8 +11,12 @@ import numpy as np
 from shformat import Records
 from shproto.errors import DataLoss, Internal
 
-from streamhouse.core.accumulator import RECORD_OVERHEAD_BYTES
-from streamhouse.records import Record, RecordBatch, TopicPartition
+from streamhouse.records import RecordBatch, TopicPartition
+
+# Records are made of columns a few at a time, so that of a partition whose turn is over only few were made in vain.
+ROWS_FIRST, ROWS_MAX = 16, 256
+# And no more than this of their bytes, which are copied.
+ROWS_BYTES_MAX = 256 * 1024
 
 
 class Position(NamedTuple):
@@ -27,15 +31,15 @@ class Cursor:
     """One assigned partition. A seek or a loss of the partition ends the cursor: `live` turns False for good.
 
     fetch_offset: everything below has been received. delivered: everything below was handed to the application.
-    taken: everything below the application has done with (it asked for more since). committed: last stored; -1 never.
-    end: where a bounded read stops; None reads on. failed: nothing is fetched, until the
-    application has seen the error or a pause is over. topic_id: which topic of that name; empty: not known.
+    committed: last stored; -1 never. end: where a bounded read stops; None reads on. failed: nothing is fetched, until
+    the application has seen the error or a pause is over. topic_id: which topic of that name; empty: not known.
+    received_bytes: of what was received and is not consumed, decoded. restarts: how often reading began anew at another
+    offset; what was asked for before is not of the cursor any more.
     """
 
     where: TopicPartition
     fetch_offset: int
     delivered: int
-    taken: int
     committed: int = -1
     high_watermark: int = -1
     log_start_offset: int = -1
@@ -45,12 +49,14 @@ class Cursor:
     live: bool = True
     failed: bool = False
     failing_since_ms: float | None = None
+    received_bytes: int = 0
+    restarts: int = 0
 
     @classmethod
     def at(
         cls, where: TopicPartition, offset: int, committed: int = -1, end: int | None = None, topic_id: bytes = b""
     ) -> "Cursor":
-        return cls(where, offset, offset, offset, committed=committed, end=end, topic_id=topic_id)
+        return cls(where, offset, offset, committed=committed, end=end, topic_id=topic_id)
 
     @property
     def wants_more(self) -> bool:
@@ -80,63 +86,35 @@ class BatchSpan:
 @dataclass(slots=True, eq=False)
 class Portion:
     """Received and not handed over yet. `batch` None: only the position moves (a known gap). end_offset: the
-    position after it. broken_off: an exception came between two of its records, Ctrl-C for example."""
+    position after it. size_bytes: what it takes in memory, about; 0 once it is consumed."""
 
     cursor: Cursor
     batch: RecordBatch | None
     end_offset: int
-    broken_off: bool = False
+    size_bytes: int = 0
 
-    @property
-    def size_bytes(self) -> int:
-        """In memory, about: a record without key and value has an offset, a timestamp and lengths all the same."""
-        batch = self.batch
-        return batch.size_bytes + len(batch) * RECORD_OVERHEAD_BYTES if batch is not None else 0
-
-    def records(self) -> Iterator[Record]:
-        """One by one, with the positions kept; stops early once the cursor is no longer live."""
-        cursor = self.cursor
-        try:
-            if self.batch is not None:
-                for record in self.batch:
-                    if not cursor.live:
-                        return
-                    after = record.offset + 1
-                    cursor.delivered = after
-                    yield record
-                    cursor.taken = after
-        except GeneratorExit:
-            raise  # nobody wants the others as records
-        except BaseException:
-            self.broken_off = True
-            cursor.delivered = cursor.taken  # whether the application got the last one is not known
-            raise
-        self.finish()
-
-    def finish(self) -> None:
-        """The application has done with all of it."""
-        if self.cursor.live:
-            self.cursor.delivered = self.cursor.taken = self.end_offset
+    def rows(self, count_max: int) -> tuple[RecordBatch | None, bool]:
+        """Returns up to `count_max` of the records that were not handed over, None if there are none or the cursor has
+        ended; and True if it is the last one, which comes alone."""
+        rest = self.rest()
+        if rest is None or len(rest) == 1:
+            return rest, rest is not None
+        fits = max(1, ROWS_BYTES_MAX * len(rest) // max(1, rest.size_bytes))
+        return rest.slice(0, min(count_max, fits, len(rest) - 1)), False
 
     def rest(self) -> RecordBatch | None:
-        """What of it was not handed over yet."""
+        """Returns the records that were not handed over; None if there are none, or the cursor has ended."""
         if self.batch is None or not self.cursor.live:
             return None
         start = int(np.searchsorted(self.batch.offsets, self.cursor.delivered))
         return self.batch.slice(start, len(self.batch)) if start < len(self.batch) else None
 
-    def resume(self) -> None:
-        """After it was broken off: what `records` gives from now on."""
-        self.broken_off = False
-        self.batch = self.rest()
-
-    def cut_at(self, offset: int) -> "Portion":
-        """Only what lies below `offset`."""
-        batch = self.batch
-        if batch is not None:
-            stop = int(np.searchsorted(batch.offsets, offset))
-            batch = batch.slice(0, stop) if stop else None
-        return Portion(self.cursor, batch, min(self.end_offset, offset))
+    def cut_at(self, offset: int) -> None:
+        """Leaves only what lies below `offset`."""
+        if self.batch is not None:
+            stop = int(np.searchsorted(self.batch.offsets, offset))
+            self.batch = self.batch.slice(0, stop) if stop else None
+        self.end_offset = min(self.end_offset, offset)
 
 
 def check_continuity(cursor: Cursor, spans: Sequence[BatchSpan], next_offset: int) -> None:

@@ -1,5 +1,10 @@
-"""The consumer for plain code."""
+"""The consumer for plain code.
 
+Owns: one worker for each thread that reads, and the lock by which they take turns. Does not own: anything of the event
+loop's thread, which never waits for that lock.
+"""
+
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self, Unpack
@@ -8,13 +13,15 @@ from shproto.rpc import Interceptors
 
 from streamhouse import consumer
 from streamhouse.background import BACKGROUND
+from streamhouse.core.in_flight import Worker
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import ConsumerKwargs, Start
 from streamhouse.records import Record, RecordBatch, TopicPartition
 
 
 class Consumer:
-    """Reads records; see `streamhouse.Consumer` for the options and for what is committed when."""
+    """Reads records; see `streamhouse.Consumer` for the options and for what is committed when. Several threads may
+    iterate one consumer: each record goes to one of them, who has done with it when it asks for its next one."""
 
     def __init__(
         self,
@@ -26,6 +33,12 @@ class Consumer:
         **options: Unpack[ConsumerKwargs],
     ) -> None:
         self._inner = consumer.Consumer(bootstrap, topics, assign=assign, telemetry=telemetry, **options)
+        self._iteration = self._inner._iteration
+        self._iteration.in_loop = lambda call: BACKGROUND.loop.call_soon_threadsafe(call)
+        self._take = self._iteration.take
+        self._workers = threading.local()  # by thread; a number of a thread may be another one's later
+        self._taking = threading.Lock()
+        self._advancing = threading.Lock()
 
     def __enter__(self) -> Self:
         BACKGROUND.run(self._inner.__aenter__())
@@ -34,29 +47,72 @@ class Consumer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        BACKGROUND.run(self._inner.close(done_with_last=kind is None))
+        BACKGROUND.run(self._inner._close(self._worker(), kind is None))
 
     def __iter__(self) -> Self:
-        self._inner.__aiter__()
+        self._iteration.begin()
         return self
 
     def __next__(self) -> Record:
-        while True:
-            for record in self._inner._iteration.records:
-                return record
-            if not BACKGROUND.run(self._inner._advance()):
-                raise StopIteration
+        try:
+            worker: Worker = self._workers.worker
+        except AttributeError:
+            worker = self._worker()
+        worker.held = None
+        try:
+            while True:
+                with self._taking:
+                    record = self._take(worker)
+                if record is not None:
+                    return record
+                if not self._advance(worker):
+                    raise StopIteration
+        except BaseException:
+            self._give_back(worker)
+            raise
 
-    def batches(self) -> Iterator[RecordBatch]:
+    def batches(self) -> "BatchIterator":
         """Records as columns, a `RecordBatch` of one partition at a time."""
-        self._inner.__aiter__()
-        while (batch := self._inner._iteration.rest()) is not None or BACKGROUND.run(self._inner._advance()):
-            if batch is not None:
-                yield batch
+        self._iteration.begin()
+        return BatchIterator(self)
+
+    def _next_batch(self) -> RecordBatch:
+        worker = self._worker()
+        worker.held = None
+        try:
+            while True:
+                with self._taking:
+                    batch = self._iteration.take_batch(worker)
+                if batch is not None:
+                    return batch
+                if not self._advance(worker):
+                    raise StopIteration
+        except BaseException:
+            self._give_back(worker)
+            raise
+
+    def _worker(self) -> Worker:
+        """The thread that calls."""
+        try:
+            worker: Worker = self._workers.worker
+        except AttributeError:
+            worker = self._workers.worker = self._inner._in_flight.worker(threading.current_thread())
+        return worker
+
+    def _advance(self, worker: Worker) -> bool:
+        """One thread at a time waits for more; when it has some, those behind it find it there."""
+        with self._advancing:
+            return self._iteration.is_ready or BACKGROUND.run(self._inner._advance(worker))
+
+    def _give_back(self, worker: Worker) -> None:
+        """Nothing has reached the application: an error, or Ctrl-C, which may come between any two steps."""
+        with self._taking:
+            self._iteration.give_back(worker)
 
     def commit(self, offsets: Mapping[tuple[str, int], int] | None = None) -> None:
-        """Stores where the group goes on: everything handed over so far, or the `offsets` given."""
-        BACKGROUND.run(self._inner.commit(offsets))
+        """Stores where the group goes on: behind everything that the application has done with, the record in hand of
+        the thread that calls included; or the `offsets` given."""
+        BACKGROUND.run(self._inner._commit(self._worker(), offsets))
 
     def seek(self, topic: str, partition: int, offset: Start) -> None:
         """Goes on at `offset` (or at an end, or a time)."""
@@ -81,5 +137,16 @@ class Consumer:
         return dict(self._inner.waiting)  # as it is now: the other thread goes on changing it
 
     def close(self) -> None:
-        """Commits (with auto_commit), leaves the group, closes the connections."""
-        BACKGROUND.run(self._inner.close())
+        """Commits (with auto_commit), leaves the group, closes the connections. Raises what the last commit failed
+        with."""
+        BACKGROUND.run(self._inner._close(self._worker(), done_with_last=True))
+
+
+class BatchIterator(Iterator[RecordBatch]):
+    """What `Consumer.batches` gives. Ctrl-C or a timeout ends one wait, not the iteration."""
+
+    def __init__(self, owner: Consumer) -> None:
+        self._consumer = owner
+
+    def __next__(self) -> RecordBatch:
+        return self._consumer._next_batch()

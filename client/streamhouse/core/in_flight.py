@@ -1,0 +1,151 @@
+"""Records that were handed over and are not done with, by the task or thread that has them.
+
+Owns: who has which records in hand. Does not own: what is handed over next, commits.
+Invariants: a record is in hand before its cursor's `delivered` passes it, and until its worker asks for another one;
+`done_below` never passes a record in hand. Threads hand over while the event loop asks `done_below`: each change is one
+assignment, so that it sees the old or the new state and nothing between.
+"""
+
+from collections.abc import Callable, Iterator
+
+from shformat import Records
+
+from streamhouse.core.positions import Cursor
+from streamhouse.records import Record, RecordBatch
+
+Held = tuple[Cursor, Record | RecordBatch, "Held | None"]
+"""Of which partition, what, and what the worker was given before that and has as well. A plain tuple: one is made for
+every record."""
+
+# Workers are looked through for those that have ended whenever their number has doubled.
+SWEEP_FIRST = 16
+
+
+class Worker:
+    """A task or thread that takes records. `owner`: the task or thread; None: code that runs in no task. `held`: what
+    it has in hand, set by those who hand it something (several things if it asked again before it got the first), and
+    by those who ask for it: then it has done with what it had."""
+
+    __slots__ = ("held", "is_reported", "owner")
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+        self.held: Held | None = None
+        self.is_reported = False
+
+    def in_hand(self) -> Iterator[Held]:
+        """Yields all that the worker has in hand."""
+        held = self.held
+        while held is not None:
+            yield held
+            held = held[2]
+
+
+class InFlight:
+    """`ended_well(owner)`: True if the task returned without an error. `has_ended(owner)`: True also if it did not, and
+    for threads that have ended, of which nobody can tell how."""
+
+    def __init__(self, ended_well: Callable[[object], bool], has_ended: Callable[[object], bool]) -> None:
+        self._ended_well = ended_well
+        self._has_ended = has_ended
+        self._workers: dict[object, Worker] = {}
+        self._sweep_at = SWEEP_FIRST
+        # The worker that came last to ask or had to wait: not set with every record, for what that costs.
+        self._last: Worker | None = None
+        # Meant for a worker that it did not reach: an interrupt came between. To be handed over before anything else.
+        self.returned: tuple[tuple[Cursor, RecordBatch], ...] = ()
+
+    def worker(self, owner: object) -> Worker:
+        """Returns the worker that stands for this task or thread."""
+        worker = self._workers.get(owner)
+        if worker is None:
+            if len(self._workers) >= self._sweep_at:
+                self._sweep()
+            worker = self._last = self._workers[owner] = Worker(owner)
+        return worker
+
+    def waited(self, worker: Worker) -> None:
+        """Tells that the worker has waited for more. It may have been forgotten meanwhile, having nothing in hand: an
+        iterator outlives the task that made it if another one goes on with it."""
+        self._workers.setdefault(worker.owner, worker)
+        self._last = worker
+
+    def _sweep(self) -> None:
+        for worker in list(self._workers.values()):
+            if self._has_ended(worker.owner) and all(
+                self._is_done(worker) or not cursor.live for cursor, _, _ in worker.in_hand()
+            ):
+                self._workers.pop(worker.owner, None)
+        self._sweep_at = max(SWEEP_FIRST, 2 * len(self._workers))
+
+    def _is_done(self, worker: Worker) -> bool:
+        """True if the worker's task has returned without an error, and another one has come since. Until then it may
+        have waited for the record on behalf of another task, as those of `asyncio.wait_for` do."""
+        return self._last is not worker and self._ended_well(worker.owner)
+
+    def done_below(self, cursor: Cursor) -> int:
+        """Returns the offset below which the application has done with everything of the cursor's partition."""
+        delivered = cursor.delivered  # before the workers: a record is in hand by the time that this passes it
+        in_hand = [
+            first_offset(item)
+            for worker in list(self._workers.values())
+            for of, item, _ in worker.in_hand()
+            if of is cursor and not self._is_done(worker)
+        ]
+        returned = [int(batch.offsets[0]) for of, batch in self.returned if of is cursor]
+        return min([delivered, *in_hand, *returned])
+
+    def finish_ended(self) -> None:
+        """Counts what tasks have in hand that returned without an error as done with."""
+        for worker in list(self._workers.values()):
+            if self._ended_well(worker.owner):
+                worker.held = None
+
+    def give_back(self, worker: Worker) -> None:
+        """Takes from the worker what it was given last and has not got; that is handed over next."""
+        held = worker.held
+        if held is None:
+            return
+        cursor, item, before = held
+        batch = _batch_of(item)
+        self.returned = (*self.returned, (cursor, batch))
+        worker.held = before
+        cursor.delivered = max(cursor.delivered, int(batch.offsets[-1]) + 1)
+
+    def take_returned(self, worker: Worker, *, whole: bool) -> Record | RecordBatch | None:
+        """Gives the worker what was given back first: a record, or all that was of one batch; None if nothing was."""
+        while self.returned:
+            (cursor, batch), *others = self.returned
+            rest = batch.slice(0, 0) if whole else batch.slice(1, len(batch))
+            item: Record | RecordBatch = batch if whole else next(iter(batch))
+            is_live = cursor.live
+            if is_live:
+                worker.held = (cursor, item, worker.held)
+            self.returned = (*([(cursor, rest)] if len(rest) else ()), *others)
+            if is_live:
+                return item
+        return None
+
+    def abandoned(self) -> Iterator[tuple[Worker, Cursor, int]]:
+        """Yields what workers have in hand that have ended without asking again, and so hold back the group's position:
+        the worker, the cursor, the offset; of each worker once."""
+        for worker in list(self._workers.values()):
+            held = next((held for held in worker.in_hand() if held[0].live), None)
+            if held is None or worker.is_reported or not self._has_ended(worker.owner):
+                continue
+            if not self._ended_well(worker.owner):
+                worker.is_reported = True
+                yield worker, held[0], first_offset(held[1])
+
+
+def first_offset(item: Record | RecordBatch) -> int:
+    """Returns the record's offset, or that of the first one of a batch."""
+    return item.offset if isinstance(item, Record) else int(item.offsets[0])
+
+
+def _batch_of(item: Record | RecordBatch) -> RecordBatch:
+    if isinstance(item, RecordBatch):
+        return item
+    headers = [item.headers] if item.headers else None
+    columns = Records.from_lists([item.value], [item.key], item.timestamp_ms, headers, [item.offset])
+    return RecordBatch(item.topic, item.partition, columns)
