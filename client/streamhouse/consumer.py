@@ -14,10 +14,11 @@ from shproto.errors import (
     Internal,
     InvalidArgument,
     StreamHouseError,
+    UnknownMember,
     UnknownPartition,
 )
 from shproto.rpc import Interceptors
-from shruntime.tasks import Tasks
+from shruntime.tasks import Backoff, Tasks
 
 from streamhouse.commits import Commits
 from streamhouse.core.in_flight import Worker
@@ -38,7 +39,7 @@ from streamhouse.metadata import MetadataCache
 from streamhouse.offsets import Offsets
 from streamhouse.openings import Openings
 from streamhouse.peers import Peers
-from streamhouse.reader import Reader
+from streamhouse.reader import RETRY_FIRST_MS, RETRY_MAX_MS, Reader
 from streamhouse.records import Record, RecordBatch, TopicPartition
 from streamhouse.retries import Retries
 
@@ -114,6 +115,8 @@ class Consumer:
         self._next = self._iteration.next
         self._in_flight = self._iteration.in_flight
         self._commits = Commits(self._reader.cursors, self._done_below, self._store, self._topic_gone)
+        # True from when the group forgot what was done with and not committed, until it has taken the member back.
+        self._has_lost = False
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -154,7 +157,7 @@ class Consumer:
             self._peers.coordinator,
             self._options,
             self._topics,
-            assigned=self._openings.add,
+            assigned=self._on_assigned,
             revoked=self._on_revoked,
             lost=self._on_lost,
             failed=self._reader.fail,
@@ -184,7 +187,8 @@ class Consumer:
         """Commits (with auto_commit) and leaves the group, then closes the connections.
 
         done_with_last: whether the record in hand of the task that calls is committed, too, and those of tasks that
-        have returned.
+        have returned. Raises what the last commit failed with; if not done_with_last, that is only logged, for an error
+        is on its way already.
         """
         await self._close(self._worker(), done_with_last)
 
@@ -193,26 +197,54 @@ class Consumer:
             return
         self._closed = True
         self._iteration.close()
+        refusal: StreamHouseError | None = None
         try:
             if self._tasks is not None:
                 if done_with_last:
                     worker.held = None
                     self._in_flight.finish_ended()
-                await self._commit_and_leave()
+                refusal = await self._commit_and_leave()
         finally:
             if self._tasks is not None:
                 await self._tasks.stop()
             await self._metadata.close()
             await self._peers.close()
+        if refusal is not None:
+            if done_with_last:
+                raise refusal
+            log.warning("closing: the last commit failed, records will be read again: %s", refusal)
 
-    async def _commit_and_leave(self) -> None:
-        try:
-            if self._options.auto_commit and self._options.group is not None:
-                await self._commits.commit_existing()
-            if self._membership is not None:
+    async def _commit_and_leave(self) -> StreamHouseError | None:
+        """Returns what the commit failed with. That leaving failed is no matter: the group finds out by itself."""
+        refusal: StreamHouseError | None = None
+        if self._options.auto_commit and self._options.group is not None:
+            refusal = await self._last_commit() or refusal
+            if refusal is None and self._has_lost:
+                refusal = UnknownMember(
+                    f"group {self._options.group} has forgotten this consumer and not taken it back since: what it had "
+                    "done with and not committed will be read again",
+                    group=self._options.group,
+                )
+        if self._membership is not None:
+            try:
                 await self._membership.leave()
-        except StreamHouseError as error:
-            log.warning("closing: the group's offsets or membership are left behind: %s", error)
+            except StreamHouseError as error:
+                log.warning("closing: group %s was not told, it will notice: %s", self._options.group, error)
+        return refusal
+
+    async def _last_commit(self) -> StreamHouseError | None:
+        """Commits; again for as long as a call may take, if it may pass: there is no later one to make up for it."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self._options.request_timeout_ms / 1000
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
+        while True:
+            try:
+                await self._commits.commit_existing()
+                return None
+            except StreamHouseError as error:
+                if not error.retriable or loop.time() >= deadline_s:
+                    return error
+                await asyncio.sleep(max(error.retry_after_ms, backoff.next_ms()) / 1000)
 
     # ---- reading
 
@@ -334,6 +366,10 @@ class Consumer:
 
     # ---- assignment
 
+    def _on_assigned(self, partitions: set[TopicPartition]) -> None:
+        self._has_lost = False
+        self._openings.add(partitions)
+
     async def _on_revoked(self, revoked: set[TopicPartition]) -> None:
         """Stops them, then commits what was done with; the record being processed will be read again elsewhere."""
         self._openings.forget(revoked)
@@ -347,6 +383,8 @@ class Consumer:
                 log.warning("the last commit of revoked partitions failed, records will be read again: %s", error)
 
     def _on_lost(self) -> None:
+        cursors = self._reader.cursors.values()
+        self._has_lost = any(self._in_flight.done_below(cursor) > max(cursor.committed, 0) for cursor in cursors)
         self._openings.forget_all()
         for where in list(self._reader.cursors):
             self._reader.drop(where)

@@ -406,6 +406,44 @@ async def test_a_topic_deleted_while_reading(platform, address):
 # ---- groups
 
 
+async def test_a_last_commit_that_is_refused_is_raised(platform, address):
+    await fill(platform, address, 10, partitions=1)
+    with pytest.raises(errors.InvalidArgument, match="no room"):
+        async with Consumer(address, ["t"], group="g") as consumer:
+            await take(consumer, 10)
+            platform.faults.refuse_commits = [errors.InvalidArgument("no room for it")]
+    assert platform.groups["g"].offsets == {}
+    assert platform.groups["g"].members == {}, "it has left all the same"
+
+
+async def test_a_last_commit_that_is_refused_does_not_hide_what_went_wrong_before(platform, address, caplog):
+    await fill(platform, address, 10, partitions=1)
+    with pytest.raises(ValueError):
+        async with Consumer(address, ["t"], group="g") as consumer:
+            await take(consumer, 10)
+            platform.faults.refuse_commits = [errors.InvalidArgument("no room")]
+            raise ValueError
+    assert "the last commit failed, records will be read again: no room" in caplog.text
+
+
+async def test_a_last_commit_is_tried_again_where_that_may_help(platform, address):
+    await fill(platform, address, 10, partitions=1)
+    async with Consumer(address, ["t"], group="g") as consumer:
+        await take(consumer, 10)
+        platform.faults.refuse_commits = [errors.Unavailable("a coordinator restarts")] * 3
+    assert platform.groups["g"].offsets == {("t", 0): 10}
+
+
+async def test_leaving_while_the_group_has_forgotten_what_was_done_is_an_error(platform, address):
+    await fill(platform, address, 10, partitions=1)
+    with pytest.raises(errors.UnknownMember, match="forgotten this consumer"):
+        async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=60_000) as consumer:
+            await take(consumer, 10)
+            platform.faults.join_down = True
+            platform.expel("g")
+            await until(lambda: not consumer.assignment)
+
+
 async def test_a_group_goes_on_where_it_committed(platform, address):
     await fill(platform, address, 200, partitions=1)
     async with Consumer(address, ["t"], group="g") as consumer:
