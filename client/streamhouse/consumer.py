@@ -110,7 +110,7 @@ class Consumer:
         self._membership: Membership | None = None
         self._tasks: Tasks | None = None  # once started
         self._starting = asyncio.Lock()
-        self._openings = Openings(self._options, self._metadata, self._offsets, self._reader)
+        self._openings = Openings(self._options, self._metadata, self._offsets, self._reader, self._store_starts)
         self._iteration = Iteration(self._reader, self._offsets, stop_at_end, self._is_opening, self._advance)
         self._next = self._iteration.next
         self._in_flight = self._iteration.in_flight
@@ -134,7 +134,8 @@ class Consumer:
         await self.close(done_with_last=kind is None)
 
     async def start(self) -> None:
-        """Joins the group or opens the partitions. Iterating does it as well.
+        """Joins the group or opens the partitions: returns once it is known where reading begins in each of them.
+        Iterating does it as well.
 
         Raises UnknownTopic, UnknownPartition, InvalidArgument, Unavailable, RuntimeError in a forked child.
         """
@@ -145,6 +146,7 @@ class Consumer:
             await self._retries.run(self._find_partitions)
             if not self._closed:
                 self._run()
+        await self._openings.opened()
 
     async def _find_partitions(self) -> None:
         """What may fail or be cancelled of a start: another one begins here again."""
@@ -357,6 +359,12 @@ class Consumer:
                 offset,
             )
         return self._in_flight.done_below(cursor)
+
+    async def _store_starts(self, positions: Mapping[TopicPartition, Position]) -> None:
+        if self._membership is not None:
+            await self._membership.commit(positions)
+        else:
+            await self._offsets.commit(positions)
 
     async def _store(self, positions: Mapping[TopicPartition, Position]) -> None:
         if self._membership is not None:

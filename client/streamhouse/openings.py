@@ -5,13 +5,13 @@ Owns: which are assigned and not read yet. Does not own: who assigns them, the r
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
-from shproto.errors import StreamHouseError, UnknownTopic
+from shproto.errors import IllegalGeneration, StreamHouseError, Unavailable, UnknownMember, UnknownTopic
 from shruntime.tasks import Backoff
 
 from streamhouse.core.options import ConsumerOptions
-from streamhouse.core.positions import Cursor
+from streamhouse.core.positions import Cursor, Position
 from streamhouse.metadata import MetadataCache
 from streamhouse.offsets import Offsets
 from streamhouse.reader import RETRY_FIRST_MS, RETRY_MAX_MS, Reader
@@ -20,17 +20,31 @@ from streamhouse.records import TopicPartition
 log = logging.getLogger(__name__)
 
 
+# What passes by itself: the topic comes back, or the group takes the partition away.
+_PASSING = (UnknownTopic, IllegalGeneration, UnknownMember)
+
+
 class Openings:
     """`add` and `forget` what a group gives and takes, with `run` as a task of the owner; or `open` what is never
-    taken away."""
+    taken away. `store(positions)`: commits where a group begins."""
 
-    def __init__(self, options: ConsumerOptions, metadata: MetadataCache, offsets: Offsets, reader: Reader) -> None:
+    def __init__(
+        self,
+        options: ConsumerOptions,
+        metadata: MetadataCache,
+        offsets: Offsets,
+        reader: Reader,
+        store: Callable[[Mapping[TopicPartition, Position]], Awaitable[None]],
+    ) -> None:
         self._options = options
         self._metadata = metadata
         self._offsets = offsets
         self._reader = reader
+        self._store = store
         self._awaited: dict[TopicPartition, object] = {}
         self._news = asyncio.Event()
+        self._progress = asyncio.Event()  # something was opened, taken away, or failed
+        self._failure: StreamHouseError | None = None
 
     @property
     def pending(self) -> bool:
@@ -47,31 +61,56 @@ class Openings:
         """Taken away before they were opened."""
         for where in partitions:
             self._awaited.pop(where, None)
+        self._progress.set()
 
     def forget_all(self) -> None:
         """As `forget`, of whatever is awaited."""
         self._awaited.clear()
+        self._progress.set()
+
+    async def opened(self) -> None:
+        """Returns once nothing is awaited. Raises what opening failed with: at once if that will not pass, Unavailable
+        if it has not for retry_timeout_ms; `run` goes on trying in any case."""
+        self._failure = None
+        try:
+            async with asyncio.timeout(self._options.retry_timeout_ms / 1000):
+                while self._awaited:
+                    self._progress.clear()
+                    await self._progress.wait()
+                    error = self._failure
+                    if self._awaited and error is not None and not error.retriable and not isinstance(error, _PASSING):
+                        raise error
+        except TimeoutError:
+            raise self._failure or Unavailable(f"cannot start on {_names(self._awaited)}") from None
 
     async def run(self) -> None:
         """Opens what was added, however long finding the offsets takes; until cancelled."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
+        failing = ""
         while True:
             await self._news.wait()
             self._news.clear()
             try:
                 await self._open_awaited()
                 backoff.reset()
+                failing = ""
             except StreamHouseError as error:
-                log.warning("cannot start on %s: %s", sorted(self._awaited), error)
-                # A topic that is not there comes back, or the group takes it away.
-                if not error.retriable and not isinstance(error, UnknownTopic):
+                if failing != error.reason and self._awaited:  # told once, not with every try
+                    log.warning("cannot start on %s, trying again: %s", _names(self._awaited), error)
+                failing = error.reason
+                if not error.retriable and not isinstance(error, _PASSING):
                     self._reader.fail(error)
+                self._failure = error
+                self._progress.set()
                 await asyncio.sleep(backoff.next_ms() / 1000)
                 self._news.set()
 
     async def _open_awaited(self) -> None:
         asked = dict(self._awaited)
         cursors = await self._find(sorted(asked))
+        await self._store_starts(
+            [cursor for cursor in cursors if self._awaited.get(cursor.where) is asked[cursor.where]]
+        )
         # Taken away and given back meanwhile counts as taken away: another member may have gone further.
         still = {where for where, token in asked.items() if self._awaited.get(where) is token}
         for cursor in cursors:
@@ -82,8 +121,21 @@ class Openings:
 
     async def open(self, partitions: Sequence[TopicPartition]) -> None:
         """Reads these from now on. Raises UnknownTopic, Unavailable."""
-        for cursor in await self._find(partitions):
+        cursors = await self._find(partitions)
+        await self._store_starts(cursors)
+        for cursor in cursors:
             self._reader.put(cursor)
+
+    async def _store_starts(self, cursors: Sequence[Cursor]) -> None:
+        """Commits where the group begins if that is the end of the log: asked again after a restart or by the next
+        owner of the partition, it would be further on, and the records between would be read by nobody."""
+        if self._options.group is None or self._options.start != "latest":
+            return
+        fresh = [cursor for cursor in cursors if cursor.committed < 0]
+        if fresh:
+            await self._store({cursor.where: Position(cursor.fetch_offset, cursor.topic_id) for cursor in fresh})
+        for cursor in fresh:
+            cursor.committed = cursor.fetch_offset
 
     async def _find(self, partitions: Sequence[TopicPartition]) -> list[Cursor]:
         """Where each starts, and where a bounded read of it ends."""
@@ -109,3 +161,7 @@ class Openings:
         for topic in {where.topic for where in partitions}:
             await self._metadata.refresh(topic)
         return {where: (await self._metadata.topic(where.topic)).topic_id for where in partitions}
+
+
+def _names(partitions: Iterable[TopicPartition]) -> str:
+    return ", ".join(f"{topic}/{partition}" for topic, partition in sorted(partitions))

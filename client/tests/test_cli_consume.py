@@ -14,8 +14,8 @@ async def fill(platform, address, count):
         await producer.send_many("t", [b"%d" % n for n in range(count)])
 
 
-def reading(count_max):
-    return consume.Reading("t", Position("earliest"), None, "g", False, count_max, False)
+def reading(count_max, position="earliest", *, follow=False):
+    return consume.Reading("t", Position(position), None, "g", follow, count_max, False)
 
 
 @pytest.fixture
@@ -48,3 +48,21 @@ async def test_what_could_not_be_printed_is_not_committed(platform, address, std
     await consume._consume(address, reading(count_max), consume._json_lines)
     count = count_max or 10
     assert stdout.written.count(b"\n") == platform.groups["g"].offsets["t", 0] == count
+
+
+@pytest.mark.parametrize("follow", [False, True])
+async def test_a_group_that_begins_at_the_end_keeps_where_that_was(platform, address, stdout, follow):
+    """A command that was stopped before anything came goes on there, and misses nothing that came meanwhile."""
+    await fill(platform, address, 10)
+    reads = asyncio.create_task(consume._consume(address, reading(None, "latest", follow=follow), consume._json_lines))
+    async with asyncio.timeout(60):
+        while platform.groups["g"].offsets != {("t", 0): 10}:
+            await asyncio.sleep(0.01)
+    if follow:
+        reads.cancel()
+    await asyncio.wait([reads])
+    async with Producer(address) as producer:
+        await producer.send_many("t", [b"new"] * 5)
+    await consume._consume(address, reading(None, "latest"), consume._json_lines)
+    assert stdout.written.count(b"new") == 5
+    assert platform.groups["g"].offsets == {("t", 0): 15}

@@ -406,6 +406,38 @@ async def test_a_topic_deleted_while_reading(platform, address):
 # ---- groups
 
 
+@pytest.mark.parametrize("auto_commit", [False, True])
+async def test_a_member_that_begins_at_the_end_has_begun_when_start_returns(platform, address, auto_commit):
+    """And where that was is kept, for whoever reads the partition next: what comes now is the group's to read."""
+    await fill(platform, address, 30, partitions=3)
+    ends = {("t", number): platform.log("t", number).next_offset for number in range(3)}
+    async with Consumer(address, ["t"], group="g", start="latest", auto_commit=auto_commit) as consumer:
+        assert platform.groups["g"].offsets == ends == consumer.positions()
+        await fill(platform, address, 30)
+        assert {record.offset - ends["t", record.partition] for record in await take(consumer, 30)} >= {0, 1}
+    async with Consumer(address, ["t"], group="g", start="latest") as consumer:
+        assert consumer.positions() == (
+            {where: platform.log(*where).next_offset for where in ends} if auto_commit else ends
+        )
+
+
+async def test_a_consumer_of_given_partitions_keeps_where_the_end_was_too(platform, address):
+    await fill(platform, address, 10, partitions=1)
+    async with Consumer(address, assign=[("t", 0)], group="g", start="latest", auto_commit=False):
+        assert platform.groups["g"].offsets == {("t", 0): 10}
+
+
+async def test_a_member_that_cannot_find_out_where_to_begin_says_so(platform, address):
+    await fill(platform, address, 10, partitions=1)
+    platform.faults.lookups_down = True
+    consumer = Consumer(address, ["t"], group="g", retry_timeout_ms=100)
+    with pytest.raises(errors.Unavailable, match="no leader answers"):
+        await consumer.start()
+    platform.faults.lookups_down = False
+    assert len(await take(consumer, 10)) == 10  # it has gone on trying
+    await consumer.close()
+
+
 async def test_a_last_commit_that_is_refused_is_raised(platform, address):
     await fill(platform, address, 10, partitions=1)
     with pytest.raises(errors.InvalidArgument, match="no room"):
