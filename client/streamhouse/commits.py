@@ -79,12 +79,16 @@ class Commits:
 
     async def run(self, interval_ms: int) -> None:
         """Commits every so often until cancelled; failures are tried again."""
+        failing = ""
         while True:
             await asyncio.sleep(interval_ms / 1000)
             try:
                 await self.commit_existing()
+                failing = ""
             except StreamHouseError as error:
-                log.warning("auto commit failed, it is tried again: %s", error)
+                if failing != error.reason:  # told once, not with every try
+                    log.warning("auto commit failed, it is tried again every %d ms: %s", interval_ms, error)
+                failing = error.reason
 
 
 def _outstanding(cursors: Cursors, done_below: DoneBelow) -> dict[TopicPartition, Position]:

@@ -51,6 +51,7 @@ class Membership:
         self._heartbeat_interval_ms = 0
         self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
         self._moved = asyncio.Event()
+        self._failing_since_s: float | None = None
         self._joining_id = ""
         self._asap = False
         self._leaving = False
@@ -84,6 +85,7 @@ class Membership:
                     self._backoff.reset()  # not after a join: a member that is forgotten each time must not spin
                 else:
                     await self.join()
+                self._note_success()
             except (UnknownMember, UnknownGroup) as error:
                 if self._leaving:  # a heartbeat on its way was told so; joining again would leave a ghost behind
                     return
@@ -91,10 +93,24 @@ class Membership:
                 self._forgotten()
                 await asyncio.sleep(self._backoff.next_ms() / 1000)
             except StreamHouseError as error:
-                log.warning("heartbeat to group %s failed: %s", self._options.group, error)
+                self._note_failure(error)
                 if not error.retriable:
                     self._failed(error)
                 await asyncio.sleep(self._backoff.next_ms() / 1000)
+
+    def _note_failure(self, error: StreamHouseError) -> None:
+        """An outage is told when it begins and when it is over, not with every heartbeat in between."""
+        if self._failing_since_s is None:
+            self._failing_since_s = asyncio.get_running_loop().time()
+            log.warning("heartbeats to group %s fail, trying again: %s", self._options.group, error)
+        else:
+            log.debug("heartbeat to group %s failed: %s", self._options.group, error)
+
+    def _note_success(self) -> None:
+        if self._failing_since_s is not None:
+            took_s = asyncio.get_running_loop().time() - self._failing_since_s
+            log.warning("heartbeats to group %s are answered again, after %.1f s", self._options.group, took_s)
+            self._failing_since_s = None
 
     def _heartbeat(self) -> coordinator_pb2.HeartbeatGroupRequest:
         wait_ms = PENDING_WAIT_MS if self.pending else self._heartbeat_interval_ms

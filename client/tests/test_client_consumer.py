@@ -476,6 +476,20 @@ async def test_leaving_while_the_group_has_forgotten_what_was_done_is_an_error(p
             await until(lambda: not consumer.assignment)
 
 
+async def test_an_outage_is_told_when_it_begins_and_when_it_is_over(platform, address, caplog):
+    await fill(platform, address, 10, partitions=1)
+    async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=20) as consumer:
+        await take(consumer, 5)
+        platform.faults.heartbeats_down = True
+        platform.faults.refuse_commits = [errors.Unavailable("no PostgreSQL")] * 5
+        beats = platform.calls["heartbeat_group"]
+        await until(lambda: platform.calls["heartbeat_group"] > beats + 5 and not platform.faults.refuse_commits)
+        platform.faults.heartbeats_down = False
+        await until(lambda: "answered again" in caplog.text)
+    assert caplog.text.count("heartbeats to group g fail") == 1
+    assert caplog.text.count("auto commit failed") == 1
+
+
 async def test_a_group_goes_on_where_it_committed(platform, address):
     await fill(platform, address, 200, partitions=1)
     async with Consumer(address, ["t"], group="g") as consumer:
