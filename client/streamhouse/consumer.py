@@ -13,6 +13,7 @@ from shproto import forks
 from shproto.errors import (
     Internal,
     InvalidArgument,
+    PollIntervalExceeded,
     StreamHouseError,
     UnknownMember,
     UnknownPartition,
@@ -45,6 +46,9 @@ from streamhouse.retries import Retries
 
 log = logging.getLogger(__name__)
 
+# The application is looked at so often within max_poll_interval_ms: that much later at most its silence is noticed.
+POLL_CHECKS = 10
+
 _DEFAULTS = ConsumerOptions()
 
 
@@ -74,6 +78,7 @@ class Consumer:
         fetch_bytes: int = _DEFAULTS.fetch_bytes,
         prefetch_bytes_max: int = _DEFAULTS.prefetch_bytes_max,
         session_timeout_ms: int = _DEFAULTS.session_timeout_ms,
+        max_poll_interval_ms: int = _DEFAULTS.max_poll_interval_ms,
         on_out_of_range: OnOutOfRange = _DEFAULTS.on_out_of_range,
         on_data_loss: OnDataLoss = _DEFAULTS.on_data_loss,
         stop_at_end: bool = _DEFAULTS.stop_at_end,
@@ -90,6 +95,7 @@ class Consumer:
             fetch_bytes=fetch_bytes,
             prefetch_bytes_max=prefetch_bytes_max,
             session_timeout_ms=session_timeout_ms,
+            max_poll_interval_ms=max_poll_interval_ms,
             on_out_of_range=on_out_of_range,
             on_data_loss=on_data_loss,
             stop_at_end=stop_at_end,
@@ -115,6 +121,8 @@ class Consumer:
         self._next = self._iteration.next
         self._in_flight = self._iteration.in_flight
         self._commits = Commits(self._reader.cursors, self._done_below, self._store, self._topic_gone)
+        # Why the next read fails: the application was silent for too long, and the consumer has left its group.
+        self._silence: PollIntervalExceeded | None = None
         # True from when the group forgot what was done with and not committed, until it has taken the member back.
         self._has_lost = False
         self._closed = False
@@ -172,6 +180,7 @@ class Consumer:
         if self._membership is not None:
             self._spawn("open partitions", self._openings.run())
             self._spawn("group membership", self._membership.run())
+            self._spawn("poll interval", self._watch_polls())
         self._spawn("read", self._reader.run())
         if self._options.auto_commit and self._options.group is not None:
             self._spawn("auto commit", self._commits.run(self._options.auto_commit_interval_ms))
@@ -218,7 +227,7 @@ class Consumer:
 
     async def _commit_and_leave(self) -> StreamHouseError | None:
         """Returns what the commit failed with. That leaving failed is no matter: the group finds out by itself."""
-        refusal: StreamHouseError | None = None
+        refusal: StreamHouseError | None = self._silence
         if self._options.auto_commit and self._options.group is not None:
             refusal = await self._last_commit() or refusal
             if refusal is None and self._has_lost:
@@ -279,6 +288,11 @@ class Consumer:
 
     async def _advance(self, worker: Worker) -> bool:
         await self.start()
+        if self._silence is not None:
+            silence, self._silence = self._silence, None
+            raise silence
+        if self._membership is not None:
+            self._membership.come_back()
         found = await self._iteration.advance()
         self._in_flight.waited(worker)
         return found
@@ -287,6 +301,48 @@ class Consumer:
         member = self._membership
         # One that the group has forgotten has no partitions, and will have: no end of what there is to read.
         return self._openings.pending or (member is not None and (member.pending or not member.member_id))
+
+    async def _watch_polls(self) -> None:
+        """Leaves the group if the application asks for nothing for max_poll_interval_ms: it hangs, and the heartbeats
+        of a task that does not would keep its partitions from the others for ever."""
+        loop = asyncio.get_running_loop()
+        interval_s = self._options.max_poll_interval_ms / 1000
+        seen, since_s = self._iteration.progress(), loop.time()
+        while True:
+            await asyncio.sleep(interval_s / POLL_CHECKS)
+            now = self._iteration.progress()
+            if now != seen or not self._is_member():
+                seen, since_s = now, loop.time()
+            elif loop.time() - since_s >= interval_s:
+                await self._step_out(seen)
+                seen, since_s = self._iteration.progress(), loop.time()
+
+    def _is_member(self) -> bool:
+        return self._membership is not None and bool(self._membership.member_id)
+
+    async def _step_out(self, seen: object) -> None:
+        """`seen`: the application's progress at the last look; nothing is wrong if it has gone on since."""
+        group, limit_ms = self._options.group, self._options.max_poll_interval_ms
+        if self._options.auto_commit:
+            try:
+                await self._commits.commit_existing()
+            except StreamHouseError as error:
+                log.warning(
+                    "the last commit before leaving group %s failed, records will be read again: %s", group, error
+                )
+        if self._iteration.progress() != seen or self._membership is None:
+            return
+        self._silence = PollIntervalExceeded(
+            f"the application has asked for no record for {limit_ms} ms (max_poll_interval_ms): the consumer has left "
+            f"group {group}, and its partitions go to other members; iterating again joins anew",
+            group=group,
+            max_poll_interval_ms=limit_ms,
+        )
+        log.warning("%s", self._silence)
+        try:
+            await self._membership.step_out()
+        except StreamHouseError as error:
+            log.warning("leaving: group %s was not told, it will notice: %s", group, error)
 
     # ---- where we are
 

@@ -63,6 +63,7 @@ class Iteration:
         self._ends_turn = asyncio.Lock()
         self._closed = False
         self._waiting = 0
+        self._asked = 0
         self._turn_ends_s = 0.0
         # A portion goes from the reader to `_coming` (in the loop), to `_portion` (by `take`), and from there to
         # `_leaving` if its turn is over before its records, else to `_finished`; back to the reader from both.
@@ -96,6 +97,10 @@ class Iteration:
     def is_ready(self) -> bool:
         """True if there may be something to take already."""
         return self._portion is not None or self._coming is not None
+
+    def progress(self) -> object:
+        """Returns what is another thing whenever the application has asked since the last time, or waits right now."""
+        return object() if self._waiting else (self._asked, *self.in_flight.held())
 
     # ---- in the application's tasks or threads
 
@@ -247,6 +252,7 @@ class Iteration:
         answered for retry_timeout_ms). Iterating again goes on where it failed.
         """
         self._waiting += 1
+        self._asked += 1
         is_over = self._clock() >= self._turn_ends_s
         try:
             self._settle()

@@ -1,6 +1,8 @@
 """A consumer's membership of its group: join, heartbeat, give up what is taken away, leave.
 
 Owns: member id, generation, which partitions are ours. Does not own: reading, positions.
+Invariants: an answer to a heartbeat of a member that this is no longer changes nothing. After `step_out` nothing joins
+again before `come_back`.
 """
 
 import asyncio
@@ -51,6 +53,8 @@ class Membership:
         self._heartbeat_interval_ms = 0
         self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
         self._moved = asyncio.Event()
+        self._in_group = asyncio.Event()  # or on the way to it
+        self._in_group.set()
         self._failing_since_s: float | None = None
         self._joining_id = ""
         self._asap = False
@@ -79,9 +83,15 @@ class Membership:
     async def run(self) -> None:
         """Heartbeats until cancelled or leaving; joins again when the group has forgotten this member."""
         while not self._leaving:
+            await self._in_group.wait()
+            if self._leaving:
+                return
+            asked_as = self.member_id
             try:
-                if self.member_id:
-                    await self._apply(await self._coordinator.heartbeat_group(self._heartbeat()))
+                if asked_as:
+                    answer = await self._coordinator.heartbeat_group(self._heartbeat())
+                    if asked_as == self.member_id:
+                        await self._apply(answer)
                     self._backoff.reset()  # not after a join: a member that is forgotten each time must not spin
                 else:
                     await self.join()
@@ -89,6 +99,8 @@ class Membership:
             except (UnknownMember, UnknownGroup) as error:
                 if self._leaving:  # a heartbeat on its way was told so; joining again would leave a ghost behind
                     return
+                if asked_as != self.member_id:
+                    continue  # of a membership that is over, and known to be
                 log.warning("group %s has forgotten member %s: %s", self._options.group, self.member_id, error)
                 self._forgotten()
                 await asyncio.sleep(self._backoff.next_ms() / 1000)
@@ -210,10 +222,27 @@ class Membership:
     async def leave(self) -> None:
         """Raises Unavailable; the group finds out by the session timeout then."""
         self._leaving = True
+        self._in_group.set()
         if self.member_id:
-            request = coordinator_pb2.LeaveGroupRequest(group=self._options.group or "", member_id=self.member_id)
-            await self._coordinator.leave_group(request)
+            await self._leave_as(self.member_id)
             self.member_id, self.owned = "", set()
+
+    async def step_out(self) -> None:
+        """Leaves the group until `come_back`: its partitions are lost, and go to other members. Raises Unavailable as
+        `leave` does; it is out all the same."""
+        member_id = self.member_id
+        self._in_group.clear()
+        self._forgotten()
+        if member_id:
+            await self._leave_as(member_id)
+
+    def come_back(self) -> None:
+        """Lets it join again, if it has stepped out."""
+        self._in_group.set()
+
+    async def _leave_as(self, member_id: str) -> None:
+        request = coordinator_pb2.LeaveGroupRequest(group=self._options.group or "", member_id=member_id)
+        await self._coordinator.leave_group(request)
 
 
 def _messages(partitions: Iterable[TopicPartition]) -> list[coordinator_pb2.TopicPartition]:

@@ -476,6 +476,51 @@ async def test_leaving_while_the_group_has_forgotten_what_was_done_is_an_error(p
             await until(lambda: not consumer.assignment)
 
 
+async def test_an_application_that_hangs_gives_its_partitions_to_others(platform, address, caplog):
+    await fill(platform, address, 100, partitions=2)
+    async with (
+        Consumer(address, ["t"], group="g", max_poll_interval_ms=200, fetch_bytes=1) as hung,
+        Consumer(address, ["t"], group="g") as other,
+    ):
+        await until(lambda: len(hung.assignment) == len(other.assignment) == 1)
+        (mine,) = hung.assignment
+        assert (await take(hung, 10))[-1].offset == 9  # and now it hangs
+        await until(lambda: len(other.assignment) == 2)
+        assert not hung.assignment
+        assert platform.groups["g"].offsets[mine] == 9
+        with pytest.raises(errors.PollIntervalExceeded, match="max_poll_interval_ms") as caught:
+            await anext(hung)
+        assert caught.value.details == {"group": "g", "max_poll_interval_ms": "200"}
+        assert len(platform.groups["g"].members) == 1, "it does not come back by itself"
+        reading = asyncio.create_task(anext(hung))
+        await until(lambda: len(platform.groups["g"].members) == 2)
+        assert (await asyncio.wait_for(reading, PATIENCE_S)).partition in (0, 1)
+    assert caplog.text.count("has asked for no record for 200 ms") == 1
+
+
+async def test_an_application_that_waits_for_records_does_not_hang(platform, address):
+    await fill(platform, address, 1, partitions=1)
+    async with Consumer(address, ["t"], group="g", max_poll_interval_ms=50) as consumer:
+        await take(consumer, 1)
+        waiting = asyncio.create_task(anext(consumer))
+        await asyncio.sleep(0.5)
+        assert len(consumer.assignment) == 1
+        await fill(platform, address, 1)
+        assert (await waiting).offset == 1
+        for _ in range(10):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(consumer), 0.02)
+            await asyncio.sleep(0.02)
+        assert len(consumer.assignment) == 1
+
+
+async def test_an_application_that_never_reads_hangs_too(platform, address):
+    platform.add_topic("t", 1)
+    with pytest.raises(errors.PollIntervalExceeded):
+        async with Consumer(address, ["t"], group="g", max_poll_interval_ms=50):
+            await until(lambda: not platform.groups["g"].members)
+
+
 async def test_an_outage_is_told_when_it_begins_and_when_it_is_over(platform, address, caplog):
     await fill(platform, address, 10, partitions=1)
     async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=20) as consumer:

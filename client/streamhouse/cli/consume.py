@@ -19,6 +19,10 @@ from streamhouse.cli.write_output import Output
 if TYPE_CHECKING:
     from streamhouse import Consumer, RecordBatch
 
+# Who reads from the pipe sets the pace (`| less` does not read on before somebody asks it to): only after a day it is
+# taken to hang, and the group's partitions go to others.
+PIPE_WAIT_MS_MAX = 86_400_000
+
 Render = Callable[["RecordBatch"], bytes]
 
 
@@ -104,6 +108,7 @@ class Reading:
             start=self.position.start,
             stop_at_end=not self.follow,
             on_data_loss="skip" if self.skip_lost else "error",
+            max_poll_interval_ms=PIPE_WAIT_MS_MAX,
         )
 
 

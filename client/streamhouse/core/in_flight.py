@@ -95,6 +95,10 @@ class InFlight:
         returned = [int(batch.offsets[0]) for of, batch in self.returned if of is cursor]
         return min([delivered, *in_hand, *returned])
 
+    def held(self) -> list[Held | None]:
+        """What each worker has in hand: it stays the same only as long as none of them asks for more."""
+        return [worker.held for worker in list(self._workers.values())]
+
     def finish_ended(self) -> None:
         """Counts what tasks have in hand that returned without an error as done with."""
         for worker in list(self._workers.values()):

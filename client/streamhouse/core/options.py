@@ -79,6 +79,8 @@ class ConsumerOptions:
     prefetch_bytes_max: int = 64 * MIB
     # 0: the server's default.
     session_timeout_ms: int = 0
+    # Kafka's default: long beside what an application does with a record, short beside a night.
+    max_poll_interval_ms: int = 300_000
     on_out_of_range: OnOutOfRange = "error"
     on_data_loss: OnDataLoss = "error"
     stop_at_end: bool = False
@@ -96,6 +98,7 @@ class ConsumerOptions:
         _within("prefetch_bytes_max", self.prefetch_bytes_max, 1, 1 << 40)
         if self.session_timeout_ms != 0:
             _within("session_timeout_ms", self.session_timeout_ms, SESSION_TIMEOUT_MS_MIN, SESSION_TIMEOUT_MS_MAX)
+        _within("max_poll_interval_ms", self.max_poll_interval_ms, 10, DAY_MS)
         check_request_timeout(self.request_timeout_ms)
         check_retry_timeout(self.retry_timeout_ms)
         _flag("auto_commit", self.auto_commit)
@@ -142,6 +145,7 @@ class ConsumerKwargs(TypedDict, total=False):
     fetch_bytes: int
     prefetch_bytes_max: int
     session_timeout_ms: int
+    max_poll_interval_ms: int
     on_out_of_range: OnOutOfRange
     on_data_loss: OnDataLoss
     stop_at_end: bool

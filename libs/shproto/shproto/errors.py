@@ -184,6 +184,13 @@ class UnknownProducer(StreamHouseError):
     reason, status = "UNKNOWN_PRODUCER", Code.FAILED_PRECONDITION
 
 
+class PollIntervalExceeded(StreamHouseError):
+    """Raised by the SDK: the application asked its consumer for nothing for so long that the consumer left its group.
+    Iterating again joins anew, where the group is by then. details: group, max_poll_interval_ms."""
+
+    reason, status = "POLL_INTERVAL_EXCEEDED", Code.ABORTED
+
+
 class OutcomeUnknown(StreamHouseError):
     """Raised by the SDK, sent by nobody: a batch may or may not have been written, and trying again could write it
     twice. An earlier try got no answer, and the leader that was asked again does not know the producer's history.
