@@ -406,7 +406,7 @@ class Consumer:
         return known.get(where) or next(of_topic, b"")
 
     def _done_below(self, cursor: Cursor) -> int:
-        for worker, held, offset in self._in_flight.abandoned():
+        for worker, held, offset in () if self._closed else self._in_flight.abandoned():
             log.warning(
                 "%r has ended with %s/%d, offset %d, in hand, without asking for another record: the group's position "
                 "stays there",

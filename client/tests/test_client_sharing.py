@@ -1,6 +1,7 @@
 """One consumer, several tasks or threads: each record goes to one of them, and no commit passes one that is in hand."""
 
 import asyncio
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -261,6 +262,35 @@ def test_threads_that_wait_are_given_what_comes(server):
             thread.join(PATIENCE_S)
             assert not thread.is_alive()
     assert sorted(seen) == [0, 1, 2]
+
+
+# ---- at the end of the process
+
+ENDS = """
+import sys, threading, time
+from streamhouse.sync import Consumer
+consumer = Consumer(sys.argv[1], ["t"], group="g", auto_commit_interval_ms=60_000)
+for record in consumer:
+    if record.offset == 4:
+        break
+for _ in range(3):
+    threading.Thread(target=lambda: [None for _ in consumer], daemon=True).start()
+while consumer.positions()["t", 0] < 10:
+    time.sleep(0.01)
+time.sleep(0.1)
+print("done")
+"""
+
+
+def test_a_script_that_does_not_close_its_consumer_ends_without_a_word(server):
+    """And its group knows. Three threads still wait for records then."""
+    write(server, 10, 1)
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS, server.address], capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
+    assert (ended.stdout, ended.stderr) == ("done\n", "")
+    assert server.groups["g"].members == {}
+    assert server.groups["g"].offsets == {("t", 0): 4}, "what the main thread had in hand it has not done with"
 
 
 # ---- Ctrl-C, which comes between any two steps

@@ -1,11 +1,14 @@
 """The consumer for plain code.
 
-Owns: one worker for each thread that reads, and the lock by which they take turns. Does not own: anything of the event
-loop's thread, which never waits for that lock.
+Owns: one worker for each thread that reads, and the lock by which they take turns; consumers that are to leave their
+groups before the process ends. Does not own: anything of the event loop's thread, which never waits for that lock.
 """
 
+import asyncio
+import contextlib
+import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -17,6 +20,10 @@ from streamhouse.core.in_flight import Worker
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import ConsumerKwargs, Start
 from streamhouse.records import Record, RecordBatch, TopicPartition
+
+# For the last commit and leaving the group at the end of a script: a coordinator that answers takes milliseconds, one
+# that does not must not keep the process from ending.
+EXIT_TIMEOUT_MS = 5_000
 
 
 class Consumer:
@@ -34,20 +41,21 @@ class Consumer:
     ) -> None:
         self._inner = consumer.Consumer(bootstrap, topics, assign=assign, telemetry=telemetry, **options)
         self._iteration = self._inner._iteration
-        self._iteration.in_loop = lambda call: BACKGROUND.loop.call_soon_threadsafe(call)
+        self._iteration.in_loop = _in_loop
         self._take = self._iteration.take
         self._workers = threading.local()  # by thread; a number of a thread may be another one's later
         self._taking = threading.Lock()
         self._advancing = threading.Lock()
 
     def __enter__(self) -> Self:
+        _opened(self)
         BACKGROUND.run(self._inner.__aenter__())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        BACKGROUND.run(self._inner._close(self._worker(), kind is None))
+        self._close(done_with_last=kind is None)
 
     def __iter__(self) -> Self:
         self._iteration.begin()
@@ -102,6 +110,9 @@ class Consumer:
     def _advance(self, worker: Worker) -> bool:
         """One thread at a time waits for more; when it has some, those behind it find it there."""
         with self._advancing:
+            if self._inner._closed:
+                return False
+            _opened(self)
             return self._iteration.is_ready or BACKGROUND.run(self._inner._advance(worker))
 
     def _give_back(self, worker: Worker) -> None:
@@ -139,7 +150,11 @@ class Consumer:
     def close(self) -> None:
         """Commits (with auto_commit), leaves the group, closes the connections. Raises what the last commit failed
         with."""
-        BACKGROUND.run(self._inner._close(self._worker(), done_with_last=True))
+        self._close(done_with_last=True)
+
+    def _close(self, *, done_with_last: bool) -> None:
+        BACKGROUND.run(self._inner._close(self._worker(), done_with_last))
+        _UNCLOSED.discard(self)
 
 
 class BatchIterator(Iterator[RecordBatch]):
@@ -150,3 +165,37 @@ class BatchIterator(Iterator[RecordBatch]):
 
     def __next__(self) -> RecordBatch:
         return self._consumer._next_batch()
+
+
+# Consumers that were used and are not closed.
+_UNCLOSED: set[Consumer] = set()
+
+
+def _opened(used: Consumer) -> None:
+    """Has the consumer closed before the process ends."""
+    _UNCLOSED.add(used)
+    _close_before_end()
+
+
+@functools.cache
+def _close_before_end() -> None:
+    """Once: on first use, and so behind the producers, whose records may be what became of the consumers'."""
+    BACKGROUND.before_end(_leave_at_exit)
+
+
+def _leave_at_exit() -> None:
+    """Commits what consumers that were not closed have done with, and leaves their groups: the others need not wait for
+    a session to expire. Threads that still iterate come to the end."""
+    with contextlib.suppress(KeyboardInterrupt):  # no patience to wait for them
+        BACKGROUND.run(_leave(list(_UNCLOSED)))
+
+
+async def _leave(consumers: Sequence[Consumer]) -> None:
+    with contextlib.suppress(TimeoutError):  # the groups find out by themselves
+        async with asyncio.timeout(EXIT_TIMEOUT_MS / 1000):
+            await asyncio.gather(*(unclosed._inner.close(done_with_last=False) for unclosed in consumers))
+
+
+def _in_loop(call: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # it is gone: the process ends, and nobody waits any more
+        BACKGROUND.loop.call_soon_threadsafe(call)
