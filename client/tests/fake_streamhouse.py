@@ -523,6 +523,13 @@ class FakeStreamHouse:
         group.offsets.update({(o.topic, o.partition): o.offset for o in request.offsets})
         return coordinator_pb2.CommitOffsetsResponse()
 
+    async def list_groups(self, request: coordinator_pb2.ListGroupsRequest) -> coordinator_pb2.ListGroupsResponse:
+        infos = [
+            coordinator_pb2.GroupSummary(group=name, generation=group.generation, members=len(group.members))
+            for name, group in self.groups.items()
+        ]
+        return coordinator_pb2.ListGroupsResponse(groups=infos)
+
     async def fetch_offsets(self, request: coordinator_pb2.FetchOffsetsRequest) -> coordinator_pb2.FetchOffsetsResponse:
         if request.group not in self.groups:
             raise errors.UnknownGroup(request.group)

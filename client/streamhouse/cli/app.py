@@ -1,5 +1,6 @@
 """The command group: which commands there are, and what becomes of an exception."""
 
+import sys
 from typing import Any
 
 import click
@@ -21,7 +22,8 @@ from streamhouse.cli import (
     topic,
     verify,
 )
-from streamhouse.cli.failures import EXIT_INTERRUPTED, CliError, explain, silence_stdout
+from streamhouse.cli.failures import CliError, explain
+from streamhouse.cli.process import Termination, keep_standard_descriptors, reader_is_gone, silence_stdout
 
 HELP = """StreamHouse: a durable log over object storage.
 
@@ -34,27 +36,52 @@ Start with `streamhouse serve`, then in another terminal:
 """
 
 
+# They serve, or say what they have done on stderr and by their exit code.
+WITHOUT_STDOUT = {"produce", "health", "serve", "ingest", "segmenter", "query", "coordinator"}
+
+
 class FriendlyGroup(click.Group):
-    """Shows what went wrong as one line on stderr (exit 1), is quiet on Ctrl-C (exit 130) and closed pipes (exit 0).
+    """Shows what went wrong as one line on stderr (exit 1), ends on Ctrl-C (130) and SIGTERM (143), and ends quietly if
+    the reader of its output has gone (0).
 
     A defect keeps its traceback: it is ours to see.
     """
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        keep_standard_descriptors()
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
-        except BrokenPipeError:
-            silence_stdout()
-            raise click.exceptions.Exit(0) from None
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except Exception as error:
-            text = explain(error, ctx.obj)
-            if text is None:
+            return super().parse_args(ctx, args)
+        except BrokenPipeError:  # of --help and --version
+            raise _end_of_pipe() from None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if sys.stdout is None and name not in WITHOUT_STDOUT:  # before anything is done: nobody would see the answer
+            raise CliError("stdout is closed")
+        return name, command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with Termination() as termination:
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                raise click.exceptions.Exit(termination.exit_code) from None
+            except (click.ClickException, click.exceptions.Exit, click.Abort):
                 raise
-            raise CliError(text) from error
+            except Exception as error:
+                if isinstance(error, BrokenPipeError) and reader_is_gone():
+                    raise _end_of_pipe() from None
+                text = explain(error, ctx.obj)
+                if text is None:
+                    raise
+                raise CliError(text) from error
+
+
+def _end_of_pipe() -> click.exceptions.Exit:
+    silence_stdout()
+    return click.exceptions.Exit(0)
 
 
 @click.group(cls=FriendlyGroup, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})

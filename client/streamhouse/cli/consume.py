@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -68,20 +67,8 @@ def consume(
     if group is not None and partition is not None:
         raise click.UsageError("--group shares out the partitions itself: leave out --partition")
     reading = Reading(topic, position, partition, group, follow, count_max, skip_lost)
-    try:
-        asyncio.run(_until_terminated(_consume(bootstrap, reading, _json_lines if shape == "json" else _text)))
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None  # SIGTERM ends like Ctrl-C
-
-
-async def _until_terminated(work: Coroutine[Any, Any, None]) -> None:
-    """SIGTERM cancels the work, so that a group member commits what was printed and leaves."""
-    import asyncio
-
-    task = asyncio.current_task()
-    assert task is not None, "a coroutine runs in a task"
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    await work
+    # Ctrl-C and SIGTERM cancel it, so that a group member commits what was printed and leaves.
+    asyncio.run(_consume(bootstrap, reading, _json_lines if shape == "json" else _text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +102,6 @@ class Reading:
 async def _consume(bootstrap: str, reading: Reading, render: Render) -> None:
     from streamhouse.cli.reach import reach_readers
 
-    if sys.stdout is None:  # started with `>&-`
-        raise OSError("stdout is closed")
     output = Output(sys.stdout.fileno())
     left = reading.count_max
     await reach_readers(bootstrap, reading.topic)

@@ -1,13 +1,9 @@
 """From an exception to the one line that a user can act on."""
 
-import os
-import sys
 from collections.abc import Mapping
 from typing import IO, Any
 
 import click
-
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class CliError(click.ClickException):
@@ -16,7 +12,7 @@ class CliError(click.ClickException):
     exit_code = 1
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"error: {self.format_message()}", file=file or sys.stderr)
+        click.echo(f"error: {self.format_message()}", file=file, err=True)
 
 
 def explain(error: Exception, context: Mapping[str, str]) -> str | None:
@@ -58,8 +54,3 @@ def _explain_refusal(error: Any, context: Mapping[str, str]) -> str:
 def is_unreachable(error: Any) -> bool:
     """True if there was no connection at all; False for a service's own Unavailable."""
     return error.reason == "UNAVAILABLE" and not error.maybe_done
-
-
-def silence_stdout() -> None:
-    """After the reader of our output has gone: keeps the interpreter's last flush from failing."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

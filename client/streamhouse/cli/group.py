@@ -9,7 +9,7 @@ import click
 
 from streamhouse.cli.ask import ask
 from streamhouse.cli.options import bootstrap_option, json_option
-from streamhouse.cli.output import print_json, print_table, show_time
+from streamhouse.cli.output import confirm, print_json, print_table, show_time
 from streamhouse.cli.position import Position, PositionType
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def reset_offsets(
 def delete(name: str, yes: bool, as_json: bool, bootstrap: str) -> None:
     """Delete group NAME and its committed offsets. Refused while it has members."""
     if not yes:
-        click.confirm(f"Delete group {name} and its committed offsets?", abort=True, err=True)
+        confirm(f"Delete group {name} and its committed offsets?")
     ask(bootstrap, lambda admin: admin.delete_group(name))
     if as_json:
         print_json({"group": name})

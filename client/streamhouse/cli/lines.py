@@ -35,6 +35,11 @@ class LineSplitter:
             raise LineTooLong(f"a line is longer than the limit of {LINE_BYTES_MAX} bytes")
         return lines
 
+    @property
+    def unfinished_bytes(self) -> int:
+        """Bytes since the last newline."""
+        return self._unfinished_bytes
+
     def finish(self) -> list[bytes]:
         """The last line, if it had no newline at its end."""
         rest, self._unfinished, self._unfinished_bytes = b"".join(self._unfinished), [], 0

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from streamhouse.cli.failures import CliError
+
 # rich folds tables to 80 columns when the output is not a terminal; scripts and logs want whole lines.
 PIPE_WIDTH = 240
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -23,6 +25,12 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     from rich.table import Table
     from rich.text import Text
 
+    class PipeConsole(Console):
+        """rich would end the process with 1 when the reader of a pipe has gone."""
+
+        def on_broken_pipe(self) -> None:
+            raise  # what is being handled
+
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
@@ -31,7 +39,16 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for row in rows:
         table.add_row(*(Text(show(cell)) for cell in row))
     stream = sys.stderr if err else sys.stdout
-    Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH).print(table)
+    if stream is not None:  # stderr may be closed, and what is said there is not what was asked for
+        PipeConsole(file=stream, width=None if stream.isatty() else PIPE_WIDTH).print(table)
+
+
+def confirm(question: str) -> None:
+    """Asks on stderr. Raises click.Abort unless the answer is yes, CliError where nobody can be asked."""
+    if sys.stdin is None or sys.stderr is None:
+        closed = "stdin" if sys.stdin is None else "stderr"
+        raise CliError(f"{closed} is closed, so nobody can be asked; --yes is for scripts")
+    click.confirm(question, abort=True, err=True)
 
 
 def show(cell: object) -> str:

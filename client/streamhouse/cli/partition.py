@@ -11,7 +11,7 @@ import click
 from streamhouse.cli.ask import ask
 from streamhouse.cli.failures import CliError
 from streamhouse.cli.options import bootstrap_option, json_option
-from streamhouse.cli.output import print_json, print_table, show_span, show_time
+from streamhouse.cli.output import confirm, print_json, print_table, show_span, show_time
 
 if TYPE_CHECKING:
     from streamhouse.cluster import OffsetRange
@@ -49,7 +49,7 @@ def settle(
     if not (yes and as_json):
         _print_ranges(topic, number, ranges)
     if not yes:
-        click.confirm("Give up these records for good?", abort=True, err=True)
+        confirm("Give up these records for good?")
     asked = [owned.epoch for owned in ranges]
     done = ask(bootstrap, lambda admin: admin.declare_lost(topic, number, asked, reason))
     if as_json:

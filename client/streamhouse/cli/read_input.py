@@ -7,6 +7,10 @@ import stat
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
 
 # One read: large enough that the work per chunk is small against the work per line, small enough to stay in cache.
 CHUNK_BYTES = 1024 * 1024
@@ -27,20 +31,22 @@ def open_input(path: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-async def read_chunks(descriptor: int) -> AsyncIterator[bytes]:
-    """What can be read, piece by piece, to the end. Waits for a pipe or a terminal without blocking the event loop,
-    and without a thread that could not be interrupted; a regular file is always ready."""
+async def read_chunks(descriptor: int, stop: asyncio.Event) -> AsyncIterator[bytes]:
+    """Yields what can be read, piece by piece, to the end or until `stop` is set. Waits for a pipe or terminal without
+    blocking the event loop, and without a thread that nothing could interrupt; a regular file is always ready."""
     always_ready = is_regular(descriptor)
     while True:
         if not always_ready:
-            await _readable(descriptor)
+            await _readable(descriptor, stop)
+        if stop.is_set():
+            return
         chunk = os.read(descriptor, CHUNK_BYTES)
         if not chunk:
             return
         yield chunk
 
 
-async def _readable(descriptor: int) -> None:
+async def _readable(descriptor: int, stop: asyncio.Event) -> None:
     import asyncio
 
     loop = asyncio.get_running_loop()
@@ -49,10 +55,13 @@ async def _readable(descriptor: int) -> None:
         loop.add_reader(descriptor, ready.set)
     except PermissionError:  # /dev/null and the like cannot be waited for: they are always ready
         return
+    waits = [asyncio.ensure_future(event.wait()) for event in (ready, stop)]
     try:
-        await ready.wait()
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:
         loop.remove_reader(descriptor)
+        for wait in waits:
+            wait.cancel()
 
 
 def is_regular(descriptor: int) -> bool:

@@ -15,7 +15,8 @@ from streamhouse.cli.ask import open_peers
 from streamhouse.cli.failures import CliError, one_line
 from streamhouse.cli.metadata import metadata_of
 from streamhouse.cli.options import bootstrap_option, json_option
-from streamhouse.cli.output import print_json, print_table
+from streamhouse.cli.output import confirm, print_json, print_table
+from streamhouse.cli.process import is_terminal
 
 if TYPE_CHECKING:
     from shproto.v1.coordinator_pb2 import CompleteRestoreResponse
@@ -66,7 +67,7 @@ def restore(
     if lost or reason:
         raise click.UsageError("--lost and --reason go with --complete")
     if not (dry_run or yes):
-        click.confirm(f"Restore the {name} backup? No service may be running.", abort=True, err=True)
+        confirm(f"Restore the {name} backup? No service may be running.")
     import asyncio
 
     from streamhouse_coordinator.adapters.migrate import DatabaseRefused
@@ -112,7 +113,7 @@ async def _mark_history(store: ObjectStore, last: EventRow) -> None:
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """(what, how many, of how many or 0): drawn on stderr when that is a terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda what, done, total: None
         return
     from rich.console import Console
@@ -178,7 +179,7 @@ def _complete(bootstrap: str, *, lost: bool, dry_run: bool, reason: str, yes: bo
         if not yes:
             what = "Records that other agents have acknowledged there are given up"
             told = "readers get DATA_LOSS" if lost else "readers are not told"
-            click.confirm(f"{what}, and {told}. Go on?", abort=True, err=True)
+            confirm(f"{what}, and {told}. Go on?")
         asyncio.run(_call(bootstrap, lost, False, reason))
     if as_json:
         places = [

@@ -12,7 +12,7 @@ import click
 from streamhouse.cli.ask import open_peers
 from streamhouse.cli.failures import CliError
 from streamhouse.cli.options import CONFIG_FILE, bootstrap_option, json_option
-from streamhouse.cli.output import print_json, print_table, show_bytes, show_span, show_time
+from streamhouse.cli.output import confirm, print_json, print_table, show_bytes, show_span, show_time
 from streamhouse.cli.store_option import store_of
 from streamhouse.cli.verify import OBJECTS_DIR, ROWS_MAX
 
@@ -108,7 +108,7 @@ def sweep(
     if not dry_run:
         if found.deletable and not yes:
             question = f"Delete {found.deletable:,} objects, {show_bytes(found.deletable_bytes)}, for good?"
-            click.confirm(question, abort=True, err=True)
+            confirm(question)
         report, found = _sweep(place, dry_run=False)
     if as_json:
         print_json({"dry_run": dry_run, **asdict(report), "objects": [_described(item) for item in found.objects]})

@@ -9,7 +9,7 @@ import click
 
 from streamhouse.cli.ask import ask
 from streamhouse.cli.options import bootstrap_option, json_option
-from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
+from streamhouse.cli.output import confirm, print_json, print_table, show_bytes, show_time
 
 if TYPE_CHECKING:
     from streamhouse.cluster import LostRecords, OffsetRange, Topic, TopicDescription
@@ -95,7 +95,7 @@ def describe(name: str, as_json: bool, bootstrap: str) -> None:
 def delete(name: str, yes: bool, as_json: bool, bootstrap: str) -> None:
     """Delete topic NAME and all its records."""
     if not yes:
-        click.confirm(f"Delete topic {name} and all its records?", abort=True, err=True)
+        confirm(f"Delete topic {name} and all its records?")
     topic_id = ask(bootstrap, lambda admin: admin.delete_topic(name))
     if as_json:
         print_json({"topic": name, "topic_id": topic_id})

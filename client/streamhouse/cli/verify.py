@@ -15,6 +15,7 @@ from streamhouse.cli.ask import open_peers
 from streamhouse.cli.failures import CliError
 from streamhouse.cli.options import CONFIG_FILE, bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes
+from streamhouse.cli.process import is_terminal
 from streamhouse.cli.store_option import store_of
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ async def _verify(
 @contextmanager
 def _progress() -> Iterator[Bar]:
     """(total of bytes, bytes read since): drawn on stderr when that is a terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield (lambda total: None), (lambda size_bytes: None)
         return
     from rich.console import Console
