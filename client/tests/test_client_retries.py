@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import socket
 import threading
 
@@ -251,3 +252,34 @@ async def test_a_wrong_server_is_named_at_once():
                 await admin.list_topics()
     finally:
         await other.stop(None)
+
+
+# ---- services whose advertised address does not work from here
+
+ADVERTISED = r"cannot connect to no-such-host\.invalid:7070: .*STREAMHOUSE_ADVERTISE"
+
+
+async def test_a_leader_out_of_reach_is_told_at_once_and_in_the_end(caplog):
+    async with FakeStreamHouse() as platform:
+        platform.add_topic("t", 1)
+        platform.faults.leader = "no-such-host.invalid:7070"
+        async with Producer(platform.address, delivery_timeout_ms=1_500) as producer:
+            future = await producer.send("t", b"x")
+            while not re.search(ADVERTISED, caplog.text):
+                assert not future.done(), "the warning comes before the end"
+                await asyncio.sleep(0.01)
+            with pytest.raises(Unavailable, match=f"delivery_timeout_ms = 1500; last error: {ADVERTISED}"):
+                await future
+
+
+async def test_a_query_service_out_of_reach_is_told_at_once_and_in_the_end(caplog):
+    async with FakeStreamHouse() as platform:
+        platform.add_topic("t", 1)
+        platform.faults.reader = "no-such-host.invalid:7070"
+        async with Consumer(platform.address, ["t"], start=0, retry_timeout_ms=1_500) as consumer:
+            reading = asyncio.create_task(anext(consumer))
+            while not re.search(ADVERTISED, caplog.text):
+                assert not reading.done(), "the warning comes before the end"
+                await asyncio.sleep(0.01)
+            with pytest.raises(Unavailable, match=ADVERTISED):
+                await reading
