@@ -367,7 +367,11 @@ class Consumer:
         topic_id = self._reader.topic_ids().get(where)
         if topic_id is None:
             raise InvalidArgument(f"{topic}/{partition} is not assigned to this consumer", field="partition")
-        found = offset if isinstance(offset, int) else (await self._offsets.look_up(offset, {where: topic_id}))[where]
+        if isinstance(offset, int):
+            found = offset
+        else:
+            answers = await self._retries.run(lambda: self._offsets.look_up(offset, {where: topic_id}))
+            found = answers[where]
         if found < 0:
             raise InvalidArgument(f"offset is {found}, must not be negative", field="offset", value=found)
         cursor = self._reader.cursors.get(where)
@@ -377,7 +381,7 @@ class Consumer:
 
     async def lag(self) -> dict[TopicPartition, Lag]:
         """Records still to be handed over, per partition; see `Lag` for when it is exact."""
-        return await self._offsets.lag(self.positions(), self._reader.topic_ids())
+        return await self._retries.run(lambda: self._offsets.lag(self.positions(), self._reader.topic_ids()))
 
     # ---- commits
 

@@ -271,16 +271,17 @@ class Reader:
     async def _keep_reading(self, cursors: Sequence[Cursor]) -> Literal[True]:
         """One stream after the other over the same cursors; returns when they need another set of positions."""
         while True:
+            address = ""
             try:
-                if await self._read_stream(cursors):
+                address = await self._address()
+                if await self._read_stream(address, cursors):
                     return True
                 raise Unavailable("the query service ended the stream")
             except StreamHouseError as error:
-                await self._stream_failed(error)
+                await self._stream_failed(address, error)
 
-    async def _read_stream(self, cursors: Sequence[Cursor]) -> bool:
+    async def _read_stream(self, address: str, cursors: Sequence[Cursor]) -> bool:
         """Returns True when the cursors need another set of positions, False when the server ended the stream."""
-        address = await self._address()
         subscription = _Subscription(cursors, self._window_bytes, self._options.fetch_bytes)
         wanted = {cursor.where: (cursor, cursor.restarts) for cursor in cursors}
         stream = cast(
@@ -303,14 +304,17 @@ class Reader:
 
     async def _address(self) -> str:
         if not self._addresses:
-            self._addresses.extend(await self._metadata.query_addresses())
+            found = await self._metadata.query_addresses()
+            if not self._addresses:  # another stream may have asked meanwhile
+                self._addresses.extend(found)
         if not self._addresses:
             raise Unavailable("no query service has a session with the coordinator")
         return self._addresses[0]
 
-    async def _stream_failed(self, error: StreamHouseError) -> None:
-        """Goes to the next address; to the application only once nothing has worked for retry_timeout_ms."""
-        if self._addresses:
+    async def _stream_failed(self, address: str, error: StreamHouseError) -> None:
+        """Leaves the address, once for all streams that fail there; the application hears of it only once nothing has
+        worked for retry_timeout_ms."""
+        if self._addresses and self._addresses[0] == address:
             self._addresses.popleft()
         now_s = asyncio.get_running_loop().time()
         if self._failing_since is None:

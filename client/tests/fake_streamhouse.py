@@ -37,6 +37,7 @@ class Faults:
     metadata_down: bool = False
     subscribe_cut_after: int | None = None  # responses
     no_leader: bool = False
+    lookups_refused: int = 0  # of offsets, as by a server that is too busy
     reader: str = ""  # an address that is said to serve reads instead of this one
     leader: str = ""  # an address that is said to lead instead of this one
     session_ends_s: float | None = None  # of the event loop's clock; None: the leader's session is renewed all the time
@@ -405,6 +406,9 @@ class FakeStreamHouse:
 
     async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse:
         response = query_pb2.LookupOffsetsResponse()
+        if self.faults.lookups_refused:
+            self.faults.lookups_refused -= 1
+            raise errors.Overloaded("too many calls", retry_after_ms=1)
         if self.faults.lookups_down:
             raise errors.Unavailable("no leader answers")
         for lookup in request.lookups:

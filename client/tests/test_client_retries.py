@@ -203,6 +203,16 @@ async def test_the_command_line_waits_for_its_first_contact(late, command):
     assert late.missed.is_set()
 
 
+async def test_a_consumer_that_is_asked_while_nobody_answers_waits(address, platform):
+    platform.add_topic("t", 1)
+    async with Consumer(address, ["t"]) as consumer:
+        platform.faults.lookups_refused = 3
+        await consumer.seek("t", 0, "latest")
+        platform.faults.lookups_refused = 3
+        assert (await consumer.lag())["t", 0].records == 0
+        assert platform.faults.lookups_refused == 0
+
+
 # ---- a server that is too busy
 
 
@@ -283,3 +293,17 @@ async def test_a_query_service_out_of_reach_is_told_at_once_and_in_the_end(caplo
                 await asyncio.sleep(0.01)
             with pytest.raises(Unavailable, match=ADVERTISED):
                 await reading
+
+
+async def test_streams_that_fail_together_leave_a_query_service_once(address):
+    """A consumer of many partitions has several streams; each failure used to take the next service off the list."""
+    consumer = Consumer(address, ["t"])  # not started: nothing else reads
+    reader = consumer._reader
+    reader._addresses.extend(["dead:1", "well:1"])
+    await asyncio.gather(*[reader._stream_failed("dead:1", unsent()) for _ in range(8)])
+    assert list(reader._addresses) == ["well:1"]
+    await reader._stream_failed("", unsent())  # it was the coordinator that did not say where to read
+    assert list(reader._addresses) == ["well:1"]
+    await reader._stream_failed("well:1", unsent())
+    assert list(reader._addresses) == []
+    await consumer.close()
