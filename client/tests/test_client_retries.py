@@ -4,17 +4,17 @@ import asyncio
 import logging
 import re
 import socket
+import subprocess
+import sys
 import threading
 
 import grpc.aio
 import pytest
 import shproto.rpc
 import streamhouse.retries
-from click.testing import CliRunner
 from shproto.errors import InvalidArgument, Overloaded, TopicExists, Unavailable
 from shruntime.server import ServerLimits
 from streamhouse import Admin, Consumer, Producer, sync
-from streamhouse.cli import main
 from streamhouse.retries import Retries
 
 from client.tests.fake_streamhouse import FakeStreamHouse
@@ -195,12 +195,29 @@ async def test_plain_code_waits_for_its_first_contact(late):
     assert late.missed.is_set()
 
 
-@pytest.mark.parametrize("command", ["topic list", "topic describe t", "produce t --file /dev/null"])
-async def test_the_command_line_waits_for_its_first_contact(late, command):
-    arguments = [*command.split(), "--bootstrap", late.bootstrap, "--retry-timeout-ms", "60000"]
-    result = await asyncio.to_thread(CliRunner().invoke, main, arguments)
-    assert result.exit_code == 0, result.output
-    assert late.missed.is_set()
+@pytest.mark.parametrize("command", ["topic list", "produce t --file /dev/null", "consume t"])
+async def test_the_command_line_waits_for_its_first_contact(command):
+    platform = LatePlatform()
+    arguments = [*command.split(), "--bootstrap", platform.bootstrap, "--retry-timeout-ms", "60000"]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "streamhouse.cli", *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert process.stderr is not None
+        notice = await process.stderr.readline()
+        assert notice.startswith(b"no answer yet, trying again for retry_timeout_ms = 60000: cannot connect to "), (
+            notice
+        )
+        platform.missed.set()
+        await platform.begin_once_missed()
+        _, said = await process.communicate()
+        assert process.returncode == 0, said
+        assert b"no answer yet" not in said
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        await platform.server.stop(0)
 
 
 async def test_a_consumer_that_is_asked_while_nobody_answers_waits(address, platform):
