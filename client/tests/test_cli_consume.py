@@ -6,6 +6,7 @@ import pytest
 from streamhouse import Producer
 from streamhouse.cli import consume
 from streamhouse.cli.position import Position
+from streamhouse.commits import Commits
 
 
 async def fill(platform, address, count):
@@ -51,8 +52,13 @@ async def test_what_could_not_be_printed_is_not_committed(platform, address, std
 
 
 @pytest.mark.parametrize("follow", [False, True])
-async def test_a_group_that_begins_at_the_end_keeps_where_that_was(platform, address, stdout, follow):
-    """A command that was stopped before anything came goes on there, and misses nothing that came meanwhile."""
+async def test_a_group_that_begins_at_the_end_keeps_where_that_was(platform, address, stdout, follow, monkeypatch):
+    """Before any other commit: a command that was killed before anything came goes on there, and misses nothing."""
+
+    async def never(commits, interval_ms):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Commits, "run", never)
     await fill(platform, address, 10)
     reads = asyncio.create_task(consume._consume(address, reading(None, "latest", follow=follow), consume._json_lines))
     async with asyncio.timeout(60):
