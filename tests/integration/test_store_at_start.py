@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.faults.proxy import Answers, Direction, FaultProxy
+from tests.faults.proxy import Direction, FaultProxy
+from tests.faults.store_proxy import StoreFault, StoreProxy
 from tests.integration.cluster import Cluster
 from tests.integration.processes import ServiceProcess, is_serving
 
@@ -23,8 +24,16 @@ WITH_STORE = ("query-1", "segmenter-1")
 
 
 @pytest.fixture
-async def proxy(storage: dict[str, str]) -> AsyncIterator[FaultProxy]:
-    proxy = FaultProxy("store", urlsplit(storage["STREAMHOUSE_S3_ENDPOINT"]).netloc)
+async def server(storage: dict[str, str]) -> AsyncIterator[StoreProxy]:
+    server = StoreProxy(urlsplit(storage["STREAMHOUSE_S3_ENDPOINT"]).netloc)
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def proxy(server: StoreProxy) -> AsyncIterator[FaultProxy]:
+    proxy = FaultProxy("store", server.address)
     await proxy.start()
     yield proxy
     await proxy.stop()
@@ -53,20 +62,23 @@ async def says(process: ServiceProcess, text: str, times: int) -> None:
 
 
 @pytest.mark.parametrize("fault", ["silent", "refusing", "overloaded"])
-async def test_a_store_that_is_away_at_the_start_is_waited_for(cluster: Cluster, proxy: FaultProxy, fault: str) -> None:
+async def test_a_store_that_is_away_at_the_start_is_waited_for(
+    cluster: Cluster, proxy: FaultProxy, server: StoreProxy, fault: str
+) -> None:
     match fault:
         case "silent":
             proxy.hold(Direction.UP, Direction.DOWN)
         case "refusing":
             await proxy.refuse()
         case "overloaded":
-            proxy.answers = Answers.SLOW_DOWN
+            server.begin(StoreFault.SLOW_DOWN)
     for name in WITH_STORE:
         cluster.services[name].start()
     for name in WITH_STORE:
         await says(cluster.services[name], WAITING, 4)
         assert not await is_serving(cluster.addresses[name])
     await proxy.heal()
+    server.heal()
     for name in WITH_STORE:
         await cluster.services[name].wait_serving(cluster.addresses[name])
         assert "Traceback" not in cluster.services[name].log_tail()
@@ -84,11 +96,12 @@ async def test_a_stop_is_heard_while_the_store_is_away(cluster: Cluster, proxy: 
 
 @pytest.mark.parametrize("wrong", ["credentials", "bucket"])
 async def test_what_an_operator_has_to_put_right_ends_the_start(
-    cluster: Cluster, proxy: FaultProxy, wrong: str
+    cluster: Cluster, server: StoreProxy, wrong: str
 ) -> None:
     message = "error: bucket 'not-there' does not exist"
     if wrong == "credentials":
-        proxy.answers, message = Answers.DENIED, "error: S3 list_objects_v2"
+        server.begin(StoreFault.DENIED)
+        message = "error: S3 list_objects_v2"
     for name in WITH_STORE:
         process = cluster.services[name]
         if wrong == "bucket":
