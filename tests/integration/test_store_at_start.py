@@ -78,6 +78,7 @@ async def test_a_store_that_is_away_at_the_start_is_waited_for(
         await says(cluster.services[name], WAITING, 4)
         assert not await is_serving(cluster.addresses[name])
     await proxy.heal()
+    await proxy.accept()
     server.heal()
     for name in WITH_STORE:
         await cluster.services[name].wait_serving(cluster.addresses[name])
