@@ -5,7 +5,6 @@ an operator has to put right ends the start.
 """
 
 import asyncio
-import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -91,7 +90,6 @@ async def test_a_stop_is_heard_while_the_store_is_away(cluster: Cluster, proxy: 
         cluster.services[name].start()
     for name in WITH_STORE:
         await says(cluster.services[name], WAITING, 1)
-        cluster.services[name].send_signal(signal.SIGTERM)
         assert await cluster.services[name].stop() == 0, cluster.services[name].log_tail()
 
 
