@@ -15,6 +15,7 @@ from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded
 from shproto.rpc import Interceptors
 
 from streamhouse.batches import Batch
+from streamhouse.call_order import CallOrder, Place
 from streamhouse.core.options import (
     ACKS,
     ACKS_NAMES,
@@ -88,6 +89,7 @@ class Producer:
         self._metadata = MetadataCache(self._peers.coordinator)
         self._room: Room[asyncio.Future[None]] = Room(buffer_bytes_max)
         self._topics: dict[str, TopicLanes] = {}
+        self._order = CallOrder()
         self._made_sender: Sender | None = None
         self._failures: list[Delivery] = []  # since the last flush; those that were seen meanwhile among them
         self._closed = False
@@ -148,29 +150,27 @@ class Producer:
         InvalidArgument (also once closed), TypeError, Overloaded (no room within delivery_timeout_ms), Unavailable.
         """
         record = check_record(value, key, headers, timestamp_ms)
-        try:
-            target = self._topics[topic]
-        except (KeyError, TypeError):  # a list can be no key of a dict
-            target = await self._open_topic(topic)
-        if partition is not None:
-            target.lane(partition)  # refused before it has taken room
-        if self._closed or forks.lost or not self._room.try_take(record[-1]):
-            await self._wait_for_room(record[-1])
+        target = self._at_once(topic, partition, record[-1]) or await self._wait(topic, partition, record[-1])
         delivery, index, taken_ms = self._add(target, record, partition)
         return send_future(target.loop, delivery, index, taken_ms)
 
     async def take(self, topic: str, record: CheckedRecord, partition: int | None) -> tuple[Delivery, int, int]:
         """Takes a record as `check_record` returns it. Returns its batch's outcome, its position in the batch and its
         timestamp. Raises what `send` raises."""
+        target = self._at_once(topic, partition, record[-1]) or await self._wait(topic, partition, record[-1])
+        return self._add(target, record, partition)
+
+    def _at_once(self, topic: str, partition: int | None, size_bytes: int) -> TopicLanes | None:
+        """Returns the topic's lanes, room taken, if nothing has to be waited for; None otherwise."""
         try:
             target = self._topics[topic]
         except (KeyError, TypeError):  # a list can be no key of a dict
-            target = await self._open_topic(topic)
+            return None
         if partition is not None:
-            target.lane(partition)
-        if self._closed or forks.lost or not self._room.try_take(record[-1]):
-            await self._wait_for_room(record[-1])
-        return self._add(target, record, partition)
+            target.lane(partition)  # refused before it has taken room
+        if self._order.lines or self._closed or forks.lost or not self._room.try_take(size_bytes):
+            return None
+        return target
 
     def _add(self, target: TopicLanes, record: CheckedRecord, partition: int | None) -> tuple[Delivery, int, int]:
         value, key, headers, timestamp_ms, size_bytes = record
@@ -214,21 +214,14 @@ class Producer:
         if timestamps_ms is None:
             timestamps_ms = time.time_ns() // 1_000_000
         records = ManyRecords.of(values, keys, timestamps_ms, headers)
-        try:
-            target = self._topics[topic]
-        except (KeyError, TypeError):  # a list can be no key of a dict
-            target = await self._open_topic(topic)
-        if partition is not None:
-            target.lane(partition)
+        check_topic_name(topic)
         placed: list[Placed] = []
-        for start, stop in cut(records.sizes, min(SLICE_BYTES, self._options.buffer_bytes_max // 4)):
-            size_bytes = int(records.sizes[start:stop].sum())
-            if self._closed or forks.lost or not self._room.try_take(size_bytes):
-                await self._wait_for_room(size_bytes)
-            else:
+        with self._order.place(topic, alone=True) as place:
+            target = await self._opened(topic, partition)
+            for start, stop in cut(records.sizes, min(SLICE_BYTES, self._options.buffer_bytes_max // 4)):
                 await asyncio.sleep(0)  # the streams' turn
-                self._must_be_open(size_bytes)
-            placed.extend(self._place(target, records, start, stop, partition))
+                await self._take_room(int(records.sizes[start:stop].sum()), place)
+                placed.extend(self._place(target, records, start, stop, partition))
         return PlacedRecords(topic, len(records.values), placed)
 
     # ---- the end
@@ -330,12 +323,17 @@ class Producer:
 
     async def open_topic(self, topic: str, partition: int | None = None) -> None:
         """Asks for the topic ahead of the first `send`. Raises UnknownTopic, UnknownPartition, AcksTooWeak."""
+        check_topic_name(topic)
+        await self._opened(topic, partition)
+
+    async def _opened(self, topic: str, partition: int | None) -> TopicLanes:
+        """Returns the topic's lanes. Raises UnknownTopic, UnknownPartition, AcksTooWeak, Unavailable."""
         target = self._topics.get(topic) or await self._open_topic(topic)
         if partition is not None:
             target.lane(partition)
+        return target
 
     async def _open_topic(self, topic: str) -> TopicLanes:
-        check_topic_name(topic)
         self._must_be_open()
         state = await self._retries.run(lambda: self._metadata.topic(topic))
         # Acks ascend in strength: none, wal, durable.
@@ -378,25 +376,45 @@ class Producer:
             placed.append(Placed(delivery, first, part))
         return placed
 
-    # ---- room
+    # ---- turns and room
 
-    async def _wait_for_room(self, size_bytes: int) -> None:
-        """Returns once room is taken. Raises Overloaded after delivery_timeout_ms, InvalidArgument once closed."""
+    async def _wait(self, topic: str, partition: int | None, size_bytes: int) -> TopicLanes:
+        """Returns the topic's lanes once room is taken, behind all calls made before. Raises what `send` raises.
+
+        The caller adds its record without a further await: the next call has the turn by then.
+        """
+        check_topic_name(topic)
+        with self._order.place(topic, alone=False) as place:
+            target = await self._opened(topic, partition)
+            await self._take_room(size_bytes, place)
+        return target
+
+    async def _take_room(self, size_bytes: int, place: Place) -> None:
+        """Returns once the call has the turn, and room is taken. Raises Overloaded after delivery_timeout_ms,
+        InvalidArgument once closed."""
         forks.check()
         self._must_be_open()
+        if not place.has_turn or not self._room.try_take(size_bytes):
+            try:
+                # From here on for all calls alike: none waits for the timeouts of those before, one after the other.
+                async with asyncio.timeout(self._options.delivery_timeout_ms / 1000):
+                    await place.wait()
+                    if not self._room.try_take(size_bytes):
+                        await self._wait_for_room(size_bytes)
+            except TimeoutError:
+                raise self._no_room(size_bytes) from None
+            self._must_be_open(size_bytes)
+
+    async def _wait_for_room(self, size_bytes: int) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._room.enqueue(waiter, size_bytes)
         self._sender.gatherer.hurry()
         try:
-            async with asyncio.timeout(self._options.delivery_timeout_ms / 1000):
-                await waiter
-        except BaseException as error:
+            await waiter
+        except BaseException:
             left = self._room.leave(waiter)
             self._give_back(0 if left else size_bytes)  # in both cases there may be room for those behind it now
-            if isinstance(error, TimeoutError):
-                raise self._no_room(size_bytes) from None
             raise
-        self._must_be_open(size_bytes)
 
     def _no_room(self, size_bytes: int) -> Overloaded:
         limit = self._options.buffer_bytes_max

@@ -32,6 +32,11 @@ def has_failed(producer):
     return any(state.last_error is not None for state in producer._sender.gatherer.lanes())
 
 
+def calls_in_line(producer, topic="t"):
+    line = producer._order.lines.get(topic)
+    return 0 if line is None else len(line.waiting) + line.having_turn
+
+
 def let_delivery_timeout_pass(producer):
     """What its timers do at the deadline, now. A real one short enough to wait for would pass, on a busy machine,
     before the leader has heard of the batch."""
@@ -443,6 +448,117 @@ async def test_a_failure_is_seen_through_gather(platform, address):
             await asyncio.wait_for(await producer.send_many("t", [b"v"]), PATIENCE_S)
 
 
+# ---- order of calls
+
+
+async def calls_until(producer, opened):
+    """Sends by a task of its own, one per turn of the event loop, until `opened` and some more: whatever there is
+    between two turns of those that wait, one of these comes there."""
+    sends = []
+    more = 50
+    while more:
+        sends.append(asyncio.create_task(producer.send("t", b"%d" % len(sends))))
+        await asyncio.sleep(0)
+        more -= opened()
+    async with asyncio.timeout(PATIENCE_S):
+        await asyncio.gather(*sends)
+    return [b"%d" % n for n in range(len(sends))]
+
+
+async def test_sends_at_first_contact_keep_the_order_of_their_calls(platform, address):
+    platform.add_topic("t", 1)
+    async with Producer(address) as producer:
+        expected = await calls_until(producer, lambda: producer.knows("t", None))
+    assert values_in(platform) == expected
+
+
+async def test_sends_keep_the_order_of_their_calls_when_first_contact_fails_at_first(platform, address):
+    """Each call tries again by itself, the later ones sooner: their waits have not grown yet."""
+    platform.add_topic("t", 1)
+    platform.faults.metadata_down = True
+    async with Producer(address) as producer:
+        early = []
+        for n in range(20):
+            early.append(asyncio.create_task(producer.send("t", b"early %d" % n)))
+            await asyncio.sleep(0.01)
+        platform.faults.metadata_down = False
+        expected = await calls_until(producer, lambda: producer.knows("t", None))
+        await asyncio.gather(*early)
+    assert values_in(platform) == [b"early %d" % n for n in range(20)] + expected
+
+
+async def test_sends_after_a_failed_first_contact_keep_the_order_of_their_calls(platform, address):
+    async with Producer(address) as producer:
+        refused = [asyncio.create_task(producer.send("t", b"no topic")) for _ in range(3)]
+        outcomes = await asyncio.gather(*refused, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [errors.UnknownTopic] * 3
+        platform.add_topic("t", 1)
+        expected = await calls_until(producer, lambda: producer.knows("t", None))
+    assert values_in(platform) == expected
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_send_and_send_many_in_several_tasks_keep_the_order_of_their_calls(platform, address, known):
+    platform.add_topic("t", 1)
+    async with Producer(address, buffer_bytes_max=1_000, batch_bytes=500) as producer:
+        if known:
+            await producer.open_topic("t")
+        calls = []
+        for n in range(0, 600, 200):  # each in several parts
+            calls.append(asyncio.create_task(producer.send_many("t", [b"%d" % m for m in range(n, n + 199)])))
+            calls.append(asyncio.create_task(producer.send("t", b"%d" % (n + 199))))
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(*calls)
+    assert values_in(platform) == [b"%d" % n for n in range(600)]
+
+
+async def test_no_send_comes_before_those_that_get_room_at_this_moment(platform, address):
+    platform.add_topic("t", 1)
+    async with Producer(address, batch_bytes=1_000, buffer_bytes_max=1_000) as producer:
+        first = await producer.send("t", b"1" * 600)
+
+        async def send_once_there_is_room():
+            await first
+            await producer.send("t", b"3")
+
+        third = asyncio.create_task(send_once_there_is_room())
+        await asyncio.sleep(0)
+        second = asyncio.create_task(producer.send("t", b"2" * 600))
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(second, third)
+    assert values_in(platform) == [b"1" * 600, b"2" * 600, b"3"]
+
+
+async def test_a_send_that_was_cancelled_or_refused_holds_up_no_other(platform, address):
+    platform.add_topic("t", 1)
+    platform.faults.metadata_down = True
+    async with Producer(address) as producer:
+        sends = [asyncio.create_task(producer.send("t", b"%d" % n, partition=int(n == 5))) for n in range(10)]
+        await asyncio.sleep(0)
+        for n in (0, 3, 9):
+            sends[n].cancel()
+        platform.faults.metadata_down = False
+        async with asyncio.timeout(PATIENCE_S):
+            outcomes = await asyncio.gather(*sends, return_exceptions=True)
+        assert isinstance(outcomes[5], errors.UnknownPartition)
+        assert not producer._order.lines
+    assert values_in(platform) == [b"%d" % n for n in (1, 2, 4, 6, 7, 8)]
+
+
+async def test_a_topic_that_cannot_be_opened_holds_up_no_other_topic(platform, address):
+    platform.add_topic("t", 1)
+    async with Producer(address) as producer:
+        await producer.open_topic("t")
+        platform.faults.metadata_down = True
+        other = asyncio.create_task(producer.send("other", b"v"))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(PATIENCE_S):
+            await (await producer.send("t", b"v"))
+        assert not other.done()
+        other.cancel()
+        await asyncio.gather(other, return_exceptions=True)
+
+
 # ---- room
 
 
@@ -474,13 +590,27 @@ async def test_no_room_within_the_delivery_timeout(platform, address):
     await producer.close(flush=False)
 
 
+async def test_calls_that_wait_for_each_other_give_up_together(platform, address):
+    platform.add_topic("t", 1)
+    producer = Producer(address, batch_bytes=100, buffer_bytes_max=100, delivery_timeout_ms=200)
+    await producer.open_topic("t")
+    assert producer._room.try_take(100)  # for good
+    sends = [producer.send("t", b"v") for _ in range(1_000)]
+    async with asyncio.timeout(PATIENCE_S):  # one after the other they would take 200 s
+        outcomes = await asyncio.gather(*sends, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {errors.Overloaded}
+    producer._give_back(100)
+    await (await producer.send("t", b"v"))
+    await producer.close()
+
+
 async def test_who_gives_up_waiting_for_room_lets_the_next_one_have_it(platform, address):
     platform.add_topic("t", 1)
     platform.faults.silent = True
     producer = Producer(address, batch_bytes=1_000, buffer_bytes_max=1_000)
     await producer.send("t", b"x" * 600)
     large, small = [asyncio.create_task(producer.send("t", b"x" * size)) for size in (600, 60)]
-    await until(lambda: len(producer._room._waiting) == 2)
+    await until(lambda: calls_in_line(producer) == 2)
     large.cancel()
     async with asyncio.timeout(PATIENCE_S):
         await small
@@ -547,7 +677,7 @@ async def test_who_waits_for_room_while_the_producer_is_closed_is_told(platform,
         asyncio.create_task(producer.send("t", b"x" * 60)),
         asyncio.create_task(producer.send_many("t", [b"x" * 60])),
     ]
-    await until(lambda: len(producer._room._waiting) == 2)
+    await until(lambda: calls_in_line(producer) == 2)
     await producer.close(flush=False)
     with pytest.raises(errors.Unavailable, match="closed"):
         await first
