@@ -199,6 +199,37 @@ class SessionClosed(Event):
         return f"agent/{self.agent_id}"
 
 
+@event_type
+@dataclass(frozen=True, slots=True)
+class AgentCutOff(Event):
+    """The workers named cannot reach the agent: from `since_ms` on others are to lead what it leads. `times`: how often
+    this has happened, without an hour of calm in between."""
+
+    agent_id: str
+    session_id: str
+    reporters: tuple[str, ...]
+    since_ms: int
+    times: int
+
+    @property
+    def stream_id(self) -> str:
+        return f"agent/{self.agent_id}"
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class AgentReachable(Event):
+    """Workers reach the agent again, for long enough: it may lead."""
+
+    agent_id: str
+    session_id: str
+    reachable_ms: int
+
+    @property
+    def stream_id(self) -> str:
+        return f"agent/{self.agent_id}"
+
+
 # ---- epochs and ranges
 
 
@@ -230,7 +261,8 @@ class RangeExtended(_OfPartition, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class MoveRequested(_OfPartition, Event):
-    """The leader is asked to seal, upload, settle and give the partition up."""
+    """The leader is asked to seal, upload, settle and give the partition up. why: balance | log_full | cut_off (it is
+    not to wait for the upload); empty in events of older versions."""
 
     topic_id: str
     topic: str
@@ -238,6 +270,7 @@ class MoveRequested(_OfPartition, Event):
     epoch: int
     session_id: str
     agent_id: str
+    why: str = ""
 
 
 @event_type

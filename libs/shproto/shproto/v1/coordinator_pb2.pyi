@@ -650,6 +650,7 @@ class GetStatusResponse(_message.Message):
     HISTORY_ID_FIELD_NUMBER: _builtins.int
     MISSING_POSITION_FIELD_NUMBER: _builtins.int
     BUFFER_FAILURES_FIELD_NUMBER: _builtins.int
+    DOUBTED_AGENTS_FIELD_NUMBER: _builtins.int
     buffers_waiting: _builtins.int
     buffers_claimed: _builtins.int
     buffers_waiting_bytes: _builtins.int
@@ -667,6 +668,10 @@ class GetStatusResponse(_message.Message):
     def buffer_failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___BufferFailure]:
         """the oldest of those there are"""
 
+    @_builtins.property
+    def doubted_agents(self) -> _containers.RepeatedCompositeFieldContainer[Global___DoubtedAgent]:
+        """that a worker cannot reach, or could not lately"""
+
     def __init__(
         self,
         *,
@@ -680,14 +685,57 @@ class GetStatusResponse(_message.Message):
         history_id: _builtins.str = ...,
         missing_position: _builtins.int = ...,
         buffer_failures: _abc.Iterable[Global___BufferFailure] | None = ...,
+        doubted_agents: _abc.Iterable[Global___DoubtedAgent] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_failures", b"buffer_failures", "buffers_claimed", b"buffers_claimed", "buffers_waiting", b"buffers_waiting", "buffers_waiting_bytes", b"buffers_waiting_bytes", "events_position", b"events_position", "history_id", b"history_id", "leases", b"leases", "missing_position", b"missing_position", "outbox_position", b"outbox_position", "sessions", b"sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_failures", b"buffer_failures", "buffers_claimed", b"buffers_claimed", "buffers_waiting", b"buffers_waiting", "buffers_waiting_bytes", b"buffers_waiting_bytes", "doubted_agents", b"doubted_agents", "events_position", b"events_position", "history_id", b"history_id", "leases", b"leases", "missing_position", b"missing_position", "outbox_position", b"outbox_position", "sessions", b"sessions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class DoubtedAgent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    CUT_OFF_FIELD_NUMBER: _builtins.int
+    FAILING_FIELD_NUMBER: _builtins.int
+    REACHING_FIELD_NUMBER: _builtins.int
+    SINCE_MS_FIELD_NUMBER: _builtins.int
+    agent_id: _builtins.str
+    address: _builtins.str
+    cut_off: _builtins.bool
+    """it leads nothing, if others can"""
+    since_ms: _builtins.int
+    """since when the first of them cannot; 0: all can again"""
+    @_builtins.property
+    def failing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """ids of workers that cannot reach it"""
+
+    @_builtins.property
+    def reaching(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """and of those that can"""
+
+    def __init__(
+        self,
+        *,
+        agent_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        cut_off: _builtins.bool = ...,
+        failing: _abc.Iterable[_builtins.str] | None = ...,
+        reaching: _abc.Iterable[_builtins.str] | None = ...,
+        since_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id", "cut_off", b"cut_off", "failing", b"failing", "reaching", b"reaching", "since_ms", b"since_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DoubtedAgent: _TypeAlias = DoubtedAgent  # noqa: Y015
 
 @_typing.final
 class GetHeadRequest(_message.Message):
@@ -916,6 +964,7 @@ class RangeGrant(_message.Message):
     PRODUCER_SNAPSHOT_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     SNAPSHOT_OMITTED_FIELD_NUMBER: _builtins.int
+    AT_ONCE_FIELD_NUMBER: _builtins.int
     topic_id: _builtins.bytes
     topic: _builtins.str
     partition: _builtins.int
@@ -939,6 +988,10 @@ class RangeGrant(_message.Message):
     snapshots of the first grants in the order of topic_id, partition, epoch, so that of one partition the older epochs
     are complete before the newer ones, and whoever asks again gets on with every answer.
     """
+    at_once: _builtins.bool
+    """With "moving": settle the range where the log ends, without waiting for registration. Segmenters cannot reach this
+    agent; what it has goes on being uploaded when they can.
+    """
     def __init__(
         self,
         *,
@@ -954,10 +1007,11 @@ class RangeGrant(_message.Message):
         producer_snapshot: _builtins.bytes = ...,
         status: _builtins.str = ...,
         snapshot_omitted: _builtins.bool = ...,
+        at_once: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "end_offset", b"end_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "end_offset", b"end_offset", "epoch", b"epoch", "limit_offset", b"limit_offset", "min_acks", b"min_acks", "partition", b"partition", "producer_snapshot", b"producer_snapshot", "registered_end", b"registered_end", "snapshot_omitted", b"snapshot_omitted", "start_offset", b"start_offset", "status", b"status", "topic", b"topic", "topic_id", b"topic_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "at_once", b"at_once", "end_offset", b"end_offset", "epoch", b"epoch", "limit_offset", b"limit_offset", "min_acks", b"min_acks", "partition", b"partition", "producer_snapshot", b"producer_snapshot", "registered_end", b"registered_end", "snapshot_omitted", b"snapshot_omitted", "start_offset", b"start_offset", "status", b"status", "topic", b"topic", "topic_id", b"topic_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__end_offset: _TypeAlias = _typing.Literal["end_offset"]  # noqa: Y015
     _WhichOneofArgType__end_offset: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset"]  # noqa: Y015
@@ -1000,12 +1054,20 @@ class HeartbeatRequest(_message.Message):
     SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     LOW_RANGES_FIELD_NUMBER: _builtins.int
     LOG_FULL_FIELD_NUMBER: _builtins.int
+    CHECKS_AGENTS_FIELD_NUMBER: _builtins.int
+    AGENTS_FIELD_NUMBER: _builtins.int
     session_token: _builtins.str
     log_full: _builtins.bool
     """only when it has changed: the log's disk has no room, let others lead"""
+    checks_agents: _builtins.bool
+    """a segmenter or query service that checks what the answer asks it to"""
     @_builtins.property
     def low_ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeUse]:
         """ranges that run out: please extend"""
+
+    @_builtins.property
+    def agents(self) -> _containers.RepeatedCompositeFieldContainer[Global___AgentReach]:
+        """what it found since the last heartbeat; agents that it cannot reach, every time"""
 
     def __init__(
         self,
@@ -1013,10 +1075,12 @@ class HeartbeatRequest(_message.Message):
         session_token: _builtins.str = ...,
         low_ranges: _abc.Iterable[Global___RangeUse] | None = ...,
         log_full: _builtins.bool | None = ...,
+        checks_agents: _builtins.bool = ...,
+        agents: _abc.Iterable[Global___AgentReach] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_log_full", b"_log_full", "log_full", b"log_full"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_log_full", b"_log_full", "log_full", b"log_full", "low_ranges", b"low_ranges", "session_token", b"session_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_log_full", b"_log_full", "agents", b"agents", "checks_agents", b"checks_agents", "log_full", b"log_full", "low_ranges", b"low_ranges", "session_token", b"session_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__log_full: _TypeAlias = _typing.Literal["log_full"]  # noqa: Y015
     _WhichOneofArgType__log_full: _TypeAlias = _typing.Literal["_log_full", b"_log_full"]  # noqa: Y015
@@ -1025,12 +1089,36 @@ class HeartbeatRequest(_message.Message):
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
 
 @_typing.final
+class AgentReach(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    REACHED_FIELD_NUMBER: _builtins.int
+    agent_id: _builtins.str
+    reached: _builtins.bool
+    """it answered, were it with an error"""
+    def __init__(
+        self,
+        *,
+        agent_id: _builtins.str = ...,
+        reached: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "reached", b"reached"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AgentReach: _TypeAlias = AgentReach  # noqa: Y015
+
+@_typing.final
 class HeartbeatResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TTL_MS_FIELD_NUMBER: _builtins.int
     GRANTS_VERSION_FIELD_NUMBER: _builtins.int
     EXTENDED_FIELD_NUMBER: _builtins.int
+    CHECK_FIELD_NUMBER: _builtins.int
     ttl_ms: _builtins.int
     grants_version: _builtins.int
     """changes whenever GetGrants would answer differently"""
@@ -1038,20 +1126,47 @@ class HeartbeatResponse(_message.Message):
     def extended(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeGrant]:
         """all with snapshot_omitted: whoever writes to a range knows its producers"""
 
+    @_builtins.property
+    def check(self) -> _containers.RepeatedCompositeFieldContainer[Global___AgentAddress]:
+        """agents that some worker cannot reach: try to, and say with the next heartbeat"""
+
     def __init__(
         self,
         *,
         ttl_ms: _builtins.int = ...,
         grants_version: _builtins.int = ...,
         extended: _abc.Iterable[Global___RangeGrant] | None = ...,
+        check: _abc.Iterable[Global___AgentAddress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["extended", b"extended", "grants_version", b"grants_version", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "extended", b"extended", "grants_version", b"grants_version", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
+
+@_typing.final
+class AgentAddress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    agent_id: _builtins.str
+    address: _builtins.str
+    def __init__(
+        self,
+        *,
+        agent_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AgentAddress: _TypeAlias = AgentAddress  # noqa: Y015
 
 @_typing.final
 class RangeKey(_message.Message):
@@ -1308,17 +1423,23 @@ class ClaimBufferRequest(_message.Message):
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     CLAIM_TTL_MS_FIELD_NUMBER: _builtins.int
+    EXCEPT_AGENTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     claim_ttl_ms: _builtins.int
+    @_builtins.property
+    def except_agents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """whose buffers are of no use: the worker cannot reach them now"""
+
     def __init__(
         self,
         *,
         worker_id: _builtins.str = ...,
         claim_ttl_ms: _builtins.int = ...,
+        except_agents: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim_ttl_ms", b"claim_ttl_ms", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim_ttl_ms", b"claim_ttl_ms", "except_agents", b"except_agents", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
