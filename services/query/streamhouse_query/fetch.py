@@ -278,7 +278,7 @@ class _Fetch:
 
     async def _poll_tail(self, partition: PartitionIndex, step: ReadTail, watch: Watch) -> bool:
         """Waits at the end together with all other readers there."""
-        polls, place = self._reads.polls, (step.address, partition.key, self._offset)
+        polls, place = self._reads.polls, (step.agent_id, step.address, partition.key, self._offset)
         joined_ms = self._clock.monotonic_ms()
         with polls.join(*place) as news:
             while not news.done():
@@ -302,7 +302,7 @@ class _Fetch:
     ) -> ingest_pb2.ReadTailResponse | None:
         """The agent's answer; None when it is not worth waiting for: the index changed so that something else is to be
         done, or there are records enough."""
-        asked = asyncio.ensure_future(self._reads.ingest_at(step.address).read_tail(request))
+        asked = asyncio.ensure_future(self._reads.read_tail(step, request))
         timeout_s = TAIL_EXTRA_MS_MAX / 1000 if self._has_enough else None
         try:
             while True:
@@ -370,7 +370,7 @@ class _Fetch:
             max_bytes=1,
         )
         try:
-            response = await self._reads.ingest_at(step.address).read_tail(request)
+            response = await self._reads.read_tail(step, request)
         except StreamHouseError:
             return None
         if response.not_held or response.high_watermark >= self._offset:

@@ -75,7 +75,7 @@ class Lookups:
             max_bytes=1,
         )
         try:
-            response = await self._reads.ingest_at(step.address).read_tail(request)
+            response = await self._reads.read_tail(step, request)
         except StreamHouseError as error:
             raise Unavailable(
                 f"the end of {partition.name} is not known: agent {step.agent_id} at {step.address}: {error}",

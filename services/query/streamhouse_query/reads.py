@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shproto.services import IngestApi
+from shproto.v1 import ingest_pb2
+from shruntime.agent_checks import AgentChecks
 from shruntime.clock import Clock
 
 from streamhouse_query.core.index import PartitionKey, SegmentEntry
-from streamhouse_query.core.plan import ReadSegment, plan
+from streamhouse_query.core.plan import ReadSegment, ReadTail, plan
 from streamhouse_query.core.readahead import ReadAhead
 from streamhouse_query.core.watermarks import Watermarks
 from streamhouse_query.counters import Counters
@@ -53,12 +55,14 @@ class Fetched:
 
 @dataclass(slots=True)
 class Reads:
-    """Shared by all fetches, subscriptions and look-ups. `catch_up_ms`: how long to wait for the event feed where
-    records are known to exist. `store_trouble`: what the object store fails with at the moment, or nothing."""
+    """Shared by all fetches, subscriptions and look-ups. `agents`: knows which agents do not answer. `catch_up_ms`: how
+    long to wait for the event feed where records are known to exist. `store_trouble`: what the object store fails with
+    at the moment, or nothing."""
 
     index: LiveIndex
     segments: SegmentReader
     ingest_at: Callable[[str], IngestApi]
+    agents: AgentChecks
     freshness: Freshness
     readahead: ReadAhead
     polls: TailPolls
@@ -67,6 +71,11 @@ class Reads:
     counters: Counters
     watermarks: Watermarks = field(default_factory=Watermarks)
     store_trouble: Callable[[], str] = lambda: ""
+
+    async def read_tail(self, step: ReadTail, request: ingest_pb2.ReadTailRequest) -> ingest_pb2.ReadTailResponse:
+        """Returns the agent's answer. Raises its StreamHouseError, or Unavailable; `agents` notes which it was."""
+        with self.agents.calling(step.agent_id, step.address, request.max_wait_ms):
+            return await self.ingest_at(step.address).read_tail(request)
 
     def is_registered(self, want: Want) -> bool:
         """Whether a segment holds the offset, so that a fetch has something to return at once."""

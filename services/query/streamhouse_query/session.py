@@ -7,6 +7,7 @@ import logging
 from shproto.errors import SessionExpired, StreamHouseError
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
+from shruntime.agent_checks import AgentChecks
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 
@@ -17,12 +18,14 @@ RETRY_MS_MAX = 2_000
 
 
 class SessionKeeper:
-    """`open` once, then `run` for ever; a session that was lost is opened again."""
+    """`open` once, then `run` for ever; a session that was lost is opened again. Its heartbeats say which `agents` do
+    not answer."""
 
-    def __init__(self, coordinator: CoordinatorApi, agent_id: str, clock: Clock) -> None:
+    def __init__(self, coordinator: CoordinatorApi, agent_id: str, clock: Clock, agents: AgentChecks) -> None:
         self._coordinator = coordinator
         self._agent_id = agent_id
         self._clock = clock
+        self._agents = agents
         self._address = ""
         self._interval_ms = 0
         self.token = ""
@@ -41,19 +44,27 @@ class SessionKeeper:
     async def run(self) -> None:
         """Heartbeats."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+        found: list[coordinator_pb2.AgentReach] = []
+        wait_ms: float = self._interval_ms
         while True:
-            await self._clock.sleep_ms(self._interval_ms)
+            await self._clock.sleep_ms(wait_ms)
+            request = coordinator_pb2.HeartbeatRequest(session_token=self.token, checks_agents=True, agents=found)
             try:
-                request = coordinator_pb2.HeartbeatRequest(session_token=self.token)
-                await self._coordinator.heartbeat(request)
-                backoff.reset()
+                response = await self._coordinator.heartbeat(request)
             except SessionExpired:
                 log.warning("the session expired; opening a new one")
                 self.token = ""
                 await self.open(self._address)
+                wait_ms = self._interval_ms
             except StreamHouseError as error:
                 log.warning("no coordinator takes the heartbeat: %s", error)
-                await self._clock.sleep_ms(backoff.next_ms())
+                wait_ms = min(backoff.next_ms(), self._interval_ms)
+            else:
+                backoff.reset()
+                asked = self._agents.doubted({item.agent_id: item.address for item in response.check})
+                started_ms = self._clock.monotonic_ms()
+                found = await self._agents.check()
+                wait_ms = 0 if asked else max(0, self._interval_ms - (self._clock.monotonic_ms() - started_ms))
 
     async def close(self) -> None:
         """Best effort: a session that cannot be closed expires."""

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from shproto.errors import StreamHouseError, Unavailable
 from shproto.services import IngestApi
 from shproto.v1 import ingest_pb2
+from shruntime.agent_checks import AgentChecks
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff, Tasks
 
@@ -33,7 +34,7 @@ WAKE_TOGETHER = 64
 AGAIN_FIRST_MS, AGAIN_MAX_MS = 50, 1_000
 
 News = ingest_pb2.ReadTailResponse | StreamHouseError
-PollKey = tuple[str, PartitionKey, int]
+PollKey = tuple[str, str, PartitionKey, int]  # agent id, address, partition, offset
 
 
 class _Poll:
@@ -46,19 +47,27 @@ class _Poll:
 
 
 class TailPolls:
-    """Shared by all reads of the service; `tasks` owns the polls."""
+    """Shared by all reads of the service; `tasks` owns the polls. `agents` hears which agents do not answer."""
 
-    def __init__(self, ingest_at: Callable[[str], IngestApi], tasks: Tasks, clock: Clock, counters: Counters) -> None:
+    def __init__(
+        self,
+        ingest_at: Callable[[str], IngestApi],
+        agents: AgentChecks,
+        tasks: Tasks,
+        clock: Clock,
+        counters: Counters,
+    ) -> None:
         self._ingest_at = ingest_at
+        self._agents = agents
         self._tasks = tasks
         self._clock = clock
         self._counters = counters
         self._polls: dict[PollKey, _Poll] = {}
 
     @contextmanager
-    def join(self, address: str, partition: PartitionKey, offset: int) -> Iterator[asyncio.Future[News]]:
+    def join(self, agent_id: str, address: str, partition: PartitionKey, offset: int) -> Iterator[asyncio.Future[News]]:
         """A future of what the agent answers that is news to a reader at `offset`: records, or an error."""
-        key = (address, partition, offset)
+        key = (agent_id, address, partition, offset)
         poll = self._polls.get(key)
         if poll is None:
             poll = self._polls[key] = _Poll()
@@ -74,9 +83,9 @@ class TailPolls:
                 assert poll.task is not None, "it was spawned with the poll"
                 poll.task.cancel()
 
-    def is_answered(self, address: str, partition: PartitionKey, offset: int) -> bool:
+    def is_answered(self, agent_id: str, address: str, partition: PartitionKey, offset: int) -> bool:
         """True if the agent has answered the poll at this offset: that nothing is there is known then."""
-        poll = self._polls.get((address, partition, offset))
+        poll = self._polls.get((agent_id, address, partition, offset))
         return poll is not None and poll.answered
 
     async def _run(self, key: PollKey, poll: _Poll) -> None:
@@ -93,7 +102,7 @@ class TailPolls:
 
     async def _news(self, key: PollKey, poll: _Poll) -> News:
         """Asks until there is something to tell. The first call does not wait: it shows that the agent answers."""
-        address, (topic_id, partition), offset = key
+        agent_id, address, (topic_id, partition), offset = key
         request = ingest_pb2.ReadTailRequest(
             topic_id=bytes.fromhex(topic_id), partition=partition, offset=offset, max_bytes=POLL_BYTES
         )
@@ -104,7 +113,8 @@ class TailPolls:
             late_ms = request.max_wait_ms + POLL_LATE_MS
             try:
                 async with asyncio.timeout(late_ms / 1000) as guard:
-                    answer = await self._ingest_at(address).read_tail(request)
+                    with self._agents.calling(agent_id, address, request.max_wait_ms):
+                        answer = await self._ingest_at(address).read_tail(request)
             except StreamHouseError as error:
                 return error
             except TimeoutError:

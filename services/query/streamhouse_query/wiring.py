@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
 from shproto.v1 import query_pb2
 from shruntime.advertise import advertised_address
+from shruntime.agent_checks import AgentChecks
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
@@ -104,19 +105,21 @@ def build(
         chunks, lambda key: index.cluster.object_extent(key), settings.segment_index_cache_entries, counters
     )
     freshness = Freshness(coordinator, index, settings.catch_up_ms)
+    agents = AgentChecks(ingest_at)
     reads = Reads(
         index,
         segments,
         ingest_at,
+        agents,
         freshness,
         ReadAhead(settings.readahead_chunks),
-        TailPolls(ingest_at, tasks, clock, counters),
+        TailPolls(ingest_at, agents, tasks, clock, counters),
         settings.catch_up_ms,
         clock,
         counters,
         store_trouble=lambda: store.trouble if isinstance(store, RetryingStore) else "",
     )
-    session = SessionKeeper(coordinator, settings.agent_id, clock)
+    session = SessionKeeper(coordinator, settings.agent_id, clock, agents)
     follower = Follower(coordinator, index, lambda: session.token, clock, counters)
     export(
         counters,

@@ -45,6 +45,7 @@ class StandInCoordinator:
         self.down = False
         self.feed_paused = False
         self.snapshots_given = 0
+        self.reached: dict[str, bool] = {}  # what query services said of agents last
         self.cut_streams = 0
         self._changed = asyncio.Condition()
 
@@ -163,6 +164,7 @@ class StandInCoordinator:
         self._must_be_up()
         if request.session_token not in self.sessions:
             raise SessionExpired("no such session")
+        self.reached.update({item.agent_id: item.reached for item in request.agents})
         return coordinator_pb2.HeartbeatResponse(ttl_ms=300)
 
     async def close_session(self, request: coordinator_pb2.CloseSessionRequest) -> coordinator_pb2.CloseSessionResponse:
@@ -221,10 +223,17 @@ class StandInAgent:
                 found = key
         return found
 
+    async def describe_agent(self, request: ingest_pb2.DescribeAgentRequest) -> ingest_pb2.DescribeAgentResponse:
+        if self.down:
+            raise Unavailable("connection refused", address=self.address)
+        if self.hangs:
+            await asyncio.Event().wait()
+        return ingest_pb2.DescribeAgentResponse()
+
     async def read_tail(self, request: ingest_pb2.ReadTailRequest) -> ingest_pb2.ReadTailResponse:
         self.calls += 1
         if self.down:
-            raise Unavailable("connection refused")
+            raise Unavailable("connection refused", address=self.address)
         if self.hangs:
             await asyncio.Event().wait()
         topic_id = request.topic_id.hex()

@@ -10,6 +10,7 @@ import pytest
 from shformat import decode_batch
 from shproto.errors import DataLoss, InvalidArgument, OffsetBeyondEnd, ShuttingDown, Unavailable, UnknownTopic
 from shproto.v1 import coordinator_pb2, query_pb2
+from shruntime import agent_checks
 from streamhouse_query.core.plain import plain_records
 from streamhouse_query.wiring import QueryService
 
@@ -521,3 +522,30 @@ async def one(request: query_pb2.SubscribeRequest) -> AsyncIterator[query_pb2.Su
 async def latest(service: QueryService, topic_id: bytes) -> int:
     lookup = query_pb2.OffsetLookup(topic="orders", spec=query_pb2.OFFSET_SPEC_LATEST, topic_id=topic_id)
     return (await service.api.lookup_offsets(query_pb2.LookupOffsetsRequest(lookups=[lookup]))).offsets[0].offset
+
+
+# ---- agents that do not answer
+
+
+@pytest.mark.parametrize("how", ["refuses", "is silent"])
+async def test_heartbeats_say_which_leaders_do_not_answer(
+    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Also where no reader has the patience to wait for the deadline of a call."""
+    monkeypatch.setattr(agent_checks, "LATE_MS", 0)
+    monkeypatch.setattr(agent_checks, "CHECK_TIMEOUT_MS", 50)
+    await one_partition(platform)
+    service = await start_query()
+    agent = platform.agents["a"]
+    await fetch(service, 0, max_wait_ms=50)
+    assert not platform.coordinator.reached, "nobody doubts anybody"
+    agent.down, agent.hangs = how == "refuses", how == "is silent"
+    await fetch(service, 0, max_wait_ms=50)
+    await said_of_agents(platform, {"a": False})
+    agent.down = agent.hangs = False
+    await said_of_agents(platform, {"a": True})
+
+
+async def said_of_agents(platform: StandInPlatform, said: dict[str, bool]) -> None:
+    while platform.coordinator.reached != said:
+        await asyncio.sleep(0.01)

@@ -81,7 +81,9 @@ class ObjectBuilder:
         target = BuiltObject(key)
         agent = self._ports.ingest_at(self._claim.address)
         for slice_ in slices:
-            built = await self._build_segment(agent, slice_, self._settings.segment_build_bytes_max - target.size_bytes)
+            room_bytes = self._settings.segment_build_bytes_max - target.size_bytes
+            with self._ports.agents.calling(self._claim.agent_id, self._claim.address):
+                built = await self._build_segment(agent, slice_, room_bytes)
             target.append(slice_.topic, str(self._ports.new_uuid()), built)
         return target
 
@@ -103,7 +105,7 @@ class ObjectBuilder:
                 end_offset=slice_.end_offset,
             )
         )
-        async for response in each_within(responses, self._settings.rpc_timeout_ms):
+        async for response in each_within(responses, self._settings.rpc_timeout_ms, self._claim.address):
             received_bytes = sum(map(len, response.batches))
             if builder.size_bytes + received_bytes > room_bytes:
                 limit = self._settings.segment_build_bytes_max
@@ -119,8 +121,8 @@ def _add(builder: SegmentBuilder, progress: SliceProgress, batches: Sequence[byt
     progress.take(builder.add(batch) for batch in batches)
 
 
-async def each_within(items: AsyncIterator[ItemT], timeout_ms: int) -> AsyncIterator[ItemT]:
-    """The items of a stream; raises Unavailable when the next one takes longer than `timeout_ms`."""
+async def each_within(items: AsyncIterator[ItemT], timeout_ms: int, address: str) -> AsyncIterator[ItemT]:
+    """The items of a stream from `address`; raises Unavailable when the next one takes longer than `timeout_ms`."""
     try:
         while True:
             try:
@@ -129,7 +131,7 @@ async def each_within(items: AsyncIterator[ItemT], timeout_ms: int) -> AsyncIter
             except StopAsyncIteration:
                 return
             except TimeoutError as error:
-                raise Unavailable(f"no answer from the agent within {timeout_ms} ms") from error
+                raise Unavailable(f"no answer from {address} within {timeout_ms} ms", address=address) from error
             yield item
     finally:
         close = getattr(items, "aclose", None)

@@ -137,7 +137,12 @@ class Drain:
         if self._closing.is_set() or not await self._doubt.settled(self._closing) or not self._may_claim():
             return None
         claim = await self._ports.coordinator.claim_buffer(
-            coordinator_pb2.ClaimBufferRequest(worker_id=self._worker_id, claim_ttl_ms=self._settings.claim_ttl_ms)
+            coordinator_pb2.ClaimBufferRequest(
+                worker_id=self._worker_id,
+                claim_ttl_ms=self._settings.claim_ttl_ms,
+                # A pull from one of these takes its whole timeout, and keeps a build from another agent's buffers.
+                except_agents=sorted(self._ports.agents.unreachable),
+            )
         )
         return claim if claim.found else None
 

@@ -217,6 +217,7 @@ class Sweeper:
         feed = each_within(
             self._ports.coordinator.follow_events(coordinator_pb2.FollowEventsRequest(after_position=position - 1)),
             self._settings.rpc_timeout_ms,
+            "the coordinator",
         )
         async for event in feed:
             return HistoryMark.of(event) if event.position == position else None

@@ -413,7 +413,7 @@ async def test_an_agent_that_hangs_costs_a_retry(world: World) -> None:
 
     world.agent.pull_slice = hang  # type: ignore[method-assign]
     given_back = await _one_failure(world, world.worker(rpc_timeout_ms=20))
-    assert given_back.reason == "peer: no answer from the agent within 20 ms"
+    assert given_back.reason == "peer: no answer from agent:1 within 20 ms"
     world.agent.pull_slice = honest  # type: ignore[method-assign]
     await world.worker().drain()
     await world.check()

@@ -9,6 +9,7 @@ from typing import Any
 from shproto.errors import AgentIdTaken, SessionExpired, Unavailable
 from shproto.events import BufferSealed, Event, SessionClosed
 from shproto.v1 import coordinator_pb2 as c
+from shproto.v1 import ingest_pb2
 from shstore import MemoryStore
 from streamhouse_segmenter.settings import SegmenterSettings
 from streamhouse_segmenter.wiring import SegmenterService, build
@@ -30,6 +31,9 @@ class Coordinator(StandInCoordinator):
         self.follows: list[c.FollowEventsRequest] = []
         self.claims_asked = 0
         self.beats = 0
+        self.heard: list[c.HeartbeatRequest] = []
+        self.requests: list[c.ClaimBufferRequest] = []
+        self.asked_to_check: list[c.AgentAddress] = []
 
     async def open_session(self, request: c.OpenSessionRequest) -> c.OpenSessionResponse:
         self.tokens.append(request.session_token)
@@ -39,9 +43,10 @@ class Coordinator(StandInCoordinator):
 
     async def heartbeat(self, request: c.HeartbeatRequest) -> c.HeartbeatResponse:
         self.beats += 1
+        self.heard.append(request)
         if (error := _next(self.heartbeats)) is not None:
             raise error
-        return c.HeartbeatResponse()
+        return c.HeartbeatResponse(check=self.asked_to_check)
 
     async def close_session(self, request: c.CloseSessionRequest) -> c.CloseSessionResponse:
         self.closed.append(request.session_token)
@@ -49,6 +54,7 @@ class Coordinator(StandInCoordinator):
 
     async def claim_buffer(self, request: c.ClaimBufferRequest) -> c.ClaimBufferResponse:
         self.claims_asked += 1
+        self.requests.append(request)
         return await super().claim_buffer(request)
 
     async def emit(self, event: Event) -> None:
@@ -63,6 +69,25 @@ class Coordinator(StandInCoordinator):
             yield event
 
 
+class SilentAgent(StandInAgent):
+    """Behind a link that was cut, while it is `silent`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.silent = True
+
+    async def describe_agent(self, request: ingest_pb2.DescribeAgentRequest) -> ingest_pb2.DescribeAgentResponse:
+        if self.silent:
+            raise Unavailable("a:1: DEADLINE_EXCEEDED", address="a:1")
+        return ingest_pb2.DescribeAgentResponse()
+
+    async def pull_slice(self, request: ingest_pb2.PullSliceRequest) -> AsyncIterator[ingest_pb2.PullSliceResponse]:
+        if self.silent:
+            raise Unavailable("a:1: DEADLINE_EXCEEDED", address="a:1")
+        async for response in super().pull_slice(request):
+            yield response
+
+
 def _next(script: list[Exception | None]) -> Exception | None:
     return script.pop(0) if len(script) > 1 else script[0]
 
@@ -74,8 +99,10 @@ async def until(met: Any) -> None:
 
 
 @asynccontextmanager
-async def running(coordinator: Coordinator, *, follow_feed: bool = True) -> AsyncIterator[SegmenterService]:
-    agent: Any = StandInAgent()
+async def running(
+    coordinator: Coordinator, *, follow_feed: bool = True, agent: Any = None
+) -> AsyncIterator[SegmenterService]:
+    agent = agent or StandInAgent()
     api: Any = coordinator
     settings = SegmenterSettings(worker_id="w1", scan_interval_ms=NEVER_MS)
     service = build(settings, api, MemoryStore(), lambda address: agent)
@@ -130,6 +157,32 @@ async def test_a_worker_that_is_gone_wakes_the_others() -> None:
         await coordinator.emit(SessionClosed("q", "q1", "query", "expired"))
         await coordinator.emit(SessionClosed("x", "w2", "segmenter", "unreachable"))
         await until(lambda: coordinator.claims_asked > asked)
+
+
+async def test_it_says_which_agents_it_cannot_reach_and_asks_for_no_buffers_of_theirs() -> None:
+    coordinator = Coordinator()
+    coordinator.asked_to_check = [c.AgentAddress(agent_id="a", address="a:1")]
+    agent = SilentAgent()
+    async with running(coordinator, agent=agent) as service:
+        await until(lambda: any(request.agents for request in coordinator.heard))
+        first = next(request for request in coordinator.heard if request.agents)
+        assert first.checks_agents and [(item.agent_id, item.reached) for item in first.agents] == [("a", False)]
+        service.wake()
+        await until(lambda: list(coordinator.requests[-1].except_agents) == ["a"])
+        agent.silent = False
+        asked = len(coordinator.requests)
+        await until(lambda: [item.reached for item in coordinator.heard[-1].agents] == [True])
+        await until(lambda: len(coordinator.requests) > asked and not coordinator.requests[-1].except_agents)
+
+
+async def test_a_pull_that_gets_no_answer_is_a_doubt() -> None:
+    coordinator = Coordinator()
+    async with running(coordinator, agent=SilentAgent()):
+        await until(lambda: coordinator.requests)
+        coordinator.announce("b1", "a:1", [StandInAgent().append(0, [10])])
+        await coordinator.emit(BufferSealed("b1", "", "", ""))
+        await until(lambda: any(request.agents for request in coordinator.heard))
+        assert [item.reached for item in coordinator.heard[-1].agents] == [False]
 
 
 async def test_without_an_address_it_lives_in_the_coordinators_process() -> None:

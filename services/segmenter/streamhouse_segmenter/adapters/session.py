@@ -75,7 +75,7 @@ class WorkerSession:
         """Raises SessionExpired."""
         feed = follow_events(self._ports, event_types, wake, self._token)
         tasks = [
-            asyncio.create_task(self._renew(heartbeat_interval_ms), name="segmenter heartbeats"),
+            asyncio.create_task(self._renew(heartbeat_interval_ms, wake), name="segmenter heartbeats"),
             asyncio.create_task(feed, name="segmenter feed"),
         ]
         try:
@@ -87,22 +87,30 @@ class WorkerSession:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _renew(self, interval_ms: int) -> None:
-        """Raises SessionExpired."""
+    async def _renew(self, interval_ms: int, wake: Callable[[], None]) -> None:
+        """Sends a heartbeat per interval, with what is known of agents in doubt. Raises SessionExpired."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS, self._ports.rng)
+        clock, agents = self._ports.clock, self._ports.agents
+        found: list[coordinator_pb2.AgentReach] = []
         wait_ms: float = interval_ms
         while True:
-            await self._ports.clock.sleep_ms(wait_ms)
+            await clock.sleep_ms(wait_ms)
+            request = coordinator_pb2.HeartbeatRequest(session_token=self._token, checks_agents=True, agents=found)
             try:
-                await self._ports.coordinator.heartbeat(coordinator_pb2.HeartbeatRequest(session_token=self._token))
+                response = await self._ports.coordinator.heartbeat(request)
             except SessionExpired:
                 raise
             except StreamHouseError as error:
                 log.warning("heartbeat failed: %s", error.message)
                 wait_ms = min(backoff.next_ms(), interval_ms)
-            else:
-                backoff.reset()
-                wait_ms = interval_ms
+                continue
+            backoff.reset()
+            asked = agents.doubted({item.agent_id: item.address for item in response.check})
+            before, started_ms = agents.unreachable, clock.monotonic_ms()
+            found = await agents.check()  # after the heartbeat: agents that do not answer must not delay the next much
+            wait_ms = 0 if asked else max(0, interval_ms - (clock.monotonic_ms() - started_ms))
+            if before - agents.unreachable:
+                wake()  # their buffers may be claimed again
 
     async def close(self) -> None:
         """Gives the session back, best effort: one that cannot be closed expires. `run` must have ended."""
