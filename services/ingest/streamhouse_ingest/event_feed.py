@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from shproto.errors import MetadataWentBack, SessionExpired, StreamHouseError
 from shproto.events import (
+    AgentCutOff,
     BufferCompleted,
     EpochGranted,
     Event,
@@ -34,6 +35,7 @@ from streamhouse_ingest.sealer import Sealer, SessionHolder
 log = logging.getLogger(__name__)
 
 FOLLOWED = (
+    AgentCutOff,
     BufferCompleted,
     EpochGranted,
     MoveRequested,
@@ -128,6 +130,9 @@ class EventFeed:
                 self._sealer.completed(buffer_id)
             case RangeExtended():
                 self._ranges.extend(_key(event), event.limit_offset)
+            case AgentCutOff():
+                if event.agent_id == self._agent_id:
+                    self._grants.want_all()  # what is on the move already is not to wait for its upload any more
             case EpochGranted() | MoveRequested():
                 if event.agent_id == self._agent_id:
                     self._grants.changed([_key(event)], self.position)

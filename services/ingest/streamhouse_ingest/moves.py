@@ -1,4 +1,7 @@
-"""Gives partitions up in good order: seal, upload, register, settle. One task per partition that moves away."""
+"""Gives partitions up in good order: seal, upload, register, settle. One task per partition that moves away.
+
+Where segmenters cannot reach this agent, a partition is settled where its log ends, and uploaded when they can again.
+"""
 
 import asyncio
 import logging
@@ -24,7 +27,8 @@ MOVES_AT_ONCE = 100
 
 
 class Moves:
-    """Registration comes before settling, because the next leader needs the idempotent producers' state at the end."""
+    """Registration comes before settling, because the next leader needs the idempotent producers' state at the end. A
+    move at once tells that state with the end itself."""
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class Moves:
         self._timeout_ms = timeout_ms
         self._make_backoff = make_backoff
         self._moving: dict[LogKey, asyncio.Task[None]] = {}
+        self._at_once: set[LogKey] = set()
         self._turn = asyncio.Semaphore(MOVES_AT_ONCE)
         self._unsettled: dict[LogKey, pb.WalEnd] = {}
         self._settling = asyncio.Lock()
@@ -56,14 +61,27 @@ class Moves:
     def moving(self, held: HeldLog) -> bool:
         return held.log.key in self._moving
 
-    def start(self, held: HeldLog) -> None:
-        """Does nothing when the move is under way."""
+    def start(self, held: HeldLog, *, at_once: bool = False) -> None:
+        """`at_once`: without waiting for registration. Does nothing when the move is under way, unless it waits and is
+        not to any more."""
         key = held.log.key
-        if key not in self._moving:
-            log.info("%s moves to another agent", held.log.describe())
-            task = self._tasks.spawn(f"move {held.log.describe()}", self._move(held))
-            self._moving[key] = task
-            task.add_done_callback(lambda _: self._moving.pop(key, None))
+        settling = held.log.settled_end is not None
+        if key in self._moving and (settling or not at_once or key in self._at_once):
+            return
+        if (waiting := self._moving.pop(key, None)) is not None:
+            waiting.cancel()
+        log.info("%s moves to another agent%s", held.log.describe(), ", at once" if at_once else "")
+        work = self._move_at_once(held) if at_once else self._move(held)
+        task = self._tasks.spawn(f"move {held.log.describe()}", work)
+        self._moving[key] = task
+        if at_once:
+            self._at_once.add(key)
+        task.add_done_callback(lambda task: self._over(key, task))
+
+    def _over(self, key: LogKey, task: asyncio.Task[None]) -> None:
+        if self._moving.get(key) is task:
+            del self._moving[key]
+            self._at_once.discard(key)
 
     def cancel_all(self) -> None:
         """The session is gone, and with it what was to be moved."""
@@ -77,6 +95,15 @@ class Moves:
                 log.warning("%s: not registered within %d ms, going on here", held.log.describe(), self._timeout_ms)
                 self._logs.lead(held)
             if self._is_held(held) and not self._writer.broken:  # after that the end is a replay's to find
+                await self._settle(held)
+
+    async def _move_at_once(self, held: HeldLog) -> None:
+        async with self._turn:
+            self._logs.stop_leading(held)
+            await self._writer.barrier()
+            if self._is_held(held) and not self._writer.broken:
+                if held.log.open is not None:
+                    self._sealer.seal_alone(held)  # settling ends the buffer, and what is not announced is not uploaded
                 await self._settle(held)
 
     def _is_held(self, held: HeldLog) -> bool:

@@ -123,7 +123,7 @@ class Ranges:
                 self._logs.lead(held)
                 log.info("leading %s from offset %d", log_.describe(), log_.next_offset)
             if grant.status == "moving":
-                self._moves.start(held)
+                self._moves.start(held, at_once=grant.at_once)
         elif grant.status not in ("open", "moving"):
             self._logs.stop_leading(held)
         self._trim()

@@ -73,6 +73,7 @@ class CoordinatorStandIn:
         self.heartbeat_ms = heartbeat_ms
         self.told_full: list[bool] = []  # what agents said of the room in their logs
         self.topics: dict[str, pb.TopicInfo] = {}
+        self.cut_off_agents: set[str] = set()
         self.ranges: dict[tuple[bytes, int, int], Range] = {}
         self.sessions: dict[str, SessionState] = {}
         self.buffers: dict[str, pb.AnnounceBufferRequest] = {}
@@ -216,6 +217,13 @@ class CoordinatorStandIn:
         row.status = "moving"
         self.emit(events.MoveRequested(row.topic_id.hex(), topic, partition, row.epoch, "", row.agent_id))
 
+    def cut_off(self, agent_id: str) -> None:
+        """Its workers cannot reach it: all it leads moves, without waiting for them."""
+        self.cut_off_agents.add(agent_id)
+        self.emit(events.AgentCutOff(agent_id, "", ("s1", "s2"), 0, 1))
+        for row in [row for row in self.ranges.values() if row.agent_id == agent_id and row.status == "open"]:
+            self.move(row.topic, row.partition)
+
     async def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         self._called("open_session")
         self.opened.append(request)
@@ -291,6 +299,7 @@ class CoordinatorStandIn:
             min_acks=self.topics[row.topic].min_acks,
             producer_snapshot=row.snapshot,
             status=row.status,
+            at_once=row.status == "moving" and row.agent_id in self.cut_off_agents,
         )
         if row.end is not None:
             grant.end_offset = row.end

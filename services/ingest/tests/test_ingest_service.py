@@ -1037,6 +1037,29 @@ async def test_a_move_seals_uploads_settles_and_the_next_epoch_begins_there(
             assert (await service.api.produce(request(b"c"))).base_offset == 2
 
 
+@pytest.mark.parametrize("moving_already", [False, True])
+async def test_g1_an_agent_that_its_workers_cannot_reach_settles_where_it_ends_and_keeps_the_rest(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, moving_already: bool
+):
+    """Also in the middle of a move that waits for an upload which will not come."""
+    async with running(tmp_path, coordinator) as service:
+        for offset, value in enumerate((b"a", b"b", b"c")):
+            answer = await service.api.produce(request(value, stamp=ProducerStamp(7, offset, 0)))
+            assert answer.base_offset == offset
+        if moving_already:
+            coordinator.move("orders", 0)
+            await asyncio.sleep(0.05)
+        coordinator.cut_off("agent-1")
+        await eventually(lambda: coordinator.ranges[(topic_id, 0, 1)].status == "settled")
+        row = coordinator.ranges[(topic_id, 0, 1)]
+        assert (row.end, row.registered_end) == (3, 0), "nothing is uploaded, and nothing given up"
+        assert set(decode_snapshot(row.snapshot)) == {7}, "a retry is known to whoever goes on"
+        assert values_of(await read(service, topic_id, 0)) == [b"a", b"b", b"c"], "for readers that reach it"
+        coordinator.cut_off_agents.clear()
+        async with draining(SegmenterStandIn(coordinator, service)):
+            await eventually(lambda: row.registered_end == 3)
+
+
 async def test_of_many_moves_a_few_refuse_writes_at_once_and_one_call_settles_them(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
 ):
