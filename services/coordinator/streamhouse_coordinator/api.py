@@ -31,6 +31,7 @@ from streamhouse_coordinator.service import (
     groups,
     housekeeping,
     objects,
+    reach,
     recovery,
     restores,
     sessions,
@@ -155,11 +156,14 @@ class CoordinatorApi:
         low = {messages.range_key(item): item.next_offset for item in request.low_ranges}
         session_id = messages.session_id_of(request.session_token)
         log_full = request.log_full if request.HasField("log_full") else None
+        reached = messages.agents_reached(request.agents)
         version, extended = await sessions.heartbeat(self._context, session_id, low, log_full)
+        doubted = await reach.report(self._context, session_id, reached) if request.checks_agents else []
         return pb.HeartbeatResponse(
             ttl_ms=self._settings.session_ttl_ms,
             grants_version=version,
             extended=[messages.range_grant(grant) for grant in extended],
+            check=[pb.AgentAddress(agent_id=row.agent_id, address=row.address) for row in doubted],
         )
 
     async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:
@@ -199,7 +203,10 @@ class CoordinatorApi:
     async def claim_buffer(self, request: pb.ClaimBufferRequest) -> pb.ClaimBufferResponse:
         check_name("worker_id", request.worker_id, AGENT_ID_LENGTH_MAX)
         check_number("claim_ttl_ms", request.claim_ttl_ms, 1, self._settings.claim_ttl_ms_max)
-        claimed = await buffers.claim(self._context, request.worker_id, request.claim_ttl_ms)
+        messages.check_count("except_agents", request.except_agents, messages.AGENTS_MAX)
+        claimed = await buffers.claim(
+            self._context, request.worker_id, request.claim_ttl_ms, frozenset(request.except_agents)
+        )
         if claimed is None:
             return pb.ClaimBufferResponse(found=False)
         return pb.ClaimBufferResponse(

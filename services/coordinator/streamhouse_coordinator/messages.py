@@ -12,7 +12,14 @@ from shproto.v1 import types_pb2
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.deletion import Patience
 from streamhouse_coordinator.core.groups import split_name
-from streamhouse_coordinator.core.names import GROUP_LENGTH_MAX, check_name, check_number, check_text, check_topic
+from streamhouse_coordinator.core.names import (
+    AGENT_ID_LENGTH_MAX,
+    GROUP_LENGTH_MAX,
+    check_name,
+    check_number,
+    check_text,
+    check_topic,
+)
 from streamhouse_coordinator.core.sessions import SNAPSHOT_BYTES_MAX, WalEnds
 from streamhouse_coordinator.segment_keys import check_segment_key
 from streamhouse_coordinator.service import group_admin
@@ -31,6 +38,7 @@ SLICES_MAX = 100_000
 OBJECT_KEY_LENGTH_MAX = 1024  # S3's
 # A page of an object listing has 1,000 keys; ten of them are one question.
 OBJECT_KEYS_MAX = 10_000
+AGENTS_MAX = 10_000  # of one cluster, named in one call
 GRANTS_ASKED_MAX = 10_000  # ranges named in one question, some 30 bytes each; who wants more asks for all
 DELETION_PATIENCE_MS_MAX = 10 * 366 * 24 * 3_600_000  # ten years: longer is a mistake in the unit
 MEMBER_ID_LENGTH_MAX = 300  # a client id, a hyphen, a UUID
@@ -57,6 +65,14 @@ def check_uuid(field: str, value: str) -> str:
         return str(uuid.UUID(value))
     except ValueError as error:
         raise InvalidArgument(f"{field} must be a UUID, got {value[:100]!r}", field=field, value=value[:100]) from error
+
+
+def agents_reached(items: Sequence[pb.AgentReach]) -> dict[str, bool]:
+    """By agent id, whether a worker reached it."""
+    check_number("number of agents", len(items), 0, AGENTS_MAX)
+    for item in items:
+        check_text("agent_id", item.agent_id, AGENT_ID_LENGTH_MAX)
+    return {item.agent_id: item.reached for item in items}
 
 
 def session_id_of(token: str) -> str:
@@ -275,6 +291,7 @@ def range_grant(grant: Grant) -> pb.RangeGrant:
         producer_snapshot=grant.producer_snapshot,
         status="moving" if row.moving else row.status,
         snapshot_omitted=grant.snapshot_omitted,
+        at_once=grant.at_once,
     )
 
 

@@ -80,6 +80,26 @@ class CoordinatorSettings(CommonSettings):
     probe_timeout_ms: int = Field(
         2_000, ge=10, le=60_000, description="ms to reach an agent whose event stream broke; refused means it is gone"
     )
+    unreachable_after_ms: int = Field(
+        15_000,
+        ge=100,
+        le=3_600_000,
+        description="ms for which several segmenters or query services must have failed to reach an agent until its "
+        "partitions go to others; longer than an agent takes to restart",
+    )
+    reachable_hold_ms: int = Field(
+        30_000,
+        ge=100,
+        le=3_600_000,
+        description="ms for which they must reach it again until it leads; doubles each time, up to 32 times that",
+    )
+    moves_per_sweep_max: int = Field(
+        500,
+        ge=1,
+        le=100_000,
+        description="partitions that are asked to move, for balance or from an agent that cannot lead, between two "
+        "sweeps; an agent hands 100 over at a time",
+    )
     range_width_offsets: int = Field(
         2**30, ge=16, le=2**48, description="offsets reserved per epoch; a takeover skips at most this many of 2^63"
     )

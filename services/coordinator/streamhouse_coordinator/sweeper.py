@@ -9,7 +9,7 @@ from opentelemetry import metrics
 from shproto.errors import StreamHouseError
 
 from streamhouse_coordinator.ports import Transaction
-from streamhouse_coordinator.service import buffers, groups, outages, recovery, sessions
+from streamhouse_coordinator.service import buffers, groups, outages, reach, recovery, sessions
 from streamhouse_coordinator.service.common import Context, make_moves
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,9 @@ _ended = _meter.create_counter(
 _unsettled = _meter.create_gauge(
     "streamhouse_coordinator_unsettled_ranges", description="ranges whose agent is gone: readers wait at their ends"
 )
+_cut_off = _meter.create_gauge(
+    "streamhouse_coordinator_agents_cut_off", description="agents that workers cannot reach: they lead nothing"
+)
 _given_up = _meter.create_counter(
     "streamhouse_coordinator_ranges_lost_total", description="ranges given up by unclean_recovery_after_ms"
 )
@@ -38,6 +41,8 @@ class _Found:
 
     away_ms: int
     moves_due: bool
+    reach_due: bool
+    cut_off: int
     sessions_expired: bool
     groups_with_expired: list[str]
     orphaned: int
@@ -66,19 +71,25 @@ class Sweeper:
         if found.sessions_expired and (count := await sessions.expire_sessions(self._context)):
             _ended.add(count, {"kind": "session"})
             log.warning("%d sessions expired", count)
+        if found.reach_due:
+            await reach.apply(self._context)
         if found.moves_due:
             await make_moves(self._context)
         await self._expire_members(found.groups_with_expired)
         await self._recover(found)
+        _cut_off.set(found.cut_off)
         _waiting.set(found.backlog[0])
         _waiting_bytes.set(found.backlog[1])
 
     async def _look(self, tx: Transaction) -> _Found:
+        reach_due, cut_off = await reach.is_due(tx, self._context.settings)
         away_ms, moves_due = await outages.forgive(tx, self._context.settings.session_sweep_interval_ms)
         orphaned, impatient = await recovery.look_for_orphaned(tx)
         return _Found(
             away_ms=away_ms,
             moves_due=moves_due,
+            reach_due=reach_due,
+            cut_off=cut_off,
             sessions_expired=await sessions.any_expired(tx),
             groups_with_expired=await groups.groups_with_expired(tx),
             orphaned=orphaned,

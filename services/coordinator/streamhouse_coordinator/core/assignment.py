@@ -2,7 +2,8 @@
 
 Balanced means, once the moves are done: of each topic any two agents lead numbers of partitions that differ by at most
 one, and so do their numbers in all. The topic comes first, since it is a topic that is hot: an even total does not say
-where its load is. An agent that cannot write, because its log's disk is full, leads only what nobody else can.
+where its load is. An agent that cannot write, because its log's disk is full, or that workers cannot reach, leads only
+what nobody else can.
 
 Of a topic each agent has `size // agents` partitions, and some agents one more: an extra part. Whoever leads more than
 the even share keeps an extra part where that is possible, so that nothing moves for nothing; who gets the other extra
@@ -22,6 +23,7 @@ from shproto.events import EpochGranted, Event, MoveRequested, RangeLost, RangeO
 from streamhouse_coordinator.core.tables import SETTLED, PartitionRow, RangeRow, SessionRow
 
 PartitionKey = tuple[str, int]
+BALANCE = "balance"
 Numbers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
@@ -176,9 +178,9 @@ def grant(
     ]
 
 
-def able_to_lead(sessions: Sequence[SessionRow], full: Collection[str]) -> list[SessionRow]:
-    """Returns the sessions that partitions may be given to: those not in `full`, or all if that leaves nobody."""
-    return [row for row in sessions if row.session_id not in full] or list(sessions)
+def able_to_lead(sessions: Sequence[SessionRow], unable: Collection[str]) -> list[SessionRow]:
+    """Returns the sessions that partitions may be given to: those not in `unable`, or all if that leaves nobody."""
+    return [row for row in sessions if row.session_id not in unable] or list(sessions)
 
 
 def _by_load(
@@ -202,16 +204,22 @@ def _by_load(
 
 
 def move(
-    topics: Mapping[str, str], held: Sequence[RangeRow], surplus: Mapping[tuple[str, str], int]
+    topics: Mapping[str, str],
+    held: Sequence[RangeRow],
+    surplus: Mapping[tuple[str, str], int],
+    why: Mapping[str, str] = MappingProxyType({}),
 ) -> list[MoveRequested]:
     """Returns the moves of as many partitions as are too many. `held`: the open ranges of these topics and sessions
-    that are not on the move yet."""
+    that are not on the move yet. `why`: by session_id, where it is not for balance."""
     left, moves = dict(surplus), []
     for row in sorted(held, key=lambda row: row.key, reverse=True):
         if left.get((row.topic_id, row.session_id), 0):
             left[row.topic_id, row.session_id] -= 1
             name = topics[row.topic_id]
-            moves.append(MoveRequested(row.topic_id, name, row.partition, row.epoch, row.session_id, row.agent_id))
+            reason = why.get(row.session_id, BALANCE)
+            moves.append(
+                MoveRequested(row.topic_id, name, row.partition, row.epoch, row.session_id, row.agent_id, reason)
+            )
     return moves
 
 

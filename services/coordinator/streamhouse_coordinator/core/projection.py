@@ -80,6 +80,18 @@ def _(event: ev.SessionClosed) -> RowOps:
 
 
 @row_ops.register
+def _(event: ev.AgentCutOff) -> RowOps:
+    reporters = json.dumps(list(event.reporters))
+    row = t.CutOffRow(event.agent_id, event.session_id, reporters, event.since_ms, event.times, 0)
+    return (Put(t.CUT_OFFS, row),)
+
+
+@row_ops.register
+def _(event: ev.AgentReachable) -> RowOps:
+    return (Set(t.CUT_OFFS, (event.agent_id,), {"reachable_ms": event.reachable_ms}),)
+
+
+@row_ops.register
 def _(event: ev.EpochGranted) -> RowOps:
     row = t.RangeRow(
         event.topic_id,

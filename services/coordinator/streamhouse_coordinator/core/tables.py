@@ -94,6 +94,19 @@ class SessionRow:
 
 
 @dataclass(frozen=True, slots=True)
+class CutOffRow:
+    """An agent that its workers could not reach in this session, and since when they can again; 0: not yet. `reporters`
+    is a JSON list of worker ids."""
+
+    agent_id: str
+    session_id: str
+    reporters: str
+    since_ms: int
+    times: int
+    reachable_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class BufferRow:
     buffer_id: str
     session_id: str
@@ -166,6 +179,17 @@ class SessionLeaseRow:
     expires_ms: int
     grants_version: int
     log_full: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReachReportRow:
+    """What a worker says of an agent: since when it reaches it or does not, and when it last said so."""
+
+    session_id: str
+    agent_session_id: str
+    reached: bool
+    since_ms: int
+    reported_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +336,7 @@ TOPICS = Table("topics", TopicRow, ("topic_id",), True)
 PARTITIONS = Table("partitions", PartitionRow, ("topic_id", "partition"), True)
 RANGES = Table("ranges", RangeRow, ("topic_id", "partition", "epoch"), True)
 SESSIONS = Table("sessions", SessionRow, ("session_id",), True)
+CUT_OFFS = Table("cut_offs", CutOffRow, ("agent_id",), True)
 BUFFERS = Table("buffers", BufferRow, ("buffer_id",), True)
 BUFFER_SLICES = Table(
     "buffer_slices", BufferSliceRow, ("buffer_id", "topic_id", "partition", "epoch", "base_offset"), True
@@ -321,6 +346,7 @@ GROUPS = Table("groups", GroupRow, ("group_name",), True)
 GROUP_MEMBERS = Table("group_members", GroupMemberRow, ("group_name", "member_id"), True)
 
 SESSION_LEASES = Table("session_leases", SessionLeaseRow, ("session_id",))
+REACH_REPORTS = Table("reach_reports", ReachReportRow, ("session_id", "agent_session_id"))
 BUFFER_CLAIMS = Table("buffer_claims", BufferClaimRow, ("buffer_id",))
 COMPACTION_CLAIMS = Table("compaction_claims", CompactionClaimRow, ("topic_id", "partition"))
 PRODUCER_SNAPSHOTS = Table("producer_snapshots", ProducerSnapshotRow, ("topic_id", "partition", "epoch", "end_offset"))
@@ -363,6 +389,7 @@ PROJECTIONS: tuple[Table[object], ...] = (
     PARTITIONS,
     RANGES,
     SESSIONS,
+    CUT_OFFS,
     BUFFERS,
     BUFFER_SLICES,
     SEGMENTS,
@@ -371,6 +398,7 @@ PROJECTIONS: tuple[Table[object], ...] = (
 )  # type: ignore[assignment]
 STATE: tuple[Table[object], ...] = (
     SESSION_LEASES,
+    REACH_REPORTS,
     BUFFER_CLAIMS,
     COMPACTION_CLAIMS,
     PRODUCER_SNAPSHOTS,

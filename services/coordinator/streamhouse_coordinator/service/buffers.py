@@ -74,13 +74,14 @@ def _must_be_ingest(session: t.SessionRow) -> None:
         )
 
 
-async def claim(context: Context, worker_id: str, ttl_ms: int) -> Claimed | None:
-    """The oldest free buffer whose agent can be reached; None if there is none."""
+async def claim(context: Context, worker_id: str, ttl_ms: int, except_agents: Collection[str] = ()) -> Claimed | None:
+    """The oldest free buffer of an agent that has a session and is not excepted; None if there is none."""
     claim_id = context.new_id()
 
     async def work(tx: Transaction) -> Claimed | None:
         now_ms = await tx.now_ms()
-        agents = {row.wal_id: row for row in await tx.select(t.SESSIONS, where(role=INGEST))}
+        sessions = await tx.select(t.SESSIONS, where(role=INGEST))
+        agents = {row.wal_id: row for row in sessions if row.agent_id not in except_agents}
         free = where(wal_id=In(agents), free_at_ms=AtMost(now_ms))
         for _ in range(CLAIM_CANDIDATES if agents else 0):
             rows = await tx.select(t.BUFFER_CLAIMS, free, order=("sealed_position",), limit=1, lock="skip")

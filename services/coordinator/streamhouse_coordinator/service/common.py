@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from shproto.errors import SessionExpired, StreamHouseError, UnknownTopic
-from shproto.events import Event, MoveRequested, TopicCreated
+from shproto.events import Event, RangeSettled, TopicCreated
 
 from streamhouse_coordinator.core import assignment, topics
 from streamhouse_coordinator.core import tables as t
@@ -43,6 +43,8 @@ RANGE_KEYS = ("topic_id", "partition", "epoch")
 CLUSTER_LOCK = "cluster"
 # The row of `sweeps` that stands for moves that are due.
 MOVES_DUE = "moves"
+# Why an agent is to lead nothing, as MoveRequested says it.
+LOG_FULL, CUT_OFF = "log_full", "cut_off"
 
 
 def new_uuid() -> str:
@@ -116,38 +118,52 @@ async def commit_leadership(tx: Transaction, settings: CoordinatorSettings, even
     await tx.append(events)
     sessions = await _ingest_sessions(tx)
     if sessions:
-        touched = set(assignment.left_without_leader(events))
-        created = {event.topic_id for event in events if isinstance(event, TopicCreated)}
-        # A new topic unbalances no other: it is shared out alone, so that ten thousand can be made one after the other.
-        alone = created if 0 < len(created) == len(events) else None
-        load = await _load_of(tx, alone)
-        waiting = await _without_leader(tx, touched, load.leaderless)
-        able = assignment.able_to_lead(sessions, load.full)
-        shares = assignment.share(load.sizes, load.led, able, load.others)
-        names = await topic_names(tx, {row.topic_id for row in waiting})
-        latest = await newest_ranges(tx, waiting)
-        width = settings.range_width_offsets
-        await tx.append(assignment.grant(shares, names, waiting, latest, load.by_session, able, width))
-        if shares.surplus:
-            await tx.apply([Put(t.SWEEPS, t.SweepRow(MOVES_DUE, await tx.now_ms()))])
+        await _share_out(tx, settings, sessions, events)
+    else:
+        await tx.apply([Remove(t.SWEEPS, {"name": MOVES_DUE})])
     await _tell_leases(tx, sessions)
     return before
 
 
+async def _share_out(
+    tx: Transaction, settings: CoordinatorSettings, sessions: Sequence[t.SessionRow], events: Sequence[Event]
+) -> None:
+    touched = set(assignment.left_without_leader(events))
+    created = {event.topic_id for event in events if isinstance(event, TopicCreated)}
+    # A new topic unbalances no other: it is shared out alone, so that ten thousand can be made one after the other.
+    alone = created if 0 < len(created) == len(events) else None
+    load = await _load_of(tx, alone)
+    waiting = await _without_leader(tx, touched, load.leaderless)
+    able = assignment.able_to_lead(sessions, load.unable)
+    shares = assignment.share(load.sizes, load.led, able, load.others)
+    names = await topic_names(tx, {row.topic_id for row in waiting})
+    latest = await newest_ranges(tx, waiting)
+    width = settings.range_width_offsets
+    await tx.append(assignment.grant(shares, names, waiting, latest, load.by_session, able, width))
+    if shares.surplus or await _at_once(tx, load.cut_off(able)):
+        await tx.apply([Put(t.SWEEPS, t.SweepRow(MOVES_DUE, await tx.now_ms()))])
+    elif alone is None:  # all was looked at
+        await tx.apply([Remove(t.SWEEPS, {"name": MOVES_DUE})])
+
+
 async def make_moves(context: Context) -> None:
-    """Asks leaders that have more than their share to give partitions up, if a change of leadership noted that."""
+    """Has leaders that have more than their share give partitions up, if a change of leadership noted that. At most
+    moves_per_sweep_max at a time: the next sweep goes on."""
 
     async def work(tx: Transaction) -> None:
         if not await tx.select(t.SWEEPS, where(name=MOVES_DUE)):
             return
         await tx.lock(CLUSTER_LOCK)
+        settled: list[Event] = []
         sessions = await _ingest_sessions(tx)
         if sessions:
             load = await _load_of(tx)
-            able = assignment.able_to_lead(sessions, load.full)
-            await tx.append(await _moves(tx, assignment.share(load.sizes, load.led, able).surplus))
-        await tx.apply([Remove(t.SWEEPS, {"name": MOVES_DUE})])
-        await _tell_leases(tx, sessions)
+            able = assignment.able_to_lead(sessions, load.unable)
+            surplus = assignment.share(load.sizes, load.led, able).surplus
+            at_once = await _at_once(tx, load.cut_off(able))
+            moves, settled = await _moves(tx, surplus, load.unable, at_once, context.settings.moves_per_sweep_max)
+            await tx.append(moves)
+        await commit_leadership(tx, context.settings, settled)  # notes whether there is more to move
 
     await context.store.run(work)
 
@@ -166,14 +182,20 @@ async def _ingest_sessions(tx: Transaction) -> list[t.SessionRow]:
 @dataclass(frozen=True, slots=True)
 class _Load:
     """`sizes`: partitions by topic_id. `led`: how many of them that are not on the move, by (topic_id, session_id).
-    `others`: how many of other topics, by session_id. `leaderless`: how many of `sizes` nobody leads. `full`: the
-    sessions of agents whose log has no room."""
+    `others`: how many of other topics, by session_id. `leaderless`: how many of `sizes` nobody leads. `unable`: why the
+    agents of these sessions are to lead nothing, if others can."""
 
     sizes: dict[str, int]
     led: dict[tuple[str, str], int]
     others: dict[str, int]
     leaderless: int
-    full: frozenset[str]
+    unable: dict[str, str]
+
+    def cut_off(self, able: Sequence[t.SessionRow]) -> set[str]:
+        """The sessions of agents that are cut off, and whose place another one can take."""
+        return {session_id for session_id, why in self.unable.items() if why == CUT_OFF} - {
+            row.session_id for row in able
+        }
 
     @property
     def by_session(self) -> dict[str, int]:
@@ -198,8 +220,14 @@ async def _load_of(tx: Transaction, topic_ids: Collection[str] | None = None) ->
         others.update({row.group[0]: row.count for row in every})
         for (_, session_id), count in led.items():
             others[session_id] -= count
-    full = frozenset(row.session_id for row in await tx.select(t.SESSION_LEASES, where(log_full=True)))
-    return _Load(sizes, led, others, leaderless, full)
+    unable = {row.session_id: LOG_FULL for row in await tx.select(t.SESSION_LEASES, where(log_full=True))}
+    unable |= dict.fromkeys(await cut_off_sessions(tx), CUT_OFF)
+    return _Load(sizes, led, others, leaderless, unable)
+
+
+async def cut_off_sessions(tx: Transaction) -> set[str]:
+    """Returns the sessions of agents that the workers cannot reach."""
+    return {row.session_id for row in await tx.select(t.CUT_OFFS, where(reachable_ms=0))}
 
 
 async def _without_leader(tx: Transaction, touched: Collection[tuple[str, int]], count: int) -> list[t.PartitionRow]:
@@ -216,12 +244,31 @@ async def _leaderless_of(tx: Transaction, which: Where) -> list[t.PartitionRow]:
     return [row for row in partitions if (row.topic_id, row.partition) not in led]
 
 
-async def _moves(tx: Transaction, surplus: Mapping[tuple[str, str], int]) -> list[MoveRequested]:
-    """The caller holds the cluster lock and no range: those that are to move are locked here."""
-    if not surplus:
-        return []
+async def _at_once(tx: Transaction, cut_off: Collection[str]) -> set[RangeKey]:
+    """Returns the ranges of these sessions in topics where nothing counts as acknowledged before it is registered: they
+    can be settled at what is, with nobody to wait for."""
+    durable = await durable_topics(tx) if cut_off else set()
+    if not durable:
+        return set()
+    rows = await tx.select(t.RANGES, where(session_id=In(cut_off), topic_id=In(durable), status=t.OPEN))
+    return {row.key for row in rows}
+
+
+async def _moves(
+    tx: Transaction,
+    surplus: Mapping[tuple[str, str], int],
+    why: Mapping[str, str],
+    at_once: Collection[RangeKey],
+    most: int,
+) -> tuple[list[Event], list[Event]]:
+    """Returns the moves of what is too much, and the ends of what is settled `at_once`, at most so many together. The
+    caller holds the cluster lock and no range: those concerned are locked here."""
     of_surplus = where_keys(("topic_id", "session_id"), sorted(surplus), status=t.OPEN, moving=False)
-    held = await tx.select(t.RANGES, of_surplus)
-    moves = assignment.move(await topic_names(tx, {row.topic_id for row in held}), held, surplus)
-    await ranges_by_key(tx, {(event.topic_id, event.partition, event.epoch) for event in moves}, lock="wait")
-    return moves
+    held = [row for row in await tx.select(t.RANGES, of_surplus) if row.key not in at_once] if surplus else []
+    moves = assignment.move(await topic_names(tx, {row.topic_id for row in held}), held, surplus, why)
+    moves = moves[: max(0, most - len(at_once))]
+    ending = set(sorted(at_once)[:most])
+    moving = {(event.topic_id, event.partition, event.epoch) for event in moves}
+    rows = await ranges_by_key(tx, moving | ending, lock="wait")
+    ends = [RangeSettled(*row.key, row.registered_end) for key, row in sorted(rows.items()) if key in ending]
+    return list(moves), list(ends)

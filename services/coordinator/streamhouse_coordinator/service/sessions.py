@@ -21,6 +21,7 @@ from streamhouse_coordinator.service.common import (
     RangeKey,
     change_leadership,
     commit_leadership,
+    cut_off_sessions,
     durable_topics,
     live_session,
     ranges_by_key,
@@ -33,12 +34,14 @@ SnapshotKey = tuple[str, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A range as its agent is to know it. `snapshot_omitted`: there is a snapshot, to be asked for again."""
+    """A range as its agent is to know it. `snapshot_omitted`: there is a snapshot, to be asked for again. `at_once`: it
+    moves, and is not to wait for registration, since segmenters cannot reach the agent."""
 
     range: t.RangeRow
     topic: t.TopicRow
     producer_snapshot: bytes = b""
     snapshot_omitted: bool = False
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +253,8 @@ async def get_grants(
         leases = await tx.select(t.SESSION_LEASES, where(session_id=session_id))
         ranges = await (_ranges_among(tx, session.wal_id, only) if only else _ranges_to_grant(tx, session.wal_id))
         grants = await _with_topics(tx, ranges)
+        if session_id in await cut_off_sessions(tx):
+            grants = [replace(grant, at_once=grant.range.moving) for grant in grants]
         return (leases[0].grants_version if leases else 0), grants, await tx.position()
 
     return await context.store.run(work)

@@ -1,0 +1,162 @@
+"""Agents that the workers (segmenters, query services) cannot reach: their leaderships go to others.
+
+The coordinators reach such an agent, and so do producers; its lease runs. But nobody uploads what it takes, and nobody
+reads it. Nothing rests on this being right: an agent that gives a partition up settles it at its true end.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from shproto.events import AgentCutOff, AgentReachable, Event
+
+from streamhouse_coordinator.core.sessions import SEGMENTER
+from streamhouse_coordinator.core.tables import CutOffRow, ReachReportRow, SessionRow
+
+QUERY = "query"
+WORKERS = (SEGMENTER, QUERY)
+# Of one worker's word nothing moves while another could have been asked.
+REPORTERS_MIN = 2
+# How long an agent has to be reachable before it leads again doubles with every time it was cut off, so that a link
+# that comes and goes does not send partitions to and fro; after an hour of calm it counts anew.
+HOLD_DOUBLINGS_MAX = 5
+CALM_MS = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """`after_ms`: for how long workers must have failed to reach an agent. `hold_ms`: for how long it must be reachable
+    again before it leads. `fresh_ms`: how old a report may be to count."""
+
+    after_ms: int
+    hold_ms: int
+    fresh_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What live workers say of one agent lately. `failing_since_ms`: since when the first of them fails; 0: none."""
+
+    failing: list[SessionRow]
+    reaching: list[SessionRow]
+    failing_since_ms: int
+    changed_ms: int
+
+
+def reach_of(
+    agent: SessionRow,
+    reports: Iterable[ReachReportRow],
+    workers: Mapping[str, SessionRow],
+    now_ms: int,
+    patience: Patience,
+) -> Reach:
+    """Returns what the reports come to for one agent. `workers`: live ones by session_id."""
+    about = [
+        row
+        for row in reports
+        if row.agent_session_id == agent.session_id
+        and row.session_id in workers
+        and now_ms - row.reported_ms <= patience.fresh_ms
+    ]
+    failing = [row for row in about if not row.reached]
+    return Reach(
+        [workers[row.session_id] for row in failing],
+        [workers[row.session_id] for row in about if row.reached],
+        min((row.since_ms for row in failing), default=0),
+        max((row.since_ms for row in about), default=0),
+    )
+
+
+def is_cut_off(reach: Reach, workers: Collection[SessionRow]) -> bool:
+    """True if several workers (or the only one there is) cannot reach the agent and none can; or if of one role,
+    without which nothing is uploaded or read, several cannot and fewer can."""
+    if not reach.failing:
+        return False
+    if not reach.reaching and len(reach.failing) >= min(REPORTERS_MIN, len(workers)):
+        return True
+    for role in WORKERS:
+        failing = sum(row.role == role for row in reach.failing)
+        if failing >= REPORTERS_MIN and failing > sum(row.role == role for row in reach.reaching):
+            return True
+    return False
+
+
+def decide(
+    agents: Sequence[SessionRow],
+    workers: Sequence[SessionRow],
+    reports: Sequence[ReachReportRow],
+    cut_offs: Mapping[str, CutOffRow],
+    now_ms: int,
+    patience: Patience,
+) -> list[Event]:
+    """Returns who is cut off from now on, and who may lead again. `agents`, `workers`: live ones. `cut_offs`: by agent
+    id, those that are and those that were.
+
+    An agent is cut off only if another one is there that its reporters do not fail to reach: workers that reach nobody
+    have lost their own network. At most half of the agents are at a time.
+    """
+    by_session = {row.session_id: row for row in workers}
+    now = {row.agent_id: reach_of(row, reports, by_session, now_ms, patience) for row in agents}
+    out = {row.agent_id for row in agents if is_out(cut_offs.get(row.agent_id), row)}
+    events: list[Event] = []
+    for agent in agents:
+        name, before = agent.agent_id, cut_offs.get(agent.agent_id)
+        reach = now[name]
+        cut_off = is_cut_off(reach, workers)
+        if name in out and before is not None:
+            if not cut_off and _is_held(reach, before, now_ms, patience):
+                out.discard(name)
+                events.append(AgentReachable(name, agent.session_id, now_ms))
+        elif (
+            cut_off
+            and now_ms - reach.failing_since_ms >= patience.after_ms
+            and len(out) < len(agents) // 2
+            and _has_another(agent, agents, now, out)
+        ):
+            out.add(name)
+            reporters = tuple(sorted(row.agent_id for row in reach.failing))
+            events.append(AgentCutOff(name, agent.session_id, reporters, now_ms, _times(before, now_ms)))
+    return events
+
+
+def is_out(row: CutOffRow | None, agent: SessionRow) -> bool:
+    """True if the agent is cut off in this session; another session may have another network."""
+    return row is not None and not row.reachable_ms and row.session_id == agent.session_id
+
+
+def _is_held(reach: Reach, row: CutOffRow, now_ms: int, patience: Patience) -> bool:
+    hold_ms = patience.hold_ms << min(row.times - 1, HOLD_DOUBLINGS_MAX)
+    return now_ms - max(reach.changed_ms, row.since_ms) >= hold_ms
+
+
+def _has_another(
+    agent: SessionRow, agents: Sequence[SessionRow], now: Mapping[str, Reach], out: Collection[str]
+) -> bool:
+    reporters = {row.session_id for row in now[agent.agent_id].failing}
+    return any(
+        not reporters & {row.session_id for row in now[other.agent_id].failing}
+        for other in agents
+        if other.agent_id != agent.agent_id and other.agent_id not in out
+    )
+
+
+def _times(row: CutOffRow | None, now_ms: int) -> int:
+    if row is None or (row.reachable_ms and now_ms - row.reachable_ms >= CALM_MS):
+        return 1
+    return row.times + 1
+
+
+def outdated(
+    agents: Iterable[SessionRow], workers: Iterable[SessionRow], reports: Iterable[ReachReportRow], out: Collection[str]
+) -> list[ReachReportRow]:
+    """Returns the reports that nobody needs: of sessions that are over, and good ones of agents that no worker fails to
+    reach and that are not cut off. `out`: session ids of those that are."""
+    agent_ids, worker_ids = {row.session_id for row in agents}, {row.session_id for row in workers}
+    rows = list(reports)
+    doubted = {row.agent_session_id for row in rows if not row.reached} | set(out)
+    return [
+        row
+        for row in rows
+        if row.agent_session_id not in agent_ids
+        or row.session_id not in worker_ids
+        or row.agent_session_id not in doubted
+    ]

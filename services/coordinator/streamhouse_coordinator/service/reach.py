@@ -1,0 +1,143 @@
+"""What workers say of the agents they reach or do not, and what follows from it for who leads."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shproto.errors import InvalidArgument
+from shproto.events import AgentCutOff, AgentReachable, Event
+
+from streamhouse_coordinator.core import reach
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.projection import Put, Remove
+from streamhouse_coordinator.core.sessions import INGEST
+from streamhouse_coordinator.ports import Above, In, Transaction, where
+from streamhouse_coordinator.service.common import (
+    CLUSTER_LOCK,
+    Context,
+    change_leadership,
+    commit_leadership,
+    cut_off_sessions,
+    live_session,
+)
+from streamhouse_coordinator.settings import CoordinatorSettings
+
+log = logging.getLogger(__name__)
+
+# Two heartbeats of a worker may be lost before its reports are too old.
+REPORTS_FRESH_HEARTBEATS = 3
+
+
+def patience(settings: CoordinatorSettings) -> reach.Patience:
+    return reach.Patience(
+        settings.unreachable_after_ms,
+        settings.reachable_hold_ms,
+        REPORTS_FRESH_HEARTBEATS * settings.heartbeat_interval_ms,
+    )
+
+
+async def report(context: Context, session_id: str, reached: Mapping[str, bool]) -> list[t.SessionRow]:
+    """Takes in whether a worker reaches agents, by agent id. Returns the agents that it is to check: those that some
+    worker cannot reach, and those that are cut off. Raises SessionExpired, InvalidArgument for another role."""
+
+    async def work(tx: Transaction) -> list[t.SessionRow]:
+        doubted = {row.agent_session_id for row in await tx.select(t.REACH_REPORTS, where(reached=False))}
+        doubted |= await cut_off_sessions(tx)
+        if not reached and not doubted:
+            return []
+        worker = await live_session(tx, session_id)
+        if worker.role not in reach.WORKERS:
+            text = f"session {session_id} is of role {worker.role}; only {' and '.join(reach.WORKERS)} check agents"
+            raise InvalidArgument(text, field="agents", value=worker.role)
+        agents = await tx.select(t.SESSIONS, where(role=INGEST, agent_id=In(reached)))
+        before = {row.agent_session_id: row for row in await tx.select(t.REACH_REPORTS, where(session_id=session_id))}
+        now_ms = await tx.now_ms()
+        rows = [
+            _row(session_id, agent, reached[agent.agent_id], before.get(agent.session_id), now_ms)
+            for agent in agents
+            # That an agent is reached is worth a row only where somebody doubts it.
+            if not reached[agent.agent_id] or agent.session_id in doubted
+        ]
+        await tx.apply([Put(t.REACH_REPORTS, row) for row in rows])
+        doubted |= {row.agent_session_id for row in rows}
+        return await tx.select(t.SESSIONS, where(session_id=In(doubted)), order=("agent_id",))
+
+    return await context.store.run(work)
+
+
+def _row(
+    session_id: str, agent: t.SessionRow, reached: bool, before: t.ReachReportRow | None, now_ms: int
+) -> t.ReachReportRow:
+    since_ms = before.since_ms if before is not None and before.reached == reached else now_ms
+    return t.ReachReportRow(session_id, agent.session_id, reached, since_ms, now_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Who lives, what is said, and who is or was cut off."""
+
+    agents: list[t.SessionRow]
+    workers: list[t.SessionRow]
+    reports: list[t.ReachReportRow]
+    cut_offs: dict[str, t.CutOffRow]
+
+    def decide(self, now_ms: int, settings: CoordinatorSettings) -> list[Event]:
+        return reach.decide(self.agents, self.workers, self.reports, self.cut_offs, now_ms, patience(settings))
+
+    def reach_of(self, agent: t.SessionRow, now_ms: int, settings: CoordinatorSettings) -> reach.Reach:
+        by_session = {row.session_id: row for row in self.workers}
+        return reach.reach_of(agent, self.reports, by_session, now_ms, patience(settings))
+
+    def is_out(self, agent: t.SessionRow) -> bool:
+        return reach.is_out(self.cut_offs.get(agent.agent_id), agent)
+
+    def outdated(self) -> list[t.ReachReportRow]:
+        out = {row.session_id for row in self.cut_offs.values() if not row.reachable_ms}
+        return reach.outdated(self.agents, self.workers, self.reports, out)
+
+
+async def look(tx: Transaction) -> Found | None:
+    """None where nobody has anything to say, as is usual: two reads of tables that are empty then."""
+    reports = await tx.select(t.REACH_REPORTS)
+    cut_offs = {row.agent_id: row for row in await tx.select(t.CUT_OFFS)}
+    if not reports and all(row.reachable_ms for row in cut_offs.values()):
+        return None
+    live = {row.session_id for row in await tx.select(t.SESSION_LEASES, where(expires_ms=Above(await tx.now_ms())))}
+    roles = In((INGEST, *reach.WORKERS))
+    sessions = await tx.select(t.SESSIONS, where(role=roles), order=("agent_id",))
+    sessions = [row for row in sessions if row.session_id in live]
+    agents = [row for row in sessions if row.role == INGEST]
+    return Found(agents, [row for row in sessions if row.role != INGEST], reports, cut_offs)
+
+
+async def is_due(tx: Transaction, settings: CoordinatorSettings) -> tuple[bool, int]:
+    """Returns True if `apply` has something to do, and how many agents are cut off."""
+    found = await look(tx)
+    if found is None:
+        return False, 0
+    due = bool(found.decide(await tx.now_ms(), settings) or found.outdated())
+    return due, sum(found.is_out(agent) for agent in found.agents)
+
+
+async def apply(context: Context) -> None:
+    """Cuts off agents whose workers cannot reach them, and lets those lead again that they reach."""
+
+    async def work(tx: Transaction) -> list[Event]:
+        await tx.lock(CLUSTER_LOCK)
+        found = await look(tx)
+        if found is None:
+            return []
+        gone = found.outdated()
+        keys = [{"session_id": row.session_id, "agent_session_id": row.agent_session_id} for row in gone]
+        await tx.apply([Remove(t.REACH_REPORTS, key) for key in keys])
+        events = found.decide(await tx.now_ms(), context.settings)
+        if events:
+            await commit_leadership(tx, context.settings, events)
+        return events
+
+    for event in await change_leadership(context, work):
+        if isinstance(event, AgentCutOff):
+            names = ", ".join(event.reporters)
+            log.error("%s cannot reach agent %s: others are to lead its partitions", names, event.agent_id)
+        elif isinstance(event, AgentReachable):
+            log.warning("workers reach agent %s again: it may lead", event.agent_id)
