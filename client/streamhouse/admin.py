@@ -13,6 +13,7 @@ from streamhouse.cluster import (
     BufferFailure,
     ClusterStatus,
     CommittedOffset,
+    DoubtedAgent,
     FoundOffset,
     OffsetRange,
     Topic,
@@ -137,6 +138,17 @@ class Admin:
             tuple(
                 BufferFailure(item.buffer_id, item.agent_id, item.attempt, item.reason, item.size_bytes)
                 for item in response.buffer_failures
+            ),
+            tuple(
+                DoubtedAgent(
+                    item.agent_id,
+                    item.address,
+                    item.cut_off,
+                    tuple(item.failing),
+                    tuple(item.reaching),
+                    item.since_ms,
+                )
+                for item in response.doubted_agents
             ),
         )
 

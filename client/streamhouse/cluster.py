@@ -119,9 +119,23 @@ class BufferFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class DoubtedAgent:
+    """An ingest agent that some segmenters or query services cannot reach. cut_off: its partitions go to others.
+    since_ms: since when the first of `failing` cannot; 0: all can again."""
+
+    agent_id: str
+    address: str
+    cut_off: bool
+    failing: tuple[str, ...]
+    reaching: tuple[str, ...]
+    since_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterStatus:
     """missing_position: of an event that was seen and is not there any more, so that the metadata is to be restored;
-    0: none. buffer_failures: the oldest of those there are."""
+    0: none. buffer_failures: the oldest of those there are. doubted_agents: those that a worker cannot reach, or that
+    are cut off still."""
 
     sessions: tuple[Session, ...]
     leases: tuple[Lease, ...]
@@ -132,6 +146,7 @@ class ClusterStatus:
     outbox_position: int
     missing_position: int = 0
     buffer_failures: tuple[BufferFailure, ...] = ()
+    doubted_agents: tuple[DoubtedAgent, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from uuid import uuid4
 
 import pytest
 from streamhouse.cli.serve_process import ServeProcess
-from streamhouse.cli.status import show_failure
+from streamhouse.cli.status import show_doubt, show_failure
 from streamhouse.cli.topic import show_description
-from streamhouse.cluster import BufferFailure, LostRecords, Partition, Topic, TopicDescription
+from streamhouse.cluster import BufferFailure, DoubtedAgent, LostRecords, Partition, Topic, TopicDescription
 from streamhouse.sync import Admin, Consumer, Producer
 
 pytestmark = pytest.mark.integration
@@ -114,6 +114,18 @@ def test_a_buffer_that_the_store_refuses_stands_out_from_one_that_is_late() -> N
     refused = "THE OBJECT STORE REFUSES buffer b-1 of agent a (2.0 KiB), attempt 19: refused: InvalidPart"
     assert shown("refused: InvalidPart") == refused
     assert shown("store: timeout").startswith("not handed over yet: buffer b-1 ")
+
+
+def test_an_agent_that_workers_cannot_reach_is_shown_with_who_cannot() -> None:
+    def shown(cut_off: bool, failing: tuple[str, ...], reaching: tuple[str, ...] = ()) -> str:
+        since_ms = 1_700_000_000_000 if failing else 0
+        return show_doubt(asdict(DoubtedAgent("a", "10.0.0.7:7012", cut_off, failing, reaching, since_ms)))
+
+    one = shown(False, ("s1",), ("s2", "q"))
+    assert one.startswith("agent a at 10.0.0.7:7012 cannot be reached by s1 since 2023-11-1")
+    assert one.endswith("; reached by s2, q")
+    assert shown(True, ("s1", "s2")).endswith(": OTHERS LEAD ITS PARTITIONS")
+    assert "can be reached again by all" in shown(True, ())
 
 
 # ---- groups

@@ -71,6 +71,7 @@ async def collect_status(bootstrap: str) -> dict[str, Any]:
         "events_position": answer.events_position,
         "outbox_position": answer.outbox_position,
         "missing_position": answer.missing_position,
+        "doubted_agents": [asdict(item) for item in answer.doubted_agents],
         "buffer_failures": [asdict(item) | {"refused": item.refused} for item in answer.buffer_failures],
     }
 
@@ -214,6 +215,8 @@ def _print_waits(report: dict[str, Any]) -> None:
             click.echo(
                 f"THE LOG OF AGENT {session['agent_id']} HAS NO ROOM: others lead instead, as far as there are any"
             )
+    for item in report["doubted_agents"]:
+        click.echo(show_doubt(item))
     for item in report["buffer_failures"]:
         click.echo(show_failure(item))
     for entry in report["partitions"]:
@@ -225,6 +228,16 @@ def _print_waits(report: dict[str, Any]) -> None:
                 f"readers of {entry['topic']}/{entry['partition']} wait at offset {owned['registered_end']}: "
                 f"epoch {owned['epoch']} of agent {owned['agent_id']} is {status}"
             )
+
+
+def show_doubt(item: dict[str, Any]) -> str:
+    """Returns the line about an agent that workers cannot reach."""
+    agent = f"agent {item['agent_id']} at {item['address']}"
+    if not item["failing"]:
+        return f"{agent} can be reached again by all; it leads once that has lasted"
+    reaching = f"; reached by {', '.join(item['reaching'])}" if item["reaching"] else ""
+    said = f"cannot be reached by {', '.join(item['failing'])} since {show_time(item['since_ms'])}{reaching}"
+    return f"{agent} {said}" + (": OTHERS LEAD ITS PARTITIONS" if item["cut_off"] else "")
 
 
 def show_failure(item: dict[str, Any]) -> str:
