@@ -67,6 +67,9 @@ SETTINGS = {
     "SESSION_TTL_MS": SESSION_TTL_S * 1000,
     "HEARTBEAT_INTERVAL_MS": 2000,
     "LEASE_MARGIN_MS": 1500,
+    # An agent that its workers do not reach gives its partitions up, and has them back, within a fault.
+    "UNREACHABLE_AFTER_MS": 5000,
+    "REACHABLE_HOLD_MS": 5000,
     "RPC_TIMEOUT_MS": 3000,
     "PG_TIMEOUT_MS": 1200,
     "GROUP_SESSION_TIMEOUT_MS": 6000,

@@ -79,14 +79,14 @@ class SimConnection:
             return response
         except TimeoutError:
             outcome = "timeout"
-            raise Unavailable(f"{address}: DEADLINE_EXCEEDED") from None
+            raise Unavailable(f"{address}: DEADLINE_EXCEEDED", address=address) from None
         except StreamHouseError as error:
             outcome = f"{error.reason}: {error.message}"
             raise
         except NoAnswer as error:
             outcome = f"no answer: {error}"
             self._connected.discard(address)
-            raise Unavailable(f"UNAVAILABLE: {error}") from error
+            raise Unavailable(f"UNAVAILABLE: {error}", address=address) from error
         finally:
             if outcome in ("cancelled", "timeout"):
                 call.abandon()
@@ -137,7 +137,7 @@ class SimConnection:
             self._connected.discard(call.address)
             self._order.failed(which, _now_ms())
             self._network.log(PROCESS.get().name, f"-> {call.address} {call.method}: {error}")
-            raise Unavailable(f"UNAVAILABLE: {error}") from error
+            raise Unavailable(f"UNAVAILABLE: {error}", address=call.address) from error
         except (Unavailable, ShuttingDown):
             self._order.failed(which, _now_ms())
             raise

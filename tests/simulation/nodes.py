@@ -170,6 +170,8 @@ class CoordinatorNode(Node):
             range_width_offsets=self.around.range_width_offsets,
             group_session_timeout_ms=3_000,
             group_heartbeat_interval_ms=1_000,
+            unreachable_after_ms=3_000,
+            reachable_hold_ms=4_000,
         )
         tasks, store = Tasks(), Session(self.around.database, self.name)
         context = Context(store, settings)
