@@ -72,6 +72,7 @@ SETTINGS = {
     "REACHABLE_HOLD_MS": 5000,
     "RPC_TIMEOUT_MS": 3000,
     "PG_TIMEOUT_MS": 1200,
+    "PG_TRANSACTION_IDLE_MS": 1200,
     "GROUP_SESSION_TIMEOUT_MS": 6000,
     "GROUP_HEARTBEAT_INTERVAL_MS": 1000,
     # Ranges run out and are extended within a run.

@@ -56,6 +56,7 @@ async def test_g7_wal_writes_go_on_while_postgresql_is_away_for_longer_than_a_le
         heartbeat_interval_ms=200,
         session_sweep_interval_ms=100,
         pg_timeout_ms=500,
+        pg_transaction_idle_ms=500,
     )
     coordinator = build_coordinator(settings)
     await coordinator.start()

@@ -89,7 +89,13 @@ async def coordinating(server: Any) -> AsyncIterator[CoordinatorService]:
 @asynccontextmanager
 async def _coordinating(dsn: str) -> AsyncIterator[CoordinatorService]:
     settings = CoordinatorSettings.load(
-        {}, pg_dsn=dsn, session_ttl_ms=3_000, heartbeat_interval_ms=500, pg_timeout_ms=800
+        {},
+        pg_dsn=dsn,
+        session_ttl_ms=3_000,
+        heartbeat_interval_ms=500,
+        session_sweep_interval_ms=500,
+        pg_timeout_ms=800,
+        pg_transaction_idle_ms=800,
     )
     service = build_coordinator(settings)
     await service.start()

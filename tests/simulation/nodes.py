@@ -164,7 +164,8 @@ class CoordinatorNode(Node):
             session_ttl_ms=2_500,
             heartbeat_interval_ms=800,
             pg_timeout_ms=500,
-            session_sweep_interval_ms=700,
+            pg_transaction_idle_ms=500,
+            session_sweep_interval_ms=500,
             probe_timeout_ms=500,
             events_poll_interval_ms=1_000,
             range_width_offsets=self.around.range_width_offsets,
@@ -173,6 +174,8 @@ class CoordinatorNode(Node):
             unreachable_after_ms=3_000,
             reachable_hold_ms=4_000,
         )
+        # More than an operator may set: so that leases end over outages that are not made up for.
+        settings = settings.model_copy(update={"session_sweep_interval_ms": 700})
         tasks, store = Tasks(), Session(self.around.database, self.name)
         context = Context(store, settings)
         feed = Feed(store, poll_interval_ms=settings.events_poll_interval_ms, batch=50, cached=40)
@@ -256,7 +259,6 @@ class SegmenterNode(Node):
         settings = SegmenterSettings.load(
             {},
             worker_id=self.name,
-            claim_ttl_ms=2_000,
             scan_interval_ms=1_000,
             segment_build_bytes_max=1024 * 1024,
             handover_retry_first_ms=50,
@@ -271,6 +273,8 @@ class SegmenterNode(Node):
             shutdown_timeout_ms=2_000,
             rpc_timeout_ms=RPC_TIMEOUT_MS,
         )
+        # Less than an operator may set: so that claims end under their work.
+        settings = settings.model_copy(update={"claim_ttl_ms": 2_000})
         around = self.around
         store = store_of(around.objects, around.network, self.name, around.store_rates, around.rng, around.loop)
         service = segmenter_wiring.build(settings, around.coordinator(), store, around.ingest_at(), self.clock)

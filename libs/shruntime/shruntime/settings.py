@@ -126,6 +126,12 @@ class CommonSettings(BaseSettings):
         "", description="host:port that serves /metrics; empty: off"
     )
 
+    def must_not_exceed(self, name: str, most: str, why: str) -> None:
+        """Holds two settings against each other. Raises ValueError, which names both and their values."""
+        value, limit = getattr(self, name), getattr(self, most)
+        if value > limit:
+            raise ValueError(f"{name} ({value}) must not be above {most} ({limit}): {why}")
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         CommonSettings.known[cls.service] = cls

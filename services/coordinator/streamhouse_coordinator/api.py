@@ -39,6 +39,7 @@ from streamhouse_coordinator.service import (
     views,
 )
 from streamhouse_coordinator.service.common import Context
+from streamhouse_coordinator.settings import GROUP_HEARTBEATS
 
 _tracer = trace.get_tracer("streamhouse.coordinator")
 
@@ -228,7 +229,7 @@ class CoordinatorApi:
 
     async def release_claim(self, request: pb.ReleaseClaimRequest) -> pb.ReleaseClaimResponse:
         check_name("claim_id", request.claim_id, messages.ID_LENGTH_MAX)
-        check_number("retry_after_ms", request.retry_after_ms, 0, self._settings.claim_ttl_ms_max)
+        check_number("retry_after_ms", request.retry_after_ms, 0, messages.RETRY_AFTER_MS_MAX)
         reason = request.reason[: messages.REASON_LENGTH_MAX].replace("\0", "")
         await buffers.release_claim(self._context, request.claim_id, reason, request.retry_after_ms)
         return pb.ReleaseClaimResponse()
@@ -347,7 +348,9 @@ class CoordinatorApi:
             generation=assignment.generation,
             assigned=messages.topic_partitions(sorted(assignment.assigned, key=split_name)),
             # Two heartbeats may be lost, also with a timeout that is shorter than usual.
-            heartbeat_interval_ms=min(self._settings.group_heartbeat_interval_ms, assignment.session_timeout_ms // 3),
+            heartbeat_interval_ms=min(
+                self._settings.group_heartbeat_interval_ms, assignment.session_timeout_ms // GROUP_HEARTBEATS
+            ),
             session_timeout_ms=assignment.session_timeout_ms,
             pending=assignment.pending,
         )

@@ -46,6 +46,9 @@ GROUP_TOPICS_MAX = 1_000
 OWNED_MAX = 100_000  # partitions one member may have
 EPOCHS_MAX = 1_000  # of one partition given up at once; a partition rarely has more than a few unsettled
 OPERATOR_REASON_LENGTH_MAX = 500  # a sentence or two; it is in the event for good
+# What segmenters may be set to (handover_retry_max_ms, handover_refused_retry_ms): a release that is refused would
+# leave the buffer's trouble untold.
+RETRY_AFTER_MS_MAX = 3_600_000
 GROUP_SESSION_TIMEOUT_MS_MIN, GROUP_SESSION_TIMEOUT_MS_MAX = 100, 3_600_000
 METADATA_LENGTH_MAX = 4096  # Kafka's offset.metadata.max.bytes
 

@@ -8,6 +8,10 @@ from shruntime.urls import url_of
 
 # Of a lease; the rest is the agents' own margin (lease_margin_ms, 2 s by default).
 LEASE_SHARE = 0.75
+# Sweeps in a row that have to be missing, of all coordinators, before it counts as an outage: one or two are load.
+MISSED_SWEEPS = 3
+# Heartbeats of a group member in its session_timeout_ms, so that two may be lost.
+GROUP_HEARTBEATS = 3
 
 
 class CoordinatorSettings(CommonSettings):
@@ -139,20 +143,53 @@ class CoordinatorSettings(CommonSettings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        """While PostgreSQL is away, an agent goes on for as long as coordinators tell it so: a heartbeat is answered
-        after pg_timeout_ms, the next one is sent heartbeat_interval_ms later and answered after pg_timeout_ms again.
-        Meanwhile the lease that the first one renewed must not run out."""
-        silent_ms = 2 * self.pg_timeout_ms + self.heartbeat_interval_ms
-        if silent_ms > LEASE_SHARE * self.session_ttl_ms:
+        self._leases_outlive_silence()
+        self._leases_outlive_what_is_no_outage()
+        if self.group_heartbeat_interval_ms * GROUP_HEARTBEATS > self.group_session_timeout_ms:
             raise ValueError(
-                f"session_ttl_ms ({self.session_ttl_ms}) is too short for pg_timeout_ms ({self.pg_timeout_ms}) and "
-                f"heartbeat_interval_ms ({self.heartbeat_interval_ms}): while PostgreSQL is away agents hear from the "
-                f"coordinator every 2 * pg_timeout_ms + heartbeat_interval_ms = {silent_ms} ms, which must be at most "
-                f"{LEASE_SHARE:.0%} of session_ttl_ms; make that {-int(-silent_ms // LEASE_SHARE)} at least"
+                f"group_heartbeat_interval_ms ({self.group_heartbeat_interval_ms}) must be at most a third of "
+                f"group_session_timeout_ms ({self.group_session_timeout_ms}), so that two heartbeats may be lost"
             )
         if self.pg_timeout_ms >= self.rpc_timeout_ms:
             raise ValueError(
                 f"pg_timeout_ms ({self.pg_timeout_ms}) must be below rpc_timeout_ms ({self.rpc_timeout_ms}): callers "
                 "would give up before they hear that PostgreSQL is away"
             )
+        if self.probe_timeout_ms >= self.rpc_timeout_ms:
+            raise ValueError(
+                f"probe_timeout_ms ({self.probe_timeout_ms}) must be below rpc_timeout_ms ({self.rpc_timeout_ms}): a "
+                "process whose session another one has would give up before the coordinator knows if that one is there"
+            )
         return self
+
+    def _leases_outlive_silence(self) -> None:
+        """While PostgreSQL is away, an agent goes on for as long as coordinators tell it so: a heartbeat is answered
+        after pg_timeout_ms, the next one is sent heartbeat_interval_ms later and answered after pg_timeout_ms again.
+        Meanwhile the lease that the first one renewed must not run out. The same if what a heartbeat changes is locked
+        by a coordinator that is frozen, for pg_transaction_idle_ms, or twice that (docs/postgresql.md)."""
+        for name in ("pg_timeout_ms", "pg_transaction_idle_ms"):
+            silent_ms = 2 * getattr(self, name) + self.heartbeat_interval_ms
+            if silent_ms > LEASE_SHARE * self.session_ttl_ms:
+                what = "PostgreSQL is away" if name == "pg_timeout_ms" else "a frozen coordinator holds its locks"
+                raise ValueError(
+                    f"session_ttl_ms ({self.session_ttl_ms}) is too short for {name} ({getattr(self, name)}) and "
+                    f"heartbeat_interval_ms ({self.heartbeat_interval_ms}): while {what} agents hear from the "
+                    f"coordinator every 2 * {name} + heartbeat_interval_ms = {silent_ms} ms, which must be at most "
+                    f"{LEASE_SHARE:.0%} of session_ttl_ms; make that {-int(-silent_ms // LEASE_SHARE)} at least"
+                )
+
+    def _leases_outlive_what_is_no_outage(self) -> None:
+        """The time of an outage is added to all leases after it (service/outages.py), but one of up to MISSED_SWEEPS
+        sweeps is not taken for an outage: leases must last for it."""
+        for lease, interval in (
+            ("session_ttl_ms", "heartbeat_interval_ms"),
+            ("group_session_timeout_ms", "group_heartbeat_interval_ms"),
+        ):
+            unnoticed_ms = getattr(self, interval) + MISSED_SWEEPS * self.session_sweep_interval_ms
+            if unnoticed_ms >= getattr(self, lease):
+                raise ValueError(
+                    f"session_sweep_interval_ms ({self.session_sweep_interval_ms}) is too long for {lease} "
+                    f"({getattr(self, lease)}) and {interval} ({getattr(self, interval)}): PostgreSQL may be away for "
+                    f"{MISSED_SWEEPS} sweeps before that is made up for, so {interval} + {MISSED_SWEEPS} * "
+                    f"session_sweep_interval_ms = {unnoticed_ms} ms must be below {lease}"
+                )

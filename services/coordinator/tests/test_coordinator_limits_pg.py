@@ -143,7 +143,7 @@ async def backends(connection: asyncpg.Connection) -> int:
 async def test_statements_given_up_under_a_held_lock_do_not_pile_up(
     dsn: str, fast: Settings, direct: asyncpg.Connection, observer: asyncpg.Connection
 ) -> None:
-    settings = fast(dsn, pg_timeout_ms=200, pg_pool_max=POOL_MAX, session_sweep_interval_ms=600_000)
+    settings = fast(dsn, pg_timeout_ms=200, pg_pool_max=POOL_MAX, session_sweep_interval_ms=150_000)
     async with running(settings) as service:
         await service.api.create_topic(pb.CreateTopicRequest(topic="before", partitions=1))
         seen = 0
@@ -162,7 +162,7 @@ async def test_calls_that_are_cancelled_under_a_held_lock_do_not_pile_up(
     dsn: str, fast: Settings, direct: asyncpg.Connection, observer: asyncpg.Connection
 ) -> None:
     """By callers that lose patience long before pg_timeout_ms; the connections are used again afterwards."""
-    settings = fast(dsn, pg_timeout_ms=20_000, pg_pool_max=POOL_MAX, session_sweep_interval_ms=600_000)
+    settings = fast(dsn, pg_timeout_ms=20_000, pg_pool_max=POOL_MAX, session_sweep_interval_ms=150_000)
     async with running(settings) as service:
         seen = 0
         async with direct.transaction():
@@ -199,11 +199,32 @@ async def until(call: Callable[[], Awaitable[Any]]) -> Any:
             r"session_ttl_ms \(8000\) is too short for",
         ),
         ({"session_ttl_ms": 20_000}, r"heartbeat_interval_ms = 20000 ms.* make that 26667 at least"),
-        ({"pg_timeout_ms": 12_000, "session_ttl_ms": 60_000}, r"pg_timeout_ms \(12000\) must be below rpc_timeout_ms"),
+        (
+            {"pg_transaction_idle_ms": 7_000},
+            r"session_ttl_ms \(30000\) is too short for pg_transaction_idle_ms \(7000\).*= 24000 ms.* make that 32000",
+        ),
+        (
+            {"pg_timeout_ms": 12_000, "session_ttl_ms": 60_000},
+            r"pg_timeout_ms \(12000\) must be below rpc_timeout_ms \(10000\)",
+        ),
+        ({"probe_timeout_ms": 10_000}, r"probe_timeout_ms \(10000\) must be below rpc_timeout_ms \(10000\)"),
+        (
+            {"session_sweep_interval_ms": 7_000, "group_session_timeout_ms": 30_000},
+            r"session_sweep_interval_ms \(7000\) is too long for session_ttl_ms \(30000\).*= 31000 ms",
+        ),
+        (
+            {"session_sweep_interval_ms": 3_000},
+            r"session_sweep_interval_ms \(3000\) is too long for group_session_timeout_ms \(10000\).*= 12000 ms",
+        ),
+        (
+            {"group_session_timeout_ms": 8_000},
+            r"group_heartbeat_interval_ms \(3000\) must be at most a third of group_session_timeout_ms \(8000\)",
+        ),
     ],
 )
-def test_a_lease_outlives_the_silence_of_an_outage(changes: dict[str, int], said: str) -> None:
+def test_settings_that_would_not_work_together_are_refused(changes: dict[str, int], said: str) -> None:
     with pytest.raises(SettingsError, match=said) as caught:
         CoordinatorSettings.load({}, pg_dsn="postgresql://me:secret@host/db", **changes)
     assert "secret" not in str(caught.value)
-    assert CoordinatorSettings.load({}, session_ttl_ms=8_000, pg_timeout_ms=1_800, heartbeat_interval_ms=2_400)
+    short = {"pg_timeout_ms": 1_800, "pg_transaction_idle_ms": 1_800, "heartbeat_interval_ms": 2_400}
+    assert CoordinatorSettings.load({}, session_ttl_ms=8_000, **short)

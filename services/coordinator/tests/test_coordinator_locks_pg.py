@@ -28,7 +28,7 @@ UntilBlocked = Callable[[int], Awaitable[None]]
 @pytest.fixture
 async def quiet(dsn: str, fast: Any) -> AsyncIterator[CoordinatorService]:
     """A coordinator that sweeps only when it is told to."""
-    service = build(fast(dsn, session_sweep_interval_ms=600_000))
+    service = build(fast(dsn, session_sweep_interval_ms=150_000))
     await service.start()
     yield service
     await service.stop()

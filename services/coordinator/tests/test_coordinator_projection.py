@@ -132,8 +132,16 @@ class Walk:
         self.clock = ManualClock(1_000_000)
         self.store = memory.MemoryStore(self.clock)
         settings = CoordinatorSettings.load(
-            {}, range_width_offsets=64, session_ttl_ms=1000, pg_timeout_ms=100, heartbeat_interval_ms=100
+            {},
+            range_width_offsets=64,
+            session_ttl_ms=1000,
+            pg_timeout_ms=100,
+            pg_transaction_idle_ms=100,
+            heartbeat_interval_ms=100,
+            session_sweep_interval_ms=200,
         )
+        # More than an operator may set: so that leases end over outages that are not made up for.
+        settings = settings.model_copy(update={"session_sweep_interval_ms": 1000})
         self.context = Context(self.store, settings, new_id=self.new_id)
         feed = Feed(self.store, poll_interval_ms=1000, batch=100, cached=100)
         self.api = CoordinatorApi(self.context, feed, Nobody())

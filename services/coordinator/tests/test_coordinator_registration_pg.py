@@ -170,6 +170,20 @@ async def test_buffers_of_an_agent_that_is_gone_wait_and_are_dropped_when_it_ope
     assert [(s.base_offset, s.end_offset, s.record_count) for s in claimed.slices] == [(10, 25, 15)]
 
 
+async def test_a_buffer_may_rest_for_longer_than_any_claim(api: CoordinatorApi, open_agent: Any) -> None:
+    """A segmenter may be set to give back for an hour what the store refuses, while claims end after ten minutes."""
+    agent = await open_agent(api, "a")
+    await agent.announce(((await agent.leads())[0], 0, 10))
+    claimed = await claim(api)
+    request = pb.ReleaseClaimRequest(claim_id=claimed.claim_id, reason="refused: no", retry_after_ms=3_600_001)
+    with pytest.raises(InvalidArgument, match=r"retry_after_ms .*3600000"):
+        await api.release_claim(request)
+    request.retry_after_ms = 3_600_000
+    await api.release_claim(request)
+    assert not (await claim(api)).found
+    assert "refused: no" in str(await api.get_status(pb.GetStatusRequest()))
+
+
 async def test_holes_in_the_log_are_recorded_in_their_place(
     api: CoordinatorApi, open_agent: Any, make_segment: MakeSegment, all_events: Any
 ) -> None:

@@ -113,7 +113,7 @@ async def test_a_restored_database_knows_what_was_registered_after_the_backup(
         assert {row[4:6] for row in after["segments"]} == {(0, 10), (10, 30)}
         assert after["ranges"][0][5] == 30, "registered_end"
         # Nothing else is to look at tables while they are rebuilt: no sweep.
-        settings = fast(fresh, session_sweep_interval_ms=600_000)
+        settings = fast(fresh, session_sweep_interval_ms=150_000)
         async with coordinator_on(settings) as restored:
             status = await restored.api.get_status(pb.GetStatusRequest())
             assert status.history_id == report.history_id and not status.sessions
@@ -141,7 +141,7 @@ async def test_a_topic_created_again_long_after_comes_back(
     await wiring.take_backup(dsn, store)
     async with another_database(dsn) as fresh:
         await restore(fresh, store)
-        async with coordinator_on(fast(fresh, session_sweep_interval_ms=600_000)) as restored:
+        async with coordinator_on(fast(fresh, session_sweep_interval_ms=150_000)) as restored:
             await restored.context.store.rebuild()
             found = await restored.api.list_topics(pb.ListTopicsRequest())
             assert {item.topic: item.partitions for item in found.topics} == {"orders": 2, "other": 1}

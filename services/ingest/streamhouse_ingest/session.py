@@ -175,13 +175,23 @@ class Session:
                 log.warning("cannot open a session yet: %s", error.message)
                 await self._clock.sleep_ms(backoff.next_ms())
             else:
-                if not self._lease.renew(sent_ms, opened.ttl_ms):
-                    raise InvalidArgument(
-                        f"lease_margin_ms leaves nothing of the session's {opened.ttl_ms} ms; make it smaller",
-                        field="lease_margin_ms",
-                        limit=opened.ttl_ms,
-                    )
+                self._must_outlast_heartbeats(opened.ttl_ms, opened.heartbeat_interval_ms)
+                self._lease.renew(sent_ms, opened.ttl_ms)
                 return opened
+
+    def _must_outlast_heartbeats(self, ttl_ms: int, heartbeat_interval_ms: int) -> None:
+        """Raises InvalidArgument for a lease that would be over before its next renewal: the agent would acknowledge
+        now and then."""
+        margin_ms = self._lease.margin_ms
+        if ttl_ms - margin_ms <= heartbeat_interval_ms:
+            raise InvalidArgument(
+                f"lease_margin_ms ({margin_ms}) is too long for the coordinator's session_ttl_ms ({ttl_ms}) and "
+                f"heartbeat_interval_ms ({heartbeat_interval_ms}): a lease lasts for session_ttl_ms less that, "
+                f"{ttl_ms - margin_ms} ms, and must be renewed before that",
+                field="lease_margin_ms",
+                limit=ttl_ms - heartbeat_interval_ms - 1,
+                value=margin_ms,
+            )
 
     def _open_request(self, token: str) -> pb.OpenSessionRequest:
         """The same for all tries: were a session opened by one whose answer is lost, another one would, over a damaged

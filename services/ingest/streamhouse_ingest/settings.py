@@ -151,4 +151,5 @@ class IngestSettings(CommonSettings):
             raise ValueError(
                 f"queue_bytes_max ({self.queue_bytes_max}) must hold one of batch_bytes_max ({self.batch_bytes_max})"
             )
+        self.must_not_exceed("retry_first_ms", "retry_max_ms", "waits grow from the first to the second")
         return self

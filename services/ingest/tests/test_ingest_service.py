@@ -29,6 +29,7 @@ from shproto import errors
 from shproto.v1 import coordinator_pb2, types_pb2
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import ManualClock
+from shruntime.settings import SettingsError
 from streamhouse_ingest import request_rules
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
@@ -42,6 +43,7 @@ from streamhouse_ingest.core.producers import (
 )
 from streamhouse_ingest.log_room import LogRoom
 from streamhouse_ingest.ports import Frame, WalBroken, WalDamaged, WalLocked
+from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.wiring import IngestService
 
 from services.ingest.tests.ingest_standins import (
@@ -908,6 +910,21 @@ async def test_an_agent_that_stops_opens_no_new_session(tmp_path: Path, monkeypa
     await led(service)
     await service.stop()
     assert coordinator.calls["open_session"] == 1 and not coordinator.sessions
+
+
+@pytest.mark.parametrize("margin_ms", [20_000, 30_000, 40_000])
+async def test_a_lease_that_would_end_before_its_next_heartbeat_is_refused(
+    tmp_path: Path, coordinator: CoordinatorStandIn, margin_ms: int
+):
+    said = rf"lease_margin_ms \({margin_ms}\) .* session_ttl_ms \(30000\) and heartbeat_interval_ms \(10000\)"
+    with pytest.raises(errors.InvalidArgument, match=said) as caught:
+        await started(tmp_path, coordinator, lease_margin_ms=margin_ms)
+    assert (caught.value.details["limit"], caught.value.details["value"]) == ("19999", str(margin_ms))
+
+
+def test_a_first_wait_above_the_longest_is_refused(tmp_path: Path):
+    with pytest.raises(SettingsError, match=r"retry_first_ms \(50\) must not be above retry_max_ms \(40\)"):
+        IngestSettings.load({}, wal_dir=str(tmp_path), retry_first_ms=50, retry_max_ms=40)
 
 
 async def test_with_fsync_by_interval_acks_do_not_wait_for_it(

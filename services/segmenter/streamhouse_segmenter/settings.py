@@ -135,6 +135,15 @@ class SegmenterSettings(StoreSettings):
                 f"compaction_small_bytes_max ({self.compaction_small_bytes_max}) must be at most half of "
                 f"compaction_target_bytes ({self.compaction_target_bytes}), so that two fit together"
             )
+        if 3 * self.rpc_timeout_ms > 2 * self.claim_ttl_ms:
+            raise ValueError(
+                f"rpc_timeout_ms ({self.rpc_timeout_ms}) must be at most two thirds of claim_ttl_ms "
+                f"({self.claim_ttl_ms}): a claim is renewed after a third of its time, and a renewal that is answered "
+                "at the last moment would come too late"
+            )
+        why = "waits grow from the first to the second"
+        self.must_not_exceed("handover_retry_first_ms", "handover_retry_max_ms", why)
+        self.must_not_exceed("early_retry_first_ms", "early_retry_max_ms", why)
         return self
 
     @property

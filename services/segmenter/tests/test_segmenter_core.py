@@ -192,6 +192,29 @@ def test_an_answer_about_other_objects_deletes_nothing(keys: list[str]) -> None:
         judge([object_of("a"), object_of("b")], answer)
 
 
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"claim_ttl_ms": 14_000},
+            r"rpc_timeout_ms \(10000\) must be at most two thirds of claim_ttl_ms \(14000\)",
+        ),
+        (
+            {"handover_retry_first_ms": 6_000},
+            r"handover_retry_first_ms \(6000\) must not be above handover_retry_max_ms \(5000\)",
+        ),
+        ({"early_retry_max_ms": 10}, r"early_retry_first_ms \(20\) must not be above early_retry_max_ms \(10\)"),
+    ],
+)
+def test_settings_that_would_not_work_together_are_refused(changes: dict[str, int], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        SegmenterSettings.load({}, **changes)
+    assert SegmenterSettings.load({}, claim_ttl_ms=15_000)
+
+
 # ---- history
 
 

@@ -305,7 +305,7 @@ async def test_it_goes_on_without_the_broker_and_hears_events_when_it_is_back(
 
 async def test_workers_compete_and_a_killed_one_is_replaced(platform: Platform, broker: Broker) -> None:
     await broker.start()
-    settings = {"AMQP_URL": broker.url, "SCAN_INTERVAL_MS": 500, "CLAIM_TTL_MS": 1_000}
+    settings = {"AMQP_URL": broker.url, "SCAN_INTERVAL_MS": 500, "CLAIM_TTL_MS": 1_000, "RPC_TIMEOUT_MS": 600}
     victim = platform.start_worker("w1", settings)
     platform.start_worker("w2", settings)
     await wait_for_consumers(broker.url, 2)

@@ -8,10 +8,9 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, RowOp, Set
 from streamhouse_coordinator.ports import Transaction, where
 from streamhouse_coordinator.service.common import CLUSTER_LOCK, MOVES_DUE
+from streamhouse_coordinator.settings import MISSED_SWEEPS
 
 SWEEP = "sweep"
-# Sweeps in a row that have to be missing, of all coordinators, before it counts as an outage: one or two are load.
-MISSED_SWEEPS = 3
 
 
 async def forgive(tx: Transaction, sweep_interval_ms: int) -> tuple[int, bool]:

@@ -8,18 +8,15 @@ class Lease:
     """Measured on the agent's own monotonic clock, from before the renewal was sent, minus a margin."""
 
     def __init__(self, margin_ms: int) -> None:
-        self._margin_ms = margin_ms
+        self.margin_ms = margin_ms
         self._until_ms: int | None = None
 
-    def renew(self, sent_ms: int, ttl_ms: int) -> bool:
-        """The coordinator answered a renewal that was sent at `sent_ms`; one overtaken by a later one changes nothing.
-
-        False when the margin leaves nothing of the lease.
-        """
-        until_ms = sent_ms + max(ttl_ms - self._margin_ms, 0)
+    def renew(self, sent_ms: int, ttl_ms: int) -> None:
+        """The coordinator answered a renewal that was sent at `sent_ms`; one overtaken by a later one changes
+        nothing."""
+        until_ms = sent_ms + max(ttl_ms - self.margin_ms, 0)
         if self._until_ms is None or until_ms > self._until_ms:
             self._until_ms = until_ms
-        return ttl_ms > self._margin_ms
 
     def drop(self) -> None:
         """The session is gone: nothing may be acknowledged until a new one is open."""
