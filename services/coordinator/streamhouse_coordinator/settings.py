@@ -64,7 +64,13 @@ class CoordinatorSettings(CommonSettings):
     amqp_url: Annotated[str, AfterValidator(url_of("amqp", "amqps"))] = Field(
         "", repr=False, description="RabbitMQ that events are published to; empty: no publishing"
     )
-    amqp_timeout_ms: int = Field(10_000, ge=100, le=600_000, description="ms RabbitMQ may take to confirm a batch")
+    amqp_timeout_ms: int = Field(
+        10_000,
+        ge=100,
+        le=600_000,
+        description="ms RabbitMQ may take to confirm a batch; if a coordinator is killed meanwhile, the others go on "
+        "after this and 2 * pg_timeout_ms",
+    )
     coordinator_id: Annotated[str, AfterValidator(one_line)] = Field(
         "", max_length=249, description="name in status and metadata; empty: a new one each start"
     )
@@ -136,7 +142,7 @@ class CoordinatorSettings(CommonSettings):
     events_cached: int = Field(
         10_000, ge=1, le=1_000_000, description="newest events kept in memory for followers; older ones are read again"
     )
-    outbox_batch: int = Field(500, ge=1, le=10_000, description="events published to RabbitMQ per transaction")
+    outbox_batch: int = Field(500, ge=1, le=10_000, description="events published to RabbitMQ at once")
     retention_batch: int = Field(
         1_000, ge=1, le=100_000, description="segments removed per partition and transaction; the next run goes on"
     )

@@ -160,8 +160,8 @@ def _relay(settings: CoordinatorSettings, feed: Feed, store: PostgresStore) -> R
     if not settings.amqp_url:
         return None
     batch, timeout_ms = settings.outbox_batch, settings.amqp_timeout_ms
-    # A batch is given up after timeout_ms; PostgreSQL waits for longer, so that it never ends one that is not.
-    drain = partial(store.drain_outbox, idle_ms=timeout_ms + settings.pg_timeout_ms)
+    # A batch is read, given up after timeout_ms, and the place moved: while one of us is at it, no other one begins.
+    drain = partial(store.drain_outbox, claim_ms=timeout_ms + 2 * settings.pg_timeout_ms)
     return Relay(settings.amqp_url, feed, drain, batch=batch, timeout_ms=timeout_ms)
 
 

@@ -22,6 +22,7 @@ SHA256 = {
     "0007_log_full": "5acb2ef08c09e3f7048a0b2a26f24c7eda322f16decb243c8e8138b66aad036a",
     "0008_tables_of_early_databases": "0ce156194b7be5df179497387ddc9020e2bc700283efe07c44b84588bf9bef32",
     "0009_cut_off_agents": "c5ac9afc3645c44c881cd8e8eb54043fc0448b0b0dbe6973938231c17688c559",
+    "0010_outbox_claim": "6e04876fba9b679ce13c583e33f0f33dc917ec0bfcb7aa7f52ce05e248dc31d5",
 }
 
 # Two were changed before this test was there. Databases that have them as they were are brought to the same tables.

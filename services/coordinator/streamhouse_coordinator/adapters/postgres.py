@@ -6,6 +6,7 @@ database's absence becomes Unavailable, whatever words it has for it, so that no
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -14,7 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from opentelemetry import metrics
-from shproto.errors import AWAY, Overloaded, Unavailable
+from shproto.errors import AWAY, Overloaded, StreamHouseError, Unavailable
 from shproto.events import event_from_json
 from shruntime.settings import PREFIX, SettingsError
 from shruntime.urls import masked
@@ -24,7 +25,6 @@ from streamhouse_coordinator.adapters.postgres_connections import SNAPSHOT_IDLE_
 from streamhouse_coordinator.adapters.postgres_errors import (
     CONFLICTS,
     DAMAGED,
-    DATABASE_FAILURES,
     FAILURES,
     UNUSABLE_DSN,
     is_away,
@@ -207,27 +207,35 @@ class PostgresStore:
         return Head(*await self._single(lambda connection: connection.fetchrow(text)))
 
     async def drain_outbox(
-        self, publish: Callable[[Sequence[EventRow]], Awaitable[None]], limit: int, *, idle_ms: int
+        self, publish: Callable[[Sequence[EventRow]], Awaitable[None]], limit: int, *, claim_ms: int
     ) -> int:
         """Publishes the next events and moves the outbox past them, unless another coordinator is at it. Returns how
-        many. What `publish` raises leaves the outbox where it was; it must not take longer than `idle_ms`."""
+        many. What `publish` raises leaves the outbox where it was.
+
+        No transaction is open while a broker is waited for, which may take its time, or never answer. The outbox is
+        claimed for `claim_ms` instead: one that takes longer may be overtaken, and its events published twice."""
+        claim = f"""UPDATE outbox SET claimed_until_ms = {NOW_MS} + $1 FROM event_position last
+            WHERE outbox.position < last.position AND claimed_until_ms <= {NOW_MS}
+            RETURNING outbox.position, claimed_until_ms"""
+        claimed = await self._single(lambda connection: connection.fetchrow(claim, claim_ms))
+        if claimed is None:
+            return 0
+        after, until_ms = claimed
         try:
-            async with (
-                self._connections.connection() as connection,
-                self._connections.transaction(connection, idle_ms=idle_ms),
-            ):
-                after = await connection.fetchval("SELECT position FROM outbox FOR UPDATE SKIP LOCKED")
-                if after is None:
-                    return 0
-                rows = await PostgresTransaction(connection).select(
-                    EVENTS, where(position=Above(after)), order=("position",), limit=limit
-                )
-                if rows:
-                    await publish(rows)
-                    await connection.execute("UPDATE outbox SET position = $1", rows[-1].position)
-                return len(rows)
-        except DATABASE_FAILURES as error:
-            raise translated(error) from error
+            rows = await self.read_events(after, limit)
+            if rows:
+                await publish(rows)
+        except BaseException:
+            with contextlib.suppress(StreamHouseError):  # the claim runs out
+                await self._give_outbox_back(after, until_ms)
+            raise
+        await self._give_outbox_back(rows[-1].position if rows else after, until_ms)
+        return len(rows)
+
+    async def _give_outbox_back(self, position: int, until_ms: int) -> None:
+        """At `position`, if nobody has claimed it since: a later claim ends later."""
+        text = "UPDATE outbox SET position = $1, claimed_until_ms = 0 WHERE claimed_until_ms = $2"
+        await self._single(lambda connection: connection.execute(text, position, until_ms))
 
     async def rebuild(self) -> None:
         """Again after a conflict: a sweep holds what it has read while it waits for what is locked here."""

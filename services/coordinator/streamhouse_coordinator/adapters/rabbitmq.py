@@ -1,6 +1,6 @@
 """The outbox: publishes every event to RabbitMQ in nameko's convention, in order, at least once.
 
-Its place is a row that only one coordinator holds at a time. RabbitMQ being away stops nothing: whoever listens also
+Its place is a row that only one coordinator claims at a time. RabbitMQ being away stops nothing: whoever listens also
 scans, and the outbox goes on from its place when the broker is back.
 """
 
@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import aio_pika
@@ -52,7 +53,11 @@ def message_of(row: EventRow) -> aio_pika.Message:
 
 
 class Relay:
-    """`run` publishes for ever. `drain` is the store's side of it."""
+    """`run` publishes for ever. `drain` is the store's side of it.
+
+    Invariants: tries come at growing intervals until events were drained, whichever of PostgreSQL and RabbitMQ is away.
+    A connection to RabbitMQ is kept while only PostgreSQL is away. An outage is told once, and so is its end.
+    """
 
     def __init__(self, url: str, feed: Feed, drain: Drain, *, batch: int, timeout_ms: int) -> None:
         self._url = url
@@ -60,42 +65,51 @@ class Relay:
         self._drain = drain
         self._batch = batch
         self._timeout_s = timeout_ms / 1000
+        self._backoff = Backoff(BACKOFF_FIRST_MS, BACKOFF_MAX_MS)
+        self._publishes: bool | None = None  # not known before the first try
 
     async def run(self) -> None:
-        backoff = Backoff(BACKOFF_FIRST_MS, BACKOFF_MAX_MS)
-        up = True
         while True:
             try:
                 connection = await aio_pika.connect(self._url, timeout=self._timeout_s)
                 async with connection:
-                    log.info("publishing events to RabbitMQ")
-                    up = True
-                    backoff.reset()
-                    await self._publish_all(connection)
-            except (*_BROKER_AWAY, StreamHouseError) as error:
-                level = logging.WARNING if up else logging.DEBUG
-                log.log(level, "not publishing events for now: %s", error or type(error).__name__)
-                up = False
-            await asyncio.sleep(backoff.next_ms() / 1000)
+                    await self._publish_all(await self._exchange(connection))
+            except _BROKER_AWAY as error:
+                await self._back_off(error)
 
-    async def _publish_all(self, connection: Any) -> None:
-        channel = await connection.channel(publisher_confirms=True)
-        exchange = await channel.declare_exchange(
-            EXCHANGE, aio_pika.ExchangeType.TOPIC, durable=True, timeout=self._timeout_s
-        )
+    async def _exchange(self, connection: Any) -> Any:
+        async with asyncio.timeout(self._timeout_s):
+            channel = await connection.channel(publisher_confirms=True)
+            return await channel.declare_exchange(EXCHANGE, aio_pika.ExchangeType.TOPIC, durable=True)
 
-        async def publish(rows: Sequence[EventRow]) -> None:
-            async with asyncio.timeout(self._timeout_s):
-                # Sent in order; the confirmations may come together.
-                sent = (exchange.publish(message_of(row), row.type, mandatory=False) for row in rows)
-                confirmed = await asyncio.gather(*sent, return_exceptions=True)
-            for outcome in confirmed:
-                if isinstance(outcome, BaseException):
-                    raise outcome
-            _published.add(len(rows))
-
+    async def _publish_all(self, exchange: Any) -> None:
+        publish = partial(self._publish, exchange)
         while True:
             position = self._feed.position
-            while await self._drain(publish, self._batch) == self._batch:
-                pass
+            try:
+                while await self._drain(publish, self._batch) == self._batch:
+                    pass
+            except StreamHouseError as error:
+                await self._back_off(error)
+                continue
+            self._backoff.reset()
+            if not self._publishes:
+                self._publishes = True
+                log.info("publishing events to RabbitMQ")
             await self._feed.moved_beyond(position)
+
+    async def _publish(self, exchange: Any, rows: Sequence[EventRow]) -> None:
+        async with asyncio.timeout(self._timeout_s):
+            # Sent in order; the confirmations may come together.
+            sent = (exchange.publish(message_of(row), row.type, mandatory=False) for row in rows)
+            confirmed = await asyncio.gather(*sent, return_exceptions=True)
+        for outcome in confirmed:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        _published.add(len(rows))
+
+    async def _back_off(self, error: Exception) -> None:
+        level = logging.DEBUG if self._publishes is False else logging.WARNING
+        log.log(level, "not publishing events for now: %s", error or type(error).__name__)
+        self._publishes = False
+        await asyncio.sleep(self._backoff.next_ms() / 1000)
