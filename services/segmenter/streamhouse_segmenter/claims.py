@@ -5,7 +5,7 @@ A lost claim is no danger (registration is a compare-and-set), only wasted work 
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from shproto.errors import Fenced, StreamHouseError
@@ -26,23 +26,30 @@ class ClaimLost(Exception):
     """Somebody else may work on it now."""
 
 
-async def hold_claim(ports: Ports, claim_id: str, ttl_ms: int, work: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """The result of `work`, which runs while the claim is renewed; raises ClaimLost when it cannot be."""
+async def hold_claim(
+    ports: Ports, claim_id: str, ttl_ms: int, work: Coroutine[Any, Any, ResultT], ends_it: Callable[[], bool]
+) -> ResultT:
+    """Returns the result of `work`, which runs while the claim is renewed; raises ClaimLost when it cannot be.
+
+    Registration ends a claim, and its answer may be overtaken by that of a renewal. `ends_it` returns True if the work
+    may have ended the claim by itself: then it goes on without, to hear of that.
+    """
     working = asyncio.create_task(work, name=f"work on claim {claim_id}")
-    renewing = asyncio.create_task(_renew(ports, claim_id, ttl_ms), name=f"renew claim {claim_id}")
+    renewing = asyncio.create_task(_renew(ports, claim_id, ttl_ms, ends_it), name=f"renew claim {claim_id}")
     try:
         await asyncio.wait((working, renewing), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        renewing.result()  # it only ends by raising
-        raise AssertionError("unreachable: renewing never returns")
+        if not working.done():
+            renewing.result()
+            await asyncio.wait((working,))
+        return working.result()
     finally:
         for task in (working, renewing):
             task.cancel()
         await asyncio.gather(working, renewing, return_exceptions=True)
 
 
-async def _renew(ports: Ports, claim_id: str, ttl_ms: int) -> None:
+async def _renew(ports: Ports, claim_id: str, ttl_ms: int, ends_it: Callable[[], bool]) -> None:
+    """Returns once the work may have ended the claim. Raises ClaimLost."""
     clock: Clock = ports.clock
     expires_ms = clock.monotonic_ms() + ttl_ms
     while True:
@@ -53,7 +60,10 @@ async def _renew(ports: Ports, claim_id: str, ttl_ms: int) -> None:
                 coordinator_pb2.RenewClaimRequest(claim_id=claim_id, claim_ttl_ms=ttl_ms)
             )
         except Fenced as error:
-            raise ClaimLost(f"claim {claim_id} is held by somebody else") from error
+            if ends_it():
+                log.debug("claim %s has ended, by its registration as far as can be told", claim_id)
+                return
+            raise ClaimLost(f"claim {claim_id} is lost: {error.message}") from error
         except StreamHouseError as error:
             if not error.retriable or asked_ms >= expires_ms:
                 raise ClaimLost(f"claim {claim_id} could not be renewed: {error}") from error

@@ -79,8 +79,10 @@ class Compactor:
 
     async def _compact(self, claim: coordinator_pb2.ClaimCompactionResponse) -> int:
         """How many segments were replaced; 0 when it did not work, the claim given back."""
+        registering = asyncio.Event()
+        work = self._work(claim, registering)
         try:
-            return await hold_claim(self._ports, claim.claim_id, self._settings.claim_ttl_ms, self._work(claim))
+            return await hold_claim(self._ports, claim.claim_id, self._settings.claim_ttl_ms, work, registering.is_set)
         except (ClaimLost, Fenced) as error:
             log.warning("compaction: %s", error)
         except (StoreError, StreamHouseError, FormatError, CompactionRefused) as error:
@@ -92,7 +94,7 @@ class Compactor:
             await release_claim(self._ports, claim.claim_id, reason=str(error), retry_after_ms=retry_ms)
         return 0
 
-    async def _work(self, claim: coordinator_pb2.ClaimCompactionResponse) -> int:
+    async def _work(self, claim: coordinator_pb2.ClaimCompactionResponse, registering: asyncio.Event) -> int:
         check_mergeable(claim.segments, self._settings.segment_build_bytes_max)
         built = await self._merge(claim.segments)
         check_merged(claim.segments, built.info)
@@ -110,6 +112,7 @@ class Compactor:
         await declare_uploads(self._ports, self._settings, claim.claim_id, [key])
         await self._ports.store.put(target.key, target.parts)
         telemetry.uploaded_bytes.add(target.size_bytes)
+        registering.set()
         replaced = await self._register(claim, target.segments[0])
         await release_claim(self._ports, claim.claim_id)
         return replaced
@@ -163,7 +166,7 @@ class Compactor:
             segment=segment,
         )
         backoff = Backoff(self._settings.handover_retry_first_ms, self._settings.handover_retry_max_ms, self._ports.rng)
-        while True:  # until it is answered or the claim is lost, which cancels this
+        while True:  # until it is answered
             try:
                 response = await self._ports.coordinator.register_compaction(request)
                 break

@@ -64,6 +64,9 @@ class Handover:
         self._claim = claim
         self._builder = ObjectBuilder(ports, settings, claim)
         self._early: list[types_pb2.SegmentRef] = []
+        self._objects_left = 0  # not uploaded yet
+        self._unanswered = False  # a registration was sent, and what became of it is not known
+        self._claim_over = False
         self._traceparent = claim.trace_context
 
     async def run(self, built: Callable[[], None]) -> HandoverResult:
@@ -71,7 +74,9 @@ class Handover:
         but CancelledError, after which the claim runs out by itself."""
         started_ms = self._ports.clock.monotonic_ms()
         try:
-            await hold_claim(self._ports, self._claim.claim_id, self._settings.claim_ttl_ms, self._work(built))
+            await hold_claim(
+                self._ports, self._claim.claim_id, self._settings.claim_ttl_ms, self._work(built), self._ends_claim
+            )
         except (ClaimLost, Fenced) as error:
             log.warning("buffer %s: %s", self._claim.buffer_id, error)
             result = HandoverResult(Outcome.CLAIM_LOST)
@@ -85,9 +90,15 @@ class Handover:
         telemetry.buffers.add(1, {"outcome": result.outcome.value})
         return result
 
+    def _ends_claim(self) -> bool:
+        """True if the claim, which is over, may have been ended by the registration of the buffer's last segment."""
+        self._claim_over = True
+        return self._objects_left == 0 and (self._unanswered or not self._early)
+
     async def _work(self, built: Callable[[], None]) -> None:
         plan = plan_objects(self._claim.slices, self._settings.slices_together_bytes)
         objects = {self._builder.new_key(slices): slices for slices in plan}
+        self._objects_left = len(objects)
         # While the first object is being built: the declaration costs no time.
         declaring = asyncio.create_task(
             declare_uploads(self._ports, self._settings, self._claim.claim_id, list(objects)), name="declare uploads"
@@ -129,17 +140,25 @@ class Handover:
             self._traceparent = current_traceparent() or self._claim.trace_context
         telemetry.upload_ms.record(self._ports.clock.monotonic_ms() - started_ms)
         telemetry.uploaded_bytes.add(target.size_bytes)
+        self._objects_left -= 1
         await self._offer(target.segments)
 
     async def _offer(self, segments: Sequence[types_pb2.SegmentRef]) -> None:
-        """One try to register; what has to be tried again is appended to `_early`."""
+        """One try to register; what has to be tried again is appended to `_early`. Raises ClaimLost where the answer
+        shows that it was not the registration that ended the claim."""
+        self._unanswered = True
         try:
-            self._early += await self._register(segments)
+            early = await self._register(segments)
         except StreamHouseError as error:
             if not error.retriable:
                 raise
             log.warning("buffer %s: registration to be repeated: %s", self._claim.buffer_id, error)
             self._early += segments
+            return
+        self._unanswered = False
+        self._early += early
+        if self._claim_over and self._early:
+            raise ClaimLost(f"claim {self._claim.claim_id} was lost before all was registered")
 
     async def _register_early(self) -> None:
         """Repeats until nothing is early any more. Raises RegistrationLate."""

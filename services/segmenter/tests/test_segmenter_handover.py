@@ -2,13 +2,14 @@
 
 import asyncio
 import gc
+import logging
 import random
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from shformat import encode_batch, stamp_batch
-from shproto.errors import Unavailable
+from shproto.errors import Fenced, Unavailable
 from shproto.v1 import coordinator_pb2 as c
 from shruntime.clock import SystemClock
 from shstore import (
@@ -238,6 +239,60 @@ async def test_a_claim_lost_in_the_middle_stops_the_work(world: World) -> None:
     report = await _first_report(world, HangingStore())
     assert report.claims_lost == 1
     await world.worker("w2").drain()
+    await world.check()
+
+
+class Overtaken:
+    """Registrations whose answer is not there before that of a renewal, which finds the claim ended."""
+
+    def __init__(self, world: World, how: str) -> None:
+        self._coordinator = world.coordinator
+        self._register, self._renew = self._coordinator.register_segments, self._coordinator.renew_claim
+        self._how = how
+        self._calls = 0
+        self._fenced = asyncio.Event()
+        world.coordinator.register_segments = self.register_segments  # type: ignore[method-assign]
+        world.coordinator.renew_claim = self.renew_claim  # type: ignore[method-assign]
+
+    async def register_segments(self, request: c.RegisterSegmentsRequest) -> c.RegisterSegmentsResponse:
+        self._calls += 1
+        if self._calls > 1:
+            return await self._register(request)
+        if self._how == "lost":
+            self._coordinator.claims.clear()
+            await self._fenced.wait()
+            return c.RegisterSegmentsResponse(results=[c.REGISTRATION_RESULT_EARLY for _ in request.segments])
+        answer = await self._register(request)
+        await self._fenced.wait()
+        if self._how == "answer lost":
+            raise Unavailable("the coordinator went away")
+        return answer
+
+    async def renew_claim(self, request: c.RenewClaimRequest) -> c.RenewClaimResponse:
+        try:
+            return await self._renew(request)
+        except Fenced:
+            self._fenced.set()
+            raise
+
+
+@pytest.mark.parametrize("how", ["answered", "answer lost"])
+async def test_a_claim_that_its_own_registration_ended_is_not_lost(
+    world: World, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.seal("b1", world.agent.append(0, [5]))
+    Overtaken(world, how)
+    report = await world.worker(claim_ttl_ms=30).drain()
+    assert (report.registered, report.claims_lost, report.failed) == (1, 0, 0)
+    assert "claim" not in "".join(item.getMessage() for item in caplog.records if item.levelno >= logging.WARNING)
+    await world.check()
+
+
+async def test_a_claim_that_is_lost_during_a_registration_is(world: World) -> None:
+    world.seal("b1", world.agent.append(0, [5]))
+    Overtaken(world, "lost")
+    report = await world.worker(claim_ttl_ms=30).drain()
+    assert (report.registered, report.claims_lost) == (1, 1), "the second time"
     await world.check()
 
 

@@ -1,5 +1,7 @@
 """Compaction keeps every record; the orphan sweep deletes what is unreferenced and old, and nothing else (G8)."""
 
+import asyncio
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -127,6 +129,31 @@ async def test_few_segments_are_left_alone() -> None:
     await house.fill(2)
     assert await house.segmenter().compact() == 0
     assert len(house.coordinator.segments) == 2
+
+
+async def test_a_claim_that_its_own_compaction_ended_is_not_lost(caplog: pytest.LogCaptureFixture) -> None:
+    house = House()
+    await house.fill(3)
+    register, renew = house.coordinator.register_compaction, house.coordinator.renew_claim
+    fenced = asyncio.Event()
+
+    async def registered_late(request: c.RegisterCompactionRequest) -> c.RegisterCompactionResponse:
+        answer = await register(request)
+        del house.coordinator.compactions[request.claim_id]
+        await fenced.wait()
+        return answer  # type: ignore[no-any-return]
+
+    async def renew_claim(request: c.RenewClaimRequest) -> c.RenewClaimResponse:
+        try:
+            return await renew(request)  # type: ignore[no-any-return]
+        except Fenced:
+            fenced.set()
+            raise
+
+    house.coordinator.register_compaction, house.coordinator.renew_claim = registered_late, renew_claim
+    assert await house.segmenter(claim_ttl_ms=30).compact() == 3
+    assert not [item.getMessage() for item in caplog.records if item.levelno >= logging.WARNING]
+    await house.check()
 
 
 @pytest.mark.parametrize("at", [70, -1, -40])
