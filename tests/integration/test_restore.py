@@ -222,7 +222,7 @@ async def the_sweep_deletes_nothing_that_is_needed(platform: Platform) -> None:
         await cli(platform.environ, *sweep)
     load_all_settings()  # the environment is a segmenter's
     store = configured_store(StoreSettings.load(platform.environ))
-    mark = HistoryMark.decode(await store.get(MARK_KEY))
+    mark, _ = HistoryMark.decode(await store.get(MARK_KEY))
     left_over = "data/left.over/0/00000000000000000000-1-a.seg"
     await store.put(left_over, [b"of an upload that was cut off"])
     await store.put(MARK_KEY, [replace(mark, sweep_from_ms=0).encode()], if_absent=False)  # a week later
@@ -372,7 +372,8 @@ class Embedded(Clients):
 
     def mark(self) -> HistoryMark:
         """What the store has seen of the metadata's history."""
-        return HistoryMark.decode((self.data_dir / "objects" / "objects" / MARK_KEY).read_bytes())
+        mark, _ = HistoryMark.decode((self.data_dir / "objects" / "objects" / MARK_KEY).read_bytes())
+        return mark
 
     async def refused(self, *arguments: str) -> str:
         """What a command says that ends with exit 1, once the server answers."""

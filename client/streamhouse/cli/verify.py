@@ -98,9 +98,11 @@ async def _verify(
                 peers.coordinator, store, topic=topic, grace_ms=grace_ms, started=started, progress=progress
             )
             report = await verifier.run()
-        _, outdated = await Sweeper(Ports(peers.coordinator, store, peers.ingest), settings).check_history()
-        if outdated:
-            what = f"{outdated}. Agents and sweeps refuse it: bring the metadata back with `streamhouse restore`"
+        history = await Sweeper(Ports(peers.coordinator, store, peers.ingest), settings).check_history()
+        if history.unreadable:
+            report.findings.insert(0, Finding("damaged", history.refused))
+        elif history.refused:
+            what = f"{history.refused}. Agents and sweeps refuse it: bring the metadata back with `streamhouse restore`"
             report.findings.insert(0, Finding("outdated", what))
         return report
     finally:

@@ -25,12 +25,30 @@ log = logging.getLogger(__name__)
 # S3 lists and deletes this many per request.
 PAGE_KEYS = 1000
 PREFIXES = (DATA_PREFIX, MIXED_PREFIX)
+# Of the mark. Damage on the way is another one each time: a read that is whole settles it, and, of a mark that has no
+# checksum, two that agree.
+MARK_READS = 3
+WENT_BACK = "the metadata went back in time"
 _WAY_OUT = f"Bring it back with `streamhouse restore`, or, if nothing was lost with it, delete {MARK_KEY}"
+_WAY_OUT_UNREADABLE = (
+    f"Nothing says that the metadata went back. If the mark stays unreadable, delete {MARK_KEY}, unless an older dump "
+    "was put in PostgreSQL's place since: the next one is written within a minute"
+)
 
 
 def refusal(why: str) -> str:
     """A refused sweep's reason and way out, for people."""
-    return f"orphan sweep refused, the metadata went back in time: {why}"
+    return f"orphan sweep refused: {why}"
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryCheck:
+    """`refused`: why nothing may be deleted; empty if the metadata's history is the one that `mark` was taken from.
+    `unreadable`: because the mark cannot be read, so that nothing is known."""
+
+    mark: HistoryMark
+    refused: str = ""
+    unreadable: bool = False
 
 
 @dataclass(slots=True)
@@ -53,7 +71,7 @@ def _missing(head: coordinator_pb2.GetHeadResponse) -> str:
     if not head.missing_position:
         return ""
     return (
-        f"event {head.missing_position} of history {head.history_id} was seen, and is not there any more."
+        f"{WENT_BACK}: event {head.missing_position} of history {head.history_id} was seen, and is not there any more."
         " Bring it back with `streamhouse restore`"
     )
 
@@ -71,13 +89,13 @@ class Sweeper:
     async def run(self, prefix: str = "", found: Callable[[Orphan], None] = _ignore) -> SweepReport:
         """One look over the store, or what of it is below `prefix`; tells `found` of every orphan. Raises
         StreamHouseError, StoreError; what was deleted by then is gone."""
-        mark, refused = await self.check_history()
-        if not refused and not self._settings.orphan_dry_run and self._ports.clock.wall_ms() < mark.sweep_from_ms:
-            log.info("no orphan sweep yet: the metadata was restored not long ago (docs/backup.md)")
-            return SweepReport(resting_until_ms=mark.sweep_from_ms)
-        if refused:
+        history = await self.check_history()
+        if history.refused:
             telemetry.sweeps_refused.add(1)
-            return SweepReport(refused=refused)
+            return SweepReport(refused=history.refused)
+        if not self._settings.orphan_dry_run and self._ports.clock.wall_ms() < history.mark.sweep_from_ms:
+            log.info("no orphan sweep yet: the metadata was restored not long ago (docs/backup.md)")
+            return SweepReport(resting_until_ms=history.mark.sweep_from_ms)
         report = SweepReport()
         try:
             await self._sweep(prefix, found, report)
@@ -103,9 +121,9 @@ class Sweeper:
         event = await self._event_at(head.events_position, head.events_position)
         # Last: what was the right history then was so before, when the event was read. An old dump that is put in
         # PostgreSQL's place in between must not become what the store has seen.
-        mark, refused = await self.check_history()
-        if event is not None and not refused:
-            kept = replace(event, sweep_from_ms=mark.sweep_from_ms)
+        history = await self.check_history()
+        if event is not None and not history.refused:
+            kept = replace(event, sweep_from_ms=history.mark.sweep_from_ms)
             await self._ports.store.put(MARK_KEY, [kept.encode()], if_absent=False)
             self._marked = event.position
 
@@ -194,21 +212,39 @@ class Sweeper:
         half = len(keys) // 2
         return [*await self._delete_from_store(keys[:half]), *await self._delete_from_store(keys[half:])]
 
-    async def check_history(self) -> tuple[HistoryMark, str]:
-        """The mark, and why the feed is not the one that was marked, or lacks events that were seen; empty when neither
-        is known. Raises as `run`."""
+    async def check_history(self) -> HistoryCheck:
+        """Returns the mark, and why the feed is not the one that was marked, or lacks events that were seen. Raises as
+        `run`."""
         try:
-            mark = HistoryMark.decode(await self._ports.store.get(MARK_KEY))
+            mark = await self._read_mark()
         except ObjectMissing:
             mark = NO_MARK
         except ValueError as error:
-            return NO_MARK, f"{MARK_KEY} is unreadable: {error}. {_WAY_OUT}"
+            refused = f"{MARK_KEY} is unreadable, read {MARK_READS} times: {error}. {_WAY_OUT_UNREADABLE}"
+            return HistoryCheck(NO_MARK, refused, unreadable=True)
         # After the mark was read, which others renew.
         head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
         if mark is NO_MARK:
-            return mark, _missing(head)
+            return HistoryCheck(mark, _missing(head))
         why = went_back(mark, await self._event_at(mark.position, head.events_position), head)
-        return mark, f"{why}. {_WAY_OUT}" if why else _missing(head)
+        return HistoryCheck(mark, f"{WENT_BACK}: {why}. {_WAY_OUT}" if why else _missing(head))
+
+    async def _read_mark(self) -> HistoryMark:
+        """Raises ValueError for a mark that is damaged, ObjectMissing, StoreError."""
+        unchecked: HistoryMark | None = None
+        damage = ValueError("it has no checksum, and no two reads agree")
+        for _ in range(MARK_READS):
+            body = await self._ports.store.get(MARK_KEY)
+            try:
+                mark, is_checked = HistoryMark.decode(body)
+            except ValueError as error:
+                log.info("%s is read again: %s", MARK_KEY, error)
+                damage = error
+                continue
+            if is_checked or mark == unchecked:
+                return mark
+            unchecked = mark
+        raise damage
 
     async def _event_at(self, position: int, last_position: int) -> HistoryMark | None:
         """The event at `position`; None when the feed does not reach it or has a hole there."""

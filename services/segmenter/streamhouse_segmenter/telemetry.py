@@ -38,6 +38,7 @@ deletions_refused = _meter.create_counter(
     "streamhouse_segmenter_deletions_refused", description="objects the coordinator did not give free, by reason"
 )
 sweeps_refused = _meter.create_counter(
-    "streamhouse_segmenter_sweeps_refused", description="sweeps not done because the metadata went back in time"
+    "streamhouse_segmenter_sweeps_refused",
+    description="sweeps not done because the metadata went back in time, or its mark cannot be read",
 )
 events = _meter.create_counter("streamhouse_segmenter_events", description="BufferSealed events that woke the worker")

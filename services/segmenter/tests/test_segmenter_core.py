@@ -1,6 +1,7 @@
 """The segmenter's decisions, without I/O."""
 
 import dataclasses
+import zlib
 from typing import Any
 
 import pytest
@@ -220,7 +221,29 @@ def test_settings_that_would_not_work_together_are_refused(changes: dict[str, in
 
 def test_a_mark_survives_its_encoding() -> None:
     mark = HistoryMark(7, "topic/ab", 2, "TopicCreated", 1234)
-    assert HistoryMark.decode(mark.encode()) == mark
+    assert HistoryMark.decode(mark.encode()) == (mark, True)
+
+
+def test_a_mark_is_the_bytes_that_its_page_describes() -> None:
+    mark = HistoryMark(7, "topic/ab", 2, "TopicCreated", 1234, 99)
+    fields = b'"position": 7, "stream_id": "topic/ab", "version": 2, "type": "TopicCreated", "created_ms": 1234'
+    old = b"{" + fields + b', "sweep_from_ms": 99}'
+    assert mark.encode() == old[:-1] + b', "crc32": %d}' % zlib.crc32(old)
+    assert HistoryMark.decode(old) == (mark, False), "of a version without checksums"
+    assert HistoryMark.decode(b"{" + fields + b"}") == (dataclasses.replace(mark, sweep_from_ms=0), False)
+
+
+def test_no_flipped_bit_of_a_mark_is_overlooked() -> None:
+    mark = HistoryMark(7, "topic/ab", 2, "TopicCreated", 1234, 1_790_000_000_000)
+    body = mark.encode()
+    for at in range(8 * len(body)):
+        flipped = bytearray(body)
+        flipped[at // 8] ^= 1 << at % 8
+        try:
+            found, _ = HistoryMark.decode(bytes(flipped))
+        except ValueError:
+            continue
+        assert found == mark, f"bit {at}"
 
 
 def _mark_created(created: str) -> bytes:
@@ -229,7 +252,15 @@ def _mark_created(created: str) -> bytes:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"nonsense", b"{}", b"[1]", b'{"position": 1}', b"\xff\xfe", _mark_created('"x"'), _mark_created("1e30")],
+    [
+        *(b"", b"nonsense", b"{}", b"[1]", b"5", b'{"position": 1}', b"\xff\xfe"),
+        *(
+            _mark_created('"x"'),
+            _mark_created("1e30"),
+            _mark_created('1, "crc32": 1'),
+            _mark_created('1, "crc32": "x"'),
+        ),
+    ],
 )
 def test_a_damaged_mark_is_refused(body: bytes) -> None:
     with pytest.raises(ValueError):

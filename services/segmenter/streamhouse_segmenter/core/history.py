@@ -6,6 +6,7 @@ position, its history is another one, and nothing may be deleted.
 """
 
 import json
+import zlib
 from dataclasses import asdict, dataclass, replace
 
 from shproto.v1 import coordinator_pb2
@@ -14,6 +15,7 @@ MARK_KEY = "control/history-mark.json"
 # What a restore of the metadata left out (damaged objects, segments behind a hole) stays for a week: time to look at
 # the report, and to restore once more.
 RESTORE_GRACE_MS = 7 * 24 * 3_600_000
+_CHECKSUM = "crc32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +39,30 @@ class HistoryMark:
         return f"{self.type} of {self.stream_id}, {self.created_ms} ms after 1970"
 
     def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        """Returns the bytes that docs/formats/history-mark.md describes."""
+        return json.dumps(asdict(self) | {_CHECKSUM: self._checksum()}).encode()
+
+    def _checksum(self) -> int:
+        return zlib.crc32(json.dumps(asdict(self)).encode())
 
     @classmethod
-    def decode(cls, body: bytes) -> "HistoryMark":
-        """Raises ValueError for anything that is not a mark."""
+    def decode(cls, body: bytes) -> tuple["HistoryMark", bool]:
+        """Returns the mark, and False if it has no checksum, as those of older versions. Raises ValueError for
+        anything that is not a mark, or not as it was written."""
+        fields = json.loads(body)
+        if not isinstance(fields, dict):
+            raise ValueError("not a history mark: no JSON object")
+        checksum = fields.pop(_CHECKSUM, None)
         try:
-            mark = cls(**json.loads(body))
+            mark = cls(**fields)
         except TypeError as error:
             raise ValueError(f"not a history mark: {error}") from error
         numbers = {name: getattr(mark, name) for name in ("position", "version", "created_ms", "sweep_from_ms")}
         if wrong := [name for name, number in numbers.items() if not isinstance(number, int)]:
             raise ValueError(f"not a history mark: {wrong[0]} is not a whole number")
-        return mark
+        if checksum not in (None, mark._checksum()):
+            raise ValueError(f"its checksum is {checksum!r}, that of its content {mark._checksum()}")
+        return mark, checksum is not None
 
 
 NO_MARK = HistoryMark(0, "", 0, "", 0)
