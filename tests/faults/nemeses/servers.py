@@ -1,6 +1,7 @@
 """Nemeses of the servers beside the object store: PostgreSQL, RabbitMQ, Redis."""
 
 import asyncio
+import logging
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,6 +13,8 @@ from tests.faults.nemesis import LONG_HOLD_S, Busy, Deed, NotPossible, all_of, b
 from tests.faults.postgres_proxy import AT_CONNECT, ERRORS
 from tests.integration import small_disk
 from tests.integration.standby import PostgresPair
+
+log = logging.getLogger(__name__)
 
 NO_SPACE = "No space left on device"
 OUTSIDER_TIMEOUT_S = 5
@@ -72,9 +75,10 @@ async def postgres_errors(fleet: Fleet, rng: random.Random) -> AsyncIterator[Dee
             deed.effect = f"{errors.touched[sqlstate] - before} {what} hit"
 
 
-@nemesis("postgres-disk-full", hold_s=(4.0, 15.0))
+@nemesis("postgres-disk-full", hold_s=(6.0, 18.0))
 async def postgres_disk_full(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-    """Its disk has no byte left. It may end by that; then it is started again once there is room."""
+    """Its disk has no byte left: no table grows. In every other turn its log cannot grow either, and it ends by that;
+    it is started again once there is room."""
     server = fleet.servers["postgres"]
     assert isinstance(server, PostgresPair)
     if server.disk is None:
@@ -82,14 +86,31 @@ async def postgres_disk_full(fleet: Fleet, rng: random.Random) -> AsyncIterator[
     with all_of(fleet, ["postgres"]):
         filler = server.disk / "filler"
         before = server.log_lines(NO_SPACE)
-        deed = Deed("the disk of postgres is full")
+        is_log_full = by_turns(fleet, rng, "postgres-disk-full", (False, True))
+        deed = Deed(f"the disk of postgres is full{', and its log at the end of a file' if is_log_full else ''}")
         try:
             await asyncio.to_thread(small_disk.fill, filler)
+            if is_log_full:
+                await _switch_log(server.url)
             yield deed
         finally:
             filler.unlink(missing_ok=True)
             deed.effect = f"it said {server.log_lines(NO_SPACE) - before} times: {NO_SPACE}"
             await asyncio.to_thread(server.start_unless_it_answers)
+
+
+async def _switch_log(dsn: str) -> None:
+    """Until it needs a file that it does not keep in reserve, and ends."""
+    try:
+        async with asyncio.timeout(OUTSIDER_TIMEOUT_S):
+            outsider = await asyncpg.connect(dsn)
+            try:
+                while True:
+                    await outsider.execute("SELECT pg_switch_wal(), pg_logical_emit_message(false, '', '')")
+            finally:
+                outsider.terminate()
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        log.info("PostgreSQL's log is full: %s", error)
 
 
 LOCKS = (
