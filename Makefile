@@ -53,8 +53,8 @@ fuzz: $(VENV)/.ready-dev ## Coverage-guided fuzzing: MINUTES=10 TARGET=all SEED=
 	$(PIP) install -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz.run --minutes $(or $(MINUTES),10) --target $(or $(TARGET),all) --seed $(or $(SEED),1)
 
-faults: $(VENV)/.ready-dev ## Whole services under faults, judged by a checker: MINUTES=5 SEED=1 NEMESIS=all
-	$(BIN)/python -m tests.faults.run --minutes $(or $(MINUTES),5) --nemesis $(or $(NEMESIS),all) $(if $(SEED),--seed $(SEED))
+faults: $(VENV)/.ready-dev ## Whole services under faults, judged by a checker: MINUTES=5 SEED=1 NEMESIS=all; LIST=1 says which there are
+	$(BIN)/python -m tests.faults.run $(if $(LIST),--list,--minutes '$(or $(MINUTES),5)' --nemesis '$(or $(NEMESIS),all)' $(if $(SEED),--seed '$(SEED)'))
 
 simulate: $(VENV)/.ready-dev ## All services in one seeded loop with virtual time: SEEDS=1000 FIRST=1, or CRASH=everywhere; JOBS=cores
 	$(BIN)/python -m tests.simulation.run --first $(or $(FIRST),1) $(if $(CRASH),--crash-everywhere,--seeds $(or $(SEEDS),1000)) $(if $(JOBS),--jobs $(JOBS))

@@ -108,10 +108,12 @@ TWO_AT_ONCE = 0.3
 
 @dataclass
 class Faults:
-    """`done`: every one so far, by name. `at_work`: those that are on."""
+    """`done`: every one so far, by name. `at_work`: those that are on. `impossible`: by name, why this machine or fleet
+    does not allow it."""
 
     done: list[str] = field(default_factory=list)
     at_work: set[str] = field(default_factory=set)
+    impossible: dict[str, str] = field(default_factory=dict)
 
 
 async def torment(
@@ -148,7 +150,10 @@ async def _once(fleet: Fleet, rng: random.Random, name: str, hold_s: float, reco
                 deed = await stack.enter_async_context(NEMESES[name](fleet, rng))
         except NotPossible as reason:
             recorder.fault(Fault(name, SKIPPED, str(reason)))
-            return not isinstance(reason, Busy)
+            if isinstance(reason, Busy):
+                return False
+            faults.impossible[name] = str(reason)
+            return True
         recorder.fault(Fault(name, BEGINS, f"{deed.text}, for {hold_s:.1f} s"))
         faults.done.append(name)
         faults.at_work.add(name)

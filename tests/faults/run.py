@@ -2,7 +2,7 @@
 
 Starts a fleet, producers and consumers, torments it, heals it, waits until everything is registered, reads
 everything back and lets the checker judge. Exit code 0: no anomaly; 1: anomalies, or it did not come to rest; the
-directory with history and logs is kept then.
+directory with history and logs is kept then. 2: it cannot run here, or not with these options; 130: interrupted.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import random
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -17,9 +18,10 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import pytest
 from shproto.errors import StreamHouseError
 from streamhouse import Admin
 
@@ -38,6 +40,8 @@ GROUP = "group"
 MEMBERS = 2
 MEMBER_STAYS_S = (4.0, 15.0)
 WARM_UP_S = 3.0
+MINUTES_MAX = 7 * 24 * 60
+"""A week: more is a slip of the keyboard."""
 
 PRODUCERS_DEADLINE_S = 120.0
 """Twice the SDK's delivery timeout here: by then every operation has an outcome."""
@@ -189,9 +193,9 @@ def _raise_descriptor_limit() -> None:
 
 
 def print_report(run: Run, report: Report, seed: int, path: Path) -> None:
-    counts = ", ".join(f"{name} {count}" for name, count in sorted(Counter(run.faults.done).items()))
     print(f"seed {seed}")
-    print(f"faults {len(run.faults.done)}: {counts}")
+    for line in told_faults(run.names, run.faults):
+        print(line)
     for line in report.summary():
         print(line)
     for line in explain(report.anomalies, path):
@@ -200,21 +204,42 @@ def print_report(run: Run, report: Report, seed: int, path: Path) -> None:
         print(f"trouble: {line}")
 
 
+def told_faults(names: Sequence[str], faults: nemesis.Faults) -> Iterator[str]:
+    """Yields the lines that say which of `names` had their turn, and which did not, so that a run which met half of
+    them is not taken for one that met all."""
+    done = Counter(faults.done)
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(done.items()))
+    yield f"faults {len(faults.done)}: {counts}"
+    impossible = {name: faults.impossible[name] for name in sorted(faults.impossible) if not done[name]}
+    for name, reason in impossible.items():
+        yield f"not possible here: {name}: {reason}"
+    if left := [name for name in names if not done[name] and name not in impossible]:
+        yield f"no time for {len(left)}: {', '.join(left)}"
+
+
 def main(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the fleet must not outlive us
     work_dir = Path(options.dir) if options.dir else Path(tempfile.mkdtemp(prefix="streamhouse-faults-"))
     work_dir.mkdir(parents=True, exist_ok=True)
-    with progress.clients_log(work_dir / "clients.log"):
-        passed = asyncio.run(judge(options, work_dir))
+    try:
+        with progress.clients_log(work_dir / "clients.log"):
+            passed = asyncio.run(judge(options, work_dir))
+    except pytest.skip.Exception as missing:  # as the tests that share these servers say it
+        print(f"error: {missing}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; history and logs so far are in {work_dir}", file=sys.stderr)
+        return 130
     if passed and not options.dir:
         shutil.rmtree(work_dir)
     return 0 if passed else 1
 
 
 async def judge(options: argparse.Namespace, work_dir: Path) -> bool:
-    """Whether the run passed."""
-    names = nemeses.chosen(options.nemesis)
-    print(f"seed {options.seed}, {options.minutes} minutes of {', '.join(names)}; history and logs in {work_dir}")
+    """Returns True if the run passed."""
+    names: list[str] = options.nemesis
+    which = f"all {len(names)} nemeses" if len(names) == len(nemeses.NEMESES) else ", ".join(names)
+    print(f"seed {options.seed}, {options.minutes:g} minutes of {which}; history and logs in {work_dir}", flush=True)
     run = Run(work_dir, options.seed, names, options.minutes * 60)
     telling = asyncio.create_task(progress.tell(lambda: run.ends_s, run.faults.at_work, run.recorder.counts))
     try:
@@ -227,21 +252,60 @@ async def judge(options: argparse.Namespace, work_dir: Path) -> bool:
     print_report(run, report, options.seed, path)
     if report.anomalies or run.trouble or not report.complete:
         print(f"FAILED; everything needed to look into it is in {work_dir}")
+        print(f"the same faults again: {again(options)}")
         return False
     print("PASSED")
     return True
 
 
+def again(options: argparse.Namespace) -> str:
+    """Returns the command that gives the same faults at the same places."""
+    names = "all" if len(options.nemesis) == len(nemeses.NEMESES) else ",".join(options.nemesis)
+    values = {"MINUTES": f"{options.minutes:g}", "SEED": str(options.seed), "NEMESIS": names}
+    return " ".join(["make faults", *(f"{name}={shlex.quote(value)}" for name, value in values.items())])
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=5, help="of faults; start and end come on top")
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32), help="default: random")
-    parser.add_argument("--nemesis", default="all", help=f"all, or some of {', '.join(sorted(nemeses.NEMESES))}")
+    parser = argparse.ArgumentParser(
+        prog="make faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=_minutes, default=5.0, help="of faults; start and end come on top")
+    parser.add_argument("--seed", type=_seed, default=random.SystemRandom().randrange(2**32), help="default: random")
+    parser.add_argument("--nemesis", type=_nemeses, default="all", help="names with commas; `*` stands for anything")
     parser.add_argument("--dir", default="", help="kept in any case; default: a new one, kept after a failure")
-    return parser.parse_args(arguments)
+    parser.add_argument("--list", action="store_true", help="print the nemeses, and what each does, and end")
+    options = parser.parse_args(arguments)
+    if options.dir and (Path(options.dir) / "history.jsonl").exists():
+        parser.error(f"argument --dir: {options.dir} holds the history of another run")
+    return options
+
+
+def _minutes(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (minutes := float(text)) <= MINUTES_MAX:
+            return minutes
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0 and up to {MINUTES_MAX}")
+
+
+def _seed(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (seed := int(text)) >= 0:
+            return seed
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+
+
+def _nemeses(text: str) -> list[str]:
+    try:
+        return nemeses.chosen(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":
+    parsed = parse(sys.argv[1:])
+    if parsed.list:
+        print("\n".join(nemeses.described()))
+        sys.exit(0)
     with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main(parse(sys.argv[1:])))
+        sys.exit(main(parsed))
     sys.exit(130)

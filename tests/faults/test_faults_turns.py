@@ -76,6 +76,7 @@ async def test_one_that_is_not_possible_is_skipped_with_its_reason(played: Playe
     found = await played.torment(0.01)
     assert {(event.state, event.text) for event in found} == {(h.SKIPPED, "no such thing here")}
     assert played.faults.done == []
+    assert played.faults.impossible == {"a": "no such thing here"}
 
 
 async def test_one_whose_target_has_another_fault_has_its_turn_later(
@@ -91,6 +92,7 @@ async def test_one_whose_target_has_another_fault_has_its_turn_later(
 
     found = await played.torment(0.5)
     assert {"skipped", "begins"} <= {event.state for event in found}
+    assert played.faults.impossible == {}
     counts = [played.faults.done.count(name) for name in ("a", "b")]
     assert min(counts) > 2 and max(counts) - min(counts) <= 1
 

@@ -69,7 +69,6 @@ def black_hole(source: str, target: str) -> Callable[[Fleet, random.Random], Asy
     name = f"black-hole-{source}-{target}"
 
     async def hold(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-        """What is sent vanishes, one way or both: no answer, no reset, no refusal. Each of the three has its turn."""
         if target == "agent" and source != "client" and fleet.library is None:
             raise NotPossible("no C compiler: who calls an agent cannot be told apart")
         names = hole_links(rng, source, target)
@@ -90,6 +89,7 @@ def black_hole(source: str, target: str) -> Callable[[Fleet, random.Random], Asy
                 ]
                 deed.effect = f"held {', '.join(held)}"
 
+    hold.__doc__ = f"What {source} and {target} send each other vanishes, there, back, or both ways (in turns)."
     return hold
 
 
@@ -134,6 +134,7 @@ async def flaky(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
 
 @nemesis("slow")
 async def slow(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+    """One link delays by up to 800 ms each way."""
     with one_of(fleet, rng, fleet.links) as name:
         delays_ms = {way: rng.randrange(0, 800) for way in BOTH}
         for way, ms in delays_ms.items():

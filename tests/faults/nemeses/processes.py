@@ -25,7 +25,7 @@ async def kill(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
 
 @nemesis("kill-agents", hold_s=(0.0, SESSION_TTL_S))
 async def kill_agents(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-    """All agents at once: nobody can take over."""
+    """All agents die at once: none can take over."""
     with all_of(fleet, AGENTS):
         for name in AGENTS:
             await fleet.kill(name)
@@ -37,7 +37,7 @@ async def kill_agents(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
 
 @nemesis("power", hold_s=(0.0, SESSION_TTL_S))
 async def power(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-    """Every process of ours at once; they come back in any order."""
+    """Every process of ours dies at once; they come back in any order."""
     order = rng.sample(SERVICES, len(SERVICES))
     with all_of(fleet, SERVICES):
         await asyncio.gather(*(fleet.kill(name) for name in order))
@@ -49,7 +49,7 @@ async def power(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
 
 @nemesis("pause", hold_s=(0.5, 2.5 * SESSION_TTL_S))
 async def pause(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-    """SIGSTOP; on its return the process believes that nothing happened. Held past the lease by `HOLD_S`."""
+    """A process stands still (SIGSTOP) for less and more than a lease, and then believes that it still leads."""
     with one_of(fleet, rng, TARGETS) as name:
         fleet.send_signal(name, signal.SIGSTOP)
         try:
@@ -60,7 +60,7 @@ async def pause(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
 
 @nemesis("restart", hold_s=(0.0, SESSION_TTL_S))
 async def restart(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-    """SIGTERM: the process drains, and starts again."""
+    """A process drains (SIGTERM), and starts again."""
     with one_of(fleet, rng, TARGETS) as name:
         try:
             await fleet.stop_process(name)

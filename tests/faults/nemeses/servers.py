@@ -33,19 +33,24 @@ async def outage(fleet: Fleet, name: str, stop: Callable[[], None], what: str) -
 
 @nemesis("postgres-kill")
 async def postgres_kill(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+    """PostgreSQL dies at once, and recovers when it is started again."""
     async with outage(fleet, "postgres", fleet.servers["postgres"].kill, "is killed") as deed:
         yield deed
 
 
 @nemesis("postgres-restart")
 async def postgres_restart(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+    """PostgreSQL is stopped in order, and started again."""
     async with outage(fleet, "postgres", fleet.servers["postgres"].stop, "is stopped") as deed:
         yield deed
 
 
 @nemesis("postgres-failover")
 async def postgres_failover(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-    """It gets a synchronous standby, and dies; the standby takes its place. The next time it is the other way round."""
+    """PostgreSQL gets a synchronous standby, and dies; the standby takes its place, at another port.
+
+    The next time it is the other way round.
+    """
     server = fleet.servers["postgres"]
     assert isinstance(server, PostgresPair)
     with all_of(fleet, ["postgres"]):
@@ -59,7 +64,7 @@ async def postgres_failover(fleet: Fleet, rng: random.Random) -> AsyncIterator[D
 
 @nemesis("postgres-errors")
 async def postgres_errors(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-    """A part of the statements is answered with an error, as of a full disk, and not done; or of the connections."""
+    """PostgreSQL answers a part of the statements, or of the connections, with an error, and does nothing."""
     errors = fleet.postgres_errors
     sqlstate = by_turns(fleet, rng, "postgres-errors", sorted(ERRORS))
     share = rng.choice((1.0, rng.uniform(0.05, 0.5)))
@@ -77,8 +82,11 @@ async def postgres_errors(fleet: Fleet, rng: random.Random) -> AsyncIterator[Dee
 
 @nemesis("postgres-disk-full", hold_s=(6.0, 18.0))
 async def postgres_disk_full(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-    """Its disk has no byte left: no table grows. In every other turn its log cannot grow either, and it ends by that;
-    it is started again once there is room."""
+    """PostgreSQL's disk has no byte left; in every other turn PostgreSQL ends by that.
+
+    A table cannot grow then, but the log goes on in the files that it has kept: that has an end in every other turn.
+    PostgreSQL is started again once there is room.
+    """
     server = fleet.servers["postgres"]
     assert isinstance(server, PostgresPair)
     if server.disk is None:
@@ -142,6 +150,7 @@ async def postgres_locks(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed
 
 @nemesis("rabbitmq")
 async def rabbitmq(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+    """RabbitMQ is stopped or killed, and started again."""
     server = fleet.servers["rabbitmq"]
     async with outage(fleet, "rabbitmq", rng.choice((server.stop, server.kill)), "is away") as deed:
         yield deed
@@ -149,6 +158,7 @@ async def rabbitmq(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
 
 @nemesis("redis")
 async def redis(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
+    """Redis is stopped or killed, and started again."""
     server = fleet.servers["redis"]
     async with outage(fleet, "redis", rng.choice((server.stop, server.kill)), "is away") as deed:
         yield deed

@@ -25,18 +25,30 @@ FAULTS: dict[str, tuple[StoreFault, ...]] = {
     "s3-slow-bodies": (StoreFault.TRICKLE,),
     "s3-stale-listings": (StoreFault.STALE,),
 }
+"""Which requests meet what; those of a name have their turns."""
+
+DOES = {
+    "s3-refuses": "S3 answers 503, 500, 403, or 409 to conditional writes (in turns), and does nothing.",
+    "s3-resets": "S3 resets the connection after the write took effect, or before the request arrives (in turns).",
+    "s3-late": "S3 does it at once and answers 1-8 s later.",
+    "s3-cut-bodies": "S3's answer ends in its middle, or is half of a body with headers that say so (in turns).",
+    "s3-bit-flips": "S3 answers a read with one bit flipped.",
+    "s3-ignores-ranges": "S3 answers with the whole object instead of the range that was asked for.",
+    "s3-slow-bodies": "S3 takes 1-8 s for a body.",
+    "s3-stale-listings": "S3 lists what was there up to a minute before.",
+}
 
 
 @nemesis("s3-away")
 async def s3_away(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-    """Connections are refused. The objects stay: losing them is beyond what is promised."""
+    """S3 refuses connections. The objects stay: losing them is beyond what is promised."""
     async with outage(fleet, "s3", fleet.servers["s3"].stop, "refuses connections") as deed:
         yield deed
 
 
 @nemesis("s3-slow")
 async def s3_slow(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-    """Every answer takes up to five seconds, by the network."""
+    """S3 answers up to 5 s late, by the network."""
     links = [name for name in fleet.links if name.endswith(">s3")]
     delay_ms = rng.randrange(500, 5000)
     with all_of(fleet, links):
@@ -51,7 +63,6 @@ async def s3_slow(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
 
 def store_fault(name: str, faults: Sequence[StoreFault]) -> Callable[[Fleet, random.Random], AsyncIterator[Deed]]:
     async def lie(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
-        """A part of the requests, or all, meets one of `faults`; these have their turns."""
         store = fleet.store
         assert store is not None, "a fleet that runs has one"
         fault = by_turns(fleet, rng, name, faults)
@@ -67,6 +78,7 @@ def store_fault(name: str, faults: Sequence[StoreFault]) -> Callable[[Fleet, ran
                 store.heal()
                 deed.effect = f"{store.touched[fault] - before} requests hit"
 
+    lie.__doc__ = DOES[name]
     return lie
 
 
