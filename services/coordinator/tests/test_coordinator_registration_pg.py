@@ -1,12 +1,13 @@
 """Sealed buffers and segments against a real PostgreSQL: claims, compare-and-set, holes, producers' state."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
 import pytest
-from shproto.errors import Fenced, InvalidArgument, SessionExpired
+from shproto.errors import Fenced, InvalidArgument, SessionExpired, Unavailable
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from streamhouse_coordinator.api import CoordinatorApi
@@ -111,6 +112,47 @@ async def test_a_buffer_is_completed_when_all_its_slices_are(
     assert await register(api, buffer_id, make_segment(topic_id, 2, 1, 0, 10)) == [COVERED]
     status = await api.get_status(pb.GetStatusRequest())
     assert (status.buffers_waiting, status.buffers_claimed, status.buffers_waiting_bytes) == (0, 0, 0)
+
+
+async def test_segments_that_are_early_are_not_in_line_with_what_they_wait_for(
+    api: CoordinatorApi, dsn: str, open_agent: Any, make_segment: MakeSegment, all_events: Any
+) -> None:
+    """They are offered again and again meanwhile: the registration that is in turn would never get the row."""
+    agent = await open_agent(api, "a")
+    leads = await agent.leads()
+    topic_id = leads[0].topic_id
+    buffer_id = await agent.announce((leads[0], 10, 20), (leads[1], 0, 10))
+    early, in_turn = make_segment(topic_id, 0, 1, 10, 20), make_segment(topic_id, 1, 1, 0, 10)
+    async with _held(dsn, f"SELECT 1 FROM ranges WHERE topic_id = '{topic_id.hex()}' AND partition = 0 FOR UPDATE"):
+        assert await register(api, buffer_id, early) == [EARLY]
+        assert await register(api, buffer_id, early, in_turn) == [EARLY, REGISTERED]
+        with pytest.raises(Unavailable):
+            await register(api, buffer_id, make_segment(topic_id, 0, 1, 0, 10))
+    assert [s.base_offset for s in (await claim(api)).slices] == [10]
+    assert await register(api, buffer_id, make_segment(topic_id, 0, 1, 0, 10), early) == [REGISTERED, REGISTERED]
+    assert len(await all_events(api, "BufferCompleted")) == 1
+
+
+async def test_a_segment_behind_a_hole_that_is_in_turn_is_not_early(
+    api: CoordinatorApi, open_agent: Any, make_segment: MakeSegment, change_rows: ChangeRows
+) -> None:
+    agent = await open_agent(api, "a")
+    grant = (await agent.leads())[0]
+    buffer_id = await agent.announce((grant, 5, 10))
+    hole = "INSERT INTO lost_spans (topic_id, partition, epoch, base_offset, end_offset, reason) "
+    await change_rows(hole + "VALUES ($1, 0, 1, 0, 5, 'bad CRC')", grant.topic_id.hex())
+    assert await register(api, buffer_id, make_segment(grant.topic_id, 0, 1, 5, 10)) == [REGISTERED]
+
+
+@asynccontextmanager
+async def _held(dsn: str, statement: str) -> AsyncIterator[None]:
+    """Somebody else's transaction has done `statement`, and is open."""
+    outsider = await asyncpg.connect(dsn)
+    try:
+        await outsider.execute(f"BEGIN; {statement}")
+        yield
+    finally:
+        await outsider.close()
 
 
 async def test_one_of_two_racing_segmenters_wins(

@@ -66,11 +66,11 @@ def register(
     events: list[Event] = []
     todo = sorted(enumerate(segments), key=lambda item: item[1].base_offset)
     for at, segment in todo:
-        _fill_holes(now, _key(segment), lost, topics, events)
+        _fill_holes(now, key_of(segment), lost, topics, events)
         if segment.segment_id in known_ids:
             results[at] = Result.REGISTERED
             continue
-        results[at] = judge(segment, now.get(_key(segment)))
+        results[at] = judge(segment, now.get(key_of(segment)))
         if results[at] is Result.REGISTERED and segment.object_key not in declared:
             results[at] = Result.WITHDRAWN
         if results[at] is Result.REGISTERED:
@@ -81,13 +81,25 @@ def register(
     return Registration([results[at] for at in range(len(segments))], events, now, lost_done)
 
 
-def _key(segment: Segment) -> RangeKey:
+def early_ranges(segments: Sequence[Segment], ranges: Mapping[RangeKey, RangeRow]) -> set[RangeKey]:
+    """Returns the ranges of which every offered segment is EARLY, by rows that may be older than they are now.
+
+    Such an answer is right without a lock: `registered_end` never goes back, so at worst the segment is offered once
+    more. It holds only where no reported hole of the range waits, which would have to be filled first.
+    """
+    verdicts: dict[RangeKey, set[Result]] = {}
+    for segment in segments:
+        verdicts.setdefault(key_of(segment), set()).add(judge(segment, ranges.get(key_of(segment))))
+    return {key for key, found in verdicts.items() if found == {Result.EARLY}}
+
+
+def key_of(segment: Segment) -> RangeKey:
     return (segment.topic_id, segment.partition, segment.epoch)
 
 
 def _take(now: dict[RangeKey, RangeRow], segment: Segment, buffer_id: str, events: list[Event]) -> None:
     events.append(SegmentRegistered(segment, buffer_id))
-    now[_key(segment)] = replace(now[_key(segment)], registered_end=segment.end_offset)
+    now[key_of(segment)] = replace(now[key_of(segment)], registered_end=segment.end_offset)
 
 
 def _fill_holes(

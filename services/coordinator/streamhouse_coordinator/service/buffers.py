@@ -1,7 +1,7 @@
 """Sealed buffers: announced, claimed, and registered as segments."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from opentelemetry import metrics
@@ -200,9 +200,14 @@ async def register(
 
     async def work(tx: Transaction) -> list[registration.Result]:
         await forks.check(tx, forks.COORDINATOR)
-        done = await _register(tx, buffer_id, segments)
-        await _finish(tx, buffer_id, done, trace_context)
-        return done.results
+        early = await _early_ranges(tx, segments)
+        offered = [item for item in segments if registration.key_of(item) not in early]
+        answers: Iterator[registration.Result] = iter(())
+        if offered:
+            done = await _register(tx, buffer_id, offered)
+            await _finish(tx, buffer_id, done, trace_context)
+            answers = iter(done.results)
+        return [registration.Result.EARLY if registration.key_of(item) in early else next(answers) for item in segments]
 
     results = await context.store.run(work)
     for result in results:
@@ -210,8 +215,22 @@ async def register(
     return results
 
 
+async def _early_ranges(tx: Transaction, segments: Sequence[Segment]) -> set[RangeKey]:
+    """Returns the ranges of which nothing can be registered yet, without a lock.
+
+    Segments wait for their predecessors by being offered again and again. Were each of these tries in line for the
+    range's row, the one registration that all of them wait for would be in line behind them: with some dozens of
+    buffers behind, statements ran into their time limits faster than registrations went through, for minutes.
+    """
+    early = registration.early_ranges(segments, await ranges_by_key(tx, {registration.key_of(it) for it in segments}))
+    if not early:
+        return early
+    holes = await tx.select(t.LOST_SPANS, where_keys(("topic_id", "partition", "epoch"), sorted(early)))
+    return early - {span.range_key for span in holes}
+
+
 async def _register(tx: Transaction, buffer_id: str, segments: Sequence[Segment]) -> registration.Registration:
-    keys = {(item.topic_id, item.partition, item.epoch) for item in segments}
+    keys = {registration.key_of(item) for item in segments}
     ranges = await ranges_by_key(tx, keys, lock="wait")
     known = await tx.select(t.SEGMENTS, where(segment_id=In([item.segment_id for item in segments])))
     lost = await tx.select(t.LOST_SPANS, where_keys(("topic_id", "partition", "epoch"), sorted(keys)))
