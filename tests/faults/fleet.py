@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tests.faults import shim
 from tests.faults.history import ProcessDied, Recorder
@@ -20,6 +21,8 @@ from tests.faults.store_proxy import StoreProxy
 from tests.integration import servers, small_disk
 from tests.integration.processes import ServiceProcess, free_ports, is_serving
 from tests.integration.standby import postgres_pair
+
+ResultT = TypeVar("ResultT")
 
 COORDINATORS = ("coordinator-1", "coordinator-2")
 AGENTS = ("ingest-1", "ingest-2", "ingest-3")
@@ -121,6 +124,16 @@ def _variables(settings: Mapping[str, object]) -> dict[str, str]:
     return {f"STREAMHOUSE_{name}": str(value) for name, value in settings.items()}
 
 
+async def in_thread(call: Callable[..., ResultT], *arguments: object) -> ResultT:
+    """Returns what a blocking call returns. A thread cannot be stopped, so a cancellation waits for its end: else it
+    would start what `Fleet.close` has closed."""
+    running = asyncio.create_task(asyncio.to_thread(call, *arguments), name=f"thread of {call!r}")
+    try:
+        return await asyncio.shield(running)
+    finally:
+        await asyncio.wait([running])
+
+
 class FleetProcess(ServiceProcess):
     def start(self) -> None:
         super().start()
@@ -170,7 +183,7 @@ class Fleet:
 
     async def start(self) -> None:
         self.library = await asyncio.to_thread(shim.build, self.work_dir)
-        await asyncio.to_thread(self._start_servers)
+        await self._start_servers()
         self._mount_small_disk()
         listens = dict(zip(SERVICES, (f"127.0.0.1:{port}" for port in free_ports(len(SERVICES))), strict=True))
         await self._make_links(listens)
@@ -179,7 +192,7 @@ class Fleet:
         await asyncio.gather(*(self.start_process(name) for name in SERVICES))
         self._supervisor = asyncio.create_task(self._supervise(), name="supervisor")
 
-    def _start_servers(self) -> None:
+    async def _start_servers(self) -> None:
         makers: dict[str, Callable[[], servers.Server]] = {
             "postgres": functools.partial(postgres_pair, POSTGRES_DISK_BYTES, self._postgres_variables),
             "s3": servers.s3_server,
@@ -187,7 +200,10 @@ class Fleet:
             "redis": servers.redis_server,
         }
         for name, make in makers.items():
-            self.servers[name] = make()
+            await in_thread(self._add_server, name, make)
+
+    def _add_server(self, name: str, make: Callable[[], servers.Server]) -> None:
+        self.servers[name] = make()
 
     def _postgres_variables(self, directory: Path) -> Mapping[str, str]:
         """PostgreSQL may be another user: what it loads lies in its own directory."""
@@ -342,7 +358,7 @@ class Fleet:
         for name, server in self.servers.items():
             if not server.is_running:
                 self.recorder.note("run", f"starts {name} again")
-                await asyncio.to_thread(server.start)
+                await in_thread(server.start)
         for member in self.members.values():
             member.control.heal()
             member.may_die = False

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults.fleet import AGENTS, SERVICES, SMALL_DISK_AGENT, Fleet
+from tests.faults.fleet import AGENTS, SERVICES, SMALL_DISK_AGENT, Fleet, in_thread
 from tests.faults.nemesis import Deed, NotPossible, all_of, nemesis, one_of
 from tests.integration import small_disk
 
@@ -40,7 +40,7 @@ async def disk_full(fleet: Fleet, rng: random.Random) -> AsyncIterator[Deed]:
     with all_of(fleet, [SMALL_DISK_AGENT]):
         filler = fleet.small_disk / "filler"
         try:
-            await asyncio.to_thread(small_disk.fill, filler)
+            await in_thread(small_disk.fill, filler)
             yield Deed(f"the disk of {SMALL_DISK_AGENT} is full")
         finally:
             filler.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import asyncpg
 
-from tests.faults.fleet import Fleet
+from tests.faults.fleet import Fleet, in_thread
 from tests.faults.nemesis import LONG_HOLD_S, Busy, Deed, NotPossible, all_of, by_turns, nemesis
 from tests.faults.postgres_proxy import AT_CONNECT, ERRORS
 from tests.integration import small_disk
@@ -24,11 +24,11 @@ TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY t
 @asynccontextmanager
 async def outage(fleet: Fleet, name: str, stop: Callable[[], None], what: str) -> AsyncIterator[Deed]:
     with all_of(fleet, [name]):
-        await asyncio.to_thread(stop)
+        await in_thread(stop)
         try:
             yield Deed(f"{name} {what}")
         finally:
-            await asyncio.to_thread(fleet.servers[name].start)
+            await in_thread(fleet.servers[name].start)
 
 
 @nemesis("postgres-kill")
@@ -54,12 +54,12 @@ async def postgres_failover(fleet: Fleet, rng: random.Random) -> AsyncIterator[D
     server = fleet.servers["postgres"]
     assert isinstance(server, PostgresPair)
     with all_of(fleet, ["postgres"]):
-        await asyncio.to_thread(server.attach_standby)
+        await in_thread(server.attach_standby)
         server.kill()
         try:
             yield Deed("postgres is killed, to be replaced by its standby")
         finally:
-            await asyncio.to_thread(server.start)
+            await in_thread(server.start)
 
 
 @nemesis("postgres-errors")
@@ -97,14 +97,14 @@ async def postgres_disk_full(fleet: Fleet, rng: random.Random) -> AsyncIterator[
         is_log_full = by_turns(fleet, rng, "postgres-disk-full", (False, True))
         deed = Deed(f"the disk of postgres is full{', and its log at the end of a file' if is_log_full else ''}")
         try:
-            await asyncio.to_thread(small_disk.fill, filler)
+            await in_thread(small_disk.fill, filler)
             if is_log_full:
                 await _switch_log(server.url)
             yield deed
         finally:
             filler.unlink(missing_ok=True)
             deed.effect = f"it said {server.log_lines(NO_SPACE) - before} times: {NO_SPACE}"
-            await asyncio.to_thread(server.start_unless_it_answers)
+            await in_thread(server.start_unless_it_answers)
 
 
 async def _switch_log(dsn: str) -> None:
