@@ -335,6 +335,45 @@ async def test_prometheus_metrics_are_served_beside_nameko(platform: Platform, b
     assert "streamhouse_segmenter_records_total" in text
 
 
+STOPPED_SOON = """
+import os, sys
+os.environ["EVENTLET_HUB"] = "asyncio"
+import warnings
+warnings.filterwarnings("ignore", message=r"\\s*Eventlet is deprecated")
+import eventlet
+eventlet.monkey_patch(thread=False)
+import asyncio
+from eventlet.asyncio import spawn_for_awaitable
+from streamhouse_segmenter.adapters.nameko_worker import NamekoWorker
+from streamhouse_segmenter.settings import SegmenterSettings
+
+async def main():
+    for turns in range(16):
+        worker = NamekoWorker(SegmenterSettings(amqp_url=sys.argv[1]), None)
+        worker.start()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await worker.stop()
+    print("stopped")
+
+spawn_for_awaitable(main()).wait()
+"""
+"""A worker that is told to stop so many turns of the loop after its start."""
+
+
+def test_a_stop_right_after_the_start_prints_no_traces() -> None:
+    """nameko's consumer cannot be stopped while it is being started, or looks for its broker."""
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_SOON, f"amqp://guest:guest@127.0.0.1:{free_port()}/"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    assert done.stdout == "stopped\n"
+    assert "Traceback" not in done.stderr and "kill" not in done.stderr, done.stderr
+
+
 async def test_unusable_settings_end_it_with_a_message(platform: Platform, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for settings, message in (

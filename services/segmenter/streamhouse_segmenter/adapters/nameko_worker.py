@@ -157,7 +157,9 @@ class NamekoWorker:
         await stopped.wait()
 
     def _stop_container(self) -> None:
-        if self._container is not None:
+        # Without a connection there is no consumer to cancel, and nameko's stop of one that is not there yet prints
+        # nothing but traces. Handlers that still run are waited for with the segmenter's other drains.
+        if self._container is not None and DeadLetteringConsumer.connected:
             # nameko's stop waits for a connection to cancel its consumers on, for ever if need be.
             stopping = eventlet.spawn(self._container.stop)
             waited_s = 0.0
