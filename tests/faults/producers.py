@@ -73,12 +73,8 @@ class _Producing:
 
 
 class SdkProducer(_Producing):
-    """Pipelined, idempotent; what it gives up may be written or not. Hands over one batch after the other, as an
-    application does that cares for their order, and waits for all acknowledgements at once."""
-
-    def __init__(self, process: str, target: Target, recorder: Recorder, rng: random.Random) -> None:
-        super().__init__(process, target, recorder, rng)
-        self._turn = asyncio.Lock()
+    """Pipelined, idempotent; what it gives up may be written or not. Sends from many tasks at once, in an order that
+    the SDK keeps from the first record on."""
 
     async def run(self, bootstrap: str) -> None:
         """Until `stopping`; then waits for everything under way."""
@@ -110,9 +106,7 @@ class SdkProducer(_Producing):
     async def _send(self, producer: Producer, room: asyncio.Semaphore, operation: Produce) -> None:
         try:
             values = [payload_of(value) for value in operation.values]
-            async with self._turn:
-                result = await producer.send_many(operation.topic, values, partition=operation.partition)
-            sent = await result
+            sent = await (await producer.send_many(operation.topic, values, partition=operation.partition))
             self.recorder.write(Produced(operation.id, spans_of(sent.offsets.tolist())))
         except StreamHouseError as error:
             self.recorder.write(ProduceFailed(operation.id, False, f"{error.reason}: {error.message}"[:200]))
