@@ -1,6 +1,7 @@
 """What PostgreSQL ends by itself, and how much of what was given up may be left in it."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -176,6 +177,26 @@ async def test_calls_that_are_cancelled_under_a_held_lock_do_not_pile_up(
         assert seen <= POOL_MAX + OTHERS
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(*(service.api.list_topics(pb.ListTopicsRequest()) for _ in range(2 * POOL_MAX)))
+
+
+async def test_transactions_that_are_cancelled_at_any_step_leave_nothing_to_complain_of(
+    coordinator: CoordinatorService, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncpg says so at ERROR where a connection goes back to the pool in a transaction: one that was cancelled in
+    its BEGIN has begun by the time that is known."""
+
+    async def nothing(tx: Transaction) -> None:
+        await tx.now_ms()
+
+    for steps in range(40):
+        working = asyncio.create_task(coordinator.context.store.run(nothing))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        working.cancel()
+        await asyncio.wait([working])
+    async with asyncio.timeout(PATIENCE_S):
+        await asyncio.gather(*(coordinator.context.store.run(nothing) for _ in range(20)))
+    assert not [item.getMessage() for item in caplog.records if item.levelno >= logging.ERROR]
 
 
 async def until(call: Callable[[], Awaitable[Any]]) -> Any:

@@ -207,6 +207,9 @@ class Connections:
         limit_s = self.limits.statement_ms / 1000
         try:
             async with asyncio.timeout(limit_s):
+                if not connection.is_in_transaction():
+                    # A BEGIN that was given up may have succeeded all the same: known once the next one is answered.
+                    await connection.execute("SELECT 1")
                 if connection.is_in_transaction():
                     await connection.execute("ROLLBACK")
         except FAILURES as error:
