@@ -237,7 +237,7 @@ async def test_who_listens_notices_that_the_other_end_is_gone_without_a_word(
     place = urlsplit(dsn).netloc.rpartition("@")[2]
     proxy = FaultProxy("postgres", place)
     await proxy.start()
-    connections = CountingListening(dsn.replace(place, proxy.address), timeout_ms=5_000)
+    connections = CountingListening(dsn.replace(place, proxy.address), timeout_ms=5_000, past_pooler=False)
     listening = asyncio.Event()
     heard = listener.Listener(connections.connect, events_changed=listening.set, group_changed=lambda _: None)
     task = asyncio.create_task(heard.run())

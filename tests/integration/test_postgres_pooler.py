@@ -119,6 +119,25 @@ async def test_without_it_polling_is_said(pooled: str, caplog: pytest.LogCapture
                     await asyncio.sleep(0.02)
 
 
+async def test_a_way_past_the_pooler_that_leads_into_one_is_said(
+    pooled: str, storage: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """LISTEN succeeds there, and nothing is heard: events come by polling."""
+    said = "pg_listen_dsn leads to a pooler"
+    with caplog.at_level(logging.WARNING):
+        async with coordinators(1, pooled, pg_listen_dsn=pooled) as (service,):
+            await use([service], rounds=1)
+            async with asyncio.timeout(PATIENCE_S):
+                while said not in caplog.text:
+                    await asyncio.sleep(0.02)
+            await followed(service, (await service.api.get_head(pb.GetHeadRequest())).events_position)
+        caplog.clear()
+        async with coordinators(1, pooled, pg_listen_dsn=storage["STREAMHOUSE_PG_DSN"]) as (service,):
+            await service.api.create_topic(pb.CreateTopicRequest(topic="payments", partitions=1))
+            await followed(service, (await service.api.get_head(pb.GetHeadRequest())).events_position)
+    assert said not in caplog.text
+
+
 async def test_a_pooler_that_is_taken_for_a_server_ends_nothing(pooled: str) -> None:
     """Statements that were prepared on one connection and run on another fail; the error says which setting helps."""
     async with coordinators(2, pooled, pg_pooler="none") as services:

@@ -137,7 +137,9 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
         cached=settings.events_cached,
     )
     api = CoordinatorApi(context, feed, Probe(context, tasks, _describe_agent))
-    listening = Listening(settings.pg_listen_dsn or settings.pg_dsn, settings.pg_timeout_ms)
+    listening = Listening(
+        settings.pg_listen_dsn or settings.pg_dsn, settings.pg_timeout_ms, past_pooler=bool(settings.pg_listen_dsn)
+    )
     listener = Listener(
         listening.connect,
         events_changed=feed.wake,

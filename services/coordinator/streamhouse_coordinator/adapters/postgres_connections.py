@@ -253,16 +253,22 @@ class Connections:
 
 
 class Listening:
-    """Makes connections that are kept, to a server itself."""
+    """Makes connections that are kept, to a server itself. `past_pooler`: the DSN is there to lead past one."""
 
-    def __init__(self, dsn: str, timeout_ms: int) -> None:
+    def __init__(self, dsn: str, timeout_ms: int, *, past_pooler: bool) -> None:
         self._hosts = Hosts(dsn)
         self._timeout_ms = timeout_ms
+        self._past_pooler = past_pooler
 
     async def connect(self) -> Any:
         """Returns a connection for the caller to close. Raises asyncpg's errors, OSError."""
-        connection = await self._hosts.connect(timeout_s=self._timeout_ms / 1000)
+        connection = await self._hosts.connect(timeout_s=self._timeout_ms / 1000, statement_cache_size=0)
         try:
+            if self._past_pooler and await _leads_to_pooler(connection):
+                log.warning(
+                    "pg_listen_dsn leads to a pooler, too; if that gives out transactions, nothing is heard through "
+                    "it, and events are polled: name the server itself"
+                )
             await _set(connection, KEEPALIVES | {"tcp_user_timeout": str(self._timeout_ms)})
         except BaseException:
             discard(connection)
