@@ -192,3 +192,20 @@ async def test_everything_at_once_ends_without_a_deadlock(
     work = [*map(write, agents), *map(lead, agents), *map(come_and_go, range(2)), *map(keep, range(2))]
     async with asyncio.timeout(10 * PATIENCE_S):
         await asyncio.gather(*work)
+
+
+async def test_rebuilding_waits_for_no_reader_and_no_reader_for_it(
+    quiet: CoordinatorService, open_agent: Any, dsn: str
+) -> None:
+    """A reader that goes through the tables against the order of locks, as a sweep or `status` may."""
+    await quiet.api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=2))
+    await open_agent(quiet.api, "a")
+    reader = await asyncpg.connect(dsn)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            async with reader.transaction():
+                assert await reader.fetchval("SELECT count(*) FROM sessions") == 1
+                await quiet.context.store.rebuild()
+                assert await reader.fetchval("SELECT count(*) FROM topics") == 1
+    finally:
+        await reader.close()

@@ -238,7 +238,7 @@ class PostgresStore:
         await self._single(lambda connection: connection.execute(text, position, until_ms))
 
     async def rebuild(self) -> None:
-        """Again after a conflict: a sweep holds what it has read while it waits for what is locked here."""
+        """Writers wait meanwhile; readers see what was there before."""
 
         async def once(connection: Any) -> None:
             async with self._connections.transaction(connection):
@@ -249,7 +249,11 @@ class PostgresStore:
 
 async def _rebuild(connection: Any) -> None:
     # As commands do: the rows first, then the position.
-    await connection.execute("TRUNCATE " + ", ".join(table.name for table in sorted(PROJECTIONS, key=lock_rank)))
+    # A TRUNCATE would wait for readers as well, who take tables in any order: they and this met in a deadlock.
+    names = [table.name for table in sorted(PROJECTIONS, key=lock_rank)]
+    await connection.execute(f"LOCK TABLE {', '.join(names)} IN EXCLUSIVE MODE")
+    for name in names:
+        await connection.execute(f"DELETE FROM {name}")
     await connection.execute("LOCK TABLE event_position IN EXCLUSIVE MODE")
     transaction = PostgresTransaction(connection)
     after = 0
