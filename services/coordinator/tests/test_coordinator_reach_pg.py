@@ -4,14 +4,25 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import asyncpg
 import pytest
 from shproto.errors import InvalidArgument
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from streamhouse_coordinator.api import CoordinatorApi
-from streamhouse_coordinator.wiring import build
+from streamhouse_coordinator.service import reach
+from streamhouse_coordinator.wiring import CoordinatorService, build
 
 HOURS_MS = 3_600_000
+
+
+@pytest.fixture
+async def service(dsn: str, fast: Callable[..., Any]) -> AsyncIterator[CoordinatorService]:
+    """It sweeps only when it is told to."""
+    service = build(fast(dsn, session_sweep_interval_ms=150_000))
+    await service.start()
+    yield service
+    await service.stop()
 
 
 @pytest.fixture
@@ -154,3 +165,25 @@ async def test_agents_do_not_judge_each_other(api: CoordinatorApi, open_agent: A
     request = pb.HeartbeatRequest(session_token=a.session.session_token, checks_agents=True, agents=reach)
     with pytest.raises(InvalidArgument, match="only segmenter and query check agents"):
         await api.heartbeat(request)
+
+
+async def test_no_sweep_waits_for_a_worker_that_reports(service: CoordinatorService, open_agent: Any, dsn: str) -> None:
+    """Rows of reports are written by many; a sweep that waited for one, holding another, could meet a deadlock."""
+    api = service.api
+    a = await open_agent(api, "a")
+    await open_agent(api, "b")
+    s1, s2, _ = await workers(api)
+    await s1.says(a=False)
+    await s2.says(a=True)
+    await a.close()  # nobody needs reports of its session any more
+    holder = await asyncpg.connect(dsn)
+    count = "SELECT count(*) FROM reach_reports"
+    try:
+        async with holder.transaction():
+            await holder.execute("SELECT * FROM reach_reports WHERE NOT reached FOR UPDATE")
+            await reach.apply(service.context)
+            assert await holder.fetchval(count) == 1
+        await reach.apply(service.context)
+        assert await holder.fetchval(count) == 0
+    finally:
+        await holder.close()

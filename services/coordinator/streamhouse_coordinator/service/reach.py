@@ -1,7 +1,7 @@
 """What workers say of the agents they reach or do not, and what follows from it for who leads."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shproto.errors import InvalidArgument
@@ -11,7 +11,7 @@ from streamhouse_coordinator.core import reach
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove
 from streamhouse_coordinator.core.sessions import INGEST
-from streamhouse_coordinator.ports import Above, In, Transaction, where
+from streamhouse_coordinator.ports import Above, In, Transaction, where, where_keys
 from streamhouse_coordinator.service.common import (
     CLUSTER_LOCK,
     Context,
@@ -127,9 +127,7 @@ async def apply(context: Context) -> None:
         found = await look(tx)
         if found is None:
             return []
-        gone = found.outdated()
-        keys = [{"session_id": row.session_id, "agent_session_id": row.agent_session_id} for row in gone]
-        await tx.apply([Remove(t.REACH_REPORTS, key) for key in keys])
+        await _forget(tx, found.outdated())
         events = found.decide(await tx.now_ms(), context.settings)
         if events:
             await commit_leadership(tx, context.settings, events)
@@ -141,3 +139,12 @@ async def apply(context: Context) -> None:
             log.error("%s cannot reach agent %s: others are to lead its partitions", names, event.agent_id)
         elif isinstance(event, AgentReachable):
             log.warning("workers reach agent %s again: it may lead", event.agent_id)
+
+
+async def _forget(tx: Transaction, reports: Sequence[t.ReachReportRow]) -> None:
+    """Removes those that no heartbeat writes at the moment, and waits for none: the next sweep has the others."""
+    keys = [(row.session_id, row.agent_session_id) for row in reports]
+    of_keys = where_keys(("session_id", "agent_session_id"), keys)
+    rows = await tx.select(t.REACH_REPORTS, of_keys, lock="skip") if keys else []
+    named = [{"session_id": row.session_id, "agent_session_id": row.agent_session_id} for row in rows]
+    await tx.apply([Remove(t.REACH_REPORTS, key) for key in named])
