@@ -58,7 +58,8 @@ class IngestApi:
                 try:
                     window.put(await produce.accept(request))
                 except StreamHouseError as error:
-                    window.put(_refused(request, error))
+                    window.put(_refused(request.topic, request.partition, error))
+                del request  # a copy of the batch, which would stay in memory until the next one is here
         finally:
             window.close()
 
@@ -79,11 +80,11 @@ async def _answer(produce: ProduceService, item: Accepted | pb.ProduceResponse) 
     try:
         return await produce.answer(item)
     except StreamHouseError as error:
-        return _refused(item.request, error)
+        return _refused(item.topic, item.partition, error)
 
 
-def _refused(request: pb.ProduceRequest, error: StreamHouseError) -> pb.ProduceResponse:
-    return pb.ProduceResponse(topic=request.topic, partition=request.partition, base_offset=-1, error=error.to_detail())
+def _refused(topic: str, partition: int, error: StreamHouseError) -> pb.ProduceResponse:
+    return pb.ProduceResponse(topic=topic, partition=partition, base_offset=-1, error=error.to_detail())
 
 
 class _Window:

@@ -38,9 +38,11 @@ _ASK_AGAIN_MS = 500
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request whose batch is queued; `answer_by_ms` on the monotonic clock."""
+    """A request whose batch is queued; `answer_by_ms` on the monotonic clock. Does not hold the request: its copy of
+    the batch would stay in memory until the answer, which `durable` acks wait for seconds for."""
 
-    request: pb.ProduceRequest
+    topic: str
+    partition: int
     held: HeldLog
     header: BatchHeader
     acks: int
@@ -106,7 +108,7 @@ class ProduceService:
             span.end()
             raise
         answer_by_ms = self._clock.monotonic_ms() + timeout_ms
-        return Accepted(request, held, header, acks, timeout_ms, answer_by_ms, written, span)
+        return Accepted(request.topic, request.partition, held, header, acks, timeout_ms, answer_by_ms, written, span)
 
     async def _leading(self, request: pb.ProduceRequest) -> HeldLog:
         """The log that the batch is for. A topic created again under its name is another one: a batch for it must not
