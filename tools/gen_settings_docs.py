@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
+from shruntime.memory import MemoryShare
 from shruntime.settings import PREFIX, CommonSettings, StoreSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,10 +60,19 @@ def row(name: str, field: FieldInfo) -> str:
 def show_default(field: FieldInfo) -> str:
     if field.is_required():
         return "must be given"
+    if isinstance(field.default_factory, MemoryShare):
+        return show_share(field.default_factory)
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is None or str(value) == "":
         return "empty"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`{in_mib(value)}"
+
+
+def show_share(share: MemoryShare) -> str:
+    """The rule, since the value is another one on each machine."""
+    least, most = (f"{bound}{in_mib(bound)}" for bound in (share.least, share.most))
+    each = f" per {share.unit}{in_mib(share.unit)} bytes" if share.unit > 1 else ""
+    return f"1/{share.part} of the memory limit{each}, {least} to {most}"
 
 
 def show_range(field: FieldInfo) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
+from shruntime.memory import MIB, MemoryShare
 from shruntime.settings import CommonSettings
 from shruntime.urls import address, url_of
 
@@ -17,5 +18,11 @@ class EmbeddedSettings(CommonSettings):
     data_dir: Path = Field(Path("streamhouse-data"), description="directory that holds everything; made when missing")
     pg_dsn: Annotated[str, AfterValidator(url_of("postgresql", "postgres"))] = Field(
         "", repr=False, description="an external PostgreSQL; empty: the embedded one below data_dir"
+    )
+    pg_shared_buffers_bytes: int = Field(
+        default_factory=MemoryShare(32, 16 * MIB, 64 * MIB),
+        ge=MIB,
+        le=1 << 40,
+        description="bytes of the embedded PostgreSQL's page cache; its tables fit many times over",
     )
     pg_bin_dir: str = Field("", description="directory with initdb and postgres; empty: the installed wheel, then PATH")

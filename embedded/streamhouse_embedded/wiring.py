@@ -16,6 +16,7 @@ from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
 from shruntime.advertise import advertised_address
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
+from shruntime.memory import give_back_freed_memory, log_memory_limits
 from shruntime.server import RpcServer, ServerLimits, check_listen
 from shruntime.settings import StoreSettings
 from shruntime.tasks import Tasks, wait_for_stop
@@ -103,13 +104,14 @@ class EmbeddedPlatform:
     async def _start(self) -> Ready:
         self._data_dir.lock()
         self._stack.callback(self._data_dir.unlock)
+        services = self._services
+        log_memory_limits(self._settings, services.ingest, services.segmenter, services.query)
         await check_listen(self._settings.listen)  # before a first start takes its time for the database
         telemetry = Telemetry.configure("embedded", self._settings)
         self._stack.callback(telemetry.shutdown)
         dsn = self._settings.pg_dsn or await self._start_postgres()
         store = await self._open_store()
 
-        services = self._services
         coordinator = coordinator_wiring.build(services.coordinator.model_copy(update={"pg_dsn": dsn}))
         ingest = ingest_wiring.build(services.ingest, coordinator.api)
         query = query_wiring.build(services.query, coordinator.api, store, _always(ingest.api))
@@ -144,7 +146,11 @@ class EmbeddedPlatform:
         return Ready(address, str(self._data_dir.path), dsn)
 
     async def _start_postgres(self) -> str:
-        postgres = EmbeddedPostgres(self._data_dir.postgres, bin_dir=self._settings.pg_bin_dir or None)
+        postgres = EmbeddedPostgres(
+            self._data_dir.postgres,
+            bin_dir=self._settings.pg_bin_dir or None,
+            shared_buffers_bytes=self._settings.pg_shared_buffers_bytes,
+        )
         dsn = await postgres.start()
         self._stack.push_async_callback(postgres.stop)
         watch = Tasks()
@@ -183,6 +189,7 @@ async def serve(settings: EmbeddedSettings, on_ready: Callable[[Ready], None]) -
     """Runs the platform until SIGINT or SIGTERM, then drains. Raises what `EmbeddedPlatform.start` raises."""
     configure_logging("embedded", settings.log_level, settings.log_json)
     raise_descriptor_limit()
+    give_back_freed_memory()
     platform = EmbeddedPlatform(settings)
     on_ready(await platform.start())
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from shproto.v1 import types_pb2
 from shruntime import settings as runtime
-from shruntime.settings import MIB
+from shruntime.memory import MIB
 from shstore import ObjectExists
 from shstore.configured import configured_store
 

@@ -19,8 +19,12 @@ from shproto import forks
 from shproto.rpc import CHANNEL_OPTIONS, CallLimit, CallLimits, serve_api
 
 from shruntime.connections import AddressLimit, ConnectionLimits
+from shruntime.memory import MIB
 from shruntime.settings import CommonSettings
 from shruntime.tasks import Tasks
+
+# What gRPC lets a stream's window grow to while it does not know of a lack of memory.
+WINDOW_BYTES_MAX = 16 * MIB
 
 _meter = metrics.get_meter("streamhouse.server")
 
@@ -39,6 +43,7 @@ class ServerLimits:
     calls_per_connection_max: int = CommonSettings.model_fields["calls_per_connection_max"].default
     streams_per_connection_max: int = CommonSettings.model_fields["streams_per_connection_max"].default
     calls_pending_max: int = CommonSettings.model_fields["calls_pending_max"].default
+    receive_window_bytes: int = WINDOW_BYTES_MAX
 
     @classmethod
     def of(cls, settings: CommonSettings) -> Self:
@@ -50,12 +55,16 @@ class ServerLimits:
             calls_per_connection_max=settings.calls_per_connection_max,
             streams_per_connection_max=settings.streams_per_connection_max,
             calls_pending_max=settings.calls_pending_max,
+            receive_window_bytes=settings.receive_window_bytes,
         )
 
     def channel_options(self) -> tuple[tuple[str, int], ...]:
         """Returns gRPC's part of it. By default it ends calls with CANCELLED once 1,000 to 3,000 wait to be looked at,
-        so that a server that is well would turn a crowd of clients away."""
+        so that a server that is well would turn a crowd of clients away; and lets each connection send 16 MiB ahead,
+        which ten producers of large batches fill: 480 MiB of `serve` instead of 310 with 1 MiB."""
+        window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", self.receive_window_bytes))
         return (
+            *(window if self.receive_window_bytes < WINDOW_BYTES_MAX else ()),
             *self.connections.channel_options(),
             ("grpc.server.max_pending_requests", self.calls_pending_max),
             ("grpc.server.max_pending_requests_hard_limit", self.calls_pending_max),

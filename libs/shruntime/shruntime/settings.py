@@ -15,11 +15,11 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from shruntime.memory import MIB, MemoryShare
 from shruntime.urls import address, address_or_empty, addresses, advertised_or_empty
 
 PREFIX = "STREAMHOUSE_"
 CONFIG_VARIABLE = "STREAMHOUSE_CONFIG"
-MIB = 1024 * 1024
 
 
 class SettingsError(ValueError):
@@ -41,6 +41,13 @@ class CommonSettings(BaseSettings):
     service: ClassVar[str] = "common"
     known: ClassVar[dict[str, type["CommonSettings"]]] = {}
 
+    # First, since defaults of others are parts of it.
+    memory_limit_bytes: int = Field(
+        0,
+        ge=0,
+        description="bytes of memory that the service may use (`serve`: with its PostgreSQL), which some defaults are "
+        "parts of; 0: what the machine has or the control group (container) allows",
+    )
     listen: Annotated[str, AfterValidator(address)] = Field(
         "127.0.0.1:0", description="host:port of the gRPC server; port 0 takes a free one"
     )
@@ -101,6 +108,13 @@ class CommonSettings(BaseSettings):
         le=1_000_000,
         description="connections from one address, further ones are closed within a second; half of all at most, so "
         "that one machine cannot shut out the others",
+    )
+    receive_window_bytes: int = Field(
+        default_factory=MemoryShare(512, 256 * 1024, 16 * MIB),
+        ge=64 * 1024,
+        le=16 * MIB,
+        description="bytes of one stream, and of one connection, that a client may send before they are looked at: a "
+        "round trip's worth of the link. At 16 MiB gRPC finds the window by itself, up to that",
     )
     connection_handshake_timeout_ms: int = Field(
         10_000,

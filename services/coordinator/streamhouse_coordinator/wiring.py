@@ -15,6 +15,7 @@ from shruntime.advertise import advertised_address
 from shruntime.clock import SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
+from shruntime.memory import give_back_freed_memory
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.tasks import Backoff, Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
@@ -212,6 +213,7 @@ async def run(settings: CoordinatorSettings) -> None:
     """The coordinator as a process of its own, until SIGINT or SIGTERM."""
     configure_logging("coordinator", settings.log_level, settings.log_json)
     raise_descriptor_limit()
+    give_back_freed_memory()
     # The relay says once that RabbitMQ is away; the library would at every try, with a traceback.
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     telemetry = Telemetry.configure("coordinator", settings)

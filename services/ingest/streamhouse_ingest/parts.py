@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from shproto.services import CoordinatorApi
 from shruntime.clock import Clock
-from shruntime.settings import MIB
+from shruntime.memory import MIB
 from shruntime.tasks import Backoff, Tasks
 
 from streamhouse_ingest.core.lease import Lease

@@ -10,6 +10,7 @@ from shruntime.advertise import advertised_address
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
+from shruntime.memory import give_back_freed_memory, log_memory_limits
 from shruntime.peers import connect_to_coordinators
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.tasks import Tasks, wait_for_stop
@@ -85,6 +86,8 @@ async def run(settings: IngestSettings) -> None:
     """One ingest process: serves until SIGINT or SIGTERM, then drains. Raises what ended it otherwise."""
     configure_logging("ingest", settings.log_level, settings.log_json)
     raise_descriptor_limit()
+    give_back_freed_memory()
+    log_memory_limits(settings)
     telemetry = Telemetry.configure("ingest", settings)
     connection = connect_to_coordinators(settings, telemetry)
     service = build(settings, CoordinatorClient(connection))

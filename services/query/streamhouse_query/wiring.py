@@ -14,6 +14,7 @@ from shruntime.agent_checks import AgentChecks
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
+from shruntime.memory import give_back_freed_memory, log_memory_limits
 from shruntime.peers import Peers, connect_to_coordinators
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.settings import PREFIX, SettingsError
@@ -157,6 +158,8 @@ async def run(settings: QuerySettings) -> None:
     """
     configure_logging(settings.service, settings.log_level, settings.log_json)
     raise_descriptor_limit()
+    give_back_freed_memory()
+    log_memory_limits(settings)
     async with contextlib.AsyncExitStack() as stack:
         telemetry = Telemetry.configure(settings.service, settings)
         stack.callback(telemetry.shutdown)

@@ -3,7 +3,8 @@
 from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, Field, model_validator
-from shruntime.settings import MIB, StoreSettings, one_line
+from shruntime.memory import MIB, MemoryShare
+from shruntime.settings import StoreSettings, one_line
 from shruntime.urls import url_of
 
 
@@ -36,7 +37,10 @@ class SegmenterSettings(StoreSettings):
         description="ms between looks for buffers that no event told about; one cheap query each",
     )
     builds_in_flight_max: int = Field(
-        2, ge=1, le=64, description="buffers built at once; one compresses while another uploads"
+        default_factory=MemoryShare(2, 1, 2, unit=320 * MIB),
+        ge=1,
+        le=64,
+        description="buffers built at once; one compresses while another uploads",
     )
     registrations_waiting_max: int = Field(
         32, ge=1, le=10_000, description="uploaded buffers that wait for an earlier one to register; some KiB each"
@@ -49,7 +53,7 @@ class SegmenterSettings(StoreSettings):
         description="uncompressed bytes of a segment's block: what one cached read fetches",
     )
     segment_bytes_target: int = Field(
-        64 * MIB,
+        default_factory=MemoryShare(64, MIB, 64 * MIB),
         ge=64 * 1024,
         le=256 * MIB,
         description="bytes of small slices put together into one object; a larger slice is an object of its own",
@@ -93,13 +97,16 @@ class SegmenterSettings(StoreSettings):
 
     compaction_interval_ms: int = Field(60_000, ge=50, le=86_400_000, description="ms between looks for small segments")
     compaction_small_bytes_max: int = Field(
-        16 * MIB,
+        default_factory=MemoryShare(128, MIB, 16 * MIB),
         ge=1024,
         le=1024 * MIB,
         description="bytes below which a segment is worth merging; at most half of the target",
     )
     compaction_target_bytes: int = Field(
-        64 * MIB, ge=4096, le=512 * MIB, description="bytes of a merged segment, about"
+        default_factory=MemoryShare(32, 4 * MIB, 64 * MIB),
+        ge=4096,
+        le=512 * MIB,
+        description="bytes of a merged segment, about",
     )
     compaction_segments_min: int = Field(
         8,

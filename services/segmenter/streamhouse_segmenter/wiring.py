@@ -12,6 +12,7 @@ from shruntime.advertise import advertised_address
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
+from shruntime.memory import give_back_freed_memory, log_memory_limits
 from shruntime.peers import Peers, connect_to_coordinators
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.tasks import Tasks, wait_for_stop
@@ -91,6 +92,8 @@ async def run(settings: SegmenterSettings) -> None:
     """
     configure_logging("segmenter", settings.log_level, settings.log_json)
     raise_descriptor_limit()
+    give_back_freed_memory()
+    log_memory_limits(settings)
     async with contextlib.AsyncExitStack() as stack:
         telemetry = Telemetry.configure("segmenter", settings)
         stack.callback(telemetry.shutdown)
