@@ -239,7 +239,9 @@ async def test_who_listens_notices_that_the_other_end_is_gone_without_a_word(
     await proxy.start()
     connections = CountingListening(dsn.replace(place, proxy.address), timeout_ms=5_000, past_pooler=False)
     listening = asyncio.Event()
-    heard = listener.Listener(connections.connect, events_changed=listening.set, group_changed=lambda _: None)
+    heard = listener.Listener(
+        connections.connect, events_changed=listening.set, group_changed=lambda _: None, buffer_sealed=lambda _: None
+    )
     task = asyncio.create_task(heard.run())
     try:
         async with asyncio.timeout(PATIENCE_S):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -50,7 +50,7 @@ class Database:
 
     def __init__(self, network: Network, rng: random.Random, clock: SimClock) -> None:
         self.clock = clock
-        self.memory = MemoryStore(clock, self._events_changed, self._group_changed)
+        self.memory = MemoryStore(clock, self._events_changed, self._group_changed, self._buffer_sealed)
         self.network = network
         self.rng = rng
         self.rates = Rates()
@@ -68,6 +68,9 @@ class Database:
     def _group_changed(self, group: str) -> None:
         self._notify(lambda listener: listener.group_changed(group))
 
+    def _buffer_sealed(self, buffer_id: str) -> None:
+        self._notify(lambda listener: listener.buffer_sealed(buffer_id))
+
     def _notify(self, tell: Callable[[Listener], None]) -> None:
         for listener in self.listeners.values():
             if not self.network.chance(self.rates.lose_notification):
@@ -84,11 +87,13 @@ class Listener:
         *,
         events_changed: Callable[[], None],
         group_changed: Callable[[str], None],
+        buffer_sealed: Callable[[str], None],
     ) -> None:
         self._database = database
         self.name = name
         self.events_changed = events_changed
         self.group_changed = group_changed
+        self.buffer_sealed = buffer_sealed
         self._ended: asyncio.Event | None = None
 
     def calling(self, tell: Callable[[Listener], None]) -> Callable[[], None]:
@@ -115,6 +120,7 @@ class Listener:
                 database.listeners[key] = self
                 self.events_changed()
                 self.group_changed("")
+                self.buffer_sealed("")
                 await self._ended.wait()
                 database.listeners.pop(key, None)
             await asyncio.sleep(RECONNECT_S)
@@ -171,8 +177,8 @@ class Session:
     async def next_producer_id(self) -> int:
         return await self._call(self._database.memory.next_producer_id)
 
-    async def read_events(self, after_position: int, limit: int, types: Sequence[str] = ()) -> list[EventRow]:
-        return await self._call(lambda: self._database.memory.read_events(after_position, limit, types))
+    async def read_events(self, after_position: int, limit: int) -> list[EventRow]:
+        return await self._call(lambda: self._database.memory.read_events(after_position, limit))
 
     async def head(self) -> Head:
         return await self._call(self._database.memory.head)

@@ -181,7 +181,11 @@ class CoordinatorNode(Node):
         feed = Feed(store, poll_interval_ms=settings.events_poll_interval_ms, batch=50, cached=40)
         api = CoordinatorApi(context, feed, Probe(context, tasks, self._describe_agent))
         listener = Listener(
-            self.around.database, self.name, events_changed=feed.wake, group_changed=context.waiters.changed
+            self.around.database,
+            self.name,
+            events_changed=feed.wake,
+            group_changed=context.waiters.changed,
+            buffer_sealed=feed.sealed,
         )
         service = CoordinatorService(settings, api, context, feed, store, listener, None, tasks)  # type: ignore[arg-type]
         self.around.network.listen(self.address, process, api)

@@ -199,6 +199,13 @@ class OutcomeUnknown(StreamHouseError):
     reason, status = "OUTCOME_UNKNOWN", Code.UNKNOWN
 
 
+class EventsPruned(StreamHouseError):
+    """Events after the position are not kept any more: take a new snapshot, or open a new session, and go on from
+    there. details: after_position, pruned_position (of the last event that was pruned)."""
+
+    reason, status = "EVENTS_PRUNED", Code.OUT_OF_RANGE
+
+
 class MetadataWentBack(StreamHouseError):
     """PostgreSQL holds older metadata than the caller has seen, or another platform's: an old dump was put in its
     place, or an empty database. Nothing is done on it; `streamhouse restore` brings metadata back. details: history_id,

@@ -105,6 +105,8 @@ class RangeState:
     status: str
     agent_id: str
     wal_id: str
+    acknowledged_end: int | None = None
+    orphaned_ms: int = 0
 
 
 _NESTED: dict[str, type[Segment] | type[Slice] | type[OffsetChange] | type[RangeState]] = {
@@ -276,11 +278,13 @@ class MoveRequested(_OfPartition, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class RangeOrphaned(_OfPartition, Event):
-    """Its leader's session ended; what it acknowledged and did not register is in its log only."""
+    """Its leader's session ended; what it acknowledged and did not register is in its log only. `orphaned_ms`: when
+    that was, since 1970; set when the event is appended, and 0 in events of before it was there."""
 
     topic_id: str
     partition: int
     epoch: int
+    orphaned_ms: int = 0
 
 
 @event_type
@@ -325,6 +329,8 @@ class RangeLost(_OfPartition, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class BufferSealed(Event):
+    """A notice, not kept any more: a buffer may be claimed. Event logs of before have it as an event."""
+
     buffer_id: str
     session_id: str
     agent_id: str
@@ -339,7 +345,7 @@ class BufferSealed(Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class BufferCompleted(Event):
-    """Every slice is registered, covered or fenced."""
+    """Every slice is registered, covered or fenced, without one that is registered now."""
 
     buffer_id: str
     agent_id: str
@@ -351,8 +357,25 @@ class BufferCompleted(Event):
 
 @event_type
 @dataclass(frozen=True, slots=True)
+class BufferRegistered(Event):
+    """The segments of a buffer's object are part of the log: as SegmentRegistered for each of them, in this order.
+    `completed`: nothing of the buffer is left to register."""
+
+    buffer_id: str
+    agent_id: str
+    segments: tuple[Segment, ...]
+    completed: bool
+
+    @property
+    def stream_id(self) -> str:
+        return f"buffer/{self.buffer_id}"
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
 class SegmentRegistered(Event):
-    """registered_end of the segment's epoch moved to its end_offset. With `lost_reason`, the span is lost for good."""
+    """registered_end of the segment's epoch moved to its end_offset. With `lost_reason`, the span is lost for good. Of
+    a buffer, event logs of before have one for each segment."""
 
     segment: Segment
     buffer_id: str

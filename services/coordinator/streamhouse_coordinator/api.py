@@ -31,6 +31,7 @@ from streamhouse_coordinator.service import (
     groups,
     housekeeping,
     objects,
+    pruning,
     reach,
     recovery,
     restores,
@@ -110,10 +111,20 @@ class CoordinatorApi:
         return await views.get_status(self._context)
 
     async def get_head(self, request: pb.GetHeadRequest) -> pb.GetHeadResponse:
+        event = None
+        if request.event_position:
+            event = await pruning.marked(self._context, request.event_position)
         head = await self._context.store.head()
         return pb.GetHeadResponse(
-            events_position=head.position, history_id=head.history_id, missing_position=head.missing_position
+            events_position=head.position,
+            history_id=head.history_id,
+            missing_position=head.missing_position,
+            pruned_position=head.pruned_position,
+            event=messages.marked_event(event),
         )
+
+    async def mark_history(self, request: pb.MarkHistoryRequest) -> pb.MarkHistoryResponse:
+        return pb.MarkHistoryResponse(event=messages.marked_event(await pruning.mark(self._context)))
 
     # ---- sessions and leases
 

@@ -259,7 +259,7 @@ def topic_info(row: t.TopicRow) -> pb.TopicInfo:
     )
 
 
-def offset_range(row: t.RangeRow, orphaned_ms: int = 0) -> types_pb2.OffsetRange:
+def offset_range(row: t.RangeRow) -> types_pb2.OffsetRange:
     return types_pb2.OffsetRange(
         epoch=row.epoch,
         start_offset=row.start_offset,
@@ -269,9 +269,13 @@ def offset_range(row: t.RangeRow, orphaned_ms: int = 0) -> types_pb2.OffsetRange
         status=row.status,
         agent_id=row.agent_id,
         wal_id=bytes.fromhex(row.wal_id),
-        orphaned_ms=orphaned_ms,
+        orphaned_ms=row.orphaned_ms if row.status == t.ORPHANED else 0,
         acknowledged_end=row.acknowledged_end,
     )
+
+
+def marked_event(mark: t.HistoryMarkRow | None) -> pb.Event | None:
+    return None if mark is None else pb.Event(**{name: getattr(mark, name) for name in t.HISTORY_MARKS.columns})
 
 
 def segment_ref(row: t.SegmentRow, topic: str) -> types_pb2.SegmentRef:

@@ -60,13 +60,14 @@ LOST_SEGMENTS = Predicate("lost_reason <> ''", lambda row: row.lost_reason != ""
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Rows whose columns meet all of `equals` (a value, In, AtMost or Above), the predicate, and, if given, whose
-    `keys` columns are one of `key_rows`."""
+    """Rows whose columns meet all of `equals` (a value, In, AtMost or Above), the predicate, if given, whose `keys`
+    columns are one of `key_rows`, and whose primary key comes after `after`."""
 
     equals: Mapping[str, Any]
     predicate: Predicate | None = None
     keys: tuple[str, ...] = ()
     key_rows: Collection[tuple[Any, ...]] = ()
+    after: tuple[Any, ...] | None = None
 
 
 def where(predicate: Predicate | None = None, **equals: Any) -> Where:
@@ -89,6 +90,15 @@ class Totals:
     count: int
     sums: tuple[int, ...] = ()
     maxima: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outbox:
+    """`position`: of the last event that RabbitMQ has confirmed. `seen_ms`: when a coordinator that
+    publishes was there last; 0: never."""
+
+    position: int
+    seen_ms: int
 
 
 class Transaction(Protocol):
@@ -135,10 +145,16 @@ class Transaction(Protocol):
     async def position(self) -> int:
         """The position of the last event that was committed; the transaction's own have none yet."""
 
-    async def outbox_position(self) -> int: ...
+    async def outbox(self) -> Outbox: ...
+
+    async def note_publisher(self) -> None:
+        """A coordinator that publishes to RabbitMQ is there now: events are kept for it."""
 
     def wake_group(self, group: str) -> None:
         """After the commit, whoever waits for this group looks again, on every coordinator."""
+
+    def tell_sealed(self, buffer_id: str) -> None:
+        """After the commit, whoever waits for sealed buffers hears of this one, on every coordinator. Best effort."""
 
 
 class Store(Protocol):
@@ -159,13 +175,14 @@ class Store(Protocol):
 
     async def next_producer_id(self) -> int: ...
 
-    async def read_events(self, after_position: int, limit: int, types: Sequence[str] = ()) -> list[EventRow]: ...
+    async def read_events(self, after_position: int, limit: int) -> list[EventRow]:
+        """The next events. Raises EventsPruned if some of them are not kept any more."""
 
     async def head(self) -> Head:
         """The last event and its history. One statement."""
 
     async def rebuild(self) -> None:
-        """Empties the projections and applies every event again, in one transaction."""
+        """Empties the projections and builds them again: the bases, then every event that is kept. One transaction."""
 
 
 class Snapshot(Transaction, Protocol):
@@ -186,6 +203,9 @@ class Restoring(Transaction, Protocol):
 
     async def set_position(self, position: int) -> None:
         """Of the last event, for the feed and for the outbox alike."""
+
+    async def fill_from_bases(self) -> None:
+        """Puts the rows of the bases into the projections, which are empty."""
 
     async def set_producer_id(self, producer_id: int) -> None:
         """As if this was the last one given out."""

@@ -142,6 +142,24 @@ class CoordinatorSettings(CommonSettings):
     events_cached: int = Field(
         10_000, ge=1, le=1_000_000, description="newest events kept in memory for followers; older ones are read again"
     )
+    events_retention_ms: int = Field(
+        6 * 3_600_000,
+        ge=1_000,
+        le=366 * 86_400_000,
+        description="ms events are kept for followers that are away; one away for longer starts over from a snapshot",
+    )
+    events_kept_min: int = Field(
+        1_000, ge=1, le=100_000_000, description="newest events that are kept whatever their age, to be compared with"
+    )
+    events_prune_interval_ms: int = Field(
+        60_000, ge=10, le=86_400_000, description="ms between looks for events to prune; a minute's worth is little"
+    )
+    outbox_retention_ms: int = Field(
+        7 * 86_400_000,
+        ge=1_000,
+        le=366 * 86_400_000,
+        description="ms events are kept for RabbitMQ while it is away, if a coordinator publishes to it",
+    )
     outbox_batch: int = Field(500, ge=1, le=10_000, description="events published to RabbitMQ at once")
     retention_batch: int = Field(
         1_000, ge=1, le=100_000, description="segments removed per partition and transaction; the next run goes on"

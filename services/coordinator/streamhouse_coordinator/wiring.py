@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from shproto.errors import Internal, Overloaded, SessionExpired, StreamHouseError, Unavailable
+from shproto.events import BufferSealed
 from shproto.rpc import Connection
 from shproto.services import IngestClient
 from shproto.v1 import coordinator_pb2 as pb
@@ -28,12 +29,15 @@ from streamhouse_coordinator.adapters.postgres_connections import Connections, L
 from streamhouse_coordinator.adapters.rabbitmq import Relay
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.core.backup_format import Manifest
-from streamhouse_coordinator.core.tables import EVENTS, EventRow
+from streamhouse_coordinator.core.projection import Put
+from streamhouse_coordinator.core.tables import EVENTS, HISTORY_MARKS, EventRow
 from streamhouse_coordinator.feed import Feed
 from streamhouse_coordinator.ports import where
 from streamhouse_coordinator.probe import Probe
+from streamhouse_coordinator.pruner import Pruner
 from streamhouse_coordinator.service import backup, restore
 from streamhouse_coordinator.service.common import Context, new_uuid
+from streamhouse_coordinator.service.pruning import mark_of
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.sweeper import Sweeper
 
@@ -76,6 +80,7 @@ class CoordinatorService:
         self._tasks.spawn("listener", self._listener.run())
         self._tasks.spawn("feed", self.feed.run())
         self._tasks.spawn("sweeper", Sweeper(self.context).run())
+        self._tasks.spawn("pruner", Pruner(self.context).run())
         if self._relay is not None:
             self._tasks.spawn("relay", self._relay.run())
 
@@ -130,13 +135,26 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
     limits = Limits(settings.pg_timeout_ms, settings.pg_transaction_idle_ms)
     connections = Connections(settings.pg_dsn, pool_max=settings.pg_pool_max, limits=limits, pooler=settings.pg_pooler)
     store = PostgresStore(connections, migration_timeout_ms=settings.pg_migration_timeout_ms)
-    context = Context(store, settings)
+
+    def listens() -> bool:
+        return bool(settings.pg_listen_dsn) or not connections.through_pooler
+
     feed = Feed(
         store,
         poll_interval_ms=settings.events_poll_interval_ms,
         batch=settings.events_batch,
         cached=settings.events_cached,
+        listens=listens,
     )
+    relay = _relay(settings, feed, store)
+
+    def buffer_sealed(sealed: BufferSealed, trace_context: str) -> None:
+        if not listens():  # else PostgreSQL tells this coordinator, as it tells the others
+            feed.sealed(sealed.buffer_id)
+        if relay is not None:
+            relay.sealed(sealed, trace_context)
+
+    context = Context(store, settings, buffer_sealed=buffer_sealed)
     api = CoordinatorApi(context, feed, Probe(context, tasks, _describe_agent))
     listening = Listening(
         settings.pg_listen_dsn or settings.pg_dsn, settings.pg_timeout_ms, past_pooler=bool(settings.pg_listen_dsn)
@@ -145,9 +163,10 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
         listening.connect,
         events_changed=feed.wake,
         group_changed=context.waiters.changed,
-        works=lambda: bool(settings.pg_listen_dsn) or not connections.through_pooler,
+        buffer_sealed=feed.sealed,
+        works=listens,
     )
-    return CoordinatorService(settings, api, context, feed, store, listener, _relay(settings, feed, store), tasks)
+    return CoordinatorService(settings, api, context, feed, store, listener, relay, tasks)
 
 
 async def _describe_agent(address: str) -> ingest_pb2.DescribeAgentResponse:
@@ -206,6 +225,7 @@ async def restore_backup(
             tx, store, manifest, accept_holes=accept_holes, new_id=new_uuid, progress=progress
         )
         last = (await tx.select(EVENTS, where(position=report.position)))[0]
+        await tx.apply([Put(HISTORY_MARKS, mark_of(last))])  # of which the store is to have a mark
     return report, last
 
 

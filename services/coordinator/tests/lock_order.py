@@ -9,8 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import pytest
-from streamhouse_coordinator.adapters.postgres_backup import PostgresRestoring
-from streamhouse_coordinator.adapters.postgres_transaction import PostgresTransaction
+from streamhouse_coordinator.adapters.postgres_transaction import PostgresRebuilding, PostgresTransaction
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, RowOp, Set, coalesce
 from streamhouse_coordinator.ports import EVERYTHING, Where, where_keys
@@ -69,12 +68,13 @@ class Locks:
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Returns the violations of all transactions from now on, as they come. A restore is alone with the database."""
+    """Returns the violations of all transactions from now on, as they come. A rebuild and a restore are alone with
+    the projections."""
     violations: list[str] = []
     of_transaction: WeakKeyDictionary[PostgresTransaction, Locks] = WeakKeyDictionary()
 
     def locks(tx: PostgresTransaction) -> Locks:
-        return of_transaction.setdefault(tx, Locks([] if isinstance(tx, PostgresRestoring) else violations))
+        return of_transaction.setdefault(tx, Locks([] if isinstance(tx, PostgresRebuilding) else violations))
 
     lock, select, apply, number = (
         PostgresTransaction.lock,

@@ -236,8 +236,10 @@ def test_ranges_are_extended_when_a_quarter_is_left() -> None:
 
 
 def test_giving_up_a_range() -> None:
-    assert sessions.give_up(RANGE, 1000, 50, 1049) is None
-    assert sessions.give_up(RANGE, 1000, 50, 1050) == RangeLost(TOPIC, 0, 1, 1000, "unclean_recovery_after_ms")
+    orphaned = replace(RANGE, status=t.ORPHANED, orphaned_ms=1000)
+    assert sessions.give_up(orphaned, 50, 1049) is None
+    assert sessions.give_up(orphaned, 50, 1050) == RangeLost(TOPIC, 0, 1, 1000, "unclean_recovery_after_ms")
+    assert sessions.give_up(replace(orphaned, orphaned_ms=0), 50, 10**15) is None, "nobody knows since when"
 
 
 def snapshot(epoch: int, end: int) -> t.ProducerSnapshotRow:

@@ -1,5 +1,6 @@
 """The whole way of a record's metadata, against a real PostgreSQL."""
 
+import json
 import uuid
 
 from shproto.v1 import coordinator_pb2 as pb
@@ -55,14 +56,12 @@ async def test_topic_to_registered_segment(coordinator: CoordinatorService) -> N
     events = []
     async for event in api.follow_events(pb.FollowEventsRequest(after_position=0)):
         events.append(event.type)
-        if event.type == "BufferCompleted":
+        if event.type == "BufferRegistered":
             break
-    assert events == [
-        "TopicCreated", "SessionOpened", "EpochGranted", "EpochGranted", "BufferSealed",
-        "SegmentRegistered", "SegmentRegistered", "BufferCompleted",
-    ]  # fmt: skip
+    assert events == ["TopicCreated", "SessionOpened", "EpochGranted", "EpochGranted", "BufferRegistered"]
+    assert json.loads(event.payload_json)["completed"]
     parts = [part async for part in api.get_snapshot(pb.GetSnapshotRequest())]
-    assert {part.position for part in parts} == {8}
+    assert {part.position for part in parts} == {5}
     assert sum(len(p.segments) for part in parts for p in part.partitions) == 2
     metadata = await api.get_metadata(pb.GetMetadataRequest(topics=["orders"]))
     assert [leader.address for leader in metadata.topics[0].leaders] == ["127.0.0.1:1"] * 2

@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 from shproto.v1 import coordinator_pb2 as pb
 from streamhouse_coordinator.adapters import migrate
+from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.wiring import build
 
 # Add a line for each new migration. Never change one: databases out there have the migration as it is.
@@ -23,6 +24,7 @@ SHA256 = {
     "0008_tables_of_early_databases": "0ce156194b7be5df179497387ddc9020e2bc700283efe07c44b84588bf9bef32",
     "0009_cut_off_agents": "c5ac9afc3645c44c881cd8e8eb54043fc0448b0b0dbe6973938231c17688c559",
     "0010_outbox_claim": "6e04876fba9b679ce13c583e33f0f33dc917ec0bfcb7aa7f52ce05e248dc31d5",
+    "0011_pruned_events": "23b462107a5fddffadbfbb87cc5438d5817dc8b5dc701f787f0fa8b1ad6a95a5",
 }
 
 # Two were changed before this test was there. Databases that have them as they were are brought to the same tables.
@@ -83,3 +85,17 @@ async def test_a_database_of_any_time_gets_the_tables_of_a_new_one(
     assert await schema(old) == await schema(fresh)
     await old.close()
     await fresh.close()
+
+
+async def test_the_base_of_a_projection_has_its_columns(dsn: str) -> None:
+    """A migration that changes one has to change the other."""
+    connection = await asyncpg.connect(dsn)
+    await migrate.migrate(connection)
+    columns = (
+        "SELECT column_name, data_type, is_nullable FROM information_schema.columns "
+        "WHERE table_schema = 'public' AND table_name = $1 ORDER BY ordinal_position"
+    )
+    for table in t.PROJECTIONS:
+        of_base = [tuple(row) for row in await connection.fetch(columns, t.base_of(table).name)]
+        assert of_base == [tuple(row) for row in await connection.fetch(columns, table.name)], table.name
+    await connection.close()

@@ -166,8 +166,8 @@ async def test_an_operator_declares_an_orphaned_range_lost(
     heir = await open_agent(api, "b")
     (lease, _) = (await api.get_status(pb.GetStatusRequest())).leases
     (waiting,) = lease.unsettled
-    orphaned = (await all_events(api, "RangeOrphaned"))[0]
-    assert (waiting.status, waiting.registered_end, waiting.orphaned_ms) == ("orphaned", 10, orphaned.created_ms)
+    orphaned = json.loads((await all_events(api, "RangeOrphaned"))[0].payload_json)
+    assert (waiting.status, waiting.registered_end, waiting.orphaned_ms) == ("orphaned", 10, orphaned["orphaned_ms"])
     request = pb.DeclareLostRequest(topic="orders", partition=0, epochs=[1], reason="the disk burnt")
     (lost,) = (await api.declare_lost(request)).ranges
     assert (lost.status, lost.registered_end, lost.end_offset, lost.limit_offset) == ("lost", 10, 1024, 1024)

@@ -411,7 +411,7 @@ def test_a_manifest_comes_back_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
         ({"chunks": (fmt.Chunk("data/x", "events", 1, 1, 1, ""),)}, "not of this backup"),
         ({"chunks": (replace(manifest().chunks[0], size_bytes=2**40),)}, "too large"),
     ],

@@ -4,10 +4,11 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from shproto.errors import MetadataWentBack, SessionExpired, StreamHouseError
+from shproto.errors import EventsPruned, MetadataWentBack, SessionExpired, StreamHouseError
 from shproto.events import (
     AgentCutOff,
     BufferCompleted,
+    BufferRegistered,
     EpochGranted,
     Event,
     MoveRequested,
@@ -15,6 +16,7 @@ from shproto.events import (
     RangeLost,
     RangeOrphaned,
     RangeSettled,
+    Segment,
     SegmentRegistered,
     SessionClosed,
     TopicDeleted,
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 FOLLOWED = (
     AgentCutOff,
     BufferCompleted,
+    BufferRegistered,
     EpochGranted,
     MoveRequested,
     RangeExtended,
@@ -93,6 +96,9 @@ class EventFeed:
             except MetadataWentBack as error:
                 log.error("the session is given up: %s", error.message)
                 return
+            except EventsPruned as error:  # a new session says all that was missed
+                log.warning("the session is given up: %s", error.message)
+                return
             except StreamHouseError as error:
                 log.warning("the event feed broke off: %s", error.message)
             await self._clock.sleep_ms(backoff.next_ms())
@@ -123,9 +129,12 @@ class EventFeed:
     def _handle(self, event: Event) -> None:
         match event:
             case SegmentRegistered(segment=segment):
-                key = LogKey(bytes.fromhex(segment.topic_id), segment.partition, segment.epoch)
-                if self._ranges.registered(key, segment.end_offset):
-                    self._grants.changed([key], self.position)
+                self._registered(segment)
+            case BufferRegistered(buffer_id=buffer_id, segments=segments, completed=completed):
+                for segment in segments:
+                    self._registered(segment)
+                if completed:
+                    self._sealer.completed(buffer_id)
             case BufferCompleted(buffer_id=buffer_id):
                 self._sealer.completed(buffer_id)
             case RangeExtended():
@@ -143,6 +152,11 @@ class EventFeed:
                 topic_id = bytes.fromhex(event.topic_id)
                 keys = [held.log.key for held in self._logs if held.log.key.topic_id == topic_id]
                 self._grants.changed(keys, self.position)
+
+    def _registered(self, segment: Segment) -> None:
+        key = LogKey(bytes.fromhex(segment.topic_id), segment.partition, segment.epoch)
+        if self._ranges.registered(key, segment.end_offset):
+            self._grants.changed([key], self.position)
 
 
 def _key(

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from shproto.errors import StreamHouseError
+from shproto.errors import EventsPruned, StreamHouseError
 from shproto.events import event_from_json
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
@@ -62,7 +62,7 @@ class Follower:
                     await self._snapshot()
                 await self._follow()
                 log.info("the event feed ended at %d; connecting again", self._index.cluster.position)
-            except IndexMismatch as error:
+            except (IndexMismatch, EventsPruned) as error:
                 log.warning("the index does not fit the event feed, taking a new snapshot: %s", error)
                 await self._tried_snapshot()
             except StreamHouseError as error:

@@ -14,7 +14,6 @@ from shproto.v1 import coordinator_pb2
 from shstore import ObjectMissing, StoreError
 
 from streamhouse_segmenter import telemetry
-from streamhouse_segmenter.builder import each_within
 from streamhouse_segmenter.core.history import MARK_KEY, NO_MARK, HistoryMark, went_back
 from streamhouse_segmenter.core.keys import DATA_PREFIX, MIXED_PREFIX
 from streamhouse_segmenter.core.sweep import Orphan, StoredObject, judge, old_enough
@@ -118,11 +117,12 @@ class Sweeper:
         head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
         if head.events_position == self._marked:
             return
-        event = await self._event_at(head.events_position, head.events_position)
+        marked = await self._ports.coordinator.mark_history(coordinator_pb2.MarkHistoryRequest())
         # Last: what was the right history then was so before, when the event was read. An old dump that is put in
         # PostgreSQL's place in between must not become what the store has seen.
         history = await self.check_history()
-        if event is not None and not history.refused:
+        if marked.HasField("event") and not history.refused:
+            event = HistoryMark.of(marked.event)
             kept = replace(event, sweep_from_ms=history.mark.sweep_from_ms)
             await self._ports.store.put(MARK_KEY, [kept.encode()], if_absent=False)
             self._marked = event.position
@@ -223,10 +223,13 @@ class Sweeper:
             refused = f"{MARK_KEY} is unreadable, read {MARK_READS} times: {error}. {_WAY_OUT_UNREADABLE}"
             return HistoryCheck(NO_MARK, refused, unreadable=True)
         # After the mark was read, which others renew.
-        head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
+        head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest(event_position=mark.position))
         if mark is NO_MARK:
             return HistoryCheck(mark, _missing(head))
-        why = went_back(mark, await self._event_at(mark.position, head.events_position), head)
+        if not head.HasField("pruned_position"):
+            raise Unavailable("the coordinator is of an older version, which is not asked about history marks")
+        current = HistoryMark.of(head.event) if head.HasField("event") else None
+        why = went_back(mark, current, head)
         return HistoryCheck(mark, f"{WENT_BACK}: {why}. {_WAY_OUT}" if why else _missing(head))
 
     async def _read_mark(self) -> HistoryMark:
@@ -245,16 +248,3 @@ class Sweeper:
                 return mark
             unchecked = mark
         raise damage
-
-    async def _event_at(self, position: int, last_position: int) -> HistoryMark | None:
-        """The event at `position`; None when the feed does not reach it or has a hole there."""
-        if not 0 < position <= last_position:
-            return None
-        feed = each_within(
-            self._ports.coordinator.follow_events(coordinator_pb2.FollowEventsRequest(after_position=position - 1)),
-            self._settings.rpc_timeout_ms,
-            "the coordinator",
-        )
-        async for event in feed:
-            return HistoryMark.of(event) if event.position == position else None
-        raise Unavailable(f"the event feed ended before position {position}")

@@ -59,6 +59,8 @@ class StandInCoordinator:
         self.sessions: set[str] = set()
         self.down = False
         self.retention_calls = 0
+        self.pruned = 0
+        self.marked: dict[int, c.Event] = {}
         self._news = asyncio.Condition()
 
     def __getattr__(self, name: str) -> Any:
@@ -275,7 +277,16 @@ class StandInCoordinator:
 
     async def get_head(self, request: c.GetHeadRequest) -> c.GetHeadResponse:
         self._up()
-        return c.GetHeadResponse(events_position=len(self.events))
+        at = request.event_position
+        event = self.marked.get(at) or (self.events[at - 1] if self.pruned < at <= len(self.events) else None)
+        return c.GetHeadResponse(events_position=len(self.events), pruned_position=self.pruned, event=event)
+
+    async def mark_history(self, request: c.MarkHistoryRequest) -> c.MarkHistoryResponse:
+        self._up()
+        if not self.events:
+            return c.MarkHistoryResponse()
+        self.marked[len(self.events)] = self.events[-1]
+        return c.MarkHistoryResponse(event=self.events[-1])
 
     async def follow_events(self, request: c.FollowEventsRequest) -> AsyncIterator[c.Event]:
         self._up()

@@ -455,6 +455,7 @@ async def test_a_sweep_after_a_restored_backup_is_refused() -> None:
     before = await house.keys()
 
     house.coordinator.events, house.coordinator.segments = [*backup[0]], dict(backup[1])
+    house.coordinator.marked.clear()  # the mark was made after the backup
     report = await sweep_until_confirmed(house)
     assert "is not there" in report.refused
 
@@ -463,6 +464,9 @@ async def test_a_sweep_after_a_restored_backup_is_refused() -> None:
     await house.sweeping.mark_history()
     report = await sweep_until_confirmed(house)
     assert "is another one there" in report.refused
+    house.coordinator.pruned = len(house.coordinator.events) - 1
+    report = await sweep_until_confirmed(house)
+    assert "was not marked in this history, which keeps no events of that age" in report.refused
     assert await house.keys() == before
 
     await house.store.delete([MARK_KEY])  # the operator has looked
@@ -486,6 +490,7 @@ async def test_no_mark_is_taken_from_metadata_that_goes_back_while_it_is_taken(s
         asked += 1
         if asked == swapped_at:
             house.coordinator.events, house.coordinator.segments = [*backup[0]], dict(backup[1])
+            house.coordinator.marked.clear()
         return await get_head(request)
 
     house.coordinator.get_head = get_head_of_a_dump
@@ -506,8 +511,12 @@ async def test_a_sweep_that_the_coordinator_refuses_deletes_nothing() -> None:
     async def begin_deletion(request: c.BeginDeletionRequest) -> c.BeginDeletionResponse:
         raise MetadataWentBack("the metadata went back: event 9 was seen, and is gone")
 
+    sound = house.coordinator.get_head
+
     async def get_head(request: c.GetHeadRequest) -> c.GetHeadResponse:
-        return c.GetHeadResponse(events_position=len(house.coordinator.events), missing_position=9)
+        answer = await sound(request)
+        answer.missing_position = 9
+        return answer
 
     house.coordinator.begin_deletion = begin_deletion  # type: ignore[method-assign]
     house.clock.advance(2 * HOUR_MS)
@@ -535,6 +544,19 @@ async def test_after_a_restore_sweeps_rest_and_marks_keep_that() -> None:
     assert mark.position > resting.position and mark.sweep_from_ms == resting.sweep_from_ms
     house.clock.advance(10 * HOUR_MS)
     assert (await sweep_until_confirmed(house)).deleted == 1
+
+
+async def test_a_mark_of_an_event_that_was_pruned_since_still_counts() -> None:
+    """No segmenter ran for longer than events are kept."""
+    house = House()
+    await house.fill(2)
+    await house.sweeping.mark_history()
+    await house.store.put("data/x/0/1-1-a.seg", [b"left over"])
+    await house.fill(2)
+    house.coordinator.pruned = len(house.coordinator.events) - 1
+    house.clock.advance(2 * HOUR_MS)
+    report = await sweep_until_confirmed(house)
+    assert (report.refused, report.deleted) == ("", 1)
 
 
 async def test_an_unreadable_mark_stops_the_sweep() -> None:

@@ -741,12 +741,17 @@ Global___DoubtedAgent: _TypeAlias = DoubtedAgent  # noqa: Y015
 class GetHeadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    EVENT_POSITION_FIELD_NUMBER: _builtins.int
+    event_position: _builtins.int
+    """of an event that is asked for; 0: none is"""
     def __init__(
         self,
+        *,
+        event_position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_position", b"event_position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -759,25 +764,74 @@ class GetHeadResponse(_message.Message):
     EVENTS_POSITION_FIELD_NUMBER: _builtins.int
     HISTORY_ID_FIELD_NUMBER: _builtins.int
     MISSING_POSITION_FIELD_NUMBER: _builtins.int
+    PRUNED_POSITION_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
     events_position: _builtins.int
     history_id: _builtins.str
     """of the events, as in GetStatusResponse"""
     missing_position: _builtins.int
     """of an event of this history that was seen and is not there any more; 0: none"""
+    pruned_position: _builtins.int
+    """up to where events are not kept; always there in this version"""
+    @_builtins.property
+    def event(self) -> Global___Event:
+        """the one at event_position, without its payload: while it is kept, or if it was marked"""
+
     def __init__(
         self,
         *,
         events_position: _builtins.int = ...,
         history_id: _builtins.str = ...,
         missing_position: _builtins.int = ...,
+        pruned_position: _builtins.int | None = ...,
+        event: Global___Event | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pruned_position", b"_pruned_position", "event", b"event", "pruned_position", b"pruned_position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pruned_position", b"_pruned_position", "event", b"event", "events_position", b"events_position", "history_id", b"history_id", "missing_position", b"missing_position", "pruned_position", b"pruned_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pruned_position: _TypeAlias = _typing.Literal["pruned_position"]  # noqa: Y015
+    _WhichOneofArgType__pruned_position: _TypeAlias = _typing.Literal["_pruned_position", b"_pruned_position"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pruned_position) -> _WhichOneofReturnType__pruned_position | None: ...
+
+Global___GetHeadResponse: _TypeAlias = GetHeadResponse  # noqa: Y015
+
+@_typing.final
+class MarkHistoryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events_position", b"events_position", "history_id", b"history_id", "missing_position", b"missing_position"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetHeadResponse: _TypeAlias = GetHeadResponse  # noqa: Y015
+Global___MarkHistoryRequest: _TypeAlias = MarkHistoryRequest  # noqa: Y015
+
+@_typing.final
+class MarkHistoryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> Global___Event:
+        """the last one, without its payload; absent: there are none"""
+
+    def __init__(
+        self,
+        *,
+        event: Global___Event | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MarkHistoryResponse: _TypeAlias = MarkHistoryResponse  # noqa: Y015
 
 @_typing.final
 class WalEnd(_message.Message):
@@ -2111,13 +2165,14 @@ class FollowEventsRequest(_message.Message):
     SESSION_TOKEN_FIELD_NUMBER: _builtins.int
     HISTORY_ID_FIELD_NUMBER: _builtins.int
     after_position: _builtins.int
+    """EVENTS_PRUNED when the events behind it are not kept any more"""
     session_token: _builtins.str
     """the follower's session, if it has one"""
     history_id: _builtins.str
     """the history that after_position is of: METADATA_WENT_BACK when it is another one; empty: not"""
     @_builtins.property
     def types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """empty: all"""
+        """empty: all. With BufferSealed also notices: a buffer may be claimed"""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 from shruntime.tasks import Backoff
 
 from streamhouse_coordinator.adapters.postgres_errors import FAILURES
-from streamhouse_coordinator.adapters.postgres_transaction import EVENTS_CHANNEL, GROUPS_CHANNEL
+from streamhouse_coordinator.adapters.postgres_transaction import BUFFERS_CHANNEL, EVENTS_CHANNEL, GROUPS_CHANNEL
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +21,9 @@ never closed, and nothing would be heard from the one that took its place."""
 
 
 class Listener:
-    """Calls `events_changed` after commits with events, `group_changed` with the name of a group that changed.
-    After a reconnect, everything may have changed: `group_changed("")`. `connect`: makes a connection to keep. `works`:
+    """Calls `events_changed` after commits with events, `group_changed` with the name of a group that changed,
+    `buffer_sealed` with the id of a buffer that was sealed. After a reconnect, everything may have changed:
+    `group_changed("")`, `buffer_sealed("")`. `connect`: makes a connection to keep. `works`:
     False where LISTEN has no effect; known once the store is open."""
 
     def __init__(
@@ -31,6 +32,7 @@ class Listener:
         *,
         events_changed: Callable[[], None],
         group_changed: Callable[[str], None],
+        buffer_sealed: Callable[[str], None],
         works: Callable[[], bool] = lambda: True,
     ) -> None:
         self._connect = connect
@@ -38,6 +40,7 @@ class Listener:
         self._hears = True
         self._events_changed = events_changed
         self._group_changed = group_changed
+        self._buffer_sealed = buffer_sealed
 
     async def run(self) -> None:
         """Listens for ever; reconnects whenever the connection ends."""
@@ -63,10 +66,12 @@ class Listener:
             connection.add_termination_listener(lambda _: ended.set())
             await connection.add_listener(EVENTS_CHANNEL, self._on_event)
             await connection.add_listener(GROUPS_CHANNEL, self._on_group)
+            await connection.add_listener(BUFFERS_CHANNEL, self._on_buffer)
             backoff.reset()
             self._hears = True
             self._events_changed()
             self._group_changed("")
+            self._buffer_sealed("")
             while not await _within(PROBE_S, ended):
                 await connection.execute("SELECT", timeout=PROBE_S)
         finally:
@@ -77,6 +82,9 @@ class Listener:
 
     def _on_group(self, connection: Any, pid: int, channel: str, payload: str) -> None:
         self._group_changed(payload)
+
+    def _on_buffer(self, connection: Any, pid: int, channel: str, payload: str) -> None:
+        self._buffer_sealed(payload)
 
 
 async def _within(seconds: float, event: asyncio.Event) -> bool:

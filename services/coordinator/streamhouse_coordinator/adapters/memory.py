@@ -4,16 +4,15 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from itertools import islice
 from typing import Any, TypeVar, cast
 
-from shproto.events import Event, event_from_json
+from shproto.events import Event
 from shruntime.clock import Clock
 
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.histories import Head
-from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set, row_ops
-from streamhouse_coordinator.ports import EVERYTHING, Above, AtMost, In, Lock, Totals, Transaction, Where
+from streamhouse_coordinator.core.histories import Head, pruned
+from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set, replayed, row_ops, stamped
+from streamhouse_coordinator.ports import EVERYTHING, Above, AtMost, In, Lock, Outbox, Totals, Transaction, Where
 
 ResultT = TypeVar("ResultT")
 RowT = TypeVar("RowT")
@@ -53,6 +52,8 @@ def _meeting(rows: Rows, table: t.Table[Any], where: Where) -> list[Any]:
     if where.keys:
         key_rows = set(where.key_rows)
         found = [row for row in found if tuple(getattr(row, name) for name in where.keys) in key_rows]
+    if where.after is not None:
+        found = [row for row in found if table.key_of(row) > where.after]
     return found
 
 
@@ -73,18 +74,24 @@ def _amount(value: int | bytes) -> int:
 
 
 class MemoryStore:
-    """Implements ports.Store. `events_changed` and `group_changed` are called after commits, as LISTEN does."""
+    """Implements ports.Store. `events_changed`, `group_changed` and `buffer_sealed` are called after commits, as LISTEN
+    does."""
 
     def __init__(
         self,
         clock: Clock,
         events_changed: Callable[[], None] = lambda: None,
         group_changed: Callable[[str], None] = lambda group: None,
+        buffer_sealed: Callable[[str], None] = lambda buffer_id: None,
     ) -> None:
-        self.tables: dict[str, Rows] = {t.HISTORIES.name: {(1,): t.HistoryRow(1, "memory", 0, 0, 0)}}
+        self.tables: dict[str, Rows] = {
+            t.HISTORIES.name: {(1,): t.HistoryRow(1, "memory", 0, 0, 0)},
+            t.PRUNED.name: {(True,): t.PrunedRow(True, 0)},
+        }
         self._clock = clock
         self._events_changed = events_changed
         self._group_changed = group_changed
+        self._buffer_sealed = buffer_sealed
         self._alone = asyncio.Lock()
         self._producer_id = 0
 
@@ -102,6 +109,8 @@ class MemoryStore:
             self._events_changed()
         for group in sorted(transaction.groups):
             self._group_changed(group)
+        for buffer_id in transaction.sealed:
+            self._buffer_sealed(buffer_id)
         return result
 
     @asynccontextmanager
@@ -134,24 +143,41 @@ class MemoryStore:
         self._producer_id += 1
         return self._producer_id
 
-    async def read_events(self, after_position: int, limit: int, types: Sequence[str] = ()) -> list[t.EventRow]:
-        log = self.tables.get(t.EVENTS.name, {})
-        rows = (log[(position,)] for position in range(after_position + 1, len(log) + 1))  # they are gapless
-        return list(islice((row for row in rows if not types or row.type in types), limit))
+    async def read_events(self, after_position: int, limit: int) -> list[t.EventRow]:
+        log, last = self.tables.get(t.EVENTS.name, {}), position_in(self.tables)
+        if after_position < (pruned_position := pruned_in(self.tables)):
+            raise pruned(after_position, pruned_position)
+        return [log[(position,)] for position in range(after_position + 1, min(after_position + limit, last) + 1)]
 
     async def head(self) -> Head:
         histories = self.tables[t.HISTORIES.name]
         missing = max((row.position for row in self.tables.get(t.FORKS.name, {}).values()), default=0)
-        return Head(histories[(len(histories),)].history_id, len(self.tables.get(t.EVENTS.name, {})), missing)
+        history_id = histories[(len(histories),)].history_id
+        return Head(history_id, position_in(self.tables), missing, pruned_in(self.tables))
 
     async def rebuild(self) -> None:
         async with self._alone:
-            for table in t.PROJECTIONS:
-                self.tables[table.name] = {}
-            for row in self.tables.get(t.EVENTS.name, {}).values():
-                event = event_from_json(row.type, row.payload)
-                for op in row_ops(event) if event is not None else ():
-                    change(self.tables, op)
+            self.tables |= rebuilt(self.tables)
+
+
+def position_in(tables: dict[str, Rows]) -> int:
+    """The position of the last event; they are in order."""
+    log = tables.get(t.EVENTS.name, {})
+    return next(reversed(log.values())).position if log else pruned_in(tables)
+
+
+def pruned_in(tables: dict[str, Rows]) -> int:
+    return cast(int, tables[t.PRUNED.name][(True,)].position)
+
+
+def rebuilt(tables: dict[str, Rows]) -> dict[str, Rows]:
+    """The projections: their bases, and every event that is kept."""
+    fresh = {table.name: dict(tables.get(t.base_of(table).name, {})) for table in t.PROJECTIONS}
+    for row in tables.get(t.EVENTS.name, {}).values():
+        event = replayed(row)
+        for op in row_ops(event) if event is not None else ():
+            change(fresh, op)
+    return fresh
 
 
 class MemoryTransaction:
@@ -164,6 +190,7 @@ class MemoryTransaction:
         self._with_position: list[Callable[[int], Sequence[RowOp]]] = []
         self.appended = False
         self.groups: set[str] = set()
+        self.sealed: list[str] = []
 
     async def now_ms(self) -> int:
         return self._now_ms
@@ -208,6 +235,7 @@ class MemoryTransaction:
         ]
 
     async def append(self, events: Sequence[Event], trace_context: str = "") -> None:
+        events = [stamped(event, self._now_ms) for event in events]
         for event in events:
             await self.apply(row_ops(event))
         self._pending += [(event, trace_context) for event in events]
@@ -221,21 +249,28 @@ class MemoryTransaction:
         for event, trace_context in self._pending:
             before = (row.version for row in reversed(log.values()) if row.stream_id == event.stream_id)
             version = 1 + next(before, 0)
-            payload, kind, position = event.to_json(), type(event).__name__, len(log) + 1
+            payload, kind, position = event.to_json(), type(event).__name__, await self.position() + 1
             row = t.EventRow(position, event.stream_id, version, kind, payload, trace_context, self._now_ms)
             log[(position,)] = row
         self.appended = bool(self._pending)
-        await self.apply([op for ops in self._with_position for op in ops(len(log))])
+        position = await self.position()
+        await self.apply([op for ops in self._with_position for op in ops(position)])
 
     async def apply(self, ops: Sequence[RowOp]) -> None:
         for op in ops:
             change(self._tables, op)
 
     async def position(self) -> int:
-        return len(self._tables.get(t.EVENTS.name, {}))
+        return position_in(self._tables)
 
-    async def outbox_position(self) -> int:
-        return 0
+    async def outbox(self) -> Outbox:
+        return Outbox(0, 0)
+
+    async def note_publisher(self) -> None:
+        """Nobody publishes from memory."""
 
     def wake_group(self, group: str) -> None:
         self.groups.add(group)
+
+    def tell_sealed(self, buffer_id: str) -> None:
+        self.sealed.append(buffer_id)

@@ -10,7 +10,7 @@ from typing import Any
 import asyncpg
 
 from streamhouse_coordinator.adapters import migrations
-from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, STATE, Table
+from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, STATE, Table, base_of
 
 # Any number will do, as long as no other program takes the same advisory lock in this database ("sh" + "mig").
 MIGRATION_LOCK = 0x73686D6967
@@ -76,7 +76,7 @@ async def _must_have_tables(connection: Any) -> None:
         "WHERE relnamespace = current_schema()::regnamespace AND attnum > 0 AND NOT attisdropped"
     )
     found = {(row["relname"], row["attname"]) for row in rows}
-    tables: tuple[Table[Any], ...] = (*PROJECTIONS, *STATE, EVENTS)
+    tables: tuple[Table[Any], ...] = (*PROJECTIONS, *map(base_of, PROJECTIONS), *STATE, EVENTS)
     wanted = ((table.name, column) for table in tables for column in table.columns)
     if lacking := [f"{table}.{column}" for table, column in wanted if (table, column) not in found]:
         raise DatabaseMismatch(

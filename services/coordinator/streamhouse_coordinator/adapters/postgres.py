@@ -15,8 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from opentelemetry import metrics
-from shproto.errors import AWAY, Overloaded, StreamHouseError, Unavailable
-from shproto.events import event_from_json
+from shproto.errors import AWAY, EventsPruned, Overloaded, StreamHouseError, Unavailable
 from shruntime.settings import PREFIX, SettingsError
 from shruntime.urls import masked
 
@@ -30,11 +29,10 @@ from streamhouse_coordinator.adapters.postgres_errors import (
     is_away,
     translated,
 )
-from streamhouse_coordinator.adapters.postgres_transaction import NOW_MS, PostgresTransaction
-from streamhouse_coordinator.core.histories import Head
-from streamhouse_coordinator.core.projection import row_ops
+from streamhouse_coordinator.adapters.postgres_transaction import NOW_MS, PostgresRebuilding, PostgresTransaction
+from streamhouse_coordinator.core.histories import Head, pruned
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, EventRow, lock_rank
-from streamhouse_coordinator.ports import Above, In, Transaction, Where, where
+from streamhouse_coordinator.ports import Above, Transaction, where
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +42,6 @@ RowT = TypeVar("RowT")
 # How often a transaction that met another's changes is run again before the caller is told to come back: with a wait of
 # up to 2, 4, 8 ... ms in between, two coordinators racing for the same rows need one or two.
 CONFLICT_ATTEMPTS = 10
-REBUILD_BATCH = 1000
 SNAPSHOT = "ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
 _meter = metrics.get_meter("streamhouse.coordinator")
@@ -194,16 +191,23 @@ class PostgresStore:
         number: int = await self._single(lambda connection: connection.fetchval(text))
         return number
 
-    async def read_events(self, after_position: int, limit: int, types: Sequence[str] = ()) -> list[EventRow]:
+    async def read_events(self, after_position: int, limit: int) -> list[EventRow]:
         async def read(connection: Any) -> list[EventRow]:
-            equals = {"position": Above(after_position)} | ({"type": In(types)} if types else {})
-            return await PostgresTransaction(connection).select(EVENTS, Where(equals), order=("position",), limit=limit)
+            after = where(position=Above(after_position))
+            rows = await PostgresTransaction(connection).select(EVENTS, after, order=("position",), limit=limit)
+            if not (rows and rows[0].position == after_position + 1):
+                # Afterwards: what is pruned in between was read.
+                pruned_position = await connection.fetchval("SELECT position FROM pruned_position")
+                if after_position < pruned_position:
+                    raise pruned(after_position, pruned_position)
+            return rows
 
         return await self._single(read)
 
     async def head(self) -> Head:
         text = """SELECT (SELECT history_id FROM histories ORDER BY nth DESC LIMIT 1),
-            (SELECT position FROM event_position), (SELECT coalesce(max(position), 0) FROM forks)"""
+            (SELECT position FROM event_position), (SELECT coalesce(max(position), 0) FROM forks),
+            (SELECT position FROM pruned_position)"""
         return Head(*await self._single(lambda connection: connection.fetchrow(text)))
 
     async def drain_outbox(
@@ -222,7 +226,11 @@ class PostgresStore:
             return 0
         after, until_ms = claimed
         try:
-            rows = await self.read_events(after, limit)
+            try:
+                rows = await self.read_events(after, limit)
+            except EventsPruned as error:
+                after = _skipped(after, error)
+                rows = await self.read_events(after, limit)
             if rows:
                 await publish(rows)
         except BaseException:
@@ -248,6 +256,8 @@ class PostgresStore:
 
 
 async def _rebuild(connection: Any) -> None:
+    # First what pruning locks: it moves events into the bases, and must not while both are read.
+    await connection.execute("SELECT position FROM pruned_position FOR UPDATE")
     # As commands do: the rows first, then the position.
     # A TRUNCATE would wait for readers as well, who take tables in any order: they and this met in a deadlock.
     names = [table.name for table in sorted(PROJECTIONS, key=lock_rank)]
@@ -255,14 +265,18 @@ async def _rebuild(connection: Any) -> None:
     for name in names:
         await connection.execute(f"DELETE FROM {name}")
     await connection.execute("LOCK TABLE event_position IN EXCLUSIVE MODE")
-    transaction = PostgresTransaction(connection)
-    after = 0
-    while rows := await transaction.select(
-        EVENTS, where(position=Above(after)), order=("position",), limit=REBUILD_BATCH
-    ):
-        events = [event_from_json(row.type, row.payload) for row in rows]
-        await transaction.apply([op for event in events if event is not None for op in row_ops(event)])
-        after = rows[-1].position
+    rebuilding = PostgresRebuilding(connection)
+    await rebuilding.fill_from_bases()
+    await rebuilding.replay()
+
+
+def _skipped(position: int, error: EventsPruned) -> int:
+    """Returns where publishing goes on: nobody published the events before in outbox_retention_ms, and they went."""
+    pruned_position = int(error.details["pruned_position"])
+    level = logging.ERROR if position else logging.INFO  # 0: RabbitMQ is new here
+    log.log(level, "events %d to %d were never published to RabbitMQ and are not kept any more", position + 1,
+            pruned_position)  # fmt: skip
+    return pruned_position
 
 
 async def _warn_without_checksums(connection: Any) -> None:

@@ -12,8 +12,8 @@ from streamhouse_coordinator.adapters.migrate import available, migrate
 from streamhouse_coordinator.adapters.postgres_connections import begin
 from streamhouse_coordinator.adapters.postgres_errors import FAILURES, translated
 from streamhouse_coordinator.adapters.postgres_hosts import Hosts
-from streamhouse_coordinator.adapters.postgres_transaction import PostgresTransaction
-from streamhouse_coordinator.core.tables import EVENTS, HISTORIES, PROJECTIONS, STATE, Table
+from streamhouse_coordinator.adapters.postgres_transaction import PostgresRebuilding, PostgresTransaction
+from streamhouse_coordinator.core.tables import EVENTS, HISTORIES, PROJECTIONS, PRUNED, STATE, Table, base_of
 from streamhouse_coordinator.ports import Restoring, Snapshot
 
 # A statement reads or writes some thousand rows; a database that takes longer than this does not work.
@@ -38,7 +38,7 @@ class PostgresSnapshot(PostgresTransaction):
         return [row["name"] for row in await self._connection.fetch("SELECT name FROM migrations ORDER BY name")]
 
 
-class PostgresRestoring(PostgresTransaction):
+class PostgresRestoring(PostgresRebuilding):
     """Implements ports.Restoring."""
 
     async def append(self, events: Sequence[Event], trace_context: str = "") -> None:
@@ -47,9 +47,9 @@ class PostgresRestoring(PostgresTransaction):
 
     async def found(self) -> list[str]:
         counts = []
-        tables: list[Table[Any]] = [EVENTS, *PROJECTIONS, *STATE]
+        tables: list[Table[Any]] = [EVENTS, *PROJECTIONS, *map(base_of, PROJECTIONS), *STATE]
         for table in tables:
-            if table.name != HISTORIES.name:
+            if table.name not in (HISTORIES.name, PRUNED.name):
                 count = await self._connection.fetchval(f'SELECT count(*) FROM "{table.name}"')
                 counts += [f"{count} rows in {table.name}"] if count else []
         return counts

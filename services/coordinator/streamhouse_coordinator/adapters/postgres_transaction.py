@@ -13,14 +13,17 @@ from opentelemetry import metrics
 from shproto.events import Event
 
 from streamhouse_coordinator.adapters import sql
-from streamhouse_coordinator.core.projection import RowOp, coalesce, row_ops
-from streamhouse_coordinator.core.tables import Table
-from streamhouse_coordinator.ports import EVERYTHING, Lock, Totals, Where
+from streamhouse_coordinator.core.projection import RowOp, coalesce, replayed, row_ops, stamped
+from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, Table, base_of
+from streamhouse_coordinator.ports import EVERYTHING, Above, Lock, Outbox, Totals, Where, where
 
 RowT = TypeVar("RowT")
 
 EVENTS_CHANNEL = "streamhouse_events"
 GROUPS_CHANNEL = "streamhouse_groups"
+BUFFERS_CHANNEL = "streamhouse_buffers"
+# Events of one round of a replay: their row operations are a few MB at most.
+REPLAY_BATCH = 1000
 NOW_MS = "(extract(epoch from clock_timestamp()) * 1000)::bigint"
 
 _events = metrics.get_meter("streamhouse.coordinator").create_counter(
@@ -35,6 +38,7 @@ class PostgresTransaction:
         self._connection = connection
         self._now_ms: int | None = None
         self._groups: set[str] = set()
+        self._sealed: list[str] = []
         self._pending: list[tuple[Event, str]] = []  # with its trace context
         self._with_position: list[Callable[[int], Sequence[RowOp]]] = []
 
@@ -77,6 +81,9 @@ class PostgresTransaction:
         ]
 
     async def append(self, events: Sequence[Event], trace_context: str = "") -> None:
+        if any(stamped(event, 1) is not event for event in events):
+            at_ms = await self.now_ms()
+            events = [stamped(event, at_ms) for event in events]
         await self.apply([op for event in events for op in row_ops(event)])
         self._pending += [(event, trace_context) for event in events]
 
@@ -92,17 +99,23 @@ class PostgresTransaction:
         position: int = await self._connection.fetchval("SELECT position FROM event_position")
         return position
 
-    async def outbox_position(self) -> int:
-        position: int = await self._connection.fetchval("SELECT position FROM outbox")
-        return position
+    async def outbox(self) -> Outbox:
+        return Outbox(*await self._connection.fetchrow("SELECT position, seen_ms FROM outbox"))
+
+    async def note_publisher(self) -> None:
+        await self._connection.execute("UPDATE outbox SET seen_ms = $1", await self.now_ms())
 
     def wake_group(self, group: str) -> None:
         self._groups.add(group)
 
+    def tell_sealed(self, buffer_id: str) -> None:
+        self._sealed.append(buffer_id)
+
     async def finish(self) -> None:
         """Numbers the appended events. To be called once, as the last thing before the commit."""
-        for group in sorted(self._groups):
-            await self._connection.execute("SELECT pg_notify($1, $2)", GROUPS_CHANNEL, group)
+        for channel, payloads in ((GROUPS_CHANNEL, sorted(self._groups)), (BUFFERS_CHANNEL, self._sealed)):
+            for payload in payloads:
+                await self._connection.execute("SELECT pg_notify($1, $2)", channel, payload)
         if not self._pending:
             position = await self.position() if self._with_position else 0
         else:
@@ -139,6 +152,25 @@ class PostgresTransaction:
         for name, count in Counter(type(event).__name__ for event in events).items():
             _events.add(count, {"type": name})
         return last
+
+
+class PostgresRebuilding(PostgresTransaction):
+    """A transaction that fills empty projections, which nobody else can see or change."""
+
+    async def fill_from_bases(self) -> None:
+        """Puts the rows of the bases into the projections."""
+        for table in PROJECTIONS:
+            columns = ", ".join(f'"{name}"' for name in table.columns)
+            base = base_of(table).name
+            await self._connection.execute(f"INSERT INTO {table.name} ({columns}) SELECT {columns} FROM {base}")
+
+    async def replay(self) -> None:
+        """Applies every event that is kept."""
+        after = 0
+        while rows := await self.select(EVENTS, where(position=Above(after)), order=("position",), limit=REPLAY_BATCH):
+            events = [replayed(row) for row in rows]
+            await self.apply([op for event in events if event is not None for op in row_ops(event)])
+            after = rows[-1].position
 
 
 def nth_of_stream(events: Sequence[Event]) -> list[int]:

@@ -1,12 +1,15 @@
 """The outbox: publishes every event to RabbitMQ in nameko's convention, in order, at least once.
 
 Its place is a row that only one coordinator claims at a time. RabbitMQ being away stops nothing: whoever listens also
-scans, and the outbox goes on from its place when the broker is back.
+scans, and the outbox goes on from its place when the broker is back. Notices of sealed buffers are
+published by the coordinator that has heard of them, at most once: what the broker does not take at once is of no use
+later.
 """
 
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +18,7 @@ import aio_pika
 from aio_pika.exceptions import AMQPError, AMQPException, ChannelInvalidStateError
 from opentelemetry import metrics
 from shproto.errors import StreamHouseError
+from shproto.events import BufferSealed
 from shruntime.tasks import Backoff
 
 from streamhouse_coordinator.core.tables import EventRow
@@ -24,6 +28,8 @@ log = logging.getLogger(__name__)
 
 EXCHANGE = "coordinator.events"  # nameko's name for the events of a service called `coordinator`
 BACKOFF_FIRST_MS, BACKOFF_MAX_MS = 100, 10_000
+# Notices that wait to be published; beyond it the oldest go. One drains all buffers there are.
+NOTICES_MAX = 100
 
 _BROKER_AWAY = (AMQPError, AMQPException, ChannelInvalidStateError, OSError, TimeoutError)
 
@@ -37,18 +43,22 @@ Drain = Callable[[Callable[[Sequence[EventRow]], Awaitable[None]], int], Awaitab
 
 def message_of(row: EventRow) -> aio_pika.Message:
     """The event as nameko's event handlers take it: one JSON object, passed to the handler as its payload."""
-    body = {
-        "position": row.position,
-        "type": row.type,
-        "payload": json.loads(row.payload),
-        "trace_context": row.trace_context,
-    }
+    return _message(row.position, row.type, row.payload, row.trace_context, str(row.position))
+
+
+def notice_of(sealed: BufferSealed, trace_context: str) -> aio_pika.Message:
+    """The notice, as if it were an event at no position."""
+    return _message(0, BufferSealed.__name__, sealed.to_json(), trace_context, sealed.buffer_id)
+
+
+def _message(position: int, kind: str, payload: str, trace_context: str, message_id: str) -> aio_pika.Message:
+    body = {"position": position, "type": kind, "payload": json.loads(payload), "trace_context": trace_context}
     return aio_pika.Message(
         json.dumps(body, separators=(",", ":")).encode(),
         content_type="application/json",
         content_encoding="utf-8",
         delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
-        message_id=str(row.position),
+        message_id=message_id,
     )
 
 
@@ -67,13 +77,20 @@ class Relay:
         self._timeout_s = timeout_ms / 1000
         self._backoff = Backoff(BACKOFF_FIRST_MS, BACKOFF_MAX_MS)
         self._publishes: bool | None = None  # not known before the first try
+        self._notices: deque[tuple[BufferSealed, str]] = deque(maxlen=NOTICES_MAX)
+        self._noticed = asyncio.Event()
+
+    def sealed(self, sealed: BufferSealed, trace_context: str) -> None:
+        """A buffer may be claimed. Returns at once."""
+        self._notices.append((sealed, trace_context))
+        self._noticed.set()
 
     async def run(self) -> None:
         while True:
             try:
                 connection = await aio_pika.connect(self._url, timeout=self._timeout_s)
                 async with connection:
-                    await self._publish_all(await self._exchange(connection))
+                    await self._publish_both(await self._exchange(connection))
             except _BROKER_AWAY as error:
                 await self._back_off(error)
 
@@ -81,6 +98,20 @@ class Relay:
         async with asyncio.timeout(self._timeout_s):
             channel = await connection.channel(publisher_confirms=True)
             return await channel.declare_exchange(EXCHANGE, aio_pika.ExchangeType.TOPIC, durable=True)
+
+    async def _publish_both(self, exchange: Any) -> None:
+        """Returns never; raises what ended one of the two."""
+        self._notices.clear()  # of while the broker was away
+        work = (self._publish_all(exchange), self._publish_notices(exchange))
+        tasks = [asyncio.create_task(part) for part in work]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _publish_all(self, exchange: Any) -> None:
         publish = partial(self._publish, exchange)
@@ -113,3 +144,12 @@ class Relay:
         log.log(level, "not publishing events for now: %s", error or type(error).__name__)
         self._publishes = False
         await asyncio.sleep(self._backoff.next_ms() / 1000)
+
+    async def _publish_notices(self, exchange: Any) -> None:
+        while True:
+            await self._noticed.wait()
+            self._noticed.clear()
+            while self._notices:
+                notice = notice_of(*self._notices.popleft())
+                async with asyncio.timeout(self._timeout_s):
+                    await exchange.publish(notice, BufferSealed.__name__, mandatory=False)

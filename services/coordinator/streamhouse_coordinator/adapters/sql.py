@@ -65,6 +65,11 @@ def where_clause(table: Table[Any], where: Where, arguments: list[Any]) -> str:
         rows = _unnest(table, where.keys, len(arguments) + 1)
         arguments += [[row[at] for row in where.key_rows] for at in range(len(where.keys))]
         parts.append(f"({_names(where.keys)}) IN (SELECT * FROM unnest({rows}))")
+    if where.after is not None:
+        arguments += where.after
+        first = len(arguments) - len(where.after) + 1
+        values = ", ".join(f"${first + at}" for at in range(len(where.after)))
+        parts.append(f"({_names(table.key)}) > ({values})")
     return " WHERE " + " AND ".join(parts) if parts else ""
 
 

@@ -17,9 +17,13 @@ from streamhouse_coordinator.core import tables as t
 
 PREFIX = "backup/"
 MANIFEST = "manifest.json"
-VERSION = 1
-# What has to come back. Leases, claims, members and sweeps are of the moment; producers' state goes (see restoring.py).
-TABLES: tuple[t.Table[Any], ...] = (t.EVENTS, t.HISTORIES, t.LOST_SPANS, t.GROUP_OFFSETS)
+VERSION = 2
+# Version 1 has all events from the first one on, and no bases.
+VERSIONS_READ = (1, 2)
+# What has to come back: the projections as of the last event that was pruned, and the events since. Leases, claims,
+# members and sweeps are of the moment; producers' state goes (see restoring.py).
+BASES: dict[str, t.Table[Any]] = {base.name: base for base in map(t.base_of, t.PROJECTIONS)}
+TABLES: tuple[t.Table[Any], ...] = (*BASES.values(), t.EVENTS, t.HISTORIES, t.LOST_SPANS, t.GROUP_OFFSETS)
 # Rows of one object, some 400 bytes each: 8 MB to hold at once, and a request a second or two long.
 CHUNK_ROWS = 20_000
 # What a reader is willing to take: 20,000 rows, some of which name thousands of segments.
@@ -29,7 +33,7 @@ CHUNK_RAW_BYTES_MAX = 2 * 1024 * 1024 * 1024
 MANIFEST_BYTES_MAX = 256 * 1024 * 1024
 
 _NAME = re.compile(r"\d{8}T\d{6}Z-\d{12,19}")
-_BY_NAME = {table.name: table for table in TABLES}
+BY_NAME = {table.name: table for table in TABLES}
 
 
 class BackupDamaged(ValueError):
@@ -50,7 +54,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`position`: of the last event in it. `producer_id`: the last one given out."""
+    """`position`: of the last event in it. `pruned_position`: of the one before the first; 0: it has all.
+    `producer_id`: the last one given out."""
 
     version: int
     name: str
@@ -60,6 +65,7 @@ class Manifest:
     producer_id: int
     migrations: tuple[str, ...]
     chunks: tuple[Chunk, ...]
+    pruned_position: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -109,7 +115,7 @@ def decode_chunk(chunk: Chunk, body: bytes) -> list[Any]:
     unpacker = zlib.decompressobj(31)
     try:
         raw = unpacker.decompress(body, chunk.raw_bytes + 1)
-        table = _BY_NAME[chunk.table]
+        table = BY_NAME[chunk.table]
         rows = [table.row(*json.loads(line)) for line in raw.splitlines()]
     except (zlib.error, KeyError, ValueError, TypeError) as error:
         raise BackupDamaged(f"{chunk.key}: {error}") from error
@@ -131,8 +137,9 @@ def decode_manifest(key: str, data: bytes) -> Manifest:
         if hashlib.sha256(body.encode()).hexdigest() != outer["sha256"]:
             raise BackupDamaged(f"{key}: its checksum does not fit")
         values = json.loads(body)
-        if values["version"] != VERSION:
-            raise BackupDamaged(f"{key}: version {values['version']}, this program reads {VERSION}")
+        if values["version"] not in VERSIONS_READ:
+            known = " and ".join(map(str, VERSIONS_READ))
+            raise BackupDamaged(f"{key}: version {values['version']}, this program reads {known}")
         chunks = tuple(_chunk(key, item) for item in values.pop("chunks"))
         migrations = tuple(values.pop("migrations"))
         return Manifest(**values, chunks=chunks, migrations=migrations)
@@ -144,7 +151,7 @@ def decode_manifest(key: str, data: bytes) -> Manifest:
 
 def _chunk(key: str, values: dict[str, Any]) -> Chunk:
     chunk = Chunk(**values)
-    if chunk.table not in _BY_NAME or name_of(chunk.key) != name_of(key):
+    if chunk.table not in BY_NAME or name_of(chunk.key) != name_of(key):
         raise BackupDamaged(f"{key}: names {chunk.key} of table {chunk.table}, which is not of this backup")
     if not 0 <= chunk.size_bytes <= CHUNK_BYTES_MAX or not 0 <= chunk.raw_bytes <= CHUNK_RAW_BYTES_MAX:
         raise BackupDamaged(f"{chunk.key}: {chunk.size_bytes} bytes, of {chunk.raw_bytes}; too large")

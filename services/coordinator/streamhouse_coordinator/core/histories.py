@@ -3,18 +3,20 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from shproto.errors import MetadataWentBack
+from shproto.errors import EventsPruned, MetadataWentBack
 
 from streamhouse_coordinator.core.tables import HistoryRow
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The last event of a history. missing_position: of an event that was seen and is not there any more; 0: none."""
+    """The last event of a history. missing_position: of an event that was seen and is not there any more; 0: none.
+    pruned_position: up to where events are not kept."""
 
     history_id: str
     position: int
     missing_position: int = 0
+    pruned_position: int = 0
 
 
 NOTHING_SEEN = Head("", 0)
@@ -58,6 +60,15 @@ def check_log(
                 known_history_id="",
                 known_position=0,
             )
+
+
+def pruned(after_position: int, pruned_position: int) -> EventsPruned:
+    return EventsPruned(
+        f"events up to {pruned_position} are not kept any more, and those after {after_position} are asked for; take a "
+        "new snapshot",
+        after_position=after_position,
+        pruned_position=pruned_position,
+    )
 
 
 def went_back(there: Head, seen: Head, why: str) -> MetadataWentBack:

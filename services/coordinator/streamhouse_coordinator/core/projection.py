@@ -65,7 +65,8 @@ def _(event: ev.TopicCreated) -> RowOps:
 @row_ops.register
 def _(event: ev.TopicDeleted) -> RowOps:
     where = {"topic_id": event.topic_id}
-    return tuple(Remove(table, where) for table in (t.TOPICS, t.PARTITIONS, t.RANGES, t.SEGMENTS))
+    gone = (Remove(table, where) for table in (t.TOPICS, t.PARTITIONS, t.RANGES, t.SEGMENTS))
+    return (*gone, Put(t.DELETED_TOPICS, t.DeletedTopicRow(event.topic_id, event.topic, event.deleted_ms)))
 
 
 @row_ops.register
@@ -126,7 +127,7 @@ def _(event: ev.MoveRequested) -> RowOps:
 
 @row_ops.register
 def _(event: ev.RangeOrphaned) -> RowOps:
-    return _set_range(event, status=t.ORPHANED, moving=False)
+    return _set_range(event, status=t.ORPHANED, moving=False, orphaned_ms=event.orphaned_ms)
 
 
 @row_ops.register
@@ -146,27 +147,12 @@ def _(event: ev.RangeLost) -> RowOps:
 
 @row_ops.register
 def _(event: ev.BufferSealed) -> RowOps:
-    row = t.BufferRow(event.buffer_id, event.session_id, event.agent_id, event.wal_id)
-    slices = (
-        t.BufferSliceRow(
-            event.buffer_id,
-            item.topic_id,
-            item.partition,
-            item.epoch,
-            item.base_offset,
-            item.end_offset,
-            item.record_count,
-            item.size_bytes,
-        )
-        for item in event.slices
-    )
-    return (Put(t.BUFFERS, row), *(Put(t.BUFFER_SLICES, item) for item in slices))
+    return ()  # no event any more: buffers are state
 
 
 @row_ops.register
 def _(event: ev.BufferCompleted) -> RowOps:
-    where = {"buffer_id": event.buffer_id}
-    return (Remove(t.BUFFERS, where), Remove(t.BUFFER_SLICES, where))
+    return ()
 
 
 def _segment_row(segment: ev.Segment) -> t.SegmentRow:
@@ -175,7 +161,15 @@ def _segment_row(segment: ev.Segment) -> t.SegmentRow:
 
 @row_ops.register
 def _(event: ev.SegmentRegistered) -> RowOps:
-    segment = event.segment
+    return _registered(event.segment)
+
+
+@row_ops.register
+def _(event: ev.BufferRegistered) -> RowOps:
+    return tuple(op for segment in event.segments for op in _registered(segment))
+
+
+def _registered(segment: ev.Segment) -> RowOps:
     key = (segment.topic_id, segment.partition, segment.epoch)
     return (Put(t.SEGMENTS, _segment_row(segment)), Set(t.RANGES, key, {"registered_end": segment.end_offset}))
 
@@ -224,6 +218,8 @@ def _restored_range(event: ev.PartitionRestored, item: ev.RangeState) -> t.Range
         item.agent_id,
         item.wal_id,
         False,
+        item.acknowledged_end,
+        item.orphaned_ms,
     )
 
 
@@ -252,6 +248,37 @@ def _(event: ev.OffsetsReset) -> RowOps:
 @row_ops.register
 def _(event: ev.GroupDeleted) -> RowOps:
     return (Remove(t.GROUPS, {"group_name": event.group}),)
+
+
+# ---- what was pruned, and what is left
+
+
+def stamped(event: ev.Event, at_ms: int) -> ev.Event:
+    """Returns the event with the time since when ranges have no leader, where it does not say that."""
+    match event:
+        case ev.RangeOrphaned(orphaned_ms=0):
+            return replace(event, orphaned_ms=at_ms)
+        case ev.PartitionRestored(ranges=ranges) if any(map(_lacks_time, ranges)):
+            full = (replace(item, orphaned_ms=at_ms) if _lacks_time(item) else item for item in ranges)
+            return replace(event, ranges=tuple(full))
+        case _:
+            return event
+
+
+def _lacks_time(item: ev.RangeState) -> bool:
+    return item.status == t.ORPHANED and not item.orphaned_ms
+
+
+def replayed(row: t.EventRow) -> ev.Event | None:
+    """Returns the event of a row, for its row operations; None for a type that this version does not know. Event logs
+    of before have events that were not stamped when they were appended."""
+    event = ev.event_from_json(row.type, row.payload)
+    return None if event is None else stamped(event, row.created_ms)
+
+
+def on_base(op: RowOp) -> RowOp:
+    """Returns the same operation on the base of its projection."""
+    return replace(op, table=t.base_of(op.table))
 
 
 # ---- many operations as few

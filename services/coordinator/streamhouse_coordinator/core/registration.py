@@ -4,11 +4,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from shproto.events import Event, Segment, SegmentRegistered
+from shproto.events import BufferCompleted, BufferRegistered, Event, Segment, SegmentRegistered
 
-from streamhouse_coordinator.core.tables import LOST, BufferSliceRow, LostSpanRow, RangeRow
+from streamhouse_coordinator.core.tables import LOST, BufferRow, BufferSliceRow, LostSpanRow, RangeRow
 
 RangeKey = tuple[str, int, int]
+
+# Segments of one event, some 500 bytes each: a follower's message of 250 KB.
+SEGMENTS_PER_EVENT = 500
 
 
 class Result(IntEnum):
@@ -24,7 +27,7 @@ class Result(IntEnum):
 @dataclass(frozen=True, slots=True)
 class Registration:
     results: list[Result]  # in the order of the segments
-    events: list[Event]
+    events: list[SegmentRegistered]
     ranges: dict[RangeKey, RangeRow]  # as they are afterwards
     lost_done: list[LostSpanRow]  # reported holes that are dealt with
 
@@ -63,7 +66,7 @@ def register(
     """
     now = dict(ranges)
     results: dict[int, Result] = {}
-    events: list[Event] = []
+    events: list[SegmentRegistered] = []
     todo = sorted(enumerate(segments), key=lambda item: item[1].base_offset)
     for at, segment in todo:
         _fill_holes(now, key_of(segment), lost, topics, events)
@@ -97,7 +100,7 @@ def key_of(segment: Segment) -> RangeKey:
     return (segment.topic_id, segment.partition, segment.epoch)
 
 
-def _take(now: dict[RangeKey, RangeRow], segment: Segment, buffer_id: str, events: list[Event]) -> None:
+def _take(now: dict[RangeKey, RangeRow], segment: Segment, buffer_id: str, events: list[SegmentRegistered]) -> None:
     events.append(SegmentRegistered(segment, buffer_id))
     now[key_of(segment)] = replace(now[key_of(segment)], registered_end=segment.end_offset)
 
@@ -107,7 +110,7 @@ def _fill_holes(
     key: RangeKey,
     lost: Sequence[LostSpanRow],
     topics: Mapping[str, str],
-    events: list[Event],
+    events: list[SegmentRegistered],
 ) -> None:
     """Registers the holes of a range that registration has reached."""
     for span in sorted(lost, key=lambda span: span.base_offset):
@@ -140,6 +143,18 @@ def _lost_segment(span: LostSpanRow, topics: Mapping[str, str], row: RangeRow | 
         max_timestamp_ms=0,
         lost_reason=span.reason,
     )
+
+
+def of_buffer(registered: Sequence[SegmentRegistered], buffer: BufferRow, completed: bool) -> list[Event]:
+    """Returns one event for all that was registered of a buffer's object, as long as it fits into a message; or that
+    the buffer is completed by what was registered before."""
+    segments = [event.segment for event in registered]
+    parts = [segments[at : at + SEGMENTS_PER_EVENT] for at in range(0, len(segments), SEGMENTS_PER_EVENT)]
+    events: list[Event] = [
+        BufferRegistered(buffer.buffer_id, buffer.agent_id, tuple(part), completed and part is parts[-1])
+        for part in parts
+    ]
+    return events or ([BufferCompleted(buffer.buffer_id, buffer.agent_id)] if completed else [])
 
 
 def unresolved(slices: Iterable[BufferSliceRow], ranges: Mapping[RangeKey, RangeRow]) -> list[BufferSliceRow]:

@@ -259,6 +259,8 @@ def range_state(row: RangeRow) -> RangeState:
         row.status,
         row.agent_id,
         row.wal_id,
+        row.acknowledged_end,
+        row.orphaned_ms,
     )
 
 

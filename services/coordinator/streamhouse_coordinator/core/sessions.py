@@ -283,10 +283,10 @@ def settled_snapshots(
     return rows
 
 
-def give_up(row: RangeRow, orphaned_ms: int | None, patience_ms: int, now_ms: int) -> RangeLost | None:
+def give_up(row: RangeRow, patience_ms: int, now_ms: int) -> RangeLost | None:
     """Whether a range has waited for its agent longer than its topic's unclean_recovery_after_ms allows. How far its
     records went nobody knows: everything up to its limit is given up."""
-    if orphaned_ms is None or now_ms - orphaned_ms < patience_ms:
+    if not row.orphaned_ms or now_ms - row.orphaned_ms < patience_ms:
         return None
     return RangeLost(row.topic_id, row.partition, row.epoch, row.limit_offset, "unclean_recovery_after_ms")
 

@@ -1,11 +1,12 @@
 """The rows the coordinator keeps, as frozen dataclasses; docs/tables.md is the page for readers.
 
-Projections are built from events only (projection.py) and can be rebuilt. State is what is not an event: expiry times,
+Projections are built from events only (projection.py) and can be rebuilt. Each has a base, with the same columns: its
+rows as of the last event that was pruned, which rebuilding starts from. State is what is not an event: expiry times,
 claims, committed offsets. Field order is column order; identifiers of topics and logs are UUIDs in hex.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
 RowT = TypeVar("RowT")
@@ -57,7 +58,7 @@ class PartitionRow:
 class RangeRow:
     """The offsets one epoch owns. `registered_end` only grows; `end_offset` is set once, when the range ends.
     `acknowledged_end`: set when the range's log came back and ended before it, though it had announced buffers up to
-    there; the range is settled at no lower end."""
+    there; the range is settled at no lower end. `orphaned_ms`: when it lost its leader; 0: it never did."""
 
     topic_id: str
     partition: int
@@ -72,6 +73,7 @@ class RangeRow:
     wal_id: str
     moving: bool
     acknowledged_end: int | None = None
+    orphaned_ms: int = 0
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -104,6 +106,16 @@ class CutOffRow:
     since_ms: int
     times: int
     reachable_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeletedTopicRow:
+    """A topic that was deleted: its id is known for ever, so that a log or an object of it is not taken for one of a
+    topic that this metadata has never heard of."""
+
+    topic_id: str
+    topic: str
+    deleted_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +206,12 @@ class ReachReportRow:
 
 @dataclass(frozen=True, slots=True)
 class BufferClaimRow:
-    """Free to claim from `free_at_ms` on: 0 when never claimed, the claim's expiry, or when a retry is due."""
+    """Free to claim from `free_at_ms` on: 0 when never claimed, the claim's expiry, or when a retry is due.
+    `sealed_ms`: when it was announced; of rows of before, the position of its event, smaller than any time."""
 
     buffer_id: str
     wal_id: str
-    sealed_position: int
+    sealed_ms: int
     size_bytes: int
     trace_context: str
     claim_id: str
@@ -306,6 +319,25 @@ class HistoryRow:
     created_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class HistoryMarkRow:
+    """What identifies an event that a mark in the object store names; kept when the event itself is pruned."""
+
+    position: int
+    stream_id: str
+    version: int
+    type: str
+    created_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedRow:
+    """One row. `position`: of the last event that was pruned; the bases are as of it. 0: none was."""
+
+    only_row: bool
+    position: int
+
+
 # ---- events
 
 
@@ -337,16 +369,15 @@ PARTITIONS = Table("partitions", PartitionRow, ("topic_id", "partition"), True)
 RANGES = Table("ranges", RangeRow, ("topic_id", "partition", "epoch"), True)
 SESSIONS = Table("sessions", SessionRow, ("session_id",), True)
 CUT_OFFS = Table("cut_offs", CutOffRow, ("agent_id",), True)
-BUFFERS = Table("buffers", BufferRow, ("buffer_id",), True)
-BUFFER_SLICES = Table(
-    "buffer_slices", BufferSliceRow, ("buffer_id", "topic_id", "partition", "epoch", "base_offset"), True
-)
+DELETED_TOPICS = Table("deleted_topics", DeletedTopicRow, ("topic_id",), True)
 SEGMENTS = Table("segments", SegmentRow, ("segment_id",), True)
 GROUPS = Table("groups", GroupRow, ("group_name",), True)
 GROUP_MEMBERS = Table("group_members", GroupMemberRow, ("group_name", "member_id"), True)
 
 SESSION_LEASES = Table("session_leases", SessionLeaseRow, ("session_id",))
 REACH_REPORTS = Table("reach_reports", ReachReportRow, ("session_id", "agent_session_id"))
+BUFFERS = Table("buffers", BufferRow, ("buffer_id",))
+BUFFER_SLICES = Table("buffer_slices", BufferSliceRow, ("buffer_id", "topic_id", "partition", "epoch", "base_offset"))
 BUFFER_CLAIMS = Table("buffer_claims", BufferClaimRow, ("buffer_id",))
 COMPACTION_CLAIMS = Table("compaction_claims", CompactionClaimRow, ("topic_id", "partition"))
 PRODUCER_SNAPSHOTS = Table("producer_snapshots", ProducerSnapshotRow, ("topic_id", "partition", "epoch", "end_offset"))
@@ -358,6 +389,8 @@ DELETIONS = Table("deletions", DeletionRow, ("object_key",))
 SWEEPS = Table("sweeps", SweepRow, ("name",))
 HISTORIES = Table("histories", HistoryRow, ("nth",))
 FORKS = Table("forks", ForkRow, ("history_id",))
+HISTORY_MARKS = Table("history_marks", HistoryMarkRow, ("position",))
+PRUNED = Table("pruned_position", PrunedRow, ("only_row",))
 EVENTS = Table("events", EventRow, ("position",))
 
 # Tables whose rows are locked one after the other, in this order, and the tables whose rows only the holder of another
@@ -390,15 +423,23 @@ PROJECTIONS: tuple[Table[object], ...] = (
     RANGES,
     SESSIONS,
     CUT_OFFS,
-    BUFFERS,
-    BUFFER_SLICES,
     SEGMENTS,
     GROUPS,
     GROUP_MEMBERS,
+    DELETED_TOPICS,
 )  # type: ignore[assignment]
+
+
+def base_of(table: Table[RowT]) -> Table[RowT]:
+    """Returns the table of a projection's rows as of the last event that was pruned."""
+    return replace(table, name=f"base_{table.name}", projection=False)
+
+
 STATE: tuple[Table[object], ...] = (
     SESSION_LEASES,
     REACH_REPORTS,
+    BUFFERS,
+    BUFFER_SLICES,
     BUFFER_CLAIMS,
     COMPACTION_CLAIMS,
     PRODUCER_SNAPSHOTS,
@@ -410,4 +451,6 @@ STATE: tuple[Table[object], ...] = (
     SWEEPS,
     HISTORIES,
     FORKS,
+    HISTORY_MARKS,
+    PRUNED,
 )  # type: ignore[assignment]

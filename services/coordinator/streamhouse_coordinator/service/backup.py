@@ -12,7 +12,7 @@ from shstore import ObjectExists, ObjectMissing, ObjectStore
 
 from streamhouse_coordinator.core import backup_format as fmt
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.ports import Above, Snapshot, where
+from streamhouse_coordinator.ports import Snapshot, Where
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ async def take(snapshot: Snapshot, store: ObjectStore, now_ms: int) -> fmt.Manif
         producer_id=await snapshot.producer_id(),
         migrations=tuple(await snapshot.migrations()),
         chunks=tuple(chunks),
+        pruned_position=(await snapshot.select(t.PRUNED))[0].position,
     )
     await _put_once(store, fmt.manifest_key(name), fmt.encode_manifest(manifest))
     return manifest
@@ -69,18 +70,11 @@ async def _put_once(store: ObjectStore, key: str, body: bytes) -> None:
 
 
 async def _pages(snapshot: Snapshot, table: t.Table[Any]) -> AsyncIterator[Sequence[Any]]:
-    """Events by position. Of the rest there is a page or two: a row per group and partition at most."""
-    if table is not t.EVENTS:
-        rows = await snapshot.select(table, order=table.key)
-        for first in range(0, len(rows), fmt.CHUNK_ROWS):
-            yield rows[first : first + fmt.CHUNK_ROWS]
-        return
-    after = 0
-    while events := await snapshot.select(
-        t.EVENTS, where(position=Above(after)), order=("position",), limit=fmt.CHUNK_ROWS
-    ):
-        yield events
-        after = events[-1].position
+    """In the order of the key, and never more in memory than a page."""
+    after: tuple[Any, ...] | None = None
+    while rows := await snapshot.select(table, Where({}, after=after), order=table.key, limit=fmt.CHUNK_ROWS):
+        yield rows
+        after = table.key_of(rows[-1])
 
 
 async def list_backups(store: ObjectStore) -> Listed:

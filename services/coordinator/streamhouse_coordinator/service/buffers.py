@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from opentelemetry import metrics
 from shproto.errors import Fenced, InvalidArgument
-from shproto.events import BufferCompleted, BufferSealed, Event, Segment
+from shproto.events import BufferCompleted, BufferSealed, Event, Segment, Slice
 
 from streamhouse_coordinator.core import registration
 from streamhouse_coordinator.core import tables as t
@@ -41,28 +41,69 @@ async def announce(
     """`sealed` comes without agent_id, wal_id and topic names; `snapshots`: producers' state at each slice's end.
     Announcing again changes nothing. Raises SessionExpired."""
 
-    async def work(tx: Transaction) -> None:
+    async def work(tx: Transaction) -> BufferSealed | None:
+        await tx.lock(sealed.stream_id)  # a first try may still run
         session = await live_session(tx, sealed.session_id)
-        # Also a buffer that is completed and gone has its history.
-        if (await tx.totals(t.EVENTS, where(stream_id=sealed.stream_id)))[0].count:
-            return
         _must_be_ingest(session)
-        names = await topic_names(tx, {item.topic_id for item in sealed.slices})
-        slices = tuple(replace(item, topic=names.get(item.topic_id, item.topic)) for item in sealed.slices)
-        event = replace(sealed, agent_id=session.agent_id, wal_id=session.wal_id, slices=slices)
-        await tx.append([event], trace_context)
-        size_bytes = sum(item.size_bytes for item in slices)
-        free = t.BufferClaimRow(event.buffer_id, event.wal_id, 0, size_bytes, trace_context, "", "", 0, 0, "")
-        ends = {(item.topic_id, item.partition, item.epoch): item.end_offset for item in slices}
-        kept = [
-            Put(t.PRODUCER_SNAPSHOTS, t.ProducerSnapshotRow(*key, ends[key], snapshot))
-            for key, snapshot in snapshots.items()
-            if snapshot and key[0] in names
-        ]
-        await tx.apply(kept)
-        tx.with_position(lambda position: [Put(t.BUFFER_CLAIMS, replace(free, sealed_position=position))])
+        slices = [_slice_row(sealed.buffer_id, item) for item in sealed.slices]
+        if await tx.select(t.BUFFERS, where(buffer_id=sealed.buffer_id)):
+            return None
+        ranges = await ranges_by_key(tx, {row.range_key for row in slices})
+        if not registration.unresolved(slices, ranges):
+            # It was announced before, and is done; or nothing of it is wanted any more. Either way its agent is told.
+            await tx.append([BufferCompleted(sealed.buffer_id, session.agent_id)], trace_context)
+            return None
+        names = await topic_names(tx, {row.topic_id for row in slices})
+        size_bytes = sum(row.size_bytes for row in slices)
+        now_ms = await tx.now_ms()
+        ends = {row.range_key: row.end_offset for row in slices}
+        buffer = t.BufferRow(sealed.buffer_id, sealed.session_id, session.agent_id, session.wal_id)
+        await tx.apply(
+            [
+                Put(t.BUFFERS, buffer),
+                *(Put(t.BUFFER_SLICES, row) for row in slices),
+                *(
+                    Put(t.PRODUCER_SNAPSHOTS, t.ProducerSnapshotRow(*key, ends[key], snapshot))
+                    for key, snapshot in snapshots.items()
+                    if snapshot and key[0] in names
+                ),
+                Put(
+                    t.BUFFER_CLAIMS,
+                    t.BufferClaimRow(
+                        buffer_id=sealed.buffer_id,
+                        wal_id=session.wal_id,
+                        sealed_ms=now_ms,
+                        size_bytes=size_bytes,
+                        trace_context=trace_context,
+                        claim_id="",
+                        worker_id="",
+                        free_at_ms=0,
+                        attempt=0,
+                        last_reason="",
+                    ),
+                ),
+            ]
+        )
+        tx.tell_sealed(sealed.buffer_id)
+        named = tuple(replace(item, topic=names.get(item.topic_id, item.topic)) for item in sealed.slices)
+        return replace(sealed, agent_id=session.agent_id, wal_id=session.wal_id, slices=named)
 
-    await context.store.run(work)
+    announced = await context.store.run(work)
+    if announced is not None:
+        context.buffer_sealed(announced, trace_context)
+
+
+def _slice_row(buffer_id: str, item: Slice) -> t.BufferSliceRow:
+    return t.BufferSliceRow(
+        buffer_id=buffer_id,
+        topic_id=item.topic_id,
+        partition=item.partition,
+        epoch=item.epoch,
+        base_offset=item.base_offset,
+        end_offset=item.end_offset,
+        record_count=item.record_count,
+        size_bytes=item.size_bytes,
+    )
 
 
 def _must_be_ingest(session: t.SessionRow) -> None:
@@ -84,7 +125,7 @@ async def claim(context: Context, worker_id: str, ttl_ms: int, except_agents: Co
         agents = {row.wal_id: row for row in sessions if row.agent_id not in except_agents}
         free = where(wal_id=In(agents), free_at_ms=AtMost(now_ms))
         for _ in range(CLAIM_CANDIDATES if agents else 0):
-            rows = await tx.select(t.BUFFER_CLAIMS, free, order=("sealed_position",), limit=1, lock="skip")
+            rows = await tx.select(t.BUFFER_CLAIMS, free, order=("sealed_ms",), limit=1, lock="skip")
             if not rows:
                 return None
             taken = replace(
@@ -127,12 +168,13 @@ async def _unresolved(
 
 async def _complete(tx: Transaction, buffers: Sequence[t.BufferRow], buffer_id: str) -> None:
     await tx.append([BufferCompleted(row.buffer_id, row.agent_id) for row in buffers])
-    await tx.apply(_done_with(buffer_id))
+    await tx.apply(done_with([buffer_id]))
 
 
-def _done_with(buffer_id: str) -> list[RowOp]:
-    """What a completed buffer leaves behind. Uploads for it that are not registered now never will be."""
-    return [Remove(table, {"buffer_id": buffer_id}) for table in (t.BUFFER_CLAIMS, t.UPLOAD_INTENTS)]
+def done_with(buffer_ids: Collection[str]) -> list[RowOp]:
+    """Returns what removes completed buffers. Uploads for them that are not registered now never will be."""
+    tables = (t.BUFFER_CLAIMS, t.UPLOAD_INTENTS, t.BUFFERS, t.BUFFER_SLICES)
+    return [Remove(table, {"buffer_id": buffer_id}) for table in tables for buffer_id in buffer_ids]
 
 
 async def renew_claim(context: Context, claim_id: str, ttl_ms: int) -> None:
@@ -246,23 +288,22 @@ async def _register(tx: Transaction, buffer_id: str, segments: Sequence[Segment]
 
 
 async def _finish(tx: Transaction, buffer_id: str, done: registration.Registration, trace_context: str) -> None:
-    events: list[Event] = list(done.events)
     ops: list[RowOp] = [
         Remove(t.LOST_SPANS, {name: getattr(span, name) for name in t.LOST_SPANS.key}) for span in done.lost_done
     ]
     ops += await _outdated_snapshots(tx, done)
     buffers = await tx.select(t.BUFFERS, where(buffer_id=buffer_id))
-    if buffers and not await _unresolved(tx, buffer_id, done.ranges):
-        events.append(BufferCompleted(buffer_id, buffers[0].agent_id))
-        ops += _done_with(buffer_id)
-    if events:
-        await tx.append(events, trace_context)
+    completed = bool(buffers) and not await _unresolved(tx, buffer_id, done.ranges)
+    if completed:
+        ops += done_with([buffer_id])
+    events = registration.of_buffer(done.events, buffers[0], completed) if buffers else list[Event](done.events)
+    await tx.append(events, trace_context)
     await tx.apply(ops)
 
 
 async def _outdated_snapshots(tx: Transaction, done: registration.Registration) -> list[RowOp]:
     """Of each range only the newest producers' state that is registered counts, and those still to come."""
-    moved = {(e.segment.topic_id, e.segment.partition, e.segment.epoch) for e in done.events}  # type: ignore[attr-defined]
+    moved = {(e.segment.topic_id, e.segment.partition, e.segment.epoch) for e in done.events}
     rows = await tx.select(t.PRODUCER_SNAPSHOTS, where_keys(("topic_id", "partition", "epoch"), sorted(moved)))
     newest: dict[RangeKey, int] = {}
     for row in rows:

@@ -2,7 +2,7 @@
 
 Locks are taken in one order, so that transactions cannot wait for each other in a circle:
 
-1. the cluster lock, or one group's lock;
+1. the cluster lock, or one group's or one buffer's lock;
 2. rows of the tables of core.tables.LOCK_ORDER, in that order;
 3. the event position, by the commit.
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from shproto.errors import SessionExpired, StreamHouseError, UnknownTopic
-from shproto.events import Event, RangeSettled, TopicCreated
+from shproto.events import BufferSealed, Event, RangeSettled, TopicCreated
 
 from streamhouse_coordinator.core import assignment, topics
 from streamhouse_coordinator.core import tables as t
@@ -53,11 +53,13 @@ def new_uuid() -> str:
 
 @dataclass(frozen=True)
 class Context:
-    """What every command needs."""
+    """What every command needs. `buffer_sealed` is called with each buffer that was announced here, and the trace
+    context of that: a hint, which may be lost."""
 
     store: Store
     settings: CoordinatorSettings
     waiters: GroupWaiters = field(default_factory=GroupWaiters)
+    buffer_sealed: Callable[[BufferSealed, str], None] = lambda sealed, trace_context: None
     new_id: Callable[[], str] = new_uuid
 
 
@@ -88,6 +90,15 @@ async def topic_names(tx: Transaction, topic_ids: Collection[str]) -> dict[str, 
     if not topic_ids:
         return {}
     return {row.topic_id: row.topic for row in await tx.select(t.TOPICS, where(topic_id=In(set(topic_ids))))}
+
+
+async def heard_of(tx: Transaction, topic_ids: Collection[str]) -> set[str]:
+    """Returns the ids of those topics that there are or were in this metadata."""
+    if not topic_ids:
+        return set()
+    of_topics = where(topic_id=In(set(topic_ids)))
+    found = [row.topic_id for row in await tx.select(t.TOPICS, of_topics)]
+    return {*found, *(row.topic_id for row in await tx.select(t.DELETED_TOPICS, of_topics))}
 
 
 async def durable_topics(tx: Transaction) -> set[str]:

@@ -4,12 +4,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from shproto.errors import InvalidArgument, UnknownPartition
-from shproto.events import BufferCompleted, Event, RangeLost, RangeOrphaned, event_from_json, partition_stream
+from shproto.events import BufferCompleted, Event, RangeLost
 
 from streamhouse_coordinator.core import registration, sessions
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.projection import Remove
 from streamhouse_coordinator.ports import ORPHANED_RANGES, In, Transaction, where, where_keys
+from streamhouse_coordinator.service.buffers import done_with
 from streamhouse_coordinator.service.common import (
     CLUSTER_LOCK,
     RANGE_KEYS,
@@ -43,9 +43,8 @@ async def _recover(tx: Transaction, context: Context, topic_ids: Sequence[str]) 
         row.topic_id: row.unclean_recovery_after_ms for row in topics if row.unclean_recovery_after_ms is not None
     }
     ranges = await tx.select(t.RANGES, where(ORPHANED_RANGES, topic_id=In(patience)), lock="wait")
-    since = await orphaned_since(tx, ranges)
     now_ms = await tx.now_ms()
-    due = [sessions.give_up(row, since.get(row.key), patience[row.topic_id], now_ms) for row in ranges]
+    due = [sessions.give_up(row, patience[row.topic_id], now_ms) for row in ranges]
     lost = [event for event in due if event is not None]
     await _give_up(tx, context, ranges, lost)
     return len(lost)
@@ -93,7 +92,7 @@ async def _give_up(
     await commit_leadership(tx, context.settings, list[Event](lost))
     done = await _emptied_buffers(tx, gone)
     await tx.append([BufferCompleted(row.buffer_id, row.agent_id) for row in done])
-    await tx.apply([Remove(t.BUFFER_CLAIMS, {"buffer_id": row.buffer_id}) for row in done])
+    await tx.apply(done_with([row.buffer_id for row in done]))
 
 
 async def _emptied_buffers(tx: Transaction, gone: dict[RangeKey, t.RangeRow]) -> list[t.BufferRow]:
@@ -106,17 +105,3 @@ async def _emptied_buffers(tx: Transaction, gone: dict[RangeKey, t.RangeRow]) ->
     left = {item.buffer_id for item in registration.unresolved(slices, known | gone)}
     buffers = await tx.select(t.BUFFERS, where(buffer_id=buffer_ids), order=("buffer_id",))
     return [row for row in buffers if row.buffer_id not in left]
-
-
-async def orphaned_since(tx: Transaction, ranges: Collection[t.RangeRow]) -> dict[RangeKey, int]:
-    """When each range lost its leader, in ms since 1970; for those of `ranges` that did."""
-    orphaned = {row.key for row in ranges if row.status == t.ORPHANED}
-    if not orphaned:
-        return {}
-    streams = In({partition_stream(topic_id, partition) for topic_id, partition, _ in orphaned})
-    since = {}
-    for row in await tx.select(t.EVENTS, where(stream_id=streams, type=RangeOrphaned.__name__)):
-        event = event_from_json(row.type, row.payload)
-        assert isinstance(event, RangeOrphaned)
-        since[(event.topic_id, event.partition, event.epoch)] = row.created_ms
-    return {key: at_ms for key, at_ms in since.items() if key in orphaned}

@@ -3,20 +3,17 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from shproto.errors import InvalidArgument
 from shproto.events import (
-    BufferCompleted,
     Event,
     GroupMemberLeft,
     GroupRebalanced,
     HistoryBegan,
     SessionClosed,
-    event_from_json,
-    topic_stream,
 )
 from shstore import ObjectStore
 
@@ -24,10 +21,11 @@ from streamhouse_coordinator.core import backup_format as fmt
 from streamhouse_coordinator.core import restoring
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.cover import Candidate
-from streamhouse_coordinator.core.projection import Put, Remove, row_ops
+from streamhouse_coordinator.core.projection import Put, Remove, Set, replayed, row_ops
 from streamhouse_coordinator.ports import Restoring, where
 from streamhouse_coordinator.service import stored_segments as stored
 from streamhouse_coordinator.service.backup import read_chunk
+from streamhouse_coordinator.service.common import heard_of
 
 log = logging.getLogger(__name__)
 
@@ -105,25 +103,36 @@ async def restore(
 
 
 async def _load(tx: Restoring, store: ObjectStore, manifest: fmt.Manifest, progress: Progress) -> int:
+    """Returns how many events it has."""
     old = await tx.select(t.HISTORIES)
     await tx.apply([Remove(t.HISTORIES, {"nth": row.nth}) for row in old])
-    tables = {table.name: table for table in fmt.TABLES}
-    last = 0
-    for chunk in manifest.chunks:
-        rows = await read_chunk(store, chunk)
-        table = tables[chunk.table]
-        for first in range(0, len(rows), BATCH_ROWS):
-            batch = rows[first : first + BATCH_ROWS]
-            if table is t.EVENTS:
-                last = _follows(chunk.key, last, batch)
-                progress("events", last, manifest.position)
-                await _load_events(tx, batch)
-            else:
-                await tx.apply([Put(table, row) for row in batch])
+    await tx.apply([Set(t.PRUNED, (True,), {"position": manifest.pruned_position})])
+    bases = [chunk for chunk in manifest.chunks if chunk.table in fmt.BASES]
+    async for _, table, batch in _batches(store, bases):
+        await tx.apply([Put(table, row) for row in batch])
+    await tx.fill_from_bases()
+    last = manifest.pruned_position
+    async for key, table, batch in _batches(store, [chunk for chunk in manifest.chunks if chunk not in bases]):
+        if table is t.EVENTS:
+            last = _follows(key, last, batch)
+            progress("events", last, manifest.position)
+            await _load_events(tx, batch)
+        else:
+            await tx.apply([Put(table, row) for row in batch])
     if last != manifest.position:
         raise fmt.BackupDamaged(f"{manifest.name} ends at event {last}, its manifest says {manifest.position}")
     await tx.set_position(last)
-    return last
+    return last - manifest.pruned_position
+
+
+async def _batches(
+    store: ObjectStore, chunks: Sequence[fmt.Chunk]
+) -> AsyncIterator[tuple[str, t.Table[Any], list[Any]]]:
+    """The rows of the chunks in turn, with their object's key and their table."""
+    for chunk in chunks:
+        rows = await read_chunk(store, chunk)
+        for first in range(0, len(rows), BATCH_ROWS):
+            yield chunk.key, fmt.BY_NAME[chunk.table], rows[first : first + BATCH_ROWS]
 
 
 def _follows(key: str, last: int, events: Sequence[t.EventRow]) -> int:
@@ -135,7 +144,7 @@ def _follows(key: str, last: int, events: Sequence[t.EventRow]) -> int:
 
 async def _load_events(tx: Restoring, rows: Sequence[t.EventRow]) -> None:
     await tx.apply([Put(t.EVENTS, row) for row in rows])
-    events = [event_from_json(row.type, row.payload) for row in rows]
+    events = [replayed(row) for row in rows]
     unknown = sorted({row.type for row, event in zip(rows, events, strict=True) if event is None})
     if unknown:
         raise fmt.BackupDamaged(f"events of types this version does not know: {', '.join(unknown)}")
@@ -148,12 +157,11 @@ async def _append(tx: Restoring, events: Sequence[Event]) -> None:
 
 
 async def _end_the_moment(tx: Restoring) -> None:
-    """Sessions, group members and sealed buffers were of the processes that ran then."""
+    """Sessions and group members were of the processes that ran then; what they had sealed is not in a backup."""
     why = restoring.WHY_RESTORED
     events: list[Event] = [
         SessionClosed(row.session_id, row.agent_id, row.role, why) for row in await tx.select(t.SESSIONS)
     ]
-    events += [BufferCompleted(row.buffer_id, row.agent_id) for row in await tx.select(t.BUFFERS)]
     events += [GroupMemberLeft(row.group_name, row.member_id, why) for row in await tx.select(t.GROUP_MEMBERS)]
     for group in await tx.select(t.GROUPS):
         generation = group.generation + restoring.JUMP_GENERATIONS
@@ -239,7 +247,7 @@ async def _recover_topics(tx: Restoring, found: Sequence[Candidate], report: Rep
     all of these share objects with other topics, the name. A topic deleted before the backup stays deleted."""
     ids = {item.segment.topic_id for item in found}
     for topic_id in sorted(ids):
-        if await tx.select(t.EVENTS, where(stream_id=topic_stream(topic_id)), limit=1):
+        if await heard_of(tx, [topic_id]):
             continue
         of_topic = [item.segment for item in found if item.segment.topic_id == topic_id]
         name = stored.topic_name((segment.object_key for segment in of_topic), topic_id)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from shproto.errors import InvalidArgument
-from shproto.events import Event, PartitionRestored, RangeLost, SegmentRegistered, topic_stream
+from shproto.events import Event, PartitionRestored, RangeLost, SegmentRegistered
 
 from streamhouse_coordinator.core import barriers, restoring, sessions
 from streamhouse_coordinator.core import tables as t
@@ -17,6 +17,7 @@ from streamhouse_coordinator.service.common import (
     RangeKey,
     change_leadership,
     commit_leadership,
+    heard_of,
     topic_names,
 )
 
@@ -47,7 +48,7 @@ async def recover_topics(tx: Transaction, declared: sessions.WalEnds, partitions
 
 async def _recovered(tx: Transaction, topic_id: str, partitions: int, name: str) -> t.TopicRow | None:
     """A new topic under its old id; None when it was deleted before the backup."""
-    if await tx.select(t.EVENTS, where(stream_id=topic_stream(topic_id)), limit=1):
+    if await heard_of(tx, [topic_id]):
         return None
     taken = await tx.select(t.TOPICS, where(topic=name)) if name else []
     event = restoring.recovered_topic(topic_id, "" if taken else name, partitions, await tx.now_ms())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 
 from shproto.errors import MetadataWentBack, SessionExpired
-from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened, topic_stream
+from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened
 
 from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
@@ -23,6 +23,7 @@ from streamhouse_coordinator.service.common import (
     commit_leadership,
     cut_off_sessions,
     durable_topics,
+    heard_of,
     live_session,
     ranges_by_key,
 )
@@ -138,13 +139,11 @@ async def _check_log(tx: Transaction, history: t.HistoryRow, declared: sessions.
     if not keys:
         return
     rows = await tx.select(t.PARTITIONS, where_keys(("topic_id", "partition"), keys))
-    streams = In({topic_stream(topic_id) for topic_id, _ in keys})
-    heard_of = {row.stream_id for row in await tx.select(t.EVENTS, where(stream_id=streams, version=1))}
     check_log(
         Head(history.history_id, await tx.position()),
         declared.ends,
         {(row.topic_id, row.partition): row.epoch for row in rows},
-        {topic_id for topic_id, _ in keys if topic_stream(topic_id) in heard_of},
+        await heard_of(tx, {topic_id for topic_id, _ in keys}),
     )
 
 
@@ -189,9 +188,9 @@ async def _known(tx: Transaction, keys: Collection[RangeKey]) -> sessions.Known:
 async def _drop_buffers(tx: Transaction, wal_id: str, now_ms: int) -> None:
     """A log that was opened again is sealed anew: its unclaimed buffers are obsolete."""
     free = await tx.select(t.BUFFER_CLAIMS, where(wal_id=wal_id, free_at_ms=AtMost(now_ms)), lock="skip")
-    buffers = await tx.select(t.BUFFERS, where(buffer_id=In([row.buffer_id for row in free])))
-    await tx.append([BufferCompleted(row.buffer_id, row.agent_id) for row in buffers])
-    await tx.apply([Remove(t.BUFFER_CLAIMS, {"buffer_id": row.buffer_id}) for row in free])
+    dropped = await tx.select(t.BUFFERS, where(buffer_id=In([row.buffer_id for row in free])))
+    await tx.append([BufferCompleted(row.buffer_id, row.agent_id) for row in dropped])
+    await tx.apply(buffers.done_with([row.buffer_id for row in free]))
 
 
 async def heartbeat(

@@ -1,6 +1,6 @@
 """What is asked without changing anything: topics, metadata, status, the snapshot."""
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import TypeVar
 
 from shproto.errors import UnknownTopic
@@ -24,8 +24,7 @@ from streamhouse_coordinator.ports import (
     where,
 )
 from streamhouse_coordinator.service import reach
-from streamhouse_coordinator.service.common import Context, RangeKey, newest_ranges, topic_named
-from streamhouse_coordinator.service.recovery import orphaned_since
+from streamhouse_coordinator.service.common import Context, newest_ranges, topic_named
 from streamhouse_coordinator.settings import CoordinatorSettings
 
 # Segments of one snapshot part: about 250 bytes each, so a part stays below 1 MB.
@@ -61,7 +60,7 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
         newest = await newest_ranges(tx, partitions)
         rows = await tx.select(t.RANGES, where(UNFINISHED, topic_id=topic.topic_id))
         rows += await _lost_ranges(tx, partitions)
-        unfinished, since = _by_partition(rows), await orphaned_since(tx, rows)
+        unfinished = _by_partition(rows)
         sums = ("size_bytes", "raw_bytes", "record_count")
         # Of a span that is possibly lost nobody knows how many records it had: as many as the range's offsets at worst.
         readable = where(topic_id=topic.topic_id, lost_reason="")
@@ -76,7 +75,7 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
             last = newest.get(key)
             ranges = {item.epoch: item for item in [*unfinished.get(key, ()), *([last] if last else ())]}
             totals = stored.get(row.partition, Totals((), 0, (0, 0, 0)))
-            offset_ranges = _offset_ranges([ranges[epoch] for epoch in sorted(ranges)], since)
+            offset_ranges = [messages.offset_range(ranges[epoch]) for epoch in sorted(ranges)]
             shown.append(_partition_info(row, last, offset_ranges, totals, addresses, lost.get(key, ())))
         return pb.DescribeTopicResponse(
             topic=messages.topic_info(topic), partitions=shown, events_position=await tx.position()
@@ -115,10 +114,6 @@ def _partition_info(
         ranges=ranges,
         lost=map(messages.lost_segment, lost),
     )
-
-
-def _offset_ranges(rows: Sequence[t.RangeRow], since: Mapping[RangeKey, int]) -> list[types_pb2.OffsetRange]:
-    return [messages.offset_range(row, since.get(row.key, 0)) for row in rows]
 
 
 def _by_partition(rows: Sequence[RowT]) -> dict[PartitionKey, list[RowT]]:
@@ -199,7 +194,7 @@ async def get_status(context: Context) -> pb.GetStatusResponse:
         partitions = [row for row in partitions if row.topic_id in names]
         newest = await newest_ranges(tx, partitions)
         rows = await tx.select(t.RANGES, where(UNFINISHED), order=t.RANGES.key)
-        unfinished, since = _by_partition(rows), await orphaned_since(tx, rows)
+        unfinished = _by_partition(rows)
         waiting = await tx.totals(t.BUFFER_CLAIMS, where(claim_id=""), sums=("size_bytes",))
         every = await tx.totals(t.BUFFER_CLAIMS, where(), sums=("size_bytes",))
         return pb.GetStatusResponse(
@@ -207,12 +202,12 @@ async def get_status(context: Context) -> pb.GetStatusResponse:
                 messages.session_info(row, expires_in_ms, log_full=row.session_id in full)
                 for row, expires_in_ms in sessions
             ],
-            leases=[_lease(row, names[row.topic_id], newest, unfinished, since) for row in partitions],
+            leases=[_lease(row, names[row.topic_id], newest, unfinished) for row in partitions],
             buffers_waiting=waiting[0].count,
             buffers_claimed=every[0].count - waiting[0].count,
             buffers_waiting_bytes=every[0].sums[0],
             events_position=await tx.position(),
-            outbox_position=await tx.outbox_position(),
+            outbox_position=(await tx.outbox()).position,
             history_id=await _history_id(tx),
             missing_position=max((row.position for row in await tx.select(t.FORKS)), default=0),
             buffer_failures=await _buffer_failures(tx),
@@ -245,9 +240,7 @@ async def _doubted_agents(tx: Transaction, settings: CoordinatorSettings) -> lis
 
 async def _buffer_failures(tx: Transaction) -> list[pb.BufferFailure]:
     """Returns the oldest buffers whose last hand-over failed, at most BUFFER_FAILURES_SHOWN."""
-    claims = await tx.select(
-        t.BUFFER_CLAIMS, where(FAILED_BUFFERS), order=("sealed_position",), limit=BUFFER_FAILURES_SHOWN
-    )
+    claims = await tx.select(t.BUFFER_CLAIMS, where(FAILED_BUFFERS), order=("sealed_ms",), limit=BUFFER_FAILURES_SHOWN)
     buffers = await tx.select(t.BUFFERS, where(buffer_id=In([row.buffer_id for row in claims])))
     agents = {row.buffer_id: row.agent_id for row in buffers}
     return [
@@ -267,7 +260,6 @@ def _lease(
     topic: str,
     newest: dict[PartitionKey, t.RangeRow],
     unfinished: dict[PartitionKey, list[t.RangeRow]],
-    since: Mapping[RangeKey, int],
 ) -> pb.LeaseInfo:
     key = (row.topic_id, row.partition)
     last = newest.get(key)
@@ -282,7 +274,7 @@ def _lease(
         status="unassigned" if last is None or not led else "moving" if last.moving else "active",
         log_start_offset=row.log_start_offset,
         registered_end=last.registered_end if last is not None else 0,
-        unsettled=_offset_ranges(waited_for, since),
+        unsettled=map(messages.offset_range, waited_for),
     )
 
 

@@ -383,12 +383,18 @@ class ClusterIndex:
         return frozenset([partition.key])
 
     def _segment_registered(self, event: ev.SegmentRegistered) -> frozenset[PartitionKey]:
-        partition = self._partition(event.segment.topic_id, event.segment.partition)
-        segment = SegmentEntry.of(event.segment)
+        return frozenset([self._register(event.segment)])
+
+    def _buffer_registered(self, event: ev.BufferRegistered) -> frozenset[PartitionKey]:
+        return frozenset([self._register(segment) for segment in event.segments])
+
+    def _register(self, registered: ev.Segment) -> PartitionKey:
+        partition = self._partition(registered.topic_id, registered.partition)
+        segment = SegmentEntry.of(registered)
         partition.change_range(segment.epoch, registered_end=segment.end_offset)
         partition.add_segment(segment)
         self._count_segment(segment)
-        return frozenset([partition.key])
+        return partition.key
 
     def _segments_compacted(self, event: ev.SegmentsCompacted) -> frozenset[PartitionKey]:
         partition = self._partition(event.segment.topic_id, event.segment.partition)
@@ -422,6 +428,7 @@ _HANDLERS: dict[type, Callable[[ClusterIndex, Any], frozenset[PartitionKey] | No
     ev.RangeSettled: ClusterIndex._range_settled,
     ev.RangeLost: ClusterIndex._range_lost,
     ev.SegmentRegistered: ClusterIndex._segment_registered,
+    ev.BufferRegistered: ClusterIndex._buffer_registered,
     ev.SegmentsCompacted: ClusterIndex._segments_compacted,
     ev.LogStartMoved: ClusterIndex._log_start_moved,
     ev.PartitionRestored: _restored,

@@ -2,7 +2,8 @@
 
 Segments that were registered after that backup look unreferenced then, and deleting them would lose acknowledged
 records. A mark in the object store names one event; when the feed no longer has that very event at that
-position, its history is another one, and nothing may be deleted.
+position, its history is another one, and nothing may be deleted. The coordinator keeps what identifies a marked event,
+also when events of its age are not kept any more.
 """
 
 import json
@@ -74,6 +75,8 @@ def went_back(mark: HistoryMark, current: HistoryMark | None, head: coordinator_
     if current == replace(mark, sweep_from_ms=0):
         return ""
     there = "is not there" if current is None else f"is another one there ({current.describe()})"
+    if current is None and mark.position <= head.pruned_position:
+        there = "was not marked in this history, which keeps no events of that age any more"
     return (
         f"the store has seen event {mark.position} ({mark.describe()}), which {there}:"
         f" PostgreSQL stands at event {head.events_position} of history {head.history_id}"

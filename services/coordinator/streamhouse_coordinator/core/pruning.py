@@ -1,0 +1,48 @@
+"""Which events are not needed any more, and what their going changes. Pure.
+
+Terms: the *base* of a projection has its rows as of the last event that was pruned (`pruned_position`). Base and kept
+events together give the projection, always: an event is pruned by applying it to the bases.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.projection import Remove, RowOp, Set, on_base, replayed, row_ops
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What keeps events. `before_ms`: only events appended before this time go. `up_to`: only events up to this
+    position. RabbitMQ has confirmed those up to `published`, and gets the others if they are not from before
+    `unpublished_before_ms`; None: no relay publishes."""
+
+    before_ms: int
+    up_to: int
+    published: int | None
+    unpublished_before_ms: int
+
+    def keep(self, row: t.EventRow) -> bool:
+        if row.position > self.up_to or row.created_ms >= self.before_ms:
+            return True
+        unpublished = self.published is not None and row.position > self.published
+        return unpublished and row.created_ms >= self.unpublished_before_ms
+
+
+def prunable(oldest: Sequence[t.EventRow], needs: Needs) -> list[t.EventRow]:
+    """Returns those of the `oldest` events, ascending, that come before the first one that is needed. One of a type
+    that this version does not know is kept, and all behind it: its row operations are not known either."""
+    rows: list[t.EventRow] = []
+    for row in oldest:
+        if needs.keep(row) or replayed(row) is None:
+            break
+        rows.append(row)
+    return rows
+
+
+def pruning(rows: Sequence[t.EventRow]) -> list[RowOp]:
+    """Returns the row operations that prune these events, which are the oldest and not empty: the bases move on."""
+    events = [replayed(row) for row in rows]
+    moved = [on_base(op) for event in events if event is not None for op in row_ops(event)]
+    gone = [Remove(t.EVENTS, {"position": row.position}) for row in rows]
+    return [*moved, *gone, Set(t.PRUNED, (True,), {"position": rows[-1].position})]
