@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from shformat import describe_segment
-from shproto.errors import UnknownTopic
+from shproto.errors import Unavailable, UnknownTopic
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2, types_pb2
 from shstore import ObjectMissing, ObjectStore, RangeBeyondEnd
@@ -36,12 +36,14 @@ PAGE_KEYS = 1000
 class Report:
     """replaced: segments that compaction or retention removed while they were to be read. young_objects: not
     registered, and too new to say that they will not be. waiting_objects: nothing refers to them, a sweep has noticed
-    it, and a later one deletes them. lost_spans: registered as lost, so nothing to read."""
+    it, and a later one deletes them. lost_spans: registered as lost, so nothing to read. metadata_rows: of the
+    coordinator's projections, which were compared with its events; 0 with one topic only."""
 
     segments: int = 0
     records: int = 0
     size_bytes: int = 0
     lost_spans: int = 0
+    metadata_rows: int = 0
     replaced: int = 0
     objects: int = 0
     young_objects: int = 0
@@ -82,6 +84,8 @@ class Verifier:
 
     async def run(self) -> Report:
         """Raises UnknownTopic, Unavailable, StoreError."""
+        if self._topic is None:
+            await self._compare_projections()
         partitions = await self._registered()
         for part in partitions:
             self._report.findings += check_partition(
@@ -93,6 +97,18 @@ class Verifier:
         await self._read_all(segments)
         await self._look_for_orphans(partitions, {segment.object_key for segment in segments})
         return self._report
+
+    async def _compare_projections(self) -> None:
+        """The coordinator's tables, which say what is registered, against its events. First: where they differ, what
+        else is found follows from that."""
+        async for part in self._coordinator.check_projections(coordinator_pb2.CheckProjectionsRequest()):
+            if part.done:
+                self._report.metadata_rows = part.rows
+                self._report.findings += [_metadata_finding(item) for item in part.differences]
+                if more := part.differing_rows - len(part.differences):
+                    self._report.findings.append(Finding("metadata", f"{more} more rows are not what the events give"))
+                return
+        raise Unavailable("the coordinator ended its check of the metadata before it had a result")
 
     async def _registered(self) -> list[_Partition]:
         """As of one moment."""
@@ -211,6 +227,11 @@ class SegmentWindow:
         piece = asyncio.run_coroutine_threadsafe(fetch, self._loop).result()
         self._pieces = [*self._pieces[-1:], (at, piece)]
         return memoryview(piece)[:size_bytes]
+
+
+def _metadata_finding(item: coordinator_pb2.ProjectionDifference) -> Finding:
+    found, expected = item.found_json or "no such row", item.expected_json or "no such row"
+    return Finding("metadata", f"table {item.table}: {found}; its events give {expected}")
 
 
 def _segment(ref: types_pb2.SegmentRef) -> RegisteredSegment:

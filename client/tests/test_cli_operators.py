@@ -3,6 +3,7 @@
 `partition settle` needs an agent that is gone while another leads: tests/integration/test_takeover.py.
 """
 
+import asyncio
 import json
 import os
 import subprocess
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import pytest
 from streamhouse.cli.serve_process import ServeProcess
 from streamhouse.cli.status import show_doubt, show_failure
 from streamhouse.cli.topic import show_description
 from streamhouse.cluster import BufferFailure, DoubtedAgent, LostRecords, Partition, Topic, TopicDescription
 from streamhouse.sync import Admin, Consumer, Producer
+from streamhouse_embedded.postgres import EmbeddedPostgres
 
 pytestmark = pytest.mark.integration
 TIMEOUT_S = 60
@@ -216,6 +219,35 @@ def test_verify_asks_the_coordinator_that_is_there(cli: Cli, serve: ServeProcess
 def test_verify_needs_a_store_and_a_topic_that_is_there(cli: Cli, data_dir: Path) -> None:
     assert "--store-dir" in cli.run("verify", code=1)[1]
     assert "UNKNOWN_TOPIC" in cli.run("verify", "--data-dir", str(data_dir), "--topic", "nope", code=1)[1]
+
+
+def test_verify_finds_metadata_that_its_events_do_not_give(
+    cli: Cli, serve: ServeProcess, data_dir: Path, topic: str
+) -> None:
+    """A bit of a row, as damage on PostgreSQL's disk would change it, and a segment that is not there any more."""
+    registered(serve, topic, 20)
+    dsn = EmbeddedPostgres(data_dir / "postgres").running_dsn()
+
+    async def change(statement: str) -> None:
+        connection = await asyncpg.connect(dsn)
+        await connection.execute(statement)
+        await connection.close()
+
+    place = ("verify", "--data-dir", str(data_dir))
+    sound = cli.json(*place)
+    assert sound["findings"] == [] and sound["metadata_rows"] > 0
+    of_topic = f"topic_id = (SELECT topic_id FROM topics WHERE topic = '{topic}')"
+    flip = f"UPDATE ranges SET registered_end = registered_end # 4 WHERE {of_topic} AND partition = 0"
+    asyncio.run(change(flip))
+    found = [item["what"] for item in cli.json(*place, code=1)["findings"] if item["kind"] == "metadata"]
+    assert len(found) == 1 and found[0].startswith('table ranges: {"') and '"registered_end": 10' in found[0]
+    asyncio.run(change(flip))
+    asyncio.run(change(f"CREATE TABLE aside AS SELECT * FROM segments WHERE {of_topic}"))
+    asyncio.run(change(f"DELETE FROM segments WHERE {of_topic}"))
+    shown, _ = cli.run(*place, code=1)
+    assert "metadata" in shown and "no such row" in shown
+    asyncio.run(change("INSERT INTO segments SELECT * FROM aside; DROP TABLE aside"))
+    assert cli.json(*place)["findings"] == []
 
 
 def test_verify_finds_what_is_wrong(cli: Cli, serve: ServeProcess, data_dir: Path) -> None:

@@ -17,7 +17,7 @@ from shproto.errors import Unavailable
 from streamhouse_coordinator.adapters.memory import MemoryStore
 from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.tables import EventRow
-from streamhouse_coordinator.ports import Transaction
+from streamhouse_coordinator.ports import ProjectionCheck, Transaction
 
 from tests.simulation.clock import SimClock
 from tests.simulation.loop import PROCESS
@@ -182,6 +182,10 @@ class Session:
 
     async def head(self) -> Head:
         return await self._call(self._database.memory.head)
+
+    async def check_projections(self) -> AsyncIterator[ProjectionCheck]:
+        async for part in self._database.memory.check_projections():
+            yield part
 
     async def rebuild(self) -> None:
         await self._call(self._database.memory.rebuild)

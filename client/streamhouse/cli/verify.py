@@ -58,9 +58,9 @@ def verify(
     """Read every registered segment, check every checksum, decode it, and compare it with the registry.
 
     Reports segments that are missing, damaged or different, overlaps, gaps inside an epoch, objects that nobody
-    registered, and metadata that is older than the store has seen. Exit 1 when there is any. Needs a coordinator and
-    the store: --data-dir, --store-dir or STREAMHOUSE_S3_*. Changes nothing; what the platform does meanwhile, and
-    objects that wait for the sweep, are no findings.
+    registered, metadata that is older than the store has seen, and rows of it that are not what its events give. Exit 1
+    when there is any. Needs a coordinator and the store: --data-dir, --store-dir or STREAMHOUSE_S3_*. Changes nothing;
+    what the platform does meanwhile, and objects that wait for the sweep, are no findings.
     """
     import asyncio
 
@@ -133,6 +133,8 @@ def _print_report(report: Report) -> None:
         f"{report.segments:,} segments read, {report.records:,} records, {show_bytes(report.size_bytes)}; "
         f"{report.objects:,} objects listed"
     )
+    if report.metadata_rows:
+        click.echo(f"{report.metadata_rows:,} rows of metadata compared with the events")
     for count, what in (
         (report.lost_spans, "spans are registered as lost: there is nothing to read"),
         (report.replaced, "segments were replaced or removed meanwhile"),

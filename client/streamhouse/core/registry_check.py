@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["missing", "damaged", "different", "overlapping", "gap", "unregistered", "outdated"]
+Kind = Literal["missing", "damaged", "different", "overlapping", "gap", "unregistered", "outdated", "metadata"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +13,8 @@ class Finding:
     """missing: registered, and not in the store (or cut short there). damaged: bytes fail their checks. different:
     sound, but not what is registered. overlapping: two segments claim the same offsets. gap: registered offsets of an
     epoch that no segment holds. unregistered: an object that no segment lies in, and that no sweep has noticed.
-    outdated: the registry is older than what the store has seen of it, or is another one."""
+    outdated: the registry is older than what the store has seen of it, or is another one. metadata: rows of the
+    registry are not what its events give."""
 
     kind: Kind
     what: str

@@ -123,6 +123,11 @@ class CoordinatorApi:
             event=messages.marked_event(event),
         )
 
+    async def check_projections(self, request: pb.CheckProjectionsRequest) -> AsyncIterator[pb.CheckProjectionsPart]:
+        async with contextlib.aclosing(self._context.store.check_projections()) as parts:  # type: ignore[type-var]
+            async for part in parts:
+                yield messages.projection_check(part)
+
     async def mark_history(self, request: pb.MarkHistoryRequest) -> pb.MarkHistoryResponse:
         return pb.MarkHistoryResponse(event=messages.marked_event(await pruning.mark(self._context)))
 

@@ -21,6 +21,7 @@ from streamhouse_coordinator.core.names import (
     check_topic,
 )
 from streamhouse_coordinator.core.sessions import SNAPSHOT_BYTES_MAX, WalEnds
+from streamhouse_coordinator.ports import ProjectionCheck
 from streamhouse_coordinator.segment_keys import check_segment_key
 from streamhouse_coordinator.service import group_admin
 from streamhouse_coordinator.service.groups import Commit
@@ -276,6 +277,20 @@ def offset_range(row: t.RangeRow) -> types_pb2.OffsetRange:
 
 def marked_event(mark: t.HistoryMarkRow | None) -> pb.Event | None:
     return None if mark is None else pb.Event(**{name: getattr(mark, name) for name in t.HISTORY_MARKS.columns})
+
+
+def projection_check(check: ProjectionCheck) -> pb.CheckProjectionsPart:
+    return pb.CheckProjectionsPart(
+        events_done=check.events_done,
+        events_total=check.events_total,
+        done=check.done,
+        rows=check.rows,
+        differing_rows=check.differing_rows,
+        differences=[
+            pb.ProjectionDifference(table=item.table, found_json=item.found, expected_json=item.expected)
+            for item in check.differences
+        ],
+    )
 
 
 def segment_ref(row: t.SegmentRow, topic: str) -> types_pb2.SegmentRef:

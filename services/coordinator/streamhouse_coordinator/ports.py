@@ -1,6 +1,6 @@
 """What the service asks of a store. adapters/postgres.py is the real one, adapters/memory.py the one of unit tests."""
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
@@ -157,6 +157,31 @@ class Transaction(Protocol):
         """After the commit, whoever waits for sealed buffers hears of this one, on every coordinator. Best effort."""
 
 
+# Differing rows that a check of the projections shows of each table: a few hundred bytes each.
+DIFFERENCES_MAX = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Of one row of `table`: as it is and as the events give it, in JSON; empty where there is none."""
+
+    table: str
+    found: str
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionCheck:
+    """How far a check is: of `events_total` events, `events_done` are applied. With `done`, what it found."""
+
+    events_done: int
+    events_total: int
+    done: bool = False
+    rows: int = 0
+    differing_rows: int = 0
+    differences: tuple[Difference, ...] = ()
+
+
 class Store(Protocol):
     """Raises Unavailable when the database does not answer in time."""
 
@@ -183,6 +208,11 @@ class Store(Protocol):
 
     async def rebuild(self) -> None:
         """Empties the projections and builds them again: the bases, then every event that is kept. One transaction."""
+
+    def check_projections(self) -> AsyncIterator[ProjectionCheck]:
+        """Builds the projections once more beside those there are, as of one moment, and compares. Says now and then
+        how far it is, and at last what it found, with at most DIFFERENCES_MAX rows of each table. Raises Unavailable,
+        also if there are events of a newer version, which it cannot apply."""
 
 
 class Snapshot(Transaction, Protocol):

@@ -834,6 +834,89 @@ class MarkHistoryResponse(_message.Message):
 Global___MarkHistoryResponse: _TypeAlias = MarkHistoryResponse  # noqa: Y015
 
 @_typing.final
+class CheckProjectionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckProjectionsRequest: _TypeAlias = CheckProjectionsRequest  # noqa: Y015
+
+@_typing.final
+class CheckProjectionsPart(_message.Message):
+    """the last part has the result"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_DONE_FIELD_NUMBER: _builtins.int
+    EVENTS_TOTAL_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    DIFFERING_ROWS_FIELD_NUMBER: _builtins.int
+    DIFFERENCES_FIELD_NUMBER: _builtins.int
+    events_done: _builtins.int
+    """of those that are kept, as far as they are applied"""
+    events_total: _builtins.int
+    done: _builtins.bool
+    rows: _builtins.int
+    """that were compared"""
+    differing_rows: _builtins.int
+    @_builtins.property
+    def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProjectionDifference]:
+        """the first 100 of each table"""
+
+    def __init__(
+        self,
+        *,
+        events_done: _builtins.int = ...,
+        events_total: _builtins.int = ...,
+        done: _builtins.bool = ...,
+        rows: _builtins.int = ...,
+        differing_rows: _builtins.int = ...,
+        differences: _abc.Iterable[Global___ProjectionDifference] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["differences", b"differences", "differing_rows", b"differing_rows", "done", b"done", "events_done", b"events_done", "events_total", b"events_total", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckProjectionsPart: _TypeAlias = CheckProjectionsPart  # noqa: Y015
+
+@_typing.final
+class ProjectionDifference(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_FIELD_NUMBER: _builtins.int
+    FOUND_JSON_FIELD_NUMBER: _builtins.int
+    EXPECTED_JSON_FIELD_NUMBER: _builtins.int
+    table: _builtins.str
+    found_json: _builtins.str
+    """the row as it is; empty: it is missing"""
+    expected_json: _builtins.str
+    """as the events give it; empty: they give none"""
+    def __init__(
+        self,
+        *,
+        table: _builtins.str = ...,
+        found_json: _builtins.str = ...,
+        expected_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_json", b"expected_json", "found_json", b"found_json", "table", b"table"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProjectionDifference: _TypeAlias = ProjectionDifference  # noqa: Y015
+
+@_typing.final
 class WalEnd(_message.Message):
     """---- sessions and leases"""
 

@@ -1,9 +1,10 @@
 """The store in plain dictionaries: for unit tests and simulations. One transaction at a time, undone if it fails."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TypeVar, cast
 
 from shproto.events import Event
@@ -12,7 +13,20 @@ from shruntime.clock import Clock
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.histories import Head, pruned
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set, replayed, row_ops, stamped
-from streamhouse_coordinator.ports import EVERYTHING, Above, AtMost, In, Lock, Outbox, Totals, Transaction, Where
+from streamhouse_coordinator.ports import (
+    DIFFERENCES_MAX,
+    EVERYTHING,
+    Above,
+    AtMost,
+    Difference,
+    In,
+    Lock,
+    Outbox,
+    ProjectionCheck,
+    Totals,
+    Transaction,
+    Where,
+)
 
 ResultT = TypeVar("ResultT")
 RowT = TypeVar("RowT")
@@ -158,6 +172,23 @@ class MemoryStore:
     async def rebuild(self) -> None:
         async with self._alone:
             self.tables |= rebuilt(self.tables)
+
+    async def check_projections(self) -> AsyncIterator[ProjectionCheck]:
+        async with self._alone:
+            total = len(self.tables.get(t.EVENTS.name, {}))
+            differences, count = [], 0
+            for name, expected in rebuilt(self.tables).items():
+                found = self.tables.get(name, {})
+                count += len(found)
+                for key in sorted({*found, *expected}, key=repr):
+                    if found.get(key) != expected.get(key):
+                        sides = (side.get(key) for side in (found, expected))
+                        differences.append(Difference(name, *(_json(row) for row in sides)))
+        yield ProjectionCheck(total, total, True, count, len(differences), tuple(differences[:DIFFERENCES_MAX]))
+
+
+def _json(row: Any) -> str:
+    return json.dumps(asdict(row)) if row is not None else ""
 
 
 def position_in(tables: dict[str, Rows]) -> int:

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from opentelemetry import metrics
@@ -19,8 +19,9 @@ from shproto.errors import AWAY, EventsPruned, Overloaded, StreamHouseError, Una
 from shruntime.settings import PREFIX, SettingsError
 from shruntime.urls import masked
 
+from streamhouse_coordinator.adapters import projection_check
 from streamhouse_coordinator.adapters.migrate import DatabaseRefused, migrate
-from streamhouse_coordinator.adapters.postgres_connections import SNAPSHOT_IDLE_MS, Connections, discard
+from streamhouse_coordinator.adapters.postgres_connections import SNAPSHOT_IDLE_MS, Connections, begin, discard
 from streamhouse_coordinator.adapters.postgres_errors import (
     CONFLICTS,
     DAMAGED,
@@ -32,7 +33,7 @@ from streamhouse_coordinator.adapters.postgres_errors import (
 from streamhouse_coordinator.adapters.postgres_transaction import NOW_MS, PostgresRebuilding, PostgresTransaction
 from streamhouse_coordinator.core.histories import Head, pruned
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, EventRow, lock_rank
-from streamhouse_coordinator.ports import Above, Transaction, where
+from streamhouse_coordinator.ports import Above, ProjectionCheck, Transaction, where
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class PostgresStore:
         self._migration_timeout_ms = migration_timeout_ms
         # Snapshots hold a connection for as long as their reader takes: some must stay for everybody else.
         self._snapshots = asyncio.Semaphore(max(1, connections.pool_max // 4))
+        self._checks = asyncio.Semaphore(1)  # a check has tables of its own, as large as the projections
         self._rng = random.Random()
 
     async def open(self) -> None:
@@ -254,6 +256,26 @@ class PostgresStore:
 
         await self._guarded(once)
 
+    async def check_projections(self) -> AsyncIterator[ProjectionCheck]:
+        """On a connection of its own: its statements take as long as migrations do, and one is made at a time."""
+        limits = {
+            "statement_timeout": str(self._migration_timeout_ms),
+            "idle_in_transaction_session_timeout": str(SNAPSHOT_IDLE_MS),
+        }
+        try:
+            async with self._checks:
+                connection = await self._first_connection()
+                try:
+                    await connection.execute(begin("ISOLATION LEVEL REPEATABLE READ", limits))
+                    async with aclosing(projection_check.check(connection)) as parts:  # type: ignore[type-var]
+                        async for part in parts:
+                            yield part
+                    await connection.execute("ROLLBACK")
+                finally:
+                    discard(connection)
+        except FAILURES as error:
+            raise translated(error) from error
+
 
 async def _rebuild(connection: Any) -> None:
     # First what pruning locks: it moves events into the bases, and must not while both are read.
@@ -267,7 +289,8 @@ async def _rebuild(connection: Any) -> None:
     await connection.execute("LOCK TABLE event_position IN EXCLUSIVE MODE")
     rebuilding = PostgresRebuilding(connection)
     await rebuilding.fill_from_bases()
-    await rebuilding.replay()
+    async for count in rebuilding.replay():
+        log.debug("%d events applied", count)
 
 
 def _skipped(position: int, error: EventsPruned) -> int:

@@ -6,14 +6,14 @@ transaction waits for that row, so it is held for three statements, and a transa
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 from opentelemetry import metrics
 from shproto.events import Event
 
 from streamhouse_coordinator.adapters import sql
-from streamhouse_coordinator.core.projection import RowOp, coalesce, replayed, row_ops, stamped
+from streamhouse_coordinator.core.projection import RowOp, coalesce, elsewhere, replayed, row_ops, stamped
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, Table, base_of
 from streamhouse_coordinator.ports import EVERYTHING, Above, Lock, Outbox, Totals, Where, where
 
@@ -155,22 +155,31 @@ class PostgresTransaction:
 
 
 class PostgresRebuilding(PostgresTransaction):
-    """A transaction that fills empty projections, which nobody else can see or change."""
+    """A transaction that fills empty tables with what the projections have to be: themselves, or others with the same
+    columns (`into`). Nobody else can see or change these."""
+
+    def __init__(self, connection: Any, into: Callable[[Table[Any]], Table[Any]] = lambda table: table) -> None:
+        super().__init__(connection)
+        self._into = into
+        self.unknown_types: set[str] = set()  # of events that were passed over
 
     async def fill_from_bases(self) -> None:
-        """Puts the rows of the bases into the projections."""
+        """Puts the rows of the bases into the tables."""
         for table in PROJECTIONS:
-            columns = ", ".join(f'"{name}"' for name in table.columns)
-            base = base_of(table).name
-            await self._connection.execute(f"INSERT INTO {table.name} ({columns}) SELECT {columns} FROM {base}")
+            columns = sql.names(table.columns)
+            into, base = self._into(table).name, base_of(table).name
+            await self._connection.execute(f"INSERT INTO {into} ({columns}) SELECT {columns} FROM {base}")
 
-    async def replay(self) -> None:
-        """Applies every event that is kept."""
-        after = 0
+    async def replay(self) -> AsyncIterator[int]:
+        """Applies every event that is kept; yields how many it has applied, now and then."""
+        after = count = 0
         while rows := await self.select(EVENTS, where(position=Above(after)), order=("position",), limit=REPLAY_BATCH):
             events = [replayed(row) for row in rows]
-            await self.apply([op for event in events if event is not None for op in row_ops(event)])
-            after = rows[-1].position
+            self.unknown_types |= {row.type for row, event in zip(rows, events, strict=True) if event is None}
+            ops = (op for event in events if event is not None for op in row_ops(event))
+            await self.apply([elsewhere(op, self._into) for op in ops])
+            after, count = rows[-1].position, count + len(rows)
+            yield count
 
 
 def nth_of_stream(events: Sequence[Event]) -> list[int]:

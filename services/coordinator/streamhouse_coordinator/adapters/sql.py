@@ -32,7 +32,8 @@ def _plain(hint: Any) -> type:
     return hint
 
 
-def _names(columns: Sequence[str]) -> str:
+def names(columns: Sequence[str]) -> str:
+    """Returns column names as a list for a statement."""
     return ", ".join(f'"{name}"' for name in columns)
 
 
@@ -64,12 +65,12 @@ def where_clause(table: Table[Any], where: Where, arguments: list[Any]) -> str:
     if where.keys:
         rows = _unnest(table, where.keys, len(arguments) + 1)
         arguments += [[row[at] for row in where.key_rows] for at in range(len(where.keys))]
-        parts.append(f"({_names(where.keys)}) IN (SELECT * FROM unnest({rows}))")
+        parts.append(f"({names(where.keys)}) IN (SELECT * FROM unnest({rows}))")
     if where.after is not None:
         arguments += where.after
         first = len(arguments) - len(where.after) + 1
         values = ", ".join(f"${first + at}" for at in range(len(where.after)))
-        parts.append(f"({_names(table.key)}) > ({values})")
+        parts.append(f"({names(table.key)}) > ({values})")
     return " WHERE " + " AND ".join(parts) if parts else ""
 
 
@@ -78,9 +79,9 @@ def select(table: Table[Any], where: Where, order: Sequence[str], limit: int | N
     condition = where_clause(table, where, arguments)
     # Whoever locks several rows does so in key order.
     order = tuple(order) or (table.key if lock else ())
-    ordering = f" ORDER BY {_names(order)}" if order else ""
+    ordering = f" ORDER BY {names(order)}" if order else ""
     limiting = f" LIMIT {int(limit)}" if limit is not None else ""
-    text = f"SELECT {_names(table.columns)} FROM {table.name}{condition}{ordering}{limiting}{_LOCKS[lock]}"
+    text = f"SELECT {names(table.columns)} FROM {table.name}{condition}{ordering}{limiting}{_LOCKS[lock]}"
     return text, arguments
 
 
@@ -91,7 +92,7 @@ def totals(table: Table[Any], where: Where, by: Sequence[str], sums: Sequence[st
     summed = [f'octet_length("{name}")' if types_[name] == "bytea" else f'"{name}"' for name in sums]
     shown = [f'"{name}"' for name in by] + ["count(*)"] + [f"coalesce(sum({term}), 0)::bigint" for term in summed]
     shown += [f'max("{name}")' for name in maxima]
-    grouping = f" GROUP BY {_names(by)}" if by else ""
+    grouping = f" GROUP BY {names(by)}" if by else ""
     return f"SELECT {', '.join(shown)} FROM {table.name}{condition}{grouping}", arguments
 
 
@@ -112,8 +113,8 @@ def _upsert(table: Table[Any], rows: Sequence[Any]) -> Statement:
     updates = ", ".join(f'"{name}" = excluded."{name}"' for name in others)
     action = f"UPDATE SET {updates}" if updates else "NOTHING"
     text = (
-        f"INSERT INTO {table.name} ({_names(columns)}) SELECT * FROM unnest({_unnest(table, columns)}) "
-        f"ON CONFLICT ({_names(table.key)}) DO {action}"
+        f"INSERT INTO {table.name} ({names(columns)}) SELECT * FROM unnest({_unnest(table, columns)}) "
+        f"ON CONFLICT ({names(table.key)}) DO {action}"
     )
     return text, [[getattr(row, name) for row in rows] for name in columns]
 
@@ -121,7 +122,7 @@ def _upsert(table: Table[Any], rows: Sequence[Any]) -> Statement:
 def _update(table: Table[Any], changed: Sequence[str], ops: Sequence[Set]) -> Statement:
     columns = (*table.key, *changed)
     sets = ", ".join(f'"{name}" = u."{name}"' for name in changed)
-    rows = f"unnest({_unnest(table, columns)}) u({_names(columns)})"
+    rows = f"unnest({_unnest(table, columns)}) u({names(columns)})"
     text = f"UPDATE {table.name} t SET {sets} FROM {rows} WHERE {_same(table.key)}"
     if len(ops) > 1:
         text = f"{_locked(table, rows, table.key)} {text} AND {_held(table)}"
@@ -130,7 +131,7 @@ def _update(table: Table[Any], changed: Sequence[str], ops: Sequence[Set]) -> St
 
 
 def _delete(table: Table[Any], columns: Sequence[str], ops: Sequence[Remove]) -> Statement:
-    rows = f"unnest({_unnest(table, columns)}) u({_names(columns)})"
+    rows = f"unnest({_unnest(table, columns)}) u({names(columns)})"
     text = f"DELETE FROM {table.name} t USING {rows} WHERE {_same(columns)}"
     if len(ops) > 1 or set(columns) != set(table.key):
         text = f"{_locked(table, rows, columns)} DELETE FROM {table.name} t WHERE {_held(table)}"

@@ -1,7 +1,7 @@
 """What an event changes in the projections. The only thing that changes them, live and on replay alike."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
@@ -276,9 +276,9 @@ def replayed(row: t.EventRow) -> ev.Event | None:
     return None if event is None else stamped(event, row.created_ms)
 
 
-def on_base(op: RowOp) -> RowOp:
-    """Returns the same operation on the base of its projection."""
-    return replace(op, table=t.base_of(op.table))
+def elsewhere(op: RowOp, table_of: Callable[[t.Table[Any]], t.Table[Any]]) -> RowOp:
+    """Returns the same operation on another table with the same columns."""
+    return replace(op, table=table_of(op.table))
 
 
 # ---- many operations as few

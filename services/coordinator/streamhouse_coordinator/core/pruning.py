@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.projection import Remove, RowOp, Set, on_base, replayed, row_ops
+from streamhouse_coordinator.core.projection import Remove, RowOp, Set, elsewhere, replayed, row_ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,6 @@ def prunable(oldest: Sequence[t.EventRow], needs: Needs) -> list[t.EventRow]:
 def pruning(rows: Sequence[t.EventRow]) -> list[RowOp]:
     """Returns the row operations that prune these events, which are the oldest and not empty: the bases move on."""
     events = [replayed(row) for row in rows]
-    moved = [on_base(op) for event in events if event is not None for op in row_ops(event)]
+    moved = [elsewhere(op, t.base_of) for event in events if event is not None for op in row_ops(event)]
     gone = [Remove(t.EVENTS, {"position": row.position}) for row in rows]
     return [*moved, *gone, Set(t.PRUNED, (True,), {"position": rows[-1].position})]

@@ -435,6 +435,11 @@ def base_of(table: Table[RowT]) -> Table[RowT]:
     return replace(table, name=f"base_{table.name}", projection=False)
 
 
+def rebuilt_of(table: Table[RowT]) -> Table[RowT]:
+    """Returns the table that a projection is built in once more, to be compared with; it is there for as long."""
+    return replace(table, name=f"rebuilt_{table.name}", projection=False)
+
+
 STATE: tuple[Table[object], ...] = (
     SESSION_LEASES,
     REACH_REPORTS,

@@ -1,0 +1,64 @@
+"""Compares the projections with what the events give, in PostgreSQL itself: neither has to fit into memory here.
+
+Terms: the projections are built once more in temporary tables (`rebuilt_<name>`) that go with the transaction, whose
+snapshot makes bases, events and projections those of one moment, whatever commits meanwhile.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from shproto.errors import Unavailable
+
+from streamhouse_coordinator.adapters import sql
+from streamhouse_coordinator.adapters.postgres_transaction import PostgresRebuilding
+from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, Table, rebuilt_of
+from streamhouse_coordinator.ports import DIFFERENCES_MAX, Difference, ProjectionCheck
+
+
+async def check(connection: Any) -> AsyncIterator[ProjectionCheck]:
+    """Runs inside a transaction that the caller has begun (REPEATABLE READ) and rolls back; see ports.Store."""
+    total, missing = await _kept_events(connection)
+    for table in PROJECTIONS:
+        text = f"CREATE TEMPORARY TABLE {rebuilt_of(table).name} (LIKE {table.name} INCLUDING ALL) ON COMMIT DROP"
+        await connection.execute(text)
+    rebuilding = PostgresRebuilding(connection, into=rebuilt_of)
+    await rebuilding.fill_from_bases()
+    yield ProjectionCheck(0, total)
+    async for count in rebuilding.replay():
+        yield ProjectionCheck(count, total)
+    if rebuilding.unknown_types:
+        names = ", ".join(sorted(rebuilding.unknown_types))
+        raise Unavailable(f"there are events of types that this coordinator does not know: {names}; ask one that does")
+    rows, differing, shown = 0, len(missing), missing
+    for table in PROJECTIONS:
+        rows += await connection.fetchval(f"SELECT count(*) FROM {table.name}")
+        count, differences = await _differences(connection, table)
+        differing += count
+        shown += differences
+    yield ProjectionCheck(total, total, True, rows, differing, tuple(shown))
+
+
+async def _kept_events(connection: Any) -> tuple[int, list[Difference]]:
+    """Returns how many events there are to be, and a difference if there are others."""
+    first, last, count, least, most = await connection.fetchrow(
+        "SELECT pruned_position.position + 1, event_position.position, counted.* FROM pruned_position, event_position, "
+        "(SELECT count(*), min(position), max(position) FROM events) counted"
+    )
+    total = last - first + 1
+    if count == total and (total == 0 or (least, most) == (first, last)):
+        return count, []
+    found = f'{{"events": {count}, "first": {least or 0}, "last": {most or 0}}}'
+    return count, [Difference(EVENTS.name, found, f'{{"events": {total}, "first": {first}, "last": {last}}}')]
+
+
+async def _differences(connection: Any, table: Table[Any]) -> tuple[int, list[Difference]]:
+    """Returns how many rows differ, and the first of them."""
+    found, expected = (", ".join(f'{side}."{name}"' for name in table.columns) for side in ("found", "expected"))
+    keys = sql.names(table.key)
+    rows = await connection.fetch(
+        f"""SELECT to_jsonb(found)::text, to_jsonb(expected)::text, count(*) OVER ()
+        FROM {table.name} found FULL JOIN {rebuilt_of(table).name} expected USING ({keys})
+        WHERE ({found}) IS DISTINCT FROM ({expected}) ORDER BY {keys} LIMIT {DIFFERENCES_MAX}"""
+    )
+    count = rows[0][2] if rows else 0
+    return count, [Difference(table.name, is_there or "", is_due or "") for is_there, is_due, _ in rows]
