@@ -107,7 +107,7 @@ def log_memory_limits(*settings: BaseModel, root: Path = Path("/")) -> None:
     """Says what memory these settings go by, where that was read, and the limits that are parts of it."""
     given_bytes = getattr(settings[0], LIMIT_SETTING)
     limit = MemoryLimit(given_bytes, LIMIT_SETTING) if given_bytes else memory_limit(root)
-    parts = [part for one in settings for part in _shares(one)]
+    parts = dict.fromkeys(part for one in settings for part in _shares(one))  # services share some
     log.info(
         "memory: %s (%s), of which %s", _in_mib(limit.size_bytes), limit.source, ", ".join(parts) or "none by size"
     )

@@ -135,11 +135,13 @@ def test_what_is_given_is_not_changed() -> None:
 def test_the_limit_its_source_and_what_follows_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = kernel(tmp_path, {"sys/fs/cgroup/a/memory.max": "536870912\n"}, "0::/a\n")
     with caplog.at_level(logging.INFO):
-        log_memory_limits(ProbeSettings.load({}, probe_bytes=64 * MIB, probe_entries=2), root=root)
+        probe = ProbeSettings.load({}, probe_bytes=64 * MIB, probe_entries=2)
+        log_memory_limits(probe, probe, root=root)
         log_memory_limits(ProbeSettings.load({}, memory_limit_bytes=64 * MIB))
     first, second = caplog.messages
     assert first.startswith("memory: 512 MiB (/sys/fs/cgroup/a/memory.max), of which ")
     assert "probe_bytes 64 MiB, probe_entries 2" in first
+    assert first.count("receive_window_bytes") == first.count("probe_bytes") == 1
     assert second.startswith("memory: 64 MiB (memory_limit_bytes), of which ")
     assert "probe_bytes 16 MiB, probe_entries 1" in second
 
