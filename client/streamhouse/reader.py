@@ -8,6 +8,7 @@ asked for than its window, and no more is decoded than prefetch_bytes_max in all
 
 import asyncio
 import logging
+import random
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -306,7 +307,8 @@ class Reader:
         if not self._addresses:
             found = await self._metadata.query_addresses()
             if not self._addresses:  # another stream may have asked meanwhile
-                self._addresses.extend(found)
+                # Consumers spread over the query services: all hear of them in the same order.
+                self._addresses.extend(random.sample(found, len(found)))
         if not self._addresses:
             raise Unavailable("no query service has a session with the coordinator")
         return self._addresses[0]

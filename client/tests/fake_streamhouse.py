@@ -38,7 +38,7 @@ class Faults:
     subscribe_cut_after: int | None = None  # responses
     no_leader: bool = False
     lookups_refused: int = 0  # of offsets, as by a server that is too busy
-    reader: str = ""  # an address that is said to serve reads instead of this one
+    reader: str = ""  # addresses, with commas, that are said to serve reads instead of this one
     leader: str = ""  # an address that is said to lead instead of this one
     session_ends_s: float | None = None  # of the event loop's clock; None: the leader's session is renewed all the time
     latest_behind: int = 0  # records by which lookups of the end are out of date
@@ -244,7 +244,7 @@ class FakeStreamHouse:
         if self.faults.metadata_down:
             raise errors.Unavailable("no PostgreSQL")
         response = coordinator_pb2.GetMetadataResponse(
-            query_addresses=[self.faults.reader or self.address], coordinator_addresses=[self.address]
+            query_addresses=(self.faults.reader or self.address).split(","), coordinator_addresses=[self.address]
         )
         for topic in request.topics:
             info = self._topic(topic)

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime
 
 import pytest
@@ -12,6 +12,8 @@ from streamhouse.core.options import ConsumerOptions
 from streamhouse.core.positions import Position
 from streamhouse.membership import Membership
 from streamhouse.records import TopicPartition
+
+from client.tests.fake_streamhouse import FakeStreamHouse
 
 # Until what must come is given up: no duration is what is tested, and the machine may be busy.
 PATIENCE_S = 60
@@ -220,6 +222,22 @@ async def test_a_broken_stream_resumes_where_it_was(platform, address):
         records = [record async for record in consumer]
     assert sorted(int(record.value) for record in records) == list(range(3000))
     assert platform.calls["subscribe"] >= 2
+
+
+async def test_consumers_spread_over_the_query_services_and_leave_those_that_end(platform, address):
+    await fill(platform, address, 10, 1)
+    async with FakeStreamHouse() as other, AsyncExitStack() as consumers:
+        other.topics, other.logs = platform.topics, platform.logs
+        platform.faults.reader = f"{address},{other.address}"
+        reading = [await consumers.enter_async_context(Consumer(address, ["t"], start="earliest")) for _ in range(20)]
+        for consumer in reading:
+            assert len(await take(consumer, 10)) == 10
+        assert platform.calls["subscribe"] and other.calls["subscribe"]
+        assert platform.calls["subscribe"] + other.calls["subscribe"] == 20
+        await other.server.stop(0)
+        await fill(platform, address, 10, 1)
+        for consumer in reading:
+            assert len(await take(consumer, 10)) == 10
 
 
 async def test_a_gap_between_epochs_is_stepped_over(platform, address):

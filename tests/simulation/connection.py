@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import cache
 from typing import Any
@@ -32,7 +33,7 @@ class SimConnection:
         self._network = network
         self.addresses = tuple(addresses)
         self._timeout_ms = timeout_ms
-        self._order = AddressOrder(len(self.addresses))
+        self._order = AddressOrder(len(self.addresses), random.randrange(len(self.addresses)))
         self._connected: set[str] = set()
 
     async def connect(self, timeout_ms: int) -> None:

@@ -14,10 +14,10 @@ AVOIDED_MS = 5_000
 
 
 class AddressOrder:
-    """Addresses are known by their position in the list that the user gave."""
+    """Addresses are known by their position in the list that the user gave. `first`: the one to begin with."""
 
-    def __init__(self, count: int) -> None:
-        self.current = 0
+    def __init__(self, count: int, first: int = 0) -> None:
+        self.current = first
         self._failed_ms = [-math.inf] * count
 
     def ordered(self, now_ms: float, without: Collection[int] = ()) -> list[int]:

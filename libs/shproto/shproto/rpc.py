@@ -395,8 +395,10 @@ class Connection:
     """Calls one service at one of several addresses; goes to the next address when one does not answer.
 
     Addresses are connected side by side, each HEAD_START_MS after the one before, and the first that is connected is
-    kept. A unary call, and a stream that has brought nothing yet, is tried once at every address before Unavailable is
-    raised with the words of each: all StreamHouse calls may be repeated. An answer of another server counts as none.
+    kept. The first to be tried is the one at position `first`, by default any: clients that are given the same list
+    spread over it. A unary call, and a stream that has brought nothing yet, is tried once at every address before
+    Unavailable is raised with the words of each: all StreamHouse calls may be repeated. An answer of another server
+    counts as none.
     `timeout_ms` is the deadline of a unary call at one address, on top of the wait that the request itself asks for.
     `advertised`: the addresses come from services, not from the user; errors say so.
     """
@@ -408,6 +410,7 @@ class Connection:
         timeout_ms: int = 10_000,
         interceptors: Interceptors | None = None,
         advertised: bool = False,
+        first: int | None = None,
     ) -> None:
         if not addresses:
             raise ValueError("no addresses to connect to")
@@ -415,7 +418,8 @@ class Connection:
         self._timeout_ms = timeout_ms
         self._hint = ADVERTISED_HINT if advertised else ""
         self._endpoints = [_Endpoint(address, interceptors) for address in self.addresses]
-        self._order = AddressOrder(len(self.addresses))
+        count = len(self.addresses)
+        self._order = AddressOrder(count, random.randrange(count) if first is None else first)
         self._races: set[asyncio.Task[bool]] = set()
 
     @property

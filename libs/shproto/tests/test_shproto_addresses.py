@@ -11,6 +11,13 @@ def test_the_first_address_comes_first_and_the_others_follow() -> None:
     assert order.ordered(0, without=[1]) == [0, 2]
 
 
+def test_any_address_may_come_first() -> None:
+    order = AddressOrder(3, first=2)
+    assert order.ordered(0) == [2, 0, 1]
+    order.failed(2, now_ms=0)
+    assert order.ordered(0) == [0, 1, 2]
+
+
 def test_calls_that_fail_together_at_one_address_leave_it_once() -> None:
     order = AddressOrder(2)
     for _ in range(8):

@@ -121,8 +121,8 @@ async def other_server() -> AsyncIterator[str]:
 async def connect() -> AsyncIterator[Callable[..., Connection]]:
     opened: list[Connection] = []
 
-    def make(*addresses: str, **options: int) -> Connection:
-        opened.append(Connection(addresses, **options))  # type: ignore[arg-type]
+    def make(*addresses: str, first: int | None = 0, **options: int) -> Connection:
+        opened.append(Connection(addresses, first=first, **options))  # type: ignore[arg-type]
         return opened[-1]
 
     yield make
@@ -145,6 +145,17 @@ async def test_calls_that_fail_together_all_go_to_the_next_address(serve: Serve,
     assert (away.calls, well.calls) == (8, 8)
     await client.get_head(GET_HEAD)
     assert (away.calls, well.calls) == (8, 9)  # it is remembered
+
+
+async def test_clients_that_are_given_the_same_addresses_spread_over_them(serve: Serve, connect: Connect) -> None:
+    replicas = [Replica(), Replica()]
+    addresses = [await serve(replica) for replica in replicas]
+    for _ in range(40):
+        client = CoordinatorClient(connect(*addresses, first=None))
+        for _ in range(2):
+            await client.get_head(GET_HEAD)
+    assert sum(replica.calls for replica in replicas) == 80
+    assert all(replica.calls and replica.calls % 2 == 0 for replica in replicas)  # each client stays where it is
 
 
 async def test_a_silent_address_costs_a_head_start_and_not_its_own_timeout(
