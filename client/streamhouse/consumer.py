@@ -116,6 +116,7 @@ class Consumer:
         self._membership: Membership | None = None
         self._tasks: Tasks | None = None  # once started
         self._starting = asyncio.Lock()
+        self._starts = 0  # number of calls that wait for the partitions to be open
         self._openings = Openings(self._options, self._metadata, self._offsets, self._reader, self._store_starts)
         self._iteration = Iteration(self._reader, self._offsets, stop_at_end, self._is_opening, self._advance)
         self._next = self._iteration.next
@@ -154,7 +155,11 @@ class Consumer:
             await self._retries.run(self._find_partitions)
             if not self._closed:
                 self._run()
-        await self._openings.opened()
+        self._starts += 1
+        try:
+            await self._openings.opened()
+        finally:
+            self._starts -= 1
 
     async def _find_partitions(self) -> None:
         """What may fail or be cancelled of a start: another one begins here again."""
@@ -305,17 +310,16 @@ class Consumer:
     async def _watch_polls(self) -> None:
         """Leaves the group if the application asks for nothing for max_poll_interval_ms: it hangs, and the heartbeats
         of a task that does not would keep its partitions from the others for ever."""
-        loop = asyncio.get_running_loop()
-        interval_s = self._options.max_poll_interval_ms / 1000
-        seen, since_s = self._iteration.progress(), loop.time()
+        seen, silent = self._iteration.progress(), 0
         while True:
-            await asyncio.sleep(interval_s / POLL_CHECKS)
+            await asyncio.sleep(self._options.max_poll_interval_ms / 1000 / POLL_CHECKS)
             now = self._iteration.progress()
-            if now != seen or not self._is_member():
-                seen, since_s = now, loop.time()
-            elif loop.time() - since_s >= interval_s:
+            # Looks are counted, not time: while the whole process stands still the application cannot ask either.
+            silent = silent + 1 if now == seen and self._is_member() and not self._starts else 0
+            if silent == POLL_CHECKS:
                 await self._step_out(seen)
-                seen, since_s = self._iteration.progress(), loop.time()
+                now, silent = self._iteration.progress(), 0
+            seen = now
 
     def _is_member(self) -> bool:
         return self._membership is not None and bool(self._membership.member_id)
