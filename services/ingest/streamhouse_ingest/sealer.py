@@ -21,7 +21,7 @@ from shruntime.telemetry import current_traceparent, links_to
 
 from streamhouse_ingest.core.buffer import Buffer
 from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.sealing import Candidate, SealLimits, plan_seals
+from streamhouse_ingest.core.sealing import Candidate, SealLimits, limits_behind, plan_seals
 from streamhouse_ingest.logs import LINKS_MAX, HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.waiting import ends_within
@@ -102,12 +102,13 @@ class Sealer:
         buffer = held.log.open
         if buffer is None:
             return
-        if buffer.size_bytes >= self._limits.seal_bytes or self._logs.open_bytes > self._limits.open_bytes_max:
+        limits = self._limits_now()
+        if buffer.size_bytes >= limits.seal_bytes or self._logs.open_bytes > limits.open_bytes_max:
             self._look_at(0)
         elif held.durable_since_ms is not None:
-            self._look_at(held.durable_since_ms + self._limits.durable_linger_ms)
+            self._look_at(held.durable_since_ms + limits.durable_linger_ms)
         else:
-            self._look_at(buffer.first_append_ms + self._limits.seal_age_ms)
+            self._look_at(buffer.first_append_ms + limits.seal_age_ms)
 
     def seal_now(self, helds: Iterable[HeldLog]) -> None:
         """These are sealed whatever is in them (move, shutdown)."""
@@ -115,6 +116,10 @@ class Sealer:
             if held.log.open is not None:
                 held.must_seal = True
                 self._look_at(0)
+
+    def _limits_now(self) -> SealLimits:
+        """Returns the limits at the present backlog: buffers that are to be announced, or that the coordinator has."""
+        return limits_behind(self._limits, len(self._queue) + len(self._announced))
 
     def _look_at(self, at_ms: int) -> None:
         if self._look_ms is None or at_ms < self._look_ms:
@@ -136,7 +141,7 @@ class Sealer:
     # ---- sealing
 
     def _seal_due(self, now_ms: int) -> int | None:
-        plan = plan_seals([_candidate(held) for held in self._logs.dirty.values()], now_ms, self._limits)
+        plan = plan_seals([_candidate(held) for held in self._logs.dirty.values()], now_ms, self._limits_now())
         for keys in plan.objects:
             self._seal([self._logs.dirty[key] for key in keys])
         return plan.look_again_ms
@@ -171,6 +176,7 @@ class Sealer:
         """The coordinator has done with a buffer. What of it is not registered after all is announced anew."""
         sealed = self._announced.pop(buffer_id, None)
         if sealed is not None:
+            self._look_at(0)  # with a smaller backlog, what waits for its age is due sooner
             again = self._still_sealed(sealed)
             if again:
                 log.info("buffer %s: %d slices are not registered, announcing them anew", buffer_id, len(again))

@@ -103,13 +103,18 @@ class IngestSettings(CommonSettings):
         description="bytes of one partition that make a segment: S3 likes large objects",
     )
     seal_age_ms: int = Field(
-        10_000, ge=10, le=3_600_000, description="ms after which a buffer is sealed anyway: how old the log's tail gets"
+        10_000,
+        ge=10,
+        le=3_600_000,
+        description="ms after which a buffer is sealed anyway: how old the log's tail gets; up to 60 s while 8 and "
+        "more sealed buffers wait for registration",
     )
     durable_linger_ms: int = Field(
         20,
         ge=0,
         le=10_000,
-        description="ms a durable ack waits for company before its buffer is sealed: one object for all",
+        description="ms a durable ack waits for company before its buffer is sealed: one object for all; doubles with "
+        "every 8 sealed buffers that wait for registration",
     )
     produce_timeout_ms: int = Field(
         30_000, ge=1, le=600_000, description="ms a produce call waits for its ack level when it names no time itself"

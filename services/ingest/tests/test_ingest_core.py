@@ -2,7 +2,7 @@
 
 from streamhouse_ingest.core.lease import Lease
 from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.sealing import Candidate, SealLimits, plan_seals
+from streamhouse_ingest.core.sealing import Candidate, SealLimits, limits_behind, plan_seals
 from streamhouse_ingest.core.wal_index import WalIndex
 
 LIMITS = SealLimits(seal_bytes=100, seal_age_ms=1000, durable_linger_ms=20, open_bytes_max=500, object_bytes_max=256)
@@ -59,6 +59,19 @@ def test_beyond_the_total_the_largest_go_first():
 def test_an_object_has_a_size_limit():
     plan = plan_seals([Candidate(key(i), 100, 0) for i in range(5)], 0, LIMITS)
     assert plan.objects == ((key(0), key(1)), (key(2), key(3)), (key(4),))
+
+
+def test_with_a_backlog_buffers_wait_longer_for_company():
+    """They are registered one after the other: more of them would be later, not earlier."""
+    assert [limits_behind(LIMITS, backlog) for backlog in (0, 1, 7)] == [LIMITS] * 3
+    times = [(found.durable_linger_ms, found.seal_age_ms) for found in (limits_behind(LIMITS, n) for n in range(200))]
+    assert times == sorted(times)
+    assert (times[8], times[16], times[199]) == ((40, 2_000), (80, 4_000), (5_120, 60_000))
+    assert limits_behind(LIMITS, 10**6) == limits_behind(LIMITS, 64)
+    slow = SealLimits(100, 3_600_000, 20, 500, 256)
+    assert limits_behind(slow, 64).seal_age_ms == 3_600_000, "never below the setting"
+    full = Candidate(key(0), 100, first_append_ms=0)
+    assert plan_seals([full], 0, limits_behind(LIMITS, 10**6)).objects == ((key(0),),), "what is full does not wait"
 
 
 def test_files_go_from_the_front_once_everything_in_them_is_registered():

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shproto.rpc import MESSAGE_BYTES_MAX
 from shproto.v1 import coordinator_pb2 as pb
-from shruntime.clock import SystemClock
+from shruntime.clock import ManualClock, SystemClock
 from shruntime.tasks import Backoff
 from streamhouse_ingest.core.buffer import Buffer, WalPosition
+from streamhouse_ingest.core.partition_log import BatchAppended
 from streamhouse_ingest.core.producers import ProducerTable
 from streamhouse_ingest.core.sealing import SealLimits
 from streamhouse_ingest.logs import Logs
@@ -77,6 +78,37 @@ async def test_many_small_buffers_are_announced_in_numbers_that_are_taken() -> N
     assert max(len(request.slices) for request in requests) <= SLICES_MAX
     slices = [(item.partition, item.base_offset) for request in requests for item in request.slices]
     assert slices == [(partition, base) for partition in range(1_000) for base in range(per_partition)]
+
+
+async def test_the_number_of_buffers_that_wait_for_registration_stays_small() -> None:
+    """Ten minutes of durable writes, five a second, with a coordinator that registers one buffer in a second."""
+    logs, clock = new_logs(1 << 30), ManualClock()
+    held = lead(logs)
+    coordinator: Any = _Announced()
+    holder = SessionHolder()
+    holder.set("token", "session")
+    limits = SealLimits(1 << 26, 1_000, 20, 1 << 28, 1 << 28)
+    sealer = Sealer(logs, coordinator, holder, clock, limits, Backoff(1, 1), IngestMetrics())
+    tasks = [asyncio.create_task(sealer.run()), asyncio.create_task(sealer.announce())]
+    waiting, largest = 0, 0
+    for now_ms in range(0, 600_000, 200):
+        held.log.apply(BatchAppended(held.log.next_offset, 1, None), WalPosition(1, 0, 1), b"x", now_ms)
+        logs.appended(held, 1)
+        held.durable_since_ms = now_ms if held.durable_since_ms is None else held.durable_since_ms
+        sealer.appended(held)
+        clock.advance(200)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        if now_ms % 1_000 == 0 and waiting < len(coordinator.requests):
+            done = coordinator.requests[waiting]
+            waiting += 1
+            logs.register(held, done.slices[0].end_offset)
+            sealer.completed(done.buffer_id)
+        largest = max(largest, len(coordinator.requests) - waiting)
+    for task in tasks:
+        task.cancel()
+    assert 8 <= largest < 64, "without bound it would be 2,400"
+    assert waiting > 500, "it is not slower than what registers"
 
 
 class _Counted(Buffer):

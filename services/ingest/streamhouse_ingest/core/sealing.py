@@ -1,9 +1,16 @@
 """Which open buffers are to be sealed now, and which of them share one object."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streamhouse_ingest.core.partition_log import LogKey
+
+# Sealed buffers of an agent that are not registered yet. Up to so many is what uploads under way account for.
+BACKLOG_EASY = 8
+# Twice the time for each BACKLOG_EASY more. At most 256 times: a durable ack waits 5 s for company instead of 20 ms.
+DOUBLINGS_MAX = 8
+# No buffer waits longer than this for its age, however large the backlog is (a setting above it stays as it is).
+STRETCHED_AGE_MS_MAX = 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,20 @@ class SealPlan:
 
     objects: tuple[tuple[LogKey, ...], ...]
     look_again_ms: int | None
+
+
+def limits_behind(limits: SealLimits, backlog: int) -> SealLimits:
+    """Returns the limits with longer times for an agent whose `backlog` sealed buffers are not registered yet.
+
+    Buffers of a log are registered one after the other. Sealed faster than that goes, each is one more claim, object
+    and transaction in line, and none of their acknowledgements comes sooner: without this, a metadata store that took
+    a second for a registration was a growing line of small buffers, and no durable ack within its time.
+    """
+    doublings = min(backlog // BACKLOG_EASY, DOUBLINGS_MAX)
+    if not doublings:
+        return limits
+    age_ms = max(limits.seal_age_ms, min(limits.seal_age_ms << doublings, STRETCHED_AGE_MS_MAX))
+    return replace(limits, seal_age_ms=age_ms, durable_linger_ms=limits.durable_linger_ms << doublings)
 
 
 def plan_seals(candidates: Sequence[Candidate], now_ms: int, limits: SealLimits) -> SealPlan:
