@@ -36,9 +36,11 @@ def test_what_was_silent_before_a_fault_is_not_its_own() -> None:
     assert found.quiet_ms["wal"] == 4000
 
 
-def test_a_silence_without_an_end_lasts_as_long_as_the_fault() -> None:
+def test_a_silence_without_an_end_lasts_for_as_long_as_anything_is_acknowledged() -> None:
     (found,) = silences(index(run(*fault(3000, 7000))))
-    assert found.quiet_ms == {"wal": 6000, "durable": 4000, "reads": 4000}
+    assert found.quiet_ms == {"wal": 6000, "durable": 8000, "reads": 8000}
+    (found,) = silences(index(run(*fault(10_500, 12_000))))
+    assert found.quiet_ms == {"wal": 1000, "durable": 1500, "reads": 1500}, "at least the fault's own time"
 
 
 def test_the_longest_of_all_turns_counts() -> None:
@@ -56,7 +58,7 @@ def test_the_report_has_a_line_for_each_nemesis() -> None:
     lines = [line for line in check(events).summary() if line.startswith(("longest", "kill", "pause"))]
     assert [line.split() for line in lines] == [
         ["longest", "silence,", "s", "turns", "held", "wal", "durable", "reads"],
-        ["kill", "1", "3.5", "7.0", "3.5", "3.5"],
-        ["pause", "1", "1.0", "4.0", "1.0", "1.0"],
+        ["kill", "1", "3.5", "7.0", "9.5", "9.5"],
+        ["pause", "1", "1.0", "4.0", "6.0", "6.0"],
     ]
     assert list(table([])) == []
