@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shproto.errors import UnknownTopic
+from shproto.rpc import being_cancelled, closed_error
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
 
@@ -53,7 +54,12 @@ class MetadataCache:
             running = asyncio.ensure_future(self._refresh(topic))
             self._refreshing[topic] = running
             running.add_done_callback(lambda _: self._refreshing.pop(topic, None))
-        await asyncio.shield(running)
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            if running.cancelled() and not being_cancelled():  # by `close`
+                raise closed_error() from None
+            raise
 
     async def _refresh(self, topic: str) -> None:
         asked_ms = asyncio.get_running_loop().time() * 1000

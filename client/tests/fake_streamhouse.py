@@ -35,6 +35,7 @@ class Faults:
     refuse_all: errors.StreamHouseError | None = None  # until set back
     silent: bool = False  # takes requests, never answers
     metadata_down: bool = False
+    metadata_hangs: bool = False
     subscribe_cut_after: int | None = None  # responses
     no_leader: bool = False
     lookups_refused: int = 0  # of offsets, as by a server that is too busy
@@ -241,6 +242,8 @@ class FakeStreamHouse:
 
     async def get_metadata(self, request: coordinator_pb2.GetMetadataRequest) -> coordinator_pb2.GetMetadataResponse:
         self.calls["get_metadata"] += 1
+        if self.faults.metadata_hangs:
+            await asyncio.Event().wait()
         if self.faults.metadata_down:
             raise errors.Unavailable("no PostgreSQL")
         response = coordinator_pb2.GetMetadataResponse(

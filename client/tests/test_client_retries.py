@@ -312,6 +312,24 @@ async def test_a_query_service_out_of_reach_is_told_at_once_and_in_the_end(caplo
                 await reading
 
 
+async def test_calls_that_wait_for_an_answer_fail_when_their_client_is_closed(platform, address):
+    """They ended as if somebody had cancelled their tasks."""
+    platform.add_topic("t", 1)
+    platform.faults.metadata_hangs = True
+    for client, calls in (
+        (Producer(address), lambda client: [client.send("t", b"v"), client.send_many("t", [b"v"])]),
+        (Consumer(address, ["t"]), lambda client: [client.start()]),
+        (Admin(address), lambda client: [client.offsets("t", "latest")]),
+    ):
+        asked = platform.calls["get_metadata"]
+        tasks = [asyncio.create_task(call) for call in calls(client)]
+        while platform.calls["get_metadata"] == asked:
+            await asyncio.sleep(0.01)
+        await client.close()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [Unavailable] * len(tasks)
+
+
 async def test_streams_that_fail_together_leave_a_query_service_once(address):
     """A consumer of many partitions has several streams; each failure used to take the next service off the list."""
     consumer = Consumer(address, ["t"])  # not started: nothing else reads

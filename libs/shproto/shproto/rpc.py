@@ -284,6 +284,19 @@ def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
 
 
+def closed_error() -> Unavailable:
+    """Returns the error of a call whose own client was closed meanwhile."""
+    error = Unavailable("the connection is closed")
+    error.permanent = True
+    return error
+
+
+def being_cancelled() -> bool:
+    """True if somebody cancels the current task, so that a CancelledError is its own."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class _Endpoint:
     """One address and its channel, made on first use. A context manager around every use of the channel."""
 
@@ -299,8 +312,8 @@ class _Endpoint:
         RuntimeError in a child that was forked after gRPC was used."""
         forks.check()
         if self.closed:
-            error = Unavailable("the connection is closed")
-            error.maybe_done, error.permanent = False, True
+            error = closed_error()
+            error.maybe_done = False
             raise error
         if self._channel is None:
             interceptors = list(self._interceptors.client()) if self._interceptors else None
@@ -312,6 +325,9 @@ class _Endpoint:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._uses -= 1
+        # gRPC raises it for calls that closing the channel ended: their tasks are not cancelled, and must not look so.
+        if isinstance(error, asyncio.CancelledError) and self.closed and not being_cancelled():
+            raise closed_error() from error
 
     @property
     def is_connected(self) -> bool:

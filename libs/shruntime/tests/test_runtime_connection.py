@@ -276,6 +276,24 @@ async def test_a_closed_connection_says_so(serve: Serve, connect: Connect, refus
             await connection.connect(1_000)
 
 
+async def test_calls_under_way_fail_and_are_not_cancelled_when_the_connection_is_closed(
+    serve: Serve, connect: Connect
+) -> None:
+    """gRPC cancels the calls of a channel that is closed; their tasks looked as if somebody had cancelled them."""
+    replica = Replica(Unavailable("never said"))
+    address = await serve(replica)
+    connection = connect(address)
+    calls = [asyncio.create_task(CoordinatorClient(connection).get_head(GET_HEAD)) for _ in range(2)]
+    while replica.calls < 2:
+        await asyncio.sleep(0.01)
+    calls[0].cancel()
+    await asyncio.wait(calls[:1])
+    await connection.close()
+    with pytest.raises(Unavailable, match="the connection is closed") as caught:
+        await calls[1]
+    assert calls[0].cancelled() and caught.value.permanent and caught.value.maybe_done
+
+
 async def test_calls_that_wait_for_a_connection_end_when_it_is_closed(connect: Connect) -> None:
     """They used to go on, and to open a channel that nobody closed."""
     with silence() as one, silence() as other:
