@@ -2,13 +2,14 @@
 
 Owns: the agents in doubt, and what is known of each. Does not own: connections, heartbeats.
 Invariants: An agent is in doubt from the first call that it did not answer, or from the coordinator's word that another
-process has doubts, until it answers a check and nobody doubts it any more. An error of the agent is an answer. A call
-that its caller gave up says nothing by itself: the next check does.
+process has doubts, until it answers a check and nobody doubts it any more, or its session is over: an agent that is
+gone for good is checked no longer than that. An error of the agent is an answer. A call that its caller gave up says
+nothing by itself: the next check does.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from shproto.errors import StreamHouseError, Unavailable
@@ -74,10 +75,15 @@ class AgentChecks:
             log.info("agent %s answers again", agent_id)
             self._unreachable.discard(agent_id)
 
-    def doubted(self, addresses: Mapping[str, str]) -> bool:
-        """Takes in whom the coordinator wants checked, by agent id; the others are forgotten once they answer. True if
-        there is one that was not in doubt."""
+    def doubted(self, addresses: Mapping[str, str], reported: Iterable[coordinator_pb2.AgentReach] = ()) -> bool:
+        """Notes the agents that the coordinator wants checked, by agent id. Forgets the others once they answer, and at
+        once those of `reported`, the reports that the coordinator has just answered: it names every agent that was
+        reported as unreachable and has a session. Returns True if an agent was not in doubt before."""
         new = addresses.keys() - self._addresses.keys()
+        for item in reported:
+            if item.agent_id in self._unreachable and item.agent_id not in addresses:
+                log.info("agent %s has no session any more, and is not checked", item.agent_id)
+                self._unreachable.discard(item.agent_id)
         kept = {name: address for name, address in self._addresses.items() if name in self._unreachable}
         self._addresses = kept | dict(addresses)
         return bool(new)

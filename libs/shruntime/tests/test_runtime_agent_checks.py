@@ -99,6 +99,22 @@ async def test_an_agent_that_did_not_answer_is_checked_until_it_does() -> None:
     assert await checks.check() == [], "once it was reported"
 
 
+async def test_an_agent_without_a_session_is_forgotten_once_it_was_reported() -> None:
+    """One that was scaled down was checked and reported with every heartbeat until the worker itself ended."""
+    agents = Agents()
+    agents.answers = {"a:1": SILENT, "b:1": SILENT}
+    checks = AgentChecks(agents)
+    checks.failed("a", "a:1")
+    reported = await checks.check()
+    checks.failed("b", "b:1")  # after the report: the coordinator has not been asked about it
+    assert not checks.doubted({}, reported)
+    assert checks.unreachable == {"b"}
+    reported = await checks.check()
+    assert said(reported) == {"b": False}
+    assert not checks.doubted({"b": "b:1"}, reported), "it has a session"
+    assert said(await checks.check()) == {"b": False}
+
+
 async def test_what_the_coordinator_doubts_is_checked_for_as_long_as_it_does() -> None:
     agents = Agents()
     agents.answers = {"a:1": "fine", "b:1": SILENT}

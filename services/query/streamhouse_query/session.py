@@ -61,7 +61,7 @@ class SessionKeeper:
                 wait_ms = min(backoff.next_ms(), self._interval_ms)
             else:
                 backoff.reset()
-                asked = self._agents.doubted({item.agent_id: item.address for item in response.check})
+                asked = self._agents.doubted({item.agent_id: item.address for item in response.check}, found)
                 started_ms = self._clock.monotonic_ms()
                 found = await self._agents.check()
                 wait_ms = 0 if asked else max(0, self._interval_ms - (self._clock.monotonic_ms() - started_ms))

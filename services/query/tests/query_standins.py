@@ -165,7 +165,12 @@ class StandInCoordinator:
         if request.session_token not in self.sessions:
             raise SessionExpired("no such session")
         self.reached.update({item.agent_id: item.reached for item in request.agents})
-        return coordinator_pb2.HeartbeatResponse(ttl_ms=300)
+        check = [
+            coordinator_pb2.AgentAddress(agent_id=opened.agent_id, address=opened.address)
+            for opened in self.sessions.values()
+            if self.reached.get(opened.agent_id) is False
+        ]
+        return coordinator_pb2.HeartbeatResponse(ttl_ms=300, check=check)
 
     async def close_session(self, request: coordinator_pb2.CloseSessionRequest) -> coordinator_pb2.CloseSessionResponse:
         await self.end_session(request.session_token, "closed")

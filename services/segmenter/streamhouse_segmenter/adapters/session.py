@@ -105,8 +105,8 @@ class WorkerSession:
                 wait_ms = min(backoff.next_ms(), interval_ms)
                 continue
             backoff.reset()
-            asked = agents.doubted({item.agent_id: item.address for item in response.check})
             before, started_ms = agents.unreachable, clock.monotonic_ms()
+            asked = agents.doubted({item.agent_id: item.address for item in response.check}, found)
             found = await agents.check()  # after the heartbeat: agents that do not answer must not delay the next much
             wait_ms = 0 if asked else max(0, interval_ms - (clock.monotonic_ms() - started_ms))
             if before - agents.unreachable:
