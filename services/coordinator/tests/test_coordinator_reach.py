@@ -165,6 +165,41 @@ def test_it_leads_again_only_once_it_has_been_reachable_for_a_while() -> None:
     assert len(fleet.events) == before
 
 
+def test_an_outage_in_which_nobody_could_report_lets_no_agent_lead_again() -> None:
+    """On the first sweep after it all reports were old, and every agent that was cut off led again."""
+    fleet = Fleet()
+    for _ in range(3):
+        fleet.beat(*failing("a", "s1", "s2", "q1"))
+    assert fleet.out == {"a"}
+    fleet.beat(for_ms=10 * PATIENCE.hold_ms)
+    assert fleet.out == {"a"}
+    fleet.beat(*failing("a", "s1", "s2", "q1"))
+    assert len(fleet.events) == 1
+
+
+def test_after_an_outage_the_first_worker_that_reports_does_not_speak_for_the_others() -> None:
+    """All segmenters fail, the query service gets through: its report may be the first one afterwards."""
+    fleet = Fleet()
+    for _ in range(4):
+        fleet.beat(*failing("a", "s1", "s2"), *reaching("a", "q1"))
+    assert fleet.out == {"a"}
+    fleet.beat(for_ms=10 * PATIENCE.hold_ms)
+    fleet.beat(*reaching("a", "q1"), for_ms=1_000)
+    assert fleet.out == {"a"}
+    while fleet.out:
+        fleet.beat(*reaching("a", "s1", "s2", "q1"))
+        assert fleet.now_ms < 2_000_000
+
+
+def test_it_leads_again_once_no_worker_lives() -> None:
+    fleet = Fleet()
+    for _ in range(3):
+        fleet.beat(*failing("a", "s1", "s2", "q1"))
+    fleet.segmenters = fleet.queries = 0
+    fleet.beat(for_ms=PATIENCE.hold_ms)
+    assert not fleet.out
+
+
 def test_a_link_that_comes_and_goes_moves_partitions_ever_less_often() -> None:
     fleet = Fleet()
     for beat in range(6 * 60 * 4):  # four hours; 30 s of silence in every 90

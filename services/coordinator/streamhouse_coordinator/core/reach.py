@@ -5,7 +5,7 @@ reads it. Nothing rests on this being right: an agent that gives a partition up 
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shproto.events import AgentCutOff, AgentReachable, Event
 
@@ -92,7 +92,8 @@ def decide(
     id, those that are and those that were.
 
     An agent is cut off only if another one is there that its reporters do not fail to reach: workers that reach nobody
-    have lost their own network. At most half of the agents are at a time.
+    have lost their own network. At most half of the agents are at a time. An agent leads again only if a worker has
+    reached it lately and the last reports of the others, however old, do not outweigh that; or once no worker lives.
     """
     by_session = {row.session_id: row for row in workers}
     now = {row.agent_id: reach_of(row, reports, by_session, now_ms, patience) for row in agents}
@@ -103,7 +104,10 @@ def decide(
         reach = now[name]
         cut_off = is_cut_off(reach, workers)
         if name in out and before is not None:
-            if not cut_off and _is_held(reach, before, now_ms, patience):
+            # A worker that has reported nothing lately, as after an outage of PostgreSQL, has not taken its word back.
+            latest = reach_of(agent, reports, by_session, now_ms, replace(patience, fresh_ms=now_ms))
+            heard = reach.reaching or not workers
+            if heard and not is_cut_off(latest, workers) and _is_held(latest, before, now_ms, patience):
                 out.discard(name)
                 events.append(AgentReachable(name, agent.session_id, now_ms))
         elif (
