@@ -4,6 +4,7 @@ Errors of botocore, aiohttp and the operating system never pass this line: the a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import ClassVar
 
@@ -71,6 +72,15 @@ class StoreDenied(StoreError):
     """Credentials are missing or wrong, or do not permit the call."""
 
     kind = StoreErrorKind.DENIED
+
+
+class KeysRefused(StoreDenied):
+    """The store answers a delete, and keeps some of its objects, as those under a lock. `keys`: all that were not
+    deleted; the other keys of the call are gone."""
+
+    def __init__(self, message: str, keys: Sequence[str]) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)
 
 
 class StoreCorrupt(StoreError):

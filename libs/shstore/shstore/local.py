@@ -16,7 +16,7 @@ from pathlib import Path
 from shruntime.files import PRIVATE_DIRECTORY, make_directory, sync_directory
 
 from shstore import local_files as files
-from shstore.errors import KeyInvalid, ObjectExists, ObjectMissing
+from shstore.errors import KeyInvalid, KeysRefused, ObjectExists, ObjectMissing
 from shstore.keys import check_key, check_prefix
 from shstore.port import ObjectInfo
 from shstore.ranges import byte_views, check_range, resolve_range
@@ -170,24 +170,32 @@ class LocalStore:
     def _delete(self, keys: Sequence[str]) -> None:
         with files.translating(f"delete {len(keys)} objects"), self._prepared_for():
             with self._lock.using():
-                emptied = self._unlink(keys)
+                emptied, refused = self._unlink(keys)
             if empty := [directory for directory in emptied if files.is_empty(directory)]:
                 with self._lock.removing():
                     for directory in empty:
                         files.remove_empty(directory, self._objects)
+        if refused:
+            first, error = next(iter(refused.items()))
+            message = f"{len(refused)} objects were not deleted, the first {first!r}: {error}"
+            raise KeysRefused(message, list(refused)) from error
 
-    def _unlink(self, keys: Sequence[str]) -> set[Path]:
-        """Durably; the directories that the objects were in."""
+    def _unlink(self, keys: Sequence[str]) -> tuple[set[Path], dict[str, PermissionError]]:
+        """Deletes durably. Returns the directories that the objects were in, and the keys that may not be deleted."""
         emptied: set[Path] = set()
-        for path in (self._objects / key for key in keys):
+        refused: dict[str, PermissionError] = {}
+        for key in keys:
+            path = self._objects / key
             try:
                 path.unlink()
                 emptied.add(path.parent)
+            except PermissionError as error:
+                refused[key] = error
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 continue  # no such object, which is what was asked for
         for directory in emptied:
             sync_directory(directory)
-        return emptied
+        return emptied, refused
 
 
 def _page(walk: files.Walk) -> Sequence[tuple[str, os.stat_result]]:

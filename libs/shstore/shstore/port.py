@@ -50,7 +50,8 @@ class ObjectStore(Protocol):
         ...
 
     async def delete(self, keys: Sequence[str]) -> None:
-        """Delete all of `keys`; missing ones are fine. After an error any of them may be gone."""
+        """Delete all of `keys`; missing ones are fine. Raises KeysRefused where the store keeps some and has deleted
+        the others; after another error any of them may be gone."""
         ...
 
     async def check(self) -> None:

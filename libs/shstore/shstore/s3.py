@@ -14,7 +14,7 @@ from shstore.errors import BodyTruncated, ObjectMissing, RangeBeyondEnd, StoreCo
 from shstore.keys import check_key, check_prefix, is_key
 from shstore.port import ObjectInfo
 from shstore.ranges import byte_views, check_range, resolve_range, split_views
-from shstore.s3_errors import delete_error
+from shstore.s3_errors import delete_error, delete_errors
 from shstore.s3_requests import Reply, S3Requests
 from shstore.settings import S3_PARTS_MAX, StoreSettings
 
@@ -86,11 +86,14 @@ class S3Store:
     async def delete(self, keys: Sequence[str]) -> None:
         for key in keys:
             check_key(key)
+        errors: list[Reply] = []
         for start in range(0, len(keys), DELETE_KEYS_MAX):
             names = [{"Key": self._name(key)} for key in keys[start : start + DELETE_KEYS_MAX]]
             reply = await self._s3.request("delete_objects", None, Delete={"Objects": names, "Quiet": True})
-            if errors := reply.get("Errors"):
-                raise delete_error(errors, self._settings)
+            errors += delete_errors(reply.get("Errors", ()))
+        if errors:
+            kept = [str(error.get("Key", "")).removeprefix(self._prefix) for error in errors]
+            raise delete_error(errors, kept, self._settings)
 
     async def check(self) -> None:
         # A list, not HeadBucket: its error has a body that tells a wrong key from a missing permission.

@@ -18,6 +18,7 @@ from botocore.exceptions import (
 
 from shstore.errors import (
     BucketMissing,
+    KeysRefused,
     ObjectExists,
     ObjectMissing,
     RangeBeyondEnd,
@@ -34,6 +35,8 @@ CLIENT_ERRORS = (BotoCoreError, ClientError, aiohttp.ClientError, OSError)
 _THROTTLED = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "429")
 _AGAIN = ("RequestTimeout", "ConditionalRequestConflict", "OperationAborted", "BadDigest", "IncompleteBody")
 _PASSING = (*_THROTTLED, *_AGAIN, "InternalError", "ServiceUnavailable")
+# The same for one key of a DeleteObjects reply, for which there is no HTTP status; other stores spell them so.
+_PASSING_FOR_KEY = (*_PASSING, "500", "503", "InternalServerError", "Timeout")
 _MISSING = ("NoSuchKey", "NoSuchUpload")
 _DENIED = ("ExpiredToken", "InvalidToken")
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
@@ -51,15 +54,23 @@ def store_error(exc: Exception, operation: str, key: str | None, settings: Store
     return StoreUnavailable(f"{where}: {exc or type(exc).__name__}")
 
 
-def delete_error(errors: Sequence[dict[str, Any]], settings: StoreSettings) -> StoreError:
-    """The port's word for keys that DeleteObjects reports as not deleted: a refusal if one of them is refused."""
-    refused = [error for error in errors if error.get("Code", "") not in _PASSING]
+def delete_errors(replied: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the errors of a DeleteObjects reply that say that a key is still there."""
+    return [error for error in replied if error.get("Code", "") not in _MISSING]
+
+
+def delete_error(errors: Sequence[dict[str, Any]], keys: Sequence[str], settings: StoreSettings) -> StoreError:
+    """The port's word for `keys` that DeleteObjects reports as not deleted: a refusal if one of them is refused. A code
+    that nobody knows is one: a call that is repeated in vain holds up the deletion of all other keys."""
+    refused = [error for error in errors if error.get("Code", "") not in _PASSING_FOR_KEY]
     first = (refused or errors)[0]
     message = (
         f"S3 delete_objects in bucket {settings.bucket!r}: {len(errors)} keys were not deleted, "
         f"the first {first.get('Key')!r}: {first.get('Code')}: {first.get('Message', '')}"
     )
-    return StoreDenied(message) if refused else StoreUnavailable(message, throttled=first.get("Code") in _THROTTLED)
+    if refused:
+        return KeysRefused(message, keys)
+    return StoreUnavailable(message, throttled=first.get("Code") in _THROTTLED)
 
 
 def _response_error(exc: ClientError, where: str, key: str | None, settings: StoreSettings) -> StoreError:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from shstore import (
     KeyInvalid,
+    KeysRefused,
     LocalStore,
     ObjectExists,
     StoreDenied,
@@ -106,6 +107,25 @@ async def test_directories_removed_by_someone_come_back(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable):
         await store.delete(["a/k"])
     await store.delete(["a/k"])
+
+
+async def test_a_delete_names_what_it_may_not_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a file that an administrator made immutable, which needs a privilege and a file system that knows it."""
+    store = LocalStore(StoreSettings(kind="local", path=tmp_path))
+    for key in ("a/1", "a/2", "b/3"):
+        await store.put(key, [b"x"])
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "2":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(KeysRefused, match="1 objects were not deleted, the first 'a/2'") as caught:
+        await store.delete(["a/1", "a/2", "b/3"])
+    assert caught.value.keys == ("a/2",)
+    assert [info.key async for info in store.list("")] == ["a/2"]
 
 
 async def test_a_delete_leaves_no_empty_directories(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from shstore import (
     BodyTruncated,
     BucketMissing,
+    KeysRefused,
     ObjectExists,
     ObjectMissing,
     StoreCorrupt,
@@ -205,21 +206,43 @@ DELETE_ERROR = b"<Error><Key>%s</Key><Code>%s</Code><Message>no</Message></Error
     [
         (["SlowDown"], StoreUnavailable, "k0"),
         (["InternalError", "InternalError"], StoreUnavailable, "k0"),
-        (["AccessDenied"], StoreDenied, "k0"),
-        (["InternalError", "ObjectLocked"], StoreDenied, "k1"),
+        (["503", "Timeout"], StoreUnavailable, "k0"),
+        (["AccessDenied"], KeysRefused, "k0"),
+        (["InternalError", "ObjectLocked"], KeysRefused, "k1"),
+        (["NoSuchKey", "InternalServerError"], StoreUnavailable, "k1"),
+        (["SomethingNew"], KeysRefused, "k0"),
     ],
 )
 async def test_what_codes_of_single_keys_of_a_delete_mean(
     s3_settings: StoreSettings, codes: list[str], kind: type[StoreError], named: str
 ) -> None:
     """A key under a lock is no store that is away: repeating does not help, and the others are gone."""
-    errors = b"".join(DELETE_ERROR % (b"k%d" % number, code.encode()) for number, code in enumerate(codes))
-    body = DELETE_REPLY % errors
-    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-    async with server(answering(reply)) as endpoint, opened(s3_settings, endpoint=endpoint) as store:
+    async with server(answering(deleted_but(*codes))) as endpoint, opened(s3_settings, endpoint=endpoint) as store:
         with pytest.raises(kind, match=f"the first '{named}'") as caught:
             await store.delete(["k0", "k1"])
         assert type(caught.value) is kind
+
+
+def deleted_but(*codes: str, prefix: str = "") -> bytes:
+    keys = [f"{prefix}k{number}" for number in range(len(codes))]
+    errors = b"".join(DELETE_ERROR % (key.encode(), code.encode()) for key, code in zip(keys, codes, strict=True))
+    body = DELETE_REPLY % errors
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+async def test_a_refusal_names_the_keys_that_are_still_there(s3_settings: StoreSettings) -> None:
+    reply = deleted_but("NoSuchKey", "AccessDenied", "InternalError", prefix="ours/")
+    async with server(answering(reply)) as endpoint, opened(s3_settings, prefix="ours", endpoint=endpoint) as store:
+        with pytest.raises(KeysRefused) as caught:
+            await store.delete(["k0", "k1", "k2", "k3"])
+    assert caught.value.keys == ("k1", "k2")
+
+
+async def test_a_key_that_is_gone_already_is_deleted(s3_settings: StoreSettings) -> None:
+    """Some stores report it as an error; its deletion would never have been finished."""
+    reply = deleted_but("NoSuchKey")
+    async with server(answering(reply)) as endpoint, opened(s3_settings, endpoint=endpoint) as store:
+        await store.delete(["k0"])
 
 
 async def test_what_others_keep_under_names_that_are_no_keys_is_not_listed(s3_settings: StoreSettings) -> None:
