@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from shproto.errors import MetadataWentBack, Unavailable
 from shproto.v1 import coordinator_pb2
-from shstore import ObjectMissing, StoreError
+from shstore import KeysRefused, ObjectMissing
 
 from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.core.history import MARK_KEY, NO_MARK, HistoryMark, went_back
@@ -189,7 +189,8 @@ class Sweeper:
         """Deletes objects whose deletion was begun, and says so. In between a crash costs a repetition.
 
         Returns the keys that are gone. One that the store does not let go (a lock on the object, say) keeps nobody
-        else's: it stays begun, and is tried again by the next sweep.
+        else's: it stays begun, and is tried again by the next sweep. Raises StoreError, as `run`, where the store
+        refuses the call as a whole: that is for an operator to mend, and every other key would be refused as well.
         """
         deleted = await self._delete_from_store(begun) if begun else []
         if deleted:
@@ -197,20 +198,16 @@ class Sweeper:
         return set(deleted)
 
     async def _delete_from_store(self, keys: Sequence[str]) -> list[str]:
-        """Returns the keys that are gone. Raises StoreError when it is the store that cannot be had."""
+        """Deletes with one call, logged with one line: a missing permission is said of each key by some stores, and of
+        all keys of all pages. Returns the keys that are gone. Raises StoreError."""
         try:
             await self._ports.store.delete(keys)
-            return list(keys)
-        except StoreError as error:
-            if error.retriable:
-                raise
-            if len(keys) == 1:
-                log.error("the store does not delete %r: %s", keys[0], error)
-                telemetry.failures.add(1, {"why": "deletion"})
-                return []
-        # Halves, so that one key among a thousand costs some twenty requests.
-        half = len(keys) // 2
-        return [*await self._delete_from_store(keys[:half]), *await self._delete_from_store(keys[half:])]
+        except KeysRefused as error:
+            log.error("the store does not delete %d of %d objects: %s", len(error.keys), len(keys), error)
+            telemetry.failures.add(len(error.keys), {"why": "deletion"})
+            refused = frozenset(error.keys)
+            return [key for key in keys if key not in refused]
+        return list(keys)
 
     async def check_history(self) -> HistoryCheck:
         """Returns the mark, and why the feed is not the one that was marked, or lacks events that were seen. Raises as

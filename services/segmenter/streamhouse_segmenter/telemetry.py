@@ -9,7 +9,7 @@ _meter = metrics.get_meter("streamhouse.segmenter")
 buffers = _meter.create_counter("streamhouse_segmenter_buffers", description="claimed buffers, by outcome")
 # result: registered | covered | fenced | early | withdrawn
 registrations = _meter.create_counter("streamhouse_segmenter_registrations", description="answers, by result")
-# why: mismatch | format | store | refused | peer | early | withdrawn | compaction | defect
+# why: mismatch | format | store | refused | peer | early | withdrawn | compaction | deletion | defect
 failures = _meter.create_counter(
     "streamhouse_segmenter_failures", description="work that failed and is tried again later, by reason"
 )
