@@ -71,7 +71,7 @@ class QueryApi:
             subscription = Subscription(
                 self._reads,
                 [self._source(request, position) for position in request.positions],
-                budgets=(shared, ByteBudget(self._settings.subscribe_buffer_bytes)),
+                budgets=(ByteBudget(self._settings.subscribe_buffer_bytes), shared),
                 heartbeat_ms=self._settings.subscribe_heartbeat_ms,
             )
             async with contextlib.aclosing(subscription.responses(requests)) as responses:

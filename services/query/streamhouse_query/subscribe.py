@@ -97,7 +97,8 @@ class ConnectionBudgets:
 
 
 class Loan:
-    """Bytes taken of several budgets, in their order; given back as far as they are not used, then all."""
+    """Bytes taken of several budgets, in their order; given back as far as they are not used, then all. A shared
+    budget comes last: nobody holds bytes of it while it waits for a budget of its own."""
 
     def __init__(self, lent: Sequence[tuple[ByteBudget, int]]) -> None:
         self._lent = list(lent)

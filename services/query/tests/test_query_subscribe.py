@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from shproto.rpc import Connection
 from shproto.services import QueryClient
 from shproto.v1 import ingest_pb2, query_pb2
 from shruntime.server import RpcServer
+from streamhouse_query import api
 from streamhouse_query.reads import Fetched, Want
 from streamhouse_query.subscribe import ByteBudget, ConnectionBudgets, Loan, Source, Subscription
 from streamhouse_query.wiring import QueryService
@@ -503,6 +505,36 @@ async def test_g7_what_is_read_ahead_is_limited_by_connection() -> None:
     with budgets.budget("") as one, budgets.budget("") as another:
         assert one is not another
     assert not budgets._budgets
+
+
+async def test_g7_a_subscriber_that_takes_nothing_holds_no_more_than_its_own_budget_of_its_connection(
+    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its partitions held bytes of the connection while they waited for the subscription's, until none were left."""
+    own: list[ByteBudget] = []
+
+    def make_budget(bytes_max: int) -> ByteBudget:
+        own.append(ByteBudget(bytes_max))
+        return own[-1]
+
+    monkeypatch.setattr(api, "ByteBudget", make_budget)
+    monkeypatch.setattr(api, "caller_connection", lambda: "one connection")
+    await partitions(platform, 11)
+    for number in range(11):
+        for _ in range(4):
+            await platform.produce([random.randbytes(100_000)], number=number)
+        await platform.register(number=number, block_bytes_target=64 * 1024)
+    service = await start_query(subscribe_buffer_bytes=1 << 20, subscribe_connection_bytes=2 << 20)
+    many = [("orders", number, 0) for number in range(10)]
+    async with subscribed(service, *many, max_bytes=1 << 18) as silent:
+        await anext(silent)
+        shared, _ = service.api._connections._budgets["one connection"]
+        async with asyncio.timeout(10):
+            while len(own[0]._waiting) + len(shared._waiting) < 7:  # nearly all of its partitions
+                await asyncio.sleep(0.01)
+        async with subscribed(service, ("orders", 10, 0), max_bytes=1 << 18) as responses:
+            got = await until(responses, lambda response: response.next_offset == 4)
+    assert sum(len(response.batches) for response in got) == 4
 
 
 async def test_a_loan_that_is_given_up_in_between_gives_back_what_it_had() -> None:
