@@ -352,7 +352,14 @@ class _Fetch:
             return await self._again_soon(reason, watch, self._catch_up_ms)
         if step.newest and step.end_offset is None:
             self._reads.watermarks.learn(partition.key, step.epoch, response.high_watermark)
-        accepted = accept_batches(response.batches, self._offset, step.epoch, step.end_offset, self._decoded_room)
+        accepted = accept_batches(
+            response.batches,
+            self._offset,
+            step.epoch,
+            step.end_offset,
+            bytes_max=self._room,
+            decoded_bytes_max=self._decoded_room,
+        )
         if isinstance(accepted, str):
             raise damaged_tail(partition, step, self._offset, accepted)
         if accepted.batches:

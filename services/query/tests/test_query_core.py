@@ -77,9 +77,14 @@ def test_a_tail_must_follow_on() -> None:
     assert accept_batches(good, 10, 1, None) == accept_batches(good, 13, 1, 20) == whole
     first = Accepted(good[:1], len(good[0]), decoded[0], 15)
     assert accept_batches(good, 10, 1, 19) == first, "nothing beyond the settled end"
-    assert accept_batches(good, 10, 1, None, 0) == first, "one batch at least"
-    assert accept_batches(good, 10, 1, None, sum(decoded) - 1) == first, "nothing beyond what may be decoded"
-    assert accept_batches(good, 10, 1, None, sum(decoded)) == whole
+    assert accept_batches(good, 10, 1, None, bytes_max=1, decoded_bytes_max=0) == first, "one batch at least"
+    assert accept_batches(good, 10, 1, None, decoded_bytes_max=sum(decoded) - 1) == first, (
+        "the next is too large decoded"
+    )
+    assert accept_batches(good, 10, 1, None, decoded_bytes_max=sum(decoded)) == whole
+    size_bytes = sum(map(len, good))
+    assert accept_batches(good, 10, 1, None, bytes_max=size_bytes - 1) == first
+    assert accept_batches(good, 10, 1, None, bytes_max=size_bytes) == whole
     assert accept_batches([], 10, 1, None) == Accepted([], 0, 0, 10)
     damaged = bytearray(good[0])
     damaged[-1] ^= 1

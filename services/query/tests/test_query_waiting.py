@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 from shformat import decode_batch
 from shproto.errors import DataLoss, InvalidArgument, OffsetBeyondEnd, ShuttingDown, Unavailable, UnknownTopic
-from shproto.v1 import coordinator_pb2, query_pb2
+from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
 from shruntime import agent_checks
 from streamhouse_query.core.plain import plain_records
 from streamhouse_query.wiring import QueryService
@@ -45,6 +45,30 @@ async def test_a_long_poll_is_woken_by_a_produce(platform: StandInPlatform, star
     response = await task
     assert values_in(response) == [b"x"]
     assert (response.next_offset, response.high_watermark) == (1, 1)
+
+
+async def test_a_long_poll_returns_no_more_than_it_asked_for(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """The agent's answer is to all who wait at the offset, and may bring more than one of them takes."""
+    await one_partition(platform)
+    service = await start_query()
+    read_tail, go_on = platform.agents["a"].read_tail, asyncio.Event()
+
+    async def once_all_is_there(request: ingest_pb2.ReadTailRequest) -> ingest_pb2.ReadTailResponse:
+        await go_on.wait()
+        return await read_tail(request)
+
+    platform.agents["a"].read_tail = once_all_is_there  # type: ignore[method-assign]
+    small, large = later(service, 0, max_bytes=1_000), later(service, 0)
+    await waiting(small)
+    await platform.produce(values_of(100))
+    for start in range(100, 500, 100):
+        await platform.produce(values_of(100, start))
+    go_on.set()
+    assert values_in(await large) == values_of(500)
+    got = await small
+    assert len(got.batches) == 1 and values_in(got) == values_of(100) and got.next_offset == 100
 
 
 async def test_a_long_poll_ends_in_time_and_does_not_spin(platform: StandInPlatform, start_query: StartQuery) -> None:

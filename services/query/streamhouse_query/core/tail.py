@@ -25,15 +25,22 @@ def is_of_later_epoch(batches: Sequence[bytes], epoch: int) -> bool:
 
 
 def accept_batches(
-    batches: Iterable[bytes], offset: int, epoch: int, end_offset: int | None, decoded_bytes_max: int | None = None
+    batches: Iterable[bytes],
+    offset: int,
+    epoch: int,
+    end_offset: int | None,
+    *,
+    bytes_max: int | None = None,
+    decoded_bytes_max: int | None = None,
 ) -> Accepted | str:
     """The batches that a reader at `offset` gets, or what is wrong with them.
 
     Nothing beyond `end_offset` is accepted: it was written, but its range was settled below it. After the first batch
-    those that would take more than `decoded_bytes_max` decoded are left for the next read.
+    those beyond `bytes_max`, or `decoded_bytes_max` decoded, are left for the next read: an answer may be to a poll
+    that others, who take more, wait for as well.
     """
     accepted: list[bytes] = []
-    next_offset, decoded_bytes = offset, 0
+    next_offset, size_bytes, decoded_bytes = offset, 0, 0
     for batch in batches:
         try:
             header = check_batch(batch)
@@ -45,10 +52,12 @@ def accept_batches(
         if header.epoch != epoch or not follows or header.end_offset <= next_offset:
             found = f"{header.base_offset} to {header.end_offset} of epoch {header.epoch}"
             return f"offset {next_offset} of epoch {epoch} asked for, {found} sent"
-        decoded_bytes += header.decoded_bytes
-        if accepted and decoded_bytes_max is not None and decoded_bytes > decoded_bytes_max:
-            decoded_bytes -= header.decoded_bytes
+        if accepted and bytes_max is not None and size_bytes + len(batch) > bytes_max:
+            break
+        if accepted and decoded_bytes_max is not None and decoded_bytes + header.decoded_bytes > decoded_bytes_max:
             break
         accepted.append(batch)
+        size_bytes += len(batch)
+        decoded_bytes += header.decoded_bytes
         next_offset = header.end_offset
-    return Accepted(accepted, sum(map(len, accepted)), decoded_bytes, next_offset)
+    return Accepted(accepted, size_bytes, decoded_bytes, next_offset)
