@@ -1,4 +1,4 @@
-"""One event loop on one background thread, for the synchronous client: started on first use, ended with the process.
+"""An event loop on a background thread, for the synchronous client: started on first use, ended with the process.
 
 Owns: the loop and its thread, what is to be done before the process ends. Does not own: the coroutines.
 Invariants: the loop's thread never waits for a lock that another thread can hold. KeyboardInterrupt may come between
@@ -128,7 +128,7 @@ class Background:
             raise
 
     def refuse_own_thread(self) -> None:
-        """Raises RuntimeError in the loop's thread, which would wait for itself."""
+        """Refuses calls in the loop's thread, which would wait for itself. Raises RuntimeError."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("the synchronous client would wait for itself here: use the async one in callbacks")
 

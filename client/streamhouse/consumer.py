@@ -485,7 +485,7 @@ class Consumer:
 
 
 class RecordIterator(AsyncIterator[Record]):
-    """One `async for` over a consumer, of the task that began it."""
+    """Iterator of records for the task that began the `async for`."""
 
     __slots__ = ("_consumer", "_worker")
 
@@ -499,7 +499,7 @@ class RecordIterator(AsyncIterator[Record]):
 
 
 class BatchIterator(AsyncIterator[RecordBatch]):
-    """What `Consumer.batches` gives. A timeout or a cancellation ends one wait, not the iteration."""
+    """Iterator of `Consumer.batches`. A timeout or a cancellation ends one wait, not the iteration."""
 
     def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer

@@ -134,7 +134,7 @@ class Iteration:
         return self._take_slowly(worker)
 
     def _take_slowly(self, worker: Worker) -> Record | None:
-        """As `take`, between two bursts."""
+        """Returns the next record like `take`, where a burst has ended."""
         returned = self.in_flight.take_returned(worker, whole=False)
         if returned is not None:
             assert isinstance(returned, Record), "one at a time"
@@ -231,8 +231,8 @@ class Iteration:
         self._rows_count, self._burst_count = ROWS_FIRST, 1
 
     def give_back(self, worker: Worker) -> None:
-        """What the worker was given last has not reached the application (Ctrl-C comes between any two steps): hands it
-        over again, before anything else."""
+        """Returns the record that has not reached the application (Ctrl-C comes between any two steps) to the front: it
+        is handed over before anything else."""
         self.in_flight.give_back(worker)
         self._forget_rows()
         self._tell(self._wake)

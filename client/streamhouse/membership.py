@@ -111,7 +111,7 @@ class Membership:
                 await asyncio.sleep(self._backoff.next_ms() / 1000)
 
     def _note_failure(self, error: StreamHouseError) -> None:
-        """An outage is told when it begins and when it is over, not with every heartbeat in between."""
+        """Warns of an outage once, when it begins; the failures that follow are debug lines."""
         if self._failing_since_s is None:
             self._failing_since_s = asyncio.get_running_loop().time()
             log.warning("heartbeats to group %s fail, trying again: %s", self._options.group, error)

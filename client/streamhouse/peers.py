@@ -21,8 +21,8 @@ CONNECT_TIMEOUT_MS = 1_000
 
 
 class Peers:
-    """Where a client's calls go. `telemetry` adds its interceptors to every channel; with `retries` every call that may
-    be repeated is, until it is answered."""
+    """Connections to the services by address. `telemetry` adds its interceptors to every channel; with `retries`, calls
+    that may be repeated are, until they are answered."""
 
     def __init__(
         self,

@@ -250,7 +250,7 @@ class Producer:
                 await delivery.finished()
 
     def raise_unseen_failure(self) -> None:
-        """Raises the first failure since the last flush that nobody has seen."""
+        """Reports the first failure since the last flush that nobody has seen, by raising it."""
         failures, self._failures = self._failures, []
         for failure in failures:
             if not failure.seen and failure.error is not None:

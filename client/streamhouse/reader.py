@@ -52,7 +52,7 @@ Lookup = Callable[[Start, Mapping[TopicPartition, bytes]], Awaitable[dict[TopicP
 
 
 class _Subscription:
-    """What the client says on one Subscribe stream: the positions, then what was consumed of their windows."""
+    """The request side of one Subscribe stream: positions first, then window updates."""
 
     def __init__(self, cursors: Sequence[Cursor], window_bytes: int, fetch_bytes: int) -> None:
         self._update_bytes = max(1, window_bytes // WINDOW_UPDATES)
@@ -160,7 +160,7 @@ class Reader:
             self._forget(cursor)
 
     def _forget(self, cursor: Cursor) -> None:
-        """What was received of the cursor is not handed over."""
+        """Drops the received portions of the cursor."""
         for item in self._received.drop(cursor):
             if isinstance(item, Portion):
                 self.consumed(item)
@@ -211,7 +211,7 @@ class Reader:
             self.consumed(portion)
 
     def consumed(self, portion: Portion) -> None:
-        """Nothing more of the portion is handed over: there is room for others. It may be told twice."""
+        """Gives the portion's bytes back. Idempotent."""
         size_bytes, portion.size_bytes = portion.size_bytes, 0
         self._received_bytes -= size_bytes
         portion.cursor.received_bytes -= size_bytes
@@ -265,7 +265,7 @@ class Reader:
 
     @property
     def _window_bytes(self) -> int:
-        """Of each partition."""
+        """Decoded bytes that each partition may have ahead of the application."""
         share = int(self._options.prefetch_bytes_max * WINDOWS_SHARE) // max(1, len(self.cursors))
         return max(share, min(WINDOW_BYTES_MIN, self._options.prefetch_bytes_max))
 

@@ -64,8 +64,8 @@ class DataDir:
         self._close_to_others()
 
     def _close_to_others(self) -> None:
-        """What earlier versions made is readable by all. The directory itself may be anybody's, /srv or a volume: its
-        permissions are changed only if all that is in it is ours."""
+        """Takes group's and others' permissions off what earlier versions made readable by all. The directory itself
+        may be anybody's, /srv or a volume: its permissions are changed only if all that is in it is ours."""
         for made_by_us in (self.objects, self.wal, self.cache, self.path / "lock"):
             if made_by_us.exists():
                 self._make_private(made_by_us)

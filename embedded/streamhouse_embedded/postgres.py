@@ -232,7 +232,7 @@ class EmbeddedPostgres:
         return await self._start_server(bin_dir, user)
 
     async def _check_version(self, bin_dir: Path, user: RunAs) -> None:
-        """Raises PostgresError if the data are of another major version than the programs, which refuse them."""
+        """Checks that the data are of the programs' major version, which refuse any other. Raises PostgresError."""
         made_by = (self.data_dir / "PG_VERSION").read_bytes()[:32].decode(errors="replace").strip()
         said = await asyncio.to_thread(self._output_of, user.command(bin_dir / "postgres", ["--version"]), user)
         match = re.search(r"(\d+)(?:\.|devel|beta|rc|\s|$)", said)
@@ -251,8 +251,9 @@ class EmbeddedPostgres:
         return (ended.stdout or ended.stderr).decode(errors="replace").strip()
 
     async def _initialise(self, bin_dir: Path, user: RunAs) -> None:
-        """initdb beside the final place, then rename: a crash in between leaves nothing half-made there. The place is
-        another each time: an initdb that outlives its parent for a moment removes what it has made."""
+        """Makes a new data directory: initdb beside the final place, then rename. A crash in between leaves nothing
+        half-made there. The place is another each time: an initdb that outlives its parent for a moment removes what it
+        has made."""
         for leftover in self.data_dir.parent.glob(f"{glob.escape(self.data_dir.name)}.initdb*"):
             await asyncio.to_thread(stop_orphans, leftover)
             _remove(leftover)
@@ -275,7 +276,8 @@ class EmbeddedPostgres:
             _remove(fresh)
 
     def _write_access_rules(self, user: RunAs) -> None:
-        """Who may connect, beside PostgreSQL's own files: those of older data directories trust every local user."""
+        """Writes who may connect, beside PostgreSQL's own files: those of older data directories trust every local
+        user."""
         clients = dict.fromkeys((user.client, "root"))
         for path, content in (
             (self.data_dir / HBA_FILE, HBA),
@@ -337,7 +339,7 @@ class EmbeddedPostgres:
             raise self._error(message, log_at) from None
 
     def _launch(self, bin_dir: Path, user: RunAs, address: tuple[str, int]) -> tuple[subprocess.Popen[bytes], int]:
-        """The new server process, and where its lines begin in the log."""
+        """Starts the server process; returns it, and where its lines begin in the log."""
         command = user.command(bin_dir / "postgres", self._arguments(*address))
         with self._open_log() as output:
             log_at = output.tell()

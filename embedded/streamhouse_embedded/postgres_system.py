@@ -1,5 +1,5 @@
-"""What starting PostgreSQL needs of the operating system: where its binaries lie, which user runs it in which
-environment, and which processes of an earlier run are left. Linux; knows nothing of initdb, settings or connections."""
+"""Operating system side of starting PostgreSQL: where its binaries lie, which user runs it in which environment, and
+which processes of an earlier run are left. Linux; knows nothing of initdb, settings or connections."""
 
 from __future__ import annotations
 

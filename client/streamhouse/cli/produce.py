@@ -100,7 +100,7 @@ def produce(
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be written where."""
+    """Input and destination of one `produce`."""
 
     topic: str
     acks: Any

@@ -96,7 +96,7 @@ class InFlight:
         return min([delivered, *in_hand, *returned])
 
     def held(self) -> list[Held | None]:
-        """What each worker has in hand: it stays the same only as long as none of them asks for more."""
+        """Returns the record in the hand of each worker; equal to an earlier answer only if none has asked for more."""
         return [worker.held for worker in list(self._workers.values())]
 
     def finish_ended(self) -> None:

@@ -32,7 +32,7 @@ SESSION_TIMEOUT_MS_MIN, SESSION_TIMEOUT_MS_MAX = 100, 3_600_000
 
 @dataclass(frozen=True, slots=True)
 class ProducerOptions:
-    """Raises InvalidArgument naming the option, its limit and the value."""
+    """Options of a producer, within their limits. Raises InvalidArgument with option, limit and value."""
 
     acks: Acks = "wal"
     # Waits for company: at 100,000 records/s 5 ms make batches of 500 records, and cost 5 ms of latency.
@@ -66,7 +66,7 @@ class ProducerOptions:
 
 @dataclass(frozen=True, slots=True)
 class ConsumerOptions:
-    """Raises InvalidArgument naming the option, its limit and the value."""
+    """Options of a consumer, within their limits. Raises InvalidArgument with option, limit and value."""
 
     group: str | None = None
     start: Start = "earliest"
@@ -213,13 +213,8 @@ def check_topic(
 
 
 def check_topic_name(topic: object) -> None:
-    """Raises InvalidArgument for what no topic can be named; which names are legal is the coordinator's to say."""
+    """Refuses what no topic can be named; which names are legal is the coordinator's to say. Raises InvalidArgument."""
     _text("topic", topic, 1)
-
-
-def check_group_name(group: object) -> None:
-    """Raises InvalidArgument for what no group can be named."""
-    _text("group", group, 1)
 
 
 def partition_number(partition: object) -> int:
@@ -230,7 +225,7 @@ def partition_number(partition: object) -> int:
 
 
 def check_timeout_s(name: str, timeout_s: object) -> None:
-    """Raises InvalidArgument unless it is None (no limit) or a number of seconds from 0 on."""
+    """Checks a timeout: None (no limit) or seconds from 0 on. Raises InvalidArgument."""
     if timeout_s is None:
         return
     number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
@@ -244,17 +239,17 @@ def check_timeout_s(name: str, timeout_s: object) -> None:
 
 
 def check_exit_timeout(exit_timeout_ms: int) -> None:
-    """Raises InvalidArgument naming the option, its limit and the value."""
+    """Checks that the option is within its limits. Raises InvalidArgument with option, limit and value."""
     _within("exit_timeout_ms", exit_timeout_ms, 0, DAY_MS)
 
 
 def check_request_timeout(request_timeout_ms: int) -> None:
-    """Raises InvalidArgument naming the option, its limit and the value."""
+    """Checks that the option is within its limits. Raises InvalidArgument with option, limit and value."""
     _within("request_timeout_ms", request_timeout_ms, 1, DAY_MS)
 
 
 def check_retry_timeout(retry_timeout_ms: int) -> None:
-    """Raises InvalidArgument naming the option, its limit and the value."""
+    """Checks that the option is within its limits. Raises InvalidArgument with option, limit and value."""
     _within("retry_timeout_ms", retry_timeout_ms, 1, DAY_MS)
 
 

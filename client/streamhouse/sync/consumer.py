@@ -108,7 +108,7 @@ class Consumer:
         return worker
 
     def _advance(self, worker: Worker) -> bool:
-        """One thread at a time waits for more; when it has some, those behind it find it there."""
+        """Waits for more records, one thread at a time; those behind it find what it received."""
         with self._advancing:
             if self._inner._closed:
                 return False
@@ -158,7 +158,7 @@ class Consumer:
 
 
 class BatchIterator(Iterator[RecordBatch]):
-    """What `Consumer.batches` gives. Ctrl-C or a timeout ends one wait, not the iteration."""
+    """Iterator of `Consumer.batches`. A timeout or Ctrl-C ends one wait, not the iteration."""
 
     def __init__(self, owner: Consumer) -> None:
         self._consumer = owner
@@ -179,7 +179,8 @@ def _opened(used: Consumer) -> None:
 
 @functools.cache
 def _close_before_end() -> None:
-    """Once: on first use, and so behind the producers, whose records may be what became of the consumers'."""
+    """Registers the end of consumers once, on first use: after the producers, which may still write what consumers
+    have read."""
     BACKGROUND.before_end(_leave_at_exit)
 
 

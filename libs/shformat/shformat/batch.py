@@ -174,7 +174,7 @@ def validate_new_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) ->
 
 
 def check_new_timestamps(timestamps_ms: Int64s) -> None:
-    """Raises ValueOutOfRange unless all of them lie in the years 1 to 9999."""
+    """Checks that all timestamps lie in the years 1 to 9999. Raises ValueOutOfRange."""
     for extreme in (int(smallest_of(timestamps_ms)), int(largest_of(timestamps_ms))):
         if not TIMESTAMP_MS_MIN <= extreme <= TIMESTAMP_MS_MAX:
             raise ValueOutOfRange("timestamp_ms", extreme, TIMESTAMP_MS_MIN, TIMESTAMP_MS_MAX, FIRST_TIMESTAMP_AT)

@@ -20,7 +20,7 @@ lost = False  # gRPC's threads stayed behind in the parent; read where a call of
 
 
 def check() -> None:
-    """Raises RuntimeError in a process that was forked from one that had used gRPC.
+    """Refuses gRPC in a process that was forked from one that had used it. Raises RuntimeError.
 
     A call there would wait for ever, past its deadline, or crash the process: gRPC's threads did not come along, and
     its epoll descriptors are shared with the parent.

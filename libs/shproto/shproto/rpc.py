@@ -3,6 +3,11 @@
 A service's API is a plain object with one async method per RPC (shproto.services has the Protocols). `serve_api`
 puts such an object on a gRPC server; `Connection` lets the generated clients call one. Errors arrive as the
 StreamHouseError that was raised on the other side.
+
+Owns: channels, the order of addresses and the races between them; the counts of running calls and streams. Does not
+own: what is called, the server, the limits' values.
+Invariants: a call is tried at most once at each address. A connection that was closed makes no channel again. What is
+counted of a connection is given back when its call ends, and a connection without calls is forgotten.
 """
 
 from __future__ import annotations
@@ -103,7 +108,7 @@ class CallLimit:
 
     @contextmanager
     def call(self, connection: str) -> Iterator[None]:
-        """Around one call. Raises Overloaded beyond a limit."""
+        """Counts one call while the block runs. Raises Overloaded beyond a limit."""
         if self.in_flight >= self._calls_max:
             raise self._refusal(self._limit, self._calls_max)
         if self._of[connection] >= self._per_connection_max:
@@ -298,7 +303,7 @@ def being_cancelled() -> bool:
 
 
 class _Endpoint:
-    """One address and its channel, made on first use. A context manager around every use of the channel."""
+    """An address and its channel, which is made on first use. A context manager around every use of the channel."""
 
     def __init__(self, address: str, interceptors: Interceptors | None) -> None:
         self.address = address
@@ -375,7 +380,7 @@ class _Endpoint:
 
 
 class Caller(Protocol):
-    """What the generated clients call with: a `Connection`, or what stands for one."""
+    """Interface of the generated clients to a `Connection`, or to a stand-in."""
 
     async def unary(self, path: str, request: Message, response_type: type[ResponseT]) -> ResponseT: ...
     def unary_stream(self, path: str, request: Message, response_type: type[ResponseT]) -> AsyncIterator[ResponseT]: ...
@@ -386,7 +391,7 @@ class Caller(Protocol):
 
 
 class _Failure(NamedTuple):
-    """What a call came to at one address."""
+    """Error of a call at one address."""
 
     error: StreamHouseError
     by_service: bool
@@ -438,17 +443,12 @@ class Connection:
         self._order = AddressOrder(count, random.randrange(count) if first is None else first)
         self._races: set[asyncio.Task[bool]] = set()
 
-    @property
-    def _current(self) -> int:
-        """Position of the address that the next call begins with."""
-        return self._order.current
-
     async def connect(self, timeout_ms: int) -> None:
         """Returns once the current address is connected; what is not sent before that was certainly not received.
 
         Raises Unavailable when connecting fails, or takes longer; then it goes on for the next call to find.
         """
-        endpoint = self._endpoints[self._current]
+        endpoint = self._endpoints[self._order.current]
         try:
             async with asyncio.timeout(timeout_ms / 1000):
                 if await endpoint.connected():

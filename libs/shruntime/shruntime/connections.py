@@ -28,7 +28,7 @@ OPEN_FILES = "/proc/self/fd"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """What one server bears; the defaults are those of the settings."""
+    """Connection limits of one server; the defaults are those of the settings."""
 
     connections_max: int = 10_000
     per_address_max: int = 5_000

@@ -19,7 +19,7 @@ KEPT_FOR_FILES = 256
 
 
 def raise_descriptor_limit() -> int:
-    """Raises the soft limit of open files to the hard one, at most DESCRIPTORS_MAX; returns the soft limit from now on.
+    """Lifts the soft limit of open files to the hard one, at most DESCRIPTORS_MAX; returns the soft limit from now on.
 
     Shells and service managers give 1,024, which as many idle clients use up; only select() cannot bear more, and
     nothing here calls it.

@@ -1,4 +1,8 @@
-"""The page that Prometheus scrapes: one thread per request, a few at once, and none for a client that is silent."""
+"""The page that Prometheus scrapes: one thread per request, a few at once, and none for a client that is silent.
+
+Owns: the port, its threads. Does not own: the metrics.
+Invariants: at most REQUESTS_MAX requests have a thread. A request that got one gives its place back however it ends.
+"""
 
 import logging
 import socket

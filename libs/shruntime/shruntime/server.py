@@ -1,4 +1,9 @@
-"""A gRPC server with health and reflection; hosts one service's API or several."""
+"""A gRPC server with health and reflection; hosts one service's API or several.
+
+Owns: the port, gRPC's server, the health that clients are told. Does not own: the APIs, what they hold.
+Invariants: health says NOT_SERVING until set_serving(True), and from the start of stop() on. The port of a server that
+is bound is known before it serves.
+"""
 
 from __future__ import annotations
 

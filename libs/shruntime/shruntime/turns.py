@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Turns(Generic[K, T]):
-    """True if any key has an item."""
+    """Round-robin queue: truthy while any key has an item."""
 
     def __init__(self) -> None:
         # In the order of the turns. A key without items is not there: an empty queue would cost a look at every turn.
@@ -24,7 +24,7 @@ class Turns(Generic[K, T]):
         return bool(self._queues)
 
     def __iter__(self) -> Iterator[T]:
-        """All items, key by key."""
+        """Yields all items, key by key."""
         for queue in self._queues.values():
             yield from queue
 

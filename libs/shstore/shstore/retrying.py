@@ -83,7 +83,7 @@ class RetryingStore:
 
     @property
     def trouble(self) -> str:
-        """What the store failed with last; empty if it has answered since. Calls that are still retried say nothing
+        """Message of the store's last failure; empty if it has answered since. Calls that are still retried say nothing
         else."""
         return str(self._trouble or "")
 

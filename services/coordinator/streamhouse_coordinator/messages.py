@@ -72,7 +72,7 @@ def check_uuid(field: str, value: str) -> str:
 
 
 def agents_reached(items: Sequence[pb.AgentReach]) -> dict[str, bool]:
-    """By agent id, whether a worker reached it."""
+    """Returns True or False by agent id: whether the worker reached it. Raises InvalidArgument."""
     check_number("number of agents", len(items), 0, AGENTS_MAX)
     for item in items:
         check_text("agent_id", item.agent_id, AGENT_ID_LENGTH_MAX)
@@ -89,7 +89,8 @@ def session_id_of(token: str) -> str:
 
 
 def session_token(value: str) -> str:
-    """A secret that a caller has drawn. An error must not say it: errors are logged."""
+    """Returns the token after checking its length. The error does not contain it: errors are logged. Raises
+    InvalidArgument."""
     if not SESSION_TOKEN_LENGTH_MIN <= len(value) <= ID_LENGTH_MAX or "\0" in value:
         raise InvalidArgument(
             f"session_token must have {SESSION_TOKEN_LENGTH_MIN} to {ID_LENGTH_MAX} characters, got {len(value)}",
@@ -227,13 +228,13 @@ def lost_span(item: pb.LostSpan) -> t.LostSpanRow:
 
 
 def check_group(name: str) -> None:
-    """Of a group that may be made by the call. Raises InvalidArgument."""
+    """Checks the name of a group that the call may create. Raises InvalidArgument."""
     check_name("group", name, GROUP_LENGTH_MAX)
 
 
 def check_known_group(name: str) -> None:
-    """Of a group that is asked for: one with a name that is none any more can be looked at, and deleted. Raises
-    InvalidArgument."""
+    """Checks the name of a group that exists: one that older versions accepted can still be looked at and deleted.
+    Raises InvalidArgument."""
     check_text("group", name, GROUP_LENGTH_MAX)
 
 

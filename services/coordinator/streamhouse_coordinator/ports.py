@@ -225,8 +225,7 @@ class Snapshot(Transaction, Protocol):
 
 
 class Restoring(Transaction, Protocol):
-    """What a restore writes, all of it or nothing. It is alone with the database: its events get their positions at
-    once."""
+    """Writes of a restore, all or nothing. It is alone with the database: its events get their positions at once."""
 
     async def found(self) -> list[str]:
         """What the database holds already, for people; empty: nothing."""

@@ -3,6 +3,10 @@ out, or that it is there, before another one takes its place.
 
 Safe because nothing rests on it: an agent that is wrongly taken for dead finds its ranges orphaned and opens a new
 session.
+
+Owns: the looks in progress, by session. Does not own: sessions, leases.
+Invariants: at most one look per session; a stream that breaks once more begins its pauses anew. Only a refused
+connection ends a session.
 """
 
 import asyncio

@@ -18,7 +18,7 @@ def flaw_of_key(key: str) -> str:
 
 
 def check_segment_key(field: str, key: str) -> None:
-    """Raises InvalidArgument for a key that cannot hold segments: a row with it would have a backup deleted, or stop
-    every sweep at the store's refusal."""
+    """Refuses a key that cannot hold segments: a row with it would have a backup deleted, or stop every sweep at the
+    store's refusal. Raises InvalidArgument."""
     if flaw := flaw_of_key(key):
         raise InvalidArgument(f"object key {key[:200]!r} {flaw}", field=field, value=key[:200], limit=KEY_BYTES_MAX)

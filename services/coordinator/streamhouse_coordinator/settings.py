@@ -6,7 +6,8 @@ from pydantic import AfterValidator, Field, model_validator
 from shruntime.settings import CommonSettings, one_line
 from shruntime.urls import url_of
 
-# Of a lease; the rest is the agents' own margin (lease_margin_ms, 2 s by default).
+# Share of a lease within which two heartbeats must be answered; the rest is the agents' own margin (lease_margin_ms,
+# 2 s by default).
 LEASE_SHARE = 0.75
 # Sweeps in a row that have to be missing, of all coordinators, before it counts as an outage: one or two are load.
 MISSED_SWEEPS = 3

@@ -79,9 +79,9 @@ class Agent:
         self._running = running
 
     async def _session_token(self, opened: OpenedLog, address: str) -> str:
-        """Of the first session. Over a damaged log it is the one that a process before this one asked for, should that
-        have died before it had the answer: what was granted to it cannot have been written to, and is not to be
-        reported as possibly lost. Not over a torn log, which does not show all that was written."""
+        """Returns the token of the first session. Over a damaged log it is the one that a process before this one asked
+        for, should that have died before it had the answer: what was granted to it cannot have been written to, and is
+        not to be reported as possibly lost. Not over a torn log, which does not show all that was written."""
         drawn, doubt = str(uuid.uuid4()), opened.replay.doubt
         if not doubt.hidden or doubt.torn:
             return drawn

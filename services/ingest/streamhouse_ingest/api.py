@@ -88,7 +88,7 @@ def _refused(topic: str, partition: int, error: StreamHouseError) -> pb.ProduceR
 
 
 class _Window:
-    """What of one stream is not answered yet, in order, bounded in number and bytes. `unanswered`: the sizes of the
+    """Unanswered requests of one stream, in order, bounded in number and bytes. `unanswered`: the sizes of the
     requests."""
 
     def __init__(self, requests_max: int, bytes_max: int) -> None:
@@ -106,17 +106,17 @@ class _Window:
             await self._wait()
 
     def admit(self, size_bytes: int) -> None:
-        """One more is there; `put` follows."""
+        """Counts one more request; `put` follows."""
         self.unanswered.append(size_bytes)
         self._bytes += size_bytes
 
     def put(self, item: Accepted | pb.ProduceResponse) -> None:
-        """What became of the one admitted last."""
+        """Queues the outcome of the request admitted last."""
         self._items.append(item)
         self._moved.set()
 
     def release(self) -> int:
-        """The oldest one is answered; returns its size in bytes."""
+        """Releases the oldest request, which is answered; returns its size in bytes."""
         size_bytes = self.unanswered.popleft()
         self._bytes -= size_bytes
         self._moved.set()

@@ -1,4 +1,4 @@
-"""Whether the disk of the log has had no room for so long that others should lead what this agent leads.
+"""Watches whether the log's disk has been without room for so long that others should lead.
 
 Owns: since when there is no room. Does not own: the moves, which the coordinator asks for once it hears of it.
 Invariant: a log that was full counts as full until there is room for a whole file, or small batches that still fit

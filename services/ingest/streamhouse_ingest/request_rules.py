@@ -77,7 +77,8 @@ class RequestRules:
         return request.acks
 
     async def validate(self, batch: bytes, connection: str) -> BatchHeader:
-        """Raises BatchTooLarge, InvalidBatch, InvalidArgument, Overloaded."""
+        """Returns the header of a batch that may be appended. Raises BatchTooLarge, InvalidBatch, InvalidArgument,
+        Overloaded."""
         size_bytes, limit_bytes = len(batch), self._settings.batch_bytes_max
         if size_bytes > limit_bytes:
             raise BatchTooLarge(
@@ -110,7 +111,7 @@ class RequestRules:
             )
 
     def check_timestamp(self, header: BatchHeader) -> None:
-        """A timestamp far ahead would keep its segment from ever expiring. Raises InvalidArgument."""
+        """Refuses a timestamp far ahead, which would keep its segment from ever expiring. Raises InvalidArgument."""
         limit_ms = self._clock.wall_ms() + self._settings.timestamp_ahead_ms_max
         if header.max_timestamp_ms > limit_ms:
             raise InvalidArgument(

@@ -53,12 +53,12 @@ class SessionHolder:
         self._open = asyncio.Event()
 
     def set(self, token: str, session_id: str) -> None:
-        """A session is open."""
+        """Notes the open session."""
         self.token, self.session_id = token, session_id
         self._open.set()
 
     def clear(self) -> None:
-        """There is no session any more."""
+        """Notes that there is no session."""
         self.token = self.session_id = ""
         self._open.clear()
 

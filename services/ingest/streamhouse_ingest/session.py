@@ -180,8 +180,8 @@ class Session:
                 return opened
 
     def _must_outlast_heartbeats(self, ttl_ms: int, heartbeat_interval_ms: int) -> None:
-        """Raises InvalidArgument for a lease that would be over before its next renewal: the agent would acknowledge
-        now and then."""
+        """Checks that the lease lasts until its next renewal; else the agent would acknowledge now and then. Raises
+        InvalidArgument."""
         margin_ms = self._lease.margin_ms
         if ttl_ms - margin_ms <= heartbeat_interval_ms:
             raise InvalidArgument(

@@ -178,7 +178,7 @@ class QueryApi:
         )
 
     async def _told(self, answer: Awaitable[T]) -> T:
-        """The answer; raises Unavailable, with what is known of the cause, just before the caller gives up."""
+        """Returns the answer. Raises Unavailable with the known cause just before the caller gives up."""
         tell_after_ms = _tell_after_ms()
         if tell_after_ms is None:
             return await answer
@@ -248,7 +248,7 @@ def _check_format(form: int) -> None:
 
 
 def _tell_after_ms() -> float | None:
-    """How long the caller may be left without a word; None if it sets no deadline."""
+    """Returns the ms after which the caller must hear something; None if it sets no deadline."""
     left_ms = time_left_ms()
     return None if left_ms is None else left_ms - min(TELL_BEFORE_MS, left_ms / 4)
 

@@ -93,7 +93,7 @@ class _Fetch:
         return self._finished(self._partition())
 
     async def _read(self, watch: Watch) -> None:
-        """Every step leaves the state whole at each of its awaits, so that it may be cut off at any of them."""
+        """Reads until done. A timeout may end it at any await: no step leaves `_got` and `_offset` apart across one."""
         done = False
         while not done:
             watch.arm()
@@ -320,7 +320,7 @@ class _Fetch:
     async def _tail_failed(
         self, partition: PartitionIndex, step: ReadTail, error: StreamHouseError, watch: Watch, since_ms: int
     ) -> bool:
-        """`since_ms`: when the call began that failed."""
+        """Handles a failed call to the agent; `since_ms`: when it began. Returns True if the fetch is done."""
         self._reads.counters.tail_errors += 1
         if isinstance(error, OffsetBeyondEnd | UnknownTopic):  # as the agent knows it; it may be behind, or we are
             response = ingest_pb2.ReadTailResponse(

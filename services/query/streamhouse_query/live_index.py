@@ -1,4 +1,10 @@
-"""The index together with those who wait for it to change."""
+"""The index together with the readers that wait for it to change.
+
+Owns: the cluster's index, the watches of readers, the missing event's position. Does not own: the feed that changes the
+index (follower.py).
+Invariants: one task changes the index. Readers are woken in the order in which they came. A reader that arms its watch
+before it looks misses no change. After close() nothing waits.
+"""
 
 from __future__ import annotations
 

@@ -23,10 +23,10 @@ from streamhouse_query.tail_polls import TailPolls
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """What to fetch. `decoded_bytes_max`: of its batches once they are decoded (None: no limit); at least one batch is
-    fetched in any case. `known_reason`: the waiting reason that the reader has been told; any other one ends the wait
-    at once (None: only the end of max_wait_ms does). `tell_after_ms`: after so long the fetch ends with the reason for
-    which there is nothing yet, whatever it waits for (None: it waits for as long as that takes)."""
+    """Request for records. `decoded_bytes_max`: of its batches once they are decoded (None: no limit); at least one
+    batch is fetched in any case. `known_reason`: the waiting reason that the reader has been told; any other one ends
+    the wait at once (None: only the end of max_wait_ms does). `tell_after_ms`: after so long the fetch ends with the
+    reason for which there is nothing yet, whatever it waits for (None: it waits for as long as that takes)."""
 
     partition: PartitionKey
     topic: str

@@ -1,4 +1,9 @@
-"""The session that lets clients find this query service."""
+"""The session that lets clients find this query service.
+
+Owns: the session's token, when it is renewed. Does not own: the agents that it reports.
+Invariants: there is a token from the end of open() to close(), except between a session's loss and the next one. An
+outage of the coordinator ends no session by itself: only SessionExpired does.
+"""
 
 from __future__ import annotations
 

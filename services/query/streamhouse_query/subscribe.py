@@ -298,7 +298,8 @@ class Subscription:
             want = replace(want, offset=response.next_offset, known_reason=response.waiting_reason)
 
     async def _read(self, number: int, want: Want, limited: Want) -> tuple[Fetched, FetchResponse]:
-        """What is there, under the budgets. If nothing comes for a while, the subscriber is told why."""
+        """Reads what is there, under the budgets; returns it with its response. If nothing comes for a while, the
+        subscriber is told why."""
         loan = await Loan.take(self._budgets, limited.bytes_max)
         told = replace(limited, max_wait_ms=0, known_reason=None, tell_after_ms=self._tell_after_ms)
         try:

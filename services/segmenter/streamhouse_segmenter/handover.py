@@ -144,8 +144,8 @@ class Handover:
         await self._offer(target.segments)
 
     async def _offer(self, segments: Sequence[types_pb2.SegmentRef]) -> None:
-        """One try to register; what has to be tried again is appended to `_early`. Raises ClaimLost where the answer
-        shows that it was not the registration that ended the claim."""
+        """Offers segments for registration once; what has to be tried again is appended to `_early`. Raises ClaimLost
+        where the answer shows that it was not the registration that ended the claim."""
         self._unanswered = True
         try:
             early = await self._register(segments)

@@ -3,6 +3,10 @@
 Nothing else is ever deleted (decision 0007). Before an object goes, the coordinator begins its deletion: it refuses
 objects that are part of the log or may become so, and from then on nothing can be registered in the object. Before
 that the metadata's history must be the one that was there before (core/history.py).
+
+Owns: the mark of the history in the store. Does not own: what may be deleted, which the coordinator says.
+Invariants: no object is deleted whose deletion the coordinator has not begun. Nothing is deleted while the metadata's
+history is not the mark's, or the mark cannot be read.
 """
 
 import logging
@@ -230,7 +234,7 @@ class Sweeper:
         return HistoryCheck(mark, f"{WENT_BACK}: {why}. {_WAY_OUT}" if why else _missing(head))
 
     async def _read_mark(self) -> HistoryMark:
-        """Raises ValueError for a mark that is damaged, ObjectMissing, StoreError."""
+        """Returns the mark. Raises ValueError if it is damaged, ObjectMissing, StoreError."""
         unchecked: HistoryMark | None = None
         damage = ValueError("it has no checksum, and no two reads agree")
         for _ in range(MARK_READS):

@@ -43,7 +43,8 @@ _given_up = metrics.get_meter("streamhouse.coordinator").create_up_down_counter(
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What PostgreSQL ends by itself: a statement, a wait for a lock, a transaction whose coordinator says nothing."""
+    """Limits that PostgreSQL keeps by itself: of a statement, a wait for a lock, a transaction whose coordinator says
+    nothing."""
 
     timeout_ms: int
     transaction_idle_ms: int

@@ -1,4 +1,4 @@
-"""What PostgreSQL's and asyncpg's errors mean for a caller: try the transaction again, come back later, correct the
+"""Meaning of PostgreSQL's and asyncpg's errors for a caller: try the transaction again, come back later, correct the
 settings. Anything else is a statement that should not have been sent, a defect of ours.
 
 The SQLSTATE decides (https://www.postgresql.org/docs/current/errcodes-appendix.html), not asyncpg's class: servers and

@@ -1,4 +1,4 @@
-"""One open transaction in PostgreSQL: reads and changes rows, appends events, wakes those who wait for them.
+"""An open transaction in PostgreSQL: reads and changes rows, appends events, wakes those who wait for them.
 
 Owns: the events appended so far, until `finish` numbers them.
 Invariants: the row of `event_position` is the last that a transaction locks, right before its commit. Every other

@@ -97,7 +97,7 @@ def totals(table: Table[Any], where: Where, by: Sequence[str], sums: Sequence[st
 
 
 def change(group: Sequence[RowOp]) -> Statement:
-    """One statement for a group as projection.coalesce makes them; it locks its rows in key order."""
+    """Returns one statement for a group as projection.coalesce makes them; it locks its rows in key order."""
     match group[0]:
         case Put(table, _):
             return _upsert(table, [op.row for op in group if isinstance(op, Put)])

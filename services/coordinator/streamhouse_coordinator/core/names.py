@@ -6,7 +6,7 @@ from shproto.errors import InvalidArgument
 
 NAME_LENGTH_MAX = 249  # Kafka's: a partition's directory name must fit 255 bytes there
 _TOPIC = re.compile(rf"[a-zA-Z0-9._-]{{1,{NAME_LENGTH_MAX}}}")
-# Of ASCII and Latin-1, the separators of lines and paragraphs, and what turns the direction of text around.
+# Control characters of ASCII and Latin-1, line and paragraph separators, and marks that reverse the direction of text.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 GROUP_LENGTH_MAX = 249
 CLIENT_ID_LENGTH_MAX = 249
@@ -36,8 +36,8 @@ def check_text(field: str, value: str, length_max: int, *, empty: bool = False) 
 
 
 def check_name(field: str, value: str, length_max: int, *, empty: bool = False) -> None:
-    """Raises InvalidArgument unless `value` is text as for check_text() that stays on its line wherever it is shown: in
-    logs, tables and terminals."""
+    """Checks that `value` is text as for check_text() that stays on its line wherever it is shown: in logs, tables and
+    terminals. Raises InvalidArgument."""
     check_text(field, value, length_max, empty=empty)
     if found := _CONTROL.search(value):
         raise InvalidArgument(

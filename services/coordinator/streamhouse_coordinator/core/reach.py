@@ -34,7 +34,8 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What live workers say of one agent lately. `failing_since_ms`: since when the first of them fails; 0: none."""
+    """Recent reports of live workers about one agent. `failing_since_ms`: since when the first of them fails; 0: none
+    does."""
 
     failing: list[SessionRow]
     reaching: list[SessionRow]

@@ -64,8 +64,9 @@ SnapshotT = TypeVar("SnapshotT", ProducerSnapshotRow, StoredSnapshot)
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the coordinator knows of acknowledged records that are not registered. `announced`: the ends of the buffers
-    that were announced of each range; of `durable_topics` nothing that is not registered counts as acknowledged."""
+    """Acknowledged records that are not registered, as far as the coordinator knows. `announced`: the ends of the
+    buffers that were announced of each range; of `durable_topics` nothing that is not registered counts as
+    acknowledged."""
 
     announced: Mapping[RangeKey, int] = field(default_factory=dict)
     durable_topics: Collection[str] = ()
@@ -156,7 +157,8 @@ def settle_all(ranges: Sequence[RangeRow], wal_ends: WalEnds, known: Known, sess
 
 
 def _truncated(row: RangeRow, log_end: int, acknowledged_end: int) -> list[Event]:
-    """An older copy of the log came back, or one that lost its end: nothing says that the rest is gone for good."""
+    """Returns the events for a log that lacks what it had announced: an older copy came back, and the rest may still
+    exist."""
     events: list[Event] = leave([row], ())
     if row.acknowledged_end != acknowledged_end:
         events.append(LogFoundTruncated(row.topic_id, row.partition, row.epoch, log_end, acknowledged_end))

@@ -195,7 +195,7 @@ class SessionLeaseRow:
 
 @dataclass(frozen=True, slots=True)
 class ReachReportRow:
-    """What a worker says of an agent: since when it reaches it or does not, and when it last said so."""
+    """Report of a worker about an agent: since when it reaches it or does not, and when it last said so."""
 
     session_id: str
     agent_session_id: str

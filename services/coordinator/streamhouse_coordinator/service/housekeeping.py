@@ -117,8 +117,8 @@ async def claim_compaction(
 async def _choose(
     tx: Transaction, key: PartitionKey, *, small_bytes_max: int, target_bytes: int, segments_min: int
 ) -> list[t.SegmentRow]:
-    """What to merge of one partition. Reads the small segments alone, page by page: before them may lie any number of
-    large ones."""
+    """Returns the segments of one partition to merge next; none if nothing is worth it. Reads the small segments alone,
+    page by page: before them may lie any number of large ones."""
     after = -1
     while True:
         of_page = where(

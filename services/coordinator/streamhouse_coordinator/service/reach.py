@@ -1,4 +1,4 @@
-"""What workers say of the agents they reach or do not, and what follows from it for who leads."""
+"""Reports of workers about the agents they reach or do not, and the changes of leadership that follow."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -29,6 +29,7 @@ REPORTS_FRESH_HEARTBEATS = 3
 
 
 def patience(settings: CoordinatorSettings) -> reach.Patience:
+    """Returns the times of `decide` as the settings have them."""
     return reach.Patience(
         settings.unreachable_after_ms,
         settings.reachable_hold_ms,
@@ -74,7 +75,7 @@ def _row(
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Who lives, what is said, and who is or was cut off."""
+    """Live sessions, reports, and agents that are or were cut off."""
 
     agents: list[t.SessionRow]
     workers: list[t.SessionRow]
@@ -97,7 +98,7 @@ class Found:
 
 
 async def look(tx: Transaction) -> Found | None:
-    """None where nobody has anything to say, as is usual: two reads of tables that are empty then."""
+    """Returns who lives and what is reported, or None while nobody reports anything: two reads of empty tables."""
     reports = await tx.select(t.REACH_REPORTS)
     cut_offs = {row.agent_id: row for row in await tx.select(t.CUT_OFFS)}
     if not reports and all(row.reachable_ms for row in cut_offs.values()):

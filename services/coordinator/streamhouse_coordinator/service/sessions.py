@@ -178,7 +178,8 @@ async def _ranges_of(tx: Transaction, others: Sequence[t.SessionRow], wal_id: st
 
 
 async def _known(tx: Transaction, keys: Collection[RangeKey]) -> sessions.Known:
-    """What was announced of these ranges, before any of it is dropped. One aggregate, however many buffers wait."""
+    """Returns the announced ends of these ranges, before any buffer is dropped. One aggregate, however many buffers
+    wait."""
     durable = await durable_topics(tx)
     of_ranges = where_keys(RANGE_KEYS, sorted(key for key in keys if key[0] not in durable))
     rows = await tx.totals(t.BUFFER_SLICES, of_ranges, by=RANGE_KEYS, maxima=("end_offset",)) if keys else []

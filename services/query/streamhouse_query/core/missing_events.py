@@ -1,4 +1,4 @@
-"""Whether events of the metadata that were seen are not there any more: a rollback, as of an old dump. Pure.
+"""Detects that events of the metadata that were seen are gone: a rollback, as of an old dump. Pure.
 
 Owns: the position of the last event that is known to be missing, of one history.
 Invariant: it is kept until another history begins, as a restore does: soon there are as many events again as were seen.

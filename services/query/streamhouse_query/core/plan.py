@@ -80,7 +80,7 @@ def plan(cluster: ClusterIndex, partition: PartitionIndex, offset: int) -> Step:
 
 
 def _of_metadata_that_went_back(cluster: ClusterIndex, partition: PartitionIndex, offset: int, step: Step) -> Step:
-    """What is known is served. Where that ends is not the end, and nothing but a restore brings more."""
+    """Returns the step on metadata that went back: what is known is served, and its end is not taken for the end."""
     if not isinstance(step, Wait | ReadTail | BeyondEnd):
         return step
     reason = went_back_reason(cluster, partition.name, offset)

@@ -72,7 +72,7 @@ class WorkerSession:
             await self._ports.clock.sleep_ms(backoff.next_ms())
 
     async def _live(self, heartbeat_interval_ms: int, event_types: Sequence[str], wake: Callable[[], None]) -> None:
-        """Raises SessionExpired."""
+        """Renews the session and follows its feed until it is lost. Raises SessionExpired."""
         feed = follow_events(self._ports, event_types, wake, self._token)
         tasks = [
             asyncio.create_task(self._renew(heartbeat_interval_ms, wake), name="segmenter heartbeats"),
