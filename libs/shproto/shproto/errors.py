@@ -224,7 +224,7 @@ class Overloaded(StreamHouseError):
 
 
 class DiskFull(StreamHouseError):
-    """The write-ahead log cannot grow; nothing of the batch was kept."""
+    """The write-ahead log cannot grow: no space on its disk, or no file descriptor. Nothing of the batch was kept."""
 
     reason, status, retriable = "DISK_FULL", Code.RESOURCE_EXHAUSTED, True
 

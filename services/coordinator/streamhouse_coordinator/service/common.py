@@ -10,7 +10,9 @@ Locks are taken in one order, so that transactions cannot wait for each other in
   cluster lock is excepted where nobody else locks more than one row: it may lock partitions in several statements, and
   session leases at any time, since who locks one without the cluster lock holds nothing else.
 - Rows of the other tables are changed only by the holder of a lock above them (a segment by that of its range or
-  partition, a buffer by that of its claim, a member by that of its group), or are inserted under a new key.
+  partition, a buffer by that of its claim, a member by that of its group), or are inserted under a new key. Rows of
+  `reach_reports` are written by their worker's heartbeat alone, in a transaction that locks nothing else; the holder of
+  the cluster lock removes outdated ones that nobody locks, and waits for none.
 - A change of leadership is two transactions: the change with the grants that follow from it, and the moves. Which
   ranges are to move shows only when the others are locked, and these would be locked out of order.
 """
@@ -180,7 +182,8 @@ async def make_moves(context: Context) -> None:
 
 
 async def _tell_leases(tx: Transaction, sessions: Sequence[t.SessionRow]) -> None:
-    """With the next heartbeat each agent hears of the position that its grants may have changed at."""
+    """Sets the leases' grants_version to the position of this transaction, which agents see with their next
+    heartbeat."""
     ids = [row.session_id for row in sessions]
     await tx.select(t.SESSION_LEASES, where(session_id=In(ids)), lock="wait")
     tx.with_position(lambda position: [Set(t.SESSION_LEASES, (id_,), {"grants_version": position}) for id_ in ids])
@@ -203,7 +206,7 @@ class _Load:
     unable: dict[str, str]
 
     def cut_off(self, able: Sequence[t.SessionRow]) -> set[str]:
-        """The sessions of agents that are cut off, and whose place another one can take."""
+        """Returns the sessions of agents that are cut off and that another one can replace."""
         return {session_id for session_id, why in self.unable.items() if why == CUT_OFF} - {
             row.session_id for row in able
         }
@@ -218,7 +221,8 @@ class _Load:
 
 
 async def _load_of(tx: Transaction, topic_ids: Collection[str] | None = None) -> _Load:
-    """Of all topics, or of these. Costs by the number of topics and sessions: of partitions only numbers are read."""
+    """Returns the load of all topics, or of `topic_ids`. Costs by the number of topics and sessions: of partitions only
+    numbers are read."""
     of_topics: dict[str, object] = {} if topic_ids is None else {"topic_id": In(topic_ids)}
     sizes = {row.group[0]: row.count for row in await tx.totals(t.PARTITIONS, Where(of_topics), by=("topic_id",))}
     by = ("topic_id", "session_id", "moving")
