@@ -86,7 +86,9 @@ class Agent:
         if not doubt.hidden or doubt.torn:
             return drawn
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, opened.wal.opening_id, address, drawn)
+            return await asyncio.get_running_loop().run_in_executor(
+                self._thread, opened.wal.opening_token, address, drawn
+            )
         except OSError as error:
             log.warning("the session's token cannot be noted, empty ranges may be reported as possibly lost: %s", error)
             return drawn

@@ -101,9 +101,9 @@ class Wal(Protocol):
         """The coordinator knows what a replay found: damage in the files before the first append is nothing new to the
         next replay. Raises OSError."""
 
-    def opening_id(self, address: str, drawn: str) -> str:
-        """The session id that a process before this one, at the same address, asked for over what the replay found, if
-        nothing was written to the log since; else `drawn`, noted durably. Raises OSError."""
+    def opening_token(self, address: str, drawn: str) -> str:
+        """Returns the session's token that a process before this one, at the same address, asked for over what the
+        replay found, if nothing was written to the log since; else `drawn`, noted durably. Raises OSError."""
 
     def note_history(self, seen: Seen) -> None:
         """Keeps it beside the log, durably. Raises OSError."""

@@ -391,7 +391,7 @@ def test_g2_notes_of_a_log_that_was_given_away_say_nothing_of_the_files_that_beg
     old.append([frame(0, b"a")])
     old.close()
     old.mark_settled()
-    old.opening_id("a:1", str(uuid.UUID(int=1)))
+    old.opening_token("a:1", str(uuid.UUID(int=1)))
     old.delete(8)
     assert replay(directory).next_sequence == 1
     new = new_wal(directory)
@@ -400,24 +400,24 @@ def test_g2_notes_of_a_log_that_was_given_away_say_nothing_of_the_files_that_beg
     flip(directory.file_path(1), hidden.at - FRAME_HEADER_SIZE)
     doubt = replay(directory).replay.doubt
     assert doubt.hidden and not doubt.knows_end(KEY)
-    assert new_wal(directory, 8).opening_id("a:1", str(uuid.UUID(int=2))) == str(uuid.UUID(int=2))
+    assert new_wal(directory, 8).opening_token("a:1", str(uuid.UUID(int=2))) == str(uuid.UUID(int=2))
 
 
 def test_a_session_id_is_noted_for_as_long_as_nothing_is_written(directory: WalDirectory):
     first, second, third = (str(uuid.UUID(int=number)) for number in range(3))
     wal = new_wal(directory)
-    assert wal.opening_id("a:1", first) == first
-    assert new_wal(directory).opening_id("a:1", second) == first, "the next process asks for the same"
-    assert new_wal(directory).opening_id("a:2", second) == second, "the coordinator knows the session by its address"
+    assert wal.opening_token("a:1", first) == first
+    assert new_wal(directory).opening_token("a:1", second) == first, "the next process asks for the same"
+    assert new_wal(directory).opening_token("a:2", second) == second, "the coordinator knows the session by its address"
     wal.append([frame(0, b"a")])
     wal.close()
     later = FileWal(directory, replay(directory).next_sequence, file_bytes=1 << 20, fsync_each=True)
-    assert later.opening_id("a:2", third) == third
+    assert later.opening_token("a:2", third) == third
     later.mark_settled()
-    assert later.opening_id("a:2", first) == first
+    assert later.opening_token("a:2", first) == first
     for content in ("", "{}", "[]", "null", '{"version": 1, "sequence": 1, "address": "a:1", "session_id": "x"}'):
         (directory.path / "opening").write_text(content)
-        assert new_wal(directory).opening_id("a:1", second) == second
+        assert new_wal(directory).opening_token("a:1", second) == second
 
 
 def test_g2_the_last_frame_is_never_taken_for_a_torn_write_when_it_is_all_there(directory: WalDirectory):

@@ -101,10 +101,10 @@ class FileWal:
         self._directory.mark_unsynced(False)
         self._has_to_settle = False
 
-    def opening_id(self, address: str, drawn: str) -> str:
-        """The session id that was asked for before over what lies in files before the first of ours, which nobody has
-        begun since; else `drawn`, noted for whoever comes next. Raises OSError."""
-        return self._directory.opening_id(self._first_sequence, address, drawn)
+    def opening_token(self, address: str, drawn: str) -> str:
+        """Returns the session's token that was asked for before over what lies in files before the first of ours, which
+        nobody has begun since; else `drawn`, noted for whoever comes next. Raises OSError."""
+        return self._directory.opening_token(self._first_sequence, address, drawn)
 
     def note_history(self, seen: Seen) -> None:
         """Keeps it beside the log, durably. Raises OSError."""

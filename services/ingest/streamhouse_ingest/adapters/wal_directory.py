@@ -81,12 +81,13 @@ class WalDirectory:
         files.write_text(self.path / _SETTLED, f"{sequence}\n")
         (self.path / _OPENING).unlink(missing_ok=True)
 
-    def opening_id(self, sequence: int, address: str, drawn: str) -> str:
-        """The session id noted when nothing had been written to file `sequence` either, by an agent at this address;
-        else `drawn`, noted from now on. Raises OSError."""
+    def opening_token(self, sequence: int, address: str, drawn: str) -> str:
+        """Returns the session's token noted when nothing had been written to file `sequence` either, by an agent at
+        this address; else `drawn`, noted from now on. Raises OSError."""
         file = self.path / _OPENING
         noted = _opening_of(file, sequence, address) if file.exists() else ""
         if not noted:
+            # The key is from when the session's id was its secret.
             content = {"version": _OPENING_VERSION, "sequence": sequence, "address": address, "session_id": drawn}
             files.write_text(file, json.dumps(content) + "\n")
         return noted or drawn
@@ -180,14 +181,14 @@ def _identity(path: Path, agent_id: str) -> bytes:
 
 
 def _opening_of(file: Path, sequence: int, address: str) -> str:
-    """The session id that the file notes for this; empty when it says something else."""
+    """Returns the session's token that the file notes for this; empty when it says something else."""
     try:
         content = json.loads(file.read_text())
         said = content["version"], content["sequence"], content["address"]
-        session_id = str(uuid.UUID(content["session_id"]))
+        token = str(uuid.UUID(content["session_id"]))
     except (ValueError, KeyError, TypeError, AttributeError):
         return ""  # at worst an empty range is reported as possibly lost
-    return session_id if said == (_OPENING_VERSION, sequence, address) else ""
+    return token if said == (_OPENING_VERSION, sequence, address) else ""
 
 
 def _create_identity(file: Path, agent_id: str) -> bytes:
