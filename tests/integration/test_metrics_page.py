@@ -3,24 +3,32 @@
 import asyncio
 import re
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from streamhouse import Admin, Consumer, Producer
+from streamhouse_query.counters import Counters
 
 from tests.integration.processes import EmbeddedProcess, free_ports
 
 pytestmark = pytest.mark.integration
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "metrics.md"
+NAME = re.compile(r'"(streamhouse_(?:server|ingest|segmenter|coordinator|query)_\w+)"')
 # Measured only after what they count has happened, which this test does not make happen.
 RARE = {
     "streamhouse_coordinator_conflicts_total",
+    "streamhouse_coordinator_expired_total",
     "streamhouse_coordinator_postgres_errors_total",
     "streamhouse_coordinator_published_total",
+    "streamhouse_coordinator_ranges_lost_total",
     "streamhouse_ingest_duplicates_total",
     "streamhouse_ingest_fenced_records_total",
     "streamhouse_ingest_lost_records_total",
+    "streamhouse_ingest_possibly_lost_ranges_total",
     "streamhouse_ingest_rejected_total",
     "streamhouse_query_fetch_duration_ms",
     "streamhouse_segmenter_compacted_segments_total",
@@ -43,6 +51,19 @@ def documented() -> dict[str, tuple[str, str]]:
 def measured(text: str) -> dict[str, tuple[str, str]]:
     helps = dict(re.findall(r"^# HELP (streamhouse_\w+) (.*)$", text, re.M))
     return {name: (kind, helps[name]) for name, kind in re.findall(r"^# TYPE (streamhouse_\w+) (\w+)$", text, re.M)}
+
+
+def instruments() -> Iterator[str]:
+    """Yields the names of all instruments in the services' code. The exporter shows none that was never used."""
+    for path in (*ROOT.glob("services/*/streamhouse_*/**/*.py"), *ROOT.glob("libs/*/sh*/**/*.py")):
+        yield from NAME.findall(path.read_text())
+    yield from (f"streamhouse_query_{item.name}" for item in fields(Counters))
+
+
+def test_the_page_has_all_instruments_in_the_code() -> None:
+    """Also those of rare events, which a healthy platform never shows."""
+    named = {name.removesuffix("_total") for name in documented()}
+    assert {name.removesuffix("_total") for name in instruments()} == named
 
 
 async def test_the_page_and_the_platform_agree(tmp_path: Path) -> None:

@@ -134,13 +134,13 @@ class Agent:
 
     def _observe(self, running: Running) -> None:
         gauges = {
-            "wal_bytes": ("bytes of the write-ahead log", lambda: running.opened.index.size_bytes),
-            "memory_bytes": ("bytes of batches in memory", lambda: running.logs.memory_bytes),
-            "queue_bytes": ("bytes waiting to be written", lambda: running.writer.queue_bytes),
-            "sealed_bytes": ("bytes sealed and not registered", lambda: running.sealer.sealed_bytes),
+            "streamhouse_ingest_wal_bytes": ("bytes of the write-ahead log", lambda: running.opened.index.size_bytes),
+            "streamhouse_ingest_memory_bytes": ("bytes of batches in memory", lambda: running.logs.memory_bytes),
+            "streamhouse_ingest_queue_bytes": ("bytes waiting to be written", lambda: running.writer.queue_bytes),
+            "streamhouse_ingest_sealed_bytes": ("bytes sealed and not registered", lambda: running.sealer.sealed_bytes),
         }
         for name, (description, value) in gauges.items():
-            self._metrics.observe(f"streamhouse_ingest_{name}", description, value)
+            self._metrics.observe(name, description, value)
 
     # ---- stop
 

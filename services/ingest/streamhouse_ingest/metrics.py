@@ -7,30 +7,34 @@ from opentelemetry.metrics import CallbackOptions, Observation
 
 
 class IngestMetrics:
-    """Names are streamhouse_ingest_<what>_<unit>."""
+    """Instruments of one agent. Names are streamhouse_ingest_<what>_<unit>, written out so that a search finds them."""
 
     def __init__(self) -> None:
         meter = metrics.get_meter("streamhouse.ingest")
 
         def counter(name: str, description: str) -> metrics.Counter:
-            return meter.create_counter(f"streamhouse_ingest_{name}", description=description)
+            return meter.create_counter(name, description=description)
 
         def histogram(name: str, description: str) -> metrics.Histogram:
-            return meter.create_histogram(f"streamhouse_ingest_{name}", description=description)
+            return meter.create_histogram(name, description=description)
 
         self._meter = meter
-        self.records = counter("records_total", "records written to the log")
-        self.bytes = counter("bytes_total", "batch bytes written to the log")
-        self.duplicates = counter("duplicates_total", "retries of idempotent producers recognised")
-        self.rejected = counter("rejected_total", "requests refused, by reason")
-        self.damaged = counter("damaged_spans_total", "damaged spans found in the log")
-        self.lost_records = counter("lost_records_total", "records reported lost")
-        self.possibly_lost = counter("possibly_lost_ranges_total", "ranges whose end damage of the log hides")
-        self.fenced_records = counter("fenced_records_total", "records given up: range settled below them, or lost")
-        self.sealed = counter("sealed_buffers_total", "sealed buffers announced")
-        self.append_ms = histogram("append_ms", "from queueing a batch until the log has it")
-        self.write_ms = histogram("wal_write_ms", "write and fsync of a group")
-        self.group_bytes = histogram("group_bytes", "bytes of a group")
+        self.records = counter("streamhouse_ingest_records_total", "records written to the log")
+        self.bytes = counter("streamhouse_ingest_bytes_total", "batch bytes written to the log")
+        self.duplicates = counter("streamhouse_ingest_duplicates_total", "retries of idempotent producers recognised")
+        self.rejected = counter("streamhouse_ingest_rejected_total", "requests refused, by reason")
+        self.damaged = counter("streamhouse_ingest_damaged_spans_total", "damaged spans found in the log")
+        self.lost_records = counter("streamhouse_ingest_lost_records_total", "records reported lost")
+        self.possibly_lost = counter(
+            "streamhouse_ingest_possibly_lost_ranges_total", "ranges whose end damage of the log hides"
+        )
+        self.fenced_records = counter(
+            "streamhouse_ingest_fenced_records_total", "records given up: range settled below them, or lost"
+        )
+        self.sealed = counter("streamhouse_ingest_sealed_buffers_total", "sealed buffers announced")
+        self.append_ms = histogram("streamhouse_ingest_append_ms", "from queueing a batch until the log has it")
+        self.write_ms = histogram("streamhouse_ingest_wal_write_ms", "write and fsync of a group")
+        self.group_bytes = histogram("streamhouse_ingest_group_bytes", "bytes of a group")
 
     def observe(self, name: str, description: str, value: Callable[[], int]) -> None:
         """A gauge that is asked when metrics are collected."""

@@ -20,9 +20,9 @@ download_duration_ms = meter.create_histogram(
 
 
 _GAUGES = {
-    "cache_bytes": "bytes in the disk cache",
-    "index_segments": "segments in the index",
-    "feed_position": "position of the last event applied to the index",
+    "streamhouse_query_cache_bytes": "bytes in the disk cache",
+    "streamhouse_query_index_segments": "segments in the index",
+    "streamhouse_query_feed_position": "position of the last event applied to the index",
 }
 
 
@@ -62,7 +62,7 @@ def export(counters: Counters, gauges: dict[str, Callable[[], int]]) -> None:
         description = item.metadata["description"]
         meter.create_observable_counter(f"streamhouse_query_{item.name}", [callback], description=description)
     for name, read in gauges.items():
-        meter.create_observable_gauge(f"streamhouse_query_{name}", [_observe(read)], description=_GAUGES[name])
+        meter.create_observable_gauge(name, [_observe(read)], description=_GAUGES[name])
 
 
 def _observe(

@@ -125,9 +125,9 @@ def build(
     export(
         counters,
         {
-            "cache_bytes": lambda: disk.size_bytes,
-            "index_segments": lambda: index.cluster.segment_count,
-            "feed_position": lambda: index.cluster.position,
+            "streamhouse_query_cache_bytes": lambda: disk.size_bytes,
+            "streamhouse_query_index_segments": lambda: index.cluster.segment_count,
+            "streamhouse_query_feed_position": lambda: index.cluster.position,
         },
     )
     api = QueryApi(reads, disk, settings)
