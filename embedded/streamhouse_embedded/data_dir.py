@@ -10,8 +10,8 @@ from shruntime import files
 log = logging.getLogger(__name__)
 
 
-OUR_NAMES = ("postgres", "objects", "wal", "cache", "lock")
-"""What the names of our files and directories begin with."""
+OUR_NAMES = frozenset(("postgres", "objects", "wal", "cache", "lock"))
+"""Our directories and our lock. Beside them lie files of PostgreSQL's, whose names begin with `postgres.`"""
 
 
 class DataDirError(Exception):
@@ -69,7 +69,7 @@ class DataDir:
         for made_by_us in (self.objects, self.wal, self.cache, self.path / "lock"):
             if made_by_us.exists():
                 self._make_private(made_by_us)
-        if all(entry.name.startswith(OUR_NAMES) for entry in self.path.iterdir()):
+        if all(_is_ours(entry.name) for entry in self.path.iterdir()):
             self._make_private(self.path)
         elif self.path.stat().st_mode & files.OTHERS:
             log.warning("data directory %s is open to other users: `chmod 700` it if it is nobody else's", self.path)
@@ -84,3 +84,7 @@ class DataDir:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _is_ours(name: str) -> bool:
+    return name in OUR_NAMES or name.startswith("postgres.")

@@ -263,7 +263,7 @@ class EmbeddedPostgres:
                      "--auth-local=peer", "--auth-host=scram-sha-256", f"--pwfile={password_path}"]  # fmt: skip
         try:
             fresh.mkdir(files.PRIVATE_DIRECTORY)
-            _write_private(password_path, secrets.token_urlsafe(24))
+            files.write_text(password_path, secrets.token_urlsafe(24))
             user.give(fresh)
             user.give(password_path)
             await self._run("initdb", user, user.command(bin_dir / "initdb", arguments), INITDB_TIMEOUT_S)
@@ -283,7 +283,7 @@ class EmbeddedPostgres:
             (self.data_dir / HBA_FILE, HBA),
             (self.data_dir / IDENT_FILE, "".join(f'streamhouse "{client}" postgres\n' for client in clients)),
         ):
-            _write_private(path, content)
+            files.write_text(path, content)
             user.give(path)
 
     async def _add_checksums(self, bin_dir: Path, user: RunAs) -> None:
@@ -422,15 +422,6 @@ def _spawn(command: Sequence[str], output: IO[bytes], environ: Mapping[str, str]
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environ, start_new_session=True
     )
-
-
-def _write_private(path: Path, content: str) -> None:
-    """Gives the file this content, durably, for its owner alone."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, files.PRIVATE_FILE)
-    try:
-        files.write_at(fd, content.encode(), 0)
-    finally:
-        os.close(fd)
 
 
 def _remove(path: Path) -> None:

@@ -44,16 +44,17 @@ def test_one_of_an_older_version_is_closed_to_others(tmp_path: Path, caplog: pyt
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("name", ["of-somebody-else", "walter", "cache-of-nginx", "objects.bak", "postgresql"])
 def test_a_directory_that_holds_other_things_keeps_its_permissions(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     """`--data-dir .` or /srv: what is ours in it is closed, the rest is said."""
     open_to_all(tmp_path)
-    (tmp_path / "of-somebody-else").touch(mode=0o644)
+    (tmp_path / name).touch(mode=0o644)
     take(tmp_path)
     assert mode_of(tmp_path) == 0o755
     assert mode_of(tmp_path / "wal") == 0o700
-    assert mode_of(tmp_path / "of-somebody-else") == 0o644
+    assert mode_of(tmp_path / name) == 0o644
     assert caplog.messages == [
         f"data directory {tmp_path} is open to other users: `chmod 700` it if it is nobody else's"
     ]

@@ -55,11 +55,16 @@ def rename(source: Path, target: Path) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Gives the file this content, durably; a crash leaves this content or what the file had before."""
+    write_bytes(path, content.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Gives the file this content, durably; a crash leaves this content or what the file had before."""
     temporary = path.with_suffix(".new")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
     try:
         os.ftruncate(fd, 0)
-        write_at(fd, content.encode(), 0)
+        write_at(fd, content, 0)
     finally:
         os.close(fd)
     rename(temporary, path)

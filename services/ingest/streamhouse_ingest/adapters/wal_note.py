@@ -75,18 +75,9 @@ class HistoryNote:
             finally:
                 os.close(fd)
         else:
-            self._create(slot if number % 2 == 0 else bytes(SLOT_BYTES) + slot)
+            content = slot if number % 2 == 0 else bytes(SLOT_BYTES) + slot
+            files.write_bytes(self._path, content.ljust(2 * SLOT_BYTES, b"\0"))
         self._number = number
-
-    def _create(self, content: bytes) -> None:
-        temporary = self._path.with_suffix(".new")
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
-        try:
-            os.ftruncate(fd, 0)
-            files.write_at(fd, content.ljust(2 * SLOT_BYTES, b"\0"), 0)
-        finally:
-            os.close(fd)
-        files.rename(temporary, self._path)
 
 
 def _encode(number: int, seen: Seen) -> bytes:
