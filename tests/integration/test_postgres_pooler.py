@@ -11,6 +11,7 @@ import pytest
 from shproto.errors import Unavailable
 from shproto.v1 import coordinator_pb2 as pb
 from shstore import MemoryStore
+from streamhouse_coordinator.adapters.postgres_connections import Listening
 from streamhouse_coordinator.adapters.postgres_transaction import PostgresTransaction
 from streamhouse_coordinator.ports import Transaction
 from streamhouse_coordinator.settings import CoordinatorSettings
@@ -117,6 +118,17 @@ async def test_without_it_polling_is_said(pooled: str, caplog: pytest.LogCapture
             async with asyncio.timeout(PATIENCE_S):
                 while "LISTEN does not work through the pooler" not in caplog.text:
                     await asyncio.sleep(0.02)
+
+
+async def test_a_way_past_the_pooler_that_leads_into_one_is_said_once(
+    pooled: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not with every connection that breaks."""
+    connections = Listening(pooled, timeout_ms=5_000, past_pooler=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            await (await connections.connect()).close()
+    assert caplog.text.count("pg_listen_dsn leads to a pooler") == 1
 
 
 async def test_a_way_past_the_pooler_that_leads_into_one_is_said(

@@ -127,7 +127,7 @@ async def test_while_postgresql_is_away_the_connection_to_rabbitmq_stays(
                 await asyncio.sleep(0.02)
         await create_topic(service, "after")
         await arrives(queue, '"after"')
-        assert said(caplog, logging.INFO)[1:] == ["publishing events to RabbitMQ"]
+        assert said(caplog, logging.INFO)[1:] == ["ready to publish events to RabbitMQ"]
         assert connects == 0
 
 

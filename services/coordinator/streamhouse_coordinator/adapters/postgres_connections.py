@@ -260,12 +260,14 @@ class Listening:
         self._hosts = Hosts(dsn)
         self._timeout_ms = timeout_ms
         self._past_pooler = past_pooler
+        self._warned = False
 
     async def connect(self) -> Any:
         """Returns a connection for the caller to close. Raises asyncpg's errors, OSError."""
         connection = await self._hosts.connect(timeout_s=self._timeout_ms / 1000, statement_cache_size=0)
         try:
-            if self._past_pooler and await _leads_to_pooler(connection):
+            if self._past_pooler and not self._warned and await _leads_to_pooler(connection):
+                self._warned = True  # told once, not with every connection that breaks
                 log.warning(
                     "pg_listen_dsn leads to a pooler, too; if that gives out transactions, nothing is heard through "
                     "it, and events are polled: name the server itself"

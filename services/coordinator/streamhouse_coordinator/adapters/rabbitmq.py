@@ -126,7 +126,8 @@ class Relay:
             self._backoff.reset()
             if not self._publishes:
                 self._publishes = True
-                log.info("publishing events to RabbitMQ")
+                # Of several coordinators one has the claim: this one may have nothing to publish as long as it lives.
+                log.info("ready to publish events to RabbitMQ")
             await self._feed.moved_beyond(position)
 
     async def _publish(self, exchange: Any, rows: Sequence[EventRow]) -> None:
