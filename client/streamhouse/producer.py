@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from datetime import datetime
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -267,20 +268,8 @@ class Producer:
         if self._closed:
             return
         self._closed = True
-        told = False  # what is not acknowledged: by raising or logging it
-        try:
-            if flush:
-                await self.flush(timeout_s)
-        except Exception as error:
-            told = True
-            if raise_failures:
-                raise
-            log.warning("closing the producer: %s", error)
-        finally:
-            given_up = self.unacknowledged
-            if given_up and not told:
-                log.warning("the producer is closed without a flush: %s", not_acknowledged(given_up))
-            await self.shut_down()
+        flushed = partial(self.flush, timeout_s) if flush else None
+        await close_with(flushed, lambda: self.unacknowledged, self.shut_down, raise_failures=raise_failures)
 
     async def shut_down(self) -> None:
         """Closes the connections without a flush: what is not acknowledged fails."""
@@ -449,6 +438,31 @@ class Producer:
         for waiter in self._room.admit():
             if not waiter.done():
                 waiter.set_result(None)
+
+
+async def close_with(
+    flush: Callable[[], Awaitable[None]] | None,
+    unacknowledged: Callable[[], int],
+    shut_down: Callable[[], Awaitable[None]],
+    *,
+    raise_failures: bool,
+) -> None:
+    """Flushes (None: not), then shuts down in any case; both kinds of producers close with it. Raises what `flush`
+    raises, after shutting down, or logs it without `raise_failures`. Records that are dropped unsaid are logged."""
+    said = False
+    try:
+        if flush is not None:
+            await flush()
+    except Exception as error:
+        said = True
+        if raise_failures:
+            raise
+        log.warning("closing the producer: %s", error)
+    finally:
+        dropped = unacknowledged()
+        if dropped and not said:
+            log.warning("the producer is closed without a flush: %s", not_acknowledged(dropped))
+        await shut_down()
 
 
 def not_acknowledged(count: int, within: str = "", error: BaseException | None = None) -> str:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime
+from functools import partial
 from itertools import repeat
 from types import TracebackType
 from typing import Self, Unpack
@@ -29,7 +30,7 @@ from streamhouse.background import BACKGROUND
 from streamhouse.core.options import ProducerKwargs, check_exit_timeout, check_timeout_s, partition_number
 from streamhouse.core.outgoing import Bytes, CheckedRecord, Headers, check_record
 from streamhouse.delivery import Delivery, PlacedRecords, SentRecords
-from streamhouse.producer import not_acknowledged
+from streamhouse.producer import close_with, not_acknowledged
 from streamhouse.records import RecordMetadata
 
 log = logging.getLogger(__name__)
@@ -371,20 +372,8 @@ class Producer:
         _UNCLOSED.discard(self)
 
     async def _end(self, timeout_s: float | None, *, flush: bool, raise_failures: bool) -> None:
-        told = False  # what is not acknowledged: by raising or logging it
-        try:
-            if flush:
-                await self._flush(timeout_s)
-        except Exception as error:
-            told = True
-            if raise_failures:
-                raise
-            log.warning("closing the producer: %s", error)
-        finally:
-            given_up = self._unacknowledged()
-            if given_up and not told:
-                log.warning("the producer is closed without a flush: %s", not_acknowledged(given_up))
-            await self._shut_down()
+        flushed = partial(self._flush, timeout_s) if flush else None
+        await close_with(flushed, self._unacknowledged, self._shut_down, raise_failures=raise_failures)
 
     async def _shut_down(self) -> None:
         await self._inner.shut_down()
