@@ -40,9 +40,9 @@ from streamhouse.metadata import MetadataCache
 from streamhouse.offsets import Offsets
 from streamhouse.openings import Openings
 from streamhouse.peers import Peers
-from streamhouse.reader import RETRY_FIRST_MS, RETRY_MAX_MS, Reader
+from streamhouse.reader import Reader
 from streamhouse.records import Record, RecordBatch, TopicPartition
-from streamhouse.retries import Retries
+from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX, Retries
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ class Consumer:
         """Commits; again for as long as a call may take, if it may pass: there is no later one to make up for it."""
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._options.request_timeout_ms / 1000
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         while True:
             try:
                 await self._commits.commit_existing()

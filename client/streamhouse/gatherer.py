@@ -18,10 +18,8 @@ from streamhouse.core.options import ProducerOptions
 from streamhouse.core.sequences import Lane, Outgoing
 from streamhouse.delivery import Delivery
 from streamhouse.leader_stream import LeaderStream
+from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
 
-RETRY_FIRST_MS = 50
-# A leader change takes seconds: asking once a second finds it soon and costs the coordinator little.
-RETRY_MAX_MS = 1_000
 # A batch that could have gone but found no room grows this long, then it is closed and its deadline counts alone.
 GROW_MS_MAX = 1_000
 
@@ -29,8 +27,9 @@ Stream = LeaderStream["tuple[LaneState, Outgoing[Batch]]"]
 
 
 def new_backoff(options: ProducerOptions) -> Backoff:
-    """Short enough that a batch gets several tries within its time."""
-    return Backoff(RETRY_FIRST_MS, min(RETRY_MAX_MS, options.delivery_timeout_ms // 4))
+    """Returns one short enough that a batch gets several tries within its time. A leader change takes seconds: asking
+    once a second finds it soon and costs the coordinator little."""
+    return Backoff(RETRY_FIRST_MS, min(RETRY_MS_MAX, options.delivery_timeout_ms // 4))
 
 
 @dataclass(slots=True, eq=False)

@@ -19,11 +19,11 @@ from streamhouse.core.options import ConsumerOptions
 from streamhouse.core.positions import Position
 from streamhouse.offsets import commits_of
 from streamhouse.records import TopicPartition
+from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
 
 log = logging.getLogger(__name__)
 
-RETRY_FIRST_MS = 50
-RETRY_MAX_MS = 1_000
+
 # While partitions that were promised are still held by another member. The answer comes early when they are let go.
 PENDING_WAIT_MS = 1_000
 
@@ -51,7 +51,7 @@ class Membership:
         self._lost = lost
         self._failed = failed
         self._heartbeat_interval_ms = 0
-        self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
+        self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         self._moved = asyncio.Event()
         self._in_group = asyncio.Event()  # or on the way to it
         self._in_group.set()

@@ -14,8 +14,9 @@ from streamhouse.core.options import ConsumerOptions
 from streamhouse.core.positions import Cursor, Position
 from streamhouse.metadata import MetadataCache
 from streamhouse.offsets import Offsets
-from streamhouse.reader import RETRY_FIRST_MS, RETRY_MAX_MS, Reader
+from streamhouse.reader import Reader
 from streamhouse.records import TopicPartition
+from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Openings:
 
     async def run(self) -> None:
         """Opens what was added, however long finding the offsets takes; until cancelled."""
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         failing = ""
         while True:
             await self._news.wait()

@@ -32,11 +32,11 @@ from streamhouse.core.positions import Cursor, Portion
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
 from streamhouse.records import TopicPartition
+from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
 
 log = logging.getLogger(__name__)
 
-RETRY_FIRST_MS = 50
-RETRY_MAX_MS = 1_000
+
 # A partition that cannot be read is left out of the stream this long, for the others' sake.
 PARTITION_RETRY_MS = 1_000
 # Half of what a query service takes for one subscription, with its default settings.
@@ -135,7 +135,7 @@ class Reader:
         self._room = asyncio.Event()
         self._subscriptions: dict[_Subscription, None] = {}  # in order
         self._addresses: deque[str] = deque()
-        self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
+        self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         self._failing_since: float | None = None
 
     # ---- the owner's side

@@ -23,7 +23,7 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 
 RETRY_FIRST_MS = 50
 # A service that comes back is found within a second, at the cost of one attempt a second.
-RETRY_MAX_MS = 1_000
+RETRY_MS_MAX = 1_000
 # A restart that takes no longer than this is no news.
 NOTICE_AFTER_MS = 1_000
 
@@ -44,7 +44,7 @@ class Retries:
         Not `repeatable`: doing it twice is not the same as once, so only what certainly did nothing is repeated.
         """
         loop = asyncio.get_running_loop()
-        begun_s, backoff, last = loop.time(), Backoff(RETRY_FIRST_MS, RETRY_MAX_MS), None
+        begun_s, backoff, last = loop.time(), Backoff(RETRY_FIRST_MS, RETRY_MS_MAX), None
         deadline_s = begun_s + self._timeout_ms / 1000
         while True:
             try:

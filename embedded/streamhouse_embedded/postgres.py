@@ -56,7 +56,7 @@ STOP_TIMEOUT_S = 15.0
 CHECKSUMS_TIMEOUT_S = 3600.0
 """For adding checksums to an older data directory: it is read and written once, some 100 MB/s on slow disks."""
 
-RESTART_FIRST_MS, RESTART_MAX_MS = 100, 10_000
+RESTART_FIRST_MS, RESTART_MS_MAX = 100, 10_000
 """Back-off of restarts. A server that has run for longer than the maximum begins anew: it does not die at its start."""
 
 POLL_INTERVAL_S = 0.01
@@ -141,13 +141,13 @@ class EmbeddedPostgres:
         """Starts the server again whenever it ends by itself, with back-off, at the same address. For ever; cancel it
         before `stop`. `on_change` is told False when the server has ended, True when it accepts connections again."""
         loop = asyncio.get_running_loop()
-        backoff = Backoff(RESTART_FIRST_MS, RESTART_MAX_MS)
+        backoff = Backoff(RESTART_FIRST_MS, RESTART_MS_MAX)
         while True:
             assert self._process is not None, "start() comes first"
             began_s = loop.time()
             await _wait_for_end(self._process)
             log.error("PostgreSQL in %s ended (%s); starting it again", self.data_dir, _how_it_ended(self._process))
-            if loop.time() - began_s > RESTART_MAX_MS / 1000:
+            if loop.time() - began_s > RESTART_MS_MAX / 1000:
                 backoff.reset()
             await on_change(False)
             while True:

@@ -29,7 +29,7 @@ _followers = metrics.get_meter("streamhouse.coordinator").create_up_down_counter
 
 
 # A database that came back is noticed about as fast as a client gives up a call.
-RETRY_FIRST_MS, RETRY_MAX_MS = 50, 2_000
+RETRY_FIRST_MS, RETRY_MS_MAX = 50, 2_000
 
 
 class Feed:
@@ -75,7 +75,7 @@ class Feed:
 
     async def run(self) -> None:
         """Reads for ever. Without the database it tries again, whatever it answers."""
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS)
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         while True:
             try:
                 if self._checked or await self._check_history():

@@ -27,7 +27,7 @@ from streamhouse_coordinator.feed import Feed
 log = logging.getLogger(__name__)
 
 EXCHANGE = "coordinator.events"  # nameko's name for the events of a service called `coordinator`
-BACKOFF_FIRST_MS, BACKOFF_MAX_MS = 100, 10_000
+BACKOFF_FIRST_MS, BACKOFF_MS_MAX = 100, 10_000
 # Notices that wait to be published; beyond it the oldest go. One drains all buffers there are.
 NOTICES_MAX = 100
 
@@ -75,7 +75,7 @@ class Relay:
         self._drain = drain
         self._batch = batch
         self._timeout_s = timeout_ms / 1000
-        self._backoff = Backoff(BACKOFF_FIRST_MS, BACKOFF_MAX_MS)
+        self._backoff = Backoff(BACKOFF_FIRST_MS, BACKOFF_MS_MAX)
         self._publishes: bool | None = None  # not known before the first try
         self._notices: deque[tuple[BufferSealed, str]] = deque(maxlen=NOTICES_MAX)
         self._noticed = asyncio.Event()

@@ -19,7 +19,7 @@ from streamhouse_segmenter.ports import Ports
 
 log = logging.getLogger(__name__)
 RETRY_FIRST_MS = 200
-RETRY_MAX_MS = 5_000
+RETRY_MS_MAX = 5_000
 
 
 class WorkerSession:
@@ -55,7 +55,7 @@ class WorkerSession:
                 self._token = ""
 
     async def _open(self) -> coordinator_pb2.OpenSessionResponse:
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS, self._ports.rng)
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX, self._ports.rng)
         request = coordinator_pb2.OpenSessionRequest(
             agent_id=self._worker_id,
             role="segmenter",
@@ -89,7 +89,7 @@ class WorkerSession:
 
     async def _renew(self, interval_ms: int, wake: Callable[[], None]) -> None:
         """Sends a heartbeat per interval, with what is known of agents in doubt. Raises SessionExpired."""
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MAX_MS, self._ports.rng)
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX, self._ports.rng)
         clock, agents = self._ports.clock, self._ports.agents
         found: list[coordinator_pb2.AgentReach] = []
         wait_ms: float = interval_ms
