@@ -60,21 +60,39 @@ async def test_reads_every_record_once_and_in_order(platform, address):
     assert first.timestamp_ms == int(first.value)
 
 
-async def test_records_without_bytes_fill_the_prefetch_too(platform, address):
+def received(consumer, monkeypatch, measure):
+    """Returns the list to which `measure(reader)` is added whenever a batch was received."""
+    measured, accept = [], consumer._reader._accept
+
+    def noted(cursor, encoded):
+        accept(cursor, encoded)
+        measured.append(measure(consumer._reader))
+
+    monkeypatch.setattr(consumer._reader, "_accept", noted)
+    return measured
+
+
+async def test_records_without_bytes_fill_the_prefetch_too(platform, address, monkeypatch):
     """Null keys and values cost their offsets and timestamps all the same."""
     platform.add_topic("t", 1)
     count, per_batch = 100_000, 1_000
     async with Producer(address, batch_bytes=per_batch * 32) as producer:
         await producer.send_many("t", [None] * count)
-    async with Consumer(address, ["t"], fetch_bytes=1, prefetch_bytes_max=per_batch * 32) as consumer:
-        await until(lambda: consumer._reader._received)
-        await asyncio.sleep(0.5)
-        assert sum(len(portion.batch) for portion in consumer._reader._received) <= 2 * per_batch
-        assert len(await take(consumer, count)) == count
+    consumer = Consumer(address, ["t"], fetch_bytes=1, prefetch_bytes_max=per_batch * 32, stop_at_end=True)
+    ahead = received(consumer, monkeypatch, lambda reader: sum(len(portion.batch) for portion in reader._received))
+    seen = 0
+    async with consumer:
+        await until(lambda: ahead)
+        async for _ in consumer:
+            seen += 1
+            if seen % 100 == 0:
+                await asyncio.sleep(0.001)  # a reader without a limit would run ahead
+    assert seen == count
+    assert per_batch <= max(ahead) <= 2 * per_batch
 
 
 @pytest.mark.parametrize("windows_unknown", [False, True])
-async def test_what_is_prefetched_is_bounded_by_what_it_takes_decoded(platform, address, windows_unknown):
+async def test_what_is_prefetched_is_bounded_by_what_it_takes_decoded(platform, address, windows_unknown, monkeypatch):
     """Of data that compresses well, four thousand times that is in one response. Also with a query service that knows
     nothing of windows."""
     platform.add_topic("t", 2)
@@ -84,16 +102,16 @@ async def test_what_is_prefetched_is_bounded_by_what_it_takes_decoded(platform, 
         for partition in (0, 1):
             for _ in range(10):
                 await producer.send_many("t", [bytes(mib // 4)] * 8, partition=partition)
-    async with Consumer(address, ["t"], prefetch_bytes_max=4 * mib, stop_at_end=True) as consumer:
-        await until(lambda: consumer._reader._received)
-        await asyncio.sleep(0.3)
-        most = consumer._reader._received_bytes
-        count = 0
+    consumer = Consumer(address, ["t"], prefetch_bytes_max=4 * mib, stop_at_end=True)
+    ahead = received(consumer, monkeypatch, lambda reader: reader._received_bytes)
+    count = 0
+    async with consumer:
+        await until(lambda: ahead and max(ahead) > 2 * mib)
         async for record in consumer:
             count += len(record.value)
-            most = max(most, consumer._reader._received_bytes)
+            await asyncio.sleep(0.001)  # a reader without a limit would run ahead
     assert count == 2 * 10 * 2 * mib
-    assert mib < most <= 5 * mib
+    assert max(ahead) <= 5 * mib
 
 
 @pytest.mark.parametrize("same", [False, True])

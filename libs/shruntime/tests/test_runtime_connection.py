@@ -19,6 +19,7 @@ from shruntime.server import RpcServer
 
 SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"]
 GET_HEAD = coordinator_pb2.GetHeadRequest()
+PATIENCE_S = 30
 
 
 class Replica:
@@ -138,8 +139,9 @@ async def test_calls_that_fail_together_all_go_to_the_next_address(serve: Serve,
     away, well = Replica(Unavailable("PostgreSQL does not answer", database=AWAY)), Replica()
     client = CoordinatorClient(connect(await serve(away), await serve(well)))
     calls = [asyncio.create_task(client.get_head(GET_HEAD)) for _ in range(8)]
-    while away.calls < 8:
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(PATIENCE_S):
+        while away.calls < 8:
+            await asyncio.sleep(0.01)
     away.release.set()
     assert [response.events_position for response in await asyncio.gather(*calls)] == [4] * 8
     assert (away.calls, well.calls) == (8, 8)
@@ -299,8 +301,9 @@ async def test_calls_that_wait_for_a_connection_end_when_it_is_closed(connect: C
     with silence() as one, silence() as other:
         connection = connect(one, other, timeout_ms=120_000)
         waiting = asyncio.create_task(CoordinatorClient(connection).get_head(GET_HEAD))
-        while len(connection._races) < 2:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(PATIENCE_S):
+            while len(connection._races) < 2:
+                await asyncio.sleep(0.01)
         await connection.close()
         with pytest.raises(Unavailable, match="the connection is closed"):
             await waiting

@@ -1,7 +1,8 @@
 """A crowd of callers: a server that is well turns nobody away without saying when to come again."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from shproto.errors import Overloaded
@@ -13,6 +14,7 @@ from shruntime.settings import CommonSettings
 
 SERVICE = query_pb2.DESCRIPTOR.services_by_name["Query"]
 CROWD = 4_000
+PATIENCE_S = 30
 
 
 class HeldQuery:
@@ -51,6 +53,15 @@ async def started(api: HeldQuery, limits: ServerLimits) -> tuple[RpcServer, Quer
     return server, QueryClient(Connection([server.address], timeout_ms=120_000))
 
 
+async def until(measured: Callable[[], object], expected: object) -> None:
+    """Waits for the number. Fails with the one that it stayed at."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PATIENCE_S):
+            while measured() != expected:
+                await asyncio.sleep(0.01)
+    assert measured() == expected
+
+
 async def test_thousands_of_calls_at_once_are_all_answered() -> None:
     """gRPC's default ends calls with CANCELLED from 1,000 on that nobody has looked at."""
     api = HeldQuery()
@@ -73,8 +84,7 @@ async def test_calls_beyond_the_limit_are_told_when_to_come_again() -> None:
         held = [asyncio.create_task(client.fetch(query_pb2.FetchRequest())) for _ in range(2)]
         stream = client.subscribe(one_request())
         await anext(stream)
-        while api.held < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: api.held, 3)
         with pytest.raises(Overloaded, match="calls_in_flight_max = 2") as caught:
             await client.fetch(query_pb2.FetchRequest())
         assert caught.value.details == {"limit": "calls_in_flight_max", "value": "2"}
@@ -100,13 +110,11 @@ async def test_a_call_whose_caller_is_gone_counts_no_longer() -> None:
         held = asyncio.create_task(client.fetch(query_pb2.FetchRequest()))
         stream = client.subscribe(one_request())
         await anext(stream)
-        while server.calls.calls.in_flight + server.calls.streams.in_flight < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: (server.calls.calls.in_flight, server.calls.streams.in_flight), (1, 1))
         held.cancel()
         await asyncio.gather(held, return_exceptions=True)
         await stream.aclose()  # type: ignore[attr-defined]
-        while server.calls.calls.in_flight or server.calls.streams.in_flight:
-            await asyncio.sleep(0.01)
+        await until(lambda: (server.calls.calls.in_flight, server.calls.streams.in_flight), (0, 0))
     finally:
         await client.close()
         await server.stop(0)
@@ -146,8 +154,7 @@ async def test_one_connection_does_not_take_the_calls_and_streams_of_all() -> No
     try:
         for stream in streams:
             await anext(stream)
-        while api.held < 4:
-            await asyncio.sleep(0.01)
+        await until(lambda: api.held, 6)
         for client in clients:
             with pytest.raises(Overloaded, match="calls_per_connection_max = 2") as caught:
                 await client.fetch(query_pb2.FetchRequest())

@@ -5,6 +5,7 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from shformat import decode_batch, read_batch_header
@@ -205,8 +206,17 @@ async def test_a_window_that_is_used_up_holds_up_no_other_partition(
 
 
 async def test_a_subscriber_without_windows_gets_partitions_by_turns_from_what_is_read_ahead(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    read_ahead: list[tuple[int, int, bool]] = []  # partition, next offset, has records
+    deliver = Subscription._deliver
+
+    def noted(self: Subscription, number: int, delivery: Any) -> None:
+        response = delivery.response
+        read_ahead.append((response.partition, response.next_offset, bool(response.batches)))
+        deliver(self, number, delivery)
+
+    monkeypatch.setattr(Subscription, "_deliver", noted)
     await partitions(platform, 2)
     for turn in range(20):
         await platform.produce(values_of(2_000, turn * 2_000, 32))
@@ -215,8 +225,13 @@ async def test_a_subscriber_without_windows_gets_partitions_by_turns_from_what_i
     async with subscribed(service, ("orders", 0, 0), ("orders", 1, 0), max_bytes=128 * 1024) as responses:
         await until(responses, lambda response: response.partition == 1)
         await anext(responses)  # now it has taken that, too
-        await platform.produce([b"quiet"], number=1)
-        await asyncio.sleep(0.2)  # much is read ahead of it
+        async with asyncio.timeout(10):
+            while not any(partition == 0 and next_offset == 40_000 for partition, next_offset, _ in read_ahead):
+                await asyncio.sleep(0.01)
+            await platform.produce([b"quiet"], number=1)
+            while (1, 1, True) not in read_ahead:
+                await asyncio.sleep(0.01)
+        assert sum(partition == 0 for partition, *_ in read_ahead) > 5, "it is in line behind them"
         behind = await until(responses, lambda response: response.partition == 1)
     assert len(behind) <= 2 and values_in(behind, 1) == [b"quiet"]
 
