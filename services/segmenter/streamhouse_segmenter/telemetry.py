@@ -41,4 +41,4 @@ sweeps_refused = _meter.create_counter(
     "streamhouse_segmenter_sweeps_refused",
     description="sweeps not done because the metadata went back in time, or its mark cannot be read",
 )
-events = _meter.create_counter("streamhouse_segmenter_events", description="BufferSealed events that woke the worker")
+events = _meter.create_counter("streamhouse_segmenter_events", description="BufferSealed notices that woke the worker")
