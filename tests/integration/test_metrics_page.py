@@ -21,8 +21,11 @@ NAME = re.compile(r'"(streamhouse_(?:server|ingest|segmenter|coordinator|query)_
 # Measured only after what they count has happened, which this test does not make happen.
 RARE = {
     "streamhouse_coordinator_conflicts_total",
+    "streamhouse_coordinator_events_kept",
+    "streamhouse_coordinator_events_pruned_total",
     "streamhouse_coordinator_expired_total",
     "streamhouse_coordinator_postgres_errors_total",
+    "streamhouse_coordinator_postgres_given_up",
     "streamhouse_coordinator_published_total",
     "streamhouse_coordinator_ranges_lost_total",
     "streamhouse_ingest_duplicates_total",
