@@ -10,7 +10,7 @@ from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.deletion import Patience
+from streamhouse_coordinator.core.deletion import DeletionGrace
 from streamhouse_coordinator.core.groups import split_name
 from streamhouse_coordinator.core.names import (
     AGENT_ID_LENGTH_MAX,
@@ -117,10 +117,10 @@ def any_object_keys(keys: Sequence[str]) -> list[str]:
     return list(keys)
 
 
-def patience(grace_ms: int, confirm_ms: int) -> Patience:
+def patience(grace_ms: int, confirm_ms: int) -> DeletionGrace:
     check_number("grace_ms", grace_ms, 0, DELETION_PATIENCE_MS_MAX)
     check_number("confirm_ms", confirm_ms, 0, DELETION_PATIENCE_MS_MAX)
-    return Patience(grace_ms, confirm_ms)
+    return DeletionGrace(grace_ms, confirm_ms)
 
 
 def object_deletion(item: Judged) -> pb.ObjectDeletion:

@@ -2,10 +2,18 @@
 
 import pytest
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.deletion import ObjectState, Patience, Verdict, changes, judge, withdrawal, withdraws
+from streamhouse_coordinator.core.deletion import (
+    DeletionGrace,
+    ObjectState,
+    Verdict,
+    changes,
+    judge,
+    withdrawal,
+    withdraws,
+)
 from streamhouse_coordinator.core.projection import Put, Remove
 
-PATIENCE = Patience(grace_ms=1000, confirm_ms=300)
+PATIENCE = DeletionGrace(grace_ms=1000, confirm_ms=300)
 NOW_MS = 10_000
 KEY = {"object_key": "k"}
 
@@ -49,7 +57,7 @@ def test_the_verdict(seen: ObjectState, expected: Verdict) -> None:
 
 
 def test_without_patience_an_orphan_goes_at_once() -> None:
-    assert judge(state(), NOW_MS, Patience(0, 0)) is Verdict.BEGUN
+    assert judge(state(), NOW_MS, DeletionGrace(0, 0)) is Verdict.BEGUN
 
 
 def test_what_a_verdict_changes() -> None:

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shproto.events import AgentCutOff, AgentReachable, Event
 from streamhouse_coordinator.core.projection import Put, row_ops
-from streamhouse_coordinator.core.reach import HOLD_DOUBLINGS_MAX, Patience, decide, outdated
+from streamhouse_coordinator.core.reach import HOLD_DOUBLINGS_MAX, ReachTimes, decide, outdated
 from streamhouse_coordinator.core.tables import CutOffRow, ReachReportRow, SessionRow
 
-PATIENCE = Patience(after_ms=15_000, hold_ms=30_000, fresh_ms=30_000)
+PATIENCE = ReachTimes(after_ms=15_000, hold_ms=30_000, fresh_ms=30_000)
 BEAT_MS = 10_000
 
 

@@ -30,14 +30,14 @@ class ObjectState:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class DeletionGrace:
     """How long an upload may take to be registered, and how long readers may have a plan that names an object."""
 
     grace_ms: int
     confirm_ms: int
 
 
-def judge(state: ObjectState, now_ms: int, patience: Patience) -> Verdict:
+def judge(state: ObjectState, now_ms: int, patience: DeletionGrace) -> Verdict:
     """REFERENCED and DECLARED are refusals; NOTICED is to be asked again."""
     if state.referenced:
         return Verdict.REFERENCED
@@ -49,12 +49,12 @@ def judge(state: ObjectState, now_ms: int, patience: Patience) -> Verdict:
     return Verdict.BEGUN if now_ms - noticed_ms >= patience.confirm_ms else Verdict.NOTICED
 
 
-def is_stale(state: ObjectState, now_ms: int, patience: Patience) -> bool:
+def is_stale(state: ObjectState, now_ms: int, patience: DeletionGrace) -> bool:
     """Whether nobody is expected to register the object any more. If somebody does, no harm is done: it is refused."""
     return state.intent is not None and not state.held and now_ms - state.intent.declared_ms >= patience.grace_ms
 
 
-def withdraws(state: ObjectState, verdict: Verdict, now_ms: int, patience: Patience) -> bool:
+def withdraws(state: ObjectState, verdict: Verdict, now_ms: int, patience: DeletionGrace) -> bool:
     """Whether the declaration goes: deletion begins, or the object is registered and its worker gone."""
     return verdict is Verdict.BEGUN or (verdict is Verdict.REFERENCED and is_stale(state, now_ms, patience))
 

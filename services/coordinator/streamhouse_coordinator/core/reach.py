@@ -23,7 +23,7 @@ CALM_MS = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class ReachTimes:
     """`after_ms`: for how long workers must have failed to reach an agent. `hold_ms`: for how long it must be reachable
     again before it leads. `fresh_ms`: how old a report may be to count."""
 
@@ -48,7 +48,7 @@ def reach_of(
     reports: Iterable[ReachReportRow],
     workers: Mapping[str, SessionRow],
     now_ms: int,
-    patience: Patience,
+    patience: ReachTimes,
 ) -> Reach:
     """Returns what the reports come to for one agent. `workers`: live ones by session_id."""
     about = [
@@ -87,7 +87,7 @@ def decide(
     reports: Sequence[ReachReportRow],
     cut_offs: Mapping[str, CutOffRow],
     now_ms: int,
-    patience: Patience,
+    patience: ReachTimes,
 ) -> list[Event]:
     """Returns who is cut off from now on, and who may lead again. `agents`, `workers`: live ones. `cut_offs`: by agent
     id, those that are and those that were.
@@ -128,7 +128,7 @@ def is_out(row: CutOffRow | None, agent: SessionRow) -> bool:
     return row is not None and not row.reachable_ms and row.session_id == agent.session_id
 
 
-def _is_held(reach: Reach, row: CutOffRow, now_ms: int, patience: Patience) -> bool:
+def _is_held(reach: Reach, row: CutOffRow, now_ms: int, patience: ReachTimes) -> bool:
     hold_ms = patience.hold_ms << min(row.times - 1, HOLD_DOUBLINGS_MAX)
     return now_ms - max(reach.changed_ms, row.since_ms) >= hold_ms
 

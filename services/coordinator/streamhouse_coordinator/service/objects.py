@@ -8,7 +8,7 @@ from shproto.errors import Fenced, InvalidArgument
 
 from streamhouse_coordinator.core import deletion
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.deletion import ObjectState, Patience, Verdict
+from streamhouse_coordinator.core.deletion import DeletionGrace, ObjectState, Verdict
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp
 from streamhouse_coordinator.ports import AtMost, In, Lock, Transaction, where
 from streamhouse_coordinator.segment_keys import flaw_of_key
@@ -48,7 +48,7 @@ class Judged:
 
 
 async def begin_deletion(
-    context: Context, object_keys: Sequence[str], patience: Patience, dry_run: bool
+    context: Context, object_keys: Sequence[str], patience: DeletionGrace, dry_run: bool
 ) -> tuple[int, list[Judged]]:
     """PostgreSQL's time, and one verdict per key. From BEGUN on, no segment can be registered in the object, ever.
     Raises MetadataWentBack: what was registered in events that are gone would be taken for an orphan."""
@@ -67,7 +67,7 @@ async def begin_deletion(
     return await context.store.run(work)
 
 
-def _changes(judged: Sequence[Judged], found: "_Found", now_ms: int, patience: Patience) -> list[RowOp]:
+def _changes(judged: Sequence[Judged], found: "_Found", now_ms: int, patience: DeletionGrace) -> list[RowOp]:
     ops = [op for item in judged for op in deletion.changes(item.state, item.verdict, now_ms)]
     withdrawn = [
         item.state.intent
@@ -86,7 +86,7 @@ async def finish_deletion(context: Context, object_keys: Sequence[str]) -> None:
     await context.store.run(work)
 
 
-async def list_deletions(context: Context, patience: Patience, limit: int) -> list[str]:
+async def list_deletions(context: Context, patience: DeletionGrace, limit: int) -> list[str]:
     """Returns keys to begin the deletion of that no listing of the store need show: deletions that were not finished,
     and uploads that never came to anything. The oldest first.
 
@@ -108,7 +108,7 @@ async def list_deletions(context: Context, patience: Patience, limit: int) -> li
         log.warning("forgets %d objects to delete that are no segments', the first is %r", len(flawed), flawed[0])
 
 
-async def _overdue(tx: Transaction, patience: Patience, limit: int) -> list[str]:
+async def _overdue(tx: Transaction, patience: DeletionGrace, limit: int) -> list[str]:
     now_ms = await tx.now_ms()
     noticed = where(noticed_ms=AtMost(now_ms - patience.confirm_ms))
     declared = where(declared_ms=AtMost(now_ms - patience.grace_ms))

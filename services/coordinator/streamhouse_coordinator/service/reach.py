@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 REPORTS_FRESH_HEARTBEATS = 3
 
 
-def patience(settings: CoordinatorSettings) -> reach.Patience:
+def patience(settings: CoordinatorSettings) -> reach.ReachTimes:
     """Returns the times of `decide` as the settings have them."""
-    return reach.Patience(
+    return reach.ReachTimes(
         settings.unreachable_after_ms,
         settings.reachable_hold_ms,
         REPORTS_FRESH_HEARTBEATS * settings.heartbeat_interval_ms,
