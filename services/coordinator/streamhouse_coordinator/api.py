@@ -49,7 +49,7 @@ FIRST_PRODUCER_EPOCH = 0
 METADATA_TOPICS_MAX = 10_000
 
 
-class Holders(Protocol):
+class SessionProbe(Protocol):
     """Knows about the processes that hold sessions (probe.Probe)."""
 
     def follower_gone(self, session_id: str) -> None:
@@ -62,7 +62,7 @@ class Holders(Protocol):
 class CoordinatorApi:
     """Implements shproto.services.CoordinatorApi."""
 
-    def __init__(self, context: Context, feed: Feed, holders: Holders) -> None:
+    def __init__(self, context: Context, feed: Feed, holders: SessionProbe) -> None:
         self._context = context
         self._settings = context.settings
         self._feed = feed

@@ -195,7 +195,7 @@ def test_topics_that_are_made_one_after_the_other_are_balanced_without_a_move(to
     for number in range(topics):
         size = rng.randint(1, 20)
         shares = share({f"t{number}": size}, {}, sessions, loads)
-        assert sum(shares.room.values()) == size and not shares.surplus
+        assert sum(shares.missing.values()) == size and not shares.surplus
         waiting = [PartitionRow(f"t{number}", partition, 0, 0) for partition in range(size)]
         for event in grant(shares, {f"t{number}": "t"}, waiting, {}, loads, sessions, WIDTH):
             loads[event.session_id] += 1
@@ -210,7 +210,7 @@ def test_who_is_not_to_lead_gives_up_all() -> None:
     held = Counter((row.topic_id, row.session_id) for row in fleet.held())
     shares = share(fleet.sizes, held, [session("b"), session("c")])
     assert shares.surplus == {("x", "session-a"): 2, ("y", "session-a"): 1}
-    assert sum(shares.room.values()) == 3
+    assert sum(shares.missing.values()) == 3
 
 
 def test_an_agent_whose_log_is_full_gives_all_up_and_gets_its_share_back() -> None:

@@ -25,13 +25,13 @@ from shproto.rpc import MESSAGE_BYTES_MAX
 from streamhouse_coordinator.core import compaction, names, registration, retention, sessions, topics
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.registration import Result
-from streamhouse_coordinator.core.sessions import Known, WalEnds
+from streamhouse_coordinator.core.sessions import AcknowledgedEnds, WalEnds
 
 TOPIC = "0" * 32
 KEY = (TOPIC, 0, 1)
 RANGE = t.RangeRow(TOPIC, 0, 1, 0, 1000, 100, None, t.OPEN, "s", "a", "w", False)
 SETTLED = replace(RANGE, status=t.SETTLED, end_offset=150)
-NOTHING_KNOWN = Known()
+NOTHING_KNOWN = AcknowledgedEnds()
 
 
 def segment(base: int, end: int, name: str = "x", **changes: Any) -> Segment:
@@ -134,12 +134,12 @@ def test_a_log_that_lost_its_tail_does_not_take_back_what_is_registered() -> Non
 @pytest.mark.parametrize(
     ("row_", "known"),
     [
-        (RANGE, Known({KEY: 140})),
-        (replace(RANGE, status=t.ORPHANED), Known({KEY: 140})),
+        (RANGE, AcknowledgedEnds({KEY: 140})),
+        (replace(RANGE, status=t.ORPHANED), AcknowledgedEnds({KEY: 140})),
         (replace(RANGE, status=t.ORPHANED, acknowledged_end=140), NOTHING_KNOWN),
     ],
 )
-def test_g1_a_log_that_lacks_what_it_had_announced_settles_nothing(row_: t.RangeRow, known: Known) -> None:
+def test_g1_a_log_that_lacks_what_it_had_announced_settles_nothing(row_: t.RangeRow, known: AcknowledgedEnds) -> None:
     """An older copy of the disk came back: what was acknowledged since is given up by nobody but an operator."""
     orphaned = [RangeOrphaned(TOPIC, 0, 1)] if row_.status == t.OPEN else []
     noted = [LogFoundTruncated(TOPIC, 0, 1, 120, 140)] if row_.acknowledged_end is None else []
@@ -147,7 +147,7 @@ def test_g1_a_log_that_lacks_what_it_had_announced_settles_nothing(row_: t.Range
     nothing_left = sessions.settle_all([row_], WalEnds(), known, "new")
     assert [type(event).__name__ for event in nothing_left] == [type(event).__name__ for event in [*orphaned, *noted]]
     assert sessions.settle_all([row_], WalEnds({KEY: 140}), known, "new") == [RangeSettled(TOPIC, 0, 1, 140)]
-    durable = Known(known.announced, {TOPIC})
+    durable = AcknowledgedEnds(known.announced, {TOPIC})
     assert sessions.settle_all([row_], WalEnds({KEY: 120}), durable, "new") == [RangeSettled(TOPIC, 0, 1, 120)]
 
 
@@ -158,7 +158,7 @@ def test_g2_a_damaged_log_settles_at_the_limit_what_its_replay_cannot_tell() -> 
         RangeSettled(TOPIC, 0, 1, 140),
         RangeSettled(TOPIC, 1, 1, RANGE.limit_offset),
     ]
-    durable = sessions.settle_all([other], unknown, Known({}, {TOPIC}), "new")
+    durable = sessions.settle_all([other], unknown, AcknowledgedEnds({}, {TOPIC}), "new")
     assert durable == [RangeSettled(TOPIC, 1, 1, 100)], "nothing beyond was acknowledged, or read"
 
 
@@ -213,11 +213,11 @@ def test_settling_is_repeatable_and_only_for_the_leader() -> None:
 
 
 def test_g1_a_leader_settles_nothing_below_what_it_announced() -> None:
-    announced = Known({KEY: 140})
+    announced = AcknowledgedEnds({KEY: 140})
     with pytest.raises(InvalidArgument, match="acknowledged up to 140"):
         sessions.settle(old(), {KEY: RANGE}, {KEY: 139}, announced)
     assert sessions.settle(old(), {KEY: RANGE}, {KEY: 140}, announced) == [RangeSettled(TOPIC, 0, 1, 140)]
-    durable = Known({KEY: 140}, {TOPIC})
+    durable = AcknowledgedEnds({KEY: 140}, {TOPIC})
     assert sessions.settle(old(), {KEY: RANGE}, {KEY: 120}, durable) == [RangeSettled(TOPIC, 0, 1, 120)]
 
 

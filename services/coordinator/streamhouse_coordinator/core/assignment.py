@@ -40,10 +40,11 @@ def left_without_leader(events: Iterable[Event]) -> Iterator[PartitionKey]:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """How many partitions of each topic each session is to lead. `room`: how many more than it leads, of those on the
-    move and without a leader; `surplus`: how many it is to give up. Both by (topic_id, session_id), without zeros."""
+    """How many partitions of each topic each session is to lead. `missing`: how many more than it leads, of those on
+    the move and without a leader; `surplus`: how many it is to give up. Both by (topic_id, session_id), without
+    zeros."""
 
-    room: dict[tuple[str, str], int]
+    missing: dict[tuple[str, str], int]
     surplus: dict[tuple[str, str], int]
 
 
@@ -74,14 +75,14 @@ def share(
         return Shares({}, surplus)
     loads = np.array([others.get(row.session_id, 0) for row in sessions], np.int64)
     difference = _parts(count, np.array([sizes[topic_id] for topic_id in topics], np.int64), loads) - count
-    room = {}
+    missing = {}
     for row, column in np.argwhere(difference).tolist():
         key, more = (topics[row], sessions[column].session_id), int(difference[row, column])
         if more > 0:
-            room[key] = more
+            missing[key] = more
         else:
             surplus[key] = -more
-    return Shares(room, surplus)
+    return Shares(missing, surplus)
 
 
 def _parts(count: Numbers, sizes: Numbers, loads: Numbers) -> Numbers:
@@ -149,27 +150,28 @@ def grant(
 ) -> list[EpochGranted]:
     """Returns a leader for each partition that has none; nobody to lead them: no grants.
 
-    The session whose log has a partition's past gets it if it has room in the topic; else the one with room that leads
-    least. `topics`: name by topic_id. `waiting`: the partitions without a leader; `latest`: the newest range of each
-    that has had one. `loads`: by session_id, how many partitions each leads that are not on the move.
+    The session whose log has a partition's past gets it if its share of the topic misses one; else, of those whose
+    share does, the session that leads least. `topics`: name by topic_id. `waiting`: the partitions without a leader;
+    `latest`: the newest range of each that has had one. `loads`: by session_id, how many partitions each leads that
+    are not on the move.
     """
     if not sessions:
         return []
-    room, totals = dict(shares.room), {row.session_id: loads.get(row.session_id, 0) for row in sessions}
+    missing, totals = dict(shares.missing), {row.session_id: loads.get(row.session_id, 0) for row in sessions}
     by_wal = {row.wal_id: row for row in sessions}
     chosen: dict[PartitionKey, SessionRow] = {}
     rest: dict[str, list[PartitionRow]] = defaultdict(list)
     for row in sorted(waiting, key=lambda row: (row.topic_id, row.partition)):
         past = latest.get((row.topic_id, row.partition))
         session = by_wal.get(past.wal_id) if past is not None else None
-        if session is not None and room.get((row.topic_id, session.session_id), 0):
+        if session is not None and missing.get((row.topic_id, session.session_id), 0):
             chosen[row.topic_id, row.partition] = session
-            room[row.topic_id, session.session_id] -= 1
+            missing[row.topic_id, session.session_id] -= 1
             totals[session.session_id] += 1
         else:
             rest[row.topic_id].append(row)
     for topic_id, rows in rest.items():
-        for row, session in zip(rows, _by_load(topic_id, room, totals, sessions), strict=False):
+        for row, session in zip(rows, _by_load(topic_id, missing, totals, sessions), strict=False):
             chosen[topic_id, row.partition] = session
     return [
         _grant(topics[row.topic_id], row, latest.get(key), chosen[key], width_offsets)
@@ -184,21 +186,21 @@ def able_to_lead(sessions: Sequence[SessionRow], unable: Collection[str]) -> lis
 
 
 def _by_load(
-    topic_id: str, room: dict[tuple[str, str], int], totals: dict[str, int], sessions: Sequence[SessionRow]
+    topic_id: str, missing: dict[tuple[str, str], int], totals: dict[str, int], sessions: Sequence[SessionRow]
 ) -> Iterator[SessionRow]:
-    """Gives the sessions that have room in the topic, each as often as it has, the one that leads least first."""
+    """Yields the sessions whose share of the topic misses partitions, each once for each, the least loaded first."""
     by_load = [
         (totals[row.session_id], row.agent_id, at)
         for at, row in enumerate(sessions)
-        if room.get((topic_id, row.session_id), 0)
+        if missing.get((topic_id, row.session_id), 0)
     ]
     heapq.heapify(by_load)
     while by_load:
         load, agent_id, at = heapq.heappop(by_load)
         session_id = sessions[at].session_id
-        room[topic_id, session_id] -= 1
+        missing[topic_id, session_id] -= 1
         totals[session_id] += 1
-        if room[topic_id, session_id]:
+        if missing[topic_id, session_id]:
             heapq.heappush(by_load, (load + 1, agent_id, at))
         yield sessions[at]
 

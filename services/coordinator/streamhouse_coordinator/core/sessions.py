@@ -63,7 +63,7 @@ SnapshotT = TypeVar("SnapshotT", ProducerSnapshotRow, StoredSnapshot)
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class AcknowledgedEnds:
     """Acknowledged records that are not registered, as far as the coordinator knows. `announced`: the ends of the
     buffers that were announced of each range; of `durable_topics` nothing that is not registered counts as
     acknowledged."""
@@ -84,7 +84,7 @@ def open_session(
     live: Collection[str],
     ranges: Sequence[RangeRow],
     wal_ends: WalEnds,
-    known: Known,
+    known: AcknowledgedEnds,
 ) -> list[Event]:
     """The events of a new session. With a torn log the open ranges are only orphaned by them, so that the next epochs
     begin at their limits; settle_all() is to follow those grants.
@@ -136,7 +136,7 @@ def reopened(session: SessionRow, wanted: SessionOpened) -> SessionRow:
     return session
 
 
-def settle_all(ranges: Sequence[RangeRow], wal_ends: WalEnds, known: Known, session_id: str) -> list[Event]:
+def settle_all(ranges: Sequence[RangeRow], wal_ends: WalEnds, known: AcknowledgedEnds, session_id: str) -> list[Event]:
     """Declares the ends of a log's ranges: what its replay found, else what is registered, or, where damage may hide
     more, the limit. A range whose log lacks what was announced of it is orphaned, and waits.
 
@@ -199,7 +199,7 @@ def end_session(
 
 
 def settle(
-    session: SessionRow, ranges: Mapping[RangeKey, RangeRow], ends: Mapping[RangeKey, int], known: Known
+    session: SessionRow, ranges: Mapping[RangeKey, RangeRow], ends: Mapping[RangeKey, int], known: AcknowledgedEnds
 ) -> list[RangeSettled]:
     """The leader itself ends its ranges. Those already ended, or of a deleted topic, are passed over: the call may be
     a retry; so are those that wait for what their log lacks. Raises InvalidArgument for a range of another log, or an

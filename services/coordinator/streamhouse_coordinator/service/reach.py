@@ -74,7 +74,7 @@ def _row(
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ReachState:
     """Live sessions, reports, and agents that are or were cut off."""
 
     agents: list[t.SessionRow]
@@ -97,7 +97,7 @@ class Found:
         return reach.outdated(self.agents, self.workers, self.reports, out)
 
 
-async def look(tx: Transaction) -> Found | None:
+async def look(tx: Transaction) -> ReachState | None:
     """Returns who lives and what is reported, or None while nobody reports anything: two reads of empty tables."""
     reports = await tx.select(t.REACH_REPORTS)
     cut_offs = {row.agent_id: row for row in await tx.select(t.CUT_OFFS)}
@@ -108,7 +108,7 @@ async def look(tx: Transaction) -> Found | None:
     sessions = await tx.select(t.SESSIONS, where(role=roles), order=("agent_id",))
     sessions = [row for row in sessions if row.session_id in live]
     agents = [row for row in sessions if row.role == INGEST]
-    return Found(agents, [row for row in sessions if row.role != INGEST], reports, cut_offs)
+    return ReachState(agents, [row for row in sessions if row.role != INGEST], reports, cut_offs)
 
 
 async def is_due(tx: Transaction, settings: CoordinatorSettings) -> tuple[bool, int]:

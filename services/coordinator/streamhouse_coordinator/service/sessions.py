@@ -177,13 +177,14 @@ async def _ranges_of(tx: Transaction, others: Sequence[t.SessionRow], wal_id: st
     return await tx.select(t.RANGES, where(UNFINISHED, wal_id=In(wal_ids))) if wal_ids else []
 
 
-async def _known(tx: Transaction, keys: Collection[RangeKey]) -> sessions.Known:
+async def _known(tx: Transaction, keys: Collection[RangeKey]) -> sessions.AcknowledgedEnds:
     """Returns the announced ends of these ranges, before any buffer is dropped. One aggregate, however many buffers
     wait."""
     durable = await durable_topics(tx)
     of_ranges = where_keys(RANGE_KEYS, sorted(key for key in keys if key[0] not in durable))
     rows = await tx.totals(t.BUFFER_SLICES, of_ranges, by=RANGE_KEYS, maxima=("end_offset",)) if keys else []
-    return sessions.Known({(row.group[0], row.group[1], row.group[2]): row.maxima[0] for row in rows}, durable)
+    announced = {(row.group[0], row.group[1], row.group[2]): row.maxima[0] for row in rows}
+    return sessions.AcknowledgedEnds(announced, durable)
 
 
 async def _drop_buffers(tx: Transaction, wal_id: str, now_ms: int) -> None:
