@@ -83,7 +83,9 @@ class Sweeper:
 
     async def _look(self, tx: Transaction) -> _Found:
         reach_due, cut_off = await reach.is_due(tx, self._context.settings)
-        away_ms, moves_due = await outages.forgive(tx, self._context.settings.session_sweep_interval_ms)
+        away_ms, moves_due = await outages.extend_leases_after_outage(
+            tx, self._context.settings.session_sweep_interval_ms
+        )
         orphaned, impatient = await recovery.look_for_orphaned(tx)
         return _Found(
             away_ms=away_ms,

@@ -271,12 +271,12 @@ def test_how_many_producers_states_an_answer_tells(
     monkeypatch: pytest.MonkeyPatch, sizes_bytes: list[int], told: int
 ) -> None:
     """The first, whatever its size; none behind one that is omitted."""
-    monkeypatch.setattr(sessions, "TOLD_BYTES_MAX", 10)
-    assert sessions.told_count(sizes_bytes) == told
+    monkeypatch.setattr(sessions, "REPORTED_BYTES_MAX", 10)
+    assert sessions.reported_count(sizes_bytes) == told
 
 
 def test_the_largest_answer_fits_into_a_message() -> None:
-    largest = max(sessions.SNAPSHOT_BYTES_MAX, sessions.TOLD_BYTES_MAX)
+    largest = max(sessions.SNAPSHOT_BYTES_MAX, sessions.REPORTED_BYTES_MAX)
     assert largest <= MESSAGE_BYTES_MAX // 2, "the other half is for what else 100,000 grants say"
 
 

@@ -142,7 +142,7 @@ async def test_leases_moved_after_an_outage_and_everybody_who_writes_them(
         await tx.append([GroupRebalanced("g", 2, {})])
 
     paused = await Paused(quiet, hold_member, rebalance).holds()
-    sweeping = asyncio.create_task(quiet.context.store.run(lambda tx: outages.forgive(tx, 50)))
+    sweeping = asyncio.create_task(quiet.context.store.run(lambda tx: outages.extend_leases_after_outage(tx, 50)))
     await until_blocked(1)
     opening = asyncio.create_task(open_agent(quiet.api, "b"))
     await until_blocked(2)

@@ -22,9 +22,9 @@ from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, P
 INGEST, SEGMENTER = "ingest", "segmenter"
 # What is kept of the producers of one range; an agent's own limit is some 100,000 producers of 130 bytes.
 SNAPSHOT_BYTES_MAX = 16 * 1024 * 1024
-# What one answer tells of producers; with it the answer stays well below the 64 MiB that a message may have, whatever
-# else its grants have (some 100 bytes each). Two of the largest, or some 300 ranges with 1000 producers each.
-TOLD_BYTES_MAX = 32 * 1024 * 1024
+# Bytes of producers' snapshots in one answer; with them the answer stays well below the 64 MiB that a message may have,
+# whatever else its grants have (some 100 bytes each). Two of the largest, or some 300 ranges with 1000 producers each.
+REPORTED_BYTES_MAX = 32 * 1024 * 1024
 ROLES = (INGEST, "query", SEGMENTER, "coordinator")
 
 RangeKey = tuple[str, int, int]
@@ -237,7 +237,7 @@ def newest_for(row: RangeRow, snapshots: Sequence[SnapshotT]) -> SnapshotT | Non
     of the range, or, at its beginning, the newest of an earlier epoch. None if there is none.
 
     Where an older range of the partition has one, a newer range has one, too: what is omitted from an answer relies on
-    it (told_count).
+    it (reported_count).
     """
     own = [item for item in snapshots if item.epoch == row.epoch and item.end_offset <= row.registered_end]
     earlier = [item for item in snapshots if item.epoch < row.epoch]
@@ -250,10 +250,10 @@ def snapshot_for(row: RangeRow, snapshots: Sequence[ProducerSnapshotRow]) -> byt
     return newest.snapshot if newest is not None else b""
 
 
-def told_count(sizes_bytes: Sequence[int]) -> int:
-    """Of an answer's producer snapshots, which are so large, so many are told; those behind are omitted, smaller ones
-    included. The first is told however large it is: who asks again for what was omitted gets on with every answer."""
-    fitting = sum(total <= TOLD_BYTES_MAX for total in accumulate(sizes_bytes))
+def reported_count(sizes_bytes: Sequence[int]) -> int:
+    """Returns how many leading snapshots fit into REPORTED_BYTES_MAX together, at least 1 if there are any. Those
+    behind them are omitted, smaller ones included: who asks again for what was omitted gets on with every answer."""
+    fitting = sum(total <= REPORTED_BYTES_MAX for total in accumulate(sizes_bytes))
     return max(fitting, min(1, len(sizes_bytes)))
 
 

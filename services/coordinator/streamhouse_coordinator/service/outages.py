@@ -13,10 +13,10 @@ from streamhouse_coordinator.settings import MISSED_SWEEPS
 SWEEP = "sweep"
 
 
-async def forgive(tx: Transaction, sweep_interval_ms: int) -> tuple[int, bool]:
-    """Notes that there is a sweep now. If there was none for long, all leases move by that time. Returns it in ms, 0
-    if there was no outage; and whether moves of partitions are due, which the same table tells. The caller holds no
-    lock yet."""
+async def extend_leases_after_outage(tx: Transaction, sweep_interval_ms: int) -> tuple[int, bool]:
+    """Notes that there is a sweep now, and extends all leases by the time without one if that was long, so that an
+    outage expires no session. Returns that time in ms, 0 if there was no outage; and True if moves of partitions are
+    due, which the same table tells. The caller holds no lock yet."""
     now_ms = await tx.now_ms()
     rows = {row.name: row.last_ms for row in await tx.select(t.SWEEPS)}
     away_ms = now_ms - rows.get(SWEEP, now_ms)

@@ -305,7 +305,7 @@ async def _told(
 ) -> dict[RangeKey, bytes]:
     """Of the snapshots `wanted`, by range and of these sizes, those that an answer has room for: only their bytes are
     read. One that a registration replaces meanwhile is left to the next answer, and so are all behind it."""
-    fitting = dict(islice(wanted.items(), sessions.told_count(sizes_bytes)))
+    fitting = dict(islice(wanted.items(), sessions.reported_count(sizes_bytes)))
     if not fitting:
         return {}
     keys = t.PRODUCER_SNAPSHOTS.key
