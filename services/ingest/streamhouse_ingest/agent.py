@@ -16,7 +16,7 @@ from streamhouse_ingest.core.partition_log import PartitionLog
 from streamhouse_ingest.core.replay import Replay
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.parts import Running, Surroundings, assemble
+from streamhouse_ingest.parts import AgentContext, AgentParts, assemble
 from streamhouse_ingest.ports import OpenedLog, Wal
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.waiting import ends_within
@@ -42,13 +42,13 @@ class Agent:
         self._open_log = open_log
         self._metrics = IngestMetrics()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="wal")
-        self._running: Running | None = None
+        self._running: AgentParts | None = None
         self._following: asyncio.Task[None] | None = None
         self._stopping = False
         self.tasks = Tasks()
-        self._around = Surroundings(settings, coordinator, clock, self._metrics, self.tasks, self._thread)
+        self._around = AgentContext(settings, coordinator, clock, self._metrics, self.tasks, self._thread)
 
-    def running(self) -> Running:
+    def running(self) -> AgentParts:
         """Raises Unavailable before `start` is done, ShuttingDown after `stop`."""
         if self._running is None:
             if self._stopping:
@@ -118,7 +118,7 @@ class Agent:
             log.info("replayed %s: offsets %d to %d", restored.describe(), first_offset, restored.next_offset)
         return logs
 
-    def _spawn_parts(self, running: Running) -> None:
+    def _spawn_parts(self, running: AgentParts) -> None:
         self.tasks.spawn("wal writer", running.writer.run())
         self.tasks.spawn("sealer", running.sealer.run())
         self.tasks.spawn("announcer", running.sealer.announce())
@@ -132,7 +132,7 @@ class Agent:
             await self._clock.sleep_ms(self._settings.wal_fsync_interval_ms)
             await loop.run_in_executor(self._thread, wal.sync)
 
-    def _observe(self, running: Running) -> None:
+    def _observe(self, running: AgentParts) -> None:
         gauges = {
             "streamhouse_ingest_wal_bytes": ("bytes of the write-ahead log", lambda: running.opened.index.size_bytes),
             "streamhouse_ingest_memory_bytes": ("bytes of batches in memory", lambda: running.logs.memory_bytes),
@@ -164,7 +164,7 @@ class Agent:
         self._running = None
         await self._close_log(running)
 
-    async def _drain(self, running: Running) -> None:
+    async def _drain(self, running: AgentParts) -> None:
         await running.writer.drain()
         running.moves.cancel_all()
         for held in running.logs:
@@ -178,7 +178,7 @@ class Agent:
                 timeout_ms,
             )
 
-    async def _close_log(self, running: Running) -> None:
+    async def _close_log(self, running: AgentParts) -> None:
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._thread, running.opened.wal.close)

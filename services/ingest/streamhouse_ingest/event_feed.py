@@ -32,7 +32,7 @@ from streamhouse_ingest.grants import Grants
 from streamhouse_ingest.history import History
 from streamhouse_ingest.logs import Logs
 from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import Sealer, SessionHolder
+from streamhouse_ingest.sealer import CurrentSession, Sealer
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class EventFeed:
         self,
         agent_id: str,
         coordinator: CoordinatorApi,
-        holder: SessionHolder,
+        holder: CurrentSession,
         logs: Logs,
         ranges: Ranges,
         sealer: Sealer,

@@ -18,7 +18,7 @@ from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.core.wanted import Question, Wanted
 from streamhouse_ingest.history import History
 from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import SessionHolder
+from streamhouse_ingest.sealer import CurrentSession
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Grants:
         self,
         coordinator: CoordinatorApi,
         ranges: Ranges,
-        holder: SessionHolder,
+        holder: CurrentSession,
         history: History,
         clock: Clock,
         make_backoff: Callable[[], Backoff],

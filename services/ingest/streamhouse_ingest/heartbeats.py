@@ -18,7 +18,7 @@ from streamhouse_ingest.history import History
 from streamhouse_ingest.log_room import LogRoom
 from streamhouse_ingest.logs import Logs
 from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import SessionHolder
+from streamhouse_ingest.sealer import CurrentSession
 from streamhouse_ingest.waiting import ends_within
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Heartbeats:
     def __init__(
         self,
         coordinator: CoordinatorApi,
-        holder: SessionHolder,
+        holder: CurrentSession,
         lease: Lease,
         logs: Logs,
         ranges: Ranges,

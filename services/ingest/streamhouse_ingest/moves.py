@@ -15,7 +15,7 @@ from shruntime.tasks import Backoff, Tasks
 
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.logs import HeldLog, Logs
-from streamhouse_ingest.sealer import Sealer, SessionHolder
+from streamhouse_ingest.sealer import CurrentSession, Sealer
 from streamhouse_ingest.waiting import done_within
 from streamhouse_ingest.writer import Writer
 
@@ -36,7 +36,7 @@ class Moves:
         writer: Writer,
         sealer: Sealer,
         coordinator: CoordinatorApi,
-        holder: SessionHolder,
+        holder: CurrentSession,
         clock: Clock,
         tasks: Tasks,
         *,

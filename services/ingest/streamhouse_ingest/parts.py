@@ -22,7 +22,7 @@ from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.moves import Moves
 from streamhouse_ingest.ports import OpenedLog
 from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import Sealer, SessionHolder
+from streamhouse_ingest.sealer import CurrentSession, Sealer
 from streamhouse_ingest.service import ProduceService
 from streamhouse_ingest.session import Identity, Session
 from streamhouse_ingest.settings import IngestSettings
@@ -36,7 +36,7 @@ _OBJECT_BYTES_MAX = 256 * MIB
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class AgentContext:
     """What all parts share and none of them owns."""
 
     settings: IngestSettings
@@ -51,7 +51,7 @@ class Surroundings:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class AgentParts:
     """Everything that exists once the log is open."""
 
     opened: OpenedLog
@@ -59,7 +59,7 @@ class Running:
     writer: Writer
     sealer: Sealer
     session: Session
-    holder: SessionHolder
+    holder: CurrentSession
     grants: Grants
     ranges: Ranges
     moves: Moves
@@ -68,10 +68,10 @@ class Running:
     tail: TailReader
 
 
-def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) -> Running:
+def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) -> AgentParts:
     """Makes and connects the parts; starts nothing."""
     settings = around.settings
-    holder, lease = SessionHolder(), Lease(settings.lease_margin_ms)
+    holder, lease = CurrentSession(), Lease(settings.lease_margin_ms)
     sealer = Sealer(
         logs, around.coordinator, holder, around.clock, _seal_limits(settings), around.backoff(), around.metrics
     )
@@ -121,16 +121,16 @@ def assemble(around: Surroundings, opened: OpenedLog, logs: Logs, address: str) 
     produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
     damage = Damage(logs, opened.reader, sealer, around.metrics, grants.want_all)
     tail = _tail(around, opened, logs, damage)
-    return Running(opened, logs, writer, sealer, session, holder, grants, ranges, moves, trimmer, produce, tail)
+    return AgentParts(opened, logs, writer, sealer, session, holder, grants, ranges, moves, trimmer, produce, tail)
 
 
-def _writer(around: Surroundings, opened: OpenedLog, logs: Logs, lease: Lease, room: LogRoom) -> Writer:
+def _writer(around: AgentContext, opened: OpenedLog, logs: Logs, lease: Lease, room: LogRoom) -> Writer:
     settings = around.settings
     limits = WriterLimits(settings.queue_bytes_max, settings.wal_group_bytes_max, settings.wal_bytes_max)
     return Writer(logs, opened.wal, opened.index, lease, around.thread, around.clock, limits, around.metrics, room)
 
 
-def _moves(around: Surroundings, logs: Logs, writer: Writer, sealer: Sealer, holder: SessionHolder) -> Moves:
+def _moves(around: AgentContext, logs: Logs, writer: Writer, sealer: Sealer, holder: CurrentSession) -> Moves:
     return Moves(
         logs,
         writer,
@@ -144,7 +144,7 @@ def _moves(around: Surroundings, logs: Logs, writer: Writer, sealer: Sealer, hol
     )
 
 
-def _tail(around: Surroundings, opened: OpenedLog, logs: Logs, damage: Damage) -> TailReader:
+def _tail(around: AgentContext, opened: OpenedLog, logs: Logs, damage: Damage) -> TailReader:
     settings = around.settings
     return TailReader(
         logs,

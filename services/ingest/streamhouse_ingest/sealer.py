@@ -44,7 +44,7 @@ class SealedBuffer:
     trace_context: str
 
 
-class SessionHolder:
+class CurrentSession:
     """The open session: its token, which calls carry, and its id, which events name. Both empty while there is none."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Sealer:
         self,
         logs: Logs,
         coordinator: CoordinatorApi,
-        session: SessionHolder,
+        session: CurrentSession,
         clock: Clock,
         limits: SealLimits,
         backoff: Backoff,

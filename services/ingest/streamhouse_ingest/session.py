@@ -28,7 +28,7 @@ from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.moves import Moves
 from streamhouse_ingest.ports import WalBroken
 from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import Sealer, SessionHolder
+from streamhouse_ingest.sealer import CurrentSession, Sealer
 from streamhouse_ingest.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Session:
         writer: Writer,
         sealer: Sealer,
         lease: Lease,
-        holder: SessionHolder,
+        holder: CurrentSession,
         clock: Clock,
         make_backoff: Callable[[], Backoff],
         doubt: Doubt,

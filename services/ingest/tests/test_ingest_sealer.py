@@ -16,7 +16,7 @@ from streamhouse_ingest.core.producers import ProducerTable
 from streamhouse_ingest.core.sealing import SealLimits
 from streamhouse_ingest.logs import Logs
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.sealer import Sealer, SessionHolder, overlapping
+from streamhouse_ingest.sealer import CurrentSession, Sealer, overlapping
 
 from services.ingest.tests.test_ingest_logs import append, lead, new_logs
 
@@ -40,7 +40,7 @@ class _Announced:
 async def announced(logs: Logs, slices: int) -> list[pb.AnnounceBufferRequest]:
     """What a new session is told, until it is so many slices."""
     coordinator: Any = _Announced()
-    holder = SessionHolder()
+    holder = CurrentSession()
     holder.set("token", "session")
     limits = SealLimits(1 << 26, 10_000, 20, 1 << 28, 1 << 28)
     sealer = Sealer(logs, coordinator, holder, SystemClock(), limits, Backoff(1, 1), IngestMetrics())
@@ -85,7 +85,7 @@ async def test_the_number_of_buffers_that_wait_for_registration_stays_small() ->
     logs, clock = new_logs(1 << 30), ManualClock()
     held = lead(logs)
     coordinator: Any = _Announced()
-    holder = SessionHolder()
+    holder = CurrentSession()
     holder.set("token", "session")
     limits = SealLimits(1 << 26, 1_000, 20, 1 << 28, 1 << 28)
     sealer = Sealer(logs, coordinator, holder, clock, limits, Backoff(1, 1), IngestMetrics())
