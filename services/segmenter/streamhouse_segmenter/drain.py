@@ -14,7 +14,7 @@ from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.handover import Handover, HandoverResult, Outcome
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
-from streamhouse_segmenter.store_doubt import StoreDoubt
+from streamhouse_segmenter.store_probe import StoreProbe
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class Drain:
         self._may_claim = may_claim
         self._slots = asyncio.Semaphore(settings.builds_in_flight_max)
         self._closing = asyncio.Event()
-        self._doubt = StoreDoubt(ports.store)
+        self._store_probe = StoreProbe(ports.store)
         self._woken = asyncio.Event()
         self._runs = 0
         self._idle = asyncio.Event()
@@ -118,7 +118,7 @@ class Drain:
             for result in await asyncio.gather(*running, return_exceptions=True):
                 if isinstance(result, HandoverResult):
                     report.add(result)
-        if self._doubt.stands:
+        if self._store_probe.is_needed:
             report.look_again_within(self._settings.handover_retry_max_ms)
         return report
 
@@ -134,7 +134,11 @@ class Drain:
         return None if claim is None else asyncio.create_task(self._hand_over(claim, slot))
 
     async def _claim(self) -> coordinator_pb2.ClaimBufferResponse | None:
-        if self._closing.is_set() or not await self._doubt.settled(self._closing) or not self._may_claim():
+        if (
+            self._closing.is_set()
+            or not await self._store_probe.wait_until_available(self._closing)
+            or not self._may_claim()
+        ):
             return None
         claim = await self._ports.coordinator.claim_buffer(
             coordinator_pb2.ClaimBufferRequest(
@@ -150,7 +154,7 @@ class Drain:
         try:
             result = await Handover(self._ports, self._settings, claim).run(slot.give_back)
             if result.by_store:
-                self._doubt.begin()
+                self._store_probe.note_failure()
             return result
         finally:
             slot.give_back()

@@ -29,7 +29,7 @@ from streamhouse_segmenter.builder import BuiltObject
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.service import Segmenter
 from streamhouse_segmenter.settings import SegmenterSettings
-from streamhouse_segmenter.store_doubt import StoreDoubt
+from streamhouse_segmenter.store_probe import StoreProbe
 
 from services.segmenter.tests.segmenter_standins import (
     TOPIC_ID,
@@ -685,18 +685,18 @@ async def test_a_store_that_is_away_is_asked_by_one_caller_until_it_answers() ->
             asked.append("check")
             await answer
 
-    doubt, closing = StoreDoubt(Silent()), asyncio.Event()
-    assert await doubt.settled(closing)
+    probe, closing = StoreProbe(Silent()), asyncio.Event()
+    assert await probe.wait_until_available(closing)
     assert asked == []
-    doubt.begin()
-    asking = asyncio.create_task(doubt.settled(closing))
+    probe.note_failure()
+    asking = asyncio.create_task(probe.wait_until_available(closing))
     while not asked:
         await asyncio.sleep(0)
-    assert not await doubt.settled(closing)
+    assert not await probe.wait_until_available(closing)
     assert asked == ["check"]
     answer.set_result(None)
     assert await asking
-    assert not doubt.stands
+    assert not probe.is_needed
 
 
 async def test_an_end_does_not_wait_for_the_store() -> None:
@@ -704,10 +704,10 @@ async def test_an_end_does_not_wait_for_the_store() -> None:
         async def check(self) -> None:
             await asyncio.Event().wait()
 
-    doubt, closing = StoreDoubt(Silent()), asyncio.Event()
-    doubt.begin()
-    asking = asyncio.create_task(doubt.settled(closing))
+    probe, closing = StoreProbe(Silent()), asyncio.Event()
+    probe.note_failure()
+    asking = asyncio.create_task(probe.wait_until_available(closing))
     await asyncio.sleep(0)
     closing.set()
     assert not await asking
-    assert doubt.stands
+    assert probe.is_needed

@@ -14,31 +14,31 @@ from shstore import ObjectStore, StoreError
 log = logging.getLogger(__name__)
 
 
-class StoreDoubt:
+class StoreProbe:
     """`store` repeats what may be repeated: one question notices within its back-off that the store is back."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._asking = False
-        self.stands = False
+        self.is_needed = False
 
-    def begin(self) -> None:
-        """The store failed a call."""
-        self.stands = True
+    def note_failure(self) -> None:
+        """Notes that the store failed a call."""
+        self.is_needed = True
 
-    async def settled(self, closing: asyncio.Event) -> bool:
-        """Whether the store is believed to be there; waits for its answer, but not once `closing` is set. One caller at
-        a time asks; the others get False meanwhile."""
-        if not self.stands:
+    async def wait_until_available(self, closing: asyncio.Event) -> bool:
+        """Returns True if the store is believed to be available; waits for its answer, but not once `closing` is set.
+        One caller at a time asks; the others get False meanwhile."""
+        if not self.is_needed:
             return True
         if self._asking:
             return False
         self._asking = True
         try:
-            self.stands = not await self._answers(closing)
+            self.is_needed = not await self._answers(closing)
         finally:
             self._asking = False
-        return not self.stands
+        return not self.is_needed
 
     async def _answers(self, closing: asyncio.Event) -> bool:
         asking = asyncio.create_task(self._store.check(), name="ask the store")
