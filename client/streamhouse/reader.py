@@ -23,8 +23,8 @@ from shproto.errors import (
     UnknownTopic,
 )
 from shproto.v1 import query_pb2
+from shruntime.round_robin import RoundRobinQueue
 from shruntime.tasks import Backoff
-from shruntime.turns import Turns
 
 from streamhouse.core.decoding import Encoded, check_response, decode, end_of_loss
 from streamhouse.core.options import MIB, ConsumerOptions, Start
@@ -127,7 +127,7 @@ class Reader:
         self.cursors: dict[TopicPartition, Cursor] = {}
         self.waiting: dict[TopicPartition, str] = {}
         # None: of no partition. At most one error each; it comes after what was received before.
-        self._received: Turns[Cursor | None, Portion | StreamHouseError] = Turns()
+        self._received: RoundRobinQueue[Cursor | None, Portion | StreamHouseError] = RoundRobinQueue()
         self._received_bytes = 0
         self._has_failure = False
         self._news = asyncio.Event()

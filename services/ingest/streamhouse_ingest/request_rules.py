@@ -18,7 +18,7 @@ from shproto.errors import AcksTooWeak, BatchTooLarge, InvalidArgument, InvalidB
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import Clock
-from shruntime.cpu_work import CpuWork, QueueFull
+from shruntime.fair_executor import FairExecutor, QueueFull
 
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.refusals import overloaded
@@ -58,7 +58,7 @@ class RequestRules:
         self._logs = logs
         self._clock = clock
         self._settings = settings
-        self._work = CpuWork(at_once_max=settings.checks_at_once_max, bytes_max=settings.queue_bytes_max)
+        self._work = FairExecutor(at_once_max=settings.checks_at_once_max, bytes_max=settings.queue_bytes_max)
 
     def acks(self, request: pb.ProduceRequest, held: HeldLog) -> int:
         """The ack level to answer at. Raises InvalidArgument, AcksTooWeak."""

@@ -12,7 +12,7 @@ from shformat import FormatError
 from shproto.errors import DataLoss, InvalidArgument, Overloaded, StreamHouseError, Unavailable
 from shproto.rpc import caller_connection, time_left_ms
 from shproto.v1 import query_pb2
-from shruntime.cpu_work import CpuWork, QueueFull
+from shruntime.fair_executor import FairExecutor, QueueFull
 
 from streamhouse_query.chunk_reader import ChunkCache
 from streamhouse_query.core.plain import plain_records
@@ -49,7 +49,7 @@ class QueryApi:
         self._lookups = Lookups(reads)
         self._cache = cache
         self._settings = settings
-        self._work = CpuWork(at_once_max=settings.decodes_at_once_max, bytes_max=settings.decode_queue_bytes_max)
+        self._work = FairExecutor(at_once_max=settings.decodes_at_once_max, bytes_max=settings.decode_queue_bytes_max)
         self._connections = ConnectionBudgets(settings.subscribe_connection_bytes)
 
     async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse:

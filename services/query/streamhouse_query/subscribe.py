@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from shproto.errors import Internal, InvalidArgument, StreamHouseError
 from shproto.v1.query_pb2 import FetchResponse, SubscribeRequest, WindowUpdate
-from shruntime.turns import Turns
+from shruntime.round_robin import RoundRobinQueue
 
 from streamhouse_query.fetch import fetch
 from streamhouse_query.reads import Fetched, Reads, Want
@@ -189,7 +189,8 @@ class Subscription:
         self._budgets = budgets
         self._heartbeat_ms = heartbeat_ms
         self._tell_after_ms = min(heartbeat_ms, TELL_AFTER_MS_MAX)
-        self._ready: Turns[int, _Delivery] = Turns()  # bounded by the budget, and by one more per partition
+        # Bounded by the budget, and by one more per partition.
+        self._ready: RoundRobinQueue[int, _Delivery] = RoundRobinQueue()
         self._news = asyncio.Event()
         self._failure: StreamHouseError | None = None
 

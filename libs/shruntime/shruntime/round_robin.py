@@ -13,8 +13,8 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
-class Turns(Generic[K, T]):
-    """Round-robin queue: truthy while any key has an item."""
+class RoundRobinQueue(Generic[K, T]):
+    """Truthy while any key has an item."""
 
     def __init__(self) -> None:
         # In the order of the turns. A key without items is not there: an empty queue would cost a look at every turn.

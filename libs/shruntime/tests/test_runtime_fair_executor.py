@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 import pytest
-from shruntime.cpu_work import CpuWork, QueueFull
+from shruntime.fair_executor import FairExecutor, QueueFull
 
 
 class Gate:
@@ -32,7 +32,7 @@ async def until_begun(gate: Gate, count: int) -> None:
 
 
 async def test_jobs_of_one_key_do_not_hold_up_those_of_another() -> None:
-    work, gate = CpuWork(at_once_max=1, bytes_max=1000), Gate()
+    work, gate = FairExecutor(at_once_max=1, bytes_max=1000), Gate()
     calls = [asyncio.create_task(work.run("a", lambda n=n: gate.job(f"a{n}"), 10)) for n in range(3)]  # type: ignore[misc]
     await until_begun(gate, 1)
     calls.append(asyncio.create_task(work.run("b", lambda: gate.job("b0"), 10)))
@@ -45,7 +45,7 @@ async def test_jobs_of_one_key_do_not_hold_up_those_of_another() -> None:
 
 
 async def test_so_many_jobs_run_at_once_and_in_other_threads() -> None:
-    work, gate = CpuWork(at_once_max=2, bytes_max=1000), Gate()
+    work, gate = FairExecutor(at_once_max=2, bytes_max=1000), Gate()
     calls = [asyncio.create_task(work.run(n, lambda: gate.job(threading.current_thread().name), 1)) for n in range(3)]
     await until_begun(gate, 2)
     await asyncio.sleep(0.01)
@@ -56,7 +56,7 @@ async def test_so_many_jobs_run_at_once_and_in_other_threads() -> None:
 
 
 async def test_what_waits_has_a_limit_that_one_job_of_any_size_may_exceed() -> None:
-    work, gate = CpuWork(at_once_max=1, bytes_max=100), Gate()
+    work, gate = FairExecutor(at_once_max=1, bytes_max=100), Gate()
     first = asyncio.create_task(work.run("a", lambda: gate.job("large"), 500))
     await until_begun(gate, 1)
     with pytest.raises(QueueFull) as full:
@@ -69,7 +69,7 @@ async def test_what_waits_has_a_limit_that_one_job_of_any_size_may_exceed() -> N
 
 
 async def test_errors_are_raised_and_a_job_nobody_waits_for_is_not_begun() -> None:
-    work, gate = CpuWork(at_once_max=1, bytes_max=100), Gate()
+    work, gate = FairExecutor(at_once_max=1, bytes_max=100), Gate()
 
     def fails() -> None:
         raise ValueError("no good")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from shruntime.turns import Turns
+from shruntime.round_robin import RoundRobinQueue
 
 T = TypeVar("T")
 
@@ -30,13 +30,13 @@ class _Job(Generic[T]):
     done: asyncio.Future[T]
 
 
-class CpuWork:
+class FairExecutor:
     """Keys are callers that are not to wait behind one another's jobs: connections, say."""
 
     def __init__(self, *, at_once_max: int, bytes_max: int) -> None:
         self._at_once_max = at_once_max
         self._bytes_max = bytes_max
-        self._jobs: Turns[Hashable, _Job[Any]] = Turns()
+        self._jobs: RoundRobinQueue[Hashable, _Job[Any]] = RoundRobinQueue()
         self._running = 0
         self.queued_bytes = 0
 
