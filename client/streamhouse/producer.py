@@ -16,7 +16,6 @@ from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded
 from shproto.rpc import Interceptors
 
 from streamhouse.batches import Batch
-from streamhouse.call_order import CallOrder, Place
 from streamhouse.core.options import (
     ACKS,
     ACKS_NAMES,
@@ -30,6 +29,7 @@ from streamhouse.core.options import (
 from streamhouse.core.outgoing import Bytes, CheckedRecord, Headers, ManyRecords, check_record, cut
 from streamhouse.core.room import Room
 from streamhouse.delivery import Delivery, Placed, PlacedRecords, SendFuture, SendResult, send_future
+from streamhouse.fair_lock import FairLock, Ticket
 from streamhouse.gatherer import LaneState
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
@@ -90,7 +90,7 @@ class Producer:
         self._metadata = MetadataCache(self._peers.coordinator)
         self._room: Room[asyncio.Future[None]] = Room(buffer_bytes_max)
         self._topics: dict[str, TopicLanes] = {}
-        self._order = CallOrder()
+        self._order = FairLock()
         self._made_sender: Sender | None = None
         self._failures: list[Delivery] = []  # since the last flush; those that were seen meanwhile among them
         self._closed = False
@@ -169,7 +169,7 @@ class Producer:
             return None
         if partition is not None:
             target.lane(partition)  # refused before it has taken room
-        if self._order.lines or self._closed or forks.lost or not self._room.try_take(size_bytes):
+        if self._order.queues or self._closed or forks.lost or not self._room.try_take(size_bytes):
             return None
         return target
 
@@ -217,11 +217,11 @@ class Producer:
         records = ManyRecords.of(values, keys, timestamps_ms, headers)
         check_topic_name(topic)
         placed: list[Placed] = []
-        with self._order.place(topic, alone=True) as place:
+        with self._order.ticket(topic, alone=True) as ticket:
             target = await self._opened(topic, partition)
             for start, stop in cut(records.sizes, min(SLICE_BYTES, self._options.buffer_bytes_max // 4)):
                 await asyncio.sleep(0)  # the streams' turn
-                await self._take_room(int(records.sizes[start:stop].sum()), place)
+                await self._take_room(int(records.sizes[start:stop].sum()), ticket)
                 placed.extend(self._place(target, records, start, stop, partition))
         return PlacedRecords(topic, len(records.values), placed)
 
@@ -373,21 +373,21 @@ class Producer:
         The caller adds its record without a further await: the next call has the turn by then.
         """
         check_topic_name(topic)
-        with self._order.place(topic, alone=False) as place:
+        with self._order.ticket(topic, alone=False) as ticket:
             target = await self._opened(topic, partition)
-            await self._take_room(size_bytes, place)
+            await self._take_room(size_bytes, ticket)
         return target
 
-    async def _take_room(self, size_bytes: int, place: Place) -> None:
+    async def _take_room(self, size_bytes: int, ticket: Ticket) -> None:
         """Returns once the call has the turn, and room is taken. Raises Overloaded after delivery_timeout_ms,
         InvalidArgument once closed."""
         forks.check()
         self._must_be_open()
-        if not place.has_turn or not self._room.try_take(size_bytes):
+        if not ticket.granted or not self._room.try_take(size_bytes):
             try:
                 # From here on for all calls alike: none waits for the timeouts of those before, one after the other.
                 async with asyncio.timeout(self._options.delivery_timeout_ms / 1000):
-                    await place.wait()
+                    await ticket.wait()
                     if not self._room.try_take(size_bytes):
                         await self._wait_for_room(size_bytes)
             except TimeoutError:

@@ -12,73 +12,73 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Place:
-    """The place of one call. `alone`: no other call has the turn at the same time."""
+class Ticket:
+    """The ticket of one call. `alone`: no other call has the turn at the same time."""
 
-    __slots__ = ("_line", "alone", "has_turn", "is_ready", "turn")
+    __slots__ = ("_queue", "alone", "granted", "is_ready", "turn")
 
-    def __init__(self, line: "_Line", *, alone: bool) -> None:
-        self._line = line
+    def __init__(self, queue: "_WaitQueue", *, alone: bool) -> None:
+        self._queue = queue
         self.alone = alone
         self.is_ready = False  # waits for nothing but the turn
-        self.has_turn = False
+        self.granted = False
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def wait(self) -> None:
         """Returns once the call has the turn."""
         self.is_ready = True
-        self._line.give_turns()
+        self._queue.give_turns()
         await self.turn
 
 
-class _Line:
+class _WaitQueue:
     """The calls of one topic."""
 
     def __init__(self) -> None:
         # OrderedDict: leaves from the middle, and finds the first after thousands have left, in constant time.
-        self.waiting: OrderedDict[Place, None] = OrderedDict()
-        self.having_turn = 0
+        self.waiting: OrderedDict[Ticket, None] = OrderedDict()
+        self.granted_count = 0
 
     def give_turns(self) -> None:
         """Once nobody has the turn: gives it to the first call and to those behind it that may have it together with
         it. These go on in one round of the event loop; a round for each would double what a crowd of calls costs."""
-        if self.having_turn:
+        if self.granted_count:
             return
         while self.waiting:
-            place = next(iter(self.waiting))
-            if not place.is_ready or (place.alone and self.having_turn):
+            ticket = next(iter(self.waiting))
+            if not ticket.is_ready or (ticket.alone and self.granted_count):
                 return
-            del self.waiting[place]
-            self.having_turn += 1
-            place.has_turn = True
-            if not place.turn.done():  # cancelled otherwise, and about to leave
-                place.turn.set_result(None)
-            if place.alone:
+            del self.waiting[ticket]
+            self.granted_count += 1
+            ticket.granted = True
+            if not ticket.turn.done():  # cancelled otherwise, and about to leave
+                ticket.turn.set_result(None)
+            if ticket.alone:
                 return
 
-    def leave(self, place: Place) -> None:
-        if place.has_turn:
-            self.having_turn -= 1
+    def leave(self, ticket: Ticket) -> None:
+        if ticket.granted:
+            self.granted_count -= 1
         else:
-            del self.waiting[place]
+            del self.waiting[ticket]
         self.give_turns()
 
 
-class CallOrder:
-    """`lines` is empty while every call may be done at once."""
+class FairLock:
+    """`queues` is empty while every call may be done at once."""
 
     def __init__(self) -> None:
-        self.lines: dict[str, _Line] = {}
+        self.queues: dict[str, _WaitQueue] = {}
 
     @contextmanager
-    def place(self, topic: str, *, alone: bool) -> Iterator[Place]:
-        """Holds a place behind all calls made before, until the block ends."""
-        line = self.lines.setdefault(topic, _Line())
-        place = Place(line, alone=alone)
-        line.waiting[place] = None
+    def ticket(self, topic: str, *, alone: bool) -> Iterator[Ticket]:
+        """Holds a ticket behind all calls made before, until the block ends."""
+        queue = self.queues.setdefault(topic, _WaitQueue())
+        ticket = Ticket(queue, alone=alone)
+        queue.waiting[ticket] = None
         try:
-            yield place
+            yield ticket
         finally:
-            line.leave(place)
-            if not line.waiting and not line.having_turn:
-                del self.lines[topic]
+            queue.leave(ticket)
+            if not queue.waiting and not queue.granted_count:
+                del self.queues[topic]
