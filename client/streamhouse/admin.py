@@ -136,17 +136,23 @@ class Admin:
             response.outbox_position,
             response.missing_position,
             tuple(
-                BufferFailure(item.buffer_id, item.agent_id, item.attempt, item.reason, item.size_bytes)
+                BufferFailure(
+                    buffer_id=item.buffer_id,
+                    agent_id=item.agent_id,
+                    attempt=item.attempt,
+                    reason=item.reason,
+                    size_bytes=item.size_bytes,
+                )
                 for item in response.buffer_failures
             ),
             tuple(
                 DoubtedAgent(
-                    item.agent_id,
-                    item.address,
-                    item.cut_off,
-                    tuple(item.failing),
-                    tuple(item.reaching),
-                    item.since_ms,
+                    agent_id=item.agent_id,
+                    address=item.address,
+                    cut_off=item.cut_off,
+                    failing=tuple(item.failing),
+                    reaching=tuple(item.reaching),
+                    since_ms=item.since_ms,
                 )
                 for item in response.doubted_agents
             ),

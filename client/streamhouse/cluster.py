@@ -101,7 +101,7 @@ class Lease:
     unsettled: tuple[OffsetRange, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BufferFailure:
     """A sealed buffer whose last hand-over to the object store failed. reason: "kind: what happened"; of kind
     `refused`, repeating it does not help before an operator has acted."""
@@ -118,7 +118,7 @@ class BufferFailure:
         return self.reason.startswith("refused: ")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DoubtedAgent:
     """An ingest agent that some segmenters or query services cannot reach. cut_off: its partitions go to others.
     since_ms: since when the first of `failing` cannot; 0: all can again."""

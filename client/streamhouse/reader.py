@@ -412,7 +412,7 @@ class Reader:
     def _jump(self, cursor: Cursor, offset: int, last_epoch: int = 0) -> None:
         """Goes on at `offset`, without records before it."""
         if cursor.live:
-            self._received.put(cursor, Portion(cursor, None, offset))
+            self._received.put(cursor, Portion(cursor=cursor, batch=None, end_offset=offset))
             cursor.fetch_offset = offset
             cursor.last_epoch = last_epoch
             self._news.set()

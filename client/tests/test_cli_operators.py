@@ -111,7 +111,7 @@ def test_what_is_lost_for_good_is_shown_with_its_place(capsys: pytest.CaptureFix
 
 def test_a_buffer_that_the_store_refuses_stands_out_from_one_that_is_late() -> None:
     def shown(reason: str) -> str:
-        failure = BufferFailure("b-1", "a", 19, reason, 2048)
+        failure = BufferFailure(buffer_id="b-1", agent_id="a", attempt=19, reason=reason, size_bytes=2048)
         return show_failure(asdict(failure) | {"refused": failure.refused})
 
     refused = "THE OBJECT STORE REFUSES buffer b-1 of agent a (2.0 KiB), attempt 19: refused: InvalidPart"
@@ -122,7 +122,18 @@ def test_a_buffer_that_the_store_refuses_stands_out_from_one_that_is_late() -> N
 def test_an_agent_that_workers_cannot_reach_is_shown_with_who_cannot() -> None:
     def shown(cut_off: bool, failing: tuple[str, ...], reaching: tuple[str, ...] = ()) -> str:
         since_ms = 1_700_000_000_000 if failing else 0
-        return show_doubt(asdict(DoubtedAgent("a", "10.0.0.7:7012", cut_off, failing, reaching, since_ms)))
+        return show_doubt(
+            asdict(
+                DoubtedAgent(
+                    agent_id="a",
+                    address="10.0.0.7:7012",
+                    cut_off=cut_off,
+                    failing=failing,
+                    reaching=reaching,
+                    since_ms=since_ms,
+                )
+            )
+        )
 
     one = shown(False, ("s1",), ("s2", "q"))
     assert one.startswith("agent a at 10.0.0.7:7012 cannot be reached by s1 since 2023-11-1")

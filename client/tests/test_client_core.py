@@ -157,7 +157,7 @@ def test_what_does_not_follow_on(offset, epoch, batches, next_offset, error):
 
 def portion_of(count, cursor, end=None):
     batch = RecordBatch(*cursor.where, Records.from_lists([b"%d" % n for n in range(count)]))
-    return Portion(cursor, batch, count if end is None else end)
+    return Portion(cursor=cursor, batch=batch, end_offset=count if end is None else end)
 
 
 def test_rows_go_on_where_the_cursor_is_and_the_last_one_comes_alone():
@@ -178,7 +178,7 @@ def test_rows_go_on_where_the_cursor_is_and_the_last_one_comes_alone():
 
 def test_rows_are_bounded_in_bytes():
     batch = RecordBatch(*WHERE, Records.from_lists([bytes(100_000)] * 10))
-    rows, is_last = Portion(Cursor.at(WHERE, 0), batch, 10).rows(256)
+    rows, is_last = Portion(cursor=Cursor.at(WHERE, 0), batch=batch, end_offset=10).rows(256)
     assert (len(rows), is_last) == (2, False)
 
 

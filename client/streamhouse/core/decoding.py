@@ -64,7 +64,7 @@ def decode(cursor: Cursor, encoded: Encoded) -> Portion:
     parts[0] = trim(parts[0], cursor.fetch_offset)
     records = Records.concat(parts)
     batch = RecordBatch(*cursor.where, records) if len(records) else None
-    return Portion(cursor, batch, encoded.end_offset, encoded.decoded_bytes)
+    return Portion(cursor=cursor, batch=batch, end_offset=encoded.end_offset, size_bytes=encoded.decoded_bytes)
 
 
 def _header(cursor: Cursor, data: bytes) -> BatchHeader:

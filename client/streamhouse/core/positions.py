@@ -83,7 +83,7 @@ class BatchSpan:
     epoch: int
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Portion:
     """Received and not handed over yet. `batch` None: only the position moves (a known gap). end_offset: the
     position after it. size_bytes: what it takes in memory, about; 0 once it is consumed."""

@@ -58,7 +58,12 @@ class Fleet:
                     assert isinstance(event, AgentReachable)
                     row = self.cut_offs[event.agent_id]
                     self.cut_offs[event.agent_id] = CutOffRow(
-                        row.agent_id, row.session_id, row.reporters, row.since_ms, row.times, event.reachable_ms
+                        agent_id=row.agent_id,
+                        session_id=row.session_id,
+                        reporters=row.reporters,
+                        since_ms=row.since_ms,
+                        times=row.times,
+                        reachable_ms=event.reachable_ms,
                     )
         self.events += events
         return events
@@ -222,9 +227,15 @@ def test_another_session_of_the_agent_has_its_own_chance() -> None:
 
 def test_reports_that_nobody_needs_go() -> None:
     agents, workers = [session("a", "ingest"), session("b", "ingest")], [session("s1", "segmenter")]
-    doubt = ReachReportRow("session s1", "session a", False, 0, 0)
-    good = ReachReportRow("session s1", "session b", True, 0, 0)
-    gone = ReachReportRow("session s9", "session a", True, 0, 0)
+    doubt = ReachReportRow(
+        session_id="session s1", agent_session_id="session a", reached=False, since_ms=0, reported_ms=0
+    )
+    good = ReachReportRow(
+        session_id="session s1", agent_session_id="session b", reached=True, since_ms=0, reported_ms=0
+    )
+    gone = ReachReportRow(
+        session_id="session s9", agent_session_id="session a", reached=True, since_ms=0, reported_ms=0
+    )
     assert outdated(agents, workers, [doubt, good, gone], ()) == [good, gone]
     assert outdated(agents, workers, [doubt, good], {"session b"}) == []
 

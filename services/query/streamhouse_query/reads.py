@@ -53,7 +53,7 @@ class Fetched:
     waiting_reason: str = ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Reads:
     """Shared by all fetches, subscriptions and look-ups. `agents`: knows which agents do not answer. `catch_up_ms`: how
     long to wait for the event feed where records are known to exist. `store_trouble`: what the object store fails with

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRun:
     """Consecutive blocks, each one encoded batch, the first from base_offset on; a reader that has them goes on at
     next_offset, and finds more in the object from byte next_at on."""
@@ -85,7 +85,14 @@ class SegmentReader:
         stop = first + len(entries)
         is_end = stop == len(index)
         if not entries:
-            return BlockRun([], 0, 0, offset, segment.end_offset if is_end else offset, segment.object_at)
+            return BlockRun(
+                blocks=[],
+                size_bytes=0,
+                decoded_bytes=0,
+                base_offset=offset,
+                next_offset=segment.end_offset if is_end else offset,
+                next_at=segment.object_at,
+            )
         try:
             blocks = await self.read_blocks(partition, segment, entries)
         except DataLoss as error:
@@ -96,12 +103,12 @@ class SegmentReader:
             blocks = await self.read_blocks(partition, segment, entries)
         last = entries[-1]
         return BlockRun(
-            blocks,
-            sum(entry.size_bytes for entry in entries),
-            sum(entry.decoded_bytes for entry in entries),
-            entries[0].first_offset,
-            segment.end_offset if is_end else last.end_offset,
-            segment.object_at + last.at + last.size_bytes,
+            blocks=blocks,
+            size_bytes=sum(entry.size_bytes for entry in entries),
+            decoded_bytes=sum(entry.decoded_bytes for entry in entries),
+            base_offset=entries[0].first_offset,
+            next_offset=segment.end_offset if is_end else last.end_offset,
+            next_at=segment.object_at + last.at + last.size_bytes,
         )
 
     async def read_blocks(

@@ -108,16 +108,16 @@ def build(
     freshness = Freshness(coordinator, index, settings.catch_up_ms)
     agents = AgentChecks(ingest_at)
     reads = Reads(
-        index,
-        segments,
-        ingest_at,
-        agents,
-        freshness,
-        ReadAhead(settings.readahead_chunks),
-        TailPolls(ingest_at, agents, tasks, clock, counters),
-        settings.catch_up_ms,
-        clock,
-        counters,
+        index=index,
+        segments=segments,
+        ingest_at=ingest_at,
+        agents=agents,
+        freshness=freshness,
+        readahead=ReadAhead(settings.readahead_chunks),
+        polls=TailPolls(ingest_at, agents, tasks, clock, counters),
+        catch_up_ms=settings.catch_up_ms,
+        clock=clock,
+        counters=counters,
         store_trouble=lambda: store.trouble if isinstance(store, RetryingStore) else "",
     )
     session = SessionKeeper(coordinator, settings.agent_id, clock, agents)

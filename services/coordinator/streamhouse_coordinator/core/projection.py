@@ -83,7 +83,14 @@ def _(event: ev.SessionClosed) -> RowOps:
 @row_ops.register
 def _(event: ev.AgentCutOff) -> RowOps:
     reporters = json.dumps(list(event.reporters))
-    row = t.CutOffRow(event.agent_id, event.session_id, reporters, event.since_ms, event.times, 0)
+    row = t.CutOffRow(
+        agent_id=event.agent_id,
+        session_id=event.session_id,
+        reporters=reporters,
+        since_ms=event.since_ms,
+        times=event.times,
+        reachable_ms=0,
+    )
     return (Put(t.CUT_OFFS, row),)
 
 

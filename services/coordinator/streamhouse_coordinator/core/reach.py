@@ -32,7 +32,7 @@ class ReachTimes:
     fresh_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
     """Recent reports of live workers about one agent. `failing_since_ms`: since when the first of them fails; 0: none
     does."""
@@ -60,10 +60,10 @@ def reach_of(
     ]
     failing = [row for row in about if not row.reached]
     return Reach(
-        [workers[row.session_id] for row in failing],
-        [workers[row.session_id] for row in about if row.reached],
-        min((row.since_ms for row in failing), default=0),
-        max((row.since_ms for row in about), default=0),
+        failing=[workers[row.session_id] for row in failing],
+        reaching=[workers[row.session_id] for row in about if row.reached],
+        failing_since_ms=min((row.since_ms for row in failing), default=0),
+        changed_ms=max((row.since_ms for row in about), default=0),
     )
 
 

@@ -193,7 +193,7 @@ async def _ingest_sessions(tx: Transaction) -> list[t.SessionRow]:
     return await tx.select(t.SESSIONS, where(role=INGEST), order=("agent_id",))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Load:
     """`sizes`: partitions by topic_id. `led`: how many of them that are not on the move, by (topic_id, session_id).
     `others`: how many of other topics, by session_id. `leaderless`: how many of `sizes` nobody leads. `unable`: why the
@@ -237,7 +237,7 @@ async def _load_of(tx: Transaction, topic_ids: Collection[str] | None = None) ->
             others[session_id] -= count
     unable = {row.session_id: LOG_FULL for row in await tx.select(t.SESSION_LEASES, where(log_full=True))}
     unable |= dict.fromkeys(await cut_off_sessions(tx), CUT_OFF)
-    return _Load(sizes, led, others, leaderless, unable)
+    return _Load(sizes=sizes, led=led, others=others, leaderless=leaderless, unable=unable)
 
 
 async def cut_off_sessions(tx: Transaction) -> set[str]:

@@ -70,10 +70,12 @@ def _row(
     session_id: str, agent: t.SessionRow, reached: bool, before: t.ReachReportRow | None, now_ms: int
 ) -> t.ReachReportRow:
     since_ms = before.since_ms if before is not None and before.reached == reached else now_ms
-    return t.ReachReportRow(session_id, agent.session_id, reached, since_ms, now_ms)
+    return t.ReachReportRow(
+        session_id=session_id, agent_session_id=agent.session_id, reached=reached, since_ms=since_ms, reported_ms=now_ms
+    )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReachState:
     """Live sessions, reports, and agents that are or were cut off."""
 
@@ -108,7 +110,9 @@ async def look(tx: Transaction) -> ReachState | None:
     sessions = await tx.select(t.SESSIONS, where(role=roles), order=("agent_id",))
     sessions = [row for row in sessions if row.session_id in live]
     agents = [row for row in sessions if row.role == INGEST]
-    return ReachState(agents, [row for row in sessions if row.role != INGEST], reports, cut_offs)
+    return ReachState(
+        agents=agents, workers=[row for row in sessions if row.role != INGEST], reports=reports, cut_offs=cut_offs
+    )
 
 
 async def is_due(tx: Transaction, settings: CoordinatorSettings) -> tuple[bool, int]:
