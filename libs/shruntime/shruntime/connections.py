@@ -92,7 +92,9 @@ class AddressLimit:
         self._peers = {inode: peer for inode, peer in self._peers.items() if inode in found}
         for inode, descriptor in found.items():
             if inode not in self._peers:
-                self._peers[inode] = self._peer_of(descriptor, inode)
+                peer = self._peer_of(descriptor, inode)
+                if peer is not None:
+                    self._peers[inode] = peer
         counts: dict[str, int] = {}
         closed: dict[str, int] = {}
         for inode, peer in self._peers.items():
@@ -111,11 +113,12 @@ class AddressLimit:
             if stat.S_ISSOCK(status.st_mode):
                 yield status.st_ino, descriptor
 
-    def _peer_of(self, descriptor: int, inode: int) -> str:
-        """Returns the address at the other end; empty for what is no connection to `port`."""
+    def _peer_of(self, descriptor: int, inode: int) -> str | None:
+        """Returns the address at the other end; empty for what is no connection to `port`, None where that cannot be
+        told: the socket is gone, or no descriptor is left to hold it with. The next look asks again."""
         held = _hold(descriptor, inode)
         if held is None:
-            return ""
+            return None
         with held:
             try:
                 if held.family not in (socket.AF_INET, socket.AF_INET6) or held.getsockname()[1] != self._port:
@@ -126,10 +129,16 @@ class AddressLimit:
 
 
 def _hold(descriptor: int, inode: int) -> socket.socket | None:
-    """Returns the socket under a descriptor of its own, so that nobody closes it meanwhile; None if it is gone."""
+    """Returns the socket under a descriptor of its own, so that nobody closes it meanwhile; None if it is gone, or no
+    descriptor is left."""
     try:
-        held = socket.socket(fileno=os.dup(descriptor))
+        number = os.dup(descriptor)
     except OSError:
+        return None
+    try:
+        held = socket.socket(fileno=number)
+    except OSError:  # the descriptor was given to something that is no socket
+        os.close(number)
         return None
     if os.fstat(held.fileno()).st_ino != inode:  # the number was given to something else
         held.close()

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import errno
+import os
 import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 from shproto.rpc import Connection
@@ -59,6 +62,12 @@ async def until_open(opened: list[socket.socket], count: int) -> None:
             await asyncio.sleep(0.01)
 
 
+async def first_words(connection: socket.socket) -> None:
+    """Returns once the server has accepted the connection, not only its backlog."""
+    async with asyncio.timeout(PATIENCE_S):
+        await asyncio.get_running_loop().sock_recv(connection, 1)
+
+
 async def answers(server: RpcServer) -> None:
     client = QueryClient(Connection([server.address]))
     try:
@@ -102,6 +111,31 @@ async def test_sockets_of_others_are_left_alone() -> None:
             assert await asyncio.to_thread(AddressLimit(server.port, 2).enforce) == {"127.0.0.1": 1}
             await until_open(opened, 2)
             assert all(map(is_open, elsewhere))
+
+
+async def test_a_connection_that_no_descriptor_is_left_to_look_at_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was taken for a socket of others, and never counted."""
+
+    def no_descriptor(descriptor: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with serving(handshake_timeout_ms=600_000) as server:
+        limit = AddressLimit(server.port, 2)
+        with silent(server, 3) as opened:
+            await asyncio.gather(*map(first_words, opened))
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "dup", no_descriptor)
+                assert limit.enforce() == {}
+            assert await asyncio.to_thread(limit.enforce) == {"127.0.0.1": 1}
+
+
+def test_a_descriptor_that_was_given_to_a_file_is_not_kept(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        assert connections._hold(file.fileno(), os.fstat(file.fileno()).st_ino) is None
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 @contextlib.contextmanager
