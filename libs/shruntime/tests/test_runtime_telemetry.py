@@ -49,6 +49,29 @@ print(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").status)
 """
 
 
+NO_THREADS = """
+import socket, threading, urllib.request
+from shruntime import metrics_page
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+metrics_page.serve_metrics("127.0.0.1", port)
+start = threading.Thread.start
+def refuse(thread):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = refuse
+for _ in range(metrics_page.REQUESTS_MAX + 1):
+    assert socket.create_connection(("127.0.0.1", port)).recv(1) == b""
+threading.Thread.start = start
+print(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").status)
+"""
+
+
+def test_metrics_are_served_again_after_no_thread_could_be_started() -> None:
+    ended = subprocess.run([sys.executable, "-c", NO_THREADS], capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "200\n", ended.stderr
+
+
 def test_silent_clients_do_not_keep_others_from_the_metrics() -> None:
     ended = subprocess.run([sys.executable, "-c", CROWD], capture_output=True, text=True, timeout=60)
     assert (ended.stdout, ended.stderr) == ("200\n", "")
