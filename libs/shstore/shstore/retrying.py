@@ -121,6 +121,7 @@ class RetryingStore:
                     self._trouble = None
                     yield info
                     backoff = self._new_backoff(f"list {prefix!r}")
+                self._trouble = None  # also where nothing was found
                 return
             except StoreError as exc:
                 self._note(exc)

@@ -178,6 +178,13 @@ async def test_a_list_goes_on_where_it_broke() -> None:
     assert len(faulty.injected) == 2
 
 
+async def test_a_list_that_finds_nothing_is_an_answer() -> None:
+    store, _, _ = retrying(ScriptedFaults([Fault(FaultKind.UNAVAILABLE)], operation="list"))
+    listed = store.list("nothing")
+    assert [info async for info in listed] == []
+    assert store.trouble == "", "the store answered since it failed"
+
+
 async def test_a_list_that_gets_on_is_not_given_up() -> None:
     """The deadline is over attempts without progress: a listing of millions may take long."""
     policy = RetryPolicy(base_delay_ms=3_000, max_delay_ms=3_000, deadline_ms=4_000)
