@@ -3,8 +3,11 @@
 import errno
 import os
 import resource
+import signal
 import stat
 import struct
+import subprocess
+import sys
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -256,6 +259,29 @@ def test_g7_a_directory_is_opened_on_a_full_disk(tmp_path: Path):
             WalDirectory.open(path, "agent-1")
     finally:
         again.close()
+
+
+KILLED_ASKING_FOR_ROOM = """
+import os, signal, sys
+from pathlib import Path
+from streamhouse_ingest.adapters.wal_directory import WalDirectory
+def killed(fd, at, size_bytes):
+    os.ftruncate(fd, size_bytes)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.posix_fallocate = killed
+WalDirectory.open(Path(sys.argv[1]), "agent-1").has_room(4096)
+"""
+
+
+def test_what_a_process_that_was_killed_asked_for_room_with_is_removed(tmp_path: Path):
+    """A file as large as one of the log, which stayed on a disk that was full."""
+    path = tmp_path / "wal"
+    ended = subprocess.run([sys.executable, "-c", KILLED_ASKING_FOR_ROOM, str(path)], timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    left = (path / "room").stat()
+    assert (left.st_size, left.st_mode & 0o777) == (4096, 0o600)
+    WalDirectory.open(path, "agent-1").close()
+    assert not (path / "room").exists()
 
 
 def test_a_full_disk_leaves_nothing_of_the_group_and_writing_goes_on_when_there_is_space(directory: WalDirectory):
