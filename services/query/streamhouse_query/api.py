@@ -12,6 +12,7 @@ from shformat import FormatError
 from shproto.errors import DataLoss, InvalidArgument, Overloaded, StreamHouseError, Unavailable
 from shproto.rpc import caller_connection, time_left_ms
 from shproto.v1 import query_pb2
+from shruntime.byte_budget import ByteBudget
 from shruntime.fair_executor import FairExecutor, QueueFull
 
 from streamhouse_query.chunk_reader import ChunkCache
@@ -21,7 +22,7 @@ from streamhouse_query.fetch import fetch
 from streamhouse_query.lookups import Found, Lookups
 from streamhouse_query.reads import Fetched, Reads, Want
 from streamhouse_query.settings import QuerySettings
-from streamhouse_query.subscribe import ByteBudget, ConnectionBudgets, Source, Subscription, Window
+from streamhouse_query.subscribe import ConnectionBudgets, Source, Subscription, Window
 
 T = TypeVar("T")
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from shproto.errors import Internal, InvalidArgument, StreamHouseError
 from shproto.v1.query_pb2 import FetchResponse, SubscribeRequest, WindowUpdate
+from shruntime.byte_budget import ByteBudget
 from shruntime.round_robin import RoundRobinQueue
 
 from streamhouse_query.fetch import fetch
@@ -32,44 +32,6 @@ WAITING_BYTES_MAX = 64 * 1024
 # After so long, or a heartbeat if that is shorter, a subscriber whose records cannot be had is told why.
 TELL_AFTER_MS_MAX = 5_000
 HEARTBEAT_SPREAD = 0.85
-
-
-class ByteBudget:
-    """Bytes lent to fetches, first come first served."""
-
-    def __init__(self, bytes_max: int) -> None:
-        self._free = bytes_max
-        self._bytes_max = bytes_max
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    async def take(self, size_bytes: int) -> int:
-        """Waits for its turn; the bytes lent, which is no more than the whole budget."""
-        size_bytes = min(size_bytes, self._bytes_max)
-        if not self._waiting and size_bytes <= self._free:
-            self._free -= size_bytes
-            return size_bytes
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((size_bytes, turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.give(size_bytes)  # lent in the very moment of the cancellation
-            raise
-        return size_bytes
-
-    def give(self, size_bytes: int) -> None:
-        self._free += size_bytes
-        while self._waiting:
-            wanted, turn = self._waiting[0]
-            if turn.cancelled():
-                self._waiting.popleft()
-            elif wanted <= self._free:
-                self._waiting.popleft()
-                self._free -= wanted
-                turn.set_result(None)
-            else:
-                return
 
 
 class ConnectionBudgets:
