@@ -1,14 +1,15 @@
 """Bytes of requests that are not answered yet, by connection: one client cannot fill the queue of all.
 
-Owns: the bytes of each connection, and who waits for room in one. Callers in this process count for nothing.
-Invariant: a connection exceeds its limit by one request at most, and only if nothing else of it is in flight.
+Owns: the byte budget of each connection that has requests. Callers in this process count for nothing.
+Invariants: a request that is larger than the limit is in flight alone. Requests of a connection wait in the order in
+which they came, so that a large one is not passed over for ever, and an answer wakes only those that it makes room for.
 """
 
-import asyncio
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from shruntime.byte_budget import ByteBudget
 
 from streamhouse_ingest.refusals import overloaded
 
@@ -17,59 +18,62 @@ IN_PROCESS = ""
 
 
 @dataclass(slots=True)
-class _Held:
-    size_bytes: int = 0
+class _Connection:
+    """`requests`: those in flight, and those that wait."""
+
+    budget: ByteBudget
     requests: int = 0
-    waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
 
 
 class BytesInFlight:
-    """Of unary calls beyond the limit the caller is told (`hold`), of streams no more is read (`take`)."""
+    """Byte limit per connection: unary calls beyond it are refused (`hold`), streams are read no further (`take`)."""
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
-        self._of: dict[str, _Held] = {}
+        self._of: dict[str, _Connection] = {}
 
     @contextmanager
     def hold(self, connection: str, size_bytes: int) -> Iterator[None]:
-        """Around one request until it is answered. Raises Overloaded."""
-        held = self._of.get(connection)
-        if connection != IN_PROCESS and held is not None and not self._fits(held, size_bytes):
-            raise overloaded("connection_bytes_in_flight_max", self._bytes_max, held.size_bytes, RETRY_MS)
-        self._add(connection, size_bytes)
-        try:
+        """Counts one request until it is answered. Raises Overloaded."""
+        if connection == IN_PROCESS:
             yield
+            return
+        budget = self._begin(connection)
+        try:
+            lent_bytes = budget.try_take(size_bytes)
+            if lent_bytes is None:
+                raise overloaded("connection_bytes_in_flight_max", self._bytes_max, budget.lent_bytes, RETRY_MS)
+            try:
+                yield
+            finally:
+                budget.give(lent_bytes)
         finally:
-            self.give_back(connection, size_bytes)
+            self._end(connection)
 
     async def take(self, connection: str, size_bytes: int) -> None:
         """Waits for room; `give_back` follows once the request is answered."""
-        while connection != IN_PROCESS and not self._fits(held := self._of.setdefault(connection, _Held()), size_bytes):
-            room = asyncio.get_running_loop().create_future()
-            held.waiting.append(room)
-            try:
-                await room
-            finally:
-                if room in held.waiting:
-                    held.waiting.remove(room)
-                if not held.requests and not held.waiting and self._of.get(connection) is held:
-                    del self._of[connection]
-        self._add(connection, size_bytes)
+        if connection == IN_PROCESS:
+            return
+        budget = self._begin(connection)
+        try:
+            await budget.take(size_bytes)
+        except BaseException:
+            self._end(connection)
+            raise
 
     def give_back(self, connection: str, size_bytes: int) -> None:
-        held = self._of[connection]
-        held.size_bytes -= size_bytes
-        held.requests -= 1
-        for room in held.waiting:  # each looks again: the next may need less than the first
-            if not room.done():
-                room.set_result(None)
-        if not held.requests and not held.waiting:
-            del self._of[connection]
+        """Gives back what `take` took for a request of this size."""
+        if connection != IN_PROCESS:
+            self._of[connection].budget.give(min(size_bytes, self._bytes_max))
+            self._end(connection)
 
-    def _fits(self, held: _Held, size_bytes: int) -> bool:
-        return not held.requests or held.size_bytes + size_bytes <= self._bytes_max
-
-    def _add(self, connection: str, size_bytes: int) -> None:
-        held = self._of.setdefault(connection, _Held())
-        held.size_bytes += size_bytes
+    def _begin(self, connection: str) -> ByteBudget:
+        held = self._of.setdefault(connection, _Connection(ByteBudget(self._bytes_max)))
         held.requests += 1
+        return held.budget
+
+    def _end(self, connection: str) -> None:
+        held = self._of[connection]
+        held.requests -= 1
+        if not held.requests:
+            del self._of[connection]

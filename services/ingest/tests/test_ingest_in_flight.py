@@ -42,6 +42,26 @@ async def test_a_stream_waits_for_room() -> None:
     assert not in_flight._of
 
 
+async def test_a_large_request_is_not_passed_over_for_small_ones() -> None:
+    """It waited for as long as others kept what was free too little for it."""
+    in_flight = BytesInFlight(100)
+    await in_flight.take("a", 60)
+    large = asyncio.create_task(in_flight.take("a", 80))
+    await asyncio.sleep(0)
+    small = asyncio.create_task(in_flight.take("a", 30))
+    await asyncio.sleep(0)
+    assert not (large.done() or small.done())
+    with pytest.raises(Overloaded), in_flight.hold("a", 30):
+        pass
+    in_flight.give_back("a", 60)
+    await large
+    assert not small.done()
+    in_flight.give_back("a", 80)
+    await small
+    in_flight.give_back("a", 30)
+    assert not in_flight._of
+
+
 async def test_a_wait_that_is_given_up_leaves_nothing() -> None:
     in_flight = BytesInFlight(100)
     await in_flight.take("a", 100)
