@@ -48,7 +48,6 @@ class Heartbeats:
         self._feed = feed
         self._history = history
         self._room = room
-        self._full = False
         self._told_full = False
         self._clock = clock
         self._make_backoff = make_backoff
@@ -84,7 +83,7 @@ class Heartbeats:
                 wait_ms = self._interval_ms
 
     async def _beat(self) -> None:
-        full = self._full
+        full = self._room.is_full
         sent_ms = self._clock.monotonic_ms()
         request = pb.HeartbeatRequest(session_token=self._holder.token, low_ranges=_low_ranges(self._logs))
         if full != self._told_full:
@@ -103,8 +102,7 @@ class Heartbeats:
         for grant in response.extended:
             self._ranges.extend(LogKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)
         self._grants.heard_of(response.grants_version, self._feed.position)
-        # For the next beat: the log's thread may hang on a disk, and the lease must not wait for that.
-        self._full = await self._room.lacking()
+        self._room.look()  # for the next beat
 
 
 def _low_ranges(logs: Logs) -> list[pb.RangeUse]:

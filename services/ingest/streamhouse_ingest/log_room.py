@@ -1,8 +1,9 @@
 """Watches whether the log's disk has been without room for so long that others should lead.
 
-Owns: since when there is no room. Does not own: the moves, which the coordinator asks for once it hears of it.
-Invariant: a log that was full counts as full until there is room for a whole file, or small batches that still fit
-would send the leaderships to and fro.
+Owns: since when there is no room, and the look whether there is some again. Does not own: the moves, which the
+coordinator asks for once it hears of it.
+Invariants: a log that was full counts as full until there is room for a whole file, or small batches that still fit
+would send the leaderships to and fro. Nobody waits for a look: the log's thread, which makes it, may hang on a disk.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import logging
 from concurrent.futures import Executor
 
 from shruntime.clock import Clock
+from shruntime.tasks import Tasks
 
 from streamhouse_ingest.ports import Wal
 
@@ -17,14 +19,22 @@ log = logging.getLogger(__name__)
 
 
 class LogRoom:
-    """`full` by the writer, `lacking` by whoever tells the coordinator."""
+    """`full` by the writer, `look` and `is_full` by whoever tells the coordinator. `tasks` owns the look."""
 
-    def __init__(self, wal: Wal, thread: Executor, clock: Clock, *, grace_ms: int) -> None:
+    def __init__(self, wal: Wal, thread: Executor, clock: Clock, tasks: Tasks, *, grace_ms: int) -> None:
         self._wal = wal
         self._thread = thread
         self._clock = clock
+        self._tasks = tasks
         self._grace_ms = grace_ms
         self._full_since_ms: int | None = None
+        self._is_full = False
+        self._looking: asyncio.Task[None] | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """True if at the last look the log had been full for the grace period, and still was."""
+        return self._is_full
 
     def full(self) -> None:
         """A group could not be written for lack of room."""
@@ -32,13 +42,14 @@ class LogRoom:
             self._full_since_ms = self._clock.monotonic_ms()
             log.warning("the write-ahead log cannot grow; after %d ms others are to lead instead", self._grace_ms)
 
-    async def lacking(self) -> bool:
-        """Returns True once the log has been full for longer than the grace period; looks whether it still is."""
-        since_ms = self._full_since_ms
-        if since_ms is None:
-            return False
+    def look(self) -> None:
+        """Begins to look whether a log that was full still is, unless such a look is under way."""
+        if self._full_since_ms is not None and (self._looking is None or self._looking.done()):
+            self._looking = self._tasks.spawn("look for room in the log", self._look(self._full_since_ms))
+
+    async def _look(self, since_ms: int) -> None:
         if await asyncio.get_running_loop().run_in_executor(self._thread, self._wal.has_room):
             log.info("the write-ahead log has room again")
-            self._full_since_ms = None
-            return False
-        return self._clock.monotonic_ms() - since_ms >= self._grace_ms
+            self._full_since_ms, self._is_full = None, False
+        else:
+            self._is_full = self._clock.monotonic_ms() - since_ms >= self._grace_ms

@@ -75,7 +75,7 @@ def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) 
     sealer = Sealer(
         logs, around.coordinator, holder, around.clock, _seal_limits(settings), around.backoff(), around.metrics
     )
-    room = LogRoom(opened.wal, around.thread, around.clock, grace_ms=settings.wal_full_grace_ms)
+    room = LogRoom(opened.wal, around.thread, around.clock, around.tasks, grace_ms=settings.wal_full_grace_ms)
     writer = _writer(around, opened, logs, lease, room)
     history = History(opened.seen, opened.wal, around.thread)
     trimmer = Trimmer(logs, opened.wal, opened.index, around.thread, history)

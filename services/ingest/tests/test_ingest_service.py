@@ -30,6 +30,7 @@ from shproto.v1 import coordinator_pb2, types_pb2
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import ManualClock
 from shruntime.settings import SettingsError
+from shruntime.tasks import Tasks
 from streamhouse_ingest import request_rules
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
@@ -832,21 +833,57 @@ async def test_a_log_that_is_full_for_less_than_the_grace_period_keeps_its_leade
         def has_room(self) -> bool:
             return self.room
 
-    clock, disk = ManualClock(0), Disk()
+    clock, disk, tasks = ManualClock(0), Disk(), Tasks()
     with ThreadPoolExecutor(1) as thread:
-        room = LogRoom(disk, thread, clock, grace_ms=10_000)  # type: ignore[arg-type]
-        assert not await room.lacking(), "nothing has failed yet"
+        room = LogRoom(disk, thread, clock, tasks, grace_ms=10_000)  # type: ignore[arg-type]
+
+        async def is_full() -> bool:
+            room.look()
+            await asyncio.gather(*tasks._tasks)
+            return room.is_full
+
+        assert not await is_full(), "nothing has failed yet"
         room.full()
         clock.advance(9_999)
         room.full()
-        assert not await room.lacking()
+        assert not await is_full()
         clock.advance(1)
-        assert await room.lacking()
+        assert await is_full()
         disk.room = True
-        assert not await room.lacking()
+        assert not await is_full()
         room.full()
         disk.room = False
-        assert not await room.lacking(), "the grace period begins anew"
+        assert not await is_full(), "the grace period begins anew"
+
+
+async def test_heartbeats_do_not_wait_for_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a full one, while it is asked for room: the lease ended, though the coordinator could be reached."""
+    coordinator = CoordinatorStandIn(heartbeat_ms=10)
+    coordinator.create("orders", 2)
+    asked, answer = threading.Event(), threading.Event()
+
+    def hang(directory: WalDirectory, size_bytes: int) -> bool:
+        asked.set()
+        return answer.wait(60)
+
+    monkeypatch.setattr(WalDirectory, "has_room", hang)
+    async with running(tmp_path, coordinator, wal_full_grace_ms=0, wal_file_bytes=64 * 1024) as service:
+        await service.api.produce(request(b"a"))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+        try:
+            with pytest.raises(errors.DiskFull):
+                await service.api.produce(request(os.urandom(45_000)))
+            async with asyncio.timeout(10):
+                while not asked.is_set():
+                    await asyncio.sleep(0.001)
+                until = coordinator.calls["heartbeat"] + 5
+                while coordinator.calls["heartbeat"] < until:
+                    await asyncio.sleep(0.001)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            answer.set()
+        await service.api.produce(request(b"b"))
 
 
 async def test_a_failed_fsync_acknowledges_nothing_and_ends_the_agent(
