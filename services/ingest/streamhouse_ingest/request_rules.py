@@ -58,7 +58,7 @@ class RequestRules:
         self._logs = logs
         self._clock = clock
         self._settings = settings
-        self._work = FairExecutor(at_once_max=settings.checks_at_once_max, bytes_max=settings.queue_bytes_max)
+        self._work = FairExecutor(at_once_max=settings.checks_at_once_max, bytes_max=settings.checks_queue_bytes_max)
 
     def acks(self, request: pb.ProduceRequest, held: HeldLog) -> int:
         """The ack level to answer at. Raises InvalidArgument, AcksTooWeak."""
@@ -153,8 +153,8 @@ class RequestRules:
         try:
             return await self._work.run(connection, work, size_bytes)
         except QueueFull as full:
-            limit_bytes = self._settings.queue_bytes_max
-            raise overloaded("queue_bytes_max", limit_bytes, full.queued_bytes, _QUEUE_RETRY_MS) from full
+            limit_bytes = self._settings.checks_queue_bytes_max
+            raise overloaded("checks_queue_bytes_max", limit_bytes, full.queued_bytes, _QUEUE_RETRY_MS) from full
 
 
 def _out_of_range(error: ValueOutOfRange) -> InvalidArgument:

@@ -80,6 +80,12 @@ class IngestSettings(CommonSettings):
         description="large batches (above 512 KiB unpacked) checked at once, each a thread and up to 64 MiB for 0.2 s; "
         "connections have their turns",
     )
+    checks_queue_bytes_max: int = Field(
+        default_factory=MemoryShare(64, 8 * MIB, 32 * MIB),
+        ge=64 * 1024,
+        description="bytes of large batches that wait to be checked, beyond which producers are refused: half of what "
+        "may then wait to be written",
+    )
     batch_bytes_max: int = Field(
         default_factory=MemoryShare(128, 2 * MIB, 16 * MIB),
         ge=1024,
@@ -159,9 +165,8 @@ class IngestSettings(CommonSettings):
             raise ValueError(
                 f"wal_bytes_max ({self.wal_bytes_max}) must hold two files of wal_file_bytes ({self.wal_file_bytes})"
             )
-        if self.queue_bytes_max < self.batch_bytes_max:
-            raise ValueError(
-                f"queue_bytes_max ({self.queue_bytes_max}) must hold one of batch_bytes_max ({self.batch_bytes_max})"
-            )
+        for name in ("queue_bytes_max", "checks_queue_bytes_max"):
+            if (size_bytes := getattr(self, name)) < self.batch_bytes_max:
+                raise ValueError(f"{name} ({size_bytes}) must hold one of batch_bytes_max ({self.batch_bytes_max})")
         self.must_not_exceed("retry_first_ms", "retry_max_ms", "waits grow from the first to the second")
         return self

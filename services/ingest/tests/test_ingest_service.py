@@ -734,6 +734,17 @@ async def test_the_queue_has_a_limit(tmp_path: Path, coordinator: CoordinatorSta
         assert service.agent.running().writer.queue_bytes == 0
 
 
+async def test_the_queue_of_batches_to_check_has_a_limit_of_its_own(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator, checks_queue_bytes_max=65536, batch_bytes_max=65536) as service:
+        large = [request(os.urandom(20_000) + bytes(600_000)) for _ in range(8)]
+        answers = await asyncio.gather(*map(service.api.produce, large), return_exceptions=True)
+        refused = [answer for answer in answers if isinstance(answer, errors.Overloaded)]
+        assert refused and len(refused) < 8
+        assert {answer.details["limit"] for answer in refused} == {"checks_queue_bytes_max"}
+
+
 async def test_a_full_disk_refuses_keeps_nothing_and_recovers(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
 ):
