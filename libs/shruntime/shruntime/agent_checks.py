@@ -1,10 +1,12 @@
 """Which ingest agents this process cannot reach, for its heartbeats to say.
 
-Owns: the agents in doubt, and what is known of each. Does not own: connections, heartbeats.
+Owns: the agents in doubt, what is known of each, and the heartbeats that report it. Does not own: connections, the
+session that the heartbeats renew.
 Invariants: An agent is in doubt from the first call that it did not answer, or from the coordinator's word that another
 process has doubts, until it answers a check and nobody doubts it any more, or its session is over: an agent that is
 gone for good is checked no longer than that. An error of the agent is an answer. A call that its caller gave up says
-nothing by itself: the next check does.
+nothing by itself: the next check does. A round of checks is bounded, so that heartbeats come in time whatever the
+number of silent agents: those that it leaves out come first in the next.
 """
 
 import asyncio
@@ -12,9 +14,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from shproto.errors import StreamHouseError, Unavailable
-from shproto.services import IngestApi
+from shproto.errors import SessionExpired, StreamHouseError, Unavailable
+from shproto.services import CoordinatorApi, IngestApi
 from shproto.v1 import coordinator_pb2, ingest_pb2
+
+from shruntime.clock import Clock
+from shruntime.tasks import Backoff
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +44,8 @@ class AgentChecks:
         self._addresses: dict[str, str] = {}
         self._unreachable: set[str] = set()
         self._suspects: dict[str, str] = {}
+        self._round = 0
+        self._rounds: dict[str, int] = {}  # by agent id, the last one that it was checked in
 
     @property
     def unreachable(self) -> frozenset[str]:
@@ -88,22 +95,35 @@ class AgentChecks:
         self._addresses = kept | dict(addresses)
         return bool(new)
 
-    async def check(self) -> list[coordinator_pb2.AgentReach]:
-        """Asks the agents in doubt. Returns what to report of them, the others having nothing to be said of."""
+    async def check(self, within_ms: float | None = None) -> list[coordinator_pb2.AgentReach]:
+        """Asks the agents in doubt, for at most `within_ms` or two timeouts of a check, whichever is longer (None: no
+        limit). Returns the reports: an agent that there was no time to ask is reported if it was unreachable before."""
         turn = asyncio.Semaphore(CHECKS_AT_ONCE)
         addresses, self._suspects = self._suspects | self._addresses, {}
-        names = sorted(addresses)
+        names = sorted(addresses, key=lambda name: (self._rounds.get(name, 0), name))
         checks = [
             asyncio.create_task(self._check(name, addresses[name], turn), name=f"check of agent {name}")
             for name in names
         ]
         try:
-            await asyncio.gather(*checks)
+            timeout_s = None if within_ms is None else max(within_ms, 2 * CHECK_TIMEOUT_MS) / 1000
+            async with asyncio.timeout(timeout_s) as guard:
+                await asyncio.gather(*checks)
+        except TimeoutError:
+            if not guard.expired():
+                raise
         finally:
             for task in checks:
                 task.cancel()
             await asyncio.gather(*checks, return_exceptions=True)
-        return [coordinator_pb2.AgentReach(agent_id=name, reached=name not in self._unreachable) for name in names]
+        asked = {name for name, task in zip(names, checks, strict=True) if not task.cancelled()}
+        self._round += 1
+        self._rounds = {name: self._round if name in asked else self._rounds.get(name, 0) for name in names}
+        self._suspects |= {name: addresses[name] for name in names if name not in asked | self._addresses.keys()}
+        return [
+            coordinator_pb2.AgentReach(agent_id=name, reached=name not in self._unreachable)
+            for name in sorted(asked | self._unreachable.intersection(names))
+        ]
 
     async def _check(self, agent_id: str, address: str, turn: asyncio.Semaphore) -> None:
         async with turn:
@@ -116,3 +136,38 @@ class AgentChecks:
                 self.failed(agent_id, address) if is_silence(error) else self.answered(agent_id)
             else:
                 self.answered(agent_id)
+
+
+async def send_heartbeats(
+    coordinator: CoordinatorApi,
+    session_token: str,
+    interval_ms: int,
+    agents: AgentChecks,
+    clock: Clock,
+    backoff: Backoff,
+    *,
+    recovered: Callable[[], None] | None = None,
+) -> None:
+    """Renews a worker's session every `interval_ms`, and reports the agents in doubt with each heartbeat; the checks
+    come after it, so that they do not delay it. Calls `recovered` where an agent is not unreachable any more. Raises
+    SessionExpired; other failures are tried again."""
+    found: list[coordinator_pb2.AgentReach] = []
+    wait_ms: float = interval_ms
+    while True:
+        await clock.sleep_ms(wait_ms)
+        request = coordinator_pb2.HeartbeatRequest(session_token=session_token, checks_agents=True, agents=found)
+        try:
+            response = await coordinator.heartbeat(request)
+        except SessionExpired:
+            raise
+        except StreamHouseError as error:
+            log.warning("no coordinator takes the heartbeat: %s", error.message)
+            wait_ms = min(backoff.next_ms(), interval_ms)
+            continue
+        backoff.reset()
+        before, started_ms = agents.unreachable, clock.monotonic_ms()
+        is_new = agents.doubted({item.agent_id: item.address for item in response.check}, found)
+        found = await agents.check(interval_ms / 2)
+        wait_ms = 0 if is_new else max(0, interval_ms - (clock.monotonic_ms() - started_ms))
+        if recovered is not None and before - agents.unreachable:
+            recovered()

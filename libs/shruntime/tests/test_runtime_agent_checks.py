@@ -126,6 +126,29 @@ async def test_what_the_coordinator_doubts_is_checked_for_as_long_as_it_does() -
     assert said(await checks.check()) == {"b": False}, "our own doubt stays"
 
 
+async def test_a_round_is_bounded_and_the_next_begins_with_those_that_were_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hundreds of silent agents took longer than the session of the worker that checked them."""
+    monkeypatch.setattr(agent_checks, "CHECK_TIMEOUT_MS", 100)
+    monkeypatch.setattr(agent_checks, "CHECKS_AT_ONCE", 1)
+    agents = Agents()
+    names = [f"agent-{number:02}" for number in range(50)]
+    agents.answers = dict.fromkeys((f"{name}:1" for name in names), None)
+    checks = AgentChecks(agents)
+    checks.failed("agent-49", "agent-49:1")
+    checks.doubted({name: f"{name}:1" for name in names})
+    async with asyncio.timeout(3):  # all of them would be five seconds
+        first = said(await checks.check(within_ms=0))
+        assert not any(first.values())
+        asked = len(agents.asked)
+        assert "agent-00" in first and "agent-49" in first, "one that was unreachable stays reported"
+        assert asked < 10 and len(first) <= asked + 1
+        second = said(await checks.check(within_ms=0))
+    assert agents.asked[asked] not in {f"{name}:1" for name in sorted(first)[:-1]}
+    assert first.keys() < second.keys()
+
+
 async def test_agents_that_say_nothing_are_checked_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_checks, "CHECK_TIMEOUT_MS", 200)
     agents = Agents()

@@ -12,7 +12,7 @@ import logging
 from shproto.errors import SessionExpired, StreamHouseError
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
-from shruntime.agent_checks import AgentChecks
+from shruntime.agent_checks import AgentChecks, send_heartbeats
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 
@@ -47,29 +47,17 @@ class SessionKeeper:
                 await self._clock.sleep_ms(backoff.next_ms())
 
     async def run(self) -> None:
-        """Heartbeats."""
+        """Sends heartbeats, and opens another session where one is lost."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
-        found: list[coordinator_pb2.AgentReach] = []
-        wait_ms: float = self._interval_ms
         while True:
-            await self._clock.sleep_ms(wait_ms)
-            request = coordinator_pb2.HeartbeatRequest(session_token=self.token, checks_agents=True, agents=found)
             try:
-                response = await self._coordinator.heartbeat(request)
+                await send_heartbeats(
+                    self._coordinator, self.token, self._interval_ms, self._agents, self._clock, backoff
+                )
             except SessionExpired:
                 log.warning("the session expired; opening a new one")
                 self.token = ""
                 await self.open(self._address)
-                wait_ms = self._interval_ms
-            except StreamHouseError as error:
-                log.warning("no coordinator takes the heartbeat: %s", error)
-                wait_ms = min(backoff.next_ms(), self._interval_ms)
-            else:
-                backoff.reset()
-                asked = self._agents.doubted({item.agent_id: item.address for item in response.check}, found)
-                started_ms = self._clock.monotonic_ms()
-                found = await self._agents.check()
-                wait_ms = 0 if asked else max(0, self._interval_ms - (self._clock.monotonic_ms() - started_ms))
 
     async def close(self) -> None:
         """Best effort: a session that cannot be closed expires."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from shproto.errors import AgentIdTaken, SessionExpired, StreamHouseError
 from shproto.v1 import coordinator_pb2
+from shruntime.agent_checks import send_heartbeats
 from shruntime.tasks import Backoff
 
 from streamhouse_segmenter.adapters.feed_waker import follow_events
@@ -88,29 +89,12 @@ class WorkerSession:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _renew(self, interval_ms: int, wake: Callable[[], None]) -> None:
-        """Sends a heartbeat per interval, with what is known of agents in doubt. Raises SessionExpired."""
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX, self._ports.rng)
-        clock, agents = self._ports.clock, self._ports.agents
-        found: list[coordinator_pb2.AgentReach] = []
-        wait_ms: float = interval_ms
-        while True:
-            await clock.sleep_ms(wait_ms)
-            request = coordinator_pb2.HeartbeatRequest(session_token=self._token, checks_agents=True, agents=found)
-            try:
-                response = await self._ports.coordinator.heartbeat(request)
-            except SessionExpired:
-                raise
-            except StreamHouseError as error:
-                log.warning("heartbeat failed: %s", error.message)
-                wait_ms = min(backoff.next_ms(), interval_ms)
-                continue
-            backoff.reset()
-            before, started_ms = agents.unreachable, clock.monotonic_ms()
-            asked = agents.doubted({item.agent_id: item.address for item in response.check}, found)
-            found = await agents.check()  # after the heartbeat: agents that do not answer must not delay the next much
-            wait_ms = 0 if asked else max(0, interval_ms - (clock.monotonic_ms() - started_ms))
-            if before - agents.unreachable:
-                wake()  # their buffers may be claimed again
+        """Sends heartbeats until the session is lost. Raises SessionExpired."""
+        ports, backoff = self._ports, Backoff(RETRY_FIRST_MS, RETRY_MS_MAX, self._ports.rng)
+        # `wake`: the buffers of an agent that answers again may be claimed.
+        await send_heartbeats(
+            ports.coordinator, self._token, interval_ms, ports.agents, ports.clock, backoff, recovered=wake
+        )
 
     async def close(self) -> None:
         """Gives the session back, best effort: one that cannot be closed expires. `run` must have ended."""
