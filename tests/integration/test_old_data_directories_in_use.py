@@ -1,4 +1,5 @@
-"""Data directories of older versions are opened: everything acknowledged is there, and work goes on where it ended."""
+"""Data directories of older versions are opened after retention and a deleted topic: what is acknowledged and kept is
+there, and work goes on where it ended."""
 
 import asyncio
 import json
@@ -16,7 +17,7 @@ from tests.integration.processes import EmbeddedProcess
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 PATIENCE_S = 120
-ARCHIVES = sorted(Path(__file__).parent.glob("*.tar.gz"))
+ARCHIVES = sorted((Path(__file__).parent / "data_directories").glob("*.tar.gz"))
 assert len(ARCHIVES) >= 3, "the archives are missing"
 
 
