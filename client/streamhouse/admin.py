@@ -13,11 +13,11 @@ from streamhouse.cluster import (
     BufferFailure,
     ClusterStatus,
     CommittedOffset,
-    DoubtedAgent,
     FoundOffset,
     OffsetRange,
     Topic,
     TopicDescription,
+    UnreachableAgent,
     lease_of,
     partition_of,
     range_of,
@@ -146,7 +146,7 @@ class Admin:
                 for item in response.buffer_failures
             ),
             tuple(
-                DoubtedAgent(
+                UnreachableAgent(
                     agent_id=item.agent_id,
                     address=item.address,
                     cut_off=item.cut_off,
@@ -154,7 +154,7 @@ class Admin:
                     reaching=tuple(item.reaching),
                     since_ms=item.since_ms,
                 )
-                for item in response.doubted_agents
+                for item in response.unreachable_agents
             ),
         )
 

@@ -119,7 +119,7 @@ class BufferFailure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DoubtedAgent:
+class UnreachableAgent:
     """An ingest agent that some segmenters or query services cannot reach. cut_off: its partitions go to others.
     since_ms: since when the first of `failing` cannot; 0: all can again."""
 
@@ -134,8 +134,8 @@ class DoubtedAgent:
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
     """missing_position: of an event that was seen and is not there any more, so that the metadata is to be restored;
-    0: none. buffer_failures: the oldest of those there are. doubted_agents: those that a worker cannot reach, or that
-    are cut off still."""
+    0: none. buffer_failures: the oldest of those there are. unreachable_agents: those that a worker cannot reach, or
+    that are cut off still."""
 
     sessions: tuple[Session, ...]
     leases: tuple[Lease, ...]
@@ -146,7 +146,7 @@ class ClusterStatus:
     outbox_position: int
     missing_position: int = 0
     buffer_failures: tuple[BufferFailure, ...] = ()
-    doubted_agents: tuple[DoubtedAgent, ...] = ()
+    unreachable_agents: tuple[UnreachableAgent, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import pytest
 from streamhouse.cli.serve_process import ServeProcess
 from streamhouse.cli.status import show_doubt, show_failure
 from streamhouse.cli.topic import show_description
-from streamhouse.cluster import BufferFailure, DoubtedAgent, LostRecords, Partition, Topic, TopicDescription
+from streamhouse.cluster import BufferFailure, LostRecords, Partition, Topic, TopicDescription, UnreachableAgent
 from streamhouse.sync import Admin, Consumer, Producer
 from streamhouse_embedded.postgres import EmbeddedPostgres
 
@@ -124,7 +124,7 @@ def test_an_agent_that_workers_cannot_reach_is_shown_with_who_cannot() -> None:
         since_ms = 1_700_000_000_000 if failing else 0
         return show_doubt(
             asdict(
-                DoubtedAgent(
+                UnreachableAgent(
                     agent_id="a",
                     address="10.0.0.7:7012",
                     cut_off=cut_off,

@@ -71,8 +71,8 @@ SETTINGS = {
     "HEARTBEAT_INTERVAL_MS": 2000,
     "LEASE_MARGIN_MS": 1500,
     # An agent that its workers do not reach gives its partitions up, and has them back, within a fault.
-    "UNREACHABLE_AFTER_MS": 5000,
-    "REACHABLE_HOLD_MS": 5000,
+    "CUT_OFF_AFTER_MS": 5000,
+    "CUT_OFF_HOLD_MS": 5000,
     "RPC_TIMEOUT_MS": 3000,
     "PG_TIMEOUT_MS": 1200,
     "PG_TRANSACTION_IDLE_MS": 1200,

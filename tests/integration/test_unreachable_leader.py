@@ -26,8 +26,8 @@ PATIENCE_S = 120
 AGENTS = ("ingest-1", "ingest-2")
 SETTINGS = {
     "STREAMHOUSE_HEARTBEAT_INTERVAL_MS": "500",
-    "STREAMHOUSE_UNREACHABLE_AFTER_MS": "2000",
-    "STREAMHOUSE_REACHABLE_HOLD_MS": "2000",
+    "STREAMHOUSE_CUT_OFF_AFTER_MS": "2000",
+    "STREAMHOUSE_CUT_OFF_HOLD_MS": "2000",
     "STREAMHOUSE_RPC_TIMEOUT_MS": "3000",
     "STREAMHOUSE_PG_TIMEOUT_MS": "2000",
     "STREAMHOUSE_SEAL_AGE_MS": "500",
@@ -49,7 +49,7 @@ class Fleet:
 
     async def doubted(self) -> dict[str, Any]:
         async with Admin(self.cluster.bootstrap) as admin:
-            return {item.agent_id: item for item in (await admin.status()).doubted_agents}
+            return {item.agent_id: item for item in (await admin.status()).unreachable_agents}
 
     async def produce(self, what: str, count: int, acks: Any) -> None:
         values = [f"{what} {n}".encode() for n in range(count)]

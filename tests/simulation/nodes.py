@@ -171,8 +171,8 @@ class CoordinatorNode(Node):
             range_width_offsets=self.around.range_width_offsets,
             group_session_timeout_ms=3_000,
             group_heartbeat_interval_ms=1_000,
-            unreachable_after_ms=3_000,
-            reachable_hold_ms=4_000,
+            cut_off_after_ms=3_000,
+            cut_off_hold_ms=4_000,
         )
         # More than an operator may set: so that leases end over outages that are not made up for.
         settings = settings.model_copy(update={"session_sweep_interval_ms": 700})

@@ -71,7 +71,7 @@ async def collect_status(bootstrap: str) -> dict[str, Any]:
         "events_position": answer.events_position,
         "outbox_position": answer.outbox_position,
         "missing_position": answer.missing_position,
-        "doubted_agents": [asdict(item) for item in answer.doubted_agents],
+        "unreachable_agents": [asdict(item) for item in answer.unreachable_agents],
         "buffer_failures": [asdict(item) | {"refused": item.refused} for item in answer.buffer_failures],
     }
 
@@ -215,7 +215,7 @@ def _print_waits(report: dict[str, Any]) -> None:
             click.echo(
                 f"THE LOG OF AGENT {session['agent_id']} HAS NO ROOM: others lead instead, as far as there are any"
             )
-    for item in report["doubted_agents"]:
+    for item in report["unreachable_agents"]:
         click.echo(show_doubt(item))
     for item in report["buffer_failures"]:
         click.echo(show_failure(item))

@@ -91,14 +91,14 @@ class CoordinatorSettings(CommonSettings):
     probe_timeout_ms: int = Field(
         2_000, ge=10, le=60_000, description="ms to reach an agent whose event stream broke; refused means it is gone"
     )
-    unreachable_after_ms: int = Field(
+    cut_off_after_ms: int = Field(
         15_000,
         ge=100,
         le=3_600_000,
         description="ms for which several segmenters or query services must have failed to reach an agent until its "
         "partitions go to others; longer than an agent takes to restart",
     )
-    reachable_hold_ms: int = Field(
+    cut_off_hold_ms: int = Field(
         30_000,
         ge=100,
         le=3_600_000,

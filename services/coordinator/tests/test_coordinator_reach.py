@@ -69,7 +69,7 @@ class Fleet:
         return events
 
     @property
-    def out(self) -> set[str]:
+    def cut_off(self) -> set[str]:
         return {name for name, row in self.cut_offs.items() if not row.reachable_ms}
 
 
@@ -84,7 +84,7 @@ def reaching(agent: str, *workers: str) -> list[tuple[str, str, bool]]:
 def test_several_that_fail_for_long_enough_cut_an_agent_off() -> None:
     fleet = Fleet()
     fleet.beat(*failing("a", "s1", "s2", "q1"))
-    assert not fleet.out, "it may be starting again"
+    assert not fleet.cut_off, "it may be starting again"
     fleet.beat(*failing("a", "s1", "s2", "q1"))
     assert fleet.events == [AgentCutOff("a", "session a", ("q1", "s1", "s2"), fleet.now_ms, 1)]
 
@@ -104,7 +104,7 @@ def test_all_segmenters_are_enough_though_query_services_reach_it() -> None:
     fleet = Fleet(segmenters=2, queries=3)
     for _ in range(3):
         fleet.beat(*failing("a", "s1", "s2"), *reaching("a", "q1", "q2", "q3"))
-    assert fleet.out == {"a"}
+    assert fleet.cut_off == {"a"}
 
 
 def test_a_minority_of_a_role_is_not() -> None:
@@ -119,7 +119,7 @@ def test_a_fleet_with_few_workers(segmenters: int, queries: int, reporters: list
     fleet = Fleet(segmenters=segmenters, queries=queries)
     for _ in range(3):
         fleet.beat(*failing("a", *reporters))
-    assert fleet.out == {"a"}
+    assert fleet.cut_off == {"a"}
 
 
 def test_one_of_two_workers_is_not_enough() -> None:
@@ -140,11 +140,11 @@ def test_at_most_half_of_the_agents_are_cut_off() -> None:
     fleet = Fleet(agents="abcde")
     for _ in range(5):
         fleet.beat(*(said for agent in "abcd" for said in failing(agent, "s1", "s2", "q1")))
-    assert len(fleet.out) == 2
+    assert len(fleet.cut_off) == 2
     alone = Fleet(agents="a")
     for _ in range(5):
         alone.beat(*failing("a", "s1", "s2", "q1"))
-    assert not alone.out, "nobody else is there to lead"
+    assert not alone.cut_off, "nobody else is there to lead"
 
 
 def test_old_reports_do_not_count() -> None:
@@ -159,7 +159,7 @@ def test_it_leads_again_only_once_it_has_been_reachable_for_a_while() -> None:
     for _ in range(3):
         fleet.beat(*failing("a", "s1", "s2", "q1"))
     cut_off_ms = fleet.now_ms
-    while fleet.out:
+    while fleet.cut_off:
         fleet.beat(*reaching("a", "s1", "s2", "q1"))
         assert fleet.now_ms - cut_off_ms <= PATIENCE.hold_ms + 2 * BEAT_MS
     assert isinstance(fleet.events[-1], AgentReachable)
@@ -175,9 +175,9 @@ def test_an_outage_in_which_nobody_could_report_lets_no_agent_lead_again() -> No
     fleet = Fleet()
     for _ in range(3):
         fleet.beat(*failing("a", "s1", "s2", "q1"))
-    assert fleet.out == {"a"}
+    assert fleet.cut_off == {"a"}
     fleet.beat(for_ms=10 * PATIENCE.hold_ms)
-    assert fleet.out == {"a"}
+    assert fleet.cut_off == {"a"}
     fleet.beat(*failing("a", "s1", "s2", "q1"))
     assert len(fleet.events) == 1
 
@@ -187,11 +187,11 @@ def test_after_an_outage_the_first_worker_that_reports_does_not_speak_for_the_ot
     fleet = Fleet()
     for _ in range(4):
         fleet.beat(*failing("a", "s1", "s2"), *reaching("a", "q1"))
-    assert fleet.out == {"a"}
+    assert fleet.cut_off == {"a"}
     fleet.beat(for_ms=10 * PATIENCE.hold_ms)
     fleet.beat(*reaching("a", "q1"), for_ms=1_000)
-    assert fleet.out == {"a"}
-    while fleet.out:
+    assert fleet.cut_off == {"a"}
+    while fleet.cut_off:
         fleet.beat(*reaching("a", "s1", "s2", "q1"))
         assert fleet.now_ms < 2_000_000
 
@@ -202,7 +202,7 @@ def test_it_leads_again_once_no_worker_lives() -> None:
         fleet.beat(*failing("a", "s1", "s2", "q1"))
     fleet.segmenters = fleet.queries = 0
     fleet.beat(for_ms=PATIENCE.hold_ms)
-    assert not fleet.out
+    assert not fleet.cut_off
 
 
 def test_a_link_that_comes_and_goes_moves_partitions_ever_less_often() -> None:
@@ -254,7 +254,7 @@ def test_whatever_is_said_most_agents_go_on_and_none_flaps(
     for words in said:
         before = len(fleet.events)
         fleet.beat(*words)
-        assert len(fleet.out) <= 2
+        assert len(fleet.cut_off) <= 2
         for event in fleet.events[before:]:
             assert isinstance(event, AgentCutOff | AgentReachable)
             if isinstance(event, AgentReachable):

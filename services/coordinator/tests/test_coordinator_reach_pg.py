@@ -29,7 +29,7 @@ async def service(dsn: str, fast: Callable[..., Any]) -> AsyncIterator[Coordinat
 async def api(dsn: str, fast: Callable[..., Any]) -> AsyncIterator[CoordinatorApi]:
     """Reports count for hours, whatever the machine has to do meanwhile."""
     service = build(
-        fast(dsn, heartbeat_interval_ms=200_000, unreachable_after_ms=100, reachable_hold_ms=100, moves_per_sweep_max=2)
+        fast(dsn, heartbeat_interval_ms=200_000, cut_off_after_ms=100, cut_off_hold_ms=100, moves_per_sweep_max=2)
     )
     await service.start()
     try:
@@ -69,8 +69,8 @@ async def workers(api: CoordinatorApi) -> list[Worker]:
     ]
 
 
-async def doubts(api: CoordinatorApi) -> dict[str, pb.DoubtedAgent]:
-    return {item.agent_id: item for item in (await api.get_status(pb.GetStatusRequest())).doubted_agents}
+async def doubts(api: CoordinatorApi) -> dict[str, pb.UnreachableAgent]:
+    return {item.agent_id: item for item in (await api.get_status(pb.GetStatusRequest())).unreachable_agents}
 
 
 async def test_an_agent_that_its_workers_cannot_reach_gives_its_partitions_to_others(

@@ -650,7 +650,7 @@ class GetStatusResponse(_message.Message):
     HISTORY_ID_FIELD_NUMBER: _builtins.int
     MISSING_POSITION_FIELD_NUMBER: _builtins.int
     BUFFER_FAILURES_FIELD_NUMBER: _builtins.int
-    DOUBTED_AGENTS_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_AGENTS_FIELD_NUMBER: _builtins.int
     buffers_waiting: _builtins.int
     buffers_claimed: _builtins.int
     buffers_waiting_bytes: _builtins.int
@@ -669,7 +669,7 @@ class GetStatusResponse(_message.Message):
         """the oldest of those there are"""
 
     @_builtins.property
-    def doubted_agents(self) -> _containers.RepeatedCompositeFieldContainer[Global___DoubtedAgent]:
+    def unreachable_agents(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnreachableAgent]:
         """that a worker cannot reach, or could not lately"""
 
     def __init__(
@@ -685,18 +685,18 @@ class GetStatusResponse(_message.Message):
         history_id: _builtins.str = ...,
         missing_position: _builtins.int = ...,
         buffer_failures: _abc.Iterable[Global___BufferFailure] | None = ...,
-        doubted_agents: _abc.Iterable[Global___DoubtedAgent] | None = ...,
+        unreachable_agents: _abc.Iterable[Global___UnreachableAgent] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_failures", b"buffer_failures", "buffers_claimed", b"buffers_claimed", "buffers_waiting", b"buffers_waiting", "buffers_waiting_bytes", b"buffers_waiting_bytes", "doubted_agents", b"doubted_agents", "events_position", b"events_position", "history_id", b"history_id", "leases", b"leases", "missing_position", b"missing_position", "outbox_position", b"outbox_position", "sessions", b"sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_failures", b"buffer_failures", "buffers_claimed", b"buffers_claimed", "buffers_waiting", b"buffers_waiting", "buffers_waiting_bytes", b"buffers_waiting_bytes", "events_position", b"events_position", "history_id", b"history_id", "leases", b"leases", "missing_position", b"missing_position", "outbox_position", b"outbox_position", "sessions", b"sessions", "unreachable_agents", b"unreachable_agents"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
 
 @_typing.final
-class DoubtedAgent(_message.Message):
+class UnreachableAgent(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     AGENT_ID_FIELD_NUMBER: _builtins.int
@@ -735,7 +735,7 @@ class DoubtedAgent(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DoubtedAgent: _TypeAlias = DoubtedAgent  # noqa: Y015
+Global___UnreachableAgent: _TypeAlias = UnreachableAgent  # noqa: Y015
 
 @_typing.final
 class GetHeadRequest(_message.Message):

@@ -98,32 +98,32 @@ def decide(
     """
     by_session = {row.session_id: row for row in workers}
     now = {row.agent_id: reach_of(row, reports, by_session, now_ms, patience) for row in agents}
-    out = {row.agent_id for row in agents if is_out(cut_offs.get(row.agent_id), row)}
+    cut_off_ids = {row.agent_id for row in agents if is_cut_off_now(cut_offs.get(row.agent_id), row)}
     events: list[Event] = []
     for agent in agents:
         name, before = agent.agent_id, cut_offs.get(agent.agent_id)
         reach = now[name]
         cut_off = is_cut_off(reach, workers)
-        if name in out and before is not None:
+        if name in cut_off_ids and before is not None:
             # A worker that has reported nothing lately, as after an outage of PostgreSQL, has not taken its word back.
             latest = reach_of(agent, reports, by_session, now_ms, replace(patience, fresh_ms=now_ms))
             heard = reach.reaching or not workers
             if heard and not is_cut_off(latest, workers) and _is_held(latest, before, now_ms, patience):
-                out.discard(name)
+                cut_off_ids.discard(name)
                 events.append(AgentReachable(name, agent.session_id, now_ms))
         elif (
             cut_off
             and now_ms - reach.failing_since_ms >= patience.after_ms
-            and len(out) < len(agents) // 2
-            and _has_another(agent, agents, now, out)
+            and len(cut_off_ids) < len(agents) // 2
+            and _has_another(agent, agents, now, cut_off_ids)
         ):
-            out.add(name)
+            cut_off_ids.add(name)
             reporters = tuple(sorted(row.agent_id for row in reach.failing))
             events.append(AgentCutOff(name, agent.session_id, reporters, now_ms, _times(before, now_ms)))
     return events
 
 
-def is_out(row: CutOffRow | None, agent: SessionRow) -> bool:
+def is_cut_off_now(row: CutOffRow | None, agent: SessionRow) -> bool:
     """True if the agent is cut off in this session; another session may have another network."""
     return row is not None and not row.reachable_ms and row.session_id == agent.session_id
 
@@ -134,13 +134,13 @@ def _is_held(reach: Reach, row: CutOffRow, now_ms: int, patience: ReachTimes) ->
 
 
 def _has_another(
-    agent: SessionRow, agents: Sequence[SessionRow], now: Mapping[str, Reach], out: Collection[str]
+    agent: SessionRow, agents: Sequence[SessionRow], now: Mapping[str, Reach], cut_off_ids: Collection[str]
 ) -> bool:
     reporters = {row.session_id for row in now[agent.agent_id].failing}
     return any(
         not reporters & {row.session_id for row in now[other.agent_id].failing}
         for other in agents
-        if other.agent_id != agent.agent_id and other.agent_id not in out
+        if other.agent_id != agent.agent_id and other.agent_id not in cut_off_ids
     )
 
 
@@ -151,13 +151,16 @@ def _times(row: CutOffRow | None, now_ms: int) -> int:
 
 
 def outdated(
-    agents: Iterable[SessionRow], workers: Iterable[SessionRow], reports: Iterable[ReachReportRow], out: Collection[str]
+    agents: Iterable[SessionRow],
+    workers: Iterable[SessionRow],
+    reports: Iterable[ReachReportRow],
+    cut_off_ids: Collection[str],
 ) -> list[ReachReportRow]:
     """Returns the reports that nobody needs: of sessions that are over, and good ones of agents that no worker fails to
-    reach and that are not cut off. `out`: session ids of those that are."""
+    reach and that are not cut off. `cut_off_ids`: session ids of those that are."""
     agent_ids, worker_ids = {row.session_id for row in agents}, {row.session_id for row in workers}
     rows = list(reports)
-    doubted = {row.agent_session_id for row in rows if not row.reached} | set(out)
+    doubted = {row.agent_session_id for row in rows if not row.reached} | set(cut_off_ids)
     return [
         row
         for row in rows

@@ -31,8 +31,8 @@ REPORTS_FRESH_HEARTBEATS = 3
 def patience(settings: CoordinatorSettings) -> reach.ReachTimes:
     """Returns the times of `decide` as the settings have them."""
     return reach.ReachTimes(
-        settings.unreachable_after_ms,
-        settings.reachable_hold_ms,
+        settings.cut_off_after_ms,
+        settings.cut_off_hold_ms,
         REPORTS_FRESH_HEARTBEATS * settings.heartbeat_interval_ms,
     )
 
@@ -91,8 +91,8 @@ class ReachState:
         by_session = {row.session_id: row for row in self.workers}
         return reach.reach_of(agent, self.reports, by_session, now_ms, patience(settings))
 
-    def is_out(self, agent: t.SessionRow) -> bool:
-        return reach.is_out(self.cut_offs.get(agent.agent_id), agent)
+    def is_cut_off_now(self, agent: t.SessionRow) -> bool:
+        return reach.is_cut_off_now(self.cut_offs.get(agent.agent_id), agent)
 
     def outdated(self) -> list[t.ReachReportRow]:
         out = {row.session_id for row in self.cut_offs.values() if not row.reachable_ms}
@@ -121,7 +121,7 @@ async def is_due(tx: Transaction, settings: CoordinatorSettings) -> tuple[bool, 
     if found is None:
         return False, 0
     due = bool(found.decide(await tx.now_ms(), settings) or found.outdated())
-    return due, sum(found.is_out(agent) for agent in found.agents)
+    return due, sum(found.is_cut_off_now(agent) for agent in found.agents)
 
 
 async def apply(context: Context) -> None:

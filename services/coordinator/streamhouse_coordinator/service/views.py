@@ -211,30 +211,30 @@ async def get_status(context: Context) -> pb.GetStatusResponse:
             history_id=await _history_id(tx),
             missing_position=max((row.position for row in await tx.select(t.FORKS)), default=0),
             buffer_failures=await _buffer_failures(tx),
-            doubted_agents=await _doubted_agents(tx, context.settings),
+            unreachable_agents=await _unreachable_agents(tx, context.settings),
         )
 
     return await context.store.run(work)
 
 
-async def _doubted_agents(tx: Transaction, settings: CoordinatorSettings) -> list[pb.DoubtedAgent]:
+async def _unreachable_agents(tx: Transaction, settings: CoordinatorSettings) -> list[pb.UnreachableAgent]:
     """Returns the agents that a worker cannot reach, and those that are cut off for it."""
     found = await reach.look(tx)
     if found is None:
         return []
     now_ms = await tx.now_ms()
     return [
-        pb.DoubtedAgent(
+        pb.UnreachableAgent(
             agent_id=agent.agent_id,
             address=agent.address,
-            cut_off=found.is_out(agent),
+            cut_off=found.is_cut_off_now(agent),
             failing=sorted(row.agent_id for row in said.failing),
             reaching=sorted(row.agent_id for row in said.reaching),
             since_ms=said.failing_since_ms,
         )
         for agent in found.agents
         for said in [found.reach_of(agent, now_ms, settings)]
-        if said.failing or found.is_out(agent)
+        if said.failing or found.is_cut_off_now(agent)
     ]
 
 
