@@ -112,8 +112,9 @@ class SegmenterSettings(StoreSettings):
         8,
         ge=2,
         le=10_000,
-        description="how many times as large as the largest of the small segments in it a merged one has to be: each "
-        "byte is written again log(target / first size) times to this base, and fewer than this many of a size wait",
+        description="a merged segment is at least this many times as large as the largest in it, and so of at least "
+        "this many: each byte is written again log(target / first size) times to this base, and fewer than this many "
+        "of a size wait",
     )
     retention_interval_ms: int = Field(
         60_000, ge=50, le=86_400_000, description="ms between applications of retention by time and size"
