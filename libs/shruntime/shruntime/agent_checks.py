@@ -1,4 +1,4 @@
-"""Which ingest agents this process cannot reach, for its heartbeats to say.
+"""Ingest agents that this process cannot reach, for its heartbeats to say.
 
 Owns: the agents in doubt, what is known of each, and the heartbeats that report it. Does not own: connections, the
 session that the heartbeats renew.
@@ -43,7 +43,7 @@ class AgentChecks:
         self._ingest_at = ingest_at
         self._addresses: dict[str, str] = {}
         self._unreachable: set[str] = set()
-        self._suspects: dict[str, str] = {}
+        self._late: dict[str, str] = {}
         self._round = 0
         self._rounds: dict[str, int] = {}  # by agent id, the last one that it was checked in
 
@@ -65,24 +65,24 @@ class AgentChecks:
             raise
         except (TimeoutError, asyncio.CancelledError):
             if loop.time() >= late_at:
-                self._suspects[agent_id] = address
+                self._late[agent_id] = address
             raise
         self.answered(agent_id)
 
     def failed(self, agent_id: str, address: str) -> None:
-        """A call to the agent got no answer."""
+        """Notes a call to the agent that got no answer."""
         if agent_id not in self._unreachable:
             log.warning("agent %s at %s does not answer", agent_id, address)
         self._addresses[agent_id] = address
         self._unreachable.add(agent_id)
 
     def answered(self, agent_id: str) -> None:
-        """A call to the agent got an answer."""
+        """Notes an answer of the agent, errors included."""
         if agent_id in self._unreachable:
             log.info("agent %s answers again", agent_id)
             self._unreachable.discard(agent_id)
 
-    def doubted(self, addresses: Mapping[str, str], reported: Iterable[coordinator_pb2.AgentReach] = ()) -> bool:
+    def set_asked(self, addresses: Mapping[str, str], reported: Iterable[coordinator_pb2.AgentReach] = ()) -> bool:
         """Notes the agents that the coordinator wants checked, by agent id. Forgets the others once they answer, and at
         once those of `reported`, the reports that the coordinator has just answered: it names every agent that was
         reported as unreachable and has a session. Returns True if an agent was not in doubt before."""
@@ -99,7 +99,7 @@ class AgentChecks:
         """Asks the agents in doubt, for at most `within_ms` or two timeouts of a check, whichever is longer (None: no
         limit). Returns the reports: an agent that there was no time to ask is reported if it was unreachable before."""
         turn = asyncio.Semaphore(CHECKS_AT_ONCE)
-        addresses, self._suspects = self._suspects | self._addresses, {}
+        addresses, self._late = self._late | self._addresses, {}
         names = sorted(addresses, key=lambda name: (self._rounds.get(name, 0), name))
         checks = [
             asyncio.create_task(self._check(name, addresses[name], turn), name=f"check of agent {name}")
@@ -119,7 +119,7 @@ class AgentChecks:
         asked = {name for name, task in zip(names, checks, strict=True) if not task.cancelled()}
         self._round += 1
         self._rounds = {name: self._round if name in asked else self._rounds.get(name, 0) for name in names}
-        self._suspects |= {name: addresses[name] for name in names if name not in asked | self._addresses.keys()}
+        self._late |= {name: addresses[name] for name in names if name not in asked | self._addresses.keys()}
         return [
             coordinator_pb2.AgentReach(agent_id=name, reached=name not in self._unreachable)
             for name in sorted(asked | self._unreachable.intersection(names))
@@ -166,7 +166,7 @@ async def send_heartbeats(
             continue
         backoff.reset()
         before, started_ms = agents.unreachable, clock.monotonic_ms()
-        is_new = agents.doubted({item.agent_id: item.address for item in response.check}, found)
+        is_new = agents.set_asked({item.agent_id: item.address for item in response.check}, found)
         found = await agents.check(interval_ms / 2)
         wait_ms = 0 if is_new else max(0, interval_ms - (clock.monotonic_ms() - started_ms))
         if recovered is not None and before - agents.unreachable:

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 REQUESTS_MAX = 16
 """At once, each a thread and a descriptor; beyond that connections are closed. Two scrapers ask every few seconds."""
 
-SILENCE_MAX_S = 10.0
+SILENCE_S_MAX = 10.0
 """A connection that sends no request for so long is closed."""
 
 
@@ -65,7 +65,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = SILENCE_MAX_S
+    timeout = SILENCE_S_MAX
 
     def log_message(self, format: str, *args: Any) -> None:
         """Logs no line per request."""

@@ -81,7 +81,7 @@ async def test_a_call_that_its_caller_gave_up_is_worth_a_check_if_it_was_late(
         async with asyncio.timeout(0):
             await asyncio.sleep(3600)
     assert not checks.unreachable, "nobody knows yet"
-    checks.doubted({})
+    checks.set_asked({})
     assert said(await checks.check()) == found
 
 
@@ -95,7 +95,7 @@ async def test_an_agent_that_did_not_answer_is_checked_until_it_does() -> None:
         assert said(await checks.check()) == {"a": False}
     agents.answers["a:1"] = STARTING
     assert said(await checks.check()) == {"a": True} and not checks.unreachable
-    checks.doubted({})
+    checks.set_asked({})
     assert await checks.check() == [], "once it was reported"
 
 
@@ -107,11 +107,11 @@ async def test_an_agent_without_a_session_is_forgotten_once_it_was_reported() ->
     checks.failed("a", "a:1")
     reported = await checks.check()
     checks.failed("b", "b:1")  # after the report: the coordinator has not been asked about it
-    assert not checks.doubted({}, reported)
+    assert not checks.set_asked({}, reported)
     assert checks.unreachable == {"b"}
     reported = await checks.check()
     assert said(reported) == {"b": False}
-    assert not checks.doubted({"b": "b:1"}, reported), "it has a session"
+    assert not checks.set_asked({"b": "b:1"}, reported), "it has a session"
     assert said(await checks.check()) == {"b": False}
 
 
@@ -119,10 +119,10 @@ async def test_what_the_coordinator_doubts_is_checked_for_as_long_as_it_does() -
     agents = Agents()
     agents.answers = {"a:1": "fine", "b:1": SILENT}
     checks = AgentChecks(agents)
-    assert checks.doubted({"a": "a:1", "b": "b:1"})
+    assert checks.set_asked({"a": "a:1", "b": "b:1"})
     assert said(await checks.check()) == {"a": True, "b": False}
-    assert not checks.doubted({"a": "a:1", "b": "b:1"}), "nothing new"
-    assert not checks.doubted({})
+    assert not checks.set_asked({"a": "a:1", "b": "b:1"}), "nothing new"
+    assert not checks.set_asked({})
     assert said(await checks.check()) == {"b": False}, "our own doubt stays"
 
 
@@ -137,7 +137,7 @@ async def test_a_round_is_bounded_and_the_next_begins_with_those_that_were_left_
     agents.answers = dict.fromkeys((f"{name}:1" for name in names), None)
     checks = AgentChecks(agents)
     checks.failed("agent-49", "agent-49:1")
-    checks.doubted({name: f"{name}:1" for name in names})
+    checks.set_asked({name: f"{name}:1" for name in names})
     async with asyncio.timeout(3):  # all of them would be five seconds
         first = said(await checks.check(within_ms=0))
         assert not any(first.values())
@@ -155,6 +155,6 @@ async def test_agents_that_say_nothing_are_checked_side_by_side(monkeypatch: pyt
     names = [f"agent-{number}" for number in range(50)]
     agents.answers = dict.fromkeys((f"{name}:1" for name in names), None)
     checks = AgentChecks(agents)
-    checks.doubted({name: f"{name}:1" for name in names})
+    checks.set_asked({name: f"{name}:1" for name in names})
     async with asyncio.timeout(8):  # one after the other would be ten seconds
         assert said(await checks.check()) == dict.fromkeys(names, False)

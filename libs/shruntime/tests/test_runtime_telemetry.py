@@ -37,7 +37,7 @@ def test_metrics_are_served_on_an_ipv6_address() -> None:
 CROWD = """
 import socket, sys, time, urllib.request
 from shruntime import metrics_page
-metrics_page.SILENCE_MAX_S = metrics_page._Handler.timeout = 0.5
+metrics_page.SILENCE_S_MAX = metrics_page._Handler.timeout = 0.5
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]

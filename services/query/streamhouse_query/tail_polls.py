@@ -31,7 +31,7 @@ POLL_BYTES = 64 * 1024
 # So many readers are woken before others have a turn.
 WAKE_TOGETHER = 64
 # An agent that answers at once and says nothing new is asked again after so long.
-AGAIN_FIRST_MS, AGAIN_MAX_MS = 50, 1_000
+AGAIN_FIRST_MS, AGAIN_MS_MAX = 50, 1_000
 
 News = ingest_pb2.ReadTailResponse | StreamHouseError
 PollKey = tuple[str, str, PartitionKey, int]  # agent id, address, partition, offset
@@ -106,7 +106,7 @@ class TailPolls:
         request = ingest_pb2.ReadTailRequest(
             topic_id=bytes.fromhex(topic_id), partition=partition, offset=offset, max_bytes=POLL_BYTES
         )
-        backoff = Backoff(AGAIN_FIRST_MS, AGAIN_MAX_MS)
+        backoff = Backoff(AGAIN_FIRST_MS, AGAIN_MS_MAX)
         while True:
             self._counters.tail_reads += 1
             asked_ms = self._clock.monotonic_ms()
