@@ -9,7 +9,7 @@ from shproto.rpc import caller_connection
 from shproto.v1 import ingest_pb2 as pb
 
 from streamhouse_ingest.agent import Agent
-from streamhouse_ingest.in_flight import BytesInFlight
+from streamhouse_ingest.in_flight import ConnectionByteLimit
 from streamhouse_ingest.service import Accepted, ProduceService
 
 
@@ -22,7 +22,7 @@ class IngestApi:
         self._agent = agent
         self._requests_in_flight_max = requests_in_flight_max
         self._bytes_in_flight_max = bytes_in_flight_max
-        self._in_flight = BytesInFlight(connection_bytes_max)
+        self._in_flight = ConnectionByteLimit(connection_bytes_max)
 
     async def produce(self, request: pb.ProduceRequest) -> pb.ProduceResponse:
         produce = self._agent.running().produce

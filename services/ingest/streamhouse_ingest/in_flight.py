@@ -25,7 +25,7 @@ class _Connection:
     requests: int = 0
 
 
-class BytesInFlight:
+class ConnectionByteLimit:
     """Byte limit per connection: unary calls beyond it are refused (`hold`), streams are read no further (`take`)."""
 
     def __init__(self, bytes_max: int) -> None:

@@ -5,11 +5,11 @@ import contextlib
 
 import pytest
 from shproto.errors import Overloaded
-from streamhouse_ingest.in_flight import BytesInFlight
+from streamhouse_ingest.in_flight import ConnectionByteLimit
 
 
 def test_a_connection_is_refused_beyond_its_limit_and_no_other_is() -> None:
-    in_flight = BytesInFlight(100)
+    in_flight = ConnectionByteLimit(100)
     with contextlib.ExitStack() as held:
         held.enter_context(in_flight.hold("a", 60))
         held.enter_context(in_flight.hold("a", 40))
@@ -27,7 +27,7 @@ def test_a_connection_is_refused_beyond_its_limit_and_no_other_is() -> None:
 
 
 async def test_a_stream_waits_for_room() -> None:
-    in_flight = BytesInFlight(100)
+    in_flight = ConnectionByteLimit(100)
     await in_flight.take("a", 90)
     large, small, given_up = (asyncio.create_task(in_flight.take("a", size)) for size in (50, 20, 30))
     await asyncio.sleep(0)
@@ -44,7 +44,7 @@ async def test_a_stream_waits_for_room() -> None:
 
 async def test_a_large_request_is_not_passed_over_for_small_ones() -> None:
     """It waited for as long as others kept what was free too little for it."""
-    in_flight = BytesInFlight(100)
+    in_flight = ConnectionByteLimit(100)
     await in_flight.take("a", 60)
     large = asyncio.create_task(in_flight.take("a", 80))
     await asyncio.sleep(0)
@@ -63,7 +63,7 @@ async def test_a_large_request_is_not_passed_over_for_small_ones() -> None:
 
 
 async def test_a_wait_that_is_given_up_leaves_nothing() -> None:
-    in_flight = BytesInFlight(100)
+    in_flight = ConnectionByteLimit(100)
     await in_flight.take("a", 100)
     waiting = asyncio.create_task(in_flight.take("a", 1))
     await asyncio.sleep(0)

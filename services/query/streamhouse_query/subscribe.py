@@ -44,7 +44,7 @@ class ConnectionBudgets:
 
     @contextmanager
     def budget(self, connection: str) -> Iterator[ByteBudget]:
-        """Around one subscription."""
+        """Lends the connection's budget to one subscription."""
         if not connection:
             yield ByteBudget(self._bytes_max)
             return
@@ -58,7 +58,7 @@ class ConnectionBudgets:
                 self._budgets[connection] = (budget, users - 1)
 
 
-class Loan:
+class BudgetReservation:
     """Bytes taken of several budgets, in their order; given back as far as they are not used, then all. A shared
     budget comes last: nobody holds bytes of it while it waits for a budget of its own."""
 
@@ -66,17 +66,17 @@ class Loan:
         self._lent = list(lent)
 
     @classmethod
-    async def take(cls, budgets: Sequence[ByteBudget], size_bytes: int) -> Loan:
+    async def reserve(cls, budgets: Sequence[ByteBudget], size_bytes: int) -> BudgetReservation:
         lent: list[tuple[ByteBudget, int]] = []
         try:
             for budget in budgets:
                 lent.append((budget, await budget.take(size_bytes)))
         except BaseException:
-            cls(lent).give_back()
+            cls(lent).release()
             raise
         return cls(lent)
 
-    def give_back(self, keep_bytes: int = 0) -> None:
+    def release(self, keep_bytes: int = 0) -> None:
         """Keeps `keep_bytes`, or what was lent if that is less."""
         for number, (budget, size_bytes) in enumerate(self._lent):
             kept = min(size_bytes, keep_bytes)
@@ -134,7 +134,7 @@ class Source:
 @dataclass(frozen=True, slots=True)
 class _Delivery:
     response: FetchResponse
-    loan: Loan | None = None
+    reservation: BudgetReservation | None = None
     taken: asyncio.Event | None = None
     is_last: bool = False
 
@@ -171,8 +171,8 @@ class Subscription:
             while running:
                 delivery = await self._next()
                 yield delivery.response
-                if delivery.loan is not None:
-                    delivery.loan.give_back()
+                if delivery.reservation is not None:
+                    delivery.reservation.release()
                 if delivery.taken is not None:
                     delivery.taken.set()
                 running -= delivery.is_last
@@ -263,17 +263,17 @@ class Subscription:
     async def _read(self, number: int, want: Want, limited: Want) -> tuple[Fetched, FetchResponse]:
         """Reads what is there, under the budgets; returns it with its response. If nothing comes for a while, the
         subscriber is told why."""
-        loan = await Loan.take(self._budgets, limited.bytes_max)
+        reservation = await BudgetReservation.reserve(self._budgets, limited.bytes_max)
         told = replace(limited, max_wait_ms=0, known_reason=None, tell_after_ms=self._tell_after_ms)
         try:
             fetched = await fetch(self._reads, told)
             response = await self._sources[number].respond(want, fetched)
         except BaseException:
-            loan.give_back()
+            reservation.release()
             raise
-        loan.give_back(keep_bytes=fetched.size_bytes)
+        reservation.release(keep_bytes=fetched.size_bytes)
         if fetched.batches:
-            self._deliver(number, _Delivery(response, loan))
+            self._deliver(number, _Delivery(response, reservation))
         elif response.waiting_reason not in ("", want.known_reason):
             await self._deliver_and_wait(number, response)
         return fetched, response

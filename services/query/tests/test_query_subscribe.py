@@ -17,7 +17,7 @@ from shruntime.byte_budget import ByteBudget
 from shruntime.server import RpcServer
 from streamhouse_query import api
 from streamhouse_query.reads import Fetched, Want
-from streamhouse_query.subscribe import ConnectionBudgets, Loan, Source, Subscription
+from streamhouse_query.subscribe import BudgetReservation, ConnectionBudgets, Source, Subscription
 from streamhouse_query.wiring import QueryService
 
 from services.query.tests.query_standins import StandInPlatform, values_of
@@ -509,13 +509,13 @@ async def test_g7_what_is_read_ahead_is_limited_by_connection() -> None:
     with budgets.budget("a") as first, budgets.budget("a") as second, budgets.budget("b") as other:
         assert first is second and first is not other
         own = ByteBudget(80)
-        loan = await Loan.take((first, own), 70)
-        waiting = asyncio.create_task(Loan.take((second, ByteBudget(80)), 60))
+        reservation = await BudgetReservation.reserve((first, own), 70)
+        waiting = asyncio.create_task(BudgetReservation.reserve((second, ByteBudget(80)), 60))
         await asyncio.sleep(0)
         assert not waiting.done(), "of another subscription on the connection"
-        loan.give_back(keep_bytes=40)
+        reservation.release(keep_bytes=40)
         rest = await waiting
-        loan.give_back()
+        reservation.release()
         rest.give_back()
         assert (first._free, own._free) == (100, 80)
     with budgets.budget("") as one, budgets.budget("") as another:
@@ -556,7 +556,7 @@ async def test_g7_a_subscriber_that_takes_nothing_holds_no_more_than_its_own_bud
 async def test_a_loan_that_is_given_up_in_between_gives_back_what_it_had() -> None:
     first, second = ByteBudget(100), ByteBudget(100)
     held = await second.take(100)
-    taking = asyncio.create_task(Loan.take((first, second), 50))
+    taking = asyncio.create_task(BudgetReservation.reserve((first, second), 50))
     await asyncio.sleep(0)
     assert first._free == 50
     taking.cancel()
