@@ -15,11 +15,11 @@ from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.event_feed import EventFeed
 from streamhouse_ingest.grants import Grants
 from streamhouse_ingest.history import History
-from streamhouse_ingest.log_room import LogRoom
 from streamhouse_ingest.logs import Logs
 from streamhouse_ingest.ranges import Ranges
 from streamhouse_ingest.sealer import CurrentSession
 from streamhouse_ingest.waiting import ends_within
+from streamhouse_ingest.wal_space import WalSpace
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Heartbeats:
         grants: Grants,
         feed: EventFeed,
         history: History,
-        room: LogRoom,
+        room: WalSpace,
         clock: Clock,
         make_backoff: Callable[[], Backoff],
     ) -> None:

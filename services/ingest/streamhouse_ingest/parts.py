@@ -16,7 +16,6 @@ from streamhouse_ingest.event_feed import EventFeed
 from streamhouse_ingest.grants import Grants
 from streamhouse_ingest.heartbeats import Heartbeats
 from streamhouse_ingest.history import History
-from streamhouse_ingest.log_room import LogRoom
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.moves import Moves
@@ -29,6 +28,7 @@ from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.tail import TailReader
 from streamhouse_ingest.topics import TopicLookup
 from streamhouse_ingest.trimmer import Trimmer
+from streamhouse_ingest.wal_space import WalSpace
 from streamhouse_ingest.writer import Writer, WriterLimits
 
 # One segmenter builds an object in memory: the largest sealed buffer there may be.
@@ -75,7 +75,7 @@ def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) 
     sealer = Sealer(
         logs, around.coordinator, holder, around.clock, _seal_limits(settings), around.backoff(), around.metrics
     )
-    room = LogRoom(opened.wal, around.thread, around.clock, around.tasks, grace_ms=settings.wal_full_grace_ms)
+    room = WalSpace(opened.wal, around.thread, around.clock, around.tasks, grace_ms=settings.wal_full_grace_ms)
     writer = _writer(around, opened, logs, lease, room)
     history = History(opened.seen, opened.wal, around.thread)
     trimmer = Trimmer(logs, opened.wal, opened.index, around.thread, history)
@@ -124,7 +124,7 @@ def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) 
     return AgentParts(opened, logs, writer, sealer, session, holder, grants, ranges, moves, trimmer, produce, tail)
 
 
-def _writer(around: AgentContext, opened: OpenedLog, logs: Logs, lease: Lease, room: LogRoom) -> Writer:
+def _writer(around: AgentContext, opened: OpenedLog, logs: Logs, lease: Lease, room: WalSpace) -> Writer:
     settings = around.settings
     limits = WriterLimits(settings.queue_bytes_max, settings.wal_group_bytes_max, settings.wal_bytes_max)
     return Writer(logs, opened.wal, opened.index, lease, around.thread, around.clock, limits, around.metrics, room)

@@ -91,7 +91,7 @@ class Wal(Protocol):
     def sync(self) -> None:
         """Makes what was written durable. Raises WalBroken."""
 
-    def has_room(self) -> bool:
+    def has_space_for_file(self) -> bool:
         """True if another whole file could be begun now."""
 
     def delete(self, sequence: int) -> None:

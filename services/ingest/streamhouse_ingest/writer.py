@@ -21,11 +21,11 @@ from streamhouse_ingest.core.lease import Lease
 from streamhouse_ingest.core.partition_log import BatchAppended
 from streamhouse_ingest.core.producers import DuplicateOf
 from streamhouse_ingest.core.wal_index import WalIndex
-from streamhouse_ingest.log_room import LogRoom
 from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.ports import Frame, Wal, WalBroken, WalFull
 from streamhouse_ingest.refusals import lease_lost, log_failed, overloaded, refusal
+from streamhouse_ingest.wal_space import WalSpace
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Writer:
         clock: Clock,
         limits: WriterLimits,
         metrics: IngestMetrics,
-        room: LogRoom,
+        room: WalSpace,
     ) -> None:
         self._logs = logs
         self._wal = wal
@@ -192,7 +192,7 @@ class Writer:
             positions = await self._append(frames) if frames else []
             self._apply(decided, iter(positions))
         except WalFull as error:
-            self._room.full()
+            self._room.note_full()
             self._fail(group, DiskFull(f"the write-ahead log cannot grow: {error}", retry_after_ms=_WAL_RETRY_MS))
         except WalBroken:
             self._failed = True

@@ -42,9 +42,9 @@ from streamhouse_ingest.core.producers import (
     decode_snapshot,
     encode_snapshot,
 )
-from streamhouse_ingest.log_room import LogRoom
 from streamhouse_ingest.ports import Frame, WalBroken, WalDamaged, WalLocked
 from streamhouse_ingest.settings import IngestSettings
+from streamhouse_ingest.wal_space import WalSpace
 from streamhouse_ingest.wiring import IngestService
 
 from services.ingest.tests.ingest_standins import (
@@ -841,12 +841,12 @@ async def test_a_log_that_is_full_for_less_than_the_grace_period_keeps_its_leade
 
         room = False
 
-        def has_room(self) -> bool:
+        def has_space_for_file(self) -> bool:
             return self.room
 
     clock, disk, tasks = ManualClock(0), Disk(), Tasks()
     with ThreadPoolExecutor(1) as thread:
-        room = LogRoom(disk, thread, clock, tasks, grace_ms=10_000)  # type: ignore[arg-type]
+        room = WalSpace(disk, thread, clock, tasks, grace_ms=10_000)  # type: ignore[arg-type]
 
         async def is_full() -> bool:
             room.look()
@@ -854,15 +854,15 @@ async def test_a_log_that_is_full_for_less_than_the_grace_period_keeps_its_leade
             return room.is_full
 
         assert not await is_full(), "nothing has failed yet"
-        room.full()
+        room.note_full()
         clock.advance(9_999)
-        room.full()
+        room.note_full()
         assert not await is_full()
         clock.advance(1)
         assert await is_full()
         disk.room = True
         assert not await is_full()
-        room.full()
+        room.note_full()
         disk.room = False
         assert not await is_full(), "the grace period begins anew"
 
@@ -877,7 +877,7 @@ async def test_heartbeats_do_not_wait_for_a_disk_that_hangs(tmp_path: Path, monk
         asked.set()
         return answer.wait(60)
 
-    monkeypatch.setattr(WalDirectory, "has_room", hang)
+    monkeypatch.setattr(WalDirectory, "has_space", hang)
     async with running(tmp_path, coordinator, wal_full_grace_ms=0, wal_file_bytes=64 * 1024) as service:
         await service.api.produce(request(b"a"))
         before = resource.getrlimit(resource.RLIMIT_FSIZE)

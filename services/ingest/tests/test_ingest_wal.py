@@ -269,7 +269,7 @@ def killed(fd, at, size_bytes):
     os.ftruncate(fd, size_bytes)
     os.kill(os.getpid(), signal.SIGKILL)
 os.posix_fallocate = killed
-WalDirectory.open(Path(sys.argv[1]), "agent-1").has_room(4096)
+WalDirectory.open(Path(sys.argv[1]), "agent-1").has_space(4096)
 """
 
 

@@ -80,9 +80,9 @@ class FileWal:
         if self._dirty and self._broken is None:
             self._sync()
 
-    def has_room(self) -> bool:
+    def has_space_for_file(self) -> bool:
         """True if another whole file could be begun now."""
-        return self._directory.has_room(self._file_bytes)
+        return self._directory.has_space(self._file_bytes)
 
     def delete(self, sequence: int) -> None:
         """Removes a file that is not active, durably; one that is gone already is fine. Raises OSError.

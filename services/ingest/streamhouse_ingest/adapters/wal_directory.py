@@ -47,7 +47,7 @@ class WalDirectory:
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
         try:
             _lock(lock, path)
-            (path / _ROOM).unlink(missing_ok=True)  # of a process that was killed in has_room: a file of full size
+            (path / _ROOM).unlink(missing_ok=True)  # of a process that was killed in has_space: a file of full size
             wal_id = _identity(path, agent_id)
             if not files.make_private(path):
                 log.warning("%s holds records, is open to other users and belongs to one: `chmod 700` it", path)
@@ -122,7 +122,7 @@ class WalDirectory:
         """After history(). Raises OSError."""
         self._note.write(seen)
 
-    def has_room(self, size_bytes: int) -> bool:
+    def has_space(self, size_bytes: int) -> bool:
         """True if the disk, the quota and the process let a file of this size be made; asks by making one."""
         file = self.path / _ROOM
         try:

@@ -18,8 +18,8 @@ from streamhouse_ingest.ports import Wal
 log = logging.getLogger(__name__)
 
 
-class LogRoom:
-    """`full` by the writer, `look` and `is_full` by whoever tells the coordinator. `tasks` owns the look."""
+class WalSpace:
+    """`note_full` by the writer, `look` and `is_full` by whoever tells the coordinator. `tasks` owns the look."""
 
     def __init__(self, wal: Wal, thread: Executor, clock: Clock, tasks: Tasks, *, grace_ms: int) -> None:
         self._wal = wal
@@ -36,8 +36,8 @@ class LogRoom:
         """True if at the last look the log had been full for the grace period, and still was."""
         return self._is_full
 
-    def full(self) -> None:
-        """A group could not be written for lack of room."""
+    def note_full(self) -> None:
+        """Notes that a group could not be written for lack of space."""
         if self._full_since_ms is None:
             self._full_since_ms = self._clock.monotonic_ms()
             log.warning("the write-ahead log cannot grow; after %d ms others are to lead instead", self._grace_ms)
@@ -48,7 +48,7 @@ class LogRoom:
             self._looking = self._tasks.spawn("look for room in the log", self._look(self._full_since_ms))
 
     async def _look(self, since_ms: int) -> None:
-        if await asyncio.get_running_loop().run_in_executor(self._thread, self._wal.has_room):
+        if await asyncio.get_running_loop().run_in_executor(self._thread, self._wal.has_space_for_file):
             log.info("the write-ahead log has room again")
             self._full_since_ms, self._is_full = None, False
         else:
