@@ -368,9 +368,7 @@ class Consumer:
     async def seek(self, topic: str, partition: int, offset: Start) -> None:
         """Goes on at `offset` (or at an end, or a time). Raises InvalidArgument when it is not assigned."""
         where = TopicPartition(topic, partition)
-        topic_id = self._reader.topic_ids().get(where)
-        if topic_id is None:
-            raise InvalidArgument(f"{topic}/{partition} is not assigned to this consumer", field="partition")
+        topic_id = self._assigned_cursor(where).topic_id
         if isinstance(offset, int):
             found = offset
         else:
@@ -382,6 +380,33 @@ class Consumer:
         if cursor is None:
             raise InvalidArgument(f"{topic}/{partition} was taken away meanwhile", field="partition")
         self._reader.put(Cursor.at(where, found, cursor.committed, cursor.end, cursor.topic_id))
+
+    def pause(self, partitions: Sequence[tuple[str, int]]) -> None:
+        """Hands over no records of these partitions, and fetches none, until `resume`. They stay assigned, and members
+        of the group notice nothing. Raises InvalidArgument when one is not assigned; then none is paused."""
+        for cursor in self._assigned_cursors(partitions):
+            self._reader.pause(cursor)
+
+    def resume(self, partitions: Sequence[tuple[str, int]]) -> None:
+        """Goes on with paused partitions where they were, or where a `seek` has put them meanwhile. Raises
+        InvalidArgument when one is not assigned; then none is resumed."""
+        for cursor in self._assigned_cursors(partitions):
+            self._reader.resume(cursor)
+
+    def paused(self) -> frozenset[TopicPartition]:
+        """Returns the assigned partitions that are paused."""
+        return frozenset(where for where, cursor in list(self._reader.cursors.items()) if cursor.paused)
+
+    def _assigned_cursors(self, partitions: Sequence[tuple[str, int]]) -> list[Cursor]:
+        return [self._assigned_cursor(TopicPartition(*where)) for where in partitions_of(partitions, "partitions")]
+
+    def _assigned_cursor(self, where: TopicPartition) -> Cursor:
+        cursor = self._reader.cursors.get(where)
+        if cursor is None:
+            raise InvalidArgument(
+                f"{where.topic}/{where.partition} is not assigned to this consumer", field="partition"
+            )
+        return cursor
 
     async def lag(self) -> dict[TopicPartition, Lag]:
         """Records still to be handed over, per partition; see `Lag` for when it is exact."""

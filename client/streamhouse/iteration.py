@@ -110,7 +110,7 @@ class Iteration:
         while True:
             cursor = self._cursor
             for record in self._burst:  # as in `take`: a call would cost a tenth of all that a record does
-                if not cursor.live:
+                if cursor.stopped:
                     break
                 worker.held = (cursor, record, worker.held)
                 cursor.delivered = record[2] + 1
@@ -126,7 +126,7 @@ class Iteration:
         or the record does not reach the application, `give_back` must follow."""
         cursor = self._cursor
         for record in self._burst:
-            if not cursor.live:
+            if cursor.stopped:
                 break
             worker.held = (cursor, record, worker.held)
             cursor.delivered = record[2] + 1
@@ -190,6 +190,11 @@ class Iteration:
             self._coming = None
             self._cursor = coming.cursor
             self._forget_rows()
+        portion = self._portion
+        assert portion is not None, "it is there, or was taken just now"
+        if portion.cursor.paused:
+            self._put_down(self._leaving)
+            return False
         # One record at least of each portion, or a slow machine would pass portions round and hand nothing over. And
         # where the loop has a thread of its own, nobody waits for the turn's end if there is no other partition.
         if now_s >= self._turn_ends_s and (is_new or (self.in_loop is not None and not self._reader.has_more)):
@@ -279,7 +284,7 @@ class Iteration:
         has_waited = False
         while not self._closed:
             self._settle()
-            if self.in_flight.returned or self._portion is not None or self._coming is not None:
+            if self.in_flight.has_returned or self._portion is not None or self._coming is not None:
                 return True, has_waited  # another worker's, who has waited as well
             portion = self._reader.pop()
             if portion is not None:

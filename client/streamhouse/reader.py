@@ -2,8 +2,9 @@
 
 Owns: the stream, fail-over between query services, what is received and not handed over. Does not own: which
 partitions there are, commits.
-Invariants: what is received waits by partition and is handed over by turns between them. Of each partition no more is
-asked for than its window, and no more is decoded than prefetch_bytes_max in all, but for one batch of any size each.
+Invariants: what is received waits by partition and is handed over by turns between them; what was received of a paused
+partition waits aside. Of each partition no more is asked for than its window, and no more is decoded than
+prefetch_bytes_max in all, but for one batch of any size each.
 """
 
 import asyncio
@@ -48,6 +49,7 @@ WINDOW_BYTES_MIN = MIB
 # What was consumed of a window is told in quarters of it: until then the server has the rest to send.
 WINDOW_UPDATES = 4
 
+_Queue = RoundRobinQueue[Cursor | None, Portion | StreamHouseError]
 Lookup = Callable[[Start, Mapping[TopicPartition, bytes]], Awaitable[dict[TopicPartition, int]]]
 
 
@@ -127,7 +129,8 @@ class Reader:
         self.cursors: dict[TopicPartition, Cursor] = {}
         self.waiting: dict[TopicPartition, str] = {}
         # None: of no partition. At most one error each; it comes after what was received before.
-        self._received: RoundRobinQueue[Cursor | None, Portion | StreamHouseError] = RoundRobinQueue()
+        self._received: _Queue = RoundRobinQueue()
+        self._set_aside: _Queue = RoundRobinQueue()  # of paused partitions
         self._received_bytes = 0
         self._has_failure = False
         self._news = asyncio.Event()
@@ -141,8 +144,11 @@ class Reader:
     # ---- the owner's side
 
     def put(self, cursor: Cursor) -> None:
-        """Reads from this cursor from now on, instead of an earlier one of the partition."""
-        self._end(self.cursors.get(cursor.where))
+        """Reads from this cursor from now on, instead of an earlier one of the partition, and paused if that was."""
+        earlier = self.cursors.get(cursor.where)
+        if earlier is not None:
+            cursor.set_paused(earlier.paused)
+        self._end(earlier)
         self.cursors[cursor.where] = cursor
         self._changed.set()
         self._news.set()
@@ -154,14 +160,40 @@ class Reader:
         self._changed.set()
         self._news.set()
 
+    def pause(self, cursor: Cursor) -> None:
+        """Stops fetching for the cursor and handing over its records, until `resume`; idempotent. What was received
+        stays, for as long as no other partition needs the room."""
+        if not cursor.paused:
+            cursor.set_paused(True)
+            self._move(cursor, self._received, self._set_aside)
+            self._changed.set()
+            self._room.set()  # who waits for room may have it now
+
+    def resume(self, cursor: Cursor) -> None:
+        """Goes on where the cursor was when it was paused; idempotent."""
+        if cursor.paused:
+            cursor.set_paused(False)
+            self._move(cursor, self._set_aside, self._received)
+            self._changed.set()
+            self._news.set()
+
+    @staticmethod
+    def _move(cursor: Cursor, source: _Queue, target: _Queue) -> None:
+        for item in source.drop(cursor):
+            target.put(cursor, item)
+
+    def _queue_of(self, cursor: Cursor | None) -> _Queue:
+        """Returns the queue in which what is received of the cursor waits."""
+        return self._set_aside if cursor is not None and cursor.paused else self._received
+
     def _end(self, cursor: Cursor | None) -> None:
         if cursor is not None:
-            cursor.live = False
+            cursor.end_reading()
             self._forget(cursor)
 
     def _forget(self, cursor: Cursor) -> None:
         """Drops the received portions of the cursor."""
-        for item in self._received.drop(cursor):
+        for item in self._queue_of(cursor).drop(cursor):
             if isinstance(item, Portion):
                 self.consumed(item)
 
@@ -205,8 +237,9 @@ class Reader:
     def put_back(self, portion: Portion) -> None:
         """Takes back a portion of which records are left, to be popped when its partition has its next turn."""
         if portion.cursor.live:
-            self._received.put_back(portion.cursor, portion)
+            self._queue_of(portion.cursor).put_back(portion.cursor, portion)
             self._news.set()
+            self._room.set()  # of a paused partition all of it may be dropped now
         else:
             self.consumed(portion)
 
@@ -236,7 +269,7 @@ class Reader:
             return  # one at a time: it has not seen the one before
         else:
             self._has_failure = True
-        self._received.put(cursor, error)
+        self._queue_of(cursor).put(cursor, error)
         self._news.set()
 
     def notify(self) -> None:
@@ -353,8 +386,23 @@ class Reader:
     async def _wait_for_room(self, size_bytes: int) -> None:
         """Returns once so much may be decoded; in any case when nothing else is held."""
         while self._received_bytes and self._received_bytes + size_bytes > self._options.prefetch_bytes_max:
-            self._room.clear()
-            await self._room.wait()
+            if not self._drop_set_aside():
+                self._room.clear()
+                await self._room.wait()
+
+    def _drop_set_aside(self) -> bool:
+        """Drops what was received of one paused partition, to be fetched again when it is resumed: the partitions that
+        are read must not wait for room that nothing gives back. Returns False if there is none to drop."""
+        for cursor in self.cursors.values():
+            # Only if all of it is here. The application may still have a portion, and fetching what lies before that
+            # portion's end would hand records over twice.
+            if cursor.paused and cursor.received_bytes and self._set_aside_bytes(cursor) == cursor.received_bytes:
+                self.rewind(cursor, cursor.delivered)
+                return True
+        return False
+
+    def _set_aside_bytes(self, cursor: Cursor) -> int:
+        return sum(item.size_bytes for item in self._set_aside.of(cursor) if isinstance(item, Portion))
 
     def _accept(self, cursor: Cursor, encoded: Encoded) -> None:
         """Decodes and queues; the cursor moves only if all of it is good."""
@@ -362,7 +410,7 @@ class Reader:
         cursor.fetch_offset, cursor.last_epoch = encoded.end_offset, encoded.epoch
         cursor.received_bytes += portion.size_bytes
         self._received_bytes += portion.size_bytes
-        self._received.put(cursor, portion)
+        self._queue_of(cursor).put(cursor, portion)
         self._news.set()
 
     def _note(self, cursor: Cursor, response: query_pb2.FetchResponse) -> None:
@@ -412,7 +460,7 @@ class Reader:
     def _jump(self, cursor: Cursor, offset: int, last_epoch: int = 0) -> None:
         """Goes on at `offset`, without records before it."""
         if cursor.live:
-            self._received.put(cursor, Portion(cursor=cursor, batch=None, end_offset=offset))
+            self._queue_of(cursor).put(cursor, Portion(cursor=cursor, batch=None, end_offset=offset))
             cursor.fetch_offset = offset
             cursor.last_epoch = last_epoch
             self._news.set()

@@ -117,18 +117,24 @@ class InFlight:
         cursor.delivered = max(cursor.delivered, int(batch.offsets[-1]) + 1)
 
     def take_returned(self, worker: Worker, *, whole: bool) -> Record | RecordBatch | None:
-        """Gives the worker what was given back first: a record, or all that was of one batch; None if nothing was."""
-        while self.returned:
-            (cursor, batch), *others = self.returned
+        """Gives the worker what was given back first, of partitions that are not paused: a record, or all that was of
+        one batch; None if nothing was."""
+        while (place := next((at for at, (of, _) in enumerate(self.returned) if not of.paused), None)) is not None:
+            before, (cursor, batch), others = self.returned[:place], self.returned[place], self.returned[place + 1 :]
             rest = batch.slice(0, 0) if whole else batch.slice(1, len(batch))
             item: Record | RecordBatch = batch if whole else next(iter(batch))
             is_live = cursor.live
             if is_live:
                 worker.held = (cursor, item, worker.held)
-            self.returned = (*([(cursor, rest)] if len(rest) else ()), *others)
+            self.returned = (*before, *([(cursor, rest)] if len(rest) else ()), *others)
             if is_live:
                 return item
         return None
+
+    @property
+    def has_returned(self) -> bool:
+        """True if `take_returned` has something to look at."""
+        return any(not cursor.paused for cursor, _ in self.returned)
 
     def abandoned(self) -> Iterator[tuple[Worker, Cursor, int]]:
         """Yields what workers have in hand that have ended without asking again, and so hold back the group's position:

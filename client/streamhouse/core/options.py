@@ -161,14 +161,14 @@ def topics_of(topics: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(topics))
 
 
-def partitions_of(assign: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Each (topic, partition) once. Raises InvalidArgument."""
+def partitions_of(given: Sequence[tuple[str, int]], name: str = "assign") -> list[tuple[str, int]]:
+    """Returns each (topic, partition) once. Raises InvalidArgument that names the argument."""
     found: dict[tuple[str, int], None] = {}
-    for item in assign:
+    for item in given:
         pair = isinstance(item, tuple | list) and len(item) == 2
         if not pair or not isinstance(item[0], str) or not isinstance(item[1], SupportsIndex):
             raise InvalidArgument(
-                f"assign must be a list of (topic, partition), not of {item!r}", field="assign", value=item
+                f"{name} must be a list of (topic, partition), not of {item!r}", field=name, value=item
             )
         found[item[0], index(item[1])] = None
     return list(found)

@@ -34,7 +34,8 @@ class Cursor:
     committed: last stored; -1 never. end: where a bounded read stops; None reads on. failed: nothing is fetched, until
     the application has seen the error or a pause is over. topic_id: which topic of that name; empty: not known.
     received_bytes: of what was received and is not consumed, decoded. restarts: how often reading began anew at another
-    offset; what was asked for before is not of the cursor any more.
+    offset; what was asked for before is not of the cursor any more. paused: nothing is fetched or handed over until the
+    application resumes the partition. stopped: paused or not live; a field, because it is read for every record.
     """
 
     where: TopicPartition
@@ -51,6 +52,8 @@ class Cursor:
     failing_since_ms: float | None = None
     received_bytes: int = 0
     restarts: int = 0
+    paused: bool = False
+    stopped: bool = False
 
     @classmethod
     def at(
@@ -58,10 +61,21 @@ class Cursor:
     ) -> "Cursor":
         return cls(where, offset, offset, committed=committed, end=end, topic_id=topic_id)
 
+    def set_paused(self, paused: bool) -> None:
+        """Pauses or resumes the partition."""
+        self.paused = paused
+        self.stopped = paused or not self.live
+
+    def end_reading(self) -> None:
+        """Ends the cursor for good."""
+        self.live = False
+        self.stopped = True
+
     @property
     def wants_more(self) -> bool:
-        """Whether to fetch for it."""
-        return self.live and not self.failed and (self.end is None or self.fetch_offset < self.end or self.is_beyond)
+        """True if records are to be fetched for the cursor."""
+        is_open = self.live and not self.failed and not self.paused
+        return is_open and (self.end is None or self.fetch_offset < self.end or self.is_beyond)
 
     @property
     def is_beyond(self) -> bool:

@@ -129,6 +129,19 @@ class Consumer:
         """Goes on at `offset` (or at an end, or a time)."""
         BACKGROUND.run(self._inner.seek(topic, partition, offset))
 
+    def pause(self, partitions: Sequence[tuple[str, int]]) -> None:
+        """Hands over no records of these partitions, and fetches none, until `resume`. A thread that asks at the same
+        moment may still be given one."""
+        BACKGROUND.run(_call(lambda: self._inner.pause(partitions)))
+
+    def resume(self, partitions: Sequence[tuple[str, int]]) -> None:
+        """Goes on with paused partitions where they were, or where a `seek` has put them meanwhile."""
+        BACKGROUND.run(_call(lambda: self._inner.resume(partitions)))
+
+    def paused(self) -> frozenset[TopicPartition]:
+        """Returns the assigned partitions that are paused."""
+        return self._inner.paused()
+
     def lag(self) -> dict[TopicPartition, Lag]:
         """Records still to be handed over, per partition."""
         return BACKGROUND.run(self._inner.lag())
@@ -195,6 +208,11 @@ async def _leave(consumers: Sequence[Consumer]) -> None:
     with contextlib.suppress(TimeoutError):  # the groups find out by themselves
         async with asyncio.timeout(EXIT_TIMEOUT_MS / 1000):
             await asyncio.gather(*(unclosed._inner.close(done_with_last=False) for unclosed in consumers))
+
+
+async def _call(call: Callable[[], None]) -> None:
+    """Makes the call in the event loop, where the consumer's state belongs."""
+    call()
 
 
 def _in_loop(call: Callable[[], None]) -> None:

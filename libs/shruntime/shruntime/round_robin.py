@@ -46,6 +46,10 @@ class RoundRobinQueue(Generic[K, T]):
             self._queues[key] = queue
         return key, item
 
+    def of(self, key: K) -> Iterator[T]:
+        """Yields the items of the key."""
+        yield from self._queues.get(key, ())
+
     def drop(self, key: K) -> list[T]:
         """Removes and returns all items of the key."""
         return list(self._queues.pop(key, ()))

@@ -51,5 +51,6 @@ def test_against_a_model(steps: list[tuple[str, str]]) -> None:
             for other in [other for other, items in model.items() if items and other != key]:
                 passed_over[other] += 1
                 assert passed_over[other] <= len(model), f"{other} waits while others go round"
+        assert list(queue.of(key)) == list(model.get(key, ()))
         assert bool(queue) == any(model.values())
         assert sorted(queue) == sorted(item for items in model.values() for item in items)
