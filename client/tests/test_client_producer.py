@@ -33,8 +33,8 @@ def has_failed(producer):
 
 
 def calls_in_line(producer, topic="t"):
-    line = producer._order.lines.get(topic)
-    return 0 if line is None else len(line.waiting) + line.having_turn
+    line = producer._order.queues.get(topic)
+    return 0 if line is None else len(line.waiting) + line.granted_count
 
 
 def let_delivery_timeout_pass(producer):
@@ -541,7 +541,7 @@ async def test_a_send_that_was_cancelled_or_refused_holds_up_no_other(platform, 
         async with asyncio.timeout(PATIENCE_S):
             outcomes = await asyncio.gather(*sends, return_exceptions=True)
         assert isinstance(outcomes[5], errors.UnknownPartition)
-        assert not producer._order.lines
+        assert not producer._order.queues
     assert values_in(platform) == [b"%d" % n for n in (1, 2, 4, 6, 7, 8)]
 
 
