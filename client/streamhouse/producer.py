@@ -34,6 +34,7 @@ from streamhouse.gatherer import LaneState
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
 from streamhouse.placing import TopicLanes
+from streamhouse.records import RecordMetadata
 from streamhouse.retries import Retries
 from streamhouse.sender import Sender
 
@@ -154,6 +155,19 @@ class Producer:
         target = self._at_once(topic, partition, record[-1]) or await self._wait(topic, partition, record[-1])
         delivery, index, taken_ms = self._add(target, record, partition)
         return send_future(target.loop, delivery, index, taken_ms)
+
+    async def send_and_wait(
+        self,
+        topic: str,
+        value: Bytes | None = None,
+        key: Bytes | None = None,
+        headers: Headers | None = None,
+        partition: int | None = None,
+        timestamp_ms: int | datetime | None = None,
+    ) -> RecordMetadata:
+        """Sends one record and waits for the acknowledgement; lingers as `send` does, for records of other tasks.
+        Returns the place of the record. Raises what `send` raises, and what delivery failed with."""
+        return await (await self.send(topic, value, key, headers, partition, timestamp_ms))
 
     async def take(self, topic: str, record: CheckedRecord, partition: int | None) -> tuple[Delivery, int, int]:
         """Takes a record as `check_record` returns it. Returns its batch's outcome, its position in the batch and its

@@ -55,6 +55,16 @@ async def test_send_resolves_with_the_right_offset(platform, address):
         assert dict(platform.log("t", sent.partition).records())[sent.offset] == b"v%d" % n
 
 
+async def test_send_and_wait_returns_the_place_of_the_record(platform, address):
+    platform.add_topic("t", 1)
+    async with Producer(address) as producer:
+        assert await producer.send_and_wait("t", b"0", timestamp_ms=5) == ("t", 0, 0, 5)
+        assert (await producer.send_and_wait("t", b"1", key=b"k", headers={"h": b""}, partition=0)).offset == 1
+        platform.faults.refuse_batch = errors.InvalidBatch("no")
+        with pytest.raises(errors.InvalidBatch):
+            await producer.send_and_wait("t", b"v")
+
+
 async def test_order_within_a_partition_is_the_order_of_sending(platform, address):
     platform.add_topic("t", 1)
     async with Producer(address, batch_bytes=400, linger_ms=1) as producer:

@@ -142,6 +142,112 @@ def test_errors_reach_the_caller(server):
         producer.send("t", b"v")
 
 
+def test_send_and_wait_returns_the_place_of_the_record(server):
+    server.add_topic("t", 1)
+    with Producer(server.address) as producer:
+        assert producer.send_and_wait("t", b"0", timestamp_ms=5) == ("t", 0, 0, 5)
+        assert producer.send_and_wait("t", b"1", key=b"k", headers={"h": b""}, partition=0).offset == 1
+        server.faults.refuse_batch = errors.InvalidBatch("no")
+        with pytest.raises(errors.InvalidBatch):
+            producer.send_and_wait("t", b"v")
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_done_callbacks_are_called_before_a_flush_returns(server, many):
+    server.add_topic("t", 2)
+    server.faults.answer_delay_ms = 100
+    seen = []
+
+    def on_done(future):
+        seen.append((future.done(), future.exception(), threading.current_thread().name))
+
+    with Producer(server.address) as producer:
+        if many:
+            sent = [producer.send_many("t", [b"%d" % n] * 10, partition=n) for n in range(2)]
+        else:
+            sent = [producer.send("t", b"%d" % n, partition=n % 2) for n in range(100)]
+        for future in sent:
+            future.add_done_callback(on_done)
+        producer.flush()
+        assert seen == [(True, None, "streamhouse")] * len(sent)
+        sent[0].add_done_callback(on_done)  # done: at once, in this thread
+        assert seen[len(sent) :] == [(True, None, threading.current_thread().name)]
+
+
+def test_a_failure_that_a_done_callback_asked_for_is_not_raised_again(server):
+    server.add_topic("t", 1)
+    seen = []
+    with Producer(server.address) as producer:
+        producer.send_and_wait("t", b"v")
+        server.faults.refuse_batch = errors.InvalidBatch("no")
+        server.faults.answer_delay_ms = 100
+        producer.send("t", b"v").add_done_callback(lambda future: seen.append(future.exception()))
+    assert [type(error) for error in seen] == [errors.InvalidBatch]
+
+
+def test_done_callbacks_of_records_that_are_still_staged_or_refused(server):
+    """While the loop's thread is busy, `send` returns before it has taken the record."""
+    server.add_topic("t", 1)
+    seen = []
+    producer = Producer(server.address, batch_bytes=1_000)
+    producer.send_and_wait("t", b"v")
+    free = threading.Event()
+    BACKGROUND.loop.call_soon_threadsafe(free.wait)
+    taken, refused = producer.send("t", b"v"), producer.send("t", b"v")
+    for future in (taken, refused):
+        future.add_done_callback(lambda future: seen.append((future, future.exception())))
+    take = producer._inner.take
+
+    async def refuse_second(topic, record, partition):
+        if refused_next:
+            raise errors.Overloaded("no room")
+        refused_next.append(True)
+        return await take(topic, record, partition)
+
+    refused_next = []
+    producer._inner.take = refuse_second
+    free.set()
+    producer.close()
+    assert [future for future, _ in seen] == [refused, taken]
+    assert isinstance(seen[0][1], errors.Overloaded) and seen[1][1] is None
+
+
+def test_an_exception_in_a_done_callback_is_logged_and_ends_nothing(server, caplog):
+    server.add_topic("t", 1)
+    seen = []
+    with Producer(server.address) as producer:
+        server.faults.answer_delay_ms = 100
+        future = producer.send("t", b"v")
+        for error in (ValueError("mine"), SystemExit(3)):
+
+            def fail(future, error=error):
+                raise error
+
+            future.add_done_callback(fail)
+        future.add_done_callback(lambda future: seen.append(future.result().offset))
+        assert future.result(10).offset == 0
+        assert producer.send_and_wait("t", b"v").offset == 1
+    assert seen == [0]
+    assert [record.exc_info[0] for record in caplog.records] == [ValueError, SystemExit]
+
+
+def test_a_call_that_would_wait_in_a_done_callback_is_refused(server):
+    server.add_topic("t", 1)
+    seen = []
+
+    def send_elsewhere(future):
+        try:
+            producer.send("other", b"v")
+        except RuntimeError as error:
+            seen.append(str(error))
+
+    with Producer(server.address) as producer:
+        server.faults.answer_delay_ms = 100
+        producer.send("t", b"v").add_done_callback(send_elsewhere)
+        producer.flush()
+    assert len(seen) == 1 and "in callbacks" in seen[0]
+
+
 def test_a_timeout_does_not_lose_the_record(server):
     server.add_topic("t", 1)
     server.faults.answer_delay_ms = 300

@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import partial
 from itertools import repeat
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,8 @@ from streamhouse.records import RecordMetadata
 
 log = logging.getLogger(__name__)
 
+F = TypeVar("F")
+
 # Staged records are counted in slots, one for each SLOT_BYTES begun, so that 4 MiB of them, or 8,192, wait for the
 # loop's thread to come round; beyond that the sending thread waits. Four milliseconds of records at 2 million a second.
 SLOT_BYTES = 512
@@ -49,7 +51,7 @@ EXIT_TIMEOUT_MS = 5_000
 class SendFuture:
     """Outcome of one `send`."""
 
-    __slots__ = ("_delivery", "_error", "_index", "_producer", "_seen", "_timestamp_ms")
+    __slots__ = ("_callbacks", "_delivery", "_error", "_index", "_producer", "_seen", "_timestamp_ms")
 
     def __init__(self, owner: "Producer") -> None:
         self._producer = owner
@@ -58,6 +60,8 @@ class SendFuture:
         self._timestamp_ms = 0
         self._error: Exception | None = None  # it would not take it
         self._seen = False
+        # Registered before the loop's thread has taken the record; touched by that thread alone.
+        self._callbacks: tuple[Callable[[SendFuture], object], ...] = ()
 
     def done(self) -> bool:
         """Returns True once the record is acknowledged or has failed."""
@@ -85,6 +89,33 @@ class SendFuture:
         except Exception as error:  # noqa: BLE001 - returned, that is the promise
             return error
         return None
+
+    def add_done_callback(self, fn: "Callable[[SendFuture], object]") -> None:
+        """Calls `fn(self)` once the record is acknowledged or has failed: at once if it is done already, else from the
+        client's background thread, before `flush` returns.
+
+        All clients of the process stand still while `fn` runs there: keep it short. Calls in it that would have to wait
+        raise RuntimeError. What `fn` raises is logged.
+        """
+        if self.done():
+            _call(fn, self)
+        else:
+            BACKGROUND.loop.call_soon_threadsafe(self._call_when_done, fn)
+
+    def _call_when_done(self, fn: "Callable[[SendFuture], object]") -> None:
+        """In the loop's thread: no outcome can come between looking for it and registering."""
+        if self.done():
+            _call(fn, self)
+        elif self._delivery is not None:
+            self._delivery.when_done(partial(_call, fn, self))
+        else:
+            self._callbacks = (*self._callbacks, fn)
+
+    def _taken(self) -> None:
+        """In the loop's thread, once the record is in a batch or refused: registers the callbacks given before."""
+        callbacks, self._callbacks = self._callbacks, ()
+        for fn in callbacks:
+            self._call_when_done(fn)
 
     async def _finished(self) -> None:
         if self._delivery is None and self._error is None:
@@ -120,13 +151,46 @@ class SendResult:
         self._records.errors()
         return self._records.result()
 
+    def exception(self, timeout_s: float | None = None) -> Exception | None:
+        """Returns what the first failed batch failed with; None once all are acknowledged. Raises TimeoutError after
+        timeout_s."""
+        try:
+            self.result(timeout_s)
+        except TimeoutError:
+            raise
+        except Exception as error:  # noqa: BLE001 - returned, that is the promise
+            return error
+        return None
+
     def errors(self) -> list[tuple[Exception, NDArray[np.int64]]]:
         """Returns what failed so far: the error and the positions of the records it concerns."""
         return self._records.errors()
 
+    def add_done_callback(self, fn: "Callable[[SendResult], object]") -> None:
+        """Calls `fn(self)` once every record is acknowledged or has failed; see `SendFuture.add_done_callback`."""
+        if self.done():
+            _call(fn, self)
+        else:
+            BACKGROUND.loop.call_soon_threadsafe(self._call_when_done, fn)
+
+    def _call_when_done(self, fn: "Callable[[SendResult], object]") -> None:
+        pending = self._records.pending()
+        if pending is None:
+            _call(fn, self)
+        else:
+            pending.when_done(partial(self._call_when_done, fn))
+
     async def _finished(self) -> None:
         while (pending := self._records.pending()) is not None:
             await pending.finished()
+
+
+def _call(fn: Callable[[F], object], future: F) -> None:
+    """Calls a done-callback. What it raises would otherwise end the work of the loop's thread on a batch half-way."""
+    try:
+        fn(future)
+    except BaseException:  # SystemExit, too: it ends nothing in a thread that is not the main one
+        log.exception("a done-callback of a %s raised", type(future).__name__)
 
 
 _Staged = tuple[SendFuture, str, CheckedRecord, int | None]
@@ -201,6 +265,19 @@ class Producer:
         future = SendFuture(self)
         self._stage((future, topic, record, partition), record[4])
         return future
+
+    def send_and_wait(
+        self,
+        topic: str,
+        value: Bytes | None = None,
+        key: Bytes | None = None,
+        headers: Headers | None = None,
+        partition: int | None = None,
+        timestamp_ms: int | datetime | None = None,
+    ) -> RecordMetadata:
+        """Sends one record and waits for the acknowledgement; lingers as `send` does, for records of other threads.
+        Returns the place of the record. Raises what `send` raises, and what delivery failed with."""
+        return self.send(topic, value, key, headers, partition, timestamp_ms).result()
 
     def send_many(
         self,
@@ -304,6 +381,8 @@ class Producer:
                     future._delivery = delivery  # last: with it the future may be done
                 except Exception as error:  # noqa: BLE001 - kept for the future, and for flush
                     self._refuse(future, error)
+                if future._callbacks:
+                    future._taken()
                 taken += 1
                 if taken % TURN_RECORDS == 0:
                     await asyncio.sleep(0)
