@@ -24,6 +24,7 @@ from streamhouse.cluster import (
     session_of,
     topic_of,
 )
+from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.options import ACKS, Acks, addresses_of, check_request_timeout, check_retry_timeout, check_topic
 from streamhouse.core.times import ms_of
 from streamhouse.group_admin import (
@@ -57,6 +58,7 @@ class Admin:
     group, raises Unavailable at once after a try whose answer was lost: a second one could not tell who did it.
     """
 
+    @explains_kafka_names("Admin")
     def __init__(
         self,
         bootstrap: str | Sequence[str],

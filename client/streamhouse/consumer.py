@@ -23,6 +23,7 @@ from shruntime.tasks import Backoff, Tasks
 
 from streamhouse.commits import Commits
 from streamhouse.core.in_flight import Worker
+from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import (
     ConsumerOptions,
@@ -65,6 +66,7 @@ class Consumer:
     its next one. One consumer belongs to one event loop; see `streamhouse.sync` for plain code.
     """
 
+    @explains_kafka_names("Consumer")
     def __init__(
         self,
         bootstrap: str | Sequence[str],

@@ -16,6 +16,7 @@ from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded
 from shproto.rpc import Interceptors
 
 from streamhouse.batches import Batch
+from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.options import (
     ACKS,
     ACKS_NAMES,
@@ -57,6 +58,7 @@ class Producer:
     One producer belongs to one event loop; `streamhouse.sync.Producer` may be shared by threads.
     """
 
+    @explains_kafka_names("Producer")
     def __init__(
         self,
         bootstrap: str | Sequence[str],

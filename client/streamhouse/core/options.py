@@ -52,7 +52,9 @@ class ProducerOptions:
     client_id: str = ""
 
     def __post_init__(self) -> None:
-        _one_of("acks", self.acks, ("none", "wal", "durable"))
+        is_kafkas = self.acks in (0, 1, -1, "0", "1", "-1", "all")
+        hint = '; Kafka\'s 0 is "none", its 1 and "all" are "wal" (fsynced) or "durable"' if is_kafkas else ""
+        _one_of("acks", self.acks, ("none", "wal", "durable"), hint)
         _one_of("compression", self.compression, ("lz4", "none"))
         _within("linger_ms", self.linger_ms, 0, 60_000)
         _within("batch_bytes", self.batch_bytes, 1, 8 * MIB)  # half the format's limit: headers and growth fit
@@ -268,10 +270,10 @@ def _text(name: str, value: object, least: int) -> None:
         )
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, allowed: tuple[str, ...], hint: str = "") -> None:
     if value not in allowed:
         raise InvalidArgument(
-            f"{name} is {value!r}, must be one of {', '.join(allowed)}",
+            f"{name} is {value!r}, must be one of {', '.join(allowed)}{hint}",
             field=name,
             value=value,
             limit="|".join(allowed),

@@ -9,6 +9,7 @@ from shproto.rpc import Interceptors
 
 from streamhouse import admin, cluster, group_admin
 from streamhouse.background import BACKGROUND
+from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.options import Acks
 from streamhouse.records import TopicPartition
 
@@ -16,6 +17,7 @@ from streamhouse.records import TopicPartition
 class Admin:
     """Topics, offsets, status; see `streamhouse.Admin`."""
 
+    @explains_kafka_names("Admin")
     def __init__(
         self,
         bootstrap: str | Sequence[str],

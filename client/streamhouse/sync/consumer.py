@@ -17,6 +17,7 @@ from shproto.rpc import Interceptors
 from streamhouse import consumer
 from streamhouse.background import BACKGROUND
 from streamhouse.core.in_flight import Worker
+from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import ConsumerKwargs, Start
 from streamhouse.records import Record, RecordBatch, TopicPartition
@@ -30,6 +31,7 @@ class Consumer:
     """Reads records; see `streamhouse.Consumer` for the options and for what is committed when. Several threads may
     iterate one consumer: each record goes to one of them, who has done with it when it asks for its next one."""
 
+    @explains_kafka_names("Consumer")
     def __init__(
         self,
         bootstrap: str | Sequence[str],

@@ -27,6 +27,7 @@ from shproto.rpc import Interceptors
 
 from streamhouse import producer
 from streamhouse.background import BACKGROUND
+from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.options import ProducerKwargs, check_exit_timeout, check_timeout_s, partition_number
 from streamhouse.core.outgoing import Bytes, CheckedRecord, Headers, check_record
 from streamhouse.delivery import Delivery, PlacedRecords, SentRecords
@@ -206,6 +207,7 @@ class Producer:
     by then is counted in a warning. Several threads may share a producer.
     """
 
+    @explains_kafka_names("Producer")
     def __init__(
         self,
         bootstrap: str | Sequence[str],

@@ -1,0 +1,123 @@
+"""Kafka's configuration names, as other clients spell them, and the option that each of them has here.
+
+The tests hold every entry against the options: none names an option that does not exist.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import Literal, ParamSpec
+
+P = ParamSpec("P")
+Client = Literal["Producer", "Consumer", "Admin"]
+
+# Kafka's name (dots as underscores) -> the option here, empty where there is none, and a remark.
+Names = dict[str, tuple[str, str]]
+
+_RETRIES = "retries back off by themselves"
+_NO_SECURITY = "there is no TLS and no authentication in the client yet"
+
+COMMON: Names = {
+    "bootstrap_servers": ("bootstrap", "the first argument"),
+    "metadata_broker_list": ("bootstrap", "the first argument"),
+    "retry_backoff_ms": ("", _RETRIES),
+    "retry_backoff_max_ms": ("", _RETRIES),
+    "reconnect_backoff_ms": ("", _RETRIES),
+    "reconnect_backoff_max_ms": ("", _RETRIES),
+    "api_version": ("", "there is one version of the protocol"),
+    "security_protocol": ("", _NO_SECURITY),
+    "ssl_context": ("", _NO_SECURITY),
+    "ssl_cafile": ("", _NO_SECURITY),
+    "ssl_ca_location": ("", _NO_SECURITY),
+    "sasl_mechanism": ("", _NO_SECURITY),
+    "sasl_mechanisms": ("", _NO_SECURITY),
+    "sasl_username": ("", _NO_SECURITY),
+    "sasl_password": ("", _NO_SECURITY),
+    "sasl_plain_username": ("", _NO_SECURITY),
+    "sasl_plain_password": ("", _NO_SECURITY),
+}
+KAFKA_NAMES: Mapping[Client, Names] = {
+    "Producer": COMMON
+    | {
+        "batch_size": ("batch_bytes", ""),
+        "buffer_memory": ("buffer_bytes_max", ""),
+        "queue_buffering_max_kbytes": ("buffer_bytes_max", "in bytes"),
+        "queue_buffering_max_ms": ("linger_ms", ""),
+        "compression_type": ("compression", '"lz4" or "none"'),
+        "compression_codec": ("compression", '"lz4" or "none"'),
+        "enable_idempotence": ("idempotent", "on by default"),
+        "max_in_flight_requests_per_connection": ("max_in_flight", ""),
+        "max_block_ms": ("delivery_timeout_ms", "it bounds how long send waits as well"),
+        "message_timeout_ms": ("delivery_timeout_ms", ""),
+        "message_send_max_retries": ("delivery_timeout_ms", "time bounds the retries, not their number"),
+        "retries": ("delivery_timeout_ms", "time bounds the retries, not their number"),
+        "request_required_acks": ("acks", '"none", "wal" or "durable"'),
+        "max_request_size": ("", "a record may have almost 16 MiB"),
+        "message_max_bytes": ("", "a record may have almost 16 MiB"),
+        "transactional_id": ("", "there are no transactions"),
+        "transaction_timeout_ms": ("", "there are no transactions"),
+    },
+    "Consumer": COMMON
+    | {
+        "group_id": ("group", ""),
+        "auto_offset_reset": (
+            "start",
+            'for partitions without a commit; on_out_of_range="earliest" or "latest" for offsets that are gone',
+        ),
+        "enable_auto_commit": ("auto_commit", ""),
+        "fetch_max_bytes": ("fetch_bytes", "of one partition's response"),
+        "max_partition_fetch_bytes": ("fetch_bytes", ""),
+        "fetch_message_max_bytes": ("fetch_bytes", ""),
+        "queued_max_messages_kbytes": ("prefetch_bytes_max", "in bytes"),
+        "default_api_timeout_ms": ("retry_timeout_ms", ""),
+        "fetch_min_bytes": ("", "records are sent as soon as they are there"),
+        "fetch_max_wait_ms": ("", "records are sent as soon as they are there"),
+        "fetch_wait_max_ms": ("", "records are sent as soon as they are there"),
+        "max_poll_records": ("", "iterating hands over one record at a time; max_poll_interval_ms counts between two"),
+        "heartbeat_interval_ms": ("session_timeout_ms", "the server derives the interval from it"),
+        "consumer_timeout_ms": ("stop_at_end", "ends the iteration where the log ended when it began"),
+        "enable_partition_eof": ("stop_at_end", "ends the iteration where the log ended when it began"),
+        "partition_assignment_strategy": ("", "the coordinator assigns, and moves as few partitions as balance allows"),
+        "group_instance_id": ("", "there are no static members"),
+        "isolation_level": ("", "there are no transactions"),
+        "check_crcs": ("", "checksums are always checked"),
+    },
+    "Admin": COMMON | {"default_api_timeout_ms": ("retry_timeout_ms", "")},
+}
+
+
+def explains_kafka_names(client: Client) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Returns a decorator of the client's `__init__`: options under Kafka's names, as keywords or in a dict where the
+    addresses go, raise a TypeError that names the options here. The signature stays as it is."""
+
+    def decorate(init: Callable[P, None]) -> Callable[P, None]:
+        @wraps(init)
+        def explained(*args: P.args, **kwargs: P.kwargs) -> None:
+            given: Iterable[object] = kwargs
+            if len(args) > 1 and isinstance(args[1], Mapping):  # args[0] is self
+                raise TypeError(_in_a_dict(client, args[1]))
+            if text := "; ".join(_explanations(client, given)):
+                raise TypeError(f"Kafka's options have other names in {client}: {text}")
+            init(*args, **kwargs)
+
+        return explained
+
+    return decorate
+
+
+def _in_a_dict(client: Client, options: Mapping[object, object]) -> str:
+    text = "; ".join(_explanations(client, options))
+    wanted = f'{client} takes addresses and then options as keywords, as in {client}("host:7070", client_id="me")'
+    return f"{wanted}, not a dict" + (f". Its names: {text}" if text else "")
+
+
+def _explanations(client: Client, given: Iterable[object]) -> list[str]:
+    names = KAFKA_NAMES[client]
+    found = []
+    for name in given:
+        ours, remark = names.get(str(name).replace(".", "_"), (None, ""))
+        if ours is None or ours == name:
+            continue
+        found.append(
+            (f"{name} is {ours}" if ours else f"{name} has no counterpart") + (f" ({remark})" if remark else "")
+        )
+    return found
