@@ -30,6 +30,25 @@ class HostPort(click.ParamType[str]):
         return value
 
 
+class Delimiter(click.ParamType[bytes]):
+    """Bytes that stand between two things; \\t, \\n, \\0 and \\xNN are written as in C."""
+
+    name = "delimiter"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        from streamhouse.cli.text import unescape
+
+        if isinstance(value, bytes):
+            return value
+        try:
+            delimiter = unescape(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if not delimiter:
+            self.fail("must not be empty", param, ctx)
+        return delimiter
+
+
 def bootstrap_option(command: Command) -> Command:
     """--bootstrap, also kept for the hint when nothing answers there, and --retry-timeout-ms for `retry_timeout_ms`."""
     patience = click.option(

@@ -9,20 +9,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from streamhouse.cli.failures import CliError, explain
 from streamhouse.cli.lines import (
-    Keying,
+    JSON_LINE_BYTES_MAX,
+    BadHeader,
+    BinaryInput,
+    InputRecords,
+    KeyedByColumn,
     LineSplitter,
     LineTooLong,
+    MagicCheck,
+    Parse,
+    RowSplitter,
+    UnfinishedRow,
     keyed_by_field,
     keyed_by_separator,
+    records_of_json,
     without_keys,
 )
-from streamhouse.cli.options import bootstrap_option
+from streamhouse.cli.options import Delimiter, bootstrap_option
 from streamhouse.cli.output import print_json
 from streamhouse.cli.process import StopSignals, is_terminal, run_until_told
 from streamhouse.cli.read_input import is_regular, open_input, read_chunks
@@ -42,8 +52,31 @@ DRAIN_TIMEOUT_MS = 5_000
 @click.option(
     "--file", "path", type=click.Path(exists=True, dir_okay=False, allow_dash=True), default="-", help="Default: stdin."
 )
-@click.option("--key-field", metavar="NAME", help="Lines are JSON objects; the key is this field.")
-@click.option("--key-separator", metavar="S", help="The key is what stands before the first S of a line.")
+@click.option(
+    "--format",
+    "shape",
+    type=click.Choice(["text", "json", "csv"]),
+    default="text",
+    show_default=True,
+    help="text: a line is a value. json: records as `consume --json` writes them. csv: a row is a value.",
+)
+@click.option(
+    "--key-field",
+    metavar="NAME",
+    help="The key is this field of the JSON object on each line, a.b one inside another; of csv, this column.",
+)
+@click.option(
+    "--key-separator",
+    type=Delimiter(),
+    metavar="S",
+    help="The key is what stands before the first S of a line; \\t is a tab.",
+)
+@click.option("--csv-header", is_flag=True, help="The first row names the columns and is no record.")
+@click.option("--csv-delimiter", type=Delimiter(), default=",", show_default=True, metavar="C", help="\\t is a tab.")
+@click.option(
+    "--repartition", is_flag=True, help="With json: choose partitions by key, not those that the input names."
+)
+@click.option("--allow-binary", is_flag=True, help="Also take lines of what looks compressed, or like Parquet.")
 @click.option(
     "--acks",
     type=click.Choice(["none", "wal", "durable"]),
@@ -63,8 +96,13 @@ DRAIN_TIMEOUT_MS = 5_000
 def produce(
     topic: str,
     path: str,
+    shape: str,
     key_field: str | None,
-    key_separator: str | None,
+    key_separator: bytes | None,
+    csv_header: bool,
+    csv_delimiter: bytes,
+    repartition: bool,
+    allow_binary: bool,
     acks: str,
     drain_timeout_ms: int,
     as_json: bool,
@@ -72,8 +110,9 @@ def produce(
 ) -> None:
     """Write each line of a file or of stdin to TOPIC as one record.
 
-    The line without its newline is the value, byte for byte; an empty line is an empty value. A line that has no key
-    where one was asked for is an error that names it: the lines before it are written, nothing after it is.
+    The line without its newline is the value, byte for byte; an empty line is an empty value. With --format json a line
+    is a whole record, so that `consume A --json | produce B --format json` copies a topic. A line that is no record, or
+    has no key where one was asked for, is an error that names it: the lines before it are written, nothing after it is.
     Ctrl-C and SIGTERM end the reading: the lines read are written and counted; a second Ctrl-C does not wait for that.
     Progress and summary go to stderr.
     """
@@ -81,21 +120,67 @@ def produce(
 
     if as_json and sys.stdout is None:
         raise CliError("stdout is closed")
-    if key_field and key_separator:
-        raise click.UsageError("--key-field and --key-separator exclude each other")
-    if key_separator == "":
-        raise click.UsageError("--key-separator must not be empty")
-    keying: Keying = without_keys
-    if key_field:
-        keying = keyed_by_field(key_field)
-    elif key_separator:
-        keying = keyed_by_separator(os.fsencode(key_separator))
+    form = Form(shape, key_field, key_separator, csv_header, csv_delimiter, repartition, allow_binary)
+    form.check()
     with open_input(path) as descriptor, _progress(topic, descriptor) as progress:
-        work = Work(topic, acks, descriptor, keying, progress)
+        work = Work(topic, acks, descriptor, form, progress)
         report = asyncio.run(_produce(bootstrap, work, drain_timeout_ms / 1000))
     report.show(as_json)
     if report.stopped_by:
         raise click.exceptions.Exit(128 + report.stopped_by)
+    if report.missing_keys and report.missing_keys == report.lines:
+        raise CliError(f"no record has the field {key_field!r}: all {report.missing_keys:,} were written without a key")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the input is to be read, as the options say."""
+
+    shape: str
+    key_field: str | None
+    key_separator: bytes | None
+    csv_header: bool
+    csv_delimiter: bytes
+    repartition: bool
+    allow_binary: bool
+
+    def check(self) -> None:
+        """Raises UsageError for options that exclude each other."""
+        if self.key_field and self.key_separator:
+            raise click.UsageError("--key-field and --key-separator exclude each other")
+        if self.shape == "json" and (self.key_field or self.key_separator):
+            raise click.UsageError("--format json has the keys in its records: leave out --key-field, --key-separator")
+        if self.shape != "json" and self.repartition:
+            raise click.UsageError("--repartition is for --format json: only its records name partitions")
+        if self.shape != "csv" and (self.csv_header or self.csv_delimiter != b","):
+            raise click.UsageError("--csv-header and --csv-delimiter are for --format csv")
+        if self.shape == "csv":
+            if self.key_separator:
+                raise click.UsageError("--key-separator is for --format text; rows have --key-field with --csv-header")
+            if self.key_field and not self.csv_header:
+                raise click.UsageError("--key-field names a column: that takes --csv-header")
+            if len(self.csv_delimiter) != 1 or self.csv_delimiter in b'"\r\n' or self.csv_delimiter > b"\x7f":
+                raise click.UsageError("--csv-delimiter is one ASCII character, and neither a quote nor a newline")
+
+    def splitter(self) -> LineSplitter | RowSplitter:
+        """Returns what cuts the input into lines or rows."""
+        if self.shape == "csv":
+            return RowSplitter(self.csv_delimiter)
+        return LineSplitter(JSON_LINE_BYTES_MAX) if self.shape == "json" else LineSplitter()
+
+    def parse(self) -> Parse:
+        """Returns what makes records of lines or rows."""
+        if self.shape == "json":
+            return records_of_json
+        if self.csv_header:
+            return KeyedByColumn(self.key_field, self.csv_delimiter.decode())
+        if self.key_field:
+            return keyed_by_field(self.key_field)
+        return keyed_by_separator(self.key_separator) if self.key_separator else without_keys
+
+    def place(self, lines: int) -> str:
+        """Returns the name of the line or row behind `lines` records."""
+        return f"row {lines + 1 + self.csv_header}" if self.shape == "csv" else f"line {lines + 1}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +190,7 @@ class Work:
     topic: str
     acks: Any
     descriptor: int
-    keying: Keying
+    form: Form
     progress: Callable[[int], None]
 
 
@@ -119,6 +204,7 @@ class Report:
     size_bytes: int = 0
     acknowledged: int = 0
     failed: int = 0
+    missing_keys: int = 0  # records without the field that was to be their key
     cut_off: bool = False  # the input was left in the middle of a line
     stopped_by: int = 0  # the signal's number
 
@@ -132,7 +218,8 @@ class Report:
         rate = self.size_bytes / max(seconds, 1e-6)
         if as_json:
             values = {"records": self.acknowledged, "bytes": self.size_bytes, "seconds": round(seconds, 3)}
-            print_json(values | {"bytes_per_second": round(rate), "unacknowledged": self.unacknowledged})
+            values |= {"bytes_per_second": round(rate), "unacknowledged": self.unacknowledged}
+            print_json(values | {"missing_keys": self.missing_keys})
         what = "sent, not acknowledged" if self.acks == "none" else "acknowledged"
         text = f"{self.acknowledged:,} records {what}, {self.size_bytes / 1e6:,.1f} MB in {seconds:,.2f} s"
         text += f" ({rate / 1e6:,.1f} MB/s, {self.acknowledged / max(seconds, 1e-6):,.0f} records/s)"
@@ -141,6 +228,8 @@ class Report:
             text = f"stopped by {name}: {text}"
         if self.unacknowledged:
             text += f"; {self.unacknowledged:,} more were sent, and may be written or not"
+        if self.missing_keys:
+            text += f"; {self.missing_keys:,} have no such field, and so no key"
         if self.cut_off:
             text += "; the last line had no end yet and was not sent"
         click.echo(text, err=True)
@@ -156,13 +245,32 @@ class Sending:
         self._pending: list[SendResult] = []
         self._error: Exception | None = None
 
-    async def send(self, values: list[bytes], keys: list[bytes | None] | None) -> None:
+    async def send(self, records: InputRecords) -> None:
         """Waits only while the producer's buffer is full. Raises DeliveryFailed once an earlier send has failed."""
-        if values:
-            self._report.lines += len(values)  # before it waits: cancelled, it has sent some of them
-            self._pending.append(await self._producer.send_many(self._topic, values, keys=keys))
-            self._report.size_bytes += sum(map(len, values))
+        self._report.lines += len(records.values)  # before it waits: cancelled, it has sent some of them
+        self._report.missing_keys += records.missing_keys
+        self._report.size_bytes += sum(len(value) for value in records.values if value is not None)
+        if records.partitions is None:
+            if records.values:
+                self._pending.append(await self._producer.send_many(self._topic, records.values, keys=records.keys))
+        else:
+            for partition, positions in _by_partition(records.partitions):
+                self._pending.append(await self._send_some(records, partition, positions))
         self._settle()
+
+    async def _send_some(self, records: InputRecords, partition: int | None, positions: list[int]) -> SendResult:
+        now_ms = time.time_ns() // 1_000_000
+        keys, headers, timestamps_ms = records.keys, records.headers, records.timestamps_ms
+        assert keys is not None and headers is not None and timestamps_ms is not None
+        times = [timestamps_ms[at] for at in positions]
+        return await self._producer.send_many(
+            self._topic,
+            [records.values[at] for at in positions],
+            keys=[keys[at] for at in positions],
+            timestamps_ms=[now_ms if timestamp_ms is None else timestamp_ms for timestamp_ms in times],
+            headers=[headers[at] for at in positions],
+            partition=partition,
+        )
 
     async def finish(self) -> None:
         """Until every record is acknowledged. Raises DeliveryFailed when one was not."""
@@ -183,6 +291,16 @@ class Sending:
             raise DeliveryFailed(self._error)
 
 
+def _by_partition(partitions: list[int | None]) -> Iterator[tuple[int | None, list[int]]]:
+    """Yields partitions with the positions of their records. A record that names none may go to any of them: it comes
+    after all that stand before it, so that no partition gets its records in another order."""
+    for _, run in groupby(enumerate(partitions), lambda item: item[1] is None):
+        positions: dict[int | None, list[int]] = {}
+        for at, partition in run:
+            positions.setdefault(partition, []).append(at)
+        yield from positions.items()
+
+
 class DeliveryFailed(Exception):
     """Records were not acknowledged; `error` is why, for the first of them."""
 
@@ -197,12 +315,12 @@ async def _produce(bootstrap: str, work: Work, drain_s: float) -> Report:
     from streamhouse import Producer
     from streamhouse.cli.reach import reach_leaders
 
-    await reach_leaders(bootstrap, work.topic)
+    partition_count = await reach_leaders(bootstrap, work.topic)
     report = Report(work.acks)
     with StopSignals() as stop:
         async with Producer(bootstrap, acks=work.acks) as producer:
             sending = Sending(producer, work.topic, report)
-            task = asyncio.create_task(_send_input(work, sending, report, stop.told))
+            task = asyncio.create_task(_send_input(work, sending, report, stop.told, partition_count))
             try:
                 if not await run_until_told(task, stop, drain_s):
                     await producer.shut_down()
@@ -215,31 +333,64 @@ async def _produce(bootstrap: str, work: Work, drain_s: float) -> Report:
     return report
 
 
-async def _send_input(work: Work, sending: Sending, report: Report, stop: asyncio.Event) -> None:
-    splitter = LineSplitter()
+async def _send_input(work: Work, sending: Sending, report: Report, stop: asyncio.Event, partition_count: int) -> None:
+    form, splitter, magic = work.form, work.form.splitter(), MagicCheck()
+    lines = Lines(sending, report, form, form.parse(), partition_count)
     try:
         async for chunk in read_chunks(work.descriptor, stop):
-            await _send_lines(sending, report, work.keying, splitter.feed(chunk))
+            await lines.send(splitter.feed(chunk if form.allow_binary else magic.feed(chunk)))
             work.progress(len(chunk))
+        await lines.send(splitter.feed(magic.finish()))
         if stop.is_set():
             report.cut_off = splitter.unfinished_bytes > 0
         else:
-            await _send_lines(sending, report, work.keying, splitter.finish())
+            await lines.send(splitter.finish())
         await sending.finish()
-    except LineTooLong as error:
+    except (BinaryInput, BadHeader) as error:
+        raise CliError(f"{error}; nothing was sent") from error
+    except (LineTooLong, UnfinishedRow) as error:
         await sending.finish()
-        raise CliError(f"line {report.lines + 1}: {error}{_so_far(report)}") from error
+        raise CliError(f"{form.place(report.lines)}: {error}{_so_far(report)}") from error
     except DeliveryFailed:
         await sending.finish()  # raises it again, once it is known of all of them
         raise
 
 
-async def _send_lines(sending: Sending, report: Report, keying: Keying, lines: list[bytes]) -> None:
-    keyed = keying(lines)
-    await sending.send(keyed.values, keyed.keys)
-    if keyed.error is not None:
-        await sending.finish()
-        raise CliError(f"line {report.lines + 1}: {keyed.error}{_so_far(report)}")
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """From lines to records that are sent, up to the first line that is none."""
+
+    sending: Sending
+    report: Report
+    form: Form
+    parse: Parse
+    partition_count: int
+
+    async def send(self, lines: list[bytes]) -> None:
+        """Raises CliError that names the first bad line once all before it are acknowledged, and DeliveryFailed."""
+        records = self.parse(lines)
+        if self.form.repartition and records.partitions is not None:
+            records.partitions = [None] * len(records.partitions)
+        _refuse_partitions(records, self.partition_count)
+        await self.sending.send(records)
+        if records.error is not None:
+            await self.sending.finish()
+            place = self.form.place(self.report.lines)
+            raise CliError(f"{place}: {records.error}{_so_far(self.report)}")
+
+
+def _refuse_partitions(records: InputRecords, partition_count: int) -> None:
+    """Ends the records at the first for a partition that the topic does not have."""
+    for at, partition in enumerate(records.partitions or ()):
+        if partition is not None and partition >= partition_count:
+            records.error = (
+                f"partition {partition}, but the topic has partitions 0 to {partition_count - 1}; "
+                "--repartition chooses by key"
+            )
+            for column in (records.values, records.keys, records.headers, records.timestamps_ms, records.partitions):
+                if column is not None:
+                    del column[at:]
+            return
 
 
 def _so_far(report: Report) -> str:

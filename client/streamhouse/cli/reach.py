@@ -26,8 +26,8 @@ LOOK_AGAIN_S = 0.5
 RENEWED_S = 1.0
 
 
-async def reach_leaders(bootstrap: str, topic: str) -> None:
-    """Returns once every leader of the topic can be connected. Raises UnknownTopic, Unavailable.
+async def reach_leaders(bootstrap: str, topic: str) -> int:
+    """Returns the topic's number of partitions once every leader can be connected. Raises UnknownTopic, Unavailable.
 
     A leader that cannot be is no error while its own session may be ending: another agent takes its work over then, and
     the producer waits for that. One that goes on renewing its session is alive, and will not be reached later either.
@@ -37,17 +37,17 @@ async def reach_leaders(bootstrap: str, topic: str) -> None:
     async with _contact(bootstrap) as (peers, metadata):
         while True:
             await metadata.refresh(topic)
-            leaders = set((await metadata.topic(topic)).leaders) - {""}
-            failures = await _failures(peers, leaders)
+            state = await metadata.topic(topic)
+            failures = await _failures(peers, set(state.leaders) - {""})
             if not failures:
-                return
+                return state.partitions
             sessions = await _session_ends(peers)
             held = [address for address in failures if address in sessions]
             alive = [address for address in held if sessions[address] > ends_s.get(address, math.inf) + RENEWED_S]
             if loop.time() >= deadline_s and alive:
                 raise failures[alive[0]]
             if loop.time() >= deadline_s and not held:
-                return
+                return state.partitions
             for address in held:
                 ends_s.setdefault(address, sessions[address])
             await asyncio.sleep(LOOK_AGAIN_S)

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 # What a terminal would obey instead of show: C0 but tab and newline, DEL, C1.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_ESCAPES = {"t": b"\t", "n": b"\n", "r": b"\r", "0": b"\0", "\\": b"\\"}
+_ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|.|\Z)", re.DOTALL)
+
+
+def unescape(text: str) -> bytes:
+    """Returns the bytes that \\t, \\n, \\r, \\0, \\\\ and \\xNN in `text` stand for, the rest as UTF-8 or, of arguments
+    that are not, as given. Raises ValueError for another escape."""
+    parts, at = [], 0
+    for match in _ESCAPE.finditer(text):
+        parts.append(os.fsencode(text[at : match.start()]))
+        name, at = match[1], match.end()
+        if name in _ESCAPES:
+            parts.append(_ESCAPES[name])
+        elif len(name) == 3:
+            parts.append(bytes.fromhex(name[1:]))
+        else:
+            raise ValueError(f"{match[0]!r} is none of \\t, \\n, \\r, \\0, \\xNN; a backslash is \\\\")
+    return b"".join([*parts, os.fsencode(text[at:])])
 
 
 def text_lines(values: Sequence[bytes | None], *, terminal: bool) -> bytes:
