@@ -15,6 +15,7 @@ from opentelemetry import metrics, trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from shruntime.counters import start_at_zero
 from shruntime.settings import CommonSettings
 
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -58,6 +59,7 @@ class Telemetry:
         from shruntime import _telemetry_sdk  # the SDK is only imported where it is used
 
         _telemetry_sdk.install(service, settings)
+        start_at_zero()
         return cls(enabled=True)
 
     def client(self) -> Sequence[grpc.aio.ClientInterceptor]:

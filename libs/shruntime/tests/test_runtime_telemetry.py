@@ -75,3 +75,32 @@ def test_metrics_are_served_again_after_no_thread_could_be_started() -> None:
 def test_silent_clients_do_not_keep_others_from_the_metrics() -> None:
     ended = subprocess.run([sys.executable, "-c", CROWD], capture_output=True, text=True, timeout=60)
     assert (ended.stdout, ended.stderr) == ("200\n", "")
+
+
+FROM_START = """
+import socket, urllib.request
+from opentelemetry import metrics
+from prometheus_client.parser import text_string_to_metric_families
+from shruntime.counters import counter, up_down_counter
+from shruntime.settings import CommonSettings
+from shruntime.telemetry import Telemetry
+meter = metrics.get_meter("test")
+counter(meter, "before_total", "made before", label="why", values=("store", "peer"))
+up_down_counter(meter, "open", "made before")
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+Telemetry.configure("test", CommonSettings.load({}, prometheus_listen=f"127.0.0.1:{port}"))
+counter(meter, "after_total", "made after")
+page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+for family in text_string_to_metric_families(page):
+    for sample in family.samples:
+        if sample.name in ("before_total", "open", "after_total"):
+            print(sample.name, sample.labels.get("why"), sample.value)
+"""
+
+
+def test_counters_are_there_from_the_start_at_0() -> None:
+    ended = subprocess.run([sys.executable, "-c", FROM_START], capture_output=True, text=True, timeout=60)
+    lines = ["before_total store 0.0", "before_total peer 0.0", "open None 0.0", "after_total None 0.0"]
+    assert ended.stdout.splitlines() == lines, ended.stderr

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from opentelemetry import metrics
 from shproto.errors import EventsPruned, InvalidArgument, StreamHouseError
 from shproto.events import BufferSealed
+from shruntime.counters import up_down_counter
 from shruntime.tasks import Backoff
 
 from streamhouse_coordinator.core.histories import Head, went_back
@@ -23,8 +24,8 @@ from streamhouse_coordinator.service import forks
 
 log = logging.getLogger(__name__)
 
-_followers = metrics.get_meter("streamhouse.coordinator").create_up_down_counter(
-    "streamhouse_coordinator_followers", description="open event streams"
+_followers = up_down_counter(
+    metrics.get_meter("streamhouse.coordinator"), "streamhouse_coordinator_followers", "open event streams"
 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from opentelemetry import metrics
 from shproto.errors import StreamHouseError
+from shruntime.counters import counter
 
 from streamhouse_coordinator.ports import Transaction
 from streamhouse_coordinator.service import buffers, groups, outages, reach, recovery, sessions
@@ -21,8 +22,12 @@ _waiting = _meter.create_gauge(
 _waiting_bytes = _meter.create_gauge(
     "streamhouse_coordinator_buffers_waiting_bytes", unit="By", description="their bytes in memory or log of the agents"
 )
-_ended = _meter.create_counter(
-    "streamhouse_coordinator_expired_total", description="sessions and group members whose heartbeats stopped, by kind"
+_ended = counter(
+    _meter,
+    "streamhouse_coordinator_expired_total",
+    "sessions and group members whose heartbeats stopped, by kind",
+    label="kind",
+    values=("session", "group_member"),
 )
 _unsettled = _meter.create_gauge(
     "streamhouse_coordinator_unsettled_ranges", description="ranges whose agent is gone: readers wait at their ends"
@@ -30,9 +35,7 @@ _unsettled = _meter.create_gauge(
 _cut_off = _meter.create_gauge(
     "streamhouse_coordinator_agents_cut_off", description="agents that workers cannot reach: they lead nothing"
 )
-_given_up = _meter.create_counter(
-    "streamhouse_coordinator_ranges_lost_total", description="ranges given up by unclean_recovery_after_ms"
-)
+_given_up = counter(_meter, "streamhouse_coordinator_ranges_lost_total", "ranges given up by unclean_recovery_after_ms")
 
 
 @dataclass(frozen=True, slots=True)

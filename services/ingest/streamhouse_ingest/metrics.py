@@ -4,6 +4,29 @@ from collections.abc import Callable, Iterable
 
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Observation
+from shproto import errors
+from shruntime.counters import counter as counter_from_start
+
+REFUSALS = (
+    errors.InvalidArgument,
+    errors.InvalidBatch,
+    errors.BatchTooLarge,
+    errors.AcksTooWeak,
+    errors.UnknownTopic,
+    errors.UnknownPartition,
+    errors.NotLeader,
+    errors.SequenceGap,
+    errors.ProducerFenced,
+    errors.UnknownProducer,
+    errors.Overloaded,
+    errors.DiskFull,
+    errors.Unavailable,
+    errors.DurableTimeout,
+    errors.ShuttingDown,
+    errors.DataLoss,
+    errors.Internal,
+)
+"""Reasons for which a produce request is refused, as docs/errors.md has them."""
 
 
 class IngestMetrics:
@@ -13,7 +36,7 @@ class IngestMetrics:
         meter = metrics.get_meter("streamhouse.ingest")
 
         def counter(name: str, description: str) -> metrics.Counter:
-            return meter.create_counter(name, description=description)
+            return counter_from_start(meter, name, description)
 
         def histogram(name: str, description: str) -> metrics.Histogram:
             return meter.create_histogram(name, description=description)
@@ -22,7 +45,13 @@ class IngestMetrics:
         self.records = counter("streamhouse_ingest_records_total", "records written to the log")
         self.bytes = counter("streamhouse_ingest_bytes_total", "batch bytes written to the log")
         self.duplicates = counter("streamhouse_ingest_duplicates_total", "retries of idempotent producers recognised")
-        self.rejected = counter("streamhouse_ingest_rejected_total", "requests refused, by reason")
+        self.rejected = counter_from_start(
+            meter,
+            "streamhouse_ingest_rejected_total",
+            "requests refused, by reason",
+            label="reason",
+            values=[refusal.reason for refusal in REFUSALS],
+        )
         self.damaged = counter("streamhouse_ingest_damaged_spans_total", "damaged spans found in the log")
         self.lost_records = counter("streamhouse_ingest_lost_records_total", "records reported lost")
         self.possibly_lost = counter(

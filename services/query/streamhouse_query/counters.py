@@ -14,6 +14,10 @@ meter = metrics.get_meter("streamhouse.query")
 fetch_duration_ms = meter.create_histogram(
     "streamhouse_query_fetch_duration_ms", description="time of one Fetch, long polls included"
 )
+delivery_duration_ms = meter.create_histogram(
+    "streamhouse_query_delivery_duration_ms",
+    description="from the records being there and asked for until they were given to a subscriber's stream",
+)
 download_duration_ms = meter.create_histogram(
     "streamhouse_query_download_duration_ms", description="time of one ranged GET from the object store"
 )

@@ -157,6 +157,8 @@ class _Fetch:
         return bool(self._got.batches) and self._got.size_bytes >= self._want.bytes_min
 
     def _add(self, batches: list[bytes], size_bytes: int, decoded_bytes: int, next_offset: int) -> None:
+        if not self._got.batches:
+            self._got.found_ms = self._clock.monotonic_ms()
         self._got.batches += batches
         self._got.size_bytes += size_bytes
         self._got.decoded_bytes += decoded_bytes

@@ -42,7 +42,7 @@ class Want:
 @dataclass(slots=True)
 class Fetched:
     """Whole encoded batches; the first may begin before the offset asked for. decoded_bytes: what they take decoded, by
-    their headers."""
+    their headers; found_ms: when the first batch came, by the monotonic clock."""
 
     batches: list[bytes] = field(default_factory=list)
     size_bytes: int = 0
@@ -51,6 +51,7 @@ class Fetched:
     high_watermark: int = 0
     log_start_offset: int = 0
     waiting_reason: str = ""
+    found_ms: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from shproto.v1.query_pb2 import FetchResponse, SubscribeRequest, WindowUpdate
 from shruntime.byte_budget import ByteBudget
 from shruntime.round_robin import RoundRobinQueue
 
+from streamhouse_query.counters import delivery_duration_ms
 from streamhouse_query.fetch import fetch
 from streamhouse_query.reads import Fetched, Reads, Want
 
@@ -133,7 +134,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class _Delivery:
+    """`since_ms`: when its records were there and asked for; None without records."""
+
     response: FetchResponse
+    since_ms: int | None = None
     reservation: BudgetReservation | None = None
     taken: asyncio.Event | None = None
     is_last: bool = False
@@ -170,6 +174,9 @@ class Subscription:
             running = len(self._sources)
             while running:
                 delivery = await self._next()
+                # Before the yield: a subscriber that has all it wants ends the stream with its last response.
+                if delivery.since_ms is not None:
+                    delivery_duration_ms.record(self._reads.clock.monotonic_ms() - delivery.since_ms)
                 yield delivery.response
                 if delivery.reservation is not None:
                     delivery.reservation.release()
@@ -265,6 +272,7 @@ class Subscription:
         subscriber is told why."""
         reservation = await BudgetReservation.reserve(self._budgets, limited.bytes_max)
         told = replace(limited, max_wait_ms=0, known_reason=None, tell_after_ms=self._tell_after_ms)
+        asked_ms = self._reads.clock.monotonic_ms()
         try:
             fetched = await fetch(self._reads, told)
             response = await self._sources[number].respond(want, fetched)
@@ -273,9 +281,9 @@ class Subscription:
             raise
         reservation.release(keep_bytes=fetched.size_bytes)
         if fetched.batches:
-            self._deliver(number, _Delivery(response, reservation))
+            self._deliver(number, _Delivery(response, asked_ms, reservation))
         elif response.waiting_reason not in ("", want.known_reason):
-            await self._deliver_and_wait(number, response)
+            await self._deliver_and_wait(number, response, None)
         return fetched, response
 
     async def _await_more(self, number: int, want: Want, limited: Want) -> tuple[Fetched, FetchResponse]:
@@ -285,13 +293,16 @@ class Subscription:
             bytes_max=min(limited.bytes_max, WAITING_BYTES_MAX),
             tell_after_ms=limited.max_wait_ms + self._tell_after_ms,
         )
+        asked_ms = self._reads.clock.monotonic_ms()
         fetched = await fetch(self._reads, small)
         response = await self._sources[number].respond(want, fetched)
-        await self._deliver_and_wait(number, response)
+        # The wait for new records is not of the delivery.
+        since_ms = fetched.found_ms if small.max_wait_ms else asked_ms
+        await self._deliver_and_wait(number, response, since_ms if fetched.batches else None)
         return fetched, response
 
-    async def _deliver_and_wait(self, number: int, response: FetchResponse) -> None:
+    async def _deliver_and_wait(self, number: int, response: FetchResponse, since_ms: int | None) -> None:
         """Returns once the subscriber has taken the response."""
         taken = asyncio.Event()
-        self._deliver(number, _Delivery(response, taken=taken))
+        self._deliver(number, _Delivery(response, since_ms, taken=taken))
         await taken.wait()

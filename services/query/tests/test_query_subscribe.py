@@ -14,8 +14,9 @@ from shproto.rpc import Connection
 from shproto.services import QueryClient
 from shproto.v1 import ingest_pb2, query_pb2
 from shruntime.byte_budget import ByteBudget
+from shruntime.clock import ManualClock
 from shruntime.server import RpcServer
-from streamhouse_query import api
+from streamhouse_query import api, subscribe
 from streamhouse_query.reads import Fetched, Want
 from streamhouse_query.subscribe import BudgetReservation, ConnectionBudgets, Source, Subscription
 from streamhouse_query.wiring import QueryService
@@ -563,3 +564,47 @@ async def test_a_loan_that_is_given_up_in_between_gives_back_what_it_had() -> No
     await asyncio.gather(taking, return_exceptions=True)
     second.give(held)
     assert (first._free, second._free) == (100, 100)
+
+
+class _Recorded:
+    """Stands where the histogram is, which shows nothing without the SDK."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def record(self, value: float) -> None:
+        self.values.append(value)
+
+
+async def test_deliveries_are_timed_from_the_records_being_there_to_their_stream(
+    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await one_partition(platform)
+    await platform.produce(values_of(500))
+    await platform.register()
+    recorded, clock = _Recorded(), ManualClock(1_000)
+    monkeypatch.setattr(subscribe, "delivery_duration_ms", recorded)
+    service = await start_query()
+    service.api._reads.clock = clock
+
+    async def resolve() -> Want:
+        return Want(service._index.find("orders", 0).key, "orders", 0, 1 << 20)
+
+    async def respond(want: Want, fetched: Fetched) -> query_pb2.FetchResponse:
+        clock.advance(7)
+        return query_pb2.FetchResponse(
+            batches=fetched.batches, next_offset=fetched.next_offset, high_watermark=fetched.high_watermark
+        )
+
+    source = Source(resolve, respond, lambda error: query_pb2.FetchResponse(error=error.to_detail()))
+    subscription = Subscription(service.api._reads, [source], budgets=[ByteBudget(1 << 20)], heartbeat_ms=10_000)
+    async with contextlib.aclosing(subscription.responses(Requests())) as responses:
+        got = await until(responses, lambda response: not response.batches)  # the word that there is no more
+        assert (values_in(got), recorded.values) == (values_of(500), [7])
+        waiting = asyncio.create_task(until(responses, lambda response: response.next_offset == 510))
+        while not service.api._reads.polls._polls:
+            await asyncio.sleep(0)
+        clock.advance(5_000)  # a quiet time, which no delivery had to wait for
+        await platform.produce(values_of(10, 500))
+        await waiting
+    assert recorded.values == [7, 7]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from opentelemetry import metrics
 from shproto.errors import AWAY, EventsPruned, Overloaded, StreamHouseError, Unavailable
+from shruntime.counters import counter
 from shruntime.settings import PREFIX, SettingsError
 from shruntime.urls import masked
 
@@ -46,8 +47,8 @@ CONFLICT_ATTEMPTS = 10
 SNAPSHOT = "ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
 _meter = metrics.get_meter("streamhouse.coordinator")
-_conflicts = _meter.create_counter(
-    "streamhouse_coordinator_conflicts_total", description="transactions run again after a conflict with another"
+_conflicts = counter(
+    _meter, "streamhouse_coordinator_conflicts_total", "transactions run again after a conflict with another"
 )
 _duration = _meter.create_histogram(
     "streamhouse_coordinator_transaction_duration_ms", description="from asking for a connection to commit"

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import asyncpg
 from opentelemetry import metrics
 from shproto.errors import AWAY, InvalidArgument, StreamHouseError, Unavailable
+from shruntime.counters import up_down_counter
 
 from streamhouse_coordinator.adapters.postgres_errors import FAILURES, cannot_be_stored
 from streamhouse_coordinator.adapters.postgres_hosts import Hosts
@@ -36,8 +37,10 @@ CHECK_INTERVAL_MS = 1_000
 # A server that waits for its client finds out within 25 s that the machine is gone.
 KEEPALIVES = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
 
-_given_up = metrics.get_meter("streamhouse.coordinator").create_up_down_counter(
-    "streamhouse_coordinator_postgres_given_up", description="statements given up that PostgreSQL may still run"
+_given_up = up_down_counter(
+    metrics.get_meter("streamhouse.coordinator"),
+    "streamhouse_coordinator_postgres_given_up",
+    "statements given up that PostgreSQL may still run",
 )
 
 

@@ -10,6 +10,7 @@ import logging
 import asyncpg
 from opentelemetry import metrics
 from shproto.errors import AWAY, Internal, StreamHouseError, Unavailable
+from shruntime.counters import counter
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,10 @@ AWAY_STATES = {
 }
 _POOLER_STATES = ("26000", "42P05")
 
-_absences = metrics.get_meter("streamhouse.coordinator").create_counter(
-    "streamhouse_coordinator_postgres_errors_total", description="commands that PostgreSQL did not answer"
+_absences = counter(
+    metrics.get_meter("streamhouse.coordinator"),
+    "streamhouse_coordinator_postgres_errors_total",
+    "commands that PostgreSQL did not answer",
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from opentelemetry import metrics
 from shproto.events import Event
+from shruntime.counters import counter
 
 from streamhouse_coordinator.adapters import sql
 from streamhouse_coordinator.core.projection import RowOp, coalesce, elsewhere, replayed, row_ops, stamped
@@ -26,8 +27,12 @@ BUFFERS_CHANNEL = "streamhouse_buffers"
 REPLAY_BATCH = 1000
 NOW_MS = "(extract(epoch from clock_timestamp()) * 1000)::bigint"
 
-_events = metrics.get_meter("streamhouse.coordinator").create_counter(
-    "streamhouse_coordinator_events_total", description="events appended, by type"
+_events = counter(
+    metrics.get_meter("streamhouse.coordinator"),
+    "streamhouse_coordinator_events_total",
+    "events appended, by type",
+    label="type",
+    values=Event.registry,
 )
 
 

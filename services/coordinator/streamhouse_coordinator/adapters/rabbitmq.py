@@ -19,6 +19,7 @@ from aio_pika.exceptions import AMQPError, AMQPException, ChannelInvalidStateErr
 from opentelemetry import metrics
 from shproto.errors import StreamHouseError
 from shproto.events import BufferSealed
+from shruntime.counters import counter
 from shruntime.tasks import Backoff
 
 from streamhouse_coordinator.core.tables import EventRow
@@ -33,8 +34,10 @@ NOTICES_MAX = 100
 
 _BROKER_AWAY = (AMQPError, AMQPException, ChannelInvalidStateError, OSError, TimeoutError)
 
-_published = metrics.get_meter("streamhouse.coordinator").create_counter(
-    "streamhouse_coordinator_published_total", description="events published to RabbitMQ"
+_published = counter(
+    metrics.get_meter("streamhouse.coordinator"),
+    "streamhouse_coordinator_published_total",
+    "events published to RabbitMQ",
 )
 
 # Publishes a batch after the place and moves it, in one transaction; returns how many events that were.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from opentelemetry import metrics
 from shproto.errors import Fenced, InvalidArgument
 from shproto.events import BufferCompleted, BufferSealed, Event, Segment, Slice
+from shruntime.counters import counter, names_of
 
 from streamhouse_coordinator.core import registration
 from streamhouse_coordinator.core import tables as t
@@ -21,8 +22,12 @@ log = logging.getLogger(__name__)
 # How many buffers that turn out to be done are passed over per claim; the next claim goes on.
 CLAIM_CANDIDATES = 16
 
-_results = metrics.get_meter("streamhouse.coordinator").create_counter(
-    "streamhouse_coordinator_registrations_total", description="segments offered for registration, by result"
+_results = counter(
+    metrics.get_meter("streamhouse.coordinator"),
+    "streamhouse_coordinator_registrations_total",
+    "segments offered for registration, by result",
+    label="result",
+    values=names_of(registration.Result),
 )
 
 

@@ -5,6 +5,7 @@ have the bases and the events behind them.
 """
 
 from opentelemetry import metrics
+from shruntime.counters import counter
 
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove
@@ -23,7 +24,7 @@ _meter = metrics.get_meter("streamhouse.coordinator")
 _kept = _meter.create_gauge(
     "streamhouse_coordinator_events_kept", description="events in PostgreSQL, from the oldest that is kept"
 )
-_pruned = _meter.create_counter("streamhouse_coordinator_events_pruned_total", description="events pruned")
+_pruned = counter(_meter, "streamhouse_coordinator_events_pruned_total", "events pruned")
 
 
 async def prune(context: Context) -> int:
