@@ -517,7 +517,7 @@ async def test_g7_what_is_read_ahead_is_limited_by_connection() -> None:
         reservation.release(keep_bytes=40)
         rest = await waiting
         reservation.release()
-        rest.give_back()
+        rest.release()
         assert (first._free, own._free) == (100, 80)
     with budgets.budget("") as one, budgets.budget("") as another:
         assert one is not another
