@@ -25,7 +25,16 @@ from streamhouse.cluster import (
     topic_of,
 )
 from streamhouse.core.kafka_names import explains_kafka_names
-from streamhouse.core.options import ACKS, Acks, addresses_of, check_request_timeout, check_retry_timeout, check_topic
+from streamhouse.core.options import (
+    ACKS,
+    Acks,
+    LastRecords,
+    Place,
+    addresses_of,
+    check_request_timeout,
+    check_retry_timeout,
+    check_topic,
+)
 from streamhouse.core.times import ms_of
 from streamhouse.group_admin import (
     Group,
@@ -327,16 +336,16 @@ class Admin:
         return [range_of(info) for info in response.ranges]
 
 
-def lookup_of(
-    topic: str, partition: int, topic_id: bytes, at: Literal["earliest", "latest"] | int | datetime
-) -> query_pb2.OffsetLookup:
-    """Returns the lookup of an end, or of a time in milliseconds or as a datetime. Raises InvalidArgument for one that
-    has no time zone."""
+def lookup_of(topic: str, partition: int, topic_id: bytes, at: Place) -> query_pb2.OffsetLookup:
+    """Returns the lookup of a position. Raises InvalidArgument for a datetime without a time zone."""
     lookup = query_pb2.OffsetLookup(topic=topic, partition=partition, topic_id=topic_id)
     if at == "earliest":
         lookup.spec = query_pb2.OFFSET_SPEC_EARLIEST
     elif at == "latest":
         lookup.spec = query_pb2.OFFSET_SPEC_LATEST
+    elif isinstance(at, LastRecords):
+        lookup.spec = query_pb2.OFFSET_SPEC_LAST_RECORDS
+        lookup.record_count = at.count
     else:
         lookup.spec = query_pb2.OFFSET_SPEC_TIMESTAMP
         lookup.timestamp_ms = ms_of("time", at) if isinstance(at, datetime) else int(at)

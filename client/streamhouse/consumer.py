@@ -6,6 +6,7 @@ Owns: the parts of a consumer and their background tasks. Does not own: what is 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from datetime import datetime
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
@@ -29,8 +30,10 @@ from streamhouse.core.options import (
     ConsumerOptions,
     OnDataLoss,
     OnOutOfRange,
+    Place,
     Start,
     addresses_of,
+    check_timestamp,
     partitions_of,
     topics_of,
 )
@@ -57,9 +60,10 @@ class Consumer:
     """Reads records. Use it as an async context manager and iterate: records, or `batches()` of columns.
 
     topics: all their partitions, shared with the other members of `group` if there is one. assign: these
-    (topic, partition)s instead, without membership. start: "earliest", "latest", an offset or a datetime, for
-    partitions that the group has not committed. stop_at_end: an iteration ends where the log ended when it began.
-    on_out_of_range, on_data_loss: whether to raise or to go on (at an end of the log; behind the loss).
+    (topic, partition)s instead, without membership. start: "earliest", "latest", an offset, -N (the last N records of
+    each partition) or a datetime, for partitions that the group has not committed. stop_at_end: an iteration ends where
+    the log ended when it began. on_out_of_range, on_data_loss: whether to raise or to go on (at an end of the log;
+    behind the loss).
 
     Several tasks may iterate one consumer: each record goes to one of them. Delivery is at least once: with auto_commit
     only records that the application has done with are committed, and a task has done with a record when it asks for
@@ -381,7 +385,41 @@ class Consumer:
         cursor = self._reader.cursors.get(where)
         if cursor is None:
             raise InvalidArgument(f"{topic}/{partition} was taken away meanwhile", field="partition")
-        self._reader.put(Cursor.at(where, found, cursor.committed, cursor.end, cursor.topic_id))
+        self._move(cursor, found)
+
+    async def seek_to_beginning(self, partitions: Sequence[tuple[str, int]] | None = None) -> None:
+        """Goes on at the first record that is still there, in these partitions or all that are assigned. Raises as
+        `seek` does; then nothing has moved."""
+        await self._seek_to("earliest", partitions)
+
+    async def seek_to_end(self, partitions: Sequence[tuple[str, int]] | None = None) -> None:
+        """Goes on behind the last acknowledged record, in these partitions or all that are assigned. Raises as `seek`
+        does; then nothing has moved."""
+        await self._seek_to("latest", partitions)
+
+    async def seek_to_timestamp(
+        self, timestamp_ms: int | datetime, partitions: Sequence[tuple[str, int]] | None = None
+    ) -> None:
+        """Goes on at the first record, in the order of offsets, that is as late as `timestamp_ms` (since 1970, or a
+        datetime with a time zone), in these partitions or all that are assigned; at the end of those without any.
+        Raises as `seek` does; then nothing has moved."""
+        check_timestamp(timestamp_ms)
+        await self._seek_to(timestamp_ms, partitions)
+
+    async def _seek_to(self, at: Place, partitions: Sequence[tuple[str, int]] | None) -> None:
+        await self.start()
+        asked = list(self._reader.cursors.values()) if partitions is None else self._assigned_cursors(partitions)
+        topic_ids = {cursor.where: cursor.topic_id for cursor in asked}
+        found = await self._retries.run(lambda: self._offsets.look_up(at, topic_ids))
+        still = {where: cursor for where in found if (cursor := self._reader.cursors.get(where)) is not None}
+        gone = [where for where in found if where not in still or still[where].topic_id != topic_ids[where]]
+        if gone and partitions is not None:
+            raise InvalidArgument(f"{gone[0].topic}/{gone[0].partition} was taken away meanwhile", field="partitions")
+        for where in found.keys() - gone:
+            self._move(still[where], found[where])
+
+    def _move(self, cursor: Cursor, offset: int) -> None:
+        self._reader.put(Cursor.at(cursor.where, offset, cursor.committed, cursor.end, cursor.topic_id))
 
     def pause(self, partitions: Sequence[tuple[str, int]]) -> None:
         """Hands over no records of these partitions, and fetches none, until `resume`. They stay assigned, and members

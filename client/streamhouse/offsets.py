@@ -7,7 +7,7 @@ from shproto.v1 import coordinator_pb2, query_pb2
 
 from streamhouse.admin import lookup_of
 from streamhouse.core.lag import Lag, lag_of
-from streamhouse.core.options import Start
+from streamhouse.core.options import Place
 from streamhouse.core.positions import Position
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
@@ -32,8 +32,8 @@ class Offsets:
         self._metadata = metadata
         self._group = group
 
-    async def look_up(self, at: Start, partitions: Mapping[TopicPartition, bytes]) -> dict[TopicPartition, int]:
-        """The earliest or latest offsets, or the first from a time on. `partitions`: with the topic's id; empty: not
+    async def look_up(self, at: Place, partitions: Mapping[TopicPartition, bytes]) -> dict[TopicPartition, int]:
+        """Returns the offset of `at` in each of the partitions. `partitions`: with the topic's id; empty: not
         known. Raises UnknownTopic, Unavailable."""
         lookups = [lookup_of(*where, topic_id, at) for where, topic_id in partitions.items()]
         if not lookups:

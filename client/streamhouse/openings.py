@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, 
 from shproto.errors import IllegalGeneration, StreamHouseError, Unavailable, UnknownMember, UnknownTopic
 from shruntime.tasks import Backoff
 
-from streamhouse.core.options import ConsumerOptions
+from streamhouse.core.options import ConsumerOptions, LastRecords
 from streamhouse.core.positions import Cursor, Position
 from streamhouse.metadata import MetadataCache
 from streamhouse.offsets import Offsets
@@ -128,9 +128,10 @@ class Openings:
             self._reader.put(cursor)
 
     async def _store_starts(self, cursors: Sequence[Cursor]) -> None:
-        """Commits where the group begins if that is the end of the log: asked again after a restart or by the next
-        owner of the partition, it would be further on, and the records between would be read by nobody."""
-        if self._options.group is None or self._options.start != "latest":
+        """Commits where the group begins if that is told from the end of the log: asked again after a restart or by the
+        next owner of the partition, it would be further on, and the records between would be read by nobody."""
+        start = self._options.start
+        if self._options.group is None or not (start == "latest" or (isinstance(start, int) and start < 0)):
             return
         fresh = [cursor for cursor in cursors if cursor.committed < 0]
         if fresh:
@@ -144,7 +145,11 @@ class Openings:
         committed = await self._offsets.committed(topic_ids)
         fresh = {where: topic_ids[where] for where in partitions if where not in committed}
         start = self._options.start
-        starts = dict.fromkeys(fresh, start) if isinstance(start, int) else await self._offsets.look_up(start, fresh)
+        if isinstance(start, int) and start >= 0:
+            starts = dict.fromkeys(fresh, start)
+        else:
+            place = LastRecords(-start) if isinstance(start, int) else start
+            starts = await self._offsets.look_up(place, fresh)
         ends = await self._offsets.look_up("latest", topic_ids) if self._options.stop_at_end else {}
         return [
             Cursor.at(

@@ -28,7 +28,7 @@ from shruntime.round_robin import RoundRobinQueue
 from shruntime.tasks import Backoff
 
 from streamhouse.core.decoding import Encoded, check_response, decode, end_of_loss
-from streamhouse.core.options import MIB, ConsumerOptions, Start
+from streamhouse.core.options import MIB, ConsumerOptions, Place
 from streamhouse.core.positions import Cursor, Portion
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
@@ -50,7 +50,7 @@ WINDOW_BYTES_MIN = MIB
 WINDOW_UPDATES = 4
 
 _Queue = RoundRobinQueue[Cursor | None, Portion | StreamHouseError]
-Lookup = Callable[[Start, Mapping[TopicPartition, bytes]], Awaitable[dict[TopicPartition, int]]]
+Lookup = Callable[[Place, Mapping[TopicPartition, bytes]], Awaitable[dict[TopicPartition, int]]]
 
 
 class _Subscription:

@@ -420,6 +420,8 @@ class FakeStreamHouse:
             offset, timestamp_ms = log.next_offset - self.faults.latest_behind, -1
             if lookup.spec == query_pb2.OFFSET_SPEC_EARLIEST:
                 offset = log.start_offset
+            elif lookup.spec == query_pb2.OFFSET_SPEC_LAST_RECORDS:
+                offset = next(iter([found for found, _ in log.records()][-lookup.record_count :]), offset)
             elif lookup.spec == query_pb2.OFFSET_SPEC_TIMESTAMP:
                 rows = [decode_batch(batch.data) for batch in log.batches]
                 pairs = [p for r in rows for p in zip(r.offsets.tolist(), r.timestamps_ms.tolist(), strict=True)]

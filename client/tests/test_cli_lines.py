@@ -318,6 +318,14 @@ def test_positions_that_are_none(text: str) -> None:
         parse_position(text)
 
 
+def test_the_last_records_are_a_position_where_that_is_taken() -> None:
+    assert parse_position("-5", takes_last=True) == Position("last", 5)
+    assert Position("last", 5).start == -5
+    for text in ("-0", "--5", "-", "-5.5", "-²", str(-(INT64_MAX + 1))):
+        with pytest.raises(ValueError, match=r"is none of .*\(-5\)|beyond"):
+            parse_position(text, takes_last=True)
+
+
 def test_text_is_verbatim_when_it_is_utf8_and_escaped_where_it_is_not() -> None:
     values = ["é\ttab".encode(), None, b"", b"\xc3", b"\x80\x1b[31m"]
     assert text_lines(values[:3], terminal=False) == "é\ttab\n\n\n".encode()

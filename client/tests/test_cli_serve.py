@@ -176,6 +176,8 @@ def test_a_partition_and_an_offset(cli: Cli, topic: str) -> None:
     mine = [record for record in everything if record["partition"] == full]
     read = cli.run("consume", topic, "--partition", str(full), "--from", "7", "--max", "3", "--json").splitlines()
     assert [json.loads(line) for line in read] == mine[7:10]
+    read = cli.run("consume", topic, "--from", "-5", "--json").splitlines()
+    assert [record for line in read if (record := json.loads(line))["partition"] == full] == mine[-5:]
     error = cli.run("consume", topic, "--partition", str(full), "--from", "100000", code=1)
     assert error.endswith(b"(OFFSET_BEYOND_END)\n")
     assert cli.run("consume", topic, "--partition", "3", code=1).endswith(b"(UNKNOWN_PARTITION)\n")

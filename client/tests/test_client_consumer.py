@@ -201,7 +201,16 @@ async def test_stop_at_end_does_not_read_beyond(platform, address):
 
 
 @pytest.mark.parametrize(
-    ("start", "first"), [("earliest", 0), (7, 7), (datetime.fromtimestamp(0.042, UTC), 42), ("latest", 100)]
+    ("start", "first"),
+    [
+        ("earliest", 0),
+        (7, 7),
+        (datetime.fromtimestamp(0.042, UTC), 42),
+        ("latest", 100),
+        (-5, 95),
+        (-100, 0),
+        (-101, 0),
+    ],
 )
 async def test_where_it_starts(platform, address, start, first):
     await fill(platform, address, 100, partitions=1)
@@ -222,6 +231,50 @@ async def test_assign_and_seek(platform, address):
         assert (await take(consumer, 1))[0].offset == 0
         with pytest.raises(errors.InvalidArgument):
             await consumer.seek("t", 0, 0)
+
+
+async def test_the_last_records_of_each_partition_are_counted_over_epochs(platform, address):
+    for count in (5, 5, 0):
+        for partition in range(2 if count else 0):
+            async with Producer(address) as producer:
+                if "t" not in platform.topics:
+                    platform.add_topic("t", 2)
+                await producer.send_many("t", [b"v"] * count, partition=partition)
+        if count:
+            platform.log("t", 1).new_epoch(platform.log("t", 1).next_offset + 1000)
+    async with Consumer(address, ["t"], start=-7, stop_at_end=True) as consumer:
+        rows = by_partition([record async for record in consumer])
+    assert [[record.offset for record in rows[number]] for number in range(2)] == [
+        list(range(3, 10)),
+        [3, 4, *range(1005, 1010)],
+    ]
+
+
+async def test_seeking_to_the_ends_and_to_a_time(platform, address):
+    await fill(platform, address, 1000)
+    ends = {("t", number): platform.log("t", number).next_offset for number in range(3)}
+    consumer = Consumer(address, ["t"])
+    await consumer.seek_to_end()  # starts it
+    async with consumer:
+        assert consumer.positions() == ends
+        await consumer.seek_to_beginning([("t", 1)])
+        assert consumer.positions() == {**ends, ("t", 1): 0}
+        await consumer.seek_to_timestamp(500, [("t", 0), ("t", 1)])
+        assert consumer.positions()["t", 2] == ends["t", 2]
+        firsts = {record.partition: record.timestamp_ms for record in reversed(await take(consumer, 300))}
+        await consumer.seek_to_timestamp(datetime.fromtimestamp(0.5, UTC))
+        assert {*firsts} == {0, 1} and all(500 <= first < 540 for first in firsts.values())
+        await consumer.seek_to_timestamp(1000)
+        assert consumer.positions() == ends
+        await consumer.seek_to_beginning()
+        assert len(await take(consumer, 1000)) == 1000
+        await consumer.seek_to_end([])
+        for moment in (1.5, True, datetime(2020, 1, 1)):
+            with pytest.raises(errors.InvalidArgument, match="timestamp_ms"):
+                await consumer.seek_to_timestamp(moment)
+        with pytest.raises(errors.InvalidArgument, match="t/3 is not assigned"):
+            await consumer.seek_to_beginning([("t", 0), ("t", 3)])
+        assert consumer.positions() == ends
 
 
 async def test_records_then_batches_leave_nothing_out(platform, address):
@@ -455,6 +508,12 @@ async def test_a_member_that_begins_at_the_end_has_begun_when_start_returns(plat
         assert consumer.positions() == (
             {where: platform.log(*where).next_offset for where in ends} if auto_commit else ends
         )
+
+
+async def test_a_group_that_begins_before_the_end_keeps_where_that_was(platform, address):
+    await fill(platform, address, 10, partitions=1)
+    async with Consumer(address, ["t"], group="g", start=-4, auto_commit=False):
+        assert platform.groups["g"].offsets == {("t", 0): 6}
 
 
 async def test_a_consumer_of_given_partitions_keeps_where_the_end_was_too(platform, address):

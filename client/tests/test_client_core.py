@@ -240,7 +240,7 @@ def test_lag_of_a_single_epoch_is_exact():
         ({"auto_commit": "no"}, "auto_commit is 'no', must be True or False"),
         ({"stop_at_end": 1}, "stop_at_end is 1"),
         ({"start": True}, "start is True"),
-        ({"start": -1}, "start is -1, must be 0 to"),
+        ({"start": -(2**63)}, "start is -9223372036854775808, must be -9223372036854775807 to"),
         ({"start": "newest"}, "start is 'newest', must be one of earliest, latest"),
         ({"fetch_bytes": 0}, "fetch_bytes is 0, must be 1 to 33554432"),
         ({"fetch_bytes": 1.5}, "fetch_bytes is 1.5"),

@@ -49,6 +49,14 @@ def test_batches_after_a_break_go_on(server):
         assert offsets == list(range(300))
         consumer.seek("t", 0, 290)
         assert [record.offset for record in consumer] == list(range(290, 300))
+        consumer.seek_to_beginning()
+        assert next(consumer).offset == 0
+        consumer.seek_to_end([("t", 0)])
+        assert consumer.positions() == {("t", 0): 300}
+        consumer.seek_to_timestamp(0)
+        assert next(consumer).offset == 0
+    with Consumer(server.address, ["t"], start=-3, stop_at_end=True) as consumer:
+        assert [record.offset for record in consumer] == [297, 298, 299]
 
 
 def test_several_threads_share_a_producer(server):

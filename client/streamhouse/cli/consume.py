@@ -30,12 +30,12 @@ Render = Callable[["RecordBatch"], bytes]
 @click.option(
     "--from",
     "position",
-    type=PositionType(),
+    type=PositionType(takes_last=True),
     metavar="POSITION",
     default="earliest",
     show_default=True,
-    help="earliest, latest, an offset (42), ms since 1970 (@1700000000000) or a time (2013-01-31T12:00:00Z, UTC "
-    "unless it says otherwise).",
+    help="earliest, latest, an offset (42), the last records of each partition (-5), ms since 1970 "
+    "(@1700000000000) or a time (2013-01-31T12:00:00Z, UTC unless it says otherwise).",
 )
 @click.option("--partition", type=click.IntRange(min=0), help="Only this one. Default: all.")
 @click.option("--group", help="Consumer group: share the partitions, go on where it stopped, commit.")

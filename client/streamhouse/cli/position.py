@@ -1,4 +1,4 @@
-"""Where a consumer starts: `earliest`, `latest`, an offset, or a point in time."""
+"""Where a consumer starts: `earliest`, `latest`, an offset, a point in time, or the last records."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """`at` is the offset, or the timestamp in ms; 0 for earliest and latest."""
+    """`at` is the offset, the timestamp in ms, or the number of records; 0 for earliest and latest."""
 
-    kind: Literal["earliest", "latest", "offset", "timestamp"]
+    kind: Literal["earliest", "latest", "offset", "timestamp", "last"]
     at: int = 0
 
     @property
@@ -26,24 +26,29 @@ class Position:
         """What `Consumer` takes as `start`."""
         if self.kind in ("earliest", "latest"):
             return self.kind
+        if self.kind == "last":
+            return -self.at
         return self.at if self.kind == "offset" else _EPOCH + timedelta(milliseconds=self.at)
 
 
-def parse_position(text: str) -> Position:
-    """Digits alone are an offset; `@` and digits are ms since 1970; anything else has to be ISO 8601, which is UTC
-    unless it says otherwise. Raises ValueError."""
+def parse_position(text: str, *, takes_last: bool = False) -> Position:
+    """Digits alone are an offset; `@` and digits are ms since 1970; with `takes_last` a minus sign and digits are a
+    number of records before the end; anything else has to be ISO 8601, which is UTC unless it says otherwise. Raises
+    ValueError."""
     if text == "earliest":
         return Position("earliest")
     if text == "latest":
         return Position("latest")
     if text.isascii() and text.isdigit():
         return Position("offset", _bounded(text, 0, INT64_MAX))
+    if takes_last and text[:1] == "-" and text[1:].isascii() and text[1:].isdigit():
+        return Position("last", _bounded(text[1:], 1, INT64_MAX))
     if text.startswith("@"):
         digits = text[1:].removeprefix("-")
         if not (digits.isascii() and digits.isdigit()):
             raise ValueError(f"{text!r}: after @ come milliseconds since 1970, as in @1700000000000")
         return Position("timestamp", _bounded(text[1:], TIMESTAMP_MS_MIN, TIMESTAMP_MS_MAX))
-    return Position("timestamp", _iso_ms(text))
+    return Position("timestamp", _iso_ms(text, takes_last))
 
 
 def _bounded(digits: str, low: int, high: int) -> int:
@@ -53,12 +58,13 @@ def _bounded(digits: str, low: int, high: int) -> int:
     return int(digits)
 
 
-def _iso_ms(text: str) -> int:
+def _iso_ms(text: str, takes_last: bool) -> int:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise ValueError(
             f"{text!r} is none of earliest, latest, an offset (42), "
+            f"{'the last records of each partition (-5), ' if takes_last else ''}"
             "ms since 1970 (@1700000000000), a time (2013-01-31T12:00:00Z)"
         ) from None
     if moment.tzinfo is None:
@@ -72,10 +78,13 @@ class PositionType(click.ParamType[Position]):
 
     name = "position"
 
+    def __init__(self, *, takes_last: bool = False) -> None:
+        self._takes_last = takes_last
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Position:
         if isinstance(value, Position):
             return value
         try:
-            return parse_position(value)
+            return parse_position(value, takes_last=self._takes_last)
         except ValueError as error:
             self.fail(str(error), param, ctx)

@@ -16,6 +16,7 @@ Compression = Literal["lz4", "none"]
 OnOutOfRange = Literal["error", "earliest", "latest"]
 OnDataLoss = Literal["error", "skip"]
 Start = Literal["earliest", "latest"] | int | datetime
+"""Where reading begins: an end, an offset, a time, or with -N the last N records."""
 
 ACKS = {"none": types_pb2.ACKS_NONE, "wal": types_pb2.ACKS_WAL, "durable": types_pb2.ACKS_DURABLE}
 ACKS_NAMES: dict[int, Acks] = {ACKS["none"]: "none", ACKS["wal"]: "wal", ACKS["durable"]: "durable"}
@@ -111,15 +112,34 @@ class ConsumerOptions:
         if isinstance(self.start, str):
             _one_of("start", self.start, ("earliest", "latest"))
         elif isinstance(self.start, int):
-            _within("start", self.start, 0, INT64_MAX)
+            _within("start", self.start, -INT64_MAX, INT64_MAX)
         elif isinstance(self.start, datetime):
             ms_of("start", self.start)
         else:
             raise InvalidArgument(
-                f"start is {self.start!r}, must be earliest, latest, an offset or a datetime",
+                f"start is {self.start!r}, must be earliest, latest, an offset, -N (the last N records) or a datetime",
                 field="start",
                 value=self.start,
             )
+
+
+@dataclass(frozen=True, slots=True)
+class LastRecords:
+    """The position before the last `count` records of a partition."""
+
+    count: int
+
+
+Place = Literal["earliest", "latest"] | int | datetime | LastRecords
+"""A position that the servers find; a number is a time in milliseconds since 1970."""
+
+
+def check_timestamp(timestamp_ms: int | datetime) -> None:
+    """Checks a time to look up. Raises InvalidArgument."""
+    if isinstance(timestamp_ms, datetime):
+        ms_of("timestamp_ms", timestamp_ms)
+    else:
+        _within("timestamp_ms", timestamp_ms, -INT64_MAX, INT64_MAX)
 
 
 class ProducerKwargs(TypedDict, total=False):

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -130,6 +131,21 @@ class Consumer:
     def seek(self, topic: str, partition: int, offset: Start) -> None:
         """Goes on at `offset` (or at an end, or a time)."""
         BACKGROUND.run(self._inner.seek(topic, partition, offset))
+
+    def seek_to_beginning(self, partitions: Sequence[tuple[str, int]] | None = None) -> None:
+        """Goes on at the first record that is still there, in these partitions or all that are assigned."""
+        BACKGROUND.run(self._inner.seek_to_beginning(partitions))
+
+    def seek_to_end(self, partitions: Sequence[tuple[str, int]] | None = None) -> None:
+        """Goes on behind the last acknowledged record, in these partitions or all that are assigned."""
+        BACKGROUND.run(self._inner.seek_to_end(partitions))
+
+    def seek_to_timestamp(
+        self, timestamp_ms: int | datetime, partitions: Sequence[tuple[str, int]] | None = None
+    ) -> None:
+        """Goes on at the first record that is as late as `timestamp_ms` (since 1970, or a datetime with a time zone),
+        in these partitions or all that are assigned; at the end of those without any."""
+        BACKGROUND.run(self._inner.seek_to_timestamp(timestamp_ms, partitions))
 
     def pause(self, partitions: Sequence[tuple[str, int]]) -> None:
         """Hands over no records of these partitions, and fetches none, until `resume`. A thread that asks at the same

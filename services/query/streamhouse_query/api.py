@@ -172,8 +172,11 @@ class QueryApi:
                 return await self._lookups.latest(partition.key, partition.topic)
             case query_pb2.OFFSET_SPEC_TIMESTAMP:
                 return await self._lookups.at_timestamp(partition.key, partition.topic, lookup.timestamp_ms)
+            case query_pb2.OFFSET_SPEC_LAST_RECORDS:
+                _check("record_count", lookup.record_count, 1, INT64_MAX)
+                return await self._lookups.first_of_last(partition.key, partition.topic, lookup.record_count)
         raise InvalidArgument(
-            f"spec is {lookup.spec}, must be earliest (1), latest (2) or timestamp (3)",
+            f"spec is {lookup.spec}, must be earliest (1), latest (2), timestamp (3) or last records (4)",
             field="spec",
             value=lookup.spec,
         )

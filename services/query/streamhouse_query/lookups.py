@@ -61,6 +61,11 @@ class Lookups:
                     )
                 await asyncio.wait((watch.changed,), timeout=min(backoff.next_ms(), remaining_ms) / 1000)
 
+    async def first_of_last(self, key: PartitionKey, topic: str, count: int) -> Found:
+        """Returns where the last `count` records begin, counted as PartitionIndex.first_of_last does."""
+        end, _ = await self.latest(key, topic)
+        return self._index.get(key, topic).first_of_last(count, end), -1
+
     async def _ask_leader(self, partition: PartitionIndex, epoch: int, registered_end: int) -> int | None:
         """None when it does not hold the range (yet)."""
         step = plan(self._index.cluster, partition, registered_end)

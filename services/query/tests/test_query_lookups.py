@@ -65,6 +65,46 @@ async def test_earliest_and_latest(platform: StandInPlatform, start_query: Start
     assert await latest(service) == 20
 
 
+async def last(service: QueryService, count: int) -> int:
+    lookup = query_pb2.OffsetLookup(topic="orders", spec=query_pb2.OFFSET_SPEC_LAST_RECORDS, record_count=count)
+    response = await service.api.lookup_offsets(query_pb2.LookupOffsetsRequest(lookups=[lookup]))
+    return response.offsets[0].offset
+
+
+async def test_the_last_records_are_counted_across_epochs_segments_and_the_tail(
+    platform: StandInPlatform, start_query: StartQuery
+) -> None:
+    """Offsets between epochs hold no records: a distance of offsets would find nothing but the newest epoch."""
+    await one_partition(platform)
+    service = await start_query()
+    assert await last(service, 3) == 0
+    await platform.produce(values_of(4))
+    await platform.register()
+    await platform.produce(values_of(4, 4))
+    await platform.register()
+    await settle_in(platform, service)
+    assert [await last(service, count) for count in (1, 3, 4, 5, 8, 9)] == [7, 5, 4, 3, 0, 0]
+    await platform.stop_agent("a")
+    await platform.orphan()
+    await platform.start_agent("b")
+    await platform.grant("b")
+    await platform.settle(epoch=1)
+    await platform.produce(values_of(2, 8))
+    await platform.register()
+    await platform.produce(values_of(3, 10))
+    await settle_in(platform, service)
+    start = await latest(service) - 5
+    assert start >= RANGE_WIDTH
+    wanted = [start + 4, start + 2, start + 1, start, 7, 6, 3, 0, 0]
+    assert [await last(service, count) for count in (1, 3, 4, 5, 6, 7, 10, 13, 2**63 - 1)] == wanted
+    await platform.retain_from(4)
+    await settle_in(platform, service)
+    assert [await last(service, count) for count in (8, 9, 10)] == [5, 4, 4]
+    for count in (0, -1):
+        with pytest.raises(InvalidArgument, match="record_count"):
+            await last(service, count)
+
+
 async def test_latest_of_a_leader_that_has_not_taken_over_yet(
     platform: StandInPlatform, start_query: StartQuery
 ) -> None:

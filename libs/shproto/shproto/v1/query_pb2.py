@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from shproto.v1 import types_pb2 as streamhouse_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astreamhouse/v1/query.proto\x12\x0estreamhouse.v1\x1a\x1astreamhouse/v1/types.proto\"\xba\x01\n\x0c\x46\x65tchRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x11\n\tmax_bytes\x18\x04 \x01(\r\x12\x11\n\tmin_bytes\x18\x05 \x01(\r\x12\x13\n\x0bmax_wait_ms\x18\x06 \x01(\r\x12+\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x1b.streamhouse.v1.FetchFormat\x12\x10\n\x08topic_id\x18\x08 \x01(\x0c\"\xf6\x01\n\rFetchResponse\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\x0f\n\x07\x62\x61tches\x18\x03 \x03(\x0c\x12\'\n\x07records\x18\x04 \x03(\x0b\x32\x16.streamhouse.v1.Record\x12\x13\n\x0bnext_offset\x18\x05 \x01(\x03\x12\x16\n\x0ehigh_watermark\x18\x06 \x01(\x03\x12\x18\n\x10log_start_offset\x18\x07 \x01(\x03\x12\x16\n\x0ewaiting_reason\x18\x08 \x01(\t\x12*\n\x05\x65rror\x18\t \x01(\x0b\x32\x1b.streamhouse.v1.ErrorDetail\"\x7f\n\rFetchPosition\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x10\n\x08topic_id\x18\x04 \x01(\x0c\x12\x19\n\x0cwindow_bytes\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x0f\n\r_window_bytes\"4\n\x0cWindowUpdate\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xba\x01\n\x10SubscribeRequest\x12\x30\n\tpositions\x18\x01 \x03(\x0b\x32\x1d.streamhouse.v1.FetchPosition\x12\x11\n\tmax_bytes\x18\x02 \x01(\r\x12+\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x1b.streamhouse.v1.FetchFormat\x12\x34\n\x0ewindow_updates\x18\x04 \x03(\x0b\x32\x1c.streamhouse.v1.WindowUpdate\"\x82\x01\n\x0cOffsetLookup\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12(\n\x04spec\x18\x03 \x01(\x0e\x32\x1a.streamhouse.v1.OffsetSpec\x12\x14\n\x0ctimestamp_ms\x18\x04 \x01(\x03\x12\x10\n\x08topic_id\x18\x05 \x01(\x0c\"E\n\x14LookupOffsetsRequest\x12-\n\x07lookups\x18\x01 \x03(\x0b\x32\x1c.streamhouse.v1.OffsetLookup\"X\n\x0eLookedUpOffset\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x14\n\x0ctimestamp_ms\x18\x04 \x01(\x03\"H\n\x15LookupOffsetsResponse\x12/\n\x07offsets\x18\x01 \x03(\x0b\x32\x1e.streamhouse.v1.LookedUpOffset\"\x16\n\x14\x44\x65scribeQueryRequest\"\xcb\x01\n\x15\x44\x65scribeQueryResponse\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x01 \x01(\x03\x12\x17\n\x0f\x63\x61\x63he_bytes_max\x18\x02 \x01(\x03\x12\x12\n\ncache_hits\x18\x03 \x01(\x03\x12\x14\n\x0c\x63\x61\x63he_misses\x18\x04 \x01(\x03\x12\x11\n\tdownloads\x18\x05 \x01(\x03\x12\x16\n\x0e\x64ownload_bytes\x18\x06 \x01(\x03\x12\x18\n\x10segments_indexed\x18\x07 \x01(\x03\x12\x15\n\rfeed_position\x18\x08 \x01(\x03*_\n\x0b\x46\x65tchFormat\x12\x1c\n\x18\x46\x45TCH_FORMAT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46\x45TCH_FORMAT_ENCODED\x10\x01\x12\x18\n\x14\x46\x45TCH_FORMAT_RECORDS\x10\x02*v\n\nOffsetSpec\x12\x1b\n\x17OFFSET_SPEC_UNSPECIFIED\x10\x00\x12\x18\n\x14OFFSET_SPEC_EARLIEST\x10\x01\x12\x16\n\x12OFFSET_SPEC_LATEST\x10\x02\x12\x19\n\x15OFFSET_SPEC_TIMESTAMP\x10\x03\x32\xdb\x02\n\x05Query\x12\x44\n\x05\x46\x65tch\x12\x1c.streamhouse.v1.FetchRequest\x1a\x1d.streamhouse.v1.FetchResponse\x12P\n\tSubscribe\x12 .streamhouse.v1.SubscribeRequest\x1a\x1d.streamhouse.v1.FetchResponse(\x01\x30\x01\x12\\\n\rLookupOffsets\x12$.streamhouse.v1.LookupOffsetsRequest\x1a%.streamhouse.v1.LookupOffsetsResponse\x12\\\n\rDescribeQuery\x12$.streamhouse.v1.DescribeQueryRequest\x1a%.streamhouse.v1.DescribeQueryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astreamhouse/v1/query.proto\x12\x0estreamhouse.v1\x1a\x1astreamhouse/v1/types.proto\"\xba\x01\n\x0c\x46\x65tchRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x11\n\tmax_bytes\x18\x04 \x01(\r\x12\x11\n\tmin_bytes\x18\x05 \x01(\r\x12\x13\n\x0bmax_wait_ms\x18\x06 \x01(\r\x12+\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x1b.streamhouse.v1.FetchFormat\x12\x10\n\x08topic_id\x18\x08 \x01(\x0c\"\xf6\x01\n\rFetchResponse\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\x0f\n\x07\x62\x61tches\x18\x03 \x03(\x0c\x12\'\n\x07records\x18\x04 \x03(\x0b\x32\x16.streamhouse.v1.Record\x12\x13\n\x0bnext_offset\x18\x05 \x01(\x03\x12\x16\n\x0ehigh_watermark\x18\x06 \x01(\x03\x12\x18\n\x10log_start_offset\x18\x07 \x01(\x03\x12\x16\n\x0ewaiting_reason\x18\x08 \x01(\t\x12*\n\x05\x65rror\x18\t \x01(\x0b\x32\x1b.streamhouse.v1.ErrorDetail\"\x7f\n\rFetchPosition\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x10\n\x08topic_id\x18\x04 \x01(\x0c\x12\x19\n\x0cwindow_bytes\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x0f\n\r_window_bytes\"4\n\x0cWindowUpdate\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xba\x01\n\x10SubscribeRequest\x12\x30\n\tpositions\x18\x01 \x03(\x0b\x32\x1d.streamhouse.v1.FetchPosition\x12\x11\n\tmax_bytes\x18\x02 \x01(\r\x12+\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x1b.streamhouse.v1.FetchFormat\x12\x34\n\x0ewindow_updates\x18\x04 \x03(\x0b\x32\x1c.streamhouse.v1.WindowUpdate\"\x98\x01\n\x0cOffsetLookup\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12(\n\x04spec\x18\x03 \x01(\x0e\x32\x1a.streamhouse.v1.OffsetSpec\x12\x14\n\x0ctimestamp_ms\x18\x04 \x01(\x03\x12\x10\n\x08topic_id\x18\x05 \x01(\x0c\x12\x14\n\x0crecord_count\x18\x06 \x01(\x03\"E\n\x14LookupOffsetsRequest\x12-\n\x07lookups\x18\x01 \x03(\x0b\x32\x1c.streamhouse.v1.OffsetLookup\"X\n\x0eLookedUpOffset\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x14\n\x0ctimestamp_ms\x18\x04 \x01(\x03\"H\n\x15LookupOffsetsResponse\x12/\n\x07offsets\x18\x01 \x03(\x0b\x32\x1e.streamhouse.v1.LookedUpOffset\"\x16\n\x14\x44\x65scribeQueryRequest\"\xcb\x01\n\x15\x44\x65scribeQueryResponse\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x01 \x01(\x03\x12\x17\n\x0f\x63\x61\x63he_bytes_max\x18\x02 \x01(\x03\x12\x12\n\ncache_hits\x18\x03 \x01(\x03\x12\x14\n\x0c\x63\x61\x63he_misses\x18\x04 \x01(\x03\x12\x11\n\tdownloads\x18\x05 \x01(\x03\x12\x16\n\x0e\x64ownload_bytes\x18\x06 \x01(\x03\x12\x18\n\x10segments_indexed\x18\x07 \x01(\x03\x12\x15\n\rfeed_position\x18\x08 \x01(\x03*_\n\x0b\x46\x65tchFormat\x12\x1c\n\x18\x46\x45TCH_FORMAT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46\x45TCH_FORMAT_ENCODED\x10\x01\x12\x18\n\x14\x46\x45TCH_FORMAT_RECORDS\x10\x02*\x94\x01\n\nOffsetSpec\x12\x1b\n\x17OFFSET_SPEC_UNSPECIFIED\x10\x00\x12\x18\n\x14OFFSET_SPEC_EARLIEST\x10\x01\x12\x16\n\x12OFFSET_SPEC_LATEST\x10\x02\x12\x19\n\x15OFFSET_SPEC_TIMESTAMP\x10\x03\x12\x1c\n\x18OFFSET_SPEC_LAST_RECORDS\x10\x04\x32\xdb\x02\n\x05Query\x12\x44\n\x05\x46\x65tch\x12\x1c.streamhouse.v1.FetchRequest\x1a\x1d.streamhouse.v1.FetchResponse\x12P\n\tSubscribe\x12 .streamhouse.v1.SubscribeRequest\x1a\x1d.streamhouse.v1.FetchResponse(\x01\x30\x01\x12\\\n\rLookupOffsets\x12$.streamhouse.v1.LookupOffsetsRequest\x1a%.streamhouse.v1.LookupOffsetsResponse\x12\\\n\rDescribeQuery\x12$.streamhouse.v1.DescribeQueryRequest\x1a%.streamhouse.v1.DescribeQueryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'streamhouse.v1.query_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FETCHFORMAT']._serialized_start=1482
-  _globals['_FETCHFORMAT']._serialized_end=1577
-  _globals['_OFFSETSPEC']._serialized_start=1579
-  _globals['_OFFSETSPEC']._serialized_end=1697
+  _globals['_FETCHFORMAT']._serialized_start=1504
+  _globals['_FETCHFORMAT']._serialized_end=1599
+  _globals['_OFFSETSPEC']._serialized_start=1602
+  _globals['_OFFSETSPEC']._serialized_end=1750
   _globals['_FETCHREQUEST']._serialized_start=75
   _globals['_FETCHREQUEST']._serialized_end=261
   _globals['_FETCHRESPONSE']._serialized_start=264
@@ -47,17 +47,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBSCRIBEREQUEST']._serialized_start=696
   _globals['_SUBSCRIBEREQUEST']._serialized_end=882
   _globals['_OFFSETLOOKUP']._serialized_start=885
-  _globals['_OFFSETLOOKUP']._serialized_end=1015
-  _globals['_LOOKUPOFFSETSREQUEST']._serialized_start=1017
-  _globals['_LOOKUPOFFSETSREQUEST']._serialized_end=1086
-  _globals['_LOOKEDUPOFFSET']._serialized_start=1088
-  _globals['_LOOKEDUPOFFSET']._serialized_end=1176
-  _globals['_LOOKUPOFFSETSRESPONSE']._serialized_start=1178
-  _globals['_LOOKUPOFFSETSRESPONSE']._serialized_end=1250
-  _globals['_DESCRIBEQUERYREQUEST']._serialized_start=1252
-  _globals['_DESCRIBEQUERYREQUEST']._serialized_end=1274
-  _globals['_DESCRIBEQUERYRESPONSE']._serialized_start=1277
-  _globals['_DESCRIBEQUERYRESPONSE']._serialized_end=1480
-  _globals['_QUERY']._serialized_start=1700
-  _globals['_QUERY']._serialized_end=2047
+  _globals['_OFFSETLOOKUP']._serialized_end=1037
+  _globals['_LOOKUPOFFSETSREQUEST']._serialized_start=1039
+  _globals['_LOOKUPOFFSETSREQUEST']._serialized_end=1108
+  _globals['_LOOKEDUPOFFSET']._serialized_start=1110
+  _globals['_LOOKEDUPOFFSET']._serialized_end=1198
+  _globals['_LOOKUPOFFSETSRESPONSE']._serialized_start=1200
+  _globals['_LOOKUPOFFSETSRESPONSE']._serialized_end=1272
+  _globals['_DESCRIBEQUERYREQUEST']._serialized_start=1274
+  _globals['_DESCRIBEQUERYREQUEST']._serialized_end=1296
+  _globals['_DESCRIBEQUERYRESPONSE']._serialized_start=1299
+  _globals['_DESCRIBEQUERYRESPONSE']._serialized_end=1502
+  _globals['_QUERY']._serialized_start=1753
+  _globals['_QUERY']._serialized_end=2100
 # @@protoc_insertion_point(module_scope)

@@ -54,6 +54,8 @@ class _OffsetSpecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OffsetSpec
     OFFSET_SPEC_LATEST: _OffsetSpec.ValueType  # 2
     OFFSET_SPEC_TIMESTAMP: _OffsetSpec.ValueType  # 3
     """the first record with timestamp_ms >= the given one"""
+    OFFSET_SPEC_LAST_RECORDS: _OffsetSpec.ValueType  # 4
+    """the first of the last record_count records; the first of all if there are fewer"""
 
 class OffsetSpec(_OffsetSpec, metaclass=_OffsetSpecEnumTypeWrapper): ...
 
@@ -62,6 +64,8 @@ OFFSET_SPEC_EARLIEST: OffsetSpec.ValueType  # 1
 OFFSET_SPEC_LATEST: OffsetSpec.ValueType  # 2
 OFFSET_SPEC_TIMESTAMP: OffsetSpec.ValueType  # 3
 """the first record with timestamp_ms >= the given one"""
+OFFSET_SPEC_LAST_RECORDS: OffsetSpec.ValueType  # 4
+"""the first of the last record_count records; the first of all if there are fewer"""
 Global___OffsetSpec: _TypeAlias = OffsetSpec  # noqa: Y015
 
 @_typing.final
@@ -267,12 +271,15 @@ class OffsetLookup(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     TIMESTAMP_MS_FIELD_NUMBER: _builtins.int
     TOPIC_ID_FIELD_NUMBER: _builtins.int
+    RECORD_COUNT_FIELD_NUMBER: _builtins.int
     topic: _builtins.str
     partition: _builtins.int
     spec: Global___OffsetSpec.ValueType
     timestamp_ms: _builtins.int
     topic_id: _builtins.bytes
     """as in FetchRequest"""
+    record_count: _builtins.int
+    """from 1 on; with OFFSET_SPEC_LAST_RECORDS"""
     def __init__(
         self,
         *,
@@ -281,10 +288,11 @@ class OffsetLookup(_message.Message):
         spec: Global___OffsetSpec.ValueType = ...,
         timestamp_ms: _builtins.int = ...,
         topic_id: _builtins.bytes = ...,
+        record_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["partition", b"partition", "spec", b"spec", "timestamp_ms", b"timestamp_ms", "topic", b"topic", "topic_id", b"topic_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["partition", b"partition", "record_count", b"record_count", "spec", b"spec", "timestamp_ms", b"timestamp_ms", "topic", b"topic", "topic_id", b"topic_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

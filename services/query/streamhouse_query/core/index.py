@@ -165,6 +165,21 @@ class PartitionIndex:
         newest = self.ranges[-1]
         return newest.registered_end if newest.end_offset is None else newest.end_offset
 
+    def first_of_last(self, count: int, end: int) -> int:
+        """Returns the offset of the first of the last `count` records below `end`, the high watermark; the log's start
+        if it has fewer. Of a range that is not settled only registered records are counted, so more may lie behind."""
+        unregistered_from = self.ranges[-1].registered_end if self.ranges else end
+        left = count - max(0, end - unregistered_from)
+        if left <= 0:
+            return end - count
+        for segment in reversed(self.segments):
+            first = max(segment.base_offset, self.log_start_offset)
+            held = 0 if segment.lost_reason else max(0, min(segment.end_offset, end) - first)
+            if held >= left:
+                return first + held - left
+            left -= held
+        return self.log_start_offset
+
     def _running_latest(self) -> list[int]:
         for segment in self.segments[len(self._latest) :]:
             before = self._latest[-1] if self._latest else segment.max_timestamp_ms
