@@ -207,6 +207,36 @@ def test_usage_errors_exit_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("produce t\udcff", "TOPIC 't\\xff'"),
+        ("produce t --key-field \udce9", "--key-field '\\xe9'"),
+        ("consume \udcff", "TOPIC '\\xff'"),
+        ("consume t --group g\udcff", "--group 'g\\xff'"),
+        ("consume t --from \udcff", "--from '\\xff'"),
+        ("topic create \udcff --partitions 1", "NAME '\\xff'"),
+        ("group reset-offsets \udcff --to latest", "NAME '\\xff'"),
+        ("partition settle t 0 --lost --reason \udcff", "--reason '\\xff'"),
+        ("status --bootstrap \udcff:1", "--bootstrap '\\xff:1'"),
+        ("health \udcff:1", "HOST:PORT '\\xff:1'"),
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_one_line(arguments: str, named: str) -> None:
+    result = run(*arguments.split())
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"error: {named} is not UTF-8\n"
+
+
+def test_a_file_whose_name_is_not_utf8_is_read(tmp_path: Path, closed_port: int) -> None:
+    file = tmp_path / "\udcff"
+    file.touch()
+    result = run(
+        "produce", "t", "--file", str(file), "--bootstrap", f"127.0.0.1:{closed_port}", "--retry-timeout-ms", "1"
+    )
+    assert result.stderr.startswith("error: nothing answers at")
+
+
 def test_health_of_nobody(closed_port: int) -> None:
     result = run("health", f"127.0.0.1:{closed_port}")
     assert result.exit_code == 1

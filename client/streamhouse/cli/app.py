@@ -23,6 +23,7 @@ from streamhouse.cli import (
     verify,
 )
 from streamhouse.cli.failures import CliError, explain
+from streamhouse.cli.options import texts_are_utf8
 from streamhouse.cli.process import Termination, keep_standard_descriptors, reader_is_gone, silence_stdout
 
 HELP = """StreamHouse: a durable log over object storage.
@@ -112,3 +113,4 @@ for command in (
     services.coordinator,
 ):
     cli.add_command(command)
+texts_are_utf8(cli)

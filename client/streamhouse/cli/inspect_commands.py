@@ -25,7 +25,7 @@ def segment() -> None:
 
 
 @segment.command("inspect", short_help="Show blocks and damage of a segment.")
-@click.argument("source", metavar="FILE|KEY")
+@click.argument("source", type=click.UNPROCESSED, metavar="FILE|KEY")
 @click.option("--store-dir", type=click.Path(file_okay=False), help="Local object store that holds KEY.")
 @click.option("--config", type=CONFIG_FILE, help="TOML file with store settings.")
 @all_option

@@ -1,16 +1,50 @@
 """Options that several commands share."""
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
+from streamhouse.cli.failures import CliError
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 PORT_MAX = 65_535
 # Long enough for a service that is being restarted, short enough for somebody who forgot to start one.
 RETRY_TIMEOUT_MS = 10_000
 CONFIG_FILE = click.Path(exists=True, dir_okay=False)
+
+
+class Text(click.ParamType[str]):
+    """Text; Python hands down bytes that are not UTF-8 as lone surrogates, which no message can carry."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Raises CliError, one line, unless the value is UTF-8."""
+        text = str(value)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(text).decode(errors="backslashreplace")
+            where = "" if param is None else f"{param.human_readable_name if _is_argument(param) else param.opts[-1]} "
+            raise CliError(f"{where}'{shown}' is not UTF-8") from None
+        return text
+
+
+def _is_argument(param: click.Parameter) -> bool:
+    return isinstance(param, click.Argument)
+
+
+def texts_are_utf8(command: click.Command) -> None:
+    """Has every argument and option of a command and its subcommands that is plain text be UTF-8."""
+    for param in command.params:
+        if param.type is click.STRING:
+            param.type = Text()
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            texts_are_utf8(inner)
 
 
 class HostPort(click.ParamType[str]):
@@ -23,6 +57,7 @@ class HostPort(click.ParamType[str]):
         self._port_min = port_min
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        value = Text().convert(value, param, ctx)
         for address in value.split(",") if self._many else [value]:
             match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]+):(\d{1,5})", address.strip())
             if match is None or not self._port_min <= int(match[2]) <= PORT_MAX:

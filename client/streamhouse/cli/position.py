@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import click
 
+from streamhouse.cli.options import Text
+
 INT64_MAX = 2**63 - 1
 # The years 1 to 9999: what a calendar, and `datetime`, can name.
 TIMESTAMP_MS_MIN, TIMESTAMP_MS_MAX = -62_135_596_800_000, 253_402_300_799_999
@@ -84,6 +86,7 @@ class PositionType(click.ParamType[Position]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Position:
         if isinstance(value, Position):
             return value
+        value = Text().convert(value, param, ctx)
         try:
             return parse_position(value, takes_last=self._takes_last)
         except ValueError as error:
