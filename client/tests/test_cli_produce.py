@@ -1,4 +1,4 @@
-"""streamhouse produce: what becomes of files in its formats."""
+"""streamhouse produce and consume: their formats."""
 
 import gzip
 import json
@@ -149,3 +149,12 @@ def test_csv_errors_name_their_row(produce):
     assert result.stderr.startswith("error: row 3: the input ends inside a quoted field")
     result = produce(b"id\n1\n", "--format", "csv", "--csv-header", "--key-field", "ID", code=1)
     assert result.stderr == "error: row 1: no column 'ID', only 'id'; nothing was sent\n"
+
+
+def test_raw_values_come_byte_for_byte_with_the_delimiter_behind_each(topic, produce):
+    topic.add_topic("one", 1)
+    produce(json_lines({"value_base64": "//5h"}, {"value": "b\nc"}, {"value": None}), "--format", "json", name="one")
+    consume = "$CLI consume one --format raw"
+    assert shell(topic, consume) == (0, b"\xff\xfea\nb\nc\n\n", "")
+    assert shell(topic, f"{consume} --delimiter '\\0'") == (0, b"\xff\xfea\0b\nc\0\0", "")
+    assert shell(topic, f"{consume} --delimiter '' --max 1") == (0, b"\xff\xfea", "")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING
 
 import click
 
-from streamhouse.cli.options import bootstrap_option
+from streamhouse.cli.options import Delimiter, bootstrap_option
 from streamhouse.cli.position import Position, PositionType
 from streamhouse.cli.text import record_json, text_lines
 from streamhouse.cli.write_output import Output
@@ -42,8 +43,14 @@ Render = Callable[["RecordBatch"], bytes]
 @click.option("--follow", is_flag=True, help="Go on at the end. Default: stop at the end as known at the start.")
 @click.option("--max", "count_max", type=click.IntRange(min=1), metavar="N", help="Stop after N records.")
 @click.option("--skip-lost", is_flag=True, help="Go on behind records that are damaged or were given up.")
-@click.option("--format", "shape", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--format", "shape", type=click.Choice(["text", "json", "raw"]), default="text", show_default=True)
 @click.option("--json", "shape", flag_value="json", help="The same as --format json.")
+@click.option(
+    "--delimiter",
+    type=Delimiter(or_empty=True),
+    metavar="D",
+    help="With raw: written behind each value, \\0 is a NUL byte; may be empty.  [default: \\n]",
+)
 @bootstrap_option
 def consume(
     topic: str,
@@ -54,11 +61,13 @@ def consume(
     count_max: int | None,
     skip_lost: bool,
     shape: str,
+    delimiter: bytes | None,
     bootstrap: str,
 ) -> None:
     """Print the records of TOPIC.
 
-    text: the value of each record on a line of its own; bytes that are not UTF-8 as \\xNN. json: one object per
+    text: the value of each record on a line of its own; bytes that are not UTF-8 as \\xNN. raw: the bytes of each value
+    as they are, and --delimiter behind each. json: one object per
     line with topic, partition, offset, timestamp_ms, key, value and headers; key or value that is not UTF-8 comes
     as key_base64, value_base64. With --group the committed offsets win over --from.
     """
@@ -66,9 +75,16 @@ def consume(
 
     if group is not None and partition is not None:
         raise click.UsageError("--group shares out the partitions itself: leave out --partition")
+    if shape != "raw" and delimiter is not None:
+        raise click.UsageError("--delimiter is for --format raw")
+    renders: dict[str, Render] = {
+        "text": _text,
+        "json": _json_lines,
+        "raw": partial(_raw, b"\n" if delimiter is None else delimiter),
+    }
     reading = Reading(topic, position, partition, group, follow, count_max, skip_lost)
     # Ctrl-C and SIGTERM cancel it, so that a group member commits what was printed and leaves.
-    asyncio.run(_consume(bootstrap, reading, _json_lines if shape == "json" else _text))
+    asyncio.run(_consume(bootstrap, reading, renders[shape]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +137,11 @@ async def _consume(bootstrap: str, reading: Reading, render: Render) -> None:
 
 def _text(batch: RecordBatch) -> bytes:
     return text_lines(batch.values.to_list(), terminal=sys.stdout.isatty())
+
+
+def _raw(delimiter: bytes, batch: RecordBatch) -> bytes:
+    """Returns the values as they are, a null as no bytes, each with the delimiter behind it."""
+    return b"".join([part for value in batch.values.to_list() for part in (value or b"", delimiter)])
 
 
 def _json_lines(batch: RecordBatch) -> bytes:

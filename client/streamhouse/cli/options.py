@@ -70,6 +70,9 @@ class Delimiter(click.ParamType[bytes]):
 
     name = "delimiter"
 
+    def __init__(self, *, or_empty: bool = False) -> None:
+        self._or_empty = or_empty
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
         from streamhouse.cli.text import unescape
 
@@ -79,7 +82,7 @@ class Delimiter(click.ParamType[bytes]):
             delimiter = unescape(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-        if not delimiter:
+        if not delimiter and not self._or_empty:
             self.fail("must not be empty", param, ctx)
         return delimiter
 
