@@ -5,7 +5,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Literal, Self
 
-from shproto.errors import Unavailable, UnknownGroup, UnknownPartition
+from shproto.errors import TopicExists, Unavailable, UnknownGroup, UnknownPartition
 from shproto.rpc import Interceptors
 from shproto.v1 import coordinator_pb2, query_pb2
 
@@ -106,8 +106,10 @@ class Admin:
         retention_bytes: int | None = None,
         min_acks: Acks = "wal",
         unclean_recovery_after_ms: int | None = None,
+        if_not_exists: bool = False,
     ) -> Topic:
-        """Raises TopicExists, InvalidArgument (name, partitions, retention or min_acks out of their limits)."""
+        """Returns the topic that was created; with `if_not_exists` one of that name as it is, whatever was asked for.
+        Raises TopicExists, InvalidArgument (name, partitions, retention or min_acks out of their limits)."""
         check_topic(partitions, min_acks, retention_ms, retention_bytes, unclean_recovery_after_ms)
         request = coordinator_pb2.CreateTopicRequest(
             topic=topic,
@@ -117,7 +119,12 @@ class Admin:
             min_acks=ACKS[min_acks],
             unclean_recovery_after_ms=unclean_recovery_after_ms,
         )
-        return topic_of(await self._peers.coordinator.create_topic(request))
+        try:
+            return topic_of(await self._peers.coordinator.create_topic(request))
+        except TopicExists:
+            if not if_not_exists:
+                raise
+        return (await self.describe_topic(topic)).topic
 
     async def list_topics(self) -> list[Topic]:
         response = await self._peers.coordinator.list_topics(coordinator_pb2.ListTopicsRequest())

@@ -16,6 +16,7 @@ async def test_topics(address, platform):
         assert made.min_acks == "durable"
         with pytest.raises(errors.TopicExists):
             await admin.create_topic("t")
+        assert await admin.create_topic("t", partitions=5, if_not_exists=True) == made
         assert await admin.list_topics() == [made]
         described = await admin.describe_topic("t")
         assert described.topic == made

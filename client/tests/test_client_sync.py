@@ -18,6 +18,7 @@ from streamhouse.sync.producer import SLOT_BYTES, STAGED_SLOTS_MAX
 def test_produce_and_consume(server):
     with Admin(server.address) as admin:
         assert admin.create_topic("t", partitions=2).partitions == 2
+        assert admin.create_topic("t", partitions=3, if_not_exists=True).partitions == 2
         assert [topic.topic for topic in admin.list_topics()] == ["t"]
     with Producer(server.address) as producer:
         first = producer.send("t", b"0", partition=1).result(10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -39,15 +40,66 @@ def topic() -> None:
     metavar="MS",
     help="Give up on what a lost agent had not uploaded after this long. Default: never, readers wait.",
 )
+@click.option("--if-not-exists", is_flag=True, help="Leave a topic of that name as it is, and end with 0.")
 @json_option
 @bootstrap_option
-def create(name: str, partitions: int, min_acks: Acks, as_json: bool, bootstrap: str, **limits: int | None) -> None:
+def create(
+    name: str,
+    partitions: int,
+    retention_ms: int | None,
+    retention_bytes: int | None,
+    min_acks: Acks,
+    unclean_recovery_after_ms: int | None,
+    if_not_exists: bool,
+    as_json: bool,
+    bootstrap: str,
+) -> None:
     """Create topic NAME."""
-    created = ask(bootstrap, lambda admin: admin.create_topic(name, partitions, min_acks=min_acks, **limits))
+    from shproto.errors import TopicExists
+
+    existing = None
+    try:
+        created = ask(
+            bootstrap,
+            lambda admin: admin.create_topic(
+                name,
+                partitions,
+                retention_ms=retention_ms,
+                retention_bytes=retention_bytes,
+                min_acks=min_acks,
+                unclean_recovery_after_ms=unclean_recovery_after_ms,
+            ),
+        )
+    except TopicExists:
+        if not if_not_exists:
+            raise
+        created = existing = ask(bootstrap, lambda admin: admin.describe_topic(name)).topic
     if as_json:
         print_json(asdict(created))
-    else:
+    elif existing is None:
         click.echo(f"created topic {created.topic} with {created.partitions} partition(s)")
+    else:
+        click.echo(f"topic {existing.topic} exists with {existing.partitions} partition(s)")
+    if existing is not None:
+        asked = {
+            "partitions": partitions,
+            "retention_ms": retention_ms,
+            "retention_bytes": retention_bytes,
+            "min_acks": min_acks,
+            "unclean_recovery_after_ms": unclean_recovery_after_ms,
+        }
+        _warn_of_differences(existing, asked)
+
+
+def _warn_of_differences(existing: Topic, asked: Mapping[str, int | str | None]) -> None:
+    for name, value in asked.items():
+        if (found := getattr(existing, name)) != value:
+            click.echo(f"topic {existing.topic} has {name} {show_setting(found)}, not {show_setting(value)}", err=True)
+
+
+def show_setting(value: int | str | None) -> str:
+    """Returns a topic's setting as people read it; "none" is a value of min_acks, so one that is not set is "unset"."""
+    return "unset" if value is None else str(value)
 
 
 @topic.command("list")

@@ -50,8 +50,9 @@ class Admin:
         retention_bytes: int | None = None,
         min_acks: Acks = "wal",
         unclean_recovery_after_ms: int | None = None,
+        if_not_exists: bool = False,
     ) -> cluster.Topic:
-        """Raises TopicExists, InvalidArgument."""
+        """Returns the topic created; with `if_not_exists` one that there is. Raises TopicExists, InvalidArgument."""
         return BACKGROUND.run(
             self._inner.create_topic(
                 topic,
@@ -60,6 +61,7 @@ class Admin:
                 retention_bytes=retention_bytes,
                 min_acks=min_acks,
                 unclean_recovery_after_ms=unclean_recovery_after_ms,
+                if_not_exists=if_not_exists,
             )
         )
 
