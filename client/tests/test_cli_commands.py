@@ -233,7 +233,7 @@ def test_a_file_whose_name_is_not_utf8_is_read(tmp_path: Path, closed_port: int)
     file = tmp_path / "\udcff"
     file.touch()
     result = run(
-        "produce", "t", "--file", str(file), "--bootstrap", f"127.0.0.1:{closed_port}", "--retry-timeout-ms", "1"
+        "produce", "t", "--file", str(file), "--bootstrap", f"127.0.0.1:{closed_port}", "--retry-timeout-ms", "1000"
     )
     assert result.stderr.startswith("error: nothing answers at")
 
