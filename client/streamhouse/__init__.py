@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from streamhouse.admin import Admin
     from streamhouse.consumer import Consumer
+    from streamhouse.core.serializers import json_deserializer, json_serializer
     from streamhouse.delivery import SendFuture, SendResult, SentRecords
     from streamhouse.producer import Producer
     from streamhouse.records import Record, RecordBatch, RecordMetadata, TopicPartition
@@ -25,6 +26,8 @@ _MODULES = {
     "SendResult": "delivery",
     "SentRecords": "delivery",
     "TopicPartition": "records",
+    "json_deserializer": "core.serializers",
+    "json_serializer": "core.serializers",
 }
 
 __all__ = [
@@ -38,6 +41,8 @@ __all__ = [
     "SendResult",
     "SentRecords",
     "TopicPartition",
+    "json_deserializer",
+    "json_serializer",
 ]
 
 

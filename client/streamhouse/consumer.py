@@ -28,6 +28,7 @@ from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import (
     ConsumerOptions,
+    Deserializer,
     OnDataLoss,
     OnOutOfRange,
     Place,
@@ -38,6 +39,7 @@ from streamhouse.core.options import (
     topics_of,
 )
 from streamhouse.core.positions import Cursor, Position
+from streamhouse.core.serializers import Deserializers
 from streamhouse.iteration import Iteration
 from streamhouse.membership import Membership
 from streamhouse.metadata import MetadataCache
@@ -63,7 +65,8 @@ class Consumer:
     (topic, partition)s instead, without membership. start: "earliest", "latest", an offset, -N (the last N records of
     each partition) or a datetime, for partitions that the group has not committed. stop_at_end: an iteration ends where
     the log ended when it began. on_out_of_range, on_data_loss: whether to raise or to go on (at an end of the log;
-    behind the loss).
+    behind the loss). key_deserializer, value_deserializer: called with the bytes of every key and value that is not
+    None; not in batches.
 
     Several tasks may iterate one consumer: each record goes to one of them. Delivery is at least once: with auto_commit
     only records that the application has done with are committed, and a task has done with a record when it asks for
@@ -91,6 +94,8 @@ class Consumer:
         request_timeout_ms: int = _DEFAULTS.request_timeout_ms,
         retry_timeout_ms: int = _DEFAULTS.retry_timeout_ms,
         client_id: str = _DEFAULTS.client_id,
+        key_deserializer: Deserializer | None = None,
+        value_deserializer: Deserializer | None = None,
         telemetry: Interceptors | None = None,
     ) -> None:
         self._options = ConsumerOptions(
@@ -108,7 +113,10 @@ class Consumer:
             request_timeout_ms=request_timeout_ms,
             retry_timeout_ms=retry_timeout_ms,
             client_id=client_id,
+            key_deserializer=key_deserializer,
+            value_deserializer=value_deserializer,
         )
+        self._deserializers = Deserializers.of(self._options)
         self._topics = topics_of(topics)
         self._assign = [TopicPartition(*where) for where in partitions_of(assign)]
         if bool(self._topics) == bool(self._assign):
@@ -125,7 +133,7 @@ class Consumer:
         self._starts = 0  # number of calls that wait for the partitions to be open
         self._openings = Openings(self._options, self._metadata, self._offsets, self._reader, self._store_starts)
         self._iteration = Iteration(self._reader, self._offsets, stop_at_end, self._is_opening, self._advance)
-        self._next = self._iteration.next
+        self._next = self._iteration.next if self._deserializers is None else self._next_deserialized
         self._in_flight = self._iteration.in_flight
         self._commits = Commits(self._reader.cursors, self._done_below, self._store, self._topic_gone)
         # Why the next read fails: the application was silent for too long, and the consumer has left its group.
@@ -290,6 +298,12 @@ class Consumer:
             return self._in_flight.worker(asyncio.current_task())
         except RuntimeError:  # no event loop runs yet
             return self._in_flight.worker(None)
+
+    async def _next_deserialized(self, worker: Worker) -> Record:
+        """Returns the next record with its key and value as objects. Raises SerializationError with the record in the
+        worker's hand, as if it had been handed over: it is not committed, and the next call goes on behind it."""
+        assert self._deserializers is not None, "this is called for them"
+        return self._deserializers.record(await self._iteration.next(worker))
 
     async def _next_batch(self, worker: Worker) -> RecordBatch:
         while (batch := self._iteration.take_batch(worker)) is None:

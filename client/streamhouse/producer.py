@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,14 @@ from streamhouse.core.options import (
     Acks,
     Compression,
     ProducerOptions,
+    Serializer,
     addresses_of,
     check_timeout_s,
     check_topic_name,
 )
 from streamhouse.core.outgoing import Bytes, CheckedRecord, Headers, ManyRecords, check_record, cut
 from streamhouse.core.room import Room
+from streamhouse.core.serializers import Serializers
 from streamhouse.delivery import Delivery, Placed, PlacedRecords, SendFuture, SendResult, send_future
 from streamhouse.fair_lock import FairLock, Ticket
 from streamhouse.gatherer import LaneState
@@ -54,7 +56,8 @@ class Producer:
     acks: "wal" (the leader's write-ahead log, fsynced), "durable" (object store and metadata), "none" (do not wait;
     offsets are -1). idempotent: retries are written once. linger_ms, batch_bytes: how long and how much to gather.
     buffer_bytes_max: unacknowledged records beyond it make `send` wait. delivery_timeout_ms: how long a record is
-    retried before its future fails. Raises InvalidArgument for an option out of its limits.
+    retried before its future fails. key_serializer, value_serializer: called with every key and value that is not None,
+    return bytes. Raises InvalidArgument for an option out of its limits.
     One producer belongs to one event loop; `streamhouse.sync.Producer` may be shared by threads.
     """
 
@@ -73,6 +76,8 @@ class Producer:
         delivery_timeout_ms: int = _DEFAULTS.delivery_timeout_ms,
         request_timeout_ms: int = _DEFAULTS.request_timeout_ms,
         client_id: str = _DEFAULTS.client_id,
+        key_serializer: Serializer | None = None,
+        value_serializer: Serializer | None = None,
         telemetry: Interceptors | None = None,
     ) -> None:
         self._options = ProducerOptions(
@@ -86,7 +91,10 @@ class Producer:
             delivery_timeout_ms=delivery_timeout_ms,
             request_timeout_ms=request_timeout_ms,
             client_id=client_id,
+            key_serializer=key_serializer,
+            value_serializer=value_serializer,
         )
+        self._serializers = Serializers.of(self._options)
         addresses = addresses_of(bootstrap)
         self._peers = Peers(addresses, request_timeout_ms, telemetry)
         self._retries = Retries("delivery_timeout_ms", delivery_timeout_ms, addresses)
@@ -140,8 +148,8 @@ class Producer:
     async def send(
         self,
         topic: str,
-        value: Bytes | None = None,
-        key: Bytes | None = None,
+        value: Any = None,
+        key: Any = None,
         headers: Headers | None = None,
         partition: int | None = None,
         timestamp_ms: int | datetime | None = None,
@@ -151,8 +159,11 @@ class Producer:
         A record with a key goes to the key's partition as in Kafka; one without stays with the others of its batch.
         headers: a dict, or pairs. timestamp_ms: milliseconds since 1970 or an aware datetime; default: now.
         Raises UnknownTopic, UnknownPartition, AcksTooWeak, BatchTooLarge (the record alone is over the limit),
-        InvalidArgument (also once closed), TypeError, Overloaded (no room within delivery_timeout_ms), Unavailable.
+        InvalidArgument (also once closed), TypeError, SerializationError, Overloaded (no room within
+        delivery_timeout_ms), Unavailable.
         """
+        if self._serializers is not None:
+            value, key = self._serializers.one(topic, value, key)
         record = check_record(value, key, headers, timestamp_ms)
         target = self._at_once(topic, partition, record[-1]) or await self._wait(topic, partition, record[-1])
         delivery, index, taken_ms = self._add(target, record, partition)
@@ -161,8 +172,8 @@ class Producer:
     async def send_and_wait(
         self,
         topic: str,
-        value: Bytes | None = None,
-        key: Bytes | None = None,
+        value: Any = None,
+        key: Any = None,
         headers: Headers | None = None,
         partition: int | None = None,
         timestamp_ms: int | datetime | None = None,
@@ -204,8 +215,8 @@ class Producer:
     async def send_many(
         self,
         topic: str,
-        values: Sequence[Bytes | None],
-        keys: Sequence[Bytes | None] | None = None,
+        values: Sequence[Any],
+        keys: Sequence[Any] | None = None,
         timestamps_ms: int | datetime | Sequence[int | datetime] | None = None,
         headers: Sequence[Headers] | None = None,
         partition: int | None = None,
@@ -215,6 +226,8 @@ class Producer:
         `await` the result for `SentRecords` (partitions and offsets as arrays). Nothing is sent if any record is
         refused; raises what `send` raises, with the record's position.
         """
+        if self._serializers is not None:
+            values, keys = self._serializers.many(topic, values, keys)
         records = await self.take_many(topic, values, keys, timestamps_ms, headers, partition)
         return SendResult(records, loop=asyncio.get_running_loop())
 

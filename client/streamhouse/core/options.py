@@ -1,10 +1,10 @@
 """What a producer and a consumer can be told, checked once, with every default explained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from operator import index
-from typing import Literal, SupportsIndex, TypedDict, cast
+from typing import Any, Literal, SupportsIndex, TypedDict, cast
 
 from shproto.errors import InvalidArgument
 from shproto.v1 import types_pb2
@@ -17,6 +17,8 @@ OnOutOfRange = Literal["error", "earliest", "latest"]
 OnDataLoss = Literal["error", "skip"]
 Start = Literal["earliest", "latest"] | int | datetime
 """Where reading begins: an end, an offset, a time, or with -N the last N records."""
+Serializer = Callable[[Any], bytes | None]
+Deserializer = Callable[[bytes], Any]
 
 ACKS = {"none": types_pb2.ACKS_NONE, "wal": types_pb2.ACKS_WAL, "durable": types_pb2.ACKS_DURABLE}
 ACKS_NAMES: dict[int, Acks] = {ACKS["none"]: "none", ACKS["wal"]: "wal", ACKS["durable"]: "durable"}
@@ -51,6 +53,9 @@ class ProducerOptions:
     # How long one try may take before the stream counts as broken; durable acks upload meanwhile.
     request_timeout_ms: int = 30_000
     client_id: str = ""
+    # None: keys and values are bytes.
+    key_serializer: Serializer | None = None
+    value_serializer: Serializer | None = None
 
     def __post_init__(self) -> None:
         is_kafkas = self.acks in (0, 1, -1, "0", "1", "-1", "all")
@@ -65,6 +70,8 @@ class ProducerOptions:
         check_request_timeout(self.request_timeout_ms)
         _flag("idempotent", self.idempotent)
         _text("client_id", self.client_id, 0)
+        _callable("key_serializer", self.key_serializer)
+        _callable("value_serializer", self.value_serializer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,9 @@ class ConsumerOptions:
     # For how long consecutive failures to reach any server are retried before the application is told.
     retry_timeout_ms: int = 120_000
     client_id: str = ""
+    # None: keys and values are bytes.
+    key_deserializer: Deserializer | None = None
+    value_deserializer: Deserializer | None = None
 
     def __post_init__(self) -> None:
         _one_of("on_out_of_range", self.on_out_of_range, ("error", "earliest", "latest"))
@@ -107,6 +117,8 @@ class ConsumerOptions:
         _flag("auto_commit", self.auto_commit)
         _flag("stop_at_end", self.stop_at_end)
         _text("client_id", self.client_id, 0)
+        _callable("key_deserializer", self.key_deserializer)
+        _callable("value_deserializer", self.value_deserializer)
         if self.group is not None:
             _text("group", self.group, 1)
         if isinstance(self.start, str):
@@ -155,6 +167,8 @@ class ProducerKwargs(TypedDict, total=False):
     delivery_timeout_ms: int
     request_timeout_ms: int
     client_id: str
+    key_serializer: Serializer | None
+    value_serializer: Serializer | None
 
 
 class ConsumerKwargs(TypedDict, total=False):
@@ -174,6 +188,8 @@ class ConsumerKwargs(TypedDict, total=False):
     request_timeout_ms: int
     retry_timeout_ms: int
     client_id: str
+    key_deserializer: Deserializer | None
+    value_deserializer: Deserializer | None
 
 
 def topics_of(topics: Sequence[str]) -> tuple[str, ...]:
@@ -278,6 +294,13 @@ def check_retry_timeout(retry_timeout_ms: int) -> None:
 def _flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise InvalidArgument(f"{name} is {value!r}, must be True or False", field=name, value=value)
+
+
+def _callable(name: str, value: object) -> None:
+    if value is not None and not callable(value):
+        raise InvalidArgument(
+            f"{name} is {value!r:.100} ({type(value).__name__}), must be a callable or None", field=name, value=value
+        )
 
 
 def _text(name: str, value: object, least: int) -> None:

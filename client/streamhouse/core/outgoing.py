@@ -71,9 +71,9 @@ class ManyRecords:
         headers: Sequence[Headers] | None,
     ) -> "ManyRecords":
         """Raises TypeError, InvalidArgument, BatchTooLarge."""
-        count = _count_of("values", values)
+        count = count_of("values", values)
         for name, column in (("keys", keys), ("headers", headers)):
-            if column is not None and _count_of(name, column) != count:
+            if column is not None and count_of(name, column) != count:
                 raise InvalidArgument(
                     f"{name} has {len(column)} entries for {count} values", field=name, value=len(column), limit=count
                 )
@@ -133,7 +133,8 @@ def cut(sizes: NDArray[np.int64], limit: int, begun: int = 0) -> Iterator[tuple[
         start, floor, begun = stop, int(totals[stop - 1]), 0
 
 
-def _count_of(name: str, column: Sequence[Any]) -> int:
+def count_of(name: str, column: Sequence[Any]) -> int:
+    """Returns the number of entries of a list given by the application. Raises TypeError for anything else."""
     if isinstance(column, str | bytes | bytearray | memoryview | Mapping) or not hasattr(column, "__getitem__"):
         raise TypeError(f"{name} must be a list, one entry per record, not {_described(column)}")
     return len(column)
@@ -218,7 +219,7 @@ def _timestamps_of(timestamps_ms: int | datetime | Sequence[int | datetime], cou
     if single:
         return np.full(count, _timestamp_of("timestamps_ms", cast("int | datetime", timestamps_ms)), np.int64)
     column = cast("Sequence[int | datetime]", timestamps_ms)
-    if _count_of("timestamps_ms", column) != count:
+    if count_of("timestamps_ms", column) != count:
         raise InvalidArgument(
             f"timestamps_ms has {len(column)} entries for {count} values",
             field="timestamps_ms",

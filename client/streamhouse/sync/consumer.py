@@ -13,6 +13,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Self, Unpack
 
+from shproto.errors import SerializationError
 from shproto.rpc import Interceptors
 
 from streamhouse import consumer
@@ -44,6 +45,7 @@ class Consumer:
     ) -> None:
         self._inner = consumer.Consumer(bootstrap, topics, assign=assign, telemetry=telemetry, **options)
         self._iteration = self._inner._iteration
+        self._deserializers = self._inner._deserializers
         self._iteration.in_loop = _in_loop
         self._take = self._iteration.take
         self._workers = threading.local()  # by thread; a number of a thread may be another one's later
@@ -75,9 +77,11 @@ class Consumer:
                 with self._taking:
                     record = self._take(worker)
                 if record is not None:
-                    return record
+                    return record if self._deserializers is None else self._deserializers.record(record)
                 if not self._advance(worker):
                     raise StopIteration
+        except SerializationError:
+            raise  # the record stays in hand, as if it had been handed over: the next call goes on behind it
         except BaseException:
             self._give_back(worker)
             raise

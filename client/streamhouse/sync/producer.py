@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import partial
 from itertools import repeat
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -218,6 +218,7 @@ class Producer:
     ) -> None:
         check_exit_timeout(exit_timeout_ms)
         self._inner = producer.Producer(bootstrap, telemetry=telemetry, **options)
+        self._serializers = self._inner._serializers
         self._exit_timeout_ms = exit_timeout_ms
         self._wait_ms = self._inner._options.delivery_timeout_ms
         # Appended to by any thread, taken from by the loop's alone; single steps of a deque need no lock.
@@ -246,8 +247,8 @@ class Producer:
     def send(
         self,
         topic: str,
-        value: Bytes | None = None,
-        key: Bytes | None = None,
+        value: Any = None,
+        key: Any = None,
         headers: Headers | None = None,
         partition: int | None = None,
         timestamp_ms: int | datetime | None = None,
@@ -255,9 +256,11 @@ class Producer:
         """Takes one record; waits while the buffer is full. `result()` of the future waits for the acknowledgement.
 
         Raises UnknownTopic, UnknownPartition, AcksTooWeak, BatchTooLarge, InvalidArgument (also once closed),
-        TypeError, Overloaded (no room within delivery_timeout_ms), Unavailable.
+        TypeError, SerializationError, Overloaded (no room within delivery_timeout_ms), Unavailable.
         """
         self._must_be_open()
+        if self._serializers is not None:
+            value, key = self._serializers.one(topic, value, key)
         record = check_record(value, key, headers, timestamp_ms)
         if partition is not None and partition.__class__ is not int:
             partition = partition_number(partition)
@@ -271,8 +274,8 @@ class Producer:
     def send_and_wait(
         self,
         topic: str,
-        value: Bytes | None = None,
-        key: Bytes | None = None,
+        value: Any = None,
+        key: Any = None,
         headers: Headers | None = None,
         partition: int | None = None,
         timestamp_ms: int | datetime | None = None,
@@ -284,14 +287,16 @@ class Producer:
     def send_many(
         self,
         topic: str,
-        values: Sequence[Bytes | None],
-        keys: Sequence[Bytes | None] | None = None,
+        values: Sequence[Any],
+        keys: Sequence[Any] | None = None,
         timestamps_ms: int | datetime | Sequence[int | datetime] | None = None,
         headers: Sequence[Headers] | None = None,
         partition: int | None = None,
     ) -> SendResult:
         """Takes many records, in the order given; waits while the buffer is full. Raises what `send` raises."""
         self._must_be_open()
+        if self._serializers is not None:
+            values, keys = self._serializers.many(topic, values, keys)
         _UNCLOSED.add(self)
         return SendResult(BACKGROUND.run(self._take_many(topic, values, keys, timestamps_ms, headers, partition)))
 

@@ -5,7 +5,7 @@ under, its `reason` the stable word for programs, `retriable` whether the same c
 docs/errors.md lists them all. Services raise these, in process and over the network alike.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import grpc
 
@@ -197,6 +197,16 @@ class OutcomeUnknown(StreamHouseError):
     details: topic, partition, record_count, refusal (reason of the leader's answer)."""
 
     reason, status = "OUTCOME_UNKNOWN", Code.UNKNOWN
+
+
+class SerializationError(StreamHouseError):
+    """Raised by the SDK: a serializer or deserializer of the application failed on a record. A producer has sent
+    nothing of the call; a consumer goes on behind the record when it is asked again. details: field (key or value),
+    topic, and of a record read partition and offset, of one in a list position."""
+
+    reason, status = "SERIALIZATION_ERROR", Code.INVALID_ARGUMENT
+    record: Any = None
+    """The record as it was read, its key and value as bytes; None when sending."""
 
 
 class EventsPruned(StreamHouseError):
