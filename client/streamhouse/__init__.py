@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from streamhouse.core.serializers import json_deserializer, json_serializer
     from streamhouse.delivery import SendFuture, SendResult, SentRecords
     from streamhouse.producer import Producer
-    from streamhouse.records import Record, RecordBatch, RecordMetadata, TopicPartition
+    from streamhouse.records import OffsetAndMetadata, Record, RecordBatch, RecordMetadata, TopicPartition
 
 _MODULES = {
     "Admin": "admin",
     "Consumer": "consumer",
+    "OffsetAndMetadata": "records",
     "Producer": "producer",
     "Record": "records",
     "RecordBatch": "records",
@@ -33,6 +34,7 @@ _MODULES = {
 __all__ = [
     "Admin",
     "Consumer",
+    "OffsetAndMetadata",
     "Producer",
     "Record",
     "RecordBatch",

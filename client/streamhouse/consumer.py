@@ -35,6 +35,7 @@ from streamhouse.core.options import (
     Start,
     addresses_of,
     check_timestamp,
+    committed_position,
     partitions_of,
     topics_of,
 )
@@ -47,7 +48,7 @@ from streamhouse.offsets import Offsets
 from streamhouse.openings import Openings
 from streamhouse.peers import Peers
 from streamhouse.reader import Reader
-from streamhouse.records import Record, RecordBatch, TopicPartition
+from streamhouse.records import OffsetAndMetadata, Record, RecordBatch, TopicPartition
 from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX, Retries
 
 log = logging.getLogger(__name__)
@@ -468,23 +469,49 @@ class Consumer:
 
     # ---- commits
 
-    async def commit(self, offsets: Mapping[tuple[str, int], int] | None = None) -> None:
+    async def committed(
+        self, partitions: Sequence[tuple[str, int]] | None = None
+    ) -> dict[TopicPartition, OffsetAndMetadata | None]:
+        """Returns what the group has committed in these partitions, assigned or not, or in all that are assigned; None
+        where nothing is.
+
+        Raises InvalidArgument without a group, UnknownTopic, UnknownPartition, Unavailable.
+        """
+        if self._options.group is None:
+            raise InvalidArgument("a consumer without a group has committed nothing", field="group")
+        if partitions is None:
+            await self.start()
+            asked = list(self._reader.cursors)
+        else:
+            asked = [TopicPartition(*where) for where in partitions_of(partitions, "partitions")]
+        return await self._retries.run(lambda: self._committed(asked))
+
+    async def _committed(self, asked: Sequence[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata | None]:
+        await self._check_partitions(asked)
+        known = self._reader.topic_ids()
+        topic_ids = {where: known.get(where) or (await self._metadata.topic(where.topic)).topic_id for where in asked}
+        found = await self._offsets.committed(topic_ids)
+        return {where: found.get(where) for where in asked}
+
+    async def commit(self, offsets: Mapping[tuple[str, int], int | OffsetAndMetadata] | None = None) -> None:
         """Stores where the group goes on: behind everything that the application has done with, the record in hand of
-        the task that calls included; or the `offsets` given.
+        the task that calls included; or the `offsets` given, with metadata if they are `OffsetAndMetadata`.
 
         Raises InvalidArgument without a group, IllegalGeneration when a partition was taken away, Unavailable.
         """
         await self._commit(self._worker(), offsets)
 
-    async def _commit(self, worker: Worker, offsets: Mapping[tuple[str, int], int] | None) -> None:
+    async def _commit(self, worker: Worker, offsets: Mapping[tuple[str, int], int | OffsetAndMetadata] | None) -> None:
         if self._options.group is None:
             raise InvalidArgument("a consumer without a group has nothing to commit to", field="group")
         if offsets is None:
             worker.held = None
             await self._commits.commit()
         else:
-            given = {TopicPartition(*where): offset for where, offset in offsets.items()}
-            await self._commits.commit({w: Position(offset, self._topic_id(w)) for w, offset in given.items()})
+            given = {TopicPartition(*where): committed_position(at) for where, at in offsets.items()}
+            await self._commits.commit(
+                {where: Position(offset, self._topic_id(where), note) for where, (offset, note) in given.items()}
+            )
 
     def _topic_id(self, where: TopicPartition) -> bytes:
         """Of the topic that the application has read by this name, if only other partitions of it; else empty."""
@@ -552,11 +579,14 @@ class Consumer:
         self._openings.add(partitions)
         return True
 
-    async def _all_partitions(self) -> list[TopicPartition]:
-        for topic, partition in self._assign:
+    async def _check_partitions(self, partitions: Sequence[TopicPartition]) -> None:
+        for topic, partition in partitions:
             count = (await self._metadata.topic(topic)).partitions
             if not 0 <= partition < count:
                 raise UnknownPartition(f"topic {topic!r} has partitions 0 to {count - 1}, not {partition}", topic=topic)
+
+    async def _all_partitions(self) -> list[TopicPartition]:
+        await self._check_partitions(self._assign)
         states = [await self._metadata.topic(topic) for topic in self._topics]
         return self._assign or [
             TopicPartition(state.topic, number) for state in states for number in range(state.partitions)

@@ -12,13 +12,17 @@ from streamhouse.core.positions import Position
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
 from streamhouse.reader import POSITIONS_MAX
-from streamhouse.records import TopicPartition
+from streamhouse.records import OffsetAndMetadata, TopicPartition
 
 
 def commits_of(positions: Mapping[TopicPartition, Position]) -> list[coordinator_pb2.OffsetCommit]:
     return [
         coordinator_pb2.OffsetCommit(
-            topic=topic, partition=partition, offset=position.offset, topic_id=position.topic_id
+            topic=topic,
+            partition=partition,
+            offset=position.offset,
+            topic_id=position.topic_id,
+            metadata=position.metadata,
         )
         for (topic, partition), position in positions.items()
     ]
@@ -48,8 +52,9 @@ class Offsets:
             offsets.update({TopicPartition(found.topic, found.partition): found.offset for found in response.offsets})
         return offsets
 
-    async def committed(self, partitions: Mapping[TopicPartition, bytes]) -> dict[TopicPartition, int]:
-        """What the group has committed in partitions of topics with these ids; those without a commit are left out."""
+    async def committed(self, partitions: Mapping[TopicPartition, bytes]) -> dict[TopicPartition, OffsetAndMetadata]:
+        """Returns what the group has committed in partitions of topics with these ids, without those that have no
+        commit."""
         if self._group is None or not partitions:
             return {}
         request = coordinator_pb2.FetchOffsetsRequest(
@@ -62,7 +67,7 @@ class Offsets:
             return {}
         found = {TopicPartition(item.topic, item.partition): item for item in response.offsets if item.offset >= 0}
         return {
-            where: found[where].offset
+            where: OffsetAndMetadata(found[where].offset, found[where].metadata)
             for where, topic_id in partitions.items()
             if where in found and found[where].topic_id in (topic_id, b"")  # empty: of an older coordinator
         }

@@ -142,7 +142,8 @@ class Openings:
     async def _find(self, partitions: Sequence[TopicPartition]) -> list[Cursor]:
         """Where each starts, and where a bounded read of it ends."""
         topic_ids = await self._current_topic_ids(partitions)
-        committed = await self._offsets.committed(topic_ids)
+        found = await self._offsets.committed(topic_ids)
+        committed = {where: at.offset for where, at in found.items()}
         fresh = {where: topic_ids[where] for where in partitions if where not in committed}
         start = self._options.start
         if isinstance(start, int) and start >= 0:

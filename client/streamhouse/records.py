@@ -35,6 +35,14 @@ class Record(NamedTuple):
 _make_record: Callable[[tuple[Any, ...]], Record] = partial(tuple.__new__, Record)
 
 
+class OffsetAndMetadata(NamedTuple):
+    """A position that a group has committed: the next offset to read, and a note of the application, at most 4,096
+    characters."""
+
+    offset: int
+    metadata: str = ""
+
+
 class RecordMetadata(NamedTuple):
     """Where a record was written. `offset` is -1 with acks="none": nobody waited to learn it."""
 

@@ -136,6 +136,7 @@ class Group:
     generation: int = 0
     members: dict[str, Member] = field(default_factory=dict)
     offsets: dict[tuple[str, int], int] = field(default_factory=dict)
+    metadata: dict[tuple[str, int], str] = field(default_factory=dict)
 
 
 class FakeStreamHouse:
@@ -530,6 +531,7 @@ class FakeStreamHouse:
             self._topic(item.topic, item.topic_id)
         self.commits.append(request)
         group.offsets.update({(o.topic, o.partition): o.offset for o in request.offsets})
+        group.metadata.update({(o.topic, o.partition): o.metadata for o in request.offsets})
         return coordinator_pb2.CommitOffsetsResponse()
 
     async def list_groups(self, request: coordinator_pb2.ListGroupsRequest) -> coordinator_pb2.ListGroupsResponse:
@@ -548,4 +550,5 @@ class FakeStreamHouse:
         for topic, number in wanted:
             found = response.offsets.add(topic=topic, partition=number, offset=offsets.get((topic, number), -1))
             found.topic_id = self.topics[topic].topic_id if found.offset >= 0 else b""
+            found.metadata = self.groups[request.group].metadata.get((topic, number), "") if found.offset >= 0 else ""
         return response

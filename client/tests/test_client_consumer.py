@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 from shproto.v1 import coordinator_pb2
-from streamhouse import Consumer, Producer, Record, errors
+from streamhouse import Consumer, OffsetAndMetadata, Producer, Record, errors
 from streamhouse.core.options import ConsumerOptions
 from streamhouse.core.positions import Position
 from streamhouse.membership import Membership
@@ -677,6 +677,45 @@ async def test_auto_commit_leaves_out_what_is_being_processed(platform, address)
         assert platform.groups["g"].offsets["t", 0] == 11
         await consumer.commit({("t", 0): 3})
         assert platform.groups["g"].offsets["t", 0] == 3
+
+
+async def test_what_is_committed_can_be_asked_for(platform, address):
+    await fill(platform, address, 90, partitions=3)
+    platform.add_topic("other", 1)
+    async with Consumer(address, assign=[("t", 0), ("t", 1)], group="g", auto_commit=False) as consumer:
+        assert await consumer.committed() == {("t", 0): None, ("t", 1): None}
+        await consumer.commit({("t", 0): 7, ("t", 1): OffsetAndMetadata(5, "run 12"), ("t", 2): (3, "")})
+        assert await consumer.committed() == {("t", 0): (7, ""), ("t", 1): (5, "run 12")}
+        found = await consumer.committed([("t", 2), ("other", 0)])
+        assert found == {("t", 2): OffsetAndMetadata(3), ("other", 0): None}
+        await consumer.commit()
+        assert await consumer.committed([("t", 1)]) == {("t", 1): (0, "")}, "a note belongs to its commit"
+        with pytest.raises(errors.UnknownPartition, match="partitions 0 to 2, not 3"):
+            await consumer.committed([("t", 3)])
+        with pytest.raises(errors.UnknownTopic):
+            await consumer.committed([("nope", 0)])
+    async with Consumer(address, ["t"]) as consumer:
+        with pytest.raises(errors.InvalidArgument, match="without a group"):
+            await consumer.committed()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (-1, "offset is -1, must be 0 to"),
+        (True, "offset is True"),
+        (1.0, "offset is 1.0"),
+        ((1, "x" * 4097), "metadata is .* at most 4096"),
+        ((1, b"x"), "metadata is b'x'"),
+        ((1, "x", 2), "offset is"),
+    ],
+)
+async def test_a_position_that_cannot_be_committed_is_named(platform, address, given, named):
+    platform.add_topic("t", 2)
+    async with Consumer(address, ["t"], group="g", auto_commit=False) as consumer:
+        with pytest.raises(errors.InvalidArgument, match=named):
+            await consumer.commit({("t", 0): 0, ("t", 1): given})
+        assert platform.groups["g"].offsets == {}
 
 
 async def test_a_commit_by_name_is_of_the_topic_that_was_read(platform, address):

@@ -10,7 +10,7 @@ import pytest
 from streamhouse import errors
 from streamhouse.background import BACKGROUND
 from streamhouse.core.options import ConsumerKwargs, ConsumerOptions, ProducerKwargs, ProducerOptions
-from streamhouse.records import RecordBatch, TopicPartition
+from streamhouse.records import OffsetAndMetadata, RecordBatch, TopicPartition
 from streamhouse.sync import Admin, Consumer, Producer
 from streamhouse.sync.producer import SLOT_BYTES, STAGED_SLOTS_MAX
 
@@ -56,6 +56,10 @@ def test_batches_after_a_break_go_on(server):
         assert consumer.positions() == {("t", 0): 300}
         consumer.seek_to_timestamp(0)
         assert next(consumer).offset == 0
+    with Consumer(server.address, ["t"], group="g", auto_commit=False) as consumer:
+        assert consumer.committed() == {("t", 0): None}
+        consumer.commit({("t", 0): OffsetAndMetadata(17, "note")})
+        assert consumer.committed([("t", 0)]) == {("t", 0): (17, "note")}
     with Consumer(server.address, ["t"], start=-3, stop_at_end=True) as consumer:
         assert [record.offset for record in consumer] == [297, 298, 299]
 

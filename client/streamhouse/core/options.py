@@ -28,8 +28,10 @@ INT64_MAX = (1 << 63) - 1
 
 MIB = 1 << 20
 DAY_MS = 86_400_000
-# The coordinator's: names of groups and clients, and for how long a member of a group may be silent.
+# The coordinator's: names of groups and clients, notes beside committed offsets, and for how long a member of a group
+# may be silent.
 NAME_LENGTH_MAX = 249
+METADATA_LENGTH_MAX = 4096
 SESSION_TIMEOUT_MS_MIN, SESSION_TIMEOUT_MS_MAX = 100, 3_600_000
 
 
@@ -144,6 +146,22 @@ class LastRecords:
 
 Place = Literal["earliest", "latest"] | int | datetime | LastRecords
 """A position that the servers find; a number is a time in milliseconds since 1970."""
+
+
+def committed_position(given: object) -> tuple[int, str]:
+    """Returns the offset and the metadata of a position to commit: an offset, or a pair of both. Raises
+    InvalidArgument."""
+    offset, metadata = given if isinstance(given, tuple) and len(given) == 2 else (given, "")
+    number = index(offset) if isinstance(offset, SupportsIndex) and not isinstance(offset, bool) else offset
+    _within("offset", cast("int", number), 0, INT64_MAX)
+    if not isinstance(metadata, str) or len(metadata) > METADATA_LENGTH_MAX:
+        raise InvalidArgument(
+            f"metadata is {metadata!r:.100}, must be text of at most {METADATA_LENGTH_MAX} characters",
+            field="metadata",
+            value=metadata,
+            limit=METADATA_LENGTH_MAX,
+        )
+    return cast("int", number), metadata
 
 
 def check_timestamp(timestamp_ms: int | datetime) -> None:

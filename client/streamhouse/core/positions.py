@@ -20,10 +20,11 @@ ROWS_BYTES_MAX = 256 * 1024
 
 
 class Position(NamedTuple):
-    """The next offset to read in a partition of the topic with this id (empty: not known)."""
+    """The next offset to read in a partition of the topic with this id (empty: not known), and a note."""
 
     offset: int
     topic_id: bytes = b""
+    metadata: str = ""
 
 
 @dataclass(slots=True, eq=False)

@@ -22,7 +22,7 @@ from streamhouse.core.in_flight import Worker
 from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import ConsumerKwargs, Start
-from streamhouse.records import Record, RecordBatch, TopicPartition
+from streamhouse.records import OffsetAndMetadata, Record, RecordBatch, TopicPartition
 
 # For the last commit and leaving the group at the end of a script: a coordinator that answers takes milliseconds, one
 # that does not must not keep the process from ending.
@@ -127,9 +127,16 @@ class Consumer:
         with self._taking:
             self._iteration.give_back(worker)
 
-    def commit(self, offsets: Mapping[tuple[str, int], int] | None = None) -> None:
+    def committed(
+        self, partitions: Sequence[tuple[str, int]] | None = None
+    ) -> dict[TopicPartition, OffsetAndMetadata | None]:
+        """Returns what the group has committed in these partitions, assigned or not, or in all that are assigned; None
+        where nothing is."""
+        return BACKGROUND.run(self._inner.committed(partitions))
+
+    def commit(self, offsets: Mapping[tuple[str, int], int | OffsetAndMetadata] | None = None) -> None:
         """Stores where the group goes on: behind everything that the application has done with, the record in hand of
-        the thread that calls included; or the `offsets` given."""
+        the thread that calls included; or the `offsets` given, with metadata if they are `OffsetAndMetadata`."""
         BACKGROUND.run(self._inner._commit(self._worker(), offsets))
 
     def seek(self, topic: str, partition: int, offset: Start) -> None:
