@@ -29,7 +29,7 @@ class Batch:
         """The very same bytes for the same stamp. Raises InvalidBatch."""
         try:
             if self._gathering is not None:
-                self._encoded = encode_batch(self._gathering.to_records(), codec=codec, producer=stamp)
+                self._encoded = self._gathering.encode(codec, stamp)
                 self._gathering = None
             elif stamp != self._stamp:
                 self._encoded = encode_batch(decode_batch(self._encoded), codec=codec, producer=stamp)

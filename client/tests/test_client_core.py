@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shformat import TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, Records
+from shformat import TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, Codec, Records, decode_batch
 from shproto.errors import DataLoss, Internal, InvalidArgument
 from streamhouse.core.accumulator import Gathering
 from streamhouse.core.lag import Lag, lag_of
@@ -65,7 +65,7 @@ def test_gathering_one_by_one_or_many_is_the_same(groups, data):
         expected += group
     assert one.size_bytes == many.size_bytes
     for gathering in (one, many):
-        columns = gathering.to_records()
+        columns = decode_batch(gathering.encode(Codec.NONE, None))
         assert columns.values.to_list() == [value for value, _, _, _ in expected]
         assert columns.keys.to_list() == [key for _, key, _, _ in expected]
         assert columns.timestamps_ms.tolist() == [timestamp_ms for _, _, _, timestamp_ms in expected]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Generic, TypeVar
 
-from shformat import DEFAULT_LIMITS, Header, Records
+from shformat import DEFAULT_LIMITS, Codec, Header, ProducerStamp, encode_lists
 
 T = TypeVar("T")
 
@@ -79,6 +79,6 @@ class Gathering(Generic[T]):
         self.size_bytes += size
         return index
 
-    def to_records(self) -> Records:
-        """The columns to encode."""
-        return Records.from_lists(self.values, self.keys, self.timestamps_ms, self.headers)
+    def encode(self, codec: Codec, producer: ProducerStamp | None) -> bytes:
+        """Returns all of it as one record batch. Raises FormatError."""
+        return encode_lists(self.values, self.keys, self.timestamps_ms, self.headers, codec=codec, producer=producer)

@@ -8,6 +8,7 @@ columns are payload.py's.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import lz4.block
 
@@ -27,8 +28,9 @@ from .batch_header import (
     encode_stamp,
     read_batch_header,
 )
-from .columns import Int64s, Records
+from .columns import Header, Int64s, Records
 from .errors import FormatError, ValueOutOfRange
+from .few import FEW_RECORDS_MAX, encode_few, timestamps_of_few
 from .limits import DEFAULT_LIMITS, INT64_MAX, TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, FormatLimits
 from .payload import PayloadShape, decode_payload, encode_payload
 from .varint import largest_of, smallest_of
@@ -68,9 +70,7 @@ def encode_batch(
     uncompressed_bytes = sum(map(len, parts))
     check_uncompressed(uncompressed_bytes, limits, 0)
     codec, parts = _compress(parts, uncompressed_bytes, Codec(codec))
-    size_bytes = BATCH_HEADER_SIZE + sum(map(len, parts))
-    if size_bytes > limits.batch_bytes_max:
-        raise FormatError(f"batch of {size_bytes} bytes, batch_bytes_max is {limits.batch_bytes_max}")
+    size_bytes = _checked_size(parts, limits)
     header = BatchHeader(
         base_offset=first_offset,
         epoch=epoch,
@@ -88,6 +88,66 @@ def encode_batch(
         has_headers=shape.has_headers,
     )
     return b"".join([encode_batch_header(header, parts), *parts])
+
+
+def encode_lists(
+    values: Sequence[bytes | None],
+    keys: Sequence[bytes | None] | None,
+    timestamps_ms: Sequence[int],
+    headers: Sequence[Sequence[Header]] | None = None,
+    *,
+    codec: Codec = Codec.LZ4,
+    producer: ProducerStamp | None = None,
+    limits: FormatLimits = DEFAULT_LIMITS,
+) -> bytes:
+    """encode_batch(Records.from_lists(...)), cheaper for few records."""
+    count = len(values)
+    if headers is None and 1 <= count <= FEW_RECORDS_MAX and len(timestamps_ms) == count:
+        if keys is not None and keys.count(None) == count:
+            keys = None
+        payload = encode_few(values, keys, timestamps_ms) if keys is None or len(keys) == count else None
+        if payload is not None:
+            return _encode_few(payload, count, keys is not None, timestamps_ms, codec, producer, limits)
+    return encode_batch(
+        Records.from_lists(values, keys, timestamps_ms, headers), codec=codec, producer=producer, limits=limits
+    )
+
+
+def _encode_few(
+    payload: bytes,
+    record_count: int,
+    has_keys: bool,
+    timestamps_ms: Sequence[int],
+    codec: Codec,
+    producer: ProducerStamp | None,
+    limits: FormatLimits,
+) -> bytes:
+    check_uncompressed(len(payload), limits, 0)
+    codec, parts = _compress([payload], len(payload), Codec(codec))
+    header = BatchHeader(
+        base_offset=0,
+        epoch=0,
+        crc=0,
+        codec=codec,
+        size_bytes=_checked_size(parts, limits),
+        uncompressed_bytes=len(payload),
+        record_count=record_count,
+        last_offset_delta=record_count - 1,
+        first_timestamp_ms=timestamps_ms[0],
+        max_timestamp_ms=max(timestamps_ms),
+        producer=producer,
+        contiguous=True,
+        has_keys=has_keys,
+        has_headers=False,
+    )
+    return b"".join([encode_batch_header(header, parts), *parts])
+
+
+def _checked_size(parts: Sequence[bytes | memoryview], limits: FormatLimits) -> int:
+    size_bytes = BATCH_HEADER_SIZE + sum(map(len, parts))
+    if size_bytes > limits.batch_bytes_max:
+        raise FormatError(f"batch of {size_bytes} bytes, batch_bytes_max is {limits.batch_bytes_max}")
+    return size_bytes
 
 
 def _check_columns(records: Records, limits: FormatLimits) -> None:
@@ -164,8 +224,12 @@ def validate_new_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) ->
 
     Batches written before there were these limits may be beyond them, and are read all the same.
     """
-    header, records = _decode_one(buffer, limits)
-    check_new_timestamps(records.timestamps_ms)
+    header = check_one_batch(buffer, limits)
+    few = _timestamps_of_few(buffer, header)
+    if few is None:
+        check_new_timestamps(decode_checked(buffer, header, limits).timestamps_ms)
+    else:
+        _check_new_timestamps(min(few), header.max_timestamp_ms)
     if header.producer is not None:
         most = INT64_MAX - header.record_count
         if header.producer.base_sequence > most:
@@ -173,9 +237,23 @@ def validate_new_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) ->
     return header
 
 
+def _timestamps_of_few(buffer: Buffer, header: BatchHeader) -> list[int] | None:
+    """The timestamps of a checked batch of few records that is right all through; None where the column path has to
+    decide."""
+    if header.record_count > FEW_RECORDS_MAX or header.has_headers or not header.contiguous:
+        return None
+    payload, _ = open_payload(buffer, header)
+    timestamps = timestamps_of_few(payload, header.record_count, header.first_timestamp_ms, header.has_keys)
+    return timestamps if timestamps is not None and max(timestamps) == header.max_timestamp_ms else None
+
+
 def check_new_timestamps(timestamps_ms: Int64s) -> None:
     """Checks that all timestamps lie in the years 1 to 9999. Raises ValueOutOfRange."""
-    for extreme in (int(smallest_of(timestamps_ms)), int(largest_of(timestamps_ms))):
+    _check_new_timestamps(int(smallest_of(timestamps_ms)), int(largest_of(timestamps_ms)))
+
+
+def _check_new_timestamps(earliest_ms: int, latest_ms: int) -> None:
+    for extreme in (earliest_ms, latest_ms):
         if not TIMESTAMP_MS_MIN <= extreme <= TIMESTAMP_MS_MAX:
             raise ValueOutOfRange("timestamp_ms", extreme, TIMESTAMP_MS_MIN, TIMESTAMP_MS_MAX, FIRST_TIMESTAMP_AT)
 
