@@ -24,10 +24,12 @@ from shformat import (
     decode_batches,
     encode_batch,
     encode_frame_header,
+    encode_lists,
     encode_wal_file_header,
     scan_frames,
     stamp_batch,
     validate_batch,
+    validate_new_batch,
 )
 
 MB = 1e6
@@ -138,6 +140,13 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
         "lz4_in_mb_per_s": mb_per_s(payload_bytes, lambda: each(squeeze, payloads)),
         "lz4_out_mb_per_s": mb_per_s(payload_bytes, lambda: each(expand, squeezed)),
     }
+    values, keys, timestamps_ms = records.values.to_list(), records.keys.to_list(), records.timestamps_ms.tolist()
+    for size in (1, 10, 100, 1000):
+        lists = (values[:size], keys[:size], timestamps_ms[:size])
+        encoded = encode_lists(*lists)
+        label = f"{size}_records"
+        results[f"encode_lists_us_{label}"] = median_s(lambda lists=lists: encode_lists(*lists), rounds) * 1e6  # type: ignore[misc]
+        results[f"validate_new_us_{label}"] = median_s(lambda one=encoded: validate_new_batch(one), rounds) * 1e6  # type: ignore[misc]
     for size in (10, 100, 1000):
         small = stamped(records, size, Codec.LZ4)
         log = wal_file(stamped(records, size, Codec.NONE), size)

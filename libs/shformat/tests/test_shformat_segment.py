@@ -35,6 +35,7 @@ from shformat import (
     run_plan_async,
     stamp_batch,
 )
+from shformat.segment_builder import COPY_BYTES_MIN
 
 INT64_MAX = (1 << 63) - 1
 TOPIC = bytes(range(1, 17))
@@ -156,6 +157,16 @@ def test_a_large_batch_without_compression_is_compressed() -> None:
     assert (header.codec, header.producer, header.base_offset, header.epoch) == (Codec.LZ4, stamp, 5, 3)
     assert len(built.parts[1]) < len(large) // 10
     assert build([large], block_bytes_target=10_000, codec=Codec.NONE).parts[1] == large
+
+
+def test_batches_from_the_copy_threshold_on_are_copied_as_they_are() -> None:
+    """With the default block size. A merged block carries no producer stamp, a copied one its own."""
+    stamp, value = ProducerStamp(1, 2, 3), bytes(COPY_BYTES_MIN)
+    large = stamp_batch(encode_batch(Records.from_lists([value]), producer=stamp), 0, 3)
+    small = stamp_batch(encode_batch(Records.from_lists([value[: COPY_BYTES_MIN - 100]]), producer=stamp), 1, 3)
+    built = build([large, small])
+    assert built.parts[1] == large
+    assert read_batch_header(built.parts[2]).producer is None
 
 
 def test_epochs_never_share_a_block() -> None:
