@@ -13,7 +13,7 @@ from shformat import DEFAULT_LIMITS, Codec, Header, ProducerStamp, encode_lists
 T = TypeVar("T")
 
 # What a record costs in a batch besides its bytes (lengths, timestamp: at most 30), and in memory meanwhile (list
-# entries); so that a batch of empty records ends too: 8,192 of them in 256 KiB.
+# entries); so that a batch of empty records ends too: 32,768 of them in 1 MiB.
 RECORD_OVERHEAD_BYTES = 32
 # A record alone may fill a batch: what the format allows, minus its header, tables and this record's columns.
 RECORD_BYTES_MAX = DEFAULT_LIMITS.batch_bytes_max - 64 * 1024

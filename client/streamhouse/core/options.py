@@ -42,11 +42,12 @@ class ProducerOptions:
     acks: Acks = "wal"
     # Waits for company: at 100,000 records/s 5 ms make batches of 500 records, and cost 5 ms of latency.
     linger_ms: int = 5
-    # 2,000 records of 100 bytes: the cost of a request is below a tenth of encoding it, and 8 fit in flight.
-    batch_bytes: int = 256 * 1024
+    # A batch is a request, a frame of the log and a block of a segment: under load their costs are per batch. Records
+    # of 1 KiB: 453 MB/s and 3.0 CPU s per million with 1 MiB, 224 and 7.1 with 256 KiB. Without load linger_ms decides.
+    batch_bytes: int = MIB
     compression: Compression = "lz4"
     idempotent: bool = True
-    # Requests per leader: 8 x 256 KiB fill a link of 1 GB/s with a round trip of 2 ms.
+    # Requests per leader: 8 x 1 MiB fill a link of 1 GB/s with a round trip of 8 ms.
     max_in_flight: int = 8
     # A second of 64 MB/s: enough to ride out a leader change, little enough for a small process.
     buffer_bytes_max: int = 64 * MIB
