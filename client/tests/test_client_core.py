@@ -264,7 +264,7 @@ def test_a_consumers_option_out_of_its_limits_is_named(options, named):
         ({"linger_ms": True}, "linger_ms is True, must be 0 to 60000"),
         ({"batch_bytes": 0}, "batch_bytes is 0"),
         ({"max_in_flight": 1025}, "max_in_flight is 1025, must be 1 to 1024"),
-        ({"buffer_bytes_max": 1}, "buffer_bytes_max is 1, must be 262144 to"),
+        ({"buffer_bytes_max": 1}, "buffer_bytes_max is 1, must be 1048576 to"),
         ({"idempotent": None}, "idempotent is None"),
         ({"client_id": None}, "client_id is None"),
         ({"delivery_timeout_ms": 0}, "delivery_timeout_ms is 0"),
