@@ -11,6 +11,7 @@ SLICE = events.Slice("t", "orders", 1, 2, 3, 4, 5, 6)
 RANGE = events.RangeState(1, 2, 3, 4, None, "orphaned", "a", "w")
 CHANGE = events.OffsetChange("t", "orders", 1, -1, 5)
 SAMPLES: dict[str, object] = {
+    "bool": True,
     "str": "text",
     "int": 7,
     "int | None": None,
