@@ -7,10 +7,10 @@ Owns: the counters made here, by name. Does not own: the SDK, which `Telemetry.c
 Invariants: a counter shows 0 for each known value of its label, made before the SDK was installed or after.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 
-from opentelemetry.metrics import Counter, Meter, UpDownCounter
+from opentelemetry.metrics import CallbackOptions, Counter, Meter, Observation, UpDownCounter
 
 _made: dict[str, tuple[Counter | UpDownCounter, list[dict[str, str]]]] = {}
 
@@ -32,6 +32,37 @@ def up_down_counter(meter: Meter, name: str, description: str) -> UpDownCounter:
 def names_of(kinds: type[Enum]) -> list[str]:
     """Returns the members' names in lower case, as labels show them."""
     return [kind.name.lower() for kind in kinds]
+
+
+OTHER_TOPICS = "(other)"
+"""Value of the label for topics beyond the limit; no topic may be called so."""
+
+
+class TopicCounter:
+    """A counter by topic. The first `topics_max` topics that count anything have their own, until the process ends; all
+    further ones count together, as OTHER_TOPICS."""
+
+    def __init__(self, meter: Meter, name: str, description: str, topics_max: int) -> None:
+        self._topics_max = topics_max
+        self._other = 0
+        self._counts: dict[str, int] = {}
+        callbacks: list[Callable[[CallbackOptions], Iterable[Observation]]] = [self._observe]
+        meter.create_observable_counter(name, callbacks, description=description)
+
+    def add(self, topic: str, amount: int) -> None:
+        """Counts; one look-up, as it is called for every batch."""
+        count = self._counts.get(topic)
+        if count is not None:
+            self._counts[topic] = count + amount
+        elif len(self._counts) < self._topics_max:
+            self._counts[topic] = amount
+        else:
+            self._other += amount
+
+    def _observe(self, _: CallbackOptions) -> Iterable[Observation]:
+        """Called in the thread of a scrape."""
+        counts = [(OTHER_TOPICS, self._other), *list(self._counts.items())]
+        return [Observation(count, {"topic": topic}) for topic, count in counts]
 
 
 def start_at_zero() -> None:

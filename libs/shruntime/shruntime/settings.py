@@ -150,6 +150,11 @@ class CommonSettings(BaseSettings):
         super().__init_subclass__(**kwargs)
         CommonSettings.known[cls.service] = cls
 
+    @property
+    def is_measured(self) -> bool:
+        """True if metrics are shown anywhere."""
+        return bool(self.otlp_endpoint or self.prometheus_listen)
+
     @classmethod
     def settings_customise_sources(
         cls,

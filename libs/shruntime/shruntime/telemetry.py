@@ -54,7 +54,7 @@ class Telemetry:
     @classmethod
     def configure(cls, service: str, settings: CommonSettings) -> Telemetry:
         """Installs exporters as the settings ask; call once per process, before channels and servers are made."""
-        if not settings.otlp_endpoint and not settings.prometheus_listen:
+        if not settings.is_measured:
             return cls(enabled=False)
         from shruntime import _telemetry_sdk  # the SDK is only imported where it is used
 

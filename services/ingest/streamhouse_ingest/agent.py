@@ -5,11 +5,13 @@ import logging
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from shproto.errors import ShuttingDown, Unavailable
 from shproto.services import CoordinatorApi
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import Clock
+from shruntime.disk_space import DiskSpace
 from shruntime.tasks import Tasks
 
 from streamhouse_ingest.core.partition_log import PartitionLog
@@ -40,7 +42,7 @@ class Agent:
         self._settings = settings
         self._clock = clock
         self._open_log = open_log
-        self._metrics = IngestMetrics()
+        self._metrics = IngestMetrics(settings.metrics_topics_max)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="wal")
         self._running: AgentParts | None = None
         self._following: asyncio.Task[None] | None = None
@@ -133,7 +135,12 @@ class Agent:
             await loop.run_in_executor(self._thread, wal.sync)
 
     def _observe(self, running: AgentParts) -> None:
-        gauges = {
+        disk = DiskSpace(Path(self._settings.wal_dir), self._clock, self._thread)
+        if self._settings.is_measured:
+            self.tasks.spawn("free space of the log's disk", disk.run())
+        gauges: dict[str, tuple[str, Callable[[], int | None]]] = {
+            "streamhouse_ingest_wal_bytes_max": ("limit of it", lambda: self._settings.wal_bytes_max),
+            "streamhouse_ingest_wal_disk_free_bytes": ("bytes left on the disk of the log", lambda: disk.free_bytes),
             "streamhouse_ingest_wal_bytes": ("bytes of the write-ahead log", lambda: running.opened.index.size_bytes),
             "streamhouse_ingest_memory_bytes": ("bytes of batches in memory", lambda: running.logs.memory_bytes),
             "streamhouse_ingest_queue_bytes": ("bytes waiting to be written", lambda: running.writer.queue_bytes),

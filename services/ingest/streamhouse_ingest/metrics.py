@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Observation
 from shproto import errors
+from shruntime.counters import TopicCounter
 from shruntime.counters import counter as counter_from_start
 
 REFUSALS = (
@@ -32,7 +33,7 @@ REFUSALS = (
 class IngestMetrics:
     """Instruments of one agent. Names are streamhouse_ingest_<what>_<unit>, written out so that a search finds them."""
 
-    def __init__(self) -> None:
+    def __init__(self, topics_max: int) -> None:
         meter = metrics.get_meter("streamhouse.ingest")
 
         def counter(name: str, description: str) -> metrics.Counter:
@@ -44,6 +45,12 @@ class IngestMetrics:
         self._meter = meter
         self.records = counter("streamhouse_ingest_records_total", "records written to the log")
         self.bytes = counter("streamhouse_ingest_bytes_total", "batch bytes written to the log")
+        self.topic_records = TopicCounter(
+            meter, "streamhouse_ingest_topic_records_total", "records written to the log, by topic", topics_max
+        )
+        self.topic_bytes = TopicCounter(
+            meter, "streamhouse_ingest_topic_bytes_total", "batch bytes written to the log, by topic", topics_max
+        )
         self.duplicates = counter("streamhouse_ingest_duplicates_total", "retries of idempotent producers recognised")
         self.rejected = counter_from_start(
             meter,
@@ -65,10 +72,11 @@ class IngestMetrics:
         self.write_ms = histogram("streamhouse_ingest_wal_write_ms", "write and fsync of a group")
         self.group_bytes = histogram("streamhouse_ingest_group_bytes", "bytes of a group")
 
-    def observe(self, name: str, description: str, value: Callable[[], int]) -> None:
-        """A gauge that is asked when metrics are collected."""
+    def observe(self, name: str, description: str, value: Callable[[], int | None]) -> None:
+        """Makes a gauge that is asked when metrics are collected, and shows nothing while it is None."""
 
         def callback(_: CallbackOptions) -> Iterable[Observation]:
-            return [Observation(value())]
+            found = value()
+            return [] if found is None else [Observation(found)]
 
         self._meter.create_observable_gauge(name, [callback], description=description)

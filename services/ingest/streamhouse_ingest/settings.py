@@ -142,6 +142,13 @@ class IngestSettings(CommonSettings):
         8 * MIB, ge=64 * 1024, le=32 * MIB, description="bytes of one ReadTail answer, whatever was asked for"
     )
     read_tail_wait_ms_max: int = Field(30_000, ge=0, le=600_000, description="ms a ReadTail may wait for new records")
+    metrics_topics_max: int = Field(
+        100,
+        ge=0,
+        le=100_000,
+        description="topics that have metrics of their own; further ones are together, as topic `(other)`: each takes "
+        "memory in the monitoring system for as long as it keeps anything",
+    )
     lease_margin_ms: int = Field(
         2_000,
         ge=0,

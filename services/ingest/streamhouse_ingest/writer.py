@@ -269,6 +269,8 @@ class Writer:
             held.traceparents.append(append.traceparent)
         self._metrics.records.add(event.record_count)
         self._metrics.bytes.add(position.size_bytes)
+        self._metrics.topic_records.add(held.log.topic, event.record_count)
+        self._metrics.topic_bytes.add(held.log.topic, position.size_bytes)
         self._metrics.append_ms.record(now_ms - append.queued_ms)
 
     def _answer(self, append: Append, decision: Decision) -> Written | StreamHouseError:

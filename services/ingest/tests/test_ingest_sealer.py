@@ -43,7 +43,7 @@ async def announced(logs: Logs, slices: int) -> list[pb.AnnounceBufferRequest]:
     holder = CurrentSession()
     holder.set("token", "session")
     limits = SealLimits(1 << 26, 10_000, 20, 1 << 28, 1 << 28)
-    sealer = Sealer(logs, coordinator, holder, SystemClock(), limits, Backoff(1, 1), IngestMetrics())
+    sealer = Sealer(logs, coordinator, holder, SystemClock(), limits, Backoff(1, 1), IngestMetrics(topics_max=1))
     sealer.restart()
     task = asyncio.create_task(sealer.announce())
     async with asyncio.timeout(20):
@@ -88,7 +88,7 @@ async def test_the_number_of_buffers_that_wait_for_registration_stays_small() ->
     holder = CurrentSession()
     holder.set("token", "session")
     limits = SealLimits(1 << 26, 1_000, 20, 1 << 28, 1 << 28)
-    sealer = Sealer(logs, coordinator, holder, clock, limits, Backoff(1, 1), IngestMetrics())
+    sealer = Sealer(logs, coordinator, holder, clock, limits, Backoff(1, 1), IngestMetrics(topics_max=1))
     tasks = [asyncio.create_task(sealer.run()), asyncio.create_task(sealer.announce())]
     waiting, largest = 0, 0
     for now_ms in range(0, 600_000, 200):

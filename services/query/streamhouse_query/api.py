@@ -13,11 +13,12 @@ from shproto.errors import DataLoss, InvalidArgument, Overloaded, StreamHouseErr
 from shproto.rpc import caller_connection, time_left_ms
 from shproto.v1 import query_pb2
 from shruntime.byte_budget import ByteBudget
+from shruntime.counters import TopicCounter
 from shruntime.fair_executor import FairExecutor, QueueFull
 
 from streamhouse_query.chunk_reader import ChunkCache
 from streamhouse_query.core.plain import plain_records
-from streamhouse_query.counters import fetch_duration_ms
+from streamhouse_query.counters import fetch_duration_ms, meter
 from streamhouse_query.fetch import fetch
 from streamhouse_query.lookups import Found, Lookups
 from streamhouse_query.reads import Fetched, Reads, Want
@@ -50,6 +51,12 @@ class QueryApi:
         self._lookups = Lookups(reads)
         self._cache = cache
         self._settings = settings
+        self._topic_bytes = TopicCounter(
+            meter,
+            "streamhouse_query_topic_fetched_bytes_total",
+            "batch bytes given to readers, by topic",
+            settings.metrics_topics_max,
+        )
         self._work = FairExecutor(at_once_max=settings.decodes_at_once_max, bytes_max=settings.decode_queue_bytes_max)
         self._connections = ConnectionBudgets(settings.subscribe_connection_bytes)
 
@@ -200,6 +207,7 @@ class QueryApi:
     async def _respond(self, want: Want, fetched: Fetched, form: int) -> query_pb2.FetchResponse:
         self._counters.fetches += 1
         self._counters.fetched_bytes += fetched.size_bytes
+        self._topic_bytes.add(want.topic, fetched.size_bytes)
         response = query_pb2.FetchResponse(
             topic=want.topic,
             partition=want.partition[1],

@@ -25,6 +25,8 @@ download_duration_ms = meter.create_histogram(
 
 _GAUGES = {
     "streamhouse_query_cache_bytes": "bytes in the disk cache",
+    "streamhouse_query_cache_bytes_max": "limit of it",
+    "streamhouse_query_cache_disk_free_bytes": "bytes left on the disk of the cache",
     "streamhouse_query_index_segments": "segments in the index",
     "streamhouse_query_feed_position": "position of the last event applied to the index",
 }
@@ -59,7 +61,7 @@ class Counters:
     snapshots: int = _counter("snapshots of the index taken")
 
 
-def export(counters: Counters, gauges: dict[str, Callable[[], int]]) -> None:
+def export(counters: Counters, gauges: dict[str, Callable[[], int | None]]) -> None:
     """Registers every counter and gauge with telemetry; without the SDK this does nothing."""
     for item in fields(Counters):
         callback = _observe(partial(getattr, counters, item.name))
@@ -70,6 +72,10 @@ def export(counters: Counters, gauges: dict[str, Callable[[], int]]) -> None:
 
 
 def _observe(
-    read: Callable[[], int],
+    read: Callable[[], int | None],
 ) -> Callable[[metrics.CallbackOptions], Iterable[metrics.Observation]]:
-    return lambda _: [metrics.Observation(read())]
+    def callback(_: metrics.CallbackOptions) -> Iterable[metrics.Observation]:
+        found = read()
+        return [] if found is None else [metrics.Observation(found)]
+
+    return callback

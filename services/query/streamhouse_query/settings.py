@@ -109,6 +109,26 @@ class QuerySettings(StoreSettings):
         le=1 << 40,
         description="bytes of batches that wait for that, beyond which callers are told to come again",
     )
+    metrics_topics_max: int = Field(
+        100,
+        ge=0,
+        le=100_000,
+        description="topics that have metrics of their own; further ones are together, as topic `(other)`: each takes "
+        "memory in the monitoring system for as long as it keeps anything",
+    )
+    group_lag_interval_ms: int = Field(
+        15_000,
+        ge=100,
+        le=3_600_000,
+        description="ms between looks at the lag of consumer groups, a small call to the coordinator for each group; "
+        "only while metrics are on",
+    )
+    metrics_group_topics_max: int = Field(
+        200,
+        ge=0,
+        le=100_000,
+        description="pairs of consumer group and topic whose lag is shown; of more, those that are furthest behind",
+    )
 
     @field_validator("cache_chunk_bytes")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
@@ -13,6 +13,7 @@ from shruntime.advertise import advertised_address
 from shruntime.agent_checks import AgentChecks
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
+from shruntime.disk_space import DiskSpace
 from shruntime.logs import configure_logging
 from shruntime.memory import give_back_freed_memory, log_memory_limits
 from shruntime.peers import Peers, connect_to_coordinators
@@ -33,6 +34,7 @@ from streamhouse_query.core.readahead import ReadAhead
 from streamhouse_query.counters import Counters, export
 from streamhouse_query.follower import Follower
 from streamhouse_query.freshness import Freshness
+from streamhouse_query.group_lags import GroupLags
 from streamhouse_query.live_index import LiveIndex
 from streamhouse_query.reads import Reads
 from streamhouse_query.segment_reader import SegmentReader
@@ -57,6 +59,7 @@ class QueryService:
     _redis: RedisCache | None
     _follower: Follower
     _session: SessionKeeper
+    _measuring: Mapping[str, Callable[[], Coroutine[None, None, None]]]
 
     async def start(self, address: str) -> None:
         """Loads the index, then opens the session under which clients find `address`. Waits for a coordinator.
@@ -69,6 +72,8 @@ class QueryService:
         self.tasks.spawn("query feed", self._follower.run())
         self.tasks.spawn("query head", self._follower.watch_head())
         self.tasks.spawn("query session", self._session.run())
+        for name, measure in self._measuring.items():
+            self.tasks.spawn(name, measure())
 
     async def stop(self) -> None:
         """Ends long polls and subscriptions with ShuttingDown, gives the session back. Safe after a failed start."""
@@ -121,17 +126,30 @@ def build(
         store_trouble=lambda: store.trouble if isinstance(store, RetryingStore) else "",
     )
     session = SessionKeeper(coordinator, settings.agent_id, clock, agents)
+    space = DiskSpace(settings.cache_dir, clock)
+    lags = GroupLags(
+        coordinator,
+        index,
+        reads.watermarks,
+        clock,
+        interval_ms=settings.group_lag_interval_ms,
+        series_max=settings.metrics_group_topics_max,
+    )
+    lags.export()
     follower = Follower(coordinator, index, lambda: session.token, clock, counters)
     export(
         counters,
         {
             "streamhouse_query_cache_bytes": lambda: disk.size_bytes,
+            "streamhouse_query_cache_bytes_max": lambda: disk.bytes_max,
+            "streamhouse_query_cache_disk_free_bytes": lambda: space.free_bytes,
             "streamhouse_query_index_segments": lambda: index.cluster.segment_count,
             "streamhouse_query_feed_position": lambda: index.cluster.position,
         },
     )
     api = QueryApi(reads, disk, settings)
-    return QueryService(api, tasks, index, disk, redis, follower, session)
+    measuring = {"group lag": lags.run, "free space of the cache's disk": space.run} if settings.is_measured else {}
+    return QueryService(api, tasks, index, disk, redis, follower, session, measuring)
 
 
 def _redis(settings: QuerySettings, clock: Clock, counters: Counters) -> RedisCache | None:

@@ -1,0 +1,43 @@
+"""How far a consumer group is behind in one partition, as far as the index and the leaders' last words tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .index import EpochRange, PartitionIndex, RangeStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """`records` still to be read, and by how many ms the first of them is older than now."""
+
+    records: int
+    behind_ms: int
+
+    def __add__(self, other: Lag) -> Lag:
+        """Returns the lag of two partitions together: the sum of the records, the later of the two."""
+        return Lag(self.records + other.records, max(self.behind_ms, other.behind_ms))
+
+
+def lag_of(partition: PartitionIndex, offset: int, end_offset: int, now_ms: int) -> Lag:
+    """Returns the lag of a reader whose next record is the one at `offset`; `end_offset`: of the partition.
+
+    A record's time is taken for that of the newest one of its segment. Records that are not in a segment yet are 0 ms
+    old: they are sealed within seconds.
+    """
+    offset = max(offset, partition.log_start_offset)
+    records = sum(max(0, end - max(offset, start)) for start, end in _written(partition.ranges, end_offset))
+    segment = partition.segment_at(offset) or partition.segment_after(offset)
+    if not records or segment is None or segment.lost_reason:
+        return Lag(records, 0)
+    return Lag(records, max(0, now_ms - segment.max_timestamp_ms))
+
+
+def _written(ranges: list[EpochRange], end_offset: int) -> Iterable[tuple[int, int]]:
+    """Yields what was acknowledged of each range, which has no gaps inside: start and end."""
+    for item in ranges[:-1]:
+        is_settled = item.status is RangeStatus.SETTLED and item.end_offset is not None
+        yield item.start_offset, item.end_offset if is_settled and item.end_offset is not None else item.registered_end
+    if ranges:
+        yield ranges[-1].start_offset, end_offset
