@@ -1,14 +1,18 @@
-"""Which partition a record goes to: its key's as in Kafka, or for those without keys one that stays for a batch."""
+"""Which partition a record goes to: the application's choice, its key's as in Kafka, or for those without keys one that
+stays for a batch."""
 
 import random
 from functools import lru_cache
+from operator import index
+from reprlib import repr as short
+from typing import SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 from shproto.errors import UnknownPartition
 
 from streamhouse.core.murmur2 import partition_of, partitions_of
-from streamhouse.core.options import partition_number
+from streamhouse.core.options import Partitioner, partition_number
 from streamhouse.core.outgoing import ManyRecords
 from streamhouse.gatherer import Gatherer, LaneState
 from streamhouse.metadata import TopicState
@@ -16,6 +20,33 @@ from streamhouse.metadata import TopicState
 # Keys repeat; 16,384 of them cost 2 MB and save most of the hashing, with the largest that are kept 6 MB.
 CACHED_KEY_BYTES_MAX = 256
 _partition_of_cached = lru_cache(maxsize=16_384)(partition_of)
+
+
+def choose(partitioner: Partitioner, topic: str, key: bytes | None, partitions: int) -> int | None:
+    """Returns the partition that the application chooses; None where it leaves the choice to us. Raises what the
+    partitioner raises, TypeError, UnknownPartition."""
+    chosen = partitioner(topic, key, partitions)
+    if chosen is None:
+        return None
+    if not isinstance(chosen, SupportsIndex):
+        kind = type(chosen).__name__
+        raise TypeError(f"the partitioner returned {short(chosen)} ({kind}), must return a partition's number or None")
+    number = index(chosen)
+    if not 0 <= number < partitions:
+        raise UnknownPartition(
+            f"the partitioner returned {number}, topic {topic!r} has partitions 0 to {partitions - 1}",
+            topic=topic,
+            partition=number,
+            partitions=partitions,
+        )
+    return number
+
+
+def choose_many(partitioner: Partitioner, topic: str, records: ManyRecords, partitions: int) -> NDArray[np.int64]:
+    """Returns the choice for each record, shape (n,); -1 where it is left to us. Raises what `choose` raises."""
+    keys = records.keys if records.keys is not None else [None] * len(records.values)
+    choices = (choose(partitioner, topic, key, partitions) for key in keys)
+    return np.fromiter((-1 if choice is None else choice for choice in choices), np.int64, len(keys))
 
 
 class TopicLanes:
@@ -62,8 +93,17 @@ class TopicLanes:
             lane = self.lanes[self._next_sticky()]
         return lane
 
-    def partitions(self, records: ManyRecords, start: int, stop: int) -> NDArray[np.int64]:
-        """Of records start to stop, shape (stop - start,)."""
+    def partitions(
+        self, records: ManyRecords, start: int, stop: int, chosen: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int64]:
+        """Of records start to stop, shape (stop - start,). chosen: for all records, -1 where the choice is ours."""
+        if chosen is None:
+            return self._own_partitions(records, start, stop)
+        partitions = chosen[start:stop]
+        ours = partitions < 0
+        return np.where(ours, self._own_partitions(records, start, stop), partitions) if ours.any() else partitions
+
+    def _own_partitions(self, records: ManyRecords, start: int, stop: int) -> NDArray[np.int64]:
         keys = records.key_column(start, stop)
         if keys is None:
             return self._sticky_partitions(records.sizes[start:stop])

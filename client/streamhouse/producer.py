@@ -22,13 +22,14 @@ from streamhouse.core.options import (
     ACKS_NAMES,
     Acks,
     Compression,
+    Partitioner,
     ProducerOptions,
     Serializer,
     addresses_of,
     check_timeout_s,
     check_topic_name,
 )
-from streamhouse.core.outgoing import Bytes, CheckedRecord, Headers, ManyRecords, check_record, cut
+from streamhouse.core.outgoing import CheckedRecord, Headers, ManyRecords, check_record, cut
 from streamhouse.core.room import Room
 from streamhouse.core.serializers import Serializers
 from streamhouse.delivery import Delivery, Placed, PlacedRecords, SendFuture, SendResult, send_future
@@ -36,7 +37,7 @@ from streamhouse.fair_lock import FairLock, Ticket
 from streamhouse.gatherer import LaneState
 from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
-from streamhouse.placing import TopicLanes
+from streamhouse.placing import TopicLanes, choose, choose_many
 from streamhouse.records import RecordMetadata
 from streamhouse.retries import Retries
 from streamhouse.sender import Sender
@@ -57,7 +58,9 @@ class Producer:
     offsets are -1). idempotent: retries are written once. linger_ms, batch_bytes: how long and how much to gather.
     buffer_bytes_max: unacknowledged records beyond it make `send` wait. delivery_timeout_ms: how long a record is
     retried before its future fails. key_serializer, value_serializer: called with every key and value that is not None,
-    return bytes. Raises InvalidArgument for an option out of its limits.
+    return bytes. partitioner: called with topic, key and number of partitions, returns a partition or None.
+
+    Raises InvalidArgument for an option out of its limits.
     One producer belongs to one event loop; `streamhouse.sync.Producer` may be shared by threads.
     """
 
@@ -78,6 +81,7 @@ class Producer:
         client_id: str = _DEFAULTS.client_id,
         key_serializer: Serializer | None = None,
         value_serializer: Serializer | None = None,
+        partitioner: Partitioner | None = None,
         telemetry: Interceptors | None = None,
     ) -> None:
         self._options = ProducerOptions(
@@ -93,6 +97,7 @@ class Producer:
             client_id=client_id,
             key_serializer=key_serializer,
             value_serializer=value_serializer,
+            partitioner=partitioner,
         )
         self._serializers = Serializers.of(self._options)
         addresses = addresses_of(bootstrap)
@@ -166,6 +171,12 @@ class Producer:
             value, key = self._serializers.one(topic, value, key)
         record = check_record(value, key, headers, timestamp_ms)
         target = self._at_once(topic, partition, record[-1]) or await self._wait(topic, partition, record[-1])
+        if partition is None and self._options.partitioner is not None:
+            try:
+                partition = self.choose_partition(topic, record[1])
+            except BaseException:
+                self._give_back(record[-1])
+                raise
         delivery, index, taken_ms = self._add(target, record, partition)
         return send_future(target.loop, delivery, index, taken_ms)
 
@@ -182,9 +193,16 @@ class Producer:
         Returns the place of the record. Raises what `send` raises, and what delivery failed with."""
         return await (await self.send(topic, value, key, headers, partition, timestamp_ms))
 
+    def choose_partition(self, topic: str, key: bytes | None) -> int | None:
+        """Returns the partitioner's choice for a key of a topic that `knows`; safe from any thread. Raises what it
+        raises, TypeError, UnknownPartition."""
+        partitioner = self._options.partitioner
+        assert partitioner is not None, "this is called for it"
+        return choose(partitioner, topic, key, len(self._topics[topic].lanes))
+
     async def take(self, topic: str, record: CheckedRecord, partition: int | None) -> tuple[Delivery, int, int]:
-        """Takes a record as `check_record` returns it. Returns its batch's outcome, its position in the batch and its
-        timestamp. Raises what `send` raises."""
+        """Takes a record as `check_record` returns it; asks no partitioner. Returns its batch's outcome, its position
+        in the batch and its timestamp. Raises what `send` raises."""
         target = self._at_once(topic, partition, record[-1]) or await self._wait(topic, partition, record[-1])
         return self._add(target, record, partition)
 
@@ -226,32 +244,52 @@ class Producer:
         `await` the result for `SentRecords` (partitions and offsets as arrays). Nothing is sent if any record is
         refused; raises what `send` raises, with the record's position.
         """
+        records = self.check_many(topic, values, keys, timestamps_ms, headers)
+        return SendResult(await self.take_many(topic, records, partition), loop=asyncio.get_running_loop())
+
+    def check_many(
+        self,
+        topic: str,
+        values: Sequence[Any],
+        keys: Sequence[Any] | None,
+        timestamps_ms: int | datetime | Sequence[int | datetime] | None,
+        headers: Sequence[Headers] | None,
+    ) -> ManyRecords:
+        """Returns the records of a `send_many` as they will be sent; safe from any thread. Raises TypeError,
+        InvalidArgument, BatchTooLarge, SerializationError."""
         if self._serializers is not None:
             values, keys = self._serializers.many(topic, values, keys)
-        records = await self.take_many(topic, values, keys, timestamps_ms, headers, partition)
-        return SendResult(records, loop=asyncio.get_running_loop())
+        return ManyRecords.of(
+            values, keys, time.time_ns() // 1_000_000 if timestamps_ms is None else timestamps_ms, headers
+        )
+
+    def choose_partitions(self, topic: str, records: ManyRecords) -> NDArray[np.int64] | None:
+        """Returns the partitioner's choices for records of a topic that `knows`, -1 where it makes none; None without a
+        partitioner; safe from any thread. Raises what `choose_partition` raises."""
+        partitioner = self._options.partitioner
+        if partitioner is None:
+            return None
+        return choose_many(partitioner, topic, records, len(self._topics[topic].lanes))
 
     async def take_many(
         self,
         topic: str,
-        values: Sequence[Bytes | None],
-        keys: Sequence[Bytes | None] | None,
-        timestamps_ms: int | datetime | Sequence[int | datetime] | None,
-        headers: Sequence[Headers] | None,
+        records: ManyRecords,
         partition: int | None,
+        chosen: NDArray[np.int64] | None = None,
     ) -> PlacedRecords:
-        """Takes the records of a `send_many`. Returns the batches that they are in."""
-        if timestamps_ms is None:
-            timestamps_ms = time.time_ns() // 1_000_000
-        records = ManyRecords.of(values, keys, timestamps_ms, headers)
+        """Takes the records of a `send_many`. chosen: what `choose_partitions` has returned, if it was asked already.
+        Returns the batches that they are in."""
         check_topic_name(topic)
         placed: list[Placed] = []
         with self._order.ticket(topic, alone=True) as ticket:
             target = await self._opened(topic, partition)
+            if partition is None and chosen is None:
+                chosen = self.choose_partitions(topic, records)  # of all: nothing is sent if it fails for one
             for start, stop in cut(records.sizes, min(SLICE_BYTES, self._options.buffer_bytes_max // 4)):
                 await asyncio.sleep(0)  # the streams' turn
                 await self._take_room(int(records.sizes[start:stop].sum()), ticket)
-                placed.extend(self._place(target, records, start, stop, partition))
+                placed.extend(self._place(target, records, start, stop, partition, chosen))
         return PlacedRecords(topic, len(records.values), placed)
 
     # ---- the end
@@ -367,12 +405,18 @@ class Producer:
         return self._topics.setdefault(topic, TopicLanes(state, self._sender.gatherer, self._options.batch_bytes))
 
     def _place(
-        self, target: TopicLanes, records: ManyRecords, start: int, stop: int, partition: int | None
+        self,
+        target: TopicLanes,
+        records: ManyRecords,
+        start: int,
+        stop: int,
+        partition: int | None,
+        chosen: NDArray[np.int64] | None,
     ) -> list[Placed]:
         """Puts records start to stop, grouped by partition, into the lanes' batches."""
         if partition is not None:
             return self._extend(target.lanes[partition], records, np.arange(start, stop))
-        partitions = target.partitions(records, start, stop)
+        partitions = target.partitions(records, start, stop, chosen)
         order = np.argsort(partitions, kind="stable")
         numbers, firsts = np.unique(partitions[order], return_index=True)
         groups = np.split(order + start, firsts[1:])

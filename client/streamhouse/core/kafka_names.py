@@ -45,6 +45,7 @@ KAFKA_NAMES: Mapping[Client, Names] = {
         "compression_type": ("compression", '"lz4" or "none"'),
         "compression_codec": ("compression", '"lz4" or "none"'),
         "enable_idempotence": ("idempotent", "on by default"),
+        "partitioner_class": ("partitioner", "a callable"),
         "max_in_flight_requests_per_connection": ("max_in_flight", ""),
         "max_block_ms": ("delivery_timeout_ms", "it bounds how long send waits as well"),
         "message_timeout_ms": ("delivery_timeout_ms", ""),

@@ -19,6 +19,7 @@ Start = Literal["earliest", "latest"] | int | datetime
 """Where reading begins: an end, an offset, a time, or with -N the last N records."""
 Serializer = Callable[[Any], bytes | None]
 Deserializer = Callable[[bytes], Any]
+Partitioner = Callable[[str, bytes | None, int], int | None]
 
 ACKS = {"none": types_pb2.ACKS_NONE, "wal": types_pb2.ACKS_WAL, "durable": types_pb2.ACKS_DURABLE}
 ACKS_NAMES: dict[int, Acks] = {ACKS["none"]: "none", ACKS["wal"]: "wal", ACKS["durable"]: "durable"}
@@ -59,6 +60,8 @@ class ProducerOptions:
     # None: keys and values are bytes.
     key_serializer: Serializer | None = None
     value_serializer: Serializer | None = None
+    # None: Kafka's, by the key.
+    partitioner: Partitioner | None = None
 
     def __post_init__(self) -> None:
         is_kafkas = self.acks in (0, 1, -1, "0", "1", "-1", "all")
@@ -75,6 +78,7 @@ class ProducerOptions:
         _text("client_id", self.client_id, 0)
         _callable("key_serializer", self.key_serializer)
         _callable("value_serializer", self.value_serializer)
+        _callable("partitioner", self.partitioner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +192,7 @@ class ProducerKwargs(TypedDict, total=False):
     client_id: str
     key_serializer: Serializer | None
     value_serializer: Serializer | None
+    partitioner: Partitioner | None
 
 
 class ConsumerKwargs(TypedDict, total=False):

@@ -29,7 +29,7 @@ from streamhouse import producer
 from streamhouse.background import BACKGROUND
 from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.options import ProducerKwargs, check_exit_timeout, check_timeout_s, partition_number
-from streamhouse.core.outgoing import Bytes, CheckedRecord, Headers, check_record
+from streamhouse.core.outgoing import CheckedRecord, Headers, ManyRecords, check_record
 from streamhouse.delivery import Delivery, PlacedRecords, SentRecords
 from streamhouse.producer import close_with, not_acknowledged
 from streamhouse.records import RecordMetadata
@@ -219,6 +219,7 @@ class Producer:
         check_exit_timeout(exit_timeout_ms)
         self._inner = producer.Producer(bootstrap, telemetry=telemetry, **options)
         self._serializers = self._inner._serializers
+        self._partitioner = self._inner._options.partitioner
         self._exit_timeout_ms = exit_timeout_ms
         self._wait_ms = self._inner._options.delivery_timeout_ms
         # Appended to by any thread, taken from by the loop's alone; single steps of a deque need no lock.
@@ -265,8 +266,9 @@ class Producer:
         if partition is not None and partition.__class__ is not int:
             partition = partition_number(partition)
         if not self._inner.knows(topic, partition):
-            _UNCLOSED.add(self)
-            BACKGROUND.run(self._inner.open_topic(topic, partition))
+            self._open_topic(topic, partition)
+        if partition is None and self._partitioner is not None:
+            partition = self._inner.choose_partition(topic, record[1])
         future = SendFuture(self)
         self._stage((future, topic, record, partition), record[4])
         return future
@@ -295,22 +297,25 @@ class Producer:
     ) -> SendResult:
         """Takes many records, in the order given; waits while the buffer is full. Raises what `send` raises."""
         self._must_be_open()
-        if self._serializers is not None:
-            values, keys = self._serializers.many(topic, values, keys)
+        records = self._inner.check_many(topic, values, keys, timestamps_ms, headers)
+        chosen: NDArray[np.int64] | None = None
+        if partition is None and self._partitioner is not None:
+            # In this thread, not in the loop's: the application's code may take its time.
+            if not self._inner.knows(topic, None):
+                self._open_topic(topic, None)
+            chosen = self._inner.choose_partitions(topic, records)
         _UNCLOSED.add(self)
-        return SendResult(BACKGROUND.run(self._take_many(topic, values, keys, timestamps_ms, headers, partition)))
+        return SendResult(BACKGROUND.run(self._take_many(topic, records, partition, chosen)))
 
     async def _take_many(
-        self,
-        topic: str,
-        values: Sequence[Bytes | None],
-        keys: Sequence[Bytes | None] | None,
-        timestamps_ms: int | datetime | Sequence[int | datetime] | None,
-        headers: Sequence[Headers] | None,
-        partition: int | None,
+        self, topic: str, records: ManyRecords, partition: int | None, chosen: NDArray[np.int64] | None
     ) -> PlacedRecords:
         await self._handed_over()
-        return await self._inner.take_many(topic, values, keys, timestamps_ms, headers, partition)
+        return await self._inner.take_many(topic, records, partition, chosen)
+
+    def _open_topic(self, topic: str, partition: int | None) -> None:
+        _UNCLOSED.add(self)
+        BACKGROUND.run(self._inner.open_topic(topic, partition))
 
     def _must_be_open(self) -> None:
         if forks.lost:
