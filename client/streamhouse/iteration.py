@@ -216,7 +216,9 @@ class Iteration:
 
     def _finish(self, portion: Portion) -> None:
         """All of the portion is handed over, or its partition lost."""
-        portion.cursor.delivered = portion.end_offset
+        # What is left of a partition that was lost is nobody's to commit: the next owner is to read it.
+        if portion.cursor.live:
+            portion.cursor.delivered = portion.end_offset
         self._put_down(self._finished)
 
     def _put_down(self, where: list[Portion]) -> None:

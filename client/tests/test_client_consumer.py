@@ -1076,3 +1076,31 @@ async def test_a_deleted_topic_does_not_hold_up_other_commits_nor_leaving(platfo
         platform.add_topic("t", 1)
     assert platform.groups["g"].offsets == {(topic, 0): 20 for topic in others}
     assert not platform.groups["g"].members, "it has left"
+
+
+async def test_the_last_commit_of_what_is_revoked_passes_no_record_that_was_not_handed_over(platform, address):
+    """The application asks for its next record while that commit waits for another one."""
+    await fill(platform, address, 100, partitions=1)
+    offsets, third, go_on = [], asyncio.Event(), asyncio.Event()
+    async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=3_600_000) as consumer:
+
+        async def application():
+            async for record in consumer:
+                offsets.append(record.offset)
+                if len(offsets) == 3:
+                    third.set()
+                    await go_on.wait()
+
+        task = asyncio.create_task(application())
+        async with asyncio.timeout(PATIENCE_S):
+            await third.wait()
+            async with consumer._commits._turn:
+                revoking = asyncio.create_task(consumer._on_revoked({TopicPartition("t", 0)}))
+                await asyncio.sleep(0)
+                go_on.set()
+                while not consumer._iteration._waiting:
+                    await asyncio.sleep(0)
+            await revoking
+        task.cancel()
+    assert offsets == [0, 1, 2]
+    assert platform.groups["g"].offsets["t", 0] == 3
