@@ -27,6 +27,8 @@ from streamhouse.core.in_flight import Worker
 from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import (
+    POLL_BATCHES_RECORDS_MAX,
+    POLL_RECORDS_MAX,
     ConsumerOptions,
     Deserializer,
     OnDataLoss,
@@ -34,6 +36,7 @@ from streamhouse.core.options import (
     Place,
     Start,
     addresses_of,
+    check_poll,
     check_timestamp,
     committed_position,
     partitions_of,
@@ -48,7 +51,7 @@ from streamhouse.offsets import Offsets
 from streamhouse.openings import Openings
 from streamhouse.peers import Peers
 from streamhouse.reader import Reader
-from streamhouse.records import OffsetAndMetadata, Record, RecordBatch, TopicPartition
+from streamhouse.records import OffsetAndMetadata, Record, RecordBatch, TopicPartition, records_of
 from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX, Retries
 
 log = logging.getLogger(__name__)
@@ -292,6 +295,65 @@ class Consumer:
         """Records as columns, a `RecordBatch` of one partition at a time."""
         self._iteration.begin()
         return BatchIterator(self)
+
+    def poll(
+        self, timeout_ms: int = 0, max_records: int = POLL_RECORDS_MAX
+    ) -> Coroutine[Any, Any, dict[TopicPartition, list[Record]]]:
+        """Returns records by partition: what has been received, at most max_records; empty if nothing comes within
+        timeout_ms, or at the end of a bounded read (`at_end`). What the last poll of the task returned is done with.
+
+        Raises as iterating does; InvalidArgument once the consumer is closed.
+        """
+        return self._poll_records(self._polls(timeout_ms, max_records), timeout_ms, max_records)
+
+    def poll_batches(
+        self, timeout_ms: int = 0, max_records: int = POLL_BATCHES_RECORDS_MAX
+    ) -> Coroutine[Any, Any, dict[TopicPartition, list[RecordBatch]]]:
+        """As `poll`, but returns the records as columns: of each partition a list of `RecordBatch`."""
+        return self._poll(self._polls(timeout_ms, max_records), timeout_ms, max_records)
+
+    def _polls(self, timeout_ms: int, max_records: int) -> Worker:
+        """Returns the task that polls. It has done with what it had in hand, unless its arguments are wrong."""
+        check_poll(timeout_ms, max_records)
+        worker = self._worker()
+        worker.held = None
+        return worker
+
+    async def _poll_records(
+        self, worker: Worker, timeout_ms: int, max_records: int
+    ) -> dict[TopicPartition, list[Record]]:
+        return records_of(await self._poll(worker, timeout_ms, max_records))
+
+    async def _poll(self, worker: Worker, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[RecordBatch]]:
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_ms / 1000
+        polled: dict[TopicPartition, list[RecordBatch]] = {}
+        while not polled and await self._advance_within(worker, deadline_s):
+            left = max_records
+            while left and self._iteration.bring():
+                batch = self._iteration.take_batch(worker, left)
+                if batch is not None:
+                    polled.setdefault(TopicPartition(batch.topic, batch.partition), []).append(batch)
+                    left -= len(batch)
+        return polled
+
+    async def _advance_within(self, worker: Worker, deadline_s: float) -> bool:
+        """As `_advance`; False as well if there is nothing to take by the deadline, of the event loop's clock. The
+        first call starts the consumer, however long that takes: a short timeout would end each try."""
+        if self._closed:
+            raise InvalidArgument("the consumer is closed", field="consumer")
+        if self._tasks is None:
+            await self.start()
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                return await self._advance(worker)
+        except TimeoutError:
+            return self._iteration.bring()
+
+    @property
+    def at_end(self) -> bool:
+        """True once a bounded read (`stop_at_end`) has handed over everything up to its end."""
+        return self._tasks is not None and self._iteration.at_end
 
     def _worker(self) -> Worker:
         """The task that calls. Found when it calls, not when what it awaits runs: `wait_for` runs that in another."""

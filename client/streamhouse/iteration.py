@@ -161,9 +161,9 @@ class Iteration:
         portion.cursor.delivered = record.offset + 1
         return record
 
-    def take_batch(self, worker: Worker) -> RecordBatch | None:
-        """As `take`, but all that is left of the portion whose turn it is."""
-        returned = self.in_flight.take_returned(worker, whole=True)
+    def take_batch(self, worker: Worker, count_max: int | None = None) -> RecordBatch | None:
+        """As `take`, but all that is left of the portion whose turn it is, or count_max records of it."""
+        returned = self.in_flight.take_returned(worker, whole=True, count_max=count_max)
         if returned is not None:
             assert isinstance(returned, RecordBatch), "the whole"
             return returned
@@ -172,6 +172,12 @@ class Iteration:
         portion = self._portion
         assert portion is not None, "it has the turn"
         batch = portion.rest()
+        if batch is not None and count_max is not None and len(batch) > count_max:
+            batch = batch.slice(0, count_max)
+            worker.held = (portion.cursor, batch, worker.held)
+            portion.cursor.delivered = int(batch.offsets[-1]) + 1
+            self._forget_rows()  # they may begin before
+            return batch
         if batch is not None:
             worker.held = (portion.cursor, batch, worker.held)
         self._finish(portion)
@@ -275,6 +281,25 @@ class Iteration:
             if is_over:
                 self._turn_ends_s = self._clock() + TURN_S
 
+    def bring(self) -> bool:
+        """Returns True when there is something to take, without waiting. A failure whose turn it is stays where it is,
+        for `advance` to raise: whoever has taken records meanwhile gets these first."""
+        self._settle()
+        while not self._closed:
+            if self.in_flight.has_returned or self._portion is not None or self._coming is not None:
+                return True
+            if not self._reader.has_portion:
+                return False
+            portion = self._reader.pop()
+            assert portion is not None, "it was there"
+            self._coming = self._prepared(portion)
+        return False
+
+    @property
+    def at_end(self) -> bool:
+        """True once a bounded read has handed over everything up to its ends."""
+        return self._stop_at_end and not self.in_flight.returned and self._all_at_end()
+
     async def _let_loop_run(self) -> None:
         """An application whose code never waits would starve heartbeats, its own and others', and the stream."""
         turns = 1 + int((self._clock() - self._turn_ends_s) / LOOP_TURN_S)
@@ -324,7 +349,9 @@ class Iteration:
         return None
 
     def _all_at_end(self) -> bool:
-        return not self._opening() and all(cursor.at_end for cursor in self._reader.cursors.values())
+        # A list, no generator: threads ask for `at_end`, see InFlight.
+        unread = [cursor for cursor in list(self._reader.cursors.values()) if not cursor.at_end]
+        return not unread and not self._opening()
 
     async def _set_ends(self) -> None:
         async with self._ends_turn:

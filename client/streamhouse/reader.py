@@ -261,6 +261,11 @@ class Reader:
         """True if anything waits to be popped."""
         return bool(self._received)
 
+    @property
+    def has_portion(self) -> bool:
+        """True if what `pop` comes to next is a portion and no failure."""
+        return isinstance(next(iter(self._received), None), Portion)
+
     def fail(self, error: StreamHouseError, cursor: Cursor | None = None) -> None:
         """Lets the application see `error` once it has taken what was received before."""
         if cursor is not None:

@@ -1,6 +1,6 @@
 """What applications see of records: one record, where it went, and many as columns."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -147,6 +147,11 @@ class RecordBatch:
             [names, headers.values.to_arrow()], fields=list(_headers_type(pa).value_type)
         )
         return pa.ListArray.from_arrays(pa.array(offsets), pairs, type=_headers_type(pa))
+
+
+def records_of(batches: Mapping[TopicPartition, Sequence[RecordBatch]]) -> dict[TopicPartition, list[Record]]:
+    """Returns the records of batches, by partition."""
+    return {where: [record for batch in found for record in batch] for where, found in batches.items()}
 
 
 def _headers_type(pa: Any) -> Any:

@@ -328,8 +328,8 @@ def interrupt_at(step: int) -> Iterator[Callable[[], bool]]:
         sys.setprofile(None)
 
 
-@pytest.mark.parametrize("as_batches", [False, True])
-def test_an_interrupt_at_any_step_passes_over_no_record(server, as_batches):
+@pytest.mark.parametrize("form", ["records", "batches", "poll"])
+def test_an_interrupt_at_any_step_passes_over_no_record(server, form):
     write(server, 60, 2)
     step, was_reached = 0, True
     while was_reached:
@@ -338,9 +338,13 @@ def test_an_interrupt_at_any_step_passes_over_no_record(server, as_batches):
         with sync.Consumer(server.address, ["t"], stop_at_end=True) as consumer:
 
             def read(consumer: sync.Consumer = consumer, offsets: list[tuple[int, int]] = offsets) -> None:
-                if as_batches:
+                if form == "batches":
                     for batch in consumer.batches():
                         offsets.extend((batch.partition, offset) for offset in batch.offsets.tolist())
+                elif form == "poll":
+                    while not consumer.at_end:
+                        for (_, partition), records in consumer.poll(1_000, max_records=7).items():
+                            offsets.extend((partition, record.offset) for record in records)
                 else:
                     for record in consumer:
                         offsets.append((record.partition, record.offset))

@@ -106,23 +106,33 @@ class InFlight:
                 worker.held = None
 
     def give_back(self, worker: Worker) -> None:
-        """Takes from the worker what it was given last and has not got; that is handed over next."""
-        held = worker.held
-        if held is None:
-            return
-        cursor, item, before = held
-        batch = _batch_of(item)
-        self.returned = (*self.returned, (cursor, batch))
-        worker.held = before
-        cursor.delivered = max(cursor.delivered, int(batch.offsets[-1]) + 1)
+        """Takes from the worker all that it has in hand, for it has not got it; that is handed over next, in the order
+        of offsets."""
+        held = [(cursor, _batch_of(item)) for cursor, item, _ in worker.in_hand()]
+        returned = list(self.returned)
+        for cursor, batch in reversed(held):
+            # Not simply last: what is there may be the rest of a batch of which this is the beginning.
+            place = len(returned)
+            for at, (of, rest) in enumerate(returned):
+                if of is cursor and rest.offsets[0] > batch.offsets[0]:
+                    place = at
+                    break
+            returned.insert(place, (cursor, batch))
+        self.returned = tuple(returned)
+        worker.held = None
+        for cursor, batch in held:
+            cursor.delivered = max(cursor.delivered, int(batch.offsets[-1]) + 1)
 
-    def take_returned(self, worker: Worker, *, whole: bool) -> Record | RecordBatch | None:
+    def take_returned(
+        self, worker: Worker, *, whole: bool, count_max: int | None = None
+    ) -> Record | RecordBatch | None:
         """Gives the worker what was given back first, of partitions that are not paused: a record, or all that was of
-        one batch; None if nothing was."""
-        while (place := next((at for at, (of, _) in enumerate(self.returned) if not of.paused), None)) is not None:
+        one batch, but at most count_max records; None if nothing was."""
+        while (place := self._first_to_take()) >= 0:
             before, (cursor, batch), others = self.returned[:place], self.returned[place], self.returned[place + 1 :]
-            rest = batch.slice(0, 0) if whole else batch.slice(1, len(batch))
-            item: Record | RecordBatch = batch if whole else next(iter(batch))
+            count = min(len(batch), count_max or len(batch)) if whole else 1
+            rest = batch.slice(count, len(batch))
+            item: Record | RecordBatch = batch.slice(0, count) if whole else next(iter(batch))
             is_live = cursor.live
             if is_live:
                 worker.held = (cursor, item, worker.held)
@@ -134,7 +144,14 @@ class InFlight:
     @property
     def has_returned(self) -> bool:
         """True if `take_returned` has something to look at."""
-        return any(not cursor.paused for cursor, _ in self.returned)
+        return self._first_to_take() >= 0
+
+    def _first_to_take(self) -> int:
+        # Loops, here and in `give_back`: Ctrl-C that comes while Python drops a half-used generator is swallowed.
+        for place, (cursor, _) in enumerate(self.returned):
+            if not cursor.paused:
+                return place
+        return -1
 
     def abandoned(self) -> Iterator[tuple[Worker, Cursor, int]]:
         """Yields what workers have in hand that have ended without asking again, and so hold back the group's position:

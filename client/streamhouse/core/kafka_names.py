@@ -73,7 +73,7 @@ KAFKA_NAMES: Mapping[Client, Names] = {
         "fetch_min_bytes": ("", "records are sent as soon as they are there"),
         "fetch_max_wait_ms": ("", "records are sent as soon as they are there"),
         "fetch_wait_max_ms": ("", "records are sent as soon as they are there"),
-        "max_poll_records": ("", "iterating hands over one record at a time; max_poll_interval_ms counts between two"),
+        "max_poll_records": ("", "poll takes max_records; max_poll_interval_ms counts between two calls"),
         "heartbeat_interval_ms": ("session_timeout_ms", "the server derives the interval from it"),
         "consumer_timeout_ms": ("stop_at_end", "ends the iteration where the log ended when it began"),
         "enable_partition_eof": ("stop_at_end", "ends the iteration where the log ended when it began"),

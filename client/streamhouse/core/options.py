@@ -33,6 +33,10 @@ DAY_MS = 86_400_000
 # may be silent.
 NAME_LENGTH_MAX = 249
 METADATA_LENGTH_MAX = 4096
+# Of one poll. Kafka's default, in which an application should be done with within max_poll_interval_ms; and as columns,
+# which cost next to nothing each: 10 MB of records of 1 KiB.
+POLL_RECORDS_MAX = 500
+POLL_BATCHES_RECORDS_MAX = 10_000
 SESSION_TIMEOUT_MS_MIN, SESSION_TIMEOUT_MS_MAX = 100, 3_600_000
 
 
@@ -167,6 +171,12 @@ def committed_position(given: object) -> tuple[int, str]:
             limit=METADATA_LENGTH_MAX,
         )
     return cast("int", number), metadata
+
+
+def check_poll(timeout_ms: int, max_records: int) -> None:
+    """Checks the limits of a poll. Raises InvalidArgument."""
+    _within("timeout_ms", timeout_ms, 0, DAY_MS)
+    _within("max_records", max_records, 1, UINT32_MAX)
 
 
 def check_timestamp(timestamp_ms: int | datetime) -> None:

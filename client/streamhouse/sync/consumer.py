@@ -8,10 +8,11 @@ import asyncio
 import contextlib
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TypeVar, Unpack
 
 from shproto.errors import SerializationError
 from shproto.rpc import Interceptors
@@ -21,8 +22,10 @@ from streamhouse.background import BACKGROUND
 from streamhouse.core.in_flight import Worker
 from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.lag import Lag
-from streamhouse.core.options import ConsumerKwargs, Start
-from streamhouse.records import OffsetAndMetadata, Record, RecordBatch, TopicPartition
+from streamhouse.core.options import POLL_BATCHES_RECORDS_MAX, POLL_RECORDS_MAX, ConsumerKwargs, Start, check_poll
+from streamhouse.records import OffsetAndMetadata, Record, RecordBatch, TopicPartition, records_of
+
+T = TypeVar("T")
 
 # For the last commit and leaving the group at the end of a script: a coordinator that answers takes milliseconds, one
 # that does not must not keep the process from ending.
@@ -105,6 +108,61 @@ class Consumer:
         except BaseException:
             self._give_back(worker)
             raise
+
+    def poll(self, timeout_ms: int = 0, max_records: int = POLL_RECORDS_MAX) -> dict[TopicPartition, list[Record]]:
+        """Returns records by partition: what has been received, at most max_records; empty if nothing comes within
+        timeout_ms, or at the end of a bounded read (`at_end`). What the last poll of the thread returned is done
+        with."""
+        return self._polled(timeout_ms, max_records, records_of)
+
+    def poll_batches(
+        self, timeout_ms: int = 0, max_records: int = POLL_BATCHES_RECORDS_MAX
+    ) -> dict[TopicPartition, list[RecordBatch]]:
+        """As `poll`, but returns the records as columns: of each partition a list of `RecordBatch`."""
+        return self._polled(timeout_ms, max_records, lambda polled: polled)
+
+    def _polled(
+        self, timeout_ms: int, max_records: int, shape: Callable[[dict[TopicPartition, list[RecordBatch]]], T]
+    ) -> T:
+        check_poll(timeout_ms, max_records)
+        worker = self._worker()
+        worker.held = None
+        try:
+            return shape(self._poll(worker, time.monotonic() + timeout_ms / 1000, max_records))
+        except BaseException:
+            self._give_back(worker)
+            raise
+
+    def _poll(self, worker: Worker, deadline_s: float, left: int) -> dict[TopicPartition, list[RecordBatch]]:
+        polled: dict[TopicPartition, list[RecordBatch]] = {}
+        while left:
+            with self._taking:
+                batch = self._iteration.take_batch(worker, left)
+            if batch is not None:
+                polled.setdefault(TopicPartition(batch.topic, batch.partition), []).append(batch)
+                left -= len(batch)
+            elif not (BACKGROUND.run(self._bring()) if polled else self._advance_within(worker, deadline_s)):
+                break
+        return polled
+
+    async def _bring(self) -> bool:
+        return self._iteration.bring()
+
+    def _advance_within(self, worker: Worker, deadline_s: float) -> bool:
+        """As `_advance`; False as well if there is nothing to take by the deadline (of time.monotonic)."""
+        if not self._inner._closed:
+            _opened(self)
+        # Without the lock of `_advance`: waiting for a lock with a timeout is no step that Ctrl-C leaves whole.
+        return BACKGROUND.run(self._wait(worker, deadline_s))
+
+    async def _wait(self, worker: Worker, deadline_s: float) -> bool:
+        loop = asyncio.get_running_loop()
+        return await self._inner._advance_within(worker, loop.time() + max(0.0, deadline_s - time.monotonic()))
+
+    @property
+    def at_end(self) -> bool:
+        """True once a bounded read (`stop_at_end`) has handed over everything up to its end."""
+        return self._inner.at_end
 
     def _worker(self) -> Worker:
         """The thread that calls."""
