@@ -13,11 +13,19 @@ if TYPE_CHECKING:
     from streamhouse.core.serializers import json_deserializer, json_serializer
     from streamhouse.delivery import SendFuture, SendResult, SentRecords
     from streamhouse.producer import Producer
-    from streamhouse.records import OffsetAndMetadata, Record, RecordBatch, RecordMetadata, TopicPartition
+    from streamhouse.records import (
+        MembershipState,
+        OffsetAndMetadata,
+        Record,
+        RecordBatch,
+        RecordMetadata,
+        TopicPartition,
+    )
 
 _MODULES = {
     "Admin": "admin",
     "Consumer": "consumer",
+    "MembershipState": "records",
     "OffsetAndMetadata": "records",
     "Producer": "producer",
     "Record": "records",
@@ -34,6 +42,7 @@ _MODULES = {
 __all__ = [
     "Admin",
     "Consumer",
+    "MembershipState",
     "OffsetAndMetadata",
     "Producer",
     "Record",

@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from shproto import forks
 from shproto.errors import (
@@ -37,6 +37,7 @@ from streamhouse.core.options import (
     Start,
     addresses_of,
     check_poll,
+    check_timeout_ms,
     check_timestamp,
     committed_position,
     partitions_of,
@@ -51,7 +52,14 @@ from streamhouse.offsets import Offsets
 from streamhouse.openings import Openings
 from streamhouse.peers import Peers
 from streamhouse.reader import Reader
-from streamhouse.records import OffsetAndMetadata, Record, RecordBatch, TopicPartition, records_of
+from streamhouse.records import (
+    MembershipState,
+    OffsetAndMetadata,
+    Record,
+    RecordBatch,
+    TopicPartition,
+    records_of,
+)
 from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX, Retries
 
 log = logging.getLogger(__name__)
@@ -340,8 +348,7 @@ class Consumer:
     async def _advance_within(self, worker: Worker, deadline_s: float) -> bool:
         """As `_advance`; False as well if there is nothing to take by the deadline, of the event loop's clock. The
         first call starts the consumer, however long that takes: a short timeout would end each try."""
-        if self._closed:
-            raise InvalidArgument("the consumer is closed", field="consumer")
+        self._refuse_closed()
         if self._tasks is None:
             await self.start()
         try:
@@ -374,13 +381,21 @@ class Consumer:
                 raise StopAsyncIteration
         return batch
 
-    async def _advance(self, worker: Worker) -> bool:
+    async def _enter(self) -> None:
+        """Starts the consumer, and joins again if the application was silent; that is raised first, once."""
         await self.start()
         if self._silence is not None:
             silence, self._silence = self._silence, None
             raise silence
         if self._membership is not None:
             self._membership.come_back()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise InvalidArgument("the consumer is closed", field="consumer")
+
+    async def _advance(self, worker: Worker) -> bool:
+        await self._enter()
         found = await self._iteration.advance()
         self._in_flight.waited(worker)
         return found
@@ -437,6 +452,46 @@ class Consumer:
     def assignment(self) -> frozenset[TopicPartition]:
         """The partitions being read."""
         return frozenset(self._reader.cursors)
+
+    async def wait_for_assignment(self, timeout_ms: int | None = None) -> frozenset[TopicPartition]:
+        """Returns the assignment as soon as it is known where reading begins in at least one partition; starts the
+        consumer. A group with more members than partitions leaves some without.
+
+        Raises TimeoutError after timeout_ms (None: never), InvalidArgument once the consumer is closed, else as
+        iterating does.
+        """
+        if timeout_ms is not None:
+            check_timeout_ms(timeout_ms)
+        try:
+            async with asyncio.timeout(None if timeout_ms is None else timeout_ms / 1000):
+                await self._wait_for_assignment()
+        except TimeoutError:
+            raise TimeoutError(f"no partition was assigned within timeout_ms = {timeout_ms}") from None
+        return self.assignment
+
+    async def _wait_for_assignment(self) -> None:
+        await self._enter()
+        self._starts += 1  # a wait of the application: it does not hang
+        try:
+            while not self._reader.cursors and not self._closed:
+                self._reader.pop()  # without partitions only a failure can be there; it is raised
+                await self._reader.wait()
+        finally:
+            self._starts -= 1
+        self._refuse_closed()
+
+    @property
+    def membership(self) -> MembershipState | None:
+        """How the consumer stands in its group; None without one, and for partitions given by `assign`."""
+        if self._options.group is None or not self._topics:
+            return None
+        member = self._membership
+        if member is None or member.is_out:
+            return MembershipState(self._options.group, "", 0, "out")
+        if not member.member_id:
+            return MembershipState(self._options.group, "", 0, "joining")
+        state: Literal["rebalancing", "stable"] = "rebalancing" if self._is_opening() else "stable"
+        return MembershipState(self._options.group, member.member_id, member.generation, state)
 
     @property
     def waiting(self) -> Mapping[TopicPartition, str]:

@@ -236,6 +236,11 @@ class Membership:
         if member_id:
             await self._leave_as(member_id)
 
+    @property
+    def is_out(self) -> bool:
+        """True if it has left, or stepped out, and does not try to join."""
+        return self._leaving or not self._in_group.is_set()
+
     def come_back(self) -> None:
         """Lets it join again, if it has stepped out."""
         self._in_group.set()

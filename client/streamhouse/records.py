@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,18 @@ class OffsetAndMetadata(NamedTuple):
 
     offset: int
     metadata: str = ""
+
+
+class MembershipState(NamedTuple):
+    """How a consumer stands in its group. `state`: "out" (not started, left, or silent for max_poll_interval_ms),
+    "joining" (for the first time, or because the group has forgotten it), "rebalancing" (partitions are still to come:
+    another member holds them, or where to begin is being found out) or "stable". `member_id` is empty while it has
+    none; `generation` counts the group's rebalances."""
+
+    group: str
+    member_id: str
+    generation: int
+    state: Literal["out", "joining", "rebalancing", "stable"]
 
 
 class RecordMetadata(NamedTuple):

@@ -777,6 +777,65 @@ async def test_two_members_share_and_take_over(platform, address):
     assert len(seen_first) + len(seen_second) <= 1200 + 4
 
 
+async def test_a_member_without_partitions_waits_for_its_assignment(platform, address):
+    platform.add_topic("t", 1)
+    second = Consumer(address, ["t"], group="g")
+    assert second.membership == ("g", "", 0, "out")
+    async with Consumer(address, ["t"], group="g") as first:
+        assert await first.wait_for_assignment() == {("t", 0)}
+        async with second:
+            with pytest.raises(TimeoutError, match="no partition was assigned within timeout_ms = 20"):
+                await second.wait_for_assignment(20)
+            await until(lambda: second.membership.state == first.membership.state == "stable")
+            member = second.membership
+            assert platform.groups["g"].generation == member.generation == first.membership.generation
+            assert set(platform.groups["g"].members) == {member.member_id, first.membership.member_id}
+            waiting = asyncio.create_task(second.wait_for_assignment(PATIENCE_S * 1000))
+            await first.close()
+            assert first.membership == ("g", "", 0, "out")
+            assert await waiting == second.assignment == {("t", 0)}
+    assert second.membership.state == "out"
+    with pytest.raises(errors.InvalidArgument, match="closed"):
+        await second.wait_for_assignment()
+    with pytest.raises(errors.InvalidArgument, match="timeout_ms is -1"):
+        await second.wait_for_assignment(-1)
+
+
+async def test_the_membership_tells_of_joining_and_of_partitions_to_come(platform, address):
+    platform.add_topic("t", 1)
+    async with Consumer(address, ["t"]) as alone, Consumer(address, assign=[("t", 0)], group="h") as given:
+        assert alone.membership is given.membership is None
+        assert await alone.wait_for_assignment() == {("t", 0)}
+    async with Consumer(address, ["t"], group="g") as consumer:
+        assert consumer.membership.state == "stable"
+        platform.faults.lookups_down = True
+        platform.expel("g")
+        await until(lambda: consumer.membership.state == "rebalancing")
+        assert consumer.assignment == set()
+        platform.faults.join_down = True
+        platform.expel("g")
+        await until(lambda: consumer.membership == ("g", "", 0, "joining"))
+        platform.faults.join_down = platform.faults.lookups_down = False
+        assert await consumer.wait_for_assignment() == {("t", 0)}
+        await until(lambda: consumer.membership.state == "stable")
+
+
+async def test_waiting_for_an_assignment_is_no_silence_and_raises_what_fails(platform, address):
+    platform.add_topic("t", 1)
+    async with (
+        Consumer(address, ["t"], group="g"),
+        Consumer(address, ["t"], group="g", max_poll_interval_ms=100) as second,
+    ):
+        with pytest.raises(TimeoutError):
+            await second.wait_for_assignment(500)
+        assert second.membership.state == "stable"
+        waiting = asyncio.create_task(second.wait_for_assignment())
+        await until(lambda: second._starts == 1)
+        second._reader.fail(errors.Internal("broken"))
+        with pytest.raises(errors.Internal, match="broken"):
+            await waiting
+
+
 async def test_a_forgotten_member_joins_again(platform, address):
     await fill(platform, address, 100, partitions=2)
     async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=20) as consumer:

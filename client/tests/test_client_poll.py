@@ -166,6 +166,8 @@ def test_plain_code_polls(server):
     assert server.groups["g"].offsets == {("t", 0): 1000, ("t", 1): 1000}
     with SyncConsumer(server.address, ["t"], start="latest") as consumer:
         assert consumer.poll() == consumer.poll(20) == {}
+        assert consumer.wait_for_assignment(PATIENCE_MS) == {("t", 0), ("t", 1)}
+        assert consumer.membership is None
     with pytest.raises(errors.InvalidArgument, match="closed"):
         consumer.poll()
 

@@ -175,8 +175,13 @@ def committed_position(given: object) -> tuple[int, str]:
 
 def check_poll(timeout_ms: int, max_records: int) -> None:
     """Checks the limits of a poll. Raises InvalidArgument."""
-    _within("timeout_ms", timeout_ms, 0, DAY_MS)
+    check_timeout_ms(timeout_ms)
     _within("max_records", max_records, 1, UINT32_MAX)
+
+
+def check_timeout_ms(timeout_ms: int) -> None:
+    """Checks how long a call may wait. Raises InvalidArgument."""
+    _within("timeout_ms", timeout_ms, 0, DAY_MS)
 
 
 def check_timestamp(timestamp_ms: int | datetime) -> None:

@@ -23,7 +23,14 @@ from streamhouse.core.in_flight import Worker
 from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import POLL_BATCHES_RECORDS_MAX, POLL_RECORDS_MAX, ConsumerKwargs, Start, check_poll
-from streamhouse.records import OffsetAndMetadata, Record, RecordBatch, TopicPartition, records_of
+from streamhouse.records import (
+    MembershipState,
+    OffsetAndMetadata,
+    Record,
+    RecordBatch,
+    TopicPartition,
+    records_of,
+)
 
 T = TypeVar("T")
 
@@ -241,6 +248,18 @@ class Consumer:
     def assignment(self) -> frozenset[TopicPartition]:
         """The partitions being read."""
         return self._inner.assignment
+
+    def wait_for_assignment(self, timeout_ms: int | None = None) -> frozenset[TopicPartition]:
+        """Returns the assignment as soon as it is known where reading begins in at least one partition; starts the
+        consumer. Raises TimeoutError after timeout_ms (None: never)."""
+        if not self._inner._closed:
+            _opened(self)
+        return BACKGROUND.run(self._inner.wait_for_assignment(timeout_ms))
+
+    @property
+    def membership(self) -> MembershipState | None:
+        """How the consumer stands in its group; None without one, and for partitions given by `assign`."""
+        return self._inner.membership
 
     @property
     def waiting(self) -> Mapping[TopicPartition, str]:
