@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from shproto.errors import TopicExists, Unavailable, UnknownGroup, UnknownPartition
 from shproto.rpc import Interceptors
-from shproto.v1 import coordinator_pb2, query_pb2
+from shproto.v1 import coordinator_pb2, query_pb2, types_pb2
 
 from streamhouse.cluster import (
     BufferFailure,
@@ -16,8 +16,10 @@ from streamhouse.cluster import (
     FoundOffset,
     OffsetRange,
     Topic,
+    TopicConfig,
     TopicDescription,
     UnreachableAgent,
+    configs_of,
     lease_of,
     partition_of,
     range_of,
@@ -125,6 +127,41 @@ class Admin:
             if not if_not_exists:
                 raise
         return (await self.describe_topic(topic)).topic
+
+    async def alter_topic(
+        self,
+        topic: str,
+        *,
+        partitions: int | None = None,
+        retention_ms: int | Literal["unset"] | None = None,
+        retention_bytes: int | Literal["unset"] | None = None,
+        min_acks: Acks | None = None,
+        unclean_recovery_after_ms: int | Literal["unset"] | None = None,
+    ) -> Topic:
+        """Returns the topic as it is then; what is None stays, "unset" removes a setting. Partitions can only become
+        more, and keys are spread over all of them from then on. Raises UnknownTopic, InvalidArgument (also for a
+        min_acks that would become, or stop being, durable)."""
+        settings = {
+            "retention_ms": retention_ms,
+            "retention_bytes": retention_bytes,
+            "unclean_recovery_after_ms": unclean_recovery_after_ms,
+        }
+        values = {name: None if value == "unset" else value for name, value in settings.items()}
+        check_topic(1 if partitions is None else partitions, "wal" if min_acks is None else min_acks, **values)
+        request = coordinator_pb2.AlterTopicRequest(
+            topic=topic,
+            partitions=partitions,
+            min_acks=types_pb2.ACKS_UNSPECIFIED if min_acks is None else ACKS[min_acks],
+            unset=[name for name, value in settings.items() if value == "unset"],
+            **values,
+        )
+        return topic_of(await self._peers.coordinator.alter_topic(request))
+
+    async def topic_configs(self, topic: str) -> list[TopicConfig]:
+        """Returns every setting of the topic with its default, and how it may be altered. Raises UnknownTopic."""
+        request = coordinator_pb2.GetMetadataRequest(topics=[topic])
+        response = await self._peers.coordinator.get_metadata(request)
+        return configs_of(topic_of(response.topics[0].topic))
 
     async def list_topics(self) -> list[Topic]:
         response = await self._peers.coordinator.list_topics(coordinator_pb2.ListTopicsRequest())

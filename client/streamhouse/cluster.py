@@ -21,6 +21,17 @@ class Topic:
     created_ms: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopicConfig:
+    """A setting of a topic. None as value or default: not set. `alterable`: "yes"; "more", only upwards; "not to or
+    from durable"."""
+
+    name: str
+    value: int | str | None
+    default: int | str | None
+    alterable: str
+
+
 @dataclass(frozen=True, slots=True)
 class OffsetRange:
     """The offsets one epoch owns: [start_offset, limit_offset), registered up to registered_end. end_offset is set
@@ -180,6 +191,18 @@ def topic_of(info: coordinator_pb2.TopicInfo) -> Topic:
         info.unclean_recovery_after_ms if info.HasField("unclean_recovery_after_ms") else None,
         info.created_ms,
     )
+
+
+def configs_of(topic: Topic) -> list[TopicConfig]:
+    """Returns the topic's settings with their defaults."""
+    rows: list[tuple[str, int | str | None, int | str | None, str]] = [
+        ("partitions", topic.partitions, 1, "more"),
+        ("min_acks", topic.min_acks, "wal", "not to or from durable"),
+        ("retention_ms", topic.retention_ms, None, "yes"),
+        ("retention_bytes", topic.retention_bytes, None, "yes"),
+        ("unclean_recovery_after_ms", topic.unclean_recovery_after_ms, None, "yes"),
+    ]
+    return [TopicConfig(name=row[0], value=row[1], default=row[2], alterable=row[3]) for row in rows]
 
 
 def range_of(info: types_pb2.OffsetRange) -> OffsetRange:

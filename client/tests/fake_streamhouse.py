@@ -211,6 +211,21 @@ class FakeStreamHouse:
             self.topics[request.topic].retention_ms = request.retention_ms
         return self.topics[request.topic]
 
+    async def alter_topic(self, request: coordinator_pb2.AlterTopicRequest) -> coordinator_pb2.TopicInfo:
+        info = self._topic(request.topic)
+        for name in request.unset:
+            info.ClearField(name)
+        for name in ("retention_ms", "retention_bytes", "unclean_recovery_after_ms"):
+            if request.HasField(name):
+                setattr(info, name, getattr(request, name))
+        if request.min_acks:
+            info.min_acks = request.min_acks
+        if request.HasField("partitions"):
+            new = range(info.partitions, request.partitions)
+            self.logs.update({(request.topic, number): PartitionLog() for number in new})
+            info.partitions = request.partitions
+        return info
+
     async def delete_topic(self, request: coordinator_pb2.DeleteTopicRequest) -> coordinator_pb2.DeleteTopicResponse:
         info = self._topic(request.topic)
         del self.topics[request.topic]

@@ -94,7 +94,8 @@ def test_a_local_store_and_a_refusal_load_no_s3_client() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["serve", "topic create", "topic list", "topic describe", "topic delete", "produce", "consume", "segment inspect",
+    ["serve", "topic create", "topic list", "topic describe", "topic configs", "topic alter",
+     "topic delete", "produce", "consume", "segment inspect",
      "wal inspect", "status", "group list", "group describe", "group reset-offsets", "group delete", "partition settle",
      "verify", "sweep", "health", "ingest", "segmenter", "query", "coordinator"],
 )  # fmt: skip

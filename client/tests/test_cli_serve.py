@@ -83,6 +83,37 @@ def test_topics_come_and_go(cli: Cli) -> None:
     assert cli.run("topic", "describe", name, code=1).endswith(b"(UNKNOWN_TOPIC)\n")
 
 
+def test_partitions_are_added_while_records_are_there(cli: Cli) -> None:
+    name = f"t-{uuid4().hex[:12]}"
+    cli.run("topic", "create", name, "--partitions", "2")
+    lines = b"".join(b"k%d=before\n" % at for at in range(100))
+    cli.run("produce", name, "--key-separator", "=", given=lines)
+    cli.run("topic", "alter", name, "--partitions", "5", "--retention-ms", "86400000", "--min-acks", "none", "--yes")
+    configs = {item["name"]: item["value"] for item in cli.json("topic", "configs", name)}  # type: ignore[attr-defined]
+    assert (configs["partitions"], configs["retention_ms"], configs["min_acks"]) == (5, 86_400_000, "none")
+    cli.run("produce", name, "--key-separator", "=", given=lines.replace(b"before", b"after"))
+    records = [json.loads(line) for line in cli.run("consume", name, "--json").splitlines()]
+    assert sorted((item["key"], item["value"]) for item in records) == sorted(
+        (f"k{at}", value) for at in range(100) for value in ("before", "after")
+    )
+    assert {item["partition"] for item in records if item["value"] == "before"} == {0, 1}
+    assert {item["partition"] for item in records if item["value"] == "after"} == {0, 1, 2, 3, 4}
+    assert cli.run("topic", "alter", name, "--partitions", "4", "--yes", code=1).endswith(b"(INVALID_ARGUMENT)\n")
+
+
+def test_a_running_member_of_a_group_gets_new_partitions(cli: Cli, topic: str) -> None:
+    reader = cli.start("consume", topic, "--group", f"g-{topic}", "--follow")
+    try:
+        cli.run("produce", topic, given=b"before\n")
+        assert reader.stdout is not None and reader.stdout.readline() == b"before\n"
+        cli.run("topic", "alter", topic, "--partitions", "4", "--yes")
+        cli.run("produce", topic, "--format", "json", given=b'{"partition":3,"value":"new"}\n')
+        assert reader.stdout.readline() == b"new\n"
+    finally:
+        reader.kill()
+        reader.communicate()
+
+
 def test_an_illegal_topic_name_is_refused(cli: Cli) -> None:
     error = cli.run("topic", "create", "no spaces", "--partitions", "1", code=1)
     assert error.startswith(b"error: ") and error.count(b"\n") == 1

@@ -28,3 +28,33 @@ def test_a_topic_that_exists_stays_as_it_is_and_differences_are_named(server, ru
     assert (json.loads(same.stdout)["partitions"], same.stderr) == (2, "")
     assert run("topic", "create", "u", "--partitions", "1", "--if-not-exists").stdout.startswith("created topic u")
     assert run("topic", "create", "t", "--partitions", "2", code=1).stderr.endswith("(TOPIC_EXISTS)\n")
+
+
+def test_settings_are_altered_one_by_one_and_unset(server, run):
+    server.add_topic("t", 2)
+    shown = run("topic", "alter", "t", "--retention-ms", "1000", "--min-acks", "none").stdout
+    assert "2 partition(s); min acks none; retention 1,000 ms, any size" in shown
+    altered = run("topic", "alter", "t", "--retention-ms", "unset", "--unclean-recovery-after-ms", "0", "--json")
+    assert json.loads(altered.stdout)["retention_ms"] is None
+    assert json.loads(altered.stdout)["unclean_recovery_after_ms"] == 0
+    assert json.loads(run("topic", "configs", "t", "--json").stdout) == [
+        {"name": "partitions", "value": 2, "default": 1, "alterable": "more"},
+        {"name": "min_acks", "value": "none", "default": "wal", "alterable": "not to or from durable"},
+        {"name": "retention_ms", "value": None, "default": None, "alterable": "yes"},
+        {"name": "retention_bytes", "value": None, "default": None, "alterable": "yes"},
+        {"name": "unclean_recovery_after_ms", "value": 0, "default": None, "alterable": "yes"},
+    ]
+    assert "unset" in run("topic", "configs", "t").stdout
+
+
+def test_partitions_are_added_after_a_question(server, run):
+    server.add_topic("t", 2)
+    assert "Give topic t 3 partitions?" in run("topic", "alter", "t", "--partitions", "3", code=1).stderr
+    assert server.topics["t"].partitions == 2
+    assert run("topic", "alter", "t", "--partitions", "3", "--yes").exit_code == 0
+    assert server.topics["t"].partitions == 3
+
+
+@pytest.mark.parametrize("wrong", [[], ["--retention-ms", "never"], ["--retention-ms", "0"], ["--partitions", "0"]])
+def test_an_alteration_that_says_nothing_or_nonsense_is_a_usage_error(run, wrong):
+    run("topic", "alter", "t", *wrong, code=2)

@@ -1,10 +1,10 @@
-"""streamhouse topic create | list | describe | delete."""
+"""streamhouse topic create | list | describe | configs | alter | delete."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -17,14 +17,26 @@ if TYPE_CHECKING:
     from streamhouse.core.options import Acks
 
 
-@click.group(short_help="Create, list, describe and delete topics.")
+class OrUnset(click.ParamType[int | Literal["unset"]]):
+    """A number from `least` on, or the word "unset"."""
+
+    name = "number or unset"
+
+    def __init__(self, least: int) -> None:
+        self._number = click.IntRange(min=least)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["unset"]:
+        return "unset" if value == "unset" else int(self._number.convert(value, param, ctx))
+
+
+@click.group(short_help="Create, list, describe, alter and delete topics.")
 def topic() -> None:
-    """Create, list, describe and delete topics."""
+    """Create, list, describe, alter and delete topics."""
 
 
 @topic.command()
 @click.argument("name")
-@click.option("--partitions", type=click.IntRange(min=1), required=True, help="How many partitions; fixed for good.")
+@click.option("--partitions", type=click.IntRange(min=1), required=True, help="How many; may become more, never fewer.")
 @click.option("--retention-ms", type=click.IntRange(min=1), help="Drop segments older than this. Default: keep.")
 @click.option("--retention-bytes", type=click.IntRange(min=1), help="Keep so many bytes per partition. Default: all.")
 @click.option(
@@ -141,6 +153,77 @@ def describe(name: str, as_json: bool, bootstrap: str) -> None:
 
 @topic.command()
 @click.argument("name")
+@json_option
+@bootstrap_option
+def configs(name: str, as_json: bool, bootstrap: str) -> None:
+    """Show the settings of topic NAME."""
+    found = ask(bootstrap, lambda admin: admin.topic_configs(name))
+    if as_json:
+        print_json([asdict(config) for config in found])
+        return
+    rows = [(item.name, show_setting(item.value), show_setting(item.default), item.alterable) for item in found]
+    print_table(f"settings of topic {name}", ["setting", "value", "default", "alterable"], rows)
+
+
+@topic.command()
+@click.argument("name")
+@click.option("--partitions", type=click.IntRange(min=1), help="So many from now on; never fewer than there are.")
+@click.option("--retention-ms", type=OrUnset(1), metavar="MS|unset", help="Drop segments older than this.")
+@click.option("--retention-bytes", type=OrUnset(1), metavar="BYTES|unset", help="Keep so many bytes per partition.")
+@click.option(
+    "--min-acks",
+    type=click.Choice(["none", "wal", "durable"]),
+    help="The weakest acknowledgement a producer may ask for. durable cannot be given to a topic or taken from it.",
+)
+@click.option(
+    "--unclean-recovery-after-ms",
+    type=OrUnset(0),
+    metavar="MS|unset",
+    help="Give up on what a lost agent had not uploaded after this long.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask before partitions are added.")
+@json_option
+@bootstrap_option
+def alter(
+    name: str,
+    partitions: int | None,
+    retention_ms: int | Literal["unset"] | None,
+    retention_bytes: int | Literal["unset"] | None,
+    min_acks: Acks | None,
+    unclean_recovery_after_ms: int | Literal["unset"] | None,
+    yes: bool,
+    as_json: bool,
+    bootstrap: str,
+) -> None:
+    """Change settings of topic NAME; what is not named stays.
+
+    More partitions: what is written stays where it is and readable, but keys are spread over all partitions from then
+    on, so newer records of a key may lie in another partition than older ones. It cannot be undone.
+    """
+    changes = (partitions, retention_ms, retention_bytes, min_acks, unclean_recovery_after_ms)
+    if all(change is None for change in changes):
+        raise click.UsageError("name a setting to change; `streamhouse topic configs NAME` shows them")
+    if partitions is not None and not yes:
+        confirm(f"Give topic {name} {partitions} partitions? Keys move between partitions, and it cannot be undone.")
+    altered = ask(
+        bootstrap,
+        lambda admin: admin.alter_topic(
+            name,
+            partitions=partitions,
+            retention_ms=retention_ms,
+            retention_bytes=retention_bytes,
+            min_acks=min_acks,
+            unclean_recovery_after_ms=unclean_recovery_after_ms,
+        ),
+    )
+    if as_json:
+        print_json(asdict(altered))
+    else:
+        _print_settings(altered)
+
+
+@topic.command()
+@click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @bootstrap_option
@@ -188,7 +271,8 @@ def _print_settings(info: Topic) -> None:
     lost = "wait for it" if patience is None else f"give it up after {patience:,} ms"
     click.echo(
         f"topic {info.topic} ({info.topic_id}), created {show_time(info.created_ms)}\n"
-        f"min acks {info.min_acks}; retention {age}, {size}; what only a lost agent has: {lost}"
+        f"{info.partitions} partition(s); min acks {info.min_acks}; retention {age}, {size}; "
+        f"what only a lost agent has: {lost}"
     )
 
 

@@ -65,6 +65,33 @@ class Admin:
             )
         )
 
+    def alter_topic(
+        self,
+        topic: str,
+        *,
+        partitions: int | None = None,
+        retention_ms: int | Literal["unset"] | None = None,
+        retention_bytes: int | Literal["unset"] | None = None,
+        min_acks: Acks | None = None,
+        unclean_recovery_after_ms: int | Literal["unset"] | None = None,
+    ) -> cluster.Topic:
+        """Returns the topic as it is then; what is None stays, "unset" removes a setting. Raises UnknownTopic,
+        InvalidArgument."""
+        return BACKGROUND.run(
+            self._inner.alter_topic(
+                topic,
+                partitions=partitions,
+                retention_ms=retention_ms,
+                retention_bytes=retention_bytes,
+                min_acks=min_acks,
+                unclean_recovery_after_ms=unclean_recovery_after_ms,
+            )
+        )
+
+    def topic_configs(self, topic: str) -> list[cluster.TopicConfig]:
+        """Returns every setting of the topic with its default, and how it may be altered. Raises UnknownTopic."""
+        return BACKGROUND.run(self._inner.topic_configs(topic))
+
     def list_topics(self) -> list[cluster.Topic]:
         return BACKGROUND.run(self._inner.list_topics())
 

@@ -158,6 +158,25 @@ class TopicCreated(Event):
 
 @event_type
 @dataclass(frozen=True, slots=True)
+class TopicAltered(Event):
+    """The topic's settings are these from here on; partitions `partitions_before` to `partitions` - 1 are new."""
+
+    topic_id: str
+    topic: str
+    partitions_before: int
+    partitions: int
+    retention_ms: int | None
+    retention_bytes: int | None
+    min_acks: int
+    unclean_recovery_after_ms: int | None
+
+    @property
+    def stream_id(self) -> str:
+        return topic_stream(self.topic_id)
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
 class TopicDeleted(Event):
     topic_id: str
     topic: str

@@ -9,6 +9,7 @@ from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
 
 class CoordinatorApi(Protocol):
     async def create_topic(self, request: coordinator_pb2.CreateTopicRequest) -> coordinator_pb2.TopicInfo: ...
+    async def alter_topic(self, request: coordinator_pb2.AlterTopicRequest) -> coordinator_pb2.TopicInfo: ...
     async def delete_topic(self, request: coordinator_pb2.DeleteTopicRequest) -> coordinator_pb2.DeleteTopicResponse: ...
     async def list_topics(self, request: coordinator_pb2.ListTopicsRequest) -> coordinator_pb2.ListTopicsResponse: ...
     async def describe_topic(self, request: coordinator_pb2.DescribeTopicRequest) -> coordinator_pb2.DescribeTopicResponse: ...
@@ -58,6 +59,9 @@ class CoordinatorClient:
 
     async def create_topic(self, request: coordinator_pb2.CreateTopicRequest) -> coordinator_pb2.TopicInfo:
         return await self._connection.unary("/streamhouse.v1.Coordinator/CreateTopic", request, coordinator_pb2.TopicInfo)
+
+    async def alter_topic(self, request: coordinator_pb2.AlterTopicRequest) -> coordinator_pb2.TopicInfo:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/AlterTopic", request, coordinator_pb2.TopicInfo)
 
     async def delete_topic(self, request: coordinator_pb2.DeleteTopicRequest) -> coordinator_pb2.DeleteTopicResponse:
         return await self._connection.unary("/streamhouse.v1.Coordinator/DeleteTopic", request, coordinator_pb2.DeleteTopicResponse)

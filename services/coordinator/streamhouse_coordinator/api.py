@@ -87,6 +87,11 @@ class CoordinatorApi:
         await groups.topic_changed(self._context, row.topic)
         return messages.topic_info(row)
 
+    async def alter_topic(self, request: pb.AlterTopicRequest) -> pb.TopicInfo:
+        row = await topics.alter_topic(self._context, messages.alter_topic(request))
+        await groups.topic_changed(self._context, row.topic)
+        return messages.topic_info(row)
+
     async def delete_topic(self, request: pb.DeleteTopicRequest) -> pb.DeleteTopicResponse:
         topic_id = await topics.delete_topic(self._context, request.topic)
         await groups.topic_changed(self._context, request.topic)

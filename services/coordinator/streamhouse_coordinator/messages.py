@@ -21,6 +21,7 @@ from streamhouse_coordinator.core.names import (
     check_topic,
 )
 from streamhouse_coordinator.core.sessions import SNAPSHOT_BYTES_MAX, WalEnds
+from streamhouse_coordinator.core.topics import OPTIONAL_LIMITS, AlterTopic
 from streamhouse_coordinator.ports import ProjectionCheck
 from streamhouse_coordinator.segment_keys import check_segment_key
 from streamhouse_coordinator.service import group_admin
@@ -246,6 +247,25 @@ def commit_of(item: pb.OffsetCommit) -> Commit:
 
 
 # ---- out
+
+
+def alter_topic(request: pb.AlterTopicRequest) -> AlterTopic:
+    """Raises InvalidArgument for a setting that is to have a value and none."""
+    check_count("unset", request.unset, len(OPTIONAL_LIMITS))
+    settings: dict[str, int | None] = {
+        name: getattr(request, name)
+        for name in OPTIONAL_LIMITS
+        if request.HasField(name)  # type: ignore[arg-type]
+    }
+    for name in request.unset:
+        if name in settings:
+            raise InvalidArgument(f"{name} is to be set and unset at once", field="unset", value=name)
+    return AlterTopic(
+        topic=request.topic,
+        partitions=request.partitions if request.HasField("partitions") else None,
+        min_acks=request.min_acks or None,
+        settings=settings | dict.fromkeys(request.unset),
+    )
 
 
 def topic_info(row: t.TopicRow) -> pb.TopicInfo:

@@ -293,6 +293,15 @@ class StandInPlatform:
         await self.coordinator.emit(created)
         return topic_id
 
+    async def add_partitions(self, topic: str, partitions: int) -> None:
+        before = self.coordinator.topics[topic]
+        self.coordinator.topics[topic] = replace(before, partitions=partitions)
+        for number in range(before.partitions, partitions):
+            self.coordinator.partitions[before.topic_id, number] = Partition()
+        await self.coordinator.emit(
+            ev.TopicAltered(before.topic_id, topic, before.partitions, partitions, None, None, before.min_acks, None)
+        )
+
     async def delete_topic(self, topic: str) -> None:
         created = self.coordinator.topics.pop(topic)
         await self.coordinator.emit(ev.TopicDeleted(created.topic_id, topic, 0))

@@ -46,6 +46,8 @@ async def test_feed_and_snapshot_lead_to_the_same_index(platform: StandInPlatfor
     await platform.grant("a")
     await platform.grant("b", number=1)
     await platform.grant("a", "audit")
+    await platform.add_partitions("orders", 3)
+    await platform.grant("b", number=2)
     segments = []
     for turn in range(4):
         await platform.produce(values_of(10, turn * 10))

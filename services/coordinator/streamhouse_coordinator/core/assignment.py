@@ -18,7 +18,16 @@ from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
-from shproto.events import EpochGranted, Event, MoveRequested, RangeLost, RangeOrphaned, RangeSettled, TopicCreated
+from shproto.events import (
+    EpochGranted,
+    Event,
+    MoveRequested,
+    RangeLost,
+    RangeOrphaned,
+    RangeSettled,
+    TopicAltered,
+    TopicCreated,
+)
 
 from streamhouse_coordinator.core.tables import SETTLED, PartitionRow, RangeRow, SessionRow
 
@@ -36,6 +45,9 @@ def left_without_leader(events: Iterable[Event]) -> Iterator[PartitionKey]:
                 yield event.topic_id, event.partition
             case TopicCreated():
                 yield from ((event.topic_id, number) for number in range(event.partitions))
+            case TopicAltered():
+                new = range(event.partitions_before, event.partitions)
+                yield from ((event.topic_id, number) for number in new)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,20 @@ def _(event: ev.TopicCreated) -> RowOps:
 
 
 @row_ops.register
+def _(event: ev.TopicAltered) -> RowOps:
+    changes = {
+        "partitions": event.partitions,
+        "retention_ms": event.retention_ms,
+        "retention_bytes": event.retention_bytes,
+        "min_acks": event.min_acks,
+        "unclean_recovery_after_ms": event.unclean_recovery_after_ms,
+    }
+    new = range(event.partitions_before, event.partitions)
+    added = (Put(t.PARTITIONS, t.PartitionRow(event.topic_id, number, 0, 0)) for number in new)
+    return (Set(t.TOPICS, (event.topic_id,), changes), *added)
+
+
+@row_ops.register
 def _(event: ev.TopicDeleted) -> RowOps:
     where = {"topic_id": event.topic_id}
     gone = (Remove(table, where) for table in (t.TOPICS, t.PARTITIONS, t.RANGES, t.SEGMENTS))

@@ -1,9 +1,11 @@
-"""Creating topics: what a user may ask for."""
+"""Creating and altering topics: what a user may ask for."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from shproto.errors import InvalidArgument, Overloaded, TopicExists
-from shproto.events import TopicCreated
+from shproto.events import TopicAltered, TopicCreated
 
 from streamhouse_coordinator.core.names import check_number, check_topic
 from streamhouse_coordinator.core.tables import TopicRow
@@ -12,17 +14,31 @@ ACKS_NONE, ACKS_WAL, ACKS_DURABLE = 1, 2, 3  # as Acks in the proto
 DURATION_MS_MAX = 100 * 366 * 24 * 3600 * 1000  # a hundred years: longer is a mistake in the unit
 BYTES_MAX = 2**60
 
+# Settings that need not have a value, with their limits.
+OPTIONAL_LIMITS = {
+    "retention_ms": (1, DURATION_MS_MAX),
+    "retention_bytes": (1, BYTES_MAX),
+    "unclean_recovery_after_ms": (0, DURATION_MS_MAX),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlterTopic:
+    """Changes of a topic. `settings`: values of OPTIONAL_LIMITS to set, None to unset. Else None: as it is."""
+
+    topic: str
+    partitions: int | None = None
+    min_acks: int | None = None
+    settings: Mapping[str, int | None] = field(default_factory=dict)
+
 
 def check_create(command: TopicCreated, partitions_max: int) -> None:
     """Raises InvalidArgument that names the field, its limit and the value."""
     check_topic(command.topic)
     check_number("partitions", command.partitions, 1, partitions_max)
-    if command.retention_ms is not None:
-        check_number("retention_ms", command.retention_ms, 1, DURATION_MS_MAX)
-    if command.retention_bytes is not None:
-        check_number("retention_bytes", command.retention_bytes, 1, BYTES_MAX)
-    if command.unclean_recovery_after_ms is not None:
-        check_number("unclean_recovery_after_ms", command.unclean_recovery_after_ms, 0, DURATION_MS_MAX)
+    for name, (least, most) in OPTIONAL_LIMITS.items():
+        if (value := getattr(command, name)) is not None:
+            check_number(name, value, least, most)
     if command.min_acks not in (ACKS_NONE, ACKS_WAL, ACKS_DURABLE):
         raise InvalidArgument(
             f"min_acks must be none, wal or durable, got {command.min_acks}", field="min_acks", value=command.min_acks
@@ -38,6 +54,68 @@ def create(command: TopicCreated, same_name: Collection[TopicRow], topic_count: 
             f"{topic_count} topics exist; the limit topics_max is {topics_max}", limit=topics_max, value=topic_count
         )
     return command
+
+
+def check_alter(command: AlterTopic, partitions_max: int) -> None:
+    """Raises InvalidArgument that names the field, its limit and the value."""
+    if command.partitions is None and command.min_acks is None and not command.settings:
+        raise InvalidArgument(f"nothing of topic {command.topic!r} is to be altered", field="partitions", value=None)
+    if command.partitions is not None:
+        check_number("partitions", command.partitions, 1, partitions_max)
+    if command.min_acks is not None and command.min_acks not in (ACKS_NONE, ACKS_WAL, ACKS_DURABLE):
+        raise InvalidArgument(
+            f"min_acks must be none, wal or durable, got {command.min_acks}", field="min_acks", value=command.min_acks
+        )
+    for name, value in command.settings.items():
+        if name not in OPTIONAL_LIMITS:
+            raise InvalidArgument(
+                f"unset names {name!r}, must be of {', '.join(OPTIONAL_LIMITS)}",
+                field="unset",
+                value=name,
+                limit=list(OPTIONAL_LIMITS),
+            )
+        if value is not None:
+            check_number(name, value, *OPTIONAL_LIMITS[name])
+
+
+def alter(command: AlterTopic, topic: TopicRow) -> TopicAltered | None:
+    """Returns the change; None if the topic is as asked for. Raises InvalidArgument for fewer partitions, and where
+    min_acks would become, or stop being, durable.
+
+    A range of a durable topic ends at what is registered, whatever its leader's log has: over records that were
+    acknowledged from the log that would lose them, and whether some were is not known of a range.
+    """
+    before = topic.partitions
+    partitions = before if command.partitions is None else command.partitions
+    if partitions < before:
+        raise InvalidArgument(
+            f"topic {topic.topic!r} has {before} partitions and cannot have fewer, got {partitions}",
+            field="partitions",
+            value=partitions,
+            limit=before,
+        )
+    min_acks = topic.min_acks if command.min_acks is None else command.min_acks
+    if min_acks != topic.min_acks and ACKS_DURABLE in (min_acks, topic.min_acks):
+        raise InvalidArgument(
+            f"min_acks of topic {topic.topic!r} cannot change to or from durable: that is decided when it is created",
+            field="min_acks",
+            value=min_acks,
+            limit=topic.min_acks,
+        )
+    changes: dict[str, Any] = {"partitions": partitions, "min_acks": min_acks, **command.settings}
+    altered = replace(topic, **changes)
+    if altered == topic:
+        return None
+    return TopicAltered(
+        topic_id=topic.topic_id,
+        topic=topic.topic,
+        partitions_before=before,
+        partitions=partitions,
+        retention_ms=altered.retention_ms,
+        retention_bytes=altered.retention_bytes,
+        min_acks=min_acks,
+        unclean_recovery_after_ms=altered.unclean_recovery_after_ms,
+    )
 
 
 def durable(topic: TopicRow) -> bool:

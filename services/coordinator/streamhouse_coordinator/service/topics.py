@@ -1,4 +1,4 @@
-"""Topics: created, deleted."""
+"""Topics: created, altered, deleted."""
 
 from dataclasses import replace
 
@@ -31,6 +31,23 @@ async def create_topic(context: Context, command: TopicCreated) -> t.TopicRow:
         event = topics.create(asked, same_name, count, settings.topics_max)
         await commit_leadership(tx, settings, [event])
         return (await tx.select(t.TOPICS, where(topic_id=topic_id)))[0]
+
+    return await change_leadership(context, work)
+
+
+async def alter_topic(context: Context, command: topics.AlterTopic) -> t.TopicRow:
+    """Returns the topic as it is then. New partitions get leaders at once, and leaders hear of another min_acks with
+    their next heartbeat. Raises InvalidArgument, UnknownTopic."""
+    topics.check_alter(command, context.settings.partitions_per_topic_max)
+
+    async def work(tx: Transaction) -> t.TopicRow:
+        await tx.lock(CLUSTER_LOCK)
+        topic = await topic_named(tx, command.topic, lock="wait")
+        event = topics.alter(command, topic)
+        if event is None:
+            return topic
+        await commit_leadership(tx, context.settings, [event])
+        return (await tx.select(t.TOPICS, where(topic_id=topic.topic_id)))[0]
 
     return await change_leadership(context, work)
 

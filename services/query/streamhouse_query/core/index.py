@@ -338,6 +338,14 @@ class ClusterIndex:
         self.add_topic(TopicEntry(event.topic_id, event.topic, event.partitions, event.min_acks == ACKS_DURABLE))
         return frozenset((event.topic_id, partition) for partition in range(event.partitions))
 
+    def _topic_altered(self, event: ev.TopicAltered) -> frozenset[PartitionKey]:
+        durable_only = event.min_acks == ACKS_DURABLE  # as it was: that does not change
+        self.topics[event.topic] = TopicEntry(event.topic_id, event.topic, event.partitions, durable_only)
+        new = [(event.topic_id, number) for number in range(event.partitions_before, event.partitions)]
+        for key in new:
+            self.partitions[key] = PartitionIndex(event.topic_id, event.topic, key[1], durable_only)
+        return frozenset(new)
+
     def _topic_deleted(self, event: ev.TopicDeleted) -> frozenset[PartitionKey]:
         topic = self.topics.get(event.topic)
         if topic is not None and topic.topic_id == event.topic_id:
@@ -433,6 +441,7 @@ def _restored(index: ClusterIndex, event: ev.PartitionRestored | ev.HistoryBegan
 
 _HANDLERS: dict[type, Callable[[ClusterIndex, Any], frozenset[PartitionKey] | None]] = {
     ev.TopicCreated: ClusterIndex._topic_created,
+    ev.TopicAltered: ClusterIndex._topic_altered,
     ev.TopicDeleted: ClusterIndex._topic_deleted,
     ev.SessionOpened: ClusterIndex._session_opened,
     ev.SessionClosed: ClusterIndex._session_closed,
