@@ -198,6 +198,7 @@ def test_addresses_that_are_fine(address: str) -> None:
         ["consume", "t", "--from", "yesterday"],
         ["consume", "t", "--max", "0"],
         ["consume", "t", "--format", "xml"],
+        ["status", "--topic", "t", "--all"],
         ["consume", "t", "--delimiter", "x"],
         ["consume", "t", "--group", "g", "--partition", "1"],
         ["wal", "inspect", "/nonexistent/directory"],

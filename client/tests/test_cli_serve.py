@@ -142,8 +142,11 @@ def test_status_shows_every_partition_up_to_its_segments(cli: Cli, topic: str) -
     (agent,) = report["agents"]  # type: ignore[index]
     assert agent["error"] is None and agent["wal_bytes"] > 0
     text = cli.run("status").decode()
-    for shown in (topic, "write-ahead logs", "caches", "active"):
+    for shown in (topic, "write-ahead logs", "caches", "not in segments"):
         assert shown in text
+    assert "active" not in text, "no partition is shown unless asked for"
+    assert cli.run("status", "--all").count(b" active ") >= 3
+    assert cli.run("status", "--topic", topic).count(b" active ") == 3
 
 
 # ---- produce and consume

@@ -23,20 +23,39 @@ if TYPE_CHECKING:
 
 # People wait in front of a terminal: shorter than what services allow each other.
 TIMEOUT_MS = 5_000
+# Lines about partitions whose readers wait: an agent that is gone may have led thousands, and they say the same.
+WAITS_SHOWN = 10
 
 
-@click.command(short_help="Agents, leases, logs, caches, offsets.")
+@click.command(short_help="Agents, logs, caches, topics; partitions with --topic or --all.")
+@click.option("--topic", metavar="TOPIC", help="Show the partitions of this topic, and no other's.")
+@click.option("--all", "show_all", is_flag=True, help="Show the partitions of all topics.")
 @json_option
 @bootstrap_option
-def status(as_json: bool, bootstrap: str) -> None:
-    """Show agents, leases, write-ahead logs, caches and the offsets of every partition."""
+def status(topic: str | None, show_all: bool, as_json: bool, bootstrap: str) -> None:
+    """Show sessions, write-ahead logs, caches and a line for each topic, and what is wrong.
+
+    --json has every partition, as with --all, unless --topic names one topic.
+    """
     import asyncio
 
+    if topic is not None and show_all:
+        raise click.UsageError("--topic and --all exclude each other")
     report = asyncio.run(collect_status(bootstrap))
+    if topic is not None:
+        _keep_topic(report, topic)
     if as_json:
         print_json(report)
     else:
-        _print_report(report)
+        _print_report(report, partitions=show_all or topic is not None)
+
+
+def _keep_topic(report: dict[str, Any], topic: str) -> None:
+    from shproto.errors import UnknownTopic
+
+    report["partitions"] = [entry for entry in report["partitions"] if entry["topic"] == topic]
+    if not report["partitions"]:
+        raise UnknownTopic(f"topic {topic!r} does not exist", topic=topic)
 
 
 async def collect_status(bootstrap: str) -> dict[str, Any]:
@@ -139,7 +158,7 @@ def _partitions(answer: ClusterStatus, agents: list[dict[str, Any]]) -> list[dic
 # ---- for people
 
 
-def _print_report(report: dict[str, Any]) -> None:
+def _print_report(report: dict[str, Any], *, partitions: bool) -> None:
     sessions = [
         (item["role"], item["agent_id"], item["address"], f"{item['expires_in_ms'] / 1000:.1f} s")
         for item in report["sessions"]
@@ -152,11 +171,43 @@ def _print_report(report: dict[str, Any]) -> None:
     columns = ["service", "cache", "hits#", "misses#", "downloads#", "downloaded#", "segments indexed#"]
     click.echo()
     print_table("caches", columns, map(_cache_row, report["query_services"]))
+    if partitions:
+        _print_partitions(report["partitions"])
+    else:
+        _print_topics(report["partitions"])
+    click.echo()
+    _print_waits(report, most=None if partitions else WAITS_SHOWN)
+
+
+def _print_partitions(entries: list[dict[str, Any]]) -> None:
     columns = ["topic", "partition#", "agent", "epoch#", "status", "start#", "registered end#", "end#", "buffered#"]
     click.echo()
-    print_table("partitions", columns, map(_partition_row, report["partitions"]))
-    click.echo()
-    _print_waits(report)
+    print_table("partitions", columns, map(_partition_row, entries))
+
+
+def _print_topics(entries: list[dict[str, Any]]) -> None:
+    by_topic: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        by_topic.setdefault(entry["topic"], []).append(entry)
+    columns = ["topic", "partitions#", "led#", "moving#", "readers wait#", "not in segments#", "buffered#"]
+    print_table("topics (partitions: --topic TOPIC or --all)", columns, map(_topic_row, by_topic.items()))
+
+
+def _topic_row(item: tuple[str, list[dict[str, Any]]]) -> tuple[object, ...]:
+    """Numbers of partitions, but for the last two: acknowledged offsets that are in no segment yet, `?` with the sum of
+    those known where a leader did not answer, and bytes."""
+    topic, entries = item
+    known = [entry for entry in entries if entry["end_offset"] is not None]
+    pending = f"{sum(max(0, entry['end_offset'] - entry['registered_end']) for entry in known):,}"
+    return (
+        topic,
+        len(entries),
+        sum(entry["status"] != "unassigned" for entry in entries),
+        sum(entry["status"] == "moving" for entry in entries),
+        sum(bool(entry["unsettled"]) for entry in entries),
+        pending if len(known) == len(entries) else f"{pending}?",
+        show_bytes(sum(entry["buffered_bytes"] or 0 for entry in entries)),
+    )
 
 
 def _wal_row(agent: dict[str, Any]) -> tuple[object, ...]:
@@ -199,7 +250,8 @@ def _partition_row(entry: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _print_waits(report: dict[str, Any]) -> None:
+def _print_waits(report: dict[str, Any], most: int | None) -> None:
+    """Prints what is wrong; of partitions whose readers wait at most so many lines, or all."""
     buffers = report["buffers"]
     click.echo(
         f"sealed buffers: {buffers['waiting']} waiting ({show_bytes(buffers['waiting_bytes'])}), "
@@ -219,15 +271,17 @@ def _print_waits(report: dict[str, Any]) -> None:
         click.echo(show_doubt(item))
     for item in report["buffer_failures"]:
         click.echo(show_failure(item))
-    for entry in report["partitions"]:
-        for owned in entry["unsettled"]:
-            went_back = bool(report["missing_position"])
-            lacks = "" if went_back else _lacks(owned["acknowledged_end"])
-            status = f"{owned['status']}{_since(owned['orphaned_ms'], went_back=went_back)}{lacks}"
-            click.echo(
-                f"readers of {entry['topic']}/{entry['partition']} wait at offset {owned['registered_end']}: "
-                f"epoch {owned['epoch']} of agent {owned['agent_id']} is {status}"
-            )
+    waits = [(entry, owned) for entry in report["partitions"] for owned in entry["unsettled"]]
+    for entry, owned in waits[:most]:
+        went_back = bool(report["missing_position"])
+        lacks = "" if went_back else _lacks(owned["acknowledged_end"])
+        status = f"{owned['status']}{_since(owned['orphaned_ms'], went_back=went_back)}{lacks}"
+        click.echo(
+            f"readers of {entry['topic']}/{entry['partition']} wait at offset {owned['registered_end']}: "
+            f"epoch {owned['epoch']} of agent {owned['agent_id']} is {status}"
+        )
+    if most is not None and len(waits) > most:
+        click.echo(f"{len(waits) - most:,} more ranges that readers wait for, shown with --all")
 
 
 def show_doubt(item: dict[str, Any]) -> str:
