@@ -26,7 +26,7 @@ from streamhouse_coordinator.wiring import CoordinatorService, build, restore_ba
 
 PATIENCE_S = 60
 HOUR_MS = 3_600_000
-ARCHIVES = sorted((Path(__file__).parents[3] / "tests" / "released").glob("*.tar.gz"))
+ARCHIVES = sorted((Path(__file__).parents[3] / "tests" / "integration" / "data_directories").glob("*.tar.gz"))
 # Everything that can go goes, at once; prune() is called by the tests.
 AT_ONCE = {"events_retention_ms": 1_000, "events_kept_min": 1, "events_prune_interval_ms": 86_400_000}
 
@@ -167,6 +167,9 @@ async def test_a_follower_that_is_behind_is_told_to_start_over(
 ) -> None:
     await live_for_a_while(service, open_agent)
     head = (await service.api.get_head(pb.GetHeadRequest())).events_position
+    async with asyncio.timeout(PATIENCE_S):
+        while service.feed.position < head:
+            await asyncio.sleep(0.01)
     service.feed._recent.clear()  # nothing of it is in memory, as after a restart
     await prune(service)
     with pytest.raises(EventsPruned) as caught:
