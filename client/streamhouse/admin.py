@@ -13,6 +13,7 @@ from streamhouse.cluster import (
     BufferFailure,
     ClusterStatus,
     CommittedOffset,
+    DeletedRecords,
     FoundOffset,
     OffsetRange,
     Topic,
@@ -33,9 +34,11 @@ from streamhouse.core.options import (
     LastRecords,
     Place,
     addresses_of,
+    check_offset,
     check_request_timeout,
     check_retry_timeout,
     check_topic,
+    partition_number,
 )
 from streamhouse.core.times import ms_of
 from streamhouse.group_admin import (
@@ -176,6 +179,21 @@ class Admin:
         """The deleted topic's id. Raises UnknownTopic."""
         response = await self._peers.coordinator.delete_topic(coordinator_pb2.DeleteTopicRequest(topic=topic))
         return response.topic_id.hex()
+
+    async def delete_records(self, topic: str, partition: int, before_offset: int) -> DeletedRecords:
+        """Deletes the records of a partition below an offset: they cannot be read any more, and the objects that hold
+        nothing else are deleted later. Returns where the log starts then. May be repeated. Raises UnknownTopic,
+        UnknownPartition, InvalidArgument (records below are not all in segments yet)."""
+        check_offset("before_offset", before_offset)
+        request = coordinator_pb2.DeleteRecordsRequest(
+            topic=topic, partition=partition_number(partition), before_offset=before_offset
+        )
+        answer = await self._peers.coordinator.delete_records(request)
+        return DeletedRecords(
+            log_start_offset=answer.log_start_offset,
+            segments_removed=answer.segments_removed,
+            bytes_removed=answer.bytes_removed,
+        )
 
     # ---- the cluster
 

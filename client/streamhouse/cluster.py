@@ -22,6 +22,15 @@ class Topic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeletedRecords:
+    """Where a partition's log starts after records were deleted, and the segments removed with them."""
+
+    log_start_offset: int
+    segments_removed: int
+    bytes_removed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TopicConfig:
     """A setting of a topic. None as value or default: not set. `alterable`: "yes"; "more", only upwards; "not to or
     from durable"."""

@@ -226,6 +226,14 @@ class FakeStreamHouse:
             info.partitions = request.partitions
         return info
 
+    async def delete_records(
+        self, request: coordinator_pb2.DeleteRecordsRequest
+    ) -> coordinator_pb2.DeleteRecordsResponse:
+        self._topic(request.topic)
+        log = self.logs[request.topic, request.partition]
+        log.start_offset = max(log.start_offset, request.before_offset)
+        return coordinator_pb2.DeleteRecordsResponse(log_start_offset=log.start_offset)
+
     async def delete_topic(self, request: coordinator_pb2.DeleteTopicRequest) -> coordinator_pb2.DeleteTopicResponse:
         info = self._topic(request.topic)
         del self.topics[request.topic]

@@ -101,6 +101,20 @@ def test_partitions_are_added_while_records_are_there(cli: Cli) -> None:
     assert cli.run("topic", "alter", name, "--partitions", "4", "--yes", code=1).endswith(b"(INVALID_ARGUMENT)\n")
 
 
+def test_records_are_deleted_inside_a_segment(cli: Cli) -> None:
+    name = f"t-{uuid4().hex[:12]}"
+    cli.run("topic", "create", name, "--partitions", "1")
+    cli.run("produce", name, given=b"".join(b"%d\n" % at for at in range(100)))
+    deadline = time.monotonic() + TIMEOUT_S
+    while cli.json("topic", "describe", name)["partitions"][0]["registered_end"] < 100:  # type: ignore[index]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    cli.run("topic", "delete-records", name, "--before", "60", "--yes")
+    assert cli.run("consume", name).split() == [b"%d" % at for at in range(60, 100)]
+    assert cli.run("consume", name, "--from", "59", code=1).endswith(b"(OFFSET_BELOW_START)\n")
+    assert b"before_offset is 101" in cli.run("topic", "delete-records", name, "--before", "101", "--yes", code=1)
+
+
 def test_a_running_member_of_a_group_gets_new_partitions(cli: Cli, topic: str) -> None:
     reader = cli.start("consume", topic, "--group", f"g-{topic}", "--follow")
     try:

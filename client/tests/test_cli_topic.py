@@ -58,3 +58,22 @@ def test_partitions_are_added_after_a_question(server, run):
 @pytest.mark.parametrize("wrong", [[], ["--retention-ms", "never"], ["--retention-ms", "0"], ["--partitions", "0"]])
 def test_an_alteration_that_says_nothing_or_nonsense_is_a_usage_error(run, wrong):
     run("topic", "alter", "t", *wrong, code=2)
+
+
+def test_records_are_deleted_after_a_question_in_the_partition_named(server, run):
+    server.add_topic("t", 2)
+    delete = ["topic", "delete-records", "t", "--before", "7"]
+    assert "has 2 partitions: name one with --partition" in run(*delete, code=2).stderr
+    assert "Delete all records of t/1 below offset 7?" in run(*delete, "--partition", "1", code=1).stderr
+    assert server.log("t", 1).start_offset == 0
+    assert run(*delete, "--partition", "1", "--yes").stdout.startswith("t/1 starts at offset 7; ")
+    assert [server.log("t", number).start_offset for number in (0, 1)] == [0, 7]
+    server.add_topic("one", 1)
+    again = run("topic", "delete-records", "one", "--before", "3", "--yes", "--json")
+    assert json.loads(again.stdout) == {
+        "topic": "one",
+        "partition": 0,
+        "log_start_offset": 3,
+        "segments_removed": 0,
+        "bytes_removed": 0,
+    }

@@ -21,6 +21,7 @@ def test_produce_and_consume(server):
         assert admin.create_topic("t", partitions=3, if_not_exists=True).partitions == 2
         assert admin.alter_topic("t", retention_ms=9).retention_ms == 9
         assert [config.value for config in admin.topic_configs("t")] == [2, "wal", 9, None, None]
+        assert admin.delete_records("t", 0, 0).log_start_offset == 0
         assert [topic.topic for topic in admin.list_topics()] == ["t"]
     with Producer(server.address) as producer:
         first = producer.send("t", b"0", partition=1).result(10)

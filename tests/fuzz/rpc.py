@@ -256,6 +256,7 @@ def _coordinator_seeds() -> list[bytes]:
     commit = cpb.CommitOffsetsRequest(**member, offsets=[cpb.OffsetCommit(topic=TOPIC, offset=5)])
     sequences: list[list[Call]] = [
         [create, Call("Coordinator/DescribeTopic", cpb.DescribeTopicRequest(topic="fuzzed")),
+         Call("Coordinator/DeleteRecords", cpb.DeleteRecordsRequest(topic="fuzzed")),
          Call("Coordinator/AlterTopic", cpb.AlterTopicRequest(topic="fuzzed", partitions=3, unset=["retention_ms"])),
          Call("Coordinator/DeleteTopic", cpb.DeleteTopicRequest(topic="fuzzed"))],
         [Call("Coordinator/GetMetadata", cpb.GetMetadataRequest(topics=[TOPIC, "missing"]))],

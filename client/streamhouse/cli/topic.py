@@ -1,4 +1,4 @@
-"""streamhouse topic create | list | describe | configs | alter | delete."""
+"""streamhouse topic create | list | describe | configs | alter | delete | delete-records."""
 
 from __future__ import annotations
 
@@ -236,6 +236,33 @@ def delete(name: str, yes: bool, as_json: bool, bootstrap: str) -> None:
         print_json({"topic": name, "topic_id": topic_id})
     else:
         click.echo(f"deleted topic {name}")
+
+
+@topic.command("delete-records")
+@click.argument("name")
+@click.option("--before", "before_offset", type=click.IntRange(min=0), metavar="OFFSET", required=True)
+@click.option("--partition", type=click.IntRange(min=0), help="Needed where the topic has several.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@bootstrap_option
+def delete_records(
+    name: str, before_offset: int, partition: int | None, yes: bool, as_json: bool, bootstrap: str
+) -> None:
+    """Delete the records of a partition of topic NAME that lie below OFFSET."""
+    if partition is None:
+        count = ask(bootstrap, lambda admin: admin.topic_configs(name))[0].value
+        if count != 1:
+            raise click.UsageError(f"topic {name} has {count} partitions: name one with --partition")
+        partition = 0
+    if not yes:
+        confirm(f"Delete all records of {name}/{partition} below offset {before_offset}?")
+    found = ask(bootstrap, lambda admin: admin.delete_records(name, partition, before_offset))
+    if as_json:
+        print_json({"topic": name, "partition": partition} | asdict(found))
+    else:
+        size = show_bytes(found.bytes_removed)
+        removed = f"{found.segments_removed:,} segments removed ({size})"
+        click.echo(f"{name}/{partition} starts at offset {found.log_start_offset}; {removed}")
 
 
 def show_description(described: TopicDescription) -> None:

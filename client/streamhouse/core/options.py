@@ -294,6 +294,11 @@ def check_topic_name(topic: object) -> None:
     _text("topic", topic, 1)
 
 
+def check_offset(name: str, offset: int) -> None:
+    """Checks that a message can carry the offset. Raises InvalidArgument with name, limit and value."""
+    _within(name, offset, 0, INT64_MAX)
+
+
 def partition_number(partition: object) -> int:
     """Returns the partition's number, from whatever counts as an integer. Raises InvalidArgument."""
     number = index(partition) if isinstance(partition, SupportsIndex) else partition

@@ -103,6 +103,11 @@ class Admin:
         """The deleted topic's id. Raises UnknownTopic."""
         return BACKGROUND.run(self._inner.delete_topic(topic))
 
+    def delete_records(self, topic: str, partition: int, before_offset: int) -> cluster.DeletedRecords:
+        """Deletes the records of a partition below an offset; returns where the log starts then. Raises UnknownTopic,
+        UnknownPartition, InvalidArgument."""
+        return BACKGROUND.run(self._inner.delete_records(topic, partition, before_offset))
+
     def status(self) -> cluster.ClusterStatus:
         return BACKGROUND.run(self._inner.status())
 

@@ -99,7 +99,7 @@ class TopicExists(StreamHouseError):
 
 
 class OffsetBelowStart(StreamHouseError):
-    """Retention removed it. details: topic, partition, offset, log_start_offset."""
+    """Retention or delete-records removed it. details: topic, partition, offset, log_start_offset."""
 
     reason, status = "OFFSET_BELOW_START", Code.OUT_OF_RANGE
 

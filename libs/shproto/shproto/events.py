@@ -418,7 +418,8 @@ class SegmentsCompacted(Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class LogStartMoved(_OfPartition, Event):
-    """Retention: records below log_start_offset are gone, with the segments named."""
+    """Records below log_start_offset are gone, with the segments named. why: retention_ms and retention_bytes, with a
+    comma between both, or deleted. Only then log_start_offset may lie inside a segment."""
 
     topic_id: str
     partition: int

@@ -97,6 +97,14 @@ class CoordinatorApi:
         await groups.topic_changed(self._context, request.topic)
         return pb.DeleteTopicResponse(topic_id=bytes.fromhex(topic_id))
 
+    async def delete_records(self, request: pb.DeleteRecordsRequest) -> pb.DeleteRecordsResponse:
+        log_start_offset, segments, size_bytes = await housekeeping.delete_records(
+            self._context, request.topic, request.partition, request.before_offset
+        )
+        return pb.DeleteRecordsResponse(
+            log_start_offset=log_start_offset, segments_removed=segments, bytes_removed=size_bytes
+        )
+
     async def list_topics(self, request: pb.ListTopicsRequest) -> pb.ListTopicsResponse:
         rows = await views.list_topics(self._context)
         return pb.ListTopicsResponse(topics=[messages.topic_info(row) for row in rows])

@@ -5,11 +5,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from shproto.errors import InvalidArgument, UnknownPartition, UnknownTopic
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.service import housekeeping
-from streamhouse_coordinator.wiring import CoordinatorService
+from streamhouse_coordinator.wiring import CoordinatorService, build
 
 MakeSegment = Callable[..., types_pb2.SegmentRef]
 ChangeRows = Callable[..., Awaitable[object]]
@@ -52,6 +53,64 @@ async def test_retention_by_time(api: CoordinatorApi, open_agent: Any) -> None:
         await agent.write(grant, number, number + 1, max_timestamp_ms=now_ms - age_ms)
     assert (await api.apply_retention(pb.ApplyRetentionRequest())).segments_removed == 2
     assert (await partition(api)).log_start_offset == 2, "only from the oldest on"
+
+
+async def delete_before(api: CoordinatorApi, offset: int) -> tuple[int, int, int]:
+    done = await api.delete_records(pb.DeleteRecordsRequest(topic="orders", before_offset=offset))
+    return done.log_start_offset, done.segments_removed, done.bytes_removed
+
+
+async def test_records_are_deleted_up_to_an_offset(api: CoordinatorApi, open_agent: Any, all_events: Any) -> None:
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+    await fill(api, await open_agent(api, "a"), 5)
+    assert await delete_before(api, 25) == (25, 2, 200)
+    now = await partition(api)
+    assert (now.log_start_offset, now.segment_count) == (25, 3)
+    assert await delete_before(api, 25) == await delete_before(api, 10) == (25, 0, 0), "it does not go back"
+    assert len(await all_events(api, "LogStartMoved")) == 1
+    assert await delete_before(api, 50) == (50, 3, 300)
+    assert (await partition(api)).segment_count == 0
+    parts = [part async for part in api.check_projections(pb.CheckProjectionsRequest())]
+    assert not parts[-1].differences
+
+
+async def test_records_that_only_a_log_has_are_not_deleted(api: CoordinatorApi, open_agent: Any) -> None:
+    """Their segments would come below the start of the log, where nobody removes them."""
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+    gone, other = await open_agent(api, "a"), await open_agent(api, "b")
+    if not await gone.leads():
+        gone, other = other, gone
+    grant = await fill(api, gone, 2)
+    with pytest.raises(InvalidArgument, match="before_offset is 21, must be 0 to 20"):
+        await delete_before(api, 21)
+    await gone.close()
+    await other.write((await other.leads())[0], grant.limit_offset, grant.limit_offset + 10)
+    with pytest.raises(InvalidArgument, match="must be 0 to 20"):
+        await delete_before(api, grant.limit_offset + 5)
+    assert (await partition(api)).log_start_offset == 0
+    assert await delete_before(api, 20) == (20, 2, 200)
+
+
+async def test_many_segments_are_deleted_in_several_transactions(
+    dsn: str, fast: Callable[..., Any], open_agent: Any, all_events: Any
+) -> None:
+    service = build(fast(dsn, retention_batch=2))
+    await service.start()
+    try:
+        await service.api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+        await fill(service.api, await open_agent(service.api, "a"), 6)
+        assert await delete_before(service.api, 45) == (45, 4, 400)
+        assert len(await all_events(service.api, "LogStartMoved")) == 3
+    finally:
+        await service.stop()
+
+
+async def test_records_of_what_is_not_there_are_not_deleted(api: CoordinatorApi) -> None:
+    with pytest.raises(UnknownTopic):
+        await delete_before(api, 0)
+    await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
+    with pytest.raises(UnknownPartition):
+        await api.delete_records(pb.DeleteRecordsRequest(topic="orders", partition=1))
 
 
 async def test_topics_without_retention_keep_everything(api: CoordinatorApi, open_agent: Any) -> None:

@@ -97,6 +97,15 @@ def test_registered_records_that_no_object_holds_are_lost() -> None:
     assert result.lost == [Span(1, 10, 20), Span(2, 20, 30)] and len(result.chosen) == 2
 
 
+@pytest.mark.parametrize("has_retention", [False, True])
+def test_the_segment_that_the_log_starts_in_is_kept(has_retention: bool) -> None:
+    """Where records were deleted up to an offset inside it."""
+    ranges = [owned(1, 0, 20)]
+    result = cover(5, ranges, [known(0, 10), known(10, 20)], has_retention=has_retention, accept_holes=False)
+    assert [(item.base_offset, item.end_offset) for item in result.chosen] == [(0, 10), (10, 20)]
+    assert (result.log_start_offset, result.lost, result.stranded) == (5, [], [])
+
+
 def test_retention_has_removed_what_is_missing_at_the_beginning() -> None:
     ranges = [owned(1, 0, 20, end=20), owned(2, 20, 40)]
     result = cover(0, ranges, [known(30, 40, 2)], has_retention=True, accept_holes=False)

@@ -243,6 +243,61 @@ class AlterTopicRequest(_message.Message):
 Global___AlterTopicRequest: _TypeAlias = AlterTopicRequest  # noqa: Y015
 
 @_typing.final
+class DeleteRecordsRequest(_message.Message):
+    """Moves the start of a partition's log up to an offset. What is there already stays so: the call may be repeated."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOPIC_FIELD_NUMBER: _builtins.int
+    PARTITION_FIELD_NUMBER: _builtins.int
+    BEFORE_OFFSET_FIELD_NUMBER: _builtins.int
+    topic: _builtins.str
+    partition: _builtins.int
+    before_offset: _builtins.int
+    """no further than every record below is in a segment"""
+    def __init__(
+        self,
+        *,
+        topic: _builtins.str = ...,
+        partition: _builtins.int = ...,
+        before_offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before_offset", b"before_offset", "partition", b"partition", "topic", b"topic"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRecordsRequest: _TypeAlias = DeleteRecordsRequest  # noqa: Y015
+
+@_typing.final
+class DeleteRecordsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOG_START_OFFSET_FIELD_NUMBER: _builtins.int
+    SEGMENTS_REMOVED_FIELD_NUMBER: _builtins.int
+    BYTES_REMOVED_FIELD_NUMBER: _builtins.int
+    log_start_offset: _builtins.int
+    """as it is now"""
+    segments_removed: _builtins.int
+    """that end below it; their objects are deleted later as unreferenced"""
+    bytes_removed: _builtins.int
+    def __init__(
+        self,
+        *,
+        log_start_offset: _builtins.int = ...,
+        segments_removed: _builtins.int = ...,
+        bytes_removed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_removed", b"bytes_removed", "log_start_offset", b"log_start_offset", "segments_removed", b"segments_removed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRecordsResponse: _TypeAlias = DeleteRecordsResponse  # noqa: Y015
+
+@_typing.final
 class DeleteTopicRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -363,7 +418,7 @@ class PartitionInfo(_message.Message):
     raw_bytes: _builtins.int
     """before compression"""
     record_count: _builtins.int
-    """in segments, from log_start_offset on"""
+    """in segments; one that log_start_offset lies in counts whole"""
     @_builtins.property
     def ranges(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.OffsetRange]:
         """those not settled and fully registered, and the newest"""

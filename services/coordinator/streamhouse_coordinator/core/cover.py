@@ -90,7 +90,7 @@ class _Search:
         self._found = Cover(log_start_offset)
 
     def run(self) -> Cover:
-        at = self._found.log_start_offset
+        at = self._first_base()
         edges = _by_base(self._usable)
         while True:
             path = _farthest(at, edges)
@@ -105,6 +105,14 @@ class _Search:
                 return self._found
             else:
                 at = following
+
+    def _first_base(self) -> int:
+        """The start of the log, or of the registered segment that it lies in: records were deleted up to there."""
+        start = self._found.log_start_offset
+        around = [
+            item.base_offset for item in self._usable if item.registered and item.base_offset < start < item.end_offset
+        ]
+        return min(around, default=start)
 
     def _following(self, at: int) -> int | None:
         """The base of the next usable candidate."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from shproto.errors import UnknownPartition, UnknownTopic
 from shproto.events import LogStartMoved, Segment, SegmentsCompacted
 
 from streamhouse_coordinator.core import compaction, retention
@@ -11,7 +12,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove
 from streamhouse_coordinator.core.registration import Result
 from streamhouse_coordinator.ports import Above, AtMost, In, Totals, Transaction, where, where_keys
-from streamhouse_coordinator.service.common import Context, topic_names
+from streamhouse_coordinator.service.common import Context, topic_named, topic_names
 
 # Small segments read at once, some 300 bytes each: hours of a partition with durable acknowledgements.
 COMPACTION_SEGMENTS = 10_000
@@ -69,6 +70,44 @@ async def _retain_partition(context: Context, topic: t.TopicRow, partition: int)
         return len(event.removed_segment_ids), sum(row.size_bytes for row in _removed(event, oldest))
 
     return await context.store.run(work)
+
+
+async def delete_records(context: Context, topic: str, partition: int, before_offset: int) -> tuple[int, int, int]:
+    """Returns (log start, segments removed, their bytes). Raises UnknownTopic, UnknownPartition, InvalidArgument."""
+
+    async def step(tx: Transaction) -> tuple[bool, int, int, int]:
+        row = await topic_named(tx, topic)
+        if partition >= row.partitions:
+            raise UnknownPartition(
+                f"topic {topic!r} has {row.partitions} partitions, there is no {partition}",
+                topic=topic,
+                partition=partition,
+                partitions=row.partitions,
+            )
+        of_partition = where(topic_id=row.topic_id, partition=partition)
+        # Without their locks: what is registered only grows, and new epochs begin behind it.
+        ranges = await tx.select(t.RANGES, of_partition)
+        retention.check_deletion(topic, partition, before_offset, ranges)
+        rows = await tx.select(t.PARTITIONS, of_partition, lock="wait")
+        if not rows:
+            raise UnknownTopic(f"topic {topic!r} was deleted", topic=topic)
+        batch = context.settings.retention_batch
+        oldest = await tx.select(t.SEGMENTS, of_partition, order=("base_offset",), limit=batch)
+        event = retention.delete_before(rows[0], oldest, before_offset, more=len(oldest) == batch)
+        if event is None:
+            return True, rows[0].log_start_offset, 0, 0
+        await tx.append([event])
+        removed = _removed(event, oldest)
+        done = len(removed) < batch
+        return done, event.log_start_offset, len(removed), sum(segment.size_bytes for segment in removed)
+
+    segments = size_bytes = 0
+    while True:
+        done, log_start_offset, count, removed_bytes = await context.store.run(step)
+        segments += count
+        size_bytes += removed_bytes
+        if done:
+            return log_start_offset, segments, size_bytes
 
 
 def _removed(event: LogStartMoved, segments: Sequence[t.SegmentRow]) -> list[t.SegmentRow]:
