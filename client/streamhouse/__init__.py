@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from streamhouse.consumer import Consumer
     from streamhouse.core.serializers import json_deserializer, json_serializer
     from streamhouse.delivery import SendFuture, SendResult, SentRecords
+    from streamhouse.metrics import ConsumerMetrics, ProducerMetrics
     from streamhouse.producer import Producer
     from streamhouse.records import (
         MembershipState,
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 _MODULES = {
     "Admin": "admin",
     "Consumer": "consumer",
+    "ConsumerMetrics": "metrics",
     "MembershipState": "records",
     "OffsetAndMetadata": "records",
     "Producer": "producer",
+    "ProducerMetrics": "metrics",
     "Record": "records",
     "RecordBatch": "records",
     "RecordMetadata": "records",
@@ -42,9 +45,11 @@ _MODULES = {
 __all__ = [
     "Admin",
     "Consumer",
+    "ConsumerMetrics",
     "MembershipState",
     "OffsetAndMetadata",
     "Producer",
+    "ProducerMetrics",
     "Record",
     "RecordBatch",
     "RecordMetadata",

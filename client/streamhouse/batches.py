@@ -15,11 +15,12 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 class Batch:
     """Holds the records until first encoded, then the bytes; nothing once delivered."""
 
-    __slots__ = ("_encoded", "_gathering", "_stamp", "delivery", "size_bytes", "span")
+    __slots__ = ("_encoded", "_gathering", "_stamp", "delivery", "is_sent", "size_bytes", "span")
 
     def __init__(self, gathering: Gathering[Delivery]) -> None:
         self.delivery = gathering.delivery
         self.size_bytes = gathering.size_bytes
+        self.is_sent = False  # handed to a leader's stream at least once
         self.span: trace.Span | None = None
         self._gathering: Gathering[Delivery] | None = gathering
         self._encoded = b""

@@ -36,6 +36,8 @@ class Commits:
         self._store = store
         self._topic_gone = topic_gone
         self._turn = asyncio.Lock()
+        self.stored_count = 0
+        self.failed_count = 0
 
     async def commit(self, given: Mapping[TopicPartition, Position] | None = None) -> None:
         """Stores what the application has done with, or the positions `given`. Raises what storing raises:
@@ -67,10 +69,15 @@ class Commits:
             return
         try:
             await store(positions)
+            self.stored_count += 1
         except UnknownTopic as error:
+            self.failed_count += 1
             topic = error.details.get("topic", "")
             for topic_id in {position.topic_id for where, position in positions.items() if where.topic == topic}:
                 self._topic_gone(topic, topic_id)
+            raise
+        except StreamHouseError:
+            self.failed_count += 1
             raise
         for where, position in positions.items():
             for cursor in (cursors.get(where), self._cursors.get(where)):  # a seek makes a new one

@@ -48,6 +48,7 @@ from streamhouse.core.serializers import Deserializers
 from streamhouse.iteration import Iteration
 from streamhouse.membership import Membership
 from streamhouse.metadata import MetadataCache
+from streamhouse.metrics import ConsumerMetrics
 from streamhouse.offsets import Offsets
 from streamhouse.openings import Openings
 from streamhouse.peers import Peers
@@ -583,6 +584,25 @@ class Consumer:
     async def lag(self) -> dict[TopicPartition, Lag]:
         """Records still to be handed over, per partition; see `Lag` for when it is exact."""
         return await self._retries.run(lambda: self._offsets.lag(self.positions(), self._reader.topic_ids()))
+
+    def metrics(self) -> ConsumerMetrics:
+        """Returns counters since the consumer was made and gauges of this moment; asks no server, as `lag` does."""
+        records_read, bytes_read = self._iteration.read()
+        cursors = list(self._reader.cursors.items())  # in one step: `streamhouse.sync` asks from another thread
+        return ConsumerMetrics(
+            records_read=records_read,
+            bytes_read=bytes_read,
+            commits=self._commits.stored_count,
+            commits_failed=self._commits.failed_count,
+            rebalances=0 if self._membership is None else self._membership.rebalance_count,
+            prefetch_used_bytes=self._reader.received_bytes,
+            prefetch_bytes_max=self._options.prefetch_bytes_max,
+            lag={
+                where: max(0, cursor.high_watermark - cursor.delivered)
+                for where, cursor in cursors
+                if cursor.high_watermark >= 0
+            },
+        )
 
     # ---- commits
 

@@ -66,6 +66,7 @@ class Membership:
         # Of those owned and not about to be given up: by which assignment. Somebody else may have been between two.
         self._tenures: dict[TopicPartition, int] = {}
         self._assignments = 0
+        self.rebalance_count = 0  # assignments that gave or took partitions
 
     async def join(self) -> None:
         """Becomes a member. Raises UnknownTopic, InvalidArgument, Unavailable."""
@@ -154,6 +155,7 @@ class Membership:
         self._tenures.update(dict.fromkeys(added, self._assignments))
         self.pending = answer.pending
         if added or revoked:
+            self.rebalance_count += 1
             log.info("group %s generation %d: %d partitions", self._options.group, self.generation, len(self.owned))
         self._assigned(added)
 

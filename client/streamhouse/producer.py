@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from types import TracebackType
@@ -36,11 +37,12 @@ from streamhouse.delivery import Delivery, Placed, PlacedRecords, SendFuture, Se
 from streamhouse.fair_lock import FairLock, Ticket
 from streamhouse.gatherer import LaneState
 from streamhouse.metadata import MetadataCache
+from streamhouse.metrics import ProducerMetrics
 from streamhouse.peers import Peers
 from streamhouse.placing import TopicLanes, choose, choose_many
 from streamhouse.records import RecordMetadata
 from streamhouse.retries import Retries
-from streamhouse.sender import Sender
+from streamhouse.sender import SendCounts, Sender
 
 log = logging.getLogger(__name__)
 
@@ -350,6 +352,16 @@ class Producer:
             await self._made_sender.close()
         await self._metadata.close()
         await self._peers.close()
+
+    def metrics(self) -> ProducerMetrics:
+        """Returns counters since the producer was made and gauges of this moment."""
+        counts = SendCounts() if self._made_sender is None else self._made_sender.counts
+        return ProducerMetrics(
+            **asdict(counts),
+            records_unacknowledged=self.unacknowledged,
+            buffer_used_bytes=self._room.used_bytes,
+            buffer_bytes_max=self._options.buffer_bytes_max,
+        )
 
     @property
     def unacknowledged(self) -> int:

@@ -257,6 +257,11 @@ class Reader:
         await self._news.wait()
 
     @property
+    def received_bytes(self) -> int:
+        """Bytes received and not handed over, decoded, of all partitions."""
+        return self._received_bytes
+
+    @property
     def has_more(self) -> bool:
         """True if anything waits to be popped."""
         return bool(self._received)

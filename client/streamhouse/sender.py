@@ -8,6 +8,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from shformat import Codec
 from shproto.errors import (
@@ -41,6 +42,18 @@ QUIET_MS = 60_000
 _ASK_WHO_LEADS = (NotLeader, ShuttingDown, Unavailable, UnknownTopic, UnknownPartition)
 
 
+@dataclass(slots=True)
+class SendCounts:
+    """Counters since the sender was made; `streamhouse.metrics.ProducerMetrics` says of what."""
+
+    batches_sent: int = 0
+    batches_retried: int = 0
+    records_sent: int = 0
+    bytes_sent: int = 0
+    records_acked: int = 0
+    records_failed: int = 0
+
+
 class Sender:
     """`done(batch)` is called once for every batch, after its delivery is resolved or failed."""
 
@@ -53,6 +66,7 @@ class Sender:
         self._done = done
         self._codec = Codec.LZ4 if options.compression == "lz4" else Codec.NONE
         self.unfinished: set[Delivery] = set()
+        self.counts = SendCounts()
         self.gatherer = Gatherer(options, self._on_opened, self._pump)
         self._tasks = Tasks()
         self._leaders = Leaders(options, peers, self._tasks, self._on_answer, self._on_broken)
@@ -65,7 +79,8 @@ class Sender:
     @property
     def unfinished_records(self) -> int:
         """Number of records that are neither acknowledged nor failed."""
-        return sum(delivery.record_count for delivery in self.unfinished)
+        # Copied in one step: `streamhouse.sync` asks from another thread.
+        return sum(delivery.record_count for delivery in list(self.unfinished))
 
     @property
     def last_error(self) -> StreamHouseError | None:
@@ -141,7 +156,17 @@ class Sender:
             timeout_ms=self._options.request_timeout_ms,
             trace_context=batch.start_span(outgoing.record_count, self._options.acks, self._options.client_id),
         )
+        self._count_try(batch, outgoing.record_count, len(encoded))
         stream.submit((state, outgoing), request)
+
+    def _count_try(self, batch: Batch, record_count: int, size_bytes: int) -> None:
+        if batch.is_sent:
+            self.counts.batches_retried += 1
+            return
+        batch.is_sent = True
+        self.counts.batches_sent += 1
+        self.counts.records_sent += record_count
+        self.counts.bytes_sent += size_bytes
 
     async def _identify(self, state: LaneState) -> None:
         """A producer id of its own for the lane, so that starting over concerns no other partition."""
@@ -212,6 +237,10 @@ class Sender:
     def _finish(self, batch: Batch) -> None:
         batch.end_span(batch.delivery.error)
         self.unfinished.discard(batch.delivery)
+        if batch.delivery.error is None:
+            self.counts.records_acked += batch.delivery.record_count
+        else:
+            self.counts.records_failed += batch.delivery.record_count
         self._done(batch)
 
     # ---- waiting and trying again

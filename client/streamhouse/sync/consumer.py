@@ -23,6 +23,7 @@ from streamhouse.core.in_flight import Worker
 from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import POLL_BATCHES_RECORDS_MAX, POLL_RECORDS_MAX, ConsumerKwargs, Start, check_poll
+from streamhouse.metrics import ConsumerMetrics
 from streamhouse.records import (
     MembershipState,
     OffsetAndMetadata,
@@ -239,6 +240,11 @@ class Consumer:
     def lag(self) -> dict[TopicPartition, Lag]:
         """Records still to be handed over, per partition."""
         return BACKGROUND.run(self._inner.lag())
+
+    def metrics(self) -> ConsumerMetrics:
+        """Returns counters since the consumer was made and gauges of this moment; asks no server, as `lag` does."""
+        with self._taking:
+            return self._inner.metrics()
 
     def positions(self) -> dict[TopicPartition, int]:
         """The next offset that will be handed over, per partition."""

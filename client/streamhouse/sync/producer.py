@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from itertools import repeat
@@ -31,6 +32,7 @@ from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.options import ProducerKwargs, check_exit_timeout, check_timeout_s, partition_number
 from streamhouse.core.outgoing import CheckedRecord, Headers, ManyRecords, check_record
 from streamhouse.delivery import Delivery, PlacedRecords, SentRecords
+from streamhouse.metrics import ProducerMetrics
 from streamhouse.producer import close_with, not_acknowledged
 from streamhouse.records import RecordMetadata
 
@@ -230,6 +232,7 @@ class Producer:
         # Since the last flush, what the loop's thread would not take: how many, and those for the flush to raise.
         self._refused: list[SendFuture] = []
         self._refused_count = 0
+        self._refused_total = 0  # of all time
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -407,6 +410,7 @@ class Producer:
     def _refuse(self, future: SendFuture, error: Exception) -> None:
         future._error = error
         self._refused_count += 1
+        self._refused_total += 1
         if len(self._refused) < producer.UNSEEN_FAILURES_MAX:
             self._refused.append(future)
 
@@ -447,6 +451,16 @@ class Producer:
             if not future._seen and future._error is not None:
                 future._seen = True
                 raise future._error
+
+    def metrics(self) -> ProducerMetrics:
+        """Returns counters since the producer was made and gauges of this moment. A record on its way to the client's
+        background thread is unacknowledged; one that this thread refused has failed."""
+        inner = self._inner.metrics()
+        return replace(
+            inner,
+            records_unacknowledged=self._unacknowledged(),
+            records_failed=inner.records_failed + self._refused_total,
+        )
 
     def close(self, timeout_s: float | None = None) -> None:
         """Flushes, then closes the connections. Raises what `flush` raises, after closing.

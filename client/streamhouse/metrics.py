@@ -1,0 +1,47 @@
+"""Counters and gauges that producers and consumers tell of themselves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from streamhouse.records import TopicPartition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProducerMetrics:
+    """What a producer has done since it was made, and what it holds at the moment.
+
+    batches_sent, records_sent, bytes_sent: handed to a leader's stream for the first time; bytes as encoded and
+    compressed. batches_retried: tries after the first. records_acked, records_failed: with an outcome, sent or not.
+    records_unacknowledged: taken and without an outcome yet. buffer_used_bytes: of buffer_bytes_max, what these count
+    for.
+    """
+
+    batches_sent: int
+    batches_retried: int
+    records_sent: int
+    bytes_sent: int
+    records_acked: int
+    records_failed: int
+    records_unacknowledged: int
+    buffer_used_bytes: int
+    buffer_bytes_max: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsumerMetrics:
+    """What a consumer has done since it was made, and what it holds at the moment.
+
+    records_read, bytes_read: handed to the application; bytes of keys, values and headers. commits, commits_failed:
+    requests that stored positions, or were refused. rebalances: how often the group gave or took partitions.
+    prefetch_used_bytes: of prefetch_bytes_max, received and not handed over. lag: offsets from the position to the end
+    of the log that the last response named, per partition; partitions without a response are missing.
+    """
+
+    records_read: int
+    bytes_read: int
+    commits: int
+    commits_failed: int
+    rebalances: int
+    prefetch_used_bytes: int
+    prefetch_bytes_max: int
+    lag: Mapping[TopicPartition, int]
