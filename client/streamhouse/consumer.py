@@ -331,7 +331,15 @@ class Consumer:
     async def _poll_records(
         self, worker: Worker, timeout_ms: int, max_records: int
     ) -> dict[TopicPartition, list[Record]]:
-        return records_of(await self._poll(worker, timeout_ms, max_records))
+        polled = await self._poll(worker, timeout_ms, max_records)
+        if self._deserializers is None:
+            return records_of(polled)
+        records, given_back, error = self._deserializers.polled(polled)
+        if given_back:
+            self._iteration.give_back(worker, given_back)
+        if error is not None:
+            raise error
+        return records
 
     async def _poll(self, worker: Worker, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[RecordBatch]]:
         loop = asyncio.get_running_loop()

@@ -13,7 +13,7 @@ would stand still with an application thread that holds one, and the heartbeats 
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from itertools import islice
 
 import numpy as np
@@ -264,10 +264,10 @@ class Iteration:
         self._burst = self._rows = iter(())
         self._rows_count, self._burst_count = ROWS_FIRST, 1
 
-    def give_back(self, worker: Worker) -> None:
+    def give_back(self, worker: Worker, first: Mapping[TopicPartition, int] | None = None) -> None:
         """Returns the record that has not reached the application (Ctrl-C comes between any two steps) to the front: it
         is handed over before anything else."""
-        self.in_flight.give_back(worker)
+        self.in_flight.give_back(worker, first)
         self._forget_rows()
         self._tell(self._wake)
 

@@ -206,3 +206,68 @@ def test_what_cannot_be_called_is_refused(module):
     for option in ("key_deserializer", "value_deserializer"):
         with pytest.raises(errors.InvalidArgument, match=rf"{option} is 'json' \(str\), must be a callable"):
             module.Consumer("127.0.0.1:1", ["t"], **{option: "json"})
+
+
+class PlainConsumer:
+    """The synchronous consumer behind the names of the asynchronous one."""
+
+    def __init__(self, *args, **options):
+        self.consumer = streamhouse.sync.Consumer(*args, **options)
+
+    async def __aenter__(self):
+        self.consumer.__enter__()
+        return self
+
+    async def __aexit__(self, *error):
+        self.consumer.__exit__(*error)
+
+    async def poll(self, *args):
+        return self.consumer.poll(*args)
+
+    async def commit(self):
+        self.consumer.commit()
+
+
+@pytest.mark.parametrize("form", ["async", "sync"])
+async def test_poll_returns_what_comes_before_a_failure_and_raises_it_next(platform, server, form):
+    fake, kind = (platform, Consumer) if form == "async" else (server, PlainConsumer)
+    fake.add_topic("t", 2)
+    async with Producer(fake.address, batch_bytes=300) as producer:  # several batches
+        for partition in range(2):
+            await producer.send_many("t", [b"%d" % n for n in range(20)], partition=partition)
+    values, failed = {0: [], 1: []}, []
+    async with kind(fake.address, ["t"], group="g", auto_commit=False, value_deserializer=refuse_13) as consumer:
+        while sum(map(len, values.values())) < 38:
+            try:
+                polled = await consumer.poll(30_000, 7)
+            except errors.SerializationError as error:
+                failed.append((error.record.partition, error.record.offset))
+                await consumer.commit()
+                assert fake.groups["g"].offsets["t", error.record.partition] == 14
+                continue
+            assert 0 < sum(map(len, polled.values())) <= 7
+            for where, records in polled.items():
+                assert where == ("t", records[0].partition)
+                values[where.partition] += [record.value for record in records]
+            await consumer.commit()
+            for partition, found in values.items():
+                behind = 1 if (partition, 13) in failed and found[-1:] == [12] else 0
+                assert fake.groups["g"].offsets.get(("t", partition), 0) == (found[-1] + 1 if found else 0) + behind
+    assert values == {partition: [n for n in range(20) if n != 13] for partition in range(2)}
+    assert sorted(failed) == [(0, 13), (1, 13)]
+
+
+async def test_a_failure_of_a_poll_is_raised_however_many_records_others_have(platform, address):
+    platform.add_topic("t", 2)
+    async with Producer(address) as producer:
+        await producer.send_and_wait("t", b"13", partition=0)
+        await producer.send_many("t", [b"1"] * 100, partition=1)
+    async with Consumer(address, ["t"], value_deserializer=refuse_13) as consumer:
+        for _ in range(3):
+            try:
+                await consumer.poll(30_000, 10)
+            except errors.SerializationError as error:
+                assert error.record.partition == 0
+                break
+        else:
+            pytest.fail("partition 0 stands still in silence")

@@ -6,12 +6,13 @@ Invariants: a record is in hand before its cursor's `delivered` passes it, and u
 assignment, so that it sees the old or the new state and nothing between.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 from shformat import Records
 
 from streamhouse.core.positions import Cursor
-from streamhouse.records import Record, RecordBatch
+from streamhouse.records import Record, RecordBatch, TopicPartition
 
 Held = tuple[Cursor, Record | RecordBatch, "Held | None"]
 """Of which partition, what, and what the worker was given before that and has as well. A plain tuple: one is made for
@@ -105,10 +106,22 @@ class InFlight:
             if self._ended_well(worker.owner):
                 worker.held = None
 
-    def give_back(self, worker: Worker) -> None:
-        """Takes from the worker all that it has in hand, for it has not got it; that is handed over next, in the order
-        of offsets."""
-        held = [(cursor, _batch_of(item)) for cursor, item, _ in worker.in_hand()]
+    def give_back(self, worker: Worker, first: Mapping[TopicPartition, int] | None = None) -> None:
+        """Takes from the worker what it has in hand and has not got: all, or of the partitions in `first` the records
+        from that offset on. That is handed over next, in the order of offsets."""
+        in_hand = [(cursor, _batch_of(item)) for cursor, item, _ in worker.in_hand()]
+        kept: Held | None = None
+        held: list[tuple[Cursor, RecordBatch]] = []
+        for cursor, batch in reversed(in_hand):
+            if first is None:
+                stop = 0
+            else:
+                stop = int(np.searchsorted(batch.offsets, first.get(cursor.where, batch.offsets[-1] + 1)))
+            if stop:
+                kept = (cursor, batch.slice(0, stop), kept)
+            if stop < len(batch):
+                held.append((cursor, batch.slice(stop, len(batch))))
+        held.reverse()
         returned = list(self.returned)
         for cursor, batch in reversed(held):
             # Not simply last: what is there may be the rest of a batch of which this is the beginning.
@@ -119,7 +132,7 @@ class InFlight:
                     break
             returned.insert(place, (cursor, batch))
         self.returned = tuple(returned)
-        worker.held = None
+        worker.held = kept
         for cursor, batch in held:
             cursor.delivered = max(cursor.delivered, int(batch.offsets[-1]) + 1)
 

@@ -4,7 +4,7 @@ None reaches no callable: a null key stays null, and a null value a tombstone.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as short
 from typing import Any
 
@@ -12,7 +12,7 @@ from shproto.errors import SerializationError
 
 from streamhouse.core.options import ConsumerOptions, Deserializer, ProducerOptions, Serializer
 from streamhouse.core.outgoing import Bytes, count_of
-from streamhouse.records import Record
+from streamhouse.records import Record, RecordBatch, TopicPartition
 
 
 def json_serializer(item: Any) -> bytes:
@@ -97,6 +97,30 @@ class Deserializers:
             error.record = record
             raise error from cause
         return record._replace(key=key, value=value)
+
+    def polled(
+        self, batches: Mapping[TopicPartition, Sequence[RecordBatch]]
+    ) -> tuple[dict[TopicPartition, list[Record]], dict[TopicPartition, int], SerializationError | None]:
+        """Returns the records of a poll, of each partition those before the first on which a deserializer fails, and
+        the offsets from which on they are to be given back. If the very first record fails, no records but its error:
+        it counts as handed over, and all others are to be given back. So a failure comes first at last, however many
+        records other partitions have."""
+        records: dict[TopicPartition, list[Record]] = {}
+        back: dict[TopicPartition, int] = {}
+        for where, found in batches.items():
+            good: list[Record] = []
+            try:
+                for batch in found:
+                    for record in batch:
+                        good.append(self.record(record))
+            except SerializationError as error:
+                back[where] = error.record.offset
+                if not good and not records and len(back) == 1:
+                    others = {other: int(its[0].offsets[0]) for other, its in batches.items() if other != where}
+                    return {}, {where: error.record.offset + 1, **others}, error
+            if good:
+                records[where] = good
+        return records, back, None
 
 
 def _column(serialize: Callable[[Any], Any], field: str, items: Sequence[Any], topic: str) -> list[Bytes | None]:

@@ -121,22 +121,37 @@ class Consumer:
         """Returns records by partition: what has been received, at most max_records; empty if nothing comes within
         timeout_ms, or at the end of a bounded read (`at_end`). What the last poll of the thread returned is done
         with."""
-        return self._polled(timeout_ms, max_records, records_of)
+        return self._polled(timeout_ms, max_records, self._records_of)
 
     def poll_batches(
         self, timeout_ms: int = 0, max_records: int = POLL_BATCHES_RECORDS_MAX
     ) -> dict[TopicPartition, list[RecordBatch]]:
         """As `poll`, but returns the records as columns: of each partition a list of `RecordBatch`."""
-        return self._polled(timeout_ms, max_records, lambda polled: polled)
+        return self._polled(timeout_ms, max_records, lambda worker, polled: polled)
+
+    def _records_of(
+        self, worker: Worker, polled: dict[TopicPartition, list[RecordBatch]]
+    ) -> dict[TopicPartition, list[Record]]:
+        if self._deserializers is None:
+            return records_of(polled)
+        records, given_back, error = self._deserializers.polled(polled)
+        if given_back:
+            with self._taking:
+                self._iteration.give_back(worker, given_back)
+        if error is not None:
+            raise error
+        return records
 
     def _polled(
-        self, timeout_ms: int, max_records: int, shape: Callable[[dict[TopicPartition, list[RecordBatch]]], T]
+        self, timeout_ms: int, max_records: int, shape: Callable[[Worker, dict[TopicPartition, list[RecordBatch]]], T]
     ) -> T:
         check_poll(timeout_ms, max_records)
         worker = self._worker()
         worker.held = None
         try:
-            return shape(self._poll(worker, time.monotonic() + timeout_ms / 1000, max_records))
+            return shape(worker, self._poll(worker, time.monotonic() + timeout_ms / 1000, max_records))
+        except SerializationError:
+            raise  # its record stays in hand, as in `__next__`
         except BaseException:
             self._give_back(worker)
             raise
