@@ -20,15 +20,11 @@ import numpy as np
 
 from streamhouse.core.in_flight import InFlight, Worker
 from streamhouse.core.positions import ROWS_FIRST, ROWS_MAX, Cursor, Portion
+from streamhouse.loop_turns import TURN_S, let_loop_run
 from streamhouse.offsets import Offsets
 from streamhouse.reader import Reader
 from streamhouse.records import Record, RecordBatch, TopicPartition
 
-# For so long one partition is read from, if others wait, and the application's code runs before the event loop has
-# a turn. Short beside any session timeout and the patience of whoever waits for a record; a turn costs about 50 us.
-TURN_S = 0.005
-# The loop is given a turn for every so long that it stood still: an answer to a heartbeat takes it about five.
-LOOP_TURN_S, LOOP_TURNS_MAX = 0.010, 10
 # Records are handed over in bursts, and the clock is asked between two: for every record that would cost a tenth of
 # what handing it over does. An application that needs long for a record gets bursts of one; but where it was fast and
 # becomes slow at once, it has the rest of a burst before the loop has its turn: with 0.5 s each, 8 s, and a member may
@@ -323,9 +319,7 @@ class Iteration:
 
     async def _let_loop_run(self) -> None:
         """An application whose code never waits would starve heartbeats, its own and others', and the stream."""
-        turns = 1 + int((self._clock() - self._turn_ends_s) / LOOP_TURN_S)
-        for _ in range(min(turns, LOOP_TURNS_MAX)):
-            await asyncio.sleep(0)
+        await let_loop_run(self._clock() - self._turn_ends_s)
 
     async def _find(self) -> tuple[bool, bool]:
         """Returns whether there is something to take, and whether it had to be waited for."""

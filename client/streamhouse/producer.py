@@ -36,6 +36,7 @@ from streamhouse.core.serializers import Serializers
 from streamhouse.delivery import Delivery, Placed, PlacedRecords, SendFuture, SendResult, send_future
 from streamhouse.fair_lock import FairLock, Ticket
 from streamhouse.gatherer import LaneState
+from streamhouse.loop_turns import TURN_S, LoopTurns, let_loop_run
 from streamhouse.metadata import MetadataCache
 from streamhouse.metrics import ProducerMetrics
 from streamhouse.peers import Peers
@@ -122,6 +123,7 @@ class Producer:
     async def _begin(self) -> None:
         """Makes the sender inside the event loop that it then belongs to."""
         if self._made_sender is None:
+            self._turns = LoopTurns(asyncio.get_running_loop())
             self._made_sender = Sender(self._options, self._peers, self._metadata, self._on_done)
             self._life = self._live()
             await anext(self._life)
@@ -161,7 +163,8 @@ class Producer:
         partition: int | None = None,
         timestamp_ms: int | datetime | None = None,
     ) -> SendFuture:
-        """Takes one record; waits only while the buffer is full. `await` the future for its `RecordMetadata`.
+        """Takes one record; waits only while the buffer is full, and gives the event loop its turn every few
+        milliseconds. `await` the future for its `RecordMetadata`.
 
         A record with a key goes to the key's partition as in Kafka; one without stays with the others of its batch.
         headers: a dict, or pairs. timestamp_ms: milliseconds since 1970 or an aware datetime; default: now.
@@ -180,7 +183,10 @@ class Producer:
                 self._give_back(record[-1])
                 raise
         delivery, index, taken_ms = self._add(target, record, partition)
-        return send_future(target.loop, delivery, index, taken_ms)
+        future = send_future(target.loop, delivery, index, taken_ms)
+        if (stood_s := self._turns.stood_s()) >= TURN_S:
+            await let_loop_run(stood_s)  # behind `_add`: no later call comes before this one meanwhile
+        return future
 
     async def send_and_wait(
         self,

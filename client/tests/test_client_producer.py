@@ -947,3 +947,27 @@ async def test_a_cancelled_body_does_not_wait_for_a_flush(platform, address):
     async with asyncio.timeout(PATIENCE_S):  # a flush would take delivery_timeout_ms, twice as long
         await asyncio.gather(task, return_exceptions=True)
     assert task.cancelled()
+
+
+async def test_the_event_loop_has_its_turns_though_every_send_finds_room(platform, address):
+    """Batches leave, and other tasks go on, while the application does nothing but `await send(...)`."""
+    platform.add_topic("t", 1)
+    ticks = 0
+
+    async def tick():
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0)
+
+    async with Producer(address) as producer:
+        await (await producer.send("t", b"opens the topic"))
+        ticker = asyncio.create_task(tick())
+        first = await producer.send("t", b"x")
+        for _ in range(500_000):
+            if first.done():
+                break
+            await producer.send("t", b"x")
+        assert first.done()
+        assert ticks > 1
+        ticker.cancel()
