@@ -5,6 +5,7 @@ remembered, unknown producers accepted), answers come in order, groups rebalance
 """
 
 import asyncio
+import contextlib
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -517,10 +518,9 @@ class FakeStreamHouse:
             wait_s = deadline - asyncio.get_running_loop().time()
             if wait_s <= 0:
                 return answer
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), wait_s)
-            except TimeoutError:
-                continue
+            # Also after a timeout: the member may have been expelled in the moment before.
             if request.member_id not in group.members:
                 raise errors.UnknownMember(request.member_id)
         return self._assignment(group, request.member_id)
