@@ -34,6 +34,17 @@ def one_line(text: str) -> str:
     return text
 
 
+# Less runs no service. It is most likely meant in another unit.
+MEMORY_LIMIT_BYTES_MIN = 64 * MIB
+
+
+def _memory_limit(size_bytes: int) -> int:
+    """A validator for a setting. Raises ValueError."""
+    if 0 < size_bytes < MEMORY_LIMIT_BYTES_MIN:
+        raise ValueError(f"must be 0, or at least {MEMORY_LIMIT_BYTES_MIN} (64 MiB): it is in bytes")
+    return size_bytes
+
+
 class CommonSettings(BaseSettings):
     """What every service understands. Subclasses set `service` and add their own fields."""
 
@@ -42,11 +53,11 @@ class CommonSettings(BaseSettings):
     known: ClassVar[dict[str, type["CommonSettings"]]] = {}
 
     # First, since defaults of others are parts of it.
-    memory_limit_bytes: int = Field(
+    memory_limit_bytes: Annotated[int, AfterValidator(_memory_limit)] = Field(
         0,
         ge=0,
         description="bytes of memory that the service may use (`serve`: with its PostgreSQL), which some defaults are "
-        "parts of; 0: what the machine has or the control group (container) allows",
+        "parts of: 67108864 (64 MiB) or more; 0: what the machine has or the control group (container) allows",
     )
     listen: Annotated[str, AfterValidator(address)] = Field(
         "127.0.0.1:0", description="host:port of the gRPC server; port 0 takes a free one"
@@ -182,6 +193,8 @@ class CommonSettings(BaseSettings):
         shown."""
         parts = []
         for item in error.errors():
+            if item["type"] == "default_factory_not_called":
+                continue  # a default that is a part of what is wrong itself
             if not item["loc"]:  # several settings together: the input is all of them, secrets included
                 parts.append(item["msg"].removeprefix("Value error, "))
                 continue

@@ -128,7 +128,7 @@ def test_defaults_are_parts_of_the_limit_between_bounds(limit_mib: int, size_mib
 
 
 def test_what_is_given_is_not_changed() -> None:
-    settings = ProbeSettings.load({"STREAMHOUSE_MEMORY_LIMIT_BYTES": "1", "STREAMHOUSE_PROBE_BYTES": "77"})
+    settings = ProbeSettings.load({"STREAMHOUSE_MEMORY_LIMIT_BYTES": str(64 * MIB), "STREAMHOUSE_PROBE_BYTES": "77"})
     assert settings.probe_bytes == 77
 
 

@@ -35,11 +35,18 @@ def test_defaults_then_file_then_variables_then_code(tmp_path: Path) -> None:
         ({"STREAMHOUSE_CONFIG": "/nowhere/streamhouse.toml"}, "/nowhere/streamhouse.toml: No such file"),
         ({"STREAMHOUSE_LISTEN": ""}, "STREAMHOUSE_LISTEN) = ''"),
         ({"STREAMHOUSE_BOOTSTRAP": "one:1,two"}, "'two' must be host:port"),
+        ({"STREAMHOUSE_MEMORY_LIMIT_BYTES": "512"}, "STREAMHOUSE_MEMORY_LIMIT_BYTES) = '512': must be 0, or at least"),
     ],
 )
 def test_a_wrong_setting_is_named(environ: dict[str, str], said: str) -> None:
     with pytest.raises(SettingsError, match=said.replace("(", r"\(").replace(")", r"\)")):
         ProbeSettings.load(environ)
+
+
+def test_a_wrong_setting_is_named_without_the_defaults_that_are_parts_of_it() -> None:
+    with pytest.raises(SettingsError) as caught:
+        ProbeSettings.load({"STREAMHOUSE_MEMORY_LIMIT_BYTES": "256MiB"})
+    assert str(caught.value).count("STREAMHOUSE_") == 1
 
 
 def test_names_are_printable_text_on_one_line() -> None:

@@ -20,6 +20,7 @@ from shruntime.memory import give_back_freed_memory
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.tasks import Backoff, Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
+from shruntime.urls import masked
 from shstore import ObjectStore
 
 from streamhouse_coordinator.adapters import postgres_backup
@@ -75,7 +76,7 @@ class CoordinatorService:
                 await self._store.open()
                 break
             except Unavailable as error:
-                log.warning("waiting for PostgreSQL: %s", error.message)
+                log.warning("waiting for %s (STREAMHOUSE_PG_DSN): %s", masked(self.settings.pg_dsn), error.message)
                 await asyncio.sleep(backoff.next_ms() / 1000)
         self._tasks.spawn("listener", self._listener.run())
         self._tasks.spawn("feed", self.feed.run())
