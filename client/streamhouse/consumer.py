@@ -76,10 +76,10 @@ class Consumer:
 
     topics: all their partitions, shared with the other members of `group` if there is one. assign: these
     (topic, partition)s instead, without membership. start: "earliest", "latest", an offset, -N (the last N records of
-    each partition) or a datetime, for partitions that the group has not committed. stop_at_end: an iteration ends where
-    the log ended when it began. on_out_of_range, on_data_loss: whether to raise or to go on (at an end of the log;
-    behind the loss). key_deserializer, value_deserializer: called with the bytes of every key and value that is not
-    None; not in batches.
+    each partition) or a datetime, for partitions that the group has not committed. end: the first offset, or time, that
+    is not read; iterations end there. stop_at_end: an iteration ends where the log ended when it began.
+    on_out_of_range, on_data_loss: whether to raise or to go on (at an end of the log; behind the loss).
+    key_deserializer, value_deserializer: called with the bytes of every key and value that is not None; not in batches.
 
     Several tasks may iterate one consumer: each record goes to one of them. Delivery is at least once: with auto_commit
     only records that the application has done with are committed, and a task has done with a record when it asks for
@@ -95,6 +95,7 @@ class Consumer:
         assign: Sequence[tuple[str, int]] = (),
         group: str | None = _DEFAULTS.group,
         start: Start = _DEFAULTS.start,
+        end: int | datetime | None = _DEFAULTS.end,
         auto_commit: bool = _DEFAULTS.auto_commit,
         auto_commit_interval_ms: int = _DEFAULTS.auto_commit_interval_ms,
         fetch_bytes: int = _DEFAULTS.fetch_bytes,
@@ -114,6 +115,7 @@ class Consumer:
         self._options = ConsumerOptions(
             group=group,
             start=start,
+            end=end,
             auto_commit=auto_commit,
             auto_commit_interval_ms=auto_commit_interval_ms,
             fetch_bytes=fetch_bytes,
@@ -145,7 +147,9 @@ class Consumer:
         self._starting = asyncio.Lock()
         self._starts = 0  # number of calls that wait for the partitions to be open
         self._openings = Openings(self._options, self._metadata, self._offsets, self._reader, self._store_starts)
-        self._iteration = Iteration(self._reader, self._offsets, stop_at_end, self._is_opening, self._advance)
+        self._iteration = Iteration(
+            self._reader, self._offsets, stop_at_end, self._is_opening, self._advance, is_bounded=end is not None
+        )
         self._next = self._iteration.next if self._deserializers is None else self._next_deserialized
         self._in_flight = self._iteration.in_flight
         self._commits = Commits(self._reader.cursors, self._done_below, self._store, self._topic_gone)
@@ -368,7 +372,7 @@ class Consumer:
 
     @property
     def at_end(self) -> bool:
-        """True once a bounded read (`stop_at_end`) has handed over everything up to its end."""
+        """True once a bounded read (`end`, `stop_at_end`) has handed over everything up to its end."""
         return self._tasks is not None and self._iteration.at_end
 
     def _worker(self) -> Worker:
@@ -560,7 +564,9 @@ class Consumer:
             self._move(still[where], found[where])
 
     def _move(self, cursor: Cursor, offset: int) -> None:
-        self._reader.put(Cursor.at(cursor.where, offset, cursor.committed, cursor.end, cursor.topic_id))
+        moved = Cursor.at(cursor.where, offset, cursor.committed, cursor.end, cursor.topic_id)
+        moved.bound = cursor.bound
+        self._reader.put(moved)
 
     def pause(self, partitions: Sequence[tuple[str, int]]) -> None:
         """Hands over no records of these partitions, and fetches none, until `resume`. They stay assigned, and members

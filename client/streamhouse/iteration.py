@@ -48,10 +48,13 @@ class Iteration:
         stop_at_end: bool,
         opening: Callable[[], bool],
         more: Callable[[Worker], Awaitable[bool]],
+        *,
+        is_bounded: bool = False,
     ) -> None:
         self._reader = reader
         self._offsets = offsets
         self._stop_at_end = stop_at_end
+        self._is_bounded = is_bounded or stop_at_end
         self._opening = opening
         self._more = more
         self._clock = time.monotonic
@@ -315,7 +318,7 @@ class Iteration:
     @property
     def at_end(self) -> bool:
         """True once a bounded read has handed over everything up to its ends."""
-        return self._stop_at_end and not self.in_flight.returned and self._all_at_end()
+        return self._is_bounded and not self.in_flight.returned and self._all_at_end()
 
     async def _let_loop_run(self) -> None:
         """An application whose code never waits would starve heartbeats, its own and others', and the stream."""
@@ -331,7 +334,7 @@ class Iteration:
             portion = self._reader.pop()
             if portion is not None:
                 self._coming = self._prepared(portion)
-            elif self._stop_at_end and self._all_at_end():
+            elif self._is_bounded and self._all_at_end():
                 self._reader.notify()  # the others who wait
                 return False, has_waited
             else:
@@ -380,8 +383,8 @@ class Iteration:
                 raise
             for where, end in ends.items():
                 cursor = self._reader.cursors.get(where)
-                if cursor is not None and cursor.end != end:
-                    self._reader.set_end(cursor, end)
+                if cursor is not None and cursor.end != (nearest := cursor.end_at(end)):
+                    self._reader.set_end(cursor, nearest)
 
 
 def _clock_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:

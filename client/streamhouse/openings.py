@@ -152,16 +152,24 @@ class Openings:
             place = LastRecords(-start) if isinstance(start, int) else start
             starts = await self._offsets.look_up(place, fresh)
         ends = await self._offsets.look_up("latest", topic_ids) if self._options.stop_at_end else {}
-        return [
+        bounds = await self._bounds(topic_ids)
+        cursors = [
             Cursor.at(
-                where,
-                committed.get(where, starts.get(where, 0)),
-                committed.get(where, -1),
-                ends.get(where),
-                topic_ids[where],
+                where, committed.get(where, starts.get(where, 0)), committed.get(where, -1), None, topic_ids[where]
             )
             for where in partitions
         ]
+        for cursor in cursors:
+            cursor.bound = bounds.get(cursor.where)
+            cursor.end = cursor.end_at(ends.get(cursor.where))
+        return cursors
+
+    async def _bounds(self, topic_ids: Mapping[TopicPartition, bytes]) -> dict[TopicPartition, int]:
+        """Returns the offsets at which reading ends by the option `end`."""
+        end = self._options.end
+        if end is None:
+            return {}
+        return dict.fromkeys(topic_ids, end) if isinstance(end, int) else await self._offsets.look_up(end, topic_ids)
 
     async def _current_topic_ids(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, bytes]:
         """As the coordinator knows them now: a query service may still have a deleted topic of the same name."""

@@ -205,7 +205,7 @@ class Reader:
         self._forget(cursor)
         self._changed.set()
 
-    def set_end(self, cursor: Cursor, end: int) -> None:
+    def set_end(self, cursor: Cursor, end: int | None) -> None:
         """Lets a bounded read of the partition end there."""
         cursor.end = end
         self._changed.set()

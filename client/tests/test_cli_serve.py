@@ -226,6 +226,12 @@ def test_a_partition_and_an_offset(cli: Cli, topic: str) -> None:
     assert [json.loads(line) for line in read] == mine[7:10]
     read = cli.run("consume", topic, "--from", "-5", "--json").splitlines()
     assert [record for line in read if (record := json.loads(line))["partition"] == full] == mine[-5:]
+    bounds = ("--from", "7", "--to", "10")
+    for more in ([], ["--follow"]):
+        read = cli.run("consume", topic, "--partition", str(full), *bounds, "--json", *more).splitlines()
+        assert [json.loads(line) for line in read] == mine[7:10]
+    for wrong in ("latest", "earliest"):
+        assert b"--to takes an offset or a time" in cli.run("consume", topic, "--to", wrong, code=2)
     error = cli.run("consume", topic, "--partition", str(full), "--from", "100000", code=1)
     assert error.endswith(b"(OFFSET_BEYOND_END)\n")
     assert cli.run("consume", topic, "--partition", "3", code=1).endswith(b"(UNKNOWN_PARTITION)\n")
@@ -238,6 +244,7 @@ def test_a_point_in_time(cli: Cli, topic: str) -> None:
     assert cli.run("consume", topic, "--from", f"@{before_ms + 1}") == b"after\n"
     assert cli.run("consume", topic, "--from", "2013-01-31").count(b"\n") == 2
     assert cli.run("consume", topic, "--from", "latest") == b""
+    assert cli.run("consume", topic, "--to", f"@{before_ms + 1}") == b"before\n"
 
 
 def test_a_group_goes_on_where_it_stopped(cli: Cli, topic: str) -> None:

@@ -219,6 +219,58 @@ async def test_where_it_starts(platform, address, start, first):
         assert (await take(consumer, 1))[0].offset == first
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "wanted"),
+    [
+        (10, 20, range(10, 20)),
+        (0, 1, range(1)),
+        (10, 10, []),
+        ("earliest", datetime.fromtimestamp(0.03, UTC), range(30)),
+        (datetime.fromtimestamp(0.02, UTC), datetime.fromtimestamp(0.03, UTC), range(20, 30)),
+        (datetime.fromtimestamp(0.03, UTC), datetime.fromtimestamp(0.02, UTC), []),
+        (-30, 80, range(70, 80)),
+        (-10, 80, []),
+        (90, datetime.fromtimestamp(5, UTC), range(90, 100)),
+    ],
+)
+@pytest.mark.parametrize("stop_at_end", [False, True])
+async def test_a_bounded_read_is_from_the_start_to_before_the_end(platform, address, start, end, wanted, stop_at_end):
+    await fill(platform, address, 100, partitions=1)
+    async with Consumer(address, ["t"], start=start, end=end, stop_at_end=stop_at_end) as consumer:
+        async with asyncio.timeout(PATIENCE_S):
+            assert [record.offset async for record in consumer] == list(wanted)
+            assert consumer.at_end
+            await fill(platform, address, 100)
+            assert [record async for record in consumer] == [], "it stays the end"
+            if wanted:
+                await consumer.seek("t", 0, wanted[0])
+                assert not consumer.at_end
+                assert [record.offset async for record in consumer] == list(wanted)
+
+
+async def test_an_end_beyond_the_log_is_waited_for_or_not_as_asked(platform, address):
+    await fill(platform, address, 100, partitions=1)
+    async with Consumer(address, ["t"], end=150, stop_at_end=True) as consumer:
+        assert len([record async for record in consumer]) == 100
+    async with Consumer(address, ["t"], end=150, group="g") as consumer:
+        assert len(await take(consumer, 100)) == 100
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await anext(consumer)
+        await fill(platform, address, 100)
+        assert [record.offset async for record in consumer] == list(range(100, 150))
+    assert platform.groups["g"].offsets == {("t", 0): 150}
+
+
+async def test_an_end_between_two_epochs_is_reached_with_the_last_record_before(platform, address):
+    await fill(platform, address, 10, partitions=1)
+    platform.log("t", 0).new_epoch(1000)
+    await fill(platform, address, 10, partitions=1)
+    for end, count in ((10, 10), (11, 10), (1000, 10), (1001, 11)):
+        async with Consumer(address, ["t"], end=end) as consumer, asyncio.timeout(PATIENCE_S):
+            assert len([record async for record in consumer]) == count
+
+
 async def test_assign_and_seek(platform, address):
     await fill(platform, address, 1000)
     async with Consumer(address, assign=[("t", 1)]) as consumer:

@@ -1,5 +1,7 @@
 """The client's decisions that need no server: cutting, room, positions, lag, options."""
 
+from datetime import datetime
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -239,6 +241,10 @@ def test_lag_of_a_single_epoch_is_exact():
         ({"client_id": "c" * 250}, "client_id is .*, must be 0 to 249"),
         ({"auto_commit": "no"}, "auto_commit is 'no', must be True or False"),
         ({"stop_at_end": 1}, "stop_at_end is 1"),
+        ({"end": -1}, "end is -1, must be 0 to"),
+        ({"end": "latest"}, "end is 'latest', must be an offset or a datetime"),
+        ({"end": datetime(2020, 1, 1)}, "end is .* without a time zone"),
+        ({"end": 7, "start": 8}, "end is 7, must not be below start, 8"),
         ({"start": True}, "start is True"),
         ({"start": -(2**63)}, "start is -9223372036854775808, must be -9223372036854775807 to"),
         ({"start": "newest"}, "start is 'newest', must be one of earliest, latest"),

@@ -38,6 +38,13 @@ Render = Callable[["RecordBatch"], bytes]
     help="earliest, latest, an offset (42), the last records of each partition (-5), ms since 1970 "
     "(@1700000000000) or a time (2013-01-31T12:00:00Z, UTC unless it says otherwise).",
 )
+@click.option(
+    "--to",
+    "end",
+    type=PositionType(),
+    metavar="POSITION",
+    help="Stop before this offset or time, in each partition.",
+)
 @click.option("--partition", type=click.IntRange(min=0), help="Only this one. Default: all.")
 @click.option("--group", help="Consumer group: share the partitions, go on where it stopped, commit.")
 @click.option("--follow", is_flag=True, help="Go on at the end. Default: stop at the end as known at the start.")
@@ -55,6 +62,7 @@ Render = Callable[["RecordBatch"], bytes]
 def consume(
     topic: str,
     position: Position,
+    end: Position | None,
     partition: int | None,
     group: str | None,
     follow: bool,
@@ -75,6 +83,8 @@ def consume(
 
     if group is not None and partition is not None:
         raise click.UsageError("--group shares out the partitions itself: leave out --partition")
+    if end is not None and end.kind not in ("offset", "timestamp"):
+        raise click.UsageError("--to takes an offset or a time; without it reading stops at the end")
     if shape != "raw" and delimiter is not None:
         raise click.UsageError("--delimiter is for --format raw")
     renders: dict[str, Render] = {
@@ -82,7 +92,7 @@ def consume(
         "json": _json_lines,
         "raw": partial(_raw, b"\n" if delimiter is None else delimiter),
     }
-    reading = Reading(topic, position, partition, group, follow, count_max, skip_lost)
+    reading = Reading(topic, position, partition, group, follow, count_max, skip_lost, end)
     # Ctrl-C and SIGTERM cancel it, so that a group member commits what was printed and leaves.
     asyncio.run(_consume(bootstrap, reading, renders[shape]))
 
@@ -98,6 +108,7 @@ class Reading:
     follow: bool
     count_max: int | None
     skip_lost: bool
+    end: Position | None = None
 
     def consumer(self, bootstrap: str) -> Consumer:
         from streamhouse import Consumer
@@ -109,6 +120,7 @@ class Reading:
             assign=() if self.partition is None else [(self.topic, self.partition)],
             group=self.group,
             start=self.position.start,
+            end=None if self.end is None else self.end.exact,
             stop_at_end=not self.follow,
             on_data_loss="skip" if self.skip_lost else "error",
             max_poll_interval_ms=PIPE_WAIT_MS_MAX,

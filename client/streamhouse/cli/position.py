@@ -28,8 +28,12 @@ class Position:
         """What `Consumer` takes as `start`."""
         if self.kind in ("earliest", "latest"):
             return self.kind
-        if self.kind == "last":
-            return -self.at
+        return -self.at if self.kind == "last" else self.exact
+
+    @property
+    def exact(self) -> int | datetime:
+        """The offset or the time."""
+        assert self.kind in ("offset", "timestamp"), "nothing has to be looked up but a time"
         return self.at if self.kind == "offset" else _EPOCH + timedelta(milliseconds=self.at)
 
 

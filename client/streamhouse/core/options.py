@@ -91,6 +91,8 @@ class ConsumerOptions:
 
     group: str | None = None
     start: Start = "earliest"
+    # The first offset, or time, that is not read any more; None: there is none.
+    end: int | datetime | None = None
     auto_commit: bool = True
     # Kafka's default: at most 5 s of records are read twice after a crash.
     auto_commit_interval_ms: int = 5_000
@@ -144,6 +146,20 @@ class ConsumerOptions:
                 field="start",
                 value=self.start,
             )
+        _check_end(self.start, self.end)
+
+
+def _check_end(start: Start, end: int | datetime | None) -> None:
+    if isinstance(end, datetime):
+        ms_of("end", end)
+    elif isinstance(end, int):
+        _within("end", end, 0, INT64_MAX)
+        if isinstance(start, int) and start > end:
+            raise InvalidArgument(
+                f"end is {end}, must not be below start, {start}", field="end", value=end, limit=f"{start}.."
+            )
+    elif end is not None:
+        raise InvalidArgument(f"end is {end!r}, must be an offset or a datetime", field="end", value=end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +231,7 @@ class ConsumerKwargs(TypedDict, total=False):
 
     group: str | None
     start: Start
+    end: int | datetime | None
     auto_commit: bool
     auto_commit_interval_ms: int
     fetch_bytes: int

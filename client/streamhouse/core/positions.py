@@ -32,7 +32,8 @@ class Cursor:
     """One assigned partition. A seek or a loss of the partition ends the cursor: `live` turns False for good.
 
     fetch_offset: everything below has been received. delivered: everything below was handed to the application.
-    committed: last stored; -1 never. end: where a bounded read stops; None reads on. failed: nothing is fetched, until
+    committed: last stored; -1 never. end: where a bounded read stops; None reads on. bound: the highest end that it may
+    have; None: any. failed: nothing is fetched, until
     the application has seen the error or a pause is over. topic_id: which topic of that name; empty: not known.
     received_bytes: of what was received and is not consumed, decoded. restarts: how often reading began anew at another
     offset; what was asked for before is not of the cursor any more. paused: nothing is fetched or handed over until the
@@ -47,6 +48,7 @@ class Cursor:
     log_start_offset: int = -1
     last_epoch: int = 0
     end: int | None = None
+    bound: int | None = None
     topic_id: bytes = b""
     live: bool = True
     failed: bool = False
@@ -61,6 +63,12 @@ class Cursor:
         cls, where: TopicPartition, offset: int, committed: int = -1, end: int | None = None, topic_id: bytes = b""
     ) -> "Cursor":
         return cls(where, offset, offset, committed=committed, end=end, topic_id=topic_id)
+
+    def end_at(self, end: int | None) -> int | None:
+        """Returns where a read stops that is to stop at `end` (None: nowhere), given the cursor's bound."""
+        if self.bound is None or end is None:
+            return end if self.bound is None else self.bound
+        return min(end, self.bound)
 
     def set_paused(self, paused: bool) -> None:
         """Pauses or resumes the partition."""

@@ -184,7 +184,7 @@ class Consumer:
 
     @property
     def at_end(self) -> bool:
-        """True once a bounded read (`stop_at_end`) has handed over everything up to its end."""
+        """True once a bounded read (`end`, `stop_at_end`) has handed over everything up to its end."""
         return self._inner.at_end
 
     def _worker(self) -> Worker:
