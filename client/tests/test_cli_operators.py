@@ -228,7 +228,7 @@ def test_verify_asks_the_coordinator_that_is_there(cli: Cli, serve: ServeProcess
 
 
 def test_verify_needs_a_store_and_a_topic_that_is_there(cli: Cli, data_dir: Path) -> None:
-    assert "--store-dir" in cli.run("verify", code=1)[1]
+    assert "--data-dir (of `streamhouse serve`), --store-dir or STREAMHOUSE_S3_" in cli.run("verify", code=1)[1]
     assert "UNKNOWN_TOPIC" in cli.run("verify", "--data-dir", str(data_dir), "--topic", "nope", code=1)[1]
 
 

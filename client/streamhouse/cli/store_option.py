@@ -22,5 +22,5 @@ def store_of(question: str, store_dir: str | None, config: str | None) -> Retryi
     environ = environ_with(store_dir=store_dir, config=config)
     settings = StoreSettings.load(environ)
     if not (settings.store_dir or config or any(name.startswith("STREAMHOUSE_S3_") for name in environ)):
-        raise CliError(f"{question}: --store-dir or STREAMHOUSE_S3_*")
+        raise CliError(f"{question}: --data-dir (of `streamhouse serve`), --store-dir or STREAMHOUSE_S3_*")
     return configured_store(settings)
