@@ -105,8 +105,8 @@ class EmbeddedPlatform:
         self._data_dir.lock()
         self._stack.callback(self._data_dir.unlock)
         services = self._services
-        log_memory_limits(self._settings, services.ingest, services.segmenter, services.query)
         await check_listen(self._settings.listen)  # before a first start takes its time for the database
+        log_memory_limits(self._settings, services.ingest, services.segmenter, services.query)
         telemetry = Telemetry.configure("embedded", self._settings)
         self._stack.callback(telemetry.shutdown)
         dsn = self._settings.pg_dsn or await self._start_postgres()

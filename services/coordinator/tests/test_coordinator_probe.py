@@ -126,7 +126,7 @@ async def test_an_agent_that_listens_keeps_its_session(monkeypatch: pytest.Monke
         await ended(store)
 
 
-def describing(answer: str | BaseException) -> Probe:
+def describing(answer: str | BaseException, timeout_ms: int = 10) -> Probe:
     """A probe whose agents answer with this session, or not at all."""
 
     async def describe(address: str) -> ingest_pb2.DescribeAgentResponse:
@@ -136,7 +136,7 @@ def describing(answer: str | BaseException) -> Probe:
             await asyncio.sleep(3600)
         return ingest_pb2.DescribeAgentResponse(session_id=answer)
 
-    settings = CoordinatorSettings.load({}, pg_dsn="postgresql://nowhere/none", probe_timeout_ms=10)
+    settings = CoordinatorSettings.load({}, pg_dsn="postgresql://nowhere/none", probe_timeout_ms=timeout_ms)
     return Probe(Context(BusyStore(SystemClock()), settings), Tasks(), describe)
 
 
@@ -159,8 +159,10 @@ async def test_an_agent_holds_its_session_only_if_it_says_so(answer: str | BaseE
 async def test_a_worker_holds_its_session_while_it_listens() -> None:
     machine = Machine()
     session = t.SessionRow(SESSION, "w", SEGMENTER, await machine.listen(), "", 0)
-    probe = describing(AssertionError("workers are not asked"))
-    assert await probe.holds(session)
-    machine.stop()
+    probe = describing(AssertionError("workers are not asked"), timeout_ms=2_000)
+    try:
+        assert await probe.holds(session)
+    finally:
+        machine.stop()
     assert not await probe.holds(session)
     assert not await probe.holds(replace(session, address="no address"))

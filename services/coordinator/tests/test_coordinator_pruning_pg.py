@@ -108,7 +108,9 @@ async def test_projections_are_rebuilt_from_what_is_left(
     assert all(before[name] for name in ("segments", "ranges", "deleted_topics", "sessions", "groups"))
     await service.context.store.rebuild()
     assert await projections(connection) == before
-    assert await prune(service) == 3
+    kept = await connection.fetchval("SELECT count(*) FROM events")
+    assert kept > 1, "what was written meanwhile"
+    assert await prune(service) == kept - 1
     await service.context.store.rebuild()
     assert await projections(connection) == before, "also when the bases have moved on"
 
