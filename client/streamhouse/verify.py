@@ -36,7 +36,8 @@ PAGE_KEYS = 1000
 class Report:
     """replaced: segments that compaction or retention removed while they were to be read. young_objects: not
     registered, and too new to say that they will not be. waiting_objects: nothing refers to them, a sweep has noticed
-    it, and a later one deletes them. lost_spans: registered as lost, so nothing to read. metadata_rows: of the
+    it, and a later one deletes them. resting_objects: not registered, and left alone by sweeps until resting_until_ms,
+    because the metadata was restored. lost_spans: registered as lost, so nothing to read. metadata_rows: of the
     coordinator's projections, which were compared with its events; 0 with one topic only."""
 
     segments: int = 0
@@ -48,7 +49,15 @@ class Report:
     objects: int = 0
     young_objects: int = 0
     waiting_objects: int = 0
+    resting_objects: int = 0
+    resting_until_ms: int = 0
     findings: list[Finding] = field(default_factory=list)
+
+    def rest_until(self, sweep_from_ms: int) -> None:
+        """Counts what is not registered instead of finding it: no sweep looks at it before this time."""
+        unregistered = [finding for finding in self.findings if finding.kind == "unregistered"]
+        self.findings = [finding for finding in self.findings if finding.kind != "unregistered"]
+        self.resting_objects, self.resting_until_ms = len(unregistered), sweep_from_ms if unregistered else 0
 
 
 @dataclass(slots=True)

@@ -10,19 +10,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import asyncpg
 import pytest
+from shformat import TIMESTAMP_MS_MAX
+from shproto.v1 import coordinator_pb2
+from streamhouse.cli.ask import open_peers
 from streamhouse.cli.serve_process import ServeProcess
 from streamhouse.cli.status import show_doubt, show_failure
 from streamhouse.cli.topic import show_description
 from streamhouse.cluster import BufferFailure, LostRecords, Partition, Topic, TopicDescription, UnreachableAgent
 from streamhouse.sync import Admin, Consumer, Producer
 from streamhouse_embedded.postgres import EmbeddedPostgres
+from streamhouse_segmenter.core.history import HistoryMark
 
 pytestmark = pytest.mark.integration
 TIMEOUT_S = 60
@@ -318,6 +322,44 @@ def test_what_waits_for_the_sweep_is_no_finding(cli: Cli, serve: ServeProcess, d
     assert report["findings"] == [] and report["waiting_objects"] == 1 and report["young_objects"] == 0
     assert "1 objects wait for the sweep" in cli.run("verify", *mine)[0]
     stray.unlink()
+
+
+def test_what_sweeps_leave_alone_after_a_restore_is_no_finding(
+    cli: Cli, serve: ServeProcess, data_dir: Path, topic: str
+) -> None:
+    registered(serve, topic, 20)
+    with Admin(serve.address) as admin:
+        topic_id = admin.describe_topic(topic).topic.topic_id
+    objects = data_dir / "objects" / "objects"
+    mine = ("--data-dir", str(data_dir), "--topic", topic)
+    stray = objects / "data" / f"{topic}.{topic_id[:8]}" / "0" / "00000000000000000099-1-stray.seg"
+    stray.parent.mkdir(parents=True, exist_ok=True)
+    stray.write_bytes(b"replaced before the restore")
+    os.utime(stray, (1, 1))
+    mark = HistoryMark.of(asyncio.run(first_event(serve.address)))
+    path = objects / "control" / "history-mark.json"
+    before = path.read_bytes() if path.exists() else b""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.write_bytes(replace(mark, sweep_from_ms=TIMESTAMP_MS_MAX).encode())
+        report = cli.json("verify", *mine)
+        assert report["findings"] == [] and report["resting_objects"] == 1
+        assert report["resting_until_ms"] == TIMESTAMP_MS_MAX
+        assert "rest until 9999-12-31" in cli.run("verify", *mine)[0]
+    finally:
+        path.unlink()
+        if before:
+            path.write_bytes(before)
+        stray.unlink()
+
+
+async def first_event(address: str) -> coordinator_pb2.Event:
+    peers = open_peers(address, 10_000)
+    try:
+        return (await peers.coordinator.get_head(coordinator_pb2.GetHeadRequest(event_position=1))).event
+    finally:
+        await peers.close()
 
 
 # ---- sweep

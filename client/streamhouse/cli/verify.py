@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +15,7 @@ import click
 from streamhouse.cli.ask import open_peers
 from streamhouse.cli.failures import CliError
 from streamhouse.cli.options import CONFIG_FILE, bootstrap_option, json_option
-from streamhouse.cli.output import print_json, print_table, show_bytes
+from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
 from streamhouse.cli.process import is_terminal
 from streamhouse.cli.store_option import store_of
 
@@ -104,6 +105,8 @@ async def _verify(
         elif history.refused:
             what = f"{history.refused}. Agents and sweeps refuse it: bring the metadata back with `streamhouse restore`"
             report.findings.insert(0, Finding("outdated", what))
+        elif time.time_ns() // 1_000_000 < history.mark.sweep_from_ms:
+            report.rest_until(history.mark.sweep_from_ms)
         return report
     finally:
         await peers.close()
@@ -140,6 +143,10 @@ def _print_report(report: Report) -> None:
         (report.replaced, "segments were replaced or removed meanwhile"),
         (report.young_objects, "objects are not registered, and too new to say that they will not be"),
         (report.waiting_objects, "objects wait for the sweep: nothing refers to them any more"),
+        (
+            report.resting_objects,
+            f"objects are not registered, and rest until {show_time(report.resting_until_ms)}, after a restore",
+        ),
     ):
         if count:
             click.echo(f"{count:,} {what}")
