@@ -274,6 +274,8 @@ async def test_leases_do_not_run_out_while_nobody_can_renew_them(
         member = await api.join_group(pb.JoinGroupRequest(group="g", topics=["orders"]))
         before_ms = await swept(0)
         async with connection.transaction():
+            # Between two sweeps: one would have read the first row as it was, and the others as they are then.
+            await connection.execute("LOCK TABLE sweeps IN ACCESS EXCLUSIVE MODE")
             await connection.execute("UPDATE sweeps SET last_ms = last_ms - 1200000")
             await connection.execute("UPDATE session_leases SET expires_ms = expires_ms - 1200000")
             await connection.execute("UPDATE group_member_state SET expires_ms = expires_ms - 1200000")
