@@ -16,6 +16,7 @@ from shstore.errors import (
     StoreErrorKind,
     StoreInvalid,
     StoreUnavailable,
+    WrongRange,
 )
 from shstore.faulty import Fault, FaultKind, FaultyStore, RandomFaults, ScriptedFaults
 from shstore.local import LocalStore
@@ -52,5 +53,6 @@ __all__ = [
     "StoreInvalid",
     "StoreSettings",
     "StoreUnavailable",
+    "WrongRange",
     "open_store",
 ]

@@ -101,6 +101,13 @@ class BodyTruncated(StoreCorrupt):
         self.got_bytes = got_bytes
 
 
+class WrongRange(StoreCorrupt):
+    """The headers of an answer declare other bytes than were asked for, as after a cache or proxy that cuts bodies or
+    ignores ranges. A new attempt may be answered by the store itself."""
+
+    retriable = True
+
+
 class RangeBeyondEnd(StoreCorrupt):
     """The asked range does not lie inside the object: the object is shorter than the caller's index says."""
 

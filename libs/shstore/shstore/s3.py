@@ -10,7 +10,7 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 
 from shstore.body import request_body
-from shstore.errors import BodyTruncated, ObjectMissing, RangeBeyondEnd, StoreCorrupt, StoreError
+from shstore.errors import BodyTruncated, ObjectMissing, RangeBeyondEnd, StoreError, WrongRange
 from shstore.keys import check_key, check_prefix, is_key
 from shstore.port import ObjectInfo
 from shstore.ranges import byte_views, check_range, resolve_range, split_views
@@ -119,7 +119,7 @@ class S3Store:
                 get_bytes_max=self._settings.get_bytes_max,
             )
             if reply["ContentLength"] != wanted:
-                raise StoreCorrupt(f"S3 offers {reply['ContentLength']} bytes of {key!r}, not {wanted}")
+                raise WrongRange(f"S3 offers {reply['ContentLength']} bytes of {key!r}, not {wanted}")
             data: bytes = await body.read()
         if len(data) != wanted:
             raise BodyTruncated(key, expected_bytes=wanted, got_bytes=len(data))
@@ -192,7 +192,7 @@ def _object_size_bytes(key: str, at: int, reply: Reply, *, ranged: bool) -> int:
     first, _, size = header.removeprefix("bytes ").replace("-", "/", 1).partition("/")
     size = size.rpartition("/")[2]
     if not size.isdecimal() or first != str(at):
-        raise StoreCorrupt(f"S3 answered a range at byte {at} of {key!r} with Content-Range {header!r}")
+        raise WrongRange(f"S3 answered a range at byte {at} of {key!r} with Content-Range {header!r}")
     return int(size)
 
 
