@@ -20,6 +20,7 @@ from streamhouse_embedded.postgres import EmbeddedPostgres
 
 from services.coordinator.tests import lock_order
 from services.coordinator.tests.declared import declare
+from services.coordinator.tests.running import running
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +91,14 @@ async def _execute(server: EmbeddedPostgres, statement: str) -> None:
 
 
 @pytest.fixture
+async def connection(dsn: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to the fresh database that has nothing to do with any coordinator."""
+    connection = await asyncpg.connect(dsn)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
 async def change_rows(dsn: str) -> AsyncIterator[Callable[..., Awaitable[object]]]:
     """`await change_rows("UPDATE ...", value, ...)`. Leases and claims last for minutes here, whatever the machine has
     to do: a test that needs one to be over says so, and does not wait for it."""
@@ -121,12 +130,8 @@ def fast() -> Callable[..., CoordinatorSettings]:
 
 @pytest.fixture
 async def coordinator(dsn: str) -> AsyncIterator[CoordinatorService]:
-    service = build(fast_settings(dsn))
-    await service.start()
-    try:
+    async with running(fast_settings(dsn)) as service:
         yield service
-    finally:
-        await service.stop()
 
 
 @pytest.fixture

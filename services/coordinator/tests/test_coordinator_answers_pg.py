@@ -3,7 +3,7 @@ and asks again."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import asyncpg
@@ -38,13 +38,6 @@ WRITTEN = ("sweeps", "session_leases")
 READ = ("events",)
 # Something for the feed to read.
 CLOSED = '{"session_id": "x", "agent_id": "x", "role": "query", "why": "closed"}'
-
-
-@pytest.fixture
-async def direct(dsn: str) -> AsyncIterator[asyncpg.Connection]:
-    connection = await asyncpg.connect(dsn)
-    yield connection
-    await connection.close()
 
 
 class Sabotage:
@@ -99,7 +92,7 @@ class Sabotage:
 
 @pytest.mark.parametrize("state", [*OF_THE_SERVER, *OF_OURS])
 async def test_no_loop_ends_over_an_answer(
-    dsn: str, fast: Settings, direct: asyncpg.Connection, open_agent: Any, state: str
+    dsn: str, fast: Settings, connection: asyncpg.Connection, open_agent: Any, state: str
 ) -> None:
     service = build(fast(dsn, events_poll_interval_ms=20, heartbeat_interval_ms=20, session_sweep_interval_ms=20))
     await service.start()
@@ -108,7 +101,7 @@ async def test_no_loop_ends_over_an_answer(
         await service.open_session("127.0.0.1:1")
         await service.api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
         agent = await open_agent(service.api, "a")
-        sabotage = Sabotage(direct)
+        sabotage = Sabotage(connection)
         await sabotage.begin(state)
         with pytest.raises(StreamHouseError) as caught:
             await agent.heartbeat()

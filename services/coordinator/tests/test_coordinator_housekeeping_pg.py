@@ -10,7 +10,9 @@ from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.service import housekeeping
-from streamhouse_coordinator.wiring import CoordinatorService, build
+from streamhouse_coordinator.wiring import CoordinatorService
+
+from services.coordinator.tests.running import running
 
 MakeSegment = Callable[..., types_pb2.SegmentRef]
 ChangeRows = Callable[..., Awaitable[object]]
@@ -94,15 +96,11 @@ async def test_records_that_only_a_log_has_are_not_deleted(api: CoordinatorApi, 
 async def test_many_segments_are_deleted_in_several_transactions(
     dsn: str, fast: Callable[..., Any], open_agent: Any, all_events: Any
 ) -> None:
-    service = build(fast(dsn, retention_batch=2))
-    await service.start()
-    try:
+    async with running(fast(dsn, retention_batch=2)) as service:
         await service.api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))
         await fill(service.api, await open_agent(service.api, "a"), 6)
         assert await delete_before(service.api, 45) == (45, 4, 400)
         assert len(await all_events(service.api, "LogStartMoved")) == 3
-    finally:
-        await service.stop()
 
 
 async def test_records_of_what_is_not_there_are_not_deleted(api: CoordinatorApi) -> None:

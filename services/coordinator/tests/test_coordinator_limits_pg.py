@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
@@ -17,31 +16,17 @@ from streamhouse_coordinator.ports import Transaction
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.wiring import CoordinatorService, build
 
-PATIENCE_S = 60
+from services.coordinator.tests.running import PATIENCE_S, running
 
 Settings = Callable[..., CoordinatorSettings]
 
 
-@asynccontextmanager
-async def running(settings: CoordinatorSettings) -> AsyncIterator[CoordinatorService]:
-    service = build(settings)
-    await service.start()
-    try:
-        yield service
-    finally:
-        await service.stop()
-
-
 @pytest.fixture
-async def direct(dsn: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection that has nothing to do with any coordinator."""
-    connection = await asyncpg.connect(dsn)
-    yield connection
-    await connection.close()
-
-
-observer = direct
-"""Another one: a transaction sees who is connected as it was at its first look."""
+async def observer(dsn: str) -> AsyncIterator[asyncpg.Connection]:
+    """A second connection: a transaction sees who is connected as it was at its first look."""
+    observer = await asyncpg.connect(dsn)
+    yield observer
+    await observer.close()
 
 
 async def setting_in_transaction(service: CoordinatorService, name: str) -> str:
@@ -80,23 +65,23 @@ async def test_a_connection_over_tcp_is_watched_by_the_server(tcp_dsn: str, fast
         assert found == expected
 
 
-async def test_migrations_have_no_such_limits(dsn: str, fast: Settings, direct: asyncpg.Connection) -> None:
+async def test_migrations_have_no_such_limits(dsn: str, fast: Settings, connection: asyncpg.Connection) -> None:
     """Neither ours nor those that an administrator has set for the user or the database."""
-    database = await direct.fetchval("SELECT current_database()")
+    database = await connection.fetchval("SELECT current_database()")
     for name in ("statement_timeout", "lock_timeout"):
-        await direct.execute(f"ALTER DATABASE {database} SET {name} = '20ms'")
-    await direct.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
+        await connection.execute(f"ALTER DATABASE {database} SET {name} = '20ms'")
+    await connection.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
     service = build(fast(dsn, pg_timeout_ms=100))
     starting = asyncio.create_task(service.start())
     try:
         done, _ = await asyncio.wait([starting], timeout=0.5)
         assert not done, "it waits for the other one's migrations"
         tries = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-        assert await direct.fetchval(tries) == 1, "and has not been ended for that"
-        await direct.execute("SELECT pg_advisory_unlock($1)", MIGRATION_LOCK)
+        assert await connection.fetchval(tries) == 1, "and has not been ended for that"
+        await connection.execute("SELECT pg_advisory_unlock($1)", MIGRATION_LOCK)
         async with asyncio.timeout(PATIENCE_S):
             await starting
-        names = [row["name"] for row in await direct.fetch("SELECT name FROM migrations ORDER BY name")]
+        names = [row["name"] for row in await connection.fetch("SELECT name FROM migrations ORDER BY name")]
         assert names == list(available())
     finally:
         await service.stop()
@@ -156,15 +141,15 @@ class Backends:
 
 
 async def test_statements_given_up_under_a_held_lock_do_not_pile_up(
-    dsn: str, fast: Settings, direct: asyncpg.Connection, observer: asyncpg.Connection
+    dsn: str, fast: Settings, connection: asyncpg.Connection, observer: asyncpg.Connection
 ) -> None:
     async with running(fast(dsn)) as patient:
         await patient.api.create_topic(pb.CreateTopicRequest(topic="before", partitions=1))
     settings = fast(dsn, pg_timeout_ms=200, pg_pool_max=POOL_MAX, session_sweep_interval_ms=150_000)
     async with running(settings) as service:
         backends = Backends(observer)
-        async with direct.transaction():
-            await direct.execute("LOCK TABLE topics IN ACCESS EXCLUSIVE MODE")
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE topics IN ACCESS EXCLUSIVE MODE")
             for _ in range(GIVEN_UP):
                 with pytest.raises(Unavailable):
                     await service.api.list_topics(pb.ListTopicsRequest())
@@ -175,14 +160,14 @@ async def test_statements_given_up_under_a_held_lock_do_not_pile_up(
 
 
 async def test_calls_that_are_cancelled_under_a_held_lock_do_not_pile_up(
-    dsn: str, fast: Settings, direct: asyncpg.Connection, observer: asyncpg.Connection
+    dsn: str, fast: Settings, connection: asyncpg.Connection, observer: asyncpg.Connection
 ) -> None:
     """By callers that lose patience long before pg_timeout_ms; the connections are used again afterwards."""
     settings = fast(dsn, pg_timeout_ms=20_000, pg_pool_max=POOL_MAX, session_sweep_interval_ms=150_000)
     async with running(settings) as service:
         backends = Backends(observer)
-        async with direct.transaction():
-            await direct.execute("LOCK TABLE topics IN ACCESS EXCLUSIVE MODE")
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE topics IN ACCESS EXCLUSIVE MODE")
             for _ in range(GIVEN_UP):
                 call = asyncio.create_task(service.api.list_topics(pb.ListTopicsRequest()))
                 await asyncio.wait([call], timeout=0.05)

@@ -14,6 +14,8 @@ from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.core import sessions as core_sessions
 from streamhouse_coordinator.wiring import CoordinatorService, build
 
+from services.coordinator.tests.running import until
+
 WIDTH = 1024
 ChangeRows = Callable[..., Awaitable[object]]
 EXPIRE = "UPDATE session_leases SET expires_ms = 1 WHERE session_id = $1"
@@ -35,12 +37,6 @@ async def all_ranges(api: CoordinatorApi) -> dict[int, list[types_pb2.OffsetRang
         for partition in part.partitions:
             found.setdefault(partition.partition, []).extend(partition.ranges)
     return found
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(30):
-        while not await condition():
-            await asyncio.sleep(0.02)
 
 
 async def test_restart_with_the_same_log_goes_on_without_a_gap(api: CoordinatorApi, open_agent: Any) -> None:

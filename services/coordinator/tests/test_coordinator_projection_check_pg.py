@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +11,11 @@ from shproto.errors import Unavailable
 from shproto.v1 import coordinator_pb2 as pb
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.service import pruning
-from streamhouse_coordinator.wiring import CoordinatorService, build
+from streamhouse_coordinator.wiring import CoordinatorService
+
+from services.coordinator.tests.running import running
 
 ChangeRows = Callable[..., Any]
-
-
-@asynccontextmanager
-async def running(settings: Any) -> AsyncIterator[CoordinatorService]:
-    service = build(settings)
-    await service.start()
-    try:
-        yield service
-    finally:
-        await service.stop()
 
 
 @pytest.fixture

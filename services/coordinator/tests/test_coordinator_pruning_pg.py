@@ -6,7 +6,6 @@ import json
 import tarfile
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.feed import Feed
 from streamhouse_coordinator.service import backup, pruning, restore
 from streamhouse_coordinator.service.common import Context
-from streamhouse_coordinator.wiring import CoordinatorService, build, restore_backup, take_backup
+from streamhouse_coordinator.wiring import CoordinatorService, restore_backup, take_backup
 
-PATIENCE_S = 60
+from services.coordinator.tests.running import PATIENCE_S, running
+
 HOUR_MS = 3_600_000
 ARCHIVES = sorted((Path(__file__).parents[3] / "tests" / "integration" / "data_directories").glob("*.tar.gz"))
 # Everything that can go goes, at once; prune() is called by the tests.
@@ -38,16 +38,6 @@ ChangeRows = Callable[..., Any]
 async def service(dsn: str, fast: Settings) -> AsyncIterator[CoordinatorService]:
     async with running(fast(dsn, **AT_ONCE)) as started:
         yield started
-
-
-@asynccontextmanager
-async def running(settings: Any) -> AsyncIterator[CoordinatorService]:
-    service = build(settings)
-    await service.start()
-    try:
-        yield service
-    finally:
-        await service.stop()
 
 
 def later(service: CoordinatorService, ms: int) -> Context:
@@ -86,13 +76,6 @@ async def projections(connection: asyncpg.Connection) -> dict[str, list[Any]]:
         rows = await connection.fetch(f"SELECT * FROM {table.name}")
         found[table.name] = sorted((tuple(row) for row in rows), key=repr)
     return found
-
-
-@pytest.fixture
-async def connection(dsn: str) -> AsyncIterator[asyncpg.Connection]:
-    connection = await asyncpg.connect(dsn)
-    yield connection
-    await connection.close()
 
 
 async def test_projections_are_rebuilt_from_what_is_left(

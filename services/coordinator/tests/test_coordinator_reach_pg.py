@@ -1,6 +1,5 @@
 """A leader that its workers cannot reach gives its partitions to others, against a real PostgreSQL."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -11,7 +10,9 @@ from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.service import reach
-from streamhouse_coordinator.wiring import CoordinatorService, build
+from streamhouse_coordinator.wiring import CoordinatorService
+
+from services.coordinator.tests.running import running, until
 
 HOURS_MS = 3_600_000
 
@@ -19,23 +20,18 @@ HOURS_MS = 3_600_000
 @pytest.fixture
 async def service(dsn: str, fast: Callable[..., Any]) -> AsyncIterator[CoordinatorService]:
     """It sweeps only when it is told to."""
-    service = build(fast(dsn, session_sweep_interval_ms=150_000))
-    await service.start()
-    yield service
-    await service.stop()
+    async with running(fast(dsn, session_sweep_interval_ms=150_000)) as started:
+        yield started
 
 
 @pytest.fixture
 async def api(dsn: str, fast: Callable[..., Any]) -> AsyncIterator[CoordinatorApi]:
     """Reports count for hours, whatever the machine has to do meanwhile."""
-    service = build(
-        fast(dsn, heartbeat_interval_ms=200_000, cut_off_after_ms=100, cut_off_hold_ms=100, moves_per_sweep_max=2)
+    settings = fast(
+        dsn, heartbeat_interval_ms=200_000, cut_off_after_ms=100, cut_off_hold_ms=100, moves_per_sweep_max=2
     )
-    await service.start()
-    try:
+    async with running(settings) as service:
         yield service.api
-    finally:
-        await service.stop()
 
 
 class Worker:
@@ -54,12 +50,6 @@ class Worker:
         agents = [pb.AgentReach(agent_id=name, reached=value) for name, value in reached.items()]
         request = pb.HeartbeatRequest(session_token=self.token, checks_agents=True, agents=agents)
         return [item.agent_id for item in (await self.api.heartbeat(request)).check]
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(30):
-        while not await condition():
-            await asyncio.sleep(0.02)
 
 
 async def workers(api: CoordinatorApi) -> list[Worker]:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
@@ -17,21 +17,12 @@ from streamhouse_coordinator.wiring import CoordinatorService, build
 from streamhouse_embedded.postgres import EmbeddedPostgres
 
 from services.coordinator.tests.declared import declare
+from services.coordinator.tests.running import running
 
 Settings = Callable[..., Any]
 
 # Until something that must come is given up: no duration is what is tested here, and the machine may be busy.
 PATIENCE_S = 120
-
-
-@contextlib.asynccontextmanager
-async def running(settings: Any) -> AsyncIterator[CoordinatorService]:
-    service = build(settings)
-    await service.start()
-    try:
-        yield service
-    finally:
-        await service.stop()
 
 
 async def crash(postgres: EmbeddedPostgres) -> None:

@@ -21,6 +21,8 @@ from streamhouse_coordinator.service import backup
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.wiring import CoordinatorService
 
+from services.coordinator.tests.running import running
+
 Fast = Callable[..., CoordinatorSettings]
 OpenAgent = Callable[..., Awaitable[Any]]
 PROJECTIONS = (t.TOPICS, t.PARTITIONS, t.RANGES, t.SEGMENTS, t.GROUPS)
@@ -49,16 +51,6 @@ async def another_database(dsn: str) -> AsyncIterator[str]:
         await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
     finally:
         await connection.close()
-
-
-@asynccontextmanager
-async def coordinator_on(settings: CoordinatorSettings) -> AsyncIterator[CoordinatorService]:
-    service = wiring.build(settings)
-    await service.start()
-    try:
-        yield service
-    finally:
-        await service.stop()
 
 
 async def rows_of(dsn: str) -> dict[str, Any]:
@@ -114,7 +106,7 @@ async def test_a_restored_database_knows_what_was_registered_after_the_backup(
         assert after["ranges"][0][5] == 30, "registered_end"
         # Nothing else is to look at tables while they are rebuilt: no sweep.
         settings = fast(fresh, session_sweep_interval_ms=150_000)
-        async with coordinator_on(settings) as restored:
+        async with running(settings) as restored:
             status = await restored.api.get_status(pb.GetStatusRequest())
             assert status.history_id == report.history_id and not status.sessions
             assert (await restored.api.init_producer(pb.InitProducerRequest())).producer_id > JUMP_PRODUCER_IDS
@@ -141,7 +133,7 @@ async def test_a_topic_created_again_long_after_comes_back(
     await wiring.take_backup(dsn, store)
     async with another_database(dsn) as fresh:
         await restore(fresh, store)
-        async with coordinator_on(fast(fresh, session_sweep_interval_ms=150_000)) as restored:
+        async with running(fast(fresh, session_sweep_interval_ms=150_000)) as restored:
             await restored.context.store.rebuild()
             found = await restored.api.list_topics(pb.ListTopicsRequest())
             assert {item.topic: item.partitions for item in found.topics} == {"orders": 2, "other": 1}
@@ -213,7 +205,7 @@ async def test_an_agent_brings_epochs_and_topics_that_only_its_log_knows(
         grant = (await stored.agent.leads())[0]
         await wiring.take_backup(dsn, stored.store)
         await restore(fresh, stored.store)
-        async with coordinator_on(fast(fresh)) as restored:
+        async with running(fast(fresh)) as restored:
             unknown = uuid.uuid4().bytes
             ends = [
                 pb.WalEnd(topic_id=grant.topic_id, partition=0, epoch=1, first_offset=0, end_offset=7),
@@ -258,7 +250,7 @@ async def test_what_was_registered_and_is_in_no_object_is_registered_as_lost(
         await wiring.take_backup(dsn, stored.store)
         await stored.write(grant, 0, 10)
         await restore(fresh, stored.store)
-        async with coordinator_on(fast(fresh)) as restored:
+        async with running(fast(fresh)) as restored:
             end = pb.WalEnd(topic_id=grant.topic_id, partition=0, epoch=1, first_offset=20, end_offset=25)
             request = pb.OpenSessionRequest(
                 agent_id="a", role="ingest", address="127.0.0.1:1", wal_id=stored.agent.wal_id, wal_ends=[end]
@@ -275,7 +267,7 @@ async def test_lost_barriers_are_told_to_readers(
     async with platform(coordinator, open_agent) as stored, another_database(dsn) as fresh:
         await wiring.take_backup(dsn, stored.store)
         await restore(fresh, stored.store)
-        async with coordinator_on(fast(fresh)) as restored:
+        async with running(fast(fresh)) as restored:
             with pytest.raises(InvalidArgument, match="reason"):
                 await restored.api.complete_restore(pb.CompleteRestoreRequest(reason="why"))
             answer = await restored.api.complete_restore(pb.CompleteRestoreRequest(lost=True, reason="burnt"))
@@ -309,10 +301,10 @@ async def test_an_agent_is_refused_by_metadata_that_went_back(
         assert (
             await api.open_session(opening(status.history_id, status.events_position))
         ).history_id == status.history_id
-        async with coordinator_on(fast(fresh)) as restored:
+        async with running(fast(fresh)) as restored:
             opened = await restored.api.open_session(opening(status.history_id, 10**9))
             assert opened.history_id == report.history_id and opened.producer_ids_from > JUMP_PRODUCER_IDS
-        async with coordinator_on(fast(new)) as empty:
+        async with running(fast(new)) as empty:
             with pytest.raises(MetadataWentBack, match="streamhouse restore"):
                 await empty.api.open_session(opening(status.history_id, 1))
 
