@@ -185,7 +185,7 @@ def test_threads_that_poll_share_a_consumer(server):
                 for (_, partition), records in consumer.poll(100, max_records=50).items():
                     seen.extend((partition, record.offset) for record in records)
 
-        threads = [threading.Thread(target=work) for _ in range(3)]
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:

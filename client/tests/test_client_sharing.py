@@ -166,26 +166,6 @@ async def test_batches_go_on_after_an_error(platform, address):
 # ---- threads
 
 
-@pytest.fixture
-def server() -> Iterator[FakeStreamHouse]:
-    """A fake that runs in another thread, as a server would."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    async def make():
-        fake = FakeStreamHouse()
-        await fake.server.start()
-        return fake
-
-    fake = asyncio.run_coroutine_threadsafe(make(), loop).result()
-    yield fake
-    asyncio.run_coroutine_threadsafe(fake.server.stop(0), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
-
-
 def write(server: FakeStreamHouse, count: int, partitions: int) -> None:
     server.add_topic("t", partitions)
     with Producer(server.address, batch_bytes=20_000) as producer:
@@ -241,17 +221,18 @@ def test_a_commit_does_not_pass_what_another_thread_has_in_hand(server):
         def slow() -> None:
             next(consumer)
             took.set()
-            go_on.wait()
+            assert go_on.wait(PATIENCE_S)
             next(consumer, None)
 
-        thread = threading.Thread(target=slow)
+        thread = threading.Thread(target=slow, daemon=True)
         thread.start()
-        took.wait()
+        assert took.wait(PATIENCE_S)
         assert [record.offset for record in consumer] == list(range(1, 100))
         consumer.commit()
         assert server.groups["g"].offsets == {("t", 0): 0}
         go_on.set()
-        thread.join()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
         consumer.commit()
         assert server.groups["g"].offsets == {("t", 0): 100}
 
@@ -261,7 +242,7 @@ def test_threads_that_wait_are_given_what_comes(server):
     server.add_topic("t", 1)
     seen: list[int] = []
     with sync.Consumer(server.address, ["t"]) as consumer:
-        threads = [threading.Thread(target=lambda: seen.append(next(consumer).offset)) for _ in range(3)]
+        threads = [threading.Thread(target=lambda: seen.append(next(consumer).offset), daemon=True) for _ in range(3)]
         for thread in threads:
             thread.start()
         with Producer(server.address) as producer:
