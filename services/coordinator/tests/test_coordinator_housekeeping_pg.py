@@ -12,7 +12,7 @@ from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.service import housekeeping
 from streamhouse_coordinator.wiring import CoordinatorService
 
-from services.coordinator.tests.running import running
+from services.coordinator.tests.running import PATIENCE_S, running
 
 MakeSegment = Callable[..., types_pb2.SegmentRef]
 ChangeRows = Callable[..., Awaitable[object]]
@@ -242,7 +242,7 @@ async def test_unclean_recovery_gives_up_what_nobody_brings_back(
     grant = (await agent.leads())[0]
     await agent.write(grant, 0, 10)
     await agent.close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not (lost := await all_events(api, "RangeLost")):
             await asyncio.sleep(0.02)
     orphaned = (await all_events(api, "RangeOrphaned"))[0]
