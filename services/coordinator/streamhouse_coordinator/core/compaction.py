@@ -4,7 +4,7 @@ A merge writes all of its bytes again, so it has to be worth that: the merged se
 large as the largest one that goes into it. Then every byte is written again at most log(target / first size) times, to
 that base, however long the partition lives, and no nearly full segment is taken along for a few small ones. What waits
 for company is bounded, too: of each size, in powers of `segments_min`, some segments less than that
-(docs/decisions/0010-compaction-in-tiers.md).
+(docs/decisions/0010-merges-grow-what-they-merge.md).
 """
 
 import zlib
