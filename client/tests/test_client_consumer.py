@@ -647,14 +647,14 @@ async def test_an_application_that_hangs_gives_its_partitions_to_others(platform
 
 async def test_an_application_that_waits_for_records_does_not_hang(platform, address):
     await fill(platform, address, 1, partitions=1)
-    async with Consumer(address, ["t"], group="g", max_poll_interval_ms=50) as consumer:
+    async with Consumer(address, ["t"], group="g", max_poll_interval_ms=500) as consumer:
         await take(consumer, 1)
         waiting = asyncio.create_task(anext(consumer))
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1)
         assert len(consumer.assignment) == 1
         await fill(platform, address, 1)
         assert (await waiting).offset == 1
-        for _ in range(10):
+        for _ in range(20):  # for longer than the interval in all
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(anext(consumer), 0.02)
             await asyncio.sleep(0.02)
