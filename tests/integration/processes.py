@@ -123,5 +123,10 @@ class EmbeddedProcess(ServiceProcess):
         super().__init__("serve", arguments, environ or {}, log_dir)
 
     async def start_serving(self) -> None:
+        """A process that does not get that far is stopped: nobody else would, most callers begin their `try` behind."""
         self.start()
-        await self.wait_serving(self.address)
+        try:
+            await self.wait_serving(self.address)
+        except BaseException:
+            await self.stop()
+            raise

@@ -63,25 +63,29 @@ async def test_the_page_and_the_platform_agree(tmp_path: Path) -> None:
     }
     server = EmbeddedProcess(tmp_path / "data", tmp_path, environ)
     await server.start_serving()
-    idle = {name for name, (kind, _) in measured(await asyncio.to_thread(scrape)).items() if kind == "counter"}
-    async with Admin(server.address) as admin:
-        await admin.create_topic("measured", partitions=1)
-    async with Producer(server.address, acks="durable") as producer:
-        await (await producer.send_many("measured", [b"value"] * 100))
-    async with Consumer(server.address, ["measured"], start="earliest", stop_at_end=True) as consumer:
-        assert sum([len(batch) async for batch in consumer.batches()]) == 100
-
-    async with Consumer(server.address, ["measured"], group="readers", start="earliest", stop_at_end=True) as consumer:
-        assert sum([len(batch) async for batch in consumer.batches()]) == 100
-        await consumer.commit()
-    async with Producer(server.address, acks="durable") as producer:
-        await (await producer.send_many("measured", [b"value"] * 50))
-    lag = re.compile(r'streamhouse_query_group_lag_records\{group="readers",.*topic="measured"\} 50\.0')
-    async with asyncio.timeout(30):
-        while not lag.search(await asyncio.to_thread(scrape)):
-            await asyncio.sleep(0.1)
-    found = measured(await asyncio.to_thread(scrape))
-    assert await server.stop() == 0, server.log_tail()
+    try:
+        idle = {name for name, (kind, _) in measured(await asyncio.to_thread(scrape)).items() if kind == "counter"}
+        async with Admin(server.address) as admin:
+            await admin.create_topic("measured", partitions=1)
+        async with Producer(server.address, acks="durable") as producer:
+            await (await producer.send_many("measured", [b"value"] * 100))
+        async with Consumer(server.address, ["measured"], start="earliest", stop_at_end=True) as consumer:
+            assert sum([len(batch) async for batch in consumer.batches()]) == 100
+        async with Consumer(
+            server.address, ["measured"], group="readers", start="earliest", stop_at_end=True
+        ) as consumer:
+            assert sum([len(batch) async for batch in consumer.batches()]) == 100
+            await consumer.commit()
+        async with Producer(server.address, acks="durable") as producer:
+            await (await producer.send_many("measured", [b"value"] * 50))
+        lag = re.compile(r'streamhouse_query_group_lag_records\{group="readers",.*topic="measured"\} 50\.0')
+        async with asyncio.timeout(30):
+            while not lag.search(await asyncio.to_thread(scrape)):
+                await asyncio.sleep(0.1)
+        found = measured(await asyncio.to_thread(scrape))
+    finally:
+        code = await server.stop()
+    assert code == 0, server.log_tail()
     page = documented()
     counters = {name for name, (kind, _) in page.items() if kind == "counter"}
     assert idle == counters, "every counter is there at 0 before anything happened"

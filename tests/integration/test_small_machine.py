@@ -56,5 +56,7 @@ async def test_g7_default_producers_of_large_batches_are_no_end_of_a_small_machi
         assert server.is_running(), server.log_tail()
         assert f"memory: 512 MiB ({group.limit_path})" in server.log_path.read_text()
     finally:
-        assert group.oom_kills == 0, f"the kernel ended {group.oom_kills} processes:\n{server.log_tail()}"
-        await server.stop(120)
+        try:
+            assert group.oom_kills == 0, f"the kernel ended {group.oom_kills} processes:\n{server.log_tail()}"
+        finally:
+            await server.stop(120)

@@ -31,15 +31,19 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     async def make() -> None:
         server = EmbeddedProcess(work_dir / "data", work_dir)
         await server.start_serving()
-        coordinator = CoordinatorClient(Connection([server.address]))
-        await coordinator.create_topic(coordinator_pb2.CreateTopicRequest(topic="t", partitions=1))
-        await coordinator.close()
-        async with Producer(server.address) as producer:
-            await (await producer.send("t", value=b"x"))
-        server.kill()  # so that the log keeps it
+        try:
+            coordinator = CoordinatorClient(Connection([server.address]))
+            await coordinator.create_topic(coordinator_pb2.CreateTopicRequest(topic="t", partitions=1))
+            await coordinator.close()
+            async with Producer(server.address) as producer:
+                await (await producer.send("t", value=b"x"))
+        finally:
+            server.kill()  # so that the log keeps it
 
-    asyncio.run(make())
-    stop_orphans(work_dir / "data" / "postgres")
+    try:
+        asyncio.run(make())
+    finally:
+        stop_orphans(work_dir / "data" / "postgres")
     return work_dir / "data"
 
 
