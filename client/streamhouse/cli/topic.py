@@ -143,7 +143,7 @@ def list_topics(as_json: bool, bootstrap: str) -> None:
 @json_option
 @bootstrap_option
 def describe(name: str, as_json: bool, bootstrap: str) -> None:
-    """Show the partitions of topic NAME: leaders, offsets, segments."""
+    """Show partitions of topic NAME: leaders, offsets, segments."""
     described = ask(bootstrap, lambda admin: admin.describe_topic(name))
     if as_json:
         print_json(asdict(described))
@@ -248,7 +248,7 @@ def delete(name: str, yes: bool, as_json: bool, bootstrap: str) -> None:
 def delete_records(
     name: str, before_offset: int, partition: int | None, yes: bool, as_json: bool, bootstrap: str
 ) -> None:
-    """Delete the records of a partition of topic NAME that lie below OFFSET."""
+    """Delete records of topic NAME below OFFSET."""
     if partition is None:
         count = ask(bootstrap, lambda admin: admin.topic_configs(name))[0].value
         if count != 1:
