@@ -466,11 +466,11 @@ async def calls_until(producer, opened):
     between two turns of those that wait, one of these comes there."""
     sends = []
     more = 50
-    while more:
-        sends.append(asyncio.create_task(producer.send("t", b"%d" % len(sends))))
-        await asyncio.sleep(0)
-        more -= opened()
     async with asyncio.timeout(PATIENCE_S):
+        while more:
+            sends.append(asyncio.create_task(producer.send("t", b"%d" % len(sends))))
+            await asyncio.sleep(0)
+            more -= opened()
         await asyncio.gather(*sends)
     return [b"%d" % n for n in range(len(sends))]
 

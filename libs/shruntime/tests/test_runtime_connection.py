@@ -286,8 +286,9 @@ async def test_calls_under_way_fail_and_are_not_cancelled_when_the_connection_is
     address = await serve(replica)
     connection = connect(address)
     calls = [asyncio.create_task(CoordinatorClient(connection).get_head(GET_HEAD)) for _ in range(2)]
-    while replica.calls < 2:
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(PATIENCE_S):
+        while replica.calls < 2:
+            await asyncio.sleep(0.01)
     calls[0].cancel()
     await asyncio.wait(calls[:1])
     await connection.close()
