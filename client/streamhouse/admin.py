@@ -86,7 +86,7 @@ class Admin:
         addresses = addresses_of(bootstrap)
         retries = Retries("retry_timeout_ms", retry_timeout_ms, addresses)
         self._peers = Peers(addresses, request_timeout_ms, telemetry, retries)
-        self._metadata = MetadataCache(self._peers.coordinator)
+        self._metadata = MetadataCache(self._peers)
 
     async def __aenter__(self) -> Self:
         return self

@@ -139,7 +139,7 @@ class Consumer:
         addresses = addresses_of(bootstrap)
         self._peers = Peers(addresses, request_timeout_ms, telemetry)
         self._retries = Retries("retry_timeout_ms", retry_timeout_ms, addresses)
-        self._metadata = MetadataCache(self._peers.coordinator)
+        self._metadata = MetadataCache(self._peers)
         self._offsets = Offsets(self._peers, self._metadata, group)
         self._reader = Reader(self._options, self._peers, self._metadata, self._offsets.look_up, self._topic_gone)
         self._membership: Membership | None = None

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from shproto.errors import UnknownTopic
 from shproto.rpc import being_cancelled, closed_error
-from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
+
+from streamhouse.peers import Peers
 
 
 @dataclass(slots=True, eq=False)
@@ -29,8 +30,8 @@ class TopicState:
 class MetadataCache:
     """One refresh at a time, however many ask for one."""
 
-    def __init__(self, coordinator: CoordinatorApi) -> None:
-        self._coordinator = coordinator
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
         self._topics: dict[str, TopicState] = {}
         self._refreshing: dict[str, asyncio.Future[None]] = {}
 
@@ -64,7 +65,7 @@ class MetadataCache:
     async def _refresh(self, topic: str) -> None:
         asked_ms = asyncio.get_running_loop().time() * 1000
         try:
-            response = await self._coordinator.get_metadata(coordinator_pb2.GetMetadataRequest(topics=[topic]))
+            response = await self._peers.coordinator.get_metadata(coordinator_pb2.GetMetadataRequest(topics=[topic]))
         except UnknownTopic:
             self._topics.pop(topic, None)
             raise
@@ -76,7 +77,7 @@ class MetadataCache:
 
     async def query_addresses(self) -> tuple[str, ...]:
         """Where to read from now; empty when no query service has a session."""
-        response = await self._coordinator.get_metadata(coordinator_pb2.GetMetadataRequest())
+        response = await self._peers.coordinator.get_metadata(coordinator_pb2.GetMetadataRequest())
         return tuple(response.query_addresses)
 
     async def close(self) -> None:

@@ -1,7 +1,12 @@
-"""Connections to the services, by address, made on first use and closed together."""
+"""Connections to the services, by address, made on first use and closed together.
+
+Owns: one connection for each set of addresses. Does not own: who calls, which addresses there are.
+Invariant: once closed, no connection is open and none is made.
+"""
 
 from collections.abc import Sequence
 
+from shproto.errors import InvalidArgument
 from shproto.rpc import Caller, Connection, Interceptors
 from shproto.services import (
     CoordinatorApi,
@@ -22,7 +27,7 @@ CONNECT_TIMEOUT_MS = 1_000
 
 class Peers:
     """Connections to the services by address. `telemetry` adds its interceptors to every channel; with `retries`, calls
-    that may be repeated are, until they are answered."""
+    that may be repeated are, until they are answered. Once closed, asking for a service raises InvalidArgument."""
 
     def __init__(
         self,
@@ -36,6 +41,7 @@ class Peers:
         self._retries = retries
         self._connections: dict[tuple[tuple[str, ...], bool], Connection] = {}
         self._bootstrap = addresses_of(bootstrap)
+        self._closed = False
 
     @property
     def coordinator(self) -> CoordinatorApi:
@@ -57,6 +63,8 @@ class Peers:
         return connection if self._retries is None else RetryingConnection(connection, self._retries)
 
     def _connect(self, addresses: tuple[str, ...], *, advertised: bool = True) -> Connection:
+        if self._closed:  # nobody would close a connection made now
+            raise InvalidArgument("the client is closed", field="client", value="closed")
         key = addresses, advertised
         connection = self._connections.get(key)
         if connection is None:
@@ -69,6 +77,8 @@ class Peers:
         return connection
 
     async def close(self) -> None:
+        """Closes all connections for good; calls that still run on them fail with Unavailable."""
+        self._closed = True
         connections, self._connections = self._connections, {}
         for connection in connections.values():
             await connection.close()

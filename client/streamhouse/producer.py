@@ -106,7 +106,7 @@ class Producer:
         addresses = addresses_of(bootstrap)
         self._peers = Peers(addresses, request_timeout_ms, telemetry)
         self._retries = Retries("delivery_timeout_ms", delivery_timeout_ms, addresses)
-        self._metadata = MetadataCache(self._peers.coordinator)
+        self._metadata = MetadataCache(self._peers)
         self._room: Room[asyncio.Future[None]] = Room(buffer_bytes_max)
         self._topics: dict[str, TopicLanes] = {}
         self._order = FairLock()

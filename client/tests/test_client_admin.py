@@ -106,10 +106,32 @@ async def test_the_next_coordinator_is_asked(address, platform):
         assert len(await admin.list_topics()) == 1
 
 
+async def test_an_admin_that_is_closed_refuses_and_connects_no_more(address, platform):
+    """A call after `close` made a connection that nobody closed."""
+    platform.add_topic("t", 1)
+    admin = Admin(address)
+    await admin.list_topics()
+    await admin.close()
+    for call in (admin.list_topics, lambda: admin.offsets("t", "latest"), admin.status):
+        with pytest.raises(errors.InvalidArgument, match="closed"):
+            await call()
+    assert not admin._peers._connections
+
+
+async def test_a_consumer_that_is_closed_commits_no_more(address, platform):
+    platform.add_topic("t", 1)
+    consumer = Consumer(address, assign=[("t", 0)], group="g")
+    await consumer.start()
+    await consumer.close()
+    with pytest.raises(errors.InvalidArgument, match="closed"):
+        await consumer.commit({("t", 0): 0})
+    assert not consumer._peers._connections
+
+
 async def test_metadata_is_fetched_once_and_anew_when_it_is_stale(address, platform):
     platform.add_topic("t", 2)
     peers = Peers(address, 5000)
-    metadata = MetadataCache(peers.coordinator)
+    metadata = MetadataCache(peers)
     assert (await metadata.topic("t")).leaders == [address, address]
     known = await metadata.topic("t")
     assert platform.calls["get_metadata"] == 1

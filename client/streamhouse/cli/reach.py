@@ -77,7 +77,7 @@ async def _contact(bootstrap: str) -> AsyncIterator[tuple[Peers, MetadataCache]]
     from streamhouse.metadata import MetadataCache
 
     peers = open_peers(bootstrap, REQUEST_TIMEOUT_MS)
-    metadata = MetadataCache(peers.coordinator)
+    metadata = MetadataCache(peers)
     try:
         yield peers, metadata
     finally:
