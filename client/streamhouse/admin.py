@@ -34,10 +34,10 @@ from streamhouse.core.options import (
     LastRecords,
     Place,
     addresses_of,
-    check_offset,
     check_request_timeout,
     check_retry_timeout,
     check_topic,
+    offset_number,
     partition_number,
 )
 from streamhouse.core.times import ms_of
@@ -184,9 +184,10 @@ class Admin:
         """Deletes the records of a partition below an offset: they cannot be read any more, and the objects that hold
         nothing else are deleted later. Returns where the log starts then. May be repeated. Raises UnknownTopic,
         UnknownPartition, InvalidArgument (records below are not all in segments yet)."""
-        check_offset("before_offset", before_offset)
         request = coordinator_pb2.DeleteRecordsRequest(
-            topic=topic, partition=partition_number(partition), before_offset=before_offset
+            topic=topic,
+            partition=partition_number(partition),
+            before_offset=offset_number("before_offset", before_offset),
         )
         answer = await self._peers.coordinator.delete_records(request)
         return DeletedRecords(

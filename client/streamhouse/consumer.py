@@ -41,6 +41,7 @@ from streamhouse.core.options import (
     check_timestamp,
     committed_position,
     partitions_of,
+    seek_place,
     topics_of,
 )
 from streamhouse.core.positions import Cursor, Position
@@ -518,19 +519,12 @@ class Consumer:
 
     async def seek(self, topic: str, partition: int, offset: Start) -> None:
         """Goes on at `offset` (or at an end, or a time). Raises InvalidArgument when it is not assigned."""
-        where = TopicPartition(topic, partition)
-        topic_id = self._assigned_cursor(where).topic_id
-        if isinstance(offset, int):
-            found = offset
+        place = seek_place(offset)
+        cursor = self._assigned_cursor(TopicPartition(topic, partition))
+        if isinstance(place, int):
+            self._move(cursor, place)
         else:
-            answers = await self._retries.run(lambda: self._offsets.look_up(offset, {where: topic_id}))
-            found = answers[where]
-        if found < 0:
-            raise InvalidArgument(f"offset is {found}, must not be negative", field="offset", value=found)
-        cursor = self._reader.cursors.get(where)
-        if cursor is None:
-            raise InvalidArgument(f"{topic}/{partition} was taken away meanwhile", field="partition")
-        self._move(cursor, found)
+            await self._move_to(place, [cursor], are_named=True)
 
     async def seek_to_beginning(self, partitions: Sequence[tuple[str, int]] | None = None) -> None:
         """Goes on at the first record that is still there, in these partitions or all that are assigned. Raises as
@@ -554,12 +548,17 @@ class Consumer:
     async def _seek_to(self, at: Place, partitions: Sequence[tuple[str, int]] | None) -> None:
         await self.start()
         asked = list(self._reader.cursors.values()) if partitions is None else self._assigned_cursors(partitions)
+        await self._move_to(at, asked, are_named=partitions is not None)
+
+    async def _move_to(self, at: Place, asked: Sequence[Cursor], *, are_named: bool) -> None:
+        """Moves the partitions to where `at` is in each. Those taken away meanwhile are left out, or if the application
+        has named them raise InvalidArgument, and then nothing has moved."""
         topic_ids = {cursor.where: cursor.topic_id for cursor in asked}
         found = await self._retries.run(lambda: self._offsets.look_up(at, topic_ids))
         still = {where: cursor for where in found if (cursor := self._reader.cursors.get(where)) is not None}
         gone = [where for where in found if where not in still or still[where].topic_id != topic_ids[where]]
-        if gone and partitions is not None:
-            raise InvalidArgument(f"{gone[0].topic}/{gone[0].partition} was taken away meanwhile", field="partitions")
+        if gone and are_named:
+            raise InvalidArgument(f"{gone[0].topic}/{gone[0].partition} was taken away meanwhile", field="partition")
         for where in found.keys() - gone:
             self._move(still[where], found[where])
 

@@ -9,7 +9,7 @@ import pytest
 from shproto.v1 import coordinator_pb2
 from streamhouse import Consumer, OffsetAndMetadata, Producer, Record, errors
 from streamhouse.core.options import ConsumerOptions
-from streamhouse.core.positions import Position
+from streamhouse.core.positions import Cursor, Position
 from streamhouse.membership import Membership
 from streamhouse.records import TopicPartition
 
@@ -283,6 +283,37 @@ async def test_assign_and_seek(platform, address):
         assert (await take(consumer, 1))[0].offset == 0
         with pytest.raises(errors.InvalidArgument):
             await consumer.seek("t", 0, 0)
+
+
+async def test_a_seek_takes_an_offset_of_a_batch_and_refuses_what_is_none(platform, address):
+    """An offset of numpy was taken for a time in milliseconds: reading went on at the earliest record."""
+    platform.add_topic("t", 1)
+    async with Producer(address) as producer:
+        await producer.send_many("t", [b"v"] * 100)
+    async with Consumer(address, ["t"]) as consumer:
+        batch = await anext(consumer.batches())
+        await consumer.seek("t", 0, batch.offsets[42])
+        assert consumer.positions() == {("t", 0): 42}
+        assert (await take(consumer, 1))[0].offset == 42
+        for wrong in (-1, 1.5, True, None, "end", 1 << 63):
+            with pytest.raises(errors.InvalidArgument, match="offset is"):
+                await consumer.seek("t", 0, wrong)
+        with pytest.raises(errors.InvalidArgument, match="without a time zone"):
+            await consumer.seek("t", 0, datetime(2020, 1, 1))
+        assert consumer.positions() == {("t", 0): 43}
+
+
+async def test_a_seek_moves_no_partition_of_a_topic_created_again_meanwhile(platform, address):
+    """The offset found is one of the topic that is gone."""
+    await fill(platform, address, 100, partitions=1)
+    async with Consumer(address, ["t"]) as consumer:
+        platform.faults.lookups_refused = 3
+        seeking = asyncio.create_task(consumer.seek("t", 0, "latest"))
+        await until(lambda: platform.faults.lookups_refused < 3)
+        consumer._reader.put(Cursor.at(TopicPartition("t", 0), 0, topic_id=b"another"))
+        with pytest.raises(errors.InvalidArgument, match="t/0 was taken away meanwhile"):
+            await seeking
+        assert consumer.positions() == {("t", 0): 0}
 
 
 async def test_the_last_records_of_each_partition_are_counted_over_epochs(platform, address):

@@ -177,8 +177,7 @@ def committed_position(given: object) -> tuple[int, str]:
     """Returns the offset and the metadata of a position to commit: an offset, or a pair of both. Raises
     InvalidArgument."""
     offset, metadata = given if isinstance(given, tuple) and len(given) == 2 else (given, "")
-    number = index(offset) if isinstance(offset, SupportsIndex) and not isinstance(offset, bool) else offset
-    _within("offset", cast("int", number), 0, INT64_MAX)
+    number = offset_number("offset", offset)
     if not isinstance(metadata, str) or len(metadata) > METADATA_LENGTH_MAX:
         raise InvalidArgument(
             f"metadata is {metadata!r:.100}, must be text of at most {METADATA_LENGTH_MAX} characters",
@@ -186,7 +185,18 @@ def committed_position(given: object) -> tuple[int, str]:
             value=metadata,
             limit=METADATA_LENGTH_MAX,
         )
-    return cast("int", number), metadata
+    return number, metadata
+
+
+def seek_place(offset: Start) -> Start:
+    """Returns where a seek goes, an offset as an int of Python. Raises InvalidArgument."""
+    if isinstance(offset, str):
+        _one_of("offset", offset, ("earliest", "latest"))
+        return offset
+    if isinstance(offset, datetime):
+        ms_of("offset", offset)
+        return offset
+    return offset_number("offset", offset)
 
 
 def check_poll(timeout_ms: int, max_records: int) -> None:
@@ -311,9 +321,12 @@ def check_topic_name(topic: object) -> None:
     _text("topic", topic, 1)
 
 
-def check_offset(name: str, offset: int) -> None:
-    """Checks that a message can carry the offset. Raises InvalidArgument with name, limit and value."""
-    _within(name, offset, 0, INT64_MAX)
+def offset_number(name: str, offset: object) -> int:
+    """Returns the offset, from whatever counts as an integer, such as numpy's. Raises InvalidArgument with name, limit
+    and value."""
+    number = index(offset) if isinstance(offset, SupportsIndex) and not isinstance(offset, bool) else offset
+    _within(name, cast("int", number), 0, INT64_MAX)
+    return cast("int", number)
 
 
 def partition_number(partition: object) -> int:
