@@ -182,6 +182,41 @@ def test_many_event_loops_one_after_the_other_are_quiet(topic):
     assert run(topic, body) == ""
 
 
+def test_a_producer_whose_close_has_failed_is_closed(topic):
+    """The end of the process told of its records once more, and as if nobody had closed it."""
+    topic.faults.silent = True
+    body = """
+        producer = sync.Producer(address)
+        producer.send_many("t", [b"v"] * 5)
+        try:
+            producer.close(timeout_s=0.2)
+        except TimeoutError as error:
+            print(error, file=sys.stderr)
+        from streamhouse.sync.producer import _UNCLOSED
+        assert not _UNCLOSED
+    """
+    assert run(topic, body) == "5 records are not acknowledged within timeout_s = 0.2\n"
+
+
+def test_a_consumer_whose_close_has_failed_is_closed(topic):
+    """It was kept until the end of the process."""
+    topic.faults.refuse_commits.append(InvalidArgument("no"))
+    body = """
+        from streamhouse.errors import InvalidArgument
+        from streamhouse.sync.consumer import _UNCLOSED
+        sync.Producer(address).send_and_wait("t", b"v")
+        consumer = sync.Consumer(address, ["t"], group="g", request_timeout_ms=200)
+        next(iter(consumer))
+        try:
+            consumer.close()
+        except InvalidArgument:
+            assert not _UNCLOSED
+        else:
+            raise SystemExit(3)
+    """
+    run(topic, body)
+
+
 def test_ctrl_c_while_the_end_is_waited_for_still_says_what_is_lost(topic):
     topic.faults.silent = True
     body = """

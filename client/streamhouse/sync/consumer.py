@@ -293,8 +293,10 @@ class Consumer:
         self._close(done_with_last=True)
 
     def _close(self, *, done_with_last: bool) -> None:
-        BACKGROUND.run(self._inner._close(self._worker(), done_with_last))
-        _UNCLOSED.discard(self)
+        try:
+            BACKGROUND.run(self._inner._close(self._worker(), done_with_last))
+        finally:
+            _UNCLOSED.discard(self)  # it raises what the last commit failed with, and is closed all the same
 
 
 class BatchIterator(Iterator[RecordBatch]):

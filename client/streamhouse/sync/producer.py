@@ -474,7 +474,6 @@ class Producer:
         forks.check()
         self._closed = True
         BACKGROUND.run(self._end(timeout_s, flush=flush, raise_failures=raise_failures))
-        _UNCLOSED.discard(self)
 
     async def _end(self, timeout_s: float | None, *, flush: bool, raise_failures: bool) -> None:
         flushed = partial(self._flush, timeout_s) if flush else None
@@ -483,6 +482,7 @@ class Producer:
     async def _shut_down(self) -> None:
         await self._inner.shut_down()
         await self._handed_over()  # so that what was staged fails, and does not wait for ever
+        _UNCLOSED.discard(self)  # here, and not where `close` returns: it also raises what the flush failed with
 
     async def _flush_at_exit(self) -> None:
         with contextlib.suppress(TimeoutError):  # what is left is counted
