@@ -328,18 +328,15 @@ class Iteration:
         """Returns whether there is something to take, and whether it had to be waited for."""
         has_waited = False
         while not self._closed:
-            self._settle()
-            if self.in_flight.has_returned or self._portion is not None or self._coming is not None:
-                return True, has_waited  # another worker's, who has waited as well
-            portion = self._reader.pop()
-            if portion is not None:
-                self._coming = self._prepared(portion)
-            elif self._is_bounded and self._all_at_end():
+            if self.bring():
+                return True, has_waited  # perhaps another worker's, who has waited as well
+            portion = self._reader.pop()  # raises a failure whose turn it is
+            assert portion is None, "it would have been brought"
+            if self._is_bounded and self._all_at_end():
                 self._reader.notify()  # the others who wait
                 return False, has_waited
-            else:
-                await self._reader.wait()
-                has_waited = True
+            await self._reader.wait()
+            has_waited = True
         return False, has_waited
 
     def _wake(self) -> None:
