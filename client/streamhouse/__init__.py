@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from streamhouse import errors as errors
+    from streamhouse import sync as sync
     from streamhouse.admin import Admin
     from streamhouse.consumer import Consumer
     from streamhouse.core.serializers import json_deserializer, json_serializer
@@ -41,6 +43,8 @@ _MODULES = {
     "json_deserializer": "core.serializers",
     "json_serializer": "core.serializers",
 }
+# For `except streamhouse.errors.NotLeader` and `streamhouse.sync.Producer` after `import streamhouse` alone.
+_PACKAGES = ("errors", "sync")
 
 __all__ = [
     "Admin",
@@ -63,12 +67,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*__all__, *_PACKAGES, "__version__"])

@@ -178,6 +178,12 @@ def test_importing_the_package_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_errors_and_the_synchronous_client_come_with_the_package():
+    """`except streamhouse.errors.NotLeader` raised AttributeError where nothing else had loaded the errors."""
+    script = "import streamhouse; streamhouse.errors.NotLeader; streamhouse.sync.Producer"
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     import streamhouse
 
