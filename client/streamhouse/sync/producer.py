@@ -11,6 +11,7 @@ import contextlib
 import logging
 import threading
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from datetime import datetime
 from functools import partial
 from itertools import repeat
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Generic, Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ from streamhouse.records import RecordMetadata
 log = logging.getLogger(__name__)
 
 F = TypeVar("F")
+T = TypeVar("T")
 
 # Staged records are counted in slots, one for each SLOT_BYTES begun, so that 4 MiB of them, or 8,192, wait for the
 # loop's thread to come round; beyond that the sending thread waits. Four milliseconds of records at 2 million a second.
@@ -51,7 +53,59 @@ TURN_RECORDS = 1_000
 EXIT_TIMEOUT_MS = 5_000
 
 
-class SendFuture:
+class _Outcome(Generic[T]):
+    """Outcome that threads wait for, and may ask to be called at."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Returns True once everything is acknowledged or has failed."""
+
+    @abstractmethod
+    async def _finished(self) -> None:
+        """Returns once it is done."""
+
+    @abstractmethod
+    def _outcome(self) -> T:
+        """Returns the outcome, once done, and marks a failure as seen. Raises what delivery failed with."""
+
+    @abstractmethod
+    def _call_when_done(self, fn: Callable[[Any], object]) -> None:
+        """In the loop's thread: calls `fn(self)` once done. No outcome can come between looking and registering."""
+
+    def result(self, timeout_s: float | None = None) -> T:
+        """Returns the place of what was sent, once acknowledged. Raises what delivery failed with, of several batches
+        what the first failed one did; TimeoutError after timeout_s."""
+        if not self.done():
+            check_timeout_s("timeout_s", timeout_s)
+            BACKGROUND.run(self._finished(), timeout_s)
+        return self._outcome()
+
+    def exception(self, timeout_s: float | None = None) -> Exception | None:
+        """Returns what `result` would raise; None once all is acknowledged. Raises TimeoutError after timeout_s."""
+        try:
+            self.result(timeout_s)
+        except TimeoutError:
+            raise
+        except Exception as error:  # noqa: BLE001 - returned, that is the promise
+            return error
+        return None
+
+    def add_done_callback(self, fn: Callable[[Self], object]) -> None:
+        """Calls `fn(self)` once everything is acknowledged or has failed: at once if that is so already, else from the
+        client's background thread, before `flush` returns.
+
+        All clients of the process stand still while `fn` runs there: keep it short. Calls in it that would have to wait
+        raise RuntimeError. What `fn` raises is logged.
+        """
+        if self.done():
+            _call(fn, self)
+        else:
+            BACKGROUND.loop.call_soon_threadsafe(self._call_when_done, fn)
+
+
+class SendFuture(_Outcome[RecordMetadata]):
     """Outcome of one `send`."""
 
     __slots__ = ("_callbacks", "_delivery", "_error", "_index", "_producer", "_seen", "_timestamp_ms")
@@ -64,18 +118,13 @@ class SendFuture:
         self._error: Exception | None = None  # it would not take it
         self._seen = False
         # Registered before the loop's thread has taken the record; touched by that thread alone.
-        self._callbacks: tuple[Callable[[SendFuture], object], ...] = ()
+        self._callbacks: tuple[Callable[[Any], object], ...] = ()
 
     def done(self) -> bool:
         """Returns True once the record is acknowledged or has failed."""
         return self._error is not None or (self._delivery is not None and self._delivery.done)
 
-    def result(self, timeout_s: float | None = None) -> RecordMetadata:
-        """Returns the place of the record, once acknowledged. Raises what delivery failed with, TimeoutError after
-        timeout_s."""
-        if not self.done():
-            check_timeout_s("timeout_s", timeout_s)
-            BACKGROUND.run(self._finished(), timeout_s)
+    def _outcome(self) -> RecordMetadata:
         if self._error is not None:
             self._seen = True
             raise self._error
@@ -83,30 +132,7 @@ class SendFuture:
         self._delivery.seen = True
         return self._delivery.metadata(self._index, self._timestamp_ms)
 
-    def exception(self, timeout_s: float | None = None) -> Exception | None:
-        """Returns what delivery failed with; None once it is acknowledged. Raises TimeoutError after timeout_s."""
-        try:
-            self.result(timeout_s)
-        except TimeoutError:
-            raise
-        except Exception as error:  # noqa: BLE001 - returned, that is the promise
-            return error
-        return None
-
-    def add_done_callback(self, fn: "Callable[[SendFuture], object]") -> None:
-        """Calls `fn(self)` once the record is acknowledged or has failed: at once if it is done already, else from the
-        client's background thread, before `flush` returns.
-
-        All clients of the process stand still while `fn` runs there: keep it short. Calls in it that would have to wait
-        raise RuntimeError. What `fn` raises is logged.
-        """
-        if self.done():
-            _call(fn, self)
-        else:
-            BACKGROUND.loop.call_soon_threadsafe(self._call_when_done, fn)
-
-    def _call_when_done(self, fn: "Callable[[SendFuture], object]") -> None:
-        """In the loop's thread: no outcome can come between looking for it and registering."""
+    def _call_when_done(self, fn: Callable[[Any], object]) -> None:
         if self.done():
             _call(fn, self)
         elif self._delivery is not None:
@@ -127,7 +153,7 @@ class SendFuture:
             await self._delivery.finished()
 
 
-class SendResult:
+class SendResult(_Outcome[SentRecords]):
     """Outcome of one `send_many`."""
 
     __slots__ = ("_records",)
@@ -145,38 +171,15 @@ class SendResult:
         """Returns True once every record is acknowledged or has failed."""
         return self._records.pending() is None
 
-    def result(self, timeout_s: float | None = None) -> SentRecords:
-        """Returns partitions and offsets. Raises what the first failed batch failed with, TimeoutError after
-        timeout_s."""
-        if not self.done():
-            check_timeout_s("timeout_s", timeout_s)
-            BACKGROUND.run(self._finished(), timeout_s)
+    def _outcome(self) -> SentRecords:
         self._records.errors()
         return self._records.result()
-
-    def exception(self, timeout_s: float | None = None) -> Exception | None:
-        """Returns what the first failed batch failed with; None once all are acknowledged. Raises TimeoutError after
-        timeout_s."""
-        try:
-            self.result(timeout_s)
-        except TimeoutError:
-            raise
-        except Exception as error:  # noqa: BLE001 - returned, that is the promise
-            return error
-        return None
 
     def errors(self) -> list[tuple[Exception, NDArray[np.int64]]]:
         """Returns what failed so far: the error and the positions of the records it concerns."""
         return self._records.errors()
 
-    def add_done_callback(self, fn: "Callable[[SendResult], object]") -> None:
-        """Calls `fn(self)` once every record is acknowledged or has failed; see `SendFuture.add_done_callback`."""
-        if self.done():
-            _call(fn, self)
-        else:
-            BACKGROUND.loop.call_soon_threadsafe(self._call_when_done, fn)
-
-    def _call_when_done(self, fn: "Callable[[SendResult], object]") -> None:
+    def _call_when_done(self, fn: Callable[[Any], object]) -> None:
         pending = self._records.pending()
         if pending is None:
             _call(fn, self)
