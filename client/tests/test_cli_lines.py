@@ -98,6 +98,13 @@ def test_field_gives_the_key_and_the_value_stays_as_it_is() -> None:
     assert keyed.error is None
 
 
+def test_a_key_that_is_no_text_is_called_so() -> None:
+    """JSON can escape half a character. It was said not to be JSON."""
+    keyed = keyed_by_field("k")([b'{"k":"a"}', b'{"k":"\\ud800"}'])
+    assert keyed.keys == [b"a"]
+    assert keyed.error == "field 'k' is no text: surrogates not allowed"
+
+
 def test_numbers_keep_their_own_text_as_keys() -> None:
     lines = [b'{"k":1.50}', b'{"k":12345678901234567890123}', b'{"k":1E+2}', b'{"k":-0}']
     assert keyed_by_field("k")(lines).keys == [b"1.50", b"12345678901234567890123", b"1E+2", b"-0"]

@@ -296,7 +296,10 @@ def _key_of(document: object, name: str) -> tuple[bytes | None, bool]:
     if found is None:
         return None, True
     if isinstance(found, str):
-        return found.encode(), True
+        try:
+            return found.encode(), True
+        except UnicodeEncodeError as error:
+            raise NoKey(f"field {name!r} is no text: {error.reason}") from error
     if isinstance(found, bool):
         return json.dumps(found).encode(), True
     raise NoKey(f"field {name!r} is {type(found).__name__}, but a key is text, a number, a boolean or null")

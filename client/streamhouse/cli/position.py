@@ -75,8 +75,9 @@ def _iso_ms(text: str, takes_last: bool) -> int:
         ) from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
-    since = moment - _EPOCH
-    return (since.days * 86_400 + since.seconds) * 1000 + since.microseconds // 1000
+    from streamhouse.core.times import ms_of  # here: it loads more than --help need wait for
+
+    return ms_of("position", moment)
 
 
 class PositionType(click.ParamType[Position]):

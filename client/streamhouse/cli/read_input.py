@@ -62,6 +62,7 @@ async def _readable(descriptor: int, stop: asyncio.Event) -> None:
         loop.remove_reader(descriptor)
         for wait in waits:
             wait.cancel()
+        await asyncio.wait(waits)
 
 
 def is_regular(descriptor: int) -> bool:

@@ -250,7 +250,7 @@ def delete_records(
 ) -> None:
     """Delete records of topic NAME below OFFSET."""
     if partition is None:
-        count = ask(bootstrap, lambda admin: admin.topic_configs(name))[0].value
+        count = ask(bootstrap, lambda admin: admin.describe_topic(name)).topic.partitions
         if count != 1:
             raise click.UsageError(f"topic {name} has {count} partitions: name one with --partition")
         partition = 0
