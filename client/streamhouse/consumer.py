@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
@@ -45,7 +46,7 @@ from streamhouse.core.options import (
     topics_of,
 )
 from streamhouse.core.positions import Cursor, Position
-from streamhouse.core.serializers import Deserializers
+from streamhouse.core.serializers import Deserializers, records_of_poll
 from streamhouse.iteration import Iteration
 from streamhouse.membership import Membership
 from streamhouse.metadata import MetadataCache
@@ -60,7 +61,6 @@ from streamhouse.records import (
     Record,
     RecordBatch,
     TopicPartition,
-    records_of,
 )
 from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX, Retries
 
@@ -337,14 +337,7 @@ class Consumer:
         self, worker: Worker, timeout_ms: int, max_records: int
     ) -> dict[TopicPartition, list[Record]]:
         polled = await self._poll(worker, timeout_ms, max_records)
-        if self._deserializers is None:
-            return records_of(polled)
-        records, given_back, error = self._deserializers.polled(polled)
-        if given_back:
-            self._iteration.give_back(worker, given_back)
-        if error is not None:
-            raise error
-        return records
+        return records_of_poll(self._deserializers, polled, partial(self._iteration.give_back, worker))
 
     async def _poll(self, worker: Worker, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[RecordBatch]]:
         loop = asyncio.get_running_loop()

@@ -12,7 +12,7 @@ from shproto.errors import SerializationError
 
 from streamhouse.core.options import ConsumerOptions, Deserializer, ProducerOptions, Serializer
 from streamhouse.core.outgoing import Bytes, count_of
-from streamhouse.records import Record, RecordBatch, TopicPartition
+from streamhouse.records import Record, RecordBatch, TopicPartition, records_of
 
 
 def json_serializer(item: Any) -> bytes:
@@ -121,6 +121,23 @@ class Deserializers:
             if good:
                 records[where] = good
         return records, back, None
+
+
+def records_of_poll(
+    deserializers: Deserializers | None,
+    batches: Mapping[TopicPartition, Sequence[RecordBatch]],
+    give_back: Callable[[Mapping[TopicPartition, int]], object],
+) -> dict[TopicPartition, list[Record]]:
+    """Returns the records of a poll, with the deserializers' keys and values. Calls `give_back` with the offsets from
+    which on records are to be handed over later. Raises SerializationError; see `Deserializers.polled`."""
+    if deserializers is None:
+        return records_of(batches)
+    records, back, error = deserializers.polled(batches)
+    if back:
+        give_back(back)
+    if error is not None:
+        raise error
+    return records
 
 
 def _column(serialize: Callable[[Any], Any], field: str, items: Sequence[Any], topic: str) -> list[Bytes | None]:

@@ -23,6 +23,7 @@ from streamhouse.core.in_flight import Worker
 from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import POLL_BATCHES_RECORDS_MAX, POLL_RECORDS_MAX, ConsumerKwargs, Start, check_poll
+from streamhouse.core.serializers import records_of_poll
 from streamhouse.metrics import ConsumerMetrics
 from streamhouse.records import (
     MembershipState,
@@ -30,7 +31,6 @@ from streamhouse.records import (
     Record,
     RecordBatch,
     TopicPartition,
-    records_of,
 )
 
 T = TypeVar("T")
@@ -132,15 +132,7 @@ class Consumer:
     def _records_of(
         self, worker: Worker, polled: dict[TopicPartition, list[RecordBatch]]
     ) -> dict[TopicPartition, list[Record]]:
-        if self._deserializers is None:
-            return records_of(polled)
-        records, given_back, error = self._deserializers.polled(polled)
-        if given_back:
-            with self._taking:
-                self._iteration.give_back(worker, given_back)
-        if error is not None:
-            raise error
-        return records
+        return records_of_poll(self._deserializers, polled, functools.partial(self._give_back, worker))
 
     def _polled(
         self, timeout_ms: int, max_records: int, shape: Callable[[Worker, dict[TopicPartition, list[RecordBatch]]], T]
@@ -203,10 +195,11 @@ class Consumer:
             _opened(self)
             return self._iteration.is_ready or BACKGROUND.run(self._inner._advance(worker))
 
-    def _give_back(self, worker: Worker) -> None:
-        """Nothing has reached the application: an error, or Ctrl-C, which may come between any two steps."""
+    def _give_back(self, worker: Worker, first: Mapping[TopicPartition, int] | None = None) -> None:
+        """Takes back what has not reached the application, as `InFlight.give_back` does: after an error, or Ctrl-C,
+        which may come between any two steps."""
         with self._taking:
-            self._iteration.give_back(worker)
+            self._iteration.give_back(worker, first)
 
     def committed(
         self, partitions: Sequence[tuple[str, int]] | None = None
