@@ -23,7 +23,7 @@ class Topic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeletedRecords:
-    """Where a partition's log starts after records were deleted, and the segments removed with them."""
+    """Result of a deletion of records: where the partition's log starts then, and the segments removed."""
 
     log_start_offset: int
     segments_removed: int

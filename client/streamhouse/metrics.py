@@ -8,7 +8,7 @@ from streamhouse.records import TopicPartition
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProducerMetrics:
-    """What a producer has done since it was made, and what it holds at the moment.
+    """Counters of a producer since it was made, and gauges of this moment.
 
     batches_sent, records_sent, bytes_sent: handed to a leader's stream for the first time; bytes as encoded and
     compressed. batches_retried: tries after the first. records_acked, records_failed: with an outcome, sent or not.
@@ -29,7 +29,7 @@ class ProducerMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsumerMetrics:
-    """What a consumer has done since it was made, and what it holds at the moment.
+    """Counters of a consumer since it was made, and gauges of this moment.
 
     records_read, bytes_read: handed to the application; bytes of keys, values and headers. commits, commits_failed:
     requests that stored positions, or were refused. rebalances: how often the group gave or took partitions.

@@ -96,7 +96,8 @@ class TopicLanes:
     def partitions(
         self, records: ManyRecords, start: int, stop: int, chosen: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:
-        """Of records start to stop, shape (stop - start,). chosen: for all records, -1 where the choice is ours."""
+        """Returns the partitions of records start to stop, shape (stop - start,). chosen: for all records, -1 where the
+        choice is ours."""
         if chosen is None:
             return self._own_partitions(records, start, stop)
         partitions = chosen[start:stop]

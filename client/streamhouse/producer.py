@@ -381,7 +381,7 @@ class Producer:
 
     @property
     def last_error(self) -> Exception | None:
-        """Why what is not acknowledged is not: the last error of a try, or of a batch that failed."""
+        """Last error of a try that nothing has succeeded since, or of a batch that failed unseen; None without one."""
         tried = None if self._made_sender is None else self._made_sender.last_error
         return tried or next((failure.error for failure in reversed(self._failures) if not failure.seen), None)
 

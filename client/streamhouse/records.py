@@ -19,8 +19,8 @@ class TopicPartition(NamedTuple):
 
 class Record(NamedTuple):
     """One record as read. `key` and `value` are bytes or None (null), or what the consumer's deserializers returned, of
-    which type checkers are not told; `timestamp_ms` counts from 1970-01-01 UTC; `headers`
-    are (name, value) pairs, their values may be None."""
+    which type checkers are not told; `timestamp_ms` counts from 1970-01-01 UTC; `headers` are (name, value) pairs,
+    their values may be None."""
 
     topic: str
     partition: int

@@ -22,7 +22,7 @@ class Text(click.ParamType[str]):
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Raises CliError, one line, unless the value is UTF-8."""
+        """Returns the text. Raises CliError, one line, unless it is UTF-8."""
         text = str(value)
         try:
             text.encode()

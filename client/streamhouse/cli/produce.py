@@ -145,7 +145,7 @@ class Form:
     allow_binary: bool
 
     def check(self) -> None:
-        """Raises UsageError for options that exclude each other."""
+        """Refuses options that exclude each other. Raises UsageError."""
         if self.key_field and self.key_separator:
             raise click.UsageError("--key-field and --key-separator exclude each other")
         if self.shape == "json" and (self.key_field or self.key_separator):
@@ -367,7 +367,8 @@ class Lines:
     partition_count: int
 
     async def send(self, lines: list[bytes]) -> None:
-        """Raises CliError that names the first bad line once all before it are acknowledged, and DeliveryFailed."""
+        """Sends the records of lines. Raises CliError that names the first bad line once all before it are
+        acknowledged, and DeliveryFailed."""
         records = self.parse(lines)
         if self.form.repartition and records.partitions is not None:
             records.partitions = [None] * len(records.partitions)

@@ -33,11 +33,11 @@ class Cursor:
 
     fetch_offset: everything below has been received. delivered: everything below was handed to the application.
     committed: last stored; -1 never. end: where a bounded read stops; None reads on. bound: the highest end that it may
-    have; None: any. failed: nothing is fetched, until
-    the application has seen the error or a pause is over. topic_id: which topic of that name; empty: not known.
-    received_bytes: of what was received and is not consumed, decoded. restarts: how often reading began anew at another
-    offset; what was asked for before is not of the cursor any more. paused: nothing is fetched or handed over until the
-    application resumes the partition. stopped: paused or not live; a field, because it is read for every record.
+    have; None: any. failed: nothing is fetched, until the application has seen the error or a pause is over. topic_id:
+    which topic of that name; empty: not known. received_bytes: of what was received and is not consumed, decoded.
+    restarts: how often reading began anew at another offset; what was asked for before is not of the cursor any more.
+    paused: nothing is fetched or handed over until the application resumes the partition. stopped: paused or not live;
+    a field, because it is read for every record.
     """
 
     where: TopicPartition
