@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from shproto.errors import InvalidArgument, Overloaded, TopicExists
+from shproto.errors import InvalidArgument, Overloaded, TopicExists, UnknownPartition
 from shproto.events import TopicAltered, TopicCreated
 
 from streamhouse_coordinator.core.names import check_number, check_topic
@@ -116,6 +116,17 @@ def alter(command: AlterTopic, topic: TopicRow) -> TopicAltered | None:
         min_acks=min_acks,
         unclean_recovery_after_ms=altered.unclean_recovery_after_ms,
     )
+
+
+def check_partition(topic: TopicRow, partition: int) -> None:
+    """Raises UnknownPartition unless the topic has the partition."""
+    if partition >= topic.partitions:
+        raise UnknownPartition(
+            f"topic {topic.topic!r} has {topic.partitions} partitions, there is no {partition}",
+            topic=topic.topic,
+            partition=partition,
+            partitions=topic.partitions,
+        )
 
 
 def durable(topic: TopicRow) -> bool:

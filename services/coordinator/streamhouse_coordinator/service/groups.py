@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from shproto.errors import Overloaded, StreamHouseError, UnknownGroup, UnknownMember, UnknownPartition, UnknownTopic
+from shproto.errors import Overloaded, StreamHouseError, UnknownGroup, UnknownMember, UnknownTopic
 from shproto.events import Event, GroupMemberJoined, GroupMemberLeft, GroupRebalanced
 
 from streamhouse_coordinator.core import groups
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove
+from streamhouse_coordinator.core.topics import check_partition
 from streamhouse_coordinator.ports import AtMost, In, Transaction, where
 from streamhouse_coordinator.service.common import Context
 
@@ -251,13 +252,7 @@ def offset_row(name: str, topics: Mapping[str, t.TopicRow], item: Commit, now_ms
         raise UnknownTopic(
             f"topic {item.topic!r} was deleted, and another one created under its name", topic=item.topic
         )
-    if item.partition >= topic.partitions:
-        raise UnknownPartition(
-            f"topic {item.topic!r} has {topic.partitions} partitions, there is no {item.partition}",
-            topic=item.topic,
-            partition=item.partition,
-            partitions=topic.partitions,
-        )
+    check_partition(topic, item.partition)
     return t.GroupOffsetRow(name, topic.topic_id, item.partition, item.next_offset, item.metadata, now_ms)
 
 

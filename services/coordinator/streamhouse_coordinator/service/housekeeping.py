@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from shproto.errors import UnknownPartition, UnknownTopic
+from shproto.errors import UnknownTopic
 from shproto.events import LogStartMoved, Segment, SegmentsCompacted
 
-from streamhouse_coordinator.core import compaction, retention
+from streamhouse_coordinator.core import compaction, retention, topics
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove
 from streamhouse_coordinator.core.registration import Result
@@ -77,13 +77,7 @@ async def delete_records(context: Context, topic: str, partition: int, before_of
 
     async def step(tx: Transaction) -> tuple[bool, int, int, int]:
         row = await topic_named(tx, topic)
-        if partition >= row.partitions:
-            raise UnknownPartition(
-                f"topic {topic!r} has {row.partitions} partitions, there is no {partition}",
-                topic=topic,
-                partition=partition,
-                partitions=row.partitions,
-            )
+        topics.check_partition(row, partition)
         of_partition = where(topic_id=row.topic_id, partition=partition)
         # Without their locks: what is registered only grows, and new epochs begin behind it.
         ranges = await tx.select(t.RANGES, of_partition)

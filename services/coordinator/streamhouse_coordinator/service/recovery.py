@@ -3,11 +3,12 @@
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from shproto.errors import InvalidArgument, UnknownPartition
+from shproto.errors import InvalidArgument
 from shproto.events import BufferCompleted, Event, RangeLost
 
 from streamhouse_coordinator.core import registration, sessions
 from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.topics import check_partition
 from streamhouse_coordinator.ports import ORPHANED_RANGES, In, Transaction, where, where_keys
 from streamhouse_coordinator.service.buffers import done_with
 from streamhouse_coordinator.service.common import (
@@ -59,13 +60,7 @@ async def declare_lost(
     async def work(tx: Transaction) -> list[t.RangeRow]:
         await tx.lock(CLUSTER_LOCK)
         row = await topic_named(tx, topic)
-        if partition >= row.partitions:
-            raise UnknownPartition(
-                f"topic {topic!r} has {row.partitions} partitions, there is no {partition}",
-                topic=topic,
-                partition=partition,
-                partitions=row.partitions,
-            )
+        check_partition(row, partition)
         keys = [(row.topic_id, partition, epoch) for epoch in epochs]
         ranges = await ranges_by_key(tx, keys, lock="wait")
         for key in keys:
