@@ -39,10 +39,7 @@ def check_create(command: TopicCreated, partitions_max: int) -> None:
     for name, (least, most) in OPTIONAL_LIMITS.items():
         if (value := getattr(command, name)) is not None:
             check_number(name, value, least, most)
-    if command.min_acks not in (ACKS_NONE, ACKS_WAL, ACKS_DURABLE):
-        raise InvalidArgument(
-            f"min_acks must be none, wal or durable, got {command.min_acks}", field="min_acks", value=command.min_acks
-        )
+    _check_min_acks(command.min_acks)
 
 
 def create(command: TopicCreated, same_name: Collection[TopicRow], topic_count: int, topics_max: int) -> TopicCreated:
@@ -62,10 +59,8 @@ def check_alter(command: AlterTopic, partitions_max: int) -> None:
         raise InvalidArgument(f"nothing of topic {command.topic!r} is to be altered", field="partitions", value=None)
     if command.partitions is not None:
         check_number("partitions", command.partitions, 1, partitions_max)
-    if command.min_acks is not None and command.min_acks not in (ACKS_NONE, ACKS_WAL, ACKS_DURABLE):
-        raise InvalidArgument(
-            f"min_acks must be none, wal or durable, got {command.min_acks}", field="min_acks", value=command.min_acks
-        )
+    if command.min_acks is not None:
+        _check_min_acks(command.min_acks)
     for name, value in command.settings.items():
         if name not in OPTIONAL_LIMITS:
             raise InvalidArgument(
@@ -116,6 +111,13 @@ def alter(command: AlterTopic, topic: TopicRow) -> TopicAltered | None:
         min_acks=min_acks,
         unclean_recovery_after_ms=altered.unclean_recovery_after_ms,
     )
+
+
+def _check_min_acks(min_acks: int) -> None:
+    if min_acks not in (ACKS_NONE, ACKS_WAL, ACKS_DURABLE):
+        raise InvalidArgument(
+            f"min_acks must be none, wal or durable, got {min_acks}", field="min_acks", value=min_acks
+        )
 
 
 def check_partition(topic: TopicRow, partition: int) -> None:
