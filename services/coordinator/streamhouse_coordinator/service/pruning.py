@@ -76,10 +76,10 @@ async def mark(context: Context) -> t.HistoryMarkRow | None:
         if not rows:
             return None
         row = mark_of(rows[0])
-        marks = await tx.select(t.HISTORY_MARKS, order=("position",))
-        surplus = marks[: max(0, len(marks) + 1 - MARKS_KEPT)]
+        excess = (await tx.totals(t.HISTORY_MARKS, where()))[0].count + 1 - MARKS_KEPT
+        oldest = await tx.select(t.HISTORY_MARKS, order=("position",), limit=excess) if excess > 0 else []
         await tx.apply(
-            [Put(t.HISTORY_MARKS, row), *(Remove(t.HISTORY_MARKS, {"position": m.position}) for m in surplus)]
+            [Put(t.HISTORY_MARKS, row), *(Remove(t.HISTORY_MARKS, {"position": m.position}) for m in oldest)]
         )
         return row
 
