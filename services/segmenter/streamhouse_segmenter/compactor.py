@@ -6,14 +6,14 @@ once readers have had time to notice.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from shformat import (
     BlockEntry,
     BuiltSegment,
     FormatError,
     SegmentBuilder,
-    SegmentIndex,
     check_block,
     open_segment,
     run_plan_async,
@@ -34,6 +34,8 @@ from streamhouse_segmenter.settings import SegmenterSettings
 log = logging.getLogger(__name__)
 # One read per so many bytes of blocks: S3 gives its throughput at this size, and it bounds the memory of a read.
 READ_BYTES_MAX = 8 * 1024 * 1024
+PartT = TypeVar("PartT", types_pb2.SegmentRef, BlockEntry)
+
 # Small segments read at once: a partition with durable acks leaves some 600 a minute, of some 20 ms each.
 READS_AT_ONCE = 16
 
@@ -122,7 +124,7 @@ class Compactor:
         builder = SegmentBuilder(
             last.topic_id, last.partition, last.epoch, block_bytes_target=self._settings.block_bytes_target
         )
-        for together in _read_together(segments):
+        for together in _read_together(segments, READS_AT_ONCE):
             bodies = await self._read_whole(together) if together[0].size_bytes <= READ_BYTES_MAX else [None]
             for segment, body in zip(together, bodies, strict=True):
                 await self._copy(segment, body, builder)
@@ -155,7 +157,7 @@ class Compactor:
 
         header, index = await run_plan_async(open_segment(segment.size_bytes), read)
         check_source(segment, header)
-        for blocks in _runs(index):
+        for blocks in _read_together(index, len(index)):
             body = await read(blocks[0].at, blocks[-1].at + blocks[-1].size_bytes - blocks[0].at)
             await asyncio.to_thread(_add_blocks, builder, blocks, body)
 
@@ -183,28 +185,16 @@ class Compactor:
         return len(claim.segments)
 
 
-def _read_together(segments: Sequence[types_pb2.SegmentRef]) -> Iterator[list[types_pb2.SegmentRef]]:
-    """The segments in order, in runs of at most READ_BYTES_MAX and READS_AT_ONCE (or one segment)."""
-    run: list[types_pb2.SegmentRef] = []
+def _read_together(items: Iterable[PartT], count_max: int) -> Iterator[list[PartT]]:
+    """Yields segments, or blocks of one, in order: as many together as READ_BYTES_MAX and `count_max` allow, or one."""
+    run: list[PartT] = []
     size_bytes = 0
-    for segment in segments:
-        if run and (size_bytes + segment.size_bytes > READ_BYTES_MAX or len(run) == READS_AT_ONCE):
+    for item in items:
+        if run and (size_bytes + item.size_bytes > READ_BYTES_MAX or len(run) == count_max):
             yield run
             run, size_bytes = [], 0
-        run.append(segment)
-        size_bytes += segment.size_bytes
-    if run:
-        yield run
-
-
-def _runs(index: SegmentIndex) -> Iterator[list[BlockEntry]]:
-    """The blocks in order, in runs of at most READ_BYTES_MAX (or one block)."""
-    run: list[BlockEntry] = []
-    for block in index:
-        if run and block.at + block.size_bytes - run[0].at > READ_BYTES_MAX:
-            yield run
-            run = []
-        run.append(block)
+        run.append(item)
+        size_bytes += item.size_bytes
     if run:
         yield run
 
