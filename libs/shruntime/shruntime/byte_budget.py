@@ -1,12 +1,15 @@
 """Bytes that many share: lent first come, first served.
 
-Owns: how much is lent, and who waits. Does not own: what the bytes are for.
+Owns: how much is lent, and who waits; which connections have a budget. Does not own: what the bytes are for.
 Invariants: at most `bytes_max` are lent. Nobody is lent bytes before those who wait: a large taker is not passed over
-for small ones. A taker of more than there are waits for all of them, and is lent those.
+for small ones. A taker of more than there are waits for all of them, and is lent those. The users of a connection share
+one budget, which is forgotten with the last of them.
 """
 
 import asyncio
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class ByteBudget:
@@ -58,3 +61,36 @@ class ByteBudget:
                 turn.set_result(None)
             else:
                 return
+
+
+class ConnectionBudgets:
+    """A budget for each connection that has users, so that one client cannot take what is there for all."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._budgets: dict[str, tuple[ByteBudget, int]] = {}
+
+    @contextmanager
+    def budget(self, connection: str) -> Iterator[ByteBudget]:
+        """Lends the connection's budget to one user. Callers in this process, without a connection, have one each."""
+        if not connection:
+            yield ByteBudget(self._bytes_max)
+            return
+        budget = self.join(connection)
+        try:
+            yield budget
+        finally:
+            self.leave(connection)
+
+    def join(self, connection: str) -> ByteBudget:
+        """Returns the connection's budget, for one more user; `leave` follows."""
+        budget, users = self._budgets.get(connection) or (ByteBudget(self._bytes_max), 0)
+        self._budgets[connection] = (budget, users + 1)
+        return budget
+
+    def leave(self, connection: str) -> ByteBudget:
+        """Returns the budget that one user less has now, for what that user has still to give back."""
+        budget, users = self._budgets.pop(connection)
+        if users > 1:
+            self._budgets[connection] = (budget, users - 1)
+        return budget

@@ -23,7 +23,7 @@ def test_a_connection_is_refused_beyond_its_limit_and_no_other_is() -> None:
         held.enter_context(in_flight.hold("", 1_000))  # in this process: services of our own
     with in_flight.hold("a", 500):  # of any size, alone
         pass
-    assert not in_flight._of
+    assert not in_flight._budgets._budgets
 
 
 async def test_a_stream_waits_for_room() -> None:
@@ -39,7 +39,7 @@ async def test_a_stream_waits_for_room() -> None:
     for size in (50, 20):
         in_flight.give_back("a", size)
     in_flight.give_back("b", 90)
-    assert not in_flight._of
+    assert not in_flight._budgets._budgets
 
 
 async def test_a_large_request_is_not_passed_over_for_small_ones() -> None:
@@ -59,7 +59,7 @@ async def test_a_large_request_is_not_passed_over_for_small_ones() -> None:
     in_flight.give_back("a", 80)
     await small
     in_flight.give_back("a", 30)
-    assert not in_flight._of
+    assert not in_flight._budgets._budgets
 
 
 async def test_a_wait_that_is_given_up_leaves_nothing() -> None:
@@ -70,4 +70,4 @@ async def test_a_wait_that_is_given_up_leaves_nothing() -> None:
     in_flight.give_back("a", 100)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    assert not in_flight._of
+    assert not in_flight._budgets._budgets

@@ -12,7 +12,7 @@ from shformat import FormatError
 from shproto.errors import DataLoss, InvalidArgument, Overloaded, StreamHouseError, Unavailable
 from shproto.rpc import caller_connection, time_left_ms
 from shproto.v1 import query_pb2
-from shruntime.byte_budget import ByteBudget
+from shruntime.byte_budget import ByteBudget, ConnectionBudgets
 from shruntime.counters import TopicCounter
 from shruntime.fair_executor import FairExecutor, QueueFull
 
@@ -23,7 +23,7 @@ from streamhouse_query.fetch import fetch
 from streamhouse_query.lookups import Found, Lookups
 from streamhouse_query.reads import Fetched, Reads, Want
 from streamhouse_query.settings import QuerySettings
-from streamhouse_query.subscribe import ConnectionBudgets, Source, Subscription, Window
+from streamhouse_query.subscribe import Source, Subscription, Window
 
 T = TypeVar("T")
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from shproto.errors import Internal, InvalidArgument, StreamHouseError
@@ -33,30 +32,6 @@ WAITING_BYTES_MAX = 64 * 1024
 # After so long, or a heartbeat if that is shorter, a subscriber whose records cannot be had is told why.
 TELL_AFTER_MS_MAX = 5_000
 HEARTBEAT_SPREAD = 0.85
-
-
-class ConnectionBudgets:
-    """A budget for each connection, shared by its subscriptions: one client cannot have the service read ahead for
-    thousands of them. Callers in this process have one each."""
-
-    def __init__(self, bytes_max: int) -> None:
-        self._bytes_max = bytes_max
-        self._budgets: dict[str, tuple[ByteBudget, int]] = {}
-
-    @contextmanager
-    def budget(self, connection: str) -> Iterator[ByteBudget]:
-        """Lends the connection's budget to one subscription."""
-        if not connection:
-            yield ByteBudget(self._bytes_max)
-            return
-        budget, users = self._budgets.get(connection, (ByteBudget(self._bytes_max), 0))
-        self._budgets[connection] = (budget, users + 1)
-        try:
-            yield budget
-        finally:
-            budget, users = self._budgets.pop(connection)
-            if users > 1:
-                self._budgets[connection] = (budget, users - 1)
 
 
 class BudgetReservation:
