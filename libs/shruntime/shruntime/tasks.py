@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,20 @@ class Backoff:
 
     def reset(self) -> None:
         self._attempt = 0
+
+
+async def run_until_first_ends(parts: Mapping[str, Coroutine[Any, Any, Any]]) -> None:
+    """Runs coroutines, by name, side by side until the first ends; cancels the others and waits for their ends. Raises
+    what the first raises."""
+    tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def wait_for_stop(tasks: Tasks) -> None:

@@ -4,7 +4,7 @@
 session is lost; then open again.
 """
 
-import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from shproto.errors import AgentIdTaken, InvalidArgument, SessionExpired, Stream
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import Clock
-from shruntime.tasks import Backoff
+from shruntime.tasks import Backoff, run_until_first_ends
 
 from streamhouse_ingest.core.lease import Lease
 from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
@@ -210,22 +210,11 @@ class Session:
         )
 
     async def _live(self) -> None:
-        """Until the session is lost."""
-        tasks = [
-            asyncio.create_task(self._heartbeats.run(), name="heartbeats"),
-            asyncio.create_task(self._feed.run(), name="event feed"),
-            asyncio.create_task(self._grants.run(), name="grants"),
-        ]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        except SessionExpired:
-            return
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        """Runs what the session needs until it is lost."""
+        with contextlib.suppress(SessionExpired):
+            await run_until_first_ends(
+                {"heartbeats": self._heartbeats.run(), "event feed": self._feed.run(), "grants": self._grants.run()}
+            )
 
     async def close(self) -> None:
         """Gives session and ranges back, if the coordinator answers: the next leaders go on where this agent ends.

@@ -20,7 +20,7 @@ from opentelemetry import metrics
 from shproto.errors import StreamHouseError
 from shproto.events import BufferSealed
 from shruntime.counters import counter
-from shruntime.tasks import Backoff
+from shruntime.tasks import Backoff, run_until_first_ends
 
 from streamhouse_coordinator.core.tables import EventRow
 from streamhouse_coordinator.feed import Feed
@@ -40,7 +40,7 @@ _published = counter(
     "events published to RabbitMQ",
 )
 
-# Publishes a batch after the place and moves it, in one transaction; returns how many events that were.
+# Publishes the next batch and moves the outbox past it (PostgresStore.drain_outbox); returns how many events it has.
 Drain = Callable[[Callable[[Sequence[EventRow]], Awaitable[None]], int], Awaitable[int]]
 
 
@@ -50,7 +50,7 @@ def message_of(row: EventRow) -> aio_pika.Message:
 
 
 def notice_of(sealed: BufferSealed, trace_context: str) -> aio_pika.Message:
-    """The notice, as if it were an event at no position."""
+    """Returns the notice's message, as if it were of an event at no position."""
     return _message(0, BufferSealed.__name__, sealed.to_json(), trace_context, sealed.buffer_id)
 
 
@@ -84,7 +84,7 @@ class Relay:
         self._noticed = asyncio.Event()
 
     def sealed(self, sealed: BufferSealed, trace_context: str) -> None:
-        """A buffer may be claimed. Returns at once."""
+        """Queues the notice that a buffer may be claimed."""
         self._notices.append((sealed, trace_context))
         self._noticed.set()
 
@@ -103,18 +103,11 @@ class Relay:
             return await channel.declare_exchange(EXCHANGE, aio_pika.ExchangeType.TOPIC, durable=True)
 
     async def _publish_both(self, exchange: Any) -> None:
-        """Returns never; raises what ended one of the two."""
+        """Publishes events and notices for ever. Raises what ended one of the two."""
         self._notices.clear()  # of while the broker was away
-        work = (self._publish_all(exchange), self._publish_notices(exchange))
-        tasks = [asyncio.create_task(part) for part in work]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await run_until_first_ends(
+            {"publish events": self._publish_all(exchange), "publish notices": self._publish_notices(exchange)}
+        )
 
     async def _publish_all(self, exchange: Any) -> None:
         publish = partial(self._publish, exchange)

@@ -6,14 +6,13 @@ Invariants: Nothing is claimed while there is no session. The coordinator frees 
 session ends, and when it opens another one.
 """
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
 from shproto.errors import AgentIdTaken, SessionExpired, StreamHouseError
 from shproto.v1 import coordinator_pb2
 from shruntime.agent_checks import send_heartbeats
-from shruntime.tasks import Backoff
+from shruntime.tasks import Backoff, run_until_first_ends
 
 from streamhouse_segmenter.adapters.feed_waker import follow_events
 from streamhouse_segmenter.ports import Ports
@@ -75,18 +74,8 @@ class WorkerSession:
     async def _live(self, heartbeat_interval_ms: int, event_types: Sequence[str], wake: Callable[[], None]) -> None:
         """Renews the session and follows its feed until it is lost. Raises SessionExpired."""
         feed = follow_events(self._ports, event_types, wake, self._token)
-        tasks = [
-            asyncio.create_task(self._renew(heartbeat_interval_ms, wake), name="segmenter heartbeats"),
-            asyncio.create_task(feed, name="segmenter feed"),
-        ]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        renewals = self._renew(heartbeat_interval_ms, wake)
+        await run_until_first_ends({"segmenter heartbeats": renewals, "segmenter feed": feed})
 
     async def _renew(self, interval_ms: int, wake: Callable[[], None]) -> None:
         """Sends heartbeats until the session is lost. Raises SessionExpired."""
