@@ -8,6 +8,7 @@ queued never exceeds `bytes_max`, one job of any size excepted.
 import asyncio
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from shruntime.round_robin import RoundRobinQueue
@@ -59,7 +60,7 @@ class FairExecutor:
                 continue
             self._running += 1
             running = loop.run_in_executor(None, job.work)
-            running.add_done_callback(lambda ended, job=job: self._ended(job, ended))  # type: ignore[misc]
+            running.add_done_callback(partial(self._ended, job))
 
     def _ended(self, job: _Job[Any], ended: asyncio.Future[Any]) -> None:
         self._running -= 1

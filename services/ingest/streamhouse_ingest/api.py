@@ -34,7 +34,7 @@ class IngestApi:
         produce = self._agent.running().produce
         connection = caller_connection()
         window = _Window(self._requests_in_flight_max, self._bytes_in_flight_max)
-        feeder = asyncio.ensure_future(self._feed(produce, requests, window))
+        feeder = asyncio.ensure_future(self._feed(produce, requests, window, connection))
         try:
             while (item := await window.next()) is not None:
                 yield await _answer(produce, item)
@@ -47,13 +47,13 @@ class IngestApi:
                 self._in_flight.give_back(connection, size_bytes)
 
     async def _feed(
-        self, produce: ProduceService, requests: AsyncIterator[pb.ProduceRequest], window: "_Window"
+        self, produce: ProduceService, requests: AsyncIterator[pb.ProduceRequest], window: "_Window", connection: str
     ) -> None:
         try:
             async for request in requests:
                 await window.wait_for_room()
                 size_bytes = request.ByteSize()
-                await self._in_flight.take(caller_connection(), size_bytes)
+                await self._in_flight.take(connection, size_bytes)
                 window.admit(size_bytes)
                 try:
                     window.put(await produce.accept(request))

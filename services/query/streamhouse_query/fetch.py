@@ -37,10 +37,9 @@ from streamhouse_query.reads import Fetched, Reads, Want
 # A fetch that has records already waits no longer than this for what an agent may add.
 TAIL_EXTRA_MS_MAX = 100
 # An agent that does not answer or does not hold a range yet is asked again after up to so long.
-TAIL_RETRY_FIRST_MS = 50
+TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX = 50, 1_000
 # A reader that is to be told of news is told of an agent that has failed for so long; it may only be restarting.
 TELL_FAILURE_MS = 5_000
-TAIL_RETRY_MS_MAX = 1_000
 
 
 async def fetch(reads: Reads, want: Want) -> Fetched:

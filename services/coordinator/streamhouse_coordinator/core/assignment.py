@@ -173,7 +173,8 @@ def grant(
     by_wal = {row.wal_id: row for row in sessions}
     chosen: dict[PartitionKey, SessionRow] = {}
     rest: dict[str, list[PartitionRow]] = defaultdict(list)
-    for row in sorted(waiting, key=lambda row: (row.topic_id, row.partition)):
+    ordered = sorted(waiting, key=lambda row: (row.topic_id, row.partition))
+    for row in ordered:
         past = latest.get((row.topic_id, row.partition))
         session = by_wal.get(past.wal_id) if past is not None else None
         if session is not None and missing.get((row.topic_id, session.session_id), 0):
@@ -185,11 +186,11 @@ def grant(
     for topic_id, rows in rest.items():
         for row, session in zip(rows, _by_load(topic_id, missing, totals, sessions), strict=False):
             chosen[topic_id, row.partition] = session
-    return [
-        _grant(topics[row.topic_id], row, latest.get(key), chosen[key], width_offsets)
-        for row in sorted(waiting, key=lambda row: (row.topic_id, row.partition))
-        for key in [(row.topic_id, row.partition)]
-    ]
+    grants = []
+    for row in ordered:
+        key = (row.topic_id, row.partition)
+        grants.append(_grant(topics[row.topic_id], row, latest.get(key), chosen[key], width_offsets))
+    return grants
 
 
 def able_to_lead(sessions: Sequence[SessionRow], unable: Collection[str]) -> list[SessionRow]:

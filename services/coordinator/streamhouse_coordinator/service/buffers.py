@@ -15,7 +15,14 @@ from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import AtMost, In, Transaction, where, where_keys
 from streamhouse_coordinator.service import forks
-from streamhouse_coordinator.service.common import Context, RangeKey, live_session, ranges_by_key, topic_names
+from streamhouse_coordinator.service.common import (
+    RANGE_KEYS,
+    Context,
+    RangeKey,
+    live_session,
+    ranges_by_key,
+    topic_names,
+)
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +279,7 @@ async def _early_ranges(tx: Transaction, segments: Sequence[Segment]) -> set[Ran
     early = registration.early_ranges(segments, await ranges_by_key(tx, {registration.key_of(it) for it in segments}))
     if not early:
         return early
-    holes = await tx.select(t.LOST_SPANS, where_keys(("topic_id", "partition", "epoch"), sorted(early)))
+    holes = await tx.select(t.LOST_SPANS, where_keys(RANGE_KEYS, sorted(early)))
     return early - {span.range_key for span in holes}
 
 
@@ -280,7 +287,7 @@ async def _register(tx: Transaction, buffer_id: str, segments: Sequence[Segment]
     keys = {registration.key_of(item) for item in segments}
     ranges = await ranges_by_key(tx, keys, lock="wait")
     known = await tx.select(t.SEGMENTS, where(segment_id=In([item.segment_id for item in segments])))
-    lost = await tx.select(t.LOST_SPANS, where_keys(("topic_id", "partition", "epoch"), sorted(keys)))
+    lost = await tx.select(t.LOST_SPANS, where_keys(RANGE_KEYS, sorted(keys)))
     names = await topic_names(tx, {item.topic_id for item in segments} | {row.topic_id for row in lost})
     named = [replace(item, topic=names.get(item.topic_id, item.topic)) for item in segments]
     # The claim row stands for the buffer: whoever completes a buffer holds it. The intents' rows stand for the objects:
@@ -308,8 +315,8 @@ async def _finish(tx: Transaction, buffer_id: str, done: registration.Registrati
 
 async def _outdated_snapshots(tx: Transaction, done: registration.Registration) -> list[RowOp]:
     """Of each range only the newest producers' state that is registered counts, and those still to come."""
-    moved = {(e.segment.topic_id, e.segment.partition, e.segment.epoch) for e in done.events}
-    rows = await tx.select(t.PRODUCER_SNAPSHOTS, where_keys(("topic_id", "partition", "epoch"), sorted(moved)))
+    moved = {registration.key_of(event.segment) for event in done.events}
+    rows = await tx.select(t.PRODUCER_SNAPSHOTS, where_keys(RANGE_KEYS, sorted(moved)))
     newest: dict[RangeKey, int] = {}
     for row in rows:
         key = (row.topic_id, row.partition, row.epoch)
@@ -339,7 +346,7 @@ async def report_lost(context: Context, session_id: str, spans: Sequence[t.LostS
                 )
         await tx.apply([Put(t.LOST_SPANS, span) for span in spans])
         names = await topic_names(tx, {span.topic_id for span in spans})
-        waiting = await tx.select(t.LOST_SPANS, where_keys(("topic_id", "partition", "epoch"), sorted(ranges)))
+        waiting = await tx.select(t.LOST_SPANS, where_keys(RANGE_KEYS, sorted(ranges)))
         await _finish(tx, "", registration.register([], ranges, (), waiting, names, "", ()), "")
         gone = [span for span in spans if span.range_key not in ranges]
         await tx.apply(

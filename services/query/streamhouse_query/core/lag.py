@@ -37,7 +37,7 @@ def lag_of(partition: PartitionIndex, offset: int, end_offset: int, now_ms: int)
 def _written(ranges: list[EpochRange], end_offset: int) -> Iterable[tuple[int, int]]:
     """Yields what was acknowledged of each range, which has no gaps inside: start and end."""
     for item in ranges[:-1]:
-        is_settled = item.status is RangeStatus.SETTLED and item.end_offset is not None
-        yield item.start_offset, item.end_offset if is_settled and item.end_offset is not None else item.registered_end
+        settled_end = item.end_offset if item.status is RangeStatus.SETTLED else None
+        yield item.start_offset, item.registered_end if settled_end is None else settled_end
     if ranges:
         yield ranges[-1].start_offset, end_offset
