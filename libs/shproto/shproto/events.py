@@ -126,6 +126,15 @@ def partition_stream(topic_id: str, partition: int) -> str:
     return f"partition/{topic_id}/{partition}"
 
 
+class _OfTopic:
+    __slots__ = ()
+    topic_id: str
+
+    @property
+    def stream_id(self) -> str:
+        return topic_stream(self.topic_id)
+
+
 class _OfPartition:
     __slots__ = ()
     topic_id: str
@@ -136,12 +145,39 @@ class _OfPartition:
         return partition_stream(self.topic_id, self.partition)
 
 
+class _OfAgent:
+    __slots__ = ()
+    agent_id: str
+
+    @property
+    def stream_id(self) -> str:
+        return f"agent/{self.agent_id}"
+
+
+class _OfBuffer:
+    __slots__ = ()
+    buffer_id: str
+
+    @property
+    def stream_id(self) -> str:
+        return f"buffer/{self.buffer_id}"
+
+
+class _OfGroup:
+    __slots__ = ()
+    group: str
+
+    @property
+    def stream_id(self) -> str:
+        return f"group/{self.group}"
+
+
 # ---- topics
 
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class TopicCreated(Event):
+class TopicCreated(_OfTopic, Event):
     topic_id: str
     topic: str
     partitions: int
@@ -151,14 +187,10 @@ class TopicCreated(Event):
     unclean_recovery_after_ms: int | None
     created_ms: int
 
-    @property
-    def stream_id(self) -> str:
-        return topic_stream(self.topic_id)
-
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class TopicAltered(Event):
+class TopicAltered(_OfTopic, Event):
     """The topic's settings are these from here on; partitions `partitions_before` to `partitions` - 1 are new."""
 
     topic_id: str
@@ -170,21 +202,13 @@ class TopicAltered(Event):
     min_acks: int
     unclean_recovery_after_ms: int | None
 
-    @property
-    def stream_id(self) -> str:
-        return topic_stream(self.topic_id)
-
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class TopicDeleted(Event):
+class TopicDeleted(_OfTopic, Event):
     topic_id: str
     topic: str
     deleted_ms: int
-
-    @property
-    def stream_id(self) -> str:
-        return topic_stream(self.topic_id)
 
 
 # ---- sessions
@@ -192,7 +216,7 @@ class TopicDeleted(Event):
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class SessionOpened(Event):
+class SessionOpened(_OfAgent, Event):
     session_id: str
     agent_id: str
     role: str
@@ -200,14 +224,10 @@ class SessionOpened(Event):
     wal_id: str
     started_ms: int
 
-    @property
-    def stream_id(self) -> str:
-        return f"agent/{self.agent_id}"
-
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class SessionClosed(Event):
+class SessionClosed(_OfAgent, Event):
     """why: closed | expired | superseded | unreachable | restored"""
 
     session_id: str
@@ -215,14 +235,10 @@ class SessionClosed(Event):
     role: str
     why: str
 
-    @property
-    def stream_id(self) -> str:
-        return f"agent/{self.agent_id}"
-
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class AgentCutOff(Event):
+class AgentCutOff(_OfAgent, Event):
     """The workers named cannot reach the agent: from `since_ms` on others are to lead what it leads. `times`: how often
     this has happened, without an hour of calm in between."""
 
@@ -232,23 +248,15 @@ class AgentCutOff(Event):
     since_ms: int
     times: int
 
-    @property
-    def stream_id(self) -> str:
-        return f"agent/{self.agent_id}"
-
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class AgentReachable(Event):
+class AgentReachable(_OfAgent, Event):
     """Workers reach the agent again, for long enough: it may lead."""
 
     agent_id: str
     session_id: str
     reachable_ms: int
-
-    @property
-    def stream_id(self) -> str:
-        return f"agent/{self.agent_id}"
 
 
 # ---- epochs and ranges
@@ -347,7 +355,7 @@ class RangeLost(_OfPartition, Event):
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class BufferSealed(Event):
+class BufferSealed(_OfBuffer, Event):
     """A notice, not kept any more: a buffer may be claimed. Event logs of before have it as an event."""
 
     buffer_id: str
@@ -356,27 +364,19 @@ class BufferSealed(Event):
     wal_id: str
     slices: tuple[Slice, ...] = field(default_factory=tuple)
 
-    @property
-    def stream_id(self) -> str:
-        return f"buffer/{self.buffer_id}"
-
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class BufferCompleted(Event):
+class BufferCompleted(_OfBuffer, Event):
     """Every slice is registered, covered or fenced, without one that is registered now."""
 
     buffer_id: str
     agent_id: str
 
-    @property
-    def stream_id(self) -> str:
-        return f"buffer/{self.buffer_id}"
-
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class BufferRegistered(Event):
+class BufferRegistered(_OfBuffer, Event):
     """The segments of a buffer's object are part of the log: as SegmentRegistered for each of them, in this order.
     `completed`: nothing of the buffer is left to register."""
 
@@ -384,10 +384,6 @@ class BufferRegistered(Event):
     agent_id: str
     segments: tuple[Segment, ...]
     completed: bool
-
-    @property
-    def stream_id(self) -> str:
-        return f"buffer/{self.buffer_id}"
 
 
 @event_type
@@ -469,66 +465,46 @@ class PartitionRestored(_OfPartition, Event):
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class GroupMemberJoined(Event):
+class GroupMemberJoined(_OfGroup, Event):
     group: str
     member_id: str
     client_id: str
     topics: tuple[str, ...]
     session_timeout_ms: int
 
-    @property
-    def stream_id(self) -> str:
-        return f"group/{self.group}"
-
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class GroupMemberLeft(Event):
+class GroupMemberLeft(_OfGroup, Event):
     """why: left | expired | restored"""
 
     group: str
     member_id: str
     why: str
 
-    @property
-    def stream_id(self) -> str:
-        return f"group/{self.group}"
-
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class GroupRebalanced(Event):
+class GroupRebalanced(_OfGroup, Event):
     """The target assignment of a generation: member id -> ["topic:partition", ...]."""
 
     group: str
     generation: int
     assignment: dict[str, list[str]]
 
-    @property
-    def stream_id(self) -> str:
-        return f"group/{self.group}"
-
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class OffsetsReset(Event):
+class OffsetsReset(_OfGroup, Event):
     """An operator moved a group without members, forwards or back."""
 
     group: str
     changes: tuple[OffsetChange, ...]
 
-    @property
-    def stream_id(self) -> str:
-        return f"group/{self.group}"
-
 
 @event_type
 @dataclass(frozen=True, slots=True)
-class GroupDeleted(Event):
+class GroupDeleted(_OfGroup, Event):
     """With its committed offsets. One that is made again under the name begins at generation 1."""
 
     group: str
-
-    @property
-    def stream_id(self) -> str:
-        return f"group/{self.group}"
