@@ -100,7 +100,7 @@ def encode_lists(
     producer: ProducerStamp | None = None,
     limits: FormatLimits = DEFAULT_LIMITS,
 ) -> bytes:
-    """encode_batch(Records.from_lists(...)), cheaper for few records."""
+    """Returns encode_batch(Records.from_lists(...)), at a lower cost for few records."""
     count = len(values)
     if headers is None and 1 <= count <= FEW_RECORDS_MAX and len(timestamps_ms) == count:
         if keys is not None and keys.count(None) == count:
@@ -219,8 +219,9 @@ def validate_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> Bat
 
 
 def validate_new_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> BatchHeader:
-    """validate_batch() for a batch that is to be written: its timestamps are dates, and all of its sequence numbers are
-    within int64. Raises ValueOutOfRange for those, FormatError for anything else.
+    """Checks a batch that is to be written: as validate_batch() does, and that its timestamps are dates and all of its
+    sequence numbers within int64. Returns its header. Raises ValueOutOfRange for another number, FormatError for all
+    else.
 
     Batches written before there were these limits may be beyond them, and are read all the same.
     """
@@ -238,8 +239,8 @@ def validate_new_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) ->
 
 
 def _timestamps_of_few(buffer: Buffer, header: BatchHeader) -> list[int] | None:
-    """The timestamps of a checked batch of few records that is right all through; None where the column path has to
-    decide."""
+    """Returns the timestamps of a checked batch of few records that is right all through; None where the column path
+    has to decide."""
     if header.record_count > FEW_RECORDS_MAX or header.has_headers or not header.contiguous:
         return None
     payload, _ = open_payload(buffer, header)

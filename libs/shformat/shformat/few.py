@@ -39,7 +39,7 @@ def encode_few(
 
 
 def _encode_lengths(column: Sequence[bytes | None]) -> bytes | None:
-    """Lengths + 1, with 0 for null."""
+    """Returns the items' lengths + 1, with 0 for null; None where an item is no `bytes`."""
     parts = []
     for item in column:
         if item is None:
@@ -114,7 +114,7 @@ def timestamps_of_few(
 
 
 def _decode_varints(encoded: bytes, count: int) -> list[int] | None:
-    """All of `encoded` as exactly `count` varints of less than 64 bits."""
+    """Returns `encoded` as exactly `count` varints of less than 64 bits; None where it is anything else."""
     if len(encoded) == count and encoded.isascii():
         return list(encoded)
     numbers = []
@@ -130,5 +130,5 @@ def _decode_varints(encoded: bytes, count: int) -> list[int] | None:
 
 
 def _is_covered(stored: list[int], size_bytes: int) -> bool:
-    """Lengths + 1 (0 = null) add up to `size_bytes`."""
+    """True if the lengths, stored + 1 (0 = null), add up to `size_bytes`."""
     return sum(stored) - len(stored) + stored.count(0) == size_bytes

@@ -60,7 +60,7 @@ class TopicCounter:
             self._other += amount
 
     def _observe(self, _: CallbackOptions) -> Iterable[Observation]:
-        """Called in the thread of a scrape."""
+        """Returns all counts. Runs in the thread of a scrape."""
         counts = [(OTHER_TOPICS, self._other), *list(self._counts.items())]
         return [Observation(count, {"topic": topic}) for topic, count in counts]
 

@@ -27,7 +27,7 @@ class SettingsError(ValueError):
 
 
 def one_line(text: str) -> str:
-    """A validator for a setting: text without control characters, as names in logs and tables have to be. Raises
+    """Checks a setting: text without control characters, as names in logs and tables have to be. Raises
     ValueError."""
     if not text.isprintable():
         raise ValueError("must be printable text on one line")
@@ -39,7 +39,7 @@ MEMORY_LIMIT_BYTES_MIN = 64 * MIB
 
 
 def _memory_limit(size_bytes: int) -> int:
-    """A validator for a setting. Raises ValueError."""
+    """Checks a setting. Raises ValueError."""
     if 0 < size_bytes < MEMORY_LIMIT_BYTES_MIN:
         raise ValueError(f"must be 0, or at least {MEMORY_LIMIT_BYTES_MIN} (64 MiB): it is in bytes")
     return size_bytes

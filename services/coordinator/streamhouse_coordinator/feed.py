@@ -1,8 +1,11 @@
 """Events to many followers: one reader of the database per coordinator, the newest events in memory.
 
-Owns: what was read, who waits. Positions are gapless and in commit order, so "everything after position p" is exact.
 Followers that lag behind what is in memory read their own way up to it, as far as events are kept. Notices of sealed
 buffers travel beside the events, to whoever asks for them: they are not kept, and only make things faster.
+
+Owns: the newest events that were read, who waits for more. Does not own: the events, which PostgreSQL keeps.
+Invariants: positions are gapless and in commit order, so "everything after position p" is exact. A follower is never
+given events of another history than the one that it began with.
 """
 
 import asyncio
@@ -69,7 +72,7 @@ class Feed:
         self._wake.set()
 
     def sealed(self, buffer_id: str) -> None:
-        """A buffer may be claimed; empty: perhaps."""
+        """Tells followers that a buffer may be claimed; empty: that some may."""
         self._sealed_count += 1
         self._sealed_id = buffer_id
         self._changed.set()
@@ -159,10 +162,10 @@ class Feed:
     async def follow(
         self, after_position: int, types: Sequence[str] = (), history_id: str = ""
     ) -> AsyncIterator[EventRow]:
-        """Every event after the position, for ever; with BufferSealed among the types also notices of these, at the
-        position of the last event. Raises InvalidArgument for a position that is not there yet, EventsPruned for one
-        behind which events are not kept any more, MetadataWentBack when the history is not, or not any more, the one
-        that the position is of, Unavailable when the database goes away while the follower has to read it."""
+        """Yields every event after the position, for ever; with BufferSealed among the types also notices of these, at
+        the position of the last event. Raises InvalidArgument for a position that is not there yet, EventsPruned for
+        one behind which events are not kept any more, MetadataWentBack when the history is not, or not any more, the
+        one that the position is of, Unavailable when the database goes away while the follower has to read it."""
         await self._check(Head(history_id, after_position))
         era = self._era
         wanted = frozenset(types)
@@ -209,8 +212,8 @@ class Feed:
             return
 
     async def _next(self, at: int, era: int, told: int | None) -> list[EventRow]:
-        """The next events after `at`, in order, as soon as there are any; nothing once the era has ended, or when there
-        are notices beyond the `told`."""
+        """Returns the next events after `at`, in order, as soon as there are any; nothing once the era has ended, or
+        when there are notices beyond the `told`."""
         while self._position <= at and self._era == era and told in (None, self._sealed_count):
             await self._changed.wait()
         if self._era != era or self._position <= at:

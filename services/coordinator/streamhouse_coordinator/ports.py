@@ -148,13 +148,13 @@ class Transaction(Protocol):
     async def outbox(self) -> Outbox: ...
 
     async def note_publisher(self) -> None:
-        """A coordinator that publishes to RabbitMQ is there now: events are kept for it."""
+        """Notes that a coordinator that publishes to RabbitMQ is there now: events are kept for it."""
 
     def wake_group(self, group: str) -> None:
         """After the commit, whoever waits for this group looks again, on every coordinator."""
 
     def tell_sealed(self, buffer_id: str) -> None:
-        """After the commit, whoever waits for sealed buffers hears of this one, on every coordinator. Best effort."""
+        """Tells the followers on every coordinator, after the commit, that this buffer was sealed. Best effort."""
 
 
 # Differing rows that a check of the projections shows of each table: a few hundred bytes each.
@@ -201,7 +201,7 @@ class Store(Protocol):
     async def next_producer_id(self) -> int: ...
 
     async def read_events(self, after_position: int, limit: int) -> list[EventRow]:
-        """The next events. Raises EventsPruned if some of them are not kept any more."""
+        """Returns the next events. Raises EventsPruned if some of them are not kept any more."""
 
     async def head(self) -> Head:
         """The last event and its history. One statement."""

@@ -188,10 +188,11 @@ class CoordinatorSettings(CommonSettings):
         return self
 
     def _leases_outlive_silence(self) -> None:
-        """While PostgreSQL is away, an agent goes on for as long as coordinators tell it so: a heartbeat is answered
-        after pg_timeout_ms, the next one is sent heartbeat_interval_ms later and answered after pg_timeout_ms again.
-        Meanwhile the lease that the first one renewed must not run out. The same if what a heartbeat changes is locked
-        by a coordinator that is frozen, for pg_transaction_idle_ms, or twice that (docs/postgresql.md)."""
+        """Checks that leases last from one heartbeat's answer to the next. While PostgreSQL is away, an agent goes on
+        for as long as coordinators tell it so: a heartbeat is answered after pg_timeout_ms, the next one is sent
+        heartbeat_interval_ms later and answered after pg_timeout_ms again. Meanwhile the lease that the first one
+        renewed must not run out. The same if what a heartbeat changes is locked by a coordinator that is frozen, for
+        pg_transaction_idle_ms, or twice that (docs/postgresql.md)."""
         for name in ("pg_timeout_ms", "pg_transaction_idle_ms"):
             silent_ms = 2 * getattr(self, name) + self.heartbeat_interval_ms
             if silent_ms > LEASE_SHARE * self.session_ttl_ms:
@@ -204,8 +205,9 @@ class CoordinatorSettings(CommonSettings):
                 )
 
     def _leases_outlive_what_is_no_outage(self) -> None:
-        """The time of an outage is added to all leases after it (service/outages.py), but one of up to MISSED_SWEEPS
-        sweeps is not taken for an outage: leases must last for it."""
+        """Checks that leases outlast what is no outage yet. The time of an outage is added to all leases after it
+        (service/outages.py), but one of up to MISSED_SWEEPS sweeps is not taken for an outage: leases must last for
+        it."""
         for lease, interval in (
             ("session_ttl_ms", "heartbeat_interval_ms"),
             ("group_session_timeout_ms", "group_heartbeat_interval_ms"),

@@ -74,8 +74,8 @@ class HeldLog:
 
     @contextlib.contextmanager
     def changed(self) -> Iterator[asyncio.Future[None]]:
-        """A future that is done at the next append or change of the log's state. Each wait has one of its own: taking
-        a callback off a shared one looks through those of all others."""
+        """Yields a future that is done at the next append or change of the log's state. Each wait has one of its own:
+        taking a callback off a shared one looks through those of all others."""
         change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._changed[change] = None
         try:

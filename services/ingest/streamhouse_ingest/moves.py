@@ -1,6 +1,10 @@
 """Gives partitions up in good order: seal, upload, register, settle. One task per partition that moves away.
 
 Where segmenters cannot reach this agent, a partition is settled where its log ends, and uploaded when they can again.
+
+Owns: the moves under way, the ends that the coordinator is still to be told. Does not own: logs, buffers, the session.
+Invariants: a partition has one move at a time; one at once takes the place of one that waits, and not the other way
+round. An end is settled only of a log that is held, and that the writer can still be trusted with.
 """
 
 import asyncio
@@ -62,8 +66,8 @@ class Moves:
         return held.log.key in self._moving
 
     def start(self, held: HeldLog, *, at_once: bool = False) -> None:
-        """`at_once`: without waiting for registration. Does nothing when the move is under way, unless it waits and is
-        not to any more."""
+        """Starts to give a partition up; `at_once`: without waiting for registration. Does nothing when the move is
+        under way, unless it waits and is not to any more."""
         key = held.log.key
         settling = held.log.settled_end is not None
         if key in self._moving and (settling or not at_once or key in self._at_once):

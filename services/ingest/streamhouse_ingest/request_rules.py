@@ -123,7 +123,7 @@ class RequestRules:
             )
 
     async def encode(self, request: pb.ProduceRequest, connection: str) -> bytes:
-        """The plain records as one batch. Raises InvalidArgument, InvalidBatch, BatchTooLarge, Overloaded."""
+        """Returns the plain records as one batch. Raises InvalidArgument, InvalidBatch, BatchTooLarge, Overloaded."""
         plain = request.records.records
         limit = self._settings.records_per_plain_request_max
         if not 1 <= len(plain) <= limit:

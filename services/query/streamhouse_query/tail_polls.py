@@ -66,7 +66,7 @@ class TailPolls:
 
     @contextmanager
     def join(self, agent_id: str, address: str, partition: PartitionKey, offset: int) -> Iterator[asyncio.Future[News]]:
-        """A future of what the agent answers that is news to a reader at `offset`: records, or an error."""
+        """Yields a future of what the agent answers that is news to a reader at `offset`: records, or an error."""
         key = (agent_id, address, partition, offset)
         poll = self._polls.get(key)
         if poll is None:

@@ -122,7 +122,8 @@ def _add(builder: SegmentBuilder, progress: SliceProgress, batches: Sequence[byt
 
 
 async def each_within(items: AsyncIterator[ItemT], timeout_ms: int, address: str) -> AsyncIterator[ItemT]:
-    """The items of a stream from `address`; raises Unavailable when the next one takes longer than `timeout_ms`."""
+    """Yields the items of a stream from `address`; raises Unavailable when the next one takes longer than
+    `timeout_ms`."""
     try:
         while True:
             try:

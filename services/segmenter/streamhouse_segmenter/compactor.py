@@ -131,7 +131,8 @@ class Compactor:
         return await asyncio.to_thread(builder.finish)
 
     async def _read_whole(self, segments: Sequence[types_pb2.SegmentRef]) -> list[bytes]:
-        """The bytes of small segments, read side by side: of hundreds, each is one short request, not three in turn."""
+        """Returns the bytes of small segments, read side by side: of hundreds, each is one short request, not three in
+        turn."""
         reads = [
             asyncio.create_task(
                 self._ports.store.get(item.object_key, at=item.object_at, size_bytes=item.size_bytes),

@@ -192,7 +192,7 @@ def _json(row: Any) -> str:
 
 
 def position_in(tables: dict[str, Rows]) -> int:
-    """The position of the last event; they are in order."""
+    """Returns the position of the last event; they are in order."""
     log = tables.get(t.EVENTS.name, {})
     return next(reversed(log.values())).position if log else pruned_in(tables)
 
@@ -202,7 +202,7 @@ def pruned_in(tables: dict[str, Rows]) -> int:
 
 
 def rebuilt(tables: dict[str, Rows]) -> dict[str, Rows]:
-    """The projections: their bases, and every event that is kept."""
+    """Returns the projections as their bases and every event that is kept give them."""
     fresh = {table.name: dict(tables.get(t.base_of(table).name, {})) for table in t.PROJECTIONS}
     for row in tables.get(t.EVENTS.name, {}).values():
         event = replayed(row)
@@ -298,7 +298,7 @@ class MemoryTransaction:
         return Outbox(0, 0)
 
     async def note_publisher(self) -> None:
-        """Nobody publishes from memory."""
+        """Notes nothing: nobody publishes from memory."""
 
     def wake_group(self, group: str) -> None:
         self.groups.add(group)

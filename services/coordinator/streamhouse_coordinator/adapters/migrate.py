@@ -70,7 +70,8 @@ async def _migrate(connection: Any) -> list[str]:
 
 
 async def _must_have_tables(connection: Any) -> None:
-    """A command that met a missing column later would fail as if by a defect, and again at every try."""
+    """Checks that all tables and columns are there: a command that met a missing one later would fail as if by a
+    defect, and again at every try."""
     rows = await connection.fetch(
         "SELECT relname, attname FROM pg_attribute JOIN pg_class ON attrelid = pg_class.oid "
         "WHERE relnamespace = current_schema()::regnamespace AND attnum > 0 AND NOT attisdropped"

@@ -244,12 +244,13 @@ class PostgresStore:
         return len(rows)
 
     async def _give_outbox_back(self, position: int, until_ms: int) -> None:
-        """At `position`, if nobody has claimed it since: a later claim ends later."""
+        """Ends the claim, with the outbox at `position`, unless somebody has claimed it since: a later claim ends
+        later."""
         text = "UPDATE outbox SET position = $1, claimed_until_ms = 0 WHERE claimed_until_ms = $2"
         await self._single(lambda connection: connection.execute(text, position, until_ms))
 
     async def rebuild(self) -> None:
-        """Writers wait meanwhile; readers see what was there before."""
+        """Builds the projections anew. Writers wait meanwhile; readers see the rows of before."""
 
         async def once(connection: Any) -> None:
             async with self._connections.transaction(connection):
@@ -258,7 +259,8 @@ class PostgresStore:
         await self._guarded(once)
 
     async def check_projections(self) -> AsyncIterator[ProjectionCheck]:
-        """On a connection of its own: its statements take as long as migrations do, and one is made at a time."""
+        """Checks on a connection of its own: its statements take as long as migrations do, and one is made at a
+        time."""
         limits = {
             "statement_timeout": str(self._migration_timeout_ms),
             "idle_in_transaction_session_timeout": str(SNAPSHOT_IDLE_MS),

@@ -312,8 +312,8 @@ async def _leads_to_pooler(connection: Any) -> bool:
 
 
 async def _keep(_: Any) -> None:
-    """Back in the pool as it is: nothing here changes a session's state, and the pool itself rolls back what is open.
-    Its own reset is a statement more per transaction."""
+    """Leaves a connection that goes back to the pool as it is: nothing here changes a session's state, and the pool
+    itself rolls back what is open. Its own reset is a statement more per transaction."""
 
 
 def _leaves_sound(error: BaseException) -> bool:

@@ -1,9 +1,8 @@
 """The outbox: publishes every event to RabbitMQ in nameko's convention, in order, at least once.
 
 Its place is a row that only one coordinator claims at a time. RabbitMQ being away stops nothing: whoever listens also
-scans, and the outbox goes on from its place when the broker is back. Notices of sealed buffers are
-published by the coordinator that has heard of them, at most once: what the broker does not take at once is of no use
-later.
+scans, and the outbox goes on from its place when the broker is back. Notices of sealed buffers are published by the
+coordinator that has heard of them, at most once: what the broker does not take at once is of no use later.
 """
 
 import asyncio

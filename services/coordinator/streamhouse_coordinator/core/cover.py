@@ -107,7 +107,8 @@ class _Search:
                 at = following
 
     def _first_base(self) -> int:
-        """The start of the log, or of the registered segment that it lies in: records were deleted up to there."""
+        """Returns the start of the log, or of the registered segment that it lies in: records were deleted up to
+        there."""
         start = self._found.log_start_offset
         around = [
             item.base_offset for item in self._usable if item.registered and item.base_offset < start < item.end_offset

@@ -70,7 +70,7 @@ async def _put_once(store: ObjectStore, key: str, body: bytes) -> None:
 
 
 async def _pages(snapshot: Snapshot, table: t.Table[Any]) -> AsyncIterator[Sequence[Any]]:
-    """In the order of the key, and never more in memory than a page."""
+    """Yields a table's rows in the order of the key, with no more in memory than a page."""
     after: tuple[Any, ...] | None = None
     while rows := await snapshot.select(table, Where({}, after=after), order=table.key, limit=fmt.CHUNK_ROWS):
         yield rows

@@ -128,7 +128,7 @@ def _must_be_ingest(session: t.SessionRow) -> None:
 
 
 async def claim(context: Context, worker_id: str, ttl_ms: int, except_agents: Collection[str] = ()) -> Claimed | None:
-    """The oldest free buffer of an agent that has a session and is not excepted; None if there is none."""
+    """Claims the oldest free buffer of an agent that has a session and is not excepted; None if there is none."""
     claim_id = context.new_id()
 
     async def work(tx: Transaction) -> Claimed | None:

@@ -128,7 +128,7 @@ async def _load(tx: Restoring, store: ObjectStore, manifest: fmt.Manifest, progr
 async def _batches(
     store: ObjectStore, chunks: Sequence[fmt.Chunk]
 ) -> AsyncIterator[tuple[str, t.Table[Any], list[Any]]]:
-    """The rows of the chunks in turn, with their object's key and their table."""
+    """Yields the rows of the chunks in turn, with their object's key and their table."""
     for chunk in chunks:
         rows = await read_chunk(store, chunk)
         for first in range(0, len(rows), BATCH_ROWS):

@@ -51,7 +51,8 @@ class HistoryNote:
         return seen
 
     def _read_json(self, content: bytes) -> Seen:
-        """A note of the first version, before there were slots; the next one is written as a new file in its place."""
+        """Reads a note of the first version, before there were slots; the next one is written as a new file in its
+        place."""
         try:
             noted = json.loads(content)
             return Seen(str(noted["history_id"]), int(noted["position"]))

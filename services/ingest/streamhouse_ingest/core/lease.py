@@ -12,8 +12,8 @@ class Lease:
         self._until_ms: int | None = None
 
     def renew(self, sent_ms: int, ttl_ms: int) -> None:
-        """The coordinator answered a renewal that was sent at `sent_ms`; one overtaken by a later one changes
-        nothing."""
+        """Extends the lease: the coordinator answered a renewal that was sent at `sent_ms`; one overtaken by a later
+        one changes nothing."""
         until_ms = sent_ms + max(ttl_ms - self.margin_ms, 0)
         if self._until_ms is None or until_ms > self._until_ms:
             self._until_ms = until_ms
