@@ -325,8 +325,8 @@ class CoordinatorApi:
 
     async def begin_deletion(self, request: pb.BeginDeletionRequest) -> pb.BeginDeletionResponse:
         keys = messages.object_keys(request.object_keys)
-        patience = messages.patience(request.grace_ms, request.confirm_ms)
-        now_ms, judged = await objects.begin_deletion(self._context, keys, patience, request.dry_run)
+        grace = messages.deletion_grace(request.grace_ms, request.confirm_ms)
+        now_ms, judged = await objects.begin_deletion(self._context, keys, grace, request.dry_run)
         return pb.BeginDeletionResponse(now_ms=now_ms, objects=[messages.object_deletion(item) for item in judged])
 
     async def finish_deletion(self, request: pb.FinishDeletionRequest) -> pb.FinishDeletionResponse:
@@ -335,8 +335,8 @@ class CoordinatorApi:
 
     async def list_deletions(self, request: pb.ListDeletionsRequest) -> pb.ListDeletionsResponse:
         check_number("limit", request.limit, 1, messages.OBJECT_KEYS_MAX)
-        patience = messages.patience(request.grace_ms, request.confirm_ms)
-        keys = await objects.list_deletions(self._context, patience, request.limit)
+        grace = messages.deletion_grace(request.grace_ms, request.confirm_ms)
+        keys = await objects.list_deletions(self._context, grace, request.limit)
         return pb.ListDeletionsResponse(object_keys=keys)
 
     # ---- consumer groups

@@ -42,7 +42,7 @@ OBJECT_KEY_LENGTH_MAX = 1024  # S3's
 OBJECT_KEYS_MAX = 10_000
 AGENTS_MAX = 10_000  # of one cluster, named in one call
 GRANTS_ASKED_MAX = 10_000  # ranges named in one question, some 30 bytes each; who wants more asks for all
-DELETION_PATIENCE_MS_MAX = 10 * 366 * 24 * 3_600_000  # ten years: longer is a mistake in the unit
+DELETION_GRACE_MS_MAX = 10 * 366 * 24 * 3_600_000  # ten years: longer is a mistake in the unit
 MEMBER_ID_LENGTH_MAX = 300  # a client id, a hyphen, a UUID
 GROUP_TOPICS_MAX = 1_000
 OWNED_MAX = 100_000  # partitions one member may have
@@ -118,9 +118,9 @@ def any_object_keys(keys: Sequence[str]) -> list[str]:
     return list(keys)
 
 
-def patience(grace_ms: int, confirm_ms: int) -> DeletionGrace:
-    check_number("grace_ms", grace_ms, 0, DELETION_PATIENCE_MS_MAX)
-    check_number("confirm_ms", confirm_ms, 0, DELETION_PATIENCE_MS_MAX)
+def deletion_grace(grace_ms: int, confirm_ms: int) -> DeletionGrace:
+    check_number("grace_ms", grace_ms, 0, DELETION_GRACE_MS_MAX)
+    check_number("confirm_ms", confirm_ms, 0, DELETION_GRACE_MS_MAX)
     return DeletionGrace(grace_ms, confirm_ms)
 
 

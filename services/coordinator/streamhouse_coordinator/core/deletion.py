@@ -37,26 +37,26 @@ class DeletionGrace:
     confirm_ms: int
 
 
-def judge(state: ObjectState, now_ms: int, patience: DeletionGrace) -> Verdict:
+def judge(state: ObjectState, now_ms: int, grace: DeletionGrace) -> Verdict:
     """REFERENCED and DECLARED are refusals; NOTICED is to be asked again."""
     if state.referenced:
         return Verdict.REFERENCED
-    if state.intent is not None and not is_stale(state, now_ms, patience):
+    if state.intent is not None and not is_stale(state, now_ms, grace):
         return Verdict.DECLARED
     if state.deletion is not None and state.deletion.begun_ms:
         return Verdict.BEGUN
     noticed_ms = now_ms if state.deletion is None else state.deletion.noticed_ms
-    return Verdict.BEGUN if now_ms - noticed_ms >= patience.confirm_ms else Verdict.NOTICED
+    return Verdict.BEGUN if now_ms - noticed_ms >= grace.confirm_ms else Verdict.NOTICED
 
 
-def is_stale(state: ObjectState, now_ms: int, patience: DeletionGrace) -> bool:
+def is_stale(state: ObjectState, now_ms: int, grace: DeletionGrace) -> bool:
     """Whether nobody is expected to register the object any more. If somebody does, no harm is done: it is refused."""
-    return state.intent is not None and not state.held and now_ms - state.intent.declared_ms >= patience.grace_ms
+    return state.intent is not None and not state.held and now_ms - state.intent.declared_ms >= grace.grace_ms
 
 
-def withdraws(state: ObjectState, verdict: Verdict, now_ms: int, patience: DeletionGrace) -> bool:
+def withdraws(state: ObjectState, verdict: Verdict, now_ms: int, grace: DeletionGrace) -> bool:
     """Whether the declaration goes: deletion begins, or the object is registered and its worker gone."""
-    return verdict is Verdict.BEGUN or (verdict is Verdict.REFERENCED and is_stale(state, now_ms, patience))
+    return verdict is Verdict.BEGUN or (verdict is Verdict.REFERENCED and is_stale(state, now_ms, grace))
 
 
 def changes(state: ObjectState, verdict: Verdict, now_ms: int) -> list[RowOp]:

@@ -48,7 +48,7 @@ def reach_of(
     reports: Iterable[ReachReportRow],
     workers: Mapping[str, SessionRow],
     now_ms: int,
-    patience: ReachTimes,
+    reach_times: ReachTimes,
 ) -> Reach:
     """Returns what the reports come to for one agent. `workers`: live ones by session_id."""
     about = [
@@ -56,7 +56,7 @@ def reach_of(
         for row in reports
         if row.agent_session_id == agent.session_id
         and row.session_id in workers
-        and now_ms - row.reported_ms <= patience.fresh_ms
+        and now_ms - row.reported_ms <= reach_times.fresh_ms
     ]
     failing = [row for row in about if not row.reached]
     return Reach(
@@ -87,7 +87,7 @@ def decide(
     reports: Sequence[ReachReportRow],
     cut_offs: Mapping[str, CutOffRow],
     now_ms: int,
-    patience: ReachTimes,
+    reach_times: ReachTimes,
 ) -> list[Event]:
     """Returns who is cut off from now on, and who may lead again. `agents`, `workers`: live ones. `cut_offs`: by agent
     id, those that are and those that were.
@@ -97,7 +97,7 @@ def decide(
     reached it lately and the last reports of the others, however old, do not outweigh that; or once no worker lives.
     """
     by_session = {row.session_id: row for row in workers}
-    now = {row.agent_id: reach_of(row, reports, by_session, now_ms, patience) for row in agents}
+    now = {row.agent_id: reach_of(row, reports, by_session, now_ms, reach_times) for row in agents}
     cut_off_ids = {row.agent_id for row in agents if is_cut_off_now(cut_offs.get(row.agent_id), row)}
     events: list[Event] = []
     for agent in agents:
@@ -106,14 +106,14 @@ def decide(
         cut_off = is_cut_off(reach, workers)
         if name in cut_off_ids and before is not None:
             # A worker that has reported nothing lately, as after an outage of PostgreSQL, has not taken its word back.
-            latest = reach_of(agent, reports, by_session, now_ms, replace(patience, fresh_ms=now_ms))
+            latest = reach_of(agent, reports, by_session, now_ms, replace(reach_times, fresh_ms=now_ms))
             heard = reach.reaching or not workers
-            if heard and not is_cut_off(latest, workers) and _is_held(latest, before, now_ms, patience):
+            if heard and not is_cut_off(latest, workers) and _is_held(latest, before, now_ms, reach_times):
                 cut_off_ids.discard(name)
                 events.append(AgentReachable(name, agent.session_id, now_ms))
         elif (
             cut_off
-            and now_ms - reach.failing_since_ms >= patience.after_ms
+            and now_ms - reach.failing_since_ms >= reach_times.after_ms
             and len(cut_off_ids) < len(agents) // 2
             and _has_another(agent, agents, now, cut_off_ids)
         ):
@@ -128,8 +128,8 @@ def is_cut_off_now(row: CutOffRow | None, agent: SessionRow) -> bool:
     return row is not None and not row.reachable_ms and row.session_id == agent.session_id
 
 
-def _is_held(reach: Reach, row: CutOffRow, now_ms: int, patience: ReachTimes) -> bool:
-    hold_ms = patience.hold_ms << min(row.times - 1, HOLD_DOUBLINGS_MAX)
+def _is_held(reach: Reach, row: CutOffRow, now_ms: int, reach_times: ReachTimes) -> bool:
+    hold_ms = reach_times.hold_ms << min(row.times - 1, HOLD_DOUBLINGS_MAX)
     return now_ms - max(reach.changed_ms, row.since_ms) >= hold_ms
 
 

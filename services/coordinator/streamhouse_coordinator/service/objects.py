@@ -48,7 +48,7 @@ class Judged:
 
 
 async def begin_deletion(
-    context: Context, object_keys: Sequence[str], patience: DeletionGrace, dry_run: bool
+    context: Context, object_keys: Sequence[str], grace: DeletionGrace, dry_run: bool
 ) -> tuple[int, list[Judged]]:
     """PostgreSQL's time, and one verdict per key. From BEGUN on, no segment can be registered in the object, ever.
     Raises MetadataWentBack: what was registered in events that are gone would be taken for an orphan."""
@@ -59,20 +59,20 @@ async def begin_deletion(
         found = await _look(tx, object_keys, "" if dry_run else "wait")
         now_ms = await tx.now_ms()
         states = found.states(object_keys, now_ms)
-        judged = [Judged(state, deletion.judge(state, now_ms, patience)) for state in states]
+        judged = [Judged(state, deletion.judge(state, now_ms, grace)) for state in states]
         if not dry_run:
-            await tx.apply(_changes(judged, found, now_ms, patience))
+            await tx.apply(_changes(judged, found, now_ms, grace))
         return now_ms, judged
 
     return await context.store.run(work)
 
 
-def _changes(judged: Sequence[Judged], found: "_Found", now_ms: int, patience: DeletionGrace) -> list[RowOp]:
+def _changes(judged: Sequence[Judged], found: "_Found", now_ms: int, grace: DeletionGrace) -> list[RowOp]:
     ops = [op for item in judged for op in deletion.changes(item.state, item.verdict, now_ms)]
     withdrawn = [
         item.state.intent
         for item in judged
-        if item.state.intent is not None and deletion.withdraws(item.state, item.verdict, now_ms, patience)
+        if item.state.intent is not None and deletion.withdraws(item.state, item.verdict, now_ms, grace)
     ]
     return ops + deletion.withdrawal(withdrawn, found.claims.buffers, found.claims.compactions)
 
@@ -86,7 +86,7 @@ async def finish_deletion(context: Context, object_keys: Sequence[str]) -> None:
     await context.store.run(work)
 
 
-async def list_deletions(context: Context, patience: DeletionGrace, limit: int) -> list[str]:
+async def list_deletions(context: Context, grace: DeletionGrace, limit: int) -> list[str]:
     """Returns keys to begin the deletion of that no listing of the store need show: deletions that were not finished,
     and uploads that never came to anything. The oldest first.
 
@@ -95,7 +95,7 @@ async def list_deletions(context: Context, patience: DeletionGrace, limit: int) 
     """
 
     async def work(tx: Transaction) -> tuple[list[str], list[str]]:
-        found = await _overdue(tx, patience, limit)
+        found = await _overdue(tx, grace, limit)
         flawed = [key for key in found if flaw_of_key(key)]
         gone = [{"object_key": key} for key in flawed]
         await tx.apply([Remove(table, key) for key in gone for table in (t.DELETIONS, t.UPLOAD_INTENTS)])
@@ -108,10 +108,10 @@ async def list_deletions(context: Context, patience: DeletionGrace, limit: int) 
         log.warning("forgets %d objects to delete that are no segments', the first is %r", len(flawed), flawed[0])
 
 
-async def _overdue(tx: Transaction, patience: DeletionGrace, limit: int) -> list[str]:
+async def _overdue(tx: Transaction, grace: DeletionGrace, limit: int) -> list[str]:
     now_ms = await tx.now_ms()
-    noticed = where(noticed_ms=AtMost(now_ms - patience.confirm_ms))
-    declared = where(declared_ms=AtMost(now_ms - patience.grace_ms))
+    noticed = where(noticed_ms=AtMost(now_ms - grace.confirm_ms))
+    declared = where(declared_ms=AtMost(now_ms - grace.grace_ms))
     deletions = await tx.select(t.DELETIONS, noticed, order=("noticed_ms", "object_key"), limit=limit)
     intents = await tx.select(t.UPLOAD_INTENTS, declared, order=("declared_ms", "object_key"), limit=limit)
     keys = [row.object_key for row in deletions] + [row.object_key for row in intents]

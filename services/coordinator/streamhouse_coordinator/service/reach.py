@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 REPORTS_FRESH_HEARTBEATS = 3
 
 
-def patience(settings: CoordinatorSettings) -> reach.ReachTimes:
+def reach_times(settings: CoordinatorSettings) -> reach.ReachTimes:
     """Returns the times of `decide` as the settings have them."""
     return reach.ReachTimes(
         settings.cut_off_after_ms,
@@ -85,11 +85,11 @@ class ReachState:
     cut_offs: dict[str, t.CutOffRow]
 
     def decide(self, now_ms: int, settings: CoordinatorSettings) -> list[Event]:
-        return reach.decide(self.agents, self.workers, self.reports, self.cut_offs, now_ms, patience(settings))
+        return reach.decide(self.agents, self.workers, self.reports, self.cut_offs, now_ms, reach_times(settings))
 
     def reach_of(self, agent: t.SessionRow, now_ms: int, settings: CoordinatorSettings) -> reach.Reach:
         by_session = {row.session_id: row for row in self.workers}
-        return reach.reach_of(agent, self.reports, by_session, now_ms, patience(settings))
+        return reach.reach_of(agent, self.reports, by_session, now_ms, reach_times(settings))
 
     def is_cut_off_now(self, agent: t.SessionRow) -> bool:
         return reach.is_cut_off_now(self.cut_offs.get(agent.agent_id), agent)
