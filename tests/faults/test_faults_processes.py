@@ -23,6 +23,7 @@ from tests.integration.processes import free_ports
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
 PATIENCE_S = 30
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 EMFILE, ENOSPC, EIO = str(errno.EMFILE), errno.ENOSPC, str(errno.EIO)
 
 
@@ -46,13 +47,22 @@ class Standins(Fleet):
         self.busy = set(SERVICES) - set(names)
 
     async def ask(self, name: str, expression: str) -> str:
-        """What the process makes of it."""
-        port = int((self.work_dir / f"{name}.port").read_text())
+        """Return what the process makes of it, once the process has no descriptor of the question any more."""
+        asking = await self.open(name)
+        asking[1].write(f"{expression}\n".encode())
+        return (await self.end(asking)).strip()
+
+    async def open(self, name: str) -> Connection:
+        """Return a connection to the process that asks it nothing yet."""
+        return await asyncio.open_connection("127.0.0.1", int((self.work_dir / f"{name}.port").read_text()))
+
+    async def end(self, asking: Connection) -> str:
+        """Return the answers not read yet; the process has closed its end of the connection."""
+        reader, writer = asking
         async with asyncio.timeout(PATIENCE_S):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
-                writer.write(f"{expression}\n".encode())
-                return (await reader.readline()).decode().strip()
+                writer.write_eof()
+                return (await reader.read()).decode()
             finally:
                 writer.close()
 
@@ -207,14 +217,14 @@ async def test_a_process_can_open_nothing_more(fleet: Standins, one: str) -> Non
     await fleet.ask(one, opens.format(count=30))  # there are holes below: these count as well
     await fleet.ask(one, "[os.close(number) for number in range(12, 30, 3)]")
     for seed in range(4):
-        asking = await asyncio.open_connection("127.0.0.1", int((fleet.work_dir / f"{one}.port").read_text()))
+        asking = await fleet.open(one)
         async with NEMESES["descriptors"](fleet, random.Random(seed)) as deed:
             spare = int(deed.text.split()[2])
             asking[1].write(f"len({opens.format(count=spare)})\n{opens.format(count=1)}\n".encode())
             async with asyncio.timeout(PATIENCE_S):
                 assert int(await asking[0].readline()) == spare
                 assert (await asking[0].readline()).decode().strip() == EMFILE
-        asking[1].close()
+        await fleet.end(asking)
         assert (await fleet.ask(one, opens.format(count=1))).startswith("[")
         limits = resource.prlimit(fleet.members[one].process.pid, resource.RLIMIT_NOFILE)
         assert limits == (DESCRIPTORS_MAX, DESCRIPTORS_MAX)
