@@ -88,12 +88,13 @@ class Gatherer:
         headers: tuple[Header, ...],
         timestamp_ms: int,
         size_bytes: int,
+        deadline_ms: float,
     ) -> tuple[Delivery, int, int]:
-        """Puts one record behind those given before. Returns the batch's outcome, the record's position in the batch
-        and its timestamp."""
+        """Puts one record behind those given before; a batch that it begins fails at deadline_ms. Returns the batch's
+        outcome, the record's position in the batch and its timestamp."""
         gathering = state.gathering
         if gathering is None or gathering.size_bytes + size_bytes > self._options.batch_bytes:
-            gathering = self._renew(state)
+            gathering = self._renew(state, deadline_ms)
         index = gathering.add(value, key, headers, timestamp_ms, size_bytes)
         gathering.delivery.record_count = index + 1
         return gathering.delivery, index, timestamp_ms
@@ -111,17 +112,21 @@ class Gatherer:
         and the position of the first in the batch."""
         gathering = state.gathering
         if gathering is None or gathering.size_bytes + size_bytes > self._options.batch_bytes:
-            gathering = self._renew(state)
+            gathering = self._renew(state, self.deadline_ms())
         first = gathering.extend(values, keys, headers, timestamps_ms, size_bytes)
         gathering.delivery.record_count = first + len(values)
         return gathering.delivery, first
 
-    def _renew(self, state: LaneState) -> Gathering[Delivery]:
+    def deadline_ms(self) -> float:
+        """Returns when what is sent now fails."""
+        return self.loop.time() * 1000 + self._options.delivery_timeout_ms
+
+    def _renew(self, state: LaneState, deadline_ms: float) -> Gathering[Delivery]:
         """A new batch in the making; the one before is full and goes."""
         if state.gathering is not None:
             self.close(state)
             self._pump(state)
-        gathering = Gathering(Delivery(state.topic, state.partition), self.loop.time() * 1000)
+        gathering = Gathering(Delivery(state.topic, state.partition), deadline_ms)
         state.gathering, state.due = gathering, False
         state.linger = self.loop.call_later(self._options.linger_ms / 1000, self._lingered, state, gathering)
         self._opened(state)
@@ -148,8 +153,7 @@ class Gatherer:
         if state.linger is not None:
             state.linger.cancel()
         state.gathering, state.due = None, False
-        deadline_ms = gathering.opened_ms + self._options.delivery_timeout_ms
-        state.lane.append(Outgoing(Batch(gathering), len(gathering.values), deadline_ms))
+        state.lane.append(Outgoing(Batch(gathering), len(gathering.values), gathering.deadline_ms))
 
     def hurry(self) -> None:
         """Nothing lingers any more of what has been gathered so far."""

@@ -182,7 +182,7 @@ class Producer:
             except BaseException:
                 self._give_back(record[-1])
                 raise
-        delivery, index, taken_ms = self._add(target, record, partition)
+        delivery, index, taken_ms = self._add(target, record, partition, target.gatherer.deadline_ms())
         future = send_future(target.loop, delivery, index, taken_ms)
         if (stood_s := self._turns.stood_s()) >= TURN_S:
             await let_loop_run(stood_s)  # behind `_add`: no later call comes before this one meanwhile
@@ -208,11 +208,20 @@ class Producer:
         assert partitioner is not None, "this is called for it"
         return choose(partitioner, topic, key, len(self._topics[topic].lanes))
 
-    async def take(self, topic: str, record: CheckedRecord, partition: int | None) -> tuple[Delivery, int, int]:
+    async def take(
+        self, topic: str, record: CheckedRecord, partition: int | None, sent_s: float
+    ) -> tuple[Delivery, int, int]:
         """Takes a record as `check_record` returns it; asks no partitioner. Returns its batch's outcome, its position
-        in the batch and its timestamp. Raises what `send` raises."""
-        target = self._at_once(topic, partition, record[-1]) or await self._wait(topic, partition, record[-1])
-        return self._add(target, record, partition)
+        in the batch and its timestamp. Raises what `send` raises.
+
+        sent_s: `time.monotonic` of the application's call. delivery_timeout_ms counts from there for the wait for room
+        and for the delivery together: records that queue up behind a full buffer fail together, not one after another.
+        """
+        deadline_ms = sent_s * 1000 + self._options.delivery_timeout_ms
+        target = self._at_once(topic, partition, record[-1])
+        if target is None:
+            target = await self._wait(topic, partition, record[-1], deadline_ms)
+        return self._add(target, record, partition, deadline_ms)
 
     def _at_once(self, topic: str, partition: int | None, size_bytes: int) -> TopicLanes | None:
         """Returns the topic's lanes, room taken, if nothing has to be waited for; None otherwise."""
@@ -226,7 +235,9 @@ class Producer:
             return None
         return target
 
-    def _add(self, target: TopicLanes, record: CheckedRecord, partition: int | None) -> tuple[Delivery, int, int]:
+    def _add(
+        self, target: TopicLanes, record: CheckedRecord, partition: int | None, deadline_ms: float
+    ) -> tuple[Delivery, int, int]:
         value, key, headers, timestamp_ms, size_bytes = record
         if timestamp_ms is None:
             timestamp_ms = time.time_ns() // 1_000_000
@@ -236,7 +247,7 @@ class Producer:
             lane = target.lane_of_key(key)
         else:
             lane = target.sticky_lane(size_bytes)
-        return target.gatherer.add(lane, value, key, headers, timestamp_ms, size_bytes)
+        return target.gatherer.add(lane, value, key, headers, timestamp_ms, size_bytes, deadline_ms)
 
     async def send_many(
         self,
@@ -345,6 +356,11 @@ class Producer:
         self._closed = True
         flushed = partial(self.flush, timeout_s) if flush else None
         await close_with(flushed, lambda: self.unacknowledged, self.shut_down, raise_failures=raise_failures)
+
+    @property
+    def closed(self) -> bool:
+        """True once it takes nothing more."""
+        return self._closed
 
     async def shut_down(self) -> None:
         """Closes the connections without a flush: what is not acknowledged fails."""
@@ -458,7 +474,9 @@ class Producer:
 
     # ---- turns and room
 
-    async def _wait(self, topic: str, partition: int | None, size_bytes: int) -> TopicLanes:
+    async def _wait(
+        self, topic: str, partition: int | None, size_bytes: int, deadline_ms: float | None = None
+    ) -> TopicLanes:
         """Returns the topic's lanes once room is taken, behind all calls made before. Raises what `send` raises.
 
         The caller adds its record without a further await: the next call has the turn by then.
@@ -466,18 +484,20 @@ class Producer:
         check_topic_name(topic)
         with self._order.ticket(topic, alone=False) as ticket:
             target = await self._opened(topic, partition)
-            await self._take_room(size_bytes, ticket)
+            await self._take_room(size_bytes, ticket, deadline_ms)
         return target
 
-    async def _take_room(self, size_bytes: int, ticket: Ticket) -> None:
-        """Returns once the call has the turn, and room is taken. Raises Overloaded after delivery_timeout_ms,
-        InvalidArgument once closed."""
+    async def _take_room(self, size_bytes: int, ticket: Ticket, deadline_ms: float | None = None) -> None:
+        """Returns once the call has the turn, and room is taken. Raises Overloaded at deadline_ms of the event loop's
+        clock (None: delivery_timeout_ms from now), InvalidArgument once closed."""
         forks.check()
         self._must_be_open()
         if not ticket.granted or not self._room.try_take(size_bytes):
             try:
                 # From here on for all calls alike: none waits for the timeouts of those before, one after the other.
-                async with asyncio.timeout(self._options.delivery_timeout_ms / 1000):
+                if deadline_ms is None:
+                    deadline_ms = self._sender.gatherer.deadline_ms()
+                async with asyncio.timeout_at(deadline_ms / 1000):
                     await ticket.wait()
                     if not self._room.try_take(size_bytes):
                         await self._wait_for_room(size_bytes)

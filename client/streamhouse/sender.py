@@ -91,7 +91,7 @@ class Sender:
         gathering = state.gathering
         assert gathering is not None
         self.unfinished.add(gathering.delivery)
-        self._watch_deadline(state, gathering.opened_ms)
+        self._watch_deadline(state, gathering.deadline_ms)
 
     # ---- sending
 
@@ -280,24 +280,23 @@ class Sender:
 
     # ---- deadlines
 
-    def _watch_deadline(self, state: LaneState, opened_ms: float) -> None:
+    def _watch_deadline(self, state: LaneState, deadline_ms: float) -> None:
         if state.expiry is None:
-            due_s = (opened_ms + self._options.delivery_timeout_ms) / 1000
-            state.expiry = self._loop.call_at(due_s, self._deadline, state)
+            state.expiry = self._loop.call_at(deadline_ms / 1000, self._deadline, state)
 
     def _deadline(self, state: LaneState) -> None:
         state.expiry = None
         self._expire(state, self.now_ms() + 1)  # timers may fire a clock tick early
         unfinished = [batch.deadline_ms for batch in state.lane.batches() if not batch.expired]
         if unfinished:
-            self._watch_deadline(state, min(unfinished) - self._options.delivery_timeout_ms)
+            self._watch_deadline(state, min(unfinished))
         elif state.gathering is not None:
-            self._watch_deadline(state, state.gathering.opened_ms)
+            self._watch_deadline(state, state.gathering.deadline_ms)
 
     def _expire(self, state: LaneState, now_ms: float, why: StreamHouseError | None = None) -> None:
         """Fails what is past its deadline at `now_ms`, with `why` or with the last error of each."""
         gathering = state.gathering
-        if gathering is not None and gathering.opened_ms + self._options.delivery_timeout_ms <= now_ms:
+        if gathering is not None and gathering.deadline_ms <= now_ms:
             self.gatherer.close(state)
         for outgoing in state.lane.expire(now_ms):
             last_error = outgoing.last_error or state.last_error

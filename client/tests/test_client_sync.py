@@ -14,6 +14,8 @@ from streamhouse.records import OffsetAndMetadata, RecordBatch, TopicPartition
 from streamhouse.sync import Admin, Consumer, Producer
 from streamhouse.sync.producer import SLOT_BYTES, STAGED_SLOTS_MAX
 
+PATIENCE_S = 30.0
+
 
 def test_produce_and_consume(server):
     with Admin(server.address) as admin:
@@ -214,11 +216,11 @@ def test_done_callbacks_of_records_that_are_still_staged_or_refused(server):
         future.add_done_callback(lambda future: seen.append((future, future.exception())))
     take = producer._inner.take
 
-    async def refuse_second(topic, record, partition):
+    async def refuse_second(topic, record, partition, sent_s):
         if refused_next:
             raise errors.Overloaded("no room")
         refused_next.append(True)
-        return await take(topic, record, partition)
+        return await take(topic, record, partition, sent_s)
 
     refused_next = []
     producer._inner.take = refuse_second
@@ -329,6 +331,44 @@ def test_records_on_their_way_to_the_loop_are_bounded_in_bytes(server):
     limit = STAGED_SLOTS_MAX * SLOT_BYTES
     assert limit / 2 < max(staged_bytes) <= limit
     assert [future.result(0).offset for future in futures] == list(range(count))
+
+
+def test_close_fails_all_records_that_wait_for_room_together(server):
+    """delivery_timeout_ms counts from `send`: records behind a full buffer do not wait for it one after the other, an
+    hour for these."""
+    server.add_topic("t", 1)
+    producer = Producer(server.address, batch_bytes=200, buffer_bytes_max=200, delivery_timeout_ms=1_000)
+    producer.send("t", b"opens the topic").result(PATIENCE_S)
+    server.faults.silent = True
+    futures = [producer.send("t", bytes(150)) for _ in range(4_000)]
+    failures = []
+
+    def close():
+        try:
+            producer.close()
+        except errors.StreamHouseError as error:
+            failures.append(error)
+
+    closer = threading.Thread(target=close, daemon=True)
+    closer.start()
+    closer.join(PATIENCE_S)
+    assert not closer.is_alive()
+    assert "delivery_timeout_ms = 1000" in str(failures[0])
+    assert all(future.done() for future in futures)
+    kinds = {type(future.exception(0)) for future in futures}
+    assert kinds <= {errors.Unavailable, errors.Overloaded}
+    assert producer.metrics().records_failed == len(futures)
+
+
+def test_records_that_a_close_with_a_timeout_gives_up_are_unavailable(server):
+    server.add_topic("t", 1)
+    producer = Producer(server.address, batch_bytes=200, buffer_bytes_max=200)
+    producer.send("t", b"opens the topic").result(PATIENCE_S)
+    server.faults.silent = True
+    futures = [producer.send("t", bytes(150)) for _ in range(10)]
+    with pytest.raises(TimeoutError, match="10 records are not acknowledged"):
+        producer.close(timeout_s=0.05)
+    assert {type(future.exception(0)) for future in futures} == {errors.Unavailable}
 
 
 def test_waiting_inside_the_loop_is_refused():

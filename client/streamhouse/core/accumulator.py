@@ -21,10 +21,10 @@ RECORD_BYTES_MAX = DEFAULT_LIMITS.batch_bytes_max - 64 * 1024
 
 @dataclass(slots=True, eq=False)
 class Gathering(Generic[T]):
-    """A batch in the making. `delivery` is the owner's handle of its outcome."""
+    """A batch in the making. `delivery` is the owner's handle of its outcome; the batch fails at `deadline_ms`."""
 
     delivery: T
-    opened_ms: float
+    deadline_ms: float
     values: list[bytes | None] = field(default_factory=list)
     timestamps_ms: list[int] = field(default_factory=list)
     # None while no record has one.

@@ -24,7 +24,7 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 import numpy as np
 from numpy.typing import NDArray
 from shproto import forks
-from shproto.errors import InvalidArgument, Overloaded
+from shproto.errors import InvalidArgument, Overloaded, Unavailable
 from shproto.rpc import Interceptors
 
 from streamhouse import producer
@@ -199,7 +199,7 @@ def _call(fn: Callable[[F], object], future: F) -> None:
         log.exception("a done-callback of a %s raised", type(future).__name__)
 
 
-_Staged = tuple[SendFuture, str, CheckedRecord, int | None]
+_Staged = tuple[SendFuture, str, CheckedRecord, int | None, float]  # the last: time.monotonic of the call of `send`
 # What is in the queue to the loop's thread: a record; None for each slot more that it takes, behind it; a future that
 # is to be told once everything before it has been taken over.
 _Item = _Staged | asyncio.Future[None] | None
@@ -276,7 +276,7 @@ class Producer:
         if partition is None and self._partitioner is not None:
             partition = self._inner.choose_partition(topic, record[1])
         future = SendFuture(self)
-        self._stage((future, topic, record, partition), record[4])
+        self._stage((future, topic, record, partition, time.monotonic()), record[4])
         return future
 
     def send_and_wait(
@@ -393,11 +393,14 @@ class Producer:
                 self._woken = True
                 continue
             if isinstance(item, tuple):
-                future, topic, record, partition = item
+                future, topic, record, partition, sent_s = item
                 try:
-                    delivery, future._index, future._timestamp_ms = await take(topic, record, partition)
+                    delivery, future._index, future._timestamp_ms = await take(topic, record, partition, sent_s)
                     future._delivery = delivery  # last: with it the future may be done
                 except Exception as error:  # noqa: BLE001 - kept for the future, and for flush
+                    if self._inner.closed and isinstance(error, InvalidArgument):
+                        # The record was taken before: what is given up fails as those in a batch do.
+                        error = Unavailable("the producer was closed before the record was sent")
                     self._refuse(future, error)
                 if future._callbacks:
                     future._taken()
@@ -432,10 +435,10 @@ class Producer:
     # ---- the end
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """Waits until everything taken so far is acknowledged or has failed.
+        """Waits until everything taken so far is acknowledged or has failed, which takes delivery_timeout_ms at most.
 
-        Raises TimeoutError when that takes longer than timeout_s (None: no limit but delivery_timeout_ms); sending goes
-        on. Else raises the first failure that nobody saw.
+        Raises TimeoutError when that takes longer than timeout_s; sending goes on. Else raises the first failure that
+        nobody saw.
         """
         check_timeout_s("timeout_s", timeout_s)
         BACKGROUND.run(self._flush(timeout_s))
