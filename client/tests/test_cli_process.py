@@ -83,7 +83,10 @@ def shell(server, line):
 # ---- signals
 
 
-@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("number", "code", "name"),
+    [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP")],
+)
 def test_a_signal_has_produce_write_what_it_has_read_and_count_it(topic, number, code, name):
     with Running(topic, "produce", "t", "--json") as produce:
         produce.type(b"a\nb\n")
@@ -156,7 +159,7 @@ def test_a_failed_delivery_counts_what_failed_and_what_did_not(topic):
     assert (code, err) == (1, "error: no (INVALID_BATCH); 2 records failed, 1 were acknowledged\n")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_other_commands_end_on_a_signal_without_a_word(topic, number, code):
     topic.faults.metadata_down = True  # so that it waits
     with Running(topic, "consume", "t", "--follow", "--retry-timeout-ms", ONE_HOUR_MS) as consume:
@@ -165,6 +168,52 @@ def test_other_commands_end_on_a_signal_without_a_word(topic, number, code):
         exit_code, out, err = consume.ended()
     assert (exit_code, out) == (code, b"")
     assert [line for line in err.splitlines() if not line.startswith("no answer yet")] == []
+
+
+def test_a_hangup_that_a_shell_passes_on_as_well_is_no_second_signal(topic):
+    topic.faults.answer_delay_ms = 1_000
+    with Running(topic, "produce", "t") as produce:
+        produce.type(b"a\n")
+        until(lambda: topic.calls["produce"] == 1)
+        produce.process.send_signal(signal.SIGHUP)
+        until(lambda: not is_pending(produce.process.pid, signal.SIGHUP))
+        produce.process.send_signal(signal.SIGHUP)
+        code, _, err = produce.ended()
+    assert code == 129 and err.startswith("stopped by SIGHUP: 1 records acknowledged")
+
+
+def is_pending(pid, number):
+    with open(f"/proc/{pid}/status") as file:
+        masks = [line.split()[1] for line in file if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
+@pytest.mark.parametrize("arguments", [["produce", "t"], ["consume", "t", "--follow"]])
+def test_nohup_is_respected(topic, arguments):
+    with Running(topic, *arguments, before=["nohup"]) as command:
+        command.type(b"a\n")
+        until(lambda: topic.calls["produce" if arguments[0] == "produce" else "subscribe"] == 1)
+        command.process.send_signal(signal.SIGHUP)
+        command.process.send_signal(signal.SIGTERM)
+        code, _, err = command.ended()
+    assert code == 143 and "SIGHUP" not in err
+
+
+def test_lines_typed_on_a_terminal_that_hangs_up_are_written(topic):
+    topic.faults.answer_delay_ms = 300
+    main, terminal = os.openpty()
+    command = ["setsid", "--ctty", *CLI, "produce", "t"]
+    process = subprocess.Popen(command, env=environ(topic), stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    try:
+        os.write(main, b"typed\n")
+        until(lambda: topic.calls["produce"] == 1)
+        os.close(main)
+        assert process.wait(PATIENCE_S) == 129
+    finally:
+        process.kill()
+        process.wait()
+    assert values_in(topic) == [b"typed"]
 
 
 def can_unshare():

@@ -1,7 +1,9 @@
 """The process that a command runs in: signals that end it, standard streams that are closed.
 
-Owns: the handlers of SIGTERM and, for commands that drain, SIGINT, while a command runs.
-Invariants: SIGTERM ends every command, also as process 1, for which the kernel has no default action. Files and
+Owns: the handlers of SIGTERM, SIGHUP and, for commands that drain, SIGINT, while a command runs. Services take them
+over (shruntime.tasks, shruntime.supervisor).
+Invariants: SIGTERM ends every command, also as process 1, for which the kernel has no default action. A terminal that
+hangs up (SIGHUP) ends commands in the same way, unless the signal was ignored at the start (nohup). Files and
 connections never get the numbers of the standard streams.
 """
 
@@ -18,35 +20,39 @@ if TYPE_CHECKING:
     import asyncio
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells report it
-EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 class Termination:
-    """Inside the block SIGTERM does what Ctrl-C does; `exit_code` tells them apart afterwards."""
+    """Inside the block SIGTERM and SIGHUP do what Ctrl-C does; `exit_code` tells them apart afterwards."""
 
     def __init__(self) -> None:
         self.exit_code = EXIT_INTERRUPTED
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        self.exit_code = EXIT_TERMINATED
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and self.exit_code == 128 + number:
+            return  # a shell passes on what the kernel has sent already: nobody is in a hurry
+        self.exit_code = 128 + number
         handler = signal.getsignal(signal.SIGINT)
-        if not callable(handler):  # a shell has this process ignore Ctrl-C, which is no reason to ignore SIGTERM
+        if not callable(handler):  # a shell has this process ignore Ctrl-C, which is no reason to ignore this one
             raise KeyboardInterrupt
         handler(signal.SIGINT, frame)  # while asyncio runs, its own: it cancels the command's task
 
 
 class StopSignals:
-    """Inside the block Ctrl-C and SIGTERM ask for an end: the first sets `told`, the next `again`."""
+    """Inside the block Ctrl-C, SIGTERM and SIGHUP ask for an end: the first sets `told`, the next `again`."""
 
     def __init__(self) -> None:
         import asyncio
@@ -58,7 +64,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
@@ -73,7 +79,7 @@ class StopSignals:
         self._loop.call_soon_threadsafe(self._tell, number)  # wakes the loop, which else goes on waiting
 
     def _tell(self, number: int) -> None:
-        if self.told.is_set():
+        if self.told.is_set() and number != signal.SIGHUP:  # which a shell passes on: nobody is in a hurry
             self.again.set()
         self.number = self.number or number
         self.told.set()

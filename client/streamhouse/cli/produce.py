@@ -89,7 +89,7 @@ DRAIN_TIMEOUT_MS = 5_000
     type=click.IntRange(min=0),
     default=DRAIN_TIMEOUT_MS,
     show_default=True,
-    help="After Ctrl-C or SIGTERM: how long to wait until what was read is acknowledged.",
+    help="After Ctrl-C, SIGTERM or SIGHUP: how long to wait until what was read is acknowledged.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 @bootstrap_option
@@ -113,7 +113,8 @@ def produce(
     The line without its newline is the value, byte for byte; an empty line is an empty value. With --format json a line
     is a whole record, so that `consume A --json | produce B --format json` copies a topic. A line that is no record, or
     has no key where one was asked for, is an error that names it: the lines before it are written, nothing after it is.
-    Ctrl-C and SIGTERM end the reading: the lines read are written and counted; a second Ctrl-C does not wait for that.
+    Ctrl-C, SIGTERM and a terminal that hangs up (SIGHUP) end the reading: the lines read are written and counted; a
+    second Ctrl-C does not wait for that.
     Progress and summary go to stderr.
     """
     import asyncio
@@ -125,7 +126,11 @@ def produce(
     with open_input(path) as descriptor, _progress(topic, descriptor) as progress:
         work = Work(topic, acks, descriptor, form, progress)
         report = asyncio.run(_produce(bootstrap, work, drain_timeout_ms / 1000))
-    report.show(as_json)
+    try:
+        report.show(as_json)
+    except OSError:
+        if report.stopped_by != signal.SIGHUP:  # else with the terminal went who would read this
+            raise
     if report.stopped_by:
         raise click.exceptions.Exit(128 + report.stopped_by)
     if report.missing_keys and report.missing_keys == report.lines:
