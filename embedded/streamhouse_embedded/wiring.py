@@ -19,6 +19,7 @@ from shruntime.logs import configure_logging
 from shruntime.memory import give_back_freed_memory, log_memory_limits
 from shruntime.server import RpcServer, ServerLimits, check_listen
 from shruntime.settings import StoreSettings
+from shruntime.supervisor import Supervisor
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
 from shstore import ObjectStore
@@ -78,8 +79,9 @@ class EmbeddedPlatform:
     """One process's worth of StreamHouse. Raises SettingsError, before anything is created. `start` raises
     DataDirError, ListenError, PostgresError, StoreError, and SettingsError for a pg_dsn that is of no use."""
 
-    def __init__(self, settings: EmbeddedSettings) -> None:
+    def __init__(self, settings: EmbeddedSettings, supervisor: Supervisor | None = None) -> None:
         self._settings = settings
+        self._supervisor = supervisor
         self._data_dir = DataDir(settings.data_dir)
         self._services = _Services.load(self._data_dir)
         self._stack = contextlib.AsyncExitStack()
@@ -121,7 +123,8 @@ class EmbeddedPlatform:
             (ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], ingest.api),
             (query_pb2.DESCRIPTOR.services_by_name["Query"], query.api),
         )
-        server = RpcServer(self._settings.listen, apis, telemetry.server(), ServerLimits.of(self._settings))
+        limits = ServerLimits.of(self._settings)
+        server = RpcServer(self._settings.listen, apis, telemetry.server(), limits, self._supervisor)
         await server.bind()
         address = await advertised_address(self._settings, server.address)
 
@@ -186,14 +189,16 @@ async def _raise_when_failed(tasks: Tasks) -> None:
 
 
 async def serve(settings: EmbeddedSettings, on_ready: Callable[[Ready], None]) -> None:
-    """Runs the platform until SIGINT or SIGTERM, then drains. Raises what `EmbeddedPlatform.start` raises."""
-    configure_logging("embedded", settings.log_level, settings.log_json)
+    """Runs the platform until SIGINT or SIGTERM, then drains; SIGHUP opens the log file anew. Raises what
+    `EmbeddedPlatform.start` raises."""
+    configure_logging("embedded", settings)
     raise_descriptor_limit()
     give_back_freed_memory()
-    platform = EmbeddedPlatform(settings)
-    on_ready(await platform.start())
-    try:
-        await wait_for_stop(platform.tasks)
-    finally:
-        log.info("draining: seal, upload, register, release")
-        await asyncio.shield(platform.stop())
+    async with Supervisor.of_environment() as supervisor:
+        platform = EmbeddedPlatform(settings, supervisor)
+        on_ready(await platform.start())
+        try:
+            await wait_for_stop(platform.tasks, supervisor)
+        finally:
+            log.info("draining: seal, upload, register, release")
+            await asyncio.shield(platform.stop())

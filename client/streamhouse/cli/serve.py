@@ -36,23 +36,25 @@ DEFAULT_ADDRESS = "127.0.0.1:7070"
 def serve(data_dir: str | None, listen: str | None, advertise: str | None, config: str | None, as_json: bool) -> None:
     """Run the whole platform in this process, on a local directory: no other server is needed.
 
-    Ctrl-C or SIGTERM stops it after sealing, uploading and registering what is in the log. Other settings
-    come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
+    Ctrl-C or SIGTERM stops it after sealing, uploading and registering what is in the log. SIGHUP does not: it opens
+    the log file anew, if there is one. Other settings come from STREAMHOUSE_* variables and a TOML file;
+    docs/settings.md lists them.
     """
+    from shruntime.tasks import survive_hangups
+
+    survive_hangups()
     # The services read their own settings inside this process, so the options have to reach the variables.
     os.environ.update(environ_with(data_dir=data_dir, listen=listen, advertise=advertise, config=config))
     load_all_settings()
     from streamhouse_embedded.settings import EmbeddedSettings
 
     settings = EmbeddedSettings.load()
-    from shruntime.logs import configure_logging
     from streamhouse_coordinator.adapters.migrate import DatabaseRefused
     from streamhouse_embedded.data_dir import DataDirError
     from streamhouse_embedded.postgres import PostgresError
     from streamhouse_embedded.wiring import serve as run
     from streamhouse_ingest.ports import WalBroken, WalDamaged, WalDirectoryError
 
-    configure_logging("serve", settings.log_level, settings.log_json)
     expected = (DataDirError, PostgresError, WalDirectoryError, WalDamaged, WalBroken, DatabaseRefused)
     run_service(run(settings, lambda ready: _announce_soon(ready, as_json)), *expected)
 

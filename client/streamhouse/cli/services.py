@@ -44,6 +44,14 @@ def environ_with(**options: str | None) -> dict[str, str]:
     return {**os.environ, **given}
 
 
+def _begin() -> None:
+    """Does what comes first in every service: a reload must not kill a process that starts."""
+    from shruntime.tasks import survive_hangups
+
+    survive_hangups()
+    load_all_settings()
+
+
 @click.command(short_help="Run an ingest agent.")
 @service_options
 def ingest(**options: str | None) -> None:
@@ -51,7 +59,7 @@ def ingest(**options: str | None) -> None:
 
     Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
     """
-    load_all_settings()
+    _begin()
     from streamhouse_ingest.settings import IngestSettings
 
     settings = IngestSettings.load(environ_with(**options))
@@ -68,7 +76,7 @@ def query(**options: str | None) -> None:
 
     Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
     """
-    load_all_settings()
+    _begin()
     from streamhouse_query.settings import QuerySettings
 
     settings = QuerySettings.load(environ_with(**options))
@@ -84,7 +92,7 @@ def coordinator(**options: str | None) -> None:
 
     Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
     """
-    load_all_settings()
+    _begin()
     from streamhouse_coordinator.settings import CoordinatorSettings
 
     settings = CoordinatorSettings.load(environ_with(**options))

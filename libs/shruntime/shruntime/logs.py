@@ -1,8 +1,13 @@
-"""Logging of a service process: one line per event on stderr, plain or JSON."""
+"""Logging of a service process: one line per event on stderr or in a file, plain or JSON."""
 
+import contextlib
 import json
 import logging
 import sys
+
+from shruntime.settings import PREFIX, CommonSettings, SettingsError
+
+log = logging.getLogger(__name__)
 
 
 class JsonFormatter(logging.Formatter):
@@ -18,10 +23,51 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-def configure_logging(service: str, level: str, as_json: bool) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+class LogFile(logging.FileHandler):
+    """Appends to a file, which `reopen` opens anew after others have renamed it."""
+
+    def reopen(self) -> None:
+        """Goes on in the file that now has the path; keeps to the one it has if that cannot be opened. Raises
+        OSError."""
+        opened = self._open()
+        self.acquire()
+        try:
+            before, self.stream = self.stream, opened
+        finally:
+            self.release()
+        if before is not None:
+            with contextlib.suppress(OSError):  # lines that a full disk did not take are lost with the file
+                before.close()
+
+
+def configure_logging(service: str, settings: CommonSettings) -> None:
+    """Logs to stderr, or to `log_file`, as the settings say. Raises SettingsError for a file that cannot be opened."""
+    handler = _handler(settings.log_file)
     plain = logging.Formatter(f"%(asctime)s %(levelname)-7s {service} %(name)s: %(message)s")
-    handler.setFormatter(JsonFormatter() if as_json else plain)
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    handler.setFormatter(JsonFormatter() if settings.log_json else plain)
+    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     for noisy in ("aiobotocore", "botocore", "aio_pika", "aiormq", "kombu", "amqp"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _handler(path: str) -> logging.Handler:
+    if not path:
+        return logging.StreamHandler(sys.stderr)
+    try:
+        return LogFile(path, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"log_file ({PREFIX}LOG_FILE) = {path!r}: {why}") from error
+
+
+def reopen_log_file() -> str | None:
+    """Opens the log file anew, after a rotation; logs why into the open one if that fails. Returns the path, None if
+    the log goes to stderr."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, LogFile):
+            try:
+                handler.reopen()
+            except OSError as error:
+                log.error("the log file cannot be opened anew, the old one is kept: %s", error)
+            return handler.baseFilename
+    return None

@@ -26,6 +26,7 @@ from shproto.rpc import CHANNEL_OPTIONS, CallLimit, CallLimits, serve_api
 from shruntime.connections import AddressLimit, ConnectionLimits
 from shruntime.memory import MIB
 from shruntime.settings import CommonSettings
+from shruntime.supervisor import Supervisor
 from shruntime.tasks import Tasks
 
 # What gRPC lets a stream's window grow to while it does not know of a lack of memory.
@@ -85,11 +86,13 @@ class RpcServer:
         apis: Sequence[tuple[ServiceDescriptor, object]],
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
         limits: ServerLimits | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self._listen = listen
         self._apis = apis
         self._interceptors = interceptors
         self._limits = limits or ServerLimits()
+        self._supervisor = supervisor
         self._tasks = Tasks()
         self.calls = CallLimits(
             CallLimit(
@@ -164,10 +167,13 @@ class RpcServer:
         self._tasks.spawn("connections per address", address_limit.run())
 
     async def set_serving(self, serving: bool) -> None:
-        """What health checks are answered, for the server as a whole and for each service."""
+        """Sets what health checks are answered, for the server as a whole and for each service, and tells the
+        supervisor."""
         state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", *(descriptor.full_name for descriptor, _ in self._apis)):
             await self._health.set(name, state)
+        if self._supervisor is not None:
+            self._supervisor.serving(self.address, serving)
 
     async def stop(self, grace_ms: int) -> None:
         """Refuses new calls at once, gives running ones `grace_ms`. Streams that never end are cut then."""

@@ -141,6 +141,10 @@ class CommonSettings(BaseSettings):
     )
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="DEBUG, INFO, WARNING or ERROR")
     log_json: bool = Field(False, description="one JSON object per log line, for log collectors")
+    log_file: Annotated[str, AfterValidator(one_line)] = Field(
+        "",
+        description="file that log lines are appended to; empty: stderr. SIGHUP has it opened anew, after a rotation",
+    )
     otlp_endpoint: str = Field(
         "", description="OTLP/gRPC collector for traces and metrics, e.g. http://127.0.0.1:4317; empty: off"
     )

@@ -1,11 +1,16 @@
 """Background tasks with an owner, and back-off for what they retry."""
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import random
 import signal
 from collections.abc import Coroutine, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shruntime.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +79,16 @@ async def run_until_first_ends(parts: Mapping[str, Coroutine[Any, Any, Any]]) ->
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def wait_for_stop(tasks: Tasks) -> None:
-    """Returns on SIGINT or SIGTERM; raises what killed a background task, should one die first."""
+def survive_hangups() -> None:
+    """Lets SIGHUP pass without effect until a Supervisor handles it: a reload during start-up must not kill. Changes
+    nothing if SIGHUP is ignored."""
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
+
+
+async def wait_for_stop(tasks: Tasks, supervisor: Supervisor) -> None:
+    """Returns on SIGINT or SIGTERM; raises what killed a background task, should one die first. Tells `supervisor` that
+    the service stops, either way."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -88,5 +101,6 @@ async def wait_for_stop(tasks: Tasks) -> None:
             wait.cancel()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+        supervisor.stopping()
     if tasks.error is not None and not stop.is_set():
         raise tasks.error

@@ -18,6 +18,7 @@ from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
 from shruntime.memory import give_back_freed_memory
 from shruntime.server import RpcServer, ServerLimits
+from shruntime.supervisor import Supervisor
 from shruntime.tasks import Backoff, Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
 from shruntime.urls import masked
@@ -232,7 +233,12 @@ async def restore_backup(
 
 async def run(settings: CoordinatorSettings) -> None:
     """The coordinator as a process of its own, until SIGINT or SIGTERM."""
-    configure_logging("coordinator", settings.log_level, settings.log_json)
+    configure_logging("coordinator", settings)
+    async with Supervisor.of_environment() as supervisor:
+        await _run(settings, supervisor)
+
+
+async def _run(settings: CoordinatorSettings, supervisor: Supervisor) -> None:
     raise_descriptor_limit()
     give_back_freed_memory()
     # The relay says once that RabbitMQ is away; the library would at every try, with a traceback.
@@ -240,12 +246,12 @@ async def run(settings: CoordinatorSettings) -> None:
     telemetry = Telemetry.configure("coordinator", settings)
     service = build(settings)
     apis = [(pb.DESCRIPTOR.services_by_name["Coordinator"], service.api)]
-    server = RpcServer(settings.listen, apis, telemetry.server(), ServerLimits.of(settings))
+    server = RpcServer(settings.listen, apis, telemetry.server(), ServerLimits.of(settings), supervisor)
     await server.start()
     serving = Tasks()
     try:
         serving.spawn("serve", _serve(service, server))
-        await wait_for_stop(serving)
+        await wait_for_stop(serving, supervisor)
     finally:
         await serving.stop()
         await server.stop(SERVER_STOP_GRACE_MS)

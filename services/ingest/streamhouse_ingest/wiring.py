@@ -13,6 +13,7 @@ from shruntime.logs import configure_logging
 from shruntime.memory import give_back_freed_memory, log_memory_limits
 from shruntime.peers import connect_to_coordinators
 from shruntime.server import RpcServer, ServerLimits
+from shruntime.supervisor import Supervisor
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
 
@@ -84,7 +85,12 @@ def open_log(settings: IngestSettings) -> OpenedLog:
 
 async def run(settings: IngestSettings) -> None:
     """One ingest process: serves until SIGINT or SIGTERM, then drains. Raises what ended it otherwise."""
-    configure_logging("ingest", settings.log_level, settings.log_json)
+    configure_logging("ingest", settings)
+    async with Supervisor.of_environment() as supervisor:
+        await _run(settings, supervisor)
+
+
+async def _run(settings: IngestSettings, supervisor: Supervisor) -> None:
     raise_descriptor_limit()
     give_back_freed_memory()
     log_memory_limits(settings)
@@ -92,13 +98,14 @@ async def run(settings: IngestSettings) -> None:
     connection = connect_to_coordinators(settings, telemetry)
     service = build(settings, CoordinatorClient(connection))
     descriptor = ingest_pb2.DESCRIPTOR.services_by_name["Ingest"]
-    server = RpcServer(settings.listen, [(descriptor, service.api)], telemetry.server(), ServerLimits.of(settings))
+    apis, limits = [(descriptor, service.api)], ServerLimits.of(settings)
+    server = RpcServer(settings.listen, apis, telemetry.server(), limits, supervisor)
     serving = Tasks()
     try:
         await server.start()
         log.info("listening on %s", server.address)
         serving.spawn("serve", _serve(service, server, settings))
-        await wait_for_stop(serving)
+        await wait_for_stop(serving, supervisor)
     finally:
         await server.set_serving(False)
         await serving.stop()

@@ -19,6 +19,7 @@ from shruntime.memory import give_back_freed_memory, log_memory_limits
 from shruntime.peers import Peers, connect_to_coordinators
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.settings import PREFIX, SettingsError
+from shruntime.supervisor import Supervisor
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
 from shruntime.urls import masked
@@ -174,11 +175,12 @@ async def run(settings: QuerySettings) -> None:
 
     Raises StoreError (the object store refuses), CacheDirError, ListenError.
     """
-    configure_logging(settings.service, settings.log_level, settings.log_json)
+    configure_logging(settings.service, settings)
     raise_descriptor_limit()
     give_back_freed_memory()
     log_memory_limits(settings)
     async with contextlib.AsyncExitStack() as stack:
+        supervisor = await stack.enter_async_context(Supervisor.of_environment())
         telemetry = Telemetry.configure(settings.service, settings)
         stack.callback(telemetry.shutdown)
         store = configured_store(settings)
@@ -189,12 +191,12 @@ async def run(settings: QuerySettings) -> None:
         stack.push_async_callback(ingest_at.close)
         service = build(settings, CoordinatorClient(connection), store, ingest_at)
         apis = [(query_pb2.DESCRIPTOR.services_by_name["Query"], service.api)]
-        server = RpcServer(settings.listen, apis, telemetry.server(), ServerLimits.of(settings))
+        server = RpcServer(settings.listen, apis, telemetry.server(), ServerLimits.of(settings), supervisor)
         await server.start()
         stack.push_async_callback(server.stop, CALL_GRACE_MS)
         stack.push_async_callback(service.stop)
         service.tasks.spawn("query start", _serve(service, server, store, settings))
-        await wait_for_stop(service.tasks)
+        await wait_for_stop(service.tasks, supervisor)
         await server.set_serving(False)
 
 

@@ -18,6 +18,9 @@ def main() -> int:
     import eventlet
 
     eventlet.monkey_patch(thread=False)
+    from shruntime.tasks import survive_hangups
+
+    survive_hangups()
     from eventlet.asyncio import spawn_for_awaitable
     from shruntime.server import ListenError
     from shruntime.settings import SettingsError

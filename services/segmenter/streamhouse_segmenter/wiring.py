@@ -15,6 +15,7 @@ from shruntime.logs import configure_logging
 from shruntime.memory import give_back_freed_memory, log_memory_limits
 from shruntime.peers import Peers, connect_to_coordinators
 from shruntime.server import RpcServer, ServerLimits
+from shruntime.supervisor import Supervisor
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
 from shstore import ObjectStore, RetryingStore, RetryPolicy
@@ -90,11 +91,12 @@ async def run(settings: SegmenterSettings) -> None:
 
     Raises StoreError (the store refuses), ListenError.
     """
-    configure_logging("segmenter", settings.log_level, settings.log_json)
+    configure_logging("segmenter", settings)
     raise_descriptor_limit()
     give_back_freed_memory()
     log_memory_limits(settings)
     async with contextlib.AsyncExitStack() as stack:
+        supervisor = await stack.enter_async_context(Supervisor.of_environment())
         telemetry = Telemetry.configure("segmenter", settings)
         stack.callback(telemetry.shutdown)
         store = configured_store(settings)
@@ -103,14 +105,14 @@ async def run(settings: SegmenterSettings) -> None:
         stack.push_async_callback(connection.close)
         ingest_at = Peers(IngestClient, settings, telemetry)
         stack.push_async_callback(ingest_at.close)
-        server = RpcServer(settings.listen, (), telemetry.server(), ServerLimits.of(settings))
+        server = RpcServer(settings.listen, (), telemetry.server(), ServerLimits.of(settings), supervisor)
         await server.start()
         stack.push_async_callback(server.stop, 0)
         service = build(settings, CoordinatorClient(connection), store, ingest_at)
         service.follow_feed = not settings.amqp_url
         stack.push_async_callback(service.stop)
         service.tasks.spawn("segmenter start", _serve(service, server, store, settings, stack))
-        await wait_for_stop(service.tasks)
+        await wait_for_stop(service.tasks, supervisor)
         await server.set_serving(False)
 
 
