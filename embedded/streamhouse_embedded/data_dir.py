@@ -48,7 +48,7 @@ class DataDir:
             files.make_directory(self.path)
             lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
         except OSError as error:
-            raise DataDirError(f"data directory {self.path} cannot be used: {error.strerror}") from error
+            raise self._unusable(error) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -59,9 +59,21 @@ class DataDir:
                 "stop that one first, or choose another directory with --data-dir"
             ) from error
         self._lock = lock
-        os.truncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        pid = str(os.getpid()).encode()
+        try:
+            # Over the old one first: a truncated file gives its block back, and a full disk has no other for it.
+            os.pwrite(lock, pid, 0)
+        except OSError as error:
+            self.unlock()
+            raise self._unusable(error) from error
+        os.truncate(lock, len(pid))
         self._close_to_others()
+
+    def _unusable(self, error: OSError) -> DataDirError:
+        text = f"data directory {self.path} cannot be used: {error.strerror}"
+        if error.errno in files.NO_SPACE:
+            text += f"; its disk has {files.free_bytes(self.path):,} bytes left"
+        return DataDirError(text)
 
     def _close_to_others(self) -> None:
         """Takes group's and others' permissions off what earlier versions made readable by all. The directory itself

@@ -59,11 +59,23 @@ CHECKSUMS_TIMEOUT_S = 3600.0
 RESTART_FIRST_MS, RESTART_MS_MAX = 100, 10_000
 """Back-off of restarts. A server that has run for longer than the maximum begins anew: it does not die at its start."""
 
+FIRST_START_BYTES = 48 * 1024 * 1024
+"""A new data directory takes 40 MiB, of which one file of the write-ahead log 16; the services want some for theirs."""
+
+RESERVE_BYTES = 1024 * 1024
+"""Kept in a file while there is room and given up for a start where there is none: lock files and the end of a recovery
+took 8 KiB and less, also after a crash. A platform whose disk is full can then be started, read, and deleted from."""
+
+NO_SPACE_SAID = ("No space left on device", "Disk quota exceeded")
+"""By PostgreSQL and its tools, with LC_ALL=C; except of shared memory, which is another file system's."""
+
 POLL_INTERVAL_S = 0.01
 LOG_BYTES_MAX = 1024 * 1024
 """The log of earlier starts is dropped beyond this."""
 
 LOG_LINES_SHOWN = 15
+PAGE_BYTES = 4096
+"""Less than that is left on a file system that is full, for one that counts in pages."""
 
 SHARED_BUFFERS_BYTES = 64 * 1024 * 1024
 """The control plane's tables fit many times over."""
@@ -217,6 +229,8 @@ class EmbeddedPostgres:
     async def _open(self, bin_dir: Path, user: RunAs) -> str:
         """Starts the server on its data, which are made at the first start; returns its DSN."""
         try:
+            if files.free_bytes(self.data_dir) < RESERVE_BYTES:
+                self._reserve_path.unlink(missing_ok=True)
             user.admit(self.data_dir.parent)
             await asyncio.to_thread(stop_orphans, self.data_dir)
             if (self.data_dir / "PG_VERSION").exists():
@@ -228,8 +242,34 @@ class EmbeddedPostgres:
                 await self._initialise(bin_dir, user)
             self._write_access_rules(user)
         except OSError as exc:
+            if exc.errno in files.NO_SPACE:
+                raise self._no_room(str(exc.strerror)) from exc
             raise PostgresError(f"cannot set up {self.data_dir}: {exc.strerror} ({exc.filename})") from exc
-        return await self._start_server(bin_dir, user)
+        dsn = await self._start_server(bin_dir, user)
+        await asyncio.to_thread(self._keep_reserve)
+        return dsn
+
+    @property
+    def _reserve_path(self) -> Path:
+        return self._beside(".reserve")
+
+    def _keep_reserve(self) -> None:
+        """Sets RESERVE_BYTES aside for a start on a full disk, unless that would fill the disk."""
+        path = self._reserve_path
+        if path.exists() or files.free_bytes(self.data_dir) < 2 * RESERVE_BYTES:
+            return
+        try:
+            # Bytes that differ, by write: a file system may keep zeros, or what was only allocated, in no room at all.
+            files.write_bytes(path, secrets.token_bytes(RESERVE_BYTES))
+        except OSError as error:
+            log.warning("cannot set bytes aside for a start on a full disk, in %s: %s", path, error)
+
+    def _no_room(self, said: str, needed_bytes: int = RESERVE_BYTES) -> PostgresError:
+        left = files.free_bytes(self.data_dir)
+        return PostgresError(
+            f"no room for PostgreSQL: the disk of {self.data_dir} has {left:,} bytes left, and a start needs "
+            f"{needed_bytes:,}: free some, then start again ({said})"
+        )
 
     async def _check_version(self, bin_dir: Path, user: RunAs) -> None:
         """Checks that the data are of the programs' major version, which refuse any other. Raises PostgresError."""
@@ -255,8 +295,11 @@ class EmbeddedPostgres:
         half-made there. The place is another each time: an initdb that outlives its parent for a moment removes what it
         has made."""
         for leftover in self.data_dir.parent.glob(f"{glob.escape(self.data_dir.name)}.initdb*"):
-            await asyncio.to_thread(stop_orphans, leftover)
+            if leftover.is_dir():
+                await asyncio.to_thread(stop_orphans, leftover)
             _remove(leftover)
+        if files.free_bytes(self.data_dir) < FIRST_START_BYTES:
+            raise self._no_room("the first one makes the database", FIRST_START_BYTES)
         fresh = self._beside(f".initdb-{secrets.token_hex(4)}")
         password_path = fresh.with_name(f"{fresh.name}.password")
         arguments = ["-D", str(fresh), "-U", "postgres", "-E", "UTF8", "--no-locale", "--data-checksums",
@@ -283,7 +326,8 @@ class EmbeddedPostgres:
             (self.data_dir / HBA_FILE, HBA),
             (self.data_dir / IDENT_FILE, "".join(f'streamhouse "{client}" postgres\n' for client in clients)),
         ):
-            files.write_text(path, content)
+            if _content_of(path) != content:  # a full disk has no room for what is there already
+                files.write_text(path, content)
             user.give(path)
 
     async def _add_checksums(self, bin_dir: Path, user: RunAs) -> None:
@@ -413,8 +457,19 @@ class EmbeddedPostgres:
             return written.read(LOG_BYTES_MAX).decode(errors="replace").splitlines()
 
     def _error(self, message: str, log_at: int) -> PostgresError:
-        shown = "\n  ".join(self._log_lines(log_at)[-LOG_LINES_SHOWN:])
+        lines = self._log_lines(log_at)
+        said = next((line for line in lines if _is_no_space(line)), None)
+        if said is None and files.free_bytes(self.data_dir) < PAGE_BYTES:
+            said = message  # the log, too, is on that disk
+        if said is not None:
+            made = (self.data_dir / "PG_VERSION").exists()
+            return self._no_room(said, RESERVE_BYTES if made else FIRST_START_BYTES)
+        shown = "\n  ".join(lines[-LOG_LINES_SHOWN:])
         return PostgresError(f"{message} (data directory {self.data_dir}, log {self.log_path}):\n  {shown}")
+
+
+def _is_no_space(line: str) -> bool:
+    return any(said in line for said in NO_SPACE_SAID) and "shared memory" not in line
 
 
 def _spawn(command: Sequence[str], output: IO[bytes], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -422,6 +477,14 @@ def _spawn(command: Sequence[str], output: IO[bytes], environ: Mapping[str, str]
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environ, start_new_session=True
     )
+
+
+def _content_of(path: Path) -> str | None:
+    """Returns the text of a small file; None if there is none, or bytes that are no text."""
+    try:
+        return path.read_text()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
 
 
 def _remove(path: Path) -> None:

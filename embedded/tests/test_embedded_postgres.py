@@ -261,7 +261,7 @@ async def test_a_crash_in_initdb_leaves_a_fresh_start(base: Path) -> None:
     (base / "pg").mkdir()
     async with running(base / "pg") as (_, dsn):
         assert await query(dsn, "select 1") == 1
-    assert names_in(base) == ["pg", "pg.lock", "pg.log"], "nothing is left of either initdb"
+    assert names_in(base) == ["pg", "pg.lock", "pg.log", "pg.reserve"], "nothing is left of either initdb"
 
 
 async def test_errors_show_the_log(base: Path) -> None:

@@ -7,6 +7,7 @@ raise OSError.
 
 import errno
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -14,6 +15,9 @@ PRIVATE_DIRECTORY = 0o700
 PRIVATE_FILE = 0o600
 OTHERS = 0o077
 """The permission bits of group and others."""
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""A full disk, or a user's share of it."""
 
 _NOT_SYNCABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP)
 """Answers to an fsync of a directory in which this user can have made nothing, or whose file system has no fsync."""
@@ -59,12 +63,15 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Gives the file this content, durably; a crash leaves this content or what the file had before."""
+    """Gives the file this content, durably; a crash, or an error, leaves this content or what the file had before."""
     temporary = path.with_suffix(".new")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
     try:
         os.ftruncate(fd, 0)
         write_at(fd, content, 0)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk; it may be taken for something else, and needs the room
+        raise
     finally:
         os.close(fd)
     rename(temporary, path)
@@ -77,6 +84,12 @@ def write_at(fd: int, data: bytes, at: int) -> None:
         # A full disk takes a part first, and says that it is full at the next try.
         written += os.pwrite(fd, data[written:], at + written)
     os.fsync(fd)
+
+
+def free_bytes(path: Path) -> int:
+    """Returns how many bytes the file system of `path`, or of its nearest parent that exists, has left for us."""
+    existing = next(level for level in (path.absolute(), *path.absolute().parents) if level.exists())
+    return shutil.disk_usage(existing).free
 
 
 def make_private(path: Path) -> bool:
