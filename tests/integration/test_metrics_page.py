@@ -36,6 +36,14 @@ def measured(text: str) -> dict[str, tuple[str, str]]:
     return {name: (kind, helps[name]) for name, kind in re.findall(r"^# TYPE (streamhouse_\w+) (\w+)$", text, re.M)}
 
 
+def labels(text: str) -> dict[str, set[str]]:
+    """Returns the names of the labels of each metric of a scrape, without those that the exporter adds to all."""
+    found: dict[str, set[str]] = {}
+    for name, pairs in re.findall(r"^(streamhouse_\w+)\{(.*)\} \S+$", text, re.M):
+        found.setdefault(name, set()).update(re.findall(r'(\w+)="', pairs))
+    return found
+
+
 def instruments() -> Iterator[str]:
     """Yields the names of all instruments in the services' code. The exporter shows none that was never used."""
     for path in (*ROOT.glob("services/*/streamhouse_*/**/*.py"), *ROOT.glob("libs/*/sh*/**/*.py")):
@@ -82,11 +90,15 @@ async def test_the_page_and_the_platform_agree(tmp_path: Path) -> None:
         async with asyncio.timeout(30):
             while not lag.search(await asyncio.to_thread(scrape)):
                 await asyncio.sleep(0.1)
-        found = measured(await asyncio.to_thread(scrape))
+        scraped = await asyncio.to_thread(scrape)
+        found = measured(scraped)
     finally:
         code = await server.stop()
     assert code == 0, server.log_tail()
-    page = documented()
+    page, named = documented(), labels(scraped)
+    for name, (_, what) in found.items():
+        if by := re.search(r", by (\w+)$", what):
+            assert named[name] >= {by[1]}, f"the label of {name} has the name that its description says"
     counters = {name for name, (kind, _) in page.items() if kind == "counter"}
     assert idle == counters, "every counter is there at 0 before anything happened"
     assert {name: page.get(name) for name in found} == found

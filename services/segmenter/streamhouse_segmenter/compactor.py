@@ -91,7 +91,7 @@ class Compactor:
             needs_somebody = isinstance(error, (FormatError, CompactionRefused, *REFUSALS))
             level = logging.ERROR if needs_somebody else logging.WARNING
             log.log(level, "compaction given back: %s", error)
-            telemetry.failures.add(1, {"why": "compaction"})
+            telemetry.failures.add(1, {"reason": "compaction"})
             retry_ms = self._settings.compaction_interval_ms
             await release_claim(self._ports, claim.claim_id, reason=str(error), retry_after_ms=retry_ms)
         return 0

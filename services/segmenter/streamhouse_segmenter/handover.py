@@ -200,7 +200,7 @@ class Handover:
             error,
             exc_info=error if why == "defect" else None,
         )
-        telemetry.failures.add(1, {"why": why})
+        telemetry.failures.add(1, {"reason": why})
         wait_ms = self._settings.handover_refused_retry_ms
         if why != "refused":
             wait_ms = retry_after_ms(

@@ -146,7 +146,7 @@ class Sweeper:
         judged = judge(page, await self._begin([item.key for item in page]))
         report.in_upload += judged.declared
         if judged.declared:
-            telemetry.deletions_refused.add(judged.declared, {"why": "in_upload"})
+            telemetry.deletions_refused.add(judged.declared, {"reason": "in_upload"})
         if self._settings.orphan_dry_run:
             report.waiting += len(judged.orphans)
             for item in judged.orphans:
@@ -172,7 +172,7 @@ class Sweeper:
         while keys := list((await self._ports.coordinator.list_deletions(request)).object_keys):
             said = (await self._begin(keys)).objects
             if refused := sum(item.verdict == coordinator_pb2.DELETION_VERDICT_REFERENCED for item in said):
-                telemetry.deletions_refused.add(refused, {"why": "referenced"})
+                telemetry.deletions_refused.add(refused, {"reason": "referenced"})
             begun = [item.object_key for item in said if item.verdict == coordinator_pb2.DELETION_VERDICT_BEGUN]
             deleted = await self._delete(begun)
             if not deleted:
@@ -208,7 +208,7 @@ class Sweeper:
             await self._ports.store.delete(keys)
         except KeysRefused as error:
             log.error("the store does not delete %d of %d objects: %s", len(error.keys), len(keys), error)
-            telemetry.failures.add(len(error.keys), {"why": "deletion"})
+            telemetry.failures.add(len(error.keys), {"reason": "deletion"})
             refused = frozenset(error.keys)
             return [key for key in keys if key not in refused]
         return list(keys)

@@ -24,7 +24,7 @@ failures = counter(
     _meter,
     "streamhouse_segmenter_failures",
     "work that failed and is tried again later, by reason",
-    "why",
+    "reason",
     ("mismatch", "format", "store", "refused", "peer", "early", "withdrawn", "compaction", "deletion", "defect"),
 )
 pulled_bytes = counter(_meter, "streamhouse_segmenter_pulled_bytes", "batches pulled from agents")
@@ -51,7 +51,7 @@ deletions_refused = counter(
     _meter,
     "streamhouse_segmenter_deletions_refused",
     "objects the coordinator did not give free, by reason",
-    "why",
+    "reason",
     ("in_upload", "referenced"),
 )
 sweeps_refused = counter(
