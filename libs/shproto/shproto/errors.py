@@ -13,6 +13,10 @@ from shproto.v1 import types_pb2
 
 Code = grpc.StatusCode
 
+PUBLIC_MODULE = "streamhouse.errors"
+"""Module that applications import the errors from: `__module__` of every class that may reach one, so that tracebacks,
+`repr`, `help` and pickles name what an `except` clause can name."""
+
 # An error travels in gRPC's trailing metadata, which peers refuse beyond about 8 KiB (message and details, both forms);
 # what a caller sent is echoed, so it is cut. Four bytes a character at worst.
 MESSAGE_CHARS_MAX = 500
@@ -26,6 +30,8 @@ def _shortened(text: str, chars_max: int) -> str:
 class StreamHouseError(Exception):
     """Base of all; also what an unknown reason from a newer server decodes to."""
 
+    __module__ = PUBLIC_MODULE
+
     reason: ClassVar[str] = "INTERNAL"
     status: ClassVar[grpc.StatusCode] = Code.INTERNAL
     retriable: ClassVar[bool] = False
@@ -37,8 +43,11 @@ class StreamHouseError(Exception):
         self.retry_after_ms = retry_after_ms
         self.details = {name: _shortened(str(value), DETAIL_CHARS_MAX) for name, value in details.items()}
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, *, internal: bool = False) -> None:
+        """internal: only services meet it; `streamhouse.errors` does not have it."""
         cls.registry[cls.reason] = cls
+        if cls.__module__ == __name__ and not internal:
+            cls.__module__ = PUBLIC_MODULE
 
     def to_detail(self) -> types_pb2.ErrorDetail:
         return types_pb2.ErrorDetail(
@@ -140,13 +149,13 @@ class Fenced(StreamHouseError):
     reason, status = "FENCED", Code.ABORTED
 
 
-class SessionExpired(StreamHouseError):
+class SessionExpired(StreamHouseError, internal=True):
     """Open a new session."""
 
     reason, status = "SESSION_EXPIRED", Code.ABORTED
 
 
-class AgentIdTaken(StreamHouseError):
+class AgentIdTaken(StreamHouseError, internal=True):
     """A live process has what is asked for: an agent with another write-ahead log the id, or one with the same log (of
     which one of the two has a copy), or a segmenter the id. details: agent_id, address."""
 
@@ -209,7 +218,7 @@ class SerializationError(StreamHouseError):
     """The record as it was read, its key and value as bytes; None when sending."""
 
 
-class EventsPruned(StreamHouseError):
+class EventsPruned(StreamHouseError, internal=True):
     """Events after the position are not kept any more: take a new snapshot, or open a new session, and go on from
     there. details: after_position, pruned_position (of the last event that was pruned)."""
 
