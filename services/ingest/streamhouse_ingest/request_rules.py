@@ -115,9 +115,9 @@ class RequestRules:
         limit_ms = self._clock.wall_ms() + self._settings.timestamp_ahead_ms_max
         if header.max_timestamp_ms > limit_ms:
             raise InvalidArgument(
-                f"max_timestamp_ms is {header.max_timestamp_ms}, at most {limit_ms} is accepted now "
+                f"timestamp_ms is {header.max_timestamp_ms}, at most {limit_ms} is accepted now "
                 f"(timestamp_ahead_ms_max is {self._settings.timestamp_ahead_ms_max})",
-                field="max_timestamp_ms",
+                field="timestamp_ms",
                 value=header.max_timestamp_ms,
                 limit=limit_ms,
             )

@@ -350,6 +350,16 @@ async def test_timestamps_of_all_years_with_four_digits_are_taken(
             assert caught.value.details["limit"] == f"{TIMESTAMP_MS_MIN}..{TIMESTAMP_MS_MAX}"
 
 
+async def test_a_timestamp_too_far_ahead_is_named_as_the_application_names_it(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+):
+    async with running(tmp_path, coordinator) as service:
+        far = TIMESTAMP_MS_MAX
+        with pytest.raises(errors.InvalidArgument, match=f"^timestamp_ms is {far}, at most") as caught:
+            await service.api.produce(pb.ProduceRequest(topic="orders", batch=batch(b"v", timestamp_ms=far)))
+        assert caught.value.details["field"] == "timestamp_ms"
+
+
 async def test_a_batch_with_gaps_in_its_offsets_is_refused(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
 ):
