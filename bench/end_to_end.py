@@ -25,6 +25,8 @@ from rich.table import Table
 from streamhouse import Admin, Consumer, Producer, SendResult
 from streamhouse.cli.serve_process import ServeProcess
 
+from bench.common import usage
+
 TOPIC = "bench"
 SEED = 20_130_101
 RECORD_BYTES = 100
@@ -37,6 +39,8 @@ DISTINCT_RECORDS = 200_000
 FIGURES = (
     ("produce", "records/s", 0),
     ("produce_bytes", "MB/s", 1),
+    ("produce_cpu_serve", "CPU s per M", 2),
+    ("produce_cpu_client", "CPU s per M", 2),
     ("ack_p50", "ms", 2),
     ("ack_p99", "ms", 2),
     ("peak_memory_serve", "MiB", 0),
@@ -78,6 +82,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="repetitions, of which medians are shown (%(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long a run produces (%(default)s)")
     parser.add_argument("--partitions", type=int, default=4, help="of the topic (%(default)s)")
+    parser.add_argument("--keys", type=int, default=0, help="different keys; 0: none, a batch has one partition")
     parser.add_argument("--in-flight", type=int, default=16, help="batches waiting for their ack (%(default)s)")
     parser.add_argument("--dir", type=Path, help="where the data goes; the disk under it is what is measured")
     parser.add_argument("--json", type=Path, help="also write the figures here, e.g. bench/results/latest.json")
@@ -85,6 +90,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.runs < 1 or options.seconds <= 0 or options.partitions < 1 or options.in_flight < 1:
         parser.error("--runs, --seconds, --partitions and --in-flight must be positive")
+    if options.keys < 0:
+        parser.error("--keys must not be negative")
     return options
 
 
@@ -113,7 +120,7 @@ def run_once(folder: Path, values: list[bytes], options: argparse.Namespace) -> 
     serve = ServeProcess(folder / "data", folder / "serve.log", {"STREAMHOUSE_LOG_LEVEL": "WARNING"})
     run: Run = {}
     with serve:
-        count = asyncio.run(produce(serve.address, values, options, run))
+        count = asyncio.run(produce(serve.address, serve.pid, values, options, run))
         run["peak_memory_serve"], run["peak_memory_children"] = peak_memory_mib(serve.pid)
     with serve:
         run["compression_ratio"] = asyncio.run(compression_ratio(serve.address))
@@ -126,10 +133,11 @@ def run_once(folder: Path, values: list[bytes], options: argparse.Namespace) -> 
     return run
 
 
-async def produce(address: str, values: list[bytes], options: argparse.Namespace, run: Run) -> int:
+async def produce(address: str, pid: int, values: list[bytes], options: argparse.Namespace, run: Run) -> int:
     """Sends for the time asked; returns how many records were acknowledged."""
     async with Admin(address) as admin:
         await admin.create_topic(TOPIC, partitions=options.partitions)
+    keys = [b"key-%d" % (number * 7919 % options.keys) for number in range(BATCH_RECORDS)] if options.keys else None
     room = asyncio.Semaphore(options.in_flight)
     acks_s: list[float] = []
 
@@ -144,7 +152,8 @@ async def produce(address: str, values: list[bytes], options: argparse.Namespace
     async with Producer(
         address, acks="wal", batch_bytes=BATCH_BYTES * 5 // 4, linger_ms=2, compression="lz4"
     ) as producer:
-        await (await producer.send_many(TOPIC, values[:BATCH_RECORDS]))  # connections, idempotent id, first fsync
+        await (await producer.send_many(TOPIC, values[:BATCH_RECORDS], keys))  # connections, idempotent id, first fsync
+        cpu_s = usage(pid).cpu_s, time.process_time()
         began_s, at = time.perf_counter(), 0
         while time.perf_counter() - began_s < options.seconds:
             await room.acquire()
@@ -157,6 +166,8 @@ async def produce(address: str, values: list[bytes], options: argparse.Namespace
     count = len(tasks) * BATCH_RECORDS
     run["produce"] = count / seconds
     run["produce_bytes"] = count * RECORD_BYTES / seconds / 1e6
+    run["produce_cpu_serve"] = (usage(pid).cpu_s - cpu_s[0]) / count * 1e6
+    run["produce_cpu_client"] = (time.process_time() - cpu_s[1]) / count * 1e6
     run["ack_p50"], run["ack_p99"] = (np.percentile(acks_s, [50, 99]) * 1000).tolist()
     return count + BATCH_RECORDS
 
@@ -237,7 +248,12 @@ def write_json(path: Path, options: argparse.Namespace, medians: Run, runs: list
     result = {
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
-        "options": {"seconds": options.seconds, "partitions": options.partitions, "in_flight": options.in_flight},
+        "options": {
+            "seconds": options.seconds,
+            "partitions": options.partitions,
+            "keys": options.keys,
+            "in_flight": options.in_flight,
+        },
         "units": {name: unit for name, unit, _ in FIGURES},
         "medians": medians,
         "runs": runs,

@@ -1,0 +1,81 @@
+"""Pages lead where they say: links, anchors, the index, and commands that the command line understands."""
+
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import click
+import pytest
+from streamhouse.cli.app import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("examples/*.md"))]
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, as GitHub makes them."""
+    seen: Counter[str] = Counter()
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        anchor = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        found.add(f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor)
+        seen[anchor] += 1
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text()))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{target}: there is no such file"
+        assert not anchor or anchor in anchors(file), f"{target}: there is no such heading"
+
+
+def test_the_index_has_every_page() -> None:
+    listed = set(re.findall(r"\]\(([\w./-]+\.md)\)", (ROOT / "docs" / "README.md").read_text()))
+    pages = {str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")}
+    missing = {page for page in pages - listed if not page.startswith("decisions/0")} - {"README.md"}
+    assert not missing
+
+
+def commands(page: Path) -> list[str]:
+    """Returns the commands of ours in a page's blocks; what shows a syntax (NAME, [--option], …) is none."""
+    found = []
+    for indent, language, block in FENCE.findall(page.read_text()):
+        if language not in ("", "sh", "bash", "cron"):
+            continue
+        for line in block.splitlines():
+            command = line.removeprefix(indent).split(" #")[0]
+            for part in re.split(r"\s(?:\||&&)\s", command):
+                part = part.strip()
+                if part.startswith("streamhouse ") and not re.search(r"\[|\||…|\b[A-Z]{2,}\b", part):
+                    found.append(re.split(r"\s(?:>>?|<)\s", part)[0])
+    return found
+
+
+COMMANDS = [(command, name) for page, name in zip(PAGES, IDS, strict=True) for command in commands(page)]
+
+
+@pytest.mark.parametrize(("command", "page"), COMMANDS)
+def test_commands_are_understood(command: str, page: str) -> None:
+    found: click.Command = cli
+    arguments = shlex.split(command)[1:]
+    context = click.Context(cli, obj={})
+    while isinstance(found, click.Group):
+        name = arguments.pop(0)
+        assert name in found.commands, f"{page}: {command}"
+        found = found.commands[name]
+    with found.make_context(found.name, arguments, parent=context):  # parses and checks; runs nothing
+        pass
+
+
+def test_most_pages_with_commands_are_looked_at() -> None:
+    assert {name for _, name in COMMANDS} >= {"README.md", "docs/backup.md", "docs/partitions.md", "docs/upgrading.md"}
