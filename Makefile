@@ -12,7 +12,7 @@ IN_VENV := PATH="$(abspath $(BIN)):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check format bench bench-faults serve clean constraints fuzz faults simulate
+.PHONY: help setup demo test check format bench bench-faults bench-peers serve clean constraints fuzz faults simulate
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,11 @@ format: $(VENV)/.ready-dev ## Format the code, fix what can be fixed, write gene
 
 bench: $(VENV)/.ready-demo ## Codec and platform figures of this machine
 	$(BIN)/python -m bench.end_to_end $(ARGS)
+
+bench-peers: $(VENV)/.ready-demo ## The same loads on StreamHouse and Apache Kafka, in turns; needs Java 17 and Maven
+	$(PIP) install -c constraints.txt -e '.[peers]'
+	mvn -q -B -f bench/peers/kafka/pom.xml dependency:copy-dependencies -DoutputDirectory=jars
+	$(BIN)/python -m bench.peers.compare $(ARGS)
 
 bench-faults: $(VENV)/.ready-dev ## Pauses after kill, stop and move; start-up over 1 GiB of log; idle partitions; S3 away
 	$(BIN)/python -m bench.failover $(if $(JSON),--json $(JSON)/failover.json)

@@ -72,6 +72,21 @@ def usage(pid: int) -> Usage:
     return Usage(ticks / CLOCK_TICKS_PER_S, private_kib / 1024, kib["RssFile"] / 1024)
 
 
+def tree_cpu_s(pid: int) -> float:
+    """Return the CPU seconds so far of a process, its descendants, and the ended children that it has waited for."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    own_s = sum(map(int, fields[11:15])) / CLOCK_TICKS_PER_S
+    return own_s + sum(map(tree_cpu_s, children(pid)))
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that it started and that still run."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
 # ---- results
 
 

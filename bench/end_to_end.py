@@ -1,8 +1,9 @@
 """What the embedded platform does on this machine: `make bench`.
 
 Produces 100-byte records in batches of about 100 KB with fsynced acknowledgements for a bounded time, then reads all
-of them back: cold after a restart, then cached, by batches and by single records. Repeats, and shows medians. The
-client runs in this process, the platform in another, so both share the machine's cores.
+of them back: cold after a restart, then cached, by batches and by single records. Then the loads of bench/loads: 1 KiB
+records, 16 producers, single records, delays from send to receive. Repeats, and shows medians. Clients and platform
+are processes that share the machine's cores.
 """
 
 import argparse
@@ -10,7 +11,6 @@ import asyncio
 import json
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -25,15 +25,15 @@ from rich.table import Table
 from streamhouse import Admin, Consumer, Producer, SendResult
 from streamhouse.cli.serve_process import ServeProcess
 
-from bench.common import usage
+from bench.common import Wrong, children, usage
+from bench.loads.records import make_records
+from bench.loads.turns import LOADS, Row, turn
+from bench.peers.streamhouse import StreamHouseServer
 
 TOPIC = "bench"
-SEED = 20_130_101
 RECORD_BYTES = 100
 BATCH_BYTES = 100_000
 BATCH_RECORDS = BATCH_BYTES // RECORD_BYTES
-# Distinct records, sent round and round: 20 MB do not fit a compression window or a CPU cache.
-DISTINCT_RECORDS = 200_000
 
 # name, unit, digits shown
 FIGURES = (
@@ -56,11 +56,14 @@ console = Console()
 
 def main() -> int:
     options = parse_options()
-    values = make_records(DISTINCT_RECORDS)
+    values = make_records(RECORD_BYTES)
     runs: list[Run] = []
+    loads: list[Row] = []
     for number in range(options.runs):
         with tempfile.TemporaryDirectory(prefix="streamhouse-bench-", dir=options.dir) as folder:
             runs.append(run_once(Path(folder), values, options))
+            if options.loads:
+                loads.append(turn(StreamHouseServer(Path(folder) / "loads"), list(LOADS), options.seconds))
         shown = runs[-1]
         console.print(
             f"run {number + 1} of {options.runs}: {shown['produce']:,.0f} records/s in, "
@@ -69,11 +72,13 @@ def main() -> int:
         )
     medians = {name: statistics.median(run[name] for run in runs) for name, _, _ in FIGURES}
     print_table(medians, runs)
+    if loads:
+        print_loads(loads)
     codec = codec_figures() if options.codec else {}
     if codec:
         print_codec(codec)
     if options.json:
-        write_json(options.json, options, medians, runs, codec)
+        write_json(options.json, options, medians, runs, loads, codec)
     return 0
 
 
@@ -86,6 +91,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--in-flight", type=int, default=16, help="batches waiting for their ack (%(default)s)")
     parser.add_argument("--dir", type=Path, help="where the data goes; the disk under it is what is measured")
     parser.add_argument("--json", type=Path, help="also write the figures here, e.g. bench/results/latest.json")
+    parser.add_argument("--no-loads", dest="loads", action="store_false", help="leave out the loads of bench/loads")
     parser.add_argument("--no-codec", dest="codec", action="store_false", help="leave out bench/codec.py")
     options = parser.parse_args()
     if options.runs < 1 or options.seconds <= 0 or options.partitions < 1 or options.in_flight < 1:
@@ -93,26 +99,6 @@ def parse_options() -> argparse.Namespace:
     if options.keys < 0:
         parser.error("--keys must not be negative")
     return options
-
-
-def make_records(count: int) -> list[bytes]:
-    """JSON events of exactly RECORD_BYTES bytes with realistic variety, the same every time."""
-    rng = random.Random(SEED)
-    kinds = ("view", "click", "cart", "order", "refund", "search", "login")
-    records = []
-    for number in range(count):
-        event = {
-            "id": f"{rng.getrandbits(48):012x}",
-            "user": int(rng.paretovariate(0.9)) % 1_000_000,
-            "kind": rng.choice(kinds),
-            "at": 1_700_000_000_000 + number * 7 + rng.randrange(7),
-            "cents": int(rng.lognormvariate(7, 1)),
-        }
-        text = json.dumps(event, separators=(",", ":")).encode()
-        filler = RECORD_BYTES - len(text) - len(b',"ref":""')
-        records.append(text[:-1] + b',"ref":"' + f"{rng.getrandbits(4 * filler):0{filler}x}".encode() + b'"}')
-    assert all(len(record) == RECORD_BYTES for record in records)
-    return records
 
 
 def run_once(folder: Path, values: list[bytes], options: argparse.Namespace) -> Run:
@@ -149,9 +135,7 @@ async def produce(address: str, pid: int, values: list[bytes], options: argparse
         acks_s.append(time.perf_counter() - sent_s)
 
     tasks = []
-    async with Producer(
-        address, acks="wal", batch_bytes=BATCH_BYTES * 5 // 4, linger_ms=2, compression="lz4"
-    ) as producer:
+    async with Producer(address, acks="wal", linger_ms=2, compression="lz4") as producer:
         await (await producer.send_many(TOPIC, values[:BATCH_RECORDS], keys))  # connections, idempotent id, first fsync
         cpu_s = usage(pid).cpu_s, time.process_time()
         began_s, at = time.perf_counter(), 0
@@ -221,11 +205,7 @@ def high_water_mib(pid: int) -> float:
 
 
 def descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found
+    return [found for child in children(pid) for found in (child, *descendants(child))]
 
 
 # ---- results
@@ -242,7 +222,24 @@ def print_table(medians: Run, runs: list[Run]) -> None:
     console.print(table)
 
 
-def write_json(path: Path, options: argparse.Namespace, medians: Run, runs: list[Run], codec: dict[str, float]) -> None:
+def print_loads(loads: list[Row]) -> None:
+    table = Table(title="loads, each a client process of its own", title_justify="left")
+    for column in ("figure", "median", "lowest", "highest"):
+        table.add_column(column, justify="left" if column == "figure" else "right")
+    for name in loads[0]:
+        every = [row[name] for row in loads]
+        table.add_row(name, *(f"{value:,.2f}" for value in (statistics.median(every), min(every), max(every))))
+    console.print(table)
+
+
+def write_json(
+    path: Path,
+    options: argparse.Namespace,
+    medians: Run,
+    runs: list[Run],
+    loads: list[Row],
+    codec: dict[str, float],
+) -> None:
     """The figures with what they were measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
@@ -257,6 +254,7 @@ def write_json(path: Path, options: argparse.Namespace, medians: Run, runs: list
         "units": {name: unit for name, unit, _ in FIGURES},
         "medians": medians,
         "runs": runs,
+        "loads": loads,
         "codec": codec,
     }
     path.write_text(json.dumps(result, indent=2) + "\n")
@@ -282,4 +280,7 @@ def print_codec(figures: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except Wrong as error:
+        sys.exit(f"wrong: {error}")

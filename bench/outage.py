@@ -29,7 +29,8 @@ from streamhouse_segmenter.settings import SegmenterSettings
 
 from bench.clusters import cluster_running, until
 from bench.common import MIB, Wrong, console, load_average, print_table, run, usage, write_json
-from bench.end_to_end import BATCH_BYTES, BATCH_RECORDS, RECORD_BYTES, make_records
+from bench.end_to_end import BATCH_BYTES, BATCH_RECORDS, RECORD_BYTES
+from bench.loads.records import make_records
 from tests.integration import servers
 from tests.integration.cluster import Cluster
 
@@ -164,7 +165,7 @@ async def measure(options: argparse.Namespace) -> None:
 
 
 async def outage(cluster: Cluster, s3: servers.Server, options: argparse.Namespace) -> dict[str, Any]:
-    values = make_records(200_000)
+    values = make_records(RECORD_BYTES)
     load, ending, samples = Load(values, options.in_flight), asyncio.Event(), Samples(cluster)
     async with Admin(cluster.bootstrap) as admin:
         await admin.create_topic(TOPIC, partitions=PARTITIONS)

@@ -28,7 +28,7 @@ from streamhouse_ingest.wiring import open_log
 
 from bench.clusters import cluster_running, until
 from bench.common import MIB, Wrong, console, load_average, print_table, run, usage, write_json
-from bench.end_to_end import make_records
+from bench.loads.records import make_records
 from tests.integration.cluster import Cluster
 from tests.integration.processes import is_serving
 
@@ -55,7 +55,7 @@ def parse_options() -> argparse.Namespace:
 
 
 async def measure(options: argparse.Namespace) -> None:
-    values = make_records(200_000)
+    values = make_records(RECORD_BYTES)
     figures = [await measure_one(options, values, batch_kb) for batch_kb in options.batch_kb]
     rows = [
         (

@@ -1,0 +1,127 @@
+"""The loads on StreamHouse."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from streamhouse import Admin, Consumer, Producer, SendResult
+
+from bench.loads import BATCH_BYTES, IN_FLIGHT, Paced, Sent, delays_ms
+
+LINGER_MS = 2
+
+
+class StreamHouse:
+    """Acknowledged from the fsynced log (`acks="wal"`)."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def create_topic(self, topic: str, partitions: int) -> None:
+        async def create() -> None:
+            async with Admin(self._address) as admin:
+                await admin.create_topic(topic, partitions=partitions)
+
+        asyncio.run(create())
+
+    def batches(self, topic: str, values: Sequence[bytes], seconds: float, producers: int) -> Sent:
+        async def one(producer: Producer, at: int) -> int:
+            records = BATCH_BYTES // len(values[0])
+            room = asyncio.Semaphore(IN_FLIGHT)
+            sent = 0
+            end_s = time.perf_counter() + seconds
+            async with asyncio.TaskGroup() as waiting:
+                while time.perf_counter() < end_s:
+                    await room.acquire()
+                    batch = values[at : at + records]
+                    at = (at + records) % len(values)
+                    waiting.create_task(_acknowledged(await producer.send_many(topic, batch), room))
+                    sent += len(batch)
+            return sent
+
+        async def all_of_them() -> Sent:
+            made = [Producer(self._address, linger_ms=LINGER_MS) for _ in range(producers)]
+            try:
+                for producer in made:
+                    await producer.send_and_wait(topic, values[0])  # connections, identity
+                began_s = time.perf_counter()
+                sent = await asyncio.gather(*(one(made[i], i * 10_000 % len(values)) for i in range(producers)))
+                return Sent(sum(sent), time.perf_counter() - began_s)
+            finally:
+                for producer in made:
+                    await producer.close()
+
+        return asyncio.run(all_of_them())
+
+    def one_by_one(self, topic: str, values: Sequence[bytes], seconds: float) -> Sent:
+        async def send(producer: Producer) -> int:
+            sent = 0
+            end_s = time.perf_counter() + seconds
+            while time.perf_counter() < end_s:
+                for value in values[:1000]:
+                    await producer.send(topic, value)
+                sent += 1000
+            await producer.flush()
+            return sent
+
+        return self._timed(topic, values, send, LINGER_MS)
+
+    def unpipelined(self, topic: str, values: Sequence[bytes], seconds: float) -> Sent:
+        async def send(producer: Producer) -> int:
+            sent = 0
+            end_s = time.perf_counter() + seconds
+            while time.perf_counter() < end_s:
+                await producer.send_and_wait(topic, values[sent % len(values)])
+                sent += 1
+            return sent
+
+        return self._timed(topic, values, send, 0)
+
+    def pace(self, topic: str, paced: Paced) -> Sent:
+        async def send(producer: Producer) -> int:
+            began_ns, sent = time.monotonic_ns(), 0
+            while sent < paced.records:
+                due = paced.due((time.monotonic_ns() - began_ns) / 1e9)
+                if due > sent:
+                    await producer.send_many(topic, paced.values(began_ns, sent, due))
+                    sent = due
+                await asyncio.sleep(0.001)
+            await producer.flush()
+            return sent
+
+        return self._timed(topic, paced.values(0, 0, 1), send, 0)
+
+    def listen(self, topic: str, count: int, began: Callable[[], None]) -> list[float]:
+        async def read() -> list[float]:
+            delays: list[float] = []
+            async with Consumer(self._address, [topic], start="latest") as consumer:
+                await consumer.wait_for_assignment()
+                await consumer.lag()  # asks for the ends: the positions are known
+                began()
+                async for batch in consumer.batches():
+                    delays += delays_ms(batch.values.to_list(), time.monotonic_ns())
+                    if len(delays) >= count:
+                        break
+            return delays
+
+        return asyncio.run(read())
+
+    def _timed(
+        self, topic: str, values: Sequence[bytes], send: Callable[[Producer], Coroutine[Any, Any, int]], linger_ms: int
+    ) -> Sent:
+        async def timed() -> Sent:
+            async with Producer(self._address, linger_ms=linger_ms) as producer:
+                if linger_ms:
+                    await producer.send_and_wait(topic, values[0])  # connections, identity
+                began_s = time.perf_counter()
+                return Sent(await send(producer), time.perf_counter() - began_s)
+
+        return asyncio.run(timed())
+
+
+async def _acknowledged(result: SendResult, room: asyncio.Semaphore) -> None:
+    try:
+        await result
+    finally:
+        room.release()
