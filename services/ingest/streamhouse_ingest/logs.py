@@ -13,7 +13,7 @@ from streamhouse_ingest.core.buffer import BATCH_OVERHEAD_BYTES, Buffer, WalPosi
 from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
 from streamhouse_ingest.core.producers import ProducerTable
 
-# Of the appends in one sealed buffer, so many are linked to its trace.
+# Of the appends in one sealed buffer, or read of the tail, so many are linked to its trace.
 LINKS_MAX = 32
 # Waits for registration are looked through for abandoned ones when there are so many, then at twice what was left.
 _PRUNE_FROM = 64
@@ -27,12 +27,22 @@ class HeldLog:
         self.durable_since_ms: int | None = None  # a durable ack waits for the open buffer since
         self.must_seal = False
         self.told = False  # in this session, what the coordinator knows of the partition's producers
-        self.traceparents: deque[str] = deque(maxlen=LINKS_MAX)
+        self.traceparents: deque[str] = deque(maxlen=LINKS_MAX)  # of appends that are not sealed yet
+        self._recent: deque[tuple[int, str]] = deque(maxlen=LINKS_MAX)  # where an append ends, and its traceparent
         self._durable: list[tuple[int, int, asyncio.Future[NotLeader | None]]] = []
         self._order = itertools.count()
         self._changed: dict[asyncio.Future[None], None] = {}
         self._over = ""
         self._prune_at = _PRUNE_FROM
+
+    def note_trace(self, end_offset: int, traceparent: str) -> None:
+        """Takes note of the span of an append that ends at `end_offset`."""
+        self.traceparents.append(traceparent)
+        self._recent.append((end_offset, traceparent))
+
+    def traces_of(self, offset: int, end_offset: int) -> list[str]:
+        """Returns the traceparents of the last LINKS_MAX recorded appends that lie in [offset, end_offset)."""
+        return [traceparent for end, traceparent in self._recent if offset < end <= end_offset]
 
     def wait_registered(self, end_offset: int) -> asyncio.Future[NotLeader | None]:
         """Done when everything below `end_offset` is registered, or with an error when that cannot happen any more."""

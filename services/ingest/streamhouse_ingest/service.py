@@ -227,7 +227,7 @@ def _start_span(held: HeldLog, trace_context: str) -> tuple[trace.Span, str]:
     if not trace_context and not trace.get_current_span().is_recording():
         return trace.INVALID_SPAN, ""
     span = tracer.start_span("ingest.append", context_of(trace_context) if trace_context else None)
-    span.set_attribute("streamhouse.topic", held.log.topic)
-    span.set_attribute("streamhouse.partition", held.log.key.partition)
+    span.set_attribute("messaging.destination.name", held.log.topic)
+    span.set_attribute("messaging.destination.partition.id", str(held.log.key.partition))
     with trace.use_span(span):
         return span, current_traceparent()

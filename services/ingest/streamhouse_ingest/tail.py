@@ -46,12 +46,13 @@ class TailReader:
         bytes_max = min(request.max_bytes or self._bytes_max, self._bytes_max)
         response = pb.ReadTailResponse(high_watermark=log.next_offset, tail_start_offset=log.held_from)
         try:
-            batches, _ = await self._read(held, request.offset, log.next_offset, bytes_max)
+            batches, next_offset = await self._read(held, request.offset, log.next_offset, bytes_max)
         except WalFileGone:  # registered and trimmed while we were about to read: plan anew
             return pb.ReadTailResponse(high_watermark=log.next_offset, tail_start_offset=log.next_offset)
         if not batches and (gap := log.gap_at(request.offset)) is not None:
             raise _lost(log, gap.base_offset, gap.end_offset, "these records were damaged in the write-ahead log")
         response.batches.extend(batches)
+        response.trace_contexts.extend(held.traces_of(request.offset, next_offset))
         return response
 
     def _find(self, topic_id: bytes, partition: int, offset: int) -> HeldLog | None:

@@ -266,7 +266,7 @@ class Writer:
         self._logs.appended(held, position.size_bytes)
         self._index.note(position.file, held.log.key, event.base_offset + event.record_count)
         if append.traceparent:
-            held.traceparents.append(append.traceparent)
+            held.note_trace(event.base_offset + event.record_count, append.traceparent)
         self._metrics.records.add(event.record_count)
         self._metrics.bytes.add(position.size_bytes)
         self._metrics.topic_records.add(held.log.topic, event.record_count)

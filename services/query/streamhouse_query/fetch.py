@@ -7,12 +7,14 @@ Never spins: every turn of its loop reads something, moves its offset, or waits 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from opentelemetry import trace
 from shproto.errors import OffsetBeyondEnd, StreamHouseError, Unavailable, UnknownTopic
 from shproto.v1 import ingest_pb2
 from shruntime.tasks import Backoff
+from shruntime.telemetry import links_to
 from shstore import ObjectMissing
 
 from streamhouse_query.core.index import PartitionIndex, SegmentEntry
@@ -40,6 +42,8 @@ TAIL_EXTRA_MS_MAX = 100
 TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX = 50, 1_000
 # A reader that is to be told of news is told of an agent that has failed for so long; it may only be restarting.
 TELL_FAILURE_MS = 5_000
+# What an agent names of the appends that it answers with.
+LINKS_MAX = 32
 
 
 async def fetch(reads: Reads, want: Want) -> Fetched:
@@ -49,10 +53,10 @@ async def fetch(reads: Reads, want: Want) -> Fetched:
         if span.is_recording():
             span.set_attributes(
                 {
-                    "streamhouse.topic": want.topic,
-                    "streamhouse.partition": want.partition[1],
-                    "streamhouse.offset": want.offset,
-                    "streamhouse.size_bytes": fetched.size_bytes,
+                    "messaging.destination.name": want.topic,
+                    "messaging.destination.partition.id": str(want.partition[1]),
+                    "messaging.streamhouse.offset": want.offset,
+                    "messaging.streamhouse.size_bytes": fetched.size_bytes,
                 }
             )
     return fetched
@@ -226,6 +230,7 @@ class _Fetch:
             return True  # compaction changed the boundaries in between; only a first batch may begin before its offset
         if run.blocks:
             self._reads.ahead(partition.key, segment, self._offset, run.next_offset, run.next_at)
+            _link(self._index.traces_of(segment.segment_id))
         self._add(run.blocks, run.size_bytes, run.decoded_bytes, run.next_offset)
         return run.next_offset < segment.end_offset
 
@@ -353,6 +358,7 @@ class _Fetch:
             return await self._again_soon(reason, watch, self._catch_up_ms)
         if step.newest and step.end_offset is None:
             self._reads.watermarks.learn(partition.key, step.epoch, response.high_watermark)
+        _link(response.trace_contexts)
         accepted = accept_batches(
             response.batches,
             self._offset,
@@ -398,6 +404,14 @@ class _Fetch:
         if self._is_news(step.reason):
             return self._give_up(step.reason)
         return await self._again_soon(step.reason, watch, self._deadline_ms)
+
+
+def _link(traceparents: Sequence[str]) -> None:
+    """Links the fetch, if it is recorded, to the spans that wrote what it reads: appends of the tail, registrations."""
+    span = trace.get_current_span()
+    if traceparents and span.is_recording():
+        for link in links_to(traceparents[:LINKS_MAX]):
+            span.add_link(link.context)
 
 
 def _silent(partition: PartitionIndex, step: ReadTail) -> str:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from shproto.errors import EventsPruned, StreamHouseError
-from shproto.events import event_from_json
+from shproto.events import BufferRegistered, event_from_json
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
 from shruntime.clock import Clock
@@ -130,3 +130,5 @@ class Follower:
         except (TypeError, ValueError, KeyError) as error:
             raise IndexMismatch(f"event {event.position} {event.type} cannot be read: {error}") from error
         self._index.apply(event.position, fact)
+        if event.trace_context and isinstance(fact, BufferRegistered):
+            self._index.note_trace([segment.segment_id for segment in fact.segments], event.trace_context)

@@ -9,13 +9,16 @@ before it looks misses no change. After close() nothing waits.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from shproto.errors import ShuttingDown, Unavailable, UnknownPartition, UnknownTopic
 from shproto.events import Event
 
 from streamhouse_query.core.index import ClusterIndex, PartitionIndex, PartitionKey
+
+# Registrations that were recorded in a trace, 200 bytes each: hours of them at the usual sampling.
+TRACES_MAX = 10_000
 
 
 class Watch:
@@ -44,6 +47,7 @@ class LiveIndex:
         # In the order in which they came: that is the order in which they are woken, in a simulation as well.
         self._watches: dict[PartitionKey, dict[Watch, None]] = {}
         self._awaited: dict[asyncio.Future[None], int] = {}  # by whom, which event's position
+        self._traces: dict[str, str] = {}  # traceparent of the registration, by segment id; the oldest first
 
     def find(self, topic: str, partition: int) -> PartitionIndex:
         """Raises UnknownTopic, UnknownPartition; Unavailable before the first snapshot, ShuttingDown after `close`."""
@@ -84,6 +88,18 @@ class LiveIndex:
     def apply(self, position: int, event: Event | None) -> None:
         """Raises IndexMismatch and may then be half changed: only `replace` helps."""
         self._wake(self.cluster.apply(position, event))
+
+    def note_trace(self, segment_ids: Iterable[str], traceparent: str) -> None:
+        """Takes note of the span that registered segments, for those who read them soon after."""
+        for segment_id in segment_ids:
+            self._traces[segment_id] = traceparent
+        while len(self._traces) > TRACES_MAX:
+            del self._traces[next(iter(self._traces))]
+
+    def traces_of(self, segment_id: str) -> Sequence[str]:
+        """Returns the traceparent of the span that registered the segment, if it was recorded and is remembered."""
+        found = self._traces.get(segment_id)
+        return () if found is None else (found,)
 
     def replace(self, cluster: ClusterIndex) -> None:
         """A new snapshot."""

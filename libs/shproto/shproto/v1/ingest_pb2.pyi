@@ -41,7 +41,7 @@ class ProduceRequest(_message.Message):
     topic_id: _builtins.bytes
     """which topic of that name is meant; empty: whichever the agent leads. NOT_LEADER for another one"""
     trace_context: _builtins.str
-    """W3C traceparent of this batch's produce span; empty: none. A stream has no metadata per batch"""
+    """W3C traceparent of this batch's send span; empty: none. A stream has no metadata per batch"""
     @_builtins.property
     def records(self) -> _types_pb2.RecordList:
         """the plain form"""
@@ -150,6 +150,7 @@ class ReadTailResponse(_message.Message):
     HIGH_WATERMARK_FIELD_NUMBER: _builtins.int
     TAIL_START_OFFSET_FIELD_NUMBER: _builtins.int
     NOT_HELD_FIELD_NUMBER: _builtins.int
+    TRACE_CONTEXTS_FIELD_NUMBER: _builtins.int
     high_watermark: _builtins.int
     """acknowledged up to here (exclusive) in the range that holds `offset`"""
     tail_start_offset: _builtins.int
@@ -160,6 +161,10 @@ class ReadTailResponse(_message.Message):
     def batches(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """whole encoded batches; the first holds `offset`"""
 
+    @_builtins.property
+    def trace_contexts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """W3C traceparents of the appends among `batches` that were recorded, the last 32 of them"""
+
     def __init__(
         self,
         *,
@@ -167,10 +172,11 @@ class ReadTailResponse(_message.Message):
         high_watermark: _builtins.int = ...,
         tail_start_offset: _builtins.int = ...,
         not_held: _builtins.bool = ...,
+        trace_contexts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "high_watermark", b"high_watermark", "not_held", b"not_held", "tail_start_offset", b"tail_start_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "high_watermark", b"high_watermark", "not_held", b"not_held", "tail_start_offset", b"tail_start_offset", "trace_contexts", b"trace_contexts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
