@@ -1,27 +1,23 @@
-"""A producer's batch: gathered, encoded, re-encoded when it gets another number, and its `produce` span."""
+"""A producer's batch: gathered, encoded, and re-encoded when it gets another number."""
 
-from opentelemetry import trace
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from shformat import Codec, FormatError, ProducerStamp, decode_batch, encode_batch
 from shproto.errors import InvalidBatch
 
-from streamhouse.core.accumulator import Gathering
+from streamhouse.core.accumulator import RECORD_BYTES_MAX, Gathering
 from streamhouse.delivery import Delivery
-
-_TRACER = trace.get_tracer("streamhouse.client")
-_PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Batch:
-    """Holds the records until first encoded, then the bytes; nothing once delivered."""
+    """Holds the records until first encoded, then the bytes; nothing once delivered. trace_headers: whether records get
+    the context of the span that they are sent in."""
 
-    __slots__ = ("_encoded", "_gathering", "_stamp", "delivery", "is_sent", "size_bytes", "span")
+    __slots__ = ("_encoded", "_gathering", "_stamp", "_trace_headers", "delivery", "is_sent", "size_bytes")
 
-    def __init__(self, gathering: Gathering[Delivery]) -> None:
+    def __init__(self, gathering: Gathering[Delivery], *, trace_headers: bool = True) -> None:
         self.delivery = gathering.delivery
         self.size_bytes = gathering.size_bytes
         self.is_sent = False  # handed to a leader's stream at least once
-        self.span: trace.Span | None = None
+        self._trace_headers = trace_headers
         self._gathering: Gathering[Delivery] | None = gathering
         self._encoded = b""
         self._stamp: ProducerStamp | None = None
@@ -30,6 +26,7 @@ class Batch:
         """The very same bytes for the same stamp. Raises InvalidBatch."""
         try:
             if self._gathering is not None:
+                self._add_contexts(self._gathering)
                 self._encoded = self._gathering.encode(codec, stamp)
                 self._gathering = None
             elif stamp != self._stamp:
@@ -39,31 +36,20 @@ class Batch:
         self._stamp = stamp
         return self._encoded
 
-    def start_span(self, record_count: int, acks: str, client_id: str) -> str:
-        """One span per batch, from first sending to its outcome; free while telemetry is off. Returns the W3C
-        traceparent for the leader, empty when nothing is recorded."""
-        if self.span is None:
-            self.span = _TRACER.start_span("produce", kind=trace.SpanKind.PRODUCER)
-        if not self.span.is_recording():
-            return ""
-        self.span.set_attributes(
-            {
-                "messaging.system": "streamhouse",
-                "messaging.destination.name": self.delivery.topic,
-                "messaging.destination.partition.id": str(self.delivery.partition),
-                "messaging.batch.message_count": record_count,
-                "messaging.client.id": client_id,
-                "streamhouse.acks": acks,
-            }
-        )
-        carrier: dict[str, str] = {}
-        _PROPAGATOR.inject(carrier, trace.set_span_in_context(self.span))
-        return carrier.get("traceparent", "")
+    def _add_contexts(self, gathering: Gathering[Delivery]) -> None:
+        """Gives the records the contexts of their spans, where the batch has room for them: what the application was
+        told to fit is sent in any case."""
+        if self._trace_headers and (trace := self.delivery.trace) is not None:
+            count, size_bytes = len(gathering.values), gathering.size_bytes
+            gathering.headers = trace.with_contexts(gathering.headers, count, size_bytes, RECORD_BYTES_MAX)
 
-    def end_span(self, error: Exception | None) -> None:
-        if self.span is None:
-            return
-        if error is not None and self.span.is_recording():
-            self.span.record_exception(error)
-            self.span.set_status(trace.StatusCode.ERROR, str(error))
-        self.span.end()
+    @property
+    def traceparent(self) -> str:
+        """W3C traceparent of the span that the leader's work belongs to; empty if nothing is recorded."""
+        return "" if self.delivery.trace is None else self.delivery.trace.traceparent
+
+    def end_spans(self) -> None:
+        """Ends the spans of the batch with its outcome."""
+        delivery = self.delivery
+        if delivery.trace is not None:
+            delivery.trace.end(delivery.error, delivery.base_offset, delivery.record_count)

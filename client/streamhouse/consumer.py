@@ -6,11 +6,13 @@ Owns: the parts of a consumer and their background tasks. Does not own: what is 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
+from opentelemetry import trace
 from shproto import forks
 from shproto.errors import (
     Internal,
@@ -63,6 +65,7 @@ from streamhouse.records import (
     TopicPartition,
 )
 from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX, Retries
+from streamhouse.tracing import ReceiveTracing
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +136,7 @@ class Consumer:
             value_deserializer=value_deserializer,
         )
         self._deserializers = Deserializers.of(self._options)
+        self._tracing = ReceiveTracing(group, client_id)
         self._topics = topics_of(topics)
         self._assign = [TopicPartition(*where) for where in partitions_of(assign)]
         if bool(self._topics) == bool(self._assign):
@@ -149,7 +153,13 @@ class Consumer:
         self._starts = 0  # number of calls that wait for the partitions to be open
         self._openings = Openings(self._options, self._metadata, self._offsets, self._reader, self._store_starts)
         self._iteration = Iteration(
-            self._reader, self._offsets, stop_at_end, self._is_opening, self._advance, is_bounded=end is not None
+            self._reader,
+            self._offsets,
+            stop_at_end,
+            self._is_opening,
+            self._advance,
+            received=self._tracing.received,
+            is_bounded=end is not None,
         )
         self._next = self._iteration.next if self._deserializers is None else self._next_deserialized
         self._in_flight = self._iteration.in_flight
@@ -363,6 +373,12 @@ class Consumer:
                 return await self._advance(worker)
         except TimeoutError:
             return self._iteration.bring()
+
+    def processing(self, records: Record | RecordBatch) -> AbstractContextManager[trace.Span]:
+        """Context manager of a `process` span, which is current inside: what the application does for a record, or for
+        a batch, is part of a trace that leads back to where it was sent. Costs next to nothing without an OpenTelemetry
+        SDK. Exceptions are recorded and raised on."""
+        return self._tracing.processing(records)
 
     @property
     def at_end(self) -> bool:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from shproto import forks
 
 from streamhouse.records import RecordMetadata
+from streamhouse.tracing import SendTrace
 
 T = TypeVar("T")
 
@@ -22,11 +23,12 @@ T = TypeVar("T")
 class Delivery:
     """The outcome of one batch: the base offset it got, or an error. Futures of its records share it."""
 
-    __slots__ = ("_waiters", "base_offset", "done", "error", "partition", "record_count", "seen", "topic")
+    __slots__ = ("_waiters", "base_offset", "done", "error", "partition", "record_count", "seen", "topic", "trace")
 
-    def __init__(self, topic: str, partition: int) -> None:
+    def __init__(self, topic: str, partition: int, trace: SendTrace | None = None) -> None:
         self.topic = topic
         self.partition = partition
+        self.trace = trace  # None: nothing can be recorded
         self.record_count = 0
         self.base_offset = -1
         self.error: Exception | None = None

@@ -19,6 +19,7 @@ from streamhouse.core.sequences import Lane, Outgoing
 from streamhouse.delivery import Delivery
 from streamhouse.leader_stream import LeaderStream
 from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
+from streamhouse.tracing import SendTrace, tracer
 
 # A batch that could have gone but found no room grows this long, then it is closed and its deadline counts alone.
 GROW_MS_MAX = 1_000
@@ -126,11 +127,17 @@ class Gatherer:
         if state.gathering is not None:
             self.close(state)
             self._pump(state)
-        gathering = Gathering(Delivery(state.topic, state.partition), deadline_ms)
+        gathering = Gathering(Delivery(state.topic, state.partition, self._trace(state)), deadline_ms)
         state.gathering, state.due = gathering, False
         state.linger = self.loop.call_later(self._options.linger_ms / 1000, self._lingered, state, gathering)
         self._opened(state)
         return gathering
+
+    def _trace(self, state: LaneState) -> SendTrace | None:
+        """Returns what records the spans of a new batch; None if nothing can be recorded."""
+        if (found := tracer()) is None:
+            return None
+        return SendTrace(found, state.topic, state.partition, self._options.acks, self._options.client_id)
 
     def _lingered(self, state: LaneState, gathering: Gathering[Delivery]) -> None:
         if state.gathering is not gathering:
@@ -153,7 +160,8 @@ class Gatherer:
         if state.linger is not None:
             state.linger.cancel()
         state.gathering, state.due = None, False
-        state.lane.append(Outgoing(Batch(gathering), len(gathering.values), gathering.deadline_ms))
+        batch = Batch(gathering, trace_headers=self._options.trace_headers)
+        state.lane.append(Outgoing(batch, len(gathering.values), gathering.deadline_ms))
 
     def hurry(self) -> None:
         """Nothing lingers any more of what has been gathered so far."""

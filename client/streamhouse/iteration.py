@@ -39,7 +39,8 @@ _NO_CURSOR = Cursor.at(TopicPartition("", 0), 0)
 class Iteration:
     """`begin` when the application starts an iteration; then `next`, or `take` or `take_batch` and `advance` whenever
     these have nothing. `opening()`: whether more partitions are to come. `more(worker)`: advances, by the owner.
-    `in_loop`: has the event loop make a call; None if that is where the application runs."""
+    `received(batch)`: the application is handed a portion, where it runs. `in_loop`: has the event loop make a call;
+    None if that is where the application runs."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class Iteration:
         opening: Callable[[], bool],
         more: Callable[[Worker], Awaitable[bool]],
         *,
+        received: Callable[[RecordBatch], None],
         is_bounded: bool = False,
     ) -> None:
         self._reader = reader
@@ -57,6 +59,7 @@ class Iteration:
         self._is_bounded = is_bounded or stop_at_end
         self._opening = opening
         self._more = more
+        self._received = received
         self._clock = time.monotonic
         self.in_flight = InFlight(_ended_well, _has_ended)
         self.in_loop: Callable[[Callable[[], None]], object] | None = None
@@ -214,6 +217,10 @@ class Iteration:
             return False
         if not is_new:
             self._adapt_burst(now_s - self._burst_began_s)
+        if not portion.is_handed_over:  # for the first time: a portion whose turn ended comes back
+            portion.is_handed_over = True
+            if portion.batch is not None:
+                self._received(portion.batch)
         self._burst_began_s = now_s
         return True
 

@@ -12,10 +12,12 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from opentelemetry import trace
 from shproto import forks
 from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded
 from shproto.rpc import Interceptors
 
+from streamhouse import tracing
 from streamhouse.batches import Batch
 from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.options import (
@@ -62,6 +64,7 @@ class Producer:
     buffer_bytes_max: unacknowledged records beyond it make `send` wait. delivery_timeout_ms: how long a record is
     retried before its future fails. key_serializer, value_serializer: called with every key and value that is not None,
     return bytes. partitioner: called with topic, key and number of partitions, returns a partition or None.
+    trace_headers: whether records get the W3C `traceparent` of the span that they are sent in, if that is recorded.
 
     Raises InvalidArgument for an option out of its limits.
     One producer belongs to one event loop; `streamhouse.sync.Producer` may be shared by threads.
@@ -85,6 +88,7 @@ class Producer:
         key_serializer: Serializer | None = None,
         value_serializer: Serializer | None = None,
         partitioner: Partitioner | None = None,
+        trace_headers: bool = _DEFAULTS.trace_headers,
         telemetry: Interceptors | None = None,
     ) -> None:
         self._options = ProducerOptions(
@@ -101,7 +105,9 @@ class Producer:
             key_serializer=key_serializer,
             value_serializer=value_serializer,
             partitioner=partitioner,
+            trace_headers=trace_headers,
         )
+        tracing.tracer()  # so that `tracing.is_on` is known
         self._serializers = Serializers.of(self._options)
         addresses = addresses_of(bootstrap)
         self._peers = Peers(addresses, request_timeout_ms, telemetry)
@@ -183,6 +189,8 @@ class Producer:
                 self._give_back(record[-1])
                 raise
         delivery, index, taken_ms = self._add(target, record, partition, target.gatherer.deadline_ms())
+        if delivery.trace is not None:
+            delivery.trace.sent(index, trace.get_current_span())
         future = send_future(target.loop, delivery, index, taken_ms)
         if (stood_s := self._turns.stood_s()) >= TURN_S:
             await let_loop_run(stood_s)  # behind `_add`: no later call comes before this one meanwhile
@@ -209,19 +217,23 @@ class Producer:
         return choose(partitioner, topic, key, len(self._topics[topic].lanes))
 
     async def take(
-        self, topic: str, record: CheckedRecord, partition: int | None, sent_s: float
+        self, topic: str, record: CheckedRecord, partition: int | None, sent_s: float, caller: trace.Span | None
     ) -> tuple[Delivery, int, int]:
         """Takes a record as `check_record` returns it; asks no partitioner. Returns its batch's outcome, its position
         in the batch and its timestamp. Raises what `send` raises.
 
         sent_s: `time.monotonic` of the application's call. delivery_timeout_ms counts from there for the wait for room
         and for the delivery together: records that queue up behind a full buffer fail together, not one after another.
+        caller: the span in which it was made, if spans may be recorded.
         """
         deadline_ms = sent_s * 1000 + self._options.delivery_timeout_ms
         target = self._at_once(topic, partition, record[-1])
         if target is None:
             target = await self._wait(topic, partition, record[-1], deadline_ms)
-        return self._add(target, record, partition, deadline_ms)
+        taken = self._add(target, record, partition, deadline_ms)
+        if (sends := taken[0].trace) is not None:
+            sends.sent(taken[1], caller or trace.INVALID_SPAN)
+        return taken
 
     def _at_once(self, topic: str, partition: int | None, size_bytes: int) -> TopicLanes | None:
         """Returns the topic's lanes, room taken, if nothing has to be waited for; None otherwise."""
@@ -296,10 +308,12 @@ class Producer:
         records: ManyRecords,
         partition: int | None,
         chosen: NDArray[np.int64] | None = None,
+        caller: trace.Span | None = None,
     ) -> PlacedRecords:
         """Takes the records of a `send_many`. chosen: what `choose_partitions` has returned, if it was asked already.
-        Returns the batches that they are in."""
+        caller: the span in which it was called, if not the current one. Returns the batches that they are in."""
         check_topic_name(topic)
+        caller = caller or trace.get_current_span()
         placed: list[Placed] = []
         with self._order.ticket(topic, alone=True) as ticket:
             target = await self._opened(topic, partition)
@@ -308,7 +322,7 @@ class Producer:
             for start, stop in cut(records.sizes, min(SLICE_BYTES, self._options.buffer_bytes_max // 4)):
                 await asyncio.sleep(0)  # the streams' turn
                 await self._take_room(int(records.sizes[start:stop].sum()), ticket)
-                placed.extend(self._place(target, records, start, stop, partition, chosen))
+                placed.extend(self._place(target, records, start, stop, partition, chosen, caller))
         return PlacedRecords(topic, len(records.values), placed)
 
     # ---- the end
@@ -446,10 +460,11 @@ class Producer:
         stop: int,
         partition: int | None,
         chosen: NDArray[np.int64] | None,
+        caller: trace.Span,
     ) -> list[Placed]:
         """Puts records start to stop, grouped by partition, into the lanes' batches."""
         if partition is not None:
-            return self._extend(target.lanes[partition], records, np.arange(start, stop))
+            return self._extend(target.lanes[partition], records, np.arange(start, stop), caller)
         partitions = target.partitions(records, start, stop, chosen)
         order = np.argsort(partitions, kind="stable")
         numbers, firsts = np.unique(partitions[order], return_index=True)
@@ -457,10 +472,12 @@ class Producer:
         return [
             placed
             for number, indices in zip(numbers.tolist(), groups, strict=True)
-            for placed in self._extend(target.lanes[number], records, indices)
+            for placed in self._extend(target.lanes[number], records, indices, caller)
         ]
 
-    def _extend(self, lane: LaneState, records: ManyRecords, indices: NDArray[np.int64]) -> list[Placed]:
+    def _extend(
+        self, lane: LaneState, records: ManyRecords, indices: NDArray[np.int64], caller: trace.Span
+    ) -> list[Placed]:
         """`indices` are ascending: the partition keeps the order given."""
         gathering = lane.gathering
         begun = gathering.size_bytes if gathering is not None else 0
@@ -469,6 +486,8 @@ class Producer:
         for start, stop in cut(sizes, self._options.batch_bytes, begun):
             part = indices[start:stop]
             delivery, first = self._sender.gatherer.extend(lane, *records.pick(part), int(sizes[start:stop].sum()))
+            if delivery.trace is not None:  # before the next part: the batch may be full and go
+                delivery.trace.sent(first, caller)
             placed.append(Placed(delivery, first, part))
         return placed
 

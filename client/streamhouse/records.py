@@ -7,7 +7,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from shformat import BytesColumn, Header, HeadersColumn, Records
+
+TRACEPARENT = "traceparent"  # W3C trace context, https://www.w3.org/TR/trace-context/
+# Version 00: 2 + 32 + 16 + 2 hex digits and three dashes.
+TRACEPARENT_BYTES = 55
+_PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class TopicPartition(NamedTuple):
@@ -29,6 +36,15 @@ class Record(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: tuple[Header, ...]
+
+    @property
+    def trace_context(self) -> Context:
+        """OpenTelemetry context in which the record was sent, for spans of the application's own; empty if the record
+        has no valid `traceparent` header."""
+        for name, value in self.headers:
+            if name == TRACEPARENT and value is not None and len(value) == TRACEPARENT_BYTES:
+                return _PROPAGATOR.extract({TRACEPARENT: value.decode("latin-1")}, Context())
+        return Context()
 
 
 # As `Record._make`, without a Python call: half the time of making a record, of which there may be a million a second.

@@ -154,7 +154,7 @@ class Sender:
             acks=ACKS[self._options.acks],
             batch=encoded,
             timeout_ms=self._options.request_timeout_ms,
-            trace_context=batch.start_span(outgoing.record_count, self._options.acks, self._options.client_id),
+            trace_context=batch.traceparent,
         )
         self._count_try(batch, outgoing.record_count, len(encoded))
         stream.submit((state, outgoing), request)
@@ -235,7 +235,7 @@ class Sender:
         self._finish(batch)
 
     def _finish(self, batch: Batch) -> None:
-        batch.end_span(batch.delivery.error)
+        batch.end_spans()
         self.unfinished.discard(batch.delivery)
         if batch.delivery.error is None:
             self.counts.records_acked += batch.delivery.record_count

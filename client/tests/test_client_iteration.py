@@ -24,7 +24,10 @@ class Hands:
 
     def __init__(self, partitions: int = 1, *, stop_at_end: bool = False) -> None:
         self.reader = Reader(ConsumerOptions(), None, None, None, None)  # type: ignore[arg-type]
-        self.iteration = Iteration(self.reader, None, stop_at_end, lambda: False, self._more)  # type: ignore[arg-type]
+        self.received = []
+        self.iteration = Iteration(  # type: ignore[arg-type]
+            self.reader, None, stop_at_end, lambda: False, self._more, received=self.received.append
+        )
         self.now_s = 100.0
         self.iteration._clock = lambda: self.now_s
         self.iteration._turn_ends_s = self.now_s + TURN_S

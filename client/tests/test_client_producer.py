@@ -903,35 +903,6 @@ async def test_the_server_restarts(platform, address):
     assert values_in(platform) == [b"0", b"1"]
 
 
-async def test_one_span_per_batch_and_its_context_goes_to_the_leader(platform, address, monkeypatch):
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider(shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr("streamhouse.batches._TRACER", provider.get_tracer("test"))
-    platform.add_topic("t", 1)
-    platform.faults.overloaded = 1
-    async with Producer(address, client_id="me") as producer:
-        await (await producer.send_many("t", [b"a", b"b"]))
-    (span,) = exporter.get_finished_spans()
-    assert span.name == "produce"
-    assert span.attributes["messaging.batch.message_count"] == 2
-    assert span.attributes["messaging.client.id"] == "me"
-    assert [request.trace_context.split("-")[2] for request in platform.produced] == [
-        f"{span.context.span_id:016x}"
-    ] * 2
-
-
-async def test_without_telemetry_no_context_is_sent(platform, address):
-    platform.add_topic("t", 1)
-    async with Producer(address) as producer:
-        await (await producer.send("t", b"a"))
-    assert [request.trace_context for request in platform.produced] == [""]
-
-
 async def test_a_cancelled_body_does_not_wait_for_a_flush(platform, address):
     platform.add_topic("t", 1)
     platform.faults.silent = True

@@ -216,11 +216,11 @@ def test_done_callbacks_of_records_that_are_still_staged_or_refused(server):
         future.add_done_callback(lambda future: seen.append((future, future.exception())))
     take = producer._inner.take
 
-    async def refuse_second(topic, record, partition, sent_s):
+    async def refuse_second(*arguments):
         if refused_next:
             raise errors.Overloaded("no room")
         refused_next.append(True)
-        return await take(topic, record, partition, sent_s)
+        return await take(*arguments)
 
     refused_next = []
     producer._inner.take = refuse_second

@@ -66,6 +66,8 @@ class ProducerOptions:
     value_serializer: Serializer | None = None
     # None: Kafka's, by the key.
     partitioner: Partitioner | None = None
+    # Consumers find the trace of a record in its header; the header is written only where a span is recorded.
+    trace_headers: bool = True
 
     def __post_init__(self) -> None:
         is_kafkas = self.acks in (0, 1, -1, "0", "1", "-1", "all")
@@ -79,6 +81,7 @@ class ProducerOptions:
         _within("delivery_timeout_ms", self.delivery_timeout_ms, 1, DAY_MS)
         check_request_timeout(self.request_timeout_ms)
         _flag("idempotent", self.idempotent)
+        _flag("trace_headers", self.trace_headers)
         _text("client_id", self.client_id, 0)
         _callable("key_serializer", self.key_serializer)
         _callable("value_serializer", self.value_serializer)
@@ -234,6 +237,7 @@ class ProducerKwargs(TypedDict, total=False):
     key_serializer: Serializer | None
     value_serializer: Serializer | None
     partitioner: Partitioner | None
+    trace_headers: bool
 
 
 class ConsumerKwargs(TypedDict, total=False):

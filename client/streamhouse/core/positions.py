@@ -109,12 +109,14 @@ class BatchSpan:
 @dataclass(slots=True, eq=False, kw_only=True)
 class Portion:
     """Received and not handed over yet. `batch` None: only the position moves (a known gap). end_offset: the
-    position after it. size_bytes: what it takes in memory, about; 0 once it is consumed."""
+    position after it. size_bytes: what it takes in memory, about; 0 once it is consumed. is_handed_over: the
+    application has begun to take it."""
 
     cursor: Cursor
     batch: RecordBatch | None
     end_offset: int
     size_bytes: int = 0
+    is_handed_over: bool = False
 
     def rows(self, count_max: int) -> tuple[RecordBatch | None, bool]:
         """Returns up to `count_max` of the records that were not handed over, None if there are none or the cursor has

@@ -14,6 +14,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
+from opentelemetry import trace
 from shproto.errors import SerializationError
 from shproto.rpc import Interceptors
 
@@ -116,6 +117,10 @@ class Consumer:
         except BaseException:
             self._give_back(worker)
             raise
+
+    def processing(self, records: Record | RecordBatch) -> contextlib.AbstractContextManager[trace.Span]:
+        """Context manager of a `process` span; see `streamhouse.Consumer.processing`."""
+        return self._inner.processing(records)
 
     def poll(self, timeout_ms: int = 0, max_records: int = POLL_RECORDS_MAX) -> dict[TopicPartition, list[Record]]:
         """Returns records by partition: what has been received, at most max_records; empty if nothing comes within

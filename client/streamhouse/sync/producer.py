@@ -23,11 +23,12 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
+from opentelemetry import trace
 from shproto import forks
 from shproto.errors import InvalidArgument, Overloaded, Unavailable
 from shproto.rpc import Interceptors
 
-from streamhouse import producer
+from streamhouse import producer, tracing
 from streamhouse.background import BACKGROUND
 from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.options import ProducerKwargs, check_exit_timeout, check_timeout_s, partition_number
@@ -199,7 +200,8 @@ def _call(fn: Callable[[F], object], future: F) -> None:
         log.exception("a done-callback of a %s raised", type(future).__name__)
 
 
-_Staged = tuple[SendFuture, str, CheckedRecord, int | None, float]  # the last: time.monotonic of the call of `send`
+# The last two: time.monotonic of the call of `send`, and the span in which it was made.
+_Staged = tuple[SendFuture, str, CheckedRecord, int | None, float, trace.Span | None]
 # What is in the queue to the loop's thread: a record; None for each slot more that it takes, behind it; a future that
 # is to be told once everything before it has been taken over.
 _Item = _Staged | asyncio.Future[None] | None
@@ -276,7 +278,8 @@ class Producer:
         if partition is None and self._partitioner is not None:
             partition = self._inner.choose_partition(topic, record[1])
         future = SendFuture(self)
-        self._stage((future, topic, record, partition, time.monotonic()), record[4])
+        caller = trace.get_current_span() if tracing.is_on else None
+        self._stage((future, topic, record, partition, time.monotonic(), caller), record[4])
         return future
 
     def send_and_wait(
@@ -311,13 +314,18 @@ class Producer:
                 self._open_topic(topic, None)
             chosen = self._inner.choose_partitions(topic, records)
         _UNCLOSED.add(self)
-        return SendResult(BACKGROUND.run(self._take_many(topic, records, partition, chosen)))
+        return SendResult(BACKGROUND.run(self._take_many(topic, records, partition, chosen, trace.get_current_span())))
 
     async def _take_many(
-        self, topic: str, records: ManyRecords, partition: int | None, chosen: NDArray[np.int64] | None
+        self,
+        topic: str,
+        records: ManyRecords,
+        partition: int | None,
+        chosen: NDArray[np.int64] | None,
+        caller: trace.Span,
     ) -> PlacedRecords:
         await self._handed_over()
-        return await self._inner.take_many(topic, records, partition, chosen)
+        return await self._inner.take_many(topic, records, partition, chosen, caller)
 
     def _open_topic(self, topic: str, partition: int | None) -> None:
         _UNCLOSED.add(self)
@@ -393,9 +401,10 @@ class Producer:
                 self._woken = True
                 continue
             if isinstance(item, tuple):
-                future, topic, record, partition, sent_s = item
+                future, topic, record, partition, sent_s, caller = item
                 try:
-                    delivery, future._index, future._timestamp_ms = await take(topic, record, partition, sent_s)
+                    taken_over = await take(topic, record, partition, sent_s, caller)
+                    delivery, future._index, future._timestamp_ms = taken_over
                     future._delivery = delivery  # last: with it the future may be done
                 except Exception as error:  # noqa: BLE001 - kept for the future, and for flush
                     if self._inner.closed and isinstance(error, InvalidArgument):
