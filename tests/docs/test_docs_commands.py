@@ -2,12 +2,14 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from streamhouse.cli.serve_process import ServeProcess
 from streamhouse.sync import Admin, Consumer, Producer
 
 pytestmark = pytest.mark.integration
@@ -63,6 +65,27 @@ def test_the_readmes_command_line(server: str, tmp_path: Path) -> None:
     with Consumer(server, ["orders"], stop_at_end=True) as consumer:
         values = [value for batch in consumer.batches() for value in batch.values.to_list()]
     assert sorted(map(int, filter(None, values))) == list(range(1, 1_000_001))
+
+
+def test_a_stopped_platforms_directory_is_a_platform_and_the_way_back(tmp_path: Path) -> None:
+    """docs/upgrading.md, with one version: the directory is copied between a stop and the next start."""
+
+    def values(folder: str) -> list[bytes | None]:
+        with ServeProcess(tmp_path / folder, tmp_path / "serve.log") as serve:
+            with Consumer(serve.address, ["orders"], stop_at_end=True) as consumer:
+                read = [record.value for record in consumer]
+            with Producer(serve.address) as producer:
+                producer.send("orders", f"written to {folder}".encode())
+        return read
+
+    with ServeProcess(tmp_path / "data", tmp_path / "serve.log") as serve:
+        with Admin(serve.address) as admin:
+            admin.create_topic("orders", partitions=1)
+        with Producer(serve.address) as producer:
+            producer.send("orders", b"before")
+    shutil.copytree(tmp_path / "data", tmp_path / "copy", symlinks=True)
+    assert values("data") == [b"before"]
+    assert values("copy") == [b"before"]
 
 
 def test_the_page_about_partitions(server: str, tmp_path: Path) -> None:
