@@ -2,7 +2,11 @@
 those of the code."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,13 @@ DEPLOY = Path(__file__).resolve().parents[1]
 ROOT = DEPLOY.parent
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = {name: service for name, service in SERVICES.items() if "build" in service and "profiles" not in service}
+# The container whose network all of ours share.
+NET = SERVICES["net"]
+OURS = {
+    name: service
+    for name, service in SERVICES.items()
+    if "build" in service and "profiles" not in service and service is not NET
+}
 SETTINGS: dict[str, type[CommonSettings]] = {
     "coordinator": CoordinatorSettings,
     "ingest": IngestSettings,
@@ -30,7 +40,7 @@ SETTINGS: dict[str, type[CommonSettings]] = {
 # host:port that the containers we did not write listen on
 FOREIGN_PORTS = {
     "postgres": {5432},
-    "minio": {9000, 9001},
+    "versitygw": {9000},
     "rabbitmq": {5672, 15672, 15692},
     "redis": {6379},
     "otel-collector": {4317, 8888},
@@ -70,9 +80,42 @@ def load(service: dict[str, Any]) -> CommonSettings:
 
 
 def assert_reachable(address: str) -> None:
+    """From a container that is not one of ours: by the names that its network knows."""
     host, _, port = address.rpartition(":")
-    assert host in SERVICES, f"{address}: no container {host!r}"
+    assert host in FOREIGN_PORTS or host in NET["networks"]["default"]["aliases"], f"{address}: no container {host!r}"
     assert int(port) in ports_of(host), f"{address}: {host} listens on {ports_of(host)}"
+
+
+def listener_of(address: str) -> str:
+    """The one service that listens at an address inside the network that ours share."""
+    host, _, port = address.rpartition(":")
+    assert host == "127.0.0.1", f"{address}: is not the same service for others"
+    (found,) = [name for name in OURS if load(OURS[name]).listen == f"0.0.0.0:{port}"]
+    return found
+
+
+def published() -> dict[str, str]:
+    """Ports of the host, and what they lead to."""
+    found: dict[str, str] = {}
+    for name, service in SERVICES.items():
+        for entry in service.get("ports", []):
+            address, _, port = entry.rpartition(":")
+            assert address not in found, f"{address} twice"
+            found[address] = f"{name}:{port}"
+    return found
+
+
+def test_no_key_is_there_twice() -> None:
+    """Docker refuses such a file; the library takes the last."""
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+            keys = [key.value for key, _ in node.value]
+            assert len(keys) == len(set(keys)), f"line {node.start_mark.line + 1}: a key twice in {keys}"
+            return super().construct_mapping(node, deep)
+
+    text = (DEPLOY / "compose.yaml").read_text()
+    assert yaml.load(text, Strict).keys() >= {"services", "volumes"}
 
 
 def test_two_of_each_service() -> None:
@@ -89,15 +132,34 @@ def test_every_variable_is_a_setting_of_that_service_and_in_range(name: str) -> 
     load(OURS[name])  # raises SettingsError for a value out of its range
 
 
+def test_all_share_one_network_and_no_port() -> None:
+    used = [port for name in OURS for port in ports_of(name)]
+    assert len(used) == len(set(used)) == 2 * len(OURS)
+    for name, service in SERVICES.items():
+        inside = service.get("network_mode", "")
+        assert inside == ("service:net" if name in OURS or name == "cli" else ""), name
+        if inside:
+            assert not {"ports", "networks", "hostname"} & service.keys(), f"{name}: has no network of its own"
+            assert "net" in service["depends_on"], name
+    assert set(NET["networks"]["default"]["aliases"]) == OURS.keys()
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_every_service_is_reached_where_it_says(name: str) -> None:
+    """By the others in the same network, and from the host."""
     settings = load(OURS[name])
-    assert settings.listen.startswith("0.0.0.0:"), "a container's loopback is its own"
-    assert settings.advertise.rpartition(":")[0] == name
-    assert_reachable(settings.advertise)
+    assert listener_of(settings.advertise) == name
+    assert published()[settings.advertise] == f"net:{settings.listen.rpartition(':')[2]}"
     for address in settings.bootstrap.split(","):
-        assert_reachable(address)
-        assert kind_of(OURS[address.rpartition(":")[0]]) == "coordinator"
+        assert kind_of(OURS[listener_of(address)]) == "coordinator"
+    assert OURS[name]["healthcheck"]["test"][-1] == settings.advertise
+
+
+def test_the_command_line_needs_no_options_on_the_host() -> None:
+    default = CommonSettings.model_fields["bootstrap"].default
+    assert kind_of(OURS[listener_of(default)]) == "coordinator" and default in published()
+    inside = environ_of(SERVICES["cli"])["STREAMHOUSE_BOOTSTRAP"].split(",")
+    assert sorted(map(listener_of, inside)) == ["coordinator-1", "coordinator-2"]
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -132,13 +194,12 @@ def test_data_directories_are_on_volumes(kind: str, field: str) -> None:
 
 
 def test_credentials_agree() -> None:
-    minio, postgres = environ_of(SERVICES["minio"]), environ_of(SERVICES["postgres"])
-    rabbitmq, setup = environ_of(SERVICES["rabbitmq"]), environ_of(SERVICES["minio-setup"])
-    query, coordinator = environ_of(SERVICES["query-1"]), environ_of(SERVICES["coordinator-1"])
+    postgres, rabbitmq = environ_of(SERVICES["postgres"]), environ_of(SERVICES["rabbitmq"])
+    store, coordinator = environ_of(SERVICES["versitygw"]), environ_of(SERVICES["coordinator-1"])
+    query = environ_of(SERVICES["query-1"])
     key, secret = query["STREAMHOUSE_S3_ACCESS_KEY"], query["STREAMHOUSE_S3_SECRET_KEY"]
-    assert (minio["MINIO_ROOT_USER"], minio["MINIO_ROOT_PASSWORD"]) == (key, secret)
-    assert setup["MC_HOST_minio"] == f"http://{key}:{secret}@minio:9000"
-    assert SERVICES["minio-setup"]["command"][-1] == f"minio/{query['STREAMHOUSE_S3_BUCKET']}"
+    assert (store["ROOT_ACCESS_KEY"], store["ROOT_SECRET_KEY"]) == (key, secret)
+    assert option_of(SERVICES["versitygw"]["command"], "--region") == query["STREAMHOUSE_S3_REGION"]
     assert coordinator["STREAMHOUSE_PG_DSN"] == (
         f"postgresql://{postgres['POSTGRES_USER']}:{postgres['POSTGRES_PASSWORD']}@postgres:5432/"
         f"{postgres['POSTGRES_DB']}"
@@ -148,17 +209,32 @@ def test_credentials_agree() -> None:
         assert environ_of(SERVICES[name])["STREAMHOUSE_AMQP_URL"] == amqp
 
 
-def test_every_command_exists() -> None:
+def option_of(command: list[str], option: str) -> str:
+    return command[command.index(option) + 1]
+
+
+def test_every_command_exists_and_takes_its_options() -> None:
     assert isinstance(cli, click.Group)
     for name, service in SERVICES.items():
-        if "build" in service:
-            assert service["command"][0] in cli.commands, name
-            test = service["healthcheck"].get("test")
-            if test:
+        if "build" in service and service is not NET:
+            parsed(service["command"])
+            if test := service["healthcheck"].get("test"):
                 assert test[:3] == ["CMD", "streamhouse", "health"], name
-                assert test[2] in cli.commands
-                assert int(test[3].rpartition(":")[2]) in ports_of(name)
+                parsed(test[2:])
     assert '["streamhouse"]' in (DEPLOY / "Dockerfile").read_text()
+
+
+def parsed(arguments: list[str]) -> None:
+    """Raises what the command line would say to them; runs nothing."""
+    assert isinstance(cli, click.Group)
+    command = cli.commands[arguments[0]]
+    with command.make_context(arguments[0], list(arguments[1:]), resilient_parsing=False):
+        pass
+
+
+def test_the_container_that_holds_the_network_does_nothing_else() -> None:
+    assert (NET["entrypoint"], NET["command"]) == (["sleep"], ["infinity"])
+    assert NET["init"], "sleep as process 1 would not end on SIGTERM"
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -183,9 +259,59 @@ def test_images_are_pinned_and_services_run_without_root() -> None:
     images = [service["image"] for service in SERVICES.values() if "build" not in service]
     images += re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
     for image in images:
-        tag = image.partition(":")[2]
-        assert re.search(r"\d+\.\d+\.\d+|\d+\.\d+-|\d{4}-\d\d-\d\d", tag), f"{image} is not pinned to a version"
-    assert re.search(r"^USER \d+:\d+$", dockerfile, re.MULTILINE)
+        tag = image.rpartition(":")[2]
+        wanted = r"v?\d+\.\d+(-.+)?" if image.startswith("postgres:") else r"v?\d+\.\d+\.\d+(-.+)?"
+        assert re.fullmatch(wanted, tag), f"{image} is not pinned to a full version"
+        assert not image.startswith(("minio/", "quay.io/minio/")), f"{image}: these images are published no more"
+    assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", dockerfile, re.MULTILINE)
+    assert "user" not in {key for service in OURS.values() for key in service}
+
+
+@pytest.mark.parametrize("name", [name for name in SERVICES if name != "cli"])
+def test_everything_starts_again(name: str) -> None:
+    assert SERVICES[name]["restart"] == "unless-stopped"
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(900)  # hundreds of packages are looked at, over whatever network there is
+def test_the_image_has_the_versions_that_were_tested(tmp_path: Path) -> None:
+    """Runs the pip of the Dockerfile over what it copies, in a fresh environment, without installing anything."""
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    build = dockerfile.rpartition("\nFROM ")[0]
+    source = tmp_path / "src"
+    source.mkdir()
+    for line in re.findall(r"^COPY (?!--from)(.+)$", build, re.MULTILINE):
+        *names, target = line.split()
+        for name in names:
+            where = source if target == "./" else source / target
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, where, ignore=shutil.ignore_patterns("__pycache__", "tests"))
+            else:
+                shutil.copy(ROOT / name, where)
+    (line,) = re.findall(r"^RUN (python -m venv .+)$", build, re.MULTILINE)
+    make, install = line.split(" && ")
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, *make.split()[1:-1], str(venv)], check=True, timeout=300)
+    program, *arguments = install.replace("/opt/streamhouse", str(venv)).split()
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [program, *arguments, "--dry-run", "--quiet", "--report", str(report)],
+        cwd=source,
+        env={name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr
+    installed = {
+        item["metadata"]["name"]: item["metadata"]["version"] for item in json.loads(report.read_text())["install"]
+    }
+    constraints = (ROOT / "constraints.txt").read_text()
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", constraints, re.MULTILINE))
+    canonical = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pinned.items()}
+    assert installed.pop("streamhouse")
+    for name, version in installed.items():
+        assert canonical.get(re.sub(r"[-_.]+", "-", name).lower()) == version, f"{name} {version} was not tested"
 
 
 def test_what_the_image_copies_exists() -> None:
@@ -213,7 +339,8 @@ def test_ports_are_published_on_loopback_only() -> None:
         for published in service.get("ports", []):
             host, _, target = published.split(":")
             assert host == "127.0.0.1", f"{name}: {published}"
-            assert int(target) in ports_of(name)
+            inside = {port for ours in OURS for port in ports_of(ours)} if name == "net" else ports_of(name)
+            assert int(target) in inside
 
 
 def test_prometheus_targets_exist() -> None:
@@ -232,7 +359,7 @@ def test_the_collector_takes_what_is_sent_and_sends_it_to_somebody() -> None:
     port = config["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"].rpartition(":")[2]
     for service in OURS.values():
         assert load(service).otlp_endpoint == f"http://otel-collector:{port}"
-    assert_reachable(config["exporters"]["otlp/jaeger"]["endpoint"])
+    assert_reachable(config["exporters"]["otlp_grpc/jaeger"]["endpoint"])
     for name, pipeline in config["service"]["pipelines"].items():
         for part in ("receivers", "processors", "exporters"):
             assert set(pipeline.get(part, [])) <= config.get(part, {}).keys(), f"{name}.{part}"
