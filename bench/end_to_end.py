@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,8 @@ console = Console()
 
 
 def main() -> int:
+    # As Ctrl-C: unwinds, so that the platform that was started is ended and its directory removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options = parse_options()
     values = make_records(RECORD_BYTES)
     runs: list[Run] = []
