@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from shproto import forks
 
+from streamhouse.core.outgoing import Indices, where
 from streamhouse.records import RecordMetadata
 from streamhouse.tracing import SendTrace
 
@@ -200,7 +201,7 @@ class Placed(NamedTuple):
 
     delivery: Delivery
     first: int
-    indices: NDArray[np.int64]
+    indices: Indices
 
 
 class PlacedRecords:
@@ -231,9 +232,9 @@ class PlacedRecords:
         partitions = np.empty(self.count, np.int64)
         offsets = np.empty(self.count, np.int64)
         for delivery, first, indices in self._placed:
-            partitions[indices] = delivery.partition
+            partitions[where(indices)] = delivery.partition
             base = delivery.base_offset
-            offsets[indices] = np.arange(base + first, base + first + len(indices)) if base >= 0 else -1
+            offsets[where(indices)] = np.arange(base + first, base + first + len(indices)) if base >= 0 else -1
         return SentRecords(self._topic, partitions, offsets)
 
     def errors(self) -> list[tuple[Exception, NDArray[np.int64]]]:
@@ -241,7 +242,11 @@ class PlacedRecords:
         failed = [placed for placed in self._placed if placed.delivery.error is not None]
         for placed in failed:
             placed.delivery.seen = True
-        return [(placed.delivery.error, placed.indices) for placed in failed if placed.delivery.error is not None]
+        return [
+            (placed.delivery.error, np.asarray(placed.indices, np.int64))
+            for placed in failed
+            if placed.delivery.error is not None
+        ]
 
 
 class SendResult(_Outcome[SentRecords]):

@@ -93,6 +93,15 @@ class TopicLanes:
             lane = self.lanes[self._next_sticky()]
         return lane
 
+    def sticky_lane_for_all(self, size_bytes: int) -> LaneState | None:
+        """Returns the lane whose batch takes so many bytes of records without keys; None if they are more than one
+        batch, which go to several partitions."""
+        gathering = self.lanes[self._sticky].gathering
+        if gathering is None:
+            self._next_sticky()
+        begun = gathering.size_bytes if gathering is not None else 0
+        return self.lanes[self._sticky] if begun + size_bytes <= self._batch_bytes else None
+
     def partitions(
         self, records: ManyRecords, start: int, stop: int, chosen: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:

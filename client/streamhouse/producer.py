@@ -32,7 +32,7 @@ from streamhouse.core.options import (
     check_timeout_s,
     check_topic_name,
 )
-from streamhouse.core.outgoing import CheckedRecord, Headers, ManyRecords, check_record, cut
+from streamhouse.core.outgoing import CheckedRecord, Headers, Indices, ManyRecords, check_record, cut, where
 from streamhouse.core.room import Room
 from streamhouse.core.serializers import Serializers
 from streamhouse.delivery import Delivery, Placed, PlacedRecords, SendFuture, SendResult, send_future
@@ -464,7 +464,11 @@ class Producer:
     ) -> list[Placed]:
         """Puts records start to stop, grouped by partition, into the lanes' batches."""
         if partition is not None:
-            return self._extend(target.lanes[partition], records, np.arange(start, stop), caller)
+            return self._extend(target.lanes[partition], records, range(start, stop), caller)
+        if records.keys is None and chosen is None:
+            lane = target.sticky_lane_for_all(int(records.sizes[start:stop].sum()))
+            if lane is not None:  # grouping them would cost more than all the rest
+                return self._extend(lane, records, range(start, stop), caller)
         partitions = target.partitions(records, start, stop, chosen)
         order = np.argsort(partitions, kind="stable")
         numbers, firsts = np.unique(partitions[order], return_index=True)
@@ -475,13 +479,11 @@ class Producer:
             for placed in self._extend(target.lanes[number], records, indices, caller)
         ]
 
-    def _extend(
-        self, lane: LaneState, records: ManyRecords, indices: NDArray[np.int64], caller: trace.Span
-    ) -> list[Placed]:
+    def _extend(self, lane: LaneState, records: ManyRecords, indices: Indices, caller: trace.Span) -> list[Placed]:
         """`indices` are ascending: the partition keeps the order given."""
         gathering = lane.gathering
         begun = gathering.size_bytes if gathering is not None else 0
-        sizes = records.sizes[indices]
+        sizes = records.sizes[where(indices)]
         placed = []
         for start, stop in cut(sizes, self._options.batch_bytes, begun):
             part = indices[start:stop]

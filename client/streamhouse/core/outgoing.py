@@ -50,6 +50,15 @@ def check_record(
     return value, key, own, timestamp_ms, size_bytes
 
 
+Indices = NDArray[np.int64] | range
+"""Ascending positions of records in the lists of a `send_many`. A range steps by 1."""
+
+
+def where(indices: Indices) -> Any:
+    """Returns what takes these from a list's or array's entries: a slice for a range, which copies less."""
+    return slice(indices.start, indices.stop) if isinstance(indices, range) else indices
+
+
 @dataclass(frozen=True, slots=True)
 class ManyRecords:
     """The lists given to `send_many`, checked. `sizes`: int64, shape (n,), bytes each record counts for; `key_sizes`
@@ -102,11 +111,19 @@ class ManyRecords:
         return BytesColumn(b"".join(key for key in keys if key is not None), ends, valid)
 
     def pick(
-        self, indices: NDArray[np.int64]
+        self, indices: Indices
     ) -> tuple[
         Sequence[bytes | None], Sequence[bytes | None] | None, Sequence[tuple[Header, ...]] | None, Sequence[int]
     ]:
         """values, keys, headers, timestamps_ms of some records, in the order of `indices`."""
+        if isinstance(indices, range):
+            run = where(indices)
+            return (
+                self.values[run],
+                None if self.keys is None else self.keys[run],
+                None if self.headers is None else self.headers[run],
+                self.timestamps_ms[run].tolist(),
+            )
         wanted = indices.tolist()
         return (
             list(map(self.values.__getitem__, wanted)),
