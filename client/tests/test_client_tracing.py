@@ -192,6 +192,29 @@ async def test_without_an_sdk_there_is_nothing(platform, address):
             assert record.trace_context == Context()
 
 
+async def test_without_an_sdk_nothing_is_asked_for_single_records(platform, server, address, monkeypatch):
+    """What it may cost is counted in calls, not in time."""
+    platform.add_topic("t", 1)
+    server.add_topic("t", 1)
+    asked = []
+    monkeypatch.setattr("opentelemetry.trace.get_current_span", lambda: asked.append("span") or trace.INVALID_SPAN)
+    monkeypatch.setattr("streamhouse.gatherer.tracer", lambda: asked.append("batch"))
+    async with Producer(address, linger_ms=60_000) as producer:
+        for _ in range(1_000):
+            await producer.send("t", b"a")
+        await producer.flush()
+        assert asked == ["batch"]
+        await producer.send_many("t", [b"a"] * 1_000)
+        await producer.flush()
+        assert asked == ["batch", "span", "batch"]
+    asked.clear()
+    with sync.Producer(server.address, linger_ms=60_000) as producer:
+        for _ in range(1_000):
+            producer.send("t", b"a")
+        producer.flush()
+    assert asked == ["batch"]
+
+
 async def test_a_batch_without_room_for_headers_goes_without(platform, address, traced):
     platform.add_topic("t", 1)
     async with Producer(address) as producer:

@@ -185,7 +185,8 @@ def ignored_by(pid: int) -> set[int]:
 async def test_a_terminal_that_closes_leaves_serve_running(tmp_path: Path) -> None:
     """Its standard streams are dead then, which log lines must not make an end of it."""
     main, terminal = os.openpty()
-    server = EmbeddedProcess(tmp_path / "data", tmp_path)
+    log_file = tmp_path / "service.log"
+    server = EmbeddedProcess(tmp_path / "data", tmp_path, {"STREAMHOUSE_LOG_FILE": str(log_file)})
     child = subprocess.Popen(  # noqa: ASYNC220 - returns at once
         ["setsid", "--ctty", *server.arguments], env=server.environ, stdin=terminal, stdout=terminal, stderr=terminal
     )
@@ -193,7 +194,7 @@ async def test_a_terminal_that_closes_leaves_serve_running(tmp_path: Path) -> No
     try:
         await server_is_up(server, child, main)
         os.close(main)  # the kernel sends SIGHUP to the session
-        await asyncio.sleep(1)
+        await eventually(lambda: "opened anew" in log_file.read_text())
         assert child.poll() is None
         child.terminate()
         assert await asyncio.to_thread(child.wait, PATIENCE_S) == 0
