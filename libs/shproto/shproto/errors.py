@@ -236,8 +236,12 @@ class MetadataWentBack(StreamHouseError):
 # ---- pressure and absence: retry later, as hinted
 
 
+RENEWED = "renewed"
+
+
 class Overloaded(StreamHouseError):
-    """A byte or count limit is reached. details: limit names, value. `retry_after_ms` hints when to try again."""
+    """A byte or count limit is reached, and nothing was begun. details: limit names, value; lease = renewed where a
+    heartbeat got as far as that. `retry_after_ms` hints when to try again."""
 
     reason, status, retriable = "OVERLOADED", Code.RESOURCE_EXHAUSTED, True
 

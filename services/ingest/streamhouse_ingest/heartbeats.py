@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from shproto.errors import AWAY, SessionExpired, StreamHouseError
+from shproto.errors import AWAY, RENEWED, SessionExpired, StreamHouseError
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import Clock
@@ -91,9 +91,10 @@ class Heartbeats:
         try:
             response = await self._coordinator.heartbeat(request)
         except StreamHouseError as error:
-            if error.details.get("database") == AWAY:
-                # Coordinators that answer, and cannot grant anything to anybody: nobody is to take over, and they
-                # will not count this time against the lease. Offsets last as long as the range does.
+            # AWAY: coordinators that answer, and cannot grant anything to anybody: nobody is to take over, and they
+            # will not count this time against the lease. Offsets last as long as the range does. RENEWED: the lease
+            # is, and the rest of the heartbeat found too many others before it.
+            if error.details.get("database") == AWAY or error.details.get("lease") == RENEWED:
                 self._lease.renew(sent_ms, self._ttl_ms)
             raise
         self._lease.renew(sent_ms, response.ttl_ms)

@@ -12,10 +12,12 @@ from shformat import Records, decode_batch
 from shproto import events
 from shproto.errors import (
     AWAY,
+    RENEWED,
     AgentIdTaken,
     DataLoss,
     Fenced,
     MetadataWentBack,
+    Overloaded,
     SessionExpired,
     Unavailable,
     UnknownTopic,
@@ -64,7 +66,8 @@ class SessionState:
 
 
 class CoordinatorStandIn:
-    """`down` makes every call fail, `database_away` as for want of PostgreSQL; `calls` counts them by name.
+    """`down` makes every call fail, `database_away` as for want of PostgreSQL. `busy`:
+    heartbeats renew the lease and are refused all the same. `calls` counts them by name.
     `told_bytes_max`: of producer snapshots in one answer."""
 
     def __init__(self, *, width: int = 2**30, ttl_ms: int = 30_000, heartbeat_ms: int = 10_000) -> None:
@@ -81,6 +84,7 @@ class CoordinatorStandIn:
         self.calls: dict[str, int] = {}
         self.down = False
         self.database_away = False
+        self.busy = False
         self.told_bytes_max = 2**60
         self.version = 0
         self.history_id = "history"
@@ -94,6 +98,8 @@ class CoordinatorStandIn:
             raise Unavailable("the coordinator is down")
         if self.database_away:
             raise Unavailable("PostgreSQL does not answer", database=AWAY)
+        if self.busy and name == "heartbeat":
+            raise Overloaded("too many calls at once", lease=RENEWED)
 
     def emit(self, event: events.Event) -> None:
         row = pb.Event(

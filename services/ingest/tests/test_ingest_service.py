@@ -1077,6 +1077,22 @@ async def test_g7_without_postgresql_writes_go_on_to_the_end_of_the_reserved_ran
     await kill(service)
 
 
+async def test_g7_a_heartbeat_that_is_refused_after_it_renewed_the_lease_shortens_none(tmp_path: Path):
+    coordinator, clock = CoordinatorStandIn(), ManualClock(1_000_000)
+    coordinator.create("orders")
+    service = await started(tmp_path, coordinator, clock=clock)
+    await led(service)
+    coordinator.busy = True
+    for offset in range(20):
+        before = coordinator.calls.get("heartbeat", 0)
+        while coordinator.calls.get("heartbeat", 0) == before:
+            clock.advance(5_000)
+            await asyncio.sleep(0.001)
+        assert (await service.api.produce(request(b"v"))).base_offset == offset
+    assert clock.now_ms > 1_000_000 + 3 * coordinator.ttl_ms
+    await kill(service)
+
+
 async def test_a_lost_session_is_opened_anew_without_a_gap_in_the_offsets(tmp_path: Path, topic_name: str = "orders"):
     coordinator = CoordinatorStandIn(heartbeat_ms=20)
     topic_id = coordinator.create("orders")

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 
-from shproto.errors import MetadataWentBack, SessionExpired
+from shproto.errors import RENEWED, MetadataWentBack, Overloaded, SessionExpired
 from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened
 
 from streamhouse_coordinator.core import sessions
@@ -199,14 +199,22 @@ async def heartbeat(
     context: Context, session_id: str, low_ranges: Mapping[RangeKey, int], log_full: bool | None = None
 ) -> tuple[int, list[Grant]]:
     """Renews the lease; extends ranges that run out. `log_full`: the agent's log has no room any more, or has it again.
-    Returns (grants_version, those ranges). Raises SessionExpired."""
+    Returns (grants_version, those ranges). Raises SessionExpired; Overloaded, which says so if the lease is renewed all
+    the same."""
     version = await context.store.renew_session(session_id, context.settings.session_ttl_ms)
     if version is None:
         raise SessionExpired(f"session {session_id!r} has ended; open a new one", session_id=session_id)
-    if log_full is not None:
-        await _note_log_full(context, session_id, log_full)
-    if not low_ranges:
-        return version, []
+    try:
+        if log_full is not None:
+            await _note_log_full(context, session_id, log_full)
+        return version, await _extended(context, session_id, low_ranges) if low_ranges else []
+    except Overloaded as error:
+        error.details["lease"] = RENEWED
+        raise
+
+
+async def _extended(context: Context, session_id: str, low_ranges: Mapping[RangeKey, int]) -> list[Grant]:
+    """Extends ranges that run out, and returns them. Raises SessionExpired."""
 
     async def work(tx: Transaction) -> list[Grant]:
         session = await live_session(tx, session_id)
@@ -222,7 +230,7 @@ async def heartbeat(
             Grant(row, topics[row.topic_id], snapshot_omitted=True) for row in rows.values() if row.topic_id in topics
         ]
 
-    return version, await context.store.run(work)
+    return await context.store.run(work)
 
 
 async def _note_log_full(context: Context, session_id: str, full: bool) -> None:
