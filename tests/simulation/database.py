@@ -143,22 +143,25 @@ class Session:
     async def close(self) -> None:
         """Nothing is held open."""
 
-    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
-        return await self._call(lambda: self._transact(work))
+    def for_clients(self) -> Session:
+        return self
 
-    async def _transact(self, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
+    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]], *, lock: str = "") -> ResultT:
+        return await self._call(lambda: self._transact(work, lock))
+
+    async def _transact(self, work: Callable[[Transaction], Awaitable[ResultT]], lock: str) -> ResultT:
         database = self._database
         if database.network.chance(database.rates.conflict):
-            await self._roll_back(work)
-        return await database.memory.run(work)
+            await self._roll_back(work, lock)
+        return await database.memory.run(work, lock=lock)
 
-    async def _roll_back(self, work: Callable[[Transaction], Awaitable[Any]]) -> None:
+    async def _roll_back(self, work: Callable[[Transaction], Awaitable[Any]], lock: str) -> None:
         async def in_vain(tx: Transaction) -> None:
             await work(tx)
             raise _Conflict
 
         try:
-            await self._database.memory.run(in_vain)
+            await self._database.memory.run(in_vain, lock=lock)
         except _Conflict:
             return
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Protocol
 
 from opentelemetry import trace
@@ -60,10 +61,12 @@ class SessionProbe(Protocol):
 
 
 class CoordinatorApi:
-    """Implements shproto.services.CoordinatorApi."""
+    """Implements shproto.services.CoordinatorApi. Calls of producers, consumers and operators go to `_clients`, which
+    keeps to its share of the database; those of agents, segmenters and query services to `_context`."""
 
     def __init__(self, context: Context, feed: Feed, holders: SessionProbe) -> None:
         self._context = context
+        self._clients = replace(context, store=context.store.for_clients())
         self._settings = context.settings
         self._feed = feed
         self._holders = holders
@@ -83,45 +86,45 @@ class CoordinatorApi:
             ),
             created_ms=0,
         )
-        row = await topics.create_topic(self._context, command)
-        await groups.topic_changed(self._context, row.topic)
+        row = await topics.create_topic(self._clients, command)
+        await groups.topic_changed(self._clients, row.topic)
         return messages.topic_info(row)
 
     async def alter_topic(self, request: pb.AlterTopicRequest) -> pb.TopicInfo:
-        row = await topics.alter_topic(self._context, messages.alter_topic(request))
-        await groups.topic_changed(self._context, row.topic)
+        row = await topics.alter_topic(self._clients, messages.alter_topic(request))
+        await groups.topic_changed(self._clients, row.topic)
         return messages.topic_info(row)
 
     async def delete_topic(self, request: pb.DeleteTopicRequest) -> pb.DeleteTopicResponse:
-        topic_id = await topics.delete_topic(self._context, request.topic)
-        await groups.topic_changed(self._context, request.topic)
+        topic_id = await topics.delete_topic(self._clients, request.topic)
+        await groups.topic_changed(self._clients, request.topic)
         return pb.DeleteTopicResponse(topic_id=bytes.fromhex(topic_id))
 
     async def delete_records(self, request: pb.DeleteRecordsRequest) -> pb.DeleteRecordsResponse:
         log_start_offset, segments, size_bytes = await housekeeping.delete_records(
-            self._context, request.topic, request.partition, request.before_offset
+            self._clients, request.topic, request.partition, request.before_offset
         )
         return pb.DeleteRecordsResponse(
             log_start_offset=log_start_offset, segments_removed=segments, bytes_removed=size_bytes
         )
 
     async def list_topics(self, request: pb.ListTopicsRequest) -> pb.ListTopicsResponse:
-        rows = await views.list_topics(self._context)
+        rows = await views.list_topics(self._clients)
         return pb.ListTopicsResponse(topics=[messages.topic_info(row) for row in rows])
 
     async def describe_topic(self, request: pb.DescribeTopicRequest) -> pb.DescribeTopicResponse:
-        return await views.describe_topic(self._context, request.topic)
+        return await views.describe_topic(self._clients, request.topic)
 
     async def get_metadata(self, request: pb.GetMetadataRequest) -> pb.GetMetadataResponse:
         messages.check_count("topics", request.topics, METADATA_TOPICS_MAX)
-        return await views.get_metadata(self._context, list(request.topics))
+        return await views.get_metadata(self._clients, list(request.topics))
 
     async def init_producer(self, request: pb.InitProducerRequest) -> pb.InitProducerResponse:
-        producer_id = await self._context.store.next_producer_id()
+        producer_id = await self._clients.store.next_producer_id()
         return pb.InitProducerResponse(producer_id=producer_id, producer_epoch=FIRST_PRODUCER_EPOCH)
 
     async def get_status(self, request: pb.GetStatusRequest) -> pb.GetStatusResponse:
-        return await views.get_status(self._context)
+        return await views.get_status(self._clients)
 
     async def get_head(self, request: pb.GetHeadRequest) -> pb.GetHeadResponse:
         event = None
@@ -137,12 +140,12 @@ class CoordinatorApi:
         )
 
     async def check_projections(self, request: pb.CheckProjectionsRequest) -> AsyncIterator[pb.CheckProjectionsPart]:
-        async with contextlib.aclosing(self._context.store.check_projections()) as parts:  # type: ignore[type-var]
+        async with contextlib.aclosing(self._clients.store.check_projections()) as parts:  # type: ignore[type-var]
             async for part in parts:
                 yield messages.projection_check(part)
 
     async def mark_history(self, request: pb.MarkHistoryRequest) -> pb.MarkHistoryResponse:
-        return pb.MarkHistoryResponse(event=messages.marked_event(await pruning.mark(self._context)))
+        return pb.MarkHistoryResponse(event=messages.marked_event(await pruning.mark(self._clients)))
 
     # ---- sessions and leases
 
@@ -352,7 +355,7 @@ class CoordinatorApi:
             least, most = messages.GROUP_SESSION_TIMEOUT_MS_MIN, messages.GROUP_SESSION_TIMEOUT_MS_MAX
             check_number("session_timeout_ms", request.session_timeout_ms, least, most)
         assignment = await groups.join(
-            self._context,
+            self._clients,
             request.group,
             request.member_id,
             list(request.topics),
@@ -367,7 +370,7 @@ class CoordinatorApi:
         check_number("number of owned partitions", len(request.owned), 0, messages.OWNED_MAX)
         owned = frozenset(name_of(item.topic, item.partition) for item in request.owned)
         assignment = await groups.heartbeat(
-            self._context, request.group, request.member_id, request.generation, owned, request.max_wait_ms
+            self._clients, request.group, request.member_id, request.generation, owned, request.max_wait_ms
         )
         return self._assignment(assignment)
 
@@ -386,32 +389,32 @@ class CoordinatorApi:
 
     async def leave_group(self, request: pb.LeaveGroupRequest) -> pb.LeaveGroupResponse:
         messages.check_known_group(request.group)
-        await groups.leave(self._context, request.group, request.member_id)
+        await groups.leave(self._clients, request.group, request.member_id)
         return pb.LeaveGroupResponse()
 
     async def commit_offsets(self, request: pb.CommitOffsetsRequest) -> pb.CommitOffsetsResponse:
         messages.check_group(request.group)
         check_number("number of offsets", len(request.offsets), 0, messages.OWNED_MAX)
         commits = [messages.commit_of(item) for item in request.offsets]
-        await groups.commit(self._context, request.group, request.member_id, request.generation, commits)
+        await groups.commit(self._clients, request.group, request.member_id, request.generation, commits)
         return pb.CommitOffsetsResponse()
 
     async def fetch_offsets(self, request: pb.FetchOffsetsRequest) -> pb.FetchOffsetsResponse:
         messages.check_known_group(request.group)
         check_number("number of partitions", len(request.partitions), 0, messages.OWNED_MAX)
         wanted = [(item.topic, item.partition) for item in request.partitions]
-        found = await groups.fetch_offsets(self._context, request.group, wanted)
+        found = await groups.fetch_offsets(self._clients, request.group, wanted)
         return pb.FetchOffsetsResponse(offsets=[messages.committed_offset(*item) for item in found])
 
     # ---- for operators
 
     async def list_groups(self, request: pb.ListGroupsRequest) -> pb.ListGroupsResponse:
-        found = await group_admin.list_groups(self._context)
+        found = await group_admin.list_groups(self._clients)
         return pb.ListGroupsResponse(groups=[messages.group_summary(item) for item in found])
 
     async def describe_group(self, request: pb.DescribeGroupRequest) -> pb.DescribeGroupResponse:
         messages.check_known_group(request.group)
-        described = await group_admin.describe_group(self._context, request.group)
+        described = await group_admin.describe_group(self._clients, request.group)
         return pb.DescribeGroupResponse(
             summary=messages.group_summary(described.summary),
             members=[messages.group_member(item) for item in described.members],
@@ -422,12 +425,12 @@ class CoordinatorApi:
         messages.check_group(request.group)
         check_number("number of offsets", len(request.offsets), 1, messages.OWNED_MAX)
         commits = [messages.commit_of(item) for item in request.offsets]
-        await group_admin.reset_offsets(self._context, request.group, commits)
+        await group_admin.reset_offsets(self._clients, request.group, commits)
         return pb.ResetOffsetsResponse()
 
     async def delete_group(self, request: pb.DeleteGroupRequest) -> pb.DeleteGroupResponse:
         messages.check_known_group(request.group)
-        await group_admin.delete_group(self._context, request.group)
+        await group_admin.delete_group(self._clients, request.group)
         return pb.DeleteGroupResponse()
 
     async def declare_lost(self, request: pb.DeclareLostRequest) -> pb.DeclareLostResponse:
@@ -436,14 +439,14 @@ class CoordinatorApi:
             check_number("epochs", epoch, 1, messages.INT64_MAX)
         check_text("reason", request.reason, messages.OPERATOR_REASON_LENGTH_MAX, empty=True)
         rows = await recovery.declare_lost(
-            self._context, request.topic, request.partition, list(request.epochs), request.reason
+            self._clients, request.topic, request.partition, list(request.epochs), request.reason
         )
         return pb.DeclareLostResponse(ranges=[messages.offset_range(row) for row in rows])
 
     async def complete_restore(self, request: pb.CompleteRestoreRequest) -> pb.CompleteRestoreResponse:
         check_text("reason", request.reason, messages.OPERATOR_REASON_LENGTH_MAX, empty=True)
         found, agents = await restores.complete(
-            self._context, lost=request.lost, dry_run=request.dry_run, reason=request.reason
+            self._clients, lost=request.lost, dry_run=request.dry_run, reason=request.reason
         )
         barriers = [
             pb.RestoreBarrier(topic=topic, partition=row.partition, range=messages.offset_range(row))

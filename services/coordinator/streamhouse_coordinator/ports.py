@@ -103,13 +103,12 @@ class Outbox:
 
 class Transaction(Protocol):
     """All or nothing. A statement locks its rows in key order; service/common.py has the order of the statements. The
-    lock that orders the events is taken last, by the commit."""
+    lock that orders the events is taken last, by the commit. `locked`: the named lock that is held; empty: none."""
+
+    locked: str
 
     async def now_ms(self) -> int:
         """The database's clock, once per transaction."""
-
-    async def lock(self, name: str) -> None:
-        """Waits for the named lock; held until the transaction ends."""
 
     async def select(
         self,
@@ -183,10 +182,17 @@ class ProjectionCheck:
 
 
 class Store(Protocol):
-    """Raises Unavailable when the database does not answer in time."""
+    """Raises Unavailable when the database does not answer in time; Overloaded when too many others wait for it, or for
+    the same lock: nothing was begun then."""
 
-    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
-        """One transaction; `work` is run again after a conflict with another, so it must only act through it."""
+    def for_clients(self) -> "Store":
+        """Returns the same store for calls of clients and operators, which keep no more than their share of the
+        connections from those that the platform lives by: leases, registrations, sweeps."""
+
+    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]], *, lock: str = "") -> ResultT:
+        """One transaction; `work` is run again after a conflict with another, so it must only act through it. `lock`:
+        of this name, it is held from the first statement to the end; who waits for it, in the order of coming, keeps
+        no connection."""
 
     def snapshot(self) -> AbstractAsyncContextManager[Transaction]:
         """A read-only transaction that sees one moment, for as long as it is open."""

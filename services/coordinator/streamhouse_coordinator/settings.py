@@ -41,6 +41,27 @@ class CoordinatorSettings(CommonSettings):
         description="connections per coordinator, statements that were given up and may still run included; events are "
         "appended one transaction at a time anyway",
     )
+    pg_pool_clients_max: int = Field(
+        5,
+        ge=1,
+        le=1000,
+        description="of pg_pool_max, connections for calls of clients and operators, at most all but one: the others "
+        "stay for leases, registrations and sweeps, however many clients call",
+    )
+    pg_lock_waiting_max: int = Field(
+        1_000,
+        ge=1,
+        le=100_000,
+        description="calls of clients that wait for one lock, of a group or for topics; beyond, callers are told "
+        "OVERLOADED. All members of a group ask at once after a change (group_members_max)",
+    )
+    pg_waiting_max: int = Field(
+        5_000,
+        ge=1,
+        le=1_000_000,
+        description="calls of clients that wait for locks or connections, in all; beyond, callers are told OVERLOADED. "
+        "Fewer than that are done within pg_timeout_ms, for which a call waits",
+    )
     pg_timeout_ms: int = Field(
         5_000,
         ge=100,

@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from opentelemetry import metrics
 from shproto.errors import StreamHouseError
 from shruntime.counters import counter
+from shruntime.tasks import run_until_first_ends
 
 from streamhouse_coordinator.ports import Transaction
 from streamhouse_coordinator.service import buffers, groups, outages, reach, recovery, sessions
@@ -42,12 +43,11 @@ _given_up = counter(_meter, "streamhouse_coordinator_ranges_lost_total", "ranges
 class _Found:
     """What one look found to do, and what the gauges show."""
 
-    away_ms: int
+    after_outage: bool
     moves_due: bool
     reach_due: bool
     cut_off: int
     sessions_expired: bool
-    groups_with_expired: list[str]
     orphaned: int
     impatient_topics: list[str]
     backlog: tuple[int, int]
@@ -58,19 +58,29 @@ class Sweeper:
         self._context = context
 
     async def run(self) -> None:
-        """Sweeps for ever; what fails is tried again by the next sweep."""
+        """Sweeps for ever; what fails is tried again by the next sweep. Groups, of which there may be thousands, each
+        with a lock to wait for, are swept beside the sessions: a sweep that came late would be taken for an outage, and
+        extend the leases of agents that are dead."""
+        sweeps = {"sweeps": self._again_and_again(self.sweep), "groups": self._again_and_again(self.expire_members)}
+        await run_until_first_ends(sweeps)
+
+    async def _again_and_again(self, sweep: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
-                await self.sweep()
+                await sweep()
             except StreamHouseError as error:
                 log.debug("sweep: %s", error.message)
             await asyncio.sleep(self._context.settings.session_sweep_interval_ms / 1000)
 
     async def sweep(self) -> None:
-        """Looks, in one small transaction, and then does what is due. Raises what the store raises."""
+        """Looks, in one small transaction, and then does what is due; after an outage only extends the leases: what is
+        due then is found by the next sweep. Raises what the store raises."""
         found = await self._context.store.run(self._look)
-        if found.away_ms:
-            log.warning("no sweep for %d ms: leases are extended by as much", found.away_ms)
+        if found.after_outage:
+            interval_ms = self._context.settings.session_sweep_interval_ms
+            if away_ms := await outages.extend_leases_after_outage(self._context.store, interval_ms):
+                log.warning("no sweep for %d ms: leases are extended by as much", away_ms)
+            return
         if found.sessions_expired and (count := await sessions.expire_sessions(self._context)):
             _ended.add(count, {"kind": "session"})
             log.warning("%d sessions expired", count)
@@ -78,7 +88,6 @@ class Sweeper:
             await reach.apply(self._context)
         if found.moves_due:
             await make_moves(self._context)
-        await self._expire_members(found.groups_with_expired)
         await self._recover(found)
         _cut_off.set(found.cut_off)
         _waiting.set(found.backlog[0])
@@ -86,23 +95,22 @@ class Sweeper:
 
     async def _look(self, tx: Transaction) -> _Found:
         reach_due, cut_off = await reach.is_due(tx, self._context.settings)
-        away_ms, moves_due = await outages.extend_leases_after_outage(
-            tx, self._context.settings.session_sweep_interval_ms
-        )
+        after_outage, moves_due = await outages.note_sweep(tx, self._context.settings.session_sweep_interval_ms)
         orphaned, impatient = await recovery.look_for_orphaned(tx)
         return _Found(
-            away_ms=away_ms,
+            after_outage=after_outage,
             moves_due=moves_due,
             reach_due=reach_due,
             cut_off=cut_off,
             sessions_expired=await sessions.any_expired(tx),
-            groups_with_expired=await groups.groups_with_expired(tx),
             orphaned=orphaned,
             impatient_topics=impatient,
             backlog=await buffers.backlog(tx),
         )
 
-    async def _expire_members(self, names: Sequence[str]) -> None:
+    async def expire_members(self) -> None:
+        """Removes group members whose heartbeats stopped. Raises what the store raises."""
+        names = await self._context.store.run(groups.groups_with_expired)
         count = sum([await groups.expire_members(self._context, name) for name in names])
         if count:
             _ended.add(count, {"kind": "group_member"})

@@ -29,6 +29,7 @@ from streamhouse_coordinator.adapters.listener import Listener
 from streamhouse_coordinator.adapters.postgres import PostgresStore
 from streamhouse_coordinator.adapters.postgres_connections import Connections, Limits, Listening
 from streamhouse_coordinator.adapters.rabbitmq import Relay
+from streamhouse_coordinator.adapters.waiting_lines import Turns, Waiters
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.core.backup_format import Manifest
 from streamhouse_coordinator.core.projection import Put
@@ -135,8 +136,17 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
     """A coordinator that is not started yet."""
     tasks = Tasks()
     limits = Limits(settings.pg_timeout_ms, settings.pg_transaction_idle_ms)
-    connections = Connections(settings.pg_dsn, pool_max=settings.pg_pool_max, limits=limits, pooler=settings.pg_pooler)
-    store = PostgresStore(connections, migration_timeout_ms=settings.pg_migration_timeout_ms)
+    waiters = Waiters(settings.pg_waiting_max)
+    connections = Connections(
+        settings.pg_dsn,
+        pool_max=settings.pg_pool_max,
+        client_slots=min(settings.pg_pool_clients_max, settings.pg_pool_max - 1),
+        limits=limits,
+        pooler=settings.pg_pooler,
+        waiters=waiters,
+    )
+    turns = Turns(waiters, settings.pg_lock_waiting_max)
+    store = PostgresStore(connections, turns, waiters, migration_timeout_ms=settings.pg_migration_timeout_ms)
 
     def listens() -> bool:
         return bool(settings.pg_listen_dsn) or not connections.through_pooler

@@ -31,20 +31,11 @@ class BusyStore(MemoryStore):
 
     refusals = 0
 
-    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
-        async def refusing(tx: Transaction) -> ResultT:
-            lock = tx.lock
-
-            async def refuse(name: str) -> None:
-                if name == CLUSTER_LOCK and self.refusals:
-                    self.refusals -= 1
-                    raise Unavailable("PostgreSQL takes longer than pg_timeout_ms")
-                await lock(name)
-
-            tx.lock = refuse  # type: ignore[method-assign]
-            return await work(tx)
-
-        return await super().run(refusing)
+    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]], *, lock: str = "") -> ResultT:
+        if lock == CLUSTER_LOCK and self.refusals:
+            self.refusals -= 1
+            raise Unavailable("PostgreSQL takes longer than pg_timeout_ms")
+        return await super().run(work, lock=lock)
 
 
 class Machine:

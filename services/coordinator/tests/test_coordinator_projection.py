@@ -283,7 +283,9 @@ class Walk:
 
     async def expire(self) -> None:
         self.clock.advance(self.rng.choice([100, 400, 1100]))
-        await Sweeper(self.context).sweep()
+        sweeper = Sweeper(self.context)
+        await sweeper.sweep()
+        await sweeper.expire_members()
 
     async def join(self) -> None:
         request = pb.JoinGroupRequest(group="g", topics=self.rng.choice([["t"], ["t", "u"]]), session_timeout_ms=1000)

@@ -17,7 +17,7 @@ from streamhouse_coordinator.wiring import CoordinatorService, build
 from streamhouse_embedded.postgres import EmbeddedPostgres
 
 from services.coordinator.tests.declared import declare
-from services.coordinator.tests.running import running
+from services.coordinator.tests.running import children, running
 
 Settings = Callable[..., Any]
 
@@ -291,7 +291,7 @@ async def test_a_frozen_postgres_answers_unavailable_in_time(
 ) -> None:
     async with running(fast(dsn, pg_timeout_ms=1_000)) as service:
         assert postgres.pid is not None
-        group = [postgres.pid, *_children(postgres.pid)]
+        group = [postgres.pid, *children(postgres.pid)]
         for pid in group:
             os.kill(pid, signal.SIGSTOP)
         try:
@@ -303,11 +303,6 @@ async def test_a_frozen_postgres_answers_unavailable_in_time(
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
         await until(lambda: service.api.list_topics(pb.ListTopicsRequest()))
-
-
-def _children(pid: int) -> list[int]:
-    with open(f"/proc/{pid}/task/{pid}/children") as children:
-        return [int(child) for child in children.read().split()]
 
 
 async def test_it_waits_for_postgres_at_the_start(postgres: EmbeddedPostgres, dsn: str, fast: Settings) -> None:

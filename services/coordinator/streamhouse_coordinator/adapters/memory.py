@@ -109,10 +109,13 @@ class MemoryStore:
         self._alone = asyncio.Lock()
         self._producer_id = 0
 
-    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
+    def for_clients(self) -> "MemoryStore":
+        return self
+
+    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]], *, lock: str = "") -> ResultT:
         async with self._alone:
             before = {name: dict(rows) for name, rows in self.tables.items()}
-            transaction = MemoryTransaction(self.tables, self._clock.wall_ms())
+            transaction = MemoryTransaction(self.tables, self._clock.wall_ms(), lock)
             try:
                 result = await work(transaction)
                 await transaction.finish()
@@ -214,8 +217,9 @@ def rebuilt(tables: dict[str, Rows]) -> dict[str, Rows]:
 class MemoryTransaction:
     """Implements ports.Transaction."""
 
-    def __init__(self, tables: dict[str, Rows], now_ms: int) -> None:
+    def __init__(self, tables: dict[str, Rows], now_ms: int, locked: str = "") -> None:
         self._tables = tables
+        self.locked = locked
         self._now_ms = now_ms
         self._pending: list[tuple[Event, str]] = []
         self._with_position: list[Callable[[int], Sequence[RowOp]]] = []
@@ -225,9 +229,6 @@ class MemoryTransaction:
 
     async def now_ms(self) -> int:
         return self._now_ms
-
-    async def lock(self, name: str) -> None:
-        """Nobody else is here."""
 
     async def select(
         self,

@@ -7,6 +7,7 @@ database's absence becomes Unavailable, whatever words it has for it, so that no
 
 import asyncio
 import contextlib
+import copy
 import logging
 import random
 import time
@@ -32,6 +33,7 @@ from streamhouse_coordinator.adapters.postgres_errors import (
     translated,
 )
 from streamhouse_coordinator.adapters.postgres_transaction import NOW_MS, PostgresRebuilding, PostgresTransaction
+from streamhouse_coordinator.adapters.waiting_lines import Call, Line, Turns, Waiters
 from streamhouse_coordinator.core.histories import Head, pruned
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, EventRow, lock_rank
 from streamhouse_coordinator.ports import Above, ProjectionCheck, Transaction, where
@@ -58,11 +60,15 @@ _duration = _meter.create_histogram(
 class PostgresStore:
     """Implements ports.Store. `open` must have succeeded before anything but Unavailable comes back."""
 
-    def __init__(self, connections: Connections, *, migration_timeout_ms: int) -> None:
+    def __init__(self, connections: Connections, turns: Turns, waiters: Waiters, *, migration_timeout_ms: int) -> None:
         self._connections = connections
+        self._turns = turns
         self._migration_timeout_ms = migration_timeout_ms
-        # Snapshots hold a connection for as long as their reader takes: some must stay for everybody else.
-        self._snapshots = asyncio.Semaphore(max(1, connections.pool_max // 4))
+        self._serves_clients = False
+        # Snapshots hold a connection for as long as their reader takes: some must stay for everybody else, and of these
+        # some for query services, which read nothing before they have one.
+        snapshots = max(1, connections.pool_max // 4)
+        self._snapshots = Line(waiters, places=snapshots, client_places=max(1, snapshots // 2))
         self._checks = asyncio.Semaphore(1)  # a check has tables of its own, as large as the projections
         self._rng = random.Random()
 
@@ -117,13 +123,30 @@ class PostgresStore:
     async def close(self) -> None:
         await self._connections.close()
 
-    async def _guarded(self, work: Callable[[Any], Awaitable[ResultT]]) -> ResultT:
-        """Runs `work` with a connection, and again after conflicts."""
+    def for_clients(self) -> "PostgresStore":
+        """Returns the same store for calls of clients."""
+        store = copy.copy(self)
+        store._serves_clients = True
+        return store
+
+    @property
+    def _timeout_s(self) -> float:
+        return self._connections.limits.timeout_ms / 1000
+
+    async def _guarded(
+        self, work: Callable[[Any], Awaitable[ResultT]], call: Call | None = None, *, until_s: float | None = None
+    ) -> ResultT:
+        """Runs `work` with a connection, and again after conflicts. Waits for the first connection until `until_s`, a
+        time of the event loop, or for pg_timeout_ms, as for those after a conflict."""
         started = time.perf_counter()
+        call = call or Call(urgent=not self._serves_clients)
+        loop = asyncio.get_running_loop()
+        if until_s is None:
+            until_s = loop.time() + self._timeout_s
         try:
             for attempt in range(CONFLICT_ATTEMPTS):
                 try:
-                    async with self._connections.connection() as connection:
+                    async with self._connections.connection(call, until_s) as connection:
                         result = await work(connection)
                     _duration.record((time.perf_counter() - started) * 1000)
                     return result
@@ -131,13 +154,15 @@ class PostgresStore:
                     _conflicts.add(1)
                     log.debug("conflict, attempt %d: %s", attempt, error)
                     await asyncio.sleep(self._rng.uniform(0, 0.002 * 2**attempt))
+                    until_s = loop.time() + self._timeout_s
         except FAILURES as error:
             raise translated(error) from error
         raise Overloaded("too many commands at once change the same rows; try again", retry_after_ms=100)
 
-    async def _single(self, work: Callable[[Any], Awaitable[ResultT]]) -> ResultT:
+    async def _single(self, work: Callable[[Any], Awaitable[ResultT]], call: Call | None = None) -> ResultT:
         """Runs one statement, a transaction of its own (which a pooler has to be told). It is answered within
-        pg_timeout_ms, the wait for a connection included: agents count on that while PostgreSQL is away."""
+        pg_timeout_ms, the wait for a connection included: agents count on that while PostgreSQL is away. At most half
+        of the time is waited for the connection, so that the statement has some left."""
 
         async def once(connection: Any) -> ResultT:
             if not self._connections.through_pooler:
@@ -146,36 +171,77 @@ class PostgresStore:
                 return await work(connection)
 
         try:
-            async with asyncio.timeout(self._connections.limits.timeout_ms / 1000):
-                return await self._guarded(once)
+            async with asyncio.timeout(self._timeout_s):
+                until_s = asyncio.get_running_loop().time() + self._timeout_s / 2
+                return await self._guarded(once, call, until_s=until_s)
         except TimeoutError as error:
             raise translated(error) from error
 
-    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
+    async def run(self, work: Callable[[Transaction], Awaitable[ResultT]], *, lock: str = "") -> ResultT:
         async def once(connection: Any) -> ResultT:
             async with self._connections.transaction(connection):
                 transaction = PostgresTransaction(connection)
+                if lock:
+                    await transaction.lock(lock)
                 result = await work(transaction)
                 await transaction.finish()
                 return result
 
-        return await self._guarded(once)
+        if not lock:
+            return await self._guarded(once)
+        loop = asyncio.get_running_loop()
+        call, until_s = Call(urgent=not self._serves_clients), loop.time() + self._timeout_s
+        try:
+            async with self._turn(lock, call, until_s):
+                # Both waits together take pg_timeout_ms; a turn that came late still has half of that to be of use.
+                return await self._guarded(once, call, until_s=max(until_s, loop.time() + self._timeout_s / 2))
+        except TimeoutError as error:
+            raise translated(error) from error
+
+    @asynccontextmanager
+    async def _turn(self, lock: str, call: Call, until_s: float) -> AsyncIterator[None]:
+        """The call's turn with the lock, waited for until `until_s`; kept while its transaction is run again."""
+        since_s = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout_at(until_s):
+                await self._turns.take(lock, call)
+        except TimeoutError as error:
+            raise self._connections.waited_in_vain(since_s, "others hold, or wait for, the same lock") from error
+        try:
+            yield
+        finally:
+            self._turns.give_back(lock, call)
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Transaction]:
+        call = Call(urgent=not self._serves_clients)
         try:
             async with (
-                self._snapshots,
-                self._connections.connection() as connection,
+                self._snapshot_place(call),
+                self._connections.connection(call, asyncio.get_running_loop().time() + self._timeout_s) as connection,
                 self._connections.transaction(connection, SNAPSHOT, idle_ms=SNAPSHOT_IDLE_MS),
             ):
                 yield PostgresTransaction(connection)
         except FAILURES as error:
             raise translated(error) from error
 
+    @asynccontextmanager
+    async def _snapshot_place(self, call: Call) -> AsyncIterator[None]:
+        """A place among the snapshots. A service waits for as long as it takes: it has nothing else to do."""
+        since_s = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(None if call.urgent else self._timeout_s):
+                await self._snapshots.take(call)
+        except TimeoutError as error:
+            raise self._connections.waited_in_vain(since_s, "snapshots are read by others") from error
+        try:
+            yield
+        finally:
+            self._snapshots.give_back(call)
+
     async def renew_session(self, session_id: str, ttl_ms: int) -> int | None:
         text = f"UPDATE session_leases SET expires_ms = {NOW_MS} + $2 WHERE session_id = $1 RETURNING grants_version"
-        return await self._single(lambda connection: connection.fetchval(text, session_id, ttl_ms))
+        return await self._single(lambda connection: connection.fetchval(text, session_id, ttl_ms), Call(urgent=True))
 
     async def renew_member(self, group: str, member_id: str, generation: int, owned: str) -> int | None:
         text = f"""UPDATE group_member_state s SET expires_ms = {NOW_MS} + m.session_timeout_ms
@@ -184,7 +250,9 @@ class PostgresStore:
             AND g.group_name = s.group_name AND g.generation = $3
             AND m.group_name = s.group_name AND m.member_id = s.member_id
             RETURNING m.session_timeout_ms"""
-        return await self._single(lambda connection: connection.fetchval(text, group, member_id, generation, owned))
+        return await self._single(
+            lambda connection: connection.fetchval(text, group, member_id, generation, owned), Call(urgent=True)
+        )
 
     async def next_producer_id(self) -> int:
         """Never given out again. PostgreSQL writes 32 numbers of a sequence down at once, and who gets one of the other

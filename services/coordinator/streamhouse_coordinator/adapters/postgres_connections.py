@@ -1,18 +1,21 @@
 """Connections to PostgreSQL: how they are made, how many there are, and what the server ends by itself.
 
-Owns: the pool, and a slot for each statement or transaction that may be running in the server.
+Owns: the pool, and a slot for each statement or transaction that may be running in the server: a place in a line.
 Does not own: what is done with a connection (postgres.py), which server it leads to (postgres_hosts.py).
 Invariants: at most `pool_max` statements and transactions of this process run in the server, those included that were
-given up and that the server has not ended yet. Every transaction has a limit that the server keeps: a coordinator that
-is cut off or frozen holds its locks for `pg_transaction_idle_ms`, not for as long as it is away.
+given up and that the server has not ended yet; at most `client_slots` of them are clients'. Every transaction has a
+limit that the server keeps: a coordinator that is cut off or frozen holds its locks for `pg_transaction_idle_ms`, not
+for as long as it is away.
 """
 
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import asyncpg
@@ -20,8 +23,9 @@ from opentelemetry import metrics
 from shproto.errors import AWAY, InvalidArgument, StreamHouseError, Unavailable
 from shruntime.counters import up_down_counter
 
-from streamhouse_coordinator.adapters.postgres_errors import FAILURES, cannot_be_stored
+from streamhouse_coordinator.adapters.postgres_errors import FAILURES, cannot_be_stored, is_away, waits_too_long
 from streamhouse_coordinator.adapters.postgres_hosts import Hosts
+from streamhouse_coordinator.adapters.waiting_lines import Call, Line, Waiters, overloaded
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +85,9 @@ class Limits:
 class Connections:
     """`open` before `connection`; `close` when nobody uses any."""
 
-    def __init__(self, dsn: str, *, pool_max: int, limits: Limits, pooler: Pooler) -> None:
+    def __init__(
+        self, dsn: str, *, pool_max: int, client_slots: int, limits: Limits, pooler: Pooler, waiters: Waiters
+    ) -> None:
         self.dsn = dsn
         self.pool_max = pool_max
         self.limits = limits
@@ -89,7 +95,8 @@ class Connections:
         self._timeout_s = limits.timeout_ms / 1000
         self._pooler: Pooler = pooler
         self._pool: Any = None
-        self._slots = asyncio.Semaphore(pool_max)
+        self._slots = Line(waiters, places=pool_max, client_places=client_slots)
+        self._answered_s = -math.inf  # when the server last answered, by the event loop's clock
         self._ending: set[asyncio.Task[None]] = set()
 
     @property
@@ -152,60 +159,75 @@ class Connections:
                 pool.terminate()
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Any]:
-        """A pooled connection. One that was given up on, by a deadline or a cancellation, is used again only if the
-        server has ended what it was asked; the caller does not wait for that. Raises InvalidArgument for values that
-        cannot be stored, Unavailable, asyncpg's errors."""
+    async def connection(self, call: Call, until_s: float) -> AsyncIterator[Any]:
+        """A pooled connection, waited for until `until_s`, a time of the event loop. One that was given up on, by a
+        deadline or a cancellation, is used again only if the server has ended what it was asked; the caller does not
+        wait for that. Raises InvalidArgument for values that cannot be stored, Unavailable, Overloaded, asyncpg's
+        errors."""
         if self._pool is None:
             raise Unavailable("not connected to PostgreSQL yet", retry_after_ms=1000, database=AWAY)
         pool = self._pool
-        connection = await self._take(pool)
+        connection = await self._take(pool, call, until_s)
         try:
             yield connection
         except (TimeoutError, asyncio.CancelledError):
-            self._end(pool, connection)
+            self._end(pool, connection, call)
             raise
         except BaseException as error:
+            self._note_answer(error)
             if not _leaves_sound(error):
                 discard(connection)
-            await self._give_back(pool, connection)
+            await self._give_back(pool, connection, call)
             if cannot_be_stored(error):  # no command of ours makes such values of what it has checked
                 raise InvalidArgument(f"a value cannot be stored: {error}", field="request") from error
             raise
         else:
-            await self._give_back(pool, connection)
+            self._note_answer(None)
+            await self._give_back(pool, connection, call)
 
-    async def _take(self, pool: Any) -> Any:
-        deadline = asyncio.timeout(self._timeout_s)
+    async def _take(self, pool: Any, call: Call, until_s: float) -> Any:
+        since_s = asyncio.get_running_loop().time()
         try:
-            async with deadline:
-                await self._slots.acquire()
-                try:
-                    return await pool.acquire()
-                except BaseException:
-                    self._slots.release()
-                    raise
+            async with asyncio.timeout_at(until_s):
+                await self._slots.take(call)
         except TimeoutError as error:
-            if not deadline.expired():
-                raise
-            raise TimeoutError(
-                f"no connection within pg_timeout_ms ({self.limits.timeout_ms} ms): of {self.pool_max} (pg_pool_max), "
-                f"{len(self._ending)} are taken by statements that were given up and may still run"
+            raise self.waited_in_vain(
+                since_s,
+                f"of {self.pool_max} connections (pg_pool_max) none was free in time, {len(self._ending)} are taken by "
+                "statements that were given up and may still run",
             ) from error
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await pool.acquire()
+        except BaseException:
+            self._slots.give_back(call)
+            raise
 
-    async def _give_back(self, pool: Any, connection: Any) -> None:
+    def waited_in_vain(self, since_s: float, what: str) -> Exception:
+        """Returns the error of a call that waited in a line from `since_s`, a time of the event loop, until its time
+        was over: Overloaded, or TimeoutError if PostgreSQL has answered nobody meanwhile. Agents go on with their
+        leases while it is away, and must not for less."""
+        if self._answered_s >= since_s:
+            return overloaded(f"too many calls at once: {what}", limit="pg_timeout_ms", value=self.limits.timeout_ms)
+        return TimeoutError(what)
+
+    def _note_answer(self, error: BaseException | None) -> None:
+        if error is None or isinstance(error, StreamHouseError) or waits_too_long(error) or not is_away(error):
+            self._answered_s = asyncio.get_running_loop().time()
+
+    async def _give_back(self, pool: Any, connection: Any, call: Call) -> None:
         try:
             await pool.release(connection)
         finally:
-            self._slots.release()
+            self._slots.give_back(call)
 
-    def _end(self, pool: Any, connection: Any) -> None:
+    def _end(self, pool: Any, connection: Any, call: Call) -> None:
         """Keeps the slot until the server has ended what it was asked, by its answer to the cancellation that asyncpg
         sends, or, where it cannot be heard, by its own limits."""
         task = asyncio.create_task(self._ended(pool, connection), name="end a statement that was given up")
         self._ending.add(task)
         _given_up.add(1)
-        task.add_done_callback(self._has_ended)
+        task.add_done_callback(partial(self._has_ended, call))
 
     async def _ended(self, pool: Any, connection: Any) -> None:
         limit_s = self.limits.statement_ms / 1000
@@ -216,6 +238,7 @@ class Connections:
                     await connection.execute("SELECT 1")
                 if connection.is_in_transaction():
                     await connection.execute("ROLLBACK")
+                self._note_answer(None)
         except FAILURES as error:
             log.debug("a connection that was given up on is closed: %s", error or type(error).__name__)
             discard(connection)
@@ -226,10 +249,10 @@ class Connections:
             with contextlib.suppress(*FAILURES):  # it is closed then
                 await pool.release(connection, timeout=limit_s)
 
-    def _has_ended(self, task: asyncio.Task[None]) -> None:
+    def _has_ended(self, call: Call, task: asyncio.Task[None]) -> None:
         self._ending.discard(task)
         _given_up.add(-1)
-        self._slots.release()
+        self._slots.give_back(call)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("ending a statement that was given up failed", exc_info=error)
 

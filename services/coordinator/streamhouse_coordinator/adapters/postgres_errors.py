@@ -62,6 +62,7 @@ AWAY_STATES = {
     "42P05": "the same: a statement of another client has the name",
 }
 _POOLER_STATES = ("26000", "42P05")
+_WAIT_STATES = ("55P03", "57014")  # lock_timeout, statement_timeout
 
 _absences = counter(
     metrics.get_meter("streamhouse.coordinator"),
@@ -76,6 +77,11 @@ def is_away(error: BaseException) -> bool:
         return True
     state = error.sqlstate or ""
     return state[:2] in AWAY_CLASSES or state in AWAY_STATES
+
+
+def waits_too_long(error: BaseException) -> bool:
+    """True if the server has ended the statement since its time was over, or that of its wait for a lock."""
+    return _sqlstate(error) in _WAIT_STATES
 
 
 def cannot_be_stored(error: BaseException) -> bool:

@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
+import asyncpg
 from opentelemetry import metrics
 from shproto.events import Event
 from shruntime.counters import counter
 
 from streamhouse_coordinator.adapters import sql
+from streamhouse_coordinator.adapters.waiting_lines import overloaded
 from streamhouse_coordinator.core.projection import RowOp, coalesce, elsewhere, replayed, row_ops, stamped
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, Table, base_of
 from streamhouse_coordinator.ports import EVERYTHING, Above, Lock, Outbox, Totals, Where, where
@@ -41,6 +43,7 @@ class PostgresTransaction:
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
+        self.locked = ""
         self._now_ms: int | None = None
         self._groups: set[str] = set()
         self._sealed: list[str] = []
@@ -54,7 +57,13 @@ class PostgresTransaction:
         return self._now_ms
 
     async def lock(self, name: str) -> None:
-        await self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", name)
+        """Waits for the named lock, as the first statement; held until the transaction ends. Raises Overloaded when
+        others do not let go of it: a coordinator that is frozen, or very busy."""
+        try:
+            await self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", name)
+        except asyncpg.LockNotAvailableError as error:
+            raise overloaded("another coordinator holds the same lock for too long") from error
+        self.locked = name
 
     async def select(
         self,

@@ -54,7 +54,6 @@ async def announce(
     Announcing again changes nothing. Raises SessionExpired."""
 
     async def work(tx: Transaction) -> BufferSealed | None:
-        await tx.lock(sealed.stream_id)  # a first try may still run
         session = await live_session(tx, sealed.session_id)
         _must_be_ingest(session)
         slices = [_slice_row(sealed.buffer_id, item) for item in sealed.slices]
@@ -100,7 +99,7 @@ async def announce(
         named = tuple(replace(item, topic=names.get(item.topic_id, item.topic)) for item in sealed.slices)
         return replace(sealed, agent_id=session.agent_id, wal_id=session.wal_id, slices=named)
 
-    announced = await context.store.run(work)
+    announced = await context.store.run(work, lock=sealed.stream_id)  # a first try may still run
     if announced is not None:
         context.buffer_sealed(announced, trace_context)
 

@@ -2,7 +2,7 @@
 
 Locks are taken in one order, so that transactions cannot wait for each other in a circle:
 
-1. the cluster lock, or one group's or one buffer's lock;
+1. the cluster lock, or one group's or one buffer's lock: `Store.run` takes it, before `work` begins;
 2. rows of the tables of core.tables.LOCK_ORDER, in that order;
 3. the event position, by the commit.
 
@@ -114,9 +114,9 @@ async def newest_ranges(tx: Transaction, partitions: Collection[t.PartitionRow])
 
 
 async def change_leadership(context: Context, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
-    """Runs a command that calls commit_leadership, then makes the moves that are due. Returns the command's result,
-    also where the moves have to be left to a sweep: the command itself is committed."""
-    result = await context.store.run(work)
+    """Runs a command that calls commit_leadership, under the cluster lock, then makes the moves that are due. Returns
+    the command's result, also where the moves have to be left to a sweep: the command itself is committed."""
+    result = await context.store.run(work, lock=CLUSTER_LOCK)
     try:
         await make_moves(context)
     except StreamHouseError as error:
@@ -127,6 +127,7 @@ async def change_leadership(context: Context, work: Callable[[Transaction], Awai
 async def commit_leadership(tx: Transaction, settings: CoordinatorSettings, events: list[Event]) -> int:
     """Appends events that changed who leads what, then the grants that follow, notes whether moves are due, and tells
     every agent's lease. Returns a position before all of them. The caller holds the cluster lock."""
+    assert tx.locked == CLUSTER_LOCK
     before = await tx.position()
     await tx.append(events)
     sessions = await _ingest_sessions(tx)
@@ -163,10 +164,12 @@ async def make_moves(context: Context) -> None:
     """Has leaders that have more than their share give partitions up, if a change of leadership noted that. At most
     moves_per_sweep_max at a time: the next sweep goes on."""
 
+    async def are_due(tx: Transaction) -> bool:
+        return bool(await tx.select(t.SWEEPS, where(name=MOVES_DUE)))
+
     async def work(tx: Transaction) -> None:
-        if not await tx.select(t.SWEEPS, where(name=MOVES_DUE)):
+        if not await are_due(tx):
             return
-        await tx.lock(CLUSTER_LOCK)
         settled: list[Event] = []
         sessions = await _ingest_sessions(tx)
         if sessions:
@@ -178,7 +181,8 @@ async def make_moves(context: Context) -> None:
             await tx.append(moves)
         await commit_leadership(tx, context.settings, settled)  # notes whether there is more to move
 
-    await context.store.run(work)
+    if await context.store.run(are_due):  # most often not, and the lock is wanted by others
+        await context.store.run(work, lock=CLUSTER_LOCK)
 
 
 async def _tell_leases(tx: Transaction, sessions: Sequence[t.SessionRow]) -> None:

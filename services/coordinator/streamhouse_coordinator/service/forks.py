@@ -26,7 +26,6 @@ async def note(store: Store, seen: Head, seen_by: str) -> None:
     and will not get any. Nothing is noted of a history that has been replaced by a restore. Raises Unavailable."""
 
     async def work(tx: Transaction) -> bool:
-        await tx.lock(CLUSTER_LOCK)
         histories = await tx.select(t.HISTORIES, order=("nth",))
         known = await tx.select(t.FORKS)
         if histories[-1].history_id != seen.history_id or any(row.seen_by in (COORDINATOR, seen_by) for row in known):
@@ -38,7 +37,7 @@ async def note(store: Store, seen: Head, seen_by: str) -> None:
         await tx.apply(ops)
         return True
 
-    if await store.run(work):
+    if await store.run(work, lock=CLUSTER_LOCK):
         log.critical(
             "the metadata went back: event %d of history %s was seen and is not there any more. Bring it back with "
             "`streamhouse restore` (docs/backup.md)", seen.position, seen.history_id,

@@ -12,7 +12,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove
 from streamhouse_coordinator.ports import EVERYTHING, In, Transaction, where
 from streamhouse_coordinator.service.common import Context
-from streamhouse_coordinator.service.groups import Commit, Loaded, load, offset_row
+from streamhouse_coordinator.service.groups import Commit, Loaded, load, lock_of, offset_row
 
 PartitionKey = tuple[str, int]
 
@@ -177,7 +177,7 @@ async def reset_offsets(context: Context, name: str, commits: Sequence[Commit]) 
             await tx.append([OffsetsReset(name, tuple(changes))])
         await tx.apply([Put(t.GROUP_OFFSETS, row) for row in after])
 
-    await context.store.run(work)
+    await context.store.run(work, lock=lock_of(name))
 
 
 async def delete_group(context: Context, name: str) -> None:
@@ -191,7 +191,7 @@ async def delete_group(context: Context, name: str) -> None:
         await tx.append([GroupDeleted(name)])
         await tx.apply([Remove(table, {"group_name": name}) for table in (t.GROUP_OFFSETS, t.GROUP_MEMBER_STATE)])
 
-    await context.store.run(work)
+    await context.store.run(work, lock=lock_of(name))
 
 
 async def _exists(tx: Transaction, loaded: Loaded) -> bool:

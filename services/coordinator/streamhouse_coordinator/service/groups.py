@@ -15,6 +15,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove
 from streamhouse_coordinator.core.topics import check_partition
 from streamhouse_coordinator.ports import AtMost, In, Transaction, where
+from streamhouse_coordinator.service import outages
 from streamhouse_coordinator.service.common import Context
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,14 @@ def _encode(names: Collection[str]) -> str:
     return json.dumps(sorted(names), separators=(",", ":"))
 
 
+def lock_of(name: str) -> str:
+    """Returns the name of the lock that every change of the group holds."""
+    return f"group/{name}"
+
+
 async def load(tx: Transaction, name: str) -> Loaded:
-    """The group as it is; the caller is alone with it from here on."""
-    await tx.lock(f"group/{name}")
+    """Returns the group as it is; the caller is alone with it."""
+    assert tx.locked == lock_of(name)
     rows = await tx.select(t.GROUPS, where(group_name=name))
     members = {row.member_id: row for row in await tx.select(t.GROUP_MEMBERS, where(group_name=name))}
     states = await tx.select(t.GROUP_MEMBER_STATE, where(group_name=name))
@@ -117,7 +123,7 @@ async def join(
             loaded = await _change_members(tx, loaded, [event], [])
         return await _assign(tx, loaded, member_id, frozenset())
 
-    return await context.store.run(work)
+    return await context.store.run(work, lock=lock_of(name))
 
 
 async def _assign(tx: Transaction, loaded: Loaded, member_id: str, reported: Names | None) -> Assignment:
@@ -149,7 +155,7 @@ async def heartbeat(
             await ticket.wait()
     except TimeoutError:
         return done
-    return await context.store.run(lambda tx: _speak(tx, name, member_id, None))
+    return await context.store.run(lambda tx: _speak(tx, name, member_id, None), lock=lock_of(name))
 
 
 async def _heartbeat(context: Context, name: str, member_id: str, generation: int, owned: Names) -> Assignment:
@@ -157,7 +163,7 @@ async def _heartbeat(context: Context, name: str, member_id: str, generation: in
     timeout_ms = await context.store.renew_member(name, member_id, generation, _encode(owned))
     if timeout_ms is not None:
         return Assignment(member_id, generation, owned, timeout_ms, False)
-    return await context.store.run(lambda tx: _speak(tx, name, member_id, owned))
+    return await context.store.run(lambda tx: _speak(tx, name, member_id, owned), lock=lock_of(name))
 
 
 async def _speak(tx: Transaction, name: str, member_id: str, owned: Names | None) -> Assignment:
@@ -175,7 +181,7 @@ async def leave(context: Context, name: str, member_id: str) -> None:
         if member_id in loaded.members:
             await _change_members(tx, loaded, [], [GroupMemberLeft(name, member_id, "left")])
 
-    await context.store.run(work)
+    await context.store.run(work, lock=lock_of(name))
 
 
 async def groups_with_expired(tx: Transaction) -> list[str]:
@@ -185,9 +191,12 @@ async def groups_with_expired(tx: Transaction) -> list[str]:
 
 
 async def expire_members(context: Context, group: str) -> int:
-    """Removes members of the group whose heartbeats stopped; returns how many."""
+    """Removes members of the group whose heartbeats stopped; returns how many. None after an outage, before a sweep has
+    made up for that."""
 
     async def work(tx: Transaction) -> int:
+        if await outages.was_outage(tx, context.settings.session_sweep_interval_ms):
+            return 0
         loaded = await load(tx, group)
         expired = where(group_name=group, expires_ms=AtMost(await tx.now_ms()))
         # Locked: a heartbeat comes before this, or learns that its member is gone; it takes no lock of the group.
@@ -197,7 +206,7 @@ async def expire_members(context: Context, group: str) -> int:
             await _change_members(tx, loaded, [], left)
         return len(left)
 
-    return await context.store.run(work)
+    return await context.store.run(work, lock=lock_of(group))
 
 
 async def topic_changed(context: Context, topic: str) -> None:
@@ -221,7 +230,7 @@ async def _refresh_readers(context: Context, topic: str) -> None:
             await _change_members(tx, loaded, [], [])
 
     for name in sorted(await context.store.run(readers)):
-        await context.store.run(partial(refresh, name))
+        await context.store.run(partial(refresh, name), lock=lock_of(name))
 
 
 # ---- offsets
@@ -240,7 +249,7 @@ async def commit(context: Context, name: str, member_id: str, generation: int, c
         now_ms = await tx.now_ms()
         await tx.apply([Put(t.GROUP_OFFSETS, offset_row(name, topics, item, now_ms)) for item in commits])
 
-    await context.store.run(work)
+    await context.store.run(work, lock=lock_of(name))
 
 
 def offset_row(name: str, topics: Mapping[str, t.TopicRow], item: Commit, now_ms: int) -> t.GroupOffsetRow:

@@ -6,30 +6,46 @@ group member expired, and every partition would change hands for nothing.
 
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, RowOp, Set
-from streamhouse_coordinator.ports import Transaction, where
+from streamhouse_coordinator.ports import Store, Transaction, where
 from streamhouse_coordinator.service.common import CLUSTER_LOCK, MOVES_DUE
 from streamhouse_coordinator.settings import MISSED_SWEEPS
 
 SWEEP = "sweep"
 
 
-async def extend_leases_after_outage(tx: Transaction, sweep_interval_ms: int) -> tuple[int, bool]:
-    """Notes that there is a sweep now, and extends all leases by the time without one if that was long, so that an
-    outage expires no session. Returns that time in ms, 0 if there was no outage; and True if moves of partitions are
-    due, which the same table tells. The caller holds no lock yet."""
-    now_ms = await tx.now_ms()
-    rows = {row.name: row.last_ms for row in await tx.select(t.SWEEPS)}
-    away_ms = now_ms - rows.get(SWEEP, now_ms)
-    if away_ms > MISSED_SWEEPS * sweep_interval_ms:
-        # Another coordinator may be the first to notice, and leases must not move twice.
-        await tx.lock(CLUSTER_LOCK)
+async def note_sweep(tx: Transaction, sweep_interval_ms: int) -> tuple[bool, bool]:
+    """Notes that there is a sweep now, unless the last one was so long ago that there was an outage: then the leases
+    are to be extended first. Returns True for an outage; and True if moves of partitions are due, which the same table
+    tells."""
+    moves_due = bool(await tx.select(t.SWEEPS, where(name=MOVES_DUE)))
+    if await was_outage(tx, sweep_interval_ms):
+        return True, moves_due
+    await tx.apply([Put(t.SWEEPS, t.SweepRow(SWEEP, await tx.now_ms()))])
+    return False, moves_due
+
+
+async def was_outage(tx: Transaction, sweep_interval_ms: int) -> bool:
+    """Returns True if there was no sweep for so long that leases which have run out are to be extended, not ended."""
+    rows = await tx.select(t.SWEEPS, where(name=SWEEP))
+    return bool(rows) and await tx.now_ms() - rows[0].last_ms > MISSED_SWEEPS * sweep_interval_ms
+
+
+async def extend_leases_after_outage(store: Store, sweep_interval_ms: int) -> int:
+    """Extends all leases by the time without a sweep if that was long, so that an outage expires no session, and notes
+    that there is one now. Returns that time in ms, 0 if another coordinator was the first to notice."""
+
+    async def work(tx: Transaction) -> int:
+        now_ms = await tx.now_ms()
+        # Under the cluster lock, and locked itself, against sweeps that are noted: leases must not move twice.
         found = await tx.select(t.SWEEPS, where(name=SWEEP), lock="wait")
         away_ms = now_ms - found[0].last_ms if found else 0
-    await tx.apply([Put(t.SWEEPS, t.SweepRow(SWEEP, now_ms))])
-    if away_ms <= MISSED_SWEEPS * sweep_interval_ms:
-        return 0, MOVES_DUE in rows
-    await tx.apply(await _moved(tx, away_ms))
-    return away_ms, MOVES_DUE in rows
+        if away_ms <= MISSED_SWEEPS * sweep_interval_ms:
+            return 0
+        await tx.apply([Put(t.SWEEPS, t.SweepRow(SWEEP, now_ms))])
+        await tx.apply(await _moved(tx, away_ms))
+        return away_ms
+
+    return await store.run(work, lock=CLUSTER_LOCK)
 
 
 async def _moved(tx: Transaction, away_ms: int) -> list[RowOp]:

@@ -13,7 +13,6 @@ from streamhouse_coordinator.core.projection import Put, Remove
 from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import Above, In, Transaction, where, where_keys
 from streamhouse_coordinator.service.common import (
-    CLUSTER_LOCK,
     Context,
     change_leadership,
     commit_leadership,
@@ -128,7 +127,6 @@ async def apply(context: Context) -> None:
     """Cuts off agents whose workers cannot reach them, and lets those lead again that they reach."""
 
     async def work(tx: Transaction) -> list[Event]:
-        await tx.lock(CLUSTER_LOCK)
         found = await look(tx)
         if found is None:
             return []

@@ -12,7 +12,6 @@ from streamhouse_coordinator.core.topics import check_partition
 from streamhouse_coordinator.ports import ORPHANED_RANGES, In, Transaction, where, where_keys
 from streamhouse_coordinator.service.buffers import done_with
 from streamhouse_coordinator.service.common import (
-    CLUSTER_LOCK,
     RANGE_KEYS,
     Context,
     RangeKey,
@@ -38,7 +37,6 @@ async def recover_unclean(context: Context, topic_ids: Sequence[str]) -> int:
 
 
 async def _recover(tx: Transaction, context: Context, topic_ids: Sequence[str]) -> int:
-    await tx.lock(CLUSTER_LOCK)
     topics = await tx.select(t.TOPICS, where(topic_id=In(topic_ids)))
     patience = {
         row.topic_id: row.unclean_recovery_after_ms for row in topics if row.unclean_recovery_after_ms is not None
@@ -58,7 +56,6 @@ async def declare_lost(
     they are. Raises UnknownTopic, UnknownPartition, InvalidArgument for a range that is led, or is not there."""
 
     async def work(tx: Transaction) -> list[t.RangeRow]:
-        await tx.lock(CLUSTER_LOCK)
         row = await topic_named(tx, topic)
         check_partition(row, partition)
         keys = [(row.topic_id, partition, epoch) for epoch in epochs]

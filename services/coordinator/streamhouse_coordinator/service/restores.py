@@ -12,7 +12,6 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.cover import Span
 from streamhouse_coordinator.ports import ORPHANED_RANGES, In, Transaction, where, where_keys
 from streamhouse_coordinator.service.common import (
-    CLUSTER_LOCK,
     Context,
     RangeKey,
     change_leadership,
@@ -127,7 +126,6 @@ async def complete(
         raise InvalidArgument("a reason is kept with what is lost only", field="reason", value=reason)
 
     async def work(tx: Transaction) -> tuple[list[tuple[str, t.RangeRow]], list[str]]:
-        await tx.lock(CLUSTER_LOCK)
         rows = await tx.select(t.RANGES, where(ORPHANED_RANGES, wal_id=""), order=t.RANGES.key, lock="wait")
         keys = {(row.topic_id, row.partition) for row in rows}
         names = await topic_names(tx, {key[0] for key in keys})

@@ -13,9 +13,8 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.histories import NOTHING_SEEN, Head, check_log, check_seen
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Transaction, where, where_keys
-from streamhouse_coordinator.service import buffers, forks, restores
+from streamhouse_coordinator.service import buffers, forks, outages, restores
 from streamhouse_coordinator.service.common import (
-    CLUSTER_LOCK,
     RANGE_KEYS,
     Context,
     RangeKey,
@@ -81,7 +80,6 @@ async def open_session(
     session_id, declared = opened.session_id, wal_ends
 
     async def work(tx: Transaction) -> OpenedSession:
-        await tx.lock(CLUSTER_LOCK)
         now_ms = await tx.now_ms()
         histories = await tx.select(t.HISTORIES, order=("nth",))
         check_seen(histories, await tx.position(), seen)
@@ -237,7 +235,6 @@ async def _note_log_full(context: Context, session_id: str, full: bool) -> None:
     """Others lead from now on what the session leads, or it gets its share again. Raises SessionExpired."""
 
     async def work(tx: Transaction) -> str:
-        await tx.lock(CLUSTER_LOCK)
         session = await live_session(tx, session_id)
         await tx.apply([Set(t.SESSION_LEASES, (session_id,), {"log_full": full})])
         await commit_leadership(tx, context.settings, [])
@@ -367,7 +364,6 @@ async def settle_ranges(context: Context, session_id: str, declared: sessions.Wa
     """Raises SessionExpired, InvalidArgument."""
 
     async def work(tx: Transaction) -> None:
-        await tx.lock(CLUSTER_LOCK)
         session = await live_session(tx, session_id)
         rows = await ranges_by_key(tx, declared.ends.keys(), lock="wait")
         events = sessions.settle(session, rows, declared.ends, await _known(tx, rows))
@@ -385,7 +381,6 @@ async def end_session(context: Context, session_id: str, why: str, declared: ses
     """
 
     async def work(tx: Transaction) -> None:
-        await tx.lock(CLUSTER_LOCK)
         if declared is not None and declared.ends:
             await _settle_before_end(tx, session_id, declared)
         await _end(tx, context, [session_id], why)
@@ -431,10 +426,12 @@ async def any_expired(tx: Transaction) -> bool:
 
 
 async def expire_sessions(context: Context) -> int:
-    """Ends the sessions whose lease has run out by the database's clock; returns how many."""
+    """Ends the sessions whose lease has run out by the database's clock; returns how many. None after an outage, before
+    a sweep has made up for that."""
 
     async def work(tx: Transaction) -> int:
-        await tx.lock(CLUSTER_LOCK)
+        if await outages.was_outage(tx, context.settings.session_sweep_interval_ms):
+            return 0
         expired = await tx.select(t.SESSION_LEASES, where(expires_ms=AtMost(await tx.now_ms())), lock="wait")
         await _end(tx, context, [row.session_id for row in expired], "expired")
         return len(expired)

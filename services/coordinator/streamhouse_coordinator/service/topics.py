@@ -9,7 +9,6 @@ from streamhouse_coordinator.core import topics
 from streamhouse_coordinator.core.projection import Remove
 from streamhouse_coordinator.ports import Transaction, where
 from streamhouse_coordinator.service.common import (
-    CLUSTER_LOCK,
     Context,
     change_leadership,
     commit_leadership,
@@ -24,7 +23,6 @@ async def create_topic(context: Context, command: TopicCreated) -> t.TopicRow:
     topic_id = context.new_id().replace("-", "")
 
     async def work(tx: Transaction) -> t.TopicRow:
-        await tx.lock(CLUSTER_LOCK)
         same_name = await tx.select(t.TOPICS, where(topic=command.topic))
         count = (await tx.totals(t.TOPICS, where()))[0].count
         asked = replace(command, topic_id=topic_id, created_ms=await tx.now_ms())
@@ -41,7 +39,6 @@ async def alter_topic(context: Context, command: topics.AlterTopic) -> t.TopicRo
     topics.check_alter(command, context.settings.partitions_per_topic_max)
 
     async def work(tx: Transaction) -> t.TopicRow:
-        await tx.lock(CLUSTER_LOCK)
         topic = await topic_named(tx, command.topic, lock="wait")
         event = topics.alter(command, topic)
         if event is None:
@@ -56,7 +53,6 @@ async def delete_topic(context: Context, name: str) -> str:
     """Everything of the topic goes: ranges, segments (their objects become unreferenced), offsets. Returns its id."""
 
     async def work(tx: Transaction) -> str:
-        await tx.lock(CLUSTER_LOCK)
         topic = await topic_named(tx, name, lock="wait")
         of_topic = where(topic_id=topic.topic_id)
         await tx.select(t.RANGES, of_topic, lock="wait")

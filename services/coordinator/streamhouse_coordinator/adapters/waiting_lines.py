@@ -1,0 +1,198 @@
+"""Lines in which calls wait for a connection to PostgreSQL, or for their turn with a lock, which they do without one.
+
+Owns: which calls hold a place of a line, and the order of those that wait. Does not own: connections, PostgreSQL's own
+locks, deadlines: a caller that is cancelled leaves the line.
+Invariants: a line never has more holders than places, nor more of them that came as clients' calls than client places.
+Within its kind the first to come is the first to be served. A call that waits for a turn holds no connection, so the
+holder of a turn always gets one.
+"""
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from opentelemetry import metrics
+from shproto.errors import Overloaded
+from shruntime.counters import counter, up_down_counter
+
+# Whoever is refused a place finds a line that takes about as long as pg_timeout_ms to get through; asking sooner only
+# adds to the work.
+RETRY_AFTER_MS = 1_000
+
+_meter = metrics.get_meter("streamhouse.coordinator")
+_waiting = up_down_counter(
+    _meter, "streamhouse_coordinator_calls_waiting", "calls that wait for a lock's turn or for a connection"
+)
+_overloaded = counter(
+    _meter,
+    "streamhouse_coordinator_calls_overloaded_total",
+    "calls answered OVERLOADED, nothing of them begun: too many waited, or they waited for too long",
+)
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """A call as it stands in lines. `urgent`: it is the platform's own, or holds the turn that such a one waits for."""
+
+    urgent: bool
+    waits_in: "Line | None" = None
+
+    def hurry(self) -> None:
+        """Puts the call among the urgent ones, in the line where it waits and in those to come. Without this an expired
+        session would wait for a client's CreateTopic, and that for the connections of a thousand other clients."""
+        if not self.urgent:
+            self.urgent = True
+            if self.waits_in is not None:
+                self.waits_in.moved_ahead(self)
+
+
+class Waiters:
+    """Clients' calls that wait in any line; at most `total_max` together. The platform's own calls are not counted:
+    they are as many as agents and workers have tasks."""
+
+    def __init__(self, total_max: int) -> None:
+        self._total_max = total_max
+        self._total = 0
+
+    def enter(self, in_line: int, line_max: int | None) -> None:
+        """Counts a call that begins to wait behind `in_line` others. Raises Overloaded."""
+        if line_max is not None and in_line >= line_max:
+            raise overloaded("too many calls wait for the same lock", limit=f"pg_lock_waiting_max ({line_max})")
+        if self._total >= self._total_max:
+            raise overloaded("too many calls wait", limit=f"pg_waiting_max ({self._total_max})")
+        self._total += 1
+
+    def leave(self) -> None:
+        self._total -= 1
+
+
+def overloaded(message: str, **details: object) -> Overloaded:
+    """Returns the refusal of a call that nothing was begun of; counts it."""
+    _overloaded.add(1)
+    return Overloaded(f"{message}; try again", retry_after_ms=RETRY_AFTER_MS, **details)
+
+
+class Line:
+    """`places`: how many calls are served at once. `client_places`: how many of them may be clients'. `waiting_max`:
+    clients' calls that may wait here; None: as many as may wait at all."""
+
+    def __init__(self, waiters: Waiters, *, places: int, client_places: int, waiting_max: int | None = None) -> None:
+        self._waiters = waiters
+        self._places = places
+        self._client_places = client_places
+        self._waiting_max = waiting_max
+        self._holders: set[Call] = set()
+        self._clients: set[Call] = set()  # of the holders
+        self._urgent_line: OrderedDict[Call, asyncio.Future[None]] = OrderedDict()
+        self._client_line: OrderedDict[Call, asyncio.Future[None]] = OrderedDict()
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self._holders or self._urgent_line or self._client_line)
+
+    async def take(self, call: Call) -> None:
+        """Waits for a place, which the caller gives back. Raises Overloaded."""
+        line = self._urgent_line if call.urgent else self._client_line
+        if not line and self._has_place_for(call):
+            self._serve(call)
+            return
+        counted = not call.urgent
+        if counted:
+            self._waiters.enter(len(line), self._waiting_max)
+        line[call] = served = asyncio.get_running_loop().create_future()
+        call.waits_in = self
+        _waiting.add(1)
+        try:
+            await served
+        except asyncio.CancelledError:
+            if served.done() and not served.cancelled():
+                self.give_back(call)  # it was served, and cancelled before it came to know
+            raise
+        finally:
+            self._urgent_line.pop(call, None)
+            self._client_line.pop(call, None)
+            call.waits_in = None
+            _waiting.add(-1)
+            if counted:
+                self._waiters.leave()
+
+    def give_back(self, call: Call) -> None:
+        self._holders.remove(call)
+        self._clients.discard(call)
+        while (first := self._next()) is not None:
+            self._tell(*first)
+
+    def moved_ahead(self, call: Call) -> None:
+        """Puts a waiting call at the end of the urgent ones."""
+        if (served := self._client_line.pop(call, None)) is not None:
+            if self._has_place_for(call):
+                self._tell(call, served)
+            else:
+                self._urgent_line[call] = served
+
+    def hurry_holders(self) -> None:
+        for holder in self._holders:
+            holder.hurry()
+
+    def _serve(self, call: Call) -> None:
+        self._holders.add(call)
+        if not call.urgent:
+            self._clients.add(call)
+
+    def _tell(self, call: Call, served: asyncio.Future[None]) -> None:
+        """Serves a call that waits, unless its task was cancelled and has not run since."""
+        if not served.cancelled():
+            self._serve(call)
+            served.set_result(None)
+
+    def _has_place_for(self, call: Call) -> bool:
+        return len(self._holders) < self._places and (call.urgent or self._client_has_place())
+
+    def _client_has_place(self) -> bool:
+        return len(self._clients) < self._client_places
+
+    def _next(self) -> tuple[Call, asyncio.Future[None]] | None:
+        """Takes the next one out of line, if there is a place for it. The urgent ones go first, unless no client is
+        being served: clients wait longer then, and not for ever."""
+        if len(self._holders) >= self._places:
+            return None
+        if self._client_line and self._client_has_place():
+            left_out = self._places > 1 and not self._clients
+            if left_out or not self._urgent_line:
+                return self._client_line.popitem(last=False)
+        return self._urgent_line.popitem(last=False) if self._urgent_line else None
+
+
+class Turns:
+    """Turns with locks, by name. Of all calls of this process that want a lock one at a time asks PostgreSQL for it;
+    the others wait here, where they keep no connection from anybody."""
+
+    def __init__(self, waiters: Waiters, waiting_max: int) -> None:
+        self._waiters = waiters
+        self._waiting_max = waiting_max
+        self._lines: dict[str, Line] = {}
+
+    def __len__(self) -> int:
+        """Number of locks that calls hold or wait for."""
+        return len(self._lines)
+
+    async def take(self, name: str, call: Call) -> None:
+        """Waits for the turn with the lock `name`, which the caller gives back. Raises Overloaded."""
+        line = self._lines.get(name)
+        if line is None:
+            line = self._lines[name] = Line(self._waiters, places=1, client_places=1, waiting_max=self._waiting_max)
+        if call.urgent:
+            line.hurry_holders()
+        try:
+            await line.take(call)
+        finally:
+            self._forget(name, line)
+
+    def give_back(self, name: str, call: Call) -> None:
+        line = self._lines[name]
+        line.give_back(call)
+        self._forget(name, line)
+
+    def _forget(self, name: str, line: Line) -> None:
+        if line.is_idle and self._lines.get(name) is line:
+            del self._lines[name]
