@@ -1,6 +1,6 @@
 """How fast the codec is on one core, over 94-byte JSON records with keys (not one repeated byte).
 
-Usage: python bench/codec.py [--records N] [--rounds N] [--json]. Prints medians over the rounds.
+Usage: python bench/codec.py [--records N] [--rounds N] [--json | --compression]. Prints medians over the rounds.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from shformat import (
     validate_batch,
     validate_new_batch,
 )
+from shformat.compression import compress, decompress
 
 MB = 1e6
 TOPIC = bytes(range(1, 17))
@@ -57,18 +58,18 @@ def sample(count: int) -> Records:
     return Records.from_lists(values, keys, timestamps)
 
 
-def median_s(step: Callable[[], object], rounds: int) -> float:
+def median_s(step: Callable[[], object], rounds: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Median seconds of one call; many calls per round for steps that take microseconds."""
     step()
-    started = time.perf_counter()
+    started = clock()
     step()
-    repeats = max(1, int(0.02 / max(time.perf_counter() - started, 1e-7)))
+    repeats = max(1, int(0.02 / max(clock() - started, 1e-7)))
     seconds = []
     for _ in range(rounds):
-        started = time.perf_counter()
+        started = clock()
         for _ in range(repeats):
             step()
-        seconds.append((time.perf_counter() - started) / repeats)
+        seconds.append((clock() - started) / repeats)
     return statistics.median(seconds)
 
 
@@ -168,6 +169,38 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
     return results
 
 
+def compression(count: int, rounds: int) -> list[tuple[str, float, float, float]]:
+    """Returns of each codec: its name, the ratio, and MB of payload per second of CPU time in and out, for blocks of
+    1 MB. CPU time, so that other work on the machine does not count."""
+    records = sample(count)
+    parts = [records.slice(at, min(at + BLOCK_RECORDS, count)) for at in range(0, count, BLOCK_RECORDS)]
+    payloads = [encode_batch(part, codec=Codec.NONE)[BATCH_HEADER_SIZE:] for part in parts]
+    size_bytes = sum(map(len, payloads))
+    rows = []
+    for codec in Codec:
+        stored = [(b"".join(compress([payload], codec)[1]), len(payload)) for payload in payloads]
+        ratio = size_bytes / sum(len(one) for one, _ in stored)
+
+        def squeeze(payload: bytes, codec: Codec = codec) -> object:
+            return compress([payload], codec)
+
+        def expand(one: tuple[bytes, int], codec: Codec = codec) -> object:
+            return decompress(memoryview(one[0]), codec, one[1])
+
+        squeeze_s = median_s(lambda step=squeeze: each(step, payloads), rounds, time.thread_time)  # type: ignore[misc]
+        expand_s = median_s(lambda step=expand, stored=stored: each(step, stored), rounds, time.thread_time)  # type: ignore[misc]
+        rows.append((codec.name.lower(), ratio, size_bytes / MB / squeeze_s, size_bytes / MB / expand_s))
+    return rows
+
+
+def print_compression(rows: list[tuple[str, float, float, float]]) -> None:
+    """As a table for docs/client.md; what takes no work (none) has no speed."""
+    print("| compression | ratio | compress | decompress |\n|---|---|---|---|")
+    for name, ratio, squeezed, expanded in rows:
+        speeds = ("-", "-") if name == "none" else (f"{squeezed:,.0f} MB/s", f"{expanded:,.0f} MB/s")
+        print(f'| `"{name}"` | {ratio:.1f} | {speeds[0]} | {speeds[1]} |')
+
+
 def show(name: str, value: float) -> str:
     if "records_per_s" in name:
         return f"{value / 1e6:.2f} M records/s"
@@ -183,9 +216,13 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=100_000, help="records in the sample (default 100000)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds per figure, the median counts (default 7)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--compression", action="store_true", help="compare the codecs instead, as a table")
     arguments = parser.parse_args()
     if arguments.records < 1000 or arguments.rounds < 1:
         parser.error("--records must be at least 1000, --rounds at least 1")
+    if arguments.compression:
+        print_compression(compression(arguments.records, arguments.rounds))
+        return
     results = measure(arguments.records, arguments.rounds)
     if arguments.json:
         print(json.dumps(results))

@@ -25,7 +25,7 @@ from shruntime.tasks import Tasks
 
 from streamhouse.batches import Batch
 from streamhouse.core.given_up import refused, timed_out
-from streamhouse.core.options import ACKS, ProducerOptions
+from streamhouse.core.options import ACKS, Compression, ProducerOptions
 from streamhouse.core.sequences import Outgoing
 from streamhouse.delivery import Delivery
 from streamhouse.gatherer import Gatherer, LaneState, Stream
@@ -34,6 +34,8 @@ from streamhouse.metadata import MetadataCache
 from streamhouse.peers import Peers
 
 log = logging.getLogger(__name__)
+
+CODECS: dict[Compression, Codec] = {"lz4": Codec.LZ4, "zstd": Codec.ZSTD, "gzip": Codec.GZIP, "none": Codec.NONE}
 
 # After such a silence the leader may have forgotten an idle producer.
 QUIET_MS = 60_000
@@ -64,7 +66,7 @@ class Sender:
         self._peers = peers
         self._metadata = metadata
         self._done = done
-        self._codec = Codec.LZ4 if options.compression == "lz4" else Codec.NONE
+        self._codec = CODECS[options.compression]
         self.unfinished: set[Delivery] = set()
         self.counts = SendCounts()
         self.gatherer = Gatherer(options, self._on_opened, self._pump)

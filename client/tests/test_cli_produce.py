@@ -2,11 +2,13 @@
 
 import gzip
 import json
+from typing import get_args
 
 import pytest
 from click.testing import CliRunner
-from shformat import decode_batch
+from shformat import Codec, decode_batch, read_batch_header
 from streamhouse.cli import main
+from streamhouse.core.options import Compression
 
 from client.tests.test_cli_process import shell
 
@@ -62,6 +64,17 @@ RECORDS = [
 
 def json_lines(*records):
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+@pytest.mark.parametrize("compression", get_args(Compression))
+def test_batches_are_compressed_as_asked(topic, produce, compression):
+    lines = [b"line %d of many that are alike" % number for number in range(500)]
+    produce(b"\n".join(lines), "--compression", compression)
+    batches = [batch.data for number in range(2) for batch in topic.log("t", number).batches]
+    assert {read_batch_header(batch).codec for batch in batches} == {Codec[compression.upper()]}
+    assert [value for *_, value, _ in rows(topic)] == lines
+    code, shown, error = shell(topic, "$CLI consume t --from earliest")
+    assert (code, sorted(shown.splitlines())) == (0, sorted(lines)), error
 
 
 def test_a_topic_is_copied_by_a_pipe(topic, produce):

@@ -224,7 +224,7 @@ def _value(field: FieldDescriptor, old: Any, rng: Random, *, likely: bool) -> An
 
 def _bytes(name: str, old: bytes, rng: Random, *, likely: bool) -> bytes:
     if name == "batch":
-        batch = old or (GOLDEN / f"batch_v1_plain_{rng.choice(('none', 'lz4'))}.bin").read_bytes()
+        batch = old or (GOLDEN / f"batch_v1_plain_{rng.choice(('none', 'lz4', 'zstd', 'gzip'))}.bin").read_bytes()
         return batch if likely else repair_batches(mutate_batches(batch, rng))
     if likely:
         return b"$"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import struct
+import zlib
+from collections.abc import Callable
 from random import Random
 
 import lz4.block
 import numpy as np
+import zstandard
 from shformat import Codec
 from shformat.batch_header import BATCH_HEADER_SIZE
 from shformat.segment import SEGMENT_FOOTER_SIZE, SEGMENT_HEADER_SIZE
@@ -77,8 +80,8 @@ def mutate_payload(batch: bytes, rng: Random) -> bytes:
         return mutate_bytes(batch, rng)
     payload = _mutate_sections(payload, _SECTIONS, rng, nested=True)
     codec = rng.choice(tuple(Codec))
-    stored = payload if codec is Codec.NONE else lz4.block.compress(payload, store_size=False)
-    if codec is Codec.LZ4 and rng.random() < 0.1:
+    stored = _COMPRESS[codec](payload)
+    if codec is not Codec.NONE and rng.random() < 0.1:
         stored = mutate_bytes(stored, rng)
     whole = bytearray(batch[:BATCH_HEADER_SIZE] + stored)
     whole[25] = codec
@@ -88,15 +91,30 @@ def mutate_payload(batch: bytes, rng: Random) -> bytes:
 
 def _payload_of(batch: bytes) -> bytes | None:
     stored = batch[BATCH_HEADER_SIZE:]
-    if len(batch) <= BATCH_HEADER_SIZE or batch[25] != Codec.LZ4:
+    expand = _EXPAND.get(batch[25])
+    if len(batch) <= BATCH_HEADER_SIZE or expand is None:
         return stored or None
     (size_bytes,) = struct.unpack_from("<I", batch, 32)
     if size_bytes > _PAYLOAD_BYTES_MAX:
         return None
     try:
-        return bytes(lz4.block.decompress(stored, uncompressed_size=size_bytes))
-    except lz4.block.LZ4BlockError:
+        return expand(stored, size_bytes)
+    except (lz4.block.LZ4BlockError, zstandard.ZstdError, zlib.error):
         return None
+
+
+_COMPRESS: dict[Codec, Callable[[bytes], bytes]] = {
+    Codec.NONE: bytes,
+    Codec.LZ4: lambda payload: bytes(lz4.block.compress(payload, store_size=False)),
+    Codec.ZSTD: lambda payload: zstandard.ZstdCompressor().compress(payload),
+    Codec.GZIP: lambda payload: zlib.compress(payload, wbits=31),
+}
+# Of what a mutation has made: no more than size_bytes whatever is in it.
+_EXPAND: dict[int, Callable[[bytes, int], bytes]] = {
+    Codec.LZ4: lambda stored, size_bytes: bytes(lz4.block.decompress(stored, uncompressed_size=size_bytes)),
+    Codec.ZSTD: lambda stored, size_bytes: zstandard.ZstdDecompressor().stream_reader(stored).read(size_bytes),
+    Codec.GZIP: lambda stored, size_bytes: zlib.decompressobj(31).decompress(stored, max(size_bytes, 1)),
+}
 
 
 def _mutate_sections(data: bytes, count: int, rng: Random, *, nested: bool) -> bytes:

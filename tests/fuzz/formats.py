@@ -15,6 +15,7 @@ from shformat import (
     BATCH_HEADER_SIZE,
     BlockEntry,
     BuiltSegment,
+    Codec,
     DamagedSpan,
     FormatError,
     FormatLimits,
@@ -236,7 +237,7 @@ def _golden(*names: str) -> list[bytes]:
 
 
 def _batch_seeds() -> list[bytes]:
-    kinds = ("plain_none", "plain_lz4", "edges_none", "edges_lz4")
+    kinds = [f"{rows}_{codec.name.lower()}" for rows in ("plain", "edges") for codec in Codec]
     batches = _golden(*(f"batch_v1_{kind}.bin" for kind in kinds))
     return [*batches, b"".join(batches), batches[0] * 3]
 

@@ -85,6 +85,13 @@ DRAIN_TIMEOUT_MS = 5_000
     help="When a record counts as written: at once, in the leader's log, or on the object store.",
 )
 @click.option(
+    "--compression",
+    type=click.Choice(["lz4", "zstd", "gzip", "none"]),
+    default="lz4",
+    show_default=True,
+    help="Of batches on the wire, in logs and in segments.",
+)
+@click.option(
     "--drain-timeout-ms",
     type=click.IntRange(min=0),
     default=DRAIN_TIMEOUT_MS,
@@ -104,6 +111,7 @@ def produce(
     repartition: bool,
     allow_binary: bool,
     acks: str,
+    compression: str,
     drain_timeout_ms: int,
     as_json: bool,
     bootstrap: str,
@@ -124,7 +132,7 @@ def produce(
     form = Form(shape, key_field, key_separator, csv_header, csv_delimiter, repartition, allow_binary)
     form.check()
     with open_input(path) as descriptor, _progress(topic, descriptor) as progress:
-        work = Work(topic, acks, descriptor, form, progress)
+        work = Work(topic, acks, compression, descriptor, form, progress)
         report = asyncio.run(_produce(bootstrap, work, drain_timeout_ms / 1000))
     try:
         report.show(as_json)
@@ -194,6 +202,7 @@ class Work:
 
     topic: str
     acks: Any
+    compression: Any
     descriptor: int
     form: Form
     progress: Callable[[int], None]
@@ -323,7 +332,7 @@ async def _produce(bootstrap: str, work: Work, drain_s: float) -> Report:
     partition_count = await reach_leaders(bootstrap, work.topic)
     report = Report(work.acks)
     with StopSignals() as stop:
-        async with Producer(bootstrap, acks=work.acks) as producer:
+        async with Producer(bootstrap, acks=work.acks, compression=work.compression) as producer:
             sending = Sending(producer, work.topic, report)
             task = asyncio.create_task(_send_input(work, sending, report, stop.told, partition_count))
             try:

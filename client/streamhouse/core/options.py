@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from operator import index
-from typing import Any, Literal, SupportsIndex, TypedDict, cast
+from typing import Any, Literal, SupportsIndex, TypedDict, cast, get_args
 
 from shproto.errors import InvalidArgument
 from shproto.v1 import types_pb2
@@ -12,7 +12,7 @@ from shproto.v1 import types_pb2
 from streamhouse.core.times import ms_of
 
 Acks = Literal["none", "wal", "durable"]
-Compression = Literal["lz4", "none"]
+Compression = Literal["lz4", "zstd", "gzip", "none"]
 OnOutOfRange = Literal["error", "earliest", "latest"]
 OnDataLoss = Literal["error", "skip"]
 Start = Literal["earliest", "latest"] | int | datetime
@@ -73,7 +73,7 @@ class ProducerOptions:
         is_kafkas = self.acks in (0, 1, -1, "0", "1", "-1", "all")
         hint = '; Kafka\'s 0 is "none", its 1 and "all" are "wal" (fsynced) or "durable"' if is_kafkas else ""
         _one_of("acks", self.acks, ("none", "wal", "durable"), hint)
-        _one_of("compression", self.compression, ("lz4", "none"))
+        _one_of("compression", self.compression, get_args(Compression))
         _within("linger_ms", self.linger_ms, 0, 60_000)
         _within("batch_bytes", self.batch_bytes, 1, 8 * MIB)  # half the format's limit: headers and growth fit
         _within("max_in_flight", self.max_in_flight, 1, 1024)

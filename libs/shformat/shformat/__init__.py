@@ -11,10 +11,11 @@ from .batch import (
     validate_batch,
     validate_new_batch,
 )
-from .batch_header import BATCH_HEADER_SIZE, BatchHeader, Codec, ProducerStamp, read_batch_header
+from .batch_header import BATCH_HEADER_SIZE, BatchHeader, ProducerStamp, read_batch_header
 from .batch_headers import HeaderColumns, read_batch_headers
 from .batches import decode_batches
 from .columns import BytesColumn, Header, HeadersColumn, Records
+from .compression import Codec
 from .errors import FormatError, ValueOutOfRange
 from .inspect import describe_segment, describe_wal_file
 from .limits import DEFAULT_LIMITS, TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, FormatLimits

@@ -1,16 +1,14 @@
-"""The record batch: a fixed header, then the columnar payload, LZ4-compressed as a whole or not.
+"""The record batch: a fixed header, then the columnar payload, compressed as a whole or not.
 
 The one record encoding on the wire, in the WAL and in segments (a segment block is a batch).
-docs/formats/record-batch.md draws it. Owns: compression and checksum. The header is batch_header.py's, the
-columns are payload.py's.
+docs/formats/record-batch.md draws it. Owns: the checksum. The header is batch_header.py's, the columns are
+payload.py's, compression is compression.py's.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-
-import lz4.block
 
 from .batch_header import (
     BASE_SEQUENCE_AT,
@@ -20,7 +18,6 @@ from .batch_header import (
     STAMP_SIZE,
     BatchHeader,
     Buffer,
-    Codec,
     ProducerStamp,
     check_stamp,
     check_uncompressed,
@@ -29,6 +26,7 @@ from .batch_header import (
     read_batch_header,
 )
 from .columns import Header, Int64s, Records
+from .compression import Codec, compress, decompress
 from .errors import FormatError, ValueOutOfRange
 from .few import FEW_RECORDS_MAX, encode_few, timestamps_of_few
 from .limits import DEFAULT_LIMITS, INT64_MAX, TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, FormatLimits
@@ -47,7 +45,8 @@ def encode_batch(
     producer: ProducerStamp | None = None,
     limits: FormatLimits = DEFAULT_LIMITS,
 ) -> bytes:
-    """One encoded batch; payload that LZ4 does not shrink is stored as Codec.NONE.
+    """One encoded batch; a payload that `codec` does not shrink is stored as Codec.NONE, one that it would
+    shrink beyond the format's limit as Codec.LZ4.
 
     Contiguous records take their offsets from `base_offset`; the offsets in `records` count only when
     they have gaps, and then base_offset must be 0 or the first of them.
@@ -66,10 +65,10 @@ def encode_batch(
         has_keys=not records.keys.all_null,
         has_headers=records.headers is not None and len(records.headers.names) > 0,
     )
-    parts = encode_payload(records, shape, limits)
-    uncompressed_bytes = sum(map(len, parts))
+    payload = encode_payload(records, shape, limits)
+    uncompressed_bytes = sum(map(len, payload))
     check_uncompressed(uncompressed_bytes, limits, 0)
-    codec, parts = _compress(parts, uncompressed_bytes, Codec(codec))
+    codec, parts = compress(payload, Codec(codec))
     size_bytes = _checked_size(parts, limits)
     header = BatchHeader(
         base_offset=first_offset,
@@ -123,7 +122,7 @@ def _encode_few(
     limits: FormatLimits,
 ) -> bytes:
     check_uncompressed(len(payload), limits, 0)
-    codec, parts = _compress([payload], len(payload), Codec(codec))
+    codec, parts = compress([payload], Codec(codec))
     header = BatchHeader(
         base_offset=0,
         epoch=0,
@@ -171,16 +170,6 @@ def _offset_plan(records: Records, base_offset: int) -> tuple[bool, int, int]:
     if base_offset not in (0, first):
         raise FormatError(f"base_offset is {base_offset}, but the offsets have gaps and start at {first}")
     return False, first, last - first
-
-
-def _compress(
-    parts: list[bytes | memoryview], uncompressed_bytes: int, codec: Codec
-) -> tuple[Codec, list[bytes | memoryview]]:
-    if codec is Codec.LZ4:
-        compressed: bytes = lz4.block.compress(b"".join(parts), store_size=False)
-        if len(compressed) < uncompressed_bytes:
-            return Codec.LZ4, [compressed]
-    return Codec.NONE, parts
 
 
 def stamp_batch(batch: Buffer, base_offset: int, epoch: int) -> bytes:
@@ -323,20 +312,14 @@ def open_payload(buffer: Buffer, header: BatchHeader) -> tuple[memoryview, Paylo
 
 
 def _decompress(payload: memoryview, header: BatchHeader) -> memoryview:
-    if header.codec is Codec.NONE:
-        return payload
     try:
-        plain: bytes = lz4.block.decompress(payload, uncompressed_size=header.uncompressed_bytes)
-    except lz4.block.LZ4BlockError as error:
-        raise FormatError(f"LZ4 payload: {error}", BATCH_HEADER_SIZE) from error
-    if len(plain) != header.uncompressed_bytes:
-        declared = header.uncompressed_bytes
-        raise FormatError(f"LZ4 payload holds {len(plain)} bytes, {declared} declared", BATCH_HEADER_SIZE)
-    return memoryview(plain)
+        return decompress(payload, header.codec, header.uncompressed_bytes)
+    except FormatError as error:
+        raise FormatError(error.what, BATCH_HEADER_SIZE) from error
 
 
 def _in_buffer(error: FormatError, header: BatchHeader) -> FormatError:
-    """A position in the payload as one in the buffer; inside LZ4 only the payload's start has one."""
+    """A position in the payload as one in the buffer; inside a compressed one only the payload's start has one."""
     if header.codec is Codec.NONE:
         return FormatError(error.what, BATCH_HEADER_SIZE + error.at)
     return FormatError(f"{error.what}, byte {error.at} of the decompressed payload", BATCH_HEADER_SIZE)

@@ -9,9 +9,10 @@ import mmap
 import struct
 import zlib
 from collections.abc import Sequence
-from enum import IntEnum, IntFlag
+from enum import IntFlag
 from typing import NamedTuple
 
+from .compression import COMPRESSION_RATIO_MAX, Codec
 from .errors import FormatError
 from .limits import DEFAULT_LIMITS, INT64_MAX, UINT32_MAX, FormatLimits
 from .payload import PAYLOAD_BYTES_MIN
@@ -37,16 +38,6 @@ assert _STAMP.size == STAMP_SIZE == BODY_AT - _CRC.size
 
 # A decoded record takes this beside its bytes: offset, timestamp, end of its key and of its value, 8 bytes each.
 DECODED_RECORD_BYTES = 32
-
-# One byte of LZ4 stands for at most 255 bytes of output; more is a lie told to make a reader allocate.
-LZ4_RATIO_MAX = 255
-
-
-class Codec(IntEnum):
-    """How a payload is compressed. Persisted, never reuse; 0 is invalid."""
-
-    NONE = 1
-    LZ4 = 2
 
 
 class Flag(IntFlag):
@@ -226,8 +217,9 @@ def _check_sizes(
     stored = size_bytes - BATCH_HEADER_SIZE
     if codec is Codec.NONE and uncompressed_bytes != stored:
         raise FormatError(f"uncompressed payload of {uncompressed_bytes} bytes stored in {stored}", at + 32)
-    if uncompressed_bytes > stored * LZ4_RATIO_MAX:
-        raise FormatError(f"{uncompressed_bytes} bytes cannot come out of {stored} bytes of LZ4", at + 32)
+    if uncompressed_bytes > stored * COMPRESSION_RATIO_MAX:
+        most = f"a stored byte may stand for {COMPRESSION_RATIO_MAX}"
+        raise FormatError(f"{uncompressed_bytes} bytes out of {stored} stored: {most}", at + 32)
     if not 1 <= record_count <= limits.record_count_max:
         raise FormatError(f"record count is {record_count}, must be 1 to {limits.record_count_max}", at + 36)
     # Every record has a value length, and all but the first a timestamp delta, of at least one byte.

@@ -17,12 +17,11 @@ from .batch_header import (
     BATCH_MAGIC,
     BATCH_VERSION,
     FLAGS_ALL,
-    LZ4_RATIO_MAX,
     Buffer,
-    Codec,
     Flag,
     read_batch_header,
 )
+from .compression import COMPRESSION_RATIO_MAX, Codec
 from .limits import DEFAULT_LIMITS, INT64_MAX, FormatLimits
 from .payload import PAYLOAD_BYTES_MIN
 
@@ -78,8 +77,9 @@ def read_batch_headers(buffer: Buffer, ats: Sequence[int], limits: FormatLimits 
 def _sound_kinds(headers: _Columns) -> _Sound:
     kinds = (headers["magic"] == BATCH_MAGIC) & (headers["version"] == BATCH_VERSION)
     codecs = headers["codec"]
+    # Their numbers have no gap; a test holds that.
     known: _Sound = (
-        kinds & ((codecs == Codec.NONE) | (codecs == Codec.LZ4)) & (headers["flags"] & (0xFFFF ^ FLAGS_ALL) == 0)
+        kinds & (codecs >= min(Codec)) & (codecs <= max(Codec)) & (headers["flags"] & (0xFFFF ^ FLAGS_ALL) == 0)
     )
     return known
 
@@ -94,7 +94,7 @@ def _sound_sizes(headers: _Columns, limits: FormatLimits) -> _Sound:
         & (sizes <= limits.batch_bytes_max)
         & (uncompressed <= limits.uncompressed_bytes_max)
         & ((headers["codec"] != Codec.NONE) | (uncompressed == stored))
-        & (uncompressed <= stored * LZ4_RATIO_MAX)
+        & (uncompressed <= stored * COMPRESSION_RATIO_MAX)
         & (counts >= 1)
         & (counts <= limits.record_count_max)
         & (PAYLOAD_BYTES_MIN + 2 * counts - 1 <= uncompressed)

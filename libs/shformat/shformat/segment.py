@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .batch_header import BATCH_HEADER_SIZE, Buffer, Codec
+from .batch_header import BATCH_HEADER_SIZE, Buffer
+from .compression import Codec
 from .errors import FormatError
 from .limits import DEFAULT_LIMITS, INT64_MAX, UINT32_MAX, FormatLimits
 from .segment_index import INDEX_ENTRY, INDEX_ENTRY_SIZE, SegmentIndex

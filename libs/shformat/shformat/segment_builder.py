@@ -10,8 +10,9 @@ import zlib
 from dataclasses import dataclass
 
 from .batch import check_one_batch, decode_checked, encode_batch
-from .batch_header import BATCH_HEADER_SIZE, BatchHeader, Buffer, Codec, read_batch_header
+from .batch_header import BATCH_HEADER_SIZE, BatchHeader, Buffer, read_batch_header
 from .batches import decode_checked_batches
+from .compression import Codec
 from .errors import FormatError
 from .limits import DEFAULT_LIMITS, MIB, FormatLimits
 from .segment import (
@@ -52,7 +53,8 @@ class SegmentBuilder:
     """Takes stamped batches with add(), gives the segment with finish(). For one use by one owner.
 
     epoch is the highest epoch that may occur; it becomes the segment's. Batches of different epochs (after a
-    change of leader, in compaction) never share a block. Merged blocks carry no producer stamp: it has done
+    change of leader, in compaction) never share a block. Large batches keep the codec of their producer; `codec` is for
+    merged blocks and for large batches that are not compressed. Merged blocks carry no producer stamp: it has done
     its work when the batch was acknowledged.
     """
 
@@ -184,7 +186,7 @@ class SegmentBuilder:
 
     def _as_block(self, batch: Buffer, header: BatchHeader) -> bytes:
         """The batch as it is, or compressed now where the producer did not."""
-        if header.codec is self._codec or self._codec is Codec.NONE:
+        if header.codec is not Codec.NONE or self._codec is Codec.NONE:
             return bytes(batch)
         return encode_batch(
             decode_checked(batch, header, self._limits),

@@ -3,20 +3,25 @@
 The promise: for any bytes the decoder returns records or raises FormatError, in bounded memory.
 """
 
+import gzip
 import pickle
+import random
 import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
 import lz4.block
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shformat import (
     BATCH_HEADER_SIZE,
+    DEFAULT_LIMITS,
     TIMESTAMP_MS_MAX,
     TIMESTAMP_MS_MIN,
     BatchHeader,
@@ -40,6 +45,7 @@ from shformat import (
     validate_batch,
     validate_new_batch,
 )
+from shformat.compression import COMPRESSION_RATIO_MAX
 
 INT64_MAX = (1 << 63) - 1
 INT64_MIN = -(1 << 63)
@@ -111,9 +117,30 @@ def sample(codec: Codec = Codec.NONE) -> bytes:
     return encode_batch(records, codec=codec, epoch=3, producer=ProducerStamp(5, 6, 7))
 
 
+def stored_as(payload: bytes, codec: Codec) -> bytes:
+    """The payload as another program would compress it."""
+    match codec:
+        case Codec.NONE:
+            return payload
+        case Codec.LZ4:
+            return bytes(lz4.block.compress(payload, store_size=False))
+        case Codec.ZSTD:
+            return zstandard.ZstdCompressor(level=19).compress(payload)
+        case Codec.GZIP:
+            return gzip.compress(payload, 9)
+
+
+def around(batch: bytes, stored: bytes, codec: Codec, declared: int) -> bytes:
+    """The header of `batch` around these stored bytes, which it says are `declared` bytes uncompressed."""
+    whole = bytearray(batch[:BATCH_HEADER_SIZE] + stored)
+    whole[25] = codec
+    struct.pack_into("<II", whole, 28, len(whole), declared)
+    return with_crc(whole)
+
+
 def wrapped(batch: bytes, payload: bytes, codec: Codec) -> bytes:
     """The header of `batch` around another payload, sizes and CRC made to fit."""
-    stored = payload if codec is Codec.NONE else lz4.block.compress(payload, store_size=False)
+    stored = stored_as(payload, codec)
     whole = bytearray(batch[:BATCH_HEADER_SIZE] + stored)
     whole[25] = codec
     struct.pack_into("<II", whole, 28, len(whole), len(payload))
@@ -235,8 +262,8 @@ def test_the_most_compressible_batch_is_not_taken_for_a_lie() -> None:
 def test_a_codec_given_as_its_number_counts_and_an_unknown_one_is_refused() -> None:
     records = Records.from_lists([b"a" * 500])
     assert read_batch_header(encode_batch(records, codec=2)).codec is Codec.LZ4  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="3 is not a valid Codec"):
-        encode_batch(records, codec=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="5 is not a valid Codec"):
+        encode_batch(records, codec=5)  # type: ignore[arg-type]
 
 
 def test_columns_are_views_not_copies() -> None:
@@ -459,7 +486,7 @@ def test_limits_must_fit_the_fields_on_disk() -> None:
         ("<B", 24, 0, "batch version is 0", 24),
         ("<B", 24, 2, "batch version is 2", 24),
         ("<B", 25, 0, "batch codec is 0", 25),
-        ("<B", 25, 3, "batch codec is 3", 25),
+        ("<B", 25, 5, "batch codec is 5", 25),
         ("<H", 26, 8, "unknown bits", 26),
         ("<I", 28, 84, "batch size is 84", 28),
         ("<I", 28, 0xFFFFFFFF, "batch size is 4294967295", 28),
@@ -695,6 +722,110 @@ def test_lz4_that_holds_less_than_declared() -> None:
         decode_batch(patched(batch, "<I", 32, declared + 1))
     with pytest.raises(FormatError, match="LZ4 payload: "):
         decode_batch(patched(batch, "<I", 32, declared - 1))
+
+
+COMPRESSED = [Codec.LZ4, Codec.ZSTD, Codec.GZIP]
+
+
+def test_numbers_of_codecs_have_no_gap() -> None:
+    """Many headers are checked by the first and the last of them."""
+    assert sorted(Codec) == list(range(1, len(Codec) + 1))
+
+
+def test_an_unknown_codec_is_named() -> None:
+    with pytest.raises(FormatError, match=r"batch codec is 5, this reader knows \[1, 2, 3, 4\]") as caught:
+        decode_batch(patched(sample(), "<B", 25, 5))
+    assert caught.value.at == 25
+
+
+@pytest.mark.parametrize("codec", COMPRESSED)
+def test_a_payload_of_another_size_than_declared_is_refused(codec: Codec) -> None:
+    batch = encode_batch(Records.from_lists([b"a" * 500]), codec=Codec.NONE)
+    payload = batch[BATCH_HEADER_SIZE:]
+    stored = stored_as(payload, codec)
+    for declared in (len(payload) - 1, len(payload) + 1):
+        with pytest.raises(FormatError, match="payload") as caught:
+            decode_batch(around(batch, stored, codec, declared))
+        assert caught.value.at == BATCH_HEADER_SIZE
+
+
+@pytest.mark.parametrize("codec", [Codec.ZSTD, Codec.GZIP])
+@pytest.mark.parametrize("damage", ["cut off", "bytes behind", "a second one behind", "flipped", "nothing of it"])
+def test_a_damaged_frame_is_refused(codec: Codec, damage: str) -> None:
+    batch = encode_batch(Records.from_lists([b"abc%d" % at for at in range(200)]), codec=Codec.NONE)
+    payload = batch[BATCH_HEADER_SIZE:]
+    stored = stored_as(payload, codec)
+    bad = {
+        "cut off": stored[:-3],
+        "bytes behind": stored + b"\0",
+        "a second one behind": stored + stored_as(b"x", codec),
+        "flipped": stored[:1] + bytes([stored[1] ^ 1]) + stored[2:],
+        "nothing of it": b"\0" * len(stored),
+    }[damage]
+    with pytest.raises(FormatError, match=f"{codec.name.lower()} payload"):
+        decode_batch(around(batch, bad, codec, len(payload)))
+
+
+def test_a_zstd_frame_that_does_not_say_its_size_is_refused() -> None:
+    batch = encode_batch(Records.from_lists([b"a" * 500]), codec=Codec.NONE)
+    payload = batch[BATCH_HEADER_SIZE:]
+    stored = zstandard.ZstdCompressor(write_content_size=False).compress(payload)
+    with pytest.raises(FormatError, match="zstd payload does not say how many bytes it holds"):
+        decode_batch(around(batch, stored, Codec.ZSTD, len(payload)))
+
+
+@pytest.mark.parametrize("codec", [Codec.ZSTD, Codec.GZIP])
+def test_a_bomb_makes_a_reader_allocate_no_more_than_it_declares(codec: Codec) -> None:
+    """512 MiB in a few KB (zstd) or half a MB (gzip). Declared, they are beyond the limit; not declared, they are found
+    out before they are all there."""
+    if codec is Codec.ZSTD:
+        compressor = zstandard.ZstdCompressor().compressobj(size=512 << 20)
+        pieces = [compressor.compress(bytes(1 << 20)) for _ in range(512)]
+        stored = b"".join([*pieces, compressor.flush()])
+    else:
+        member = zlib.compressobj(6, zlib.DEFLATED, 31)
+        stored = b"".join([*(member.compress(bytes(1 << 20)) for _ in range(512)), member.flush()])
+    batch = encode_batch(Records.from_lists([b"a" * 500]), codec=Codec.NONE)
+    most = min(len(stored) * COMPRESSION_RATIO_MAX, DEFAULT_LIMITS.uncompressed_bytes_max)
+    for declared, said in (
+        (512 << 20, "uncompressed_bytes_max"),
+        (len(stored) * COMPRESSION_RATIO_MAX + 1, "a stored byte may stand for 255|uncompressed_bytes_max"),
+        (most, "payload holds"),
+        (64 * 1024, "payload holds"),
+    ):
+        bomb = around(batch, stored, codec, declared)
+        with pytest.raises(FormatError, match=said):
+            decode_batch(bomb)
+        assert peak_bytes(lambda bomb=bomb: decode_batch(bomb)) < 2 * min(declared, most) + len(stored) + (1 << 18)
+
+
+@pytest.mark.parametrize("codec", [Codec.ZSTD, Codec.GZIP])
+def test_what_a_codec_would_shrink_beyond_the_limit_is_stored_as_lz4(codec: Codec) -> None:
+    records = Records.from_lists([bytes(4_000_000)])
+    batch = encode_batch(records, codec=codec)
+    assert read_batch_header(batch).codec is Codec.LZ4
+    assert decode_batch(batch).values.to_list() == [bytes(4_000_000)]
+
+
+@pytest.mark.parametrize("codec", COMPRESSED)
+def test_what_a_codec_does_not_shrink_is_stored_as_it_is(codec: Codec) -> None:
+    batch = encode_batch(Records.from_lists([random.Random(1).randbytes(100_000)]), codec=codec)
+    assert read_batch_header(batch).codec is Codec.NONE
+
+
+def test_threads_compress_and_decompress_side_by_side() -> None:
+    """zstd's contexts are each thread's own."""
+
+    def work(number: int) -> bool:
+        values = [b"%d of %d" % (at, number) for at in range(2_000)]
+        return all(
+            decode_batch(encode_batch(Records.from_lists(values), codec=codec)).values.to_list() == values
+            for codec in COMPRESSED
+            for _ in range(5)
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(16)))
 
 
 def test_positions_in_a_compressed_payload_are_said_to_be_such() -> None:

@@ -1,15 +1,19 @@
 """Golden files: bytes written by older versions stay readable, and what is written today is the same bytes.
 
 Run this file as a script to write golden files that do not exist yet; existing ones are never rewritten.
-What LZ4 makes of a payload may differ between its releases, so for compressed batches the payload is
+What a codec makes of a payload may differ between its releases, so for compressed batches the payload is
 compared after decompression.
 """
 
+import gzip
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import lz4.block
 import pytest
+import zstandard
 from shformat import (
     BATCH_HEADER_SIZE,
     Codec,
@@ -89,9 +93,20 @@ FILES = {
     "batch_v1_plain_lz4.bin": lambda: plain_batch(Codec.LZ4),
     "batch_v1_edges_none.bin": lambda: edges_batch(Codec.NONE),
     "batch_v1_edges_lz4.bin": lambda: edges_batch(Codec.LZ4),
+    "batch_v1_plain_zstd.bin": lambda: plain_batch(Codec.ZSTD),
+    "batch_v1_edges_zstd.bin": lambda: edges_batch(Codec.ZSTD),
+    "batch_v1_plain_gzip.bin": lambda: plain_batch(Codec.GZIP),
+    "batch_v1_edges_gzip.bin": lambda: edges_batch(Codec.GZIP),
     "wal_v2.bin": wal_file,
     "segment_v1.bin": segment_file,
 }
+# By other programs than the reader's own.
+EXPAND: dict[str, Callable[[bytes, int], bytes]] = {
+    "lz4": lambda stored, size_bytes: bytes(lz4.block.decompress(stored, uncompressed_size=size_bytes)),
+    "zstd": lambda stored, _: zstandard.ZstdDecompressor().stream_reader(stored).read(),
+    "gzip": lambda stored, _: gzip.decompress(stored),
+}
+COMPRESSED = set(EXPAND)
 READ_ONLY = {"wal_v1.bin"}
 """Of versions that are not written any more."""
 
@@ -104,21 +119,22 @@ def test_the_folder_holds_these_files_and_no_others() -> None:
     assert {path.name for path in GOLDEN.iterdir()} == set(FILES) | READ_ONLY
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if "lz4" not in name])
+@pytest.mark.parametrize("name", [name for name in FILES if not COMPRESSED & set(re.split(r"[_.]", name))])
 def test_what_is_written_today_is_the_golden_file(name: str) -> None:
     assert FILES[name]() == golden(name)
 
 
 @pytest.mark.parametrize("name", ["batch_v1_plain", "batch_v1_edges"])
-def test_compressed_batches_hold_the_payload_of_the_plain_ones(name: str) -> None:
-    for batch in (golden(f"{name}_lz4.bin"), FILES[f"{name}_lz4.bin"]()):
+@pytest.mark.parametrize("codec", EXPAND)
+def test_compressed_batches_hold_the_payload_of_the_plain_ones(name: str, codec: str) -> None:
+    for batch in (golden(f"{name}_{codec}.bin"), FILES[f"{name}_{codec}.bin"]()):
         header = validate_batch(batch)
-        assert header.codec is Codec.LZ4
-        payload = lz4.block.decompress(batch[BATCH_HEADER_SIZE:], uncompressed_size=header.uncompressed_bytes)
+        assert header.codec is Codec[codec.upper()]
+        payload = EXPAND[codec](batch[BATCH_HEADER_SIZE:], header.uncompressed_bytes)
         assert payload == golden(f"{name}_none.bin")[BATCH_HEADER_SIZE:]
 
 
-@pytest.mark.parametrize("codec", ["none", "lz4"])
+@pytest.mark.parametrize("codec", ["none", *EXPAND])
 def test_golden_batches_decode(codec: str) -> None:
     plain, edges = golden(f"batch_v1_plain_{codec}.bin"), golden(f"batch_v1_edges_{codec}.bin")
     assert rows_of(decode_batch(plain)) == PLAIN

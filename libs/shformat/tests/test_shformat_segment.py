@@ -159,6 +159,17 @@ def test_a_large_batch_without_compression_is_compressed() -> None:
     assert build([large], block_bytes_target=10_000, codec=Codec.NONE).parts[1] == large
 
 
+@pytest.mark.parametrize("codec", [Codec.ZSTD, Codec.GZIP])
+def test_a_large_batch_keeps_the_codec_of_its_producer_and_small_ones_are_merged_as_lz4(codec: Codec) -> None:
+    large = stamp_batch(
+        encode_batch(Records.from_lists([b"large %d" % at for at in range(2_000)]), codec=codec), 100, 3
+    )
+    built = build([batch(0, 50, codec=codec), batch(50, 50, codec=codec), large], block_bytes_target=10_000)
+    assert built.parts[2] == large
+    assert [read_batch_header(block).codec for block in built.parts[1:3]] == [Codec.LZ4, codec]
+    assert len(all_records(joined(built))) == 2_100
+
+
 def test_batches_from_the_copy_threshold_on_are_copied_as_they_are() -> None:
     """With the default block size. A merged block carries no producer stamp, a copied one its own."""
     stamp, value = ProducerStamp(1, 2, 3), bytes(COPY_BYTES_MIN)

@@ -1,0 +1,151 @@
+"""Payloads of record batches compressed and decompressed, one codec each. docs/formats/record-batch.md has the rules.
+
+All codecs work without the interpreter's lock, so that a thread that compresses or decompresses holds up no other.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+
+import lz4.block
+import zstandard
+
+from .errors import FormatError
+from .limits import MIB
+
+# A stored byte stands for at most this many of the payload; more would be a few bytes that make a reader allocate much.
+# LZ4 cannot do more. What zstd (beyond 10,000) or gzip (1,032) would shrink further is stored as LZ4 by writers.
+COMPRESSION_RATIO_MAX = 255
+
+# Kafka's defaults for both: what a producer gains from higher levels it pays for several times over in CPU.
+ZSTD_LEVEL = 3
+GZIP_LEVEL = 6
+
+# What a zstd frame may ask for to look back into; frames of levels up to 19 ask for 8 MiB at most.
+ZSTD_WINDOW_BYTES_MAX = 64 * MIB
+
+# zlib's wbits: the largest window, and the header and trailer of gzip around it.
+_GZIP_WBITS = 16 + zlib.MAX_WBITS
+
+
+class Codec(IntEnum):
+    """How a payload is compressed. Persisted, never reuse; 0 is invalid."""
+
+    NONE = 1
+    LZ4 = 2
+    ZSTD = 3
+    GZIP = 4
+
+
+class _Zstd(threading.local):
+    """One thread's contexts: they are not to be shared, and to make one costs more than a small batch."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
+
+
+_zstd = _Zstd()
+
+
+def compress(parts: Sequence[bytes | memoryview], codec: Codec) -> tuple[Codec, Sequence[bytes | memoryview]]:
+    """Returns the payload compressed, and with what: LZ4 where `codec` would go beyond COMPRESSION_RATIO_MAX, NONE and
+    the parts as they are where nothing is gained."""
+    if codec is Codec.NONE:
+        return codec, parts
+    payload = b"".join(parts)
+    stored = _COMPRESS[codec](payload)
+    if len(payload) > len(stored) * COMPRESSION_RATIO_MAX:
+        codec, stored = Codec.LZ4, _COMPRESS[Codec.LZ4](payload)
+    if len(stored) < len(payload):
+        return codec, [stored]
+    return Codec.NONE, parts
+
+
+def decompress(stored: memoryview, codec: Codec, uncompressed_bytes: int) -> memoryview:
+    """Returns the payload, which has uncompressed_bytes exactly. Raises FormatError, without a position, for anything
+    else; allocates no more than twice that and `stored` once more, whatever that holds. The caller has checked
+    uncompressed_bytes."""
+    if codec is Codec.NONE:
+        return stored
+    payload = _DECOMPRESS[codec](stored, uncompressed_bytes)
+    if len(payload) != uncompressed_bytes:
+        raise FormatError(f"{_NAMES[codec]} payload holds {len(payload)} bytes, {uncompressed_bytes} declared")
+    return memoryview(payload)
+
+
+_NAMES = {Codec.LZ4: "LZ4", Codec.ZSTD: "zstd", Codec.GZIP: "gzip"}
+
+
+# ---- LZ4: one block, without a size in front
+
+
+def _compress_lz4(payload: bytes) -> bytes:
+    stored: bytes = lz4.block.compress(payload, store_size=False)
+    return stored
+
+
+def _decompress_lz4(stored: memoryview, uncompressed_bytes: int) -> bytes:
+    try:
+        payload: bytes = lz4.block.decompress(stored, uncompressed_size=uncompressed_bytes)
+    except lz4.block.LZ4BlockError as error:
+        raise FormatError(f"LZ4 payload: {error}") from error
+    return payload
+
+
+# ---- zstd: one frame that says how many bytes it holds
+
+
+def _compress_zstd(payload: bytes) -> bytes:
+    return _zstd.compressor.compress(payload)
+
+
+def _decompress_zstd(stored: memoryview, uncompressed_bytes: int) -> bytes:
+    try:
+        # The library allocates what the frame says: asked first. -1: the frame does not say.
+        held = zstandard.frame_content_size(stored)
+        if held != uncompressed_bytes:
+            said = "does not say how many bytes it holds" if held < 0 else f"holds {held} bytes"
+            raise FormatError(f"zstd payload {said}, {uncompressed_bytes} declared")
+        return _zstd.decompressor.decompress(stored, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise FormatError(f"zstd payload: {error}") from error
+
+
+# ---- gzip: one member
+
+
+def _compress_gzip(payload: bytes) -> bytes:
+    return zlib.compress(payload, GZIP_LEVEL, _GZIP_WBITS)
+
+
+def _decompress_gzip(stored: memoryview, uncompressed_bytes: int) -> bytes:
+    member = zlib.decompressobj(_GZIP_WBITS)
+    try:
+        # One byte more than declared is asked for: a member that holds more shows it, one that does not reaches its
+        # end, where its checksum is.
+        payload = member.decompress(stored, uncompressed_bytes + 1)
+    except zlib.error as error:
+        raise FormatError(f"gzip payload: {error}") from error
+    if len(payload) > uncompressed_bytes:
+        raise FormatError(f"gzip payload holds more than the {uncompressed_bytes} bytes declared")
+    if not member.eof:
+        raise FormatError("gzip payload: it is cut off")
+    if member.unused_data:
+        raise FormatError(f"gzip payload: {len(member.unused_data)} bytes after its end")
+    return payload
+
+
+_COMPRESS: dict[Codec, Callable[[bytes], bytes]] = {
+    Codec.LZ4: _compress_lz4,
+    Codec.ZSTD: _compress_zstd,
+    Codec.GZIP: _compress_gzip,
+}
+_DECOMPRESS: dict[Codec, Callable[[memoryview, int], bytes]] = {
+    Codec.LZ4: _decompress_lz4,
+    Codec.ZSTD: _decompress_zstd,
+    Codec.GZIP: _decompress_gzip,
+}
