@@ -237,7 +237,8 @@ def _golden(*names: str) -> list[bytes]:
 
 
 def _batch_seeds() -> list[bytes]:
-    kinds = [f"{rows}_{codec.name.lower()}" for rows in ("plain", "edges") for codec in Codec]
+    # The plain rows once, the edges (gaps, keys, headers) in every codec: most of what a reader decides is in those.
+    kinds = ["plain_none", *(f"edges_{codec.name.lower()}" for codec in Codec)]
     batches = _golden(*(f"batch_v1_{kind}.bin" for kind in kinds))
     return [*batches, b"".join(batches), batches[0] * 3]
 

@@ -102,7 +102,7 @@ def test_all_targets_load_under_their_names() -> None:
 # ---- a fuzzer that finds nothing proves nothing: what it must find
 
 
-def finds(name: str, tries: int = 3_000) -> str:
+def finds(name: str, tries: int = 6_000) -> str:
     """The signature of the first finding within `tries` inputs; empty where there is none."""
     target = load(name)
     for seed in range(tries):
