@@ -122,13 +122,15 @@ def test_every_command_has_help(command: str) -> None:
         "group reset-offsets g --to latest",
         "group delete g --yes",
         "partition settle t 0 --lost --yes",
-        "verify --store-dir /tmp",
-        "sweep --store-dir /tmp",
+        "verify --store-dir STORE",
+        "sweep --store-dir STORE",
     ],
 )
-def test_nobody_there_says_what_to_start(arguments: str, closed_port: int) -> None:
+def test_nobody_there_says_what_to_start(arguments: str, closed_port: int, tmp_path: Path) -> None:
     address = f"127.0.0.1:{closed_port}"
-    result = run(*arguments.split(), "--bootstrap", address, "--retry-timeout-ms", "1000")
+    (tmp_path / "objects").mkdir()  # a store
+    command = arguments.replace("STORE", str(tmp_path)).split()
+    result = run(*command, "--bootstrap", address, "--retry-timeout-ms", "1000")
     assert result.exit_code == 1
     assert result.stderr == (
         f"error: nothing answers at {address}: start it with `streamhouse serve`, or name another with --bootstrap "
@@ -136,6 +138,43 @@ def test_nobody_there_says_what_to_start(arguments: str, closed_port: int) -> No
         f"last error: cannot connect to {address}: Connection refused)\n"
     )
     assert result.stdout == ""
+
+
+NO_DATA_DIR = "is no data directory of `streamhouse serve`: it has no directory objects"
+NO_STORE = "is no object store of StreamHouse: it has no directory objects"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("verify --data-dir DIR", NO_DATA_DIR),
+        ("verify --store-dir DIR", NO_STORE),
+        ("sweep --data-dir DIR", NO_DATA_DIR),
+        ("sweep --store-dir DIR --dry-run", NO_STORE),
+        ("backup --data-dir DIR", NO_DATA_DIR),
+        ("restore --data-dir DIR --yes", NO_DATA_DIR),
+        ("segment inspect key --store-dir DIR", NO_STORE),
+        ("wal inspect DIR", "holds no *.wal file"),
+    ],
+)
+def test_a_directory_of_something_else_is_named_and_left_as_it_is(arguments: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run(*arguments.replace("DIR", str(tmp_path)).split())
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {tmp_path} {said}")
+    assert (result.stdout, len(result.stderr.splitlines())) == ("", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("command", "said"), [("segment", "no segment"), ("wal", "no write-ahead log")])
+def test_a_file_of_something_else_is_named_by_what_it_begins_with(command: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "notes.wal"
+    file.write_text("these are notes, and long enough for a header: " * 20)
+    for json_output in ([], ["--json"]):
+        result = run(command, "inspect", str(file), *json_output)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith(f"error: {file} is {said}, or nothing of it can be read: ")
+        assert "b'thes'" in result.stderr
 
 
 def test_consume_of_nobody_says_what_to_start(closed_port: int) -> None:

@@ -40,6 +40,8 @@ def inspect_segment(source: str, store_dir: str | None, config: str | None, show
     described = describe_segment_file(path) if path.is_file() else _from_store(source, store_dir, config)
     if not described["segments"]:
         raise CliError(f"{source} is empty: no segment")
+    if not any(item["header"] or item["blocks"] for item in described["segments"]):
+        raise CliError(f"{source} is no segment, or nothing of it can be read: {_first_damage(described['segments'])}")
     if as_json:
         print_json(described)
     else:
@@ -77,12 +79,19 @@ def inspect_wal(source: Path, show_all: bool, as_json: bool) -> None:
     frame may look torn for a moment.
     """
     described = describe_wal(source)
+    if not any(item["header"] or item["frames"] for item in described["files"]):
+        what = _first_damage(described["files"])
+        raise CliError(f"{source} is no write-ahead log, or nothing of it can be read: {what}")
     if as_json:
         print_json(described)
     else:
         for file in described["files"]:
             _print_wal_file(file, None if show_all else ROWS_MAX)
     _exit_if_damaged(sum(len(item["damage"]) for item in described["files"]), str(source))
+
+
+def _first_damage(described: Sequence[dict[str, Any]]) -> str:
+    return next((str(entry["what"]) for item in described for entry in item["damage"]), "it is empty")
 
 
 def _exit_if_damaged(count: int, source: str) -> None:

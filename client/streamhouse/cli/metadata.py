@@ -6,15 +6,12 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamhouse.cli.failures import CliError
 
 if TYPE_CHECKING:
     from shstore.retrying import RetryingStore
-
-OBJECTS_DIR = "objects"  # of an embedded platform's data directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +25,11 @@ async def metadata_of(data_dir: str | None, config: str | None, *, alone: bool) 
     """Of `streamhouse serve --data-dir`, else of the settings of a coordinator. `alone`: nobody may serve the
     directory. Raises CliError, SettingsError, StoreError."""
     from streamhouse.cli.services import environ_with, load_all_settings
-    from streamhouse.cli.store_option import store_of
+    from streamhouse.cli.store_option import objects_of, store_of
 
     load_all_settings()
     os.environ.update(environ_with(data_dir=data_dir, config=config))
-    directory = str(Path(data_dir) / OBJECTS_DIR) if data_dir is not None else None
+    directory = objects_of(data_dir) if data_dir is not None else None
     store = store_of("say where the object store is", directory, config)
     try:
         await store.check()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,8 +12,8 @@ from streamhouse.cli.ask import open_peers
 from streamhouse.cli.failures import CliError
 from streamhouse.cli.options import CONFIG_FILE, bootstrap_option, json_option
 from streamhouse.cli.output import confirm, print_json, print_table, show_bytes, show_span, show_time
-from streamhouse.cli.store_option import store_of
-from streamhouse.cli.verify import OBJECTS_DIR, ROWS_MAX
+from streamhouse.cli.store_option import objects_of, store_of
+from streamhouse.cli.verify import ROWS_MAX
 
 if TYPE_CHECKING:
     from streamhouse_segmenter.core.sweep import Orphan
@@ -98,7 +97,7 @@ def sweep(
     """
     if data_dir is not None and store_dir is not None:
         raise click.UsageError("--data-dir and --store-dir exclude each other")
-    directory = str(Path(data_dir) / OBJECTS_DIR) if data_dir is not None else store_dir
+    directory = objects_of(data_dir) if data_dir is not None else store_dir
     given = {"orphan_grace_ms": grace_ms, "orphan_confirm_ms": confirm_ms}
     patience = {name: value for name, value in given.items() if value is not None}
     place = Place(bootstrap, directory, config, _checked(prefix), patience)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -17,13 +16,12 @@ from streamhouse.cli.failures import CliError
 from streamhouse.cli.options import CONFIG_FILE, bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
 from streamhouse.cli.process import is_terminal
-from streamhouse.cli.store_option import store_of
+from streamhouse.cli.store_option import objects_of, store_of
 
 if TYPE_CHECKING:
     from streamhouse.core.registry_check import Finding
     from streamhouse.verify import Report
 
-OBJECTS_DIR = "objects"  # of an embedded platform's data directory
 # As long as segmenters wait by default before they count an object as an orphan: it may still be registered.
 GRACE_MS = 3_600_000
 ROWS_MAX = 100
@@ -67,7 +65,7 @@ def verify(
 
     if data_dir is not None and store_dir is not None:
         raise click.UsageError("--data-dir and --store-dir exclude each other")
-    directory = str(Path(data_dir) / OBJECTS_DIR) if data_dir is not None else store_dir
+    directory = objects_of(data_dir) if data_dir is not None else store_dir
     report = asyncio.run(_verify(bootstrap, topic, directory, config, grace_ms))
     if as_json:
         print_json(asdict(report))
