@@ -23,6 +23,7 @@ from tests.integration.processes import free_ports
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
 PATIENCE_S = 30
+LISTENING = "0A"  # of /proc/net/tcp
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 EMFILE, ENOSPC, EIO = str(errno.EMFILE), errno.ENOSPC, str(errno.EIO)
 
@@ -216,8 +217,11 @@ async def test_a_process_can_open_nothing_more(fleet: Standins, one: str) -> Non
     opens = "[os.open('/', os.O_RDONLY) for _ in range({count})]"
     await fleet.ask(one, opens.format(count=30))  # there are holes below: these count as well
     await fleet.ask(one, "[os.close(number) for number in range(12, 30, 3)]")
+    await until(lambda: not has_connections(fleet.members[one].listen))  # that of the question whether it serves
     for seed in range(4):
         asking = await fleet.open(one)
+        asking[1].write(b"1\n")
+        assert await asking[0].readline() == b"1\n", "accepted: its descriptor is not one of the spare ones"
         async with NEMESES["descriptors"](fleet, random.Random(seed)) as deed:
             spare = int(deed.text.split()[2])
             asking[1].write(f"len({opens.format(count=spare)})\n{opens.format(count=1)}\n".encode())
@@ -241,6 +245,13 @@ async def test_silent_connections_use_up_descriptors(fleet: Standins, one: str) 
 
 
 # ---- helpers
+
+
+def has_connections(listen: str) -> bool:
+    """Whether a process has a descriptor of a connection to its port, whatever the other side did."""
+    port = f":{int(listen.rpartition(':')[2]):04X}"
+    rows = [line.split() for family in ("tcp", "tcp6") for line in Path(f"/proc/net/{family}").read_text().splitlines()]
+    return any(row[1].endswith(port) and row[3] != LISTENING and row[9] != "0" for row in rows)
 
 
 async def until(holds: Callable[[], object]) -> None:
