@@ -348,9 +348,10 @@ class CoordinatorApi:
         messages.check_group(request.group)
         check_name("member_id", request.member_id, messages.MEMBER_ID_LENGTH_MAX, empty=True)
         check_name("client_id", request.client_id, CLIENT_ID_LENGTH_MAX, empty=True)
-        check_number("number of topics", len(request.topics), 1, messages.GROUP_TOPICS_MAX)
+        check_number("number of topics", len(request.topics), 0, messages.GROUP_TOPICS_MAX)
         for topic in request.topics:
             check_topic(topic)
+        check_number("number of owned partitions", len(request.owned), 0, messages.OWNED_MAX)
         if request.session_timeout_ms:
             least, most = messages.GROUP_SESSION_TIMEOUT_MS_MIN, messages.GROUP_SESSION_TIMEOUT_MS_MAX
             check_number("session_timeout_ms", request.session_timeout_ms, least, most)
@@ -361,6 +362,7 @@ class CoordinatorApi:
             list(request.topics),
             request.client_id,
             request.session_timeout_ms,
+            frozenset(name_of(item.topic, item.partition) for item in request.owned),
         )
         return self._assignment(assignment)
 

@@ -34,16 +34,24 @@ class Member:
         self.owned: set[tuple[str, int]] = set()
 
     async def join(self, **extra: int) -> "Member":
-        request = pb.JoinGroupRequest(group=self.group, member_id=self.id, topics=self.topics, client_id="c", **extra)
+        request = pb.JoinGroupRequest(
+            group=self.group, member_id=self.id, topics=self.topics, client_id="c", owned=self._owned(), **extra
+        )
         self._take(await self.api.join_group(request))
         return self
 
     async def heartbeat(self, max_wait_ms: int = 0) -> None:
-        owned = [pb.TopicPartition(topic=topic, partition=number) for topic, number in self.owned]
         request = pb.HeartbeatGroupRequest(
-            group=self.group, member_id=self.id, generation=self.generation, owned=owned, max_wait_ms=max_wait_ms
+            group=self.group,
+            member_id=self.id,
+            generation=self.generation,
+            owned=self._owned(),
+            max_wait_ms=max_wait_ms,
         )
         self._take(await self.api.heartbeat_group(request))
+
+    def _owned(self) -> list[pb.TopicPartition]:
+        return [pb.TopicPartition(topic=topic, partition=number) for topic, number in self.owned]
 
     def _take(self, answer: pb.GroupAssignment) -> None:
         self.id, self.generation, self.pending = answer.member_id, answer.generation, answer.pending
@@ -230,6 +238,48 @@ async def test_joining_again_as_before_changes_nothing(api: CoordinatorApi) -> N
     generation = one.generation
     await one.join()
     assert (one.generation, one.numbers) == (generation, [0, 1, 2, 3])
+
+
+async def test_a_member_that_changes_its_topics_keeps_what_it_works_on_until_it_lets_go(api: CoordinatorApi) -> None:
+    """The others wait for what it still has, as after any rebalance, and it may still commit it."""
+    await api.create_topic(pb.CreateTopicRequest(topic="refunds", partitions=4))
+    first = await Member(api).join()
+    second = await Member(api).join()
+    await first.heartbeat()
+    await first.heartbeat()
+    await second.heartbeat()
+    had = set(first.owned)
+    assert len(had) == len(second.owned) == 2
+    first.topics = ["refunds"]
+    await first.join()
+    given = {("refunds", number) for number in range(4)}
+    assert first.owned == given, "nobody else reads them"
+    await second.heartbeat()
+    assert second.pending and second.owned.isdisjoint(had)
+    for _, number in had:
+        await first.commit(number, 7)
+    first.owned = given | had
+    await first.join()  # as one whose first answer was lost
+    await second.heartbeat()
+    assert second.pending and second.owned.isdisjoint(had)
+    await first.heartbeat()
+    await second.heartbeat()
+    assert not second.pending and second.owned == {("orders", number) for number in range(4)}
+    with pytest.raises(IllegalGeneration):
+        await first.commit(min(had)[1], 8)
+
+
+async def test_a_member_may_read_no_topic_yet(api: CoordinatorApi) -> None:
+    first = await Member(api, topics=()).join()
+    assert (first.owned, first.pending) == (set(), False)
+    second = await Member(api).join()
+    assert len(second.owned) == 4
+    first.topics = ["orders"]
+    await first.join()
+    await second.heartbeat()
+    await second.heartbeat()
+    await first.heartbeat()
+    assert len(first.owned) == len(second.owned) == 2
 
 
 async def test_a_heartbeat_without_news_waits_and_keeps_the_member_alive(api: CoordinatorApi) -> None:

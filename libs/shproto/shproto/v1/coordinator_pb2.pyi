@@ -2542,6 +2542,7 @@ class JoinGroupRequest(_message.Message):
     TOPICS_FIELD_NUMBER: _builtins.int
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     SESSION_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    OWNED_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     member_id: _builtins.str
     """empty: a new one is given"""
@@ -2549,7 +2550,13 @@ class JoinGroupRequest(_message.Message):
     session_timeout_ms: _builtins.int
     """0: the server's default"""
     @_builtins.property
-    def topics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def topics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """may be empty: of a member whose pattern matches no topic yet"""
+
+    @_builtins.property
+    def owned(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopicPartition]:
+        """of a member that changes its topics: what it is still working on, as in HeartbeatGroupRequest"""
+
     def __init__(
         self,
         *,
@@ -2558,10 +2565,11 @@ class JoinGroupRequest(_message.Message):
         topics: _abc.Iterable[_builtins.str] | None = ...,
         client_id: _builtins.str = ...,
         session_timeout_ms: _builtins.int = ...,
+        owned: _abc.Iterable[Global___TopicPartition] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "group", b"group", "member_id", b"member_id", "session_timeout_ms", b"session_timeout_ms", "topics", b"topics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "group", b"group", "member_id", b"member_id", "owned", b"owned", "session_timeout_ms", b"session_timeout_ms", "topics", b"topics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

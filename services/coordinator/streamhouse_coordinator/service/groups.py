@@ -105,9 +105,19 @@ async def _change_members(
 
 
 async def join(
-    context: Context, name: str, member_id: str, topics: Sequence[str], client_id: str, session_timeout_ms: int
+    context: Context,
+    name: str,
+    member_id: str,
+    topics: Sequence[str],
+    client_id: str,
+    session_timeout_ms: int,
+    reported: Names = frozenset(),
 ) -> Assignment:
-    """Joins, or changes what is read; who joins again as it was only gets its assignment. Raises Overloaded."""
+    """Joins, or changes what is read; who joins again as it was only gets its assignment. Raises Overloaded.
+
+    `reported`: what a known member still works on. Other topics move its partitions as any rebalance does: the next
+    owner of one waits until the member has let go of it.
+    """
     member_id = member_id or f"{client_id or 'member'}-{context.new_id()}"
     timeout_ms = session_timeout_ms or context.settings.group_session_timeout_ms
     event = GroupMemberJoined(name, member_id, client_id, tuple(sorted(set(topics))), timeout_ms)
@@ -121,7 +131,7 @@ async def join(
         same = known is not None and tuple(json.loads(known.topics)) == event.topics
         if not same or groups.outdated(loaded.group, loaded.partitions):
             loaded = await _change_members(tx, loaded, [event], [])
-        return await _assign(tx, loaded, member_id, frozenset())
+        return await _assign(tx, loaded, member_id, reported)
 
     return await context.store.run(work, lock=lock_of(name))
 
