@@ -1,7 +1,8 @@
 """A small honest StreamHouse on one gRPC port: the three APIs over an in-memory log, with faults to switch on.
 
 Honest: batches are validated and stamped, sequences are checked with the rules of the real agent (last five batches
-remembered, unknown producers accepted), answers come in order, groups rebalance cooperatively, commits are fenced.
+remembered, unknown producers accepted), answers come in order, groups rebalance and commits are fenced by the rules of
+the real coordinator.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from shformat import decode_batch, read_batch_header, stamp_batch, validate_batc
 from shproto import errors
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2, types_pb2
 from shruntime.server import RpcServer, ServerLimits
+from streamhouse_coordinator.core import groups as rules
 
 WAIT_MAX_MS = 200
 
@@ -126,16 +128,13 @@ class PartitionLog:
 
 
 @dataclass
-class Member:
-    topics: tuple[str, ...]
-    target: set[tuple[str, int]] = field(default_factory=set)
-    owned: set[tuple[str, int]] = field(default_factory=set)
-
-
-@dataclass
 class Group:
+    """`members`: their topics. `owned`, `target`: names of partitions, by member."""
+
     generation: int = 0
-    members: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    owned: dict[str, frozenset[str]] = field(default_factory=dict)
+    target: dict[str, frozenset[str]] = field(default_factory=dict)
     offsets: dict[tuple[str, int], int] = field(default_factory=dict)
     metadata: dict[tuple[str, int], str] = field(default_factory=dict)
 
@@ -210,6 +209,7 @@ class FakeStreamHouse:
         self.add_topic(request.topic, request.partitions, request.min_acks)
         if request.HasField("retention_ms"):
             self.topics[request.topic].retention_ms = request.retention_ms
+        self._refresh_readers()
         return self.topics[request.topic]
 
     async def alter_topic(self, request: coordinator_pb2.AlterTopicRequest) -> coordinator_pb2.TopicInfo:
@@ -238,6 +238,7 @@ class FakeStreamHouse:
     async def delete_topic(self, request: coordinator_pb2.DeleteTopicRequest) -> coordinator_pb2.DeleteTopicResponse:
         info = self._topic(request.topic)
         del self.topics[request.topic]
+        self._refresh_readers()
         return coordinator_pb2.DeleteTopicResponse(topic_id=info.topic_id)
 
     async def list_topics(self, request: coordinator_pb2.ListTopicsRequest) -> coordinator_pb2.ListTopicsResponse:
@@ -464,37 +465,52 @@ class FakeStreamHouse:
             raise errors.Unavailable("no PostgreSQL")
         group = self.groups[request.group]
         member_id = request.member_id or f"member-{next(self._ids)}"
-        group.members[member_id] = Member(tuple(request.topics))
-        self._rebalance(group)
-        return self._assignment(group, member_id)
+        if group.members.get(member_id) != tuple(request.topics) or self._is_outdated(group):
+            group.members[member_id] = tuple(request.topics)
+            self._rebalance(group)
+        return self._assignment(group, member_id, frozenset(rules.name_of(w.topic, w.partition) for w in request.owned))
+
+    def _partitions(self, group: Group) -> dict[str, int]:
+        read = {topic for topics in group.members.values() for topic in topics}
+        return {topic: info.partitions for topic, info in self.topics.items() if topic in read}
+
+    def _state(self, group: Group) -> rules.Group:
+        return rules.Group("", group.generation, group.members, group.owned, group.target)
+
+    def _is_outdated(self, group: Group) -> bool:
+        return rules.outdated(self._state(group), self._partitions(group))
+
+    def _refresh_readers(self) -> None:
+        for group in self.groups.values():
+            if group.members and self._is_outdated(group):
+                self._rebalance(group)
 
     def _rebalance(self, group: Group) -> None:
-        """Sticky: members keep what they have up to their share, the rest goes round."""
         group.generation += 1
-        topics = sorted({topic for member in group.members.values() for topic in member.topics})
-        wanted = [(topic, number) for topic in topics for number in range(self.topics[topic].partitions)]
-        members = list(group.members.values())
-        if members:
-            share = -(-len(wanted) // len(members))
-            for member in members:
-                member.target = set(sorted(member.target)[:share])
-            free = [where for where in wanted if not any(where in member.target for member in members)]
-            for where in free:
-                min(members, key=lambda member: len(member.target)).target.add(where)
+        group.owned = {member: owned for member, owned in group.owned.items() if member in group.members}
+        target = rules.rebalance(group.members, self._partitions(group), group.target)
+        group.target = {member: frozenset(names) for member, names in target.items()}
         self.wake()
 
-    def _assignment(self, group: Group, member_id: str) -> coordinator_pb2.GroupAssignment:
-        member = group.members[member_id]
-        taken = {where for other in group.members.values() if other is not member for where in other.owned}
-        given = sorted(member.target - taken)
-        member.owned |= set(given)
+    def _assignment(
+        self, group: Group, member_id: str, reported: frozenset[str] | None = None
+    ) -> coordinator_pb2.GroupAssignment:
+        state = self._state(group)
+        given, pending = rules.available(state, member_id)
+        owned = rules.owned_after(state, member_id, reported, given)
+        if group.owned.get(member_id, frozenset()) - owned:
+            self.wake()
+        group.owned[member_id] = owned
         return coordinator_pb2.GroupAssignment(
             member_id=member_id,
             generation=group.generation,
-            assigned=[coordinator_pb2.TopicPartition(topic=topic, partition=number) for topic, number in given],
+            assigned=[
+                coordinator_pb2.TopicPartition(topic=topic, partition=number)
+                for topic, number in sorted(map(rules.split_name, given))
+            ],
             heartbeat_interval_ms=50,
             session_timeout_ms=1000,
-            pending=bool(member.target & taken),
+            pending=pending,
         )
 
     async def heartbeat_group(self, request: coordinator_pb2.HeartbeatGroupRequest) -> coordinator_pb2.GroupAssignment:
@@ -504,26 +520,22 @@ class FakeStreamHouse:
         group = self.groups[request.group]
         if request.member_id not in group.members:
             raise errors.UnknownMember(request.member_id)
-        member = group.members[request.member_id]
-        owned = {(where.topic, where.partition) for where in request.owned}
-        if member.owned != owned:
-            member.owned = owned
-            self.wake()
+        reported: frozenset[str] | None = frozenset(rules.name_of(w.topic, w.partition) for w in request.owned)
+        told = reported
         deadline = asyncio.get_running_loop().time() + min(request.max_wait_ms, WAIT_MAX_MS) / 1000
-        while group.generation == request.generation:
+        while True:
             changed = self._changed
-            answer = self._assignment(group, request.member_id)
-            if {(w.topic, w.partition) for w in answer.assigned} != owned:
-                return answer
+            answer = self._assignment(group, request.member_id, reported)
+            reported = None  # said once
+            assigned = {rules.name_of(w.topic, w.partition) for w in answer.assigned}
             wait_s = deadline - asyncio.get_running_loop().time()
-            if wait_s <= 0:
+            if group.generation != request.generation or assigned - told or wait_s <= 0:
                 return answer
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), wait_s)
             # Also after a timeout: the member may have been expelled in the moment before.
             if request.member_id not in group.members:
                 raise errors.UnknownMember(request.member_id)
-        return self._assignment(group, request.member_id)
 
     def expel(self, group: str) -> None:
         """Forgets all members, as after their sessions expired."""
@@ -543,13 +555,8 @@ class FakeStreamHouse:
         group = self.groups[request.group]
         if self.faults.refuse_commits:
             raise self.faults.refuse_commits.pop(0)
-        if group.members or request.member_id:
-            if request.member_id not in group.members:
-                raise errors.UnknownMember(request.member_id)
-            owned = group.members[request.member_id].owned
-            foreign = [o for o in request.offsets if (o.topic, o.partition) not in owned]
-            if request.generation != group.generation or foreign:
-                raise errors.IllegalGeneration("old", generation=request.generation, current=group.generation)
+        names = [rules.name_of(item.topic, item.partition) for item in request.offsets]
+        rules.check_commit(self._state(group), request.member_id, request.generation, names)
         for item in request.offsets:
             self._topic(item.topic, item.topic_id)
         self.commits.append(request)
