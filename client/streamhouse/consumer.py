@@ -5,8 +5,10 @@ Owns: the parts of a consumer and their background tasks. Does not own: what is 
 
 import asyncio
 import logging
+from collections import ChainMap
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from types import MappingProxyType, TracebackType
@@ -15,16 +17,19 @@ from typing import Any, Literal, Self
 from opentelemetry import trace
 from shproto import forks
 from shproto.errors import (
+    IllegalGeneration,
     Internal,
     InvalidArgument,
     PollIntervalExceeded,
     StreamHouseError,
+    Unavailable,
     UnknownMember,
     UnknownPartition,
 )
 from shproto.rpc import Interceptors
 from shruntime.tasks import Backoff, Tasks
 
+from streamhouse.assignments import Assignments, Callback, Callbacks, callbacks_of
 from streamhouse.commits import Commits
 from streamhouse.core.in_flight import Worker
 from streamhouse.core.kafka_names import explains_kafka_names
@@ -41,14 +46,15 @@ from streamhouse.core.options import (
     addresses_of,
     check_poll,
     check_timeout_ms,
+    check_timeout_s,
     check_timestamp,
     committed_position,
     partitions_of,
     seek_place,
-    topics_of,
 )
 from streamhouse.core.positions import Cursor, Position
 from streamhouse.core.serializers import Deserializers, records_of_poll
+from streamhouse.core.subscription import Subscription, Topics, subscription_of
 from streamhouse.iteration import Iteration
 from streamhouse.membership import Membership
 from streamhouse.metadata import MetadataCache
@@ -65,6 +71,7 @@ from streamhouse.records import (
     TopicPartition,
 )
 from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX, Retries
+from streamhouse.subscriptions import Subscriptions
 from streamhouse.tracing import ReceiveTracing
 
 log = logging.getLogger(__name__)
@@ -75,11 +82,34 @@ POLL_CHECKS = 10
 _DEFAULTS = ConsumerOptions()
 
 
+@dataclass(slots=True, kw_only=True)
+class Closing:
+    """A `close` under way. deadline_s: of the event loop's clock; None: there is none. errors: for the application."""
+
+    done_with_last: bool
+    timeout_s: float | None
+    deadline_s: float | None
+    errors: list[Exception] = field(default_factory=list)
+    is_late: bool = False
+
+    def late(self) -> None:
+        """Notes that timeout_s is over."""
+        self.is_late = True
+        self.errors.append(
+            TimeoutError(
+                f"the consumer was not closed within timeout_s = {self.timeout_s}: what was done with and not "
+                "committed will be read again, and its group notices by itself that it is gone"
+            )
+        )
+
+
 class Consumer:
     """Reads records. Use it as an async context manager and iterate: records, or `batches()` of columns.
 
-    topics: all their partitions, shared with the other members of `group` if there is one. assign: these
-    (topic, partition)s instead, without membership. start: "earliest", "latest", an offset, -N (the last N records of
+    topics: all their partitions, shared with the other members of `group` if there is one: names, or a compiled pattern
+    that the whole name of a topic has to match. pattern: such a pattern as text. Both may come later, by `subscribe`.
+    assign: these (topic, partition)s instead, without membership. on_assigned, on_revoked, on_lost: see `subscribe`.
+    start: "earliest", "latest", an offset, -N (the last N records of
     each partition) or a datetime, for partitions that the group has not committed. end: the first offset, or time, that
     is not read; iterations end there. stop_at_end: an iteration ends where the log ended when it began.
     on_out_of_range, on_data_loss: whether to raise or to go on (at an end of the log; behind the loss).
@@ -94,9 +124,13 @@ class Consumer:
     def __init__(
         self,
         bootstrap: str | Sequence[str],
-        topics: Sequence[str] = (),
+        topics: Topics = (),
         *,
+        pattern: str | None = None,
         assign: Sequence[tuple[str, int]] = (),
+        on_assigned: Callback | None = None,
+        on_revoked: Callback | None = None,
+        on_lost: Callback | None = None,
         group: str | None = _DEFAULTS.group,
         start: Start = _DEFAULTS.start,
         end: int | datetime | None = _DEFAULTS.end,
@@ -104,6 +138,7 @@ class Consumer:
         auto_commit_interval_ms: int = _DEFAULTS.auto_commit_interval_ms,
         fetch_bytes: int = _DEFAULTS.fetch_bytes,
         prefetch_bytes_max: int = _DEFAULTS.prefetch_bytes_max,
+        topic_refresh_interval_ms: int = _DEFAULTS.topic_refresh_interval_ms,
         session_timeout_ms: int = _DEFAULTS.session_timeout_ms,
         max_poll_interval_ms: int = _DEFAULTS.max_poll_interval_ms,
         on_out_of_range: OnOutOfRange = _DEFAULTS.on_out_of_range,
@@ -124,6 +159,7 @@ class Consumer:
             auto_commit_interval_ms=auto_commit_interval_ms,
             fetch_bytes=fetch_bytes,
             prefetch_bytes_max=prefetch_bytes_max,
+            topic_refresh_interval_ms=topic_refresh_interval_ms,
             session_timeout_ms=session_timeout_ms,
             max_poll_interval_ms=max_poll_interval_ms,
             on_out_of_range=on_out_of_range,
@@ -137,10 +173,17 @@ class Consumer:
         )
         self._deserializers = Deserializers.of(self._options)
         self._tracing = ReceiveTracing(group, client_id)
-        self._topics = topics_of(topics)
+        subscription = subscription_of(topics, pattern)
+        callbacks = callbacks_of(Callbacks(on_assigned, on_revoked, on_lost))
         self._assign = [TopicPartition(*where) for where in partitions_of(assign)]
-        if bool(self._topics) == bool(self._assign):
+        if subscription and self._assign:
             raise InvalidArgument("give topics, or assign=[(topic, partition), ...], and not both", field="topics")
+        if callbacks != Callbacks() and self._assign:
+            raise InvalidArgument(
+                "nobody gives or takes the partitions of assign: there is nothing to call on_assigned, on_revoked and "
+                "on_lost for",
+                field="assign",
+            )
         addresses = addresses_of(bootstrap)
         self._peers = Peers(addresses, request_timeout_ms, telemetry)
         self._retries = Retries("retry_timeout_ms", retry_timeout_ms, addresses)
@@ -151,7 +194,23 @@ class Consumer:
         self._tasks: Tasks | None = None  # once started
         self._starting = asyncio.Lock()
         self._starts = 0  # number of calls that wait for the partitions to be open
-        self._openings = Openings(self._options, self._metadata, self._offsets, self._reader, self._store_starts)
+        self._openings = Openings(
+            self._options,
+            self._metadata,
+            self._offsets,
+            self._reader,
+            self._store_starts,
+            is_held=lambda: self._assignments.announces,
+            opened=lambda partitions: self._assignments.opened(partitions),
+            topic_unknown=lambda: self._subscriptions.refresh_soon(),
+        )
+        self._assignments = Assignments(
+            self._reader, self._openings, callbacks, revoked=self._commit_revoked, changed=self._on_owned_changed
+        )
+        self._subscriptions = Subscriptions(
+            self._peers, self._metadata, topic_refresh_interval_ms, self._on_topics_found
+        )
+        self._subscriptions.replace(subscription)
         self._iteration = Iteration(
             self._reader,
             self._offsets,
@@ -159,11 +218,13 @@ class Consumer:
             self._is_opening,
             self._advance,
             received=self._tracing.received,
+            is_interrupted=lambda: self._assignments.is_due,
             is_bounded=end is not None,
         )
         self._next = self._iteration.next if self._deserializers is None else self._next_deserialized
         self._in_flight = self._iteration.in_flight
-        self._commits = Commits(self._reader.cursors, self._done_below, self._store, self._topic_gone)
+        cursors = ChainMap(self._reader.cursors, self._assignments.kept)
+        self._commits = Commits(cursors, self._done_below, self._store, self._topic_gone)
         # Why the next read fails: the application was silent for too long, and the consumer has left its group.
         self._silence: PollIntervalExceeded | None = None
         # True from when the group forgot what was done with and not committed, until it has taken the member back.
@@ -185,47 +246,80 @@ class Consumer:
         await self.close(done_with_last=kind is None)
 
     async def start(self) -> None:
-        """Joins the group or opens the partitions: returns once it is known where reading begins in each of them.
-        Iterating does it as well.
+        """Joins the group or opens the partitions: returns once it is known where reading begins in each of them, and
+        on_assigned has returned. Iterating does it as well. Idempotent.
 
         Raises UnknownTopic, UnknownPartition, InvalidArgument, Unavailable, RuntimeError in a forked child.
         """
+        self._assignments.refuse_inside("start")
+        await self._start()
+        await self._assignments.call_due()
+
+    async def _start(self) -> None:
+        """Starts, without callbacks."""
         forks.check()
         async with self._starting:
             if self._tasks is not None or self._closed:
                 return
+            self._refuse_unsubscribed()
             await self._retries.run(self._find_partitions)
             if not self._closed:
                 self._run()
+        await self._opened()
+
+    async def _opened(self) -> None:
         self._starts += 1
         try:
             await self._openings.opened()
         finally:
             self._starts -= 1
 
+    def _refuse_unsubscribed(self) -> None:
+        if not self._assign and not self._subscriptions.current:
+            raise InvalidArgument(
+                "the consumer reads nothing: give topics, a pattern or assign=[(topic, partition), ...], or call "
+                "subscribe",
+                field="topics",
+            )
+
     async def _find_partitions(self) -> None:
         """What may fail or be cancelled of a start: another one begins here again."""
-        partitions = await self._all_partitions()
-        if self._options.group is None or not self._topics:
-            await self._openings.open(partitions)
+        if self._assign:
+            await self._check_partitions(self._assign)
+            await self._openings.open(self._assign)
             return
-        # Kept, should joining fail: the member id is its own, and no ghost stays behind when it tries again.
-        self._membership = self._membership or Membership(
+        subscription = self._subscriptions.current
+        topics = await self._subscriptions.find(subscription)
+        if self._options.group is not None:
+            # Kept, should joining fail: the member id is its own, and no ghost stays behind when it tries again.
+            self._membership = self._membership or self._member()
+            self._membership.read_topics(topics)
+            await self._membership.join()
+        elif subscription.pattern is None:
+            await self._openings.open(_partitions_of(topics))
+            self._assignments.adopt(_partitions_of(topics))
+        else:
+            self._assignments.want(_partitions_of(topics))
+
+    def _member(self) -> Membership:
+        return Membership(
             self._peers.coordinator,
             self._options,
-            self._topics,
-            assigned=self._on_assigned,
-            revoked=self._on_revoked,
+            (),
+            given=self._on_given,
             lost=self._on_lost,
+            owned=lambda: self._assignments.owned,
             failed=self._reader.fail,
         )
-        await self._membership.join()
 
     def _run(self) -> None:
         self._tasks = Tasks()
         self._iteration.start()
-        if self._membership is not None:
+        if not self._assign:
             self._spawn("open partitions", self._openings.run())
+            self._spawn("hand-over", self._assignments.run())
+            self._spawn("find topics", self._subscriptions.run())
+        if self._membership is not None:
             self._spawn("group membership", self._membership.run())
             self._spawn("poll interval", self._watch_polls())
         self._spawn("read", self._reader.run())
@@ -241,41 +335,237 @@ class Consumer:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._reader.fail(Internal(f"{task.get_name()} ended with {type(error).__name__}: {error}"))
 
-    async def close(self, *, done_with_last: bool = True) -> None:
-        """Commits (with auto_commit) and leaves the group, then closes the connections.
+    # ---- subscription
+
+    async def subscribe(
+        self,
+        topics: Topics = (),
+        *,
+        pattern: str | None = None,
+        on_assigned: Callback | None = None,
+        on_revoked: Callback | None = None,
+        on_lost: Callback | None = None,
+    ) -> None:
+        """Reads these topics instead of those before: names, or a pattern that the whole name has to match, also of
+        topics that are created later. Of a consumer that has started, partitions of other topics are given up, and what
+        the task has in hand counts as done with; returns once it is known where reading begins in those that the group
+        has assigned so far.
+
+        on_assigned(partitions): before records of these are handed over. on_revoked(partitions): before these go to
+        other members; it may still commit. on_lost(partitions): they may be another member's already (without it
+        on_revoked is called). Plain functions or coroutine functions, called in the task that asks for records, starts,
+        subscribes or closes; those not given stay as they are.
+
+        Raises InvalidArgument, UnknownTopic (then nothing has changed), Unavailable, and what a callback raises.
+        """
+        await self._subscribe(
+            self._worker(), subscription_of(topics, pattern), callbacks_of(Callbacks(on_assigned, on_revoked, on_lost))
+        )
+        await self._give_up()
+        await self._await_subscription()
+        await self._assignments.call_due()
+
+    async def _subscribe(self, worker: Worker, subscription: Subscription, callbacks: Callbacks) -> None:
+        """Subscribes; what is to be given up for that is left for the caller, and then `_await_subscription`."""
+        self._refuse_subscribing("subscribe")
+        if not subscription:
+            raise InvalidArgument("there are no topics in it; unsubscribe stops reading", field="topics")
+        topics: Mapping[str, int] | None = None
+        async with self._starting:  # one under way finds the topics of before
+            is_started = self._tasks is not None
+        if is_started:
+            topics = await self._retries.run(lambda: self._subscriptions.find(subscription))
+            self._refuse_closed()
+        self._assignments.replace_callbacks(self._assignments.callbacks.updated(callbacks))
+        self._subscriptions.replace(subscription)
+        if topics is None:
+            return
+        worker.held = None
+        self._on_topics_found(topics)
+        if self._membership is not None:
+            # Of what it has now; the rest comes with the answer to its join.
+            self._assignments.keep(lambda where: subscription.includes(where.topic))
+            if self._silence is None:
+                self._membership.come_back()
+
+    def _refuse_subscribing(self, what: str) -> None:
+        self._assignments.refuse_inside(what)
+        self._refuse_closed()
+        if self._assign:
+            raise InvalidArgument(f"a consumer of the partitions of assign has nothing to {what}", field="assign")
+
+    async def _give_up(self) -> None:
+        """Returns once what was taken away is given up, with the callbacks for it."""
+        while not await self._assignments.given_up():
+            await self._assignments.call_due()
+
+    async def _await_subscription(self) -> None:
+        """Returns once the group knows the topics, and where reading begins in what it has assigned."""
+        if self._tasks is None:
+            return
+        limit_ms = self._options.retry_timeout_ms
+        self._starts += 1
+        try:
+            if self._membership is not None:
+                async with asyncio.timeout(limit_ms / 1000):
+                    await self._membership.joined()
+        except TimeoutError:
+            raise Unavailable(
+                f"group {self._options.group} has not taken the new topics for retry_timeout_ms = {limit_ms}; it is "
+                "asked again"
+            ) from None
+        finally:
+            self._starts -= 1
+        await self._opened()
+
+    async def unsubscribe(self) -> None:
+        """Reads nothing until the next `subscribe`: gives up all partitions, with on_revoked, and leaves the group.
+        What the task has in hand counts as done with, and is committed with auto_commit.
+
+        Raises what that commit is refused with, or what a callback raises; it is unsubscribed all the same.
+        """
+        refusal = await self._unsubscribe(self._worker())
+        try:
+            await self._give_up()
+        finally:
+            await self._step_out_of_group()
+        if refusal is not None:
+            raise refusal
+
+    async def _unsubscribe(self, worker: Worker) -> StreamHouseError | None:
+        """Stops reading; returns what the commit failed with. To be given up, and to step out, by the caller."""
+        self._refuse_subscribing("unsubscribe")
+        async with self._starting:  # one under way has the topics of before
+            is_started = self._tasks is not None
+        self._subscriptions.replace(Subscription())
+        if not is_started:
+            return None
+        worker.held = None
+        try:
+            return await self._last_commit() if self._commits_by_itself else None
+        finally:
+            self._assignments.stop_reading()
+
+    async def _step_out_of_group(self) -> None:
+        """Leaves the group, the partitions are given up."""
+        self._silence = None
+        if self._membership is not None:
+            try:
+                await self._membership.step_out()
+            except StreamHouseError as error:
+                log.warning("unsubscribed: group %s was not told, it will notice: %s", self._options.group, error)
+
+    @property
+    def _commits_by_itself(self) -> bool:
+        return self._options.auto_commit and self._options.group is not None
+
+    # ---- the end
+
+    async def close(self, timeout_s: float | None = None, *, done_with_last: bool = True) -> None:
+        """Commits (with auto_commit), gives up the partitions, with on_revoked, and leaves the group, then closes the
+        connections.
 
         done_with_last: whether the record in hand of the task that calls is committed, too, and those of tasks that
-        have returned. Raises what the last commit failed with; if not done_with_last, that is only logged, for an error
-        is on its way already.
+        have returned. Raises TimeoutError if that takes longer than timeout_s (None: no limit but those of the
+        options), what a callback raises, or what the last commit failed with; everything is closed all the same. If
+        not done_with_last, these are only logged, for an error is on its way already.
         """
-        await self._close(self._worker(), done_with_last)
-
-    async def _close(self, worker: Worker, done_with_last: bool) -> None:
-        if self._closed:
+        closing = await self._begin_close(self._worker(), timeout_s, done_with_last=done_with_last)
+        if closing is None:
             return
+        try:
+            if not closing.is_late:
+                try:
+                    async with asyncio.timeout_at(closing.deadline_s) as limit:
+                        await self._call_last(closing)
+                except TimeoutError:
+                    if not limit.expired():
+                        raise
+                    closing.late()
+        except BaseException:
+            await self._shut_down()
+            raise
+        await self._end_close(closing)
+
+    async def _begin_close(self, worker: Worker, timeout_s: float | None, *, done_with_last: bool) -> Closing | None:
+        """Stops handing over, and commits for the last time; None if that is done already. `_end_close` follows, after
+        the callbacks that are due."""
+        check_timeout_s("timeout_s", timeout_s)
+        self._assignments.refuse_inside("close")
+        if self._closed:
+            return None
         self._closed = True
         self._iteration.close()
-        refusal: StreamHouseError | None = None
+        deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        closing = Closing(done_with_last=done_with_last, timeout_s=timeout_s, deadline_s=deadline_s)
+        if self._tasks is None:
+            return closing
+        if done_with_last:
+            worker.held = None
+            self._in_flight.finish_ended()
         try:
-            if self._tasks is not None:
-                if done_with_last:
-                    worker.held = None
-                    self._in_flight.finish_ended()
-                refusal = await self._commit_and_leave()
-        finally:
-            if self._tasks is not None:
-                await self._tasks.stop()
-            await self._metadata.close()
-            await self._peers.close()
-        if refusal is not None:
-            if done_with_last:
-                raise refusal
-            log.warning("closing: the last commit failed, records will be read again: %s", refusal)
+            async with asyncio.timeout_at(deadline_s) as limit:
+                closing.errors += await self._refusals()
+            if self._assignments.callbacks.kinds():
+                self._assignments.stop_reading()
+        except TimeoutError:
+            if not limit.expired():
+                await self._shut_down()
+                raise
+            closing.late()
+        except BaseException:
+            await self._shut_down()
+            raise
+        return closing
 
-    async def _commit_and_leave(self) -> StreamHouseError | None:
-        """Returns what the commit failed with. That leaving failed is no matter: the group finds out by itself."""
+    async def _call_last(self, closing: Closing) -> None:
+        """Calls what is due of on_revoked and on_lost, whoever else calls one at the moment."""
+        while self._assignments.is_busy:
+            try:
+                await self._assignments.call_due()
+            except Exception as error:  # noqa: BLE001 - raised once everything is closed
+                closing.errors.insert(0, error)
+            await self._assignments.idle()
+
+    async def _end_close(self, closing: Closing) -> None:
+        """Leaves the group and closes the connections. Raises the first of the errors."""
+        try:
+            if self._membership is not None and not closing.is_late:
+                try:
+                    async with asyncio.timeout_at(closing.deadline_s):
+                        await self._membership.leave()
+                # The group finds out by itself.
+                except StreamHouseError as error:
+                    log.warning("closing: group %s was not told, it will notice: %s", self._options.group, error)
+                except TimeoutError:
+                    closing.late()
+        finally:
+            await self._shut_down()
+        if closing.errors and closing.done_with_last:
+            raise closing.errors[0]
+        for unraised in closing.errors:
+            if isinstance(unraised, StreamHouseError):
+                log.warning("closing: the last commit failed, records will be read again: %s", unraised)
+            else:
+                log.warning("closing: a callback failed: %r", unraised)
+
+    async def _close_quietly(self) -> None:
+        """Closes without callbacks, when the process ends: there is no thread of the application to call them."""
+        closing = await self._begin_close(self._worker(), None, done_with_last=False)
+        if closing is not None:
+            await self._end_close(closing)
+
+    async def _shut_down(self) -> None:
+        await self._assignments.stop()
+        if self._tasks is not None:
+            await self._tasks.stop()
+        await self._metadata.close()
+        await self._peers.close()
+
+    async def _refusals(self) -> list[StreamHouseError]:
+        """Commits for the last time; returns what went wrong with it, or before."""
         refusal: StreamHouseError | None = self._silence
-        if self._options.auto_commit and self._options.group is not None:
+        if self._commits_by_itself:
             refusal = await self._last_commit() or refusal
             if refusal is None and self._has_lost:
                 refusal = UnknownMember(
@@ -283,12 +573,7 @@ class Consumer:
                     "done with and not committed will be read again",
                     group=self._options.group,
                 )
-        if self._membership is not None:
-            try:
-                await self._membership.leave()
-            except StreamHouseError as error:
-                log.warning("closing: group %s was not told, it will notice: %s", self._options.group, error)
-        return refusal
+        return [] if refusal is None else [refusal]
 
     async def _last_commit(self) -> StreamHouseError | None:
         """Commits; again for as long as a call may take, if it may pass: there is no later one to make up for it."""
@@ -366,13 +651,20 @@ class Consumer:
         """As `_advance`; False as well if there is nothing to take by the deadline, of the event loop's clock. The
         first call starts the consumer, however long that takes: a short timeout would end each try."""
         self._refuse_closed()
-        if self._tasks is None:
-            await self.start()
+        await self._call_due()  # callbacks take as long as they take
+        await self._enter()
+        return await self._wait_for_more(worker, deadline_s)
+
+    async def _wait_for_more(self, worker: Worker, deadline_s: float | None = None) -> bool:
+        """Returns True if there is something to take, or a callback to call first; False at the end of a bounded read,
+        or if nothing comes by the deadline, of the event loop's clock."""
         try:
             async with asyncio.timeout_at(deadline_s):
-                return await self._advance(worker)
+                found = await self._iteration.advance()
         except TimeoutError:
             return self._iteration.bring()
+        self._in_flight.waited(worker)
+        return found
 
     def processing(self, records: Record | RecordBatch) -> AbstractContextManager[trace.Span]:
         """Context manager of a `process` span, which is current inside: what the application does for a record, or for
@@ -406,7 +698,10 @@ class Consumer:
 
     async def _enter(self) -> None:
         """Starts the consumer, and joins again if the application was silent; that is raised first, once."""
-        await self.start()
+        self._assignments.refuse_inside("reading")
+        await self._start()
+        if not self._closed:
+            self._refuse_unsubscribed()
         if self._silence is not None:
             silence, self._silence = self._silence, None
             raise silence
@@ -418,15 +713,20 @@ class Consumer:
             raise InvalidArgument("the consumer is closed", field="consumer")
 
     async def _advance(self, worker: Worker) -> bool:
+        await self._call_due()
         await self._enter()
-        found = await self._iteration.advance()
-        self._in_flight.waited(worker)
-        return found
+        return await self._wait_for_more(worker)
+
+    async def _call_due(self) -> None:
+        """Calls the callbacks that are due, before anything is read."""
+        self._assignments.refuse_inside("reading")
+        await self._assignments.call_due()
 
     def _is_opening(self) -> bool:
         member = self._membership
         # One that the group has forgotten has no partitions, and will have: no end of what there is to read.
-        return self._openings.pending or (member is not None and (member.pending or not member.member_id))
+        is_joining = member is not None and (member.pending or not member.member_id)
+        return is_joining or self._openings.pending or not self._assignments.is_settled
 
     async def _watch_polls(self) -> None:
         """Leaves the group if the application asks for nothing for max_poll_interval_ms: it hangs, and the heartbeats
@@ -473,8 +773,8 @@ class Consumer:
 
     @property
     def assignment(self) -> frozenset[TopicPartition]:
-        """The partitions being read."""
-        return frozenset(self._reader.cursors)
+        """The partitions being read, or being given up as long as on_revoked has not returned."""
+        return frozenset(self._assignments.cursors)
 
     async def wait_for_assignment(self, timeout_ms: int | None = None) -> frozenset[TopicPartition]:
         """Returns the assignment as soon as it is known where reading begins in at least one partition; starts the
@@ -485,28 +785,39 @@ class Consumer:
         """
         if timeout_ms is not None:
             check_timeout_ms(timeout_ms)
-        try:
-            async with asyncio.timeout(None if timeout_ms is None else timeout_ms / 1000):
-                await self._wait_for_assignment()
-        except TimeoutError:
-            raise TimeoutError(f"no partition was assigned within timeout_ms = {timeout_ms}") from None
+        deadline_s = None if timeout_ms is None else asyncio.get_running_loop().time() + timeout_ms / 1000
+        await self._wait_for_assignment(timeout_ms, deadline_s)
+        while not self._is_reading:
+            await self._assignments.call_due()
+            await self._wait_for_assignment(timeout_ms, deadline_s)
         return self.assignment
 
-    async def _wait_for_assignment(self) -> None:
-        await self._enter()
-        self._starts += 1  # a wait of the application: it does not hang
+    @property
+    def _is_reading(self) -> bool:
+        return not all(cursor.held for cursor in list(self._reader.cursors.values()))
+
+    async def _wait_for_assignment(self, timeout_ms: int | None, deadline_s: float | None) -> None:
+        """Returns once a partition is read, or a callback is to be called first."""
         try:
-            while not self._reader.cursors and not self._closed:
-                self._reader.pop()  # without partitions only a failure can be there; it is raised
-                await self._reader.wait()
-        finally:
-            self._starts -= 1
+            async with asyncio.timeout_at(deadline_s) as limit:
+                await self._enter()
+                self._starts += 1  # a wait of the application: it does not hang
+                try:
+                    while not self._is_reading and not self._closed and not self._assignments.is_due:
+                        self._reader.pop()  # without partitions only a failure can be there; it is raised
+                        await self._reader.wait()
+                finally:
+                    self._starts -= 1
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TimeoutError(f"no partition was assigned within timeout_ms = {timeout_ms}") from None
         self._refuse_closed()
 
     @property
     def membership(self) -> MembershipState | None:
         """How the consumer stands in its group; None without one, and for partitions given by `assign`."""
-        if self._options.group is None or not self._topics:
+        if self._options.group is None or self._assign:
             return None
         member = self._membership
         if member is None or member.is_out:
@@ -523,8 +834,7 @@ class Consumer:
 
     def positions(self) -> dict[TopicPartition, int]:
         """The next offset that will be handed over, per partition."""
-        # Copied in one step: `streamhouse.sync` asks from another thread.
-        return {where: cursor.delivered for where, cursor in list(self._reader.cursors.items())}
+        return {where: cursor.delivered for where, cursor in self._assignments.cursors.items()}
 
     async def seek(self, topic: str, partition: int, offset: Start) -> None:
         """Goes on at `offset` (or at an end, or a time). Raises InvalidArgument when it is not assigned."""
@@ -555,8 +865,8 @@ class Consumer:
         await self._seek_to(timestamp_ms, partitions)
 
     async def _seek_to(self, at: Place, partitions: Sequence[tuple[str, int]] | None) -> None:
-        await self.start()
-        asked = list(self._reader.cursors.values()) if partitions is None else self._assigned_cursors(partitions)
+        await self._start()
+        asked = list(self._assignments.cursors.values()) if partitions is None else self._assigned_cursors(partitions)
         await self._move_to(at, asked, are_named=partitions is not None)
 
     async def _move_to(self, at: Place, asked: Sequence[Cursor], *, are_named: bool) -> None:
@@ -564,7 +874,8 @@ class Consumer:
         has named them raise InvalidArgument, and then nothing has moved."""
         topic_ids = {cursor.where: cursor.topic_id for cursor in asked}
         found = await self._retries.run(lambda: self._offsets.look_up(at, topic_ids))
-        still = {where: cursor for where in found if (cursor := self._reader.cursors.get(where)) is not None}
+        cursors = self._assignments.cursors
+        still = {where: cursor for where in found if (cursor := cursors.get(where)) is not None}
         gone = [where for where in found if where not in still or still[where].topic_id != topic_ids[where]]
         if gone and are_named:
             raise InvalidArgument(f"{gone[0].topic}/{gone[0].partition} was taken away meanwhile", field="partition")
@@ -574,7 +885,11 @@ class Consumer:
     def _move(self, cursor: Cursor, offset: int) -> None:
         moved = Cursor.at(cursor.where, offset, cursor.committed, cursor.end, cursor.topic_id)
         moved.bound = cursor.bound
-        self._reader.put(moved)
+        if cursor.where in self._assignments.kept:
+            moved.end_reading()
+            self._assignments.kept[cursor.where] = moved
+        else:
+            self._reader.put(moved)
 
     def pause(self, partitions: Sequence[tuple[str, int]]) -> None:
         """Hands over no records of these partitions, and fetches none, until `resume`. They stay assigned, and members
@@ -590,13 +905,13 @@ class Consumer:
 
     def paused(self) -> frozenset[TopicPartition]:
         """Returns the assigned partitions that are paused."""
-        return frozenset(where for where, cursor in list(self._reader.cursors.items()) if cursor.paused)
+        return frozenset(where for where, cursor in self._assignments.cursors.items() if cursor.paused)
 
     def _assigned_cursors(self, partitions: Sequence[tuple[str, int]]) -> list[Cursor]:
         return [self._assigned_cursor(TopicPartition(*where)) for where in partitions_of(partitions, "partitions")]
 
     def _assigned_cursor(self, where: TopicPartition) -> Cursor:
-        cursor = self._reader.cursors.get(where)
+        cursor = self._assignments.cursors.get(where)
         if cursor is None:
             raise InvalidArgument(
                 f"{where.topic}/{where.partition} is not assigned to this consumer", field="partition"
@@ -605,7 +920,7 @@ class Consumer:
 
     async def lag(self) -> dict[TopicPartition, Lag]:
         """Records still to be handed over, per partition; see `Lag` for when it is exact."""
-        return await self._retries.run(lambda: self._offsets.lag(self.positions(), self._reader.topic_ids()))
+        return await self._retries.run(lambda: self._offsets.lag(self.positions(), self._topic_ids()))
 
     def metrics(self) -> ConsumerMetrics:
         """Returns counters since the consumer was made and gauges of this moment; asks no server, as `lag` does."""
@@ -639,15 +954,15 @@ class Consumer:
         if self._options.group is None:
             raise InvalidArgument("a consumer without a group has committed nothing", field="group")
         if partitions is None:
-            await self.start()
-            asked = list(self._reader.cursors)
+            await self._start()
+            asked = list(self._assignments.cursors)
         else:
             asked = [TopicPartition(*where) for where in partitions_of(partitions, "partitions")]
         return await self._retries.run(lambda: self._committed(asked))
 
     async def _committed(self, asked: Sequence[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata | None]:
         await self._check_partitions(asked)
-        known = self._reader.topic_ids()
+        known = self._topic_ids()
         topic_ids = {where: known.get(where) or (await self._metadata.topic(where.topic)).topic_id for where in asked}
         found = await self._offsets.committed(topic_ids)
         return {where: found.get(where) for where in asked}
@@ -663,7 +978,11 @@ class Consumer:
     async def _commit(self, worker: Worker, offsets: Mapping[tuple[str, int], int | OffsetAndMetadata] | None) -> None:
         if self._options.group is None:
             raise InvalidArgument("a consumer without a group has nothing to commit to", field="group")
-        if offsets is None:
+        if offsets is None and self._assignments.is_inside:
+            # What is in hand belongs to whoever reads, and may be what has just failed. And a topic that was deleted
+            # must not keep the partitions of others from being committed before they are given up.
+            await self._commits.commit_existing()
+        elif offsets is None:
             worker.held = None
             await self._commits.commit()
         else:
@@ -672,9 +991,12 @@ class Consumer:
                 {where: Position(offset, self._topic_id(where), note) for where, (offset, note) in given.items()}
             )
 
+    def _topic_ids(self) -> dict[TopicPartition, bytes]:
+        return {where: cursor.topic_id for where, cursor in self._assignments.cursors.items()}
+
     def _topic_id(self, where: TopicPartition) -> bytes:
         """Of the topic that the application has read by this name, if only other partitions of it; else empty."""
-        known = self._reader.topic_ids()
+        known = self._topic_ids()
         of_topic = (topic_id for read, topic_id in known.items() if read.topic == where.topic)
         return known.get(where) or next(of_topic, b"")
 
@@ -697,22 +1019,41 @@ class Consumer:
 
     async def _store(self, positions: Mapping[TopicPartition, Position]) -> None:
         if self._membership is not None:
+            if lost := sorted(self._assignments.lost & positions.keys()):
+                raise IllegalGeneration(
+                    f"group {self._options.group} took {lost[0].topic}/{lost[0].partition} away meanwhile: another "
+                    "member may have gone further",
+                    generation=self._membership.generation,
+                )
             await self._membership.commit_through_rebalance(positions)
         else:
             await self._offsets.commit(positions)
 
     # ---- assignment
 
-    def _on_assigned(self, partitions: set[TopicPartition]) -> None:
+    def _on_given(self, partitions: set[TopicPartition]) -> None:
+        """The group gives these. Those of topics that are not subscribed to any more are on their way back: it does not
+        know yet."""
         self._has_lost = False
-        self._openings.add(partitions)
+        if not self._closed or not self._assignments.callbacks.kinds():
+            subscription = self._subscriptions.current
+            self._assignments.want(where for where in partitions if subscription.includes(where.topic))
 
-    async def _on_revoked(self, revoked: set[TopicPartition]) -> None:
-        """Stops them, then commits what was done with; the record being processed will be read again elsewhere."""
-        self._openings.forget(revoked)
-        cursors = {where: cursor for where, cursor in self._reader.cursors.items() if where in revoked}
-        for where in revoked:
-            self._reader.drop(where)
+    def _on_topics_found(self, topics: Mapping[str, int]) -> None:
+        if self._closed:
+            return
+        if self._membership is not None:
+            self._membership.read_topics(topics)
+        else:
+            self._assignments.want(_partitions_of(topics))
+
+    def _on_owned_changed(self) -> None:
+        if self._membership is not None:
+            self._membership.owned_changed()
+
+    async def _commit_revoked(self, cursors: Mapping[TopicPartition, Cursor]) -> None:
+        """Commits what was done with of partitions that are given up; the record being processed will be read again
+        elsewhere."""
         if self._options.auto_commit and self._membership is not None:
             try:
                 await self._commits.commit_existing(cursors, self._membership.commit)
@@ -720,22 +1061,19 @@ class Consumer:
                 log.warning("the last commit of revoked partitions failed, records will be read again: %s", error)
 
     def _on_lost(self) -> None:
-        cursors = self._reader.cursors.values()
+        cursors = self._assignments.cursors.values()
         self._has_lost = any(self._in_flight.done_below(cursor) > max(cursor.committed, 0) for cursor in cursors)
-        self._openings.forget_all()
-        for where in list(self._reader.cursors):
-            self._reader.drop(where)
+        self._assignments.lose()
 
     def _topic_gone(self, topic: str, topic_id: bytes) -> bool:
         """A member is assigned partitions by the topic's name, so the group may not tell it that the topic is another
-        one: it starts on them anew, once there is one. Without membership that is the application's to decide."""
-        if self._membership is None:
+        one: it starts on them anew, once there is one; so does a pattern. Names without membership are the
+        application's to decide."""
+        if self._membership is None and self._subscriptions.current.pattern is None:
             return False
-        known = self._reader.topic_ids()
-        partitions = {where for where, held in known.items() if where.topic == topic and held == topic_id}
-        for where in partitions:
-            self._reader.drop(where)
-        self._openings.add(partitions)
+        known = self._topic_ids()
+        self._assignments.lose([where for where, held in known.items() if where.topic == topic and held == topic_id])
+        self._subscriptions.refresh_soon()
         return True
 
     async def _check_partitions(self, partitions: Sequence[TopicPartition]) -> None:
@@ -744,12 +1082,9 @@ class Consumer:
             if not 0 <= partition < count:
                 raise UnknownPartition(f"topic {topic!r} has partitions 0 to {count - 1}, not {partition}", topic=topic)
 
-    async def _all_partitions(self) -> list[TopicPartition]:
-        await self._check_partitions(self._assign)
-        states = [await self._metadata.topic(topic) for topic in self._topics]
-        return self._assign or [
-            TopicPartition(state.topic, number) for state in states for number in range(state.partitions)
-        ]
+
+def _partitions_of(topics: Mapping[str, int]) -> list[TopicPartition]:
+    return [TopicPartition(topic, number) for topic, count in topics.items() for number in range(count)]
 
 
 class RecordIterator(AsyncIterator[Record]):

@@ -39,8 +39,9 @@ _NO_CURSOR = Cursor.at(TopicPartition("", 0), 0)
 class Iteration:
     """`begin` when the application starts an iteration; then `next`, or `take` or `take_batch` and `advance` whenever
     these have nothing. `opening()`: whether more partitions are to come. `more(worker)`: advances, by the owner.
-    `received(batch)`: the application is handed a portion, where it runs. `in_loop`: has the event loop make a call;
-    None if that is where the application runs."""
+    `received(batch)`: the application is handed a portion, where it runs. `is_interrupted()`: True while the owner has
+    something to do, in `more`, before it hands over another portion; asked from any thread. `in_loop`: has the event
+    loop make a call; None if that is where the application runs."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Iteration:
         more: Callable[[Worker], Awaitable[bool]],
         *,
         received: Callable[[RecordBatch], None],
+        is_interrupted: Callable[[], bool] = lambda: False,
         is_bounded: bool = False,
     ) -> None:
         self._reader = reader
@@ -60,6 +62,7 @@ class Iteration:
         self._opening = opening
         self._more = more
         self._received = received
+        self._is_interrupted = is_interrupted
         self._clock = time.monotonic
         self.in_flight = InFlight(_ended_well, _has_ended)
         self.in_loop: Callable[[Callable[[], None]], object] | None = None
@@ -191,6 +194,10 @@ class Iteration:
 
     def _has_turn(self) -> bool:
         """True if there is a portion and its turn is not over; one that is coming has its turn now."""
+        if self._is_interrupted():
+            if self._portion is not None:
+                self._put_down(self._leaving)
+            return False
         now_s = self._clock()
         is_new = self._portion is None
         if is_new:
@@ -286,7 +293,8 @@ class Iteration:
     # ---- in the event loop
 
     async def advance(self) -> bool:
-        """Returns True when there is something to take; False at the end of a bounded read, or when closed.
+        """Returns True when there is something to take, or the owner has something to do first; False at the end of a
+        bounded read, or when closed.
 
         Raises what reading failed with: DataLoss, OffsetBelowStart, OffsetBeyondEnd, UnknownTopic, Unavailable (nothing
         answered for retry_timeout_ms). Iterating again goes on where it failed.
@@ -312,7 +320,7 @@ class Iteration:
         """Returns True when there is something to take, without waiting. A failure whose turn it is stays where it is,
         for `advance` to raise: whoever has taken records meanwhile gets these first."""
         self._settle()
-        while not self._closed:
+        while not self._closed and not self._is_interrupted():
             if self.in_flight.has_returned or self._portion is not None or self._coming is not None:
                 return True
             if not self._reader.has_portion:
@@ -335,7 +343,7 @@ class Iteration:
         """Returns whether there is something to take, and whether it had to be waited for."""
         has_waited = False
         while not self._closed:
-            if self.bring():
+            if self._is_interrupted() or self.bring():
                 return True, has_waited  # perhaps another worker's, who has waited as well
             portion = self._reader.pop()  # raises a failure whose turn it is
             assert portion is None, "it would have been brought"

@@ -1,14 +1,18 @@
-"""A consumer's membership of its group: join, heartbeat, give up what is taken away, leave.
+"""A consumer's membership of its group: join, heartbeat, tell what is owned, leave.
 
-Owns: member id, generation, which partitions are ours. Does not own: reading, positions.
-Invariants: an answer to a heartbeat of a member that this is no longer changes nothing. After `step_out` nothing joins
+Owns: member id, generation, the topics that are joined with. Does not own: which partitions are read or given up,
+positions.
+Invariants: one call to the group at a time, so that no answer overtakes another. An answer to a member that this is no
+longer changes nothing. Heartbeats go on whatever the application does with partitions. After `step_out` nothing joins
 again before `come_back`.
 """
 
 import asyncio
+import contextlib
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 
 from shproto.errors import IllegalGeneration, StreamHouseError, UnknownGroup, UnknownMember
 from shproto.services import CoordinatorApi
@@ -29,73 +33,100 @@ PENDING_WAIT_MS = 1_000
 
 
 class Membership:
-    """`assigned(partitions)`: start on these. `revoked(partitions)`: stop, commit; awaited before they are let go.
-    `lost()`: all of them are somebody else's now, commits are refused. `failed(error)`: for the application."""
+    """`given(partitions)`: told with each answer what to read from now on. `lost()`: all of them are somebody else's
+    now, commits are refused. `owned()`: what is read or not given up yet; no other member is given it. `failed(error)`:
+    for the application."""
 
     def __init__(
         self,
         coordinator: CoordinatorApi,
         options: ConsumerOptions,
-        topics: Sequence[str],
+        topics: Iterable[str],
         *,
-        assigned: Callable[[set[TopicPartition]], None],
-        revoked: Callable[[set[TopicPartition]], Awaitable[None]],
+        given: Callable[[set[TopicPartition]], None],
         lost: Callable[[], None],
+        owned: Callable[[], AbstractSet[TopicPartition]],
         failed: Callable[[StreamHouseError], None],
     ) -> None:
         self._coordinator = coordinator
         self._options = options
-        self._topics = topics
-        self._assigned = assigned
-        self._revoked = revoked
+        self._topics = tuple(sorted(topics))
+        self._joined_topics: tuple[str, ...] | None = None  # those of the last join that was answered
+        self._given = given
         self._lost = lost
+        self._owned = owned
         self._failed = failed
         self._heartbeat_interval_ms = 0
         self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         self._moved = asyncio.Event()
         self._in_group = asyncio.Event()  # or on the way to it
         self._in_group.set()
+        self._news = asyncio.Event()  # there is something to tell the group
+        self._answered = asyncio.Event()  # or failed
+        self._failure: StreamHouseError | None = None
         self._failing_since_s: float | None = None
         self._joining_id = ""
-        self._asap = False
         self._leaving = False
+        self._assigned: set[TopicPartition] = set()  # by the last answer
         self.member_id = ""
         self.generation = 0
         self.pending = False
-        self.owned: set[TopicPartition] = set()
-        # Of those owned and not about to be given up: by which assignment. Somebody else may have been between two.
+        # Of those owned: by which answer. Somebody else may have been between two.
         self._tenures: dict[TopicPartition, int] = {}
-        self._assignments = 0
-        self.rebalance_count = 0  # assignments that gave or took partitions
+        self._answers = 0
+        self.rebalance_count = 0  # answers that gave or took partitions
 
     async def join(self) -> None:
-        """Becomes a member. Raises UnknownTopic, InvalidArgument, Unavailable."""
+        """Becomes a member, or one that reads other topics. Raises UnknownTopic, InvalidArgument, Unavailable."""
         # An id of our own, so that a join whose answer was lost can be repeated without leaving a ghost behind.
-        self._joining_id = self._joining_id or f"{self._options.client_id or 'member'}-{uuid.uuid4()}"
+        self._joining_id = self.member_id or self._joining_id or f"{self._options.client_id or 'member'}-{uuid.uuid4()}"
+        topics = self._topics
         request = coordinator_pb2.JoinGroupRequest(
             group=self._options.group or "",
             member_id=self._joining_id,
-            topics=self._topics,
+            topics=topics,
             client_id=self._options.client_id,
             session_timeout_ms=self._options.session_timeout_ms,
+            owned=_messages(self._owned()),
         )
-        await self._apply(await self._coordinator.join_group(request))
+        answer = await self._coordinator.join_group(request)
+        if self.is_out:
+            await self._leave_as(answer.member_id)  # it has left while it joined: nobody would hear of this member
+            return
+        self._joined_topics = topics
+        self._apply(answer)
+
+    def read_topics(self, topics: Iterable[str]) -> None:
+        """Joins with these topics, as soon as the call before is answered."""
+        self._topics = tuple(sorted(topics))
+        self._news.set()
+
+    async def joined(self) -> None:
+        """Returns once the group knows the topics of now. Raises what joining fails with if that will not pass."""
+        while not self.is_out and (not self.member_id or self._joined_topics != self._topics):
+            self._answered.clear()
+            await self._answered.wait()
+            if self._failure is not None and not self._failure.retriable:
+                raise self._failure
 
     async def run(self) -> None:
-        """Heartbeats until cancelled or leaving; joins again when the group has forgotten this member."""
+        """Heartbeats until cancelled or leaving; joins again when the group has forgotten this member, or other topics
+        are to be read."""
         while not self._leaving:
             await self._in_group.wait()
             if self._leaving:
                 return
             asked_as = self.member_id
             try:
-                if asked_as:
-                    answer = await self._coordinator.heartbeat_group(self._heartbeat())
-                    if asked_as == self.member_id:
-                        await self._apply(answer)
-                    self._backoff.reset()  # not after a join: a member that is forgotten each time must not spin
-                else:
+                if not asked_as or self._joined_topics != self._topics:
                     await self.join()
+                else:
+                    answer = await self._beat()
+                    if answer is not None and asked_as == self.member_id:
+                        self._apply(answer)
+                        if self._assigned - self._owned():  # not wanted any more: it would be given again at once
+                            await self._pause()
+                    self._backoff.reset()  # not after a join: a member that is forgotten each time must not spin
                 self._note_success()
             except (UnknownMember, UnknownGroup) as error:
                 if self._leaving:  # a heartbeat on its way was told so; joining again would leave a ghost behind
@@ -111,8 +142,30 @@ class Membership:
                     self._failed(error)
                 await asyncio.sleep(self._backoff.next_ms() / 1000)
 
+    async def _beat(self) -> coordinator_pb2.GroupAssignment | None:
+        """Sends a heartbeat, and returns the answer; None if there is something to tell before it comes."""
+        self._news.clear()
+        beat = asyncio.ensure_future(self._coordinator.heartbeat_group(self._heartbeat()))
+        news = asyncio.ensure_future(self._news.wait())
+        try:
+            await asyncio.wait((beat, news), return_when=asyncio.FIRST_COMPLETED)
+            # An answer that is given up for this is given again: what it assigned is not reported as owned.
+            return beat.result() if beat.done() else None
+        finally:
+            for waiting in (beat, news):
+                waiting.cancel()
+            await asyncio.gather(beat, news, return_exceptions=True)
+
+    async def _pause(self) -> None:
+        """Returns when the next heartbeat is due, or there is something to tell before."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._heartbeat_interval_ms / 1000):
+                await self._news.wait()
+
     def _note_failure(self, error: StreamHouseError) -> None:
         """Warns of an outage once, when it begins; the failures that follow are debug lines."""
+        self._failure = error
+        self._answered.set()
         if self._failing_since_s is None:
             self._failing_since_s = asyncio.get_running_loop().time()
             log.warning("heartbeats to group %s fail, trying again: %s", self._options.group, error)
@@ -126,38 +179,40 @@ class Membership:
             self._failing_since_s = None
 
     def _heartbeat(self) -> coordinator_pb2.HeartbeatGroupRequest:
-        wait_ms = PENDING_WAIT_MS if self.pending else self._heartbeat_interval_ms
         return coordinator_pb2.HeartbeatGroupRequest(
             group=self._options.group or "",
             member_id=self.member_id,
             generation=self.generation,
-            owned=_messages(self.owned),
-            max_wait_ms=0 if self._asap else wait_ms,
+            owned=_messages(self._owned()),
+            max_wait_ms=PENDING_WAIT_MS if self.pending else self._heartbeat_interval_ms,
         )
 
-    async def _apply(self, answer: coordinator_pb2.GroupAssignment) -> None:
+    def _apply(self, answer: coordinator_pb2.GroupAssignment) -> None:
         self.member_id = answer.member_id
         self._heartbeat_interval_ms = answer.heartbeat_interval_ms
-        given = {TopicPartition(item.topic, item.partition) for item in answer.assigned}
-        revoked, added = self.owned - given, given - self.owned
-        self._tenures = {where: since for where, since in self._tenures.items() if where not in revoked}
-        self._renew(answer.generation)
-        # Whatever was given up is told at once, so that its next owner need not wait.
-        self._asap = bool(revoked)
-        if revoked:
-            self.pending = answer.pending or bool(added)  # also while what is revoked is being given up
-            await self._revoked(revoked)
-            if self.member_id != answer.member_id:
-                return  # the commit of what was revoked was told that the group has forgotten us
-            self.owned -= revoked
-        self.owned |= added
-        self._assignments += 1
-        self._tenures.update(dict.fromkeys(added, self._assignments))
         self.pending = answer.pending
-        if added or revoked:
+        assigned = {TopicPartition(item.topic, item.partition) for item in answer.assigned}
+        self._answers += 1
+        self._given(assigned)
+        self.owned_changed()
+        self._renew(answer.generation)
+        if assigned != self._assigned:
+            self._assigned = assigned
             self.rebalance_count += 1
-            log.info("group %s generation %d: %d partitions", self._options.group, self.generation, len(self.owned))
-        self._assigned(added)
+            log.info("group %s generation %d: %d partitions", self._options.group, self.generation, len(assigned))
+        self._failure = None
+        self._answered.set()
+
+    def owned_changed(self) -> None:
+        """What is owned may have changed: what was given up is told to the group at once, so that its next owner need
+        not wait."""
+        owned = self._owned()
+        given_up = self._tenures.keys() - owned
+        for where in given_up:
+            del self._tenures[where]
+        self._tenures.update(dict.fromkeys(owned - self._tenures.keys(), self._answers))
+        if given_up:
+            self._news.set()
 
     def _renew(self, generation: int) -> None:
         if generation != self.generation:
@@ -166,7 +221,8 @@ class Membership:
             moved.set()
 
     def _forgotten(self) -> None:
-        self.member_id, self._joining_id, self.owned, self.pending = "", "", set(), False
+        self.member_id, self._joining_id, self.pending = "", "", False
+        self._assigned = set()
         self._tenures = {}
         self._lost()
 
@@ -202,7 +258,7 @@ class Membership:
             await self.commit(positions)
 
     def _tenures_of(self, partitions: Iterable[TopicPartition]) -> list[int]:
-        """Since which assignments these are ours. Raises IllegalGeneration where they are not."""
+        """Since which answers these are ours. Raises IllegalGeneration where they are not."""
         foreign = sorted(set(partitions) - self._tenures.keys())
         if foreign:
             raise IllegalGeneration(
@@ -225,15 +281,17 @@ class Membership:
         """Raises Unavailable; the group finds out by the session timeout then."""
         self._leaving = True
         self._in_group.set()
+        self._news.set()
         if self.member_id:
-            await self._leave_as(self.member_id)
-            self.member_id, self.owned = "", set()
+            member_id, self.member_id = self.member_id, ""
+            await self._leave_as(member_id)
 
     async def step_out(self) -> None:
         """Leaves the group until `come_back`: its partitions are lost, and go to other members. Raises Unavailable as
         `leave` does; it is out all the same."""
         member_id = self.member_id
         self._in_group.clear()
+        self._news.set()
         self._forgotten()
         if member_id:
             await self._leave_as(member_id)

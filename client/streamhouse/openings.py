@@ -26,8 +26,10 @@ _PASSING = (UnknownTopic, IllegalGeneration, UnknownMember)
 
 
 class Openings:
-    """`add` and `forget` what a group gives and takes, with `run` as a task of the owner; or `open` what is never
-    taken away. `store(positions)`: commits where a group begins."""
+    """`add` and `forget` what is given and taken, with `run` as a task of the owner; or `open` at once.
+    `store(positions)`: commits where a group begins. `is_held()`: whether the reader is to hold what is opened until it
+    is released. `opened(partitions)`: told of what was added and the reader has now. `topic_unknown()`: told that a
+    topic is gone."""
 
     def __init__(
         self,
@@ -36,12 +38,19 @@ class Openings:
         offsets: Offsets,
         reader: Reader,
         store: Callable[[Mapping[TopicPartition, Position]], Awaitable[None]],
+        *,
+        is_held: Callable[[], bool],
+        opened: Callable[[set[TopicPartition]], None],
+        topic_unknown: Callable[[], None],
     ) -> None:
         self._options = options
         self._metadata = metadata
         self._offsets = offsets
         self._reader = reader
         self._store = store
+        self._is_held = is_held
+        self._opened = opened
+        self._topic_unknown = topic_unknown
         self._awaited: dict[TopicPartition, object] = {}
         self._news = asyncio.Event()
         self._progress = asyncio.Event()  # something was opened, taken away, or failed
@@ -62,11 +71,6 @@ class Openings:
         """Taken away before they were opened."""
         for where in partitions:
             self._awaited.pop(where, None)
-        self._progress.set()
-
-    def forget_all(self) -> None:
-        """As `forget`, of whatever is awaited."""
-        self._awaited.clear()
         self._progress.set()
 
     async def opened(self) -> None:
@@ -101,6 +105,8 @@ class Openings:
                 failing = error.reason
                 if not error.retriable and not isinstance(error, _PASSING):
                     self._reader.fail(error)
+                if isinstance(error, UnknownTopic):
+                    self._topic_unknown()
                 self._failure = error
                 self._progress.set()
                 await asyncio.sleep(backoff.next_ms() / 1000)
@@ -114,17 +120,20 @@ class Openings:
         )
         # Taken away and given back meanwhile counts as taken away: another member may have gone further.
         still = {where for where, token in asked.items() if self._awaited.get(where) is token}
-        for cursor in cursors:
-            if cursor.where in still:
-                self._reader.put(cursor)
+        self._put(cursor for cursor in cursors if cursor.where in still)
         self.forget(still)
+        self._opened(still)
         self._reader.notify()
 
     async def open(self, partitions: Sequence[TopicPartition]) -> None:
         """Reads these from now on. Raises UnknownTopic, Unavailable."""
         cursors = await self._find(partitions)
         await self._store_starts(cursors)
+        self._put(cursors)
+
+    def _put(self, cursors: Iterable[Cursor]) -> None:
         for cursor in cursors:
+            cursor.held = self._is_held()
             self._reader.put(cursor)
 
     async def _store_starts(self, cursors: Sequence[Cursor]) -> None:

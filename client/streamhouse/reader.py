@@ -144,12 +144,20 @@ class Reader:
     # ---- the owner's side
 
     def put(self, cursor: Cursor) -> None:
-        """Reads from this cursor from now on, instead of an earlier one of the partition, and paused if that was."""
+        """Reads from this cursor from now on, instead of an earlier one of the partition, and paused or held if that
+        was."""
         earlier = self.cursors.get(cursor.where)
         if earlier is not None:
             cursor.set_paused(earlier.paused)
+            cursor.held = earlier.held
         self._end(earlier)
         self.cursors[cursor.where] = cursor
+        self._changed.set()
+        self._news.set()
+
+    def release(self, cursor: Cursor) -> None:
+        """Begins to fetch for a cursor that was held."""
+        cursor.held = False
         self._changed.set()
         self._news.set()
 

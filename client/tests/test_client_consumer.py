@@ -533,8 +533,8 @@ async def test_unknown_topic_and_bad_arguments(platform, address):
             pass
     with pytest.raises(errors.InvalidArgument):
         Consumer(address, "t")
-    with pytest.raises(errors.InvalidArgument):
-        Consumer(address)
+    with pytest.raises(errors.InvalidArgument, match="reads nothing"):
+        await Consumer(address).start()
     with pytest.raises(errors.InvalidArgument, match="on_data_loss"):
         Consumer(address, ["t"], on_data_loss="shrug")
     async with Consumer(address, ["t"]) as consumer:
@@ -953,20 +953,32 @@ class LeavingIsToldFirst:
         return coordinator_pb2.LeaveGroupResponse()
 
 
-async def test_leaving_is_not_being_forgotten(caplog):
-    async def revoked(partitions):
-        pass
+class ReadsWhatItIsGiven:
+    """A consumer that lets go of what it is not given any more at once."""
 
+    def __init__(self, coordinator):
+        self.owned = frozenset()
+        self.lost = 0
+        self.member = Membership(
+            coordinator,
+            ConsumerOptions(group="g"),
+            ["t"],
+            given=self._take,
+            lost=self._lose,
+            owned=lambda: self.owned,
+            failed=lambda error: None,
+        )
+
+    def _take(self, partitions):
+        self.owned = frozenset(partitions)
+
+    def _lose(self):
+        self.owned, self.lost = frozenset(), self.lost + 1
+
+
+async def test_leaving_is_not_being_forgotten(caplog):
     coordinator = LeavingIsToldFirst()
-    member = Membership(
-        coordinator,
-        ConsumerOptions(group="g"),
-        ["t"],
-        assigned=lambda partitions: None,
-        revoked=revoked,
-        lost=lambda: None,
-        failed=lambda error: None,
-    )
+    member = ReadsWhatItIsGiven(coordinator).member
     await member.join()
     beating = asyncio.create_task(member.run())
     await asyncio.sleep(0)
@@ -1001,74 +1013,17 @@ class ForgetsAtCommit:
 
 
 async def test_a_refused_commit_is_enough_to_know_that_all_is_lost():
-    lost = []
     coordinator = ForgetsAtCommit()
-
-    async def revoked(partitions):
-        raise AssertionError("what is lost is not given up in order")
-
-    member = Membership(
-        coordinator,
-        ConsumerOptions(group="g"),
-        ["t"],
-        assigned=lambda partitions: None,
-        revoked=revoked,
-        lost=lambda: lost.append(set(member.owned)),
-        failed=lambda error: None,
-    )
-    await member.join()
-    beating = asyncio.create_task(member.run())
+    consumer = ReadsWhatItIsGiven(coordinator)
+    await consumer.member.join()
+    beating = asyncio.create_task(consumer.member.run())
     await asyncio.sleep(0)
     with pytest.raises(errors.UnknownMember):
-        await member.commit_through_rebalance({TopicPartition("t", 0): Position(1)})
-    assert lost == [set()] and member.owned == set()
+        await consumer.member.commit_through_rebalance({TopicPartition("t", 0): Position(1)})
+    assert consumer.lost == 1 and not consumer.owned
     coordinator.told.set()
-    await until(lambda: len(coordinator.joined) == 2 and member.owned == {("t", 0)})
+    await until(lambda: len(coordinator.joined) == 2 and consumer.owned == {("t", 0)})
     assert coordinator.joined[0] != coordinator.joined[1]
-    beating.cancel()
-    await asyncio.wait([beating])
-
-
-class Swaps:
-    """A coordinator that takes the one partition away and gives another one in the same answer."""
-
-    def _answer(self, request, partition):
-        assigned = [coordinator_pb2.TopicPartition(topic="t", partition=partition)]
-        return coordinator_pb2.GroupAssignment(
-            member_id=request.member_id, generation=1 + partition, assigned=assigned, heartbeat_interval_ms=1000
-        )
-
-    async def join_group(self, request):
-        return self._answer(request, 0)
-
-    async def heartbeat_group(self, request):
-        if request.generation == 2:
-            await asyncio.Event().wait()
-        return self._answer(request, 1)
-
-
-async def test_what_is_given_in_turn_is_pending_until_the_other_is_let_go():
-    """A bounded read would take having nothing for its end."""
-    pending = []
-    assigned = asyncio.Event()
-
-    async def revoked(partitions):
-        pending.append(member.pending)
-
-    member = Membership(
-        Swaps(),
-        ConsumerOptions(group="g"),
-        ["t"],
-        assigned=lambda partitions: assigned.set() if ("t", 1) in partitions else None,
-        revoked=revoked,
-        lost=lambda: None,
-        failed=lambda error: None,
-    )
-    await member.join()
-    beating = asyncio.create_task(member.run())
-    async with asyncio.timeout(PATIENCE_S):
-        await assigned.wait()
-    assert pending == [True] and not member.pending
     beating.cancel()
     await asyncio.wait([beating])
 
@@ -1115,19 +1070,8 @@ class MovesOnDuringACommit:
 async def test_a_commit_is_repeated_after_a_rebalance_only_where_nobody_else_was_between(taken_away):
     """Else it would take the group back behind what the other member had committed."""
     coordinator = MovesOnDuringACommit(taken_away=taken_away)
-
-    async def revoked(partitions):
-        assert partitions == {("t", 0)}
-
-    member = Membership(
-        coordinator,
-        ConsumerOptions(group="g"),
-        ["t"],
-        assigned=lambda partitions: None,
-        revoked=revoked,
-        lost=lambda: None,
-        failed=lambda error: None,
-    )
+    consumer = ReadsWhatItIsGiven(coordinator)
+    member = consumer.member
     await member.join()
     beating = asyncio.create_task(member.run())
     if taken_away:
@@ -1137,7 +1081,7 @@ async def test_a_commit_is_repeated_after_a_rebalance_only_where_nobody_else_was
     else:
         await member.commit_through_rebalance({TopicPartition("t", 0): Position(10)})
         assert coordinator.committed == [10]
-    assert (member.generation, member.owned) == (3, {("t", 0)})
+    assert (member.generation, consumer.owned) == (3, {("t", 0)})
     await member.commit_through_rebalance({TopicPartition("t", 0): Position(60)})
     assert coordinator.committed[-1] == 60
     beating.cancel()
@@ -1237,12 +1181,12 @@ async def test_the_last_commit_of_what_is_revoked_passes_no_record_that_was_not_
         async with asyncio.timeout(PATIENCE_S):
             await third.wait()
             async with consumer._commits._turn:
-                revoking = asyncio.create_task(consumer._on_revoked({TopicPartition("t", 0)}))
+                consumer._assignments.stop_reading()
                 await asyncio.sleep(0)
                 go_on.set()
                 while not consumer._iteration._waiting:
                     await asyncio.sleep(0)
-            await revoking
+            assert await consumer._assignments.given_up()
         task.cancel()
     assert offsets == [0, 1, 2]
     assert platform.groups["g"].offsets["t", 0] == 3

@@ -81,6 +81,8 @@ KAFKA_NAMES: Mapping[Client, Names] = {
         "fetch_message_max_bytes": ("fetch_bytes", ""),
         "queued_max_messages_kbytes": ("prefetch_bytes_max", "in bytes"),
         "default_api_timeout_ms": ("retry_timeout_ms", ""),
+        "metadata_max_age_ms": ("topic_refresh_interval_ms", "of patterns"),
+        "topic_metadata_refresh_interval_ms": ("topic_refresh_interval_ms", "of patterns"),
         "fetch_min_bytes": ("", "records are sent as soon as they are there"),
         "fetch_max_wait_ms": ("", "records are sent as soon as they are there"),
         "fetch_wait_max_ms": ("", "records are sent as soon as they are there"),

@@ -103,6 +103,9 @@ class ConsumerOptions:
     fetch_bytes: int = 4 * MIB
     # Decoded and not yet handed over, all partitions together: four responses of each of four.
     prefetch_bytes_max: int = 64 * MIB
+    # How soon a pattern finds topics that were created. Ten times as soon as Kafka's default; a list of 1,000 topics is
+    # about 60 kB for each consumer then.
+    topic_refresh_interval_ms: int = 30_000
     # 0: the server's default.
     session_timeout_ms: int = 0
     # Kafka's default: long beside what an application does with a record, short beside a night.
@@ -125,6 +128,7 @@ class ConsumerOptions:
         _within("auto_commit_interval_ms", self.auto_commit_interval_ms, 10, DAY_MS)
         _within("fetch_bytes", self.fetch_bytes, 1, 32 * MIB)  # half of what one gRPC message may hold
         _within("prefetch_bytes_max", self.prefetch_bytes_max, 1, 1 << 40)
+        _within("topic_refresh_interval_ms", self.topic_refresh_interval_ms, 10, DAY_MS)
         if self.session_timeout_ms != 0:
             _within("session_timeout_ms", self.session_timeout_ms, SESSION_TIMEOUT_MS_MIN, SESSION_TIMEOUT_MS_MAX)
         _within("max_poll_interval_ms", self.max_poll_interval_ms, 10, DAY_MS)
@@ -250,6 +254,7 @@ class ConsumerKwargs(TypedDict, total=False):
     auto_commit_interval_ms: int
     fetch_bytes: int
     prefetch_bytes_max: int
+    topic_refresh_interval_ms: int
     session_timeout_ms: int
     max_poll_interval_ms: int
     on_out_of_range: OnOutOfRange
@@ -260,13 +265,6 @@ class ConsumerKwargs(TypedDict, total=False):
     client_id: str
     key_deserializer: Deserializer | None
     value_deserializer: Deserializer | None
-
-
-def topics_of(topics: Sequence[str]) -> tuple[str, ...]:
-    """Each name once. Raises InvalidArgument."""
-    if isinstance(topics, str) or not all(isinstance(topic, str) for topic in topics):
-        raise InvalidArgument(f"topics must be a list of names, not {topics!r}", field="topics", value=topics)
-    return tuple(dict.fromkeys(topics))
 
 
 def partitions_of(given: Sequence[tuple[str, int]], name: str = "assign") -> list[tuple[str, int]]:

@@ -36,8 +36,9 @@ class Cursor:
     have; None: any. failed: nothing is fetched, until the application has seen the error or a pause is over. topic_id:
     which topic of that name; empty: not known. received_bytes: of what was received and is not consumed, decoded.
     restarts: how often reading began anew at another offset; what was asked for before is not of the cursor any more.
-    paused: nothing is fetched or handed over until the application resumes the partition. stopped: paused or not live;
-    a field, because it is read for every record.
+    paused: nothing is fetched or handed over until the application resumes the partition. held: nothing is fetched
+    until the application has been told of the partition. stopped: paused or not live; a field, because it is read for
+    every record.
     """
 
     where: TopicPartition
@@ -56,6 +57,7 @@ class Cursor:
     received_bytes: int = 0
     restarts: int = 0
     paused: bool = False
+    held: bool = False
     stopped: bool = False
 
     @classmethod
@@ -83,7 +85,7 @@ class Cursor:
     @property
     def wants_more(self) -> bool:
         """True if records are to be fetched for the cursor."""
-        is_open = self.live and not self.failed and not self.paused
+        is_open = self.live and not self.failed and not self.paused and not self.held
         return is_open and (self.end is None or self.fetch_offset < self.end or self.is_beyond)
 
     @property

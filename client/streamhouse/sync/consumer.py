@@ -19,12 +19,21 @@ from shproto.errors import SerializationError
 from shproto.rpc import Interceptors
 
 from streamhouse import consumer
+from streamhouse.assignments import Callbacks, PlainCallback, callbacks_of
 from streamhouse.background import BACKGROUND
 from streamhouse.core.in_flight import Worker
 from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.lag import Lag
-from streamhouse.core.options import POLL_BATCHES_RECORDS_MAX, POLL_RECORDS_MAX, ConsumerKwargs, Start, check_poll
+from streamhouse.core.options import (
+    POLL_BATCHES_RECORDS_MAX,
+    POLL_RECORDS_MAX,
+    ConsumerKwargs,
+    Start,
+    check_poll,
+    check_timeout_ms,
+)
 from streamhouse.core.serializers import records_of_poll
+from streamhouse.core.subscription import Topics, subscription_of
 from streamhouse.metrics import ConsumerMetrics
 from streamhouse.records import (
     MembershipState,
@@ -43,19 +52,38 @@ EXIT_TIMEOUT_MS = 5_000
 
 class Consumer:
     """Reads records; see `streamhouse.Consumer` for the options and for what is committed when. Several threads may
-    iterate one consumer: each record goes to one of them, who has done with it when it asks for its next one."""
+    iterate one consumer: each record goes to one of them, who has done with it when it asks for its next one.
+
+    on_assigned, on_revoked and on_lost are plain functions, called in the thread that asks for records, starts,
+    subscribes or closes: with what it had in hand done with, and free to call the consumer."""
 
     @explains_kafka_names("Consumer")
     def __init__(
         self,
         bootstrap: str | Sequence[str],
-        topics: Sequence[str] = (),
+        topics: Topics = (),
         *,
+        pattern: str | None = None,
         assign: Sequence[tuple[str, int]] = (),
+        on_assigned: PlainCallback | None = None,
+        on_revoked: PlainCallback | None = None,
+        on_lost: PlainCallback | None = None,
         telemetry: Interceptors | None = None,
         **options: Unpack[ConsumerKwargs],
     ) -> None:
-        self._inner = consumer.Consumer(bootstrap, topics, assign=assign, telemetry=telemetry, **options)
+        callbacks_of(Callbacks(on_assigned, on_revoked, on_lost), plain=True)
+        self._inner = consumer.Consumer(
+            bootstrap,
+            topics,
+            pattern=pattern,
+            assign=assign,
+            on_assigned=on_assigned,
+            on_revoked=on_revoked,
+            on_lost=on_lost,
+            telemetry=telemetry,
+            **options,
+        )
+        self._assignments = self._inner._assignments
         self._iteration = self._inner._iteration
         self._deserializers = self._inner._deserializers
         self._iteration.in_loop = _in_loop
@@ -65,14 +93,86 @@ class Consumer:
         self._advancing = threading.Lock()
 
     def __enter__(self) -> Self:
-        _opened(self)
-        BACKGROUND.run(self._inner.__aenter__())
+        try:
+            self.start()
+        except BaseException:
+            self._close(done_with_last=False)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close(done_with_last=kind is None)
+
+    def start(self) -> None:
+        """Joins the group or opens the partitions: returns once it is known where reading begins in each of them, and
+        on_assigned has returned. Iterating does it as well. Idempotent.
+
+        Raises UnknownTopic, UnknownPartition, InvalidArgument, Unavailable, RuntimeError in a forked child.
+        """
+        self._assignments.refuse_inside("start")
+        if not self._inner._closed:
+            _opened(self)
+        BACKGROUND.run(self._inner._start())
+        self._call_due()
+
+    def subscribe(
+        self,
+        topics: Topics = (),
+        *,
+        pattern: str | None = None,
+        on_assigned: PlainCallback | None = None,
+        on_revoked: PlainCallback | None = None,
+        on_lost: PlainCallback | None = None,
+    ) -> None:
+        """Reads these topics instead of those before: names, or a pattern that the whole name has to match, also of
+        topics that are created later; see `streamhouse.Consumer.subscribe`."""
+        subscription = subscription_of(topics, pattern)
+        callbacks = callbacks_of(Callbacks(on_assigned, on_revoked, on_lost), plain=True)
+        self._assignments.refuse_inside("subscribe")
+        BACKGROUND.run(self._inner._subscribe(self._worker(), subscription, callbacks))
+        self._give_up()
+        BACKGROUND.run(self._inner._await_subscription())
+        self._call_due()
+
+    def unsubscribe(self) -> None:
+        """Reads nothing until the next `subscribe`: gives up all partitions, with on_revoked, and leaves the group.
+        What the thread has in hand counts as done with, and is committed with auto_commit.
+
+        Raises what that commit is refused with, or what a callback raises; it is unsubscribed all the same.
+        """
+        self._assignments.refuse_inside("unsubscribe")
+        refusal = BACKGROUND.run(self._inner._unsubscribe(self._worker()))
+        try:
+            self._give_up()
+        finally:
+            BACKGROUND.run(self._inner._step_out_of_group())
+        if refusal is not None:
+            raise refusal
+
+    def _give_up(self) -> None:
+        """Returns once what was taken away is given up, with the callbacks for it."""
+        while not BACKGROUND.run(self._assignments.given_up()):
+            self._call_due()
+
+    def _call_due(self) -> None:
+        """Calls the callbacks that are due, in this thread. Raises what a callback raises: the hand-over goes on."""
+        thread = threading.current_thread()
+        # Its own call again, where Ctrl-C came between two steps of this.
+        while self._has_call:
+            step = BACKGROUND.run(self._assignments.begin(thread))
+            if step is None:
+                return
+            try:
+                self._assignments.call_plainly(step)
+            finally:
+                BACKGROUND.run(_call(functools.partial(self._assignments.finish, step)))
+
+    @property
+    def _has_call(self) -> bool:
+        """True if a callback is to be called before anything else."""
+        return self._assignments.is_due or self._assignments.caller is threading.current_thread()
 
     def __iter__(self) -> Self:
         self._iteration.begin()
@@ -172,12 +272,17 @@ class Consumer:
         """As `_advance`; False as well if there is nothing to take by the deadline (of time.monotonic)."""
         if not self._inner._closed:
             _opened(self)
+        self._assignments.refuse_inside("reading")
+        self._call_due()
         # Without the lock of `_advance`: waiting for a lock with a timeout is no step that Ctrl-C leaves whole.
         return BACKGROUND.run(self._wait(worker, deadline_s))
 
-    async def _wait(self, worker: Worker, deadline_s: float) -> bool:
-        loop = asyncio.get_running_loop()
-        return await self._inner._advance_within(worker, loop.time() + max(0.0, deadline_s - time.monotonic()))
+    async def _wait(self, worker: Worker, deadline_s: float | None = None) -> bool:
+        """As `_advance`, where callbacks are called by the thread."""
+        if deadline_s is not None:
+            self._inner._refuse_closed()
+        await self._inner._enter()
+        return await self._inner._wait_for_more(worker, _loop_time(deadline_s))
 
     @property
     def at_end(self) -> bool:
@@ -198,7 +303,9 @@ class Consumer:
             if self._inner._closed:
                 return False
             _opened(self)
-            return self._iteration.is_ready or BACKGROUND.run(self._inner._advance(worker))
+            self._assignments.refuse_inside("reading")
+            self._call_due()
+            return self._iteration.is_ready or BACKGROUND.run(self._wait(worker))
 
     def _give_back(self, worker: Worker, first: Mapping[TopicPartition, int] | None = None) -> None:
         """Takes back what has not reached the application, as `InFlight.give_back` does: after an error, or Ctrl-C,
@@ -271,9 +378,19 @@ class Consumer:
     def wait_for_assignment(self, timeout_ms: int | None = None) -> frozenset[TopicPartition]:
         """Returns the assignment as soon as it is known where reading begins in at least one partition; starts the
         consumer. Raises TimeoutError after timeout_ms (None: never)."""
+        if timeout_ms is not None:
+            check_timeout_ms(timeout_ms)
         if not self._inner._closed:
             _opened(self)
-        return BACKGROUND.run(self._inner.wait_for_assignment(timeout_ms))
+        deadline_s = None if timeout_ms is None else time.monotonic() + timeout_ms / 1000
+        BACKGROUND.run(self._wait_for_assignment(timeout_ms, deadline_s))
+        while not self._inner._is_reading:
+            self._call_due()
+            BACKGROUND.run(self._wait_for_assignment(timeout_ms, deadline_s))
+        return self.assignment
+
+    async def _wait_for_assignment(self, timeout_ms: int | None, deadline_s: float | None) -> None:
+        await self._inner._wait_for_assignment(timeout_ms, _loop_time(deadline_s))
 
     @property
     def membership(self) -> MembershipState | None:
@@ -285,16 +402,40 @@ class Consumer:
         """Why partitions that cannot be read on at the moment wait."""
         return dict(self._inner.waiting)  # as it is now: the other thread goes on changing it
 
-    def close(self) -> None:
-        """Commits (with auto_commit), leaves the group, closes the connections. Raises what the last commit failed
-        with."""
-        self._close(done_with_last=True)
+    def close(self, timeout_s: float | None = None) -> None:
+        """Commits (with auto_commit), gives up the partitions, with on_revoked, leaves the group, closes the
+        connections.
 
-    def _close(self, *, done_with_last: bool) -> None:
+        Raises TimeoutError if that takes longer than timeout_s (None: no limit but those of the options), what a
+        callback raises, or what the last commit failed with; everything is closed all the same. A callback takes as
+        long as it takes: nothing is waited for behind one that was too slow.
+        """
+        self._close(timeout_s, done_with_last=True)
+
+    def _close(self, timeout_s: float | None = None, *, done_with_last: bool) -> None:
         try:
-            BACKGROUND.run(self._inner._close(self._worker(), done_with_last))
+            self._assignments.refuse_inside("close")
+            begin = self._inner._begin_close(self._worker(), timeout_s, done_with_last=done_with_last)
+            closing = BACKGROUND.run(begin)
+            if closing is None:
+                return
+            try:
+                while self._has_call or BACKGROUND.run(self._other_calls()):
+                    try:
+                        self._call_due()
+                    except Exception as error:  # noqa: BLE001 - raised once everything is closed
+                        closing.errors.insert(0, error)
+            except BaseException:
+                BACKGROUND.run(self._inner._shut_down())
+                raise
+            BACKGROUND.run(self._inner._end_close(closing))
         finally:
             _UNCLOSED.discard(self)  # it raises what the last commit failed with, and is closed all the same
+
+    async def _other_calls(self) -> bool:
+        """Returns True if a callback is due, once no other thread is inside one."""
+        await self._assignments.idle()
+        return self._assignments.is_due
 
 
 class BatchIterator(Iterator[RecordBatch]):
@@ -334,12 +475,19 @@ def _leave_at_exit() -> None:
 async def _leave(consumers: Sequence[Consumer]) -> None:
     with contextlib.suppress(TimeoutError):  # the groups find out by themselves
         async with asyncio.timeout(EXIT_TIMEOUT_MS / 1000):
-            await asyncio.gather(*(unclosed._inner.close(done_with_last=False) for unclosed in consumers))
+            await asyncio.gather(*(unclosed._inner._close_quietly() for unclosed in consumers))
 
 
 async def _call(call: Callable[[], None]) -> None:
     """Makes the call in the event loop, where the consumer's state belongs."""
     call()
+
+
+def _loop_time(deadline_s: float | None) -> float | None:
+    """Returns, in the event loop, its time at the deadline, of time.monotonic."""
+    if deadline_s is None:
+        return None
+    return asyncio.get_running_loop().time() + max(0.0, deadline_s - time.monotonic())
 
 
 def _in_loop(call: Callable[[], None]) -> None:

@@ -1,0 +1,83 @@
+"""Finds the topics of a subscription, again and again where it is a pattern.
+
+Owns: what the consumer is subscribed to. Does not own: what becomes of the topics that are found.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+
+from shproto.errors import StreamHouseError
+from shproto.v1 import coordinator_pb2
+from shruntime.tasks import Backoff
+
+from streamhouse.core.subscription import Subscription
+from streamhouse.metadata import MetadataCache
+from streamhouse.peers import Peers
+from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
+
+log = logging.getLogger(__name__)
+
+
+class Subscriptions:
+    """`find` at once, and `run` as a task of the owner. `found(partitions by topic)`: told of the topics that a pattern
+    matches, each time it is looked."""
+
+    def __init__(
+        self,
+        peers: Peers,
+        metadata: MetadataCache,
+        refresh_interval_ms: int,
+        found: Callable[[Mapping[str, int]], None],
+    ) -> None:
+        self._peers = peers
+        self._metadata = metadata
+        self._refresh_interval_ms = refresh_interval_ms
+        self._found = found
+        self._wakes = asyncio.Event()
+        self.current = Subscription()
+
+    def replace(self, subscription: Subscription) -> None:
+        """Is subscribed to these topics from now on."""
+        self.current = subscription
+        self._wakes.set()
+
+    def refresh_soon(self) -> None:
+        """Looks at once what a pattern matches: a topic is not there any more."""
+        self._wakes.set()
+
+    async def find(self, subscription: Subscription) -> dict[str, int]:
+        """Returns the number of partitions of each topic, by name. Raises UnknownTopic (a name without a topic),
+        Unavailable."""
+        if subscription.pattern is None:
+            return {topic: (await self._metadata.topic(topic)).partitions for topic in subscription.topics}
+        response = await self._peers.coordinator.list_topics(coordinator_pb2.ListTopicsRequest())
+        return {item.topic: item.partitions for item in response.topics if subscription.includes(item.topic)}
+
+    async def run(self) -> None:
+        """Looks every so often what a pattern matches, until cancelled."""
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+        failing = ""
+        wait_ms: float = self._refresh_interval_ms
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_ms / 1000):
+                    await self._wakes.wait()
+            self._wakes.clear()
+            wait_ms = self._refresh_interval_ms
+            asked = self.current
+            if asked.pattern is None:
+                continue
+            try:
+                topics = await self.find(asked)
+            except StreamHouseError as error:
+                if failing != error.reason:  # told once, not with every try
+                    log.warning("cannot find out which topics match %r, trying again: %s", asked.pattern.pattern, error)
+                failing = error.reason
+                wait_ms = max(error.retry_after_ms, backoff.next_ms())
+                continue
+            failing = ""
+            backoff.reset()
+            if asked is self.current:
+                self._found(topics)
