@@ -51,6 +51,8 @@ class Subscriptions:
         """Returns the number of partitions of each topic, by name. Raises UnknownTopic (a name without a topic),
         Unavailable."""
         if subscription.pattern is None:
+            for topic in subscription.topics:
+                await self._metadata.refresh(topic)
             return {topic: (await self._metadata.topic(topic)).partitions for topic in subscription.topics}
         response = await self._peers.coordinator.list_topics(coordinator_pb2.ListTopicsRequest())
         return {item.topic: item.partitions for item in response.topics if subscription.includes(item.topic)}

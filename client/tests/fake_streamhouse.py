@@ -537,9 +537,12 @@ class FakeStreamHouse:
             if request.member_id not in group.members:
                 raise errors.UnknownMember(request.member_id)
 
-    def expel(self, group: str) -> None:
-        """Forgets all members, as after their sessions expired."""
-        self.groups[group].members.clear()
+    def expel(self, group: str, member_id: str | None = None) -> None:
+        """Forgets the member, or all, as after their sessions expired."""
+        if member_id is None:
+            self.groups[group].members.clear()
+        else:
+            self.groups[group].members.pop(member_id, None)
         self._rebalance(self.groups[group])
 
     async def leave_group(self, request: coordinator_pb2.LeaveGroupRequest) -> coordinator_pb2.LeaveGroupResponse:

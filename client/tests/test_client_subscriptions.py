@@ -157,6 +157,23 @@ async def test_unsubscribing_gives_up_everything_and_commits_what_is_done_with(p
     assert told.calls[2:] == [("assigned", {0}), ("revoked", {0})]
 
 
+async def test_a_name_whose_topic_was_created_again_can_be_subscribed_to_again(platform, address):
+    await create(platform, "t")
+    await fill(address, 2, topic="t", partitions=1)
+    async with Consumer(address, ["t"]) as consumer:
+        assert [(await anext(consumer)).offset for _ in range(2)] == [0, 1]
+        await delete(platform, "t")
+        with pytest.raises(errors.UnknownTopic):
+            await anext(consumer)
+        await consumer.unsubscribe()
+        with pytest.raises(errors.UnknownTopic):
+            await consumer.subscribe(["t"])
+        await create(platform, "t")
+        await fill(address, 1, topic="t", partitions=1)
+        await consumer.subscribe(["t"])
+        assert (await anext(consumer)).offset == 0
+
+
 async def test_a_refused_subscription_changes_nothing(platform, address):
     await create(platform, "t")
     await fill(address, 2, topic="t", partitions=1)

@@ -96,9 +96,11 @@ def test_the_consumer_can_be_used_inside_a_callback_but_not_read(server):
     consumer = Consumer(
         server.address, ["t"], group="g", auto_commit=False, on_assigned=on_assigned, on_revoked=on_revoked
     )
-    with consumer:
+    try:
         assert [next(consumer).offset, next(consumer).offset] == [8, 9]
         assert consumer.paused() == {("t", 1)}
+    finally:
+        consumer.close()
     assert len(refused) == 6
     assert server.groups["g"].offsets == {("t", 0): 5, ("t", 1): 5}
 
@@ -152,6 +154,35 @@ def test_a_slow_callback_keeps_the_membership(server):
     go_on.set()
     starting.join()
     consumer.close()
+
+
+def test_other_threads_read_on_while_one_is_inside_a_callback(server):
+    server.add_topic("t", 2)
+    entered, go_on, seen = threading.Event(), threading.Event(), []
+
+    def on_revoked(partitions):
+        entered.set()
+        assert go_on.wait(PATIENCE_S)
+
+    def read():
+        for record in consumer:
+            seen.append(record.partition)
+
+    consumer = Consumer(server.address, ["t"], group="g", on_revoked=on_revoked)
+    consumer.start()
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    with Consumer(server.address, ["t"], group="g") as other:
+        assert entered.wait(PATIENCE_S) and not other.assignment
+        fill(server, 5)
+        until(lambda: len(seen) == 5)
+        go_on.set()
+        other.wait_for_assignment(PATIENCE_S * 1000)
+    consumer.close()
+    for thread in threads:
+        thread.join()
+    assert seen[:5] == [0] * 5
 
 
 def test_closing_waits_for_a_callback_in_another_thread(server):

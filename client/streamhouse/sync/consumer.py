@@ -299,12 +299,12 @@ class Consumer:
 
     def _advance(self, worker: Worker) -> bool:
         """Waits for more records, one thread at a time; those behind it find what it received."""
+        self._assignments.refuse_inside("reading")
+        self._call_due()  # without the lock: the others go on with what they may read
         with self._advancing:
             if self._inner._closed:
                 return False
             _opened(self)
-            self._assignments.refuse_inside("reading")
-            self._call_due()
             return self._iteration.is_ready or BACKGROUND.run(self._wait(worker))
 
     def _give_back(self, worker: Worker, first: Mapping[TopicPartition, int] | None = None) -> None:
