@@ -12,7 +12,7 @@ on, and the error is its caller's.
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 
 from shproto.errors import InvalidArgument
@@ -101,6 +101,7 @@ class Assignments:
         self.is_due = False
         # The thread whose call is under way, from `begin` to `finish`.
         self.caller: object = None
+        self.called: Step | None = None  # the last step whose callback it has called
 
     # ---- what is owned
 
@@ -204,8 +205,8 @@ class Assignments:
             await self._news.wait()
 
     async def begin(self, caller: object) -> Step | None:
-        """Returns the step whose callback `caller` is to call, before `finish`: the same one again if the call before
-        was interrupted on its way to it. None if none is due."""
+        """Returns the step whose callback `caller` is to call, before `finish`: the same one again if an interrupt came
+        between the two. None if none is due."""
         if self.caller is not None and self.caller is caller:
             return self._hand_over.running
         step = await self._begin(with_callback=True)
@@ -283,12 +284,16 @@ class Assignments:
         return found
 
     def call_plainly(self, step: Step) -> None:
-        """Calls the step's callback in the calling thread; `finish` is still to come. Raises what it raises."""
-        token = _INSIDE.set(step)
-        try:
-            self.callback(step)(sorted(step.partitions))
-        finally:
-            _INSIDE.reset(token)
+        """Calls the step's callback in the calling thread, and notes so; `finish` is still to come. Raises what it
+        raises, or KeyboardInterrupt before it was called."""
+        # In a context of its own: an interrupt cannot come between its end and saying that it is over.
+        copy_context().run(self._call_plainly, step)
+
+    def _call_plainly(self, step: Step) -> None:
+        _INSIDE.set(step)
+        callback, partitions = self.callback(step), sorted(step.partitions)
+        self.called = step
+        callback(partitions)
 
     @property
     def is_inside(self) -> bool:

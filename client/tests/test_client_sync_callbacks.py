@@ -8,6 +8,9 @@ import pytest
 from shproto.errors import InvalidArgument
 from streamhouse.sync import Consumer, Producer
 
+from client.tests import test_client_sharing
+from client.tests.test_client_sharing import SDK, STEPPED, interrupt_at
+
 PATIENCE_S = 60
 
 
@@ -248,3 +251,32 @@ def test_coroutine_functions_are_refused(server):
         Consumer(server.address, ["t"], on_assigned=on_assigned)
     with pytest.raises(InvalidArgument, match="plain functions"):
         Consumer(server.address, ["t"]).subscribe(["t"], on_lost=on_assigned)
+
+
+@pytest.mark.parametrize("first", ["start", "poll"])
+def test_an_interrupt_at_any_step_leaves_no_hand_over_behind(server, monkeypatch, first):
+    """Ctrl-C may come between any two steps of a thread that is about to call, calls, or has called."""
+    server.add_topic("t", 2)
+    fill(server, 5)
+    monkeypatch.setattr(test_client_sharing, "STEPPED", STEPPED | {str(SDK / "assignments.py")})
+    step, was_reached = 0, True
+    while was_reached:
+        step += 1
+        told: list[int] = []
+
+        def on_assigned(partitions, told=told):
+            told += [where.partition for where in partitions]
+
+        consumer = Consumer(server.address, ["t"], stop_at_end=True, on_assigned=on_assigned)
+        try:
+            with interrupt_at(step) as reached:
+                consumer.start() if first == "start" else consumer.poll(0, max_records=1)
+            was_reached = False
+        except KeyboardInterrupt:
+            was_reached = reached()
+        while not consumer.at_end:
+            consumer.poll(PATIENCE_S * 1000)
+        assert sorted(told) == [0, 1], f"step {step}"
+        assert sum(consumer.positions().values()) == 10
+        consumer.close()
+    assert step > 15

@@ -159,15 +159,17 @@ class Consumer:
     def _call_due(self) -> None:
         """Calls the callbacks that are due, in this thread. Raises what a callback raises: the hand-over goes on."""
         thread = threading.current_thread()
-        # Its own call again, where Ctrl-C came between two steps of this.
+        # Its own step again, where Ctrl-C came between two steps of this: called once, and finished once it was.
         while self._has_call:
             step = BACKGROUND.run(self._assignments.begin(thread))
             if step is None:
                 return
             try:
-                self._assignments.call_plainly(step)
+                if self._assignments.called is not step:
+                    self._assignments.call_plainly(step)
             finally:
-                BACKGROUND.run(_call(functools.partial(self._assignments.finish, step)))
+                if self._assignments.called is step:
+                    BACKGROUND.run(_call(functools.partial(self._assignments.finish, step)))
 
     @property
     def _has_call(self) -> bool:
