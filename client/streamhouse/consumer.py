@@ -530,7 +530,7 @@ class Consumer:
     async def _end_close(self, closing: Closing) -> None:
         """Leaves the group and closes the connections. Raises the first of the errors."""
         try:
-            if self._membership is not None and not closing.is_late:
+            if self._tasks is not None and self._membership is not None and not closing.is_late:
                 try:
                     async with asyncio.timeout_at(closing.deadline_s):
                         await self._membership.leave()

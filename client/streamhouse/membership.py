@@ -66,6 +66,7 @@ class Membership:
         self._failure: StreamHouseError | None = None
         self._failing_since_s: float | None = None
         self._joining_id = ""
+        self._joining = asyncio.Lock()
         self._leaving = False
         self._assigned: set[TopicPartition] = set()  # by the last answer
         self.member_id = ""
@@ -89,10 +90,11 @@ class Membership:
             session_timeout_ms=self._options.session_timeout_ms,
             owned=_messages(self._owned()),
         )
-        answer = await self._coordinator.join_group(request)
-        if self.is_out:
-            await self._leave_as(answer.member_id)  # it has left while it joined: nobody would hear of this member
-            return
+        async with self._joining:
+            answer = await self._coordinator.join_group(request)
+            if self.is_out:  # it has left while it joined: nobody would hear of this member until it expires
+                await self._leave_as(answer.member_id)
+                return
         self._joined_topics = topics
         self._apply(answer)
 
@@ -282,8 +284,9 @@ class Membership:
         self._leaving = True
         self._in_group.set()
         self._news.set()
-        if self.member_id:
+        async with self._joining:  # a join that is under way leaves by itself
             member_id, self.member_id = self.member_id, ""
+        if member_id:
             await self._leave_as(member_id)
 
     async def step_out(self) -> None:

@@ -1190,3 +1190,34 @@ async def test_the_last_commit_of_what_is_revoked_passes_no_record_that_was_not_
         task.cancel()
     assert offsets == [0, 1, 2]
     assert platform.groups["g"].offsets["t", 0] == 3
+
+
+class JoinsSlowly(LeavingIsToldFirst):
+    """A coordinator that answers a join after a while, and remembers its members."""
+
+    def __init__(self):
+        super().__init__()
+        self.members = set()
+        self.go_on = asyncio.Event()
+
+    async def join_group(self, request):
+        await self.go_on.wait()
+        self.members.add(request.member_id)
+        return await super().join_group(request)
+
+    async def leave_group(self, request):
+        self.members.discard(request.member_id)
+        return coordinator_pb2.LeaveGroupResponse()
+
+
+async def test_a_member_that_leaves_while_it_joins_leaves_no_ghost_behind():
+    """Until its session expired it would be given partitions."""
+    coordinator = JoinsSlowly()
+    member = ReadsWhatItIsGiven(coordinator).member
+    joining = asyncio.create_task(member.run())
+    await asyncio.sleep(0)
+    leaving = asyncio.create_task(member.leave())
+    await asyncio.sleep(0)
+    coordinator.go_on.set()
+    await asyncio.gather(joining, leaving)
+    assert coordinator.joined == 1 and not coordinator.members

@@ -81,23 +81,37 @@ class Member:
         self.buffer = [record for record in self.buffer if (record.topic, record.partition) not in partitions]
         self.log.add("lost", self.name, partitions)
 
+    @property
+    def member_ids(self):
+        member = self.consumer._membership
+        return {member.member_id, member._joining_id} if member is not None else set()
+
     def forget(self):
         """The group expels it; it does not know."""
-        state = self.consumer.membership
-        owned = self.platform.groups["g"].owned.get(state.member_id, frozenset())
-        self.log.unclean |= {int(name.rpartition(":")[2]) for name in owned}
-        self.platform.expel("g", state.member_id)
+        expel(self.platform, self.log, self.consumer.membership.member_id)
 
     async def hang(self):
-        """It stands still, heartbeats and all, and its session expires."""
+        """It stands still, heartbeats and all, until its session expires."""
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
         await self.consumer._tasks.stop()
-        self.forget()
 
     async def leave(self):
         await self.consumer.close()
         await asyncio.wait_for(self.task, PATIENCE_S)
+
+
+def expel(platform, log, member_id):
+    owned = platform.groups["g"].owned.get(member_id, frozenset())
+    log.unclean |= {int(name.rpartition(":")[2]) for name in owned}
+    platform.expel("g", member_id)
+
+
+def expire(platform, log, members):
+    """Ends the sessions of members that hang; perhaps they hung while they joined."""
+    alive = set().union(*(member.member_ids for member in members))
+    for member_id in platform.groups["g"].members.keys() - alive:
+        expel(platform, log, member_id)
 
 
 async def produce(platform, count):
@@ -150,8 +164,11 @@ async def test_no_record_is_left_out_and_none_is_written_twice_in_a_clean_hand_o
         else:
             await member.hang()
             hung.append(member)
+            expire(platform, log, members)
     async with asyncio.timeout(PATIENCE_S):
         while read_by(members) != {("t", number): produced for number in range(PARTITIONS)}:
+            if hung:
+                expire(platform, log, members)
             await asyncio.sleep(0.01)
     for member in members:
         await member.leave()
