@@ -1,5 +1,6 @@
 """The command group: which commands there are, and what becomes of an exception."""
 
+import errno
 import sys
 from typing import Any
 
@@ -37,8 +38,11 @@ Start with `streamhouse serve`, then in another terminal:
 """
 
 
+SERVICES = {"serve", "ingest", "segmenter", "query", "coordinator"}
 # They serve, or say what they have done on stderr and by their exit code.
-WITHOUT_STDOUT = {"produce", "health", "serve", "ingest", "segmenter", "query", "coordinator"}
+WITHOUT_STDOUT = SERVICES | {"produce", "health"}
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FriendlyGroup(click.Group):
@@ -74,10 +78,18 @@ class FriendlyGroup(click.Group):
             except Exception as error:
                 if isinstance(error, BrokenPipeError) and reader_is_gone():
                     raise _end_of_pipe() from None
+                if _is_of_stdout(error, ctx.invoked_subcommand):
+                    raise CliError(f"stdout: {error.strerror}") from error  # type: ignore[attr-defined]
                 text = explain(error, ctx.obj)
                 if text is None:
                     raise
                 raise CliError(text) from error
+
+
+def _is_of_stdout(error: Exception, command: str | None) -> bool:
+    """True for a full disk under stdout: of all files that commands write, services excepted, it alone has no name."""
+    no_space = isinstance(error, OSError) and error.errno in NO_SPACE and error.filename is None
+    return no_space and command not in SERVICES
 
 
 def _end_of_pipe() -> click.exceptions.Exit:

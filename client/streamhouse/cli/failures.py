@@ -26,9 +26,17 @@ def explain(error: Exception, context: Mapping[str, str]) -> str | None:
     from shruntime.settings import SettingsError
     from shstore.errors import StoreError
 
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(_explain_os_error(error))
     if isinstance(error, SettingsError | StoreError | FormatError | OSError):
         return one_line(str(error))
     return None
+
+
+def _explain_os_error(error: OSError) -> str:
+    """What went wrong with what, without the number of the error."""
+    where = " to ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{where}: {error.strerror}" if where else str(error.strerror)
 
 
 def one_line(text: str) -> str:

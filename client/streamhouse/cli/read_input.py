@@ -40,10 +40,19 @@ async def read_chunks(descriptor: int, stop: asyncio.Event) -> AsyncIterator[byt
             await _readable(descriptor, stop)
         if stop.is_set():
             return
-        chunk = os.read(descriptor, CHUNK_BYTES)
+        chunk = _read(descriptor)
         if not chunk:
             return
         yield chunk
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, CHUNK_BYTES)
+    except OSError as error:
+        if descriptor != 0:
+            raise
+        raise OSError(error.errno, error.strerror, "stdin") from error  # one that is open for writing only, or a disk's
 
 
 async def _readable(descriptor: int, stop: asyncio.Event) -> None:

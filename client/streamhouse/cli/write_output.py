@@ -19,12 +19,18 @@ class Output:
         self._poll.register(descriptor, select.POLLOUT)
 
     async def write(self, data: bytes) -> None:
-        """Raises BrokenPipeError once the reader has gone."""
+        """Raises BrokenPipeError once the reader has gone, OSError that names stdout for all else: a full disk."""
         view = memoryview(data)
         while view:
             if not self._poll.poll(0):
                 await self._writable()
-            view = view[os.write(self._descriptor, view[:PIECE_BYTES]) :]
+            try:
+                written = os.write(self._descriptor, view[:PIECE_BYTES])
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, "stdout") from error
+            view = view[written:]
 
     async def _writable(self) -> None:
         import asyncio
