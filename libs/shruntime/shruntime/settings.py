@@ -235,7 +235,14 @@ class CommonSettings(BaseSettings):
         shared = {name: value for name, value in content.items() if name not in tables}
         for name in shared:
             _must_be_known(name, f"{path}: {name}")
-        return {k: v for k, v in shared.items() if k in cls.model_fields} | tables.get(cls.service, {})
+        values = {name: value for name, value in shared.items() if name in cls.model_fields}
+        for kind in reversed(cls.mro()):  # [common], then [store] where the service uses the store, then its own
+            if issubclass(kind, CommonSettings):
+                own = tables.get(kind.service, {})
+                if wrong := own.keys() - kind.model_fields.keys():
+                    raise SettingsError(f"{path}: [{kind.service}] has no setting {min(wrong)}")
+                values |= own
+        return values
 
 
 CommonSettings.known["common"] = CommonSettings

@@ -5,7 +5,7 @@ from typing import ClassVar, Self
 
 import pytest
 from pydantic import Field, model_validator
-from shruntime.settings import CommonSettings, SettingsError, one_line
+from shruntime.settings import CommonSettings, SettingsError, StoreSettings, one_line
 
 
 class ProbeSettings(CommonSettings):
@@ -23,6 +23,24 @@ def test_defaults_then_file_then_variables_then_code(tmp_path: Path) -> None:
     assert (settings.log_level, settings.rpc_timeout_ms, settings.probe_bytes_max) == ("DEBUG", 300, 7)
     assert ProbeSettings.load(environ).probe_bytes_max == 5
     assert ProbeSettings.load({}).probe_bytes_max == 100
+
+
+class StoredSettings(StoreSettings):
+    service: ClassVar[str] = "stored"
+
+
+def test_tables_of_what_a_service_inherits_are_for_it_and_its_own_wins(tmp_path: Path) -> None:
+    config = tmp_path / "streamhouse.toml"
+    config.write_text(
+        'log_level = "ERROR"\nrpc_timeout_ms = 150\n[common]\nlog_level = "DEBUG"\nlisten = "127.0.0.1:1"\n'
+        '[store]\ns3_bucket = "theirs"\nlisten = "127.0.0.1:2"\n[stored]\ns3_prefix = "p/"\n'
+        '[probe]\nlisten = "127.0.0.1:3"'
+    )
+    environ = {"STREAMHOUSE_CONFIG": str(config)}
+    probe, stored = ProbeSettings.load(environ), StoredSettings.load(environ)
+    assert (probe.rpc_timeout_ms, probe.log_level, probe.listen) == (150, "DEBUG", "127.0.0.1:3")
+    assert (stored.log_level, stored.listen) == ("DEBUG", "127.0.0.1:2")
+    assert (stored.s3_bucket, stored.s3_prefix) == ("theirs", "p/")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +85,8 @@ def test_a_secret_is_named_and_not_shown() -> None:
     [
         ("[prob]\nx = 1\n", r"unknown table \[prob\]"),
         ("bytes_max = 1\n", "unknown setting"),
-        ("[probe]\nprobe_bites = 1\n", "probe_bites"),
+        ("[probe]\nprobe_bites = 1\n", r"\[probe\] has no setting probe_bites"),
+        ("[common]\nprobe_bytes_max = 1\n", r"\[common\] has no setting probe_bytes_max"),
         ("[probe\n", "streamhouse.toml"),
     ],
 )
