@@ -545,7 +545,7 @@ async def test_unknown_topic_and_bad_arguments(platform, address):
 @pytest.mark.parametrize("group", [None, "g"])
 async def test_iterating_again_after_a_start_that_failed_or_was_cancelled(platform, address, group):
     await fill(platform, address, 10, partitions=1)
-    consumer = Consumer(address, ["t"], group=group, retry_timeout_ms=200)
+    consumer = Consumer(address, ["t"], group=group, retry_timeout_ms=2_000)
     platform.faults.metadata_down = True
     with pytest.raises(errors.Unavailable):
         await anext(consumer)
@@ -608,7 +608,7 @@ async def test_a_consumer_of_given_partitions_keeps_where_the_end_was_too(platfo
 async def test_a_member_that_cannot_find_out_where_to_begin_says_so(platform, address):
     await fill(platform, address, 10, partitions=1)
     platform.faults.lookups_down = True
-    consumer = Consumer(address, ["t"], group="g", retry_timeout_ms=100)
+    consumer = Consumer(address, ["t"], group="g", retry_timeout_ms=1_000)
     with pytest.raises(errors.Unavailable, match="no leader answers"):
         await consumer.start()
     platform.faults.lookups_down = False
