@@ -64,7 +64,7 @@ def test_a_synchronous_producer_counts_what_is_staged_and_refused(server):
         futures = [producer.send("t", b"v") for _ in range(5)]
         assert producer.metrics().records_unacknowledged == 5  # also while the loop's thread is busy
 
-        async def refuse(topic, record, partition):
+        async def refuse(*_args):
             raise errors.Overloaded("no room")
 
         producer._inner.take = refuse
