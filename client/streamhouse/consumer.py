@@ -416,6 +416,7 @@ class Consumer:
             ) from None
         finally:
             self._starts -= 1
+        self._refuse_closed()
         await self._opened()
 
     async def unsubscribe(self) -> None:

@@ -104,7 +104,8 @@ class Membership:
         self._news.set()
 
     async def joined(self) -> None:
-        """Returns once the group knows the topics of now. Raises what joining fails with if that will not pass."""
+        """Returns once the group knows the topics of now, or this is no member any more. Raises what joining fails with
+        if that will not pass."""
         while not self.is_out and (not self.member_id or self._joined_topics != self._topics):
             self._answered.clear()
             await self._answered.wait()
@@ -284,6 +285,7 @@ class Membership:
         self._leaving = True
         self._in_group.set()
         self._news.set()
+        self._answered.set()
         async with self._joining:  # a join that is under way leaves by itself
             member_id, self.member_id = self.member_id, ""
         if member_id:
@@ -295,6 +297,7 @@ class Membership:
         member_id = self.member_id
         self._in_group.clear()
         self._news.set()
+        self._answered.set()
         self._forgotten()
         if member_id:
             await self._leave_as(member_id)

@@ -233,6 +233,18 @@ async def test_a_subscription_that_the_group_does_not_hear_of_is_asked_for_again
         await until(lambda: consumer.assignment == {("u", 0)})
 
 
+async def test_closing_ends_a_subscription_that_waits_for_the_group(platform, address):
+    for topic in ("t", "u"):
+        await create(platform, topic)
+    async with Consumer(address, ["t"], group="g") as consumer:
+        platform.faults.join_down = True
+        subscribing = asyncio.create_task(consumer.subscribe(["u"]))
+        await until(lambda: not consumer.assignment)
+        await asyncio.sleep(0.05)
+    with pytest.raises(errors.InvalidArgument, match="closed"):
+        await asyncio.wait_for(subscribing, PATIENCE_S)
+
+
 async def test_a_member_that_refuses_what_it_is_given_does_not_ask_in_a_loop(platform, address):
     """Between giving up and leaving, or telling its new topics, the group gives it the same again."""
     platform.add_topic("t", 1)
