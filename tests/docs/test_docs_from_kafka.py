@@ -5,7 +5,7 @@ import inspect
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
@@ -13,6 +13,7 @@ import streamhouse
 import streamhouse.sync
 from streamhouse.cli.app import cli
 from streamhouse.core.kafka_names import COMMON, KAFKA_NAMES
+from streamhouse.core.options import Compression
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "from-kafka.md").read_text()
@@ -72,6 +73,17 @@ def test_options_are_those_that_the_errors_name(client: str) -> None:
         assert ours == known.get(name, name), name
     # What all clients share is said once, in the producer's table.
     assert (known.keys() - listed.keys()) <= (set() if client == "Producer" else COMMON.keys())
+
+
+def test_the_row_of_compression_has_every_codec_and_denies_none() -> None:
+    (row,) = (row for row in table("Producer") if row[2] == "`compression`")
+    offered, _, denied = row[4].partition("; no ")
+    assert {row[3], *(f"`{name}`" for name in re.findall(r"`([^`]+)`", offered))} == {
+        f'`"{name}"`' for name in get_args(Compression)
+    }
+    missing = re.search(r"^- \*\*Topics\*\*: (.*)$", PAGE, re.MULTILINE)
+    assert missing is not None
+    assert not any(name in denied or name in missing[1] for name in get_args(Compression))
 
 
 def test_the_admins_options_are_there_with_their_defaults() -> None:
