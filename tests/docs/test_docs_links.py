@@ -46,6 +46,17 @@ def test_the_index_has_every_page() -> None:
     assert not missing
 
 
+def test_the_decisions_are_numbered_without_gaps_and_listed_in_order() -> None:
+    """Two branches may take the same number."""
+    folder = ROOT / "docs" / "decisions"
+    files = sorted(path.name for path in folder.glob("0*.md"))
+    assert [name[:4] for name in files] == [f"{number:04}" for number in range(1, len(files) + 1)]
+    rows = re.findall(r"^\| \[(\d{4})\]\(([\w.-]+)\) \| (.+) \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    assert [file for _, file, _ in rows] == files
+    for number, file, title in rows:
+        assert (folder / file).read_text().startswith(f"# {number}: {title}\n"), file
+
+
 def commands(page: Path) -> list[str]:
     """Returns the commands of ours in a page's blocks; what shows a syntax (NAME, [--option], …) is none."""
     found = []
