@@ -40,13 +40,13 @@ class Callbacks:
     on_lost: Callback | None = None
 
     def of(self, kind: Kind) -> Callback | None:
-        """Returns the callback for a step; losing partitions is being revoked them unless there is another one."""
+        """Returns the callback for a kind of step, None if there is none: on_revoked stands in for on_lost."""
         if kind is Kind.ASSIGNED:
             return self.on_assigned
         return self.on_revoked if kind is Kind.REVOKED else self.on_lost or self.on_revoked
 
     def updated(self, given: "Callbacks") -> "Callbacks":
-        """Returns the callbacks that are given, and these where none is."""
+        """Returns the callbacks of `given`, and for those that are None there the ones of self."""
         return Callbacks(
             given.on_assigned or self.on_assigned, given.on_revoked or self.on_revoked, given.on_lost or self.on_lost
         )
@@ -57,8 +57,8 @@ class Callbacks:
 
 
 def callbacks_of(callbacks: Callbacks, *, plain: bool = False) -> Callbacks:
-    """Returns the callbacks. plain: coroutine functions are refused, for nobody would await them. Raises
-    InvalidArgument."""
+    """Checks the callbacks, and returns them. plain: refuses coroutine functions, which plain code could not await.
+    Raises InvalidArgument."""
     for name in ("on_assigned", "on_revoked", "on_lost"):
         value = getattr(callbacks, name)
         if value is not None and not callable(value):
@@ -152,7 +152,7 @@ class Assignments:
         self._look()
 
     def opened(self, partitions: Iterable[TopicPartition]) -> None:
-        """It is known where to begin; the reader has the cursors."""
+        """Notes that the reader has the cursors of these partitions: it is known where to begin."""
         self._hand_over.opened(partitions, announce=self.announces)
         self._look()
 
@@ -173,7 +173,7 @@ class Assignments:
         self._changed()
 
     def _look(self) -> None:
-        """Tells who is to do the next step."""
+        """Wakes those who may do the next step: `run`, or whoever asks for records."""
         self._progress.set()
         self._reader.notify()
         with_callback = self.callbacks.kinds()
@@ -236,7 +236,7 @@ class Assignments:
             self._look()
 
     def finish(self, step: Step) -> None:
-        """The step is done, its callback has returned or raised."""
+        """Ends a step whose callback has returned or raised, or that has none, and carries out what follows."""
         self.caller = None
         for where in step.partitions:
             self.kept.pop(where, None)
@@ -284,8 +284,8 @@ class Assignments:
         return found
 
     def call_plainly(self, step: Step) -> None:
-        """Calls the step's callback in the calling thread, and notes so; `finish` is still to come. Raises what it
-        raises, or KeyboardInterrupt before it was called."""
+        """Calls the step's callback in the calling thread, and notes that in `called`; `finish` follows. Raises what
+        the callback raises, or KeyboardInterrupt before the call."""
         # In a context of its own: an interrupt cannot come between its end and saying that it is over.
         copy_context().run(self._call_plainly, step)
 
@@ -302,7 +302,7 @@ class Assignments:
         return step is not None and step is self._hand_over.running
 
     def refuse_inside(self, what: str) -> None:
-        """Raises InvalidArgument inside a callback."""
+        """Refuses `what`, a call of the consumer, inside a callback. Raises InvalidArgument."""
         if self.is_inside:
             raise InvalidArgument(
                 f"{what} is not possible inside a callback of the same consumer: it would wait for itself",

@@ -1,6 +1,8 @@
 """The consumer as applications see it: its life, its membership of a group, positions; the work is done elsewhere.
 
 Owns: the parts of a consumer and their background tasks. Does not own: what is received, what is handed over, commits.
+Invariants: background tasks run from the first start until `close`, and one that a defect ends fails the reading. Once
+`close` has begun no record is handed over. Callbacks are called by the task that asks, never by a background task.
 """
 
 import asyncio
@@ -109,9 +111,9 @@ class Consumer:
     topics: all their partitions, shared with the other members of `group` if there is one: names, or a compiled pattern
     that the whole name of a topic has to match. pattern: such a pattern as text. Both may come later, by `subscribe`.
     assign: these (topic, partition)s instead, without membership. on_assigned, on_revoked, on_lost: see `subscribe`.
-    start: "earliest", "latest", an offset, -N (the last N records of
-    each partition) or a datetime, for partitions that the group has not committed. end: the first offset, or time, that
-    is not read; iterations end there. stop_at_end: an iteration ends where the log ended when it began.
+    start: "earliest", "latest", an offset, -N (the last N records of each partition) or a datetime, for partitions that
+    the group has not committed. end: the first offset, or time, that is not read; iterations end there. stop_at_end: an
+    iteration ends where the log ended when it began.
     on_out_of_range, on_data_loss: whether to raise or to go on (at an end of the log; behind the loss).
     key_deserializer, value_deserializer: called with the bytes of every key and value that is not None; not in batches.
 
@@ -256,7 +258,7 @@ class Consumer:
         await self._assignments.call_due()
 
     async def _start(self) -> None:
-        """Starts, without callbacks."""
+        """Starts the consumer, without callbacks. Raises as `start`."""
         forks.check()
         async with self._starting:
             if self._tasks is not None or self._closed:
@@ -283,7 +285,7 @@ class Consumer:
             )
 
     async def _find_partitions(self) -> None:
-        """What may fail or be cancelled of a start: another one begins here again."""
+        """Does the part of a start that may fail or be cancelled; the next start begins here again."""
         if self._assign:
             await self._check_partitions(self._assign)
             await self._openings.open(self._assign)
@@ -327,7 +329,7 @@ class Consumer:
             self._spawn("auto commit", self._commits.run(self._options.auto_commit_interval_ms))
 
     def _spawn(self, name: str, work: Coroutine[None, None, None]) -> None:
-        """A background task; should a defect end it, iterating raises instead of waiting for ever."""
+        """Starts a background task; should a defect end it, iterating raises instead of waiting for ever."""
         assert self._tasks is not None
         self._tasks.spawn(name, work).add_done_callback(self._on_task_done)
 
@@ -434,7 +436,7 @@ class Consumer:
             raise refusal
 
     async def _unsubscribe(self, worker: Worker) -> StreamHouseError | None:
-        """Stops reading; returns what the commit failed with. To be given up, and to step out, by the caller."""
+        """Stops reading; returns the error of the last commit, or None. `_give_up` and `_step_out_of_group` follow."""
         self._refuse_subscribing("unsubscribe")
         async with self._starting:  # one under way has the topics of before
             is_started = self._tasks is not None
@@ -448,7 +450,7 @@ class Consumer:
             self._assignments.stop_reading()
 
     async def _step_out_of_group(self) -> None:
-        """Leaves the group, the partitions are given up."""
+        """Leaves the group, once the partitions are given up."""
         self._silence = None
         if self._membership is not None:
             try:
@@ -489,8 +491,8 @@ class Consumer:
         await self._end_close(closing)
 
     async def _begin_close(self, worker: Worker, timeout_s: float | None, *, done_with_last: bool) -> Closing | None:
-        """Stops handing over, and commits for the last time; None if that is done already. `_end_close` follows, after
-        the callbacks that are due."""
+        """Stops handing over, and commits for the last time. Returns None if the consumer is closed already; else
+        `_end_close` follows, after the callbacks that are due."""
         check_timeout_s("timeout_s", timeout_s)
         self._assignments.refuse_inside("close")
         if self._closed:
@@ -520,7 +522,7 @@ class Consumer:
         return closing
 
     async def _call_last(self, closing: Closing) -> None:
-        """Calls what is due of on_revoked and on_lost, whoever else calls one at the moment."""
+        """Calls the on_revoked and on_lost that are due, and waits for those that other tasks call."""
         while self._assignments.is_busy:
             try:
                 await self._assignments.call_due()
@@ -564,7 +566,7 @@ class Consumer:
         await self._peers.close()
 
     async def _refusals(self) -> list[StreamHouseError]:
-        """Commits for the last time; returns what went wrong with it, or before."""
+        """Commits for the last time; returns the error of that, or of what came before, as a list of at most one."""
         refusal: StreamHouseError | None = self._silence
         if self._commits_by_itself:
             refusal = await self._last_commit() or refusal
@@ -577,7 +579,8 @@ class Consumer:
         return [] if refusal is None else [refusal]
 
     async def _last_commit(self) -> StreamHouseError | None:
-        """Commits; again for as long as a call may take, if it may pass: there is no later one to make up for it."""
+        """Commits, and again for request_timeout_ms if the error may pass: there is no later commit to make up for this
+        one. Returns the error that is left, or None."""
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._options.request_timeout_ms / 1000
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
@@ -668,8 +671,8 @@ class Consumer:
         return found
 
     def processing(self, records: Record | RecordBatch) -> AbstractContextManager[trace.Span]:
-        """Context manager of a `process` span, which is current inside: what the application does for a record, or for
-        a batch, is part of a trace that leads back to where it was sent. Costs next to nothing without an OpenTelemetry
+        """Returns a context manager in which a `process` span is current: the application's work on a record, or on a
+        batch, becomes part of a trace that leads back to the sender. Costs next to nothing without an OpenTelemetry
         SDK. Exceptions are recorded and raised on."""
         return self._tracing.processing(records)
 
@@ -679,7 +682,8 @@ class Consumer:
         return self._tasks is not None and self._iteration.at_end
 
     def _worker(self) -> Worker:
-        """The task that calls. Found when it calls, not when what it awaits runs: `wait_for` runs that in another."""
+        """Returns the worker of the calling task. Called before any await: `wait_for` runs coroutines in a task of its
+        own."""
         try:
             return self._in_flight.worker(asyncio.current_task())
         except RuntimeError:  # no event loop runs yet
@@ -747,7 +751,8 @@ class Consumer:
         return self._membership is not None and bool(self._membership.member_id)
 
     async def _step_out(self, seen: object) -> None:
-        """`seen`: the application's progress at the last look; nothing is wrong if it has gone on since."""
+        """Leaves the group, unless the application has gone on since its progress was `seen`. Joining again is left to
+        the application's next read, which raises first."""
         group, limit_ms = self._options.group, self._options.max_poll_interval_ms
         if self._options.auto_commit:
             try:
@@ -996,7 +1001,8 @@ class Consumer:
         return {where: cursor.topic_id for where, cursor in self._assignments.cursors.items()}
 
     def _topic_id(self, where: TopicPartition) -> bytes:
-        """Of the topic that the application has read by this name, if only other partitions of it; else empty."""
+        """Returns the id of the topic that the application has read by this name, if only in other partitions; empty if
+        it has read none."""
         known = self._topic_ids()
         of_topic = (topic_id for read, topic_id in known.items() if read.topic == where.topic)
         return known.get(where) or next(of_topic, b"")
@@ -1033,8 +1039,8 @@ class Consumer:
     # ---- assignment
 
     def _on_given(self, partitions: set[TopicPartition]) -> None:
-        """The group gives these. Those of topics that are not subscribed to any more are on their way back: it does not
-        know yet."""
+        """Reads the partitions that the group gives, except those of topics that are not subscribed to any more: the
+        group does not know of that yet."""
         self._has_lost = False
         if not self._closed or not self._assignments.callbacks.kinds():
             subscription = self._subscriptions.current
@@ -1067,9 +1073,12 @@ class Consumer:
         self._assignments.lose()
 
     def _topic_gone(self, topic: str, topic_id: bytes) -> bool:
-        """A member is assigned partitions by the topic's name, so the group may not tell it that the topic is another
-        one: it starts on them anew, once there is one; so does a pattern. Names without membership are the
-        application's to decide."""
+        """Loses the partitions of a topic that was deleted; returns False if that is left to the application, which
+        named the topics of a consumer without membership.
+
+        A member is assigned partitions by the topic's name, so the group may not say that the topic is another one: the
+        member starts on them anew, once there is one. So does a pattern.
+        """
         if self._membership is None and self._subscriptions.current.pattern is None:
             return False
         known = self._topic_ids()

@@ -78,7 +78,7 @@ class Membership:
         self.rebalance_count = 0  # answers that gave or took partitions
 
     async def join(self) -> None:
-        """Becomes a member, or one that reads other topics. Raises UnknownTopic, InvalidArgument, Unavailable."""
+        """Joins the group, or joins it again with other topics. Raises UnknownTopic, InvalidArgument, Unavailable."""
         # An id of our own, so that a join whose answer was lost can be repeated without leaving a ghost behind.
         self._joining_id = self.member_id or self._joining_id or f"{self._options.client_id or 'member'}-{uuid.uuid4()}"
         topics = self._topics
@@ -207,8 +207,8 @@ class Membership:
         self._answered.set()
 
     def owned_changed(self) -> None:
-        """What is owned may have changed: what was given up is told to the group at once, so that its next owner need
-        not wait."""
+        """Looks which partitions are owned now, and has the group told at once of those given up: their next owners
+        wait for that."""
         owned = self._owned()
         given_up = self._tenures.keys() - owned
         for where in given_up:
@@ -230,9 +230,12 @@ class Membership:
         self._lost()
 
     async def commit(self, positions: Mapping[TopicPartition, Position]) -> None:
-        """Raises IllegalGeneration when a rebalance is not known here yet or took a partition away; UnknownMember when
-        the group has forgotten this member: nothing is its own any more from then on; UnknownTopic when a topic was
-        deleted, and perhaps created again."""
+        """Stores the positions in the group.
+
+        Raises IllegalGeneration when a rebalance is not known here yet or took a partition away; UnknownMember when the
+        group has forgotten this member, which owns nothing from then on; UnknownTopic when a topic was deleted, and
+        perhaps created again.
+        """
         request = coordinator_pb2.CommitOffsetsRequest(
             group=self._options.group or "",
             member_id=self.member_id,
@@ -261,7 +264,7 @@ class Membership:
             await self.commit(positions)
 
     def _tenures_of(self, partitions: Iterable[TopicPartition]) -> list[int]:
-        """Since which answers these are ours. Raises IllegalGeneration where they are not."""
+        """Returns since which answer each partition is ours. Raises IllegalGeneration if one is not."""
         foreign = sorted(set(partitions) - self._tenures.keys())
         if foreign:
             raise IllegalGeneration(
@@ -272,7 +275,7 @@ class Membership:
         return [self._tenures[where] for where in partitions]
 
     async def _hears_of(self, moved: asyncio.Event) -> bool:
-        """Whether a heartbeat tells of another generation within the request timeout."""
+        """Returns True if a heartbeat tells of another generation within request_timeout_ms."""
         try:
             async with asyncio.timeout(self._options.request_timeout_ms / 1000):
                 await moved.wait()
@@ -281,7 +284,7 @@ class Membership:
         return True
 
     async def leave(self) -> None:
-        """Raises Unavailable; the group finds out by the session timeout then."""
+        """Leaves the group for good. Raises Unavailable; the group then finds out by the session timeout."""
         self._leaving = True
         self._in_group.set()
         self._news.set()
@@ -304,11 +307,11 @@ class Membership:
 
     @property
     def is_out(self) -> bool:
-        """True if it has left, or stepped out, and does not try to join."""
+        """True after `leave`, and from `step_out` to `come_back`: the member does not try to join."""
         return self._leaving or not self._in_group.is_set()
 
     def come_back(self) -> None:
-        """Lets it join again, if it has stepped out."""
+        """Lets the member join again after `step_out`."""
         self._in_group.set()
 
     async def _leave_as(self, member_id: str) -> None:

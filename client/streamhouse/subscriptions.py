@@ -1,6 +1,7 @@
 """Finds the topics of a subscription, again and again where it is a pattern.
 
-Owns: what the consumer is subscribed to. Does not own: what becomes of the topics that are found.
+Owns: the subscription of a consumer. Does not own: metadata, partitions, what becomes of the topics that are found.
+Invariants: topics that a pattern matched are reported only while the consumer is subscribed to that very pattern.
 """
 
 import asyncio
@@ -39,12 +40,12 @@ class Subscriptions:
         self.current = Subscription()
 
     def replace(self, subscription: Subscription) -> None:
-        """Is subscribed to these topics from now on."""
+        """Subscribes to these topics instead of those before."""
         self.current = subscription
         self._wakes.set()
 
     def refresh_soon(self) -> None:
-        """Looks at once what a pattern matches: a topic is not there any more."""
+        """Looks at once which topics a pattern matches: one of them is gone."""
         self._wakes.set()
 
     async def find(self, subscription: Subscription) -> dict[str, int]:
@@ -58,7 +59,7 @@ class Subscriptions:
         return {item.topic: item.partitions for item in response.topics if subscription.includes(item.topic)}
 
     async def run(self) -> None:
-        """Looks every so often what a pattern matches, until cancelled."""
+        """Looks every refresh_interval_ms which topics a pattern matches, and reports them, until cancelled."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         failing = ""
         wait_ms: float = self._refresh_interval_ms

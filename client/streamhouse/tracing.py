@@ -22,15 +22,15 @@ from shformat import DEFAULT_LIMITS, Header, HeadersColumn
 
 from streamhouse.records import TRACEPARENT, TRACEPARENT_BYTES, Record, RecordBatch
 
-# What an SDK keeps of a span's links by default.
+# An SDK keeps as many links of a span by default.
 LINKS_MAX = 128
-# What a header costs a batch before compression, lengths included.
+# Upper bound of a header's bytes in a batch before compression: name, value, and 8 for their lengths and the count.
 HEADER_BYTES = len(TRACEPARENT) + TRACEPARENT_BYTES + 8
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 _WELL_FORMED = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _known: tuple[trace.TracerProvider, trace.Tracer] | None = None
-# Whether there was an SDK when `tracer` was called last: for code that runs for single records.
+# True if there was an SDK when `tracer` was called last: for code that runs for single records.
 is_on = False
 
 

@@ -23,7 +23,7 @@ async def fill(address, count, topic="t", partitions=2):
 
 
 class Told:
-    """What was called, in order; `also(kind, partitions)` is awaited in each call."""
+    """Records the calls, in order; `also(kind, partitions)` is awaited in each call."""
 
     def __init__(self, also=None):
         self.calls = []

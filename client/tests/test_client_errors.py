@@ -1,4 +1,4 @@
-"""What applications see of the errors: module, names, pickles."""
+"""Errors as applications see them: module, names, pickles."""
 
 import pickle
 import traceback

@@ -17,7 +17,7 @@ PARTITIONS, FLUSH_RECORDS = 6, 7
 
 
 class Log:
-    """What all members did, in order: (what, member, partition)."""
+    """Steps of all members, in order: (what, member, partition)."""
 
     def __init__(self):
         self.events = []

@@ -193,7 +193,7 @@ async def test_without_an_sdk_there_is_nothing(platform, address):
 
 
 async def test_without_an_sdk_nothing_is_asked_for_single_records(platform, server, address, monkeypatch):
-    """What it may cost is counted in calls, not in time."""
+    """The cost is counted in calls, not in time."""
     platform.add_topic("t", 1)
     server.add_topic("t", 1)
     asked = []

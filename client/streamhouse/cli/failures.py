@@ -34,7 +34,7 @@ def explain(error: Exception, context: Mapping[str, str]) -> str | None:
 
 
 def _explain_os_error(error: OSError) -> str:
-    """What went wrong with what, without the number of the error."""
+    """Returns the reason of the operating system and the names it concerns, without the number of the error."""
     where = " to ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     return f"{where}: {error.strerror}" if where else str(error.strerror)
 

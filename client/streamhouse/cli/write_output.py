@@ -19,7 +19,8 @@ class Output:
         self._poll.register(descriptor, select.POLLOUT)
 
     async def write(self, data: bytes) -> None:
-        """Raises BrokenPipeError once the reader has gone, OSError that names stdout for all else: a full disk."""
+        """Writes all of `data`. Raises BrokenPipeError once the reader has gone, for all else (a full disk) an OSError
+        that names stdout."""
         view = memoryview(data)
         while view:
             if not self._poll.poll(0):

@@ -38,7 +38,7 @@ _STAGES = {Kind.LOST: _Stage.LOST, Kind.REVOKED: _Stage.REVOKED, Kind.ASSIGNED: 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """What the application is told in one call."""
+    """Partitions that the application is told of in one call."""
 
     kind: Kind
     partitions: Partitions
@@ -46,8 +46,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """What is to be done after a change. opening: find out where to begin. forgotten: stop that, and drop what is
-    opened. revoked: stop reading, and keep the positions. lost: stop reading. released: begin to read."""
+    """Work that a change leaves for the caller. opening: find out where to begin. forgotten: stop that, and drop what
+    is opened. revoked: stop reading, and keep the positions. lost: stop reading. released: begin to read."""
 
     opening: Partitions = NONE
     forgotten: Partitions = NONE
@@ -116,7 +116,7 @@ class HandOver:
         self._stages = dict.fromkeys(self._wanted, _Stage.OPENED if announce else _Stage.READ)
 
     def opened(self, partitions: Iterable[TopicPartition], *, announce: bool) -> None:
-        """It is known where to begin. announce: the application is to be told before these are read."""
+        """Notes that it is known where to begin. announce: the application is told before these are read."""
         for where in partitions:
             assert self._stages[where] is _Stage.OPENING, "it was forgotten"
             self._stages[where] = _Stage.OPENED if announce else _Stage.READ

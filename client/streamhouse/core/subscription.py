@@ -11,7 +11,7 @@ Topics = Sequence[str] | re.Pattern[str]
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """Names of topics, or a pattern; false if it has neither."""
+    """Names of topics, or a pattern; False as a truth value if it has neither."""
 
     topics: tuple[str, ...] = ()
     pattern: re.Pattern[str] | None = None

@@ -221,7 +221,7 @@ class Consumer:
             raise
 
     def processing(self, records: Record | RecordBatch) -> contextlib.AbstractContextManager[trace.Span]:
-        """Context manager of a `process` span; see `streamhouse.Consumer.processing`."""
+        """Returns a context manager in which a `process` span is current; see `streamhouse.Consumer.processing`."""
         return self._inner.processing(records)
 
     def poll(self, timeout_ms: int = 0, max_records: int = POLL_RECORDS_MAX) -> dict[TopicPartition, list[Record]]:
@@ -486,7 +486,7 @@ async def _call(call: Callable[[], None]) -> None:
 
 
 def _loop_time(deadline_s: float | None) -> float | None:
-    """Returns, in the event loop, its time at the deadline, of time.monotonic."""
+    """Returns a deadline of time.monotonic as a time of the running event loop; None stays None."""
     if deadline_s is None:
         return None
     return asyncio.get_running_loop().time() + max(0.0, deadline_s - time.monotonic())
