@@ -45,7 +45,7 @@ def encode_batch(
     producer: ProducerStamp | None = None,
     limits: FormatLimits = DEFAULT_LIMITS,
 ) -> bytes:
-    """One encoded batch; a payload that `codec` does not shrink is stored as Codec.NONE, one that it would
+    """Returns one encoded batch; a payload that `codec` does not shrink is stored as Codec.NONE, one that it would
     shrink beyond the format's limit as Codec.LZ4.
 
     Contiguous records take their offsets from `base_offset`; the offsets in `records` count only when
@@ -319,7 +319,7 @@ def _decompress(payload: memoryview, header: BatchHeader) -> memoryview:
 
 
 def _in_buffer(error: FormatError, header: BatchHeader) -> FormatError:
-    """A position in the payload as one in the buffer; inside a compressed one only the payload's start has one."""
+    """Returns the error with its position in the buffer; in a compressed payload that is the payload's start."""
     if header.codec is Codec.NONE:
         return FormatError(error.what, BATCH_HEADER_SIZE + error.at)
     return FormatError(f"{error.what}, byte {error.at} of the decompressed payload", BATCH_HEADER_SIZE)

@@ -24,7 +24,7 @@ COMPRESSION_RATIO_MAX = 255
 ZSTD_LEVEL = 3
 GZIP_LEVEL = 6
 
-# What a zstd frame may ask for to look back into; frames of levels up to 19 ask for 8 MiB at most.
+# Limit on the window that a zstd frame asks a decoder to keep; frames of levels up to 19 ask for 8 MiB at most.
 ZSTD_WINDOW_BYTES_MAX = 64 * MIB
 
 # zlib's wbits: the largest window, and the header and trailer of gzip around it.
@@ -41,7 +41,7 @@ class Codec(IntEnum):
 
 
 class _Zstd(threading.local):
-    """One thread's contexts: they are not to be shared, and to make one costs more than a small batch."""
+    """Contexts of one thread: threads must not share them, and making them costs more than a small batch."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
@@ -52,8 +52,8 @@ _zstd = _Zstd()
 
 
 def compress(parts: Sequence[bytes | memoryview], codec: Codec) -> tuple[Codec, Sequence[bytes | memoryview]]:
-    """Returns the payload compressed, and with what: LZ4 where `codec` would go beyond COMPRESSION_RATIO_MAX, NONE and
-    the parts as they are where nothing is gained."""
+    """Compresses the payload; returns the codec that was used, and the stored parts. LZ4 replaces a `codec` that would
+    go beyond COMPRESSION_RATIO_MAX; NONE, with the parts as they are, one that gains nothing."""
     if codec is Codec.NONE:
         return codec, parts
     payload = b"".join(parts)
@@ -66,9 +66,8 @@ def compress(parts: Sequence[bytes | memoryview], codec: Codec) -> tuple[Codec, 
 
 
 def decompress(stored: memoryview, codec: Codec, uncompressed_bytes: int) -> memoryview:
-    """Returns the payload, which has uncompressed_bytes exactly. Raises FormatError, without a position, for anything
-    else; allocates no more than twice that and `stored` once more, whatever that holds. The caller has checked
-    uncompressed_bytes."""
+    """Returns the payload, which has exactly uncompressed_bytes, a size that the caller has checked. Allocates at most
+    twice that size and a copy of `stored`, whatever `stored` holds. Raises FormatError, without a position."""
     if codec is Codec.NONE:
         return stored
     payload = _DECOMPRESS[codec](stored, uncompressed_bytes)

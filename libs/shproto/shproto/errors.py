@@ -44,7 +44,8 @@ class StreamHouseError(Exception):
         self.details = {name: _shortened(str(value), DETAIL_CHARS_MAX) for name, value in details.items()}
 
     def __init_subclass__(cls, *, internal: bool = False) -> None:
-        """internal: only services meet it; `streamhouse.errors` does not have it."""
+        """Registers the reason, and gives the class its public module. internal: services alone meet the error, and
+        `streamhouse.errors` does not have it."""
         cls.registry[cls.reason] = cls
         if cls.__module__ == __name__ and not internal:
             cls.__module__ = PUBLIC_MODULE
@@ -240,8 +241,8 @@ RENEWED = "renewed"
 
 
 class Overloaded(StreamHouseError):
-    """A byte or count limit is reached, and nothing was begun. details: limit names, value; lease = renewed where a
-    heartbeat got as far as that. `retry_after_ms` hints when to try again."""
+    """A byte or count limit is reached, and nothing was begun. details: limit names, value; lease =
+    renewed if a heartbeat had renewed the lease before. `retry_after_ms` hints when to try again."""
 
     reason, status, retriable = "OVERLOADED", Code.RESOURCE_EXHAUSTED, True
 

@@ -87,7 +87,7 @@ class Supervisor:
         if self._retry is not None:
             self._retry.cancel()
 
-    # ---- what is told
+    # ---- states
 
     def serving(self, address: str, is_serving: bool) -> None:
         """Tells what health checks are answered: READY=1 the first time that the service at `address` is SERVING, and
@@ -123,7 +123,7 @@ class Supervisor:
         if told:
             self._tell("READY=1")
 
-    # ---- how
+    # ---- datagrams
 
     def _tell(self, state: str) -> None:
         if self._notify_socket:

@@ -182,17 +182,17 @@ class ProjectionCheck:
 
 
 class Store(Protocol):
-    """Raises Unavailable when the database does not answer in time; Overloaded when too many others wait for it, or for
-    the same lock: nothing was begun then."""
+    """The control plane's database. Every call raises Unavailable when the database does not answer in time, and
+    Overloaded when too many others wait for it, or for the same lock: nothing was begun then."""
 
     def for_clients(self) -> "Store":
         """Returns the same store for calls of clients and operators, which keep no more than their share of the
         connections from those that the platform lives by: leases, registrations, sweeps."""
 
     async def run(self, work: Callable[[Transaction], Awaitable[ResultT]], *, lock: str = "") -> ResultT:
-        """One transaction; `work` is run again after a conflict with another, so it must only act through it. `lock`:
-        of this name, it is held from the first statement to the end; who waits for it, in the order of coming, keeps
-        no connection."""
+        """Runs `work` in one transaction, and returns its result. After a conflict with another transaction `work` is
+        run again, so it must only act through its own. lock: name of a lock that is held from the first statement to
+        the end; calls wait for it first come, first served, and without a connection. Empty: none."""
 
     def snapshot(self) -> AbstractAsyncContextManager[Transaction]:
         """A read-only transaction that sees one moment, for as long as it is open."""

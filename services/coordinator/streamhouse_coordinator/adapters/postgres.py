@@ -200,7 +200,8 @@ class PostgresStore:
 
     @asynccontextmanager
     async def _turn(self, lock: str, call: Call, until_s: float) -> AsyncIterator[None]:
-        """The call's turn with the lock, waited for until `until_s`; kept while its transaction is run again."""
+        """Holds the call's turn with the lock, also while its transaction is run again. Waits until `until_s`. Raises
+        Overloaded, TimeoutError."""
         since_s = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout_at(until_s):
@@ -227,7 +228,8 @@ class PostgresStore:
 
     @asynccontextmanager
     async def _snapshot_place(self, call: Call) -> AsyncIterator[None]:
-        """A place among the snapshots. A service waits for as long as it takes: it has nothing else to do."""
+        """Holds a place among the snapshots. Clients wait for pg_timeout_ms, services for as long as it takes: they
+        have nothing else to do. Raises Overloaded, TimeoutError."""
         since_s = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(None if call.urgent else self._timeout_s):

@@ -160,10 +160,10 @@ class Connections:
 
     @asynccontextmanager
     async def connection(self, call: Call, until_s: float) -> AsyncIterator[Any]:
-        """A pooled connection, waited for until `until_s`, a time of the event loop. One that was given up on, by a
-        deadline or a cancellation, is used again only if the server has ended what it was asked; the caller does not
-        wait for that. Raises InvalidArgument for values that cannot be stored, Unavailable, Overloaded, asyncpg's
-        errors."""
+        """Lends a pooled connection; waits for one until `until_s`, a time of the event loop. A connection that was
+        given up on, by a deadline or a cancellation, is used again only if the server has ended its statement; the
+        caller does not wait for that. Raises InvalidArgument for values that cannot be stored, Unavailable, Overloaded,
+        asyncpg's errors."""
         if self._pool is None:
             raise Unavailable("not connected to PostgreSQL yet", retry_after_ms=1000, database=AWAY)
         pool = self._pool

@@ -80,7 +80,7 @@ def is_away(error: BaseException) -> bool:
 
 
 def waits_too_long(error: BaseException) -> bool:
-    """True if the server has ended the statement since its time was over, or that of its wait for a lock."""
+    """Returns True if the server has ended a statement that ran, or waited for a lock, for too long."""
     return _sqlstate(error) in _WAIT_STATES
 
 

@@ -15,8 +15,8 @@ from opentelemetry import metrics
 from shproto.errors import Overloaded
 from shruntime.counters import counter, up_down_counter
 
-# Whoever is refused a place finds a line that takes about as long as pg_timeout_ms to get through; asking sooner only
-# adds to the work.
+# A call is refused a place by a line that takes about pg_timeout_ms to get through; trying again sooner only adds to
+# the work.
 RETRY_AFTER_MS = 1_000
 
 _meter = metrics.get_meter("streamhouse.coordinator")
@@ -63,11 +63,12 @@ class Waiters:
         self._total += 1
 
     def leave(self) -> None:
+        """Counts a call that waits no longer."""
         self._total -= 1
 
 
 def overloaded(message: str, **details: object) -> Overloaded:
-    """Returns the refusal of a call that nothing was begun of; counts it."""
+    """Returns the error of a refused call, of which nothing was begun, and counts the refusal."""
     _overloaded.add(1)
     return Overloaded(f"{message}; try again", retry_after_ms=RETRY_AFTER_MS, **details)
 
@@ -88,6 +89,7 @@ class Line:
 
     @property
     def is_idle(self) -> bool:
+        """True if no call has a place or waits for one."""
         return not (self._holders or self._urgent_line or self._client_line)
 
     async def take(self, call: Call) -> None:
@@ -117,6 +119,7 @@ class Line:
                 self._waiters.leave()
 
     def give_back(self, call: Call) -> None:
+        """Gives the call's place to the next in line."""
         self._holders.remove(call)
         self._clients.discard(call)
         while (first := self._next()) is not None:
@@ -131,6 +134,7 @@ class Line:
                 self._urgent_line[call] = served
 
     def hurry_holders(self) -> None:
+        """Makes the calls that hold places urgent."""
         for holder in self._holders:
             holder.hurry()
 
@@ -152,8 +156,8 @@ class Line:
         return len(self._clients) < self._client_places
 
     def _next(self) -> tuple[Call, asyncio.Future[None]] | None:
-        """Takes the next one out of line, if there is a place for it. The urgent ones go first, unless no client is
-        being served: clients wait longer then, and not for ever."""
+        """Takes the next call out of line and returns it; None without a call that there is a place for. Urgent calls
+        go first, unless no client's call is being served: so clients' calls wait longer, but not for ever."""
         if len(self._holders) >= self._places:
             return None
         if self._client_line and self._client_has_place():
@@ -189,6 +193,7 @@ class Turns:
             self._forget(name, line)
 
     def give_back(self, name: str, call: Call) -> None:
+        """Gives the turn with the lock `name` to the next in line."""
         line = self._lines[name]
         line.give_back(call)
         self._forget(name, line)

@@ -113,7 +113,7 @@ async def join(
     session_timeout_ms: int,
     reported: Names = frozenset(),
 ) -> Assignment:
-    """Joins, or changes what is read; who joins again as it was only gets its assignment. Raises Overloaded.
+    """Adds a member, or changes the topics that it reads; returns its assignment. Raises Overloaded.
 
     `reported`: what a known member still works on. Other topics move its partitions as any rebalance does: the next
     owner of one waits until the member has let go of it.
@@ -201,8 +201,8 @@ async def groups_with_expired(tx: Transaction) -> list[str]:
 
 
 async def expire_members(context: Context, group: str) -> int:
-    """Removes members of the group whose heartbeats stopped; returns how many. None after an outage, before a sweep has
-    made up for that."""
+    """Removes members of the group whose heartbeats stopped; returns how many. Removes none after an outage, until a
+    sweep has extended the leases."""
 
     async def work(tx: Transaction) -> int:
         if await outages.was_outage(tx, context.settings.session_sweep_interval_ms):

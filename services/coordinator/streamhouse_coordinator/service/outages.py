@@ -25,7 +25,8 @@ async def note_sweep(tx: Transaction, sweep_interval_ms: int) -> tuple[bool, boo
 
 
 async def was_outage(tx: Transaction, sweep_interval_ms: int) -> bool:
-    """Returns True if there was no sweep for so long that leases which have run out are to be extended, not ended."""
+    """Returns True if the last sweep is more than MISSED_SWEEPS intervals ago: leases that have run out since are to be
+    extended, not ended."""
     rows = await tx.select(t.SWEEPS, where(name=SWEEP))
     return bool(rows) and await tx.now_ms() - rows[0].last_ms > MISSED_SWEEPS * sweep_interval_ms
 

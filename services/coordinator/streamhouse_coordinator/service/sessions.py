@@ -197,8 +197,8 @@ async def heartbeat(
     context: Context, session_id: str, low_ranges: Mapping[RangeKey, int], log_full: bool | None = None
 ) -> tuple[int, list[Grant]]:
     """Renews the lease; extends ranges that run out. `log_full`: the agent's log has no room any more, or has it again.
-    Returns (grants_version, those ranges). Raises SessionExpired; Overloaded, which says so if the lease is renewed all
-    the same."""
+    Returns (grants_version, those ranges). Raises SessionExpired; Overloaded, whose details say lease = renewed if the
+    lease was renewed before."""
     version = await context.store.renew_session(session_id, context.settings.session_ttl_ms)
     if version is None:
         raise SessionExpired(f"session {session_id!r} has ended; open a new one", session_id=session_id)
@@ -426,8 +426,8 @@ async def any_expired(tx: Transaction) -> bool:
 
 
 async def expire_sessions(context: Context) -> int:
-    """Ends the sessions whose lease has run out by the database's clock; returns how many. None after an outage, before
-    a sweep has made up for that."""
+    """Ends the sessions whose lease has run out by the database's clock; returns how many. Ends none after an outage,
+    until a sweep has extended the leases."""
 
     async def work(tx: Transaction) -> int:
         if await outages.was_outage(tx, context.settings.session_sweep_interval_ms):
