@@ -1,4 +1,4 @@
-"""What the benches share: what they ran on, what processes use, tables and JSON."""
+"""Helpers of all benches: the machine, CPU and memory of processes, tables and JSON."""
 
 import asyncio
 import json
@@ -20,11 +20,11 @@ console = Console(highlight=False)
 
 
 class Wrong(Exception):
-    """What was measured is not what was promised (lost records, say): the bench fails. Slowness is no error."""
+    """A promise does not hold (records are lost, say): the bench fails. Slowness is no error."""
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
-    """The exit code. Ctrl-C and SIGTERM cancel `main`, so that it ends the processes it started."""
+    """Runs `main`; returns the exit code. Ctrl-C and SIGTERM cancel it, so that it ends the processes it started."""
 
     async def guarded() -> int:
         task = asyncio.create_task(main())
@@ -44,7 +44,7 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> int:
 
 
 def load_average() -> float:
-    """Of the last minute: what else this machine does distorts wall-clock figures."""
+    """Returns the load average of the last minute: other work on this machine distorts wall-clock figures."""
     return os.getloadavg()[0]
 
 
@@ -62,7 +62,7 @@ class Usage:
 
 
 def usage(pid: int) -> Usage:
-    """Of one process, from /proc. Raises FileNotFoundError, ProcessLookupError once it is gone."""
+    """Returns the usage of one process, from /proc. Raises FileNotFoundError, ProcessLookupError once it is gone."""
     # The name, in parentheses, may hold spaces; utime and stime are fields 14 and 15.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     ticks = int(fields[11]) + int(fields[12])
@@ -73,14 +73,14 @@ def usage(pid: int) -> Usage:
 
 
 def tree_cpu_s(pid: int) -> float:
-    """Return the CPU seconds so far of a process, its descendants, and the ended children that it has waited for."""
+    """Returns the CPU seconds so far of a process, its descendants, and the ended children that it has waited for."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     own_s = sum(map(int, fields[11:15])) / CLOCK_TICKS_PER_S
     return own_s + sum(map(tree_cpu_s, children(pid)))
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that it started and that still run."""
+    """Returns the processes that it started and that still run."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         found += [int(child) for child in (task / "children").read_text().split()]
@@ -91,7 +91,7 @@ def children(pid: int) -> list[int]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The first column is text, the others are numbers; the title says how busy the machine was."""
+    """Prints a table: the first column is text, the others are numbers; the title says how busy the machine was."""
     table = Table(title=f"{title}; {os.cpu_count()} cores, load {load_average():.1f}", title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
@@ -101,7 +101,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def write_json(path: Path | None, options: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-    """The figures with what they were measured on; nothing without a path."""
+    """Writes the figures, the options and the machine; nothing without a path."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

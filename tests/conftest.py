@@ -1,4 +1,4 @@
-"""One `streamhouse serve` for all tests of examples and pages, which share it: each uses topics of its own."""
+"""A `streamhouse serve` that all tests of examples and pages share: each uses topics of its own."""
 
 from collections.abc import Iterator
 

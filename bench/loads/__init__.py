@@ -1,4 +1,4 @@
-"""What clients ask of a log, the same for each system that is measured: see `System`.
+"""Loads that clients put on a log, the same for each system that is measured: see `System`.
 
 Each load is one process of its own (`python -m bench.loads`), so that its CPU time is its own and two of them do not
 share an interpreter's lock.
@@ -11,10 +11,10 @@ from typing import Protocol
 import numpy as np
 
 BATCH_BYTES = 100_000
-"""Of records that an application hands over at once."""
+"""Size of the records that an application hands over at once."""
 
 IN_FLIGHT = 16
-"""Such batches that wait for their acknowledgement."""
+"""Batches that wait for their acknowledgement at the same time."""
 
 STAMP_BYTES = 8
 """At the start of a paced record: when it was due, in ns of the machine's monotonic clock."""
@@ -34,19 +34,20 @@ class System(Protocol):
     def create_topic(self, topic: str, partitions: int) -> None: ...
 
     def batches(self, topic: str, values: Sequence[bytes], seconds: float, producers: int) -> Sent:
-        """Send batches of BATCH_BYTES, IN_FLIGHT at a time, from that many producers."""
+        """Sends batches of BATCH_BYTES, IN_FLIGHT at a time, from that many producers."""
 
     def one_by_one(self, topic: str, values: Sequence[bytes], seconds: float) -> Sent:
-        """Send single records without waiting for each other's acknowledgement."""
+        """Sends single records without waiting for each other's acknowledgement."""
 
     def unpipelined(self, topic: str, values: Sequence[bytes], seconds: float) -> Sent:
-        """Send single records, each after the acknowledgement of the one before."""
+        """Sends single records, each after the acknowledgement of the one before."""
 
     def pace(self, topic: str, paced: "Paced") -> Sent:
-        """Send what is due, each millisecond."""
+        """Sends the records that are due, each millisecond."""
 
     def listen(self, topic: str, count: int, began: Callable[[], None]) -> list[float]:
-        """Read `count` paced records from the end of the topic on, after calling `began`. Return their delays in ms."""
+        """Reads `count` paced records from the end of the topic on, after calling `began`. Returns their delays in
+        ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +63,11 @@ class Paced:
         return int(self.records_per_s * self.seconds)
 
     def due(self, elapsed_s: float) -> int:
-        """Return how many records are due by then."""
+        """Returns how many records are due after that many seconds."""
         return min(int(elapsed_s * self.records_per_s), self.records)
 
     def values(self, began_ns: int, first: int, last: int) -> list[bytes]:
-        """Return the records numbered from `first` to before `last`, each stamped with the time that it is due."""
+        """Returns the records numbered from `first` to before `last`, each stamped with the time that it is due."""
         filler = bytes(self.record_bytes - STAMP_BYTES)
         step_ns = 1_000_000_000 / self.records_per_s
         dues = (began_ns + int(number * step_ns) for number in range(first, last))
@@ -74,7 +75,7 @@ class Paced:
 
 
 def delays_ms(values: Sequence[bytes | None], now_ns: int) -> list[float]:
-    """Return how long ago each was due, ms."""
+    """Returns how long ago each paced record was due, in ms."""
     stamps = np.frombuffer(b"".join(value[:STAMP_BYTES] for value in values if value is not None), "<i8")
     delays: list[float] = ((now_ns - stamps) / 1e6).tolist()
     return delays

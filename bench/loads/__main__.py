@@ -1,4 +1,4 @@
-"""One client process: runs a load, prints a line of JSON with what it found and its own CPU seconds."""
+"""A client process: runs a load, prints its figures and its own CPU seconds as a line of JSON."""
 
 import argparse
 import json
@@ -39,6 +39,7 @@ def main() -> None:
 
 
 def run(system: System, values: list[bytes], options: argparse.Namespace) -> dict[str, float]:
+    """Runs one load; returns its figures by name."""
     paced = Paced(options.records_per_s, options.seconds, options.record_bytes)
     match options.load:
         case "create":

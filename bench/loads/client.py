@@ -1,4 +1,4 @@
-"""Starts client processes and reads what they found."""
+"""Starts client processes and reads their figures."""
 
 import json
 import shlex
@@ -16,13 +16,14 @@ Figures = dict[str, float]
 
 
 def run(peer: Peer, load: str, topic: str, **options: float) -> Figures:
-    """Return what the load printed. Raises Wrong where it failed or took longer than TIMEOUT_S."""
+    """Runs a load; returns the figures that it printed. Raises Wrong where it failed or took longer than TIMEOUT_S."""
     with _started(peer, load, topic, options) as process:
         return _figures(process)
 
 
 def latency(peer: Peer, topic: str, records_per_s: int, seconds: float, record_bytes: int) -> Figures:
-    """Return how long records took from when they were due to a consumer, and the CPU seconds of both clients."""
+    """Returns percentiles of the ms from when a record was due until a consumer had it, and the CPU seconds of both
+    clients."""
     options = {"records-per-s": records_per_s, "seconds": seconds, "record-bytes": record_bytes}
     with _started(peer, "listen", topic, options) as listening:
         assert listening.stdout is not None

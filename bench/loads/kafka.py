@@ -121,7 +121,7 @@ class Kafka:
         )
 
     def _check(self, topic: str, count: int) -> None:
-        """Raise RuntimeError unless the topic holds `count` records more than nothing: each load has its own topic."""
+        """Checks that the topic, which is the load's own, holds `count` records. Raises RuntimeError."""
         admin = AdminClient({"bootstrap.servers": self._address})
         partitions = admin.list_topics(topic, TIMEOUT_S).topics[topic].partitions
         asked = {TopicPartition(topic, partition): OffsetSpec.latest() for partition in partitions}

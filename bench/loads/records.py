@@ -12,7 +12,7 @@ WORDS = ("basket", "delivery", "discount", "gift", "invoice", "mobile", "newslet
 
 
 def make_records(record_bytes: int) -> list[bytes]:
-    """Return JSON events of exactly `record_bytes` bytes: at least 100."""
+    """Returns JSON events of exactly `record_bytes` bytes: at least 100."""
     rng = random.Random(SEED)
     return [_event(rng, number, record_bytes) for number in range(DISTINCT_BYTES // record_bytes)]
 

@@ -1,4 +1,4 @@
-"""What is measured of a server: each load by its name, and a turn of them."""
+"""A turn of measurements of one server: each load by its name."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Row = dict[str, float]
 
 
 def turn(peer: Peer, loads: Sequence[str], seconds: float) -> Row:
-    """Run all loads on a server of its own."""
+    """Starts the server, runs the loads, stops the server; returns the figures by load and name."""
     row: Row = {}
     peer.start()
     try:
@@ -32,6 +32,7 @@ def turn(peer: Peer, loads: Sequence[str], seconds: float) -> Row:
 def flood(
     peer: Peer, topic: str, seconds: float, *, load: str, record_bytes: int, producers: int, partitions: int
 ) -> Row:
+    """Returns the rate of a load that sends as fast as it can, and the client's CPU seconds per million records."""
     client.run(peer, "create", topic, partitions=partitions)
     found = client.run(peer, load, topic, seconds=seconds, record_bytes=record_bytes, producers=producers)
     millions = found["records"] / 1e6
@@ -41,11 +42,13 @@ def flood(
 
 
 def delay(peer: Peer, topic: str, seconds: float, *, rate: int) -> Row:
+    """Returns end-to-end delays at `rate` records a second, in ms."""
     client.run(peer, "create", topic, partitions=PARTITIONS)
     return client.latency(peer, topic, rate, seconds, LATENCY_RECORD_BYTES)
 
 
 def sending(load: str, record_bytes: int, producers: int = 1, partitions: int = PARTITIONS) -> Callable[..., Row]:
+    """Returns `flood` with these options."""
     return partial(flood, load=load, record_bytes=record_bytes, producers=producers, partitions=partitions)
 
 

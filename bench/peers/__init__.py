@@ -1,4 +1,4 @@
-"""Servers that the same loads run against, each on an empty directory of its own."""
+"""Servers under the same loads, each on an empty directory of its own."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""One Kafka broker of its own on this machine: KRaft, controller and broker in one process, on free ports."""
+"""A Kafka broker on this machine: KRaft, controller and broker in one process, on free ports."""
 
 import contextlib
 import shutil

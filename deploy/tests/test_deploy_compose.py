@@ -225,7 +225,7 @@ def test_every_command_exists_and_takes_its_options() -> None:
 
 
 def parsed(arguments: list[str]) -> None:
-    """Raises what the command line would say to them; runs nothing."""
+    """Has the command line parse and check the arguments; runs nothing. Raises click's errors."""
     assert isinstance(cli, click.Group)
     command = cli.commands[arguments[0]]
     with command.make_context(arguments[0], list(arguments[1:]), resilient_parsing=False):

@@ -248,7 +248,7 @@ async def test_silent_connections_use_up_descriptors(fleet: Standins, one: str) 
 
 
 def has_connections(listen: str) -> bool:
-    """Whether a process has a descriptor of a connection to its port, whatever the other side did."""
+    """Returns True if a process has a descriptor of a connection to its port, whatever the other side did."""
     port = f":{int(listen.rpartition(':')[2]):04X}"
     rows = [line.split() for family in ("tcp", "tcp6") for line in Path(f"/proc/net/{family}").read_text().splitlines()]
     return any(row[1].endswith(port) and row[3] != LISTENING and row[9] != "0" for row in rows)

@@ -1,4 +1,4 @@
-"""One trace runs from the application that sends a record to the one that processes it, through every service.
+"""A trace runs from the application that sends a record to the one that processes it, through every service.
 
 A real OTLP receiver collects what separate processes export: producer, ingest agent, segmenter, coordinator, query
 service, consumer. Spans are connected by parents and, where many records meet, by links (docs/tracing.md).
@@ -120,8 +120,8 @@ Tree = dict[tuple[str, str, str], "Tree"]
 
 
 def tree_of(collected: OtlpReceiver, start: Span, names: Mapping[str, str], seen: set[bytes]) -> Tree:
-    """What follows from a span: how ("child", "linked", or both), where, and its name. Only spans of `names`, by the
-    service that they are of; each once, where it is met first by depth."""
+    """Returns the spans that follow from a span: how ("child", "linked", or both), where, and the name. Only spans of
+    `names`, by their service; each once, where it is met first by depth."""
     found: Tree = {}
     for span in sorted(collected.spans, key=lambda span: span.start_time_unix_nano):
         service = collected.services[span.span_id]
