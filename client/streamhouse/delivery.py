@@ -189,7 +189,7 @@ def send_future(loop: asyncio.AbstractEventLoop, delivery: Delivery, index: int,
 
 
 class SentRecords(NamedTuple):
-    """Where the records of a `send_many` are, in the order they were given: int64 arrays of shape (n,)."""
+    """Partitions and offsets of the records of a `send_many`, in the order they were given: int64, shape (n,)."""
 
     topic: str
     partitions: NDArray[np.int64]

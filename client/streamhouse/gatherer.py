@@ -35,7 +35,7 @@ def new_backoff(options: ProducerOptions) -> Backoff:
 
 @dataclass(slots=True, eq=False)
 class LaneState:
-    """One partition: its lane, the batch in the making, and the timers."""
+    """State of a partition: its lane, the batch in the making, and the timers."""
 
     topic: str
     partition: int

@@ -58,7 +58,7 @@ class Openings:
 
     @property
     def pending(self) -> bool:
-        """Whether any partition is still to be opened."""
+        """True if any partition is still to be opened."""
         return bool(self._awaited)
 
     def add(self, partitions: Iterable[TopicPartition]) -> None:
@@ -149,7 +149,8 @@ class Openings:
             cursor.committed = cursor.fetch_offset
 
     async def _find(self, partitions: Sequence[TopicPartition]) -> list[Cursor]:
-        """Where each starts, and where a bounded read of it ends."""
+        """Returns a cursor of each partition, at its start, with the end of a bounded read. Raises UnknownTopic,
+        Unavailable."""
         topic_ids = await self._current_topic_ids(partitions)
         found = await self._offsets.committed(topic_ids)
         committed = {where: at.offset for where, at in found.items()}

@@ -548,7 +548,8 @@ class Producer:
         )
 
     def _must_be_open(self, taken_bytes: int = 0) -> None:
-        """Raises InvalidArgument once closed, the room taken given back: nobody sends what a lane gets then."""
+        """Refuses records once the producer is closed, and gives back the bytes taken for them: nobody would send them.
+        Raises InvalidArgument."""
         if self._closed:
             self._give_back(taken_bytes)
             raise InvalidArgument("the producer is closed", field="producer", value="closed")

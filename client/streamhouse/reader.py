@@ -219,7 +219,7 @@ class Reader:
         self._changed.set()
 
     def topic_ids(self) -> dict[TopicPartition, bytes]:
-        """Of which topic each cursor's partition is."""
+        """Returns the topic id of each cursor's partition."""
         return {where: cursor.topic_id for where, cursor in self.cursors.items()}
 
     def pop(self) -> Portion | None:
@@ -261,7 +261,7 @@ class Reader:
             subscription.consumed(portion.cursor, size_bytes)
 
     async def wait(self) -> None:
-        """Until there is something new since `pop` had nothing: records, a failure, other cursors."""
+        """Waits for something new since `pop` had nothing: records, a failure, other cursors."""
         await self._news.wait()
 
     @property
@@ -321,7 +321,7 @@ class Reader:
         return max(share, min(WINDOW_BYTES_MIN, self._options.prefetch_bytes_max))
 
     async def _keep_reading(self, cursors: Sequence[Cursor]) -> Literal[True]:
-        """One stream after the other over the same cursors; returns when they need another set of positions."""
+        """Opens one stream after the other over the same cursors; returns when they need another set of positions."""
         while True:
             address = ""
             try:

@@ -18,14 +18,14 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class TopicPartition(NamedTuple):
-    """One partition of a topic; equal to, and usable as, the plain tuple."""
+    """A partition of a topic; equal to, and usable as, the plain tuple."""
 
     topic: str
     partition: int
 
 
 class Record(NamedTuple):
-    """One record as read. `key` and `value` are bytes or None (null), or what the consumer's deserializers returned, of
+    """A record as read. `key` and `value` are bytes or None (null), or what the consumer's deserializers returned, of
     which type checkers are not told; `timestamp_ms` counts from 1970-01-01 UTC; `headers` are (name, value) pairs,
     their values may be None."""
 
@@ -72,7 +72,7 @@ class MembershipState(NamedTuple):
 
 
 class RecordMetadata(NamedTuple):
-    """Where a record was written. `offset` is -1 with acks="none": nobody waited to learn it."""
+    """Place of a record that was written. `offset` is -1 with acks="none": nobody waited to learn it."""
 
     topic: str
     partition: int

@@ -210,7 +210,7 @@ class Work:
 
 @dataclass
 class Report:
-    """What has become of the input so far."""
+    """Counts of the input so far: read, acknowledged, failed."""
 
     acks: str
     started_s: float = field(default_factory=time.monotonic)

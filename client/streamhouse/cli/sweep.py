@@ -46,7 +46,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the objects are, who knows about them, and how patient to be."""
+    """Object store, coordinators that know its objects, and the times that a sweep waits."""
 
     bootstrap: str
     store_dir: str | None
@@ -123,7 +123,7 @@ def _checked(prefix: str) -> str:
 
 
 def _sweep(place: Place, *, dry_run: bool) -> tuple[SweepReport, Found]:
-    """Raises CliError when the sweep refuses."""
+    """Runs one sweep; returns its report and the orphans found. Raises CliError when the sweep refuses."""
     import asyncio
 
     from streamhouse_segmenter.sweeper import refusal

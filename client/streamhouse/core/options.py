@@ -302,7 +302,7 @@ def check_topic(
     retention_bytes: int | None,
     unclean_recovery_after_ms: int | None,
 ) -> None:
-    """Whether a message can carry what is asked for; the coordinator knows the real limits.
+    """Checks that a message can carry the values; the coordinator knows the real limits.
 
     Raises InvalidArgument naming the field, its limit and the value.
     """

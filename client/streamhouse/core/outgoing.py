@@ -79,7 +79,7 @@ class ManyRecords:
         timestamps_ms: int | datetime | Sequence[int | datetime],
         headers: Sequence[Headers] | None,
     ) -> "ManyRecords":
-        """Raises TypeError, InvalidArgument, BatchTooLarge."""
+        """Checks the lists, and returns them as columns. Raises TypeError, InvalidArgument, BatchTooLarge."""
         count = count_of("values", values)
         for name, column in (("keys", keys), ("headers", headers)):
             if column is not None and count_of(name, column) != count:

@@ -29,7 +29,7 @@ class Position(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Cursor:
-    """One assigned partition. A seek or a loss of the partition ends the cursor: `live` turns False for good.
+    """Position in an assigned partition. A seek or a loss of the partition ends it: `live` turns False for good.
 
     fetch_offset: everything below has been received. delivered: everything below was handed to the application.
     committed: last stored; -1 never. end: where a bounded read stops; None reads on. bound: the highest end that it may
@@ -90,18 +90,18 @@ class Cursor:
 
     @property
     def is_beyond(self) -> bool:
-        """Whether a bounded read began behind its end, and no server has said yet that there is such an offset."""
+        """True if a bounded read began behind its end, and no server has said yet that there is such an offset."""
         return self.end is not None and self.delivered > self.end and self.high_watermark < self.delivered
 
     @property
     def at_end(self) -> bool:
-        """Whether a bounded read has handed over everything."""
+        """True if a bounded read has handed over everything."""
         return self.end is not None and self.delivered >= self.end and not self.is_beyond
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSpan:
-    """What one encoded batch's header says: offsets [base_offset, end_offset), written in `epoch`."""
+    """Offsets [base_offset, end_offset) of an encoded batch, and the epoch in which it was written."""
 
     base_offset: int
     end_offset: int

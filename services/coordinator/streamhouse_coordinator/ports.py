@@ -182,7 +182,7 @@ class ProjectionCheck:
 
 
 class Store(Protocol):
-    """The control plane's database. Every call raises Unavailable when the database does not answer in time, and
+    """The control plane's database. Calls raise Unavailable when the database does not answer in time, and
     Overloaded when too many others wait for it, or for the same lock: nothing was begun then."""
 
     def for_clients(self) -> "Store":
