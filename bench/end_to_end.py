@@ -1,4 +1,4 @@
-"""What the embedded platform does on this machine: `make bench`.
+"""Figures of the embedded platform on this machine: `make bench`.
 
 Produces 100-byte records in batches of about 100 KB with fsynced acknowledgements for a bounded time, then reads all
 of them back: cold after a restart, then cached, by batches and by single records. Then the loads of bench/loads: 1 KiB
@@ -105,7 +105,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def run_once(folder: Path, values: list[bytes], options: argparse.Namespace) -> Run:
-    """One run on a fresh data directory."""
+    """Returns the figures of one run on a fresh data directory."""
     serve = ServeProcess(folder / "data", folder / "serve.log", {"STREAMHOUSE_LOG_LEVEL": "WARNING"})
     run: Run = {}
     with serve:
@@ -243,7 +243,7 @@ def write_json(
     loads: list[Row],
     codec: dict[str, float],
 ) -> None:
-    """The figures with what they were measured on."""
+    """Writes the figures, the options and the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -264,7 +264,7 @@ def write_json(
 
 
 def codec_figures() -> dict[str, float]:
-    """What bench/codec.py measures: the codec alone, on one core. Raises CalledProcessError."""
+    """Returns the figures of bench/codec.py: the codec alone, on one core. Raises CalledProcessError."""
     command = [sys.executable, str(Path(__file__).with_name("codec.py")), "--json"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     figures: dict[str, float] = json.loads(done.stdout)
