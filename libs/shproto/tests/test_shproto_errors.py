@@ -18,15 +18,27 @@ def test_the_page_lists_every_error() -> None:
 
 
 def details_sent() -> dict[str, set[str]]:
-    """By class name: the details that any code of ours gives to an error of that class."""
+    """By class name: the details that any code of ours gives to an error of that class, or adds to one it passes on."""
     sent: dict[str, set[str]] = {cls.__name__: set() for cls in StreamHouseError.registry.values()}
+    added: set[str] = set()
     for path in [path for part in ("libs", "services", "client") for path in (ROOT / part).rglob("*.py")]:
         if "tests" in path.parts:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in sent:
                 sent[node.func.id] |= {keyword.arg for keyword in node.keywords if keyword.arg}
-    return sent
+            if isinstance(node, ast.Assign):
+                added |= {name for target in node.targets if (name := _detail_of(target))}
+    return {name: details | added for name, details in sent.items()}
+
+
+def _detail_of(target: ast.expr) -> str:
+    """The name in `error.details["name"] = ...`, of an error whose class is not seen here; else nothing."""
+    if not (isinstance(target, ast.Subscript) and isinstance(target.value, ast.Attribute)):
+        return ""
+    named = target.slice
+    is_detail = target.value.attr == "details" and isinstance(named, ast.Constant)
+    return str(named.value) if is_detail and isinstance(named, ast.Constant) else ""
 
 
 def test_the_page_names_no_details_that_nobody_sends() -> None:

@@ -71,13 +71,16 @@ async def test_migrations_have_no_such_limits(dsn: str, fast: Settings, connecti
     for name in ("statement_timeout", "lock_timeout"):
         await connection.execute(f"ALTER DATABASE {database} SET {name} = '20ms'")
     await connection.execute("SELECT pg_advisory_lock($1)", MIGRATION_LOCK)
-    service = build(fast(dsn, pg_timeout_ms=100))
+    service = build(fast(dsn, pg_timeout_ms=1_000))
     starting = asyncio.create_task(service.start())
+    waiting = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
     try:
-        done, _ = await asyncio.wait([starting], timeout=0.5)
+        async with asyncio.timeout(PATIENCE_S):
+            while (first := await connection.fetchval(waiting)) is None:
+                await asyncio.sleep(0.05)
+        done, _ = await asyncio.wait([starting], timeout=2)  # beyond all these limits
         assert not done, "it waits for the other one's migrations"
-        tries = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-        assert await connection.fetchval(tries) == 1, "and has not been ended for that"
+        assert await connection.fetchval(waiting) == first, "and has not been ended for that"
         await connection.execute("SELECT pg_advisory_unlock($1)", MIGRATION_LOCK)
         async with asyncio.timeout(PATIENCE_S):
             await starting
