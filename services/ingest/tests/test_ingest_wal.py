@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import signal
 import stat
 import struct
@@ -11,7 +10,6 @@ import sys
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,14 +17,11 @@ from shformat import (
     FRAME_HEADER_SIZE,
     WAL_FILE_HEADER_SIZE,
     ProducerStamp,
-    Records,
-    encode_batch,
     encode_frame_header,
-    stamp_batch,
 )
 from streamhouse_ingest.adapters.wal import FileBatchReader, FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
-from streamhouse_ingest.adapters.wal_replay import Replayed, replay_directory
+from streamhouse_ingest.adapters.wal_replay import replay_directory
 from streamhouse_ingest.core.buffer import WalPosition
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.ports import (
@@ -40,8 +35,17 @@ from streamhouse_ingest.ports import (
     WrongIdentity,
 )
 
-KEY = LogKey(b"t" * 16, 0, 1)
-OTHER = LogKey(b"t" * 16, 1, 1)
+from services.ingest.tests.ingest_wal_files import (
+    KEY,
+    OTHER,
+    file_size_limit,
+    flip,
+    frame,
+    positions_of,
+    replay,
+    spans,
+    unreadable,
+)
 
 
 @pytest.fixture
@@ -59,36 +63,12 @@ def new_wal(
     )
 
 
-def frame(base: int, *values: bytes, key: LogKey = KEY, producer: ProducerStamp | None = None) -> Frame:
-    batch = encode_batch(Records.from_lists(list(values)), producer=producer)
-    return Frame(key, base, len(values), stamp_batch(batch, base, key.epoch))
-
-
-def replay(directory: WalDirectory) -> Replayed:
-    return replay_directory(directory, 1 << 20)
-
-
-def spans(found: Replayed, key: LogKey = KEY) -> list[tuple[int, int]]:
-    log = found.replay.logs.get(key)
-    return [] if log is None else [(b.base_offset, b.end_offset) for b in log.buffers]
-
-
-def positions_of(found: Replayed, key: LogKey = KEY) -> list[WalPosition]:
-    return [p for b in found.replay.logs[key].buffers for p, _ in b.pick(b.base_offset, b.end_offset, 1 << 30)]
-
-
 def write_three(directory: WalDirectory) -> tuple[Path, list[int]]:
     """Three frames of one log in one file; their end positions."""
     wal = new_wal(directory)
     positions = wal.append([frame(0, b"a" * 50), frame(1, b"b" * 50), frame(2, b"c" * 50)])
     wal.close()
     return directory.file_path(1), [p.at + p.size_bytes for p in positions]
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 0x40
-    path.write_bytes(data)
 
 
 # ---- directory
@@ -234,17 +214,6 @@ def test_many_small_frames_need_more_than_one_system_call(directory: WalDirector
 
 
 # ---- disks that are full or broken
-
-
-@contextmanager
-def file_size_limit(size_bytes: int) -> Iterator[None]:
-    """No file of this process may grow beyond: as a full disk, but with EFBIG."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_g7_a_directory_is_opened_on_a_full_disk(tmp_path: Path):
@@ -628,21 +597,6 @@ def test_a_log_of_version_1_is_read_and_gone_on_with(directory: WalDirectory):
     found = replay(directory)
     assert (spans(found), found.replay.damage) == ([(0, 4)], [])
     assert len(FileBatchReader(directory).read(positions_of(found))) == 4
-
-
-@contextmanager
-def unreadable(monkeypatch: pytest.MonkeyPatch, path: Path, start: int, end: int) -> Iterator[None]:
-    """A bad spot of the disk: reading any byte of it fails."""
-    pread = os.pread
-
-    def read(fd: int, size_bytes: int, at: int) -> bytes:
-        if Path(f"/proc/self/fd/{fd}").readlink() == path and at < end and at + size_bytes > start:
-            raise OSError(errno.EIO, "Input/output error")
-        return pread(fd, size_bytes, at)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "pread", read)
-        yield
 
 
 def test_g6_what_the_disk_does_not_give_back_is_damage_in_the_middle_and_the_tail_at_the_end(
