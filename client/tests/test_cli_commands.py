@@ -469,6 +469,19 @@ def test_a_wal_file_cut_off_between_frames_is_found_by_the_next_one(tmp_path: Pa
     assert f"damage at byte {len(cut):,}, {len(whole) - len(cut):,} bytes: the file ends here" in result.stdout
 
 
+def test_zeros_ahead_of_a_wal_file_are_damage_only_where_frames_were(tmp_path: Path) -> None:
+    header = encode_wal_file_header(uuid.uuid4().bytes, 1, 0, 4096)
+    frames = wal_bytes(2)[len(header) :]
+    (tmp_path / "1.wal").write_bytes(header + frames + bytes(3000))
+    result = run("wal", "inspect", str(tmp_path))
+    assert result.exit_code == 0
+    assert "3,000 bytes of zeros for the frames to come" in result.stdout and "damage" not in result.stdout
+    (tmp_path / "2.wal").write_bytes(encode_wal_file_header(uuid.uuid4().bytes, 2, len(header + frames) + 3000))
+    result = run("wal", "inspect", str(tmp_path))
+    assert result.exit_code == 1
+    assert f"damage at byte {len(header + frames):,}, 3,000 bytes: only zeros follow" in result.stdout
+
+
 def test_wal_torn_tail_is_told_from_other_damage(tmp_path: Path) -> None:
     result = run("wal", "inspect", str(_file(tmp_path, wal_bytes(3)[:-1])))
     assert result.exit_code == 1

@@ -49,9 +49,15 @@ def frame_starts(data: bytes | bytearray) -> Iterator[int]:
         if at + FRAME_HEADER_SIZE > len(data):
             return
         yield at
-        (size_bytes,) = _U32.unpack_from(data, at + 12)
+        size_bytes = frame_size(data, at)
         whole = FRAME_HEADER_SIZE <= size_bytes <= len(data) - at
         at += size_bytes if whole else 4
+
+
+def frame_size(data: bytes | bytearray, at: int) -> int:
+    """As the header of the frame has it, without the bit that says whether it continues a group."""
+    (size,) = _U32.unpack_from(data, at + 12)
+    return int(size & 0x7FFF_FFFF)
 
 
 def repair_wal(data: bytes) -> bytes:
@@ -62,7 +68,7 @@ def repair_wal(data: bytes) -> bytes:
         _put_crc(fixed, size_bytes - 4, 0, size_bytes - 4)
     for at in frame_starts(data):
         batch_at = at + FRAME_HEADER_SIZE
-        (size_bytes,) = _U32.unpack_from(fixed, at + 12)
+        size_bytes = frame_size(fixed, at)
         end = min(at + max(size_bytes, FRAME_HEADER_SIZE), len(fixed))
         if fixed[batch_at + 20 : batch_at + 24] == BATCH_MAGIC and end - batch_at >= BATCH_HEADER_SIZE:
             _put_crc(fixed, batch_at + BODY_AT - 4, batch_at + BODY_AT, end)

@@ -18,7 +18,7 @@ from shformat.varint import encode_varints
 from shformat.wal import FRAME_HEADER_SIZE
 
 from tests.fuzz.bytes_mutator import EDGES, mutate_bytes, mutate_field
-from tests.fuzz.checksums import batch_spans, frame_starts, index_entries
+from tests.fuzz.checksums import batch_spans, frame_size, frame_starts, index_entries
 
 Fields = tuple[tuple[int, str], ...]
 
@@ -166,9 +166,9 @@ def mutate_wal(data: bytes, rng: Random) -> bytes:
     if rng.random() < 0.1:
         return bytes(_field(bytearray(data), 0, FILE_FIELDS, rng))
     at = rng.choice(starts)
-    end = min(at + max(struct.unpack_from("<I", data, at + 12)[0], FRAME_HEADER_SIZE), len(data))
+    end = min(at + max(frame_size(data, at), FRAME_HEADER_SIZE), len(data))
     frame = data[at:end]
-    match rng.randrange(8):
+    match rng.randrange(10):
         case 0 | 1:
             frame = bytes(_field(bytearray(frame), 0, FRAME_FIELDS, rng))
         case 2:
@@ -179,6 +179,10 @@ def mutate_wal(data: bytes, rng: Random) -> bytes:
             frame = _framed(frame, frame[FRAME_HEADER_SIZE:] + frame)
         case 5:
             frame = rng.randbytes(rng.randrange(64)) + frame
+        case 6:
+            return data[: rng.randrange(at, end + 1)] + bytes(rng.choice((1, 512, 4096, 9000)))
+        case 7:
+            frame = frame[:15] + bytes([frame[15] ^ 0x80]) + frame[16:]
         case _:
             frame = _framed(frame, mutate_batches(frame[FRAME_HEADER_SIZE:], rng))
     return data[:at] + frame + data[end:]

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from shformat import (
     BATCH_HEADER_SIZE,
+    FRAME_HEADER_SIZE,
     BlockEntry,
     BuiltSegment,
     Codec,
@@ -22,6 +23,7 @@ from shformat import (
     Records,
     SegmentBuilder,
     SegmentIndex,
+    SpaceAhead,
     WalFrame,
     check_batch,
     decode_batch,
@@ -41,6 +43,7 @@ from shformat import (
     stamp_batch,
     validate_batch,
 )
+from streamhouse_ingest.core.wal_tail import Tail, judge_tail
 
 from tests.fuzz.checksums import repair_batches, repair_segment, repair_wal
 from tests.fuzz.format_mutators import mutate_batches, mutate_segment, mutate_wal
@@ -157,7 +160,7 @@ def _check_built(built: BuiltSegment, expected: list[tuple[Any, ...]]) -> None:
 
 def check_wal(data: bytes) -> None:
     """Header, frames and damage: always a tiling of the file, the same for every kind of buffer."""
-    attempt(lambda: decode_wal_file_header(data), len(data))
+    header = attempt(lambda: decode_wal_file_header(data), len(data))
     items = list(scan_frames(data, limits=LIMITS))
     at = min(frames_start(data, LIMITS), len(data))
     for item in items:
@@ -165,7 +168,16 @@ def check_wal(data: bytes) -> None:
         at = item.at + item.size_bytes
         if isinstance(item, WalFrame):
             _check_frame(data, item)
+        if isinstance(item, SpaceAhead):
+            allowed = 0 if isinstance(header, FormatError) else header.ahead_bytes
+            ensure(item is items[-1] and item.size_bytes <= allowed, "space ahead that the header does not allow")
+            ensure(not data[item.at :].strip(b"\0"), "space ahead that is not empty")
     ensure(at == len(data), "scan_frames does not reach the end of the file")
+    first = next((item for item in items if isinstance(item, DamagedSpan)), None)
+    if first is not None:
+        judged = judge_tail(data, first, 0 if isinstance(header, FormatError) else header.ahead_bytes)
+        ends_early = first.at + FRAME_HEADER_SIZE > len(data) or first.lost is not None
+        ensure(judged is not Tail.UNFINISHED or ends_early or not data[first.at], "a whole group counts as unfinished")
     ensure(list(scan_frames(memoryview(data), limits=LIMITS)) == items, "another buffer type, other frames")
     _check_description(describe_wal_file(data, LIMITS), any(isinstance(item, DamagedSpan) for item in items))
 
@@ -245,6 +257,6 @@ def _batch_seeds() -> list[bytes]:
 
 TARGETS = (
     Target("batch", check_batches, _batch_seeds, mutate_batches, repair_batches),
-    Target("wal", check_wal, lambda: _golden("wal_v1.bin", "wal_v2.bin"), mutate_wal, repair_wal),
+    Target("wal", check_wal, lambda: _golden("wal_v1.bin", "wal_v2.bin", "wal_v3.bin"), mutate_wal, repair_wal),
     Target("segment", check_segment, lambda: _golden("segment_v1.bin"), mutate_segment, repair_segment),
 )

@@ -180,6 +180,8 @@ def _print_wal_file(item: dict[str, Any], rows_max: int | None) -> None:
         for frame in item["frames"]
     ]
     _print_rows("frames", columns, rows, rows_max)
+    if item["space_ahead_bytes"]:
+        click.echo(f"  {item['space_ahead_bytes']:,} bytes of zeros for the frames to come")
     for entry in item["damage"]:
         click.echo(
             f"  damage at byte {entry['at']:,}, {entry['size_bytes']:,} bytes: {entry['what']}{_lost(entry['lost'])}"

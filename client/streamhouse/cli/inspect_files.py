@@ -106,11 +106,14 @@ def describe_wal(path: Path) -> dict[str, Any]:
 
 
 def _note_cut_short(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A file that was cut off between two frames is found by what the header of the next one says of its size."""
-    at, declared = before["size_bytes"], after["header"]["previous_size_bytes"] if after["header"] else 0
+    """A file that was cut off between two frames, or has zeros where frames were, is found by what the header of the
+    next one says of its size."""
+    at = before["size_bytes"] - before["space_ahead_bytes"]
+    declared = after["header"]["previous_size_bytes"] if after["header"] else 0
     follows = before["header"] and after["header"] and before["header"]["sequence"] + 1 == after["header"]["sequence"]
     if follows and at < declared:
-        what = f"the file ends here, the next one says that {declared} bytes were written"
+        ends = "only zeros follow" if before["space_ahead_bytes"] else "the file ends here"
+        what = f"{ends}, the next one says that {declared} bytes were written"
         before["damage"].append({"at": at, "size_bytes": declared - at, "what": what, "lost": None})
 
 

@@ -26,7 +26,7 @@ from .segment import (
 )
 from .segment_index import BlockEntry, SegmentIndex
 from .segment_reader import read_block, run_plan
-from .wal import WAL_FILE_HEADER_SIZE, WalFrame, decode_wal_file_header, frames_start, scan_frames
+from .wal import WAL_FILE_HEADER_SIZE, SpaceAhead, WalFrame, decode_wal_file_header, frames_start, scan_frames
 
 Description = dict[str, Any]
 T = TypeVar("T")
@@ -66,9 +66,10 @@ def describe_segment(read: Read, size_bytes: int, limits: FormatLimits = DEFAULT
 def describe_wal_file(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> Description:
     """Header, every frame and all damage of a WAL file.
 
-    Keys: size_bytes, header (None when damaged), frames, record_count, damage ({at, size_bytes, what,
-    lost}; `lost` names partition and offsets where the damaged frame's own header is intact),
-    ends_in_damage (a torn tail, or damage that reaches the end: only the writer's history can tell).
+    Keys: size_bytes, header (None when damaged), frames, record_count, space_ahead_bytes (zeros at the end that no
+    frame was written to yet), damage ({at, size_bytes, what, lost}; `lost` names partition and offsets where the
+    damaged frame's own header is intact), ends_in_damage (a torn tail, or damage that reaches the end of what was
+    written: only the writer's history can tell).
     """
     damage: list[Description] = []
     header = _attempt(lambda: decode_wal_file_header(buffer), damage)
@@ -76,10 +77,14 @@ def describe_wal_file(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> 
         entry |= {"size_bytes": min(len(buffer), frames_start(buffer, limits)), "lost": None}
     frames = []
     end_of_damage = 0
+    written_bytes = len(buffer)
     view = memoryview(buffer)
     for item in scan_frames(view, limits=limits):
         if isinstance(item, WalFrame):
             frames.append(_describe_frame(item, view, damage, limits))
+            continue
+        if isinstance(item, SpaceAhead):
+            written_bytes = item.at
             continue
         lost = None if item.lost is None else _describe_place(item.lost)
         damage.append({"at": item.at, "what": item.reason, "size_bytes": item.size_bytes, "lost": lost})
@@ -91,8 +96,9 @@ def describe_wal_file(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> 
         "header": header and {**asdict(header), "wal_id": header.wal_id.hex()},
         "frames": frames,
         "record_count": sum(frame["record_count"] for frame in frames),
+        "space_ahead_bytes": len(buffer) - written_bytes,
         "damage": damage,
-        "ends_in_damage": header_cut or end_of_damage == len(buffer),
+        "ends_in_damage": header_cut or end_of_damage == written_bytes,
     }
 
 

@@ -18,17 +18,20 @@ from .errors import FormatError
 from .limits import DEFAULT_LIMITS, INT64_MAX, UINT32_MAX, FormatLimits
 
 WAL_MAGIC = b"SHWL"
-WAL_VERSION = 2
+WAL_VERSION = 3
 WAL_ID_SIZE = 16
 TOPIC_ID_SIZE = 16
 
-# magic, version, flags, wal id, sequence, since version 2: size of the previous file | crc of what precedes
+# magic, version, flags or space ahead, wal id, sequence, since version 2: size of the previous file | crc of all that
 _FILE_BODY = struct.Struct("<4sHH16sQQ")
 _FILE = struct.Struct("<4sHH16sQQI")
 _FILE_V1 = struct.Struct("<4sHH16sQI")
 WAL_FILE_HEADER_SIZE = 44
 WAL_FILE_HEADER_SIZE_V1 = 36
-_FILE_HEADER_SIZES = {1: WAL_FILE_HEADER_SIZE_V1, 2: WAL_FILE_HEADER_SIZE}
+_FILE_HEADER_SIZES = {1: WAL_FILE_HEADER_SIZE_V1, 2: WAL_FILE_HEADER_SIZE, 3: WAL_FILE_HEADER_SIZE}
+_VERSION_WITHOUT_AHEAD = 2
+WAL_AHEAD_UNIT_BYTES = 4096
+WAL_AHEAD_BYTES_MAX = 0xFFFF * WAL_AHEAD_UNIT_BYTES
 assert _FILE.size == WAL_FILE_HEADER_SIZE == _FILE_BODY.size + 4
 assert _FILE_V1.size == WAL_FILE_HEADER_SIZE_V1
 
@@ -40,12 +43,16 @@ _FRAME_LEAD = struct.Struct("<4sI")
 _FRAME_BODY = struct.Struct("<II16sIIQq")
 FRAME_HEADER_SIZE = 56
 _FRAME_BODY_AT = 8
+# Bit of the frame size, since version 3. Sizes have at most 25 bits.
+_CONTINUES = 1 << 31
 assert _FRAME.size == FRAME_HEADER_SIZE == _FRAME_BODY_AT + _FRAME_BODY.size
 assert _FRAME_LEAD.size == _FRAME_BODY_AT
 
 # Frames that fail may overlap only when somebody stored forged frames inside damaged ones. Beyond this many
 # times the buffer's size such a frame is believed only if an intact header follows it: time stays linear.
 _WASTED_CRC_FACTOR = 4
+
+_PIECE_BYTES = 64 * 1024
 
 _FIND_MAGIC = re.compile(re.escape(FRAME_MAGIC))
 _NIL = bytes(TOPIC_ID_SIZE)
@@ -56,13 +63,15 @@ class WalFileHeader:
     """Which log (16 bytes, stays the same on one disk) and which of its files, counted up by the writer.
 
     previous_size_bytes: of the file before this one when this one was begun; 0 where there was none, or in version 1,
-    which does not say. size_bytes: of this header.
+    which does not say. ahead_bytes: at most so many zeros lie behind the last frame while the file is written; 0 in
+    versions 1 and 2. size_bytes: of this header.
     """
 
     wal_id: bytes
     sequence: int
     previous_size_bytes: int = 0
-    version: int = WAL_VERSION
+    version: int = _VERSION_WITHOUT_AHEAD
+    ahead_bytes: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -71,7 +80,8 @@ class WalFileHeader:
 
 class WalFrame(NamedTuple):
     """A frame whose checksums hold. Positions are bytes from the start of the scanned buffer; sizes in bytes;
-    batch_crc as the header has it."""
+    batch_crc as the header has it; continues: the frame was written together with the one before, so that it does not
+    prove that one synced."""
 
     topic_id: bytes
     partition: int
@@ -83,6 +93,7 @@ class WalFrame(NamedTuple):
     batch_at: int
     batch_size_bytes: int
     batch_crc: int
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +107,34 @@ class DamagedSpan:
     lost: WalFrame | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SpaceAhead:
+    """Zeros at the end of a version 3 file, not more than its header allows: no group was written there yet. In a file
+    that is not written any more they are damage."""
+
+    at: int
+    size_bytes: int
+
+
 # ---- file header
 
 
-def encode_wal_file_header(wal_id: bytes, sequence: int, previous_size_bytes: int = 0) -> bytes:
-    """The first WAL_FILE_HEADER_SIZE bytes of a file. Raises FormatError unless 16 non-zero bytes, a u63, and 0 or the
-    size of a file with a header."""
+def encode_wal_file_header(wal_id: bytes, sequence: int, previous_size_bytes: int = 0, ahead_bytes: int = 0) -> bytes:
+    """The first WAL_FILE_HEADER_SIZE bytes of a file: of version 2 without space ahead, else of version 3, which
+    declares `ahead_bytes` rounded up to whole units. Raises FormatError unless 16 non-zero bytes, a u63, 0 or the size
+    of a file with a header, and 0 to WAL_AHEAD_BYTES_MAX."""
     _check_id("wal id", wal_id, 8)
     _check_range("sequence", sequence, 0, INT64_MAX, 24)
     _check_previous(previous_size_bytes)
-    body = _FILE_BODY.pack(WAL_MAGIC, WAL_VERSION, 0, wal_id, sequence, previous_size_bytes)
+    _check_range("space ahead", ahead_bytes, 0, WAL_AHEAD_BYTES_MAX, 6)
+    version = WAL_VERSION if ahead_bytes else _VERSION_WITHOUT_AHEAD
+    units = -(-ahead_bytes // WAL_AHEAD_UNIT_BYTES)
+    body = _FILE_BODY.pack(WAL_MAGIC, version, units, wal_id, sequence, previous_size_bytes)
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
 def decode_wal_file_header(buffer: Buffer) -> WalFileHeader:
-    """The header at the start of `buffer`, of version 1 or 2. Raises FormatError."""
+    """The header at the start of `buffer`, of version 1, 2 or 3. Raises FormatError."""
     if len(buffer) < WAL_FILE_HEADER_SIZE_V1:
         raise FormatError(f"WAL file header: {len(buffer)} of {WAL_FILE_HEADER_SIZE} bytes")
     magic, version, flags, wal_id, sequence, _ = _FILE_V1.unpack_from(buffer)
@@ -119,13 +143,16 @@ def decode_wal_file_header(buffer: Buffer) -> WalFileHeader:
     if version not in _FILE_HEADER_SIZES:
         raise FormatError(f"WAL file version is {version}, this reader knows 1 to {WAL_VERSION}", 4)
     crc_at = _check_file_crc(buffer, _FILE_HEADER_SIZES[version])
-    if flags:
+    if version < WAL_VERSION and flags:
         raise FormatError(f"WAL file flags are {flags:#06x}, must be 0", 6)
+    if version == WAL_VERSION and not flags:
+        raise FormatError("WAL file declares no space ahead, version 3 has some", 6)
     _check_id("wal id", wal_id, 8)
     _check_range("sequence", sequence, 0, INT64_MAX, 24)
     previous_size_bytes = 0 if version == 1 else int.from_bytes(buffer[crc_at - 8 : crc_at], "little")
     _check_previous(previous_size_bytes)
-    return WalFileHeader(wal_id, sequence, previous_size_bytes, version)
+    ahead_bytes = flags * WAL_AHEAD_UNIT_BYTES
+    return WalFileHeader(wal_id, sequence, previous_size_bytes, version, ahead_bytes)
 
 
 def _check_file_crc(buffer: Buffer, size_bytes: int) -> int:
@@ -161,12 +188,20 @@ def frames_start(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> int:
 
 
 def encode_frame_header(
-    topic_id: bytes, partition: int, epoch: int, base_offset: int, record_count: int, batch: Buffer
+    topic_id: bytes,
+    partition: int,
+    epoch: int,
+    base_offset: int,
+    record_count: int,
+    batch: Buffer,
+    *,
+    continues: bool = False,
 ) -> bytes:
     """The FRAME_HEADER_SIZE bytes to be written right before `batch`; their CRCs cover both.
 
-    topic_id: 16 bytes, not all zero. partition: u32. epoch: 1 to 2**63-1. Raises FormatError otherwise, for
-    offsets that leave int64, and for a batch too short to be one.
+    topic_id: 16 bytes, not all zero. partition: u32. epoch: 1 to 2**63-1. continues: not the first frame of a group; in
+    version 3 files only. Raises FormatError otherwise, for offsets that leave int64, and for a batch too short or too
+    long to be one.
     """
     _check_id("topic id", topic_id, 16)
     _check_range("partition", partition, 0, UINT32_MAX, 32)
@@ -174,39 +209,53 @@ def encode_frame_header(
     _check_range("epoch", epoch, 1, INT64_MAX, 40)
     _check_range("base offset", base_offset, 0, INT64_MAX - record_count, 48)
     size_bytes = FRAME_HEADER_SIZE + len(batch)
-    _check_range("frame size", size_bytes, FRAME_HEADER_SIZE + BATCH_HEADER_SIZE, UINT32_MAX, 12)
-    body = _FRAME_BODY.pack(zlib.crc32(batch), size_bytes, topic_id, partition, record_count, epoch, base_offset)
+    _check_range("frame size", size_bytes, FRAME_HEADER_SIZE + BATCH_HEADER_SIZE, _CONTINUES - 1, 12)
+    size = size_bytes | _CONTINUES if continues else size_bytes
+    body = _FRAME_BODY.pack(zlib.crc32(batch), size, topic_id, partition, record_count, epoch, base_offset)
     return _FRAME_LEAD.pack(FRAME_MAGIC, zlib.crc32(body)) + body
 
 
 def scan_frames(
     buffer: Buffer, start: int | None = None, limits: FormatLimits = DEFAULT_LIMITS
-) -> Iterator[WalFrame | DamagedSpan]:
+) -> Iterator[WalFrame | DamagedSpan | SpaceAhead]:
     """Every valid frame of a file in order, and every damaged stretch between them, without a gap, from `start` on, by
-    default from frames_start().
+    default from frames_start(). In a file of version 3 the last item may be the space ahead.
 
     A damaged stretch ends where the next intact frame header starts, or at the end of the buffer; a frame
     whose header is intact and whose batch is not is a stretch of its own. Never raises on content. A search
     compares header checksums only, so time stays linear in the size of the buffer, garbage or not.
     """
     with memoryview(buffer) as view:
-        yield from _Scan(buffer, view, limits).frames(frames_start(buffer, limits) if start is None else start)
+        scan = _Scan(buffer, view, limits, _ahead_bytes(buffer))
+        yield from scan.frames(frames_start(buffer, limits) if start is None else start)
+
+
+def _ahead_bytes(buffer: Buffer) -> int:
+    try:
+        return decode_wal_file_header(buffer).ahead_bytes
+    except FormatError:
+        return 0
 
 
 class _Scan:
     """One pass over one buffer. Knows how much work failed checks may still cost."""
 
-    __slots__ = ("_batch_bytes_max", "_buffer", "_view", "_wasted_bytes_left")
+    __slots__ = ("_ahead_at", "_batch_bytes_max", "_buffer", "_view", "_wasted_bytes_left")
 
-    def __init__(self, buffer: Buffer, view: memoryview, limits: FormatLimits) -> None:
+    def __init__(self, buffer: Buffer, view: memoryview, limits: FormatLimits, ahead_bytes: int = 0) -> None:
         self._buffer = buffer
         self._view = view
         self._batch_bytes_max = limits.batch_bytes_max
         self._wasted_bytes_left = _WASTED_CRC_FACTOR * len(view)
+        # The space ahead begins here or, where a frame ends in zeros, behind it.
+        self._ahead_at = _zeros_from(view, max(0, len(view) - ahead_bytes))
 
-    def frames(self, start: int) -> Iterator[WalFrame | DamagedSpan]:
+    def frames(self, start: int) -> Iterator[WalFrame | DamagedSpan | SpaceAhead]:
         at, size = start, len(self._view)
         while at < size:
+            if at >= self._ahead_at:
+                yield SpaceAhead(at, size - at)
+                return
             frame = self._header_at(at)
             if isinstance(frame, str):
                 span = DamagedSpan(at, self._next_header(at + 1) - at, frame)
@@ -231,6 +280,9 @@ class _Scan:
             return f"{len(view) - at} bytes, a frame header takes {FRAME_HEADER_SIZE}"
         fields = _FRAME.unpack_from(view, at)
         magic, header_crc, batch_crc, size_bytes, topic_id, partition, record_count, epoch, base_offset = fields
+        continues = size_bytes >= _CONTINUES
+        if continues:
+            size_bytes -= _CONTINUES
         if magic != FRAME_MAGIC:
             return f"frame magic is {magic!r}, expected {FRAME_MAGIC!r}"
         batch_at = at + FRAME_HEADER_SIZE
@@ -246,9 +298,8 @@ class _Scan:
             or not 0 <= base_offset <= INT64_MAX - record_count
         ):
             return f"frame fields: epoch {epoch}, record count {record_count}, base offset {base_offset}"
-        return WalFrame(
-            topic_id, partition, epoch, base_offset, record_count, at, size_bytes, batch_at, batch_size_bytes, batch_crc
-        )
+        place = (topic_id, partition, epoch, base_offset, record_count, at)
+        return WalFrame(*place, size_bytes, batch_at, batch_size_bytes, batch_crc, continues)
 
     def _damage(self, frame: WalFrame) -> str | None:
         """What is wrong with the batch of a frame whose header is intact; None when nothing is."""
@@ -264,21 +315,33 @@ class _Scan:
         return f"batch CRC is {computed:#010x}, the frame says {frame.batch_crc:#010x}"
 
     def _is_boundary(self, at: int) -> bool:
-        """The buffer ends at `at`, or an intact header starts there."""
-        return at == len(self._view) or self.is_header(at)
+        """The buffer, or what was written of it, ends at `at`, or an intact header starts there."""
+        return at == len(self._view) or self._ahead_at <= at < len(self._view) or self.is_header(at)
 
     def is_header(self, at: int) -> bool:
         """An intact frame header starts at `at`."""
         return at < len(self._view) and not isinstance(self._header_at(at), str)
 
     def _next_header(self, start: int) -> int:
-        """Where the first intact header at or after `start` is; the end of the buffer if there is none."""
+        """Where the first intact header at or after `start` is; if there is none, the end of what was written."""
         at = _find_magic(self._buffer, start)
         while at >= 0:
             if self.is_header(at):
                 return at
             at = _find_magic(self._buffer, at + 1)
-        return len(self._view)
+        return max(start, self._ahead_at)
+
+
+def _zeros_from(view: memoryview, low: int) -> int:
+    """Where the zeros begin that the buffer ends with, at or after `low`."""
+    end = len(view)
+    while end > low:
+        piece = bytes(view[max(low, end - _PIECE_BYTES) : end])
+        kept = len(piece.rstrip(b"\0"))
+        if kept:
+            return end - len(piece) + kept
+        end -= len(piece)
+    return end
 
 
 def _find_magic(buffer: Buffer, start: int) -> int:

@@ -20,6 +20,7 @@ from shformat import (
     ProducerStamp,
     Records,
     SegmentBuilder,
+    SpaceAhead,
     WalFileHeader,
     WalFrame,
     decode_batch,
@@ -70,13 +71,15 @@ def edges_batch(codec: Codec) -> bytes:
     return encode_batch(records_of(EDGES), epoch=1 << 40, codec=codec, producer=ProducerStamp(77, 3, 1 << 33))
 
 
-def wal_file() -> bytes:
-    parts = [encode_wal_file_header(TOPIC, 42, previous_size_bytes=123_456)]
+def wal_file(ahead_bytes: int = 0) -> bytes:
+    """With space ahead the second frame continues the group, and zeros follow."""
+    parts = [encode_wal_file_header(TOPIC, 42, previous_size_bytes=123_456, ahead_bytes=ahead_bytes)]
     for batch, partition in ((plain_batch(Codec.NONE), 3), (edges_batch(Codec.NONE), 4_000_000_000)):
         header = read_batch_header(batch)
         place = (TOPIC, partition, header.epoch, header.base_offset, header.record_count)
-        parts += [encode_frame_header(*place, batch), batch]
-    return b"".join(parts)
+        continues = ahead_bytes > 0 and len(parts) > 1
+        parts += [encode_frame_header(*place, batch, continues=continues), batch]
+    return b"".join(parts) + bytes(ahead_bytes // 8)
 
 
 def segment_file() -> bytes:
@@ -98,6 +101,7 @@ FILES = {
     "batch_v1_plain_gzip.bin": lambda: plain_batch(Codec.GZIP),
     "batch_v1_edges_gzip.bin": lambda: edges_batch(Codec.GZIP),
     "wal_v2.bin": wal_file,
+    "wal_v3.bin": lambda: wal_file(ahead_bytes=8192),
     "segment_v1.bin": segment_file,
 }
 # By other programs than the reader's own.
@@ -144,13 +148,18 @@ def test_golden_batches_decode(codec: str) -> None:
     assert (header.first_timestamp_ms, header.max_timestamp_ms) == (INT64_MIN, INT64_MAX)
 
 
-@pytest.mark.parametrize(("version", "previous_size_bytes"), [(1, 0), (2, 123_456)])
-def test_golden_wal_file_decodes(version: int, previous_size_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("version", "previous_size_bytes", "ahead_bytes"), [(1, 0, 0), (2, 123_456, 0), (3, 123_456, 8192)]
+)
+def test_golden_wal_file_decodes(version: int, previous_size_bytes: int, ahead_bytes: int) -> None:
     data = golden(f"wal_v{version}.bin")
     header = decode_wal_file_header(data)
-    assert header == WalFileHeader(TOPIC, 42, previous_size_bytes, version)
+    assert header == WalFileHeader(TOPIC, 42, previous_size_bytes, version, ahead_bytes)
     frames = list(scan_frames(data))
+    if ahead_bytes:
+        assert frames.pop() == SpaceAhead(len(data) - 1024, 1024)
     assert all(isinstance(frame, WalFrame) for frame in frames)
+    assert [frame.continues for frame in frames] == [False, ahead_bytes > 0]  # type: ignore[union-attr]
     rows = [rows_of(decode_batch(data[f.batch_at : f.at + f.size_bytes])) for f in frames]  # type: ignore[union-attr]
     assert rows == [PLAIN, EDGES]
 

@@ -37,8 +37,8 @@ def segment() -> bytes:
     return b"".join(builder.finish().parts)
 
 
-def wal_file() -> bytes:
-    parts = [encode_wal_file_header(TOPIC, 9)]
+def wal_file(ahead_bytes: int = 0) -> bytes:
+    parts = [encode_wal_file_header(TOPIC, 9, ahead_bytes=ahead_bytes)]
     for at in (0, 2, 4):
         parts += [encode_frame_header(TOPIC, 4, 3, at, 2, batch(at)), batch(at)]
     return b"".join(parts)
@@ -127,9 +127,24 @@ def test_a_cut_segment() -> None:
     assert described(b"")["blocks"] == []
 
 
+def test_zeros_ahead_of_the_last_frame_are_no_damage() -> None:
+    found = described_wal(wal_file(ahead_bytes=4096) + bytes(4000))
+    assert found["header"]["ahead_bytes"] == 4096
+    assert (found["space_ahead_bytes"], found["damage"], found["ends_in_damage"]) == (4000, [], False)
+    found = described_wal(flipped(wal_file(ahead_bytes=4096), WAL_FILE_HEADER_SIZE + 2 * FRAME + 1) + bytes(4000))
+    assert (found["space_ahead_bytes"], len(found["damage"]), found["ends_in_damage"]) == (4000, 1, True)
+    assert described_wal(wal_file() + bytes(4000))["ends_in_damage"] is True, "nothing was to be there"
+
+
 def test_a_sound_wal_file() -> None:
     found = described_wal(wal_file())
-    assert found["header"] == {"wal_id": TOPIC.hex(), "sequence": 9, "previous_size_bytes": 0, "version": 2}
+    assert found["header"] == {
+        "wal_id": TOPIC.hex(),
+        "sequence": 9,
+        "previous_size_bytes": 0,
+        "version": 2,
+        "ahead_bytes": 0,
+    }
     assert found["damage"] == []
     assert found["ends_in_damage"] is False
     assert found["record_count"] == 6

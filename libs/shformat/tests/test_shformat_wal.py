@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shformat import (
     FRAME_HEADER_SIZE,
+    WAL_AHEAD_BYTES_MAX,
+    WAL_AHEAD_UNIT_BYTES,
     WAL_FILE_HEADER_SIZE,
     WAL_FILE_HEADER_SIZE_V1,
     Codec,
@@ -20,6 +22,7 @@ from shformat import (
     FormatError,
     FormatLimits,
     Records,
+    SpaceAhead,
     WalFileHeader,
     WalFrame,
     decode_batch,
@@ -80,12 +83,14 @@ def assert_covers(data: bytes, items: list[WalFrame | DamagedSpan]) -> None:
     st.binary(min_size=16, max_size=16).filter(any),
     st.integers(0, INT64_MAX),
     st.just(0) | st.integers(WAL_FILE_HEADER_SIZE_V1, INT64_MAX),
+    st.integers(0, WAL_AHEAD_BYTES_MAX // WAL_AHEAD_UNIT_BYTES),
 )
-def test_file_header_round_trip(wal_id: bytes, sequence: int, previous: int) -> None:
-    encoded = encode_wal_file_header(wal_id, sequence, previous)
+def test_file_header_round_trip(wal_id: bytes, sequence: int, previous: int, units: int) -> None:
+    ahead_bytes = units * WAL_AHEAD_UNIT_BYTES
+    encoded = encode_wal_file_header(wal_id, sequence, previous, ahead_bytes)
     assert len(encoded) == WAL_FILE_HEADER_SIZE
     header = decode_wal_file_header(encoded + b"frames")
-    assert header == WalFileHeader(wal_id, sequence, previous)
+    assert header == WalFileHeader(wal_id, sequence, previous, 3 if units else 2, ahead_bytes)
     assert header.size_bytes == WAL_FILE_HEADER_SIZE
 
 
@@ -139,7 +144,8 @@ def test_file_header_damage_is_caught_bit_by_bit() -> None:
     ("form", "at", "value", "says"),
     [
         ("<4s", 0, b"SHWX", "WAL file magic"),
-        ("<H", 4, 3, "version is 3"),
+        ("<H", 4, 4, "version is 4"),
+        ("<H", 4, 3, "no space ahead"),
         ("<H", 6, 1, "flags are 0x0001"),
         ("<16s", 8, bytes(16), "wal id is"),
         ("<Q", 24, 1 << 63, "sequence is 9223372036854775808"),
@@ -262,6 +268,52 @@ def test_zeros_after_the_last_frame_are_one_span() -> None:
     items = list(scan_frames(wal_file(*FRAMES) + bytes(10_000)))
     assert good(items) == [0, 2, 3]
     assert [span.size_bytes for span in damage(items)] == [10_000]
+
+
+def ahead_file(*frames: bytes, zeros: int) -> bytes:
+    return encode_wal_file_header(WAL_ID, 9, 0, 4096) + b"".join(frames) + bytes(zeros)
+
+
+@pytest.mark.parametrize("zeros", [1, 60, 4096])
+def test_zeros_ahead_of_the_last_frame_are_no_damage(zeros: int) -> None:
+    ends_in_zeros = frame(6, [b"e" + bytes(100)])
+    for pieces in (FRAMES, [*FRAMES, ends_in_zeros], []):
+        data = ahead_file(*pieces, zeros=zeros)
+        items = list(scan_frames(data))
+        assert items.pop() == SpaceAhead(len(data) - zeros, zeros)
+        assert [item.size_bytes for item in items] == [len(piece) for piece in pieces]
+        assert damage(items) == []
+
+
+def test_more_zeros_than_the_header_allows_are_damage_as_far_as_they_go() -> None:
+    data = ahead_file(*FRAMES, zeros=5000)
+    end = len(data) - 5000
+    *frames, span, ahead = scan_frames(data)
+    assert good(frames) == [0, 2, 3]
+    assert (span.at, span.size_bytes, ahead) == (end, 5000 - 4096, SpaceAhead(end + 5000 - 4096, 4096))
+
+
+@pytest.mark.parametrize("last", [[b"c" * 100], [b"c" * 50 + bytes(50)]])
+def test_a_damaged_frame_before_the_space_ahead_costs_only_itself(last: list[bytes]) -> None:
+    piece = frame(2, last)
+    data = bytearray(ahead_file(FRAMES[0], piece, zeros=700))
+    data[STARTS[1] + FRAME_HEADER_SIZE + 90] ^= 4
+    items = list(scan_frames(data))
+    assert items.pop() == SpaceAhead(len(data) - 700, 700)
+    (span,) = damage(items)
+    assert span.lost is not None
+    assert (span.at, span.size_bytes) == (STARTS[1], len(piece))
+
+
+def test_a_frame_says_whether_it_continues_a_group() -> None:
+    batch = stamp_batch(encode_batch(Records.from_lists([b"a"])), 0, 3)
+    first = encode_frame_header(TOPIC, 2, 3, 0, 1, batch) + batch
+    second = encode_frame_header(TOPIC, 2, 3, 0, 1, batch, continues=True) + batch
+    items = list(scan_frames(ahead_file(first, second, zeros=0)))
+    assert [(item.continues, item.size_bytes) for item in items] == [(False, len(first)), (True, len(second))]  # type: ignore[union-attr]
+    flipped = bytearray(second)
+    flipped[15] ^= 0x80
+    assert good(list(scan_frames(ahead_file(first, bytes(flipped), zeros=0)))) == [0], "the header's CRC covers it"
 
 
 def test_damage_in_the_middle_and_a_torn_tail_stay_apart() -> None:

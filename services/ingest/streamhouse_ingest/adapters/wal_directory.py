@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 _FILE_NAME = re.compile(r"(\d{20})\.wal")
 _IDENTITY_VERSION = 1
+# Of a directory that may hold files of version 3 (with space ahead). Versions of StreamHouse that cannot read those
+# refuse the directory, instead of taking the marks of groups for damage.
+_IDENTITY_VERSION_AHEAD = 2
 _PID_CHARS = 20
 _SETTLED = "settled"
 _UNSYNCED = "unsynced"
@@ -29,9 +32,11 @@ _OPENING_VERSION = 1
 class WalDirectory:
     """An opened, locked directory. Use `open`."""
 
-    def __init__(self, path: Path, lock: int, wal_id: bytes) -> None:
+    def __init__(self, path: Path, lock: int, agent_id: str, wal_id: bytes, version: int) -> None:
         self.path = path
         self.wal_id = wal_id
+        self._agent_id = agent_id
+        self._version = version
         self._lock = lock
         self._note = HistoryNote(path / _HISTORY)
 
@@ -48,10 +53,10 @@ class WalDirectory:
         try:
             _lock(lock, path)
             (path / _ROOM).unlink(missing_ok=True)  # of a process that was killed in has_space: a file of full size
-            wal_id = _identity(path, agent_id)
+            wal_id, version = _identity(path, agent_id)
             if not files.make_private(path):
                 log.warning("%s holds records, is open to other users and belongs to one: `chmod 700` it", path)
-            return cls(path, lock, wal_id)
+            return cls(path, lock, agent_id, wal_id, version)
         except BaseException:
             os.close(lock)
             raise
@@ -68,6 +73,12 @@ class WalDirectory:
                 raise WalDirectoryError(f"{path}: not a name of a write-ahead log file")
             found.append(int(match[1]))
         return sorted(found)
+
+    def note_space_ahead(self) -> None:
+        """Notes, durably, that files of version 3 may be in the directory from now on. Raises OSError."""
+        if self._version < _IDENTITY_VERSION_AHEAD:
+            _write_identity(self.path / "identity", self._agent_id, self.wal_id, _IDENTITY_VERSION_AHEAD)
+            self._version = _IDENTITY_VERSION_AHEAD
 
     def settled_before(self) -> int:
         """The ends of all ranges with frames in files below this number have been declared to the coordinator."""
@@ -161,24 +172,27 @@ def _lock(lock: int, path: Path) -> None:
             raise
 
 
-def _identity(path: Path, agent_id: str) -> bytes:
+def _identity(path: Path, agent_id: str) -> tuple[bytes, int]:
     file = path / "identity"
     if not file.exists():
         if any(path.glob("*.wal")):
             raise WrongIdentity(
                 f"{path}: there are log files but no identity file; restore it or use another directory"
             )
-        return _create_identity(file, agent_id)
+        wal_id = uuid.uuid4().bytes
+        _write_identity(file, agent_id, wal_id, _IDENTITY_VERSION)
+        return wal_id, _IDENTITY_VERSION
     try:
         content = json.loads(file.read_text())
         version, owner, wal_id = content["version"], content["agent_id"], bytes.fromhex(content["wal_id"])
     except (ValueError, KeyError, TypeError) as error:
         raise WrongIdentity(f"{file}: not an identity file: {error!r}") from error
-    if version != _IDENTITY_VERSION or len(wal_id) != 16:
-        raise WrongIdentity(f"{file}: version {version}, wal_id of {len(wal_id)} bytes; this agent knows 1 and 16")
+    if version not in (_IDENTITY_VERSION, _IDENTITY_VERSION_AHEAD) or len(wal_id) != 16:
+        known = f"{_IDENTITY_VERSION} to {_IDENTITY_VERSION_AHEAD} and 16"
+        raise WrongIdentity(f"{file}: version {version}, wal_id of {len(wal_id)} bytes; this agent knows {known}")
     if owner != agent_id:
         raise WrongIdentity(f"{path}: belongs to agent {owner!r}, this one is {agent_id!r}")
-    return wal_id
+    return wal_id, version
 
 
 def _opening_of(file: Path, sequence: int, address: str) -> str:
@@ -192,8 +206,6 @@ def _opening_of(file: Path, sequence: int, address: str) -> str:
     return token if said == (_OPENING_VERSION, sequence, address) else ""
 
 
-def _create_identity(file: Path, agent_id: str) -> bytes:
-    wal_id = uuid.uuid4().bytes
-    content = json.dumps({"version": _IDENTITY_VERSION, "agent_id": agent_id, "wal_id": wal_id.hex()})
+def _write_identity(file: Path, agent_id: str, wal_id: bytes, version: int) -> None:
+    content = json.dumps({"version": version, "agent_id": agent_id, "wal_id": wal_id.hex()})
     files.write_text(file, content + "\n")
-    return wal_id

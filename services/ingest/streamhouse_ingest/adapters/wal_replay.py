@@ -6,12 +6,14 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from shformat import (
     FRAME_HEADER_SIZE,
     WAL_FILE_HEADER_SIZE,
     DamagedSpan,
     FormatError,
+    SpaceAhead,
     WalFrame,
     decode_wal_file_header,
     read_batch_headers,
@@ -22,11 +24,11 @@ from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.core.replay import Replay, runs_of
 from streamhouse_ingest.core.wal_index import WalIndex
+from streamhouse_ingest.core.wal_tail import Tail, judge_tail
 from streamhouse_ingest.ports import WrongIdentity
 
 log = logging.getLogger(__name__)
 
-_SECTOR_BYTES = 512
 _OTHER_FILE = "the header says it is file"
 # Files are tried for what cannot be read in steps of this many bytes, then page by page where one fails.
 _TRY_BYTES = 1024 * 1024
@@ -36,6 +38,7 @@ _PAGE_BYTES = 4096
 _FRAMES_TOGETHER = 4096
 
 FileBytes = mmap.mmap | bytearray
+ScannedItem = WalFrame | DamagedSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +114,9 @@ class _Files:
         if declared is not None and size_bytes > declared:
             log.warning("%s: %d bytes beyond what was written in it are ignored", path, size_bytes - declared)
             size_bytes = declared
-        with _bytes_of(fd, size_bytes, str(path)) as buffer:
-            good_end = self._read_frames(sequence, buffer, is_last=is_last)
+        with _bytes_of(fd, size_bytes, str(path)) as (buffer, unreadable):
+            good_end = self._read_frames(sequence, buffer, is_last=is_last, is_readable=not unreadable)
         if is_last and good_end < size_bytes:
-            log.warning("%s: torn tail of %d bytes cut off at byte %d", path, size_bytes - good_end, good_end)
             os.ftruncate(fd, good_end)
             os.fsync(fd)
         return good_end
@@ -150,7 +152,7 @@ class _Files:
         """Whether damage in this file concerns ranges whose ends are not declared yet."""
         return sequence >= self._settled_before
 
-    def _read_frames(self, sequence: int, buffer: FileBytes, *, is_last: bool) -> int:
+    def _read_frames(self, sequence: int, buffer: FileBytes, *, is_last: bool, is_readable: bool) -> int:
         """Adds the file's frames; returns where its good part ends."""
         header_damage = self._check_header(sequence, buffer)
         if header_damage is not None and is_last and len(buffer) <= WAL_FILE_HEADER_SIZE:
@@ -158,34 +160,66 @@ class _Files:
         if header_damage is not None:
             other_file = header_damage.startswith(_OTHER_FILE) and self._hides(sequence)
             self.replay.damaged(sequence, 0, WAL_FILE_HEADER_SIZE, header_damage, hides=other_file)
-        tail = self._read_items(sequence, buffer)
-        if is_last and tail and _is_cut_off(tail, len(buffer)):
-            return tail[0].at
-        if is_last and tail and _lost_a_sector(buffer, tail[0].at):
-            self._report_torn(sequence, tail[0], len(buffer))
-        else:
-            self._report(sequence, tail)
-        return len(buffer)
+        # Elsewhere there is no space ahead: a file is cut back before the next one is begun. Where the disk gives zeros
+        # for what it cannot read, zeros prove nothing.
+        is_plain = not is_last or not is_readable or header_damage is not None
+        ahead_bytes = 0 if is_plain else decode_wal_file_header(buffer).ahead_bytes
+        tail, written_end = self._read_items(sequence, buffer, ahead_bytes)
+        if not tail:
+            return written_end
+        first = tail[0]
+        assert isinstance(first, DamagedSpan), "a tail begins with damage"
+        judged = judge_tail(buffer, first, ahead_bytes) if is_last else Tail.DAMAGED
+        if judged is Tail.UNFINISHED:
+            path = self._directory.file_path(sequence)
+            log.warning("%s: unfinished write of %d bytes cut off at byte %d", path, written_end - first.at, first.at)
+            return first.at
+        if judged is Tail.TORN:
+            self._report_torn(sequence, first, written_end)
+            return _end_of_torn(tail, len(buffer))
+        self._settle(sequence, buffer, tail)
+        # At least a frame's header stays, or the next start would take it for one that was cut off.
+        return min(max(written_end, first.at + FRAME_HEADER_SIZE), len(buffer))
 
-    def _read_items(self, sequence: int, buffer: FileBytes) -> list[DamagedSpan]:
-        """Adds the file's frames; returns the damage that no valid frame follows."""
-        tail: list[DamagedSpan] = []
+    def _read_items(self, sequence: int, buffer: FileBytes, ahead_bytes: int) -> tuple[list[ScannedItem], int]:
+        """Adds the file's frames; returns the tail, which no frame proves synced, and where the written part ends.
+
+        The tail begins with damage. A frame that continues a group was synced together with what lies before it in the
+        group, so that it proves nothing; groups are marked where `ahead_bytes` is not 0.
+        """
+        tail: list[ScannedItem] = []
         frames: list[WalFrame] = []  # valid, not added yet: nothing damaged lies between them
         for item in scan_frames(buffer):
+            if isinstance(item, SpaceAhead):
+                if ahead_bytes:
+                    self._add(buffer, sequence, frames)
+                    return tail, item.at
+                item = DamagedSpan(item.at, item.size_bytes, "zeros")
             if isinstance(item, DamagedSpan):
                 self._add(buffer, sequence, frames)
                 frames = []
                 tail.append(item)
                 continue
+            if tail and ahead_bytes and item.continues:
+                tail.append(item)
+                continue
             if tail:
-                self._report(sequence, tail)
+                self._settle(sequence, buffer, tail)
                 tail = []
             frames.append(item)
             if len(frames) == _FRAMES_TOGETHER:
                 self._add(buffer, sequence, frames)
                 frames = []
         self._add(buffer, sequence, frames)
-        return tail
+        return tail, len(buffer)
+
+    def _settle(self, sequence: int, buffer: FileBytes, items: Sequence[ScannedItem]) -> None:
+        """Reports the damage among the items and adds the frames, in their order."""
+        for is_damage, run in groupby(items, lambda item: isinstance(item, DamagedSpan)):
+            if is_damage:
+                self._report(sequence, [item for item in run if isinstance(item, DamagedSpan)])
+            else:
+                self._add(buffer, sequence, [item for item in run if isinstance(item, WalFrame)])
 
     def _check_header(self, sequence: int, buffer: FileBytes) -> str | None:
         """What is wrong with the file's header. Raises WrongIdentity when it is sound and names another log."""
@@ -234,12 +268,12 @@ class _Files:
                 key = LogKey(span.lost.topic_id, span.lost.partition, span.lost.epoch)
                 self.replay.lost(key, span.lost.base_offset, span.lost.record_count)
 
-    def _report_torn(self, sequence: int, first: DamagedSpan, size_bytes: int) -> None:
+    def _report_torn(self, sequence: int, first: DamagedSpan, end: int) -> None:
         """A power failure can leave the size of the last write and only some of its sectors. It stays in the file: it
         is looked at again at every start until a session has been opened."""
         if self._hides(sequence):
             path = self._directory.file_path(sequence)
-            left = size_bytes - first.at
+            left = end - first.at
             log.warning("%s: the last %d bytes, from byte %d on, look like a torn write: ignored", path, left, first.at)
             self.replay.torn()
 
@@ -258,13 +292,14 @@ def _forget_cached(fd: int) -> None:
 
 
 @contextlib.contextmanager
-def _bytes_of(fd: int, size_bytes: int, name: str) -> Iterator[FileBytes]:
-    """The file, mapped; a copy with zeros in place of pages that the disk does not give back (a mapped one would kill
-    the process): at the end of the last file they make a torn tail, elsewhere damage."""
+def _bytes_of(fd: int, size_bytes: int, name: str) -> Iterator[tuple[FileBytes, Sequence[int]]]:
+    """Yields the file, mapped, and where the pages lie that the disk does not give back. If there are any, the file is
+    a copy with zeros in their place (a mapped one would kill the process): at the end of the last file they make a torn
+    tail, elsewhere damage."""
     unreadable = list(_unreadable(fd, size_bytes))
     if not unreadable:
         with mmap.mmap(fd, size_bytes, access=mmap.ACCESS_READ) as mapped:
-            yield mapped
+            yield mapped, ()
         return
     log.error("%s: %d pages cannot be read, the first at byte %d", name, len(unreadable), unreadable[0])
     copy, holes = bytearray(size_bytes), set(unreadable)
@@ -272,7 +307,7 @@ def _bytes_of(fd: int, size_bytes: int, name: str) -> Iterator[FileBytes]:
         if at not in holes:
             part = os.pread(fd, min(_PAGE_BYTES, size_bytes - at), at)
             copy[at : at + len(part)] = part
-    yield copy
+    yield copy, unreadable
 
 
 def _unreadable(fd: int, size_bytes: int) -> Iterator[int]:
@@ -291,19 +326,15 @@ def _can_read(fd: int, size_bytes: int, at: int) -> bool:
         return False
 
 
-def _is_cut_off(tail: Sequence[DamagedSpan], size_bytes: int) -> bool:
-    """The file ends within a frame: so far the write came. Nothing that was synced can look like this."""
+def _end_of_torn(tail: Sequence[ScannedItem], size_bytes: int) -> int:
+    """Returns where a file with a torn tail ends from now on: before valid frames that lie behind the torn one.
+
+    They are of the same group, which was not acknowledged: their producers send them again. A later start, for which
+    the file is not the last one, would add them to the log a second time. The torn frame stays, so that the next start
+    comes to the same conclusion.
+    """
     first = tail[0]
-    if first.lost is None:
-        return first.size_bytes < FRAME_HEADER_SIZE
-    return first.at + first.lost.size_bytes > size_bytes
-
-
-def _lost_a_sector(buffer: FileBytes, at: int) -> bool:
-    """Whether a sector holds nothing but zeros, as far as it lies behind byte `at` and before the file's end."""
-    while at < len(buffer):
-        end = at - at % _SECTOR_BYTES + _SECTOR_BYTES
-        if not buffer[at:end].strip(b"\0"):
-            return True
-        at = end
-    return False
+    if not any(isinstance(item, WalFrame) for item in tail):
+        return size_bytes
+    lost = first.lost if isinstance(first, DamagedSpan) else None
+    return min(first.at + (first.size_bytes if lost is None else lost.size_bytes), size_bytes)
