@@ -5,6 +5,7 @@ visible, never fatal).
 """
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -85,7 +86,7 @@ async def test_g1_g7_leaderships_leave_an_agent_whose_disk_is_full(cluster: Clus
             async def write(rounds: int) -> None:
                 for number in range(rounds):
                     for partition in range(PARTITIONS):
-                        value = b"%d" % number + bytes(20_000)
+                        value = b"%d" % number + os.urandom(20_000)  # beyond the space ahead, which the log has
                         metadata = await (await producer.send(TOPIC, value, partition=partition))
                         assert metadata.offset not in sent[partition]
                         sent[partition][metadata.offset] = value

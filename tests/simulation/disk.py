@@ -15,9 +15,9 @@ from tests.simulation.loop import Process
 SECTOR_BYTES = 512
 FORGOTTEN_SHARE = 0.5
 """Of failed fsyncs: after these the kernel takes for clean what it could not write; else it is dirty still."""
-FATES = ("nothing", "prefix", "some", "zeros", "everything")
+FATES = ("nothing", "prefix", "some", "zeros", "sectors", "everything")
 """Of what was not synced. some: each write or not, whatever their order. zeros: the file has its new size, but from
-some sector on not what was written."""
+some sector on not what was written. sectors: of what was written in place, each sector is new or old."""
 
 Entries = dict[str, "SimFile"]
 
@@ -72,6 +72,8 @@ class SimFile:
                     _apply(left, at, data[: rng.randrange(len(data))])
             if fate == "zeros":
                 self._lose_sectors(left, rng)
+            if fate == "sectors":
+                self._keep_old_sectors(left, rng)
         self.data, self.durable = left, bytes(left)
         self.writes.clear()
         self.locked_by = None
@@ -81,6 +83,13 @@ class SimFile:
         sector = rng.randrange(len(left) // SECTOR_BYTES + 1)
         for at in range(max(sector * SECTOR_BYTES, len(self.durable)), len(left)):
             left[at] = 0
+
+    def _keep_old_sectors(self, left: bytearray, rng: random.Random) -> None:
+        """What the file has grown by is there: its size comes after its content."""
+        for at in range(0, min(len(left), len(self.durable)), SECTOR_BYTES):
+            if rng.random() < 0.5:
+                old = self.durable[at : min(at + SECTOR_BYTES, len(left))]
+                left[at : at + len(old)] = old
 
 
 def _apply(data: bytearray, at: int, new: bytes | None) -> None:

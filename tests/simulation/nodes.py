@@ -232,7 +232,9 @@ class IngestNode(Node):
             rpc_timeout_ms=RPC_TIMEOUT_MS,
         )
         # Less than an operator may set: so that files of the log are full, and go, within a run.
-        settings = settings.model_copy(update={"wal_file_bytes": self.around.rng.choice((2, 8, 64)) * 1024})
+        wal_file_bytes = self.around.rng.choice((2, 8, 64)) * 1024
+        wal_ahead_bytes = self.around.rng.choice((0, 16)) * 1024
+        settings = settings.model_copy(update={"wal_file_bytes": wal_file_bytes, "wal_ahead_bytes": wal_ahead_bytes})
         service = ingest_wiring.build(settings, self.around.coordinator(), self.clock)
         self.around.network.listen(self.address, process, service.api)
         self.service = service

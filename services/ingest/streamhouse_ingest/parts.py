@@ -126,7 +126,12 @@ def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) 
 
 def _writer(around: AgentContext, opened: OpenedLog, logs: Logs, lease: Lease, room: WalSpace) -> Writer:
     settings = around.settings
-    limits = WriterLimits(settings.queue_bytes_max, settings.wal_group_bytes_max, settings.wal_bytes_max)
+    limits = WriterLimits(
+        queue_bytes_max=settings.queue_bytes_max,
+        group_bytes_max=settings.wal_group_bytes_max,
+        wal_bytes_max=settings.wal_bytes_max,
+        wal_ahead_bytes=settings.space_ahead_bytes,
+    )
     return Writer(logs, opened.wal, opened.index, lease, around.thread, around.clock, limits, around.metrics, room)
 
 

@@ -79,7 +79,7 @@ class Wal(Protocol):
 
     @property
     def active_bytes(self) -> int:
-        """Its size."""
+        """Its size, without the space ahead."""
 
     @property
     def broken(self) -> bool:
@@ -109,7 +109,7 @@ class Wal(Protocol):
         """Keeps it beside the log, durably. Raises OSError."""
 
     def close(self) -> None:
-        """Syncs and closes the active file. Raises WalBroken."""
+        """Syncs and closes the active file, without the space ahead. Raises WalBroken."""
 
 
 class BatchReader(Protocol):

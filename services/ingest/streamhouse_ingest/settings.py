@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
+from shformat import WAL_AHEAD_BYTES_MAX
 from shruntime.memory import MIB, MemoryShare
 from shruntime.settings import CommonSettings
 
@@ -33,6 +34,14 @@ class IngestSettings(CommonSettings):
         ge=64 * 1024,
         le=4 * GIB,
         description="bytes of one log file; space is given back in files, so two sealed buffers' worth",
+    )
+    wal_ahead_bytes: int = Field(
+        MIB,
+        ge=0,
+        le=WAL_AHEAD_BYTES_MAX,
+        description="bytes of zeros that a log file has behind its last batch, at most a quarter of wal_file_bytes: "
+        "with wal_fsync=always groups of up to a quarter of these are written over them, so that their fsync has no "
+        "file size to journal; 0: off",
     )
     wal_bytes_max: int = Field(
         8 * GIB,
@@ -165,6 +174,11 @@ class IngestSettings(CommonSettings):
         50, ge=1, le=60_000, description="ms before a failed call to the coordinator is repeated"
     )
     retry_max_ms: int = Field(5_000, ge=1, le=600_000, description="ms that such a wait grows to")
+
+    @property
+    def space_ahead_bytes(self) -> int:
+        """Number of bytes that files of the log have ahead of their last batch."""
+        return min(self.wal_ahead_bytes, self.wal_file_bytes // 4) if self.wal_fsync == "always" else 0
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

@@ -78,6 +78,7 @@ def open_log(settings: IngestSettings) -> OpenedLog:
         file_bytes=settings.wal_file_bytes,
         fsync_each=settings.wal_fsync == "always",
         previous_size_bytes=replayed.previous_size_bytes,
+        ahead_bytes=settings.space_ahead_bytes,
     )
     reader = FileBatchReader(directory)
     return OpenedLog(directory.wal_id, replayed.replay, replayed.index, wal, reader, seen, directory.close)

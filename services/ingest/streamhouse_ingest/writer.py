@@ -80,6 +80,7 @@ class WriterLimits:
     queue_bytes_max: int
     group_bytes_max: int
     wal_bytes_max: int
+    wal_ahead_bytes: int
 
 
 class Writer:
@@ -131,7 +132,7 @@ class Writer:
         size_bytes = len(append.batch)
         if self.queue_bytes + size_bytes > self._limits.queue_bytes_max:
             raise overloaded("queue_bytes_max", self._limits.queue_bytes_max, self.queue_bytes, _QUEUE_RETRY_MS)
-        wal_bytes = self._index.size_bytes + self.queue_bytes
+        wal_bytes = self._index.size_bytes + self._limits.wal_ahead_bytes + self.queue_bytes
         if wal_bytes + size_bytes > self._limits.wal_bytes_max and not self._only_next_makes_room:
             raise overloaded("wal_bytes_max", self._limits.wal_bytes_max, wal_bytes, _WAL_RETRY_MS)
         if self._logs.memory_full:
