@@ -176,11 +176,18 @@ class Assignments:
         """Wakes those who may do the next step: `run`, or whoever asks for records."""
         self._progress.set()
         self._reader.notify()
-        with_callback = self.callbacks.kinds()
-        idle = not self._is_beginning
-        self.is_due = idle and self._hand_over.next_step(with_callback) is not None
-        if self._hand_over.next_step(set(Kind) - with_callback) is not None:
+        self._note_due()
+        if self._hand_over.next_step(set(Kind) - self.callbacks.kinds()) is not None:
             self._news.set()
+
+    def _note_due(self) -> None:
+        """Says in `is_due` whether there is something for whoever asks for records: a step that nobody has begun, or a
+        callback that runs and whose caller was cancelled. What another does is nothing to ask for: asking again and
+        again would leave the event loop no turn to do it."""
+        if self._calling is not None:
+            self.is_due = not self._is_awaited
+        else:
+            self.is_due = not self._is_beginning and self._hand_over.next_step(self.callbacks.kinds()) is not None
 
     def replace_callbacks(self, callbacks: Callbacks) -> None:
         """Calls these from now on."""
@@ -218,6 +225,7 @@ class Assignments:
         if self._is_beginning:
             return None
         self._is_beginning = True
+        self._note_due()
         committed: set[TopicPartition] = set()
         try:
             while True:
@@ -256,6 +264,7 @@ class Assignments:
             elif self._is_awaited:
                 return  # another task's; what it is about is not read meanwhile
             self._is_awaited = True
+            self._note_due()
             calling = self._calling
             try:
                 await asyncio.shield(calling)
@@ -263,7 +272,7 @@ class Assignments:
                 self._is_awaited = False
                 if calling.done():
                     self._calling = None
-                self._progress.set()
+                self._look()
 
     async def _call(self) -> None:
         step = await self._begin(with_callback=True)
@@ -325,3 +334,4 @@ class Assignments:
         if self._calling is not None:
             self._calling.cancel()
             await asyncio.gather(self._calling, return_exceptions=True)
+            self._calling = None

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from shproto.errors import IllegalGeneration, InvalidArgument, PollIntervalExceeded, UnknownMember
 from streamhouse import Consumer, Producer, errors
+from streamhouse.assignments import Assignments
 from streamhouse.records import TopicPartition
 
 PATIENCE_S = 60
@@ -479,3 +480,38 @@ async def test_what_is_no_callback_is_refused(address):
         Consumer(address, ["t"], on_lost=3)
     with pytest.raises(errors.InvalidArgument, match="assign"):
         Consumer(address, assign=[("t", 0)], on_assigned=print)
+
+
+async def test_several_tasks_that_wait_leave_the_event_loop_its_turns(platform, address, monkeypatch):
+    """One calls the callback; the others neither call it nor ask again and again whether it is due."""
+    platform.add_topic("t", 1)
+    await fill(address, 5, partitions=1)
+    asked, call_due = [], Assignments.call_due
+
+    async def counted(assignments):
+        asked.append(assignments)
+        await call_due(assignments)
+
+    monkeypatch.setattr(Assignments, "call_due", counted)
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    async def also(kind, partitions):
+        entered.set()
+        await go_on.wait()
+
+    told = Told(also)
+    async with Consumer(address, ["t"], group="g") as first:
+        second = Consumer(address, ["t"], group="g", **told.both)
+        await second.start()
+        assert not second.assignment, "the first member has it"
+        waiting = [asyncio.create_task(second.wait_for_assignment(PATIENCE_S * 1000)) for _ in range(3)]
+        await first.close()
+        async with asyncio.timeout(PATIENCE_S):
+            await entered.wait()
+        before = len(asked)
+        await asyncio.sleep(0.3)
+        assert len(asked) <= before + len(waiting), "each was woken once at most"
+        go_on.set()
+        assert await asyncio.gather(*waiting) == [{("t", 0)}] * 3
+        assert told.calls == [("assigned", {0})]
+        await second.close()
