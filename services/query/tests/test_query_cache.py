@@ -148,6 +148,19 @@ async def test_a_smaller_limit_after_a_restart_drops_what_was_used_longest_ago(t
     cache.close()
 
 
+async def test_two_writes_of_a_chunk_at_once_are_no_error(tmp_path: Path) -> None:
+    """One reader has fetched the beginning of a chunk, another all of it."""
+    counters = Counters()
+    cache = DiskCache(tmp_path, 10 * CHUNK, CHUNK, counters)
+    await cache.open()
+    for number in range(50):
+        chunk = ChunkId("object", number)
+        await asyncio.gather(*(cache.write(chunk, bytes(size)) for size in (CHUNK, CHUNK // 2, CHUNK)))
+    cache.close()
+    assert counters.cache_write_errors == 0
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 async def test_half_written_files_are_removed_and_foreign_ones_do_not_count(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, 1 << 20, CHUNK, Counters())
     await cache.open()

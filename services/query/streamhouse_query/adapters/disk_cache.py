@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -42,6 +43,7 @@ class DiskCache:
         self._limit: LruLimit[str] = LruLimit(bytes_max)
         self._counters = counters
         self._lock = -1
+        self._numbers = itertools.count()
         self._next_complaint_s = 0.0
 
     @property
@@ -147,7 +149,8 @@ class DiskCache:
     def _write(self, name: str, content: bytes, gone: Sequence[str]) -> None:
         self._unlink(gone)
         path = self._path(name)
-        unfinished = path.with_name(f"{name}.tmp")
+        # Two writes of a chunk may overlap, one of them longer: each has a file of its own until it is whole.
+        unfinished = path.with_name(f"{name}.{next(self._numbers)}.tmp")
         try:
             path.parent.mkdir(
                 PRIVATE_DIRECTORY, parents=True, exist_ok=True
