@@ -16,12 +16,17 @@ from shruntime.settings import CommonSettings
 
 
 def install(service: str, settings: CommonSettings) -> None:
-    """Sets the global tracer and meter providers; raises OSError when the Prometheus port is taken."""
+    """Sets the global tracer and meter providers; raises OSError when the Prometheus port is taken.
+
+    `Telemetry.shutdown` shuts them down, within its time limit; their own handlers at exit would have none.
+    """
     resource = Resource.create({"service.name": f"streamhouse-{service}", "service.instance.id": settings.advertise})
     readers: list[MetricReader] = []
     if settings.otlp_endpoint:
         exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=_insecure(settings.otlp_endpoint))
-        provider = TracerProvider(resource=resource, sampler=ParentBasedTraceIdRatio(settings.trace_sample_ratio))
+        provider = TracerProvider(
+            resource=resource, sampler=ParentBasedTraceIdRatio(settings.trace_sample_ratio), shutdown_on_exit=False
+        )
         provider.add_span_processor(BatchSpanProcessor(exporter))
         trace.set_tracer_provider(provider)
         metric_exporter = OTLPMetricExporter(
@@ -32,7 +37,7 @@ def install(service: str, settings: CommonSettings) -> None:
         host, _, port = settings.prometheus_listen.rpartition(":")
         readers.append(PrometheusMetricReader())
         serve_metrics(host.strip("[]"), int(port))
-    metrics.set_meter_provider(MeterProvider(readers, resource))
+    metrics.set_meter_provider(MeterProvider(readers, resource, shutdown_on_exit=False))
 
 
 def _insecure(endpoint: str) -> bool:

@@ -148,6 +148,12 @@ class CommonSettings(BaseSettings):
     otlp_endpoint: str = Field(
         "", description="OTLP/gRPC collector for traces and metrics, e.g. http://127.0.0.1:4317; empty: off"
     )
+    otlp_flush_timeout_ms: int = Field(
+        3_000,
+        ge=0,
+        description="how long a stop waits for the collector to take what is buffered; a dead one must not outlast the "
+        "patience of who stops the process (10 s of `docker stop`)",
+    )
     trace_sample_ratio: float = Field(
         0.01, ge=0, le=1, description="part of the traces that is kept; 1 in 100 keeps the cost unmeasurable"
     )

@@ -7,6 +7,8 @@ Modules take their tracer and meter from the OpenTelemetry API (`trace.get_trace
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from shruntime.counters import start_at_zero
 from shruntime.settings import CommonSettings
+
+log = logging.getLogger(__name__)
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 
@@ -48,8 +52,9 @@ def _is_no_cut_stream(record: logging.LogRecord) -> bool:
 class Telemetry:
     """What was installed; `shutdown` flushes it."""
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, enabled: bool, flush_timeout_ms: int = 0) -> None:
         self.enabled = enabled
+        self._flush_timeout_ms = flush_timeout_ms
 
     @classmethod
     def configure(cls, service: str, settings: CommonSettings) -> Telemetry:
@@ -60,7 +65,7 @@ class Telemetry:
 
         _telemetry_sdk.install(service, settings)
         start_at_zero()
-        return cls(enabled=True)
+        return cls(enabled=True, flush_timeout_ms=settings.otlp_flush_timeout_ms)
 
     def client(self) -> Sequence[grpc.aio.ClientInterceptor]:
         """Interceptors for outgoing gRPC calls."""
@@ -80,9 +85,22 @@ class Telemetry:
         return [aio_server_interceptor()]  # type: ignore[no-untyped-call]
 
     def shutdown(self) -> None:
-        """Flushes what is buffered; safe to call when telemetry is off."""
-        if self.enabled:
-            for provider in (trace.get_tracer_provider(), metrics.get_meter_provider()):
-                stop = getattr(provider, "shutdown", None)
-                if stop is not None:
-                    stop()
+        """Flushes what is buffered, for at most otlp_flush_timeout_ms; safe to call when telemetry is off."""
+        if not self.enabled:
+            return
+        stops = [
+            threading.Thread(target=stop, name="telemetry shutdown", daemon=True)
+            for provider in (trace.get_tracer_provider(), metrics.get_meter_provider())
+            if (stop := getattr(provider, "shutdown", None)) is not None
+        ]
+        deadline_s = time.monotonic() + self._flush_timeout_ms / 1000
+        for thread in stops:  # side by side: a collector that is dead costs the time once
+            thread.start()
+        for thread in stops:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        if any(thread.is_alive() for thread in stops):
+            log.warning(
+                "the last traces and metrics are dropped: the collector has not taken them within "
+                "otlp_flush_timeout_ms = %d",
+                self._flush_timeout_ms,
+            )

@@ -104,3 +104,32 @@ def test_counters_are_there_from_the_start_at_0() -> None:
     ended = subprocess.run([sys.executable, "-c", FROM_START], capture_output=True, text=True, timeout=60)
     lines = ["before_total store 0.0", "before_total peer 0.0", "open None 0.0", "after_total None 0.0"]
     assert ended.stdout.splitlines() == lines, ended.stderr
+
+
+SILENT_COLLECTOR = """
+import logging, socket, sys
+from opentelemetry import trace
+from shruntime.settings import CommonSettings
+from shruntime.telemetry import Telemetry
+logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout, level=logging.WARNING)
+with socket.create_server(("127.0.0.1", 0)) as silent:
+    endpoint = "http://127.0.0.1:%d" % silent.getsockname()[1]
+    settings = CommonSettings.load({}, otlp_endpoint=endpoint, trace_sample_ratio=1, otlp_flush_timeout_ms=200)
+    telemetry = Telemetry.configure("test", settings)
+    with trace.get_tracer("test").start_as_current_span("work"):
+        pass
+    telemetry.shutdown()
+    print("stopped", flush=True)
+"""
+
+
+def test_a_silent_collector_delays_a_stop_by_the_flush_timeout_only() -> None:
+    """The exporters' own limits are 10 and 30 s, and their handlers at exit would wait once more."""
+    ended = subprocess.run([sys.executable, "-c", SILENT_COLLECTOR], capture_output=True, text=True, timeout=60)
+    lines = [line for line in ended.stdout.splitlines() if not line.startswith("opentelemetry")]
+    assert lines == [
+        "shruntime.telemetry the last traces and metrics are dropped: the collector has not taken them within "
+        "otlp_flush_timeout_ms = 200",
+        "stopped",
+    ], ended
+    assert ended.returncode == 0
