@@ -158,7 +158,7 @@ async def test_two_writes_of_a_chunk_at_once_are_no_error(tmp_path: Path) -> Non
         await asyncio.gather(*(cache.write(chunk, bytes(size)) for size in (CHUNK, CHUNK // 2, CHUNK)))
     cache.close()
     assert counters.cache_write_errors == 0
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert {path.suffix for path in chunk_files(tmp_path)} == {""}, "nothing unfinished is left"
 
 
 async def test_half_written_files_are_removed_and_foreign_ones_do_not_count(tmp_path: Path) -> None:
