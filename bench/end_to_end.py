@@ -23,11 +23,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from streamhouse import Admin, Consumer, Producer, SendResult
+from streamhouse import Admin, Consumer, Producer
 from streamhouse.cli.serve_process import ServeProcess
 
 from bench.common import Wrong, children, usage
 from bench.loads.records import make_records
+from bench.loads.streamhouse import flood
 from bench.loads.turns import LOADS, Row, turn
 from bench.peers.streamhouse import StreamHouseServer
 
@@ -127,36 +128,24 @@ async def produce(address: str, pid: int, values: list[bytes], options: argparse
     async with Admin(address) as admin:
         await admin.create_topic(TOPIC, partitions=options.partitions)
     keys = [b"key-%d" % (number * 7919 % options.keys) for number in range(BATCH_RECORDS)] if options.keys else None
-    room = asyncio.Semaphore(options.in_flight)
-    acks_s: list[float] = []
-
-    async def acknowledged(result: SendResult, sent_s: float) -> None:
-        try:
-            await result
-        finally:
-            room.release()
-        acks_s.append(time.perf_counter() - sent_s)
-
-    tasks = []
     async with Producer(address, acks="wal", linger_ms=2, compression="lz4") as producer:
         await (await producer.send_many(TOPIC, values[:BATCH_RECORDS], keys))  # connections, idempotent id, first fsync
         cpu_s = usage(pid).cpu_s, time.process_time()
-        began_s, at = time.perf_counter(), 0
-        while time.perf_counter() - began_s < options.seconds:
-            await room.acquire()
-            batch = values[at : at + BATCH_RECORDS]
-            at = (at + BATCH_RECORDS) % len(values)
-            sent_s = time.perf_counter()
-            tasks.append(asyncio.create_task(acknowledged(await producer.send_many(TOPIC, batch), sent_s)))
-        await asyncio.gather(*tasks)
-        seconds = time.perf_counter() - began_s
-    count = len(tasks) * BATCH_RECORDS
-    run["produce"] = count / seconds
-    run["produce_bytes"] = count * RECORD_BYTES / seconds / 1e6
-    run["produce_cpu_serve"] = (usage(pid).cpu_s - cpu_s[0]) / count * 1e6
-    run["produce_cpu_client"] = (time.process_time() - cpu_s[1]) / count * 1e6
-    run["ack_p50"], run["ack_p99"] = (np.percentile(acks_s, [50, 99]) * 1000).tolist()
-    return count + BATCH_RECORDS
+        sent = await flood(
+            producer,
+            TOPIC,
+            values,
+            batch_records=BATCH_RECORDS,
+            in_flight=options.in_flight,
+            seconds=options.seconds,
+            keys=keys,
+        )
+    run["produce"] = sent.records / sent.seconds
+    run["produce_bytes"] = sent.records * RECORD_BYTES / sent.seconds / 1e6
+    run["produce_cpu_serve"] = (usage(pid).cpu_s - cpu_s[0]) / sent.records * 1e6
+    run["produce_cpu_client"] = (time.process_time() - cpu_s[1]) / sent.records * 1e6
+    run["ack_p50"], run["ack_p99"] = (np.percentile(sent.acks_s, [50, 99]) * 1000).tolist()
+    return sent.records + BATCH_RECORDS
 
 
 async def timed(address: str, count: int, read: Callable[[Consumer], Awaitable[int]]) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from shformat import Records, encode_batch, stamp_batch
-from streamhouse import Admin, Producer, SendResult
+from streamhouse import Admin, Producer
 from streamhouse.cli.serve_process import ServeProcess
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
@@ -30,6 +30,7 @@ from streamhouse_ingest.settings import IngestSettings
 from bench.clusters import new_folder
 from bench.common import Wrong, print_table, run, usage, write_json
 from bench.loads.records import make_records
+from bench.loads.streamhouse import flood
 
 TOPIC = "ahead"
 RECORD_BYTES = 100
@@ -96,34 +97,16 @@ async def produce(
 ) -> Figures:
     """Acks of a producer that keeps `in_flight` batches of so many records on their way."""
     environ = {"STREAMHOUSE_LOG_LEVEL": "WARNING", "STREAMHOUSE_WAL_AHEAD_BYTES": str(ahead_bytes)}
-    acks_s: list[float] = []
-    room = asyncio.Semaphore(in_flight)
-
-    async def acknowledged(result: SendResult, sent_s: float) -> None:
-        try:
-            await result
-        finally:
-            room.release()
-        acks_s.append(time.perf_counter() - sent_s)
-
     with ServeProcess(folder / "data", folder / "serve.log", environ) as serve:
         async with Admin(serve.address) as admin:
             await admin.create_topic(TOPIC, partitions=4)
         batch_bytes = max(records * RECORD_BYTES * 5 // 4, 1024)
         async with Producer(serve.address, acks="wal", batch_bytes=batch_bytes, linger_ms=0) as producer:
             await (await producer.send_many(TOPIC, values[:records]))  # connections, idempotent id, first fsync
-            cpu_s, began_s, at = usage(serve.pid).cpu_s, time.perf_counter(), 0
-            tasks = []
-            while time.perf_counter() - began_s < seconds:
-                await room.acquire()
-                batch = values[at : at + records]
-                at = (at + records) % len(values)
-                sent_s = time.perf_counter()
-                tasks.append(asyncio.create_task(acknowledged(await producer.send_many(TOPIC, batch), sent_s)))
-            await asyncio.gather(*tasks)
-            took_s = time.perf_counter() - began_s
+            cpu_s = usage(serve.pid).cpu_s
+            sent = await flood(producer, TOPIC, values, batch_records=records, in_flight=in_flight, seconds=seconds)
             cpu_s = usage(serve.pid).cpu_s - cpu_s
-    return figures_of(acks_s, len(acks_s) * records * RECORD_BYTES, took_s, cpu_s)
+    return figures_of(sent.acks_s, sent.records * RECORD_BYTES, sent.seconds, cpu_s)
 
 
 def write_groups(folder: Path, ahead_bytes: int, group_bytes: int, seconds: float) -> Figures:

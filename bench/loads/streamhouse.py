@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from streamhouse import Admin, Consumer, Producer, SendResult
@@ -10,6 +11,52 @@ from streamhouse import Admin, Consumer, Producer, SendResult
 from bench.loads import BATCH_BYTES, IN_FLIGHT, Paced, Sent, delays_ms
 
 LINGER_MS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Flood:
+    """Acknowledged records, the seconds from the first send to the last acknowledgement, and those of each batch."""
+
+    records: int
+    seconds: float
+    acks_s: list[float]
+
+
+async def flood(
+    producer: Producer,
+    topic: str,
+    values: Sequence[bytes],
+    *,
+    batch_records: int,
+    in_flight: int,
+    seconds: float,
+    keys: Sequence[bytes] | None = None,
+    first: int = 0,
+) -> Flood:
+    """Sends `values` round and round from `first` on, `in_flight` batches at a time. keys: of each batch. Returns once
+    everything is acknowledged; raises what a batch failed with."""
+    room = asyncio.Semaphore(in_flight)
+    acks_s: list[float] = []
+    records, at = 0, first
+
+    async def acknowledged(result: SendResult, sent_s: float) -> None:
+        try:
+            await result
+        finally:
+            room.release()
+        acks_s.append(time.perf_counter() - sent_s)
+
+    began_s = time.perf_counter()
+    async with asyncio.TaskGroup() as waiting:
+        while time.perf_counter() - began_s < seconds:
+            await room.acquire()
+            batch = values[at : at + batch_records]
+            at = (at + batch_records) % len(values)
+            sent_s = time.perf_counter()
+            result = await producer.send_many(topic, batch, None if keys is None else keys[: len(batch)])
+            waiting.create_task(acknowledged(result, sent_s))
+            records += len(batch)
+    return Flood(records, time.perf_counter() - began_s, acks_s)
 
 
 class StreamHouse:
@@ -26,19 +73,18 @@ class StreamHouse:
         asyncio.run(create())
 
     def batches(self, topic: str, values: Sequence[bytes], seconds: float, producers: int) -> Sent:
-        async def one(producer: Producer, at: int) -> int:
-            records = BATCH_BYTES // len(values[0])
-            room = asyncio.Semaphore(IN_FLIGHT)
-            sent = 0
-            end_s = time.perf_counter() + seconds
-            async with asyncio.TaskGroup() as waiting:
-                while time.perf_counter() < end_s:
-                    await room.acquire()
-                    batch = values[at : at + records]
-                    at = (at + records) % len(values)
-                    waiting.create_task(_acknowledged(await producer.send_many(topic, batch), room))
-                    sent += len(batch)
-            return sent
+        async def one(producer: Producer, first: int) -> int:
+            batch_records = BATCH_BYTES // len(values[0])
+            sent = await flood(
+                producer,
+                topic,
+                values,
+                batch_records=batch_records,
+                in_flight=IN_FLIGHT,
+                seconds=seconds,
+                first=first,
+            )
+            return sent.records
 
         async def all_of_them() -> Sent:
             made = [Producer(self._address, linger_ms=LINGER_MS) for _ in range(producers)]
@@ -118,10 +164,3 @@ class StreamHouse:
                 return Sent(await send(producer), time.perf_counter() - began_s)
 
         return asyncio.run(timed())
-
-
-async def _acknowledged(result: SendResult, room: asyncio.Semaphore) -> None:
-    try:
-        await result
-    finally:
-        room.release()
