@@ -96,11 +96,16 @@ class TopicLanes:
     def sticky_lane_for_all(self, size_bytes: int) -> LaneState | None:
         """Returns the lane whose batch takes so many bytes of records without keys; None if they are more than one
         batch, which go to several partitions."""
-        gathering = self.lanes[self._sticky].gathering
-        if gathering is None:
-            self._next_sticky()
-        begun = gathering.size_bytes if gathering is not None else 0
+        begun = self._begun_sticky()
         return self.lanes[self._sticky] if begun + size_bytes <= self._batch_bytes else None
+
+    def _begun_sticky(self) -> int:
+        """Returns the bytes in the sticky partition's batch: 0 without one, where another partition has its turn."""
+        gathering = self.lanes[self._sticky].gathering
+        if gathering is not None:
+            return gathering.size_bytes
+        self._next_sticky()
+        return 0
 
     def partitions(
         self, records: ManyRecords, start: int, stop: int, chosen: NDArray[np.int64] | None = None
@@ -125,10 +130,7 @@ class TopicLanes:
 
     def _sticky_partitions(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
         """The sticky partition until its batch is full, then another one, a batch full each."""
-        gathering = self.lanes[self._sticky].gathering
-        if gathering is None:
-            self._next_sticky()
-        begun = gathering.size_bytes if gathering is not None else 0
+        begun = self._begun_sticky()
         turns = (np.cumsum(sizes) + begun - 1) // self._batch_bytes
         choices = [self._sticky, *(self._next_sticky() for _ in range(int(turns[-1]) if len(turns) else 0))]
         return np.array(choices, np.int64)[turns]
