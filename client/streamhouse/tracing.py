@@ -4,6 +4,9 @@ Names and attributes follow OpenTelemetry's semantic conventions for messaging: 
 is the creation context of the records sent in it; `receive TOPIC` (CLIENT) for each portion that is handed over;
 `process TOPIC` (CONSUMER) where the application asks for it. The last two link to the creation contexts.
 Without an installed SDK nothing here runs for single records: whether there is one is asked once per batch and portion.
+
+Owns: the tracer of the SDK that was found last. Does not own: the SDK, the application's spans.
+Invariants: a `traceparent` header that the application has set is left as it is.
 """
 
 from __future__ import annotations
