@@ -9,7 +9,7 @@ import subprocess
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,13 +46,6 @@ from services.ingest.tests.ingest_wal_files import (
     spans,
     unreadable,
 )
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[WalDirectory]:
-    opened = WalDirectory.open(tmp_path / "wal", "agent-1")
-    yield opened
-    opened.close()
 
 
 def new_wal(

@@ -9,7 +9,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,13 +51,6 @@ from services.ingest.tests.ingest_wal_files import (
 
 AHEAD = 8192
 SECTOR = 512
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[WalDirectory]:
-    opened = WalDirectory.open(tmp_path / "wal", "agent-1")
-    yield opened
-    opened.close()
 
 
 def new_wal(directory: WalDirectory, next_sequence: int = 1, *, file_bytes: int = 1 << 20, before: int = 0) -> FileWal:
