@@ -16,6 +16,9 @@ BATCH_BYTES = 100_000
 IN_FLIGHT = 16
 """Batches that wait for their acknowledgement at the same time."""
 
+WARM_UP_S = 1.0
+"""Of a paced stream at its start: sent and read, and not measured. Connections, first fetches, JIT compilers."""
+
 STAMP_BYTES = 8
 """At the start of a paced record: when it was due, in ns of the machine's monotonic clock."""
 
@@ -60,7 +63,12 @@ class Paced:
 
     @property
     def records(self) -> int:
-        return int(self.records_per_s * self.seconds)
+        """Those of the warm-up among them."""
+        return self.warm_up_records + int(self.records_per_s * self.seconds)
+
+    @property
+    def warm_up_records(self) -> int:
+        return int(self.records_per_s * WARM_UP_S)
 
     def due(self, elapsed_s: float) -> int:
         """Returns how many records are due after that many seconds."""

@@ -56,7 +56,8 @@ def run(system: System, values: list[bytes], options: argparse.Namespace) -> dic
         case _:
             delays = system.listen(options.topic, paced.records, lambda: print(BEGAN, flush=True))
             names = ("p50_ms", "p99_ms", "p999_ms", "max_ms")
-            return dict(zip(names, np.percentile(delays, [50, 99, 99.9, 100]).tolist(), strict=True))
+            measured = np.percentile(delays[paced.warm_up_records :], [50, 99, 99.9, 100])
+            return dict(zip(names, measured.tolist(), strict=True))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import asyncio
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -54,26 +54,26 @@ async def measure(options: argparse.Namespace) -> None:
                 peer = PEERS[name](Path(folder) / f"{name}-{number}")
                 rounds[name].append(await asyncio.to_thread(turn, peer, options.loads, options.seconds))
                 console.print(f"round {number + 1} of {options.rounds}: {name} done")
-    show(rounds)
+    show(rounds, options.loads)
     write_json(options.json, vars(options), rounds)
 
 
 # ---- results
 
 
-def show(rounds: dict[str, list[Row]]) -> None:
-    names = list(next(iter(rounds.values()))[0])
-    medians = {
-        peer: {name: statistics.median(row[name] for row in turns) for name in names} for peer, turns in rounds.items()
-    }
-    first, *others = medians
-    rows = []
-    for name in names:
-        cells = [f"{medians[peer][name]:,.2f}" for peer in medians]
-        cells += [_ratio(medians[first][name], medians[peer][name]) for peer in others]
-        rows.append([name, *cells])
-    columns = ["", *medians, *(f"{first} : {peer}" for peer in others)]
-    print_table(f"medians of {len(rounds[first])}", columns, rows)
+def show(rounds: dict[str, list[Row]], loads: Sequence[str]) -> None:
+    """Prints a table for each load: the medians of all peers, and ratios to the first."""
+    first, *others = rounds
+    columns = ["", *rounds, *(f"{first} : {peer}" for peer in others)]
+    for load in loads:
+        names = [name for name in rounds[first][0] if name.startswith(f"{load} ")]
+        rows = []
+        for name in names:
+            medians = {peer: statistics.median(row[name] for row in turns) for peer, turns in rounds.items()}
+            cells = [f"{median:,.2f}" for median in medians.values()]
+            cells += [_ratio(medians[first], medians[peer]) for peer in others]
+            rows.append([name.removeprefix(f"{load} "), *cells])
+        print_table(f"{load}: medians of {len(rounds[first])}", columns, rows)
 
 
 def _ratio(ours: float, theirs: float) -> str:
