@@ -17,16 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from streamhouse import Admin, Consumer, Producer
 from streamhouse.cli.serve_process import ServeProcess
 
-from bench.common import Wrong, children, usage
+from bench.common import Wrong, children, console, print_table, usage
 from bench.loads.records import make_records
 from bench.loads.streamhouse import flood
 from bench.loads.turns import LOADS, Row, turn
@@ -53,7 +51,6 @@ FIGURES = (
     ("compression_ratio", "", 2),
 )
 Run = dict[str, float]
-console = Console()
 
 
 def main() -> int:
@@ -71,13 +68,14 @@ def main() -> int:
         shown = runs[-1]
         console.print(
             f"run {number + 1} of {options.runs}: {shown['produce']:,.0f} records/s in, "
-            f"{shown['consume_cached_batches']:,.0f} out",
-            highlight=False,
+            f"{shown['consume_cached_batches']:,.0f} out"
         )
     medians = {name: statistics.median(run[name] for run in runs) for name, _, _ in FIGURES}
-    print_table(medians, runs)
+    title = f"median of {len(runs)} run(s)"
+    print_runs(title, [(name.replace("_", " "), [run[name] for run in runs], n, unit) for name, unit, n in FIGURES])
     if loads:
-        print_loads(loads)
+        rows = [(name, [row[name] for row in loads], 2, "") for name in loads[0]]
+        print_runs(f"{title}, each load a client process of its own", rows)
     codec = codec_figures() if options.codec else {}
     if codec:
         print_codec(codec)
@@ -203,25 +201,14 @@ def descendants(pid: int) -> list[int]:
 # ---- results
 
 
-def print_table(medians: Run, runs: list[Run]) -> None:
-    table = Table(title=f"median of {len(runs)} run(s), {os.cpu_count()} cores", title_justify="left")
-    for column in ("figure", "median", "lowest", "highest", ""):
-        table.add_column(column, justify="left" if column in ("figure", "") else "right")
-    for name, unit, digits in FIGURES:
-        every = [run[name] for run in runs]
-        cells = [f"{value:,.{digits}f}" for value in (medians[name], min(every), max(every))]
-        table.add_row(name.replace("_", " "), *cells, unit)
-    console.print(table)
-
-
-def print_loads(loads: list[Row]) -> None:
-    table = Table(title="loads, each a client process of its own", title_justify="left")
-    for column in ("figure", "median", "lowest", "highest"):
-        table.add_column(column, justify="left" if column == "figure" else "right")
-    for name in loads[0]:
-        every = [row[name] for row in loads]
-        table.add_row(name, *(f"{value:,.2f}" for value in (statistics.median(every), min(every), max(every))))
-    console.print(table)
+def print_runs(title: str, rows: Sequence[tuple[str, list[float], int, str]]) -> None:
+    """Prints median, lowest and highest of each figure: (name, one value per run, digits shown, unit)."""
+    columns = ("figure", "median", "lowest", "highest", "")
+    cells = [
+        (name, *(f"{value:,.{digits}f}" for value in (statistics.median(every), min(every), max(every))), unit)
+        for name, every, digits, unit in rows
+    ]
+    print_table(title, columns, cells)
 
 
 def write_json(
@@ -261,14 +248,11 @@ def codec_figures() -> dict[str, float]:
 
 
 def print_codec(figures: dict[str, float]) -> None:
-    table = Table(title="codec, one core", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in figures.items():
-        table.add_row(
-            name.replace("_per_s", "/s").replace("_", " "), f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
-        )
-    console.print(table)
+    rows = [
+        (name.replace("_per_s", "/s").replace("_", " "), f"{value:,.0f}" if value >= 100 else f"{value:,.2f}")
+        for name, value in figures.items()
+    ]
+    print_table("codec, one core", ("figure", ""), rows)
 
 
 if __name__ == "__main__":
