@@ -1,8 +1,6 @@
 """Many calls in flight against a real PostgreSQL: nobody who waits for a lock keeps the connections from the others."""
 
 import asyncio
-import os
-import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,7 +14,7 @@ from streamhouse_coordinator.wiring import CoordinatorService
 from streamhouse_embedded.postgres import EmbeddedPostgres
 
 from services.coordinator.tests.declared import declare
-from services.coordinator.tests.running import children, running, until
+from services.coordinator.tests.running import frozen, running, until
 
 Settings = Callable[..., CoordinatorSettings]
 
@@ -255,15 +253,10 @@ async def test_waiters_behind_a_frozen_postgres_are_told_that_it_is_away(
     """Though they wait in a line: agents go on with their leases only if they are told so."""
     async with running(fast(dsn, pg_timeout_ms=1_000, **QUIET)) as service:
         agent = await open_agent(service.api, "a")
-        assert postgres.pid is not None
-        pids = [postgres.pid, *children(postgres.pid)]
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        try:
+        with frozen(postgres):
+            with pytest.raises(Unavailable):
+                await agent.heartbeat()  # by its end, whatever the server said before it stood still is read
             calls = [asyncio.create_task(agent.heartbeat()) for _ in range(CALLS)] + [create(service, 0)]
             answers = await asyncio.gather(*calls, return_exceptions=True)
-        finally:
-            for pid in pids:
-                os.kill(pid, signal.SIGCONT)
         assert {type(answer) for answer in answers} == {Unavailable}, answers
         assert all(isinstance(answer, Unavailable) and answer.details["database"] == AWAY for answer in answers)

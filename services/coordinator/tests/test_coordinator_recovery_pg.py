@@ -1,7 +1,6 @@
 """PostgreSQL late, away, frozen and back; migrations; projections rebuilt from the events."""
 
 import asyncio
-import contextlib
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -17,7 +16,7 @@ from streamhouse_coordinator.wiring import CoordinatorService, build
 from streamhouse_embedded.postgres import EmbeddedPostgres
 
 from services.coordinator.tests.declared import declare
-from services.coordinator.tests.running import children, running
+from services.coordinator.tests.running import frozen, running
 
 Settings = Callable[..., Any]
 
@@ -290,18 +289,10 @@ async def test_a_frozen_postgres_answers_unavailable_in_time(
     postgres: EmbeddedPostgres, dsn: str, fast: Settings
 ) -> None:
     async with running(fast(dsn, pg_timeout_ms=1_000)) as service:
-        assert postgres.pid is not None
-        group = [postgres.pid, *children(postgres.pid)]
-        for pid in group:
-            os.kill(pid, signal.SIGSTOP)
-        try:
+        with frozen(postgres):
             async with asyncio.timeout(PATIENCE_S):  # without a deadline of its own it would wait for ever
                 with pytest.raises(Unavailable):
                     await service.api.list_topics(pb.ListTopicsRequest())
-        finally:
-            for pid in group:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
         await until(lambda: service.api.list_topics(pb.ListTopicsRequest()))
 
 
