@@ -16,7 +16,7 @@ from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
 from shruntime.advertise import advertised_address
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
-from shruntime.memory import give_back_freed_memory, log_memory_limits
+from shruntime.memory import give_back_freed_memory, log_memory_limits, spare_loaded_code
 from shruntime.server import RpcServer, ServerLimits, check_listen
 from shruntime.settings import StoreSettings
 from shruntime.supervisor import Supervisor
@@ -194,6 +194,7 @@ async def serve(settings: EmbeddedSettings, on_ready: Callable[[Ready], None]) -
     configure_logging("embedded", settings)
     raise_descriptor_limit()
     give_back_freed_memory()
+    spare_loaded_code()
     async with Supervisor.of_environment() as supervisor:
         platform = EmbeddedPlatform(settings, supervisor)
         on_ready(await platform.start())

@@ -52,14 +52,15 @@ class Backoff:
     def __init__(self, first_ms: int, max_ms: int, rng: random.Random | None = None) -> None:
         self._first_ms = first_ms
         self._max_ms = max_ms
-        self._rng = rng or random.Random()
+        # One for all: a generator of its own takes longer to seed than a whole call needs.
+        self._uniform = (rng or random).uniform
         self._attempt = 0
 
     def next_ms(self) -> float:
         """How long to wait before the next try."""
         ceiling = min(self._max_ms, self._first_ms * 2 ** min(self._attempt, 32))
         self._attempt += 1
-        return self._rng.uniform(0, ceiling)
+        return self._uniform(0, ceiling)
 
     def reset(self) -> None:
         self._attempt = 0

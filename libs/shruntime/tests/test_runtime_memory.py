@@ -188,3 +188,15 @@ def test_variables_for_the_allocator_are_left_alone() -> None:
     environ = {**os.environ, "MALLOC_ARENA_MAX": "3"}
     ended = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
     assert ended.stdout == "False\n"
+
+
+def test_what_is_loaded_is_not_looked_at_again() -> None:
+    code = (
+        "import gc, asyncio\n"
+        "from shruntime.memory import spare_loaded_code\n"
+        "loaded = len(gc.get_objects())\n"
+        "spare_loaded_code()\n"
+        "print(len(gc.get_objects()) < loaded / 10 and gc.isenabled())"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "True\n"

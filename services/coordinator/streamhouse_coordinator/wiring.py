@@ -16,7 +16,7 @@ from shruntime.advertise import advertised_address
 from shruntime.clock import SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
-from shruntime.memory import give_back_freed_memory
+from shruntime.memory import give_back_freed_memory, spare_loaded_code
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.supervisor import Supervisor
 from shruntime.tasks import Backoff, Tasks, wait_for_stop
@@ -251,6 +251,7 @@ async def run(settings: CoordinatorSettings) -> None:
 async def _run(settings: CoordinatorSettings, supervisor: Supervisor) -> None:
     raise_descriptor_limit()
     give_back_freed_memory()
+    spare_loaded_code()
     # The relay says once that RabbitMQ is away; the library would at every try, with a traceback.
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     telemetry = Telemetry.configure("coordinator", settings)

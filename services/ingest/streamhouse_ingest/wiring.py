@@ -10,7 +10,7 @@ from shruntime.advertise import advertised_address
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
-from shruntime.memory import give_back_freed_memory, log_memory_limits
+from shruntime.memory import give_back_freed_memory, log_memory_limits, spare_loaded_code
 from shruntime.peers import connect_to_coordinators
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.supervisor import Supervisor
@@ -94,6 +94,7 @@ async def run(settings: IngestSettings) -> None:
 async def _run(settings: IngestSettings, supervisor: Supervisor) -> None:
     raise_descriptor_limit()
     give_back_freed_memory()
+    spare_loaded_code()
     log_memory_limits(settings)
     telemetry = Telemetry.configure("ingest", settings)
     connection = connect_to_coordinators(settings, telemetry)

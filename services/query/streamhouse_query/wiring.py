@@ -15,7 +15,7 @@ from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.disk_space import DiskSpace
 from shruntime.logs import configure_logging
-from shruntime.memory import give_back_freed_memory, log_memory_limits
+from shruntime.memory import give_back_freed_memory, log_memory_limits, spare_loaded_code
 from shruntime.peers import Peers, connect_to_coordinators
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.settings import PREFIX, SettingsError
@@ -178,6 +178,7 @@ async def run(settings: QuerySettings) -> None:
     configure_logging(settings.service, settings)
     raise_descriptor_limit()
     give_back_freed_memory()
+    spare_loaded_code()
     log_memory_limits(settings)
     async with contextlib.AsyncExitStack() as stack:
         supervisor = await stack.enter_async_context(Supervisor.of_environment())
