@@ -1,5 +1,5 @@
 """Which partition a record goes to: the application's choice, its key's as in Kafka, or for those without keys one that
-stays for a batch."""
+stays for a batch, and for a moment where batches are small."""
 
 import random
 from functools import lru_cache
@@ -16,6 +16,10 @@ from streamhouse.core.options import Partitioner, partition_number
 from streamhouse.core.outgoing import ManyRecords
 from streamhouse.gatherer import Gatherer, LaneState
 from streamhouse.metadata import TopicState
+
+# Small batches without keys follow each other to a partition for so long: while some of them are unanswered, the next
+# one gathers more records (sender.SMALL_IN_FLIGHT_MAX). In turns to all partitions, each would be the only one of its.
+STICKY_MS = 100
 
 # Keys repeat; 16,384 of them cost 2 MB and save most of the hashing, with the largest that are kept 6 MB.
 CACHED_KEY_BYTES_MAX = 256
@@ -52,7 +56,7 @@ def choose_many(partitioner: Partitioner, topic: str, records: ManyRecords, part
 class TopicLanes:
     """A topic being written to: its lanes, and the partition that records without a key go to for now."""
 
-    __slots__ = ("_batch_bytes", "_sticky", "gatherer", "lanes", "loop", "state")
+    __slots__ = ("_batch_bytes", "_sticky", "_sticky_until_s", "gatherer", "lanes", "loop", "state")
 
     def __init__(self, state: TopicState, gatherer: Gatherer, batch_bytes: int) -> None:
         self.state = state
@@ -66,6 +70,7 @@ class TopicLanes:
         """Any partition that has a leader; any at all while none has."""
         led = [number for number, address in enumerate(self.state.leaders) if address]
         self._sticky = random.choice(led or range(len(self.lanes)))
+        self._sticky_until_s = self.loop.time() + STICKY_MS / 1000
         return self._sticky
 
     def lane(self, partition: int) -> LaneState:
@@ -86,12 +91,11 @@ class TopicLanes:
         return self.lanes[partition(key, len(self.lanes))]
 
     def sticky_lane(self, size_bytes: int) -> LaneState:
-        """The lane whose batch is being gathered without keys; another one once that batch has gone."""
-        lane = self.lanes[self._sticky]
-        gathering = lane.gathering
-        if gathering is None or gathering.size_bytes + size_bytes > self._batch_bytes:
-            lane = self.lanes[self._next_sticky()]
-        return lane
+        """Returns the lane whose batch is being gathered without keys; another one once that batch is full, or gone
+        after STICKY_MS."""
+        if self._begun_sticky() + size_bytes > self._batch_bytes:
+            self._next_sticky()
+        return self.lanes[self._sticky]
 
     def sticky_lane_for_all(self, size_bytes: int) -> LaneState | None:
         """Returns the lane whose batch takes so many bytes of records without keys; None if they are more than one
@@ -100,11 +104,13 @@ class TopicLanes:
         return self.lanes[self._sticky] if begun + size_bytes <= self._batch_bytes else None
 
     def _begun_sticky(self) -> int:
-        """Returns the bytes in the sticky partition's batch: 0 without one, where another partition has its turn."""
+        """Returns the bytes in the sticky partition's batch: 0 without one, where after STICKY_MS another partition has
+        its turn."""
         gathering = self.lanes[self._sticky].gathering
         if gathering is not None:
             return gathering.size_bytes
-        self._next_sticky()
+        if self.loop.time() >= self._sticky_until_s:
+            self._next_sticky()
         return 0
 
     def partitions(

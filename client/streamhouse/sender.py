@@ -37,6 +37,12 @@ log = logging.getLogger(__name__)
 
 CODECS: dict[Compression, Codec] = {"lz4": Codec.LZ4, "zstd": Codec.ZSTD, "gzip": Codec.GZIP, "none": Codec.NONE}
 
+# Batches of a partition that go before they are full, unanswered at a time; more records gather in the next one, for up
+# to GROW_MS_MAX. Without it a stream of 100,000 records/s and linger_ms=0 became 350 to 450 batches/s on two cores, as
+# many as these can do, and each waited behind seven others: p99 from send to receive 50 ms, with it 31 ms. An answer
+# to a durable batch takes seconds, whatever is sent meanwhile.
+SMALL_IN_FLIGHT_MAX = 2
+
 # After such a silence the leader may have forgotten an idle producer.
 QUIET_MS = 60_000
 
@@ -67,6 +73,7 @@ class Sender:
         self._metadata = metadata
         self._done = done
         self._codec = CODECS[options.compression]
+        self._small_in_flight_max = options.max_in_flight if options.acks == "durable" else SMALL_IN_FLIGHT_MAX
         self.unfinished: set[Delivery] = set()
         self.counts = SendCounts()
         self.gatherer = Gatherer(options, self._on_opened, self._pump)
@@ -100,7 +107,7 @@ class Sender:
     def _pump(self, state: LaneState) -> None:
         """Sends what may be sent now; otherwise leaves the lane where somebody will pump it again."""
         lane = state.lane
-        while not state.parked and lane.open_for_sending and (lane.ready or (state.due and state.gathering)):
+        while not state.parked and lane.open_for_sending and (lane.ready or self._may_close(state)):
             stream = self._route(state)
             if stream is None:
                 return
@@ -111,6 +118,10 @@ class Sender:
                 self._tasks.spawn("init producer", self._identify(state))
                 return
             self._submit(state, stream)
+
+    def _may_close(self, state: LaneState) -> bool:
+        """Whether the batch in the making may go now, though it is not full."""
+        return state.due and state.gathering is not None and state.lane.in_flight_count < self._small_in_flight_max
 
     def _route(self, state: LaneState) -> Stream | None:
         """The leader's stream, if it has room and nothing of the lane is under way elsewhere."""

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from shformat import decode_batch
 from shproto.v1 import types_pb2
-from streamhouse import Producer, errors
+from streamhouse import Producer, errors, gatherer, placing
 from streamhouse.core.murmur2 import partition_of
 from streamhouse.placing import _partition_of_cached
+from streamhouse.sender import SMALL_IN_FLIGHT_MAX
 
 # Until what must come is given up: no duration is what is tested, and the machine may be busy.
 PATIENCE_S = 60
@@ -115,6 +116,34 @@ async def test_records_without_keys_stay_with_their_batch(platform, address):
         for n in range(100):
             await producer.send("t", b"%d" % n)
     assert platform.calls["produce"] == 1
+
+
+@pytest.mark.parametrize(("sticky_ms", "is_one"), [(60_000, True), (0, False)])
+async def test_small_batches_without_keys_follow_each_other_to_a_partition(
+    platform, address, monkeypatch, sticky_ms, is_one
+):
+    monkeypatch.setattr(placing, "STICKY_MS", sticky_ms)
+    platform.add_topic("t", 8)
+    async with Producer(address, linger_ms=0) as producer:
+        sent = [await producer.send_and_wait("t", b"v") for _ in range(20)]
+    assert (len({metadata.partition for metadata in sent}) == 1) is is_one
+
+
+@pytest.mark.parametrize(("acks", "unanswered"), [("wal", SMALL_IN_FLIGHT_MAX), ("durable", 5)])
+async def test_records_gather_while_small_batches_are_unanswered(platform, address, monkeypatch, acks, unanswered):
+    monkeypatch.setattr(gatherer, "GROW_MS_MAX", 60_000)  # the machine may be busy
+    platform.add_topic("t", 1)
+    async with Producer(address, linger_ms=0, acks=acks) as producer:
+        await producer.send_and_wait("t", b"first")
+        platform.faults.hold = asyncio.Event()
+        for _ in range(20):
+            await producer.send("t", b"v")
+            for _ in range(5):
+                await asyncio.sleep(0)  # the linger timer's turn
+        assert producer.metrics().batches_sent == 1 + unanswered
+        platform.faults.hold.set()
+    assert platform.calls["produce"] == 1 + unanswered + 1
+    assert [len(decode_batch(r.batch).values) for r in platform.produced] == [1] * (1 + unanswered) + [20 - unanswered]
 
 
 @pytest.mark.parametrize(
