@@ -60,6 +60,10 @@ class Counters:
     damaged_spans: int = _counter("damaged or missing spans met by readers")
     snapshots: int = _counter("snapshots of the index taken")
 
+    def snapshot_taken(self) -> None:
+        """Counts a snapshot."""
+        self.snapshots += 1
+
 
 def export(counters: Counters, gauges: dict[str, Callable[[], int | None]]) -> None:
     """Registers every counter and gauge with telemetry; without the SDK this does nothing."""

@@ -16,7 +16,6 @@ from shruntime.tasks import Backoff
 from streamhouse_query.core.index import IndexMismatch
 from streamhouse_query.core.missing_events import MissingEvents
 from streamhouse_query.core.snapshot import SnapshotBuilder
-from streamhouse_query.counters import Counters
 from streamhouse_query.live_index import LiveIndex
 
 log = logging.getLogger(__name__)
@@ -29,7 +28,11 @@ HEAD_INTERVAL_MS = 5_000
 
 
 class Follower:
-    """`load` once, then `run` for ever. The index stays readable (and grows old) while no coordinator answers."""
+    """`load` once, then `run` for ever. The index stays readable (and grows old) while no coordinator answers.
+
+    `session_token`: returns the token of the process's session, empty while there is none. `snapshot_taken` is called
+    after each snapshot.
+    """
 
     def __init__(
         self,
@@ -37,13 +40,13 @@ class Follower:
         index: LiveIndex,
         session_token: Callable[[], str],
         clock: Clock,
-        counters: Counters,
+        snapshot_taken: Callable[[], None],
     ) -> None:
         self._coordinator = coordinator
         self._index = index
         self._session_token = session_token
         self._clock = clock
-        self._counters = counters
+        self._snapshot_taken = snapshot_taken
         self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         self._missing = MissingEvents()
 
@@ -103,7 +106,7 @@ class Follower:
         async for part in self._coordinator.get_snapshot(coordinator_pb2.GetSnapshotRequest()):
             builder.add(part)
         self._index.replace(builder.cluster)
-        self._counters.snapshots += 1
+        self._snapshot_taken()
         cluster = builder.cluster
         log.info("index of event %d: %d segments in %d partitions", cluster.position, cluster.segment_count,
                  len(cluster.partitions))  # fmt: skip

@@ -137,7 +137,7 @@ def build(
         series_max=settings.metrics_group_topics_max,
     )
     lags.export()
-    follower = Follower(coordinator, index, lambda: session.token, clock, counters)
+    follower = Follower(coordinator, index, lambda: session.token, clock, counters.snapshot_taken)
     export(
         counters,
         {
