@@ -5,37 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from shproto.rpc import Connection
-
-from shruntime.settings import CommonSettings
-from shruntime.telemetry import Telemetry
+from shproto.rpc import Connection, Interceptors
 
 Client = TypeVar("Client")
 
 
-def connect_to_coordinators(settings: CommonSettings, telemetry: Telemetry) -> Connection:
-    """A connection to the addresses in `bootstrap`, tried in turn."""
-    addresses = [address.strip() for address in settings.bootstrap.split(",") if address.strip()]
-    return Connection(addresses, timeout_ms=settings.rpc_timeout_ms, interceptors=telemetry)
+def connect_to_coordinators(bootstrap: str, timeout_ms: int, interceptors: Interceptors | None = None) -> Connection:
+    """Returns a connection to the addresses in `bootstrap`, host:port with commas in between, tried in turn."""
+    addresses = [address.strip() for address in bootstrap.split(",") if address.strip()]
+    return Connection(addresses, timeout_ms=timeout_ms, interceptors=interceptors)
 
 
 class Peers(Generic[Client]):
-    """One client per address, made when first asked for and kept until `close`."""
+    """Connections by address, made when first asked for and kept until `close`. `timeout_ms`: of each call."""
 
     def __init__(
-        self, make_client: Callable[[Connection], Client], settings: CommonSettings, telemetry: Telemetry
+        self,
+        make_client: Callable[[Connection], Client],
+        timeout_ms: int,
+        interceptors: Interceptors | None = None,
     ) -> None:
         self._make_client = make_client
-        self._settings = settings
-        self._telemetry = telemetry
+        self._timeout_ms = timeout_ms
+        self._interceptors = interceptors
         self._connections: dict[str, Connection] = {}
 
     def __call__(self, address: str) -> Client:
         if address not in self._connections:
             self._connections[address] = Connection(
                 [address],
-                timeout_ms=self._settings.rpc_timeout_ms,
-                interceptors=self._telemetry,
+                timeout_ms=self._timeout_ms,
+                interceptors=self._interceptors,
                 advertised=True,
             )
         return self._make_client(self._connections[address])

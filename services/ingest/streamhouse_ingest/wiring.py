@@ -97,7 +97,7 @@ async def _run(settings: IngestSettings, supervisor: Supervisor) -> None:
     spare_loaded_code()
     log_memory_limits(settings)
     telemetry = Telemetry.configure("ingest", settings)
-    connection = connect_to_coordinators(settings, telemetry)
+    connection = connect_to_coordinators(settings.bootstrap, settings.rpc_timeout_ms, telemetry)
     service = build(settings, CoordinatorClient(connection))
     descriptor = ingest_pb2.DESCRIPTOR.services_by_name["Ingest"]
     apis, limits = [(descriptor, service.api)], ServerLimits.of(settings)

@@ -186,9 +186,9 @@ async def run(settings: QuerySettings) -> None:
         stack.callback(telemetry.shutdown)
         store = configured_store(settings)
         stack.push_async_callback(store.close)
-        connection = connect_to_coordinators(settings, telemetry)
+        connection = connect_to_coordinators(settings.bootstrap, settings.rpc_timeout_ms, telemetry)
         stack.push_async_callback(connection.close)
-        ingest_at = Peers(IngestClient, settings, telemetry)
+        ingest_at = Peers(IngestClient, settings.rpc_timeout_ms, telemetry)
         stack.push_async_callback(ingest_at.close)
         service = build(settings, CoordinatorClient(connection), store, ingest_at)
         apis = [(query_pb2.DESCRIPTOR.services_by_name["Query"], service.api)]
