@@ -16,6 +16,7 @@ PACKAGES = (
     "libs/shproto/shproto",
     "libs/shruntime/shruntime",
     "libs/shstore/shstore",
+    "libs/shcluster/shcluster",
     "services/coordinator/streamhouse_coordinator",
     "services/ingest/streamhouse_ingest",
     "services/segmenter/streamhouse_segmenter",

@@ -27,7 +27,14 @@ _BLIND_MUTATION = 0.4
 _LEAVE_UNREPAIRED = 0.1
 
 # What a target needs to have loaded; instrumented unless the target says otherwise.
-_OURS = ["shformat", "shproto.events", "streamhouse_ingest", "streamhouse_query", "streamhouse_coordinator"]
+_OURS = [
+    "shformat",
+    "shproto.events",
+    "shcluster",
+    "streamhouse_ingest",
+    "streamhouse_query",
+    "streamhouse_coordinator",
+]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from unittest import mock
 
+from shcluster.freshness import Freshness
 from shproto.events import Segment
 from streamhouse import commits
 from streamhouse.batches import Batch
@@ -19,7 +20,6 @@ from streamhouse_coordinator.core.tables import RangeRow
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.core import wal_index
 from streamhouse_ingest.core.producers import ProducerTable
-from streamhouse_query.freshness import Freshness
 
 
 def _without_compare_and_set(segment: Segment, row: RangeRow | None) -> Result:

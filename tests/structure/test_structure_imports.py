@@ -15,13 +15,14 @@ SERVICES = {
 CORE_MAY_IMPORT = {
     "__future__", "array", "bisect", "collections", "collections.abc", "copy", "dataclasses", "enum", "functools",
     "hashlib", "heapq", "itertools", "json", "math", "operator", "re", "string", "struct", "types", "typing", "zlib",
-    "numpy", "numpy.typing", "shformat", "shproto.errors", "shproto.events", "shproto.v1",
+    "numpy", "numpy.typing", "shformat", "shproto.errors", "shproto.events", "shproto.v1", "shcluster.index",
 }  # fmt: skip
 LIBS = {
     "shformat": set(),
     "shproto": set(),
     "shruntime": {"shproto"},
     "shstore": {"shruntime", "shproto"},
+    "shcluster": {"shruntime", "shproto"},
 }
 OURS = {*LIBS, "streamhouse", "streamhouse_embedded", *(f"streamhouse_{name}" for name in SERVICES)}
 
@@ -55,23 +56,30 @@ def violations(path: Path, allowed: Callable[[str], bool]) -> list[str]:
     return [f"{shown}:{line} imports {name}" for line, name in imports_of(path) if not allowed(name)]
 
 
+def impurities(files: list[Path], own: str = "") -> list[str]:
+    """Imports of files of a core that are of neither the package `own` nor pure."""
+
+    def is_pure(module: str) -> bool:
+        return (bool(own) and module.startswith(own)) or any(
+            module == ok or module.startswith(ok + ".") for ok in CORE_MAY_IMPORT
+        )
+
+    return [found for path in files for found in violations(path, is_pure)]
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_core_is_pure(name: str) -> None:
     core = SERVICES[name] / "core"
     own = f"streamhouse_{name}.core"
     files = python_files(core)
     assert files, f"{core} is empty"
-    found = [
-        found
-        for path in files
-        for found in violations(
-            path,
-            lambda module: (
-                module.startswith(own) or any(module == ok or module.startswith(ok + ".") for ok in CORE_MAY_IMPORT)
-            ),
-        )
-    ]
-    assert not found, "\n".join(found)
+    assert not (found := impurities(files, own)), "\n".join(found)
+
+
+@pytest.mark.parametrize("name", ["index", "missing_events", "snapshot"])
+def test_the_index_is_pure(name: str) -> None:
+    """Cores import it."""
+    assert not (found := impurities([ROOT / "libs/shcluster/shcluster" / f"{name}.py"])), "\n".join(found)
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from shcluster.peers import connect_to_coordinators
 from shproto.services import CoordinatorApi, CoordinatorClient
 from shproto.v1 import ingest_pb2
 from shruntime.advertise import advertised_address
@@ -11,7 +12,6 @@ from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
 from shruntime.memory import give_back_freed_memory, log_memory_limits, spare_loaded_code
-from shruntime.peers import connect_to_coordinators
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.supervisor import Supervisor
 from shruntime.tasks import Tasks, wait_for_stop

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opentelemetry import trace
+from shcluster.index import PartitionIndex, SegmentEntry
+from shcluster.live_index import Watch
 from shproto.errors import OffsetBeyondEnd, StreamHouseError, Unavailable, UnknownTopic
 from shproto.v1 import ingest_pb2
 from shruntime.tasks import Backoff
 from shruntime.telemetry import links_to
 from shstore import ObjectMissing
 
-from streamhouse_query.core.index import PartitionIndex, SegmentEntry
 from streamhouse_query.core.plan import (
     BelowStart,
     BeyondEnd,
@@ -33,7 +34,6 @@ from streamhouse_query.core.plan import (
 from streamhouse_query.core.refusals import damaged_tail, object_missing, refusal, with_next_offset
 from streamhouse_query.core.tail import accept_batches, is_of_later_epoch
 from streamhouse_query.counters import tracer
-from streamhouse_query.live_index import Watch
 from streamhouse_query.reads import Fetched, Reads, Want
 
 # A fetch that has records already waits no longer than this for what an agent may add.

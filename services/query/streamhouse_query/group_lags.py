@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable
 
 from opentelemetry.metrics import CallbackOptions, Observation
+from shcluster.live_index import LiveIndex
 from shproto.errors import StreamHouseError, UnknownGroup
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
@@ -19,7 +20,6 @@ from shruntime.clock import Clock
 from streamhouse_query.core.lag import Lag, lag_of
 from streamhouse_query.core.watermarks import Watermarks
 from streamhouse_query.counters import meter
-from streamhouse_query.live_index import LiveIndex
 
 log = logging.getLogger(__name__)
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
+from shcluster.index import PartitionIndex, PartitionKey, SegmentEntry
+from shcluster.live_index import LiveIndex
 from shformat import BlockEntry, FormatError, decode_batch, read_batch_header
 from shproto.errors import DataLoss, StreamHouseError, Unavailable
 from shproto.v1 import ingest_pb2
 from shruntime.tasks import Backoff
 from shstore import ObjectMissing
 
-from streamhouse_query.core.index import PartitionIndex, PartitionKey, SegmentEntry
 from streamhouse_query.core.plan import ReadTail, Wait, plan, went_back_reason
 from streamhouse_query.core.timestamps import AtEnd, LookInSegment, LookInTail, first_at, look
 from streamhouse_query.fetch import TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX, fetch
-from streamhouse_query.live_index import LiveIndex
 from streamhouse_query.reads import Reads, Want
 
 # Of a tail that is searched for a timestamp, per call to its agent.

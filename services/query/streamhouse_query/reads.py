@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from shcluster.agent_checks import AgentChecks
+from shcluster.freshness import Freshness
+from shcluster.index import PartitionKey, SegmentEntry
+from shcluster.live_index import LiveIndex
 from shproto.services import IngestApi
 from shproto.v1 import ingest_pb2
-from shruntime.agent_checks import AgentChecks
 from shruntime.clock import Clock
 
-from streamhouse_query.core.index import PartitionKey, SegmentEntry
 from streamhouse_query.core.plan import ReadSegment, ReadTail, plan
 from streamhouse_query.core.readahead import ReadAhead
 from streamhouse_query.core.watermarks import Watermarks
 from streamhouse_query.counters import Counters
-from streamhouse_query.freshness import Freshness
-from streamhouse_query.live_index import LiveIndex
 from streamhouse_query.segment_reader import SegmentReader
 from streamhouse_query.tail_polls import TailPolls
 

@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from shcluster.index import PartitionIndex, SegmentEntry
 from shformat import BlockEntry, FormatError, SegmentHeader, SegmentIndex, check_block, open_segment, run_plan_async
 from shproto.errors import DataLoss, Unavailable
 from shstore import ObjectMissing, RangeBeyondEnd, StoreError
 
 from streamhouse_query.chunk_reader import ChunkReader, Span
-from streamhouse_query.core.index import PartitionIndex, SegmentEntry
 from streamhouse_query.core.lru import LruLimit
 from streamhouse_query.core.plan import next_readable
 from streamhouse_query.counters import Counters

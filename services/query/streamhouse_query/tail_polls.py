@@ -12,14 +12,14 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from shcluster.agent_checks import AgentChecks
+from shcluster.index import PartitionKey
 from shproto.errors import StreamHouseError, Unavailable
 from shproto.services import IngestApi
 from shproto.v1 import ingest_pb2
-from shruntime.agent_checks import AgentChecks
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff, Tasks
 
-from streamhouse_query.core.index import PartitionKey
 from streamhouse_query.counters import Counters
 
 # One call at an agent: long enough to cost nothing, short enough that a peer that went silent is noticed.

@@ -7,16 +7,20 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 
+from shcluster.agent_checks import AgentChecks
+from shcluster.follower import Follower
+from shcluster.freshness import Freshness
+from shcluster.live_index import LiveIndex
+from shcluster.peers import Peers, connect_to_coordinators
+from shcluster.session import SessionKeeper
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
 from shproto.v1 import query_pb2
 from shruntime.advertise import advertised_address
-from shruntime.agent_checks import AgentChecks
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.disk_space import DiskSpace
 from shruntime.logs import configure_logging
 from shruntime.memory import give_back_freed_memory, log_memory_limits, spare_loaded_code
-from shruntime.peers import Peers, connect_to_coordinators
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.settings import PREFIX, SettingsError
 from shruntime.supervisor import Supervisor
@@ -33,13 +37,9 @@ from streamhouse_query.chunk_reader import ChunkReader
 from streamhouse_query.core.breaker import CircuitBreaker
 from streamhouse_query.core.readahead import ReadAhead
 from streamhouse_query.counters import Counters, export
-from streamhouse_query.follower import Follower
-from streamhouse_query.freshness import Freshness
 from streamhouse_query.group_lags import GroupLags
-from streamhouse_query.live_index import LiveIndex
 from streamhouse_query.reads import Reads
 from streamhouse_query.segment_reader import SegmentReader
-from streamhouse_query.session import SessionKeeper
 from streamhouse_query.settings import QuerySettings
 from streamhouse_query.tail_polls import TailPolls
 

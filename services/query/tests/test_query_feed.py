@@ -146,7 +146,7 @@ async def test_g3_a_rollback_that_only_coordinators_have_seen_is_told(
     platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The feed goes on meanwhile, and other events stand where the missing ones were."""
-    monkeypatch.setattr("streamhouse_query.follower.HEAD_INTERVAL_MS", 20)
+    monkeypatch.setattr("shcluster.follower.HEAD_INTERVAL_MS", 20)
     await one_partition(platform)
     await platform.produce(values_of(10))
     service = await start_query()

@@ -1,9 +1,9 @@
 """The lag of consumer groups, in records and in time, and how many of them are shown."""
 
+from shcluster.index import EpochRange, PartitionIndex, RangeStatus, SegmentEntry
 from shproto.errors import UnknownGroup
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import ManualClock
-from streamhouse_query.core.index import EpochRange, PartitionIndex, RangeStatus, SegmentEntry
 from streamhouse_query.core.lag import Lag, lag_of
 from streamhouse_query.core.watermarks import Watermarks
 from streamhouse_query.group_lags import GroupLags

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from shproto import events as ev
-from streamhouse_query.core.index import (
+from shcluster.index import (
     AgentSession,
     ClusterIndex,
     EpochRange,
@@ -15,6 +14,7 @@ from streamhouse_query.core.index import (
     PartitionIndex,
     RangeStatus,
 )
+from shproto import events as ev
 from streamhouse_query.core.plan import (
     BelowStart,
     BeyondEnd,

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 import pytest
+from shcluster import agent_checks
 from shformat import decode_batch
 from shproto.errors import DataLoss, InvalidArgument, OffsetBeyondEnd, ShuttingDown, Unavailable, UnknownTopic
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
-from shruntime import agent_checks
 from streamhouse_query.core.plain import plain_records
 from streamhouse_query.wiring import QueryService
 

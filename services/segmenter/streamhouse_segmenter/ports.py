@@ -5,8 +5,8 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from shcluster.agent_checks import AgentChecks
 from shproto.services import CoordinatorApi, IngestApi
-from shruntime.agent_checks import AgentChecks
 from shruntime.clock import Clock, SystemClock
 from shstore import ObjectStore
 

@@ -7,13 +7,13 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from shcluster.peers import Peers, connect_to_coordinators
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
 from shruntime.advertise import advertised_address
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
 from shruntime.logs import configure_logging
 from shruntime.memory import give_back_freed_memory, log_memory_limits, spare_loaded_code
-from shruntime.peers import Peers, connect_to_coordinators
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.supervisor import Supervisor
 from shruntime.tasks import Tasks, wait_for_stop

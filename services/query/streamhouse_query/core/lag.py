@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .index import EpochRange, PartitionIndex, RangeStatus
+from shcluster.index import EpochRange, PartitionIndex, RangeStatus
 
 
 @dataclass(frozen=True, slots=True)

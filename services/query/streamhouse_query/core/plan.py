@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .index import ClusterIndex, EpochRange, PartitionIndex, RangeStatus, SegmentEntry
+from shcluster.index import ClusterIndex, EpochRange, PartitionIndex, RangeStatus, SegmentEntry
 
 
 @dataclass(frozen=True, slots=True)

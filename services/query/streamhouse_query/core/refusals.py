@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from shcluster.index import PartitionIndex, SegmentEntry
 from shproto.errors import DataLoss, OffsetBelowStart, OffsetBeyondEnd, StreamHouseError
 
-from .index import PartitionIndex, SegmentEntry
 from .plan import BelowStart, BeyondEnd, Lost, ReadTail, next_readable
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from shcluster.index import EpochRange, PartitionIndex, RangeStatus, SegmentEntry
 from shformat import Records
-
-from .index import EpochRange, PartitionIndex, RangeStatus, SegmentEntry
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .index import PartitionIndex, PartitionKey
+from shcluster.index import PartitionIndex, PartitionKey
 
 
 class Watermarks:

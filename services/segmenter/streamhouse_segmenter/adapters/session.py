@@ -9,9 +9,9 @@ session ends, and when it opens another one.
 import logging
 from collections.abc import Callable, Sequence
 
+from shcluster.agent_checks import send_heartbeats
 from shproto.errors import AgentIdTaken, SessionExpired, StreamHouseError
 from shproto.v1 import coordinator_pb2
-from shruntime.agent_checks import send_heartbeats
 from shruntime.tasks import Backoff, run_until_first_ends
 
 from streamhouse_segmenter.adapters.feed_waker import follow_events

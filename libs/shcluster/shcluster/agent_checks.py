@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from shproto.errors import SessionExpired, StreamHouseError, Unavailable
 from shproto.services import CoordinatorApi, IngestApi
 from shproto.v1 import coordinator_pb2, ingest_pb2
-
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 

@@ -12,9 +12,10 @@ import logging
 from shproto.errors import SessionExpired, StreamHouseError
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
-from shruntime.agent_checks import AgentChecks, send_heartbeats
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff
+
+from shcluster.agent_checks import AgentChecks, send_heartbeats
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from shproto.v1 import coordinator_pb2
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 
-from streamhouse_query.core.index import IndexMismatch
-from streamhouse_query.core.missing_events import MissingEvents
-from streamhouse_query.core.snapshot import SnapshotBuilder
-from streamhouse_query.live_index import LiveIndex
+from shcluster.index import IndexMismatch
+from shcluster.live_index import LiveIndex
+from shcluster.missing_events import MissingEvents
+from shcluster.snapshot import SnapshotBuilder
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from shproto.errors import ShuttingDown, Unavailable, UnknownPartition, UnknownTopic
 from shproto.events import Event
 
-from streamhouse_query.core.index import ClusterIndex, PartitionIndex, PartitionKey
+from shcluster.index import ClusterIndex, PartitionIndex, PartitionKey
 
 # Registrations that were recorded in a trace, 200 bytes each: hours of them at the usual sampling.
 TRACES_MAX = 10_000

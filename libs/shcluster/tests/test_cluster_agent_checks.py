@@ -4,11 +4,11 @@ import asyncio
 from typing import Any
 
 import pytest
+from shcluster import agent_checks
+from shcluster.agent_checks import AgentChecks, is_silence
 from shproto.errors import ShuttingDown, StreamHouseError, Unavailable
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import ingest_pb2
-from shruntime import agent_checks
-from shruntime.agent_checks import AgentChecks, is_silence
 
 SILENT = Unavailable("a:1: DEADLINE_EXCEEDED", address="a:1")
 STARTING = Unavailable("the agent is starting: its log is being replayed")

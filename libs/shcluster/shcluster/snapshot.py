@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shproto.v1 import coordinator_pb2, types_pb2
 
-from .index import (
+from shcluster.index import (
     ACKS_DURABLE,
     AgentSession,
     ClusterIndex,

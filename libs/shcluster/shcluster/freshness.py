@@ -6,8 +6,8 @@ from shproto.errors import StreamHouseError, Unavailable, UnknownPartition, Unkn
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
 
-from streamhouse_query.core.index import PartitionIndex
-from streamhouse_query.live_index import LiveIndex
+from shcluster.index import PartitionIndex
+from shcluster.live_index import LiveIndex
 
 
 class Freshness:

@@ -1,6 +1,6 @@
 """What counts as metadata that went back."""
 
-from streamhouse_query.core.missing_events import MissingEvents
+from shcluster.missing_events import MissingEvents
 
 
 def test_events_are_missing_when_there_are_fewer_than_were_seen_and_stay_so_until_another_history_begins() -> None:
