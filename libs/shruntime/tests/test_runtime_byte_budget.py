@@ -54,3 +54,22 @@ async def test_a_turn_that_comes_with_a_cancellation_is_given_back() -> None:
     taking.cancel()
     await asyncio.gather(taking, return_exceptions=True)
     assert budget.lent_bytes == 0
+
+
+async def test_the_byte_budget_is_first_come_first_served_and_survives_cancellation() -> None:
+    budget = ByteBudget(100)
+    assert await budget.take(1_000) == 100
+    order: list[int] = []
+
+    async def taker(number: int, size_bytes: int) -> None:
+        order.append(number if await budget.take(size_bytes) == size_bytes else -1)
+
+    tasks = [asyncio.create_task(taker(n, size)) for n, size in enumerate([60, 60, 10, 10])]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    budget.give(100)
+    tasks[2].cancel()  # its turn has come, it has not run yet
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert order == [0, 3]
+    budget.give(70)
+    assert await budget.take(100) == 100

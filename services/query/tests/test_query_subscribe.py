@@ -13,12 +13,12 @@ from shproto.errors import DataLoss, InvalidArgument, StreamHouseError
 from shproto.rpc import Connection
 from shproto.services import QueryClient
 from shproto.v1 import ingest_pb2, query_pb2
-from shruntime.byte_budget import ByteBudget, ConnectionBudgets
+from shruntime.byte_budget import ByteBudget
 from shruntime.clock import ManualClock
 from shruntime.server import RpcServer
 from streamhouse_query import api, subscribe
 from streamhouse_query.reads import Fetched, Want
-from streamhouse_query.subscribe import BudgetReservation, Source, Subscription
+from streamhouse_query.subscribe import Source, Subscription
 from streamhouse_query.wiring import QueryService
 
 from services.query.tests.query_standins import StandInPlatform, values_of
@@ -461,25 +461,6 @@ async def test_a_partition_that_fails_with_its_records_gives_its_bytes_back(
     assert got[0].HasField("error") and got[-1].next_offset == 1_000
 
 
-async def test_the_byte_budget_is_first_come_first_served_and_survives_cancellation() -> None:
-    budget = ByteBudget(100)
-    assert await budget.take(1_000) == 100
-    order: list[int] = []
-
-    async def taker(number: int, size_bytes: int) -> None:
-        order.append(number if await budget.take(size_bytes) == size_bytes else -1)
-
-    tasks = [asyncio.create_task(taker(n, size)) for n, size in enumerate([60, 60, 10, 10])]
-    await asyncio.sleep(0)
-    tasks[1].cancel()
-    budget.give(100)
-    tasks[2].cancel()  # its turn has come, it has not run yet
-    await asyncio.gather(*tasks, return_exceptions=True)
-    assert order == [0, 3]
-    budget.give(70)
-    assert await budget.take(100) == 100
-
-
 async def test_g7_idle_subscribers_cost_by_change_and_not_by_subscriber(
     platform: StandInPlatform, start_query: StartQuery
 ) -> None:
@@ -503,25 +484,6 @@ async def test_g7_idle_subscribers_cost_by_change_and_not_by_subscriber(
         assert [values_in([response]) for response in responses] == [values_of(1, 10)] * 100
         assert agent.calls - before <= 3
     assert not service.api._reads.polls._polls
-
-
-async def test_g7_what_is_read_ahead_is_limited_by_connection() -> None:
-    budgets = ConnectionBudgets(100)
-    with budgets.budget("a") as first, budgets.budget("a") as second, budgets.budget("b") as other:
-        assert first is second and first is not other
-        own = ByteBudget(80)
-        reservation = await BudgetReservation.reserve((first, own), 70)
-        waiting = asyncio.create_task(BudgetReservation.reserve((second, ByteBudget(80)), 60))
-        await asyncio.sleep(0)
-        assert not waiting.done(), "of another subscription on the connection"
-        reservation.release(keep_bytes=40)
-        rest = await waiting
-        reservation.release()
-        rest.release()
-        assert (first._free, own._free) == (100, 80)
-    with budgets.budget("") as one, budgets.budget("") as another:
-        assert one is not another
-    assert not budgets._budgets
 
 
 async def test_g7_a_subscriber_that_takes_nothing_holds_no_more_than_its_own_budget_of_its_connection(
@@ -552,18 +514,6 @@ async def test_g7_a_subscriber_that_takes_nothing_holds_no_more_than_its_own_bud
         async with subscribed(service, ("orders", 10, 0), max_bytes=1 << 18) as responses:
             got = await until(responses, lambda response: response.next_offset == 4)
     assert sum(len(response.batches) for response in got) == 4
-
-
-async def test_a_loan_that_is_given_up_in_between_gives_back_what_it_had() -> None:
-    first, second = ByteBudget(100), ByteBudget(100)
-    held = await second.take(100)
-    taking = asyncio.create_task(BudgetReservation.reserve((first, second), 50))
-    await asyncio.sleep(0)
-    assert first._free == 50
-    taking.cancel()
-    await asyncio.gather(taking, return_exceptions=True)
-    second.give(held)
-    assert (first._free, second._free) == (100, 100)
 
 
 class _Recorded:
