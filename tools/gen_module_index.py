@@ -17,6 +17,7 @@ PACKAGES = (
     "libs/shruntime/shruntime",
     "libs/shstore/shstore",
     "libs/shcluster/shcluster",
+    "libs/shread/shread",
     "services/coordinator/streamhouse_coordinator",
     "services/ingest/streamhouse_ingest",
     "services/segmenter/streamhouse_segmenter",

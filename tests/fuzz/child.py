@@ -31,6 +31,7 @@ _OURS = [
     "shformat",
     "shproto.events",
     "shcluster",
+    "shread",
     "streamhouse_ingest",
     "streamhouse_query",
     "streamhouse_coordinator",

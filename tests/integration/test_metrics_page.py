@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from shread.counters import Counters
 from streamhouse import Admin, Consumer, Producer
-from streamhouse_query.counters import Counters
 
 from tests.integration.processes import EmbeddedProcess, free_ports
 

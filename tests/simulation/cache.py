@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 from typing import ClassVar
 
-from streamhouse_query.chunk_reader import ChunkId
-from streamhouse_query.core.lru import LruLimit
-from streamhouse_query.counters import Counters
+from shread.chunk_reader import ChunkId
+from shread.core.lru import LruLimit
+from shread.counters import Counters
 
 
 class SimChunkCache:

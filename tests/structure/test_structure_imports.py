@@ -23,6 +23,7 @@ LIBS = {
     "shruntime": {"shproto"},
     "shstore": {"shruntime", "shproto"},
     "shcluster": {"shruntime", "shproto"},
+    "shread": {"shcluster", "shstore", "shruntime", "shproto", "shformat"},
 }
 OURS = {*LIBS, "streamhouse", "streamhouse_embedded", *(f"streamhouse_{name}" for name in SERVICES)}
 
@@ -123,7 +124,7 @@ def test_libraries_know_no_service(name: str) -> None:
         ("asyncpg", {"services/coordinator/streamhouse_coordinator/adapters", "embedded/streamhouse_embedded"}),
         ("aioboto3", {"libs/shstore/shstore"}),
         ("botocore", {"libs/shstore/shstore"}),
-        ("redis", {"services/query/streamhouse_query/adapters"}),
+        ("redis", {"libs/shread/shread/adapters"}),
         ("nameko", {"services/segmenter/streamhouse_segmenter/adapters"}),
         ("eventlet", {"services/segmenter/streamhouse_segmenter"}),
         ("aio_pika", {"services/coordinator/streamhouse_coordinator/adapters"}),

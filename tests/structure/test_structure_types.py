@@ -54,7 +54,7 @@ def plain() -> None:
 
 
 def test_every_package_says_that_it_is_typed() -> None:
-    assert len(PACKAGES) == 11
+    assert len(PACKAGES) == 12
     assert [path.name for path in PACKAGES if not (path / "py.typed").exists()] == []
 
 

@@ -12,18 +12,18 @@ from shformat import FormatError
 from shproto.errors import DataLoss, InvalidArgument, Overloaded, StreamHouseError, Unavailable
 from shproto.rpc import caller_connection, time_left_ms
 from shproto.v1 import query_pb2
+from shread.chunk_reader import ChunkCache
+from shread.counters import fetch_duration_ms, meter
+from shread.fetch import fetch
+from shread.lookups import Found, Lookups
+from shread.reads import Fetched, Reads, Want
+from shread.subscribe import Source, Subscription, Window
 from shruntime.byte_budget import ByteBudget, ConnectionBudgets
 from shruntime.counters import TopicCounter
 from shruntime.fair_executor import FairExecutor, QueueFull
 
-from streamhouse_query.chunk_reader import ChunkCache
 from streamhouse_query.core.plain import plain_records
-from streamhouse_query.counters import fetch_duration_ms, meter
-from streamhouse_query.fetch import fetch
-from streamhouse_query.lookups import Found, Lookups
-from streamhouse_query.reads import Fetched, Reads, Want
 from streamhouse_query.settings import QuerySettings
-from streamhouse_query.subscribe import Source, Subscription, Window
 
 T = TypeVar("T")
 

@@ -15,6 +15,16 @@ from shcluster.peers import Peers, connect_to_coordinators
 from shcluster.session import SessionKeeper
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
 from shproto.v1 import query_pb2
+from shread.adapters.disk_cache import DiskCache
+from shread.adapters.redis_cache import RedisCache
+from shread.chunk_reader import ChunkReader
+from shread.core.breaker import CircuitBreaker
+from shread.core.readahead import ReadAhead
+from shread.counters import Counters, export
+from shread.group_lags import GroupLags
+from shread.reads import Reads
+from shread.segment_reader import SegmentReader
+from shread.tail_polls import TailPolls
 from shruntime.advertise import advertised_address
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
@@ -30,18 +40,8 @@ from shruntime.urls import masked
 from shstore import ObjectStore, RetryingStore
 from shstore.configured import configured_store
 
-from streamhouse_query.adapters.disk_cache import DiskCache
-from streamhouse_query.adapters.redis_cache import RedisCache
 from streamhouse_query.api import QueryApi
-from streamhouse_query.chunk_reader import ChunkReader
-from streamhouse_query.core.breaker import CircuitBreaker
-from streamhouse_query.core.readahead import ReadAhead
-from streamhouse_query.counters import Counters, export
-from streamhouse_query.group_lags import GroupLags
-from streamhouse_query.reads import Reads
-from streamhouse_query.segment_reader import SegmentReader
 from streamhouse_query.settings import QuerySettings
-from streamhouse_query.tail_polls import TailPolls
 
 log = logging.getLogger(__name__)
 

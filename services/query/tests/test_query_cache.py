@@ -12,9 +12,9 @@ from shformat import decode_batch
 from shproto import events as ev
 from shproto.errors import DataLoss, Unavailable
 from shproto.v1 import query_pb2
+from shread.chunk_reader import ChunkId
+from shread.segment_reader import BlockRun, SegmentReader
 from shstore import Fault, FaultKind, FaultyStore, ScriptedFaults
-from streamhouse_query.chunk_reader import ChunkId
-from streamhouse_query.segment_reader import BlockRun, SegmentReader
 from streamhouse_query.wiring import QueryService
 
 from services.query.tests.query_standins import StandInPlatform, values_of

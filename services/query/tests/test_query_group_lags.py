@@ -2,9 +2,9 @@
 
 from shproto.errors import UnknownGroup
 from shproto.v1 import coordinator_pb2 as pb
+from shread.core.watermarks import Watermarks
+from shread.group_lags import GroupLags
 from shruntime.clock import ManualClock
-from streamhouse_query.core.watermarks import Watermarks
-from streamhouse_query.group_lags import GroupLags
 
 from services.query.tests.query_standins import StandInPlatform, values_of
 from services.query.tests.start_query import StartQuery

@@ -13,12 +13,13 @@ from shproto.errors import DataLoss, InvalidArgument, StreamHouseError
 from shproto.rpc import Connection
 from shproto.services import QueryClient
 from shproto.v1 import ingest_pb2, query_pb2
+from shread import subscribe
+from shread.reads import Fetched, Want
+from shread.subscribe import Source, Subscription
 from shruntime.byte_budget import ByteBudget
 from shruntime.clock import ManualClock
 from shruntime.server import RpcServer
-from streamhouse_query import api, subscribe
-from streamhouse_query.reads import Fetched, Want
-from streamhouse_query.subscribe import Source, Subscription
+from streamhouse_query import api
 from streamhouse_query.wiring import QueryService
 
 from services.query.tests.query_standins import StandInPlatform, values_of

@@ -365,7 +365,7 @@ async def test_an_agent_that_hangs_is_told_at_the_end_of_a_wait(
     platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That nothing is there is only known if the agent says so."""
-    monkeypatch.setattr("streamhouse_query.tail_polls.POLL_LATE_MS", 100)
+    monkeypatch.setattr("shread.tail_polls.POLL_LATE_MS", 100)
     await one_partition(platform)
     service = await start_query()
     assert not (await fetch(service, 0, max_wait_ms=200)).waiting_reason

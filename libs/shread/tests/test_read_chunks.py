@@ -6,12 +6,12 @@ import random
 from pathlib import Path
 
 import pytest
+from shread.adapters.disk_cache import DiskCache
+from shread.chunk_reader import CacheDirError, ChunkId, ChunkReader, Span
+from shread.counters import Counters
 from shruntime.clock import SystemClock
 from shruntime.tasks import Tasks
 from shstore import LocalStore, StoreSettings, StoreUnavailable
-from streamhouse_query.adapters.disk_cache import DiskCache
-from streamhouse_query.chunk_reader import CacheDirError, ChunkId, ChunkReader, Span
-from streamhouse_query.counters import Counters
 
 pytestmark = pytest.mark.timeout(30)
 

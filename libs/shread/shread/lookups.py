@@ -12,10 +12,10 @@ from shproto.v1 import ingest_pb2
 from shruntime.tasks import Backoff
 from shstore import ObjectMissing
 
-from streamhouse_query.core.plan import ReadTail, Wait, plan, went_back_reason
-from streamhouse_query.core.timestamps import AtEnd, LookInSegment, LookInTail, first_at, look
-from streamhouse_query.fetch import TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX, fetch
-from streamhouse_query.reads import Reads, Want
+from shread.core.plan import ReadTail, Wait, plan, went_back_reason
+from shread.core.timestamps import AtEnd, LookInSegment, LookInTail, first_at, look
+from shread.fetch import TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX, fetch
+from shread.reads import Reads, Want
 
 # Of a tail that is searched for a timestamp, per call to its agent.
 TAIL_BYTES = 4 * 1024 * 1024

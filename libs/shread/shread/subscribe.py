@@ -20,9 +20,9 @@ from shproto.v1.query_pb2 import FetchResponse, SubscribeRequest, WindowUpdate
 from shruntime.byte_budget import ByteBudget
 from shruntime.round_robin import RoundRobinQueue
 
-from streamhouse_query.counters import delivery_duration_ms
-from streamhouse_query.fetch import fetch
-from streamhouse_query.reads import Fetched, Reads, Want
+from shread.counters import delivery_duration_ms
+from shread.fetch import fetch
+from shread.reads import Fetched, Reads, Want
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
 from shruntime.clock import Clock
 
-from streamhouse_query.core.lag import Lag, lag_of
-from streamhouse_query.core.watermarks import Watermarks
-from streamhouse_query.counters import meter
+from shread.core.lag import Lag, lag_of
+from shread.core.watermarks import Watermarks
+from shread.counters import meter
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from shproto.v1 import ingest_pb2
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff, Tasks
 
-from streamhouse_query.counters import Counters
+from shread.counters import Counters
 
 # One call at an agent: long enough to cost nothing, short enough that a peer that went silent is noticed.
 POLL_WAIT_MS = 10_000

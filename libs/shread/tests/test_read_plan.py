@@ -15,7 +15,7 @@ from shcluster.index import (
     RangeStatus,
 )
 from shproto import events as ev
-from streamhouse_query.core.plan import (
+from shread.core.plan import (
     BelowStart,
     BeyondEnd,
     Lost,
@@ -26,7 +26,7 @@ from streamhouse_query.core.plan import (
     next_readable,
     plan,
 )
-from streamhouse_query.core.timestamps import AtEnd, LookInSegment, LookInTail, look
+from shread.core.timestamps import AtEnd, LookInSegment, LookInTail, look
 
 TOPIC_ID = "ab" * 16
 WIDTH = 12

@@ -3,10 +3,10 @@
 from hypothesis import given
 from hypothesis import strategies as st
 from shformat import Records, encode_batch, read_batch_header
-from streamhouse_query.core.breaker import CircuitBreaker
-from streamhouse_query.core.lru import LruLimit
-from streamhouse_query.core.readahead import READERS_MAX, ReadAhead
-from streamhouse_query.core.tail import Accepted, accept_batches
+from shread.core.breaker import CircuitBreaker
+from shread.core.lru import LruLimit
+from shread.core.readahead import READERS_MAX, ReadAhead
+from shread.core.tail import Accepted, accept_batches
 
 
 @given(st.integers(1, 50), st.lists(st.tuples(st.sampled_from("atd"), st.integers(0, 9), st.integers(0, 60))))

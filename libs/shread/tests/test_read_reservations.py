@@ -2,8 +2,8 @@
 
 import asyncio
 
+from shread.subscribe import BudgetReservation
 from shruntime.byte_budget import ByteBudget, ConnectionBudgets
-from streamhouse_query.subscribe import BudgetReservation
 
 
 async def test_g7_what_is_read_ahead_is_limited_by_connection() -> None:

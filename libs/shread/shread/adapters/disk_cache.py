@@ -21,9 +21,9 @@ from pathlib import Path
 
 from shruntime.files import PRIVATE_DIRECTORY, PRIVATE_FILE, make_private
 
-from streamhouse_query.chunk_reader import CacheDirError, ChunkId
-from streamhouse_query.core.lru import LruLimit
-from streamhouse_query.counters import Counters
+from shread.chunk_reader import CacheDirError, ChunkId
+from shread.core.lru import LruLimit
+from shread.counters import Counters
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from shruntime.clock import Clock
 from shruntime.tasks import Tasks
 from shstore import ObjectStore, StoreError, StoreUnavailable
 
-from streamhouse_query.counters import Counters, download_duration_ms, tracer
+from shread.counters import Counters, download_duration_ms, tracer
 
 # Below this a read from the page cache is quicker than going to another thread and back.
 INLINE_BYTES_MAX = 64 * 1024

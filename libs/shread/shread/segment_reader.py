@@ -15,10 +15,10 @@ from shformat import BlockEntry, FormatError, SegmentHeader, SegmentIndex, check
 from shproto.errors import DataLoss, Unavailable
 from shstore import ObjectMissing, RangeBeyondEnd, StoreError
 
-from streamhouse_query.chunk_reader import ChunkReader, Span
-from streamhouse_query.core.lru import LruLimit
-from streamhouse_query.core.plan import next_readable
-from streamhouse_query.counters import Counters
+from shread.chunk_reader import ChunkReader, Span
+from shread.core.lru import LruLimit
+from shread.core.plan import next_readable
+from shread.counters import Counters
 
 log = logging.getLogger(__name__)
 

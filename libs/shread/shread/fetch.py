@@ -19,7 +19,7 @@ from shruntime.tasks import Backoff
 from shruntime.telemetry import links_to
 from shstore import ObjectMissing
 
-from streamhouse_query.core.plan import (
+from shread.core.plan import (
     BelowStart,
     BeyondEnd,
     Lost,
@@ -31,10 +31,10 @@ from streamhouse_query.core.plan import (
     plan,
     went_back_reason,
 )
-from streamhouse_query.core.refusals import damaged_tail, object_missing, refusal, with_next_offset
-from streamhouse_query.core.tail import accept_batches, is_of_later_epoch
-from streamhouse_query.counters import tracer
-from streamhouse_query.reads import Fetched, Reads, Want
+from shread.core.refusals import damaged_tail, object_missing, refusal, with_next_offset
+from shread.core.tail import accept_batches, is_of_later_epoch
+from shread.counters import tracer
+from shread.reads import Fetched, Reads, Want
 
 # A fetch that has records already waits no longer than this for what an agent may add.
 TAIL_EXTRA_MS_MAX = 100

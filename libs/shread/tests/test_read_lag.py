@@ -1,7 +1,7 @@
 """The lag of consumer groups, in records and in time."""
 
 from shcluster.index import EpochRange, PartitionIndex, RangeStatus, SegmentEntry
-from streamhouse_query.core.lag import Lag, lag_of
+from shread.core.lag import Lag, lag_of
 
 NOW_MS = 100_000
 

@@ -15,9 +15,9 @@ import redis.asyncio
 from redis.exceptions import RedisError
 from shruntime.clock import Clock
 
-from streamhouse_query.chunk_reader import ChunkId
-from streamhouse_query.core.breaker import CircuitBreaker
-from streamhouse_query.counters import Counters
+from shread.chunk_reader import ChunkId
+from shread.core.breaker import CircuitBreaker
+from shread.counters import Counters
 
 log = logging.getLogger(__name__)
 

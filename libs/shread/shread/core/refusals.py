@@ -5,7 +5,7 @@ from __future__ import annotations
 from shcluster.index import PartitionIndex, SegmentEntry
 from shproto.errors import DataLoss, OffsetBelowStart, OffsetBeyondEnd, StreamHouseError
 
-from .plan import BelowStart, BeyondEnd, Lost, ReadTail, next_readable
+from shread.core.plan import BelowStart, BeyondEnd, Lost, ReadTail, next_readable
 
 
 def refusal(partition: PartitionIndex, offset: int, step: BelowStart | BeyondEnd | Lost) -> StreamHouseError:

@@ -13,12 +13,12 @@ from shproto.services import IngestApi
 from shproto.v1 import ingest_pb2
 from shruntime.clock import Clock
 
-from streamhouse_query.core.plan import ReadSegment, ReadTail, plan
-from streamhouse_query.core.readahead import ReadAhead
-from streamhouse_query.core.watermarks import Watermarks
-from streamhouse_query.counters import Counters
-from streamhouse_query.segment_reader import SegmentReader
-from streamhouse_query.tail_polls import TailPolls
+from shread.core.plan import ReadSegment, ReadTail, plan
+from shread.core.readahead import ReadAhead
+from shread.core.watermarks import Watermarks
+from shread.counters import Counters
+from shread.segment_reader import SegmentReader
+from shread.tail_polls import TailPolls
 
 
 @dataclass(frozen=True, slots=True)

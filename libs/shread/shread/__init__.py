@@ -1,0 +1,1 @@
+"""How records are read: from segments through caches, and from the tails of their leaders."""

@@ -1,0 +1,1 @@
+"""Decisions of a reader: pure, without I/O, clock or event loop."""
