@@ -77,10 +77,11 @@ def test_a_core_is_pure(name: str) -> None:
     assert not (found := impurities(files, own)), "\n".join(found)
 
 
-@pytest.mark.parametrize("name", ["index", "missing_events", "snapshot"])
-def test_the_index_is_pure(name: str) -> None:
-    """Cores import it."""
-    assert not (found := impurities([ROOT / "libs/shcluster/shcluster" / f"{name}.py"])), "\n".join(found)
+def test_the_engines_decisions_are_pure() -> None:
+    files = [ROOT / "libs/shcluster/shcluster" / f"{name}.py" for name in ("index", "missing_events", "snapshot")]
+    core = python_files(ROOT / "libs/shread/shread/core")
+    assert core
+    assert not (found := impurities(files) + impurities(core, "shread.core")), "\n".join(found)
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -92,7 +93,17 @@ def test_only_wiring_names_adapters(name: str) -> None:
         relative = path.relative_to(SERVICES[name])
         if relative.parts[0] in ("adapters", "wiring.py", "__main__.py"):
             continue
-        found += violations(path, lambda module: not module.startswith(f"{package}.adapters"))
+        found += violations(path, lambda module: not module.startswith((f"{package}.adapters", "shread.adapters")))
+    assert not found, "\n".join(found)
+
+
+def test_the_read_engine_names_none_of_its_adapters() -> None:
+    found = [
+        found
+        for path in python_files(ROOT / "libs/shread/shread")
+        if path.parent.name != "adapters"
+        for found in violations(path, lambda module: not module.startswith("shread.adapters"))
+    ]
     assert not found, "\n".join(found)
 
 
@@ -114,6 +125,18 @@ def test_libraries_know_no_service(name: str) -> None:
         found
         for path in python_files(ROOT / "libs" / name / name)
         for found in violations(path, lambda module: module.split(".")[0] not in OURS - allowed)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", ["client", "ingest", "segmenter", "coordinator"])
+def test_the_read_engine_is_under_services_that_read(name: str) -> None:
+    """The SDK asks a query service, and stays small."""
+    package = ROOT / "client/streamhouse" if name == "client" else SERVICES[name]
+    found = [
+        found
+        for path in python_files(package)
+        for found in violations(path, lambda module: module.split(".")[0] != "shread")
     ]
     assert not found, "\n".join(found)
 
