@@ -1,79 +1,117 @@
-"""The session that lets clients find this query service.
+"""The session of a worker process (query service, segmenter) with the coordinator.
 
-Owns: the session's token, when it is renewed. Does not own: the agents that it reports.
-Invariants: there is a token from the end of open() to close(), except between a session's loss and the next one. An
-outage of the coordinator ends no session by itself: only SessionExpired does.
+Owns: the session's token; that the session is renewed, and opened again once it is lost. Does not own: the agents that
+its heartbeats report, what the process does while the session lives.
+Invariants: an outage of the coordinator ends no session by itself, only SessionExpired does. Each session is asked for
+under a token of its own, drawn before the first try: a try whose answer was lost leaves no second session behind.
 """
 
 from __future__ import annotations
 
 import logging
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
 
-from shproto.errors import SessionExpired, StreamHouseError
+from shproto.errors import AgentIdTaken, SessionExpired, StreamHouseError
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
 from shruntime.clock import Clock
-from shruntime.tasks import Backoff
+from shruntime.tasks import Backoff, run_until_first_ends
 
 from shcluster.agent_checks import AgentChecks, send_heartbeats
 
 log = logging.getLogger(__name__)
 
+# A coordinator that restarts is back within a second; a fleet that waits for it does not ask as one.
 RETRY_FIRST_MS = 100
 RETRY_MS_MAX = 2_000
 
 
 class SessionKeeper:
-    """`open` once, then `run` for ever; a session that was lost is opened again. Its heartbeats say which `agents` do
-    not answer."""
+    """`start` makes the session wanted, `run` keeps it until cancelled, `close` gives it back. A keeper that was never
+    started, as in a process that lives in the coordinator's, wants no session.
 
-    def __init__(self, coordinator: CoordinatorApi, agent_id: str, clock: Clock, agents: AgentChecks) -> None:
+    `agent_id`: the worker's name; empty: made from role and address. `agents`: reported by the heartbeats.
+    """
+
+    def __init__(
+        self, coordinator: CoordinatorApi, clock: Clock, agents: AgentChecks, *, role: str, agent_id: str
+    ) -> None:
         self._coordinator = coordinator
-        self._agent_id = agent_id
         self._clock = clock
         self._agents = agents
+        self._role = role
+        self._agent_id = agent_id
         self._address = ""
         self._interval_ms = 0
         self.token = ""
 
-    async def open(self, address: str) -> None:
-        """Waits for a coordinator that grants the session."""
+    def may_work(self) -> bool:
+        """Returns False while a session is wanted and not open: whatever is claimed belongs to a session."""
+        return not self._address or bool(self.token)
+
+    def start(self, address: str) -> None:
+        """Makes the session wanted. `address`: where this process listens."""
         self._address = address
+
+    async def open(self) -> None:
+        """Returns once the session is open, however long no coordinator grants it."""
+        request = coordinator_pb2.OpenSessionRequest(
+            agent_id=self._agent_id or f"{self._role}@{self._address}",
+            role=self._role,
+            address=self._address,
+            session_token=str(uuid.uuid4()),
+        )
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         while not self.token:
             try:
-                await self._open()
+                opened = await self._coordinator.open_session(request)
+            except AgentIdTaken as error:
+                log.error("no session: %s", error.message)
             except StreamHouseError as error:
-                log.warning("no session yet: %s", error)
-                await self._clock.sleep_ms(backoff.next_ms())
+                log.warning("no session yet: %s", error.message)
+            else:
+                self.token, self._interval_ms = opened.session_token, opened.heartbeat_interval_ms
+                log.info("session %s is open", opened.session_id)
+                return
+            await self._clock.sleep_ms(backoff.next_ms())
 
-    async def run(self) -> None:
-        """Sends heartbeats, and opens another session where one is lost."""
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+    async def run(
+        self,
+        wake: Callable[[], None] = lambda: None,
+        follow: Callable[[str], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
+        """Opens the session and renews it; opens another one where it is lost.
+
+        `wake` is called when a session is open, and when an agent that did not answer does again. `follow(token)` runs
+        beside the heartbeats, and is cancelled where the session is lost.
+        """
         while True:
+            await self.open()
+            wake()
             try:
-                await send_heartbeats(
-                    self._coordinator, self.token, self._interval_ms, self._agents, self._clock, backoff
-                )
-            except SessionExpired:
-                log.warning("the session expired; opening a new one")
+                if follow is None:
+                    await self._renew(wake)
+                else:
+                    renewals, feed = self._renew(wake), follow(self.token)
+                    await run_until_first_ends({f"{self._role} heartbeats": renewals, f"{self._role} feed": feed})
+            except SessionExpired as error:
+                log.warning("the session is lost: %s", error.message)
                 self.token = ""
-                await self.open(self._address)
+
+    async def _renew(self, recovered: Callable[[], None]) -> None:
+        """Sends heartbeats until the session is lost. Raises SessionExpired."""
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+        await send_heartbeats(
+            self._coordinator, self.token, self._interval_ms, self._agents, self._clock, backoff, recovered=recovered
+        )
 
     async def close(self) -> None:
-        """Best effort: a session that cannot be closed expires."""
-        if not self.token:
-            return
-        try:
-            await self._coordinator.close_session(coordinator_pb2.CloseSessionRequest(session_token=self.token))
-        except StreamHouseError as error:
-            log.info("the session could not be closed and will expire: %s", error)
-        self.token = ""
-
-    async def _open(self) -> None:
-        agent_id = self._agent_id or f"query@{self._address}"
-        response = await self._coordinator.open_session(
-            coordinator_pb2.OpenSessionRequest(agent_id=agent_id, role="query", address=self._address)
-        )
-        self.token = response.session_token
-        self._interval_ms = response.heartbeat_interval_ms
+        """Gives the session back, best effort: a session that cannot be closed expires. `run` must have ended."""
+        token, self.token = self.token, ""
+        if token:
+            try:
+                await self._coordinator.close_session(coordinator_pb2.CloseSessionRequest(session_token=token))
+            except StreamHouseError as error:
+                log.info("the session is not closed, and expires by itself: %s", error.message)

@@ -69,7 +69,8 @@ class QueryService:
         """
         await self._disk.open()
         await self._follower.load()
-        await self._session.open(address)
+        self._session.start(address)
+        await self._session.open()
         self.tasks.spawn("query feed", self._follower.run())
         self.tasks.spawn("query head", self._follower.watch_head())
         self.tasks.spawn("query session", self._session.run())
@@ -126,7 +127,7 @@ def build(
         counters=counters,
         store_trouble=lambda: store.trouble if isinstance(store, RetryingStore) else "",
     )
-    session = SessionKeeper(coordinator, settings.agent_id, clock, agents)
+    session = SessionKeeper(coordinator, clock, agents, role="query", agent_id=settings.agent_id)
     space = DiskSpace(settings.cache_dir, clock)
     lags = GroupLags(
         coordinator,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shcluster.peers import Peers, connect_to_coordinators
+from shcluster.session import SessionKeeper
 from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
 from shruntime.advertise import advertised_address
 from shruntime.clock import Clock, SystemClock
@@ -23,7 +24,6 @@ from shstore.configured import configured_store
 
 from streamhouse_segmenter.adapters.feed_waker import BUFFERS_AND_WORKERS, WORKERS, follow_events
 from streamhouse_segmenter.adapters.loop_worker import LoopWorker
-from streamhouse_segmenter.adapters.session import WorkerSession
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.service import Segmenter
 from streamhouse_segmenter.settings import SegmenterSettings
@@ -38,7 +38,7 @@ class SegmenterService:
     api: Segmenter
     ports: Ports
     worker: LoopWorker
-    session: WorkerSession
+    session: SessionKeeper
     tasks: Tasks
     follow_feed: bool = True
 
@@ -47,7 +47,10 @@ class SegmenterService:
         if address:
             self.session.start(address)
             types = BUFFERS_AND_WORKERS if self.follow_feed else WORKERS
-            self.tasks.spawn("segmenter session", self.session.run(types, self.wake))
+            self.tasks.spawn(
+                "segmenter session",
+                self.session.run(self.wake, lambda token: follow_events(self.ports, types, self.wake, token)),
+            )
         elif self.follow_feed:
             self.tasks.spawn("segmenter feed", follow_events(self.ports, BUFFERS_AND_WORKERS, self.wake))
         await self.worker.start()
@@ -73,8 +76,8 @@ def build(
     """A segmenter over these peers, woken by the coordinator's feed; `ingest_at(address)` gives an agent's API."""
     ports = Ports(coordinator, _retrying(store, settings), ingest_at, clock or SystemClock())
     worker_id = settings.worker_id or f"{socket.gethostname()}-{os.getpid()}"
-    session = WorkerSession(ports, worker_id)
-    segmenter = Segmenter(ports, settings, worker_id, session.may_claim)
+    session = SessionKeeper(ports.coordinator, ports.clock, ports.agents, role="segmenter", agent_id=worker_id)
+    segmenter = Segmenter(ports, settings, worker_id, session.may_work)
     worker = LoopWorker(segmenter, settings, ports)
     return SegmenterService(segmenter, ports, worker, session, Tasks())
 

@@ -121,7 +121,7 @@ async def test_nothing_is_claimed_before_the_session_is_open() -> None:
     coordinator.opening = [Unavailable("no coordinator"), taken, None]
     async with running(coordinator) as service:
         await until(lambda: len(coordinator.tokens) == 2)
-        assert coordinator.claims_asked == 0 and not service.session.may_claim()
+        assert coordinator.claims_asked == 0 and not service.session.may_work()
         await until(lambda: coordinator.claims_asked)
         assert len(set(coordinator.tokens)) == 1, "one session is wanted, however often it is asked for"
     assert coordinator.closed == coordinator.tokens[-1:]
@@ -132,7 +132,7 @@ async def test_a_failed_heartbeat_keeps_the_session_and_its_claims() -> None:
     coordinator.heartbeats = [Unavailable("away"), Unavailable("away"), None]
     async with running(coordinator) as service:
         await until(lambda: coordinator.beats > 3)
-        assert service.session.may_claim()
+        assert service.session.may_work()
         assert len(coordinator.tokens) == 1 and not coordinator.closed
 
 
