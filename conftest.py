@@ -1,8 +1,6 @@
 """State of the test process that all tests share."""
 
-import signal
+from streamhouse.cli.serve_process import hear_interrupts
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell script ignores it for what it runs in the background; every child would inherit that, and could not be
-    # stopped with SIGINT by its test.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Every process of a test inherits it. The workers of `pytest -n` load this file, too.
+hear_interrupts()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from streamhouse import Admin, Consumer, Producer
-from streamhouse.cli.serve_process import ServeProcess
+from streamhouse.cli.serve_process import ServeProcess, hear_interrupts
 
 from bench.common import Wrong, children, console, print_table, usage
 from bench.loads.records import make_records
@@ -256,6 +256,7 @@ def print_codec(figures: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     try:
         sys.exit(main())
     except Wrong as error:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from streamhouse import Admin, Consumer, Producer, SendFuture
+from streamhouse.cli.serve_process import hear_interrupts
 
 from bench.clusters import cluster_running, until
 from bench.common import Wrong, console, load_average, print_table, run, write_json
@@ -279,4 +280,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     raise SystemExit(main())

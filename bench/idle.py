@@ -21,6 +21,7 @@ from shproto.rpc import Connection
 from shproto.services import IngestClient
 from shproto.v1 import ingest_pb2
 from streamhouse import Admin
+from streamhouse.cli.serve_process import hear_interrupts
 from streamhouse_embedded.postgres import EmbeddedPostgres
 
 from bench.clusters import cluster_running, until
@@ -219,4 +220,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     raise SystemExit(main())

@@ -23,6 +23,7 @@ from shproto.rpc import Connection
 from shproto.services import IngestClient
 from shproto.v1 import ingest_pb2
 from streamhouse import Admin, Consumer, Producer, SentRecords
+from streamhouse.cli.serve_process import hear_interrupts
 from streamhouse.errors import StreamHouseError
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_segmenter.settings import SegmenterSettings
@@ -311,4 +312,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     raise SystemExit(main())

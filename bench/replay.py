@@ -21,6 +21,7 @@ from typing import Any
 
 from shformat import ProducerStamp, Records, encode_batch, stamp_batch
 from streamhouse import Admin
+from streamhouse.cli.serve_process import hear_interrupts
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.ports import Frame
 from streamhouse_ingest.settings import IngestSettings
@@ -199,4 +200,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     raise SystemExit(main())

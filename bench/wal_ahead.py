@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from shformat import Records, encode_batch, stamp_batch
 from streamhouse import Admin, Producer
-from streamhouse.cli.serve_process import ServeProcess
+from streamhouse.cli.serve_process import ServeProcess, hear_interrupts
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.core.partition_log import LogKey
@@ -141,5 +141,6 @@ def figures_of(latencies_s: list[float], size_bytes: int, seconds: float, cpu_s:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     options = parse_options()
     raise SystemExit(run(lambda: measure(options)))

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from streamhouse import Admin, Consumer, Producer, SendResult
 from streamhouse.cli.output import show_bytes
-from streamhouse.cli.serve_process import ServeFailed, ServeProcess
+from streamhouse.cli.serve_process import ServeFailed, ServeProcess, hear_interrupts
 from streamhouse.cli.status import collect_status
 from streamhouse.errors import StreamHouseError
 
@@ -238,4 +238,5 @@ def rows(count: int, figures: Figures) -> Sequence[tuple[str, str]]:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

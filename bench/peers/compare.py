@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from streamhouse.cli.serve_process import hear_interrupts
+
 from bench.common import console, print_table, run, write_json
 from bench.loads.turns import LOADS, Row, turn
 from bench.peers import Peer
@@ -81,4 +83,5 @@ def _ratio(ours: float, theirs: float) -> str:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

@@ -33,11 +33,12 @@ def environ(server):
 
 
 class Running:
-    """A command that takes SIGINT, which shells in the background hand down as ignored. Killed when the block ends."""
+    """A command, killed when the block ends."""
 
     def __init__(self, server, *arguments, before=()):
-        script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        script += "sys.argv[0] = 'streamhouse'; from streamhouse.cli import main; main(prog_name='streamhouse')"
+        script = (
+            "import sys; sys.argv[0] = 'streamhouse'; from streamhouse.cli import main; main(prog_name='streamhouse')"
+        )
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         command = [*before, sys.executable, "-c", script, *arguments]
         self.process = subprocess.Popen(command, env=environ(server), **pipes)

@@ -223,7 +223,6 @@ def test_ctrl_c_while_the_end_is_waited_for_still_says_what_is_lost(topic):
         import os, signal
         from streamhouse.background import BACKGROUND
 
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         producer = sync.Producer(address, exit_timeout_ms=3_600_000)
         producer.send_many("t", [b"v"] * 5)
 

@@ -108,7 +108,6 @@ TIGHT_LOOP = """
     from streamhouse.sync import Producer
 
     faulthandler.dump_traceback_later(240, exit=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background hands it down as ignored
     address, seed, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     rng, futures, interrupts = random.Random(seed), [], 0
     armed = threading.Semaphore(0)

@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 from shproto.errors import StreamHouseError
 from streamhouse import Admin
+from streamhouse.cli.serve_process import hear_interrupts
 
 from tests.faults import facts, history, nemeses, nemesis, progress
 from tests.faults.checker import Report, check, explain
@@ -302,6 +303,7 @@ def _nemeses(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     parsed = parse(sys.argv[1:])
     if parsed.list:
         print("\n".join(nemeses.described()))

@@ -16,6 +16,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from streamhouse.cli.serve_process import hear_interrupts
+
 from tests.fuzz.target import FOUND, ROOT
 from tests.fuzz.targets import MODULES
 
@@ -108,4 +110,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

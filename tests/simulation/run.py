@@ -18,6 +18,8 @@ from contextlib import closing
 from itertools import count
 from pathlib import Path
 
+from streamhouse.cli.serve_process import hear_interrupts
+
 from tests.simulation.runs import Keeping, Run, Shown, Workers
 
 HASH_SEED = "0"
@@ -155,6 +157,7 @@ def _jobs(text: str) -> int:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     if os.environ.get("PYTHONHASHSEED") != HASH_SEED:
         # Sets of strings are iterated in the order of their hashes: fixed, so that a seed is the same everywhere.
         os.environ["PYTHONHASHSEED"] = HASH_SEED

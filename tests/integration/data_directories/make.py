@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from streamhouse.cli.serve_process import hear_interrupts
 from streamhouse_embedded.postgres import EmbeddedPostgres
 from streamhouse_embedded.postgres_system import find_bin_dir
 
@@ -150,4 +151,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     main()
