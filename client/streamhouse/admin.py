@@ -8,6 +8,7 @@ from typing import Literal, Self
 from shproto.errors import TopicExists, Unavailable, UnknownGroup, UnknownPartition
 from shproto.rpc import Interceptors
 from shproto.v1 import coordinator_pb2, query_pb2, types_pb2
+from shruntime.urls import addresses_of
 
 from streamhouse.cluster import (
     BufferFailure,
@@ -33,7 +34,6 @@ from streamhouse.core.options import (
     Acks,
     LastRecords,
     Place,
-    addresses_of,
     check_request_timeout,
     check_retry_timeout,
     check_topic,

@@ -30,6 +30,7 @@ from shproto.errors import (
 )
 from shproto.rpc import Interceptors
 from shruntime.tasks import Backoff, Tasks
+from shruntime.urls import addresses_of
 
 from streamhouse.assignments import Assignments, Callback, Callbacks, callbacks_of
 from streamhouse.commits import Commits
@@ -45,7 +46,6 @@ from streamhouse.core.options import (
     OnOutOfRange,
     Place,
     Start,
-    addresses_of,
     check_poll,
     check_timeout_ms,
     check_timeout_s,

@@ -16,8 +16,8 @@ from shproto.services import (
     QueryApi,
     QueryClient,
 )
+from shruntime.urls import addresses_of
 
-from streamhouse.core.options import addresses_of
 from streamhouse.retries import Retries, RetryingConnection
 
 # A handshake takes milliseconds. An agent that hangs accepts connections and says nothing: whoever waits for it had

@@ -16,6 +16,7 @@ from opentelemetry import trace
 from shproto import forks
 from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded
 from shproto.rpc import Interceptors
+from shruntime.urls import addresses_of
 
 from streamhouse import tracing
 from streamhouse.batches import Batch
@@ -28,7 +29,6 @@ from streamhouse.core.options import (
     Partitioner,
     ProducerOptions,
     Serializer,
-    addresses_of,
     check_timeout_s,
     check_topic_name,
 )

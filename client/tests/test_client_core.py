@@ -16,7 +16,6 @@ from streamhouse.core.options import (
     SESSION_TIMEOUT_MS_MIN,
     ConsumerOptions,
     ProducerOptions,
-    addresses_of,
     partitions_of,
 )
 from streamhouse.core.outgoing import ManyRecords, check_record, cut
@@ -296,14 +295,3 @@ def test_what_to_read_is_named_in_full():
     for wrong in (["t"], [("t",)], [("t", "0")], [(0, "t")], [None]):
         with pytest.raises(InvalidArgument, match=r"list of \(topic, partition\)"):
             partitions_of(wrong)
-
-
-# ---- addresses
-
-
-def test_bootstrap_addresses():
-    assert addresses_of("a:1, b:2") == ("a:1", "b:2")
-    assert addresses_of(["[::1]:7070"]) == ("[::1]:7070",)
-    for wrong in ("", "a", "a:", ":1", "a:x", "a:70000", [], [7070]):
-        with pytest.raises(InvalidArgument):
-            addresses_of(wrong)

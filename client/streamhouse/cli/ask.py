@@ -34,7 +34,8 @@ def open_admin(bootstrap: str) -> Admin:
 
 def open_peers(bootstrap: str, request_timeout_ms: int) -> Peers:
     """Returns the services' own APIs, with the command's --retry-timeout-ms."""
-    from streamhouse.core.options import addresses_of
+    from shruntime.urls import addresses_of
+
     from streamhouse.peers import Peers
     from streamhouse.retries import Retries
 

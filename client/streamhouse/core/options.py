@@ -280,21 +280,6 @@ def partitions_of(given: Sequence[tuple[str, int]], name: str = "assign") -> lis
     return list(found)
 
 
-def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:
-    """`host:port` addresses from one string (commas between several) or a sequence. Raises InvalidArgument."""
-    if not isinstance(bootstrap, str) and not all(isinstance(part, str) for part in bootstrap):
-        raise InvalidArgument(f"bootstrap must be text, not {bootstrap!r}", field="bootstrap", value=bootstrap)
-    parts = bootstrap.split(",") if isinstance(bootstrap, str) else list(bootstrap)
-    addresses = tuple(part.strip() for part in parts if part.strip())
-    for address in addresses:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise InvalidArgument(f"bootstrap {address!r} is not host:port", field="bootstrap", value=address)
-    if not addresses:
-        raise InvalidArgument("bootstrap names no address", field="bootstrap", value=bootstrap)
-    return addresses
-
-
 def check_topic(
     partitions: int,
     min_acks: str,

@@ -1,10 +1,12 @@
-"""Addresses and URLs in settings: checked before anything connects, and shown without their passwords."""
+"""Addresses and URLs that users give: checked before anything connects, and shown without their passwords."""
 
 import ipaddress
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from urllib.parse import parse_qsl, urlsplit
+
+from shproto.errors import InvalidArgument
 
 PORT_MAX = 65_535
 _PASSWORD_OPTION = re.compile(r"(\w*password\s*=\s*)('[^']*'|[^&\s]*)", re.IGNORECASE)
@@ -37,6 +39,21 @@ def address(text: str) -> str:
     if match is None or int(match["port"]) > PORT_MAX:
         raise ValueError(f"{text!r} must be host:port, as in 127.0.0.1:7070")
     return text
+
+
+def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns the host:port addresses of a text (commas between several) or a sequence. Raises InvalidArgument."""
+    if not isinstance(bootstrap, str) and not all(isinstance(part, str) for part in bootstrap):
+        raise InvalidArgument(f"bootstrap must be text, not {bootstrap!r}", field="bootstrap", value=bootstrap)
+    parts = bootstrap.split(",") if isinstance(bootstrap, str) else list(bootstrap)
+    found = tuple(part.strip() for part in parts if part.strip())
+    for place in found:
+        host, _, port = place.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) <= PORT_MAX:
+            raise InvalidArgument(f"bootstrap {place!r} is not host:port", field="bootstrap", value=place)
+    if not found:
+        raise InvalidArgument("bootstrap names no address", field="bootstrap", value=bootstrap)
+    return found
 
 
 def advertised_or_empty(text: str) -> str:

@@ -1,7 +1,8 @@
 """URLs in settings: what is wrong is said, and no password with it."""
 
 import pytest
-from shruntime.urls import address, addresses, masked, url_of
+from shproto.errors import InvalidArgument
+from shruntime.urls import address, addresses, addresses_of, masked, url_of
 
 check = url_of("postgresql", "postgres")
 
@@ -61,3 +62,11 @@ def test_an_address_is_a_host_and_a_port(text: str) -> None:
 def test_addresses_of_every_kind() -> None:
     assert address("[::1]:0") == "[::1]:0"
     assert addresses("coordinator-1:7070, 10.0.0.1:7070") == "coordinator-1:7070, 10.0.0.1:7070"
+
+
+def test_bootstrap_addresses() -> None:
+    assert addresses_of("a:1, b:2") == ("a:1", "b:2")
+    assert addresses_of(["[::1]:7070"]) == ("[::1]:7070",)
+    for wrong in ("", "a", "a:", ":1", "a:x", "a:70000", [], [7070]):
+        with pytest.raises(InvalidArgument):
+            addresses_of(wrong)  # type: ignore[arg-type]
