@@ -5,6 +5,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Literal, Self
 
+from shcluster.peers import Peers
 from shproto.errors import TopicExists, Unavailable, UnknownGroup, UnknownPartition
 from shproto.rpc import Interceptors
 from shproto.v1 import coordinator_pb2, query_pb2, types_pb2
@@ -52,7 +53,6 @@ from streamhouse.group_admin import (
     topic_ids_of,
 )
 from streamhouse.metadata import MetadataCache
-from streamhouse.peers import Peers
 from streamhouse.records import TopicPartition
 from streamhouse.retries import Retries
 
@@ -85,7 +85,7 @@ class Admin:
         check_retry_timeout(retry_timeout_ms)
         addresses = addresses_of(bootstrap)
         retries = Retries("retry_timeout_ms", retry_timeout_ms, addresses)
-        self._peers = Peers(addresses, request_timeout_ms, telemetry, retries)
+        self._peers = Peers(addresses, request_timeout_ms, telemetry, retries.over)
         self._metadata = MetadataCache(self._peers)
 
     async def __aenter__(self) -> Self:

@@ -17,6 +17,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
 from opentelemetry import trace
+from shcluster.peers import Peers
 from shproto import forks
 from shproto.errors import (
     IllegalGeneration,
@@ -63,7 +64,6 @@ from streamhouse.metadata import MetadataCache
 from streamhouse.metrics import ConsumerMetrics
 from streamhouse.offsets import Offsets
 from streamhouse.openings import Openings
-from streamhouse.peers import Peers
 from streamhouse.reader import Reader
 from streamhouse.records import (
     MembershipState,

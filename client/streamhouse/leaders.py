@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from shcluster.peers import Peers
 from shproto.errors import StreamHouseError
 from shproto.v1 import ingest_pb2
 from shruntime.tasks import Backoff, Tasks
@@ -17,7 +18,6 @@ from streamhouse.core.options import ProducerOptions
 from streamhouse.core.sequences import Outgoing
 from streamhouse.gatherer import LaneState, Stream, new_backoff
 from streamhouse.leader_stream import LeaderStream
-from streamhouse.peers import Peers
 
 # The leader answers within request_timeout_ms; the answer needs time to travel and wait for those before it.
 ANSWER_GRACE_MS = 5_000

@@ -5,11 +5,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from shcluster.peers import Peers
 from shproto.errors import UnknownTopic
 from shproto.rpc import being_cancelled, closed_error
 from shproto.v1 import coordinator_pb2
-
-from streamhouse.peers import Peers
 
 
 @dataclass(slots=True, eq=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from shcluster.peers import Peers
 from shproto.errors import Unavailable, UnknownGroup
 from shproto.v1 import coordinator_pb2, query_pb2
 
@@ -10,7 +11,6 @@ from streamhouse.core.lag import Lag, lag_of
 from streamhouse.core.options import Place
 from streamhouse.core.positions import Position
 from streamhouse.metadata import MetadataCache
-from streamhouse.peers import Peers
 from streamhouse.reader import POSITIONS_MAX
 from streamhouse.records import OffsetAndMetadata, TopicPartition
 

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 from opentelemetry import trace
+from shcluster.peers import Peers
 from shproto import forks
 from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded
 from shproto.rpc import Interceptors
@@ -41,7 +42,6 @@ from streamhouse.gatherer import LaneState
 from streamhouse.loop_turns import TURN_S, LoopTurns, let_loop_run
 from streamhouse.metadata import MetadataCache
 from streamhouse.metrics import ProducerMetrics
-from streamhouse.peers import Peers
 from streamhouse.placing import TopicLanes, choose, choose_many
 from streamhouse.records import RecordMetadata
 from streamhouse.retries import Retries

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from typing import Literal, cast
 
+from shcluster.peers import Peers
 from shproto.errors import (
     DataLoss,
     OffsetBelowStart,
@@ -31,7 +32,6 @@ from streamhouse.core.decoding import Encoded, check_response, decode, end_of_lo
 from streamhouse.core.options import MIB, ConsumerOptions, Place
 from streamhouse.core.positions import Cursor, Portion
 from streamhouse.metadata import MetadataCache
-from streamhouse.peers import Peers
 from streamhouse.records import TopicPartition
 from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
 

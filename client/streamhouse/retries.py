@@ -67,6 +67,10 @@ class Retries:
             self._notice(last, loop.time() - begun_s)
             await asyncio.sleep(wait_s)
 
+    def over(self, connection: Caller) -> Caller:
+        """Returns the connection with its unary calls, and the beginnings of its streams, repeated."""
+        return RetryingConnection(connection, self)
+
     def _notice(self, error: StreamHouseError, failing_s: float) -> None:
         if not self._told and failing_s * 1000 >= NOTICE_AFTER_MS:
             self._told = True

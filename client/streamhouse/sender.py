@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from shcluster.peers import Peers
 from shformat import Codec
 from shproto.errors import (
     InvalidBatch,
@@ -31,7 +32,6 @@ from streamhouse.delivery import Delivery
 from streamhouse.gatherer import Gatherer, LaneState, Stream
 from streamhouse.leaders import Leaders, Sent
 from streamhouse.metadata import MetadataCache
-from streamhouse.peers import Peers
 
 log = logging.getLogger(__name__)
 

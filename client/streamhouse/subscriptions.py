@@ -9,13 +9,13 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 
+from shcluster.peers import Peers
 from shproto.errors import StreamHouseError
 from shproto.v1 import coordinator_pb2
 from shruntime.tasks import Backoff
 
 from streamhouse.core.subscription import Subscription
 from streamhouse.metadata import MetadataCache
-from streamhouse.peers import Peers
 from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
 
 log = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from shcluster.peers import Peers
 from streamhouse import Admin, Consumer, Producer, errors
 from streamhouse.metadata import MetadataCache
-from streamhouse.peers import Peers
 
 
 async def test_topics(address, platform):
@@ -174,6 +174,15 @@ async def test_more_partitions_than_one_subscription_takes(address, platform):
 
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, streamhouse; print([name for name in ('grpc', 'numpy', 'pyarrow') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_producers_and_consumers_come_without_what_only_services_need():
+    code = (
+        "import sys\nfrom streamhouse import Admin, Consumer, Producer\n"
+        "print([name for name in ('pydantic', 'opentelemetry.sdk', 'shread', 'shstore') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+from shcluster import peers
 from shruntime import files
-from streamhouse import peers
 from streamhouse_coordinator.core import sessions as coordinator_sessions
 from streamhouse_ingest import sealer
 from streamhouse_ingest import wiring as ingest_wiring

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 from streamhouse.cli.options import retry_timeout_ms
 
 if TYPE_CHECKING:
+    from shcluster.peers import Peers
+
     from streamhouse.admin import Admin
-    from streamhouse.peers import Peers
 
 Answer = TypeVar("Answer")
 
@@ -34,11 +35,11 @@ def open_admin(bootstrap: str) -> Admin:
 
 def open_peers(bootstrap: str, request_timeout_ms: int) -> Peers:
     """Returns the services' own APIs, with the command's --retry-timeout-ms."""
+    from shcluster.peers import Peers
     from shruntime.urls import addresses_of
 
-    from streamhouse.peers import Peers
     from streamhouse.retries import Retries
 
     addresses = addresses_of(bootstrap)
     retries = Retries("retry_timeout_ms", retry_timeout_ms(), addresses)
-    return Peers(addresses, request_timeout_ms, retries=retries)
+    return Peers(addresses, request_timeout_ms, wrap=retries.over)

@@ -16,10 +16,10 @@ from streamhouse.cli.ask import open_peers
 from streamhouse.cli.options import retry_timeout_ms
 
 if TYPE_CHECKING:
+    from shcluster.peers import Peers
     from shproto.errors import StreamHouseError
 
     from streamhouse.metadata import MetadataCache
-    from streamhouse.peers import Peers
 
 LOOK_AGAIN_S = 0.5
 # A session that ends so much later than it would have was renewed; less may be the way of an answer.

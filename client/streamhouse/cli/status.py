@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from google.protobuf.message import Message
+    from shcluster.peers import Peers
 
     from streamhouse.cluster import ClusterStatus, Session
-    from streamhouse.peers import Peers
 
 
 # People wait in front of a terminal: shorter than what services allow each other.
@@ -63,7 +63,7 @@ async def collect_status(bootstrap: str) -> dict[str, Any]:
     coordinator answers; an agent that does not is in the report with its `error`."""
     import asyncio
 
-    from streamhouse.peers import Peers
+    from shcluster.peers import Peers
 
     async with open_admin(bootstrap) as admin:
         answer = await admin.status()

@@ -1,46 +1,86 @@
-"""Connections to other services: the coordinators from settings, and agents by their address."""
+"""Connections to the services, by address, made on first use and closed together.
 
-from __future__ import annotations
+Owns: one connection for each set of addresses. Does not own: who calls, which addresses there are.
+Invariant: once closed, no connection is open and none is made.
+"""
 
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Sequence
 
-from shproto.rpc import Connection, Interceptors
+from shproto.errors import InvalidArgument
+from shproto.rpc import Caller, Connection, Interceptors
+from shproto.services import (
+    CoordinatorApi,
+    CoordinatorClient,
+    IngestApi,
+    IngestClient,
+    QueryApi,
+    QueryClient,
+)
+from shruntime.urls import addresses_of
 
-Client = TypeVar("Client")
+# A handshake takes milliseconds. An agent that hangs accepts connections and says nothing: whoever waits for it had
+# better ask again who leads. Where a handshake does take longer, the next try finds it done.
+CONNECT_TIMEOUT_MS = 1_000
 
 
-def connect_to_coordinators(bootstrap: str, timeout_ms: int, interceptors: Interceptors | None = None) -> Connection:
-    """Returns a connection to the addresses in `bootstrap`, host:port with commas in between, tried in turn."""
-    addresses = [address.strip() for address in bootstrap.split(",") if address.strip()]
-    return Connection(addresses, timeout_ms=timeout_ms, interceptors=interceptors)
+class Peers:
+    """Connections to the services by address: to the coordinators at those of `bootstrap`, to the others at those that
+    they advertise. Once closed, asking for a service raises InvalidArgument.
 
-
-class Peers(Generic[Client]):
-    """Connections by address, made when first asked for and kept until `close`. `timeout_ms`: of each call."""
+    `timeout_ms`: of each call. `interceptors`: of every channel. `wrap`: returns what calls go over instead of the
+    connection that it is given; the SDK repeats calls there.
+    """
 
     def __init__(
         self,
-        make_client: Callable[[Connection], Client],
+        bootstrap: str | Sequence[str],
         timeout_ms: int,
         interceptors: Interceptors | None = None,
+        wrap: Callable[[Caller], Caller] | None = None,
     ) -> None:
-        self._make_client = make_client
         self._timeout_ms = timeout_ms
         self._interceptors = interceptors
-        self._connections: dict[str, Connection] = {}
+        self._wrap = wrap
+        self._connections: dict[tuple[tuple[str, ...], bool], Connection] = {}
+        self._bootstrap = addresses_of(bootstrap)
+        self._closed = False
 
-    def __call__(self, address: str) -> Client:
-        if address not in self._connections:
-            self._connections[address] = Connection(
-                [address],
+    @property
+    def coordinator(self) -> CoordinatorApi:
+        return CoordinatorClient(self._caller(self._bootstrap, advertised=False))
+
+    def ingest(self, address: str) -> IngestApi:
+        return IngestClient(self._caller((address,)))
+
+    async def connect(self, address: str) -> None:
+        """Returns once connected to an agent. Raises Unavailable."""
+        await self._connect((address,)).connect(CONNECT_TIMEOUT_MS)
+
+    def query(self, addresses: Sequence[str]) -> QueryApi:
+        """Several addresses: calls fail over between them."""
+        return QueryClient(self._caller(tuple(addresses)))
+
+    def _caller(self, addresses: tuple[str, ...], *, advertised: bool = True) -> Caller:
+        connection = self._connect(addresses, advertised=advertised)
+        return connection if self._wrap is None else self._wrap(connection)
+
+    def _connect(self, addresses: tuple[str, ...], *, advertised: bool = True) -> Connection:
+        if self._closed:  # nobody would close a connection made now
+            raise InvalidArgument("the client is closed", field="client", value="closed")
+        key = addresses, advertised
+        connection = self._connections.get(key)
+        if connection is None:
+            connection = self._connections[key] = Connection(
+                addresses,
                 timeout_ms=self._timeout_ms,
                 interceptors=self._interceptors,
-                advertised=True,
+                advertised=advertised,
             )
-        return self._make_client(self._connections[address])
+        return connection
 
     async def close(self) -> None:
+        """Closes all connections for good; calls that still run on them fail with Unavailable."""
+        self._closed = True
         connections, self._connections = self._connections, {}
         for connection in connections.values():
             await connection.close()

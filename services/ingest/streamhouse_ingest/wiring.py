@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from shcluster.peers import connect_to_coordinators
-from shproto.services import CoordinatorApi, CoordinatorClient
+from shcluster.peers import Peers
+from shproto.services import CoordinatorApi
 from shproto.v1 import ingest_pb2
 from shruntime.advertise import advertised_address
 from shruntime.clock import Clock, SystemClock
@@ -97,8 +97,8 @@ async def _run(settings: IngestSettings, supervisor: Supervisor) -> None:
     spare_loaded_code()
     log_memory_limits(settings)
     telemetry = Telemetry.configure("ingest", settings)
-    connection = connect_to_coordinators(settings.bootstrap, settings.rpc_timeout_ms, telemetry)
-    service = build(settings, CoordinatorClient(connection))
+    peers = Peers(settings.bootstrap, settings.rpc_timeout_ms, telemetry)
+    service = build(settings, peers.coordinator)
     descriptor = ingest_pb2.DESCRIPTOR.services_by_name["Ingest"]
     apis, limits = [(descriptor, service.api)], ServerLimits.of(settings)
     server = RpcServer(settings.listen, apis, telemetry.server(), limits, supervisor)
@@ -113,7 +113,7 @@ async def _run(settings: IngestSettings, supervisor: Supervisor) -> None:
         await serving.stop()
         await service.stop()
         await server.stop(CALL_GRACE_MS)
-        await connection.close()
+        await peers.close()
         telemetry.shutdown()
 
 

@@ -11,9 +11,9 @@ from shcluster.agent_checks import AgentChecks
 from shcluster.follower import Follower
 from shcluster.freshness import Freshness
 from shcluster.live_index import LiveIndex
-from shcluster.peers import Peers, connect_to_coordinators
+from shcluster.peers import Peers
 from shcluster.session import SessionKeeper
-from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
+from shproto.services import CoordinatorApi, IngestApi
 from shproto.v1 import query_pb2
 from shread.adapters.disk_cache import DiskCache
 from shread.adapters.redis_cache import RedisCache
@@ -187,11 +187,9 @@ async def run(settings: QuerySettings) -> None:
         stack.callback(telemetry.shutdown)
         store = configured_store(settings)
         stack.push_async_callback(store.close)
-        connection = connect_to_coordinators(settings.bootstrap, settings.rpc_timeout_ms, telemetry)
-        stack.push_async_callback(connection.close)
-        ingest_at = Peers(IngestClient, settings.rpc_timeout_ms, telemetry)
-        stack.push_async_callback(ingest_at.close)
-        service = build(settings, CoordinatorClient(connection), store, ingest_at)
+        peers = Peers(settings.bootstrap, settings.rpc_timeout_ms, telemetry)
+        stack.push_async_callback(peers.close)
+        service = build(settings, peers.coordinator, store, peers.ingest)
         apis = [(query_pb2.DESCRIPTOR.services_by_name["Query"], service.api)]
         server = RpcServer(settings.listen, apis, telemetry.server(), ServerLimits.of(settings), supervisor)
         await server.start()

@@ -7,9 +7,9 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shcluster.peers import Peers, connect_to_coordinators
+from shcluster.peers import Peers
 from shcluster.session import SessionKeeper
-from shproto.services import CoordinatorApi, CoordinatorClient, IngestApi, IngestClient
+from shproto.services import CoordinatorApi, IngestApi
 from shruntime.advertise import advertised_address
 from shruntime.clock import Clock, SystemClock
 from shruntime.descriptors import raise_descriptor_limit
@@ -105,14 +105,12 @@ async def run(settings: SegmenterSettings) -> None:
         stack.callback(telemetry.shutdown)
         store = configured_store(settings)
         stack.push_async_callback(store.close)
-        connection = connect_to_coordinators(settings.bootstrap, settings.rpc_timeout_ms, telemetry)
-        stack.push_async_callback(connection.close)
-        ingest_at = Peers(IngestClient, settings.rpc_timeout_ms, telemetry)
-        stack.push_async_callback(ingest_at.close)
+        peers = Peers(settings.bootstrap, settings.rpc_timeout_ms, telemetry)
+        stack.push_async_callback(peers.close)
         server = RpcServer(settings.listen, (), telemetry.server(), ServerLimits.of(settings), supervisor)
         await server.start()
         stack.push_async_callback(server.stop, 0)
-        service = build(settings, CoordinatorClient(connection), store, ingest_at)
+        service = build(settings, peers.coordinator, store, peers.ingest)
         service.follow_feed = not settings.amqp_url
         stack.push_async_callback(service.stop)
         service.tasks.spawn("segmenter start", _serve(service, server, store, settings, stack))
