@@ -27,9 +27,10 @@ def masked(url: str) -> str:
 
 
 def addresses(text: str) -> str:
-    """A validator for a setting: host:port, or several with commas in between. Raises ValueError."""
-    for part in text.split(","):
-        address(part.strip())
+    """A validator for a setting: host:port to connect to, or several with commas in between. Raises ValueError."""
+    for part in map(str.strip, text.split(",")):
+        if int(address(part).rpartition(":")[2]) == 0:
+            raise ValueError(f"{part!r} has port 0: name the port at which the service listens")
     return text
 
 

@@ -64,6 +64,12 @@ def test_addresses_of_every_kind() -> None:
     assert addresses("coordinator-1:7070, 10.0.0.1:7070") == "coordinator-1:7070, 10.0.0.1:7070"
 
 
+def test_addresses_to_connect_to_have_a_port() -> None:
+    """Nothing ever listens on port 0, and no service would say why it waits for coordinators."""
+    with pytest.raises(ValueError, match=r"'\[::1\]:0' has port 0"):
+        addresses("good:1, [::1]:0")
+
+
 def test_bootstrap_addresses() -> None:
     assert addresses_of("a:1, b:2") == ("a:1", "b:2")
     assert addresses_of(["[::1]:7070"]) == ("[::1]:7070",)
