@@ -1,4 +1,4 @@
-"""The query service's chunk cache in memory. It survives a crash, maybe damaged: nothing in it is ever fsynced."""
+"""A chunk cache in memory, instead of on disk. It survives a crash, maybe damaged: nothing in it is ever fsynced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shread.counters import Counters
 
 
 class SimChunkCache:
-    """adapters.disk_cache.DiskCache, without a disk. `disks`: content by directory, cleared by each simulation."""
+    """shread.adapters.disk_cache.DiskCache without a disk. `disks`: content by directory; each simulation clears it."""
 
     disks: ClassVar[dict[str, dict[ChunkId, bytes]]] = {}
 

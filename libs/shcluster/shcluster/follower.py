@@ -1,4 +1,10 @@
-"""Keeps the index up to date: a snapshot, then every event in order, over reconnects and restarts of coordinators."""
+"""Keeps the index up to date: a snapshot, then every event in order, over reconnects and restarts of coordinators.
+
+Owns: which event is to come next, what is known of events that went missing. Does not own: the index and its readers
+(live_index.py), the session whose token the feed carries.
+Invariants: the index changes by a whole snapshot or by the next event, never otherwise. An event that does not fit
+costs a snapshot, and is never left out.
+"""
 
 from __future__ import annotations
 

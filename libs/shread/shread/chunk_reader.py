@@ -51,7 +51,7 @@ class ChunkCache(Protocol):
 
 
 class SharedCache(Protocol):
-    """Chunks that other query services may have fetched; never raises."""
+    """Chunks that other processes may have fetched; never raises."""
 
     async def get(self, chunk: ChunkId) -> bytes | None: ...
     async def put(self, chunk: ChunkId, content: bytes) -> None: ...

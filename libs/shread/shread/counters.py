@@ -1,4 +1,4 @@
-"""What the query service counts. Plain integers on the hot path; telemetry reads them when it is asked."""
+"""Counters of reads: plain integers on the hot path, which telemetry reads when it is asked."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _counter(description: str) -> int:
 
 @dataclass(slots=True)
 class Counters:
-    """Since the start of the service. Each is also a metric, `streamhouse_query_<name>`."""
+    """Since the start of the process. Each is also a metric, `streamhouse_query_<name>`."""
 
     cache_hits: int = _counter("chunks found in the disk cache")
     cache_misses: int = _counter("chunks not found in the disk cache")

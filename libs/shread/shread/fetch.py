@@ -243,7 +243,7 @@ class _Fetch:
 
     async def _missing(self, partition: PartitionIndex, segment: SegmentEntry, error: ObjectMissing) -> bool:
         """Compaction or retention may have deleted the object, and the event be on its way, or not come at all while
-        this service is cut off from the coordinators: only an index that is not behind can tell that it is lost."""
+        this process is cut off from the coordinators: only an index that is not behind can tell that it is lost."""
         if self._got.batches:
             return True
         if self._plan(self._partition()) == ReadSegment(segment):

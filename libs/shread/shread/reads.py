@@ -1,4 +1,4 @@
-"""What a read asks for and gets, and what all reads of the service share."""
+"""Request and result of a read, and the parts that all reads of a process share."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class _Poll:
 
 
 class TailPolls:
-    """Shared by all reads of the service; `tasks` owns the polls. `agents` hears which agents do not answer."""
+    """Shared by all reads of a process; `tasks` owns the polls. `agents` hears which agents do not answer."""
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""What the query service keeps outside itself: chunks on disk and, where configured, in Redis."""
+"""Caches of chunks outside the process: on disk and, where configured, in Redis."""
