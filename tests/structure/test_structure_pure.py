@@ -1,0 +1,103 @@
+"""Modules that decide are pure: no I/O, clock, randomness or event loop. The list below has all of them."""
+
+from collections.abc import Sequence
+
+from tests.structure.modules import Module, Modules, our_modules, parsed, within
+
+# Modules, or packages of which all modules are pure.
+PURE = (
+    "shcluster.index",
+    "shcluster.missing_events",
+    "shcluster.snapshot",
+    "shproto.addresses",
+    "shproto.events",
+    "shproto.v1",
+    "shread.core",
+    "shruntime.round_robin",
+    "shstore.errors",
+    "shstore.keys",
+    "shstore.port",
+    "shstore.ranges",
+    "streamhouse.core.accumulator",
+    "streamhouse.core.given_up",
+    "streamhouse.core.kafka_names",
+    "streamhouse.core.lag",
+    "streamhouse.core.murmur2",
+    "streamhouse.core.room",
+    "streamhouse.core.sequences",
+    "streamhouse.core.subscription",
+    "streamhouse.errors",
+    "streamhouse_coordinator.core",
+    "streamhouse_ingest.core",
+    "streamhouse_query.core",
+    "streamhouse_segmenter.core",
+)
+# Of the standard library and numpy: computation only.
+STANDARD = {
+    "__future__", "array", "bisect", "collections", "collections.abc", "copy", "dataclasses", "enum", "functools",
+    "hashlib", "heapq", "itertools", "json", "math", "operator", "re", "string", "struct", "types", "typing", "zlib",
+    "numpy", "numpy.typing",
+}  # fmt: skip
+# Ours that pure modules may use as they are: coders of bytes, and errors and messages, which are values.
+VALUES = ("shformat", "shproto.errors", "shproto.v1")
+
+
+def impurities(module: Module, pure: Sequence[str]) -> list[str]:
+    """Returns the imports of a module that a pure one has not."""
+    return [
+        f"{module.name}:{found.line} imports {found.name}"
+        for found in module.imports
+        if found.name not in STANDARD and not within(found.name, VALUES) and not within(found.name, pure)
+    ]
+
+
+def not_pure(modules: Modules, pure: Sequence[str] = PURE) -> list[str]:
+    """Returns what makes listed modules impure, and names in the list that no module has."""
+    listed = [module for module in modules.values() if within(module.name, pure) and not within(module.name, VALUES)]
+    missing = [f"there is no {name}" for name in pure if not any(within(name_, [name]) for name_ in modules)]
+    return [*missing, *(found for module in listed for found in impurities(module, pure))]
+
+
+def not_listed(modules: Modules, pure: Sequence[str] = PURE) -> list[str]:
+    """Returns modules that are as pure as the listed ones, and not listed."""
+    return sorted(
+        module.name
+        for module in modules.values()
+        if module.imports and not within(module.name, (*pure, *VALUES)) and not impurities(module, pure)
+    )
+
+
+def test_listed_modules_are_pure() -> None:
+    assert not (found := not_pure(our_modules())), "\n".join(found)
+
+
+def test_pure_modules_are_listed() -> None:
+    """So that none loses its purity unseen."""
+    assert not (found := not_listed(our_modules())), "\n".join(found)
+
+
+def test_planted_impurities_are_seen() -> None:
+    sources = {
+        "a.__init__": "",
+        "a.core.__init__": "",
+        "a.core.clock": "import time",
+        "a.core.late": "def now():\n    import random",
+        "a.core.other": "from a import shell",
+        "a.core.fine": "from a.core import clock\nimport math\nfrom shformat import batch",
+        "a.shell": "import asyncio",
+    }
+    assert not_pure(parsed(sources), ["a.core"]) == [
+        "a.core.clock:1 imports time",
+        "a.core.late:2 imports random",
+        "a.core.other:1 imports a.shell",
+    ]
+    assert not_pure(parsed(sources), ["a.core.fine", "a.gone"]) == [
+        "there is no a.gone",
+        "a.core.fine:1 imports a.core.clock",
+    ]
+
+
+def test_a_planted_module_that_is_not_listed_is_seen() -> None:
+    sources = {"a.decides": "from b import also", "b.also": "import math", "b.__init__": "", "a.shell": "import os"}
+    assert not_listed(parsed(sources), ["c"]) == ["b.also"]
+    assert not_listed(parsed(sources), ["b.also"]) == ["a.decides"]
