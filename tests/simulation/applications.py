@@ -279,7 +279,10 @@ class GroupMember(Consuming):
         if consumer is None or self._rng.random() < 0.5:
             await super().stop()
             return
-        await consumer.close()
+        try:
+            await consumer.close()
+        except StreamHouseError as error:  # of the last commit: the group had ended this member's session, say
+            self._failed(error)
         await super().stop()
 
 
