@@ -210,11 +210,13 @@ class Consuming(Application):
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """Of a group: what all its members share. `polled(application, where)` is called whenever one was given records."""
+    """Of a group: what all its members share. `polled(application, where)` is called whenever one was given records.
+    sessions_ms: one of them is a member's."""
 
     group: str
     topics: Sequence[str]
     polled: Callable[[GroupMember, Where], None]
+    sessions_ms: Sequence[int]
 
 
 class GroupMember(Consuming):
@@ -247,7 +249,7 @@ class GroupMember(Consuming):
             group=self.group,
             auto_commit=self._auto_commit,
             auto_commit_interval_ms=rng.choice(COMMIT_EVERY_MS),
-            session_timeout_ms=rng.choice(SESSION_TIMEOUT_MS),
+            session_timeout_ms=rng.choice(self._membership.sessions_ms),
             request_timeout_ms=rng.choice(REQUEST_TIMEOUT_MS),
             retry_timeout_ms=rng.choice(RETRY_TIMEOUT_MS),
             client_id=self.name,

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tests.simulation.applications import Membership
+from tests.simulation.applications import SESSION_TIMEOUT_MS, Membership
 from tests.simulation.clients import (
     GROUP,
     ClientNode,
@@ -37,11 +37,15 @@ POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Company:
-    """Which clients are over the SDK. members: of the group; 0: there is none."""
+    """Which clients are over the SDK. members: of the group; 0: there is none. roaming_readers: those written by hand
+    ask another query service each time. churn: members come and go."""
 
     sdk_producers: int
     sdk_reader: bool
     members: int
+    roaming_readers: bool = False
+    sessions_ms: Sequence[int] = SESSION_TIMEOUT_MS
+    churn: bool = True
 
     @classmethod
     def draw(cls, rng: random.Random) -> Company:
@@ -69,6 +73,7 @@ class Crowd:
         self._history = history
         self._targets = targets
         self._rng = rng
+        self._company = company
         self._ownership = GroupOwnership(around, blame)
         self._queries = [node.address for node in services if isinstance(node, QueryNode)]
         self._partitions = [(target.topic, number) for target in targets for number in range(target.partitions)]
@@ -98,7 +103,8 @@ class Crowd:
         return ProducerNode(self._around, self._history, f"producer-{number}", self._own_luck(), self._target(number))
 
     def _reader(self, topic: str, partition: int) -> Reader:
-        return Reader(self._around, self._history, f"reader-{topic}-{partition}", topic, partition, self._queries)
+        name, roams = f"reader-{topic}-{partition}", self._company.roaming_readers
+        return Reader(self._around, self._history, name, topic, partition, self._queries, roams)
 
     def _sdk_reader(self) -> ReaderNode:
         return ReaderNode(self._around, self._history, "reader-0", self._own_luck(), self._partitions)
@@ -108,7 +114,7 @@ class Crowd:
         topics = [target.topic for target in self._targets]
         if number and self._rng.random() < 0.2:
             topics = [self._rng.choice(topics)]
-        membership = Membership(GROUP, topics, self._ownership.polled)
+        membership = Membership(GROUP, topics, self._ownership.polled, self._company.sessions_ms)
         return MemberNode(self._around, self._history, f"member-{number}", self._own_luck(), membership)
 
     @property
@@ -133,7 +139,7 @@ class Crowd:
         self._producing = [self._process().spawn(producer.run()) for producer in self._producers]
         for reader in self._readers:
             self._process().spawn(reader.run())
-        if self.has_group:
+        if self.has_group and self._company.churn:
             self._process().spawn(self._come_and_go(), name="members come and go")
 
     def _process(self) -> Process:

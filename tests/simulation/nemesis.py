@@ -13,7 +13,8 @@ from shstore.faulty import FaultKind
 
 from tests.simulation import database as db
 from tests.simulation import network as net
-from tests.simulation.nodes import IngestNode, Node, Surroundings
+from tests.simulation.clients import MemberNode
+from tests.simulation.nodes import CoordinatorNode, IngestNode, Node, QueryNode, Surroundings
 from tests.simulation.store import HOST as STORE
 
 KIND_CHANCE = 0.3
@@ -24,6 +25,16 @@ WALL_JUMP_MS = 60_000
 """Far beyond leases, claims and the orphans' grace: no safety property rests on clocks."""
 DATABASE_JUMP_MS = (-1_500, 4_000)
 """Nothing but leases and claims hangs on it: more than any of them lasts."""
+OFTEN_CHANCE = 0.5
+"""Of a fault to be of a kind that the run's profile asks for."""
+FEED_BEHIND_S = 2.5
+"""At most, and below network.KEEPALIVE_S: the connection outlives it, so that the feed goes on where it was."""
+PAUSE_CHANCE = 0.75
+"""Of a member to be paused, rather than cut off: after that it is more likely to commit before it hears anything."""
+MEMBER_OUT_S = (3.0, 5.0)
+"""Beyond a session of 1.5 s, the sweep that ends it, and the next commit of the member that takes over."""
+MEMBER_IN_S = 1.0
+"""Between two of these: to join, to read, and to have something to commit."""
 
 
 class Nemesis:
@@ -97,7 +108,7 @@ class Nemesis:
 
 
 class RandomNemesis(Nemesis):
-    """Faults one after the other until `until_s`."""
+    """Faults one after the other until `until_s`; every other one is of the kinds `often`, if there are any."""
 
     def __init__(
         self,
@@ -106,6 +117,7 @@ class RandomNemesis(Nemesis):
         clients: Sequence[Node],
         rng: random.Random,
         until_s: float,
+        often: Sequence[Callable[[RandomNemesis], None]] = (),
     ) -> None:
         super().__init__(around, nodes, clients, rng)
         self._until_s = until_s
@@ -116,15 +128,20 @@ class RandomNemesis(Nemesis):
         )  # fmt: skip
         self._kinds = [kind for kind in every if rng.random() < KIND_CHANCE]
         self._every_s = rng.uniform(*FAULT_EVERY_S)
+        self._often = often
+        self._member_back_s = 0.0
 
     def begin(self) -> None:
         self._set_rates()
-        if self._kinds:
+        if self._kinds or self._often:
             self._later(self._rng.uniform(0, 2), self._next)
 
     def _next(self) -> None:
         if self._around.loop.time() < self._until_s:
-            self._rng.choice(self._kinds)()
+            if self._often and (not self._kinds or self._rng.random() < OFTEN_CHANCE):
+                self._rng.choice(self._often)(self)
+            else:
+                self._rng.choice(self._kinds)()
             self._later(self._rng.expovariate(1 / self._every_s), self._next)
 
     def _set_rates(self) -> None:
@@ -243,6 +260,36 @@ class RandomNemesis(Nemesis):
         names = [*self._names(), *(client.name for client in self._clients)]
         others = [other for other in names if other != name]
         self._cut([link for other in others for link in ((name, other), (other, name))], seconds)
+
+    # ---- for profiles
+
+    def hold_back_feed(self) -> None:
+        """Keeps from a query service what some coordinators send it for a while; then all of it arrives."""
+        query = self._rng.choice([node for node in self._services if isinstance(node, QueryNode)])
+        coordinators = [node for node in self._services if isinstance(node, CoordinatorNode)]
+        held_back = self._rng.sample(coordinators, self._rng.randrange(1, len(coordinators) + 1))
+        seconds = self._rng.uniform(0.1, FEED_BEHIND_S)
+        self._note(f"hold back {', '.join(node.name for node in held_back)} -> {query.name} for {seconds:.1f} s")
+        self._cut([(node.name, query.name) for node in held_back], seconds)
+
+    def put_member_out(self) -> None:
+        """Makes the group end a member's session and keeps the member from hearing of it: it stands still, or reaches
+        the query services but no coordinator. One member at a time, so that another one reads on."""
+        now_s = self._around.loop.time()
+        if now_s < self._member_back_s:
+            return
+        members = [node for node in self._clients if isinstance(node, MemberNode) and node.up and node.positions()]
+        if not members:
+            return
+        member, seconds = self._rng.choice(members), self._rng.uniform(*MEMBER_OUT_S)
+        self._member_back_s = now_s + seconds + MEMBER_IN_S
+        if self._rng.random() < PAUSE_CHANCE:
+            self._note(f"pause {member.name} for {seconds:.1f} s")
+            member.stall(seconds)
+        else:
+            self._note(f"cut {member.name} off from the coordinators for {seconds:.1f} s")
+            coordinators = [node.name for node in self._services if isinstance(node, CoordinatorNode)]
+            self._cut([link for name in coordinators for link in ((member.name, name), (name, member.name))], seconds)
 
     # ---- disks and servers
 

@@ -93,7 +93,9 @@ def main(arguments: list[str]) -> int:
 
 def run_seeds(runner: Runner, workers: Workers, options: argparse.Namespace) -> None:
     seeds = seeds_in(options.file) if options.file else range(options.first, options.first + options.seeds)
-    with closing(workers.show(Run(f"seed-{seed}", seed) for seed in seeds)) as shown:
+    profile: str = options.profile or ""
+    prefix = f"{profile}-" if profile else ""
+    with closing(workers.show(Run(f"{prefix}seed-{seed}", seed, profile=profile) for seed in seeds)) as shown:
         while not runner.has_enough() and (found := next(shown, None)) is not None:
             runner.tell(found)
 
@@ -135,13 +137,27 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--crash-everywhere", action="store_true", help="a run per step of every process")
     parser.add_argument("--every", type=int, default=1, help="with --crash-everywhere: only every so many-th step")
     parser.add_argument("--seed", type=int, default=1, help="with --crash-everywhere: of the run that is repeated")
+    parser.add_argument(
+        "--profile", type=_profile, metavar="NAME", help="of profiles.py, for every seed; drawn by default"
+    )
     parser.add_argument("--plant", metavar="DEFECT", default="", help="with a defect on purpose, see planted.py")
     parser.add_argument("--until-found", action="store_true", help="end with the first one that fails")
     logs = Path(tempfile.gettempdir()) / "streamhouse-simulation"
     parser.add_argument("--logs", type=Path, default=logs, help=f"directory of the logs, {logs} by default")
     parser.add_argument("--keep", action="store_true", help="keep the logs of runs that pass, too")
     parser.add_argument("--verbose", action="store_true", help="a line per run")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.profile and options.crash_everywhere:
+        parser.error("--profile has no meaning with --crash-everywhere: the crash is all that goes wrong")
+    return options
+
+
+def _profile(name: str) -> str:
+    from tests.simulation.profiles import PROFILES  # all of the simulation, which --help does without
+
+    if name not in PROFILES:
+        raise argparse.ArgumentTypeError(f"profile is {name!r}, must be one of {', '.join(PROFILES)}")
+    return name
 
 
 def _cores() -> int:

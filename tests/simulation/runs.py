@@ -27,11 +27,12 @@ AHEAD_PER_JOB = 2
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is to be simulated. `crash`: all that goes wrong, see crash.py."""
+    """What is to be simulated. `crash`: all that goes wrong, see crash.py. `profile`: see profiles.py; empty: drawn."""
 
     name: str
     seed: int
     crash: Crash | None = None
+    profile: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Worker:
         self._planted.close()
 
     def run(self, run: Run) -> Shown:
-        result = self._simulate(run.seed, run.crash)
+        result = self._simulate(run.seed, run.crash, run.profile)
         if result.anomalies or self._keeping.keep_all:
             self._keep(run.name, result)
         return Shown(run.name, result.virtual_s, result.steps, result.faults, result.acknowledged, result.anomalies)

@@ -153,16 +153,19 @@ def _produced(operation: h.Produce, answer: ingest_pb2.ProduceResponse) -> h.Pro
 
 
 class Reader:
-    """Reads one partition from its beginning, from any query service that answers."""
+    """Reads one partition from its beginning, from any query service that answers. `roams`: from another one each
+    time, as behind a balancer."""
 
     def __init__(
-        self, around: Surroundings, history: History, name: str, topic: str, partition: int, queries: list[str]
-    ) -> None:
+        self, around: Surroundings, history: History, name: str, topic: str, partition: int, queries: list[str],
+        roams: bool,
+    ) -> None:  # fmt: skip
         self._around = around
         self._history = history
         self.reader = name
         self._where = (topic, partition)
         self._queries = queries
+        self._roams = roams
         self._at_query = 0
         self._offset = 0
         self.waiting = ""
@@ -173,8 +176,10 @@ class Reader:
     async def run(self) -> None:
         self._history.write(h.Assigned(self.reader, *self._where, 0))
         while True:
-            if not await self._poll():
+            answered = await self._poll()
+            if self._roams or not answered:
                 self._at_query = (self._at_query + 1) % len(self._queries)
+            if not answered:
                 await asyncio.sleep(0.3)
 
     async def _poll(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -36,11 +36,10 @@ from tests.simulation.nodes import (
     Surroundings,
 )
 from tests.simulation.patches import LogHandler, patched
+from tests.simulation.profiles import ORDINARY, PROFILES, Profile, drawn
 from tests.simulation.store import Rates as StoreRates
 from tests.simulation.workload import Target
 
-FAULTS_S = (2.0, 9.0)
-"""How long the cluster has to stand faults. Long enough for leases (2.5 s) to run out several times."""
 FIRST_START_S = 1.0
 RANGE_WIDTHS_OFFSETS = (16, 64)
 """So narrow that a range is extended several times in a run."""
@@ -66,7 +65,7 @@ class Result:
 
 
 class World:
-    def __init__(self, seed: int, rng: random.Random, crash: Crash | None = None) -> None:
+    def __init__(self, seed: int, rng: random.Random, profile: Profile, crash: Crash | None = None) -> None:
         self.result = Result(seed)
         self.judged = False
         self.rng = rng
@@ -80,18 +79,18 @@ class World:
         )
         self.around.range_width_offsets = rng.choice(RANGE_WIDTHS_OFFSETS)
         self.history = History(self.loop.time)
-        self.nodes = self._make_nodes(crash is not None)
+        self.nodes = self._make_nodes(profile, crash is not None)
         self.around.bootstrap = [node.address for node in self.nodes if isinstance(node, CoordinatorNode)]
         self.targets = [Target("plain", 2, "wal"), Target("safe", 1, "durable")]
-        company = EVERYBODY if crash is not None else Company.draw(rng)
+        company = EVERYBODY if crash is not None else _company(rng, profile)
         own_luck = random.Random(rng.getrandbits(64))
         self.crowd = Crowd(self.around, self.history, self.targets, self.nodes, own_luck, company, self.blame)
-        self.faults_s = CRASH_S if crash is not None else FIRST_START_S + rng.uniform(*FAULTS_S)
+        self.faults_s = CRASH_S if crash is not None else FIRST_START_S + rng.uniform(*profile.faults_s)
         luck = random.Random(rng.getrandbits(64))
         self.nemesis: Nemesis = (
             OneCrash(self.around, self.nodes, self.crowd.nodes, luck, crash)
             if crash is not None
-            else RandomNemesis(self.around, self.nodes, self.crowd.nodes, luck, self.faults_s)
+            else RandomNemesis(self.around, self.nodes, self.crowd.nodes, luck, self.faults_s, profile.often)
         )
         self.loop.died = self.nemesis.died
         self.loop.connect = self.network.connect
@@ -99,13 +98,13 @@ class World:
         self.loop.set_exception_handler(self._unhandled)
         self.client = Process(self.loop, "client")
 
-    def _make_nodes(self, few: bool) -> list[Node]:
+    def _make_nodes(self, profile: Profile, few: bool) -> list[Node]:
         """As many as it takes for each to have somebody to take over from; `few`: only of the ingest agents."""
         counts: tuple[tuple[type[Node], int], ...] = (
             (CoordinatorNode, 1 if few else self.rng.choice((1, 2))),
             (IngestNode, 2 if few else self.rng.choice((2, 3))),
             (SegmenterNode, 1 if few else self.rng.choice((1, 2))),
-            (QueryNode, 1 if few else self.rng.choice((1, 2))),
+            (QueryNode, 1 if few else max(profile.queries_min, self.rng.choice((1, 2)))),
         )
         return [kind(self.around, f"{kind.kind}-{number}") for kind, many in counts for number in range(many)]
 
@@ -206,16 +205,32 @@ async def _a_moment() -> None:
         await asyncio.sleep(0)
 
 
+def _company(rng: random.Random, profile: Profile) -> Company:
+    """Returns the clients that the profile asks for, drawn where it asks for none."""
+    company = Company.draw(rng)
+    return replace(
+        company,
+        sdk_reader=company.sdk_reader and not profile.roaming_readers,
+        roaming_readers=profile.roaming_readers,
+        members=max(profile.members_min, company.members),
+        sessions_ms=profile.sessions_ms,
+        churn=profile.churn,
+    )
+
+
 def _may_end(node: Node, why: str) -> bool:
     """Ends that the faults explain: a disk that failed. One that is full explains none (G7)."""
     return isinstance(node, IngestNode) and any(cause in why for cause in ("WalBroken", "[Errno 5]"))
 
 
-def simulate(seed: int, crash: Crash | None = None) -> Result:
-    """One seed, from the first start to the verdict. With a `crash` that is all that goes wrong, in a short run."""
+def simulate(seed: int, crash: Crash | None = None, profile: str = "") -> Result:
+    """Runs one seed, from the first start to the verdict, and returns what it showed. With a `crash` that is all that
+    goes wrong, in a short run. `profile`: of profiles.py; empty: as drawn for the seed."""
+    profile = profile or (ORDINARY if crash is not None else drawn(seed))
     SimChunkCache.disks.clear()
     with seeded(seed) as rng:
-        world = World(seed, rng, crash)
+        world = World(seed, rng, PROFILES[profile], crash)
+        world.log("world", f"profile {profile}")
         disks = {f"/{node.name}": node.disk for node in world.nodes if isinstance(node, IngestNode)}
         connection = partial(RecordingConnection, world.network, world.history)
         small_messages = random.Random(seed).random() < SMALL_MESSAGES_SHARE  # of its own source
