@@ -19,7 +19,7 @@ from shformat import (
     stamp_batch,
 )
 from shruntime.settings import SettingsError
-from streamhouse.cli import main
+from streamhouse.cli.app import cli
 from streamhouse.cli.failures import explain
 
 TOPIC_ID = uuid.uuid4().bytes
@@ -27,7 +27,7 @@ RECORDS_PER_BATCH = 30_000
 
 
 def run(*arguments: str, **options: object) -> Result:
-    return CliRunner().invoke(main, arguments, **options)  # type: ignore[arg-type]
+    return CliRunner().invoke(cli, arguments, **options)  # type: ignore[arg-type]
 
 
 def segment_bytes(partition: int, batches: int = 3) -> bytes:
@@ -66,8 +66,8 @@ def closed_port() -> int:
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from streamhouse.cli import main\n"
-        "main(['--help'], standalone_mode=False)\n"
+        "from streamhouse.cli.app import cli\n"
+        "cli(['--help'], standalone_mode=False)\n"
         "heavy = {'grpc', 'numpy', 'rich', 'pydantic', 'asyncio', 'shformat', 'shproto'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
@@ -344,6 +344,7 @@ def test_explanations_are_one_line() -> None:
     from shproto.errors import InvalidArgument, Overloaded, Unavailable
 
     assert explain(SettingsError("two\nlines"), {}) == "two lines"
+    assert explain(SettingsError("red \x1b[31m"), {}) == "red \\x1b[31m"
     assert explain(InvalidArgument("partitions is 0, must be 1 to 10"), {}) == (
         "partitions is 0, must be 1 to 10 (INVALID_ARGUMENT)"
     )

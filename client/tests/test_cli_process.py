@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import click
@@ -35,8 +36,8 @@ def environ(server):
 class Running:
     """A command, killed when the block ends."""
 
-    def __init__(self, server, *arguments, before=()):
-        script = (
+    def __init__(self, server, *arguments, before=(), script=""):
+        script += (
             "import sys; sys.argv[0] = 'streamhouse'; from streamhouse.cli import main; main(prog_name='streamhouse')"
         )
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -169,6 +170,71 @@ def test_other_commands_end_on_a_signal_without_a_word(topic, number, code):
         exit_code, out, err = consume.ended()
     assert (exit_code, out) == (code, b"")
     assert [line for line in err.splitlines() if not line.startswith("no answer yet")] == []
+
+
+# Python's own handler of a second Ctrl-C raises KeyboardInterrupt in whatever runs then. If that is a callback of gRPC,
+# it may come out of C code, where nobody expects it: one command in 300 ended with SIGSEGV.
+STUBBORN = """
+    import asyncio, sys
+    from streamhouse.cli import app, main, process
+
+    async def swallow():
+        try:
+            while True:
+                print("waits", flush=True)
+                try:
+                    await asyncio.sleep(3_600)
+                except asyncio.CancelledError:
+                    print("goes on", flush=True)
+        finally:
+            print("unwinds", flush=True)
+
+    @app.cli.command()
+    def stubborn():
+        getattr(process, "run", lambda work: asyncio.run(work()))(swallow)
+
+    sys.argv[1:] = ["stubborn"]
+    main()
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process_at_once(first, second):
+    command = [sys.executable, "-c", textwrap.dedent(STUBBORN)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"waits\n"
+            process.send_signal(first)
+            assert process.stdout.readline() == b"goes on\n"
+            process.send_signal(second)
+            assert process.communicate(timeout=PATIENCE_S) in [(b"", b""), (b"waits\n", b"")]
+        finally:
+            process.kill()
+    assert process.returncode == 128 + first
+
+
+def test_a_third_signal_ends_a_produce_that_does_not_come_to_its_end(topic):
+    """The second one ends the waiting for acknowledgements; the connections still have to be closed."""
+    script = """if True:
+        import asyncio
+        from streamhouse import Producer
+
+        async def hang(self):
+            print("closes", flush=True)
+            await asyncio.Event().wait()
+
+        Producer.shut_down = hang\n"""
+    topic.faults.silent = True
+    with Running(topic, "produce", "t", "--drain-timeout-ms", ONE_HOUR_MS, script=script) as produce:
+        produce.type(b"a\n")
+        until(lambda: topic.calls["produce"] == 1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            produce.process.send_signal(number)
+            until(lambda number=number: not is_pending(produce.process.pid, number))
+        assert produce.process.stdout.readline() == b"closes\n"
+        produce.process.send_signal(signal.SIGTERM)
+        assert produce.ended() == (130, b"", "")
 
 
 def test_a_hangup_that_a_shell_passes_on_as_well_is_no_second_signal(topic):

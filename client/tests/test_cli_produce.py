@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 from click.testing import CliRunner
 from shformat import Codec, decode_batch, read_batch_header
-from streamhouse.cli import main
+from streamhouse.cli.app import cli
 from streamhouse.core.options import Compression
 
 from client.tests.test_cli_process import shell
@@ -28,7 +28,7 @@ def produce(topic, tmp_path):
         file = tmp_path / "input"
         file.write_bytes(data)
         command = ["produce", name, "--file", str(file), "--bootstrap", topic.address, *arguments]
-        result = CliRunner().invoke(main, command)
+        result = CliRunner().invoke(cli, command)
         assert result.exit_code == code, result.stderr
         return result
 

@@ -3,7 +3,8 @@
 import copy
 
 import pytest
-from streamhouse.cli import main, status
+from streamhouse.cli import status
+from streamhouse.cli.app import cli
 
 LOST = {"epoch": 1, "agent_id": "gone", "status": "orphaned", "registered_end": 7, "orphaned_ms": 0}
 
@@ -40,7 +41,7 @@ def shown(monkeypatch, capsys):
     monkeypatch.setattr(status, "collect_status", collect)
 
     def run(*arguments):
-        main(["status", *arguments], standalone_mode=False)
+        cli(["status", *arguments], standalone_mode=False)
         return capsys.readouterr().out
 
     return run

@@ -4,13 +4,13 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from streamhouse.cli import main
+from streamhouse.cli.app import cli
 
 
 @pytest.fixture
 def run(server):
     def run(*arguments, code=0):
-        result = CliRunner().invoke(main, [*arguments, "--bootstrap", server.address])
+        result = CliRunner().invoke(cli, [*arguments, "--bootstrap", server.address])
         assert result.exit_code == code, result.stderr
         return result
 

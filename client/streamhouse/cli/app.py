@@ -8,6 +8,7 @@ import click
 
 from streamhouse import __version__
 from streamhouse.cli import (
+    SERVICES,
     backup,
     consume,
     group,
@@ -38,7 +39,6 @@ Start with `streamhouse serve`, then in another terminal:
 """
 
 
-SERVICES = {"serve", "ingest", "segmenter", "query", "coordinator"}
 # They serve, or say what they have done on stderr and by their exit code.
 WITHOUT_STDOUT = SERVICES | {"produce", "health"}
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from streamhouse.cli.options import retry_timeout_ms
+from streamhouse.cli.process import run
 
 if TYPE_CHECKING:
     from shcluster.peers import Peers
@@ -17,13 +18,12 @@ Answer = TypeVar("Answer")
 
 def ask(bootstrap: str, question: Callable[[Admin], Awaitable[Answer]]) -> Answer:
     """Returns the answer to one question. Raises what the Admin's methods raise."""
-    import asyncio
 
     async def call() -> Answer:
         async with open_admin(bootstrap) as admin:
             return await question(admin)
 
-    return asyncio.run(call())
+    return run(call)
 
 
 def open_admin(bootstrap: str) -> Admin:

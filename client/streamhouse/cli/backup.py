@@ -11,6 +11,7 @@ from streamhouse.cli.failures import CliError, one_line
 from streamhouse.cli.metadata import metadata_of
 from streamhouse.cli.options import json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
+from streamhouse.cli.process import run
 
 if TYPE_CHECKING:
     from streamhouse_coordinator.core.backup_format import Manifest
@@ -30,15 +31,13 @@ def backup(only_list: bool, keep: int | None, data_dir: str | None, config: str 
     Everything may go on running. Needs PostgreSQL and the store, but no service: --data-dir, or what a coordinator
     and a segmenter are given (STREAMHOUSE_PG_DSN, STREAMHOUSE_S3_*). `streamhouse restore` brings it back.
     """
-    import asyncio
-
     from streamhouse_coordinator.core.backup_format import BackupDamaged
 
     try:
         if only_list:
-            _print_list(asyncio.run(_list(data_dir, config)), as_json)
+            _print_list(run(lambda: _list(data_dir, config)), as_json)
             return
-        manifest, gone = asyncio.run(_take(data_dir, config, keep))
+        manifest, gone = run(lambda: _take(data_dir, config, keep))
     except BackupDamaged as error:
         raise CliError(one_line(str(error))) from error
     if as_json:

@@ -13,6 +13,7 @@ import click
 
 from streamhouse.cli.options import Delimiter, bootstrap_option
 from streamhouse.cli.position import Position, PositionType
+from streamhouse.cli.process import run
 from streamhouse.cli.text import record_json, text_lines
 from streamhouse.cli.write_output import Output
 
@@ -79,8 +80,6 @@ def consume(
     line with topic, partition, offset, timestamp_ms, key, value and headers; key or value that is not UTF-8 comes
     as key_base64, value_base64. With --group the committed offsets win over --from.
     """
-    import asyncio
-
     if group is not None and partition is not None:
         raise click.UsageError("--group shares out the partitions itself: leave out --partition")
     if end is not None and end.kind not in ("offset", "timestamp"):
@@ -94,7 +93,7 @@ def consume(
     }
     reading = Reading(topic, position, partition, group, follow, count_max, skip_lost, end)
     # Ctrl-C and SIGTERM cancel it, so that a group member commits what was printed and leaves.
-    asyncio.run(_consume(bootstrap, reading, renders[shape]))
+    run(lambda: _consume(bootstrap, reading, renders[shape]))
 
 
 @dataclass(frozen=True, slots=True)

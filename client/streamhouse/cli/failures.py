@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 import click
+from shruntime.text import escaped
 
 
 class CliError(click.ClickException):
@@ -12,7 +13,7 @@ class CliError(click.ClickException):
     exit_code = 1
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"error: {self.format_message()}", file=file, err=True)
+        click.echo(f"error: {escaped(self.format_message())}", file=file, err=True)
 
 
 def explain(error: Exception, context: Mapping[str, str]) -> str | None:
@@ -40,7 +41,8 @@ def _explain_os_error(error: OSError) -> str:
 
 
 def one_line(text: str) -> str:
-    return " ".join(text.split())
+    """Returns the lines of `text` as one, without characters that a terminal would obey."""
+    return escaped(" ".join(text.split()))
 
 
 def _explain_refusal(error: Any, context: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ from streamhouse.cli.failures import CliError
 from streamhouse.cli.inspect_files import describe_segment_file, describe_segment_object, describe_wal
 from streamhouse.cli.options import CONFIG_FILE, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
+from streamhouse.cli.process import run
 from streamhouse.cli.store_option import store_of
 
 ROWS_MAX = 40
@@ -50,8 +51,6 @@ def inspect_segment(source: str, store_dir: str | None, config: str | None, show
 
 
 def _from_store(key: str, store_dir: str | None, config: str | None) -> dict[str, Any]:
-    import asyncio
-
     async def call() -> dict[str, Any]:
         store = store_of(f"{key} is no file here; for an object key say where the store is", store_dir, config)
         try:
@@ -59,7 +58,7 @@ def _from_store(key: str, store_dir: str | None, config: str | None) -> dict[str
         finally:
             await store.close()
 
-    return asyncio.run(call())
+    return run(call)
 
 
 @click.group(short_help="Look into write-ahead logs.")

@@ -1,10 +1,12 @@
 """The process that a command runs in: signals that end it, standard streams that are closed.
 
-Owns: the handlers of SIGTERM, SIGHUP and, for commands that drain, SIGINT, while a command runs. Services take them
-over (shruntime.tasks, shruntime.supervisor).
+Owns: the handlers of SIGINT, SIGTERM and SIGHUP while a command runs. Services take them over once they serve
+(shruntime.tasks, shruntime.supervisor); before the command begins they are those of shruntime.signals.
 Invariants: SIGTERM ends every command, also as process 1, for which the kernel has no default action. A terminal that
-hangs up (SIGHUP) ends commands in the same way, unless the signal was ignored at the start (nohup). Files and
-connections never get the numbers of the standard streams.
+hangs up (SIGHUP) ends commands in the same way, unless the signal was ignored at the start (nohup); services survive
+it. A signal raises nothing in an import or while an event loop runs, where gRPC's callbacks may be what it hits. The
+second signal ends the process at once, whatever the first one's end is waiting for. Files and connections never get the
+numbers of the standard streams.
 """
 
 from __future__ import annotations
@@ -13,46 +15,125 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Callable, Coroutine
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO, TypeVar
+
+from shruntime import signals
 
 if TYPE_CHECKING:
     import asyncio
 
+T = TypeVar("T")
+
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells report it
+IMPORTS = "<frozen importlib._bootstrap>"
+SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Termination:
-    """Inside the block SIGTERM and SIGHUP do what Ctrl-C does; `exit_code` tells them apart afterwards."""
+    """Inside the block the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt, or cancels the work of `run`; the
+    second ends the process. `exit_code` tells which came first."""
+
+    # The one whose block the command runs in.
+    current: Termination | None = None
 
     def __init__(self) -> None:
-        self.exit_code = EXIT_INTERRUPTED
+        self._number = 0  # of the first signal
+        self._task: asyncio.Task[Any] | None = None  # the work of `run`
+        self._is_running = False  # from the beginning of `run` to its end
         self._before: dict[int, Any] = {}
 
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a command that a signal has ended."""
+        return 128 + self._number if self._number else EXIT_INTERRUPTED
+
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+        for number in signals.ENDING:
+            if _may_handle(number):
                 self._before[number] = signal.signal(number, self._on_signal)
+        Termination.current = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        Termination.current = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP and self.exit_code == 128 + number:
+        if number == signal.SIGHUP and self._number == number:
             return  # a shell passes on what the kernel has sent already: nobody is in a hurry
-        self.exit_code = 128 + number
-        handler = signal.getsignal(signal.SIGINT)
-        if not callable(handler):  # a shell has this process ignore Ctrl-C, which is no reason to ignore this one
+        is_first, self._number = not self._number, self._number or number
+        task = self._task
+        if is_first and task is not None and not task.done():
+            task.get_loop().call_soon_threadsafe(task.cancel)  # wakes the loop, which else goes on waiting
+        elif is_first and not self._is_running and not _is_importing(frame):
             raise KeyboardInterrupt
-        handler(signal.SIGINT, frame)  # while asyncio runs, its own: it cancels the command's task
+        else:
+            end_at_once(self.exit_code)
+
+    def run(
+        self,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    ) -> T:
+        """As `run` of this module."""
+        import asyncio
+
+        async def begin() -> T:
+            self._task = asyncio.current_task()
+            return await work()
+
+        self._is_running = True
+        try:
+            with asyncio.Runner(loop_factory=loop_factory) as runner:
+                return runner.run(begin())
+        except asyncio.CancelledError:
+            if not self._number:
+                raise
+            raise KeyboardInterrupt from None
+        finally:
+            self._task, self._is_running = None, False
+
+
+def run(
+    work: Callable[[], Coroutine[Any, Any, T]],
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> T:
+    """Runs the coroutine that `work()` makes, the work of a command, in an event loop of its own, and returns its
+    result. The first signal that ends commands cancels it, and KeyboardInterrupt is raised once it has ended; the
+    second ends the process at once. `asyncio.run` would raise in the middle of it instead."""
+    assert Termination.current is not None, "commands are invoked by FriendlyGroup"
+    return Termination.current.run(work, loop_factory)
+
+
+def _may_handle(number: int) -> bool:
+    """False for a signal that was ignored at the start, and for a SIGHUP that a service survives."""
+    return number == signal.SIGTERM or signal.getsignal(number) not in (signal.SIG_IGN, signals.let_pass)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """True if `frame` is inside an import: modules catch what is raised there, or leave themselves half-made."""
+    while frame is not None:
+        if frame.f_code.co_filename == IMPORTS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends the process without unwinding; a terminal gets back the cursor that a progress bar has hidden."""
+    if os.isatty(2) and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+        os.write(2, SHOW_CURSOR)
+    signals.end_at_once(code)
 
 
 class StopSignals:
-    """Inside the block Ctrl-C, SIGTERM and SIGHUP ask for an end: the first sets `told`, the next `again`."""
+    """Inside the block Ctrl-C, SIGTERM and SIGHUP ask for an end: the first sets `told`, the next `again`, and the one
+    after that ends the process."""
 
     def __init__(self) -> None:
         import asyncio
@@ -60,12 +141,13 @@ class StopSignals:
         self.told = asyncio.Event()
         self.again = asyncio.Event()
         self.number = 0  # of the first signal
+        self._is_hurried = False  # there was a second one
         self._loop = asyncio.get_running_loop()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
+        for number in signals.ENDING:
+            if _may_handle(number):
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -76,13 +158,15 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._loop.call_soon_threadsafe(self._tell, number)  # wakes the loop, which else goes on waiting
-
-    def _tell(self, number: int) -> None:
-        if self.told.is_set() and number != signal.SIGHUP:  # which a shell passes on: nobody is in a hurry
-            self.again.set()
-        self.number = self.number or number
-        self.told.set()
+        if not self.number:
+            self.number, event = number, self.told
+        elif number == signal.SIGHUP:
+            return  # a shell passes it on: nobody is in a hurry
+        elif not self._is_hurried:
+            self._is_hurried, event = True, self.again
+        else:
+            end_at_once(128 + self.number)
+        self._loop.call_soon_threadsafe(event.set)  # wakes the loop, which else goes on waiting
 
 
 def keep_standard_descriptors() -> None:

@@ -34,7 +34,7 @@ from streamhouse.cli.lines import (
 )
 from streamhouse.cli.options import Delimiter, bootstrap_option
 from streamhouse.cli.output import print_json
-from streamhouse.cli.process import StopSignals, is_terminal, run_until_told
+from streamhouse.cli.process import StopSignals, is_terminal, run, run_until_told
 from streamhouse.cli.read_input import is_regular, open_input, read_chunks
 
 if TYPE_CHECKING:
@@ -125,15 +125,13 @@ def produce(
     second Ctrl-C does not wait for that.
     Progress and summary go to stderr.
     """
-    import asyncio
-
     if as_json and sys.stdout is None:
         raise CliError("stdout is closed")
     form = Form(shape, key_field, key_separator, csv_header, csv_delimiter, repartition, allow_binary)
     form.check()
     with open_input(path) as descriptor, _progress(topic, descriptor) as progress:
         work = Work(topic, acks, compression, descriptor, form, progress)
-        report = asyncio.run(_produce(bootstrap, work, drain_timeout_ms / 1000))
+        report = run(lambda: _produce(bootstrap, work, drain_timeout_ms / 1000))
     try:
         report.show(as_json)
     except OSError:
@@ -308,9 +306,9 @@ class Sending:
 def _by_partition(partitions: list[int | None]) -> Iterator[tuple[int | None, list[int]]]:
     """Yields partitions with the positions of their records. A record that names none may go to any of them: it comes
     after all that stand before it, so that no partition gets its records in another order."""
-    for _, run in groupby(enumerate(partitions), lambda item: item[1] is None):
+    for _, stretch in groupby(enumerate(partitions), lambda item: item[1] is None):
         positions: dict[int | None, list[int]] = {}
-        for at, partition in run:
+        for at, partition in stretch:
             positions.setdefault(partition, []).append(at)
         yield from positions.items()
 

@@ -16,7 +16,7 @@ from streamhouse.cli.failures import CliError, one_line
 from streamhouse.cli.metadata import metadata_of
 from streamhouse.cli.options import bootstrap_option, json_option
 from streamhouse.cli.output import confirm, print_json, print_table
-from streamhouse.cli.process import is_terminal
+from streamhouse.cli.process import is_terminal, run
 
 if TYPE_CHECKING:
     from shproto.v1.coordinator_pb2 import CompleteRestoreResponse
@@ -68,13 +68,11 @@ def restore(
         raise click.UsageError("--lost and --reason go with --complete")
     if not (dry_run or yes):
         confirm(f"Restore the {name} backup? No service may be running.")
-    import asyncio
-
     from streamhouse_coordinator.adapters.migrate import DatabaseRefused
     from streamhouse_coordinator.core.backup_format import BackupDamaged
 
     try:
-        report = asyncio.run(_restore(name, dry_run, accept_holes, data_dir, config))
+        report = run(lambda: _restore(name, dry_run, accept_holes, data_dir, config))
     except (BackupDamaged, DatabaseRefused) as error:
         raise CliError(one_line(str(error))) from error
     if as_json:
@@ -164,9 +162,7 @@ def _row(part: PartitionReport) -> tuple[object, ...]:
 
 
 def _complete(bootstrap: str, *, lost: bool, dry_run: bool, reason: str, yes: bool, as_json: bool) -> None:
-    import asyncio
-
-    waiting = asyncio.run(_call(bootstrap, lost, True, reason))
+    waiting = run(lambda: _call(bootstrap, lost, True, reason))
     if not waiting.barriers:
         click.echo("nothing is left of a restore: readers wait for nobody", err=as_json)
     elif not (yes and as_json):
@@ -180,7 +176,7 @@ def _complete(bootstrap: str, *, lost: bool, dry_run: bool, reason: str, yes: bo
             what = "Records that other agents have acknowledged there are given up"
             told = "readers get DATA_LOSS" if lost else "readers are not told"
             confirm(f"{what}, and {told}. Go on?")
-        asyncio.run(_call(bootstrap, lost, False, reason))
+        run(lambda: _call(bootstrap, lost, False, reason))
     if as_json:
         places = [
             {"topic": item.topic, "partition": item.partition, "offset": item.range.registered_end}

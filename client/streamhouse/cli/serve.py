@@ -40,9 +40,6 @@ def serve(data_dir: str | None, listen: str | None, advertise: str | None, confi
     the log file anew, if there is one. Other settings come from STREAMHOUSE_* variables and a TOML file;
     docs/settings.md lists them.
     """
-    from shruntime.tasks import survive_hangups
-
-    survive_hangups()
     # The services read their own settings inside this process, so the options have to reach the variables.
     os.environ.update(environ_with(data_dir=data_dir, listen=listen, advertise=advertise, config=config))
     load_all_settings()
@@ -56,7 +53,7 @@ def serve(data_dir: str | None, listen: str | None, advertise: str | None, confi
     from streamhouse_ingest.ports import WalBroken, WalDamaged, WalDirectoryError
 
     expected = (DataDirError, PostgresError, WalDirectoryError, WalDamaged, WalBroken, DatabaseRefused)
-    run_service(run(settings, lambda ready: _announce_soon(ready, as_json)), *expected)
+    run_service(lambda: run(settings, lambda ready: _announce_soon(ready, as_json)), *expected)
 
 
 def _announce_soon(ready: Ready, as_json: bool) -> None:

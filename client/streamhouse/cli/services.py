@@ -8,7 +8,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import click
+from shruntime import signals
 
+from streamhouse.cli import process
 from streamhouse.cli.failures import CliError, one_line
 from streamhouse.cli.options import HostPort, advertise_option
 
@@ -44,14 +46,6 @@ def environ_with(**options: str | None) -> dict[str, str]:
     return {**os.environ, **given}
 
 
-def _begin() -> None:
-    """Does what comes first in every service: a reload must not kill a process that starts."""
-    from shruntime.tasks import survive_hangups
-
-    survive_hangups()
-    load_all_settings()
-
-
 @click.command(short_help="Run an ingest agent.")
 @service_options
 def ingest(**options: str | None) -> None:
@@ -59,14 +53,14 @@ def ingest(**options: str | None) -> None:
 
     Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
     """
-    _begin()
+    load_all_settings()
     from streamhouse_ingest.settings import IngestSettings
 
     settings = IngestSettings.load(environ_with(**options))
     from streamhouse_ingest.ports import WalBroken, WalDamaged, WalDirectoryError
     from streamhouse_ingest.wiring import run
 
-    run_service(run(settings), WalDirectoryError, WalDamaged, WalBroken)
+    run_service(lambda: run(settings), WalDirectoryError, WalDamaged, WalBroken)
 
 
 @click.command(short_help="Run a query service.")
@@ -76,13 +70,13 @@ def query(**options: str | None) -> None:
 
     Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
     """
-    _begin()
+    load_all_settings()
     from streamhouse_query.settings import QuerySettings
 
     settings = QuerySettings.load(environ_with(**options))
     from streamhouse_query.wiring import run
 
-    run_service(run(settings))
+    run_service(lambda: run(settings))
 
 
 @click.command(short_help="Run a coordinator.")
@@ -92,14 +86,14 @@ def coordinator(**options: str | None) -> None:
 
     Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
     """
-    _begin()
+    load_all_settings()
     from streamhouse_coordinator.settings import CoordinatorSettings
 
     settings = CoordinatorSettings.load(environ_with(**options))
     from streamhouse_coordinator.adapters.migrate import DatabaseRefused
     from streamhouse_coordinator.wiring import run
 
-    run_service(run(settings), DatabaseRefused)
+    run_service(lambda: run(settings), DatabaseRefused)
 
 
 @click.command(short_help="Run a segmenter.")
@@ -114,16 +108,17 @@ def segmenter(**options: str | None) -> None:
     environ["EVENTLET_HUB"] = "asyncio"
     sys.stdout.flush()
     sys.stderr.flush()
+    signals.hold_back()
     os.execve(sys.executable, [sys.executable, "-m", "streamhouse_segmenter"], environ)
 
 
-def run_service(service: Coroutine[Any, Any, None], *expected: type[Exception]) -> None:
+def run_service(service: Callable[[], Coroutine[Any, Any, None]], *expected: type[Exception]) -> None:
     """Runs a service until it is told to stop; it handles SIGINT and SIGTERM itself. `expected`: what it may fail with
     besides what every command may, so that an operator gets a line and not a traceback."""
     import uvloop
 
     os.umask(0o077)  # logs, caches and data directories hold records: they are nobody else's to read
     try:
-        uvloop.run(service)
+        process.run(service, uvloop.new_event_loop)
     except expected as error:
         raise CliError(one_line(str(error))) from error

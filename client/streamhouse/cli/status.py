@@ -11,6 +11,7 @@ from streamhouse.cli.ask import open_admin
 from streamhouse.cli.failures import is_unreachable, one_line
 from streamhouse.cli.options import bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_share, show_time
+from streamhouse.cli.process import run
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -37,11 +38,9 @@ def status(topic: str | None, show_all: bool, as_json: bool, bootstrap: str) -> 
 
     --json has every partition, as with --all, unless --topic names one topic.
     """
-    import asyncio
-
     if topic is not None and show_all:
         raise click.UsageError("--topic and --all exclude each other")
-    report = asyncio.run(collect_status(bootstrap))
+    report = run(lambda: collect_status(bootstrap))
     if topic is not None:
         _keep_topic(report, topic)
     if as_json:

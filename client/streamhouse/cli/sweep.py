@@ -12,6 +12,7 @@ from streamhouse.cli.ask import open_peers
 from streamhouse.cli.failures import CliError
 from streamhouse.cli.options import CONFIG_FILE, bootstrap_option, json_option
 from streamhouse.cli.output import confirm, print_json, print_table, show_bytes, show_span, show_time
+from streamhouse.cli.process import run
 from streamhouse.cli.store_option import objects_of, store_of
 from streamhouse.cli.verify import ROWS_MAX
 
@@ -124,11 +125,9 @@ def _checked(prefix: str) -> str:
 
 def _sweep(place: Place, *, dry_run: bool) -> tuple[SweepReport, Found]:
     """Runs one sweep; returns its report and the orphans found. Raises CliError when the sweep refuses."""
-    import asyncio
-
     from streamhouse_segmenter.sweeper import refusal
 
-    report, found = asyncio.run(_run(place, dry_run))
+    report, found = run(lambda: _run(place, dry_run))
     if report.refused:
         raise CliError(refusal(report.refused))
     if report.resting_until_ms:

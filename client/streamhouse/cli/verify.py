@@ -15,7 +15,7 @@ from streamhouse.cli.ask import open_peers
 from streamhouse.cli.failures import CliError
 from streamhouse.cli.options import CONFIG_FILE, bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
-from streamhouse.cli.process import is_terminal
+from streamhouse.cli.process import is_terminal, run
 from streamhouse.cli.store_option import objects_of, store_of
 
 if TYPE_CHECKING:
@@ -61,12 +61,10 @@ def verify(
     when there is any. Needs a coordinator and the store: --data-dir, --store-dir or STREAMHOUSE_S3_*. Changes nothing;
     what the platform does meanwhile, and objects that wait for the sweep, are no findings.
     """
-    import asyncio
-
     if data_dir is not None and store_dir is not None:
         raise click.UsageError("--data-dir and --store-dir exclude each other")
     directory = objects_of(data_dir) if data_dir is not None else store_dir
-    report = asyncio.run(_verify(bootstrap, topic, directory, config, grace_ms))
+    report = run(lambda: _verify(bootstrap, topic, directory, config, grace_ms))
     if as_json:
         print_json(asdict(report))
     else:

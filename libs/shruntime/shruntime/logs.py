@@ -6,8 +6,18 @@ import logging
 import sys
 
 from shruntime.settings import PREFIX, CommonSettings, SettingsError
+from shruntime.text import escaped
 
 log = logging.getLogger(__name__)
+
+
+class LineFormatter(logging.Formatter):
+    """Plain lines: a message is one, whatever others have put into it (file names, variables, what a server says).
+    Tracebacks follow on lines of their own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = escaped(record.message)
+        return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -43,7 +53,7 @@ class LogFile(logging.FileHandler):
 def configure_logging(service: str, settings: CommonSettings) -> None:
     """Logs to stderr, or to `log_file`, as the settings say. Raises SettingsError for a file that cannot be opened."""
     handler = _handler(settings.log_file)
-    plain = logging.Formatter(f"%(asctime)s %(levelname)-7s {service} %(name)s: %(message)s")
+    plain = LineFormatter(f"%(asctime)s %(levelname)-7s {service} %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if settings.log_json else plain)
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     for noisy in ("aiobotocore", "botocore", "aio_pika", "aiormq", "kombu", "amqp"):

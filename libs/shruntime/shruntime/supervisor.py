@@ -22,7 +22,8 @@ from types import TracebackType
 from typing import Self
 
 from shruntime.logs import reopen_log_file
-from shruntime.tasks import Tasks, survive_hangups
+from shruntime.signals import survive_hangups
+from shruntime.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class Supervisor:
                 self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._send_unsent)
                 return
             except OSError as error:
-                log.warning("%s is not told to NOTIFY_SOCKET %s: %s", self._unsent[0], self._notify_socket, error)
+                log.warning("%r is not told to NOTIFY_SOCKET %r: %s", self._unsent[0], self._notify_socket, error)
             self._unsent.popleft()
 
     def _send(self, state: str) -> None:

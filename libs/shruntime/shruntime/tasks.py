@@ -80,19 +80,13 @@ async def run_until_first_ends(parts: Mapping[str, Coroutine[Any, Any, Any]]) ->
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def survive_hangups() -> None:
-    """Lets SIGHUP pass without effect until a Supervisor handles it: a reload during start-up must not kill. Changes
-    nothing if SIGHUP is ignored."""
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda number, frame: None)
-
-
 async def wait_for_stop(tasks: Tasks, supervisor: Supervisor) -> None:
     """Returns on SIGINT or SIGTERM; raises what killed a background task, should one die first. Tells `supervisor` that
-    the service stops, either way."""
+    the service stops, either way. A further signal, while the service drains, does what it did before the call."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
         loop.add_signal_handler(number, stop.set)
     waits = [asyncio.create_task(stop.wait()), asyncio.create_task(tasks.failed.wait())]
     try:
@@ -100,8 +94,9 @@ async def wait_for_stop(tasks: Tasks, supervisor: Supervisor) -> None:
     finally:
         for wait in waits:
             wait.cancel()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)  # which leaves the default: for SIGINT to raise wherever we are
+            signal.signal(number, handler)
         supervisor.stopping()
     if tasks.error is not None and not stop.is_set():
         raise tasks.error

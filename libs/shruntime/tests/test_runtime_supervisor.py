@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from shruntime.logs import configure_logging
 from shruntime.settings import CommonSettings, SettingsError
+from shruntime.signals import survive_hangups
 from shruntime.supervisor import UNSENT_MAX, Supervisor
-from shruntime.tasks import survive_hangups
+from shruntime.tasks import Tasks, wait_for_stop
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -209,6 +210,46 @@ def test_a_log_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     path = tmp_path / "nowhere" / "service.log"
     with pytest.raises(SettingsError, match=r"log_file \(STREAMHOUSE_LOG_FILE\) = '.*': No such file or directory"):
         configure_logging("test", CommonSettings.load({}, log_file=str(path)))
+
+
+@pytest.mark.parametrize("log_json", [False, True])
+async def test_a_log_message_is_one_line_whatever_is_in_it(tmp_path: Path, root_handlers: None, log_json: bool) -> None:
+    path = tmp_path / "service.log"
+    configure_logging("test", CommonSettings.load({}, log_file=str(path), log_json=log_json))
+    async with Supervisor.of({"NOTIFY_SOCKET": "/nowhere\n2026-01-01 ERROR forged\x1b[2J\u2028"}) as supervisor:
+        supervisor.serving("127.0.0.1:1", True)
+    logging.getLogger("here").warning("a file named %s", "a\r\nb")
+    lines = path.read_text().splitlines()
+    assert len(lines) == 3 and not any("\x1b" in line for line in lines)
+    assert "/nowhere" in lines[0] and "READY=1" in lines[1] and "a file named a" in lines[2]
+
+
+@pytest.mark.parametrize("notify_socket", ["/nowhere\nforged", "nowhere\nforged"])
+async def test_what_is_said_of_a_socket_of_no_use_is_one_line(
+    notify_socket: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Supervisor.of({"NOTIFY_SOCKET": notify_socket}) as supervisor:
+        supervisor.serving("127.0.0.1:1", True)
+    assert caplog.messages and all("NOTIFY_SOCKET" in message for message in caplog.messages)
+    assert [message for message in caplog.messages if "\n" in message] == []
+
+
+async def test_a_signal_while_a_service_drains_does_what_it_did_before() -> None:
+    before, came = {}, []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        waiting = asyncio.create_task(wait_for_stop(Tasks(), Supervisor()))
+        await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await waiting
+        assert came == []
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert came == [signal.SIGINT, signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def test_a_hangup_that_is_ignored_at_the_start_stays_ignored() -> None:

@@ -8,9 +8,12 @@ import os
 import sys
 import warnings
 
+from shruntime import signals
+
 
 def main() -> int:
     """Exit code 0 after a clean stop, 1 when the settings or what they name cannot be used."""
+    signals.handle_from_the_start(survives_hangups=True)  # the imports take a second
     os.umask(0o077)
     os.environ["EVENTLET_HUB"] = "asyncio"
     # nameko needs it, and who runs a segmenter can do nothing about that.
@@ -18,12 +21,10 @@ def main() -> int:
     import eventlet
 
     eventlet.monkey_patch(thread=False)
-    from shruntime.tasks import survive_hangups
-
-    survive_hangups()
     from eventlet.asyncio import spawn_for_awaitable
     from shruntime.server import ListenError
     from shruntime.settings import SettingsError
+    from shruntime.text import escaped
     from shstore import StoreError
 
     from streamhouse_segmenter.settings import SegmenterSettings
@@ -36,7 +37,7 @@ def main() -> int:
         try:
             await run(SegmenterSettings.load())
         except (SettingsError, StoreError, ListenError) as error:
-            return f"error: {error}\n"
+            return f"error: {escaped(str(error))}\n"
         return ""
 
     refusal: str = spawn_for_awaitable(serve()).wait()

@@ -1,0 +1,57 @@
+"""Signals of a process that starts: before its imports are done, nothing else handles them.
+
+Owns: the handlers of SIGINT, SIGTERM and SIGHUP from the first line of a program until its command
+(streamhouse.cli.process) or its service (tasks.py, supervisor.py) takes them over.
+Invariants: a signal never shows a traceback, and never raises inside an import. SIGHUP never ends a service, and stays
+ignored if it was ignored at the start (nohup); so does SIGINT (a background job of a shell). Nothing but the standard
+library's smallest modules is imported here: what comes before the handlers is not covered by them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def handle_from_the_start(*, survives_hangups: bool) -> None:
+    """Has SIGINT, SIGTERM and SIGHUP end this process at once and without a word, with the exit code that shells
+    report; with `survives_hangups` SIGHUP passes without effect. Signals that were held back over `exec` come now."""
+    for number in ENDING:
+        if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+    if survives_hangups:
+        survive_hangups()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
+def hold_back() -> None:
+    """Keeps SIGINT, SIGTERM and SIGHUP pending, also over an `exec`, which resets handlers: until the new program's
+    `handle_from_the_start`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+
+def survive_hangups() -> None:
+    """Lets SIGHUP pass without effect until a Supervisor handles it: a reload during start-up must not kill. Changes
+    nothing if SIGHUP is ignored."""
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, let_pass)
+
+
+def let_pass(number: int, frame: FrameType | None) -> None:
+    """Handler of a signal that has no effect; unlike SIG_IGN it is not handed down to other programs."""
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends the process without unwinding: an exception raised by a signal may come out in a callback of a C extension,
+    and gRPC's have crashed on it. Nothing is lost of stderr, which is flushed with every line."""
+    os._exit(code)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    end_at_once(128 + number)

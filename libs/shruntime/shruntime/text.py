@@ -1,0 +1,11 @@
+"""Text of others inside lines of ours: logs and errors are read line by line, and shown on terminals."""
+
+import re
+
+# C0, DEL, C1 and Unicode's ends of a line and of a paragraph: what ends a line, or what a terminal obeys.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def escaped(text: str) -> str:
+    """Returns `text` with its control characters as in Python's literals (\\n, \\x1b); all else as it is."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
