@@ -11,6 +11,7 @@ on, and the error is its caller's.
 
 import asyncio
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
@@ -23,9 +24,16 @@ from streamhouse.openings import Openings
 from streamhouse.reader import Reader
 from streamhouse.records import TopicPartition
 
+log = logging.getLogger(__name__)
+
 Callback = Callable[[list[TopicPartition]], Awaitable[None] | None]
 """Called with partitions, in order; a plain function or a coroutine function."""
 PlainCallback = Callable[[list[TopicPartition]], None]
+
+# What a callback that was cancelled may take for its own end (a rollback), on top of the time that `close` has.
+CANCELLED_CALLBACK_MS_MAX = 100
+# Callbacks that swallowed their cancellation: the event loop itself keeps no task.
+_RUNNING_ON: set[asyncio.Task[None]] = set()
 
 # The step whose callback the code belongs to. Tasks that a callback starts have it as well, and may outlive the step.
 _INSIDE: ContextVar[Step | None] = ContextVar("step of a callback", default=None)
@@ -44,6 +52,12 @@ class Callbacks:
         if kind is Kind.ASSIGNED:
             return self.on_assigned
         return self.on_revoked if kind is Kind.REVOKED else self.on_lost or self.on_revoked
+
+    def name(self, kind: Kind) -> str:
+        """Returns the name of the callback for a kind of step that has one."""
+        if kind is Kind.ASSIGNED:
+            return "on_assigned"
+        return "on_revoked" if kind is Kind.REVOKED or self.on_lost is None else "on_lost"
 
     def updated(self, given: "Callbacks") -> "Callbacks":
         """Returns the callbacks of `given`, and for those that are None there the ones of self."""
@@ -330,8 +344,18 @@ class Assignments:
             await self._progress.wait()
 
     async def stop(self) -> None:
-        """Cancels the callback that runs, and waits for its end."""
-        if self._calling is not None:
-            self._calling.cancel()
-            await asyncio.gather(self._calling, return_exceptions=True)
-            self._calling = None
+        """Cancels the callback that runs, and waits CANCELLED_CALLBACK_MS_MAX at most for its end: one that swallows
+        its cancellation runs on by itself, which is logged, and does not keep the consumer from being closed."""
+        if self._calling is None:
+            return
+        calling, self._calling = self._calling, None
+        step = self._hand_over.running
+        calling.cancel()
+        await asyncio.wait([calling], timeout=CANCELLED_CALLBACK_MS_MAX / 1000)
+        if not calling.done():
+            _RUNNING_ON.add(calling)
+            calling.add_done_callback(_RUNNING_ON.discard)
+            name = "a callback" if step is None else self.callbacks.name(step.kind)
+            log.warning("closing: %s was cancelled and goes on all the same: nothing waits for it any longer", name)
+        elif not calling.cancelled():
+            calling.exception()  # asked for: whoever waited for the callback has got it, or has been cancelled, too

@@ -1,6 +1,7 @@
 """on_assigned, on_revoked and on_lost: when they are called, what works inside, what becomes of their failures."""
 
 import asyncio
+import contextlib
 
 import pytest
 from shproto.errors import IllegalGeneration, InvalidArgument, PollIntervalExceeded, UnknownMember
@@ -473,6 +474,56 @@ async def test_closing_takes_no_longer_than_it_may(platform, address, slow, monk
         await consumer.poll()
     with pytest.raises(InvalidArgument, match="timeout_s"):
         await Consumer(address, ["t"]).close(-1)
+
+
+@pytest.mark.parametrize("name", ["on_assigned", "on_revoked"])
+async def test_a_callback_that_swallows_its_cancellation_does_not_hold_up_closing(platform, address, name, caplog):
+    platform.add_topic("t", 1)
+    is_free, cancellations = asyncio.Event(), 0
+
+    async def stubborn(partitions):
+        nonlocal cancellations
+        while not is_free.is_set():
+            try:
+                await is_free.wait()
+            except asyncio.CancelledError:
+                cancellations += 1
+
+    consumer = Consumer(address, ["t"], group="g", **{name: stubborn})
+    reading = asyncio.create_task(anext(consumer))
+    await until(lambda: consumer._assignments.is_busy or (name == "on_revoked" and consumer.assignment))
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(TimeoutError, match=r"not closed within timeout_s = 0\.1"):
+                await consumer.close(0.1)
+    finally:
+        is_free.set()
+    assert cancellations == 1 and not consumer._assignments.is_inside
+    assert [message for message in caplog.messages if "cancelled" in message] == [
+        f"closing: {name} was cancelled and goes on all the same: nothing waits for it any longer"
+    ]
+    await asyncio.wait([reading])
+    assert isinstance(reading.exception(), StopAsyncIteration | InvalidArgument)
+
+
+async def test_a_close_that_is_cancelled_does_not_wait_for_a_callback_that_swallows_it(platform, address):
+    platform.add_topic("t", 1)
+    is_free, begun = asyncio.Event(), asyncio.Event()
+
+    async def on_revoked(partitions):
+        begun.set()
+        while not is_free.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await is_free.wait()
+
+    consumer = Consumer(address, ["t"], group="g", on_revoked=on_revoked)
+    await consumer.start()
+    closing = asyncio.create_task(consumer.close())
+    await begun.wait()
+    closing.cancel()
+    done, _ = await asyncio.wait([closing], timeout=PATIENCE_S)
+    is_free.set()
+    assert done and closing.cancelled()
 
 
 async def test_what_is_no_callback_is_refused(address):
