@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
-from shproto.errors import IllegalGeneration, StreamHouseError, Unavailable, UnknownMember, UnknownTopic
+from shproto.errors import IllegalGeneration, StreamHouseError, UnknownMember, UnknownTopic
 from shruntime.tasks import Backoff
 
 from streamhouse.core.options import ConsumerOptions, LastRecords
@@ -16,7 +16,7 @@ from streamhouse.metadata import MetadataCache
 from streamhouse.offsets import Offsets
 from streamhouse.reader import Reader
 from streamhouse.records import TopicPartition
-from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
+from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX, gave_up
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,8 @@ class Openings:
         self._progress.set()
 
     async def opened(self) -> None:
-        """Returns once nothing is awaited. Raises what opening failed with: at once if that will not pass, Unavailable
-        if it has not for retry_timeout_ms; `run` goes on trying in any case."""
+        """Returns once nothing is awaited. Raises what opening failed with: at once if that will not pass, else after
+        retry_timeout_ms (Unavailable if nothing had failed until then); `run` goes on trying in any case."""
         self._failure = None
         try:
             async with asyncio.timeout(self._options.retry_timeout_ms / 1000):
@@ -86,7 +86,9 @@ class Openings:
                     if self._awaited and error is not None and not error.retriable and not isinstance(error, _PASSING):
                         raise error
         except TimeoutError:
-            raise self._failure or Unavailable(f"cannot start on {_names(self._awaited)}") from None
+            what = f"cannot start on {_names(self._awaited)}"
+            limit_ms = self._options.retry_timeout_ms
+            raise gave_up(what, "retry_timeout_ms", limit_ms, self._failure) from self._failure
 
     async def run(self) -> None:
         """Opens what was added, however long finding the offsets takes; until cancelled."""

@@ -1,12 +1,14 @@
 """Repeats calls that nobody answers, for as long as the application's options allow.
 
 Owns: whether the application has been told that nobody answers. Does not own: connections, which calls there are.
-Invariants: a refusal is never repeated; from the first failure to the next answer one notice is logged, however many
-calls wait.
+Invariants: a refusal is never repeated. One notice is logged once no call has been answered for NOTICE_AFTER_MS,
+however many wait, and no second one before the next answer; calls that wait behind others that are answered are no
+news.
 """
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar, cast
@@ -37,6 +39,7 @@ class Retries:
         self._timeout_ms = timeout_ms
         self._bootstrap = ",".join(bootstrap)
         self._told = False
+        self._answered_s = -math.inf  # when a call was last answered, of the event loop's clock
 
     async def run(self, call: Callable[[], Awaitable[T]], *, repeatable: bool = True) -> T:
         """Returns what `call()` answers. Raises its refusals at once, and its last failure when the time is over.
@@ -61,35 +64,43 @@ class Retries:
             else:
                 self._answered()
                 return answer
-            wait_s = max(last.retry_after_ms, backoff.next_ms()) / 1000
+            # Their sum, not the larger: calls that were refused together must not come again together.
+            wait_s = (last.retry_after_ms + backoff.next_ms()) / 1000
             if loop.time() + wait_s >= deadline_s:
                 raise self._gave_up(last) from last
-            self._notice(last, loop.time() - begun_s)
+            self._notice(last, loop.time() - max(begun_s, self._answered_s))
             await asyncio.sleep(wait_s)
 
     def over(self, connection: Caller) -> Caller:
         """Returns the connection with its unary calls, and the beginnings of its streams, repeated."""
         return RetryingConnection(connection, self)
 
-    def _notice(self, error: StreamHouseError, failing_s: float) -> None:
-        if not self._told and failing_s * 1000 >= NOTICE_AFTER_MS:
+    def _notice(self, error: StreamHouseError, silent_s: float) -> None:
+        if not self._told and silent_s * 1000 >= NOTICE_AFTER_MS:
             self._told = True
             log.warning("no answer yet, trying again for %s = %d: %s", self._option, self._timeout_ms, error)
 
     def _answered(self) -> None:
+        self._answered_s = asyncio.get_running_loop().time()
         if self._told:
             self._told = False
             log.info("%s answers", self._bootstrap)
 
     def _gave_up(self, last: StreamHouseError | None) -> StreamHouseError:
-        waited = f"no answer from {self._bootstrap} within {self._option} = {self._timeout_ms}"
-        if last is None:
-            return Unavailable(waited, limit=self._option)
-        error = type(last)(f"{waited}; last error: {last.message}", retry_after_ms=last.retry_after_ms)
-        error.details = dict(last.details)
-        if isinstance(error, Unavailable) and isinstance(last, Unavailable):
-            error.maybe_done, error.permanent = last.maybe_done, last.permanent
-        return error
+        return gave_up(f"no answer from {self._bootstrap}", self._option, self._timeout_ms, last)
+
+
+def gave_up(what: str, option: str, timeout_ms: int, last: StreamHouseError | None) -> StreamHouseError:
+    """Returns the error for `what`, which has not changed for the time that an option allows: of the kind of the last
+    failure, with that one's details; Unavailable without one."""
+    waited = f"{what} within {option} = {timeout_ms}"
+    if last is None:
+        return Unavailable(waited, limit=option)
+    error = type(last)(f"{waited}; last error: {last.message}", retry_after_ms=last.retry_after_ms)
+    error.details = dict(last.details)
+    if isinstance(error, Unavailable) and isinstance(last, Unavailable):
+        error.maybe_done, error.permanent = last.maybe_done, last.permanent
+    return error
 
 
 def _may_repeat(error: StreamHouseError, repeatable: bool) -> bool:

@@ -125,6 +125,75 @@ async def test_there_is_one_notice_and_one_all_clear_however_many_calls_wait(cap
     ]
 
 
+class AtOnce(asyncio.SelectorEventLoop):
+    """Its clock jumps to the next timer when there is nothing else to do."""
+
+    now_s = 0.0
+
+    def time(self) -> float:
+        return self.now_s
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            self.now_s = max(self.now_s, self._scheduled[0].when())  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
+
+
+def test_calls_that_wait_behind_others_that_are_answered_are_no_news(caplog):
+    """Hundreds of CreateTopic at once, of which the coordinator takes ten a second. The others are told to come again,
+    and must not come together: most would be refused together again."""
+    caplog.set_level(logging.INFO, "streamhouse")
+    waiting, taken_s = retries(), 0.0
+
+    async def call() -> None:
+        nonlocal taken_s
+        now_s = asyncio.get_running_loop().time()
+        if now_s < taken_s + 0.1:
+            raise Overloaded("too many calls wait for the same lock; try again", retry_after_ms=1_000)
+        taken_s = now_s
+
+    async def all_calls() -> None:
+        outcomes = await asyncio.gather(*[waiting.run(call) for _ in range(300)], return_exceptions=True)
+        assert outcomes.count(None) > 200
+
+    with asyncio.Runner(loop_factory=AtOnce) as runner:
+        runner.run(all_calls())
+    assert caplog.messages == []
+
+
+def test_a_silence_after_answers_is_told_once(caplog):
+    waiting, answers = retries(), True
+
+    async def call() -> None:
+        if not answers:
+            raise unsent()
+
+    async def fall_silent() -> None:
+        nonlocal answers
+        await waiting.run(call)
+        answers = False
+        calls = [asyncio.create_task(waiting.run(call)) for _ in range(100)]
+        await asyncio.sleep(10)
+        answers = True
+        await asyncio.gather(*calls)
+
+    with asyncio.Runner(loop_factory=AtOnce) as runner:
+        runner.run(fall_silent())
+    assert caplog.messages == [
+        "no answer yet, trying again for retry_timeout_ms = 60000: cannot connect to b:2: Connection refused"
+    ]
+
+
+async def test_a_start_that_takes_too_long_names_the_option_the_time_and_the_last_cause(platform, address):
+    platform.add_topic("t", 2)
+    platform.faults.lookups_down = True
+    consumer = Consumer(address, ["t"], group="g", start="latest", retry_timeout_ms=1_000)
+    with pytest.raises(Unavailable) as caught:
+        await consumer.start()
+    assert caught.value.message.startswith("cannot start on t/0, t/1 within retry_timeout_ms = 1000; last error: ")
+    await consumer.close()
+
+
 async def test_a_short_absence_is_no_news(caplog):
     assert await retries().run(Script(unsent(), unsent())) == "answer"
     assert caplog.messages == []
