@@ -7,8 +7,7 @@ import sys
 
 from shruntime import signals
 
-# Commands that serve until they are stopped.
-SERVICES = frozenset({"serve", "ingest", "segmenter", "query", "coordinator"})
+from streamhouse.cli.process import SERVICES
 
 
 def main(prog_name: str | None = None) -> None:
@@ -20,4 +19,4 @@ def main(prog_name: str | None = None) -> None:
     cli(prog_name=prog_name)
 
 
-__all__ = ["SERVICES", "main"]
+__all__ = ["main"]

@@ -8,7 +8,6 @@ import click
 
 from streamhouse import __version__
 from streamhouse.cli import (
-    SERVICES,
     backup,
     consume,
     group,
@@ -26,7 +25,7 @@ from streamhouse.cli import (
 )
 from streamhouse.cli.failures import CliError, explain
 from streamhouse.cli.options import texts_are_utf8
-from streamhouse.cli.process import Termination, keep_standard_descriptors, reader_is_gone, silence_stdout
+from streamhouse.cli.process import SERVICES, Termination, keep_standard_descriptors, reader_is_gone, silence_stdout
 
 HELP = """StreamHouse: a durable log over object storage.
 

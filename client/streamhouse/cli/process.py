@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Commands that serve until they are stopped.
+SERVICES = frozenset({"serve", "ingest", "segmenter", "query", "coordinator"})
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 IMPORTS = "<frozen importlib._bootstrap>"
 SHOW_CURSOR = b"\x1b[?25h"
