@@ -14,6 +14,7 @@ PURE = (
     "shproto.v1",
     "shread.core",
     "shruntime.round_robin",
+    "shruntime.text",
     "shstore.errors",
     "shstore.keys",
     "shstore.port",
