@@ -80,7 +80,11 @@ reader told that it is beyond the end by an index that is behind; a group's offs
 over; partitions given to a new member while the old one reads on; a producer's retry under a new sequence number; a
 consumer that commits what its application has not had."""
 
-PLANTED_PROFILES = {"stale-index": "roaming-readers", "commits-not-fenced": "late-commits"}
+PLANTED_PROFILES = {
+    "stale-index": "roaming-readers",
+    "commits-not-fenced": "late-commits",
+    "no-hand-over": "late-commits",
+}
 """For defects that an ordinary run hardly ever shows: the profile in which their situation is frequent."""
 
 
