@@ -38,6 +38,8 @@ from streamhouse.core.options import (
     check_request_timeout,
     check_retry_timeout,
     check_topic,
+    committed_positions,
+    looked_up_place,
     offset_number,
     partition_number,
 )
@@ -53,7 +55,7 @@ from streamhouse.group_admin import (
     topic_ids_of,
 )
 from streamhouse.metadata import MetadataCache
-from streamhouse.records import TopicPartition
+from streamhouse.records import OffsetAndMetadata, TopicPartition
 from streamhouse.retries import Retries
 
 # Creating a topic or listing one with many partitions touches PostgreSQL; beyond 10 s something is wrong.
@@ -239,6 +241,7 @@ class Admin:
     ) -> dict[TopicPartition, FoundOffset]:
         """Where each partition begins or ends, or its first record at or after a time (datetime, or milliseconds
         since 1970-01-01 UTC). Raises UnknownTopic, UnknownPartition, Unavailable (no query service)."""
+        at = looked_up_place("at", at, "milliseconds since 1970")
         await self._metadata.refresh(topic)  # which topic of that name there is now
         state = await self._metadata.topic(topic)
         if partitions is None:
@@ -267,18 +270,25 @@ class Admin:
         ]
 
     async def commit_group_offsets(
-        self, group: str, offsets: Mapping[tuple[str, int], int], *, topic_ids: Mapping[str, str] | None = None
+        self,
+        group: str,
+        offsets: Mapping[tuple[str, int], int | OffsetAndMetadata],
+        *,
+        topic_ids: Mapping[str, str] | None = None,
     ) -> None:
         """Sets where a group goes on: (topic, partition) -> offset. Only while it has no members; else raises
-        IllegalGeneration or UnknownMember.
+        IllegalGeneration or UnknownMember. Raises InvalidArgument for offsets of another shape.
 
         `topic_ids`: by name, the topics that the offsets are of, as Topic and CommittedOffset say them. If another one
         has the name by now, raises UnknownTopic and sets nothing. Names without an id: whichever topic has it now.
         """
-        ids = topic_ids_of(topic_ids or {}, {topic for topic, _ in offsets})
+        positions = committed_positions(offsets)
+        ids = topic_ids_of(topic_ids or {}, {topic for topic, _ in positions})
         commits = [
-            coordinator_pb2.OffsetCommit(topic=topic, partition=partition, offset=offset, topic_id=ids.get(topic, b""))
-            for (topic, partition), offset in offsets.items()
+            coordinator_pb2.OffsetCommit(
+                topic=topic, partition=partition, offset=offset, metadata=metadata, topic_id=ids.get(topic, b"")
+            )
+            for (topic, partition), (offset, metadata) in positions.items()
         ]
         await self._peers.coordinator.commit_offsets(coordinator_pb2.CommitOffsetsRequest(group=group, offsets=commits))
 
@@ -307,6 +317,7 @@ class Admin:
 
         Raises UnknownGroup (unless a topic is named), UnknownTopic, UnknownPartition, Unavailable.
         """
+        to = looked_up_place("to", to, "an offset")
         committed = await self._committed(group, required=topic is None)
         if topic is None:
             partitions = [where for where in committed if partition is None or where.partition == partition]

@@ -51,7 +51,7 @@ from streamhouse.core.options import (
     check_timeout_ms,
     check_timeout_s,
     check_timestamp,
-    committed_position,
+    committed_positions,
     partitions_of,
     seek_place,
 )
@@ -992,7 +992,7 @@ class Consumer:
             worker.held = None
             await self._commits.commit()
         else:
-            given = {TopicPartition(*where): committed_position(at) for where, at in offsets.items()}
+            given = {TopicPartition(*where): at for where, at in committed_positions(offsets).items()}
             await self._commits.commit(
                 {where: Position(offset, self._topic_id(where), note) for where, (offset, note) in given.items()}
             )

@@ -5,9 +5,10 @@ import random
 from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 from shproto.v1 import coordinator_pb2
-from streamhouse import Consumer, OffsetAndMetadata, Producer, Record, errors
+from streamhouse import Admin, Consumer, OffsetAndMetadata, Producer, Record, errors
 from streamhouse.core.options import ConsumerOptions
 from streamhouse.core.positions import Cursor, Position
 from streamhouse.membership import Membership
@@ -799,6 +800,75 @@ async def test_a_position_that_cannot_be_committed_is_named(platform, address, g
         with pytest.raises(errors.InvalidArgument, match=named):
             await consumer.commit({("t", 0): 0, ("t", 1): given})
         assert platform.groups["g"].offsets == {}
+
+
+SHAPE = "offsets must be {(topic, partition): offset}"
+RECORD = Record("t", 0, 7, 1, None, None, ())
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (
+            RECORD,
+            f"{SHAPE}, not {RECORD!r:.100}: behind a record, {{(record.topic, record.partition): record.offset + 1}}",
+        ),
+        ([("t", 0, 4)], f"{SHAPE}, not [('t', 0, 4)]"),
+        (5, f"{SHAPE}, not 5"),
+        ("t", f"{SHAPE}, not 't'"),
+        ({"t": 4}, f"{SHAPE}, 't' is no (topic, partition)"),
+        ({"t5": 4}, f"{SHAPE}, 't5' is no (topic, partition)"),
+        ({("t", "0"): 4}, f"{SHAPE}, ('t', '0') is no (topic, partition)"),
+        ({(0, "t"): 4}, f"{SHAPE}, (0, 't') is no (topic, partition)"),
+        ({("t", -1): 4}, "partition is -1, must be 0 to 4294967295"),
+    ],
+)
+async def test_offsets_of_another_shape_are_refused_with_the_one_wanted(platform, address, given, text):
+    platform.add_topic("t", 2)
+    async with Consumer(address, ["t"], group="g", auto_commit=False) as consumer, Admin(address) as admin:
+        for refused in (consumer.commit(given), admin.commit_group_offsets("h", given)):
+            with pytest.raises(errors.InvalidArgument) as caught:
+                await refused
+            assert str(caught.value) == text
+        assert platform.groups["g"].offsets == {}
+        await consumer.commit({("t", np.int64(1)): np.int64(3)})
+        assert await consumer.committed([("t", 1)]) == {("t", 1): (3, "")}
+
+
+async def test_fractions_of_milliseconds_are_refused_as_no_whole_number(platform, address):
+    platform.add_topic("t", 1)
+    async with Consumer(address, ["t"]) as consumer:
+        with pytest.raises(errors.InvalidArgument) as caught:
+            await consumer.poll(1.0)
+        wanted = "must be a whole number of milliseconds (int)"
+        assert str(caught.value) == f"timeout_ms is 1.0, {wanted}, 0 to 86400000"
+        with pytest.raises(errors.InvalidArgument) as caught:
+            await consumer.seek_to_timestamp(1796005434.75)
+        limits = "-9223372036854775807 to 9223372036854775807"
+        assert str(caught.value) == f"timestamp_ms is 1796005434.75, {wanted}, {limits}"
+
+
+async def test_places_that_do_not_exist_are_refused_with_those_that_do(platform, address):
+    platform.add_topic("t", 1)
+    async with Consumer(address, ["t"]) as consumer, Admin(address) as admin:
+        for refused, text in (
+            (
+                consumer.seek("t", 0, "beginning"),
+                "offset is 'beginning', must be earliest, latest, an offset or a datetime",
+            ),
+            (consumer.seek("t", 0, 1.5), "offset is 1.5, must be earliest, latest, an offset or a datetime"),
+            (
+                admin.offsets("t", "beginning"),
+                "at is 'beginning', must be earliest, latest, milliseconds since 1970 or a datetime",
+            ),
+            (
+                admin.reset_offsets("g", "beginning", topic="t"),
+                "to is 'beginning', must be earliest, latest, an offset or a datetime",
+            ),
+        ):
+            with pytest.raises(errors.InvalidArgument) as caught:
+                await refused
+            assert str(caught.value) == text
 
 
 async def test_a_commit_by_name_is_of_the_topic_that_was_read(platform, address):

@@ -246,9 +246,12 @@ def test_lag_of_a_single_epoch_is_exact():
         ({"end": 7, "start": 8}, "end is 7, must not be below start, 8"),
         ({"start": True}, "start is True"),
         ({"start": -(2**63)}, "start is -9223372036854775808, must be -9223372036854775807 to"),
-        ({"start": "newest"}, "start is 'newest', must be one of earliest, latest"),
+        (
+            {"start": "newest"},
+            r"start is 'newest', must be earliest, latest, an offset, -N \(the last N records\) or a datetime$",
+        ),
         ({"fetch_bytes": 0}, "fetch_bytes is 0, must be 1 to 33554432"),
-        ({"fetch_bytes": 1.5}, "fetch_bytes is 1.5"),
+        ({"fetch_bytes": 1.5}, r"fetch_bytes is 1.5, must be a whole number of bytes \(int\), 1 to 33554432$"),
         ({"prefetch_bytes_max": 0}, "prefetch_bytes_max is 0"),
         ({"auto_commit_interval_ms": 9}, "auto_commit_interval_ms is 9, must be 10 to"),
         ({"request_timeout_ms": 0}, "request_timeout_ms is 0, must be 1 to"),
@@ -266,7 +269,7 @@ def test_a_consumers_option_out_of_its_limits_is_named(options, named):
     [
         ({"acks": "all"}, "acks is 'all', must be one of none, wal, durable"),
         ({"compression": "snappy"}, "compression is 'snappy', must be one of lz4, zstd, gzip, none"),
-        ({"linger_ms": True}, "linger_ms is True, must be 0 to 60000"),
+        ({"linger_ms": True}, r"linger_ms is True, must be a whole number of milliseconds \(int\), 0 to 60000$"),
         ({"batch_bytes": 0}, "batch_bytes is 0"),
         ({"max_in_flight": 1025}, "max_in_flight is 1025, must be 1 to 1024"),
         ({"buffer_bytes_max": 1}, "buffer_bytes_max is 1, must be 1048576 to"),

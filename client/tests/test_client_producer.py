@@ -792,7 +792,11 @@ NAIVE = datetime(2024, 1, 1)
             r"timestamp_ms is -9223372036854775808, must be -62135596800000 to 253402300799999, the years 1 to 9999",
         ),
         ({"timestamp_ms": NAIVE}, errors.InvalidArgument, r"timestamp_ms is datetime.*without a time zone"),
-        ({"partition": "0"}, errors.InvalidArgument, r"partition is '0', must be 0 to 4294967295"),
+        (
+            {"partition": "0"},
+            errors.InvalidArgument,
+            r"partition is '0', must be a whole number \(int\), 0 to 4294967295",
+        ),
         ({"partition": 1}, errors.UnknownPartition, r"topic 't' has partitions 0 to 0, not 1"),
         ({"value": bytearray(17 << 20)}, errors.BatchTooLarge, r"value has 17825792 bytes, a record may have 16711680"),
     ],

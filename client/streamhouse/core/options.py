@@ -1,6 +1,6 @@
 """What a producer and a consumer can be told, checked once, with every default explained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from operator import index
@@ -10,6 +10,7 @@ from shproto.errors import InvalidArgument
 from shproto.v1 import types_pb2
 
 from streamhouse.core.times import ms_of
+from streamhouse.records import Record, RecordMetadata
 
 Acks = Literal["none", "wal", "durable"]
 Compression = Literal["lz4", "zstd", "gzip", "none"]
@@ -141,18 +142,10 @@ class ConsumerOptions:
         _callable("value_deserializer", self.value_deserializer)
         if self.group is not None:
             _text("group", self.group, 1)
-        if isinstance(self.start, str):
-            _one_of("start", self.start, ("earliest", "latest"))
-        elif isinstance(self.start, int):
+        if type(self.start) is int:
             _within("start", self.start, -INT64_MAX, INT64_MAX)
-        elif isinstance(self.start, datetime):
-            ms_of("start", self.start)
         else:
-            raise InvalidArgument(
-                f"start is {self.start!r}, must be earliest, latest, an offset, -N (the last N records) or a datetime",
-                field="start",
-                value=self.start,
-            )
+            _check_place("start", self.start, "an offset, -N (the last N records) or a datetime")
         _check_end(self.start, self.end)
 
 
@@ -195,15 +188,47 @@ def committed_position(given: object) -> tuple[int, str]:
     return number, metadata
 
 
+def committed_positions(offsets: object) -> dict[tuple[str, int], tuple[int, str]]:
+    """Returns offset and metadata of each partition of {(topic, partition): offset}. Raises InvalidArgument for any
+    other shape: a two-letter name in place of a pair would be taken apart into a topic and a partition."""
+    wanted = "offsets must be {(topic, partition): offset}"
+    if not isinstance(offsets, Mapping):
+        hint = ""
+        if isinstance(offsets, Record | RecordMetadata):
+            hint = ": behind a record, {(record.topic, record.partition): record.offset + 1}"
+        raise InvalidArgument(f"{wanted}, not {offsets!r:.100}{hint}", field="offsets", value=offsets)
+    found = {}
+    for where, at in offsets.items():
+        pair = isinstance(where, tuple) and len(where) == 2
+        if not pair or not isinstance(where[0], str) or not isinstance(where[1], SupportsIndex):
+            raise InvalidArgument(f"{wanted}, {where!r:.100} is no (topic, partition)", field="offsets", value=where)
+        found[where[0], partition_number(where[1])] = committed_position(at)
+    return found
+
+
 def seek_place(offset: Start) -> Start:
     """Returns where a seek goes, an offset as an int of Python. Raises InvalidArgument."""
-    if isinstance(offset, str):
-        _one_of("offset", offset, ("earliest", "latest"))
-        return offset
-    if isinstance(offset, datetime):
-        ms_of("offset", offset)
-        return offset
-    return offset_number("offset", offset)
+    if isinstance(offset, SupportsIndex) and not isinstance(offset, bool):
+        return offset_number("offset", offset)
+    _check_place("offset", offset, "an offset or a datetime")
+    return offset
+
+
+def looked_up_place(name: str, at: Start, number: str) -> Start:
+    """Returns a position to look up, a number as an int of Python. `number`: the meaning of one, for the error. Raises
+    InvalidArgument."""
+    if isinstance(at, SupportsIndex) and not isinstance(at, bool):
+        return index(at)
+    _check_place(name, at, f"{number} or a datetime")
+    return at
+
+
+def _check_place(name: str, place: object, others: str) -> None:
+    """Refuses places that are neither an end nor a time. `others`: the places that are numbers, and times."""
+    if isinstance(place, datetime):
+        ms_of(name, place)
+    elif not isinstance(place, str) or place not in ("earliest", "latest"):
+        raise InvalidArgument(f"{name} is {place!r:.100}, must be earliest, latest, {others}", field=name, value=place)
 
 
 def check_poll(timeout_ms: int, max_records: int) -> None:
@@ -385,7 +410,15 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...], hint: str = "") 
 
 
 def _within(name: str, value: int, low: int, high: int) -> None:
-    if type(value) is not int or not low <= value <= high:
+    is_whole = type(value) is int
+    if not is_whole or not low <= value <= high:
+        # 1.0 lies within the limits: the type is what is wrong then, or seconds were meant.
+        wanted = f"{low} to {high}" if is_whole else f"a whole number{_unit_of(name)} (int), {low} to {high}"
         raise InvalidArgument(
-            f"{name} is {value!r}, must be {low} to {high}", field=name, value=value, limit=f"{low}..{high}"
+            f"{name} is {value!r:.100}, must be {wanted}", field=name, value=value, limit=f"{low}..{high}"
         )
+
+
+def _unit_of(name: str) -> str:
+    units = [f" of {word}" for unit, word in (("ms", "milliseconds"), ("bytes", "bytes")) if unit in name.split("_")]
+    return units[0] if units else ""

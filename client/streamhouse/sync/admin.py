@@ -11,7 +11,7 @@ from streamhouse import admin, cluster, group_admin
 from streamhouse.background import BACKGROUND
 from streamhouse.core.kafka_names import explains_kafka_names
 from streamhouse.core.options import Acks
-from streamhouse.records import TopicPartition
+from streamhouse.records import OffsetAndMetadata, TopicPartition
 
 
 class Admin:
@@ -122,7 +122,11 @@ class Admin:
         return BACKGROUND.run(self._inner.group_offsets(group))
 
     def commit_group_offsets(
-        self, group: str, offsets: Mapping[tuple[str, int], int], *, topic_ids: Mapping[str, str] | None = None
+        self,
+        group: str,
+        offsets: Mapping[tuple[str, int], int | OffsetAndMetadata],
+        *,
+        topic_ids: Mapping[str, str] | None = None,
     ) -> None:
         """Sets where a group without members goes on. Raises UnknownTopic where another topic than that of `topic_ids`
         has the name."""
