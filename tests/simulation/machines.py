@@ -31,6 +31,9 @@ class SimPath:
     def parent(self) -> SimPath:
         return SimPath(self.disk)
 
+    def absolute(self) -> SimPath:
+        return self
+
     def glob(self, pattern: str) -> Iterator[SimPath]:
         return iter([SimPath(self.disk, name) for name in self.disk.files if fnmatch.fnmatch(name, pattern)])
 

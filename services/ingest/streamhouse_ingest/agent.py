@@ -69,6 +69,8 @@ class Agent:
             self._observe(running)
             self._spawn_parts(running)
             await running.session.open(await self._session_token(opened, advertised_address))
+            # Not before: a start that is refused leaves the directory to whichever id is let in with it.
+            await asyncio.get_running_loop().run_in_executor(self._thread, opened.wal.mark_used)
             if opened.replay.doubt:
                 await self._mark_settled(opened)
         except BaseException:

@@ -105,6 +105,9 @@ class Wal(Protocol):
         """Returns the session's token that a process before this one, at the same address, asked for over what the
         replay found, if nothing was written to the log since; else `drawn`, noted durably. Raises OSError."""
 
+    def mark_used(self) -> None:
+        """Binds the log to its agent id for good, durably. Raises OSError."""
+
     def note_history(self, seen: Seen) -> None:
         """Keeps it beside the log, durably. Raises OSError."""
 

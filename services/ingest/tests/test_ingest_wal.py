@@ -19,6 +19,7 @@ from shformat import (
     ProducerStamp,
     encode_frame_header,
 )
+from shruntime import files
 from streamhouse_ingest.adapters.wal import FileBatchReader, FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.adapters.wal_replay import replay_directory
@@ -80,9 +81,64 @@ def test_the_identity_stays_and_belongs_to_one_agent(tmp_path: Path):
     first.close()
     again = WalDirectory.open(tmp_path, "agent-1")
     assert again.wal_id == first.wal_id
+    again.mark_used()
     again.close()
-    with pytest.raises(WrongIdentity, match=r"belongs to agent 'agent-1', this one is 'agent-2'"):
+    with pytest.raises(WrongIdentity, match=r"belongs to agent 'agent-1', this one is 'agent-2'") as caught:
         WalDirectory.open(tmp_path, "agent-2")
+    assert "there are no records in this one: delete it if no agent 'agent-1'" in str(caught.value)
+
+
+def test_a_directory_that_was_never_used_goes_to_whichever_agent_is_let_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    first = WalDirectory.open(Path("wal"), "agent-1")
+    first.close()
+    second = WalDirectory.open(Path("wal"), "agent-2")
+    assert second.wal_id == first.wal_id, "what the coordinator may know of it ends as superseded"
+    second.mark_used()
+    second.close()
+    with pytest.raises(WrongIdentity) as caught:
+        WalDirectory.open(Path("wal"), "agent-1")
+    assert str(caught.value).startswith(f"{tmp_path}/wal: belongs to agent 'agent-2', this one is 'agent-1'")
+
+
+def test_g2_a_directory_that_held_a_record_keeps_its_owner_when_its_files_are_gone(tmp_path: Path):
+    directory = WalDirectory.open(tmp_path, "agent-1")
+    path, _ = write_three(directory)
+    directory.close()
+    with pytest.raises(WrongIdentity) as caught:
+        WalDirectory.open(directory.path, "agent-2")
+    assert "delete it" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(WrongIdentity):
+        WalDirectory.open(directory.path, "agent-2")
+
+
+@pytest.mark.parametrize("name", ["history", "settled", "unsynced", "opening"])
+def test_a_note_of_a_log_keeps_its_owner_though_an_older_version_left_the_mark(tmp_path: Path, name: str):
+    """Versions that do not know the mark leave it in a directory that they write records to."""
+    WalDirectory.open(tmp_path, "agent-1").close()
+    (tmp_path / name).write_text("")
+    with pytest.raises(WrongIdentity):
+        WalDirectory.open(tmp_path, "agent-2")
+
+
+def test_the_mark_of_an_unused_directory_is_gone_for_good_before_its_first_file(
+    directory: WalDirectory, monkeypatch: pytest.MonkeyPatch
+):
+    found: list[list[Path]] = []
+
+    def fail(path: Path) -> None:
+        found.append(list(path.glob("*.wal")))
+        raise OSError(errno.EIO, "injected")
+
+    wal = new_wal(directory)
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "sync_directory", fail)
+        with pytest.raises(WalBroken):
+            wal.append([frame(0, b"a")])
+    assert found == [[]], "no file is made before the mark's end is durable"
 
 
 def test_the_log_is_nobody_elses_to_read_nor_is_one_of_an_older_version(tmp_path: Path):

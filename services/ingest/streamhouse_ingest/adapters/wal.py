@@ -120,6 +120,10 @@ class FileWal:
         nobody has begun since; else `drawn`, noted for whoever comes next. Raises OSError."""
         return self._directory.opening_token(self._first_sequence, address, drawn)
 
+    def mark_used(self) -> None:
+        """Binds the log to its agent id for good. Raises OSError."""
+        self._directory.mark_used()
+
     def note_history(self, seen: Seen) -> None:
         """Keeps it beside the log, durably. Raises OSError."""
         self._directory.note_history(seen)
@@ -153,6 +157,7 @@ class FileWal:
         path = self._directory.file_path(sequence)
         header = encode_wal_file_header(self._directory.wal_id, sequence, self._previous_size_bytes, self._ahead_bytes)
         try:
+            self._directory.mark_used()
             if self._has_to_settle:
                 self.mark_settled()
             if not self._fsync_each:

@@ -26,6 +26,9 @@ _UNSYNCED = "unsynced"
 _HISTORY = "history"
 _OPENING = "opening"
 _ROOM = "room"
+# Empty; from before the identity is written until a session is open. An agent whose first start was refused, for an id
+# that is taken, has put nothing into the directory that another id could lose.
+_UNUSED = "unused"
 _OPENING_VERSION = 1
 
 
@@ -34,6 +37,7 @@ class WalDirectory:
 
     def __init__(self, path: Path, lock: int, agent_id: str, wal_id: bytes, version: int) -> None:
         self.path = path
+        self._unused = (path / _UNUSED).exists()
         self.wal_id = wal_id
         self._agent_id = agent_id
         self._version = version
@@ -43,7 +47,9 @@ class WalDirectory:
     @classmethod
     def open(cls, path: Path, agent_id: str) -> "WalDirectory":
         """Creates the directory and its identity when it is new, for this user alone; takes an older one away from
-        other users. Raises WalDirectoryError (WalLocked, WrongIdentity among them), OSError."""
+        other users. A directory in which no session was ever opened is given to `agent_id`, its wal_id stays. Raises
+        WalDirectoryError (WalLocked, WrongIdentity among them), OSError."""
+        path = path.absolute()  # errors name it, and the reader may be in another directory
         try:
             files.make_directory(path)
         except NotADirectoryError as error:
@@ -79,6 +85,14 @@ class WalDirectory:
         if self._version < _IDENTITY_VERSION_AHEAD:
             _write_identity(self.path / "identity", self._agent_id, self.wal_id, _IDENTITY_VERSION_AHEAD)
             self._version = _IDENTITY_VERSION_AHEAD
+
+    def mark_used(self) -> None:
+        """Binds the directory to its agent id for good: from now on the coordinator may grant ranges to its log, and
+        records may be in it. Raises OSError."""
+        if self._unused:
+            (self.path / _UNUSED).unlink(missing_ok=True)
+            self.sync()
+            self._unused = False
 
     def settled_before(self) -> int:
         """The ends of all ranges with frames in files below this number have been declared to the coordinator."""
@@ -180,6 +194,8 @@ def _identity(path: Path, agent_id: str) -> tuple[bytes, int]:
                 f"{path}: there are log files but no identity file; restore it or use another directory"
             )
         wal_id = uuid.uuid4().bytes
+        if not _has_notes(path):
+            files.write_text(path / _UNUSED, "")
         _write_identity(file, agent_id, wal_id, _IDENTITY_VERSION)
         return wal_id, _IDENTITY_VERSION
     try:
@@ -191,8 +207,26 @@ def _identity(path: Path, agent_id: str) -> tuple[bytes, int]:
         known = f"{_IDENTITY_VERSION} to {_IDENTITY_VERSION_AHEAD} and 16"
         raise WrongIdentity(f"{file}: version {version}, wal_id of {len(wal_id)} bytes; this agent knows {known}")
     if owner != agent_id:
-        raise WrongIdentity(f"{path}: belongs to agent {owner!r}, this one is {agent_id!r}")
+        has_files = any(path.glob("*.wal"))
+        if has_files or not (path / _UNUSED).exists() or _has_notes(path):
+            raise _of_another(path, owner, agent_id, has_files)
+        # The wal_id stays: should the coordinator have opened a session of it after all, whose answer never came, then
+        # it ends as superseded, and what was granted to it as empty.
+        _write_identity(file, agent_id, wal_id, version)
+        log.info("%s is agent %r's now: %r was never let in with it", path, agent_id, owner)
     return wal_id, version
+
+
+def _has_notes(path: Path) -> bool:
+    """True if the directory says something of a log. Versions that do not know the file `unused` leave it behind."""
+    return any((path / name).exists() for name in (_HISTORY, _SETTLED, _UNSYNCED, _OPENING))
+
+
+def _of_another(path: Path, owner: str, agent_id: str, has_files: bool) -> WrongIdentity:
+    advice = f"set STREAMHOUSE_AGENT_ID to {owner}, or STREAMHOUSE_WAL_DIR to a directory of this agent's own"
+    if not has_files:
+        advice += f"; there are no records in this one: delete it if no agent {owner!r} is to be started over it again"
+    return WrongIdentity(f"{path}: belongs to agent {owner!r}, this one is {agent_id!r}: {advice}")
 
 
 def _opening_of(file: Path, sequence: int, address: str) -> str:
