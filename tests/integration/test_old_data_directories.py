@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from streamhouse import Admin, Consumer, Producer
@@ -35,12 +34,13 @@ def unpack(packed: Path, target: Path) -> tuple[dict[Place, tuple[str, str]], in
 async def load_database(data_dir: Path) -> None:
     """From the SQL that stands for PostgreSQL's files."""
     postgres = EmbeddedPostgres(data_dir / "postgres")
-    where = parse_qs(urlsplit(await postgres.start()).query)
-    psql = [find_bin_dir() / "psql", "-h", where["host"][0], "-p", where["port"][0], "-U", "postgres"]
-    arguments = ["-X", "-q", "-v", "ON_ERROR_STOP=1", "-f", data_dir / "database.sql", "postgres"]
-    process = await asyncio.create_subprocess_exec(*psql, *arguments, stdout=subprocess.DEVNULL)
-    assert await process.wait() == 0
-    await postgres.stop()
+    dsn = await postgres.start()  # over TCP if the path is too long for a socket
+    try:
+        arguments = ["-X", "-q", "-v", "ON_ERROR_STOP=1", "-f", data_dir / "database.sql", dsn]
+        process = await asyncio.create_subprocess_exec(find_bin_dir() / "psql", *arguments, stdout=subprocess.DEVNULL)
+        assert await process.wait() == 0
+    finally:
+        await postgres.stop()
 
 
 async def read(address: str, group: str | None = None) -> dict[Place, tuple[str, str]]:

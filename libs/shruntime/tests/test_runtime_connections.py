@@ -30,8 +30,10 @@ async def serving(**limits: int) -> AsyncIterator[RpcServer]:
         "127.0.0.1:0", [(SERVICE, EchoQuery())], limits=ServerLimits(connections=ConnectionLimits(**limits))
     )
     await server.start()
-    yield server
-    await server.stop(0)
+    try:
+        yield server
+    finally:
+        await server.stop(0)
 
 
 @contextlib.contextmanager
@@ -90,6 +92,7 @@ async def test_g7_one_address_cannot_shut_out_the_others(caplog: pytest.LogCaptu
         with silent(server, 5) as first, silent(server, 3, "127.0.0.2") as others:
             assert await asyncio.to_thread(limit.enforce) == {}
             with silent(server, 7) as more:
+                await asyncio.gather(*map(first_words, more))
                 assert await asyncio.to_thread(limit.enforce) == {"127.0.0.1": 7}
                 await until_open(more, 0)
                 assert await asyncio.to_thread(limit.enforce) == {}
