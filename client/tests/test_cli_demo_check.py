@@ -11,6 +11,8 @@ from shformat import Records
 from streamhouse.core.murmur2 import partition_of
 from streamhouse.records import RecordBatch
 
+pytestmark = pytest.mark.quick
+
 PARTITIONS = 3
 COUNT = 60
 

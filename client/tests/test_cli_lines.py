@@ -27,6 +27,8 @@ from streamhouse.cli.text import record_json, text_lines, unescape
 from streamhouse.core.accumulator import RECORD_BYTES_MAX
 from streamhouse.core.outgoing import check_record
 
+pytestmark = pytest.mark.quick
+
 
 @given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=5))
 def test_lines_do_not_depend_on_where_chunks_end(data: bytes, cuts: list[int]) -> None:

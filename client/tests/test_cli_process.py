@@ -131,6 +131,7 @@ def test_a_second_signal_ends_the_waiting(topic):
     assert code == 130 and "; 1 more were sent" in err
 
 
+@pytest.mark.long
 def test_a_signal_ends_produce_while_the_buffer_is_full(topic):
     topic.faults.silent = True
     with Running(topic, "produce", "t", "--drain-timeout-ms", "200") as produce:

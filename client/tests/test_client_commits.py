@@ -9,6 +9,8 @@ from streamhouse.core.in_flight import InFlight, Worker
 from streamhouse.core.positions import Cursor, Position
 from streamhouse.records import Record, TopicPartition
 
+pytestmark = pytest.mark.quick
+
 WHERE = TopicPartition("t", 0)
 
 

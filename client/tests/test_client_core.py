@@ -25,6 +25,8 @@ from streamhouse.records import RecordBatch, TopicPartition
 from streamhouse_coordinator import messages
 from streamhouse_coordinator.core import names
 
+pytestmark = pytest.mark.quick
+
 WHERE = TopicPartition("t", 0)
 
 
@@ -52,6 +54,7 @@ records = st.tuples(
 )
 
 
+@pytest.mark.long
 @given(st.lists(st.lists(records, min_size=1, max_size=4), min_size=1, max_size=5), st.data())
 def test_gathering_one_by_one_or_many_is_the_same(groups, data):
     one, many, expected = Gathering(None, 0.0), Gathering(None, 0.0), []

@@ -7,6 +7,8 @@ import pytest
 from shproto.errors import StreamHouseError
 from streamhouse import errors
 
+pytestmark = pytest.mark.quick
+
 EXPORTED = [getattr(errors, name) for name in errors.__all__]
 
 

@@ -6,6 +6,8 @@ import pytest
 from streamhouse.core.handover import HandOver, Kind
 from streamhouse.records import TopicPartition
 
+pytestmark = pytest.mark.quick
+
 A, B, C = (TopicPartition("t", number) for number in range(3))
 ALL = set(Kind)
 

@@ -18,6 +18,8 @@ from streamhouse.iteration import BURST_MAX, TURN_S, Iteration
 from streamhouse.reader import Reader
 from streamhouse.records import Record, RecordBatch, TopicPartition
 
+pytestmark = pytest.mark.quick
+
 
 class Hands:
     """An iteration over a reader without a stream, and a clock that only the application moves."""

@@ -8,6 +8,8 @@ import streamhouse.sync
 from streamhouse import errors
 from streamhouse.core.kafka_names import KAFKA_NAMES
 
+pytestmark = pytest.mark.quick
+
 BOTH = pytest.mark.parametrize("module", [streamhouse, streamhouse.sync], ids=["async", "sync"])
 CLIENTS = ["Producer", "Consumer", "Admin"]
 

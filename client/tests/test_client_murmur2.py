@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from shformat import BytesColumn
 from streamhouse.core.murmur2 import murmur2, murmur2_many, partition_of, partitions_of
 
+pytestmark = pytest.mark.quick
+
 KAFKA_VECTORS = {
     b"21": -973932308,
     b"foobar": -790332482,

@@ -15,6 +15,8 @@ from streamhouse.core.registry_check import (
     check_partition,
 )
 
+pytestmark = pytest.mark.quick
+
 TOPIC_ID = uuid.uuid4()
 
 

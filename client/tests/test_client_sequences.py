@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from shproto import errors
 from streamhouse.core.sequences import IN_FLIGHT_PER_PARTITION_MAX, Lane, Outgoing, Verdict, in_doubt, verdict_of
 
+pytestmark = pytest.mark.quick
+
 
 class Leader:
     """The sequence rules of the real agent; `log` is what its readers see."""

@@ -15,6 +15,8 @@ from streamhouse.cli.app import cli
 from streamhouse.core.kafka_names import COMMON, KAFKA_NAMES
 from streamhouse.core.options import Compression
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "from-kafka.md").read_text()
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()

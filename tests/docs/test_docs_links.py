@@ -9,6 +9,8 @@ import click
 import pytest
 from streamhouse.cli.app import cli
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("examples/*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -90,3 +92,14 @@ def test_commands_are_understood(command: str, page: str) -> None:
 
 def test_most_pages_with_commands_are_looked_at() -> None:
     assert {name for _, name in COMMANDS} >= {"README.md", "docs/backup.md", "docs/partitions.md", "docs/upgrading.md"}
+
+
+def test_targets_of_make_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        (target, name)
+        for page, name in zip(PAGES, IDS, strict=True)
+        for target in re.findall(r"(?:^ *|`|; )make ([a-z-]+)", page.read_text(), re.MULTILINE)
+    }
+    assert {target for target, _ in named} >= {"demo", "test", "test-all", "quick"}
+    assert sorted((target, name) for target, name in named if target not in targets) == []

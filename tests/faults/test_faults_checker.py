@@ -19,6 +19,8 @@ from tests.faults.nemeses import store
 from tests.faults.producers import is_refusal
 from tests.faults.store_proxy import StoreFault
 
+pytestmark = pytest.mark.quick
+
 KEY = "data/t.0/0/0.seg"
 
 

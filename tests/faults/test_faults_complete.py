@@ -11,6 +11,8 @@ from tests.faults.fleet import POSTGRES_PLACES, SERVICES, WAYS
 from tests.faults.nemeses import network
 from tests.faults.proxy import BOTH, Direction
 
+pytestmark = pytest.mark.quick
+
 PAGE = (Path(__file__).parents[2] / "docs" / "testing-faults.md").read_text()
 NAME = re.compile(r"`([a-z0-9-]+)`")
 HOLE = "black-hole-A-B"

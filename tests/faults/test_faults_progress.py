@@ -8,6 +8,8 @@ import pytest
 
 from tests.faults.progress import clients_log, line
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_line_says_where_a_run_is() -> None:
     counts = {"Produce": 120, "Produced": 117, "Polled": 9}

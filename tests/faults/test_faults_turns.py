@@ -13,6 +13,8 @@ from tests.faults.fleet import Fleet
 from tests.faults.nemeses import network, store
 from tests.faults.nemesis import Deed, Faults, NotHealed, NotPossible, by_turns, torment
 
+pytestmark = pytest.mark.quick
+
 
 class Played:
     """Nemeses of this test alone, and the history they leave."""

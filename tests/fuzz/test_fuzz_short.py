@@ -126,6 +126,7 @@ def _forgetful(batches: list[memoryview], *arguments: object) -> Records:
     return decode_batch(batches[0], *arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "patched", "bug"),
     [

@@ -32,7 +32,7 @@ SAME_FIRST, SAME_SEEDS = 32, 6
 PLANTED_SEEDS_MAX = 100
 """A dozen is enough for each. A defect that needs more than a few dozen needs a profile (PLANTED_PROFILES)."""
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 
 def run(*arguments: object) -> "subprocess.Popen[str]":

@@ -3,7 +3,11 @@
 import sys
 from collections.abc import Collection, Mapping
 
+import pytest
+
 from tests.structure.modules import PACKAGES, ROOT, Modules, our_modules, parsed, within
+
+pytestmark = pytest.mark.quick
 
 OURS = set(PACKAGES)
 SETTINGS = tuple(f"streamhouse_{name}.settings" for name in ("coordinator", "embedded", "ingest", "query", "segmenter"))

@@ -56,6 +56,7 @@ def test_a_process_of_a_test_hears() -> None:
     assert told.stdout == "True\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_suite_in_the_background_of_a_script_hears(workers: str) -> None:
     inner = f"{Path(__file__).relative_to(ROOT)}::{test_a_process_of_a_test_hears.__name__}"

@@ -8,6 +8,8 @@ import pytest
 
 from tests.structure.modules import PACKAGES, Modules, our_modules, parsed, within
 
+pytestmark = pytest.mark.quick
+
 LIBRARIES = {"shformat", "shproto", "shruntime", "shstore", "shcluster"}
 SERVICES = {"streamhouse_coordinator", "streamhouse_ingest", "streamhouse_segmenter", "streamhouse_query"}
 MAY_IMPORT: Mapping[str, set[str]] = {

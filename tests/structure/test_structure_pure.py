@@ -2,7 +2,11 @@
 
 from collections.abc import Sequence
 
+import pytest
+
 from tests.structure.modules import Module, Modules, our_modules, parsed, within
+
+pytestmark = pytest.mark.quick
 
 # Modules, or packages of which all modules are pure.
 PURE = (

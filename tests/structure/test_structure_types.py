@@ -58,6 +58,7 @@ def test_every_package_says_that_it_is_typed() -> None:
     assert [path.name for path in PACKAGES if not (path / "py.typed").exists()] == []
 
 
+@pytest.mark.long
 def test_mypy_sees_the_types_in_a_program_of_somebody_else(tmp_path: Path) -> None:
     """Outside of the checkout and its configuration; one package without py.typed makes its errors `Any`."""
     program = tmp_path / "program.py"

@@ -10,6 +10,8 @@ from shproto.errors import ShuttingDown, StreamHouseError, Unavailable
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import ingest_pb2
 
+pytestmark = pytest.mark.quick
+
 SILENT = Unavailable("a:1: DEADLINE_EXCEEDED", address="a:1")
 STARTING = Unavailable("the agent is starting: its log is being replayed")
 

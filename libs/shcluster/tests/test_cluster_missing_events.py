@@ -1,6 +1,9 @@
 """What counts as metadata that went back."""
 
+import pytest
 from shcluster.missing_events import MissingEvents
+
+pytestmark = pytest.mark.quick
 
 
 def test_events_are_missing_when_there_are_fewer_than_were_seen_and_stay_so_until_another_history_begins() -> None:

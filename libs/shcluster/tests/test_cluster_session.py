@@ -3,11 +3,14 @@
 import asyncio
 from typing import Any
 
+import pytest
 from shcluster.agent_checks import AgentChecks
 from shcluster.session import SessionKeeper
 from shproto.errors import AgentIdTaken, SessionExpired, StreamHouseError, Unavailable
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import ManualClock
+
+pytestmark = pytest.mark.quick
 
 INTERVAL_MS = 1_000
 

@@ -47,6 +47,8 @@ from shformat import (
 )
 from shformat.compression import COMPRESSION_RATIO_MAX
 
+pytestmark = pytest.mark.quick
+
 INT64_MAX = (1 << 63) - 1
 INT64_MIN = -(1 << 63)
 
@@ -606,6 +608,7 @@ def edited(original: bytes, changes: list[tuple[str, int, int]], start: int = 0)
     return bytes(data)
 
 
+@pytest.mark.long
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(records_strategy(max_size=5), st.sampled_from(Codec), edits)
 def test_any_edit_with_a_fitting_crc_and_size(
@@ -618,6 +621,7 @@ def test_any_edit_with_a_fitting_crc_and_size(
         assert_total(patched(batch, "<I", 28, len(batch)))
 
 
+@pytest.mark.long
 @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(records_strategy(max_size=5), st.sampled_from(Codec), edits)
 def test_any_edit_inside_the_payload(records: Records, codec: Codec, changes: list[tuple[str, int, int]]) -> None:
@@ -625,6 +629,7 @@ def test_any_edit_inside_the_payload(records: Records, codec: Codec, changes: li
     assert_total(wrapped(batch, edited(batch[BATCH_HEADER_SIZE:], changes), codec))
 
 
+@pytest.mark.long
 def test_every_byte_of_the_payload_set_to_every_telling_value() -> None:
     batch = sample()
     for at in range(BATCH_HEADER_SIZE, len(batch)):
@@ -774,6 +779,7 @@ def test_a_zstd_frame_that_does_not_say_its_size_is_refused() -> None:
         decode_batch(around(batch, stored, Codec.ZSTD, len(payload)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("codec", [Codec.ZSTD, Codec.GZIP])
 def test_a_bomb_makes_a_reader_allocate_no_more_than_it_declares(codec: Codec) -> None:
     """512 MiB in a few KB (zstd) or half a MB (gzip). Declared, they are beyond the limit; not declared, they are found

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shformat import BytesColumn, FormatError, HeadersColumn, Records
 
+pytestmark = pytest.mark.quick
+
 cells = st.lists(st.one_of(st.none(), st.binary(max_size=5)), max_size=20)
 header_lists = st.lists(
     st.lists(st.tuples(st.text(max_size=3), st.one_of(st.none(), st.binary(max_size=3))), max_size=3), max_size=8

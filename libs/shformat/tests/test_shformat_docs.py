@@ -28,6 +28,8 @@ from shformat.segment_index import INDEX_ENTRY, INDEX_ENTRY_SIZE
 from shformat.wal import _FILE as WAL_FILE_HEADER
 from shformat.wal import _FRAME as FRAME_HEADER
 
+pytestmark = pytest.mark.quick
+
 PAGES = Path(__file__).parents[3] / "docs" / "formats"
 TOPIC = bytes(range(16, 32))
 HEX_LINE = re.compile(r"([0-9a-f]{4})  ((?:[0-9a-f]{2} ?){1,16}?) {2,}\S")

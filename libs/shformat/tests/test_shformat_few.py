@@ -22,6 +22,8 @@ from shformat import (
 )
 from shformat.few import FEW_RECORDS_MAX, encode_few, timestamps_of_few
 
+pytestmark = pytest.mark.quick
+
 INT64_MAX = (1 << 63) - 1
 INT64_MIN = -(1 << 63)
 TABLE = struct.Struct("<7I")

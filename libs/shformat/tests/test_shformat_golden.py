@@ -36,6 +36,8 @@ from shformat import (
     validate_batch,
 )
 
+pytestmark = pytest.mark.quick
+
 GOLDEN = Path(__file__).parent / "golden"
 INT64_MAX = (1 << 63) - 1
 INT64_MIN = -(1 << 63)

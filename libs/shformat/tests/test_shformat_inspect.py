@@ -21,6 +21,8 @@ from shformat import (
 )
 from shformat.inspect import Description
 
+pytestmark = pytest.mark.quick
+
 TOPIC = bytes(range(1, 17))
 TOPIC_TEXT = "01020304-0506-0708-090a-0b0c0d0e0f10"
 

@@ -37,6 +37,8 @@ from shformat import (
 )
 from shformat.segment_builder import COPY_BYTES_MIN
 
+pytestmark = pytest.mark.quick
+
 INT64_MAX = (1 << 63) - 1
 TOPIC = bytes(range(1, 17))
 

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from shformat import FormatError
 from shformat.varint import decode_varints, encode_varints, unzigzag, zigzag
 
+pytestmark = pytest.mark.quick
+
 UINT64_MAX = (1 << 64) - 1
 numbers = st.lists(st.one_of(st.integers(0, 127), st.integers(0, 1 << 21), st.integers(0, UINT64_MAX)), max_size=60)
 

@@ -36,6 +36,8 @@ from shformat import (
 )
 from shformat.wal import FRAME_MAGIC
 
+pytestmark = pytest.mark.quick
+
 INT64_MAX = (1 << 63) - 1
 WAL_ID = bytes(range(1, 17))
 TOPIC = bytes(range(16, 32))
@@ -378,6 +380,7 @@ def test_whole_frames_between_garbage_are_all_found() -> None:
     assert good(list(scan_frames(wal_file(*pieces)))) == list(range(60))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [bytes, memoryview])
 def test_scanning_garbage_takes_linear_time(kind: type) -> None:
     """The worst cases: magics without end, headers that are intact but whose batches are not there."""
@@ -391,6 +394,7 @@ def test_scanning_garbage_takes_linear_time(kind: type) -> None:
         assert time.process_time() - started < 10
 
 
+@pytest.mark.long
 def test_forged_overlapping_frames_cost_linear_time_and_hide_nothing_that_is_whole() -> None:
     """75,000 intact headers, each claiming a megabyte of what follows: 75 GB of checksums if all were believed."""
     forged = encode_frame_header(TOPIC, 2, 3, 0, 1, bytes((1 << 20) + 1)) * 75_000

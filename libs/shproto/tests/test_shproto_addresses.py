@@ -1,8 +1,11 @@
 """Which address is asked next: only the one that failed is left, and it is avoided for seconds."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shproto.addresses import AVOIDED_MS, AddressOrder
+
+pytestmark = pytest.mark.quick
 
 
 def test_the_first_address_comes_first_and_the_others_follow() -> None:

@@ -4,7 +4,10 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
 from shproto.errors import StreamHouseError
+
+pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "errors.md"

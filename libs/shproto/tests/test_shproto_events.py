@@ -6,6 +6,8 @@ from dataclasses import fields
 import pytest
 from shproto import events
 
+pytestmark = pytest.mark.quick
+
 SEGMENT = events.Segment("s", "t", "orders", 1, 2, 3, 4, 5, "key", 6, 7, 8, 9, 10)
 SLICE = events.Slice("t", "orders", 1, 2, 3, 4, 5, 6)
 RANGE = events.RangeState(1, 2, 3, 4, None, "orphaned", "a", "w")

@@ -13,7 +13,7 @@ from shruntime.clock import SystemClock
 from shruntime.tasks import Tasks
 from shstore import LocalStore, StoreSettings, StoreUnavailable
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = [pytest.mark.quick, pytest.mark.timeout(30)]
 
 CHUNK = 64 * 1024
 

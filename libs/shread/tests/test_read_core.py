@@ -1,5 +1,6 @@
 """The pure parts: LRU, read-ahead, breaker, tails of agents."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shformat import Records, encode_batch, read_batch_header
@@ -7,6 +8,8 @@ from shread.core.breaker import CircuitBreaker
 from shread.core.lru import LruLimit
 from shread.core.readahead import READERS_MAX, ReadAhead
 from shread.core.tail import Accepted, accept_batches
+
+pytestmark = pytest.mark.quick
 
 
 @given(st.integers(1, 50), st.lists(st.tuples(st.sampled_from("atd"), st.integers(0, 9), st.integers(0, 60))))

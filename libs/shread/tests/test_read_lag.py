@@ -1,7 +1,10 @@
 """The lag of consumer groups, in records and in time."""
 
+import pytest
 from shcluster.index import EpochRange, PartitionIndex, RangeStatus, SegmentEntry
 from shread.core.lag import Lag, lag_of
+
+pytestmark = pytest.mark.quick
 
 NOW_MS = 100_000
 

@@ -28,6 +28,8 @@ from shread.core.plan import (
 )
 from shread.core.timestamps import AtEnd, LookInSegment, LookInTail, look
 
+pytestmark = pytest.mark.quick
+
 TOPIC_ID = "ab" * 16
 WIDTH = 12
 

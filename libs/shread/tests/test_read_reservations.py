@@ -2,8 +2,11 @@
 
 import asyncio
 
+import pytest
 from shread.subscribe import BudgetReservation
 from shruntime.byte_budget import ByteBudget, ConnectionBudgets
+
+pytestmark = pytest.mark.quick
 
 
 async def test_g7_what_is_read_ahead_is_limited_by_connection() -> None:

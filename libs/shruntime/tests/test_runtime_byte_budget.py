@@ -2,7 +2,10 @@
 
 import asyncio
 
+import pytest
 from shruntime.byte_budget import ByteBudget
+
+pytestmark = pytest.mark.quick
 
 
 async def settled() -> None:

@@ -95,7 +95,9 @@ async def test_g7_one_address_cannot_shut_out_the_others(caplog: pytest.LogCaptu
                 await asyncio.gather(*map(first_words, more))
                 assert await asyncio.to_thread(limit.enforce) == {"127.0.0.1": 7}
                 await until_open(more, 0)
-                assert await asyncio.to_thread(limit.enforce) == {}
+                async with asyncio.timeout(PATIENCE_S):
+                    while await asyncio.to_thread(limit.enforce):  # the server closes them later than they end here
+                        await asyncio.sleep(0.01)
             assert all(map(is_open, first + others)), "those that came first stay"
             await answers(server)
 

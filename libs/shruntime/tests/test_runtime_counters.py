@@ -2,12 +2,15 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from shruntime.clock import ManualClock
 from shruntime.counters import OTHER_TOPICS, TopicCounter
 from shruntime.disk_space import LOOK_EVERY_MS, DiskSpace
 from shruntime.tasks import Tasks
+
+pytestmark = pytest.mark.quick
 
 
 def shown(reader: InMemoryMetricReader) -> dict[str, int]:

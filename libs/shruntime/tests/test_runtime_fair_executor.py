@@ -6,6 +6,8 @@ import threading
 import pytest
 from shruntime.fair_executor import FairExecutor, QueueFull
 
+pytestmark = pytest.mark.quick
+
 
 class Gate:
     """Jobs that begin, and end when they are let."""

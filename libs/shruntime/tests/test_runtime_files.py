@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from shruntime import files
 
+pytestmark = pytest.mark.quick
+
 
 def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)

@@ -7,6 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from shruntime.round_robin import RoundRobinQueue
 
+pytestmark = pytest.mark.quick
+
 KEYS = "abcd"
 ANY_KEY = st.sampled_from(KEYS)
 STEPS = st.lists(

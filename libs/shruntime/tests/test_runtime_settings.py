@@ -7,6 +7,8 @@ import pytest
 from pydantic import Field, model_validator
 from shruntime.settings import CommonSettings, SettingsError, StoreSettings, one_line
 
+pytestmark = pytest.mark.quick
+
 
 class ProbeSettings(CommonSettings):
     service: ClassVar[str] = "probe"

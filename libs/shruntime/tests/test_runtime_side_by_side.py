@@ -5,6 +5,8 @@ import asyncio
 import pytest
 from shruntime.tasks import run_until_first_ends
 
+pytestmark = pytest.mark.quick
+
 
 async def for_ever(ended: list[str]) -> None:
     try:

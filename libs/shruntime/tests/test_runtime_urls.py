@@ -4,6 +4,8 @@ import pytest
 from shproto.errors import InvalidArgument
 from shruntime.urls import address, addresses, addresses_of, masked, url_of
 
+pytestmark = pytest.mark.quick
+
 check = url_of("postgresql", "postgres")
 
 

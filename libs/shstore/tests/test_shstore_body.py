@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shstore.body import COPIED_BYTES_MAX, ViewsFile, request_body
 
+pytestmark = pytest.mark.quick
+
 MOVES = st.one_of(
     st.tuples(st.just("read"), st.integers(-1, 40)),
     st.tuples(st.just("readinto"), st.integers(0, 40)),

@@ -209,6 +209,7 @@ async def test_list_by_prefix(store: ObjectStore) -> None:
     assert await keys_of(store, "dat/") == []
 
 
+@pytest.mark.long
 async def test_list_goes_over_pages(store: ObjectStore) -> None:
     keys = [f"p/{number // 500}/{number:05}" for number in range(1050)]
     await put_many(store, random.Random(1).sample(keys, len(keys)))

@@ -26,6 +26,8 @@ from shstore import (
     StoreUnavailable,
 )
 
+pytestmark = pytest.mark.quick
+
 _WAITS = ["base_delay_ms", "throttled_base_delay_ms", "max_delay_ms", "throttled_max_delay_ms", "deadline_ms"]
 
 

@@ -31,6 +31,7 @@ from libs.shstore.tests.http_server import answering, forwarding, listening, ser
 MIB = 1024 * 1024
 
 
+@pytest.mark.long
 async def test_no_bucket(s3_settings: StoreSettings) -> None:
     store = S3Store(dataclasses.replace(s3_settings, bucket="not-there"))
     message = f"bucket 'not-there' does not exist at {s3_settings.endpoint}"
@@ -40,6 +41,7 @@ async def test_no_bucket(s3_settings: StoreSettings) -> None:
     await store.close()
 
 
+@pytest.mark.long
 async def test_wrong_credentials(strict_s3: StoreSettings) -> None:
     async with opened(strict_s3) as store:
         with pytest.raises(StoreDenied, match=r"InvalidAccessKeyId.*check access key AKIAWRONG"):
@@ -81,6 +83,7 @@ async def test_keys_lie_below_the_prefix(s3_settings: StoreSettings) -> None:
         await store.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threshold_bytes", [5 * MIB, 64 * MIB], ids=["multipart", "one put"])
 async def test_an_upload_holds_no_second_copy_of_the_object(s3_settings: StoreSettings, threshold_bytes: int) -> None:
     """G7: whoever builds objects counts their bytes once. The object here is 32 views of the same MiB."""
@@ -109,6 +112,7 @@ async def uploads_under_way(settings: StoreSettings) -> int:
         return len((await s3.list_multipart_uploads(Bucket=settings.bucket)).get("Uploads", []))
 
 
+@pytest.mark.long
 async def test_a_multipart_upload_that_loses_the_race_is_aborted(s3_settings: StoreSettings) -> None:
     store = S3Store(s3_settings)
     await store.put("large", [bytes(6 * MIB)])
@@ -118,6 +122,7 @@ async def test_a_multipart_upload_that_loses_the_race_is_aborted(s3_settings: St
     await store.close()
 
 
+@pytest.mark.long
 async def test_a_failed_or_cancelled_multipart_upload_is_aborted(s3_settings: StoreSettings) -> None:
     """A proxy in between cuts (or holds back) the second part; all else passes."""
     assert s3_settings.endpoint

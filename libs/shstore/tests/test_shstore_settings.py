@@ -14,6 +14,8 @@ from shstore.open import settings_from_url
 from shstore.ranges import byte_views, split_views
 from shstore.s3 import S3Store
 
+pytestmark = pytest.mark.quick
+
 
 @given(parts=st.lists(st.binary(max_size=40), max_size=12), part_bytes=st.integers(1, 50))
 def test_split_parts_are_full_and_in_order(parts: list[bytes], part_bytes: int) -> None:

@@ -90,6 +90,7 @@ class Sabotage:
                 await run(f"DROP TRIGGER sabotage ON {table}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("state", [*OF_THE_SERVER, *OF_OURS])
 async def test_no_loop_ends_over_an_answer(
     dsn: str, fast: Settings, connection: asyncpg.Connection, open_agent: Any, state: str

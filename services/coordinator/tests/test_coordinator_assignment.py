@@ -21,6 +21,8 @@ from streamhouse_coordinator.core.assignment import able_to_lead, grant, left_wi
 from streamhouse_coordinator.core.projection import row_ops
 from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, PartitionRow, RangeRow, SessionRow
 
+pytestmark = pytest.mark.quick
+
 WIDTH = 100
 TOPIC = "t" * 32
 Key = tuple[str, int]

@@ -10,6 +10,8 @@ from streamhouse_coordinator.core.compaction import RUN_SEGMENTS_MAX, choose
 from streamhouse_coordinator.core.tables import SegmentRow
 from streamhouse_segmenter.settings import SegmenterSettings
 
+pytestmark = pytest.mark.quick
+
 MIB = 1024 * 1024
 MINUTES = 24 * 60
 SETTINGS = SegmenterSettings()
@@ -80,6 +82,7 @@ def test_a_day_of_steady_appends(acks: str, segments_per_minute: int, kib_per_se
     assert most <= RUN_SEGMENTS_MAX
 
 
+@pytest.mark.long
 def test_a_day_of_durable_acks_of_single_records() -> None:
     """Four segments a second of 300 bytes, mostly frame: 345,600 a day in one partition."""
     for partition in day(240, 300):

@@ -27,6 +27,8 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.registration import Result
 from streamhouse_coordinator.core.sessions import AcknowledgedEnds, WalEnds
 
+pytestmark = pytest.mark.quick
+
 TOPIC = "0" * 32
 KEY = (TOPIC, 0, 1)
 RANGE = t.RangeRow(TOPIC, 0, 1, 0, 1000, 100, None, t.OPEN, "s", "a", "w", False)

@@ -13,6 +13,8 @@ from streamhouse_coordinator.core.deletion import (
 )
 from streamhouse_coordinator.core.projection import Put, Remove
 
+pytestmark = pytest.mark.quick
+
 PATIENCE = DeletionGrace(grace_ms=1000, confirm_ms=300)
 NOW_MS = 10_000
 KEY = {"object_key": "k"}

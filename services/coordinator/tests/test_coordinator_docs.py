@@ -4,8 +4,11 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
 from shproto.events import Event, OffsetChange, RangeState, Segment, Slice
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, STATE
+
+pytestmark = pytest.mark.quick
 
 DOCS = Path(__file__).parents[3] / "docs"
 

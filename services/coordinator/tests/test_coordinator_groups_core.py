@@ -17,6 +17,8 @@ from streamhouse_coordinator.core.groups import (
     split_name,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def names(topic: str, *numbers: int) -> frozenset[str]:
     return frozenset(name_of(topic, number) for number in numbers)
@@ -114,6 +116,7 @@ def test_two_members_never_exchange_partitions_of_a_topic(
     assert not {(there, here, topic) for here, there, topic in moves} & moves
 
 
+@pytest.mark.long
 @given(st.data())
 def test_no_partition_is_ever_worked_on_by_two(data: st.DataObject) -> None:
     """Members come, go, speak and answer late, in any order; what they were given and did not yet let go never

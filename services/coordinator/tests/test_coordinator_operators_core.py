@@ -10,6 +10,8 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.groups import Group, check_empty, records_before, state_of
 from streamhouse_coordinator.core.projection import Remove, row_ops
 
+pytestmark = pytest.mark.quick
+
 TOPIC = "0" * 32
 RANGE = t.RangeRow(TOPIC, 0, 1, 0, 1000, 100, None, t.ORPHANED, "s", "a", "w", False)
 

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
 from streamhouse_coordinator.adapters.rabbitmq import EXCHANGE, message_of
 from streamhouse_coordinator.core.tables import EventRow
+
+pytestmark = pytest.mark.quick
 
 
 def test_the_message_of_an_event() -> None:

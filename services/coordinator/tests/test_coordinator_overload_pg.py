@@ -114,6 +114,7 @@ async def blocked(connection: asyncpg.Connection, count: int) -> None:
     await until(are_blocked)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["create", "join"])
 async def test_calls_that_wait_for_one_lock_keep_one_connection(
     quiet: CoordinatorService, platform: Platform, connection: asyncpg.Connection, dsn: str, kind: str
@@ -130,6 +131,7 @@ async def test_calls_that_wait_for_one_lock_keep_one_connection(
         await asyncio.gather(*calls)
 
 
+@pytest.mark.long
 async def test_calls_that_wait_for_many_locks_keep_to_the_clients_share(
     quiet: CoordinatorService, platform: Platform, connection: asyncpg.Connection, dsn: str
 ) -> None:

@@ -502,6 +502,7 @@ async def wide(dsn: str, fast: Settings) -> AsyncIterator[CoordinatorService]:
         yield started
 
 
+@pytest.mark.long
 async def test_a_platform_that_goes_on_and_on_keeps_as_many_rows_as_before(
     wide: CoordinatorService,
     open_agent: Any,

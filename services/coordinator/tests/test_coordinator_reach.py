@@ -10,6 +10,8 @@ from streamhouse_coordinator.core.projection import Put, row_ops
 from streamhouse_coordinator.core.reach import HOLD_DOUBLINGS_MAX, ReachTimes, decide, outdated
 from streamhouse_coordinator.core.tables import CutOffRow, ReachReportRow, SessionRow
 
+pytestmark = pytest.mark.quick
+
 PATIENCE = ReachTimes(after_ms=15_000, hold_ms=30_000, fresh_ms=30_000)
 BEAT_MS = 10_000
 

@@ -121,6 +121,7 @@ async def test_a_buffer_is_completed_when_all_its_slices_are(
     assert (status.buffers_waiting, status.buffers_claimed, status.buffers_waiting_bytes) == (0, 0, 0)
 
 
+@pytest.mark.long
 async def test_segments_that_are_early_are_not_in_line_with_what_they_wait_for(
     api: CoordinatorApi, dsn: str, open_agent: Any, make_segment: MakeSegment, all_events: Any
 ) -> None:
@@ -314,6 +315,7 @@ def count_statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+@pytest.mark.long
 async def test_thousands_of_slices_in_one_object(
     api: CoordinatorApi, open_agent: Any, make_segment: MakeSegment, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,8 @@ from streamhouse_coordinator.core.histories import Head, check_log, check_seen
 from streamhouse_coordinator.core.restoring import JUMP_EPOCHS, JUMP_OFFSETS, Known, restore_partition
 from streamhouse_coordinator.core.topics import ACKS_DURABLE, ACKS_WAL
 
+pytestmark = pytest.mark.quick
+
 TOPIC = t.TopicRow("aa" * 16, "orders", 1, None, None, ACKS_WAL, None, 0)
 WIDTH = 1000
 
@@ -321,6 +323,7 @@ def check_rows(rows: Sequence[t.RangeRow]) -> None:
         assert one.epoch < other.epoch and one_end <= other.start_offset, (one, other)
 
 
+@pytest.mark.long
 @settings(max_examples=300, deadline=None)
 @given(pasts(), st.booleans(), st.permutations("abc"))
 def test_whatever_happened_before_nothing_acknowledged_is_lost(

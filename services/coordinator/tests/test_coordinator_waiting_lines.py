@@ -7,6 +7,8 @@ import pytest
 from shproto.errors import Overloaded
 from streamhouse_coordinator.adapters.waiting_lines import Call, Line, Turns, Waiters
 
+pytestmark = pytest.mark.quick
+
 
 class Takes(Protocol):
     async def __call__(self, call: Call) -> None: ...

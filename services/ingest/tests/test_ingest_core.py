@@ -1,9 +1,12 @@
 """Lease, sealing plan, WAL index."""
 
+import pytest
 from streamhouse_ingest.core.lease import Lease
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.core.sealing import Candidate, SealLimits, limits_behind, plan_seals
 from streamhouse_ingest.core.wal_index import WalIndex
+
+pytestmark = pytest.mark.quick
 
 LIMITS = SealLimits(seal_bytes=100, seal_age_ms=1000, durable_linger_ms=20, open_bytes_max=500, object_bytes_max=256)
 

@@ -7,6 +7,8 @@ import pytest
 from shproto.errors import Overloaded
 from streamhouse_ingest.in_flight import ConnectionByteLimit
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_connection_is_refused_beyond_its_limit_and_no_other_is() -> None:
     in_flight = ConnectionByteLimit(100)

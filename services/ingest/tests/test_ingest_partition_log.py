@@ -10,6 +10,8 @@ from streamhouse_ingest.core.draft import Draft, NotLed, RangeExhausted
 from streamhouse_ingest.core.partition_log import BatchAppended, LogKey, PartitionLog, Span
 from streamhouse_ingest.core.producers import DuplicateOf, OutOfSequence, ProducerTable, decode_snapshot
 
+pytestmark = pytest.mark.quick
+
 KEY = LogKey(b"t" * 16, 3, 5)
 
 

@@ -20,6 +20,8 @@ from streamhouse_ingest.core.producers import (
     encode_snapshot,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def written(count: int, *, epoch: int = 0, size: int = 10) -> ProducerState:
     state = None

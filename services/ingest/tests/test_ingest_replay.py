@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shformat import HeaderColumns, WalFrame
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.core.replay import Replay, runs_of
+
+pytestmark = pytest.mark.quick
 
 TOPIC = b"t" * 16
 BUFFER_BYTES_MAX = 250

@@ -11,6 +11,8 @@ from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.logs import Logs
 from streamhouse_ingest.topics import TopicLookup
 
+pytestmark = pytest.mark.quick
+
 
 class BrokenCoordinator:
     """Fails with something that is no answer, once it is told to."""

@@ -593,6 +593,7 @@ def test_g6_a_file_that_was_only_just_created_bears_witness_of_the_one_before(di
     assert (found.replay.damage, found.next_sequence, found.previous_size_bytes) == ([], 2, len(whole))
 
 
+@pytest.mark.long
 def test_a_crash_at_any_byte_of_a_rotation_is_no_damage(directory: WalDirectory):
     """The file before is complete and synced before the next one exists; that one has its header before a frame."""
     write_files(directory, 2)

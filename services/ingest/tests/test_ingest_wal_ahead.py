@@ -607,6 +607,7 @@ def check_what_is_left(path: Path, writing: Writing, *, was_killed: bool) -> Non
     directory.close()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_quick")
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -702,6 +703,7 @@ def write_until_killed(path: Path, last: int, kept_share: float) -> tuple[bool, 
     return status != 0, acknowledged
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_quick")
 @pytest.mark.parametrize("kept_share", [0.0, 0.01, 0.6])
 def test_g1_a_kill_at_any_system_call_leaves_no_doubt(tmp_path: Path, kept_share: float) -> None:

@@ -22,6 +22,8 @@ from streamhouse_segmenter.settings import SegmenterSettings
 
 from services.segmenter.tests.segmenter_standins import TOPIC_ID, records_of
 
+pytestmark = pytest.mark.quick
+
 
 def slice_of(partition: int, base: int, end: int, size_bytes: int = 100) -> c.BufferSlice:
     return c.BufferSlice(
