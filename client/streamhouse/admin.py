@@ -29,7 +29,8 @@ from streamhouse.cluster import (
     session_of,
     topic_of,
 )
-from streamhouse.core.kafka_names import explains_kafka_names
+from streamhouse.core.faces import AsyncContext
+from streamhouse.core.kafka_names import explains_kafka_arguments, explains_kafka_methods, explains_kafka_names
 from streamhouse.core.options import (
     ACKS,
     Acks,
@@ -66,7 +67,8 @@ RETRY_TIMEOUT_MS = 60_000
 LOOKUPS_MAX = 500
 
 
-class Admin:
+@explains_kafka_methods("Admin")
+class Admin(AsyncContext):
     """Use it as an async context manager.
 
     request_timeout_ms: of one try. retry_timeout_ms: how long a call that nobody answers, or that a server is too busy
@@ -104,6 +106,7 @@ class Admin:
 
     # ---- topics
 
+    @explains_kafka_arguments("Admin.create_topic")
     async def create_topic(
         self,
         topic: str,
@@ -133,6 +136,7 @@ class Admin:
                 raise
         return (await self.describe_topic(topic)).topic
 
+    @explains_kafka_arguments("Admin.alter_topic")
     async def alter_topic(
         self,
         topic: str,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from opentelemetry import trace
 from shcluster.peers import Peers
@@ -35,8 +35,9 @@ from shruntime.urls import addresses_of
 
 from streamhouse.assignments import Assignments, Callback, Callbacks, callbacks_of
 from streamhouse.commits import Commits
+from streamhouse.core.faces import AsyncContext, AsyncIteration
 from streamhouse.core.in_flight import Worker
-from streamhouse.core.kafka_names import explains_kafka_names
+from streamhouse.core.kafka_names import explains_kafka_arguments, explains_kafka_methods, explains_kafka_names
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import (
     POLL_BATCHES_RECORDS_MAX,
@@ -105,7 +106,8 @@ class Closing:
         )
 
 
-class Consumer:
+@explains_kafka_methods("Consumer")
+class Consumer(AsyncContext, AsyncIteration):
     """Reads records. Use it as an async context manager and iterate: records, or `batches()` of columns.
 
     topics: all their partitions, shared with the other members of `group` if there is one: names, or a compiled pattern
@@ -339,6 +341,7 @@ class Consumer:
 
     # ---- subscription
 
+    @explains_kafka_arguments("Consumer.subscribe")
     async def subscribe(
         self,
         topics: Topics = (),
@@ -464,6 +467,7 @@ class Consumer:
 
     # ---- the end
 
+    @explains_kafka_arguments("Consumer.close")
     async def close(self, timeout_s: float | None = None, *, done_with_last: bool = True) -> None:
         """Commits (with auto_commit), gives up the partitions, with on_revoked, and leaves the group, then closes the
         connections.
@@ -609,6 +613,7 @@ class Consumer:
         self._iteration.begin()
         return BatchIterator(self)
 
+    @explains_kafka_arguments("Consumer.poll")
     def poll(
         self, timeout_ms: int = 0, max_records: int = POLL_RECORDS_MAX
     ) -> Coroutine[Any, Any, dict[TopicPartition, list[Record]]]:
@@ -619,6 +624,7 @@ class Consumer:
         """
         return self._poll_records(self._polls(timeout_ms, max_records), timeout_ms, max_records)
 
+    @explains_kafka_arguments("Consumer.poll_batches")
     def poll_batches(
         self, timeout_ms: int = 0, max_records: int = POLL_BATCHES_RECORDS_MAX
     ) -> Coroutine[Any, Any, dict[TopicPartition, list[RecordBatch]]]:
@@ -780,7 +786,7 @@ class Consumer:
     @property
     def assignment(self) -> frozenset[TopicPartition]:
         """The partitions being read, or being given up as long as on_revoked has not returned."""
-        return frozenset(self._assignments.cursors)
+        return Assigned(self._assignments.cursors)
 
     async def wait_for_assignment(self, timeout_ms: int | None = None) -> frozenset[TopicPartition]:
         """Returns the assignment as soon as it is known where reading begins in at least one partition; starts the
@@ -949,6 +955,7 @@ class Consumer:
 
     # ---- commits
 
+    @explains_kafka_arguments("Consumer.committed")
     async def committed(
         self, partitions: Sequence[tuple[str, int]] | None = None
     ) -> dict[TopicPartition, OffsetAndMetadata | None]:
@@ -973,6 +980,7 @@ class Consumer:
         found = await self._offsets.committed(topic_ids)
         return {where: found.get(where) for where in asked}
 
+    @explains_kafka_arguments("Consumer.commit")
     async def commit(self, offsets: Mapping[tuple[str, int], int | OffsetAndMetadata] | None = None) -> None:
         """Stores where the group goes on: behind everything that the application has done with, the record in hand of
         the task that calls included; or the `offsets` given, with metadata if they are `OffsetAndMetadata`.
@@ -1097,6 +1105,19 @@ def _partitions_of(topics: Mapping[str, int]) -> list[TopicPartition]:
     return [TopicPartition(topic, number) for topic, count in topics.items() for number in range(count)]
 
 
+class Assigned(frozenset[TopicPartition]):
+    """A frozenset of partitions. Other clients have a method `assignment`: calling it is a TypeError that says so."""
+
+    __slots__ = ()
+    if not TYPE_CHECKING:
+
+        def __call__(self) -> NoReturn:
+            raise TypeError("assignment is an attribute: write consumer.assignment, without ()")
+
+    def __repr__(self) -> str:
+        return repr(frozenset(self))
+
+
 class RecordIterator(AsyncIterator[Record]):
     """Iterator of records for the task that began the `async for`."""
 
@@ -1111,7 +1132,7 @@ class RecordIterator(AsyncIterator[Record]):
         return self._consumer._next(self._worker)
 
 
-class BatchIterator(AsyncIterator[RecordBatch]):
+class BatchIterator(AsyncIteration, AsyncIterator[RecordBatch]):
     """Iterator of `Consumer.batches`. A timeout or a cancellation ends one wait, not the iteration."""
 
     def __init__(self, consumer: Consumer) -> None:

@@ -8,12 +8,13 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from contextvars import Context
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Never, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from shproto import forks
 
+from streamhouse.core.kafka_names import explains_kafka_methods, refuse_arguments
 from streamhouse.core.outgoing import Indices, where
 from streamhouse.records import RecordMetadata
 from streamhouse.tracing import SendTrace
@@ -135,14 +136,18 @@ class _Outcome(asyncio.Future[T]):
         """Returns True after `cancel`, unless it was done before."""
         return self._update() and super().cancelled()
 
-    def result(self) -> T:
+    def result(self, **kafka: Never) -> T:
         """Returns the place of what was sent. Raises what delivery failed with, InvalidStateError before it is done."""
+        if kafka:
+            refuse_arguments("SendFuture.result", kafka)
         if self._update():
             self._mark_seen()
         return super().result()
 
-    def exception(self) -> BaseException | None:
+    def exception(self, **kafka: Never) -> BaseException | None:
         """Returns the error that delivery failed with, or None. Raises InvalidStateError before it is done."""
+        if kafka:
+            refuse_arguments("SendFuture.exception", kafka)
         if self._update():
             self._mark_seen()
         return super().exception()
@@ -162,6 +167,7 @@ class _Outcome(asyncio.Future[T]):
     __iter__ = __await__
 
 
+@explains_kafka_methods("SendFuture")
 class SendFuture(_Outcome[RecordMetadata]):
     """Outcome of one `send`: an asyncio future, for `await`, `asyncio.wait`, `gather`, `wait_for` and callbacks."""
 
@@ -249,6 +255,7 @@ class PlacedRecords:
         ]
 
 
+@explains_kafka_methods("SendFuture")
 class SendResult(_Outcome[SentRecords]):
     """Outcome of one `send_many`: an asyncio future of `SentRecords`. It is done once all batches are, and fails with
     the error of the first batch that failed."""

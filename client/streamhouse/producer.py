@@ -8,7 +8,7 @@ from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Never, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,13 @@ from shruntime.urls import addresses_of
 
 from streamhouse import tracing
 from streamhouse.batches import Batch
-from streamhouse.core.kafka_names import explains_kafka_names
+from streamhouse.core.faces import AsyncContext
+from streamhouse.core.kafka_names import (
+    explains_kafka_arguments,
+    explains_kafka_methods,
+    explains_kafka_names,
+    refuse_arguments,
+)
 from streamhouse.core.options import (
     ACKS,
     ACKS_NAMES,
@@ -56,7 +62,8 @@ _DEFAULTS = ProducerOptions()
 UNSEEN_FAILURES_MAX = 1_000
 
 
-class Producer:
+@explains_kafka_methods("Producer")
+class Producer(AsyncContext):
     """Writes records. Use it as an async context manager: leaving it waits until everything is acknowledged.
 
     acks: "wal" (the leader's write-ahead log, fsynced), "durable" (object store and metadata), "none" (do not wait;
@@ -163,11 +170,12 @@ class Producer:
     async def send(
         self,
         topic: str,
-        value: Any = None,
+        value: Any,
         key: Any = None,
         headers: Headers | None = None,
         partition: int | None = None,
         timestamp_ms: int | datetime | None = None,
+        **kafka: Never,
     ) -> SendFuture:
         """Takes one record; waits only while the buffer is full, and gives the event loop its turn every few
         milliseconds. `await` the future for its `RecordMetadata`.
@@ -178,6 +186,8 @@ class Producer:
         InvalidArgument (also once closed), TypeError, SerializationError, Overloaded (no room within
         delivery_timeout_ms), Unavailable.
         """
+        if kafka:
+            refuse_arguments("Producer.send", kafka)
         if self._serializers is not None:
             value, key = self._serializers.one(topic, value, key)
         record = check_record(value, key, headers, timestamp_ms)
@@ -196,10 +206,11 @@ class Producer:
             await let_loop_run(stood_s)  # behind `_add`: no later call comes before this one meanwhile
         return future
 
+    @explains_kafka_arguments("Producer.send_and_wait")
     async def send_and_wait(
         self,
         topic: str,
-        value: Any = None,
+        value: Any,
         key: Any = None,
         headers: Headers | None = None,
         partition: int | None = None,
@@ -261,6 +272,7 @@ class Producer:
             lane = target.sticky_lane(size_bytes)
         return target.gatherer.add(lane, value, key, headers, timestamp_ms, size_bytes, deadline_ms)
 
+    @explains_kafka_arguments("Producer.send_many")
     async def send_many(
         self,
         topic: str,
@@ -327,6 +339,7 @@ class Producer:
 
     # ---- the end
 
+    @explains_kafka_arguments("Producer.flush")
     async def flush(self, timeout_s: float | None = None) -> None:
         """Waits until everything taken so far is acknowledged or has failed.
 
@@ -358,6 +371,7 @@ class Producer:
                 failure.seen = True
                 raise failure.error
 
+    @explains_kafka_arguments("Producer.close")
     async def close(self, timeout_s: float | None = None, *, flush: bool = True, raise_failures: bool = True) -> None:
         """Flushes (unless told not to), then closes the connections. Raises what `flush` raises, after closing.
 

@@ -805,7 +805,7 @@ async def test_a_bad_record_is_named_with_field_limit_and_value(platform, addres
     platform.add_topic("t", 1)
     async with Producer(address) as producer:
         with pytest.raises(kind, match=named):
-            await producer.send("t", **arguments)
+            await producer.send("t", **{"value": b"v"} | arguments)
     assert values_in(platform) == []
 
 
@@ -839,7 +839,11 @@ async def test_a_bad_record_is_named_with_field_limit_and_value(platform, addres
             r"timestamps_ms\[0\] is 253402300800000, must be",
         ),
         ({"timestamps_ms": np.array([1.0, 2.0])}, TypeError, r"timestamps_ms\[0\] must be milliseconds"),
-        ({"partition": 1.0}, errors.InvalidArgument, r"partition is 1\.0, must be 0 to 4294967295"),
+        (
+            {"partition": 1.0},
+            errors.InvalidArgument,
+            r"partition is 1\.0, must be a whole number \(int\), 0 to 4294967295",
+        ),
     ],
 )
 async def test_a_bad_list_of_records_is_named_with_field_and_position(platform, address, columns, kind, named):

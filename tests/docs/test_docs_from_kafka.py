@@ -114,7 +114,8 @@ def test_methods_are_there(module: Any) -> None:
 
 def test_every_public_method_of_the_admin_has_its_place_or_is_an_operators() -> None:
     named = set(re.findall(r"`Admin\.(\w+)`", PAGE))
-    public = {name for name in vars(streamhouse.Admin) if not name.startswith("_")}
+    # Without Kafka's names, which are there to raise AttributeError.
+    public = {name for name in vars(streamhouse.Admin) if not name.startswith("_") and hasattr(streamhouse.Admin, name)}
     assert public - named == {"close", "orphaned_ranges", "declare_lost"}
 
 

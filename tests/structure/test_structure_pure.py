@@ -24,6 +24,7 @@ PURE = (
     "shstore.port",
     "shstore.ranges",
     "streamhouse.core.accumulator",
+    "streamhouse.core.faces",
     "streamhouse.core.given_up",
     "streamhouse.core.kafka_names",
     "streamhouse.core.lag",
@@ -32,6 +33,7 @@ PURE = (
     "streamhouse.core.sequences",
     "streamhouse.core.subscription",
     "streamhouse.errors",
+    "streamhouse.sync.signatures",
     "streamhouse_coordinator.core",
     "streamhouse_ingest.core",
     "streamhouse_query.core",
@@ -40,8 +42,8 @@ PURE = (
 # Of the standard library and numpy: computation only.
 STANDARD = {
     "__future__", "array", "bisect", "collections", "collections.abc", "copy", "dataclasses", "enum", "functools",
-    "hashlib", "heapq", "itertools", "json", "math", "operator", "re", "string", "struct", "types", "typing", "zlib",
-    "numpy", "numpy.typing",
+    "hashlib", "heapq", "inspect", "itertools", "json", "math", "operator", "re", "string", "struct", "types", "typing",
+    "zlib", "numpy", "numpy.typing",
 }  # fmt: skip
 # Ours that pure modules may use as they are: coders of bytes, and errors and messages, which are values.
 VALUES = ("shformat", "shproto.errors", "shproto.v1")

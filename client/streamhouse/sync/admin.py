@@ -9,12 +9,14 @@ from shproto.rpc import Interceptors
 
 from streamhouse import admin, cluster, group_admin
 from streamhouse.background import BACKGROUND
-from streamhouse.core.kafka_names import explains_kafka_names
+from streamhouse.core.faces import PlainContext
+from streamhouse.core.kafka_names import explains_kafka_arguments, explains_kafka_methods, explains_kafka_names
 from streamhouse.core.options import Acks
 from streamhouse.records import OffsetAndMetadata, TopicPartition
 
 
-class Admin:
+@explains_kafka_methods("Admin")
+class Admin(PlainContext):
     """Topics, offsets, status; see `streamhouse.Admin`."""
 
     @explains_kafka_names("Admin")
@@ -41,6 +43,7 @@ class Admin:
     ) -> None:
         self.close()
 
+    @explains_kafka_arguments("Admin.create_topic")
     def create_topic(
         self,
         topic: str,
@@ -65,6 +68,7 @@ class Admin:
             )
         )
 
+    @explains_kafka_arguments("Admin.alter_topic")
     def alter_topic(
         self,
         topic: str,

@@ -21,8 +21,9 @@ from shproto.rpc import Interceptors
 from streamhouse import consumer
 from streamhouse.assignments import Callbacks, PlainCallback, callbacks_of
 from streamhouse.background import BACKGROUND
+from streamhouse.core.faces import PlainContext, PlainIteration
 from streamhouse.core.in_flight import Worker
-from streamhouse.core.kafka_names import explains_kafka_names
+from streamhouse.core.kafka_names import explains_kafka_arguments, explains_kafka_methods, explains_kafka_names
 from streamhouse.core.lag import Lag
 from streamhouse.core.options import (
     POLL_BATCHES_RECORDS_MAX,
@@ -50,7 +51,8 @@ T = TypeVar("T")
 EXIT_TIMEOUT_MS = 5_000
 
 
-class Consumer:
+@explains_kafka_methods("Consumer")
+class Consumer(PlainContext, PlainIteration):
     """Reads records; see `streamhouse.Consumer` for the options and for what is committed when. Several threads may
     iterate one consumer: each record goes to one of them, who has done with it when it asks for its next one.
 
@@ -117,6 +119,7 @@ class Consumer:
         BACKGROUND.run(self._inner._start())
         self._call_due()
 
+    @explains_kafka_arguments("Consumer.subscribe")
     def subscribe(
         self,
         topics: Topics = (),
@@ -224,12 +227,14 @@ class Consumer:
         """Returns a context manager in which a `process` span is current; see `streamhouse.Consumer.processing`."""
         return self._inner.processing(records)
 
+    @explains_kafka_arguments("Consumer.poll")
     def poll(self, timeout_ms: int = 0, max_records: int = POLL_RECORDS_MAX) -> dict[TopicPartition, list[Record]]:
         """Returns records by partition: what has been received, at most max_records; empty if nothing comes within
         timeout_ms, or at the end of a bounded read (`at_end`). What the last poll of the thread returned is done
         with."""
         return self._polled(timeout_ms, max_records, self._records_of)
 
+    @explains_kafka_arguments("Consumer.poll_batches")
     def poll_batches(
         self, timeout_ms: int = 0, max_records: int = POLL_BATCHES_RECORDS_MAX
     ) -> dict[TopicPartition, list[RecordBatch]]:
@@ -315,6 +320,7 @@ class Consumer:
         with self._taking:
             self._iteration.give_back(worker, first)
 
+    @explains_kafka_arguments("Consumer.committed")
     def committed(
         self, partitions: Sequence[tuple[str, int]] | None = None
     ) -> dict[TopicPartition, OffsetAndMetadata | None]:
@@ -322,6 +328,7 @@ class Consumer:
         where nothing is."""
         return BACKGROUND.run(self._inner.committed(partitions))
 
+    @explains_kafka_arguments("Consumer.commit")
     def commit(self, offsets: Mapping[tuple[str, int], int | OffsetAndMetadata] | None = None) -> None:
         """Stores where the group goes on: behind everything that the application has done with, the record in hand of
         the thread that calls included; or the `offsets` given, with metadata if they are `OffsetAndMetadata`."""
@@ -404,6 +411,7 @@ class Consumer:
         """Why partitions that cannot be read on at the moment wait."""
         return dict(self._inner.waiting)  # as it is now: the other thread goes on changing it
 
+    @explains_kafka_arguments("Consumer.close")
     def close(self, timeout_s: float | None = None) -> None:
         """Commits (with auto_commit), gives up the partitions, with on_revoked, leaves the group, closes the
         connections.
@@ -440,7 +448,7 @@ class Consumer:
         return self._assignments.is_due
 
 
-class BatchIterator(Iterator[RecordBatch]):
+class BatchIterator(PlainIteration, Iterator[RecordBatch]):
     """Iterator of `Consumer.batches`. A timeout or Ctrl-C ends one wait, not the iteration."""
 
     def __init__(self, owner: Consumer) -> None:

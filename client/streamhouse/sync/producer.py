@@ -19,7 +19,7 @@ from datetime import datetime
 from functools import partial
 from itertools import repeat
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack
+from typing import Any, Generic, Never, Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,13 @@ from shproto.rpc import Interceptors
 
 from streamhouse import producer, tracing
 from streamhouse.background import BACKGROUND
-from streamhouse.core.kafka_names import explains_kafka_names
+from streamhouse.core.faces import PlainContext
+from streamhouse.core.kafka_names import (
+    explains_kafka_arguments,
+    explains_kafka_methods,
+    explains_kafka_names,
+    refuse_arguments,
+)
 from streamhouse.core.options import ProducerKwargs, check_exit_timeout, check_timeout_s, partition_number
 from streamhouse.core.outgoing import CheckedRecord, Headers, ManyRecords, check_record
 from streamhouse.delivery import Delivery, PlacedRecords, SentRecords
@@ -75,16 +81,20 @@ class _Outcome(Generic[T]):
     def _call_when_done(self, fn: Callable[[Any], object]) -> None:
         """In the loop's thread: calls `fn(self)` once done. No outcome can come between looking and registering."""
 
-    def result(self, timeout_s: float | None = None) -> T:
+    def result(self, timeout_s: float | None = None, **kafka: Never) -> T:
         """Returns the place of what was sent, once acknowledged. Raises what delivery failed with, of several batches
         what the first failed one did; TimeoutError after timeout_s."""
+        if kafka:
+            refuse_arguments("SendFuture.result", kafka)
         if not self.done():
             check_timeout_s("timeout_s", timeout_s)
             BACKGROUND.run(self._finished(), timeout_s)
         return self._outcome()
 
-    def exception(self, timeout_s: float | None = None) -> Exception | None:
+    def exception(self, timeout_s: float | None = None, **kafka: Never) -> Exception | None:
         """Returns what `result` would raise; None once all is acknowledged. Raises TimeoutError after timeout_s."""
+        if kafka:
+            refuse_arguments("SendFuture.exception", kafka)
         try:
             self.result(timeout_s)
         except TimeoutError:
@@ -106,6 +116,7 @@ class _Outcome(Generic[T]):
             BACKGROUND.loop.call_soon_threadsafe(self._call_when_done, fn)
 
 
+@explains_kafka_methods("SendFuture")
 class SendFuture(_Outcome[RecordMetadata]):
     """Outcome of one `send`."""
 
@@ -154,6 +165,7 @@ class SendFuture(_Outcome[RecordMetadata]):
             await self._delivery.finished()
 
 
+@explains_kafka_methods("SendFuture")
 class SendResult(_Outcome[SentRecords]):
     """Outcome of one `send_many`."""
 
@@ -207,7 +219,8 @@ _Staged = tuple[SendFuture, str, CheckedRecord, int | None, float, trace.Span | 
 _Item = _Staged | asyncio.Future[None] | None
 
 
-class Producer:
+@explains_kafka_methods("Producer")
+class Producer(PlainContext):
     """Writes records; see `streamhouse.Producer` for the options. Leaving the context flushes.
 
     exit_timeout_ms: how long the end of the process waits for a producer that was not closed; what is not acknowledged
@@ -256,17 +269,20 @@ class Producer:
     def send(
         self,
         topic: str,
-        value: Any = None,
+        value: Any,
         key: Any = None,
         headers: Headers | None = None,
         partition: int | None = None,
         timestamp_ms: int | datetime | None = None,
+        **kafka: Never,
     ) -> SendFuture:
         """Takes one record; waits while the buffer is full. `result()` of the future waits for the acknowledgement.
 
         Raises UnknownTopic, UnknownPartition, AcksTooWeak, BatchTooLarge, InvalidArgument (also once closed),
         TypeError, SerializationError, Overloaded (no room within delivery_timeout_ms), Unavailable.
         """
+        if kafka:
+            refuse_arguments("Producer.send", kafka)
         self._must_be_open()
         if self._serializers is not None:
             value, key = self._serializers.one(topic, value, key)
@@ -282,10 +298,11 @@ class Producer:
         self._stage((future, topic, record, partition, time.monotonic(), caller), record[4])
         return future
 
+    @explains_kafka_arguments("Producer.send_and_wait")
     def send_and_wait(
         self,
         topic: str,
-        value: Any = None,
+        value: Any,
         key: Any = None,
         headers: Headers | None = None,
         partition: int | None = None,
@@ -295,6 +312,7 @@ class Producer:
         Returns the place of the record. Raises what `send` raises, and what delivery failed with."""
         return self.send(topic, value, key, headers, partition, timestamp_ms).result()
 
+    @explains_kafka_arguments("Producer.send_many")
     def send_many(
         self,
         topic: str,
@@ -443,6 +461,7 @@ class Producer:
 
     # ---- the end
 
+    @explains_kafka_arguments("Producer.flush")
     def flush(self, timeout_s: float | None = None) -> None:
         """Waits until everything taken so far is acknowledged or has failed, which takes delivery_timeout_ms at most.
 
@@ -477,6 +496,7 @@ class Producer:
             records_failed=inner.records_failed + self._refused_total,
         )
 
+    @explains_kafka_arguments("Producer.close")
     def close(self, timeout_s: float | None = None) -> None:
         """Flushes, then closes the connections. Raises what `flush` raises, after closing.
 
