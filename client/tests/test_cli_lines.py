@@ -189,7 +189,8 @@ def test_a_row_beyond_the_limit_is_refused_before_it_is_gathered() -> None:
 def test_a_column_gives_the_key() -> None:
     parse = KeyedByColumn("id", ",")
     first = parse([b'\xef\xbb\xbfname,"id"', b'"a,b",7', b"short"])
-    assert (first.values, first.keys, first.missing_keys) == ([b'"a,b",7', b"short"], [b"7", None], 1)
+    assert (first.values, first.keys, first.missing_keys) == ([b'"a,b",7'], [b"7"], 0)
+    assert first.error == "the row has 1 field, the header has 2"
     assert parse([b'x,"1\n2"']).keys == [b"1\n2"]
     with pytest.raises(BadHeader, match="row 1: no column 'id', only 'name', 'Id'"):
         KeyedByColumn("id", ",")([b"name,Id"])

@@ -159,7 +159,7 @@ def test_a_failed_delivery_counts_what_failed_and_what_did_not(topic):
         until(lambda: topic.calls["produce"] == 2)
         produce.process.stdin.close()
         code, _, err = produce.ended()
-    assert (code, err) == (1, "error: no (INVALID_BATCH); 2 records failed, 1 were acknowledged\n")
+    assert (code, err) == (1, "error: no (INVALID_BATCH); 2 records failed, 1 was acknowledged\n")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -247,7 +247,7 @@ def test_a_hangup_that_a_shell_passes_on_as_well_is_no_second_signal(topic):
         until(lambda: not is_pending(produce.process.pid, signal.SIGHUP))
         produce.process.send_signal(signal.SIGHUP)
         code, _, err = produce.ended()
-    assert code == 129 and err.startswith("stopped by SIGHUP: 1 records acknowledged")
+    assert code == 129 and err.startswith("stopped by SIGHUP: 1 record acknowledged")
 
 
 def is_pending(pid, number):
@@ -296,7 +296,7 @@ def can_unshare():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["produce", "t"], "stopped by SIGTERM: 1 records acknowledged"),
+        (["produce", "t"], "stopped by SIGTERM: 1 record acknowledged"),
         (["consume", "t", "--follow"], ""),
         (["topic", "list", "--bootstrap", "127.0.0.1:1", "--retry-timeout-ms", ONE_HOUR_MS], "no answer yet"),
     ],
@@ -379,7 +379,7 @@ def test_a_stdin_that_cannot_be_read_is_named(topic, tmp_path):
 
 def test_what_does_not_print_needs_none(topic):
     code, _, err = shell(topic, "echo v | $CLI produce t >&-")
-    assert code == 0 and err.startswith("1 records acknowledged")
+    assert code == 0 and err.startswith("1 record acknowledged")
 
 
 def test_a_closed_stderr_is_no_error(topic):

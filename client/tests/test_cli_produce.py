@@ -93,8 +93,8 @@ def test_records_for_a_partition_that_is_not_there_name_their_line(topic, produc
     beyond = {"partition": 2, "value": "w"}
     result = produce(json_lines(RECORDS[0], beyond, RECORDS[1]), "--format", "json", code=1)
     assert result.stderr == (
-        "error: line 2: partition 2, but the topic has partitions 0 to 1; --repartition chooses by key; the 1 records "
-        "before it were acknowledged, nothing after it was sent\n"
+        "error: line 2: partition 2, but the topic has partitions 0 to 1; --repartition chooses by key; the 1 record "
+        "before it was acknowledged, nothing after it was sent\n"
     )
     assert [row[3] for row in rows(topic)] == [b"v"]
     produce(json_lines(beyond), "--format", "json", "--repartition")
@@ -128,6 +128,8 @@ def test_records_without_the_key_field_are_counted(topic, produce):
 def test_a_key_field_that_no_record_has_is_an_error(produce):
     result = produce(b'{"a":1}\n{"a":2}\n', "--key-field", "A", code=1)
     assert result.stderr.endswith("error: no record has the field 'A': all 2 were written without a key\n")
+    result = produce(b'{"a":1}\n', "--key-field", "A", code=1)
+    assert result.stderr.endswith("error: no record has the field 'A': the one record was written without a key\n")
     assert produce(b"", "--key-field", "A").exit_code == 0
 
 
@@ -162,6 +164,29 @@ def test_csv_errors_name_their_row(produce):
     assert result.stderr.startswith("error: row 3: the input ends inside a quoted field")
     result = produce(b"id\n1\n", "--format", "csv", "--csv-header", "--key-field", "ID", code=1)
     assert result.stderr == "error: row 1: no column 'ID', only 'id'; nothing was sent\n"
+
+
+@pytest.mark.parametrize("key", [[], ["--key-field", "id"]])
+@pytest.mark.parametrize(("row", "count"), [(b"3", 1), (b"3,c,d", 3), (b"", 1)])
+def test_csv_rows_have_as_many_fields_as_the_header(topic, produce, key, row, count):
+    data = b'id,text\n1,a\n2,"b,c"\n' + row + b"\n4,d\n"
+    result = produce(data, "--format", "csv", "--csv-header", *key, code=1)
+    assert result.stderr == (
+        f"error: row 4: the row has {count} field{'s' if count > 1 else ''}, the header has 2; the 2 records before it "
+        "were acknowledged, nothing after it was sent\n"
+    )
+    assert sorted(values for *_, values, _ in rows(topic)) == [b"1,a", b'2,"b,c"']
+
+
+def test_csv_values_need_be_no_utf8_and_one_column_may_be_empty(topic, produce):
+    produce(b"a,b\n\xff,1\n", "--format", "csv", "--csv-header")
+    produce(b"a\n\n", "--format", "csv", "--csv-header")
+    assert sorted(values for *_, values, _ in rows(topic)) == [b"", b"\xff,1"]
+
+
+def test_json_is_no_other_format(topic):
+    assert shell(topic, "$CLI consume t --json --format text")[0] == 2
+    assert shell(topic, "$CLI consume t --json --format json")[0] == 0
 
 
 def test_raw_values_come_byte_for_byte_with_the_delimiter_behind_each(topic, produce):

@@ -78,7 +78,7 @@ def test_topics_come_and_go(cli: Cli) -> None:
     assert described["topic"] == created  # type: ignore[index]
     assert [part["partition"] for part in described["partitions"]] == [0, 1]  # type: ignore[index]
     assert cli.run("topic", "create", name, "--partitions", "2", code=1).endswith(b"(TOPIC_EXISTS)\n")
-    assert cli.run("topic", "delete", name, given=b"n\n", code=1).endswith(b"Aborted!\n")
+    assert cli.run("topic", "delete", name, given=b"n\n", code=1).endswith(b"error: not confirmed, nothing was done\n")
     cli.run("topic", "delete", name, "--yes")
     assert cli.run("topic", "describe", name, code=1).endswith(b"(UNKNOWN_TOPIC)\n")
 
@@ -231,7 +231,8 @@ def test_a_partition_and_an_offset(cli: Cli, topic: str) -> None:
         read = cli.run("consume", topic, "--partition", str(full), *bounds, "--json", *more).splitlines()
         assert [json.loads(line) for line in read] == mine[7:10]
     for wrong in ("latest", "earliest"):
-        assert b"--to takes an offset or a time" in cli.run("consume", topic, "--to", wrong, code=2)
+        error = cli.run("consume", topic, "--to", wrong, code=2)
+        assert b"is none of an offset (42), ms since 1970 (@1700000000000), a time (2013" in error
     error = cli.run("consume", topic, "--partition", str(full), "--from", "100000", code=1)
     assert error.endswith(b"(OFFSET_BEYOND_END)\n")
     assert cli.run("consume", topic, "--partition", "3", code=1).endswith(b"(UNKNOWN_PARTITION)\n")
@@ -306,7 +307,7 @@ def test_typed_lines_are_sent_as_they_come(cli: Cli, topic: str) -> None:
             assert time.monotonic() < deadline
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 130 and err.startswith(b"stopped by Ctrl-C: 1 records acknowledged, ")
+        assert process.returncode == 130 and err.startswith(b"stopped by Ctrl-C: 1 record acknowledged, ")
     finally:
         process.kill()
         process.communicate()

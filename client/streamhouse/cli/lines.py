@@ -215,12 +215,14 @@ def keyed_by_field(name: str) -> Parse:
 
 
 class KeyedByColumn:
-    """The whole row is the value; its key is the column that the first row, which is no record, names."""
+    """The whole row is the value; its key is the column that the first row, which is no record, names. A row has as
+    many fields as the first one: another number is a delimiter or a quote that is missing, or one too many."""
 
     def __init__(self, name: str | None, delimiter: str) -> None:
         self._name = name
         self._delimiter = delimiter
         self._at: int | None = None
+        self._column_count = 0
         self._header_seen = False
 
     def __call__(self, rows: list[bytes]) -> InputRecords:
@@ -233,20 +235,28 @@ class KeyedByColumn:
             if self._name is not None and self._name not in columns:
                 raise BadHeader(f"row 1: no column {self._name!r}, only {', '.join(map(repr, columns)):.300}")
             self._at = None if self._name is None else columns.index(self._name)
+            self._column_count = len(columns)
             self._header_seen = True
             rows = rows[1:]
-        return InputRecords(rows) if self._at is None else _keyed(self._key_of)(rows)
+        records = _keyed(self._key_of)(rows)
+        if self._at is None:
+            records.keys, records.missing_keys = None, 0
+        return records
 
     def _key_of(self, row: bytes) -> tuple[bytes | None, bool]:
-        fields = self._fields(row)
-        at = self._at or 0
-        return (fields[at].encode(), True) if at < len(fields) else (None, False)
+        # Bytes that are no UTF-8 matter to a key alone; in Latin-1 the delimiters are where they are in UTF-8.
+        fields = self._fields(row, "latin-1" if self._at is None else "utf-8")
+        if len(fields) != self._column_count:
+            plural = "" if len(fields) == 1 else "s"
+            raise NoKey(f"the row has {len(fields)} field{plural}, the header has {self._column_count}")
+        return (None, True) if self._at is None else (fields[self._at].encode(), True)
 
-    def _fields(self, row: bytes) -> list[str]:
+    def _fields(self, row: bytes, encoding: str = "utf-8") -> list[str]:
         # The longest field that `csv` takes is set per process; a row was measured when it was cut.
         csv.field_size_limit(LINE_BYTES_MAX)
         try:
-            return next(csv.reader([row.decode()], delimiter=self._delimiter), [])
+            # An empty row is one empty field, which is what a table of one column has.
+            return next(csv.reader([row.decode(encoding)], delimiter=self._delimiter), None) or [""]
         except (csv.Error, UnicodeDecodeError) as error:
             raise NoKey(f"not CSV: {error}") from error
 

@@ -32,7 +32,7 @@ from streamhouse.cli.lines import (
     records_of_json,
     without_keys,
 )
-from streamhouse.cli.options import Delimiter, bootstrap_option
+from streamhouse.cli.options import Delimiter, Number, bootstrap_option
 from streamhouse.cli.output import print_json
 from streamhouse.cli.process import StopSignals, is_terminal, run, run_until_told
 from streamhouse.cli.read_input import is_regular, open_input, read_chunks
@@ -93,7 +93,7 @@ DRAIN_TIMEOUT_MS = 5_000
 )
 @click.option(
     "--drain-timeout-ms",
-    type=click.IntRange(min=0),
+    type=Number(min=0),
     default=DRAIN_TIMEOUT_MS,
     show_default=True,
     help="After Ctrl-C, SIGTERM or SIGHUP: how long to wait until what was read is acknowledged.",
@@ -140,7 +140,8 @@ def produce(
     if report.stopped_by:
         raise click.exceptions.Exit(128 + report.stopped_by)
     if report.missing_keys and report.missing_keys == report.lines:
-        raise CliError(f"no record has the field {key_field!r}: all {report.missing_keys:,} were written without a key")
+        wrote = "the one record was" if report.lines == 1 else f"all {report.lines:,} were"
+        raise CliError(f"no record has the field {key_field!r}: {wrote} written without a key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +234,7 @@ class Report:
             values |= {"bytes_per_second": round(rate), "unacknowledged": self.unacknowledged}
             print_json(values | {"missing_keys": self.missing_keys})
         what = "sent, not acknowledged" if self.acks == "none" else "acknowledged"
-        text = f"{self.acknowledged:,} records {what}, {self.size_bytes / 1e6:,.1f} MB in {seconds:,.2f} s"
+        text = f"{_records(self.acknowledged)} {what}, {self.size_bytes / 1e6:,.1f} MB in {seconds:,.2f} s"
         text += f" ({rate / 1e6:,.1f} MB/s, {self.acknowledged / max(seconds, 1e-6):,.0f} records/s)"
         if self.stopped_by:
             name = "Ctrl-C" if self.stopped_by == signal.SIGINT else signal.Signals(self.stopped_by).name
@@ -339,7 +340,8 @@ async def _produce(bootstrap: str, work: Work, drain_s: float) -> Report:
             except DeliveryFailed as failure:
                 why = explain(failure.error, {"bootstrap": bootstrap}) or str(failure)
                 raise CliError(
-                    f"{why}; {report.failed:,} records failed, {report.acknowledged:,} were acknowledged"
+                    f"{why}; {_records(report.failed)} failed, "
+                    f"{report.acknowledged:,} {_were(report.acknowledged)} acknowledged"
                 ) from failure
         report.stopped_by = stop.number
     return report
@@ -408,7 +410,16 @@ def _refuse_partitions(records: InputRecords, partition_count: int) -> None:
 
 def _so_far(report: Report) -> str:
     what = "sent" if report.acks == "none" else "acknowledged"
-    return f"; the {report.acknowledged:,} records before it were {what}, nothing after it was sent"
+    count = report.acknowledged
+    return f"; the {_records(count)} before it {_were(count)} {what}, nothing after it was sent"
+
+
+def _records(count: int) -> str:
+    return f"{count:,} record{'' if count == 1 else 's'}"
+
+
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"
 
 
 @contextmanager
