@@ -432,6 +432,22 @@ def test_segment_by_key_comes_from_the_store(tmp_path: Path, two_segments: bytes
     assert "no object with key" in result.stderr
 
 
+def test_a_segment_of_serve_is_found_by_its_data_directory(tmp_path: Path, two_segments: bytes) -> None:
+    stored = tmp_path / "objects" / "objects" / "data" / "1.seg"
+    stored.parent.mkdir(parents=True)
+    stored.write_bytes(two_segments)
+    result = run("segment", "inspect", "data/1.seg", "--data-dir", str(tmp_path), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert len(json.loads(result.stdout)["segments"]) == 2
+    both = run("segment", "inspect", "data/1.seg", "--data-dir", str(tmp_path), "--store-dir", str(tmp_path))
+    assert both.exit_code == 2 and "exclude each other" in both.stderr
+
+
+@pytest.mark.parametrize("ignored", ["backup --list --keep 3", "restore --complete --accept-holes"])
+def test_an_option_that_would_be_ignored_is_refused(ignored: str) -> None:
+    assert run(*ignored.split()).exit_code == 2
+
+
 def test_a_key_without_a_store_says_what_is_missing() -> None:
     result = run("segment", "inspect", "data/orders/0/1.seg")
     assert result.exit_code == 1

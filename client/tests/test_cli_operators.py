@@ -170,7 +170,8 @@ def test_a_group_is_described_moved_and_deleted(cli: Cli, serve: ServeProcess, t
     shown, _ = cli.run("group", "describe", group)
     assert "lag: 9 records in 2 of 2 partitions" in shown
     check_reset(cli, group, topic)
-    assert cli.run("group", "delete", group, given=b"n\n", code=1)[1].endswith("Aborted!\n")
+    refused = cli.run("group", "delete", group, given=b"n\n", code=1)[1]
+    assert refused.endswith("error: not confirmed, nothing was done\n")
     assert cli.run("group", "delete", group, "--yes")[0] == f"deleted group {group}\n"
     assert "UNKNOWN_GROUP" in cli.run("group", "describe", group, code=1)[1]
     assert "UNKNOWN_GROUP" in cli.run("group", "reset-offsets", group, "--to", "latest", code=1)[1]

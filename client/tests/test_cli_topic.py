@@ -55,6 +55,31 @@ def test_partitions_are_added_after_a_question(server, run):
     assert server.topics["t"].partitions == 3
 
 
+def test_a_question_that_nobody_answers_names_the_option_for_scripts(server, run):
+    server.add_topic("t", 2)
+    for asking in (["topic", "delete", "t"], ["topic", "alter", "t", "--partitions", "3"], ["group", "delete", "g"]):
+        said = run(*asking, code=1).stderr
+        assert said.endswith(
+            "\nerror: stdin ended before there was an answer, nothing was done; --yes is for scripts\n"
+        )
+    assert server.topics["t"].partitions == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "unit"),
+    [
+        ("--retention-ms", "7d", " of milliseconds"),
+        ("--retention-bytes", "1GB", " of bytes"),
+        ("--partitions", "3x", ""),
+    ],
+)
+def test_a_number_that_is_none_is_named_with_its_unit(server, run, option, value, unit):
+    error = f"Error: Invalid value for '{option}': '{value}' is not a whole number{unit}\n"
+    server.add_topic("t", 2)
+    assert error in run("topic", "create", "u", "--partitions", "3", option, value, code=2).stderr
+    assert error in run("topic", "alter", "t", option, value, code=2).stderr
+
+
 @pytest.mark.parametrize("wrong", [[], ["--retention-ms", "never"], ["--retention-ms", "0"], ["--partitions", "0"]])
 def test_an_alteration_that_says_nothing_or_nonsense_is_a_usage_error(run, wrong):
     run("topic", "alter", "t", *wrong, code=2)

@@ -9,7 +9,7 @@ import click
 
 from streamhouse.cli.failures import CliError, one_line
 from streamhouse.cli.metadata import metadata_of
-from streamhouse.cli.options import json_option
+from streamhouse.cli.options import Number, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
 from streamhouse.cli.process import run
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Back the metadata up into the object store.")
 @click.option("--list", "only_list", is_flag=True, help="Only list the backups there are.")
-@click.option("--keep", type=click.IntRange(min=1), help="Delete older backups, so that this many are left.")
+@click.option("--keep", type=Number(min=1), help="Delete older backups, so that this many are left.")
 @click.option(
     "--data-dir", type=click.Path(exists=True, file_okay=False), help="Of `streamhouse serve`, on this machine."
 )
@@ -33,6 +33,8 @@ def backup(only_list: bool, keep: int | None, data_dir: str | None, config: str 
     """
     from streamhouse_coordinator.core.backup_format import BackupDamaged
 
+    if only_list and keep is not None:
+        raise click.UsageError("--list deletes nothing: leave out --keep")
     try:
         if only_list:
             _print_list(run(lambda: _list(data_dir, config)), as_json)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from streamhouse.cli.options import Delimiter, bootstrap_option
+from streamhouse.cli.options import Delimiter, Number, bootstrap_option
 from streamhouse.cli.position import Position, PositionType
 from streamhouse.cli.process import run
 from streamhouse.cli.text import record_json, text_lines
@@ -42,17 +42,17 @@ Render = Callable[["RecordBatch"], bytes]
 @click.option(
     "--to",
     "end",
-    type=PositionType(),
+    type=PositionType(takes_ends=False),
     metavar="POSITION",
     help="Stop before this offset or time, in each partition.",
 )
-@click.option("--partition", type=click.IntRange(min=0), help="Only this one. Default: all.")
+@click.option("--partition", type=Number(min=0), help="Only this one. Default: all.")
 @click.option("--group", help="Consumer group: share the partitions, go on where it stopped, commit.")
 @click.option("--follow", is_flag=True, help="Go on at the end. Default: stop at the end as known at the start.")
-@click.option("--max", "count_max", type=click.IntRange(min=1), metavar="N", help="Stop after N records.")
+@click.option("--max", "count_max", type=Number(min=1), metavar="N", help="Stop after N records.")
 @click.option("--skip-lost", is_flag=True, help="Go on behind records that are damaged or were given up.")
-@click.option("--format", "shape", type=click.Choice(["text", "json", "raw"]), default="text", show_default=True)
-@click.option("--json", "shape", flag_value="json", help="The same as --format json.")
+@click.option("--format", "shape", type=click.Choice(["text", "json", "raw"]), help="[default: text]")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @click.option(
     "--delimiter",
     type=Delimiter(or_empty=True),
@@ -69,7 +69,8 @@ def consume(
     follow: bool,
     count_max: int | None,
     skip_lost: bool,
-    shape: str,
+    shape: str | None,
+    as_json: bool,
     delimiter: bytes | None,
     bootstrap: str,
 ) -> None:
@@ -82,8 +83,9 @@ def consume(
     """
     if group is not None and partition is not None:
         raise click.UsageError("--group shares out the partitions itself: leave out --partition")
-    if end is not None and end.kind not in ("offset", "timestamp"):
-        raise click.UsageError("--to takes an offset or a time; without it reading stops at the end")
+    if as_json and shape not in (None, "json"):
+        raise click.UsageError(f"--json and --format {shape} exclude each other")
+    shape = "json" if as_json else shape or "text"
     if shape != "raw" and delimiter is not None:
         raise click.UsageError("--delimiter is for --format raw")
     renders: dict[str, Render] = {

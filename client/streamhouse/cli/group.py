@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from streamhouse.cli.ask import ask
-from streamhouse.cli.options import bootstrap_option, json_option
+from streamhouse.cli.options import Number, bootstrap_option, json_option
 from streamhouse.cli.output import confirm, print_json, print_table, show_time
 from streamhouse.cli.position import Position, PositionType
 
@@ -64,7 +64,7 @@ def describe(name: str, as_json: bool, bootstrap: str) -> None:
     "unless it says otherwise).",
 )
 @click.option("--topic", help="Only this topic, all of its partitions. Default: what the group has committed.")
-@click.option("--partition", type=click.IntRange(min=0), help="Only this partition of --topic.")
+@click.option("--partition", type=Number(min=0), help="Only this partition of --topic.")
 @click.option("--execute", is_flag=True, help="Do it. Default: only show what would be done.")
 @json_option
 @bootstrap_option

@@ -3,15 +3,13 @@
 import click
 
 from streamhouse.cli.failures import CliError, one_line
-from streamhouse.cli.options import HostPort
+from streamhouse.cli.options import HostPort, Number
 
 
 @click.command(short_help="Ask a server for its health; for container checks.")
 @click.argument("address", type=HostPort(), metavar="HOST:PORT")
 @click.option("--service", default="", help="Full gRPC service name, e.g. streamhouse.v1.Ingest. Default: the server.")
-@click.option(
-    "--timeout-ms", type=click.IntRange(1, 600_000), default=3_000, show_default=True, help="How long to wait."
-)
+@click.option("--timeout-ms", type=Number(1, 600_000), default=3_000, show_default=True, help="How long to wait.")
 def health(address: str, service: str, timeout_ms: int) -> None:
     """Ask the server at HOST:PORT for its health; exit 0 when it serves, 1 otherwise."""
     import grpc

@@ -13,7 +13,7 @@ from streamhouse.cli.inspect_files import describe_segment_file, describe_segmen
 from streamhouse.cli.options import CONFIG_FILE, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
 from streamhouse.cli.process import run
-from streamhouse.cli.store_option import store_of
+from streamhouse.cli.store_option import objects_of, store_of
 
 ROWS_MAX = 40
 
@@ -27,18 +27,28 @@ def segment() -> None:
 
 @segment.command("inspect", short_help="Show blocks and damage of a segment.")
 @click.argument("source", type=click.UNPROCESSED, metavar="FILE|KEY")
+@click.option(
+    "--data-dir", type=click.Path(exists=True, file_okay=False), help="Of `streamhouse serve`, on this machine."
+)
 @click.option("--store-dir", type=click.Path(file_okay=False), help="Local object store that holds KEY.")
 @click.option("--config", type=CONFIG_FILE, help="TOML file with store settings.")
 @all_option
 @json_option
-def inspect_segment(source: str, store_dir: str | None, config: str | None, show_all: bool, as_json: bool) -> None:
+def inspect_segment(
+    source: str, data_dir: str | None, store_dir: str | None, config: str | None, show_all: bool, as_json: bool
+) -> None:
     """Show header, blocks and damage of a segment; exit 1 when it is damaged.
 
-    A FILE that exists is read from disk. Anything else is the KEY of an object in the store that --store-dir,
-    STREAMHOUSE_STORE_DIR or the STREAMHOUSE_S3_* variables name. Every byte is read and checked.
+    A FILE that exists is read from disk. Anything else is the KEY of an object in the store that --data-dir,
+    --store-dir, STREAMHOUSE_STORE_DIR or the STREAMHOUSE_S3_* variables name. Every byte is read and checked.
     """
+    if data_dir is not None and store_dir is not None:
+        raise click.UsageError("--data-dir and --store-dir exclude each other")
     path = Path(source)
-    described = describe_segment_file(path) if path.is_file() else _from_store(source, store_dir, config)
+    if path.is_file():
+        described = describe_segment_file(path)
+    else:
+        described = _from_store(source, store_dir if data_dir is None else objects_of(data_dir), config)
     if not described["segments"]:
         raise CliError(f"{source} is empty: no segment")
     if not any(item["header"] or item["blocks"] for item in described["segments"]):

@@ -13,6 +13,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PORT_MAX = 65_535
 # Long enough for a service that is being restarted, short enough for somebody who forgot to start one.
 RETRY_TIMEOUT_MS = 10_000
+_UNITS = {"ms": "milliseconds", "bytes": "bytes"}
 CONFIG_FILE = click.Path(exists=True, dir_okay=False)
 
 
@@ -45,6 +46,21 @@ def texts_are_utf8(command: click.Command) -> None:
     if isinstance(command, click.Group):
         for inner in command.commands.values():
             texts_are_utf8(inner)
+
+
+class Number(click.IntRange):
+    """A whole number within limits. Its errors name the unit that the option's name ends with."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            words = () if param is None or param.name is None else param.name.split("_")
+            unit = next((f" of {_UNITS[word]}" for word in words if word in _UNITS), "")
+            self.fail(f"{value!r:.100} is not a whole number{unit}", param, ctx)
+        return int(super().convert(number, param, ctx))
 
 
 class HostPort(click.ParamType[str]):
@@ -91,7 +107,7 @@ def bootstrap_option(command: Command) -> Command:
     """--bootstrap, also kept for the hint when nothing answers there, and --retry-timeout-ms for `retry_timeout_ms`."""
     patience = click.option(
         "--retry-timeout-ms",
-        type=click.IntRange(min=1),
+        type=Number(min=1),
         default=RETRY_TIMEOUT_MS,
         show_default=True,
         expose_value=False,

@@ -44,11 +44,19 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def confirm(question: str) -> None:
-    """Asks on stderr. Raises click.Abort unless the answer is yes, CliError where nobody can be asked."""
+    """Asks on stderr. Raises CliError unless the answer is yes, KeyboardInterrupt."""
     if sys.stdin is None or sys.stderr is None:
         closed = "stdin" if sys.stdin is None else "stderr"
         raise CliError(f"{closed} is closed, so nobody can be asked; --yes is for scripts")
-    click.confirm(question, abort=True, err=True)
+    try:
+        confirmed = click.confirm(question, err=True)
+    except click.Abort as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        click.echo(err=True)  # behind the question
+        raise CliError("stdin ended before there was an answer, nothing was done; --yes is for scripts") from None
+    if not confirmed:
+        raise CliError("not confirmed, nothing was done")
 
 
 def show(cell: object) -> str:

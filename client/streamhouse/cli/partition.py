@@ -10,7 +10,7 @@ import click
 
 from streamhouse.cli.ask import ask
 from streamhouse.cli.failures import CliError
-from streamhouse.cli.options import bootstrap_option, json_option
+from streamhouse.cli.options import Number, bootstrap_option, json_option
 from streamhouse.cli.output import confirm, print_json, print_table, show_span, show_time
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ def partition() -> None:
 
 @partition.command(short_help="Give up what only an agent that is gone has.")
 @click.argument("topic")
-@click.argument("number", metavar="PARTITION", type=click.IntRange(min=0))
+@click.argument("number", metavar="PARTITION", type=Number(min=0))
 @click.option("--lost", is_flag=True, required=True, help="Declare lost what only an agent that is gone has.")
-@click.option("--epoch", "epochs", type=click.IntRange(min=1), multiple=True, help="Only these. Default: all orphaned.")
+@click.option("--epoch", "epochs", type=Number(min=1), multiple=True, help="Only these. Default: all orphaned.")
 @click.option("--reason", default="", help="Why, for those who read the event later.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option

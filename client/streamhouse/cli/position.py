@@ -37,13 +37,13 @@ class Position:
         return self.at if self.kind == "offset" else _EPOCH + timedelta(milliseconds=self.at)
 
 
-def parse_position(text: str, *, takes_last: bool = False) -> Position:
+def parse_position(text: str, *, takes_last: bool = False, takes_ends: bool = True) -> Position:
     """Digits alone are an offset; `@` and digits are ms since 1970; with `takes_last` a minus sign and digits are a
-    number of records before the end; anything else has to be ISO 8601, which is UTC unless it says otherwise. Raises
-    ValueError."""
-    if text == "earliest":
+    number of records before the end; with `takes_ends` there are `earliest` and `latest`; anything else has to be ISO
+    8601, which is UTC unless it says otherwise. Raises ValueError."""
+    if takes_ends and text == "earliest":
         return Position("earliest")
-    if text == "latest":
+    if takes_ends and text == "latest":
         return Position("latest")
     if text.isascii() and text.isdigit():
         return Position("offset", _bounded(text, 0, INT64_MAX))
@@ -54,7 +54,7 @@ def parse_position(text: str, *, takes_last: bool = False) -> Position:
         if not (digits.isascii() and digits.isdigit()):
             raise ValueError(f"{text!r}: after @ come milliseconds since 1970, as in @1700000000000")
         return Position("timestamp", _bounded(text[1:], TIMESTAMP_MS_MIN, TIMESTAMP_MS_MAX))
-    return Position("timestamp", _iso_ms(text, takes_last))
+    return Position("timestamp", _iso_ms(text, takes_last, takes_ends))
 
 
 def _bounded(digits: str, low: int, high: int) -> int:
@@ -64,12 +64,12 @@ def _bounded(digits: str, low: int, high: int) -> int:
     return int(digits)
 
 
-def _iso_ms(text: str, takes_last: bool) -> int:
+def _iso_ms(text: str, takes_last: bool, takes_ends: bool) -> int:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise ValueError(
-            f"{text!r} is none of earliest, latest, an offset (42), "
+            f"{text!r} is none of {'earliest, latest, ' if takes_ends else ''}an offset (42), "
             f"{'the last records of each partition (-5), ' if takes_last else ''}"
             "ms since 1970 (@1700000000000), a time (2013-01-31T12:00:00Z)"
         ) from None
@@ -85,14 +85,15 @@ class PositionType(click.ParamType[Position]):
 
     name = "position"
 
-    def __init__(self, *, takes_last: bool = False) -> None:
+    def __init__(self, *, takes_last: bool = False, takes_ends: bool = True) -> None:
         self._takes_last = takes_last
+        self._takes_ends = takes_ends
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Position:
         if isinstance(value, Position):
             return value
         value = Text().convert(value, param, ctx)
         try:
-            return parse_position(value, takes_last=self._takes_last)
+            return parse_position(value, takes_last=self._takes_last, takes_ends=self._takes_ends)
         except ValueError as error:
             self.fail(str(error), param, ctx)

@@ -28,7 +28,7 @@ ROWS_MAX = 100
 
 
 @click.command(short_help="Bring the metadata back from a backup.")
-@click.option("--backup", "name", default="latest", show_default=True, help="Which one; `backup --list` shows them.")
+@click.option("--backup", "name", help="Which one; `backup --list` shows them.  [default: latest]")
 @click.option("--dry-run", is_flag=True, help="Only say what would come back; the database stays empty.")
 @click.option("--accept-holes", is_flag=True, help="Also take segments behind holes; the holes count as lost.")
 @click.option("--complete", is_flag=True, help="All agents are back: let readers pass what is left of a restore.")
@@ -42,7 +42,7 @@ ROWS_MAX = 100
 @json_option
 @bootstrap_option
 def restore(
-    name: str,
+    name: str | None,
     dry_run: bool,
     accept_holes: bool,
     complete: bool,
@@ -62,10 +62,13 @@ def restore(
     docs/backup.md has the whole story.
     """
     if complete:
+        if name is not None or accept_holes or data_dir is not None or config is not None:
+            raise click.UsageError("--complete takes --lost, --reason, --dry-run and --yes only: it asks a coordinator")
         _complete(bootstrap, lost=lost, dry_run=dry_run, reason=reason, yes=yes, as_json=as_json)
         return
     if lost or reason:
         raise click.UsageError("--lost and --reason go with --complete")
+    name = name or "latest"
     if not (dry_run or yes):
         confirm(f"Restore the {name} backup? No service may be running.")
     from streamhouse_coordinator.adapters.migrate import DatabaseRefused

@@ -189,6 +189,7 @@ def _print_topics(entries: list[dict[str, Any]]) -> None:
     for entry in entries:
         by_topic.setdefault(entry["topic"], []).append(entry)
     columns = ["topic", "partitions#", "led#", "moving#", "readers wait#", "not in segments#", "buffered#"]
+    click.echo()
     print_table("topics (partitions: --topic TOPIC or --all)", columns, map(_topic_row, by_topic.items()))
 
 

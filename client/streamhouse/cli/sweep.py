@@ -10,7 +10,7 @@ import click
 
 from streamhouse.cli.ask import open_peers
 from streamhouse.cli.failures import CliError
-from streamhouse.cli.options import CONFIG_FILE, bootstrap_option, json_option
+from streamhouse.cli.options import CONFIG_FILE, Number, bootstrap_option, json_option
 from streamhouse.cli.output import confirm, print_json, print_table, show_bytes, show_span, show_time
 from streamhouse.cli.process import run
 from streamhouse.cli.store_option import objects_of, store_of
@@ -67,12 +67,12 @@ class Place:
 @click.option("--config", type=CONFIG_FILE, help="TOML file with store and segmenter settings.")
 @click.option(
     "--grace-ms",
-    type=click.IntRange(min=1_000),
+    type=Number(min=1_000),
     help="Objects and uploads that are younger are left alone. Default: the segmenters' orphan_grace_ms.",
 )
 @click.option(
     "--confirm-ms",
-    type=click.IntRange(min=0),
+    type=Number(min=0),
     help="Time for readers from noticing an orphan to deleting it. Default: the segmenters' orphan_confirm_ms.",
 )
 @json_option

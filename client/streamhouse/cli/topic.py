@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from streamhouse.cli.ask import ask
-from streamhouse.cli.options import bootstrap_option, json_option
+from streamhouse.cli.options import Number, bootstrap_option, json_option
 from streamhouse.cli.output import confirm, print_json, print_table, show_bytes, show_time
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class OrUnset(click.ParamType[int | Literal["unset"]]):
     name = "number or unset"
 
     def __init__(self, least: int) -> None:
-        self._number = click.IntRange(min=least)
+        self._number = Number(min=least)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["unset"]:
         return "unset" if value == "unset" else int(self._number.convert(value, param, ctx))
@@ -36,9 +36,9 @@ def topic() -> None:
 
 @topic.command()
 @click.argument("name")
-@click.option("--partitions", type=click.IntRange(min=1), required=True, help="How many; may become more, never fewer.")
-@click.option("--retention-ms", type=click.IntRange(min=1), help="Drop segments older than this. Default: keep.")
-@click.option("--retention-bytes", type=click.IntRange(min=1), help="Keep so many bytes per partition. Default: all.")
+@click.option("--partitions", type=Number(min=1), required=True, help="How many; may become more, never fewer.")
+@click.option("--retention-ms", type=Number(min=1), help="Drop segments older than this. Default: keep.")
+@click.option("--retention-bytes", type=Number(min=1), help="Keep so many bytes per partition. Default: all.")
 @click.option(
     "--min-acks",
     type=click.Choice(["none", "wal", "durable"]),
@@ -48,7 +48,7 @@ def topic() -> None:
 )
 @click.option(
     "--unclean-recovery-after-ms",
-    type=click.IntRange(min=0),
+    type=Number(min=0),
     metavar="MS",
     help="Give up on what a lost agent had not uploaded after this long. Default: never, readers wait.",
 )
@@ -167,7 +167,7 @@ def configs(name: str, as_json: bool, bootstrap: str) -> None:
 
 @topic.command()
 @click.argument("name")
-@click.option("--partitions", type=click.IntRange(min=1), help="So many from now on; never fewer than there are.")
+@click.option("--partitions", type=Number(min=1), help="So many from now on; never fewer than there are.")
 @click.option("--retention-ms", type=OrUnset(1), metavar="MS|unset", help="Drop segments older than this.")
 @click.option("--retention-bytes", type=OrUnset(1), metavar="BYTES|unset", help="Keep so many bytes per partition.")
 @click.option(
@@ -240,8 +240,8 @@ def delete(name: str, yes: bool, as_json: bool, bootstrap: str) -> None:
 
 @topic.command("delete-records")
 @click.argument("name")
-@click.option("--before", "before_offset", type=click.IntRange(min=0), metavar="OFFSET", required=True)
-@click.option("--partition", type=click.IntRange(min=0), help="Needed where the topic has several.")
+@click.option("--before", "before_offset", type=Number(min=0), metavar="OFFSET", required=True)
+@click.option("--partition", type=Number(min=0), help="Needed where the topic has several.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @bootstrap_option

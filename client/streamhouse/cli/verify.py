@@ -13,7 +13,7 @@ import click
 
 from streamhouse.cli.ask import open_peers
 from streamhouse.cli.failures import CliError
-from streamhouse.cli.options import CONFIG_FILE, bootstrap_option, json_option
+from streamhouse.cli.options import CONFIG_FILE, Number, bootstrap_option, json_option
 from streamhouse.cli.output import print_json, print_table, show_bytes, show_time
 from streamhouse.cli.process import is_terminal, run
 from streamhouse.cli.store_option import objects_of, store_of
@@ -38,7 +38,7 @@ Bar = tuple[Callable[[int], None], Callable[[int], None]]
 @click.option("--config", type=CONFIG_FILE, help="TOML file with store settings.")
 @click.option(
     "--grace-ms",
-    type=click.IntRange(min=0),
+    type=Number(min=0),
     default=GRACE_MS,
     show_default=True,
     help="Objects that are not registered count as findings when they are older than this.",
