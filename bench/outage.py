@@ -32,8 +32,12 @@ from bench.clusters import cluster_running, until
 from bench.common import MIB, Wrong, console, load_average, print_table, run, usage, write_json
 from bench.end_to_end import BATCH_BYTES, BATCH_RECORDS, RECORD_BYTES
 from bench.loads.records import make_records
-from tests.integration import servers
 from tests.integration.cluster import Cluster
+
+try:
+    from tests.integration import servers
+except ModuleNotFoundError as error:  # of the extra `test`, which `make demo` does not install
+    raise SystemExit(f"error: {error.name} is not installed; `make setup` installs what runs the S3 server") from error
 
 TOPIC = "outage"
 PARTITIONS = 4
