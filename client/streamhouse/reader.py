@@ -436,7 +436,7 @@ class Reader:
         cursor.log_start_offset = response.log_start_offset
         reason = response.waiting_reason
         if reason and self.waiting.get(cursor.where) != reason:
-            log.warning("%s/%d waits at offset %d: %s", *cursor.where, cursor.fetch_offset, reason)
+            log.warning("%s/%d waits at offset %d: %s", *cursor.where, cursor.fetch_offset, _unnamed(cursor, reason))
             self.waiting[cursor.where] = reason
         elif not reason:
             self.waiting.pop(cursor.where, None)
@@ -450,11 +450,12 @@ class Reader:
             return
         if isinstance(error, (OffsetBelowStart, OffsetBeyondEnd)) and policy != "error":
             offset = (await self._lookup(policy, {cursor.where: cursor.topic_id}))[cursor.where]
-            log.warning("%s/%d: %s; going on at the %s offset %d", *cursor.where, error, policy, offset)
+            said = _unnamed(cursor, error.message)
+            log.warning("%s/%d: %s; going on at the %s offset %d", *cursor.where, said, policy, offset)
             self._jump(cursor, offset)
         elif isinstance(error, DataLoss) and self._options.on_data_loss == "skip" and end_of_loss(error, cursor):
             offset = end_of_loss(error, cursor)
-            log.warning("%s/%d: %s; going on at offset %d", *cursor.where, error, offset)
+            log.warning("%s/%d: %s; going on at offset %d", *cursor.where, _unnamed(cursor, error.message), offset)
             self._jump(cursor, offset)
         elif error.retriable and self._may_retry(cursor, error):
             cursor.failed = True
@@ -467,7 +468,8 @@ class Reader:
     def _may_retry(self, cursor: Cursor, error: StreamHouseError) -> bool:
         now_ms = asyncio.get_running_loop().time() * 1000
         if cursor.failing_since_ms is None:  # told once, not with every try
-            log.warning("%s/%d at offset %d, trying again: %s", *cursor.where, cursor.fetch_offset, error)
+            said = _unnamed(cursor, error.message)
+            log.warning("%s/%d at offset %d, trying again: %s", *cursor.where, cursor.fetch_offset, said)
             cursor.failing_since_ms = now_ms
         return now_ms - cursor.failing_since_ms < self._options.retry_timeout_ms
 
@@ -482,3 +484,9 @@ class Reader:
             cursor.fetch_offset = offset
             cursor.last_epoch = last_epoch
             self._news.set()
+
+
+def _unnamed(cursor: Cursor, text: str) -> str:
+    """Returns a text about the cursor's partition without the name in front, for lines that begin with it."""
+    name = f"{cursor.where.topic}/{cursor.where.partition}"
+    return f"it{rest}" if (rest := text.removeprefix(name)).startswith(" ha") else text.removeprefix(f"{name}: ")

@@ -511,6 +511,22 @@ async def test_headers_are_a_tuple_with_and_without_any(platform, address):
         assert [record.headers async for record in consumer] == [(), (), (("a", b"1"), ("b", None))]
 
 
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [
+        ("t/0 has no leader: epoch 1 ended at 0", "t/0 waits at offset 0: it has no leader: epoch 1 ended at 0"),
+        ("t/0: epoch 1 of agent a is orphaned", "t/0 waits at offset 0: epoch 1 of agent a is orphaned"),
+        ("epoch 1 is unsettled", "t/0 waits at offset 0: epoch 1 is unsettled"),
+    ],
+)
+async def test_a_line_about_a_waiting_partition_names_it_once(platform, address, caplog, reason, line):
+    platform.add_topic("t", 1)
+    platform.waiting["t", 0] = reason
+    async with Consumer(address, ["t"], start="earliest") as consumer:
+        await until(lambda: consumer.waiting)
+    assert line in caplog.messages
+
+
 async def test_waiting_is_surfaced(platform, address):
     await fill(platform, address, 10, partitions=1)
     platform.waiting["t", 0] = "epoch 1 is unsettled"

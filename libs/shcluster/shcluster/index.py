@@ -126,7 +126,7 @@ class PartitionIndex:
 
     @property
     def name(self) -> str:
-        return f"{self.topic}:{self.partition}"
+        return f"{self.topic}/{self.partition}"
 
     # ---- looking up
 

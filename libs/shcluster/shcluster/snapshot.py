@@ -41,7 +41,7 @@ class SnapshotBuilder:
             try:
                 self._add_partition(partition)
             except (KeyError, ValueError) as error:  # a partition beyond its topic's, a status nobody knows
-                name = f"{partition.topic.topic}:{partition.partition}"
+                name = f"{partition.topic.topic}/{partition.partition}"
                 raise IndexMismatch(f"snapshot of {name} cannot be read: {error!r}") from error
 
     def _add_partition(self, partition: coordinator_pb2.SnapshotPartition) -> None:

@@ -311,6 +311,7 @@ class _Endpoint:
         self._channel: grpc.aio.Channel | None = None
         self._uses = 0
         self.closed = False
+        self.was_reached = False
 
     def __enter__(self) -> grpc.aio.Channel:
         """Returns the channel. Raises Unavailable once closed, since a channel made then would be closed by nobody, and
@@ -347,6 +348,7 @@ class _Endpoint:
                 if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
                     return False
                 await channel.wait_for_state_change(state)
+            self.was_reached = True
             return True
 
     async def failure(self) -> str:
@@ -421,7 +423,8 @@ class Connection:
     Unavailable is raised with the words of each: all StreamHouse calls may be repeated. An answer of another server
     counts as none.
     `timeout_ms` is the deadline of a unary call at one address, on top of the wait that the request itself asks for.
-    `advertised`: the addresses come from services, not from the user; errors say so.
+    `advertised`: the addresses come from services, not from the user; errors say so of those never reached. One
+    that was reached is right, and its service is away: it restarts, say.
     """
 
     def __init__(
@@ -437,7 +440,7 @@ class Connection:
             raise ValueError("no addresses to connect to")
         self.addresses = tuple(addresses)
         self._timeout_ms = timeout_ms
-        self._hint = ADVERTISED_HINT if advertised else ""
+        self._advertised = advertised
         self._endpoints = [_Endpoint(address, interceptors) for address in self.addresses]
         count = len(self.addresses)
         self._order = AddressOrder(count, random.randrange(count) if first is None else first)
@@ -454,9 +457,14 @@ class Connection:
                 if await endpoint.connected():
                     return
         except TimeoutError as error:
-            raise _unreachable(endpoint.address, f"no connection within {timeout_ms} ms", self._hint) from error
+            raise _unreachable(
+                endpoint.address, f"no connection within {timeout_ms} ms", self._hint(endpoint)
+            ) from error
         if cause := await endpoint.failure():
-            raise _unreachable(endpoint.address, cause, self._hint)
+            raise _unreachable(endpoint.address, cause, self._hint(endpoint))
+
+    def _hint(self, endpoint: _Endpoint) -> str:
+        return ADVERTISED_HINT if self._advertised and not endpoint.was_reached else ""
 
     async def unary(self, path: str, request: Message, response_type: type[ResponseT]) -> ResponseT:
         """Returns the answer. Raises the service's error, or Unavailable."""
@@ -475,6 +483,7 @@ class Connection:
                 await self._note_failure(which, error, path, failures)
             else:
                 self._order.answered(which)
+                self._endpoints[which].was_reached = True
                 return response
 
     async def unary_stream(
@@ -493,7 +502,7 @@ class Connection:
                     )(request)
                     try:
                         async for response in call:
-                            begun = True
+                            begun = self._endpoints[which].was_reached = True
                             yield response
                     finally:
                         call.cancel()
@@ -517,6 +526,7 @@ class Connection:
                 )(requests)
                 try:
                     async for response in call:
+                        self._endpoints[which].was_reached = True
                         yield response
                 finally:
                     call.cancel()
@@ -583,7 +593,8 @@ class Connection:
         not (another replica may still reach PostgreSQL). Raises everything else, and if no address is left."""
         endpoint = self._endpoints[which]
         said = _service_error(raw)
-        error = said or _transport_error(raw, endpoint.address, path, self._hint)
+        endpoint.was_reached = endpoint.was_reached or said is not None
+        error = said or _transport_error(raw, endpoint.address, path, self._hint(endpoint))
         if not isinstance(error, (Unavailable, ShuttingDown)) or endpoint.closed:
             raise error from raw
         self._order.failed(which, _now_ms())

@@ -71,7 +71,7 @@ class TailPolls:
         poll = self._polls.get(key)
         if poll is None:
             poll = self._polls[key] = _Poll()
-            poll.task = self._tasks.spawn(f"tail of {partition[0]}:{partition[1]}", self._run(key, poll))
+            poll.task = self._tasks.spawn(f"tail of {partition[0]}/{partition[1]}", self._run(key, poll))
         news: asyncio.Future[News] = asyncio.get_running_loop().create_future()
         poll.readers[news] = None
         try:

@@ -231,6 +231,37 @@ async def test_an_advertised_address_that_does_not_work_names_the_setting(connec
         await connection.connect(60_000)
 
 
+@pytest.mark.parametrize("how", ["call", "stream", "connect", "refusal"])
+async def test_an_advertised_address_that_worked_is_not_doubted_when_its_service_is_away(
+    connect: Connect, how: str
+) -> None:
+    api = Replica(OffsetBeyondEnd("5 is beyond the end", offset=5, high_watermark=4) if how == "refusal" else None)
+    api.release.set()
+    server = RpcServer("127.0.0.1:0", [(SERVICE, api)])
+    await server.start()
+    connection = connect(server.address, advertised=True)
+    client = CoordinatorClient(connection)
+    try:
+        if how == "stream":
+            assert await snapshot_of(client) == [100]
+        elif how == "connect":
+            await connection.connect(60_000)
+        elif how == "refusal":
+            with pytest.raises(OffsetBeyondEnd):
+                await client.get_head(GET_HEAD)
+        else:
+            await client.get_head(GET_HEAD)
+    finally:
+        await server.stop(0)
+    async with asyncio.timeout(PATIENCE_S):
+        while True:  # a call that is under way as the server goes has words of its own
+            with pytest.raises(Unavailable) as caught:
+                await client.get_head(GET_HEAD)
+            if "cannot connect to" in caught.value.message:
+                break
+    assert "STREAMHOUSE_ADVERTISE" not in caught.value.message
+
+
 async def test_the_word_of_a_service_weighs_more_than_the_absence_of_others(
     serve: Serve, connect: Connect, refusing: str
 ) -> None:

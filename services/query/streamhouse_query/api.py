@@ -145,7 +145,7 @@ class QueryApi:
         seen = set()
         for position in request.positions:
             if (position.topic, position.partition) in seen:
-                name = f"{position.topic}:{position.partition}"
+                name = f"{position.topic}/{position.partition}"
                 raise InvalidArgument(f"positions has {name} twice", field="positions", value=name)
             seen.add((position.topic, position.partition))
             if position.HasField("window_bytes") and request.format == query_pb2.FETCH_FORMAT_RECORDS:
@@ -234,7 +234,7 @@ class QueryApi:
             ) from full
         except FormatError as error:  # its CRC was right: whoever wrote it wrote nonsense
             raise DataLoss(
-                f"{want.topic}:{want.partition[1]}: records from offset {want.offset} on cannot be decoded: {error}",
+                f"{want.topic}/{want.partition[1]}: records from offset {want.offset} on cannot be decoded: {error}",
                 topic=want.topic,
                 partition=want.partition[1],
                 base_offset=want.offset,

@@ -72,7 +72,7 @@ async def test_g7_a_fetch_says_why_before_its_caller_gives_up(hole: BlackHole, s
     async with called(service, 3_000) as client:
         silent = await client.fetch(request())
         assert (silent.next_offset, list(silent.batches)) == (0, [])
-        assert silent.waiting_reason.startswith("orders:0: records from offset 0 on are in the object store")
+        assert silent.waiting_reason.startswith("orders/0: records from offset 0 on are in the object store")
         assert "has not answered within" in silent.waiting_reason
         hole.error = StoreUnavailable("S3 get_object at http://s3: Read timeout")
         hole.answers.set()  # of the first try, which still waits

@@ -142,7 +142,7 @@ async def test_a_takeover_is_waited_for_with_a_reason_and_then_goes_on(
     assert values_in(first) == values_of(10)
     assert first.high_watermark >= first.next_offset == 10
     reason = (await fetch(service, 10)).waiting_reason
-    for part in ("orders:0", "epoch 1", "agent a", "offset 10"):
+    for part in ("orders/0", "epoch 1", "agent a", "offset 10"):
         assert part in reason
     task = later(service, 10)
     await waiting(task)
@@ -372,7 +372,7 @@ async def test_an_agent_that_hangs_is_told_at_the_end_of_a_wait(
     platform.agents["a"].hangs = True
     for wait_ms in (50, 1_000):  # before the call is given up, and after
         reason = (await fetch(service, 0, max_wait_ms=wait_ms)).waiting_reason
-        assert reason.startswith("orders:0: agent a at a:1 does not answer")
+        assert reason.startswith("orders/0: agent a at a:1 does not answer")
     platform.agents["a"].hangs = False
     assert not (await fetch(service, 0, max_wait_ms=200)).waiting_reason
 
