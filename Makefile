@@ -71,7 +71,7 @@ fuzz: $(VENV)/.ready-dev ## Coverage-guided fuzzing: MINUTES=10 TARGET=all SEED=
 faults: $(VENV)/.ready-dev ## Whole services under faults, judged by a checker: MINUTES=5 SEED=1 NEMESIS=all; LIST=1 says which there are
 	$(BIN)/python -m tests.faults.run $(if $(LIST),--list,--minutes '$(or $(MINUTES),5)' --nemesis '$(or $(NEMESIS),all)' $(if $(SEED),--seed '$(SEED)'))
 
-simulate: $(VENV)/.ready-dev ## All services in one seeded loop with virtual time: SEEDS=1000 FIRST=1 PROFILE=drawn, or CRASH=everywhere; JOBS=cores
+simulate: $(VENV)/.ready-dev ## All services in one seeded loop with virtual time: SEEDS=1000 FIRST=1, PROFILE=name for all of them, or CRASH=everywhere; JOBS=cores
 	$(BIN)/python -m tests.simulation.run --first $(or $(FIRST),1) $(if $(CRASH),--crash-everywhere,--seeds $(or $(SEEDS),1000)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(JOBS),--jobs $(JOBS))
 
 serve: $(VENV)/.ready-demo ## The embedded platform on ./streamhouse-data
