@@ -15,7 +15,6 @@ PURE = (
     "shcluster.snapshot",
     "shproto.addresses",
     "shproto.events",
-    "shproto.v1",
     "shread.core",
     "shruntime.round_robin",
     "shruntime.text",
