@@ -21,7 +21,8 @@ from streamhouse.leader_stream import LeaderStream
 from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
 from streamhouse.tracing import SendTrace, tracer
 
-# A batch that could have gone but found no room grows this long, then it is closed and its deadline counts alone.
+# A batch that has lingered and may not go yet (no room, or sender.SMALL_IN_FLIGHT_MAX are unanswered) grows this long,
+# then it is closed and its deadline counts alone.
 GROW_MS_MAX = 1_000
 
 Stream = LeaderStream["tuple[LaneState, Outgoing[Batch]]"]

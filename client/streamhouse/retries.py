@@ -91,8 +91,8 @@ class Retries:
 
 
 def gave_up(what: str, option: str, timeout_ms: int, last: StreamHouseError | None) -> StreamHouseError:
-    """Returns the error for `what`, which has not changed for the time that an option allows: of the kind of the last
-    failure, with that one's details; Unavailable without one."""
+    """Returns the error of a try that took all the time that an option allows: of the kind of its last failure, with
+    that one's details; Unavailable if nothing had failed. `what`: the beginning of its message."""
     waited = f"{what} within {option} = {timeout_ms}"
     if last is None:
         return Unavailable(waited, limit=option)

@@ -120,7 +120,7 @@ class Sender:
             self._submit(state, stream)
 
     def _may_close(self, state: LaneState) -> bool:
-        """Whether the batch in the making may go now, though it is not full."""
+        """Returns True if the batch in the making may go now, though it is not full."""
         return state.due and state.gathering is not None and state.lane.in_flight_count < self._small_in_flight_max
 
     def _route(self, state: LaneState) -> Stream | None:
