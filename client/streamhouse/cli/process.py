@@ -82,7 +82,8 @@ class Termination:
         work: Callable[[], Coroutine[Any, Any, T]],
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
     ) -> T:
-        """As `run` of this module."""
+        """Runs `work()` in an event loop of its own, and returns its result. Raises KeyboardInterrupt if a signal has
+        cancelled it."""
         import asyncio
 
         async def begin() -> T:
@@ -113,7 +114,7 @@ def run(
 
 
 def _may_handle(number: int) -> bool:
-    """False for a signal that was ignored at the start, and for a SIGHUP that a service survives."""
+    """Returns False for a signal that was ignored at the start, and for a SIGHUP that a service survives."""
     return number == signal.SIGTERM or signal.getsignal(number) not in (signal.SIG_IGN, signals.let_pass)
 
 
