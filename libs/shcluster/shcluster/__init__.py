@@ -1,1 +1,1 @@
-"""Where the records of a cluster are, and the connections and the session to ask for them."""
+"""The places of a cluster's records, and the connections and the session to ask for them."""

@@ -57,7 +57,7 @@ class Peers:
         await self._connect((address,)).connect(CONNECT_TIMEOUT_MS)
 
     def query(self, addresses: Sequence[str]) -> QueryApi:
-        """Several addresses: calls fail over between them."""
+        """Returns the query services at `addresses` as one: calls fail over between them."""
         return QueryClient(self._caller(tuple(addresses)))
 
     def _caller(self, addresses: tuple[str, ...], *, advertised: bool = True) -> Caller:

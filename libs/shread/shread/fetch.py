@@ -242,8 +242,9 @@ class _Fetch:
         )
 
     async def _missing(self, partition: PartitionIndex, segment: SegmentEntry, error: ObjectMissing) -> bool:
-        """Compaction or retention may have deleted the object, and the event be on its way, or not come at all while
-        this process is cut off from the coordinators: only an index that is not behind can tell that it is lost."""
+        """Returns True if the read ends with the records before the missing object, False if the index no longer has
+        the segment. Raises DataLoss if an index that is not behind still has it: compaction and retention delete
+        objects, and their event may come late, or not at all while this process is cut off from the coordinators."""
         if self._got.batches:
             return True
         if self._plan(self._partition()) == ReadSegment(segment):

@@ -27,7 +27,8 @@ def masked(url: str) -> str:
 
 
 def addresses(text: str) -> str:
-    """A validator for a setting: host:port to connect to, or several with commas in between. Raises ValueError."""
+    """Returns `text`, a setting, if it is host:port to connect to, or several with commas in between. Raises
+    ValueError."""
     for part in map(str.strip, text.split(",")):
         if int(address(part).rpartition(":")[2]) == 0:
             raise ValueError(f"{part!r} has port 0: name the port at which the service listens")
@@ -35,7 +36,7 @@ def addresses(text: str) -> str:
 
 
 def address(text: str) -> str:
-    """A validator for a setting: host:port. Raises ValueError."""
+    """Returns `text`, a setting, if it is host:port. Raises ValueError."""
     match = _ADDRESS.fullmatch(text)
     if match is None or int(match["port"]) > PORT_MAX:
         raise ValueError(f"{text!r} must be host:port, as in 127.0.0.1:7070")
@@ -58,7 +59,7 @@ def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def advertised_or_empty(text: str) -> str:
-    """A validator for a setting: host:port that can be connected to, or nothing. Raises ValueError."""
+    """Returns `text`, a setting, if it is empty or host:port that can be connected to. Raises ValueError."""
     if not text:
         return text
     host, _, port = address(text).rpartition(":")
@@ -80,13 +81,13 @@ def is_unspecified(host: str) -> bool:
 
 
 def address_or_empty(text: str) -> str:
-    """A validator for a setting: host:port, or nothing. Raises ValueError."""
+    """Returns `text`, a setting, if it is empty or host:port. Raises ValueError."""
     return text and address(text)
 
 
 def url_of(*schemes: str) -> Callable[[str], str]:
-    """A validator for a setting: empty, or a URL of one of `schemes` that can be parsed. It raises ValueError, whose
-    text has the URL without its password."""
+    """Returns a validator for a setting: empty, or a URL of one of `schemes` that can be parsed. It raises ValueError,
+    whose text has the URL without its password."""
 
     def check(url: str) -> str:
         problem = _problem(url, schemes) if url else ""
