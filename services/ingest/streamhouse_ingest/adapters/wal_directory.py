@@ -46,9 +46,9 @@ class WalDirectory:
 
     @classmethod
     def open(cls, path: Path, agent_id: str) -> "WalDirectory":
-        """Creates the directory and its identity when it is new, for this user alone; takes an older one away from
-        other users. A directory in which no session was ever opened is given to `agent_id`, its wal_id stays. Raises
-        WalDirectoryError (WalLocked, WrongIdentity among them), OSError."""
+        """Returns the directory, locked. Creates it and its identity when it is new, for this user alone; takes an
+        older one away from other users. A directory in which no session was ever opened is given to `agent_id`, its
+        wal_id stays. Raises WalDirectoryError (WalLocked, WrongIdentity among them), OSError."""
         path = path.absolute()  # errors name it, and the reader may be in another directory
         try:
             files.make_directory(path)
