@@ -17,7 +17,7 @@ IN_FLIGHT = 16
 """Batches that wait for their acknowledgement at the same time."""
 
 WARM_UP_S = 1.0
-"""Of a paced stream at its start: sent and read, and not measured. Connections, first fetches, JIT compilers."""
+"""Start of a paced stream that is sent and read, and not measured: connections, first fetches, JIT compilers."""
 
 STAMP_BYTES = 8
 """At the start of a paced record: when it was due, in ns of the machine's monotonic clock."""
@@ -63,7 +63,7 @@ class Paced:
 
     @property
     def records(self) -> int:
-        """Those of the warm-up among them."""
+        """Number of records of the stream, those of the warm-up included."""
         return self.warm_up_records + int(self.records_per_s * self.seconds)
 
     @property

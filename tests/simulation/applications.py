@@ -210,8 +210,8 @@ class Consuming(Application):
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """Of a group: what all its members share. `polled(application, where)` is called whenever one was given records.
-    sessions_ms: one of them is a member's."""
+    """The part of a group that all its members share. `polled(application, where)` is called whenever a member was
+    given records. sessions_ms: session timeouts, of which each member draws one."""
 
     group: str
     topics: Sequence[str]

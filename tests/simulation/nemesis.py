@@ -26,11 +26,11 @@ WALL_JUMP_MS = 60_000
 DATABASE_JUMP_MS = (-1_500, 4_000)
 """Nothing but leases and claims hangs on it: more than any of them lasts."""
 OFTEN_CHANCE = 0.5
-"""Of a fault to be of a kind that the run's profile asks for."""
+"""Chance that a fault is of a kind that the run's profile asks for."""
 FEED_BEHIND_S = 2.5
 """At most, and below network.KEEPALIVE_S: the connection outlives it, so that the feed goes on where it was."""
 PAUSE_CHANCE = 0.75
-"""Of a member to be paused, rather than cut off: after that it is more likely to commit before it hears anything."""
+"""Chance that a member is paused, rather than cut off: it then more often commits before it hears anything."""
 MEMBER_OUT_S = (3.0, 5.0)
 """Beyond a session of 1.5 s, the sweep that ends it, and the next commit of the member that takes over."""
 MEMBER_IN_S = 1.0

@@ -10,18 +10,19 @@ from tests.simulation.applications import SESSION_TIMEOUT_MS
 from tests.simulation.nemesis import RandomNemesis
 
 SHARE = 0.1
-"""Of all seeds, per profile: the rest are ordinary."""
+"""Part of all seeds that each profile gets: the rest are ordinary."""
 FAULTS_S = (2.0, 9.0)
 """How long a cluster has to stand faults. Long enough for leases (2.5 s) to run out several times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What differs from an ordinary run; everything else is drawn as in any other.
+    """Differences from an ordinary run; everything else is drawn as in any other.
 
     faults_s: bounds of how long there are faults. often: the kinds that every other fault is of. queries_min,
     members_min: nodes of the query service, and members of the group. roaming_readers: hand-written readers ask another
-    query service each time. sessions_ms: of members, one of them. churn: members come and go by themselves.
+    query service each time. sessions_ms: session timeouts, of which each member draws one. churn: members come and go
+    by themselves.
     """
 
     faults_s: tuple[float, float] = FAULTS_S

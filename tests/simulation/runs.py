@@ -27,7 +27,7 @@ AHEAD_PER_JOB = 2
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is to be simulated. `crash`: all that goes wrong, see crash.py. `profile`: see profiles.py; empty: drawn."""
+    """A simulation to run. `crash`: all that goes wrong, see crash.py. `profile`: see profiles.py; empty: drawn."""
 
     name: str
     seed: int

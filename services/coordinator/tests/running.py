@@ -42,7 +42,8 @@ def children(pid: int) -> list[int]:
 
 @contextmanager
 def frozen(postgres: EmbeddedPostgres) -> Iterator[None]:
-    """Stops all processes of the server while the block runs. The first one goes first: it starts no others then."""
+    """Stops all processes of the server while the block runs. The first process is stopped first: it then starts no
+    others."""
     first = postgres.pid
     assert first is not None
     stopped = [first]
