@@ -113,6 +113,7 @@ async def test_sockets_of_others_are_left_alone() -> None:
     """The process's clients, and its other servers."""
     async with serving(handshake_timeout_ms=600_000) as server, serving(handshake_timeout_ms=600_000) as other:
         with silent(server, 3) as opened, silent(other, 8) as elsewhere:
+            await asyncio.gather(*map(first_words, [*opened, *elsewhere]))
             assert await asyncio.to_thread(AddressLimit(server.port, 2).enforce) == {"127.0.0.1": 1}
             await until_open(opened, 2)
             assert all(map(is_open, elsewhere))
