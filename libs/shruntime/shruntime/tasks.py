@@ -94,9 +94,13 @@ async def wait_for_stop(tasks: Tasks, supervisor: Supervisor) -> None:
     finally:
         for wait in waits:
             wait.cancel()
+        # Removing leaves the defaults, which raise wherever we are, or end the process without a drain: no signal may
+        # come in between.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, before)
         for number, handler in before.items():
-            loop.remove_signal_handler(number)  # which leaves the default: for SIGINT to raise wherever we are
+            loop.remove_signal_handler(number)
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         supervisor.stopping()
     if tasks.error is not None and not stop.is_set():
         raise tasks.error

@@ -207,9 +207,9 @@ def _identity(path: Path, agent_id: str) -> tuple[bytes, int]:
         known = f"{_IDENTITY_VERSION} to {_IDENTITY_VERSION_AHEAD} and 16"
         raise WrongIdentity(f"{file}: version {version}, wal_id of {len(wal_id)} bytes; this agent knows {known}")
     if owner != agent_id:
-        has_files = any(path.glob("*.wal"))
-        if has_files or not (path / _UNUSED).exists() or _has_notes(path):
-            raise _of_another(path, owner, agent_id, has_files)
+        is_empty = not any(path.glob("*.wal")) and not _has_notes(path)
+        if not is_empty or not (path / _UNUSED).exists():
+            raise _of_another(path, owner, agent_id, is_empty)
         # The wal_id stays: should the coordinator have opened a session of it after all, whose answer never came, then
         # it ends as superseded, and what was granted to it as empty.
         _write_identity(file, agent_id, wal_id, version)
@@ -222,9 +222,9 @@ def _has_notes(path: Path) -> bool:
     return any((path / name).exists() for name in (_HISTORY, _SETTLED, _UNSYNCED, _OPENING))
 
 
-def _of_another(path: Path, owner: str, agent_id: str, has_files: bool) -> WrongIdentity:
+def _of_another(path: Path, owner: str, agent_id: str, is_empty: bool) -> WrongIdentity:
     advice = f"set STREAMHOUSE_AGENT_ID to {owner}, or STREAMHOUSE_WAL_DIR to a directory of this agent's own"
-    if not has_files:
+    if is_empty:
         advice += f"; there are no records in this one: delete it if no agent {owner!r} is to be started over it again"
     return WrongIdentity(f"{path}: belongs to agent {owner!r}, this one is {agent_id!r}: {advice}")
 
