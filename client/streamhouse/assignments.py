@@ -282,11 +282,20 @@ class Assignments:
             calling = self._calling
             try:
                 await asyncio.shield(calling)
+            except asyncio.CancelledError:
+                if not self._is_stopped(calling):
+                    raise
+                return  # `stop` has cancelled the callback, nobody the task that waits for it
             finally:
                 self._is_awaited = False
                 if calling.done():
                     self._calling = None
                 self._look()
+
+    def _is_stopped(self, calling: asyncio.Task[None]) -> bool:
+        """True if `stop` has cancelled this callback, and the task that runs is not cancelled itself."""
+        task = asyncio.current_task()
+        return self._calling is not calling and calling.cancelled() and task is not None and not task.cancelling()
 
     async def _call(self) -> None:
         step = await self._begin(with_callback=True)

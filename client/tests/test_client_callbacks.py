@@ -506,6 +506,25 @@ async def test_a_callback_that_swallows_its_cancellation_does_not_hold_up_closin
     assert isinstance(reading.exception(), StopAsyncIteration | InvalidArgument)
 
 
+@pytest.mark.parametrize("ask", ["poll", "iterate"])
+async def test_a_close_that_cancels_a_callback_does_not_cancel_who_waits_for_it(platform, address, ask):
+    platform.add_topic("t", 1)
+
+    async def on_assigned(partitions):
+        await asyncio.Event().wait()
+
+    consumer = Consumer(address, ["t"], group="g", on_assigned=on_assigned)
+    asking = asyncio.create_task(consumer.poll(60_000) if ask == "poll" else anext(consumer))
+    await until(lambda: consumer._assignments.is_busy)
+    with pytest.raises(TimeoutError, match="not closed within"):
+        await consumer.close(0.1)
+    async with asyncio.timeout(PATIENCE_S):
+        await asyncio.wait([asking])
+    assert not asking.cancelled()
+    error = asking.exception()
+    assert isinstance(error, StopAsyncIteration | InvalidArgument) or (error is None and asking.result() == {})
+
+
 async def test_a_close_that_is_cancelled_does_not_wait_for_a_callback_that_swallows_it(platform, address):
     platform.add_topic("t", 1)
     is_free, begun = asyncio.Event(), asyncio.Event()
