@@ -128,3 +128,27 @@ def test_a_service_started_with_nohup_survives_too(started, service):
     command = [*ENTRIES["script"], service]
     code, _, err = started(command, "shruntime.settings", signal.SIGHUP, before=["nohup"])
     assert code == 1 and "rpc_timeout_ms" in err
+
+
+# ---- the interpreter's own end, after everything of ours
+
+# Held by a module: goes when modules are torn down.
+LAST = """
+    import os
+
+    arrived, leave = map(int, os.environ["GATE_PIPES"].split())
+
+    class Last:
+        def __del__(self, write=os.write, read=os.read):
+            write(arrived, b".")
+            read(leave, 1)
+
+    last = Last()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_interpreter_ends_changes_no_exit_code(started, tmp_path, number):
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(LAST))
+    code, out, err = started([*ENTRIES["script"], "topic", "--help"], "the end", number)
+    assert code == 0 and "create" in out and not err

@@ -9,6 +9,7 @@ library's smallest modules is imported here: what comes before the handlers is n
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from typing import TYPE_CHECKING, NoReturn
@@ -27,7 +28,16 @@ def handle_from_the_start(*, survives_hangups: bool) -> None:
             signal.signal(number, _end)
     if survives_hangups:
         survive_hangups()
+    atexit.register(_ignore_from_now_on)  # the first one registered is the last one called
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
+def _ignore_from_now_on() -> None:
+    """Ignores SIGINT, SIGTERM and SIGHUP in the interpreter's own end, which takes 100 to 300 ms: it first puts the
+    kernel's defaults in the place of Python's handlers, so that a signal would take the place of the exit code. Threads
+    have ended and all other exit handlers have run by then."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def hold_back() -> None:

@@ -83,8 +83,10 @@ class Supervisor:
     ) -> None:
         await self._tasks.stop()
         if self._handles_hangups:
-            asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)  # which leaves the default: to die
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # removing leaves the default: to die
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
             survive_hangups()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if self._retry is not None:
             self._retry.cancel()
 
