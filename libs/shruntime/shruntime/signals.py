@@ -12,9 +12,11 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Mapping
     from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -51,6 +53,16 @@ def survive_hangups() -> None:
     nothing if SIGHUP is ignored."""
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, let_pass)
+
+
+def take_back(loop: asyncio.AbstractEventLoop, handlers: Mapping[signal.Signals, Any]) -> None:
+    """Replaces the event loop's handlers of signals, by number. Removing one leaves the kernel's or Python's default,
+    which ends the process or raises wherever it is: no signal comes in between."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+    for number, handler in handlers.items():
+        loop.remove_signal_handler(number)
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def let_pass(number: int, frame: FrameType | None) -> None:

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from shruntime.logs import reopen_log_file
-from shruntime.signals import survive_hangups
+from shruntime.signals import let_pass, take_back
 from shruntime.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -83,10 +83,7 @@ class Supervisor:
     ) -> None:
         await self._tasks.stop()
         if self._handles_hangups:
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # removing leaves the default: to die
-            asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
-            survive_hangups()
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            take_back(asyncio.get_running_loop(), {signal.SIGHUP: let_pass})
         if self._retry is not None:
             self._retry.cancel()
 

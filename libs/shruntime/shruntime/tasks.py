@@ -9,6 +9,8 @@ import signal
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
+from shruntime import signals
+
 if TYPE_CHECKING:
     from shruntime.supervisor import Supervisor
 
@@ -94,13 +96,7 @@ async def wait_for_stop(tasks: Tasks, supervisor: Supervisor) -> None:
     finally:
         for wait in waits:
             wait.cancel()
-        # Removing leaves the defaults, which raise wherever we are, or end the process without a drain: no signal may
-        # come in between.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, before)
-        for number, handler in before.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signals.take_back(loop, before)
         supervisor.stopping()
     if tasks.error is not None and not stop.is_set():
         raise tasks.error
