@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-from streamhouse.cli.serve_process import hear_interrupts
+from shruntime.signals import hear_interrupts
 
 from tests.quick import closed_doors
 

@@ -21,8 +21,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from shruntime.signals import hear_interrupts
 from streamhouse import Admin, Consumer, Producer
-from streamhouse.cli.serve_process import ServeProcess, hear_interrupts
+from streamhouse.cli.serve_process import ServeProcess
 
 from bench.common import Wrong, children, console, print_table, usage
 from bench.loads.records import make_records

@@ -25,8 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shruntime.signals import hear_interrupts
 from streamhouse import Admin, Consumer, Producer, SendFuture
-from streamhouse.cli.serve_process import hear_interrupts
 
 from bench.clusters import cluster_running, until
 from bench.common import Wrong, console, load_average, print_table, run, write_json

@@ -20,8 +20,8 @@ import asyncpg
 from shproto.rpc import Connection
 from shproto.services import IngestClient
 from shproto.v1 import ingest_pb2
+from shruntime.signals import hear_interrupts
 from streamhouse import Admin
-from streamhouse.cli.serve_process import hear_interrupts
 from streamhouse_embedded.postgres import EmbeddedPostgres
 
 from bench.clusters import cluster_running, until

@@ -22,8 +22,8 @@ import numpy as np
 from shproto.rpc import Connection
 from shproto.services import IngestClient
 from shproto.v1 import ingest_pb2
+from shruntime.signals import hear_interrupts
 from streamhouse import Admin, Consumer, Producer, SentRecords
-from streamhouse.cli.serve_process import hear_interrupts
 from streamhouse.errors import StreamHouseError
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_segmenter.settings import SegmenterSettings

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from shformat import ProducerStamp, Records, encode_batch, stamp_batch
+from shruntime.signals import hear_interrupts
 from streamhouse import Admin
-from streamhouse.cli.serve_process import hear_interrupts
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.ports import Frame
 from streamhouse_ingest.settings import IngestSettings

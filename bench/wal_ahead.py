@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 from shformat import Records, encode_batch, stamp_batch
+from shruntime.signals import hear_interrupts
 from streamhouse import Admin, Producer
-from streamhouse.cli.serve_process import ServeProcess, hear_interrupts
+from streamhouse.cli.serve_process import ServeProcess
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.core.partition_log import LogKey

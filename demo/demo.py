@@ -21,9 +21,10 @@ from flights import NoFlights, read_flights
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from shruntime.signals import hear_interrupts
 from streamhouse import Admin, Consumer, Producer, SendResult
 from streamhouse.cli.output import show_bytes
-from streamhouse.cli.serve_process import ServeFailed, ServeProcess, hear_interrupts
+from streamhouse.cli.serve_process import ServeFailed, ServeProcess
 from streamhouse.cli.status import collect_status
 from streamhouse.errors import StreamHouseError
 

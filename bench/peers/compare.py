@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from streamhouse.cli.serve_process import hear_interrupts
+from shruntime.signals import hear_interrupts
 
 from bench.common import console, print_table, run, write_json
 from bench.loads.turns import LOADS, Row, turn

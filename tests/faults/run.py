@@ -23,8 +23,8 @@ from pathlib import Path
 
 import pytest
 from shproto.errors import StreamHouseError
+from shruntime.signals import hear_interrupts
 from streamhouse import Admin
-from streamhouse.cli.serve_process import hear_interrupts
 
 from tests.faults import facts, history, nemeses, nemesis, progress
 from tests.faults.checker import Report, check, explain

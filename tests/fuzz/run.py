@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streamhouse.cli.serve_process import hear_interrupts
+from shruntime.signals import hear_interrupts
 
 from tests.fuzz.target import FOUND, ROOT
 from tests.fuzz.targets import MODULES

@@ -18,7 +18,7 @@ from contextlib import closing
 from itertools import count
 from pathlib import Path
 
-from streamhouse.cli.serve_process import hear_interrupts
+from shruntime.signals import hear_interrupts
 
 from tests.simulation.runs import Keeping, Run, Shown, Workers
 

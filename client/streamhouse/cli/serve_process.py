@@ -20,14 +20,6 @@ READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 45.0
 
 
-def hear_interrupts() -> None:
-    """Restores Python's handler of SIGINT if this process was started with the signal ignored, as shell scripts start
-    what runs in the background. Programs and tests call it before they start processes: a child inherits an ignored
-    signal and can then not be stopped by it, but does not inherit a handler."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 class ServeFailed(Exception):
     """The process ended, or did not get ready or stop in time; the message has the end of its log."""
 

@@ -65,6 +65,14 @@ def take_back(loop: asyncio.AbstractEventLoop, handlers: Mapping[signal.Signals,
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def hear_interrupts() -> None:
+    """Restores Python's handler of SIGINT if this process was started with the signal ignored, as shell scripts start
+    what runs in the background. Programs and tests call it before they start processes: a child inherits an ignored
+    signal and can then not be stopped by it, but does not inherit a handler."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def let_pass(number: int, frame: FrameType | None) -> None:
     """Handler of a signal that has no effect; unlike SIG_IGN it is not handed down to other programs."""
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from streamhouse.cli.serve_process import hear_interrupts
+from shruntime.signals import hear_interrupts
 from streamhouse_embedded.postgres import EmbeddedPostgres
 from streamhouse_embedded.postgres_system import find_bin_dir
 
