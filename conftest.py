@@ -5,12 +5,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 
 from tests.quick import closed_doors
 
 # Every process of a test inherits it. The tests' own workers (pytest -n) load this file, too.
-hear_interrupts()
+restore_sigint()
 
 LEFT_TO_TEST_ALL = ("integration", "long")
 _LEFT_OUT = pytest.StashKey[int]()

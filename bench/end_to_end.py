@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 from streamhouse import Admin, Consumer, Producer
 from streamhouse.cli.serve_process import ServeProcess
 
@@ -257,7 +257,7 @@ def print_codec(figures: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    hear_interrupts()
+    restore_sigint()
     try:
         sys.exit(main())
     except Wrong as error:

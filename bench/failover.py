@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 from streamhouse import Admin, Consumer, Producer, SendFuture
 
 from bench.clusters import cluster_running, until
@@ -280,5 +280,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    hear_interrupts()
+    restore_sigint()
     raise SystemExit(main())

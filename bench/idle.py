@@ -20,7 +20,7 @@ import asyncpg
 from shproto.rpc import Connection
 from shproto.services import IngestClient
 from shproto.v1 import ingest_pb2
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 from streamhouse import Admin
 from streamhouse_embedded.postgres import EmbeddedPostgres
 
@@ -220,5 +220,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    hear_interrupts()
+    restore_sigint()
     raise SystemExit(main())

@@ -22,7 +22,7 @@ import numpy as np
 from shproto.rpc import Connection
 from shproto.services import IngestClient
 from shproto.v1 import ingest_pb2
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 from streamhouse import Admin, Consumer, Producer, SentRecords
 from streamhouse.errors import StreamHouseError
 from streamhouse_ingest.settings import IngestSettings
@@ -316,5 +316,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    hear_interrupts()
+    restore_sigint()
     raise SystemExit(main())

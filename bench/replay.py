@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shformat import ProducerStamp, Records, encode_batch, stamp_batch
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 from streamhouse import Admin
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.ports import Frame
@@ -200,5 +200,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    hear_interrupts()
+    restore_sigint()
     raise SystemExit(main())

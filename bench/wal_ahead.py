@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from shformat import Records, encode_batch, stamp_batch
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 from streamhouse import Admin, Producer
 from streamhouse.cli.serve_process import ServeProcess
 from streamhouse_ingest.adapters.wal import FileWal
@@ -142,6 +142,6 @@ def figures_of(latencies_s: list[float], size_bytes: int, seconds: float, cpu_s:
 
 
 if __name__ == "__main__":
-    hear_interrupts()
+    restore_sigint()
     options = parse_options()
     raise SystemExit(run(lambda: measure(options)))

@@ -21,7 +21,7 @@ from flights import NoFlights, read_flights
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 from streamhouse import Admin, Consumer, Producer, SendResult
 from streamhouse.cli.output import show_bytes
 from streamhouse.cli.serve_process import ServeFailed, ServeProcess
@@ -239,5 +239,5 @@ def rows(count: int, figures: Figures) -> Sequence[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    hear_interrupts()
+    restore_sigint()
     sys.exit(main())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 
 from bench.common import console, print_table, run, write_json
 from bench.loads.turns import LOADS, Row, turn
@@ -83,5 +83,5 @@ def _ratio(ours: float, theirs: float) -> str:
 
 
 if __name__ == "__main__":
-    hear_interrupts()
+    restore_sigint()
     sys.exit(main())

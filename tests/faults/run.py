@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 from shproto.errors import StreamHouseError
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 from streamhouse import Admin
 
 from tests.faults import facts, history, nemeses, nemesis, progress
@@ -303,7 +303,7 @@ def _nemeses(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    hear_interrupts()
+    restore_sigint()
     parsed = parse(sys.argv[1:])
     if parsed.list:
         print("\n".join(nemeses.described()))

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 
 from tests.fuzz.target import FOUND, ROOT
 from tests.fuzz.targets import MODULES
@@ -110,5 +110,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    hear_interrupts()
+    restore_sigint()
     sys.exit(main())

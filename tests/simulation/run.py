@@ -18,7 +18,7 @@ from contextlib import closing
 from itertools import count
 from pathlib import Path
 
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 
 from tests.simulation.runs import Keeping, Run, Shown, Workers
 
@@ -173,7 +173,7 @@ def _jobs(text: str) -> int:
 
 
 if __name__ == "__main__":
-    hear_interrupts()
+    restore_sigint()
     if os.environ.get("PYTHONHASHSEED") != HASH_SEED:
         # Sets of strings are iterated in the order of their hashes: fixed, so that a seed is the same everywhere.
         os.environ["PYTHONHASHSEED"] = HASH_SEED

@@ -65,7 +65,7 @@ def take_back(loop: asyncio.AbstractEventLoop, handlers: Mapping[signal.Signals,
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def hear_interrupts() -> None:
+def restore_sigint() -> None:
     """Restores Python's handler of SIGINT if this process was started with the signal ignored, as shell scripts start
     what runs in the background. Programs and tests call it before they start processes: a child inherits an ignored
     signal and can then not be stopped by it, but does not inherit a handler."""

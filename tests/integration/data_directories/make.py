@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from shruntime.signals import hear_interrupts
+from shruntime.signals import restore_sigint
 from streamhouse_embedded.postgres import EmbeddedPostgres
 from streamhouse_embedded.postgres_system import find_bin_dir
 
@@ -151,5 +151,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    hear_interrupts()
+    restore_sigint()
     main()
