@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from shruntime.text import unit_of
 
 from streamhouse.cli.failures import CliError
 
@@ -13,7 +14,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PORT_MAX = 65_535
 # Long enough for a service that is being restarted, short enough for somebody who forgot to start one.
 RETRY_TIMEOUT_MS = 10_000
-_UNITS = {"ms": "milliseconds", "bytes": "bytes"}
 CONFIG_FILE = click.Path(exists=True, dir_okay=False)
 
 
@@ -57,9 +57,8 @@ class Number(click.IntRange):
         try:
             number = int(value)
         except ValueError:
-            words = () if param is None or param.name is None else param.name.split("_")
-            unit = next((f" of {_UNITS[word]}" for word in words if word in _UNITS), "")
-            self.fail(f"{value!r:.100} is not a whole number{unit}", param, ctx)
+            name = "" if param is None else param.name or ""
+            self.fail(f"{value!r:.100} is not a whole number{unit_of(name)}", param, ctx)
         return int(super().convert(number, param, ctx))
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, SupportsIndex, TypedDict, cast, get_args
 
 from shproto.errors import InvalidArgument
 from shproto.v1 import types_pb2
+from shruntime.text import unit_of
 
 from streamhouse.core.times import ms_of
 from streamhouse.records import Record, RecordMetadata
@@ -413,12 +414,7 @@ def _within(name: str, value: int, low: int, high: int) -> None:
     is_whole = type(value) is int
     if not is_whole or not low <= value <= high:
         # 1.0 lies within the limits: the type is what is wrong then, or seconds were meant.
-        wanted = f"{low} to {high}" if is_whole else f"a whole number{_unit_of(name)} (int), {low} to {high}"
+        wanted = f"{low} to {high}" if is_whole else f"a whole number{unit_of(name)} (int), {low} to {high}"
         raise InvalidArgument(
             f"{name} is {value!r:.100}, must be {wanted}", field=name, value=value, limit=f"{low}..{high}"
         )
-
-
-def _unit_of(name: str) -> str:
-    units = [f" of {word}" for unit, word in (("ms", "milliseconds"), ("bytes", "bytes")) if unit in name.split("_")]
-    return units[0] if units else ""
