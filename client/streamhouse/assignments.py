@@ -48,13 +48,12 @@ class Callbacks:
     on_lost: Callback | None = None
 
     def of(self, kind: Kind) -> Callback | None:
-        """Returns the callback for a kind of step, None if there is none: on_revoked stands in for on_lost."""
-        if kind is Kind.ASSIGNED:
-            return self.on_assigned
-        return self.on_revoked if kind is Kind.REVOKED else self.on_lost or self.on_revoked
+        """Returns the callback for a kind of step, None if there is none."""
+        found: Callback | None = getattr(self, self.name(kind))
+        return found
 
     def name(self, kind: Kind) -> str:
-        """Returns the name of the callback for a kind of step that has one."""
+        """Returns the name of the callback for a kind of step: on_revoked stands in for on_lost."""
         if kind is Kind.ASSIGNED:
             return "on_assigned"
         return "on_revoked" if kind is Kind.REVOKED or self.on_lost is None else "on_lost"

@@ -16,6 +16,10 @@ Client = Literal["Producer", "Consumer", "Admin"]
 # Kafka's name (dots as underscores) -> the name here, empty where there is none, and a remark.
 Names = dict[str, tuple[str, str]]
 
+_REBALANCE: Names = {
+    "on_assign": ("on_assigned", "never with an empty list"),
+    "on_revoke": ("on_revoked", "never with an empty list"),
+}
 _RETRIES = "retries back off by themselves"
 _NO_SECURITY = "there is no TLS and no authentication in the client yet"
 
@@ -68,10 +72,9 @@ KAFKA_NAMES: Mapping[Client, Names] = {
         "transaction_timeout_ms": ("", "there are no transactions"),
     },
     "Consumer": COMMON
+    | _REBALANCE
     | {
         "group_id": ("group", ""),
-        "on_assign": ("on_assigned", "never with an empty list"),
-        "on_revoke": ("on_revoked", "never with an empty list"),
         "auto_offset_reset": (
             "start",
             'for partitions without a commit; on_out_of_range="earliest" or "latest" for offsets that are gone',
@@ -143,11 +146,7 @@ KAFKA_ARGUMENTS: Mapping[str, Names] = {
     "Consumer.committed": {"timeout": ("", "retry_timeout_ms is an option of Consumer")},
     "Consumer.poll": _POLL,
     "Consumer.poll_batches": _POLL,
-    "Consumer.subscribe": {
-        "on_assign": ("on_assigned", "never with an empty list"),
-        "on_revoke": ("on_revoked", "never with an empty list"),
-        "listener": ("", "on_assigned, on_revoked and on_lost are functions"),
-    },
+    "Consumer.subscribe": _REBALANCE | {"listener": ("", "on_assigned, on_revoked and on_lost are functions")},
     "Admin.create_topic": {
         "name": ("topic", ""),
         "num_partitions": ("partitions", ""),
@@ -300,7 +299,7 @@ def explains_kafka_arguments(method: str) -> Callable[[Callable[P, T]], Callable
 
 
 def refuse_arguments(method: str, given: Mapping[str, object]) -> NoReturn:
-    """Raises TypeError for keywords that a method, "Producer.send", does not have.
+    """Refuses keywords that a method, "Producer.send", does not have: raises TypeError.
 
     Methods called for every record take `**kafka: Never` and call it if there are some: 30 ns a call, a decorator
     takes 150. Type checkers refuse any keyword for it.
