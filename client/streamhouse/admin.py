@@ -29,7 +29,6 @@ from streamhouse.cluster import (
     session_of,
     topic_of,
 )
-from streamhouse.core.faces import AsyncContext
 from streamhouse.core.kafka_names import explains_kafka_arguments, explains_kafka_methods, explains_kafka_names
 from streamhouse.core.options import (
     ACKS,
@@ -44,6 +43,7 @@ from streamhouse.core.options import (
     offset_number,
     partition_number,
 )
+from streamhouse.core.sync_mismatch import AsyncContext
 from streamhouse.core.times import ms_of
 from streamhouse.group_admin import (
     Group,

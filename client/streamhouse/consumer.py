@@ -35,7 +35,6 @@ from shruntime.urls import addresses_of
 
 from streamhouse.assignments import Assignments, Callback, Callbacks, callbacks_of
 from streamhouse.commits import Commits
-from streamhouse.core.faces import AsyncContext, AsyncIteration
 from streamhouse.core.in_flight import Worker
 from streamhouse.core.kafka_names import explains_kafka_arguments, explains_kafka_methods, explains_kafka_names
 from streamhouse.core.lag import Lag
@@ -59,6 +58,7 @@ from streamhouse.core.options import (
 from streamhouse.core.positions import Cursor, Position
 from streamhouse.core.serializers import Deserializers, records_of_poll
 from streamhouse.core.subscription import Subscription, Topics, subscription_of
+from streamhouse.core.sync_mismatch import AsyncContext, AsyncIteration
 from streamhouse.iteration import Iteration
 from streamhouse.membership import Membership
 from streamhouse.metadata import MetadataCache

@@ -21,7 +21,6 @@ from shruntime.urls import addresses_of
 
 from streamhouse import tracing
 from streamhouse.batches import Batch
-from streamhouse.core.faces import AsyncContext
 from streamhouse.core.kafka_names import (
     explains_kafka_arguments,
     explains_kafka_methods,
@@ -42,6 +41,7 @@ from streamhouse.core.options import (
 from streamhouse.core.outgoing import CheckedRecord, Headers, Indices, ManyRecords, check_record, cut, where
 from streamhouse.core.room import Room
 from streamhouse.core.serializers import Serializers
+from streamhouse.core.sync_mismatch import AsyncContext
 from streamhouse.delivery import Delivery, Placed, PlacedRecords, SendFuture, SendResult, send_future
 from streamhouse.fair_lock import FairLock, Ticket
 from streamhouse.gatherer import LaneState

@@ -23,7 +23,7 @@ PURE = (
     "shstore.port",
     "shstore.ranges",
     "streamhouse.core.accumulator",
-    "streamhouse.core.faces",
+    "streamhouse.core.sync_mismatch",
     "streamhouse.core.given_up",
     "streamhouse.core.kafka_names",
     "streamhouse.core.lag",

@@ -21,7 +21,6 @@ from shproto.rpc import Interceptors
 from streamhouse import consumer
 from streamhouse.assignments import Callbacks, PlainCallback, callbacks_of
 from streamhouse.background import BACKGROUND
-from streamhouse.core.faces import PlainContext, PlainIteration
 from streamhouse.core.in_flight import Worker
 from streamhouse.core.kafka_names import explains_kafka_arguments, explains_kafka_methods, explains_kafka_names
 from streamhouse.core.lag import Lag
@@ -35,6 +34,7 @@ from streamhouse.core.options import (
 )
 from streamhouse.core.serializers import records_of_poll
 from streamhouse.core.subscription import Topics, subscription_of
+from streamhouse.core.sync_mismatch import PlainContext, PlainIteration
 from streamhouse.metrics import ConsumerMetrics
 from streamhouse.records import (
     MembershipState,

@@ -30,7 +30,6 @@ from shproto.rpc import Interceptors
 
 from streamhouse import producer, tracing
 from streamhouse.background import BACKGROUND
-from streamhouse.core.faces import PlainContext
 from streamhouse.core.kafka_names import (
     explains_kafka_arguments,
     explains_kafka_methods,
@@ -39,6 +38,7 @@ from streamhouse.core.kafka_names import (
 )
 from streamhouse.core.options import ProducerKwargs, check_exit_timeout, check_timeout_s, partition_number
 from streamhouse.core.outgoing import CheckedRecord, Headers, ManyRecords, check_record
+from streamhouse.core.sync_mismatch import PlainContext
 from streamhouse.delivery import Delivery, PlacedRecords, SentRecords
 from streamhouse.metrics import ProducerMetrics
 from streamhouse.producer import close_with, not_acknowledged
