@@ -1,5 +1,10 @@
-"""Which partition a record goes to: the application's choice, its key's as in Kafka, or for those without keys one that
-stays for a batch, and for a moment where batches are small."""
+"""Partitions of records: the application's choice, the key's as in Kafka, or for records without a key one that stays
+for a batch, and for STICKY_MS where batches are small.
+
+Owns: the partition of each topic that records without a key go to now, and until when. Does not own: batches in the
+making (gatherer.py), leaders.
+Invariants: while that partition has a batch in the making with room, no other one is chosen.
+"""
 
 import random
 from functools import lru_cache
@@ -17,8 +22,8 @@ from streamhouse.core.outgoing import ManyRecords
 from streamhouse.gatherer import Gatherer, LaneState
 from streamhouse.metadata import TopicState
 
-# Small batches without keys follow each other to a partition for so long: while some of them are unanswered, the next
-# one gathers more records (sender.SMALL_IN_FLIGHT_MAX). In turns to all partitions, each would be the only one of its.
+# Small batches without keys go to the same partition for so long: while two of them are unanswered, the next batch
+# gathers more records (sender.SMALL_IN_FLIGHT_MAX). Spread over all partitions, each would be alone in its own.
 STICKY_MS = 100
 
 # Keys repeat; 16,384 of them cost 2 MB and save most of the hashing, with the largest that are kept 6 MB.
@@ -67,7 +72,7 @@ class TopicLanes:
         self._sticky = self._next_sticky()
 
     def _next_sticky(self) -> int:
-        """Any partition that has a leader; any at all while none has."""
+        """Chooses a partition that has a leader, or any while none has; returns its number."""
         led = [number for number, address in enumerate(self.state.leaders) if address]
         self._sticky = random.choice(led or range(len(self.lanes)))
         self._sticky_until_s = self.loop.time() + STICKY_MS / 1000
@@ -135,7 +140,7 @@ class TopicLanes:
         return partitions
 
     def _sticky_partitions(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sticky partition until its batch is full, then another one, a batch full each."""
+        """Returns the sticky partition until its batch is full, then others, a batch full each; shape (n,)."""
         begun = self._begun_sticky()
         turns = (np.cumsum(sizes) + begun - 1) // self._batch_bytes
         choices = [self._sticky, *(self._next_sticky() for _ in range(int(turns[-1]) if len(turns) else 0))]

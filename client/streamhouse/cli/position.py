@@ -38,9 +38,9 @@ class Position:
 
 
 def parse_position(text: str, *, takes_last: bool = False, takes_ends: bool = True) -> Position:
-    """Digits alone are an offset; `@` and digits are ms since 1970; with `takes_last` a minus sign and digits are a
-    number of records before the end; with `takes_ends` there are `earliest` and `latest`; anything else has to be ISO
-    8601, which is UTC unless it says otherwise. Raises ValueError."""
+    """Returns the position that `text` names. Digits alone are an offset; `@` and digits are ms since 1970; with
+    `takes_last` a minus sign and digits are a number of records before the end; with `takes_ends` there are `earliest`
+    and `latest`; anything else has to be ISO 8601, which is UTC unless it says otherwise. Raises ValueError."""
     if takes_ends and text == "earliest":
         return Position("earliest")
     if takes_ends and text == "latest":

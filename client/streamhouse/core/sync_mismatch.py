@@ -1,4 +1,4 @@
-"""Errors where a class of the asynchronous client is used as one for plain code, or the other way round.
+"""Errors where a class of the asynchronous client is used in plain code, or one of streamhouse.sync with `async`. Pure.
 
 Type checkers see none of these methods, and go on refusing such a use.
 """
@@ -19,7 +19,7 @@ class AsyncContext:
             raise _wrong(self, PLAIN, "with")
 
         def __exit__(self, *error: object) -> None:
-            """Is there because `with` looks for both before it calls one."""
+            """Does nothing: `with` looks for both methods before it calls one."""
 
 
 class AsyncIteration:
@@ -42,7 +42,7 @@ class PlainContext:
             raise _wrong(self, ASYNCHRONOUS, "with")
 
         async def __aexit__(self, *error: object) -> None:
-            """Is there because `async with` looks for both before it calls one."""
+            """Does nothing: `async with` looks for both methods before it calls one."""
 
 
 class PlainIteration:

@@ -1,7 +1,9 @@
 """Where the records of every partition lie: ranges of epochs, registered segments, agents with a session.
 
 Owns: the state that the coordinator's snapshot and feed describe. `ClusterIndex.apply` is its only mutator.
-Does not own: following the feed, waking readers, what a reader does with it (plan.py).
+Does not own: following the feed, waking readers, how records are read.
+Invariants: `position` grows by one with each event applied. An event that does not fit raises IndexMismatch: a
+snapshot then replaces the state.
 """
 
 from __future__ import annotations

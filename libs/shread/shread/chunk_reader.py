@@ -1,7 +1,9 @@
 """Byte ranges of objects through fixed-size chunks: from disk, else from Redis, else from the object store.
 
-One download per missing chunk, however many readers wait for it; a reader that is cancelled does not cancel it.
-Does not know segments or blocks: who asks checks what it gets, and says so (`drop`) when it is damaged.
+Owns: the downloads under way. Does not own: the caches, segments and blocks: a reader checks the bytes that it gets,
+and drops chunks that are damaged.
+Invariants: a missing chunk is downloaded once, however many readers wait for it; a reader that is cancelled does not
+cancel the download. A download holds one of the slots until the chunk is on disk, so that memory is bounded.
 """
 
 from __future__ import annotations

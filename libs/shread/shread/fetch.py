@@ -1,7 +1,8 @@
 """One fetch: plan, read segments, then the tail, wait where there is nothing yet.
 
-A fetch ends when it has enough, when its time is over, or when the plan says that nothing can come.
-Never spins: every turn of its loop reads something, moves its offset, or waits for a change or a deadline.
+Owns: one fetch's offset, what it has read, its deadline. Does not own: index, segments, the agents' tails.
+Invariants: a fetch ends when it has enough, when its time is over, or when the plan says that nothing can come. It
+never spins: every turn of its loop reads something, moves its offset, or waits for a change or a deadline.
 """
 
 from __future__ import annotations

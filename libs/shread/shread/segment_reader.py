@@ -1,6 +1,8 @@
-"""Blocks of registered segments, every one checked before it is handed on.
+"""Blocks of registered segments, each checked before it is handed on.
 
-Damage is looked at twice: what a cache holds is dropped and fetched again; what the store holds is DataLoss.
+Owns: the segments' indexes in memory, the least recently used of which leave first. Does not own: chunks, their caches.
+Invariants: damage is looked at twice: a damaged chunk of a cache is dropped and fetched again; damage in the object
+store is DataLoss.
 """
 
 from __future__ import annotations

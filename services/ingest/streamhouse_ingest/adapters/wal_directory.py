@@ -1,4 +1,9 @@
-"""The directory of a write-ahead log: whose it is, who has it open, which files are in it."""
+"""The directory of a write-ahead log: its lock, its identity, the notes beside its files.
+
+Owns: the lock, the identity (agent id and wal_id), the notes. Does not own: the content of log files (wal.py).
+Invariants: one process at a time has the directory open. From `mark_used` on, which comes before the first log file, it
+belongs to its agent id for good.
+"""
 
 import fcntl
 import json
