@@ -32,7 +32,8 @@ from streamhouse_ingest.grants import Grants
 from streamhouse_ingest.history import History
 from streamhouse_ingest.logs import Logs
 from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import CurrentSession, Sealer
+from streamhouse_ingest.sealer import Sealer
+from streamhouse_ingest.session_id import CurrentSession
 
 log = logging.getLogger(__name__)
 

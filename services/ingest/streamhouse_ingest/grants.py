@@ -18,7 +18,7 @@ from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.core.wanted import Question, Wanted
 from streamhouse_ingest.history import History
 from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import CurrentSession
+from streamhouse_ingest.session_id import CurrentSession
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from streamhouse_ingest.grants import Grants
 from streamhouse_ingest.history import History
 from streamhouse_ingest.logs import Logs
 from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import CurrentSession
+from streamhouse_ingest.session_id import CurrentSession
 from streamhouse_ingest.waiting import ends_within
 from streamhouse_ingest.wal_space import WalSpace
 

@@ -19,7 +19,8 @@ from shruntime.tasks import Backoff, Tasks
 
 from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.logs import HeldLog, Logs
-from streamhouse_ingest.sealer import CurrentSession, Sealer
+from streamhouse_ingest.sealer import Sealer
+from streamhouse_ingest.session_id import CurrentSession
 from streamhouse_ingest.waiting import done_within
 from streamhouse_ingest.writer import Writer
 

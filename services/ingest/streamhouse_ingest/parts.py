@@ -21,9 +21,10 @@ from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.moves import Moves
 from streamhouse_ingest.ports import OpenedLog
 from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import CurrentSession, Sealer
+from streamhouse_ingest.sealer import Sealer
 from streamhouse_ingest.service import ProduceService
 from streamhouse_ingest.session import Identity, Session
+from streamhouse_ingest.session_id import CurrentSession
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.tail import TailReader
 from streamhouse_ingest.topics import TopicLookup

@@ -24,6 +24,7 @@ from streamhouse_ingest.core.partition_log import LogKey
 from streamhouse_ingest.core.sealing import Candidate, SealLimits, limits_behind, plan_seals
 from streamhouse_ingest.logs import LINKS_MAX, HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
+from streamhouse_ingest.session_id import CurrentSession
 from streamhouse_ingest.waiting import ends_within
 
 log = logging.getLogger(__name__)
@@ -42,31 +43,6 @@ class SealedBuffer:
     buffer_id: str
     slices: tuple[tuple[HeldLog, Buffer], ...]
     trace_context: str
-
-
-class CurrentSession:
-    """The open session: its token, which calls carry, and its id, which events name. Both empty while there is none."""
-
-    def __init__(self) -> None:
-        self.token = ""
-        self.session_id = ""
-        self._open = asyncio.Event()
-
-    def set(self, token: str, session_id: str) -> None:
-        """Notes the open session."""
-        self.token, self.session_id = token, session_id
-        self._open.set()
-
-    def clear(self) -> None:
-        """Notes that there is no session."""
-        self.token = self.session_id = ""
-        self._open.clear()
-
-    async def wait_open(self) -> str:
-        """Returns the token of the open session, once there is one."""
-        while not self.token:
-            await self._open.wait()
-        return self.token
 
 
 class Sealer:

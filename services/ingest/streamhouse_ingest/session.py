@@ -28,7 +28,8 @@ from streamhouse_ingest.logs import HeldLog, Logs
 from streamhouse_ingest.moves import Moves
 from streamhouse_ingest.ports import WalBroken
 from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import CurrentSession, Sealer
+from streamhouse_ingest.sealer import Sealer
+from streamhouse_ingest.session_id import CurrentSession
 from streamhouse_ingest.writer import Writer
 
 log = logging.getLogger(__name__)

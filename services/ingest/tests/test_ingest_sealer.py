@@ -16,7 +16,8 @@ from streamhouse_ingest.core.producers import ProducerTable
 from streamhouse_ingest.core.sealing import SealLimits
 from streamhouse_ingest.logs import Logs
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.sealer import CurrentSession, Sealer, overlapping
+from streamhouse_ingest.sealer import Sealer, overlapping
+from streamhouse_ingest.session_id import CurrentSession
 
 from services.ingest.tests.test_ingest_logs import append, lead, new_logs
 

@@ -1,0 +1,28 @@
+"""The session that the agent has open, as all its parts see it."""
+
+import asyncio
+
+
+class CurrentSession:
+    """The open session: its token, which calls carry, and its id, which events name. Both empty while there is none."""
+
+    def __init__(self) -> None:
+        self.token = ""
+        self.session_id = ""
+        self._open = asyncio.Event()
+
+    def set(self, token: str, session_id: str) -> None:
+        """Notes the open session."""
+        self.token, self.session_id = token, session_id
+        self._open.set()
+
+    def clear(self) -> None:
+        """Notes that there is no session."""
+        self.token = self.session_id = ""
+        self._open.clear()
+
+    async def wait_open(self) -> str:
+        """Returns the token of the open session, once there is one."""
+        while not self.token:
+            await self._open.wait()
+        return self.token
