@@ -22,7 +22,7 @@ from typing import Any
 from shformat import ProducerStamp, Records, encode_batch, stamp_batch
 from shruntime.signals import restore_sigint
 from streamhouse import Admin
-from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.ports import Frame
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.wiring import open_log

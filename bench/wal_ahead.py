@@ -24,7 +24,7 @@ from streamhouse import Admin, Producer
 from streamhouse.cli.serve_process import ServeProcess
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
-from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.ports import Frame
 from streamhouse_ingest.settings import IngestSettings
 

@@ -43,7 +43,7 @@ from shformat import (
     stamp_batch,
     validate_batch,
 )
-from streamhouse_ingest.core.wal_tail import Tail, judge_tail
+from streamhouse_ingest.log.wal_tail import Tail, judge_tail
 
 from tests.fuzz.checksums import repair_batches, repair_segment, repair_wal
 from tests.fuzz.format_mutators import mutate_batches, mutate_segment, mutate_wal

@@ -10,7 +10,7 @@ import numpy as np
 from shformat import FormatError
 from shformat.varint import VARINT_BYTES_MAX, decode_varints, encode_varints, unzigzag, zigzag
 from shproto.events import Event, event_from_json
-from streamhouse_ingest.core.producers import (
+from streamhouse_ingest.log.producers import (
     BATCHES_REMEMBERED,
     ProducerState,
     ProducerTable,

@@ -11,9 +11,9 @@ from unittest import mock
 from shcluster import peers
 from shruntime import files
 from streamhouse_coordinator.core import sessions as coordinator_sessions
-from streamhouse_ingest import sealer
 from streamhouse_ingest import wiring as ingest_wiring
 from streamhouse_ingest.adapters import wal, wal_directory, wal_note, wal_replay
+from streamhouse_ingest.sealing import sealer
 from streamhouse_query import wiring as query_wiring
 
 from tests.simulation.cache import SimChunkCache

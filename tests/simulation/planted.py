@@ -18,8 +18,8 @@ from streamhouse_coordinator.core.groups import Group
 from streamhouse_coordinator.core.registration import Result
 from streamhouse_coordinator.core.tables import RangeRow
 from streamhouse_ingest.adapters.wal import FileWal
-from streamhouse_ingest.core import wal_index
-from streamhouse_ingest.core.producers import ProducerTable
+from streamhouse_ingest.log import wal_index
+from streamhouse_ingest.log.producers import ProducerTable
 
 
 def _without_compare_and_set(segment: Segment, row: RangeRow | None) -> Result:

@@ -14,9 +14,9 @@ from shruntime.clock import Clock
 from shruntime.disk_space import DiskSpace
 from shruntime.tasks import Tasks
 
-from streamhouse_ingest.core.partition_log import PartitionLog
-from streamhouse_ingest.core.replay import Replay
-from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.log.logs import HeldLog, Logs
+from streamhouse_ingest.log.partition_log import PartitionLog
+from streamhouse_ingest.log.replay import Replay
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.parts import AgentContext, AgentParts, assemble
 from streamhouse_ingest.ports import OpenedLog, Wal

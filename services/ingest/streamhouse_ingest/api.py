@@ -9,8 +9,8 @@ from shproto.rpc import caller_connection
 from shproto.v1 import ingest_pb2 as pb
 
 from streamhouse_ingest.agent import Agent
-from streamhouse_ingest.in_flight import ConnectionByteLimit
-from streamhouse_ingest.service import Accepted, ProduceService
+from streamhouse_ingest.produce.in_flight import ConnectionByteLimit
+from streamhouse_ingest.produce.service import Accepted, ProduceService
 
 
 class IngestApi:

@@ -9,28 +9,28 @@ from shruntime.clock import Clock
 from shruntime.memory import MIB
 from shruntime.tasks import Backoff, Tasks
 
-from streamhouse_ingest.core.lease import Lease
-from streamhouse_ingest.core.sealing import SealLimits
-from streamhouse_ingest.damage import Damage
-from streamhouse_ingest.event_feed import EventFeed
-from streamhouse_ingest.grants import Grants
-from streamhouse_ingest.heartbeats import Heartbeats
-from streamhouse_ingest.history import History
-from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.leadership.event_feed import EventFeed
+from streamhouse_ingest.leadership.grants import Grants
+from streamhouse_ingest.leadership.heartbeats import Heartbeats
+from streamhouse_ingest.leadership.moves import Moves
+from streamhouse_ingest.leadership.ranges import Ranges
+from streamhouse_ingest.leadership.session import Identity, Session
+from streamhouse_ingest.log.history import History
+from streamhouse_ingest.log.lease import Lease
+from streamhouse_ingest.log.logs import HeldLog, Logs
+from streamhouse_ingest.log.session_id import CurrentSession
+from streamhouse_ingest.log.trimmer import Trimmer
+from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.moves import Moves
 from streamhouse_ingest.ports import OpenedLog
-from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import Sealer
-from streamhouse_ingest.service import ProduceService
-from streamhouse_ingest.session import Identity, Session
-from streamhouse_ingest.session_id import CurrentSession
+from streamhouse_ingest.produce.service import ProduceService
+from streamhouse_ingest.produce.topics import TopicLookup
+from streamhouse_ingest.produce.writer import Writer, WriterLimits
+from streamhouse_ingest.reading.damage import Damage
+from streamhouse_ingest.reading.tail import TailReader
+from streamhouse_ingest.sealing.sealer import Sealer
+from streamhouse_ingest.sealing.sealing import SealLimits
 from streamhouse_ingest.settings import IngestSettings
-from streamhouse_ingest.tail import TailReader
-from streamhouse_ingest.topics import TopicLookup
-from streamhouse_ingest.trimmer import Trimmer
-from streamhouse_ingest.wal_space import WalSpace
-from streamhouse_ingest.writer import Writer, WriterLimits
 
 # One segmenter builds an object in memory: the largest sealed buffer there may be.
 _OBJECT_BYTES_MAX = 256 * MIB

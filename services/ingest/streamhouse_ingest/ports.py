@@ -7,10 +7,10 @@ from typing import Protocol
 
 from shruntime.descriptors import NO_DESCRIPTORS
 
-from streamhouse_ingest.core.buffer import WalPosition
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.replay import Replay
-from streamhouse_ingest.core.wal_index import WalIndex
+from streamhouse_ingest.log.buffer import WalPosition
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.log.replay import Replay
+from streamhouse_ingest.log.wal_index import WalIndex
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """OSErrors of a disk that has no room."""

@@ -11,8 +11,8 @@ import pytest
 from shformat import ProducerStamp, Records, encode_batch, stamp_batch
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.adapters.wal_replay import Replayed, replay_directory
-from streamhouse_ingest.core.buffer import WalPosition
-from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.log.buffer import WalPosition
+from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.ports import Frame
 
 KEY = LogKey(b"t" * 16, 0, 1)

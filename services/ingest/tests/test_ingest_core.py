@@ -1,10 +1,10 @@
 """Lease, sealing plan, WAL index."""
 
 import pytest
-from streamhouse_ingest.core.lease import Lease
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.sealing import Candidate, SealLimits, limits_behind, plan_seals
-from streamhouse_ingest.core.wal_index import WalIndex
+from streamhouse_ingest.log.lease import Lease
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.log.wal_index import WalIndex
+from streamhouse_ingest.sealing.sealing import Candidate, SealLimits, limits_behind, plan_seals
 
 pytestmark = pytest.mark.quick
 

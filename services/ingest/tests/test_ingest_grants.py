@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from shproto.errors import Unavailable
 from shproto.v1 import coordinator_pb2 as pb
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.producers import ProducerState, WrittenBatch, encode_snapshot
-from streamhouse_ingest.core.wanted import RANGES_ASKED_MAX, Wanted
+from streamhouse_ingest.leadership.wanted import RANGES_ASKED_MAX, Wanted
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.log.producers import ProducerState, WrittenBatch, encode_snapshot
 
 from services.ingest.tests.ingest_standins import CoordinatorStandIn, eventually, kill, started
 

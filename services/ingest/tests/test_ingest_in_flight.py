@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 from shproto.errors import Overloaded
-from streamhouse_ingest.in_flight import ConnectionByteLimit
+from streamhouse_ingest.produce.in_flight import ConnectionByteLimit
 
 pytestmark = pytest.mark.quick
 

@@ -1,9 +1,9 @@
 """What the held logs cost in memory, and who is told of what."""
 
-from streamhouse_ingest.core.buffer import BATCH_OVERHEAD_BYTES, WalPosition
-from streamhouse_ingest.core.partition_log import BatchAppended, LogKey, PartitionLog
-from streamhouse_ingest.core.producers import ProducerState, ProducerTable, WrittenBatch
-from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.log.buffer import BATCH_OVERHEAD_BYTES, WalPosition
+from streamhouse_ingest.log.logs import HeldLog, Logs
+from streamhouse_ingest.log.partition_log import BatchAppended, LogKey, PartitionLog
+from streamhouse_ingest.log.producers import ProducerState, ProducerTable, WrittenBatch
 
 
 def new_logs(memory_bytes_max: int = 10_000, tail_cache_bytes: int = 1_000) -> Logs:

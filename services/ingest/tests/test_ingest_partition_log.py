@@ -5,10 +5,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from shformat import ProducerStamp
-from streamhouse_ingest.core.buffer import Buffer, WalPosition
-from streamhouse_ingest.core.draft import Draft, NotLed, RangeExhausted
-from streamhouse_ingest.core.partition_log import BatchAppended, LogKey, PartitionLog, Span
-from streamhouse_ingest.core.producers import DuplicateOf, OutOfSequence, ProducerTable, decode_snapshot
+from streamhouse_ingest.log.buffer import Buffer, WalPosition
+from streamhouse_ingest.log.partition_log import BatchAppended, LogKey, PartitionLog, Span
+from streamhouse_ingest.log.producers import DuplicateOf, OutOfSequence, ProducerTable, decode_snapshot
+from streamhouse_ingest.produce.draft import Draft, NotLed, RangeExhausted
 
 pytestmark = pytest.mark.quick
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shformat import ProducerStamp
-from streamhouse_ingest.core.producers import (
+from streamhouse_ingest.log.producers import (
     BATCHES_REMEMBERED,
     DuplicateOf,
     FencedBy,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shformat import HeaderColumns, WalFrame
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.replay import Replay, runs_of
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.log.replay import Replay, runs_of
 
 pytestmark = pytest.mark.quick
 

@@ -10,14 +10,14 @@ from shproto.rpc import MESSAGE_BYTES_MAX
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import ManualClock, SystemClock
 from shruntime.tasks import Backoff
-from streamhouse_ingest.core.buffer import Buffer, WalPosition
-from streamhouse_ingest.core.partition_log import BatchAppended
-from streamhouse_ingest.core.producers import ProducerTable
-from streamhouse_ingest.core.sealing import SealLimits
-from streamhouse_ingest.logs import Logs
+from streamhouse_ingest.log.buffer import Buffer, WalPosition
+from streamhouse_ingest.log.logs import Logs
+from streamhouse_ingest.log.partition_log import BatchAppended
+from streamhouse_ingest.log.producers import ProducerTable
+from streamhouse_ingest.log.session_id import CurrentSession
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.sealer import Sealer, overlapping
-from streamhouse_ingest.session_id import CurrentSession
+from streamhouse_ingest.sealing.sealer import Sealer, overlapping
+from streamhouse_ingest.sealing.sealing import SealLimits
 
 from services.ingest.tests.test_ingest_logs import append, lead, new_logs
 

@@ -31,20 +31,20 @@ from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import ManualClock
 from shruntime.settings import SettingsError
 from shruntime.tasks import Tasks
-from streamhouse_ingest import request_rules
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
-from streamhouse_ingest.core.buffer import WalPosition
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.producers import (
+from streamhouse_ingest.log.buffer import WalPosition
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.log.producers import (
     ProducerState,
     WrittenBatch,
     decode_snapshot,
     encode_snapshot,
 )
+from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.ports import Frame, WalBroken, WalDamaged, WalLocked
+from streamhouse_ingest.produce import request_rules
 from streamhouse_ingest.settings import IngestSettings
-from streamhouse_ingest.wal_space import WalSpace
 from streamhouse_ingest.wiring import IngestService
 
 from services.ingest.tests.ingest_standins import (
@@ -1154,7 +1154,7 @@ async def test_g1_an_agent_that_its_workers_cannot_reach_settles_where_it_ends_a
 async def test_of_many_moves_a_few_refuse_writes_at_once_and_one_call_settles_them(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("streamhouse_ingest.moves.MOVES_AT_ONCE", 10)
+    monkeypatch.setattr("streamhouse_ingest.leadership.moves.MOVES_AT_ONCE", 10)
     go_on, settle, calls = asyncio.Event(), coordinator.settle_ranges, []
 
     async def held_up(request: Any) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from shproto.errors import Unavailable
 from shruntime.clock import ManualClock
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.logs import Logs
-from streamhouse_ingest.topics import TopicLookup
+from streamhouse_ingest.log.logs import Logs
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.produce.topics import TopicLookup
 
 pytestmark = pytest.mark.quick
 

@@ -12,8 +12,9 @@ from shformat import Records, encode_batch
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.telemetry import current_traceparent
-from streamhouse_ingest import sealer, service
-from streamhouse_ingest.logs import LINKS_MAX
+from streamhouse_ingest.log.logs import LINKS_MAX
+from streamhouse_ingest.produce import service
+from streamhouse_ingest.sealing import sealer
 
 from services.ingest.tests.ingest_standins import CoordinatorStandIn, eventually, kill, started
 

@@ -23,8 +23,8 @@ from shruntime import files
 from streamhouse_ingest.adapters.wal import FileBatchReader, FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.adapters.wal_replay import replay_directory
-from streamhouse_ingest.core.buffer import WalPosition
-from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.log.buffer import WalPosition
+from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.ports import (
     Frame,
     WalBroken,

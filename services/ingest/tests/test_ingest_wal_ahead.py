@@ -34,7 +34,7 @@ from streamhouse_ingest.adapters import wal as wal_module
 from streamhouse_ingest.adapters.wal import FileBatchReader, FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.adapters.wal_replay import Replayed
-from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.ports import Frame, WalBroken, WalFull, WrongIdentity
 
 from services.ingest.tests.ingest_wal_files import (

@@ -19,7 +19,7 @@ from shformat import WAL_FILE_HEADER_SIZE, FormatError, check_batch, encode_fram
 from shruntime import files
 
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
-from streamhouse_ingest.core.buffer import WalPosition
+from streamhouse_ingest.log.buffer import WalPosition
 from streamhouse_ingest.ports import SCARCE, Frame, Seen, WalBroken, WalDamaged, WalFileGone, WalFull
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")

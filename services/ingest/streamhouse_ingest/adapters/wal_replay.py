@@ -21,10 +21,10 @@ from shformat import (
 )
 
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.replay import Replay, runs_of
-from streamhouse_ingest.core.wal_index import WalIndex
-from streamhouse_ingest.core.wal_tail import Tail, judge_tail
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.log.replay import Replay, runs_of
+from streamhouse_ingest.log.wal_index import WalIndex
+from streamhouse_ingest.log.wal_tail import Tail, judge_tail
 from streamhouse_ingest.ports import WrongIdentity
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ when a heartbeat tells of a change that the events have not brought. What an ans
 
 from collections.abc import Collection, Iterable, Mapping
 
-from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.log.partition_log import LogKey
 
 # As many as the coordinator lets one question name; beyond it, asking for all is no more work.
 RANGES_ASKED_MAX = 10_000

@@ -27,13 +27,13 @@ from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.grants import Grants
-from streamhouse_ingest.history import History
-from streamhouse_ingest.logs import Logs
-from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import Sealer
-from streamhouse_ingest.session_id import CurrentSession
+from streamhouse_ingest.leadership.grants import Grants
+from streamhouse_ingest.leadership.ranges import Ranges
+from streamhouse_ingest.log.history import History
+from streamhouse_ingest.log.logs import Logs
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.log.session_id import CurrentSession
+from streamhouse_ingest.sealing.sealer import Sealer
 
 log = logging.getLogger(__name__)
 

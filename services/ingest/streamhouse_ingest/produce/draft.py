@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from shformat import ProducerStamp
 
-from streamhouse_ingest.core.partition_log import BatchAppended, PartitionLog
-from streamhouse_ingest.core.producers import (
+from streamhouse_ingest.log.partition_log import BatchAppended, PartitionLog
+from streamhouse_ingest.log.producers import (
     DuplicateOf,
     FencedBy,
     OutOfSequence,

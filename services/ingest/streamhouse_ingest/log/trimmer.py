@@ -4,9 +4,9 @@ import asyncio
 import logging
 from concurrent.futures import Executor
 
-from streamhouse_ingest.core.wal_index import WalIndex
-from streamhouse_ingest.history import History
-from streamhouse_ingest.logs import Logs
+from streamhouse_ingest.log.history import History
+from streamhouse_ingest.log.logs import Logs
+from streamhouse_ingest.log.wal_index import WalIndex
 from streamhouse_ingest.ports import Wal
 
 log = logging.getLogger(__name__)

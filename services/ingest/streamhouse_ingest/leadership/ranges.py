@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from shproto.v1 import coordinator_pb2 as pb
 
-from streamhouse_ingest.core.partition_log import LogKey, PartitionLog, Span
-from streamhouse_ingest.core.producers import SnapshotError, decode_snapshot
-from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.leadership.moves import Moves
+from streamhouse_ingest.log.logs import HeldLog, Logs
+from streamhouse_ingest.log.partition_log import LogKey, PartitionLog, Span
+from streamhouse_ingest.log.producers import SnapshotError, decode_snapshot
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.moves import Moves
-from streamhouse_ingest.writer import Writer
+from streamhouse_ingest.produce.writer import Writer
 
 log = logging.getLogger(__name__)
 

@@ -21,14 +21,14 @@ from shproto.v1 import types_pb2
 from shruntime.clock import Clock
 from shruntime.telemetry import context_of, current_traceparent
 
-from streamhouse_ingest.core.partition_log import PartitionLog
-from streamhouse_ingest.logs import HeldLog, Logs, not_leader
+from streamhouse_ingest.log.logs import HeldLog, Logs, not_leader
+from streamhouse_ingest.log.partition_log import PartitionLog
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.request_rules import RequestRules, check_topic_id, is_meant
+from streamhouse_ingest.produce.request_rules import RequestRules, check_topic_id, is_meant
+from streamhouse_ingest.produce.topics import TopicLookup
+from streamhouse_ingest.produce.writer import Append, Writer, Written
 from streamhouse_ingest.settings import IngestSettings
-from streamhouse_ingest.topics import TopicLookup
 from streamhouse_ingest.waiting import done_within
-from streamhouse_ingest.writer import Append, Writer, Written
 
 tracer = trace.get_tracer("streamhouse.ingest")
 

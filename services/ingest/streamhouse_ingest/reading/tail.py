@@ -7,10 +7,10 @@ from shproto.errors import DataLoss, Fenced, Overloaded, StreamHouseError
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import Clock
 
-from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
-from streamhouse_ingest.damage import Damage
-from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.log.logs import HeldLog, Logs
+from streamhouse_ingest.log.partition_log import LogKey, PartitionLog
 from streamhouse_ingest.ports import SCARCE, BatchReader, WalDamaged, WalFileGone
+from streamhouse_ingest.reading.damage import Damage
 from streamhouse_ingest.waiting import done_within
 
 # gRPC moves 1 MiB messages at 1-2 GB/s and smaller ones slower; larger ones only cost memory.

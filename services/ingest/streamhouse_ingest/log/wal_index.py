@@ -6,7 +6,7 @@ the front only, so that a file missing in the middle is seen as damage at the ne
 
 from collections.abc import Callable
 
-from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.log.partition_log import LogKey
 
 
 class WalIndex:

@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Iterator
 
 from shproto.errors import NOT_WRITTEN, UNKNOWN, NotLeader
 
-from streamhouse_ingest.core.buffer import BATCH_OVERHEAD_BYTES, Buffer, WalPosition
-from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
-from streamhouse_ingest.core.producers import ProducerTable
+from streamhouse_ingest.log.buffer import BATCH_OVERHEAD_BYTES, Buffer, WalPosition
+from streamhouse_ingest.log.partition_log import LogKey, PartitionLog
+from streamhouse_ingest.log.producers import ProducerTable
 
 # Of the appends in one sealed buffer, or read of the tail, so many are linked to its trace.
 LINKS_MAX = 32

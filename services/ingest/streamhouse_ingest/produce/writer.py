@@ -15,17 +15,17 @@ from shformat import BatchHeader, stamp_batch
 from shproto.errors import DiskFull, ShuttingDown, StreamHouseError, Unavailable
 from shruntime.clock import Clock
 
-from streamhouse_ingest.core.buffer import WalPosition
-from streamhouse_ingest.core.draft import Decision, Draft, NotLed
-from streamhouse_ingest.core.lease import Lease
-from streamhouse_ingest.core.partition_log import BatchAppended
-from streamhouse_ingest.core.producers import DuplicateOf
-from streamhouse_ingest.core.wal_index import WalIndex
-from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.log.buffer import WalPosition
+from streamhouse_ingest.log.lease import Lease
+from streamhouse_ingest.log.logs import HeldLog, Logs
+from streamhouse_ingest.log.partition_log import BatchAppended
+from streamhouse_ingest.log.producers import DuplicateOf
+from streamhouse_ingest.log.wal_index import WalIndex
+from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.ports import Frame, Wal, WalBroken, WalFull
-from streamhouse_ingest.refusals import lease_lost, log_failed, overloaded, refusal
-from streamhouse_ingest.wal_space import WalSpace
+from streamhouse_ingest.produce.draft import Decision, Draft, NotLed
+from streamhouse_ingest.produce.refusals import lease_lost, log_failed, overloaded, refusal
 
 log = logging.getLogger(__name__)
 

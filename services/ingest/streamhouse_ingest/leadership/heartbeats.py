@@ -10,16 +10,16 @@ from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 
-from streamhouse_ingest.core.lease import Lease
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.event_feed import EventFeed
-from streamhouse_ingest.grants import Grants
-from streamhouse_ingest.history import History
-from streamhouse_ingest.logs import Logs
-from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.session_id import CurrentSession
+from streamhouse_ingest.leadership.event_feed import EventFeed
+from streamhouse_ingest.leadership.grants import Grants
+from streamhouse_ingest.leadership.ranges import Ranges
+from streamhouse_ingest.log.history import History
+from streamhouse_ingest.log.lease import Lease
+from streamhouse_ingest.log.logs import Logs
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.log.session_id import CurrentSession
+from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.waiting import ends_within
-from streamhouse_ingest.wal_space import WalSpace
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import Clock
 
-from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
-from streamhouse_ingest.logs import HeldLog, Logs, not_leader
+from streamhouse_ingest.log.logs import HeldLog, Logs, not_leader
+from streamhouse_ingest.log.partition_log import LogKey, PartitionLog
 from streamhouse_ingest.waiting import ends_within
 
 # Long enough that a producer in a retry loop asks the coordinator once a second, short enough for a new topic.

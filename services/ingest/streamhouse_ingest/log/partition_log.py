@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from shformat import ProducerStamp
 
-from streamhouse_ingest.core.buffer import Buffer, WalPosition
-from streamhouse_ingest.core.producers import TOLD, ProducerTable, after_write
+from streamhouse_ingest.log.buffer import Buffer, WalPosition
+from streamhouse_ingest.log.producers import TOLD, ProducerTable, after_write
 
 
 class LogKey(NamedTuple):

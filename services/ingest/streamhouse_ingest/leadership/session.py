@@ -16,21 +16,21 @@ from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff, run_until_first_ends
 
-from streamhouse_ingest.core.lease import Lease
-from streamhouse_ingest.core.partition_log import LogKey, PartitionLog
-from streamhouse_ingest.core.replay import Doubt
-from streamhouse_ingest.core.wanted import first_of
-from streamhouse_ingest.event_feed import EventFeed
-from streamhouse_ingest.grants import Grants, range_keys
-from streamhouse_ingest.heartbeats import Heartbeats
-from streamhouse_ingest.history import History
-from streamhouse_ingest.logs import HeldLog, Logs
-from streamhouse_ingest.moves import Moves
+from streamhouse_ingest.leadership.event_feed import EventFeed
+from streamhouse_ingest.leadership.grants import Grants, range_keys
+from streamhouse_ingest.leadership.heartbeats import Heartbeats
+from streamhouse_ingest.leadership.moves import Moves
+from streamhouse_ingest.leadership.ranges import Ranges
+from streamhouse_ingest.leadership.wanted import first_of
+from streamhouse_ingest.log.history import History
+from streamhouse_ingest.log.lease import Lease
+from streamhouse_ingest.log.logs import HeldLog, Logs
+from streamhouse_ingest.log.partition_log import LogKey, PartitionLog
+from streamhouse_ingest.log.replay import Doubt
+from streamhouse_ingest.log.session_id import CurrentSession
 from streamhouse_ingest.ports import WalBroken
-from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.sealer import Sealer
-from streamhouse_ingest.session_id import CurrentSession
-from streamhouse_ingest.writer import Writer
+from streamhouse_ingest.produce.writer import Writer
+from streamhouse_ingest.sealing.sealer import Sealer
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from streamhouse_ingest.core.partition_log import LogKey
+from streamhouse_ingest.log.partition_log import LogKey
 
 # Sealed buffers of an agent that are not registered yet. Up to so many is what uploads under way account for.
 BACKLOG_EASY = 8

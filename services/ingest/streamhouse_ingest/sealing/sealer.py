@@ -19,12 +19,12 @@ from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 from shruntime.telemetry import current_traceparent, links_to
 
-from streamhouse_ingest.core.buffer import Buffer
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.sealing import Candidate, SealLimits, limits_behind, plan_seals
-from streamhouse_ingest.logs import LINKS_MAX, HeldLog, Logs
+from streamhouse_ingest.log.buffer import Buffer
+from streamhouse_ingest.log.logs import LINKS_MAX, HeldLog, Logs
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.log.session_id import CurrentSession
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.session_id import CurrentSession
+from streamhouse_ingest.sealing.sealing import Candidate, SealLimits, limits_behind, plan_seals
 from streamhouse_ingest.waiting import ends_within
 
 log = logging.getLogger(__name__)

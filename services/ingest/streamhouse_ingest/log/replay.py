@@ -8,9 +8,9 @@ from operator import add
 
 from shformat import HeaderColumns, ProducerStamp, WalFrame
 
-from streamhouse_ingest.core.buffer import Buffer
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.producers import BATCHES_REMEMBERED, ProducerState, after_write
+from streamhouse_ingest.log.buffer import Buffer
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.log.producers import BATCHES_REMEMBERED, ProducerState, after_write
 
 # A producer's batch: its stamp, record count, base offset, the epoch it was written in.
 _Written = tuple[ProducerStamp, int, int, int]

@@ -9,11 +9,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from streamhouse_ingest.core.buffer import Buffer, WalPosition
-from streamhouse_ingest.logs import HeldLog, Logs
+from streamhouse_ingest.log.buffer import Buffer, WalPosition
+from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.ports import BatchReader, WalFileGone
-from streamhouse_ingest.sealer import Sealer
+from streamhouse_ingest.sealing.sealer import Sealer
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.core.wanted import Question, Wanted
-from streamhouse_ingest.history import History
-from streamhouse_ingest.ranges import Ranges
-from streamhouse_ingest.session_id import CurrentSession
+from streamhouse_ingest.leadership.ranges import Ranges
+from streamhouse_ingest.leadership.wanted import Question, Wanted
+from streamhouse_ingest.log.history import History
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.log.session_id import CurrentSession
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from shruntime.byte_budget import ConnectionBudgets
 
-from streamhouse_ingest.refusals import overloaded
+from streamhouse_ingest.produce.refusals import overloaded
 
 RETRY_MS = 20  # as for the queue: what is in flight is written within some milliseconds
 IN_PROCESS = ""

@@ -20,8 +20,8 @@ from shproto.v1 import types_pb2
 from shruntime.clock import Clock
 from shruntime.fair_executor import FairExecutor, QueueFull
 
-from streamhouse_ingest.logs import HeldLog, Logs
-from streamhouse_ingest.refusals import overloaded
+from streamhouse_ingest.log.logs import HeldLog, Logs
+from streamhouse_ingest.produce.refusals import overloaded
 from streamhouse_ingest.settings import IngestSettings
 
 T = TypeVar("T")

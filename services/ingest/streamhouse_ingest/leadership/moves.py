@@ -17,12 +17,12 @@ from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff, Tasks
 
-from streamhouse_ingest.core.partition_log import LogKey
-from streamhouse_ingest.logs import HeldLog, Logs
-from streamhouse_ingest.sealer import Sealer
-from streamhouse_ingest.session_id import CurrentSession
+from streamhouse_ingest.log.logs import HeldLog, Logs
+from streamhouse_ingest.log.partition_log import LogKey
+from streamhouse_ingest.log.session_id import CurrentSession
+from streamhouse_ingest.produce.writer import Writer
+from streamhouse_ingest.sealing.sealer import Sealer
 from streamhouse_ingest.waiting import done_within
-from streamhouse_ingest.writer import Writer
 
 log = logging.getLogger(__name__)
 

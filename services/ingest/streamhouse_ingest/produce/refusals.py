@@ -3,9 +3,9 @@
 from shformat import ProducerStamp
 from shproto.errors import UNKNOWN, Overloaded, ProducerFenced, SequenceGap, StreamHouseError, Unavailable
 
-from streamhouse_ingest.core.draft import Decision, RangeExhausted
-from streamhouse_ingest.core.producers import FencedBy, OutOfSequence
-from streamhouse_ingest.logs import HeldLog, not_leader
+from streamhouse_ingest.log.logs import HeldLog, not_leader
+from streamhouse_ingest.log.producers import FencedBy, OutOfSequence
+from streamhouse_ingest.produce.draft import Decision, RangeExhausted
 
 _RANGE_RETRY_MS = 100  # an extension takes one call to the coordinator
 

@@ -1,0 +1,1 @@
+"""Producing: from a request to its acknowledgement."""

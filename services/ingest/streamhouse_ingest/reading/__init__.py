@@ -1,0 +1,1 @@
+"""Reading: the acknowledged tail and slices of sealed buffers."""

@@ -1,0 +1,1 @@
+"""Sealing: open buffers become sealed ones, and the coordinator hears of them."""
