@@ -35,13 +35,14 @@ test-all: $(VENV)/.ready-dev ## All tests, as CI runs them; says what was skippe
 quick: $(VENV)/.ready-dev ## Tests of formats and decisions, in a minute: no sockets, no processes
 	$(PYTEST) -m 'quick and not long' $(or $(ARGS),$$(grep -rl --include='test_*.py' mark.quick libs services client tests))
 
-check: $(VENV)/.ready-dev ## What CI checks: format, lint, types, generated files
+check: $(VENV)/.ready-dev ## What CI checks: format, lint, types, generated files, docstrings
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(IN_VENV) python tools/gen_proto.py --check
 	$(BIN)/python tools/gen_settings_docs.py --check
 	$(BIN)/python tools/gen_module_index.py --check
+	$(BIN)/python -m tools.prose
 
 format: $(VENV)/.ready-dev ## Format the code, fix what can be fixed, write generated files
 	$(BIN)/ruff format .
