@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from shproto.errors import Unavailable
 from streamhouse_coordinator.adapters.memory import MemoryStore
-from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.tables import EventRow
 from streamhouse_coordinator.ports import ProjectionCheck, Transaction
+from streamhouse_coordinator.recovery.histories import Head
 
 from tests.simulation.clock import SimClock
 from tests.simulation.loop import PROCESS

@@ -14,7 +14,7 @@ from streamhouse.cli.output import print_json, print_table, show_bytes, show_tim
 from streamhouse.cli.process import run
 
 if TYPE_CHECKING:
-    from streamhouse_coordinator.core.backup_format import Manifest
+    from streamhouse_coordinator.recovery.backup_format import Manifest
 
 
 @click.command(short_help="Back the metadata up into the object store.")
@@ -31,7 +31,7 @@ def backup(only_list: bool, keep: int | None, data_dir: str | None, config: str 
     Everything may go on running. Needs PostgreSQL and the store, but no service: --data-dir, or what a coordinator
     and a segmenter are given (STREAMHOUSE_PG_DSN, STREAMHOUSE_S3_*). `streamhouse restore` brings it back.
     """
-    from streamhouse_coordinator.core.backup_format import BackupDamaged
+    from streamhouse_coordinator.recovery.backup_format import BackupDamaged
 
     if only_list and keep is not None:
         raise click.UsageError("--list deletes nothing: leave out --keep")

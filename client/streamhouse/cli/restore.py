@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from shproto.v1.coordinator_pb2 import CompleteRestoreResponse
     from shstore import ObjectStore
     from streamhouse_coordinator.core.tables import EventRow
-    from streamhouse_coordinator.service.restore import PartitionReport, Report
+    from streamhouse_coordinator.recovery.restore import PartitionReport, Report
 
 ROWS_MAX = 100
 
@@ -72,7 +72,7 @@ def restore(
     if not (dry_run or yes):
         confirm(f"Restore the {name} backup? No service may be running.")
     from streamhouse_coordinator.adapters.migrate import DatabaseRefused
-    from streamhouse_coordinator.core.backup_format import BackupDamaged
+    from streamhouse_coordinator.recovery.backup_format import BackupDamaged
 
     try:
         report = run(lambda: _restore(name, dry_run, accept_holes, data_dir, config))

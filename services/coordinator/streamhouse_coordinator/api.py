@@ -13,7 +13,6 @@ from shruntime.telemetry import context_of, current_traceparent
 
 from streamhouse_coordinator import messages
 from streamhouse_coordinator.core.groups import name_of, split_name
-from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.names import (
     AGENT_ID_LENGTH_MAX,
     CLIENT_ID_LENGTH_MAX,
@@ -26,16 +25,17 @@ from streamhouse_coordinator.core.sessions import INGEST, ROLES, WalEnds, taken
 from streamhouse_coordinator.core.tables import SessionRow
 from streamhouse_coordinator.core.topics import ACKS_WAL
 from streamhouse_coordinator.feed import Feed
+from streamhouse_coordinator.recovery import restores
+from streamhouse_coordinator.recovery.histories import Head
 from streamhouse_coordinator.service import (
     buffers,
     group_admin,
     groups,
     housekeeping,
     objects,
+    orphaned_ranges,
     pruning,
     reach,
-    recovery,
-    restores,
     sessions,
     topics,
     views,
@@ -440,7 +440,7 @@ class CoordinatorApi:
         for epoch in request.epochs:
             check_number("epochs", epoch, 1, messages.INT64_MAX)
         check_text("reason", request.reason, messages.OPERATOR_REASON_LENGTH_MAX, empty=True)
-        rows = await recovery.declare_lost(
+        rows = await orphaned_ranges.declare_lost(
             self._clients, request.topic, request.partition, list(request.epochs), request.reason
         )
         return pb.DeclareLostResponse(ranges=[messages.offset_range(row) for row in rows])

@@ -20,10 +20,10 @@ from shproto.events import BufferSealed
 from shruntime.counters import up_down_counter
 from shruntime.tasks import Backoff
 
-from streamhouse_coordinator.core.histories import Head, went_back
 from streamhouse_coordinator.core.tables import EventRow
 from streamhouse_coordinator.ports import Store
-from streamhouse_coordinator.service import forks
+from streamhouse_coordinator.recovery import forks
+from streamhouse_coordinator.recovery.histories import Head, went_back
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from shproto.events import Event
 
-from streamhouse_coordinator.core.histories import Head
 from streamhouse_coordinator.core.projection import RowOp
 from streamhouse_coordinator.core.tables import LOST, ORPHANED, EventRow, RangeRow, Table
+from streamhouse_coordinator.recovery.histories import Head
 
 ResultT = TypeVar("ResultT")
 RowT = TypeVar("RowT")

@@ -11,7 +11,7 @@ from shruntime.counters import counter
 from shruntime.tasks import run_until_first_ends
 
 from streamhouse_coordinator.ports import Transaction
-from streamhouse_coordinator.service import buffers, groups, outages, reach, recovery, sessions
+from streamhouse_coordinator.service import buffers, groups, orphaned_ranges, outages, reach, sessions
 from streamhouse_coordinator.service.common import Context, make_moves
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Sweeper:
     async def _look(self, tx: Transaction) -> _Found:
         reach_due, cut_off = await reach.is_due(tx, self._context.settings)
         after_outage, moves_due = await outages.note_sweep(tx, self._context.settings.session_sweep_interval_ms)
-        orphaned, impatient = await recovery.look_for_orphaned(tx)
+        orphaned, impatient = await orphaned_ranges.look_for_orphaned(tx)
         return _Found(
             after_outage=after_outage,
             moves_due=moves_due,
@@ -119,7 +119,7 @@ class Sweeper:
     async def _recover(self, found: _Found) -> None:
         given_up = 0
         if found.impatient_topics:
-            given_up = await recovery.recover_unclean(self._context, found.impatient_topics)
+            given_up = await orphaned_ranges.recover_unclean(self._context, found.impatient_topics)
         _unsettled.set(found.orphaned - given_up)
         if given_up:
             _given_up.add(given_up)

@@ -31,14 +31,14 @@ from streamhouse_coordinator.adapters.postgres_connections import Connections, L
 from streamhouse_coordinator.adapters.rabbitmq import Relay
 from streamhouse_coordinator.adapters.waiting_lines import Turns, Waiters
 from streamhouse_coordinator.api import CoordinatorApi
-from streamhouse_coordinator.core.backup_format import Manifest
 from streamhouse_coordinator.core.projection import Put
 from streamhouse_coordinator.core.tables import EVENTS, HISTORY_MARKS, EventRow
 from streamhouse_coordinator.feed import Feed
 from streamhouse_coordinator.ports import where
 from streamhouse_coordinator.probe import Probe
 from streamhouse_coordinator.pruner import Pruner
-from streamhouse_coordinator.service import backup, restore
+from streamhouse_coordinator.recovery import backup, restore
+from streamhouse_coordinator.recovery.backup_format import Manifest
 from streamhouse_coordinator.service.common import Context, new_uuid
 from streamhouse_coordinator.service.pruning import mark_of
 from streamhouse_coordinator.settings import CoordinatorSettings

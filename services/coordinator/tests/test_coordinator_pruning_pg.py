@@ -16,10 +16,11 @@ from shproto.errors import EventsPruned, MetadataWentBack
 from shproto.v1 import coordinator_pb2 as pb
 from shstore import MemoryStore
 from streamhouse_coordinator.adapters import postgres_backup
-from streamhouse_coordinator.core import backup_format as fmt
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.feed import Feed
-from streamhouse_coordinator.service import backup, pruning, restore
+from streamhouse_coordinator.recovery import backup, restore
+from streamhouse_coordinator.recovery import backup_format as fmt
+from streamhouse_coordinator.service import pruning
 from streamhouse_coordinator.service.common import Context
 from streamhouse_coordinator.wiring import CoordinatorService, restore_backup, take_backup
 

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shproto.errors import InvalidArgument, MetadataWentBack
 from shproto.events import PartitionRestored, RangeOrphaned, Segment
-from streamhouse_coordinator.core import backup_format as fmt
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.assignment import start_of_next
-from streamhouse_coordinator.core.barriers import Reported, is_barrier, is_unclaimed, released, split
-from streamhouse_coordinator.core.cover import Candidate, Span, cover
-from streamhouse_coordinator.core.histories import Head, check_log, check_seen
-from streamhouse_coordinator.core.restoring import JUMP_EPOCHS, JUMP_OFFSETS, Known, restore_partition
 from streamhouse_coordinator.core.topics import ACKS_DURABLE, ACKS_WAL
+from streamhouse_coordinator.recovery import backup_format as fmt
+from streamhouse_coordinator.recovery.barriers import Reported, is_barrier, is_unclaimed, released, split
+from streamhouse_coordinator.recovery.cover import Candidate, Span, cover
+from streamhouse_coordinator.recovery.histories import Head, check_log, check_seen
+from streamhouse_coordinator.recovery.restoring import JUMP_EPOCHS, JUMP_OFFSETS, Known, restore_partition
 
 pytestmark = pytest.mark.quick
 

@@ -14,10 +14,10 @@ from shproto.events import GroupDeleted
 from shproto.v1 import coordinator_pb2 as pb
 from shstore import MemoryStore
 from streamhouse_coordinator import wiring
-from streamhouse_coordinator.core import backup_format as fmt
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.restoring import JUMP_EPOCHS, JUMP_OFFSETS, JUMP_PRODUCER_IDS, MISSING_REASON
-from streamhouse_coordinator.service import backup
+from streamhouse_coordinator.recovery import backup
+from streamhouse_coordinator.recovery import backup_format as fmt
+from streamhouse_coordinator.recovery.restoring import JUMP_EPOCHS, JUMP_OFFSETS, JUMP_PRODUCER_IDS, MISSING_REASON
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.wiring import CoordinatorService
 

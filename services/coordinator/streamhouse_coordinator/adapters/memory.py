@@ -11,7 +11,6 @@ from shproto.events import Event
 from shruntime.clock import Clock
 
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.histories import Head, pruned
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set, replayed, row_ops, stamped
 from streamhouse_coordinator.ports import (
     DIFFERENCES_MAX,
@@ -27,6 +26,7 @@ from streamhouse_coordinator.ports import (
     Transaction,
     Where,
 )
+from streamhouse_coordinator.recovery.histories import Head, pruned
 
 ResultT = TypeVar("ResultT")
 RowT = TypeVar("RowT")

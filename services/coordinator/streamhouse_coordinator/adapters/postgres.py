@@ -34,9 +34,9 @@ from streamhouse_coordinator.adapters.postgres_errors import (
 )
 from streamhouse_coordinator.adapters.postgres_transaction import NOW_MS, PostgresRebuilding, PostgresTransaction
 from streamhouse_coordinator.adapters.waiting_lines import Call, Line, Turns, Waiters
-from streamhouse_coordinator.core.histories import Head, pruned
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, EventRow, lock_rank
 from streamhouse_coordinator.ports import Above, ProjectionCheck, Transaction, where
+from streamhouse_coordinator.recovery.histories import Head, pruned
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import AtMost, In, Transaction, where, where_keys
-from streamhouse_coordinator.service import forks
+from streamhouse_coordinator.recovery import forks
 from streamhouse_coordinator.service.common import (
     RANGE_KEYS,
     Context,

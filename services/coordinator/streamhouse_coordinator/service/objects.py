@@ -11,8 +11,8 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.deletion import DeletionGrace, ObjectState, Verdict
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp
 from streamhouse_coordinator.ports import AtMost, In, Lock, Transaction, where
+from streamhouse_coordinator.recovery import forks
 from streamhouse_coordinator.segment_keys import flaw_of_key
-from streamhouse_coordinator.service import forks
 from streamhouse_coordinator.service.common import Context
 
 log = logging.getLogger(__name__)

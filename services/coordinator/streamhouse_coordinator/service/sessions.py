@@ -10,10 +10,11 @@ from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened
 
 from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.histories import NOTHING_SEEN, Head, check_log, check_seen
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Transaction, where, where_keys
-from streamhouse_coordinator.service import buffers, forks, outages, restores
+from streamhouse_coordinator.recovery import forks, restores
+from streamhouse_coordinator.recovery.histories import NOTHING_SEEN, Head, check_log, check_seen
+from streamhouse_coordinator.service import buffers, outages
 from streamhouse_coordinator.service.common import (
     RANGE_KEYS,
     Context,

@@ -10,8 +10,6 @@ from itertools import pairwise
 
 from shproto.events import Event, PartitionRestored, RangeOrphaned, RangeState, Segment, TopicCreated
 
-from streamhouse_coordinator.core.barriers import barrier, is_unclaimed
-from streamhouse_coordinator.core.cover import Candidate, Cover, Span, cover
 from streamhouse_coordinator.core.tables import (
     LOST,
     ORPHANED,
@@ -23,6 +21,8 @@ from streamhouse_coordinator.core.tables import (
     TopicRow,
 )
 from streamhouse_coordinator.core.topics import ACKS_DURABLE, ACKS_WAL
+from streamhouse_coordinator.recovery.barriers import barrier, is_unclaimed
+from streamhouse_coordinator.recovery.cover import Candidate, Cover, Span, cover
 
 # A range is 2^30 offsets wide by default and skips that much at a takeover: this is a thousand takeovers, or 10^12
 # records of one partition, since the backup. 2^63 has room for eight million restores.

@@ -7,10 +7,11 @@ from dataclasses import replace
 from shproto.errors import InvalidArgument
 from shproto.events import Event, PartitionRestored, RangeLost, SegmentRegistered
 
-from streamhouse_coordinator.core import barriers, restoring, sessions
+from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.cover import Span
 from streamhouse_coordinator.ports import ORPHANED_RANGES, In, Transaction, where, where_keys
+from streamhouse_coordinator.recovery import barriers, restoring
+from streamhouse_coordinator.recovery.cover import Span
 from streamhouse_coordinator.service.common import (
     Context,
     RangeKey,

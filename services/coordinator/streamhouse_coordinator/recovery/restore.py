@@ -17,14 +17,14 @@ from shproto.events import (
 )
 from shstore import ObjectStore
 
-from streamhouse_coordinator.core import backup_format as fmt
-from streamhouse_coordinator.core import restoring
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.cover import Candidate
 from streamhouse_coordinator.core.projection import Put, Remove, Set, replayed, row_ops
 from streamhouse_coordinator.ports import Restoring, where
-from streamhouse_coordinator.service import stored_segments as stored
-from streamhouse_coordinator.service.backup import read_chunk
+from streamhouse_coordinator.recovery import backup_format as fmt
+from streamhouse_coordinator.recovery import restoring
+from streamhouse_coordinator.recovery import stored_segments as stored
+from streamhouse_coordinator.recovery.backup import read_chunk
+from streamhouse_coordinator.recovery.cover import Candidate
 from streamhouse_coordinator.service.common import heard_of
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ import logging
 from shproto.errors import MetadataWentBack
 
 from streamhouse_coordinator.core import tables as t
-from streamhouse_coordinator.core.histories import Head, went_back
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp
 from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import Store, Transaction, where
+from streamhouse_coordinator.recovery.histories import Head, went_back
 from streamhouse_coordinator.service.common import CLUSTER_LOCK
 
 log = logging.getLogger(__name__)

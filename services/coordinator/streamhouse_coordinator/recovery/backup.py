@@ -10,9 +10,9 @@ from typing import Any
 from shproto.errors import InvalidArgument
 from shstore import ObjectExists, ObjectMissing, ObjectStore
 
-from streamhouse_coordinator.core import backup_format as fmt
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.ports import Snapshot, Where
+from streamhouse_coordinator.recovery import backup_format as fmt
 
 log = logging.getLogger(__name__)
 
