@@ -33,7 +33,7 @@ test-all: $(VENV)/.ready-dev ## All tests, as CI runs them; says what was skippe
 	$(PYTEST) $(ARGS)
 
 quick: $(VENV)/.ready-dev ## Tests of formats and decisions, in a minute: no sockets, no processes
-	$(PYTEST) -m 'quick and not long' $(or $(ARGS),$$(grep -rl --include='test_*.py' mark.quick libs services client tests))
+	$(PYTEST) -m 'quick and not long' $(or $(ARGS),$$(grep -rl --include='test_*.py' mark.quick libs services client cli tests))
 
 check: $(VENV)/.ready-dev ## What CI checks: format, lint, types, generated files, docstrings
 	$(BIN)/ruff format --check .

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from shruntime.signals import restore_sigint
 from streamhouse import Admin, Consumer, Producer
-from streamhouse.cli.serve_process import ServeProcess
+from streamhouse_cli.serve_process import ServeProcess
 
 from bench.common import Wrong, children, console, print_table, usage
 from bench.loads.records import make_records

@@ -21,7 +21,7 @@ import numpy as np
 from shformat import Records, encode_batch, stamp_batch
 from shruntime.signals import restore_sigint
 from streamhouse import Admin, Producer
-from streamhouse.cli.serve_process import ServeProcess
+from streamhouse_cli.serve_process import ServeProcess
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.log.partition_log import LogKey

@@ -23,10 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from shruntime.signals import restore_sigint
 from streamhouse import Admin, Consumer, Producer, SendResult
-from streamhouse.cli.output import show_bytes
-from streamhouse.cli.serve_process import ServeFailed, ServeProcess
-from streamhouse.cli.status import collect_status
 from streamhouse.errors import StreamHouseError
+from streamhouse_cli.output import show_bytes
+from streamhouse_cli.serve_process import ServeFailed, ServeProcess
+from streamhouse_cli.status import collect_status
 
 TOPIC = "flights"
 PARTITIONS = 4

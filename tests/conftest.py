@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from streamhouse.cli.serve_process import ServeProcess
+from streamhouse_cli.serve_process import ServeProcess
 
 
 @pytest.fixture(scope="session")

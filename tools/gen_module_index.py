@@ -24,6 +24,7 @@ PACKAGES = (
     "services/query/streamhouse_query",
     "client/streamhouse",
     "embedded/streamhouse_embedded",
+    "cli/streamhouse_cli",
 )
 GENERATED = "libs/shproto/shproto/v1"
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from streamhouse.cli.serve_process import ServeProcess
+from streamhouse_cli.serve_process import ServeProcess
 
 from bench.peers import Peer
 

@@ -270,7 +270,7 @@ async def test_the_command_line_waits_for_its_first_contact(command):
     platform = LatePlatform()
     arguments = [*command.split(), "--bootstrap", platform.bootstrap, "--retry-timeout-ms", "60000"]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "streamhouse.cli", *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        sys.executable, "-m", "streamhouse_cli", *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
         assert process.stderr is not None

@@ -14,7 +14,7 @@ import click
 import pytest
 import yaml
 from shruntime.settings import CommonSettings
-from streamhouse.cli.app import cli
+from streamhouse_cli.app import cli
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_query.settings import QuerySettings

@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from streamhouse.cli.serve_process import ServeProcess
 from streamhouse.sync import Admin, Consumer, Producer
+from streamhouse_cli.serve_process import ServeProcess
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]

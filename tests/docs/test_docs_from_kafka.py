@@ -11,9 +11,9 @@ import click
 import pytest
 import streamhouse
 import streamhouse.sync
-from streamhouse.cli.app import cli
 from streamhouse.core.kafka_names import COMMON, KAFKA_NAMES
 from streamhouse.core.options import Compression
+from streamhouse_cli.app import cli
 
 pytestmark = pytest.mark.quick
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
-from streamhouse.cli.app import cli
+from streamhouse_cli.app import cli
 
 pytestmark = pytest.mark.quick
 

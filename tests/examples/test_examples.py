@@ -18,8 +18,8 @@ from types import ModuleType
 import pyarrow.parquet
 import pytest
 from streamhouse import Record
-from streamhouse.cli.serve import DEFAULT_ADDRESS
 from streamhouse.sync import Admin, Consumer, Producer
+from streamhouse_cli.serve import DEFAULT_ADDRESS
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]

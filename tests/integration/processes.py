@@ -57,7 +57,7 @@ class ServiceProcess:
 
     def __init__(self, name: str, arguments: Sequence[str], environ: Mapping[str, str], log_dir: Path) -> None:
         self.name = name
-        self.arguments = [sys.executable, "-m", "streamhouse.cli", *arguments]
+        self.arguments = [sys.executable, "-m", "streamhouse_cli", *arguments]
         self.environ = {
             **{key: value for key, value in os.environ.items() if not key.startswith("STREAMHOUSE_")},
             **environ,

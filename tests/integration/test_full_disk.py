@@ -97,7 +97,7 @@ async def test_g1_g7_leaderships_leave_an_agent_whose_disk_is_full(cluster: Clus
             await until_leads(admin, {"ingest-2": PARTITIONS})
             said = await asyncio.to_thread(
                 subprocess.run,
-                [sys.executable, "-m", "streamhouse.cli", "status", "--bootstrap", cluster.bootstrap],
+                [sys.executable, "-m", "streamhouse_cli", "status", "--bootstrap", cluster.bootstrap],
                 capture_output=True,
                 text=True,
             )

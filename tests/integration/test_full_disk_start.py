@@ -41,7 +41,7 @@ def fill_but(path: Path, left_bytes: int) -> None:
 
 async def failed_start(data_dir: Path) -> str:
     """Returns the one line in which a start says why it cannot be."""
-    command = [sys.executable, "-m", "streamhouse.cli", "serve", "--listen", "127.0.0.1:0", "--data-dir", str(data_dir)]
+    command = [sys.executable, "-m", "streamhouse_cli", "serve", "--listen", "127.0.0.1:0", "--data-dir", str(data_dir)]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=-1)
     try:
         async with asyncio.timeout(120):

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from streamhouse.cli.serve_process import ServeProcess
 from streamhouse.sync import Admin, Producer
+from streamhouse_cli.serve_process import ServeProcess
 
 TOPIC, GROUP, PARTITIONS, RECORDS, SESSION_TIMEOUT_MS = "orders", "sink", 6, 200, 2_000
 DEADLINE_S = 120.0

@@ -67,7 +67,7 @@ async def test_g1_a_data_directory_of_an_earlier_version_is_opened(packed: Path,
             assert {topic.topic for topic in await admin.list_topics()} == {"orders", "empty"}
         async with Producer(server.address, acks="durable") as producer:
             at = await (await producer.send("orders", key=b"key-0", value=b"new"))
-        verify = [sys.executable, "-m", "streamhouse.cli", "verify", "--data-dir", str(data_dir)]
+        verify = [sys.executable, "-m", "streamhouse_cli", "verify", "--data-dir", str(data_dir)]
         verified = await asyncio.create_subprocess_exec(*verify, "--bootstrap", server.address)
         assert await verified.wait() == 0
         await server.stop()

@@ -216,7 +216,7 @@ async def _verify(cluster: Cluster) -> Any:
 
 
 async def _cli(environ: Mapping[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "streamhouse.cli", *arguments]
+    command = [sys.executable, "-m", "streamhouse_cli", *arguments]
     return await asyncio.to_thread(subprocess.run, command, env=dict(environ), capture_output=True, text=True)
 
 

@@ -138,6 +138,6 @@ async def test_g1_a_restored_database_survives(tmp_path: Path) -> None:
 
 
 def command_line(*arguments: str, environ: Mapping[str, str] | None = None) -> None:
-    command = [sys.executable, "-m", "streamhouse.cli", *arguments]
+    command = [sys.executable, "-m", "streamhouse_cli", *arguments]
     ended = subprocess.run(command, env={**os.environ, **(environ or {})}, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

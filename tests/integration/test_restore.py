@@ -24,7 +24,7 @@ import pytest
 from shruntime.settings import StoreSettings
 from shstore.configured import configured_store
 from streamhouse import Admin, Consumer, Producer
-from streamhouse.cli.services import load_all_settings
+from streamhouse_cli.services import load_all_settings
 from streamhouse_segmenter.core.history import MARK_KEY, HistoryMark
 
 from tests.integration.cluster import Cluster
@@ -62,7 +62,7 @@ async def new_database(dsn: str) -> str:
 
 async def cli(environ: Mapping[str, str], *arguments: str) -> Any:
     """The JSON that a command prints."""
-    command = [sys.executable, "-m", "streamhouse.cli", *arguments, "--json"]
+    command = [sys.executable, "-m", "streamhouse_cli", *arguments, "--json"]
     done = await asyncio.to_thread(subprocess.run, command, env=dict(environ), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
@@ -380,7 +380,7 @@ class Embedded(Clients):
         """What a command says that ends with exit 1, once the server answers."""
 
         async def said() -> tuple[int, str]:
-            command = [sys.executable, "-m", "streamhouse.cli", *arguments, "--bootstrap", self.address]
+            command = [sys.executable, "-m", "streamhouse_cli", *arguments, "--bootstrap", self.address]
             done = await asyncio.to_thread(
                 subprocess.run, command, env=self.server.environ, capture_output=True, text=True
             )

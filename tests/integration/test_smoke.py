@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from streamhouse.cli.serve_process import ServeProcess
 from streamhouse.sync import Admin, Consumer, Producer
+from streamhouse_cli.serve_process import ServeProcess
 
 pytestmark = [pytest.mark.integration, pytest.mark.smoke, pytest.mark.timeout(120)]
 RECORDS = 10_000

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from streamhouse import Admin, Consumer, Producer
-from streamhouse.cli.serve_process import ServeProcess
+from streamhouse_cli.serve_process import ServeProcess
 
 TOPIC, GROUP, RECORDS, SESSION_TIMEOUT_MS = "stall", "stall", 60, 1_500
 DEADLINE_S = 60.0

@@ -81,7 +81,7 @@ class Takeover:
         ]
 
     async def cli(self, *arguments: str) -> str:
-        command = [sys.executable, "-m", "streamhouse.cli", *arguments, "--bootstrap", self.address]
+        command = [sys.executable, "-m", "streamhouse_cli", *arguments, "--bootstrap", self.address]
         pipe = asyncio.subprocess.PIPE
         # With the variables of a service, so that the command knows the object store.
         environ = self.cluster.services["segmenter-1"].environ

@@ -123,7 +123,7 @@ async def test_a_start_says_in_one_line_why_it_cannot_be(
     data_dir = tmp_path / "data"
     await asyncio.to_thread(shutil.copytree, sound, data_dir, ignore=shutil.ignore_patterns(".s.*"))
     await damage(data_dir)
-    command = [sys.executable, "-m", "streamhouse.cli", "serve", "--listen", "127.0.0.1:0", "--data-dir", str(data_dir)]
+    command = [sys.executable, "-m", "streamhouse_cli", "serve", "--listen", "127.0.0.1:0", "--data-dir", str(data_dir)]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         async with asyncio.timeout(120):

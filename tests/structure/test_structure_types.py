@@ -13,7 +13,7 @@ import streamhouse
 from streamhouse import Admin, Consumer, Producer, sync
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = [path.parent for path in ROOT.glob("*/*/__init__.py") if path.parts[-3] in ("client", "embedded")] + [
+PACKAGES = [path.parent for path in ROOT.glob("*/*/__init__.py") if path.parts[-3] in ("cli", "client", "embedded")] + [
     path.parent for path in ROOT.glob("[ls]*/*/*/__init__.py")
 ]
 
@@ -54,7 +54,7 @@ def plain() -> None:
 
 
 def test_every_package_says_that_it_is_typed() -> None:
-    assert len(PACKAGES) == 12
+    assert len(PACKAGES) == 13
     assert [path.name for path in PACKAGES if not (path / "py.typed").exists()] == []
 
 

@@ -24,7 +24,7 @@ def details_sent() -> dict[str, set[str]]:
     """By class name: the details that any code of ours gives to an error of that class, or adds to one it passes on."""
     sent: dict[str, set[str]] = {cls.__name__: set() for cls in StreamHouseError.registry.values()}
     added: set[str] = set()
-    for path in [path for part in ("libs", "services", "client") for path in (ROOT / part).rglob("*.py")]:
+    for path in [path for part in ("libs", "services", "client", "cli") for path in (ROOT / part).rglob("*.py")]:
         if "tests" in path.parts:
             continue
         for node in ast.walk(ast.parse(path.read_text())):

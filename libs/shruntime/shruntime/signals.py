@@ -1,7 +1,7 @@
 """Signals of a process that starts: before its imports are done, nothing else handles them.
 
 Owns: the handlers of SIGINT, SIGTERM and SIGHUP from the first line of a program until its command
-(streamhouse.cli.process) or its service (tasks.py, supervisor.py) takes them over.
+(streamhouse_cli.process) or its service (tasks.py, supervisor.py) takes them over.
 Invariants: a signal never shows a traceback, and never raises inside an import. SIGHUP never ends a service, and stays
 ignored if it was ignored at the start (nohup); so does SIGINT (a background job of a shell). Nothing but the standard
 library's smallest modules is imported here: what comes before the handlers is not covered by them.

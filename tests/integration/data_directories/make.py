@@ -88,7 +88,7 @@ def free_address() -> str:
 def write(environ: dict[str, str], work_dir: Path, data_dir: Path) -> str:
     """Serves the directory, writes, kills the server; returns what readers must find, as JSON."""
     address, log_path = free_address(), work_dir / "log"
-    command = [sys.executable, "-m", "streamhouse.cli"]
+    command = [sys.executable, "-m", "streamhouse_cli"]
     with log_path.open("wb") as log:
         server = subprocess.Popen(
             [*command, "serve", "--listen", address, "--data-dir", str(data_dir)],

@@ -1,0 +1,262 @@
+"""Reads every registered segment and compares it with the registry; looks for objects that nobody registered.
+
+Owns: what is read in which order, and what may have changed meanwhile. Does not own: the checks
+(registry_check.py).
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from shformat import describe_segment
+from shproto.errors import Unavailable, UnknownTopic
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2, types_pb2
+from shstore import ObjectMissing, ObjectStore, RangeBeyondEnd
+
+from streamhouse_cli.registry_check import (
+    Finding,
+    RegisteredRange,
+    RegisteredSegment,
+    check_contents,
+    check_partition,
+)
+
+# Where segmenters put objects.
+DATA_PREFIX, MIXED_PREFIX = "data/", "mixed/"
+# Two segments are checked while two more are fetched: as much as one core decodes, at 8 MiB a piece.
+SEGMENTS_AT_ONCE = 4
+READ_BYTES = 8 * 1024 * 1024
+# An S3 listing has so many keys a page.
+PAGE_KEYS = 1000
+
+
+@dataclass(slots=True)
+class Report:
+    """replaced: segments that compaction or retention removed while they were to be read. young_objects: not
+    registered, and too new to say that they will not be. waiting_objects: nothing refers to them, a sweep has noticed
+    it, and a later one deletes them. resting_objects: not registered, and left alone by sweeps until resting_until_ms,
+    because the metadata was restored. lost_spans: registered as lost, so nothing to read. metadata_rows: of the
+    coordinator's projections, which were compared with its events; 0 with one topic only."""
+
+    segments: int = 0
+    records: int = 0
+    size_bytes: int = 0
+    lost_spans: int = 0
+    metadata_rows: int = 0
+    replaced: int = 0
+    objects: int = 0
+    young_objects: int = 0
+    waiting_objects: int = 0
+    resting_objects: int = 0
+    resting_until_ms: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    def rest_until(self, sweep_from_ms: int) -> None:
+        """Counts what is not registered instead of finding it: no sweep looks at it before this time."""
+        unregistered = [finding for finding in self.findings if finding.kind == "unregistered"]
+        self.findings = [finding for finding in self.findings if finding.kind != "unregistered"]
+        self.resting_objects, self.resting_until_ms = len(unregistered), sweep_from_ms if unregistered else 0
+
+
+@dataclass(slots=True)
+class _Partition:
+    topic: str
+    topic_id: str
+    number: int
+    log_start_offset: int
+    ranges: list[RegisteredRange] = field(default_factory=list)
+    segments: list[RegisteredSegment] = field(default_factory=list)
+
+
+class Verifier:
+    """`run` once. `progress` is told the total of bytes first, then the bytes read since."""
+
+    def __init__(
+        self,
+        coordinator: CoordinatorApi,
+        store: ObjectStore,
+        *,
+        topic: str | None,
+        grace_ms: int,
+        started: Callable[[int], None],
+        progress: Callable[[int], None],
+    ) -> None:
+        self._coordinator = coordinator
+        self._store = store
+        self._topic = topic
+        self._grace_ms = grace_ms
+        self._started = started
+        self._progress = progress
+        self._report = Report()
+
+    async def run(self) -> Report:
+        """Raises UnknownTopic, Unavailable, StoreError."""
+        if self._topic is None:
+            await self._compare_projections()
+        partitions = await self._registered()
+        for part in partitions:
+            self._report.findings += check_partition(
+                part.topic, part.number, part.log_start_offset, part.ranges, part.segments
+            )
+        segments = [segment for part in partitions for segment in part.segments if not segment.lost_reason]
+        self._report.lost_spans = sum(len(part.segments) for part in partitions) - len(segments)
+        self._started(sum(segment.size_bytes for segment in segments))
+        await self._read_all(segments)
+        await self._look_for_orphans(partitions, {segment.object_key for segment in segments})
+        return self._report
+
+    async def _compare_projections(self) -> None:
+        """The coordinator's tables, which say what is registered, against its events. First: where they differ, what
+        else is found follows from that."""
+        async for part in self._coordinator.check_projections(coordinator_pb2.CheckProjectionsRequest()):
+            if part.done:
+                self._report.metadata_rows = part.rows
+                self._report.findings += [_metadata_finding(item) for item in part.differences]
+                if more := part.differing_rows - len(part.differences):
+                    self._report.findings.append(Finding("metadata", f"{more} more rows are not what the events give"))
+                return
+        raise Unavailable("the coordinator ended its check of the metadata before it had a result")
+
+    async def _registered(self) -> list[_Partition]:
+        """As of one moment."""
+        found: dict[tuple[str, int], _Partition] = {}
+        async for part in self._coordinator.get_snapshot(coordinator_pb2.GetSnapshotRequest()):
+            for item in part.partitions:
+                if self._topic is not None and item.topic.topic != self._topic:
+                    continue
+                key = (item.topic.topic_id.hex(), item.partition)
+                if key not in found:
+                    found[key] = _Partition(item.topic.topic, key[0], item.partition, item.log_start_offset)
+                found[key].ranges += [RegisteredRange(r.epoch, r.start_offset, r.registered_end) for r in item.ranges]
+                found[key].segments += [_segment(ref) for ref in item.segments]
+        if self._topic is not None and not found:
+            raise UnknownTopic(f"topic {self._topic!r} does not exist", topic=self._topic)
+        return list(found.values())
+
+    # ---- segments
+
+    async def _read_all(self, segments: Sequence[RegisteredSegment]) -> None:
+        waiting = iter(segments)
+        readers = [asyncio.create_task(self._read_each(waiting)) for _ in range(SEGMENTS_AT_ONCE)]
+        try:
+            await asyncio.gather(*readers)
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    async def _read_each(self, segments: Iterator[RegisteredSegment]) -> None:
+        for segment in segments:
+            findings = await self._read(segment)
+            if findings and await self._is_unreferenced([segment.object_key]):
+                self._report.replaced += 1
+            else:
+                self._report.findings += findings
+                self._report.segments += 1
+                self._report.records += segment.record_count
+                self._report.size_bytes += segment.size_bytes
+            self._progress(segment.size_bytes)
+
+    async def _read(self, segment: RegisteredSegment) -> list[Finding]:
+        window = SegmentWindow(self._store, segment)
+        try:
+            described = await asyncio.to_thread(describe_segment, window.read, segment.size_bytes)
+        except ObjectMissing:
+            return [segment.finding("missing", "the object is not in the store")]
+        except RangeBeyondEnd as error:
+            return [segment.finding("missing", f"the object is too short: {error}")]
+        return check_contents(segment, described)
+
+    async def _is_unreferenced(self, keys: Sequence[str]) -> list[str]:
+        request = coordinator_pb2.FilterUnreferencedRequest(object_keys=keys)
+        return list((await self._coordinator.filter_unreferenced(request)).object_keys)
+
+    # ---- objects
+
+    async def _look_for_orphans(self, partitions: Sequence[_Partition], registered: set[str]) -> None:
+        async for page in self._unknown_pages(partitions, registered):
+            # A dry run: it says what a sweep has noted down, and notes nothing.
+            request = coordinator_pb2.BeginDeletionRequest(
+                object_keys=list(page), grace_ms=self._grace_ms, confirm_ms=0, dry_run=True
+            )
+            for said in (await self._coordinator.begin_deletion(request)).objects:
+                self._judge_unknown(said, *page[said.object_key])
+
+    def _judge_unknown(self, said: coordinator_pb2.ObjectDeletion, size_bytes: int, age_ms: int) -> None:
+        if said.verdict == coordinator_pb2.DELETION_VERDICT_REFERENCED:
+            return  # registered since
+        if said.noticed_ms:
+            self._report.waiting_objects += 1
+        elif said.verdict == coordinator_pb2.DELETION_VERDICT_DECLARED or age_ms < self._grace_ms:
+            self._report.young_objects += 1
+        else:
+            what = f"{size_bytes} bytes, {age_ms // 1000} s old, and no segment lies in it"
+            self._report.findings.append(Finding("unregistered", what, object_key=said.object_key))
+
+    async def _unknown_pages(
+        self, partitions: Sequence[_Partition], registered: set[str]
+    ) -> AsyncIterator[dict[str, tuple[int, int]]]:
+        """Of objects that were not registered at the start: key -> (size in bytes, age in ms)."""
+        page: dict[str, tuple[int, int]] = {}
+        for prefix in self._prefixes(partitions):
+            async for info in self._store.list(prefix):
+                self._report.objects += 1
+                if info.key not in registered:
+                    page[info.key] = (info.size_bytes, time.time_ns() // 1_000_000 - info.modified_ms)
+                if len(page) == PAGE_KEYS:
+                    yield page
+                    page = {}
+        if page:
+            yield page
+
+    def _prefixes(self, partitions: Sequence[_Partition]) -> Sequence[str]:
+        """Objects that several partitions share belong to no topic: they are looked at only with all topics."""
+        if self._topic is None:
+            return (DATA_PREFIX, MIXED_PREFIX)
+        return sorted({f"{DATA_PREFIX}{part.topic[:246]}.{part.topic_id[:8]}/" for part in partitions})
+
+
+class SegmentWindow:
+    """A segment's bytes for a reader in another thread: fetched in pieces, the last two of which are kept."""
+
+    def __init__(self, store: ObjectStore, segment: RegisteredSegment) -> None:
+        self._store = store
+        self._segment = segment
+        self._loop = asyncio.get_running_loop()
+        self._pieces: list[tuple[int, bytes]] = []
+
+    def read(self, at: int, size_bytes: int) -> memoryview:
+        for start, piece in self._pieces:
+            if start <= at and at + size_bytes <= start + len(piece):
+                return memoryview(piece)[at - start : at - start + size_bytes]
+        wanted = min(max(size_bytes, READ_BYTES), self._segment.size_bytes - at)
+        fetch = self._store.get(self._segment.object_key, at=self._segment.object_at + at, size_bytes=wanted)
+        piece = asyncio.run_coroutine_threadsafe(fetch, self._loop).result()
+        self._pieces = [*self._pieces[-1:], (at, piece)]
+        return memoryview(piece)[:size_bytes]
+
+
+def _metadata_finding(item: coordinator_pb2.ProjectionDifference) -> Finding:
+    found, expected = item.found_json or "no such row", item.expected_json or "no such row"
+    return Finding("metadata", f"table {item.table}: {found}; its events give {expected}")
+
+
+def _segment(ref: types_pb2.SegmentRef) -> RegisteredSegment:
+    return RegisteredSegment(
+        ref.segment_id,
+        ref.topic_id.hex(),
+        ref.topic,
+        ref.partition,
+        ref.epoch,
+        ref.base_offset,
+        ref.end_offset,
+        ref.record_count,
+        ref.object_key,
+        ref.object_at,
+        ref.size_bytes,
+        ref.first_timestamp_ms,
+        ref.max_timestamp_ms,
+        ref.lost_reason,
+    )
