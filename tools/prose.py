@@ -49,6 +49,7 @@ PENDING = frozenset(
         "services/ingest/streamhouse_ingest",
         "services/segmenter/streamhouse_segmenter",
         "services/query/streamhouse_query",
+        "cli/streamhouse_cli",
         "client/streamhouse",
         "embedded/streamhouse_embedded",
     )
