@@ -25,7 +25,7 @@ from streamhouse_coordinator.core.sessions import INGEST, ROLES, WalEnds, taken
 from streamhouse_coordinator.core.tables import SessionRow
 from streamhouse_coordinator.core.topics import ACKS_WAL
 from streamhouse_coordinator.feed import Feed
-from streamhouse_coordinator.recovery import restores
+from streamhouse_coordinator.recovery import after_restore
 from streamhouse_coordinator.recovery.histories import Head
 from streamhouse_coordinator.service import (
     buffers,
@@ -447,7 +447,7 @@ class CoordinatorApi:
 
     async def complete_restore(self, request: pb.CompleteRestoreRequest) -> pb.CompleteRestoreResponse:
         check_text("reason", request.reason, messages.OPERATOR_REASON_LENGTH_MAX, empty=True)
-        found, agents = await restores.complete(
+        found, agents = await after_restore.complete(
             self._clients, lost=request.lost, dry_run=request.dry_run, reason=request.reason
         )
         barriers = [

@@ -22,7 +22,7 @@ from shruntime.tasks import Backoff
 
 from streamhouse_coordinator.core.tables import EventRow
 from streamhouse_coordinator.ports import Store
-from streamhouse_coordinator.recovery import forks
+from streamhouse_coordinator.recovery import rollback_detection
 from streamhouse_coordinator.recovery.histories import Head, went_back
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,9 @@ class Feed:
         """Another history may go on at any place: a restore has accounted for what is gone. Raises Unavailable."""
         if self._position >= 0:
             if head.history_id == self._history_id:
-                await forks.note(self._store, Head(self._history_id, self._position), forks.COORDINATOR)
+                await rollback_detection.record(
+                    self._store, Head(self._history_id, self._position), rollback_detection.COORDINATOR
+                )
             self._era += 1
             log.error("the metadata went back: event %d of %s was read, now there is %d of %s",
                       self._position, self._history_id, head.position, head.history_id)  # fmt: skip

@@ -13,10 +13,15 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.assignment import start_of_next
 from streamhouse_coordinator.core.topics import ACKS_DURABLE, ACKS_WAL
 from streamhouse_coordinator.recovery import backup_format as fmt
-from streamhouse_coordinator.recovery.barriers import Reported, is_barrier, is_unclaimed, released, split
-from streamhouse_coordinator.recovery.cover import Candidate, Span, cover
 from streamhouse_coordinator.recovery.histories import Head, check_log, check_seen
-from streamhouse_coordinator.recovery.restoring import JUMP_EPOCHS, JUMP_OFFSETS, Known, restore_partition
+from streamhouse_coordinator.recovery.restore_plan import (
+    JUMP_EPOCHS,
+    JUMP_OFFSETS,
+    BackedUpPartition,
+    restore_partition,
+)
+from streamhouse_coordinator.recovery.segment_selection import Candidate, Span, select_segments
+from streamhouse_coordinator.recovery.unrecovered_ranges import Reported, is_unclaimed, is_unrecovered, released, split
 
 pytestmark = pytest.mark.quick
 
@@ -47,7 +52,7 @@ def owned(
 
 def chosen(*candidates: Candidate, ranges: Sequence[t.RangeRow] = (), **options: bool) -> list[tuple[int, int]]:
     flags = {"has_retention": False, "accept_holes": False} | options
-    return [(c.base_offset, c.end_offset) for c in cover(0, ranges, candidates, **flags).chosen]
+    return [(c.base_offset, c.end_offset) for c in select_segments(0, ranges, candidates, **flags).chosen]
 
 
 # ---- the cover
@@ -86,16 +91,16 @@ def test_records_beyond_a_known_end_are_void() -> None:
 
 def test_what_lies_behind_a_hole_is_left_out_unless_it_is_accepted() -> None:
     candidates = [found(0, 10), found(20, 30), found(30, 40), found(50, 60, epoch=2)]
-    result = cover(0, [], candidates, has_retention=False, accept_holes=False)
+    result = select_segments(0, [], candidates, has_retention=False, accept_holes=False)
     assert [c.base_offset for c in result.chosen] == [0, 50]
     assert [c.base_offset for c in result.stranded] == [20, 30] and result.lost == []
-    result = cover(0, [], candidates, has_retention=False, accept_holes=True)
+    result = select_segments(0, [], candidates, has_retention=False, accept_holes=True)
     assert [c.base_offset for c in result.chosen] == [0, 20, 30, 50] and result.lost == [Span(1, 10, 20)]
 
 
 def test_registered_records_that_no_object_holds_are_lost() -> None:
     ranges = [owned(1, 0, 20, end=20), owned(2, 20, 40)]
-    result = cover(0, ranges, [known(0, 10), known(30, 40, 2)], has_retention=False, accept_holes=False)
+    result = select_segments(0, ranges, [known(0, 10), known(30, 40, 2)], has_retention=False, accept_holes=False)
     assert result.lost == [Span(1, 10, 20), Span(2, 20, 30)] and len(result.chosen) == 2
 
 
@@ -103,16 +108,16 @@ def test_registered_records_that_no_object_holds_are_lost() -> None:
 def test_the_segment_that_the_log_starts_in_is_kept(has_retention: bool) -> None:
     """Where records were deleted up to an offset inside it."""
     ranges = [owned(1, 0, 20)]
-    result = cover(5, ranges, [known(0, 10), known(10, 20)], has_retention=has_retention, accept_holes=False)
+    result = select_segments(5, ranges, [known(0, 10), known(10, 20)], has_retention=has_retention, accept_holes=False)
     assert [(item.base_offset, item.end_offset) for item in result.chosen] == [(0, 10), (10, 20)]
     assert (result.log_start_offset, result.lost, result.stranded) == (5, [], [])
 
 
 def test_retention_has_removed_what_is_missing_at_the_beginning() -> None:
     ranges = [owned(1, 0, 20, end=20), owned(2, 20, 40)]
-    result = cover(0, ranges, [known(30, 40, 2)], has_retention=True, accept_holes=False)
+    result = select_segments(0, ranges, [known(30, 40, 2)], has_retention=True, accept_holes=False)
     assert (result.log_start_offset, result.lost) == (30, [])
-    result = cover(0, ranges, [], has_retention=True, accept_holes=False)
+    result = select_segments(0, ranges, [], has_retention=True, accept_holes=False)
     assert (result.log_start_offset, result.lost, result.chosen) == (40, [], [])
 
 
@@ -132,7 +137,9 @@ def restored(
     ranges: Sequence[t.RangeRow], epoch: int, candidates: Sequence[Candidate] = (), topic: t.TopicRow = TOPIC
 ) -> list[t.RangeRow]:
     """The ranges once the event is applied."""
-    of_partition = Known(topic, t.PartitionRow(topic.topic_id, 0, epoch, 0), ranges, [], (), list(candidates))
+    of_partition = BackedUpPartition(
+        topic, t.PartitionRow(topic.topic_id, 0, epoch, 0), ranges, [], (), list(candidates)
+    )
     result = restore_partition(of_partition, accept_holes=False)
     return applied(ranges, result.events)
 
@@ -162,7 +169,7 @@ def test_the_next_range_begins_far_beyond_all_that_may_have_been_given_out() -> 
 def test_a_barrier_lies_between_what_is_known_and_the_jump() -> None:
     one, barrier = restored([owned(1, 0, 20)], epoch=1)
     assert (one.status, one.limit_offset, one.wal_id) == (t.ORPHANED, 20, "bb" * 16), "it may still grow"
-    assert is_barrier(barrier) and (barrier.start_offset, barrier.limit_offset) == (20, WIDTH + JUMP_OFFSETS)
+    assert is_unrecovered(barrier) and (barrier.start_offset, barrier.limit_offset) == (20, WIDTH + JUMP_OFFSETS)
 
 
 def test_a_durable_topic_has_no_barrier() -> None:
@@ -177,7 +184,7 @@ def test_a_durable_topic_has_no_barrier() -> None:
 
 def test_a_partition_nobody_had_led_has_a_barrier_from_the_beginning() -> None:
     (barrier,) = restored([], epoch=0)
-    assert is_barrier(barrier) and (barrier.epoch, barrier.start_offset) == (JUMP_EPOCHS, 0)
+    assert is_unrecovered(barrier) and (barrier.epoch, barrier.start_offset) == (JUMP_EPOCHS, 0)
 
 
 def test_released_barriers_are_empty_and_keep_the_jump() -> None:
@@ -333,14 +340,15 @@ def test_whatever_happened_before_nothing_acknowledged_is_lost(
     ranges = backup_of(epochs, known_count, registered)
     candidates = stored_of(epochs, known_count, merged)
     result = restore_partition(
-        Known(TOPIC, t.PartitionRow(TOPIC.topic_id, 0, known_count, 0), ranges, [], (), candidates), accept_holes=False
+        BackedUpPartition(TOPIC, t.PartitionRow(TOPIC.topic_id, 0, known_count, 0), ranges, [], (), candidates),
+        accept_holes=False,
     )
     rows = applied(ranges, result.events)
     check_rows(rows)
     assert start_of_next(rows[-1]) > max(item.written for item in epochs)
-    for one, other in pairwise(result.cover.chosen):
+    for one, other in pairwise(result.selection.chosen):
         assert one.end_offset <= other.base_offset, "no overlap"
-    kept = {(c.segment.epoch, at) for c in result.cover.chosen for at in range(c.base_offset, c.end_offset)}
+    kept = {(c.segment.epoch, at) for c in result.selection.chosen for at in range(c.base_offset, c.end_offset)}
     registered_ones = {(item.number, at) for item in epochs for at in range(item.start, item.registered)}
     assert kept >= registered_ones, "all that was registered, and of the epoch that it was registered for"
     for wal_id in order:

@@ -17,7 +17,7 @@ from streamhouse_coordinator import wiring
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.recovery import backup
 from streamhouse_coordinator.recovery import backup_format as fmt
-from streamhouse_coordinator.recovery.restoring import JUMP_EPOCHS, JUMP_OFFSETS, JUMP_PRODUCER_IDS, MISSING_REASON
+from streamhouse_coordinator.recovery.restore_plan import JUMP_EPOCHS, JUMP_OFFSETS, JUMP_PRODUCER_IDS, MISSING_REASON
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_coordinator.wiring import CoordinatorService
 

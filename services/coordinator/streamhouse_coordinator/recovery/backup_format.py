@@ -21,7 +21,7 @@ VERSION = 2
 # Version 1 has all events from the first one on, and no bases.
 VERSIONS_READ = (1, 2)
 # What has to come back: the projections as of the last event that was pruned, and the events since. Leases, claims,
-# members and sweeps are of the moment; producers' state goes (see restoring.py).
+# members and sweeps are of the moment; producers' state goes (see restore_plan.py).
 BASES: dict[str, t.Table[Any]] = {base.name: base for base in map(t.base_of, t.PROJECTIONS)}
 TABLES: tuple[t.Table[Any], ...] = (*BASES.values(), t.EVENTS, t.HISTORIES, t.LOST_SPANS, t.GROUP_OFFSETS)
 # Rows of one object, some 400 bytes each: 8 MB to hold at once, and a request a second or two long.

@@ -21,10 +21,10 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, Set, replayed, row_ops
 from streamhouse_coordinator.ports import Restoring, where
 from streamhouse_coordinator.recovery import backup_format as fmt
-from streamhouse_coordinator.recovery import restoring
+from streamhouse_coordinator.recovery import restore_plan
 from streamhouse_coordinator.recovery import stored_segments as stored
 from streamhouse_coordinator.recovery.backup import read_chunk
-from streamhouse_coordinator.recovery.cover import Candidate
+from streamhouse_coordinator.recovery.segment_selection import Candidate
 from streamhouse_coordinator.service.common import heard_of
 
 log = logging.getLogger(__name__)
@@ -158,13 +158,13 @@ async def _append(tx: Restoring, events: Sequence[Event]) -> None:
 
 async def _end_the_moment(tx: Restoring) -> None:
     """Sessions and group members were of the processes that ran then; what they had sealed is not in a backup."""
-    why = restoring.WHY_RESTORED
+    why = restore_plan.WHY_RESTORED
     events: list[Event] = [
         SessionClosed(row.session_id, row.agent_id, row.role, why) for row in await tx.select(t.SESSIONS)
     ]
     events += [GroupMemberLeft(row.group_name, row.member_id, why) for row in await tx.select(t.GROUP_MEMBERS)]
     for group in await tx.select(t.GROUPS):
-        generation = group.generation + restoring.JUMP_GENERATIONS
+        generation = group.generation + restore_plan.JUMP_GENERATIONS
         events.append(GroupRebalanced(group.group_name, generation, {}))
     await _append(tx, events)
 
@@ -173,7 +173,7 @@ async def _begin_history(tx: Restoring, manifest: fmt.Manifest, report: Report) 
     histories = await tx.select(t.HISTORIES, order=("nth",))
     if not histories or histories[-1].history_id != manifest.history_id:
         raise fmt.BackupDamaged(f"{manifest.name}: its histories do not end with {manifest.history_id}")
-    producer_id = manifest.producer_id + restoring.JUMP_PRODUCER_IDS
+    producer_id = manifest.producer_id + restore_plan.JUMP_PRODUCER_IDS
     await tx.set_producer_id(producer_id)
     row = t.HistoryRow(histories[-1].nth + 1, report.history_id, manifest.position, producer_id, await tx.now_ms())
     await tx.apply([Put(t.HISTORIES, row)])
@@ -200,7 +200,7 @@ async def _adopt(tx: Restoring, store: ObjectStore, accept_holes: bool, report: 
     report.topics, report.partitions = len(topics), len(partitions)
     for nth, partition in enumerate(partitions):
         key = (partition.topic_id, partition.partition)
-        of_partition = restoring.Known(
+        of_partition = restore_plan.BackedUpPartition(
             topics[partition.topic_id],
             partition,
             ranges.get(key, []),
@@ -209,11 +209,11 @@ async def _adopt(tx: Restoring, store: ObjectStore, accept_holes: bool, report: 
             _named(candidates.get(key, []), topics[partition.topic_id].topic),
         )
         # Many small segments are many steps: others in this loop (a progress display) get their turn.
-        restored = await asyncio.to_thread(restoring.restore_partition, of_partition, accept_holes=accept_holes)
+        restored = await asyncio.to_thread(restore_plan.restore_partition, of_partition, accept_holes=accept_holes)
         await _append(tx, restored.events)
         _account(report, of_partition, restored)
         progress("partitions", nth + 1, len(partitions))
-    left = restoring.outstanding(spans, await tx.select(t.RANGES))
+    left = restore_plan.outstanding(spans, await tx.select(t.RANGES))
     done = [span for span in spans if span not in left]
     await tx.apply([Remove(t.LOST_SPANS, {name: getattr(span, name) for name in t.LOST_SPANS.key}) for span in done])
     _warn(report)
@@ -253,7 +253,7 @@ async def _recover_topics(tx: Restoring, found: Sequence[Candidate], report: Rep
         name = stored.topic_name((segment.object_key for segment in of_topic), topic_id)
         taken = await tx.select(t.TOPICS, where(topic=name)) if name else []
         partitions = 1 + max(segment.partition for segment in of_topic)
-        event = restoring.recovered_topic(topic_id, "" if taken else name, partitions, await tx.now_ms())
+        event = restore_plan.recovered_topic(topic_id, "" if taken else name, partitions, await tx.now_ms())
         await tx.append([event])
         name = event.topic
         report.recovered_topics.append(name)
@@ -266,9 +266,9 @@ async def _recover_topics(tx: Restoring, found: Sequence[Candidate], report: Rep
 # ---- the report
 
 
-def _account(report: Report, known: restoring.Known, restored: restoring.RestoredPartition) -> None:
-    cover = restored.cover
-    before, after = known.partition.log_start_offset, cover.log_start_offset
+def _account(report: Report, known: restore_plan.BackedUpPartition, restored: restore_plan.RestoredPartition) -> None:
+    selection = restored.selection
+    before, after = known.partition.log_start_offset, selection.log_start_offset
     part = PartitionReport(
         topic=known.topic.topic,
         partition=known.partition.partition,
@@ -276,11 +276,11 @@ def _account(report: Report, known: restoring.Known, restored: restoring.Restore
         adopted_records=sum(item.segment.record_count for item in restored.adopted),
         missing_segments=len(restored.missing),
         log_start_moved=(before, after) if before != after else None,
-        lost=[(span.epoch, span.base_offset, span.end_offset) for span in cover.lost],
-        stranded=[(item.segment.epoch, item.base_offset, item.end_offset) for item in cover.stranded],
-        barriers=restored.barriers,
+        lost=[(span.epoch, span.base_offset, span.end_offset) for span in selection.lost],
+        stranded=[(item.segment.epoch, item.base_offset, item.end_offset) for item in selection.stranded],
+        barriers=restored.unrecovered,
     )
-    report.segments += len(cover.chosen) - len(restored.adopted)
+    report.segments += len(selection.chosen) - len(restored.adopted)
     report.adopted_segments += part.adopted_segments
     report.adopted_records += part.adopted_records
     report.missing_segments += part.missing_segments

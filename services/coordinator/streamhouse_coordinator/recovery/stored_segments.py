@@ -12,7 +12,7 @@ from shformat.segment_index import SegmentIndex
 from shproto.events import Segment
 from shstore import ObjectMissing, ObjectStore
 
-from streamhouse_coordinator.recovery.cover import Candidate, Span
+from streamhouse_coordinator.recovery.segment_selection import Candidate, Span
 from streamhouse_coordinator.segment_keys import SEGMENT_PREFIXES
 
 # Header, index and footer of one object are three requests of some 30 ms; a listing brings a thousand keys a page.

@@ -14,7 +14,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import AtMost, In, Transaction, where, where_keys
-from streamhouse_coordinator.recovery import forks
+from streamhouse_coordinator.recovery import rollback_detection
 from streamhouse_coordinator.service.common import (
     RANGE_KEYS,
     Context,
@@ -252,7 +252,7 @@ async def register(
     """One answer per segment. Correct without a claim: the ranges decide, whoever asks. Raises MetadataWentBack."""
 
     async def work(tx: Transaction) -> list[registration.Result]:
-        await forks.check(tx, forks.COORDINATOR)
+        await rollback_detection.check(tx, rollback_detection.COORDINATOR)
         early = await _early_ranges(tx, segments)
         offered = [item for item in segments if registration.key_of(item) not in early]
         answers: Iterator[registration.Result] = iter(())

@@ -11,7 +11,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.deletion import DeletionGrace, ObjectState, Verdict
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp
 from streamhouse_coordinator.ports import AtMost, In, Lock, Transaction, where
-from streamhouse_coordinator.recovery import forks
+from streamhouse_coordinator.recovery import rollback_detection
 from streamhouse_coordinator.segment_keys import flaw_of_key
 from streamhouse_coordinator.service.common import Context
 
@@ -55,7 +55,7 @@ async def begin_deletion(
 
     async def work(tx: Transaction) -> tuple[int, list[Judged]]:
         if not dry_run:
-            await forks.check(tx, forks.COORDINATOR, forks.AGENT)
+            await rollback_detection.check(tx, rollback_detection.COORDINATOR, rollback_detection.AGENT)
         found = await _look(tx, object_keys, "" if dry_run else "wait")
         now_ms = await tx.now_ms()
         states = found.states(object_keys, now_ms)

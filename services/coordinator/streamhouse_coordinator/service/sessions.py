@@ -12,7 +12,7 @@ from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Transaction, where, where_keys
-from streamhouse_coordinator.recovery import forks, restores
+from streamhouse_coordinator.recovery import after_restore, rollback_detection
 from streamhouse_coordinator.recovery.histories import NOTHING_SEEN, Head, check_log, check_seen
 from streamhouse_coordinator.service import buffers, outages
 from streamhouse_coordinator.service.common import (
@@ -85,7 +85,7 @@ async def open_session(
         histories = await tx.select(t.HISTORIES, order=("nth",))
         check_seen(histories, await tx.position(), seen)
         if opened.role == sessions.INGEST:
-            await forks.check(tx, forks.COORDINATOR)
+            await rollback_detection.check(tx, rollback_detection.COORDINATOR)
         if not seen.history_id and len(histories) == 1:  # a restore gives ranges that it does not know their place
             await _check_log(tx, histories[0], declared)
         if rows := await tx.select(t.SESSIONS, where(session_id=session_id)):
@@ -95,14 +95,14 @@ async def open_session(
         event = replace(opened, started_ms=now_ms)
         others = await _others(tx, opened)
         live = await _live(tx, [row.session_id for row in others], now_ms)
-        behind_barriers: list[RangeKey] = []
+        ranges_to_split: list[RangeKey] = []
         if opened.wal_id and len(histories) > 1:
-            recovered = await restores.recover_topics(tx, declared, context.settings.partitions_per_topic_max)
-            behind_barriers = await restores.behind_barriers(tx, declared)
+            recovered = await after_restore.recover_topics(tx, declared, context.settings.partitions_per_topic_max)
+            ranges_to_split = await after_restore.ranges_to_split(tx, declared)
         unfinished = [row.key for row in await _ranges_of(tx, others, opened.wal_id)]
-        await ranges_by_key(tx, {*unfinished, *behind_barriers}, lock="wait")
-        if behind_barriers:
-            wal_ends = await restores.split_barriers(tx, opened.agent_id, opened.wal_id, declared)
+        await ranges_by_key(tx, {*unfinished, *ranges_to_split}, lock="wait")
+        if ranges_to_split:
+            wal_ends = await after_restore.split_unrecovered_ranges(tx, opened.agent_id, opened.wal_id, declared)
         ranges = await _ranges_of(tx, others, opened.wal_id)
         known = await _known(tx, [row.key for row in ranges])
         events = sessions.open_session(event, others, live, ranges, wal_ends, known)
@@ -127,8 +127,8 @@ async def open_session(
     try:
         return await change_leadership(context, work)
     except MetadataWentBack as error:
-        if forks.proves(error, seen):
-            await forks.note(context.store, seen, forks.AGENT)
+        if rollback_detection.proves_rollback(error, seen):
+            await rollback_detection.record(context.store, seen, rollback_detection.AGENT)
         raise
 
 

@@ -21,8 +21,8 @@ from streamhouse_coordinator.core.tables import (
     TopicRow,
 )
 from streamhouse_coordinator.core.topics import ACKS_DURABLE, ACKS_WAL
-from streamhouse_coordinator.recovery.barriers import barrier, is_unclaimed
-from streamhouse_coordinator.recovery.cover import Candidate, Cover, Span, cover
+from streamhouse_coordinator.recovery.segment_selection import Candidate, Selection, Span, select_segments
+from streamhouse_coordinator.recovery.unrecovered_ranges import is_unclaimed, unrecovered_range
 
 # A range is 2^30 offsets wide by default and skips that much at a takeover: this is a thousand takeovers, or 10^12
 # records of one partition, since the backup. 2^63 has room for eight million restores.
@@ -42,17 +42,18 @@ SEGMENTS_PER_EVENT = 1000
 
 @dataclass(frozen=True, slots=True)
 class RestoredPartition:
-    """`events` in order. `cover`: what was found. `adopted`: not in the backup. `barriers`: how many there are."""
+    """`events` in order. `selection`: the segments that make it up. `adopted`: not in the backup.
+    `unrecovered`: how many of its ranges are."""
 
     events: list[Event]
-    cover: Cover
+    selection: Selection
     adopted: list[Candidate]
     missing: list[SegmentRow]
-    barriers: int
+    unrecovered: int
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class BackedUpPartition:
     """A partition as the backup has it, and the segments that can be read. `present`: ids of the backup's segments
     whose objects are there."""
 
@@ -64,12 +65,12 @@ class Known:
     candidates: Sequence[Candidate] = field(default_factory=list)
 
 
-def restore_partition(known: Known, *, accept_holes: bool) -> RestoredPartition:
+def restore_partition(known: BackedUpPartition, *, accept_holes: bool) -> RestoredPartition:
     topic = known.topic
     rows = {row.segment_id: row for row in known.segments}
     missing = [row for row in known.segments if row.segment_id not in known.present]
     held = [_candidate(row, topic.topic) for row in known.segments if row.segment_id in known.present]
-    found = cover(
+    found = select_segments(
         known.partition.log_start_offset,
         known.ranges,
         [*held, *(item for item in known.candidates if item.segment.segment_id not in rows)],
@@ -118,7 +119,7 @@ def unknown_partitions(topic: TopicRow, numbers: Iterable[int]) -> list[Event]:
     """Partitions of which only agents' logs have anything: barriers from the beginning."""
     events: list[Event] = []
     for number in numbers:
-        nothing = Known(topic, PartitionRow(topic.topic_id, number, 0, 0), (), (), ())
+        nothing = BackedUpPartition(topic, PartitionRow(topic.topic_id, number, 0, 0), (), (), ())
         for event in restore_partition(nothing, accept_holes=False).events:
             events.append(
                 replace(event, partitions=topic.partitions) if isinstance(event, PartitionRestored) else event
@@ -129,28 +130,28 @@ def unknown_partitions(topic: TopicRow, numbers: Iterable[int]) -> list[Event]:
 # ---- ranges
 
 
-def _ranges(known: Known, found: Cover) -> list[RangeRow]:
+def _ranges(known: BackedUpPartition, found: Selection) -> list[RangeRow]:
     """All ranges of the partition, ascending, with what nobody knows between them."""
     ends, starts = _registered(found)
     rows = [replace(row, registered_end=max(row.registered_end, ends.get(row.epoch, 0))) for row in known.ranges]
     rows.sort(key=lambda row: row.epoch)
     newest = known.partition.epoch
     for epoch in sorted(set(starts) - {row.epoch for row in rows}):
-        template = barrier(known.topic.topic_id, known.partition.partition, epoch, starts[epoch], ends[epoch])
+        template = unrecovered_range(known.topic.topic_id, known.partition.partition, epoch, starts[epoch], ends[epoch])
         rows.append(replace(template, registered_end=ends[epoch]))
     last_epoch = max([newest, *(row.epoch for row in rows)]) + JUMP_EPOCHS
     last_offset = max([found.log_start_offset, *(max(row.limit_offset, row.registered_end) for row in rows)])
     jump = last_offset + JUMP_OFFSETS
-    end = barrier(known.topic.topic_id, known.partition.partition, last_epoch, jump, jump)
+    end = unrecovered_range(known.topic.topic_id, known.partition.partition, last_epoch, jump, jump)
     older = [row for row in rows if row.epoch < newest]
     uncertain = [row for row in rows if row.epoch >= newest]
     if known.topic.min_acks == ACKS_DURABLE:
         settled = [_settled(row, row.registered_end) for row in [*older, *uncertain]]
         return [*settled, _settled(end, end.start_offset)]
-    return [*map(_unled, older), *_with_barriers(known, found, [*uncertain, end])]
+    return [*map(_unled, older), *_with_unrecovered(known, found, [*uncertain, end])]
 
 
-def _registered(found: Cover) -> tuple[dict[int, int], dict[int, int]]:
+def _registered(found: Selection) -> tuple[dict[int, int], dict[int, int]]:
     """By epoch: up to where the cover has its records, and from where."""
     ends: dict[int, int] = {}
     starts: dict[int, int] = {}
@@ -172,7 +173,7 @@ def _unled(row: RangeRow) -> RangeRow:
     return row if row.status in (SETTLED, LOST) else replace(row, status=ORPHANED, session_id="", moving=False)
 
 
-def _with_barriers(known: Known, found: Cover, rows: list[RangeRow]) -> list[RangeRow]:
+def _with_unrecovered(known: BackedUpPartition, found: Selection, rows: list[RangeRow]) -> list[RangeRow]:
     """`rows`: those whose ends nobody knows, ascending, and the empty one that stands for the end of the unknown."""
     topic_id, partition = known.topic.topic_id, known.partition.partition
     result: list[RangeRow] = []
@@ -204,13 +205,15 @@ def _gap(topic_id: str, partition: int, following: RangeRow, start_offset: int) 
     epoch = following.epoch if is_end else following.epoch - 1
     if start_offset >= following.start_offset:
         return []
-    return [barrier(topic_id, partition, epoch, start_offset, following.start_offset)]
+    return [unrecovered_range(topic_id, partition, epoch, start_offset, following.start_offset)]
 
 
 # ---- events
 
 
-def _events(known: Known, found: Cover, ranges: list[RangeRow], adopted: Sequence[Candidate]) -> list[Event]:
+def _events(
+    known: BackedUpPartition, found: Selection, ranges: list[RangeRow], adopted: Sequence[Candidate]
+) -> list[Event]:
     topic, partition = known.topic, known.partition.partition
     kept = {item.segment.segment_id for item in found.chosen}
     removed = [row.segment_id for row in known.segments if row.segment_id not in kept]

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 COORDINATOR, AGENT = "coordinator", "agent"
 
 
-async def note(store: Store, seen: Head, seen_by: str) -> None:
+async def record(store: Store, seen: Head, seen_by: str) -> None:
     """The event of `seen` is not there any more. Ingest agents have to open new sessions if a coordinator has seen it,
     and will not get any. Nothing is noted of a history that has been replaced by a restore. Raises Unavailable."""
 
@@ -52,6 +52,6 @@ async def check(tx: Transaction, *seen_by: str) -> None:
             raise went_back(there, Head(row.history_id, row.position), "that event was seen, and is gone")
 
 
-def proves(error: MetadataWentBack, seen: Head) -> bool:
+def proves_rollback(error: MetadataWentBack, seen: Head) -> bool:
     """Whether it says that events of the very history are missing that is there; another history proves nothing."""
     return bool(seen.history_id) and error.details.get("history_id") == seen.history_id

@@ -44,7 +44,7 @@ class Candidate:
 
 
 @dataclass(slots=True)
-class Cover:
+class Selection:
     """`chosen`: ascending. `lost`: was registered, and no object holds it. `stranded`: behind a hole inside their
     epoch, so not part of the log. `log_start_offset`: where the log begins now."""
 
@@ -54,14 +54,14 @@ class Cover:
     stranded: list[Candidate] = field(default_factory=list)
 
 
-def cover(
+def select_segments(
     log_start_offset: int,
     ranges: Sequence[RangeRow],
     candidates: Iterable[Candidate],
     *,
     has_retention: bool,
     accept_holes: bool,
-) -> Cover:
+) -> Selection:
     """The cover of a partition from `log_start_offset` on.
 
     `ranges`: as the backup has them. `has_retention`: what is missing at the beginning was removed by it.
@@ -87,9 +87,9 @@ class _Search:
         self._epochs = sorted(self._starts)
         self._usable = [item for item in every if item.registered or not self._void(item)]
         self._usable.sort(key=lambda item: (item.base_offset, item.end_offset))
-        self._found = Cover(log_start_offset)
+        self._found = Selection(log_start_offset)
 
-    def run(self) -> Cover:
+    def run(self) -> Selection:
         at = self._first_base()
         edges = _by_base(self._usable)
         while True:

@@ -10,8 +10,8 @@ from shproto.events import Event, PartitionRestored, RangeLost, SegmentRegistere
 from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.ports import ORPHANED_RANGES, In, Transaction, where, where_keys
-from streamhouse_coordinator.recovery import barriers, restoring
-from streamhouse_coordinator.recovery.cover import Span
+from streamhouse_coordinator.recovery import restore_plan, unrecovered_ranges
+from streamhouse_coordinator.recovery.segment_selection import Span
 from streamhouse_coordinator.service.common import (
     Context,
     RangeKey,
@@ -40,7 +40,7 @@ async def recover_topics(tx: Transaction, declared: sessions.WalEnds, partitions
         topic = topics.get(topic_id) or await _recovered(tx, topic_id, count, declared.topics.get(topic_id, ""))
         if topic is not None and (topic_id not in topics or count > topic.partitions):
             new = range(topics[topic_id].partitions if topic_id in topics else 0, count)
-            await tx.append(restoring.unknown_partitions(replace(topic, partitions=count), new))
+            await tx.append(restore_plan.unknown_partitions(replace(topic, partitions=count), new))
             log.warning("topic %s is not in the backup: recovered with %d partitions", topic.topic, count)
             changed.append(topic.topic)
     return changed
@@ -51,29 +51,32 @@ async def _recovered(tx: Transaction, topic_id: str, partitions: int, name: str)
     if await heard_of(tx, [topic_id]):
         return None
     taken = await tx.select(t.TOPICS, where(topic=name)) if name else []
-    event = restoring.recovered_topic(topic_id, "" if taken else name, partitions, await tx.now_ms())
+    event = restore_plan.recovered_topic(topic_id, "" if taken else name, partitions, await tx.now_ms())
     await tx.append([event])
     return (await tx.select(t.TOPICS, where(topic_id=topic_id)))[0]
 
 
-async def behind_barriers(tx: Transaction, declared: sessions.WalEnds) -> list[RangeKey]:
-    """Returns the keys of all ranges that split_barriers() may change: those of the partitions of a log that have
-    barriers. The caller holds the cluster lock, and is to lock them together with all other ranges that it needs."""
-    waiting = await _partitions_with_barriers(tx, declared)
+async def ranges_to_split(tx: Transaction, declared: sessions.WalEnds) -> list[RangeKey]:
+    """Returns the keys of all ranges that split_unrecovered_ranges() may change: the ranges of those partitions of a
+    log that have unrecovered ranges. The caller holds the cluster lock, and has to lock them together with all other
+    ranges that it needs."""
+    waiting = await _unrecovered_partitions(tx, declared)
     rows = await tx.select(t.RANGES, where_keys(("topic_id", "partition"), waiting)) if waiting else []
     return [row.key for row in rows]
 
 
-async def _partitions_with_barriers(tx: Transaction, declared: sessions.WalEnds) -> list[PartitionKey]:
+async def _unrecovered_partitions(tx: Transaction, declared: sessions.WalEnds) -> list[PartitionKey]:
     unclaimed = await tx.select(t.RANGES, where(ORPHANED_RANGES, wal_id=""))
     return sorted({(row.topic_id, row.partition) for row in unclaimed} & {key[:2] for key in declared.ends})
 
 
-async def split_barriers(tx: Transaction, agent_id: str, wal_id: str, declared: sessions.WalEnds) -> sessions.WalEnds:
+async def split_unrecovered_ranges(
+    tx: Transaction, agent_id: str, wal_id: str, declared: sessions.WalEnds
+) -> sessions.WalEnds:
     """Gives the ranges that an agent's log knows and a restored database does not their place. Returns `declared`, with
-    the ends that count. The caller holds the cluster lock, and locks on the ranges of behind_barriers()."""
+    the ends that count. The caller holds the cluster lock, and locks on the ranges of ranges_to_split()."""
     ends = dict(declared.ends)
-    for key in await _partitions_with_barriers(tx, declared):
+    for key in await _unrecovered_partitions(tx, declared):
         ends |= await _split(tx, key, agent_id, wal_id, declared)
     return replace(declared, ends=ends)
 
@@ -85,23 +88,23 @@ async def _split(
     partition = (await tx.select(t.PARTITIONS, of_partition, lock="wait"))[0]
     rows = await tx.select(t.RANGES, of_partition, order=("epoch",))
     reported = [
-        barriers.Reported(epoch, declared.firsts.get((*key, epoch), 0), end)
+        unrecovered_ranges.Reported(epoch, declared.firsts.get((*key, epoch), 0), end)
         for (topic_id, number, epoch), end in declared.ends.items()
         if (topic_id, number) == key
     ]
-    result = barriers.split(rows, reported, agent_id, wal_id)
+    result = unrecovered_ranges.split(rows, reported, agent_id, wal_id)
     if result.ranges or result.removed_epochs:
         names = await topic_names(tx, {key[0]})
         reset = await tx.select(t.SEGMENTS, where(topic_id=key[0], partition=key[1], epoch=In(result.reset)))
         gone = [row.segment_id for row in reset]
         event = _restored(partition, names[key[0]], result.ranges, result.removed_epochs, gone)
-        await tx.append([event, *restoring.orphanings(rows, result.ranges)])
+        await tx.append([event, *restore_plan.orphanings(rows, result.ranges)])
     await _register_holes(tx, key, wal_id, reported)
     return {(*key, epoch): end for epoch, end in result.ends.items()}
 
 
 async def _register_holes(
-    tx: Transaction, key: PartitionKey, wal_id: str, reported: Sequence[barriers.Reported]
+    tx: Transaction, key: PartitionKey, wal_id: str, reported: Sequence[unrecovered_ranges.Reported]
 ) -> None:
     """What was registered after the backup, and so is not in the log any more, and is in no object either."""
     firsts = {item.epoch: item.first_offset for item in reported}
@@ -111,7 +114,7 @@ async def _register_holes(
     events = []
     for span in spans:
         if span.base_offset < span.end_offset:
-            segment = restoring.lost_segment(topics[0], key[1], span, restoring.MISSING_REASON)
+            segment = restore_plan.lost_segment(topics[0], key[1], span, restore_plan.MISSING_REASON)
             events.append(SegmentRegistered(segment, ""))
             log.error("%s/%d: offsets %d to %d were registered after the backup, and no object holds them",
                       topics[0].topic, key[1], span.base_offset, span.end_offset)  # fmt: skip
@@ -152,7 +155,7 @@ def _released(
     events: list[Event] = []
     for partition in partitions:
         key = (partition.topic_id, partition.partition)
-        released = [barriers.released(row) for row in rows if (row.topic_id, row.partition) == key]
+        released = [unrecovered_ranges.released(row) for row in rows if (row.topic_id, row.partition) == key]
         events.append(_restored(partition, names[key[0]], released))
     return events
 
@@ -170,7 +173,7 @@ def _restored(
         partition=partition.partition,
         epoch=partition.epoch,
         log_start_offset=partition.log_start_offset,
-        ranges=tuple(map(restoring.range_state, ranges)),
+        ranges=tuple(map(restore_plan.range_state, ranges)),
         removed_epochs=tuple(removed_epochs),
         segments=(),
         removed_segment_ids=tuple(removed_segment_ids),

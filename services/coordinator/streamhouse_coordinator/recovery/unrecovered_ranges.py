@@ -33,13 +33,13 @@ class Split:
     ends: dict[int, int] = field(default_factory=dict)
 
 
-def barrier(topic_id: str, partition: int, epoch: int, start_offset: int, limit_offset: int) -> RangeRow:
+def unrecovered_range(topic_id: str, partition: int, epoch: int, start_offset: int, limit_offset: int) -> RangeRow:
     return RangeRow(
         topic_id, partition, epoch, start_offset, limit_offset, start_offset, None, ORPHANED, "", "", "", False
     )
 
 
-def is_barrier(row: RangeRow) -> bool:
+def is_unrecovered(row: RangeRow) -> bool:
     """Nothing of it is registered, and it is nobody's."""
     return is_unclaimed(row) and row.registered_end == row.start_offset
 
@@ -52,8 +52,8 @@ def is_unclaimed(row: RangeRow) -> bool:
 def released(row: RangeRow) -> RangeRow:
     """Nobody has anything of it. A barrier is empty then and lies at its limit, so that the next range begins behind
     what may have been given out."""
-    at = row.limit_offset if is_barrier(row) else row.registered_end
-    start = at if is_barrier(row) else row.start_offset
+    at = row.limit_offset if is_unrecovered(row) else row.registered_end
+    start = at if is_unrecovered(row) else row.start_offset
     return replace(row, status=SETTLED, start_offset=start, registered_end=at, limit_offset=at, end_offset=at)
 
 
@@ -63,9 +63,9 @@ def split(ranges: Sequence[RangeRow], reported: Sequence[Reported], agent_id: st
     result = Split([])
     for item in sorted(reported, key=lambda item: item.epoch):
         at = next((at for at, row in enumerate(rows) if row.epoch >= item.epoch), len(rows))
-        if at < len(rows) and rows[at].epoch == item.epoch and not is_barrier(rows[at]):
+        if at < len(rows) and rows[at].epoch == item.epoch and not is_unrecovered(rows[at]):
             _claim(rows, at, item, agent_id, wal_id, result)
-        elif at < len(rows) and is_barrier(rows[at]):
+        elif at < len(rows) and is_unrecovered(rows[at]):
             _take(rows, at, item, agent_id, wal_id, result)
     _compare(ranges, rows, result)
     return result
@@ -88,7 +88,7 @@ def _claim(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id:
             rows[at - 1] = replace(before, limit_offset=min(before.limit_offset, start))
     rows[at] = row
     following = rows[at + 1] if at + 1 < len(rows) else None
-    if following is not None and is_barrier(following) and following.start_offset == row.limit_offset:
+    if following is not None and is_unrecovered(following) and following.start_offset == row.limit_offset:
         end = min(max(item.end_offset, row.limit_offset), following.limit_offset)
         rows[at] = replace(row, limit_offset=end)
         rows[at + 1] = replace(following, start_offset=end, registered_end=end)
@@ -119,7 +119,7 @@ def _take(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id: 
 
 def _compare(before: Sequence[RangeRow], rows: list[RangeRow], result: Split) -> None:
     """Keeps what is not empty, and of that what changed. The last range stays: the next one is granted behind it."""
-    empty = [row for row in rows[:-1] if is_barrier(row) and row.start_offset == row.limit_offset]
+    empty = [row for row in rows[:-1] if is_unrecovered(row) and row.start_offset == row.limit_offset]
     kept = [row for row in rows if row not in empty]
     known: Mapping[int, RangeRow] = {row.epoch: row for row in before}
     result.ranges = [row for row in kept if known.get(row.epoch) != row]
