@@ -21,7 +21,7 @@ from streamhouse_coordinator.core.names import (
     check_text,
     check_topic,
 )
-from streamhouse_coordinator.core.sessions import INGEST, ROLES, WalEnds, taken
+from streamhouse_coordinator.core.sessions import INGEST, ROLES, WalEnds, agent_id_taken
 from streamhouse_coordinator.core.tables import SessionRow
 from streamhouse_coordinator.core.topics import ACKS_WAL
 from streamhouse_coordinator.feed import Feed
@@ -170,7 +170,7 @@ class CoordinatorApi:
         seen = Head(request.history_id, request.seen_position)
         for rival in await sessions.rivals(self._context, event):
             if await self._holders.holds(rival):
-                raise taken(rival)
+                raise agent_id_taken(rival)
         opened = await sessions.open_session(self._context, event, ends, seen)
         for topic in opened.recovered_topics:
             await groups.topic_changed(self._context, topic)

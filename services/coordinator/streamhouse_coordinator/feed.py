@@ -172,19 +172,19 @@ class Feed:
         era = self._era
         wanted = frozenset(types)
         at = after_position
-        told = self._sealed_count if BufferSealed.__name__ in wanted else None
+        seen_sealed = self._sealed_count if BufferSealed.__name__ in wanted else None
         _followers.add(1)
         try:
             while True:
-                rows = await self._next(at, era, told)
+                rows = await self._next(at, era, seen_sealed)
                 if self._era != era:
                     raise went_back(Head(self._history_id, self._position), Head(history_id, at), "it was replaced")
                 for row in rows:
                     at = row.position
                     if not wanted or row.type in wanted:
                         yield row
-                if told is not None and told != self._sealed_count:
-                    told = self._sealed_count
+                if seen_sealed is not None and seen_sealed != self._sealed_count:
+                    seen_sealed = self._sealed_count
                     yield _notice(at, self._sealed_id)
         finally:
             _followers.add(-1)
@@ -213,10 +213,10 @@ class Feed:
         except TimeoutError:
             return
 
-    async def _next(self, at: int, era: int, told: int | None) -> list[EventRow]:
+    async def _next(self, at: int, era: int, seen_sealed: int | None) -> list[EventRow]:
         """Returns the next events after `at`, in order, as soon as there are any; nothing once the era has ended, or
-        when there are notices beyond the `told`."""
-        while self._position <= at and self._era == era and told in (None, self._sealed_count):
+        when there are notices beyond the `seen_sealed`."""
+        while self._position <= at and self._era == era and seen_sealed in (None, self._sealed_count):
             await self._changed.wait()
         if self._era != era or self._position <= at:
             return []

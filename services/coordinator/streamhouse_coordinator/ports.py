@@ -152,7 +152,7 @@ class Transaction(Protocol):
     def wake_group(self, group: str) -> None:
         """After the commit, whoever waits for this group looks again, on every coordinator."""
 
-    def tell_sealed(self, buffer_id: str) -> None:
+    def notify_sealed(self, buffer_id: str) -> None:
         """Tells the followers on every coordinator, after the commit, that this buffer was sealed. Best effort."""
 
 
@@ -230,7 +230,7 @@ class Snapshot(Transaction, Protocol):
     async def migrations(self) -> list[str]: ...
 
 
-class Restoring(Transaction, Protocol):
+class RestoreTransaction(Transaction, Protocol):
     """Writes of a restore, all or nothing. It is alone with the database: its events get their positions at once."""
 
     async def found(self) -> list[str]:

@@ -36,7 +36,9 @@ _unsettled = _meter.create_gauge(
 _cut_off = _meter.create_gauge(
     "streamhouse_coordinator_agents_cut_off", description="agents that workers cannot reach: they lead nothing"
 )
-_given_up = counter(_meter, "streamhouse_coordinator_ranges_lost_total", "ranges given up by unclean_recovery_after_ms")
+_ranges_lost = counter(
+    _meter, "streamhouse_coordinator_ranges_lost_total", "ranges given up by unclean_recovery_after_ms"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class _Found:
     cut_off: int
     sessions_expired: bool
     orphaned: int
-    impatient_topics: list[str]
+    unclean_topics: list[str]
     backlog: tuple[int, int]
 
 
@@ -96,7 +98,7 @@ class Sweeper:
     async def _look(self, tx: Transaction) -> _Found:
         reach_due, cut_off = await reach.is_due(tx, self._context.settings)
         after_outage, moves_due = await outages.note_sweep(tx, self._context.settings.session_sweep_interval_ms)
-        orphaned, impatient = await orphaned_ranges.look_for_orphaned(tx)
+        orphaned, unclean_topics = await orphaned_ranges.count_orphaned(tx)
         return _Found(
             after_outage=after_outage,
             moves_due=moves_due,
@@ -104,7 +106,7 @@ class Sweeper:
             cut_off=cut_off,
             sessions_expired=await sessions.any_expired(tx),
             orphaned=orphaned,
-            impatient_topics=impatient,
+            unclean_topics=unclean_topics,
             backlog=await buffers.backlog(tx),
         )
 
@@ -117,10 +119,10 @@ class Sweeper:
             log.info("%d group members expired", count)
 
     async def _recover(self, found: _Found) -> None:
-        given_up = 0
-        if found.impatient_topics:
-            given_up = await orphaned_ranges.recover_unclean(self._context, found.impatient_topics)
-        _unsettled.set(found.orphaned - given_up)
-        if given_up:
-            _given_up.add(given_up)
-            log.error("%d ranges given up: their agents did not come back in time; records are lost", given_up)
+        lost = 0
+        if found.unclean_topics:
+            lost = await orphaned_ranges.recover_unclean(self._context, found.unclean_topics)
+        _unsettled.set(found.orphaned - lost)
+        if lost:
+            _ranges_lost.add(lost)
+            log.error("%d ranges given up: their agents did not come back in time; records are lost", lost)

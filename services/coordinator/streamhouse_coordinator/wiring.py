@@ -232,7 +232,7 @@ async def restore_backup(
     """Restores a backup by its name, or the "latest", into an empty database; no service may run. Returns with the
     report the last event there is then. Raises what restore.restore does, and DatabaseRefused."""
     manifest = await backup.read_manifest(store, name)
-    async with postgres_backup.restoring(pg_dsn, commit=not dry_run) as tx:
+    async with postgres_backup.restore_transaction(pg_dsn, commit=not dry_run) as tx:
         report = await restore.restore(
             tx, store, manifest, accept_holes=accept_holes, new_id=new_uuid, progress=progress
         )

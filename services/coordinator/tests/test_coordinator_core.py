@@ -199,9 +199,9 @@ def test_another_log_under_the_same_agent_id() -> None:
 
 
 def test_ranges_of_a_leader_that_is_gone() -> None:
-    assert sessions.leave([RANGE], set()) == [RangeOrphaned(TOPIC, 0, 1)]
-    assert sessions.leave([RANGE], {TOPIC}) == [RangeSettled(TOPIC, 0, 1, 100)], "durable: no wait"
-    assert sessions.leave([SETTLED], set()) == []
+    assert sessions.end_leadership([RANGE], set()) == [RangeOrphaned(TOPIC, 0, 1)]
+    assert sessions.end_leadership([RANGE], {TOPIC}) == [RangeSettled(TOPIC, 0, 1, 100)], "durable: no wait"
+    assert sessions.end_leadership([SETTLED], set()) == []
 
 
 def test_settling_is_repeatable_and_only_for_the_leader() -> None:
@@ -239,9 +239,9 @@ def test_ranges_are_extended_when_a_quarter_is_left() -> None:
 
 def test_giving_up_a_range() -> None:
     orphaned = replace(RANGE, status=t.ORPHANED, orphaned_ms=1000)
-    assert sessions.give_up(orphaned, 50, 1049) is None
-    assert sessions.give_up(orphaned, 50, 1050) == RangeLost(TOPIC, 0, 1, 1000, "unclean_recovery_after_ms")
-    assert sessions.give_up(replace(orphaned, orphaned_ms=0), 50, 10**15) is None, "nobody knows since when"
+    assert sessions.lose_unclean(orphaned, 50, 1049) is None
+    assert sessions.lose_unclean(orphaned, 50, 1050) == RangeLost(TOPIC, 0, 1, 1000, "unclean_recovery_after_ms")
+    assert sessions.lose_unclean(replace(orphaned, orphaned_ms=0), 50, 10**15) is None, "nobody knows since when"
 
 
 def snapshot(epoch: int, end: int) -> t.ProducerSnapshotRow:

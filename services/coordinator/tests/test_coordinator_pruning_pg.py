@@ -393,7 +393,7 @@ async def test_a_backup_of_before_is_restored(
     read = fmt.decode_manifest(fmt.manifest_key(taken.name), _signed(old))
     assert (read.version, read.pruned_position) == (1, 0)
     target = await new_database()
-    async with postgres_backup.restoring(target, commit=True) as tx:
+    async with postgres_backup.restore_transaction(target, commit=True) as tx:
         report = await restore.restore(
             tx, store, read, accept_holes=True, new_id=lambda: str(uuid.uuid4()), progress=quiet
         )
@@ -420,7 +420,7 @@ async def test_a_backup_that_lacks_an_event_behind_its_bases_is_damaged(
     taken = await take_backup(dsn, store)
     torn = replace(taken, pruned_position=taken.pruned_position - 1)
     with pytest.raises(fmt.BackupDamaged, match="events are missing after position"):
-        async with postgres_backup.restoring(await new_database(), commit=True) as tx:
+        async with postgres_backup.restore_transaction(await new_database(), commit=True) as tx:
             await restore.restore(tx, store, torn, accept_holes=True, new_id=lambda: "x", progress=quiet)
     assert await backup.list_backups(store)
 

@@ -304,5 +304,5 @@ class MemoryTransaction:
     def wake_group(self, group: str) -> None:
         self.groups.add(group)
 
-    def tell_sealed(self, buffer_id: str) -> None:
+    def notify_sealed(self, buffer_id: str) -> None:
         self.sealed.append(buffer_id)

@@ -14,7 +14,7 @@ from streamhouse_coordinator.adapters.postgres_errors import FAILURES, translate
 from streamhouse_coordinator.adapters.postgres_hosts import Hosts
 from streamhouse_coordinator.adapters.postgres_transaction import PostgresRebuilding, PostgresTransaction
 from streamhouse_coordinator.core.tables import EVENTS, HISTORIES, PROJECTIONS, PRUNED, STATE, Table, base_of
-from streamhouse_coordinator.ports import Restoring, Snapshot
+from streamhouse_coordinator.ports import RestoreTransaction, Snapshot
 
 # A statement reads or writes some thousand rows; a database that takes longer than this does not work.
 STATEMENT_TIMEOUT_S = 300.0
@@ -39,7 +39,7 @@ class PostgresSnapshot(PostgresTransaction):
 
 
 class PostgresRestoring(PostgresRebuilding):
-    """Implements ports.Restoring."""
+    """Implements ports.RestoreTransaction."""
 
     async def append(self, events: Sequence[Event], trace_context: str = "") -> None:
         await super().append(events, trace_context)
@@ -73,7 +73,7 @@ async def snapshot(dsn: str) -> AsyncIterator[Snapshot]:
 
 
 @asynccontextmanager
-async def restoring(dsn: str, *, commit: bool) -> AsyncIterator[Restoring]:
+async def restore_transaction(dsn: str, *, commit: bool) -> AsyncIterator[RestoreTransaction]:
     """A transaction over the whole database, which gets its tables first; rolled back at its end unless `commit`.
     Raises Unavailable, DatabaseRefused; InvalidArgument where there are tables that are not ours."""
     async with _connected(dsn) as connection:

@@ -122,7 +122,7 @@ class PostgresTransaction:
     def wake_group(self, group: str) -> None:
         self._groups.add(group)
 
-    def tell_sealed(self, buffer_id: str) -> None:
+    def notify_sealed(self, buffer_id: str) -> None:
         self._sealed.append(buffer_id)
 
     async def finish(self) -> None:

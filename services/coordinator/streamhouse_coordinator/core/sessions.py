@@ -105,15 +105,17 @@ def open_session(
             )
         else:
             why = "expired"
-            events += leave([row for row in ranges if row.session_id == other.session_id], known.durable_topics)
+            events += end_leadership(
+                [row for row in ranges if row.session_id == other.session_id], known.durable_topics
+            )
         events.append(SessionClosed(other.session_id, other.agent_id, other.role, why))
     if opened.wal_id:
         own = [row for row in ranges if row.wal_id == opened.wal_id]
-        events += leave(own, ()) if wal_ends.torn else settle_all(own, wal_ends, known, opened.session_id)
+        events += end_leadership(own, ()) if wal_ends.torn else settle_all(own, wal_ends, known, opened.session_id)
     return [*events, opened]
 
 
-def taken(rival: SessionRow) -> AgentIdTaken:
+def agent_id_taken(rival: SessionRow) -> AgentIdTaken:
     """Returns the refusal to whoever opens a session in the place of a process that is alive."""
     what = "write-ahead log" if rival.role == INGEST else "id"
     return AgentIdTaken(
@@ -159,7 +161,7 @@ def settle_all(ranges: Sequence[RangeRow], wal_ends: WalEnds, known: Acknowledge
 def _truncated(row: RangeRow, log_end: int, acknowledged_end: int) -> list[Event]:
     """Returns the events for a log that lacks what it had announced: an older copy came back, and the rest may still
     exist."""
-    events: list[Event] = leave([row], ())
+    events: list[Event] = end_leadership([row], ())
     if row.acknowledged_end != acknowledged_end:
         events.append(LogFoundTruncated(row.topic_id, row.partition, row.epoch, log_end, acknowledged_end))
     return events
@@ -178,7 +180,7 @@ def _settled(row: RangeRow, end_offset: int) -> RangeSettled:
     return RangeSettled(row.topic_id, row.partition, row.epoch, max(end_offset, row.registered_end))
 
 
-def leave(ranges: Sequence[RangeRow], durable_topics: Collection[str]) -> list[Event]:
+def end_leadership(ranges: Sequence[RangeRow], durable_topics: Collection[str]) -> list[Event]:
     """What becomes of open ranges whose leader is gone. Where only durable records are acknowledged the log holds
     nothing that was, so the range can be settled at once."""
     events: list[Event] = []
@@ -195,7 +197,7 @@ def end_session(
 ) -> list[Event]:
     """why: closed | expired | unreachable"""
     closed = SessionClosed(session.session_id, session.agent_id, session.role, why)
-    return [closed, *leave(ranges, durable_topics)]
+    return [closed, *end_leadership(ranges, durable_topics)]
 
 
 def settle(
@@ -285,10 +287,10 @@ def settled_snapshots(
     return rows
 
 
-def give_up(row: RangeRow, patience_ms: int, now_ms: int) -> RangeLost | None:
+def lose_unclean(row: RangeRow, unclean_after_ms: int, now_ms: int) -> RangeLost | None:
     """Whether a range has waited for its agent longer than its topic's unclean_recovery_after_ms allows. How far its
     records went nobody knows: everything up to its limit is given up."""
-    if not row.orphaned_ms or now_ms - row.orphaned_ms < patience_ms:
+    if not row.orphaned_ms or now_ms - row.orphaned_ms < unclean_after_ms:
         return None
     return RangeLost(row.topic_id, row.partition, row.epoch, row.limit_offset, "unclean_recovery_after_ms")
 

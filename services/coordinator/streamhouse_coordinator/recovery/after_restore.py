@@ -17,7 +17,7 @@ from streamhouse_coordinator.service.common import (
     RangeKey,
     change_leadership,
     commit_leadership,
-    heard_of,
+    known_topic_ids,
     topic_names,
 )
 
@@ -48,7 +48,7 @@ async def recover_topics(tx: Transaction, declared: sessions.WalEnds, partitions
 
 async def _recovered(tx: Transaction, topic_id: str, partitions: int, name: str) -> t.TopicRow | None:
     """A new topic under its old id; None when it was deleted before the backup."""
-    if await heard_of(tx, [topic_id]):
+    if await known_topic_ids(tx, [topic_id]):
         return None
     taken = await tx.select(t.TOPICS, where(topic=name)) if name else []
     event = restore_plan.recovered_topic(topic_id, "" if taken else name, partitions, await tx.now_ms())

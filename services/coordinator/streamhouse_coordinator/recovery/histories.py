@@ -38,17 +38,17 @@ def check_log(
     head: Head,
     declared: Collection[tuple[str, int, int]],
     granted: Mapping[tuple[str, int], int],
-    heard_of: Collection[str],
+    known_topic_ids: Collection[str],
 ) -> None:
     """For a log that does not say which history it goes with: an agent of a version that kept no note, or one whose
     note an operator has deleted. Raises MetadataWentBack if it has records of an epoch that nobody was granted here:
     they would be taken for records of a deleted topic, and dropped.
 
-    `declared`: (topic id, partition, epoch) of the log's ranges. `granted`: by partition, the last epoch. `heard_of`:
-    ids of topics that there are or were.
+    `declared`: (topic id, partition, epoch) of the log's ranges. `granted`: by partition, the last epoch.
+    `known_topic_ids`: ids of topics that exist or existed.
     """
     for topic_id, partition, epoch in sorted(declared):
-        known = granted.get((topic_id, partition), 0 if topic_id not in heard_of else epoch)
+        known = granted.get((topic_id, partition), 0 if topic_id not in known_topic_ids else epoch)
         if epoch > known:
             raise MetadataWentBack(
                 f"the metadata went back or is another one: it stands at event {head.position} of history "

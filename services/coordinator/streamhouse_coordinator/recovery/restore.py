@@ -19,13 +19,13 @@ from shstore import ObjectStore
 
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, Set, replayed, row_ops
-from streamhouse_coordinator.ports import Restoring, where
+from streamhouse_coordinator.ports import RestoreTransaction, where
 from streamhouse_coordinator.recovery import backup_format as fmt
 from streamhouse_coordinator.recovery import restore_plan
 from streamhouse_coordinator.recovery import stored_segments as stored
 from streamhouse_coordinator.recovery.backup import read_chunk
 from streamhouse_coordinator.recovery.segment_selection import Candidate
-from streamhouse_coordinator.service.common import heard_of
+from streamhouse_coordinator.service.common import known_topic_ids
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Report:
 
 
 async def restore(
-    tx: Restoring,
+    tx: RestoreTransaction,
     store: ObjectStore,
     manifest: fmt.Manifest,
     *,
@@ -102,7 +102,7 @@ async def restore(
 # ---- the backup
 
 
-async def _load(tx: Restoring, store: ObjectStore, manifest: fmt.Manifest, progress: Progress) -> int:
+async def _load(tx: RestoreTransaction, store: ObjectStore, manifest: fmt.Manifest, progress: Progress) -> int:
     """Returns how many events it has."""
     old = await tx.select(t.HISTORIES)
     await tx.apply([Remove(t.HISTORIES, {"nth": row.nth}) for row in old])
@@ -142,7 +142,7 @@ def _follows(key: str, last: int, events: Sequence[t.EventRow]) -> int:
     return last + len(events)
 
 
-async def _load_events(tx: Restoring, rows: Sequence[t.EventRow]) -> None:
+async def _load_events(tx: RestoreTransaction, rows: Sequence[t.EventRow]) -> None:
     await tx.apply([Put(t.EVENTS, row) for row in rows])
     events = [replayed(row) for row in rows]
     unknown = sorted({row.type for row, event in zip(rows, events, strict=True) if event is None})
@@ -151,12 +151,12 @@ async def _load_events(tx: Restoring, rows: Sequence[t.EventRow]) -> None:
     await tx.apply([op for event in events if event is not None for op in row_ops(event)])
 
 
-async def _append(tx: Restoring, events: Sequence[Event]) -> None:
+async def _append(tx: RestoreTransaction, events: Sequence[Event]) -> None:
     for first in range(0, len(events), BATCH_ROWS):
         await tx.append(events[first : first + BATCH_ROWS])
 
 
-async def _end_the_moment(tx: Restoring) -> None:
+async def _end_the_moment(tx: RestoreTransaction) -> None:
     """Sessions and group members were of the processes that ran then; what they had sealed is not in a backup."""
     why = restore_plan.WHY_RESTORED
     events: list[Event] = [
@@ -169,7 +169,7 @@ async def _end_the_moment(tx: Restoring) -> None:
     await _append(tx, events)
 
 
-async def _begin_history(tx: Restoring, manifest: fmt.Manifest, report: Report) -> None:
+async def _begin_history(tx: RestoreTransaction, manifest: fmt.Manifest, report: Report) -> None:
     histories = await tx.select(t.HISTORIES, order=("nth",))
     if not histories or histories[-1].history_id != manifest.history_id:
         raise fmt.BackupDamaged(f"{manifest.name}: its histories do not end with {manifest.history_id}")
@@ -183,7 +183,9 @@ async def _begin_history(tx: Restoring, manifest: fmt.Manifest, report: Report) 
 # ---- the object store
 
 
-async def _adopt(tx: Restoring, store: ObjectStore, accept_holes: bool, report: Report, progress: Progress) -> None:
+async def _adopt(
+    tx: RestoreTransaction, store: ObjectStore, accept_holes: bool, report: Report, progress: Progress
+) -> None:
     known = await tx.select(t.SEGMENTS, order=("topic_id", "partition", "base_offset"))
     objects = await stored.scan(store, _known_ends(known), progress)
     report.damaged_objects = [f"{item.object_key} before byte {item.at}: {item.what}" for item in objects.damaged]
@@ -242,12 +244,12 @@ def _named(candidates: Sequence[Candidate], topic: str) -> list[Candidate]:
     return [replace(item, segment=replace(item.segment, topic=topic)) for item in candidates]
 
 
-async def _recover_topics(tx: Restoring, found: Sequence[Candidate], report: Report) -> None:
+async def _recover_topics(tx: RestoreTransaction, found: Sequence[Candidate], report: Report) -> None:
     """Topics that were created after the backup, as far as their objects tell: id, partitions with records, and, if not
     all of these share objects with other topics, the name. A topic deleted before the backup stays deleted."""
     ids = {item.segment.topic_id for item in found}
     for topic_id in sorted(ids):
-        if await heard_of(tx, [topic_id]):
+        if await known_topic_ids(tx, [topic_id]):
             continue
         of_topic = [item.segment for item in found if item.segment.topic_id == topic_id]
         name = stored.topic_name((segment.object_key for segment in of_topic), topic_id)

@@ -95,7 +95,7 @@ async def announce(
                 ),
             ]
         )
-        tx.tell_sealed(sealed.buffer_id)
+        tx.notify_sealed(sealed.buffer_id)
         named = tuple(replace(item, topic=names.get(item.topic_id, item.topic)) for item in sealed.slices)
         return replace(sealed, agent_id=session.agent_id, wal_id=session.wal_id, slices=named)
 

@@ -94,7 +94,7 @@ async def topic_names(tx: Transaction, topic_ids: Collection[str]) -> dict[str, 
     return {row.topic_id: row.topic for row in await tx.select(t.TOPICS, where(topic_id=In(set(topic_ids))))}
 
 
-async def heard_of(tx: Transaction, topic_ids: Collection[str]) -> set[str]:
+async def known_topic_ids(tx: Transaction, topic_ids: Collection[str]) -> set[str]:
     """Returns the ids of those topics that there are or were in this metadata."""
     if not topic_ids:
         return set()
@@ -135,7 +135,7 @@ async def commit_leadership(tx: Transaction, settings: CoordinatorSettings, even
         await _share_out(tx, settings, sessions, events)
     else:
         await tx.apply([Remove(t.SWEEPS, {"name": MOVES_DUE})])
-    await _tell_leases(tx, sessions)
+    await _bump_grants_version(tx, sessions)
     return before
 
 
@@ -185,7 +185,7 @@ async def make_moves(context: Context) -> None:
         await context.store.run(work, lock=CLUSTER_LOCK)
 
 
-async def _tell_leases(tx: Transaction, sessions: Sequence[t.SessionRow]) -> None:
+async def _bump_grants_version(tx: Transaction, sessions: Sequence[t.SessionRow]) -> None:
     """Sets the leases' grants_version to the position of this transaction, which agents see with their next
     heartbeat."""
     ids = [row.session_id for row in sessions]

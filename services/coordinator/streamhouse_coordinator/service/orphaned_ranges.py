@@ -22,7 +22,7 @@ from streamhouse_coordinator.service.common import (
 )
 
 
-async def look_for_orphaned(tx: Transaction) -> tuple[int, list[str]]:
+async def count_orphaned(tx: Transaction) -> tuple[int, list[str]]:
     """How many ranges wait for their agents, and the topic ids of those that must not wait for ever."""
     orphaned = await tx.select(t.RANGES, where(ORPHANED_RANGES))
     if not orphaned:
@@ -38,14 +38,14 @@ async def recover_unclean(context: Context, topic_ids: Sequence[str]) -> int:
 
 async def _recover(tx: Transaction, context: Context, topic_ids: Sequence[str]) -> int:
     topics = await tx.select(t.TOPICS, where(topic_id=In(topic_ids)))
-    patience = {
+    unclean_after_ms = {
         row.topic_id: row.unclean_recovery_after_ms for row in topics if row.unclean_recovery_after_ms is not None
     }
-    ranges = await tx.select(t.RANGES, where(ORPHANED_RANGES, topic_id=In(patience)), lock="wait")
+    ranges = await tx.select(t.RANGES, where(ORPHANED_RANGES, topic_id=In(unclean_after_ms)), lock="wait")
     now_ms = await tx.now_ms()
-    due = [sessions.give_up(row, patience[row.topic_id], now_ms) for row in ranges]
+    due = [sessions.lose_unclean(row, unclean_after_ms[row.topic_id], now_ms) for row in ranges]
     lost = [event for event in due if event is not None]
-    await _give_up(tx, context, ranges, lost)
+    await _lose(tx, context, ranges, lost)
     return len(lost)
 
 
@@ -66,16 +66,14 @@ async def declare_lost(
                 raise InvalidArgument(text, field="epochs", value=key[2])
         why = f"operator {reason}".strip()
         lost = [event for item in ranges.values() if (event := sessions.declare_lost(item, why)) is not None]
-        await _give_up(tx, context, list(ranges.values()), lost)
+        await _lose(tx, context, list(ranges.values()), lost)
         ranges = await ranges_by_key(tx, keys)
         return [ranges[key] for key in keys]
 
     return await change_leadership(context, work)
 
 
-async def _give_up(
-    tx: Transaction, context: Context, ranges: Collection[t.RangeRow], lost: Sequence[RangeLost]
-) -> None:
+async def _lose(tx: Transaction, context: Context, ranges: Collection[t.RangeRow], lost: Sequence[RangeLost]) -> None:
     """The caller holds the cluster lock and the rows of `ranges`."""
     if not lost:
         return

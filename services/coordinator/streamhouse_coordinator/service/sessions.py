@@ -23,7 +23,7 @@ from streamhouse_coordinator.service.common import (
     commit_leadership,
     cut_off_sessions,
     durable_topics,
-    heard_of,
+    known_topic_ids,
     live_session,
     ranges_by_key,
 )
@@ -142,7 +142,7 @@ async def _check_log(tx: Transaction, history: t.HistoryRow, declared: sessions.
         Head(history.history_id, await tx.position()),
         declared.ends,
         {(row.topic_id, row.partition): row.epoch for row in rows},
-        await heard_of(tx, {topic_id for topic_id, _ in keys}),
+        await known_topic_ids(tx, {topic_id for topic_id, _ in keys}),
     )
 
 
@@ -292,9 +292,11 @@ async def _with_topics(tx: Transaction, ranges: Sequence[t.RangeRow]) -> list[Gr
     now = await ranges_by_key(tx, {row.key for row in going_on})
     newest = {row.key: sessions.newest_for(now.get(row.key, row), stored.get(row.key[:2], ())) for row in going_on}
     wanted = {key: snapshot.key for key, snapshot in newest.items() if snapshot is not None}
-    told = await _told(tx, wanted, [snapshot.size_bytes for snapshot in newest.values() if snapshot is not None])
+    reported = await _fitting_snapshots(
+        tx, wanted, [snapshot.size_bytes for snapshot in newest.values() if snapshot is not None]
+    )
     return [
-        Grant(row, topics[row.topic_id], told.get(row.key, b""), row.key in wanted and row.key not in told)
+        Grant(row, topics[row.topic_id], reported.get(row.key, b""), row.key in wanted and row.key not in reported)
         for row in named
     ]
 
@@ -306,7 +308,7 @@ async def _topics_of(tx: Transaction, ranges: Collection[t.RangeRow]) -> dict[st
     return {row.topic_id: row for row in rows}
 
 
-async def _told(
+async def _fitting_snapshots(
     tx: Transaction, wanted: Mapping[RangeKey, SnapshotKey], sizes_bytes: Sequence[int]
 ) -> dict[RangeKey, bytes]:
     """Of the snapshots `wanted`, by range and of these sizes, those that an answer has room for: only their bytes are
