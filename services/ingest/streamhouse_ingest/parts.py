@@ -1,6 +1,5 @@
 """The parts of a running agent, put together once its log is open."""
 
-from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from streamhouse_ingest.leadership.ranges import Ranges
 from streamhouse_ingest.leadership.session import Identity, Session
 from streamhouse_ingest.log.history import History
 from streamhouse_ingest.log.lease import Lease
-from streamhouse_ingest.log.logs import HeldLog, Logs
+from streamhouse_ingest.log.logs import Logs
 from streamhouse_ingest.log.session_id import CurrentSession
 from streamhouse_ingest.log.trimmer import Trimmer
 from streamhouse_ingest.log.wal_space import WalSpace
@@ -117,7 +116,8 @@ def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) 
         opened.replay.doubt,
         history,
     )
-    writer.on_append(_after_append(sealer, heartbeats))
+    logs.subscribe(sealer.appended)
+    logs.subscribe(heartbeats.appended)
     topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, grants.take_in)
     produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
     damage = Damage(logs, opened.reader, sealer, around.metrics, grants.want_all)
@@ -160,15 +160,6 @@ def _tail(around: AgentContext, opened: OpenedLog, logs: Logs, damage: Damage) -
         bytes_max=settings.read_tail_bytes_max,
         wait_ms_max=settings.read_tail_wait_ms_max,
     )
-
-
-def _after_append(sealer: Sealer, heartbeats: Heartbeats) -> Callable[[HeldLog], None]:
-    def appended(held: HeldLog) -> None:
-        sealer.appended(held)
-        if held.log.runs_low:
-            heartbeats.want()
-
-    return appended
 
 
 def _seal_limits(settings: IngestSettings) -> SealLimits:

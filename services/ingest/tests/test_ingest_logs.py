@@ -20,7 +20,7 @@ def lead(logs: Logs, partition: int = 0, epoch: int = 1, start: int = 0) -> Held
 def append(logs: Logs, held: HeldLog, size_bytes: int = 100) -> None:
     event = BatchAppended(held.log.next_offset, 1, None)
     held.log.apply(event, WalPosition(1, 0, size_bytes), b"x" * size_bytes, 0)
-    logs.appended(held, size_bytes)
+    logs.count_batch(held, size_bytes)
     logs.trim()
 
 
@@ -134,3 +134,15 @@ async def test_g7_waits_that_were_given_up_do_not_pile_up():
     held.log.register(500)
     held.release_registered()
     assert kept.result() is None
+
+
+async def test_appends_are_told_to_all_subscribers_and_to_readers_that_wait():
+    logs = new_logs()
+    held, other = lead(logs), lead(logs, 1)
+    told: list[tuple[str, HeldLog]] = []
+    logs.subscribe(lambda held: told.append(("first", held)))
+    logs.subscribe(lambda held: told.append(("second", held)))
+    with held.changed() as change, other.changed() as nothing:
+        logs.appended(held)
+        assert change.done() and not nothing.done()
+    assert told == [("first", held), ("second", held)]

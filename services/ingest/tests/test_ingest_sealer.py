@@ -94,7 +94,7 @@ async def test_the_number_of_buffers_that_wait_for_registration_stays_small() ->
     waiting, largest = 0, 0
     for now_ms in range(0, 600_000, 200):
         held.log.apply(BatchAppended(held.log.next_offset, 1, None), WalPosition(1, 0, 1), b"x", now_ms)
-        logs.appended(held, 1)
+        logs.count_batch(held, 1)
         held.durable_since_ms = now_ms if held.durable_since_ms is None else held.durable_since_ms
         sealer.appended(held)
         clock.advance(200)

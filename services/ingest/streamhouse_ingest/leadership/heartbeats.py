@@ -15,7 +15,7 @@ from streamhouse_ingest.leadership.grants import Grants
 from streamhouse_ingest.leadership.ranges import Ranges
 from streamhouse_ingest.log.history import History
 from streamhouse_ingest.log.lease import Lease
-from streamhouse_ingest.log.logs import Logs
+from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.log.session_id import CurrentSession
 from streamhouse_ingest.log.wal_space import WalSpace
@@ -60,9 +60,10 @@ class Heartbeats:
         self._interval_ms, self._ttl_ms = interval_ms, ttl_ms
         self._told_full = False
 
-    def want(self) -> None:
-        """A range runs low: do not wait for the next beat."""
-        self._now.set()
+    def appended(self, held: HeldLog) -> None:
+        """Sends the next heartbeat at once where the log's range runs low. A subscriber of Logs.appended."""
+        if held.log.runs_low:
+            self._now.set()
 
     async def run(self) -> None:
         """Raises SessionExpired when the session is lost."""

@@ -5,7 +5,7 @@ import contextlib
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from shproto.errors import NOT_WRITTEN, UNKNOWN, NotLeader
 
@@ -118,6 +118,7 @@ class Logs:
         self.dirty: dict[LogKey, HeldLog] = {}  # those with an open buffer
         self.open_bytes = 0
         self.memory_bytes = 0
+        self._subscribers: list[Callable[[HeldLog], None]] = []
 
     def __iter__(self) -> Iterator[HeldLog]:
         return iter(list(self._by_key.values()))
@@ -190,8 +191,19 @@ class Logs:
 
     # ---- what happens to one
 
-    def appended(self, held: HeldLog, size_bytes: int) -> None:
-        """A batch of so many bytes was applied to the log's open buffer."""
+    def subscribe(self, appended: Callable[[HeldLog], None]) -> None:
+        """Adds a subscriber of `appended`. It is called between two awaits of the writer, and must not raise."""
+        self._subscribers.append(appended)
+
+    def appended(self, held: HeldLog) -> None:
+        """Tells the readers that wait at the log's end, and the subscribers, of what a group of writes brought to this
+        log: once, however many batches that was."""
+        held.notify()
+        for subscriber in self._subscribers:
+            subscriber(held)
+
+    def count_batch(self, held: HeldLog, size_bytes: int) -> None:
+        """Counts a batch of this size, just applied to the log's open buffer."""
         self.dirty[held.log.key] = held
         self.open_bytes += size_bytes
         self.memory_bytes += size_bytes + BATCH_OVERHEAD_BYTES

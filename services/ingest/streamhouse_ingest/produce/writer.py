@@ -7,7 +7,7 @@ write, so that a failed group leaves nothing behind.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -107,7 +107,6 @@ class Writer:
         self._limits = limits
         self._metrics = metrics
         self._room = room
-        self._on_append: Callable[[HeldLog], None] = lambda held: None
         self._queue: deque[Append] = deque()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -120,10 +119,6 @@ class Writer:
     def broken(self) -> bool:
         """The log may hold records that were never applied: where its ranges end only a replay can tell."""
         return self._failed or self._wal.broken
-
-    def on_append(self, listener: Callable[[HeldLog], None]) -> None:
-        """Whom to tell, once per group, of each log that got something."""
-        self._on_append = listener
 
     def submit(self, append: Append) -> None:
         """Queues the batch. Raises Overloaded, ShuttingDown, Unavailable when it is not taken."""
@@ -255,8 +250,7 @@ class Writer:
                 touched[append.held] = None
             self._resolve(append, self._answer(append, decision) if led else lease_lost(append.held))
         for held in touched:
-            held.notify()
-            self._on_append(held)
+            self._logs.appended(held)
         self._logs.trim()
 
     def _apply_one(
@@ -264,7 +258,7 @@ class Writer:
     ) -> None:
         held = append.held
         held.log.apply(event, position, frame.batch, now_ms)
-        self._logs.appended(held, position.size_bytes)
+        self._logs.count_batch(held, position.size_bytes)
         self._index.note(position.file, held.log.key, event.base_offset + event.record_count)
         if append.traceparent:
             held.note_trace(event.base_offset + event.record_count, append.traceparent)
