@@ -68,7 +68,7 @@ class Agent:
             running = assemble(self._around, opened, self._restore(opened.replay), advertised_address)
             self._observe(running)
             self._spawn_parts(running)
-            await running.session.open(await self._session_token(opened, advertised_address))
+            await running.session.open(await self._session_token(opened, advertised_address), opened.replay.doubt)
             # Not before: a start that is refused leaves the directory to whichever id is let in with it.
             await asyncio.get_running_loop().run_in_executor(self._thread, opened.wal.mark_used)
             if opened.replay.doubt:
@@ -211,7 +211,7 @@ class Agent:
             sealed_bytes=running.sealer.sealed_bytes,
             unregistered_bytes=sum(held.log.unregistered_bytes for held in running.logs),
             partitions=[_led_partition(held) for held in running.logs if held.log.leading],
-            session_id=running.holder.session_id,
+            session_id=running.current_session.session_id,
         )
 
 

@@ -8,12 +8,11 @@ from shruntime.clock import Clock
 from shruntime.memory import MIB
 from shruntime.tasks import Backoff, Tasks
 
-from streamhouse_ingest.leadership.event_feed import EventFeed
+from streamhouse_ingest.leadership.context import Identity, LeadershipContext
 from streamhouse_ingest.leadership.grants import Grants
-from streamhouse_ingest.leadership.heartbeats import Heartbeats
 from streamhouse_ingest.leadership.moves import Moves
 from streamhouse_ingest.leadership.ranges import Ranges
-from streamhouse_ingest.leadership.session import Identity, Session
+from streamhouse_ingest.leadership.session import Session
 from streamhouse_ingest.log.history import History
 from streamhouse_ingest.log.lease import Lease
 from streamhouse_ingest.log.logs import Logs
@@ -21,7 +20,7 @@ from streamhouse_ingest.log.session_id import CurrentSession
 from streamhouse_ingest.log.trimmer import Trimmer
 from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.ports import OpenedLog
+from streamhouse_ingest.ports import LogFiles, OpenedLog
 from streamhouse_ingest.produce.service import ProduceService
 from streamhouse_ingest.produce.topics import TopicLookup
 from streamhouse_ingest.produce.writer import Writer, WriterLimits
@@ -59,7 +58,7 @@ class AgentParts:
     writer: Writer
     sealer: Sealer
     session: Session
-    holder: CurrentSession
+    current_session: CurrentSession
     grants: Grants
     ranges: Ranges
     moves: Moves
@@ -71,82 +70,43 @@ class AgentParts:
 def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) -> AgentParts:
     """Makes and connects the parts; starts nothing."""
     settings = around.settings
-    holder, lease = CurrentSession(), Lease(settings.lease_margin_ms)
+    files = LogFiles(opened.wal, opened.index, around.thread)
+    current = CurrentSession()
+    context = LeadershipContext(
+        identity=Identity(settings.agent_id, opened.wal_id, address),
+        coordinator=around.coordinator,
+        clock=around.clock,
+        session=current,
+        lease=Lease(settings.lease_margin_ms),
+        history=History(opened.seen, files),
+        metrics=around.metrics,
+        backoff=around.backoff,
+    )
     sealer = Sealer(
-        logs, around.coordinator, holder, around.clock, _seal_limits(settings), around.backoff(), around.metrics
+        logs, around.coordinator, current, around.clock, _seal_limits(settings), around.backoff(), around.metrics
     )
-    room = WalSpace(opened.wal, around.thread, around.clock, around.tasks, grace_ms=settings.wal_full_grace_ms)
-    writer = _writer(around, opened, logs, lease, room)
-    history = History(opened.seen, opened.wal, around.thread)
-    trimmer = Trimmer(logs, opened.wal, opened.index, around.thread, history)
-    moves = _moves(around, logs, writer, sealer, holder)
+    space = WalSpace(files, around.clock, around.tasks, grace_ms=settings.wal_full_grace_ms)
+    writer = Writer(logs, files, context.lease, around.clock, _writer_limits(settings), around.metrics, space)
+    trimmer = Trimmer(logs, files, context.history)
+    moves = Moves(context, logs, writer, sealer, around.tasks, timeout_ms=settings.move_timeout_ms)
     ranges = Ranges(logs, writer, moves, around.metrics, trimmer.want)
-    identity = Identity(settings.agent_id, opened.wal_id, address)
-    grants = Grants(around.coordinator, ranges, holder, history, around.clock, around.backoff)
-    feed = EventFeed(
-        settings.agent_id,
-        around.coordinator,
-        holder,
-        logs,
-        ranges,
-        sealer,
-        grants,
-        history,
-        around.clock,
-        around.backoff,
-    )
-    heartbeats = Heartbeats(
-        around.coordinator, holder, lease, logs, ranges, grants, feed, history, room, around.clock, around.backoff
-    )
-    session = Session(
-        identity,
-        around.coordinator,
-        heartbeats,
-        feed,
-        grants,
-        ranges,
-        moves,
-        logs,
-        writer,
-        sealer,
-        lease,
-        holder,
-        around.clock,
-        around.backoff,
-        opened.replay.doubt,
-        history,
-    )
+    session = Session(context, logs, writer, sealer, ranges, moves, space)
     logs.subscribe(sealer.appended)
-    logs.subscribe(heartbeats.appended)
+    logs.subscribe(session.heartbeats.appended)
+    grants = session.grants
     topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, grants.take_in)
     produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
     damage = Damage(logs, opened.reader, sealer, around.metrics, grants.want_all)
     tail = _tail(around, opened, logs, damage)
-    return AgentParts(opened, logs, writer, sealer, session, holder, grants, ranges, moves, trimmer, produce, tail)
+    return AgentParts(opened, logs, writer, sealer, session, current, grants, ranges, moves, trimmer, produce, tail)
 
 
-def _writer(around: AgentContext, opened: OpenedLog, logs: Logs, lease: Lease, room: WalSpace) -> Writer:
-    settings = around.settings
-    limits = WriterLimits(
+def _writer_limits(settings: IngestSettings) -> WriterLimits:
+    return WriterLimits(
         queue_bytes_max=settings.queue_bytes_max,
         group_bytes_max=settings.wal_group_bytes_max,
         wal_bytes_max=settings.wal_bytes_max,
         wal_ahead_bytes=settings.space_ahead_bytes,
-    )
-    return Writer(logs, opened.wal, opened.index, lease, around.thread, around.clock, limits, around.metrics, room)
-
-
-def _moves(around: AgentContext, logs: Logs, writer: Writer, sealer: Sealer, holder: CurrentSession) -> Moves:
-    return Moves(
-        logs,
-        writer,
-        sealer,
-        around.coordinator,
-        holder,
-        around.clock,
-        around.tasks,
-        timeout_ms=around.settings.move_timeout_ms,
-        make_backoff=around.backoff,
     )
 
 

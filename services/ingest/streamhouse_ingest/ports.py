@@ -1,9 +1,11 @@
 """What the agent needs of its write-ahead log, and how that can fail."""
 
+import asyncio
 import errno
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar, TypeVarTuple
 
 from shruntime.descriptors import NO_DESCRIPTORS
 
@@ -11,6 +13,9 @@ from streamhouse_ingest.log.buffer import WalPosition
 from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.log.replay import Replay
 from streamhouse_ingest.log.wal_index import WalIndex
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """OSErrors of a disk that has no room."""
@@ -123,6 +128,20 @@ class BatchReader(Protocol):
 
     def find_damaged(self, positions: Sequence[WalPosition]) -> list[WalPosition]:
         """Those that cannot be read back, as far as possible from the disk itself. Raises WalFileGone, OSError."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogFiles:
+    """The files of the open log, and the thread that makes all calls of `wal`, in the order they are asked for: so that
+    a deletion never races with a rotation, and no call meets another one half done."""
+
+    wal: Wal
+    index: WalIndex
+    thread: Executor
+
+    async def run(self, call: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """Returns what the call returns, made in the log's thread. Raises what it raises."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, call, *arguments)
 
 
 @dataclass(frozen=True, slots=True)

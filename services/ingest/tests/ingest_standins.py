@@ -91,6 +91,7 @@ class CoordinatorStandIn:
         self.producer_ids_from = 0
         self.opened: list[pb.OpenSessionRequest] = []
         self._news = asyncio.Event()
+        self.feed_error: Exception | None = None
 
     def _called(self, name: str) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
@@ -110,6 +111,18 @@ class CoordinatorStandIn:
         )
         self.events.append(row)
         self.version += 1
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def emit_closed(self, session_id: str) -> None:
+        """The session ends, and its events say so."""
+        session = next(session for session in self.sessions.values() if session.session_id == session_id)
+        self.expire_all()
+        self.emit(events.SessionClosed(session_id, session.agent_id, "ingest", "expired"))
+
+    def break_feeds(self, error: Exception) -> None:
+        """Streams of events that run end with this error."""
+        self.feed_error = error
         self._news.set()
         self._news = asyncio.Event()
 
@@ -427,6 +440,9 @@ class CoordinatorStandIn:
                 if not request.types or event.type in request.types:
                     yield event
             await news.wait()
+            if self.feed_error is not None:
+                error, self.feed_error = self.feed_error, None
+                raise error
             if self.down:
                 raise Unavailable("the coordinator is down")
 

@@ -41,8 +41,9 @@ from streamhouse_ingest.log.producers import (
     decode_snapshot,
     encode_snapshot,
 )
+from streamhouse_ingest.log.wal_index import WalIndex
 from streamhouse_ingest.log.wal_space import WalSpace
-from streamhouse_ingest.ports import Frame, WalBroken, WalDamaged, WalLocked
+from streamhouse_ingest.ports import Frame, LogFiles, WalBroken, WalDamaged, WalLocked
 from streamhouse_ingest.produce import request_rules
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.wiring import IngestService
@@ -856,7 +857,8 @@ async def test_a_log_that_is_full_for_less_than_the_grace_period_keeps_its_leade
 
     clock, disk, tasks = ManualClock(0), Disk(), Tasks()
     with ThreadPoolExecutor(1) as thread:
-        room = WalSpace(disk, thread, clock, tasks, grace_ms=10_000)  # type: ignore[arg-type]
+        files = LogFiles(disk, WalIndex(), thread)  # type: ignore[arg-type]
+        room = WalSpace(files, clock, tasks, grace_ms=10_000)
 
         async def is_full() -> bool:
             room.look()

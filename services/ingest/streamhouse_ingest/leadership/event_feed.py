@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from typing import Never
 
 from shproto.errors import EventsPruned, MetadataWentBack, SessionExpired, StreamHouseError
 from shproto.events import (
@@ -22,17 +22,14 @@ from shproto.events import (
     TopicDeleted,
     event_from_json,
 )
-from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
-from shruntime.clock import Clock
 from shruntime.tasks import Backoff
 
+from streamhouse_ingest.leadership.context import LeadershipContext
 from streamhouse_ingest.leadership.grants import Grants
 from streamhouse_ingest.leadership.ranges import Ranges
-from streamhouse_ingest.log.history import History
 from streamhouse_ingest.log.logs import Logs
 from streamhouse_ingest.log.partition_log import LogKey
-from streamhouse_ingest.log.session_id import CurrentSession
 from streamhouse_ingest.sealing.sealer import Sealer
 
 log = logging.getLogger(__name__)
@@ -54,78 +51,56 @@ FOLLOWED = (
 
 
 class EventFeed:
-    """`position`: of the last event that came in."""
+    """The session's `position` is that of the last event that came in."""
 
-    def __init__(
-        self,
-        agent_id: str,
-        coordinator: CoordinatorApi,
-        holder: CurrentSession,
-        logs: Logs,
-        ranges: Ranges,
-        sealer: Sealer,
-        grants: Grants,
-        history: History,
-        clock: Clock,
-        make_backoff: Callable[[], Backoff],
-    ) -> None:
-        self._agent_id = agent_id
-        self._coordinator = coordinator
-        self._holder = holder
+    def __init__(self, context: LeadershipContext, logs: Logs, ranges: Ranges, sealer: Sealer, grants: Grants) -> None:
+        self._context = context
+        self._session = context.session
         self._logs = logs
         self._ranges = ranges
         self._sealer = sealer
         self._grants = grants
-        self._history = history
-        self._clock = clock
-        self._make_backoff = make_backoff
-        self.position = 0
 
-    def begin(self, position: int) -> None:
-        """Of the session that was opened: what happens behind `position` concerns it."""
-        self.position = position
-
-    async def run(self) -> None:
-        """Follows the events from the last seen position, reconnecting. Returns when the session is closed."""
-        backoff = self._make_backoff()
+    async def run(self) -> Never:
+        """Follows the events from the session's position on, reconnecting. Raises SessionExpired where the session is
+        closed, or cannot be kept for events that are missing: a new one says all that was missed."""
+        backoff = self._context.backoff()
         while True:
             try:
-                if await self._follow(backoff):
-                    return
+                await self._follow(backoff)
             except SessionExpired:
                 raise
             except MetadataWentBack as error:
                 log.error("the session is given up: %s", error.message)
-                return
-            except EventsPruned as error:  # a new session says all that was missed
+                raise SessionExpired(error.message) from error
+            except EventsPruned as error:
                 log.warning("the session is given up: %s", error.message)
-                return
+                raise SessionExpired(error.message) from error
             except StreamHouseError as error:
                 log.warning("the event feed broke off: %s", error.message)
-            await self._clock.sleep_ms(backoff.next_ms())
+            await self._context.clock.sleep_ms(backoff.next_ms())
 
-    async def _follow(self, backoff: Backoff) -> bool:
-        """Until the stream ends. Whether the session was closed."""
+    async def _follow(self, backoff: Backoff) -> None:
+        """Passes on events until the stream ends. Raises SessionExpired when the session is closed."""
         request = pb.FollowEventsRequest(
-            after_position=self.position,
+            after_position=self._session.position,
             types=[kind.__name__ for kind in FOLLOWED],
-            session_token=self._holder.token,
-            history_id=self._history.seen.history_id,
+            session_token=self._session.token,
+            history_id=self._context.history.seen.history_id,
         )
-        async with contextlib.aclosing(self._coordinator.follow_events(request)) as rows:  # type: ignore[type-var]
+        async with contextlib.aclosing(self._context.coordinator.follow_events(request)) as rows:  # type: ignore[type-var]
             async for row in rows:
                 backoff.reset()
-                self.position = row.position
-                self._history.heard_of(row.position)
+                self._session.position = row.position
+                self._context.history.heard_of(row.position)
                 event = event_from_json(row.type, row.payload_json)
                 if event is not None and self._closes_us(event):
-                    return True
+                    raise SessionExpired("the session was closed")
                 if event is not None:
                     self._handle(event)
-        return False
 
     def _closes_us(self, event: Event) -> bool:
-        return isinstance(event, SessionClosed) and event.session_id == self._holder.session_id
+        return isinstance(event, SessionClosed) and event.session_id == self._session.session_id
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -141,23 +116,23 @@ class EventFeed:
             case RangeExtended():
                 self._ranges.extend(_key(event), event.limit_offset)
             case AgentCutOff():
-                if event.agent_id == self._agent_id:
+                if event.agent_id == self._context.identity.agent_id:
                     self._grants.want_all()  # what is on the move already is not to wait for its upload any more
             case EpochGranted() | MoveRequested():
-                if event.agent_id == self._agent_id:
-                    self._grants.changed([_key(event)], self.position)
+                if event.agent_id == self._context.identity.agent_id:
+                    self._grants.changed([_key(event)], self._session.position)
             case RangeSettled() | RangeOrphaned() | RangeLost():
                 if self._logs.get(_key(event)) is not None:
-                    self._grants.changed([_key(event)], self.position)
+                    self._grants.changed([_key(event)], self._session.position)
             case TopicDeleted():
                 topic_id = bytes.fromhex(event.topic_id)
                 keys = [held.log.key for held in self._logs if held.log.key.topic_id == topic_id]
-                self._grants.changed(keys, self.position)
+                self._grants.changed(keys, self._session.position)
 
     def _registered(self, segment: Segment) -> None:
         key = LogKey(bytes.fromhex(segment.topic_id), segment.partition, segment.epoch)
         if self._ranges.registered(key, segment.end_offset):
-            self._grants.changed([key], self.position)
+            self._grants.changed([key], self._session.position)
 
 
 def _key(

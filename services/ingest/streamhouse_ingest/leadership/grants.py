@@ -6,19 +6,15 @@ meanwhile is asked for together, in the next.
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 from shproto.errors import SessionExpired, StreamHouseError
-from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
-from shruntime.clock import Clock
-from shruntime.tasks import Backoff
 
+from streamhouse_ingest.leadership.context import LeadershipContext
 from streamhouse_ingest.leadership.ranges import Ranges
 from streamhouse_ingest.leadership.wanted import Question, Wanted
-from streamhouse_ingest.log.history import History
 from streamhouse_ingest.log.partition_log import LogKey
-from streamhouse_ingest.log.session_id import CurrentSession
 
 log = logging.getLogger(__name__)
 
@@ -26,21 +22,9 @@ log = logging.getLogger(__name__)
 class Grants:
     """`want_all`, `changed` and `heard_of` return at once; `take_in` waits for the answer."""
 
-    def __init__(
-        self,
-        coordinator: CoordinatorApi,
-        ranges: Ranges,
-        holder: CurrentSession,
-        history: History,
-        clock: Clock,
-        make_backoff: Callable[[], Backoff],
-    ) -> None:
-        self._coordinator = coordinator
+    def __init__(self, context: LeadershipContext, ranges: Ranges) -> None:
+        self._context = context
         self._ranges = ranges
-        self._holder = holder
-        self._history = history
-        self._clock = clock
-        self._make_backoff = make_backoff
         self._wanted = Wanted()
         self._awake = asyncio.Event()
         self._waiting: list[tuple[asyncio.Future[None], Collection[LogKey]]] = []
@@ -85,7 +69,7 @@ class Grants:
 
     async def run(self) -> None:
         """Asks whenever something is wanted. Raises SessionExpired."""
-        backoff = self._make_backoff()
+        backoff = self._context.backoff()
         while True:
             await self._awake.wait()
             self._awake.clear()
@@ -100,21 +84,24 @@ class Grants:
                 log.warning("cannot take in the grants: %s", error.message)
                 self._wanted.put_back(question)
                 self._awake.set()
-                await self._clock.sleep_ms(backoff.next_ms())
+                await self._context.clock.sleep_ms(backoff.next_ms())
                 continue
             backoff.reset()
 
     async def _ask(self, question: Question) -> None:
         waiting = list(self._waiting)
-        response = await self._coordinator.get_grants(
-            pb.GetGrantsRequest(session_token=self._holder.token, only=range_keys(question))
+        context = self._context
+        response = await context.coordinator.get_grants(
+            pb.GetGrantsRequest(session_token=context.session.token, only=range_keys(question))
         )
         # Before anything is appended to a new range: metadata that does not know it must not be taken for right.
-        self._history.heard_of(response.position)
-        await self._history.save()
+        context.history.heard_of(response.position)
+        await context.history.save()
         taken = await self._ranges.take_in(response.grants, question.keys())
         if spans := self._ranges.lost_spans(question.keys()):
-            await self._coordinator.report_lost(pb.ReportLostRequest(session_token=self._holder.token, spans=spans))
+            await context.coordinator.report_lost(
+                pb.ReportLostRequest(session_token=context.session.token, spans=spans)
+            )
         self._wanted.answered(question, response.grants_version, taken.rest)
         self._wanted.want(taken.finished)
         if self._wanted:

@@ -2,22 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
 
 from shproto.errors import AWAY, RENEWED, SessionExpired, StreamHouseError
-from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
-from shruntime.clock import Clock
-from shruntime.tasks import Backoff
 
-from streamhouse_ingest.leadership.event_feed import EventFeed
+from streamhouse_ingest.leadership.context import LeadershipContext
 from streamhouse_ingest.leadership.grants import Grants
 from streamhouse_ingest.leadership.ranges import Ranges
-from streamhouse_ingest.log.history import History
-from streamhouse_ingest.log.lease import Lease
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import LogKey
-from streamhouse_ingest.log.session_id import CurrentSession
 from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.waiting import ends_within
 
@@ -25,32 +18,13 @@ log = logging.getLogger(__name__)
 
 
 class Heartbeats:
-    def __init__(
-        self,
-        coordinator: CoordinatorApi,
-        holder: CurrentSession,
-        lease: Lease,
-        logs: Logs,
-        ranges: Ranges,
-        grants: Grants,
-        feed: EventFeed,
-        history: History,
-        room: WalSpace,
-        clock: Clock,
-        make_backoff: Callable[[], Backoff],
-    ) -> None:
-        self._coordinator = coordinator
-        self._holder = holder
-        self._lease = lease
+    def __init__(self, context: LeadershipContext, logs: Logs, ranges: Ranges, grants: Grants, space: WalSpace) -> None:
+        self._context = context
         self._logs = logs
         self._ranges = ranges
         self._grants = grants
-        self._feed = feed
-        self._history = history
-        self._room = room
+        self._space = space
         self._told_full = False
-        self._clock = clock
-        self._make_backoff = make_backoff
         self._interval_ms = 0
         self._ttl_ms = 0
         self._now = asyncio.Event()
@@ -67,10 +41,10 @@ class Heartbeats:
 
     async def run(self) -> None:
         """Raises SessionExpired when the session is lost."""
-        backoff = self._make_backoff()
+        backoff = self._context.backoff()
         wait_ms: float = self._interval_ms
         while True:
-            await ends_within(self._clock, self._now.wait(), wait_ms)
+            await ends_within(self._context.clock, self._now.wait(), wait_ms)
             self._now.clear()
             try:
                 await self._beat()
@@ -84,27 +58,28 @@ class Heartbeats:
                 wait_ms = self._interval_ms
 
     async def _beat(self) -> None:
-        full = self._room.is_full
-        sent_ms = self._clock.monotonic_ms()
-        request = pb.HeartbeatRequest(session_token=self._holder.token, low_ranges=_low_ranges(self._logs))
+        context = self._context
+        full = self._space.is_full
+        sent_ms = context.clock.monotonic_ms()
+        request = pb.HeartbeatRequest(session_token=context.session.token, low_ranges=_low_ranges(self._logs))
         if full != self._told_full:
             request.log_full = full
         try:
-            response = await self._coordinator.heartbeat(request)
+            response = await context.coordinator.heartbeat(request)
         except StreamHouseError as error:
             # AWAY: coordinators that answer, and cannot grant anything to anybody: nobody is to take over, and they
             # will not count this time against the lease. Offsets last as long as the range does. RENEWED: the lease
             # is, and the rest of the heartbeat found too many others before it.
             if error.details.get("database") == AWAY or error.details.get("lease") == RENEWED:
-                self._lease.renew(sent_ms, self._ttl_ms)
+                context.lease.renew(sent_ms, self._ttl_ms)
             raise
-        self._lease.renew(sent_ms, response.ttl_ms)
+        context.lease.renew(sent_ms, response.ttl_ms)
         self._told_full = full
-        await self._history.save()
+        await context.history.save()
         for grant in response.extended:
             self._ranges.extend(LogKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)
-        self._grants.heard_of(response.grants_version, self._feed.position)
-        self._room.look()  # for the next beat
+        self._grants.heard_of(response.grants_version, context.session.position)
+        self._space.look()  # for the next beat
 
 
 def _low_ranges(logs: Logs) -> list[pb.RangeUse]:

@@ -9,17 +9,14 @@ round. An end is settled only of a log that is held, and that the writer can sti
 
 import asyncio
 import logging
-from collections.abc import Callable
 
 from shproto.errors import SessionExpired, StreamHouseError
-from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
-from shruntime.clock import Clock
-from shruntime.tasks import Backoff, Tasks
+from shruntime.tasks import Tasks
 
+from streamhouse_ingest.leadership.context import LeadershipContext
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import LogKey
-from streamhouse_ingest.log.session_id import CurrentSession
 from streamhouse_ingest.produce.writer import Writer
 from streamhouse_ingest.sealing.sealer import Sealer
 from streamhouse_ingest.waiting import done_within
@@ -36,27 +33,14 @@ class Moves:
     move at once tells that state with the end itself."""
 
     def __init__(
-        self,
-        logs: Logs,
-        writer: Writer,
-        sealer: Sealer,
-        coordinator: CoordinatorApi,
-        holder: CurrentSession,
-        clock: Clock,
-        tasks: Tasks,
-        *,
-        timeout_ms: int,
-        make_backoff: Callable[[], Backoff],
+        self, context: LeadershipContext, logs: Logs, writer: Writer, sealer: Sealer, tasks: Tasks, *, timeout_ms: int
     ) -> None:
+        self._context = context
         self._logs = logs
         self._writer = writer
         self._sealer = sealer
-        self._coordinator = coordinator
-        self._holder = holder
-        self._clock = clock
         self._tasks = tasks
         self._timeout_ms = timeout_ms
-        self._make_backoff = make_backoff
         self._moving: dict[LogKey, asyncio.Task[None]] = {}
         self._at_once: set[LogKey] = set()
         self._turn = asyncio.Semaphore(MOVES_AT_ONCE)
@@ -125,7 +109,7 @@ class Moves:
         self._logs.stop_leading(held)
         await self._writer.barrier()
         self._sealer.seal_now([held])
-        return await done_within(self._clock, held.wait_registered(held.log.next_offset), self._timeout_ms)
+        return await done_within(self._context.clock, held.wait_registered(held.log.next_offset), self._timeout_ms)
 
     async def _settle(self, held: HeldLog) -> None:
         key = held.log.key
@@ -137,12 +121,12 @@ class Moves:
             end_offset=held.log.next_offset,
             producer_snapshot=held.log.tail_snapshot(),
         )
-        backoff, alone = self._make_backoff(), False
+        backoff, alone = self._context.backoff(), False
         try:
             while (error := await self._settle_with_others(key, alone)) is not None:
                 log.warning("%s: cannot be settled yet: %s", held.log.describe(), error.message)
                 alone = not error.retriable  # what one range is refused for must not keep the others
-                await self._clock.sleep_ms(backoff.next_ms())
+                await self._context.clock.sleep_ms(backoff.next_ms())
         finally:
             self._unsettled.pop(key, None)
 
@@ -155,8 +139,8 @@ class Moves:
             keys = [key] if alone else list(self._unsettled)
             ends = [self._unsettled[one] for one in keys]
             try:
-                await self._coordinator.settle_ranges(
-                    pb.SettleRangesRequest(session_token=self._holder.token, ends=ends)
+                await self._context.coordinator.settle_ranges(
+                    pb.SettleRangesRequest(session_token=self._context.session.token, ends=ends)
                 )
             except SessionExpired:
                 pass  # the next session settles them

@@ -4,30 +4,25 @@
 session is lost; then open again.
 """
 
-import contextlib
+import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from shproto.errors import AgentIdTaken, InvalidArgument, SessionExpired, StreamHouseError
-from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
-from shruntime.clock import Clock
-from shruntime.tasks import Backoff, run_until_first_ends
 
+from streamhouse_ingest.leadership.context import LeadershipContext
 from streamhouse_ingest.leadership.event_feed import EventFeed
 from streamhouse_ingest.leadership.grants import Grants, range_keys
 from streamhouse_ingest.leadership.heartbeats import Heartbeats
 from streamhouse_ingest.leadership.moves import Moves
 from streamhouse_ingest.leadership.ranges import Ranges
 from streamhouse_ingest.leadership.wanted import first_of
-from streamhouse_ingest.log.history import History
-from streamhouse_ingest.log.lease import Lease
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import LogKey, PartitionLog
-from streamhouse_ingest.log.replay import Doubt
-from streamhouse_ingest.log.session_id import CurrentSession
+from streamhouse_ingest.log.replay import NO_DOUBT, Doubt
+from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.ports import WalBroken
 from streamhouse_ingest.produce.writer import Writer
 from streamhouse_ingest.sealing.sealer import Sealer
@@ -39,78 +34,59 @@ log = logging.getLogger(__name__)
 _SNAPSHOTS_BYTES_MAX = 32 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    agent_id: str
-    wal_id: bytes
-    address: str
-
-
 class Session:
-    """Owns the session's token and the lease."""
+    """Owns the session's token, the lease, and the tasks that live as long as the session."""
 
     def __init__(
         self,
-        identity: Identity,
-        coordinator: CoordinatorApi,
-        heartbeats: Heartbeats,
-        feed: EventFeed,
-        grants: Grants,
-        ranges: Ranges,
-        moves: Moves,
+        context: LeadershipContext,
         logs: Logs,
         writer: Writer,
         sealer: Sealer,
-        lease: Lease,
-        holder: CurrentSession,
-        clock: Clock,
-        make_backoff: Callable[[], Backoff],
-        doubt: Doubt,
-        history: History,
+        ranges: Ranges,
+        moves: Moves,
+        space: WalSpace,
     ) -> None:
-        self._identity = identity
-        self._coordinator = coordinator
-        self._heartbeats = heartbeats
-        self._feed = feed
-        self._grants = grants
-        self._ranges = ranges
-        self._moves = moves
+        self._context = context
+        self._coordinator = context.coordinator
+        self._history = context.history
+        self._lease = context.lease
         self._logs = logs
         self._writer = writer
         self._sealer = sealer
-        self._lease = lease
-        self._holder = holder
-        self._clock = clock
-        self._make_backoff = make_backoff
-        self._doubt = doubt
-        self._history = history
+        self._ranges = ranges
+        self._moves = moves
+        self.grants = Grants(context, ranges)
+        self._feed = EventFeed(context, logs, ranges, sealer, self.grants)
+        self.heartbeats = Heartbeats(context, logs, ranges, self.grants, space)
 
     # ---- one life after the other
 
     async def run(self) -> None:
         """Follows the open session; opens another one whenever it is lost. Raises AgentIdTaken, WalBroken."""
         while True:
-            await self._live()
+            await self._keep()
             log.warning("the session is lost, opening a new one")
             self._lease.drop()
-            self._holder.clear()
+            self._context.session.clear()
             await self.open(str(uuid.uuid4()))
 
-    async def open(self, token: str) -> None:
+    async def open(self, token: str, doubt: Doubt = NO_DOUBT) -> None:
         """Opens a session, however long the coordinator takes to answer, and takes in what it says of older ranges.
 
         Nothing is appended meanwhile, nor while the metadata is not what this log goes with (METADATA_WENT_BACK): then
-        it is asked again until somebody restores it. Raises AgentIdTaken, InvalidArgument, WalBroken, OSError.
+        it is asked again until somebody restores it. `doubt`: what a replay could not tell. Raises AgentIdTaken,
+        InvalidArgument, WalBroken, OSError.
         """
         self._moves.cancel_all()
         await self._stop_leading()
-        opened = await self._open_call(token)
+        opened = await self._open_call(token, doubt)
         while not await self._resume(opened):
             log.warning("the session is lost already, opening it again")
-            opened = await self._open_call(token)
+            opened = await self._open_call(token, NO_DOUBT)  # the answer before said where each log ends
         self._sealer.restart()
-        self._holder.set(opened.session_token, opened.session_id)
-        self._grants.begin()
+        self._context.session.set(opened.session_token, opened.session_id, opened.feed_position)
+        self.grants.begin()
         log.info("session %s is open, %d older ranges to finish", opened.session_id, len(opened.resumed))
 
     async def _stop_leading(self) -> None:
@@ -125,9 +101,7 @@ class Session:
         self._logs.producer_ids_from = opened.producer_ids_from
         self._history.opened(opened.history_id, opened.feed_position)
         await self._history.save()
-        self._heartbeats.begin(opened.heartbeat_interval_ms, opened.ttl_ms)
-        self._feed.begin(opened.feed_position)
-        self._doubt = Doubt()  # what the log holds from here on is known
+        self.heartbeats.begin(opened.heartbeat_interval_ms, opened.ttl_ms)
         rest = set((await self._ranges.resume(opened.resumed)).rest)
         try:
             while rest:
@@ -142,11 +116,11 @@ class Session:
 
     async def _rest_call(self, token: str, keys: Sequence[LogKey]) -> pb.GetGrantsResponse:
         """What did not fit into the answers before. Renews the lease, which nobody else does yet."""
-        backoff = self._make_backoff()
+        backoff = self._context.backoff()
         request = pb.GetGrantsRequest(session_token=token, only=range_keys(keys))
         while True:
             self._check_log()
-            sent_ms = self._clock.monotonic_ms()
+            sent_ms = self._context.clock.monotonic_ms()
             try:
                 beat = await self._coordinator.heartbeat(pb.HeartbeatRequest(session_token=token))
                 self._lease.renew(sent_ms, beat.ttl_ms)
@@ -155,26 +129,26 @@ class Session:
                 raise
             except StreamHouseError as error:
                 log.warning("cannot take in the older ranges yet: %s", error.message)
-                await self._clock.sleep_ms(backoff.next_ms())
+                await self._context.clock.sleep_ms(backoff.next_ms())
 
     def _check_log(self) -> None:
         """Raises WalBroken."""
         if self._writer.broken:
             raise WalBroken("no session is opened over a log that failed; the next start replays it")
 
-    async def _open_call(self, token: str) -> pb.OpenSessionResponse:
-        backoff = self._make_backoff()
-        request = self._open_request(token)
+    async def _open_call(self, token: str, doubt: Doubt) -> pb.OpenSessionResponse:
+        backoff = self._context.backoff()
+        request = self._open_request(token, doubt)
         while True:
             self._check_log()
-            sent_ms = self._clock.monotonic_ms()
+            sent_ms = self._context.clock.monotonic_ms()
             try:
                 opened = await self._coordinator.open_session(request)
             except (AgentIdTaken, InvalidArgument):
                 raise
             except StreamHouseError as error:
                 log.warning("cannot open a session yet: %s", error.message)
-                await self._clock.sleep_ms(backoff.next_ms())
+                await self._context.clock.sleep_ms(backoff.next_ms())
             else:
                 self._must_outlast_heartbeats(opened.ttl_ms, opened.heartbeat_interval_ms)
                 self._lease.renew(sent_ms, opened.ttl_ms)
@@ -194,28 +168,46 @@ class Session:
                 value=margin_ms,
             )
 
-    def _open_request(self, token: str) -> pb.OpenSessionRequest:
+    def _open_request(self, token: str, doubt: Doubt) -> pb.OpenSessionRequest:
         """The same for all tries: were a session opened by one whose answer is lost, another one would, over a damaged
         log, declare the ends unknown of ranges that were granted to that session and never written to."""
         return pb.OpenSessionRequest(
             session_token=token,
-            agent_id=self._identity.agent_id,
+            agent_id=self._context.identity.agent_id,
             role="ingest",
-            address=self._identity.address,
-            wal_id=self._identity.wal_id,
-            wal_ends=wal_ends(held for held in self._logs if self._doubt.knows_end(held.log.key)),
-            ends_unknown=self._doubt.hidden,
-            torn=self._doubt.torn,
+            address=self._context.identity.address,
+            wal_id=self._context.identity.wal_id,
+            wal_ends=wal_ends(held for held in self._logs if doubt.knows_end(held.log.key)),
+            ends_unknown=doubt.hidden,
+            torn=doubt.torn,
             history_id=self._history.seen.history_id,
             seen_position=self._history.seen.position,
         )
 
-    async def _live(self) -> None:
-        """Runs what the session needs until it is lost."""
-        with contextlib.suppress(SessionExpired):
-            await run_until_first_ends(
-                {"heartbeats": self._heartbeats.run(), "event feed": self._feed.run(), "grants": self._grants.run()}
-            )
+    async def _keep(self) -> None:
+        """Renews the lease, follows the events and keeps up with the grants; returns when the session is lost.
+
+        The three end together: a group that lost one of them would renew a lease over events that nobody hears, or
+        follow events of a session that is gone. Raises what ends one of them otherwise, alone and not in a group.
+        """
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"
+        cancellations = task.cancelling()
+        failed: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.heartbeats.run(), name="heartbeats")
+                group.create_task(self.grants.run(), name="grants")
+                await self._feed.run()
+        except BaseExceptionGroup as ended:
+            _, others = ended.split(SessionExpired)
+            failed = others and others.exceptions[0]
+        if failed is not None:
+            raise failed
+        if task.cancelling() > cancellations:
+            # The agent stops, and the session was lost in the same moment: TaskGroup raises the loss alone, and a new
+            # session would be opened by an agent that waits for this task to end.
+            raise asyncio.CancelledError
 
     async def close(self) -> None:
         """Gives session and ranges back, if the coordinator answers: the next leaders go on where this agent ends.
@@ -223,8 +215,8 @@ class Session:
         Else, and always after the log failed, the session expires or is replaced, and the next start settles where a
         replay finds the ends. Nothing may be appended any more; `run` must have ended, or it would open a new session.
         """
-        token = self._holder.token
-        self._holder.clear()
+        token = self._context.session.token
+        self._context.session.clear()
         self._lease.drop()
         await self._stop_leading()
         if self._writer.broken:

@@ -1,11 +1,9 @@
 """What this agent's log goes with: the history of the metadata, and how far of it the agent has heard. Kept beside the
 log, so that metadata that went back in time is noticed before anything is dropped or given out again."""
 
-import asyncio
 import logging
-from concurrent.futures import Executor
 
-from streamhouse_ingest.ports import SCARCE, Seen, Wal
+from streamhouse_ingest.ports import SCARCE, LogFiles, Seen
 
 log = logging.getLogger(__name__)
 
@@ -13,10 +11,9 @@ log = logging.getLogger(__name__)
 class History:
     """Owned by the session; saved in the log's own thread."""
 
-    def __init__(self, seen: Seen, wal: Wal, thread: Executor) -> None:
+    def __init__(self, seen: Seen, files: LogFiles) -> None:
         self.seen = self._saved = seen
-        self._wal = wal
-        self._thread = thread
+        self._files = files
 
     def opened(self, history_id: str, position: int) -> None:
         """A session was opened over this history."""
@@ -35,7 +32,7 @@ class History:
         if seen == self._saved or not seen.history_id:
             return
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._wal.note_history, seen)
+            await self._files.run(self._files.wal.note_history, seen)
         except OSError as error:
             if error.errno not in SCARCE:
                 raise

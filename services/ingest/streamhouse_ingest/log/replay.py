@@ -44,6 +44,9 @@ class Doubt:
         return not self.hidden or key in self.certain
 
 
+NO_DOUBT = Doubt()
+
+
 @dataclass(slots=True)
 class ReplayedLog:
     """`end_offset`: up to where the log was written, damaged frames included. `written`: by producer id the last

@@ -2,12 +2,10 @@
 
 import asyncio
 import logging
-from concurrent.futures import Executor
 
 from streamhouse_ingest.log.history import History
 from streamhouse_ingest.log.logs import Logs
-from streamhouse_ingest.log.wal_index import WalIndex
-from streamhouse_ingest.ports import Wal
+from streamhouse_ingest.ports import LogFiles
 
 log = logging.getLogger(__name__)
 
@@ -15,11 +13,9 @@ log = logging.getLogger(__name__)
 class Trimmer:
     """One task; in the log's own thread, so that a deletion never races with a rotation."""
 
-    def __init__(self, logs: Logs, wal: Wal, index: WalIndex, thread: Executor, history: History) -> None:
+    def __init__(self, logs: Logs, files: LogFiles, history: History) -> None:
         self._logs = logs
-        self._wal = wal
-        self._index = index
-        self._thread = thread
+        self._files = files
         self._history = history
         self._wanted = asyncio.Event()
 
@@ -35,11 +31,11 @@ class Trimmer:
 
     async def trim(self) -> None:
         """Raises OSError when a file cannot be deleted."""
-        loop = asyncio.get_running_loop()
-        for file in self._index.deletable(self._logs.registered_end, self._wal.active):
+        wal, index = self._files.wal, self._files.index
+        for file in index.deletable(self._logs.registered_end, wal.active):
             # Metadata from before these registrations must not find the log without them and take it for whole. Noted
             # once for all files, or, where the disk is full, when one that is gone has made room.
             await self._history.save()
-            await loop.run_in_executor(self._thread, self._wal.delete, file)
-            self._index.remove(file)
+            await self._files.run(wal.delete, file)
+            index.remove(file)
             log.info("deleted log file %d: everything in it is registered", file)

@@ -8,12 +8,11 @@ would send the leaderships to and fro. Nobody waits for a look: the log's thread
 
 import asyncio
 import logging
-from concurrent.futures import Executor
 
 from shruntime.clock import Clock
 from shruntime.tasks import Tasks
 
-from streamhouse_ingest.ports import Wal
+from streamhouse_ingest.ports import LogFiles
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +20,8 @@ log = logging.getLogger(__name__)
 class WalSpace:
     """`note_full` by the writer, `look` and `is_full` by whoever tells the coordinator. `tasks` owns the look."""
 
-    def __init__(self, wal: Wal, thread: Executor, clock: Clock, tasks: Tasks, *, grace_ms: int) -> None:
-        self._wal = wal
-        self._thread = thread
+    def __init__(self, files: LogFiles, clock: Clock, tasks: Tasks, *, grace_ms: int) -> None:
+        self._files = files
         self._clock = clock
         self._tasks = tasks
         self._grace_ms = grace_ms
@@ -48,7 +46,7 @@ class WalSpace:
             self._looking = self._tasks.spawn("look for room in the log", self._look(self._full_since_ms))
 
     async def _look(self, since_ms: int) -> None:
-        if await asyncio.get_running_loop().run_in_executor(self._thread, self._wal.has_space_for_file):
+        if await self._files.run(self._files.wal.has_space_for_file):
             log.info("the write-ahead log has room again")
             self._full_since_ms, self._is_full = None, False
         else:

@@ -8,7 +8,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from shformat import BatchHeader, stamp_batch
@@ -20,10 +19,9 @@ from streamhouse_ingest.log.lease import Lease
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import BatchAppended
 from streamhouse_ingest.log.producers import DuplicateOf
-from streamhouse_ingest.log.wal_index import WalIndex
 from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.ports import Frame, Wal, WalBroken, WalFull
+from streamhouse_ingest.ports import Frame, LogFiles, WalBroken, WalFull
 from streamhouse_ingest.produce.draft import Decision, Draft, NotLed
 from streamhouse_ingest.produce.refusals import lease_lost, log_failed, overloaded, refusal
 
@@ -89,24 +87,22 @@ class Writer:
     def __init__(
         self,
         logs: Logs,
-        wal: Wal,
-        index: WalIndex,
+        files: LogFiles,
         lease: Lease,
-        thread: Executor,
         clock: Clock,
         limits: WriterLimits,
         metrics: IngestMetrics,
-        room: WalSpace,
+        space: WalSpace,
     ) -> None:
         self._logs = logs
-        self._wal = wal
-        self._index = index
+        self._files = files
+        self._wal = files.wal
+        self._index = files.index
         self._lease = lease
-        self._thread = thread
         self._clock = clock
         self._limits = limits
         self._metrics = metrics
-        self._room = room
+        self._space = space
         self._queue: deque[Append] = deque()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -188,7 +184,7 @@ class Writer:
             positions = await self._append(frames) if frames else []
             self._apply(decided, iter(positions))
         except WalFull as error:
-            self._room.note_full()
+            self._space.note_full()
             self._fail(group, DiskFull(f"the write-ahead log cannot grow: {error}", retry_after_ms=_WAL_RETRY_MS))
         except WalBroken:
             self._failed = True
@@ -225,7 +221,7 @@ class Writer:
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
-            positions = await loop.run_in_executor(self._thread, self._wal.append, frames)
+            positions = await self._files.run(self._wal.append, frames)
         finally:
             if self._wal.active is not None:
                 self._index.resize(self._wal.active, self._wal.active_bytes)
