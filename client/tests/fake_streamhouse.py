@@ -475,7 +475,9 @@ class FakeStreamHouse:
         return {topic: info.partitions for topic, info in self.topics.items() if topic in read}
 
     def _state(self, group: Group) -> rules.Group:
-        return rules.Group("", group.generation, group.members, group.owned, group.target)
+        return rules.Group(
+            name="", generation=group.generation, topics=group.members, owned=group.owned, target=group.target
+        )
 
     def _is_outdated(self, group: Group) -> bool:
         return rules.outdated(self._state(group), self._partitions(group))

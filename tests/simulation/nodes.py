@@ -177,7 +177,7 @@ class CoordinatorNode(Node):
         # More than an operator may set: so that leases end over outages that are not made up for.
         settings = settings.model_copy(update={"session_sweep_interval_ms": 700})
         tasks, store = Tasks(), Session(self.around.database, self.name)
-        context = Context(store, settings)
+        context = Context(store=store, settings=settings)
         feed = Feed(store, poll_interval_ms=settings.events_poll_interval_ms, batch=50, cached=40)
         api = CoordinatorApi(context, feed, Probe(context, tasks, self._describe_agent))
         listener = Listener(
@@ -187,7 +187,16 @@ class CoordinatorNode(Node):
             group_changed=context.waiters.changed,
             buffer_sealed=feed.sealed,
         )
-        service = CoordinatorService(settings, api, context, feed, store, listener, None, tasks)  # type: ignore[arg-type]
+        service = CoordinatorService(
+            settings=settings,
+            api=api,
+            context=context,
+            feed=feed,
+            _store=store,  # type: ignore[arg-type]
+            _listener=listener,  # type: ignore[arg-type]
+            _relay=None,
+            _tasks=tasks,
+        )
         self.around.network.listen(self.address, process, api)
         self.service = service
         await service.start()

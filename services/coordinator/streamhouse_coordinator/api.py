@@ -165,9 +165,16 @@ class CoordinatorApi:
                 "only ingest agents have a write-ahead log", field="wal_id", value=request.wal_id.hex()
             )
         wal_id = messages.hex_id("wal_id", request.wal_id) if request.role == INGEST else ""
-        event = SessionOpened(messages.session_id_of(token), request.agent_id, request.role, request.address, wal_id, 0)
+        event = SessionOpened(
+            session_id=messages.session_id_of(token),
+            agent_id=request.agent_id,
+            role=request.role,
+            address=request.address,
+            wal_id=wal_id,
+            started_ms=0,
+        )
         check_name("history_id", request.history_id, messages.ID_LENGTH_MAX, empty=True)
-        seen = Head(request.history_id, request.seen_position)
+        seen = Head(history_id=request.history_id, position=request.seen_position)
         for rival in await sessions.rivals(self._context, event):
             if await self._holders.holds(rival):
                 raise agent_id_taken(rival)
@@ -228,7 +235,13 @@ class CoordinatorApi:
         check_number("number of slices", len(request.slices), 1, messages.SLICES_MAX)
         check_name("trace_context", request.trace_context, messages.TRACE_CONTEXT_LENGTH_MAX, empty=True)
         slices = tuple(messages.slice_of(item) for item in request.slices)
-        sealed = BufferSealed(buffer_id, messages.session_id_of(request.session_token), "", "", slices)
+        sealed = BufferSealed(
+            buffer_id=buffer_id,
+            session_id=messages.session_id_of(request.session_token),
+            agent_id="",
+            wal_id="",
+            slices=slices,
+        )
         snapshots = {messages.range_key(item): item.producer_snapshot for item in request.slices}
         await buffers.announce(self._context, sealed, snapshots, request.trace_context)
         return pb.AnnounceBufferResponse()

@@ -136,7 +136,9 @@ class Feed:
         if self._position >= 0:
             if head.history_id == self._history_id:
                 await rollback_detection.record(
-                    self._store, Head(self._history_id, self._position), rollback_detection.COORDINATOR
+                    self._store,
+                    Head(history_id=self._history_id, position=self._position),
+                    rollback_detection.COORDINATOR,
                 )
             self._era += 1
             log.error("the metadata went back: event %d of %s was read, now there is %d of %s",
@@ -168,7 +170,7 @@ class Feed:
         the position of the last event. Raises InvalidArgument for a position that is not there yet, EventsPruned for
         one behind which events are not kept any more, MetadataWentBack when the history is not, or not any more, the
         one that the position is of, Unavailable when the database goes away while the follower has to read it."""
-        await self._check(Head(history_id, after_position))
+        await self._check(Head(history_id=history_id, position=after_position))
         era = self._era
         wanted = frozenset(types)
         at = after_position
@@ -178,7 +180,11 @@ class Feed:
             while True:
                 rows = await self._next(at, era, seen_sealed)
                 if self._era != era:
-                    raise went_back(Head(self._history_id, self._position), Head(history_id, at), "it was replaced")
+                    raise went_back(
+                        Head(history_id=self._history_id, position=self._position),
+                        Head(history_id=history_id, position=at),
+                        "it was replaced",
+                    )
                 for row in rows:
                     at = row.position
                     if not wanted or row.type in wanted:
@@ -228,7 +234,15 @@ class Feed:
 
 def _notice(position: int, buffer_id: str) -> EventRow:
     payload = json.dumps({"buffer_id": buffer_id})
-    return EventRow(position, f"buffer/{buffer_id}", 0, BufferSealed.__name__, payload, "", 0)
+    return EventRow(
+        position=position,
+        stream_id=f"buffer/{buffer_id}",
+        version=0,
+        type=BufferSealed.__name__,
+        payload=payload,
+        trace_context="",
+        created_ms=0,
+    )
 
 
 class _Signal:

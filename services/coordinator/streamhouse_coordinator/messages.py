@@ -166,7 +166,7 @@ def wal_ends(items: Iterable[pb.WalEnd], *, unknown: bool = False, torn: bool = 
             firsts[key] = item.first_offset
         if item.producer_snapshot:
             snapshots[key] = item.producer_snapshot
-    return WalEnds(ends, snapshots, unknown, torn, firsts, topics)
+    return WalEnds(ends=ends, snapshots=snapshots, unknown=unknown, torn=torn, firsts=firsts, topics=topics)
 
 
 def slice_of(item: pb.BufferSlice) -> Slice:
@@ -175,14 +175,14 @@ def slice_of(item: pb.BufferSlice) -> Slice:
     check_number("size_bytes", item.size_bytes, 0, INT64_MAX)
     check_number("producer_snapshot bytes", len(item.producer_snapshot), 0, SNAPSHOT_BYTES_MAX)
     return Slice(
-        hex_id("topic_id", item.topic_id),
-        item.topic,
-        item.partition,
-        item.epoch,
-        item.base_offset,
-        item.end_offset,
-        item.record_count,
-        item.size_bytes,
+        topic_id=hex_id("topic_id", item.topic_id),
+        topic=item.topic,
+        partition=item.partition,
+        epoch=item.epoch,
+        base_offset=item.base_offset,
+        end_offset=item.end_offset,
+        record_count=item.record_count,
+        size_bytes=item.size_bytes,
     )
 
 
@@ -194,20 +194,20 @@ def segment_of(item: types_pb2.SegmentRef) -> Segment:
         check_number(field, getattr(item, field), 0, INT64_MAX)
     check_number("size_bytes", item.size_bytes, 1, INT64_MAX)
     return Segment(
-        check_uuid("segment_id", item.segment_id),
-        hex_id("topic_id", item.topic_id),
-        item.topic,
-        item.partition,
-        item.epoch,
-        item.base_offset,
-        item.end_offset,
-        item.record_count,
-        item.object_key,
-        item.object_at,
-        item.size_bytes,
-        item.raw_bytes,
-        item.first_timestamp_ms,
-        item.max_timestamp_ms,
+        segment_id=check_uuid("segment_id", item.segment_id),
+        topic_id=hex_id("topic_id", item.topic_id),
+        topic=item.topic,
+        partition=item.partition,
+        epoch=item.epoch,
+        base_offset=item.base_offset,
+        end_offset=item.end_offset,
+        record_count=item.record_count,
+        object_key=item.object_key,
+        object_at=item.object_at,
+        size_bytes=item.size_bytes,
+        raw_bytes=item.raw_bytes,
+        first_timestamp_ms=item.first_timestamp_ms,
+        max_timestamp_ms=item.max_timestamp_ms,
     )
 
 
@@ -225,7 +225,15 @@ def lost_segment(row: t.SegmentRow) -> pb.LostSpan:
 def lost_span(item: pb.LostSpan) -> t.LostSpanRow:
     check_span(item.base_offset, item.end_offset)
     check_text("reason", item.reason, REASON_LENGTH_MAX)
-    return t.LostSpanRow(*range_key(item), item.base_offset, item.end_offset, item.reason)
+    topic_id, partition, epoch = range_key(item)
+    return t.LostSpanRow(
+        topic_id=topic_id,
+        partition=partition,
+        epoch=epoch,
+        base_offset=item.base_offset,
+        end_offset=item.end_offset,
+        reason=item.reason,
+    )
 
 
 def check_group(name: str) -> None:
@@ -243,7 +251,9 @@ def commit_of(item: pb.OffsetCommit) -> Commit:
     check_number("offset", item.offset, 0, INT64_MAX)
     check_text("metadata", item.metadata, METADATA_LENGTH_MAX, empty=True)
     topic_id = hex_id("topic_id", item.topic_id) if item.topic_id else ""
-    return Commit(item.topic, item.partition, item.offset, item.metadata, topic_id)
+    return Commit(
+        topic=item.topic, partition=item.partition, next_offset=item.offset, metadata=item.metadata, topic_id=topic_id
+    )
 
 
 # ---- out

@@ -58,7 +58,7 @@ FAILED_BUFFERS = Predicate("last_reason <> ''", lambda row: row.last_reason != "
 LOST_SEGMENTS = Predicate("lost_reason <> ''", lambda row: row.lost_reason != "")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Where:
     """Rows whose columns meet all of `equals` (a value, In, AtMost or Above), the predicate, if given, whose `keys`
     columns are one of `key_rows`, and whose primary key comes after `after`."""
@@ -71,17 +71,17 @@ class Where:
 
 
 def where(predicate: Predicate | None = None, **equals: Any) -> Where:
-    return Where(equals, predicate)
+    return Where(equals=equals, predicate=predicate)
 
 
 def where_keys(keys: tuple[str, ...], key_rows: Collection[tuple[Any, ...]], **equals: Any) -> Where:
-    return Where(equals, None, keys, key_rows)
+    return Where(equals=equals, predicate=None, keys=keys, key_rows=key_rows)
 
 
-EVERYTHING = Where({})
+EVERYTHING = Where(equals={})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
     """The count of the rows of one group, and the sums and maxima of the columns asked for; where a column has bytes,
     the sum of their lengths."""
@@ -169,7 +169,7 @@ class Difference:
     expected: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionCheck:
     """How far a check is: of `events_total` events, `events_done` are applied. With `done`, what it found."""
 

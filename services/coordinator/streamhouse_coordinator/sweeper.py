@@ -41,7 +41,7 @@ _ranges_lost = counter(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
     """What one look found to do, and what the gauges show."""
 

@@ -55,7 +55,7 @@ RETRY_FIRST_MS, RETRY_MS_MAX = 100, 5_000
 _LATER = (Unavailable, Overloaded, Internal)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CoordinatorService:
     """One coordinator. `api` may be called before `start` has ended: it answers Unavailable until then."""
 
@@ -166,7 +166,7 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
         if relay is not None:
             relay.sealed(sealed, trace_context)
 
-    context = Context(store, settings, buffer_sealed=buffer_sealed)
+    context = Context(store=store, settings=settings, buffer_sealed=buffer_sealed)
     api = CoordinatorApi(context, feed, Probe(context, tasks, _describe_agent))
     listening = Listening(
         settings.pg_listen_dsn or settings.pg_dsn, settings.pg_timeout_ms, past_pooler=bool(settings.pg_listen_dsn)
@@ -178,7 +178,16 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
         buffer_sealed=feed.sealed,
         works=listens,
     )
-    return CoordinatorService(settings, api, context, feed, store, listener, relay, tasks)
+    return CoordinatorService(
+        settings=settings,
+        api=api,
+        context=context,
+        feed=feed,
+        _store=store,
+        _listener=listener,
+        _relay=relay,
+        _tasks=tasks,
+    )
 
 
 async def _describe_agent(address: str) -> ingest_pb2.DescribeAgentResponse:

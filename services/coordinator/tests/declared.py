@@ -10,7 +10,11 @@ from streamhouse_coordinator.ports import Transaction
 
 async def declare(api: CoordinatorApi, object_keys: Iterable[str]) -> None:
     """From now on segments can be registered in these objects."""
-    rows = [t.UploadIntentRow(key, "", "", "", 0) for key in object_keys if key]
+    rows = [
+        t.UploadIntentRow(object_key=key, claim_id="", buffer_id="", worker_id="", declared_ms=0)
+        for key in object_keys
+        if key
+    ]
 
     async def work(tx: Transaction) -> None:
         await tx.apply([Put(t.UPLOAD_INTENTS, row) for row in rows])

@@ -122,5 +122,5 @@ def _touched(group: Sequence[RowOp]) -> list[Where]:
     """Conditions for the rows that are there already and that the group, one statement, changes or removes."""
     table = group[0].table
     keys = [table.key_of(op.row) if isinstance(op, Put) else op.key for op in group if isinstance(op, Put | Set)]
-    removed = [Where(op.where) for op in group if not isinstance(op, Put | Set)]
+    removed = [Where(equals=op.where) for op in group if not isinstance(op, Put | Set)]
     return [where_keys(table.key, keys), *removed] if keys else removed

@@ -29,11 +29,31 @@ Key = tuple[str, int]
 
 
 def session(name: str) -> SessionRow:
-    return SessionRow(f"session-{name}", name, "ingest", f"{name}:1", f"wal-{name}", 0)
+    return SessionRow(
+        session_id=f"session-{name}",
+        agent_id=name,
+        role="ingest",
+        address=f"{name}:1",
+        wal_id=f"wal-{name}",
+        started_ms=0,
+    )
 
 
 def range_of(key: Key, status: str, agent: str, *, epoch: int = 1, end: int | None = None) -> RangeRow:
-    return RangeRow(*key, epoch, 0, WIDTH, 0, end, status, f"session-{agent}", agent, f"wal-{agent}", False)
+    return RangeRow(
+        topic_id=key[0],
+        partition=key[1],
+        epoch=epoch,
+        start_offset=0,
+        limit_offset=WIDTH,
+        registered_end=0,
+        end_offset=end,
+        status=status,
+        session_id=f"session-{agent}",
+        agent_id=agent,
+        wal_id=f"wal-{agent}",
+        moving=False,
+    )
 
 
 @dataclass
@@ -65,7 +85,12 @@ class Fleet:
         held = self.held()
         shares = share(self.sizes, Counter((row.topic_id, row.session_id) for row in held), sessions)
         waiting = [
-            PartitionRow(*key, self.latest[key].epoch if key in self.latest else 0, 0)
+            PartitionRow(
+                topic_id=key[0],
+                partition=key[1],
+                epoch=self.latest[key].epoch if key in self.latest else 0,
+                log_start_offset=0,
+            )
             for key in self.keys
             if key not in self.latest or self.latest[key].status != OPEN
         ]
@@ -135,11 +160,20 @@ def test_where_the_next_epoch_starts() -> None:
 
 def test_which_partitions_events_leave_without_a_leader() -> None:
     events = [
-        TopicCreated(TOPIC, "orders", 2, None, None, 2, None, 0),
-        RangeSettled("a", 5, 1, 10),
-        RangeOrphaned("a", 6, 1),
-        RangeLost("a", 7, 1, 100, "why"),
-        SessionClosed("session-a", "a", "ingest", "expired"),
+        TopicCreated(
+            topic_id=TOPIC,
+            topic="orders",
+            partitions=2,
+            retention_ms=None,
+            retention_bytes=None,
+            min_acks=2,
+            unclean_recovery_after_ms=None,
+            created_ms=0,
+        ),
+        RangeSettled(topic_id="a", partition=5, epoch=1, end_offset=10),
+        RangeOrphaned(topic_id="a", partition=6, epoch=1),
+        RangeLost(topic_id="a", partition=7, epoch=1, end_offset=100, why="why"),
+        SessionClosed(session_id="session-a", agent_id="a", role="ingest", why="expired"),
     ]
     assert list(left_without_leader(events)) == [(TOPIC, 0), (TOPIC, 1), ("a", 5), ("a", 6), ("a", 7)]
 
@@ -198,7 +232,10 @@ def test_topics_that_are_made_one_after_the_other_are_balanced_without_a_move(to
         size = rng.randint(1, 20)
         shares = share({f"t{number}": size}, {}, sessions, loads)
         assert sum(shares.missing.values()) == size and not shares.surplus
-        waiting = [PartitionRow(f"t{number}", partition, 0, 0) for partition in range(size)]
+        waiting = [
+            PartitionRow(topic_id=f"t{number}", partition=partition, epoch=0, log_start_offset=0)
+            for partition in range(size)
+        ]
         for event in grant(shares, {f"t{number}": "t"}, waiting, {}, loads, sessions, WIDTH):
             loads[event.session_id] += 1
         totals = [loads[row.session_id] for row in sessions]

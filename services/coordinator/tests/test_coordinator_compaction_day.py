@@ -40,7 +40,22 @@ class Partition:
     def _put(self, at: int, gone: int, base: int, end: int, size_bytes: int, writes: int) -> None:
         name = f"{base}-{end}"
         self.writes[name] = writes
-        row = SegmentRow(name, "t", 0, 1, base, end, end - base, "key", 0, size_bytes, size_bytes, 0, 0, "")
+        row = SegmentRow(
+            segment_id=name,
+            topic_id="t",
+            partition=0,
+            epoch=1,
+            base_offset=base,
+            end_offset=end,
+            record_count=end - base,
+            object_key="key",
+            object_at=0,
+            size_bytes=size_bytes,
+            raw_bytes=size_bytes,
+            first_timestamp_ms=0,
+            max_timestamp_ms=0,
+            lost_reason="",
+        )
         self.segments[at : at + gone] = [row]
 
     def compact(self) -> None:

@@ -31,19 +31,62 @@ pytestmark = pytest.mark.quick
 
 TOPIC = "0" * 32
 KEY = (TOPIC, 0, 1)
-RANGE = t.RangeRow(TOPIC, 0, 1, 0, 1000, 100, None, t.OPEN, "s", "a", "w", False)
+RANGE = t.RangeRow(
+    topic_id=TOPIC,
+    partition=0,
+    epoch=1,
+    start_offset=0,
+    limit_offset=1000,
+    registered_end=100,
+    end_offset=None,
+    status=t.OPEN,
+    session_id="s",
+    agent_id="a",
+    wal_id="w",
+    moving=False,
+)
 SETTLED = replace(RANGE, status=t.SETTLED, end_offset=150)
 NOTHING_KNOWN = AcknowledgedEnds()
 
 
 def segment(base: int, end: int, name: str = "x", **changes: Any) -> Segment:
-    made = Segment(name, TOPIC, "orders", 0, 1, base, end, end - base, "key", 0, 10, 20, 1, 2)
+    made = Segment(
+        segment_id=name,
+        topic_id=TOPIC,
+        topic="orders",
+        partition=0,
+        epoch=1,
+        base_offset=base,
+        end_offset=end,
+        record_count=end - base,
+        object_key="key",
+        object_at=0,
+        size_bytes=10,
+        raw_bytes=20,
+        first_timestamp_ms=1,
+        max_timestamp_ms=2,
+    )
     return replace(made, **changes)
 
 
 def row(base: int, end: int, size: int = 10, name: str = "", max_ms: int = 0, lost: str = "") -> t.SegmentRow:
     name = name or f"s{base}"
-    return t.SegmentRow(name, TOPIC, 0, 1, base, end, end - base, "key", 0, size, 2 * size, 0, max_ms, lost)
+    return t.SegmentRow(
+        segment_id=name,
+        topic_id=TOPIC,
+        partition=0,
+        epoch=1,
+        base_offset=base,
+        end_offset=end,
+        record_count=end - base,
+        object_key="key",
+        object_at=0,
+        size_bytes=size,
+        raw_bytes=2 * size,
+        first_timestamp_ms=0,
+        max_timestamp_ms=max_ms,
+        lost_reason=lost,
+    )
 
 
 # ---- names and topics
@@ -76,7 +119,16 @@ def test_a_name_that_would_not_stay_on_its_line_is_refused(name: str) -> None:
     assert caught.value.message.isprintable()
 
 
-CREATE = TopicCreated("", "orders", 1, None, None, 2, None, 0)
+CREATE = TopicCreated(
+    topic_id="",
+    topic="orders",
+    partitions=1,
+    retention_ms=None,
+    retention_bytes=None,
+    min_acks=2,
+    unclean_recovery_after_ms=None,
+    created_ms=0,
+)
 
 
 @pytest.mark.parametrize(
@@ -102,35 +154,61 @@ def test_creating_topics() -> None:
     topics.check_create(CREATE, 1)
     assert topics.create(CREATE, [], 0, 1) == CREATE
     with pytest.raises(TopicExists):
-        topics.create(CREATE, [t.TopicRow(TOPIC, "orders", 1, None, None, 2, None, 0)], 0, 1)
+        topics.create(
+            CREATE,
+            [
+                t.TopicRow(
+                    topic_id=TOPIC,
+                    topic="orders",
+                    partitions=1,
+                    retention_ms=None,
+                    retention_bytes=None,
+                    min_acks=2,
+                    unclean_recovery_after_ms=None,
+                    created_ms=0,
+                )
+            ],
+            0,
+            1,
+        )
     with pytest.raises(Overloaded):
         topics.create(CREATE, [], 1, 1)
 
 
 # ---- sessions
 
-OPENED = SessionOpened("new", "a", "ingest", "h:1", "w", 0)
+OPENED = SessionOpened(session_id="new", agent_id="a", role="ingest", address="h:1", wal_id="w", started_ms=0)
 
 
 def old(session_id: str = "s", wal_id: str = "w") -> t.SessionRow:
-    return t.SessionRow(session_id, "a", "ingest", "h:0", wal_id, 0)
+    return t.SessionRow(session_id=session_id, agent_id="a", role="ingest", address="h:0", wal_id=wal_id, started_ms=0)
 
 
 def test_the_same_log_supersedes_its_own_session_at_once_and_settles_where_its_replay_ended() -> None:
-    events = sessions.open_session(OPENED, [old()], {"s"}, [RANGE], WalEnds({KEY: 140}), NOTHING_KNOWN)
-    assert events == [SessionClosed("s", "a", "ingest", "superseded"), RangeSettled(TOPIC, 0, 1, 140), OPENED]
+    events = sessions.open_session(OPENED, [old()], {"s"}, [RANGE], WalEnds(ends={KEY: 140}), NOTHING_KNOWN)
+    assert events == [
+        SessionClosed(session_id="s", agent_id="a", role="ingest", why="superseded"),
+        RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=140),
+        OPENED,
+    ]
 
 
 def test_without_a_word_about_a_range_it_settles_at_what_is_registered() -> None:
-    assert sessions.settle_all([RANGE], WalEnds(), NOTHING_KNOWN, "new") == [RangeSettled(TOPIC, 0, 1, 100)]
-    assert sessions.settle_all([replace(RANGE, status=t.ORPHANED)], WalEnds(), NOTHING_KNOWN, "new") == [
-        RangeSettled(TOPIC, 0, 1, 100)
+    assert sessions.settle_all([RANGE], WalEnds(), NOTHING_KNOWN, "new") == [
+        RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=100)
     ]
-    assert sessions.settle_all([SETTLED], WalEnds({KEY: 500}), NOTHING_KNOWN, "new") == [], "an end is declared once"
+    assert sessions.settle_all([replace(RANGE, status=t.ORPHANED)], WalEnds(), NOTHING_KNOWN, "new") == [
+        RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=100)
+    ]
+    assert sessions.settle_all([SETTLED], WalEnds(ends={KEY: 500}), NOTHING_KNOWN, "new") == [], (
+        "an end is declared once"
+    )
 
 
 def test_a_log_that_lost_its_tail_does_not_take_back_what_is_registered() -> None:
-    assert sessions.settle_all([RANGE], WalEnds({KEY: 50}), NOTHING_KNOWN, "new") == [RangeSettled(TOPIC, 0, 1, 100)]
+    assert sessions.settle_all([RANGE], WalEnds(ends={KEY: 50}), NOTHING_KNOWN, "new") == [
+        RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=100)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -143,35 +221,45 @@ def test_a_log_that_lost_its_tail_does_not_take_back_what_is_registered() -> Non
 )
 def test_g1_a_log_that_lacks_what_it_had_announced_settles_nothing(row_: t.RangeRow, known: AcknowledgedEnds) -> None:
     """An older copy of the disk came back: what was acknowledged since is given up by nobody but an operator."""
-    orphaned = [RangeOrphaned(TOPIC, 0, 1)] if row_.status == t.OPEN else []
-    noted = [LogFoundTruncated(TOPIC, 0, 1, 120, 140)] if row_.acknowledged_end is None else []
-    assert sessions.settle_all([row_], WalEnds({KEY: 120}), known, "new") == [*orphaned, *noted]
+    orphaned = [RangeOrphaned(topic_id=TOPIC, partition=0, epoch=1)] if row_.status == t.OPEN else []
+    noted = (
+        [LogFoundTruncated(topic_id=TOPIC, partition=0, epoch=1, log_end=120, acknowledged_end=140)]
+        if row_.acknowledged_end is None
+        else []
+    )
+    assert sessions.settle_all([row_], WalEnds(ends={KEY: 120}), known, "new") == [*orphaned, *noted]
     nothing_left = sessions.settle_all([row_], WalEnds(), known, "new")
     assert [type(event).__name__ for event in nothing_left] == [type(event).__name__ for event in [*orphaned, *noted]]
-    assert sessions.settle_all([row_], WalEnds({KEY: 140}), known, "new") == [RangeSettled(TOPIC, 0, 1, 140)]
+    assert sessions.settle_all([row_], WalEnds(ends={KEY: 140}), known, "new") == [
+        RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=140)
+    ]
     durable = AcknowledgedEnds(known.announced, {TOPIC})
-    assert sessions.settle_all([row_], WalEnds({KEY: 120}), durable, "new") == [RangeSettled(TOPIC, 0, 1, 120)]
+    assert sessions.settle_all([row_], WalEnds(ends={KEY: 120}), durable, "new") == [
+        RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=120)
+    ]
 
 
 def test_g2_a_damaged_log_settles_at_the_limit_what_its_replay_cannot_tell() -> None:
-    unknown = WalEnds({KEY: 140}, unknown=True)
+    unknown = WalEnds(ends={KEY: 140}, unknown=True)
     other = replace(RANGE, partition=1)
     assert sessions.settle_all([RANGE, other], unknown, NOTHING_KNOWN, "new") == [
-        RangeSettled(TOPIC, 0, 1, 140),
-        RangeSettled(TOPIC, 1, 1, RANGE.limit_offset),
+        RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=140),
+        RangeSettled(topic_id=TOPIC, partition=1, epoch=1, end_offset=RANGE.limit_offset),
     ]
     durable = sessions.settle_all([other], unknown, AcknowledgedEnds({}, {TOPIC}), "new")
-    assert durable == [RangeSettled(TOPIC, 1, 1, 100)], "nothing beyond was acknowledged, or read"
+    assert durable == [RangeSettled(topic_id=TOPIC, partition=1, epoch=1, end_offset=100)], (
+        "nothing beyond was acknowledged, or read"
+    )
 
 
 def test_a_range_granted_to_the_session_whose_opening_is_retried_was_never_written_to() -> None:
     fresh = replace(RANGE, session_id="new", registered_end=RANGE.start_offset)
     settled = sessions.settle_all([replace(fresh, status=t.ORPHANED)], WalEnds(unknown=True), NOTHING_KNOWN, "new")
-    assert settled == [RangeSettled(TOPIC, 0, 1, RANGE.start_offset)]
+    assert settled == [RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=RANGE.start_offset)]
 
 
 def test_an_opened_session_is_found_again_by_whoever_opened_it() -> None:
-    session = t.SessionRow("new", "a", "ingest", "h:1", "w", 7)
+    session = t.SessionRow(session_id="new", agent_id="a", role="ingest", address="h:1", wal_id="w", started_ms=7)
     assert sessions.reopened(session, OPENED) is session
     for other in ({"agent_id": "b"}, {"role": "query"}, {"address": "h:2"}, {"wal_id": "v"}):
         with pytest.raises(InvalidArgument):
@@ -180,14 +268,18 @@ def test_an_opened_session_is_found_again_by_whoever_opened_it() -> None:
 
 def test_g2_with_a_torn_log_the_next_epochs_are_granted_before_the_ends_are_declared() -> None:
     events = sessions.open_session(
-        OPENED, [old()], {"s"}, [RANGE, SETTLED], WalEnds({KEY: 140}, torn=True), NOTHING_KNOWN
+        OPENED, [old()], {"s"}, [RANGE, SETTLED], WalEnds(ends={KEY: 140}, torn=True), NOTHING_KNOWN
     )
-    assert events == [SessionClosed("s", "a", "ingest", "superseded"), RangeOrphaned(TOPIC, 0, 1), OPENED]
+    assert events == [
+        SessionClosed(session_id="s", agent_id="a", role="ingest", why="superseded"),
+        RangeOrphaned(topic_id=TOPIC, partition=0, epoch=1),
+        OPENED,
+    ]
 
 
 def test_an_end_beyond_the_range_is_refused() -> None:
     with pytest.raises(InvalidArgument):
-        sessions.settle_all([RANGE], WalEnds({KEY: 1001}), NOTHING_KNOWN, "new")
+        sessions.settle_all([RANGE], WalEnds(ends={KEY: 1001}), NOTHING_KNOWN, "new")
 
 
 def test_another_log_under_the_same_agent_id() -> None:
@@ -195,18 +287,26 @@ def test_another_log_under_the_same_agent_id() -> None:
         sessions.open_session(OPENED, [old(wal_id="other")], {"s"}, [], WalEnds(), NOTHING_KNOWN)
     foreign = replace(RANGE, wal_id="other")
     events = sessions.open_session(OPENED, [old(wal_id="other")], set(), [foreign], WalEnds(), NOTHING_KNOWN)
-    assert events == [RangeOrphaned(TOPIC, 0, 1), SessionClosed("s", "a", "ingest", "expired"), OPENED]
+    assert events == [
+        RangeOrphaned(topic_id=TOPIC, partition=0, epoch=1),
+        SessionClosed(session_id="s", agent_id="a", role="ingest", why="expired"),
+        OPENED,
+    ]
 
 
 def test_ranges_of_a_leader_that_is_gone() -> None:
-    assert sessions.end_leadership([RANGE], set()) == [RangeOrphaned(TOPIC, 0, 1)]
-    assert sessions.end_leadership([RANGE], {TOPIC}) == [RangeSettled(TOPIC, 0, 1, 100)], "durable: no wait"
-    assert sessions.end_leadership([SETTLED], set()) == []
+    assert sessions.end_leadership([RANGE], durable_topics=()) == [RangeOrphaned(topic_id=TOPIC, partition=0, epoch=1)]
+    assert sessions.end_leadership([RANGE], durable_topics={TOPIC}) == [
+        RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=100)
+    ], "durable: no wait"
+    assert sessions.end_leadership([SETTLED], durable_topics=()) == []
 
 
 def test_settling_is_repeatable_and_only_for_the_leader() -> None:
     session = old()
-    assert sessions.settle(session, {KEY: RANGE}, {KEY: 140}, NOTHING_KNOWN) == [RangeSettled(TOPIC, 0, 1, 140)]
+    assert sessions.settle(session, {KEY: RANGE}, {KEY: 140}, NOTHING_KNOWN) == [
+        RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=140)
+    ]
     assert sessions.settle(session, {KEY: SETTLED}, {KEY: 150}, NOTHING_KNOWN) == []
     assert sessions.settle(session, {}, {KEY: 150}, NOTHING_KNOWN) == [], "the topic was deleted"
     for row_, end in ((replace(RANGE, wal_id="other"), 140), (RANGE, 99), (RANGE, 1001)):
@@ -218,21 +318,27 @@ def test_g1_a_leader_settles_nothing_below_what_it_announced() -> None:
     announced = AcknowledgedEnds({KEY: 140})
     with pytest.raises(InvalidArgument, match="acknowledged up to 140"):
         sessions.settle(old(), {KEY: RANGE}, {KEY: 139}, announced)
-    assert sessions.settle(old(), {KEY: RANGE}, {KEY: 140}, announced) == [RangeSettled(TOPIC, 0, 1, 140)]
+    assert sessions.settle(old(), {KEY: RANGE}, {KEY: 140}, announced) == [
+        RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=140)
+    ]
     durable = AcknowledgedEnds({KEY: 140}, {TOPIC})
-    assert sessions.settle(old(), {KEY: RANGE}, {KEY: 120}, durable) == [RangeSettled(TOPIC, 0, 1, 120)]
+    assert sessions.settle(old(), {KEY: RANGE}, {KEY: 120}, durable) == [
+        RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=120)
+    ]
 
 
 def test_a_range_that_waits_for_what_its_log_lacks_keeps_no_agent_from_leaving() -> None:
     waits = replace(RANGE, status=t.ORPHANED, acknowledged_end=140)
     assert sessions.settle(old(), {KEY: waits}, {KEY: 120}, NOTHING_KNOWN) == []
-    assert sessions.settle(old(), {KEY: waits}, {KEY: 150}, NOTHING_KNOWN) == [RangeSettled(TOPIC, 0, 1, 150)]
+    assert sessions.settle(old(), {KEY: waits}, {KEY: 150}, NOTHING_KNOWN) == [
+        RangeSettled(topic_id=TOPIC, partition=0, epoch=1, end_offset=150)
+    ]
     with pytest.raises(InvalidArgument):
         sessions.settle(old(wal_id="other"), {KEY: waits}, {KEY: 120}, NOTHING_KNOWN)
 
 
 def test_ranges_are_extended_when_a_quarter_is_left() -> None:
-    assert sessions.extend(RANGE, 751, 1000) == RangeExtended(TOPIC, 0, 1, 2000)
+    assert sessions.extend(RANGE, 751, 1000) == RangeExtended(topic_id=TOPIC, partition=0, epoch=1, limit_offset=2000)
     assert sessions.extend(RANGE, 750, 1000) is None
     assert sessions.extend(SETTLED, 999, 1000) is None
 
@@ -240,12 +346,16 @@ def test_ranges_are_extended_when_a_quarter_is_left() -> None:
 def test_giving_up_a_range() -> None:
     orphaned = replace(RANGE, status=t.ORPHANED, orphaned_ms=1000)
     assert sessions.lose_unclean(orphaned, 50, 1049) is None
-    assert sessions.lose_unclean(orphaned, 50, 1050) == RangeLost(TOPIC, 0, 1, 1000, "unclean_recovery_after_ms")
+    assert sessions.lose_unclean(orphaned, 50, 1050) == RangeLost(
+        topic_id=TOPIC, partition=0, epoch=1, end_offset=1000, why="unclean_recovery_after_ms"
+    )
     assert sessions.lose_unclean(replace(orphaned, orphaned_ms=0), 50, 10**15) is None, "nobody knows since when"
 
 
 def snapshot(epoch: int, end: int) -> t.ProducerSnapshotRow:
-    return t.ProducerSnapshotRow(TOPIC, 0, epoch, end, f"{epoch}@{end}".encode())
+    return t.ProducerSnapshotRow(
+        topic_id=TOPIC, partition=0, epoch=epoch, end_offset=end, snapshot=f"{epoch}@{end}".encode()
+    )
 
 
 def test_which_producers_state_a_leader_gets() -> None:
@@ -299,13 +409,13 @@ def test_producers_state_of_fenced_records_is_not_used() -> None:
 
 
 def test_what_a_settled_range_says_of_its_producers_follows_what_was_known() -> None:
-    declared = WalEnds({KEY: 150}, {KEY: b"tail"})
+    declared = WalEnds(ends={KEY: 150}, snapshots={KEY: b"tail"})
     known = {(TOPIC, 0): [snapshot(1, 90), snapshot(1, 120)]}
-    kept = t.ProducerSnapshotRow(TOPIC, 0, 1, 150, b"1@90tail")
+    kept = t.ProducerSnapshotRow(topic_id=TOPIC, partition=0, epoch=1, end_offset=150, snapshot=b"1@90tail")
     assert sessions.settled_snapshots([SETTLED], declared, known) == [kept]
     assert sessions.usable(kept, SETTLED) and sessions.snapshot_for(replace(RANGE, epoch=2), [kept]) == b"1@90tail"
     two = replace(SETTLED, epoch=2, start_offset=150, registered_end=150, end_offset=170)
-    both = WalEnds({KEY: 150, two.key: 170}, {KEY: b"tail", two.key: b"more"})
+    both = WalEnds(ends={KEY: 150, two.key: 170}, snapshots={KEY: b"tail", two.key: b"more"})
     assert [row.snapshot for row in sessions.settled_snapshots([two, SETTLED], both, known)] == [
         b"1@90tail",
         b"1@90tailmore",
@@ -314,10 +424,12 @@ def test_what_a_settled_range_says_of_its_producers_follows_what_was_known() -> 
 
 def test_nothing_is_kept_of_producers_where_nothing_is_left_to_register() -> None:
     said = {KEY: b"tail"}
-    assert sessions.settled_snapshots([SETTLED], WalEnds({KEY: 140}, said), {}) == [], "settled elsewhere"
+    assert sessions.settled_snapshots([SETTLED], WalEnds(ends={KEY: 140}, snapshots=said), {}) == [], (
+        "settled elsewhere"
+    )
     registered = replace(SETTLED, registered_end=150)
-    assert sessions.settled_snapshots([registered], WalEnds({KEY: 150}, said), {}) == []
-    assert sessions.settled_snapshots([SETTLED], WalEnds({KEY: 150}), {}) == []
+    assert sessions.settled_snapshots([registered], WalEnds(ends={KEY: 150}, snapshots=said), {}) == []
+    assert sessions.settled_snapshots([SETTLED], WalEnds(ends={KEY: 150}), {}) == []
 
 
 # ---- registration
@@ -348,7 +460,15 @@ def register(
     segments: list[Segment], known: set[str] | None = None, lost: list[t.LostSpanRow] | None = None
 ) -> registration.Registration:
     keys = {item.object_key for item in segments}
-    return registration.register(segments, {KEY: RANGE}, known or set(), lost or [], {TOPIC: "orders"}, "b", keys)
+    return registration.register(
+        segments,
+        ranges={KEY: RANGE},
+        known_ids=known or set(),
+        lost=lost or [],
+        topics={TOPIC: "orders"},
+        buffer_id="b",
+        declared=keys,
+    )
 
 
 def test_segments_of_one_object_register_in_offset_order_and_answer_in_the_order_asked() -> None:
@@ -364,7 +484,7 @@ def test_a_segment_registered_before_is_registered_without_another_event() -> No
 
 
 def lost(base: int, end: int) -> t.LostSpanRow:
-    return t.LostSpanRow(TOPIC, 0, 1, base, end, "bit rot")
+    return t.LostSpanRow(topic_id=TOPIC, partition=0, epoch=1, base_offset=base, end_offset=end, reason="bit rot")
 
 
 def test_a_hole_is_filled_as_soon_as_registration_reaches_it() -> None:
@@ -384,7 +504,16 @@ def test_holes_that_are_early_wait_and_those_that_are_covered_are_done() -> None
 
 def test_what_of_a_buffer_is_left() -> None:
     def item(base: int, end: int, epoch: int = 1) -> t.BufferSliceRow:
-        return t.BufferSliceRow("b", TOPIC, 0, epoch, base, end, end - base, 10)
+        return t.BufferSliceRow(
+            buffer_id="b",
+            topic_id=TOPIC,
+            partition=0,
+            epoch=epoch,
+            base_offset=base,
+            end_offset=end,
+            record_count=end - base,
+            size_bytes=10,
+        )
 
     ranges = {KEY: SETTLED, (TOPIC, 0, 3): replace(RANGE, epoch=3, status=t.LOST, end_offset=1000)}
     slices = [
@@ -401,8 +530,17 @@ def test_what_of_a_buffer_is_left() -> None:
 
 # ---- retention
 
-POLICY = t.TopicRow(TOPIC, "orders", 1, 100, 25, 2, None, 0)
-PARTITION = t.PartitionRow(TOPIC, 0, 1, 0)
+POLICY = t.TopicRow(
+    topic_id=TOPIC,
+    topic="orders",
+    partitions=1,
+    retention_ms=100,
+    retention_bytes=25,
+    min_acks=2,
+    unclean_recovery_after_ms=None,
+    created_ms=0,
+)
+PARTITION = t.PartitionRow(topic_id=TOPIC, partition=0, epoch=1, log_start_offset=0)
 
 
 @pytest.mark.parametrize(

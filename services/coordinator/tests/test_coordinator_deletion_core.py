@@ -21,7 +21,7 @@ KEY = {"object_key": "k"}
 
 
 def intent(age_ms: int) -> t.UploadIntentRow:
-    return t.UploadIntentRow("k", "c1", "b1", "w1", NOW_MS - age_ms)
+    return t.UploadIntentRow(object_key="k", claim_id="c1", buffer_id="b1", worker_id="w1", declared_ms=NOW_MS - age_ms)
 
 
 def deletion(noticed_ago_ms: int, begun: bool = False) -> t.DeletionRow:
@@ -34,7 +34,7 @@ def state(
     held: bool = False,
     known: t.DeletionRow | None = None,
 ) -> ObjectState:
-    return ObjectState("k", referenced, declared, held, known)
+    return ObjectState(object_key="k", referenced=referenced, intent=declared, held=held, deletion=known)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,43 @@ def test_who_is_withdrawn() -> None:
 
 def test_a_withdrawal_ends_the_claim() -> None:
     """A repeated declaration that arrives late must not bring it back."""
-    mine = t.BufferClaimRow("b1", "wal", 1, 10, "", "c1", "w1", 5, 2, "")
-    other = t.BufferClaimRow("b2", "wal", 2, 10, "", "c2", "w1", 5, 1, "")
-    compaction = t.CompactionClaimRow("t", 0, "c1", "w1", 5)
-    freed = t.BufferClaimRow("b1", "wal", 1, 10, "", "", "", 5, 2, "")
+    mine = t.BufferClaimRow(
+        buffer_id="b1",
+        wal_id="wal",
+        sealed_ms=1,
+        size_bytes=10,
+        trace_context="",
+        claim_id="c1",
+        worker_id="w1",
+        free_at_ms=5,
+        attempt=2,
+        last_reason="",
+    )
+    other = t.BufferClaimRow(
+        buffer_id="b2",
+        wal_id="wal",
+        sealed_ms=2,
+        size_bytes=10,
+        trace_context="",
+        claim_id="c2",
+        worker_id="w1",
+        free_at_ms=5,
+        attempt=1,
+        last_reason="",
+    )
+    compaction = t.CompactionClaimRow(topic_id="t", partition=0, claim_id="c1", worker_id="w1", expires_ms=5)
+    freed = t.BufferClaimRow(
+        buffer_id="b1",
+        wal_id="wal",
+        sealed_ms=1,
+        size_bytes=10,
+        trace_context="",
+        claim_id="",
+        worker_id="",
+        free_at_ms=5,
+        attempt=2,
+        last_reason="",
+    )
     assert withdrawal([intent(1)], [mine, other], [compaction]) == [
         Remove(t.UPLOAD_INTENTS, KEY),
         Put(t.BUFFER_CLAIMS, freed),

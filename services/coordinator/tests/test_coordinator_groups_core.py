@@ -121,7 +121,7 @@ def test_two_members_never_exchange_partitions_of_a_topic(
 def test_no_partition_is_ever_worked_on_by_two(data: st.DataObject) -> None:
     """Members come, go, speak and answer late, in any order; what they were given and did not yet let go never
     overlaps."""
-    group, working = Group("g", 0), dict[str, frozenset[str]]()
+    group, working = Group(name="g", generation=0), dict[str, frozenset[str]]()
     for _ in range(data.draw(st.integers(1, 25))):
         member = data.draw(st.sampled_from("abcd"))
         joins = member not in group.topics
@@ -134,14 +134,20 @@ def test_no_partition_is_ever_worked_on_by_two(data: st.DataObject) -> None:
                 working.pop(member, None)
             target = {m: frozenset(owned) for m, owned in rebalance(topics, {"t": 5}, group.target).items()}
             owned = {m: o for m, o in group.owned.items() if m in topics}
-            group = Group("g", group.generation + 1, topics, owned, target)
+            group = Group(name="g", generation=group.generation + 1, topics=topics, owned=owned, target=target)
             continue
         reported = working.get(member, frozenset()) & data.draw(
             st.sampled_from([names("t", *range(5)), group.target.get(member, frozenset())])
         )
         assigned, _ = available(group, member)
         after = owned_after(group, member, reported, assigned)
-        group = Group("g", group.generation, group.topics, {**group.owned, member: after}, group.target)
+        group = Group(
+            name="g",
+            generation=group.generation,
+            topics=group.topics,
+            owned={**group.owned, member: after},
+            target=group.target,
+        )
         answered = data.draw(st.booleans())
         working[member] = reported | (assigned if answered else frozenset())
         busy = [name for owned in working.values() for name in owned]
@@ -150,11 +156,11 @@ def test_no_partition_is_ever_worked_on_by_two(data: st.DataObject) -> None:
 
 def test_what_others_hold_is_pending() -> None:
     group = Group(
-        "g",
-        2,
-        {"a": ["t"], "b": ["t"]},
-        {"a": names("t", 0, 1)},
-        {"a": names("t", 0), "b": names("t", 1)},
+        name="g",
+        generation=2,
+        topics={"a": ["t"], "b": ["t"]},
+        owned={"a": names("t", 0, 1)},
+        target={"a": names("t", 0), "b": names("t", 1)},
     )
     assert available(group, "a") == (names("t", 0), False)
     assert available(group, "b") == (frozenset(), True)
@@ -163,7 +169,7 @@ def test_what_others_hold_is_pending() -> None:
 
 
 def test_targets_are_outdated_when_topics_come_or_go() -> None:
-    group = Group("g", 1, {"a": ["t", "u"]}, {}, {"a": names("t", 0)})
+    group = Group(name="g", generation=1, topics={"a": ["t", "u"]}, owned={}, target={"a": names("t", 0)})
     assert not outdated(group, {"t": 1})
     assert outdated(group, {"t": 2})
     assert outdated(group, {"t": 1, "u": 1})
@@ -172,11 +178,11 @@ def test_targets_are_outdated_when_topics_come_or_go() -> None:
 
 def test_commit_fencing() -> None:
     group = Group(
-        "g",
-        3,
-        {"a": ["t"], "b": ["t"]},
-        {"a": names("t", 0, 1), "b": names("t", 2)},
-        {"a": names("t", 0), "b": names("t", 1, 2)},
+        name="g",
+        generation=3,
+        topics={"a": ["t"], "b": ["t"]},
+        owned={"a": names("t", 0, 1), "b": names("t", 2)},
+        target={"a": names("t", 0), "b": names("t", 1, 2)},
     )
     check_commit(group, "a", 3, names("t", 0, 1))
     check_commit(group, "a", 2, names("t", 0, 1))  # late, but still its own
@@ -186,4 +192,4 @@ def test_commit_fencing() -> None:
             check_commit(group, member, generation, names("t", number))
     with pytest.raises(UnknownMember):
         check_commit(group, "c", 3, names("t", 0))
-    check_commit(Group("g", 5), "", 0, names("t", 0))
+    check_commit(Group(name="g", generation=5), "", 0, names("t", 0))

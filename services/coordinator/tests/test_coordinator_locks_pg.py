@@ -94,7 +94,9 @@ async def test_moves_and_registrations_of_the_same_ranges(
     key = (grant.topic_id.hex(), 1, grant.epoch)
 
     async def extend(tx: Transaction) -> None:
-        await tx.append([RangeExtended(*key, grant.limit_offset + 1)])
+        await tx.append(
+            [RangeExtended(topic_id=key[0], partition=key[1], epoch=key[2], limit_offset=grant.limit_offset + 1)]
+        )
 
     paused = await Paused(quiet, lambda tx: ranges_by_key(tx, [key], lock="wait"), extend).holds()
     opening = asyncio.create_task(open_agent(quiet.api, "b"))
@@ -116,7 +118,17 @@ async def test_grants_and_retention_of_the_same_partition(
     of_partition = where(topic_id=grant.topic_id.hex(), partition=0)
 
     async def retain(tx: Transaction) -> None:
-        await tx.append([LogStartMoved(grant.topic_id.hex(), 0, 5, (), "retention_ms")])
+        await tx.append(
+            [
+                LogStartMoved(
+                    topic_id=grant.topic_id.hex(),
+                    partition=0,
+                    log_start_offset=5,
+                    removed_segment_ids=(),
+                    why="retention_ms",
+                )
+            ]
+        )
 
     paused = await Paused(quiet, lambda tx: tx.select(t.PARTITIONS, of_partition, lock="wait"), retain).holds()
     settling = asyncio.create_task(agent.settle((grant, 5)))  # and is granted the next epoch

@@ -13,20 +13,33 @@ from streamhouse_coordinator.core.projection import Remove, row_ops
 pytestmark = pytest.mark.quick
 
 TOPIC = "0" * 32
-RANGE = t.RangeRow(TOPIC, 0, 1, 0, 1000, 100, None, t.ORPHANED, "s", "a", "w", False)
+RANGE = t.RangeRow(
+    topic_id=TOPIC,
+    partition=0,
+    epoch=1,
+    start_offset=0,
+    limit_offset=1000,
+    registered_end=100,
+    end_offset=None,
+    status=t.ORPHANED,
+    session_id="s",
+    agent_id="a",
+    wal_id="w",
+    moving=False,
+)
 
 
 def test_a_groups_state_says_whether_partitions_are_still_to_change_hands() -> None:
     target = {"m": frozenset({"t:0"})}
-    assert state_of(Group("g", 3, {}, {}, target)) == "empty"
-    assert state_of(Group("g", 3, {"m": {"t"}}, {}, target)) == "rebalancing"
-    assert state_of(Group("g", 3, {"m": {"t"}}, target, target)) == "stable"
+    assert state_of(Group(name="g", generation=3, topics={}, owned={}, target=target)) == "empty"
+    assert state_of(Group(name="g", generation=3, topics={"m": {"t"}}, owned={}, target=target)) == "rebalancing"
+    assert state_of(Group(name="g", generation=3, topics={"m": {"t"}}, owned=target, target=target)) == "stable"
 
 
 def test_a_group_with_members_is_told_to_stop_them() -> None:
-    check_empty(Group("g", 3), "delete it")
+    check_empty(Group(name="g", generation=3), "delete it")
     with pytest.raises(GroupNotEmpty) as caught:
-        check_empty(Group("g", 3, {"m": {"t"}}), "delete it")
+        check_empty(Group(name="g", generation=3, topics={"m": {"t"}}), "delete it")
     assert caught.value.details == {"group": "g", "members": "1"}
     assert "stop the consumers, then delete it" in caught.value.message
 
@@ -52,7 +65,9 @@ def test_an_unsettled_range_may_hold_more_than_is_registered() -> None:
 
 
 def test_only_an_orphaned_range_is_given_up() -> None:
-    assert sessions.declare_lost(RANGE, "operator x") == RangeLost(TOPIC, 0, 1, 1000, "operator x")
+    assert sessions.declare_lost(RANGE, "operator x") == RangeLost(
+        topic_id=TOPIC, partition=0, epoch=1, end_offset=1000, why="operator x"
+    )
     assert sessions.declare_lost(replace(RANGE, status=t.SETTLED, end_offset=100), "") is None
     assert sessions.declare_lost(replace(RANGE, status=t.LOST, end_offset=1000), "") is None
     with pytest.raises(InvalidArgument, match="led by agent a"):
@@ -61,5 +76,8 @@ def test_only_an_orphaned_range_is_given_up() -> None:
 
 def test_a_reset_changes_no_projection_and_a_deletion_only_the_group() -> None:
     """Committed offsets are state: a rebuild must not put old ones in the place of newer commits."""
-    assert row_ops(OffsetsReset("g", (OffsetChange(TOPIC, "t", 0, 5, 0),))) == ()
+    assert (
+        row_ops(OffsetsReset("g", (OffsetChange(topic_id=TOPIC, topic="t", partition=0, offset_before=5, offset=0),)))
+        == ()
+    )
     assert row_ops(GroupDeleted("g")) == (Remove(t.GROUPS, {"group_name": "g"}),)

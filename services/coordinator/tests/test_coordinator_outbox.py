@@ -10,7 +10,15 @@ pytestmark = pytest.mark.quick
 
 
 def test_the_message_of_an_event() -> None:
-    row = EventRow(7, "buffer/b", 1, "BufferSealed", '{"buffer_id":"b","slices":[]}', "00-trace-01", 123)
+    row = EventRow(
+        position=7,
+        stream_id="buffer/b",
+        version=1,
+        type="BufferSealed",
+        payload='{"buffer_id":"b","slices":[]}',
+        trace_context="00-trace-01",
+        created_ms=123,
+    )
     message = message_of(row)
     assert json.loads(message.body) == {
         "position": 7,

@@ -65,8 +65,10 @@ async def unreachable(address: str) -> ingest_pb2.DescribeAgentResponse:
 @asynccontextmanager
 async def probing(store: BusyStore, address: str) -> AsyncIterator[Probe]:
     """A session of an agent at `address`, and the probe of its coordinator."""
-    context = Context(store, CoordinatorSettings.load({}, pg_dsn="postgresql://nowhere/none"))
-    opened = SessionOpened(SESSION, "a", INGEST, address, "22" * 16, 0)
+    context = Context(store=store, settings=CoordinatorSettings.load({}, pg_dsn="postgresql://nowhere/none"))
+    opened = SessionOpened(
+        session_id=SESSION, agent_id="a", role=INGEST, address=address, wal_id="22" * 16, started_ms=0
+    )
     await sessions.open_session(context, opened, WalEnds())
     tasks = Tasks()
     try:
@@ -128,7 +130,7 @@ def describing(answer: str | BaseException, timeout_ms: int = 10) -> Probe:
         return ingest_pb2.DescribeAgentResponse(session_id=answer)
 
     settings = CoordinatorSettings.load({}, pg_dsn="postgresql://nowhere/none", probe_timeout_ms=timeout_ms)
-    return Probe(Context(BusyStore(SystemClock()), settings), Tasks(), describe)
+    return Probe(Context(store=BusyStore(SystemClock()), settings=settings), Tasks(), describe)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +145,15 @@ def describing(answer: str | BaseException, timeout_ms: int = 10) -> Probe:
 )
 async def test_an_agent_holds_its_session_only_if_it_says_so(answer: str | BaseException, held: bool) -> None:
     """The same address may be the process that is being started; the same log a copy."""
-    session = t.SessionRow(SESSION, "a", INGEST, "h:1", "w", 0)
+    session = t.SessionRow(session_id=SESSION, agent_id="a", role=INGEST, address="h:1", wal_id="w", started_ms=0)
     assert await describing(answer).holds(session) is held
 
 
 async def test_a_worker_holds_its_session_while_it_listens() -> None:
     machine = Machine()
-    session = t.SessionRow(SESSION, "w", SEGMENTER, await machine.listen(), "", 0)
+    session = t.SessionRow(
+        session_id=SESSION, agent_id="w", role=SEGMENTER, address=await machine.listen(), wal_id="", started_ms=0
+    )
     probe = describing(AssertionError("workers are not asked"), timeout_ms=2_000)
     try:
         assert await probe.holds(session)

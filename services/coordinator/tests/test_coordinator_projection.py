@@ -28,12 +28,20 @@ numbers = st.integers(0, 2)
 keys = st.tuples(names, numbers)
 ops = st.lists(
     st.one_of(
-        st.builds(lambda k, e: Put(t.PARTITIONS, t.PartitionRow(*k, e, 0)), keys, numbers),
+        st.builds(
+            lambda k, e: Put(t.PARTITIONS, t.PartitionRow(topic_id=k[0], partition=k[1], epoch=e, log_start_offset=0)),
+            keys,
+            numbers,
+        ),
         st.builds(lambda k, e: Set(t.PARTITIONS, k, {"epoch": e}), keys, numbers),
         st.builds(lambda k, o: Set(t.PARTITIONS, k, {"log_start_offset": o}), keys, numbers),
         st.builds(lambda k: Remove(t.PARTITIONS, {"topic_id": k[0], "partition": k[1]}), keys),
         st.builds(lambda name: Remove(t.PARTITIONS, {"topic_id": name}), names),
-        st.builds(lambda k, e: Put(t.SESSION_LEASES, t.SessionLeaseRow(*k, e)), keys, numbers),
+        st.builds(
+            lambda k, e: Put(t.SESSION_LEASES, t.SessionLeaseRow(session_id=k[0], expires_ms=k[1], grants_version=e)),
+            keys,
+            numbers,
+        ),
     ),
     max_size=12,
 )
@@ -68,7 +76,7 @@ async def test_sql_does_what_the_operations_mean(coordinator: Any, dsn: str) -> 
             await connection.execute(text, *arguments)
         stored = {}
         for table in (t.PARTITIONS, t.SESSION_LEASES):
-            rows = [table.row(*record) for record in await connection.fetch(f"SELECT * FROM {table.name}")]
+            rows = [table.row_of(record) for record in await connection.fetch(f"SELECT * FROM {table.name}")]
             stored |= {table.name: {table.key_of(row): row for row in rows}} if rows else {}  # type: ignore[arg-type]
         assert stored == effect(operations)
     await connection.close()
@@ -78,12 +86,18 @@ def _random_op(rng: random.Random) -> RowOp:
     key = (rng.choice("ab"), rng.randrange(3))
     return rng.choice(
         [
-            Put(t.PARTITIONS, t.PartitionRow(*key, rng.randrange(9), 0)),
+            Put(
+                t.PARTITIONS,
+                t.PartitionRow(topic_id=key[0], partition=key[1], epoch=rng.randrange(9), log_start_offset=0),
+            ),
             Set(t.PARTITIONS, key, {"epoch": rng.randrange(9)}),
             Set(t.PARTITIONS, key, {"log_start_offset": rng.randrange(9)}),
             Remove(t.PARTITIONS, {"topic_id": key[0], "partition": key[1]}),
             Remove(t.PARTITIONS, {"topic_id": key[0]}),
-            Put(t.SESSION_LEASES, t.SessionLeaseRow(key[0], key[1], rng.randrange(9))),
+            Put(
+                t.SESSION_LEASES,
+                t.SessionLeaseRow(session_id=key[0], expires_ms=key[1], grants_version=rng.randrange(9)),
+            ),
         ]
     )
 
@@ -142,7 +156,7 @@ class Walk:
         )
         # More than an operator may set: so that leases end over outages that are not made up for.
         settings = settings.model_copy(update={"session_sweep_interval_ms": 1000})
-        self.context = Context(self.store, settings, new_id=self.new_id)
+        self.context = Context(store=self.store, settings=settings, new_id=self.new_id)
         feed = Feed(self.store, poll_interval_ms=1000, batch=100, cached=100)
         self.api = CoordinatorApi(self.context, feed, Nobody())
         self.sessions: dict[str, str] = {}

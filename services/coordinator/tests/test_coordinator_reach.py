@@ -17,7 +17,9 @@ BEAT_MS = 10_000
 
 
 def session(name: str, role: str) -> SessionRow:
-    return SessionRow(f"session {name}", name, role, f"{name}:1", "", 0)
+    return SessionRow(
+        session_id=f"session {name}", agent_id=name, role=role, address=f"{name}:1", wal_id="", started_ms=0
+    )
 
 
 @dataclass
@@ -43,7 +45,13 @@ class Fleet:
             key = (f"session {worker}", f"session {agent}")
             before = self.reports.get(key)
             since_ms = before.since_ms if before is not None and before.reached == reached else self.now_ms
-            self.reports[key] = ReachReportRow(*key, reached, since_ms, self.now_ms)
+            self.reports[key] = ReachReportRow(
+                session_id=key[0],
+                agent_session_id=key[1],
+                reached=reached,
+                since_ms=since_ms,
+                reported_ms=self.now_ms,
+            )
         self.now_ms += for_ms
         self.decide()
 
@@ -88,7 +96,9 @@ def test_several_that_fail_for_long_enough_cut_an_agent_off() -> None:
     fleet.beat(*failing("a", "s1", "s2", "q1"))
     assert not fleet.cut_off, "it may be starting again"
     fleet.beat(*failing("a", "s1", "s2", "q1"))
-    assert fleet.events == [AgentCutOff("a", "session a", ("q1", "s1", "s2"), fleet.now_ms, 1)]
+    assert fleet.events == [
+        AgentCutOff(agent_id="a", session_id="session a", reporters=("q1", "s1", "s2"), since_ms=fleet.now_ms, times=1)
+    ]
 
 
 def test_of_a_single_reporter_nothing_moves_while_others_reach_the_agent() -> None:
@@ -222,7 +232,9 @@ def test_another_session_of_the_agent_has_its_own_chance() -> None:
     for _ in range(3):
         fleet.beat(*failing("a", "s1", "s2", "q1"))
     moved = [session("a", "ingest"), session("b", "ingest")]
-    moved[0] = SessionRow("another session", "a", "ingest", "elsewhere:1", "", 0)
+    moved[0] = SessionRow(
+        session_id="another session", agent_id="a", role="ingest", address="elsewhere:1", wal_id="", started_ms=0
+    )
     reports = list(fleet.reports.values())
     assert decide(moved, fleet.workers, reports, fleet.cut_offs, fleet.now_ms, PATIENCE) == []
 

@@ -25,13 +25,37 @@ from streamhouse_coordinator.recovery.unrecovered_ranges import Reported, is_unc
 
 pytestmark = pytest.mark.quick
 
-TOPIC = t.TopicRow("aa" * 16, "orders", 1, None, None, ACKS_WAL, None, 0)
+TOPIC = t.TopicRow(
+    topic_id="aa" * 16,
+    topic="orders",
+    partitions=1,
+    retention_ms=None,
+    retention_bytes=None,
+    min_acks=ACKS_WAL,
+    unclean_recovery_after_ms=None,
+    created_ms=0,
+)
 WIDTH = 1000
 
 
 def segment(base: int, end: int, epoch: int = 1, name: str = "") -> Segment:
     name = name or f"{epoch}-{base}-{end}"
-    return Segment(name, TOPIC.topic_id, "orders", 0, epoch, base, end, end - base, f"data/{name}", 0, 9, 9, 0, 0)
+    return Segment(
+        segment_id=name,
+        topic_id=TOPIC.topic_id,
+        topic="orders",
+        partition=0,
+        epoch=epoch,
+        base_offset=base,
+        end_offset=end,
+        record_count=end - base,
+        object_key=f"data/{name}",
+        object_at=0,
+        size_bytes=9,
+        raw_bytes=9,
+        first_timestamp_ms=0,
+        max_timestamp_ms=0,
+    )
 
 
 def found(base: int, end: int, epoch: int = 1, *, spans: Sequence[Span] = ()) -> Candidate:
@@ -46,7 +70,20 @@ def owned(
     epoch: int, start: int, registered: int, end: int | None = None, status: str = "", **changes: object
 ) -> t.RangeRow:
     state = status or (t.SETTLED if end is not None else t.OPEN)
-    row = t.RangeRow(TOPIC.topic_id, 0, epoch, start, start + WIDTH, registered, end, state, "s", "a", "bb" * 16, False)
+    row = t.RangeRow(
+        topic_id=TOPIC.topic_id,
+        partition=0,
+        epoch=epoch,
+        start_offset=start,
+        limit_offset=start + WIDTH,
+        registered_end=registered,
+        end_offset=end,
+        status=state,
+        session_id="s",
+        agent_id="a",
+        wal_id="bb" * 16,
+        moving=False,
+    )
     return replace(row, **changes)  # type: ignore[arg-type]
 
 
@@ -138,7 +175,12 @@ def restored(
 ) -> list[t.RangeRow]:
     """The ranges once the event is applied."""
     of_partition = BackedUpPartition(
-        topic, t.PartitionRow(topic.topic_id, 0, epoch, 0), ranges, [], (), list(candidates)
+        topic=topic,
+        partition=t.PartitionRow(topic_id=topic.topic_id, partition=0, epoch=epoch, log_start_offset=0),
+        ranges=ranges,
+        segments=[],
+        present=(),
+        candidates=list(candidates),
     )
     result = restore_partition(of_partition, accept_holes=False)
     return applied(ranges, result.events)
@@ -150,9 +192,19 @@ def applied(ranges: Sequence[t.RangeRow], events: Sequence[object]) -> list[t.Ra
         if isinstance(event, PartitionRestored):
             for item in event.ranges:
                 rows[item.epoch] = t.RangeRow(
-                    TOPIC.topic_id, 0, item.epoch, item.start_offset, item.limit_offset, item.registered_end,
-                    item.end_offset, item.status, "", item.agent_id, item.wal_id, False,
-                )  # fmt: skip
+                    topic_id=TOPIC.topic_id,
+                    partition=0,
+                    epoch=item.epoch,
+                    start_offset=item.start_offset,
+                    limit_offset=item.limit_offset,
+                    registered_end=item.registered_end,
+                    end_offset=item.end_offset,
+                    status=item.status,
+                    session_id="",
+                    agent_id=item.agent_id,
+                    wal_id=item.wal_id,
+                    moving=False,
+                )
             for epoch in event.removed_epochs:
                 del rows[epoch]
         else:
@@ -340,7 +392,14 @@ def test_whatever_happened_before_nothing_acknowledged_is_lost(
     ranges = backup_of(epochs, known_count, registered)
     candidates = stored_of(epochs, known_count, merged)
     result = restore_partition(
-        BackedUpPartition(TOPIC, t.PartitionRow(TOPIC.topic_id, 0, known_count, 0), ranges, [], (), candidates),
+        BackedUpPartition(
+            topic=TOPIC,
+            partition=t.PartitionRow(topic_id=TOPIC.topic_id, partition=0, epoch=known_count, log_start_offset=0),
+            ranges=ranges,
+            segments=[],
+            present=(),
+            candidates=candidates,
+        ),
         accept_holes=False,
     )
     rows = applied(ranges, result.events)
@@ -376,15 +435,21 @@ def test_whatever_happened_before_nothing_acknowledged_is_lost(
 # ---- histories
 
 
-HISTORIES = [t.HistoryRow(1, "first", 0, 0, 0), t.HistoryRow(2, "second", 10, 0, 0)]
+HISTORIES = [
+    t.HistoryRow(nth=1, history_id="first", from_position=0, producer_ids_from=0, created_ms=0),
+    t.HistoryRow(nth=2, history_id="second", from_position=10, producer_ids_from=0, created_ms=0),
+]
 
 
-@pytest.mark.parametrize("seen", [Head("", 0), Head("second", 15), Head("first", 99)])
+@pytest.mark.parametrize(
+    "seen",
+    [Head(history_id="", position=0), Head(history_id="second", position=15), Head(history_id="first", position=99)],
+)
 def test_metadata_that_goes_on_from_what_was_seen_is_fine(seen: Head) -> None:
     check_seen(HISTORIES, 15, seen)
 
 
-@pytest.mark.parametrize("seen", [Head("second", 16), Head("third", 1)])
+@pytest.mark.parametrize("seen", [Head(history_id="second", position=16), Head(history_id="third", position=1)])
 def test_metadata_that_went_back_is_refused(seen: Head) -> None:
     with pytest.raises(MetadataWentBack, match="streamhouse restore"):
         check_seen(HISTORIES, 15, seen)
@@ -395,24 +460,35 @@ GRANTED = {("aa", 0): 3, ("aa", 1): 0}
 
 @pytest.mark.parametrize("declared", [[], [("aa", 0, 1), ("aa", 0, 3)], [("deleted", 5, 9)], [("aa", 7, 1)]])
 def test_a_log_without_a_history_may_have_what_was_granted(declared: list[tuple[str, int, int]]) -> None:
-    check_log(Head("h", 15), declared, GRANTED, {"aa", "deleted"})
+    check_log(Head(history_id="h", position=15), declared, GRANTED, {"aa", "deleted"})
 
 
 @pytest.mark.parametrize("unknown", [("aa", 0, 4), ("aa", 1, 1), ("never", 0, 1)])
 def test_a_log_without_a_history_and_with_records_of_an_unknown_epoch_is_refused(unknown: tuple[str, int, int]) -> None:
     with pytest.raises(MetadataWentBack, match=f"epoch {unknown[2]} of topic {unknown[0]}.*streamhouse restore"):
-        check_log(Head("h", 15), [("aa", 0, 3), unknown], GRANTED, {"aa", "deleted"})
+        check_log(Head(history_id="h", position=15), [("aa", 0, 3), unknown], GRANTED, {"aa", "deleted"})
 
 
 # ---- the format
 
 
-EVENT = t.EventRow(1, "topic/x", 1, "TopicCreated", "{}", "", 5)
+EVENT = t.EventRow(
+    position=1, stream_id="topic/x", version=1, type="TopicCreated", payload="{}", trace_context="", created_ms=5
+)
 
 
 def manifest(**changes: object) -> fmt.Manifest:
     chunk, _ = fmt.encode_chunk(fmt.chunk_key("20261123T000000Z-000000000001", "events", 0), t.EVENTS, [EVENT])
-    whole = fmt.Manifest(1, "20261123T000000Z-000000000001", 7, 1, "h", 3, ("0001_tables",), (chunk,))
+    whole = fmt.Manifest(
+        version=1,
+        name="20261123T000000Z-000000000001",
+        created_ms=7,
+        position=1,
+        history_id="h",
+        producer_id=3,
+        migrations=("0001_tables",),
+        chunks=(chunk,),
+    )
     return replace(whole, **changes)  # type: ignore[arg-type]
 
 
@@ -432,7 +508,10 @@ def test_a_manifest_comes_back_as_it_was() -> None:
     ("changes", "what"),
     [
         ({"version": 3}, "version 3"),
-        ({"chunks": (fmt.Chunk("data/x", "events", 1, 1, 1, ""),)}, "not of this backup"),
+        (
+            {"chunks": (fmt.Chunk(key="data/x", table="events", rows=1, size_bytes=1, raw_bytes=1, sha256=""),)},
+            "not of this backup",
+        ),
         ({"chunks": (replace(manifest().chunks[0], size_bytes=2**40),)}, "too large"),
     ],
 )

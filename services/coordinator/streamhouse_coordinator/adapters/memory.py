@@ -44,7 +44,7 @@ def change(tables: dict[str, Rows], op: RowOp) -> None:
             if key in rows:
                 rows[key] = replace(rows[key], **changes)
         case Remove(_, where):
-            for row in _meeting(rows, op.table, Where(where)):
+            for row in _meeting(rows, op.table, Where(equals=where)):
                 del rows[op.table.key_of(row)]
 
 
@@ -99,8 +99,10 @@ class MemoryStore:
         buffer_sealed: Callable[[str], None] = lambda buffer_id: None,
     ) -> None:
         self.tables: dict[str, Rows] = {
-            t.HISTORIES.name: {(1,): t.HistoryRow(1, "memory", 0, 0, 0)},
-            t.PRUNED.name: {(True,): t.PrunedRow(True, 0)},
+            t.HISTORIES.name: {
+                (1,): t.HistoryRow(nth=1, history_id="memory", from_position=0, producer_ids_from=0, created_ms=0)
+            },
+            t.PRUNED.name: {(True,): t.PrunedRow(only_row=True, position=0)},
         }
         self._clock = clock
         self._events_changed = events_changed
@@ -170,7 +172,12 @@ class MemoryStore:
         histories = self.tables[t.HISTORIES.name]
         missing = max((row.position for row in self.tables.get(t.FORKS.name, {}).values()), default=0)
         history_id = histories[(len(histories),)].history_id
-        return Head(history_id, position_in(self.tables), missing, pruned_in(self.tables))
+        return Head(
+            history_id=history_id,
+            position=position_in(self.tables),
+            missing_position=missing,
+            pruned_position=pruned_in(self.tables),
+        )
 
     async def rebuild(self) -> None:
         async with self._alone:
@@ -187,7 +194,14 @@ class MemoryStore:
                     if found.get(key) != expected.get(key):
                         sides = (side.get(key) for side in (found, expected))
                         differences.append(Difference(name, *(_json(row) for row in sides)))
-        yield ProjectionCheck(total, total, True, count, len(differences), tuple(differences[:DIFFERENCES_MAX]))
+        yield ProjectionCheck(
+            events_done=total,
+            events_total=total,
+            done=True,
+            rows=count,
+            differing_rows=len(differences),
+            differences=tuple(differences[:DIFFERENCES_MAX]),
+        )
 
 
 def _json(row: Any) -> str:
@@ -258,10 +272,10 @@ class MemoryTransaction:
             groups.setdefault(tuple(getattr(row, name) for name in by), []).append(row)
         return [
             Totals(
-                group,
-                len(rows),
-                tuple(sum(_amount(getattr(row, name)) for row in rows) for name in sums),
-                tuple(max(getattr(row, name) for row in rows) for name in maxima) if rows else (),
+                group=group,
+                count=len(rows),
+                sums=tuple(sum(_amount(getattr(row, name)) for row in rows) for name in sums),
+                maxima=tuple(max(getattr(row, name) for row in rows) for name in maxima) if rows else (),
             )
             for group, rows in groups.items()
         ]
@@ -282,7 +296,15 @@ class MemoryTransaction:
             before = (row.version for row in reversed(log.values()) if row.stream_id == event.stream_id)
             version = 1 + next(before, 0)
             payload, kind, position = event.to_json(), type(event).__name__, await self.position() + 1
-            row = t.EventRow(position, event.stream_id, version, kind, payload, trace_context, self._now_ms)
+            row = t.EventRow(
+                position=position,
+                stream_id=event.stream_id,
+                version=version,
+                type=kind,
+                payload=payload,
+                trace_context=trace_context,
+                created_ms=self._now_ms,
+            )
             log[(position,)] = row
         self.appended = bool(self._pending)
         position = await self.position()
@@ -296,7 +318,7 @@ class MemoryTransaction:
         return position_in(self._tables)
 
     async def outbox(self) -> Outbox:
-        return Outbox(0, 0)
+        return Outbox(position=0, seen_ms=0)
 
     async def note_publisher(self) -> None:
         """Notes nothing: nobody publishes from memory."""

@@ -278,10 +278,11 @@ class PostgresStore:
         return await self._single(read)
 
     async def head(self) -> Head:
-        text = """SELECT (SELECT history_id FROM histories ORDER BY nth DESC LIMIT 1),
-            (SELECT position FROM event_position), (SELECT coalesce(max(position), 0) FROM forks),
-            (SELECT position FROM pruned_position)"""
-        return Head(*await self._single(lambda connection: connection.fetchrow(text)))
+        text = """SELECT (SELECT history_id FROM histories ORDER BY nth DESC LIMIT 1) history_id,
+            (SELECT position FROM event_position) position,
+            (SELECT coalesce(max(position), 0) FROM forks) missing_position,
+            (SELECT position FROM pruned_position) pruned_position"""
+        return Head(**await self._single(lambda connection: connection.fetchrow(text)))
 
     async def drain_outbox(
         self, publish: Callable[[Sequence[EventRow]], Awaitable[None]], limit: int, *, claim_ms: int
@@ -339,7 +340,7 @@ class PostgresStore:
             async with self._checks:
                 connection = await self._first_connection()
                 try:
-                    await connection.execute(begin("ISOLATION LEVEL REPEATABLE READ", limits))
+                    await connection.execute(begin(limits, "ISOLATION LEVEL REPEATABLE READ"))
                     async with aclosing(projection_check.check(connection)) as parts:  # type: ignore[type-var]
                         async for part in parts:
                             yield part

@@ -67,7 +67,7 @@ async def snapshot(dsn: str) -> AsyncIterator[Snapshot]:
     """One moment of the database, for as long as it is open. Changes nothing, not even its tables. Raises Unavailable;
     InvalidArgument for a database that is not, or not yet, one of this version."""
     async with _connected(dsn) as connection:
-        await connection.execute(begin("ISOLATION LEVEL REPEATABLE READ READ ONLY", LIMITS))
+        await connection.execute(begin(LIMITS, "ISOLATION LEVEL REPEATABLE READ READ ONLY"))
         await _must_be_ours(connection)
         yield PostgresSnapshot(connection)
 
@@ -80,7 +80,7 @@ async def restore_transaction(dsn: str, *, commit: bool) -> AsyncIterator[Restor
         async with connection.transaction():
             await _must_be_free(connection)
         await migrate(connection)
-        await connection.execute(begin("", LIMITS))
+        await connection.execute(begin(LIMITS))
         await connection.execute("LOCK TABLE event_position, sessions, histories IN EXCLUSIVE MODE")
         yield PostgresRestoring(connection)
         await connection.execute("COMMIT" if commit else "ROLLBACK")

@@ -269,7 +269,7 @@ class Connections:
         if not (self.through_pooler or idle_ms):
             limits = {}  # the session has them
         try:
-            await connection.execute(begin(how, limits))
+            await connection.execute(begin(limits, how))
             yield
         except (StreamHouseError, asyncpg.PostgresError):
             if not connection.is_closed():  # else the server has rolled back when it lost us, or ended it
@@ -305,7 +305,7 @@ class Listening:
         return connection
 
 
-def begin(how: str, limits: dict[str, str]) -> str:
+def begin(limits: dict[str, str], how: str = "") -> str:
     """Returns the statements that begin a transaction with these settings, which end with it. They travel together and
     reach one connection of the server, whatever lies in between."""
     return "; ".join([f"BEGIN {how}".rstrip(), *(f"SET LOCAL {name} = '{value}'" for name, value in limits.items())])

@@ -75,7 +75,7 @@ class PostgresTransaction:
         lock: Lock = "",
     ) -> list[RowT]:
         text, arguments = sql.select(table, where, order, limit, lock)
-        return [table.row(*record) for record in await self._connection.fetch(text, *arguments)]
+        return [table.row_of(record) for record in await self._connection.fetch(text, *arguments)]
 
     async def totals(
         self,
@@ -90,7 +90,12 @@ class PostgresTransaction:
         cut, end = len(by), len(by) + 1 + len(sums)
         rows = [tuple(record) for record in await self._connection.fetch(text, *arguments)]
         return [
-            Totals(row[:cut], row[cut], row[cut + 1 : end], tuple(value for value in row[end:] if value is not None))
+            Totals(
+                group=row[:cut],
+                count=row[cut],
+                sums=row[cut + 1 : end],
+                maxima=tuple(value for value in row[end:] if value is not None),
+            )
             for row in rows
         ]
 

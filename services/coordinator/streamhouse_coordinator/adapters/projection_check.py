@@ -23,9 +23,9 @@ async def check(connection: Any) -> AsyncIterator[ProjectionCheck]:
         await connection.execute(text)
     rebuilding = PostgresRebuilding(connection, into=rebuilt_of)
     await rebuilding.fill_from_bases()
-    yield ProjectionCheck(0, total)
+    yield ProjectionCheck(events_done=0, events_total=total)
     async for count in rebuilding.replay():
-        yield ProjectionCheck(count, total)
+        yield ProjectionCheck(events_done=count, events_total=total)
     if rebuilding.unknown_types:
         names = ", ".join(sorted(rebuilding.unknown_types))
         raise Unavailable(f"there are events of types that this coordinator does not know: {names}; ask one that does")
@@ -35,7 +35,9 @@ async def check(connection: Any) -> AsyncIterator[ProjectionCheck]:
         count, differences = await _differences(connection, table)
         differing += count
         shown += differences
-    yield ProjectionCheck(total, total, True, rows, differing, tuple(shown))
+    yield ProjectionCheck(
+        events_done=total, events_total=total, done=True, rows=rows, differing_rows=differing, differences=tuple(shown)
+    )
 
 
 async def _kept_events(connection: Any) -> tuple[int, list[Difference]]:

@@ -45,15 +45,27 @@ Drain = Callable[[Callable[[Sequence[EventRow]], Awaitable[None]], int], Awaitab
 
 def message_of(row: EventRow) -> aio_pika.Message:
     """The event as nameko's event handlers take it: one JSON object, passed to the handler as its payload."""
-    return _message(row.position, row.type, row.payload, row.trace_context, str(row.position))
+    return _message(
+        position=row.position,
+        kind=row.type,
+        payload=row.payload,
+        trace_context=row.trace_context,
+        message_id=str(row.position),
+    )
 
 
 def notice_of(sealed: BufferSealed, trace_context: str) -> aio_pika.Message:
     """Returns the notice's message, as if it were of an event at no position."""
-    return _message(0, BufferSealed.__name__, sealed.to_json(), trace_context, sealed.buffer_id)
+    return _message(
+        position=0,
+        kind=BufferSealed.__name__,
+        payload=sealed.to_json(),
+        trace_context=trace_context,
+        message_id=sealed.buffer_id,
+    )
 
 
-def _message(position: int, kind: str, payload: str, trace_context: str, message_id: str) -> aio_pika.Message:
+def _message(*, position: int, kind: str, payload: str, trace_context: str, message_id: str) -> aio_pika.Message:
     body = {"position": position, "type": kind, "payload": json.loads(payload), "trace_context": trace_context}
     return aio_pika.Message(
         json.dumps(body, separators=(",", ":")).encode(),

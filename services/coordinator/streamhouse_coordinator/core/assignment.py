@@ -233,7 +233,15 @@ def move(
             name = topics[row.topic_id]
             reason = why.get(row.session_id, BALANCE)
             moves.append(
-                MoveRequested(row.topic_id, name, row.partition, row.epoch, row.session_id, row.agent_id, reason)
+                MoveRequested(
+                    topic_id=row.topic_id,
+                    topic=name,
+                    partition=row.partition,
+                    epoch=row.epoch,
+                    session_id=row.session_id,
+                    agent_id=row.agent_id,
+                    why=reason,
+                )
             )
     return moves
 

@@ -18,7 +18,7 @@ class Verdict(IntEnum):
     BEGUN = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectState:
     """What is known of one object. `held`: the claim that its upload was declared under is still somebody's."""
 
@@ -68,7 +68,7 @@ def changes(state: ObjectState, verdict: Verdict, now_ms: int) -> list[RowOp]:
         case Verdict.DECLARED:
             return []
         case Verdict.NOTICED | Verdict.BEGUN:
-            before = state.deletion or t.DeletionRow(state.object_key, now_ms, 0)
+            before = state.deletion or t.DeletionRow(object_key=state.object_key, noticed_ms=now_ms, begun_ms=0)
             begun_ms = before.begun_ms or (now_ms if verdict is Verdict.BEGUN else 0)
             after = replace(before, begun_ms=begun_ms)
             return [] if after == state.deletion else [Put(t.DELETIONS, after)]

@@ -29,7 +29,7 @@ def _order(name: TopicPartition) -> tuple[str, int]:
     return split_name(name)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """`topics`, `owned` and `target` by member id; only members have entries in `topics` and `owned`."""
 

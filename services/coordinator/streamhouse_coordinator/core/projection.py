@@ -49,16 +49,19 @@ def row_ops(event: ev.Event) -> RowOps:
 @row_ops.register
 def _(event: ev.TopicCreated) -> RowOps:
     row = t.TopicRow(
-        event.topic_id,
-        event.topic,
-        event.partitions,
-        event.retention_ms,
-        event.retention_bytes,
-        event.min_acks,
-        event.unclean_recovery_after_ms,
-        event.created_ms,
+        topic_id=event.topic_id,
+        topic=event.topic,
+        partitions=event.partitions,
+        retention_ms=event.retention_ms,
+        retention_bytes=event.retention_bytes,
+        min_acks=event.min_acks,
+        unclean_recovery_after_ms=event.unclean_recovery_after_ms,
+        created_ms=event.created_ms,
     )
-    partitions = (Put(t.PARTITIONS, t.PartitionRow(event.topic_id, number, 0, 0)) for number in range(event.partitions))
+    partitions = (
+        Put(t.PARTITIONS, t.PartitionRow(topic_id=event.topic_id, partition=number, epoch=0, log_start_offset=0))
+        for number in range(event.partitions)
+    )
     return (Put(t.TOPICS, row), *partitions)
 
 
@@ -72,7 +75,10 @@ def _(event: ev.TopicAltered) -> RowOps:
         "unclean_recovery_after_ms": event.unclean_recovery_after_ms,
     }
     new = range(event.partitions_before, event.partitions)
-    added = (Put(t.PARTITIONS, t.PartitionRow(event.topic_id, number, 0, 0)) for number in new)
+    added = (
+        Put(t.PARTITIONS, t.PartitionRow(topic_id=event.topic_id, partition=number, epoch=0, log_start_offset=0))
+        for number in new
+    )
     return (Set(t.TOPICS, (event.topic_id,), changes), *added)
 
 
@@ -85,7 +91,14 @@ def _(event: ev.TopicDeleted) -> RowOps:
 
 @row_ops.register
 def _(event: ev.SessionOpened) -> RowOps:
-    row = t.SessionRow(event.session_id, event.agent_id, event.role, event.address, event.wal_id, event.started_ms)
+    row = t.SessionRow(
+        session_id=event.session_id,
+        agent_id=event.agent_id,
+        role=event.role,
+        address=event.address,
+        wal_id=event.wal_id,
+        started_ms=event.started_ms,
+    )
     return (Put(t.SESSIONS, row),)
 
 
@@ -116,18 +129,18 @@ def _(event: ev.AgentReachable) -> RowOps:
 @row_ops.register
 def _(event: ev.EpochGranted) -> RowOps:
     row = t.RangeRow(
-        event.topic_id,
-        event.partition,
-        event.epoch,
-        event.start_offset,
-        event.limit_offset,
-        event.start_offset,
-        None,
-        t.OPEN,
-        event.session_id,
-        event.agent_id,
-        event.wal_id,
-        False,
+        topic_id=event.topic_id,
+        partition=event.partition,
+        epoch=event.epoch,
+        start_offset=event.start_offset,
+        limit_offset=event.limit_offset,
+        registered_end=event.start_offset,
+        end_offset=None,
+        status=t.OPEN,
+        session_id=event.session_id,
+        agent_id=event.agent_id,
+        wal_id=event.wal_id,
+        moving=False,
     )
     return (Put(t.RANGES, row), Set(t.PARTITIONS, (event.topic_id, event.partition), {"epoch": event.epoch}))
 
@@ -220,34 +233,42 @@ def _(event: ev.PartitionRestored) -> RowOps:
     gone += [Remove(t.SEGMENTS, {"segment_id": segment_id}) for segment_id in event.removed_segment_ids]
     ranges = [Put(t.RANGES, _restored_range(event, item)) for item in event.ranges]
     segments = [Put(t.SEGMENTS, _segment_row(item)) for item in event.segments]
-    row = t.PartitionRow(event.topic_id, event.partition, event.epoch, event.log_start_offset)
+    row = t.PartitionRow(
+        topic_id=event.topic_id, partition=event.partition, epoch=event.epoch, log_start_offset=event.log_start_offset
+    )
     topic = [Set(t.TOPICS, (event.topic_id,), {"partitions": event.partitions})] if event.partitions else []
     return (*topic, *gone, *ranges, *segments, Put(t.PARTITIONS, row))
 
 
 def _restored_range(event: ev.PartitionRestored, item: ev.RangeState) -> t.RangeRow:
     return t.RangeRow(
-        event.topic_id,
-        event.partition,
-        item.epoch,
-        item.start_offset,
-        item.limit_offset,
-        item.registered_end,
-        item.end_offset,
-        item.status,
-        "",
-        item.agent_id,
-        item.wal_id,
-        False,
-        item.acknowledged_end,
-        item.orphaned_ms,
+        topic_id=event.topic_id,
+        partition=event.partition,
+        epoch=item.epoch,
+        start_offset=item.start_offset,
+        limit_offset=item.limit_offset,
+        registered_end=item.registered_end,
+        end_offset=item.end_offset,
+        status=item.status,
+        session_id="",
+        agent_id=item.agent_id,
+        wal_id=item.wal_id,
+        moving=False,
+        acknowledged_end=item.acknowledged_end,
+        orphaned_ms=item.orphaned_ms,
     )
 
 
 @row_ops.register
 def _(event: ev.GroupMemberJoined) -> RowOps:
     topics = json.dumps(list(event.topics))
-    row = t.GroupMemberRow(event.group, event.member_id, event.client_id, topics, event.session_timeout_ms)
+    row = t.GroupMemberRow(
+        group_name=event.group,
+        member_id=event.member_id,
+        client_id=event.client_id,
+        topics=topics,
+        session_timeout_ms=event.session_timeout_ms,
+    )
     return (Put(t.GROUP_MEMBERS, row),)
 
 

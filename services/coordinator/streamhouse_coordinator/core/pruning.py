@@ -11,7 +11,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Remove, RowOp, Set, elsewhere, replayed, row_ops
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What keeps events. `before_ms`: only events appended before this time go. `up_to`: only events up to this
     position. RabbitMQ has confirmed those up to `published`, and gets the others if they are not from before

@@ -119,7 +119,15 @@ def decide(
         ):
             cut_off_ids.add(name)
             reporters = tuple(sorted(row.agent_id for row in reach.failing))
-            events.append(AgentCutOff(name, agent.session_id, reporters, now_ms, _times(before, now_ms)))
+            events.append(
+                AgentCutOff(
+                    agent_id=name,
+                    session_id=agent.session_id,
+                    reporters=reporters,
+                    since_ms=now_ms,
+                    times=_times(before, now_ms),
+                )
+            )
     return events
 
 

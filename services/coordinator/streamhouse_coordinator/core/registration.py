@@ -24,7 +24,7 @@ class Result(IntEnum):
     WITHDRAWN = 5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Registration:
     results: list[Result]  # in the order of the segments
     events: list[SegmentRegistered]
@@ -51,6 +51,7 @@ def judge(segment: Segment, row: RangeRow | None) -> Result:
 
 def register(
     segments: Sequence[Segment],
+    *,
     ranges: Mapping[RangeKey, RangeRow],
     known_ids: Collection[str],
     lost: Sequence[LostSpanRow],
@@ -77,11 +78,13 @@ def register(
         if results[at] is Result.REGISTERED and segment.object_key not in declared:
             results[at] = Result.WITHDRAWN
         if results[at] is Result.REGISTERED:
-            _take(now, segment, buffer_id, events)
+            _take(now, segment, events, buffer_id=buffer_id)
     for key in list(now):
         _fill_holes(now, key, lost, topics, events)
     lost_done = [span for span in lost if _judge_hole(span, now, topics) is not Result.EARLY]
-    return Registration([results[at] for at in range(len(segments))], events, now, lost_done)
+    return Registration(
+        results=[results[at] for at in range(len(segments))], events=events, ranges=now, lost_done=lost_done
+    )
 
 
 def early_ranges(segments: Sequence[Segment], ranges: Mapping[RangeKey, RangeRow]) -> set[RangeKey]:
@@ -100,7 +103,7 @@ def key_of(segment: Segment) -> RangeKey:
     return (segment.topic_id, segment.partition, segment.epoch)
 
 
-def _take(now: dict[RangeKey, RangeRow], segment: Segment, buffer_id: str, events: list[SegmentRegistered]) -> None:
+def _take(now: dict[RangeKey, RangeRow], segment: Segment, events: list[SegmentRegistered], *, buffer_id: str) -> None:
     events.append(SegmentRegistered(segment, buffer_id))
     now[key_of(segment)] = replace(now[key_of(segment)], registered_end=segment.end_offset)
 
@@ -115,7 +118,7 @@ def _fill_holes(
     """Registers the holes of a range that registration has reached."""
     for span in sorted(lost, key=lambda span: span.base_offset):
         if span.range_key == key and _judge_hole(span, now, topics) is Result.REGISTERED:
-            _take(now, _lost_segment(span, topics, now[key]), "", events)
+            _take(now, _lost_segment(span, topics, now[key]), events, buffer_id="")
 
 
 def _judge_hole(span: LostSpanRow, now: Mapping[RangeKey, RangeRow], topics: Mapping[str, str]) -> Result:
@@ -151,7 +154,12 @@ def of_buffer(registered: Sequence[SegmentRegistered], buffer: BufferRow, comple
     segments = [event.segment for event in registered]
     parts = [segments[at : at + SEGMENTS_PER_EVENT] for at in range(0, len(segments), SEGMENTS_PER_EVENT)]
     events: list[Event] = [
-        BufferRegistered(buffer.buffer_id, buffer.agent_id, tuple(part), completed and part is parts[-1])
+        BufferRegistered(
+            buffer_id=buffer.buffer_id,
+            agent_id=buffer.agent_id,
+            segments=tuple(part),
+            completed=completed and part is parts[-1],
+        )
         for part in parts
     ]
     return events or ([BufferCompleted(buffer.buffer_id, buffer.agent_id)] if completed else [])

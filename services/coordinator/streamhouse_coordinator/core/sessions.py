@@ -30,7 +30,7 @@ ROLES = (INGEST, "query", SEGMENTER, "coordinator")
 RangeKey = tuple[str, int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WalEnds:
     """What an agent says of the ends of its log's ranges. `unknown`, `torn`: as in OpenSessionRequest. `snapshots`: of
     the producers of what is not registered, those that have any. `firsts`: from where on the log has each range, where
@@ -44,7 +44,7 @@ class WalEnds:
     topics: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredSnapshot:
     """A ProducerSnapshotRow without its bytes."""
 
@@ -106,12 +106,16 @@ def open_session(
         else:
             why = "expired"
             events += end_leadership(
-                [row for row in ranges if row.session_id == other.session_id], known.durable_topics
+                [row for row in ranges if row.session_id == other.session_id], durable_topics=known.durable_topics
             )
-        events.append(SessionClosed(other.session_id, other.agent_id, other.role, why))
+        events.append(SessionClosed(session_id=other.session_id, agent_id=other.agent_id, role=other.role, why=why))
     if opened.wal_id:
         own = [row for row in ranges if row.wal_id == opened.wal_id]
-        events += end_leadership(own, ()) if wal_ends.torn else settle_all(own, wal_ends, known, opened.session_id)
+        events += (
+            end_leadership(own, durable_topics=())
+            if wal_ends.torn
+            else settle_all(own, wal_ends, known, opened.session_id)
+        )
     return [*events, opened]
 
 
@@ -161,9 +165,17 @@ def settle_all(ranges: Sequence[RangeRow], wal_ends: WalEnds, known: Acknowledge
 def _truncated(row: RangeRow, log_end: int, acknowledged_end: int) -> list[Event]:
     """Returns the events for a log that lacks what it had announced: an older copy came back, and the rest may still
     exist."""
-    events: list[Event] = end_leadership([row], ())
+    events: list[Event] = end_leadership([row], durable_topics=())
     if row.acknowledged_end != acknowledged_end:
-        events.append(LogFoundTruncated(row.topic_id, row.partition, row.epoch, log_end, acknowledged_end))
+        events.append(
+            LogFoundTruncated(
+                topic_id=row.topic_id,
+                partition=row.partition,
+                epoch=row.epoch,
+                log_end=log_end,
+                acknowledged_end=acknowledged_end,
+            )
+        )
     return events
 
 
@@ -177,18 +189,24 @@ def _settled(row: RangeRow, end_offset: int) -> RangeSettled:
             limit=row.limit_offset,
         )
     # A log that lost its tail (power failure without fsync) may end below what is registered already.
-    return RangeSettled(row.topic_id, row.partition, row.epoch, max(end_offset, row.registered_end))
+    return RangeSettled(
+        topic_id=row.topic_id, partition=row.partition, epoch=row.epoch, end_offset=max(end_offset, row.registered_end)
+    )
 
 
-def end_leadership(ranges: Sequence[RangeRow], durable_topics: Collection[str]) -> list[Event]:
+def end_leadership(ranges: Sequence[RangeRow], *, durable_topics: Collection[str]) -> list[Event]:
     """What becomes of open ranges whose leader is gone. Where only durable records are acknowledged the log holds
     nothing that was, so the range can be settled at once."""
     events: list[Event] = []
     for row in ranges:
         if row.status == OPEN and row.topic_id in durable_topics:
-            events.append(RangeSettled(row.topic_id, row.partition, row.epoch, row.registered_end))
+            events.append(
+                RangeSettled(
+                    topic_id=row.topic_id, partition=row.partition, epoch=row.epoch, end_offset=row.registered_end
+                )
+            )
         elif row.status == OPEN:
-            events.append(RangeOrphaned(row.topic_id, row.partition, row.epoch))
+            events.append(RangeOrphaned(topic_id=row.topic_id, partition=row.partition, epoch=row.epoch))
     return events
 
 
@@ -196,8 +214,8 @@ def end_session(
     session: SessionRow, ranges: Sequence[RangeRow], durable_topics: Collection[str], why: str
 ) -> list[Event]:
     """why: closed | expired | unreachable"""
-    closed = SessionClosed(session.session_id, session.agent_id, session.role, why)
-    return [closed, *end_leadership(ranges, durable_topics)]
+    closed = SessionClosed(session_id=session.session_id, agent_id=session.agent_id, role=session.role, why=why)
+    return [closed, *end_leadership(ranges, durable_topics=durable_topics)]
 
 
 def settle(
@@ -231,7 +249,9 @@ def extend(row: RangeRow, next_offset: int, width_offsets: int) -> RangeExtended
     """A wider range when less than a quarter of a width is left, else None (a repeated request, say)."""
     if row.status != OPEN or row.limit_offset - next_offset >= width_offsets // 4:
         return None
-    return RangeExtended(row.topic_id, row.partition, row.epoch, row.limit_offset + width_offsets)
+    return RangeExtended(
+        topic_id=row.topic_id, partition=row.partition, epoch=row.epoch, limit_offset=row.limit_offset + width_offsets
+    )
 
 
 def newest_for(row: RangeRow, snapshots: Sequence[SnapshotT]) -> SnapshotT | None:
@@ -283,7 +303,15 @@ def settled_snapshots(
             here = [item for item in rows if (item.topic_id, item.partition) == partition]
             before = snapshot_for(row, [*known.get(partition, ()), *here])
             whole = before + said if len(before) + len(said) <= SNAPSHOT_BYTES_MAX else said
-            rows.append(ProducerSnapshotRow(*row.key, row.end_offset, whole))
+            rows.append(
+                ProducerSnapshotRow(
+                    topic_id=row.topic_id,
+                    partition=row.partition,
+                    epoch=row.epoch,
+                    end_offset=row.end_offset,
+                    snapshot=whole,
+                )
+            )
     return rows
 
 
@@ -292,7 +320,13 @@ def lose_unclean(row: RangeRow, unclean_after_ms: int, now_ms: int) -> RangeLost
     records went nobody knows: everything up to its limit is given up."""
     if not row.orphaned_ms or now_ms - row.orphaned_ms < unclean_after_ms:
         return None
-    return RangeLost(row.topic_id, row.partition, row.epoch, row.limit_offset, "unclean_recovery_after_ms")
+    return RangeLost(
+        topic_id=row.topic_id,
+        partition=row.partition,
+        epoch=row.epoch,
+        end_offset=row.limit_offset,
+        why="unclean_recovery_after_ms",
+    )
 
 
 def declare_lost(row: RangeRow, why: str) -> RangeLost | None:
@@ -307,4 +341,6 @@ def declare_lost(row: RangeRow, why: str) -> RangeLost | None:
             field="epochs",
             value=row.epoch,
         )
-    return RangeLost(row.topic_id, row.partition, row.epoch, row.limit_offset, why)
+    return RangeLost(
+        topic_id=row.topic_id, partition=row.partition, epoch=row.epoch, end_offset=row.limit_offset, why=why
+    )

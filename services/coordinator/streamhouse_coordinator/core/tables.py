@@ -5,14 +5,15 @@ rows as of the last event that was pruned, which rebuilding starts from. State i
 claims, committed offsets. Field order is column order; identifiers of topics and logs are UUIDs in hex.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 RowT = TypeVar("RowT")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Table(Generic[RowT]):
     """A table: its row type, its primary key, and whether it is a projection of the events."""
 
@@ -21,9 +22,16 @@ class Table(Generic[RowT]):
     key: tuple[str, ...]
     projection: bool = False
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         return tuple(item.name for item in fields(self.row))  # type: ignore[arg-type]
+
+    def row_of(self, values: Sequence[object]) -> RowT:
+        """Returns the row with `values`, in the order of the columns. Trailing columns that `values` lacks, as rows of
+        an older version may, have their defaults. Raises TypeError or ValueError if there is no such row."""
+        if len(values) > len(self.columns):
+            raise ValueError(f"{len(values)} values for the {len(self.columns)} columns of {self.name}")
+        return self.row(**dict(zip(self.columns, values, strict=False)))
 
     def key_of(self, row: RowT) -> tuple[object, ...]:
         return tuple(getattr(row, name) for name in self.key)
@@ -32,7 +40,7 @@ class Table(Generic[RowT]):
 # ---- projections
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TopicRow:
     topic_id: str
     topic: str
@@ -44,7 +52,7 @@ class TopicRow:
     created_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PartitionRow:
     """`epoch` is the last one granted (0: none yet); it only grows."""
 
@@ -54,7 +62,7 @@ class PartitionRow:
     log_start_offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RangeRow:
     """The offsets one epoch owns. `registered_end` only grows; `end_offset` is set once, when the range ends.
     `acknowledged_end`: set when the range's log came back and ended before it, though it had announced buffers up to
@@ -85,7 +93,7 @@ class RangeRow:
         return self.status != LOST and self.registered_end != self.end_offset
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionRow:
     session_id: str
     agent_id: str
@@ -95,7 +103,7 @@ class SessionRow:
     started_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CutOffRow:
     """An agent that its workers could not reach in this session, and since when they can again; 0: not yet. `reporters`
     is a JSON list of worker ids."""
@@ -118,7 +126,7 @@ class DeletedTopicRow:
     deleted_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BufferRow:
     buffer_id: str
     session_id: str
@@ -126,7 +134,7 @@ class BufferRow:
     wal_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BufferSliceRow:
     buffer_id: str
     topic_id: str
@@ -142,7 +150,7 @@ class BufferSliceRow:
         return (self.topic_id, self.partition, self.epoch)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentRow:
     segment_id: str
     topic_id: str
@@ -169,7 +177,7 @@ class GroupRow:
     assignment: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupMemberRow:
     """`topics` is a JSON list."""
 
@@ -183,7 +191,7 @@ class GroupMemberRow:
 # ---- state
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionLeaseRow:
     """`grants_version` changes with every change of who leads what. `log_full`: its agent's log has no room."""
 
@@ -193,7 +201,7 @@ class SessionLeaseRow:
     log_full: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReachReportRow:
     """Report of a worker about an agent: since when it reaches it or does not, and when it last said so."""
 
@@ -204,7 +212,7 @@ class ReachReportRow:
     reported_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BufferClaimRow:
     """Free to claim from `free_at_ms` on: 0 when never claimed, the claim's expiry, or when a retry is due.
     `sealed_ms`: when it was announced; of rows of before, the position of its event, smaller than any time."""
@@ -221,7 +229,7 @@ class BufferClaimRow:
     last_reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompactionClaimRow:
     topic_id: str
     partition: int
@@ -230,7 +238,7 @@ class CompactionClaimRow:
     expires_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProducerSnapshotRow:
     """Idempotent producers' state at `end_offset`, as the leader of `epoch` encoded it."""
 
@@ -241,7 +249,7 @@ class ProducerSnapshotRow:
     snapshot: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LostSpanRow:
     """A reported hole that waits until registration reaches its base_offset."""
 
@@ -257,7 +265,7 @@ class LostSpanRow:
         return (self.topic_id, self.partition, self.epoch)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupMemberStateRow:
     """`owned` is a JSON list: what the member works on or was told to work on. `complete`: that is all it will get,
     and all it may have, in this generation."""
@@ -269,7 +277,7 @@ class GroupMemberStateRow:
     complete: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupOffsetRow:
     group_name: str
     topic_id: str
@@ -279,7 +287,7 @@ class GroupOffsetRow:
     committed_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UploadIntentRow:
     """An object that `worker_id` said it would upload. `buffer_id`: what for; empty: a compaction."""
 
@@ -307,7 +315,7 @@ class SweepRow:
     last_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryRow:
     """A history of the events; the newest `nth` is the one that goes on. It shares the events up to `from_position`
     with the ones before. Producer ids below `producer_ids_from` were given out in an older one."""
@@ -319,7 +327,7 @@ class HistoryRow:
     created_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryMarkRow:
     """What identifies an event that a mark in the object store names; kept when the event itself is pruned."""
 
@@ -341,7 +349,7 @@ class PrunedRow:
 # ---- events
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForkRow:
     """An event at `position` of the history was seen, and is not there any more. seen_by: coordinator | agent"""
 
@@ -351,7 +359,7 @@ class ForkRow:
     noticed_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventRow:
     position: int
     stream_id: str
@@ -364,34 +372,38 @@ class EventRow:
 
 OPEN, ORPHANED, SETTLED, LOST = "open", "orphaned", "settled", "lost"
 
-TOPICS = Table("topics", TopicRow, ("topic_id",), True)
-PARTITIONS = Table("partitions", PartitionRow, ("topic_id", "partition"), True)
-RANGES = Table("ranges", RangeRow, ("topic_id", "partition", "epoch"), True)
-SESSIONS = Table("sessions", SessionRow, ("session_id",), True)
-CUT_OFFS = Table("cut_offs", CutOffRow, ("agent_id",), True)
-DELETED_TOPICS = Table("deleted_topics", DeletedTopicRow, ("topic_id",), True)
-SEGMENTS = Table("segments", SegmentRow, ("segment_id",), True)
-GROUPS = Table("groups", GroupRow, ("group_name",), True)
-GROUP_MEMBERS = Table("group_members", GroupMemberRow, ("group_name", "member_id"), True)
+TOPICS = Table(name="topics", row=TopicRow, key=("topic_id",), projection=True)
+PARTITIONS = Table(name="partitions", row=PartitionRow, key=("topic_id", "partition"), projection=True)
+RANGES = Table(name="ranges", row=RangeRow, key=("topic_id", "partition", "epoch"), projection=True)
+SESSIONS = Table(name="sessions", row=SessionRow, key=("session_id",), projection=True)
+CUT_OFFS = Table(name="cut_offs", row=CutOffRow, key=("agent_id",), projection=True)
+DELETED_TOPICS = Table(name="deleted_topics", row=DeletedTopicRow, key=("topic_id",), projection=True)
+SEGMENTS = Table(name="segments", row=SegmentRow, key=("segment_id",), projection=True)
+GROUPS = Table(name="groups", row=GroupRow, key=("group_name",), projection=True)
+GROUP_MEMBERS = Table(name="group_members", row=GroupMemberRow, key=("group_name", "member_id"), projection=True)
 
-SESSION_LEASES = Table("session_leases", SessionLeaseRow, ("session_id",))
-REACH_REPORTS = Table("reach_reports", ReachReportRow, ("session_id", "agent_session_id"))
-BUFFERS = Table("buffers", BufferRow, ("buffer_id",))
-BUFFER_SLICES = Table("buffer_slices", BufferSliceRow, ("buffer_id", "topic_id", "partition", "epoch", "base_offset"))
-BUFFER_CLAIMS = Table("buffer_claims", BufferClaimRow, ("buffer_id",))
-COMPACTION_CLAIMS = Table("compaction_claims", CompactionClaimRow, ("topic_id", "partition"))
-PRODUCER_SNAPSHOTS = Table("producer_snapshots", ProducerSnapshotRow, ("topic_id", "partition", "epoch", "end_offset"))
-LOST_SPANS = Table("lost_spans", LostSpanRow, ("topic_id", "partition", "epoch", "base_offset"))
-GROUP_MEMBER_STATE = Table("group_member_state", GroupMemberStateRow, ("group_name", "member_id"))
-GROUP_OFFSETS = Table("group_offsets", GroupOffsetRow, ("group_name", "topic_id", "partition"))
-UPLOAD_INTENTS = Table("upload_intents", UploadIntentRow, ("object_key",))
-DELETIONS = Table("deletions", DeletionRow, ("object_key",))
-SWEEPS = Table("sweeps", SweepRow, ("name",))
-HISTORIES = Table("histories", HistoryRow, ("nth",))
-FORKS = Table("forks", ForkRow, ("history_id",))
-HISTORY_MARKS = Table("history_marks", HistoryMarkRow, ("position",))
-PRUNED = Table("pruned_position", PrunedRow, ("only_row",))
-EVENTS = Table("events", EventRow, ("position",))
+SESSION_LEASES = Table(name="session_leases", row=SessionLeaseRow, key=("session_id",))
+REACH_REPORTS = Table(name="reach_reports", row=ReachReportRow, key=("session_id", "agent_session_id"))
+BUFFERS = Table(name="buffers", row=BufferRow, key=("buffer_id",))
+BUFFER_SLICES = Table(
+    name="buffer_slices", row=BufferSliceRow, key=("buffer_id", "topic_id", "partition", "epoch", "base_offset")
+)
+BUFFER_CLAIMS = Table(name="buffer_claims", row=BufferClaimRow, key=("buffer_id",))
+COMPACTION_CLAIMS = Table(name="compaction_claims", row=CompactionClaimRow, key=("topic_id", "partition"))
+PRODUCER_SNAPSHOTS = Table(
+    name="producer_snapshots", row=ProducerSnapshotRow, key=("topic_id", "partition", "epoch", "end_offset")
+)
+LOST_SPANS = Table(name="lost_spans", row=LostSpanRow, key=("topic_id", "partition", "epoch", "base_offset"))
+GROUP_MEMBER_STATE = Table(name="group_member_state", row=GroupMemberStateRow, key=("group_name", "member_id"))
+GROUP_OFFSETS = Table(name="group_offsets", row=GroupOffsetRow, key=("group_name", "topic_id", "partition"))
+UPLOAD_INTENTS = Table(name="upload_intents", row=UploadIntentRow, key=("object_key",))
+DELETIONS = Table(name="deletions", row=DeletionRow, key=("object_key",))
+SWEEPS = Table(name="sweeps", row=SweepRow, key=("name",))
+HISTORIES = Table(name="histories", row=HistoryRow, key=("nth",))
+FORKS = Table(name="forks", row=ForkRow, key=("history_id",))
+HISTORY_MARKS = Table(name="history_marks", row=HistoryMarkRow, key=("position",))
+PRUNED = Table(name="pruned_position", row=PrunedRow, key=("only_row",))
+EVENTS = Table(name="events", row=EventRow, key=("position",))
 
 # Tables whose rows are locked one after the other, in this order, and the tables whose rows only the holder of another
 # lock changes: of the range or partition they belong to (segments, lost spans, buffers), or of their group. The rules

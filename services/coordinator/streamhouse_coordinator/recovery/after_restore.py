@@ -115,7 +115,7 @@ async def _register_holes(
     for span in spans:
         if span.base_offset < span.end_offset:
             segment = restore_plan.lost_segment(topics[0], key[1], span, restore_plan.MISSING_REASON)
-            events.append(SegmentRegistered(segment, ""))
+            events.append(SegmentRegistered(segment, buffer_id=""))
             log.error("%s/%d: offsets %d to %d were registered after the backup, and no object holds them",
                       topics[0].topic, key[1], span.base_offset, span.end_offset)  # fmt: skip
     await tx.append(events)
@@ -146,7 +146,10 @@ async def complete(
 
 def _lost(rows: Sequence[t.RangeRow], reason: str) -> list[Event]:
     why = f"operator {reason}".strip()
-    return [RangeLost(row.topic_id, row.partition, row.epoch, row.limit_offset, why) for row in rows]
+    return [
+        RangeLost(topic_id=row.topic_id, partition=row.partition, epoch=row.epoch, end_offset=row.limit_offset, why=why)
+        for row in rows
+    ]
 
 
 def _released(

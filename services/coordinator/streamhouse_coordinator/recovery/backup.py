@@ -72,7 +72,7 @@ async def _put_once(store: ObjectStore, key: str, body: bytes) -> None:
 async def _pages(snapshot: Snapshot, table: t.Table[Any]) -> AsyncIterator[Sequence[Any]]:
     """Yields a table's rows in the order of the key, with no more in memory than a page."""
     after: tuple[Any, ...] | None = None
-    while rows := await snapshot.select(table, Where({}, after=after), order=table.key, limit=fmt.CHUNK_ROWS):
+    while rows := await snapshot.select(table, Where(equals={}, after=after), order=table.key, limit=fmt.CHUNK_ROWS):
         yield rows
         after = table.key_of(rows[-1])
 

@@ -40,7 +40,7 @@ class BackupDamaged(ValueError):
     """Bytes that are no part of a backup, or not the ones its manifest names."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """An object with rows of one table. `sha256` and `size_bytes` are of the object, `raw_bytes` of what it holds."""
 
@@ -52,7 +52,7 @@ class Chunk:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """`position`: of the last event in it. `pruned_position`: of the one before the first; 0: it has all.
     `producer_id`: the last one given out."""
@@ -105,7 +105,9 @@ def encode_chunk(key: str, table: t.Table[Any], rows: Sequence[Any]) -> tuple[Ch
     packer = zlib.compressobj(6, zlib.DEFLATED, 31)
     body = packer.compress(raw) + packer.flush()
     digest = hashlib.sha256(body).hexdigest()
-    return Chunk(key, table.name, len(rows), len(body), len(raw), digest), body
+    return Chunk(
+        key=key, table=table.name, rows=len(rows), size_bytes=len(body), raw_bytes=len(raw), sha256=digest
+    ), body
 
 
 def decode_chunk(chunk: Chunk, body: bytes) -> list[Any]:
@@ -116,7 +118,7 @@ def decode_chunk(chunk: Chunk, body: bytes) -> list[Any]:
     try:
         raw = unpacker.decompress(body, chunk.raw_bytes + 1)
         table = BY_NAME[chunk.table]
-        rows = [table.row(*json.loads(line)) for line in raw.splitlines()]
+        rows = [table.row_of(json.loads(line)) for line in raw.splitlines()]
     except (zlib.error, KeyError, ValueError, TypeError) as error:
         raise BackupDamaged(f"{chunk.key}: {error}") from error
     if len(raw) != chunk.raw_bytes or len(rows) != chunk.rows:

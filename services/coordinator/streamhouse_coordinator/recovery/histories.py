@@ -8,7 +8,7 @@ from shproto.errors import EventsPruned, MetadataWentBack
 from streamhouse_coordinator.core.tables import HistoryRow
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """The last event of a history. missing_position: of an event that was seen and is not there any more; 0: none.
     pruned_position: up to where events are not kept."""
@@ -19,7 +19,7 @@ class Head:
     pruned_position: int = 0
 
 
-NOTHING_SEEN = Head("", 0)
+NOTHING_SEEN = Head(history_id="", position=0)
 
 
 def check_seen(histories: Sequence[HistoryRow], position: int, seen: Head) -> None:
@@ -29,9 +29,11 @@ def check_seen(histories: Sequence[HistoryRow], position: int, seen: Head) -> No
         return
     current = histories[-1].history_id
     if seen.history_id == current and seen.position > position:
-        raise went_back(Head(current, position), seen, "it is older than what was seen of it")
+        raise went_back(Head(history_id=current, position=position), seen, "it is older than what was seen of it")
     if seen.history_id not in {row.history_id for row in histories}:
-        raise went_back(Head(current, position), seen, "it does not go on from the history known here")
+        raise went_back(
+            Head(history_id=current, position=position), seen, "it does not go on from the history known here"
+        )
 
 
 def check_log(

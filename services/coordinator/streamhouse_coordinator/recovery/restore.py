@@ -36,7 +36,7 @@ RowT = TypeVar("RowT", t.RangeRow, t.SegmentRow)
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class PartitionReport:
     """What was not simply as the backup has it. `log_start_moved`: from, to. `lost`, `stranded`: (epoch, from, to)."""
 
@@ -51,7 +51,7 @@ class PartitionReport:
     barriers: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Report:
     """`warnings`: what an operator should know, in sentences."""
 
@@ -91,7 +91,7 @@ async def restore(
             field="pg_dsn",
         )
     events = await _load(tx, store, manifest, progress)
-    report = Report(manifest.name, new_id(), manifest.position, events)
+    report = Report(backup=manifest.name, history_id=new_id(), position=manifest.position, events=events)
     await _end_the_moment(tx)
     await _adopt(tx, store, accept_holes, report, progress)
     await _begin_history(tx, manifest, report)
@@ -160,7 +160,8 @@ async def _end_the_moment(tx: RestoreTransaction) -> None:
     """Sessions and group members were of the processes that ran then; what they had sealed is not in a backup."""
     why = restore_plan.WHY_RESTORED
     events: list[Event] = [
-        SessionClosed(row.session_id, row.agent_id, row.role, why) for row in await tx.select(t.SESSIONS)
+        SessionClosed(session_id=row.session_id, agent_id=row.agent_id, role=row.role, why=why)
+        for row in await tx.select(t.SESSIONS)
     ]
     events += [GroupMemberLeft(row.group_name, row.member_id, why) for row in await tx.select(t.GROUP_MEMBERS)]
     for group in await tx.select(t.GROUPS):
@@ -175,9 +176,24 @@ async def _begin_history(tx: RestoreTransaction, manifest: fmt.Manifest, report:
         raise fmt.BackupDamaged(f"{manifest.name}: its histories do not end with {manifest.history_id}")
     producer_id = manifest.producer_id + restore_plan.JUMP_PRODUCER_IDS
     await tx.set_producer_id(producer_id)
-    row = t.HistoryRow(histories[-1].nth + 1, report.history_id, manifest.position, producer_id, await tx.now_ms())
+    row = t.HistoryRow(
+        nth=histories[-1].nth + 1,
+        history_id=report.history_id,
+        from_position=manifest.position,
+        producer_ids_from=producer_id,
+        created_ms=await tx.now_ms(),
+    )
     await tx.apply([Put(t.HISTORIES, row)])
-    await tx.append([HistoryBegan(report.history_id, manifest.history_id, manifest.name, manifest.position)])
+    await tx.append(
+        [
+            HistoryBegan(
+                history_id=report.history_id,
+                restored_from=manifest.history_id,
+                backup=manifest.name,
+                backup_position=manifest.position,
+            )
+        ]
+    )
 
 
 # ---- the object store
@@ -203,12 +219,12 @@ async def _adopt(
     for nth, partition in enumerate(partitions):
         key = (partition.topic_id, partition.partition)
         of_partition = restore_plan.BackedUpPartition(
-            topics[partition.topic_id],
-            partition,
-            ranges.get(key, []),
-            segments.get(key, []),
-            present,
-            _named(candidates.get(key, []), topics[partition.topic_id].topic),
+            topic=topics[partition.topic_id],
+            partition=partition,
+            ranges=ranges.get(key, []),
+            segments=segments.get(key, []),
+            present=present,
+            candidates=_named(candidates.get(key, []), topics[partition.topic_id].topic),
         )
         # Many small segments are many steps: others in this loop (a progress display) get their turn.
         restored = await asyncio.to_thread(restore_plan.restore_partition, of_partition, accept_holes=accept_holes)

@@ -40,7 +40,7 @@ MISSING_REASON = "missing in the object store when the metadata was restored"
 SEGMENTS_PER_EVENT = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RestoredPartition:
     """`events` in order. `selection`: the segments that make it up. `adopted`: not in the backup.
     `unrecovered`: how many of its ranges are."""
@@ -52,7 +52,7 @@ class RestoredPartition:
     unrecovered: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackedUpPartition:
     """A partition as the backup has it, and the segments that can be read. `present`: ids of the backup's segments
     whose objects are there."""
@@ -80,7 +80,9 @@ def restore_partition(known: BackedUpPartition, *, accept_holes: bool) -> Restor
     ranges = _ranges(known, found)
     adopted = [item for item in found.chosen if item.segment.segment_id not in rows]
     events = _events(known, found, ranges, adopted)
-    return RestoredPartition(events, found, adopted, missing, sum(map(is_unclaimed, ranges)))
+    return RestoredPartition(
+        events=events, selection=found, adopted=adopted, missing=missing, unrecovered=sum(map(is_unclaimed, ranges))
+    )
 
 
 def lost_segment(topic: TopicRow, partition: int, span: Span, reason: str) -> Segment:
@@ -106,20 +108,35 @@ def lost_segment(topic: TopicRow, partition: int, span: Span, reason: str) -> Se
 
 def _candidate(row: SegmentRow, topic: str) -> Candidate:
     values = {name: getattr(row, name) for name in SegmentRow.__slots__}
-    return Candidate(Segment(topic=topic, **values), (), registered=True)
+    return Candidate(Segment(topic=topic, **values), spans=(), registered=True)
 
 
 def recovered_topic(topic_id: str, name: str, partitions: int, now_ms: int) -> TopicCreated:
     """A topic that the backup does not know, under its old id and, if that is known and free, name."""
     name = name or f"recovered-{topic_id[:8]}"
-    return TopicCreated(topic_id, name, partitions, None, None, ACKS_WAL, None, now_ms)
+    return TopicCreated(
+        topic_id=topic_id,
+        topic=name,
+        partitions=partitions,
+        retention_ms=None,
+        retention_bytes=None,
+        min_acks=ACKS_WAL,
+        unclean_recovery_after_ms=None,
+        created_ms=now_ms,
+    )
 
 
 def unknown_partitions(topic: TopicRow, numbers: Iterable[int]) -> list[Event]:
     """Partitions of which only agents' logs have anything: barriers from the beginning."""
     events: list[Event] = []
     for number in numbers:
-        nothing = BackedUpPartition(topic, PartitionRow(topic.topic_id, number, 0, 0), (), (), ())
+        nothing = BackedUpPartition(
+            topic=topic,
+            partition=PartitionRow(topic_id=topic.topic_id, partition=number, epoch=0, log_start_offset=0),
+            ranges=(),
+            segments=(),
+            present=(),
+        )
         for event in restore_partition(nothing, accept_holes=False).events:
             events.append(
                 replace(event, partitions=topic.partitions) if isinstance(event, PartitionRestored) else event
@@ -246,7 +263,7 @@ def orphanings(before: Iterable[RangeRow], changed: Iterable[RangeRow]) -> list[
     """So that it is known since when readers wait for them."""
     already = {row.epoch for row in before if row.status == ORPHANED}
     return [
-        RangeOrphaned(row.topic_id, row.partition, row.epoch)
+        RangeOrphaned(topic_id=row.topic_id, partition=row.partition, epoch=row.epoch)
         for row in changed
         if row.status == ORPHANED and row.epoch not in already
     ]
@@ -254,16 +271,16 @@ def orphanings(before: Iterable[RangeRow], changed: Iterable[RangeRow]) -> list[
 
 def range_state(row: RangeRow) -> RangeState:
     return RangeState(
-        row.epoch,
-        row.start_offset,
-        row.limit_offset,
-        row.registered_end,
-        row.end_offset,
-        row.status,
-        row.agent_id,
-        row.wal_id,
-        row.acknowledged_end,
-        row.orphaned_ms,
+        epoch=row.epoch,
+        start_offset=row.start_offset,
+        limit_offset=row.limit_offset,
+        registered_end=row.registered_end,
+        end_offset=row.end_offset,
+        status=row.status,
+        agent_id=row.agent_id,
+        wal_id=row.wal_id,
+        acknowledged_end=row.acknowledged_end,
+        orphaned_ms=row.orphaned_ms,
     )
 
 

@@ -30,7 +30,14 @@ async def record(store: Store, seen: Head, seen_by: str) -> None:
         known = await tx.select(t.FORKS)
         if histories[-1].history_id != seen.history_id or any(row.seen_by in (COORDINATOR, seen_by) for row in known):
             return False
-        ops: list[RowOp] = [Put(t.FORKS, t.ForkRow(seen.history_id, seen.position, seen_by, await tx.now_ms()))]
+        ops: list[RowOp] = [
+            Put(
+                t.FORKS,
+                t.ForkRow(
+                    history_id=seen.history_id, position=seen.position, seen_by=seen_by, noticed_ms=await tx.now_ms()
+                ),
+            )
+        ]
         if seen_by == COORDINATOR:
             agents = await tx.select(t.SESSIONS, where(role=INGEST))
             ops += [Remove(t.SESSION_LEASES, {"session_id": row.session_id}) for row in agents]
@@ -48,8 +55,10 @@ async def check(tx: Transaction, *seen_by: str) -> None:
     """Raises MetadataWentBack if it is noted that events are missing, by one of `seen_by`."""
     for row in await tx.select(t.FORKS):
         if row.seen_by in seen_by:
-            there = Head(row.history_id, await tx.position())
-            raise went_back(there, Head(row.history_id, row.position), "that event was seen, and is gone")
+            there = Head(history_id=row.history_id, position=await tx.position())
+            raise went_back(
+                there, Head(history_id=row.history_id, position=row.position), "that event was seen, and is gone"
+            )
 
 
 def proves_rollback(error: MetadataWentBack, seen: Head) -> bool:

@@ -43,7 +43,7 @@ class Candidate:
         return self.segment.end_offset
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Selection:
     """`chosen`: ascending. `lost`: was registered, and no object holds it. `stranded`: behind a hole inside their
     epoch, so not part of the log. `log_start_offset`: where the log begins now."""
@@ -87,7 +87,7 @@ class _Search:
         self._epochs = sorted(self._starts)
         self._usable = [item for item in every if item.registered or not self._void(item)]
         self._usable.sort(key=lambda item: (item.base_offset, item.end_offset))
-        self._found = Selection(log_start_offset)
+        self._found = Selection(log_start_offset=log_start_offset)
 
     def run(self) -> Selection:
         at = self._first_base()

@@ -22,7 +22,7 @@ class Reported:
     end_offset: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Split:
     """How the ranges of a partition change. `reset`: ranges whose segments must go, as their agent has all of it and
     more before it. `ends`: what counts of the reported ends, where that is less than was reported."""
@@ -35,7 +35,18 @@ class Split:
 
 def unrecovered_range(topic_id: str, partition: int, epoch: int, start_offset: int, limit_offset: int) -> RangeRow:
     return RangeRow(
-        topic_id, partition, epoch, start_offset, limit_offset, start_offset, None, ORPHANED, "", "", "", False
+        topic_id=topic_id,
+        partition=partition,
+        epoch=epoch,
+        start_offset=start_offset,
+        limit_offset=limit_offset,
+        registered_end=start_offset,
+        end_offset=None,
+        status=ORPHANED,
+        session_id="",
+        agent_id="",
+        wal_id="",
+        moving=False,
     )
 
 
@@ -60,7 +71,7 @@ def released(row: RangeRow) -> RangeRow:
 def split(ranges: Sequence[RangeRow], reported: Sequence[Reported], agent_id: str, wal_id: str) -> Split:
     """The ranges of one partition once an agent has said what its log holds. `ranges`: all of it, ascending."""
     rows = sorted(ranges, key=lambda row: row.epoch)
-    result = Split([])
+    result = Split(ranges=[])
     for item in sorted(reported, key=lambda item: item.epoch):
         at = next((at for at, row in enumerate(rows) if row.epoch >= item.epoch), len(rows))
         if at < len(rows) and rows[at].epoch == item.epoch and not is_unrecovered(rows[at]):

@@ -38,7 +38,7 @@ _results = counter(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Claimed:
     buffer: t.BufferRow
     claim: t.BufferClaimRow
@@ -68,13 +68,15 @@ async def announce(
         size_bytes = sum(row.size_bytes for row in slices)
         now_ms = await tx.now_ms()
         ends = {row.range_key: row.end_offset for row in slices}
-        buffer = t.BufferRow(sealed.buffer_id, sealed.session_id, session.agent_id, session.wal_id)
+        buffer = t.BufferRow(
+            buffer_id=sealed.buffer_id, session_id=sealed.session_id, agent_id=session.agent_id, wal_id=session.wal_id
+        )
         await tx.apply(
             [
                 Put(t.BUFFERS, buffer),
                 *(Put(t.BUFFER_SLICES, row) for row in slices),
                 *(
-                    Put(t.PRODUCER_SNAPSHOTS, t.ProducerSnapshotRow(*key, ends[key], snapshot))
+                    Put(t.PRODUCER_SNAPSHOTS, _snapshot_row(key, ends[key], snapshot))
                     for key, snapshot in snapshots.items()
                     if snapshot and key[0] in names
                 ),
@@ -114,6 +116,13 @@ def _slice_row(buffer_id: str, item: Slice) -> t.BufferSliceRow:
         end_offset=item.end_offset,
         record_count=item.record_count,
         size_bytes=item.size_bytes,
+    )
+
+
+def _snapshot_row(key: RangeKey, end_offset: int, snapshot: bytes) -> t.ProducerSnapshotRow:
+    topic_id, partition, epoch = key
+    return t.ProducerSnapshotRow(
+        topic_id=topic_id, partition=partition, epoch=epoch, end_offset=end_offset, snapshot=snapshot
     )
 
 
@@ -161,7 +170,7 @@ async def _open_claim(tx: Transaction, taken: t.BufferClaimRow, address: str) ->
     slices = await _unresolved(tx, taken.buffer_id)
     if buffers and slices:
         names = await topic_names(tx, {item.topic_id for item in slices})
-        return Claimed(buffers[0], taken, address, slices, names)
+        return Claimed(buffer=buffers[0], claim=taken, address=address, slices=slices, topics=names)
     await _complete(tx, buffers, taken.buffer_id)
     return None
 
@@ -217,7 +226,9 @@ async def release_claim(context: Context, claim_id: str, reason: str, retry_afte
         buffers = await tx.select(t.BUFFER_CLAIMS, where(claim_id=claim_id), lock="wait")
         compactions = await tx.select(t.COMPACTION_CLAIMS, where(claim_id=claim_id), lock="wait")
         await tx.apply([Set(t.BUFFER_CLAIMS, (row.buffer_id,), changes) for row in buffers])
-        await tx.apply([_release_compaction(row, free_at_ms, retry_after_ms) for row in compactions])
+        await tx.apply(
+            [_release_compaction(row, free_at_ms=free_at_ms, retry_after_ms=retry_after_ms) for row in compactions]
+        )
 
     await context.store.run(work)
 
@@ -233,13 +244,13 @@ async def free_claims(tx: Transaction, worker_ids: Collection[str]) -> None:
     compactions = [row for row in await tx.select(t.COMPACTION_CLAIMS, of_workers, lock="wait") if row.claim_id]
     changes = {"claim_id": "", "worker_id": "", "free_at_ms": now_ms, "last_reason": "its worker is gone"}
     await tx.apply([Set(t.BUFFER_CLAIMS, (row.buffer_id,), changes) for row in buffers])
-    await tx.apply([_release_compaction(row, now_ms, 0) for row in compactions])
+    await tx.apply([_release_compaction(row, free_at_ms=now_ms, retry_after_ms=0) for row in compactions])
     if buffers or compactions:
         names = ", ".join(sorted(worker_ids))
         log.info("%d buffers and %d compactions of %s are free again", len(buffers), len(compactions), names)
 
 
-def _release_compaction(row: t.CompactionClaimRow, free_at_ms: int, retry_after_ms: int) -> RowOp:
+def _release_compaction(row: t.CompactionClaimRow, *, free_at_ms: int, retry_after_ms: int) -> RowOp:
     key = (row.topic_id, row.partition)
     if retry_after_ms:
         return Set(t.COMPACTION_CLAIMS, key, {"claim_id": "", "expires_ms": free_at_ms})
@@ -258,7 +269,7 @@ async def register(
         answers: Iterator[registration.Result] = iter(())
         if offered:
             done = await _register(tx, buffer_id, offered)
-            await _finish(tx, buffer_id, done, trace_context)
+            await _finish(tx, done, buffer_id=buffer_id, trace_context=trace_context)
             answers = iter(done.results)
         return [registration.Result.EARLY if registration.key_of(item) in early else next(answers) for item in segments]
 
@@ -295,10 +306,18 @@ async def _register(tx: Transaction, buffer_id: str, segments: Sequence[Segment]
     keys_offered = {item.object_key for item in segments}
     intents = await tx.select(t.UPLOAD_INTENTS, where(object_key=In(keys_offered)), lock="wait")
     declared = {row.object_key for row in intents}
-    return registration.register(named, ranges, {row.segment_id for row in known}, lost, names, buffer_id, declared)
+    return registration.register(
+        named,
+        ranges=ranges,
+        known_ids={row.segment_id for row in known},
+        lost=lost,
+        topics=names,
+        buffer_id=buffer_id,
+        declared=declared,
+    )
 
 
-async def _finish(tx: Transaction, buffer_id: str, done: registration.Registration, trace_context: str) -> None:
+async def _finish(tx: Transaction, done: registration.Registration, *, buffer_id: str, trace_context: str) -> None:
     ops: list[RowOp] = [
         Remove(t.LOST_SPANS, {name: getattr(span, name) for name in t.LOST_SPANS.key}) for span in done.lost_done
     ]
@@ -346,7 +365,10 @@ async def report_lost(context: Context, session_id: str, spans: Sequence[t.LostS
         await tx.apply([Put(t.LOST_SPANS, span) for span in spans])
         names = await topic_names(tx, {span.topic_id for span in spans})
         waiting = await tx.select(t.LOST_SPANS, where_keys(RANGE_KEYS, sorted(ranges)))
-        await _finish(tx, "", registration.register([], ranges, (), waiting, names, "", ()), "")
+        done = registration.register(
+            [], ranges=ranges, known_ids=(), lost=waiting, topics=names, buffer_id="", declared=()
+        )
+        await _finish(tx, done, buffer_id="", trace_context="")
         gone = [span for span in spans if span.range_key not in ranges]
         await tx.apply(
             [Remove(t.LOST_SPANS, {name: getattr(span, name) for name in t.LOST_SPANS.key}) for span in gone]

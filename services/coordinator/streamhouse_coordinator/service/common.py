@@ -53,7 +53,7 @@ def new_uuid() -> str:
     return str(uuid.uuid4())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """What every command needs. `buffer_sealed` is called with each buffer that was announced here, and the trace
     context of that: a hint, which may be lost."""
@@ -228,9 +228,11 @@ async def _load_of(tx: Transaction, topic_ids: Collection[str] | None = None) ->
     """Returns the load of all topics, or of `topic_ids`. Costs by the number of topics and sessions: of partitions only
     numbers are read."""
     of_topics: dict[str, object] = {} if topic_ids is None else {"topic_id": In(topic_ids)}
-    sizes = {row.group[0]: row.count for row in await tx.totals(t.PARTITIONS, Where(of_topics), by=("topic_id",))}
+    sizes = {
+        row.group[0]: row.count for row in await tx.totals(t.PARTITIONS, Where(equals=of_topics), by=("topic_id",))
+    }
     by = ("topic_id", "session_id", "moving")
-    rows = await tx.totals(t.RANGES, Where({"status": t.OPEN, **of_topics}), by=by)
+    rows = await tx.totals(t.RANGES, Where(equals={"status": t.OPEN, **of_topics}), by=by)
     led = {(row.group[0], row.group[1]): row.count for row in rows if not row.group[2]}
     leaderless = sum(sizes.values()) - sum(row.count for row in rows)
     others: Counter[str] = Counter()
@@ -289,5 +291,9 @@ async def _moves(
     ending = set(sorted(at_once)[:most])
     moving = {(event.topic_id, event.partition, event.epoch) for event in moves}
     rows = await ranges_by_key(tx, moving | ending, lock="wait")
-    ends = [RangeSettled(*row.key, row.registered_end) for key, row in sorted(rows.items()) if key in ending]
+    ends = [
+        RangeSettled(topic_id=row.topic_id, partition=row.partition, epoch=row.epoch, end_offset=row.registered_end)
+        for key, row in sorted(rows.items())
+        if key in ending
+    ]
     return list(moves), list(ends)

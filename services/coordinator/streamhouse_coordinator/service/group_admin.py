@@ -17,7 +17,7 @@ from streamhouse_coordinator.service.groups import Commit, Loaded, load, lock_of
 PartitionKey = tuple[str, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """state: empty | rebalancing | stable"""
 
@@ -28,7 +28,7 @@ class Summary:
     committed_partitions: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
     row: t.GroupMemberRow
     topics: list[str]
@@ -37,7 +37,7 @@ class Member:
     expires_in_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
     """Where a group is in one partition. `older_records`, `exact`: see core.groups.records_before."""
 
@@ -86,12 +86,20 @@ def _group(
     topics = {member.member_id: frozenset(json.loads(member.topics)) for member in members}
     owned = {state.member_id: frozenset(json.loads(state.owned)) for state in states if state.member_id in topics}
     target = {member_id: frozenset(names) for member_id, names in assignment.items()}
-    return groups.Group(name, row.generation if row is not None else 0, topics, owned, target)
+    return groups.Group(
+        name=name, generation=row.generation if row is not None else 0, topics=topics, owned=owned, target=target
+    )
 
 
 def _summary(group: groups.Group, committed_partitions: int) -> Summary:
     state = groups.state_of(group)
-    return Summary(group.name, state, group.generation, len(group.topics), committed_partitions)
+    return Summary(
+        group=group.name,
+        state=state,
+        generation=group.generation,
+        members=len(group.topics),
+        committed_partitions=committed_partitions,
+    )
 
 
 async def describe_group(context: Context, name: str) -> Description:
@@ -117,7 +125,9 @@ def _unknown(name: str) -> UnknownGroup:
 def _member(group: groups.Group, row: t.GroupMemberRow, expires_in_ms: int) -> Member:
     assigned = sorted(group.target.get(row.member_id, ()), key=groups.split_name)
     owned = sorted(group.owned.get(row.member_id, ()), key=groups.split_name)
-    return Member(row, sorted(group.topics[row.member_id]), assigned, owned, expires_in_ms)
+    return Member(
+        row=row, topics=sorted(group.topics[row.member_id]), assigned=assigned, owned=owned, expires_in_ms=expires_in_ms
+    )
 
 
 async def _positions(tx: Transaction, group: groups.Group, commits: Collection[t.GroupOffsetRow]) -> list[Position]:
@@ -153,7 +163,16 @@ def _position(
     records, exact = groups.records_before(ranges[:-1], max(start, commit.next_offset if commit else 0))
     newest_start = max(start, ranges[-1].start_offset) if ranges else start
     member_id = holders.get(groups.name_of(topic, row.partition), "")
-    return Position(topic, row.partition, member_id, commit, start, newest_start, records, exact)
+    return Position(
+        topic=topic,
+        partition=row.partition,
+        member_id=member_id,
+        offset=commit,
+        log_start_offset=start,
+        newest_start_offset=newest_start,
+        older_records=records,
+        exact=exact,
+    )
 
 
 async def reset_offsets(context: Context, name: str, commits: Sequence[Commit]) -> None:
@@ -172,7 +191,15 @@ async def reset_offsets(context: Context, name: str, commits: Sequence[Commit]) 
             held = before.get(t.GROUP_OFFSETS.key_of(row))
             previous = held.next_offset if held is not None else -1
             if previous != row.next_offset:
-                changes.append(OffsetChange(row.topic_id, item.topic, row.partition, previous, row.next_offset))
+                changes.append(
+                    OffsetChange(
+                        topic_id=row.topic_id,
+                        topic=item.topic,
+                        partition=row.partition,
+                        offset_before=previous,
+                        offset=row.next_offset,
+                    )
+                )
         if changes:
             await tx.append([OffsetsReset(name, tuple(changes))])
         await tx.apply([Put(t.GROUP_OFFSETS, row) for row in after])

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Names = frozenset[groups.TopicPartition]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     member_id: str
     generation: int
@@ -32,7 +32,7 @@ class Assignment:
     pending: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
     """`topic_id`: of the topic that was read; empty: of whichever has the name."""
 
@@ -71,11 +71,11 @@ async def load(tx: Transaction, name: str) -> Loaded:
     read = {topic for wanted in topics.values() for topic in wanted}
     assignment = json.loads(rows[0].assignment) if rows else {}
     group = groups.Group(
-        name,
-        rows[0].generation if rows else 0,
-        topics,
-        {row.member_id: frozenset(json.loads(row.owned)) for row in states if row.member_id in members},
-        {member_id: frozenset(names) for member_id, names in assignment.items()},
+        name=name,
+        generation=rows[0].generation if rows else 0,
+        topics=topics,
+        owned={row.member_id: frozenset(json.loads(row.owned)) for row in states if row.member_id in members},
+        target={member_id: frozenset(names) for member_id, names in assignment.items()},
     )
     return Loaded(group, members, await _partitions(tx, read))
 
@@ -120,7 +120,13 @@ async def join(
     """
     member_id = member_id or f"{client_id or 'member'}-{context.new_id()}"
     timeout_ms = session_timeout_ms or context.settings.group_session_timeout_ms
-    event = GroupMemberJoined(name, member_id, client_id, tuple(sorted(set(topics))), timeout_ms)
+    event = GroupMemberJoined(
+        group=name,
+        member_id=member_id,
+        client_id=client_id,
+        topics=tuple(sorted(set(topics))),
+        session_timeout_ms=timeout_ms,
+    )
 
     async def work(tx: Transaction) -> Assignment:
         loaded = await load(tx, name)
@@ -143,11 +149,19 @@ async def _assign(tx: Transaction, loaded: Loaded, member_id: str, reported: Nam
     owned = groups.owned_after(group, member_id, reported, assigned)
     complete = not pending and owned == group.target.get(member_id, frozenset())
     expires_ms = await tx.now_ms() + member.session_timeout_ms
-    state = t.GroupMemberStateRow(group.name, member_id, expires_ms, _encode(owned), complete)
+    state = t.GroupMemberStateRow(
+        group_name=group.name, member_id=member_id, expires_ms=expires_ms, owned=_encode(owned), complete=complete
+    )
     await tx.apply([Put(t.GROUP_MEMBER_STATE, state)])
     if group.owned.get(member_id, frozenset()) - owned:
         tx.wake_group(group.name)  # somebody may be waiting for what was let go
-    return Assignment(member_id, group.generation, assigned, member.session_timeout_ms, pending)
+    return Assignment(
+        member_id=member_id,
+        generation=group.generation,
+        assigned=assigned,
+        session_timeout_ms=member.session_timeout_ms,
+        pending=pending,
+    )
 
 
 async def heartbeat(
@@ -165,18 +179,20 @@ async def heartbeat(
             await ticket.wait()
     except TimeoutError:
         return done
-    return await context.store.run(lambda tx: _speak(tx, name, member_id, None), lock=lock_of(name))
+    return await context.store.run(lambda tx: _speak(tx, name, member_id, owned=None), lock=lock_of(name))
 
 
 async def _heartbeat(context: Context, name: str, member_id: str, generation: int, owned: Names) -> Assignment:
     """One row update when nothing changed since the last heartbeat, else the whole look."""
     timeout_ms = await context.store.renew_member(name, member_id, generation, _encode(owned))
     if timeout_ms is not None:
-        return Assignment(member_id, generation, owned, timeout_ms, False)
-    return await context.store.run(lambda tx: _speak(tx, name, member_id, owned), lock=lock_of(name))
+        return Assignment(
+            member_id=member_id, generation=generation, assigned=owned, session_timeout_ms=timeout_ms, pending=False
+        )
+    return await context.store.run(lambda tx: _speak(tx, name, member_id, owned=owned), lock=lock_of(name))
 
 
-async def _speak(tx: Transaction, name: str, member_id: str, owned: Names | None) -> Assignment:
+async def _speak(tx: Transaction, name: str, member_id: str, *, owned: Names | None) -> Assignment:
     loaded = await load(tx, name)
     if member_id not in loaded.members:
         raise UnknownMember(f"group {name!r} has no member {member_id!r}; join again", group=name, member_id=member_id)
@@ -272,7 +288,14 @@ def offset_row(name: str, topics: Mapping[str, t.TopicRow], item: Commit, now_ms
             f"topic {item.topic!r} was deleted, and another one created under its name", topic=item.topic
         )
     check_partition(topic, item.partition)
-    return t.GroupOffsetRow(name, topic.topic_id, item.partition, item.next_offset, item.metadata, now_ms)
+    return t.GroupOffsetRow(
+        group_name=name,
+        topic_id=topic.topic_id,
+        partition=item.partition,
+        next_offset=item.next_offset,
+        metadata=item.metadata,
+        committed_ms=now_ms,
+    )
 
 
 async def fetch_offsets(

@@ -138,9 +138,14 @@ async def claim_compaction(
             if await choose(tx, key) and await _take(tx, key, now_ms):
                 run = await choose(tx, key)  # as it is now that the partition is ours
                 if run:
-                    await tx.apply(
-                        [Put(t.COMPACTION_CLAIMS, t.CompactionClaimRow(*key, claim_id, worker_id, now_ms + ttl_ms))]
+                    row = t.CompactionClaimRow(
+                        topic_id=key[0],
+                        partition=key[1],
+                        claim_id=claim_id,
+                        worker_id=worker_id,
+                        expires_ms=now_ms + ttl_ms,
                     )
+                    await tx.apply([Put(t.COMPACTION_CLAIMS, row)])
                     return CompactionClaim(claim_id, (await topic_names(tx, {key[0]})).get(key[0], ""), run)
         return None
 

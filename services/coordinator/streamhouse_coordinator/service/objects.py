@@ -33,7 +33,12 @@ async def declare_uploads(context: Context, claim_id: str, object_keys: Sequence
         worker_id = (claims.buffers or claims.compactions)[0].worker_id
         buffer_id = claims.buffers[0].buffer_id if claims.buffers else ""
         now_ms = await tx.now_ms()
-        rows = [t.UploadIntentRow(key, claim_id, buffer_id, worker_id, now_ms) for key in object_keys]
+        rows = [
+            t.UploadIntentRow(
+                object_key=key, claim_id=claim_id, buffer_id=buffer_id, worker_id=worker_id, declared_ms=now_ms
+            )
+            for key in object_keys
+        ]
         await tx.apply([Put(t.UPLOAD_INTENTS, row) for row in rows])
 
     await context.store.run(work)
@@ -131,7 +136,7 @@ class _Claims:
         return buffers | {row.claim_id for row in self.compactions if row.expires_ms > now_ms}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
     claims: _Claims
     intents: dict[str, t.UploadIntentRow]
@@ -144,7 +149,15 @@ class _Found:
         for key in object_keys:
             intent = self.intents.get(key)
             is_held = intent is not None and intent.claim_id in held
-            found.append(ObjectState(key, key in self.referenced, intent, is_held, self.deletions.get(key)))
+            found.append(
+                ObjectState(
+                    object_key=key,
+                    referenced=key in self.referenced,
+                    intent=intent,
+                    held=is_held,
+                    deletion=self.deletions.get(key),
+                )
+            )
         return found
 
 
@@ -164,4 +177,4 @@ async def _look(tx: Transaction, object_keys: Sequence[str], lock: Lock) -> _Fou
     intents = {row.object_key: row for row in await tx.select(t.UPLOAD_INTENTS, of_keys, lock=lock)}
     deletions = {row.object_key: row for row in await tx.select(t.DELETIONS, of_keys, lock=lock)}
     totals = await tx.totals(t.SEGMENTS, of_keys, by=("object_key",))
-    return _Found(claims, intents, deletions, {row.group[0] for row in totals})
+    return _Found(claims=claims, intents=intents, deletions=deletions, referenced={row.group[0] for row in totals})

@@ -99,4 +99,10 @@ async def marked(context: Context, position: int) -> t.HistoryMarkRow | None:
 
 
 def mark_of(event: t.EventRow) -> t.HistoryMarkRow:
-    return t.HistoryMarkRow(event.position, event.stream_id, event.version, event.type, event.created_ms)
+    return t.HistoryMarkRow(
+        position=event.position,
+        stream_id=event.stream_id,
+        version=event.version,
+        type=event.type,
+        created_ms=event.created_ms,
+    )

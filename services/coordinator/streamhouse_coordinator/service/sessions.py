@@ -11,7 +11,7 @@ from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened
 from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
-from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Transaction, where, where_keys
+from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Totals, Transaction, where, where_keys
 from streamhouse_coordinator.recovery import after_restore, rollback_detection
 from streamhouse_coordinator.recovery.histories import NOTHING_SEEN, Head, check_log, check_seen
 from streamhouse_coordinator.service import buffers, outages
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 SnapshotKey = tuple[str, int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
     """A range as its agent is to know it. `snapshot_omitted`: there is a snapshot, to be asked for again. `at_once`: it
     moves, and is not to wait for registration, since segmenters cannot reach the agent."""
@@ -45,7 +45,7 @@ class Grant:
     at_once: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedSession:
     session_id: str
     resumed: list[Grant]
@@ -110,7 +110,14 @@ async def open_session(
             await buffers.free_claims(tx, [opened.agent_id])
         ops: list[RowOp] = [Remove(t.SESSION_LEASES, {"session_id": row.session_id}) for row in others]
         expires_ms = now_ms + context.settings.session_ttl_ms
-        await tx.apply([*ops, Put(t.SESSION_LEASES, t.SessionLeaseRow(session_id, expires_ms, 0))])
+        await tx.apply(
+            [
+                *ops,
+                Put(
+                    t.SESSION_LEASES, t.SessionLeaseRow(session_id=session_id, expires_ms=expires_ms, grants_version=0)
+                ),
+            ]
+        )
         if opened.role == sessions.INGEST:
             position = await commit_leadership(tx, context.settings, events)
             own = [row for row in ranges if row.wal_id == opened.wal_id and row.status in (t.OPEN, t.ORPHANED)]
@@ -122,7 +129,13 @@ async def open_session(
         else:
             position = await tx.position()
             await tx.append(events)
-        return OpenedSession(session_id, await _resumed(tx, opened.wal_id), position, histories[-1], recovered)
+        return OpenedSession(
+            session_id=session_id,
+            resumed=await _resumed(tx, opened.wal_id),
+            feed_position=position,
+            history=histories[-1],
+            recovered_topics=recovered,
+        )
 
     try:
         return await change_leadership(context, work)
@@ -139,7 +152,7 @@ async def _check_log(tx: Transaction, history: t.HistoryRow, declared: sessions.
         return
     rows = await tx.select(t.PARTITIONS, where_keys(("topic_id", "partition"), keys))
     check_log(
-        Head(history.history_id, await tx.position()),
+        Head(history_id=history.history_id, position=await tx.position()),
         declared.ends,
         {(row.topic_id, row.partition): row.epoch for row in rows},
         await known_topic_ids(tx, {topic_id for topic_id, _ in keys}),
@@ -151,7 +164,12 @@ async def _reopened(tx: Transaction, session: t.SessionRow, expires_ms: int, his
     position = await tx.position()
     renewed = {"expires_ms": expires_ms, "log_full": False}  # the process that comes back says so if it is
     await tx.apply([Set(t.SESSION_LEASES, (session.session_id,), renewed)])
-    return OpenedSession(session.session_id, await _resumed(tx, session.wal_id), position, history)
+    return OpenedSession(
+        session_id=session.session_id,
+        resumed=await _resumed(tx, session.wal_id),
+        feed_position=position,
+        history=history,
+    )
 
 
 async def _resumed(tx: Transaction, wal_id: str) -> list[Grant]:
@@ -226,7 +244,9 @@ async def _extended(context: Context, session_id: str, low_ranges: Mapping[Range
         topics = await _topics_of(tx, rows.values())
         # Who writes to a range knows its producers, and the answer has to fit into a message.
         return [
-            Grant(row, topics[row.topic_id], snapshot_omitted=True) for row in rows.values() if row.topic_id in topics
+            Grant(range=row, topic=topics[row.topic_id], snapshot_omitted=True)
+            for row in rows.values()
+            if row.topic_id in topics
         ]
 
     return await context.store.run(work)
@@ -296,7 +316,12 @@ async def _with_topics(tx: Transaction, ranges: Sequence[t.RangeRow]) -> list[Gr
         tx, wanted, [snapshot.size_bytes for snapshot in newest.values() if snapshot is not None]
     )
     return [
-        Grant(row, topics[row.topic_id], reported.get(row.key, b""), row.key in wanted and row.key not in reported)
+        Grant(
+            range=row,
+            topic=topics[row.topic_id],
+            producer_snapshot=reported.get(row.key, b""),
+            snapshot_omitted=row.key in wanted and row.key not in reported,
+        )
         for row in named
     ]
 
@@ -331,7 +356,15 @@ async def _stored_snapshots(
         return {}
     of_partitions = where_keys(("topic_id", "partition"), sorted(partitions))
     rows = await tx.totals(t.PRODUCER_SNAPSHOTS, of_partitions, by=t.PRODUCER_SNAPSHOTS.key, sums=("snapshot",))
-    return await _usable(tx, [sessions.StoredSnapshot(*row.group, *row.sums) for row in rows])
+    return await _usable(tx, [_stored_snapshot(row) for row in rows])
+
+
+def _stored_snapshot(totals: Totals) -> sessions.StoredSnapshot:
+    topic_id, partition, epoch, end_offset = totals.group
+    (size_bytes,) = totals.sums
+    return sessions.StoredSnapshot(
+        topic_id=topic_id, partition=partition, epoch=epoch, end_offset=end_offset, size_bytes=size_bytes
+    )
 
 
 async def _snapshots(

@@ -74,7 +74,7 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
             key = (row.topic_id, row.partition)
             last = newest.get(key)
             ranges = {item.epoch: item for item in [*unfinished.get(key, ()), *([last] if last else ())]}
-            totals = stored.get(row.partition, Totals((), 0, (0, 0, 0)))
+            totals = stored.get(row.partition, Totals(group=(), count=0, sums=(0, 0, 0)))
             offset_ranges = [messages.offset_range(ranges[epoch]) for epoch in sorted(ranges)]
             shown.append(_partition_info(row, last, offset_ranges, totals, addresses, lost.get(key, ())))
         return pb.DescribeTopicResponse(
@@ -127,7 +127,7 @@ async def _live_sessions(tx: Transaction, **equals: object) -> list[tuple[t.Sess
     """Sessions whose lease runs, and for how many ms."""
     now_ms = await tx.now_ms()
     leases = {row.session_id: row for row in await tx.select(t.SESSION_LEASES, where(expires_ms=Above(now_ms)))}
-    rows = await tx.select(t.SESSIONS, Where(equals), order=("agent_id", "started_ms"))
+    rows = await tx.select(t.SESSIONS, Where(equals=equals), order=("agent_id", "started_ms"))
     return [(row, leases[row.session_id].expires_ms - now_ms) for row in rows if row.session_id in leases]
 
 
@@ -311,7 +311,7 @@ async def _topic_parts(tx: Transaction, topic: t.TopicRow, position: int) -> Asy
     for first in range(0, topic.partitions, SNAPSHOT_PARTITIONS):
         some = where(topic_id=topic.topic_id, partition=In(range(first, first + SNAPSHOT_PARTITIONS)))
         rows = {row.partition: row for row in await tx.select(t.PARTITIONS, some, order=("partition",))}
-        kept = {row.key: row for row in await tx.select(t.RANGES, Where(some.equals, _NOT_EMPTY))}
+        kept = {row.key: row for row in await tx.select(t.RANGES, Where(equals=some.equals, predicate=_NOT_EMPTY))}
         kept |= {row.key: row for row in (await newest_ranges(tx, rows.values())).values()}
         ranges = _by_partition([kept[key] for key in sorted(kept)])
         yield pb.SnapshotPart(
