@@ -11,10 +11,13 @@ from shruntime.counters import counter
 from shruntime.tasks import run_until_first_ends
 
 from streamhouse_coordinator.ports import Transaction
-from streamhouse_coordinator.service import buffers, groups, orphaned_ranges, outages, reach, sessions
+from streamhouse_coordinator.service import buffers, groups, orphaned_ranges, outages, pruning, reach, sessions
 from streamhouse_coordinator.service.common import Context, make_moves
 
 log = logging.getLogger(__name__)
+
+# Between two runs of the pruner over a long history: leaves most of the time to other work.
+PRUNE_PAUSE_S = 0.5
 
 _meter = metrics.get_meter("streamhouse.coordinator")
 _waiting = _meter.create_gauge(
@@ -126,3 +129,22 @@ class Sweeper:
         if lost:
             _ranges_lost.add(lost)
             log.error("%d ranges given up: their agents did not come back in time; records are lost", lost)
+
+
+class Pruner:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def run(self) -> None:
+        """Prunes for ever; what fails is tried again by the next run. Waits first: followers that come back together
+        with the coordinators, after an outage of all, find their events."""
+        pause_s = self._context.settings.events_prune_interval_ms / 1000
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                count = await pruning.prune(self._context)
+            except StreamHouseError as error:
+                log.debug("events are not pruned for now: %s", error.message)
+                count = 0
+            is_behind = count == pruning.BATCH * pruning.BATCHES
+            pause_s = PRUNE_PAUSE_S if is_behind else self._context.settings.events_prune_interval_ms / 1000

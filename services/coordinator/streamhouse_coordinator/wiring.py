@@ -36,13 +36,12 @@ from streamhouse_coordinator.core.tables import EVENTS, HISTORY_MARKS, EventRow
 from streamhouse_coordinator.feed import Feed
 from streamhouse_coordinator.ports import where
 from streamhouse_coordinator.probe import Probe
-from streamhouse_coordinator.pruner import Pruner
 from streamhouse_coordinator.recovery import backup, restore
 from streamhouse_coordinator.recovery.backup_format import Manifest
 from streamhouse_coordinator.service.common import Context, new_uuid
 from streamhouse_coordinator.service.pruning import mark_of
 from streamhouse_coordinator.settings import CoordinatorSettings
-from streamhouse_coordinator.sweeper import Sweeper
+from streamhouse_coordinator.sweeper import Pruner, Sweeper
 
 log = logging.getLogger(__name__)
 

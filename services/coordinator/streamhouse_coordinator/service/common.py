@@ -17,6 +17,7 @@ Locks are taken in one order, so that transactions cannot wait for each other in
   ranges are to move shows only when the others are locked, and these would be locked out of order.
 """
 
+import asyncio
 import logging
 import uuid
 from collections import Counter
@@ -33,7 +34,6 @@ from streamhouse_coordinator.core.projection import Put, Remove, Set
 from streamhouse_coordinator.core.sessions import INGEST
 from streamhouse_coordinator.ports import In, Lock, Store, Transaction, Where, where, where_keys
 from streamhouse_coordinator.settings import CoordinatorSettings
-from streamhouse_coordinator.waiters import GroupWaiters
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,29 @@ LOG_FULL, CUT_OFF = "log_full", "cut_off"
 
 def new_uuid() -> str:
     return str(uuid.uuid4())
+
+
+class GroupWaiters:
+    """Lets long polls of consumer groups sleep until their group changes.
+
+    Invariant: a change after a ticket was taken sets that ticket, so a caller that takes a ticket, looks at the group
+    and then waits misses no change.
+    """
+
+    def __init__(self) -> None:
+        self._tickets: dict[str, asyncio.Event] = {}
+
+    def ticket(self, group: str) -> asyncio.Event:
+        """Returns the event that is set once the group changes; all waiters of the group share it."""
+        return self._tickets.setdefault(group, asyncio.Event())
+
+    def changed(self, group: str) -> None:
+        """Wakes the waiters of `group`, or of all groups if it is empty."""
+        names = [group] if group else list(self._tickets)
+        for name in names:
+            ticket = self._tickets.pop(name, None)
+            if ticket is not None:
+                ticket.set()
 
 
 @dataclass(frozen=True, kw_only=True)
