@@ -1,4 +1,7 @@
-"""What an event changes in the projections. The only thing that changes them, live and on replay alike."""
+"""Maps each event to the row operations that it causes in the projections. Pure.
+
+Invariant: nothing else changes the projections, live and in a replay alike, so a rebuild gives the same rows.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +16,7 @@ from streamhouse_coordinator.core import tables as t
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Insert the row, or replace the one with its key."""
+    """Inserts the row, or replaces the row with its key."""
 
     table: t.Table[Any]
     row: Any
@@ -21,7 +24,7 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Set:
-    """Change columns of the row with this key; nothing happens if there is none."""
+    """Changes columns of the row with this key; has no effect if there is none."""
 
     table: t.Table[Any]
     key: tuple[object, ...]
@@ -30,7 +33,7 @@ class Set:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """Delete the rows whose columns equal these: one row if the columns are the key, or many."""
+    """Deletes the rows whose columns equal `where`: a single row if the columns are the key, or many."""
 
     table: t.Table[Any]
     where: Mapping[str, object]
@@ -42,7 +45,7 @@ RowOps = tuple[RowOp, ...]
 
 @singledispatch
 def row_ops(event: ev.Event) -> RowOps:
-    """The row changes of one event. An event without rows of its own changes nothing."""
+    """Returns the row changes of `event`; none for an event without rows of its own."""
     raise TypeError(f"no projection for {type(event).__name__}")
 
 
@@ -181,7 +184,7 @@ def _(event: ev.RangeLost) -> RowOps:
 
 @row_ops.register
 def _(event: ev.BufferSealed) -> RowOps:
-    return ()  # no event any more: buffers are state
+    return ()  # buffers are state; older logs have the event
 
 
 @row_ops.register
@@ -223,7 +226,7 @@ def _(event: ev.LogStartMoved) -> RowOps:
 
 @row_ops.register
 def _(event: ev.HistoryBegan) -> RowOps:
-    return ()  # histories are no projection: the first one began without an event
+    return ()  # histories are no projection: the first began without an event
 
 
 @row_ops.register
@@ -284,7 +287,7 @@ def _(event: ev.GroupRebalanced) -> RowOps:
 
 @row_ops.register
 def _(event: ev.OffsetsReset) -> RowOps:
-    return ()  # committed offsets are no projection: most commits are no events
+    return ()  # committed offsets are no projection: most commits cause no event
 
 
 @row_ops.register
@@ -292,11 +295,12 @@ def _(event: ev.GroupDeleted) -> RowOps:
     return (Remove(t.GROUPS, {"group_name": event.group}),)
 
 
-# ---- what was pruned, and what is left
+# ---- pruned and kept events
 
 
 def stamped(event: ev.Event, at_ms: int) -> ev.Event:
-    """Returns the event with the time since when ranges have no leader, where it does not say that."""
+    """Returns the event with `at_ms` as the time at which ranges lost their leader, if the event does not say the
+    time."""
     match event:
         case ev.RangeOrphaned(orphaned_ms=0):
             return replace(event, orphaned_ms=at_ms)
@@ -312,8 +316,8 @@ def _lacks_time(item: ev.RangeState) -> bool:
 
 
 def replayed(row: t.EventRow) -> ev.Event | None:
-    """Returns the event of a row, for its row operations; None for a type that this version does not know. Event logs
-    of before have events that were not stamped when they were appended."""
+    """Returns the event of a row, ready for row_ops(); None for a type that this version does not know. Events that an
+    older version appended without a time are stamped with the time of their row."""
     event = ev.event_from_json(row.type, row.payload)
     return None if event is None else stamped(event, row.created_ms)
 
@@ -323,18 +327,19 @@ def elsewhere(op: RowOp, table_of: Callable[[t.Table[Any]], t.Table[Any]]) -> Ro
     return replace(op, table=table_of(op.table))
 
 
-# ---- many operations as few
+# ---- many operations in few statements
 
 
 def coalesce(ops: Iterable[RowOp]) -> list[list[RowOp]]:
-    """Returns the same effect in groups that may each run as one statement: one table, one kind, the same columns, no
-    key twice, keys ascending. Groups must run in order, which is that of the tables' locks."""
+    """Returns the same effect as groups, each of which may run as a single statement: same table, same kind, same
+    columns, no key twice, keys ascending. The groups are in the order of the tables' locks and must run in this
+    order."""
     groups: list[list[RowOp]] = []
     pending: dict[str, dict[tuple[object, ...], RowOp]] = {}
     for op in ops:
         table_ops = pending.setdefault(op.table.name, {})
         key = _key(op)
-        if key is None:  # removes rows by other columns than the key: what came before must happen before
+        if key is None:  # removes rows by other columns than the key: earlier operations must run before
             groups += _grouped(table_ops.values())
             groups.append([op])
             table_ops.clear()
@@ -369,5 +374,5 @@ def _grouped(ops: Iterable[RowOp]) -> list[list[RowOp]]:
     for op in sorted(ops, key=lambda op: _key(op) or ()):
         columns = tuple(sorted(op.changes)) if isinstance(op, Set) else ()
         groups.setdefault((type(op), columns), []).append(op)
-    # What goes makes room for what comes under other keys: a topic created again has the name of the one deleted.
+    # Removals first: a topic that is created again has the name of the deleted topic, under another key.
     return sorted(groups.values(), key=lambda group: not isinstance(group[0], Remove))

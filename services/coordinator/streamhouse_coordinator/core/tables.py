@@ -1,8 +1,8 @@
-"""The rows the coordinator keeps, as frozen dataclasses; docs/tables.md is the page for readers.
+"""Rows that the coordinator keeps, as frozen dataclasses; docs/tables.md is the page for readers. Pure.
 
-Projections are built from events only (projection.py) and can be rebuilt. Each has a base, with the same columns: its
-rows as of the last event that was pruned, which rebuilding starts from. State is what is not an event: expiry times,
-claims, committed offsets. Field order is column order; identifiers of topics and logs are UUIDs in hex.
+Projections are built from events only (projection.py) and can be rebuilt. Each projection has a base with the same
+columns: its rows as of the last pruned event, from which rebuilding starts. State is everything that is not an event:
+expiry times, claims, committed offsets. Field order is column order; identifiers of topics and logs are UUIDs in hex.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ RowT = TypeVar("RowT")
 
 @dataclass(frozen=True, kw_only=True)
 class Table(Generic[RowT]):
-    """A table: its row type, its primary key, and whether it is a projection of the events."""
+    """A table: its row type, its primary key, and True in `projection` if events alone build it."""
 
     name: str
     row: Callable[..., RowT]
@@ -24,6 +24,7 @@ class Table(Generic[RowT]):
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
+        """Names of the columns, in the order of the row's fields."""
         return tuple(item.name for item in fields(self.row))  # type: ignore[arg-type]
 
     def row_of(self, values: Sequence[object]) -> RowT:
@@ -34,6 +35,7 @@ class Table(Generic[RowT]):
         return self.row(**dict(zip(self.columns, values, strict=False)))
 
     def key_of(self, row: RowT) -> tuple[object, ...]:
+        """Returns the primary key of `row`."""
         return tuple(getattr(row, name) for name in self.key)
 
 
@@ -54,7 +56,7 @@ class TopicRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartitionRow:
-    """`epoch` is the last one granted (0: none yet); it only grows."""
+    """A partition of a topic. `epoch` is the last epoch granted (0: none yet) and only grows."""
 
     topic_id: str
     partition: int
@@ -64,9 +66,12 @@ class PartitionRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RangeRow:
-    """The offsets one epoch owns. `registered_end` only grows; `end_offset` is set once, when the range ends.
-    `acknowledged_end`: set when the range's log came back and ended before it, though it had announced buffers up to
-    there; the range is settled at no lower end. `orphaned_ms`: when it lost its leader; 0: it never did."""
+    """Offsets [start_offset, limit_offset) that an epoch owns.
+
+    `registered_end` only grows; `end_offset` is set once, when the range ends. `acknowledged_end` is set when the
+    range's log came back and ended below the buffers announced from it; the range settles at no lower end.
+    `orphaned_ms` is the time at which the range lost its leader; 0: never.
+    """
 
     topic_id: str
     partition: int
@@ -89,7 +94,7 @@ class RangeRow:
 
     @property
     def unfinished(self) -> bool:
-        """Whether registration may still go on."""
+        """True while registration may go on."""
         return self.status != LOST and self.registered_end != self.end_offset
 
 
@@ -105,8 +110,8 @@ class SessionRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CutOffRow:
-    """An agent that its workers could not reach in this session, and since when they can again; 0: not yet. `reporters`
-    is a JSON list of worker ids."""
+    """An agent that its workers could not reach in this session. `reachable_ms`: since when they can again; 0: not yet.
+    `reporters`: a JSON list of worker ids."""
 
     agent_id: str
     session_id: str
@@ -118,8 +123,8 @@ class CutOffRow:
 
 @dataclass(frozen=True, slots=True)
 class DeletedTopicRow:
-    """A topic that was deleted: its id is known for ever, so that a log or an object of it is not taken for one of a
-    topic that this metadata has never heard of."""
+    """A deleted topic. The id stays known for ever, so that a log or an object of the topic is not attributed to a
+    topic that this metadata has never known."""
 
     topic_id: str
     topic: str
@@ -170,7 +175,7 @@ class SegmentRow:
 
 @dataclass(frozen=True, slots=True)
 class GroupRow:
-    """`assignment` is JSON: member id -> ["topic:partition", ...]."""
+    """A consumer group. `assignment` is JSON: member id -> ["topic:partition", ...]."""
 
     group_name: str
     generation: int
@@ -179,7 +184,7 @@ class GroupRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupMemberRow:
-    """`topics` is a JSON list."""
+    """A member of a consumer group. `topics` is a JSON list."""
 
     group_name: str
     member_id: str
@@ -193,7 +198,8 @@ class GroupMemberRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionLeaseRow:
-    """`grants_version` changes with every change of who leads what. `log_full`: its agent's log has no room."""
+    """Lease of a session. `grants_version` changes with every change of leadership. `log_full`: the agent's log has no
+    space left."""
 
     session_id: str
     expires_ms: int
@@ -203,7 +209,8 @@ class SessionLeaseRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReachReportRow:
-    """Report of a worker about an agent: since when it reaches it or does not, and when it last said so."""
+    """Report of a worker about an agent: since when the worker reaches the agent or fails to, and the time of its last
+    report."""
 
     session_id: str
     agent_session_id: str
@@ -214,8 +221,9 @@ class ReachReportRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferClaimRow:
-    """Free to claim from `free_at_ms` on: 0 when never claimed, the claim's expiry, or when a retry is due.
-    `sealed_ms`: when it was announced; of rows of before, the position of its event, smaller than any time."""
+    """Claim of a sealed buffer, free to take from `free_at_ms` on: 0 if never claimed, else the claim's expiry or the
+    time of the next try. `sealed_ms`: when the buffer was announced; rows of older versions have the position of their
+    event, which is smaller than any time."""
 
     buffer_id: str
     wal_id: str
@@ -240,7 +248,7 @@ class CompactionClaimRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProducerSnapshotRow:
-    """Idempotent producers' state at `end_offset`, as the leader of `epoch` encoded it."""
+    """State of idempotent producers at `end_offset`, as the leader of `epoch` encoded it."""
 
     topic_id: str
     partition: int
@@ -251,7 +259,7 @@ class ProducerSnapshotRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LostSpanRow:
-    """A reported hole that waits until registration reaches its base_offset."""
+    """A reported hole, kept until registration reaches its base_offset."""
 
     topic_id: str
     partition: int
@@ -267,8 +275,8 @@ class LostSpanRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupMemberStateRow:
-    """`owned` is a JSON list: what the member works on or was told to work on. `complete`: that is all it will get,
-    and all it may have, in this generation."""
+    """State of a group member. `owned`: a JSON list of the partitions that the member works on or was assigned.
+    `complete`: the member gets no further partitions, and may keep no others, in this generation."""
 
     group_name: str
     member_id: str
@@ -289,7 +297,8 @@ class GroupOffsetRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadIntentRow:
-    """An object that `worker_id` said it would upload. `buffer_id`: what for; empty: a compaction."""
+    """An object that `worker_id` declared before its upload. `buffer_id`: the buffer in the object; empty: a
+    compaction."""
 
     object_key: str
     claim_id: str
@@ -300,7 +309,8 @@ class UploadIntentRow:
 
 @dataclass(frozen=True, slots=True)
 class DeletionRow:
-    """An object that nothing refers to. `begun_ms`: since when it may be gone from the store; 0: it is there."""
+    """An object that no segment refers to. `begun_ms`: since when the object may be gone from the store; 0: it is still
+    there."""
 
     object_key: str
     noticed_ms: int
@@ -309,7 +319,7 @@ class DeletionRow:
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
-    """When expired leases were last looked for, by any coordinator."""
+    """Time of the last sweep of a name, by any coordinator."""
 
     name: str
     last_ms: int
@@ -317,8 +327,8 @@ class SweepRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryRow:
-    """A history of the events; the newest `nth` is the one that goes on. It shares the events up to `from_position`
-    with the ones before. Producer ids below `producer_ids_from` were given out in an older one."""
+    """A history of the events; the row with the greatest `nth` continues. A history shares the events up to
+    `from_position` with the rows before. Producer ids below `producer_ids_from` were allocated in an older history."""
 
     nth: int
     history_id: str
@@ -329,7 +339,7 @@ class HistoryRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryMarkRow:
-    """What identifies an event that a mark in the object store names; kept when the event itself is pruned."""
+    """Identity of an event that a mark in the object store names; kept when the event itself is pruned."""
 
     position: int
     stream_id: str
@@ -340,7 +350,8 @@ class HistoryMarkRow:
 
 @dataclass(frozen=True, slots=True)
 class PrunedRow:
-    """One row. `position`: of the last event that was pruned; the bases are as of it. 0: none was."""
+    """The only row of its table. `position`: position of the last pruned event, as of which the bases are; 0: no event
+    was pruned."""
 
     only_row: bool
     position: int
@@ -351,7 +362,7 @@ class PrunedRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForkRow:
-    """An event at `position` of the history was seen, and is not there any more. seen_by: coordinator | agent"""
+    """A rollback: an event at `position` of the history was seen and is gone. seen_by: coordinator | agent"""
 
     history_id: str
     position: int
@@ -405,8 +416,8 @@ HISTORY_MARKS = Table(name="history_marks", row=HistoryMarkRow, key=("position",
 PRUNED = Table(name="pruned_position", row=PrunedRow, key=("only_row",))
 EVENTS = Table(name="events", row=EventRow, key=("position",))
 
-# Tables whose rows are locked one after the other, in this order, and the tables whose rows only the holder of another
-# lock changes: of the range or partition they belong to (segments, lost spans, buffers), or of their group. The rules
+# Tables with row locks, in the order of locking. Rows of the tables that are missing here are changed only under the
+# lock of another row: that of their range or partition (segments, lost spans, buffers), or of their group. The rules
 # are in service/common.py.
 LOCK_ORDER: tuple[Table[Any], ...] = (
     TOPICS,
@@ -425,7 +436,7 @@ _LOCK_RANKS = {table.name: rank for rank, table in enumerate(LOCK_ORDER)}
 
 
 def lock_rank(table: Table[Any]) -> int:
-    """Returns the place of a table's rows in the order of locks; of rows that have none, behind all others."""
+    """Returns the rank of a table's rows in the lock order; tables without row locks come last."""
     return _LOCK_RANKS.get(table.name, len(LOCK_ORDER))
 
 
@@ -443,12 +454,12 @@ PROJECTIONS: tuple[Table[object], ...] = (
 
 
 def base_of(table: Table[RowT]) -> Table[RowT]:
-    """Returns the table of a projection's rows as of the last event that was pruned."""
+    """Returns the table with a projection's rows as of the last pruned event."""
     return replace(table, name=f"base_{table.name}", projection=False)
 
 
 def rebuilt_of(table: Table[RowT]) -> Table[RowT]:
-    """Returns the table that a projection is built in once more, to be compared with; it is there for as long."""
+    """Returns the temporary table in which a projection is built again for comparison."""
     return replace(table, name=f"rebuilt_{table.name}", projection=False)
 
 

@@ -1,4 +1,5 @@
-"""After a restore: agents come back with what only their logs have, and an operator says when nobody else will."""
+"""Lets agents back in after a restore, with ranges that only their logs know, and completes the restore on an
+operator's command."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,9 +28,9 @@ PartitionKey = tuple[str, int]
 
 
 async def recover_topics(tx: Transaction, declared: sessions.WalEnds, partitions_max: int) -> list[str]:
-    """Topics and partitions that a restored database has never heard of, but an agent's log: they were made after the
-    backup, and nothing of them, or not of all partitions, was uploaded. Everything in them is a barrier first. Returns
-    the names of topics that changed. The caller holds the cluster lock."""
+    """Recovers topics and partitions that only an agent's log knows: they are younger than the backup, and were not
+    uploaded in full. Their offsets are unrecovered ranges at first. Returns the names of the changed topics. The caller
+    holds the cluster lock."""
     counts: dict[str, int] = {}
     for topic_id, partition, _ in declared.ends:
         if partition < partitions_max:
@@ -47,7 +48,7 @@ async def recover_topics(tx: Transaction, declared: sessions.WalEnds, partitions
 
 
 async def _recovered(tx: Transaction, topic_id: str, partitions: int, name: str) -> t.TopicRow | None:
-    """A new topic under its old id; None when it was deleted before the backup."""
+    """Creates a topic under its old id and returns its row; None if it was deleted before the backup."""
     if await known_topic_ids(tx, [topic_id]):
         return None
     taken = await tx.select(t.TOPICS, where(topic=name)) if name else []
@@ -73,8 +74,8 @@ async def _unrecovered_partitions(tx: Transaction, declared: sessions.WalEnds) -
 async def split_unrecovered_ranges(
     tx: Transaction, agent_id: str, wal_id: str, declared: sessions.WalEnds
 ) -> sessions.WalEnds:
-    """Gives the ranges that an agent's log knows and a restored database does not their place. Returns `declared`, with
-    the ends that count. The caller holds the cluster lock, and locks on the ranges of ranges_to_split()."""
+    """Inserts the ranges that an agent's log knows and the restored database does not. Returns `declared` with the ends
+    that count. The caller holds the cluster lock, and locks on the ranges of ranges_to_split()."""
     ends = dict(declared.ends)
     for key in await _unrecovered_partitions(tx, declared):
         ends |= await _split(tx, key, agent_id, wal_id, declared)
@@ -106,7 +107,8 @@ async def _split(
 async def _register_holes(
     tx: Transaction, key: PartitionKey, wal_id: str, reported: Sequence[unrecovered_ranges.Reported]
 ) -> None:
-    """What was registered after the backup, and so is not in the log any more, and is in no object either."""
+    """Registers as lost the records that were registered after the backup, have left the log since, and are in no
+    object."""
     firsts = {item.epoch: item.first_offset for item in reported}
     own = await tx.select(t.RANGES, where(topic_id=key[0], partition=key[1], wal_id=wal_id, status=t.ORPHANED))
     topics = await tx.select(t.TOPICS, where(topic_id=key[0]))
@@ -124,8 +126,9 @@ async def _register_holes(
 async def complete(
     context: Context, *, lost: bool, dry_run: bool, reason: str
 ) -> tuple[list[tuple[str, t.RangeRow]], list[str]]:
-    """Ends every barrier: nothing is there, or (`lost`) something may have been. Returns them as they were, with the
-    names of their topics, and the ids of the ingest agents that have a session."""
+    """Ends every unrecovered range: as empty, or with `lost` as ranges that may have had records. Returns the ranges as
+    they were, with the names of their topics, and the ids of the ingest agents that have a session. Raises
+    InvalidArgument."""
     if reason and not lost:
         raise InvalidArgument("a reason is kept with what is lost only", field="reason", value=reason)
 

@@ -1,4 +1,8 @@
-"""Backups of the metadata in the object store: taken, listed, thinned out, read back."""
+"""Takes, lists, prunes and reads backups of the metadata in the object store.
+
+Owns: the order of writes. Invariants: the manifest is written last and deleted first, so a backup is complete at any
+moment at which its manifest exists.
+"""
 
 import asyncio
 import logging
@@ -16,23 +20,25 @@ from streamhouse_coordinator.recovery import backup_format as fmt
 
 log = logging.getLogger(__name__)
 
-# A backup of 10^9 events is written in a few hours; what has no manifest after a day never gets one.
+# A backup of 10^9 events is written in a few hours; a set of chunks without a manifest after a day never gets its
+# manifest.
 HALF_MADE_MS = 24 * 3_600_000
-# S3 deletes so many keys per request.
+# S3 deletes this many keys per request.
 PAGE_KEYS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """`half_made`: names without a manifest, of a backup that is being written or was cut off."""
+    """Names of backups, oldest first. `half_made`: names without a manifest, of a backup that is being written or was
+    cut off."""
 
     backups: list[str]
     half_made: list[str]
 
 
 async def take(snapshot: Snapshot, store: ObjectStore, now_ms: int) -> fmt.Manifest:
-    """Writes one backup: its chunks, then its manifest. Raises Unavailable, StoreError; what was written by then is
-    no backup and goes with a later one."""
+    """Writes a backup, the chunks before the manifest, and returns its manifest. Raises Unavailable, StoreError; chunks
+    written by then form no backup, and prune() removes them later."""
     position = await snapshot.position()
     time_text = datetime.fromtimestamp(now_ms / 1000, UTC).strftime("%Y%m%dT%H%M%SZ")
     name = fmt.backup_name(time_text, position)
@@ -70,7 +76,7 @@ async def _put_once(store: ObjectStore, key: str, body: bytes) -> None:
 
 
 async def _pages(snapshot: Snapshot, table: t.Table[Any]) -> AsyncIterator[Sequence[Any]]:
-    """Yields a table's rows in the order of the key, with no more in memory than a page."""
+    """Yields a table's rows in the order of the key, a page in memory at a time."""
     after: tuple[Any, ...] | None = None
     while rows := await snapshot.select(table, Where(equals={}, after=after), order=table.key, limit=fmt.CHUNK_ROWS):
         yield rows
@@ -78,7 +84,7 @@ async def _pages(snapshot: Snapshot, table: t.Table[Any]) -> AsyncIterator[Seque
 
 
 async def list_backups(store: ObjectStore) -> Listed:
-    """Oldest first."""
+    """Returns the names of complete and of half-made backups, oldest first."""
     names: set[str] = set()
     whole: set[str] = set()
     async for info in store.list(fmt.PREFIX):
@@ -90,7 +96,8 @@ async def list_backups(store: ObjectStore) -> Listed:
 
 
 async def read_manifest(store: ObjectStore, name: str) -> fmt.Manifest:
-    """`name`: or "latest". Raises InvalidArgument when there is none, BackupDamaged, StoreError."""
+    """Returns the manifest of a backup. `name`: its name, or "latest". Raises InvalidArgument if there is none,
+    BackupDamaged, StoreError."""
     if name == "latest":
         listed = await list_backups(store)
         if not listed.backups:
@@ -107,7 +114,7 @@ async def read_manifest(store: ObjectStore, name: str) -> fmt.Manifest:
 
 
 async def read_chunk(store: ObjectStore, chunk: fmt.Chunk) -> list[Any]:
-    """Its rows. Raises BackupDamaged, StoreError."""
+    """Returns the rows of a chunk. Raises BackupDamaged, StoreError."""
     try:
         info = await store.head(chunk.key)
     except ObjectMissing:
@@ -118,11 +125,12 @@ async def read_chunk(store: ObjectStore, chunk: fmt.Chunk) -> list[Any]:
 
 
 async def prune(store: ObjectStore, keep: int, now_ms: int) -> list[str]:
-    """Deletes all but the `keep` newest backups, and what half-made ones have left for a day. Returns their names."""
+    """Deletes all but the `keep` newest backups, and half-made backups without a write for a day. Returns the names of
+    the deleted backups."""
     listed = await list_backups(store)
     gone = listed.backups[: max(0, len(listed.backups) - keep)]
     for name in gone:
-        await store.delete([fmt.manifest_key(name)])  # first, so that it is no backup at any moment of the rest
+        await store.delete([fmt.manifest_key(name)])  # first: the rest must never look like a backup
     for name in [*gone, *listed.half_made]:
         infos = [info async for info in store.list(f"{fmt.PREFIX}{name}/")]
         if name in listed.half_made:

@@ -1,6 +1,6 @@
-"""The bytes of a backup: objects with rows, and a manifest that names them all and is written last.
+"""Bytes of a backup: objects with rows, and a manifest that names them all and is written last. Pure.
 
-docs/backup.md is the page for readers. A backup without a readable manifest is none.
+docs/backup.md is the page for readers. A set of objects without a readable manifest is no backup.
 """
 
 import hashlib
@@ -18,18 +18,18 @@ from streamhouse_coordinator.core import tables as t
 PREFIX = "backup/"
 MANIFEST = "manifest.json"
 VERSION = 2
-# Version 1 has all events from the first one on, and no bases.
+# Version 1 has all events from the first on, and no bases.
 VERSIONS_READ = (1, 2)
-# What has to come back: the projections as of the last event that was pruned, and the events since. Leases, claims,
-# members and sweeps are of the moment; producers' state goes (see restore_plan.py).
+# A restore needs the projections as of the last pruned event, and the events since. Leases, claims, members and sweeps
+# belong to processes that are gone by then; producers' state is left out (see restore_plan.py).
 BASES: dict[str, t.Table[Any]] = {base.name: base for base in map(t.base_of, t.PROJECTIONS)}
 TABLES: tuple[t.Table[Any], ...] = (*BASES.values(), t.EVENTS, t.HISTORIES, t.LOST_SPANS, t.GROUP_OFFSETS)
-# Rows of one object, some 400 bytes each: 8 MB to hold at once, and a request a second or two long.
+# Rows of an object, some 400 bytes each: 8 MB in memory at once, and a request of a second or two.
 CHUNK_ROWS = 20_000
-# What a reader is willing to take: 20,000 rows, some of which name thousands of segments.
+# Limits of a reader: 20,000 rows, some of which name thousands of segments.
 CHUNK_BYTES_MAX = 256 * 1024 * 1024
 CHUNK_RAW_BYTES_MAX = 2 * 1024 * 1024 * 1024
-# A million objects are 2 * 10^10 rows.
+# A million objects hold 2 * 10^10 rows.
 MANIFEST_BYTES_MAX = 256 * 1024 * 1024
 
 _NAME = re.compile(r"\d{8}T\d{6}Z-\d{12,19}")
@@ -37,12 +37,13 @@ BY_NAME = {table.name: table for table in TABLES}
 
 
 class BackupDamaged(ValueError):
-    """Bytes that are no part of a backup, or not the ones its manifest names."""
+    """Bytes that are no part of a backup, or differ from the bytes that the manifest names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """An object with rows of one table. `sha256` and `size_bytes` are of the object, `raw_bytes` of what it holds."""
+    """An object with rows of a table. `sha256` and `size_bytes` are of the object, `raw_bytes` of its uncompressed
+    content."""
 
     key: str
     table: str
@@ -54,8 +55,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """`position`: of the last event in it. `pruned_position`: of the one before the first; 0: it has all.
-    `producer_id`: the last one given out."""
+    """Content of a backup. `position`: of its last event. `pruned_position`: of the event before its first; 0: the
+    backup has all events. `producer_id`: the last that was allocated."""
 
     version: int
     name: str
@@ -69,37 +70,40 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all chunks together."""
         return sum(chunk.size_bytes for chunk in self.chunks)
 
 
 def backup_name(time_text: str, position: int) -> str:
-    """`time_text`: yyyymmddThhmmssZ."""
+    """Returns the name of a backup. `time_text`: yyyymmddThhmmssZ."""
     return f"{time_text}-{position:012d}"
 
 
 def check_name(name: str) -> str:
-    """Raises InvalidArgument."""
+    """Returns `name`. Raises InvalidArgument unless it is the name of a backup."""
     if not _NAME.fullmatch(name):
         raise InvalidArgument(f"{name[:100]!r} is not a name of a backup", field="backup", value=name[:100])
     return name
 
 
 def manifest_key(name: str) -> str:
+    """Returns the object key of a backup's manifest."""
     return f"{PREFIX}{name}/{MANIFEST}"
 
 
 def chunk_key(name: str, table: str, nth: int) -> str:
+    """Returns the object key of the `nth` chunk of a table."""
     return f"{PREFIX}{name}/{table}-{nth:06d}.jsonl.gz"
 
 
 def name_of(key: str) -> str:
-    """The backup an object belongs to; empty if it belongs to none."""
+    """Returns the name of the backup that an object belongs to; empty if it belongs to none."""
     parts = key.removeprefix(PREFIX).split("/")
     return parts[0] if len(parts) == 2 and _NAME.fullmatch(parts[0]) else ""
 
 
 def encode_chunk(key: str, table: t.Table[Any], rows: Sequence[Any]) -> tuple[Chunk, bytes]:
-    """gzip of one JSON array per row, its columns in the order of the table."""
+    """Returns the chunk and its bytes: gzip of a JSON array per row, with the columns in the order of the table."""
     lines = [json.dumps([getattr(row, name) for name in table.columns], separators=(",", ":")) for row in rows]
     raw = "".join(line + "\n" for line in lines).encode()
     packer = zlib.compressobj(6, zlib.DEFLATED, 31)
@@ -111,7 +115,7 @@ def encode_chunk(key: str, table: t.Table[Any], rows: Sequence[Any]) -> tuple[Ch
 
 
 def decode_chunk(chunk: Chunk, body: bytes) -> list[Any]:
-    """The rows. Raises BackupDamaged."""
+    """Returns the rows of a chunk. Raises BackupDamaged if `body` is not what the manifest names."""
     if len(body) != chunk.size_bytes or hashlib.sha256(body).hexdigest() != chunk.sha256:
         raise BackupDamaged(f"{chunk.key}: not the bytes that the manifest names")
     unpacker = zlib.decompressobj(31)
@@ -127,12 +131,13 @@ def decode_chunk(chunk: Chunk, body: bytes) -> list[Any]:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
+    """Returns the bytes of a manifest, with a checksum."""
     body = json.dumps(asdict(manifest), separators=(",", ":"), sort_keys=True)
     return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "backup": body}).encode()
 
 
 def decode_manifest(key: str, data: bytes) -> Manifest:
-    """Raises BackupDamaged."""
+    """Returns the manifest. Raises BackupDamaged if `data` is none, or of a version that this program cannot read."""
     try:
         outer = json.loads(data)
         body = outer["backup"]
@@ -161,7 +166,7 @@ def _chunk(key: str, values: dict[str, Any]) -> Chunk:
 
 
 def complete(names: Iterable[str], with_manifest: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(backups, half-made ones), each oldest first."""
+    """Returns the names of complete backups, and of those without a manifest, each oldest first."""
     whole = set(with_manifest)
     return sorted(whole), sorted(set(names) - whole)
 

@@ -1,4 +1,8 @@
-"""Which history of the events this is, and whether what others have seen of it is still there."""
+"""Decides if the metadata still contains all that others have seen of its history. Pure.
+
+Terms: a *history* is a sequence of events with an id. A restore begins a new history, which shares the events up to the
+backup with the older ones; the newest continues.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +14,8 @@ from streamhouse_coordinator.core.tables import HistoryRow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """The last event of a history. missing_position: of an event that was seen and is not there any more; 0: none.
-    pruned_position: up to where events are not kept."""
+    """The last event of a history. `missing_position`: position of an event that was seen and is gone; 0: none.
+    `pruned_position`: events up to here are not kept."""
 
     history_id: str
     position: int
@@ -23,8 +27,8 @@ NOTHING_SEEN = Head(history_id="", position=0)
 
 
 def check_seen(histories: Sequence[HistoryRow], position: int, seen: Head) -> None:
-    """Raises MetadataWentBack unless the metadata goes on from what was `seen`. `histories`: ascending, the last one
-    goes on. What was seen of an older one may be missing here: a restore from a backup has accounted for it."""
+    """Checks that the metadata continues from `seen`. `histories`: ascending, the last continues. Events seen of an
+    older history may be missing: a restore from a backup has accounted for them. Raises MetadataWentBack."""
     if not seen.history_id:
         return
     current = histories[-1].history_id
@@ -42,9 +46,9 @@ def check_log(
     granted: Mapping[tuple[str, int], int],
     known_topic_ids: Collection[str],
 ) -> None:
-    """For a log that does not say which history it goes with: an agent of a version that kept no note, or one whose
-    note an operator has deleted. Raises MetadataWentBack if it has records of an epoch that nobody was granted here:
-    they would be taken for records of a deleted topic, and dropped.
+    """Checks a log that does not say which history it was written under: its agent is of a version that kept no note,
+    or an operator has deleted the note. Raises MetadataWentBack if the log has records of an epoch that was never
+    granted here: they would pass for records of a deleted topic, and be dropped.
 
     `declared`: (topic id, partition, epoch) of the log's ranges. `granted`: by partition, the last epoch.
     `known_topic_ids`: ids of topics that exist or existed.

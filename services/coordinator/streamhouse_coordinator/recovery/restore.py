@@ -1,4 +1,9 @@
-"""A restore: a backup into an empty database, then what the object store knows beyond it, all in one transaction."""
+"""Restores the metadata: loads a backup into an empty database, then adopts the segments that the object store holds
+beyond it, all in a single transaction.
+
+Invariants: either everything is written or nothing. Events are loaded without gap, from the first kept event to the
+position that the manifest names.
+"""
 
 import asyncio
 import logging
@@ -29,7 +34,7 @@ from streamhouse_coordinator.service.common import known_topic_ids
 
 log = logging.getLogger(__name__)
 
-# Rows of one statement: a few hundred bytes each, and some ms.
+# Rows of a statement: a few hundred bytes each, and some ms.
 BATCH_ROWS = 1000
 
 RowT = TypeVar("RowT", t.RangeRow, t.SegmentRow)
@@ -38,7 +43,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(slots=True, kw_only=True)
 class PartitionReport:
-    """What was not simply as the backup has it. `log_start_moved`: from, to. `lost`, `stranded`: (epoch, from, to)."""
+    """Differences between a restored partition and its backup. `log_start_moved`: from, to. `lost`, `stranded`: (epoch,
+    from, to)."""
 
     topic: str
     partition: int
@@ -53,7 +59,7 @@ class PartitionReport:
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """`warnings`: what an operator should know, in sentences."""
+    """Result of a restore. `warnings`: sentences for the operator."""
 
     backup: str
     history_id: str
@@ -83,8 +89,8 @@ async def restore(
     new_id: Callable[[], str],
     progress: Progress,
 ) -> Report:
-    """Fills the empty database of `tx`. Raises InvalidArgument when it is not empty, BackupDamaged, StoreError,
-    Unavailable; nothing is written then."""
+    """Fills the empty database of `tx` and returns the report. Raises InvalidArgument if the database is not empty,
+    BackupDamaged, StoreError, Unavailable; nothing is written then."""
     if found := await tx.found():
         raise InvalidArgument(
             f"the database is not empty: {', '.join(found)}. Restore into a new one, with no coordinator running",
@@ -103,7 +109,7 @@ async def restore(
 
 
 async def _load(tx: RestoreTransaction, store: ObjectStore, manifest: fmt.Manifest, progress: Progress) -> int:
-    """Returns how many events it has."""
+    """Loads all rows of the backup; returns the number of events."""
     old = await tx.select(t.HISTORIES)
     await tx.apply([Remove(t.HISTORIES, {"nth": row.nth}) for row in old])
     await tx.apply([Set(t.PRUNED, (True,), {"position": manifest.pruned_position})])
@@ -128,7 +134,7 @@ async def _load(tx: RestoreTransaction, store: ObjectStore, manifest: fmt.Manife
 async def _batches(
     store: ObjectStore, chunks: Sequence[fmt.Chunk]
 ) -> AsyncIterator[tuple[str, t.Table[Any], list[Any]]]:
-    """Yields the rows of the chunks in turn, with their object's key and their table."""
+    """Yields the rows of the chunks in turn, with the key of their object and their table."""
     for chunk in chunks:
         rows = await read_chunk(store, chunk)
         for first in range(0, len(rows), BATCH_ROWS):
@@ -157,7 +163,8 @@ async def _append(tx: RestoreTransaction, events: Sequence[Event]) -> None:
 
 
 async def _end_the_moment(tx: RestoreTransaction) -> None:
-    """Sessions and group members were of the processes that ran then; what they had sealed is not in a backup."""
+    """Ends sessions and group memberships: their processes ended with the old database. The buffers that they had
+    sealed are not in a backup."""
     why = restore_plan.WHY_RESTORED
     events: list[Event] = [
         SessionClosed(session_id=row.session_id, agent_id=row.agent_id, role=row.role, why=why)
@@ -226,7 +233,7 @@ async def _adopt(
             present=present,
             candidates=_named(candidates.get(key, []), topics[partition.topic_id].topic),
         )
-        # Many small segments are many steps: others in this loop (a progress display) get their turn.
+        # In a thread, because many small segments take many steps: a progress display on this loop goes on.
         restored = await asyncio.to_thread(restore_plan.restore_partition, of_partition, accept_holes=accept_holes)
         await _append(tx, restored.events)
         _account(report, of_partition, restored)
@@ -238,7 +245,7 @@ async def _adopt(
 
 
 def _known_ends(segments: Iterable[t.SegmentRow]) -> dict[str, int]:
-    """Bytes of each object that segments account for."""
+    """Returns the bytes of each object that registered segments account for."""
     sizes: Counter[str] = Counter()
     for row in segments:
         sizes[row.object_key] += row.size_bytes
@@ -261,8 +268,9 @@ def _named(candidates: Sequence[Candidate], topic: str) -> list[Candidate]:
 
 
 async def _recover_topics(tx: RestoreTransaction, found: Sequence[Candidate], report: Report) -> None:
-    """Topics that were created after the backup, as far as their objects tell: id, partitions with records, and, if not
-    all of these share objects with other topics, the name. A topic deleted before the backup stays deleted."""
+    """Creates topics that are younger than the backup, as far as their objects tell: id, partitions with records, and
+    the name, unless all records lie in objects shared with other topics. A topic deleted before the backup stays
+    deleted."""
     ids = {item.segment.topic_id for item in found}
     for topic_id in sorted(ids):
         if await known_topic_ids(tx, [topic_id]):

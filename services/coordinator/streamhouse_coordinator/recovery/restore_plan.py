@@ -1,7 +1,8 @@
-"""What a restore makes of one partition: its ranges and segments as the backup and the object store together show them.
+"""Plans how a restore rebuilds a partition: its ranges and segments as the backup and the object store together show
+them. Pure.
 
-Whatever was granted or written after the backup must never be given out again, so offsets, epochs, generations and
-producer ids go on far beyond it.
+Offsets, epochs, generations and producer ids that were granted or written after the backup must never be allocated
+again, so a restore continues far beyond them.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -24,26 +25,27 @@ from streamhouse_coordinator.core.topics import ACKS_DURABLE, ACKS_WAL
 from streamhouse_coordinator.recovery.segment_selection import Candidate, Selection, Span, select_segments
 from streamhouse_coordinator.recovery.unrecovered_ranges import is_unclaimed, unrecovered_range
 
-# A range is 2^30 offsets wide by default and skips that much at a takeover: this is a thousand takeovers, or 10^12
-# records of one partition, since the backup. 2^63 has room for eight million restores.
+# A range is 2^30 offsets wide by default, and a takeover skips as many: this covers a thousand takeovers, or 10^12
+# records of a partition, since the backup. 2^63 has space for eight million restores.
 JUMP_OFFSETS = 2**40
-# Every takeover and every start of an agent is an epoch: one a second for twelve days.
+# Every takeover and every start of an agent is an epoch: a takeover per second for twelve days.
 JUMP_EPOCHS = 2**20
-# One per rebalance.
+# A generation per rebalance.
 JUMP_GENERATIONS = 2**20
-# One per start of an idempotent producer.
+# An id per start of an idempotent producer.
 JUMP_PRODUCER_IDS = 2**32
 
 WHY_RESTORED = "restored"
 MISSING_REASON = "missing in the object store when the metadata was restored"
-# Segments named by one event: some 400 bytes each.
+# Segments named by an event: some 400 bytes each.
 SEGMENTS_PER_EVENT = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoredPartition:
-    """`events` in order. `selection`: the segments that make it up. `adopted`: not in the backup.
-    `unrecovered`: how many of its ranges are."""
+    """A planned partition, as `events` in order. `selection`: its segments. `adopted`: segments that the backup does
+    not name. `missing`: segments of the backup without an object. `unrecovered`: the number of its unrecovered
+    ranges."""
 
     events: list[Event]
     selection: Selection
@@ -54,8 +56,8 @@ class RestoredPartition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackedUpPartition:
-    """A partition as the backup has it, and the segments that can be read. `present`: ids of the backup's segments
-    whose objects are there."""
+    """A partition as the backup has it, and its readable segments. `present`: ids of the backup's segments whose
+    objects exist."""
 
     topic: TopicRow
     partition: PartitionRow
@@ -66,6 +68,7 @@ class BackedUpPartition:
 
 
 def restore_partition(known: BackedUpPartition, *, accept_holes: bool) -> RestoredPartition:
+    """Returns the events that restore the partition, and what they are based on."""
     topic = known.topic
     rows = {row.segment_id: row for row in known.segments}
     missing = [row for row in known.segments if row.segment_id not in known.present]
@@ -86,7 +89,7 @@ def restore_partition(known: BackedUpPartition, *, accept_holes: bool) -> Restor
 
 
 def lost_segment(topic: TopicRow, partition: int, span: Span, reason: str) -> Segment:
-    """Stands for records that are gone. Its id follows from the place."""
+    """Returns the segment that stands for lost records. Its id follows from the place."""
     return Segment(
         segment_id=f"lost-{topic.topic_id}-{partition}-{span.epoch}-{span.base_offset}",
         topic_id=topic.topic_id,
@@ -112,7 +115,8 @@ def _candidate(row: SegmentRow, topic: str) -> Candidate:
 
 
 def recovered_topic(topic_id: str, name: str, partitions: int, now_ms: int) -> TopicCreated:
-    """A topic that the backup does not know, under its old id and, if that is known and free, name."""
+    """Returns the event that creates a topic which the backup does not know, under its old id and, if known and free,
+    its old name."""
     name = name or f"recovered-{topic_id[:8]}"
     return TopicCreated(
         topic_id=topic_id,
@@ -127,7 +131,7 @@ def recovered_topic(topic_id: str, name: str, partitions: int, now_ms: int) -> T
 
 
 def unknown_partitions(topic: TopicRow, numbers: Iterable[int]) -> list[Event]:
-    """Partitions of which only agents' logs have anything: barriers from the beginning."""
+    """Returns the events of partitions that only agents' logs know: unrecovered ranges from the beginning."""
     events: list[Event] = []
     for number in numbers:
         nothing = BackedUpPartition(
@@ -148,7 +152,7 @@ def unknown_partitions(topic: TopicRow, numbers: Iterable[int]) -> list[Event]:
 
 
 def _ranges(known: BackedUpPartition, found: Selection) -> list[RangeRow]:
-    """All ranges of the partition, ascending, with what nobody knows between them."""
+    """Returns all ranges of the partition, ascending, with unrecovered ranges in between."""
     ends, starts = _registered(found)
     rows = [replace(row, registered_end=max(row.registered_end, ends.get(row.epoch, 0))) for row in known.ranges]
     rows.sort(key=lambda row: row.epoch)
@@ -169,7 +173,7 @@ def _ranges(known: BackedUpPartition, found: Selection) -> list[RangeRow]:
 
 
 def _registered(found: Selection) -> tuple[dict[int, int], dict[int, int]]:
-    """By epoch: up to where the cover has its records, and from where."""
+    """Returns two maps by epoch: the ends and the starts of the selected or lost records."""
     ends: dict[int, int] = {}
     starts: dict[int, int] = {}
     spans = [span for item in found.chosen for span in item.spans]
@@ -191,7 +195,8 @@ def _unled(row: RangeRow) -> RangeRow:
 
 
 def _with_unrecovered(known: BackedUpPartition, found: Selection, rows: list[RangeRow]) -> list[RangeRow]:
-    """`rows`: those whose ends nobody knows, ascending, and the empty one that stands for the end of the unknown."""
+    """Returns `rows` with unrecovered ranges between them. `rows`: ranges without a known end, ascending, and an empty
+    range that stands for the end of the unknown."""
     topic_id, partition = known.topic.topic_id, known.partition.partition
     result: list[RangeRow] = []
     if not known.ranges and rows[0].epoch > 1:
@@ -206,7 +211,7 @@ def _with_unrecovered(known: BackedUpPartition, found: Selection, rows: list[Ran
 
 
 def _bounded(row: RangeRow, following: RangeRow) -> list[RangeRow]:
-    """Where `row` ends, as far as anybody can tell."""
+    """Returns `row` with the end that can be inferred from the range that follows, if any."""
     if row.status in (SETTLED, LOST):
         return [row]
     row = replace(row, status=ORPHANED, session_id="", moving=False)
@@ -217,7 +222,8 @@ def _bounded(row: RangeRow, following: RangeRow) -> list[RangeRow]:
 
 
 def _gap(topic_id: str, partition: int, following: RangeRow, start_offset: int) -> list[RangeRow]:
-    """The barrier before `following`; the end of the unknown is a barrier itself."""
+    """Returns the unrecovered range before `following`, if there are offsets between; the end of the unknown is an
+    unrecovered range itself."""
     is_end = following.limit_offset == following.start_offset
     epoch = following.epoch if is_end else following.epoch - 1
     if start_offset >= following.start_offset:
@@ -260,7 +266,7 @@ def _events(
 
 
 def orphanings(before: Iterable[RangeRow], changed: Iterable[RangeRow]) -> list[Event]:
-    """So that it is known since when readers wait for them."""
+    """Returns the events that record since when readers wait for newly orphaned ranges."""
     already = {row.epoch for row in before if row.status == ORPHANED}
     return [
         RangeOrphaned(topic_id=row.topic_id, partition=row.partition, epoch=row.epoch)
@@ -285,6 +291,6 @@ def range_state(row: RangeRow) -> RangeState:
 
 
 def outstanding(spans: Iterable[LostSpanRow], ranges: Iterable[RangeRow]) -> list[LostSpanRow]:
-    """Reported holes that registration has still to reach."""
+    """Returns the reported holes that registration has not reached yet."""
     ends = {row.key: row.registered_end for row in ranges}
     return [span for span in spans if span.end_offset > ends.get(span.range_key, span.end_offset)]

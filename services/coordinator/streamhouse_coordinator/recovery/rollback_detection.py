@@ -1,8 +1,8 @@
-"""Metadata that lacks what was seen of it: noted, so that it is not worked on once new events have taken the places of
-those that are gone.
+"""Records that the metadata went back in time: events that were seen are gone.
 
-A coordinator that sees it stops everything that adds to the log or takes from it, until the metadata is restored. That
-an agent says so stops deletions only: its note may be damaged.
+A rollback has to be recorded at once: new events soon take the positions of the missing ones, and hide it. After a
+coordinator's record everything that adds to the log or removes from it stops, until the metadata is restored. A record
+from an agent stops deletions only, since the agent's note may be damaged.
 """
 
 import logging
@@ -22,8 +22,9 @@ COORDINATOR, AGENT = "coordinator", "agent"
 
 
 async def record(store: Store, seen: Head, seen_by: str) -> None:
-    """The event of `seen` is not there any more. Ingest agents have to open new sessions if a coordinator has seen it,
-    and will not get any. Nothing is noted of a history that has been replaced by a restore. Raises Unavailable."""
+    """Records that the event of `seen` is gone, unless that is recorded already or a restore has replaced the history.
+    A coordinator's record ends the leases of all ingest agents, which get no new sessions before a restore. Raises
+    Unavailable."""
 
     async def work(tx: Transaction) -> bool:
         histories = await tx.select(t.HISTORIES, order=("nth",))
@@ -52,7 +53,7 @@ async def record(store: Store, seen: Head, seen_by: str) -> None:
 
 
 async def check(tx: Transaction, *seen_by: str) -> None:
-    """Raises MetadataWentBack if it is noted that events are missing, by one of `seen_by`."""
+    """Checks that none of `seen_by` has recorded a rollback. Raises MetadataWentBack."""
     for row in await tx.select(t.FORKS):
         if row.seen_by in seen_by:
             there = Head(history_id=row.history_id, position=await tx.position())
@@ -62,5 +63,6 @@ async def check(tx: Transaction, *seen_by: str) -> None:
 
 
 def proves_rollback(error: MetadataWentBack, seen: Head) -> bool:
-    """Whether it says that events of the very history are missing that is there; another history proves nothing."""
+    """Returns True if `error` says that events of the current history are missing; an error about another history
+    proves nothing."""
     return bool(seen.history_id) and error.details.get("history_id") == seen.history_id

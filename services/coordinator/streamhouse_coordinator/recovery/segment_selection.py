@@ -1,8 +1,8 @@
-"""Which stored segments make up a partition again after a restore: a gapless cover without overlaps.
+"""Selects the stored segments that make up a partition after a restore, without gap or overlap. Pure.
 
-Objects that overlap (inputs and outputs of compactions, uploads that were repeated) hold the same records for the same
-epoch and offset, so any cover will do. What does not count: records of an epoch at or beyond the start of a later one,
-or beyond the known end of their own range; registration had fenced them.
+Objects that overlap (inputs and outputs of compactions, repeated uploads) hold the same records for the same epoch and
+offset, so any selection without overlaps is right. Segments do not count if registration had fenced them: with records
+of an epoch at or beyond the start of a later epoch, or beyond the known end of their own range.
 """
 
 import heapq
@@ -18,7 +18,7 @@ from streamhouse_coordinator.core.tables import LOST, RangeRow
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Offsets [base_offset, end_offset) of one epoch."""
+    """Offsets [base_offset, end_offset) of an epoch."""
 
     epoch: int
     base_offset: int
@@ -27,8 +27,8 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A segment that can be read. `spans`: whose records it holds, a merged one of several epochs; of a registered one
-    they need not be known. `registered`: the backup knows it."""
+    """A readable segment. `spans`: epochs and offsets of its records, several for a merged segment; a registered
+    segment may come without. `registered`: the backup names the segment."""
 
     segment: Segment
     spans: tuple[Span, ...]
@@ -45,8 +45,9 @@ class Candidate:
 
 @dataclass(slots=True, kw_only=True)
 class Selection:
-    """`chosen`: ascending. `lost`: was registered, and no object holds it. `stranded`: behind a hole inside their
-    epoch, so not part of the log. `log_start_offset`: where the log begins now."""
+    """The selected segments, ascending, as `chosen`. `lost`: spans that were registered and that no object holds.
+    `stranded`: segments behind a hole inside their epoch, so not part of the log. `log_start_offset`: the new start of
+    the log."""
 
     log_start_offset: int
     chosen: list[Candidate] = field(default_factory=list)
@@ -62,10 +63,10 @@ def select_segments(
     has_retention: bool,
     accept_holes: bool,
 ) -> Selection:
-    """The cover of a partition from `log_start_offset` on.
+    """Returns the segments of a partition from `log_start_offset` on.
 
-    `ranges`: as the backup has them. `has_retention`: what is missing at the beginning was removed by it.
-    `accept_holes`: holes inside epochs become lost spans, and what lies behind them counts.
+    `ranges`: as the backup has them. `has_retention`: retention has removed missing records at the beginning.
+    `accept_holes`: holes inside epochs become lost spans, and segments behind them count.
     """
     return _Search(log_start_offset, ranges, candidates, has_retention, accept_holes).run()
 
@@ -107,8 +108,8 @@ class _Search:
                 at = following
 
     def _first_base(self) -> int:
-        """Returns the start of the log, or of the registered segment that it lies in: records were deleted up to
-        there."""
+        """Returns the start of the log, or the base of the registered segment around it: the records in between are
+        deleted."""
         start = self._found.log_start_offset
         around = [
             item.base_offset for item in self._usable if item.registered and item.base_offset < start < item.end_offset
@@ -116,12 +117,12 @@ class _Search:
         return min(around, default=start)
 
     def _following(self, at: int) -> int | None:
-        """The base of the next usable candidate."""
+        """Returns the base of the next usable candidate, None if there is none."""
         position = bisect_left(self._usable, at, key=lambda item: item.base_offset)
         return self._usable[position].base_offset if position < len(self._usable) else None
 
     def _cross(self, at: int, following: int | None) -> bool:
-        """Accounts for what lies between; False when what follows must not be reached."""
+        """Accounts for the offsets in between; returns False if the segments at `following` must not be reached."""
         lost = self._registered_between(at, following)
         hole = self._hole_before(at, following)
         if self._has_retention and not self._found.chosen:
@@ -145,7 +146,8 @@ class _Search:
         return sorted(found, key=lambda span: span.base_offset)
 
     def _hole_before(self, at: int, following: int | None) -> Span | None:
-        """What nobody registered in the epoch that goes on at `following`."""
+        """Returns the offsets that were never registered in the epoch that continues at `following`; None if there are
+        none."""
         epoch = None if following is None else self._owner(following)
         if following is None or epoch is None:
             return None
@@ -164,7 +166,7 @@ class _Search:
         self._usable = [item for item in self._usable if id(item) not in kept]
 
     def _owner(self, offset: int) -> int | None:
-        """The last epoch that starts at or below `offset`; starts ascend with the epochs."""
+        """Returns the last epoch that starts at or below `offset`; starts ascend with the epochs."""
         position = bisect_right(self._epochs, offset, key=lambda epoch: self._starts[epoch]) - 1
         return self._epochs[position] if position >= 0 else None
 
@@ -183,8 +185,8 @@ class _Search:
 
 
 def _starts(ranges: Mapping[int, RangeRow], candidates: Iterable[Candidate]) -> dict[int, int]:
-    """Where each epoch starts, as far as anybody can tell. Made to ascend: what lies below a known later start is the
-    earlier epoch's."""
+    """Returns the start of each epoch, as far as it can be known. Starts are made to ascend: offsets below a known
+    later start belong to the earlier epoch."""
     starts: dict[int, int] = {epoch: row.start_offset for epoch, row in ranges.items()}
     for item in candidates:
         for span in item.spans:
@@ -205,8 +207,8 @@ def _by_base(candidates: Iterable[Candidate]) -> dict[int, list[Candidate]]:
 
 
 def _farthest(at: int, edges: Mapping[int, Sequence[Candidate]]) -> list[Candidate]:
-    """The adjacent candidates from `at` on that reach farthest; of several ways the one with the fewest that are not
-    registered, then the fewest."""
+    """Returns the adjacent candidates from `at` on that reach farthest; of several paths the path with the fewest
+    unregistered segments, then with the fewest segments."""
     best: dict[int, tuple[tuple[int, int], Candidate | None]] = {at: ((0, 0), None)}
     waiting, farthest = [at], at
     while waiting:

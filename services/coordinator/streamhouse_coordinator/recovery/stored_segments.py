@@ -1,5 +1,4 @@
-"""What segments the object store holds: listed, and read from their headers and indexes where the backup does not name
-them."""
+"""Lists the segments in the object store, and reads the header and index of those that the backup does not name."""
 
 import asyncio
 import uuid
@@ -15,16 +14,16 @@ from shstore import ObjectMissing, ObjectStore
 from streamhouse_coordinator.recovery.segment_selection import Candidate, Span
 from streamhouse_coordinator.segment_keys import SEGMENT_PREFIXES
 
-# Header, index and footer of one object are three requests of some 30 ms; a listing brings a thousand keys a page.
+# Header, index and footer of an object are three requests of some 30 ms; a listing brings a thousand keys a page.
 READS_AT_ONCE = 16
 TAIL_BYTES = 32 * 1024
-# Segment ids of what is found follow from the place, so that a second restore finds the same.
+# Segment ids follow from the place, so that a second restore finds the same ids.
 _IDS = uuid.UUID("8b1c4a5e-0f6d-4f0e-9d43-6f1f5c7f2a10")
 
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """`at`: the byte up to which the object could be read from its end."""
+    """An unreadable object. `at`: the byte down to which the object could be read from its end."""
 
     object_key: str
     at: int
@@ -33,7 +32,7 @@ class Damaged:
 
 @dataclass(slots=True)
 class Stored:
-    """`sizes`: of every object, by key. `found`: segments that the backup does not name."""
+    """Content of the store. `sizes`: bytes of every object, by key. `found`: segments that the backup does not name."""
 
     sizes: dict[str, int] = field(default_factory=dict)
     found: list[Candidate] = field(default_factory=list)
@@ -41,7 +40,8 @@ class Stored:
 
 
 async def scan(store: ObjectStore, known_ends: Mapping[str, int], progress: Callable[[str, int, int], None]) -> Stored:
-    """`known_ends`: by key, the bytes of each object that segments of the backup account for. Raises StoreError."""
+    """Returns the objects with segments. `known_ends`: by key, the bytes of each object that segments of the backup
+    account for; only objects of another size are read. Raises StoreError."""
     stored = Stored()
     for prefix in SEGMENT_PREFIXES:
         async for info in store.list(prefix):
@@ -67,7 +67,7 @@ async def scan(store: ObjectStore, known_ends: Mapping[str, int], progress: Call
 
 
 async def _read_object(store: ObjectStore, key: str, stored: Stored) -> None:
-    """From the end, segment by segment: that is where each one says how long it is."""
+    """Reads an object from its end, segment by segment: a segment's footer says how long the segment is."""
     end = stored.sizes[key]
     while end > 0:
         try:
@@ -75,7 +75,7 @@ async def _read_object(store: ObjectStore, key: str, stored: Stored) -> None:
         except FormatError as error:
             stored.damaged.append(Damaged(key, end, str(error)))
             return
-        except ObjectMissing:  # since the listing
+        except ObjectMissing:  # deleted since the listing
             del stored.sizes[key]
             return
         stored.found.append(candidate)
@@ -129,7 +129,7 @@ def _spans(index: SegmentIndex) -> tuple[Span, ...]:
 
 
 def topic_name(keys: Iterable[str], topic_id: str) -> str:
-    """The name in the keys of a topic's objects, `data/<name>.<id>/…`; empty where there is none of these."""
+    """Returns the name in the keys of a topic's objects, `data/<name>.<id>/…`; empty if no key has that form."""
     for key in keys:
         folder = key.split("/")[1] if key.startswith("data/") else ""
         name, _, digits = folder.rpartition(".")

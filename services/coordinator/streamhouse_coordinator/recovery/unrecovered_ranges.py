@@ -1,9 +1,12 @@
-"""Barriers: offsets that a restore cannot say anything about, because only agents' logs have what was written there.
+"""Unrecovered ranges: offsets of which a restore cannot know the records, because only agents' logs may hold them.
+Pure.
 
-A barrier is an orphaned range of nobody (no agent, no log). One with epoch n stands for all epochs above the range
-before it up to n, and for the rest of that range if its end is not known: such a range ends where the barrier begins
-until its agent says more. Readers wait at a barrier. An agent that opens its session with a log of such an epoch gets
-its part of the barrier as a range of its own. Ranges ascend by epoch and by offset alike, always.
+An unrecovered range is orphaned and has neither agent nor log. With epoch n it stands for all epochs above the range
+before it up to n, and for the rest of that range if its end is not known: such a range ends where the unrecovered range
+begins, until its agent reports more. Readers wait at an unrecovered range. An agent that opens its session with a log
+of such an epoch gets its part as a range of its own. Messages call unrecovered ranges barriers.
+
+Invariant: the ranges of a partition ascend by epoch and by offset alike.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +17,8 @@ from streamhouse_coordinator.core.tables import ORPHANED, SETTLED, RangeRow
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """What an agent's log holds of one epoch: [first_offset, end_offset). What lies below it is registered, or is not
-    in this log any more."""
+    """Offsets [first_offset, end_offset) that an agent's log holds of an epoch. Lower offsets are registered, or have
+    left the log."""
 
     epoch: int
     first_offset: int
@@ -24,8 +27,8 @@ class Reported:
 
 @dataclass(slots=True, kw_only=True)
 class Split:
-    """How the ranges of a partition change. `reset`: ranges whose segments must go, as their agent has all of it and
-    more before it. `ends`: what counts of the reported ends, where that is less than was reported."""
+    """Changes of a partition's ranges. `reset`: epochs whose segments must go, because their agent has all of their
+    records and earlier ones. `ends`: the ends that count, where these are below the reported ends."""
 
     ranges: list[RangeRow]
     removed_epochs: list[int] = field(default_factory=list)
@@ -34,6 +37,7 @@ class Split:
 
 
 def unrecovered_range(topic_id: str, partition: int, epoch: int, start_offset: int, limit_offset: int) -> RangeRow:
+    """Returns an unrecovered range for [start_offset, limit_offset)."""
     return RangeRow(
         topic_id=topic_id,
         partition=partition,
@@ -51,25 +55,26 @@ def unrecovered_range(topic_id: str, partition: int, epoch: int, start_offset: i
 
 
 def is_unrecovered(row: RangeRow) -> bool:
-    """Nothing of it is registered, and it is nobody's."""
+    """True if nothing of the range is registered, and no agent has claimed it."""
     return is_unclaimed(row) and row.registered_end == row.start_offset
 
 
 def is_unclaimed(row: RangeRow) -> bool:
-    """A restore made it, and no agent has said that it is its own."""
+    """True if a restore made the range, and no agent has claimed it."""
     return row.status == ORPHANED and not row.wal_id
 
 
 def released(row: RangeRow) -> RangeRow:
-    """Nobody has anything of it. A barrier is empty then and lies at its limit, so that the next range begins behind
-    what may have been given out."""
+    """Returns the range as settled, for when no agent has records of it. A range with nothing registered becomes empty
+    and lies at its limit, so that the next range begins behind all offsets that may have been allocated."""
     at = row.limit_offset if is_unrecovered(row) else row.registered_end
     start = at if is_unrecovered(row) else row.start_offset
     return replace(row, status=SETTLED, start_offset=start, registered_end=at, limit_offset=at, end_offset=at)
 
 
 def split(ranges: Sequence[RangeRow], reported: Sequence[Reported], agent_id: str, wal_id: str) -> Split:
-    """The ranges of one partition once an agent has said what its log holds. `ranges`: all of it, ascending."""
+    """Returns how the ranges of a partition change by an agent's report of its log. `ranges`: all of the partition,
+    ascending."""
     rows = sorted(ranges, key=lambda row: row.epoch)
     result = Split(ranges=[])
     for item in sorted(reported, key=lambda item: item.epoch):
@@ -83,7 +88,8 @@ def split(ranges: Sequence[RangeRow], reported: Sequence[Reported], agent_id: st
 
 
 def _claim(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id: str, result: Split) -> None:
-    """The epoch has a range already: what is in the log behind it comes out of the barrier that follows."""
+    """Claims a known range for the agent; records of the log beyond its limit are taken out of the unrecovered range
+    that follows."""
     row = rows[at]
     if row.status != ORPHANED or row.wal_id not in ("", wal_id):
         return
@@ -91,7 +97,8 @@ def _claim(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id:
     before = rows[at - 1] if at else None
     floor = 0 if before is None else before.registered_end if before.end_offset is None else before.end_offset
     if not rows[at].wal_id and max(item.first_offset, floor) < row.start_offset:
-        # Nothing of the epoch was registered: what was found is not its beginning, and the log has that, too.
+        # Nothing of the epoch was registered before the backup: the segment that was found is not its beginning, and
+        # the log has the same records and earlier ones.
         start = max(item.first_offset, floor)
         row = replace(row, start_offset=start, registered_end=start)
         result.reset.append(row.epoch)
@@ -108,7 +115,7 @@ def _claim(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id:
 
 
 def _take(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id: str, result: Split) -> None:
-    """An epoch nobody knew: it becomes a range, and what is left of the barrier on both sides stays one."""
+    """Inserts an unknown epoch as a range; the rest of the unrecovered range stays on both sides."""
     whole = rows[at]
     first = max(item.first_offset, whole.start_offset)
     end = min(item.end_offset, whole.limit_offset)
@@ -129,7 +136,8 @@ def _take(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id: 
 
 
 def _compare(before: Sequence[RangeRow], rows: list[RangeRow], result: Split) -> None:
-    """Keeps what is not empty, and of that what changed. The last range stays: the next one is granted behind it."""
+    """Drops empty ranges and keeps the changed ones in `result`. The last range stays, even if empty: the next range is
+    granted behind it."""
     empty = [row for row in rows[:-1] if is_unrecovered(row) and row.start_offset == row.limit_offset]
     kept = [row for row in rows if row not in empty]
     known: Mapping[int, RangeRow] = {row.epoch: row for row in before}

@@ -1,4 +1,4 @@
-"""Ranges whose agent is gone: how long they wait, and giving them up, by policy or by an operator."""
+"""Ranges whose agent is gone: counts them, and declares them lost by policy or on an operator's command."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ from streamhouse_coordinator.service.common import (
 
 
 async def count_orphaned(tx: Transaction) -> tuple[int, list[str]]:
-    """How many ranges wait for their agents, and the topic ids of those that must not wait for ever."""
+    """Returns the number of orphaned ranges, and the ids of their topics that have unclean_recovery_after_ms."""
     orphaned = await tx.select(t.RANGES, where(ORPHANED_RANGES))
     if not orphaned:
         return 0, []
@@ -32,7 +32,8 @@ async def count_orphaned(tx: Transaction) -> tuple[int, list[str]]:
 
 
 async def recover_unclean(context: Context, topic_ids: Sequence[str]) -> int:
-    """Gives up ranges of these topics that waited for their agent longer than the topic allows; returns how many."""
+    """Declares ranges of these topics lost that waited for their agent longer than unclean_recovery_after_ms; returns
+    the number of lost ranges."""
     return await change_leadership(context, lambda tx: _recover(tx, context, topic_ids))
 
 
@@ -52,8 +53,9 @@ async def _recover(tx: Transaction, context: Context, topic_ids: Sequence[str]) 
 async def declare_lost(
     context: Context, topic: str, partition: int, epochs: Sequence[int], reason: str
 ) -> list[t.RangeRow]:
-    """Gives up these orphaned ranges; returns them as they are afterwards. Those whose end is known by now stay as
-    they are. Raises UnknownTopic, UnknownPartition, InvalidArgument for a range that is led, or is not there."""
+    """Declares orphaned ranges lost; returns all of `epochs` as they are afterwards. A range whose end is known by
+    now stays unchanged. Raises UnknownTopic, UnknownPartition, InvalidArgument for a range that is led or does not
+    exist."""
 
     async def work(tx: Transaction) -> list[t.RangeRow]:
         row = await topic_named(tx, topic)
@@ -74,7 +76,8 @@ async def declare_lost(
 
 
 async def _lose(tx: Transaction, context: Context, ranges: Collection[t.RangeRow], lost: Sequence[RangeLost]) -> None:
-    """The caller holds the cluster lock and the rows of `ranges`."""
+    """Appends `lost` and completes the buffers that have nothing left to register. The caller holds the cluster lock
+    and the rows of `ranges`."""
     if not lost:
         return
     keys = {(event.topic_id, event.partition, event.epoch) for event in lost}
@@ -86,7 +89,8 @@ async def _lose(tx: Transaction, context: Context, ranges: Collection[t.RangeRow
 
 
 async def _emptied_buffers(tx: Transaction, gone: dict[RangeKey, t.RangeRow]) -> list[t.BufferRow]:
-    """Buffers of which nothing is left to register once these ranges are gone: nobody would ever claim them."""
+    """Returns buffers with nothing left to register once the ranges `gone` are lost: no worker would ever claim
+    them."""
     touched = await tx.select(t.BUFFER_SLICES, where_keys(RANGE_KEYS, sorted(gone)))
     buffer_ids = In({item.buffer_id for item in touched})
     await tx.select(t.BUFFER_CLAIMS, where(buffer_id=buffer_ids), lock="wait")

@@ -1,7 +1,10 @@
-"""Time in which nobody could renew a lease does not count against those who hold one.
+"""Extends all leases by the time for which PostgreSQL was unreachable, so that an outage expires no session.
 
-Without this, a PostgreSQL that was away for longer than a lease lasts would, on its return, find every agent and every
-group member expired, and every partition would change hands for nothing.
+Otherwise a PostgreSQL that returns after longer than a lease would find every agent and every group member expired, and
+every partition would change its leader for nothing.
+
+Owns: the row of the last sweep. Invariant: the time of an outage is added to the leases once, by the coordinator that
+moves that row first.
 """
 
 from streamhouse_coordinator.core import tables as t
@@ -14,9 +17,8 @@ SWEEP = "sweep"
 
 
 async def note_sweep(tx: Transaction, sweep_interval_ms: int) -> tuple[bool, bool]:
-    """Notes that there is a sweep now, unless the last one was so long ago that there was an outage: then the leases
-    are to be extended first. Returns True for an outage; and True if moves of partitions are due, which the same table
-    tells."""
+    """Records the time of this sweep, unless the last sweep was so long ago that there was an outage: then the leases
+    have to be extended first. Returns (True after an outage, True if moves of partitions are due)."""
     moves_due = bool(await tx.select(t.SWEEPS, where(name=MOVES_DUE)))
     if await was_outage(tx, sweep_interval_ms):
         return True, moves_due
@@ -25,19 +27,20 @@ async def note_sweep(tx: Transaction, sweep_interval_ms: int) -> tuple[bool, boo
 
 
 async def was_outage(tx: Transaction, sweep_interval_ms: int) -> bool:
-    """Returns True if the last sweep is more than MISSED_SWEEPS intervals ago: leases that have run out since are to be
+    """Returns True if the last sweep is more than MISSED_SWEEPS intervals ago: leases that ran out since have to be
     extended, not ended."""
     rows = await tx.select(t.SWEEPS, where(name=SWEEP))
     return bool(rows) and await tx.now_ms() - rows[0].last_ms > MISSED_SWEEPS * sweep_interval_ms
 
 
 async def extend_leases_after_outage(store: Store, sweep_interval_ms: int) -> int:
-    """Extends all leases by the time without a sweep if that was long, so that an outage expires no session, and notes
-    that there is one now. Returns that time in ms, 0 if another coordinator was the first to notice."""
+    """Extends all leases by the time without a sweep, and records a sweep. Returns that time in ms; 0 if there was no
+    outage, or another coordinator has extended the leases already."""
 
     async def work(tx: Transaction) -> int:
         now_ms = await tx.now_ms()
-        # Under the cluster lock, and locked itself, against sweeps that are noted: leases must not move twice.
+        # The row is locked as well as the cluster: a sweep records its time without the cluster lock, and leases must
+        # not be extended twice.
         found = await tx.select(t.SWEEPS, where(name=SWEEP), lock="wait")
         away_ms = now_ms - found[0].last_ms if found else 0
         if away_ms <= MISSED_SWEEPS * sweep_interval_ms:

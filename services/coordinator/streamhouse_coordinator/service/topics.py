@@ -1,4 +1,4 @@
-"""Topics: created, altered, deleted."""
+"""Creates, alters and deletes topics."""
 
 from dataclasses import replace
 
@@ -17,7 +17,8 @@ from streamhouse_coordinator.service.common import (
 
 
 async def create_topic(context: Context, command: TopicCreated) -> t.TopicRow:
-    """`command` comes without topic_id and created_ms. Raises InvalidArgument, TopicExists, Overloaded."""
+    """Creates a topic and returns its row. `command` comes without topic_id and created_ms. Raises InvalidArgument,
+    TopicExists, Overloaded."""
     settings = context.settings
     topics.check_create(command, settings.partitions_per_topic_max)
     topic_id = context.new_id().replace("-", "")
@@ -34,7 +35,7 @@ async def create_topic(context: Context, command: TopicCreated) -> t.TopicRow:
 
 
 async def alter_topic(context: Context, command: topics.AlterTopic) -> t.TopicRow:
-    """Returns the topic as it is then. New partitions get leaders at once, and leaders hear of another min_acks with
+    """Alters a topic and returns its row. New partitions get leaders at once; leaders learn of another min_acks with
     their next heartbeat. Raises InvalidArgument, UnknownTopic."""
     topics.check_alter(command, context.settings.partitions_per_topic_max)
 
@@ -50,7 +51,8 @@ async def alter_topic(context: Context, command: topics.AlterTopic) -> t.TopicRo
 
 
 async def delete_topic(context: Context, name: str) -> str:
-    """Everything of the topic goes: ranges, segments (their objects become unreferenced), offsets. Returns its id."""
+    """Deletes a topic with its ranges, segments (their objects become unreferenced) and offsets. Returns its id. Raises
+    UnknownTopic."""
 
     async def work(tx: Transaction) -> str:
         topic = await topic_named(tx, name, lock="wait")
