@@ -1,5 +1,5 @@
-"""Which object keys may hold segments. Nothing else in the store is the coordinator's to register or to have deleted:
-not its backups, not the history mark, not what others keep in the bucket."""
+"""Checks which object keys may hold segments. The coordinator registers and deletes no other objects of the store:
+neither its backups, nor the history mark, nor foreign objects in the bucket."""
 
 from shproto.errors import InvalidArgument
 from shstore import KeyInvalid
@@ -9,7 +9,7 @@ SEGMENT_PREFIXES = ("data/", "mixed/")
 
 
 def flaw_of_key(key: str) -> str:
-    """Returns why `key` cannot be the one of an object with segments, for people; empty if it can."""
+    """Returns the reason, for people, for which `key` cannot be the key of an object with segments; empty if it can."""
     try:
         check_key(key)
     except KeyInvalid as error:
@@ -18,7 +18,7 @@ def flaw_of_key(key: str) -> str:
 
 
 def check_segment_key(field: str, key: str) -> None:
-    """Refuses a key that cannot hold segments: a row with it would have a backup deleted, or stop every sweep at the
-    store's refusal. Raises InvalidArgument."""
+    """Checks that `key` may hold segments: a row with another key would have a backup deleted, or stop every sweep at
+    the store's refusal. Raises InvalidArgument."""
     if flaw := flaw_of_key(key):
         raise InvalidArgument(f"object key {key[:200]!r} {flaw}", field=field, value=key[:200], limit=KEY_BYTES_MAX)

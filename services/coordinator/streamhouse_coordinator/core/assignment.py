@@ -1,13 +1,13 @@
-"""Who leads which partition: grants for partitions without a leader, moves when the load is uneven.
+"""Assigns partitions to agents: grants for partitions without a leader, moves when the load is uneven. Pure.
 
 Balanced means, once the moves are done: of each topic any two agents lead numbers of partitions that differ by at most
-one, and so do their numbers in all. The topic comes first, since it is a topic that is hot: an even total does not say
-where its load is. An agent that cannot write, because its log's disk is full, or that workers cannot reach, leads only
-what nobody else can.
+1, and so do their numbers in all. The topic comes first, since load concentrates on topics: an even total does not say
+where the load is. An agent that cannot write, because the disk of its log is full, or that workers cannot reach, leads
+only partitions that no other agent can lead.
 
-Of a topic each agent has `size // agents` partitions, and some agents one more: an extra part. Whoever leads more than
-the even share keeps an extra part where that is possible, so that nothing moves for nothing; who gets the other extra
-parts, and who hands one over, is decided by the totals.
+Of a topic each agent has `size // agents` partitions, and some agents have an extra part: a partition more. An agent
+above the even share keeps an extra part where possible, so that no partition moves in vain; the totals decide which
+agents get the other extra parts, and which agent hands an extra part over.
 """
 
 import heapq
@@ -38,7 +38,7 @@ Flags = NDArray[np.bool_]
 
 
 def left_without_leader(events: Iterable[Event]) -> Iterator[PartitionKey]:
-    """The partitions that nobody leads any more, or yet, because of these events."""
+    """Yields the partitions that have no leader because of these events."""
     for event in events:
         match event:
             case RangeSettled() | RangeOrphaned() | RangeLost():
@@ -52,9 +52,9 @@ def left_without_leader(events: Iterable[Event]) -> Iterator[PartitionKey]:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """How many partitions of each topic each session is to lead. `missing`: how many more than it leads, of those on
-    the move and without a leader; `surplus`: how many it is to give up. Both by (topic_id, session_id), without
-    zeros."""
+    """Number of partitions of each topic that each session has to gain or lose. `missing`: how many more than it leads,
+    from partitions that move or have no leader; `surplus`: how many it has to hand over. Both by (topic_id,
+    session_id), without zeros."""
 
     missing: dict[tuple[str, str], int]
     surplus: dict[tuple[str, str], int]
@@ -66,13 +66,13 @@ def share(
     sessions: Sequence[SessionRow],
     others: Mapping[str, int] = MappingProxyType({}),
 ) -> Shares:
-    """Returns the balanced shares that cost the fewest moves, or, in one of some thousand cases, one more than these.
-    Nobody gives up more of a topic than it has above the even share.
+    """Returns the balanced shares with the fewest moves, or, in a few of a thousand cases, with a single move more. No
+    session hands over more of a topic than it has above the even share.
 
     `sizes`: partitions by topic_id. `held`: by (topic_id, session_id), how many are led and not on the move; a session
-    that is not in `sessions` is to give up all. `sessions`: by agent_id. `others`: by session_id, how many it leads of
-    topics that are left out. 10,000 topics of one partition and 100 agents take 0.5 s at worst on a busy machine, 100
-    topics of 100 partitions 2 ms.
+    that is missing in `sessions` hands over all. `sessions`: by agent_id. `others`: by session_id, how many partitions
+    of other topics it leads. 10,000 topics of a single partition and 100 agents take 0.5 s at worst on a busy machine,
+    100 topics of 100 partitions 2 ms.
     """
     topics, columns = sorted(sizes), {row.session_id: at for at, row in enumerate(sessions)}
     rows = {topic_id: at for at, topic_id in enumerate(topics)}
@@ -98,7 +98,8 @@ def share(
 
 
 def _parts(count: Numbers, sizes: Numbers, loads: Numbers) -> Numbers:
-    """Returns how many partitions of each topic (row) each agent (column) is to lead; `loads`: what it leads beside."""
+    """Returns how many partitions of each topic (row) each agent (column) has to lead. `loads`: partitions of other
+    topics per agent."""
     even, extras = np.divmod(sizes, count.shape[1])
     above: Flags = count > even[:, None]
     has_extra, totals = _extras(above, extras, loads)
@@ -108,8 +109,9 @@ def _parts(count: Numbers, sizes: Numbers, loads: Numbers) -> Numbers:
 
 
 def _extras(above: Flags, extras: Numbers, loads: Numbers) -> tuple[Flags, Numbers]:
-    """Returns who has an extra part of which topic, and the totals with them: those with more than the even share come
-    first, then those with the smallest totals so far. No choice here costs a move that another would save."""
+    """Returns which agents have an extra part of which topics, and the totals with them: agents above the even share
+    come first, then agents with the smallest totals so far. No choice here costs a move that another choice would
+    save."""
     has_extra, holders = above.copy(), above.sum(1)
     totals: Numbers = loads + has_extra[holders <= extras].sum(0)
     for row in np.flatnonzero(holders > extras):
@@ -125,15 +127,16 @@ def _extras(above: Flags, extras: Numbers, loads: Numbers) -> tuple[Flags, Numbe
 
 
 def _lowest(totals: Numbers, among: NDArray[np.intp], count: int) -> NDArray[np.intp]:
+    """Returns `count` of the agents `among`, those with the lowest totals."""
     order = np.lexsort((among, totals[among]))
     return among[order[:count]]
 
 
 def _even_out(has_extra: Flags, above: Flags, totals: Numbers) -> None:
-    """Hands extra parts from agents with too many in all to those with too few; first those that no move hangs on.
+    """Hands extra parts from agents above their target total to agents below; parts that cost no move go first.
 
-    The agent with more extra parts always has one of a topic that the other has none of, so that every pair can be
-    evened out directly.
+    The agent with more extra parts always has an extra part of a topic in which the other has none, so every pair can
+    be evened out directly.
     """
     least, larger = divmod(int(totals.sum()), len(totals))
     target = np.full(len(totals), least)
@@ -160,12 +163,12 @@ def grant(
     sessions: Sequence[SessionRow],
     width_offsets: int,
 ) -> list[EpochGranted]:
-    """Returns a leader for each partition that has none; nobody to lead them: no grants.
+    """Returns a leader for each partition without a leader; no grants if there are no sessions.
 
-    The session whose log has a partition's past gets it if its share of the topic misses one; else, of those whose
-    share does, the session that leads least. `topics`: name by topic_id. `waiting`: the partitions without a leader;
-    `latest`: the newest range of each that has had one. `loads`: by session_id, how many partitions each leads that
-    are not on the move.
+    The session whose log has the partition's past gets the partition if its share of the topic has space; else the
+    least loaded session with space. `topics`: name by topic_id. `waiting`: the partitions without a leader; `latest`:
+    the newest range of each partition that had a leader. `loads`: by session_id, the number of led partitions that are
+    not on the move.
     """
     if not sessions:
         return []
@@ -194,14 +197,14 @@ def grant(
 
 
 def able_to_lead(sessions: Sequence[SessionRow], unable: Collection[str]) -> list[SessionRow]:
-    """Returns the sessions that partitions may be given to: those not in `unable`, or all if that leaves nobody."""
+    """Returns the sessions that may get partitions: all without `unable`, or all if none is left."""
     return [row for row in sessions if row.session_id not in unable] or list(sessions)
 
 
 def _by_load(
     topic_id: str, missing: dict[tuple[str, str], int], totals: dict[str, int], sessions: Sequence[SessionRow]
 ) -> Iterator[SessionRow]:
-    """Yields the sessions whose share of the topic misses partitions, each once for each, the least loaded first."""
+    """Yields the sessions with missing partitions of the topic, the least loaded first, once per missing partition."""
     by_load = [
         (totals[row.session_id], row.agent_id, at)
         for at, row in enumerate(sessions)
@@ -224,8 +227,8 @@ def move(
     surplus: Mapping[tuple[str, str], int],
     why: Mapping[str, str] = MappingProxyType({}),
 ) -> list[MoveRequested]:
-    """Returns the moves of as many partitions as are too many. `held`: the open ranges of these topics and sessions
-    that are not on the move yet. `why`: by session_id, where it is not for balance."""
+    """Returns the moves of surplus partitions. `held`: the open ranges of these topics and sessions that are not on the
+    move yet. `why`: reasons other than balance, by session_id."""
     left, moves = dict(surplus), []
     for row in sorted(held, key=lambda row: row.key, reverse=True):
         if left.get((row.topic_id, row.session_id), 0):
@@ -247,7 +250,8 @@ def move(
 
 
 def start_of_next(previous: RangeRow | None) -> int:
-    """Where the next epoch begins: without a gap if the end of the previous one is known, else past all it may hold."""
+    """Returns the first offset of the next epoch: the end of the previous range if known, else the limit of that range,
+    since its leader may have written up to there."""
     if previous is None:
         return 0
     if previous.status == SETTLED:

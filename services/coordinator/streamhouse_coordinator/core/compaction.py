@@ -1,9 +1,9 @@
-"""Which small segments are worth merging, and whether a merged one may take their place.
+"""Decides which small segments are worth merging, and if a merged segment may replace them. Pure.
 
-A merge writes all of its bytes again, so it has to be worth that: the merged segment is to be `segments_min` times as
-large as the largest one that goes into it. Then every byte is written again at most log(target / first size) times, to
-that base, however long the partition lives, and no nearly full segment is taken along for a few small ones. What waits
-for company is bounded, too: of each size, in powers of `segments_min`, some segments less than that
+A merge writes all of its bytes again, so the merged segment has to be `segments_min` times as large as its largest
+input. Then every byte is rewritten at most log(target / first size) times, to that base, however long the partition
+lives, and no nearly full segment is rewritten for a few small ones. The number of waiting segments is bounded, too: of
+each size, in powers of `segments_min`, some segments less than that
 (docs/decisions/0010-merges-grow-what-they-merge.md).
 """
 
@@ -19,17 +19,17 @@ from streamhouse_coordinator.core.tables import SegmentRow
 
 PartitionKey = tuple[str, int]
 
-# Small segments in a row that are merged even if that does not grow them enough: sizes that differ wildly could wait
-# for company for ever, while every read of the partition opens each of them. Regular appends leave some 30.
+# Length of a run of small segments that is merged even if the result does not grow enough: sizes that differ wildly
+# could wait for ever, while every read of the partition opens each of them. Regular appends leave some 30.
 RUN_SEGMENTS_MAX = 64
-# Partitions whose segments a claim looks at, a few milliseconds each: the most crowded, where a backlog is, and others
-# by turns, since many small segments need not have anything to merge.
+# Partitions that a claim looks at, a few milliseconds each: the most crowded, where a backlog is, and others in turn,
+# since many small segments do not always contain a merge.
 LOOKS_MAX, CROWDED_LOOKS = 64, 16
 
 
 def partitions_to_look_at(counts: Mapping[PartitionKey, int], segments_min: int, turn: str) -> list[PartitionKey]:
-    """Returns partitions that may have something to merge, at most LOOKS_MAX. `counts`: of small segments. `turn`:
-    another text gives other partitions."""
+    """Returns partitions that may have segments to merge, at most LOOKS_MAX. `counts`: small segments by partition.
+    `turn`: another text selects other partitions."""
     crowded = sorted(
         (key for key, count in counts.items() if count >= segments_min), key=lambda key: (-counts[key], key)
     )
@@ -39,14 +39,15 @@ def partitions_to_look_at(counts: Mapping[PartitionKey, int], segments_min: int,
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Small segments of a partition side by side. `closed`: a segment follows that never merges with them, so that the
-    run will not grow any more."""
+    """Adjacent small segments of a partition. `closed`: the segment that follows never merges with them, so the run
+    will not grow."""
 
     segments: Sequence[SegmentRow]
     closed: bool
 
     @property
     def end_offset(self) -> int:
+        """Offset behind the last segment."""
         return self.segments[-1].end_offset
 
 
@@ -57,14 +58,14 @@ def choose(
     segments_min: int,
     followed: Collection[int] = (),
 ) -> list[SegmentRow]:
-    """Returns the segments to merge next, two or more side by side, at most `target_bytes` together; none if nothing is
-    worth it.
+    """Returns the segments to merge next, two or more that are adjacent, at most `target_bytes` together; none if no
+    merge is worth its bytes.
 
-    In a run of segments below `small_bytes_max` that is: as many as fill a segment of `target_bytes`; all of a run that
-    will not grow any more; the most segments that together are `segments_min` times as large as the largest of them.
-    `segments`: of one partition, by offset. `followed`: offsets at which segments begin that are left out of them.
+    In a run of segments below `small_bytes_max` these are: as many as fill a segment of `target_bytes`; all of a closed
+    run; the most segments that together are `segments_min` times as large as the largest of them. `segments`: of a
+    partition, by offset. `followed`: first offsets of segments that are missing in `segments`.
     """
-    small_bytes_max = min(small_bytes_max, target_bytes // 2)  # two fit together, and what is filled is not small
+    small_bytes_max = min(small_bytes_max, target_bytes // 2)  # two fit together, and a filled segment is not small
     best: Sequence[SegmentRow] = ()
     for run in runs(segments, small_bytes_max):
         sizes = [segment.size_bytes for segment in run.segments]
@@ -95,7 +96,7 @@ def runs(segments: Sequence[SegmentRow], small_bytes_max: int) -> Iterator[Run]:
 
 def _most_grown(sizes: Sequence[int], segments_min: int) -> tuple[int, int]:
     """Returns [first, end) of the most neighbours that are together at least `segments_min` times as large as the
-    largest of them; of too long a run, and failing that, of those that grow most; (0, 0) if there are none."""
+    largest of them; in too long a run, if there are none, of the neighbours that grow most; else (0, 0)."""
     totals = [0, *accumulate(sizes)]
     long = len(sizes) > RUN_SEGMENTS_MAX
     best, rank = (0, 0), (0, 0.0)
@@ -113,9 +114,9 @@ def _most_grown(sizes: Sequence[int], segments_min: int) -> tuple[int, int]:
 
 
 def _largest_in(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Returns for each place the widest [first, end) around it in which no size is larger. Linear in their number."""
+    """Returns for each place the widest [first, end) around it in which no size is larger, in linear time."""
     first, end = list(range(len(sizes))), [len(sizes)] * len(sizes)
-    open_: list[int] = []  # places whose end is not found yet, their sizes descending
+    open_: list[int] = []  # places without an end so far, their sizes descending
     for at, size in enumerate(sizes):
         while open_ and sizes[open_[-1]] < size:
             end[open_.pop()] = at
@@ -130,10 +131,11 @@ def _largest_in(sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def judge(merged: Segment, replaced: Sequence[SegmentRow], asked: int, known: bool, declared: bool) -> Result:
-    """Compare-and-set: REGISTERED only if all `asked` segments are still there and `merged` holds just what they hold.
+    """Returns the result of a compare-and-set: REGISTERED only if all `asked` segments still exist and `merged` holds
+    exactly their records.
 
-    `replaced`: those that are, by offset. `known`: `merged` is registered already, by an earlier try. `declared`:
-    whether its object is one that nobody may delete.
+    `replaced`: the existing segments, by offset. `known`: `merged` was registered by an earlier try. `declared`: the
+    object of `merged` is protected from deletion.
     """
     if known:
         return Result.REGISTERED

@@ -1,5 +1,8 @@
-"""Which objects may be deleted. A segment is only ever registered in an object whose upload was declared; deletion
-withdraws the declaration first, so that what may be deleted can never become part of the log any more."""
+"""Decides which objects may be deleted. Pure.
+
+Invariants: a segment is registered only in an object whose upload is declared; deletion withdraws the declaration
+first, so an object that may be deleted never becomes part of the log.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,7 +13,7 @@ from streamhouse_coordinator.core.projection import Put, Remove, RowOp
 
 
 class Verdict(IntEnum):
-    """As DeletionVerdict in the proto."""
+    """Verdicts of a deletion, numbered as DeletionVerdict in the proto."""
 
     REFERENCED = 1
     DECLARED = 2
@@ -20,7 +23,7 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectState:
-    """What is known of one object. `held`: the claim that its upload was declared under is still somebody's."""
+    """Known facts about an object. `held`: True while the claim under which the upload was declared is valid."""
 
     object_key: str
     referenced: bool
@@ -31,14 +34,16 @@ class ObjectState:
 
 @dataclass(frozen=True, slots=True)
 class DeletionGrace:
-    """How long an upload may take to be registered, and how long readers may have a plan that names an object."""
+    """Grace periods. `grace_ms`: how long an upload may take to be registered. `confirm_ms`: how long readers may use a
+    plan that names an object."""
 
     grace_ms: int
     confirm_ms: int
 
 
 def judge(state: ObjectState, now_ms: int, grace: DeletionGrace) -> Verdict:
-    """REFERENCED and DECLARED are refusals; NOTICED is to be asked again."""
+    """Returns the verdict on an object. REFERENCED and DECLARED are refusals; the caller has to ask again about a
+    NOTICED object."""
     if state.referenced:
         return Verdict.REFERENCED
     if state.intent is not None and not is_stale(state, now_ms, grace):
@@ -50,17 +55,19 @@ def judge(state: ObjectState, now_ms: int, grace: DeletionGrace) -> Verdict:
 
 
 def is_stale(state: ObjectState, now_ms: int, grace: DeletionGrace) -> bool:
-    """Whether nobody is expected to register the object any more. If somebody does, no harm is done: it is refused."""
+    """Returns True if no worker is expected to register the object any more. A late registration does no harm: it is
+    refused."""
     return state.intent is not None and not state.held and now_ms - state.intent.declared_ms >= grace.grace_ms
 
 
 def withdraws(state: ObjectState, verdict: Verdict, now_ms: int, grace: DeletionGrace) -> bool:
-    """Whether the declaration goes: deletion begins, or the object is registered and its worker gone."""
+    """Returns True if the declaration has to be withdrawn: deletion begins, or the object is registered and its worker
+    is gone."""
     return verdict is Verdict.BEGUN or (verdict is Verdict.REFERENCED and is_stale(state, now_ms, grace))
 
 
 def changes(state: ObjectState, verdict: Verdict, now_ms: int) -> list[RowOp]:
-    """What the verdict changes in the table of deletions."""
+    """Returns the changes of the table of deletions that follow from the verdict."""
     key = {"object_key": state.object_key}
     match verdict:
         case Verdict.REFERENCED:
@@ -79,8 +86,8 @@ def withdrawal(
     buffer_claims: Iterable[t.BufferClaimRow],
     compaction_claims: Iterable[t.CompactionClaimRow],
 ) -> list[RowOp]:
-    """Removes the declarations, and ends the claims they were made under (which have run out): a repeated declaration
-    that arrives late must not bring one back."""
+    """Returns the operations that remove the declarations and end their expired claims: a repeated declaration that
+    arrives late must not bring a declaration back."""
     gone = list(intents)
     ended = {row.claim_id for row in gone}
     ops: list[RowOp] = [Remove(t.UPLOAD_INTENTS, {"object_key": row.object_key}) for row in gone]

@@ -1,7 +1,7 @@
-"""Consumer groups: a sticky, balanced target per generation, and the hand-over between members.
+"""Consumer groups: a sticky, balanced target per generation, and the hand-over between members. Pure.
 
-A partition moves in two steps: the target names its new member, but the new member only gets it once the old one no
-longer reports it as owned, or is gone. So no two members ever work on the same partition.
+Invariant: no two members ever work on the same partition. A partition moves in two steps: the target names the new
+member, which gets the partition only when the old member no longer reports it as owned, or has left.
 """
 
 import heapq
@@ -17,10 +17,12 @@ TopicPartition = str
 
 
 def name_of(topic: str, partition: int) -> TopicPartition:
+    """Returns the name of a partition in assignments."""
     return f"{topic}:{partition}"
 
 
 def split_name(name: TopicPartition) -> tuple[str, int]:
+    """Returns the (topic, partition) of a name."""
     topic, _, partition = name.rpartition(":")
     return topic, int(partition)
 
@@ -31,7 +33,8 @@ def _order(name: TopicPartition) -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """`topics`, `owned` and `target` by member id; only members have entries in `topics` and `owned`."""
+    """A consumer group. `topics`, `owned` and `target` are by member id; only members have entries in `topics` and
+    `owned`."""
 
     name: str
     generation: int
@@ -48,10 +51,10 @@ def rebalance(
     partitions: Mapping[str, int],
     previous: Mapping[str, Collection[TopicPartition]],
 ) -> dict[str, list[TopicPartition]]:
-    """Every partition of a topic somebody reads goes to one member that reads it. Members keep what they had, as far
-    as that leaves them within one of each other (where their topics allow).
+    """Returns a target that gives every partition of a subscribed topic to a single member subscribed to the topic.
+    Members keep their partitions as far as that leaves their numbers within 1 of each other (where their topics allow).
 
-    `topics`: by member id. `partitions`: their number by topic; topics that do not exist are left out.
+    `topics`: by member id. `partitions`: number of partitions by topic; topics that do not exist are left out.
     `previous`: the last target.
     """
     readers = {topic: sorted(m for m, wanted in topics.items() if topic in wanted) for topic in partitions}
@@ -88,20 +91,20 @@ def _level(
     target: dict[str, set[TopicPartition]],
     kept: Mapping[str, Collection[TopicPartition]],
 ) -> None:
-    """Moves single partitions from the fullest member to the emptiest that reads them, until none is two ahead of one
-    that could take over. Always the fullest: taking from one until it is even would take more than its surplus.
-    Every move lowers the sum of the squared loads, so it ends."""
+    """Moves single partitions from the fullest member to the emptiest that reads their topic, until no member is two
+    ahead of another that could take over. Always from the fullest: emptying a member until it is even would take more
+    than its surplus. Ends, because every move lowers the sum of the squared loads."""
     crowds = {topic: tuple(members) for topic, members in readers.items()}
     stacks = {member: _stacks(crowds, names, kept[member]) for member, names in target.items()}
     moved = True
-    while moved:  # again, because what is given away by one may be what another could not give to it before
+    while moved:  # again: a partition that was given away may fill a gap that was out of reach before
         moved = False
         fullest = [(-len(names), member) for member, names in target.items()]
         heapq.heapify(fullest)
         while fullest:
             load, member = heapq.heappop(fullest)
             if -load != len(target[member]) or not (stack := stacks[member]):
-                continue  # it has another entry, or nothing
+                continue  # the member has another entry, or no partitions
             found = [(min((len(target[other]), other) for other in crowd), crowd) for crowd in stack]
             (least, taker), crowd = min(found)
             if -load - least < 2:
@@ -120,7 +123,8 @@ def _level(
 def _stacks(
     crowds: Mapping[str, tuple[str, ...]], names: Collection[TopicPartition], kept: Collection[TopicPartition]
 ) -> dict[tuple[str, ...], list[TopicPartition]]:
-    """A member's partitions by who could take them, the first to go last: what it did not have before."""
+    """Returns a member's partitions by the members that could take them. Partitions that are new to the member are last
+    in the lists, and so move first."""
     stacks: dict[tuple[str, ...], list[TopicPartition]] = {}
     for name in sorted(names, key=lambda name: (name not in kept, _order(name))):
         stacks.setdefault(crowds[split_name(name)[0]], []).append(name)
@@ -128,7 +132,7 @@ def _stacks(
 
 
 def outdated(group: Group, partitions: Mapping[str, int]) -> bool:
-    """Whether topics were created or deleted since the target was made."""
+    """Returns True if topics were created or deleted since the target was made."""
     read = {topic for wanted in group.topics.values() for topic in wanted if topic in partitions}
     wanted = {name_of(topic, number) for topic in read for number in range(partitions[topic])}
     return wanted != {name for names in group.target.values() for name in names}
@@ -138,7 +142,8 @@ def outdated(group: Group, partitions: Mapping[str, int]) -> bool:
 
 
 def available(group: Group, member: str) -> tuple[frozenset[TopicPartition], bool]:
-    """What `member` may work on now, and whether more is coming that others have not let go of yet."""
+    """Returns the partitions that `member` may work on now, and True if others have not released all of its target
+    yet."""
     target = group.target.get(member, frozenset())
     held = frozenset(name for other, names in group.owned.items() if other != member for name in names)
     return target - held, bool(target & held)
@@ -147,8 +152,8 @@ def available(group: Group, member: str) -> tuple[frozenset[TopicPartition], boo
 def owned_after(
     group: Group, member: str, reported: frozenset[TopicPartition] | None, assigned: frozenset[TopicPartition]
 ) -> frozenset[TopicPartition]:
-    """What `member` counts as owning from now on: what it still works on of what it was given, and what it is given
-    now. `reported`: None when it has not spoken since."""
+    """Returns the partitions that `member` counts as owning from now on: those it still works on among those it had,
+    and those assigned now. `reported`: None if the member has not reported since."""
     before = group.owned.get(member, frozenset())
     return (before if reported is None else before & reported) | assigned
 
@@ -157,7 +162,8 @@ def owned_after(
 
 
 def check_commit(group: Group, member: str, generation: int, names: Iterable[TopicPartition]) -> None:
-    """Raises UnknownMember, or IllegalGeneration when another member works on a partition, or may be about to."""
+    """Checks that a member may commit offsets of these partitions. Raises UnknownMember, or IllegalGeneration if
+    another member works on a partition, or may be about to."""
     if not member and not generation:
         if group.topics:
             raise IllegalGeneration(
@@ -184,7 +190,7 @@ def check_commit(group: Group, member: str, generation: int, names: Iterable[Top
 
 
 def state_of(group: Group) -> str:
-    """empty | rebalancing (somebody has to take or to let go) | stable"""
+    """Returns empty | rebalancing (a member has to take or release partitions) | stable."""
     if not group.topics:
         return "empty"
     nothing: frozenset[TopicPartition] = frozenset()
@@ -193,7 +199,8 @@ def state_of(group: Group) -> str:
 
 
 def check_empty(group: Group, what: str) -> None:
-    """Raises GroupNotEmpty: members would go on at their own offsets, and commit them."""
+    """Checks that the group has no members: members would continue at their own offsets, and commit them. Raises
+    GroupNotEmpty."""
     if group.topics:
         raise GroupNotEmpty(
             f"group {group.name!r} has {len(group.topics)} member(s); stop the consumers, then {what}",
@@ -203,8 +210,8 @@ def check_empty(group: Group, what: str) -> None:
 
 
 def records_before(ranges: Iterable[RangeRow], offset: int) -> tuple[int, bool]:
-    """Records from `offset` on that lie in these ranges of a partition, and whether there can be no more: an
-    unsettled one may hold some that are not registered. Offsets inside a range have no gaps."""
+    """Returns the number of records from `offset` on in these ranges of a partition, and True if there cannot be more:
+    a range that is not settled may have records that are not registered. Offsets inside a range have no gaps."""
     records, exact = 0, True
     for row in ranges:
         end = row.end_offset if row.status == SETTLED and row.end_offset is not None else row.registered_end

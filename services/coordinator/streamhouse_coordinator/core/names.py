@@ -1,4 +1,5 @@
-"""Names users choose. Topics follow Kafka's rules, so that topics moved from there keep their names."""
+"""Checks names that users choose. Topics follow Kafka's rules, so that topics moved from Kafka keep their names.
+Pure."""
 
 import re
 
@@ -14,7 +15,7 @@ AGENT_ID_LENGTH_MAX = 249
 
 
 def check_topic(name: str) -> None:
-    """Raises InvalidArgument unless `name` is a legal topic name."""
+    """Checks that `name` is a legal topic name. Raises InvalidArgument."""
     if name in (".", "..") or not _TOPIC.fullmatch(name):
         raise InvalidArgument(
             f"topic {name[:300]!r} is not a legal name: 1 to {NAME_LENGTH_MAX} of a-z A-Z 0-9 . _ -, not '.' or '..'",
@@ -25,7 +26,7 @@ def check_topic(name: str) -> None:
 
 
 def check_text(field: str, value: str, length_max: int, *, empty: bool = False) -> None:
-    """Raises InvalidArgument unless `value` has 1 (0 if `empty`) to `length_max` characters, none of them NUL."""
+    """Checks that `value` has 1 (0 if `empty`) to `length_max` characters, none of them NUL. Raises InvalidArgument."""
     if (not value and not empty) or len(value) > length_max or "\0" in value:
         raise InvalidArgument(
             f"{field} must have {0 if empty else 1} to {length_max} characters and no NUL, got {len(value)}",
@@ -36,8 +37,8 @@ def check_text(field: str, value: str, length_max: int, *, empty: bool = False) 
 
 
 def check_name(field: str, value: str, length_max: int, *, empty: bool = False) -> None:
-    """Checks that `value` is text as for check_text() that stays on its line wherever it is shown: in logs, tables and
-    terminals. Raises InvalidArgument."""
+    """Checks that `value` passes check_text() and stays on its line in logs, tables and terminals. Raises
+    InvalidArgument."""
     check_text(field, value, length_max, empty=empty)
     if found := _CONTROL.search(value):
         raise InvalidArgument(
@@ -49,7 +50,7 @@ def check_name(field: str, value: str, length_max: int, *, empty: bool = False) 
 
 
 def check_number(field: str, value: int, least: int, most: int) -> None:
-    """Raises InvalidArgument unless least <= value <= most."""
+    """Checks that least <= value <= most. Raises InvalidArgument."""
     if not least <= value <= most:
         raise InvalidArgument(
             f"{field} must be from {least} to {most}, got {value}", field=field, value=value, limit=f"{least}..{most}"

@@ -1,7 +1,7 @@
-"""Which events are not needed any more, and what their going changes. Pure.
+"""Decides which events may be pruned, and how the bases change. Pure.
 
-Terms: the *base* of a projection has its rows as of the last event that was pruned (`pruned_position`). Base and kept
-events together give the projection, always: an event is pruned by applying it to the bases.
+Terms: the *base* of a projection has its rows as of the last pruned event (`pruned_position`).
+Invariant: base and kept events together give the projection; an event is pruned by applying it to the bases.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from streamhouse_coordinator.core.projection import Remove, RowOp, Set, elsewher
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What keeps events. `before_ms`: only events appended before this time go. `up_to`: only events up to this
-    position. RabbitMQ has confirmed those up to `published`, and gets the others if they are not from before
+    """Reasons to keep events. `before_ms`: only events appended before this time may go. `up_to`: only events up to
+    this position. RabbitMQ has confirmed the events up to `published`, and gets the later events that are younger than
     `unpublished_before_ms`; None: no relay publishes."""
 
     before_ms: int
@@ -23,6 +23,7 @@ class Needs:
     unpublished_before_ms: int
 
     def keep(self, row: t.EventRow) -> bool:
+        """Returns True if the event is needed."""
         if row.position > self.up_to or row.created_ms >= self.before_ms:
             return True
         unpublished = self.published is not None and row.position > self.published
@@ -30,8 +31,8 @@ class Needs:
 
 
 def prunable(oldest: Sequence[t.EventRow], needs: Needs) -> list[t.EventRow]:
-    """Returns those of the `oldest` events, ascending, that come before the first one that is needed. One of a type
-    that this version does not know is kept, and all behind it: its row operations are not known either."""
+    """Returns the leading events of `oldest`, ascending, up to the first that is needed. An event of a type that this
+    version does not know is kept with all later events, since its row operations are unknown."""
     rows: list[t.EventRow] = []
     for row in oldest:
         if needs.keep(row) or replayed(row) is None:
@@ -41,7 +42,8 @@ def prunable(oldest: Sequence[t.EventRow], needs: Needs) -> list[t.EventRow]:
 
 
 def pruning(rows: Sequence[t.EventRow]) -> list[RowOp]:
-    """Returns the row operations that prune these events, which are the oldest and not empty: the bases move on."""
+    """Returns the row operations that prune these events, which are the oldest and not empty: they move the bases
+    on."""
     events = [replayed(row) for row in rows]
     moved = [elsewhere(op, t.base_of) for event in events if event is not None for op in row_ops(event)]
     gone = [Remove(t.EVENTS, {"position": row.position}) for row in rows]

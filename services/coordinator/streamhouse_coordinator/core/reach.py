@@ -1,7 +1,7 @@
-"""Agents that the workers (segmenters, query services) cannot reach: their leaderships go to others.
+"""Decides which agents the workers (segmenters, query services) cannot reach; other agents lead their partitions. Pure.
 
-The coordinators reach such an agent, and so do producers; its lease runs. But nobody uploads what it takes, and nobody
-reads it. Nothing rests on this being right: an agent that gives a partition up settles it at its true end.
+Coordinators and producers reach such an agent and its lease is renewed, but its records are neither uploaded nor read.
+No safety depends on the decision: an agent that hands a partition over settles the range at its true end.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,18 +14,18 @@ from streamhouse_coordinator.core.tables import CutOffRow, ReachReportRow, Sessi
 
 QUERY = "query"
 WORKERS = (SEGMENTER, QUERY)
-# Of one worker's word nothing moves while another could have been asked.
+# A single worker's report moves no partition while another worker could have been asked.
 REPORTERS_MIN = 2
-# How long an agent has to be reachable before it leads again doubles with every time it was cut off, so that a link
-# that comes and goes does not send partitions to and fro; after an hour of calm it counts anew.
+# The time for which an agent has to be reachable before it leads again doubles with every time the agent was cut off,
+# so that a link that comes and goes does not move partitions to and fro; an hour of calm resets it.
 HOLD_DOUBLINGS_MAX = 5
 CALM_MS = 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
 class ReachTimes:
-    """`after_ms`: for how long workers must have failed to reach an agent. `hold_ms`: for how long it must be reachable
-    again before it leads. `fresh_ms`: how old a report may be to count."""
+    """Time limits. `after_ms`: for how long workers must have failed to reach an agent. `hold_ms`: for how long the
+    agent must be reachable again before it leads. `fresh_ms`: the greatest age of a report that counts."""
 
     after_ms: int
     hold_ms: int
@@ -34,8 +34,8 @@ class ReachTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
-    """Recent reports of live workers about one agent. `failing_since_ms`: since when the first of them fails; 0: none
-    does."""
+    """Recent reports of live workers about an agent. `failing_since_ms`: since when the first of them fails; 0: none
+    fails."""
 
     failing: list[SessionRow]
     reaching: list[SessionRow]
@@ -50,7 +50,7 @@ def reach_of(
     now_ms: int,
     reach_times: ReachTimes,
 ) -> Reach:
-    """Returns what the reports come to for one agent. `workers`: live ones by session_id."""
+    """Returns the summary of the reports about `agent`. `workers`: live workers by session_id."""
     about = [
         row
         for row in reports
@@ -68,8 +68,8 @@ def reach_of(
 
 
 def is_cut_off(reach: Reach, workers: Collection[SessionRow]) -> bool:
-    """True if several workers (or the only one there is) cannot reach the agent and none can; or if of one role,
-    without which nothing is uploaded or read, several cannot and fewer can."""
+    """Returns True if several workers (or the only worker) cannot reach the agent and none can; or if several of a role
+    cannot and fewer of that role can, since without the role no record is uploaded or read."""
     if not reach.failing:
         return False
     if not reach.reaching and len(reach.failing) >= min(REPORTERS_MIN, len(workers)):
@@ -89,12 +89,12 @@ def decide(
     now_ms: int,
     reach_times: ReachTimes,
 ) -> list[Event]:
-    """Returns who is cut off from now on, and who may lead again. `agents`, `workers`: live ones. `cut_offs`: by agent
-    id, those that are and those that were.
+    """Returns the agents that are cut off from now on, and those that may lead again. `agents`, `workers`: live
+    sessions. `cut_offs`: by agent id, present and past.
 
-    An agent is cut off only if another one is there that its reporters do not fail to reach: workers that reach nobody
-    have lost their own network. At most half of the agents are at a time. An agent leads again only if a worker has
-    reached it lately and the last reports of the others, however old, do not outweigh that; or once no worker lives.
+    An agent is cut off only if its reporters reach another agent: workers that reach no agent have lost their own
+    network. At most half of the agents are cut off at a time. An agent leads again only if a worker has reached it
+    lately and the last reports of the others, however old, do not outweigh that; or if no worker lives.
     """
     by_session = {row.session_id: row for row in workers}
     now = {row.agent_id: reach_of(row, reports, by_session, now_ms, reach_times) for row in agents}
@@ -105,7 +105,7 @@ def decide(
         reach = now[name]
         cut_off = is_cut_off(reach, workers)
         if name in cut_off_ids and before is not None:
-            # A worker that has reported nothing lately, as after an outage of PostgreSQL, has not taken its word back.
+            # A worker without a recent report, as after an outage of PostgreSQL, has not withdrawn its report.
             latest = reach_of(agent, reports, by_session, now_ms, replace(reach_times, fresh_ms=now_ms))
             heard = reach.reaching or not workers
             if heard and not is_cut_off(latest, workers) and _is_held(latest, before, now_ms, reach_times):
@@ -164,8 +164,8 @@ def outdated(
     reports: Iterable[ReachReportRow],
     cut_off_ids: Collection[str],
 ) -> list[ReachReportRow]:
-    """Returns the reports that nobody needs: of sessions that are over, and good ones of agents that no worker fails to
-    reach and that are not cut off. `cut_off_ids`: session ids of those that are."""
+    """Returns reports without use: of ended sessions, and successes about agents that every worker reaches and that are
+    not cut off. `cut_off_ids`: session ids of cut-off agents."""
     agent_ids, worker_ids = {row.session_id for row in agents}, {row.session_id for row in workers}
     rows = list(reports)
     doubted = {row.agent_session_id for row in rows if not row.reached} | set(cut_off_ids)

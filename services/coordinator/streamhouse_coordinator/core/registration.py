@@ -1,4 +1,5 @@
-"""Which segments become part of the log: the compare-and-set on (epoch, next offset) that fencing rests on."""
+"""Decides which segments become part of the log: the compare-and-set on (epoch, next offset) that fencing rests on.
+Pure."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +11,12 @@ from streamhouse_coordinator.core.tables import LOST, BufferRow, BufferSliceRow,
 
 RangeKey = tuple[str, int, int]
 
-# Segments of one event, some 500 bytes each: a follower's message of 250 KB.
+# Segments of an event, some 500 bytes each: a follower's message of 250 KB.
 SEGMENTS_PER_EVENT = 500
 
 
 class Result(IntEnum):
-    """As RegistrationResult in the proto."""
+    """Results of a registration, numbered as RegistrationResult in the proto."""
 
     REGISTERED = 1
     COVERED = 2
@@ -26,15 +27,17 @@ class Result(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registration:
+    """Outcome of a registration."""
+
     results: list[Result]  # in the order of the segments
     events: list[SegmentRegistered]
     ranges: dict[RangeKey, RangeRow]  # as they are afterwards
-    lost_done: list[LostSpanRow]  # reported holes that are dealt with
+    lost_done: list[LostSpanRow]  # reported holes that are registered or obsolete
 
 
 def judge(segment: Segment, row: RangeRow | None) -> Result:
-    """What registering `segment` now amounts to. A span that straddles registered_end is refused: a part of it would
-    be in the log twice; whoever holds the records cuts it anew."""
+    """Returns the result of registering `segment` now. A span that straddles registered_end is fenced: a part of its
+    records would be in the log twice. The worker with the records cuts a new segment."""
     if row is None or row.status == LOST:
         return Result.FENCED
     if segment.end_offset <= row.registered_end:
@@ -59,11 +62,12 @@ def register(
     buffer_id: str,
     declared: Collection[str],
 ) -> Registration:
-    """Judges the segments of one object, in offset order within each range, and the reported holes they run up to.
+    """Judges the segments of an object, in offset order within each range, and the reported holes that they run up to;
+    returns the outcome.
 
-    `ranges`: those the segments and holes name. `known_ids`: segment ids registered before. `lost`: holes that
-    wait. `topics`: name by topic_id. `declared`: keys of the objects that nobody may delete; what lies in another one
-    is WITHDRAWN.
+    `ranges`: those of the segments and holes. `known_ids`: segment ids registered before. `lost`: holes that wait.
+    `topics`: name by topic_id. `declared`: keys of the objects that are protected from deletion; a segment in another
+    object is WITHDRAWN.
     """
     now = dict(ranges)
     results: dict[int, Result] = {}
@@ -88,10 +92,10 @@ def register(
 
 
 def early_ranges(segments: Sequence[Segment], ranges: Mapping[RangeKey, RangeRow]) -> set[RangeKey]:
-    """Returns the ranges of which every offered segment is EARLY, by rows that may be older than they are now.
+    """Returns the ranges in which every offered segment is EARLY, judged by rows that may be outdated.
 
     Such an answer is right without a lock: `registered_end` never goes back, so at worst the segment is offered once
-    more. It holds only where no reported hole of the range waits, which would have to be filled first.
+    more. It holds only if no reported hole of the range waits, which would have to be filled first.
     """
     verdicts: dict[RangeKey, set[Result]] = {}
     for segment in segments:
@@ -100,6 +104,7 @@ def early_ranges(segments: Sequence[Segment], ranges: Mapping[RangeKey, RangeRow
 
 
 def key_of(segment: Segment) -> RangeKey:
+    """Returns the key of the segment's range."""
     return (segment.topic_id, segment.partition, segment.epoch)
 
 
@@ -127,7 +132,7 @@ def _judge_hole(span: LostSpanRow, now: Mapping[RangeKey, RangeRow], topics: Map
 
 
 def _lost_segment(span: LostSpanRow, topics: Mapping[str, str], row: RangeRow | None) -> Segment:
-    # What of the span is registered stays; the identity follows from the place, so that a repeat is the same.
+    # The registered part of the span stays; the id follows from the place, so that a repeat gives the same segment.
     base = span.base_offset if row is None else max(span.base_offset, min(row.registered_end, span.end_offset))
     return Segment(
         segment_id=f"lost-{span.topic_id}-{span.partition}-{span.epoch}-{base}",
@@ -149,8 +154,8 @@ def _lost_segment(span: LostSpanRow, topics: Mapping[str, str], row: RangeRow | 
 
 
 def of_buffer(registered: Sequence[SegmentRegistered], buffer: BufferRow, completed: bool) -> list[Event]:
-    """Returns one event for all that was registered of a buffer's object, as long as it fits into a message; or that
-    the buffer is completed by what was registered before."""
+    """Returns a single event for all registered segments of a buffer's object, as long as they fit into a message; or
+    the completion of a buffer that earlier registrations have finished."""
     segments = [event.segment for event in registered]
     parts = [segments[at : at + SEGMENTS_PER_EVENT] for at in range(0, len(segments), SEGMENTS_PER_EVENT)]
     events: list[Event] = [
@@ -166,7 +171,8 @@ def of_buffer(registered: Sequence[SegmentRegistered], buffer: BufferRow, comple
 
 
 def unresolved(slices: Iterable[BufferSliceRow], ranges: Mapping[RangeKey, RangeRow]) -> list[BufferSliceRow]:
-    """What of a buffer is still to be registered. A slice that is registered in part begins where that ends."""
+    """Returns the slices of a buffer that are still to be registered. A partly registered slice begins where
+    registration ended."""
     rest = []
     for item in slices:
         row = ranges.get(item.range_key)

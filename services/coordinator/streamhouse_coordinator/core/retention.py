@@ -1,4 +1,4 @@
-"""Which segments retention and the deletion of records remove: whole ones, from the oldest on."""
+"""Decides which segments retention and the deletion of records remove: whole segments, from the oldest on. Pure."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,10 @@ from streamhouse_coordinator.core.tables import PartitionRow, RangeRow, SegmentR
 def retain(
     topic: TopicRow, partition: PartitionRow, oldest: Sequence[SegmentRow], size_bytes: int, now_ms: int
 ) -> LogStartMoved | None:
-    """Moves the log start past segments that are wholly older than retention_ms, or that the partition (`size_bytes`
-    in all) can spare and still keep retention_bytes: less would throw away a segment larger than that as soon as it is
-    registered. `oldest`: by offset. None if nothing is due."""
+    """Returns how the log start moves past segments wholly older than retention_ms, or past those that the partition
+    (`size_bytes` in all) can lose and still keep retention_bytes; None if no segment is due. Keeping at least
+    retention_bytes, not at most: otherwise a segment larger than that would go as soon as it is registered. `oldest`:
+    by offset."""
     removed: list[SegmentRow] = []
     reasons = set()
     for segment in oldest:
@@ -35,10 +36,10 @@ def retain(
 
 
 def check_deletion(topic: str, partition: int, before_offset: int, ranges: Sequence[RangeRow]) -> None:
-    """Checks that every record below `before_offset` is in a segment, or lost: those that only an agent's log has would
-    come into segments below the start of the log, where nobody would remove them. Raises InvalidArgument."""
+    """Checks that every record below `before_offset` is in a segment, or lost. Records that only an agent's log has
+    would get into segments below the start of the log, which nothing would remove. Raises InvalidArgument."""
     limit = min((row.registered_end for row in ranges if row.unfinished), default=None)
-    if limit is None:  # nobody leads the partition, and all of it is in segments
+    if limit is None:  # the partition has no leader, and all of its records are in segments
         limit = max((row.registered_end if row.end_offset is None else row.end_offset for row in ranges), default=0)
     if not 0 <= before_offset <= limit:
         raise InvalidArgument(
@@ -53,9 +54,9 @@ def check_deletion(topic: str, partition: int, before_offset: int, ranges: Seque
 def delete_before(
     partition: PartitionRow, oldest: Sequence[SegmentRow], before_offset: int, *, more: bool
 ) -> LogStartMoved | None:
-    """Moves the log start to `before_offset`, with the segments that end at or below it. `oldest`: by offset; with
-    `more` there are others behind them, and the log start moves no further than these. None if nothing is to be done.
-    """
+    """Returns how the log start moves to `before_offset`, with the segments that end at or below; None if nothing
+    changes. `oldest`: by offset; with `more` there are others behind them, and the log start moves no further than
+    these."""
     removed = [segment for segment in oldest if segment.end_offset <= before_offset]
     if more and len(removed) == len(oldest):
         before_offset = min(before_offset, removed[-1].end_offset)

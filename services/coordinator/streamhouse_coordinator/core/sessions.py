@@ -1,4 +1,4 @@
-"""Opening and ending the sessions that leases hang on, and what becomes of the ranges of an ended one."""
+"""Decides how sessions open and end, and how the ranges of an ended session settle. Pure."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +20,11 @@ from shproto.events import (
 from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, ProducerSnapshotRow, RangeRow, SessionRow
 
 INGEST, SEGMENTER = "ingest", "segmenter"
-# What is kept of the producers of one range; an agent's own limit is some 100,000 producers of 130 bytes.
+# Bytes kept of the producers of a range; an agent's own limit is some 100,000 producers of 130 bytes.
 SNAPSHOT_BYTES_MAX = 16 * 1024 * 1024
-# Bytes of producers' snapshots in one answer; with them the answer stays well below the 64 MiB that a message may have,
-# whatever else its grants have (some 100 bytes each). Two of the largest, or some 300 ranges with 1000 producers each.
+# Bytes of producers' snapshots in an answer, which stays well below the limit of 64 MiB per message whatever else its
+# grants have (some 100 bytes each). Space for two of the largest snapshots, or some 300 ranges with 1000 producers
+# each.
 REPORTED_BYTES_MAX = 32 * 1024 * 1024
 ROLES = (INGEST, "query", SEGMENTER, "coordinator")
 
@@ -32,9 +33,9 @@ RangeKey = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalEnds:
-    """What an agent says of the ends of its log's ranges. `unknown`, `torn`: as in OpenSessionRequest. `snapshots`: of
-    the producers of what is not registered, those that have any. `firsts`: from where on the log has each range, where
-    it says so. `topics`: names by topic id, those that it knows."""
+    """An agent's report on the ends of its log's ranges. `unknown`, `torn`: as in OpenSessionRequest. `snapshots`:
+    state of the producers of unregistered records, where there are any. `firsts`: first offset in the log of each
+    range, where the log says so. `topics`: known names by topic id."""
 
     ends: Mapping[RangeKey, int] = field(default_factory=dict)
     snapshots: Mapping[RangeKey, bytes] = field(default_factory=dict)
@@ -64,15 +65,14 @@ SnapshotT = TypeVar("SnapshotT", ProducerSnapshotRow, StoredSnapshot)
 
 @dataclass(frozen=True, slots=True)
 class AcknowledgedEnds:
-    """Acknowledged records that are not registered, as far as the coordinator knows. `announced`: the ends of the
-    buffers that were announced of each range; of `durable_topics` nothing that is not registered counts as
-    acknowledged."""
+    """Acknowledged records that are not registered, as far as the coordinator knows. `announced`: by range, the end of
+    its announced buffers. In `durable_topics` only registered records count as acknowledged."""
 
     announced: Mapping[RangeKey, int] = field(default_factory=dict)
     durable_topics: Collection[str] = ()
 
     def acknowledged_end(self, row: RangeRow) -> int:
-        """Returns the offset below which no end of `row` can be right."""
+        """Returns the lowest offset at which `row` can end."""
         if row.topic_id in self.durable_topics:
             return row.registered_end
         return max(row.registered_end, self.announced.get(row.key, 0), row.acknowledged_end or 0)
@@ -86,11 +86,11 @@ def open_session(
     wal_ends: WalEnds,
     known: AcknowledgedEnds,
 ) -> list[Event]:
-    """The events of a new session. With a torn log the open ranges are only orphaned by them, so that the next epochs
-    begin at their limits; settle_all() is to follow those grants.
+    """Returns the events of a new session. With a torn log they only orphan the open ranges, so that the next epochs
+    begin at the limits; settle_all() has to follow those grants.
 
-    `others`: sessions with the same agent id and role, or the same write-ahead log. `live`: ids of those whose lease
-    runs. `ranges`: the unfinished ranges of `others` and of the log. Raises AgentIdTaken, InvalidArgument.
+    `others`: sessions with the same agent id and role, or the same write-ahead log. `live`: ids of sessions with a
+    valid lease. `ranges`: the unfinished ranges of `others` and of the log. Raises AgentIdTaken, InvalidArgument.
     """
     events: list[Event] = []
     for other in others:
@@ -120,7 +120,7 @@ def open_session(
 
 
 def agent_id_taken(rival: SessionRow) -> AgentIdTaken:
-    """Returns the refusal to whoever opens a session in the place of a process that is alive."""
+    """Returns the refusal for a session that would replace a live process."""
     what = "write-ahead log" if rival.role == INGEST else "id"
     return AgentIdTaken(
         f"the {what} of {rival.role} {rival.agent_id!r} is in use by a live process at {rival.address}; "
@@ -131,7 +131,8 @@ def agent_id_taken(rival: SessionRow) -> AgentIdTaken:
 
 
 def reopened(session: SessionRow, wanted: SessionOpened) -> SessionRow:
-    """The session that the first try of a repeated call opened. Raises InvalidArgument when it is somebody else's."""
+    """Returns the session that the first try of a repeated call opened. Raises InvalidArgument if it belongs to another
+    process."""
     found = (session.agent_id, session.role, session.address, session.wal_id)
     if found != (wanted.agent_id, wanted.role, wanted.address, wanted.wal_id):
         raise InvalidArgument(
@@ -143,11 +144,11 @@ def reopened(session: SessionRow, wanted: SessionOpened) -> SessionRow:
 
 
 def settle_all(ranges: Sequence[RangeRow], wal_ends: WalEnds, known: AcknowledgedEnds, session_id: str) -> list[Event]:
-    """Declares the ends of a log's ranges: what its replay found, else what is registered, or, where damage may hide
-    more, the limit. A range whose log lacks what was announced of it is orphaned, and waits.
+    """Returns the events that declare the ends of a log's ranges: the end that a replay found, else the registered end,
+    or, where damage may hide records, the limit. A range whose log lacks announced records is orphaned, and waits.
 
-    Ranges that were granted to the very session that is being opened, by a first try whose answer was lost and whose
-    lease has run out since, cannot have been written to.
+    Ranges granted to the very session that opens cannot have been written to: they come from a first try whose answer
+    was lost and whose lease has expired since.
     """
     events: list[Event] = []
     for row in ranges:
@@ -163,8 +164,8 @@ def settle_all(ranges: Sequence[RangeRow], wal_ends: WalEnds, known: Acknowledge
 
 
 def _truncated(row: RangeRow, log_end: int, acknowledged_end: int) -> list[Event]:
-    """Returns the events for a log that lacks what it had announced: an older copy came back, and the rest may still
-    exist."""
+    """Returns the events for a log that lacks announced records: an older copy of the log came back, and the rest may
+    still exist."""
     events: list[Event] = end_leadership([row], durable_topics=())
     if row.acknowledged_end != acknowledged_end:
         events.append(
@@ -188,15 +189,15 @@ def _settled(row: RangeRow, end_offset: int) -> RangeSettled:
             value=end_offset,
             limit=row.limit_offset,
         )
-    # A log that lost its tail (power failure without fsync) may end below what is registered already.
+    # A log that lost its tail (power failure without fsync) may end below the registered end.
     return RangeSettled(
         topic_id=row.topic_id, partition=row.partition, epoch=row.epoch, end_offset=max(end_offset, row.registered_end)
     )
 
 
 def end_leadership(ranges: Sequence[RangeRow], *, durable_topics: Collection[str]) -> list[Event]:
-    """What becomes of open ranges whose leader is gone. Where only durable records are acknowledged the log holds
-    nothing that was, so the range can be settled at once."""
+    """Returns the events that end the leadership of open ranges. If only durable records are acknowledged, the log
+    holds no acknowledged record that is not registered, and the range settles at once."""
     events: list[Event] = []
     for row in ranges:
         if row.status == OPEN and row.topic_id in durable_topics:
@@ -213,7 +214,7 @@ def end_leadership(ranges: Sequence[RangeRow], *, durable_topics: Collection[str
 def end_session(
     session: SessionRow, ranges: Sequence[RangeRow], durable_topics: Collection[str], why: str
 ) -> list[Event]:
-    """why: closed | expired | unreachable"""
+    """Returns the events that end a session. why: closed | expired | unreachable"""
     closed = SessionClosed(session_id=session.session_id, agent_id=session.agent_id, role=session.role, why=why)
     return [closed, *end_leadership(ranges, durable_topics=durable_topics)]
 
@@ -221,9 +222,9 @@ def end_session(
 def settle(
     session: SessionRow, ranges: Mapping[RangeKey, RangeRow], ends: Mapping[RangeKey, int], known: AcknowledgedEnds
 ) -> list[RangeSettled]:
-    """The leader itself ends its ranges. Those already ended, or of a deleted topic, are passed over: the call may be
-    a retry; so are those that wait for what their log lacks. Raises InvalidArgument for a range of another log, or an
-    end below what is registered or was announced."""
+    """Returns the events with which a leader ends its ranges. Skips ended ranges and deleted topics, since the call may
+    be a retry, and ranges that wait for records their log lacks. Raises InvalidArgument for a range of another log, or
+    an end below the registered or announced end."""
     events: list[RangeSettled] = []
     for key, end_offset in ends.items():
         row = ranges.get(key)
@@ -246,7 +247,7 @@ def settle(
 
 
 def extend(row: RangeRow, next_offset: int, width_offsets: int) -> RangeExtended | None:
-    """A wider range when less than a quarter of a width is left, else None (a repeated request, say)."""
+    """Returns a wider range if less than a quarter of a width is left, else None (for a repeated request, say)."""
     if row.status != OPEN or row.limit_offset - next_offset >= width_offsets // 4:
         return None
     return RangeExtended(
@@ -255,11 +256,11 @@ def extend(row: RangeRow, next_offset: int, width_offsets: int) -> RangeExtended
 
 
 def newest_for(row: RangeRow, snapshots: Sequence[SnapshotT]) -> SnapshotT | None:
-    """Of a partition's usable snapshots the one that the leader of `row` goes on from: the newest of what is registered
-    of the range, or, at its beginning, the newest of an earlier epoch. None if there is none.
+    """Returns the snapshot from which the leader of `row` continues: the newest of the registered part of the range,
+    or, at its beginning, the newest of an earlier epoch; None if there is none.
 
-    Where an older range of the partition has one, a newer range has one, too: what is omitted from an answer relies on
-    it (reported_count).
+    If an older range of the partition has a snapshot, a newer range has a snapshot as well: answers that omit snapshots
+    rely on this (reported_count).
     """
     own = [item for item in snapshots if item.epoch == row.epoch and item.end_offset <= row.registered_end]
     earlier = [item for item in snapshots if item.epoch < row.epoch]
@@ -267,21 +268,22 @@ def newest_for(row: RangeRow, snapshots: Sequence[SnapshotT]) -> SnapshotT | Non
 
 
 def snapshot_for(row: RangeRow, snapshots: Sequence[ProducerSnapshotRow]) -> bytes:
-    """The bytes of newest_for()."""
+    """Returns the bytes of newest_for(), empty if there is none."""
     newest = newest_for(row, snapshots)
     return newest.snapshot if newest is not None else b""
 
 
 def reported_count(sizes_bytes: Sequence[int]) -> int:
-    """Returns how many leading snapshots fit into REPORTED_BYTES_MAX together, at least 1 if there are any. Those
-    behind them are omitted, smaller ones included: who asks again for what was omitted gets on with every answer."""
+    """Returns how many leading snapshots fit into REPORTED_BYTES_MAX together, at least 1 if there are any. Later ones
+    are omitted even if they would fit, so that an agent that requests omitted snapshots again makes progress with every
+    answer."""
     fitting = sum(total <= REPORTED_BYTES_MAX for total in accumulate(sizes_bytes))
     return max(fitting, min(1, len(sizes_bytes)))
 
 
 def usable(snapshot: ProducerSnapshotRow | StoredSnapshot, row: RangeRow | None) -> bool:
-    """Whether what `snapshot` remembers is in the log, or still may get there. A retry of what was fenced or lost
-    must not be taken for a duplicate."""
+    """Returns True if the batches that `snapshot` remembers are in the log, or may still get there. A retry of a fenced
+    or lost batch must not count as a duplicate."""
     if row is None or row.status == LOST:
         return row is not None and snapshot.end_offset <= row.registered_end
     return row.end_offset is None or snapshot.end_offset <= row.end_offset
@@ -290,10 +292,10 @@ def usable(snapshot: ProducerSnapshotRow | StoredSnapshot, row: RangeRow | None)
 def settled_snapshots(
     settled: Sequence[RangeRow], declared: WalEnds, known: Mapping[tuple[str, int], Sequence[ProducerSnapshotRow]]
 ) -> list[ProducerSnapshotRow]:
-    """What is to be remembered of the producers of ranges that have just settled with records that are not registered.
+    """Returns the producer state to keep for ranges that have just settled with unregistered records.
 
-    Their agent says what only it knows; the state before (the newest usable of `known`) goes in front. Announcing the
-    last buffer of the range replaces it by the whole state.
+    The agent's snapshot has only what it alone knows, so the earlier state (the newest usable of `known`) is put before
+    it. The announcement of the last buffer of the range replaces the row by the full state.
     """
     rows: list[ProducerSnapshotRow] = []
     for row in sorted(settled, key=lambda item: item.key):
@@ -316,8 +318,8 @@ def settled_snapshots(
 
 
 def lose_unclean(row: RangeRow, unclean_after_ms: int, now_ms: int) -> RangeLost | None:
-    """Whether a range has waited for its agent longer than its topic's unclean_recovery_after_ms allows. How far its
-    records went nobody knows: everything up to its limit is given up."""
+    """Returns the loss of a range that has waited for its agent for longer than unclean_recovery_after_ms, None if it
+    has not. The true end is unknown, so everything up to the limit counts as lost."""
     if not row.orphaned_ms or now_ms - row.orphaned_ms < unclean_after_ms:
         return None
     return RangeLost(
@@ -330,8 +332,8 @@ def lose_unclean(row: RangeRow, unclean_after_ms: int, now_ms: int) -> RangeLost
 
 
 def declare_lost(row: RangeRow, why: str) -> RangeLost | None:
-    """An operator gives up what only the range's agent has. None when there is nothing to give up any more: its end
-    is known, or it is lost already. Raises InvalidArgument while it is led."""
+    """Returns the loss of a range on an operator's command; None if there is nothing to lose: the end is known, or the
+    range is lost already. Raises InvalidArgument while the range has a leader."""
     if row.status in (SETTLED, LOST):
         return None
     if row.status == OPEN:

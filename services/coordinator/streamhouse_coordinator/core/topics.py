@@ -1,4 +1,4 @@
-"""Creating and altering topics: what a user may ask for."""
+"""Checks and decides the creation and alteration of topics. Pure."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ ACKS_NONE, ACKS_WAL, ACKS_DURABLE = 1, 2, 3  # as Acks in the proto
 DURATION_MS_MAX = 100 * 366 * 24 * 3600 * 1000  # a hundred years: longer is a mistake in the unit
 BYTES_MAX = 2**60
 
-# Settings that need not have a value, with their limits.
+# Settings that may be unset, with their limits.
 OPTIONAL_LIMITS = {
     "retention_ms": (1, DURATION_MS_MAX),
     "retention_bytes": (1, BYTES_MAX),
@@ -24,7 +24,8 @@ OPTIONAL_LIMITS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlterTopic:
-    """Changes of a topic. `settings`: values of OPTIONAL_LIMITS to set, None to unset. Else None: as it is."""
+    """Changes of a topic. `settings`: values of OPTIONAL_LIMITS to set, None to unset. In other fields None means
+    unchanged."""
 
     topic: str
     partitions: int | None = None
@@ -33,7 +34,7 @@ class AlterTopic:
 
 
 def check_create(command: TopicCreated, partitions_max: int) -> None:
-    """Raises InvalidArgument that names the field, its limit and the value."""
+    """Checks a new topic. Raises InvalidArgument that names the field, its limit and the value."""
     check_topic(command.topic)
     check_number("partitions", command.partitions, 1, partitions_max)
     for name, (least, most) in OPTIONAL_LIMITS.items():
@@ -43,7 +44,7 @@ def check_create(command: TopicCreated, partitions_max: int) -> None:
 
 
 def create(command: TopicCreated, same_name: Collection[TopicRow], topic_count: int, topics_max: int) -> TopicCreated:
-    """Raises TopicExists, or Overloaded when there are too many topics."""
+    """Returns the event of a new topic. Raises TopicExists, or Overloaded if there are too many topics."""
     if same_name:
         raise TopicExists(f"topic {command.topic!r} exists already", topic=command.topic)
     if topic_count >= topics_max:
@@ -54,7 +55,8 @@ def create(command: TopicCreated, same_name: Collection[TopicRow], topic_count: 
 
 
 def check_alter(command: AlterTopic, partitions_max: int) -> None:
-    """Raises InvalidArgument that names the field, its limit and the value."""
+    """Checks an alteration without knowledge of the topic. Raises InvalidArgument that names the field, its limit and
+    the value."""
     if command.partitions is None and command.min_acks is None and not command.settings:
         raise InvalidArgument(f"nothing of topic {command.topic!r} is to be altered", field="partitions", value=None)
     if command.partitions is not None:
@@ -74,11 +76,11 @@ def check_alter(command: AlterTopic, partitions_max: int) -> None:
 
 
 def alter(command: AlterTopic, topic: TopicRow) -> TopicAltered | None:
-    """Returns the change; None if the topic is as asked for. Raises InvalidArgument for fewer partitions, and where
-    min_acks would become, or stop being, durable.
+    """Returns the change; None if the topic is as requested. Raises InvalidArgument for fewer partitions, and for a
+    change of min_acks to or from durable.
 
-    A range of a durable topic ends at what is registered, whatever its leader's log has: over records that were
-    acknowledged from the log that would lose them, and whether some were is not known of a range.
+    A range of a durable topic ends at its registered end, whatever the log of its leader has. A change to durable would
+    lose records that were acknowledged from the log, and the coordinator does not know which ranges have such records.
     """
     before = topic.partitions
     partitions = before if command.partitions is None else command.partitions
@@ -121,7 +123,7 @@ def _check_min_acks(min_acks: int) -> None:
 
 
 def check_partition(topic: TopicRow, partition: int) -> None:
-    """Raises UnknownPartition unless the topic has the partition."""
+    """Checks that the topic has the partition. Raises UnknownPartition."""
     if partition >= topic.partitions:
         raise UnknownPartition(
             f"topic {topic.topic!r} has {topic.partitions} partitions, there is no {partition}",
@@ -132,5 +134,5 @@ def check_partition(topic: TopicRow, partition: int) -> None:
 
 
 def durable(topic: TopicRow) -> bool:
-    """Whether only records in the object store are acknowledged."""
+    """Returns True if only records in the object store are acknowledged."""
     return topic.min_acks == ACKS_DURABLE

@@ -1,20 +1,20 @@
-"""What the commands share: the lock order, what is live, what to do after leadership changed.
+"""Shared parts of the commands: the lock order, lookups of live rows, and grants after a change of leadership.
 
-Locks are taken in one order, so that transactions cannot wait for each other in a circle:
+Invariant: locks are taken in this order, so that transactions cannot wait for each other in a circle:
 
-1. the cluster lock, or one group's or one buffer's lock: `Store.run` takes it, before `work` begins;
+1. the cluster lock, or the lock of a group or a buffer: `Store.run` takes it, before `work` begins;
 2. rows of the tables of core.tables.LOCK_ORDER, in that order;
 3. the event position, by the commit.
 
-- Rows of one table are locked by one statement, which locks them in key order, once per transaction. The holder of the
-  cluster lock is excepted where nobody else locks more than one row: it may lock partitions in several statements, and
-  session leases at any time, since who locks one without the cluster lock holds nothing else.
+- Rows of a table are locked by a single statement, in key order, once per transaction. The holder of the cluster lock
+  is exempt where all others lock at most a single row: it may lock partitions in several statements, and session leases
+  at any time, since a transaction that locks a lease without the cluster lock holds nothing else.
 - Rows of the other tables are changed only by the holder of a lock above them (a segment by that of its range or
   partition, a buffer by that of its claim, a member by that of its group), or are inserted under a new key. Rows of
   `reach_reports` are written by their worker's heartbeat alone, in a transaction that locks nothing else; the holder of
-  the cluster lock removes outdated ones that nobody locks, and waits for none.
-- A change of leadership is two transactions: the change with the grants that follow from it, and the moves. Which
-  ranges are to move shows only when the others are locked, and these would be locked out of order.
+  the cluster lock removes outdated rows that are not locked, and waits for none.
+- A change of leadership is two transactions: the change with the grants that follow from it, and the moves. The ranges
+  to move are known only when the others are locked, and would then be locked out of order.
 """
 
 import asyncio
@@ -41,11 +41,11 @@ ResultT = TypeVar("ResultT")
 
 RangeKey = tuple[str, int, int]
 RANGE_KEYS = ("topic_id", "partition", "epoch")
-# Who may lead what changes in one transaction at a time; such commands are rare.
+# Leadership changes in a single transaction at a time; such commands are rare.
 CLUSTER_LOCK = "cluster"
-# The row of `sweeps` that stands for moves that are due.
+# The row of `sweeps` that records that moves are due.
 MOVES_DUE = "moves"
-# Why an agent is to lead nothing, as MoveRequested says it.
+# Reasons for which an agent must lead nothing, as in MoveRequested.
 LOG_FULL, CUT_OFF = "log_full", "cut_off"
 
 
@@ -78,8 +78,8 @@ class GroupWaiters:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What every command needs. `buffer_sealed` is called with each buffer that was announced here, and the trace
-    context of that: a hint, which may be lost."""
+    """Dependencies of every command. `buffer_sealed` is called with each buffer announced at this coordinator, and its
+    trace context: a hint, which may be lost."""
 
     store: Store
     settings: CoordinatorSettings
@@ -89,7 +89,7 @@ class Context:
 
 
 async def live_session(tx: Transaction, session_id: str) -> t.SessionRow:
-    """Raises SessionExpired."""
+    """Returns the session. Raises SessionExpired if there is none."""
     rows = await tx.select(t.SESSIONS, where(session_id=session_id))
     if not rows:
         raise SessionExpired(f"session {session_id!r} is unknown or has ended; open a new one", session_id=session_id)
@@ -97,7 +97,7 @@ async def live_session(tx: Transaction, session_id: str) -> t.SessionRow:
 
 
 async def topic_named(tx: Transaction, name: str, lock: Lock = "") -> t.TopicRow:
-    """Raises UnknownTopic."""
+    """Returns the topic. Raises UnknownTopic."""
     rows = await tx.select(t.TOPICS, where(topic=name), lock=lock)
     if not rows:
         raise UnknownTopic(f"topic {name!r} does not exist", topic=name)
@@ -118,7 +118,7 @@ async def topic_names(tx: Transaction, topic_ids: Collection[str]) -> dict[str, 
 
 
 async def known_topic_ids(tx: Transaction, topic_ids: Collection[str]) -> set[str]:
-    """Returns the ids of those topics that there are or were in this metadata."""
+    """Returns the ids among `topic_ids` of topics that exist or existed in this metadata."""
     if not topic_ids:
         return set()
     of_topics = where(topic_id=In(set(topic_ids)))
@@ -138,7 +138,7 @@ async def newest_ranges(tx: Transaction, partitions: Collection[t.PartitionRow])
 
 async def change_leadership(context: Context, work: Callable[[Transaction], Awaitable[ResultT]]) -> ResultT:
     """Runs a command that calls commit_leadership, under the cluster lock, then makes the moves that are due. Returns
-    the command's result, also where the moves have to be left to a sweep: the command itself is committed."""
+    the command's result, even if the moves are left to a sweep: the command itself is committed."""
     result = await context.store.run(work, lock=CLUSTER_LOCK)
     try:
         await make_moves(context)
@@ -148,8 +148,9 @@ async def change_leadership(context: Context, work: Callable[[Transaction], Awai
 
 
 async def commit_leadership(tx: Transaction, settings: CoordinatorSettings, events: list[Event]) -> int:
-    """Appends events that changed who leads what, then the grants that follow, notes whether moves are due, and tells
-    every agent's lease. Returns a position before all of them. The caller holds the cluster lock."""
+    """Appends events that changed leadership, then the grants that follow, records if moves are due, and raises the
+    grants_version of every agent's lease. Returns a position before all of these events. The caller holds the cluster
+    lock."""
     assert tx.locked == CLUSTER_LOCK
     before = await tx.position()
     await tx.append(events)
@@ -167,7 +168,7 @@ async def _share_out(
 ) -> None:
     touched = set(assignment.left_without_leader(events))
     created = {event.topic_id for event in events if isinstance(event, TopicCreated)}
-    # A new topic unbalances no other: it is shared out alone, so that ten thousand can be made one after the other.
+    # A new topic unbalances no other and is shared out alone, so that ten thousand topics can be created in a row.
     alone = created if 0 < len(created) == len(events) else None
     load = await _load_of(tx, alone)
     waiting = await _without_leader(tx, touched, load.leaderless)
@@ -179,13 +180,13 @@ async def _share_out(
     await tx.append(assignment.grant(shares, names, waiting, latest, load.by_session, able, width))
     if shares.surplus or await _at_once(tx, load.cut_off(able)):
         await tx.apply([Put(t.SWEEPS, t.SweepRow(MOVES_DUE, await tx.now_ms()))])
-    elif alone is None:  # all was looked at
+    elif alone is None:  # all topics were looked at
         await tx.apply([Remove(t.SWEEPS, {"name": MOVES_DUE})])
 
 
 async def make_moves(context: Context) -> None:
-    """Has leaders that have more than their share give partitions up, if a change of leadership noted that. At most
-    moves_per_sweep_max at a time: the next sweep goes on."""
+    """Asks leaders above their share to hand partitions over, if a change of leadership recorded that. At most
+    moves_per_sweep_max at a time: the next sweep continues."""
 
     async def are_due(tx: Transaction) -> bool:
         return bool(await tx.select(t.SWEEPS, where(name=MOVES_DUE)))
@@ -202,15 +203,14 @@ async def make_moves(context: Context) -> None:
             at_once = await _at_once(tx, load.cut_off(able))
             moves, settled = await _moves(tx, surplus, load.unable, at_once, context.settings.moves_per_sweep_max)
             await tx.append(moves)
-        await commit_leadership(tx, context.settings, settled)  # notes whether there is more to move
+        await commit_leadership(tx, context.settings, settled)  # records if more moves are due
 
-    if await context.store.run(are_due):  # most often not, and the lock is wanted by others
+    if await context.store.run(are_due):  # usually none are, and the lock is contended
         await context.store.run(work, lock=CLUSTER_LOCK)
 
 
 async def _bump_grants_version(tx: Transaction, sessions: Sequence[t.SessionRow]) -> None:
-    """Sets the leases' grants_version to the position of this transaction, which agents see with their next
-    heartbeat."""
+    """Sets the leases' grants_version to the position of this transaction; agents see it with their next heartbeat."""
     ids = [row.session_id for row in sessions]
     await tx.select(t.SESSION_LEASES, where(session_id=In(ids)), lock="wait")
     tx.with_position(lambda position: [Set(t.SESSION_LEASES, (id_,), {"grants_version": position}) for id_ in ids])
@@ -222,9 +222,10 @@ async def _ingest_sessions(tx: Transaction) -> list[t.SessionRow]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Load:
-    """`sizes`: partitions by topic_id. `led`: how many of them that are not on the move, by (topic_id, session_id).
-    `others`: how many of other topics, by session_id. `leaderless`: how many of `sizes` nobody leads. `unable`: why the
-    agents of these sessions are to lead nothing, if others can."""
+    """Load of the agents. `sizes`: partitions by topic_id. `led`: by (topic_id, session_id), led partitions that are
+    not on the move. `others`: by session_id, led partitions of other topics. `leaderless`: number of partitions in
+    `sizes` without a leader. `unable`: by session_id, the reason for which an agent must lead nothing while others
+    can."""
 
     sizes: dict[str, int]
     led: dict[tuple[str, str], int]
@@ -233,14 +234,14 @@ class _Load:
     unable: dict[str, str]
 
     def cut_off(self, able: Sequence[t.SessionRow]) -> set[str]:
-        """Returns the sessions of agents that are cut off and that another one can replace."""
+        """Returns the sessions of cut-off agents that another agent can replace."""
         return {session_id for session_id, why in self.unable.items() if why == CUT_OFF} - {
             row.session_id for row in able
         }
 
     @property
     def by_session(self) -> dict[str, int]:
-        """How many partitions each session leads that are not on the move."""
+        """Number of led partitions that are not on the move, by session_id."""
         total = Counter(self.others)
         for (_, session_id), count in self.led.items():
             total[session_id] += count
@@ -248,8 +249,8 @@ class _Load:
 
 
 async def _load_of(tx: Transaction, topic_ids: Collection[str] | None = None) -> _Load:
-    """Returns the load of all topics, or of `topic_ids`. Costs by the number of topics and sessions: of partitions only
-    numbers are read."""
+    """Returns the load of all topics, or of `topic_ids`. The cost depends on the number of topics and sessions:
+    partitions are only counted."""
     of_topics: dict[str, object] = {} if topic_ids is None else {"topic_id": In(topic_ids)}
     sizes = {
         row.group[0]: row.count for row in await tx.totals(t.PARTITIONS, Where(equals=of_topics), by=("topic_id",))
@@ -275,7 +276,8 @@ async def cut_off_sessions(tx: Transaction) -> set[str]:
 
 
 async def _without_leader(tx: Transaction, touched: Collection[tuple[str, int]], count: int) -> list[t.PartitionRow]:
-    """The `count` partitions that nobody leads: most often those just `touched`; else all have to be looked through."""
+    """Returns the `count` partitions without a leader: usually those just `touched`; else all partitions are
+    searched."""
     if not count:
         return []
     waiting = await _leaderless_of(tx, where_keys(("topic_id", "partition"), sorted(touched))) if touched else []
@@ -289,8 +291,8 @@ async def _leaderless_of(tx: Transaction, which: Where) -> list[t.PartitionRow]:
 
 
 async def _at_once(tx: Transaction, cut_off: Collection[str]) -> set[RangeKey]:
-    """Returns the ranges of these sessions in topics where nothing counts as acknowledged before it is registered: they
-    can be settled at what is, with nobody to wait for."""
+    """Returns the ranges of these sessions in durable topics: they can settle at the registered end without waiting for
+    the agent."""
     durable = await durable_topics(tx) if cut_off else set()
     if not durable:
         return set()
@@ -305,8 +307,8 @@ async def _moves(
     at_once: Collection[RangeKey],
     most: int,
 ) -> tuple[list[Event], list[Event]]:
-    """Returns the moves of what is too much, and the ends of what is settled `at_once`, at most so many together. The
-    caller holds the cluster lock and no range: those concerned are locked here."""
+    """Returns the moves of surplus partitions, and the ends of the ranges settled `at_once`, at most `most` together.
+    The caller holds the cluster lock and no range: the affected ranges are locked here."""
     of_surplus = where_keys(("topic_id", "session_id"), sorted(surplus), status=t.OPEN, moving=False)
     held = [row for row in await tx.select(t.RANGES, of_surplus) if row.key not in at_once] if surplus else []
     moves = assignment.move(await topic_names(tx, {row.topic_id for row in held}), held, surplus, why)

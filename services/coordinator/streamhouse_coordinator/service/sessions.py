@@ -1,4 +1,8 @@
-"""Sessions of agents, and the ranges that hang on them."""
+"""Opens, renews and ends sessions, and grants and settles the ranges of their agents.
+
+Invariants: a session ends together with its lease. The ranges of an ended session are settled or orphaned in the
+transaction that ends it.
+"""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -35,8 +39,8 @@ SnapshotKey = tuple[str, int, int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """A range as its agent is to know it. `snapshot_omitted`: there is a snapshot, to be asked for again. `at_once`: it
-    moves, and is not to wait for registration, since segmenters cannot reach the agent."""
+    """A range as its agent has to know it. `snapshot_omitted`: there is a snapshot, which the agent has to request
+    again. `at_once`: the range moves without waiting for registration, since segmenters cannot reach the agent."""
 
     range: t.RangeRow
     topic: t.TopicRow
@@ -47,6 +51,9 @@ class Grant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedSession:
+    """Answer to a process that opened a session. `resumed`: unfinished ranges of its log. `feed_position`: events that
+    concern the session follow behind it."""
+
     session_id: str
     resumed: list[Grant]
     feed_position: int
@@ -55,8 +62,8 @@ class OpenedSession:
 
 
 async def rivals(context: Context, opened: SessionOpened) -> list[t.SessionRow]:
-    """Returns the sessions that opening this one would end while they are alive: of the same write-ahead log, or of a
-    segmenter with the same id at another address. Whoever has one is to be asked first: a copy of an agent's disk must
+    """Returns the live sessions that opening this session would end: of the same write-ahead log, or of a segmenter
+    with the same id at another address. The caller has to probe their processes first: a copy of an agent's disk must
     not settle what the agent has acknowledged since."""
 
     async def work(tx: Transaction) -> list[t.SessionRow]:
@@ -76,8 +83,9 @@ def _rivals(other: t.SessionRow, opened: SessionOpened) -> bool:
 async def open_session(
     context: Context, opened: SessionOpened, wal_ends: sessions.WalEnds, seen: Head = NOTHING_SEEN
 ) -> OpenedSession:
-    """`opened` comes without started_ms. A session of its id is there already if this is a retry whose first answer was
-    lost. `seen`: what the agent's log knows of the metadata. Raises AgentIdTaken, InvalidArgument, MetadataWentBack."""
+    """Opens a session, or returns the session of its id if this is a retry whose first answer was lost. `opened` comes
+    without started_ms. `seen`: the last event that the agent's log knows of. Raises AgentIdTaken, InvalidArgument,
+    MetadataWentBack."""
     session_id, declared = opened.session_id, wal_ends
 
     async def work(tx: Transaction) -> OpenedSession:
@@ -86,7 +94,7 @@ async def open_session(
         check_seen(histories, await tx.position(), seen)
         if opened.role == sessions.INGEST:
             await rollback_detection.check(tx, rollback_detection.COORDINATOR)
-        if not seen.history_id and len(histories) == 1:  # a restore gives ranges that it does not know their place
+        if not seen.history_id and len(histories) == 1:  # after a restore, unknown ranges are inserted
             await _check_log(tx, histories[0], declared)
         if rows := await tx.select(t.SESSIONS, where(session_id=session_id)):
             until_ms = now_ms + context.settings.session_ttl_ms
@@ -146,7 +154,7 @@ async def open_session(
 
 
 async def _check_log(tx: Transaction, history: t.HistoryRow, declared: sessions.WalEnds) -> None:
-    """Raises MetadataWentBack."""
+    """Checks a log without a note of its history. Raises MetadataWentBack."""
     keys = sorted({key[:2] for key in declared.ends})
     if not keys:
         return
@@ -160,9 +168,10 @@ async def _check_log(tx: Transaction, history: t.HistoryRow, declared: sessions.
 
 
 async def _reopened(tx: Transaction, session: t.SessionRow, expires_ms: int, history: t.HistoryRow) -> OpenedSession:
-    """As it is by now, with a fresh lease. The position comes first: what happens later is on the feed."""
+    """Returns the session as it is by now, with a renewed lease. The position is read first: later events are on the
+    feed."""
     position = await tx.position()
-    renewed = {"expires_ms": expires_ms, "log_full": False}  # the process that comes back says so if it is
+    renewed = {"expires_ms": expires_ms, "log_full": False}  # an agent whose log is full reports it again
     await tx.apply([Set(t.SESSION_LEASES, (session.session_id,), renewed)])
     return OpenedSession(
         session_id=session.session_id,
@@ -195,8 +204,8 @@ async def _ranges_of(tx: Transaction, others: Sequence[t.SessionRow], wal_id: st
 
 
 async def _known(tx: Transaction, keys: Collection[RangeKey]) -> sessions.AcknowledgedEnds:
-    """Returns the announced ends of these ranges, before any buffer is dropped. One aggregate, however many buffers
-    wait."""
+    """Returns the announced ends of these ranges, before any buffer is dropped. A single aggregate, however many
+    buffers wait."""
     durable = await durable_topics(tx)
     of_ranges = where_keys(RANGE_KEYS, sorted(key for key in keys if key[0] not in durable))
     rows = await tx.totals(t.BUFFER_SLICES, of_ranges, by=RANGE_KEYS, maxima=("end_offset",)) if keys else []
@@ -205,7 +214,7 @@ async def _known(tx: Transaction, keys: Collection[RangeKey]) -> sessions.Acknow
 
 
 async def _drop_buffers(tx: Transaction, wal_id: str, now_ms: int) -> None:
-    """A log that was opened again is sealed anew: its unclaimed buffers are obsolete."""
+    """Completes the unclaimed buffers of a log that was opened again: the agent seals the records anew."""
     free = await tx.select(t.BUFFER_CLAIMS, where(wal_id=wal_id, free_at_ms=AtMost(now_ms)), lock="skip")
     dropped = await tx.select(t.BUFFERS, where(buffer_id=In([row.buffer_id for row in free])))
     await tx.append([BufferCompleted(row.buffer_id, row.agent_id) for row in dropped])
@@ -215,9 +224,9 @@ async def _drop_buffers(tx: Transaction, wal_id: str, now_ms: int) -> None:
 async def heartbeat(
     context: Context, session_id: str, low_ranges: Mapping[RangeKey, int], log_full: bool | None = None
 ) -> tuple[int, list[Grant]]:
-    """Renews the lease; extends ranges that run out. `log_full`: the agent's log has no room any more, or has it again.
-    Returns (grants_version, those ranges). Raises SessionExpired; Overloaded, whose details say lease = renewed if the
-    lease was renewed before."""
+    """Renews the lease and extends ranges that run out. `log_full`: the agent's log has no space left, or has space
+    again. Returns (grants_version, extended ranges). Raises SessionExpired; Overloaded, whose details say lease =
+    renewed if the lease was renewed before."""
     version = await context.store.renew_session(session_id, context.settings.session_ttl_ms)
     if version is None:
         raise SessionExpired(f"session {session_id!r} has ended; open a new one", session_id=session_id)
@@ -242,7 +251,7 @@ async def _extended(context: Context, session_id: str, low_ranges: Mapping[Range
         await tx.append([event for event in wider if event is not None])
         rows = await ranges_by_key(tx, own.keys())
         topics = await _topics_of(tx, rows.values())
-        # Who writes to a range knows its producers, and the answer has to fit into a message.
+        # The leader of a range knows its producers, and the answer has to fit into a message.
         return [
             Grant(range=row, topic=topics[row.topic_id], snapshot_omitted=True)
             for row in rows.values()
@@ -253,7 +262,8 @@ async def _extended(context: Context, session_id: str, low_ranges: Mapping[Range
 
 
 async def _note_log_full(context: Context, session_id: str, full: bool) -> None:
-    """Others lead from now on what the session leads, or it gets its share again. Raises SessionExpired."""
+    """Lets other agents lead the session's partitions while its log is full, and gives the session its share again
+    afterwards. Raises SessionExpired."""
 
     async def work(tx: Transaction) -> str:
         session = await live_session(tx, session_id)
@@ -271,12 +281,12 @@ async def _note_log_full(context: Context, session_id: str, full: bool) -> None:
 async def get_grants(
     context: Context, session_id: str, only: Collection[RangeKey] = ()
 ) -> tuple[int, list[Grant], int]:
-    """The ranges of the session's log that registration may go on in, and those that were given up: all of them, or
-    those among `only`; the grants_version they are as of, and a position that is not before any of them."""
+    """Returns the unfinished ranges of the session's log and the lost ones, all or those among `only`; the
+    grants_version that they are as of; and a position that is not before any of them. Raises SessionExpired."""
 
     async def work(tx: Transaction) -> tuple[int, list[Grant], int]:
         session = await live_session(tx, session_id)
-        # The version first: a change in between makes the agent ask once more, never once too few.
+        # The version is read first: a change in between makes the agent ask once more, never once too few.
         leases = await tx.select(t.SESSION_LEASES, where(session_id=session_id))
         ranges = await (_ranges_among(tx, session.wal_id, only) if only else _ranges_to_grant(tx, session.wal_id))
         grants = await _with_topics(tx, ranges)
@@ -291,7 +301,7 @@ async def _ranges_to_grant(tx: Transaction, wal_id: str) -> list[t.RangeRow]:
     if not wal_id:
         return []
     unfinished = await tx.select(t.RANGES, where(UNFINISHED, wal_id=wal_id), order=RANGE_KEYS)
-    # So that an agent knows what it may drop because it is given up, not because it is registered.
+    # Lost ranges are included so that the agent can tell records it may drop as lost from registered ones.
     lost = await tx.select(t.RANGES, where(LOST_RANGES, wal_id=wal_id), order=RANGE_KEYS)
     return [*unfinished, *lost]
 
@@ -302,13 +312,14 @@ async def _ranges_among(tx: Transaction, wal_id: str, keys: Collection[RangeKey]
 
 
 async def _with_topics(tx: Transaction, ranges: Sequence[t.RangeRow]) -> list[Grant]:
-    """In the order of `ranges`. What is told of their producers fits into a message; the rest is omitted."""
+    """Returns grants in the order of `ranges`, without ranges of deleted topics. Producer snapshots are included as far
+    as they fit into a message; the rest is omitted."""
     topics = await _topics_of(tx, ranges)
     named = [row for row in ranges if row.topic_id in topics]
-    # A range that was given up is dropped by its agent, whoever wrote to it.
+    # The agent drops the records of a lost range, so it needs no producers' state.
     going_on = [row for row in named if row.status != t.LOST]
     stored = await _stored_snapshots(tx, {row.key[:2] for row in going_on})
-    # As they are after the snapshots were read: a registration in between removes those of what was registered before.
+    # Ranges are read after the snapshots: a registration in between removes snapshots that it made outdated.
     now = await ranges_by_key(tx, {row.key for row in going_on})
     newest = {row.key: sessions.newest_for(now.get(row.key, row), stored.get(row.key[:2], ())) for row in going_on}
     wanted = {key: snapshot.key for key, snapshot in newest.items() if snapshot is not None}
@@ -327,7 +338,7 @@ async def _with_topics(tx: Transaction, ranges: Sequence[t.RangeRow]) -> list[Gr
 
 
 async def _topics_of(tx: Transaction, ranges: Collection[t.RangeRow]) -> dict[str, t.TopicRow]:
-    """By id, those that are not deleted."""
+    """Returns the existing topics of these ranges by id."""
     topic_ids = {row.topic_id for row in ranges}
     rows = await tx.select(t.TOPICS, where(topic_id=In(topic_ids))) if topic_ids else []
     return {row.topic_id: row for row in rows}
@@ -336,8 +347,8 @@ async def _topics_of(tx: Transaction, ranges: Collection[t.RangeRow]) -> dict[st
 async def _fitting_snapshots(
     tx: Transaction, wanted: Mapping[RangeKey, SnapshotKey], sizes_bytes: Sequence[int]
 ) -> dict[RangeKey, bytes]:
-    """Of the snapshots `wanted`, by range and of these sizes, those that an answer has room for: only their bytes are
-    read. One that a registration replaces meanwhile is left to the next answer, and so are all behind it."""
+    """Returns the bytes of the leading snapshots in `wanted` that fit into an answer; only these bytes are read. A
+    snapshot that a registration replaces meanwhile is left to the next answer, and so are all later ones."""
     fitting = dict(islice(wanted.items(), sessions.reported_count(sizes_bytes)))
     if not fitting:
         return {}
@@ -351,7 +362,8 @@ async def _fitting_snapshots(
 async def _stored_snapshots(
     tx: Transaction, partitions: Collection[tuple[str, int]]
 ) -> dict[tuple[str, int], list[sessions.StoredSnapshot]]:
-    """Without their bytes: of an agent's partitions these may be more than a process has memory."""
+    """Returns the usable snapshots by partition, without their bytes: for all partitions of an agent these may exceed a
+    process's memory."""
     if not partitions:
         return {}
     of_partitions = where_keys(("topic_id", "partition"), sorted(partitions))
@@ -377,7 +389,7 @@ async def _snapshots(
 async def _usable(
     tx: Transaction, rows: Sequence[sessions.SnapshotT]
 ) -> dict[tuple[str, int], list[sessions.SnapshotT]]:
-    """By partition."""
+    """Returns the usable snapshots by partition."""
     ranges = await ranges_by_key(tx, {(row.topic_id, row.partition, row.epoch) for row in rows})
     by_partition: dict[tuple[str, int], list[sessions.SnapshotT]] = {}
     for row in rows:
@@ -387,7 +399,7 @@ async def _usable(
 
 
 async def _keep_snapshots(tx: Transaction, settled: Collection[RangeKey], declared: sessions.WalEnds) -> None:
-    """Once the ranges `settled` are: what their agent said of the producers of what is not registered."""
+    """Stores the agent's report on producers of unregistered records, once the ranges `settled` are settled."""
     keys = [key for key in settled if key in declared.snapshots]
     if keys:
         rows = list((await ranges_by_key(tx, keys)).values())
@@ -397,7 +409,7 @@ async def _keep_snapshots(tx: Transaction, settled: Collection[RangeKey], declar
 
 
 async def settle_ranges(context: Context, session_id: str, declared: sessions.WalEnds) -> None:
-    """Raises SessionExpired, InvalidArgument."""
+    """Settles ranges at the ends that their leader declares. Raises SessionExpired, InvalidArgument."""
 
     async def work(tx: Transaction) -> None:
         session = await live_session(tx, session_id)
@@ -411,7 +423,7 @@ async def settle_ranges(context: Context, session_id: str, declared: sessions.Wa
 
 
 async def end_session(context: Context, session_id: str, why: str, declared: sessions.WalEnds | None = None) -> None:
-    """Ends the session if it is there, its ranges as `declared` where that is known. why: closed | unreachable
+    """Ends the session if it exists, and settles its ranges as `declared` where known. why: closed | unreachable
 
     Raises InvalidArgument for ends that settle_ranges() refuses.
     """
@@ -425,10 +437,10 @@ async def end_session(context: Context, session_id: str, why: str, declared: ses
 
 
 async def _settle_before_end(tx: Transaction, session_id: str, declared: sessions.WalEnds) -> None:
-    """Without granting anything yet: that follows once the session is gone."""
+    """Settles declared ranges without granting anything yet: the grants follow once the session is gone."""
     for session in await tx.select(t.SESSIONS, where(session_id=session_id)):
         led = await tx.select(t.RANGES, where(session_id=session_id, status=t.OPEN))
-        # All that the end of the session is going to need, too.
+        # The ranges that the end of the session needs are locked here, too.
         locked = await ranges_by_key(tx, {*declared.ends, *(row.key for row in led)}, lock="wait")
         rows = {key: row for key, row in locked.items() if key in declared.ends}
         events = sessions.settle(session, rows, declared.ends, await _known(tx, rows))
@@ -457,13 +469,13 @@ async def _end(tx: Transaction, context: Context, session_ids: Sequence[str], wh
 
 
 async def any_expired(tx: Transaction) -> bool:
-    """Whether a lease has run out by the database's clock."""
+    """Returns True if a lease has run out by the database's clock."""
     return bool(await tx.select(t.SESSION_LEASES, where(expires_ms=AtMost(await tx.now_ms())), limit=1))
 
 
 async def expire_sessions(context: Context) -> int:
-    """Ends the sessions whose lease has run out by the database's clock; returns how many. Ends none after an outage,
-    until a sweep has extended the leases."""
+    """Ends the sessions whose lease has run out by the database's clock; returns their number. Ends none after an
+    outage, until a sweep has extended the leases."""
 
     async def work(tx: Transaction) -> int:
         if await outages.was_outage(tx, context.settings.session_sweep_interval_ms):
