@@ -1,8 +1,8 @@
 """The record batch: a fixed header, then the columnar payload, compressed as a whole or not.
 
-The one record encoding on the wire, in the WAL and in segments (a segment block is a batch).
-docs/formats/record-batch.md draws it. Owns: the checksum. The header is batch_header.py's, the columns are
-payload.py's, compression is compression.py's.
+A batch is the only record encoding on the wire, in the WAL and in segments (a segment block is a batch).
+docs/formats/record-batch.md draws it. Owns: the checksum. Does not own: the header (batch_header.py), the columns
+(payload.py), compression (compression.py).
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def encode_batch(
     producer: ProducerStamp | None = None,
     limits: FormatLimits = DEFAULT_LIMITS,
 ) -> bytes:
-    """Returns one encoded batch; a payload that `codec` does not shrink is stored as Codec.NONE, one that it would
-    shrink beyond the format's limit as Codec.LZ4.
+    """Returns one encoded batch.
 
-    Contiguous records take their offsets from `base_offset`; the offsets in `records` count only when
-    they have gaps, and then base_offset must be 0 or the first of them.
-    Raises FormatError for no records, columns that do not belong together, offsets that descend or exceed
-    int64, and anything a reader with the same `limits` would refuse.
+    A payload that `codec` does not shrink is stored as Codec.NONE, a payload that `codec` would shrink beyond
+    COMPRESSION_RATIO_MAX as Codec.LZ4. Contiguous records take their offsets from `base_offset`; the offsets in
+    `records` count only if they have gaps, and then base_offset must be 0 or the first of them. Raises FormatError for
+    no records, columns of different lengths, offsets that descend or exceed int64, and anything a reader with the same
+    `limits` would refuse.
     """
     _check_columns(records, limits)
     contiguous, first_offset, delta = _offset_plan(records, base_offset)
@@ -160,7 +160,7 @@ def _check_columns(records: Records, limits: FormatLimits) -> None:
 
 
 def _offset_plan(records: Records, base_offset: int) -> tuple[bool, int, int]:
-    """(contiguous, base offset, last offset - base offset)."""
+    """Returns whether the offsets are contiguous, the base offset, and the last offset minus the base offset."""
     first, last, count = int(records.offsets[0]), int(records.offsets[-1]), len(records)
     # Compared, not subtracted: a difference of two int64 may overflow.
     if not (records.offsets[1:] > records.offsets[:-1]).all():
@@ -173,10 +173,10 @@ def _offset_plan(records: Records, base_offset: int) -> tuple[bool, int, int]:
 
 
 def stamp_batch(batch: Buffer, base_offset: int, epoch: int) -> bytes:
-    """The same batch with base offset and epoch written in; one copy, the CRC stays valid.
+    """Returns the same batch with base offset and epoch written in; one copy, the CRC stays valid.
 
-    `batch` is one whole batch whose header was read before. Raises FormatError when the offsets would
-    exceed int64 or the epoch is not 1 to 2**63-1.
+    `batch` is one whole batch whose header was read before. Raises FormatError if the offsets would exceed int64 or the
+    epoch is not 1 to 2**63-1.
     """
     header = read_batch_header(batch)
     if epoch == 0:
@@ -189,7 +189,10 @@ def stamp_batch(batch: Buffer, base_offset: int, epoch: int) -> bytes:
 
 
 def check_batch(buffer: Buffer, at: int = 0, limits: FormatLimits = DEFAULT_LIMITS) -> BatchHeader:
-    """read_batch_header(), and the whole batch is there and its CRC is right. Decodes nothing."""
+    """Reads the header, checks that the whole batch is present and that the CRC matches, and returns the header.
+
+    Decodes nothing. Raises FormatError.
+    """
     header = read_batch_header(buffer, at, limits)
     if len(buffer) - at < header.size_bytes:
         raise FormatError(f"batch of {header.size_bytes} bytes, {len(buffer) - at} are there", at)
@@ -200,19 +203,19 @@ def check_batch(buffer: Buffer, at: int = 0, limits: FormatLimits = DEFAULT_LIMI
 
 
 def validate_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> BatchHeader:
-    """check_batch() and a full decode of the structure: what passes can never fail to decode later.
+    """Checks a batch as check_batch() does, decodes the payload, and returns the header.
 
-    `buffer` must hold exactly one batch.
+    A batch that passes never fails to decode later. `buffer` must hold exactly one batch.
     """
     return _decode_one(buffer, limits)[0]
 
 
 def validate_new_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> BatchHeader:
-    """Checks a batch that is to be written: as validate_batch() does, and that its timestamps are dates and all of its
-    sequence numbers within int64. Returns its header. Raises ValueOutOfRange for another number, FormatError for all
-    else.
+    """Checks a batch that is to be written, and returns its header.
 
-    Batches written before there were these limits may be beyond them, and are read all the same.
+    Checks what validate_batch() checks, that all timestamps are dates, and that all sequence numbers lie within int64.
+    Raises ValueOutOfRange for a timestamp or sequence number, FormatError for everything else. Batches written before
+    these two limits existed may exceed them, and stay readable.
     """
     header = check_one_batch(buffer, limits)
     few = _timestamps_of_few(buffer, header)
@@ -228,8 +231,7 @@ def validate_new_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) ->
 
 
 def _timestamps_of_few(buffer: Buffer, header: BatchHeader) -> list[int] | None:
-    """Returns the timestamps of a checked batch of few records that is right all through; None where the column path
-    has to decide."""
+    """Returns the timestamps of a checked batch of few records, or None if the column path has to decide."""
     if header.record_count > FEW_RECORDS_MAX or header.has_headers or not header.contiguous:
         return None
     payload, _ = open_payload(buffer, header)
@@ -249,15 +251,15 @@ def _check_new_timestamps(earliest_ms: int, latest_ms: int) -> None:
 
 
 def decode_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> Records:
-    """The records of exactly one batch. Raises FormatError for anything else, and nothing else.
+    """Returns the records of exactly one batch; raises FormatError, and no other error, for anything else.
 
-    Columns are views into the decompressed payload, or into `buffer` itself where it is not compressed.
+    Columns are views into the decompressed payload, or into `buffer` itself if the payload is not compressed.
     """
     return _decode_one(buffer, limits)[1]
 
 
 def split_batches(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> list[memoryview]:
-    """One view per batch of back-to-back batches. Walks the headers; checks no CRC."""
+    """Returns a view of each batch in a buffer of back-to-back batches. Walks the headers; checks no CRC."""
     view = memoryview(buffer)
     batches = []
     at = 0
@@ -276,7 +278,7 @@ def _decode_one(buffer: Buffer, limits: FormatLimits) -> tuple[BatchHeader, Reco
 
 
 def check_one_batch(buffer: Buffer, limits: FormatLimits) -> BatchHeader:
-    """check_batch(), and `buffer` holds nothing after the batch."""
+    """Checks a batch as check_batch() does, and that `buffer` ends with it; returns the header."""
     header = check_batch(buffer, 0, limits)
     if len(buffer) != header.size_bytes:
         extra = len(buffer) - header.size_bytes
@@ -285,7 +287,7 @@ def check_one_batch(buffer: Buffer, limits: FormatLimits) -> BatchHeader:
 
 
 def decode_checked(buffer: Buffer, header: BatchHeader, limits: FormatLimits) -> Records:
-    """decode_batch() for a batch that check_one_batch() gave `header` for."""
+    """Returns the records of a batch whose `header` came from check_one_batch()."""
     payload, shape = open_payload(buffer, header)
     try:
         records = decode_payload(payload, shape, limits)
@@ -298,7 +300,7 @@ def decode_checked(buffer: Buffer, header: BatchHeader, limits: FormatLimits) ->
 
 
 def open_payload(buffer: Buffer, header: BatchHeader) -> tuple[memoryview, PayloadShape]:
-    """The decompressed payload of a checked batch, and what its header says about it."""
+    """Returns the decompressed payload of a checked batch, and its shape according to the header."""
     shape = PayloadShape(
         header.record_count,
         header.base_offset,
@@ -319,7 +321,8 @@ def _decompress(payload: memoryview, header: BatchHeader) -> memoryview:
 
 
 def _in_buffer(error: FormatError, header: BatchHeader) -> FormatError:
-    """Returns the error with its position in the buffer; in a compressed payload that is the payload's start."""
+    """Returns the error with its position in the buffer; for a compressed payload the position is the payload's
+    start."""
     if header.codec is Codec.NONE:
         return FormatError(error.what, BATCH_HEADER_SIZE + error.at)
     return FormatError(f"{error.what}, byte {error.at} of the decompressed payload", BATCH_HEADER_SIZE)

@@ -1,6 +1,7 @@
-"""The fixed header of a record batch: its bytes, and what its fields may say. docs/formats/record-batch.md draws it.
+"""The fixed header of a record batch: its bytes, and the values its fields may have.
 
-Owns: the layout and the checks both directions share. Does not own: the payload, compression.
+docs/formats/record-batch.md draws it. Owns: the layout and the checks that both directions share. Does not own: the
+payload, compression.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ BASE_SEQUENCE_AT = 72
 assert _HEADER.size == BATCH_HEADER_SIZE == BODY_AT + _BODY.size
 assert _STAMP.size == STAMP_SIZE == BODY_AT - _CRC.size
 
-# A decoded record takes this beside its bytes: offset, timestamp, end of its key and of its value, 8 bytes each.
+# Memory of a decoded record beside its bytes: offset, timestamp, end of its key and of its value, 8 bytes each.
 DECODED_RECORD_BYTES = 32
 
 
@@ -57,8 +58,8 @@ _CODECS = {int(codec): codec for codec in Codec}
 # Tuples: a replay of the write-ahead log reads a header per frame, and a frozen dataclass of as many fields takes seven
 # times as long to make.
 class ProducerStamp(NamedTuple):
-    """Who wrote a batch, for deduplication. producer_id 1 to 2**63-1 (0 = none), producer_epoch u32,
-    base_sequence (of the first record) 0 to 2**63-1."""
+    """Producer of a batch, for deduplication. producer_id 1 to 2**63-1 (0 = none), producer_epoch u32, base_sequence
+    (of the first record) 0 to 2**63-1."""
 
     producer_id: int
     producer_epoch: int
@@ -86,12 +87,12 @@ class BatchHeader(NamedTuple):
 
     @property
     def end_offset(self) -> int:
-        """One past the last record's offset."""
+        """Offset after the last record's."""
         return self.base_offset + self.last_offset_delta + 1
 
     @property
     def decoded_bytes(self) -> int:
-        """Memory that the decoded columns take, about; known without decoding."""
+        """Approximate memory of the decoded columns in bytes, known without decoding."""
         return self.uncompressed_bytes + DECODED_RECORD_BYTES * self.record_count
 
 
@@ -99,7 +100,7 @@ class BatchHeader(NamedTuple):
 
 
 def encode_batch_header(header: BatchHeader, stored: Sequence[bytes | memoryview]) -> bytes:
-    """The header to be followed by the `stored` payload parts, with the CRC over both; `header.crc` is not used."""
+    """Returns the header for the `stored` payload parts, with the CRC over both; `header.crc` is not used."""
     producer = header.producer or ProducerStamp(0, 0, 0)
     check_stamp(header.base_offset, header.last_offset_delta, header.epoch)
     _check_producer(producer, 0)
@@ -125,7 +126,7 @@ def encode_batch_header(header: BatchHeader, stored: Sequence[bytes | memoryview
 
 
 def encode_stamp(base_offset: int, epoch: int) -> bytes:
-    """The first STAMP_SIZE bytes of a batch, which its CRC does not cover."""
+    """Returns the first STAMP_SIZE bytes of a batch, which its CRC does not cover."""
     return _STAMP.pack(base_offset, epoch)
 
 
@@ -141,9 +142,10 @@ def _flags_of(header: BatchHeader) -> int:
 
 
 def read_batch_header(buffer: Buffer, at: int = 0, limits: FormatLimits = DEFAULT_LIMITS) -> BatchHeader:
-    """The header at `at`, its fields checked against each other and against `limits`.
+    """Returns the header at position `at`, its fields checked against each other and against `limits`.
 
-    Reads BATCH_HEADER_SIZE bytes and no payload: neither CRC nor the presence of the payload is checked.
+    Reads BATCH_HEADER_SIZE bytes and no payload: neither the CRC nor the presence of the payload is checked. Raises
+    FormatError.
     """
     if at < 0 or len(buffer) - at < BATCH_HEADER_SIZE:
         raise FormatError(f"batch header: {max(len(buffer) - at, 0)} of {BATCH_HEADER_SIZE} bytes", at)
@@ -228,7 +230,7 @@ def _check_sizes(
 
 
 def check_uncompressed(uncompressed_bytes: int, limits: FormatLimits, at: int) -> None:
-    """Raises FormatError for a payload above the limit."""
+    """Refuses a payload above the limit with FormatError."""
     bound = limits.uncompressed_bytes_max
     if uncompressed_bytes > bound:
         raise FormatError(f"payload of {uncompressed_bytes} bytes, uncompressed_bytes_max is {bound}", at + 32)
@@ -245,7 +247,7 @@ def _check_offsets(base_offset: int, epoch: int, delta: int, record_count: int, 
 
 
 def check_stamp(base_offset: int, delta: int, epoch: int) -> None:
-    """Raises FormatError where the offsets or the epoch leave int64."""
+    """Refuses offsets or an epoch outside int64 with FormatError."""
     if not 0 <= base_offset <= INT64_MAX - 1 - delta:
         raise FormatError(f"offsets {base_offset} to {base_offset + delta} leave int64 (the end is exclusive)")
     if not 0 <= epoch <= INT64_MAX:

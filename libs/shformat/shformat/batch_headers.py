@@ -1,7 +1,7 @@
-"""Many batch headers checked at once, for a replay of the write-ahead log, which is made of them.
+"""Many batch headers checked at once, for the replay of a write-ahead log.
 
-The rules are read_batch_header()'s, over columns; what they refuse is read again by it, which says why. That costs a
-seventh of reading one after the other.
+The rules are those of read_batch_header(), applied to columns. A header that fails is read again by
+read_batch_header(), which names the reason. Both together cost a seventh of reading the headers separately.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _Sound = NDArray[np.bool_]
 
 
 class HeaderColumns(NamedTuple):
-    """Of many batches in a row, one entry each; producer_ids 0: none."""
+    """Fields of consecutive batch headers, an array per field; producer_ids has 0 for batches without a producer."""
 
     record_counts: list[int]
     producer_ids: list[int]
@@ -61,9 +61,9 @@ class HeaderColumns(NamedTuple):
 
 
 def read_batch_headers(buffer: Buffer, ats: Sequence[int], limits: FormatLimits = DEFAULT_LIMITS) -> HeaderColumns:
-    """The headers that begin at these bytes. Raises FormatError as read_batch_header() does for the first bad one.
+    """Returns the headers at the byte positions `ats`, all of which must lie in `buffer`.
 
-    The bytes of all of them must lie in `buffer`.
+    Raises the FormatError of read_batch_header() for the first bad header.
     """
     headers = np.frombuffer(b"".join([buffer[at : at + BATCH_HEADER_SIZE] for at in ats]), _HEADER)
     sound = _sound_kinds(headers) & _sound_sizes(headers, limits) & _sound_places(headers)
@@ -77,7 +77,7 @@ def read_batch_headers(buffer: Buffer, ats: Sequence[int], limits: FormatLimits 
 def _sound_kinds(headers: _Columns) -> _Sound:
     kinds = (headers["magic"] == BATCH_MAGIC) & (headers["version"] == BATCH_VERSION)
     codecs = headers["codec"]
-    # Their numbers have no gap; a test holds that.
+    # The values of Codec have no gap; a test holds that.
     known: _Sound = (
         kinds & (codecs >= min(Codec)) & (codecs <= max(Codec)) & (headers["flags"] & (0xFFFF ^ FLAGS_ALL) == 0)
     )

@@ -1,7 +1,7 @@
-"""Many batches decoded at once: each column of all of them in one go.
+"""Many batches decoded at once: each column of all of them in one NumPy call.
 
-What a small batch costs is not its records but the NumPy calls for each of its columns. Joined column by
-column, a thousand batches of ten records cost hardly more than one of ten thousand.
+The cost of a small batch is not its records but the NumPy calls for each of its columns. Joined column by column, a
+thousand batches of ten records cost hardly more than one of ten thousand.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .varint import Uint64s, decode_varints, running_sum, unzigzag
 
 
 def decode_batches(batches: Sequence[Buffer], limits: FormatLimits = DEFAULT_LIMITS) -> Records:
-    """The records of all batches, one after the other; same checks and result as decoding each alone.
+    """Returns the records of all batches in order; same checks and result as decoding each alone.
 
-    `limits` hold for each batch; how many there are is the caller's to bound. Raises FormatError that says
-    which batch, with the position in it; also for no batches at all.
+    `limits` hold for each batch; the caller bounds the number of batches. Raises FormatError with the number of the
+    batch and the position inside it, also for an empty list.
     """
     if not batches:
         raise FormatError("no batches to decode")
@@ -36,7 +36,7 @@ def decode_batches(batches: Sequence[Buffer], limits: FormatLimits = DEFAULT_LIM
 
 
 def decode_checked_batches(batches: Sequence[Buffer], headers: Sequence[BatchHeader], limits: FormatLimits) -> Records:
-    """decode_batches() for batches that check_one_batch() gave `headers` for; errors carry no exact place."""
+    """Returns the records of batches whose `headers` came from check_one_batch(); errors carry no exact place."""
     if len(batches) == 1:
         return decode_checked(batches[0], headers[0], limits)
     shapes, parts = [], []
@@ -74,8 +74,9 @@ def _offsets(parts: list[Sections], shapes: list[PayloadShape], counts: Int64s, 
 
 
 def _timestamps(parts: list[Sections], headers: Sequence[BatchHeader], counts: Int64s, ends: Int64s) -> Int64s:
-    """One running sum over all batches (modulo 2**64, as in each), then what each one started from removed."""
-    # A delta of 0 in front of each, in place of the first timestamp, which is in the header.
+    """Returns all timestamps: a running sum over all batches (modulo 2**64, as in each batch), minus the sum carried
+    into each batch."""
+    # A delta of 0 before each batch, in place of the first timestamp, which is in the header.
     sections = [piece for part in parts for piece in (b"\0", part.deltas.view)]
     sizes = np.array([len(part.deltas.view) + 1 for part in parts])
     timestamps = unzigzag(_varints("timestamp deltas", sections, sizes, ends))
@@ -93,7 +94,7 @@ def _timestamps(parts: list[Sections], headers: Sequence[BatchHeader], counts: I
 def _keys(parts: list[Sections], shapes: list[PayloadShape], ends: Int64s) -> BytesColumn:
     if not any(shape.has_keys for shape in shapes):
         return BytesColumn.nulls(int(ends[-1]))
-    # A batch without keys counts as one of null keys.
+    # A batch without keys counts as a batch of null keys.
     lengths = [
         part.key_lengths.view if shape.has_keys else memoryview(bytes(shape.record_count))
         for part, shape in zip(parts, shapes, strict=True)
@@ -112,7 +113,7 @@ def _column(name: str, lengths: list[memoryview], data: list[memoryview], ends: 
 
 
 def _varints(name: str, sections: Sequence[bytes | memoryview], sizes: Int64s, ends: Int64s) -> Uint64s:
-    """The numbers of all sections, `ends` (cumulative counts, one per batch) of them in `sizes` bytes each."""
+    """Returns the numbers of all sections; `ends` has the cumulative counts, `sizes` the bytes, an entry per batch."""
     joined = b"".join(sections)
     numbers = decode_varints(memoryview(joined), int(ends[-1]), name, 0)
     last_bytes = np.flatnonzero(np.frombuffer(joined, np.uint8) < 0x80)

@@ -1,6 +1,6 @@
 """Many records in memory as columns: no Python object per record.
 
-Owns: how null, empty and present are told apart, slicing and joining. Does not own: bytes on disk.
+Owns: the distinction of null, empty and present, slicing and joining. Does not own: bytes on disk.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class BytesColumn:
 
     @classmethod
     def from_list(cls, values: Sequence[bytes | None]) -> BytesColumn:
-        """Join a list; raises TypeError for anything that is neither bytes nor None."""
+        """Returns the column of a list; raises TypeError for an item that is neither bytes nor None."""
         valid = None
         present = cast(Sequence[bytes], values)
         try:
             data = b"".join(present)
-        except TypeError:  # nulls, or something that the second join refuses again
+        except TypeError:  # nulls, or an item that the second join refuses, too
             valid = np.fromiter((value is not None for value in values), np.bool_, len(values))
             present = [b"" if value is None else value for value in values]
             data = b"".join(present)
@@ -55,11 +55,11 @@ class BytesColumn:
 
     @classmethod
     def nulls(cls, count: int) -> BytesColumn:
-        """`count` nulls."""
+        """Returns a column of `count` nulls."""
         return cls(b"", np.zeros(count, np.int64), np.zeros(count, np.bool_))
 
     def to_list(self) -> list[bytes | None]:
-        """One bytes object (or None) per value; copies the data once."""
+        """Returns a bytes object (or None) per value; copies the data once."""
         data = bytes(self.data)
         ends = self.ends.tolist()
         values: list[bytes | None] = [data[start:end] for start, end in zip(chain((0,), ends), ends, strict=False)]
@@ -69,7 +69,7 @@ class BytesColumn:
         return values
 
     def slice(self, start: int, stop: int) -> BytesColumn:
-        """Values start to stop (0 <= start <= stop <= n), the data as a view."""
+        """Returns values start to stop (0 <= start <= stop <= n), the data as a view."""
         first = int(self.ends[start - 1]) if start else 0
         last = int(self.ends[stop - 1]) if stop else 0
         valid = None if self.valid is None else self.valid[start:stop]
@@ -82,12 +82,12 @@ class BytesColumn:
 
     @property
     def all_null(self) -> bool:
-        """True when no value is present (also for zero values)."""
+        """True if no value is present (also for zero values)."""
         return self.valid is not None and not self.valid.any()
 
     @staticmethod
     def concat(columns: Sequence[BytesColumn]) -> BytesColumn:
-        """All columns one after the other; copies the data once."""
+        """Returns all columns joined in order; copies the data once."""
         data = b"".join([column.data for column in columns])
         ends = _concat_ends([(column.ends, len(column.data)) for column in columns])
         if all(column.valid is None for column in columns):
@@ -96,7 +96,7 @@ class BytesColumn:
         return BytesColumn(data, ends, np.concatenate(masks))
 
     def to_arrow(self) -> Any:
-        """A pyarrow binary array (large_binary from 2 GiB on) over the same data, not copied."""
+        """Returns a pyarrow binary array (large_binary from 2 GiB on) over the same data, not copied."""
         import pyarrow as pa
 
         large = len(self.data) > _ARROW_BINARY_BYTES_MAX
@@ -108,7 +108,7 @@ class BytesColumn:
 
 
 def _concat_ends(columns: Sequence[tuple[Int64s, int]]) -> Int64s:
-    """Join cumulative ends, each shifted by the totals of the columns before it."""
+    """Returns the joined cumulative ends, each column shifted by the totals of those before."""
     joined = np.empty(sum(len(ends) for ends, _ in columns), np.int64)
     position, base = 0, 0
     for ends, total in columns:
@@ -132,7 +132,10 @@ class HeadersColumn:
 
     @classmethod
     def from_list(cls, headers: Sequence[Sequence[Header]]) -> HeadersColumn:
-        """One sequence of (name, value) per record; raises UnicodeEncodeError for a lone surrogate."""
+        """Returns the column for a sequence of (name, value) per record.
+
+        Raises UnicodeEncodeError for a lone surrogate in a name.
+        """
         flat = list(chain.from_iterable(headers))
         counts = np.fromiter(map(len, headers), np.int64, len(headers))
         names = BytesColumn.from_list([name.encode() for name, _ in flat])
@@ -140,12 +143,12 @@ class HeadersColumn:
 
     @classmethod
     def empty(cls, count: int) -> HeadersColumn:
-        """`count` records without headers."""
+        """Returns the column of `count` records without headers."""
         none = np.zeros(0, np.int64)
         return cls(np.zeros(count, np.int64), BytesColumn(b"", none), BytesColumn(b"", none))
 
     def to_list(self) -> list[list[Header]]:
-        """One list of (name, value) per record."""
+        """Returns a list of (name, value) per record."""
         names = self.names.to_list()
         flat = [(b"" if n is None else n).decode() for n in names]
         pairs = list(zip(flat, self.values.to_list(), strict=True))
@@ -153,7 +156,7 @@ class HeadersColumn:
         return [pairs[start:end] for start, end in zip(chain((0,), ends), ends, strict=False)]
 
     def slice(self, start: int, stop: int) -> HeadersColumn:
-        """The headers of records start to stop."""
+        """Returns the headers of records start to stop."""
         first = int(self.ends[start - 1]) if start else 0
         last = int(self.ends[stop - 1]) if stop else 0
         return HeadersColumn(
@@ -167,7 +170,7 @@ class HeadersColumn:
 
     @staticmethod
     def concat(columns: Sequence[HeadersColumn]) -> HeadersColumn:
-        """All columns one after the other."""
+        """Returns all columns joined in order."""
         return HeadersColumn(
             _concat_ends([(column.ends, len(column.names)) for column in columns]),
             BytesColumn.concat([column.names for column in columns]),
@@ -200,10 +203,10 @@ class Records:
         headers: Sequence[Sequence[Header]] | None = None,
         offsets: Sequence[int] | Int64s | None = None,
     ) -> Records:
-        """Columns from plain lists.
+        """Returns the columns of plain lists.
 
         keys None: all null. timestamps_ms None: all 0 (there is no clock here), an int: the same for all.
-        offsets None: 0, 1, 2, ... Raises FormatError when a list is not as long as `values` or a number is
+        offsets None: 0, 1, 2, ... Raises FormatError if a list is not as long as `values` or a number is
         outside int64.
         """
         count = len(values)
@@ -219,7 +222,7 @@ class Records:
         )
 
     def slice(self, start: int, stop: int) -> Records:
-        """Records start to stop (positions, not offsets); data as views."""
+        """Returns records start to stop (positions, not offsets), data as views."""
         return Records(
             self.offsets[start:stop],
             self.timestamps_ms[start:stop],
@@ -230,13 +233,13 @@ class Records:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all keys, values, header names and header values: what the user sent."""
+        """Bytes of all keys, values, header names and header values, as the application sent them."""
         headers = 0 if self.headers is None else self.headers.size_bytes
         return self.keys.size_bytes + self.values.size_bytes + headers
 
     @staticmethod
     def concat(parts: Sequence[Records]) -> Records:
-        """All parts one after the other; copies the data once. `parts` must not be empty."""
+        """Returns all parts joined in order; copies the data once. `parts` must not be empty."""
         if len(parts) == 1:
             return parts[0]
         headers = None
@@ -252,7 +255,7 @@ class Records:
 
 
 def _int64s(name: str, numbers: int | Sequence[int] | NDArray[Any], count: int) -> Int64s:
-    """An int64 array of `count` numbers, an int repeated; refuses what int64 cannot hold."""
+    """Returns an int64 array of `count` numbers, an int repeated; refuses numbers outside int64 with FormatError."""
     if isinstance(numbers, int):
         if not INT64_MIN <= numbers <= INT64_MAX:
             raise FormatError(f"{name} is {numbers}, outside int64")

@@ -1,6 +1,7 @@
-"""Payloads of record batches compressed and decompressed, one codec each. docs/formats/record-batch.md has the rules.
+"""Payloads of record batches compressed and decompressed, a section per codec.
 
-All codecs work without the interpreter's lock, so that a thread that compresses or decompresses holds up no other.
+docs/formats/record-batch.md has the rules. All codecs work without the interpreter's lock, so a thread that compresses
+or decompresses does not hold up the others.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import zstandard
 from .errors import FormatError
 from .limits import MIB
 
-# A stored byte stands for at most this many of the payload; more would be a few bytes that make a reader allocate much.
-# LZ4 cannot do more. What zstd (beyond 10,000) or gzip (1,032) would shrink further is stored as LZ4 by writers.
+# A stored byte stands for at most this many bytes of the payload; a higher ratio would let a few bytes make a reader
+# allocate much. LZ4 cannot exceed it. Writers store a payload that zstd (beyond 10,000) or gzip (1,032) would shrink
+# further as LZ4.
 COMPRESSION_RATIO_MAX = 255
 
-# Kafka's defaults for both: what a producer gains from higher levels it pays for several times over in CPU.
+# Kafka's defaults for both: higher levels cost a producer more CPU, several times over, than they save.
 ZSTD_LEVEL = 3
 GZIP_LEVEL = 6
 
@@ -32,7 +34,7 @@ _GZIP_WBITS = 16 + zlib.MAX_WBITS
 
 
 class Codec(IntEnum):
-    """How a payload is compressed. Persisted, never reuse; 0 is invalid."""
+    """Compression of a payload. Persisted, never reuse; 0 is invalid."""
 
     NONE = 1
     LZ4 = 2
@@ -52,8 +54,11 @@ _zstd = _Zstd()
 
 
 def compress(parts: Sequence[bytes | memoryview], codec: Codec) -> tuple[Codec, Sequence[bytes | memoryview]]:
-    """Compresses the payload; returns the codec that was used, and the stored parts. LZ4 replaces a `codec` that would
-    go beyond COMPRESSION_RATIO_MAX; NONE, with the parts as they are, one that gains nothing."""
+    """Compresses the payload; returns the codec used, and the stored parts.
+
+    LZ4 replaces a `codec` whose result would exceed COMPRESSION_RATIO_MAX; NONE, with the parts unchanged, replaces a
+    codec that does not shrink the payload.
+    """
     if codec is Codec.NONE:
         return codec, parts
     payload = b"".join(parts)
@@ -66,8 +71,11 @@ def compress(parts: Sequence[bytes | memoryview], codec: Codec) -> tuple[Codec, 
 
 
 def decompress(stored: memoryview, codec: Codec, uncompressed_bytes: int) -> memoryview:
-    """Returns the payload, which has exactly uncompressed_bytes, a size that the caller has checked. Allocates at most
-    twice that size and a copy of `stored`, whatever `stored` holds. Raises FormatError, without a position."""
+    """Returns the payload, which has exactly `uncompressed_bytes`, a size that the caller has checked.
+
+    Allocates at most twice that size and a copy of `stored`, for any content of `stored`. Raises FormatError, without a
+    position.
+    """
     if codec is Codec.NONE:
         return stored
     payload = _DECOMPRESS[codec](stored, uncompressed_bytes)
@@ -124,7 +132,7 @@ def _compress_gzip(payload: bytes) -> bytes:
 def _decompress_gzip(stored: memoryview, uncompressed_bytes: int) -> bytes:
     member = zlib.decompressobj(_GZIP_WBITS)
     try:
-        # One byte more than declared is asked for: a member that holds more shows it, one that does not reaches its
+        # Asks for a byte more than declared: a member that holds more shows it, a member of the right size reaches its
         # end, where its checksum is.
         payload = member.decompress(stored, uncompressed_bytes + 1)
     except zlib.error as error:

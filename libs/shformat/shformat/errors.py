@@ -1,13 +1,13 @@
-"""The one error of this library, and its kind for numbers out of range."""
+"""The error of this library, and its subclass for numbers out of range."""
 
 from __future__ import annotations
 
 
 class FormatError(ValueError):
-    """Bytes that are not what they claim to be, or records that may not be written.
+    """Bytes that do not follow the format, or records that cannot be written.
 
-    ``what`` names the field, the limit and the value; ``at`` is the byte position in the buffer that was
-    given (0 when encoding: there is no buffer yet).
+    ``what`` names the field, the limit and the value; ``at`` is the byte position in the given buffer (0 when encoding,
+    where no buffer exists yet).
     """
 
     def __init__(self, what: str, at: int = 0) -> None:
@@ -20,7 +20,7 @@ class FormatError(ValueError):
 
 
 class ValueOutOfRange(FormatError):
-    """A number that a batch may have, and a batch that is written from now on may not."""
+    """A number that stored batches may have and new batches may not."""
 
     def __init__(self, field: str, value: int, least: int, most: int, at: int = 0) -> None:
         super().__init__(f"{field} is {value}, must be {least} to {most}", at)

@@ -1,6 +1,6 @@
-"""Segments and WAL files as plain dictionaries (JSON-ready), damage included: what `inspect` commands print.
+"""Segments and WAL files as plain dictionaries (JSON-ready), damage included, for the `inspect` commands.
 
-Reads everything and checks everything; never raises on content.
+Reads and checks everything; never raises on content.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Read = Callable[[int, int], Buffer]
 
 
 def describe_segment(read: Read, size_bytes: int, limits: FormatLimits = DEFAULT_LIMITS) -> Description:
-    """Header, every block and all damage of the segment that `read(at, size_bytes)` reads.
+    """Returns header, every block and all damage of the segment behind `read(at, size_bytes)`.
 
-    Keys: size_bytes, header (None when damaged), blocks, footer_at, index_intact, raw_bytes,
-    compression_ratio, damage (a list of {at, what}, empty for a sound segment). Without an intact index the
-    blocks are found by walking them from the header on. Errors of `read` pass through.
+    Keys: size_bytes, header (None if damaged), blocks, footer_at, index_intact, raw_bytes, compression_ratio, damage (a
+    list of {at, what}, empty for a sound segment). Without an intact index the blocks are found by walking from the
+    header on. Errors of `read` pass through.
     """
     damage: list[Description] = []
     header = _attempt(lambda: decode_segment_header(read(0, min(size_bytes, SEGMENT_HEADER_SIZE))), damage)
@@ -64,12 +64,12 @@ def describe_segment(read: Read, size_bytes: int, limits: FormatLimits = DEFAULT
 
 
 def describe_wal_file(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> Description:
-    """Header, every frame and all damage of a WAL file.
+    """Returns header, every frame and all damage of a WAL file.
 
-    Keys: size_bytes, header (None when damaged), frames, record_count, space_ahead_bytes (zeros at the end that no
-    frame was written to yet), damage ({at, size_bytes, what, lost}; `lost` names partition and offsets where the
-    damaged frame's own header is intact), ends_in_damage (a torn tail, or damage that reaches the end of what was
-    written: only the writer's history can tell).
+    Keys: size_bytes, header (None if damaged), frames, record_count, space_ahead_bytes (zeros at the end without a
+    frame yet), damage ({at, size_bytes, what, lost}; `lost` names partition and offsets if the damaged frame's own
+    header is intact), ends_in_damage (a torn tail, or damage that reaches the end of the written bytes: only the
+    writer's history can tell).
     """
     damage: list[Description] = []
     header = _attempt(lambda: decode_wal_file_header(buffer), damage)
@@ -132,7 +132,7 @@ def _describe_block(read: Read, entry: BlockEntry, damage: list[Description], li
 
 
 def _walk_blocks(read: Read, size_bytes: int, damage: list[Description], limits: FormatLimits) -> list[Description]:
-    """Blocks from the header on, as long as each names its own size; stops at the first that does not."""
+    """Returns the blocks from the header on; stops at the first block without a readable size."""
     blocks = []
     at = SEGMENT_HEADER_SIZE
     while at < size_bytes:
@@ -165,7 +165,7 @@ def _describe_batch(batch: BatchHeader) -> Description:
 
 
 def _describe_frame(frame: WalFrame, view: memoryview, damage: list[Description], limits: FormatLimits) -> Description:
-    """The frame; a batch inside it that is not what the frame says counts as damage too."""
+    """Returns the frame's description; a batch inside that contradicts the frame is added to `damage`."""
     described = {**_describe_place(frame), "at": frame.at, "size_bytes": frame.size_bytes, "intact": True}
     fault: FormatError | None = None
     try:
@@ -197,7 +197,7 @@ def _describe_place(frame: WalFrame) -> Description:
 
 
 def _attempt(step: Callable[[], T], damage: list[Description], at: int = 0) -> T | None:
-    """The step's result; None, and one more entry in `damage`, when it meets bad bytes."""
+    """Returns the step's result, or adds an entry to `damage` and returns None if it meets bad bytes."""
     try:
         return step()
     except FormatError as error:

@@ -1,4 +1,4 @@
-"""What a reader is willing to allocate. Checked before any allocation, and again before writing."""
+"""Upper bounds on the memory that a reader allocates. Checked before any allocation, and again before writing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The payload of a record batch: a table of section sizes, then one section per column.
+"""The payload of a record batch: a table of section sizes, then a section per column.
 
-Encode and decode sit together. Does not know the batch header, compression or checksums: positions in
-errors count from the start of the payload.
+Encode and decode sit together. Does not know the batch header, compression or checksums: positions in errors count from
+the start of the payload.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PAYLOAD_BYTES_MIN = _TABLE.size
 
 
 class PayloadShape(NamedTuple):
-    """What the batch header says about its payload."""
+    """Shape of a payload, taken from the batch header."""
 
     record_count: int
     base_offset: int
@@ -41,7 +41,7 @@ class PayloadShape(NamedTuple):
 
 @dataclass(slots=True)
 class Section:
-    """The bytes of one column, and where they start in the payload."""
+    """The bytes of one column, and their position in the payload."""
 
     view: memoryview
     at: int
@@ -63,7 +63,7 @@ class Sections(NamedTuple):
 
 
 def encode_payload(records: Records, shape: PayloadShape, limits: FormatLimits) -> list[bytes | memoryview]:
-    """The parts of the payload, to be joined. Raises FormatError for columns that do not belong together."""
+    """Returns the parts of the payload, to be joined. Raises FormatError for columns that contradict each other."""
     sections = [
         b"" if shape.contiguous else encode_varints((records.offsets[1:] - records.offsets[:-1] - 1).view(np.uint64)),
         encode_varints(zigzag(records.timestamps_ms[1:] - records.timestamps_ms[:-1])),
@@ -84,14 +84,14 @@ def _section_sizes(sections: list[bytes | memoryview]) -> list[int]:
 
 
 def _sizes_of(ends: Int64s) -> Int64s:
-    """Differences of cumulative ends, the first against 0."""
+    """Returns the differences of cumulative ends, the first against 0."""
     sizes = ends.copy()
     sizes[1:] -= ends[:-1]
     return sizes
 
 
 def _encode_lengths(name: str, column: BytesColumn) -> bytes:
-    """Lengths + 1, with 0 for null."""
+    """Returns lengths + 1, with 0 for null, as varints."""
     stored = _sizes_of(column.ends)
     total = int(column.ends[-1]) if len(column.ends) else 0
     if total != len(column.data) or (len(stored) and smallest_of(stored) < 0):
@@ -132,7 +132,7 @@ def _encode_headers(headers: HeadersColumn, limits: FormatLimits) -> bytes:
 
 
 def decode_payload(payload: memoryview, shape: PayloadShape, limits: FormatLimits) -> Records:
-    """All columns, the data as views into `payload`. Raises FormatError; reads nothing outside it."""
+    """Returns all columns, the data as views into `payload`. Reads nothing outside it; raises FormatError."""
     count = shape.record_count
     parts = split_payload(payload, shape)
     keys = BytesColumn.nulls(count)
@@ -148,14 +148,14 @@ def decode_payload(payload: memoryview, shape: PayloadShape, limits: FormatLimit
 
 
 def split_payload(payload: memoryview, shape: PayloadShape) -> Sections:
-    """The sections of a payload; those whose flag is not set are empty."""
+    """Returns the sections of a payload; a section whose flag is not set is empty."""
     parts = Sections(*_split(payload, _TABLE, 0, "payload"))
     _check_presence(shape, parts)
     return parts
 
 
 def _split(view: memoryview, table: struct.Struct, at: int, name: str) -> list[Section]:
-    """Cut `view` into the sections its table declares, which must fill it exactly."""
+    """Returns the sections that the table of `view` declares; they must fill `view` exactly."""
     if len(view) < table.size:
         raise FormatError(f"{name}: {len(view)} bytes, the table of sections alone takes {table.size}", at)
     sizes = table.unpack_from(view)
@@ -181,7 +181,7 @@ def _check_presence(shape: PayloadShape, parts: Sections) -> None:
 
 
 def decode_offsets(gaps: Section, shape: PayloadShape) -> Int64s:
-    """All offsets, from the gaps or without any."""
+    """Returns all offsets, decoded from the gaps, or contiguous without them."""
     count, first = shape.record_count, shape.base_offset
     last = first + shape.last_offset_delta
     if shape.contiguous:
@@ -200,7 +200,7 @@ def decode_offsets(gaps: Section, shape: PayloadShape) -> Int64s:
 
 
 def _decode_timestamps(deltas: Section, shape: PayloadShape) -> Int64s:
-    """Sums wrap modulo 2**64 as the differences did, so any two int64 timestamps may be neighbours."""
+    """Returns the timestamps. Sums wrap modulo 2**64 as the differences did, so any two int64 may be neighbours."""
     timestamps = np.empty(shape.record_count, np.int64)
     timestamps[0] = shape.first_timestamp_ms
     timestamps[1:] = unzigzag(decode_varints(deltas.view, shape.record_count - 1, "timestamp deltas", deltas.at))
@@ -213,9 +213,10 @@ def _decode_column(name: str, lengths: Section, data: Section, count: int) -> By
 
 
 def column_of(name: str, stored: Uint64s, data: memoryview, at: int) -> BytesColumn:
-    """Lengths + 1 (0 = null) over `data`, which they must cover exactly. Takes `stored` over."""
+    """Returns a column from its lengths + 1 (0 = null) and `data`, which the lengths must cover exactly. Reuses
+    `stored`."""
     count, size = len(stored), len(data)
-    # Checked one by one before they are added: count * size stays far below 2**63.
+    # Checked separately before the sum: count * size stays far below 2**63.
     longest = int(largest_of(stored)) - 1 if count else 0
     if longest > size:
         raise FormatError(f"{name}: a length of {longest} in {size} bytes", at)
@@ -234,7 +235,7 @@ def column_of(name: str, stored: Uint64s, data: memoryview, at: int) -> BytesCol
 
 
 def decode_headers(section: Section, count: int, limits: FormatLimits) -> HeadersColumn:
-    """The headers section of `count` records."""
+    """Returns the headers of `count` records, decoded from their section."""
     counts, name_lengths, value_lengths, names, values = _split(section.view, _HEADERS_TABLE, section.at, "headers")
     per_record = decode_varints(counts.view, count, "header counts", counts.at)
     if int(largest_of(per_record)) > limits.headers_per_record_max:
@@ -272,7 +273,7 @@ def _too_many_in_record(count: int, limits: FormatLimits, at: int) -> FormatErro
 
 
 def _check_names(data: memoryview, ends: Int64s, at: int) -> None:
-    """Every name is UTF-8: the whole is, and no name starts inside a character."""
+    """Checks that every name is UTF-8: the joined bytes are, and no name starts inside a character."""
     try:
         str(data, "utf-8")
     except UnicodeDecodeError as error:

@@ -44,7 +44,8 @@ _NIL = bytes(16)
 
 @dataclass(frozen=True, slots=True)
 class SegmentHeader:
-    """What a segment holds: offsets [base_offset, end_offset). No block has a higher epoch than the segment."""
+    """Topic, partition and offsets [base_offset, end_offset) of a segment. No block has a higher epoch than the
+    segment."""
 
     topic_id: bytes
     partition: int
@@ -57,7 +58,7 @@ class SegmentHeader:
 
 @dataclass(frozen=True, slots=True)
 class SegmentFooter:
-    """Where the index lies (byte position from the start of the segment) and its checksum."""
+    """Position of the index (bytes from the start of the segment) and its checksum."""
 
     index_at: int
     index_size_bytes: int
@@ -67,7 +68,7 @@ class SegmentFooter:
 
 @dataclass(frozen=True, slots=True)
 class SegmentInfo:
-    """A finished segment, as it is registered. raw_bytes: the payloads of its blocks, uncompressed."""
+    """A finished segment, as the registry keeps it. raw_bytes: uncompressed payload bytes of its blocks."""
 
     topic_id: bytes
     partition: int
@@ -86,7 +87,7 @@ class SegmentInfo:
 
 
 def encode_segment_header(header: SegmentHeader) -> bytes:
-    """SEGMENT_HEADER_SIZE bytes. Raises FormatError for a field out of range."""
+    """Returns the SEGMENT_HEADER_SIZE bytes of a header. Raises FormatError for a field out of range."""
     _check_header(header)
     body = _HEADER_BODY.pack(
         SEGMENT_MAGIC,
@@ -104,7 +105,7 @@ def encode_segment_header(header: SegmentHeader) -> bytes:
 
 
 def decode_segment_header(buffer: Buffer) -> SegmentHeader:
-    """The header at the start of `buffer`. Raises FormatError."""
+    """Returns the header at the start of `buffer`. Raises FormatError."""
     if len(buffer) < SEGMENT_HEADER_SIZE:
         raise FormatError(f"segment header: {len(buffer)} of {SEGMENT_HEADER_SIZE} bytes")
     magic, version, codec_id, flags, topic_id, partition, epoch, base, end, count, crc = _HEADER.unpack_from(buffer)
@@ -134,7 +135,8 @@ def _check_header(header: SegmentHeader) -> None:
 
 
 def check_identity(topic_id: bytes, partition: int, epoch: int) -> None:
-    """Raises FormatError unless topic_id is 16 bytes (not nil), partition a u32 and epoch 1 to 2**63-1."""
+    """Refuses with FormatError a topic_id that is nil or not 16 bytes, a partition outside u32, an epoch outside 1
+    to 2**63-1."""
     if len(topic_id) != len(_NIL) or topic_id == _NIL:
         raise FormatError(f"segment topic id is {topic_id!r}, must be 16 bytes, not all zero", 8)
     if not 0 <= partition <= UINT32_MAX:
@@ -147,7 +149,7 @@ def check_identity(topic_id: bytes, partition: int, epoch: int) -> None:
 
 
 def encode_footer(footer: SegmentFooter) -> bytes:
-    """SEGMENT_FOOTER_SIZE bytes."""
+    """Returns the SEGMENT_FOOTER_SIZE bytes of a footer."""
     body = _FOOTER_BODY.pack(
         footer.index_at, footer.index_size_bytes, footer.block_count, footer.index_crc, SEGMENT_VERSION, 0
     )
@@ -155,15 +157,15 @@ def encode_footer(footer: SegmentFooter) -> bytes:
 
 
 def size_by_footer(buffer: Buffer) -> int:
-    """The size of a whole segment, as its footer (not checked) has it."""
+    """Returns the size of the whole segment according to its footer, which is not checked."""
     index_at, index_size_bytes, *_ = _FOOTER.unpack_from(buffer)
     return int(index_at + index_size_bytes + SEGMENT_FOOTER_SIZE)
 
 
 def decode_footer(buffer: Buffer, segment_size_bytes: int, limits: FormatLimits = DEFAULT_LIMITS) -> SegmentFooter:
-    """The footer in the last SEGMENT_FOOTER_SIZE bytes of `buffer`, which ends where the segment ends.
+    """Returns the footer from the last SEGMENT_FOOTER_SIZE bytes of `buffer`, which ends with the segment.
 
-    Raises FormatError; positions in it count from the start of the segment.
+    Raises FormatError; its positions count from the start of the segment.
     """
     at = segment_size_bytes - SEGMENT_FOOTER_SIZE
     if len(buffer) < SEGMENT_FOOTER_SIZE:
@@ -191,8 +193,11 @@ def decode_footer(buffer: Buffer, segment_size_bytes: int, limits: FormatLimits 
 
 
 def decode_index(buffer: Buffer, footer: SegmentFooter, limits: FormatLimits = DEFAULT_LIMITS) -> SegmentIndex:
-    """The index from exactly its bytes. Raises FormatError where blocks do not follow one another in bytes,
-    offsets or epochs, or exceed the limits; positions count from the start of the segment."""
+    """Returns the index from exactly its bytes.
+
+    Raises FormatError for blocks that do not follow one another in bytes, offsets or epochs, or exceed the limits; its
+    positions count from the start of the segment.
+    """
     at = footer.index_at
     if len(buffer) != footer.index_size_bytes:
         raise FormatError(f"segment index: {len(buffer)} of {footer.index_size_bytes} bytes", at)
@@ -231,7 +236,7 @@ def _check_blocks(blocks: NDArray[np.void], footer: SegmentFooter, limits: Forma
 
 
 def check_agreement(header: SegmentHeader, index: SegmentIndex) -> None:
-    """Raises FormatError where header and index tell different stories."""
+    """Refuses a header and an index that contradict each other with FormatError."""
     first, last = index[0], index[len(index) - 1]
     for name, said, found, at in (
         ("base offset", header.base_offset, first.first_offset, 36),

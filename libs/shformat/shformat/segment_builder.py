@@ -1,7 +1,9 @@
 """Builds one segment from stamped batches in offset order. Holds all of it in memory; does no I/O.
 
-Small batches are merged into blocks, because a block is what a reader finds by the index and decompresses: one of
-1 MiB costs one index entry and compresses well. Batches from COPY_BYTES_MIN on are copied as they are.
+Owns: the blocks made so far and the pending small batches. Invariants: offsets ascend without overlap; a block never
+mixes epochs; a refused batch changes nothing. Small batches are merged into blocks, because a block is the unit that a
+reader finds by the index and decompresses: 1 MiB costs one index entry and compresses well. Batches from COPY_BYTES_MIN
+on are copied unchanged.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ BLOCK_BYTES_TARGET = MIB
 # alone as in a block of 1 MiB, and their index entries are 0.1 % of them (figures: docs/benchmarks.md).
 COPY_BYTES_MIN = 64 * 1024
 
-# Merging may add a column that some of the batches had no need of (offset gaps, keys, headers): at most 3
-# bytes to a record that takes at least 2. Blocks stay within the limits when the target is a quarter of them.
+# Merging may add a column that some of the batches did not need (offset gaps, keys, headers): at most 3 bytes for a
+# record that takes at least 2. Blocks stay within the limits when the target is a quarter of them.
 _MERGE_GROWTH_MAX = 4
 
 # A header takes at least this much of a payload: the lengths of its name and value.
@@ -43,19 +45,19 @@ _HEADER_BYTES_MIN = 2
 
 @dataclass(frozen=True, slots=True)
 class BuiltSegment:
-    """A finished segment: its bytes, in parts to be written one after the other, and what it holds."""
+    """A finished segment: its bytes, in parts to be written in order, and its description."""
 
     parts: list[bytes]
     info: SegmentInfo
 
 
 class SegmentBuilder:
-    """Takes stamped batches with add(), gives the segment with finish(). For one use by one owner.
+    """Takes stamped batches with add(), returns the segment with finish(). For one use by one owner.
 
-    epoch is the highest epoch that may occur; it becomes the segment's. Batches of different epochs (after a
-    change of leader, in compaction) never share a block. Large batches keep the codec of their producer; `codec` is for
-    merged blocks and for large batches that are not compressed. Merged blocks carry no producer stamp: it has done
-    its work when the batch was acknowledged.
+    epoch is the highest epoch that may occur; it becomes the segment's. Batches of different epochs (after a change of
+    leader, in compaction) never share a block. Large batches keep the codec of their producer; `codec` is for merged
+    blocks and for large batches that are not compressed. Merged blocks carry no producer stamp: deduplication is done
+    by the time the batch is acknowledged.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class SegmentBuilder:
         self._partition = partition
         self._epoch = epoch
         self._block_bytes_target = block_bytes_target
-        # A small target still gets batches of half its size as they are: merged, they would fill no block better.
+        # With a small target, batches of half its size are copied too: merged, they would fill no block better.
         self._copy_bytes_min = min(COPY_BYTES_MIN, block_bytes_target // 2)
         self._codec = Codec(codec)
         self._limits = limits
@@ -104,16 +106,16 @@ class SegmentBuilder:
 
     @property
     def end_offset(self) -> int:
-        """One past the last offset added; 0 before the first."""
+        """Offset after the last record added; 0 before the first."""
         return self._end_offset
 
     def add(self, batch: Buffer) -> BatchHeader:
-        """Append one stamped batch; its bytes may be reused afterwards.
+        """Appends one stamped batch and returns its header; its bytes may be reused afterwards.
 
-        Raises FormatError (and takes nothing) for a damaged batch, offsets that overlap those before, an
-        epoch below those before or above the segment's, and beyond the size limits. The columns of a small
-        batch are decoded when its block is made, by a later add() or finish(): should a batch with a right CRC
-        be malformed inside (validate_batch() refuses such), that call raises and the segment cannot be finished.
+        Raises FormatError (and takes nothing) for a damaged batch, offsets that overlap those before, an epoch below
+        those before or above the segment's, and beyond the size limits. The columns of a small batch are decoded when
+        its block is made, by a later add() or finish(): should a batch with a right CRC be malformed inside
+        (validate_batch() refuses such), that call raises and the segment cannot be finished.
         """
         header = check_one_batch(batch, self._limits)
         self._check_order(header)
@@ -129,7 +131,7 @@ class SegmentBuilder:
         return header
 
     def finish(self) -> BuiltSegment:
-        """The segment. Raises FormatError when nothing was added."""
+        """Returns the segment. Raises FormatError if nothing was added."""
         self._flush()
         if not self._entries:
             raise FormatError("a segment of no batches")
@@ -185,7 +187,7 @@ class SegmentBuilder:
             raise FormatError(f"segment of {size_bytes} bytes, segment_bytes_max is {bound}")
 
     def _as_block(self, batch: Buffer, header: BatchHeader) -> bytes:
-        """The batch as it is, or compressed now where the producer did not."""
+        """Returns the batch unchanged, or compressed now if the producer did not compress it."""
         if header.codec is not Codec.NONE or self._codec is Codec.NONE:
             return bytes(batch)
         return encode_batch(
@@ -211,7 +213,7 @@ class SegmentBuilder:
         self._pending_count += header.record_count
 
     def _flush(self) -> None:
-        """Make one block of the pending batches."""
+        """Makes one block of the pending batches."""
         if not self._pending:
             return
         records = decode_checked_batches(self._pending, self._pending_headers, self._limits)

@@ -1,6 +1,6 @@
-"""The block index of a segment in memory: one row per block. docs/formats/segment.md draws an entry.
+"""The block index of a segment in memory: a row per block. docs/formats/segment.md draws an entry.
 
-Owns: the layout of an entry and finding blocks. Does not own: reading it from bytes, and what must hold (segment.py).
+Owns: the layout of an entry and finding blocks. Does not own: reading the index from bytes and its rules (segment.py).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ assert INDEX_ENTRY.itemsize == INDEX_ENTRY_SIZE
 
 @dataclass(frozen=True, slots=True)
 class BlockEntry:
-    """One block: offsets [first_offset, end_offset), bytes [at, at + size_bytes) from the segment's start.
-    crc is over all bytes of the block, base offset and epoch included."""
+    """A block: offsets [first_offset, end_offset), bytes [at, at + size_bytes) from the segment's start. crc covers
+    all bytes of the block, base offset and epoch included."""
 
     first_offset: int
     end_offset: int
@@ -50,12 +50,12 @@ class BlockEntry:
 
     @property
     def decoded_bytes(self) -> int:
-        """As of the block's header."""
+        """Approximate memory of the block's decoded columns, as in its header."""
         return self.uncompressed_bytes + DECODED_RECORD_BYTES * self.record_count
 
     @classmethod
     def of(cls, header: BatchHeader, at: int, crc: int) -> BlockEntry:
-        """The entry of the block with this batch header, at this position."""
+        """Returns the entry of the block with this batch header at position `at`."""
         return cls(
             header.base_offset,
             header.end_offset,
@@ -71,7 +71,7 @@ class BlockEntry:
 
 
 class SegmentIndex:
-    """The blocks of a segment in offset order, as one array; entries are made when asked for."""
+    """The blocks of a segment in offset order, as one array; BlockEntry objects are made on request."""
 
     __slots__ = ("_blocks", "_ends", "_latest")
 
@@ -84,7 +84,7 @@ class SegmentIndex:
 
     @classmethod
     def of(cls, entries: list[BlockEntry]) -> SegmentIndex:
-        """An index of these blocks, in order."""
+        """Returns an index of these blocks, in order."""
         rows = [tuple(getattr(entry, name) for name in _FIELDS) for entry in entries]
         return cls(np.array(rows, INDEX_ENTRY))
 
@@ -98,16 +98,17 @@ class SegmentIndex:
         return (BlockEntry(*row) for row in self._blocks.tolist())
 
     def find(self, offset: int) -> int:
-        """Position of the block that holds `offset`, or of the next one after it; len(self) past the end."""
+        """Returns the position of the block that holds `offset`, or of the next block after it; len(self) past the
+        end."""
         return int(np.searchsorted(self._ends, offset, side="right"))
 
     def find_timestamp(self, timestamp_ms: int) -> int:
-        """Position of the first block that reaches `timestamp_ms`; len(self) when none does."""
+        """Returns the position of the first block that reaches `timestamp_ms`; len(self) if none does."""
         return int(np.searchsorted(self._latest, timestamp_ms, side="left"))
 
     @property
     def record_count(self) -> int:
-        """Records of all blocks."""
+        """Number of records in all blocks."""
         return int(self._blocks["record_count"].sum(dtype=np.int64))
 
     @property
@@ -117,11 +118,11 @@ class SegmentIndex:
 
     @property
     def size_bytes(self) -> int:
-        """Memory of the index."""
+        """Memory of the index in bytes."""
         return self._blocks.nbytes + self._ends.nbytes + self._latest.nbytes
 
     def encode(self) -> bytes:
-        """INDEX_ENTRY_SIZE bytes per block."""
+        """Returns the index as bytes, INDEX_ENTRY_SIZE per block."""
         return self._blocks.tobytes()
 
 

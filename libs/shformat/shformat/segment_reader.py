@@ -1,7 +1,7 @@
-"""Reading a segment by byte ranges, without I/O: a plan yields ReadAt and is sent the bytes.
+"""Reads a segment by byte ranges, without I/O: a plan yields ReadAt and is sent the bytes.
 
-The caller owns fetching, caching and retries. Positions count from the start of the segment, which may lie
-anywhere in an object.
+The caller owns fetching, caching and retries. Positions count from the start of the segment, which may lie anywhere in
+an object.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .segment_index import BlockEntry, SegmentIndex
 
 T = TypeVar("T")
 
-# The first read takes the footer and, with it, an index of up to 511 blocks (records of half a GiB):
-# one request instead of two, for bytes that cost nothing next to a request.
+# The first read takes the footer and, with it, an index of up to 511 blocks (records of half a GiB): one request
+# instead of two, for bytes that cost nothing beside a request.
 TAIL_READ_BYTES = 32 * 1024
 
 
 class ReadAt(NamedTuple):
-    """Please send exactly `size_bytes` bytes from position `at` of the segment."""
+    """Request for exactly `size_bytes` bytes from position `at` of the segment."""
 
     at: int
     size_bytes: int
@@ -44,9 +44,9 @@ Plan = Generator[ReadAt, Buffer, T]
 
 
 def open_segment(size_bytes: int, limits: FormatLimits = DEFAULT_LIMITS) -> Plan[tuple[SegmentHeader, SegmentIndex]]:
-    """Header and index of a segment of `size_bytes`, in two reads (three for a very long index).
+    """Returns header and index of a segment of `size_bytes`, after two reads (three for a very long index).
 
-    Raises FormatError for whatever does not add up between header, index, footer and size.
+    Raises FormatError if header, index, footer and size contradict each other.
     """
     if not SEGMENT_BYTES_MIN <= size_bytes <= limits.segment_bytes_max:
         low, high = SEGMENT_BYTES_MIN, limits.segment_bytes_max
@@ -67,8 +67,10 @@ def open_segment(size_bytes: int, limits: FormatLimits = DEFAULT_LIMITS) -> Plan
 
 
 def last_segment_size(tail: Buffer, object_size_bytes: int, limits: FormatLimits = DEFAULT_LIMITS) -> int:
-    """Bytes of the last of several segments that lie back to back, by its footer at the end of `tail`. For who does not
-    know where the segments of an object begin. Raises FormatError."""
+    """Returns the size of the last of several back-to-back segments, from its footer at the end of `tail`.
+
+    Walks the segments of an object backwards; used when the registry is lost. Raises FormatError.
+    """
     footer = memoryview(tail)[-SEGMENT_FOOTER_SIZE:]
     if len(footer) != SEGMENT_FOOTER_SIZE:
         raise FormatError(f"segment footer: {len(footer)} of {SEGMENT_FOOTER_SIZE} bytes")
@@ -81,7 +83,7 @@ def last_segment_size(tail: Buffer, object_size_bytes: int, limits: FormatLimits
 
 
 def read_block(entry: BlockEntry, limits: FormatLimits = DEFAULT_LIMITS) -> Plan[memoryview]:
-    """The bytes of one block (one encoded batch), checked against the index entry; not decoded.
+    """Returns the bytes of a block (an encoded batch), checked against the index entry; not decoded.
 
     Raises FormatError with the position in the segment.
     """
@@ -91,7 +93,7 @@ def read_block(entry: BlockEntry, limits: FormatLimits = DEFAULT_LIMITS) -> Plan
 
 
 def check_block(block: Buffer, entry: BlockEntry, limits: FormatLimits = DEFAULT_LIMITS) -> None:
-    """Raises FormatError unless `block` is, by CRC and header, the one that `entry` names."""
+    """Checks by CRC and header that `block` is the block of `entry`; raises FormatError if not."""
     if len(block) != entry.size_bytes:
         raise FormatError(f"block: {len(block)} of {entry.size_bytes} bytes", entry.at)
     computed = zlib.crc32(block)
@@ -113,7 +115,7 @@ def _read(at: int, size_bytes: int) -> Plan[memoryview]:
 
 
 def run_plan(plan: Plan[T], read: Callable[[int, int], Buffer]) -> T:
-    """Drive a plan with `read(at, size_bytes)`; errors of `read` pass through."""
+    """Runs a plan with `read(at, size_bytes)` and returns its result; errors of `read` pass through."""
     try:
         wanted = next(plan)
         while True:
@@ -126,7 +128,7 @@ def run_plan(plan: Plan[T], read: Callable[[int, int], Buffer]) -> T:
 
 
 async def run_plan_async(plan: Plan[T], read: Callable[[int, int], Awaitable[Buffer]]) -> T:
-    """run_plan() with an asynchronous `read`."""
+    """Runs a plan as run_plan() does, with an asynchronous `read`, and returns its result."""
     try:
         wanted = next(plan)
         while True:

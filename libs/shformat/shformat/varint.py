@@ -16,8 +16,8 @@ _LAST_BYTE_MAX = 1  # the tenth byte carries bit 63 only
 
 _ONE = np.uint64(1)
 
-# Ufunc methods instead of max(), all() and cumsum(): the same loops without 1-2 us of wrapper per call, which
-# is what a batch of ten records is made of.
+# Ufunc methods instead of max(), all() and cumsum(): the same loops without 1-2 us of wrapper per call, which is most
+# of the time that a batch of ten records takes.
 largest_of = np.maximum.reduce
 smallest_of = np.minimum.reduce
 running_sum = np.add.accumulate
@@ -27,19 +27,19 @@ Int64s = NDArray[np.int64]
 
 
 def zigzag(numbers: Int64s) -> Uint64s:
-    """Fold int64 into uint64 so that small magnitudes of either sign stay small."""
+    """Returns int64 folded into uint64 so that small magnitudes of either sign stay small."""
     return ((numbers << 1) ^ (numbers >> 63)).view(np.uint64)
 
 
 def unzigzag(numbers: Uint64s) -> Int64s:
-    """The inverse of zigzag()."""
+    """Returns the inverse of zigzag()."""
     signed = (numbers >> _ONE).view(np.int64)
     signed ^= -(numbers & _ONE).view(np.int64)
     return signed
 
 
 def encode_varints(numbers: Uint64s) -> bytes:
-    """The varints of `numbers`, back to back."""
+    """Returns the varints of `numbers`, back to back."""
     if not numbers.size:
         return b""
     largest = int(largest_of(numbers))
@@ -64,10 +64,10 @@ def _byte_of(numbers: Uint64s, k: int, sizes: Int64s) -> NDArray[np.uint8]:
 
 
 def decode_varints(section: memoryview, count: int, name: str, at: int) -> Uint64s:
-    """Exactly `count` varints filling `section` exactly.
+    """Returns exactly `count` varints, which must fill `section` exactly.
 
-    Memory stays within a small multiple of 8 * count bytes, whatever the bytes say.
-    Raises FormatError naming the column `name` and its byte position `at`.
+    Memory stays within a small multiple of 8 * count bytes for any content. Raises FormatError with the column `name`
+    and its byte position `at`.
     """
     size = len(section)
     if not count <= size <= count * VARINT_BYTES_MAX:

@@ -1,7 +1,7 @@
 """The write-ahead log's bytes: the header of a file, the frame around one batch, and the scan of a file.
 
-Owns: what a valid frame is, and where the next one starts after damage. Does not own: files, fsync, which
-damage may be cut off as a torn tail. docs/formats/wal.md draws both headers.
+Owns: the definition of a valid frame, and the search for the next frame after damage. Does not own: files, fsync, the
+decision which damage may be cut off as a torn tail. docs/formats/wal.md draws both headers.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _CONTINUES = 1 << 31
 assert _FRAME.size == FRAME_HEADER_SIZE == _FRAME_BODY_AT + _FRAME_BODY.size
 assert _FRAME_LEAD.size == _FRAME_BODY_AT
 
-# Frames that fail may overlap only when somebody stored forged frames inside damaged ones. Beyond this many
-# times the buffer's size such a frame is believed only if an intact header follows it: time stays linear.
+# Frames that fail may overlap only if forged frames were stored inside damaged ones. Beyond this many times the
+# buffer's size such a frame is believed only if an intact header follows it: time stays linear.
 _WASTED_CRC_FACTOR = 4
 
 _PIECE_BYTES = 64 * 1024
@@ -60,11 +60,11 @@ _NIL = bytes(TOPIC_ID_SIZE)
 
 @dataclass(frozen=True, slots=True)
 class WalFileHeader:
-    """Which log (16 bytes, stays the same on one disk) and which of its files, counted up by the writer.
+    """Identity of a log (16 bytes, constant on one disk) and number of this file, counted up by the writer.
 
-    previous_size_bytes: of the file before this one when this one was begun; 0 where there was none, or in version 1,
-    which does not say. ahead_bytes: at most so many zeros lie behind the last frame while the file is written; 0 in
-    versions 1 and 2. size_bytes: of this header.
+    previous_size_bytes: size of the file before this file when this file was begun; 0 for the first file and in version
+    1, which has no such field. ahead_bytes: at most so many zeros lie behind the last frame while the file is written;
+    0 in versions 1 and 2. size_bytes: of this header.
     """
 
     wal_id: bytes
@@ -79,9 +79,9 @@ class WalFileHeader:
 
 
 class WalFrame(NamedTuple):
-    """A frame whose checksums hold. Positions are bytes from the start of the scanned buffer; sizes in bytes;
-    batch_crc as the header has it; continues: the frame was written together with the one before, so that it does not
-    prove that one synced."""
+    """A frame whose checksums hold. Positions are bytes from the start of the scanned buffer; sizes in bytes.
+    batch_crc is the header's. continues: the frame was written together with the one before, so it does not prove
+    that one synced."""
 
     topic_id: bytes
     partition: int
@@ -98,8 +98,8 @@ class WalFrame(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DamagedSpan:
-    """Bytes that are no valid frame. ``lost`` is set where the frame's own header is intact: it names the
-    partition and the offsets that can no longer be read."""
+    """Bytes that are not a valid frame. ``lost`` is set if the frame's own header is intact: it names the partition
+    and the offsets that can no longer be read."""
 
     at: int
     size_bytes: int
@@ -109,8 +109,8 @@ class DamagedSpan:
 
 @dataclass(frozen=True, slots=True)
 class SpaceAhead:
-    """Zeros at the end of a version 3 file, not more than its header allows: no group was written there yet. In a file
-    that is not written any more they are damage."""
+    """Zeros at the end of a version 3 file, at most as many as its header allows, before any group was written
+    there. In a file that is no longer written they are damage."""
 
     at: int
     size_bytes: int
@@ -120,9 +120,12 @@ class SpaceAhead:
 
 
 def encode_wal_file_header(wal_id: bytes, sequence: int, previous_size_bytes: int = 0, ahead_bytes: int = 0) -> bytes:
-    """The first WAL_FILE_HEADER_SIZE bytes of a file: of version 2 without space ahead, else of version 3, which
-    declares `ahead_bytes` rounded up to whole units. Raises FormatError unless 16 non-zero bytes, a u63, 0 or the size
-    of a file with a header, and 0 to WAL_AHEAD_BYTES_MAX."""
+    """Returns the first WAL_FILE_HEADER_SIZE bytes of a file: version 2 without space ahead, else version 3, which
+    declares `ahead_bytes` rounded up to whole units.
+
+    wal_id: 16 non-zero bytes. sequence: a u63. previous_size_bytes: 0 or the size of a file with a header. ahead_bytes:
+    0 to WAL_AHEAD_BYTES_MAX. Raises FormatError otherwise.
+    """
     _check_id("wal id", wal_id, 8)
     _check_range("sequence", sequence, 0, INT64_MAX, 24)
     _check_previous(previous_size_bytes)
@@ -134,7 +137,7 @@ def encode_wal_file_header(wal_id: bytes, sequence: int, previous_size_bytes: in
 
 
 def decode_wal_file_header(buffer: Buffer) -> WalFileHeader:
-    """The header at the start of `buffer`, of version 1, 2 or 3. Raises FormatError."""
+    """Returns the header at the start of `buffer`, of version 1, 2 or 3. Raises FormatError."""
     if len(buffer) < WAL_FILE_HEADER_SIZE_V1:
         raise FormatError(f"WAL file header: {len(buffer)} of {WAL_FILE_HEADER_SIZE} bytes")
     magic, version, flags, wal_id, sequence, _ = _FILE_V1.unpack_from(buffer)
@@ -156,7 +159,7 @@ def decode_wal_file_header(buffer: Buffer) -> WalFileHeader:
 
 
 def _check_file_crc(buffer: Buffer, size_bytes: int) -> int:
-    """Where the CRC of a header of this size lies. Raises FormatError."""
+    """Returns the position of the CRC of a header of this size. Raises FormatError."""
     if len(buffer) < size_bytes:
         raise FormatError(f"WAL file header: {len(buffer)} of {size_bytes} bytes")
     at = size_bytes - 4
@@ -172,8 +175,11 @@ def _check_previous(size_bytes: int) -> None:
 
 
 def frames_start(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) -> int:
-    """Where the frames of a file begin: behind its header; where that is damaged, at an intact frame header behind
-    what a header of some version would take, else by the version it names, else as in the newest one."""
+    """Returns the position of the first frame of a file.
+
+    Frames begin behind the file's header. If that is damaged, they begin at an intact frame header behind the header of
+    some version, else behind the header of the version that the file names, else behind that of the newest version.
+    """
     try:
         return decode_wal_file_header(buffer).size_bytes
     except FormatError:
@@ -197,11 +203,11 @@ def encode_frame_header(
     *,
     continues: bool = False,
 ) -> bytes:
-    """The FRAME_HEADER_SIZE bytes to be written right before `batch`; their CRCs cover both.
+    """Returns the FRAME_HEADER_SIZE bytes to be written right before `batch`; their CRCs cover both.
 
     topic_id: 16 bytes, not all zero. partition: u32. epoch: 1 to 2**63-1. continues: not the first frame of a group; in
     version 3 files only. Raises FormatError otherwise, for offsets that leave int64, and for a batch too short or too
-    long to be one.
+    long to be valid.
     """
     _check_id("topic id", topic_id, 16)
     _check_range("partition", partition, 0, UINT32_MAX, 32)
@@ -218,12 +224,12 @@ def encode_frame_header(
 def scan_frames(
     buffer: Buffer, start: int | None = None, limits: FormatLimits = DEFAULT_LIMITS
 ) -> Iterator[WalFrame | DamagedSpan | SpaceAhead]:
-    """Every valid frame of a file in order, and every damaged stretch between them, without a gap, from `start` on, by
-    default from frames_start(). In a file of version 3 the last item may be the space ahead.
+    """Yields every valid frame of a file in order, and every damaged stretch between them, without a gap.
 
-    A damaged stretch ends where the next intact frame header starts, or at the end of the buffer; a frame
-    whose header is intact and whose batch is not is a stretch of its own. Never raises on content. A search
-    compares header checksums only, so time stays linear in the size of the buffer, garbage or not.
+    Begins at `start`, by default frames_start(). In a file of version 3 the last item may be the space ahead. A damaged
+    stretch ends at the next intact frame header, or at the end of the buffer; a frame with an intact header and a
+    damaged batch is a stretch of its own. Never raises on content. A search compares header checksums only, so time
+    stays linear in the size of the buffer, garbage or not.
     """
     with memoryview(buffer) as view:
         scan = _Scan(buffer, view, limits, _ahead_bytes(buffer))
@@ -238,7 +244,7 @@ def _ahead_bytes(buffer: Buffer) -> int:
 
 
 class _Scan:
-    """One pass over one buffer. Knows how much work failed checks may still cost."""
+    """A single pass over a buffer. Owns the budget of work that failed checks may still cost."""
 
     __slots__ = ("_ahead_at", "_batch_bytes_max", "_buffer", "_view", "_wasted_bytes_left")
 
@@ -247,7 +253,7 @@ class _Scan:
         self._view = view
         self._batch_bytes_max = limits.batch_bytes_max
         self._wasted_bytes_left = _WASTED_CRC_FACTOR * len(view)
-        # The space ahead begins here or, where a frame ends in zeros, behind it.
+        # The space ahead begins here or, behind a frame that ends in zeros, after that frame.
         self._ahead_at = _zeros_from(view, max(0, len(view) - ahead_bytes))
 
     def frames(self, start: int) -> Iterator[WalFrame | DamagedSpan | SpaceAhead]:
@@ -274,7 +280,7 @@ class _Scan:
                 at = end
 
     def _header_at(self, at: int) -> WalFrame | str:
-        """The frame whose intact header is at `at`, its batch unseen; or why there is none."""
+        """Returns the frame whose intact header is at `at`, its batch unread, or the reason why there is none."""
         view = self._view
         if len(view) - at < FRAME_HEADER_SIZE:
             return f"{len(view) - at} bytes, a frame header takes {FRAME_HEADER_SIZE}"
@@ -302,7 +308,7 @@ class _Scan:
         return WalFrame(*place, size_bytes, batch_at, batch_size_bytes, batch_crc, continues)
 
     def _damage(self, frame: WalFrame) -> str | None:
-        """What is wrong with the batch of a frame whose header is intact; None when nothing is."""
+        """Returns the fault in the batch of a frame whose header is intact, or None."""
         view, end = self._view, frame.at + frame.size_bytes
         if end > len(view):
             return f"frame of {frame.size_bytes} bytes, {len(view) - frame.at} are there"
@@ -315,15 +321,15 @@ class _Scan:
         return f"batch CRC is {computed:#010x}, the frame says {frame.batch_crc:#010x}"
 
     def _is_boundary(self, at: int) -> bool:
-        """The buffer, or what was written of it, ends at `at`, or an intact header starts there."""
+        """True if the buffer, or its written part, ends at `at`, or if an intact header starts there."""
         return at == len(self._view) or self._ahead_at <= at < len(self._view) or self.is_header(at)
 
     def is_header(self, at: int) -> bool:
-        """An intact frame header starts at `at`."""
+        """True if an intact frame header starts at `at`."""
         return at < len(self._view) and not isinstance(self._header_at(at), str)
 
     def _next_header(self, start: int) -> int:
-        """Where the first intact header at or after `start` is; if there is none, the end of what was written."""
+        """Returns the position of the first intact header at or after `start`, or the end of the written part."""
         at = _find_magic(self._buffer, start)
         while at >= 0:
             if self.is_header(at):
@@ -333,7 +339,7 @@ class _Scan:
 
 
 def _zeros_from(view: memoryview, low: int) -> int:
-    """Where the zeros begin that the buffer ends with, at or after `low`."""
+    """Returns the position, at or after `low`, of the zeros that end the buffer."""
     end = len(view)
     while end > low:
         piece = bytes(view[max(low, end - _PIECE_BYTES) : end])
