@@ -330,7 +330,6 @@ def _reason(error: Exception, line: bytes) -> str:
 _FIELDS = {
     "topic", "partition", "offset", "timestamp_ms", "key", "key_base64", "value", "value_base64", "headers"
 }  # fmt: skip
-UINT32_MAX = 2**32 - 1
 
 
 def records_of_json(lines: list[bytes]) -> InputRecords:
@@ -407,6 +406,8 @@ def _bytes_of(document: dict[str, Any], name: str) -> bytes | None:
 
 
 def _partition_of(document: dict[str, Any]) -> int | None:
+    from shformat.limits import UINT32_MAX
+
     number = _integer_of(document, "partition")
     if number is not None and not 0 <= number <= UINT32_MAX:
         raise BadRecord(f"field 'partition' is {number}, must be 0 to {UINT32_MAX}")

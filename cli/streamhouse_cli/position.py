@@ -10,7 +10,6 @@ import click
 
 from streamhouse_cli.options import Text
 
-INT64_MAX = 2**63 - 1
 # The years 1 to 9999: what a calendar, and `datetime`, can name.
 TIMESTAMP_MS_MIN, TIMESTAMP_MS_MAX = -62_135_596_800_000, 253_402_300_799_999
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -41,6 +40,8 @@ def parse_position(text: str, *, takes_last: bool = False, takes_ends: bool = Tr
     """Returns the position that `text` names. Digits alone are an offset; `@` and digits are ms since 1970; with
     `takes_last` a minus sign and digits are a number of records before the end; with `takes_ends` there are `earliest`
     and `latest`; anything else has to be ISO 8601, which is UTC unless it says otherwise. Raises ValueError."""
+    from shformat.limits import INT64_MAX
+
     if takes_ends and text == "earliest":
         return Position("earliest")
     if takes_ends and text == "latest":

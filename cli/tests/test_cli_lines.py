@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shformat.limits import INT64_MAX
 from streamhouse.core.accumulator import RECORD_BYTES_MAX
 from streamhouse.core.outgoing import check_record
 from streamhouse_cli.lines import (
@@ -24,7 +25,7 @@ from streamhouse_cli.lines import (
     records_of_json,
     without_keys,
 )
-from streamhouse_cli.position import INT64_MAX, TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, Position, parse_position
+from streamhouse_cli.position import TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, Position, parse_position
 from streamhouse_cli.text import record_json, text_lines, unescape
 
 pytestmark = pytest.mark.quick

@@ -29,6 +29,7 @@ from shproto.errors import (
     UnknownMember,
     UnknownPartition,
 )
+from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.rpc import Interceptors
 from shruntime.tasks import Backoff, Tasks
 from shruntime.urls import addresses_of
@@ -73,7 +74,7 @@ from streamhouse.records import (
     RecordBatch,
     TopicPartition,
 )
-from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX, Retries
+from streamhouse.retries import Retries
 from streamhouse.subscriptions import Subscriptions
 from streamhouse.tracing import ReceiveTracing
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from shformat import Header
 from shproto.errors import StreamHouseError
+from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shruntime.tasks import Backoff
 
 from streamhouse.batches import Batch
@@ -18,7 +19,6 @@ from streamhouse.core.options import ProducerOptions
 from streamhouse.core.sequences import Lane, Outgoing
 from streamhouse.delivery import Delivery
 from streamhouse.leader_stream import LeaderStream
-from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
 from streamhouse.tracing import SendTrace, tracer
 
 # A batch that has lingered and may not go yet (no room, or sender.SMALL_IN_FLIGHT_MAX are unanswered) grows this long,

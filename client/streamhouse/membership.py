@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
 from shproto.errors import IllegalGeneration, StreamHouseError, UnknownGroup, UnknownMember
+from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
 from shruntime.tasks import Backoff
@@ -23,7 +24,6 @@ from streamhouse.core.options import ConsumerOptions
 from streamhouse.core.positions import Position
 from streamhouse.offsets import commits_of
 from streamhouse.records import TopicPartition
-from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
 
 log = logging.getLogger(__name__)
 

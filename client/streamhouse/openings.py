@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
 from shproto.errors import IllegalGeneration, StreamHouseError, UnknownMember, UnknownTopic
+from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shruntime.tasks import Backoff
 
 from streamhouse.core.options import ConsumerOptions, LastRecords
@@ -16,7 +17,7 @@ from streamhouse.metadata import MetadataCache
 from streamhouse.offsets import Offsets
 from streamhouse.reader import Reader
 from streamhouse.records import TopicPartition
-from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX, gave_up
+from streamhouse.retries import gave_up
 
 log = logging.getLogger(__name__)
 

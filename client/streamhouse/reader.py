@@ -16,6 +16,7 @@ from contextlib import aclosing
 from typing import Literal, cast
 
 from shcluster.peers import Peers
+from shformat.limits import MIB
 from shproto.errors import (
     DataLoss,
     OffsetBelowStart,
@@ -24,16 +25,16 @@ from shproto.errors import (
     Unavailable,
     UnknownTopic,
 )
+from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.v1 import query_pb2
 from shruntime.round_robin import RoundRobinQueue
 from shruntime.tasks import Backoff
 
 from streamhouse.core.decoding import Encoded, check_response, decode, end_of_loss
-from streamhouse.core.options import MIB, ConsumerOptions, Place
+from streamhouse.core.options import ConsumerOptions, Place
 from streamhouse.core.positions import Cursor, Portion
 from streamhouse.metadata import MetadataCache
 from streamhouse.records import TopicPartition
-from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
 
 log = logging.getLogger(__name__)
 

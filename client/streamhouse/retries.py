@@ -15,6 +15,7 @@ from typing import TypeVar, cast
 
 from google.protobuf.message import Message
 from shproto.errors import Overloaded, StreamHouseError, Unavailable
+from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.rpc import Caller
 from shruntime.tasks import Backoff
 
@@ -23,9 +24,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 ResponseT = TypeVar("ResponseT", bound=Message)
 
-RETRY_FIRST_MS = 50
-# A service that comes back is found within a second, at the cost of one attempt a second.
-RETRY_MS_MAX = 1_000
 # A restart that takes no longer than this is no news.
 NOTICE_AFTER_MS = 1_000
 

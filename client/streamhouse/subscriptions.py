@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 
 from shcluster.peers import Peers
 from shproto.errors import StreamHouseError
+from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.v1 import coordinator_pb2
 from shruntime.tasks import Backoff
 
 from streamhouse.core.subscription import Subscription
 from streamhouse.metadata import MetadataCache
-from streamhouse.retries import RETRY_FIRST_MS, RETRY_MS_MAX
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,6 @@ from shproto.errors import DataLoss, Internal, InvalidArgument
 from streamhouse.core.accumulator import Gathering
 from streamhouse.core.lag import Lag, lag_of
 from streamhouse.core.options import (
-    NAME_LENGTH_MAX,
-    SESSION_TIMEOUT_MS_MAX,
-    SESSION_TIMEOUT_MS_MIN,
     ConsumerOptions,
     ProducerOptions,
     partitions_of,
@@ -22,8 +19,6 @@ from streamhouse.core.outgoing import ManyRecords, check_record, cut
 from streamhouse.core.positions import BatchSpan, Cursor, Portion, check_continuity, trim
 from streamhouse.core.room import Room
 from streamhouse.records import RecordBatch, TopicPartition
-from streamhouse_coordinator import messages
-from streamhouse_coordinator.core import names
 
 pytestmark = pytest.mark.quick
 
@@ -286,14 +281,6 @@ def test_a_producers_option_out_of_its_limits_is_named(options, named):
     with pytest.raises(InvalidArgument, match=named) as caught:
         ProducerOptions(**options)
     assert caught.value.details["field"] == next(iter(options))
-
-
-def test_the_limits_of_members_are_the_coordinators():
-    assert (SESSION_TIMEOUT_MS_MIN, SESSION_TIMEOUT_MS_MAX) == (
-        messages.GROUP_SESSION_TIMEOUT_MS_MIN,
-        messages.GROUP_SESSION_TIMEOUT_MS_MAX,
-    )
-    assert NAME_LENGTH_MAX == names.GROUP_LENGTH_MAX == names.CLIENT_ID_LENGTH_MAX
 
 
 def test_what_to_read_is_named_in_full():

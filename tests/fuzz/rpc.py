@@ -15,7 +15,7 @@ from urllib.parse import quote
 from google.protobuf.message import Message
 from shformat import Records, encode_batch
 from shproto.errors import StreamHouseError
-from shproto.rpc import MESSAGE_BYTES_MAX
+from shproto.limits import MESSAGE_BYTES_MAX
 from shproto.v1 import coordinator_pb2 as cpb
 from shproto.v1 import ingest_pb2 as ipb
 from shproto.v1 import query_pb2 as qpb

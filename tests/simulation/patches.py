@@ -46,7 +46,7 @@ def patched(
         stack.enter_context(mock.patch.object(query_wiring, "DiskCache", SimChunkCache))
         stack.enter_context(mock.patch.object(peers, "Connection", connection))
         if small_messages:
-            stack.enter_context(mock.patch.object(coordinator_sessions, "REPORTED_BYTES_MAX", 1))
+            stack.enter_context(mock.patch.object(coordinator_sessions, "SNAPSHOTS_BYTES_MAX", 1))
             stack.enter_context(mock.patch.object(sealer, "SNAPSHOTS_BYTES_MAX", 1))
         root.addHandler(log)
         root.setLevel(logging.INFO)

@@ -29,8 +29,11 @@ class Import:
 
 @dataclass(frozen=True, slots=True)
 class Module:
+    """`defines`: the names that the module gives a value or a body at its top level, with their lines."""
+
     name: str
     imports: tuple[Import, ...]
+    defines: tuple[tuple[str, int], ...] = ()
 
     @property
     def package(self) -> str:
@@ -59,12 +62,22 @@ def our_modules() -> Modules:
 def parsed(sources: Mapping[str, str]) -> Modules:
     """Returns the modules of these sources; that of a package is called package.__init__ there, and package here."""
     names = {name.removesuffix(".__init__") for name in sources}
-    return {
-        name.removesuffix(".__init__"): Module(
-            name.removesuffix(".__init__"), tuple(_imports(ast.parse(source), name.split(".")[:-1], names))
-        )
-        for name, source in sources.items()
-    }
+    modules = {}
+    for full, source in sources.items():
+        name, tree = full.removesuffix(".__init__"), ast.parse(source)
+        modules[name] = Module(name, tuple(_imports(tree, full.split(".")[:-1], names)), tuple(_definitions(tree)))
+    return modules
+
+
+def _definitions(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Yields the names that a module assigns or defines itself, not those that it imports."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, node.lineno
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                yield from ((part.id, node.lineno) for part in ast.walk(target) if isinstance(part, ast.Name))
 
 
 def _imports(node: ast.AST, folder: list[str], names: set[str], is_for_types: bool = False) -> Iterator[Import]:

@@ -6,7 +6,14 @@ from datetime import datetime
 from operator import index
 from typing import Any, Literal, SupportsIndex, TypedDict, cast, get_args
 
+from shformat.limits import INT64_MAX, MIB, UINT32_MAX
 from shproto.errors import InvalidArgument
+from shproto.limits import (
+    GROUP_SESSION_TIMEOUT_MS_MAX,
+    GROUP_SESSION_TIMEOUT_MS_MIN,
+    METADATA_LENGTH_MAX,
+    NAME_LENGTH_MAX,
+)
 from shproto.v1 import types_pb2
 from shruntime.text import unit_of
 
@@ -26,20 +33,11 @@ Partitioner = Callable[[str, bytes | None, int], int | None]
 ACKS = {"none": types_pb2.ACKS_NONE, "wal": types_pb2.ACKS_WAL, "durable": types_pb2.ACKS_DURABLE}
 ACKS_NAMES: dict[int, Acks] = {ACKS["none"]: "none", ACKS["wal"]: "wal", ACKS["durable"]: "durable"}
 
-UINT32_MAX = (1 << 32) - 1
-INT64_MAX = (1 << 63) - 1
-
-MIB = 1 << 20
 DAY_MS = 86_400_000
-# The coordinator's: names of groups and clients, notes beside committed offsets, and for how long a member of a group
-# may be silent.
-NAME_LENGTH_MAX = 249
-METADATA_LENGTH_MAX = 4096
 # Of one poll. Kafka's default, in which an application should be done with within max_poll_interval_ms; and as columns,
 # which cost next to nothing each: 10 MB of records of 1 KiB.
 POLL_RECORDS_MAX = 500
 POLL_BATCHES_RECORDS_MAX = 10_000
-SESSION_TIMEOUT_MS_MIN, SESSION_TIMEOUT_MS_MAX = 100, 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +130,12 @@ class ConsumerOptions:
         _within("prefetch_bytes_max", self.prefetch_bytes_max, 1, 1 << 40)
         _within("topic_refresh_interval_ms", self.topic_refresh_interval_ms, 10, DAY_MS)
         if self.session_timeout_ms != 0:
-            _within("session_timeout_ms", self.session_timeout_ms, SESSION_TIMEOUT_MS_MIN, SESSION_TIMEOUT_MS_MAX)
+            _within(
+                "session_timeout_ms",
+                self.session_timeout_ms,
+                GROUP_SESSION_TIMEOUT_MS_MIN,
+                GROUP_SESSION_TIMEOUT_MS_MAX,
+            )
         _within("max_poll_interval_ms", self.max_poll_interval_ms, 10, DAY_MS)
         check_request_timeout(self.request_timeout_ms)
         check_retry_timeout(self.retry_timeout_ms)

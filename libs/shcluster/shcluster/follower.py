@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from shproto.errors import EventsPruned, StreamHouseError
 from shproto.events import BufferRegistered, event_from_json
+from shproto.limits import RECONNECT_FIRST_MS, RECONNECT_MS_MAX
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
 from shruntime.clock import Clock
@@ -26,9 +27,6 @@ from shcluster.snapshot import SnapshotBuilder
 
 log = logging.getLogger(__name__)
 
-# Coordinators restart within a second; a fleet that comes back does not all ask within the same 100 ms.
-RETRY_FIRST_MS = 100
-RETRY_MS_MAX = 2_000
 # One short statement; readers at a rollback are told as soon as a subscription's heartbeat tells anything.
 HEAD_INTERVAL_MS = 5_000
 
@@ -53,7 +51,7 @@ class Follower:
         self._session_token = session_token
         self._clock = clock
         self._snapshot_taken = snapshot_taken
-        self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+        self._backoff = Backoff(RECONNECT_FIRST_MS, RECONNECT_MS_MAX)
         self._missing = MissingEvents()
 
     async def load(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from shproto.errors import AgentIdTaken, SessionExpired, StreamHouseError
+from shproto.limits import RECONNECT_FIRST_MS, RECONNECT_MS_MAX
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
 from shruntime.clock import Clock
@@ -22,10 +23,6 @@ from shruntime.tasks import Backoff, run_until_first_ends
 from shcluster.agent_checks import AgentChecks, send_heartbeats
 
 log = logging.getLogger(__name__)
-
-# A coordinator that restarts is back within a second; a fleet that waits for it does not ask as one.
-RETRY_FIRST_MS = 100
-RETRY_MS_MAX = 2_000
 
 
 class SessionKeeper:
@@ -63,7 +60,7 @@ class SessionKeeper:
             address=self._address,
             session_token=str(uuid.uuid4()),
         )
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+        backoff = Backoff(RECONNECT_FIRST_MS, RECONNECT_MS_MAX)
         while not self.token:
             try:
                 opened = await self._coordinator.open_session(request)
@@ -102,7 +99,7 @@ class SessionKeeper:
 
     async def _renew(self, recovered: Callable[[], None]) -> None:
         """Sends heartbeats until the session is lost. Raises SessionExpired."""
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+        backoff = Backoff(RECONNECT_FIRST_MS, RECONNECT_MS_MAX)
         await send_heartbeats(
             self._coordinator, self.token, self._interval_ms, self._agents, self._clock, backoff, recovered=recovered
         )

@@ -33,13 +33,12 @@ from google.protobuf.message_factory import GetMessageClass
 from shproto import forks
 from shproto.addresses import AddressOrder
 from shproto.errors import Internal, InvalidArgument, Overloaded, ShuttingDown, StreamHouseError, Unavailable
+from shproto.limits import MESSAGE_BYTES_MAX
 from shproto.v1 import types_pb2
 
 log = logging.getLogger(__name__)
 
 ERROR_METADATA_KEY = "streamhouse-error-bin"
-# A batch of 16 MiB (the format's limit) or a fetch response of a few batches fits with room.
-MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),

@@ -20,7 +20,7 @@ from shstore import ObjectStore, StoreError, StoreUnavailable
 from shread.counters import Counters, download_duration_ms, tracer
 
 # Below this a read from the page cache is quicker than going to another thread and back.
-INLINE_BYTES_MAX = 64 * 1024
+CACHE_INLINE_BYTES_MAX = 64 * 1024
 
 
 class CacheDirError(OSError):
@@ -110,7 +110,7 @@ class ChunkReader:
         while True:
             await self._load(object_key, extent, wanted, loaded)
             total = sum(span.size_bytes for span in spans)
-            if total <= INLINE_BYTES_MAX:
+            if total <= CACHE_INLINE_BYTES_MAX:
                 pieces, wanted = self._assemble(object_key, spans, loaded, check)
             else:
                 pieces, wanted = await asyncio.to_thread(self._assemble, object_key, spans, loaded, check)

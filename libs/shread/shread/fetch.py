@@ -15,6 +15,7 @@ from opentelemetry import trace
 from shcluster.index import PartitionIndex, SegmentEntry
 from shcluster.live_index import Watch
 from shproto.errors import OffsetBeyondEnd, StreamHouseError, Unavailable, UnknownTopic
+from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.v1 import ingest_pb2
 from shruntime.tasks import Backoff
 from shruntime.telemetry import links_to
@@ -39,8 +40,6 @@ from shread.reads import Fetched, Reads, Want
 
 # A fetch that has records already waits no longer than this for what an agent may add.
 TAIL_EXTRA_MS_MAX = 100
-# An agent that does not answer or does not hold a range yet is asked again after up to so long.
-TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX = 50, 1_000
 # A reader that is to be told of news is told of an agent that has failed for so long; it may only be restarting.
 TELL_FAILURE_MS = 5_000
 # What an agent names of the appends that it answers with.
@@ -78,7 +77,7 @@ class _Fetch:
         # Where records are known to exist and only the feed is behind, a reader waits for it even with max_wait_ms 0:
         # an empty answer would be a wrong one.
         self._catch_up_ms = max(self._deadline_ms, now_ms + reads.catch_up_ms)
-        self._backoff = Backoff(TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX)
+        self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         self._knows_all = False  # whether the index is known to be no older than this fetch
         self._tell_ms = None if want.tell_after_ms is None else now_ms + int(want.tell_after_ms)
         self._held_up_by: Callable[[], str] = str

@@ -8,13 +8,14 @@ from shcluster.index import PartitionIndex, PartitionKey, SegmentEntry
 from shcluster.live_index import LiveIndex
 from shformat import BlockEntry, FormatError, decode_batch, read_batch_header
 from shproto.errors import DataLoss, StreamHouseError, Unavailable
+from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.v1 import ingest_pb2
 from shruntime.tasks import Backoff
 from shstore import ObjectMissing
 
 from shread.core.plan import ReadTail, Wait, plan, went_back_reason
 from shread.core.timestamps import AtEnd, LookInSegment, LookInTail, first_at, look
-from shread.fetch import TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX, fetch
+from shread.fetch import fetch
 from shread.reads import Reads, Want
 
 # Of a tail that is searched for a timestamp, per call to its agent.
@@ -36,7 +37,7 @@ class Lookups:
 
     async def latest(self, key: PartitionKey, topic: str) -> Found:
         """The high watermark, from the leader where its records are not all registered."""
-        backoff = Backoff(TAIL_RETRY_FIRST_MS, TAIL_RETRY_MS_MAX)
+        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         deadline_ms = self._reads.clock.monotonic_ms() + self._reads.catch_up_ms
         with self._index.watch(key) as watch:
             while True:
@@ -57,7 +58,7 @@ class Lookups:
                 if remaining_ms <= 0:
                     raise Unavailable(
                         f"{partition.name}: agent {newest.agent_id} does not hold epoch {newest.epoch} yet",
-                        retry_after_ms=TAIL_RETRY_MS_MAX,
+                        retry_after_ms=RETRY_MS_MAX,
                     )
                 await asyncio.wait((watch.changed,), timeout=min(backoff.next_ms(), remaining_ms) / 1000)
 

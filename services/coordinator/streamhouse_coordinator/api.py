@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import Protocol
 
 from opentelemetry import trace
+from shformat.limits import INT64_MAX
 from shproto.errors import InvalidArgument
 from shproto.events import BufferSealed, SessionOpened, TopicCreated
+from shproto.limits import GROUP_SESSION_TIMEOUT_MS_MAX, GROUP_SESSION_TIMEOUT_MS_MIN, NAME_LENGTH_MAX
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.telemetry import context_of, current_traceparent
 
 from streamhouse_coordinator import messages
 from streamhouse_coordinator.core.groups import name_of, split_name
 from streamhouse_coordinator.core.names import (
-    AGENT_ID_LENGTH_MAX,
-    CLIENT_ID_LENGTH_MAX,
     check_name,
     check_number,
     check_text,
@@ -150,7 +150,7 @@ class CoordinatorApi:
     # ---- sessions and leases
 
     async def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
-        check_name("agent_id", request.agent_id, AGENT_ID_LENGTH_MAX)
+        check_name("agent_id", request.agent_id, NAME_LENGTH_MAX)
         check_name("address", request.address, messages.ADDRESS_LENGTH_MAX, empty=True)
         token = messages.session_token(request.session_token) if request.session_token else self._context.new_id()
         if request.role not in ROLES:
@@ -247,7 +247,7 @@ class CoordinatorApi:
         return pb.AnnounceBufferResponse()
 
     async def claim_buffer(self, request: pb.ClaimBufferRequest) -> pb.ClaimBufferResponse:
-        check_name("worker_id", request.worker_id, AGENT_ID_LENGTH_MAX)
+        check_name("worker_id", request.worker_id, NAME_LENGTH_MAX)
         check_number("claim_ttl_ms", request.claim_ttl_ms, 1, self._settings.claim_ttl_ms_max)
         messages.check_count("except_agents", request.except_agents, messages.AGENTS_MAX)
         claimed = await buffers.claim(
@@ -305,10 +305,10 @@ class CoordinatorApi:
     # ---- housekeeping
 
     async def claim_compaction(self, request: pb.ClaimCompactionRequest) -> pb.ClaimCompactionResponse:
-        check_name("worker_id", request.worker_id, AGENT_ID_LENGTH_MAX)
+        check_name("worker_id", request.worker_id, NAME_LENGTH_MAX)
         check_number("claim_ttl_ms", request.claim_ttl_ms, 1, self._settings.claim_ttl_ms_max)
-        check_number("small_bytes_max", request.small_bytes_max, 1, messages.INT64_MAX)
-        check_number("target_bytes", request.target_bytes, 1, messages.INT64_MAX)
+        check_number("small_bytes_max", request.small_bytes_max, 1, INT64_MAX)
+        check_number("target_bytes", request.target_bytes, 1, INT64_MAX)
         check_number("segments_min", request.segments_min, 2, housekeeping.COMPACTION_SEGMENTS)
         claim = await housekeeping.claim_compaction(
             self._context,
@@ -360,13 +360,13 @@ class CoordinatorApi:
     async def join_group(self, request: pb.JoinGroupRequest) -> pb.GroupAssignment:
         messages.check_group(request.group)
         check_name("member_id", request.member_id, messages.MEMBER_ID_LENGTH_MAX, empty=True)
-        check_name("client_id", request.client_id, CLIENT_ID_LENGTH_MAX, empty=True)
+        check_name("client_id", request.client_id, NAME_LENGTH_MAX, empty=True)
         check_number("number of topics", len(request.topics), 0, messages.GROUP_TOPICS_MAX)
         for topic in request.topics:
             check_topic(topic)
         check_number("number of owned partitions", len(request.owned), 0, messages.OWNED_MAX)
         if request.session_timeout_ms:
-            least, most = messages.GROUP_SESSION_TIMEOUT_MS_MIN, messages.GROUP_SESSION_TIMEOUT_MS_MAX
+            least, most = GROUP_SESSION_TIMEOUT_MS_MIN, GROUP_SESSION_TIMEOUT_MS_MAX
             check_number("session_timeout_ms", request.session_timeout_ms, least, most)
         assignment = await groups.join(
             self._clients,
@@ -451,7 +451,7 @@ class CoordinatorApi:
     async def declare_lost(self, request: pb.DeclareLostRequest) -> pb.DeclareLostResponse:
         check_number("number of epochs", len(request.epochs), 1, messages.EPOCHS_MAX)
         for epoch in request.epochs:
-            check_number("epochs", epoch, 1, messages.INT64_MAX)
+            check_number("epochs", epoch, 1, INT64_MAX)
         check_text("reason", request.reason, messages.OPERATOR_REASON_LENGTH_MAX, empty=True)
         rows = await orphaned_ranges.declare_lost(
             self._clients, request.topic, request.partition, list(request.epochs), request.reason

@@ -33,7 +33,7 @@ _followers = up_down_counter(
 
 
 # A database that came back is noticed about as fast as a client gives up a call.
-RETRY_FIRST_MS, RETRY_MS_MAX = 50, 2_000
+DATABASE_RETRY_FIRST_MS, DATABASE_RETRY_MS_MAX = 50, 2_000
 
 
 class Feed:
@@ -79,7 +79,7 @@ class Feed:
 
     async def run(self) -> None:
         """Reads for ever. Without the database it tries again, whatever it answers."""
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+        backoff = Backoff(DATABASE_RETRY_FIRST_MS, DATABASE_RETRY_MS_MAX)
         while True:
             try:
                 if self._checked or await self._check_history():

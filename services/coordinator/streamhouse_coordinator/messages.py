@@ -4,8 +4,10 @@ import hashlib
 import uuid
 from collections.abc import Iterable, Sequence
 
+from shformat.limits import INT64_MAX
 from shproto.errors import InvalidArgument
 from shproto.events import Segment, Slice
+from shproto.limits import METADATA_LENGTH_MAX, NAME_LENGTH_MAX, SNAPSHOT_BYTES_MAX, TOPIC_ID_BYTES
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 
@@ -13,14 +15,12 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.deletion import DeletionGrace
 from streamhouse_coordinator.core.groups import split_name
 from streamhouse_coordinator.core.names import (
-    AGENT_ID_LENGTH_MAX,
-    GROUP_LENGTH_MAX,
     check_name,
     check_number,
     check_text,
     check_topic,
 )
-from streamhouse_coordinator.core.sessions import SNAPSHOT_BYTES_MAX, WalEnds
+from streamhouse_coordinator.core.sessions import WalEnds
 from streamhouse_coordinator.core.topics import OPTIONAL_LIMITS, AlterTopic
 from streamhouse_coordinator.ports import ProjectionCheck
 from streamhouse_coordinator.segment_keys import check_segment_key
@@ -29,7 +29,6 @@ from streamhouse_coordinator.service.groups import Commit
 from streamhouse_coordinator.service.objects import Judged
 from streamhouse_coordinator.service.sessions import Grant
 
-INT64_MAX = 2**63 - 1
 ID_LENGTH_MAX = 64  # a UUID has 36 characters
 SESSION_TOKEN_LENGTH_MIN = 16  # of a secret, drawn at random; a UUID is what is expected
 REASON_LENGTH_MAX = 4096
@@ -51,16 +50,19 @@ OPERATOR_REASON_LENGTH_MAX = 500  # a sentence or two; it is in the event for go
 # What segmenters may be set to (handover_retry_max_ms, handover_refused_retry_ms): a release that is refused would
 # leave the buffer's trouble untold.
 RETRY_AFTER_MS_MAX = 3_600_000
-GROUP_SESSION_TIMEOUT_MS_MIN, GROUP_SESSION_TIMEOUT_MS_MAX = 100, 3_600_000
-METADATA_LENGTH_MAX = 4096  # Kafka's offset.metadata.max.bytes
 
 RangeKey = tuple[str, int, int]
 
 
 def hex_id(field: str, value: bytes) -> str:
     """32 hex characters of a 16-byte id."""
-    if len(value) != 16:
-        raise InvalidArgument(f"{field} must have 16 bytes, got {len(value)}", field=field, value=len(value), limit=16)
+    if len(value) != TOPIC_ID_BYTES:
+        raise InvalidArgument(
+            f"{field} must have {TOPIC_ID_BYTES} bytes, got {len(value)}",
+            field=field,
+            value=len(value),
+            limit=TOPIC_ID_BYTES,
+        )
     return value.hex()
 
 
@@ -76,7 +78,7 @@ def agents_reached(items: Sequence[pb.AgentReach]) -> dict[str, bool]:
     """Returns True or False by agent id: whether the worker reached it. Raises InvalidArgument."""
     check_number("number of agents", len(items), 0, AGENTS_MAX)
     for item in items:
-        check_text("agent_id", item.agent_id, AGENT_ID_LENGTH_MAX)
+        check_text("agent_id", item.agent_id, NAME_LENGTH_MAX)
     return {item.agent_id: item.reached for item in items}
 
 
@@ -238,13 +240,13 @@ def lost_span(item: pb.LostSpan) -> t.LostSpanRow:
 
 def check_group(name: str) -> None:
     """Checks the name of a group that the call may create. Raises InvalidArgument."""
-    check_name("group", name, GROUP_LENGTH_MAX)
+    check_name("group", name, NAME_LENGTH_MAX)
 
 
 def check_known_group(name: str) -> None:
     """Checks the name of a group that exists: one that older versions accepted can still be looked at and deleted.
     Raises InvalidArgument."""
-    check_text("group", name, GROUP_LENGTH_MAX)
+    check_text("group", name, NAME_LENGTH_MAX)
 
 
 def commit_of(item: pb.OffsetCommit) -> Commit:

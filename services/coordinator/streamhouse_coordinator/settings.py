@@ -3,6 +3,7 @@
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
+from shproto.limits import NAME_LENGTH_MAX
 from shruntime.settings import CommonSettings, one_line
 from shruntime.urls import url_of
 
@@ -94,7 +95,7 @@ class CoordinatorSettings(CommonSettings):
         "after this and 2 * pg_timeout_ms",
     )
     coordinator_id: Annotated[str, AfterValidator(one_line)] = Field(
-        "", max_length=249, description="name in status and metadata; empty: a new one each start"
+        "", max_length=NAME_LENGTH_MAX, description="name in status and metadata; empty: a new one each start"
     )
 
     session_ttl_ms: int = Field(

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 SERVER_STOP_GRACE_MS = 500
 
 # PostgreSQL fails over within seconds; a coordinator that waits for it asks at most so often.
-RETRY_FIRST_MS, RETRY_MS_MAX = 100, 5_000
+START_RETRY_FIRST_MS, START_RETRY_MS_MAX = 100, 5_000
 # PostgreSQL is away or slow; too many others change the same rows; it refuses what it should not.
 _LATER = (Unavailable, Overloaded, Internal)
 
@@ -71,7 +71,7 @@ class CoordinatorService:
     async def start(self) -> None:
         """Connects, migrates, starts the background work. Keeps trying until PostgreSQL answers and lets us in. Raises
         SettingsError when the DSN is of no use, DatabaseRefused."""
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+        backoff = Backoff(START_RETRY_FIRST_MS, START_RETRY_MS_MAX)
         while True:
             try:
                 await self._store.open()
@@ -91,7 +91,7 @@ class CoordinatorService:
         answers."""
         name = self.settings.coordinator_id or f"coordinator-{new_uuid()[:8]}"
         request = pb.OpenSessionRequest(agent_id=name, role="coordinator", address=address)
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
+        backoff = Backoff(START_RETRY_FIRST_MS, START_RETRY_MS_MAX)
         await self._reopen(request)
         while not self._session_token:
             await asyncio.sleep(backoff.next_ms() / 1000)

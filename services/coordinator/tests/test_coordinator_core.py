@@ -21,7 +21,7 @@ from shproto.events import (
     SessionOpened,
     TopicCreated,
 )
-from shproto.rpc import MESSAGE_BYTES_MAX
+from shproto.limits import MESSAGE_BYTES_MAX, SNAPSHOT_BYTES_MAX, SNAPSHOTS_BYTES_MAX
 from streamhouse_coordinator.core import compaction, names, registration, retention, sessions, topics
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.registration import Result
@@ -383,12 +383,12 @@ def test_how_many_producers_states_an_answer_tells(
     monkeypatch: pytest.MonkeyPatch, sizes_bytes: list[int], told: int
 ) -> None:
     """The first, whatever its size; none behind one that is omitted."""
-    monkeypatch.setattr(sessions, "REPORTED_BYTES_MAX", 10)
+    monkeypatch.setattr(sessions, "SNAPSHOTS_BYTES_MAX", 10)
     assert sessions.reported_count(sizes_bytes) == told
 
 
 def test_the_largest_answer_fits_into_a_message() -> None:
-    largest = max(sessions.SNAPSHOT_BYTES_MAX, sessions.REPORTED_BYTES_MAX)
+    largest = max(SNAPSHOT_BYTES_MAX, SNAPSHOTS_BYTES_MAX)
     assert largest <= MESSAGE_BYTES_MAX // 2, "the other half is for what else 100,000 grants say"
 
 

@@ -401,7 +401,7 @@ async def with_producers(api: CoordinatorApi, open_agent: Any) -> Any:
 async def test_what_of_producers_does_not_fit_into_an_answer_is_in_those_that_follow(
     api: CoordinatorApi, open_agent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core_sessions, "REPORTED_BYTES_MAX", 9)
+    monkeypatch.setattr(core_sessions, "SNAPSHOTS_BYTES_MAX", 9)
     agent = await with_producers(api, open_agent)
     resumed = list(agent.session.resumed)
     assert told(resumed) == [(0, 1, b"0000", False), (1, 1, b"1111", False), (2, 1, b"", True)]
@@ -428,7 +428,7 @@ async def test_asking_for_what_was_omitted_comes_to_an_end(
     api: CoordinatorApi, open_agent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where each is larger than what an answer has room for; what was given up takes none."""
-    monkeypatch.setattr(core_sessions, "REPORTED_BYTES_MAX", 1)
+    monkeypatch.setattr(core_sessions, "SNAPSHOTS_BYTES_MAX", 1)
     agent = await with_producers(api, open_agent)
     await agent.close()
     await api.declare_lost(pb.DeclareLostRequest(topic="orders", partition=0, epochs=[2], reason="a test"))

@@ -9,7 +9,9 @@ from functools import partial
 from typing import TypeVar
 
 from shformat import FormatError
+from shformat.limits import INT64_MAX
 from shproto.errors import DataLoss, InvalidArgument, Overloaded, StreamHouseError, Unavailable
+from shproto.limits import INLINE_BYTES_MAX, TOPIC_ID_BYTES
 from shproto.rpc import caller_connection, time_left_ms
 from shproto.v1 import query_pb2
 from shread.chunk_reader import ChunkCache
@@ -29,15 +31,9 @@ T = TypeVar("T")
 
 # Look-ups of one request that run at once: each may hold a chunk or a tail of some MiB.
 LOOKUPS_AT_ONCE = 8
-INT64_MAX = (1 << 63) - 1
 # So long before the caller's deadline it is told what its call waits for: enough for the way back over a slow network.
 TELL_BEFORE_MS = 500
-# What decodes to no more than this is made into the plain form on the event loop; the rest in a thread.
-INLINE_BYTES_MAX = 512 * 1024
 RETRY_MS = 200
-
-
-TOPIC_ID_BYTES = 16  # of a UUID
 
 
 class QueryApi:

@@ -13,7 +13,7 @@ from streamhouse_coordinator.adapters.postgres_transaction import BUFFERS_CHANNE
 
 log = logging.getLogger(__name__)
 
-RECONNECT_FIRST_MS, RECONNECT_MS_MAX = 50, 5_000
+LISTEN_RETRY_FIRST_MS, LISTEN_RETRY_MS_MAX = 50, 5_000
 
 PROBE_S = 10.0
 """How long a connection may be silent before it is asked whether it is there: that of a server whose machine is gone is
@@ -50,7 +50,7 @@ class Listener:
                 "itself in pg_listen_dsn to hear of them at once"
             )
             return
-        backoff = Backoff(RECONNECT_FIRST_MS, RECONNECT_MS_MAX)
+        backoff = Backoff(LISTEN_RETRY_FIRST_MS, LISTEN_RETRY_MS_MAX)
         while True:
             try:
                 await self._listen(backoff)

@@ -4,14 +4,11 @@ Pure."""
 import re
 
 from shproto.errors import InvalidArgument
+from shproto.limits import NAME_LENGTH_MAX
 
-NAME_LENGTH_MAX = 249  # Kafka's: a partition's directory name must fit 255 bytes there
 _TOPIC = re.compile(rf"[a-zA-Z0-9._-]{{1,{NAME_LENGTH_MAX}}}")
 # Control characters of ASCII and Latin-1, line and paragraph separators, and marks that reverse the direction of text.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-GROUP_LENGTH_MAX = 249
-CLIENT_ID_LENGTH_MAX = 249
-AGENT_ID_LENGTH_MAX = 249
 
 
 def check_topic(name: str) -> None:

@@ -16,16 +16,11 @@ from shproto.events import (
     SessionClosed,
     SessionOpened,
 )
+from shproto.limits import SNAPSHOT_BYTES_MAX, SNAPSHOTS_BYTES_MAX
 
 from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, ProducerSnapshotRow, RangeRow, SessionRow
 
 INGEST, SEGMENTER = "ingest", "segmenter"
-# Bytes kept of the producers of a range; an agent's own limit is some 100,000 producers of 130 bytes.
-SNAPSHOT_BYTES_MAX = 16 * 1024 * 1024
-# Bytes of producers' snapshots in an answer, which stays well below the limit of 64 MiB per message whatever else its
-# grants have (some 100 bytes each). Space for two of the largest snapshots, or some 300 ranges with 1000 producers
-# each.
-REPORTED_BYTES_MAX = 32 * 1024 * 1024
 ROLES = (INGEST, "query", SEGMENTER, "coordinator")
 
 RangeKey = tuple[str, int, int]
@@ -274,10 +269,10 @@ def snapshot_for(row: RangeRow, snapshots: Sequence[ProducerSnapshotRow]) -> byt
 
 
 def reported_count(sizes_bytes: Sequence[int]) -> int:
-    """Returns how many leading snapshots fit into REPORTED_BYTES_MAX together, at least 1 if there are any. Later ones
+    """Returns how many leading snapshots fit into SNAPSHOTS_BYTES_MAX together, at least 1 if there are any. Later ones
     are omitted even if they would fit, so that an agent that requests omitted snapshots again makes progress with every
     answer."""
-    fitting = sum(total <= REPORTED_BYTES_MAX for total in accumulate(sizes_bytes))
+    fitting = sum(total <= SNAPSHOTS_BYTES_MAX for total in accumulate(sizes_bytes))
     return max(fitting, min(1, len(sizes_bytes)))
 
 

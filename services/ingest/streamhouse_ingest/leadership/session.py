@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 
 from shproto.errors import AgentIdTaken, InvalidArgument, SessionExpired, StreamHouseError
+from shproto.limits import SNAPSHOTS_BYTES_MAX
 from shproto.v1 import coordinator_pb2 as pb
 
 from streamhouse_ingest.leadership.context import LeadershipContext
@@ -28,10 +29,6 @@ from streamhouse_ingest.produce.writer import Writer
 from streamhouse_ingest.sealing.sealer import Sealer
 
 log = logging.getLogger(__name__)
-
-# Of one request that declares ends; with it the request stays well below the 64 MiB that a message may have. Some 250
-# partitions with as many unregistered producers as one remembers.
-_SNAPSHOTS_BYTES_MAX = 32 * 1024 * 1024
 
 
 class Session:
@@ -232,7 +229,7 @@ class Session:
 def wal_ends(helds: Iterable[HeldLog]) -> list[pb.WalEnd]:
     """Up to where the log holds each range, and whose records those are that are not registered."""
     ends = []
-    room_bytes = _SNAPSHOTS_BYTES_MAX
+    room_bytes = SNAPSHOTS_BYTES_MAX
     for held in helds:
         snapshot = held.log.tail_snapshot()
         if len(snapshot) > room_bytes:

@@ -6,11 +6,13 @@ when a heartbeat tells of a change that the events have not brought. What an ans
 
 from collections.abc import Collection, Iterable, Mapping
 
+from shformat.limits import INT64_MAX
+
 from streamhouse_ingest.log.partition_log import LogKey
 
 # As many as the coordinator lets one question name; beyond it, asking for all is no more work.
 RANGES_ASKED_MAX = 10_000
-_NO_EVENT = 2**63 - 1  # behind every event
+_NO_EVENT = INT64_MAX  # behind every event
 
 # The ranges asked for, each with the position of the event that made it wanted. None: all.
 Question = Mapping[LogKey, int]

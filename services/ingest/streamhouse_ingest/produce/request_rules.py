@@ -15,6 +15,7 @@ from shformat import (
     validate_new_batch,
 )
 from shproto.errors import AcksTooWeak, BatchTooLarge, InvalidArgument, InvalidBatch, UnknownProducer
+from shproto.limits import INLINE_BYTES_MAX, TOPIC_ID_BYTES
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import Clock
@@ -26,11 +27,7 @@ from streamhouse_ingest.settings import IngestSettings
 
 T = TypeVar("T")
 
-# What takes no more memory than this is checked, or encoded, on the event loop: 1 ms per MiB. The rest is done in a
-# thread, by turns between connections. The size in question is the decoded one: 250 KB may unpack to 63 MiB.
-_INLINE_BYTES_MAX = 512 * 1024
 _QUEUE_RETRY_MS = 200  # the largest batch takes about as long to check
-TOPIC_ID_BYTES = 16  # of a UUID
 _ACKS = frozenset(types_pb2.Acks.values())
 _ACK_NAMES: dict[int, str] = {types_pb2.ACKS_NONE: "none", types_pb2.ACKS_WAL: "wal", types_pb2.ACKS_DURABLE: "durable"}
 
@@ -87,7 +84,7 @@ class RequestRules:
                 limit_bytes=limit_bytes,
             )
         try:
-            if read_batch_header(batch).decoded_bytes <= _INLINE_BYTES_MAX:
+            if read_batch_header(batch).decoded_bytes <= INLINE_BYTES_MAX:
                 header = validate_new_batch(batch)
             else:
                 header = await self._in_thread(connection, lambda: validate_new_batch(batch), size_bytes)
@@ -141,7 +138,7 @@ class RequestRules:
             return encode_batch(records, codec=Codec.LZ4)
 
         try:
-            if size_bytes <= _INLINE_BYTES_MAX:
+            if size_bytes <= INLINE_BYTES_MAX:
                 return encoded()
             return await self._in_thread(connection, encoded, size_bytes)
         except ValueOutOfRange as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from shproto.errors import DataLoss, InvalidArgument, StreamHouseError, Unavailable, UnknownPartition, UnknownTopic
+from shproto.limits import NAME_LENGTH_MAX
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
@@ -20,7 +21,6 @@ from streamhouse_ingest.waiting import ends_within
 _REMEMBER_MS = 1_000
 # Names are given by anybody: so many are remembered at once, the oldest go.
 _NAMES_MAX = 1_024
-_NAME_LENGTH_MAX = 249  # as in Kafka; the coordinator refuses longer ones
 
 Answer = pb.TopicMetadata | StreamHouseError | None
 
@@ -45,12 +45,12 @@ class TopicLookup:
 
     async def find_leader(self, topic: str, partition: int) -> HeldLog:
         """The log to append to, if a grant is only just arriving. Raises UnknownTopic, UnknownPartition, NotLeader."""
-        if not 0 < len(topic) <= _NAME_LENGTH_MAX:
+        if not 0 < len(topic) <= NAME_LENGTH_MAX:
             raise InvalidArgument(
-                f"topic has {len(topic)} characters, must be 1 to {_NAME_LENGTH_MAX}",
+                f"topic has {len(topic)} characters, must be 1 to {NAME_LENGTH_MAX}",
                 field="topic",
-                value=topic[:_NAME_LENGTH_MAX],
-                limit=_NAME_LENGTH_MAX,
+                value=topic[:NAME_LENGTH_MAX],
+                limit=NAME_LENGTH_MAX,
             )
         metadata = await self._metadata(topic)
         if metadata is None:

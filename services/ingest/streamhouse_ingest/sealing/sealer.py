@@ -13,6 +13,7 @@ from itertools import groupby
 
 from opentelemetry import trace
 from shproto.errors import StreamHouseError
+from shproto.limits import SNAPSHOTS_BYTES_MAX
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import Clock
@@ -30,9 +31,7 @@ from streamhouse_ingest.waiting import ends_within
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer("streamhouse.ingest")
 
-# What one announcement says of producers, and of how many slices: with these it stays well below the 64 MiB that a
-# message may have.
-SNAPSHOTS_BYTES_MAX = 32 * 1024 * 1024
+# With so many slices, and SNAPSHOTS_BYTES_MAX, an announcement stays well below the 64 MiB that a message may have.
 _SLICES_MAX = 10_000
 
 

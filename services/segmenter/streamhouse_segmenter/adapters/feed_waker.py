@@ -14,8 +14,8 @@ from streamhouse_segmenter.ports import Ports
 
 log = logging.getLogger(__name__)
 # A broken feed costs nothing but the scan's interval: reconnect quickly, but not in a spin.
-RECONNECT_FIRST_MS = 100
-RECONNECT_MS_MAX = 5_000
+FEED_RETRY_FIRST_MS = 100
+FEED_RETRY_MS_MAX = 5_000
 
 BUFFERS_AND_WORKERS = (BufferSealed.__name__, SessionClosed.__name__)
 WORKERS = (SessionClosed.__name__,)
@@ -26,7 +26,7 @@ async def follow_events(ports: Ports, types: Sequence[str], wake: Callable[[], N
 
     `session_token`: of the session that the coordinator looks after when the stream breaks; empty: none.
     """
-    backoff = Backoff(RECONNECT_FIRST_MS, RECONNECT_MS_MAX, ports.rng)
+    backoff = Backoff(FEED_RETRY_FIRST_MS, FEED_RETRY_MS_MAX, ports.rng)
     while True:
         try:
             await _follow(ports, types, wake, session_token, backoff)
