@@ -336,7 +336,7 @@ def records_of_json(lines: list[bytes]) -> InputRecords:
     """Each line is a record as `consume --json` writes it; `topic` and `offset` say where it was read, and count for
     nothing."""
     from shproto.errors import StreamHouseError
-    from streamhouse.core.outgoing import check_record
+    from streamhouse.core.record_checks import check_record
 
     records = InputRecords([], [], [], [], [])
     for line in lines:

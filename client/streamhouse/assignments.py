@@ -20,9 +20,9 @@ from shproto.errors import InvalidArgument
 
 from streamhouse.core.handover import Changes, HandOver, Kind, Partitions, Step
 from streamhouse.core.positions import Cursor
-from streamhouse.openings import Openings
 from streamhouse.reader import Reader
 from streamhouse.records import TopicPartition
+from streamhouse.start_positions import Openings
 
 log = logging.getLogger(__name__)
 

@@ -65,7 +65,6 @@ from streamhouse.membership import Membership
 from streamhouse.metadata import MetadataCache
 from streamhouse.metrics import ConsumerMetrics
 from streamhouse.offsets import Offsets
-from streamhouse.openings import Openings
 from streamhouse.reader import Reader
 from streamhouse.records import (
     MembershipState,
@@ -75,6 +74,7 @@ from streamhouse.records import (
     TopicPartition,
 )
 from streamhouse.retries import Retries
+from streamhouse.start_positions import Openings
 from streamhouse.subscriptions import Subscriptions
 from streamhouse.tracing import ReceiveTracing
 

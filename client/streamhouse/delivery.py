@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from shproto import forks
 
 from streamhouse.core.kafka_names import explains_kafka_methods, refuse_arguments
-from streamhouse.core.outgoing import Indices, where
+from streamhouse.core.record_checks import Indices, where
 from streamhouse.records import RecordMetadata
 from streamhouse.tracing import SendTrace
 

@@ -21,6 +21,7 @@ from shruntime.urls import addresses_of
 
 from streamhouse import tracing
 from streamhouse.batches import Batch
+from streamhouse.core.buffer_pool import Room
 from streamhouse.core.kafka_names import (
     explains_kafka_arguments,
     explains_kafka_methods,
@@ -38,8 +39,7 @@ from streamhouse.core.options import (
     check_timeout_s,
     check_topic_name,
 )
-from streamhouse.core.outgoing import CheckedRecord, Headers, Indices, ManyRecords, check_record, cut, where
-from streamhouse.core.room import Room
+from streamhouse.core.record_checks import CheckedRecord, Headers, Indices, ManyRecords, check_record, cut, where
 from streamhouse.core.serializers import Serializers
 from streamhouse.core.sync_mismatch import AsyncContext
 from streamhouse.delivery import Delivery, Placed, PlacedRecords, SendFuture, SendResult, send_future
@@ -48,7 +48,7 @@ from streamhouse.gatherer import LaneState
 from streamhouse.loop_turns import TURN_S, LoopTurns, let_loop_run
 from streamhouse.metadata import MetadataCache
 from streamhouse.metrics import ProducerMetrics
-from streamhouse.placing import TopicLanes, choose, choose_many
+from streamhouse.partitioner import TopicLanes, choose, choose_many
 from streamhouse.records import RecordMetadata
 from streamhouse.retries import Retries
 from streamhouse.sender import SendCounts, Sender

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from shformat import TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, Codec, Records, decode_batch
 from shproto.errors import DataLoss, Internal, InvalidArgument
 from streamhouse.core.accumulator import Gathering
+from streamhouse.core.buffer_pool import Room
 from streamhouse.core.lag import Lag, lag_of
 from streamhouse.core.options import (
     ConsumerOptions,
     ProducerOptions,
     partitions_of,
 )
-from streamhouse.core.outgoing import ManyRecords, check_record, cut
 from streamhouse.core.positions import BatchSpan, Cursor, Portion, check_continuity, trim
-from streamhouse.core.room import Room
+from streamhouse.core.record_checks import ManyRecords, check_record, cut
 from streamhouse.records import RecordBatch, TopicPartition
 
 pytestmark = pytest.mark.quick

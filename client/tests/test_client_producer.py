@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from shformat import decode_batch
 from shproto.v1 import types_pb2
-from streamhouse import Producer, errors, gatherer, placing
+from streamhouse import Producer, errors, gatherer, partitioner
 from streamhouse.core.murmur2 import partition_of
-from streamhouse.placing import _partition_of_cached
+from streamhouse.partitioner import _partition_of_cached
 from streamhouse.sender import SMALL_IN_FLIGHT_MAX
 
 # Until what must come is given up: no duration is what is tested, and the machine may be busy.
@@ -122,7 +122,7 @@ async def test_records_without_keys_stay_with_their_batch(platform, address):
 async def test_small_batches_without_keys_follow_each_other_to_a_partition(
     platform, address, monkeypatch, sticky_ms, is_one
 ):
-    monkeypatch.setattr(placing, "STICKY_MS", sticky_ms)
+    monkeypatch.setattr(partitioner, "STICKY_MS", sticky_ms)
     platform.add_topic("t", 8)
     async with Producer(address, linger_ms=0) as producer:
         sent = [await producer.send_and_wait("t", b"v") for _ in range(20)]

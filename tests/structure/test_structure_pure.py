@@ -29,7 +29,7 @@ PURE = (
     "streamhouse.core.kafka_names",
     "streamhouse.core.lag",
     "streamhouse.core.murmur2",
-    "streamhouse.core.room",
+    "streamhouse.core.buffer_pool",
     "streamhouse.core.sequences",
     "streamhouse.core.subscription",
     "streamhouse.errors",

@@ -11,7 +11,7 @@ from typing import Any
 from shproto.errors import SerializationError
 
 from streamhouse.core.options import ConsumerOptions, Deserializer, ProducerOptions, Serializer
-from streamhouse.core.outgoing import Bytes, count_of
+from streamhouse.core.record_checks import Bytes, count_of
 from streamhouse.records import Record, RecordBatch, TopicPartition, records_of
 
 

@@ -18,7 +18,7 @@ from shproto.errors import UnknownPartition
 
 from streamhouse.core.murmur2 import partition_of, partitions_of
 from streamhouse.core.options import Partitioner, partition_number
-from streamhouse.core.outgoing import ManyRecords
+from streamhouse.core.record_checks import ManyRecords
 from streamhouse.gatherer import Gatherer, LaneState
 from streamhouse.metadata import TopicState
 
