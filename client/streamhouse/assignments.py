@@ -22,7 +22,7 @@ from streamhouse.core.handover import Changes, HandOver, Kind, Partitions, Step
 from streamhouse.core.positions import Cursor
 from streamhouse.reader import Reader
 from streamhouse.records import TopicPartition
-from streamhouse.start_positions import Openings
+from streamhouse.start_positions import StartPositions
 
 log = logging.getLogger(__name__)
 
@@ -92,14 +92,14 @@ class Assignments:
     def __init__(
         self,
         reader: Reader,
-        openings: Openings,
+        start_positions: StartPositions,
         callbacks: Callbacks,
         *,
         revoked: Callable[[dict[TopicPartition, Cursor]], Awaitable[None]],
         changed: Callable[[], None],
     ) -> None:
         self._reader = reader
-        self._openings = openings
+        self._start_positions = start_positions
         self._revoked = revoked
         self._changed = changed
         self._hand_over = HandOver()
@@ -179,9 +179,9 @@ class Assignments:
         for where in changes.released:
             self._reader.release(self._reader.cursors[where])
         if changes.forgotten:
-            self._openings.forget(changes.forgotten)
+            self._start_positions.forget(changes.forgotten)
         if changes.opening:
-            self._openings.add(changes.opening)
+            self._start_positions.add(changes.opening)
         self._look()
         self._changed()
 

@@ -74,7 +74,7 @@ from streamhouse.records import (
     TopicPartition,
 )
 from streamhouse.retries import Retries
-from streamhouse.start_positions import Openings
+from streamhouse.start_positions import StartPositions
 from streamhouse.subscriptions import Subscriptions
 from streamhouse.tracing import ReceiveTracing
 
@@ -199,7 +199,7 @@ class Consumer(AsyncContext, AsyncIteration):
         self._tasks: Tasks | None = None  # once started
         self._starting = asyncio.Lock()
         self._starts = 0  # number of calls that wait for the partitions to be open
-        self._openings = Openings(
+        self._start_positions = StartPositions(
             self._options,
             self._metadata,
             self._offsets,
@@ -210,7 +210,7 @@ class Consumer(AsyncContext, AsyncIteration):
             topic_unknown=lambda: self._subscriptions.refresh_soon(),
         )
         self._assignments = Assignments(
-            self._reader, self._openings, callbacks, revoked=self._commit_revoked, changed=self._on_owned_changed
+            self._reader, self._start_positions, callbacks, revoked=self._commit_revoked, changed=self._on_owned_changed
         )
         self._subscriptions = Subscriptions(
             self._peers, self._metadata, topic_refresh_interval_ms, self._on_topics_found
@@ -275,7 +275,7 @@ class Consumer(AsyncContext, AsyncIteration):
     async def _opened(self) -> None:
         self._starts += 1
         try:
-            await self._openings.opened()
+            await self._start_positions.opened()
         finally:
             self._starts -= 1
 
@@ -291,7 +291,7 @@ class Consumer(AsyncContext, AsyncIteration):
         """Does the part of a start that may fail or be cancelled; the next start begins here again."""
         if self._assign:
             await self._check_partitions(self._assign)
-            await self._openings.open(self._assign)
+            await self._start_positions.open(self._assign)
             return
         subscription = self._subscriptions.current
         topics = await self._subscriptions.find(subscription)
@@ -301,7 +301,7 @@ class Consumer(AsyncContext, AsyncIteration):
             self._membership.read_topics(topics)
             await self._membership.join()
         elif subscription.pattern is None:
-            await self._openings.open(_partitions_of(topics))
+            await self._start_positions.open(_partitions_of(topics))
             self._assignments.adopt(_partitions_of(topics))
         else:
             self._assignments.want(_partitions_of(topics))
@@ -321,7 +321,7 @@ class Consumer(AsyncContext, AsyncIteration):
         self._tasks = Tasks()
         self._iteration.start()
         if not self._assign:
-            self._spawn("open partitions", self._openings.run())
+            self._spawn("open partitions", self._start_positions.run())
             self._spawn("hand-over", self._assignments.run())
             self._spawn("find topics", self._subscriptions.run())
         if self._membership is not None:
@@ -738,7 +738,7 @@ class Consumer(AsyncContext, AsyncIteration):
         member = self._membership
         # One that the group has forgotten has no partitions, and will have: no end of what there is to read.
         is_joining = member is not None and (member.pending or not member.member_id)
-        return is_joining or self._openings.pending or not self._assignments.is_settled
+        return is_joining or self._start_positions.pending or not self._assignments.is_settled
 
     async def _watch_polls(self) -> None:
         """Leaves the group if the application asks for nothing for max_poll_interval_ms: it hangs, and the heartbeats

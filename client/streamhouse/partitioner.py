@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from shproto.errors import UnknownPartition
 
 from streamhouse.core.murmur2 import partition_of, partitions_of
-from streamhouse.core.options import Partitioner, partition_number
-from streamhouse.core.record_checks import ManyRecords
+from streamhouse.core.options import PartitionFunction, partition_number
+from streamhouse.core.record_checks import RecordColumns
 from streamhouse.gatherer import Gatherer, LaneState
 from streamhouse.metadata import TopicState
 
@@ -31,7 +31,7 @@ CACHED_KEY_BYTES_MAX = 256
 _partition_of_cached = lru_cache(maxsize=16_384)(partition_of)
 
 
-def choose(partitioner: Partitioner, topic: str, key: bytes | None, partitions: int) -> int | None:
+def choose(partitioner: PartitionFunction, topic: str, key: bytes | None, partitions: int) -> int | None:
     """Returns the partition that the application chooses; None where it leaves the choice to us. Raises what the
     partitioner raises, TypeError, UnknownPartition."""
     chosen = partitioner(topic, key, partitions)
@@ -51,14 +51,16 @@ def choose(partitioner: Partitioner, topic: str, key: bytes | None, partitions: 
     return number
 
 
-def choose_many(partitioner: Partitioner, topic: str, records: ManyRecords, partitions: int) -> NDArray[np.int64]:
+def choose_many(
+    partitioner: PartitionFunction, topic: str, records: RecordColumns, partitions: int
+) -> NDArray[np.int64]:
     """Returns the choice for each record, shape (n,); -1 where it is left to us. Raises what `choose` raises."""
     keys = records.keys if records.keys is not None else [None] * len(records.values)
     choices = (choose(partitioner, topic, key, partitions) for key in keys)
     return np.fromiter((-1 if choice is None else choice for choice in choices), np.int64, len(keys))
 
 
-class TopicLanes:
+class Partitioner:
     """A topic being written to: its lanes, and the partition that records without a key go to for now."""
 
     __slots__ = ("_batch_bytes", "_sticky", "_sticky_until_s", "gatherer", "lanes", "loop", "state")
@@ -119,7 +121,7 @@ class TopicLanes:
         return 0
 
     def partitions(
-        self, records: ManyRecords, start: int, stop: int, chosen: NDArray[np.int64] | None = None
+        self, records: RecordColumns, start: int, stop: int, chosen: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:
         """Returns the partitions of records start to stop, shape (stop - start,). chosen: for all records, -1 where the
         choice is ours."""
@@ -129,7 +131,7 @@ class TopicLanes:
         ours = partitions < 0
         return np.where(ours, self._own_partitions(records, start, stop), partitions) if ours.any() else partitions
 
-    def _own_partitions(self, records: ManyRecords, start: int, stop: int) -> NDArray[np.int64]:
+    def _own_partitions(self, records: RecordColumns, start: int, stop: int) -> NDArray[np.int64]:
         keys = records.key_column(start, stop)
         if keys is None:
             return self._sticky_partitions(records.sizes[start:stop])

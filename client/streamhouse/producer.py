@@ -21,7 +21,7 @@ from shruntime.urls import addresses_of
 
 from streamhouse import tracing
 from streamhouse.batches import Batch
-from streamhouse.core.buffer_pool import Room
+from streamhouse.core.buffer_pool import BufferPool
 from streamhouse.core.kafka_names import (
     explains_kafka_arguments,
     explains_kafka_methods,
@@ -33,13 +33,13 @@ from streamhouse.core.options import (
     ACKS_NAMES,
     Acks,
     Compression,
-    Partitioner,
+    PartitionFunction,
     ProducerOptions,
     Serializer,
     check_timeout_s,
     check_topic_name,
 )
-from streamhouse.core.record_checks import CheckedRecord, Headers, Indices, ManyRecords, check_record, cut, where
+from streamhouse.core.record_checks import CheckedRecord, Headers, Indices, RecordColumns, check_record, cut, where
 from streamhouse.core.serializers import Serializers
 from streamhouse.core.sync_mismatch import AsyncContext
 from streamhouse.delivery import Delivery, Placed, PlacedRecords, SendFuture, SendResult, send_future
@@ -48,7 +48,7 @@ from streamhouse.gatherer import LaneState
 from streamhouse.loop_turns import TURN_S, LoopTurns, let_loop_run
 from streamhouse.metadata import MetadataCache
 from streamhouse.metrics import ProducerMetrics
-from streamhouse.partitioner import TopicLanes, choose, choose_many
+from streamhouse.partitioner import Partitioner, choose, choose_many
 from streamhouse.records import RecordMetadata
 from streamhouse.retries import Retries
 from streamhouse.sender import SendCounts, Sender
@@ -94,7 +94,7 @@ class Producer(AsyncContext):
         client_id: str = _DEFAULTS.client_id,
         key_serializer: Serializer | None = None,
         value_serializer: Serializer | None = None,
-        partitioner: Partitioner | None = None,
+        partitioner: PartitionFunction | None = None,
         trace_headers: bool = _DEFAULTS.trace_headers,
         telemetry: Interceptors | None = None,
     ) -> None:
@@ -120,8 +120,8 @@ class Producer(AsyncContext):
         self._peers = Peers(addresses, request_timeout_ms, telemetry)
         self._retries = Retries("delivery_timeout_ms", delivery_timeout_ms, addresses)
         self._metadata = MetadataCache(self._peers)
-        self._room: Room[asyncio.Future[None]] = Room(buffer_bytes_max)
-        self._topics: dict[str, TopicLanes] = {}
+        self._pool: BufferPool[asyncio.Future[None]] = BufferPool(buffer_bytes_max)
+        self._topics: dict[str, Partitioner] = {}
         self._order = FairLock()
         self._made_sender: Sender | None = None
         self._failures: list[Delivery] = []  # since the last flush; those that were seen meanwhile among them
@@ -246,7 +246,7 @@ class Producer(AsyncContext):
             sends.sent(taken[1], caller or trace.INVALID_SPAN)
         return taken
 
-    def _at_once(self, topic: str, partition: int | None, size_bytes: int) -> TopicLanes | None:
+    def _at_once(self, topic: str, partition: int | None, size_bytes: int) -> Partitioner | None:
         """Returns the topic's lanes, room taken, if nothing has to be waited for; None otherwise."""
         try:
             target = self._topics[topic]
@@ -254,12 +254,12 @@ class Producer(AsyncContext):
             return None
         if partition is not None:
             target.lane(partition)  # refused before it has taken room
-        if self._order.queues or self._closed or forks.lost or not self._room.try_take(size_bytes):
+        if self._order.queues or self._closed or forks.lost or not self._pool.try_take(size_bytes):
             return None
         return target
 
     def _add(
-        self, target: TopicLanes, record: CheckedRecord, partition: int | None, deadline_ms: float
+        self, target: Partitioner, record: CheckedRecord, partition: int | None, deadline_ms: float
     ) -> tuple[Delivery, int, int]:
         value, key, headers, timestamp_ms, size_bytes = record
         if timestamp_ms is None:
@@ -297,16 +297,16 @@ class Producer(AsyncContext):
         keys: Sequence[Any] | None,
         timestamps_ms: int | datetime | Sequence[int | datetime] | None,
         headers: Sequence[Headers] | None,
-    ) -> ManyRecords:
+    ) -> RecordColumns:
         """Returns the records of a `send_many` as they will be sent; safe from any thread. Raises TypeError,
         InvalidArgument, BatchTooLarge, SerializationError."""
         if self._serializers is not None:
             values, keys = self._serializers.many(topic, values, keys)
-        return ManyRecords.of(
+        return RecordColumns.of(
             values, keys, time.time_ns() // 1_000_000 if timestamps_ms is None else timestamps_ms, headers
         )
 
-    def choose_partitions(self, topic: str, records: ManyRecords) -> NDArray[np.int64] | None:
+    def choose_partitions(self, topic: str, records: RecordColumns) -> NDArray[np.int64] | None:
         """Returns the partitioner's choices for records of a topic that `knows`, -1 where it makes none; None without a
         partitioner; safe from any thread. Raises what `choose_partition` raises."""
         partitioner = self._options.partitioner
@@ -317,7 +317,7 @@ class Producer(AsyncContext):
     async def take_many(
         self,
         topic: str,
-        records: ManyRecords,
+        records: RecordColumns,
         partition: int | None,
         chosen: NDArray[np.int64] | None = None,
         caller: trace.Span | None = None,
@@ -409,7 +409,7 @@ class Producer(AsyncContext):
         return ProducerMetrics(
             **asdict(counts),
             records_unacknowledged=self.unacknowledged,
-            buffer_used_bytes=self._room.used_bytes,
+            buffer_used_bytes=self._pool.used_bytes,
             buffer_bytes_max=self._options.buffer_bytes_max,
         )
 
@@ -444,14 +444,14 @@ class Producer(AsyncContext):
         check_topic_name(topic)
         await self._opened(topic, partition)
 
-    async def _opened(self, topic: str, partition: int | None) -> TopicLanes:
+    async def _opened(self, topic: str, partition: int | None) -> Partitioner:
         """Returns the topic's lanes. Raises UnknownTopic, UnknownPartition, AcksTooWeak, Unavailable."""
         target = self._topics.get(topic) or await self._open_topic(topic)
         if partition is not None:
             target.lane(partition)
         return target
 
-    async def _open_topic(self, topic: str) -> TopicLanes:
+    async def _open_topic(self, topic: str) -> Partitioner:
         self._must_be_open()
         state = await self._retries.run(lambda: self._metadata.topic(topic))
         # Acks ascend in strength: none, wal, durable.
@@ -464,12 +464,12 @@ class Producer(AsyncContext):
             )
         self._must_be_open()
         await self._begin()
-        return self._topics.setdefault(topic, TopicLanes(state, self._sender.gatherer, self._options.batch_bytes))
+        return self._topics.setdefault(topic, Partitioner(state, self._sender.gatherer, self._options.batch_bytes))
 
     def _place(
         self,
-        target: TopicLanes,
-        records: ManyRecords,
+        target: Partitioner,
+        records: RecordColumns,
         start: int,
         stop: int,
         partition: int | None,
@@ -493,7 +493,7 @@ class Producer(AsyncContext):
             for placed in self._extend(target.lanes[number], records, indices, caller)
         ]
 
-    def _extend(self, lane: LaneState, records: ManyRecords, indices: Indices, caller: trace.Span) -> list[Placed]:
+    def _extend(self, lane: LaneState, records: RecordColumns, indices: Indices, caller: trace.Span) -> list[Placed]:
         """`indices` are ascending: the partition keeps the order given."""
         gathering = lane.gathering
         begun = gathering.size_bytes if gathering is not None else 0
@@ -511,7 +511,7 @@ class Producer(AsyncContext):
 
     async def _wait(
         self, topic: str, partition: int | None, size_bytes: int, deadline_ms: float | None = None
-    ) -> TopicLanes:
+    ) -> Partitioner:
         """Returns the topic's lanes once room is taken, behind all calls made before. Raises what `send` raises.
 
         The caller adds its record without a further await: the next call has the turn by then.
@@ -527,14 +527,14 @@ class Producer(AsyncContext):
         clock (None: delivery_timeout_ms from now), InvalidArgument once closed."""
         forks.check()
         self._must_be_open()
-        if not ticket.granted or not self._room.try_take(size_bytes):
+        if not ticket.granted or not self._pool.try_take(size_bytes):
             try:
                 # From here on for all calls alike: none waits for the timeouts of those before, one after the other.
                 if deadline_ms is None:
                     deadline_ms = self._sender.gatherer.deadline_ms()
                 async with asyncio.timeout_at(deadline_ms / 1000):
                     await ticket.wait()
-                    if not self._room.try_take(size_bytes):
+                    if not self._pool.try_take(size_bytes):
                         await self._wait_for_room(size_bytes)
             except TimeoutError:
                 raise self._no_room(size_bytes) from None
@@ -542,12 +542,12 @@ class Producer(AsyncContext):
 
     async def _wait_for_room(self, size_bytes: int) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._room.enqueue(waiter, size_bytes)
+        self._pool.enqueue(waiter, size_bytes)
         self._sender.gatherer.hurry()
         try:
             await waiter
         except BaseException:
-            left = self._room.leave(waiter)
+            left = self._pool.leave(waiter)
             self._give_back(0 if left else size_bytes)  # in both cases there may be room for those behind it now
             raise
 
@@ -555,10 +555,10 @@ class Producer(AsyncContext):
         limit = self._options.buffer_bytes_max
         return Overloaded(
             f"no room for {size_bytes} bytes within delivery_timeout_ms = {self._options.delivery_timeout_ms}: "
-            f"{self._room.used_bytes} of buffer_bytes_max = {limit} are not acknowledged yet",
+            f"{self._pool.used_bytes} of buffer_bytes_max = {limit} are not acknowledged yet",
             field="buffer_bytes_max",
             limit=limit,
-            value=self._room.used_bytes,
+            value=self._pool.used_bytes,
         )
 
     def _must_be_open(self, taken_bytes: int = 0) -> None:
@@ -581,8 +581,8 @@ class Producer(AsyncContext):
             self._failures.append(delivery)
 
     def _give_back(self, size_bytes: int) -> None:
-        self._room.give_back(size_bytes)
-        for waiter in self._room.admit():
+        self._pool.give_back(size_bytes)
+        for waiter in self._pool.admit():
             if not waiter.done():
                 waiter.set_result(None)
 

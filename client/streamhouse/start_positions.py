@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _PASSING = (UnknownTopic, IllegalGeneration, UnknownMember)
 
 
-class Openings:
+class StartPositions:
     """`add` and `forget` what is given and taken, with `run` as a task of the owner; or `open` at once.
     `store(positions)`: commits where a group begins. `is_held()`: whether the reader is to hold what is opened until it
     is released. `opened(partitions)`: told of what was added and the reader has now. `topic_unknown()`: told that a

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shformat import TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, Codec, Records, decode_batch
 from shproto.errors import DataLoss, Internal, InvalidArgument
 from streamhouse.core.accumulator import Gathering
-from streamhouse.core.buffer_pool import Room
+from streamhouse.core.buffer_pool import BufferPool
 from streamhouse.core.lag import Lag, lag_of
 from streamhouse.core.options import (
     ConsumerOptions,
@@ -17,7 +17,7 @@ from streamhouse.core.options import (
     partitions_of,
 )
 from streamhouse.core.positions import BatchSpan, Cursor, Portion, check_continuity, trim
-from streamhouse.core.record_checks import ManyRecords, check_record, cut
+from streamhouse.core.record_checks import RecordColumns, check_record, cut
 from streamhouse.records import RecordBatch, TopicPartition
 
 pytestmark = pytest.mark.quick
@@ -57,7 +57,7 @@ def test_gathering_one_by_one_or_many_is_the_same(groups, data):
         for value, key, headers, timestamp_ms in group:
             one.add(*check_record(value, key, headers, timestamp_ms))
         values, keys, headers, timestamps = (list(column) for column in zip(*group, strict=True))
-        checked = ManyRecords.of(
+        checked = RecordColumns.of(
             values, keys if any(k is not None for k in keys) else None, timestamps, headers if any(headers) else None
         )
         many.extend(*checked.pick(np.arange(len(group))), int(checked.sizes.sum()))
@@ -76,36 +76,36 @@ def test_gathering_one_by_one_or_many_is_the_same(groups, data):
 
 
 def test_room_is_given_in_the_order_asked():
-    room = Room(100)
-    assert room.try_take(80)
-    assert not room.try_take(30)
-    room.enqueue("big", 90)
-    room.enqueue("small", 10)
-    assert not room.try_take(5), "somebody waits already"
-    assert room.admit() == []
-    room.give_back(80)
-    assert room.admit() == ["big", "small"]
-    assert room.used_bytes == 100
+    pool = BufferPool(100)
+    assert pool.try_take(80)
+    assert not pool.try_take(30)
+    pool.enqueue("big", 90)
+    pool.enqueue("small", 10)
+    assert not pool.try_take(5), "somebody waits already"
+    assert pool.admit() == []
+    pool.give_back(80)
+    assert pool.admit() == ["big", "small"]
+    assert pool.used_bytes == 100
 
 
 def test_one_larger_than_the_room_is_let_in_alone():
-    room = Room(100)
-    assert room.try_take(500)
-    room.enqueue("next", 1)
-    assert room.admit() == []
-    room.give_back(500)
-    assert room.admit() == ["next"]
+    pool = BufferPool(100)
+    assert pool.try_take(500)
+    pool.enqueue("next", 1)
+    assert pool.admit() == []
+    pool.give_back(500)
+    assert pool.admit() == ["next"]
 
 
 def test_who_gave_up_waiting_is_passed_over():
-    room = Room(10)
-    assert room.try_take(10)
-    room.enqueue("a", 10)
-    room.enqueue("b", 10)
-    assert room.leave("a")
-    room.give_back(10)
-    assert room.admit() == ["b"]
-    assert not room.leave("b")
+    pool = BufferPool(10)
+    assert pool.try_take(10)
+    pool.enqueue("a", 10)
+    pool.enqueue("b", 10)
+    assert pool.leave("a")
+    pool.give_back(10)
+    assert pool.admit() == ["b"]
+    assert not pool.leave("b")
 
 
 # ---- positions

@@ -103,7 +103,7 @@ async def test_a_partitioner_that_fails_is_an_error_of_the_send_and_keeps_no_roo
         with pytest.raises(kind_of_error, match=text):
             await producer.send_many("t", [b"v", b"v"], keys=[b"good", b"bad"])
     inner = producer.inner._inner if kind is Plain else producer
-    assert inner._room.used_bytes == 0
+    assert inner._pool.used_bytes == 0
     assert (await producer.send_and_wait("t", b"after", key=b"good")).offset == 0
     await producer.close()
     assert values_of(fake, 0) == [b"after"] and values_of(fake, 1) == []

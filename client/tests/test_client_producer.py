@@ -312,11 +312,11 @@ async def test_an_answer_after_the_delivery_timeout_changes_nothing(platform, ad
         let_delivery_timeout_pass(producer)
         with pytest.raises(errors.Unavailable, match="delivery_timeout_ms"):
             await future
-        assert producer._room.used_bytes == 0
+        assert producer._pool.used_bytes == 0
         platform.faults.hold.set()
         await (await producer.send("t", b"next"))  # behind the answer to the first
         assert isinstance(future.exception(), errors.Unavailable)
-        assert producer._room.used_bytes == 0
+        assert producer._pool.used_bytes == 0
     assert values_in(platform) == ([b"next"] if fault else [b"late", b"next"])
 
 
@@ -607,11 +607,11 @@ async def test_send_waits_for_room(platform, address):
     async with Producer(address, batch_bytes=1000, buffer_bytes_max=4000) as producer:
         for n in range(200):
             await producer.send("t", b"%03d" % n)
-            assert producer._room.used_bytes <= 4000
+            assert producer._pool.used_bytes <= 4000
         await producer.send_many("t", [b"%03d" % n for n in range(200, 600)])
-        assert producer._room.used_bytes <= 4000
+        assert producer._pool.used_bytes <= 4000
     assert values_in(platform) == [b"%03d" % n for n in range(600)]
-    assert producer._room.used_bytes == 0
+    assert producer._pool.used_bytes == 0
 
 
 async def test_no_room_within_the_delivery_timeout(platform, address):
@@ -633,7 +633,7 @@ async def test_calls_that_wait_for_each_other_give_up_together(platform, address
     platform.add_topic("t", 1)
     producer = Producer(address, batch_bytes=100, buffer_bytes_max=100, delivery_timeout_ms=200)
     await producer.open_topic("t")
-    assert producer._room.try_take(100)  # for good
+    assert producer._pool.try_take(100)  # for good
     sends = [producer.send("t", b"v") for _ in range(1_000)]
     async with asyncio.timeout(PATIENCE_S):  # one after the other they would take 200 s
         outcomes = await asyncio.gather(*sends, return_exceptions=True)
@@ -655,7 +655,7 @@ async def test_who_gives_up_waiting_for_room_lets_the_next_one_have_it(platform,
         await small
     assert large.cancelled()
     await producer.close(flush=False)
-    assert producer._room.used_bytes == 0
+    assert producer._pool.used_bytes == 0
 
 
 async def test_bad_arguments(platform, address):
@@ -694,7 +694,7 @@ async def test_a_refused_record_takes_no_room(platform, address):
         for _ in range(3):
             with pytest.raises(errors.UnknownPartition):
                 await producer.send("t", b"x" * 60, partition=1)
-        assert producer._room.used_bytes == 0
+        assert producer._pool.used_bytes == 0
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -723,7 +723,7 @@ async def test_who_waits_for_room_while_the_producer_is_closed_is_told(platform,
     async with asyncio.timeout(PATIENCE_S):
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [errors.InvalidArgument] * 2
-    assert producer._room.used_bytes == 0
+    assert producer._pool.used_bytes == 0
 
 
 async def test_a_list_of_headers_may_be_used_again(platform, address):

@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Room(Generic[T]):
+class BufferPool(Generic[T]):
     """`limit_bytes` in all. One taker larger than the limit is let in alone, or it would wait for ever."""
 
     def __init__(self, limit_bytes: int) -> None:

@@ -28,7 +28,7 @@ Start = Literal["earliest", "latest"] | int | datetime
 """Where reading begins: an end, an offset, a time, or with -N the last N records."""
 Serializer = Callable[[Any], bytes | None]
 Deserializer = Callable[[bytes], Any]
-Partitioner = Callable[[str, bytes | None, int], int | None]
+PartitionFunction = Callable[[str, bytes | None, int], int | None]
 
 ACKS = {"none": types_pb2.ACKS_NONE, "wal": types_pb2.ACKS_WAL, "durable": types_pb2.ACKS_DURABLE}
 ACKS_NAMES: dict[int, Acks] = {ACKS["none"]: "none", ACKS["wal"]: "wal", ACKS["durable"]: "durable"}
@@ -65,7 +65,7 @@ class ProducerOptions:
     key_serializer: Serializer | None = None
     value_serializer: Serializer | None = None
     # None: Kafka's, by the key.
-    partitioner: Partitioner | None = None
+    partitioner: PartitionFunction | None = None
     # Consumers find the trace of a record in its header; the header is written only where a span is recorded.
     trace_headers: bool = True
 
@@ -269,7 +269,7 @@ class ProducerKwargs(TypedDict, total=False):
     client_id: str
     key_serializer: Serializer | None
     value_serializer: Serializer | None
-    partitioner: Partitioner | None
+    partitioner: PartitionFunction | None
     trace_headers: bool
 
 

@@ -60,7 +60,7 @@ def where(indices: Indices) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class ManyRecords:
+class RecordColumns:
     """The lists given to `send_many`, checked. `sizes`: int64, shape (n,), bytes each record counts for; `key_sizes`
     the bytes of its key, 0 for null."""
 
@@ -78,7 +78,7 @@ class ManyRecords:
         keys: Sequence[Bytes | None] | None,
         timestamps_ms: int | datetime | Sequence[int | datetime],
         headers: Sequence[Headers] | None,
-    ) -> "ManyRecords":
+    ) -> "RecordColumns":
         """Checks the lists, and returns them as columns. Raises TypeError, InvalidArgument, BatchTooLarge."""
         count = count_of("values", values)
         for name, column in (("keys", keys), ("headers", headers)):

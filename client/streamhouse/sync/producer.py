@@ -37,7 +37,7 @@ from streamhouse.core.kafka_names import (
     refuse_arguments,
 )
 from streamhouse.core.options import ProducerKwargs, check_exit_timeout, check_timeout_s, partition_number
-from streamhouse.core.record_checks import CheckedRecord, Headers, ManyRecords, check_record
+from streamhouse.core.record_checks import CheckedRecord, Headers, RecordColumns, check_record
 from streamhouse.core.sync_mismatch import PlainContext
 from streamhouse.delivery import Delivery, PlacedRecords, SentRecords
 from streamhouse.metrics import ProducerMetrics
@@ -337,7 +337,7 @@ class Producer(PlainContext):
     async def _take_many(
         self,
         topic: str,
-        records: ManyRecords,
+        records: RecordColumns,
         partition: int | None,
         chosen: NDArray[np.int64] | None,
         caller: trace.Span,
