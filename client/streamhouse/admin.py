@@ -1,4 +1,5 @@
-"""Topics, offsets, groups, the state of the cluster: what operators and scripts ask. Answers are plain dataclasses."""
+"""Administration of topics, offsets, groups and the cluster, for operators and scripts. Answers are plain
+dataclasses."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -63,17 +64,18 @@ from streamhouse.retries import Retries
 REQUEST_TIMEOUT_MS = 10_000
 # Kafka's default for an admin's calls: a rolling restart fits.
 RETRY_TIMEOUT_MS = 60_000
-# Half of what a query service takes in one request.
+# Half of the lookups that a query service accepts in one request.
 LOOKUPS_MAX = 500
 
 
 @explains_kafka_methods("Admin")
 class Admin(AsyncContext):
-    """Use it as an async context manager.
+    """Administers topics, offsets, groups and the cluster. An async context manager.
 
-    request_timeout_ms: of one try. retry_timeout_ms: how long a call that nobody answers, or that a server is too busy
-    for, is tried again; then every method raises Unavailable or Overloaded. Creating a topic, and deleting a topic or a
-    group, raises Unavailable at once after a try whose answer was lost: a second one could not tell who did it.
+    request_timeout_ms: limit of a single try. retry_timeout_ms: how long a call is retried while no server answers or
+    the server is overloaded; after that every method raises Unavailable or Overloaded. Creating a topic, and deleting a
+    topic or a group, raises Unavailable at once if the answer to a try was lost: a second try could not tell which try
+    took effect.
     """
 
     @explains_kafka_names("Admin")
@@ -101,6 +103,7 @@ class Admin(AsyncContext):
         await self.close()
 
     async def close(self) -> None:
+        """Closes the connections."""
         await self._metadata.close()
         await self._peers.close()
 
@@ -118,8 +121,9 @@ class Admin(AsyncContext):
         unclean_recovery_after_ms: int | None = None,
         if_not_exists: bool = False,
     ) -> Topic:
-        """Returns the topic that was created; with `if_not_exists` one of that name as it is, whatever was asked for.
-        Raises TopicExists, InvalidArgument (name, partitions, retention or min_acks out of their limits)."""
+        """Creates a topic and returns it; with `if_not_exists` returns an existing topic of that name unchanged.
+        Retention None keeps records for ever; retention_bytes is per partition. Raises TopicExists, InvalidArgument
+        (name, partitions, retention or min_acks out of their limits)."""
         check_topic(partitions, min_acks, retention_ms, retention_bytes, unclean_recovery_after_ms)
         request = coordinator_pb2.CreateTopicRequest(
             topic=topic,
@@ -147,9 +151,9 @@ class Admin(AsyncContext):
         min_acks: Acks | None = None,
         unclean_recovery_after_ms: int | Literal["unset"] | None = None,
     ) -> Topic:
-        """Returns the topic as it is then; what is None stays, "unset" removes a setting. Partitions can only become
-        more, and keys are spread over all of them from then on. Raises UnknownTopic, InvalidArgument (also for a
-        min_acks that would become, or stop being, durable)."""
+        """Changes settings of a topic and returns the topic with its new settings: None leaves a setting, "unset"
+        removes it. The number of partitions can only grow, and keys are spread over all partitions from then on. Raises
+        UnknownTopic, InvalidArgument (also for a min_acks that would become, or stop being, durable)."""
         settings = {
             "retention_ms": retention_ms,
             "retention_bytes": retention_bytes,
@@ -167,29 +171,31 @@ class Admin(AsyncContext):
         return topic_of(await self._peers.coordinator.alter_topic(request))
 
     async def topic_configs(self, topic: str) -> list[TopicConfig]:
-        """Returns every setting of the topic with its default, and how it may be altered. Raises UnknownTopic."""
+        """Returns every setting of the topic with its value, its default and how it may be altered. Raises
+        UnknownTopic."""
         request = coordinator_pb2.GetMetadataRequest(topics=[topic])
         response = await self._peers.coordinator.get_metadata(request)
         return configs_of(topic_of(response.topics[0].topic))
 
     async def list_topics(self) -> list[Topic]:
+        """Returns all topics."""
         response = await self._peers.coordinator.list_topics(coordinator_pb2.ListTopicsRequest())
         return [topic_of(info) for info in response.topics]
 
     async def describe_topic(self, topic: str) -> TopicDescription:
-        """Raises UnknownTopic."""
+        """Returns the topic with its partitions, their leaders, offset ranges and sizes. Raises UnknownTopic."""
         response = await self._peers.coordinator.describe_topic(coordinator_pb2.DescribeTopicRequest(topic=topic))
         return TopicDescription(topic_of(response.topic), tuple(partition_of(info) for info in response.partitions))
 
     async def delete_topic(self, topic: str) -> str:
-        """The deleted topic's id. Raises UnknownTopic."""
+        """Deletes a topic with its records, and returns its id. Raises UnknownTopic."""
         response = await self._peers.coordinator.delete_topic(coordinator_pb2.DeleteTopicRequest(topic=topic))
         return response.topic_id.hex()
 
     async def delete_records(self, topic: str, partition: int, before_offset: int) -> DeletedRecords:
-        """Deletes the records of a partition below an offset: they cannot be read any more, and the objects that hold
-        nothing else are deleted later. Returns where the log starts then. May be repeated. Raises UnknownTopic,
-        UnknownPartition, InvalidArgument (records below are not all in segments yet)."""
+        """Deletes the records of a partition below an offset: they cannot be read any more, and objects that hold
+        nothing else are deleted later. Returns the new start of the log. Idempotent. Raises UnknownTopic,
+        UnknownPartition, InvalidArgument (some records below are not in segments yet)."""
         request = coordinator_pb2.DeleteRecordsRequest(
             topic=topic,
             partition=partition_number(partition),
@@ -205,6 +211,7 @@ class Admin(AsyncContext):
     # ---- the cluster
 
     async def status(self) -> ClusterStatus:
+        """Returns the sessions, leases and backlog of the cluster, and failures that need an operator."""
         response = await self._peers.coordinator.get_status(coordinator_pb2.GetStatusRequest())
         return ClusterStatus(
             tuple(session_of(info) for info in response.sessions),
@@ -243,10 +250,11 @@ class Admin(AsyncContext):
     async def offsets(
         self, topic: str, at: Literal["earliest", "latest"] | int | datetime, partitions: Iterable[int] | None = None
     ) -> dict[TopicPartition, FoundOffset]:
-        """Where each partition begins or ends, or its first record at or after a time (datetime, or milliseconds
-        since 1970-01-01 UTC). Raises UnknownTopic, UnknownPartition, Unavailable (no query service)."""
+        """Returns the offset at which each partition begins ("earliest") or ends ("latest"), or the first record at or
+        after a time (datetime, or milliseconds since 1970-01-01 UTC). Raises UnknownTopic, UnknownPartition,
+        Unavailable (no query service)."""
         at = looked_up_place("at", at, "milliseconds since 1970")
-        await self._metadata.refresh(topic)  # which topic of that name there is now
+        await self._metadata.refresh(topic)  # the name may belong to another topic now
         state = await self._metadata.topic(topic)
         if partitions is None:
             partitions = range(state.partitions)
@@ -262,7 +270,7 @@ class Admin(AsyncContext):
         }
 
     async def group_offsets(self, group: str) -> list[CommittedOffset]:
-        """What the group has committed. Raises UnknownGroup."""
+        """Returns the committed positions of a group. Raises UnknownGroup."""
         request = coordinator_pb2.FetchOffsetsRequest(group=group)
         response = await self._peers.coordinator.fetch_offsets(request)
         return [
@@ -280,11 +288,12 @@ class Admin(AsyncContext):
         *,
         topic_ids: Mapping[str, str] | None = None,
     ) -> None:
-        """Sets where a group goes on: (topic, partition) -> offset. Only while it has no members; else raises
-        IllegalGeneration or UnknownMember. Raises InvalidArgument for offsets of another shape.
+        """Sets the positions at which a group without members continues: (topic, partition) -> offset. Raises
+        IllegalGeneration or UnknownMember while the group has members, InvalidArgument for offsets of another shape.
 
-        `topic_ids`: by name, the topics that the offsets are of, as Topic and CommittedOffset say them. If another one
-        has the name by now, raises UnknownTopic and sets nothing. Names without an id: whichever topic has it now.
+        `topic_ids`: by name, the ids of the topics that the offsets belong to, as Topic and CommittedOffset have them.
+        If a name belongs to another topic by now, raises UnknownTopic and sets nothing. A name without an id means the
+        current topic of that name.
         """
         positions = committed_positions(offsets)
         ids = topic_ids_of(topic_ids or {}, {topic for topic, _ in positions})
@@ -299,25 +308,28 @@ class Admin(AsyncContext):
     # ---- consumer groups, for operators
 
     async def list_groups(self) -> list[Group]:
+        """Returns a summary of each consumer group."""
         response = await self._peers.coordinator.list_groups(coordinator_pb2.ListGroupsRequest())
         return [group_of(info) for info in response.groups]
 
     async def describe_group(self, group: str) -> GroupDescription:
-        """Members, what they work on, positions and lag. Raises UnknownGroup."""
+        """Returns the members of a group with their assigned and owned partitions, and its positions and lag. Raises
+        UnknownGroup."""
         request = coordinator_pb2.DescribeGroupRequest(group=group)
         response = await self._peers.coordinator.describe_group(request)
         partitions = [TopicPartition(item.topic, item.partition) for item in response.partitions]
         try:
             ends = await self._offsets_at("latest", partitions)
         except Unavailable:
-            ends = {}  # the rest is worth seeing, and just then
+            ends = {}  # members and positions are needed most while no query service answers
         return description_of(response, ends)
 
     async def reset_offsets(
         self, group: str, to: ResetTo, *, topic: str | None = None, partition: int | None = None, execute: bool = False
     ) -> list[OffsetReset]:
-        """Where the group would go on, one entry per partition: those it has committed, or all of `topic`, or its one
-        `partition`. Only with `execute` it does: then raises GroupNotEmpty while the group has members.
+        """Returns the position at which the group would continue, an entry per partition: all partitions that the group
+        has committed, or all of `topic`, or only its `partition`. With `execute` also sets these positions; then raises
+        GroupNotEmpty while the group has members.
 
         Raises UnknownGroup (unless a topic is named), UnknownTopic, UnknownPartition, Unavailable.
         """
@@ -385,14 +397,14 @@ class Admin(AsyncContext):
         return found
 
     async def delete_group(self, group: str) -> None:
-        """With its committed offsets. Raises UnknownGroup, GroupNotEmpty."""
+        """Deletes a group with its committed offsets. Raises UnknownGroup, GroupNotEmpty."""
         await self._peers.coordinator.delete_group(coordinator_pb2.DeleteGroupRequest(group=group))
 
     # ---- ranges whose agent is gone
 
     async def orphaned_ranges(self, topic: str, partition: int) -> list[OffsetRange]:
-        """What readers of the partition wait for, and only an agent that is gone has. Raises UnknownTopic,
-        UnknownPartition."""
+        """Returns the offset ranges of the partition whose unregistered records only a lost agent has; readers wait for
+        them. Raises UnknownTopic, UnknownPartition."""
         described = await self.describe_topic(topic)
         if partition >= len(described.partitions):
             raise UnknownPartition(
@@ -406,16 +418,16 @@ class Admin(AsyncContext):
     async def declare_lost(
         self, topic: str, partition: int, epochs: Sequence[int], reason: str = ""
     ) -> list[OffsetRange]:
-        """Gives up what is not registered of these orphaned ranges, for good: if the agent comes back, its records
-        are kept out. Returns the ranges as they are then; one that was settled meanwhile stays. Raises UnknownTopic,
-        UnknownPartition, InvalidArgument for a range that is led."""
+        """Declares the unregistered records of these orphaned ranges lost, for good: records of a returning agent are
+        refused. Returns the ranges as they are after that; a range that was settled meanwhile stays settled. Raises
+        UnknownTopic, UnknownPartition, InvalidArgument for a range that has a leader."""
         request = coordinator_pb2.DeclareLostRequest(topic=topic, partition=partition, epochs=epochs, reason=reason)
         response = await self._peers.coordinator.declare_lost(request)
         return [range_of(info) for info in response.ranges]
 
 
 def lookup_of(topic: str, partition: int, topic_id: bytes, at: Place) -> query_pb2.OffsetLookup:
-    """Returns the lookup of a position. Raises InvalidArgument for a datetime without a time zone."""
+    """Returns the request for the offset of a position. Raises InvalidArgument for a datetime without a time zone."""
     lookup = query_pb2.OffsetLookup(topic=topic, partition=partition, topic_id=topic_id)
     if at == "earliest":
         lookup.spec = query_pb2.OFFSET_SPEC_EARLIEST

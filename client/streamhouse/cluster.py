@@ -1,4 +1,4 @@
-"""The cluster as an admin sees it: dataclasses, and how they come out of the coordinator's messages."""
+"""The cluster as an admin sees it: dataclasses, made of the coordinator's messages."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,8 @@ from streamhouse.core.options import ACKS_NAMES, Acks
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """A topic's settings. retention None: kept for ever; retention_bytes is per partition."""
+    """Settings of a topic. retention_ms, retention_bytes None: records are kept for ever; retention_bytes is per
+    partition."""
 
     topic: str
     topic_id: str
@@ -23,7 +24,7 @@ class Topic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeletedRecords:
-    """Result of a deletion of records: where the partition's log starts then, and the segments removed."""
+    """Result of a deletion of records: the new start of the partition's log, and the segments and bytes removed."""
 
     log_start_offset: int
     segments_removed: int
@@ -32,8 +33,8 @@ class DeletedRecords:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopicConfig:
-    """A setting of a topic. None as value or default: not set. `alterable`: "yes"; "more", only upwards; "not to or
-    from durable"."""
+    """A setting of a topic. value or default None: not set. alterable: "yes"; "more" (only upwards); "not to or from
+    durable"."""
 
     name: str
     value: int | str | None
@@ -43,9 +44,10 @@ class TopicConfig:
 
 @dataclass(frozen=True, slots=True)
 class OffsetRange:
-    """The offsets one epoch owns: [start_offset, limit_offset), registered up to registered_end. end_offset is set
-    once it is settled. status: open | orphaned | settled | lost. orphaned_ms: when its leader was lost; 0: it is not
-    orphaned. acknowledged_end: set when its log came back, and lacks records that it had acknowledged up to there."""
+    """Offsets [start_offset, limit_offset) that an epoch owns, registered up to registered_end. end_offset is set when
+    the range is settled. status: open | orphaned | settled | lost. orphaned_ms: when its leader was lost; 0: it is not
+    orphaned. acknowledged_end: set if the log of its agent came back without records that were acknowledged up to
+    there."""
 
     epoch: int
     start_offset: int
@@ -60,7 +62,7 @@ class OffsetRange:
 
 @dataclass(frozen=True, slots=True)
 class LostRecords:
-    """Offsets [base_offset, end_offset) of an epoch whose records are gone for good; reading them is DATA_LOSS."""
+    """Offsets [base_offset, end_offset) of an epoch with records that are lost for good; reading them is DATA_LOSS."""
 
     epoch: int
     base_offset: int
@@ -70,8 +72,8 @@ class LostRecords:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """leader_agent_id and leader_address are empty while nobody leads. size_bytes and raw_bytes (before
-    compression), segment_count and record_count are of what is on the object store."""
+    """A partition. leader_agent_id and leader_address are empty while there is no leader. size_bytes, raw_bytes (before
+    compression), segment_count and record_count count segments on the object store."""
 
     partition: int
     leader_agent_id: str
@@ -89,14 +91,16 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class TopicDescription:
+    """A topic with its partitions, by number."""
+
     topic: Topic
     partitions: tuple[Partition, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A live service. role: ingest | query | segmenter | coordinator. log_full: the disk of an ingest agent's log has
-    no room, so that it leads only what no other can."""
+    """Session of a live service. role: ingest | query | segmenter | coordinator. log_full: the log disk of an ingest
+    agent is full, so that the agent leads only partitions that no other agent can lead."""
 
     agent_id: str
     role: str
@@ -109,7 +113,8 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Who leads a partition. status: active | moving | unassigned; `unsettled`: older ranges readers wait for."""
+    """Lease of a partition's leader. status: active | moving | unassigned. unsettled: older ranges that readers wait
+    for."""
 
     topic: str
     partition: int
@@ -123,8 +128,8 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferFailure:
-    """A sealed buffer whose last hand-over to the object store failed. reason: "kind: what happened"; of kind
-    `refused`, repeating it does not help before an operator has acted."""
+    """A sealed buffer whose last hand-over to the object store failed. reason: "kind: explanation"; a retry after kind
+    `refused` does not help before an operator has acted."""
 
     buffer_id: str
     agent_id: str
@@ -134,14 +139,14 @@ class BufferFailure:
 
     @property
     def refused(self) -> bool:
-        """True if the store refused it for good."""
+        """True if the object store refused the buffer for good."""
         return self.reason.startswith("refused: ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnreachableAgent:
-    """An ingest agent that some segmenters or query services cannot reach. cut_off: its partitions go to others.
-    since_ms: since when the first of `failing` cannot; 0: all can again."""
+    """An ingest agent that some segmenters or query services cannot reach. cut_off: its partitions go to other agents.
+    since_ms: when the first of `failing` lost contact; 0: all reach the agent again."""
 
     agent_id: str
     address: str
@@ -153,9 +158,9 @@ class UnreachableAgent:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """missing_position: of an event that was seen and is not there any more, so that the metadata is to be restored;
-    0: none. buffer_failures: the oldest of those there are. unreachable_agents: those that a worker cannot reach, or
-    that are cut off still."""
+    """State of the cluster. missing_position: position of an event that was seen and does not exist any more, so that
+    the metadata has to be restored; 0: none. buffer_failures: the oldest failures. unreachable_agents: agents that a
+    worker cannot reach, or that are still cut off."""
 
     sessions: tuple[Session, ...]
     leases: tuple[Lease, ...]
@@ -171,7 +176,7 @@ class ClusterStatus:
 
 @dataclass(frozen=True, slots=True)
 class FoundOffset:
-    """timestamp_ms is that of the record found; -1 when the answer is the end of the partition."""
+    """An offset found. timestamp_ms: of the record found; -1 if the offset is the end of the partition."""
 
     offset: int
     timestamp_ms: int
@@ -179,7 +184,8 @@ class FoundOffset:
 
 @dataclass(frozen=True, slots=True)
 class CommittedOffset:
-    """offset: the next one the group will read. topic_id: which topic of that name it was committed in."""
+    """Committed position of a group in a partition. offset: the next to read. topic_id: id of the topic in which the
+    group committed; its name may belong to another topic by now."""
 
     topic: str
     partition: int
@@ -190,6 +196,7 @@ class CommittedOffset:
 
 
 def topic_of(info: coordinator_pb2.TopicInfo) -> Topic:
+    """Returns a topic from the coordinator's message."""
     return Topic(
         info.topic,
         info.topic_id.hex(),
@@ -215,6 +222,7 @@ def configs_of(topic: Topic) -> list[TopicConfig]:
 
 
 def range_of(info: types_pb2.OffsetRange) -> OffsetRange:
+    """Returns an offset range from the coordinator's message."""
     return OffsetRange(
         info.epoch,
         info.start_offset,
@@ -229,6 +237,7 @@ def range_of(info: types_pb2.OffsetRange) -> OffsetRange:
 
 
 def partition_of(info: coordinator_pb2.PartitionInfo) -> Partition:
+    """Returns a partition from the coordinator's message."""
     return Partition(
         info.partition,
         info.leader_agent_id,
@@ -246,6 +255,7 @@ def partition_of(info: coordinator_pb2.PartitionInfo) -> Partition:
 
 
 def session_of(info: coordinator_pb2.SessionInfo) -> Session:
+    """Returns a session from the coordinator's message."""
     return Session(
         info.agent_id,
         info.role,
@@ -258,6 +268,7 @@ def session_of(info: coordinator_pb2.SessionInfo) -> Session:
 
 
 def lease_of(info: coordinator_pb2.LeaseInfo) -> Lease:
+    """Returns a lease from the coordinator's message."""
     return Lease(
         info.topic,
         info.partition,

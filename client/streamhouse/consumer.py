@@ -1,8 +1,10 @@
-"""The consumer as applications see it: its life, its membership of a group, positions; the work is done elsewhere.
+"""The consumer as applications see it: its life, its membership of a group, its positions.
 
-Owns: the parts of a consumer and their background tasks. Does not own: what is received, what is handed over, commits.
-Invariants: background tasks run from the first start until `close`, and one that a defect ends fails the reading. Once
-`close` has begun no record is handed over. Callbacks are called by the task that asks, never by a background task.
+Owns: the parts of a consumer and their background tasks. Does not own: receiving (reader), handing over (iteration),
+commits, callbacks.
+Invariants: background tasks run from the first start until `close`; if a defect ends a background task, reading fails.
+Once `close` has begun no record is handed over. The task that calls the consumer calls the callbacks, never a
+background task.
 """
 
 import asyncio
@@ -80,7 +82,8 @@ from streamhouse.tracing import ReceiveTracing
 
 log = logging.getLogger(__name__)
 
-# The application is looked at so often within max_poll_interval_ms: that much later at most its silence is noticed.
+# Checks of the application's progress within max_poll_interval_ms: its silence is noticed at most a tenth of the
+# interval late.
 POLL_CHECKS = 10
 
 _DEFAULTS = ConsumerOptions()
@@ -88,7 +91,7 @@ _DEFAULTS = ConsumerOptions()
 
 @dataclass(slots=True, kw_only=True)
 class Closing:
-    """A `close` under way. deadline_s: of the event loop's clock; None: there is none. errors: for the application."""
+    """A `close` under way. deadline_s: on the event loop's clock; None: no limit. errors: for the application."""
 
     done_with_last: bool
     timeout_s: float | None
@@ -97,7 +100,7 @@ class Closing:
     is_late: bool = False
 
     def late(self) -> None:
-        """Notes that timeout_s is over."""
+        """Marks the close as late and adds a TimeoutError to the errors."""
         self.is_late = True
         self.errors.append(
             TimeoutError(
@@ -109,20 +112,23 @@ class Closing:
 
 @explains_kafka_methods("Consumer")
 class Consumer(AsyncContext, AsyncIteration):
-    """Reads records. Use it as an async context manager and iterate: records, or `batches()` of columns.
+    """Reads records. An async context manager; iterate over the consumer for records, over `batches()` for columns.
 
-    topics: all their partitions, shared with the other members of `group` if there is one: names, or a compiled pattern
-    that the whole name of a topic has to match. pattern: such a pattern as text. Both may come later, by `subscribe`.
-    assign: these (topic, partition)s instead, without membership. on_assigned, on_revoked, on_lost: see `subscribe`.
-    start: "earliest", "latest", an offset, -N (the last N records of each partition) or a datetime, for partitions that
-    the group has not committed. end: the first offset, or time, that is not read; iterations end there. stop_at_end: an
-    iteration ends where the log ended when it began.
-    on_out_of_range, on_data_loss: whether to raise or to go on (at an end of the log; behind the loss).
-    key_deserializer, value_deserializer: called with the bytes of every key and value that is not None; not in batches.
+    topics: names, or a compiled pattern that has to match the whole name of a topic. All partitions are read; members
+    of `group` share them. pattern: a pattern as text, instead of topics. `subscribe` sets topics later.
+    assign: (topic, partition) pairs to read instead, without membership of a group. on_assigned, on_revoked, on_lost:
+    see `subscribe`.
+    start: first position in partitions where the group has committed nothing: "earliest", "latest", an offset, -N (the
+    last N records of each partition) or a datetime. end: offset or time of the first record that is not read;
+    iterations end there. stop_at_end: an iteration ends where the log ended when the iteration began.
+    on_out_of_range: "error", or the end of the log at which reading goes on. on_data_loss: "error", or "skip" to go on
+    behind the lost records.
+    key_deserializer, value_deserializer: called with the bytes of every key and value that is not None, but not for
+    batches.
 
-    Several tasks may iterate one consumer: each record goes to one of them. Delivery is at least once: with auto_commit
-    only records that the application has done with are committed, and a task has done with a record when it asks for
-    its next one. One consumer belongs to one event loop; see `streamhouse.sync` for plain code.
+    Several tasks may iterate over one consumer: each record goes to a single task. Delivery is at least once: with
+    auto_commit only processed records are committed, and a task has processed a record (is done with it) when the task
+    asks for its next record. A consumer belongs to one event loop; `streamhouse.sync` is for plain code.
     """
 
     @explains_kafka_names("Consumer")
@@ -230,9 +236,10 @@ class Consumer(AsyncContext, AsyncIteration):
         self._in_flight = self._iteration.in_flight
         cursors = ChainMap(self._reader.cursors, self._assignments.kept)
         self._commits = Commits(cursors, self._done_below, self._store, self._topic_gone)
-        # Why the next read fails: the application was silent for too long, and the consumer has left its group.
+        # Error that the next read raises: the application was silent for too long, and the consumer has left its group.
         self._silence: PollIntervalExceeded | None = None
-        # True from when the group forgot what was done with and not committed, until it has taken the member back.
+        # True from the moment when the group forgets this member, and with it processed records that are not committed,
+        # until the member has joined again.
         self._has_lost = False
         self._closed = False
 
@@ -247,12 +254,12 @@ class Consumer(AsyncContext, AsyncIteration):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What was handed over last counts as done with, unless its processing is what failed.
+        # The records handed over last count as processed, unless the block failed: they may be the cause.
         await self.close(done_with_last=kind is None)
 
     async def start(self) -> None:
-        """Joins the group or opens the partitions: returns once it is known where reading begins in each of them, and
-        on_assigned has returned. Iterating does it as well. Idempotent.
+        """Joins the group, or opens the partitions. Returns once the position at which reading begins is known for each
+        of them and on_assigned has returned. Iterating starts the consumer as well. Idempotent.
 
         Raises UnknownTopic, UnknownPartition, InvalidArgument, Unavailable, RuntimeError in a forked child.
         """
@@ -296,7 +303,8 @@ class Consumer(AsyncContext, AsyncIteration):
         subscription = self._subscriptions.current
         topics = await self._subscriptions.find(subscription)
         if self._options.group is not None:
-            # Kept, should joining fail: the member id is its own, and no ghost stays behind when it tries again.
+            # Kept if joining fails: the next try then uses the same member id, and no ghost member stays behind in the
+            # group.
             self._membership = self._membership or self._member()
             self._membership.read_topics(topics)
             await self._membership.join()
@@ -332,7 +340,7 @@ class Consumer(AsyncContext, AsyncIteration):
             self._spawn("auto commit", self._commits.run(self._options.auto_commit_interval_ms))
 
     def _spawn(self, name: str, work: Coroutine[None, None, None]) -> None:
-        """Starts a background task; should a defect end it, iterating raises instead of waiting for ever."""
+        """Starts a background task. If a defect ends the task, iterating raises instead of waiting for ever."""
         assert self._tasks is not None
         self._tasks.spawn(name, work).add_done_callback(self._on_task_done)
 
@@ -352,17 +360,18 @@ class Consumer(AsyncContext, AsyncIteration):
         on_revoked: Callback | None = None,
         on_lost: Callback | None = None,
     ) -> None:
-        """Reads these topics instead of those before: names, or a pattern that the whole name has to match, also of
-        topics that are created later. Of a consumer that has started, partitions of other topics are given up, and what
-        the task has in hand counts as done with; returns once it is known where reading begins in those that the group
-        has assigned so far.
+        """Reads these topics instead of the earlier ones: names, or a pattern that has to match the whole name, also of
+        topics created later. On a started consumer the partitions of other topics are given up and the records in hand
+        of the calling task count as processed; returns once the position at which reading begins is known for the
+        partitions that the group has assigned so far.
 
-        on_assigned(partitions): before records of these are handed over. on_revoked(partitions): before these go to
-        other members; it may still commit. on_lost(partitions): they may be another member's already (without it
-        on_revoked is called). Plain functions or coroutine functions, called in the task that asks for records, starts,
-        subscribes or closes; those not given stay as they are.
+        on_assigned(partitions): called before records of these partitions are handed over. on_revoked(partitions):
+        called before these partitions go to other members; the callback may still commit. on_lost(partitions): called
+        when another member may own these partitions already (without on_lost, on_revoked is called). Callbacks are
+        plain functions or coroutine functions, called in the task that asks for records, starts, subscribes or closes;
+        None leaves a callback as it is.
 
-        Raises InvalidArgument, UnknownTopic (then nothing has changed), Unavailable, and what a callback raises.
+        Raises InvalidArgument, UnknownTopic (then nothing has changed), Unavailable, and the error of a callback.
         """
         await self._subscribe(
             self._worker(), subscription_of(topics, pattern), callbacks_of(Callbacks(on_assigned, on_revoked, on_lost))
@@ -372,12 +381,12 @@ class Consumer(AsyncContext, AsyncIteration):
         await self._assignments.call_due()
 
     async def _subscribe(self, worker: Worker, subscription: Subscription, callbacks: Callbacks) -> None:
-        """Subscribes; what is to be given up for that is left for the caller, and then `_await_subscription`."""
+        """Subscribes. The caller gives up partitions after that, then calls `_await_subscription`."""
         self._refuse_subscribing("subscribe")
         if not subscription:
             raise InvalidArgument("there are no topics in it; unsubscribe stops reading", field="topics")
         topics: Mapping[str, int] | None = None
-        async with self._starting:  # one under way finds the topics of before
+        async with self._starting:  # a start under way finds the earlier topics
             is_started = self._tasks is not None
         if is_started:
             topics = await self._retries.run(lambda: self._subscriptions.find(subscription))
@@ -389,7 +398,7 @@ class Consumer(AsyncContext, AsyncIteration):
         worker.held = None
         self._on_topics_found(topics)
         if self._membership is not None:
-            # Of what it has now; the rest comes with the answer to its join.
+            # Among the partitions assigned now; further partitions come with the answer to the join.
             self._assignments.keep(lambda where: subscription.includes(where.topic))
             if self._silence is None:
                 self._membership.come_back()
@@ -401,12 +410,12 @@ class Consumer(AsyncContext, AsyncIteration):
             raise InvalidArgument(f"a consumer of the partitions of assign has nothing to {what}", field="assign")
 
     async def _give_up(self) -> None:
-        """Returns once what was taken away is given up, with the callbacks for it."""
+        """Returns once all revoked and lost partitions are given up, with the callbacks for them."""
         while not await self._assignments.given_up():
             await self._assignments.call_due()
 
     async def _await_subscription(self) -> None:
-        """Returns once the group knows the topics, and where reading begins in what it has assigned."""
+        """Returns once the group knows the topics and the assigned partitions are open."""
         if self._tasks is None:
             return
         limit_ms = self._options.retry_timeout_ms
@@ -426,10 +435,10 @@ class Consumer(AsyncContext, AsyncIteration):
         await self._opened()
 
     async def unsubscribe(self) -> None:
-        """Reads nothing until the next `subscribe`: gives up all partitions, with on_revoked, and leaves the group.
-        What the task has in hand counts as done with, and is committed with auto_commit.
+        """Reads nothing until the next `subscribe`: gives up all partitions, with on_revoked, and leaves the group. The
+        records in hand of the calling task count as processed and are committed with auto_commit.
 
-        Raises what that commit is refused with, or what a callback raises; it is unsubscribed all the same.
+        Raises the error of that commit or of a callback; the consumer is unsubscribed all the same.
         """
         refusal = await self._unsubscribe(self._worker())
         try:
@@ -442,7 +451,7 @@ class Consumer(AsyncContext, AsyncIteration):
     async def _unsubscribe(self, worker: Worker) -> StreamHouseError | None:
         """Stops reading; returns the error of the last commit, or None. `_give_up` and `_step_out_of_group` follow."""
         self._refuse_subscribing("unsubscribe")
-        async with self._starting:  # one under way has the topics of before
+        async with self._starting:  # a start under way has the earlier topics
             is_started = self._tasks is not None
         self._subscriptions.replace(Subscription())
         if not is_started:
@@ -454,7 +463,7 @@ class Consumer(AsyncContext, AsyncIteration):
             self._assignments.stop_reading()
 
     async def _step_out_of_group(self) -> None:
-        """Leaves the group, once the partitions are given up."""
+        """Leaves the group, after the partitions are given up."""
         self._silence = None
         if self._membership is not None:
             try:
@@ -470,13 +479,13 @@ class Consumer(AsyncContext, AsyncIteration):
 
     @explains_kafka_arguments("Consumer.close")
     async def close(self, timeout_s: float | None = None, *, done_with_last: bool = True) -> None:
-        """Commits (with auto_commit), gives up the partitions, with on_revoked, and leaves the group, then closes the
+        """Commits (with auto_commit), gives up the partitions, with on_revoked, leaves the group, then closes the
         connections.
 
-        done_with_last: whether the record in hand of the task that calls is committed, too, and those of tasks that
-        have returned. Raises TimeoutError if that takes longer than timeout_s (None: no limit but those of the
-        options), what a callback raises, or what the last commit failed with; everything is closed all the same. If
-        not done_with_last, these are only logged, for an error is on its way already.
+        done_with_last: True commits the record in hand of the calling task, and those of tasks that have returned, as
+        processed. Raises TimeoutError if closing takes longer than timeout_s (None: only the options' limits apply),
+        the error of a callback, or the error of the last commit; everything is closed all the same. With
+        done_with_last=False these errors are only logged, because another error is already on its way.
         """
         closing = await self._begin_close(self._worker(), timeout_s, done_with_last=done_with_last)
         if closing is None:
@@ -496,7 +505,7 @@ class Consumer(AsyncContext, AsyncIteration):
         await self._end_close(closing)
 
     async def _begin_close(self, worker: Worker, timeout_s: float | None, *, done_with_last: bool) -> Closing | None:
-        """Stops handing over, and commits for the last time. Returns None if the consumer is closed already; else
+        """Stops handing over, and commits for the last time. Returns None if the consumer is already closed; else
         `_end_close` follows, after the callbacks that are due."""
         check_timeout_s("timeout_s", timeout_s)
         self._assignments.refuse_inside("close")
@@ -527,7 +536,7 @@ class Consumer(AsyncContext, AsyncIteration):
         return closing
 
     async def _call_last(self, closing: Closing) -> None:
-        """Calls the on_revoked and on_lost that are due, and waits for those that other tasks call."""
+        """Calls the on_revoked and on_lost that are due, and waits for callbacks that other tasks call."""
         while self._assignments.is_busy:
             try:
                 await self._assignments.call_due()
@@ -542,7 +551,7 @@ class Consumer(AsyncContext, AsyncIteration):
                 try:
                     async with asyncio.timeout_at(closing.deadline_s):
                         await self._membership.leave()
-                # The group finds out by itself.
+                # The group notices by the session timeout.
                 except StreamHouseError as error:
                     log.warning("closing: group %s was not told, it will notice: %s", self._options.group, error)
                 except TimeoutError:
@@ -558,7 +567,7 @@ class Consumer(AsyncContext, AsyncIteration):
                 log.warning("closing: a callback failed: %r", unraised)
 
     async def _close_quietly(self) -> None:
-        """Closes without callbacks, when the process ends: there is no thread of the application to call them."""
+        """Closes without callbacks, when the process ends: no thread of the application is left to call them."""
         closing = await self._begin_close(self._worker(), None, done_with_last=False)
         if closing is not None:
             await self._end_close(closing)
@@ -571,7 +580,8 @@ class Consumer(AsyncContext, AsyncIteration):
         await self._peers.close()
 
     async def _refusals(self) -> list[StreamHouseError]:
-        """Commits for the last time; returns the error of that, or of what came before, as a list of at most one."""
+        """Commits for the last time. Returns a list with the error of that commit, else the earlier error, else
+        nothing."""
         refusal: StreamHouseError | None = self._silence
         if self._commits_by_itself:
             refusal = await self._last_commit() or refusal
@@ -584,8 +594,8 @@ class Consumer(AsyncContext, AsyncIteration):
         return [] if refusal is None else [refusal]
 
     async def _last_commit(self) -> StreamHouseError | None:
-        """Commits, and again for request_timeout_ms if the error may pass: there is no later commit to make up for this
-        one. Returns the error that is left, or None."""
+        """Commits, and retries for request_timeout_ms while the error is retriable: no later commit makes up for this
+        last one. Returns the remaining error, or None."""
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._options.request_timeout_ms / 1000
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
@@ -610,7 +620,7 @@ class Consumer(AsyncContext, AsyncIteration):
         return self._next(worker)
 
     def batches(self) -> "BatchIterator":
-        """Records as columns, a `RecordBatch` of one partition at a time."""
+        """Returns an async iterator of records as columns: each `RecordBatch` has records of one partition."""
         self._iteration.begin()
         return BatchIterator(self)
 
@@ -618,8 +628,8 @@ class Consumer(AsyncContext, AsyncIteration):
     def poll(
         self, timeout_ms: int = 0, max_records: int = POLL_RECORDS_MAX
     ) -> Coroutine[Any, Any, dict[TopicPartition, list[Record]]]:
-        """Returns records by partition: what has been received, at most max_records; empty if nothing comes within
-        timeout_ms, or at the end of a bounded read (`at_end`). What the last poll of the task returned is done with.
+        """Returns received records by partition, at most max_records; empty if none arrive within timeout_ms, or at the
+        end of a bounded read (`at_end`). The records of the task's previous poll count as processed.
 
         Raises as iterating does; InvalidArgument once the consumer is closed.
         """
@@ -629,11 +639,12 @@ class Consumer(AsyncContext, AsyncIteration):
     def poll_batches(
         self, timeout_ms: int = 0, max_records: int = POLL_BATCHES_RECORDS_MAX
     ) -> Coroutine[Any, Any, dict[TopicPartition, list[RecordBatch]]]:
-        """As `poll`, but returns the records as columns: of each partition a list of `RecordBatch`."""
+        """Returns records as `poll` does, but as columns: for each partition a list of `RecordBatch`."""
         return self._poll(self._polls(timeout_ms, max_records), timeout_ms, max_records)
 
     def _polls(self, timeout_ms: int, max_records: int) -> Worker:
-        """Returns the task that polls. It has done with what it had in hand, unless its arguments are wrong."""
+        """Returns the worker of the task that polls. Its records in hand count as processed, unless an argument is
+        invalid."""
         check_poll(timeout_ms, max_records)
         worker = self._worker()
         worker.held = None
@@ -659,16 +670,16 @@ class Consumer(AsyncContext, AsyncIteration):
         return polled
 
     async def _advance_within(self, worker: Worker, deadline_s: float) -> bool:
-        """As `_advance`; False as well if there is nothing to take by the deadline, of the event loop's clock. The
-        first call starts the consumer, however long that takes: a short timeout would end each try."""
+        """Advances as `_advance` does; returns False also if no record arrives by the deadline, on the event loop's
+        clock. The first call starts the consumer without a deadline: a short timeout would abort every start."""
         self._refuse_closed()
-        await self._call_due()  # callbacks take as long as they take
+        await self._call_due()  # the deadline does not limit callbacks
         await self._enter()
         return await self._wait_for_more(worker, deadline_s)
 
     async def _wait_for_more(self, worker: Worker, deadline_s: float | None = None) -> bool:
-        """Returns True if there is something to take, or a callback to call first; False at the end of a bounded read,
-        or if nothing comes by the deadline, of the event loop's clock."""
+        """Returns True if a record is ready or a callback has to be called first; False at the end of a bounded read,
+        or if nothing arrives by the deadline, on the event loop's clock."""
         try:
             async with asyncio.timeout_at(deadline_s):
                 found = await self._iteration.advance()
@@ -680,7 +691,7 @@ class Consumer(AsyncContext, AsyncIteration):
     def processing(self, records: Record | RecordBatch) -> AbstractContextManager[trace.Span]:
         """Returns a context manager in which a `process` span is current: the application's work on a record, or on a
         batch, becomes part of a trace that leads back to the sender. Costs next to nothing without an OpenTelemetry
-        SDK. Exceptions are recorded and raised on."""
+        SDK. Exceptions of the block are recorded and propagate."""
         return self._tracing.processing(records)
 
     @property
@@ -689,16 +700,16 @@ class Consumer(AsyncContext, AsyncIteration):
         return self._tasks is not None and self._iteration.at_end
 
     def _worker(self) -> Worker:
-        """Returns the worker of the calling task. Called before any await: `wait_for` runs coroutines in a task of its
-        own."""
+        """Returns the worker of the calling task. Has to be called before any await: `wait_for` runs coroutines in a
+        task of its own."""
         try:
             return self._in_flight.worker(asyncio.current_task())
         except RuntimeError:  # no event loop runs yet
             return self._in_flight.worker(None)
 
     async def _next_deserialized(self, worker: Worker) -> Record:
-        """Returns the next record with its key and value as objects. Raises SerializationError with the record in the
-        worker's hand, as if it had been handed over: it is not committed, and the next call goes on behind it."""
+        """Returns the next record with its key and value as objects. On SerializationError the record is in the
+        worker's hand as if handed over: that record is not committed yet, and the next call goes on behind it."""
         assert self._deserializers is not None, "this is called for them"
         return self._deserializers.record(await self._iteration.next(worker))
 
@@ -709,7 +720,8 @@ class Consumer(AsyncContext, AsyncIteration):
         return batch
 
     async def _enter(self) -> None:
-        """Starts the consumer, and joins again if the application was silent; that is raised first, once."""
+        """Starts the consumer, and joins again if the application was silent; raises PollIntervalExceeded first,
+        once."""
         self._assignments.refuse_inside("reading")
         await self._start()
         if not self._closed:
@@ -736,18 +748,19 @@ class Consumer(AsyncContext, AsyncIteration):
 
     def _is_opening(self) -> bool:
         member = self._membership
-        # One that the group has forgotten has no partitions, and will have: no end of what there is to read.
+        # A member that the group has forgotten gets partitions again: its bounded read is not over.
         is_joining = member is not None and (member.pending or not member.member_id)
         return is_joining or self._start_positions.pending or not self._assignments.is_settled
 
     async def _watch_polls(self) -> None:
-        """Leaves the group if the application asks for nothing for max_poll_interval_ms: it hangs, and the heartbeats
-        of a task that does not would keep its partitions from the others for ever."""
+        """Leaves the group if the application asks for nothing for max_poll_interval_ms. An application that hangs
+        would otherwise keep its partitions from other members for ever, because heartbeats come from a task that does
+        not hang."""
         seen, silent = self._iteration.progress(), 0
         while True:
             await asyncio.sleep(self._options.max_poll_interval_ms / 1000 / POLL_CHECKS)
             now = self._iteration.progress()
-            # Looks are counted, not time: while the whole process stands still the application cannot ask either.
+            # Checks are counted, not time: while the whole process stands still the application cannot ask either.
             silent = silent + 1 if now == seen and self._is_member() and not self._starts else 0
             if silent == POLL_CHECKS:
                 await self._step_out(seen)
@@ -758,8 +771,8 @@ class Consumer(AsyncContext, AsyncIteration):
         return self._membership is not None and bool(self._membership.member_id)
 
     async def _step_out(self, seen: object) -> None:
-        """Leaves the group, unless the application has gone on since its progress was `seen`. Joining again is left to
-        the application's next read, which raises first."""
+        """Leaves the group, unless the application has made progress since `seen`. The application's next read raises
+        the error; the read after that joins again."""
         group, limit_ms = self._options.group, self._options.max_poll_interval_ms
         if self._options.auto_commit:
             try:
@@ -786,12 +799,12 @@ class Consumer(AsyncContext, AsyncIteration):
 
     @property
     def assignment(self) -> frozenset[TopicPartition]:
-        """The partitions being read, or being given up as long as on_revoked has not returned."""
+        """Partitions being read, or being given up while on_revoked has not returned."""
         return Assigned(self._assignments.cursors)
 
     async def wait_for_assignment(self, timeout_ms: int | None = None) -> frozenset[TopicPartition]:
-        """Returns the assignment as soon as it is known where reading begins in at least one partition; starts the
-        consumer. A group with more members than partitions leaves some without.
+        """Returns the assignment as soon as the position at which reading begins is known for at least one partition;
+        starts the consumer. In a group with more members than partitions some members have none.
 
         Raises TimeoutError after timeout_ms (None: never), InvalidArgument once the consumer is closed, else as
         iterating does.
@@ -810,14 +823,14 @@ class Consumer(AsyncContext, AsyncIteration):
         return not all(cursor.held for cursor in list(self._reader.cursors.values()))
 
     async def _wait_for_assignment(self, timeout_ms: int | None, deadline_s: float | None) -> None:
-        """Returns once a partition is read, or a callback is to be called first."""
+        """Returns once a partition is read, or a callback has to be called first."""
         try:
             async with asyncio.timeout_at(deadline_s) as limit:
                 await self._enter()
-                self._starts += 1  # a wait of the application: it does not hang
+                self._starts += 1  # the application waits, so it does not hang
                 try:
                     while not self._is_reading and not self._closed and not self._assignments.is_due:
-                        self._reader.pop()  # without partitions only a failure can be there; it is raised
+                        self._reader.pop()  # without partitions only a failure can be queued; pop raises it
                         await self._reader.wait()
                 finally:
                     self._starts -= 1
@@ -829,7 +842,7 @@ class Consumer(AsyncContext, AsyncIteration):
 
     @property
     def membership(self) -> MembershipState | None:
-        """How the consumer stands in its group; None without one, and for partitions given by `assign`."""
+        """State of the consumer in its group; None without a group, and for partitions given by `assign`."""
         if self._options.group is None or self._assign:
             return None
         member = self._membership
@@ -842,15 +855,16 @@ class Consumer(AsyncContext, AsyncIteration):
 
     @property
     def waiting(self) -> Mapping[TopicPartition, str]:
-        """Why partitions that cannot be read on at the moment wait, in the server's words."""
+        """Partitions that cannot be read on at the moment, each with the server's reason."""
         return MappingProxyType(self._reader.waiting)
 
     def positions(self) -> dict[TopicPartition, int]:
-        """The next offset that will be handed over, per partition."""
+        """Returns the next offset to be handed over, for each partition."""
         return {where: cursor.delivered for where, cursor in self._assignments.cursors.items()}
 
     async def seek(self, topic: str, partition: int, offset: Start) -> None:
-        """Goes on at `offset` (or at an end, or a time). Raises InvalidArgument when it is not assigned."""
+        """Continues at `offset`, an end of the log, or a time. Raises InvalidArgument if the partition is not
+        assigned."""
         place = seek_place(offset)
         cursor = self._assigned_cursor(TopicPartition(topic, partition))
         if isinstance(place, int):
@@ -859,21 +873,21 @@ class Consumer(AsyncContext, AsyncIteration):
             await self._move_to(place, [cursor], are_named=True)
 
     async def seek_to_beginning(self, partitions: Sequence[tuple[str, int]] | None = None) -> None:
-        """Goes on at the first record that is still there, in these partitions or all that are assigned. Raises as
-        `seek` does; then nothing has moved."""
+        """Continues at the first record that still exists, in these or all assigned partitions. Raises as `seek`
+        does; then nothing has moved."""
         await self._seek_to("earliest", partitions)
 
     async def seek_to_end(self, partitions: Sequence[tuple[str, int]] | None = None) -> None:
-        """Goes on behind the last acknowledged record, in these partitions or all that are assigned. Raises as `seek`
+        """Continues behind the last acknowledged record, in these or all assigned partitions. Raises as `seek`
         does; then nothing has moved."""
         await self._seek_to("latest", partitions)
 
     async def seek_to_timestamp(
         self, timestamp_ms: int | datetime, partitions: Sequence[tuple[str, int]] | None = None
     ) -> None:
-        """Goes on at the first record, in the order of offsets, that is as late as `timestamp_ms` (since 1970, or a
-        datetime with a time zone), in these partitions or all that are assigned; at the end of those without any.
-        Raises as `seek` does; then nothing has moved."""
+        """Continues at the first record, by offset, that is at least as late as `timestamp_ms` (since 1970-01-01 UTC,
+        or a datetime with a time zone), in these or all assigned partitions; at the end of a partition without
+        such a record. Raises as `seek` does; then nothing has moved."""
         check_timestamp(timestamp_ms)
         await self._seek_to(timestamp_ms, partitions)
 
@@ -883,8 +897,9 @@ class Consumer(AsyncContext, AsyncIteration):
         await self._move_to(at, asked, are_named=partitions is not None)
 
     async def _move_to(self, at: Place, asked: Sequence[Cursor], *, are_named: bool) -> None:
-        """Moves the partitions to where `at` is in each. Those taken away meanwhile are left out, or if the application
-        has named them raise InvalidArgument, and then nothing has moved."""
+        """Moves the partitions to the position of `at` in each. If a partition was revoked meanwhile: raises
+        InvalidArgument and moves nothing when the application has named the partitions, else leaves that partition
+        out."""
         topic_ids = {cursor.where: cursor.topic_id for cursor in asked}
         found = await self._retries.run(lambda: self._offsets.look_up(at, topic_ids))
         cursors = self._assignments.cursors
@@ -905,14 +920,14 @@ class Consumer(AsyncContext, AsyncIteration):
             self._reader.put(moved)
 
     def pause(self, partitions: Sequence[tuple[str, int]]) -> None:
-        """Hands over no records of these partitions, and fetches none, until `resume`. They stay assigned, and members
-        of the group notice nothing. Raises InvalidArgument when one is not assigned; then none is paused."""
+        """Hands over no records of these partitions, and fetches none, until `resume`. The partitions stay assigned,
+        and the group does not notice. Raises InvalidArgument if a partition is not assigned; then none is paused."""
         for cursor in self._assigned_cursors(partitions):
             self._reader.pause(cursor)
 
     def resume(self, partitions: Sequence[tuple[str, int]]) -> None:
-        """Goes on with paused partitions where they were, or where a `seek` has put them meanwhile. Raises
-        InvalidArgument when one is not assigned; then none is resumed."""
+        """Continues paused partitions where they stopped, or where a `seek` has moved them. Raises InvalidArgument if a
+        partition is not assigned; then none is resumed."""
         for cursor in self._assigned_cursors(partitions):
             self._reader.resume(cursor)
 
@@ -932,11 +947,12 @@ class Consumer(AsyncContext, AsyncIteration):
         return cursor
 
     async def lag(self) -> dict[TopicPartition, Lag]:
-        """Records still to be handed over, per partition; see `Lag` for when it is exact."""
+        """Returns the number of records still to be handed over, for each partition; `Lag.exact` says when it is
+        exact."""
         return await self._retries.run(lambda: self._offsets.lag(self.positions(), self._topic_ids()))
 
     def metrics(self) -> ConsumerMetrics:
-        """Returns counters since the consumer was made and gauges of this moment; asks no server, as `lag` does."""
+        """Returns counters since the consumer was made and gauges of this moment; sends no request, unlike `lag`."""
         records_read, bytes_read = self._iteration.read()
         cursors = list(self._reader.cursors.items())  # in one step: `streamhouse.sync` asks from another thread
         return ConsumerMetrics(
@@ -960,8 +976,8 @@ class Consumer(AsyncContext, AsyncIteration):
     async def committed(
         self, partitions: Sequence[tuple[str, int]] | None = None
     ) -> dict[TopicPartition, OffsetAndMetadata | None]:
-        """Returns what the group has committed in these partitions, assigned or not, or in all that are assigned; None
-        where nothing is.
+        """Returns the group's committed position in each of these partitions, assigned or not, or in all assigned
+        partitions; None where nothing is committed.
 
         Raises InvalidArgument without a group, UnknownTopic, UnknownPartition, Unavailable.
         """
@@ -983,10 +999,10 @@ class Consumer(AsyncContext, AsyncIteration):
 
     @explains_kafka_arguments("Consumer.commit")
     async def commit(self, offsets: Mapping[tuple[str, int], int | OffsetAndMetadata] | None = None) -> None:
-        """Stores where the group goes on: behind everything that the application has done with, the record in hand of
-        the task that calls included; or the `offsets` given, with metadata if they are `OffsetAndMetadata`.
+        """Stores the position at which the group continues: behind all processed records, the record in hand of the
+        calling task included; or the `offsets` given, with metadata if they are `OffsetAndMetadata`.
 
-        Raises InvalidArgument without a group, IllegalGeneration when a partition was taken away, Unavailable.
+        Raises InvalidArgument without a group, IllegalGeneration if a partition was revoked, Unavailable.
         """
         await self._commit(self._worker(), offsets)
 
@@ -994,8 +1010,8 @@ class Consumer(AsyncContext, AsyncIteration):
         if self._options.group is None:
             raise InvalidArgument("a consumer without a group has nothing to commit to", field="group")
         if offsets is None and self._assignments.is_inside:
-            # What is in hand belongs to whoever reads, and may be what has just failed. And a topic that was deleted
-            # must not keep the partitions of others from being committed before they are given up.
+            # The records in hand belong to the task that reads, and may be the cause of a failure. And a deleted topic
+            # must not keep the partitions of other topics from being committed before they are given up.
             await self._commits.commit_existing()
         elif offsets is None:
             worker.held = None
@@ -1010,8 +1026,8 @@ class Consumer(AsyncContext, AsyncIteration):
         return {where: cursor.topic_id for where, cursor in self._assignments.cursors.items()}
 
     def _topic_id(self, where: TopicPartition) -> bytes:
-        """Returns the id of the topic that the application has read by this name, if only in other partitions; empty if
-        it has read none."""
+        """Returns the id of the topic that the application has read by this name, also in other partitions; empty if it
+        has read none."""
         known = self._topic_ids()
         of_topic = (topic_id for read, topic_id in known.items() if read.topic == where.topic)
         return known.get(where) or next(of_topic, b"")
@@ -1048,8 +1064,8 @@ class Consumer(AsyncContext, AsyncIteration):
     # ---- assignment
 
     def _on_given(self, partitions: set[TopicPartition]) -> None:
-        """Reads the partitions that the group gives, except those of topics that are not subscribed to any more: the
-        group does not know of that yet."""
+        """Reads the partitions that the group assigns, except partitions of topics not subscribed to any more: the
+        group does not know the new subscription yet."""
         self._has_lost = False
         if not self._closed or not self._assignments.callbacks.kinds():
             subscription = self._subscriptions.current
@@ -1068,8 +1084,8 @@ class Consumer(AsyncContext, AsyncIteration):
             self._membership.owned_changed()
 
     async def _commit_revoked(self, cursors: Mapping[TopicPartition, Cursor]) -> None:
-        """Commits what was done with of partitions that are given up; the record being processed will be read again
-        elsewhere."""
+        """Commits the processed records of partitions that are given up; the next owner reads the record in hand
+        again."""
         if self._options.auto_commit and self._membership is not None:
             try:
                 await self._commits.commit_existing(cursors, self._membership.commit)
@@ -1082,11 +1098,11 @@ class Consumer(AsyncContext, AsyncIteration):
         self._assignments.lose()
 
     def _topic_gone(self, topic: str, topic_id: bytes) -> bool:
-        """Loses the partitions of a topic that was deleted; returns False if that is left to the application, which
-        named the topics of a consumer without membership.
+        """Loses the partitions of a deleted topic. Returns False for a consumer without membership that names its
+        topics: the application then decides.
 
-        A member is assigned partitions by the topic's name, so the group may not say that the topic is another one: the
-        member starts on them anew, once there is one. So does a pattern.
+        The group assigns partitions by the topic's name, so it may not report that the name belongs to another topic
+        now: the member starts on that topic anew as soon as it exists. A pattern does the same.
         """
         if self._membership is None and self._subscriptions.current.pattern is None:
             return False
@@ -1107,7 +1123,8 @@ def _partitions_of(topics: Mapping[str, int]) -> list[TopicPartition]:
 
 
 class Assigned(frozenset[TopicPartition]):
-    """A frozenset of partitions. Other clients have a method `assignment`: calling it is a TypeError that says so."""
+    """A frozenset of partitions. `assignment` is a method in other clients: calling this set raises a TypeError that
+    says so."""
 
     __slots__ = ()
     if not TYPE_CHECKING:
@@ -1146,7 +1163,7 @@ class BatchIterator(AsyncIteration, AsyncIterator[RecordBatch]):
         return self._consumer._next_batch(worker) if not self._closed else _ended()
 
     async def aclose(self) -> None:
-        """Nothing more comes; for `contextlib.aclosing`."""
+        """Ends the iteration; for `contextlib.aclosing`."""
         self._closed = True
 
 

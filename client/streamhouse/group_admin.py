@@ -1,4 +1,5 @@
-"""Consumer groups as operators see them: dataclasses, and what their lag and new positions come to."""
+"""Consumer groups as operators see them: dataclasses, made of the coordinator's messages, and how lag and new positions
+are computed."""
 
 import uuid
 from collections.abc import Collection, Iterable, Mapping
@@ -12,13 +13,13 @@ from shproto.v1 import coordinator_pb2
 from streamhouse.core.lag import lag_behind
 from streamhouse.records import TopicPartition
 
-# As in `Admin.reset_offsets`: an end of each partition, an offset, or a time.
+# Target of `Admin.reset_offsets`: an end of each partition, an offset, or a time.
 ResetTo = Literal["earliest", "latest"] | int | datetime
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """state: empty | rebalancing | stable"""
+    """Summary of a consumer group. state: empty | rebalancing | stable."""
 
     group: str
     state: str
@@ -29,7 +30,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class GroupMember:
-    """`assigned` by the newest generation; `owned`: what it works on until it lets go."""
+    """A member of a group. assigned: its partitions in the newest generation. owned: partitions that it works on until
+    it gives them up."""
 
     member_id: str
     client_id: str
@@ -42,10 +44,10 @@ class GroupMember:
 
 @dataclass(frozen=True, slots=True)
 class GroupPosition:
-    """Where the group goes on in one partition. offset None: nothing is committed, and there is no lag then.
+    """Position of a group in a partition. offset None: nothing is committed, so there is no lag.
 
-    lag: records from there to the end. Not lag_exact: an agent is gone whose records are not all known. end_offset
-    None: no query service answered for it.
+    lag: records from there to the end; a lower bound unless lag_exact, while a lost agent may hold further records.
+    end_offset None: no query service answered.
     """
 
     topic: str
@@ -62,6 +64,8 @@ class GroupPosition:
 
 @dataclass(frozen=True, slots=True)
 class GroupDescription:
+    """A group with its members and its position in each partition."""
+
     group: Group
     members: tuple[GroupMember, ...]
     positions: tuple[GroupPosition, ...]
@@ -69,8 +73,8 @@ class GroupDescription:
 
 @dataclass(frozen=True, slots=True)
 class OffsetReset:
-    """One partition's new position, `offset`; before None: nothing was committed. clamped: the one asked for lies
-    outside of [log_start_offset, end_offset], this is the nearest inside."""
+    """New position of a group in a partition, `offset`. before None: nothing was committed. clamped: the offset asked
+    for lies outside of [log_start_offset, end_offset], and `offset` is the nearest inside."""
 
     topic: str
     partition: int
@@ -82,11 +86,12 @@ class OffsetReset:
 
 
 def group_of(info: coordinator_pb2.GroupSummary) -> Group:
+    """Returns the summary of a group from the coordinator's message."""
     return Group(info.group, info.state, info.generation, info.members, info.committed_partitions)
 
 
 def description_of(info: coordinator_pb2.DescribeGroupResponse, ends: Mapping[TopicPartition, int]) -> GroupDescription:
-    """`ends`: of the partitions, as far as they are known."""
+    """Returns the description of a group. `ends`: end offsets of the partitions, as far as they are known."""
     return GroupDescription(
         group_of(info.summary),
         tuple(_member(item) for item in info.members),
@@ -131,13 +136,14 @@ def _position(info: coordinator_pb2.GroupPartition, end: int | None) -> GroupPos
 
 
 def reset_of(where: TopicPartition, before: int | None, wanted: int, log_start: int, end: int) -> OffsetReset:
-    """`wanted`, or what is nearest to it of what there is."""
+    """Returns the new position: `wanted`, or the nearest offset that the log has."""
     offset = min(max(wanted, log_start), max(end, log_start))
     return OffsetReset(where.topic, where.partition, before, offset, log_start, end, offset != wanted)
 
 
 def topic_ids_of(topic_ids: Mapping[str, str], topics: Collection[str]) -> dict[str, bytes]:
-    """From how an application says them. Raises InvalidArgument for what is no id, or of none of the `topics`."""
+    """Returns topic ids as bytes from their 32 hex digits. Raises InvalidArgument for text that is no id, or a topic
+    that is not in `topics`."""
     found = {}
     for topic, topic_id in topic_ids.items():
         if topic not in topics:

@@ -1,4 +1,8 @@
-"""What the coordinator says of topics: partitions, leaders, where to read. Cached; refreshed when it proves stale."""
+"""Metadata of topics from the coordinator (partitions, leaders) and addresses of query services.
+
+Owns: the last state of each topic asked for. Does not own: when a state is stale; callers call `refresh`.
+Invariants: one refresh of a topic at a time; all callers that need it wait for the same request.
+"""
 
 import asyncio
 import math
@@ -13,7 +17,7 @@ from shproto.v1 import coordinator_pb2
 
 @dataclass(slots=True, eq=False)
 class TopicState:
-    """`leaders[partition]` is the leader's address; empty while there is none."""
+    """State of a topic. `leaders[partition]` is the leader's address; empty while there is none."""
 
     topic: str
     topic_id: bytes
@@ -23,11 +27,12 @@ class TopicState:
 
     @property
     def partitions(self) -> int:
+        """Number of partitions."""
         return len(self.leaders)
 
 
 class MetadataCache:
-    """One refresh at a time, however many ask for one."""
+    """Metadata by topic name, fetched on first use."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
@@ -35,16 +40,18 @@ class MetadataCache:
         self._refreshing: dict[str, asyncio.Future[None]] = {}
 
     def cached(self, topic: str) -> TopicState | None:
+        """Returns the last known state of the topic without a request; None if there is none."""
         return self._topics.get(topic)
 
     async def topic(self, topic: str) -> TopicState:
-        """Raises UnknownTopic, Unavailable."""
+        """Returns the last known state of the topic; asks the coordinator on first use. Raises UnknownTopic,
+        Unavailable."""
         if topic not in self._topics:
             await self.refresh(topic)
         return self._topics[topic]
 
     async def refresh(self, topic: str, since_ms: float = math.inf) -> None:
-        """Asks the coordinator anew, unless what is known is from after `since_ms` (of the event loop's clock).
+        """Asks the coordinator anew, unless the known state is younger than `since_ms` (on the event loop's clock).
         Raises UnknownTopic (and forgets the topic), Unavailable."""
         known = self._topics.get(topic)
         if known is not None and known.fetched_ms > since_ms:
@@ -57,7 +64,7 @@ class MetadataCache:
         try:
             await asyncio.shield(running)
         except asyncio.CancelledError:
-            if running.cancelled() and not being_cancelled():  # by `close`
+            if running.cancelled() and not being_cancelled():  # `close` has cancelled the refresh, not the caller
                 raise closed_error() from None
             raise
 
@@ -75,12 +82,13 @@ class MetadataCache:
         self._topics[topic] = _topic_state(found, asked_ms)
 
     async def query_addresses(self) -> tuple[str, ...]:
-        """Where to read from now; empty when no query service has a session."""
+        """Returns the addresses of the query services now; empty if no query service has a session. Raises
+        Unavailable."""
         response = await self._peers.coordinator.get_metadata(coordinator_pb2.GetMetadataRequest())
         return tuple(response.query_addresses)
 
     async def close(self) -> None:
-        """Cancels and awaits what still runs."""
+        """Cancels and awaits the refreshes that still run."""
         running: Iterable[asyncio.Future[None]] = list(self._refreshing.values())
         for task in running:
             task.cancel()

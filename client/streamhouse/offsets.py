@@ -1,4 +1,4 @@
-"""Questions about offsets that a consumer asks: where partitions begin and end, what its group committed, its lag."""
+"""Offsets as a consumer asks for them: start and end of partitions, committed positions of its group, lag."""
 
 from collections.abc import Mapping
 
@@ -16,6 +16,7 @@ from streamhouse.records import OffsetAndMetadata, TopicPartition
 
 
 def commits_of(positions: Mapping[TopicPartition, Position]) -> list[coordinator_pb2.OffsetCommit]:
+    """Returns the positions as messages of a commit request."""
     return [
         coordinator_pb2.OffsetCommit(
             topic=topic,
@@ -29,7 +30,7 @@ def commits_of(positions: Mapping[TopicPartition, Position]) -> list[coordinator
 
 
 class Offsets:
-    """Asks the coordinator and the query services; keeps nothing."""
+    """Asks the coordinator and the query services; keeps no state."""
 
     def __init__(self, peers: Peers, metadata: MetadataCache, group: str | None) -> None:
         self._peers = peers
@@ -37,8 +38,8 @@ class Offsets:
         self._group = group
 
     async def look_up(self, at: Place, partitions: Mapping[TopicPartition, bytes]) -> dict[TopicPartition, int]:
-        """Returns the offset of `at` in each of the partitions. `partitions`: with the topic's id; empty: not
-        known. Raises UnknownTopic, Unavailable."""
+        """Returns the offset of `at` in each of the partitions. `partitions`: by partition the id of its topic; empty:
+        not known. Raises UnknownTopic, Unavailable."""
         lookups = [lookup_of(*where, topic_id, at) for where, topic_id in partitions.items()]
         if not lookups:
             return {}
@@ -53,8 +54,8 @@ class Offsets:
         return offsets
 
     async def committed(self, partitions: Mapping[TopicPartition, bytes]) -> dict[TopicPartition, OffsetAndMetadata]:
-        """Returns what the group has committed in partitions of topics with these ids, without those that have no
-        commit."""
+        """Returns the group's committed positions in partitions of topics with these ids, without partitions that have
+        none. Raises Unavailable."""
         if self._group is None or not partitions:
             return {}
         request = coordinator_pb2.FetchOffsetsRequest(
@@ -69,18 +70,19 @@ class Offsets:
         return {
             where: OffsetAndMetadata(found[where].offset, found[where].metadata)
             for where, topic_id in partitions.items()
-            if where in found and found[where].topic_id in (topic_id, b"")  # empty: of an older coordinator
+            if where in found and found[where].topic_id in (topic_id, b"")  # empty: committed with an older coordinator
         }
 
     async def commit(self, positions: Mapping[TopicPartition, Position]) -> None:
-        """A plain commit, for a group without members. Raises IllegalGeneration if it has some, UnknownTopic."""
+        """Commits for a group without members. Raises IllegalGeneration if the group has members, UnknownTopic."""
         request = coordinator_pb2.CommitOffsetsRequest(group=self._group or "", offsets=commits_of(positions))
         await self._peers.coordinator.commit_offsets(request)
 
     async def lag(
         self, positions: Mapping[TopicPartition, int], topic_ids: Mapping[TopicPartition, bytes]
     ) -> dict[TopicPartition, Lag]:
-        """Records from each position to the end of its partition."""
+        """Returns the number of records from each position to the end of its partition. Raises UnknownTopic,
+        Unavailable."""
         ends = await self.look_up("latest", {where: topic_ids[where] for where in positions})
         lags = {}
         for topic in sorted({where.topic for where in positions}):

@@ -1,4 +1,4 @@
-"""What applications see of records: one record, where it went, and many as columns."""
+"""Records as applications see them: a record read, the place of a record written, and many records as columns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -25,9 +25,9 @@ class TopicPartition(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A record as read. `key` and `value` are bytes or None (null), or what the consumer's deserializers returned, of
-    which type checkers are not told; `timestamp_ms` counts from 1970-01-01 UTC; `headers` are (name, value) pairs,
-    their values may be None."""
+    """A record as read. `key` and `value` are bytes or None (null), or the objects that the consumer's deserializers
+    returned (type checkers see bytes); `timestamp_ms` counts from 1970-01-01 UTC; `headers` are (name, value) pairs, a
+    value may be None."""
 
     topic: str
     partition: int
@@ -39,20 +39,20 @@ class Record(NamedTuple):
 
     @property
     def trace_context(self) -> Context:
-        """OpenTelemetry context in which the record was sent, for spans of the application's own; empty if the record
-        has no valid `traceparent` header."""
+        """OpenTelemetry context in which the record was sent, for the application's own spans; empty if the record has
+        no valid `traceparent` header."""
         for name, value in self.headers:
             if name == TRACEPARENT and value is not None and len(value) == TRACEPARENT_BYTES:
                 return _PROPAGATOR.extract({TRACEPARENT: value.decode("latin-1")}, Context())
         return Context()
 
 
-# As `Record._make`, without a Python call: half the time of making a record, of which there may be a million a second.
+# Equal to `Record._make`, without a Python call: half the time of making a record, at up to a million a second.
 _make_record: Callable[[tuple[Any, ...]], Record] = partial(tuple.__new__, Record)
 
 
 class OffsetAndMetadata(NamedTuple):
-    """A position that a group has committed: the next offset to read, and a note of the application, at most 4,096
+    """A committed position of a group: the next offset to read, and a note of the application, at most 4,096
     characters."""
 
     offset: int
@@ -60,10 +60,10 @@ class OffsetAndMetadata(NamedTuple):
 
 
 class MembershipState(NamedTuple):
-    """How a consumer stands in its group. `state`: "out" (not started, left, or silent for max_poll_interval_ms),
-    "joining" (for the first time, or because the group has forgotten it), "rebalancing" (partitions are still to come:
-    another member holds them, or where to begin is being found out) or "stable". `member_id` is empty while it has
-    none; `generation` counts the group's rebalances."""
+    """State of a consumer in its group. `state`: "out" (not started, left, or silent for max_poll_interval_ms),
+    "joining" (for the first time, or because the group has forgotten the member), "rebalancing" (assigned partitions
+    are not read yet: another member still holds them, or their start position is being looked up) or "stable".
+    `member_id` is empty for a consumer without one; `generation` counts the group's rebalances."""
 
     group: str
     member_id: str
@@ -72,7 +72,7 @@ class MembershipState(NamedTuple):
 
 
 class RecordMetadata(NamedTuple):
-    """Place of a record that was written. `offset` is -1 with acks="none": nobody waited to learn it."""
+    """Place of a written record. `offset` is -1 with acks="none": no answer was awaited."""
 
     topic: str
     partition: int
@@ -83,9 +83,9 @@ class RecordMetadata(NamedTuple):
 class RecordBatch:
     """Records of one partition as columns, in the order of their offsets; iterates as `Record`s.
 
-    `offsets` and `timestamps` (milliseconds) are int64 arrays of shape (n,); `keys` and `values` are
-    `BytesColumn`s (`.to_list()` for Python lists, `.data`/`.ends` for the bytes as they lie); `headers` is a
-    `HeadersColumn`, or None when no record has any.
+    `offsets` and `timestamps` (milliseconds since 1970-01-01 UTC) are int64 arrays of shape (n,); `keys` and `values`
+    are `BytesColumn`s (`.to_list()` for Python lists, `.data`/`.ends` for the bytes as they lie); `headers` is a
+    `HeadersColumn`, or None if no record has headers.
     """
 
     __slots__ = ("partition", "records", "topic")
@@ -97,27 +97,32 @@ class RecordBatch:
 
     @property
     def offsets(self) -> NDArray[np.int64]:
+        """Offsets, int64 of shape (n,), ascending."""
         return self.records.offsets
 
     @property
     def timestamps(self) -> NDArray[np.int64]:
+        """Timestamps in milliseconds since 1970-01-01 UTC, int64 of shape (n,)."""
         return self.records.timestamps_ms
 
     @property
     def keys(self) -> BytesColumn:
+        """Keys; `.to_list()` gives bytes, or None for a null key."""
         return self.records.keys
 
     @property
     def values(self) -> BytesColumn:
+        """Values; `.to_list()` gives bytes, or None for a null value."""
         return self.records.values
 
     @property
     def headers(self) -> HeadersColumn | None:
+        """Headers of the records; None if no record has headers."""
         return self.records.headers
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all keys, values and headers."""
+        """Total bytes of keys, values and headers."""
         return self.records.size_bytes
 
     def __len__(self) -> int:
@@ -127,7 +132,7 @@ class RecordBatch:
         return f"RecordBatch({self.topic!r}, {self.partition}, {len(self)} records)"
 
     def __iter__(self) -> Iterator[Record]:
-        """The records one by one; lists are made once for the whole batch."""
+        """Returns an iterator of the records; Python lists of the columns are made once for the whole batch."""
         columns = self.records
         keys: Any = repeat(None) if columns.keys.all_null else columns.keys.to_list()
         headers: Any = repeat(()) if columns.headers is None else map(tuple, columns.headers.to_list())
@@ -144,11 +149,11 @@ class RecordBatch:
         return map(_make_record, rows)
 
     def slice(self, start: int, stop: int) -> "RecordBatch":
-        """Records start to stop (positions in this batch), without a copy."""
+        """Returns the records at positions start to stop of this batch, without a copy."""
         return RecordBatch(self.topic, self.partition, self.records.slice(start, stop))
 
     def to_arrow(self) -> Any:
-        """A `pyarrow.RecordBatch` with columns offset, timestamp (ms, UTC), key, value, headers; the bytes are
+        """Returns a `pyarrow.RecordBatch` with columns offset, timestamp (ms, UTC), key, value, headers; the bytes are
         not copied. Topic and partition are in the schema's metadata. Needs pyarrow."""
         import pyarrow as pa
 

@@ -1,7 +1,7 @@
-"""Finds the topics of a subscription, again and again where it is a pattern.
+"""Finds the topics of a subscription; for a pattern again at every interval.
 
-Owns: the subscription of a consumer. Does not own: metadata, partitions, what becomes of the topics that are found.
-Invariants: topics that a pattern matched are reported only while the consumer is subscribed to that very pattern.
+Owns: the subscription of a consumer. Does not own: metadata, partitions, the use of the topics found.
+Invariants: topics that match a pattern are reported only while the consumer is subscribed to that very pattern.
 """
 
 import asyncio
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 
 class Subscriptions:
-    """`find` at once, and `run` as a task of the owner. `found(partitions by topic)`: told of the topics that a pattern
-    matches, each time it is looked."""
+    """Subscription of a consumer; the owner runs `run` as a task. `found(partitions by topic)`: called with the topics
+    that match the pattern after each search."""
 
     def __init__(
         self,
@@ -40,16 +40,16 @@ class Subscriptions:
         self.current = Subscription()
 
     def replace(self, subscription: Subscription) -> None:
-        """Subscribes to these topics instead of those before."""
+        """Subscribes to these topics instead of the earlier ones."""
         self.current = subscription
         self._wakes.set()
 
     def refresh_soon(self) -> None:
-        """Looks at once which topics a pattern matches: one of them is gone."""
+        """Searches at once for the topics that match the pattern; called when a topic is gone."""
         self._wakes.set()
 
     async def find(self, subscription: Subscription) -> dict[str, int]:
-        """Returns the number of partitions of each topic, by name. Raises UnknownTopic (a name without a topic),
+        """Returns the number of partitions of each topic, by name. Raises UnknownTopic (for a name that no topic has),
         Unavailable."""
         if subscription.pattern is None:
             for topic in subscription.topics:
@@ -59,7 +59,8 @@ class Subscriptions:
         return {item.topic: item.partitions for item in response.topics if subscription.includes(item.topic)}
 
     async def run(self) -> None:
-        """Looks every refresh_interval_ms which topics a pattern matches, and reports them, until cancelled."""
+        """Searches every refresh_interval_ms for the topics that match the pattern, and reports them, until
+        cancelled."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         failing = ""
         wait_ms: float = self._refresh_interval_ms
@@ -75,7 +76,7 @@ class Subscriptions:
             try:
                 topics = await self.find(asked)
             except StreamHouseError as error:
-                if failing != error.reason:  # told once, not with every try
+                if failing != error.reason:  # logged once, not with every try
                     log.warning("cannot find out which topics match %r, trying again: %s", asked.pattern.pattern, error)
                 failing = error.reason
                 wait_ms = max(error.retry_after_ms, backoff.next_ms())

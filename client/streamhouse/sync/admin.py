@@ -1,4 +1,4 @@
-"""The admin for plain code."""
+"""The admin for plain code: `streamhouse.Admin` without `await`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -17,7 +17,7 @@ from streamhouse.records import OffsetAndMetadata, TopicPartition
 
 @explains_kafka_methods("Admin")
 class Admin(PlainContext):
-    """Topics, offsets, status; see `streamhouse.Admin`."""
+    """Administers topics, offsets, groups and the cluster; `streamhouse.Admin` explains options and results."""
 
     @explains_kafka_names("Admin")
     def __init__(
@@ -55,7 +55,8 @@ class Admin(PlainContext):
         unclean_recovery_after_ms: int | None = None,
         if_not_exists: bool = False,
     ) -> cluster.Topic:
-        """Returns the topic created; with `if_not_exists` one that there is. Raises TopicExists, InvalidArgument."""
+        """Creates a topic and returns it; with `if_not_exists` returns an existing topic of that name unchanged. Raises
+        TopicExists, InvalidArgument."""
         return BACKGROUND.run(
             self._inner.create_topic(
                 topic,
@@ -79,8 +80,8 @@ class Admin(PlainContext):
         min_acks: Acks | None = None,
         unclean_recovery_after_ms: int | Literal["unset"] | None = None,
     ) -> cluster.Topic:
-        """Returns the topic as it is then; what is None stays, "unset" removes a setting. Raises UnknownTopic,
-        InvalidArgument."""
+        """Changes settings of a topic and returns the topic with its new settings: None leaves a setting, "unset"
+        removes it. Raises UnknownTopic, InvalidArgument."""
         return BACKGROUND.run(
             self._inner.alter_topic(
                 topic,
@@ -93,36 +94,40 @@ class Admin(PlainContext):
         )
 
     def topic_configs(self, topic: str) -> list[cluster.TopicConfig]:
-        """Returns every setting of the topic with its default, and how it may be altered. Raises UnknownTopic."""
+        """Returns every setting of the topic with its value, its default and how it may be altered. Raises
+        UnknownTopic."""
         return BACKGROUND.run(self._inner.topic_configs(topic))
 
     def list_topics(self) -> list[cluster.Topic]:
+        """Returns all topics."""
         return BACKGROUND.run(self._inner.list_topics())
 
     def describe_topic(self, topic: str) -> cluster.TopicDescription:
-        """Raises UnknownTopic."""
+        """Returns the topic with its partitions, their leaders, offset ranges and sizes. Raises UnknownTopic."""
         return BACKGROUND.run(self._inner.describe_topic(topic))
 
     def delete_topic(self, topic: str) -> str:
-        """The deleted topic's id. Raises UnknownTopic."""
+        """Deletes a topic with its records, and returns its id. Raises UnknownTopic."""
         return BACKGROUND.run(self._inner.delete_topic(topic))
 
     def delete_records(self, topic: str, partition: int, before_offset: int) -> cluster.DeletedRecords:
-        """Deletes the records of a partition below an offset; returns where the log starts then. Raises UnknownTopic,
+        """Deletes the records of a partition below an offset; returns the new start of the log. Raises UnknownTopic,
         UnknownPartition, InvalidArgument."""
         return BACKGROUND.run(self._inner.delete_records(topic, partition, before_offset))
 
     def status(self) -> cluster.ClusterStatus:
+        """Returns the sessions, leases and backlog of the cluster, and failures that need an operator."""
         return BACKGROUND.run(self._inner.status())
 
     def offsets(
         self, topic: str, at: Literal["earliest", "latest"] | int | datetime, partitions: Iterable[int] | None = None
     ) -> dict[TopicPartition, cluster.FoundOffset]:
-        """Where each partition begins, ends, or has its first record at or after a time."""
+        """Returns the offset at which each partition begins or ends, or the first record at or after a time. Raises
+        UnknownTopic, UnknownPartition, Unavailable (no query service)."""
         return BACKGROUND.run(self._inner.offsets(topic, at, partitions))
 
     def group_offsets(self, group: str) -> list[cluster.CommittedOffset]:
-        """What the group has committed. Raises UnknownGroup."""
+        """Returns the committed positions of a group. Raises UnknownGroup."""
         return BACKGROUND.run(self._inner.group_offsets(group))
 
     def commit_group_offsets(
@@ -132,15 +137,17 @@ class Admin(PlainContext):
         *,
         topic_ids: Mapping[str, str] | None = None,
     ) -> None:
-        """Sets where a group without members goes on. Raises UnknownTopic where another topic than that of `topic_ids`
-        has the name."""
+        """Sets the positions at which a group without members continues. Raises IllegalGeneration or UnknownMember
+        while the group has members, UnknownTopic if a topic does not have the id in `topic_ids`."""
         BACKGROUND.run(self._inner.commit_group_offsets(group, offsets, topic_ids=topic_ids))
 
     def list_groups(self) -> list[group_admin.Group]:
+        """Returns a summary of each consumer group."""
         return BACKGROUND.run(self._inner.list_groups())
 
     def describe_group(self, group: str) -> group_admin.GroupDescription:
-        """Members, what they work on, positions and lag. Raises UnknownGroup."""
+        """Returns the members of a group with their assigned and owned partitions, and its positions and lag. Raises
+        UnknownGroup."""
         return BACKGROUND.run(self._inner.describe_group(group))
 
     def reset_offsets(
@@ -152,22 +159,26 @@ class Admin(PlainContext):
         partition: int | None = None,
         execute: bool = False,
     ) -> list[group_admin.OffsetReset]:
-        """Where the group would go on; only with `execute` it does. Raises GroupNotEmpty then, while it has members."""
+        """Returns the position at which the group would continue, for each partition; sets these positions only with
+        `execute`, and then raises GroupNotEmpty while the group has members."""
         return BACKGROUND.run(self._inner.reset_offsets(group, to, topic=topic, partition=partition, execute=execute))
 
     def delete_group(self, group: str) -> None:
-        """With its committed offsets. Raises UnknownGroup, GroupNotEmpty."""
+        """Deletes a group with its committed offsets. Raises UnknownGroup, GroupNotEmpty."""
         BACKGROUND.run(self._inner.delete_group(group))
 
     def orphaned_ranges(self, topic: str, partition: int) -> list[cluster.OffsetRange]:
-        """What readers of the partition wait for, and only an agent that is gone has."""
+        """Returns the offset ranges of the partition whose unregistered records only a lost agent has. Raises
+        UnknownTopic, UnknownPartition."""
         return BACKGROUND.run(self._inner.orphaned_ranges(topic, partition))
 
     def declare_lost(
         self, topic: str, partition: int, epochs: Sequence[int], reason: str = ""
     ) -> list[cluster.OffsetRange]:
-        """Gives up what is not registered of these orphaned ranges, for good."""
+        """Declares the unregistered records of these orphaned ranges lost, for good. Returns the ranges as they are
+        after that. Raises UnknownTopic, UnknownPartition, InvalidArgument for a range that has a leader."""
         return BACKGROUND.run(self._inner.declare_lost(topic, partition, epochs, reason))
 
     def close(self) -> None:
+        """Closes the connections."""
         BACKGROUND.run(self._inner.close())
