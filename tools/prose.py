@@ -28,7 +28,7 @@ RETURNS = re.compile(
 )
 WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 # Words per 1,000 words of a package's docstrings and comments, and the most there may be.
-LIMITS_PER_1000 = {"what": 2.0, "who": 0.5, "one": 8.0, "it": 14.0}
+LIMITS_PER_1000 = {"what": 2.0, "who": 0.5, "one": 8.0, "it": 20.0}
 COUNTED = {
     "what": ("what", "whatever"),
     "who": ("who", "whoever", "whom", "nobody", "everybody", "somebody", "anybody"),
@@ -41,7 +41,6 @@ PENDING = frozenset(
     (
         "libs/shproto/shproto",
         "libs/shruntime/shruntime",
-        "libs/shstore/shstore",
         "libs/shcluster/shcluster",
         "libs/shread/shread",
         "services/coordinator/streamhouse_coordinator",

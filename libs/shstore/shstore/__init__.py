@@ -1,5 +1,7 @@
-"""Object storage for StreamHouse: one port, four stores that keep the same contract, one retry policy.
-Knows nothing of topics and segments."""
+"""Object storage for StreamHouse: a port, four stores that keep the same contract, a retry policy.
+
+Knows nothing of topics and segments.
+"""
 
 from shstore.errors import (
     REFUSALS,

@@ -1,4 +1,4 @@
-"""The body of one upload request as a file over byte views: read piece by piece, never copied as a whole. Pure."""
+"""The body of an upload request as a file over byte views: read piece by piece, never copied as a whole. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COPIED_BYTES_MAX = 1024 * 1024
 
 
 def request_body(views: Sequence[memoryview]) -> bytes | ViewsFile:
-    """Returns what an HTTP client is given to send `views` one after the other."""
+    """Returns the body with which an HTTP client sends `views` in order."""
     if sum(map(len, views)) <= COPIED_BYTES_MAX:
         return b"".join(views)
     return ViewsFile(views)
@@ -36,7 +36,7 @@ class ViewsFile(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Returns the new position. Raises ValueError for one before the beginning."""
+        """Moves to a position and returns it. Raises ValueError for a position before the beginning."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._ends[-1] if self._ends else 0}[whence]
         if base + offset < 0:
             raise ValueError(f"position is {base + offset}, but must not be negative")
@@ -44,7 +44,7 @@ class ViewsFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: object, /) -> int:
-        """Fills `buffer` as far as there are bytes; returns how many it got."""
+        """Fills `buffer` as far as bytes are left; returns the number of bytes written to it."""
         room = memoryview(buffer).cast("B")  # type: ignore[arg-type]
         filled = 0
         for number in range(bisect_right(self._ends, self._at), len(self._views)):

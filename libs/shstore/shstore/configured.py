@@ -1,4 +1,4 @@
-"""The object store that a service's settings describe, retries included."""
+"""Opens the object store of a service's settings, retries included."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from shstore.settings import StoreSettings
 
 
 def configured_store(settings: runtime.StoreSettings) -> RetryingStore:
-    """A local directory where `store_dir` is set, else S3. Does no I/O; `check()` does. Raises StoreInvalid."""
+    """Returns a store in the directory `store_dir`, or on S3 without it. Does no I/O. Raises StoreInvalid."""
     policy = RetryPolicy(deadline_ms=max(1, settings.s3_attempts_deadline_ms))
     return RetryingStore(open_store(_store_settings(settings)), policy)
 

@@ -1,6 +1,8 @@
-"""What an object store can answer instead of doing what it was asked.
-The kind says what the caller should do; the class says what happened and carries the numbers.
-Errors of botocore, aiohttp and the operating system never pass this line: the adapter translates them."""
+"""Errors of an object store.
+
+The kind says how the caller should react; the class says which failure it was and carries the numbers. Errors of
+botocore, aiohttp and the operating system end at the adapters, which translate them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import ClassVar
 
 
 class StoreErrorKind(StrEnum):
-    """What a caller should do about the error."""
+    """The caller's reaction to an error."""
 
     MISSING = "missing"
     """The object is not there: drop it from the index, or report a dangling registration."""
@@ -27,14 +29,14 @@ class StoreErrorKind(StrEnum):
 
 
 class StoreError(Exception):
-    """Base of everything an ObjectStore raises. `kind` says what to do, `retriable` if to repeat."""
+    """Base of every error that an ObjectStore raises. `kind` names the reaction, `retriable` allows a repetition."""
 
     kind: ClassVar[StoreErrorKind]
     retriable: ClassVar[bool] = False
 
 
 class ObjectMissing(StoreError):
-    """There is no object under this key."""
+    """No object exists under this key."""
 
     kind = StoreErrorKind.MISSING
 
@@ -44,7 +46,7 @@ class ObjectMissing(StoreError):
 
 
 class ObjectExists(StoreError):
-    """A put-if-absent met an object that was already there; nothing was written."""
+    """A put-if-absent met an existing object; nothing was written."""
 
     kind = StoreErrorKind.EXISTS
 
@@ -56,8 +58,8 @@ class ObjectExists(StoreError):
 class StoreUnavailable(StoreError):
     """Timeout, 5xx, broken connection, full disk: the call may be repeated.
 
-    A put, delete or multipart completion that failed like this may still have taken effect.
-    `throttled` is set when the store asked for less load.
+    A put, delete or multipart completion that failed with this error may still have taken effect. `throttled` is set if
+    the store asked for less load.
     """
 
     kind = StoreErrorKind.RETRY
@@ -75,7 +77,7 @@ class StoreDenied(StoreError):
 
 
 class KeysRefused(StoreDenied):
-    """The store answers a delete, and keeps some of its objects, as those under a lock. `keys`: all that were not
+    """The store answers a delete and keeps some of its objects, as those under a lock. `keys`: all that were not
     deleted; the other keys of the call are gone."""
 
     def __init__(self, message: str, keys: Sequence[str]) -> None:
@@ -84,7 +86,7 @@ class KeysRefused(StoreDenied):
 
 
 class StoreCorrupt(StoreError):
-    """What the store returned contradicts what was asked for, or itself."""
+    """The store's answer contradicts the request, or itself."""
 
     kind = StoreErrorKind.CORRUPT
 
@@ -102,14 +104,14 @@ class BodyTruncated(StoreCorrupt):
 
 
 class WrongRange(StoreCorrupt):
-    """The headers of an answer declare other bytes than were asked for, as after a cache or proxy that cuts bodies or
-    ignores ranges. A new attempt may be answered by the store itself."""
+    """The headers of an answer declare other bytes than the requested range, as behind a cache or proxy that cuts
+    bodies or ignores ranges. A new attempt may reach the store itself."""
 
     retriable = True
 
 
 class RangeBeyondEnd(StoreCorrupt):
-    """The asked range does not lie inside the object: the object is shorter than the caller's index says."""
+    """The requested range does not lie inside the object: the object is shorter than the caller's index says."""
 
     def __init__(self, key: str, *, at: int, size_bytes: int | None, object_size_bytes: int) -> None:
         wanted = "the rest" if size_bytes is None else f"{size_bytes} bytes"

@@ -1,5 +1,7 @@
-"""Wraps a store and injects what object stores do on bad days: by an explicit script, or drawn from a seed.
-For tests of everything that uses a store; the same seed and calls give the same faults."""
+"""Wraps a store and injects faults of object stores, from an explicit script or drawn from a seed.
+
+For tests of everything that uses a store; the same seed and calls give the same faults.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ Operation: TypeAlias = Literal["put", "get", "head", "list", "delete", "check"]
 
 
 class FaultKind(StrEnum):
-    """What goes wrong. All but LATENCY and TRUNCATED_BODY raise StoreUnavailable."""
+    """Kinds of faults. All but LATENCY and TRUNCATED_BODY raise StoreUnavailable."""
 
     UNAVAILABLE = "unavailable"
     """5xx; nothing was done."""
@@ -43,7 +45,7 @@ _DONE = (FaultKind.TIMEOUT_DONE, FaultKind.LOST_REPLY)
 
 
 def applies(kind: FaultKind, operation: Operation) -> bool:
-    """Whether this operation can fail like that."""
+    """True if this operation can meet this kind of fault."""
     if kind in _DONE:
         return operation not in _READS
     if kind is FaultKind.TRUNCATED_BODY:
@@ -53,7 +55,8 @@ def applies(kind: FaultKind, operation: Operation) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One call's fault. `latency_ms` delays it first, whatever the kind; `after_items`: a list gives so many before."""
+    """A fault of one call. `latency_ms` delays the call first, for every kind; `after_items`: items that a list
+    yields before the fault."""
 
     kind: FaultKind
     latency_ms: int = 0
@@ -61,22 +64,22 @@ class Fault:
 
 
 class FaultSource(Protocol):
-    """Decides, call by call."""
+    """Chooses a fault for each call."""
 
     def next(self, operation: Operation) -> Fault | None:
-        """The fault of this call; None lets it through."""
+        """Returns the fault of this call, or None for a call without a fault."""
         ...
 
 
 class ScriptedFaults:
-    """The n-th call (of `operation`, or of any) gets the n-th entry; None and the end let calls through."""
+    """The n-th call (of `operation`, or of any) gets the n-th entry; None and the end of the script mean no fault."""
 
     def __init__(self, script: Iterable[Fault | FaultKind | None], *, operation: Operation | None = None) -> None:
         self._script = deque(Fault(step) if isinstance(step, FaultKind) else step for step in script)
         self._operation = operation
 
     def next(self, operation: Operation) -> Fault | None:
-        """Raises ValueError if the script asks of this operation what cannot happen to it."""
+        """Returns the next entry of the script. Raises ValueError if the operation cannot meet that fault."""
         if not self._script or self._operation not in (None, operation):
             return None
         fault = self._script.popleft()
@@ -86,12 +89,12 @@ class ScriptedFaults:
 
     @property
     def remaining(self) -> int:
-        """Entries no call has met yet: a test that expects all of its faults asserts 0."""
+        """Number of unused entries: a test that expects all of its faults asserts 0."""
         return len(self._script)
 
 
 class RandomFaults:
-    """Each call draws from `rates` (probability per kind, together at most 1); kinds that cannot happen pass."""
+    """Each call draws from `rates` (probability per kind, together at most 1); kinds that cannot occur are skipped."""
 
     def __init__(self, rng: random.Random, rates: Mapping[FaultKind, float], *, latency_ms_max: int = 20) -> None:
         if min(rates.values(), default=0) < 0 or sum(rates.values()) > 1 + 1e-9:
@@ -111,7 +114,7 @@ class RandomFaults:
 
 
 class FaultyStore:
-    """`store` with the faults of `faults`. Set `down` to make every call fail until it is cleared again."""
+    """`store` with the faults of `faults`. While `down` is set every call fails."""
 
     def __init__(
         self,
@@ -186,7 +189,7 @@ def _before_effect(operation: Operation, fault: Fault | None) -> None:
     if fault is None or fault.kind is FaultKind.LATENCY or fault.kind in _DONE:
         return
     if fault.kind is FaultKind.TRUNCATED_BODY and operation == "get":
-        return  # it happens to the body
+        return  # get() cuts the body itself
     throttled = fault.kind is FaultKind.THROTTLED
     raise StoreUnavailable(f"injected: {fault.kind} on {operation}", throttled=throttled)
 

@@ -1,5 +1,7 @@
-"""Which keys are allowed: the same for every store, so that data can move between them. Pure.
-A key is '/'-separated components, stored by LocalStore as directories, so that '..' must never pass."""
+"""Rules for keys: the same for every store, so that data can move between stores. Pure.
+
+A key is '/'-separated components, stored by LocalStore as directories, so '..' must never pass.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ufffe\uffff]")
 
 
 def check_key(key: str) -> str:
-    """Return `key` if it may name an object; raises KeyInvalid with the reason."""
+    """Returns `key` if it may name an object; raises KeyInvalid with the reason."""
     if not key:
         raise KeyInvalid(key, "is empty")
     _check_text(key, KEY_BYTES_MAX)
@@ -31,7 +33,8 @@ def check_key(key: str) -> str:
 
 
 def is_key(key: str) -> bool:
-    """True if `key` may name an object. Others may keep things in a bucket under names that no put of ours accepts."""
+    """True if `key` may name an object. A bucket may also hold objects of other programs, under names that put
+    refuses."""
     try:
         check_key(key)
     except KeyInvalid:
@@ -40,7 +43,7 @@ def is_key(key: str) -> bool:
 
 
 def check_prefix(prefix: str) -> str:
-    """Return `prefix` if keys can start with it (the last component may be cut anywhere, or be empty)."""
+    """Returns `prefix` if keys can start with it (the last component may be cut anywhere, or be empty)."""
     _check_text(prefix, KEY_BYTES_MAX)
     *whole, last = prefix.split("/")
     for component in whole:

@@ -1,7 +1,9 @@
 """A directory as object store: the embedded platform's, and good for one machine.
-Objects lie under `objects/` by their key; `tmp/` holds what is being written; `lock` keeps those who remove empty
-directories from those who put objects there. All blocking calls run in threads. Limits of a directory: a key cannot
-also be the directory of another ('a' beside 'a/b')."""
+
+Objects lie under `objects/` by their key; `tmp/` holds files being written; `lock` keeps the removal of empty
+directories and puts into them apart. All blocking calls run in threads. Invariants: an object appears under its key
+complete and synced, or not at all; a key cannot also be the directory of another ('a' beside 'a/b').
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,10 @@ PAGE_KEYS = 1000
 
 
 class LocalStore:
-    """`settings.path` (and below it `settings.prefix`) is the directory; it is made when missing.
+    """Store in the directory `settings.path`/`settings.prefix`, which is made if missing.
 
-    Leftovers of writers that died are removed in `check()` or at the first put, whichever comes first.
-    Several stores, in several processes, may share one directory.
+    Leftovers of writers that died are removed in `check()` or at the first put, whichever comes first. Several stores,
+    in several processes, may share a directory.
     """
 
     def __init__(self, settings: StoreSettings) -> None:
@@ -74,7 +76,7 @@ class LocalStore:
         await asyncio.to_thread(files.translated, f"use the directory {self._objects.parent}", self._check)
 
     async def close(self) -> None:
-        """Nothing is held between calls."""
+        """Does nothing: no resource is held between calls."""
 
     # Below: blocking, run in a thread.
 
@@ -107,13 +109,13 @@ class LocalStore:
             self._prepare()
             yield
         except FileNotFoundError:
-            # Someone removed one of our directories: the next attempt makes them anew.
+            # Another process removed a directory of ours: the next attempt makes it again.
             self._prepared = False
             self._durable_directories.clear()
             raise
 
     def _forget_before(self, number: int) -> None:
-        """Directories that are known to be durable may have been removed since, and made anew by others."""
+        """Forgets directories known to be durable: others may have removed them since and made them again."""
         if number != self._lock_number:
             self._durable_directories.clear()
             self._lock_number = number
@@ -129,13 +131,13 @@ class LocalStore:
         except (FileExistsError, IsADirectoryError):
             if target.is_dir():
                 raise KeyInvalid(key, "is a directory of other keys in this local store") from None
-            # Who retries after a lost outcome takes "exists" for success: make that durable too.
+            # A retry after a lost outcome takes "exists" for success: make the existing object durable, too.
             sync_directory(target.parent)
             raise ObjectExists(key) from None
         sync_directory(target.parent)
 
     def _make_directories(self, key: str, directory: Path) -> None:
-        """Make and fsync each level once per process: another writer's mkdir may not be durable yet."""
+        """Makes and fsyncs each level once per process: another writer's mkdir may not be durable yet."""
         for level in reversed([directory, *directory.parents]):
             if level in self._durable_directories or not level.is_relative_to(self._objects):
                 continue
@@ -181,7 +183,7 @@ class LocalStore:
             raise KeysRefused(message, list(refused)) from error
 
     def _unlink(self, keys: Sequence[str]) -> tuple[set[Path], dict[str, PermissionError]]:
-        """Deletes durably. Returns the directories that the objects were in, and the keys that may not be deleted."""
+        """Deletes durably. Returns the directories of the objects, and the keys whose deletion is not permitted."""
         emptied: set[Path] = set()
         refused: dict[str, PermissionError] = {}
         for key in keys:
@@ -192,7 +194,7 @@ class LocalStore:
             except PermissionError as error:
                 refused[key] = error
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                continue  # no such object, which is what was asked for
+                continue  # no such object: the state that delete promises
         for directory in emptied:
             sync_directory(directory)
         return emptied, refused

@@ -1,4 +1,4 @@
-"""The system calls LocalStore is made of, blocking; and what their errors mean in the port's words."""
+"""System calls of LocalStore, blocking, with their errors translated into the port's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _UNUSABLE = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.EOPNOTSUPP)
 
 @contextmanager
 def translating(action: str) -> Iterator[None]:
-    """Turn an OSError into the StoreError it means; `action` says what was being done."""
+    """Turns an OSError into its StoreError; `action` names the call for the message."""
     try:
         yield
     except OSError as exc:
@@ -49,13 +49,13 @@ def translating(action: str) -> Iterator[None]:
 
 
 def translated(action: str, call: Callable[..., Result], *arguments: object) -> Result:
-    """`call(*arguments)` with its OSErrors translated."""
+    """Returns `call(*arguments)`, with its OSErrors translated."""
     with translating(action):
         return call(*arguments)
 
 
 def store_error(action: str, exc: OSError) -> StoreError:
-    """The port's word for an OSError."""
+    """Returns the StoreError for an OSError."""
     message = f"cannot {action}: {exc.strerror or exc} ({errno.errorcode.get(exc.errno or 0, exc.errno)})"
     if exc.errno in _FULL:
         return StoreUnavailable(f"{message}: the disk or quota is full, free some space")
@@ -67,7 +67,7 @@ def store_error(action: str, exc: OSError) -> StoreError:
 
 
 class TempFile:
-    """A file being written. Its lock tells `remove_leftovers`, also in other processes, that it is in use."""
+    """A file being written. Its lock marks the file as in use, also for `remove_leftovers` in other processes."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -79,16 +79,16 @@ class TempFile:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             if self.status().st_nlink:
                 return self
-            os.close(self._fd)  # a clean-up took it for a leftover before it was locked
+            os.close(self._fd)  # a clean-up took the file for a leftover before it was locked
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.path.unlink(missing_ok=True)  # the object keeps its own link; after a replace there is none
+        self.path.unlink(missing_ok=True)  # the object keeps its own link; after a replace none is left here
         os.close(self._fd)
 
     def write(self, views: Sequence[memoryview]) -> None:
-        """Append all of `views` and make them durable."""
+        """Appends all of `views` and makes them durable."""
         pending = list(views)
         while pending:
             written = os.writev(self._fd, pending[:IOV_MAX])
@@ -96,7 +96,7 @@ class TempFile:
         os.fsync(self._fd)
 
     def status(self) -> os.stat_result:
-        """The file's size and times."""
+        """Returns size and times of the file."""
         return os.fstat(self._fd)
 
 
@@ -109,7 +109,7 @@ def _unwritten(views: list[memoryview], written_bytes: int) -> list[memoryview]:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove temporary files whose writer died; those that are locked belong to a living one."""
+    """Removes temporary files whose writer died; a locked file belongs to a living writer."""
     for path in directory.iterdir():
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -125,10 +125,10 @@ def remove_leftovers(directory: Path) -> None:
 
 
 class DirectoryLock:
-    """Between those who put names into directories and those who remove empty ones, also in other processes.
+    """Lock between putting names into directories and removing empty directories, also in other processes.
 
-    The file at `path` holds a number that grows with each removal: who remembers of a directory that it is there, and
-    durable, does so for one number only.
+    The file at `path` holds a number that grows with each removal: the knowledge that a directory exists and is durable
+    holds for one number only.
     """
 
     def __init__(self, path: Path) -> None:
@@ -136,13 +136,13 @@ class DirectoryLock:
 
     @contextmanager
     def using(self) -> Iterator[int]:
-        """No directory is removed meanwhile. Yields the number."""
+        """Keeps every directory from being removed inside the `with` block. Yields the number."""
         with self._locked(fcntl.LOCK_SH) as fd:
             yield _number(fd)
 
     @contextmanager
     def removing(self) -> Iterator[None]:
-        """Nobody uses a directory meanwhile."""
+        """Keeps names from being put into directories inside the `with` block."""
         with self._locked(fcntl.LOCK_EX) as fd:
             os.pwrite(fd, (_number(fd) + 1).to_bytes(8, "little"), 0)
             yield
@@ -162,8 +162,10 @@ def _number(fd: int) -> int:
 
 
 def remove_empty(directory: Path, root: Path) -> None:
-    """Remove `directory` and those above it, below `root`, as far as they are empty. Leaves what cannot be removed: it
-    costs a listing some time, no more."""
+    """Removes `directory` and its parents below `root` as far as they are empty.
+
+    Leaves a directory that cannot be removed: an empty directory only costs a listing some time.
+    """
     while directory != root:
         try:
             directory.rmdir()
@@ -173,7 +175,7 @@ def remove_empty(directory: Path, root: Path) -> None:
 
 
 def is_empty(directory: Path) -> bool:
-    """False also when it is not there."""
+    """True if the directory exists and is empty."""
     try:
         with os.scandir(directory) as entries:
             return next(entries, None) is None
@@ -183,7 +185,7 @@ def is_empty(directory: Path) -> bool:
 
 @contextmanager
 def opened(path: Path, key: str) -> Iterator[int]:
-    """A descriptor of the object's file. Raises ObjectMissing if it is not there, or not a regular file."""
+    """Yields a descriptor of the object's file. Raises ObjectMissing if the file is missing or not regular."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -197,7 +199,7 @@ def opened(path: Path, key: str) -> Iterator[int]:
 
 
 def read_exactly(fd: int, key: str, at: int, size_bytes: int) -> bytes:
-    """`size_bytes` bytes at `at`. Raises BodyTruncated if the file has shrunk meanwhile."""
+    """Returns `size_bytes` bytes from `at`. Raises BodyTruncated if the file has shrunk meanwhile."""
     chunks: list[bytes] = []
     got = 0
     while got < size_bytes:
@@ -210,7 +212,7 @@ def read_exactly(fd: int, key: str, at: int, size_bytes: int) -> bytes:
 
 
 def walk(objects: Path, prefix: str, start_after: str) -> Walk:
-    """(key, status) of every object in ascending key order, entering only directories that can matter."""
+    """Yields (key, status) of every object in ascending key order, entering only directories that can matter."""
     head, _, _ = prefix.rpartition("/")
     return _walk(objects / head, f"{head}/" if head else "", prefix, start_after)
 
@@ -239,4 +241,4 @@ def _entries(directory: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
                 elif entry.is_file(follow_symlinks=False):
                     yield entry.name, entry
     except (FileNotFoundError, NotADirectoryError):
-        return  # nothing was put there yet
+        return  # no object was put there yet

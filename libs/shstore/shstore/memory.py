@@ -1,5 +1,7 @@
 """An object store in this process's memory: for unit tests and simulation. Nothing survives it.
-Every call is atomic: it does not await between looking and changing."""
+
+Owns: the objects. Invariants: every call is atomic, as it does not await between looking and changing.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def _system_ms() -> int:
 
 
 class MemoryStore:
-    """`now_ms` gives `modified_ms`, so that tests can move time by hand."""
+    """Object store in memory. `now_ms` gives `modified_ms`, so that tests can move time by hand."""
 
     def __init__(self, settings: StoreSettings | None = None, *, now_ms: Callable[[], int] = _system_ms) -> None:
         self._get_bytes_max = (settings or StoreSettings(kind="memory")).get_bytes_max
@@ -68,10 +70,10 @@ class MemoryStore:
             self._objects.pop(key, None)
 
     async def check(self) -> None:
-        """Always well."""
+        """Does nothing: memory is always available."""
 
     async def close(self) -> None:
-        """Keeps the objects: a test closes and reopens what uses the store, not the store."""
+        """Keeps the objects: a test closes and reopens the user of the store, not the store."""
 
     def _find(self, key: str) -> tuple[ObjectInfo, bytes]:
         try:

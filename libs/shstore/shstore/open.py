@@ -1,4 +1,4 @@
-"""From settings, or a URL, to a store."""
+"""Opens a store from settings or a URL."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _URL_OPTIONS = ("endpoint", "region")
 
 
 def open_store(where: StoreSettings | str) -> ObjectStore:
-    """A store, one attempt per call: wrap it in RetryingStore for retries. Does no I/O; `check()` does.
+    """Returns a store with a single attempt per call; RetryingStore adds retries. Does no I/O; `check()` does.
 
-    A URL is `file:///directory`, `s3://bucket/prefix?endpoint=http://host:port&region=name` (credentials
-    from boto's usual sources) or `memory:`. Raises StoreInvalid.
+    A URL is `file:///directory`, `s3://bucket/prefix?endpoint=http://host:port&region=name` (credentials from boto's
+    usual sources) or `memory:`. Raises StoreInvalid.
     """
     settings = settings_from_url(where) if isinstance(where, str) else where
     if settings.kind == "local":
@@ -32,7 +32,7 @@ def open_store(where: StoreSettings | str) -> ObjectStore:
 
 
 def settings_from_url(url: str) -> StoreSettings:
-    """The settings a store URL means. Raises StoreInvalid naming what is wrong with it."""
+    """Returns the settings of a store URL. Raises StoreInvalid with the part that is wrong."""
     parsed = urlsplit(url)
     if parsed.scheme == "s3":
         return _s3_settings(parsed)

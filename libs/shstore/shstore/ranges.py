@@ -1,4 +1,4 @@
-"""Byte arithmetic shared by the stores: which bytes a get means, how a body splits into upload parts. Pure."""
+"""Byte arithmetic shared by the stores: the range of a get, the split of a body into upload parts. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from shstore.errors import RangeBeyondEnd, StoreInvalid
 
 
 def check_range(at: int, size_bytes: int | None) -> None:
-    """Raises StoreInvalid for a negative position or size."""
+    """Refuses a negative position or size with StoreInvalid."""
     if at < 0:
         raise StoreInvalid(f"at is {at}, but a byte position is not negative")
     if size_bytes is not None and size_bytes < 0:
@@ -16,9 +16,9 @@ def check_range(at: int, size_bytes: int | None) -> None:
 
 
 def resolve_range(key: str, *, at: int, size_bytes: int | None, object_size_bytes: int, get_bytes_max: int) -> int:
-    """How many bytes a get of this range returns, checked before anything is allocated.
+    """Returns the number of bytes that a get of this range yields, checked before anything is allocated.
 
-    Raises RangeBeyondEnd, or StoreInvalid when it is more than `get_bytes_max`.
+    Raises RangeBeyondEnd, or StoreInvalid if the number is above `get_bytes_max`.
     """
     wanted = object_size_bytes - at if size_bytes is None else size_bytes
     if wanted < 0 or at + wanted > object_size_bytes:
@@ -29,13 +29,14 @@ def resolve_range(key: str, *, at: int, size_bytes: int | None, object_size_byte
 
 
 def byte_views(parts: Sequence[bytes | memoryview]) -> tuple[list[memoryview], int]:
-    """The non-empty parts as flat byte views, without a copy, and their total size in bytes."""
+    """Returns the non-empty parts as flat byte views, without a copy, and their total size in bytes."""
     views = [memoryview(part).cast("B") for part in parts if len(part)]
     return views, sum(len(view) for view in views)
 
 
 def split_views(views: Sequence[memoryview], part_bytes: int) -> Iterator[list[memoryview]]:
-    """Regroup into upload parts of exactly `part_bytes` each (the last one shorter), without a copy."""
+    """Yields the views regrouped into upload parts of exactly `part_bytes` each (the last part shorter), without a
+    copy."""
     part: list[memoryview] = []
     room = part_bytes
     for whole in views:

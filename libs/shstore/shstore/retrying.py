@@ -1,6 +1,9 @@
-"""Repeats what may be repeated: the one retry policy of every store.
-Capped exponential back-off with full jitter (a wait drawn evenly between 0 and the cap, so that many
-clients do not come back at once), and a deadline over all attempts of a call."""
+"""The retry policy of every store.
+
+Capped exponential back-off with full jitter (a wait drawn evenly between 0 and the cap, so that many clients do not
+come back at once), and a deadline over all attempts of a call. Owns: the store's last failure. Does not own: the store.
+Invariants: only retriable errors are repeated; a call ends at its deadline with the error of its last attempt.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ COMPARE_BYTES = 8 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """When to try again. Waits are in ms; `deadline_ms` covers all attempts and waits of one call."""
+    """Limits and waits of retries. Waits are in ms; `deadline_ms` covers all attempts and waits of a call."""
 
     base_delay_ms: int = 100
     """Cap of the first wait. It doubles with each further one."""
@@ -54,7 +57,7 @@ class RetryPolicy:
                 raise StoreInvalid(f"retry {name} is {getattr(self, name)}, but must be at least 1")
 
     def delay_cap_ms(self, failures: int, *, throttled: bool) -> int:
-        """Longest wait after the `failures`-th failure in a row (counted from 1)."""
+        """Returns the longest wait after the `failures`-th failure in a row (counted from 1)."""
         base_ms, max_ms = self.base_delay_ms, self.max_delay_ms
         if throttled:
             base_ms, max_ms = self.throttled_base_delay_ms, self.throttled_max_delay_ms
@@ -83,13 +86,16 @@ class RetryingStore:
 
     @property
     def trouble(self) -> str:
-        """Message of the store's last failure; empty if it has answered since. Calls that are still retried say nothing
+        """Message of the store's last failure; empty if the store has answered since. Retried calls report nothing
         else."""
         return str(self._trouble or "")
 
     async def put(self, key: str, parts: Sequence[bytes | memoryview], *, if_absent: bool = True) -> ObjectInfo:
-        """As ObjectStore.put. An object found on a repeated put-if-absent with the same bytes is this put's own:
-        the earlier attempt had arrived, only its reply was lost."""
+        """Puts as ObjectStore.put does, and returns the object's info.
+
+        An object found on a repeated put-if-absent with the same bytes is this put's own: the earlier attempt had
+        arrived, only its reply was lost.
+        """
         attempts = 0
 
         async def put_once() -> ObjectInfo:
@@ -111,7 +117,7 @@ class RetryingStore:
         return await self._retried(f"head {key!r}", lambda: self._store.head(key))
 
     async def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ObjectInfo]:
-        """As ObjectStore.list; after an error it goes on behind the last key it gave out."""
+        """Lists as ObjectStore.list does; yields on from the last key after an error."""
         last = start_after
         backoff = self._new_backoff(f"list {prefix!r}")
         while True:
@@ -121,7 +127,7 @@ class RetryingStore:
                     self._trouble = None
                     yield info
                     backoff = self._new_backoff(f"list {prefix!r}")
-                self._trouble = None  # also where nothing was found
+                self._trouble = None  # also if nothing was found
                 return
             except StoreError as exc:
                 self._note(exc)
@@ -134,7 +140,7 @@ class RetryingStore:
         await self._retried("check the store", self._store.check)
 
     async def wait_until_usable(self) -> None:
-        """Returns once the store answers `check`, however long that takes, and logs what it waits for.
+        """Waits, without a limit, until the store answers `check`; logs the reason of the wait.
 
         Raises REFUSALS, which waiting does not mend: wrong credentials, a missing bucket, an unusable directory.
         """
@@ -154,7 +160,7 @@ class RetryingStore:
                 return
 
     async def _check_aloud(self) -> None:
-        """Checks once, and logs that the store is silent long before the attempt is given up."""
+        """Checks once, and logs that the store is silent long before the attempt's time limit."""
         asking = asyncio.ensure_future(self._store.check())
         try:
             await asyncio.wait((asking,), timeout=SILENCE_SAID_S)
@@ -188,11 +194,11 @@ class RetryingStore:
                 return result
 
     def _note(self, error: StoreError) -> None:
-        """A missing object, say, is an answer; a failure to answer, or a refusal, is trouble."""
+        """Records a failure to answer or a refusal as trouble; an answer such as a missing object clears it."""
         self._trouble = error if error.retriable or isinstance(error, REFUSALS) else None
 
     async def _stored_same(self, key: str, parts: Sequence[bytes | memoryview]) -> ObjectInfo | None:
-        """What is stored under `key`, if it is these very bytes; else None."""
+        """Returns the info of the object under `key` if it holds exactly these bytes, else None."""
         views, size_bytes = byte_views(parts)
         info = await self._store.head(key)
         if info.size_bytes != size_bytes:
@@ -207,7 +213,7 @@ class RetryingStore:
 
 
 class _Backoff:
-    """The waits of one call, and when it gives up."""
+    """The waits of a call, and its deadline."""
 
     def __init__(
         self,
@@ -230,7 +236,7 @@ class _Backoff:
         return max(0.0, self._deadline - self._monotonic())
 
     async def wait(self, exc: StoreError) -> None:
-        """Wait before the next attempt. Raises `exc` itself if it cannot be retried, or gives up."""
+        """Waits before the next attempt. Raises `exc` itself if it cannot be retried, or the deadline error."""
         if not exc.retriable:
             raise exc
         self._failures += 1
@@ -242,7 +248,7 @@ class _Backoff:
         await self._sleep(delay_s)
 
     def gave_up(self) -> StoreError:
-        """The error of a call whose deadline passed: the last attempt's own kind where there is one."""
+        """Returns the error of a call whose deadline passed: of the last attempt's own kind if there was an attempt."""
         tried = f"gave up to {self._action} after {self._policy.deadline_ms} ms and {self._failures} failures"
         throttled = isinstance(self._last, StoreUnavailable) and self._last.throttled
         return StoreUnavailable(f"{tried}; last: {self._last}", throttled=throttled)

@@ -1,5 +1,7 @@
 """Any S3 API as object store, over aioboto3. One HTTP attempt per request: RetryingStore repeats, not boto.
-Knows nothing of what the objects contain. Requests and their errors: `s3_requests`, `s3_errors`."""
+
+Knows nothing of the objects' contents. Requests and their errors: `s3_requests`, `s3_errors`.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,9 @@ class S3Store:
         self._settings = settings
         self._prefix = f"{settings.prefix.rstrip('/')}/" if settings.prefix else ""
         self._s3 = S3Requests(settings)
-        # The upload as a whole is told which checksum its parts carry: servers may refuse parts with one that it was
-        # not created for, as S3's own description of multipart uploads says. Both name it, so that the two cannot
-        # differ by a default of the client library.
+        # CreateMultipartUpload names the checksum that the parts carry: servers may refuse parts with a checksum that
+        # the upload was not created for, as S3's own description of multipart uploads says. Both calls name it, so that
+        # the two cannot differ by a default of the client library.
         self._checksum = {"ChecksumAlgorithm": "CRC32"} if settings.request_checksums else {}
 
     async def put(self, key: str, parts: Sequence[bytes | memoryview], *, if_absent: bool = True) -> ObjectInfo:
@@ -59,7 +61,7 @@ class S3Store:
         check_key(key)
         check_range(at, size_bytes)
         if size_bytes == 0:
-            return await self._get_empty(key, at, size_bytes)  # an HTTP range cannot say "nothing"
+            return await self._get_empty(key, at, size_bytes)  # an HTTP range cannot express an empty range
         try:
             return await self._s3.attempt("get_object", key, self._read(key, at, size_bytes))
         except RangeBeyondEnd:
@@ -77,7 +79,7 @@ class S3Store:
             page = await self._s3.request("list_objects_v2", None, Prefix=self._name(prefix), **position)
             for found in page.get("Contents", ()):
                 key = found["Key"].removeprefix(self._prefix)
-                if is_key(key):  # "data/", say, is what consoles make for an empty folder
+                if is_key(key):  # consoles make such names for empty folders, as "data/"
                     yield _info(key, found["Size"], found["LastModified"], found)
             if not page.get("IsTruncated"):
                 return
@@ -106,7 +108,7 @@ class S3Store:
         return self._prefix + key
 
     async def _read(self, key: str, at: int, size_bytes: int | None) -> bytes:
-        """One GET. Everything the reply declares is checked before its body is read."""
+        """Sends a GET and returns its body. Every number that the reply declares is checked before its body is read."""
         client = await self._s3.client()
         arguments = {"Bucket": self._settings.bucket, "Key": self._name(key), **_range(at, size_bytes)}
         reply = await client.get_object(**arguments)
@@ -126,7 +128,8 @@ class S3Store:
         return data
 
     async def _get_empty(self, key: str, at: int, size_bytes: int | None) -> bytes:
-        """A range at or beyond the end, for which S3's reply does not tell the size: nothing, or the error."""
+        """Returns no bytes for a range at the end, or raises the error for a range beyond it: S3's reply does not
+        tell the size."""
         info = await self.head(key)
         wanted = resolve_range(key, at=at, size_bytes=size_bytes, object_size_bytes=info.size_bytes, get_bytes_max=0)
         assert wanted == 0, "get_bytes_max is 0"
@@ -167,7 +170,7 @@ class S3Store:
         return [task.result() for task in sent]
 
     async def _abort(self, key: str, upload: Reply) -> None:
-        """Free the parts of a failed upload. Its own failure only costs space, so it is logged, not raised."""
+        """Frees the parts of a failed upload. A failure here only costs space, so it is logged, not raised."""
         try:
             async with asyncio.timeout(ABORT_TIMEOUT_S):
                 await self._s3.request("abort_multipart_upload", key, **upload)
@@ -185,7 +188,7 @@ def _range(at: int, size_bytes: int | None) -> dict[str, str]:
 
 
 def _object_size_bytes(key: str, at: int, reply: Reply, *, ranged: bool) -> int:
-    """The whole object's size, from a GET's headers: `Content-Range: bytes <first>-<last>/<size>`."""
+    """Returns the whole object's size, from a GET's headers: `Content-Range: bytes <first>-<last>/<size>`."""
     if not ranged:
         return int(reply["ContentLength"])
     header = reply.get("ContentRange", "")

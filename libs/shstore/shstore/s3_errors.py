@@ -1,4 +1,4 @@
-"""What botocore's and aiohttp's errors mean in the port's words. The only place that knows S3's error codes."""
+"""Translates errors of botocore and aiohttp into the port's. The only place that knows S3's error codes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CLIENT_ERRORS = (BotoCoreError, ClientError, aiohttp.ClientError, OSError)
 _THROTTLED = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "429")
 _AGAIN = ("RequestTimeout", "ConditionalRequestConflict", "OperationAborted", "BadDigest", "IncompleteBody")
 _PASSING = (*_THROTTLED, *_AGAIN, "InternalError", "ServiceUnavailable")
-# The same for one key of a DeleteObjects reply, for which there is no HTTP status; other stores spell them so.
+# The same codes for a key of a DeleteObjects reply, which has no HTTP status; other stores spell them so.
 _PASSING_FOR_KEY = (*_PASSING, "500", "503", "InternalServerError", "Timeout")
 _MISSING = ("NoSuchKey", "NoSuchUpload")
 _DENIED = ("ExpiredToken", "InvalidToken")
@@ -43,7 +43,7 @@ _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrie
 
 
 def store_error(exc: Exception, operation: str, key: str | None, settings: StoreSettings) -> StoreError:
-    """The port's word for `exc`, met in `operation` on `key` (None: on the bucket)."""
+    """Returns the StoreError for `exc`, met in `operation` on `key` (None: on the bucket)."""
     where = f"S3 {operation} at {settings.endpoint or 'AWS'}, bucket {settings.bucket!r}"
     if isinstance(exc, ClientError):
         return _response_error(exc, where, key, settings)
@@ -55,13 +55,15 @@ def store_error(exc: Exception, operation: str, key: str | None, settings: Store
 
 
 def delete_errors(replied: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the errors of a DeleteObjects reply that say that a key is still there."""
+    """Returns the errors of a DeleteObjects reply that mean that a key still exists."""
     return [error for error in replied if error.get("Code", "") not in _MISSING]
 
 
 def delete_error(errors: Sequence[dict[str, Any]], keys: Sequence[str], settings: StoreSettings) -> StoreError:
-    """The port's word for `keys` that DeleteObjects reports as not deleted: a refusal if one of them is refused. A code
-    that nobody knows is one: a call that is repeated in vain holds up the deletion of all other keys."""
+    """Returns the error for `keys` that DeleteObjects reports as not deleted: a refusal if any of them is refused.
+
+    An unknown code counts as a refusal: a call that is repeated in vain holds up the deletion of all other keys.
+    """
     refused = [error for error in errors if error.get("Code", "") not in _PASSING_FOR_KEY]
     first = (refused or errors)[0]
     message = (

@@ -1,4 +1,4 @@
-"""The S3 client: how it is configured, opened and closed; one request with its time limit and error translation."""
+"""The S3 client: configuration, opening and closing, and requests with time limit and error translation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class S3Requests:
-    """Sends requests to one bucket; opens its client at the first."""
+    """Sends requests to one bucket; opens its client at the first request."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
@@ -29,18 +29,18 @@ class S3Requests:
         self._client: Any = None
 
     async def client(self) -> Any:
-        """The open client."""
+        """Returns the client, opened by the first call."""
         async with self._opening:
             if self._client is None:
                 self._client = await self._resources.enter_async_context(_new_client(self._settings))
             return self._client
 
     async def request(self, operation: str, key: str | None, **arguments: Any) -> Reply:
-        """Call one operation on the bucket. Raises StoreError; `key` is the object it is about."""
+        """Sends an operation to the bucket and returns the reply. Raises StoreError; `key` names the object for it."""
         return await self.attempt(operation, key, self._call(operation, arguments))
 
     async def attempt(self, operation: str, key: str | None, call: Coroutine[Any, Any, Result]) -> Result:
-        """Await `call` with the attempt's time limit, its errors translated."""
+        """Awaits `call` with the attempt's time limit and returns its result; translates its errors."""
         timeout_ms = self._settings.attempt_timeout_ms
         try:
             async with asyncio.timeout(timeout_ms / 1000):
@@ -51,7 +51,7 @@ class S3Requests:
             raise store_error(exc, operation, key, self._settings) from exc
 
     async def close(self) -> None:
-        """Close the client; does nothing if there is none."""
+        """Closes the client; does nothing without one."""
         async with self._opening:
             self._client = None
             await self._resources.aclose()
@@ -63,16 +63,19 @@ class S3Requests:
 
 
 class _Http(AIOHTTPSession):  # type: ignore[misc]
-    """HTTP without what aiohttp does beyond being asked."""
+    """HTTP session without two defaults of aiohttp."""
 
     async def send(self, request: Any) -> Any:
-        """Without `Expect: 100-continue`: for the server's leave to go on, aiohttp waits longer than read_timeout."""
+        """Sends without `Expect: 100-continue`: aiohttp waits longer than read_timeout for the server's 100."""
         request.headers.pop("Expect", None)
         return await super().send(request)
 
     async def _get_session(self, proxy_url: str | None) -> Any:
-        """One that sends each request once. A PUT whose connection broke aiohttp would repeat by itself; had it taken
-        effect, the repetition meets its own object, and whoever asked is told that somebody else's is there."""
+        """Returns a session that sends each request once.
+
+        aiohttp repeats a PUT whose connection broke. Had the first attempt taken effect, the repetition would meet its
+        own object, and the caller would be told that another writer's object exists.
+        """
         session = await super()._get_session(proxy_url)
         session._retry_connection = False  # there is no public switch; aiohttp's own test client does the same
         return session

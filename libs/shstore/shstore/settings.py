@@ -1,4 +1,4 @@
-"""What a store can be told, with units and reasons. Checked at construction: a wrong value names itself."""
+"""Settings of a store, with units and reasons. Checked at construction: the error names a wrong value."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _POSITIVE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
-    """Where objects live and how the store is talked to. Raises StoreInvalid for what cannot work."""
+    """Place of the objects, and limits of the requests to it. Raises StoreInvalid for settings that cannot work."""
 
     kind: StoreKind
     path: Path | None = None
