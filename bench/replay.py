@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from shformat import ProducerStamp, Records, encode_batch, stamp_batch
+from shproto.keys import RangeKey
 from shruntime.signals import restore_sigint
 from streamhouse import Admin
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.ports import Frame
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.wiring import open_log
@@ -88,7 +88,7 @@ async def measure_one(options: argparse.Namespace, values: list[bytes], batch_kb
                 lambda: admin.describe_topic(TOPIC), lambda found: all(part.epoch for part in found.partitions), "led"
             )
         agent.kill()
-        keys = [LogKey(bytes.fromhex(led.topic.topic_id), part.partition, part.epoch) for part in led.partitions]
+        keys = [RangeKey(bytes.fromhex(led.topic.topic_id), part.partition, part.epoch) for part in led.partitions]
         records = await asyncio.to_thread(fill, keys, values, batch_kb, options.mib * MIB, folder)
         replays = [await asyncio.to_thread(replay, folder, records) for _ in range(options.runs)]
         starts_s = []
@@ -112,7 +112,7 @@ async def measure_one(options: argparse.Namespace, values: list[bytes], batch_kb
     }
 
 
-def fill(keys: Sequence[LogKey], values: list[bytes], batch_kb: int, size_bytes: int, folder: Path) -> int:
+def fill(keys: Sequence[RangeKey], values: list[bytes], batch_kb: int, size_bytes: int, folder: Path) -> int:
     """Writes until the log has that size; returns how many records these are."""
     began_s = time.monotonic()
     opened = open_log(IngestSettings.load({}, wal_dir=str(folder), agent_id=AGENT))
@@ -134,7 +134,7 @@ def fill(keys: Sequence[LogKey], values: list[bytes], batch_kb: int, size_bytes:
     return sum(ends.values())
 
 
-def frames(keys: Sequence[LogKey], values: list[bytes], count: int, ends: dict[LogKey, int]) -> Iterator[Frame]:
+def frames(keys: Sequence[RangeKey], values: list[bytes], count: int, ends: dict[RangeKey, int]) -> Iterator[Frame]:
     """Batches of `count` records, a partition after the other; notes in `ends` up to where each goes."""
     for number in itertools.count():
         key = keys[number % len(keys)]

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 from shformat import Records, encode_batch, stamp_batch
+from shproto.keys import RangeKey
 from shruntime.signals import restore_sigint
 from streamhouse import Admin, Producer
 from streamhouse_cli.serve_process import ServeProcess
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.ports import Frame
 from streamhouse_ingest.settings import IngestSettings
 
@@ -39,7 +39,7 @@ SINGLE_RECORDS = 10
 BATCH_RECORDS = 1_000
 IN_FLIGHT = 16
 GROUPS_BYTES = (1_000, 50_000, 200_000, 1_000_000)
-KEY = LogKey(bytes(15) + b"\1", 0, 1)
+KEY = RangeKey(bytes(15) + b"\1", 0, 1)
 
 Figures = dict[str, float]
 

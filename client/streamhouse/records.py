@@ -10,18 +10,12 @@ from numpy.typing import NDArray
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from shformat import BytesColumn, Header, HeadersColumn, Records
+from shproto.keys import TopicPartition as TopicPartition
 
 TRACEPARENT = "traceparent"  # W3C trace context, https://www.w3.org/TR/trace-context/
 # Version 00: 2 + 32 + 16 + 2 hex digits and three dashes.
 TRACEPARENT_BYTES = 55
 _PROPAGATOR = TraceContextTextMapPropagator()
-
-
-class TopicPartition(NamedTuple):
-    """A partition of a topic; equal to, and usable as, the plain tuple."""
-
-    topic: str
-    partition: int
 
 
 class Record(NamedTuple):

@@ -15,6 +15,7 @@ PURE = (
     "shcluster.snapshot",
     "shproto.addresses",
     "shproto.events",
+    "shproto.keys",
     "shproto.limits",
     "shread.core",
     "shruntime.round_robin",

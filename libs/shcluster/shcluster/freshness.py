@@ -46,7 +46,7 @@ class Freshness:
 
     def _find(self, topic: str, partition: int, topic_id: bytes) -> PartitionIndex:
         found = self._index.find(topic, partition)
-        if topic_id and found.topic_id != topic_id.hex():
+        if topic_id and found.topic_id != topic_id:
             raise UnknownTopic(f"topic {topic!r} was deleted, and another one created under its name", topic=topic)
         return found
 

@@ -15,10 +15,8 @@ from enum import StrEnum
 from typing import Any
 
 import shproto.events as ev
+from shproto.keys import PartitionKey, TopicId
 from shproto.v1 import types_pb2
-
-PartitionKey = tuple[str, int]
-"""(topic id in hex, partition): a topic that is created again under its name is another topic."""
 
 INGEST = "ingest"
 ACKS_DURABLE = int(types_pb2.ACKS_DURABLE)
@@ -102,7 +100,7 @@ class AgentSession:
 
 @dataclass(slots=True)
 class TopicEntry:
-    topic_id: str
+    topic_id: TopicId
     topic: str
     partitions: int
     durable_only: bool
@@ -112,7 +110,7 @@ class TopicEntry:
 class PartitionIndex:
     """One partition: ranges ascending by (start, epoch), segments ascending by base offset, nothing overlapping."""
 
-    topic_id: str
+    topic_id: TopicId
     topic: str
     partition: int
     durable_only: bool
@@ -124,7 +122,7 @@ class PartitionIndex:
 
     @property
     def key(self) -> PartitionKey:
-        return self.topic_id, self.partition
+        return PartitionKey(self.topic_id, self.partition)
 
     @property
     def name(self) -> str:
@@ -282,7 +280,7 @@ class ClusterIndex:
     def add_topic(self, topic: TopicEntry) -> None:
         self.topics[topic.topic] = topic
         for partition in range(topic.partitions):
-            key = (topic.topic_id, partition)
+            key = PartitionKey(topic.topic_id, partition)
             self.partitions[key] = PartitionIndex(topic.topic_id, topic.topic, partition, topic.durable_only)
 
     def load_partition(
@@ -314,7 +312,7 @@ class ClusterIndex:
 
     def _partition(self, topic_id: str, partition: int) -> PartitionIndex:
         try:
-            return self.partitions[topic_id, partition]
+            return self.partitions[PartitionKey(_topic_id(topic_id), partition)]
         except KeyError:
             raise IndexMismatch(f"no partition {partition} of topic id {topic_id}") from None
 
@@ -337,22 +335,25 @@ class ClusterIndex:
     # ---- one method per event
 
     def _topic_created(self, event: ev.TopicCreated) -> frozenset[PartitionKey]:
-        self.add_topic(TopicEntry(event.topic_id, event.topic, event.partitions, event.min_acks == ACKS_DURABLE))
-        return frozenset((event.topic_id, partition) for partition in range(event.partitions))
+        topic_id = _topic_id(event.topic_id)
+        self.add_topic(TopicEntry(topic_id, event.topic, event.partitions, event.min_acks == ACKS_DURABLE))
+        return frozenset(PartitionKey(topic_id, partition) for partition in range(event.partitions))
 
     def _topic_altered(self, event: ev.TopicAltered) -> frozenset[PartitionKey]:
         durable_only = event.min_acks == ACKS_DURABLE  # as it was: that does not change
-        self.topics[event.topic] = TopicEntry(event.topic_id, event.topic, event.partitions, durable_only)
-        new = [(event.topic_id, number) for number in range(event.partitions_before, event.partitions)]
+        topic_id = _topic_id(event.topic_id)
+        self.topics[event.topic] = TopicEntry(topic_id, event.topic, event.partitions, durable_only)
+        new = [PartitionKey(topic_id, number) for number in range(event.partitions_before, event.partitions)]
         for key in new:
-            self.partitions[key] = PartitionIndex(event.topic_id, event.topic, key[1], durable_only)
+            self.partitions[key] = PartitionIndex(topic_id, event.topic, key.partition, durable_only)
         return frozenset(new)
 
     def _topic_deleted(self, event: ev.TopicDeleted) -> frozenset[PartitionKey]:
+        topic_id = _topic_id(event.topic_id)
         topic = self.topics.get(event.topic)
-        if topic is not None and topic.topic_id == event.topic_id:
+        if topic is not None and topic.topic_id == topic_id:
             del self.topics[event.topic]
-        gone = frozenset(key for key in self.partitions if key[0] == event.topic_id)
+        gone = frozenset(key for key in self.partitions if key.topic_id == topic_id)
         for key in gone:
             self._forget_segments(self.partitions.pop(key).segments)
         return gone
@@ -434,6 +435,14 @@ class ClusterIndex:
         self._forget_segments(partition.remove_segments(event.removed_segment_ids))
         partition.move_log_start(event.log_start_offset)
         return frozenset([partition.key])
+
+
+def _topic_id(topic_id: str) -> TopicId:
+    """Returns the id that an event has in hex. Raises IndexMismatch if it is not hex."""
+    try:
+        return bytes.fromhex(topic_id)
+    except ValueError:
+        raise IndexMismatch(f"topic id {topic_id[:100]!r} is not hex") from None
 
 
 def _restored(index: ClusterIndex, event: ev.PartitionRestored | ev.HistoryBegan) -> frozenset[PartitionKey]:

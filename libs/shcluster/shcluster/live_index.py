@@ -14,8 +14,9 @@ from contextlib import contextmanager
 
 from shproto.errors import ShuttingDown, Unavailable, UnknownPartition, UnknownTopic
 from shproto.events import Event
+from shproto.keys import PartitionKey
 
-from shcluster.index import ClusterIndex, PartitionIndex, PartitionKey
+from shcluster.index import ClusterIndex, PartitionIndex
 
 # Registrations that were recorded in a trace, 200 bytes each: hours of them at the usual sampling.
 TRACES_MAX = 10_000
@@ -55,7 +56,7 @@ class LiveIndex:
         entry = self.cluster.topics.get(topic)
         if entry is None:
             raise UnknownTopic(f"there is no topic {topic!r}", topic=topic)
-        found = self.cluster.partitions.get((entry.topic_id, partition))
+        found = self.cluster.partitions.get(PartitionKey(entry.topic_id, partition))
         if found is None:
             raise UnknownPartition(
                 f"topic {topic!r} has partitions 0 to {entry.partitions - 1}, not {partition}",

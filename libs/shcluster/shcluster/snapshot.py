@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shproto.keys import PartitionKey
 from shproto.v1 import coordinator_pb2, types_pb2
 
 from shcluster.index import (
@@ -46,12 +47,12 @@ class SnapshotBuilder:
 
     def _add_partition(self, partition: coordinator_pb2.SnapshotPartition) -> None:
         topic = partition.topic
-        topic_id = topic.topic_id.hex()
+        topic_id = topic.topic_id
         if topic.topic not in self.cluster.topics:
             durable_only = topic.min_acks == ACKS_DURABLE
             self.cluster.add_topic(TopicEntry(topic_id, topic.topic, topic.partitions, durable_only))
         self.cluster.load_partition(
-            (topic_id, partition.partition),
+            PartitionKey(topic_id, partition.partition),
             partition.log_start_offset,
             [_range_of(item) for item in partition.ranges],
             [_segment_of(item) for item in partition.segments],

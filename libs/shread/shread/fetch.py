@@ -263,7 +263,7 @@ class _Fetch:
         if waits and not self._knows_more(partition, step):
             return await self._poll_tail(partition, step, watch)
         request = ingest_pb2.ReadTailRequest(
-            topic_id=bytes.fromhex(partition.topic_id),
+            topic_id=partition.topic_id,
             partition=partition.partition,
             offset=self._offset,
             max_bytes=self._room,
@@ -379,7 +379,7 @@ class _Fetch:
     async def _ask_for_end(self, partition: PartitionIndex, step: ReadTail) -> ingest_pb2.ReadTailResponse | None:
         """Agents say not_held of an offset beyond their end, too. The answer if that is the case, without records."""
         request = ingest_pb2.ReadTailRequest(
-            topic_id=bytes.fromhex(partition.topic_id),
+            topic_id=partition.topic_id,
             partition=partition.partition,
             offset=partition.ranges[-1].registered_end,
             max_bytes=1,

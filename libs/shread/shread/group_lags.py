@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from opentelemetry.metrics import CallbackOptions, Observation
 from shcluster.live_index import LiveIndex
 from shproto.errors import StreamHouseError, UnknownGroup
+from shproto.keys import PartitionKey
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
 from shruntime.clock import Clock
@@ -95,7 +96,7 @@ class GroupLags:
         now_ms = self._clock.wall_ms()
         lags: dict[GroupTopic, Lag] = {}
         for item in response.offsets:
-            partition = self._index.cluster.partitions.get((item.topic_id.hex(), item.partition))
+            partition = self._index.cluster.partitions.get(PartitionKey(item.topic_id, item.partition))
             if item.offset < 0 or partition is None:  # nothing committed, or of a topic that is gone
                 continue
             lag = lag_of(partition, item.offset, self._watermarks.of(partition), now_ms)

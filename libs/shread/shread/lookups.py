@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from shcluster.index import PartitionIndex, PartitionKey, SegmentEntry
+from shcluster.index import PartitionIndex, SegmentEntry
 from shcluster.live_index import LiveIndex
 from shformat import BlockEntry, FormatError, decode_batch, read_batch_header
 from shproto.errors import DataLoss, StreamHouseError, Unavailable
+from shproto.keys import PartitionKey
 from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.v1 import ingest_pb2
 from shruntime.tasks import Backoff
@@ -75,7 +76,7 @@ class Lookups:
         if not isinstance(step, ReadTail):
             return None
         request = ingest_pb2.ReadTailRequest(
-            topic_id=bytes.fromhex(partition.topic_id),
+            topic_id=partition.topic_id,
             partition=partition.partition,
             offset=registered_end,
             max_bytes=1,

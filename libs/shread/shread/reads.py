@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from shcluster.agent_checks import AgentChecks
 from shcluster.freshness import Freshness
-from shcluster.index import PartitionKey, SegmentEntry
+from shcluster.index import SegmentEntry
 from shcluster.live_index import LiveIndex
+from shproto.keys import PartitionKey
 from shproto.services import IngestApi
 from shproto.v1 import ingest_pb2
 from shruntime.clock import Clock

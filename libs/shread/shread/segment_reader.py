@@ -210,7 +210,7 @@ def _choose(
 
 def _must_be(partition: PartitionIndex, segment: SegmentEntry, header: SegmentHeader) -> None:
     """Raises FormatError when the object holds another segment than the registered one."""
-    found = (header.topic_id.hex(), header.partition, header.base_offset, header.end_offset)
+    found = (header.topic_id, header.partition, header.base_offset, header.end_offset)
     expected = (partition.topic_id, partition.partition, segment.base_offset, segment.end_offset)
     if found != expected:
         raise FormatError(f"the segment's header says {found}, registered is {expected}")

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from shcluster.agent_checks import AgentChecks
-from shcluster.index import PartitionKey
 from shproto.errors import StreamHouseError, Unavailable
+from shproto.keys import PartitionKey
 from shproto.services import IngestApi
 from shproto.v1 import ingest_pb2
 from shruntime.clock import Clock
@@ -71,7 +71,9 @@ class TailPolls:
         poll = self._polls.get(key)
         if poll is None:
             poll = self._polls[key] = _Poll()
-            poll.task = self._tasks.spawn(f"tail of {partition[0]}/{partition[1]}", self._run(key, poll))
+            poll.task = self._tasks.spawn(
+                f"tail of {partition.topic_id.hex()}/{partition.partition}", self._run(key, poll)
+            )
         news: asyncio.Future[News] = asyncio.get_running_loop().create_future()
         poll.readers[news] = None
         try:
@@ -104,7 +106,7 @@ class TailPolls:
         """Asks until there is something to tell. The first call does not wait: it shows that the agent answers."""
         agent_id, address, (topic_id, partition), offset = key
         request = ingest_pb2.ReadTailRequest(
-            topic_id=bytes.fromhex(topic_id), partition=partition, offset=offset, max_bytes=POLL_BYTES
+            topic_id=topic_id, partition=partition, offset=offset, max_bytes=POLL_BYTES
         )
         backoff = Backoff(AGAIN_FIRST_MS, AGAIN_MS_MAX)
         while True:

@@ -15,6 +15,7 @@ from shcluster.index import (
     RangeStatus,
 )
 from shproto import events as ev
+from shproto.keys import PartitionKey
 from shread.core.plan import (
     BelowStart,
     BeyondEnd,
@@ -31,6 +32,7 @@ from shread.core.timestamps import AtEnd, LookInSegment, LookInTail, look
 pytestmark = pytest.mark.quick
 
 TOPIC_ID = "ab" * 16
+KEY = PartitionKey(bytes.fromhex(TOPIC_ID), 0)
 WIDTH = 12
 
 
@@ -39,8 +41,8 @@ def test_a_reader_waits_at_a_barrier_and_is_told_how_it_ends() -> None:
     cluster.apply(1, ev.TopicCreated(TOPIC_ID, "orders", 1, None, None, 2, None, 0))
     cluster.sessions["s"] = AgentSession("s", "", "ingest", "127.0.0.1:1")
     barrier = EpochRange(9, 0, 100, 0, None, RangeStatus.ORPHANED, "", "")
-    cluster.load_partition((TOPIC_ID, 0), 0, [barrier], [])
-    step = plan(cluster, cluster.partitions[TOPIC_ID, 0], 0)
+    cluster.load_partition(KEY, 0, [barrier], [])
+    step = plan(cluster, cluster.partitions[KEY], 0)
     assert isinstance(step, Wait) and "restore --complete" in step.reason
 
 
@@ -113,7 +115,7 @@ class PlanMachine(RuleBasedStateMachine):
 
     @property
     def partition(self) -> PartitionIndex:
-        return self.cluster.partitions[TOPIC_ID, 0]
+        return self.cluster.partitions[KEY]
 
     @property
     def newest(self) -> ModelRange | None:
@@ -346,7 +348,7 @@ def test_readers_are_told_that_a_log_came_back_without_its_end() -> None:
     machine.grant("x")
     machine.append(5, 0)
     machine.orphan()
-    machine.apply(ev.LogFoundTruncated(*machine.partition.key, 1, 3, 5))
+    machine.apply(ev.LogFoundTruncated(TOPIC_ID, 0, 1, 3, 5))
     step = plan(machine.cluster, machine.partition, 0)
     assert isinstance(step, Wait | ReadTail)
     assert "came back without records up to offset 5 that it had acknowledged" in step.reason

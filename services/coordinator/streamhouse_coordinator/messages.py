@@ -21,6 +21,7 @@ from streamhouse_coordinator.core.names import (
     check_topic,
 )
 from streamhouse_coordinator.core.sessions import WalEnds
+from streamhouse_coordinator.core.tables import RangeRowKey
 from streamhouse_coordinator.core.topics import OPTIONAL_LIMITS, AlterTopic
 from streamhouse_coordinator.ports import ProjectionCheck
 from streamhouse_coordinator.segment_keys import check_segment_key
@@ -50,8 +51,6 @@ OPERATOR_REASON_LENGTH_MAX = 500  # a sentence or two; it is in the event for go
 # What segmenters may be set to (handover_retry_max_ms, handover_refused_retry_ms): a release that is refused would
 # leave the buffer's trouble untold.
 RETRY_AFTER_MS_MAX = 3_600_000
-
-RangeKey = tuple[str, int, int]
 
 
 def hex_id(field: str, value: bytes) -> str:
@@ -149,7 +148,7 @@ def check_span(base_offset: int, end_offset: int) -> None:
 # ---- in
 
 
-def range_key(item: pb.RangeKey | pb.WalEnd | pb.RangeUse | pb.BufferSlice | pb.LostSpan) -> RangeKey:
+def range_key(item: pb.RangeKey | pb.WalEnd | pb.RangeUse | pb.BufferSlice | pb.LostSpan) -> RangeRowKey:
     return (hex_id("topic_id", item.topic_id), item.partition, item.epoch)
 
 

@@ -7,10 +7,10 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, TypeVarTuple
 
+from shproto.keys import RangeKey
 from shruntime.descriptors import NO_DESCRIPTORS
 
 from streamhouse_ingest.log.buffer import WalPosition
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.log.replay import Replay
 from streamhouse_ingest.log.wal_index import WalIndex
 
@@ -61,7 +61,7 @@ class WrongIdentity(WalDirectoryError):
 class Frame:
     """A stamped batch on its way to the log."""
 
-    key: LogKey
+    key: RangeKey
     base_offset: int
     record_count: int
     batch: bytes

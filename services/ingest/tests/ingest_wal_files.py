@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 from shformat import ProducerStamp, Records, encode_batch, stamp_batch
+from shproto.keys import RangeKey
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.adapters.wal_replay import Replayed, replay_directory
 from streamhouse_ingest.log.buffer import WalPosition
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.ports import Frame
 
-KEY = LogKey(b"t" * 16, 0, 1)
-OTHER = LogKey(b"t" * 16, 1, 1)
+KEY = RangeKey(b"t" * 16, 0, 1)
+OTHER = RangeKey(b"t" * 16, 1, 1)
 
 
-def frame(base: int, *values: bytes, key: LogKey = KEY, producer: ProducerStamp | None = None) -> Frame:
+def frame(base: int, *values: bytes, key: RangeKey = KEY, producer: ProducerStamp | None = None) -> Frame:
     batch = encode_batch(Records.from_lists(list(values)), producer=producer)
     return Frame(key, base, len(values), stamp_batch(batch, base, key.epoch))
 
@@ -28,12 +28,12 @@ def replay(directory: WalDirectory) -> Replayed:
     return replay_directory(directory, 1 << 20)
 
 
-def spans(found: Replayed, key: LogKey = KEY) -> list[tuple[int, int]]:
+def spans(found: Replayed, key: RangeKey = KEY) -> list[tuple[int, int]]:
     log = found.replay.logs.get(key)
     return [] if log is None else [(b.base_offset, b.end_offset) for b in log.buffers]
 
 
-def positions_of(found: Replayed, key: LogKey = KEY) -> list[WalPosition]:
+def positions_of(found: Replayed, key: RangeKey = KEY) -> list[WalPosition]:
     return [p for b in found.replay.logs[key].buffers for p, _ in b.pick(b.base_offset, b.end_offset, 1 << 30)]
 
 

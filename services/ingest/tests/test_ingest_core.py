@@ -1,8 +1,8 @@
 """Lease, sealing plan, WAL index."""
 
 import pytest
+from shproto.keys import RangeKey
 from streamhouse_ingest.log.lease import Lease
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.log.wal_index import WalIndex
 from streamhouse_ingest.sealing.sealing import Candidate, SealLimits, limits_behind, plan_seals
 
@@ -11,8 +11,8 @@ pytestmark = pytest.mark.quick
 LIMITS = SealLimits(seal_bytes=100, seal_age_ms=1000, durable_linger_ms=20, open_bytes_max=500, object_bytes_max=256)
 
 
-def key(partition: int) -> LogKey:
-    return LogKey(b"t" * 16, partition, 1)
+def key(partition: int) -> RangeKey:
+    return RangeKey(b"t" * 16, partition, 1)
 
 
 def test_a_lease_runs_from_before_its_renewal_was_sent_minus_the_margin():
@@ -83,7 +83,7 @@ def test_files_go_from_the_front_once_everything_in_them_is_registered():
         index.resize(file, 1000)
         index.note(file, key(0), file * 10)
     index.note(1, key(1), 5)
-    ends: dict[LogKey, int] = {key(0): 20, key(1): 4}
+    ends: dict[RangeKey, int] = {key(0): 20, key(1): 4}
     assert index.deletable(ends.get, active=3) == [], "one record of the first file is not registered"
     ends[key(1)] = 5
     assert index.deletable(ends.get, active=3) == [1, 2]

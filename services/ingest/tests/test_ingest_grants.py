@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 from shproto.errors import Unavailable
+from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as pb
 from streamhouse_ingest.leadership.wanted import RANGES_ASKED_MAX, Wanted
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.log.producers import ProducerState, WrittenBatch, encode_snapshot
 
 from services.ingest.tests.ingest_standins import CoordinatorStandIn, eventually, kill, started
 
-ALL: dict[LogKey, int] = {}
+ALL: dict[RangeKey, int] = {}
 
 
-def key(partition: int) -> LogKey:
-    return LogKey(b"t" * 16, partition, 1)
+def key(partition: int) -> RangeKey:
+    return RangeKey(b"t" * 16, partition, 1)
 
 
 def known_as_of(version: int) -> Wanted:
@@ -135,10 +135,10 @@ def test_asking_for_all_begins_the_rest_anew() -> None:
 def test_more_than_a_question_may_name_did_not_fit() -> None:
     """Older epochs of a partition come first, and what changed meanwhile does not come between."""
     wanted = known_as_of(7)
-    rest = [LogKey(b"t" * 16, partition, epoch) for epoch in (2, 1) for partition in range(RANGES_ASKED_MAX)]
+    rest = [RangeKey(b"t" * 16, partition, epoch) for epoch in (2, 1) for partition in range(RANGES_ASKED_MAX)]
     wanted.answered(ALL, 7, rest)
     wanted.changed([key(RANGES_ASKED_MAX)], 8)
-    asked: list[LogKey] = []
+    asked: list[RangeKey] = []
     while len(asked) < len(rest):
         question = wanted.take()
         assert question and len(question) == RANGES_ASKED_MAX
@@ -208,7 +208,7 @@ async def test_a_range_that_is_finished_while_its_end_is_asked_for_is_dropped(tm
     coordinator = Asked()
     topic_id = coordinator.create("orders", 1)
     service = await started(tmp_path, coordinator)
-    logs, first = service.agent.running().logs, LogKey(topic_id, 0, 1)
+    logs, first = service.agent.running().logs, RangeKey(topic_id, 0, 1)
     await eventually(lambda: logs.led("orders", 0) is not None)
     asked = len(coordinator.asked)
     coordinator.gate.clear()

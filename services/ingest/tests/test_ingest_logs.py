@@ -1,8 +1,9 @@
 """What the held logs cost in memory, and who is told of what."""
 
+from shproto.keys import RangeKey
 from streamhouse_ingest.log.buffer import BATCH_OVERHEAD_BYTES, WalPosition
 from streamhouse_ingest.log.logs import HeldLog, Logs
-from streamhouse_ingest.log.partition_log import BatchAppended, LogKey, PartitionLog
+from streamhouse_ingest.log.partition_log import BatchAppended, PartitionLog
 from streamhouse_ingest.log.producers import ProducerState, ProducerTable, WrittenBatch
 
 
@@ -11,7 +12,7 @@ def new_logs(memory_bytes_max: int = 10_000, tail_cache_bytes: int = 1_000) -> L
 
 
 def lead(logs: Logs, partition: int = 0, epoch: int = 1, start: int = 0) -> HeldLog:
-    key = LogKey(b"t" * 16, partition, epoch)
+    key = RangeKey(b"t" * 16, partition, epoch)
     held = logs.hold(PartitionLog(key, "orders", start, start + 10**9, logs.producers(key.partition_key)))
     logs.lead(held)
     return held
@@ -126,7 +127,7 @@ def test_a_newer_epoch_takes_the_name_and_the_older_one_does_not_take_it_away():
 
 
 async def test_g7_waits_that_were_given_up_do_not_pile_up():
-    held = HeldLog(PartitionLog(LogKey(b"t" * 16, 0, 1), "orders", 0, 1000, ProducerTable(10)))
+    held = HeldLog(PartitionLog(RangeKey(b"t" * 16, 0, 1), "orders", 0, 1000, ProducerTable(10)))
     kept = held.wait_registered(500)
     for _ in range(1000):
         held.wait_registered(10).cancel()

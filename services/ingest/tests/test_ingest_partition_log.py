@@ -5,14 +5,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from shformat import ProducerStamp
+from shproto.keys import RangeKey
 from streamhouse_ingest.log.buffer import Buffer, WalPosition
-from streamhouse_ingest.log.partition_log import BatchAppended, LogKey, PartitionLog, Span
+from streamhouse_ingest.log.partition_log import BatchAppended, PartitionLog, Span
 from streamhouse_ingest.log.producers import DuplicateOf, OutOfSequence, ProducerTable, decode_snapshot
 from streamhouse_ingest.produce.draft import Draft, NotLed, RangeExhausted
 
 pytestmark = pytest.mark.quick
 
-KEY = LogKey(b"t" * 16, 3, 5)
+KEY = RangeKey(b"t" * 16, 3, 5)
 
 
 def new_log(start: int = 100, limit: int = 10_000, before: PartitionLog | None = None) -> PartitionLog:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shformat import HeaderColumns, WalFrame
-from streamhouse_ingest.log.partition_log import LogKey
+from shproto.keys import RangeKey
 from streamhouse_ingest.log.replay import Replay, runs_of
 
 pytestmark = pytest.mark.quick
@@ -85,7 +85,7 @@ def test_a_buffer_is_full_with_the_batch_that_reaches_the_limit():
     frames, headers = frames_of([(1, 0, 2, 100, 0, 0)] * 7)
     replay = Replay(BUFFER_BYTES_MAX)
     add_all(replay, frames, headers, 7)
-    buffers = replay.logs[LogKey(TOPIC, 0, 1)].buffers
+    buffers = replay.logs[RangeKey(TOPIC, 0, 1)].buffers
     assert [(len(b), b.base_offset, b.end_offset) for b in buffers] == [(3, 10, 16), (3, 16, 22), (1, 22, 24)]
 
 

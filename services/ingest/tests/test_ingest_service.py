@@ -26,6 +26,7 @@ from shformat import (
     validate_new_batch,
 )
 from shproto import errors
+from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2, types_pb2
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import ManualClock
@@ -34,7 +35,6 @@ from shruntime.tasks import Tasks
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.log.buffer import WalPosition
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.log.producers import (
     ProducerState,
     WrittenBatch,
@@ -1311,7 +1311,7 @@ async def test_what_is_left_of_a_buffer_is_announced_when_a_part_was_registered_
         for value in (b"a", b"b"):
             await service.api.produce(request(value))
         agent = service.agent.running()
-        held = agent.logs.get(LogKey(topic_id, 0, 1))
+        held = agent.logs.get(RangeKey(topic_id, 0, 1))
         assert held is not None
         coordinator.down = True
         agent.sealer.seal_now([held])
@@ -1340,7 +1340,7 @@ async def test_what_an_older_epoch_gave_up_is_in_no_snapshot_of_a_newer_one(
     settled = Range(*ours, 2, 10, 100, 10, directory.wal_id, "agent-1", 20, "settled", known)
     coordinator.ranges = {row.key: row for row in (finished, settled)}
     async with running(tmp_path, coordinator) as service:
-        held = service.agent.running().logs.get(LogKey(*settled.key))
+        held = service.agent.running().logs.get(RangeKey(*settled.key))
         assert held is not None
         (left,) = held.log.sealed
         assert (left.base_offset, left.end_offset) == (10, 20)
@@ -1352,7 +1352,7 @@ def frame(topic_id: bytes, epoch: int, base_offset: int, producer_id: int) -> Fr
     """Ten records of a producer, of which it is the first or the second ten."""
     stamp = ProducerStamp(producer_id, 0, base_offset // 20 * 10)
     data = stamp_batch(batch(*[b"x"] * 10, stamp=stamp), base_offset, epoch)
-    return Frame(LogKey(topic_id, 0, epoch), base_offset, 10, data)
+    return Frame(RangeKey(topic_id, 0, epoch), base_offset, 10, data)
 
 
 async def test_what_was_declared_lost_is_dropped_and_said(

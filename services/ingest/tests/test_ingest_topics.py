@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from shproto.errors import Unavailable
+from shproto.keys import RangeKey
 from shruntime.clock import ManualClock
 from streamhouse_ingest.log.logs import Logs
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.produce.topics import TopicLookup
 
 pytestmark = pytest.mark.quick
@@ -27,7 +27,7 @@ class BrokenCoordinator:
         raise ZeroDivisionError("a defect")
 
 
-async def never(keys: Collection[LogKey]) -> None:
+async def never(keys: Collection[RangeKey]) -> None:
     raise AssertionError("nothing to take in")
 
 

@@ -19,12 +19,12 @@ from shformat import (
     ProducerStamp,
     encode_frame_header,
 )
+from shproto.keys import RangeKey
 from shruntime import files
 from streamhouse_ingest.adapters.wal import FileBatchReader, FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.adapters.wal_replay import replay_directory
 from streamhouse_ingest.log.buffer import WalPosition
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.ports import (
     Frame,
     WalBroken,
@@ -400,7 +400,7 @@ def test_g2_damage_that_hides_headers_leaves_the_ends_of_logs_unknown_that_have_
     assert doubt.hidden
     assert not doubt.knows_end(KEY)
     assert doubt.knows_end(OTHER)
-    assert not doubt.knows_end(LogKey(b"t" * 16, 7, 1)), "nor is it known of those that have no frame left"
+    assert not doubt.knows_end(RangeKey(b"t" * 16, 7, 1)), "nor is it known of those that have no frame left"
     path.write_bytes(whole)
     flip(path, first.at - FRAME_HEADER_SIZE)
     doubt = replay(directory).replay.doubt

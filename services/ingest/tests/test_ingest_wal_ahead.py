@@ -29,12 +29,12 @@ from shformat import (
     encode_wal_file_header,
     stamp_batch,
 )
+from shproto.keys import RangeKey
 from shruntime import files
 from streamhouse_ingest.adapters import wal as wal_module
 from streamhouse_ingest.adapters.wal import FileBatchReader, FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.adapters.wal_replay import Replayed
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.ports import Frame, WalBroken, WalFull, WrongIdentity
 
 from services.ingest.tests.ingest_wal_files import (
@@ -59,7 +59,7 @@ def new_wal(directory: WalDirectory, next_sequence: int = 1, *, file_bytes: int 
     return FileWal(directory, next_sequence, fsync_each=True, **limits)
 
 
-def plain(base: int, value: bytes, key: LogKey = KEY) -> Frame:
+def plain(base: int, value: bytes, key: RangeKey = KEY) -> Frame:
     """A frame of one record that is stored as it is: zeros stay zeros."""
     batch = encode_batch(Records.from_lists([value]), codec=Codec.NONE)
     return Frame(key, base, 1, stamp_batch(batch, base, key.epoch))
@@ -317,11 +317,11 @@ def test_frames_behind_a_torn_one_are_not_found_by_a_later_start(directory: WalD
     assert (spans(found), found.replay.doubt.torn) == ([(0, 1)], True)
     wal = new_wal(directory, found.next_sequence, before=found.previous_size_bytes)
     wal.mark_settled()
-    wal.append([plain(1000, b"again", LogKey(*KEY.partition_key, 2))])
+    wal.append([plain(1000, b"again", RangeKey(*KEY.partition_key, 2))])
     wal.close()
     again = replay(directory)
     assert (spans(again), bool(again.replay.doubt)) == ([(0, 1)], False)
-    assert spans(again, LogKey(*KEY.partition_key, 2)) == [(1000, 1001)]
+    assert spans(again, RangeKey(*KEY.partition_key, 2)) == [(1000, 1001)]
 
 
 @pytest.mark.parametrize("cleared", [True, False])
@@ -536,7 +536,7 @@ def after_a_kill(durable: bytes, since: Sequence[tuple[int, bytes | None]], rng:
     return bytes(left)
 
 
-Found = dict[tuple[LogKey, int], bytes]
+Found = dict[tuple[RangeKey, int], bytes]
 
 
 class Writing:
@@ -563,7 +563,7 @@ class Writing:
         self.in_flight = {}
         wal.close()
 
-    def _frame(self, size_bytes: int, ends: dict[LogKey, int]) -> Frame:
+    def _frame(self, size_bytes: int, ends: dict[RangeKey, int]) -> Frame:
         key = self._rng.choice((KEY, OTHER))
         value = bytes(size_bytes) if self._rng.random() < 0.3 else self._rng.randbytes(size_bytes)
         made = plain(ends[key], value, key)
@@ -597,7 +597,7 @@ def check_what_is_left(path: Path, writing: Writing, *, was_killed: bool) -> Non
     assert not (was_killed and found.replay.doubt), "nor does a kill leave a doubt"
     wal = new_wal(directory, found.next_sequence, before=found.previous_size_bytes)
     wal.mark_settled()
-    later = LogKey(*KEY.partition_key, 2)
+    later = RangeKey(*KEY.partition_key, 2)
     wal.append([plain(1000, b"later", later)])
     again = replay(directory)
     assert read_back(directory, again) == left | {(later, 1000): plain(1000, b"later", later).batch}

@@ -39,7 +39,7 @@ async def test_those_furthest_behind_are_shown(platform: StandInPlatform, start_
     await platform.produce(values_of(100))
     await platform.register()
     service = await start_query()
-    topic_id = service._index.find("orders", 0).topic_id
+    topic_id = service._index.find("orders", 0).topic_id.hex()
     groups = _Groups(topic_id, {"ready": 100, "behind": 10, "late": 90})
     lags = GroupLags(
         groups,  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from shcluster.index import PartitionKey
+from shproto.keys import PartitionKey
 
 # Readers that are remembered: two per partition of a cluster of 4,000 partitions; each costs about 200 bytes.
 READERS_MAX = 8192

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from shcluster.index import PartitionIndex, PartitionKey
+from shcluster.index import PartitionIndex
+from shproto.keys import PartitionKey
 
 
 class Watermarks:

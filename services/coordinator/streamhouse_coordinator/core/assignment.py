@@ -29,15 +29,14 @@ from shproto.events import (
     TopicCreated,
 )
 
-from streamhouse_coordinator.core.tables import SETTLED, PartitionRow, RangeRow, SessionRow
+from streamhouse_coordinator.core.tables import SETTLED, PartitionRow, PartitionRowKey, RangeRow, SessionRow
 
-PartitionKey = tuple[str, int]
 BALANCE = "balance"
 Numbers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 
-def left_without_leader(events: Iterable[Event]) -> Iterator[PartitionKey]:
+def left_without_leader(events: Iterable[Event]) -> Iterator[PartitionRowKey]:
     """Yields the partitions that have no leader because of these events."""
     for event in events:
         match event:
@@ -158,7 +157,7 @@ def grant(
     shares: Shares,
     topics: Mapping[str, str],
     waiting: Sequence[PartitionRow],
-    latest: Mapping[PartitionKey, RangeRow],
+    latest: Mapping[PartitionRowKey, RangeRow],
     loads: Mapping[str, int],
     sessions: Sequence[SessionRow],
     width_offsets: int,
@@ -174,7 +173,7 @@ def grant(
         return []
     missing, totals = dict(shares.missing), {row.session_id: loads.get(row.session_id, 0) for row in sessions}
     by_wal = {row.wal_id: row for row in sessions}
-    chosen: dict[PartitionKey, SessionRow] = {}
+    chosen: dict[PartitionRowKey, SessionRow] = {}
     rest: dict[str, list[PartitionRow]] = defaultdict(list)
     ordered = sorted(waiting, key=lambda row: (row.topic_id, row.partition))
     for row in ordered:

@@ -15,9 +15,7 @@ from itertools import accumulate, pairwise
 from shproto.events import Segment
 
 from streamhouse_coordinator.core.registration import Result
-from streamhouse_coordinator.core.tables import SegmentRow
-
-PartitionKey = tuple[str, int]
+from streamhouse_coordinator.core.tables import PartitionRowKey, SegmentRow
 
 # Length of a run of small segments that is merged even if the result does not grow enough: sizes that differ wildly
 # could wait for ever, while every read of the partition opens each of them. Regular appends leave some 30.
@@ -27,7 +25,7 @@ RUN_SEGMENTS_MAX = 64
 LOOKS_MAX, CROWDED_LOOKS = 64, 16
 
 
-def partitions_to_look_at(counts: Mapping[PartitionKey, int], segments_min: int, turn: str) -> list[PartitionKey]:
+def partitions_to_look_at(counts: Mapping[PartitionRowKey, int], segments_min: int, turn: str) -> list[PartitionRowKey]:
     """Returns partitions that may have segments to merge, at most LOOKS_MAX. `counts`: small segments by partition.
     `turn`: another text selects other partitions."""
     crowded = sorted(

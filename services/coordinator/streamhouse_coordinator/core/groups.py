@@ -12,22 +12,22 @@ from shproto.errors import GroupNotEmpty, IllegalGeneration, UnknownMember
 
 from streamhouse_coordinator.core.tables import LOST, SETTLED, RangeRow
 
-# "topic:partition"; topic names have no colon
-TopicPartition = str
+# "topic:partition"; topic names have no colon.
+PartitionName = str
 
 
-def name_of(topic: str, partition: int) -> TopicPartition:
+def name_of(topic: str, partition: int) -> PartitionName:
     """Returns the name of a partition in assignments."""
     return f"{topic}:{partition}"
 
 
-def split_name(name: TopicPartition) -> tuple[str, int]:
+def split_name(name: PartitionName) -> tuple[str, int]:
     """Returns the (topic, partition) of a name."""
     topic, _, partition = name.rpartition(":")
     return topic, int(partition)
 
 
-def _order(name: TopicPartition) -> tuple[str, int]:
+def _order(name: PartitionName) -> tuple[str, int]:
     return split_name(name)
 
 
@@ -39,8 +39,8 @@ class Group:
     name: str
     generation: int
     topics: Mapping[str, Collection[str]] = field(default_factory=dict)
-    owned: Mapping[str, frozenset[TopicPartition]] = field(default_factory=dict)
-    target: Mapping[str, frozenset[TopicPartition]] = field(default_factory=dict)
+    owned: Mapping[str, frozenset[PartitionName]] = field(default_factory=dict)
+    target: Mapping[str, frozenset[PartitionName]] = field(default_factory=dict)
 
 
 # ---- the target
@@ -49,8 +49,8 @@ class Group:
 def rebalance(
     topics: Mapping[str, Collection[str]],
     partitions: Mapping[str, int],
-    previous: Mapping[str, Collection[TopicPartition]],
-) -> dict[str, list[TopicPartition]]:
+    previous: Mapping[str, Collection[PartitionName]],
+) -> dict[str, list[PartitionName]]:
     """Returns a target that gives every partition of a subscribed topic to a single member subscribed to the topic.
     Members keep their partitions as far as that leaves their numbers within 1 of each other (where their topics allow).
 
@@ -59,7 +59,7 @@ def rebalance(
     """
     readers = {topic: sorted(m for m, wanted in topics.items() if topic in wanted) for topic in partitions}
     free = {name_of(topic, number) for topic in partitions if readers[topic] for number in range(partitions[topic])}
-    target: dict[str, set[TopicPartition]] = {member: set() for member in topics}
+    target: dict[str, set[PartitionName]] = {member: set() for member in topics}
     for member in sorted(topics):
         own = {name for name in previous.get(member, ()) if name in free and split_name(name)[0] in topics[member]}
         target[member] = own
@@ -71,9 +71,9 @@ def rebalance(
 
 
 def _hand_out(
-    free: Iterable[TopicPartition], readers: Mapping[str, list[str]], target: dict[str, set[TopicPartition]]
+    free: Iterable[PartitionName], readers: Mapping[str, list[str]], target: dict[str, set[PartitionName]]
 ) -> None:
-    by_topic: dict[str, list[TopicPartition]] = {}
+    by_topic: dict[str, list[PartitionName]] = {}
     for name in sorted(free, key=_order):
         by_topic.setdefault(split_name(name)[0], []).append(name)
     # Topics with few readers first: their partitions have the least choice.
@@ -88,8 +88,8 @@ def _hand_out(
 
 def _level(
     readers: Mapping[str, list[str]],
-    target: dict[str, set[TopicPartition]],
-    kept: Mapping[str, Collection[TopicPartition]],
+    target: dict[str, set[PartitionName]],
+    kept: Mapping[str, Collection[PartitionName]],
 ) -> None:
     """Moves single partitions from the fullest member to the emptiest that reads their topic, until no member is two
     ahead of another that could take over. Always from the fullest: emptying a member until it is even would take more
@@ -121,11 +121,11 @@ def _level(
 
 
 def _stacks(
-    crowds: Mapping[str, tuple[str, ...]], names: Collection[TopicPartition], kept: Collection[TopicPartition]
-) -> dict[tuple[str, ...], list[TopicPartition]]:
+    crowds: Mapping[str, tuple[str, ...]], names: Collection[PartitionName], kept: Collection[PartitionName]
+) -> dict[tuple[str, ...], list[PartitionName]]:
     """Returns a member's partitions by the members that could take them. Partitions that are new to the member are last
     in the lists, and so move first."""
-    stacks: dict[tuple[str, ...], list[TopicPartition]] = {}
+    stacks: dict[tuple[str, ...], list[PartitionName]] = {}
     for name in sorted(names, key=lambda name: (name not in kept, _order(name))):
         stacks.setdefault(crowds[split_name(name)[0]], []).append(name)
     return stacks
@@ -141,7 +141,7 @@ def outdated(group: Group, partitions: Mapping[str, int]) -> bool:
 # ---- hand-over
 
 
-def available(group: Group, member: str) -> tuple[frozenset[TopicPartition], bool]:
+def available(group: Group, member: str) -> tuple[frozenset[PartitionName], bool]:
     """Returns the partitions that `member` may work on now, and True if others have not released all of its target
     yet."""
     target = group.target.get(member, frozenset())
@@ -150,8 +150,8 @@ def available(group: Group, member: str) -> tuple[frozenset[TopicPartition], boo
 
 
 def owned_after(
-    group: Group, member: str, reported: frozenset[TopicPartition] | None, assigned: frozenset[TopicPartition]
-) -> frozenset[TopicPartition]:
+    group: Group, member: str, reported: frozenset[PartitionName] | None, assigned: frozenset[PartitionName]
+) -> frozenset[PartitionName]:
     """Returns the partitions that `member` counts as owning from now on: those it still works on among those it had,
     and those assigned now. `reported`: None if the member has not reported since."""
     before = group.owned.get(member, frozenset())
@@ -161,7 +161,7 @@ def owned_after(
 # ---- commits
 
 
-def check_commit(group: Group, member: str, generation: int, names: Iterable[TopicPartition]) -> None:
+def check_commit(group: Group, member: str, generation: int, names: Iterable[PartitionName]) -> None:
     """Checks that a member may commit offsets of these partitions. Raises UnknownMember, or IllegalGeneration if
     another member works on a partition, or may be about to."""
     if not member and not generation:
@@ -193,7 +193,7 @@ def state_of(group: Group) -> str:
     """Returns empty | rebalancing (a member has to take or release partitions) | stable."""
     if not group.topics:
         return "empty"
-    nothing: frozenset[TopicPartition] = frozenset()
+    nothing: frozenset[PartitionName] = frozenset()
     settled = all(group.owned.get(member, nothing) == group.target.get(member, nothing) for member in group.topics)
     return "stable" if settled else "rebalancing"
 

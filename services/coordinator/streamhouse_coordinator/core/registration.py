@@ -7,9 +7,7 @@ from enum import IntEnum
 
 from shproto.events import BufferCompleted, BufferRegistered, Event, Segment, SegmentRegistered
 
-from streamhouse_coordinator.core.tables import LOST, BufferRow, BufferSliceRow, LostSpanRow, RangeRow
-
-RangeKey = tuple[str, int, int]
+from streamhouse_coordinator.core.tables import LOST, BufferRow, BufferSliceRow, LostSpanRow, RangeRow, RangeRowKey
 
 # Segments of an event, some 500 bytes each: a follower's message of 250 KB.
 SEGMENTS_PER_EVENT = 500
@@ -31,7 +29,7 @@ class Registration:
 
     results: list[Result]  # in the order of the segments
     events: list[SegmentRegistered]
-    ranges: dict[RangeKey, RangeRow]  # as they are afterwards
+    ranges: dict[RangeRowKey, RangeRow]  # as they are afterwards
     lost_done: list[LostSpanRow]  # reported holes that are registered or obsolete
 
 
@@ -55,7 +53,7 @@ def judge(segment: Segment, row: RangeRow | None) -> Result:
 def register(
     segments: Sequence[Segment],
     *,
-    ranges: Mapping[RangeKey, RangeRow],
+    ranges: Mapping[RangeRowKey, RangeRow],
     known_ids: Collection[str],
     lost: Sequence[LostSpanRow],
     topics: Mapping[str, str],
@@ -91,31 +89,33 @@ def register(
     )
 
 
-def early_ranges(segments: Sequence[Segment], ranges: Mapping[RangeKey, RangeRow]) -> set[RangeKey]:
+def early_ranges(segments: Sequence[Segment], ranges: Mapping[RangeRowKey, RangeRow]) -> set[RangeRowKey]:
     """Returns the ranges in which every offered segment is EARLY, judged by rows that may be outdated.
 
     Such an answer is right without a lock: `registered_end` never goes back, so at worst the segment is offered once
     more. It holds only if no reported hole of the range waits, which would have to be filled first.
     """
-    verdicts: dict[RangeKey, set[Result]] = {}
+    verdicts: dict[RangeRowKey, set[Result]] = {}
     for segment in segments:
         verdicts.setdefault(key_of(segment), set()).add(judge(segment, ranges.get(key_of(segment))))
     return {key for key, found in verdicts.items() if found == {Result.EARLY}}
 
 
-def key_of(segment: Segment) -> RangeKey:
+def key_of(segment: Segment) -> RangeRowKey:
     """Returns the key of the segment's range."""
     return (segment.topic_id, segment.partition, segment.epoch)
 
 
-def _take(now: dict[RangeKey, RangeRow], segment: Segment, events: list[SegmentRegistered], *, buffer_id: str) -> None:
+def _take(
+    now: dict[RangeRowKey, RangeRow], segment: Segment, events: list[SegmentRegistered], *, buffer_id: str
+) -> None:
     events.append(SegmentRegistered(segment, buffer_id))
     now[key_of(segment)] = replace(now[key_of(segment)], registered_end=segment.end_offset)
 
 
 def _fill_holes(
-    now: dict[RangeKey, RangeRow],
-    key: RangeKey,
+    now: dict[RangeRowKey, RangeRow],
+    key: RangeRowKey,
     lost: Sequence[LostSpanRow],
     topics: Mapping[str, str],
     events: list[SegmentRegistered],
@@ -126,7 +126,7 @@ def _fill_holes(
             _take(now, _lost_segment(span, topics, now[key]), events, buffer_id="")
 
 
-def _judge_hole(span: LostSpanRow, now: Mapping[RangeKey, RangeRow], topics: Mapping[str, str]) -> Result:
+def _judge_hole(span: LostSpanRow, now: Mapping[RangeRowKey, RangeRow], topics: Mapping[str, str]) -> Result:
     row = now.get(span.range_key)
     return judge(_lost_segment(span, topics, row), row)
 
@@ -170,7 +170,7 @@ def of_buffer(registered: Sequence[SegmentRegistered], buffer: BufferRow, comple
     return events or ([BufferCompleted(buffer.buffer_id, buffer.agent_id)] if completed else [])
 
 
-def unresolved(slices: Iterable[BufferSliceRow], ranges: Mapping[RangeKey, RangeRow]) -> list[BufferSliceRow]:
+def unresolved(slices: Iterable[BufferSliceRow], ranges: Mapping[RangeRowKey, RangeRow]) -> list[BufferSliceRow]:
     """Returns the slices of a buffer that are still to be registered. A partly registered slice begins where
     registration ended."""
     rest = []

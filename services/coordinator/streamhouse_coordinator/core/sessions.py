@@ -18,12 +18,19 @@ from shproto.events import (
 )
 from shproto.limits import SNAPSHOT_BYTES_MAX, SNAPSHOTS_BYTES_MAX
 
-from streamhouse_coordinator.core.tables import LOST, OPEN, ORPHANED, SETTLED, ProducerSnapshotRow, RangeRow, SessionRow
+from streamhouse_coordinator.core.tables import (
+    LOST,
+    OPEN,
+    ORPHANED,
+    SETTLED,
+    ProducerSnapshotRow,
+    RangeRow,
+    RangeRowKey,
+    SessionRow,
+)
 
 INGEST, SEGMENTER = "ingest", "segmenter"
 ROLES = (INGEST, "query", SEGMENTER, "coordinator")
-
-RangeKey = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +39,11 @@ class WalEnds:
     state of the producers of unregistered records, where there are any. `firsts`: first offset in the log of each
     range, where the log says so. `topics`: known names by topic id."""
 
-    ends: Mapping[RangeKey, int] = field(default_factory=dict)
-    snapshots: Mapping[RangeKey, bytes] = field(default_factory=dict)
+    ends: Mapping[RangeRowKey, int] = field(default_factory=dict)
+    snapshots: Mapping[RangeRowKey, bytes] = field(default_factory=dict)
     unknown: bool = False
     torn: bool = False
-    firsts: Mapping[RangeKey, int] = field(default_factory=dict)
+    firsts: Mapping[RangeRowKey, int] = field(default_factory=dict)
     topics: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -63,7 +70,7 @@ class AcknowledgedEnds:
     """Acknowledged records that are not registered, as far as the coordinator knows. `announced`: by range, the end of
     its announced buffers. In `durable_topics` only registered records count as acknowledged."""
 
-    announced: Mapping[RangeKey, int] = field(default_factory=dict)
+    announced: Mapping[RangeRowKey, int] = field(default_factory=dict)
     durable_topics: Collection[str] = ()
 
     def acknowledged_end(self, row: RangeRow) -> int:
@@ -215,7 +222,10 @@ def end_session(
 
 
 def settle(
-    session: SessionRow, ranges: Mapping[RangeKey, RangeRow], ends: Mapping[RangeKey, int], known: AcknowledgedEnds
+    session: SessionRow,
+    ranges: Mapping[RangeRowKey, RangeRow],
+    ends: Mapping[RangeRowKey, int],
+    known: AcknowledgedEnds,
 ) -> list[RangeSettled]:
     """Returns the events with which a leader ends its ranges. Skips ended ranges and deleted topics, since the call may
     be a retry, and ranges that wait for records their log lacks. Raises InvalidArgument for a range of another log, or

@@ -13,6 +13,11 @@ from typing import Any, Generic, TypeVar
 RowT = TypeVar("RowT")
 
 
+PartitionRowKey = tuple[str, int]
+RangeRowKey = tuple[str, int, int]
+"""Keys of rows: topic_id in hex, partition, and of a range its epoch. shproto.keys has the keys outside of tables."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table(Generic[RowT]):
     """A table: its row type, its primary key, and True in `projection` if events alone build it."""

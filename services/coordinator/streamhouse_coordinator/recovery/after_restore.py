@@ -10,12 +10,12 @@ from shproto.events import Event, PartitionRestored, RangeLost, SegmentRegistere
 
 from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.tables import PartitionRowKey, RangeRowKey
 from streamhouse_coordinator.ports import ORPHANED_RANGES, In, Transaction, where, where_keys
 from streamhouse_coordinator.recovery import restore_plan, unrecovered_ranges
 from streamhouse_coordinator.recovery.segment_selection import Span
 from streamhouse_coordinator.service.common import (
     Context,
-    RangeKey,
     change_leadership,
     commit_leadership,
     known_topic_ids,
@@ -23,8 +23,6 @@ from streamhouse_coordinator.service.common import (
 )
 
 log = logging.getLogger(__name__)
-
-PartitionKey = tuple[str, int]
 
 
 async def recover_topics(tx: Transaction, declared: sessions.WalEnds, partitions_max: int) -> list[str]:
@@ -57,7 +55,7 @@ async def _recovered(tx: Transaction, topic_id: str, partitions: int, name: str)
     return (await tx.select(t.TOPICS, where(topic_id=topic_id)))[0]
 
 
-async def ranges_to_split(tx: Transaction, declared: sessions.WalEnds) -> list[RangeKey]:
+async def ranges_to_split(tx: Transaction, declared: sessions.WalEnds) -> list[RangeRowKey]:
     """Returns the keys of all ranges that split_unrecovered_ranges() may change: the ranges of those partitions of a
     log that have unrecovered ranges. The caller holds the cluster lock, and has to lock them together with all other
     ranges that it needs."""
@@ -66,7 +64,7 @@ async def ranges_to_split(tx: Transaction, declared: sessions.WalEnds) -> list[R
     return [row.key for row in rows]
 
 
-async def _unrecovered_partitions(tx: Transaction, declared: sessions.WalEnds) -> list[PartitionKey]:
+async def _unrecovered_partitions(tx: Transaction, declared: sessions.WalEnds) -> list[PartitionRowKey]:
     unclaimed = await tx.select(t.RANGES, where(ORPHANED_RANGES, wal_id=""))
     return sorted({(row.topic_id, row.partition) for row in unclaimed} & {key[:2] for key in declared.ends})
 
@@ -83,7 +81,7 @@ async def split_unrecovered_ranges(
 
 
 async def _split(
-    tx: Transaction, key: PartitionKey, agent_id: str, wal_id: str, declared: sessions.WalEnds
+    tx: Transaction, key: PartitionRowKey, agent_id: str, wal_id: str, declared: sessions.WalEnds
 ) -> Mapping[tuple[str, int, int], int]:
     of_partition = where(topic_id=key[0], partition=key[1])
     partition = (await tx.select(t.PARTITIONS, of_partition, lock="wait"))[0]
@@ -105,7 +103,7 @@ async def _split(
 
 
 async def _register_holes(
-    tx: Transaction, key: PartitionKey, wal_id: str, reported: Sequence[unrecovered_ranges.Reported]
+    tx: Transaction, key: PartitionRowKey, wal_id: str, reported: Sequence[unrecovered_ranges.Reported]
 ) -> None:
     """Registers as lost the records that were registered after the backup, have left the log since, and are in no
     object."""

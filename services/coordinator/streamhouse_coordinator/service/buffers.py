@@ -13,12 +13,12 @@ from streamhouse_coordinator.core import registration
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
 from streamhouse_coordinator.core.sessions import INGEST
+from streamhouse_coordinator.core.tables import RangeRowKey
 from streamhouse_coordinator.ports import AtMost, In, Transaction, where, where_keys
 from streamhouse_coordinator.recovery import rollback_detection
 from streamhouse_coordinator.service.common import (
     RANGE_KEYS,
     Context,
-    RangeKey,
     live_session,
     ranges_by_key,
     topic_names,
@@ -48,7 +48,7 @@ class Claimed:
 
 
 async def announce(
-    context: Context, sealed: BufferSealed, snapshots: Mapping[RangeKey, bytes], trace_context: str
+    context: Context, sealed: BufferSealed, snapshots: Mapping[RangeRowKey, bytes], trace_context: str
 ) -> None:
     """`sealed` comes without agent_id, wal_id and topic names; `snapshots`: producers' state at each slice's end.
     Announcing again changes nothing. Raises SessionExpired."""
@@ -119,7 +119,7 @@ def _slice_row(buffer_id: str, item: Slice) -> t.BufferSliceRow:
     )
 
 
-def _snapshot_row(key: RangeKey, end_offset: int, snapshot: bytes) -> t.ProducerSnapshotRow:
+def _snapshot_row(key: RangeRowKey, end_offset: int, snapshot: bytes) -> t.ProducerSnapshotRow:
     topic_id, partition, epoch = key
     return t.ProducerSnapshotRow(
         topic_id=topic_id, partition=partition, epoch=epoch, end_offset=end_offset, snapshot=snapshot
@@ -176,7 +176,7 @@ async def _open_claim(tx: Transaction, taken: t.BufferClaimRow, address: str) ->
 
 
 async def _unresolved(
-    tx: Transaction, buffer_id: str, ranges: Mapping[RangeKey, t.RangeRow] | None = None
+    tx: Transaction, buffer_id: str, ranges: Mapping[RangeRowKey, t.RangeRow] | None = None
 ) -> list[t.BufferSliceRow]:
     slices = await tx.select(
         t.BUFFER_SLICES, where(buffer_id=buffer_id), order=("topic_id", "partition", "epoch", "base_offset")
@@ -279,7 +279,7 @@ async def register(
     return results
 
 
-async def _early_ranges(tx: Transaction, segments: Sequence[Segment]) -> set[RangeKey]:
+async def _early_ranges(tx: Transaction, segments: Sequence[Segment]) -> set[RangeRowKey]:
     """Returns the ranges of which nothing can be registered yet, without a lock.
 
     Segments wait for their predecessors by being offered again and again. Were each of these tries in line for the
@@ -335,7 +335,7 @@ async def _outdated_snapshots(tx: Transaction, done: registration.Registration) 
     """Of each range only the newest producers' state that is registered counts, and those still to come."""
     moved = {registration.key_of(event.segment) for event in done.events}
     rows = await tx.select(t.PRODUCER_SNAPSHOTS, where_keys(RANGE_KEYS, sorted(moved)))
-    newest: dict[RangeKey, int] = {}
+    newest: dict[RangeRowKey, int] = {}
     for row in rows:
         key = (row.topic_id, row.partition, row.epoch)
         if row.end_offset <= done.ranges[key].registered_end:

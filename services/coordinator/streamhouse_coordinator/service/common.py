@@ -32,6 +32,7 @@ from streamhouse_coordinator.core import assignment, topics
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, Set
 from streamhouse_coordinator.core.sessions import INGEST
+from streamhouse_coordinator.core.tables import RangeRowKey
 from streamhouse_coordinator.ports import In, Lock, Store, Transaction, Where, where, where_keys
 from streamhouse_coordinator.settings import CoordinatorSettings
 
@@ -39,7 +40,6 @@ log = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 
-RangeKey = tuple[str, int, int]
 RANGE_KEYS = ("topic_id", "partition", "epoch")
 # Leadership changes in a single transaction at a time; such commands are rare.
 CLUSTER_LOCK = "cluster"
@@ -104,7 +104,9 @@ async def topic_named(tx: Transaction, name: str, lock: Lock = "") -> t.TopicRow
     return rows[0]
 
 
-async def ranges_by_key(tx: Transaction, keys: Collection[RangeKey], lock: Lock = "") -> dict[RangeKey, t.RangeRow]:
+async def ranges_by_key(
+    tx: Transaction, keys: Collection[RangeRowKey], lock: Lock = ""
+) -> dict[RangeRowKey, t.RangeRow]:
     if not keys:
         return {}
     rows = await tx.select(t.RANGES, where_keys(RANGE_KEYS, sorted(keys)), lock=lock)
@@ -290,7 +292,7 @@ async def _leaderless_of(tx: Transaction, which: Where) -> list[t.PartitionRow]:
     return [row for row in partitions if (row.topic_id, row.partition) not in led]
 
 
-async def _at_once(tx: Transaction, cut_off: Collection[str]) -> set[RangeKey]:
+async def _at_once(tx: Transaction, cut_off: Collection[str]) -> set[RangeRowKey]:
     """Returns the ranges of these sessions in durable topics: they can settle at the registered end without waiting for
     the agent."""
     durable = await durable_topics(tx) if cut_off else set()
@@ -304,7 +306,7 @@ async def _moves(
     tx: Transaction,
     surplus: Mapping[tuple[str, str], int],
     why: Mapping[str, str],
-    at_once: Collection[RangeKey],
+    at_once: Collection[RangeRowKey],
     most: int,
 ) -> tuple[list[Event], list[Event]]:
     """Returns the moves of surplus partitions, and the ends of the ranges settled `at_once`, at most `most` together.

@@ -10,11 +10,10 @@ from shproto.events import GroupDeleted, OffsetChange, OffsetsReset
 from streamhouse_coordinator.core import groups
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove
+from streamhouse_coordinator.core.tables import PartitionRowKey
 from streamhouse_coordinator.ports import EVERYTHING, In, Transaction, where
 from streamhouse_coordinator.service.common import Context
 from streamhouse_coordinator.service.groups import Commit, Loaded, load, lock_of, offset_row
-
-PartitionKey = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +139,7 @@ async def _positions(tx: Transaction, group: groups.Group, commits: Collection[t
         (row.topic_id, partition) for row in topics.values() if row.topic in read for partition in range(row.partitions)
     }
     partitions = await tx.select(t.PARTITIONS, where(topic_id=In(topics)))
-    ranges: dict[PartitionKey, list[t.RangeRow]] = {}
+    ranges: dict[PartitionRowKey, list[t.RangeRow]] = {}
     for item in await tx.select(t.RANGES, where(topic_id=In(topics)), order=t.RANGES.key):
         ranges.setdefault((item.topic_id, item.partition), []).append(item)
     holders = {name: member_id for member_id, names in group.owned.items() for name in names}

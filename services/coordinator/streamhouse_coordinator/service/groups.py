@@ -20,7 +20,7 @@ from streamhouse_coordinator.service.common import Context
 
 log = logging.getLogger(__name__)
 
-Names = frozenset[groups.TopicPartition]
+Names = frozenset[groups.PartitionName]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

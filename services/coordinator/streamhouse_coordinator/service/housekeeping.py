@@ -11,13 +11,12 @@ from streamhouse_coordinator.core import compaction, retention, topics
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove
 from streamhouse_coordinator.core.registration import Result
+from streamhouse_coordinator.core.tables import PartitionRowKey
 from streamhouse_coordinator.ports import Above, AtMost, In, Totals, Transaction, where, where_keys
 from streamhouse_coordinator.service.common import Context, topic_named, topic_names
 
 # Small segments read at once, some 300 bytes each: hours of a partition with durable acknowledgements.
 COMPACTION_SEGMENTS = 10_000
-
-PartitionKey = tuple[str, int]
 
 
 # ---- retention
@@ -153,7 +152,7 @@ async def claim_compaction(
 
 
 async def _choose(
-    tx: Transaction, key: PartitionKey, *, small_bytes_max: int, target_bytes: int, segments_min: int
+    tx: Transaction, key: PartitionRowKey, *, small_bytes_max: int, target_bytes: int, segments_min: int
 ) -> list[t.SegmentRow]:
     """Returns the segments of one partition to merge next; none if nothing is worth it. Reads the small segments alone,
     page by page: before them may lie any number of large ones."""
@@ -177,7 +176,7 @@ async def _choose(
         after = found[-1].segments[0].base_offset - 1  # the last run may go on in the next page
 
 
-async def _take(tx: Transaction, key: PartitionKey, now_ms: int) -> bool:
+async def _take(tx: Transaction, key: PartitionRowKey, now_ms: int) -> bool:
     """True if the partition is the caller's to claim, until its transaction ends. Of two workers that look at the same
     time the loser takes another partition."""
     of_partition = where(topic_id=key[0], partition=key[1])

@@ -8,13 +8,13 @@ from shproto.events import BufferCompleted, Event, RangeLost
 
 from streamhouse_coordinator.core import registration, sessions
 from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.core.tables import RangeRowKey
 from streamhouse_coordinator.core.topics import check_partition
 from streamhouse_coordinator.ports import ORPHANED_RANGES, In, Transaction, where, where_keys
 from streamhouse_coordinator.service.buffers import done_with
 from streamhouse_coordinator.service.common import (
     RANGE_KEYS,
     Context,
-    RangeKey,
     change_leadership,
     commit_leadership,
     ranges_by_key,
@@ -88,7 +88,7 @@ async def _lose(tx: Transaction, context: Context, ranges: Collection[t.RangeRow
     await tx.apply(done_with([row.buffer_id for row in done]))
 
 
-async def _emptied_buffers(tx: Transaction, gone: dict[RangeKey, t.RangeRow]) -> list[t.BufferRow]:
+async def _emptied_buffers(tx: Transaction, gone: dict[RangeRowKey, t.RangeRow]) -> list[t.BufferRow]:
     """Returns buffers with nothing left to register once the ranges `gone` are lost: no worker would ever claim
     them."""
     touched = await tx.select(t.BUFFER_SLICES, where_keys(RANGE_KEYS, sorted(gone)))

@@ -15,6 +15,7 @@ from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened
 from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
+from streamhouse_coordinator.core.tables import RangeRowKey
 from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Totals, Transaction, where, where_keys
 from streamhouse_coordinator.recovery import after_restore, rollback_detection
 from streamhouse_coordinator.recovery.histories import NOTHING_SEEN, Head, check_log, check_seen
@@ -22,7 +23,6 @@ from streamhouse_coordinator.service import buffers, outages
 from streamhouse_coordinator.service.common import (
     RANGE_KEYS,
     Context,
-    RangeKey,
     change_leadership,
     commit_leadership,
     cut_off_sessions,
@@ -103,7 +103,7 @@ async def open_session(
         event = replace(opened, started_ms=now_ms)
         others = await _others(tx, opened)
         live = await _live(tx, [row.session_id for row in others], now_ms)
-        ranges_to_split: list[RangeKey] = []
+        ranges_to_split: list[RangeRowKey] = []
         if opened.wal_id and len(histories) > 1:
             recovered = await after_restore.recover_topics(tx, declared, context.settings.partitions_per_topic_max)
             ranges_to_split = await after_restore.ranges_to_split(tx, declared)
@@ -203,7 +203,7 @@ async def _ranges_of(tx: Transaction, others: Sequence[t.SessionRow], wal_id: st
     return await tx.select(t.RANGES, where(UNFINISHED, wal_id=In(wal_ids))) if wal_ids else []
 
 
-async def _known(tx: Transaction, keys: Collection[RangeKey]) -> sessions.AcknowledgedEnds:
+async def _known(tx: Transaction, keys: Collection[RangeRowKey]) -> sessions.AcknowledgedEnds:
     """Returns the announced ends of these ranges, before any buffer is dropped. A single aggregate, however many
     buffers wait."""
     durable = await durable_topics(tx)
@@ -222,7 +222,7 @@ async def _drop_buffers(tx: Transaction, wal_id: str, now_ms: int) -> None:
 
 
 async def heartbeat(
-    context: Context, session_id: str, low_ranges: Mapping[RangeKey, int], log_full: bool | None = None
+    context: Context, session_id: str, low_ranges: Mapping[RangeRowKey, int], log_full: bool | None = None
 ) -> tuple[int, list[Grant]]:
     """Renews the lease and extends ranges that run out. `log_full`: the agent's log has no space left, or has space
     again. Returns (grants_version, extended ranges). Raises SessionExpired; Overloaded, whose details say lease =
@@ -239,7 +239,7 @@ async def heartbeat(
         raise
 
 
-async def _extended(context: Context, session_id: str, low_ranges: Mapping[RangeKey, int]) -> list[Grant]:
+async def _extended(context: Context, session_id: str, low_ranges: Mapping[RangeRowKey, int]) -> list[Grant]:
     """Extends ranges that run out, and returns them. Raises SessionExpired."""
 
     async def work(tx: Transaction) -> list[Grant]:
@@ -279,7 +279,7 @@ async def _note_log_full(context: Context, session_id: str, full: bool) -> None:
 
 
 async def get_grants(
-    context: Context, session_id: str, only: Collection[RangeKey] = ()
+    context: Context, session_id: str, only: Collection[RangeRowKey] = ()
 ) -> tuple[int, list[Grant], int]:
     """Returns the unfinished ranges of the session's log and the lost ones, all or those among `only`; the
     grants_version that they are as of; and a position that is not before any of them. Raises SessionExpired."""
@@ -306,7 +306,7 @@ async def _ranges_to_grant(tx: Transaction, wal_id: str) -> list[t.RangeRow]:
     return [*unfinished, *lost]
 
 
-async def _ranges_among(tx: Transaction, wal_id: str, keys: Collection[RangeKey]) -> list[t.RangeRow]:
+async def _ranges_among(tx: Transaction, wal_id: str, keys: Collection[RangeRowKey]) -> list[t.RangeRow]:
     rows = await tx.select(t.RANGES, where_keys(RANGE_KEYS, sorted(keys), wal_id=wal_id), order=RANGE_KEYS)
     return [row for row in rows if row.unfinished or row.status == t.LOST]
 
@@ -345,8 +345,8 @@ async def _topics_of(tx: Transaction, ranges: Collection[t.RangeRow]) -> dict[st
 
 
 async def _fitting_snapshots(
-    tx: Transaction, wanted: Mapping[RangeKey, SnapshotKey], sizes_bytes: Sequence[int]
-) -> dict[RangeKey, bytes]:
+    tx: Transaction, wanted: Mapping[RangeRowKey, SnapshotKey], sizes_bytes: Sequence[int]
+) -> dict[RangeRowKey, bytes]:
     """Returns the bytes of the leading snapshots in `wanted` that fit into an answer; only these bytes are read. A
     snapshot that a registration replaces meanwhile is left to the next answer, and so are all later ones."""
     fitting = dict(islice(wanted.items(), sessions.reported_count(sizes_bytes)))
@@ -398,7 +398,7 @@ async def _usable(
     return by_partition
 
 
-async def _keep_snapshots(tx: Transaction, settled: Collection[RangeKey], declared: sessions.WalEnds) -> None:
+async def _keep_snapshots(tx: Transaction, settled: Collection[RangeRowKey], declared: sessions.WalEnds) -> None:
     """Stores the agent's report on producers of unregistered records, once the ranges `settled` are settled."""
     keys = [key for key in settled if key in declared.snapshots]
     if keys:
@@ -448,7 +448,7 @@ async def _settle_before_end(tx: Transaction, session_id: str, declared: session
         await _keep_snapshots(tx, [_key(event) for event in events], declared)
 
 
-def _key(event: RangeSettled) -> RangeKey:
+def _key(event: RangeSettled) -> RangeRowKey:
     return event.topic_id, event.partition, event.epoch
 
 

@@ -10,6 +10,7 @@ from shproto.v1 import types_pb2
 from streamhouse_coordinator import messages
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.sessions import INGEST
+from streamhouse_coordinator.core.tables import PartitionRowKey
 from streamhouse_coordinator.ports import (
     FAILED_BUFFERS,
     LOST_RANGES,
@@ -33,7 +34,6 @@ SNAPSHOT_PARTITIONS = 500
 # Failed buffers of one status: the oldest hold the others up, and an outage may fail thousands.
 BUFFER_FAILURES_SHOWN = 20
 
-PartitionKey = tuple[str, int]
 RowT = TypeVar("RowT", t.RangeRow, t.SegmentRow)
 
 # Ranges a reader has to know: those that hold offsets, or may still.
@@ -116,8 +116,8 @@ def _partition_info(
     )
 
 
-def _by_partition(rows: Sequence[RowT]) -> dict[PartitionKey, list[RowT]]:
-    grouped: dict[PartitionKey, list[RowT]] = {}
+def _by_partition(rows: Sequence[RowT]) -> dict[PartitionRowKey, list[RowT]]:
+    grouped: dict[PartitionRowKey, list[RowT]] = {}
     for row in rows:
         grouped.setdefault((row.topic_id, row.partition), []).append(row)
     return grouped
@@ -165,7 +165,7 @@ def _addresses_of(sessions: Sequence[t.SessionRow], role: str) -> list[str]:
 def _topic_metadata(
     topic: t.TopicRow,
     partitions: Sequence[t.PartitionRow],
-    newest: dict[PartitionKey, t.RangeRow],
+    newest: dict[PartitionRowKey, t.RangeRow],
     addresses: dict[str, str],
 ) -> pb.TopicMetadata:
     leaders = []
@@ -258,8 +258,8 @@ async def _buffer_failures(tx: Transaction) -> list[pb.BufferFailure]:
 def _lease(
     row: t.PartitionRow,
     topic: str,
-    newest: dict[PartitionKey, t.RangeRow],
-    unfinished: dict[PartitionKey, list[t.RangeRow]],
+    newest: dict[PartitionRowKey, t.RangeRow],
+    unfinished: dict[PartitionRowKey, list[t.RangeRow]],
 ) -> pb.LeaseInfo:
     key = (row.topic_id, row.partition)
     last = newest.get(key)

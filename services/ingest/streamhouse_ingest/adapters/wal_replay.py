@@ -19,9 +19,9 @@ from shformat import (
     read_batch_headers,
     scan_frames,
 )
+from shproto.keys import RangeKey
 
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.log.replay import Replay, runs_of
 from streamhouse_ingest.log.wal_index import WalIndex
 from streamhouse_ingest.log.wal_tail import Tail, judge_tail
@@ -253,7 +253,7 @@ class _Files:
 
     def _add_damaged(self, sequence: int, frame: WalFrame, reason: str) -> None:
         self.replay.damaged(sequence, frame.at, frame.size_bytes, reason)
-        key = LogKey(frame.topic_id, frame.partition, frame.epoch)
+        key = RangeKey(frame.topic_id, frame.partition, frame.epoch)
         self.replay.lost(key, frame.base_offset, frame.record_count)
 
     def _report(self, sequence: int, spans: Sequence[DamagedSpan]) -> None:
@@ -265,7 +265,7 @@ class _Files:
             hides = hides and self._hides(sequence)
             self.replay.damaged(sequence, span.at, span.size_bytes, span.reason, hides=hides)
             if span.lost is not None:
-                key = LogKey(span.lost.topic_id, span.lost.partition, span.lost.epoch)
+                key = RangeKey(span.lost.topic_id, span.lost.partition, span.lost.epoch)
                 self.replay.lost(key, span.lost.base_offset, span.lost.record_count)
 
     def _report_torn(self, sequence: int, first: DamagedSpan, end: int) -> None:

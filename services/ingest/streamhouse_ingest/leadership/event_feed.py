@@ -22,6 +22,7 @@ from shproto.events import (
     TopicDeleted,
     event_from_json,
 )
+from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.tasks import Backoff
 
@@ -29,7 +30,6 @@ from streamhouse_ingest.leadership.context import LeadershipContext
 from streamhouse_ingest.leadership.grants import Grants
 from streamhouse_ingest.leadership.ranges import Ranges
 from streamhouse_ingest.log.logs import Logs
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.sealing.sealer import Sealer
 
 log = logging.getLogger(__name__)
@@ -130,12 +130,12 @@ class EventFeed:
                 self._grants.changed(keys, self._session.position)
 
     def _registered(self, segment: Segment) -> None:
-        key = LogKey(bytes.fromhex(segment.topic_id), segment.partition, segment.epoch)
+        key = RangeKey(bytes.fromhex(segment.topic_id), segment.partition, segment.epoch)
         if self._ranges.registered(key, segment.end_offset):
             self._grants.changed([key], self._session.position)
 
 
 def _key(
     event: EpochGranted | MoveRequested | RangeExtended | RangeSettled | RangeOrphaned | RangeLost,
-) -> LogKey:
-    return LogKey(bytes.fromhex(event.topic_id), event.partition, event.epoch)
+) -> RangeKey:
+    return RangeKey(bytes.fromhex(event.topic_id), event.partition, event.epoch)

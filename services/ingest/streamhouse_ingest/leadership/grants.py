@@ -9,12 +9,12 @@ import logging
 from collections.abc import Collection, Iterable
 
 from shproto.errors import SessionExpired, StreamHouseError
+from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as pb
 
 from streamhouse_ingest.leadership.context import LeadershipContext
 from streamhouse_ingest.leadership.ranges import Ranges
 from streamhouse_ingest.leadership.wanted import Question, Wanted
-from streamhouse_ingest.log.partition_log import LogKey
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Grants:
         self._ranges = ranges
         self._wanted = Wanted()
         self._awake = asyncio.Event()
-        self._waiting: list[tuple[asyncio.Future[None], Collection[LogKey]]] = []
+        self._waiting: list[tuple[asyncio.Future[None], Collection[RangeKey]]] = []
 
     # ---- what to ask for
 
@@ -40,7 +40,7 @@ class Grants:
         self._wanted.want_all()
         self._awake.set()
 
-    def changed(self, keys: Iterable[LogKey], position: int) -> None:
+    def changed(self, keys: Iterable[RangeKey], position: int) -> None:
         """An event at `position` of the feed changed these ranges."""
         self._wanted.changed(keys, position)
         self._awake.set()
@@ -50,7 +50,7 @@ class Grants:
         self._wanted.heard_of(version, seen_position)
         self._awake.set()
 
-    async def take_in(self, keys: Collection[LogKey] = ()) -> None:
+    async def take_in(self, keys: Collection[RangeKey] = ()) -> None:
         """Takes in these grants as they are now, or all; returns when that is done, in this session or a later one."""
         done = asyncio.get_running_loop().create_future()
         waiting = done, keys
@@ -111,5 +111,5 @@ class Grants:
                 done.set_result(None)
 
 
-def range_keys(keys: Iterable[LogKey]) -> list[pb.RangeKey]:
+def range_keys(keys: Iterable[RangeKey]) -> list[pb.RangeKey]:
     return [pb.RangeKey(topic_id=key.topic_id, partition=key.partition, epoch=key.epoch) for key in keys]

@@ -4,13 +4,13 @@ import asyncio
 import logging
 
 from shproto.errors import AWAY, RENEWED, SessionExpired, StreamHouseError
+from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as pb
 
 from streamhouse_ingest.leadership.context import LeadershipContext
 from streamhouse_ingest.leadership.grants import Grants
 from streamhouse_ingest.leadership.ranges import Ranges
 from streamhouse_ingest.log.logs import HeldLog, Logs
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.waiting import ends_within
 
@@ -77,7 +77,7 @@ class Heartbeats:
         self._told_full = full
         await context.history.save()
         for grant in response.extended:
-            self._ranges.extend(LogKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)
+            self._ranges.extend(RangeKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)
         self._grants.heard_of(response.grants_version, context.session.position)
         self._space.look()  # for the next beat
 

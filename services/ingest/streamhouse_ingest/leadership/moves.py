@@ -11,12 +11,12 @@ import asyncio
 import logging
 
 from shproto.errors import SessionExpired, StreamHouseError
+from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.tasks import Tasks
 
 from streamhouse_ingest.leadership.context import LeadershipContext
 from streamhouse_ingest.log.logs import HeldLog, Logs
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.produce.writer import Writer
 from streamhouse_ingest.sealing.sealer import Sealer
 from streamhouse_ingest.waiting import done_within
@@ -41,10 +41,10 @@ class Moves:
         self._sealer = sealer
         self._tasks = tasks
         self._timeout_ms = timeout_ms
-        self._moving: dict[LogKey, asyncio.Task[None]] = {}
-        self._at_once: set[LogKey] = set()
+        self._moving: dict[RangeKey, asyncio.Task[None]] = {}
+        self._at_once: set[RangeKey] = set()
         self._turn = asyncio.Semaphore(MOVES_AT_ONCE)
-        self._unsettled: dict[LogKey, pb.WalEnd] = {}
+        self._unsettled: dict[RangeKey, pb.WalEnd] = {}
         self._settling = asyncio.Lock()
 
     def moving(self, held: HeldLog) -> bool:
@@ -67,7 +67,7 @@ class Moves:
             self._at_once.add(key)
         task.add_done_callback(lambda task: self._over(key, task))
 
-    def _over(self, key: LogKey, task: asyncio.Task[None]) -> None:
+    def _over(self, key: RangeKey, task: asyncio.Task[None]) -> None:
         if self._moving.get(key) is task:
             del self._moving[key]
             self._at_once.discard(key)
@@ -130,7 +130,7 @@ class Moves:
         finally:
             self._unsettled.pop(key, None)
 
-    async def _settle_with_others(self, key: LogKey, alone: bool) -> StreamHouseError | None:
+    async def _settle_with_others(self, key: RangeKey, alone: bool) -> StreamHouseError | None:
         """Declares where this range ends, and those that wait by now; one call at a time. Returns what it failed with,
         None once this range is settled, or the next session has to settle it."""
         async with self._settling:

@@ -4,11 +4,12 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as pb
 
 from streamhouse_ingest.leadership.moves import Moves
 from streamhouse_ingest.log.logs import HeldLog, Logs
-from streamhouse_ingest.log.partition_log import LogKey, PartitionLog, Span
+from streamhouse_ingest.log.partition_log import PartitionLog, Span
 from streamhouse_ingest.log.producers import SnapshotError, decode_snapshot
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.produce.writer import Writer
@@ -27,8 +28,8 @@ class TakenIn:
     """What has to be asked again of an answer. `finished`: events from after it have finished these meanwhile. `rest`:
     what the coordinator knows of their producers did not fit, so that they wait."""
 
-    finished: Sequence[LogKey] = ()
-    rest: Sequence[LogKey] = ()
+    finished: Sequence[RangeKey] = ()
+    rest: Sequence[RangeKey] = ()
 
 
 class Ranges:
@@ -42,7 +43,7 @@ class Ranges:
         self._moves = moves
         self._metrics = metrics
         self._trim = trim
-        self._reported: set[tuple[LogKey, Span]] = set()
+        self._reported: set[tuple[RangeKey, Span]] = set()
         self.closing = False
 
     async def resume(self, grants: Sequence[pb.RangeGrant]) -> TakenIn:
@@ -55,7 +56,7 @@ class Ranges:
             held.told = False
         return TakenIn(rest=self._take_in(grants))
 
-    async def take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[LogKey] = ()) -> TakenIn:
+    async def take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[RangeKey] = ()) -> TakenIn:
         """All ranges of this log that are open or not fully registered, as they are now; or those among `only`."""
         for grant in grants:
             held = self._logs.get(grant_key(grant))
@@ -67,7 +68,7 @@ class Ranges:
         finished = [key for key in keys if (held := self._logs.get(key)) is not None and _is_finished(held)]
         return TakenIn(finished, rest)
 
-    def _take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[LogKey] = ()) -> list[LogKey]:
+    def _take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[RangeKey] = ()) -> list[RangeKey]:
         """Returns the rest: all that is said of them waits, since settling, too, goes by what is known of producers."""
         kept = [grant for grant in grants if grant.status != LOST]
         for grant in grants:
@@ -150,11 +151,11 @@ class Ranges:
             self._metrics.fenced_records.add(fenced)
             log.error("%s was settled at %d: %d records beyond are given up", held.log.describe(), end_offset, fenced)
 
-    def _held(self, only: Collection[LogKey]) -> list[HeldLog]:
+    def _held(self, only: Collection[RangeKey]) -> list[HeldLog]:
         """Those of `only`; all where that is empty."""
         return [held for key in only if (held := self._logs.get(key)) is not None] if only else list(self._logs)
 
-    def _drop_others(self, grants: Iterable[pb.RangeGrant], only: Collection[LogKey]) -> None:
+    def _drop_others(self, grants: Iterable[pb.RangeGrant], only: Collection[RangeKey]) -> None:
         named = {grant_key(grant) for grant in grants}
         for held in self._held(only):
             if held.log.key not in named:
@@ -163,7 +164,7 @@ class Ranges:
 
     # ---- from the feed
 
-    def registered(self, key: LogKey, end_offset: int) -> bool:
+    def registered(self, key: RangeKey, end_offset: int) -> bool:
         """Segments cover the log up to `end_offset`. True when that finishes it."""
         held = self._logs.get(key)
         if held is None:
@@ -172,14 +173,14 @@ class Ranges:
         self._trim()
         return _is_finished(held)
 
-    def extend(self, key: LogKey, limit_offset: int) -> None:
+    def extend(self, key: RangeKey, limit_offset: int) -> None:
         held = self._logs.get(key)
         if held is not None:
             held.log.extend(limit_offset)
 
     # ---- damage
 
-    def lost_spans(self, only: Collection[LogKey] = ()) -> list[pb.LostSpan]:
+    def lost_spans(self, only: Collection[RangeKey] = ()) -> list[pb.LostSpan]:
         """What was acknowledged and cannot be read back any more, of all logs or of `only`; logged and counted once."""
         spans = []
         for held in self._held(only):
@@ -201,11 +202,11 @@ def _is_finished(held: HeldLog) -> bool:
     return held.log.settled_end is not None and held.log.registered_end >= held.log.settled_end
 
 
-def grant_key(grant: pb.RangeGrant) -> LogKey:
-    return LogKey(grant.topic_id, grant.partition, grant.epoch)
+def grant_key(grant: pb.RangeGrant) -> RangeKey:
+    return RangeKey(grant.topic_id, grant.partition, grant.epoch)
 
 
-def _lost_span(key: LogKey, span: Span, reason: str) -> pb.LostSpan:
+def _lost_span(key: RangeKey, span: Span, reason: str) -> pb.LostSpan:
     return pb.LostSpan(
         topic_id=key.topic_id,
         partition=key.partition,

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 
 from shproto.errors import AgentIdTaken, InvalidArgument, SessionExpired, StreamHouseError
+from shproto.keys import RangeKey
 from shproto.limits import SNAPSHOTS_BYTES_MAX
 from shproto.v1 import coordinator_pb2 as pb
 
@@ -21,7 +22,7 @@ from streamhouse_ingest.leadership.moves import Moves
 from streamhouse_ingest.leadership.ranges import Ranges
 from streamhouse_ingest.leadership.wanted import first_of
 from streamhouse_ingest.log.logs import HeldLog, Logs
-from streamhouse_ingest.log.partition_log import LogKey, PartitionLog
+from streamhouse_ingest.log.partition_log import PartitionLog
 from streamhouse_ingest.log.replay import NO_DOUBT, Doubt
 from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.ports import WalBroken
@@ -111,7 +112,7 @@ class Session:
             return False
         return True
 
-    async def _rest_call(self, token: str, keys: Sequence[LogKey]) -> pb.GetGrantsResponse:
+    async def _rest_call(self, token: str, keys: Sequence[RangeKey]) -> pb.GetGrantsResponse:
         """What did not fit into the answers before. Renews the lease, which nobody else does yet."""
         backoff = self._context.backoff()
         request = pb.GetGrantsRequest(session_token=token, only=range_keys(keys))

@@ -7,15 +7,14 @@ when a heartbeat tells of a change that the events have not brought. What an ans
 from collections.abc import Collection, Iterable, Mapping
 
 from shformat.limits import INT64_MAX
-
-from streamhouse_ingest.log.partition_log import LogKey
+from shproto.keys import RangeKey
 
 # As many as the coordinator lets one question name; beyond it, asking for all is no more work.
 RANGES_ASKED_MAX = 10_000
 _NO_EVENT = INT64_MAX  # behind every event
 
 # The ranges asked for, each with the position of the event that made it wanted. None: all.
-Question = Mapping[LogKey, int]
+Question = Mapping[RangeKey, int]
 
 
 class Wanted:
@@ -23,8 +22,8 @@ class Wanted:
 
     def __init__(self) -> None:
         self._all = False
-        self._ranges: dict[LogKey, int] = {}
-        self._rest: set[LogKey] = set()
+        self._ranges: dict[RangeKey, int] = {}
+        self._rest: set[RangeKey] = set()
         self._as_of = 0
 
     def begin(self) -> None:
@@ -37,16 +36,16 @@ class Wanted:
         self._all = True
         self._ranges.clear()
 
-    def want(self, keys: Iterable[LogKey]) -> None:
+    def want(self, keys: Iterable[RangeKey]) -> None:
         """These may have changed."""
         self._want(keys, _NO_EVENT)
 
-    def changed(self, keys: Iterable[LogKey], position: int) -> None:
+    def changed(self, keys: Iterable[RangeKey], position: int) -> None:
         """An event at `position` changed these."""
         if position > self._as_of:
             self._want(keys, position)
 
-    def _want(self, keys: Iterable[LogKey], position: int) -> None:
+    def _want(self, keys: Iterable[RangeKey], position: int) -> None:
         if not self._all:
             self._ranges |= dict.fromkeys(keys, position)
             if len(self._ranges) > RANGES_ASKED_MAX:
@@ -81,7 +80,7 @@ class Wanted:
             if len(self._ranges) > RANGES_ASKED_MAX:
                 self.want_all()
 
-    def answered(self, question: Question, version: int, rest: Collection[LogKey] = ()) -> None:
+    def answered(self, question: Question, version: int, rest: Collection[RangeKey] = ()) -> None:
         """All ranges are known as of the event `version` if it asked for all: older events tell nothing new. `rest`:
         those that did not fit into the answer; what is said of them later is not older."""
         if question:
@@ -91,11 +90,11 @@ class Wanted:
             self._ranges = {key: position for key, position in self._ranges.items() if position > version}
             self._rest = set(rest)
 
-    def waits_for_rest(self, keys: Collection[LogKey]) -> bool:
+    def waits_for_rest(self, keys: Collection[RangeKey]) -> bool:
         """Whether any of `keys` (none: any at all) did not fit into the answers so far."""
         return not self._rest.isdisjoint(keys) if keys else bool(self._rest)
 
 
-def first_of(rest: Collection[LogKey]) -> list[LogKey]:
+def first_of(rest: Collection[RangeKey]) -> list[RangeKey]:
     """As many as one question may name, in the order in which answers have them: of a partition older epochs first."""
     return sorted(rest)[:RANGES_ASKED_MAX]

@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from shproto.errors import NOT_WRITTEN, UNKNOWN, NotLeader
+from shproto.keys import RangeKey
 
 from streamhouse_ingest.log.buffer import BATCH_OVERHEAD_BYTES, Buffer, WalPosition
-from streamhouse_ingest.log.partition_log import LogKey, PartitionLog
+from streamhouse_ingest.log.partition_log import PartitionLog
 from streamhouse_ingest.log.producers import ProducerTable
 
 # Of the appends in one sealed buffer, or read of the tail, so many are linked to its trace.
@@ -109,13 +110,13 @@ class Logs:
         self.producer_ids_from = 0  # smaller ones were given out before the metadata was restored
         self._tail_cache_bytes = tail_cache_bytes
         self._producers_max = producers_max
-        self._by_key: dict[LogKey, HeldLog] = {}
+        self._by_key: dict[RangeKey, HeldLog] = {}
         self._by_partition: dict[tuple[bytes, int], list[HeldLog]] = {}
         self._led: dict[tuple[str, int], HeldLog] = {}
         self._producers: dict[tuple[bytes, int], ProducerTable] = {}
         self._tail: deque[tuple[HeldLog, Buffer]] = deque()  # registered, oldest first
         self._tail_bytes = 0
-        self.dirty: dict[LogKey, HeldLog] = {}  # those with an open buffer
+        self.dirty: dict[RangeKey, HeldLog] = {}  # those with an open buffer
         self.open_bytes = 0
         self.memory_bytes = 0
         self._subscribers: list[Callable[[HeldLog], None]] = []
@@ -123,7 +124,7 @@ class Logs:
     def __iter__(self) -> Iterator[HeldLog]:
         return iter(list(self._by_key.values()))
 
-    def get(self, key: LogKey) -> HeldLog | None:
+    def get(self, key: RangeKey) -> HeldLog | None:
         return self._by_key.get(key)
 
     def led(self, topic: str, partition: int) -> HeldLog | None:
@@ -140,7 +141,7 @@ class Logs:
             self._producers[partition_key] = ProducerTable(self._producers_max)
         return self._producers[partition_key]
 
-    def registered_end(self, key: LogKey) -> int | None:
+    def registered_end(self, key: RangeKey) -> int | None:
         held = self._by_key.get(key)
         return None if held is None else held.log.registered_end
 

@@ -12,21 +12,10 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from shformat import ProducerStamp
+from shproto.keys import RangeKey
 
 from streamhouse_ingest.log.buffer import Buffer, WalPosition
 from streamhouse_ingest.log.producers import TOLD, ProducerTable, after_write
-
-
-class LogKey(NamedTuple):
-    """Whose records: the topic's id (not its name: a re-created topic is another), partition, epoch."""
-
-    topic_id: bytes
-    partition: int
-    epoch: int
-
-    @property
-    def partition_key(self) -> tuple[bytes, int]:
-        return self.topic_id, self.partition
 
 
 class Span(NamedTuple):
@@ -52,7 +41,9 @@ class PartitionLog:
     registered_end is damage: those records were acknowledged and cannot be read any more.
     """
 
-    def __init__(self, key: LogKey, topic: str, start_offset: int, limit_offset: int, producers: ProducerTable) -> None:
+    def __init__(
+        self, key: RangeKey, topic: str, start_offset: int, limit_offset: int, producers: ProducerTable
+    ) -> None:
         self.key = key
         self.topic = topic
         self.start_offset = start_offset

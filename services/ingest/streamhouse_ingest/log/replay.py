@@ -7,9 +7,9 @@ from itertools import accumulate
 from operator import add
 
 from shformat import HeaderColumns, ProducerStamp, WalFrame
+from shproto.keys import RangeKey
 
 from streamhouse_ingest.log.buffer import Buffer
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.log.producers import BATCHES_REMEMBERED, ProducerState, after_write
 
 # A producer's batch: its stamp, record count, base offset, the epoch it was written in.
@@ -35,12 +35,12 @@ class Doubt:
 
     hidden: bool = False
     torn: bool = False
-    certain: frozenset[LogKey] = frozenset()
+    certain: frozenset[RangeKey] = frozenset()
 
     def __bool__(self) -> bool:
         return self.hidden or self.torn
 
-    def knows_end(self, key: LogKey) -> bool:
+    def knows_end(self, key: RangeKey) -> bool:
         return not self.hidden or key in self.certain
 
 
@@ -87,7 +87,7 @@ class Run:
         yield start, len(self.base_offsets)
 
 
-def runs_of(frames: Sequence[WalFrame], headers: HeaderColumns) -> Iterator[tuple[LogKey, Run]]:
+def runs_of(frames: Sequence[WalFrame], headers: HeaderColumns) -> Iterator[tuple[RangeKey, Run]]:
     """The frames of each log, `headers` being their batches'; those of a partition in the order they were written,
     whatever its epochs. What takes a step per frame is left to the interpreter's own loops from here on: a log of small
     batches has millions of them."""
@@ -99,15 +99,15 @@ def runs_of(frames: Sequence[WalFrame], headers: HeaderColumns) -> Iterator[tupl
         yield key, Run(*(list(map(column.__getitem__, places)) for column in columns))
 
 
-def _places_of(frames: Sequence[WalFrame]) -> list[tuple[LogKey, list[int]]]:
+def _places_of(frames: Sequence[WalFrame]) -> list[tuple[RangeKey, list[int]]]:
     """Which of the frames follow each other in a log, until there is one of another epoch of its partition."""
-    found: list[tuple[LogKey, list[int]]] = []
+    found: list[tuple[RangeKey, list[int]]] = []
     growing: dict[tuple[bytes, int, int], list[int]] = {}
-    latest: dict[tuple[bytes, int], LogKey] = {}
+    latest: dict[tuple[bytes, int], RangeKey] = {}
     for place, frame in enumerate(frames):
         places = growing.get(frame[:3])
         if places is None:
-            key = LogKey(*frame[:3])
+            key = RangeKey(*frame[:3])
             growing.pop(latest.get(key.partition_key, key), None)
             latest[key.partition_key] = key
             places = growing[key] = []
@@ -126,7 +126,7 @@ class Replay:
 
     def __init__(self, buffer_bytes_max: int) -> None:
         self._buffer_bytes_max = buffer_bytes_max
-        self.logs: dict[LogKey, ReplayedLog] = {}
+        self.logs: dict[RangeKey, ReplayedLog] = {}
         self._written: dict[tuple[bytes, int], dict[int, list[_Written]]] = {}
         self.damage: list[Damage] = []
         self._hidings = 0  # how often damage may have hidden frames of any log
@@ -147,7 +147,7 @@ class Replay:
             if written
         }
 
-    def add(self, key: LogKey, file: int, run: Run) -> None:
+    def add(self, key: RangeKey, file: int, run: Run) -> None:
         """Valid frames. One that overlaps what came before is damage: offsets never change their records."""
         log = self.logs.get(key) or self._begin(key, run.base_offsets[0])
         for start, stop in run.pieces():
@@ -185,13 +185,13 @@ class Replay:
         not synced before every ack: what was read of it may be gone, and its offsets must not be used again."""
         self._torn = True
 
-    def lost(self, key: LogKey, base_offset: int, record_count: int) -> None:
+    def lost(self, key: RangeKey, base_offset: int, record_count: int) -> None:
         """A damaged frame held these records."""
         log = self.logs.get(key) or self._begin(key, base_offset)
         log.end_offset = max(log.end_offset, base_offset + record_count)
         log.hidings_before = self._hidings
 
-    def _begin(self, key: LogKey, base_offset: int) -> ReplayedLog:
+    def _begin(self, key: RangeKey, base_offset: int) -> ReplayedLog:
         """The log starts at this frame, as far as the files say."""
         written = self._written.setdefault(key.partition_key, {})
         log = self.logs[key] = ReplayedLog(base_offset, base_offset, written)

@@ -6,14 +6,14 @@ the front only, so that a file missing in the middle is seen as damage at the ne
 
 from collections.abc import Callable
 
-from streamhouse_ingest.log.partition_log import LogKey
+from shproto.keys import RangeKey
 
 
 class WalIndex:
     """Per file the highest end offset of each log in it, and its size."""
 
     def __init__(self) -> None:
-        self._ends: dict[int, dict[LogKey, int]] = {}
+        self._ends: dict[int, dict[RangeKey, int]] = {}
         self._sizes: dict[int, int] = {}
 
     @property
@@ -30,13 +30,13 @@ class WalIndex:
         self._sizes[file] = size_bytes
         self._ends.setdefault(file, {})
 
-    def note(self, file: int, key: LogKey, end_offset: int) -> None:
+    def note(self, file: int, key: RangeKey, end_offset: int) -> None:
         """The file holds a batch of this log that ends at `end_offset`."""
         ends = self._ends.setdefault(file, {})
         if end_offset > ends.get(key, -1):
             ends[key] = end_offset
 
-    def deletable(self, registered_end: Callable[[LogKey], int | None], active: int | None) -> list[int]:
+    def deletable(self, registered_end: Callable[[RangeKey], int | None], active: int | None) -> list[int]:
         """The files to delete, oldest first. `registered_end` gives None for a log that nobody needs; `active` is
         being written."""
         files = []
@@ -46,7 +46,7 @@ class WalIndex:
             files.append(file)
         return files
 
-    def all_covered(self, registered_end: Callable[[LogKey], int | None]) -> bool:
+    def all_covered(self, registered_end: Callable[[RangeKey], int | None]) -> bool:
         """Nothing in any file is needed any more."""
         return len(self.deletable(registered_end, None)) == len(self._ends)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from shproto.errors import DataLoss, InvalidArgument, StreamHouseError, Unavailable, UnknownPartition, UnknownTopic
+from shproto.keys import RangeKey
 from shproto.limits import NAME_LENGTH_MAX
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
@@ -14,7 +15,7 @@ from shproto.v1 import types_pb2
 from shruntime.clock import Clock
 
 from streamhouse_ingest.log.logs import HeldLog, Logs, not_leader
-from streamhouse_ingest.log.partition_log import LogKey, PartitionLog
+from streamhouse_ingest.log.partition_log import PartitionLog
 from streamhouse_ingest.waiting import ends_within
 
 # Long enough that a producer in a retry loop asks the coordinator once a second, short enough for a new topic.
@@ -34,7 +35,7 @@ class TopicLookup:
         coordinator: CoordinatorApi,
         clock: Clock,
         agent_id: str,
-        take_in: Callable[[Collection[LogKey]], Coroutine[Any, Any, None]],
+        take_in: Callable[[Collection[RangeKey]], Coroutine[Any, Any, None]],
     ) -> None:
         self._logs = logs
         self._coordinator = coordinator
@@ -133,10 +134,10 @@ class TopicLookup:
             await ends_within(self._clock, self._take_in(ours), _REMEMBER_MS)
         return metadata
 
-    def _led_by_us(self, metadata: pb.TopicMetadata) -> list[LogKey]:
+    def _led_by_us(self, metadata: pb.TopicMetadata) -> list[RangeKey]:
         topic_id = metadata.topic.topic_id
         return [
-            LogKey(topic_id, leader.partition, leader.epoch)
+            RangeKey(topic_id, leader.partition, leader.epoch)
             for leader in metadata.leaders
             if leader.agent_id == self._agent_id
         ]

@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from shproto.errors import DataLoss, Fenced, Overloaded, StreamHouseError
+from shproto.keys import RangeKey
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import Clock
 
 from streamhouse_ingest.log.logs import HeldLog, Logs
-from streamhouse_ingest.log.partition_log import LogKey, PartitionLog
+from streamhouse_ingest.log.partition_log import PartitionLog
 from streamhouse_ingest.ports import SCARCE, BatchReader, WalDamaged, WalFileGone
 from streamhouse_ingest.reading.damage import Damage
 from streamhouse_ingest.waiting import done_within
@@ -74,7 +75,7 @@ class TailReader:
 
     async def pull_slice(self, request: pb.PullSliceRequest) -> AsyncIterator[pb.PullSliceResponse]:
         """Exactly [base_offset, end_offset). Raises Fenced when it is not held (any more), DataLoss when damaged."""
-        key = LogKey(request.topic_id, request.partition, request.epoch)
+        key = RangeKey(request.topic_id, request.partition, request.epoch)
         offset = request.base_offset
         held = self._logs.get(key)
         if held is None or not held.log.is_boundary(offset) or not held.log.is_boundary(request.end_offset):

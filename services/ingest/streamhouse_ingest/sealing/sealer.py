@@ -13,6 +13,7 @@ from itertools import groupby
 
 from opentelemetry import trace
 from shproto.errors import StreamHouseError
+from shproto.keys import RangeKey
 from shproto.limits import SNAPSHOTS_BYTES_MAX
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
@@ -22,7 +23,6 @@ from shruntime.telemetry import current_traceparent, links_to
 
 from streamhouse_ingest.log.buffer import Buffer
 from streamhouse_ingest.log.logs import LINKS_MAX, HeldLog, Logs
-from streamhouse_ingest.log.partition_log import LogKey
 from streamhouse_ingest.log.session_id import CurrentSession
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.sealing.sealing import Candidate, SealLimits, limits_behind, plan_seals
@@ -257,7 +257,7 @@ def overlapping(buffers: Iterable[Buffer], olds: Sequence[Buffer]) -> Iterator[B
             yield buffer
 
 
-def _slice(key: LogKey, topic: str, buffer: Buffer) -> pb.BufferSlice:
+def _slice(key: RangeKey, topic: str, buffer: Buffer) -> pb.BufferSlice:
     return pb.BufferSlice(
         topic_id=key.topic_id,
         topic=topic,

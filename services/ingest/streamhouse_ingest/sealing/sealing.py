@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from streamhouse_ingest.log.partition_log import LogKey
+from shproto.keys import RangeKey
 
 # Sealed buffers of an agent that are not registered yet. Up to so many is what uploads under way account for.
 BACKLOG_EASY = 8
@@ -29,7 +29,7 @@ class SealLimits:
 class Candidate:
     """A buffer with something in it. durable_since_ms: since when a durable ack waits for it."""
 
-    key: LogKey
+    key: RangeKey
     size_bytes: int
     first_append_ms: int
     durable_since_ms: int | None = None
@@ -40,7 +40,7 @@ class Candidate:
 class SealPlan:
     """What to seal now, each list as one announcement; when to look again if nothing else happens."""
 
-    objects: tuple[tuple[LogKey, ...], ...]
+    objects: tuple[tuple[RangeKey, ...], ...]
     look_again_ms: int | None
 
 
@@ -98,8 +98,8 @@ def _over_total(candidates: Sequence[Candidate], due: Sequence[Candidate], open_
     return more
 
 
-def _objects(due: Sequence[Candidate], object_bytes_max: int) -> tuple[tuple[LogKey, ...], ...]:
-    objects: list[list[LogKey]] = []
+def _objects(due: Sequence[Candidate], object_bytes_max: int) -> tuple[tuple[RangeKey, ...], ...]:
+    objects: list[list[RangeKey]] = []
     room = 0
     for candidate in due:
         if not objects or candidate.size_bytes > room:
