@@ -29,6 +29,28 @@ def base() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
+@pytest.fixture(scope="session")
+def initialised() -> Iterator[Path]:
+    """A data directory as the first start leaves it, to be copied: initdb takes a second of CPU time."""
+    path = Path("/tmp") / f"shpg-initialised-{os.getpid()}-{time.monotonic_ns()}"
+    path.mkdir(mode=0o755)
+
+    async def start() -> None:
+        async with running(path / "pg"):
+            pass
+
+    asyncio.run(start())
+    yield path / "pg"
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def data_dir(base: Path, initialised: Path) -> Path:
+    """`base`/pg, initialised by a server that was stopped."""
+    shutil.copytree(initialised, base / "pg")
+    return base / "pg"
+
+
 @asynccontextmanager
 async def running(data_dir: Path, **options: object) -> AsyncIterator[tuple[EmbeddedPostgres, str]]:
     postgres = EmbeddedPostgres(data_dir, **options)  # type: ignore[arg-type]
@@ -136,7 +158,7 @@ async def test_a_comma_in_the_path_uses_tcp(base: Path) -> None:
         assert await query(dsn, "select 1") == 1
 
 
-async def test_recovery_after_the_server_was_killed(base: Path) -> None:
+async def test_recovery_after_the_server_was_killed(base: Path, data_dir: Path) -> None:
     postgres = EmbeddedPostgres(base / "pg")
     dsn = await postgres.start()
     await query(dsn, "create table kept (n int)")
@@ -194,7 +216,7 @@ async def test_an_orphan_that_lives_on_is_stopped_at_the_next_start(base: Path) 
     resumed.cancel()
 
 
-async def test_a_second_server_on_the_same_directory_is_refused(base: Path) -> None:
+async def test_a_second_server_on_the_same_directory_is_refused(base: Path, data_dir: Path) -> None:
     async with running(base / "pg") as (first, dsn):
         with pytest.raises(PostgresError, match="in use by another process"):
             await EmbeddedPostgres(base / "pg").start()
@@ -210,9 +232,9 @@ def bystander() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-async def test_a_lock_file_with_another_programs_pid_is_removed(base: Path, bystander: subprocess.Popen[bytes]) -> None:
-    async with running(base / "pg"):
-        pass
+async def test_a_lock_file_with_another_programs_pid_is_removed(
+    base: Path, data_dir: Path, bystander: subprocess.Popen[bytes]
+) -> None:
     lock_file = base / "pg" / "postmaster.pid"
     lock_file.write_text(f"{bystander.pid}\n{base}/pg\n1\n5432\n")
     assert not stop_orphans(base / "pg")
@@ -226,10 +248,8 @@ async def test_a_lock_file_with_another_programs_pid_is_removed(base: Path, byst
 
 
 @pytest.mark.parametrize("content", ["", "nonsense", "999999999\n"])
-async def test_a_damaged_lock_file_keeps_nothing_from_starting(base: Path, content: str) -> None:
+async def test_a_damaged_lock_file_keeps_nothing_from_starting(base: Path, data_dir: Path, content: str) -> None:
     """A server killed while it starts leaves an empty one, which PostgreSQL takes for that of another server."""
-    async with running(base / "pg"):
-        pass
     (base / "pg" / "postmaster.pid").write_text(content)
     assert not stop_orphans(base / "pg")
     (base / "pg" / "postmaster.pid").write_text(content)
@@ -264,9 +284,7 @@ async def test_a_crash_in_initdb_leaves_a_fresh_start(base: Path) -> None:
     assert names_in(base) == ["pg", "pg.lock", "pg.log", "pg.reserve"], "nothing is left of either initdb"
 
 
-async def test_errors_show_the_log(base: Path) -> None:
-    async with running(base / "pg"):
-        pass
+async def test_errors_show_the_log(base: Path, data_dir: Path) -> None:
     (base / "pg" / "global" / "pg_control").unlink()
     with pytest.raises(PostgresError, match=r"ended at its start with exit code \d[\s\S]*pg_control"):
         await EmbeddedPostgres(base / "pg").start()
@@ -337,7 +355,7 @@ async def test_root_without_namespaces_drops_to_nobody_whose_other_processes_are
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="is about root")
-async def test_root_takes_data_back_that_an_earlier_version_left_to_nobody(base: Path) -> None:
+async def test_root_takes_data_back_that_an_earlier_version_left_to_nobody(base: Path, data_dir: Path) -> None:
     async with running(base / "pg") as (_, dsn):
         await query(dsn, "create table kept as select 42 as n")
     for path in (base / "pg", *(base / "pg").rglob("*")):
@@ -394,7 +412,9 @@ def environment_of(postgres: EmbeddedPostgres) -> dict[str, str]:
     return dict(variable.split("=", 1) for variable in content.split("\0") if variable)
 
 
-async def test_its_environment_holds_nothing_of_ours(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_its_environment_holds_nothing_of_ours(
+    base: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STREAMHOUSE_S3_SECRET_KEY", "topsecret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
     monkeypatch.setenv("PGPASSWORD", "topsecret")
@@ -406,9 +426,7 @@ async def test_its_environment_holds_nothing_of_ours(base: Path, monkeypatch: py
     assert set(given) <= {*KEPT_VARIABLES, "LC_ALL"} | {name for name in given if name.startswith("PG")}, "PG: its own"
 
 
-async def test_no_rule_trusts_anybody_in_data_of_an_older_version_either(base: Path) -> None:
-    async with running(base / "pg"):
-        pass
+async def test_no_rule_trusts_anybody_in_data_of_an_older_version_either(base: Path, data_dir: Path) -> None:
     (base / "pg" / "pg_hba.conf").write_text("local all all trust\nhost all all 127.0.0.1/32 trust\n")
     async with running(base / "pg") as (_, dsn):
         methods = "select string_agg(distinct auth_method, ' ' order by auth_method) from pg_hba_file_rules"
@@ -434,7 +452,7 @@ async def damage(postgres: EmbeddedPostgres, dsn: str, table: str) -> None:
     path.write_bytes(content)
 
 
-async def test_g6_a_flipped_bit_is_an_error_and_not_another_record(base: Path) -> None:
+async def test_g6_a_flipped_bit_is_an_error_and_not_another_record(base: Path, data_dir: Path) -> None:
     async with running(base / "pg") as (postgres, dsn):
         await query(dsn, "create table kept as select 'precious' as what")
         await damage(postgres, dsn, "kept")
@@ -444,7 +462,7 @@ async def test_g6_a_flipped_bit_is_an_error_and_not_another_record(base: Path) -
 
 
 @pytest.mark.parametrize("ended", ["stopped", "killed"])
-async def test_g6_data_of_an_older_version_get_checksums(base: Path, ended: str) -> None:
+async def test_g6_data_of_an_older_version_get_checksums(base: Path, data_dir: Path, ended: str) -> None:
     async with running(base / "pg") as (_, dsn):
         await query(dsn, "create table kept as select 'precious' as what")
     tool("pg_checksums", base / "pg", "--disable")
@@ -474,23 +492,19 @@ async def leave_killed(data_dir: Path) -> None:
 
 
 async def test_data_that_cannot_get_checksums_are_served_with_a_warning(
-    base: Path, caplog: pytest.LogCaptureFixture
+    base: Path, data_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     programs = base / "programs"
     programs.mkdir()
     for name in ("initdb", "postgres"):
         (programs / name).symlink_to(find_bin_dir() / name)
-    async with running(base / "pg"):
-        pass
     tool("pg_checksums", base / "pg", "--disable")
     async with running(base / "pg", bin_dir=programs) as (_, dsn):
         assert await query(dsn, "select 1") == 1
     assert f"pg_checksums --enable -D {base}/pg" in caplog.text
 
 
-async def test_data_of_another_version_of_postgresql_are_refused_in_one_clear_line(base: Path) -> None:
-    async with running(base / "pg"):
-        pass
+async def test_data_of_another_version_of_postgresql_are_refused_in_one_clear_line(base: Path, data_dir: Path) -> None:
     (base / "pg" / "PG_VERSION").write_text("9\n")
     with pytest.raises(PostgresError, match=r"the data in .*/pg are of PostgreSQL 9, the programs in .* say .*\n?"):
         await EmbeddedPostgres(base / "pg").start()
@@ -535,7 +549,9 @@ async def test_a_killed_server_is_started_again_at_its_address(base: Path, way: 
             assert await query(dsn, "select n from kept") == 42
 
 
-async def test_a_server_that_cannot_start_is_tried_until_it_can(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_server_that_cannot_start_is_tried_until_it_can(
+    base: Path, data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with watched(base / "pg") as (postgres, dsn, watch):
         control = base / "pg" / "global" / "pg_control"
         control.rename(base / "away")
@@ -551,7 +567,7 @@ async def test_a_server_that_cannot_start_is_tried_until_it_can(base: Path, capl
         assert await query(dsn, "select 1") == 1
 
 
-async def test_nothing_is_started_again_once_the_watch_is_over(base: Path) -> None:
+async def test_nothing_is_started_again_once_the_watch_is_over(base: Path, data_dir: Path) -> None:
     async with watched(base / "pg") as (postgres, _, watch):
         watch.task.cancel()
         await asyncio.wait([watch.task])
