@@ -13,8 +13,8 @@ from streamhouse_cli.options import Number, bootstrap_option, json_option
 from streamhouse_cli.output import confirm, print_json, print_table, show_bytes, show_time
 
 if TYPE_CHECKING:
+    from shproto.acks import Acks
     from streamhouse.cluster import LostRecords, OffsetRange, Topic, TopicDescription
-    from streamhouse.core.options import Acks
 
 
 class OrUnset(click.ParamType[int | Literal["unset"]]):

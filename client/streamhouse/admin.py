@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from shcluster.peers import Peers
+from shproto.acks import ACKS, Acks
 from shproto.errors import TopicExists, Unavailable, UnknownGroup, UnknownPartition
 from shproto.rpc import Interceptors
 from shproto.v1 import coordinator_pb2, query_pb2, types_pb2
@@ -32,8 +33,6 @@ from streamhouse.cluster import (
 )
 from streamhouse.core.kafka_names import explains_kafka_arguments, explains_kafka_methods, explains_kafka_names
 from streamhouse.core.options import (
-    ACKS,
-    Acks,
     LastRecords,
     Place,
     check_request_timeout,

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from shproto.acks import ACKS_NAMES, Acks
 from shproto.v1 import coordinator_pb2, types_pb2
-
-from streamhouse.core.options import ACKS_NAMES, Acks
 
 
 @dataclass(frozen=True, slots=True)

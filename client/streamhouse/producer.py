@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from opentelemetry import trace
 from shcluster.peers import Peers
 from shproto import forks
+from shproto.acks import ACKS, ACKS_NAMES, Acks
 from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded
 from shproto.rpc import Interceptors
 from shruntime.urls import addresses_of
@@ -29,9 +30,6 @@ from streamhouse.core.kafka_names import (
     refuse_arguments,
 )
 from streamhouse.core.options import (
-    ACKS,
-    ACKS_NAMES,
-    Acks,
     Compression,
     PartitionFunction,
     ProducerOptions,

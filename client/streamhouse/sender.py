@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from shcluster.peers import Peers
 from shformat import Codec
+from shproto.acks import ACKS
 from shproto.errors import (
     InvalidBatch,
     NotLeader,
@@ -26,7 +27,7 @@ from shruntime.tasks import Tasks
 
 from streamhouse.batches import Batch
 from streamhouse.core.given_up import refused, timed_out
-from streamhouse.core.options import ACKS, Compression, ProducerOptions
+from streamhouse.core.options import Compression, ProducerOptions
 from streamhouse.core.sequences import Outgoing
 from streamhouse.delivery import Delivery
 from streamhouse.gatherer import Gatherer, LaneState, Stream

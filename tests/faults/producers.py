@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from itertools import count
 
 from shformat import Codec, Records, encode_batch
+from shproto.acks import Acks
 from shproto.errors import NOT_WRITTEN, StreamHouseError
 from shproto.rpc import Connection
 from shproto.services import CoordinatorClient, IngestClient
 from shproto.v1 import coordinator_pb2, ingest_pb2, types_pb2
 from streamhouse import Producer
-from streamhouse.core.options import Acks
 
 from tests.faults.history import Produce, Produced, ProduceFailed, Recorder, spans_of
 from tests.faults.payload import payload_of

@@ -10,9 +10,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shproto.acks import Acks
 from shproto.errors import StreamHouseError
 from streamhouse import Consumer, Producer, RecordBatch
-from streamhouse.core.options import Acks
 
 from tests.faults import history as h
 from tests.faults.payload import name_of, names_of, payload_of

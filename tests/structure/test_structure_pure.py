@@ -13,6 +13,7 @@ PURE = (
     "shcluster.index",
     "shcluster.missing_events",
     "shcluster.snapshot",
+    "shproto.acks",
     "shproto.addresses",
     "shproto.events",
     "shproto.keys",

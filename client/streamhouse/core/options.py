@@ -7,6 +7,7 @@ from operator import index
 from typing import Any, Literal, SupportsIndex, TypedDict, cast, get_args
 
 from shformat.limits import INT64_MAX, MIB, UINT32_MAX
+from shproto.acks import ACKS, Acks
 from shproto.errors import InvalidArgument
 from shproto.limits import (
     GROUP_SESSION_TIMEOUT_MS_MAX,
@@ -14,13 +15,11 @@ from shproto.limits import (
     METADATA_LENGTH_MAX,
     NAME_LENGTH_MAX,
 )
-from shproto.v1 import types_pb2
 from shruntime.text import unit_of
 
 from streamhouse.core.times import ms_of
 from streamhouse.records import Record, RecordMetadata
 
-Acks = Literal["none", "wal", "durable"]
 Compression = Literal["lz4", "zstd", "gzip", "none"]
 OnOutOfRange = Literal["error", "earliest", "latest"]
 OnDataLoss = Literal["error", "skip"]
@@ -29,9 +28,6 @@ Start = Literal["earliest", "latest"] | int | datetime
 Serializer = Callable[[Any], bytes | None]
 Deserializer = Callable[[bytes], Any]
 PartitionFunction = Callable[[str, bytes | None, int], int | None]
-
-ACKS = {"none": types_pb2.ACKS_NONE, "wal": types_pb2.ACKS_WAL, "durable": types_pb2.ACKS_DURABLE}
-ACKS_NAMES: dict[int, Acks] = {ACKS["none"]: "none", ACKS["wal"]: "wal", ACKS["durable"]: "durable"}
 
 DAY_MS = 86_400_000
 # Of one poll. Kafka's default, in which an application should be done with within max_poll_interval_ms; and as columns,
@@ -72,7 +68,7 @@ class ProducerOptions:
     def __post_init__(self) -> None:
         is_kafkas = self.acks in (0, 1, -1, "0", "1", "-1", "all")
         hint = '; Kafka\'s 0 is "none", its 1 and "all" are "wal" (fsynced) or "durable"' if is_kafkas else ""
-        _one_of("acks", self.acks, ("none", "wal", "durable"), hint)
+        _one_of("acks", self.acks, tuple(ACKS), hint)
         _one_of("compression", self.compression, get_args(Compression))
         _within("linger_ms", self.linger_ms, 0, 60_000)
         _within("batch_bytes", self.batch_bytes, 1, 8 * MIB)  # half the format's limit: headers and growth fit

@@ -5,12 +5,12 @@ from datetime import datetime
 from types import TracebackType
 from typing import Literal, Self
 
+from shproto.acks import Acks
 from shproto.rpc import Interceptors
 
 from streamhouse import admin, cluster, group_admin
 from streamhouse.background import BACKGROUND
 from streamhouse.core.kafka_names import explains_kafka_arguments, explains_kafka_methods, explains_kafka_names
-from streamhouse.core.options import Acks
 from streamhouse.core.sync_mismatch import PlainContext
 from streamhouse.records import OffsetAndMetadata, TopicPartition
 

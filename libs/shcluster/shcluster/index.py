@@ -15,11 +15,10 @@ from enum import StrEnum
 from typing import Any
 
 import shproto.events as ev
+from shproto.acks import ACKS_DURABLE
 from shproto.keys import PartitionKey, TopicId
-from shproto.v1 import types_pb2
 
 INGEST = "ingest"
-ACKS_DURABLE = int(types_pb2.ACKS_DURABLE)
 
 
 class IndexMismatch(Exception):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from shproto.acks import ACKS_DURABLE
 from shproto.keys import PartitionKey
 from shproto.v1 import coordinator_pb2, types_pb2
 
 from shcluster.index import (
-    ACKS_DURABLE,
     AgentSession,
     ClusterIndex,
     EpochRange,

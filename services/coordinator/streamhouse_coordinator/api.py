@@ -7,6 +7,7 @@ from typing import Protocol
 
 from opentelemetry import trace
 from shformat.limits import INT64_MAX
+from shproto.acks import ACKS_WAL
 from shproto.errors import InvalidArgument
 from shproto.events import BufferSealed, SessionOpened, TopicCreated
 from shproto.limits import GROUP_SESSION_TIMEOUT_MS_MAX, GROUP_SESSION_TIMEOUT_MS_MIN, NAME_LENGTH_MAX
@@ -23,7 +24,6 @@ from streamhouse_coordinator.core.names import (
 )
 from streamhouse_coordinator.core.sessions import INGEST, ROLES, WalEnds, agent_id_taken
 from streamhouse_coordinator.core.tables import SessionRow
-from streamhouse_coordinator.core.topics import ACKS_WAL
 from streamhouse_coordinator.feed import Feed
 from streamhouse_coordinator.recovery import after_restore
 from streamhouse_coordinator.recovery.histories import Head

@@ -7,11 +7,11 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shproto.acks import ACKS_DURABLE, ACKS_WAL
 from shproto.errors import InvalidArgument, MetadataWentBack
 from shproto.events import PartitionRestored, RangeOrphaned, Segment
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.assignment import start_of_next
-from streamhouse_coordinator.core.topics import ACKS_DURABLE, ACKS_WAL
 from streamhouse_coordinator.recovery import backup_format as fmt
 from streamhouse_coordinator.recovery.histories import Head, check_log, check_seen
 from streamhouse_coordinator.recovery.restore_plan import (

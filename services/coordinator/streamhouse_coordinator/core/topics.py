@@ -4,13 +4,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from shproto.acks import ACKS_DURABLE, ACKS_NAMES
 from shproto.errors import InvalidArgument, Overloaded, TopicExists, UnknownPartition
 from shproto.events import TopicAltered, TopicCreated
 
 from streamhouse_coordinator.core.names import check_number, check_topic
 from streamhouse_coordinator.core.tables import TopicRow
 
-ACKS_NONE, ACKS_WAL, ACKS_DURABLE = 1, 2, 3  # as Acks in the proto
 DURATION_MS_MAX = 100 * 366 * 24 * 3600 * 1000  # a hundred years: longer is a mistake in the unit
 BYTES_MAX = 2**60
 
@@ -116,7 +116,7 @@ def alter(command: AlterTopic, topic: TopicRow) -> TopicAltered | None:
 
 
 def _check_min_acks(min_acks: int) -> None:
-    if min_acks not in (ACKS_NONE, ACKS_WAL, ACKS_DURABLE):
+    if min_acks not in ACKS_NAMES:
         raise InvalidArgument(
             f"min_acks must be none, wal or durable, got {min_acks}", field="min_acks", value=min_acks
         )

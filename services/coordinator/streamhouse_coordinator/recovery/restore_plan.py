@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+from shproto.acks import ACKS_DURABLE, ACKS_WAL
 from shproto.events import Event, PartitionRestored, RangeOrphaned, RangeState, Segment, TopicCreated
 
 from streamhouse_coordinator.core.tables import (
@@ -21,7 +22,6 @@ from streamhouse_coordinator.core.tables import (
     SegmentRow,
     TopicRow,
 )
-from streamhouse_coordinator.core.topics import ACKS_DURABLE, ACKS_WAL
 from streamhouse_coordinator.recovery.segment_selection import Candidate, Selection, Span, select_segments
 from streamhouse_coordinator.recovery.unrecovered_ranges import is_unclaimed, unrecovered_range
 

@@ -25,10 +25,11 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from shproto.acks import ACKS_DURABLE
 from shproto.errors import SessionExpired, StreamHouseError, UnknownTopic
 from shproto.events import BufferSealed, Event, RangeSettled, TopicCreated
 
-from streamhouse_coordinator.core import assignment, topics
+from streamhouse_coordinator.core import assignment
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, Set
 from streamhouse_coordinator.core.sessions import INGEST
@@ -129,7 +130,7 @@ async def known_topic_ids(tx: Transaction, topic_ids: Collection[str]) -> set[st
 
 
 async def durable_topics(tx: Transaction) -> set[str]:
-    rows = await tx.select(t.TOPICS, where(min_acks=topics.ACKS_DURABLE))
+    rows = await tx.select(t.TOPICS, where(min_acks=ACKS_DURABLE))
     return {row.topic_id for row in rows}
 
 

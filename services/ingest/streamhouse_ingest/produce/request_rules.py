@@ -14,6 +14,7 @@ from shformat import (
     read_batch_header,
     validate_new_batch,
 )
+from shproto.acks import ACKS_DURABLE, ACKS_NAMES, ACKS_WAL
 from shproto.errors import AcksTooWeak, BatchTooLarge, InvalidArgument, InvalidBatch, UnknownProducer
 from shproto.limits import INLINE_BYTES_MAX, TOPIC_ID_BYTES
 from shproto.v1 import ingest_pb2 as pb
@@ -28,8 +29,6 @@ from streamhouse_ingest.settings import IngestSettings
 T = TypeVar("T")
 
 _QUEUE_RETRY_MS = 200  # the largest batch takes about as long to check
-_ACKS = frozenset(types_pb2.Acks.values())
-_ACK_NAMES: dict[int, str] = {types_pb2.ACKS_NONE: "none", types_pb2.ACKS_WAL: "wal", types_pb2.ACKS_DURABLE: "durable"}
 
 
 def is_meant(request: pb.ProduceRequest, held: HeldLog) -> bool:
@@ -59,15 +58,15 @@ class RequestRules:
 
     def acks(self, request: pb.ProduceRequest, held: HeldLog) -> int:
         """The ack level to answer at. Raises InvalidArgument, AcksTooWeak."""
-        if request.acks not in _ACKS:
+        if request.acks and request.acks not in ACKS_NAMES:
             raise InvalidArgument(
-                f"acks is {request.acks}, known are 0 to 3", field="acks", value=request.acks, limit=3
+                f"acks is {request.acks}, known are 0 to 3", field="acks", value=request.acks, limit=ACKS_DURABLE
             )
-        least = held.log.min_acks or types_pb2.ACKS_WAL
+        least = held.log.min_acks or ACKS_WAL
         if request.acks == types_pb2.ACKS_UNSPECIFIED:
             return least
         if request.acks < least:
-            asked, allowed = _ACK_NAMES[request.acks], _ACK_NAMES[least]
+            asked, allowed = ACKS_NAMES[request.acks], ACKS_NAMES[least]
             raise AcksTooWeak(
                 f"topic {request.topic} wants acks {allowed} at least, not {asked}", acks=asked, min_acks=allowed
             )
