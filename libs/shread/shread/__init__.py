@@ -1,1 +1,1 @@
-"""How records are read: from segments through caches, and from the tails of their leaders."""
+"""Reads records: registered ones from segments through caches, the rest from the tails of their leaders."""

@@ -1,9 +1,8 @@
 """Byte ranges of objects through fixed-size chunks: from disk, else from Redis, else from the object store.
 
-Owns: the downloads under way. Does not own: the caches, segments and blocks: a reader checks the bytes that it gets,
-and drops chunks that are damaged.
-Invariants: a missing chunk is downloaded once, however many readers wait for it; a reader that is cancelled does not
-cancel the download. A download holds one of the slots until the chunk is on disk, so that memory is bounded.
+Owns: the downloads under way. Does not own: the caches, segments and blocks: a reader checks the bytes and drops
+damaged chunks. Invariants: a missing chunk is downloaded once for all readers that wait for it; a cancelled reader does
+not cancel the download; a download holds one of the slots until the chunk is on disk, so that memory is bounded.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from shstore import ObjectStore, StoreError, StoreUnavailable
 
 from shread.counters import Counters, download_duration_ms, tracer
 
-# Below this a read from the page cache is quicker than going to another thread and back.
+# Below this a read from the page cache is quicker than a change of threads and back.
 CACHE_INLINE_BYTES_MAX = 64 * 1024
 
 
@@ -53,7 +52,7 @@ class ChunkCache(Protocol):
 
 
 class SharedCache(Protocol):
-    """Chunks that other processes may have fetched; never raises."""
+    """Chunks shared with other processes; never raises."""
 
     async def get(self, chunk: ChunkId) -> bytes | None: ...
     async def put(self, chunk: ChunkId, content: bytes) -> None: ...
@@ -62,7 +61,8 @@ class SharedCache(Protocol):
 
 @dataclass(slots=True)
 class _Flight:
-    """A download under way: `result` is there before the chunk is on disk, `ended` when nothing of it is to come."""
+    """A download under way: `result` is set before the chunk is on disk, `ended` once it has stopped touching any
+    cache."""
 
     end: int
     result: asyncio.Future[bytes]
@@ -70,7 +70,8 @@ class _Flight:
 
 
 class ChunkReader:
-    """`extent` in all calls: bytes of the object that are known to exist; no download goes beyond it."""
+    """Reads ranges of objects. `extent` in all calls: bytes of the object that are known to exist; no download
+    exceeds it."""
 
     def __init__(
         self,
@@ -101,9 +102,9 @@ class ChunkReader:
         spans: Sequence[Span],
         check: Callable[[list[bytes]], None] | None = None,
     ) -> list[bytes]:
-        """One bytes object per span. `check` runs on them where they are assembled, maybe in another thread.
+        """Returns a bytes object per span. `check` runs on them where they are assembled, maybe in another thread.
 
-        Raises StoreError, and what `check` raises.
+        Raises StoreError, and any error of `check`.
         """
         loaded: dict[int, bytes] = {}
         wanted = self._ends(spans)
@@ -116,13 +117,14 @@ class ChunkReader:
                 pieces, wanted = await asyncio.to_thread(self._assemble, object_key, spans, loaded, check)
             if not wanted:
                 return pieces
-            for number in wanted:  # gone from the disk since it was looked up, or never got there
+            for number in wanted:  # gone from the disk since the look-up, or never written
                 await self._disk.drop(ChunkId(object_key, number))
 
     def prefetch(self, object_key: str, extent: int, at: int, chunks: int) -> int:
-        """Starts downloads of up to `chunks` missing chunks from byte `at` on; how many of them lie in the object.
+        """Starts downloads of up to `chunks` missing chunks from byte `at` on; returns how many of the chunks lie in
+        the object.
 
-        Leaves the last download slot to those who wait.
+        Leaves the last download slot to readers that wait.
         """
         first = at // self._chunk_bytes
         last = min(first + chunks, -(-extent // self._chunk_bytes))
@@ -136,11 +138,12 @@ class ChunkReader:
         return max(0, last - first)
 
     async def drop(self, object_key: str, spans: Iterable[Span]) -> None:
-        """Forgets the chunks that hold these spans, in all caches: they turned out to be damaged."""
+        """Forgets the chunks that hold these spans, in all caches, because they are damaged."""
         for number in self._ends(spans):
             self._counters.cache_damaged_chunks += 1
             chunk = ChunkId(object_key, number)
-            # To its very end: until then who looks again is given its bytes, and it puts them into the caches.
+            # Waits for the very end of a download: until then it may put its bytes into the caches and give them to
+            # readers.
             if (flight := self._flights.get(chunk)) is not None:
                 await flight.ended.wait()
             await self._disk.drop(chunk)
@@ -148,7 +151,7 @@ class ChunkReader:
                 await self._shared.drop(chunk)
 
     def _ends(self, spans: Iterable[Span]) -> dict[int, int]:
-        """Chunk number -> up to where in the object it is needed."""
+        """Returns for each chunk number the end of the bytes needed from it."""
         ends: dict[int, int] = {}
         for at, size_bytes in spans:
             for number in range(at // self._chunk_bytes, -(-(at + size_bytes) // self._chunk_bytes)):
@@ -157,13 +160,13 @@ class ChunkReader:
         return ends
 
     async def _load(self, object_key: str, extent: int, wanted: dict[int, int], loaded: dict[int, bytes]) -> None:
-        """Brings what is not on disk into `loaded`, all downloads at once."""
+        """Brings chunks that are not on disk into `loaded`, all downloads at once."""
         waits: dict[int, asyncio.Future[bytes]] = {}
         for number, end in wanted.items():
             chunk = ChunkId(object_key, number)
             flight = self._flights.get(chunk)
             if flight is not None and flight.end >= end:
-                if flight.result.done():  # here, only not on disk yet
+                if flight.result.done():  # downloaded, only not on disk yet
                     self._counters.cache_hits += 1
                 else:
                     self._counters.cache_misses += 1
@@ -184,7 +187,7 @@ class ChunkReader:
         loaded: dict[int, bytes],
         check: Callable[[list[bytes]], None] | None,
     ) -> tuple[list[bytes], dict[int, int]]:
-        """(the pieces, {}), or ([], the chunks that are missing after all). Blocking; touches no state."""
+        """Returns (the pieces, {}), or ([], the chunks that are missing after all). Blocking; touches no state."""
         pieces: list[bytes] = []
         missing: dict[int, int] = {}
         for span in spans:
@@ -219,17 +222,18 @@ class ChunkReader:
         return flight
 
     def _end(self, chunk: ChunkId, flight: _Flight) -> None:
-        """However it came to that, were it by a cancellation before it began."""
+        """Done-callback of a download: fails the waiters if the task was cancelled, even before it began, then
+        forgets the download."""
         if not flight.result.done():
             flight.result.set_exception(StoreUnavailable("the download was given up: the service stops"))
-        flight.result.exception()  # seen: nobody may be waiting any more
+        flight.result.exception()  # retrieved, as no reader may be waiting any more
         if self._flights.get(chunk) is flight:
             del self._flights[chunk]
         flight.ended.set()
 
     async def _fly(self, chunk: ChunkId, flight: _Flight) -> None:
         try:
-            async with self._slots:  # until it is on disk, so that memory is bounded
+            async with self._slots:  # until the chunk is on disk, so that memory is bounded
                 content, shared = await self._obtain(chunk, flight.end)
                 flight.result.set_result(content)
                 await self._disk.write(chunk, content)
@@ -239,7 +243,7 @@ class ChunkReader:
             flight.result.set_exception(error)
 
     async def _obtain(self, chunk: ChunkId, end: int) -> tuple[bytes, bool]:
-        """(bytes of the chunk up to `end`, whether they come from the shared cache)."""
+        """Returns the bytes of the chunk up to `end`, and whether they come from the shared cache."""
         at = chunk.number * self._chunk_bytes
         if self._shared is not None:
             content = await self._shared.get(chunk)

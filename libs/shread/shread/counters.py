@@ -1,4 +1,4 @@
-"""Counters of reads: plain integers on the hot path, which telemetry reads when it is asked."""
+"""Counters of reads: plain integers on the hot path; telemetry reads them on export."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _GAUGES = {
 
 
 def _counter(description: str) -> int:
-    """A field that starts at 0 and says what it counts."""
+    """Returns a field that starts at 0, with the description of its metric."""
     return field(default=0, metadata={"description": description})
 
 
 @dataclass(slots=True)
 class Counters:
-    """Since the start of the process. Each is also a metric, `streamhouse_query_<name>`."""
+    """Counts since the start of the process. Each is also a metric, `streamhouse_query_<name>`."""
 
     cache_hits: int = _counter("chunks found in the disk cache")
     cache_misses: int = _counter("chunks not found in the disk cache")

@@ -1,8 +1,8 @@
-"""One fetch: plan, read segments, then the tail, wait where there is nothing yet.
+"""A fetch: plan, read segments, then the tail, wait where nothing is there yet.
 
-Owns: one fetch's offset, what it has read, its deadline. Does not own: index, segments, the agents' tails.
-Invariants: a fetch ends when it has enough, when its time is over, or when the plan says that nothing can come. It
-never spins: every turn of its loop reads something, moves its offset, or waits for a change or a deadline.
+Owns: the offset of one fetch, its records, its deadline. Does not own: index, segments, the agents' tails. Invariants:
+a fetch ends when it has enough, when its time is over, or when the plan says that nothing can come. It never spins:
+every turn of its loop reads something, moves its offset, or waits for a change or a deadline.
 """
 
 from __future__ import annotations
@@ -38,16 +38,19 @@ from shread.core.tail import accept_batches, is_of_later_epoch
 from shread.counters import tracer
 from shread.reads import Fetched, Reads, Want
 
-# A fetch that has records already waits no longer than this for what an agent may add.
+# A fetch that has records already waits no longer than this for more from an agent.
 TAIL_EXTRA_MS_MAX = 100
-# A reader that is to be told of news is told of an agent that has failed for so long; it may only be restarting.
+# A reader that asked for news learns of an agent that has failed for this long; a shorter failure may be a restart.
 TELL_FAILURE_MS = 5_000
-# What an agent names of the appends that it answers with.
+# Links to appends in an agent's answer.
 LINKS_MAX = 32
 
 
 async def fetch(reads: Reads, want: Want) -> Fetched:
-    """Raises OffsetBelowStart, OffsetBeyondEnd, DataLoss, Unavailable, UnknownTopic (deleted meanwhile)."""
+    """Reads the records of `want`, and returns them with the next offset.
+
+    Raises OffsetBelowStart, OffsetBeyondEnd, DataLoss, Unavailable, UnknownTopic (deleted meanwhile).
+    """
     with tracer.start_as_current_span("query.fetch") as span:
         fetched = await _Fetch(reads, want).run()
         if span.is_recording():
@@ -63,7 +66,7 @@ async def fetch(reads: Reads, want: Want) -> Fetched:
 
 
 class _Fetch:
-    """One fetch under way."""
+    """State of a fetch under way."""
 
     def __init__(self, reads: Reads, want: Want) -> None:
         self._reads = reads
@@ -75,7 +78,7 @@ class _Fetch:
         now_ms = self._clock.monotonic_ms()
         self._deadline_ms = now_ms + want.max_wait_ms
         # Where records are known to exist and only the feed is behind, a reader waits for it even with max_wait_ms 0:
-        # an empty answer would be a wrong one.
+        # an empty answer would be wrong.
         self._catch_up_ms = max(self._deadline_ms, now_ms + reads.catch_up_ms)
         self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         self._knows_all = False  # whether the index is known to be no older than this fetch
@@ -116,7 +119,7 @@ class _Fetch:
         return self._got
 
     async def _take(self, partition: PartitionIndex, step: Step, watch: Watch) -> bool:
-        """One step; whether the fetch is done."""
+        """Carries out a step; returns True if the fetch is done."""
         if self._got.batches and (self._room <= 0 or self._decoded_room == 0):
             return True
         match step:
@@ -136,7 +139,8 @@ class _Fetch:
         if self._got.batches:
             return True  # the reader meets it with its next fetch
         if isinstance(step, BeyondEnd) and not self._knows_all:
-            # A consumer that is told this starts over: not of a position that another index, or agent, has given it.
+            # A consumer starts over after this error: never send it for a position that came from another index or
+            # agent.
             self._held_up_by = lambda: f"{partition.name}: no coordinator says whether the index is behind"
             await self._reads.freshness.catch_up(partition.topic)
             self._knows_all = True
@@ -175,7 +179,7 @@ class _Fetch:
         return max(0, until_ms - self._clock.monotonic_ms())
 
     async def _changed(self, watch: Watch, wait_ms: float) -> bool:
-        """Whether the index changed within `wait_ms`."""
+        """True if the index changed within `wait_ms`."""
         done, _ = await asyncio.wait((watch.changed,), timeout=wait_ms / 1000)
         return bool(done)
 
@@ -192,14 +196,14 @@ class _Fetch:
         return known is not None and reason != known and not self._got.batches
 
     def _give_up(self, reason: str) -> bool:
-        """Ends the fetch with what there is; the reason is for a reader that gets nothing."""
+        """Ends the fetch with the records so far; the reason is for a reader without any. Returns True."""
         if reason and not self._got.batches:
             self._got.waiting_reason = reason
             self._reads.counters.unsettled_waits += 1
         return True
 
     async def _again_soon(self, reason: str, watch: Watch, until_ms: int) -> bool:
-        """Waits a little, for a change of the index or just a while, before the same is tried again."""
+        """Waits a little, for a change of the index or for time to pass, before the same step is tried again."""
         remaining_ms = self._remaining_ms(until_ms)
         if self._got.batches or remaining_ms == 0:
             return self._give_up(reason)
@@ -220,7 +224,7 @@ class _Fetch:
             )
         except ObjectMissing as error:
             return await self._missing(partition, segment, error)
-        except Unavailable as error:  # waited for like everything else that may come back
+        except Unavailable as error:  # waited for like any other failure that may pass
             return await self._again_soon(str(error), watch, self._tell_ms or self._deadline_ms)
         except StreamHouseError:
             if nothing_yet:
@@ -284,7 +288,7 @@ class _Fetch:
         return newest and self._reads.watermarks.of(partition) > self._offset
 
     async def _poll_tail(self, partition: PartitionIndex, step: ReadTail, watch: Watch) -> bool:
-        """Waits at the end together with all other readers there."""
+        """Waits at the end together with all other readers there; returns True if the fetch is done."""
         polls, place = self._reads.polls, (step.agent_id, step.address, partition.key, self._offset)
         joined_ms = self._clock.monotonic_ms()
         with polls.join(*place) as news:
@@ -307,8 +311,8 @@ class _Fetch:
     async def _ask(
         self, step: ReadTail, request: ingest_pb2.ReadTailRequest, watch: Watch
     ) -> ingest_pb2.ReadTailResponse | None:
-        """The agent's answer; None when it is not worth waiting for: the index changed so that something else is to be
-        done, or there are records enough."""
+        """Returns the agent's answer, or None if it became useless: the index changed so that another step is due,
+        or there are records enough."""
         asked = asyncio.ensure_future(self._reads.read_tail(step, request))
         timeout_s = TAIL_EXTRA_MS_MAX / 1000 if self._has_enough else None
         try:
@@ -327,9 +331,9 @@ class _Fetch:
     async def _tail_failed(
         self, partition: PartitionIndex, step: ReadTail, error: StreamHouseError, watch: Watch, since_ms: int
     ) -> bool:
-        """Handles a failed call to the agent; `since_ms`: when it began. Returns True if the fetch is done."""
+        """Handles a failed call to the agent, which began at `since_ms`. Returns True if the fetch is done."""
         self._reads.counters.tail_errors += 1
-        if isinstance(error, OffsetBeyondEnd | UnknownTopic):  # as the agent knows it; it may be behind, or we are
+        if isinstance(error, OffsetBeyondEnd | UnknownTopic):  # as the agent knows it; either index may be behind
             response = ingest_pb2.ReadTailResponse(
                 not_held=isinstance(error, UnknownTopic), high_watermark=int(error.details.get("high_watermark", 0))
             )
@@ -377,7 +381,10 @@ class _Fetch:
         return await self._nothing_in_tail(partition, step, response.high_watermark, watch)
 
     async def _ask_for_end(self, partition: PartitionIndex, step: ReadTail) -> ingest_pb2.ReadTailResponse | None:
-        """Agents say not_held of an offset beyond their end, too. The answer if that is the case, without records."""
+        """Returns the agent's answer at its end, without records, or None.
+
+        Agents answer not_held for an offset beyond their end, too.
+        """
         request = ingest_pb2.ReadTailRequest(
             topic_id=partition.topic_id,
             partition=partition.partition,
@@ -408,7 +415,7 @@ class _Fetch:
 
 
 def _link(traceparents: Sequence[str]) -> None:
-    """Links the fetch, if it is recorded, to the spans that wrote what it reads: appends of the tail, registrations."""
+    """Links a recorded fetch to the spans that wrote its records: appends of the tail, registrations."""
     span = trace.get_current_span()
     if traceparents and span.is_recording():
         for link in links_to(traceparents[:LINKS_MAX]):
@@ -425,4 +432,4 @@ async def _ended(call: asyncio.Future[Any]) -> None:
         call.cancel()
         await asyncio.wait((call,))
     if not call.cancelled():
-        call.exception()  # seen, whoever is interested has it
+        call.exception()  # retrieved here; the owner of the call has seen it

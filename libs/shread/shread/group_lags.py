@@ -1,8 +1,8 @@
 """The lag of consumer groups, for the metrics.
 
-Owns: the lags as of the last look. Does not own: the index, what groups have committed.
-Invariants: at most `series_max` pairs of group and topic are shown, those furthest behind; `left_out` counts the
-others. A look that fails leaves what the one before found.
+Owns: the lags of the latest look. Does not own: the index, committed offsets. Invariants: at most `series_max` pairs of
+group and topic are shown, those furthest behind; `left_out` counts the others. A failed look leaves the result of the
+one before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GroupTopic = tuple[str, str]
 
 
 class GroupLags:
-    """`run` looks every `interval_ms`, `export` shows what it found."""
+    """`run` looks every `interval_ms`, `export` publishes the result."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class GroupLags:
         )
 
     async def run(self) -> None:
-        """Looks for ever; what fails is tried again by the next look."""
+        """Looks in a loop until cancelled; the next look repeats a failed one."""
         while True:
             try:
                 await self.look()
@@ -78,7 +78,7 @@ class GroupLags:
             await self._clock.sleep_ms(self._interval_ms)
 
     async def look(self) -> None:
-        """Asks what every group has committed, one after the other. Raises StreamHouseError."""
+        """Asks for the committed offsets of every group in turn. Raises StreamHouseError."""
         found: dict[GroupTopic, Lag] = {}
         response = await self._coordinator.list_groups(coordinator_pb2.ListGroupsRequest())
         for summary in response.groups:

@@ -19,7 +19,7 @@ from shread.core.timestamps import AtEnd, LookInSegment, LookInTail, first_at, l
 from shread.fetch import fetch
 from shread.reads import Reads, Want
 
-# Of a tail that is searched for a timestamp, per call to its agent.
+# Bytes of a tail searched for a timestamp, per call to its agent.
 TAIL_BYTES = 4 * 1024 * 1024
 
 Found = tuple[int, int]
@@ -27,7 +27,8 @@ Found = tuple[int, int]
 
 
 class Lookups:
-    """All raise Unavailable where the truth is not known now: a guess would make a reader skip or repeat."""
+    """Look-ups of offsets. All raise Unavailable while the truth is unknown: a guess would make a reader skip or
+    repeat."""
 
     def __init__(self, reads: Reads) -> None:
         self._reads = reads
@@ -37,7 +38,7 @@ class Lookups:
         return partition.log_start_offset, -1
 
     async def latest(self, key: PartitionKey, topic: str) -> Found:
-        """The high watermark, from the leader where its records are not all registered."""
+        """Returns the high watermark, from the leader unless all its records are registered."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         deadline_ms = self._reads.clock.monotonic_ms() + self._reads.catch_up_ms
         with self._index.watch(key) as watch:
@@ -64,12 +65,12 @@ class Lookups:
                 await asyncio.wait((watch.changed,), timeout=min(backoff.next_ms(), remaining_ms) / 1000)
 
     async def first_of_last(self, key: PartitionKey, topic: str, count: int) -> Found:
-        """Returns where the last `count` records begin, counted as PartitionIndex.first_of_last does."""
+        """Returns the offset of the first of the last `count` records, counted as PartitionIndex.first_of_last does."""
         end, _ = await self.latest(key, topic)
         return self._index.get(key, topic).first_of_last(count, end), -1
 
     async def _ask_leader(self, partition: PartitionIndex, epoch: int, registered_end: int) -> int | None:
-        """None when it does not hold the range (yet)."""
+        """Returns the leader's high watermark, or None if it does not hold the range (yet)."""
         step = plan(self._index.cluster, partition, registered_end)
         if isinstance(step, Wait):
             raise Unavailable(f"the end of {partition.name} is not known: {step.reason}", retry_after_ms=1_000)
@@ -96,7 +97,7 @@ class Lookups:
     # ---- by timestamp
 
     async def at_timestamp(self, key: PartitionKey, topic: str, timestamp_ms: int) -> Found:
-        """The first record, in offset order, with this timestamp or a later one; else the end."""
+        """Returns the first record, in offset order, with this timestamp or a later one; else the end."""
         from_offset = self._index.get(key, topic).log_start_offset
         while True:
             partition = self._index.get(key, topic)
@@ -133,7 +134,7 @@ class Lookups:
         return None
 
     async def _in_tail(self, partition: PartitionIndex, timestamp_ms: int, offset: int) -> tuple[Found | None, int]:
-        """(what was found, where to go on)."""
+        """Returns the record found, or None, and the offset to go on at."""
         fetched = await fetch(self._reads, Want(partition.key, partition.topic, offset, TAIL_BYTES))
         if fetched.waiting_reason:
             raise Unavailable(

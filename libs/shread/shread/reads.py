@@ -24,10 +24,13 @@ from shread.tail_polls import TailPolls
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """Request for records. `decoded_bytes_max`: of its batches once they are decoded (None: no limit); at least one
-    batch is fetched in any case. `known_reason`: the waiting reason that the reader has been told; any other one ends
-    the wait at once (None: only the end of max_wait_ms does). `tell_after_ms`: after so long the fetch ends with the
-    reason for which there is nothing yet, whatever it waits for (None: it waits for as long as that takes)."""
+    """Request for records.
+
+    `decoded_bytes_max`: of the batches once decoded (None: no limit); at least one batch is fetched in any case.
+    `known_reason`: the waiting reason that the reader has; any other reason ends the wait at once (None: only
+    max_wait_ms ends it). `tell_after_ms`: after this time the fetch ends with the reason why it has no records (None:
+    it goes on waiting).
+    """
 
     partition: PartitionKey
     topic: str
@@ -42,8 +45,8 @@ class Want:
 
 @dataclass(slots=True)
 class Fetched:
-    """Whole encoded batches; the first may begin before the offset asked for. decoded_bytes: what they take decoded, by
-    their headers; found_ms: when the first batch came, by the monotonic clock."""
+    """Whole encoded batches; the first may begin before the requested offset. decoded_bytes: their size decoded, by
+    their headers; found_ms: time of the first batch, by the monotonic clock."""
 
     batches: list[bytes] = field(default_factory=list)
     size_bytes: int = 0
@@ -57,9 +60,11 @@ class Fetched:
 
 @dataclass(slots=True, kw_only=True)
 class Reads:
-    """Shared by all fetches, subscriptions and look-ups. `agents`: knows which agents do not answer. `catch_up_ms`: how
-    long to wait for the event feed where records are known to exist. `store_trouble`: what the object store fails with
-    at the moment, or nothing."""
+    """Parts shared by all fetches, subscriptions and look-ups.
+
+    `agents`: knows the agents that do not answer. `catch_up_ms`: longest wait for the event feed where records are
+    known to exist. `store_trouble`: the object store's present failure, or an empty text.
+    """
 
     index: LiveIndex
     segments: SegmentReader
@@ -75,18 +80,18 @@ class Reads:
     store_trouble: Callable[[], str] = lambda: ""
 
     async def read_tail(self, step: ReadTail, request: ingest_pb2.ReadTailRequest) -> ingest_pb2.ReadTailResponse:
-        """Returns the agent's answer. Raises its StreamHouseError, or Unavailable; `agents` notes which it was."""
+        """Returns the agent's answer. Raises its StreamHouseError, or Unavailable; `agents` records the outcome."""
         with self.agents.calling(step.agent_id, step.address, request.max_wait_ms):
             return await self.ingest_at(step.address).read_tail(request)
 
     def is_registered(self, want: Want) -> bool:
-        """Whether a segment holds the offset, so that a fetch has something to return at once."""
+        """True if a segment holds the offset, so that a fetch has something to return at once."""
         partition = self.index.get(want.partition, want.topic)
         return isinstance(plan(self.index.cluster, partition, want.offset), ReadSegment)
 
     def ahead(self, key: PartitionKey, segment: SegmentEntry, offset: int, next_offset: int, at: int) -> None:
-        """After a read of [offset, next_offset) that ended at byte `at` of the segment's object: starts the downloads
-        of what a sequential reader asks for next, also in the segment after this one."""
+        """Starts downloads for a sequential reader after a read of [offset, next_offset) that ended at byte `at` of
+        the segment's object, also in the following segment."""
         chunks = self.readahead.observe(key, offset, next_offset)
         if chunks:
             chunks -= self.segments.prefetch(segment, at, chunks)

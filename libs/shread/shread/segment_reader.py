@@ -1,4 +1,4 @@
-"""Blocks of registered segments, each checked before it is handed on.
+"""Blocks of registered segments, each checked before it is returned.
 
 Owns: the segments' indexes in memory, the least recently used of which leave first. Does not own: chunks, their caches.
 Invariants: damage is looked at twice: a damaged chunk of a cache is dropped and fetched again; damage in the object
@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRun:
-    """Consecutive blocks, each one encoded batch, the first from base_offset on; a reader that has them goes on at
-    next_offset, and finds more in the object from byte next_at on."""
+    """Consecutive blocks, each an encoded batch, the first from base_offset on; a reader goes on at next_offset, and
+    in the object at byte next_at."""
 
     blocks: list[bytes]
     size_bytes: int
@@ -41,10 +41,10 @@ class BlockRun:
 
 
 class SegmentReader:
-    """Keeps the indexes of the segments read last, up to `index_entries_max` block entries in all.
+    """Keeps the indexes of recently read segments, up to `index_entries_max` block entries in all.
 
-    `extent`: bytes of an object that are known to exist. All reads raise DataLoss for what the store holds
-    damaged, ObjectMissing (the caller knows whether the index has moved on), Unavailable.
+    `extent`: bytes of an object that are known to exist. All reads raise DataLoss for damage in the store,
+    ObjectMissing (the caller knows whether the index has moved on), Unavailable.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class SegmentReader:
         self._indexes: dict[str, SegmentIndex] = {}
 
     async def open(self, partition: PartitionIndex, segment: SegmentEntry) -> SegmentIndex:
-        """The block index of a segment."""
+        """Returns the block index of a segment."""
         if self._limit.touch(segment.segment_id):
             return self._indexes[segment.segment_id]
         index = await self._checked(partition, segment, lambda: self._open(partition, segment))
@@ -76,10 +76,10 @@ class SegmentReader:
         *,
         at_least_one: bool,
     ) -> BlockRun:
-        """The block that holds `offset` (or the next record after it), and those that follow up to `bytes_max`, and
-        decoded up to `decoded_bytes_max` (None: no limit).
+        """Returns the block that holds `offset` (or the next record after it), and those that follow up to `bytes_max`,
+        and decoded up to `decoded_bytes_max` (None: no limit).
 
-        Without any block, next_offset says whether the first did not fit (it is `offset`) or there is none left.
+        Without any block, next_offset says whether the first did not fit (it is `offset`) or none is left.
         """
         index = await self.open(partition, segment)
         first = index.find(offset)
@@ -116,7 +116,7 @@ class SegmentReader:
     async def read_blocks(
         self, partition: PartitionIndex, segment: SegmentEntry, entries: list[BlockEntry]
     ) -> list[bytes]:
-        """These blocks, checked against the index. DataLoss names the first one that is damaged."""
+        """Returns these blocks, checked against the index. DataLoss names the first damaged block."""
         spans = [Span(segment.object_at + entry.at, entry.size_bytes) for entry in entries]
 
         def check(blocks: list[bytes]) -> None:
@@ -129,7 +129,7 @@ class SegmentReader:
         )
 
     def prefetch(self, segment: SegmentEntry, at: int, chunks: int) -> int:
-        """Fetches ahead from byte `at` of the object; how many of the chunks lie in this segment."""
+        """Fetches ahead from byte `at` of the object; returns how many of the chunks lie in this segment."""
         extent = self._known_extent(segment)
         return self._chunks.prefetch(
             segment.object_key, min(extent, segment.object_at + segment.size_bytes), at, chunks
@@ -154,7 +154,8 @@ class SegmentReader:
         read: Callable[[], Awaitable[T]],
         entries: list[BlockEntry] | None = None,
     ) -> T:
-        """`read`, and once more from the store when what it gives is damaged. `entries`: the blocks it reads."""
+        """Returns the result of `read`, repeated from the store if the first is damaged. `entries`: the blocks it
+        reads."""
         spans = [Span(segment.object_at + entry.at, entry.size_bytes) for entry in entries or ()]
         try:
             try:
@@ -209,7 +210,7 @@ def _choose(
 
 
 def _must_be(partition: PartitionIndex, segment: SegmentEntry, header: SegmentHeader) -> None:
-    """Raises FormatError when the object holds another segment than the registered one."""
+    """Refuses an object that holds another segment than the registered with FormatError."""
     found = (header.topic_id, header.partition, header.base_offset, header.end_offset)
     expected = (partition.topic_id, partition.partition, segment.base_offset, segment.end_offset)
     if found != expected:

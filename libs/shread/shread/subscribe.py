@@ -1,10 +1,10 @@
-"""One subscription: many partitions, read by turns, pushed as they come.
+"""A subscription: many partitions, read by turns, pushed as records arrive.
 
-Owns: what was fetched and the subscriber has not taken, the windows of the partitions. Does not own: reading.
+Owns: records fetched and not yet taken by the subscriber, the windows of the partitions. Does not own: reading.
 Invariants: each partition has at most one fetch under way. Fetches that may return much hold a share of the byte budget
-until the subscriber has taken what they got; a partition at its end waits with a small fetch that holds none. A
-partition whose window is used up is not fetched, so that it holds nothing either. What was fetched leaves by turns, one
-response of each partition that has any.
+until the subscriber has taken their records; a partition at its end waits with a small fetch that holds none. A
+partition whose window is used up is not fetched, so it holds nothing either. Fetched records leave by turns, a response
+of each partition that has any.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from shread.reads import Fetched, Reads, Want
 
 log = logging.getLogger(__name__)
 
-# What a partition that waits at its end may get at once, apart from one batch of any size. What is beyond comes with
-# the next fetch, under the budget.
+# Bytes for a partition that waits at its end, apart from a first batch of any size. The rest comes with the next fetch,
+# under the budget.
 WAITING_BYTES_MAX = 64 * 1024
-# After so long, or a heartbeat if that is shorter, a subscriber whose records cannot be had is told why.
+# After this time, or a heartbeat if that is shorter, a subscriber without records is sent the reason.
 TELL_AFTER_MS_MAX = 5_000
 HEARTBEAT_SPREAD = 0.85
 
 
 class BudgetReservation:
-    """Bytes taken of several budgets, in their order; given back as far as they are not used, then all. A shared
-    budget comes last: nobody holds bytes of it while it waits for a budget of its own."""
+    """Bytes taken from several budgets, in their order; unused bytes are given back at once, the rest at the end. A
+    shared budget comes last, so that no reservation holds bytes of it while waiting for a budget of its own."""
 
     def __init__(self, lent: Sequence[tuple[ByteBudget, int]]) -> None:
         self._lent = list(lent)
@@ -53,7 +53,7 @@ class BudgetReservation:
         return cls(lent)
 
     def release(self, keep_bytes: int = 0) -> None:
-        """Keeps `keep_bytes`, or what was lent if that is less."""
+        """Gives back all but `keep_bytes`, or keeps everything if less was lent."""
         for number, (budget, size_bytes) in enumerate(self._lent):
             kept = min(size_bytes, keep_bytes)
             self._lent[number] = (budget, kept)
@@ -61,8 +61,8 @@ class BudgetReservation:
 
 
 class Window:
-    """Decoded bytes that the subscriber takes of one partition before it says what it has consumed. One response may
-    exceed them, as a batch is sent whole. None: no limit but gRPC's flow control."""
+    """Decoded bytes of a partition that may be sent before the subscriber reports consumption. A response may exceed
+    them, as a batch is sent whole. None: no limit but gRPC's flow control."""
 
     def __init__(self, size_bytes: int | None = None) -> None:
         self.free_bytes = size_bytes
@@ -73,16 +73,16 @@ class Window:
         return self.free_bytes is None or self.free_bytes > 0
 
     def limit(self, size_bytes: int) -> int:
-        """The part of `size_bytes` that fits into the window."""
+        """Returns the part of `size_bytes` that fits into the window."""
         return size_bytes if self.free_bytes is None else min(size_bytes, self.free_bytes)
 
     def use(self, size_bytes: int) -> None:
-        """Takes what was sent from the window."""
+        """Takes sent bytes from the window."""
         if self.free_bytes is not None:
             self.free_bytes -= size_bytes
 
     def add(self, size_bytes: int) -> None:
-        """Adds what the subscriber has consumed. Raises InvalidArgument without a window."""
+        """Adds consumed bytes. Raises InvalidArgument without a window."""
         if self.free_bytes is None:
             raise InvalidArgument("an update of a window, of a position that was given none", field="window_updates")
         self.free_bytes += size_bytes
@@ -98,8 +98,8 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One partition of a subscription. `resolve` finds it (StreamHouseError if it is not there), `respond` makes the
-    response of what was fetched; its next_offset says where to go on."""
+    """A partition of a subscription. `resolve` finds it (StreamHouseError if it is missing), `respond` makes the
+    response of fetched records; its next_offset says where to go on."""
 
     resolve: Callable[[], Awaitable[Want]]
     respond: Callable[[Want, Fetched], Awaitable[FetchResponse]]
@@ -109,7 +109,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class _Delivery:
-    """`since_ms`: when its records were there and asked for; None without records."""
+    """A response to be sent. `since_ms`: when its records existed and were requested; None without records."""
 
     response: FetchResponse
     since_ms: int | None = None
@@ -119,26 +119,27 @@ class _Delivery:
 
 
 class Subscription:
-    """`responses` ends when every partition has failed; closing it ends all fetches."""
+    """Pushes the records of all its partitions. `responses` ends when every partition has failed; closing it ends
+    all fetches."""
 
     def __init__(
         self, reads: Reads, sources: Sequence[Source], *, budgets: Sequence[ByteBudget], heartbeat_ms: int
     ) -> None:
-        """`budgets`: what is read ahead is taken of each of them."""
+        """Takes read-ahead from each of `budgets`."""
         self._reads = reads
         self._sources = sources
         self._budgets = budgets
         self._heartbeat_ms = heartbeat_ms
         self._tell_after_ms = min(heartbeat_ms, TELL_AFTER_MS_MAX)
-        # Bounded by the budget, and by one more per partition.
+        # Bounded by the budget, and by another response per partition.
         self._ready: RoundRobinQueue[int, _Delivery] = RoundRobinQueue()
         self._news = asyncio.Event()
         self._failure: StreamHouseError | None = None
 
     async def responses(self, requests: AsyncIterator[SubscribeRequest]) -> AsyncGenerator[FetchResponse, None]:
-        """Responses of all partitions, by turns. `requests`: what comes after the first one, updates of windows.
+        """Yields responses of all partitions, by turns. `requests`: updates of windows, after the first request.
 
-        Raises InvalidArgument for an update that is none.
+        Raises InvalidArgument for any other request.
         """
         tasks = [
             asyncio.create_task(self._pump(number), name=f"subscription {number}")
@@ -149,7 +150,7 @@ class Subscription:
             running = len(self._sources)
             while running:
                 delivery = await self._next()
-                # Before the yield: a subscriber that has all it wants ends the stream with its last response.
+                # Before the yield: a subscriber that has all its records ends the stream with its last response.
                 if delivery.since_ms is not None:
                     delivery_duration_ms.record(self._reads.clock.monotonic_ms() - delivery.since_ms)
                 yield delivery.response
@@ -177,7 +178,7 @@ class Subscription:
         self._news.set()
 
     async def _update_windows(self, requests: AsyncIterator[SubscribeRequest]) -> None:
-        """Until the subscriber has no more to say. An update that is none ends the subscription."""
+        """Applies updates until the subscriber sends no more. Any other request ends the subscription with an error."""
         try:
             async for request in requests:
                 if request.positions:
@@ -219,8 +220,8 @@ class Subscription:
         window = self._sources[number].window
         want = replace(want, known_reason="")
         has_more, has_told = False, False
-        # Of what was fetched last: an agent knows only encoded sizes, so that without it each read of its tail would
-        # bring that many times what can be sent.
+        # Of the latest fetch: an agent knows only encoded sizes, so without the ratio each read of its tail would bring
+        # that many times the bytes that can be sent.
         ratio = 1.0
         while True:
             await window.wait_open()
@@ -230,8 +231,8 @@ class Subscription:
             if has_more or self._reads.is_registered(want):
                 fetched, response = await self._read(number, want, limited)
             else:
-                # The first time at the end is told at once, then only news and heartbeats.
-                # At times spread out: those who came together would else be told together for ever.
+                # The first arrival at the end is sent at once, later only news and heartbeats, at times spread out:
+                # readers that came together would otherwise stay together.
                 wait_ms = int(self._heartbeat_ms * random.uniform(HEARTBEAT_SPREAD, 1)) if has_told else 0
                 fetched, response = await self._await_more(number, want, replace(limited, max_wait_ms=wait_ms))
                 has_told = True
@@ -243,8 +244,8 @@ class Subscription:
             want = replace(want, offset=response.next_offset, known_reason=response.waiting_reason)
 
     async def _read(self, number: int, want: Want, limited: Want) -> tuple[Fetched, FetchResponse]:
-        """Reads what is there, under the budgets; returns it with its response. If nothing comes for a while, the
-        subscriber is told why."""
+        """Reads under the budgets; returns the records with their response. If nothing comes for a while, the
+        subscriber is sent the reason."""
         reservation = await BudgetReservation.reserve(self._budgets, limited.bytes_max)
         told = replace(limited, max_wait_ms=0, known_reason=None, tell_after_ms=self._tell_after_ms)
         asked_ms = self._reads.clock.monotonic_ms()
@@ -262,7 +263,8 @@ class Subscription:
         return fetched, response
 
     async def _await_more(self, number: int, want: Want, limited: Want) -> tuple[Fetched, FetchResponse]:
-        """What comes, or the word that nothing does; ends when the subscriber has taken it."""
+        """Returns the next records with their response, or the heartbeat without; ends when the subscriber has taken
+        it."""
         small = replace(
             limited,
             bytes_max=min(limited.bytes_max, WAITING_BYTES_MAX),
@@ -271,7 +273,7 @@ class Subscription:
         asked_ms = self._reads.clock.monotonic_ms()
         fetched = await fetch(self._reads, small)
         response = await self._sources[number].respond(want, fetched)
-        # The wait for new records is not of the delivery.
+        # The wait for new records is not part of the delivery.
         since_ms = fetched.found_ms if small.max_wait_ms else asked_ms
         await self._deliver_and_wait(number, response, since_ms if fetched.batches else None)
         return fetched, response

@@ -1,9 +1,9 @@
-"""Long polls at the ends of partitions: one call to the agent for all readers that wait at the same offset.
+"""Long polls at the ends of partitions: a single call to the agent for all readers that wait at the same offset.
 
-Owns: the polls, and who waits for each. Does not own: what a reader does with an answer (fetch.py).
-Invariants: a poll ends with the agent's first answer that is news, or with its last reader; until then it costs one
-call in POLL_WAIT_MS, however many readers wait. Each reader has a future of its own: taking a callback off a shared one
-looks through those of all others, which took seconds with thousands of them.
+Owns: the polls and their readers. Does not own: the use of an answer (fetch.py). Invariants: a poll ends with the
+agent's first answer that is news, or with its last reader; until then it costs one call in POLL_WAIT_MS for any number
+of readers. Each reader has a future of its own: removing a callback from a shared future looks through all others,
+which took seconds with thousands of them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from shruntime.tasks import Backoff, Tasks
 
 from shread.counters import Counters
 
-# One call at an agent: long enough to cost nothing, short enough that a peer that went silent is noticed.
+# A call at an agent: long enough to cost nothing, short enough that a peer that went silent is noticed.
 POLL_WAIT_MS = 10_000
-# An agent that has not answered so long after it was to is silent, and readers are told.
+# An agent without an answer this long after its due time is silent, and readers get the error.
 POLL_LATE_MS = 2_000
-# What the first record after a quiet time brings along; what is beyond comes with the next read.
+# Bytes of the first record after a quiet time and its followers; the rest comes with the next read.
 POLL_BYTES = 64 * 1024
-# So many readers are woken before others have a turn.
+# Readers woken before other tasks have a turn.
 WAKE_TOGETHER = 64
-# An agent that answers at once and says nothing new is asked again after so long.
+# Wait before the next call to an agent that answers at once and has nothing new.
 AGAIN_FIRST_MS, AGAIN_MS_MAX = 50, 1_000
 
 News = ingest_pb2.ReadTailResponse | StreamHouseError
@@ -38,7 +38,7 @@ PollKey = tuple[str, str, PartitionKey, int]  # agent id, address, partition, of
 
 
 class _Poll:
-    """`answered`: the agent has, and had nothing new."""
+    """A poll. `answered`: the agent has answered, without news."""
 
     def __init__(self) -> None:
         self.readers: dict[asyncio.Future[News], None] = {}
@@ -47,7 +47,7 @@ class _Poll:
 
 
 class TailPolls:
-    """Shared by all reads of a process; `tasks` owns the polls. `agents` hears which agents do not answer."""
+    """Polls shared by all reads of a process; `tasks` owns them. `agents` hears which agents do not answer."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class TailPolls:
 
     @contextmanager
     def join(self, agent_id: str, address: str, partition: PartitionKey, offset: int) -> Iterator[asyncio.Future[News]]:
-        """Yields a future of what the agent answers that is news to a reader at `offset`: records, or an error."""
+        """Yields a future of the agent's first answer that is news to a reader at `offset`: records, or an error."""
         key = (agent_id, address, partition, offset)
         poll = self._polls.get(key)
         if poll is None:
@@ -86,7 +86,7 @@ class TailPolls:
                 poll.task.cancel()
 
     def is_answered(self, agent_id: str, address: str, partition: PartitionKey, offset: int) -> bool:
-        """True if the agent has answered the poll at this offset: that nothing is there is known then."""
+        """True if the agent has answered the poll at this offset, so that nothing is known to be there."""
         poll = self._polls.get((agent_id, address, partition, offset))
         return poll is not None and poll.answered
 
@@ -103,7 +103,7 @@ class TailPolls:
                 await asyncio.sleep(0)
 
     async def _news(self, key: PollKey, poll: _Poll) -> News:
-        """Asks until there is something to tell. The first call does not wait: it shows that the agent answers."""
+        """Asks until there is news, and returns it. The first call does not wait: it shows that the agent answers."""
         agent_id, address, (topic_id, partition), offset = key
         request = ingest_pb2.ReadTailRequest(
             topic_id=topic_id, partition=partition, offset=offset, max_bytes=POLL_BYTES
@@ -133,7 +133,7 @@ class TailPolls:
 
 
 def _is_news(answer: ingest_pb2.ReadTailResponse, offset: int) -> bool:
-    """False if the log ends at `offset`, and the reader knew."""
+    """False if the log ends at `offset`, as the reader knew."""
     return bool(
         answer.batches or answer.not_held or answer.high_watermark != offset or answer.tail_start_offset > offset
     )

@@ -1,8 +1,9 @@
 """Chunks of objects as files in a directory: kept over restarts, least recently used out first.
 
-A chunk is written beside and renamed into place, so a file is whole or not there; neither it nor its directory is
-fsynced, because every block is checked against its CRC when it is used and what a power cut takes is fetched again.
-The modification time of a file is when it was last used.
+Owns: the files, and their order of use. Invariants: the files never exceed `bytes_max` together; a file is complete or
+absent, as a chunk is written beside it and renamed. Neither file nor directory is fsynced: every block is checked
+against its CRC on use, and chunks lost in a power cut are fetched again. The modification time of a file is its last
+use.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9]+")
 _ANY_CHUNK_DIR = re.compile(r"chunks-[0-9]+")
-# One complaint about a full disk is news, the next thousand within the minute are not.
+# A complaint about a full disk is news, the next thousand within the minute are not.
 _COMPLAIN_EVERY_S = 60.0
 
 
 class DiskCache:
-    """At most `bytes_max` bytes of chunks of `chunk_bytes` each below `directory`, for one process at a time."""
+    """Keeps at most `bytes_max` bytes of chunks of `chunk_bytes` each below `directory`, for one process at a time."""
 
     def __init__(self, directory: Path, bytes_max: int, chunk_bytes: int, counters: Counters) -> None:
         self._directory = directory
@@ -57,7 +58,7 @@ class DiskCache:
     # ---- start and stop
 
     async def open(self) -> None:
-        """Takes the directory and finds what an earlier run left. Raises CacheDirError."""
+        """Takes the directory and finds the chunks of an earlier run. Raises CacheDirError."""
         try:
             names = await asyncio.to_thread(self._open)
         except CacheDirError:
@@ -85,14 +86,14 @@ class DiskCache:
             raise CacheDirError(f"cache_dir {self._directory} is in use by another query service") from error
         for path in self._directory.iterdir():
             if path != self._chunks and _ANY_CHUNK_DIR.fullmatch(path.name):
-                shutil.rmtree(path)  # of another chunk size: of no use any more
+                shutil.rmtree(path)  # of another chunk size: useless now
         self._chunks.mkdir(PRIVATE_DIRECTORY, exist_ok=True)
         if not make_private(self._chunks):
             log.warning("%s holds records, is open to other users and belongs to one: delete it", self._chunks)
         return [(name, size_bytes) for _, name, size_bytes in sorted(self._scan())]
 
     def _scan(self) -> Iterator[tuple[int, str, int]]:
-        """(last use in ns, name, size in bytes); whatever a crash left half written is removed."""
+        """Yields (last use in ns, name, size in bytes) of each chunk; removes files that a crash left half written."""
         for folder in self._chunks.iterdir():
             for path in folder.iterdir():
                 status = path.stat()
@@ -104,13 +105,13 @@ class DiskCache:
     # ---- used by the chunk reader
 
     def size_of(self, chunk: ChunkId) -> int:
-        """Bytes held of the chunk; 0 when it is not here. Counts as use."""
+        """Returns the bytes held of the chunk, 0 if it is absent. Counts as use."""
         name = _name_of(chunk)
         self._limit.touch(name)
         return self._limit.size_of(name)
 
     def read(self, chunk: ChunkId, at: int, size_bytes: int) -> bytes | None:
-        """Blocking. Bytes from `at` in the chunk; None when the file is gone, shorter, or cannot be read."""
+        """Returns bytes from `at` in the chunk, or None if the file is gone, shorter, or cannot be read. Blocking."""
         try:
             fd = os.open(self._path(_name_of(chunk)), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -126,7 +127,7 @@ class DiskCache:
         return found if len(found) == size_bytes else None
 
     async def write(self, chunk: ChunkId, content: bytes) -> None:
-        """Keeps the chunk if the disk lets us; a full or failing disk only costs the caching."""
+        """Keeps the chunk if the disk permits; a full or failing disk only costs the caching."""
         name = _name_of(chunk)
         gone = self._limit.admit(name, len(content))
         if name in gone:
@@ -137,7 +138,7 @@ class DiskCache:
             self._limit.drop(name)
             self._counters.cache_write_errors += 1
             self._complain(error)
-        if name not in self._limit:  # it had to go while it was being written
+        if name not in self._limit:  # evicted while it was being written
             await asyncio.to_thread(self._unlink, [name])
 
     async def drop(self, chunk: ChunkId) -> None:
@@ -149,7 +150,7 @@ class DiskCache:
     def _write(self, name: str, content: bytes, gone: Sequence[str]) -> None:
         self._unlink(gone)
         path = self._path(name)
-        # Two writes of a chunk may overlap, one of them longer: each has a file of its own until it is whole.
+        # Two writes of a chunk may overlap, of different lengths: each has a file of its own until it is complete.
         unfinished = path.with_name(f"{name}.{next(self._numbers)}.tmp")
         try:
             path.parent.mkdir(

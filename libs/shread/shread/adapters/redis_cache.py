@@ -1,6 +1,6 @@
 """Chunks in Redis, shared by the query services of a fleet.
 
-It only ever makes things faster: any trouble with it is a metric, never an error.
+Redis only saves time: any trouble with it is a metric, never an error.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 
 class RedisCache:
-    """Values are a CRC32 (little-endian) and the chunk. No call takes longer than `timeout_ms`. Only services with the
-    same `chunk_bytes` share: to others a chunk of that number is other bytes of the object."""
+    """Values are a CRC32 (little-endian) and the chunk. No call takes longer than `timeout_ms`. Only services with
+    the same `chunk_bytes` share: for others a chunk of that number is other bytes of the object."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class RedisCache:
         clock: Clock,
         counters: Counters,
     ) -> None:
-        """Raises ValueError for a malformed url. Connects at the first use."""
+        """Connects at the first use. Raises ValueError for a malformed url."""
         self._redis = redis.asyncio.Redis.from_url(url)
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_ms / 1000
@@ -50,7 +50,7 @@ class RedisCache:
         self._counters = counters
 
     async def get(self, chunk: ChunkId) -> bytes | None:
-        """None when it is not there, damaged, or Redis does not answer in time."""
+        """Returns the chunk, or None if it is absent or damaged, or if Redis does not answer in time."""
         value = await self._call(lambda: self._redis.get(self._key_of(chunk)))
         if value is None:
             self._counters.shared_misses += 1

@@ -1,4 +1,4 @@
-"""Stops asking a helper that does not answer, and tries it again after a while."""
+"""Stops calls to a helper that does not answer, and tries it again after a while."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class CircuitBreaker:
         self._closed_again_ms = 0
 
     def allows(self, now_ms: int) -> bool:
-        """Whether to make the call. A probe that is allowed moves the next one `open_ms` away."""
+        """True if the call is to be made. An allowed probe moves the next probe `open_ms` away."""
         if self._failures < self._failures_max:
             return True
         if now_ms < self._closed_again_ms:
@@ -25,7 +25,7 @@ class CircuitBreaker:
         self._failures = 0
 
     def failed(self, now_ms: int) -> bool:
-        """Whether this failure opened it."""
+        """Counts a failure; returns True if it opened the breaker."""
         self._failures += 1
         if self._failures >= self._failures_max:
             self._closed_again_ms = now_ms + self._open_ms

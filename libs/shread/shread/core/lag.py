@@ -1,4 +1,4 @@
-"""How far a consumer group is behind in one partition, as far as the index and the leaders' last words tell."""
+"""Lag of a consumer group in a partition, as far as the index and the leaders' latest answers tell."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from shcluster.index import EpochRange, PartitionIndex, RangeStatus
 
 @dataclass(frozen=True, slots=True)
 class Lag:
-    """`records` still to be read, and by how many ms the first of them is older than now."""
+    """Number of `records` still to be read, and age of the first of them in ms."""
 
     records: int
     behind_ms: int
 
     def __add__(self, other: Lag) -> Lag:
-        """Returns the lag of two partitions together: the sum of the records, the later of the two."""
+        """Returns the lag of two partitions together: the sum of the records, the greater age."""
         return Lag(self.records + other.records, max(self.behind_ms, other.behind_ms))
 
 
 def lag_of(partition: PartitionIndex, offset: int, end_offset: int, now_ms: int) -> Lag:
-    """Returns the lag of a reader whose next record is the one at `offset`; `end_offset`: of the partition.
+    """Returns the lag of a reader whose next record is at `offset`; `end_offset` is the partition's.
 
-    A record's time is taken for that of the newest one of its segment. Records that are not in a segment yet are 0 ms
-    old: they are sealed within seconds.
+    The time of a record is taken for that of the newest record of its segment. Records outside segments are 0 ms old:
+    they are sealed within seconds.
     """
     offset = max(offset, partition.log_start_offset)
     records = sum(max(0, end - max(offset, start)) for start, end in _written(partition.ranges, end_offset))
@@ -35,7 +35,7 @@ def lag_of(partition: PartitionIndex, offset: int, end_offset: int, now_ms: int)
 
 
 def _written(ranges: list[EpochRange], end_offset: int) -> Iterable[tuple[int, int]]:
-    """Yields what was acknowledged of each range, which has no gaps inside: start and end."""
+    """Yields start and end of the acknowledged part of each range, which has no gaps inside."""
     for item in ranges[:-1]:
         settled_end = item.end_offset if item.status is RangeStatus.SETTLED else None
         yield item.start_offset, item.registered_end if settled_end is None else settled_end

@@ -1,4 +1,4 @@
-"""Which entries a cache with a limit keeps: the least recently used go first. Bookkeeping only."""
+"""Entries of a cache with a limit: the least recently used go first. Bookkeeping only."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class LruLimit(Generic[K]):
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[K]:
-        """Least recently used first."""
+        """Yields the keys, least recently used first."""
         return iter(self._sizes)
 
     def size_of(self, key: K) -> int:
-        """0 when it is not kept."""
+        """Returns the size of a key, 0 if it is not kept."""
         return self._sizes.get(key, 0)
 
     def touch(self, key: K) -> bool:
-        """Marks as just used; whether it is kept."""
+        """Marks a key as just used; returns True if it is kept."""
         if key not in self._sizes:
             return False
         self._sizes.move_to_end(key)
         return True
 
     def admit(self, key: K, size: int) -> list[K]:
-        """Keeps `key` as just used; the keys that had to go for it. One above the limit is not kept itself."""
+        """Keeps `key` as just used, and returns the keys evicted for it. A key above the limit is not kept itself."""
         self.drop(key)
         if size > self.size_max:
             return [key]
@@ -53,7 +53,7 @@ class LruLimit(Generic[K]):
         return gone
 
     def drop(self, key: K) -> bool:
-        """Whether it was kept."""
+        """Forgets a key; returns True if it was kept."""
         size = self._sizes.pop(key, None)
         self.size -= size or 0
         return size is not None

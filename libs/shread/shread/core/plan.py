@@ -1,6 +1,6 @@
-"""What a reader at an offset does next. Pure: a function of the index and the offset.
+"""The next step of a reader at an offset. Pure: a function of the index and the offset.
 
-A registered record is never stepped over: only offsets that no epoch can have used any more are (SkipTo).
+Invariant: a registered record is never stepped over; SkipTo crosses only offsets that no epoch can have used.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class ReadSegment:
 
 @dataclass(frozen=True, slots=True)
 class ReadTail:
-    """Not registered yet: ask the agent. Nothing at or beyond `end_offset` (None: not known yet) may be served.
-    `newest`: the range is the partition's last one, so that its high watermark is the partition's.
-    `reason`: why a reader that gets nothing has to wait; empty where waiting for new records is all there is."""
+    """The offset is not registered yet: ask the agent. Nothing at or beyond `end_offset` (None: unknown) may be
+    served. `newest`: the range is the partition's last, so that its high watermark is the partition's. `reason`:
+    why a reader without records has to wait; empty for the usual wait for new records."""
 
     epoch: int
     agent_id: str
@@ -33,7 +33,7 @@ class ReadTail:
 
 @dataclass(frozen=True, slots=True)
 class SkipTo:
-    """A known gap between epochs: nothing was or will be written here."""
+    """A known gap between epochs: no record was or will be written here."""
 
     offset: int
 
@@ -52,14 +52,14 @@ class BelowStart:
 
 @dataclass(frozen=True, slots=True)
 class BeyondEnd:
-    """high_watermark as far as the index knows."""
+    """The offset lies beyond the high watermark, as far as the index knows."""
 
     high_watermark: int
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """[base_offset, end_offset) is gone for good; records go on at next_offset."""
+    """Offsets [base_offset, end_offset) are gone for good; records go on at next_offset."""
 
     base_offset: int
     end_offset: int
@@ -72,7 +72,7 @@ Step = ReadSegment | ReadTail | SkipTo | Wait | BelowStart | BeyondEnd | Lost
 
 
 def plan(cluster: ClusterIndex, partition: PartitionIndex, offset: int) -> Step:
-    """The next step of a reader that has everything below `offset`."""
+    """Returns the next step of a reader that has everything below `offset`."""
     step = _plan(cluster, partition, offset)
     if cluster.missing_position:
         return _of_metadata_that_went_back(cluster, partition, offset, step)
@@ -80,7 +80,8 @@ def plan(cluster: ClusterIndex, partition: PartitionIndex, offset: int) -> Step:
 
 
 def _of_metadata_that_went_back(cluster: ClusterIndex, partition: PartitionIndex, offset: int, step: Step) -> Step:
-    """Returns the step on metadata that went back: what is known is served, and its end is not taken for the end."""
+    """Returns the step on metadata that went back: known records are served, and the known end is not taken for the
+    end."""
     if not isinstance(step, Wait | ReadTail | BeyondEnd):
         return step
     reason = went_back_reason(cluster, partition.name, offset)
@@ -88,7 +89,7 @@ def _of_metadata_that_went_back(cluster: ClusterIndex, partition: PartitionIndex
 
 
 def went_back_reason(cluster: ClusterIndex, name: str, offset: int) -> str:
-    """Returns why nobody can say what there is from `offset` on."""
+    """Returns the reason why records from `offset` on are unknown."""
     return (
         f"{name}: the metadata went back: event {cluster.missing_position} was seen, and is not there any more; "
         f"whether there are records from offset {offset} on cannot be told before `streamhouse restore`"
@@ -130,14 +131,15 @@ def _lost_range(partition: PartitionIndex, current: EpochRange, offset: int) -> 
 
 
 def _unnamed(partition: PartitionIndex, current: EpochRange, offset: int) -> Lost:
-    """Registered, but in no segment: cannot be, unless the registry is damaged. Never passed over in silence."""
+    """Returns Lost for registered offsets in no segment: only a damaged registry has them. Never passed over in
+    silence."""
     after = partition.segment_after(offset)
     end = after.base_offset if after and after.base_offset < current.registered_end else current.registered_end
     return Lost(offset, end, next_readable(partition, end), "registered, but no segment holds these offsets")
 
 
 def next_readable(partition: PartitionIndex, offset: int) -> int:
-    """The first offset from `offset` on that is neither lost nor in a gap between epochs."""
+    """Returns the first offset from `offset` on that is neither lost nor in a gap between epochs."""
     while True:
         segment = partition.segment_at(offset)
         if segment is not None:
@@ -183,13 +185,13 @@ def _unregistered(cluster: ClusterIndex, partition: PartitionIndex, position: in
     if current.end_offset is None and offset >= current.limit_offset:
         if not newest:
             return SkipTo(partition.ranges[position + 1].start_offset)
-        # The leader of an open range may have been given more offsets than the feed has told of: it is asked.
+        # The leader of an open range may hold more offsets than the feed has announced: ask it.
         if current.status is not RangeStatus.OPEN and offset > current.limit_offset:
             return BeyondEnd(partition.known_end)
     reason = _reason(partition, current, newest)
     if partition.durable_only:
-        # Here nothing counts as acknowledged before it is registered: what is only in the leader's log may be
-        # given up at a takeover, and its offsets be used again.
+        # Here nothing counts as acknowledged before it is registered: records only in the leader's log may be given up
+        # at a takeover, and their offsets be used again.
         if newest and current.status is RangeStatus.OPEN and offset > current.registered_end:
             return BeyondEnd(current.registered_end)
         return Wait(reason)

@@ -1,4 +1,4 @@
-"""Who reads on from where it stopped: how much of what follows is worth fetching before it is asked for."""
+"""Detects sequential readers, and sizes the download ahead of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import OrderedDict
 
 from shproto.keys import PartitionKey
 
-# Readers that are remembered: two per partition of a cluster of 4,000 partitions; each costs about 200 bytes.
+# Readers remembered: two per partition of a cluster of 4,000 partitions; each costs about 200 bytes.
 READERS_MAX = 8192
-# The window is that of the largest setting, 64 chunks, by then; a reader may go on for years.
+# At this count the window is that of the largest setting, 64 chunks; a reader may go on for years.
 _DOUBLINGS_MAX = 6
 
 
@@ -20,7 +20,7 @@ class ReadAhead:
         self._expected: OrderedDict[tuple[PartitionKey, int], int] = OrderedDict()
 
     def observe(self, partition: PartitionKey, offset: int, next_offset: int) -> int:
-        """Chunks to fetch ahead after a read of [offset, next_offset); 0 for a reader that jumped here."""
+        """Returns the chunks to fetch ahead after a read of [offset, next_offset); 0 for a reader that jumped here."""
         streak = self._expected.pop((partition, offset), 0)
         self._expected[partition, next_offset] = streak + 1
         if len(self._expected) > READERS_MAX:

@@ -1,4 +1,4 @@
-"""The errors that a reader gets, with the numbers it needs to go on."""
+"""Errors of readers, with the numbers they need to go on."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def damaged_tail(partition: PartitionIndex, step: ReadTail, offset: int, what: s
 
 
 def with_next_offset(error: StreamHouseError, partition: PartitionIndex) -> StreamHouseError:
-    """An agent's DataLoss knows what is lost, but not where the partition goes on."""
+    """Returns an agent's DataLoss completed with the next readable offset, which the agent does not know."""
     if isinstance(error, DataLoss) and "end_offset" in error.details:
         error.details.setdefault("next_offset", str(next_readable(partition, int(error.details["end_offset"]))))
     return error

@@ -1,4 +1,4 @@
-"""What of an agent's tail may be served: batches that pass their CRC and follow on from the offset asked for."""
+"""Checks an agent's tail: only batches that pass their CRC and follow on from the requested offset are served."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Accepted:
 
 
 def is_of_later_epoch(batches: Sequence[bytes], epoch: int) -> bool:
-    """Whether the agent has begun another epoch at this offset already: what it sends is good, the plan is old."""
+    """True if the agent has begun another epoch at this offset: its answer is good, the plan is old."""
     try:
         return bool(batches) and read_batch_header(batches[0]).epoch > epoch
     except FormatError:
-        return False  # accept_batches() says what is wrong
+        return False  # accept_batches() names the fault
 
 
 def accept_batches(
@@ -33,11 +33,11 @@ def accept_batches(
     bytes_max: int | None = None,
     decoded_bytes_max: int | None = None,
 ) -> Accepted | str:
-    """The batches that a reader at `offset` gets, or what is wrong with them.
+    """Returns the batches for a reader at `offset`, or the fault in them.
 
-    Nothing beyond `end_offset` is accepted: it was written, but its range was settled below it. After the first batch
-    those beyond `bytes_max`, or `decoded_bytes_max` decoded, are left for the next read: an answer may be to a poll
-    that others, who take more, wait for as well.
+    Nothing beyond `end_offset` is accepted: such batches were written, but their range was settled below them. After
+    the first batch, batches beyond `bytes_max`, or `decoded_bytes_max` decoded, are left for the next read: an answer
+    may be to a poll that serves other readers with more room as well.
     """
     accepted: list[bytes] = []
     next_offset, size_bytes, decoded_bytes = offset, 0, 0

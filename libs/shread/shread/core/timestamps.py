@@ -1,4 +1,4 @@
-"""Where the first record at or after a timestamp can be: in offset order, segments and what is not registered yet."""
+"""Finds the first record at or after a timestamp in offset order: in segments, then in the tail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LookInSegment:
 
 @dataclass(frozen=True, slots=True)
 class LookInTail:
-    """Records from `offset` on are not registered yet; when none of them is late enough, go on at `resume_offset`."""
+    """Records from `offset` on are not registered yet; if none of them is late enough, go on at `resume_offset`."""
 
     offset: int
     resume_offset: int
@@ -28,7 +28,7 @@ class AtEnd:
 
 
 def look(partition: PartitionIndex, timestamp_ms: int, from_offset: int) -> LookInSegment | LookInTail | AtEnd:
-    """The next place, from `from_offset` on, that may hold a record with this timestamp or a later one."""
+    """Returns the next place, from `from_offset` on, that may hold a record with this timestamp or a later one."""
     from_offset = max(from_offset, partition.log_start_offset)
     segment = partition.segment_reaching(timestamp_ms, from_offset)
     tail = _first_tail(partition, from_offset)
@@ -50,7 +50,7 @@ def _end(item: EpochRange) -> int:
 
 
 def first_at(records: Records, timestamp_ms: int, from_offset: int) -> tuple[int, int] | None:
-    """(offset, timestamp) of the first record with offset >= from_offset and timestamp >= timestamp_ms."""
+    """Returns offset and timestamp of the first record with offset >= from_offset and timestamp >= timestamp_ms."""
     late = (records.timestamps_ms >= timestamp_ms) & (records.offsets >= from_offset)
     position = int(np.argmax(late)) if len(late) else 0
     if not len(late) or not late[position]:

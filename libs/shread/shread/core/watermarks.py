@@ -1,4 +1,4 @@
-"""What leaders said last of the acknowledged end of their range."""
+"""Latest known acknowledged end of each partition, from the leaders' answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from shproto.keys import PartitionKey
 
 
 class Watermarks:
-    """Per partition: the epoch and the high watermark. Both only grow."""
+    """Keeps epoch and high watermark per partition. Invariant: both only grow."""
 
     def __init__(self) -> None:
         self._seen: dict[PartitionKey, tuple[int, int]] = {}
@@ -16,7 +16,7 @@ class Watermarks:
         self._seen[key] = max(self._seen.get(key, (0, 0)), (epoch, high_watermark))
 
     def of(self, partition: PartitionIndex) -> int:
-        """The partition's high watermark as far as it is known here."""
+        """Returns the partition's high watermark as far as it is known here."""
         epoch, offset = self._seen.get(partition.key, (0, 0))
         newest = partition.ranges[-1] if partition.ranges else None
         if newest is None or newest.end_offset is not None or newest.epoch != epoch:
