@@ -19,6 +19,7 @@ from shproto.errors import Internal, InvalidArgument, StreamHouseError
 from shproto.v1.query_pb2 import FetchResponse, SubscribeRequest, WindowUpdate
 from shruntime.byte_budget import ByteBudget
 from shruntime.round_robin import RoundRobinQueue
+from shruntime.tasks import cancel_and_wait
 
 from shread.counters import delivery_duration_ms
 from shread.fetch import fetch
@@ -57,7 +58,7 @@ class BudgetReservation:
         for number, (budget, size_bytes) in enumerate(self._lent):
             kept = min(size_bytes, keep_bytes)
             self._lent[number] = (budget, kept)
-            budget.give(size_bytes - kept)
+            budget.give_back(size_bytes - kept)
 
 
 class Window:
@@ -160,9 +161,7 @@ class Subscription:
                     delivery.taken.set()
                 running -= delivery.is_last
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_and_wait(*tasks)
 
     async def _next(self) -> _Delivery:
         while True:

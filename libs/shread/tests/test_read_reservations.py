@@ -36,5 +36,5 @@ async def test_a_loan_that_is_given_up_in_between_gives_back_what_it_had() -> No
     assert first._free == 50
     taking.cancel()
     await asyncio.gather(taking, return_exceptions=True)
-    second.give(held)
+    second.give_back(held)
     assert (first._free, second._free) == (100, 100)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class ByteBudget:
-    """`take` or `try_take` what is needed, then `give` what was lent."""
+    """`take` or `try_take` what is needed, then `give_back` what was lent."""
 
     def __init__(self, bytes_max: int) -> None:
         self._free = bytes_max
@@ -44,11 +44,11 @@ class ByteBudget:
             await turn
         except asyncio.CancelledError:
             # Lent in the very moment of the cancellation; or first in line, and what is free is enough for the next.
-            self.give(0 if turn.cancelled() else size_bytes)
+            self.give_back(0 if turn.cancelled() else size_bytes)
             raise
         return size_bytes
 
-    def give(self, size_bytes: int) -> None:
+    def give_back(self, size_bytes: int) -> None:
         """Takes bytes back, and lends them to those who wait."""
         self._free += size_bytes
         while self._waiting:

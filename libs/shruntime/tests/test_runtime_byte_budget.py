@@ -20,7 +20,7 @@ async def test_who_comes_first_is_served_first() -> None:
     await settled()
     assert budget.try_take(5) is None, "two wait already"
     assert not small.done(), "it would fit, but the large one came first"
-    budget.give(90)
+    budget.give_back(90)
     assert await asyncio.gather(large, small) == [50, 5]
     assert budget.lent_bytes == 55
 
@@ -31,9 +31,9 @@ async def test_more_than_there_is_waits_for_all_and_gets_that() -> None:
     all_of_it = asyncio.create_task(budget.take(500))
     await settled()
     assert not all_of_it.done()
-    budget.give(1)
+    budget.give_back(1)
     assert await all_of_it == 100
-    budget.give(100)
+    budget.give_back(100)
     assert budget.try_take(500) == 100
 
 
@@ -53,7 +53,7 @@ async def test_a_turn_that_comes_with_a_cancellation_is_given_back() -> None:
     budget.try_take(100)
     taking = asyncio.create_task(budget.take(60))
     await settled()
-    budget.give(100)
+    budget.give_back(100)
     taking.cancel()
     await asyncio.gather(taking, return_exceptions=True)
     assert budget.lent_bytes == 0
@@ -70,9 +70,9 @@ async def test_the_byte_budget_is_first_come_first_served_and_survives_cancellat
     tasks = [asyncio.create_task(taker(n, size)) for n, size in enumerate([60, 60, 10, 10])]
     await asyncio.sleep(0)
     tasks[1].cancel()
-    budget.give(100)
+    budget.give_back(100)
     tasks[2].cancel()  # its turn has come, it has not run yet
     await asyncio.gather(*tasks, return_exceptions=True)
     assert order == [0, 3]
-    budget.give(70)
+    budget.give_back(70)
     assert await budget.take(100) == 100

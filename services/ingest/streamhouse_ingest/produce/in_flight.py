@@ -33,7 +33,7 @@ class ConnectionByteLimit:
             try:
                 yield
             finally:
-                budget.give(lent_bytes)
+                budget.give_back(lent_bytes)
 
     async def take(self, connection: str, size_bytes: int) -> None:
         """Waits for room; `give_back` follows once the request is answered."""
@@ -49,4 +49,4 @@ class ConnectionByteLimit:
     def give_back(self, connection: str, size_bytes: int) -> None:
         """Gives back what `take` took for a request of this size."""
         if connection != IN_PROCESS:
-            self._budgets.leave(connection).give(min(size_bytes, self._bytes_max))
+            self._budgets.leave(connection).give_back(min(size_bytes, self._bytes_max))
