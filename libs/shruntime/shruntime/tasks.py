@@ -1,4 +1,7 @@
-"""Background tasks with an owner, and back-off for what they retry."""
+"""Background tasks with an owner, their ends, and retries with back-off.
+
+Terms: a task *ends* when it has returned, raised or been cancelled; its *outcome* is the result or the error.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import asyncio
 import logging
 import random
 import signal
-from collections.abc import Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shproto.errors import StreamHouseError
 
 from shruntime import signals
 
@@ -15,6 +20,28 @@ if TYPE_CHECKING:
     from shruntime.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+async def outcomes(*calls: Awaitable[T]) -> list[T | BaseException]:
+    """Waits until all calls have ended. Returns the outcome of each, in order: the result, or the error it raised.
+
+    If the caller is cancelled meanwhile, all calls are cancelled and awaited before CancelledError is raised.
+    """
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels tasks and returns once all of them have ended, so that none runs on behind its owner.
+
+    Errors of the tasks are not raised, and count as seen: a caller that wants them looks at the tasks afterwards. A
+    cancellation of the caller is raised once the tasks have ended.
+    """
+    for task in tasks:
+        task.cancel()
+    # Not asyncio.wait: a cancellation of the caller would end the wait and leave the tasks running, and errors that
+    # nobody asks for would be logged as defects ("exception was never retrieved").
+    await outcomes(*tasks)
 
 
 class Tasks:
@@ -41,10 +68,7 @@ class Tasks:
 
     async def stop(self) -> None:
         """Cancels what still runs and waits for it to end."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(*self._tasks)
 
 
 class Backoff:
@@ -68,6 +92,32 @@ class Backoff:
         self._attempt = 0
 
 
+async def sleep_ms(duration_ms: float) -> None:
+    """Sleeps by the event loop's time."""
+    await asyncio.sleep(duration_ms / 1000)
+
+
+async def retry(
+    call: Callable[[], Awaitable[T]],
+    backoff: Backoff,
+    until: Callable[[StreamHouseError], bool],
+    sleep_ms: Callable[[float], Awaitable[None]] = sleep_ms,
+) -> T:
+    """Calls until a call succeeds, and returns its result; waits as `backoff` says between two calls.
+
+    until: asked after each failure, and the place to log it; True ends the retries. Raises the failure then, and
+    errors that are no StreamHouseError at once: they are defects, or answers that only the caller understands.
+    """
+    while True:
+        try:
+            return await call()
+        except StreamHouseError as error:
+            if until(error):
+                raise
+        # Outside of the handler: a failure that is awaited there would keep its traceback, with all the frames' bytes.
+        await sleep_ms(backoff.next_ms())
+
+
 async def run_until_first_ends(parts: Mapping[str, Coroutine[Any, Any, Any]]) -> None:
     """Runs coroutines, by name, side by side until the first ends; cancels the others and waits for their ends. Raises
     what the first raises."""
@@ -77,9 +127,7 @@ async def run_until_first_ends(parts: Mapping[str, Coroutine[Any, Any, Any]]) ->
         for task in done:
             task.result()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(*tasks)
 
 
 async def wait_for_stop(tasks: Tasks, supervisor: Supervisor) -> None:
