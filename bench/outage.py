@@ -23,6 +23,7 @@ from shproto.rpc import Connection
 from shproto.services import IngestClient
 from shproto.v1 import ingest_pb2
 from shruntime.signals import restore_sigint
+from shruntime.tasks import cancel_and_wait
 from streamhouse import Admin, Consumer, Producer, SentRecords
 from streamhouse.errors import StreamHouseError
 from streamhouse_ingest.settings import IngestSettings
@@ -190,9 +191,7 @@ async def outage(cluster: Cluster, s3: servers.Server, options: argparse.Namespa
             read = await read_back(cluster.bootstrap, load.written, values)
             read_s = time.monotonic() - began_s
         finally:
-            for task in (writing, sampling):
-                task.cancel()
-            await asyncio.gather(writing, sampling, return_exceptions=True)
+            await cancel_and_wait(writing, sampling)
     return {
         "phases": {item.name: shown(item) for item in phases},
         "at_rest_mib": at_rest,

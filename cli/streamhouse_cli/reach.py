@@ -87,11 +87,10 @@ async def _contact(bootstrap: str) -> AsyncIterator[tuple[Peers, MetadataCache]]
 async def _failures(peers: Peers, addresses: Collection[str]) -> dict[str, StreamHouseError]:
     """Returns why addresses cannot be connected, by address."""
     from shproto.errors import StreamHouseError
+    from shruntime.tasks import outcomes
 
     found: dict[str, StreamHouseError] = {}
-    for address, outcome in zip(
-        addresses, await asyncio.gather(*map(peers.connect, addresses), return_exceptions=True), strict=True
-    ):
+    for address, outcome in zip(addresses, await outcomes(*map(peers.connect, addresses)), strict=True):
         if isinstance(outcome, StreamHouseError):
             found[address] = outcome
         elif outcome is not None:

@@ -13,6 +13,7 @@ from shformat import describe_segment
 from shproto.errors import Unavailable, UnknownTopic
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2, types_pb2
+from shruntime.tasks import cancel_and_wait
 from shstore import ObjectMissing, ObjectStore, RangeBeyondEnd
 
 from streamhouse_cli.registry_check import (
@@ -143,9 +144,7 @@ class Verifier:
         try:
             await asyncio.gather(*readers)
         finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+            await cancel_and_wait(*readers)
 
     async def _read_each(self, segments: Iterator[RegisteredSegment]) -> None:
         for segment in segments:

@@ -18,7 +18,7 @@ from shproto.errors import IllegalGeneration, StreamHouseError, UnknownGroup, Un
 from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
-from shruntime.tasks import Backoff
+from shruntime.tasks import Backoff, cancel_and_wait
 
 from streamhouse.core.options import ConsumerOptions
 from streamhouse.core.positions import Position
@@ -155,9 +155,7 @@ class Membership:
             # An answer that is given up for this is given again: what it assigned is not reported as owned.
             return beat.result() if beat.done() else None
         finally:
-            for waiting in (beat, news):
-                waiting.cancel()
-            await asyncio.gather(beat, news, return_exceptions=True)
+            await cancel_and_wait(beat, news)
 
     async def _pause(self) -> None:
         """Returns when the next heartbeat is due, or there is something to tell before."""

@@ -13,6 +13,7 @@ from shcluster.peers import Peers
 from shproto.errors import UnknownTopic
 from shproto.rpc import being_cancelled, closed_error
 from shproto.v1 import coordinator_pb2
+from shruntime.tasks import cancel_and_wait
 
 
 @dataclass(slots=True, eq=False)
@@ -90,9 +91,7 @@ class MetadataCache:
     async def close(self) -> None:
         """Cancels and awaits the refreshes that still run."""
         running: Iterable[asyncio.Future[None]] = list(self._refreshing.values())
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await cancel_and_wait(*running)
 
 
 def _topic_state(metadata: coordinator_pb2.TopicMetadata, fetched_ms: float) -> TopicState:

@@ -28,7 +28,7 @@ from shproto.errors import (
 from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.v1 import query_pb2
 from shruntime.round_robin import RoundRobinQueue
-from shruntime.tasks import Backoff
+from shruntime.tasks import Backoff, cancel_and_wait
 
 from streamhouse.core.decoding import Encoded, check_response, decode, end_of_loss
 from streamhouse.core.options import ConsumerOptions, Place
@@ -308,12 +308,10 @@ class Reader:
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                for task in tasks:
-                    task.cancel()
-                results = await asyncio.gather(*tasks, return_exceptions=True)
-            for result in results:
-                if isinstance(result, Exception):
-                    raise result  # a defect ends the owner's task
+                await cancel_and_wait(*tasks)
+            for task in tasks:
+                if not task.cancelled():
+                    task.result()  # a defect ends the owner's task
 
     @property
     def _window_bytes(self) -> int:

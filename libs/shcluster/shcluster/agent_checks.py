@@ -18,7 +18,7 @@ from shproto.errors import SessionExpired, StreamHouseError, Unavailable
 from shproto.services import CoordinatorApi, IngestApi
 from shproto.v1 import coordinator_pb2, ingest_pb2
 from shruntime.clock import Clock
-from shruntime.tasks import Backoff
+from shruntime.tasks import Backoff, cancel_and_wait
 
 log = logging.getLogger(__name__)
 
@@ -112,9 +112,7 @@ class AgentChecks:
             if not guard.expired():
                 raise
         finally:
-            for task in checks:
-                task.cancel()
-            await asyncio.gather(*checks, return_exceptions=True)
+            await cancel_and_wait(*checks)
         asked = {name for name, task in zip(names, checks, strict=True) if not task.cancelled()}
         self._round += 1
         self._rounds = {name: self._round if name in asked else self._rounds.get(name, 0) for name in names}

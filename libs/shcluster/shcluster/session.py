@@ -18,7 +18,7 @@ from shproto.limits import RECONNECT_FIRST_MS, RECONNECT_MS_MAX
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
 from shruntime.clock import Clock
-from shruntime.tasks import Backoff, run_until_first_ends
+from shruntime.tasks import Backoff, retry, run_until_first_ends
 
 from shcluster.agent_checks import AgentChecks, send_heartbeats
 
@@ -60,19 +60,14 @@ class SessionKeeper:
             address=self._address,
             session_token=str(uuid.uuid4()),
         )
+        if self.token:
+            return
         backoff = Backoff(RECONNECT_FIRST_MS, RECONNECT_MS_MAX)
-        while not self.token:
-            try:
-                opened = await self._coordinator.open_session(request)
-            except AgentIdTaken as error:
-                log.error("no session: %s", error.message)
-            except StreamHouseError as error:
-                log.warning("no session yet: %s", error.message)
-            else:
-                self.token, self._interval_ms = opened.session_token, opened.heartbeat_interval_ms
-                log.info("session %s is open", opened.session_id)
-                return
-            await self._clock.sleep_ms(backoff.next_ms())
+        opened = await retry(
+            lambda: self._coordinator.open_session(request), backoff, _never_final, self._clock.sleep_ms
+        )
+        self.token, self._interval_ms = opened.session_token, opened.heartbeat_interval_ms
+        log.info("session %s is open", opened.session_id)
 
     async def run(
         self,
@@ -112,3 +107,12 @@ class SessionKeeper:
                 await self._coordinator.close_session(coordinator_pb2.CloseSessionRequest(session_token=token))
             except StreamHouseError as error:
                 log.info("the session is not closed, and expires by itself: %s", error.message)
+
+
+def _never_final(error: StreamHouseError) -> bool:
+    """Logs why there is no session. Returns False: a coordinator comes back, and an id that is taken becomes free."""
+    if isinstance(error, AgentIdTaken):
+        log.error("no session: %s", error.message)
+    else:
+        log.warning("no session yet: %s", error.message)
+    return False

@@ -577,7 +577,8 @@ class Connection:
         finally:
             for task in running:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            if running:
+                await asyncio.wait(running)
 
     async def _note_failure(
         self,

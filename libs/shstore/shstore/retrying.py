@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from shruntime.tasks import cancel_and_wait
+
 from shstore.errors import REFUSALS, ObjectExists, StoreError, StoreInvalid, StoreUnavailable
 from shstore.port import ObjectInfo, ObjectStore
 from shstore.ranges import byte_views, split_views
@@ -168,8 +170,7 @@ class RetryingStore:
                 _log.warning("waiting for the object store: it has not answered for %g s", SILENCE_SAID_S)
             await asking
         finally:
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+            await cancel_and_wait(asking)
 
     async def close(self) -> None:
         await self._store.close()

@@ -19,7 +19,7 @@ from shruntime.logs import configure_logging
 from shruntime.memory import give_back_freed_memory, spare_loaded_code
 from shruntime.server import RpcServer, ServerLimits
 from shruntime.supervisor import Supervisor
-from shruntime.tasks import Backoff, Tasks, wait_for_stop
+from shruntime.tasks import Backoff, Tasks, retry, wait_for_stop
 from shruntime.telemetry import Telemetry
 from shruntime.urls import masked
 from shstore import ObjectStore
@@ -71,14 +71,14 @@ class CoordinatorService:
     async def start(self) -> None:
         """Connects, migrates, starts the background work. Keeps trying until PostgreSQL answers and lets us in. Raises
         SettingsError when the DSN is of no use, DatabaseRefused."""
-        backoff = Backoff(START_RETRY_FIRST_MS, START_RETRY_MS_MAX)
-        while True:
-            try:
-                await self._store.open()
-                break
-            except Unavailable as error:
-                log.warning("waiting for %s (STREAMHOUSE_PG_DSN): %s", masked(self.settings.pg_dsn), error.message)
-                await asyncio.sleep(backoff.next_ms() / 1000)
+
+        def is_final(error: StreamHouseError) -> bool:
+            if not isinstance(error, Unavailable):
+                return True
+            log.warning("waiting for %s (STREAMHOUSE_PG_DSN): %s", masked(self.settings.pg_dsn), error.message)
+            return False
+
+        await retry(self._store.open, Backoff(START_RETRY_FIRST_MS, START_RETRY_MS_MAX), is_final)
         self._tasks.spawn("listener", self._listener.run())
         self._tasks.spawn("feed", self.feed.run())
         self._tasks.spawn("sweeper", Sweeper(self.context).run())

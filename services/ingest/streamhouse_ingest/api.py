@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from shproto.errors import StreamHouseError
 from shproto.rpc import caller_connection
 from shproto.v1 import ingest_pb2 as pb
+from shruntime.tasks import cancel_and_wait
 
 from streamhouse_ingest.agent import Agent
 from streamhouse_ingest.produce.in_flight import ConnectionByteLimit
@@ -41,8 +42,7 @@ class IngestApi:
                 self._in_flight.give_back(connection, window.release())
             await feeder
         finally:
-            feeder.cancel()
-            await asyncio.gather(feeder, return_exceptions=True)
+            await cancel_and_wait(feeder)
             for size_bytes in window.unanswered:
                 self._in_flight.give_back(connection, size_bytes)
 

@@ -5,6 +5,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from shruntime.clock import Clock
+from shruntime.tasks import cancel_and_wait
 
 
 async def done_within(clock: Clock, future: asyncio.Future[Any], wait_ms: float) -> bool:
@@ -28,5 +29,4 @@ async def ends_within(clock: Clock, coroutine: Coroutine[Any, Any, Any], wait_ms
             task.result()
         return ended
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await cancel_and_wait(task)

@@ -23,6 +23,7 @@ from shread.subscribe import Source, Subscription, Window
 from shruntime.byte_budget import ByteBudget, ConnectionBudgets
 from shruntime.counters import TopicCounter
 from shruntime.fair_executor import FairExecutor, QueueFull
+from shruntime.tasks import cancel_and_wait
 
 from streamhouse_query.core.plain import plain_records
 from streamhouse_query.settings import QuerySettings
@@ -267,6 +268,4 @@ async def _all(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
     try:
         return [await task for task in tasks]
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(*tasks)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from shproto.errors import Fenced, StreamHouseError
 from shproto.v1 import coordinator_pb2
 from shruntime.clock import Clock
-from shruntime.tasks import Backoff
+from shruntime.tasks import Backoff, cancel_and_wait, retry
 
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
@@ -43,9 +43,7 @@ async def hold_claim(
             await asyncio.wait((working,))
         return working.result()
     finally:
-        for task in (working, renewing):
-            task.cancel()
-        await asyncio.gather(working, renewing, return_exceptions=True)
+        await cancel_and_wait(working, renewing)
 
 
 async def _renew(ports: Ports, claim_id: str, ttl_ms: int, ends_it: Callable[[], bool]) -> None:
@@ -77,15 +75,13 @@ async def declare_uploads(ports: Ports, settings: SegmenterSettings, claim_id: s
     cancels this. Raises Fenced, and what else is no use repeating."""
     request = coordinator_pb2.DeclareUploadsRequest(claim_id=claim_id, object_keys=object_keys)
     backoff = Backoff(settings.handover_retry_first_ms, settings.handover_retry_max_ms, ports.rng)
-    while True:
-        try:
-            await ports.coordinator.declare_uploads(request)
-            return
-        except StreamHouseError as error:
-            if not error.retriable:
-                raise
+
+    def is_final(error: StreamHouseError) -> bool:
+        if error.retriable:
             log.warning("claim %s: uploads not declared yet: %s", claim_id, error)
-            await ports.clock.sleep_ms(backoff.next_ms())
+        return not error.retriable
+
+    await retry(lambda: ports.coordinator.declare_uploads(request), backoff, is_final, ports.clock.sleep_ms)
 
 
 async def release_claim(ports: Ports, claim_id: str, *, reason: str = "", retry_after_ms: int = 0) -> None:

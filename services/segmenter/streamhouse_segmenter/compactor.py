@@ -20,7 +20,7 @@ from shformat import (
 )
 from shproto.errors import Fenced, StreamHouseError
 from shproto.v1 import coordinator_pb2, types_pb2
-from shruntime.tasks import Backoff
+from shruntime.tasks import Backoff, cancel_and_wait, retry
 from shstore import REFUSALS, StoreError
 
 from streamhouse_segmenter import telemetry
@@ -143,9 +143,7 @@ class Compactor:
         try:
             return await asyncio.gather(*reads)
         finally:
-            for task in reads:
-                task.cancel()
-            await asyncio.gather(*reads, return_exceptions=True)
+            await cancel_and_wait(*reads)
 
     async def _copy(self, segment: types_pb2.SegmentRef, whole: bytes | None, builder: SegmentBuilder) -> None:
         """Adds every block of a registered segment, each checked against its index entry. `whole`: its bytes; None:
@@ -169,15 +167,18 @@ class Compactor:
             segment=segment,
         )
         backoff = Backoff(self._settings.handover_retry_first_ms, self._settings.handover_retry_max_ms, self._ports.rng)
-        while True:  # until it is answered
-            try:
-                response = await self._ports.coordinator.register_compaction(request)
-                break
-            except StreamHouseError as error:
-                if not error.retriable:
-                    raise
+
+        def is_final(error: StreamHouseError) -> bool:
+            if error.retriable:
                 log.warning("compaction: registration to be repeated: %s", error)
-                await self._ports.clock.sleep_ms(backoff.next_ms())
+            return not error.retriable
+
+        response = await retry(
+            lambda: self._ports.coordinator.register_compaction(request),
+            backoff,
+            is_final,
+            self._ports.clock.sleep_ms,
+        )
         if response.result != coordinator_pb2.REGISTRATION_RESULT_REGISTERED:
             result = coordinator_pb2.RegistrationResult.Name(response.result)
             log.info("compaction of %d segments came too late (%s), dropped", len(claim.segments), result)

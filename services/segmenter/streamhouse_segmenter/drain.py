@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shproto.v1 import coordinator_pb2
+from shruntime.tasks import cancel_and_wait, outcomes
 
 from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.handover import Handover, HandoverResult, Outcome
@@ -115,7 +116,7 @@ class Drain:
                 task.cancel()
             raise
         finally:
-            for result in await asyncio.gather(*running, return_exceptions=True):
+            for result in await outcomes(*running):
                 if isinstance(result, HandoverResult):
                     report.add(result)
         if self._store_probe.is_needed:
@@ -183,5 +184,4 @@ class Drain:
                 return_when=asyncio.FIRST_COMPLETED,
             )
         finally:
-            waking.cancel()
-            await asyncio.gather(waking, return_exceptions=True)
+            await cancel_and_wait(waking)

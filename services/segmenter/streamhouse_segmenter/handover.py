@@ -16,7 +16,7 @@ from enum import StrEnum
 from shformat import FormatError
 from shproto.errors import Fenced, StreamHouseError
 from shproto.v1 import coordinator_pb2, types_pb2
-from shruntime.tasks import Backoff
+from shruntime.tasks import Backoff, cancel_and_wait
 from shruntime.telemetry import context_of, current_traceparent
 from shstore import REFUSALS, StoreError
 
@@ -107,8 +107,7 @@ class Handover:
             for key, slices in objects.items():
                 await self._store(key, slices, declaring)
         finally:
-            declaring.cancel()
-            await asyncio.gather(declaring, return_exceptions=True)
+            await cancel_and_wait(declaring)
         built()
         await self._register_early()
         await release_claim(self._ports, self._claim.claim_id)

@@ -9,6 +9,7 @@ go on, and the one that failed keeps its own back-off.
 import asyncio
 import logging
 
+from shruntime.tasks import cancel_and_wait
 from shstore import ObjectStore, StoreError
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,5 @@ class StoreProbe:
             log.warning("the store is not there, nothing is claimed until it is: %s", error)
             return False
         finally:
-            for task in (asking, stopping):
-                task.cancel()
-            await asyncio.gather(asking, stopping, return_exceptions=True)
+            await cancel_and_wait(asking, stopping)
         return not closing.is_set()

@@ -22,6 +22,7 @@ import asyncpg
 from opentelemetry import metrics
 from shproto.errors import AWAY, InvalidArgument, StreamHouseError, Unavailable
 from shruntime.counters import up_down_counter
+from shruntime.tasks import cancel_and_wait
 
 from streamhouse_coordinator.adapters.postgres_errors import FAILURES, cannot_be_stored, is_away, waits_too_long
 from streamhouse_coordinator.adapters.postgres_hosts import Hosts
@@ -149,9 +150,7 @@ class Connections:
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None
-        for task in self._ending:
-            task.cancel()
-        await asyncio.gather(*self._ending, return_exceptions=True)
+        await cancel_and_wait(*self._ending)
         if pool is not None:
             try:
                 await asyncio.wait_for(pool.close(), self._timeout_s)

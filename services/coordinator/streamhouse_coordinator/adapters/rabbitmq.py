@@ -19,7 +19,7 @@ from opentelemetry import metrics
 from shproto.errors import StreamHouseError
 from shproto.events import BufferSealed
 from shruntime.counters import counter
-from shruntime.tasks import Backoff, run_until_first_ends
+from shruntime.tasks import Backoff, outcomes, run_until_first_ends
 
 from streamhouse_coordinator.core.tables import EventRow
 from streamhouse_coordinator.feed import Feed
@@ -141,7 +141,7 @@ class Relay:
         async with asyncio.timeout(self._timeout_s):
             # Sent in order; the confirmations may come together.
             sent = (exchange.publish(message_of(row), row.type, mandatory=False) for row in rows)
-            confirmed = await asyncio.gather(*sent, return_exceptions=True)
+            confirmed = await outcomes(*sent)
         for outcome in confirmed:
             if isinstance(outcome, BaseException):
                 raise outcome
