@@ -1,12 +1,12 @@
-"""Carries out hand-overs: opens partitions that a consumer is given, stops those it gives up or has lost, and calls the
+"""Carries out changes of assignment: opens assigned partitions, stops revoked and lost partitions, and calls the
 application's callbacks in between.
 
-Owns: the positions of partitions that are being given up, the callback that runs. Does not own: which partitions the
-group or the subscription gives, positions of what is read.
-Invariants: one callback runs at a time, by whoever asks for records (`call_due`, or a thread between `begin` and
-`finish`); steps without a callback are done by `run`. Records of a partition are handed over only after on_assigned has
-returned, and not any more once on_revoked or on_lost is due. A callback that raises has been called: the hand-over goes
-on, and the error is its caller's.
+Owns: cursors of partitions that are being given up, the callback that runs. Does not own: the choice of partitions by
+the group or the subscription, positions of partitions being read.
+Invariants: one callback runs at a time, called by the task or thread that asks for records (`call_due`, or a thread
+between `begin` and `finish`); `run` does steps without a callback. Records of a partition are handed over only after
+on_assigned has returned, and not any more once on_revoked or on_lost is due. A callback that raises counts as called:
+the hand-over continues, and the caller gets the error.
 """
 
 import asyncio
@@ -27,21 +27,22 @@ from streamhouse.start_positions import StartPositions
 log = logging.getLogger(__name__)
 
 Callback = Callable[[list[TopicPartition]], Awaitable[None] | None]
-"""Called with partitions, in order; a plain function or a coroutine function."""
+"""A callback: a plain function or a coroutine function, called with sorted partitions."""
 PlainCallback = Callable[[list[TopicPartition]], None]
 
-# What a callback that was cancelled may take for its own end (a rollback), on top of the time that `close` has.
+# Time for a cancelled callback to clean up (a rollback), on top of the time that `close` has.
 CANCELLED_CALLBACK_MS_MAX = 100
-# Callbacks that swallowed their cancellation: the event loop itself keeps no task.
+# Callbacks that swallowed their cancellation: the event loop itself keeps no reference to a task.
 _RUNNING_ON: set[asyncio.Task[None]] = set()
 
-# The step whose callback the code belongs to. Tasks that a callback starts have it as well, and may outlive the step.
+# The step in whose callback the current code runs. Tasks that a callback starts inherit the variable, and may outlive
+# the step.
 _INSIDE: ContextVar[Step | None] = ContextVar("step of a callback", default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Callbacks:
-    """Functions of the application that hear of its partitions; None: not told."""
+    """The application's callbacks for changes of assignment; None: not called."""
 
     on_assigned: Callback | None = None
     on_revoked: Callback | None = None
@@ -53,24 +54,24 @@ class Callbacks:
         return found
 
     def name(self, kind: Kind) -> str:
-        """Returns the name of the callback for a kind of step: on_revoked stands in for on_lost."""
+        """Returns the name of the callback for a kind of step; on_revoked stands in for a missing on_lost."""
         if kind is Kind.ASSIGNED:
             return "on_assigned"
         return "on_revoked" if kind is Kind.REVOKED or self.on_lost is None else "on_lost"
 
     def updated(self, given: "Callbacks") -> "Callbacks":
-        """Returns the callbacks of `given`, and for those that are None there the ones of self."""
+        """Returns the callbacks of `given`; where `given` has None, the callback of self."""
         return Callbacks(
             given.on_assigned or self.on_assigned, given.on_revoked or self.on_revoked, given.on_lost or self.on_lost
         )
 
     def kinds(self) -> set[Kind]:
-        """Returns the steps that have a callback."""
+        """Returns the kinds of steps that have a callback."""
         return {kind for kind in Kind if self.of(kind) is not None}
 
 
 def callbacks_of(callbacks: Callbacks, *, plain: bool = False) -> Callbacks:
-    """Checks the callbacks, and returns them. plain: refuses coroutine functions, which plain code could not await.
+    """Returns the callbacks after checking them. plain: refuses coroutine functions, which plain code cannot await.
     Raises InvalidArgument."""
     for name in ("on_assigned", "on_revoked", "on_lost"):
         value = getattr(callbacks, name)
@@ -86,8 +87,9 @@ def callbacks_of(callbacks: Callbacks, *, plain: bool = False) -> Callbacks:
 
 
 class Assignments:
-    """`want` and `lose` as the group or the subscription says, with `run` as a task of the owner. `revoked(cursors)`:
-    the last commit of partitions before they are given up. `changed()`: told when what is owned may have changed."""
+    """Brings partitions to the state that `want` and `lose` ask for; the owner runs `run` as a task.
+    `revoked(cursors)`: makes the last commit of partitions before they are given up. `changed()`: called when the owned
+    partitions may have changed."""
 
     def __init__(
         self,
@@ -107,20 +109,20 @@ class Assignments:
         self._news = asyncio.Event()
         self._is_beginning = False
         self._calling: asyncio.Task[None] | None = None
-        self._is_awaited = False  # the task above, by a task of the application
+        self._is_awaited = False  # a task of the application awaits `_calling`
         self.callbacks = callbacks
-        self.kept: dict[TopicPartition, Cursor] = {}  # of what is being given up
-        # Read by the application's threads, without a lock: a callback waits for one of them.
+        self.kept: dict[TopicPartition, Cursor] = {}  # of partitions being given up
+        # Read by the application's threads without a lock; True if a callback waits for a task or thread to call it.
         self.is_due = False
-        # The thread whose call is under way, from `begin` to `finish`.
+        # The thread that calls a callback now, from `begin` to `finish`.
         self.caller: object = None
-        self.called: Step | None = None  # the last step whose callback it has called
+        self.called: Step | None = None  # the last step with a callback called by `caller`
 
     # ---- what is owned
 
     @property
     def cursors(self) -> dict[TopicPartition, Cursor]:
-        """Cursors of what is read or being given up, as they are now; asked for from any thread."""
+        """Cursors of the partitions being read or given up, as a copy; read from any thread."""
         return {**self.kept, **self._reader.cursors}
 
     @property
@@ -130,7 +132,7 @@ class Assignments:
 
     @property
     def lost(self) -> Partitions:
-        """Partitions that were lost without the application knowing yet."""
+        """Lost partitions that the application does not know of yet."""
         return self._hand_over.lost
 
     @property
@@ -140,7 +142,7 @@ class Assignments:
 
     @property
     def announces(self) -> bool:
-        """True if the application is to be told of partitions before they are read."""
+        """True if on_assigned has to be called before partitions are read."""
         return self.callbacks.on_assigned is not None
 
     def want(self, partitions: Iterable[TopicPartition]) -> None:
@@ -152,20 +154,20 @@ class Assignments:
         self.want(())
 
     def keep(self, is_kept: Callable[[TopicPartition], bool]) -> None:
-        """Gives up the partitions that are not to be kept."""
+        """Gives up the partitions for which `is_kept` returns False."""
         self.want(filter(is_kept, self._hand_over.wanted))
 
     def lose(self, partitions: Iterable[TopicPartition] | None = None) -> None:
-        """Stops reading these partitions, or all, at once: they are not the consumer's any more."""
+        """Stops reading these partitions, or all, at once: they do not belong to the consumer any more."""
         self._carry_out(self._hand_over.lose(partitions))
 
     def adopt(self, partitions: Iterable[TopicPartition]) -> None:
-        """Takes over partitions whose cursors the reader has already."""
+        """Takes over partitions whose cursors the reader already has."""
         self._hand_over.adopt(partitions, announce=self.announces)
         self._look()
 
     def opened(self, partitions: Iterable[TopicPartition]) -> None:
-        """Notes that the reader has the cursors of these partitions: it is known where to begin."""
+        """Marks partitions as opened: the reader has their cursors, at their start positions."""
         self._hand_over.opened(partitions, announce=self.announces)
         self._look()
 
@@ -186,7 +188,7 @@ class Assignments:
         self._changed()
 
     def _look(self) -> None:
-        """Wakes those who may do the next step: `run`, or whoever asks for records."""
+        """Wakes the task or thread that may do the next step: `run`, or a caller that asks for records."""
         self._progress.set()
         self._reader.notify()
         self._note_due()
@@ -194,21 +196,22 @@ class Assignments:
             self._news.set()
 
     def _note_due(self) -> None:
-        """Says in `is_due` whether there is something for whoever asks for records: a step that nobody has begun, or a
-        callback that runs and whose caller was cancelled. What another does is nothing to ask for: asking again and
-        again would leave the event loop no turn to do it."""
+        """Sets `is_due`: True if a step with a callback is not begun yet, or a callback runs after its caller was
+        cancelled. A callback that another task awaits is not due: asking again and again would leave the event loop no
+        turn to run that callback."""
         if self._calling is not None:
             self.is_due = not self._is_awaited
         else:
             self.is_due = not self._is_beginning and self._hand_over.next_step(self.callbacks.kinds()) is not None
 
     def replace_callbacks(self, callbacks: Callbacks) -> None:
-        """Calls these from now on."""
+        """Uses these callbacks from now on."""
         self.callbacks = callbacks
         self._look()
 
     async def given_up(self) -> bool:
-        """Returns True once nothing is left of what was taken away; False if a callback is to be called before."""
+        """Returns True once no revoked or lost partition is left to give up; False if a callback has to be called
+        first."""
         while self._hand_over.is_giving_up and not self.is_due:
             self._progress.clear()
             await self._progress.wait()
@@ -225,8 +228,8 @@ class Assignments:
             await self._news.wait()
 
     async def begin(self, caller: object) -> Step | None:
-        """Returns the step whose callback `caller` is to call, before `finish`: the same one again if an interrupt came
-        between the two. None if none is due."""
+        """Returns the next step with a callback, for `caller` to call the callback and then `finish`; the same step
+        again if an interrupt came between the two. Returns None if no step is due."""
         if self.caller is not None and self.caller is caller:
             return self._hand_over.running
         step = await self._begin(with_callback=True)
@@ -246,7 +249,8 @@ class Assignments:
                 step = self._hand_over.next_step(kinds if with_callback else set(Kind) - kinds)
                 if step is None or step.kind is not Kind.REVOKED or step.partitions <= committed:
                     break
-                # Begun only when that is done: until then the group may still find the member lost instead.
+                # The step begins only after the commit: until then the group may still report the member as lost
+                # instead.
                 committed |= step.partitions
                 await self._revoked({where: self.kept[where] for where in step.partitions})
             if step is not None:
@@ -257,17 +261,18 @@ class Assignments:
             self._look()
 
     def finish(self, step: Step) -> None:
-        """Ends a step whose callback has returned or raised, or that has none, and carries out what follows."""
+        """Ends a step after its callback has returned or raised, or a step without a callback, and carries out the
+        changes that follow."""
         self.caller = None
         for where in step.partitions:
             self.kept.pop(where, None)
         self._carry_out(self._hand_over.finish(step))
 
     async def call_due(self) -> None:
-        """Calls the callbacks that are due. Raises what a callback raises.
+        """Calls the callbacks that are due. Raises the error of a callback.
 
-        Each call has a task of its own: the caller's timeouts and cancellations end its wait, not the callback. Who
-        asks next waits for that and gets its error.
+        Each callback runs in a task of its own: timeouts and cancellations of the caller end its wait, not the
+        callback. The next caller waits for that callback and gets its error.
         """
         while True:
             if self._calling is None:
@@ -275,7 +280,7 @@ class Assignments:
                     return
                 self._calling = asyncio.create_task(self._call(), name="callback")
             elif self._is_awaited:
-                return  # another task's; what it is about is not read meanwhile
+                return  # another task waits for the callback; its partitions are not read meanwhile
             self._is_awaited = True
             self._note_due()
             calling = self._calling
@@ -284,7 +289,7 @@ class Assignments:
             except asyncio.CancelledError:
                 if not self._is_stopped(calling):
                     raise
-                return  # `stop` has cancelled the callback, nobody the task that waits for it
+                return  # `stop` has cancelled the callback, but not the task that waits here
             finally:
                 self._is_awaited = False
                 if calling.done():
@@ -292,7 +297,7 @@ class Assignments:
                 self._look()
 
     def _is_stopped(self, calling: asyncio.Task[None]) -> bool:
-        """True if `stop` has cancelled this callback, and the task that runs is not cancelled itself."""
+        """Returns True if `stop` has cancelled this callback, and the current task is not cancelled itself."""
         task = asyncio.current_task()
         return self._calling is not calling and calling.cancelled() and task is not None and not task.cancelling()
 
@@ -309,15 +314,16 @@ class Assignments:
             self.finish(step)
 
     def callback(self, step: Step) -> Callback:
-        """Returns the callback of a step that has one."""
+        """Returns the callback of a begun step."""
         found = self.callbacks.of(step.kind)
         assert found is not None, "the step was begun for it"
         return found
 
     def call_plainly(self, step: Step) -> None:
-        """Calls the step's callback in the calling thread, and notes that in `called`; `finish` follows. Raises what
-        the callback raises, or KeyboardInterrupt before the call."""
-        # In a context of its own: an interrupt cannot come between its end and saying that it is over.
+        """Calls the step's callback in the calling thread and records the step in `called`; `finish` follows. Raises
+        the error of the callback, or KeyboardInterrupt before the call."""
+        # In a context of its own, which ends with the call: no interrupt can come between the end of the call and a
+        # reset of `_INSIDE`.
         copy_context().run(self._call_plainly, step)
 
     def _call_plainly(self, step: Step) -> None:
@@ -333,7 +339,7 @@ class Assignments:
         return step is not None and step is self._hand_over.running
 
     def refuse_inside(self, what: str) -> None:
-        """Refuses `what`, a call of the consumer, inside a callback. Raises InvalidArgument."""
+        """Refuses `what`, a method of the consumer, inside a callback. Raises InvalidArgument."""
         if self.is_inside:
             raise InvalidArgument(
                 f"{what} is not possible inside a callback of the same consumer: it would wait for itself",
@@ -346,14 +352,14 @@ class Assignments:
         return self._calling is not None or self.caller is not None or self.is_due
 
     async def idle(self) -> None:
-        """Returns once nobody else calls a callback."""
+        """Returns once no other task or thread calls a callback."""
         while self._is_awaited or self.caller is not None:
             self._progress.clear()
             await self._progress.wait()
 
     async def stop(self) -> None:
-        """Cancels the callback that runs, and waits CANCELLED_CALLBACK_MS_MAX at most for its end: one that swallows
-        its cancellation runs on by itself, which is logged, and does not keep the consumer from being closed."""
+        """Cancels the running callback, and waits at most CANCELLED_CALLBACK_MS_MAX for its end. A callback that
+        swallows its cancellation runs on by itself, which is logged, and does not keep the consumer from closing."""
         if self._calling is None:
             return
         calling, self._calling = self._calling, None
@@ -366,4 +372,4 @@ class Assignments:
             name = "a callback" if step is None else self.callbacks.name(step.kind)
             log.warning("closing: %s was cancelled and goes on all the same: nothing waits for it any longer", name)
         elif not calling.cancelled():
-            calling.exception()  # asked for: whoever waited for the callback has got it, or has been cancelled, too
+            calling.exception()  # marks the error as retrieved: the waiting task got it, or was cancelled as well

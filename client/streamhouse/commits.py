@@ -1,7 +1,8 @@
-"""Commits of what the application has done with: what is not stored yet, storing it, and again every interval.
+"""Commits of processed records: computes the positions to store, stores them, and repeats that every interval.
 
-Owns: which positions to store, and that one commit comes after the other. Does not own: how they are stored, what is
-read.
+Owns: the choice of positions, the order of commits. Does not own: how positions are stored, reading.
+Invariants: one commit at a time; its positions are computed when its turn comes, so that older positions are never
+stored last.
 """
 
 import asyncio
@@ -21,12 +22,9 @@ DoneBelow = Callable[[Cursor], int]
 
 
 class Commits:
-    """`cursors`: of what is read at the moment, the owner's. `done_below(cursor)`: the offset below which the
-    application has done with everything. `topic_gone(topic, topic_id)`: told of topics that a commit found deleted.
-
-    One commit at a time, and what it stores is looked up when it is its turn: of two that are under way, or were looked
-    up one before the other, the older positions could be stored last.
-    """
+    """Commits for a consumer. `cursors`: cursors of the partitions being read, owned by the caller.
+    `done_below(cursor)`: the offset below which the application has processed everything. `topic_gone(topic,
+    topic_id)`: called for topics that a commit found deleted."""
 
     def __init__(
         self, cursors: Cursors, done_below: DoneBelow, store: Store, topic_gone: Callable[[str, bytes], object]
@@ -40,7 +38,7 @@ class Commits:
         self.failed_count = 0
 
     async def commit(self, given: Mapping[TopicPartition, Position] | None = None) -> None:
-        """Stores what the application has done with, or the positions `given`. Raises what storing raises:
+        """Stores the positions behind processed records, or the positions `given`. Raises the error of storing:
         IllegalGeneration, UnknownMember, UnknownTopic, Unavailable."""
         async with self._turn:
             cursors = dict(self._cursors)
@@ -48,8 +46,9 @@ class Commits:
             await self._commit(cursors, positions, self._store)
 
     async def commit_existing(self, cursors: Cursors | None = None, store: Store | None = None) -> None:
-        """What the application has done with, of `cursors` that it has no longer or of all, where the topic is still
-        there: positions in one that is not are nobody's, and do not hold up the others. Raises as `commit` does."""
+        """Stores the positions behind processed records of all partitions, or of `cursors` that are not read any more,
+        for topics that still exist: positions in a deleted topic are dropped, so that they do not hold up the others.
+        Raises as `commit` does."""
         async with self._turn:
             cursors = dict(self._cursors if cursors is None else cursors)
             positions = _outstanding(cursors, self._done_below)
@@ -80,12 +79,12 @@ class Commits:
             self.failed_count += 1
             raise
         for where, position in positions.items():
-            for cursor in (cursors.get(where), self._cursors.get(where)):  # a seek makes a new one
+            for cursor in (cursors.get(where), self._cursors.get(where)):  # a seek makes a new cursor
                 if cursor is not None and cursor.topic_id == position.topic_id:
                     cursor.committed = position.offset
 
     async def run(self, interval_ms: int) -> None:
-        """Commits every so often until cancelled; failures are tried again."""
+        """Commits every interval_ms until cancelled; failures are tried again."""
         failing = ""
         while True:
             await asyncio.sleep(interval_ms / 1000)
@@ -93,13 +92,13 @@ class Commits:
                 await self.commit_existing()
                 failing = ""
             except StreamHouseError as error:
-                if failing != error.reason:  # told once, not with every try
+                if failing != error.reason:  # logged once, not with every try
                     log.warning("auto commit failed, it is tried again every %d ms: %s", interval_ms, error)
                 failing = error.reason
 
 
 def _outstanding(cursors: Cursors, done_below: DoneBelow) -> dict[TopicPartition, Position]:
-    """What the application has done with and is not stored."""
+    """Returns the positions behind processed records that are not stored yet."""
     done = {where: (cursor, done_below(cursor)) for where, cursor in cursors.items()}
     return {
         where: Position(offset, cursor.topic_id)

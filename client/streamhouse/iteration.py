@@ -1,13 +1,13 @@
-"""Handing over: what was received, by turns between partitions, as records or as batches, to any number of tasks or
-threads; in a bounded read only up to its ends.
+"""Hands received records over to any number of tasks or threads, singly or as batches, by turns between partitions; in
+a bounded read only up to its ends.
 
-Owns: the portion whose turn it is, which records are in hand. Does not own: what is received, and of which partitions.
-Invariants: a record is handed to one worker only. Records of a partition are handed over in order: `delivered` of its
-cursor is one past the last one. Whatever an exception interrupts, no record is passed over: it is handed over again.
+Owns: the portion whose turn it is, records in hand. Does not own: receiving, the choice of partitions.
+Invariants: a record is handed to a single worker. Records of a partition are handed over in order: `delivered` of its
+cursor is one past the last. An exception at any point skips no record: an interrupted record is handed over again.
 
-`take` and `take_batch` run where the application does: in its tasks, or in its threads, one at a time by a lock of
-theirs. Everything else runs in the event loop. Between the two there is no lock, only single assignments: the loop
-would stand still with an application thread that holds one, and the heartbeats of all clients with it.
+`take` and `take_batch` run in the application's tasks, or in its threads, one at a time by a lock of those threads.
+Everything else runs in the event loop. The two sides share no lock, only single assignments: an application thread that
+holds a lock would stop the loop, and with the loop the heartbeats of all clients.
 """
 
 import asyncio
@@ -25,23 +25,26 @@ from streamhouse.offsets import Offsets
 from streamhouse.reader import Reader
 from streamhouse.records import Record, RecordBatch, TopicPartition
 
-# Records are handed over in bursts, and the clock is asked between two: for every record that would cost a tenth of
-# what handing it over does. An application that needs long for a record gets bursts of one; but where it was fast and
-# becomes slow at once, it has the rest of a burst before the loop has its turn: with 0.5 s each, 8 s, and a member may
-# be silent for 10.
+# Records are handed over in bursts, and the clock is read between two bursts: reading the clock for every record costs
+# a tenth of handing the record over. An application that needs long for a record gets bursts of a single record. But an
+# application that was fast and suddenly becomes slow has the rest of a burst before the loop gets its turn: with 0.5 s
+# per record that is 8 s, and a member may be silent for 10.
 BURST_MAX = 16
 BURST_S_MIN, BURST_S_MAX = TURN_S / 8, TURN_S / 2
 
-# Of no rows, before there is a portion.
+# Cursor of the empty burst, before the first portion.
 _NO_CURSOR = Cursor.at(TopicPartition("", 0), 0)
 
 
 class Iteration:
-    """`begin` when the application starts an iteration; then `next`, or `take` or `take_batch` and `advance` whenever
-    these have nothing. `opening()`: whether more partitions are to come. `more(worker)`: advances, by the owner.
-    `received(batch)`: the application is handed a portion, where it runs. `is_interrupted()`: True while the owner has
-    something to do, in `more`, before it hands over another portion; asked from any thread. `in_loop`: has the event
-    loop make a call; None if that is where the application runs."""
+    """Hands over records: `begin` when the application starts an iteration; then `next`, or `take` or `take_batch`, and
+    `advance` whenever these return None.
+
+    `opening()`: True if further partitions are about to be opened. `more(worker)`: the owner's advance.
+    `received(batch)`: called with each portion when the application gets it, in the application's task or thread.
+    `is_interrupted()`: True while the owner has to do something, in `more`, before another portion is handed over;
+    called from any thread. `in_loop`: makes the event loop call a function; None if the application runs in the loop.
+    """
 
     def __init__(
         self,
@@ -73,15 +76,16 @@ class Iteration:
         self._asked = 0
         self._turn_ends_s = 0.0
         # A portion goes from the reader to `_coming` (in the loop), to `_portion` (by `take`), and from there to
-        # `_leaving` if its turn is over before its records, else to `_finished`; back to the reader from both.
+        # `_leaving` if its turn ends before its records do, else to `_finished`; from both back to the reader.
         self._coming: Portion | None = None
         self._portion: Portion | None = None
         self._turn_offset = 0  # where the portion's turn began
-        self._records_read = self._bytes_read = 0  # in the turns before
+        self._records_read = self._bytes_read = 0  # counted in earlier turns
         self._leaving: list[Portion] = []
         self._finished: list[Portion] = []
         self._cursor = _NO_CURSOR
-        # Records of the portion: this burst, out of those that were made so far. The last one of all is in neither.
+        # Records of the portion: `_burst` iterates over a part of `_rows`, the records made so far. The last record of
+        # a portion is in neither.
         self._burst: Iterator[Record] = iter(())
         self._rows: Iterator[Record] = iter(())
         self._rows_count = ROWS_FIRST
@@ -94,31 +98,33 @@ class Iteration:
         self._turn_ends_s = self._clock()
 
     def begin(self) -> None:
-        """A bounded read ends where the log ends now; of several at a time, where it ended when the last one began."""
+        """Begins an iteration: a bounded read (stop_at_end) ends where the log ends now; among several iterations the
+        last to begin decides."""
         self._ends_wanted = self._stop_at_end
 
     def close(self) -> None:
-        """Nothing more is handed over."""
+        """Stops handing over."""
         self._closed = True
         self._reader.notify()
 
     @property
     def is_ready(self) -> bool:
-        """True if there may be something to take already."""
+        """True if there may be a portion to take already."""
         return self._portion is not None or self._coming is not None
 
     def progress(self) -> object:
-        """Returns what is another thing whenever the application has asked since the last time, or waits right now."""
+        """Returns an object that differs from the last answer if the application has asked for records since, or waits
+        for them now."""
         return object() if self._waiting else (self._asked, *self.in_flight.held())
 
     # ---- in the application's tasks or threads
 
     async def next(self, worker: Worker) -> Record:
-        """Returns the next record, now in the worker's hand. Raises StopAsyncIteration at the end, and what `advance`
-        raises."""
+        """Returns the next record, now in the worker's hand. Raises StopAsyncIteration at the end, and the errors of
+        `advance`."""
         while True:
             cursor = self._cursor
-            for record in self._burst:  # as in `take`: a call would cost a tenth of all that a record does
+            for record in self._burst:  # inlined from `take`: a call would add a tenth to the cost of a record
                 if cursor.stopped:
                     break
                 worker.held = (cursor, record, worker.held)
@@ -131,8 +137,8 @@ class Iteration:
                 raise StopAsyncIteration
 
     def take(self, worker: Worker) -> Record | None:
-        """Returns the next record, now in the worker's hand; None if `advance` is needed first. If it is interrupted,
-        or the record does not reach the application, `give_back` must follow."""
+        """Returns the next record, now in the worker's hand; None if `advance` is needed first. If the call is
+        interrupted, or the record does not reach the application, `give_back` has to follow."""
         cursor = self._cursor
         for record in self._burst:
             if cursor.stopped:
@@ -143,7 +149,7 @@ class Iteration:
         return self._take_slowly(worker)
 
     def _take_slowly(self, worker: Worker) -> Record | None:
-        """Returns the next record like `take`, where a burst has ended."""
+        """Returns the next record like `take`, after a burst has ended."""
         returned = self.in_flight.take_returned(worker, whole=False)
         if returned is not None:
             assert isinstance(returned, Record), "one at a time"
@@ -163,7 +169,7 @@ class Iteration:
             record = next(self._rows)
             if is_last:
                 worker.held = (portion.cursor, record, worker.held)
-                self._finish(portion)  # now, not when somebody asks again: others may wait for the end
+                self._finish(portion)  # now, not with the next call: others may wait for the end
                 return record
         self._burst = islice(self._rows, self._burst_count - 1)
         worker.held = (portion.cursor, record, worker.held)
@@ -171,7 +177,8 @@ class Iteration:
         return record
 
     def take_batch(self, worker: Worker, count_max: int | None = None) -> RecordBatch | None:
-        """As `take`, but all that is left of the portion whose turn it is, or count_max records of it."""
+        """Returns the rest of the portion whose turn it is, or count_max records of it, now in the worker's hand; None
+        if `advance` is needed first. `give_back` as for `take`."""
         returned = self.in_flight.take_returned(worker, whole=True, count_max=count_max)
         if returned is not None:
             assert isinstance(returned, RecordBatch), "the whole"
@@ -185,7 +192,7 @@ class Iteration:
             batch = batch.slice(0, count_max)
             worker.held = (portion.cursor, batch, worker.held)
             portion.cursor.delivered = int(batch.offsets[-1]) + 1
-            self._forget_rows()  # they may begin before
+            self._forget_rows()  # the rows made so far may begin before the cursor
             return batch
         if batch is not None:
             worker.held = (portion.cursor, batch, worker.held)
@@ -193,7 +200,7 @@ class Iteration:
         return batch
 
     def _has_turn(self) -> bool:
-        """True if there is a portion and its turn is not over; one that is coming has its turn now."""
+        """Returns True if there is a portion and its turn is not over; begins the turn of a portion that is coming."""
         if self._is_interrupted():
             if self._portion is not None:
                 self._put_down(self._leaving)
@@ -204,7 +211,7 @@ class Iteration:
             coming = self._coming
             if coming is None:
                 return False
-            # In this order, and only what is there: the loop brings another one as soon as it finds neither.
+            # In this order: the loop brings another portion as soon as both fields are None.
             self._portion = coming
             self._coming = None
             self._cursor = coming.cursor
@@ -215,8 +222,9 @@ class Iteration:
         if portion.cursor.paused:
             self._put_down(self._leaving)
             return False
-        # One record at least of each portion, or a slow machine would pass portions round and hand nothing over. And
-        # where the loop has a thread of its own, nobody waits for the turn's end if there is no other partition.
+        # At least one record of each portion per turn: otherwise a slow machine would pass portions round and hand
+        # nothing over. And where the loop has a thread of its own, nothing waits for the end of a turn while there is
+        # no other partition.
         if now_s >= self._turn_ends_s and (is_new or (self.in_loop is not None and not self._reader.has_more)):
             self._turn_ends_s = now_s + TURN_S
         if now_s >= self._turn_ends_s:
@@ -224,7 +232,7 @@ class Iteration:
             return False
         if not is_new:
             self._adapt_burst(now_s - self._burst_began_s)
-        if not portion.is_handed_over:  # for the first time: a portion whose turn ended comes back
+        if not portion.is_handed_over:  # for the first time: after a turn a portion comes back
             portion.is_handed_over = True
             if portion.batch is not None:
                 self._received(portion.batch)
@@ -232,15 +240,15 @@ class Iteration:
         return True
 
     def _adapt_burst(self, took_s: float) -> None:
-        """Sizes the next burst by how long the last one took."""
+        """Sizes the next burst by the duration of the last."""
         if took_s > BURST_S_MAX:
             self._burst_count = max(1, self._burst_count // 4)
         elif took_s < BURST_S_MIN:
             self._burst_count = min(2 * self._burst_count, BURST_MAX)
 
     def _finish(self, portion: Portion) -> None:
-        """All of the portion is handed over, or its partition lost."""
-        # What is left of a partition that was lost is nobody's to commit: the next owner is to read it.
+        """Puts down a portion after its last record, or after a loss of its partition."""
+        # The rest of a lost partition's portion must not be committed: the next owner has to read those records.
         if portion.cursor.live:
             portion.cursor.delivered = portion.end_offset
         self._put_down(self._finished)
@@ -252,19 +260,19 @@ class Iteration:
         self._portion = None
         self._forget_rows()
         self._records_read, self._bytes_read = self._read_with(portion)
-        # Those who wait for more have looked already: to them it may be the rest of a portion, or room for the next
-        # ones, or the end. Whoever comes after this looks by itself.
+        # Waiting tasks and threads have looked already: this may leave the rest of a portion for them, or room for the
+        # next portions, or be the end. Later callers look by themselves.
         if self._waiting:
             self._tell(self._wake)
 
     def read(self) -> tuple[int, int]:
-        """Returns the number of records handed over so far, and the bytes of their keys, values and headers. Not while
-        a thread is inside `take`."""
+        """Returns the number of records handed over so far, and the bytes of their keys, values and headers. Must not
+        run while a thread is inside `take`."""
         return self._read_with(self._portion)
 
     def _read_with(self, portion: Portion | None) -> tuple[int, int]:
-        """Counts what was handed over of the portion in its turn: by turns, since counting each record would cost a
-        tenth of handing it over."""
+        """Returns the counts including the portion in its turn. Counted by turns: counting each record would cost a
+        tenth of handing the record over."""
         if portion is None or portion.batch is None:
             return self._records_read, self._bytes_read
         turn = (self._turn_offset, portion.cursor.delivered)
@@ -273,13 +281,13 @@ class Iteration:
         return self._records_read + len(handed_over), self._bytes_read + handed_over.size_bytes
 
     def _forget_rows(self) -> None:
-        """They are made again, from where the cursor is."""
+        """Drops the rows made so far; they are made again from the cursor's position."""
         self._burst = self._rows = iter(())
         self._rows_count, self._burst_count = ROWS_FIRST, 1
 
     def give_back(self, worker: Worker, first: Mapping[TopicPartition, int] | None = None) -> None:
-        """Returns the record that has not reached the application (Ctrl-C comes between any two steps) to the front: it
-        is handed over before anything else."""
+        """Takes back records that have not reached the application (Ctrl-C comes between any two steps); they are
+        handed over before anything else."""
         self.in_flight.give_back(worker, first)
         self._forget_rows()
         self._tell(self._wake)
@@ -294,10 +302,10 @@ class Iteration:
 
     async def advance(self) -> bool:
         """Returns True when there is something to take, or the owner has something to do first; False at the end of a
-        bounded read, or when closed.
+        bounded read, or once closed.
 
-        Raises what reading failed with: DataLoss, OffsetBelowStart, OffsetBeyondEnd, UnknownTopic, Unavailable (nothing
-        answered for retry_timeout_ms). Iterating again goes on where it failed.
+        Raises the error with which reading failed: DataLoss, OffsetBelowStart, OffsetBeyondEnd, UnknownTopic,
+        Unavailable (no answer for retry_timeout_ms). Iterating again continues where reading failed.
         """
         self._waiting += 1
         self._asked += 1
@@ -317,8 +325,8 @@ class Iteration:
                 self._turn_ends_s = self._clock() + TURN_S
 
     def bring(self) -> bool:
-        """Returns True when there is something to take, without waiting. A failure whose turn it is stays where it is,
-        for `advance` to raise: whoever has taken records meanwhile gets these first."""
+        """Returns True if there is something to take, without waiting. Leaves a queued error for `advance` to raise: a
+        poll that has taken records returns these first."""
         self._settle()
         while not self._closed and not self._is_interrupted():
             if self.in_flight.has_returned or self._portion is not None or self._coming is not None:
@@ -336,19 +344,20 @@ class Iteration:
         return self._is_bounded and not self.in_flight.returned and self._all_at_end()
 
     async def _let_loop_run(self) -> None:
-        """An application whose code never waits would starve heartbeats, its own and others', and the stream."""
+        """Gives the loop turns: an application that never waits would starve the stream and the heartbeats of all
+        tasks."""
         await let_loop_run(self._clock() - self._turn_ends_s)
 
     async def _find(self) -> tuple[bool, bool]:
-        """Returns whether there is something to take, and whether it had to be waited for."""
+        """Returns two flags: True if there is something to take, and True if the call had to wait for that."""
         has_waited = False
         while not self._closed:
             if self._is_interrupted() or self.bring():
-                return True, has_waited  # perhaps another worker's, who has waited as well
+                return True, has_waited  # another worker that waited as well may take it first
             portion = self._reader.pop()  # raises a failure whose turn it is
             assert portion is None, "it would have been brought"
             if self._is_bounded and self._all_at_end():
-                self._reader.notify()  # the others who wait
+                self._reader.notify()  # wakes the other waiting workers
                 return False, has_waited
             await self._reader.wait()
             has_waited = True
@@ -359,15 +368,15 @@ class Iteration:
         self._reader.notify()
 
     def _settle(self) -> None:
-        """Returns to the reader what the application is done with for now."""
+        """Returns portions to the reader: finished portions as consumed, the others with their remaining records."""
         while self._finished:
             self._reader.consumed(self._finished.pop())
         while self._leaving:
             self._reader.put_back(self._leaving.pop())
 
     def _prepared(self, portion: Portion) -> Portion | None:
-        """Returns the portion, without what lies beyond the end of a bounded read: that is read again if the end moves.
-        None if no records are left in it; then only the position moves."""
+        """Returns the portion, cut at the end of a bounded read; the rest is fetched again if the end moves. Returns
+        None if no records are left; then only the position moves."""
         cursor = portion.cursor
         if cursor.end is not None and portion.end_offset > (end := max(cursor.end, cursor.delivered)):
             self._reader.rewind(cursor, end)
@@ -379,14 +388,14 @@ class Iteration:
         return None
 
     def _all_at_end(self) -> bool:
-        # A list, no generator: threads ask for `at_end`, see InFlight.
+        # A list, no generator: threads read `at_end`, see InFlight.
         unread = [cursor for cursor in list(self._reader.cursors.values()) if not cursor.at_end]
         return not unread and not self._opening()
 
     async def _set_ends(self) -> None:
         async with self._ends_turn:
             if not self._ends_wanted:
-                return  # another one has asked since
+                return  # another task has looked the ends up meanwhile
             self._ends_wanted = False  # an iteration that begins meanwhile asks again
             try:
                 ends = await self._offsets.look_up("latest", self._reader.topic_ids())
@@ -400,13 +409,14 @@ class Iteration:
 
 
 def _clock_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
-    """The loop's clock, asked for every record: where it is the usual one, without the call in between."""
+    """Returns the loop's clock. The clock is read for every burst: for the usual loop this is time.monotonic itself,
+    without a call in between."""
     return time.monotonic if type(loop).time is asyncio.BaseEventLoop.time else loop.time
 
 
 def _ended_well(owner: object) -> bool:
-    """True if the task returned. `exception()` would say so as well, and count as having seen it: asyncio reports those
-    that nobody has seen."""
+    """Returns True if the task returned without an error. `exception()` would tell as well, but also mark the error as
+    retrieved, and asyncio reports only errors that were not."""
     return isinstance(owner, asyncio.Task) and owner.done() and not owner.cancelled() and not owner.get_stack(limit=1)
 
 

@@ -1,9 +1,8 @@
-"""A consumer's membership of its group: join, heartbeat, tell what is owned, leave.
+"""Membership of a consumer in its group: joins, sends heartbeats, reports owned partitions, leaves.
 
-Owns: member id, generation, the topics that are joined with. Does not own: which partitions are read or given up,
-positions.
-Invariants: one call to the group at a time, so that no answer overtakes another. An answer to a member that this is no
-longer changes nothing. Heartbeats go on whatever the application does with partitions. After `step_out` nothing joins
+Owns: member id, generation, the topics to join with. Does not own: the partitions that are read or given up, positions.
+Invariants: one call to the group at a time, so that no answer overtakes another. An answer to a former member id
+changes nothing. Heartbeats continue regardless of the application and its partitions. After `step_out` nothing joins
 again before `come_back`.
 """
 
@@ -28,13 +27,15 @@ from streamhouse.records import TopicPartition
 log = logging.getLogger(__name__)
 
 
-# While partitions that were promised are still held by another member. The answer comes early when they are let go.
+# Wait of a heartbeat while another member still holds partitions assigned to this member. The coordinator answers early
+# when they are given up.
 PENDING_WAIT_MS = 1_000
 
 
 class Membership:
-    """`given(partitions)`: told with each answer what to read from now on. `lost()`: all of them are somebody else's
-    now, commits are refused. `owned()`: what is read or not given up yet; no other member is given it. `failed(error)`:
+    """Keeps a consumer in its group. `given(partitions)`: called with the assigned partitions of each answer. `lost()`:
+    called when all partitions may belong to other members, so that commits are refused. `owned()`: returns the
+    partitions read or not given up yet; the group assigns them to no other member. `failed(error)`: called with errors
     for the application."""
 
     def __init__(
@@ -51,7 +52,7 @@ class Membership:
         self._coordinator = coordinator
         self._options = options
         self._topics = tuple(sorted(topics))
-        self._joined_topics: tuple[str, ...] | None = None  # those of the last join that was answered
+        self._joined_topics: tuple[str, ...] | None = None  # topics of the last join that was answered
         self._given = given
         self._lost = lost
         self._owned = owned
@@ -59,27 +60,29 @@ class Membership:
         self._heartbeat_interval_ms = 0
         self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         self._moved = asyncio.Event()
-        self._in_group = asyncio.Event()  # or on the way to it
+        self._in_group = asyncio.Event()  # or joining
         self._in_group.set()
-        self._news = asyncio.Event()  # there is something to tell the group
+        self._news = asyncio.Event()  # something is to be reported to the group
         self._answered = asyncio.Event()  # or failed
         self._failure: StreamHouseError | None = None
         self._failing_since_s: float | None = None
         self._joining_id = ""
         self._joining = asyncio.Lock()
         self._leaving = False
-        self._assigned: set[TopicPartition] = set()  # by the last answer
+        self._assigned: set[TopicPartition] = set()  # in the last answer
         self.member_id = ""
         self.generation = 0
         self.pending = False
-        # Of those owned: by which answer. Somebody else may have been between two.
+        # For each owned partition the number of the answer that assigned it. Between two answers another member may
+        # have owned the partition.
         self._tenures: dict[TopicPartition, int] = {}
         self._answers = 0
         self.rebalance_count = 0  # answers that gave or took partitions
 
     async def join(self) -> None:
-        """Joins the group, or joins it again with other topics. Raises UnknownTopic, InvalidArgument, Unavailable."""
-        # An id of our own, so that a join whose answer was lost can be repeated without leaving a ghost behind.
+        """Joins the group, or joins again with other topics. Raises UnknownTopic, InvalidArgument, Unavailable."""
+        # The client chooses the member id: a join can then be repeated after a lost answer without leaving a ghost
+        # member behind.
         self._joining_id = self.member_id or self._joining_id or f"{self._options.client_id or 'member'}-{uuid.uuid4()}"
         topics = self._topics
         request = coordinator_pb2.JoinGroupRequest(
@@ -92,20 +95,20 @@ class Membership:
         )
         async with self._joining:
             answer = await self._coordinator.join_group(request)
-            if self.is_out:  # it has left while it joined: nobody would hear of this member until it expires
+            if self.is_out:  # left while joining: the group would wait for this member until it expires
                 await self._leave_as(answer.member_id)
                 return
         self._joined_topics = topics
         self._apply(answer)
 
     def read_topics(self, topics: Iterable[str]) -> None:
-        """Joins with these topics, as soon as the call before is answered."""
+        """Joins with these topics, as soon as the call under way is answered."""
         self._topics = tuple(sorted(topics))
         self._news.set()
 
     async def joined(self) -> None:
-        """Returns once the group knows the topics of now, or this is no member any more. Raises what joining fails with
-        if that will not pass."""
+        """Returns once the group knows the current topics, or this is no member any more. Raises the error of joining
+        if the error is not retriable."""
         while not self.is_out and (not self.member_id or self._joined_topics != self._topics):
             self._answered.clear()
             await self._answered.wait()
@@ -113,8 +116,8 @@ class Membership:
                 raise self._failure
 
     async def run(self) -> None:
-        """Heartbeats until cancelled or leaving; joins again when the group has forgotten this member, or other topics
-        are to be read."""
+        """Sends heartbeats until cancelled or leaving; joins again when the group has forgotten this member, or the
+        topics have changed."""
         while not self._leaving:
             await self._in_group.wait()
             if self._leaving:
@@ -127,15 +130,17 @@ class Membership:
                     answer = await self._beat()
                     if answer is not None and asked_as == self.member_id:
                         self._apply(answer)
-                        if self._assigned - self._owned():  # not wanted any more: it would be given again at once
+                        if (
+                            self._assigned - self._owned()
+                        ):  # not wanted any more: the group would assign them again at once
                             await self._pause()
-                    self._backoff.reset()  # not after a join: a member that is forgotten each time must not spin
+                    self._backoff.reset()  # not after a join: a member that the group forgets each time must not spin
                 self._note_success()
             except (UnknownMember, UnknownGroup) as error:
-                if self._leaving:  # a heartbeat on its way was told so; joining again would leave a ghost behind
+                if self._leaving:  # the answer to an earlier heartbeat; joining again would leave a ghost member behind
                     return
                 if asked_as != self.member_id:
-                    continue  # of a membership that is over, and known to be
+                    continue  # concerns a membership that has already ended
                 log.warning("group %s has forgotten member %s: %s", self._options.group, self.member_id, error)
                 self._forgotten()
                 await asyncio.sleep(self._backoff.next_ms() / 1000)
@@ -146,25 +151,25 @@ class Membership:
                 await asyncio.sleep(self._backoff.next_ms() / 1000)
 
     async def _beat(self) -> coordinator_pb2.GroupAssignment | None:
-        """Sends a heartbeat, and returns the answer; None if there is something to tell before it comes."""
+        """Sends a heartbeat and returns the answer; None if something is to be reported before the answer comes."""
         self._news.clear()
         beat = asyncio.ensure_future(self._coordinator.heartbeat_group(self._heartbeat()))
         news = asyncio.ensure_future(self._news.wait())
         try:
             await asyncio.wait((beat, news), return_when=asyncio.FIRST_COMPLETED)
-            # An answer that is given up for this is given again: what it assigned is not reported as owned.
+            # The group repeats an answer dropped here: its partitions are not reported as owned.
             return beat.result() if beat.done() else None
         finally:
             await cancel_and_wait(beat, news)
 
     async def _pause(self) -> None:
-        """Returns when the next heartbeat is due, or there is something to tell before."""
+        """Returns when the next heartbeat is due, or earlier if something is to be reported."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._heartbeat_interval_ms / 1000):
                 await self._news.wait()
 
     def _note_failure(self, error: StreamHouseError) -> None:
-        """Warns of an outage once, when it begins; the failures that follow are debug lines."""
+        """Logs a warning when an outage begins; the failures that follow are debug lines."""
         self._failure = error
         self._answered.set()
         if self._failing_since_s is None:
@@ -205,8 +210,8 @@ class Membership:
         self._answered.set()
 
     def owned_changed(self) -> None:
-        """Looks which partitions are owned now, and has the group told at once of those given up: their next owners
-        wait for that."""
+        """Compares the owned partitions with the last comparison. Partitions given up are reported to the group at
+        once: their next owners wait for that."""
         owned = self._owned()
         given_up = self._tenures.keys() - owned
         for where in given_up:
@@ -230,9 +235,9 @@ class Membership:
     async def commit(self, positions: Mapping[TopicPartition, Position]) -> None:
         """Stores the positions in the group.
 
-        Raises IllegalGeneration when a rebalance is not known here yet or took a partition away; UnknownMember when the
-        group has forgotten this member, which owns nothing from then on; UnknownTopic when a topic was deleted, and
-        perhaps created again.
+        Raises IllegalGeneration if this member does not know the group's generation yet or a partition was revoked;
+        UnknownMember if the group has forgotten this member, which owns nothing from then on; UnknownTopic if a topic
+        was deleted, perhaps created again.
         """
         request = coordinator_pb2.CommitOffsetsRequest(
             group=self._options.group or "",
@@ -244,12 +249,13 @@ class Membership:
             await self._coordinator.commit_offsets(request)
         except UnknownMember:
             if self.member_id == request.member_id:
-                self._forgotten()  # before the next heartbeat tells: what was received is somebody else's to process
+                self._forgotten()  # now, not at the next heartbeat: others process the received records
             raise
 
     async def commit_through_rebalance(self, positions: Mapping[TopicPartition, Position]) -> None:
-        """Like `commit`; if the group has moved on, waits to hear of it and tries once more, if all of it has been ours
-        without a break: in one somebody else may have gone further."""
+        """Commits like `commit`. If the group's generation has moved on, waits for the next heartbeat and tries once
+        more, provided that this member has owned all partitions without a break: during a break another member may have
+        read further."""
         generation, moved = self.generation, self._moved
         tenures = self._tenures_of(positions)
         try:
@@ -262,7 +268,8 @@ class Membership:
             await self.commit(positions)
 
     def _tenures_of(self, partitions: Iterable[TopicPartition]) -> list[int]:
-        """Returns since which answer each partition is ours. Raises IllegalGeneration if one is not."""
+        """Returns for each partition the number of the answer since which this member owns it. Raises IllegalGeneration
+        if a partition is not owned."""
         foreign = sorted(set(partitions) - self._tenures.keys())
         if foreign:
             raise IllegalGeneration(
@@ -273,7 +280,7 @@ class Membership:
         return [self._tenures[where] for where in partitions]
 
     async def _hears_of(self, moved: asyncio.Event) -> bool:
-        """Returns True if a heartbeat tells of another generation within request_timeout_ms."""
+        """Returns True if a heartbeat brings another generation within request_timeout_ms."""
         try:
             async with asyncio.timeout(self._options.request_timeout_ms / 1000):
                 await moved.wait()
@@ -282,19 +289,19 @@ class Membership:
         return True
 
     async def leave(self) -> None:
-        """Leaves the group for good. Raises Unavailable; the group then finds out by the session timeout."""
+        """Leaves the group for good. Raises Unavailable; the group then notices by the session timeout."""
         self._leaving = True
         self._in_group.set()
         self._news.set()
         self._answered.set()
-        async with self._joining:  # a join that is under way leaves by itself
+        async with self._joining:  # a join under way leaves by itself
             member_id, self.member_id = self.member_id, ""
         if member_id:
             await self._leave_as(member_id)
 
     async def step_out(self) -> None:
-        """Leaves the group until `come_back`: its partitions are lost, and go to other members. Raises Unavailable as
-        `leave` does; it is out all the same."""
+        """Leaves the group until `come_back`: its partitions are lost and go to other members. Raises Unavailable as
+        `leave` does; the member is out all the same."""
         member_id = self.member_id
         self._in_group.clear()
         self._news.set()
@@ -309,7 +316,7 @@ class Membership:
         return self._leaving or not self._in_group.is_set()
 
     def come_back(self) -> None:
-        """Lets the member join again after `step_out`."""
+        """Allows the member to join again after `step_out`."""
         self._in_group.set()
 
     async def _leave_as(self, member_id: str) -> None:

@@ -1,10 +1,10 @@
-"""Fetches for a consumer: one Subscribe stream over all its partitions, opened again whenever they change.
+"""Fetches for a consumer: a Subscribe stream over all its partitions, opened again whenever they change.
 
-Owns: the stream, fail-over between query services, what is received and not handed over. Does not own: which
-partitions there are, commits.
-Invariants: what is received waits by partition and is handed over by turns between them; what was received of a paused
-partition waits aside. Of each partition no more is asked for than its window, and no more is decoded than
-prefetch_bytes_max in all, but for one batch of any size each.
+Owns: the streams, fail-over between query services, records received and not handed over. Does not own: the choice of
+partitions, commits.
+Invariants: received records wait by partition and are handed over by turns between partitions; those of a paused
+partition wait aside. The server is asked for no more of a partition than its window, and no more than
+prefetch_bytes_max is decoded in all, except for a single batch of any size of each partition.
 """
 
 import asyncio
@@ -39,15 +39,17 @@ from streamhouse.records import TopicPartition
 log = logging.getLogger(__name__)
 
 
-# A partition that cannot be read is left out of the stream this long, for the others' sake.
+# A partition that cannot be read is left out of the stream this long: opening the stream again interrupts all other
+# partitions.
 PARTITION_RETRY_MS = 1_000
-# Half of what a query service takes for one subscription, with its default settings.
+# Half of the positions that a query service accepts in one subscription, with its default settings.
 POSITIONS_MAX = 500
-# Three quarters of prefetch_bytes_max are shared out: a batch is sent whole, beyond a window if need be, and what has
-# no room holds up the stream. A share is not less than a block: one at a time keeps a partition going.
+# Three quarters of prefetch_bytes_max are shared out as windows. A batch is sent whole, beyond its window if need be,
+# and a batch without room holds up the stream; the last quarter absorbs such batches. A window is at least a block,
+# which is enough to keep a partition going.
 WINDOWS_SHARE = 0.75
 WINDOW_BYTES_MIN = MIB
-# What was consumed of a window is told in quarters of it: until then the server has the rest to send.
+# Consumed bytes are reported in quarters of a window: until then the server has the rest of the window to send.
 WINDOW_UPDATES = 4
 
 _Queue = RoundRobinQueue[Cursor | None, Portion | StreamHouseError]
@@ -55,7 +57,7 @@ Lookup = Callable[[Place, Mapping[TopicPartition, bytes]], Awaitable[dict[TopicP
 
 
 class _Subscription:
-    """The request side of one Subscribe stream: positions first, then window updates."""
+    """The request side of a Subscribe stream: positions first, then window updates."""
 
     def __init__(self, cursors: Sequence[Cursor], window_bytes: int, fetch_bytes: int) -> None:
         self._update_bytes = max(1, window_bytes // WINDOW_UPDATES)
@@ -79,7 +81,7 @@ class _Subscription:
         )
 
     def consumed(self, cursor: Cursor, size_bytes: int) -> None:
-        """Opens the cursor's window by what was received and is consumed; nothing for cursors of other streams."""
+        """Opens the cursor's window by consumed bytes; ignores cursors of other streams."""
         place = self._places.get(cursor)
         if place is None:
             return
@@ -90,7 +92,7 @@ class _Subscription:
             self._news.set()
 
     async def requests(self) -> AsyncIterator[query_pb2.SubscribeRequest]:
-        """The requests of the stream, until it is closed."""
+        """Yields the requests of the stream, until `close`."""
         yield self._first
         while not self._closed:
             if self._due:
@@ -102,16 +104,18 @@ class _Subscription:
                 await self._news.wait()
 
     def close(self) -> None:
-        """Ends the requests: gRPC waits for more of them even after the call has failed."""
+        """Ends the requests: gRPC waits for further requests even after the call has failed."""
         self._closed = True
         self._news.set()
 
 
 class Reader:
-    """`run` is a task of the owner. Cursors come and go with `put` and `drop`; `pop` gives what was received.
+    """Receives records for the cursors that the owner adds with `put` and removes with `drop`; `pop` returns them. The
+    owner runs `run` as a task.
 
     `lookup` finds the earliest or latest offsets of partitions of topics with these ids, for on_out_of_range.
-    `topic_gone(topic, topic_id)`: whether the owner takes care of cursors whose topic is not there any more.
+    `topic_gone(topic, topic_id)`: returns True if the owner handles the cursors of a topic that does not exist any
+    more.
     """
 
     def __init__(
@@ -129,15 +133,15 @@ class Reader:
         self._topic_gone = topic_gone
         self.cursors: dict[TopicPartition, Cursor] = {}
         self.waiting: dict[TopicPartition, str] = {}
-        # None: of no partition. At most one error each; it comes after what was received before.
+        # Key None: errors of no partition. At most one error per key, behind the records received before.
         self._received: _Queue = RoundRobinQueue()
-        self._set_aside: _Queue = RoundRobinQueue()  # of paused partitions
+        self._set_aside: _Queue = RoundRobinQueue()  # portions of paused partitions
         self._received_bytes = 0
         self._has_failure = False
         self._news = asyncio.Event()
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
-        self._subscriptions: dict[_Subscription, None] = {}  # in order
+        self._subscriptions: dict[_Subscription, None] = {}  # in the order of opening
         self._addresses: deque[str] = deque()
         self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         self._failing_since: float | None = None
@@ -145,8 +149,8 @@ class Reader:
     # ---- the owner's side
 
     def put(self, cursor: Cursor) -> None:
-        """Reads from this cursor from now on, instead of an earlier one of the partition, and paused or held if that
-        was."""
+        """Reads from this cursor from now on, instead of an earlier cursor of the partition; takes over its `paused`
+        and `held`."""
         earlier = self.cursors.get(cursor.where)
         if earlier is not None:
             cursor.set_paused(earlier.paused)
@@ -163,23 +167,23 @@ class Reader:
         self._news.set()
 
     def drop(self, where: TopicPartition) -> None:
-        """Stops reading the partition; what was received of it is not handed over."""
+        """Stops reading the partition and drops its received records."""
         self._end(self.cursors.pop(where, None))
         self.waiting.pop(where, None)
         self._changed.set()
         self._news.set()
 
     def pause(self, cursor: Cursor) -> None:
-        """Stops fetching for the cursor and handing over its records, until `resume`; idempotent. What was received
-        stays, for as long as no other partition needs the room."""
+        """Stops fetching for the cursor and handing over its records, until `resume`. Received records stay until
+        another partition needs the room. Idempotent."""
         if not cursor.paused:
             cursor.set_paused(True)
             self._move(cursor, self._received, self._set_aside)
             self._changed.set()
-            self._room.set()  # who waits for room may have it now
+            self._room.set()  # set-aside portions can make room now, see `_drop_set_aside`
 
     def resume(self, cursor: Cursor) -> None:
-        """Goes on where the cursor was when it was paused; idempotent."""
+        """Continues at the position where the cursor was paused. Idempotent."""
         if cursor.paused:
             cursor.set_paused(False)
             self._move(cursor, self._set_aside, self._received)
@@ -192,7 +196,7 @@ class Reader:
             target.put(cursor, item)
 
     def _queue_of(self, cursor: Cursor | None) -> _Queue:
-        """Returns the queue in which what is received of the cursor waits."""
+        """Returns the queue for received portions of the cursor."""
         return self._set_aside if cursor is not None and cursor.paused else self._received
 
     def _end(self, cursor: Cursor | None) -> None:
@@ -207,7 +211,7 @@ class Reader:
                 self.consumed(item)
 
     def rewind(self, cursor: Cursor, offset: int) -> None:
-        """Reads the cursor's partition from `offset` again, when it wants more; what was received of it is dropped."""
+        """Fetches the cursor's partition from `offset` again; drops its received records."""
         cursor.restarts += 1
         cursor.fetch_offset, cursor.last_epoch = offset, 0
         cursor.failed = False
@@ -215,7 +219,7 @@ class Reader:
         self._changed.set()
 
     def set_end(self, cursor: Cursor, end: int | None) -> None:
-        """Lets a bounded read of the partition end there."""
+        """Sets the end of a bounded read of the partition; None: no end."""
         cursor.end = end
         self._changed.set()
 
@@ -224,10 +228,10 @@ class Reader:
         return {where: cursor.topic_id for where, cursor in self.cursors.items()}
 
     def pop(self) -> Portion | None:
-        """Returns what was received first of the partition whose turn it is; None when there is nothing. The caller
-        says when it is `consumed`, or gives it back with `put_back`.
+        """Returns the first received portion of the partition whose turn it is; None if nothing is queued. The caller
+        reports the portion as `consumed` or returns the rest with `put_back`.
 
-        Raises a failure when its turn comes; the partition is tried again after that.
+        Raises a queued error when its turn comes; after that the partition is fetched again.
         """
         if not self._received:
             self._news.clear()
@@ -244,11 +248,11 @@ class Reader:
         raise item
 
     def put_back(self, portion: Portion) -> None:
-        """Takes back a portion of which records are left, to be popped when its partition has its next turn."""
+        """Queues a portion with records left, to be popped at the next turn of its partition."""
         if portion.cursor.live:
             self._queue_of(portion.cursor).put_back(portion.cursor, portion)
             self._news.set()
-            self._room.set()  # of a paused partition all of it may be dropped now
+            self._room.set()  # all portions of a paused partition may be here now, and can be dropped
         else:
             self.consumed(portion)
 
@@ -262,12 +266,12 @@ class Reader:
             subscription.consumed(portion.cursor, size_bytes)
 
     async def wait(self) -> None:
-        """Waits for something new since `pop` had nothing: records, a failure, other cursors."""
+        """Returns once records, an error or a change of cursors has arrived since `pop` returned None."""
         await self._news.wait()
 
     @property
     def received_bytes(self) -> int:
-        """Bytes received and not handed over, decoded, of all partitions."""
+        """Decoded bytes of all partitions, received and not handed over."""
         return self._received_bytes
 
     @property
@@ -277,22 +281,22 @@ class Reader:
 
     @property
     def has_portion(self) -> bool:
-        """True if what `pop` comes to next is a portion and no failure."""
+        """True if the next `pop` returns a portion and raises no error."""
         return isinstance(next(iter(self._received), None), Portion)
 
     def fail(self, error: StreamHouseError, cursor: Cursor | None = None) -> None:
-        """Lets the application see `error` once it has taken what was received before."""
+        """Queues `error` for the application, behind the records received before."""
         if cursor is not None:
             cursor.failed = True
         elif self._has_failure:
-            return  # one at a time: it has not seen the one before
+            return  # the application has not seen the earlier error
         else:
             self._has_failure = True
         self._queue_of(cursor).put(cursor, error)
         self._news.set()
 
     def notify(self) -> None:
-        """Wakes the application's side to look again."""
+        """Wakes the tasks in `wait`."""
         self._news.set()
 
     # ---- the stream
@@ -320,7 +324,8 @@ class Reader:
         return max(share, min(WINDOW_BYTES_MIN, self._options.prefetch_bytes_max))
 
     async def _keep_reading(self, cursors: Sequence[Cursor]) -> Literal[True]:
-        """Opens one stream after the other over the same cursors; returns when they need another set of positions."""
+        """Opens streams over the same cursors, a new stream when the last has ended; returns when they need another set
+        of positions."""
         while True:
             address = ""
             try:
@@ -356,16 +361,17 @@ class Reader:
     async def _address(self) -> str:
         if not self._addresses:
             found = await self._metadata.query_addresses()
-            if not self._addresses:  # another stream may have asked meanwhile
-                # Consumers spread over the query services: all hear of them in the same order.
+            if not self._addresses:  # another stream may have filled it meanwhile
+                # Shuffled, so that consumers spread over the query services: the coordinator lists them to all in the
+                # same order.
                 self._addresses.extend(random.sample(found, len(found)))
         if not self._addresses:
             raise Unavailable("no query service has a session with the coordinator")
         return self._addresses[0]
 
     async def _stream_failed(self, address: str, error: StreamHouseError) -> None:
-        """Leaves the address, once for all streams that fail there; the application hears of it only once nothing has
-        worked for retry_timeout_ms."""
+        """Leaves the address, once for all streams that fail there. The application gets the error only after no stream
+        has worked for retry_timeout_ms."""
         if self._addresses and self._addresses[0] == address:
             self._addresses.popleft()
         now_s = asyncio.get_running_loop().time()
@@ -377,7 +383,7 @@ class Reader:
         await asyncio.sleep(max(error.retry_after_ms, self._backoff.next_ms()) / 1000)
 
     async def _take(self, cursor: Cursor, restarts: int, response: query_pb2.FetchResponse) -> bool:
-        """Queues what the response holds; returns True if the stream may go on as it is."""
+        """Queues the records of a response. Returns True if the stream may go on, False if it needs new positions."""
         if not cursor.live or cursor.restarts != restarts:
             return True  # the streams are about to be opened anew
         try:
@@ -397,22 +403,22 @@ class Reader:
         if response.next_offset > cursor.fetch_offset:
             self._jump(cursor, response.next_offset, cursor.last_epoch)
         elif not found and cursor.end is not None:
-            self._news.set()  # a bounded read may be over: there is nothing from its beginning on
+            self._news.set()  # a bounded read may be over: the log has nothing behind its start
         return True
 
     async def _wait_for_room(self, size_bytes: int) -> None:
-        """Returns once so much may be decoded; in any case when nothing else is held."""
+        """Returns once size_bytes more may be decoded; always when nothing else is held."""
         while self._received_bytes and self._received_bytes + size_bytes > self._options.prefetch_bytes_max:
             if not self._drop_set_aside():
                 self._room.clear()
                 await self._room.wait()
 
     def _drop_set_aside(self) -> bool:
-        """Drops what was received of one paused partition, to be fetched again when it is resumed: the partitions that
-        are read must not wait for room that nothing gives back. Returns False if there is none to drop."""
+        """Drops the received records of a paused partition, to be fetched again after `resume`: partitions that are
+        read must not wait for room that nothing gives back. Returns False if no records can be dropped."""
         for cursor in self.cursors.values():
-            # Only if all of it is here. The application may still have a portion, and fetching what lies before that
-            # portion's end would hand records over twice.
+            # Only if all received bytes are set aside. The application may still have a portion; fetching from before
+            # that portion's end would hand records over twice.
             if cursor.paused and cursor.received_bytes and self._set_aside_bytes(cursor) == cursor.received_bytes:
                 self.rewind(cursor, cursor.delivered)
                 return True
@@ -422,7 +428,7 @@ class Reader:
         return sum(item.size_bytes for item in self._set_aside.of(cursor) if isinstance(item, Portion))
 
     def _accept(self, cursor: Cursor, encoded: Encoded) -> None:
-        """Decodes and queues; the cursor moves only if all of it is good."""
+        """Decodes and queues a portion; the cursor moves only if all bytes are good."""
         portion = decode(cursor, encoded)
         cursor.fetch_offset, cursor.last_epoch = encoded.end_offset, encoded.epoch
         cursor.received_bytes += portion.size_bytes
@@ -443,7 +449,7 @@ class Reader:
     # ---- a partition's failures
 
     async def _partition_failed(self, cursor: Cursor, error: StreamHouseError) -> None:
-        """By policy; otherwise tried again later, or the application's to decide."""
+        """Acts on an error by policy; otherwise fetches again later, or leaves the error to the application."""
         policy = self._options.on_out_of_range
         if isinstance(error, UnknownTopic) and self._topic_gone(cursor.where.topic, cursor.topic_id):
             return
@@ -466,7 +472,7 @@ class Reader:
 
     def _may_retry(self, cursor: Cursor, error: StreamHouseError) -> bool:
         now_ms = asyncio.get_running_loop().time() * 1000
-        if cursor.failing_since_ms is None:  # told once, not with every try
+        if cursor.failing_since_ms is None:  # logged once, not with every try
             said = _unnamed(cursor, error.message)
             log.warning("%s/%d at offset %d, trying again: %s", *cursor.where, cursor.fetch_offset, said)
             cursor.failing_since_ms = now_ms
@@ -477,7 +483,7 @@ class Reader:
         self._changed.set()
 
     def _jump(self, cursor: Cursor, offset: int, last_epoch: int = 0) -> None:
-        """Goes on at `offset`, without records before it."""
+        """Continues at `offset`, without records before it."""
         if cursor.live:
             self._queue_of(cursor).put(cursor, Portion(cursor=cursor, batch=None, end_offset=offset))
             cursor.fetch_offset = offset
@@ -486,6 +492,6 @@ class Reader:
 
 
 def _unnamed(cursor: Cursor, text: str) -> str:
-    """Returns a text about the cursor's partition without the name in front, for lines that begin with it."""
+    """Returns a text about the cursor's partition without the leading name, for log lines that begin with the name."""
     name = f"{cursor.where.topic}/{cursor.where.partition}"
     return f"it{rest}" if (rest := text.removeprefix(name)).startswith(" ha") else text.removeprefix(f"{name}: ")

@@ -1,6 +1,8 @@
-"""Partitions on their way to being read: each is given to the reader once it is known where to start.
+"""Finds the start position of assigned partitions and then gives them to the reader.
 
-Owns: which are assigned and not read yet. Does not own: who assigns them, the reader's cursors.
+Owns: the partitions that are assigned and not opened yet. Does not own: the assignment, the reader's cursors.
+Invariants: a start position found before a revocation is not used, even if the group has assigned the partition again
+meanwhile.
 """
 
 import asyncio
@@ -22,15 +24,15 @@ from streamhouse.retries import gave_up
 log = logging.getLogger(__name__)
 
 
-# What passes by itself: the topic comes back, or the group takes the partition away.
+# Errors that pass by themselves: the topic comes back, or the group revokes the partition.
 _PASSING = (UnknownTopic, IllegalGeneration, UnknownMember)
 
 
 class StartPositions:
-    """`add` and `forget` what is given and taken, with `run` as a task of the owner; or `open` at once.
-    `store(positions)`: commits where a group begins. `is_held()`: whether the reader is to hold what is opened until it
-    is released. `opened(partitions)`: told of what was added and the reader has now. `topic_unknown()`: told that a
-    topic is gone."""
+    """Opens partitions: `add` and `forget` with `run` as a task of the owner, or `open` at once. `store(positions)`:
+    commits the positions at which a group begins. `is_held()`: True if the reader has to hold opened partitions until
+    they are released. `opened(partitions)`: called with added partitions that the reader has now. `topic_unknown()`:
+    called when a topic is gone."""
 
     def __init__(
         self,
@@ -63,20 +65,20 @@ class StartPositions:
         return bool(self._awaited)
 
     def add(self, partitions: Iterable[TopicPartition]) -> None:
-        """To be opened, by `run`."""
+        """Has `run` open these partitions."""
         self._awaited.update({where: object() for where in partitions})
         self._news.set()
         self._reader.notify()
 
     def forget(self, partitions: Iterable[TopicPartition]) -> None:
-        """Taken away before they were opened."""
+        """Drops partitions that are not opened yet."""
         for where in partitions:
             self._awaited.pop(where, None)
         self._progress.set()
 
     async def opened(self) -> None:
-        """Returns once nothing is awaited. Raises what opening failed with: at once if that will not pass, else after
-        retry_timeout_ms (Unavailable if nothing had failed until then); `run` goes on trying in any case."""
+        """Returns once all added partitions are open. Raises the error of opening: at once if the error is permanent,
+        else after retry_timeout_ms (Unavailable if nothing had failed until then). `run` keeps trying in any case."""
         self._failure = None
         try:
             async with asyncio.timeout(self._options.retry_timeout_ms / 1000):
@@ -92,7 +94,7 @@ class StartPositions:
             raise gave_up(what, "retry_timeout_ms", limit_ms, self._failure) from self._failure
 
     async def run(self) -> None:
-        """Opens what was added, however long finding the offsets takes; until cancelled."""
+        """Opens added partitions, without a limit of time for finding their offsets, until cancelled."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         failing = ""
         while True:
@@ -103,7 +105,7 @@ class StartPositions:
                 backoff.reset()
                 failing = ""
             except StreamHouseError as error:
-                if failing != error.reason and self._awaited:  # told once, not with every try
+                if failing != error.reason and self._awaited:  # logged once, not with every try
                     log.warning("cannot start on %s, trying again: %s", _names(self._awaited), error)
                 failing = error.reason
                 if not error.retriable and not isinstance(error, _PASSING):
@@ -121,7 +123,7 @@ class StartPositions:
         await self._store_starts(
             [cursor for cursor in cursors if self._awaited.get(cursor.where) is asked[cursor.where]]
         )
-        # Taken away and given back meanwhile counts as taken away: another member may have gone further.
+        # A partition revoked and assigned again meanwhile counts as revoked: another member may have read further.
         still = {where for where, token in asked.items() if self._awaited.get(where) is token}
         self._put(cursor for cursor in cursors if cursor.where in still)
         self.forget(still)
@@ -129,7 +131,7 @@ class StartPositions:
         self._reader.notify()
 
     async def open(self, partitions: Sequence[TopicPartition]) -> None:
-        """Reads these from now on. Raises UnknownTopic, Unavailable."""
+        """Reads these partitions from now on. Raises UnknownTopic, Unavailable."""
         cursors = await self._find(partitions)
         await self._store_starts(cursors)
         self._put(cursors)
@@ -140,8 +142,9 @@ class StartPositions:
             self._reader.put(cursor)
 
     async def _store_starts(self, cursors: Sequence[Cursor]) -> None:
-        """Commits where the group begins if that is told from the end of the log: asked again after a restart or by the
-        next owner of the partition, it would be further on, and the records between would be read by nobody."""
+        """Commits the start positions of a group that are counted from the end of the log ("latest", -N). After a
+        restart, or for the next owner of the partition, the same start would be further on, and the records between
+        would never be read."""
         start = self._options.start
         if self._options.group is None or not (start == "latest" or (isinstance(start, int) and start < 0)):
             return
@@ -152,8 +155,8 @@ class StartPositions:
             cursor.committed = cursor.fetch_offset
 
     async def _find(self, partitions: Sequence[TopicPartition]) -> list[Cursor]:
-        """Returns a cursor of each partition, at its start, with the end of a bounded read. Raises UnknownTopic,
-        Unavailable."""
+        """Returns a cursor of each partition at its start position, with the end of a bounded read. Raises
+        UnknownTopic, Unavailable."""
         topic_ids = await self._current_topic_ids(partitions)
         found = await self._offsets.committed(topic_ids)
         committed = {where: at.offset for where, at in found.items()}
@@ -178,14 +181,15 @@ class StartPositions:
         return cursors
 
     async def _bounds(self, topic_ids: Mapping[TopicPartition, bytes]) -> dict[TopicPartition, int]:
-        """Returns the offsets at which reading ends by the option `end`."""
+        """Returns the offsets at which the option `end` ends reading."""
         end = self._options.end
         if end is None:
             return {}
         return dict.fromkeys(topic_ids, end) if isinstance(end, int) else await self._offsets.look_up(end, topic_ids)
 
     async def _current_topic_ids(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, bytes]:
-        """As the coordinator knows them now: a query service may still have a deleted topic of the same name."""
+        """Returns the topic ids that the coordinator has now: a query service may still know a deleted topic of the
+        same name."""
         for topic in {where.topic for where in partitions}:
             await self._metadata.refresh(topic)
         return {where: (await self._metadata.topic(where.topic)).topic_id for where in partitions}

@@ -1,7 +1,7 @@
-"""What a query service sent for one partition, turned into portions for the application.
+"""Decodes the response of a query service for a partition into portions for the application.
 
-Owns: decoding, joining small batches, what an error says about where records go on. Does not own: the cursor, which
-moves only over what is good.
+Owns: decoding, the joining of small neighbouring batches, the offset after a loss. Does not own: the cursor, which its
+owner moves only over batches that passed the checks.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from shproto.errors import DataLoss
 from streamhouse.core.positions import BatchSpan, Cursor, Portion, check_continuity, trim
 from streamhouse.records import RecordBatch
 
-# Batches smaller than this are joined with their neighbours: handing one over costs about as much as copying 64 KiB.
+# Smaller batches are joined with their neighbours: handing a batch over costs about as much as copying 64 KiB.
 SMALL_BATCH_BYTES = 64 * 1024
-# Up to about this much: a block of a segment, which is what larger ones come in.
+# Limit of a joined portion: about a block of a segment, the size in which larger batches arrive.
 JOINED_BYTES_MAX = 1024 * 1024
 
 
 @dataclass(slots=True, eq=False)
 class Encoded:
-    """Batches that become one portion. decoded_bytes: what they take once they are decoded, by their headers;
-    end_offset, epoch: of the last one."""
+    """Batches that become one portion. decoded_bytes: their size once decoded, by their headers. end_offset, epoch: of
+    the last batch."""
 
     batches: list[bytes]
     decoded_bytes: int
@@ -31,9 +31,10 @@ class Encoded:
 
 
 def check_response(cursor: Cursor, encoded: Sequence[bytes], next_offset: int) -> list[Encoded]:
-    """Returns what follows at the cursor, up to `next_offset`. Decodes nothing: it may be hundreds of times as large.
+    """Returns the batches that continue at the cursor, up to `next_offset`. Decodes nothing: decoded, they may be
+    hundreds of times as large.
 
-    Raises DataLoss for bytes that are no batch and records that are missing, Internal for offsets that go backwards.
+    Raises DataLoss for bytes that are no batch and for missing records, Internal for offsets that go backwards.
     """
     headers = [_header(cursor, data) for data in encoded]
     spans = [BatchSpan(header.base_offset, header.end_offset, header.epoch) for header in headers]
@@ -54,7 +55,7 @@ def check_response(cursor: Cursor, encoded: Sequence[bytes], next_offset: int) -
 
 
 def decode(cursor: Cursor, encoded: Encoded) -> Portion:
-    """Returns the records from the cursor on. Raises DataLoss for bytes that are damaged."""
+    """Returns the records from the cursor on. Raises DataLoss for damaged bytes."""
     parts = []
     for data in encoded.batches:
         try:
@@ -75,7 +76,7 @@ def _header(cursor: Cursor, data: bytes) -> BatchHeader:
 
 
 def _damaged(cursor: Cursor, error: FormatError) -> DataLoss:
-    """Damaged on its way, or in the store."""
+    """Returns the error for bytes that were damaged on their way, or in the store."""
     topic, partition = cursor.where
     return DataLoss(
         f"{topic}/{partition}: what was received for offset {cursor.fetch_offset} is damaged: {error}",
@@ -87,7 +88,7 @@ def _damaged(cursor: Cursor, error: FormatError) -> DataLoss:
 
 
 def end_of_loss(error: DataLoss, cursor: Cursor) -> int:
-    """Where records go on after a loss; 0 when the error does not say, or nothing further on."""
+    """Returns the offset at which records continue after a loss; 0 if the error has none beyond the cursor."""
     for name in ("next_offset", "end_offset"):
         digits = error.details.get(name, "")
         if digits.isdecimal() and int(digits) > cursor.fetch_offset:

@@ -1,9 +1,9 @@
-"""Which partitions a consumer is given, reads, gives up or has lost, and which callback of the application is next.
+"""Stages of a consumer's partitions: assigned, read, given up or lost, and the next callback of the application.
 
-Owns: the stage of every partition. Does not own: who assigns partitions, cursors, callbacks, messages to the group.
+Owns: the stage of every partition. Does not own: the assignment, cursors, callbacks, messages to the group.
 Invariants: a partition is owned from when it is wanted until its REVOKED step is finished, so that no other member
-begins on it before. Steps come one at a time. For each partition ASSIGNED and one of REVOKED and LOST alternate, and a
-partition that comes back is opened only once the step that took it away is finished.
+begins on it before. Steps come one at a time. For each partition ASSIGNED alternates with REVOKED or LOST, and a
+partition that comes back is opened only after the step that took it away is finished.
 """
 
 from collections.abc import Collection, Iterable
@@ -17,28 +17,28 @@ NONE: Partitions = frozenset()
 
 
 class _Stage(Enum):
-    OPENING = auto()  # where to begin is being found out
-    OPENED = auto()  # that is known; the application is to be told
+    OPENING = auto()  # its start position is being looked up
+    OPENED = auto()  # its start position is known; on_assigned is still to be called
     READ = auto()
-    REVOKED = auto()  # not read any more, and still owned
-    LOST = auto()  # perhaps another member's already
+    REVOKED = auto()  # not read any more, but still owned
+    LOST = auto()  # another member may own it already
 
 
 class Kind(Enum):
-    """A step of a hand-over, named after the callback that tells of it."""
+    """Kinds of steps, named after the callbacks that report them."""
 
     ASSIGNED = auto()
     REVOKED = auto()
     LOST = auto()
 
 
-# In the order in which steps are due: what is gone comes before what is new.
+# In the order in which steps are due: partitions that go come before new partitions.
 _STAGES = {Kind.LOST: _Stage.LOST, Kind.REVOKED: _Stage.REVOKED, Kind.ASSIGNED: _Stage.OPENED}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """Partitions that the application is told of in one call."""
+    """Partitions that the application is notified of in one call."""
 
     kind: Kind
     partitions: Partitions
@@ -46,8 +46,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """Work that a change leaves for the caller. opening: find out where to begin. forgotten: stop that, and drop what
-    is opened. revoked: stop reading, and keep the positions. lost: stop reading. released: begin to read."""
+    """Work that a change leaves for the caller. opening: look up the start positions. forgotten: stop that, and drop
+    opened partitions. revoked: stop reading, and keep the positions. lost: stop reading. released: begin to read."""
 
     opening: Partitions = NONE
     forgotten: Partitions = NONE
@@ -57,14 +57,15 @@ class Changes:
 
 
 class HandOver:
-    """`want` and `lose` as the group or the subscription says, `opened` once it is known where to begin; then `begin`
-    and `finish` each `next_step`. The caller carries out the changes that are returned."""
+    """State machine of the partitions' stages: `want` and `lose` follow the group or the subscription, `opened` follows
+    the lookup of start positions; then `begin` and `finish` for each `next_step`. The caller carries out the returned
+    changes."""
 
     def __init__(self) -> None:
         self._wanted: Partitions = NONE
         self._stages: dict[TopicPartition, _Stage] = {}
         self._running: Step | None = None
-        self._lost_in_step: set[TopicPartition] = set()  # of what the running step gives up
+        self._lost_in_step: set[TopicPartition] = set()  # among the partitions that the running step gives up
 
     @property
     def owned(self) -> Partitions:
@@ -79,19 +80,19 @@ class HandOver:
 
     @property
     def running(self) -> Step | None:
-        """The step that was begun and is not finished."""
+        """The step that has begun and is not finished; None if there is none."""
         return self._running
 
     @property
     def lost(self) -> Partitions:
-        """Partitions that were lost without the application knowing: what it has of them is not to be committed, also
-        if they are the consumer's again."""
+        """Lost partitions that the application does not know of yet: its positions in them must not be committed, even
+        if the partitions have been assigned again."""
         lost = (where for where, stage in self._stages.items() if stage is _Stage.LOST)
         return frozenset(self._lost_in_step).union(lost)
 
     @property
     def wanted(self) -> Partitions:
-        """Partitions that were given last."""
+        """The partitions of the last assignment."""
         return self._wanted
 
     @property
@@ -101,29 +102,31 @@ class HandOver:
 
     @property
     def is_giving_up(self) -> bool:
-        """True until the partitions that were taken away are given up."""
+        """True until all revoked and lost partitions are given up."""
         gone = self._running is not None and self._running.kind is not Kind.ASSIGNED
         return gone or not {_Stage.REVOKED, _Stage.LOST}.isdisjoint(self._stages.values())
 
     def want(self, partitions: Iterable[TopicPartition]) -> Changes:
-        """Reads these partitions from now on, and no others."""
+        """Reads these partitions from now on, and no others. Returns the changes that follow."""
         self._wanted = frozenset(partitions)
         return self._settle()
 
     def adopt(self, partitions: Iterable[TopicPartition], *, announce: bool) -> None:
-        """Counts these partitions as wanted and opened, where there were none before."""
+        """Counts these partitions as wanted and opened; there were none before."""
         self._wanted = frozenset(partitions)
         self._stages = dict.fromkeys(self._wanted, _Stage.OPENED if announce else _Stage.READ)
 
     def opened(self, partitions: Iterable[TopicPartition], *, announce: bool) -> None:
-        """Notes that it is known where to begin. announce: the application is told before these are read."""
+        """Records that the start positions are known. announce: the application is notified before these partitions are
+        read."""
         for where in partitions:
             assert self._stages[where] is _Stage.OPENING, "it was forgotten"
             self._stages[where] = _Stage.OPENED if announce else _Stage.READ
 
     def lose(self, partitions: Iterable[TopicPartition] | None = None) -> Changes:
-        """Owns these partitions no longer (None: not a single one, and none is wanted): they may be another member's
-        already, or of a topic that is gone. Those still wanted are opened anew."""
+        """Gives up ownership of these partitions at once (None: of all partitions, and none is wanted any more):
+        another member may own them already, or their topic is gone. Partitions that are still wanted are opened anew.
+        Returns the changes that follow."""
         running = self._running.partitions if self._running else NONE
         forgotten, lost = set(), set()
         for where in list(self._stages) if partitions is None else list(partitions):
@@ -132,7 +135,7 @@ class HandOver:
                 del self._stages[where]
                 forgotten.add(where)
             elif stage is _Stage.REVOKED and where in running:
-                del self._stages[where]  # the application is being told that it is gone
+                del self._stages[where]  # the application is being notified that it is gone
                 self._lost_in_step.add(where)
                 lost.add(where)
             elif stage is not None:
@@ -144,7 +147,7 @@ class HandOver:
         return Changes(opening=changes.opening, forgotten=frozenset(forgotten), lost=frozenset(lost))
 
     def next_step(self, kinds: Collection[Kind]) -> Step | None:
-        """Returns the step of one of these kinds that is due; None if there is none, or one is running."""
+        """Returns the due step of one of these kinds; None if no step is due, or a step is running."""
         if self._running is not None:
             return None
         for kind, due in _STAGES.items():
@@ -154,12 +157,13 @@ class HandOver:
         return None
 
     def begin(self, step: Step) -> None:
-        """Begins the step, which was just returned by `next_step`."""
+        """Begins the step that `next_step` has just returned."""
         assert self._running is None, "one step at a time"
         self._running = step
 
     def finish(self, step: Step) -> Changes:
-        """Ends the step: what was assigned is read, what is gone is not owned any more."""
+        """Ends the step: assigned partitions are read, revoked and lost partitions are not owned any more. Returns the
+        changes that follow."""
         assert self._running is step, "it was not begun"
         self._running = None
         self._lost_in_step.clear()
@@ -181,7 +185,8 @@ class HandOver:
         )
 
     def _settle(self) -> Changes:
-        """Moves partitions to the stages that follow from what is wanted, but for those of the running step."""
+        """Moves all partitions except those of the running step to the stage that follows from `_wanted`. Returns the
+        changes."""
         running = self._running.partitions if self._running else NONE
         forgotten, revoked = set(), set()
         for where, stage in list(self._stages.items()):

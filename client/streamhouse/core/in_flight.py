@@ -1,9 +1,9 @@
-"""Records that were handed over and are not done with, by the task or thread that has them.
+"""Records in hand: handed over to a task or thread that has not asked for another record since.
 
-Owns: who has which records in hand. Does not own: what is handed over next, commits.
-Invariants: a record is in hand before its cursor's `delivered` passes it, and until its worker asks for another one;
-`done_below` never passes a record in hand. Threads hand over while the event loop asks `done_below`: each change is one
-assignment, so that it sees the old or the new state and nothing between.
+Owns: the records in hand of each worker. Does not own: the order of handing over, commits.
+Invariants: a record is in hand before its cursor's `delivered` passes the record, and until its worker asks for
+another. `done_below` never passes a record in hand. Threads hand over while the event loop calls `done_below`: each
+change is a single assignment, so that the loop sees the old or the new state and nothing between.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,17 +15,17 @@ from streamhouse.core.positions import Cursor
 from streamhouse.records import Record, RecordBatch, TopicPartition
 
 Held = tuple[Cursor, Record | RecordBatch, "Held | None"]
-"""Of which partition, what, and what the worker was given before that and has as well. A plain tuple: one is made for
+"""Cursor, record or batch, and the entry before, which the worker has as well. A plain tuple, because one is made for
 every record."""
 
-# Workers are looked through for those that have ended whenever their number has doubled.
+# Workers that have ended are removed whenever the number of workers has doubled.
 SWEEP_FIRST = 16
 
 
 class Worker:
-    """A task or thread that takes records. `owner`: the task or thread; None: code that runs in no task. `held`: what
-    it has in hand, set by those who hand it something (several things if it asked again before it got the first), and
-    by those who ask for it: then it has done with what it had."""
+    """A task or thread that takes records. `owner`: the task or thread; None: code that runs in no task. `held`: its
+    records in hand. Handing over adds to `held` (several entries if the worker asked again before the first answer),
+    asking for records clears `held`: the worker has processed them."""
 
     __slots__ = ("held", "is_reported", "owner")
 
@@ -35,7 +35,7 @@ class Worker:
         self.is_reported = False
 
     def in_hand(self) -> Iterator[Held]:
-        """Yields all that the worker has in hand."""
+        """Yields all entries in the worker's hand, the newest first."""
         held = self.held
         while held is not None:
             yield held
@@ -43,21 +43,23 @@ class Worker:
 
 
 class InFlight:
-    """`ended_well(owner)`: True if the task returned without an error. `has_ended(owner)`: True also if it did not, and
-    for threads that have ended, of which nobody can tell how."""
+    """Records in hand of all workers of a consumer. `ended_well(owner)`: True if the task returned without an error.
+    `has_ended(owner)`: True also after an error, and for threads that have ended, because a thread does not tell
+    how."""
 
     def __init__(self, ended_well: Callable[[object], bool], has_ended: Callable[[object], bool]) -> None:
         self._ended_well = ended_well
         self._has_ended = has_ended
         self._workers: dict[object, Worker] = {}
         self._sweep_at = SWEEP_FIRST
-        # The worker that came last to ask or had to wait: not set with every record, for what that costs.
+        # The worker that asked for the first time or had to wait most recently. Setting this for every record would
+        # cost too much.
         self._last: Worker | None = None
-        # Meant for a worker that it did not reach: an interrupt came between. To be handed over before anything else.
+        # Records that did not reach their worker because of an interrupt; handed over before anything else.
         self.returned: tuple[tuple[Cursor, RecordBatch], ...] = ()
 
     def worker(self, owner: object) -> Worker:
-        """Returns the worker that stands for this task or thread."""
+        """Returns the worker for this task or thread."""
         worker = self._workers.get(owner)
         if worker is None:
             if len(self._workers) >= self._sweep_at:
@@ -66,8 +68,8 @@ class InFlight:
         return worker
 
     def waited(self, worker: Worker) -> None:
-        """Tells that the worker has waited for more. It may have been forgotten meanwhile, having nothing in hand: an
-        iterator outlives the task that made it if another one goes on with it."""
+        """Records that the worker has waited for more. Adds the worker again if a sweep removed it while its hand was
+        empty: an iterator outlives the task that made it if another task continues the iteration."""
         self._workers.setdefault(worker.owner, worker)
         self._last = worker
 
@@ -80,13 +82,13 @@ class InFlight:
         self._sweep_at = max(SWEEP_FIRST, 2 * len(self._workers))
 
     def _is_done(self, worker: Worker) -> bool:
-        """True if the worker's task has returned without an error, and another one has come since. Until then it may
-        have waited for the record on behalf of another task, as those of `asyncio.wait_for` do."""
+        """Returns True if the worker's task has returned without an error, and another worker has come since. Until
+        then the task may have waited for the record on behalf of another task, as tasks of `asyncio.wait_for` do."""
         return self._last is not worker and self._ended_well(worker.owner)
 
     def done_below(self, cursor: Cursor) -> int:
-        """Returns the offset below which the application has done with everything of the cursor's partition."""
-        delivered = cursor.delivered  # before the workers: a record is in hand by the time that this passes it
+        """Returns the offset below which the application has processed all records of the cursor's partition."""
+        delivered = cursor.delivered  # read before the workers: a record is in hand before `delivered` passes it
         in_hand = [
             first_offset(item)
             for worker in list(self._workers.values())
@@ -97,18 +99,19 @@ class InFlight:
         return min([delivered, *in_hand, *returned])
 
     def held(self) -> list[Held | None]:
-        """Returns the record in the hand of each worker; equal to an earlier answer only if none has asked for more."""
+        """Returns the entry in the hand of each worker; equal to an earlier answer only if no worker has asked
+        since."""
         return [worker.held for worker in list(self._workers.values())]
 
     def finish_ended(self) -> None:
-        """Counts what tasks have in hand that returned without an error as done with."""
+        """Counts the records in hand of tasks that returned without an error as processed."""
         for worker in list(self._workers.values()):
             if self._ended_well(worker.owner):
                 worker.held = None
 
     def give_back(self, worker: Worker, first: Mapping[TopicPartition, int] | None = None) -> None:
-        """Takes from the worker what it has in hand and has not got: all, or of the partitions in `first` the records
-        from that offset on. That is handed over next, in the order of offsets."""
+        """Takes back records that have not reached the worker: all in its hand, or for the partitions in `first` the
+        records from that offset on. They are handed over next, in the order of offsets."""
         in_hand = [(cursor, _batch_of(item)) for cursor, item, _ in worker.in_hand()]
         kept: Held | None = None
         held: list[tuple[Cursor, RecordBatch]] = []
@@ -124,7 +127,7 @@ class InFlight:
         held.reverse()
         returned = list(self.returned)
         for cursor, batch in reversed(held):
-            # Not simply last: what is there may be the rest of a batch of which this is the beginning.
+            # Not simply last: the queue may hold the rest of a batch of which this is the beginning.
             place = len(returned)
             for at, (of, rest) in enumerate(returned):
                 if of is cursor and rest.offsets[0] > batch.offsets[0]:
@@ -139,8 +142,8 @@ class InFlight:
     def take_returned(
         self, worker: Worker, *, whole: bool, count_max: int | None = None
     ) -> Record | RecordBatch | None:
-        """Gives the worker what was given back first, of partitions that are not paused: a record, or all that was of
-        one batch, but at most count_max records; None if nothing was."""
+        """Returns the records given back first, of partitions that are not paused, now in the worker's hand: a single
+        record, or with `whole` all of a batch, at most count_max records; None if there are none."""
         while (place := self._first_to_take()) >= 0:
             before, (cursor, batch), others = self.returned[:place], self.returned[place], self.returned[place + 1 :]
             count = min(len(batch), count_max or len(batch)) if whole else 1
@@ -156,19 +159,20 @@ class InFlight:
 
     @property
     def has_returned(self) -> bool:
-        """True if `take_returned` has something to look at."""
+        """True if `take_returned` has records to return."""
         return self._first_to_take() >= 0
 
     def _first_to_take(self) -> int:
-        # Loops, here and in `give_back`: Ctrl-C that comes while Python drops a half-used generator is swallowed.
+        # Loops instead of generators, here and in `give_back`: Python swallows a Ctrl-C that arrives while a half-used
+        # generator is dropped.
         for place, (cursor, _) in enumerate(self.returned):
             if not cursor.paused:
                 return place
         return -1
 
     def abandoned(self) -> Iterator[tuple[Worker, Cursor, int]]:
-        """Yields what workers have in hand that have ended without asking again, and so hold back the group's position:
-        the worker, the cursor, the offset; of each worker once."""
+        """Yields workers that have ended without asking again and so hold back the group's position, each with cursor
+        and offset of a record in hand; every worker is yielded once."""
         for worker in list(self._workers.values()):
             held = next((held for held in worker.in_hand() if held[0].live), None)
             if held is None or worker.is_reported or not self._has_ended(worker.owner):
@@ -179,7 +183,7 @@ class InFlight:
 
 
 def first_offset(item: Record | RecordBatch) -> int:
-    """Returns the record's offset, or that of the first one of a batch."""
+    """Returns the offset of a record, or of the first record of a batch."""
     return item.offset if isinstance(item, Record) else int(item.offsets[0])
 
 

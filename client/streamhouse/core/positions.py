@@ -1,6 +1,8 @@
-"""Where a consumer is in each partition, and whether what the server sends follows on.
+"""Positions of a consumer in its partitions, and the check that fetched batches continue there.
 
-Owns: positions and the checks on offsets. Does not own: the network, time, who is assigned what.
+Owns: positions and the checks on offsets. Does not own: network, time, assignment.
+Invariants: an ended cursor never becomes live again. Batches that go backwards, or skip offsets inside an epoch, are an
+error.
 """
 
 from collections.abc import Sequence
@@ -13,14 +15,14 @@ from shproto.errors import DataLoss, Internal
 
 from streamhouse.records import RecordBatch, TopicPartition
 
-# Records are made of columns a few at a time, so that of a partition whose turn is over only few were made in vain.
+# Records are made of columns a few at a time: when the turn of a partition ends, only a few were made in vain.
 ROWS_FIRST, ROWS_MAX = 16, 256
-# And no more than this of their bytes, which are copied.
+# Limit of their bytes, which are copied.
 ROWS_BYTES_MAX = 256 * 1024
 
 
 class Position(NamedTuple):
-    """The next offset to read in a partition of the topic with this id (empty: not known), and a note."""
+    """A committed position: the next offset to read, in the topic with this id (empty: not known), and a note."""
 
     offset: int
     topic_id: bytes = b""
@@ -29,16 +31,16 @@ class Position(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Cursor:
-    """Position in an assigned partition. A seek or a loss of the partition ends it: `live` turns False for good.
+    """Position in an assigned partition. A seek or a loss of the partition ends the cursor: `live` turns False for
+    good.
 
     fetch_offset: everything below has been received. delivered: everything below was handed to the application.
-    committed: last stored; -1 never. end: where a bounded read stops; None reads on. bound: the highest end that it may
-    have; None: any. failed: nothing is fetched, until the application has seen the error or a pause is over. topic_id:
-    which topic of that name; empty: not known. received_bytes: of what was received and is not consumed, decoded.
-    restarts: how often reading began anew at another offset; what was asked for before is not of the cursor any more.
-    paused: nothing is fetched or handed over until the application resumes the partition. held: nothing is fetched
-    until the application has been told of the partition. stopped: paused or not live; a field, because it is read for
-    every record.
+    committed: last stored position; -1: none. end: where a bounded read stops; None: reads on. bound: highest value
+    that `end` may have; None: any. failed: nothing is fetched until the application has seen the error or a pause is
+    over. topic_id: id of the topic; empty: not known. received_bytes: decoded bytes received and not consumed.
+    restarts: how often fetching began anew at another offset; responses to earlier requests are ignored. paused:
+    nothing is fetched or handed over until the application resumes the partition. held: nothing is fetched until
+    on_assigned has returned. stopped: paused or not live; a field, because it is read for every record.
     """
 
     where: TopicPartition
@@ -64,10 +66,11 @@ class Cursor:
     def at(
         cls, where: TopicPartition, offset: int, committed: int = -1, end: int | None = None, topic_id: bytes = b""
     ) -> "Cursor":
+        """Returns a cursor at `offset`, from which nothing is received yet."""
         return cls(where, offset, offset, committed=committed, end=end, topic_id=topic_id)
 
     def end_at(self, end: int | None) -> int | None:
-        """Returns where a read stops that is to stop at `end` (None: nowhere), given the cursor's bound."""
+        """Returns the end of a read that should stop at `end` (None: nowhere), limited by the cursor's bound."""
         if self.bound is None or end is None:
             return end if self.bound is None else self.bound
         return min(end, self.bound)
@@ -90,7 +93,7 @@ class Cursor:
 
     @property
     def is_beyond(self) -> bool:
-        """True if a bounded read began behind its end, and no server has said yet that there is such an offset."""
+        """True if a bounded read began behind its end, and no server has confirmed yet that such an offset exists."""
         return self.end is not None and self.delivered > self.end and self.high_watermark < self.delivered
 
     @property
@@ -101,7 +104,7 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class BatchSpan:
-    """Offsets [base_offset, end_offset) of an encoded batch, and the epoch in which it was written."""
+    """Offsets [base_offset, end_offset) of an encoded batch, and the epoch in which the batch was written."""
 
     base_offset: int
     end_offset: int
@@ -110,9 +113,9 @@ class BatchSpan:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Portion:
-    """Received and not handed over yet. `batch` None: only the position moves (a known gap). end_offset: the
-    position after it. size_bytes: what it takes in memory, about; 0 once it is consumed. is_handed_over: the
-    application has begun to take it."""
+    """Received records of a partition that are not all handed over. `batch` None: only the position moves (a known
+    gap). end_offset: the position after the portion. size_bytes: approximate memory; 0 once consumed. is_handed_over:
+    the application has begun to take records."""
 
     cursor: Cursor
     batch: RecordBatch | None
@@ -121,8 +124,8 @@ class Portion:
     is_handed_over: bool = False
 
     def rows(self, count_max: int) -> tuple[RecordBatch | None, bool]:
-        """Returns up to `count_max` of the records that were not handed over, None if there are none or the cursor has
-        ended; and True if it is the last one, which comes alone."""
+        """Returns up to `count_max` of the records not handed over yet, or None if no records are left or the cursor
+        has ended; and True if these are the last, which come as a single record."""
         rest = self.rest()
         if rest is None or len(rest) == 1:
             return rest, rest is not None
@@ -130,14 +133,14 @@ class Portion:
         return rest.slice(0, min(count_max, fits, len(rest) - 1)), False
 
     def rest(self) -> RecordBatch | None:
-        """Returns the records that were not handed over; None if there are none, or the cursor has ended."""
+        """Returns the records not handed over yet; None if there are none, or the cursor has ended."""
         if self.batch is None or not self.cursor.live:
             return None
         start = int(np.searchsorted(self.batch.offsets, self.cursor.delivered))
         return self.batch.slice(start, len(self.batch)) if start < len(self.batch) else None
 
     def cut_at(self, offset: int) -> None:
-        """Leaves only what lies below `offset`."""
+        """Drops the records from `offset` on."""
         if self.batch is not None:
             stop = int(np.searchsorted(self.batch.offsets, offset))
             self.batch = self.batch.slice(0, stop) if stop else None
@@ -145,8 +148,8 @@ class Portion:
 
 
 def check_continuity(cursor: Cursor, spans: Sequence[BatchSpan], next_offset: int) -> None:
-    """Batches must go on where the cursor is. Offsets may only be passed over where the epoch changes, between two
-    epochs' ranges. Raises Internal for offsets that go backwards, DataLoss for records that are missing."""
+    """Checks that batches continue at the cursor. Offsets may be skipped only between two epochs' ranges, where the
+    epoch changes. Raises Internal for offsets that go backwards, DataLoss for missing records."""
     expected, epoch = cursor.fetch_offset, cursor.last_epoch
     for position, span in enumerate(spans):
         begins_before = position == 0 and span.base_offset < expected < span.end_offset
@@ -162,7 +165,7 @@ def check_continuity(cursor: Cursor, spans: Sequence[BatchSpan], next_offset: in
 
 
 def trim(records: Records, offset: int) -> Records:
-    """Without the records below `offset`."""
+    """Returns the records from `offset` on."""
     if not len(records) or int(records.offsets[0]) >= offset:
         return records
     return records.slice(int(np.searchsorted(records.offsets, offset)), len(records))
