@@ -25,6 +25,7 @@ PURE = (
     "shstore.keys",
     "shstore.port",
     "shstore.ranges",
+    "streamhouse.cluster",
     "streamhouse.core.accumulator",
     "streamhouse.core.sync_mismatch",
     "streamhouse.core.given_up",
