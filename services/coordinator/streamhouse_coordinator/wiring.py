@@ -29,7 +29,7 @@ from streamhouse_coordinator.adapters.listener import Listener
 from streamhouse_coordinator.adapters.postgres import PostgresStore
 from streamhouse_coordinator.adapters.postgres_connections import Connections, Limits, Listening
 from streamhouse_coordinator.adapters.rabbitmq import Relay
-from streamhouse_coordinator.adapters.waiting_lines import Turns, Waiters
+from streamhouse_coordinator.adapters.wait_queues import LockQueues, WaitingCalls
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.core.projection import Put
 from streamhouse_coordinator.core.tables import EVENTS, HISTORY_MARKS, EventRow
@@ -135,7 +135,7 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
     """A coordinator that is not started yet."""
     tasks = Tasks()
     limits = Limits(settings.pg_timeout_ms, settings.pg_transaction_idle_ms)
-    waiters = Waiters(settings.pg_waiting_max)
+    waiters = WaitingCalls(settings.pg_waiting_max)
     connections = Connections(
         settings.pg_dsn,
         pool_max=settings.pg_pool_max,
@@ -144,7 +144,7 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
         pooler=settings.pg_pooler,
         waiters=waiters,
     )
-    turns = Turns(waiters, settings.pg_lock_waiting_max)
+    turns = LockQueues(waiters, settings.pg_lock_waiting_max)
     store = PostgresStore(connections, turns, waiters, migration_timeout_ms=settings.pg_migration_timeout_ms)
 
     def listens() -> bool:

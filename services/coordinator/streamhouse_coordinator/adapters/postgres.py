@@ -33,7 +33,7 @@ from streamhouse_coordinator.adapters.postgres_errors import (
     translated,
 )
 from streamhouse_coordinator.adapters.postgres_transaction import NOW_MS, PostgresRebuilding, PostgresTransaction
-from streamhouse_coordinator.adapters.waiting_lines import Call, Line, Turns, Waiters
+from streamhouse_coordinator.adapters.wait_queues import Call, LockQueues, WaitingCalls, WaitQueue
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, EventRow, lock_rank
 from streamhouse_coordinator.ports import Above, ProjectionCheck, Transaction, where
 from streamhouse_coordinator.recovery.histories import Head, pruned
@@ -60,7 +60,9 @@ _duration = _meter.create_histogram(
 class PostgresStore:
     """Implements ports.Store. `open` must have succeeded before anything but Unavailable comes back."""
 
-    def __init__(self, connections: Connections, turns: Turns, waiters: Waiters, *, migration_timeout_ms: int) -> None:
+    def __init__(
+        self, connections: Connections, turns: LockQueues, waiters: WaitingCalls, *, migration_timeout_ms: int
+    ) -> None:
         self._connections = connections
         self._turns = turns
         self._migration_timeout_ms = migration_timeout_ms
@@ -68,7 +70,7 @@ class PostgresStore:
         # Snapshots hold a connection for as long as their reader takes: some must stay for everybody else, and of these
         # some for query services, which read nothing before they have one.
         snapshots = max(1, connections.pool_max // 4)
-        self._snapshots = Line(waiters, places=snapshots, client_places=max(1, snapshots // 2))
+        self._snapshots = WaitQueue(waiters, places=snapshots, client_places=max(1, snapshots // 2))
         self._checks = asyncio.Semaphore(1)  # a check has tables of its own, as large as the projections
         self._rng = random.Random()
 
@@ -207,7 +209,7 @@ class PostgresStore:
             async with asyncio.timeout_at(until_s):
                 await self._turns.take(lock, call)
         except TimeoutError as error:
-            raise self._connections.waited_in_vain(since_s, "others hold, or wait for, the same lock") from error
+            raise self._connections.timed_out_waiting(since_s, "others hold, or wait for, the same lock") from error
         try:
             yield
         finally:
@@ -235,7 +237,7 @@ class PostgresStore:
             async with asyncio.timeout(None if call.urgent else self._timeout_s):
                 await self._snapshots.take(call)
         except TimeoutError as error:
-            raise self._connections.waited_in_vain(since_s, "snapshots are read by others") from error
+            raise self._connections.timed_out_waiting(since_s, "snapshots are read by others") from error
         try:
             yield
         finally:

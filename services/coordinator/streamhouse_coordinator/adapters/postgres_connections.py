@@ -26,7 +26,7 @@ from shruntime.tasks import cancel_and_wait
 
 from streamhouse_coordinator.adapters.postgres_errors import FAILURES, cannot_be_stored, is_away, waits_too_long
 from streamhouse_coordinator.adapters.postgres_hosts import Hosts
-from streamhouse_coordinator.adapters.waiting_lines import Call, Line, Waiters, overloaded
+from streamhouse_coordinator.adapters.wait_queues import Call, WaitingCalls, WaitQueue, overloaded
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ CHECK_INTERVAL_MS = 1_000
 # A server that waits for its client finds out within 25 s that the machine is gone.
 KEEPALIVES = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
 
-_given_up = up_down_counter(
+_abandoned = up_down_counter(
     metrics.get_meter("streamhouse.coordinator"),
     "streamhouse_coordinator_postgres_given_up",
     "statements given up that PostgreSQL may still run",
@@ -87,7 +87,7 @@ class Connections:
     """`open` before `connection`; `close` when nobody uses any."""
 
     def __init__(
-        self, dsn: str, *, pool_max: int, client_slots: int, limits: Limits, pooler: Pooler, waiters: Waiters
+        self, dsn: str, *, pool_max: int, client_slots: int, limits: Limits, pooler: Pooler, waiters: WaitingCalls
     ) -> None:
         self.dsn = dsn
         self.pool_max = pool_max
@@ -96,7 +96,7 @@ class Connections:
         self._timeout_s = limits.timeout_ms / 1000
         self._pooler: Pooler = pooler
         self._pool: Any = None
-        self._slots = Line(waiters, places=pool_max, client_places=client_slots)
+        self._slots = WaitQueue(waiters, places=pool_max, client_places=client_slots)
         self._answered_s = -math.inf  # when the server last answered, by the event loop's clock
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -190,7 +190,7 @@ class Connections:
             async with asyncio.timeout_at(until_s):
                 await self._slots.take(call)
         except TimeoutError as error:
-            raise self.waited_in_vain(
+            raise self.timed_out_waiting(
                 since_s,
                 f"of {self.pool_max} connections (pg_pool_max) none was free in time, {len(self._ending)} are taken by "
                 "statements that were given up and may still run",
@@ -202,7 +202,7 @@ class Connections:
             self._slots.give_back(call)
             raise
 
-    def waited_in_vain(self, since_s: float, what: str) -> Exception:
+    def timed_out_waiting(self, since_s: float, what: str) -> Exception:
         """Returns the error of a call that waited in a line from `since_s`, a time of the event loop, until its time
         was over: Overloaded, or TimeoutError if PostgreSQL has answered nobody meanwhile. Agents go on with their
         leases while it is away, and must not for less."""
@@ -225,7 +225,7 @@ class Connections:
         sends, or, where it cannot be heard, by its own limits."""
         task = asyncio.create_task(self._ended(pool, connection), name="end a statement that was given up")
         self._ending.add(task)
-        _given_up.add(1)
+        _abandoned.add(1)
         task.add_done_callback(partial(self._has_ended, call))
 
     async def _ended(self, pool: Any, connection: Any) -> None:
@@ -250,7 +250,7 @@ class Connections:
 
     def _has_ended(self, call: Call, task: asyncio.Task[None]) -> None:
         self._ending.discard(task)
-        _given_up.add(-1)
+        _abandoned.add(-1)
         self._slots.give_back(call)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("ending a statement that was given up failed", exc_info=error)

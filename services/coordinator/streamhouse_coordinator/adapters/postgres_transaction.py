@@ -15,7 +15,7 @@ from shproto.events import Event
 from shruntime.counters import counter
 
 from streamhouse_coordinator.adapters import sql
-from streamhouse_coordinator.adapters.waiting_lines import overloaded
+from streamhouse_coordinator.adapters.wait_queues import overloaded
 from streamhouse_coordinator.core.projection import RowOp, coalesce, elsewhere, replayed, row_ops, stamped
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, Table, base_of
 from streamhouse_coordinator.ports import EVERYTHING, Above, Lock, Outbox, Totals, Where, where

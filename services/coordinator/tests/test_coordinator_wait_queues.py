@@ -5,7 +5,7 @@ from typing import Protocol
 
 import pytest
 from shproto.errors import Overloaded
-from streamhouse_coordinator.adapters.waiting_lines import Call, Line, Turns, Waiters
+from streamhouse_coordinator.adapters.wait_queues import Call, LockQueues, WaitingCalls, WaitQueue
 
 pytestmark = pytest.mark.quick
 
@@ -40,8 +40,8 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def line_of(places: int, client_places: int, *, waiting_max: int | None = None, total_max: int = 100) -> Line:
-    return Line(Waiters(total_max), places=places, client_places=client_places, waiting_max=waiting_max)
+def line_of(places: int, client_places: int, *, waiting_max: int | None = None, total_max: int = 100) -> WaitQueue:
+    return WaitQueue(WaitingCalls(total_max), places=places, client_places=client_places, waiting_max=waiting_max)
 
 
 async def test_the_first_to_come_is_the_first_to_be_served() -> None:
@@ -85,8 +85,8 @@ async def test_the_platform_goes_first_and_never_keeps_all_clients_out() -> None
 
 async def test_who_holds_what_the_platform_waits_for_is_served_as_the_platform_is() -> None:
     """An expired member's group is held by a client that waits behind others for a connection."""
-    waiters = Waiters(100)
-    turns, line = Turns(waiters, 100), line_of(2, 1)
+    waiters = WaitingCalls(100)
+    turns, line = LockQueues(waiters, 100), line_of(2, 1)
     await line.take(Call(urgent=False))
     visitors = Visitors(line.take)
     await visitors.come("first", "holder")
@@ -99,7 +99,7 @@ async def test_who_holds_what_the_platform_waits_for_is_served_as_the_platform_i
 
 
 async def test_turns_with_different_locks_do_not_wait_for_each_other() -> None:
-    turns = Turns(Waiters(100), 100)
+    turns = LockQueues(WaitingCalls(100), 100)
     async with asyncio.timeout(10):
         await asyncio.gather(*(turns.take(f"group/{nth}", Call(urgent=False)) for nth in range(50)))
 
@@ -118,8 +118,8 @@ async def test_too_many_are_refused_with_a_hint() -> None:
 
 
 async def test_too_many_in_all_lines_are_refused_until_some_have_left() -> None:
-    waiters = Waiters(2)
-    turns = Turns(waiters, 100)
+    waiters = WaitingCalls(2)
+    turns = LockQueues(waiters, 100)
     for name in "xyz":
         await turns.take(name, Call(urgent=False))
     waiting = [asyncio.create_task(turns.take(name, Call(urgent=False))) for name in "xy"]
@@ -140,7 +140,7 @@ async def test_too_many_in_all_lines_are_refused_until_some_have_left() -> None:
 @pytest.mark.parametrize("at_the_same_time", [False, True])
 async def test_those_that_are_cancelled_leave_the_line_and_no_place_is_lost(at_the_same_time: bool) -> None:
     """At the same time: the place was given to the call, and its task is cancelled before it has run."""
-    turns = Turns(Waiters(100), 100)
+    turns = LockQueues(WaitingCalls(100), 100)
     holder = Call(urgent=False)
     await turns.take("cluster", holder)
 

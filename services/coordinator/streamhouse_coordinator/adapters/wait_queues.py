@@ -35,9 +35,9 @@ class Call:
     """A call as it stands in lines. `urgent`: it is the platform's own, or holds the turn that such a one waits for."""
 
     urgent: bool
-    waits_in: "Line | None" = None
+    waits_in: "WaitQueue | None" = None
 
-    def hurry(self) -> None:
+    def make_urgent(self) -> None:
         """Puts the call among the urgent ones, in the line where it waits and in those to come. Without this an expired
         session would wait for a client's CreateTopic, and that for the connections of a thousand other clients."""
         if not self.urgent:
@@ -46,7 +46,7 @@ class Call:
                 self.waits_in.moved_ahead(self)
 
 
-class Waiters:
+class WaitingCalls:
     """Clients' calls that wait in any line; at most `total_max` together. The platform's own calls are not counted:
     they are as many as agents and workers have tasks."""
 
@@ -73,35 +73,37 @@ def overloaded(message: str, **details: object) -> Overloaded:
     return Overloaded(f"{message}; try again", retry_after_ms=RETRY_AFTER_MS, **details)
 
 
-class Line:
+class WaitQueue:
     """`places`: how many calls are served at once. `client_places`: how many of them may be clients'. `waiting_max`:
     clients' calls that may wait here; None: as many as may wait at all."""
 
-    def __init__(self, waiters: Waiters, *, places: int, client_places: int, waiting_max: int | None = None) -> None:
+    def __init__(
+        self, waiters: WaitingCalls, *, places: int, client_places: int, waiting_max: int | None = None
+    ) -> None:
         self._waiters = waiters
         self._places = places
         self._client_places = client_places
         self._waiting_max = waiting_max
         self._holders: set[Call] = set()
         self._clients: set[Call] = set()  # of the holders
-        self._urgent_line: OrderedDict[Call, asyncio.Future[None]] = OrderedDict()
-        self._client_line: OrderedDict[Call, asyncio.Future[None]] = OrderedDict()
+        self._urgent_queue: OrderedDict[Call, asyncio.Future[None]] = OrderedDict()
+        self._client_queue: OrderedDict[Call, asyncio.Future[None]] = OrderedDict()
 
     @property
     def is_idle(self) -> bool:
         """True if no call has a place or waits for one."""
-        return not (self._holders or self._urgent_line or self._client_line)
+        return not (self._holders or self._urgent_queue or self._client_queue)
 
     async def take(self, call: Call) -> None:
         """Waits for a place, which the caller gives back. Raises Overloaded."""
-        line = self._urgent_line if call.urgent else self._client_line
-        if not line and self._has_place_for(call):
+        queue = self._urgent_queue if call.urgent else self._client_queue
+        if not queue and self._has_place_for(call):
             self._serve(call)
             return
         counted = not call.urgent
         if counted:
-            self._waiters.enter(len(line), self._waiting_max)
-        line[call] = served = asyncio.get_running_loop().create_future()
+            self._waiters.enter(len(queue), self._waiting_max)
+        queue[call] = served = asyncio.get_running_loop().create_future()
         call.waits_in = self
         _waiting.add(1)
         try:
@@ -111,8 +113,8 @@ class Line:
                 self.give_back(call)  # it was served, and cancelled before it came to know
             raise
         finally:
-            self._urgent_line.pop(call, None)
-            self._client_line.pop(call, None)
+            self._urgent_queue.pop(call, None)
+            self._client_queue.pop(call, None)
             call.waits_in = None
             _waiting.add(-1)
             if counted:
@@ -123,27 +125,27 @@ class Line:
         self._holders.remove(call)
         self._clients.discard(call)
         while (first := self._next()) is not None:
-            self._tell(*first)
+            self._grant(*first)
 
     def moved_ahead(self, call: Call) -> None:
         """Puts a waiting call at the end of the urgent ones."""
-        if (served := self._client_line.pop(call, None)) is not None:
+        if (served := self._client_queue.pop(call, None)) is not None:
             if self._has_place_for(call):
-                self._tell(call, served)
+                self._grant(call, served)
             else:
-                self._urgent_line[call] = served
+                self._urgent_queue[call] = served
 
-    def hurry_holders(self) -> None:
+    def make_holders_urgent(self) -> None:
         """Makes the calls that hold places urgent."""
         for holder in self._holders:
-            holder.hurry()
+            holder.make_urgent()
 
     def _serve(self, call: Call) -> None:
         self._holders.add(call)
         if not call.urgent:
             self._clients.add(call)
 
-    def _tell(self, call: Call, served: asyncio.Future[None]) -> None:
+    def _grant(self, call: Call, served: asyncio.Future[None]) -> None:
         """Serves a call that waits, unless its task was cancelled and has not run since."""
         if not served.cancelled():
             self._serve(call)
@@ -160,44 +162,46 @@ class Line:
         go first, unless no client's call is being served: so clients' calls wait longer, but not for ever."""
         if len(self._holders) >= self._places:
             return None
-        if self._client_line and self._client_has_place():
+        if self._client_queue and self._client_has_place():
             left_out = self._places > 1 and not self._clients
-            if left_out or not self._urgent_line:
-                return self._client_line.popitem(last=False)
-        return self._urgent_line.popitem(last=False) if self._urgent_line else None
+            if left_out or not self._urgent_queue:
+                return self._client_queue.popitem(last=False)
+        return self._urgent_queue.popitem(last=False) if self._urgent_queue else None
 
 
-class Turns:
+class LockQueues:
     """Turns with locks, by name. Of all calls of this process that want a lock one at a time asks PostgreSQL for it;
     the others wait here, where they keep no connection from anybody."""
 
-    def __init__(self, waiters: Waiters, waiting_max: int) -> None:
+    def __init__(self, waiters: WaitingCalls, waiting_max: int) -> None:
         self._waiters = waiters
         self._waiting_max = waiting_max
-        self._lines: dict[str, Line] = {}
+        self._queues: dict[str, WaitQueue] = {}
 
     def __len__(self) -> int:
         """Number of locks that calls hold or wait for."""
-        return len(self._lines)
+        return len(self._queues)
 
     async def take(self, name: str, call: Call) -> None:
         """Waits for the turn with the lock `name`, which the caller gives back. Raises Overloaded."""
-        line = self._lines.get(name)
-        if line is None:
-            line = self._lines[name] = Line(self._waiters, places=1, client_places=1, waiting_max=self._waiting_max)
+        queue = self._queues.get(name)
+        if queue is None:
+            queue = self._queues[name] = WaitQueue(
+                self._waiters, places=1, client_places=1, waiting_max=self._waiting_max
+            )
         if call.urgent:
-            line.hurry_holders()
+            queue.make_holders_urgent()
         try:
-            await line.take(call)
+            await queue.take(call)
         finally:
-            self._forget(name, line)
+            self._forget(name, queue)
 
     def give_back(self, name: str, call: Call) -> None:
         """Gives the turn with the lock `name` to the next in line."""
-        line = self._lines[name]
-        line.give_back(call)
-        self._forget(name, line)
+        queue = self._queues[name]
+        queue.give_back(call)
+        self._forget(name, queue)
 
-    def _forget(self, name: str, line: Line) -> None:
-        if line.is_idle and self._lines.get(name) is line:
-            del self._lines[name]
+    def _forget(self, name: str, queue: WaitQueue) -> None:
+        if queue.is_idle and self._queues.get(name) is queue:
+            del self._queues[name]
