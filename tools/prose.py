@@ -42,7 +42,6 @@ PENDING = frozenset(
         "libs/shproto/shproto",
         "libs/shruntime/shruntime",
         "libs/shcluster/shcluster",
-        "services/coordinator/streamhouse_coordinator",
         "services/ingest/streamhouse_ingest",
         "services/segmenter/streamhouse_segmenter",
         "services/query/streamhouse_query",

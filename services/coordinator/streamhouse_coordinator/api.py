@@ -1,4 +1,4 @@
-"""The coordinator's RPCs: checks what is asked, calls the service, shapes the answer."""
+"""Implements the coordinator's RPCs: checks requests, calls the service, builds responses."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -45,24 +45,24 @@ from streamhouse_coordinator.settings import GROUP_HEARTBEATS
 
 _tracer = trace.get_tracer("streamhouse.coordinator")
 
-# What a producer gets first; it grows when the same producer id is taken over.
+# Epoch of a new producer id; the epoch grows when another producer takes the id over.
 FIRST_PRODUCER_EPOCH = 0
 METADATA_TOPICS_MAX = 10_000
 
 
 class SessionProbe(Protocol):
-    """Knows about the processes that hold sessions (probe.Probe)."""
+    """Looks for the processes that hold sessions (probe.Probe)."""
 
     def follower_gone(self, session_id: str) -> None:
-        """The event stream of the session broke."""
+        """Reports that the event stream of the session broke."""
 
     async def holds(self, session: SessionRow) -> bool:
-        """True if a process answers for the session."""
+        """Returns True if a process answers for the session."""
 
 
 class CoordinatorApi:
-    """Implements shproto.services.CoordinatorApi. Calls of producers, consumers and operators go to `_clients`, which
-    keeps to its share of the database; those of agents, segmenters and query services to `_context`."""
+    """Implements shproto.services.CoordinatorApi. Calls of producers, consumers and operators use `_clients`, a store
+    with a limited share of the database; calls of agents, segmenters and query services use `_context`."""
 
     def __init__(self, context: Context, feed: Feed, holders: SessionProbe) -> None:
         self._context = context
@@ -394,7 +394,7 @@ class CoordinatorApi:
             member_id=assignment.member_id,
             generation=assignment.generation,
             assigned=messages.topic_partitions(sorted(assignment.assigned, key=split_name)),
-            # Two heartbeats may be lost, also with a timeout that is shorter than usual.
+            # Two heartbeats may be lost, also with a timeout below the default.
             heartbeat_interval_ms=min(
                 self._settings.group_heartbeat_interval_ms, assignment.session_timeout_ms // GROUP_HEARTBEATS
             ),

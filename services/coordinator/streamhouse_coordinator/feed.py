@@ -1,11 +1,13 @@
-"""Events to many followers: one reader of the database per coordinator, the newest events in memory.
+"""Delivers events to many followers: a single reader of the database per coordinator, with the newest events in memory.
 
-Followers that lag behind what is in memory read their own way up to it, as far as events are kept. Notices of sealed
-buffers travel beside the events, to whoever asks for them: they are not kept, and only make things faster.
+Followers that are behind the events in memory read the database for themselves until they have caught up, as far as
+events are kept. Notices of sealed buffers travel beside the events, to followers that ask for them: they are not kept,
+and only save time.
 
-Owns: the newest events that were read, who waits for more. Does not own: the events, which PostgreSQL keeps.
-Invariants: positions are gapless and in commit order, so "everything after position p" is exact. A follower is never
-given events of another history than the one that it began with.
+Owns: the newest events that were read, and the signal for followers that wait for more. Does not own: the events, which
+PostgreSQL keeps.
+Invariants: positions are gapless and in commit order, so "everything after position p" is exact. A follower never gets
+events of another history than its first.
 """
 
 import asyncio
@@ -32,13 +34,13 @@ _followers = up_down_counter(
 )
 
 
-# A database that came back is noticed about as fast as a client gives up a call.
+# A database that came back is noticed within about the time for which a client keeps trying.
 DATABASE_RETRY_FIRST_MS, DATABASE_RETRY_MS_MAX = 50, 2_000
 
 
 class Feed:
-    """`run` must be running for followers to see new events; `wake` makes it look at once. `listens`: False where no
-    notices come from other coordinators, so that whoever waits for sealed buffers has to look by itself."""
+    """A feed. `run` must be running for followers to see new events; `wake` makes it read at once. `listens`: False
+    while no notices come from other coordinators, so that segmenters have to look for sealed buffers themselves."""
 
     def __init__(
         self,
@@ -54,31 +56,33 @@ class Feed:
         self._batch = batch
         self._listens = listens
         self._recent: deque[EventRow] = deque(maxlen=cached)
-        self._position = -1  # the newest event read; -1 until the reader has begun
-        self._last: EventRow | None = None  # the one at `_position`, once it was read
+        self._position = -1  # of the newest event read; -1 before the first read
+        self._last: EventRow | None = None  # event at `_position`, once read
         self._history_id = ""
-        self._checked = False  # whether the history is known to be the same since the database was last away
-        self._era = 0  # counts the changes of history
-        self._sealed_count = 0  # of notices
-        self._sealed_id = ""  # the buffer of the last one
+        self._checked = False  # True while the history is known to be unchanged
+        self._era = 0  # number of changes of the history
+        self._sealed_count = 0  # number of notices
+        self._sealed_id = ""  # buffer of the last notice
         self._wake = asyncio.Event()
         self._changed = _Signal()
 
     @property
     def position(self) -> int:
+        """Position of the newest event read; -1 before the first read."""
         return self._position
 
     def wake(self) -> None:
+        """Makes `run` read new events at once."""
         self._wake.set()
 
     def sealed(self, buffer_id: str) -> None:
-        """Tells followers that a buffer may be claimed; empty: that some may."""
+        """Notifies followers that a buffer may be claimed; if empty, that any may."""
         self._sealed_count += 1
         self._sealed_id = buffer_id
         self._changed.set()
 
     async def run(self) -> None:
-        """Reads for ever. Without the database it tries again, whatever it answers."""
+        """Reads events for ever. Tries again after every error of the database."""
         backoff = Backoff(DATABASE_RETRY_FIRST_MS, DATABASE_RETRY_MS_MAX)
         while True:
             try:
@@ -90,22 +94,22 @@ class Feed:
             except StreamHouseError as error:
                 self._checked = False
                 log.debug("cannot read events: %s", error)
-                await self._pause(backoff.next_ms() / 1000)  # the listener wakes it when PostgreSQL is back
+                await self._pause(backoff.next_ms() / 1000)  # the listener ends the pause when PostgreSQL is back
 
     async def _pause(self, seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
         except TimeoutError:
-            self._checked = False  # poll: a notification may have been missed
+            self._checked = False  # a notification may have been missed: poll
             if not self._listens():
                 self.sealed("")
         finally:
             self._wake.clear()
 
     async def _check_history(self) -> bool:
-        """Whether there are events to read. Another database may have taken the place of the one that was read: its
-        events are not the same."""
+        """Returns True if there are events to read. Compares the history first: another database, with other events,
+        may have replaced the database that was read."""
         head = await self._store.head()
         if head.history_id != self._history_id or head.position < self._position:
             await self._went_back(head)
@@ -113,8 +117,8 @@ class Feed:
         return head.position > self._position
 
     async def _read(self) -> bool:
-        """Whether there may be more. The last event is read again with those behind it: where another one is in its
-        place, those that were read are gone, however many there are by now."""
+        """Reads the next events; returns True if there may be more. Reads the last known event again with those behind:
+        if another event is at that position now, all events read so far are gone, however many there are by now."""
         known = min(self._position, 1)
         try:
             rows = await self._store.read_events(self._position - known, self._batch + known)
@@ -132,7 +136,8 @@ class Feed:
         return len(new) == self._batch
 
     async def _went_back(self, head: Head) -> None:
-        """Another history may go on at any place: a restore has accounted for what is gone. Raises Unavailable."""
+        """Starts over at the end of another history, which may continue at any position: a restore has accounted for
+        missing events. Records a rollback if the history is the same. Raises Unavailable."""
         if self._position >= 0:
             if head.history_id == self._history_id:
                 await rollback_detection.record(
@@ -148,8 +153,8 @@ class Feed:
         self._moved_to(head.position)
 
     async def _skip(self, error: EventsPruned) -> None:
-        """This coordinator was away for longer than events are kept: nothing tells whether the one that it read last is
-        still there. Followers that are behind read on for themselves, and are refused."""
+        """Skips pruned events: this coordinator was away for longer than events are kept, and cannot tell if the last
+        event read is still there. Followers that are behind read for themselves, and are refused."""
         head = await self._store.head()
         log.warning("goes on at event %d: %s", head.position, error.message)
         if head.history_id != self._history_id or head.position < self._position:
@@ -166,10 +171,10 @@ class Feed:
     async def follow(
         self, after_position: int, types: Sequence[str] = (), history_id: str = ""
     ) -> AsyncIterator[EventRow]:
-        """Yields every event after the position, for ever; with BufferSealed among the types also notices of these, at
-        the position of the last event. Raises InvalidArgument for a position that is not there yet, EventsPruned for
-        one behind which events are not kept any more, MetadataWentBack when the history is not, or not any more, the
-        one that the position is of, Unavailable when the database goes away while the follower has to read it."""
+        """Yields every event after the position, for ever; with BufferSealed among the types also notices, at the
+        position of the last event. Raises InvalidArgument for a position that does not exist yet, EventsPruned if
+        events behind the position are pruned, MetadataWentBack if `history_id` is not the current history or is
+        replaced later, Unavailable if the database goes away while the follower has to read there."""
         await self._check(Head(history_id=history_id, position=after_position))
         era = self._era
         wanted = frozenset(types)
@@ -211,7 +216,7 @@ class Feed:
             )
 
     async def moved_beyond(self, position: int) -> None:
-        """Waits until there is an event after the position, or as long as a poll takes."""
+        """Returns once there is an event after the position, or after a poll interval."""
         try:
             async with asyncio.timeout(self._poll_interval_s):
                 while self._position <= position:
@@ -220,8 +225,8 @@ class Feed:
             return
 
     async def _next(self, at: int, era: int, seen_sealed: int | None) -> list[EventRow]:
-        """Returns the next events after `at`, in order, as soon as there are any; nothing once the era has ended, or
-        when there are notices beyond the `seen_sealed`."""
+        """Returns the next events after `at`, in order, as soon as there are any; none if the history has changed since
+        `era`, or if there are notices beyond `seen_sealed`."""
         while self._position <= at and self._era == era and seen_sealed in (None, self._sealed_count):
             await self._changed.wait()
         if self._era != era or self._position <= at:
@@ -233,6 +238,7 @@ class Feed:
 
 
 def _notice(position: int, buffer_id: str) -> EventRow:
+    """Returns the notice of a sealed buffer in the form of an event row."""
     payload = json.dumps({"buffer_id": buffer_id})
     return EventRow(
         position=position,
@@ -246,7 +252,7 @@ def _notice(position: int, buffer_id: str) -> EventRow:
 
 
 class _Signal:
-    """Wakes all who wait, each time that something has changed."""
+    """Wakes all waiting tasks at each change."""
 
     def __init__(self) -> None:
         self._waiting: asyncio.Future[None] | None = None
@@ -259,4 +265,4 @@ class _Signal:
     async def wait(self) -> None:
         if self._waiting is None:
             self._waiting = asyncio.get_running_loop().create_future()
-        await asyncio.shield(self._waiting)  # which the others wait for, too
+        await asyncio.shield(self._waiting)  # a shared future: a cancelled waiter must not cancel the others

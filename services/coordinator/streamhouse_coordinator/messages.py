@@ -1,4 +1,5 @@
-"""Between protobuf messages and the coordinator's rows and events. Checks what comes in; raises InvalidArgument."""
+"""Converts between protobuf messages and the coordinator's rows and events. Incoming messages are checked; errors are
+InvalidArgument."""
 
 import hashlib
 import uuid
@@ -31,30 +32,30 @@ from streamhouse_coordinator.service.objects import Judged
 from streamhouse_coordinator.service.sessions import Grant
 
 ID_LENGTH_MAX = 64  # a UUID has 36 characters
-SESSION_TOKEN_LENGTH_MIN = 16  # of a secret, drawn at random; a UUID is what is expected
+SESSION_TOKEN_LENGTH_MIN = 16  # of a random secret; normally a UUID
 REASON_LENGTH_MAX = 4096
 TRACE_CONTEXT_LENGTH_MAX = 256  # a traceparent has 55
 ADDRESS_LENGTH_MAX = 261  # a DNS name of 255, a colon, a port
-# One buffer holds at most one slice per partition of an agent; 100,000 keeps a request below 20 MB.
+# A buffer holds at most a slice per partition of an agent; 100,000 slices keep a request below 20 MB.
 SLICES_MAX = 100_000
 OBJECT_KEY_LENGTH_MAX = 1024  # S3's
-# A page of an object listing has 1,000 keys; ten of them are one question.
+# A page of an object listing has 1,000 keys; a request takes ten pages.
 OBJECT_KEYS_MAX = 10_000
-AGENTS_MAX = 10_000  # of one cluster, named in one call
-GRANTS_ASKED_MAX = 10_000  # ranges named in one question, some 30 bytes each; who wants more asks for all
+AGENTS_MAX = 10_000  # of a cluster, named in a single call
+GRANTS_ASKED_MAX = 10_000  # ranges per request, some 30 bytes each; an agent that wants more requests all
 DELETION_GRACE_MS_MAX = 10 * 366 * 24 * 3_600_000  # ten years: longer is a mistake in the unit
 MEMBER_ID_LENGTH_MAX = 300  # a client id, a hyphen, a UUID
 GROUP_TOPICS_MAX = 1_000
-OWNED_MAX = 100_000  # partitions one member may have
-EPOCHS_MAX = 1_000  # of one partition given up at once; a partition rarely has more than a few unsettled
-OPERATOR_REASON_LENGTH_MAX = 500  # a sentence or two; it is in the event for good
-# What segmenters may be set to (handover_retry_max_ms, handover_refused_retry_ms): a release that is refused would
-# leave the buffer's trouble untold.
+OWNED_MAX = 100_000  # partitions of a member
+EPOCHS_MAX = 1_000  # of a partition, declared lost at once; few are unsettled at a time
+OPERATOR_REASON_LENGTH_MAX = 500  # a sentence or two; the event keeps it for good
+# Upper limit of the segmenters' settings handover_retry_max_ms and handover_refused_retry_ms: if a release were
+# refused, the buffer's trouble would go unreported.
 RETRY_AFTER_MS_MAX = 3_600_000
 
 
 def hex_id(field: str, value: bytes) -> str:
-    """32 hex characters of a 16-byte id."""
+    """Returns the 32 hex characters of a 16-byte id. Raises InvalidArgument."""
     if len(value) != TOPIC_ID_BYTES:
         raise InvalidArgument(
             f"{field} must have {TOPIC_ID_BYTES} bytes, got {len(value)}",
@@ -66,7 +67,7 @@ def hex_id(field: str, value: bytes) -> str:
 
 
 def check_uuid(field: str, value: str) -> str:
-    """`value` as it is usually written."""
+    """Returns `value` in the canonical form of a UUID. Raises InvalidArgument."""
     try:
         return str(uuid.UUID(value))
     except ValueError as error:
@@ -74,7 +75,7 @@ def check_uuid(field: str, value: str) -> str:
 
 
 def agents_reached(items: Sequence[pb.AgentReach]) -> dict[str, bool]:
-    """Returns True or False by agent id: whether the worker reached it. Raises InvalidArgument."""
+    """Returns True by agent id if the worker reached the agent, else False. Raises InvalidArgument."""
     check_number("number of agents", len(items), 0, AGENTS_MAX)
     for item in items:
         check_text("agent_id", item.agent_id, NAME_LENGTH_MAX)
@@ -82,16 +83,16 @@ def agents_reached(items: Sequence[pb.AgentReach]) -> dict[str, bool]:
 
 
 def session_id_of(token: str) -> str:
-    """Returns the id of the session that `token` is the secret of: 122 bits of a digest, in the form of a UUID.
+    """Returns the id of the session with the secret `token`: 122 bits of a digest, in the form of a UUID.
 
-    The token is known to its holder alone. Everything that is kept and told, events and backups included, has the id,
-    which opens nothing.
+    Only the holder of the session knows the token. All stored and reported data, events and backups included, has the
+    id, which gives no access.
     """
     return str(uuid.UUID(bytes=hashlib.sha256(token.encode()).digest()[:16], version=4))
 
 
 def session_token(value: str) -> str:
-    """Returns the token after checking its length. The error does not contain it: errors are logged. Raises
+    """Returns the token after a check of its length. The error does not contain the token: errors are logged. Raises
     InvalidArgument."""
     if not SESSION_TOKEN_LENGTH_MIN <= len(value) <= ID_LENGTH_MAX or "\0" in value:
         raise InvalidArgument(
@@ -104,7 +105,7 @@ def session_token(value: str) -> str:
 
 
 def object_keys(keys: Sequence[str], least: int = 0, most: int = OBJECT_KEYS_MAX) -> list[str]:
-    """Returns the keys of objects that may hold segments, each once, in order."""
+    """Returns the keys of objects that may hold segments, each once, in order. Raises InvalidArgument."""
     check_number("number of object_keys", len(keys), least, most)
     for key in keys:
         check_segment_key("object_keys", key)
@@ -112,7 +113,8 @@ def object_keys(keys: Sequence[str], least: int = 0, most: int = OBJECT_KEYS_MAX
 
 
 def any_object_keys(keys: Sequence[str]) -> list[str]:
-    """Returns keys that are only looked up or forgotten: an older version may have recorded any text."""
+    """Returns keys that are only looked up or removed: an older version may have recorded any text. Raises
+    InvalidArgument."""
     check_number("number of object_keys", len(keys), 0, OBJECT_KEYS_MAX)
     for key in keys:
         check_text("object_keys", key, OBJECT_KEY_LENGTH_MAX)
@@ -145,7 +147,7 @@ def check_span(base_offset: int, end_offset: int) -> None:
     check_number("end_offset", end_offset, base_offset + 1, INT64_MAX)
 
 
-# ---- in
+# ---- requests
 
 
 def range_key(item: pb.RangeKey | pb.WalEnd | pb.RangeUse | pb.BufferSlice | pb.LostSpan) -> RangeRowKey:
@@ -243,7 +245,7 @@ def check_group(name: str) -> None:
 
 
 def check_known_group(name: str) -> None:
-    """Checks the name of a group that exists: one that older versions accepted can still be looked at and deleted.
+    """Checks the name of an existing group: names that only older versions accepted can still be described and deleted.
     Raises InvalidArgument."""
     check_text("group", name, NAME_LENGTH_MAX)
 
@@ -257,11 +259,11 @@ def commit_of(item: pb.OffsetCommit) -> Commit:
     )
 
 
-# ---- out
+# ---- responses
 
 
 def alter_topic(request: pb.AlterTopicRequest) -> AlterTopic:
-    """Raises InvalidArgument for a setting that is to have a value and none."""
+    """Returns the requested alteration. Raises InvalidArgument for a setting without its value."""
     check_count("unset", request.unset, len(OPTIONAL_LIMITS))
     settings: dict[str, int | None] = {
         name: getattr(request, name)
@@ -398,7 +400,7 @@ def group_summary(summary: group_admin.Summary) -> pb.GroupSummary:
 
 
 def topic_partitions(names: Iterable[str]) -> list[pb.TopicPartition]:
-    """Of "topic:partition" names."""
+    """Returns the partitions with these "topic:partition" names."""
     pairs = map(split_name, names)
     return [pb.TopicPartition(topic=topic, partition=partition) for topic, partition in pairs]
 

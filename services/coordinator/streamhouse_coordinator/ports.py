@@ -1,4 +1,5 @@
-"""What the service asks of a store. adapters/postgres.py is the real one, adapters/memory.py the one of unit tests."""
+"""Ports of the service: the store and its transactions. adapters/postgres.py implements them for production,
+adapters/memory.py for unit tests and simulations."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -14,30 +15,34 @@ from streamhouse_coordinator.recovery.histories import Head
 ResultT = TypeVar("ResultT")
 RowT = TypeVar("RowT")
 
-# wait: until nobody else holds the rows. skip: leave out the rows others hold. share: rows must not go away.
+# wait: until no other transaction holds the rows. skip: omits rows that others hold. share: rows must not be deleted.
 Lock = Literal["", "wait", "skip", "share"]
 
 
 @dataclass(frozen=True, slots=True)
 class In:
-    """The column is one of these."""
+    """Condition: the column is among these values."""
 
     values: Collection[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class AtMost:
+    """Condition: the column is not null and at most `value`."""
+
     value: int
 
 
 @dataclass(frozen=True, slots=True)
 class Above:
+    """Condition: the column is not null and above `value`."""
+
     value: int
 
 
 @dataclass(frozen=True, slots=True)
 class Predicate:
-    """A condition over several columns: the same said twice, for SQL and for rows in memory."""
+    """A condition over several columns, stated twice: for SQL and for rows in memory."""
 
     sql: str
     test: Callable[[Any], bool]
@@ -47,21 +52,21 @@ def _unfinished(row: RangeRow) -> bool:
     return row.unfinished
 
 
-# Ranges that registration may still go on in. An index of the same condition serves it.
+# Ranges in which registration may go on, served by an index of the same condition.
 UNFINISHED = Predicate("status <> 'lost' AND registered_end IS DISTINCT FROM end_offset", _unfinished)
-# Ranges whose leader is gone, and whose end nobody knows. An index of the same condition serves it.
+# Ranges without a leader and a known end, served by an index of the same condition.
 ORPHANED_RANGES = Predicate("status = 'orphaned'", lambda row: row.status == ORPHANED)
 LOST_RANGES = Predicate("status = 'lost'", lambda row: row.status == LOST)
-# Sealed buffers whose last hand-over failed.
+# Sealed buffers after a failed hand-over.
 FAILED_BUFFERS = Predicate("last_reason <> ''", lambda row: row.last_reason != "")
-# What stands for records that are gone.
+# Segments that stand for lost records.
 LOST_SEGMENTS = Predicate("lost_reason <> ''", lambda row: row.lost_reason != "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Where:
-    """Rows whose columns meet all of `equals` (a value, In, AtMost or Above), the predicate, if given, whose `keys`
-    columns are one of `key_rows`, and whose primary key comes after `after`."""
+    """Selects the rows that meet all given conditions: columns with `equals` (a value, In, AtMost or Above), the
+    predicate, `keys` columns among `key_rows`, a primary key after `after`."""
 
     equals: Mapping[str, Any]
     predicate: Predicate | None = None
@@ -71,10 +76,12 @@ class Where:
 
 
 def where(predicate: Predicate | None = None, **equals: Any) -> Where:
+    """Returns the conditions on single columns and a predicate."""
     return Where(equals=equals, predicate=predicate)
 
 
 def where_keys(keys: tuple[str, ...], key_rows: Collection[tuple[Any, ...]], **equals: Any) -> Where:
+    """Returns the condition that the `keys` columns are among `key_rows`, with further conditions on single columns."""
     return Where(equals=equals, predicate=None, keys=keys, key_rows=key_rows)
 
 
@@ -83,8 +90,8 @@ EVERYTHING = Where(equals={})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """The count of the rows of one group, and the sums and maxima of the columns asked for; where a column has bytes,
-    the sum of their lengths."""
+    """Number of rows of a group, with the sums and maxima of the requested columns; a column of bytes counts by
+    length."""
 
     group: tuple[Any, ...]
     count: int
@@ -94,21 +101,24 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Outbox:
-    """`position`: of the last event that RabbitMQ has confirmed. `seen_ms`: when a coordinator that
-    publishes was there last; 0: never."""
+    """State of the outbox. `position`: of the last event that RabbitMQ has confirmed. `seen_ms`: when a publishing
+    coordinator last ran; 0: never."""
 
     position: int
     seen_ms: int
 
 
 class Transaction(Protocol):
-    """All or nothing. A statement locks its rows in key order; service/common.py has the order of the statements. The
-    lock that orders the events is taken last, by the commit. `locked`: the named lock that is held; empty: none."""
+    """A transaction, all or nothing.
+
+    Invariants: a statement locks its rows in key order; service/common.py has the order of the statements. The commit
+    takes the lock that orders the events, as the last lock. `locked`: name of the held lock; empty: none.
+    """
 
     locked: str
 
     async def now_ms(self) -> int:
-        """The database's clock, once per transaction."""
+        """Returns the database's time in ms since 1970, read once per transaction."""
 
     async def select(
         self,
@@ -118,7 +128,8 @@ class Transaction(Protocol):
         order: Sequence[str] = (),
         limit: int | None = None,
         lock: Lock = "",
-    ) -> list[RowT]: ...
+    ) -> list[RowT]:
+        """Returns the selected rows, in the order of the columns `order`, at most `limit`."""
 
     async def totals(
         self,
@@ -129,40 +140,41 @@ class Transaction(Protocol):
         sums: Sequence[str] = (),
         maxima: Sequence[str] = (),
     ) -> list[Totals]:
-        """Returns one per group; of `maxima`, groups without rows have none."""
+        """Returns the totals of each group; groups without rows have no maxima."""
 
     async def append(self, events: Sequence[Event], trace_context: str = "") -> None:
-        """Applies the events' row operations now; their positions follow with the commit, in the order appended."""
+        """Applies the events' row operations now; the commit assigns their positions, in the order appended."""
 
     def with_position(self, ops: Callable[[int], Sequence[RowOp]]) -> None:
-        """Row operations on state tables that name the position of the transaction's last event: made and applied by
-        the commit. Rows that others may hold must be locked before."""
+        """Registers row operations on state tables that need the position of the transaction's last event: the commit
+        builds and applies them. The caller locks the rows before if other transactions may hold them."""
 
     async def apply(self, ops: Sequence[RowOp]) -> None:
-        """Row operations on state tables."""
+        """Applies row operations on state tables."""
 
     async def position(self) -> int:
-        """The position of the last event that was committed; the transaction's own have none yet."""
+        """Returns the position of the last committed event; the transaction's own events have none yet."""
 
-    async def outbox(self) -> Outbox: ...
+    async def outbox(self) -> Outbox:
+        """Returns the state of the outbox."""
 
     async def note_publisher(self) -> None:
-        """Notes that a coordinator that publishes to RabbitMQ is there now: events are kept for it."""
+        """Records that a coordinator that publishes to RabbitMQ runs now: events are kept for the relay."""
 
     def wake_group(self, group: str) -> None:
-        """After the commit, whoever waits for this group looks again, on every coordinator."""
+        """Wakes, after the commit, the calls that wait for a change of this group, on every coordinator."""
 
     def notify_sealed(self, buffer_id: str) -> None:
-        """Tells the followers on every coordinator, after the commit, that this buffer was sealed. Best effort."""
+        """Notifies the followers on every coordinator, after the commit, that this buffer was sealed. Best effort."""
 
 
-# Differing rows that a check of the projections shows of each table: a few hundred bytes each.
+# Differing rows that a check reports of each table: a few hundred bytes each.
 DIFFERENCES_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Of one row of `table`: as it is and as the events give it, in JSON; empty where there is none."""
+    """A differing row of `table` in JSON, as found and as the events give it; empty if there is none."""
 
     table: str
     found: str
@@ -171,7 +183,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionCheck:
-    """How far a check is: of `events_total` events, `events_done` are applied. With `done`, what it found."""
+    """Progress of a check: `events_done` of `events_total` events are applied. With `done`, the result."""
 
     events_done: int
     events_total: int
@@ -182,65 +194,69 @@ class ProjectionCheck:
 
 
 class Store(Protocol):
-    """The control plane's database. Calls raise Unavailable when the database does not answer in time, and
-    Overloaded when too many others wait for it, or for the same lock: nothing was begun then."""
+    """Database of the control plane. Calls raise Unavailable if the database does not answer in time, and Overloaded if
+    too many calls wait for the database or for the same lock; nothing has begun then."""
 
     def for_clients(self) -> "Store":
-        """Returns the same store for calls of clients and operators, which keep no more than their share of the
-        connections from those that the platform lives by: leases, registrations, sweeps."""
+        """Returns the same store for calls of clients and operators, with a limited share of the connections; the rest
+        stays for leases, registrations and sweeps."""
 
     async def run(self, work: Callable[[Transaction], Awaitable[ResultT]], *, lock: str = "") -> ResultT:
-        """Runs `work` in one transaction, and returns its result. After a conflict with another transaction `work` is
-        run again, so it must only act through its own. lock: name of a lock that is held from the first statement to
-        the end; calls wait for it first come, first served, and without a connection. Empty: none."""
+        """Runs `work` in a transaction and returns its result. After a conflict with another transaction `work` runs
+        again, so it must have no effects outside its transaction. `lock`: name of a lock held from the first statement
+        to the end, empty: none; calls wait for it in order of arrival, without a connection."""
 
     def snapshot(self) -> AbstractAsyncContextManager[Transaction]:
-        """A read-only transaction that sees one moment, for as long as it is open."""
+        """Returns a read-only transaction that sees a single moment for as long as it is open."""
 
     async def renew_session(self, session_id: str, ttl_ms: int) -> int | None:
-        """Moves the expiry; returns the grants_version, or None when there is no such session. One row update."""
+        """Extends the lease; returns the grants_version, or None if there is no such session. Updates a single row."""
 
     async def renew_member(self, group: str, member_id: str, generation: int, owned: str) -> int | None:
-        """Moves a group member's expiry by its session_timeout_ms and returns that, if the group has this generation
-        and the member is recorded as complete with just this `owned`; else None and nothing. One row update."""
+        """Extends a group member's lease by its session_timeout_ms and returns that time, if the group has this
+        generation and the member is recorded as complete with exactly these `owned`; else returns None and changes
+        nothing. Updates a single row."""
 
-    async def next_producer_id(self) -> int: ...
+    async def next_producer_id(self) -> int:
+        """Returns a producer id that was never allocated before."""
 
     async def read_events(self, after_position: int, limit: int) -> list[EventRow]:
-        """Returns the next events. Raises EventsPruned if some of them are not kept any more."""
+        """Returns the next events, at most `limit`. Raises EventsPruned if some of them are pruned."""
 
     async def head(self) -> Head:
-        """The last event and its history. One statement."""
+        """Returns the last event's position and its history, with a single statement."""
 
     async def rebuild(self) -> None:
-        """Empties the projections and builds them again: the bases, then every event that is kept. One transaction."""
+        """Rebuilds the projections in a single transaction: from the bases and every kept event."""
 
     def check_projections(self) -> AsyncIterator[ProjectionCheck]:
-        """Builds the projections once more beside those there are, as of one moment, and compares. Says now and then
-        how far it is, and at last what it found, with at most DIFFERENCES_MAX rows of each table. Raises Unavailable,
-        also if there are events of a newer version, which it cannot apply."""
+        """Builds the projections again beside the existing ones, as of a single moment, and compares. Yields the
+        progress now and then, and at last the result, with at most DIFFERENCES_MAX rows of each table. Raises
+        Unavailable, also if there are events of a newer version, which cannot be applied."""
 
 
 class Snapshot(Transaction, Protocol):
-    """What a backup reads: one moment of everything."""
+    """Reads of a backup: everything as of a single moment."""
 
     async def producer_id(self) -> int:
-        """At least the last one given out."""
+        """Returns a producer id that is not below the last allocated."""
 
-    async def migrations(self) -> list[str]: ...
+    async def migrations(self) -> list[str]:
+        """Returns the names of the applied migrations, in order."""
 
 
 class RestoreTransaction(Transaction, Protocol):
-    """Writes of a restore, all or nothing. It is alone with the database: its events get their positions at once."""
+    """Writes of a restore, all or nothing. No other transaction uses the database, so events get their positions at
+    once."""
 
     async def found(self) -> list[str]:
-        """What the database holds already, for people; empty: nothing."""
+        """Returns, for people, the kinds of data that the database holds already; none if it is empty."""
 
     async def set_position(self, position: int) -> None:
-        """Of the last event, for the feed and for the outbox alike."""
+        """Sets the position of the last event, for the feed and the outbox alike."""
 
     async def fill_from_bases(self) -> None:
-        """Puts the rows of the bases into the projections, which are empty."""
+        """Copies the rows of the bases into the projections, which are empty."""
 
     async def set_producer_id(self, producer_id: int) -> None:
-        """As if this was the last one given out."""
+        """Sets the last allocated producer id."""

@@ -1,12 +1,11 @@
-"""Finds out about the process that holds a session: that it is gone, so that others need not wait for its lease to run
-out, or that it is there, before another one takes its place.
+"""Probes the process that holds a session: if the process is gone, others need not wait for the lease to run out; if
+the process is there, no other may take the session.
 
-Safe because nothing rests on it: an agent that is wrongly taken for dead finds its ranges orphaned and opens a new
-session.
+No safety depends on a probe: an agent that is wrongly found gone finds its ranges orphaned and opens a new session.
 
-Owns: the looks in progress, by session. Does not own: sessions, leases.
-Invariants: at most one look per session; a stream that breaks once more begins its pauses anew. Only a refused
-connection ends a session.
+Owns: the running probes, by session. Does not own: sessions, leases.
+Invariants: at most a single probe per session; a stream that breaks again restarts the pauses of its probe. Only a
+refused connection ends a session.
 """
 
 import asyncio
@@ -25,25 +24,25 @@ from streamhouse_coordinator.service.common import Context
 
 log = logging.getLogger(__name__)
 
-# What a look that decided nothing waits for the next one: of a process that dies the connections may break a moment
-# before it stops listening, and a busy database may refuse the takeover of thousands of partitions. About six seconds
-# in all; after that only the lease decides.
+# Pauses after an undecided look: the connections of a dying process may break a moment before the port closes, and a
+# busy database may refuse the takeover of thousands of partitions. About six seconds in all; after that only the lease
+# decides.
 LOOK_AGAIN_MS = (100, 200, 400, 800, 1_600, 3_200)
 
 DescribeAgent = Callable[[str], Awaitable[ingest_pb2.DescribeAgentResponse]]
 
 
 class Probe:
-    """`follower_gone` is called when the event stream of a session broke. `describe_agent` asks the ingest agent at an
-    address."""
+    """Probes sessions. `describe_agent` asks the ingest agent at an address."""
 
     def __init__(self, context: Context, tasks: Tasks, describe_agent: DescribeAgent) -> None:
         self._context = context
         self._tasks = tasks
         self._describe_agent = describe_agent
-        self._running: dict[str, asyncio.Event] = {}  # by session, set when its stream broke once more
+        self._running: dict[str, asyncio.Event] = {}  # by session; set when its stream broke again
 
     def follower_gone(self, session_id: str) -> None:
+        """Starts a probe of a session after the break of an event stream."""
         if session_id in self._running:
             self._running[session_id].set()
         else:
@@ -65,7 +64,7 @@ class Probe:
             del self._running[session_id]
 
     async def _ended(self, session_id: str) -> bool:
-        """Looks once. Whether the session has ended, now or before."""
+        """Looks once; returns True if the session has ended, now or before."""
         try:
             address = await self._context.store.run(lambda tx: _address(tx, session_id))
             if not address:
@@ -80,7 +79,8 @@ class Probe:
         return True
 
     async def _refused(self, address: str) -> bool:
-        """Only a refusal counts: it says that the machine is there and the process is not."""
+        """Returns True if the connection is refused, which shows that the machine runs and the process does not. No
+        other failure shows this."""
         try:
             await self._connect(address)
         except ConnectionRefusedError:
@@ -96,8 +96,8 @@ class Probe:
         writer.close()
 
     async def holds(self, session: SessionRow) -> bool:
-        """Asks once. True if a process answers that it has this very session open, or, of another role than ingest,
-        listens at the session's address; False also where that cannot be told within probe_timeout_ms."""
+        """Asks once; returns True if a process answers for this very session, or, for roles other than ingest, listens
+        at the session's address. Returns False also if no answer comes within probe_timeout_ms."""
         try:
             if session.role != INGEST:
                 await self._connect(session.address)

@@ -7,10 +7,10 @@ from shproto.limits import NAME_LENGTH_MAX
 from shruntime.settings import CommonSettings, one_line
 from shruntime.urls import url_of
 
-# Share of a lease within which two heartbeats must be answered; the rest is the agents' own margin (lease_margin_ms,
-# 2 s by default).
+# Share of a lease within which two heartbeats must be answered; the rest is the agents' margin (lease_margin_ms, 2 s by
+# default).
 LEASE_SHARE = 0.75
-# Sweeps in a row that have to be missing, of all coordinators, before it counts as an outage: one or two are load.
+# Consecutive sweeps of all coordinators that have to be missing in an outage: one or two are a sign of load.
 MISSED_SWEEPS = 3
 # Heartbeats of a group member in its session_timeout_ms, so that two may be lost.
 GROUP_HEARTBEATS = 3
@@ -210,10 +210,10 @@ class CoordinatorSettings(CommonSettings):
         return self
 
     def _leases_outlive_silence(self) -> None:
-        """Checks that leases last from one heartbeat's answer to the next. While PostgreSQL is away, an agent goes on
-        for as long as coordinators tell it so: a heartbeat is answered after pg_timeout_ms, the next one is sent
-        heartbeat_interval_ms later and answered after pg_timeout_ms again. Meanwhile the lease that the first one
-        renewed must not run out. The same if what a heartbeat changes is locked by a coordinator that is frozen, for
+        """Checks that leases last from an answered heartbeat to the next. While PostgreSQL is away, an agent goes on as
+        long as coordinators answer: a heartbeat is answered after pg_timeout_ms, and the next is sent
+        heartbeat_interval_ms later and answered after another pg_timeout_ms. The lease that the first renewed must not
+        run out before. The same holds if a frozen coordinator locks the rows of a heartbeat, for
         pg_transaction_idle_ms, or twice that (docs/postgresql.md)."""
         for name in ("pg_timeout_ms", "pg_transaction_idle_ms"):
             silent_ms = 2 * getattr(self, name) + self.heartbeat_interval_ms
@@ -227,9 +227,9 @@ class CoordinatorSettings(CommonSettings):
                 )
 
     def _leases_outlive_what_is_no_outage(self) -> None:
-        """Checks that leases outlast what is no outage yet. The time of an outage is added to all leases after it
-        (service/outages.py), but one of up to MISSED_SWEEPS sweeps is not taken for an outage: leases must last for
-        it."""
+        """Checks that leases outlast the longest silence that is no outage. The time of an outage is added to all
+        leases (service/outages.py), but up to MISSED_SWEEPS missing sweeps are no outage, so leases must last for
+        them."""
         for lease, interval in (
             ("session_ttl_ms", "heartbeat_interval_ms"),
             ("group_session_timeout_ms", "group_heartbeat_interval_ms"),

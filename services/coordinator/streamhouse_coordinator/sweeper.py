@@ -1,4 +1,8 @@
-"""The coordinator's periodic work. Every coordinator does it; each sweep is one that may be repeated or overlap."""
+"""Periodic work of the coordinator: sweeps and pruning. Every coordinator does it.
+
+Owns: the two loops. Does not own: leases, events. Invariant: every run may be repeated, and may overlap with the same
+run of another coordinator.
+"""
 
 import asyncio
 import logging
@@ -46,7 +50,7 @@ _ranges_lost = counter(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """What one look found to do, and what the gauges show."""
+    """Work found by a look, and values of the gauges."""
 
     after_outage: bool
     moves_due: bool
@@ -60,12 +64,13 @@ class _Found:
 
 class Sweeper:
     def __init__(self, context: Context) -> None:
+        """Ends expired sessions and members, moves partitions, and gives the gauges their values."""
         self._context = context
 
     async def run(self) -> None:
-        """Sweeps for ever; what fails is tried again by the next sweep. Groups, of which there may be thousands, each
-        with a lock to wait for, are swept beside the sessions: a sweep that came late would be taken for an outage, and
-        extend the leases of agents that are dead."""
+        """Sweeps for ever; the next sweep tries again after a failure. Groups are swept beside the sessions, since
+        there may be thousands, each with a lock to wait for: a late sweep would count as an outage, and extend the
+        leases of dead agents."""
         sweeps = {"sweeps": self._again_and_again(self.sweep), "groups": self._again_and_again(self.expire_members)}
         await run_until_first_ends(sweeps)
 
@@ -78,8 +83,8 @@ class Sweeper:
             await asyncio.sleep(self._context.settings.session_sweep_interval_ms / 1000)
 
     async def sweep(self) -> None:
-        """Looks, in one small transaction, and then does what is due; after an outage only extends the leases: what is
-        due then is found by the next sweep. Raises what the store raises."""
+        """Looks for due work in a small transaction, then works. After an outage only extends the leases: the next
+        sweep does the rest. Raises the errors of the store."""
         found = await self._context.store.run(self._look)
         if found.after_outage:
             interval_ms = self._context.settings.session_sweep_interval_ms
@@ -114,7 +119,7 @@ class Sweeper:
         )
 
     async def expire_members(self) -> None:
-        """Removes group members whose heartbeats stopped. Raises what the store raises."""
+        """Removes expired group members. Raises the errors of the store."""
         names = await self._context.store.run(groups.groups_with_expired)
         count = sum([await groups.expire_members(self._context, name) for name in names])
         if count:
@@ -133,11 +138,12 @@ class Sweeper:
 
 class Pruner:
     def __init__(self, context: Context) -> None:
+        """Removes events that are no longer needed."""
         self._context = context
 
     async def run(self) -> None:
-        """Prunes for ever; what fails is tried again by the next run. Waits first: followers that come back together
-        with the coordinators, after an outage of all, find their events."""
+        """Prunes for ever; the next run tries again after a failure. Waits first, so that followers that return
+        together with the coordinators, after an outage of all, find their events."""
         pause_s = self._context.settings.events_prune_interval_ms / 1000
         while True:
             await asyncio.sleep(pause_s)

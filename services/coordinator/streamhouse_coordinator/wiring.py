@@ -45,18 +45,19 @@ from streamhouse_coordinator.sweeper import Pruner, Sweeper
 
 log = logging.getLogger(__name__)
 
-# Running calls take milliseconds; the event streams never end by themselves and are cut after this.
+# Running calls take milliseconds; event streams never end by themselves and are cut after this time.
 SERVER_STOP_GRACE_MS = 500
 
-# PostgreSQL fails over within seconds; a coordinator that waits for it asks at most so often.
+# PostgreSQL fails over within seconds; a waiting coordinator asks at most this often.
 START_RETRY_FIRST_MS, START_RETRY_MS_MAX = 100, 5_000
-# PostgreSQL is away or slow; too many others change the same rows; it refuses what it should not.
+# PostgreSQL is away or slow; too many transactions change the same rows; a statement was refused unexpectedly.
 _LATER = (Unavailable, Overloaded, Internal)
 
 
 @dataclass(kw_only=True)
 class CoordinatorService:
-    """One coordinator. `api` may be called before `start` has ended: it answers Unavailable until then."""
+    """A running coordinator. `api` may be called before `start` has ended: calls are answered Unavailable until
+    then."""
 
     settings: CoordinatorSettings
     api: CoordinatorApi
@@ -69,8 +70,8 @@ class CoordinatorService:
     _session_token: str = field(default="", init=False)
 
     async def start(self) -> None:
-        """Connects, migrates, starts the background work. Keeps trying until PostgreSQL answers and lets us in. Raises
-        SettingsError when the DSN is of no use, DatabaseRefused."""
+        """Connects, migrates and starts the background work. Tries until PostgreSQL answers and accepts the login.
+        Raises SettingsError for a DSN that can never work, DatabaseRefused."""
 
         def is_final(error: StreamHouseError) -> bool:
             if not isinstance(error, Unavailable):
@@ -87,8 +88,7 @@ class CoordinatorService:
             self._tasks.spawn("relay", self._relay.run())
 
     async def open_session(self, address: str) -> None:
-        """Lets others find this coordinator at `address` (host:port) until `stop`. Keeps trying until PostgreSQL
-        answers."""
+        """Registers this coordinator at `address` (host:port) until `stop`. Tries until PostgreSQL answers."""
         name = self.settings.coordinator_id or f"coordinator-{new_uuid()[:8]}"
         request = pb.OpenSessionRequest(agent_id=name, role="coordinator", address=address)
         backoff = Backoff(START_RETRY_FIRST_MS, START_RETRY_MS_MAX)
@@ -115,13 +115,13 @@ class CoordinatorService:
             log.warning("no session: %s", error.message)
 
     async def failed(self) -> None:
-        """Waits for ever; raises what killed one of the background tasks."""
+        """Waits for ever; raises the error that ended a background task."""
         await self._tasks.failed.wait()
         assert self._tasks.error is not None
         raise self._tasks.error
 
     async def stop(self) -> None:
-        """Ends the background work, says goodbye if PostgreSQL is there to hear it, closes the connections."""
+        """Ends the background work, closes the session if PostgreSQL answers, and closes the connections."""
         await self._tasks.stop()
         if self._session_token:
             try:
@@ -132,7 +132,7 @@ class CoordinatorService:
 
 
 def build(settings: CoordinatorSettings) -> CoordinatorService:
-    """A coordinator that is not started yet."""
+    """Returns a coordinator that is not started yet."""
     tasks = Tasks()
     limits = Limits(settings.pg_timeout_ms, settings.pg_transaction_idle_ms)
     waiters = WaitingCalls(settings.pg_waiting_max)
@@ -160,7 +160,7 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
     relay = _relay(settings, feed, store)
 
     def buffer_sealed(sealed: BufferSealed, trace_context: str) -> None:
-        if not listens():  # else PostgreSQL tells this coordinator, as it tells the others
+        if not listens():  # else PostgreSQL notifies this coordinator, like all others
             feed.sealed(sealed.buffer_id)
         if relay is not None:
             relay.sealed(sealed, trace_context)
@@ -190,7 +190,8 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
 
 
 async def _describe_agent(address: str) -> ingest_pb2.DescribeAgentResponse:
-    """Over a connection of its own: agents are asked when one of them takes another's place, which is rare."""
+    """Returns an agent's description of itself, over a connection made for this call: agents are asked only when an
+    agent takes another's place."""
     connection = Connection([address])
     try:
         return await IngestClient(connection).describe_agent(ingest_pb2.DescribeAgentRequest())
@@ -202,7 +203,8 @@ def _relay(settings: CoordinatorSettings, feed: Feed, store: PostgresStore) -> R
     if not settings.amqp_url:
         return None
     batch, timeout_ms = settings.outbox_batch, settings.amqp_timeout_ms
-    # A batch is read, given up after timeout_ms, and the place moved: while one of us is at it, no other one begins.
+    # The claim lasts for a read, a publish of timeout_ms and the move of the position, so that no other coordinator
+    # begins meanwhile.
     drain = partial(store.drain_outbox, claim_ms=timeout_ms + 2 * settings.pg_timeout_ms)
     return Relay(settings.amqp_url, feed, drain, batch=batch, timeout_ms=timeout_ms)
 
@@ -211,20 +213,20 @@ def _relay(settings: CoordinatorSettings, feed: Feed, store: PostgresStore) -> R
 
 
 async def take_backup(pg_dsn: str, store: ObjectStore) -> Manifest:
-    """A backup of the metadata, now; while everything runs, or nothing. Raises Unavailable, InvalidArgument,
-    StoreError."""
+    """Takes a backup of the metadata and returns its manifest; services may run meanwhile. Raises Unavailable,
+    InvalidArgument, StoreError."""
     async with postgres_backup.snapshot(pg_dsn) as snapshot:
         return await backup.take(snapshot, store, SystemClock().wall_ms())
 
 
 async def read_backups(store: ObjectStore) -> list[Manifest]:
-    """Oldest first. Raises BackupDamaged, StoreError."""
+    """Returns the manifests of all backups, oldest first. Raises BackupDamaged, StoreError."""
     listed = await backup.list_backups(store)
     return [await backup.read_manifest(store, name) for name in listed.backups]
 
 
 async def prune_backups(store: ObjectStore, keep: int) -> list[str]:
-    """Deletes all but the newest; returns the names of those that are gone. Raises StoreError."""
+    """Deletes all but the `keep` newest backups; returns the names of the deleted ones. Raises StoreError."""
     return await backup.prune(store, keep, SystemClock().wall_ms())
 
 
@@ -237,20 +239,20 @@ async def restore_backup(
     accept_holes: bool,
     progress: Callable[[str, int, int], None],
 ) -> tuple[restore.Report, EventRow]:
-    """Restores a backup by its name, or the "latest", into an empty database; no service may run. Returns with the
-    report the last event there is then. Raises what restore.restore does, and DatabaseRefused."""
+    """Restores a backup by its name, or the "latest", into an empty database; no service may run. Returns the report
+    and the last event of the restored database. Raises the errors of restore.restore, and DatabaseRefused."""
     manifest = await backup.read_manifest(store, name)
     async with postgres_backup.restore_transaction(pg_dsn, commit=not dry_run) as tx:
         report = await restore.restore(
             tx, store, manifest, accept_holes=accept_holes, new_id=new_uuid, progress=progress
         )
         last = (await tx.select(EVENTS, where(position=report.position)))[0]
-        await tx.apply([Put(HISTORY_MARKS, mark_of(last))])  # of which the store is to have a mark
+        await tx.apply([Put(HISTORY_MARKS, mark_of(last))])  # the store gets a mark of this event
     return report, last
 
 
 async def run(settings: CoordinatorSettings) -> None:
-    """The coordinator as a process of its own, until SIGINT or SIGTERM."""
+    """Runs the coordinator as a separate process, until SIGINT or SIGTERM."""
     configure_logging("coordinator", settings)
     async with Supervisor.of_environment() as supervisor:
         await _run(settings, supervisor)
@@ -260,7 +262,7 @@ async def _run(settings: CoordinatorSettings, supervisor: Supervisor) -> None:
     raise_descriptor_limit()
     give_back_freed_memory()
     spare_loaded_code()
-    # The relay says once that RabbitMQ is away; the library would at every try, with a traceback.
+    # The relay reports once that RabbitMQ is away; the library would at every try, with a traceback.
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     telemetry = Telemetry.configure("coordinator", settings)
     service = build(settings)
@@ -279,7 +281,7 @@ async def _run(settings: CoordinatorSettings, supervisor: Supervisor) -> None:
 
 
 async def _serve(service: CoordinatorService, server: RpcServer) -> None:
-    """From here on until cancelled; raises what killed the service."""
+    """Serves until cancelled; raises the error that ended the service."""
     await service.start()
     await service.open_session(await advertised_address(service.settings, server.address))
     await server.set_serving(True)

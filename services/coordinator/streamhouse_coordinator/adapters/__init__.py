@@ -1,1 +1,1 @@
-"""Where the coordinator meets PostgreSQL, RabbitMQ and, in tests, plain memory."""
+"""Adapters to PostgreSQL and RabbitMQ, and the store in memory for tests."""

@@ -1,5 +1,5 @@
-"""PostgreSQL's LISTEN on a connection of its own, to the server itself: a pooler that gives out transactions forgets
-who listens. Only makes things faster: whoever is woken also polls."""
+"""Receives PostgreSQL's notifications on a separate connection, straight to the server, since a transaction pooler
+forgets LISTEN. Notifications only save time: all receivers poll as well."""
 
 import asyncio
 import logging
@@ -21,10 +21,10 @@ never closed, and nothing would be heard from the one that took its place."""
 
 
 class Listener:
-    """Calls `events_changed` after commits with events, `group_changed` with the name of a group that changed,
-    `buffer_sealed` with the id of a buffer that was sealed. After a reconnect, everything may have changed:
-    `group_changed("")`, `buffer_sealed("")`. `connect`: makes a connection to keep. `works`:
-    False where LISTEN has no effect; known once the store is open."""
+    """Calls `events_changed` after commits with events, `group_changed` with the name of a changed group,
+    `buffer_sealed` with the id of a sealed buffer. After a reconnect, anything may have changed: `group_changed("")`,
+    `buffer_sealed("")`. `connect` makes a long-lived connection. `works`: False if LISTEN has no effect; known once the
+    store is open."""
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""The store in plain dictionaries: for unit tests and simulations. One transaction at a time, undone if it fails."""
+"""Store in plain dictionaries, for unit tests and simulations. Transactions run one at a time, and are undone if they
+fail."""
 
 import asyncio
 import json
@@ -35,7 +36,7 @@ Rows = dict[tuple[object, ...], Any]
 
 
 def change(tables: dict[str, Rows], op: RowOp) -> None:
-    """What the operation means, in the simplest terms; the SQL of adapters/sql.py is compared with it."""
+    """Applies the operation in the simplest way; the SQL of adapters/sql.py is compared with this."""
     rows = tables.setdefault(op.table.name, {})
     match op:
         case Put(table, row):
@@ -49,7 +50,7 @@ def change(tables: dict[str, Rows], op: RowOp) -> None:
 
 
 def _meeting(rows: Rows, table: t.Table[Any], where: Where) -> list[Any]:
-    """The rows that meet all conditions."""
+    """Returns the rows that meet all conditions."""
     found = _by_key(rows, table, where)
     for name, wanted in where.equals.items():
         match wanted:
@@ -72,7 +73,7 @@ def _meeting(rows: Rows, table: t.Table[Any], where: Where) -> list[Any]:
 
 
 def _by_key(rows: Rows, table: t.Table[Any], where: Where) -> list[Any]:
-    """Those that may meet the conditions: found by the key where the conditions name one, else all."""
+    """Returns the rows that may meet the conditions: those with the key if the conditions name a key, else all."""
     if where.keys == table.key:
         return [rows[key] for key in dict.fromkeys(where.key_rows) if key in rows]
     if all(name in where.equals for name in table.key):
@@ -83,13 +84,13 @@ def _by_key(rows: Rows, table: t.Table[Any], where: Where) -> list[Any]:
 
 
 def _amount(value: int | bytes) -> int:
-    """What a column's value adds to a sum."""
+    """Returns the amount that a column's value adds to a sum."""
     return len(value) if isinstance(value, bytes) else value
 
 
 class MemoryStore:
-    """Implements ports.Store. `events_changed`, `group_changed` and `buffer_sealed` are called after commits, as LISTEN
-    does."""
+    """Implements ports.Store. `events_changed`, `group_changed` and `buffer_sealed` are called after commits, as by
+    LISTEN."""
 
     def __init__(
         self,
@@ -209,7 +210,7 @@ def _json(row: Any) -> str:
 
 
 def position_in(tables: dict[str, Rows]) -> int:
-    """Returns the position of the last event; they are in order."""
+    """Returns the position of the last event; events are in order."""
     log = tables.get(t.EVENTS.name, {})
     return next(reversed(log.values())).position if log else pruned_in(tables)
 
@@ -219,7 +220,7 @@ def pruned_in(tables: dict[str, Rows]) -> int:
 
 
 def rebuilt(tables: dict[str, Rows]) -> dict[str, Rows]:
-    """Returns the projections as their bases and every event that is kept give them."""
+    """Returns the projections that follow from the bases and every kept event."""
     fresh = {table.name: dict(tables.get(t.base_of(table).name, {})) for table in t.PROJECTIONS}
     for row in tables.get(t.EVENTS.name, {}).values():
         event = replayed(row)
@@ -321,7 +322,7 @@ class MemoryTransaction:
         return Outbox(position=0, seen_ms=0)
 
     async def note_publisher(self) -> None:
-        """Notes nothing: nobody publishes from memory."""
+        """Records nothing: events in memory have no publisher."""
 
     def wake_group(self, group: str) -> None:
         self.groups.add(group)

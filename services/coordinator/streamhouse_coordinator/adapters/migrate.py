@@ -1,7 +1,7 @@
-"""Brings a database to the tables this version works with. Two coordinators may start at the same time.
+"""Migrates a database to the tables of this version. Two coordinators may start at the same time.
 
-Migrations are only ever added. One that was changed afterwards would leave every database that had it already
-different from a new one: a test holds their hashes.
+Invariant: migrations are only added. A migration that was changed afterwards would leave existing databases different
+from new ones: a test holds their hashes.
 """
 
 from importlib import resources
@@ -12,35 +12,35 @@ import asyncpg
 from streamhouse_coordinator.adapters import migrations
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, STATE, Table, base_of
 
-# Any number will do, as long as no other program takes the same advisory lock in this database ("sh" + "mig").
+# Any number that no other program uses as an advisory lock in this database ("sh" + "mig").
 MIGRATION_LOCK = 0x73686D6967
 
 _WAY_OUT = "restore a backup into an empty database, see docs/backup.md"
 
 
 class DatabaseRefused(RuntimeError):
-    """A database that this version cannot work with; the message says why, and what to do."""
+    """A database that this version cannot use; the message says why, and how to proceed."""
 
 
 class DatabaseTooNew(DatabaseRefused):
-    """The database was migrated by a newer version; this one must not touch it."""
+    """The database was migrated by a newer version; this version must not touch it."""
 
 
 class DatabaseMismatch(DatabaseRefused):
-    """The database has other tables than its migrations make: no release made it, or somebody changed it."""
+    """The tables differ from those of the migrations: no release made them, or they were changed by hand."""
 
 
 def available() -> dict[str, str]:
-    """SQL by migration name, in order."""
+    """Returns the SQL by migration name, in order."""
     files = (item for item in resources.files(migrations).iterdir() if item.name.endswith(".sql"))
     return {item.name.removesuffix(".sql"): item.read_text() for item in sorted(files, key=lambda item: item.name)}
 
 
 async def migrate(connection: Any) -> list[str]:
-    """Applies what is missing, all of it or nothing; returns the names. Waits for others that migrate. Raises
-    DatabaseRefused."""
-    # One transaction, so that a pooler may lie in between: a lock of the session would stay with another's connection.
-    # It takes as long as it takes, whatever limits the user or the database have.
+    """Applies the missing migrations, all or none; returns their names. Waits for other coordinators that migrate.
+    Raises DatabaseRefused."""
+    # A single transaction, so that a pooler may lie in between: a lock of the session would stay with another's
+    # connection. Without a limit, also where the user or the database have limits.
     async with connection.transaction():
         for limit in ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"):
             await connection.execute(f"SET LOCAL {limit} = 0")
@@ -61,8 +61,8 @@ async def _migrate(connection: Any) -> list[str]:
         try:
             await connection.execute(known[name])
         except asyncpg.InsufficientPrivilegeError:
-            raise  # may be granted later
-        except asyncpg.SyntaxOrAccessError as error:  # a table or column that is missing, or there already
+            raise  # the privilege may be granted later
+        except asyncpg.SyntaxOrAccessError as error:  # a table or column is missing, or exists already
             raise DatabaseMismatch(f"migration {name} does not fit the database: {error}; {_WAY_OUT}") from error
         await connection.execute("INSERT INTO migrations (name) VALUES ($1)", name)
     await _must_have_tables(connection)
@@ -70,8 +70,8 @@ async def _migrate(connection: Any) -> list[str]:
 
 
 async def _must_have_tables(connection: Any) -> None:
-    """Checks that all tables and columns are there: a command that met a missing one later would fail as if by a
-    defect, and again at every try."""
+    """Checks that all tables and columns exist: a command that met a missing column later would fail as if by a defect,
+    at every try. Raises DatabaseRefused."""
     rows = await connection.fetch(
         "SELECT relname, attname FROM pg_attribute JOIN pg_class ON attrelid = pg_class.oid "
         "WHERE relnamespace = current_schema()::regnamespace AND attnum > 0 AND NOT attisdropped"

@@ -1,8 +1,10 @@
 """The store in PostgreSQL (asyncpg): transactions and their repetition.
 
-Every statement has a deadline, here and in the server; a connection that broke or was given up on is closed, never
-reused. Conflicts with other transactions are retried. The store raises StreamHouseErrors and nothing else: the
-database's absence becomes Unavailable, whatever words it has for it, so that no loop ends over one answer.
+Owns: deadlines, retries after conflicts, and the translation of errors. Does not own: connections
+(postgres_connections.py), statements (postgres_transaction.py, sql.py).
+Invariants: every statement has a deadline, here and in the server. A broken or abandoned connection is closed, never
+reused. Only StreamHouseErrors leave the store: an absent database becomes Unavailable, with any error that reports
+this, so that no loop ends over a single answer.
 """
 
 import asyncio
@@ -43,8 +45,8 @@ log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 RowT = TypeVar("RowT")
 
-# How often a transaction that met another's changes is run again before the caller is told to come back: with a wait of
-# up to 2, 4, 8 ... ms in between, two coordinators racing for the same rows need one or two.
+# Tries of a transaction that meets conflicts, before the caller is asked to retry: with a wait of up to 2, 4, 8 ... ms
+# in between, two coordinators that race for the same rows need two or three.
 CONFLICT_ATTEMPTS = 10
 SNAPSHOT = "ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
@@ -58,7 +60,7 @@ _duration = _meter.create_histogram(
 
 
 class PostgresStore:
-    """Implements ports.Store. `open` must have succeeded before anything but Unavailable comes back."""
+    """Implements ports.Store. Until `open` has succeeded all calls raise Unavailable."""
 
     def __init__(
         self, connections: Connections, turns: LockQueues, waiters: WaitingCalls, *, migration_timeout_ms: int
@@ -67,20 +69,20 @@ class PostgresStore:
         self._turns = turns
         self._migration_timeout_ms = migration_timeout_ms
         self._serves_clients = False
-        # Snapshots hold a connection for as long as their reader takes: some must stay for everybody else, and of these
-        # some for query services, which read nothing before they have one.
+        # Snapshots hold a connection for as long as their reader takes, so some connections stay reserved for other
+        # calls; and of the snapshots some for query services, which serve no reads without one.
         snapshots = max(1, connections.pool_max // 4)
         self._snapshots = WaitQueue(waiters, places=snapshots, client_places=max(1, snapshots // 2))
-        self._checks = asyncio.Semaphore(1)  # a check has tables of its own, as large as the projections
+        self._checks = asyncio.Semaphore(1)  # a check has temporary tables, as large as the projections
         self._rng = random.Random()
 
     async def open(self) -> None:
-        """Connects and migrates. Raises Unavailable when there is no database, DatabaseRefused when it is not ours or
-        damaged, SettingsError when no database could ever be reached with this DSN."""
+        """Connects and migrates. Raises Unavailable if there is no database, DatabaseRefused for a foreign or damaged
+        database, SettingsError if this DSN can never reach a database."""
         try:
             await self._migrate(await self._first_connection())
             await self._connections.open()
-        except DAMAGED as error:  # waiting for it to go by helps nobody at a start
+        except DAMAGED as error:  # waiting does not mend damage at a start
             raise DatabaseRefused(f"the database cannot be opened, it is damaged: {error}") from error
         except FAILURES as error:
             if not is_away(error):
@@ -88,7 +90,8 @@ class PostgresStore:
             raise translated(error) from error
 
     async def _migrate(self, connection: Any) -> None:
-        """A migration takes longer than a statement, and may have to wait for another coordinator's."""
+        """Migrates without the limits of statements: a migration takes longer, and may wait for that of another
+        coordinator."""
         limit_ms = self._migration_timeout_ms
         deadline = asyncio.timeout(limit_ms / 1000)
         try:
@@ -115,8 +118,8 @@ class PostgresStore:
         except UNUSABLE_DSN as error:
             raise self._unusable(str(error)) from error
         except OSError:
-            raise  # some of ssl's are ValueErrors as well
-        except ValueError as error:  # while parsing: its text may be a part of the password
+            raise  # some of ssl's errors are ValueErrors as well
+        except ValueError as error:  # while parsing: the text may contain a part of the password
             raise self._unusable("cannot be parsed") from error
 
     def _unusable(self, what: str) -> SettingsError:
@@ -138,8 +141,8 @@ class PostgresStore:
     async def _guarded(
         self, work: Callable[[Any], Awaitable[ResultT]], call: Call | None = None, *, until_s: float | None = None
     ) -> ResultT:
-        """Runs `work` with a connection, and again after conflicts. Waits for the first connection until `until_s`, a
-        time of the event loop, or for pg_timeout_ms, as for those after a conflict."""
+        """Runs `work` with a connection, and again after conflicts; returns the result. Waits for the first connection
+        until `until_s`, a time of the event loop, or for pg_timeout_ms, as for later connections."""
         started = time.perf_counter()
         call = call or Call(urgent=not self._serves_clients)
         loop = asyncio.get_running_loop()
@@ -162,9 +165,9 @@ class PostgresStore:
         raise Overloaded("too many commands at once change the same rows; try again", retry_after_ms=100)
 
     async def _single(self, work: Callable[[Any], Awaitable[ResultT]], call: Call | None = None) -> ResultT:
-        """Runs one statement, a transaction of its own (which a pooler has to be told). It is answered within
-        pg_timeout_ms, the wait for a connection included: agents count on that while PostgreSQL is away. At most half
-        of the time is waited for the connection, so that the statement has some left."""
+        """Runs a single statement as a separate transaction (explicit behind a pooler); returns the result. Answers
+        within pg_timeout_ms, including the wait for a connection: agents rely on that while PostgreSQL is away. At most
+        half of the time is spent on the wait, so that the statement has time left."""
 
         async def once(connection: Any) -> ResultT:
             if not self._connections.through_pooler:
@@ -195,14 +198,14 @@ class PostgresStore:
         call, until_s = Call(urgent=not self._serves_clients), loop.time() + self._timeout_s
         try:
             async with self._turn(lock, call, until_s):
-                # Both waits together take pg_timeout_ms; a turn that came late still has half of that to be of use.
+                # Both waits together take pg_timeout_ms; a late turn still has half of that for the transaction.
                 return await self._guarded(once, call, until_s=max(until_s, loop.time() + self._timeout_s / 2))
         except TimeoutError as error:
             raise translated(error) from error
 
     @asynccontextmanager
     async def _turn(self, lock: str, call: Call, until_s: float) -> AsyncIterator[None]:
-        """Holds the call's turn with the lock, also while its transaction is run again. Waits until `until_s`. Raises
+        """Holds the call's turn with the lock, also while its transaction runs again. Waits until `until_s`. Raises
         Overloaded, TimeoutError."""
         since_s = asyncio.get_running_loop().time()
         try:
@@ -230,8 +233,8 @@ class PostgresStore:
 
     @asynccontextmanager
     async def _snapshot_place(self, call: Call) -> AsyncIterator[None]:
-        """Holds a place among the snapshots. Clients wait for pg_timeout_ms, services for as long as it takes: they
-        have nothing else to do. Raises Overloaded, TimeoutError."""
+        """Holds a place among the snapshots. Clients wait for pg_timeout_ms, services without limit: they have no other
+        work before. Raises Overloaded, TimeoutError."""
         since_s = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(None if call.urgent else self._timeout_s):
@@ -259,9 +262,9 @@ class PostgresStore:
         )
 
     async def next_producer_id(self) -> int:
-        """Never given out again. PostgreSQL writes 32 numbers of a sequence down at once, and who gets one of the other
-        31 would not wait until that is flushed, or with a standby: after a crash it would come again. So each call
-        writes something of its own, and its commit waits for all that was written before."""
+        """Returns an id that is never allocated again. PostgreSQL logs 32 numbers of a sequence at once, and a caller
+        that gets one of the other 31 would not wait until that is flushed, or replicated: after a crash the number
+        would return. So each call writes a message, and the commit waits for all earlier writes."""
         text = "SELECT nextval('producer_ids') FROM pg_logical_emit_message(true, 'streamhouse', '')"
         number: int = await self._single(lambda connection: connection.fetchval(text))
         return number
@@ -271,7 +274,7 @@ class PostgresStore:
             after = where(position=Above(after_position))
             rows = await PostgresTransaction(connection).select(EVENTS, after, order=("position",), limit=limit)
             if not (rows and rows[0].position == after_position + 1):
-                # Afterwards: what is pruned in between was read.
+                # The pruned position is read afterwards: events pruned in between have been read.
                 pruned_position = await connection.fetchval("SELECT position FROM pruned_position")
                 if after_position < pruned_position:
                     raise pruned(after_position, pruned_position)
@@ -289,11 +292,12 @@ class PostgresStore:
     async def drain_outbox(
         self, publish: Callable[[Sequence[EventRow]], Awaitable[None]], limit: int, *, claim_ms: int
     ) -> int:
-        """Publishes the next events and moves the outbox past them, unless another coordinator is at it. Returns how
-        many. What `publish` raises leaves the outbox where it was.
+        """Publishes the next events and moves the outbox past them, unless another coordinator has the claim; returns
+        their number. An error of `publish` leaves the outbox unmoved.
 
-        No transaction is open while a broker is waited for, which may take its time, or never answer. The outbox is
-        claimed for `claim_ms` instead: one that takes longer may be overtaken, and its events published twice."""
+        No transaction is open during the wait for a broker, which may take long or never answer. The outbox is claimed
+        for `claim_ms` instead; if publishing takes longer, another coordinator may publish the same events again.
+        """
         claim = f"""UPDATE outbox SET claimed_until_ms = {NOW_MS} + $1 FROM event_position last
             WHERE outbox.position < last.position AND claimed_until_ms <= {NOW_MS}
             RETURNING outbox.position, claimed_until_ms"""
@@ -310,20 +314,20 @@ class PostgresStore:
             if rows:
                 await publish(rows)
         except BaseException:
-            with contextlib.suppress(StreamHouseError):  # the claim runs out
+            with contextlib.suppress(StreamHouseError):  # the claim expires
                 await self._give_outbox_back(after, until_ms)
             raise
         await self._give_outbox_back(rows[-1].position if rows else after, until_ms)
         return len(rows)
 
     async def _give_outbox_back(self, position: int, until_ms: int) -> None:
-        """Ends the claim, with the outbox at `position`, unless somebody has claimed it since: a later claim ends
-        later."""
+        """Ends the claim and sets the outbox to `position`, unless another coordinator has claimed the outbox since: a
+        later claim has a later end."""
         text = "UPDATE outbox SET position = $1, claimed_until_ms = 0 WHERE claimed_until_ms = $2"
         await self._single(lambda connection: connection.execute(text, position, until_ms))
 
     async def rebuild(self) -> None:
-        """Builds the projections anew. Writers wait meanwhile; readers see the rows of before."""
+        """Rebuilds the projections. Writers wait meanwhile; readers see the old rows."""
 
         async def once(connection: Any) -> None:
             async with self._connections.transaction(connection):
@@ -332,8 +336,8 @@ class PostgresStore:
         await self._guarded(once)
 
     async def check_projections(self) -> AsyncIterator[ProjectionCheck]:
-        """Checks on a connection of its own: its statements take as long as migrations do, and one is made at a
-        time."""
+        """Checks on a separate connection, a single check at a time, since the statements may take as long as
+        migrations. Yields the progress, then the result."""
         limits = {
             "statement_timeout": str(self._migration_timeout_ms),
             "idle_in_transaction_session_timeout": str(SNAPSHOT_IDLE_MS),
@@ -354,10 +358,10 @@ class PostgresStore:
 
 
 async def _rebuild(connection: Any) -> None:
-    # First what pruning locks: it moves events into the bases, and must not while both are read.
+    # Locks the same row as pruning, which moves events into the bases and must not while both are read.
     await connection.execute("SELECT position FROM pruned_position FOR UPDATE")
-    # As commands do: the rows first, then the position.
-    # A TRUNCATE would wait for readers as well, who take tables in any order: they and this met in a deadlock.
+    # The rows before the position, as commands do. A TRUNCATE would wait for readers as well, which take tables in any
+    # order: this led to a deadlock.
     names = [table.name for table in sorted(PROJECTIONS, key=lock_rank)]
     await connection.execute(f"LOCK TABLE {', '.join(names)} IN EXCLUSIVE MODE")
     for name in names:
@@ -370,16 +374,18 @@ async def _rebuild(connection: Any) -> None:
 
 
 def _skipped(position: int, error: EventsPruned) -> int:
-    """Returns where publishing goes on: nobody published the events before in outbox_retention_ms, and they went."""
+    """Returns the position at which publishing continues. Events before it were not published within
+    outbox_retention_ms and are pruned."""
     pruned_position = int(error.details["pruned_position"])
-    level = logging.ERROR if position else logging.INFO  # 0: RabbitMQ is new here
+    level = logging.ERROR if position else logging.INFO  # position 0: RabbitMQ is new here
     log.log(level, "events %d to %d were never published to RabbitMQ and are not kept any more", position + 1,
             pruned_position)  # fmt: skip
     return pruned_position
 
 
 async def _warn_without_checksums(connection: Any) -> None:
-    """A flipped bit on PostgreSQL's disk can hide registered segments: only checksums make that an error."""
+    """Warns if PostgreSQL has no page checksums: a flipped bit on its disk can hide registered segments, and only
+    checksums turn that into an error."""
     if await connection.fetchval("SELECT current_setting('data_checksums', true)") == "off":
         log.warning(
             "PostgreSQL has no page checksums: damage on its disk may hide acknowledged records and nobody is told. "

@@ -1,5 +1,5 @@
-"""What backups and restores need of PostgreSQL beyond the store: a whole database as of one moment, and an empty one to
-fill. Errors of the database end here, as in postgres.py."""
+"""PostgreSQL for backups and restores: a whole database as of a single moment, and an empty database to fill. Errors of
+the database end here, as in postgres.py."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,10 +16,10 @@ from streamhouse_coordinator.adapters.postgres_transaction import PostgresRebuil
 from streamhouse_coordinator.core.tables import EVENTS, HISTORIES, PROJECTIONS, PRUNED, STATE, Table, base_of
 from streamhouse_coordinator.ports import RestoreTransaction, Snapshot
 
-# A statement reads or writes some thousand rows; a database that takes longer than this does not work.
+# A statement reads or writes some thousand rows; a database that takes longer is broken.
 STATEMENT_TIMEOUT_S = 300.0
 CONNECT_TIMEOUT_S = 30.0
-# In ms. Between two statements an object of 256 MiB may be on its way to the store.
+# In ms. An object of 256 MiB may be uploaded between two statements.
 LIMITS = {
     "statement_timeout": "300000",
     "lock_timeout": "60000",
@@ -64,8 +64,8 @@ class PostgresRestoring(PostgresRebuilding):
 
 @asynccontextmanager
 async def snapshot(dsn: str) -> AsyncIterator[Snapshot]:
-    """One moment of the database, for as long as it is open. Changes nothing, not even its tables. Raises Unavailable;
-    InvalidArgument for a database that is not, or not yet, one of this version."""
+    """Opens a view of a single moment of the database. Changes nothing, not even tables. Raises Unavailable;
+    InvalidArgument for a database without the tables of this version."""
     async with _connected(dsn) as connection:
         await connection.execute(begin(LIMITS, "ISOLATION LEVEL REPEATABLE READ READ ONLY"))
         await _must_be_ours(connection)
@@ -74,8 +74,8 @@ async def snapshot(dsn: str) -> AsyncIterator[Snapshot]:
 
 @asynccontextmanager
 async def restore_transaction(dsn: str, *, commit: bool) -> AsyncIterator[RestoreTransaction]:
-    """A transaction over the whole database, which gets its tables first; rolled back at its end unless `commit`.
-    Raises Unavailable, DatabaseRefused; InvalidArgument where there are tables that are not ours."""
+    """Opens a transaction over the whole database and creates the tables; rolls back at the end unless `commit`. Raises
+    Unavailable, DatabaseRefused; InvalidArgument if there are foreign tables."""
     async with _connected(dsn) as connection:
         async with connection.transaction():
             await _must_be_free(connection)
@@ -88,8 +88,8 @@ async def restore_transaction(dsn: str, *, commit: bool) -> AsyncIterator[Restor
 
 @asynccontextmanager
 async def _connected(dsn: str) -> AsyncIterator[Any]:
-    """A connection that may lead through a pooler: what is done with it is done in transactions. One that is open when
-    the connection is closed is rolled back."""
+    """Opens a connection that may lead through a pooler, so all work has to be in transactions. Closing rolls back an
+    open transaction."""
     options = {"command_timeout": STATEMENT_TIMEOUT_S, "statement_cache_size": 0}
     try:
         connection = await Hosts(dsn).connect(timeout_s=CONNECT_TIMEOUT_S, **options)

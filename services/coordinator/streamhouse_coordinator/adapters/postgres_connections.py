@@ -1,11 +1,11 @@
-"""Connections to PostgreSQL: how they are made, how many there are, and what the server ends by itself.
+"""Connections to PostgreSQL: how they are made, how many there are, and the limits that the server enforces.
 
-Owns: the pool, and a slot for each statement or transaction that may be running in the server: a place in a line.
-Does not own: what is done with a connection (postgres.py), which server it leads to (postgres_hosts.py).
-Invariants: at most `pool_max` statements and transactions of this process run in the server, those included that were
-given up and that the server has not ended yet; at most `client_slots` of them are clients'. Every transaction has a
-limit that the server keeps: a coordinator that is cut off or frozen holds its locks for `pg_transaction_idle_ms`, not
-for as long as it is away.
+Owns: the pool, and a slot for each statement or transaction that may be running in the server. Does not own: the use of
+a connection (postgres.py), the choice of the server (postgres_hosts.py).
+Invariants: at most `pool_max` statements and transactions of this process run in the server, including abandoned ones
+that the server has not ended yet; at most `client_slots` of them are clients'. Every transaction has a limit that the
+server enforces: a coordinator that is cut off or frozen holds its locks for `pg_transaction_idle_ms`, not for as long
+as it is away.
 """
 
 import asyncio
@@ -32,12 +32,13 @@ log = logging.getLogger(__name__)
 
 Pooler = Literal["auto", "none", "transaction"]
 
-# PostgreSQL ends a statement before its coordinator gives it up, and a wait for a lock before that: then the answer
-# says what was waited for, and nothing is left behind in the server.
+# PostgreSQL ends a statement before its coordinator abandons it, and a wait for a lock even earlier: then the answer
+# names the cause of the wait, and nothing is left running in the server.
 STATEMENT_SHARE, LOCK_SHARE = 0.8, 0.6
-# A reader that takes no part of a snapshot for so long is cut off. A snapshot holds no row, only old versions of rows.
+# A reader that fetches nothing of a snapshot for this long is cut off. A snapshot holds no row, only old versions of
+# rows.
 SNAPSHOT_IDLE_MS = 60_000
-# A server that runs a statement looks so often whether there is still somebody to answer. One system call.
+# Interval at which a server that runs a statement checks if the client still exists. A single system call.
 CHECK_INTERVAL_MS = 1_000
 # A server that waits for its client finds out within 25 s that the machine is gone.
 KEEPALIVES = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
@@ -51,22 +52,24 @@ _abandoned = up_down_counter(
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits that PostgreSQL keeps by itself: of a statement, a wait for a lock, a transaction whose coordinator says
-    nothing."""
+    """Limits that PostgreSQL enforces by itself: of a statement, of a wait for a lock, of a transaction with a silent
+    coordinator."""
 
     timeout_ms: int
     transaction_idle_ms: int
 
     @property
     def statement_ms(self) -> int:
+        """Limit of a statement, in ms."""
         return int(self.timeout_ms * STATEMENT_SHARE)
 
     @property
     def lock_ms(self) -> int:
+        """Limit of a wait for a lock, in ms."""
         return int(self.timeout_ms * LOCK_SHARE)
 
     def of_transaction(self, idle_ms: int) -> dict[str, str]:
-        """Settings of one transaction, in PostgreSQL's words."""
+        """Returns the settings of a transaction, by PostgreSQL's names."""
         return {
             "statement_timeout": str(self.statement_ms),
             "lock_timeout": str(self.lock_ms),
@@ -74,7 +77,7 @@ class Limits:
         }
 
     def of_session(self) -> dict[str, str]:
-        """Settings of a connection that leads to the server itself."""
+        """Returns the settings of a direct connection to the server, by PostgreSQL's names."""
         return {
             **self.of_transaction(self.transaction_idle_ms),
             **KEEPALIVES,
@@ -84,7 +87,7 @@ class Limits:
 
 
 class Connections:
-    """`open` before `connection`; `close` when nobody uses any."""
+    """The connections of a store. Call `open` before `connection`, and `close` when none is in use."""
 
     def __init__(
         self, dsn: str, *, pool_max: int, client_slots: int, limits: Limits, pooler: Pooler, waiters: WaitingCalls
@@ -105,11 +108,11 @@ class Connections:
         """True if every transaction may run on another connection of the server; known once `first` has returned."""
         return self._pooler == "transaction"
 
-    # ---- one connection
+    # ---- single connections
 
     async def first(self) -> Any:
-        """Returns a connection outside the pool and without limits, for the caller to close: for migrations, which take
-        as long as they take. Finds out whether there is a pooler in between. Raises asyncpg's errors, OSError."""
+        """Returns a connection outside the pool and without limits, for the caller to close: migrations may take long.
+        Detects a pooler on the way. Raises asyncpg's errors, OSError."""
         connection = await self._hosts.connect(timeout_s=self._timeout_s, statement_cache_size=0)
         try:
             if self._pooler == "auto":
@@ -136,8 +139,8 @@ class Connections:
     # ---- the pool
 
     async def open(self) -> None:
-        """Makes the pool, without connections. Raises asyncpg's errors."""
-        # Behind a pooler the next transaction may run where its statements were never prepared.
+        """Creates the pool, without connections. Raises asyncpg's errors."""
+        # Behind a pooler the next transaction may run on a connection that lacks its prepared statements.
         cache = {"statement_cache_size": 0} if self.through_pooler else {}
         self._pool = await asyncpg.create_pool(
             min_size=0,
@@ -159,9 +162,9 @@ class Connections:
 
     @asynccontextmanager
     async def connection(self, call: Call, until_s: float) -> AsyncIterator[Any]:
-        """Lends a pooled connection; waits for one until `until_s`, a time of the event loop. A connection that was
-        given up on, by a deadline or a cancellation, is used again only if the server has ended its statement; the
-        caller does not wait for that. Raises InvalidArgument for values that cannot be stored, Unavailable, Overloaded,
+        """Lends a pooled connection after a wait until `until_s`, a time of the event loop. A connection that a
+        deadline or a cancellation has abandoned is reused only after the server has ended the statement, for which the
+        caller does not wait. Raises InvalidArgument for values that cannot be stored, Unavailable, Overloaded,
         asyncpg's errors."""
         if self._pool is None:
             raise Unavailable("not connected to PostgreSQL yet", retry_after_ms=1000, database=AWAY)
@@ -177,7 +180,7 @@ class Connections:
             if not _leaves_sound(error):
                 discard(connection)
             await self._give_back(pool, connection, call)
-            if cannot_be_stored(error):  # no command of ours makes such values of what it has checked
+            if cannot_be_stored(error):  # commands never derive such values from checked ones
                 raise InvalidArgument(f"a value cannot be stored: {error}", field="request") from error
             raise
         else:
@@ -203,9 +206,9 @@ class Connections:
             raise
 
     def timed_out_waiting(self, since_s: float, what: str) -> Exception:
-        """Returns the error of a call that waited in a line from `since_s`, a time of the event loop, until its time
-        was over: Overloaded, or TimeoutError if PostgreSQL has answered nobody meanwhile. Agents go on with their
-        leases while it is away, and must not for less."""
+        """Returns the error of a call that has waited from `since_s`, a time of the event loop, until its deadline:
+        Overloaded, or TimeoutError if PostgreSQL has answered no call meanwhile. Agents extend their leases by
+        themselves while PostgreSQL is away, and must not for less."""
         if self._answered_s >= since_s:
             return overloaded(f"too many calls at once: {what}", limit="pg_timeout_ms", value=self.limits.timeout_ms)
         return TimeoutError(what)
@@ -221,8 +224,8 @@ class Connections:
             self._slots.give_back(call)
 
     def _end(self, pool: Any, connection: Any, call: Call) -> None:
-        """Keeps the slot until the server has ended what it was asked, by its answer to the cancellation that asyncpg
-        sends, or, where it cannot be heard, by its own limits."""
+        """Keeps the slot of an abandoned statement until that has ended in the server: by the answer to the
+        cancellation that asyncpg sends, or, if the server is out of reach, by the server's limits."""
         task = asyncio.create_task(self._ended(pool, connection), name="end a statement that was given up")
         self._ending.add(task)
         _abandoned.add(1)
@@ -233,7 +236,7 @@ class Connections:
         try:
             async with asyncio.timeout(limit_s):
                 if not connection.is_in_transaction():
-                    # A BEGIN that was given up may have succeeded all the same: known once the next one is answered.
+                    # An abandoned BEGIN may have succeeded all the same: the next answer shows that.
                     await connection.execute("SELECT 1")
                 if connection.is_in_transaction():
                     await connection.execute("ROLLBACK")
@@ -245,7 +248,7 @@ class Connections:
             discard(connection)
             raise
         finally:
-            with contextlib.suppress(*FAILURES):  # it is closed then
+            with contextlib.suppress(*FAILURES):  # the connection is closed then
                 await pool.release(connection, timeout=limit_s)
 
     def _has_ended(self, call: Call, task: asyncio.Task[None]) -> None:
@@ -259,8 +262,9 @@ class Connections:
 
     @asynccontextmanager
     async def transaction(self, connection: Any, how: str = "", *, idle_ms: int | None = None) -> AsyncIterator[None]:
-        """Commits, or rolls back after an error of ours or of a statement. After anything else the connection will be
-        closed: asking a server that does not answer for a rollback would only take as long again.
+        """Begins a transaction; commits at the end, or rolls back after a StreamHouseError or an error of a statement.
+        After any other error the connection gets closed: a rollback would wait as long again for a server that does not
+        answer.
 
         `idle_ms`: how long the server waits for the next statement.
         """
@@ -271,7 +275,7 @@ class Connections:
             await connection.execute(begin(limits, how))
             yield
         except (StreamHouseError, asyncpg.PostgresError):
-            if not connection.is_closed():  # else the server has rolled back when it lost us, or ended it
+            if not connection.is_closed():  # else the server has rolled back already
                 await connection.execute("ROLLBACK")
             raise
         if (ended := await connection.execute("COMMIT")) != "COMMIT":
@@ -279,7 +283,7 @@ class Connections:
 
 
 class Listening:
-    """Makes connections that are kept, to a server itself. `past_pooler`: the DSN is there to lead past one."""
+    """Makes long-lived connections to the server itself. `past_pooler`: the DSN was given to bypass a pooler."""
 
     def __init__(self, dsn: str, timeout_ms: int, *, past_pooler: bool) -> None:
         self._hosts = Hosts(dsn)
@@ -292,7 +296,7 @@ class Listening:
         connection = await self._hosts.connect(timeout_s=self._timeout_ms / 1000, statement_cache_size=0)
         try:
             if self._past_pooler and not self._warned and await _leads_to_pooler(connection):
-                self._warned = True  # told once, not with every connection that breaks
+                self._warned = True  # reported once, not with every broken connection
                 log.warning(
                     "pg_listen_dsn leads to a pooler, too; if that gives out transactions, nothing is heard through "
                     "it, and events are polled: name the server itself"
@@ -305,18 +309,18 @@ class Listening:
 
 
 def begin(limits: dict[str, str], how: str = "") -> str:
-    """Returns the statements that begin a transaction with these settings, which end with it. They travel together and
-    reach one connection of the server, whatever lies in between."""
+    """Returns the statements that begin a transaction with settings that end with it. They are sent together, so they
+    reach the same connection of the server, also through a pooler."""
     return "; ".join([f"BEGIN {how}".rstrip(), *(f"SET LOCAL {name} = '{value}'" for name, value in limits.items())])
 
 
 async def _limit_session(connection: Any, limits: Limits) -> None:
-    """Gives the connection the limits that its server knows (client_connection_check_interval came with 14). Not as
-    parameters of the start: a pooler refuses those."""
+    """Gives the connection the limits that the server knows (client_connection_check_interval came with version 14).
+    Not as startup parameters: a pooler refuses those."""
     settings = limits.of_session()
     try:
         await _set(connection, settings)
-    except asyncpg.InvalidParameterValueError:  # an operating system without means to look for a closed connection
+    except asyncpg.InvalidParameterValueError:  # an operating system that cannot detect a closed connection
         del settings["client_connection_check_interval"]
         await _set(connection, settings)
 
@@ -328,25 +332,27 @@ async def _set(connection: Any, settings: dict[str, str]) -> None:
 
 
 async def _leads_to_pooler(connection: Any) -> bool:
-    """True if the process that answers is not the one that let us in: a pooler makes up the number that it tells."""
+    """Returns True if the process that answers is not the process of the login: a pooler invents the reported
+    number."""
     async with connection.transaction():
         return bool(await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid())
 
 
 async def _keep(_: Any) -> None:
-    """Leaves a connection that goes back to the pool as it is: nothing here changes a session's state, and the pool
-    itself rolls back what is open. Its own reset is a statement more per transaction."""
+    """Keeps the state of a connection that returns to the pool: no statement here changes a session's state, and the
+    pool itself rolls back open transactions. The pool's own reset would be a statement more per transaction."""
 
 
 def _leaves_sound(error: BaseException) -> bool:
-    """True if the connection may go on after this error: our own, or one of the statement. Behind a proxy's address
-    another server may be the primary now."""
+    """Returns True if the connection is usable after this error: a StreamHouseError, or an error of the statement.
+    After a read-only error, another server may be the primary behind the same address."""
     if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
         return False
     return isinstance(error, (StreamHouseError, asyncpg.PostgresError))
 
 
 def discard(connection: Any) -> None:
-    """Closes a connection in doubt. Must not raise: it would take the place of the error, or of a cancellation."""
-    with contextlib.suppress(asyncpg.InterfaceError):  # the pool has noticed that it is closed already
+    """Closes a doubtful connection. Must not raise, which would replace the error or the cancellation that is in
+    flight."""
+    with contextlib.suppress(asyncpg.InterfaceError):  # the pool has found the connection closed
         connection.terminate()

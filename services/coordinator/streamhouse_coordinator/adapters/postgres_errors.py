@@ -1,8 +1,8 @@
-"""Meaning of PostgreSQL's and asyncpg's errors for a caller: try the transaction again, come back later, correct the
-settings. Anything else is a statement that should not have been sent, a defect of ours.
+"""Classifies errors of PostgreSQL and asyncpg by the caller's next step: run the transaction again, retry later,
+correct the settings. Any other error belongs to a statement that should not have been sent, a defect of ours.
 
 The SQLSTATE decides (https://www.postgresql.org/docs/current/errcodes-appendix.html), not asyncpg's class: servers and
-what lies before them answer with codes that it has no class for.
+proxies answer with codes for which asyncpg has no class.
 """
 
 import logging
@@ -20,8 +20,8 @@ CONFLICTS = (
     asyncpg.UniqueViolationError,  # two transactions inserted the same row; the second finds it when run again
     asyncpg.InvalidCachedStatementError,  # a newer coordinator has migrated the table
 )
-REFUSED = (  # by a server that may be about to be set up: it gets its users and databases after its start
-    asyncpg.InvalidAuthorizationSpecificationError,  # wrong password, unknown user, nothing in pg_hba.conf
+REFUSED = (  # by a server that may still be in setup, and lacks its users or databases
+    asyncpg.InvalidAuthorizationSpecificationError,  # wrong password, unknown user, no entry in pg_hba.conf
     asyncpg.InvalidCatalogNameError,  # no such database
     asyncpg.InsufficientPrivilegeError,  # not yet granted
 )
@@ -30,20 +30,20 @@ DAMAGED = (asyncpg.DataCorruptedError, asyncpg.IndexCorruptedError)
 
 UNUSABLE_DSN = (
     asyncpg.ClientConfigurationError,
-    asyncpg.UndefinedObjectError,  # an option of the DSN that is no parameter of the server's either
+    asyncpg.UndefinedObjectError,  # an option of the DSN that is no parameter of the server either
     asyncpg.InvalidParameterValueError,
     asyncpg.CantChangeRuntimeParamError,
 )
 DATABASE_FAILURES = (
     asyncpg.PostgresError,
-    asyncpg.InterfaceError,  # the connection was closed under our feet
-    asyncpg.InternalClientError,  # the server closed it in the middle of a handshake
+    asyncpg.InterfaceError,  # the connection was closed while in use
+    asyncpg.InternalClientError,  # the server closed the connection in the middle of a handshake
 )
 FAILURES = (OSError, TimeoutError, *DATABASE_FAILURES)
 """All that a call of asyncpg may raise when the database does not do what it is asked."""
 
-# Classes of SQLSTATE that say something about the server, its machine or the way to it, not about the statement. The
-# same statement may succeed later, on this server or on the one that takes its place.
+# Classes of SQLSTATE that concern the server, its machine or the network, not the statement. The same statement may
+# succeed later, on this server or its successor.
 AWAY_CLASSES = {
     "08": "the connection broke",
     "40": "rolled back, and not known why, or whether it was committed",
@@ -72,7 +72,7 @@ _absences = counter(
 
 
 def is_away(error: BaseException) -> bool:
-    """True if `error`, one of FAILURES, says nothing about the statement: it may be answered later."""
+    """Returns True if `error`, an instance of FAILURES, does not concern the statement, which may succeed later."""
     if not isinstance(error, asyncpg.PostgresError) or isinstance(error, REFUSED):
         return True
     state = error.sqlstate or ""
@@ -85,14 +85,14 @@ def waits_too_long(error: BaseException) -> bool:
 
 
 def cannot_be_stored(error: BaseException) -> bool:
-    """True for values that have no place in a column: text with a NUL, a number beyond int8."""
+    """Returns True for values that no column can hold: a text with a NUL, a number beyond int8."""
     by_client = isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError)
     return isinstance(error, asyncpg.DataError) or (by_client and not isinstance(error, UNUSABLE_DSN))
 
 
 def translated(error: BaseException) -> StreamHouseError:
-    """Returns what to raise instead of one of FAILURES: Unavailable, or Internal for a statement that should not have
-    been sent."""
+    """Returns the error to raise instead of an instance of FAILURES: Unavailable, or Internal for a statement that
+    should not have been sent."""
     if is_away(error):
         return unavailable(error)
     log.error("PostgreSQL refused a statement of ours", exc_info=error)

@@ -1,4 +1,4 @@
-"""Which of several PostgreSQL servers to talk to: a DSN may name a primary and its standbys."""
+"""Selects a PostgreSQL server: a DSN may name a primary and its standbys."""
 
 import logging
 from typing import Any
@@ -14,17 +14,17 @@ READ_WRITE = "target_session_attrs=read-write"
 
 
 class Hosts:
-    """The servers of one DSN, the one that was reached last before the others."""
+    """The servers of a DSN, with the server that was reached last at the front."""
 
     def __init__(self, dsn: str) -> None:
         self._places = by_host(dsn)
 
     async def connect(self, *, timeout_s: float, **options: Any) -> Any:
-        """A connection to the first server that answers, and takes writes if there are several.
+        """Returns a connection to the first server that answers and, among several, accepts writes.
 
-        Each gets its share of `timeout_s`: asyncpg would wait for a machine that is gone, and does not even refuse,
-        until there is no time left for its standby. `options` are those of asyncpg.connect, whose errors are raised;
-        with several servers, OSError saying what each answered.
+        Each server gets a share of `timeout_s`: asyncpg would wait for a machine that is gone, and does not even
+        refuse, until no time is left for the standby. `options` are those of asyncpg.connect, as are the errors; with
+        several servers, an OSError with the answer of each.
         """
         if len(self._places) == 1:
             return await asyncpg.connect(self._places[0][1], timeout=timeout_s, **options)
@@ -51,10 +51,10 @@ class Hosts:
 
 
 def by_host(dsn: str) -> list[tuple[str, str]]:
-    """For each server of a libpq URI, in its order: host:port, and a URI that names only this one.
+    """Returns (host:port, URI) for each server of a libpq URI, in its order; each URI names a single server.
 
-    Of several only one that takes writes is of use, so that is asked for unless `target_session_attrs` is given.
-    https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-MULTIPLE-HOSTS
+    Among several only a server that accepts writes is of use, so this is requested unless `target_session_attrs` is
+    given. https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-MULTIPLE-HOSTS
     """
     scheme, slashes, rest = dsn.partition("//")
     at_end = min((rest.find(mark) for mark in "/?" if mark in rest), default=len(rest))

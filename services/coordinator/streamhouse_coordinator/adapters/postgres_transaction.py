@@ -1,8 +1,8 @@
-"""An open transaction in PostgreSQL: reads and changes rows, appends events, wakes those who wait for them.
+"""An open transaction in PostgreSQL: reads and changes rows, appends events, notifies waiting calls.
 
 Owns: the events appended so far, until `finish` numbers them.
 Invariants: the row of `event_position` is the last that a transaction locks, right before its commit. Every other
-transaction waits for that row, so it is held for three statements, and a transaction that holds it waits for nobody.
+transaction waits for that row, so the row is held for three statements, and its holder waits for no other transaction.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ RowT = TypeVar("RowT")
 EVENTS_CHANNEL = "streamhouse_events"
 GROUPS_CHANNEL = "streamhouse_groups"
 BUFFERS_CHANNEL = "streamhouse_buffers"
-# Events of one round of a replay: their row operations are a few MB at most.
+# Events of a round of a replay: their row operations are a few MB at most.
 REPLAY_BATCH = 1000
 NOW_MS = "(extract(epoch from clock_timestamp()) * 1000)::bigint"
 
@@ -47,7 +47,7 @@ class PostgresTransaction:
         self._now_ms: int | None = None
         self._groups: set[str] = set()
         self._sealed: list[str] = []
-        self._pending: list[tuple[Event, str]] = []  # with its trace context
+        self._pending: list[tuple[Event, str]] = []  # with their trace contexts
         self._with_position: list[Callable[[int], Sequence[RowOp]]] = []
 
     async def now_ms(self) -> int:
@@ -57,8 +57,8 @@ class PostgresTransaction:
         return self._now_ms
 
     async def lock(self, name: str) -> None:
-        """Waits for the named lock, as the first statement; held until the transaction ends. Raises Overloaded when
-        others do not let go of it: a coordinator that is frozen, or very busy."""
+        """Waits for the named lock, as the first statement; the lock is held until the transaction ends. Raises
+        Overloaded if a frozen or very busy coordinator keeps the lock."""
         try:
             await self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", name)
         except asyncpg.LockNotAvailableError as error:
@@ -131,7 +131,7 @@ class PostgresTransaction:
         self._sealed.append(buffer_id)
 
     async def finish(self) -> None:
-        """Numbers the appended events. To be called once, as the last thing before the commit."""
+        """Numbers the appended events. Must be called once, right before the commit."""
         for channel, payloads in ((GROUPS_CHANNEL, sorted(self._groups)), (BUFFERS_CHANNEL, self._sealed)):
             for payload in payloads:
                 await self._connection.execute("SELECT pg_notify($1, $2)", channel, payload)
@@ -143,7 +143,7 @@ class PostgresTransaction:
         self._pending, self._with_position = [], []
 
     async def _number(self, pending: Sequence[tuple[Event, str]]) -> int:
-        """Gives the events their positions; returns the last one. The row of `event_position` stays locked until the
+        """Assigns positions to the events and returns the last. The row of `event_position` stays locked until the
         commit: positions are gapless and in commit order."""
         events = [event for event, _ in pending]
         last: int = await self._connection.fetchval(
@@ -174,23 +174,23 @@ class PostgresTransaction:
 
 
 class PostgresRebuilding(PostgresTransaction):
-    """A transaction that fills empty tables with what the projections have to be: themselves, or others with the same
-    columns (`into`). Nobody else can see or change these."""
+    """A transaction that fills empty tables with the rows that the projections should have: the projections themselves,
+    or other tables with the same columns (`into`). No other transaction sees or changes these tables."""
 
     def __init__(self, connection: Any, into: Callable[[Table[Any]], Table[Any]] = lambda table: table) -> None:
         super().__init__(connection)
         self._into = into
-        self.unknown_types: set[str] = set()  # of events that were passed over
+        self.unknown_types: set[str] = set()  # of events that were skipped
 
     async def fill_from_bases(self) -> None:
-        """Puts the rows of the bases into the tables."""
+        """Copies the rows of the bases into the tables."""
         for table in PROJECTIONS:
             columns = sql.names(table.columns)
             into, base = self._into(table).name, base_of(table).name
             await self._connection.execute(f"INSERT INTO {into} ({columns}) SELECT {columns} FROM {base}")
 
     async def replay(self) -> AsyncIterator[int]:
-        """Applies every event that is kept; yields how many it has applied, now and then."""
+        """Applies every kept event; yields the number of applied events now and then."""
         after = count = 0
         while rows := await self.select(EVENTS, where(position=Above(after)), order=("position",), limit=REPLAY_BATCH):
             events = [replayed(row) for row in rows]
@@ -202,7 +202,7 @@ class PostgresRebuilding(PostgresTransaction):
 
 
 def nth_of_stream(events: Sequence[Event]) -> list[int]:
-    """For each event, how many of its stream there are up to and with it."""
+    """Returns, for each event, the number of events of the stream up to and including the event."""
     counts: dict[str, int] = {}
     numbers = []
     for event in events:

@@ -1,7 +1,7 @@
-"""Compares the projections with what the events give, in PostgreSQL itself: neither has to fit into memory here.
+"""Compares the projections with the events inside PostgreSQL, so that neither has to fit into memory here.
 
-Terms: the projections are built once more in temporary tables (`rebuilt_<name>`) that go with the transaction, whose
-snapshot makes bases, events and projections those of one moment, whatever commits meanwhile.
+Terms: the projections are built again in temporary tables (`rebuilt_<name>`) that end with the transaction. The
+snapshot of the transaction shows bases, events and projections as of a single moment, despite commits meanwhile.
 """
 
 from collections.abc import AsyncIterator
@@ -16,7 +16,8 @@ from streamhouse_coordinator.ports import DIFFERENCES_MAX, Difference, Projectio
 
 
 async def check(connection: Any) -> AsyncIterator[ProjectionCheck]:
-    """Runs inside a transaction that the caller has begun (REPEATABLE READ) and rolls back; see ports.Store."""
+    """Yields the progress and then the result. Runs inside a transaction that the caller has begun (REPEATABLE READ)
+    and rolls back; see ports.Store."""
     total, missing = await _kept_events(connection)
     for table in PROJECTIONS:
         text = f"CREATE TEMPORARY TABLE {rebuilt_of(table).name} (LIKE {table.name} INCLUDING ALL) ON COMMIT DROP"
@@ -41,7 +42,7 @@ async def check(connection: Any) -> AsyncIterator[ProjectionCheck]:
 
 
 async def _kept_events(connection: Any) -> tuple[int, list[Difference]]:
-    """Returns how many events there are to be, and a difference if there are others."""
+    """Returns the expected number of events, and a difference if the table has another number."""
     first, last, count, least, most = await connection.fetchrow(
         "SELECT pruned_position.position + 1, event_position.position, counted.* FROM pruned_position, event_position, "
         "(SELECT count(*), min(position), max(position) FROM events) counted"
@@ -54,7 +55,7 @@ async def _kept_events(connection: Any) -> tuple[int, list[Difference]]:
 
 
 async def _differences(connection: Any, table: Table[Any]) -> tuple[int, list[Difference]]:
-    """Returns how many rows differ, and the first of them."""
+    """Returns the number of differing rows, and the first of them."""
     found, expected = (", ".join(f'{side}."{name}"' for name in table.columns) for side in ("found", "expected"))
     keys = sql.names(table.key)
     rows = await connection.fetch(

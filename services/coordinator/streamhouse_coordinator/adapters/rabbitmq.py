@@ -1,8 +1,10 @@
-"""The outbox: publishes every event to RabbitMQ in nameko's convention, in order, at least once.
+"""Relay of the outbox: publishes every event to RabbitMQ in nameko's convention, in order, at least once.
 
-Its place is a row that only one coordinator claims at a time. RabbitMQ being away stops nothing: whoever listens also
-scans, and the outbox goes on from its place when the broker is back. Notices of sealed buffers are published by the
-coordinator that has heard of them, at most once: what the broker does not take at once is of no use later.
+Owns: the connection to RabbitMQ and the queued notices. Does not own: the position of the outbox, a row that a single
+coordinator claims at a time.
+Invariants: an absent RabbitMQ stops nothing: every receiver scans as well, and the relay continues at its position when
+the broker is back. Notices of sealed buffers are published by the coordinator that received them, at most once: a late
+notice is of no use.
 """
 
 import asyncio
@@ -26,9 +28,9 @@ from streamhouse_coordinator.feed import Feed
 
 log = logging.getLogger(__name__)
 
-EXCHANGE = "coordinator.events"  # nameko's name for the events of a service called `coordinator`
+EXCHANGE = "coordinator.events"  # nameko's exchange for events of a service called `coordinator`
 BACKOFF_FIRST_MS, BACKOFF_MS_MAX = 100, 10_000
-# Notices that wait to be published; beyond it the oldest go. One drains all buffers there are.
+# Notices that wait to be published; beyond that the oldest are dropped. A single notice drains all waiting buffers.
 NOTICES_MAX = 100
 
 _BROKER_AWAY = (AMQPError, AMQPException, ChannelInvalidStateError, OSError, TimeoutError)
@@ -39,12 +41,12 @@ _published = counter(
     "events published to RabbitMQ",
 )
 
-# Publishes the next batch and moves the outbox past it (PostgresStore.drain_outbox); returns how many events it has.
+# Publishes the next batch and moves the outbox past it (PostgresStore.drain_outbox); returns the number of its events.
 Drain = Callable[[Callable[[Sequence[EventRow]], Awaitable[None]], int], Awaitable[int]]
 
 
 def message_of(row: EventRow) -> aio_pika.Message:
-    """The event as nameko's event handlers take it: one JSON object, passed to the handler as its payload."""
+    """Returns the message for nameko's event handlers: a JSON object, which the handler gets as payload."""
     return _message(
         position=row.position,
         kind=row.type,
@@ -55,7 +57,7 @@ def message_of(row: EventRow) -> aio_pika.Message:
 
 
 def notice_of(sealed: BufferSealed, trace_context: str) -> aio_pika.Message:
-    """Returns the notice's message, as if it were of an event at no position."""
+    """Returns the message of a notice, as for an event at position 0."""
     return _message(
         position=0,
         kind=BufferSealed.__name__,
@@ -77,10 +79,11 @@ def _message(*, position: int, kind: str, payload: str, trace_context: str, mess
 
 
 class Relay:
-    """`run` publishes for ever. `drain` is the store's side of it.
+    """Publishes until cancelled. `drain` is the store's part.
 
-    Invariants: tries come at growing intervals until events were drained, whichever of PostgreSQL and RabbitMQ is away.
-    A connection to RabbitMQ is kept while only PostgreSQL is away. An outage is told once, and so is its end.
+    Invariants: the pauses between tries grow until events were drained, whichever of PostgreSQL and RabbitMQ is away. A
+    connection to RabbitMQ is kept while only PostgreSQL is away. The beginning and the end of an outage are logged
+    once.
     """
 
     def __init__(self, url: str, feed: Feed, drain: Drain, *, batch: int, timeout_ms: int) -> None:
@@ -90,7 +93,7 @@ class Relay:
         self._batch = batch
         self._timeout_s = timeout_ms / 1000
         self._backoff = Backoff(BACKOFF_FIRST_MS, BACKOFF_MS_MAX)
-        self._publishes: bool | None = None  # not known before the first try
+        self._publishes: bool | None = None  # None before the first try
         self._notices: deque[tuple[BufferSealed, str]] = deque(maxlen=NOTICES_MAX)
         self._noticed = asyncio.Event()
 
@@ -114,8 +117,8 @@ class Relay:
             return await channel.declare_exchange(EXCHANGE, aio_pika.ExchangeType.TOPIC, durable=True)
 
     async def _publish_both(self, exchange: Any) -> None:
-        """Publishes events and notices for ever. Raises what ended one of the two."""
-        self._notices.clear()  # of while the broker was away
+        """Publishes events and notices for ever. Raises the error that ended either."""
+        self._notices.clear()  # notices from the time without a broker are outdated
         await run_until_first_ends(
             {"publish events": self._publish_all(exchange), "publish notices": self._publish_notices(exchange)}
         )
@@ -133,13 +136,13 @@ class Relay:
             self._backoff.reset()
             if not self._publishes:
                 self._publishes = True
-                # Of several coordinators one has the claim: this one may have nothing to publish as long as it lives.
+                # Only the coordinator with the claim publishes: this one may have nothing to publish during its life.
                 log.info("ready to publish events to RabbitMQ")
             await self._feed.moved_beyond(position)
 
     async def _publish(self, exchange: Any, rows: Sequence[EventRow]) -> None:
         async with asyncio.timeout(self._timeout_s):
-            # Sent in order; the confirmations may come together.
+            # Sent in order; the confirmations may arrive together.
             sent = (exchange.publish(message_of(row), row.type, mandatory=False) for row in rows)
             confirmed = await outcomes(*sent)
         for outcome in confirmed:

@@ -19,13 +19,13 @@ Statement = tuple[str, list[Any]]
 
 @cache
 def column_types(table: Table[Any]) -> dict[str, str]:
-    """PostgreSQL type by column name."""
+    """Returns the PostgreSQL type by column name."""
     hints = typing.get_type_hints(table.row)
     return {item.name: _TYPES[_plain(hints[item.name])] for item in fields(table.row)}  # type: ignore[arg-type]
 
 
 def _plain(hint: Any) -> type:
-    """`int | None` -> int."""
+    """Returns the type without None: `int | None` -> int."""
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     assert isinstance(hint, type)
@@ -33,7 +33,7 @@ def _plain(hint: Any) -> type:
 
 
 def names(columns: Sequence[str]) -> str:
-    """Returns column names as a list for a statement."""
+    """Returns the column names as a list for a statement."""
     return ", ".join(f'"{name}"' for name in columns)
 
 
@@ -43,7 +43,7 @@ def _unnest(table: Table[Any], columns: Sequence[str], first: int = 1) -> str:
 
 
 def where_clause(table: Table[Any], where: Where, arguments: list[Any]) -> str:
-    """The condition, empty if there is none; appends its arguments."""
+    """Returns the condition, empty if there is none; appends its arguments."""
     parts = []
     types_ = column_types(table)
     for name, value in where.equals.items():
@@ -77,7 +77,7 @@ def where_clause(table: Table[Any], where: Where, arguments: list[Any]) -> str:
 def select(table: Table[Any], where: Where, order: Sequence[str], limit: int | None, lock: str) -> Statement:
     arguments: list[Any] = []
     condition = where_clause(table, where, arguments)
-    # Whoever locks several rows does so in key order.
+    # A statement that locks several rows locks them in key order.
     order = tuple(order) or (table.key if lock else ())
     ordering = f" ORDER BY {names(order)}" if order else ""
     limiting = f" LIMIT {int(limit)}" if limit is not None else ""
@@ -97,7 +97,7 @@ def totals(table: Table[Any], where: Where, by: Sequence[str], sums: Sequence[st
 
 
 def change(group: Sequence[RowOp]) -> Statement:
-    """Returns one statement for a group as projection.coalesce makes them; it locks its rows in key order."""
+    """Returns a single statement for a group of projection.coalesce; the statement locks the rows in key order."""
     match group[0]:
         case Put(table, _):
             return _upsert(table, [op.row for op in group if isinstance(op, Put)])
@@ -143,8 +143,8 @@ def _same(columns: Sequence[str]) -> str:
 
 
 def _locked(table: Table[Any], rows: str, columns: Sequence[str]) -> str:
-    """Locks the rows in key order before they change: an UPDATE or DELETE locks in whatever order its plan finds them,
-    and two that meet in opposite orders wait for each other in a circle."""
+    """Returns a clause that locks the rows in key order before they change: an UPDATE or DELETE locks in the order of
+    its plan, and two in opposite orders would deadlock."""
     key = _key(table)
     locking = f"SELECT {key} FROM {table.name} t JOIN {rows} ON {_same(columns)} ORDER BY {key} FOR UPDATE OF t"
     return f"WITH locked AS MATERIALIZED ({locking})"

@@ -1,10 +1,10 @@
-"""Lines in which calls wait for a connection to PostgreSQL, or for their turn with a lock, which they do without one.
+"""Queues in which calls wait for a connection to PostgreSQL, or for a lock, for which they wait without a connection.
 
-Owns: which calls hold a place of a line, and the order of those that wait. Does not own: connections, PostgreSQL's own
-locks, deadlines: a caller that is cancelled leaves the line.
-Invariants: a line never has more holders than places, nor more of them that came as clients' calls than client places.
-Within its kind the first to come is the first to be served. A call that waits for a turn holds no connection, so the
-holder of a turn always gets one.
+Owns: the places of each queue, and the order of the waiting calls. Does not own: connections, PostgreSQL's own locks,
+deadlines; a cancelled caller leaves its queue.
+Invariants: a queue never has more holders than places, nor more clients' calls among them than client places. Within
+its kind the first call to arrive is served first. A call that waits for a lock holds no connection, so the holder of a
+lock always gets a connection.
 """
 
 import asyncio
@@ -15,8 +15,7 @@ from opentelemetry import metrics
 from shproto.errors import Overloaded
 from shruntime.counters import counter, up_down_counter
 
-# A call is refused a place by a line that takes about pg_timeout_ms to get through; trying again sooner only adds to
-# the work.
+# A queue that refuses a call takes about pg_timeout_ms to drain; an earlier retry only adds to the work.
 RETRY_AFTER_MS = 1_000
 
 _meter = metrics.get_meter("streamhouse.coordinator")
@@ -32,14 +31,14 @@ _overloaded = counter(
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A call as it stands in lines. `urgent`: it is the platform's own, or holds the turn that such a one waits for."""
+    """A call in queues. `urgent`: the call is the platform's own, or holds a lock for which such a call waits."""
 
     urgent: bool
     waits_in: "WaitQueue | None" = None
 
     def make_urgent(self) -> None:
-        """Puts the call among the urgent ones, in the line where it waits and in those to come. Without this an expired
-        session would wait for a client's CreateTopic, and that for the connections of a thousand other clients."""
+        """Makes the call urgent, in the present queue and in later ones. Otherwise an expired session would wait for a
+        client's CreateTopic, and CreateTopic for the connections of a thousand other clients."""
         if not self.urgent:
             self.urgent = True
             if self.waits_in is not None:
@@ -47,8 +46,8 @@ class Call:
 
 
 class WaitingCalls:
-    """Clients' calls that wait in any line; at most `total_max` together. The platform's own calls are not counted:
-    they are as many as agents and workers have tasks."""
+    """Counts clients' calls that wait in any queue; at most `total_max` together. The platform's own calls are not
+    counted: their number is limited by the tasks of agents and workers."""
 
     def __init__(self, total_max: int) -> None:
         self._total_max = total_max
@@ -68,14 +67,14 @@ class WaitingCalls:
 
 
 def overloaded(message: str, **details: object) -> Overloaded:
-    """Returns the error of a refused call, of which nothing was begun, and counts the refusal."""
+    """Returns the error of a call that is refused before anything has begun, and counts the refusal."""
     _overloaded.add(1)
     return Overloaded(f"{message}; try again", retry_after_ms=RETRY_AFTER_MS, **details)
 
 
 class WaitQueue:
-    """`places`: how many calls are served at once. `client_places`: how many of them may be clients'. `waiting_max`:
-    clients' calls that may wait here; None: as many as may wait at all."""
+    """A queue for `places` calls at once, at most `client_places` of them clients'. `waiting_max`: limit of clients'
+    calls that wait here; None: no limit of its own."""
 
     def __init__(
         self, waiters: WaitingCalls, *, places: int, client_places: int, waiting_max: int | None = None
@@ -91,11 +90,11 @@ class WaitQueue:
 
     @property
     def is_idle(self) -> bool:
-        """True if no call has a place or waits for one."""
+        """True if no call has a place or waits for a place."""
         return not (self._holders or self._urgent_queue or self._client_queue)
 
     async def take(self, call: Call) -> None:
-        """Waits for a place, which the caller gives back. Raises Overloaded."""
+        """Waits for a place, which the caller has to give back. Raises Overloaded."""
         queue = self._urgent_queue if call.urgent else self._client_queue
         if not queue and self._has_place_for(call):
             self._serve(call)
@@ -110,7 +109,7 @@ class WaitQueue:
             await served
         except asyncio.CancelledError:
             if served.done() and not served.cancelled():
-                self.give_back(call)  # it was served, and cancelled before it came to know
+                self.give_back(call)  # granted, but the task was cancelled before it ran
             raise
         finally:
             self._urgent_queue.pop(call, None)
@@ -121,14 +120,14 @@ class WaitQueue:
                 self._waiters.leave()
 
     def give_back(self, call: Call) -> None:
-        """Gives the call's place to the next in line."""
+        """Gives the call's place to the next in the queue."""
         self._holders.remove(call)
         self._clients.discard(call)
         while (first := self._next()) is not None:
             self._grant(*first)
 
     def moved_ahead(self, call: Call) -> None:
-        """Puts a waiting call at the end of the urgent ones."""
+        """Moves a waiting call to the end of the urgent calls."""
         if (served := self._client_queue.pop(call, None)) is not None:
             if self._has_place_for(call):
                 self._grant(call, served)
@@ -146,7 +145,7 @@ class WaitQueue:
             self._clients.add(call)
 
     def _grant(self, call: Call, served: asyncio.Future[None]) -> None:
-        """Serves a call that waits, unless its task was cancelled and has not run since."""
+        """Grants the place to a waiting call, unless its task was cancelled and has not run since."""
         if not served.cancelled():
             self._serve(call)
             served.set_result(None)
@@ -158,8 +157,8 @@ class WaitQueue:
         return len(self._clients) < self._client_places
 
     def _next(self) -> tuple[Call, asyncio.Future[None]] | None:
-        """Takes the next call out of line and returns it; None without a call that there is a place for. Urgent calls
-        go first, unless no client's call is being served: so clients' calls wait longer, but not for ever."""
+        """Removes the next call from the queue and returns it; None if there is no call that has a place. Urgent calls
+        go first, unless no client's call holds a place: clients wait longer, but not for ever."""
         if len(self._holders) >= self._places:
             return None
         if self._client_queue and self._client_has_place():
@@ -170,8 +169,8 @@ class WaitQueue:
 
 
 class LockQueues:
-    """Turns with locks, by name. Of all calls of this process that want a lock one at a time asks PostgreSQL for it;
-    the others wait here, where they keep no connection from anybody."""
+    """Queues for locks, by name. Of all calls of this process that want a lock, a single call at a time asks
+    PostgreSQL; the others wait here and hold no connection."""
 
     def __init__(self, waiters: WaitingCalls, waiting_max: int) -> None:
         self._waiters = waiters
@@ -183,7 +182,7 @@ class LockQueues:
         return len(self._queues)
 
     async def take(self, name: str, call: Call) -> None:
-        """Waits for the turn with the lock `name`, which the caller gives back. Raises Overloaded."""
+        """Waits for the turn with the lock `name`, which the caller has to give back. Raises Overloaded."""
         queue = self._queues.get(name)
         if queue is None:
             queue = self._queues[name] = WaitQueue(

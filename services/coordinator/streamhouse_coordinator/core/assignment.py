@@ -51,9 +51,9 @@ def left_without_leader(events: Iterable[Event]) -> Iterator[PartitionRowKey]:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Number of partitions of each topic that each session has to gain or lose. `missing`: how many more than it leads,
-    from partitions that move or have no leader; `surplus`: how many it has to hand over. Both by (topic_id,
-    session_id), without zeros."""
+    """Number of partitions of each topic that each session has to gain or lose. `missing`: partitions to gain, from
+    those that move or have no leader; `surplus`: partitions to hand over. Both by (topic_id, session_id), without
+    zeros."""
 
     missing: dict[tuple[str, str], int]
     surplus: dict[tuple[str, str], int]
@@ -66,12 +66,12 @@ def share(
     others: Mapping[str, int] = MappingProxyType({}),
 ) -> Shares:
     """Returns the balanced shares with the fewest moves, or, in a few of a thousand cases, with a single move more. No
-    session hands over more of a topic than it has above the even share.
+    session hands over more of a topic than its excess over the even share.
 
     `sizes`: partitions by topic_id. `held`: by (topic_id, session_id), how many are led and not on the move; a session
-    that is missing in `sessions` hands over all. `sessions`: by agent_id. `others`: by session_id, how many partitions
-    of other topics it leads. 10,000 topics of a single partition and 100 agents take 0.5 s at worst on a busy machine,
-    100 topics of 100 partitions 2 ms.
+    that is missing in `sessions` hands over all. `sessions`: by agent_id. `others`: by session_id, the number of led
+    partitions of other topics. 10,000 topics of a single partition and 100 agents take 0.5 s at worst on a busy
+    machine, 100 topics of 100 partitions 2 ms.
     """
     topics, columns = sorted(sizes), {row.session_id: at for at, row in enumerate(sessions)}
     rows = {topic_id: at for at, topic_id in enumerate(topics)}
@@ -164,10 +164,10 @@ def grant(
 ) -> list[EpochGranted]:
     """Returns a leader for each partition without a leader; no grants if there are no sessions.
 
-    The session whose log has the partition's past gets the partition if its share of the topic has space; else the
-    least loaded session with space. `topics`: name by topic_id. `waiting`: the partitions without a leader; `latest`:
-    the newest range of each partition that had a leader. `loads`: by session_id, the number of led partitions that are
-    not on the move.
+    The session with the partition's past in its log gets the partition if the session's share of the topic has space;
+    else the least loaded session with space. `topics`: name by topic_id. `waiting`: the partitions without a leader;
+    `latest`: the newest range of each partition that had a leader. `loads`: by session_id, the number of led partitions
+    that are not on the move.
     """
     if not sessions:
         return []

@@ -57,7 +57,7 @@ def choose(
     followed: Collection[int] = (),
 ) -> list[SegmentRow]:
     """Returns the segments to merge next, two or more that are adjacent, at most `target_bytes` together; none if no
-    merge is worth its bytes.
+    merge is worth the bytes.
 
     In a run of segments below `small_bytes_max` these are: as many as fill a segment of `target_bytes`; all of a closed
     run; the most segments that together are `segments_min` times as large as the largest of them. `segments`: of a

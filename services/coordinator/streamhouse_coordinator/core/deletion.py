@@ -1,7 +1,7 @@
 """Decides which objects may be deleted. Pure.
 
-Invariants: a segment is registered only in an object whose upload is declared; deletion withdraws the declaration
-first, so an object that may be deleted never becomes part of the log.
+Invariants: a segment is registered only in an object with a declared upload; deletion withdraws the declaration first,
+so an object that may be deleted never becomes part of the log.
 """
 
 from collections.abc import Iterable
@@ -55,8 +55,8 @@ def judge(state: ObjectState, now_ms: int, grace: DeletionGrace) -> Verdict:
 
 
 def is_stale(state: ObjectState, now_ms: int, grace: DeletionGrace) -> bool:
-    """Returns True if no worker is expected to register the object any more. A late registration does no harm: it is
-    refused."""
+    """Returns True if no worker is expected to register the object any more. A late registration is refused and does no
+    harm."""
     return state.intent is not None and not state.held and now_ms - state.intent.declared_ms >= grace.grace_ms
 
 

@@ -1,7 +1,7 @@
 """Consumer groups: a sticky, balanced target per generation, and the hand-over between members. Pure.
 
 Invariant: no two members ever work on the same partition. A partition moves in two steps: the target names the new
-member, which gets the partition only when the old member no longer reports it as owned, or has left.
+member, which gets the partition only when the old member no longer owns the partition by its reports, or has left.
 """
 
 import heapq
@@ -92,8 +92,8 @@ def _level(
     kept: Mapping[str, Collection[PartitionName]],
 ) -> None:
     """Moves single partitions from the fullest member to the emptiest that reads their topic, until no member is two
-    ahead of another that could take over. Always from the fullest: emptying a member until it is even would take more
-    than its surplus. Ends, because every move lowers the sum of the squared loads."""
+    ahead of another that could take over. Always from the fullest: emptying a single member to the end would take more
+    than the surplus. Ends, because every move lowers the sum of the squared loads."""
     crowds = {topic: tuple(members) for topic, members in readers.items()}
     stacks = {member: _stacks(crowds, names, kept[member]) for member, names in target.items()}
     moved = True
@@ -142,7 +142,7 @@ def outdated(group: Group, partitions: Mapping[str, int]) -> bool:
 
 
 def available(group: Group, member: str) -> tuple[frozenset[PartitionName], bool]:
-    """Returns the partitions that `member` may work on now, and True if others have not released all of its target
+    """Returns the partitions that `member` may work on now, and True if others have not released all of the target
     yet."""
     target = group.target.get(member, frozenset())
     held = frozenset(name for other, names in group.owned.items() if other != member for name in names)
@@ -152,8 +152,8 @@ def available(group: Group, member: str) -> tuple[frozenset[PartitionName], bool
 def owned_after(
     group: Group, member: str, reported: frozenset[PartitionName] | None, assigned: frozenset[PartitionName]
 ) -> frozenset[PartitionName]:
-    """Returns the partitions that `member` counts as owning from now on: those it still works on among those it had,
-    and those assigned now. `reported`: None if the member has not reported since."""
+    """Returns the partitions that `member` counts as owning from now on: its earlier partitions that it still works on,
+    and the newly assigned ones. `reported`: None if the member has not reported since."""
     before = group.owned.get(member, frozenset())
     return (before if reported is None else before & reported) | assigned
 

@@ -147,10 +147,11 @@ def reopened(session: SessionRow, wanted: SessionOpened) -> SessionRow:
 
 def settle_all(ranges: Sequence[RangeRow], wal_ends: WalEnds, known: AcknowledgedEnds, session_id: str) -> list[Event]:
     """Returns the events that declare the ends of a log's ranges: the end that a replay found, else the registered end,
-    or, where damage may hide records, the limit. A range whose log lacks announced records is orphaned, and waits.
+    or, where damage may hide records, the limit. A range without its announced records in the log is orphaned, and
+    waits.
 
-    Ranges granted to the very session that opens cannot have been written to: they come from a first try whose answer
-    was lost and whose lease has expired since.
+    Ranges granted to the very session that opens cannot have been written to: they come from a first try, of which the
+    answer was lost and the lease has expired since.
     """
     events: list[Event] = []
     for row in ranges:
@@ -299,8 +300,8 @@ def settled_snapshots(
 ) -> list[ProducerSnapshotRow]:
     """Returns the producer state to keep for ranges that have just settled with unregistered records.
 
-    The agent's snapshot has only what it alone knows, so the earlier state (the newest usable of `known`) is put before
-    it. The announcement of the last buffer of the range replaces the row by the full state.
+    The agent's snapshot has only the unregistered records, so the earlier state (the newest usable of `known`) is put
+    before. The announcement of the last buffer of the range replaces the row by the full state.
     """
     rows: list[ProducerSnapshotRow] = []
     for row in sorted(settled, key=lambda item: item.key):

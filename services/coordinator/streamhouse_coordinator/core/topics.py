@@ -79,8 +79,9 @@ def alter(command: AlterTopic, topic: TopicRow) -> TopicAltered | None:
     """Returns the change; None if the topic is as requested. Raises InvalidArgument for fewer partitions, and for a
     change of min_acks to or from durable.
 
-    A range of a durable topic ends at its registered end, whatever the log of its leader has. A change to durable would
-    lose records that were acknowledged from the log, and the coordinator does not know which ranges have such records.
+    A range of a durable topic ends at the registered end, even if the log of the leader has more. A change to durable
+    would lose records that were acknowledged from the log, and the coordinator does not know which ranges have such
+    records.
     """
     before = topic.partitions
     partitions = before if command.partitions is None else command.partitions

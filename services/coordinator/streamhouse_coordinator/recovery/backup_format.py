@@ -80,7 +80,7 @@ def backup_name(time_text: str, position: int) -> str:
 
 
 def check_name(name: str) -> str:
-    """Returns `name`. Raises InvalidArgument unless it is the name of a backup."""
+    """Returns `name`. Raises InvalidArgument unless `name` has the form of a backup's name."""
     if not _NAME.fullmatch(name):
         raise InvalidArgument(f"{name[:100]!r} is not a name of a backup", field="backup", value=name[:100])
     return name
@@ -97,7 +97,7 @@ def chunk_key(name: str, table: str, nth: int) -> str:
 
 
 def name_of(key: str) -> str:
-    """Returns the name of the backup that an object belongs to; empty if it belongs to none."""
+    """Returns the name of the backup to which an object belongs; empty if there is none."""
     parts = key.removeprefix(PREFIX).split("/")
     return parts[0] if len(parts) == 2 and _NAME.fullmatch(parts[0]) else ""
 
@@ -115,7 +115,7 @@ def encode_chunk(key: str, table: t.Table[Any], rows: Sequence[Any]) -> tuple[Ch
 
 
 def decode_chunk(chunk: Chunk, body: bytes) -> list[Any]:
-    """Returns the rows of a chunk. Raises BackupDamaged if `body` is not what the manifest names."""
+    """Returns the rows of a chunk. Raises BackupDamaged if the manifest names other bytes than `body`."""
     if len(body) != chunk.size_bytes or hashlib.sha256(body).hexdigest() != chunk.sha256:
         raise BackupDamaged(f"{chunk.key}: not the bytes that the manifest names")
     unpacker = zlib.decompressobj(31)

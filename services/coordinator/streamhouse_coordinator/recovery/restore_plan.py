@@ -1,5 +1,5 @@
-"""Plans how a restore rebuilds a partition: its ranges and segments as the backup and the object store together show
-them. Pure.
+"""Plans how a restore rebuilds the ranges and segments of a partition from the backup and the object store together.
+Pure.
 
 Offsets, epochs, generations and producer ids that were granted or written after the backup must never be allocated
 again, so a restore continues far beyond them.
@@ -43,9 +43,9 @@ SEGMENTS_PER_EVENT = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoredPartition:
-    """A planned partition, as `events` in order. `selection`: its segments. `adopted`: segments that the backup does
-    not name. `missing`: segments of the backup without an object. `unrecovered`: the number of its unrecovered
-    ranges."""
+    """A planned partition, as `events` in order. `selection`: the chosen segments. `adopted`: segments that the
+    backup does not name. `missing`: segments of the backup without an object. `unrecovered`: the number of
+    unrecovered ranges."""
 
     events: list[Event]
     selection: Selection
@@ -56,8 +56,8 @@ class RestoredPartition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackedUpPartition:
-    """A partition as the backup has it, and its readable segments. `present`: ids of the backup's segments whose
-    objects exist."""
+    """A partition as the backup has it, and its readable segments. `present`: ids of the backup's segments with an
+    existing object."""
 
     topic: TopicRow
     partition: PartitionRow
@@ -68,7 +68,7 @@ class BackedUpPartition:
 
 
 def restore_partition(known: BackedUpPartition, *, accept_holes: bool) -> RestoredPartition:
-    """Returns the events that restore the partition, and what they are based on."""
+    """Returns the events that restore the partition, and the selection behind them."""
     topic = known.topic
     rows = {row.segment_id: row for row in known.segments}
     missing = [row for row in known.segments if row.segment_id not in known.present]

@@ -1,8 +1,8 @@
 """Records that the metadata went back in time: events that were seen are gone.
 
 A rollback has to be recorded at once: new events soon take the positions of the missing ones, and hide it. After a
-coordinator's record everything that adds to the log or removes from it stops, until the metadata is restored. A record
-from an agent stops deletions only, since the agent's note may be damaged.
+coordinator's record all additions to the log and removals stop, until the metadata is restored. A record from an agent
+stops deletions only, since the agent's note may be damaged.
 """
 
 import logging

@@ -67,7 +67,7 @@ async def scan(store: ObjectStore, known_ends: Mapping[str, int], progress: Call
 
 
 async def _read_object(store: ObjectStore, key: str, stored: Stored) -> None:
-    """Reads an object from its end, segment by segment: a segment's footer says how long the segment is."""
+    """Reads an object from its end, segment by segment: a segment's footer has the length of the segment."""
     end = stored.sizes[key]
     while end > 0:
         try:

@@ -1,10 +1,11 @@
 """Unrecovered ranges: offsets of which a restore cannot know the records, because only agents' logs may hold them.
 Pure.
 
-An unrecovered range is orphaned and has neither agent nor log. With epoch n it stands for all epochs above the range
-before it up to n, and for the rest of that range if its end is not known: such a range ends where the unrecovered range
-begins, until its agent reports more. Readers wait at an unrecovered range. An agent that opens its session with a log
-of such an epoch gets its part as a range of its own. Messages call unrecovered ranges barriers.
+An unrecovered range is orphaned and has neither agent nor log. With epoch n an unrecovered range stands for all epochs
+above the previous range up to n, and for the rest of the previous range if that has no known end: the previous range
+ends where the unrecovered range begins, until its agent reports more. Readers wait at an unrecovered range. An agent
+that opens a session with a log of such an epoch gets the part as a range of its own. Messages call unrecovered ranges
+barriers.
 
 Invariant: the ranges of a partition ascend by epoch and by offset alike.
 """
@@ -27,7 +28,7 @@ class Reported:
 
 @dataclass(slots=True, kw_only=True)
 class Split:
-    """Changes of a partition's ranges. `reset`: epochs whose segments must go, because their agent has all of their
+    """Changes of a partition's ranges. `reset`: epochs that lose their segments, because the agent has all of their
     records and earlier ones. `ends`: the ends that count, where these are below the reported ends."""
 
     ranges: list[RangeRow]
@@ -66,7 +67,7 @@ def is_unclaimed(row: RangeRow) -> bool:
 
 def released(row: RangeRow) -> RangeRow:
     """Returns the range as settled, for when no agent has records of it. A range with nothing registered becomes empty
-    and lies at its limit, so that the next range begins behind all offsets that may have been allocated."""
+    and lies at the old limit, so that the next range begins behind all offsets that may have been allocated."""
     at = row.limit_offset if is_unrecovered(row) else row.registered_end
     start = at if is_unrecovered(row) else row.start_offset
     return replace(row, status=SETTLED, start_offset=start, registered_end=at, limit_offset=at, end_offset=at)

@@ -1,4 +1,10 @@
-"""Sealed buffers: announced, claimed, and registered as segments."""
+"""Announces, claims and registers sealed buffers.
+
+Owns: the transactions over buffers and their claims. Does not own: the decision of a registration
+(core/registration.py).
+Invariants: a buffer is completed when all of its records are registered or dropped. A claim only avoids double work:
+the ranges decide each registration.
+"""
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,7 +32,7 @@ from streamhouse_coordinator.service.common import (
 
 log = logging.getLogger(__name__)
 
-# How many buffers that turn out to be done are passed over per claim; the next claim goes on.
+# Completed buffers that a claim passes over; the next claim continues.
 CLAIM_CANDIDATES = 16
 
 _results = counter(
@@ -50,8 +56,8 @@ class Claimed:
 async def announce(
     context: Context, sealed: BufferSealed, snapshots: Mapping[RangeRowKey, bytes], trace_context: str
 ) -> None:
-    """`sealed` comes without agent_id, wal_id and topic names; `snapshots`: producers' state at each slice's end.
-    Announcing again changes nothing. Raises SessionExpired."""
+    """Announces a buffer; announcing again changes nothing. `sealed` comes without agent_id, wal_id and topic names;
+    `snapshots`: producers' state at the end of each slice. Raises SessionExpired."""
 
     async def work(tx: Transaction) -> BufferSealed | None:
         session = await live_session(tx, sealed.session_id)
@@ -61,7 +67,8 @@ async def announce(
             return None
         ranges = await ranges_by_key(tx, {row.range_key for row in slices})
         if not registration.unresolved(slices, ranges):
-            # It was announced before, and is done; or nothing of it is wanted any more. Either way its agent is told.
+            # The buffer was announced before and is completed, or no part of it is wanted any more. Either way its
+            # agent is notified.
             await tx.append([BufferCompleted(sealed.buffer_id, session.agent_id)], trace_context)
             return None
         names = await topic_names(tx, {row.topic_id for row in slices})
@@ -136,7 +143,8 @@ def _must_be_ingest(session: t.SessionRow) -> None:
 
 
 async def claim(context: Context, worker_id: str, ttl_ms: int, except_agents: Collection[str] = ()) -> Claimed | None:
-    """Claims the oldest free buffer of an agent that has a session and is not excepted; None if there is none."""
+    """Claims the oldest free buffer of an agent that has a session and is not excepted; returns the claim, None if
+    there is no such buffer."""
     claim_id = context.new_id()
 
     async def work(tx: Transaction) -> Claimed | None:
@@ -165,7 +173,8 @@ async def claim(context: Context, worker_id: str, ttl_ms: int, except_agents: Co
 
 
 async def _open_claim(tx: Transaction, taken: t.BufferClaimRow, address: str) -> Claimed | None:
-    """What is to be built of the buffer; completes it if that is nothing (its ranges were settled, lost, deleted)."""
+    """Returns the claimed buffer with its unregistered slices; completes the buffer and returns None if nothing is left
+    (its ranges were settled, lost or deleted)."""
     buffers = await tx.select(t.BUFFERS, where(buffer_id=taken.buffer_id))
     slices = await _unresolved(tx, taken.buffer_id)
     if buffers and slices:
@@ -192,13 +201,14 @@ async def _complete(tx: Transaction, buffers: Sequence[t.BufferRow], buffer_id: 
 
 
 def done_with(buffer_ids: Collection[str]) -> list[RowOp]:
-    """Returns what removes completed buffers. Uploads for them that are not registered now never will be."""
+    """Returns the operations that remove completed buffers. Uploads for them that are not registered now never will
+    be."""
     tables = (t.BUFFER_CLAIMS, t.UPLOAD_INTENTS, t.BUFFERS, t.BUFFER_SLICES)
     return [Remove(table, {"buffer_id": buffer_id}) for table in tables for buffer_id in buffer_ids]
 
 
 async def renew_claim(context: Context, claim_id: str, ttl_ms: int) -> None:
-    """For claims of buffers and of compactions. Raises Fenced when the claim is not held any more."""
+    """Extends claims of buffers and of compactions. Raises Fenced if the claim is lost."""
 
     async def work(tx: Transaction) -> None:
         until_ms = await tx.now_ms() + ttl_ms
@@ -218,7 +228,7 @@ async def renew_claim(context: Context, claim_id: str, ttl_ms: int) -> None:
 
 
 async def release_claim(context: Context, claim_id: str, reason: str, retry_after_ms: int) -> None:
-    """Gives up a claim of a buffer or of a compaction; one that is not held any more is passed over."""
+    """Releases a claim of a buffer or of a compaction; a lost claim is passed over."""
 
     async def work(tx: Transaction) -> None:
         free_at_ms = await tx.now_ms() + retry_after_ms
@@ -234,8 +244,8 @@ async def release_claim(context: Context, claim_id: str, reason: str, retry_afte
 
 
 async def free_claims(tx: Transaction, worker_ids: Collection[str]) -> None:
-    """Ends all that these workers have claimed: they are gone, or begin anew. Nobody is harmed if one goes on all the
-    same: its registration is judged by the ranges, and it stops when its claim cannot be renewed."""
+    """Ends all claims of these workers, which are gone or start anew. A worker that goes on does no harm: the ranges
+    judge each registration, and the worker stops when a renewal is refused."""
     if not worker_ids:
         return
     now_ms = await tx.now_ms()
@@ -260,7 +270,8 @@ def _release_compaction(row: t.CompactionClaimRow, *, free_at_ms: int, retry_aft
 async def register(
     context: Context, buffer_id: str, segments: Sequence[Segment], trace_context: str
 ) -> list[registration.Result]:
-    """One answer per segment. Correct without a claim: the ranges decide, whoever asks. Raises MetadataWentBack."""
+    """Registers segments; returns a result per segment. Correct without a claim, since the ranges decide. Raises
+    MetadataWentBack."""
 
     async def work(tx: Transaction) -> list[registration.Result]:
         await rollback_detection.check(tx, rollback_detection.COORDINATOR)
@@ -280,11 +291,11 @@ async def register(
 
 
 async def _early_ranges(tx: Transaction, segments: Sequence[Segment]) -> set[RangeRowKey]:
-    """Returns the ranges of which nothing can be registered yet, without a lock.
+    """Returns the ranges in which no segment can be registered yet, without a lock.
 
-    Segments wait for their predecessors by being offered again and again. Were each of these tries in line for the
-    range's row, the one registration that all of them wait for would be in line behind them: with some dozens of
-    buffers behind, statements ran into their time limits faster than registrations went through, for minutes.
+    Segments wait for their predecessors by being offered again and again. If each of these tries waited for the range's
+    row, the registration that all of them need would wait behind them: with some dozens of waiting buffers, statements
+    hit their time limits faster than registrations succeeded, for minutes.
     """
     early = registration.early_ranges(segments, await ranges_by_key(tx, {registration.key_of(it) for it in segments}))
     if not early:
@@ -300,8 +311,8 @@ async def _register(tx: Transaction, buffer_id: str, segments: Sequence[Segment]
     lost = await tx.select(t.LOST_SPANS, where_keys(RANGE_KEYS, sorted(keys)))
     names = await topic_names(tx, {item.topic_id for item in segments} | {row.topic_id for row in lost})
     named = [replace(item, topic=names.get(item.topic_id, item.topic)) for item in segments]
-    # The claim row stands for the buffer: whoever completes a buffer holds it. The intents' rows stand for the objects:
-    # whoever begins to delete one holds it.
+    # The claim row stands for the buffer: a transaction that completes a buffer holds that row. The intents' rows stand
+    # for the objects: a transaction that begins a deletion holds them.
     await tx.select(t.BUFFER_CLAIMS, where(buffer_id=buffer_id), lock="wait")
     keys_offered = {item.object_key for item in segments}
     intents = await tx.select(t.UPLOAD_INTENTS, where(object_key=In(keys_offered)), lock="wait")
@@ -332,7 +343,8 @@ async def _finish(tx: Transaction, done: registration.Registration, *, buffer_id
 
 
 async def _outdated_snapshots(tx: Transaction, done: registration.Registration) -> list[RowOp]:
-    """Of each range only the newest producers' state that is registered counts, and those still to come."""
+    """Returns the operations that remove outdated producer snapshots: of each range only the newest registered snapshot
+    counts, and those beyond."""
     moved = {registration.key_of(event.segment) for event in done.events}
     rows = await tx.select(t.PRODUCER_SNAPSHOTS, where_keys(RANGE_KEYS, sorted(moved)))
     newest: dict[RangeRowKey, int] = {}
@@ -348,8 +360,8 @@ async def _outdated_snapshots(tx: Transaction, done: registration.Registration) 
 
 
 async def report_lost(context: Context, session_id: str, spans: Sequence[t.LostSpanRow]) -> None:
-    """Holes in a log become part of the record. One that registration has not reached yet waits until it does.
-    Raises SessionExpired, InvalidArgument for a span of another log."""
+    """Records holes of a log as lost spans. A hole beyond the registered end waits. Raises SessionExpired,
+    InvalidArgument for a span of another log."""
 
     async def work(tx: Transaction) -> None:
         session = await live_session(tx, session_id)
@@ -378,6 +390,6 @@ async def report_lost(context: Context, session_id: str, spans: Sequence[t.LostS
 
 
 async def backlog(tx: Transaction) -> tuple[int, int]:
-    """How many sealed buffers are not registered yet, and their bytes."""
+    """Returns the number of sealed buffers that are not registered yet, and their bytes."""
     every = (await tx.totals(t.BUFFER_CLAIMS, where(), sums=("size_bytes",)))[0]
     return every.count, every.sums[0]

@@ -2,13 +2,13 @@
 
 Invariant: locks are taken in this order, so that transactions cannot wait for each other in a circle:
 
-1. the cluster lock, or the lock of a group or a buffer: `Store.run` takes it, before `work` begins;
+1. the cluster lock, or the lock of a group or a buffer: taken by `Store.run`, before `work` begins;
 2. rows of the tables of core.tables.LOCK_ORDER, in that order;
 3. the event position, by the commit.
 
 - Rows of a table are locked by a single statement, in key order, once per transaction. The holder of the cluster lock
-  is exempt where all others lock at most a single row: it may lock partitions in several statements, and session leases
-  at any time, since a transaction that locks a lease without the cluster lock holds nothing else.
+  is exempt where all others lock at most a single row, and may lock partitions in several statements, and session
+  leases at any time, since a transaction that locks a lease without the cluster lock holds nothing else.
 - Rows of the other tables are changed only by the holder of a lock above them (a segment by that of its range or
   partition, a buffer by that of its claim, a member by that of its group), or are inserted under a new key. Rows of
   `reach_reports` are written by their worker's heartbeat alone, in a transaction that locks nothing else; the holder of
@@ -213,7 +213,8 @@ async def make_moves(context: Context) -> None:
 
 
 async def _bump_grants_version(tx: Transaction, sessions: Sequence[t.SessionRow]) -> None:
-    """Sets the leases' grants_version to the position of this transaction; agents see it with their next heartbeat."""
+    """Sets the leases' grants_version to the position of this transaction; agents see the version with their next
+    heartbeat."""
     ids = [row.session_id for row in sessions]
     await tx.select(t.SESSION_LEASES, where(session_id=In(ids)), lock="wait")
     tx.with_position(lambda position: [Set(t.SESSION_LEASES, (id_,), {"grants_version": position}) for id_ in ids])

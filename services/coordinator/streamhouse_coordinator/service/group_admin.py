@@ -1,4 +1,4 @@
-"""What operators do with consumer groups: look at them, move them, delete them."""
+"""Operators' commands on consumer groups: list, describe, reset and delete."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +18,7 @@ from streamhouse_coordinator.service.groups import Commit, Loaded, load, lock_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """state: empty | rebalancing | stable"""
+    """A consumer group in a list. state: empty | rebalancing | stable"""
 
     group: str
     state: str
@@ -29,6 +29,8 @@ class Summary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
+    """A member of a described group."""
+
     row: t.GroupMemberRow
     topics: list[str]
     assigned: list[str]
@@ -38,7 +40,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """Where a group is in one partition. `older_records`, `exact`: see core.groups.records_before."""
+    """Position of a group in a partition. `older_records`, `exact`: see core.groups.records_before."""
 
     topic: str
     partition: int
@@ -58,7 +60,7 @@ class Description:
 
 
 async def list_groups(context: Context) -> list[Summary]:
-    """Every group that has members, had some, or has commits; by name."""
+    """Returns every group that has members, had members, or has commits; by name."""
     async with context.store.snapshot() as tx:
         rows = {row.group_name: row for row in await tx.select(t.GROUPS)}
         members: dict[str, list[t.GroupMemberRow]] = {}
@@ -102,7 +104,7 @@ def _summary(group: groups.Group, committed_partitions: int) -> Summary:
 
 
 async def describe_group(context: Context, name: str) -> Description:
-    """Raises UnknownGroup."""
+    """Returns the group, its members and its positions. Raises UnknownGroup."""
     async with context.store.snapshot() as tx:
         rows = await tx.select(t.GROUPS, where(group_name=name))
         commits = await tx.select(t.GROUP_OFFSETS, where(group_name=name))
@@ -175,7 +177,7 @@ def _position(
 
 
 async def reset_offsets(context: Context, name: str, commits: Sequence[Commit]) -> None:
-    """All or none. Raises GroupNotEmpty, UnknownTopic, UnknownPartition."""
+    """Resets all offsets or none. Raises GroupNotEmpty, UnknownTopic, UnknownPartition."""
 
     async def work(tx: Transaction) -> None:
         loaded = await load(tx, name)
@@ -207,7 +209,7 @@ async def reset_offsets(context: Context, name: str, commits: Sequence[Commit]) 
 
 
 async def delete_group(context: Context, name: str) -> None:
-    """The group and its committed offsets. Raises GroupNotEmpty, UnknownGroup."""
+    """Deletes the group and its committed offsets. Raises GroupNotEmpty, UnknownGroup."""
 
     async def work(tx: Transaction) -> None:
         loaded = await load(tx, name)

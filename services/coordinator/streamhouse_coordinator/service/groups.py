@@ -1,4 +1,8 @@
-"""Consumer groups: members, generations, offsets. One transaction at a time per group."""
+"""Consumer groups: members, generations, committed offsets.
+
+Invariant: a change of a group holds the group's lock, so a group changes in a single transaction at a time. Heartbeats
+without a change take no lock.
+"""
 
 import asyncio
 import json
@@ -34,7 +38,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """`topic_id`: of the topic that was read; empty: of whichever has the name."""
+    """A committed offset. `topic_id`: id of the topic that was read; empty: of the topic that has the name now."""
 
     topic: str
     partition: int
@@ -62,7 +66,7 @@ def lock_of(name: str) -> str:
 
 
 async def load(tx: Transaction, name: str) -> Loaded:
-    """Returns the group as it is; the caller is alone with it."""
+    """Returns the group as it is; the caller holds the group's lock."""
     assert tx.locked == lock_of(name)
     rows = await tx.select(t.GROUPS, where(group_name=name))
     members = {row.member_id: row for row in await tx.select(t.GROUP_MEMBERS, where(group_name=name))}
@@ -89,7 +93,8 @@ async def _partitions(tx: Transaction, topics: Collection[str]) -> dict[str, int
 async def _change_members(
     tx: Transaction, loaded: Loaded, joined: Sequence[GroupMemberJoined], left: Sequence[GroupMemberLeft]
 ) -> Loaded:
-    """Appends who came and went with the new generation, and wakes the others. Returns the group afterwards."""
+    """Appends the joins and leaves with the new generation, and wakes the other members. Returns the group
+    afterwards."""
     group = loaded.group
     topics = {member: wanted for member, wanted in group.topics.items() if member not in {e.member_id for e in left}}
     topics |= {event.member_id: frozenset(event.topics) for event in joined}
@@ -113,10 +118,10 @@ async def join(
     session_timeout_ms: int,
     reported: Names = frozenset(),
 ) -> Assignment:
-    """Adds a member, or changes the topics that it reads; returns its assignment. Raises Overloaded.
+    """Adds a member, or changes its topics; returns its assignment. Raises Overloaded.
 
-    `reported`: what a known member still works on. Other topics move its partitions as any rebalance does: the next
-    owner of one waits until the member has let go of it.
+    `reported`: partitions that a known member still works on. A change of topics moves partitions as any rebalance
+    does: the next owner waits until the member has released them.
     """
     member_id = member_id or f"{client_id or 'member'}-{context.new_id()}"
     timeout_ms = session_timeout_ms or context.settings.group_session_timeout_ms
@@ -143,7 +148,7 @@ async def join(
 
 
 async def _assign(tx: Transaction, loaded: Loaded, member_id: str, reported: Names | None) -> Assignment:
-    """What the member may work on now; records it as owned, and its heartbeat."""
+    """Returns the partitions that the member may work on now; records them as owned, and its heartbeat."""
     group, member = loaded.group, loaded.members[member_id]
     assigned, pending = groups.available(group, member_id)
     owned = groups.owned_after(group, member_id, reported, assigned)
@@ -154,7 +159,7 @@ async def _assign(tx: Transaction, loaded: Loaded, member_id: str, reported: Nam
     )
     await tx.apply([Put(t.GROUP_MEMBER_STATE, state)])
     if group.owned.get(member_id, frozenset()) - owned:
-        tx.wake_group(group.name)  # somebody may be waiting for what was let go
+        tx.wake_group(group.name)  # another member may be waiting for a released partition
     return Assignment(
         member_id=member_id,
         generation=group.generation,
@@ -167,10 +172,11 @@ async def _assign(tx: Transaction, loaded: Loaded, member_id: str, reported: Nam
 async def heartbeat(
     context: Context, name: str, member_id: str, generation: int, owned: Names, max_wait_ms: int
 ) -> Assignment:
-    """Says that the member lives and what it works on; waits up to `max_wait_ms` for a change. Raises UnknownMember."""
+    """Records a member's heartbeat and the partitions it works on; waits up to `max_wait_ms` for a change. Returns its
+    assignment. Raises UnknownMember."""
     ticket = context.waiters.ticket(name)
     done = await _heartbeat(context, name, member_id, generation, owned)
-    # Well before the member would be taken for dead: while it waits here it does not speak.
+    # Well before the member would expire, since a waiting member sends no heartbeat.
     wait_ms = min(max_wait_ms, done.session_timeout_ms // 2)
     if wait_ms <= 0 or done.generation != generation or done.assigned - owned:
         return done
@@ -183,7 +189,8 @@ async def heartbeat(
 
 
 async def _heartbeat(context: Context, name: str, member_id: str, generation: int, owned: Names) -> Assignment:
-    """One row update when nothing changed since the last heartbeat, else the whole look."""
+    """Returns the assignment: by updating a single row if nothing has changed since the last heartbeat, else with the
+    group's lock."""
     timeout_ms = await context.store.renew_member(name, member_id, generation, _encode(owned))
     if timeout_ms is not None:
         return Assignment(
@@ -200,7 +207,7 @@ async def _speak(tx: Transaction, name: str, member_id: str, *, owned: Names | N
 
 
 async def leave(context: Context, name: str, member_id: str) -> None:
-    """Leaves; a member that is not there has left already."""
+    """Removes a member; has no effect if the member has left already."""
 
     async def work(tx: Transaction) -> None:
         loaded = await load(tx, name)
@@ -211,21 +218,22 @@ async def leave(context: Context, name: str, member_id: str) -> None:
 
 
 async def groups_with_expired(tx: Transaction) -> list[str]:
-    """Groups with members whose heartbeats stopped, by the database's clock."""
+    """Returns the groups with expired members, by the database's clock."""
     rows = await tx.select(t.GROUP_MEMBER_STATE, where(expires_ms=AtMost(await tx.now_ms())))
     return sorted({row.group_name for row in rows})
 
 
 async def expire_members(context: Context, group: str) -> int:
-    """Removes members of the group whose heartbeats stopped; returns how many. Removes none after an outage, until a
-    sweep has extended the leases."""
+    """Removes expired members of the group; returns their number. Removes none after an outage, until a sweep has
+    extended the leases."""
 
     async def work(tx: Transaction) -> int:
         if await outages.was_outage(tx, context.settings.session_sweep_interval_ms):
             return 0
         loaded = await load(tx, group)
         expired = where(group_name=group, expires_ms=AtMost(await tx.now_ms()))
-        # Locked: a heartbeat comes before this, or learns that its member is gone; it takes no lock of the group.
+        # Locked, because heartbeats take no lock of the group: a heartbeat either comes before this, or finds the
+        # member gone.
         rows = await tx.select(t.GROUP_MEMBER_STATE, expired, lock="wait")
         left = [GroupMemberLeft(group, row.member_id, "expired") for row in rows if row.member_id in loaded.members]
         if left:
@@ -236,8 +244,8 @@ async def expire_members(context: Context, group: str) -> int:
 
 
 async def topic_changed(context: Context, topic: str) -> None:
-    """After a topic came or went: the groups that read it get a new generation. If that fails, they get it with
-    their next one: the topic's own change is done and must not be reported as failed."""
+    """Gives a new generation to the groups that read a topic that was created or deleted. After a failure the groups
+    get theirs with the next heartbeat: the topic's own change is done and must not be reported as failed."""
     try:
         await _refresh_readers(context, topic)
     except StreamHouseError as error:
@@ -259,17 +267,17 @@ async def _refresh_readers(context: Context, topic: str) -> None:
         await context.store.run(partial(refresh, name), lock=lock_of(name))
 
 
-# ---- offsets
+# ---- committed offsets
 
 
 async def commit(context: Context, name: str, member_id: str, generation: int, commits: Sequence[Commit]) -> None:
-    """All or none. Raises UnknownMember, IllegalGeneration, UnknownTopic, UnknownPartition."""
+    """Commits all offsets or none. Raises UnknownMember, IllegalGeneration, UnknownTopic, UnknownPartition."""
 
     async def work(tx: Transaction) -> None:
         loaded = await load(tx, name)
         named = [groups.name_of(item.topic, item.partition) for item in commits]
         groups.check_commit(loaded.group, member_id, generation, named)
-        # Shared with other commits; keeps a deletion of the topic from slipping in between.
+        # Shared with other commits; prevents the topic from being deleted in between.
         rows = await tx.select(t.TOPICS, where(topic=In({item.topic for item in commits})), lock="share")
         topics = {row.topic: row for row in rows}
         now_ms = await tx.now_ms()
@@ -279,7 +287,8 @@ async def commit(context: Context, name: str, member_id: str, generation: int, c
 
 
 def offset_row(name: str, topics: Mapping[str, t.TopicRow], item: Commit, now_ms: int) -> t.GroupOffsetRow:
-    """Raises UnknownTopic, also for a position in a deleted topic of the name; UnknownPartition."""
+    """Returns the row of a commit. Raises UnknownTopic, also for a position in a deleted topic of the name;
+    UnknownPartition."""
     topic = topics.get(item.topic)
     if topic is None:
         raise UnknownTopic(f"topic {item.topic!r} does not exist", topic=item.topic)
@@ -301,8 +310,8 @@ def offset_row(name: str, topics: Mapping[str, t.TopicRow], item: Commit, now_ms
 async def fetch_offsets(
     context: Context, name: str, wanted: Collection[tuple[str, int]]
 ) -> list[tuple[str, int, t.GroupOffsetRow | None]]:
-    """(topic, partition, what was committed) of the partitions asked, or of all that have commits. Raises UnknownGroup
-    when all are asked of a group that never had members or commits."""
+    """Returns (topic, partition, committed offset) of the requested partitions, or of all partitions with commits.
+    Raises UnknownGroup if all are requested of a group that never had members or commits."""
 
     async def work(tx: Transaction) -> list[tuple[str, int, t.GroupOffsetRow | None]]:
         rows = await tx.select(t.GROUP_OFFSETS, where(group_name=name))

@@ -1,4 +1,4 @@
-"""Retention, compaction, and which objects nobody refers to."""
+"""Applies retention and deletions of records, hands out compactions, and finds unreferenced objects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ async def apply_retention(context: Context) -> tuple[int, int]:
 
 
 async def _due(topic: t.TopicRow, tx: Transaction) -> list[int]:
-    """Partitions that may have something to remove: two aggregates per topic, whatever its number of partitions."""
+    """Returns partitions that may have segments to remove: two aggregates per topic, for any number of partitions."""
     due: set[int] = set()
     if topic.retention_ms is not None:
         before_ms = await tx.now_ms() - topic.retention_ms - 1
@@ -72,13 +72,14 @@ async def _retain_partition(context: Context, topic: t.TopicRow, partition: int)
 
 
 async def delete_records(context: Context, topic: str, partition: int, before_offset: int) -> tuple[int, int, int]:
-    """Returns (log start, segments removed, their bytes). Raises UnknownTopic, UnknownPartition, InvalidArgument."""
+    """Deletes records below an offset; returns (log start, segments removed, their bytes). Raises UnknownTopic,
+    UnknownPartition, InvalidArgument."""
 
     async def step(tx: Transaction) -> tuple[bool, int, int, int]:
         row = await topic_named(tx, topic)
         topics.check_partition(row, partition)
         of_partition = where(topic_id=row.topic_id, partition=partition)
-        # Without their locks: what is registered only grows, and new epochs begin behind it.
+        # Read without locks: registered ends only grow, and new epochs begin behind them.
         ranges = await tx.select(t.RANGES, of_partition)
         retention.check_deletion(topic, partition, before_offset, ranges)
         rows = await tx.select(t.PARTITIONS, of_partition, lock="wait")
@@ -120,7 +121,8 @@ class CompactionClaim:
 async def claim_compaction(
     context: Context, worker_id: str, ttl_ms: int, small_bytes_max: int, target_bytes: int, segments_min: int
 ) -> CompactionClaim | None:
-    """A run of small segments to merge, of a partition nobody else works on; None if there is none."""
+    """Claims a run of small segments of a partition that no other worker compacts; returns the claim, None if there is
+    no such run."""
     claim_id = context.new_id()
     choose = partial(_choose, small_bytes_max=small_bytes_max, target_bytes=target_bytes, segments_min=segments_min)
 
@@ -135,7 +137,7 @@ async def claim_compaction(
         counts = {(row.group[0], row.group[1]): row.count for row in rows if row.group not in taken}
         for key in compaction.partitions_to_look_at(counts, segments_min, turn=claim_id):
             if await choose(tx, key) and await _take(tx, key, now_ms):
-                run = await choose(tx, key)  # as it is now that the partition is ours
+                run = await choose(tx, key)  # the choice holds now that the partition is locked
                 if run:
                     row = t.CompactionClaimRow(
                         topic_id=key[0],
@@ -154,8 +156,8 @@ async def claim_compaction(
 async def _choose(
     tx: Transaction, key: PartitionRowKey, *, small_bytes_max: int, target_bytes: int, segments_min: int
 ) -> list[t.SegmentRow]:
-    """Returns the segments of one partition to merge next; none if nothing is worth it. Reads the small segments alone,
-    page by page: before them may lie any number of large ones."""
+    """Returns the segments of a partition to merge next; none if no merge is worth its bytes. Reads only the small
+    segments, page by page: any number of large segments may lie before them."""
     after = -1
     while True:
         of_page = where(
@@ -173,12 +175,12 @@ async def _choose(
         run = compaction.choose(page, small_bytes_max, target_bytes, segments_min, followed)
         if run or len(page) < COMPACTION_SEGMENTS:
             return run
-        after = found[-1].segments[0].base_offset - 1  # the last run may go on in the next page
+        after = found[-1].segments[0].base_offset - 1  # the last run may continue in the next page
 
 
 async def _take(tx: Transaction, key: PartitionRowKey, now_ms: int) -> bool:
-    """True if the partition is the caller's to claim, until its transaction ends. Of two workers that look at the same
-    time the loser takes another partition."""
+    """Returns True if the caller may claim the partition, until its transaction ends. Of two workers that look at the
+    same time the loser takes another partition."""
     of_partition = where(topic_id=key[0], partition=key[1])
     if not await tx.select(t.PARTITIONS, of_partition, lock="skip"):
         return False
@@ -186,8 +188,8 @@ async def _take(tx: Transaction, key: PartitionRowKey, now_ms: int) -> bool:
 
 
 async def register_compaction(context: Context, claim_id: str, replaced_ids: Sequence[str], merged: Segment) -> Result:
-    """Puts `merged` in the place of the segments named if all of them are still there, else FENCED; WITHDRAWN if its
-    object may be deleted."""
+    """Replaces the named segments by `merged` and returns REGISTERED if all of them still exist; else FENCED, or
+    WITHDRAWN if the object of `merged` may be deleted."""
 
     async def work(tx: Transaction) -> Result:
         of_partition = where(topic_id=merged.topic_id, partition=merged.partition)
@@ -211,7 +213,7 @@ async def register_compaction(context: Context, claim_id: str, replaced_ids: Seq
 
 
 async def filter_unreferenced(context: Context, object_keys: Sequence[str]) -> list[str]:
-    """Those of the keys that no segment lies in, in the order asked."""
+    """Returns the keys that no segment lies in, in the order requested."""
 
     async def work(tx: Transaction) -> list[str]:
         rows = await tx.totals(t.SEGMENTS, where(object_key=In(set(object_keys))), by=("object_key",))

@@ -1,4 +1,4 @@
-"""Objects before they are part of the log and after: declared uploads, and deletion in two phases."""
+"""Declares uploads before objects become part of the log, and deletes unreferenced objects in two phases."""
 
 import logging
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 
 async def declare_uploads(context: Context, claim_id: str, object_keys: Sequence[str]) -> None:
-    """Whoever holds the claim, of a buffer or of a compaction, is about to upload these. Declaring again changes
-    nothing. Raises Fenced when the claim is not held any more, InvalidArgument for a key that is being deleted."""
+    """Declares the uploads of the worker that holds the claim, of a buffer or a compaction. Declaring again changes
+    nothing. Raises Fenced if the claim is lost, InvalidArgument for a key that is being deleted."""
 
     async def work(tx: Transaction) -> None:
         claims = await _claims(tx, [claim_id], "wait")
@@ -46,7 +46,7 @@ async def declare_uploads(context: Context, claim_id: str, object_keys: Sequence
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One object, and what may be done with it."""
+    """An object and its verdict."""
 
     state: ObjectState
     verdict: Verdict
@@ -55,8 +55,9 @@ class Judged:
 async def begin_deletion(
     context: Context, object_keys: Sequence[str], grace: DeletionGrace, dry_run: bool
 ) -> tuple[int, list[Judged]]:
-    """PostgreSQL's time, and one verdict per key. From BEGUN on, no segment can be registered in the object, ever.
-    Raises MetadataWentBack: what was registered in events that are gone would be taken for an orphan."""
+    """Begins the deletion of objects; returns PostgreSQL's time and a verdict per key. From BEGUN on, no segment can be
+    registered in the object, ever. Raises MetadataWentBack after a rollback: segments of missing events would look like
+    orphans."""
 
     async def work(tx: Transaction) -> tuple[int, list[Judged]]:
         if not dry_run:
@@ -83,7 +84,7 @@ def _changes(judged: Sequence[Judged], found: "_Found", now_ms: int, grace: Dele
 
 
 async def finish_deletion(context: Context, object_keys: Sequence[str]) -> None:
-    """The objects are gone from the store."""
+    """Ends the deletion of objects that are gone from the store."""
 
     async def work(tx: Transaction) -> None:
         await tx.apply([Remove(t.DELETIONS, {"object_key": key}) for key in object_keys])
@@ -92,11 +93,11 @@ async def finish_deletion(context: Context, object_keys: Sequence[str]) -> None:
 
 
 async def list_deletions(context: Context, grace: DeletionGrace, limit: int) -> list[str]:
-    """Returns keys to begin the deletion of that no listing of the store need show: deletions that were not finished,
-    and uploads that never came to anything. The oldest first.
+    """Returns keys to delete even if no listing of the store shows them: unfinished deletions, and uploads that were
+    never registered. The oldest first.
 
-    Rows that an older version took with keys that cannot hold segments are forgotten here, not told: whoever handed
-    one of them to the store was refused, and never came to the rows behind it.
+    Rows of an older version with keys that cannot hold segments are removed here, not returned: the store refuses such
+    a key, and a refusal would stop every sweep before the later rows.
     """
 
     async def work(tx: Transaction) -> tuple[list[str], list[str]]:
@@ -123,7 +124,7 @@ async def _overdue(tx: Transaction, grace: DeletionGrace, limit: int) -> list[st
     return list(dict.fromkeys(keys))[:limit]
 
 
-# ---- what there is
+# ---- state of objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +170,8 @@ async def _claims(tx: Transaction, claim_ids: Sequence[str], lock: Lock) -> _Cla
 
 
 async def _look(tx: Transaction, object_keys: Sequence[str], lock: Lock) -> _Found:
-    """With the intents locked, no registration in these objects is under way: what it did is seen, or it comes later
-    and finds no intent."""
+    """Returns the state of the objects. The intents are locked, so no registration in these objects is under way: an
+    earlier registration is seen, and a later one finds no intent."""
     of_keys = where(object_key=In(object_keys))
     claim_ids = sorted({row.claim_id for row in await tx.select(t.UPLOAD_INTENTS, of_keys)})
     claims = await _claims(tx, claim_ids, lock)

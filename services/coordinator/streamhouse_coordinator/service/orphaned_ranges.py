@@ -1,4 +1,4 @@
-"""Ranges whose agent is gone: counts them, and declares them lost by policy or on an operator's command."""
+"""Counts ranges without an agent, and declares them lost by policy or on an operator's command."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -53,9 +53,8 @@ async def _recover(tx: Transaction, context: Context, topic_ids: Sequence[str]) 
 async def declare_lost(
     context: Context, topic: str, partition: int, epochs: Sequence[int], reason: str
 ) -> list[t.RangeRow]:
-    """Declares orphaned ranges lost; returns all of `epochs` as they are afterwards. A range whose end is known by
-    now stays unchanged. Raises UnknownTopic, UnknownPartition, InvalidArgument for a range that is led or does not
-    exist."""
+    """Declares orphaned ranges lost; returns all of `epochs` as they are afterwards. A range with a known end stays
+    unchanged. Raises UnknownTopic, UnknownPartition, InvalidArgument for a range that is led or does not exist."""
 
     async def work(tx: Transaction) -> list[t.RangeRow]:
         row = await topic_named(tx, topic)

@@ -1,7 +1,7 @@
 """Extends all leases by the time for which PostgreSQL was unreachable, so that an outage expires no session.
 
 Otherwise a PostgreSQL that returns after longer than a lease would find every agent and every group member expired, and
-every partition would change its leader for nothing.
+every partition would change leaders for nothing.
 
 Owns: the row of the last sweep. Invariant: the time of an outage is added to the leases once, by the coordinator that
 moves that row first.

@@ -1,7 +1,7 @@
-"""Prunes events that nobody needs any more; docs/decisions/0013 says why this is safe.
+"""Prunes events that are no longer needed; docs/decisions/0013 says why this is safe.
 
-A follower needs events for as long as it is away; a mark in the object store one event, which is kept apart. Backups
-have the bases and the events behind them.
+A follower needs events for as long as it is away; a mark in the object store needs a single event, which is kept apart.
+Backups have the bases and the events behind them.
 """
 
 from opentelemetry import metrics
@@ -13,11 +13,12 @@ from streamhouse_coordinator.core.pruning import Needs, prunable, pruning
 from streamhouse_coordinator.ports import Above, Transaction, where
 from streamhouse_coordinator.service.common import Context
 
-# Events of one transaction: a few hundred row operations on the bases, some ms. It holds nothing that others wait for.
+# Events of a transaction: a few hundred row operations on the bases, some ms. Other transactions do not wait for its
+# locks.
 BATCH = 500
-# Of one run, so that other periodic work gets its turn while a long history is pruned for the first time.
+# Batches of a run, so that other periodic work gets its turn while a long history is pruned for the first time.
 BATCHES = 20
-# Marks that are kept: a segmenter makes one a minute at most, and a store holds one of the last.
+# Marks to keep: segmenters make at most a mark per minute, and a store holds one of the last.
 MARKS_KEPT = 10_000
 
 _meter = metrics.get_meter("streamhouse.coordinator")
@@ -28,7 +29,8 @@ _pruned = counter(_meter, "streamhouse_coordinator_events_pruned_total", "events
 
 
 async def prune(context: Context) -> int:
-    """Prunes what is due, a bounded number of events; returns how many. Of several coordinators one does it."""
+    """Prunes due events, a bounded number; returns the number. Among several coordinators a single one prunes at a
+    time."""
     if context.settings.amqp_url:  # also while RabbitMQ is away
         await context.store.run(lambda tx: tx.note_publisher())
     count = 0
@@ -46,7 +48,7 @@ async def prune(context: Context) -> int:
 async def _prune_batch(tx: Transaction, context: Context) -> int:
     held = await tx.select(t.PRUNED, lock="skip")
     if not held:
-        return 0  # another coordinator is at it
+        return 0  # another coordinator prunes
     needs = await _needs(tx, context)
     after = where(position=Above(held[0].position))
     rows = prunable(await tx.select(t.EVENTS, after, order=("position",), limit=BATCH), needs)
@@ -68,8 +70,8 @@ async def _needs(tx: Transaction, context: Context) -> Needs:
 
 
 async def mark(context: Context) -> t.HistoryMarkRow | None:
-    """Returns what identifies the last event, and keeps that for as long as a mark of it may be asked for; None if
-    there are no events. The same event may be marked again."""
+    """Returns the identity of the last event, and stores it for as long as a mark of it may be looked up; None if there
+    are no events. The same event may be marked again."""
 
     async def work(tx: Transaction) -> t.HistoryMarkRow | None:
         rows = await tx.select(t.EVENTS, where(position=await tx.position()))
@@ -87,10 +89,11 @@ async def mark(context: Context) -> t.HistoryMarkRow | None:
 
 
 async def marked(context: Context, position: int) -> t.HistoryMarkRow | None:
-    """Returns what identifies the event at `position`; None if there is none, or it was pruned and never marked."""
+    """Returns the identity of the event at `position`; None if there is none, or if the event was pruned and never
+    marked."""
 
     async def work(tx: Transaction) -> t.HistoryMarkRow | None:
-        # The event first: one that is pruned in between was marked before.
+        # The event is read first: an event that is pruned in between was marked before.
         events = await tx.select(t.EVENTS, where(position=position))
         marks = await tx.select(t.HISTORY_MARKS, where(position=position))
         return mark_of(events[0]) if events else marks[0] if marks else None
@@ -99,6 +102,7 @@ async def marked(context: Context, position: int) -> t.HistoryMarkRow | None:
 
 
 def mark_of(event: t.EventRow) -> t.HistoryMarkRow:
+    """Returns the identity of an event."""
     return t.HistoryMarkRow(
         position=event.position,
         stream_id=event.stream_id,

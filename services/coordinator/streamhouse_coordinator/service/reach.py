@@ -1,4 +1,4 @@
-"""Reports of workers about the agents they reach or do not, and the changes of leadership that follow."""
+"""Collects the workers' reports about agents, and changes the leadership of agents that workers cannot reach."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ REPORTS_FRESH_HEARTBEATS = 3
 
 
 def reach_times(settings: CoordinatorSettings) -> reach.ReachTimes:
-    """Returns the times of `decide` as the settings have them."""
+    """Returns the times of `decide` as configured."""
     return reach.ReachTimes(
         settings.cut_off_after_ms,
         settings.cut_off_hold_ms,
@@ -37,8 +37,8 @@ def reach_times(settings: CoordinatorSettings) -> reach.ReachTimes:
 
 
 async def report(context: Context, session_id: str, reached: Mapping[str, bool]) -> list[t.SessionRow]:
-    """Takes in whether a worker reaches agents, by agent id. Returns the agents that it is to check: those that some
-    worker cannot reach, and those that are cut off. Raises SessionExpired, InvalidArgument for another role."""
+    """Records which agents a worker reaches, by agent id. Returns the agents that the worker has to check: agents that
+    some worker cannot reach, and agents that are cut off. Raises SessionExpired, InvalidArgument for another role."""
 
     async def work(tx: Transaction) -> list[t.SessionRow]:
         doubted = {row.agent_session_id for row in await tx.select(t.REACH_REPORTS, where(reached=False))}
@@ -55,7 +55,7 @@ async def report(context: Context, session_id: str, reached: Mapping[str, bool])
         rows = [
             _row(session_id, agent, reached[agent.agent_id], before.get(agent.session_id), now_ms)
             for agent in agents
-            # That an agent is reached is worth a row only where somebody doubts it.
+            # A success is worth a row only if another worker reports a failure.
             if not reached[agent.agent_id] or agent.session_id in doubted
         ]
         await tx.apply([Put(t.REACH_REPORTS, row) for row in rows])
@@ -99,7 +99,7 @@ class ReachState:
 
 
 async def look(tx: Transaction) -> ReachState | None:
-    """Returns who lives and what is reported, or None while nobody reports anything: two reads of empty tables."""
+    """Returns the live sessions and reports, or None while there are no reports: two reads of empty tables."""
     reports = await tx.select(t.REACH_REPORTS)
     cut_offs = {row.agent_id: row for row in await tx.select(t.CUT_OFFS)}
     if not reports and all(row.reachable_ms for row in cut_offs.values()):
@@ -115,7 +115,7 @@ async def look(tx: Transaction) -> ReachState | None:
 
 
 async def is_due(tx: Transaction, settings: CoordinatorSettings) -> tuple[bool, int]:
-    """Returns True if `apply` has something to do, and how many agents are cut off."""
+    """Returns True if `apply` has work, and the number of cut-off agents."""
     found = await look(tx)
     if found is None:
         return False, 0
@@ -124,7 +124,7 @@ async def is_due(tx: Transaction, settings: CoordinatorSettings) -> tuple[bool, 
 
 
 async def apply(context: Context) -> None:
-    """Cuts off agents whose workers cannot reach them, and lets those lead again that they reach."""
+    """Cuts off agents that workers cannot reach, and lets agents that they reach again lead."""
 
     async def work(tx: Transaction) -> list[Event]:
         found = await look(tx)
@@ -145,7 +145,7 @@ async def apply(context: Context) -> None:
 
 
 async def _forget(tx: Transaction, reports: Sequence[t.ReachReportRow]) -> None:
-    """Removes those that no heartbeat writes at the moment, and waits for none: the next sweep has the others."""
+    """Removes reports that no heartbeat is writing now, and waits for none: the next sweep removes the others."""
     keys = [(row.session_id, row.agent_session_id) for row in reports]
     of_keys = where_keys(("session_id", "agent_session_id"), keys)
     rows = await tx.select(t.REACH_REPORTS, of_keys, lock="skip") if keys else []

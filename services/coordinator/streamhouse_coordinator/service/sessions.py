@@ -83,8 +83,8 @@ def _rivals(other: t.SessionRow, opened: SessionOpened) -> bool:
 async def open_session(
     context: Context, opened: SessionOpened, wal_ends: sessions.WalEnds, seen: Head = NOTHING_SEEN
 ) -> OpenedSession:
-    """Opens a session, or returns the session of its id if this is a retry whose first answer was lost. `opened` comes
-    without started_ms. `seen`: the last event that the agent's log knows of. Raises AgentIdTaken, InvalidArgument,
+    """Opens a session, or returns the session of its id if this is a retry after a lost answer. `opened` comes without
+    started_ms. `seen`: the last event that the agent's log knows of. Raises AgentIdTaken, InvalidArgument,
     MetadataWentBack."""
     session_id, declared = opened.session_id, wal_ends
 
@@ -168,10 +168,10 @@ async def _check_log(tx: Transaction, history: t.HistoryRow, declared: sessions.
 
 
 async def _reopened(tx: Transaction, session: t.SessionRow, expires_ms: int, history: t.HistoryRow) -> OpenedSession:
-    """Returns the session as it is by now, with a renewed lease. The position is read first: later events are on the
-    feed."""
+    """Returns the session in its present state, with a renewed lease. The position is read first: later events are on
+    the feed."""
     position = await tx.position()
-    renewed = {"expires_ms": expires_ms, "log_full": False}  # an agent whose log is full reports it again
+    renewed = {"expires_ms": expires_ms, "log_full": False}  # an agent with a full log reports that again
     await tx.apply([Set(t.SESSION_LEASES, (session.session_id,), renewed)])
     return OpenedSession(
         session_id=session.session_id,
@@ -225,8 +225,8 @@ async def heartbeat(
     context: Context, session_id: str, low_ranges: Mapping[RangeRowKey, int], log_full: bool | None = None
 ) -> tuple[int, list[Grant]]:
     """Renews the lease and extends ranges that run out. `log_full`: the agent's log has no space left, or has space
-    again. Returns (grants_version, extended ranges). Raises SessionExpired; Overloaded, whose details say lease =
-    renewed if the lease was renewed before."""
+    again. Returns (grants_version, extended ranges). Raises SessionExpired; Overloaded, with lease = renewed in the
+    details if the lease was renewed before."""
     version = await context.store.renew_session(session_id, context.settings.session_ttl_ms)
     if version is None:
         raise SessionExpired(f"session {session_id!r} has ended; open a new one", session_id=session_id)
@@ -262,7 +262,7 @@ async def _extended(context: Context, session_id: str, low_ranges: Mapping[Range
 
 
 async def _note_log_full(context: Context, session_id: str, full: bool) -> None:
-    """Lets other agents lead the session's partitions while its log is full, and gives the session its share again
+    """Lets other agents lead the session's partitions while the log is full, and returns the session's share
     afterwards. Raises SessionExpired."""
 
     async def work(tx: Transaction) -> str:
@@ -316,10 +316,10 @@ async def _with_topics(tx: Transaction, ranges: Sequence[t.RangeRow]) -> list[Gr
     as they fit into a message; the rest is omitted."""
     topics = await _topics_of(tx, ranges)
     named = [row for row in ranges if row.topic_id in topics]
-    # The agent drops the records of a lost range, so it needs no producers' state.
+    # The agent drops the records of a lost range, and needs no producers' state.
     going_on = [row for row in named if row.status != t.LOST]
     stored = await _stored_snapshots(tx, {row.key[:2] for row in going_on})
-    # Ranges are read after the snapshots: a registration in between removes snapshots that it made outdated.
+    # Ranges are read after the snapshots: a registration in between removes outdated snapshots.
     now = await ranges_by_key(tx, {row.key for row in going_on})
     newest = {row.key: sessions.newest_for(now.get(row.key, row), stored.get(row.key[:2], ())) for row in going_on}
     wanted = {key: snapshot.key for key, snapshot in newest.items() if snapshot is not None}
@@ -474,7 +474,7 @@ async def any_expired(tx: Transaction) -> bool:
 
 
 async def expire_sessions(context: Context) -> int:
-    """Ends the sessions whose lease has run out by the database's clock; returns their number. Ends none after an
+    """Ends the sessions with an expired lease, by the database's clock; returns their number. Ends none after an
     outage, until a sweep has extended the leases."""
 
     async def work(tx: Transaction) -> int:

@@ -1,4 +1,4 @@
-"""What is asked without changing anything: topics, metadata, status, the snapshot."""
+"""Queries: topics, metadata, status, the snapshot. Changes nothing."""
 
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import TypeVar
@@ -28,15 +28,15 @@ from streamhouse_coordinator.service import reach
 from streamhouse_coordinator.service.common import Context, newest_ranges, topic_named
 from streamhouse_coordinator.settings import CoordinatorSettings
 
-# Segments of one snapshot part: about 250 bytes each, so a part stays below 1 MB.
+# Segments of a snapshot part: about 250 bytes each, so a part stays below 1 MB.
 SNAPSHOT_SEGMENTS = 4000
 SNAPSHOT_PARTITIONS = 500
-# Failed buffers of one status: the oldest hold the others up, and an outage may fail thousands.
+# Failed buffers in a status: the oldest block the others, and an outage may fail thousands.
 BUFFER_FAILURES_SHOWN = 20
 
 RowT = TypeVar("RowT", t.RangeRow, t.SegmentRow)
 
-# Ranges a reader has to know: those that hold offsets, or may still.
+# Ranges that a reader has to know: those with offsets, now or possibly later.
 _NOT_EMPTY = Predicate(
     "NOT (status = 'settled' AND end_offset = start_offset)",
     lambda row: not (row.status == t.SETTLED and row.end_offset == row.start_offset),
@@ -51,7 +51,7 @@ async def list_topics(context: Context) -> list[t.TopicRow]:
 
 
 async def describe_topic(context: Context, name: str) -> pb.DescribeTopicResponse:
-    """Raises UnknownTopic."""
+    """Returns the topic with its partitions. Raises UnknownTopic."""
 
     async def work(tx: Transaction) -> pb.DescribeTopicResponse:
         topic = await topic_named(tx, name)
@@ -62,7 +62,7 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
         rows += await _lost_ranges(tx, partitions)
         unfinished = _by_partition(rows)
         sums = ("size_bytes", "raw_bytes", "record_count")
-        # Of a span that is possibly lost nobody knows how many records it had: as many as the range's offsets at worst.
+        # The number of records of a possibly lost span is unknown: its segment has up to the full width of the range.
         readable = where(topic_id=topic.topic_id, lost_reason="")
         stored = {row.group[0]: row for row in await tx.totals(t.SEGMENTS, readable, by=("partition",), sums=sums)}
         lost = _by_partition(
@@ -85,7 +85,7 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
 
 
 async def _lost_ranges(tx: Transaction, partitions: Sequence[t.PartitionRow]) -> list[t.RangeRow]:
-    """What was given up and is not below the start of its log."""
+    """Returns the lost segments above the start of their logs."""
     starts = {row.partition: row.log_start_offset for row in partitions}
     lost = await tx.select(t.RANGES, where(LOST_RANGES, topic_id=partitions[0].topic_id)) if partitions else []
     return [row for row in lost if row.end_offset is None or row.end_offset > starts.get(row.partition, 0)]
@@ -124,7 +124,7 @@ def _by_partition(rows: Sequence[RowT]) -> dict[PartitionRowKey, list[RowT]]:
 
 
 async def _live_sessions(tx: Transaction, **equals: object) -> list[tuple[t.SessionRow, int]]:
-    """Sessions whose lease runs, and for how many ms."""
+    """Returns the sessions with a valid lease, and the remaining ms."""
     now_ms = await tx.now_ms()
     leases = {row.session_id: row for row in await tx.select(t.SESSION_LEASES, where(expires_ms=Above(now_ms)))}
     rows = await tx.select(t.SESSIONS, Where(equals=equals), order=("agent_id", "started_ms"))
@@ -132,12 +132,12 @@ async def _live_sessions(tx: Transaction, **equals: object) -> list[tuple[t.Sess
 
 
 async def _addresses(tx: Transaction) -> dict[str, str]:
-    """Address of each live ingest session."""
+    """Returns the address of each live ingest session."""
     return {row.session_id: row.address for row, _ in await _live_sessions(tx, role=INGEST)}
 
 
 async def get_metadata(context: Context, names: Collection[str]) -> pb.GetMetadataResponse:
-    """Raises UnknownTopic if one of the topics does not exist."""
+    """Returns the partitions and leaders of topics. Raises UnknownTopic if a topic does not exist."""
 
     async def work(tx: Transaction) -> pb.GetMetadataResponse:
         sessions = [row for row, _ in await _live_sessions(tx)]
@@ -189,7 +189,7 @@ async def get_status(context: Context) -> pb.GetStatusResponse:
         sessions = await _live_sessions(tx)
         full = {row.session_id for row in await tx.select(t.SESSION_LEASES, where(log_full=True))}
         partitions = await tx.select(t.PARTITIONS, order=("topic_id", "partition"))
-        # Afterwards: a topic that is created in between has no partitions here; one that is deleted is left out.
+        # Names are read last: a topic created in between has no partitions here; a deleted topic is left out.
         names = {row.topic_id: row.topic for row in await tx.select(t.TOPICS)}
         partitions = [row for row in partitions if row.topic_id in names]
         newest = await newest_ranges(tx, partitions)
@@ -218,7 +218,7 @@ async def get_status(context: Context) -> pb.GetStatusResponse:
 
 
 async def _unreachable_agents(tx: Transaction, settings: CoordinatorSettings) -> list[pb.UnreachableAgent]:
-    """Returns the agents that a worker cannot reach, and those that are cut off for it."""
+    """Returns the agents that a worker cannot reach, and the cut-off agents."""
     found = await reach.look(tx)
     if found is None:
         return []
@@ -239,7 +239,7 @@ async def _unreachable_agents(tx: Transaction, settings: CoordinatorSettings) ->
 
 
 async def _buffer_failures(tx: Transaction) -> list[pb.BufferFailure]:
-    """Returns the oldest buffers whose last hand-over failed, at most BUFFER_FAILURES_SHOWN."""
+    """Returns the oldest buffers with a failed hand-over, at most BUFFER_FAILURES_SHOWN."""
     claims = await tx.select(t.BUFFER_CLAIMS, where(FAILED_BUFFERS), order=("sealed_ms",), limit=BUFFER_FAILURES_SHOWN)
     buffers = await tx.select(t.BUFFERS, where(buffer_id=In([row.buffer_id for row in claims])))
     agents = {row.buffer_id: row.agent_id for row in buffers}
@@ -264,7 +264,7 @@ def _lease(
     key = (row.topic_id, row.partition)
     last = newest.get(key)
     led = last is not None and last.status == t.OPEN
-    # Of the newest range too, when there was no agent to take over.
+    # Includes the newest range if no agent was there to take over.
     waited_for = [item for item in unfinished.get(key, ()) if item.epoch < row.epoch or item.status == t.ORPHANED]
     return pb.LeaseInfo(
         topic=topic,
@@ -282,10 +282,10 @@ def _lease(
 
 
 async def get_snapshot(context: Context) -> AsyncIterator[pb.SnapshotPart]:
-    """Everything a reader's index holds, as of one event, in parts of bounded size.
+    """Yields everything that a reader's index holds, as of a single event, in parts of bounded size.
 
-    Its sessions are those that no event has ended. One whose lease has run out may still go on, after an outage, and
-    then there is no event that would bring it back into the index.
+    Includes the sessions that no event has ended, even with an expired lease: after an outage such a session may go on,
+    and no event would return the session to the index.
     """
     async with context.store.snapshot() as tx:
         position = await tx.position()
