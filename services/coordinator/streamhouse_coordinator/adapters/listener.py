@@ -54,6 +54,7 @@ class Listener:
         while True:
             try:
                 await self._listen(backoff)
+            # Reported once per outage; further tries only at DEBUG.
             except FAILURES as error:
                 log.log(logging.INFO if self._hears else logging.DEBUG, "cannot listen: %s", error)
                 self._hears = False
@@ -75,6 +76,7 @@ class Listener:
             while not await _within(PROBE_S, ended):
                 await connection.execute("SELECT", timeout=PROBE_S)
         finally:
+            # Not close(), which would wait for the answer of a server that may be gone.
             connection.terminate()
 
     def _on_event(self, connection: Any, pid: int, channel: str, payload: str) -> None:

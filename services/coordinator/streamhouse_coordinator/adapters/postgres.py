@@ -158,6 +158,7 @@ class PostgresStore:
                 except CONFLICTS as error:
                     _conflicts.add(1)
                     log.debug("conflict, attempt %d: %s", attempt, error)
+                    # A random wait, so that two coordinators do not meet again at the next try.
                     await asyncio.sleep(self._rng.uniform(0, 0.002 * 2**attempt))
                     until_s = loop.time() + self._timeout_s
         except FAILURES as error:
@@ -313,6 +314,7 @@ class PostgresStore:
                 rows = await self.read_events(after, limit)
             if rows:
                 await publish(rows)
+        # Also after a cancellation: otherwise the outbox would stand still until the claim expires.
         except BaseException:
             with contextlib.suppress(StreamHouseError):  # the claim expires
                 await self._give_outbox_back(after, until_ms)

@@ -100,6 +100,7 @@ class PostgresTransaction:
         ]
 
     async def append(self, events: Sequence[Event], trace_context: str = "") -> None:
+        # The time may cost a statement, so it is read only for events without a time of their own.
         if any(stamped(event, 1) is not event for event in events):
             at_ms = await self.now_ms()
             events = [stamped(event, at_ms) for event in events]
@@ -132,6 +133,7 @@ class PostgresTransaction:
 
     async def finish(self) -> None:
         """Numbers the appended events. Must be called once, right before the commit."""
+        # Before the numbering: from there to the commit every other transaction with events waits.
         for channel, payloads in ((GROUPS_CHANNEL, sorted(self._groups)), (BUFFERS_CHANNEL, self._sealed)):
             for payload in payloads:
                 await self._connection.execute("SELECT pg_notify($1, $2)", channel, payload)

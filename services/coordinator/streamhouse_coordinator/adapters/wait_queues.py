@@ -29,6 +29,7 @@ _overloaded = counter(
 )
 
 
+# Compared by identity: calls are keys of the queues.
 @dataclass(eq=False, slots=True)
 class Call:
     """A call in queues. `urgent`: the call is the platform's own, or holds a lock for which such a call waits."""
@@ -99,6 +100,7 @@ class WaitQueue:
         if not queue and self._has_place_for(call):
             self._serve(call)
             return
+        # Fixed here: the call may become urgent while it waits, and still has to be counted out.
         counted = not call.urgent
         if counted:
             self._waiters.enter(len(queue), self._waiting_max)
@@ -123,6 +125,7 @@ class WaitQueue:
         """Gives the call's place to the next in the queue."""
         self._holders.remove(call)
         self._clients.discard(call)
+        # Repeated, because a call that was cancelled takes no place.
         while (first := self._next()) is not None:
             self._grant(*first)
 
@@ -188,6 +191,7 @@ class LockQueues:
             queue = self._queues[name] = WaitQueue(
                 self._waiters, places=1, client_places=1, waiting_max=self._waiting_max
             )
+        # The urgent call waits for the holder's transaction, which must not wait behind clients in turn.
         if call.urgent:
             queue.make_holders_urgent()
         try:

@@ -364,6 +364,7 @@ def _merge(before: RowOp | None, op: RowOp) -> RowOp:
         return Put(op.table, replace(before.row, **op.changes))
     if isinstance(op, Set) and isinstance(before, Set):
         return Set(op.table, op.key, {**before.changes, **op.changes})
+    # A change of a removed row has no effect.
     if isinstance(op, Set) and isinstance(before, Remove):
         return before
     return op

@@ -96,6 +96,7 @@ def open_session(
     """
     events: list[Event] = []
     for other in others:
+        # The log is opened again: its former process is gone, or did not answer a probe.
         if other.wal_id == opened.wal_id:
             why = "superseded"
         elif other.session_id in live:

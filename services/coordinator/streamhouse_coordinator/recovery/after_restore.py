@@ -31,6 +31,7 @@ async def recover_topics(tx: Transaction, declared: sessions.WalEnds, partitions
     holds the cluster lock."""
     counts: dict[str, int] = {}
     for topic_id, partition, _ in declared.ends:
+        # The number comes from a log: the limit bounds what a damaged log can create.
         if partition < partitions_max:
             counts[topic_id] = max(counts.get(topic_id, 0), partition + 1)
     topics = {row.topic_id: row for row in await tx.select(t.TOPICS, where(topic_id=In(counts)))}
@@ -49,6 +50,7 @@ async def _recovered(tx: Transaction, topic_id: str, partitions: int, name: str)
     """Creates a topic under its old id and returns its row; None if it was deleted before the backup."""
     if await known_topic_ids(tx, [topic_id]):
         return None
+    # A younger topic may have the name by now.
     taken = await tx.select(t.TOPICS, where(topic=name)) if name else []
     event = restore_plan.recovered_topic(topic_id, "" if taken else name, partitions, await tx.now_ms())
     await tx.append([event])
@@ -110,6 +112,7 @@ async def _register_holes(
     firsts = {item.epoch: item.first_offset for item in reported}
     own = await tx.select(t.RANGES, where(topic_id=key[0], partition=key[1], wal_id=wal_id, status=t.ORPHANED))
     topics = await tx.select(t.TOPICS, where(topic_id=key[0]))
+    # The log begins above the registered end: it has dropped the records in between, because they were registered.
     spans = [Span(row.epoch, row.registered_end, min(firsts.get(row.epoch, 0), row.limit_offset)) for row in own]
     events = []
     for span in spans:

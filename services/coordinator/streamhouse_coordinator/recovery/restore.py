@@ -110,6 +110,7 @@ async def restore(
 
 async def _load(tx: RestoreTransaction, store: ObjectStore, manifest: fmt.Manifest, progress: Progress) -> int:
     """Loads all rows of the backup; returns the number of events."""
+    # The migrations have begun a history for the new database; those of the backup replace it.
     old = await tx.select(t.HISTORIES)
     await tx.apply([Remove(t.HISTORIES, {"nth": row.nth}) for row in old])
     await tx.apply([Set(t.PRUNED, (True,), {"position": manifest.pruned_position})])
@@ -151,6 +152,7 @@ def _follows(key: str, last: int, events: Sequence[t.EventRow]) -> int:
 async def _load_events(tx: RestoreTransaction, rows: Sequence[t.EventRow]) -> None:
     await tx.apply([Put(t.EVENTS, row) for row in rows])
     events = [replayed(row) for row in rows]
+    # Without the row operations of these events the projections would be incomplete.
     unknown = sorted({row.type for row, event in zip(rows, events, strict=True) if event is None})
     if unknown:
         raise fmt.BackupDamaged(f"events of types this version does not know: {', '.join(unknown)}")
@@ -212,6 +214,7 @@ async def _adopt(
     known = await tx.select(t.SEGMENTS, order=("topic_id", "partition", "base_offset"))
     objects = await stored.scan(store, _known_ends(known), progress)
     report.damaged_objects = [f"{item.object_key} before byte {item.at}: {item.what}" for item in objects.damaged]
+    # Compared by place: a registered segment has a random id, a stored segment has an id that follows from the place.
     places = {(row.object_key, row.object_at) for row in known}
     fresh = [item for item in objects.found if (item.segment.object_key, item.segment.object_at) not in places]
     await _recover_topics(tx, fresh, report)
@@ -253,6 +256,7 @@ def _known_ends(segments: Iterable[t.SegmentRow]) -> dict[str, int]:
 
 
 def _is_there(row: t.SegmentRow, sizes: dict[str, int]) -> bool:
+    # A truncated object counts as missing.
     return sizes.get(row.object_key, 0) >= row.object_at + row.size_bytes
 
 

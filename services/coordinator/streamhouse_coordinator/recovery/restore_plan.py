@@ -164,8 +164,10 @@ def _ranges(known: BackedUpPartition, found: Selection) -> list[RangeRow]:
     last_offset = max([found.log_start_offset, *(max(row.limit_offset, row.registered_end) for row in rows)])
     jump = last_offset + JUMP_OFFSETS
     end = unrecovered_range(known.topic.topic_id, known.partition.partition, last_epoch, jump, jump)
+    # Grants after the backup follow the newest epoch, so the limits of older ranges are final.
     older = [row for row in rows if row.epoch < newest]
     uncertain = [row for row in rows if row.epoch >= newest]
+    # Every acknowledged record is in the store, so no range has to wait for an agent.
     if known.topic.min_acks == ACKS_DURABLE:
         settled = [_settled(row, row.registered_end) for row in [*older, *uncertain]]
         return [*settled, _settled(end, end.start_offset)]

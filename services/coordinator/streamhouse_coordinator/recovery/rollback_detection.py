@@ -29,6 +29,7 @@ async def record(store: Store, seen: Head, seen_by: str) -> None:
     async def work(tx: Transaction) -> bool:
         histories = await tx.select(t.HISTORIES, order=("nth",))
         known = await tx.select(t.FORKS)
+        # A record of a coordinator implies that of an agent.
         if histories[-1].history_id != seen.history_id or any(row.seen_by in (COORDINATOR, seen_by) for row in known):
             return False
         ops: list[RowOp] = [
@@ -39,6 +40,7 @@ async def record(store: Store, seen: Head, seen_by: str) -> None:
                 ),
             )
         ]
+        # Agents find their leases gone with the next heartbeat, and check() refuses them new sessions.
         if seen_by == COORDINATOR:
             agents = await tx.select(t.SESSIONS, where(role=INGEST))
             ops += [Remove(t.SESSION_LEASES, {"session_id": row.session_id}) for row in agents]

@@ -93,6 +93,8 @@ class _Search:
     def run(self) -> Selection:
         at = self._first_base()
         edges = _by_base(self._usable)
+        # Each round takes the farthest path, then crosses the gap to the next candidate, or strands the epoch of that
+        # candidate if the gap must not be crossed.
         while True:
             path = _farthest(at, edges)
             if path:
@@ -125,6 +127,7 @@ class _Search:
         """Accounts for the offsets in between; returns False if the segments at `following` must not be reached."""
         lost = self._registered_between(at, following)
         hole = self._hole_before(at, following)
+        # The gap is at the beginning of the log, where retention removes segments.
         if self._has_retention and not self._found.chosen:
             ends = [span.end_offset for span in lost] + ([following] if following is not None else [])
             self._found.log_start_offset = max([self._found.log_start_offset, *ends])
@@ -212,6 +215,7 @@ def _farthest(at: int, edges: Mapping[int, Sequence[Candidate]]) -> list[Candida
     best: dict[int, tuple[tuple[int, int], Candidate | None]] = {at: ((0, 0), None)}
     waiting, farthest = [at], at
     while waiting:
+        # Candidates lead to greater offsets only, so the cost of an offset is final once it leaves the heap.
         offset = heapq.heappop(waiting)
         (new, count), _ = best[offset]
         for item in edges.get(offset, ()):

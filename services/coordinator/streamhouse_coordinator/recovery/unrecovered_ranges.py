@@ -79,6 +79,7 @@ def split(ranges: Sequence[RangeRow], reported: Sequence[Reported], agent_id: st
     rows = sorted(ranges, key=lambda row: row.epoch)
     result = Split(ranges=[])
     for item in sorted(reported, key=lambda item: item.epoch):
+        # The first row at or above the epoch: its own range, or the unrecovered range that stands for it.
         at = next((at for at, row in enumerate(rows) if row.epoch >= item.epoch), len(rows))
         if at < len(rows) and rows[at].epoch == item.epoch and not is_unrecovered(rows[at]):
             _claim(rows, at, item, agent_id, wal_id, result)
@@ -129,6 +130,7 @@ def _take(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id: 
     before = rows[at - 1] if at else None
     if item.epoch > (before.epoch if before is not None else 0) + 1:
         parts.insert(0, replace(whole, epoch=item.epoch - 1, limit_offset=first))
+    # Adjacent epochs leave no number for an unrecovered range in between: the earlier range takes these offsets.
     elif before is not None and before.end_offset is None and before.limit_offset == whole.start_offset:
         rows[at - 1] = replace(before, limit_offset=first)
     if whole.epoch > item.epoch:

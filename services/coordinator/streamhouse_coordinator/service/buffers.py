@@ -153,6 +153,7 @@ async def claim(context: Context, worker_id: str, ttl_ms: int, except_agents: Co
         agents = {row.wal_id: row for row in sessions if row.agent_id not in except_agents}
         free = where(wal_id=In(agents), free_at_ms=AtMost(now_ms))
         for _ in range(CLAIM_CANDIDATES if agents else 0):
+            # Rows that other claims hold are skipped, so workers never wait for each other here.
             rows = await tx.select(t.BUFFER_CLAIMS, free, order=("sealed_ms",), limit=1, lock="skip")
             if not rows:
                 return None
@@ -233,6 +234,7 @@ async def release_claim(context: Context, claim_id: str, reason: str, retry_afte
     async def work(tx: Transaction) -> None:
         free_at_ms = await tx.now_ms() + retry_after_ms
         changes = {"claim_id": "", "worker_id": "", "free_at_ms": free_at_ms, "last_reason": reason}
+        # By claim id, so that a late release never touches the claim of another worker.
         buffers = await tx.select(t.BUFFER_CLAIMS, where(claim_id=claim_id), lock="wait")
         compactions = await tx.select(t.COMPACTION_CLAIMS, where(claim_id=claim_id), lock="wait")
         await tx.apply([Set(t.BUFFER_CLAIMS, (row.buffer_id,), changes) for row in buffers])
@@ -262,6 +264,7 @@ async def free_claims(tx: Transaction, worker_ids: Collection[str]) -> None:
 
 def _release_compaction(row: t.CompactionClaimRow, *, free_at_ms: int, retry_after_ms: int) -> RowOp:
     key = (row.topic_id, row.partition)
+    # The row stays until the retry is due and keeps other workers away; without a delay it goes.
     if retry_after_ms:
         return Set(t.COMPACTION_CLAIMS, key, {"claim_id": "", "expires_ms": free_at_ms})
     return Remove(t.COMPACTION_CLAIMS, dict(zip(t.COMPACTION_CLAIMS.key, key, strict=True)))

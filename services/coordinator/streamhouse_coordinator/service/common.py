@@ -155,6 +155,7 @@ async def commit_leadership(tx: Transaction, settings: CoordinatorSettings, even
     grants_version of every agent's lease. Returns a position before all of these events. The caller holds the cluster
     lock."""
     assert tx.locked == CLUSTER_LOCK
+    # Read before the events: an agent that follows the feed from here sees all of them.
     before = await tx.position()
     await tx.append(events)
     sessions = await _ingest_sessions(tx)

@@ -139,6 +139,7 @@ async def join(
         if known is None and len(loaded.members) >= context.settings.group_members_max:
             limit = context.settings.group_members_max
             raise Overloaded(f"group {name!r} has {limit} members, the limit group_members_max", limit=limit)
+        # A repeated join with the same topics, as after a lost answer, starts no new generation.
         same = known is not None and tuple(json.loads(known.topics)) == event.topics
         if not same or groups.outdated(loaded.group, loaded.partitions):
             loaded = await _change_members(tx, loaded, [event], [])
@@ -174,6 +175,7 @@ async def heartbeat(
 ) -> Assignment:
     """Records a member's heartbeat and the partitions it works on; waits up to `max_wait_ms` for a change. Returns its
     assignment. Raises UnknownMember."""
+    # Taken before the look, so that a change in between ends the wait at once.
     ticket = context.waiters.ticket(name)
     done = await _heartbeat(context, name, member_id, generation, owned)
     # Well before the member would expire, since a waiting member sends no heartbeat.
@@ -255,6 +257,7 @@ async def topic_changed(context: Context, topic: str) -> None:
 async def _refresh_readers(context: Context, topic: str) -> None:
 
     async def readers(tx: Transaction) -> set[str]:
+        # All members are read, since their topics are JSON inside the rows; topics come and go rarely.
         rows = await tx.select(t.GROUP_MEMBERS)
         return {row.group_name for row in rows if topic in json.loads(row.topics)}
 

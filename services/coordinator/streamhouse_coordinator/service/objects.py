@@ -26,6 +26,7 @@ async def declare_uploads(context: Context, claim_id: str, object_keys: Sequence
         claims = await _claims(tx, [claim_id], "wait")
         if not (claims.buffers or claims.compactions):
             raise Fenced(f"claim {claim_id!r} is done, or expired and taken by another worker", offered=claim_id)
+        # The deletion has withdrawn the declaration: with a new one a segment could be registered in a deleted object.
         gone = await tx.select(t.DELETIONS, where(object_key=In(object_keys)))
         if gone:
             key = gone[0].object_key
@@ -107,6 +108,7 @@ async def list_deletions(context: Context, grace: DeletionGrace, limit: int) -> 
         await tx.apply([Remove(table, key) for key in gone for table in (t.DELETIONS, t.UPLOAD_INTENTS)])
         return found, flawed
 
+    # Again until no key is flawed: a page full of flawed keys would hide the good ones behind it.
     while True:
         found, flawed = await context.store.run(work)
         if not flawed:
@@ -173,6 +175,7 @@ async def _look(tx: Transaction, object_keys: Sequence[str], lock: Lock) -> _Fou
     """Returns the state of the objects. The intents are locked, so no registration in these objects is under way: an
     earlier registration is seen, and a later one finds no intent."""
     of_keys = where(object_key=In(object_keys))
+    # Intents are read without a lock first: their claims have to be locked before them (LOCK_ORDER).
     claim_ids = sorted({row.claim_id for row in await tx.select(t.UPLOAD_INTENTS, of_keys)})
     claims = await _claims(tx, claim_ids, lock)
     intents = {row.object_key: row for row in await tx.select(t.UPLOAD_INTENTS, of_keys, lock=lock)}

@@ -80,6 +80,7 @@ async def _lose(tx: Transaction, context: Context, ranges: Collection[t.RangeRow
     if not lost:
         return
     keys = {(event.topic_id, event.partition, event.epoch) for event in lost}
+    # The rows were read before the events: their status is changed here as the events change it.
     gone = {row.key: replace(row, status=t.LOST) for row in ranges if row.key in keys}
     await commit_leadership(tx, context.settings, list[Event](lost))
     done = await _emptied_buffers(tx, gone)
@@ -92,6 +93,7 @@ async def _emptied_buffers(tx: Transaction, gone: dict[RangeRowKey, t.RangeRow])
     them."""
     touched = await tx.select(t.BUFFER_SLICES, where_keys(RANGE_KEYS, sorted(gone)))
     buffer_ids = In({item.buffer_id for item in touched})
+    # The claim rows stand for the buffers: while they are locked, no registration completes one.
     await tx.select(t.BUFFER_CLAIMS, where(buffer_id=buffer_ids), lock="wait")
     slices = await tx.select(t.BUFFER_SLICES, where(buffer_id=buffer_ids))
     known = await ranges_by_key(tx, {item.range_key for item in slices} - set(gone))

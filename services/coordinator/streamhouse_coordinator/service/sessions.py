@@ -108,6 +108,7 @@ async def open_session(
             recovered = await after_restore.recover_topics(tx, declared, context.settings.partitions_per_topic_max)
             ranges_to_split = await after_restore.ranges_to_split(tx, declared)
         unfinished = [row.key for row in await _ranges_of(tx, others, opened.wal_id)]
+        # Locked by a single statement, as the lock order demands, and read again below, since the split changes ranges.
         await ranges_by_key(tx, {*unfinished, *ranges_to_split}, lock="wait")
         if ranges_to_split:
             wal_ends = await after_restore.split_unrecovered_ranges(tx, opened.agent_id, opened.wal_id, declared)
@@ -129,6 +130,7 @@ async def open_session(
         if opened.role == sessions.INGEST:
             position = await commit_leadership(tx, context.settings, events)
             own = [row for row in ranges if row.wal_id == opened.wal_id and row.status in (t.OPEN, t.ORPHANED)]
+            # The next epochs have been granted at the limits, so the ranges can settle where the torn log ends.
             if wal_ends.torn:
                 orphaned = [replace(row, status=t.ORPHANED) for row in own]
                 await tx.append(sessions.settle_all(orphaned, wal_ends, known, session_id))
@@ -148,6 +150,7 @@ async def open_session(
     try:
         return await change_leadership(context, work)
     except MetadataWentBack as error:
+        # In a transaction of its own: the transaction that failed is rolled back.
         if rollback_detection.proves_rollback(error, seen):
             await rollback_detection.record(context.store, seen, rollback_detection.AGENT)
         raise
@@ -187,12 +190,14 @@ async def _resumed(tx: Transaction, wal_id: str) -> list[Grant]:
 
 async def _others(tx: Transaction, opened: SessionOpened) -> list[t.SessionRow]:
     rows = await tx.select(t.SESSIONS, where(agent_id=opened.agent_id, role=opened.role))
+    # The same log may have been opened under another agent id.
     if opened.wal_id:
         rows += await tx.select(t.SESSIONS, where(wal_id=opened.wal_id))
     return list({row.session_id: row for row in rows}.values())
 
 
 async def _live(tx: Transaction, session_ids: Collection[str], now_ms: int) -> set[str]:
+    # Locked, so that no heartbeat renews a lease that this transaction has found expired.
     leases = await tx.select(t.SESSION_LEASES, where(session_id=In(session_ids)), lock="wait")
     return {lease.session_id for lease in leases if lease.expires_ms > now_ms}
 
@@ -215,6 +220,7 @@ async def _known(tx: Transaction, keys: Collection[RangeRowKey]) -> sessions.Ack
 
 async def _drop_buffers(tx: Transaction, wal_id: str, now_ms: int) -> None:
     """Completes the unclaimed buffers of a log that was opened again: the agent seals the records anew."""
+    # A buffer that a worker is claiming or registering now is left to that worker.
     free = await tx.select(t.BUFFER_CLAIMS, where(wal_id=wal_id, free_at_ms=AtMost(now_ms)), lock="skip")
     dropped = await tx.select(t.BUFFERS, where(buffer_id=In([row.buffer_id for row in free])))
     await tx.append([BufferCompleted(row.buffer_id, row.agent_id) for row in dropped])
@@ -227,6 +233,7 @@ async def heartbeat(
     """Renews the lease and extends ranges that run out. `log_full`: the agent's log has no space left, or has space
     again. Returns (grants_version, extended ranges). Raises SessionExpired; Overloaded, with lease = renewed in the
     details if the lease was renewed before."""
+    # The lease is renewed first and by itself: the rest may wait for locks, and must not cost the agent its lease.
     version = await context.store.renew_session(session_id, context.settings.session_ttl_ms)
     if version is None:
         raise SessionExpired(f"session {session_id!r} has ended; open a new one", session_id=session_id)
@@ -455,6 +462,7 @@ def _key(event: RangeSettled) -> RangeRowKey:
 async def _end(tx: Transaction, context: Context, session_ids: Sequence[str], why: str) -> None:
     rows = await tx.select(t.SESSIONS, where(session_id=In(session_ids)))
     durable = await durable_topics(tx)
+    # Ranges before claims, claims before leases: the lock order of service/common.py.
     open_ranges = await tx.select(t.RANGES, where(session_id=In(session_ids), status=t.OPEN), lock="wait")
     events: list[Event] = []
     for row in rows:
