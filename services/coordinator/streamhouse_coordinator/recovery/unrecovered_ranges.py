@@ -74,8 +74,8 @@ def released(row: RangeRow) -> RangeRow:
 
 
 def split(ranges: Sequence[RangeRow], reported: Sequence[Reported], agent_id: str, wal_id: str) -> Split:
-    """Returns how the ranges of a partition change by an agent's report of its log. `ranges`: all of the partition,
-    ascending."""
+    """Returns the changes of a partition's ranges that follow from an agent's report of its log. `ranges`: all of the
+    partition, ascending."""
     rows = sorted(ranges, key=lambda row: row.epoch)
     result = Split(ranges=[])
     for item in sorted(reported, key=lambda item: item.epoch):

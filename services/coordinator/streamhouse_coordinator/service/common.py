@@ -7,8 +7,8 @@ Invariant: locks are taken in this order, so that transactions cannot wait for e
 3. the event position, by the commit.
 
 - Rows of a table are locked by a single statement, in key order, once per transaction. The holder of the cluster lock
-  is exempt where all others lock at most a single row, and may lock partitions in several statements, and session
-  leases at any time, since a transaction that locks a lease without the cluster lock holds nothing else.
+  is exempt where all others lock at most a single row: partitions in several statements, and session leases at any
+  time, since a transaction that locks a lease without the cluster lock holds nothing else.
 - Rows of the other tables are changed only by the holder of a lock above them (a segment by that of its range or
   partition, a buffer by that of its claim, a member by that of its group), or are inserted under a new key. Rows of
   `reach_reports` are written by their worker's heartbeat alone, in a transaction that locks nothing else; the holder of

@@ -51,8 +51,8 @@ class Grant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedSession:
-    """Answer to a process that opened a session. `resumed`: unfinished ranges of its log. `feed_position`: events that
-    concern the session follow behind it."""
+    """Answer to a process that opened a session. `resumed`: lost ranges of its log, and unfinished ranges that are not
+    open. `feed_position`: events that concern the session follow behind it."""
 
     session_id: str
     resumed: list[Grant]
