@@ -4,13 +4,16 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from shformat import Records, encode_batch
 from shproto.errors import Unavailable
 from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as pb
+from shproto.v1 import ingest_pb2
 from streamhouse_ingest.leadership.wanted import RANGES_ASKED_MAX, Wanted
 from streamhouse_ingest.log.producers import ProducerState, WrittenBatch, encode_snapshot
+from streamhouse_ingest.wiring import IngestService
 
-from services.ingest.tests.ingest_standins import CoordinatorStandIn, eventually, kill, started
+from services.ingest.tests.ingest_standins import CoordinatorStandIn, SegmenterStandIn, eventually, kill, started
 
 ALL: dict[RangeKey, int] = {}
 
@@ -154,12 +157,20 @@ class Asked(CoordinatorStandIn):
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[set[int]] = []
+        self.epochs: list[set[int]] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.refuse = 0
+        self.refuse_settling = False
+
+    async def settle_ranges(self, request: pb.SettleRangesRequest) -> pb.SettleRangesResponse:
+        if self.refuse_settling:
+            raise Unavailable("not now")
+        return await super().settle_ranges(request)
 
     async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:
         self.asked.append({item.partition for item in request.only})
+        self.epochs.append({item.epoch for item in request.only})
         if self.refuse:
             self.refuse -= 1
             raise Unavailable("not now")
@@ -219,5 +230,99 @@ async def test_a_range_that_is_finished_while_its_end_is_asked_for_is_dropped(tm
     assert held is not None
     await eventually(lambda: held.log.registered_end == 10)
     coordinator.gate.set()
+    await eventually(lambda: logs.get(first) is None)
+    await kill(service)
+
+
+def one_record() -> ingest_pb2.ProduceRequest:
+    return ingest_pb2.ProduceRequest(topic="orders", batch=encode_batch(Records.from_lists([b"v"], timestamps_ms=1)))
+
+
+async def _with_older_range(tmp_path: Path, coordinator: Asked) -> tuple[IngestService, RangeKey]:
+    """Returns an agent that leads orders/0 anew, and still holds its range of an earlier life: ten records, settled and
+    not registered."""
+    topic_id = coordinator.create("orders", 1)
+    service = await started(tmp_path, coordinator)
+    logs = service.agent.running().logs
+    await eventually(lambda: logs.led("orders", 0) is not None)
+    for _ in range(10):
+        await service.api.produce(one_record())
+    await kill(service)
+    service = await started(tmp_path, coordinator)
+    logs = service.agent.running().logs
+    await eventually(lambda: logs.led("orders", 0) is not None)
+    older = RangeKey(topic_id, 0, 1)
+    held = logs.get(older)
+    assert held is not None and held.log.settled_end == 10
+    return service, older
+
+
+async def test_a_range_whose_events_say_that_it_is_finished_is_dropped_without_a_question(tmp_path: Path) -> None:
+    coordinator = Asked()
+    service, older = await _with_older_range(tmp_path, coordinator)
+    logs = service.agent.running().logs
+    del coordinator.asked[:]
+    assert coordinator.register(older, 0, 4)
+    assert coordinator.register(older, 4, 10)
+    assert coordinator.register(older, 4, 10) is False
+    await eventually(lambda: logs.get(older) is None)
+    assert coordinator.asked == []
+    assert logs.led("orders", 0) is not None
+    await kill(service)
+
+
+async def test_a_range_that_moved_is_dropped_without_a_question(tmp_path: Path) -> None:
+    coordinator = Asked()
+    topic_id = coordinator.create("orders", 1)
+    service = await started(tmp_path, coordinator)
+    logs, first = service.agent.running().logs, RangeKey(topic_id, 0, 1)
+    await eventually(lambda: logs.led("orders", 0) is not None)
+    await service.api.produce(one_record())
+    segmenter = asyncio.create_task(SegmenterStandIn(coordinator, service).run())
+    coordinator.move("orders", 0)
+    asked = len(coordinator.asked)
+    await eventually(lambda: logs.get(first) is None and logs.led("orders", 0) is not None)
+    assert coordinator.epochs[asked:] == [{1}, {2}], "what is to be moved and what is granted, not where it ended"
+    segmenter.cancel()
+    await kill(service)
+
+
+async def test_a_range_that_is_finished_while_a_question_is_under_way_does_not_come_back(tmp_path: Path) -> None:
+    """The answer, from before, names the range: a log held for it anew would have none of its records, and report them
+    as lost."""
+    coordinator = Asked()
+    service, older = await _with_older_range(tmp_path, coordinator)
+    running = service.agent.running()
+    asked = len(coordinator.asked)
+    coordinator.gate.clear()
+    running.grants.want_all()
+    await eventually(lambda: len(coordinator.asked) > asked)
+    assert coordinator.register(older, 0, 10)
+    await eventually(lambda: running.current_session.position == len(coordinator.events))
+    coordinator.gate.set()
+    await eventually(lambda: running.logs.get(older) is None and not running.grants._wanted)
+    assert "report_lost" not in coordinator.calls and service.tasks.error is None
+    await kill(service)
+
+
+async def test_an_end_that_the_coordinator_does_not_know_finishes_no_range(tmp_path: Path) -> None:
+    """A move has settled the log, and its call fails: were the log dropped, the next session would name no end of a
+    range that the coordinator takes for open."""
+    coordinator = Asked()
+    topic_id = coordinator.create("orders", 1)
+    service = await started(tmp_path, coordinator)
+    logs, first = service.agent.running().logs, RangeKey(topic_id, 0, 1)
+    await eventually(lambda: logs.led("orders", 0) is not None)
+    await service.api.produce(one_record())
+    coordinator.refuse_settling = True
+    coordinator.cut_off("agent-1")
+    await eventually(lambda: (held := logs.get(first)) is not None and held.log.settled_end == 1)
+    assert coordinator.register(first, 0, 1)
+    held = logs.get(first)
+    assert held is not None
+    await eventually(lambda: held.log.registered_end == 1)
+    await eventually(lambda: not service.agent.running().grants._wanted)
+    assert logs.get(first) is held
+    coordinator.refuse_settling = False
     await eventually(lambda: logs.get(first) is None)
     await kill(service)

@@ -119,9 +119,13 @@ class EventFeed:
                 if event.agent_id == self._context.identity.agent_id:
                     self._grants.want_all()  # what is on the move already is not to wait for its upload any more
             case EpochGranted() | MoveRequested():
+                # The event has neither the producers' state nor min_acks: docs/decisions/0019.
                 if event.agent_id == self._context.identity.agent_id:
                     self._grants.changed([_key(event)], self._session.position)
-            case RangeSettled() | RangeOrphaned() | RangeLost():
+            case RangeSettled(end_offset=end_offset):
+                if self._logs.get(_key(event)) is not None:
+                    self._grants.settled(_key(event), end_offset, self._session.position)
+            case RangeOrphaned() | RangeLost():
                 if self._logs.get(_key(event)) is not None:
                     self._grants.changed([_key(event)], self._session.position)
             case TopicDeleted():
@@ -132,7 +136,7 @@ class EventFeed:
     def _registered(self, segment: Segment) -> None:
         key = RangeKey(bytes.fromhex(segment.topic_id), segment.partition, segment.epoch)
         if self._ranges.registered(key, segment.end_offset):
-            self._grants.changed([key], self._session.position)
+            self._grants.finished(key, self._session.position)
 
 
 def _key(

@@ -26,6 +26,7 @@ class Grants:
         self._context = context
         self._ranges = ranges
         self._wanted = Wanted()
+        self._asking = False
         self._awake = asyncio.Event()
         self._waiting: list[tuple[asyncio.Future[None], Collection[RangeKey]]] = []
 
@@ -44,6 +45,22 @@ class Grants:
         """An event at `position` of the feed changed these ranges."""
         self._wanted.changed(keys, position)
         self._awake.set()
+
+    def settled(self, key: RangeKey, end_offset: int, position: int) -> None:
+        """An event at `position` of the feed says where this range ends. Asks only if that is news."""
+        if self._ranges.settled(key, end_offset):
+            self.finished(key, position)
+        else:
+            self.changed([key], position)
+
+    def finished(self, key: RangeKey, position: int) -> None:
+        """Drops the range's log if events up to `position` say that the range is finished: with its end and its
+        registration they have all that an answer could say. While an answer is under way, which may be older than the
+        events, the range is asked about again after it."""
+        if self._asking:
+            self.changed([key], position)
+        else:
+            self._ranges.drop_finished(key)
 
     def heard_of(self, version: int, seen_position: int) -> None:
         """A heartbeat's grants_version, and how far the feed has come."""
@@ -76,6 +93,7 @@ class Grants:
             question = self._wanted.take()
             if question is None:
                 continue
+            self._asking = True
             try:
                 await self._ask(question)
             except SessionExpired:
@@ -84,9 +102,12 @@ class Grants:
                 log.warning("cannot take in the grants: %s", error.message)
                 self._wanted.put_back(question)
                 self._awake.set()
-                await self._context.clock.sleep_ms(backoff.next_ms())
+            else:
+                backoff.reset()
                 continue
-            backoff.reset()
+            finally:
+                self._asking = False
+            await self._context.clock.sleep_ms(backoff.next_ms())
 
     async def _ask(self, question: Question) -> None:
         waiting = list(self._waiting)

@@ -53,7 +53,7 @@ class Ranges:
         """
         await self._writer.barrier()
         for held in self._logs:
-            held.told = False
+            held.told = held.end_confirmed = False  # another history may say otherwise
         return TakenIn(rest=self._take_in(grants))
 
     async def take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[RangeKey] = ()) -> TakenIn:
@@ -144,6 +144,7 @@ class Ranges:
                 older.log.forget_lost()
 
     def _settle(self, held: HeldLog, end_offset: int) -> None:
+        held.end_confirmed = True
         if held.log.settled_end == end_offset:
             return
         fenced = self._logs.settle(held, end_offset)
@@ -165,13 +166,30 @@ class Ranges:
     # ---- from the feed
 
     def registered(self, key: RangeKey, end_offset: int) -> bool:
-        """Segments cover the log up to `end_offset`. True when that finishes it."""
+        """Notes that segments cover the log up to `end_offset`. Returns True if the range is finished with that."""
         held = self._logs.get(key)
         if held is None:
             return False
         self._logs.register(held, end_offset)
         self._trim()
         return _is_finished(held)
+
+    def settled(self, key: RangeKey, end_offset: int) -> bool:
+        """Notes that the range ends at `end_offset`. Returns False if the log was not settled there: how much of it
+        counts is for the next answer to say."""
+        held = self._logs.get(key)
+        if held is None or held.log.settled_end != end_offset:
+            return False
+        held.end_confirmed = True
+        return True
+
+    def drop_finished(self, key: RangeKey) -> None:
+        """Drops the log if its range is finished. No answer may be under way: it would bring the range back, as a log
+        that has none of its records."""
+        held = self._logs.get(key)
+        if held is not None and _is_finished(held):
+            self._logs.drop(held, "the range is finished")
+            self._trim()
 
     def extend(self, key: RangeKey, limit_offset: int) -> None:
         held = self._logs.get(key)
@@ -199,7 +217,10 @@ class Ranges:
 
 
 def _is_finished(held: HeldLog) -> bool:
-    return held.log.settled_end is not None and held.log.registered_end >= held.log.settled_end
+    """Returns True if the coordinator has the whole range. An end that only a move has declared so far does not count:
+    of a range that the coordinator takes for open, the next session has to name the end."""
+    log_ = held.log
+    return held.end_confirmed and log_.settled_end is not None and log_.registered_end >= log_.settled_end
 
 
 def grant_key(grant: pb.RangeGrant) -> RangeKey:

@@ -27,6 +27,7 @@ class HeldLog:
         self.log = log
         self.durable_since_ms: int | None = None  # a durable ack waits for the open buffer since
         self.must_seal = False
+        self.end_confirmed = False  # the coordinator has said that the range ends where this log is settled
         self.told = False  # in this session, what the coordinator knows of the partition's producers
         self.traceparents: deque[str] = deque(maxlen=LINKS_MAX)  # of appends that are not sealed yet
         self._recent: deque[tuple[int, str]] = deque(maxlen=LINKS_MAX)  # where an append ends, and its traceparent
