@@ -43,7 +43,6 @@ PENDING = frozenset(
         "libs/shruntime/shruntime",
         "libs/shcluster/shcluster",
         "services/ingest/streamhouse_ingest",
-        "services/segmenter/streamhouse_segmenter",
         "services/query/streamhouse_query",
         "cli/streamhouse_cli",
         "client/streamhouse",

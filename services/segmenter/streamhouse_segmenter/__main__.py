@@ -12,11 +12,11 @@ from shruntime import signals
 
 
 def main() -> int:
-    """Exit code 0 after a clean stop, 1 when the settings or what they name cannot be used."""
+    """Returns exit code 0 after a clean stop, 1 if the settings or their targets cannot be used."""
     signals.handle_from_the_start(survives_hangups=True)  # the imports take a second
     os.umask(0o077)
     os.environ["EVENTLET_HUB"] = "asyncio"
-    # nameko needs it, and who runs a segmenter can do nothing about that.
+    # nameko needs it, and an operator of a segmenter cannot change that.
     warnings.filterwarnings("ignore", message=r"\s*Eventlet is deprecated")
     import eventlet
 
@@ -46,7 +46,8 @@ def main() -> int:
 
 
 def _know_all_settings() -> None:
-    """One file and one set of variables may serve all services: the names of the others are no mistakes."""
+    """Registers the settings of all services: a file and a set of variables may serve all of them, so another
+    service's name is not a mistake."""
     import importlib
     import importlib.util
 

@@ -1,6 +1,6 @@
-"""From announced slices to one object: pulls the batches from the agent and builds the segments, back to back.
+"""Builds an object from announced slices: pulls the batches from the agent and builds the segments back to back.
 
-CPU work runs in threads. What does not match its announcement exactly is refused: see core/plan.py.
+CPU work runs in threads. Batches that do not match their announcement exactly are refused: see core/plan.py.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class BuildTooLarge(Exception):
 
 @dataclass(slots=True)
 class BuiltObject:
-    """An object ready to be put: its bytes in order, and where each segment lies in it."""
+    """An object ready to be put: its bytes in order, and the position of each segment."""
 
     key: str
     parts: list[bytes] = field(default_factory=list)
@@ -61,7 +61,7 @@ class BuiltObject:
 
 
 class ObjectBuilder:
-    """Builds the objects of one claimed buffer."""
+    """Builds the objects of a claimed buffer."""
 
     def __init__(self, ports: Ports, settings: SegmenterSettings, claim: coordinator_pb2.ClaimBufferResponse) -> None:
         self._ports = ports
@@ -69,12 +69,12 @@ class ObjectBuilder:
         self._claim = claim
 
     def new_key(self, slices: Sequence[BufferSlice]) -> str:
-        """Of the object to be built of these slices; never given before."""
+        """Returns a new key for the object of these slices; no key is returned twice."""
         day = datetime.fromtimestamp(self._ports.clock.wall_ms() / 1000, UTC).date().isoformat()
         return object_key(slices, day, self._ports.new_uuid().hex)
 
     async def build(self, key: str, slices: Sequence[BufferSlice]) -> BuiltObject:
-        """One object of these slices.
+        """Returns the object of these slices.
 
         Raises SliceMismatch, FormatError (a damaged batch), BuildTooLarge, and StreamHouseError from the agent.
         """
@@ -122,7 +122,7 @@ def _add(builder: SegmentBuilder, progress: SliceProgress, batches: Sequence[byt
 
 
 async def each_within(items: AsyncIterator[ItemT], timeout_ms: int, address: str) -> AsyncIterator[ItemT]:
-    """Yields the items of a stream from `address`; raises Unavailable when the next one takes longer than
+    """Yields the items of a stream from `address`; raises Unavailable if the next item takes longer than
     `timeout_ms`."""
     try:
         while True:

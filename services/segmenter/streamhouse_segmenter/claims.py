@@ -1,6 +1,6 @@
-"""Keeps a claim alive while its work goes on, and stops the work when the claim is gone.
+"""Keeps a claim alive while its work goes on, and stops the work when the claim is lost.
 
-A lost claim is no danger (registration is a compare-and-set), only wasted work that somebody else does again.
+A lost claim is no danger (registration is a compare-and-set), only wasted work that another worker repeats.
 """
 
 import asyncio
@@ -23,16 +23,16 @@ RENEWALS_PER_TTL = 3
 
 
 class ClaimLost(Exception):
-    """Somebody else may work on it now."""
+    """The claim is lost: another worker may hold it now."""
 
 
 async def hold_claim(
     ports: Ports, claim_id: str, ttl_ms: int, work: Coroutine[Any, Any, ResultT], ends_it: Callable[[], bool]
 ) -> ResultT:
-    """Returns the result of `work`, which runs while the claim is renewed; raises ClaimLost when it cannot be.
+    """Returns the result of `work`, which runs while the claim is renewed; raises ClaimLost if renewing fails.
 
-    Registration ends a claim, and its answer may be overtaken by that of a renewal. `ends_it` returns True if the work
-    may have ended the claim by itself: then it goes on without, to hear of that.
+    Registration ends a claim, and the answer of a renewal may overtake the registration's. `ends_it` returns True if
+    the work may have ended the claim by itself: then the work goes on without a claim, to receive that answer.
     """
     working = asyncio.create_task(work, name=f"work on claim {claim_id}")
     renewing = asyncio.create_task(_renew(ports, claim_id, ttl_ms, ends_it), name=f"renew claim {claim_id}")
@@ -47,7 +47,7 @@ async def hold_claim(
 
 
 async def _renew(ports: Ports, claim_id: str, ttl_ms: int, ends_it: Callable[[], bool]) -> None:
-    """Returns once the work may have ended the claim. Raises ClaimLost."""
+    """Renews the claim; returns once the work may have ended it. Raises ClaimLost."""
     clock: Clock = ports.clock
     expires_ms = clock.monotonic_ms() + ttl_ms
     while True:
@@ -71,8 +71,11 @@ async def _renew(ports: Ports, claim_id: str, ttl_ms: int, ends_it: Callable[[],
 
 
 async def declare_uploads(ports: Ports, settings: SegmenterSettings, claim_id: str, object_keys: Sequence[str]) -> None:
-    """Must be done before the first of these is uploaded. Repeats until it is answered or the claim is lost, which
-    cancels this. Raises Fenced, and what else is no use repeating."""
+    """Declares objects to the coordinator; required before the first of them is uploaded.
+
+    Repeats until answered, or until the loss of the claim cancels it. Raises Fenced, and other errors that a repetition
+    cannot mend.
+    """
     request = coordinator_pb2.DeclareUploadsRequest(claim_id=claim_id, object_keys=object_keys)
     backoff = Backoff(settings.handover_retry_first_ms, settings.handover_retry_max_ms, ports.rng)
 
@@ -85,7 +88,7 @@ async def declare_uploads(ports: Ports, settings: SegmenterSettings, claim_id: s
 
 
 async def release_claim(ports: Ports, claim_id: str, *, reason: str = "", retry_after_ms: int = 0) -> None:
-    """Gives the claim back; one that is gone already, or a coordinator that is away, changes nothing: it runs out."""
+    """Gives the claim back. Without an answer, or for a claim that is already gone, nothing changes: claims run out."""
     request = coordinator_pb2.ReleaseClaimRequest(claim_id=claim_id, reason=reason, retry_after_ms=retry_after_ms)
     try:
         await ports.coordinator.release_claim(request)

@@ -1,7 +1,7 @@
 """Rewrites runs of small segments of a partition as one: fewer requests to read, fewer rows to keep.
 
-The records, their offsets and epochs stay the same; the replaced objects become orphans, which the sweep removes
-once readers have had time to notice.
+Records, offsets and epochs stay the same; the replaced objects become orphans, which the sweep removes once readers
+have had time to notice.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
 
 log = logging.getLogger(__name__)
-# One read per so many bytes of blocks: S3 gives its throughput at this size, and it bounds the memory of a read.
+# Bytes of blocks per read: S3 reaches its throughput at this size, and it bounds the memory of a read.
 READ_BYTES_MAX = 8 * 1024 * 1024
 PartT = TypeVar("PartT", types_pb2.SegmentRef, BlockEntry)
 
@@ -57,8 +57,10 @@ class Compactor:
         self._closing = True
 
     async def run(self) -> int:
-        """Merges until nothing is worth merging or one merge fails; returns how many segments were replaced.
-        Raises StreamHouseError when the coordinator cannot be asked."""
+        """Merges until nothing is worth merging or a merge fails; returns the number of replaced segments.
+
+        Raises StreamHouseError if the coordinator does not answer.
+        """
         replaced = 0
         while not self._closing and self._may_claim():
             claim = await self._ports.coordinator.claim_compaction(self._request())
@@ -80,7 +82,7 @@ class Compactor:
         )
 
     async def _compact(self, claim: coordinator_pb2.ClaimCompactionResponse) -> int:
-        """How many segments were replaced; 0 when it did not work, the claim given back."""
+        """Merges the segments of a claim; returns their number, or 0 after a failure, with the claim given back."""
         registering = asyncio.Event()
         work = self._work(claim, registering)
         try:
@@ -131,7 +133,7 @@ class Compactor:
         return await asyncio.to_thread(builder.finish)
 
     async def _read_whole(self, segments: Sequence[types_pb2.SegmentRef]) -> list[bytes]:
-        """Returns the bytes of small segments, read side by side: of hundreds, each is one short request, not three in
+        """Returns the bytes of small segments, read concurrently: each needs a single short request, not three in
         turn."""
         reads = [
             asyncio.create_task(
@@ -146,8 +148,8 @@ class Compactor:
             await cancel_and_wait(*reads)
 
     async def _copy(self, segment: types_pb2.SegmentRef, whole: bytes | None, builder: SegmentBuilder) -> None:
-        """Adds every block of a registered segment, each checked against its index entry. `whole`: its bytes; None:
-        they are read piece by piece."""
+        """Adds every block of a registered segment, each checked against its index entry. `whole`: the segment's
+        bytes, or None to read them piece by piece."""
 
         async def read(at: int, size_bytes: int) -> bytes:
             if whole is not None:
@@ -188,7 +190,8 @@ class Compactor:
 
 
 def _read_together(items: Iterable[PartT], count_max: int) -> Iterator[list[PartT]]:
-    """Yields segments, or blocks of one, in order: as many together as READ_BYTES_MAX and `count_max` allow, or one."""
+    """Yields segments, or blocks of a segment, in order: as many together as READ_BYTES_MAX and `count_max` allow,
+    at least 1."""
     run: list[PartT] = []
     size_bytes = 0
     for item in items:

@@ -1,7 +1,8 @@
-"""Works off whatever buffers can be claimed, several at a time.
+"""Works off all buffers that can be claimed, several at a time.
 
-Owns: how many builds run at once in this process. Does not own: when to look (adapters), how one buffer goes
-(handover.py).
+Owns: the number of builds in this process. Does not own: when to look (adapters), the steps of a buffer (handover.py).
+Invariants: at most builds_in_flight_max builds run together, for any number of callers; after close() nothing is
+claimed.
 """
 
 import asyncio
@@ -35,12 +36,12 @@ class DrainReport:
             self.look_again_within(result.retry_after_ms)
 
     def look_again_within(self, wait_ms: int) -> None:
-        """There is work that cannot be claimed before that."""
+        """Notes work that cannot be claimed before `wait_ms`."""
         self.retry_after_ms = wait_ms if self.retry_after_ms is None else min(self.retry_after_ms, wait_ms)
 
 
 class _Slot:
-    """The right to build; given back once, whoever does it first."""
+    """The right to build; given back once, by the first caller."""
 
     def __init__(self, slots: asyncio.Semaphore) -> None:
         self._slots = slots
@@ -73,22 +74,22 @@ class Drain:
         self._idle.set()
 
     def close(self) -> None:
-        """Claims nothing more; what is in hand is finished."""
+        """Claims nothing more; claimed buffers are finished."""
         self._closing.set()
         self._woken.set()
 
     def wake(self) -> None:
-        """There may be a buffer to claim: runs that wait for their last buffers look again."""
+        """Makes runs that wait for their last buffers look again, as a buffer may be waiting."""
         self._woken.set()
 
     async def wait_idle(self) -> None:
-        """Until no run is under way, whoever called it."""
+        """Returns once no run of any caller is under way."""
         await self._idle.wait()
 
     async def run(self) -> DrainReport:
-        """Claims and hands over until nothing can be claimed and nothing waits.
+        """Claims and hands over until nothing can be claimed and nothing waits; returns the outcomes.
 
-        Raises StreamHouseError when the coordinator cannot be asked; what was in hand is finished first.
+        Raises StreamHouseError if the coordinator does not answer; claimed buffers are finished first.
         """
         self._runs += 1
         self._idle.clear()
@@ -145,7 +146,7 @@ class Drain:
             coordinator_pb2.ClaimBufferRequest(
                 worker_id=self._worker_id,
                 claim_ttl_ms=self._settings.claim_ttl_ms,
-                # A pull from one of these takes its whole timeout, and keeps a build from another agent's buffers.
+                # A pull from such an agent takes its whole timeout, and keeps a build from another agent's buffers.
                 except_agents=sorted(self._ports.agents.unreachable),
             )
         )
@@ -163,7 +164,7 @@ class Drain:
     async def _collect(
         self, running: set[asyncio.Task[HandoverResult]], report: DrainReport, *, idle: bool
     ) -> set[asyncio.Task[HandoverResult]]:
-        """Those still running. Waits when there is nothing to claim or too many wait for registration."""
+        """Returns the tasks still running. Waits if there is nothing to claim or too many wait for registration."""
         if len(running) >= self._settings.registrations_waiting_max + self._settings.builds_in_flight_max:
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         elif idle:
@@ -174,8 +175,8 @@ class Drain:
         return running - done
 
     async def _wait_for_news(self, running: set[asyncio.Task[HandoverResult]]) -> None:
-        """Until one is done, an event comes, or a while has passed: the buffer that the others wait for may have
-        been given back and be claimable again."""
+        """Returns once a task is done, an event arrives, or a while has passed: the buffer that the others wait for
+        may have been given back and be claimable again."""
         waking = asyncio.create_task(self._woken.wait())
         try:
             await asyncio.wait(

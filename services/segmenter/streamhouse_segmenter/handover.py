@@ -1,9 +1,9 @@
-"""One claimed buffer on its way: pull, build, upload, register, release. Every step may be cut off and repeated.
+"""A claimed buffer on its way: pull, build, upload, register, release. Every step may be cut off and repeated.
 
-Owns: the order of the steps and what happens when one fails. Does not own: which buffer comes next (service.py).
-Before registration nothing is visible; registration is the coordinator's compare-and-set. Objects are declared before
-they are uploaded (decision 0007): one whose registration never happened is an orphan that the sweep removes, and one
-that the sweep has taken cannot be registered any more.
+Owns: the order of the steps and the reaction to a failure. Does not own: the choice of the next buffer (drain.py).
+Before registration nothing is visible; registration is the coordinator's compare-and-set. Invariants: objects are
+declared before they are uploaded (decision 0007): an object whose registration never happened is an orphan that the
+sweep removes, and an object that the sweep has taken cannot be registered any more.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ WITHDRAWN = coordinator_pb2.REGISTRATION_RESULT_WITHDRAWN
 
 
 class RegistrationLate(Exception):
-    """The segments could not be registered in the time they have: a predecessor is missing, or the coordinator."""
+    """The segments could not be registered in time: a predecessor is missing, or the coordinator."""
 
 
 class UploadWithdrawn(Exception):
@@ -48,7 +48,8 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HandoverResult:
-    """Of a failure: `retry_after_ms` until the buffer can be claimed again; `by_store`, whether an upload failed."""
+    """Outcome of a buffer. After a failure: `retry_after_ms` until the buffer can be claimed again; `by_store`, True
+    if an upload failed."""
 
     outcome: Outcome
     retry_after_ms: int = 0
@@ -56,7 +57,7 @@ class HandoverResult:
 
 
 class Handover:
-    """Works off one claimed buffer; for one use."""
+    """Works off a claimed buffer; for one use."""
 
     def __init__(self, ports: Ports, settings: SegmenterSettings, claim: coordinator_pb2.ClaimBufferResponse) -> None:
         self._ports = ports
@@ -65,13 +66,15 @@ class Handover:
         self._builder = ObjectBuilder(ports, settings, claim)
         self._early: list[types_pb2.SegmentRef] = []
         self._objects_left = 0  # not uploaded yet
-        self._unanswered = False  # a registration was sent, and what became of it is not known
+        self._unanswered = False  # a registration was sent, and its outcome is unknown
         self._claim_over = False
         self._traceparent = claim.trace_context
 
     async def run(self, built: Callable[[], None]) -> HandoverResult:
-        """Registers the buffer, or gives it back. Calls `built` once no more memory is needed. Raises nothing
-        but CancelledError, after which the claim runs out by itself."""
+        """Registers the buffer, or gives it back; returns the outcome. Calls `built` once no more memory is needed.
+
+        Raises nothing but CancelledError, after which the claim runs out by itself.
+        """
         started_ms = self._ports.clock.monotonic_ms()
         try:
             await hold_claim(
@@ -113,7 +116,8 @@ class Handover:
         await release_claim(self._ports, self._claim.claim_id)
 
     async def _store(self, key: str, slices: Sequence[BufferSlice], declaring: asyncio.Task[None]) -> None:
-        """On its own, so that the object is freed once it is uploaded: its registration may have to wait for long."""
+        """Builds and uploads an object. A function of its own, so that the object is freed after the upload:
+        registration may have to wait for long."""
         target = await self._build(key, slices)
         await declaring
         await self._upload(target)
@@ -129,7 +133,7 @@ class Handover:
         return target
 
     async def _upload(self, target: BuiltObject) -> None:
-        """Puts the object and offers its segments once; those that are early wait in `_early`."""
+        """Puts the object and offers its segments once; early segments wait in `_early`."""
         started_ms = self._ports.clock.monotonic_ms()
         attributes: dict[str, str | int] = {"object_key": target.key, "size_bytes": target.size_bytes}
         with telemetry.tracer.start_as_current_span(
@@ -143,8 +147,10 @@ class Handover:
         await self._offer(target.segments)
 
     async def _offer(self, segments: Sequence[types_pb2.SegmentRef]) -> None:
-        """Offers segments for registration once; what has to be tried again is appended to `_early`. Raises ClaimLost
-        where the answer shows that it was not the registration that ended the claim."""
+        """Offers segments for registration once; segments to be offered again are appended to `_early`.
+
+        Raises ClaimLost if the answer shows that something else than the registration ended the claim.
+        """
         self._unanswered = True
         try:
             early = await self._register(segments)
@@ -171,7 +177,7 @@ class Handover:
             await self._offer(waiting)
 
     async def _register(self, segments: Sequence[types_pb2.SegmentRef]) -> list[types_pb2.SegmentRef]:
-        """Those that are early. Raises UploadWithdrawn."""
+        """Registers segments; returns those that are early. Raises UploadWithdrawn."""
         response = await self._ports.coordinator.register_segments(
             coordinator_pb2.RegisterSegmentsRequest(
                 claim_id=self._claim.claim_id,
@@ -214,8 +220,11 @@ class Handover:
 
 
 def _let_go(error: BaseException) -> None:
-    """Frees what the frames of a failure hold. A task and the traceback of its error refer to each other: the object
-    that could not be uploaded would stay until a full garbage collection, and a process that mostly waits does few."""
+    """Frees the objects that the frames of a failure hold.
+
+    A task and the traceback of its error refer to each other: the object whose upload failed would stay until a full
+    garbage collection, and a process that mostly waits does few.
+    """
     link: BaseException | None = error
     while link is not None:
         traceback.clear_frames(link.__traceback__)
@@ -223,7 +232,7 @@ def _let_go(error: BaseException) -> None:
 
 
 def _why(error: Exception) -> str:
-    """The kind of a failure, for the metric and the log."""
+    """Returns the kind of a failure, for the metric and the log."""
     kinds: tuple[tuple[type[Exception], str], ...] = (
         (SliceMismatch, "mismatch"),
         (BuildTooLarge, "mismatch"),

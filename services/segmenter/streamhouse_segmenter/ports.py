@@ -1,4 +1,4 @@
-"""What the segmenter needs from the world around it."""
+"""Interfaces through which the segmenter reaches peers, store, time and chance."""
 
 import random
 import uuid
@@ -13,8 +13,8 @@ from shstore import ObjectStore
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Peers, store, time and chance. `ingest_at` gives the API of the agent at an address; `agents` knows which agents
-    do not answer."""
+    """Peers, store, time and chance. `ingest_at` returns the API of the agent at an address; `agents` knows the
+    agents that do not answer."""
 
     coordinator: CoordinatorApi
     store: ObjectStore

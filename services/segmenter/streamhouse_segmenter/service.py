@@ -1,5 +1,7 @@
-"""What a segmenter can be asked to do, as plain coroutines: whoever drives it (an event loop, nameko, a test)
-calls these. Each may run in any number of processes at once."""
+"""Calls of a segmenter, as plain coroutines for its drivers: an event loop, nameko, a test.
+
+Each may run in any number of processes at once.
+"""
 
 import logging
 from collections.abc import Callable
@@ -33,25 +35,29 @@ class Segmenter:
         self._sweeper = Sweeper(ports, settings)
 
     def close(self) -> None:
-        """Starts nothing more; what is in hand is finished."""
+        """Starts nothing more; claimed work is finished."""
         self._drain.close()
         self._compactor.close()
 
     def wake(self) -> None:
-        """There may be a buffer to claim: a drain that runs looks again."""
+        """Makes a running drain look again, as a buffer may be waiting."""
         self._drain.wake()
 
     async def wait_idle(self) -> None:
-        """Until no drain is under way, whoever called it."""
+        """Returns once no drain of any caller is under way."""
         await self._drain.wait_idle()
 
     async def drain(self) -> DrainReport:
-        """Builds and registers sealed buffers until none is left to claim. Raises StreamHouseError."""
+        """Builds and registers sealed buffers until none is left to claim; returns the outcomes. Raises
+        StreamHouseError."""
         return await self._drain.run()
 
     async def apply_retention(self) -> coordinator_pb2.ApplyRetentionResponse:
-        """Moves log starts as the topics' retention says; the objects go with the orphan sweep.
-        Raises StreamHouseError."""
+        """Moves log starts by the topics' retention, and returns the coordinator's answer; the orphan sweep deletes the
+        objects.
+
+        Raises StreamHouseError.
+        """
         removed = await self._ports.coordinator.apply_retention(coordinator_pb2.ApplyRetentionRequest())
         if removed.segments_removed:
             telemetry.retired_segments.add(removed.segments_removed)
@@ -60,17 +66,20 @@ class Segmenter:
         return removed
 
     async def compact(self) -> int:
-        """Merges small segments; returns how many were replaced. Raises StreamHouseError."""
+        """Merges small segments; returns the number of replaced segments. Raises StreamHouseError."""
         return await self._compactor.run()
 
     async def sweep_orphans(self) -> SweepReport:
-        """Deletes objects that no segment refers to. Raises StreamHouseError, StoreError."""
+        """Deletes unreferenced objects and returns a report. Raises StreamHouseError, StoreError."""
         report = await self._sweeper.run()
         if report.refused:
             log.error("%s", refusal(report.refused))
         return report
 
     async def mark_history(self) -> None:
-        """Notes where the metadata's history stands, so that a restored backup is noticed before a sweep.
-        Raises StreamHouseError, StoreError."""
+        """Marks the position of the metadata's history in the store, so that a restored backup is noticed before a
+        sweep.
+
+        Raises StreamHouseError, StoreError.
+        """
         await self._sweeper.mark_history()

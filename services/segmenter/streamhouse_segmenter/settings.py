@@ -162,5 +162,5 @@ class SegmenterSettings(StoreSettings):
     @property
     def slices_together_bytes(self) -> int:
         """segment_bytes_target as far as a build can hold it: with a block that is not compressed yet, and a quarter
-        for what the frames of small segments take."""
+        for the frames of small segments."""
         return min(self.segment_bytes_target, (self.segment_build_bytes_max - self.block_bytes_target) * 3 // 4)

@@ -1,9 +1,9 @@
-"""After an upload failed, the store is asked whether it is there before the next buffer is claimed.
+"""After a failed upload, asks the store whether it is available before the next buffer is claimed.
 
-While the store is away every claim would end like the last one, after a build for nothing. And the next buffer would
-be a younger one, since the one that failed waits for its next try: once the store was back, the younger would go up
-first and then wait, not registered, for the older ones. A store that answers was not what was wrong: the other buffers
-go on, and the one that failed keeps its own back-off.
+While the store is away every claim would end like the last one, after a useless build. And the next buffer would be a
+younger one, since the failed buffer waits for its next try: once the store was back, the younger would be uploaded
+first and then wait, not registered, for the older ones. If the store answers, the failure had another cause: the other
+buffers go on, and the failed buffer keeps its own back-off.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class StoreProbe:
-    """`store` repeats what may be repeated: one question notices within its back-off that the store is back."""
+    """`store` repeats by itself: a single question notices within its back-off that the store is back."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
@@ -29,7 +29,9 @@ class StoreProbe:
 
     async def wait_until_available(self, closing: asyncio.Event) -> bool:
         """Returns True if the store is believed to be available; waits for its answer, but not once `closing` is set.
-        One caller at a time asks; the others get False meanwhile."""
+
+        One caller at a time asks; the others get False meanwhile.
+        """
         if not self.is_needed:
             return True
         if self._asking:

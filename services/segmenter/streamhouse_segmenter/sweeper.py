@@ -1,10 +1,10 @@
 """Removes objects that no segment refers to: left over from crashes, compaction, retention, deleted topics.
 
 Nothing else is ever deleted (decision 0007). Before an object goes, the coordinator begins its deletion: it refuses
-objects that are part of the log or may become so, and from then on nothing can be registered in the object. Before
-that the metadata's history must be the one that was there before (core/history.py).
+objects that are part of the log or may become so, and from then on nothing can be registered in the object. Before that
+the metadata's history must be the one that was there before (core/history.py).
 
-Owns: the mark of the history in the store. Does not own: what may be deleted, which the coordinator says.
+Owns: the mark of the history in the store. Does not own: the verdict on an object, which is the coordinator's.
 Invariants: no object is deleted whose deletion the coordinator has not begun. Nothing is deleted while the metadata's
 history is not the mark's, or the mark cannot be read.
 """
@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 # S3 lists and deletes this many per request.
 PAGE_KEYS = 1000
 PREFIXES = (DATA_PREFIX, MIXED_PREFIX)
-# Of the mark. Damage on the way is another one each time: a read that is whole settles it, and, of a mark that has no
-# checksum, two that agree.
+# Reads of the mark. Damage on the way differs each time: a read with a right checksum settles it, and two equal reads
+# of a mark without a checksum.
 MARK_READS = 3
 WENT_BACK = "the metadata went back in time"
 _WAY_OUT = f"Bring it back with `streamhouse restore`, or, if nothing was lost with it, delete {MARK_KEY}"
@@ -40,14 +40,14 @@ _WAY_OUT_UNREADABLE = (
 
 
 def refusal(why: str) -> str:
-    """A refused sweep's reason and way out, for people."""
+    """Returns a refused sweep's reason and remedy, for people."""
     return f"orphan sweep refused: {why}"
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryCheck:
-    """`refused`: why nothing may be deleted; empty if the metadata's history is the one that `mark` was taken from.
-    `unreadable`: because the mark cannot be read, so that nothing is known."""
+    """`refused`: why nothing may be deleted; empty if the metadata's history is the mark's. `unreadable`: the mark
+    cannot be read, so that nothing is known."""
 
     mark: HistoryMark
     refused: str = ""
@@ -56,10 +56,13 @@ class HistoryCheck:
 
 @dataclass(slots=True)
 class SweepReport:
-    """`waiting`: unreferenced, to be deleted by a later sweep (all of them, in a dry run). `in_upload`: declared, and
+    """Result of a sweep.
+
+    `waiting`: unreferenced, to be deleted by a later sweep (all of them, in a dry run). `in_upload`: declared, and
     perhaps registered soon. `cleared`: uploads that left nothing behind, and deletions that another sweep did not
-    finish. `refused` says why nothing was deleted (any more); empty: it was. `resting_until_ms`: nothing was, because
-    the metadata was restored not long ago; since 1970."""
+    finish. `refused`: why the sweep stopped deleting, or empty. `resting_until_ms`: nothing was deleted, because the
+    metadata was restored not long ago; since 1970.
+    """
 
     waiting: int = 0
     deleted: int = 0
@@ -80,7 +83,7 @@ def _missing(head: coordinator_pb2.GetHeadResponse) -> str:
 
 
 def _ignore(orphan: Orphan) -> None:
-    """Nobody wants to know."""
+    """Default for `found`: does nothing."""
 
 
 class Sweeper:
@@ -90,8 +93,10 @@ class Sweeper:
         self._marked = 0
 
     async def run(self, prefix: str = "", found: Callable[[Orphan], None] = _ignore) -> SweepReport:
-        """One look over the store, or what of it is below `prefix`; tells `found` of every orphan. Raises
-        StreamHouseError, StoreError; what was deleted by then is gone."""
+        """Goes through the store, or the keys below `prefix`, and returns a report; calls `found` with every orphan.
+
+        Raises StreamHouseError, StoreError; objects deleted by then are gone.
+        """
         history = await self.check_history()
         if history.refused:
             telemetry.sweeps_refused.add(1)
@@ -102,7 +107,7 @@ class Sweeper:
         report = SweepReport()
         try:
             await self._sweep(prefix, found, report)
-        except MetadataWentBack as error:  # noticed by others: the mark is from before what is missing
+        except MetadataWentBack as error:  # noticed by other sweeps: the mark is older than the missing events
             telemetry.sweeps_refused.add(1)
             report.refused = error.message
         telemetry.orphans_waiting.set(report.waiting)
@@ -117,13 +122,13 @@ class Sweeper:
             await self._clear(report)
 
     async def mark_history(self) -> None:
-        """Notes in the store where the metadata's history stands, unless it went back. Raises as `run`."""
+        """Marks in the store the position of the metadata's history, unless it went back. Raises as `run`."""
         head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
         if head.events_position == self._marked:
             return
         marked = await self._ports.coordinator.mark_history(coordinator_pb2.MarkHistoryRequest())
-        # Last: what was the right history then was so before, when the event was read. An old dump that is put in
-        # PostgreSQL's place in between must not become what the store has seen.
+        # Last: a history that is right then was right before, when the event was read. An old dump put in PostgreSQL's
+        # place in between must not become the store's mark.
         history = await self.check_history()
         if marked.HasField("event") and not history.refused:
             event = HistoryMark.of(marked.event)
@@ -165,7 +170,8 @@ class Sweeper:
         return judged.orphans
 
     async def _clear(self, report: SweepReport) -> None:
-        """What no listing shows: uploads that left nothing behind, deletions of objects that are gone already."""
+        """Clears entries that no listing shows: uploads that left nothing behind, deletions of objects that are gone
+        already."""
         request = coordinator_pb2.ListDeletionsRequest(
             grace_ms=self._settings.orphan_grace_ms, confirm_ms=self._settings.orphan_confirm_ms, limit=PAGE_KEYS
         )
@@ -190,11 +196,11 @@ class Sweeper:
         )
 
     async def _delete(self, begun: Sequence[str]) -> set[str]:
-        """Deletes objects whose deletion was begun, and says so. In between a crash costs a repetition.
+        """Deletes objects whose deletion was begun, and reports it. A crash in between costs a repetition.
 
-        Returns the keys that are gone. One that the store does not let go (a lock on the object, say) keeps nobody
-        else's: it stays begun, and is tried again by the next sweep. Raises StoreError, as `run`, where the store
-        refuses the call as a whole: that is for an operator to mend, and every other key would be refused as well.
+        Returns the keys that are gone. An object that the store does not release (a lock, say) does not stop the
+        others: it stays begun, and the next sweep tries again. Raises StoreError, as `run`, if the store refuses the
+        call as a whole: an operator has to mend that, and every other key would be refused as well.
         """
         deleted = await self._delete_from_store(begun) if begun else []
         if deleted:
@@ -202,8 +208,10 @@ class Sweeper:
         return set(deleted)
 
     async def _delete_from_store(self, keys: Sequence[str]) -> list[str]:
-        """Deletes with one call, logged with one line: a missing permission is said of each key by some stores, and of
-        all keys of all pages. Returns the keys that are gone. Raises StoreError."""
+        """Deletes with one call and logs failures with one line: some stores report a missing permission for each key.
+
+        Returns the keys that are gone. Raises StoreError.
+        """
         try:
             await self._ports.store.delete(keys)
         except KeysRefused as error:
@@ -214,8 +222,7 @@ class Sweeper:
         return list(keys)
 
     async def check_history(self) -> HistoryCheck:
-        """Returns the mark, and why the feed is not the one that was marked, or lacks events that were seen. Raises as
-        `run`."""
+        """Returns the mark, and why the feed is not the marked one, or lacks events that were seen. Raises as `run`."""
         try:
             mark = await self._read_mark()
         except ObjectMissing:
@@ -223,7 +230,7 @@ class Sweeper:
         except ValueError as error:
             refused = f"{MARK_KEY} is unreadable, read {MARK_READS} times: {error}. {_WAY_OUT_UNREADABLE}"
             return HistoryCheck(NO_MARK, refused, unreadable=True)
-        # After the mark was read, which others renew.
+        # After the mark was read, as other processes renew it.
         head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest(event_position=mark.position))
         if mark is NO_MARK:
             return HistoryCheck(mark, _missing(head))
@@ -234,7 +241,7 @@ class Sweeper:
         return HistoryCheck(mark, f"{WENT_BACK}: {why}. {_WAY_OUT}" if why else _missing(head))
 
     async def _read_mark(self) -> HistoryMark:
-        """Returns the mark. Raises ValueError if it is damaged, ObjectMissing, StoreError."""
+        """Returns the mark. Raises ValueError for a damaged mark, ObjectMissing, StoreError."""
         unchecked: HistoryMark | None = None
         damage = ValueError("it has no checksum, and no two reads agree")
         for _ in range(MARK_READS):

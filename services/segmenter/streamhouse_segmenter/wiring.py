@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class SegmenterService:
-    """A segmenter and what drives it. `stop` finishes what is in hand."""
+    """A segmenter and its drivers. `stop` finishes claimed work."""
 
     api: Segmenter
     ports: Ports
@@ -43,7 +43,8 @@ class SegmenterService:
     follow_feed: bool = True
 
     async def start(self, address: str = "") -> None:
-        """`address`: where this process listens, for a session of its own; empty: it lives in the coordinator's."""
+        """Starts the drivers. `address`: where this process listens, for a session of its own; empty: it runs in the
+        coordinator's process."""
         if address:
             self.session.start(address)
             types = BUFFERS_AND_WORKERS if self.follow_feed else WORKERS
@@ -57,12 +58,12 @@ class SegmenterService:
 
     async def stop(self) -> None:
         self.api.close()
-        await self.worker.stop()  # while there is a session: with it would go the claims of what is in hand
+        await self.worker.stop()  # while there is a session: the claims of work under way end with it
         await self.tasks.stop()
         await self.session.close()
 
     def wake(self) -> None:
-        """There may be a buffer to claim: look now, not at the next scan."""
+        """Looks for a buffer now, not at the next scan."""
         self.worker.wake()
 
 
@@ -73,7 +74,8 @@ def build(
     ingest_at: Callable[[str], IngestApi],
     clock: Clock | None = None,
 ) -> SegmenterService:
-    """A segmenter over these peers, woken by the coordinator's feed; `ingest_at(address)` gives an agent's API."""
+    """Returns a segmenter over these peers, woken by the coordinator's feed; `ingest_at(address)` returns an agent's
+    API."""
     ports = Ports(coordinator, _retrying(store, settings), ingest_at, clock or SystemClock())
     worker_id = settings.worker_id or f"{socket.gethostname()}-{os.getpid()}"
     session = SessionKeeper(ports.coordinator, ports.clock, ports.agents, role="segmenter", agent_id=worker_id)
@@ -135,7 +137,7 @@ async def _serve(
 
 
 def _wake_by_events(settings: SegmenterSettings, service: SegmenterService, stack: contextlib.AsyncExitStack) -> None:
-    """Hooks nameko up where there is a RabbitMQ; elsewhere the service follows the feed."""
+    """Connects nameko if RabbitMQ is configured; otherwise the service follows the feed."""
     if settings.amqp_url:
         from streamhouse_segmenter.adapters.nameko_worker import NamekoWorker  # only this process has eventlet
 

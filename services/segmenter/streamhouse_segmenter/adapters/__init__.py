@@ -1,1 +1,1 @@
-"""What drives the segmenter: an asyncio loop, nameko on RabbitMQ; and its session with the coordinator."""
+"""Drivers of the segmenter: an asyncio loop, nameko on RabbitMQ, the coordinator's feed."""

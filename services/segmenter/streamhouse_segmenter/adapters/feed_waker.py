@@ -1,5 +1,4 @@
-"""Wakes the worker at events of the coordinator's feed: buffers to claim, and workers that are gone, whose claims are
-free."""
+"""Wakes the worker at events of the coordinator's feed: sealed buffers, and lost workers, whose claims are free."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.ports import Ports
 
 log = logging.getLogger(__name__)
-# A broken feed costs nothing but the scan's interval: reconnect quickly, but not in a spin.
+# A broken feed costs no more than the scan's interval: reconnect quickly, but without spinning.
 FEED_RETRY_FIRST_MS = 100
 FEED_RETRY_MS_MAX = 5_000
 
@@ -24,7 +23,7 @@ WORKERS = (SessionClosed.__name__,)
 async def follow_events(ports: Ports, types: Sequence[str], wake: Callable[[], None], session_token: str = "") -> None:
     """Calls `wake` at every event of these types from now on; runs until cancelled and reconnects by itself.
 
-    `session_token`: of the session that the coordinator looks after when the stream breaks; empty: none.
+    `session_token`: session that the coordinator checks when the stream breaks, or empty.
     """
     backoff = Backoff(FEED_RETRY_FIRST_MS, FEED_RETRY_MS_MAX, ports.rng)
     while True:
@@ -40,7 +39,7 @@ async def _follow(
     ports: Ports, types: Sequence[str], wake: Callable[[], None], session_token: str, backoff: Backoff
 ) -> None:
     head = await ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
-    wake()  # for what was sealed while nobody followed
+    wake()  # for buffers sealed while the stream was down
     feed = ports.coordinator.follow_events(
         coordinator_pb2.FollowEventsRequest(
             after_position=head.events_position, types=types, session_token=session_token

@@ -1,6 +1,7 @@
-"""Drives the segmenter from an asyncio loop: a periodic scan that any event can hurry, and the housekeeping.
+"""Drives the segmenter from an asyncio loop: a periodic scan, started early by events, and the housekeeping.
 
-The scan finds whatever no event told about, so that losing the events stops nothing.
+Owns: the tasks of scan and housekeeping. Does not own: the work itself (service.py). Invariants: the scan finds all
+work by itself, so that lost events stop nothing; after stop() no new work is claimed.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class LoopWorker:
-    """`wake()` starts a scan at once; `stop()` finishes what is in hand."""
+    """`wake()` starts a scan at once; `stop()` finishes claimed work."""
 
     def __init__(self, segmenter: Segmenter, settings: SegmenterSettings, ports: Ports) -> None:
         self._segmenter = segmenter
@@ -41,12 +42,12 @@ class LoopWorker:
             self._tasks.spawn(f"segmenter {name}", self._repeat(name, interval_ms, work))
 
     def wake(self) -> None:
-        """There may be a buffer to claim."""
+        """Starts a scan now, as a buffer may be waiting."""
         self._segmenter.wake()
         self._awake.set()
 
     async def stop(self) -> None:
-        """Claims nothing more, finishes buffers in hand within shutdown_timeout_ms, then cancels the rest."""
+        """Claims nothing more, finishes claimed buffers within shutdown_timeout_ms, then cancels the rest."""
         self._segmenter.close()
         self._stopping.set()
         self._awake.set()
@@ -77,7 +78,7 @@ class LoopWorker:
                 await self._awake.wait()
 
     async def _repeat(self, name: str, interval_ms: int, work: Callable[[], Awaitable[object]]) -> None:
-        """Does `work` about every `interval_ms`, apart from the other processes' times by chance."""
+        """Runs `work` about every `interval_ms`, with jitter, so that processes do not work at the same time."""
         while True:
             await self._ports.clock.sleep_ms(interval_ms * self._ports.rng.uniform(0.75, 1.25))
             try:

@@ -1,9 +1,9 @@
 """Wakes the segmenter by RabbitMQ: a nameko service in this process, the only file that knows nameko.
 
-Workers of all processes compete for the coordinator's BufferSealed events (SERVICE_POOL, durable quorum queue).
-A message is only a hint: the work itself is claimed from the coordinator, so a message lost or delivered twice
-changes nothing, and the periodic scan (adapters/loop_worker.py) goes on without RabbitMQ.
-Needs eventlet's asyncio hub and patches, see __main__.py.
+Workers of all processes compete for the coordinator's BufferSealed events (SERVICE_POOL, durable quorum queue). A
+message is only a hint: the work itself is claimed from the coordinator, so a message lost or delivered twice changes
+nothing, and the periodic scan (adapters/loop_worker.py) goes on without RabbitMQ. Needs eventlet's asyncio hub and
+patches, see __main__.py.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ from streamhouse_segmenter.settings import SegmenterSettings
 
 log = logging.getLogger(__name__)
 
-# A message that fails so often is set aside for people to look at, instead of being lost or spinning.
+# A message that fails this often is set aside for an operator, instead of being lost or spinning.
 DELIVERY_LIMIT = 5
 DEAD_LETTER_EXCHANGE = "streamhouse.dead-letters"
 DEAD_LETTER_QUEUE = "streamhouse.dead-letters"
-# Hints from long ago help nobody: the oldest go first.
+# Old hints are useless: the oldest go first.
 DEAD_LETTERS_MAX = 10_000
 # After an outage RabbitMQ is found again within 5 s (kombu's own default is 30).
 RECONNECT_S_MAX = 5
-# A container that died (a blocked hub, a refused queue) is started again after this.
+# Wait before a container that died (a blocked hub, a refused queue) is started again.
 RESTART_S = 2
 STOP_POLL_S = 0.05
 
@@ -46,9 +46,9 @@ _queue: Any = Queue
 
 
 class DeadLetteringConsumer(QueueConsumer):  # type: ignore[misc]
-    """Declares where dead letters go before the queues that name it, at every (re)connection."""
+    """Declares the dead-letter queue before the queues that name it, at every (re)connection."""
 
-    # Of the one container there is in a process at a time.
+    # Of the only container that a process has at a time.
     connected: ClassVar[bool] = False
 
     @contextlib.contextmanager
@@ -73,7 +73,7 @@ class DeadLetteringConsumer(QueueConsumer):  # type: ignore[misc]
         return super().get_consumers(consumer_cls, channel)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        """A body that is no JSON: to the dead letters at once (kombu's default acknowledges and loses it)."""
+        """Sends a body that is not JSON to the dead letters at once (kombu's default acknowledges and loses it)."""
         log.error("an event that cannot be decoded goes to %s: %s", DEAD_LETTER_QUEUE, exc)
         message.reject()
 
@@ -111,9 +111,9 @@ class SegmenterNameko:
 
     @on_event("coordinator", BufferSealed.__name__, handler_type=SERVICE_POOL, requeue_on_error=True)  # type: ignore[untyped-decorator]
     def buffer_sealed(self, message: object) -> None:
-        """Drains, and so keeps the message until there is nothing left to do: idle workers get the next one.
+        """Drains, and keeps the message until nothing is left to claim: idle workers get the next message.
 
-        Raises ValueError for what is no event. Trouble with peers is no reason to deliver the hint again.
+        Raises ValueError for a body that is not an event. Trouble with peers is no reason to deliver the hint again.
         """
         if not isinstance(message, dict) or message.get("type") != BufferSealed.__name__:
             raise ValueError(f"not a {BufferSealed.__name__} event: {message!r:.200}")
@@ -146,21 +146,21 @@ class NamekoWorker:
         self._supervisor: Any = None
 
     def start(self) -> None:
-        """Returns at once; connecting goes on in the background for as long as it takes."""
+        """Returns at once; connecting goes on in the background without a limit."""
         self._supervisor = eventlet.spawn(self._supervise)
 
     async def stop(self) -> None:
-        """Takes no more messages and waits for the handlers that run, as long as there is a RabbitMQ to tell."""
+        """Takes no more messages and waits for running handlers, unless RabbitMQ is away."""
         self._stopping = True
         stopped = asyncio.Event()
         eventlet.spawn(self._stop_container).link(lambda _: stopped.set())
         await stopped.wait()
 
     def _stop_container(self) -> None:
-        # Without a connection there is no consumer to cancel, and nameko's stop of one that is not there yet prints
-        # nothing but traces. Handlers that still run are waited for with the segmenter's other drains.
+        # Without a connection there is no consumer to cancel, and nameko's stop would print nothing but traces. Running
+        # handlers are waited for with the segmenter's other drains.
         if self._container is not None and DeadLetteringConsumer.connected:
-            # nameko's stop waits for a connection to cancel its consumers on, for ever if need be.
+            # nameko's stop waits without a limit for a connection to cancel its consumers on.
             stopping = eventlet.spawn(self._container.stop)
             waited_s = 0.0
             while not stopping.dead and DeadLetteringConsumer.connected and waited_s < self._stop_timeout_s:

@@ -1,4 +1,4 @@
-"""What may be merged into one segment, and what must be true of the result."""
+"""Rules for merging segments: preconditions of the inputs, and checks of the result."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,17 +8,17 @@ from shproto.v1 import types_pb2
 
 
 class CompactionRefused(Exception):
-    """The segments cannot be merged, or the merged one is not what they were; nothing was changed."""
+    """The segments cannot be merged, or the merged segment differs from them; nothing was changed."""
 
 
 def describe(segment: types_pb2.SegmentRef) -> str:
-    """topic/partition, offsets and place, for people."""
+    """Returns topic/partition, offsets and place, for people."""
     span = f"[{segment.base_offset}, {segment.end_offset})"
     return f"{segment.topic}/{segment.partition} {span} in {segment.object_key!r} at {segment.object_at}"
 
 
 def check_mergeable(segments: Sequence[types_pb2.SegmentRef], build_bytes_max: int) -> None:
-    """Raises CompactionRefused unless these are two or more of one partition, in order, present and small enough."""
+    """Refuses with CompactionRefused all but two or more present segments of a partition, in order and small enough."""
     if len(segments) < 2:
         raise CompactionRefused(f"{len(segments)} segments to merge, must be 2 or more")
     for segment, after in pairwise(segments):
@@ -35,7 +35,7 @@ def check_mergeable(segments: Sequence[types_pb2.SegmentRef], build_bytes_max: i
 
 
 def check_source(segment: types_pb2.SegmentRef, header: SegmentHeader) -> None:
-    """Raises CompactionRefused when the object holds another segment than the one registered."""
+    """Refuses with CompactionRefused an object that holds another segment than the registered."""
     registered = (
         segment.topic_id, segment.partition, segment.base_offset, segment.end_offset, segment.record_count
     )  # fmt: skip
@@ -45,7 +45,7 @@ def check_source(segment: types_pb2.SegmentRef, header: SegmentHeader) -> None:
 
 
 def check_merged(segments: Sequence[types_pb2.SegmentRef], info: SegmentInfo) -> None:
-    """Raises CompactionRefused unless the merged segment covers the same offsets with as many records."""
+    """Refuses with CompactionRefused a merged segment with other offsets or another number of records."""
     expected = (segments[0].base_offset, segments[-1].end_offset, sum(segment.record_count for segment in segments))
     got = (info.base_offset, info.end_offset, info.record_count)
     if expected != got:

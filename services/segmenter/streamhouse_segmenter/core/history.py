@@ -1,9 +1,8 @@
-"""Notices that the metadata has gone back in time: PostgreSQL restored from a backup.
+"""Detects that the metadata went back in time: PostgreSQL restored from a backup.
 
-Segments that were registered after that backup look unreferenced then, and deleting them would lose acknowledged
-records. A mark in the object store names one event; when the feed no longer has that very event at that
-position, its history is another one, and nothing may be deleted. The coordinator keeps what identifies a marked event,
-also when events of its age are not kept any more.
+Segments registered after that backup look unreferenced then, and deleting them would lose acknowledged records. A mark
+in the object store names an event; if the feed no longer has that very event at that position, its history is another,
+and nothing may be deleted. The coordinator keeps the identity of a marked event even after pruning the event.
 """
 
 import json
@@ -13,16 +12,19 @@ from dataclasses import asdict, dataclass, replace
 from shproto.v1 import coordinator_pb2
 
 MARK_KEY = "control/history-mark.json"
-# What a restore of the metadata left out (damaged objects, segments behind a hole) stays for a week: time to look at
-# the report, and to restore once more.
+# Objects that a restore of the metadata left out (damaged objects, segments behind a hole) stay for a week: time to
+# look at the report, and to restore once more.
 RESTORE_GRACE_MS = 7 * 24 * 3_600_000
 _CHECKSUM = "crc32"
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryMark:
-    """One event of the control plane, by what identifies it. Nothing is deleted before `sweep_from_ms` (since 1970): it
-    is set when the metadata was restored, and goes from mark to mark."""
+    """An event of the control plane, by the fields that identify it.
+
+    Nothing is deleted before `sweep_from_ms` (since 1970), which a restore of the metadata sets and which goes from
+    mark to mark.
+    """
 
     position: int
     stream_id: str
@@ -36,7 +38,7 @@ class HistoryMark:
         return cls(event.position, event.stream_id, event.version, event.type, event.created_ms)
 
     def describe(self) -> str:
-        """For people; the position apart."""
+        """Returns the event as text for people, without the position."""
         return f"{self.type} of {self.stream_id}, {self.created_ms} ms after 1970"
 
     def encode(self) -> bytes:
@@ -48,8 +50,10 @@ class HistoryMark:
 
     @classmethod
     def decode(cls, body: bytes) -> tuple["HistoryMark", bool]:
-        """Returns the mark, and False if it has no checksum, as those of older versions. Raises ValueError for
-        anything that is not a mark, or not as it was written."""
+        """Returns the mark, and False if it has no checksum, as marks of older versions.
+
+        Raises ValueError for anything else, and for a damaged mark.
+        """
         fields = json.loads(body)
         if not isinstance(fields, dict):
             raise ValueError("not a history mark: no JSON object")
@@ -70,8 +74,8 @@ NO_MARK = HistoryMark(0, "", 0, "", 0)
 
 
 def went_back(mark: HistoryMark, current: HistoryMark | None, head: coordinator_pb2.GetHeadResponse) -> str:
-    """Why the feed is not the one that `mark` was taken from; empty when it is. `current`: what is there now; `head`:
-    where the feed ends."""
+    """Returns why the feed is not the feed that `mark` was taken from, or an empty text. `current`: the event there
+    now; `head`: the end of the feed."""
     if current == replace(mark, sweep_from_ms=0):
         return ""
     there = "is not there" if current is None else f"is another one there ({current.describe()})"

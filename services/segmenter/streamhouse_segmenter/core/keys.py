@@ -1,4 +1,4 @@
-"""Names of objects: where a segment's bytes lie in the store. Readers never parse them, people do."""
+"""Keys of objects: names under which segments lie in the store. Readers never parse them, people do."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,13 @@ DATA_PREFIX = "data/"
 MIXED_PREFIX = "mixed/"
 # The store allows 255 bytes between slashes; "." and 8 digits of the topic id follow the name.
 TOPIC_CHARS_MAX = 246
-# int64 has at most 19 digits; one more so that keys of all partitions sort by offset.
+# int64 has at most 19 digits; a 20th so that keys of all partitions sort by offset.
 OFFSET_DIGITS = 20
 
 
 def data_key(topic: str, topic_id: bytes, partition: int, base_offset: int, epoch: int, random_hex: str) -> str:
-    """`data/<topic>.<id>/<partition>/<base offset>-<epoch>-<random>.seg`: an object with one partition's records.
+    """Returns `data/<topic>.<id>/<partition>/<base offset>-<epoch>-<random>.seg`, for an object with one partition's
+    records.
 
     The topic id's digits keep a re-created topic apart, the random part every attempt from every other.
     """
@@ -22,12 +23,12 @@ def data_key(topic: str, topic_id: bytes, partition: int, base_offset: int, epoc
 
 
 def mixed_key(day: str, random_hex: str) -> str:
-    """`mixed/<yyyy-mm-dd>/<random>.seg`: an object with segments of several partitions, back to back."""
+    """Returns `mixed/<yyyy-mm-dd>/<random>.seg`, for an object with segments of several partitions, back to back."""
     return f"{MIXED_PREFIX}{day}/{random_hex}.seg"
 
 
 def object_key(slices: Sequence[coordinator_pb2.BufferSlice], day: str, random_hex: str) -> str:
-    """The key of the object that is built from `slices` (at least one)."""
+    """Returns the key of the object to be built from `slices` (at least 1)."""
     if len(slices) > 1:
         return mixed_key(day, random_hex)
     only = slices[0]

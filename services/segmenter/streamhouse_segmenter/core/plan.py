@@ -1,4 +1,4 @@
-"""What goes into which object, and whether what was pulled is what was announced."""
+"""Groups slices into objects, and checks that pulled batches are the announced slice."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,15 +20,16 @@ class SliceMismatch(Exception):
 
 
 def describe(slice_: BufferSlice) -> str:
-    """topic/partition, epoch and offsets, for people."""
+    """Returns topic/partition, epoch and offsets, for people."""
     span = f"[{slice_.base_offset}, {slice_.end_offset})"
     return f"{slice_.topic}/{slice_.partition} epoch {slice_.epoch} {span}"
 
 
 def plan_objects(slices: Sequence[BufferSlice], bytes_target: int) -> list[list[BufferSlice]]:
-    """Groups slices into objects of about `bytes_target`: small ones share one, a large one has its own.
+    """Returns slices grouped into objects of about `bytes_target`: small slices share an object, a large slice has its
+    own.
 
-    Slices of one partition keep their order, because they register in that order.
+    Slices of a partition keep their order, because they register in that order.
     """
     objects: list[list[BufferSlice]] = []
     filled_bytes = 0
@@ -43,7 +44,7 @@ def plan_objects(slices: Sequence[BufferSlice], bytes_target: int) -> list[list[
 
 @dataclass(slots=True)
 class SliceProgress:
-    """Holds a slice's batches against its announcement, as they come in."""
+    """Compares a slice's batches with its announcement, as they arrive."""
 
     slice: BufferSlice
     next_offset: int
@@ -54,7 +55,7 @@ class SliceProgress:
         return cls(slice_, slice_.base_offset)
 
     def take(self, headers: Iterable[BatchHeader]) -> None:
-        """Raises SliceMismatch for a gap, an overlap, another epoch, or records beyond the slice."""
+        """Counts batches in. Raises SliceMismatch for a gap, an overlap, another epoch, or records beyond the slice."""
         for header in headers:
             self._must("epoch", self.slice.epoch, header.epoch)
             self._must("base offset", self.next_offset, header.base_offset)
@@ -65,7 +66,7 @@ class SliceProgress:
             self.record_count += header.record_count
 
     def finish(self) -> None:
-        """Raises SliceMismatch when records are missing."""
+        """Ends the slice. Raises SliceMismatch if records are missing."""
         self._must("end offset", self.slice.end_offset, self.next_offset)
         self._must("record count", self.slice.record_count, self.record_count)
 

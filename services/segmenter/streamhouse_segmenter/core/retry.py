@@ -1,4 +1,4 @@
-"""When to try again, and what an answer to a registration means."""
+"""Time of the next try, and meaning of the answers to a registration."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ Result = coordinator_pb2.RegistrationResult
 
 
 def retry_after_ms(attempt: int, jitter: float, *, first_ms: int, max_ms: int) -> int:
-    """Capped exponential back-off with full jitter: `attempt` counts from 1, `jitter` is drawn from [0, 1)."""
+    """Returns a capped exponential back-off with full jitter. `attempt` counts from 1, `jitter` lies in [0, 1)."""
     ceiling = min(max_ms, first_ms * 2 ** min(max(attempt - 1, 0), 32))
     return max(1, int(ceiling * jitter))
 
@@ -16,7 +16,7 @@ def retry_after_ms(attempt: int, jitter: float, *, first_ms: int, max_ms: int) -
 def still_early(
     segments: Sequence[types_pb2.SegmentRef], results: Sequence["Result.ValueType"]
 ) -> list[types_pb2.SegmentRef]:
-    """The segments that must be offered again because an earlier span is not registered yet, in order."""
+    """Returns, in order, the segments to be offered again because an earlier span is not registered yet."""
     return [
         segment
         for segment, result in zip(segments, results, strict=True)

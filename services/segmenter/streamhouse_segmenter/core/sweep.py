@@ -1,7 +1,7 @@
-"""Objects of the store that may be orphans, and what the coordinator says of them.
+"""Orphans among the objects of the store, by age and by the coordinator's answer.
 
-Age alone does not do: a segment that was compacted away is old the moment it becomes unreferenced, while readers
-may still be at it. The coordinator decides, and remembers since when nothing refers to an object.
+Age alone does not decide: a segment replaced by compaction is old the moment it becomes unreferenced, while readers may
+still read it. The coordinator decides, and remembers since when an object is unreferenced.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from shproto.v1 import coordinator_pb2
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """An object of the store: its key and when it was written."""
+    """An object of the store: its key and its time of writing."""
 
     key: str
     size_bytes: int
@@ -20,14 +20,14 @@ class StoredObject:
 
 
 def old_enough(objects: Iterable[StoredObject], *, now_ms: int, grace_ms: int) -> list[StoredObject]:
-    """Those written at least `grace_ms` ago."""
+    """Returns the objects written at least `grace_ms` ago."""
     return [item for item in objects if now_ms - item.modified_ms >= grace_ms]
 
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """An object that no segment lies in. `since_ms`: when that was noticed; `declared_ms` and `worker_id`: its upload,
-    0 and empty unless it never got to be registered; `deletable`: now, not at a later sweep."""
+    """An object without a registered segment. `since_ms`: when that was noticed; `declared_ms` and `worker_id`: its
+    upload, 0 and empty unless it was never registered; `deletable`: now, not at a later sweep."""
 
     key: str
     size_bytes: int
@@ -39,7 +39,7 @@ class Orphan:
 
     @property
     def why(self) -> str:
-        """How it came to be one."""
+        """Returns how the object became an orphan."""
         if self.declared_ms:
             return f"uploaded by {self.worker_id} and never registered"
         return "no segment lies in it: replaced, removed by retention, of a deleted topic, or never registered"
@@ -47,14 +47,15 @@ class Orphan:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Objects of one page by what the coordinator said of them; the others are part of the log."""
+    """Objects of a page by the coordinator's verdict; the others are part of the log."""
 
     orphans: list[Orphan]
     declared: int
 
 
 def judge(page: Sequence[StoredObject], answer: coordinator_pb2.BeginDeletionResponse) -> Judged:
-    """`answer`: about the objects of `page`, in the same order."""
+    """Returns the orphans of `page`, and the number of declared uploads. `answer`: about the objects of `page`, in
+    order."""
     orphans: list[Orphan] = []
     declared = 0
     for item, said in zip(page, answer.objects, strict=True):
