@@ -1,6 +1,7 @@
-"""StreamHouse's client. `Producer`, `Consumer` and `Admin` are async; `streamhouse.sync` has them for plain code.
+"""StreamHouse's client. `Producer`, `Consumer` and `Admin` are async; `streamhouse.sync` has the same classes for plain
+code.
 
-Names are loaded on first use, so that `import streamhouse` costs nothing.
+Names are loaded on first use, so that `import streamhouse` is cheap.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""python -m streamhouse: the `streamhouse` command where its script is not on PATH."""
+"""`python -m streamhouse`: the `streamhouse` command for machines on which its script is not on PATH."""
 
 from streamhouse_cli import main
 

@@ -1,9 +1,9 @@
 """An event loop on a background thread, for the synchronous client: started on first use, ended with the process.
 
-Owns: the loop and its thread, what is to be done before the process ends. Does not own: the coroutines.
+Owns: the loop and its thread, the work to do before the process ends. Does not own: the coroutines.
 Invariants: the loop's thread never waits for a lock that another thread can hold. KeyboardInterrupt may come between
-any two steps of a thread of the application, also inside `Condition.__enter__`, and then leaves the lock taken for
-ever; so threads meet in deques and in `_Call`, whose lock the loop's thread only ever releases.
+any two steps of an application thread, also inside `Condition.__enter__`, and then leaves the lock taken for ever. So
+threads meet in deques and in `_Call`: the loop's thread only ever releases its lock.
 """
 
 import asyncio
@@ -17,12 +17,12 @@ from shproto import forks
 
 T = TypeVar("T")
 
-# How long the process waits at its end for the loop's last callbacks.
+# Wait of the ending process for the loop's last callbacks.
 JOIN_TIMEOUT_S = 5.0
 
 
 class _Call(Generic[T]):
-    """A coroutine that one thread waits for while the loop's thread runs it."""
+    """A coroutine that the loop's thread runs and another thread waits for."""
 
     __slots__ = ("_cancelled", "_done", "_task", "_work")
 
@@ -30,18 +30,19 @@ class _Call(Generic[T]):
         self._work = work
         self._task: asyncio.Task[T] | None = None
         self._cancelled = False
-        # Taken until the task has ended. It is this call's own: if it stays taken, nobody else waits for it.
+        # Taken until the task has ended. Each call has its own lock: a lock that stays taken after an interrupt blocks
+        # no other thread.
         self._done = threading.Lock()
         self._done.acquire()
 
     def start(self) -> None:
-        """In the loop's thread: runs the coroutine, unless `cancel` came first."""
+        """Runs the coroutine, unless `cancel` came first. Called in the loop's thread."""
         if not self._cancelled:
             self._task = asyncio.get_running_loop().create_task(self._work)
             self._task.add_done_callback(self._ended)
 
     def cancel(self) -> None:
-        """In the loop's thread: ends the coroutine, also one that was never started."""
+        """Ends the coroutine, also if the coroutine has not started. Called in the loop's thread."""
         self._cancelled = True
         if self._task is not None:
             self._task.cancel()
@@ -50,11 +51,12 @@ class _Call(Generic[T]):
 
     def _ended(self, task: asyncio.Task[T]) -> None:
         if not task.cancelled():
-            task.exception()  # asked for here: the waiting thread may have been interrupted, and asyncio would log it
+            task.exception()  # marked as retrieved: asyncio would log the error if the waiting thread was interrupted
         self._done.release()
 
     def wait(self, timeout_s: float | None) -> T:
-        """In the waiting thread: returns the result. Raises what the coroutine raised, TimeoutError after timeout_s."""
+        """Returns the coroutine's result. Raises the coroutine's error, TimeoutError after timeout_s. Called in the
+        waiting thread."""
         limit_s = -1 if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)
         if not self._done.acquire(timeout=limit_s):
             raise TimeoutError(f"no result after timeout_s = {timeout_s}")
@@ -65,7 +67,8 @@ class _Call(Generic[T]):
 
 
 class Background:
-    """`run` hands a coroutine to the loop and waits; from any thread but the loop's own."""
+    """The event loop and its thread. `run` hands a coroutine to the loop and waits; from any thread but the loop's
+    own."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # never taken by the loop's thread
@@ -77,7 +80,7 @@ class Background:
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The running loop, started on first use. Raises RuntimeError in a child that was forked after that, and once
+        """The running loop, started on first use. Raises RuntimeError in a child process forked after that, and once
         the process ends."""
         loop = self._loop
         if loop is None:
@@ -85,7 +88,7 @@ class Background:
             with self._lock:
                 return self._loop or self._start()
         if self._pid != os.getpid():
-            raise RuntimeError(forks.MESSAGE)  # the thread has not come along
+            raise RuntimeError(forks.MESSAGE)  # a fork does not copy the thread
         return loop
 
     def _start(self) -> asyncio.AbstractEventLoop:
@@ -97,18 +100,18 @@ class Background:
         if self._thread is None:
             atexit.register(self.stop)
         self._thread, self._pid = thread, os.getpid()
-        self._loop = loop  # last: the others are there for whoever sees it
+        self._loop = loop  # last: a thread that sees the loop sees the other fields as well
         return loop
 
     @staticmethod
     def _run(loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
-        with asyncio.Runner(loop_factory=lambda: loop):  # cancels, at the end, what is left, and waits for it
+        with asyncio.Runner(loop_factory=lambda: loop):  # at its end cancels and awaits the remaining tasks
             loop.run_forever()
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """Returns the coroutine's result. Raises what it raises, TimeoutError after timeout_s, RuntimeError in a forked
-        child; a wait that is interrupted cancels it."""
+        """Returns the coroutine's result. Raises the coroutine's error, TimeoutError after timeout_s, RuntimeError in a
+        forked child. An interrupt of the wait cancels the coroutine."""
         try:
             loop = self.loop
             self.refuse_own_thread()
@@ -133,11 +136,11 @@ class Background:
             raise RuntimeError("the synchronous client would wait for itself here: use the async one in callbacks")
 
     def before_end(self, work: Callable[[], None]) -> None:
-        """Has `work` called when the process ends, while the loop still runs."""
+        """Registers `work` to be called when the process ends, while the loop still runs."""
         self._before_end.append(work)
 
     def stop(self) -> None:
-        """Does what was asked for with `before_end`, then ends the thread, for good."""
+        """Calls the work registered with `before_end`, then ends the thread for good."""
         if self._loop is None or self._pid != os.getpid():
             return
         try:

@@ -1,4 +1,4 @@
-"""Every error the client raises, for `except streamhouse.errors.NotLeader`. They are the services' own."""
+"""All errors that the client raises, for `except streamhouse.errors.NotLeader`; the same classes as in the services."""
 
 from shproto.errors import (
     AcksTooWeak,

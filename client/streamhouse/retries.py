@@ -1,9 +1,9 @@
-"""Repeats calls that nobody answers, for as long as the application's options allow.
+"""Repeats unanswered calls for as long as the application's options allow.
 
-Owns: whether the application has been told that nobody answers. Does not own: connections, which calls there are.
-Invariants: a refusal is never repeated. One notice is logged once no call has been answered for NOTICE_AFTER_MS,
-however many wait, and no second one before the next answer; calls that wait behind others that are answered are no
-news.
+Owns: the notice of an outage in the log. Does not own: connections, the calls.
+Invariants: a refusal is never repeated. A single notice is logged after NOTICE_AFTER_MS without an answered call,
+however many calls wait, and no second notice before the next answer. Calls that wait while others are answered cause no
+notice.
 """
 
 import asyncio
@@ -24,25 +24,26 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 ResponseT = TypeVar("ResponseT", bound=Message)
 
-# A restart that takes no longer than this is no news.
+# A restart within this time is not worth a notice.
 NOTICE_AFTER_MS = 1_000
 
 
 class Retries:
-    """Calls of one client, repeated until they are answered or `timeout_ms`, the value of `option`, are over.
-    `bootstrap` is for error messages."""
+    """Calls of a client, repeated until answered or until `timeout_ms`, the value of `option`, is over. `bootstrap` is
+    for error messages."""
 
     def __init__(self, option: str, timeout_ms: int, bootstrap: Sequence[str]) -> None:
         self._option = option
         self._timeout_ms = timeout_ms
         self._bootstrap = ",".join(bootstrap)
         self._told = False
-        self._answered_s = -math.inf  # when a call was last answered, of the event loop's clock
+        self._answered_s = -math.inf  # when a call was last answered, on the event loop's clock
 
     async def run(self, call: Callable[[], Awaitable[T]], *, repeatable: bool = True) -> T:
-        """Returns what `call()` answers. Raises its refusals at once, and its last failure when the time is over.
+        """Returns the answer of `call()`. Raises its refusals at once, and its last failure when the time is over.
 
-        Not `repeatable`: doing it twice is not the same as once, so only what certainly did nothing is repeated.
+        repeatable False: doing the call twice differs from doing it once, so that only calls that certainly had no
+        effect are repeated.
         """
         loop = asyncio.get_running_loop()
         begun_s, backoff, last = loop.time(), Backoff(RETRY_FIRST_MS, RETRY_MS_MAX), None
@@ -62,7 +63,7 @@ class Retries:
             else:
                 self._answered()
                 return answer
-            # Their sum, not the larger: calls that were refused together must not come again together.
+            # The sum, not the larger: calls that were refused together must not come back together.
             wait_s = (last.retry_after_ms + backoff.next_ms()) / 1000
             if loop.time() + wait_s >= deadline_s:
                 raise self._gave_up(last) from last
@@ -70,7 +71,7 @@ class Retries:
             await asyncio.sleep(wait_s)
 
     def over(self, connection: Caller) -> Caller:
-        """Returns the connection with its unary calls, and the beginnings of its streams, repeated."""
+        """Returns a connection that repeats unary calls and the beginnings of streams."""
         return RetryingConnection(connection, self)
 
     def _notice(self, error: StreamHouseError, silent_s: float) -> None:
@@ -89,8 +90,8 @@ class Retries:
 
 
 def gave_up(what: str, option: str, timeout_ms: int, last: StreamHouseError | None) -> StreamHouseError:
-    """Returns the error of a try that took all the time that an option allows: of the kind of its last failure, with
-    that one's details; Unavailable if nothing had failed. `what`: the beginning of its message."""
+    """Returns the error of a call that was tried for all the time that an option allows: of the kind of its last
+    failure and with the same details; Unavailable if nothing had failed. `what`: beginning of the message."""
     waited = f"{what} within {option} = {timeout_ms}"
     if last is None:
         return Unavailable(waited, limit=option)
@@ -107,19 +108,19 @@ def _may_repeat(error: StreamHouseError, repeatable: bool) -> bool:
     return error.retriable and (repeatable or isinstance(error, Overloaded))
 
 
-# Repeated after an answer that got lost, they would be told that there is such a topic already, or none any more.
+# Repeated after a lost answer, these would fail: the topic exists already, or no longer.
 _NOT_REPEATABLE = ("/CreateTopic", "/DeleteTopic", "/DeleteGroup")
 
 
 class RetryingConnection:
-    """A connection whose unary calls, and the beginnings of its streams, are repeated."""
+    """A connection that repeats unary calls and the beginnings of streams."""
 
     def __init__(self, connection: Caller, retries: Retries) -> None:
         self._connection = connection
         self._retries = retries
 
     async def unary(self, path: str, request: Message, response_type: type[ResponseT]) -> ResponseT:
-        """Returns the answer. Raises what `Retries.run` raises."""
+        """Returns the answer. Raises as `Retries.run` does."""
         return await self._retries.run(
             lambda: self._connection.unary(path, request, response_type),
             repeatable=not path.endswith(_NOT_REPEATABLE),
@@ -128,7 +129,8 @@ class RetryingConnection:
     async def unary_stream(
         self, path: str, request: Message, response_type: type[ResponseT]
     ) -> AsyncIterator[ResponseT]:
-        """Yields the answers. Raises what `Retries.run` raises, until there is a first one."""
+        """Yields the answers. Raises as `Retries.run` does until the first answer; after that the errors of the
+        stream."""
 
         async def begin() -> tuple[AsyncIterator[ResponseT], ResponseT | None]:
             stream = self._connection.unary_stream(path, request, response_type)
@@ -144,7 +146,7 @@ class RetryingConnection:
     def stream_stream(
         self, path: str, requests: AsyncIterator[Message], response_type: type[ResponseT]
     ) -> AsyncIterator[ResponseT]:
-        """Yields the answers; requests that were taken once cannot be sent again."""
+        """Yields the answers, without repeating: requests taken from the iterator cannot be sent again."""
         return self._connection.stream_stream(path, requests, response_type)
 
     async def close(self) -> None:

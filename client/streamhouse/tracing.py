@@ -1,12 +1,12 @@
 """Spans of producers and consumers, and the W3C trace context that records carry in their `traceparent` header.
 
-Names and attributes follow OpenTelemetry's semantic conventions for messaging: `send TOPIC` (PRODUCER), whose context
-is the creation context of the records sent in it; `receive TOPIC` (CLIENT) for each portion that is handed over;
-`process TOPIC` (CONSUMER) where the application asks for it. The last two link to the creation contexts.
-Without an installed SDK nothing here runs for single records: whether there is one is asked once per batch and portion.
+Names and attributes follow OpenTelemetry's semantic conventions for messaging: `send TOPIC` (PRODUCER), its context is
+the creation context of its records; `receive TOPIC` (CLIENT) for each portion handed over; `process TOPIC` (CONSUMER)
+on request of the application. The last two link to the creation contexts. Without an installed SDK nothing here runs
+for single records: the SDK is looked up once per batch and portion.
 
-Owns: the tracer of the SDK that was found last. Does not own: the SDK, the application's spans.
-Invariants: a `traceparent` header that the application has set is left as it is.
+Owns: the tracer of the last SDK found. Does not own: the SDK, the application's spans.
+Invariants: a `traceparent` header set by the application stays unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shformat import DEFAULT_LIMITS, Header, HeadersColumn
 
 from streamhouse.records import TRACEPARENT, TRACEPARENT_BYTES, Record, RecordBatch
 
-# An SDK keeps as many links of a span by default.
+# Number of links that an SDK keeps per span by default.
 LINKS_MAX = 128
 # Upper bound of a header's bytes in a batch before compression: name, value, and 8 for their lengths and the count.
 HEADER_BYTES = len(TRACEPARENT) + TRACEPARENT_BYTES + 8
@@ -33,12 +33,12 @@ HEADER_BYTES = len(TRACEPARENT) + TRACEPARENT_BYTES + 8
 _PROPAGATOR = TraceContextTextMapPropagator()
 _WELL_FORMED = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _known: tuple[trace.TracerProvider, trace.Tracer] | None = None
-# True if there was an SDK when `tracer` was called last: for code that runs for single records.
+# True if `tracer` has found an SDK in its last call; read by code that runs for single records.
 is_on = False
 
 
 def tracer() -> trace.Tracer | None:
-    """Returns the installed SDK's tracer; None while there is none, and nothing can be recorded."""
+    """Returns the installed SDK's tracer; None while there is no SDK, so that nothing can be recorded."""
     global _known, is_on
     provider = trace.get_tracer_provider()
     is_on = not isinstance(provider, trace.ProxyTracerProvider | trace.NoOpTracerProvider)
@@ -53,14 +53,14 @@ def tracer() -> trace.Tracer | None:
 
 
 def traceparent_of(span: trace.Span) -> str:
-    """Returns the W3C traceparent of a span; empty for one that is not valid."""
+    """Returns the W3C traceparent of a span; empty for an invalid span."""
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier, trace.set_span_in_context(span, Context()))
     return carrier.get(TRACEPARENT, "")
 
 
 def _creation_contexts(headers: HeadersColumn | None) -> list[trace.SpanContext]:
-    """Returns the distinct span contexts that records carry, at most LINKS_MAX of them, by columns."""
+    """Returns the distinct span contexts that records carry, at most LINKS_MAX, computed by columns."""
     if headers is None or not len(headers.names):
         return []
     names, values = headers.names, headers.values
@@ -93,11 +93,11 @@ def _span_context(value: bytes) -> trace.SpanContext | None:
 
 
 class SendTrace:
-    """The `send` spans of one batch: one for each span of the application that its records were sent in, and one of
-    their own for records that were sent outside of any.
+    """The `send` spans of a batch: a span for each application span in which its records were sent, and a root span for
+    records sent outside of any.
 
-    Each lasts from its first record to the batch's outcome. Records carry the context of theirs. The first is the
-    parent of what the leader does with the batch; the others link to it.
+    Each span lasts from its first record to the batch's outcome, and its records carry its context. The first span is
+    the parent of the leader's work on the batch; the others link to the first.
     """
 
     __slots__ = ("_attributes", "_last", "_name", "_runs", "_spans", "_tracer")
@@ -110,11 +110,11 @@ class SendTrace:
             "messaging.streamhouse.acks": acks,
         }
         self._runs: list[tuple[int, trace.Span]] = []  # first record of each run, and the application's span
-        self._spans: dict[trace.Span, trace.Span] = {}  # the send span, by the application's
+        self._spans: dict[trace.Span, trace.Span] = {}  # send span by application span
         self._last: trace.Span | None = None
 
     def sent(self, first: int, caller: trace.Span) -> None:
-        """Takes note that records from position `first` of the batch on were sent in the span `caller`."""
+        """Records that from position `first` of the batch on records were sent in the span `caller`."""
         if caller is not self._last:
             self._last = caller
             self._runs.append((first, caller))
@@ -131,14 +131,15 @@ class SendTrace:
 
     @property
     def traceparent(self) -> str:
-        """W3C traceparent of the first span that is recorded; empty if none is."""
+        """W3C traceparent of the first recorded span; empty if no span is recorded."""
         return next((traceparent_of(span) for span in self._spans.values() if span.is_recording()), "")
 
     def with_contexts(
         self, headers: list[tuple[Header, ...]] | None, count: int, size_bytes: int, size_bytes_max: int
     ) -> list[tuple[Header, ...]] | None:
-        """Returns the headers of the batch's `count` records with the contexts of their spans. Leaves out records that
-        have a traceparent or no place for another header, and all of a batch that would grow beyond size_bytes_max."""
+        """Returns the headers of the batch's `count` records with the contexts of their spans added. Skips records that
+        have a traceparent or no room for another header, and all records of a batch that would grow beyond
+        size_bytes_max."""
         if size_bytes + count * HEADER_BYTES > size_bytes_max:
             return headers
         carried = {caller: _header_of(span) for caller, span in self._spans.items() if span.is_recording()}
@@ -154,7 +155,7 @@ class SendTrace:
         return found
 
     def end(self, error: Exception | None, base_offset: int, record_count: int) -> None:
-        """Ends the spans with the outcome of the batch; base_offset is -1 where nobody learnt it."""
+        """Ends the spans with the outcome of the batch. base_offset is -1 if the offset is not known."""
         counts, firsts = dict.fromkeys(self._spans, 0), dict[trace.Span, int]()
         for start, stop, caller in self._ended_runs(record_count):
             counts[caller] += stop - start
@@ -186,7 +187,7 @@ def _takes_context(headers: tuple[Header, ...]) -> bool:
 
 
 class ReceiveTracing:
-    """Spans of one consumer: `receive` for what is handed over, `process` for what the application does with it."""
+    """Spans of a consumer: `receive` for portions handed over, `process` for the application's work on records."""
 
     __slots__ = ("_client_id", "_group")
 
@@ -203,8 +204,8 @@ class ReceiveTracing:
         return found
 
     def received(self, batch: RecordBatch) -> None:
-        """Records that the application is handed a portion of one partition, if there is an SDK: an instant, which
-        links to the creation contexts of its records."""
+        """Records, if there is an SDK, that a portion of a partition was handed to the application: a span without
+        duration, with links to the creation contexts of the records."""
         if (found := tracer()) is None:
             return
         attributes = self._attributes(batch.topic, batch.partition, "receive", len(batch))
@@ -218,8 +219,9 @@ class ReceiveTracing:
     def processing(self, records: Record | RecordBatch) -> Iterator[trace.Span]:
         """Makes a `process` span current while the application works on a record, or on a batch of one partition.
 
-        It links to the creation contexts. Its parent is the application's current span; without one, for a single
-        record, the record's creation context, so that both are one trace. An exception of the block is recorded.
+        The span links to the creation contexts. Its parent is the application's current span; without a current span,
+        for a single record, the record's creation context, so that sending and processing are one trace. Exceptions of
+        the block are recorded and propagate.
         """
         if (found := tracer()) is None:
             yield trace.INVALID_SPAN
@@ -264,7 +266,7 @@ def _attributes(topic: str, partition: int, operation: str, client_id: str) -> d
 
 
 def _failed(span: trace.Span, error: Exception) -> None:
-    """Records an error as OpenTelemetry's conventions say; `error.type` is the stable reason where there is one."""
+    """Records an error by OpenTelemetry's conventions; `error.type` is the error's stable reason, else its class."""
     if span.is_recording():
         span.set_attribute("error.type", getattr(error, "reason", "") or type(error).__name__)
         span.record_exception(error)

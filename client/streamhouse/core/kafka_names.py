@@ -1,6 +1,6 @@
-"""Kafka's names of options, arguments and methods, as other clients spell them, and the names that these have here.
+"""Kafka's names of options, arguments and methods, as other clients spell them, and their counterparts here.
 
-The tests hold every entry against the code: none names an option or a method that does not exist.
+The tests hold every entry against the code: no entry names an option or a method that does not exist.
 """
 
 import inspect
@@ -13,7 +13,7 @@ T = TypeVar("T")
 C = TypeVar("C", bound=type)
 Client = Literal["Producer", "Consumer", "Admin"]
 
-# Kafka's name (dots as underscores) -> the name here, empty where there is none, and a remark.
+# Kafka's name (dots as underscores) -> the name here, empty if there is no counterpart, and a remark.
 Names = dict[str, tuple[str, str]]
 
 _REBALANCE: Names = {
@@ -172,7 +172,7 @@ _OFFSETS = ("Admin.offsets", "")
 _ITERATE = ("poll", "or iterate over the consumer")
 _LATER = ("add_done_callback", "its function is given the future")
 
-# Methods, by the class whose objects have them in other clients.
+# Methods, by the class that has them in other clients.
 KAFKA_METHODS: Mapping[str, Names] = {
     "Producer": {
         "produce": ("send", "or send_many, the fast way"),
@@ -248,8 +248,8 @@ KAFKA_METHODS: Mapping[str, Names] = {
 
 
 def explains_kafka_names(client: Client) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Returns a decorator of the client's `__init__`: options under Kafka's names, as keywords or in a dict where the
-    addresses go, raise a TypeError that names the options here. The signature stays as it is."""
+    """Returns a decorator of the client's `__init__`: options under Kafka's names, as keywords or in a dict in place of
+    the addresses, raise a TypeError that names the options here. The signature stays unchanged."""
 
     def decorate(init: Callable[P, None]) -> Callable[P, None]:
         @wraps(init)
@@ -272,8 +272,8 @@ def _in_a_dict(client: Client, found: list[str]) -> str:
 
 
 def explains_kafka_arguments(method: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Returns a decorator of a method, "Producer.flush": arguments under Kafka's names raise a TypeError that names
-    those here. The signature stays as it is, and a coroutine function remains one."""
+    """Returns a decorator of a method, "Producer.flush": arguments under Kafka's names raise a TypeError that names the
+    arguments here. The signature stays unchanged, and a coroutine function remains a coroutine function."""
     names = KAFKA_ARGUMENTS[method]
 
     def decorate(call: Callable[P, T]) -> Callable[P, T]:
@@ -301,8 +301,8 @@ def explains_kafka_arguments(method: str) -> Callable[[Callable[P, T]], Callable
 def refuse_arguments(method: str, given: Mapping[str, object]) -> NoReturn:
     """Refuses keywords that a method, "Producer.send", does not have: raises TypeError.
 
-    Methods called for every record take `**kafka: Never` and call it if there are some: 30 ns a call, a decorator
-    takes 150. Type checkers refuse any keyword for it.
+    Methods called for every record take `**kafka: Never` and call this function if keywords are given: 30 ns a call,
+    while a decorator takes 150. Type checkers refuse any keyword for `**kafka`.
     """
     if found := _explanations(KAFKA_ARGUMENTS[method], given):
         raise TypeError(f"Kafka's arguments have other names in {method}: {'; '.join(found)}")
@@ -310,7 +310,8 @@ def refuse_arguments(method: str, given: Mapping[str, object]) -> NoReturn:
 
 
 def explains_kafka_methods(client: str) -> Callable[[C], C]:
-    """Returns a decorator of the class: methods under Kafka's names raise an AttributeError that names those here."""
+    """Returns a decorator of the class: methods under Kafka's names raise an AttributeError that names the methods
+    here."""
 
     def decorate(cls: C) -> C:
         for name, (ours, remark) in KAFKA_METHODS[client].items():
@@ -329,10 +330,10 @@ def explains_kafka_methods(client: str) -> Callable[[C], C]:
 
 
 class _Elsewhere:
-    """An attribute that raises AttributeError where it is read, so that `hasattr` answers False.
+    """An attribute that raises AttributeError when read, so that `hasattr` answers False.
 
     A `__getattr__` would do the same for all names at once. But CPython does not specialize the access to attributes of
-    instances that have one: each took four times as long, a microsecond in a `send`.
+    classes that define `__getattr__`: each access took four times as long, a microsecond in a `send`.
     """
 
     __slots__ = ("_text",)
@@ -345,14 +346,14 @@ class _Elsewhere:
 
 
 def _listed(self: object) -> list[str]:
-    """Returns the names of an object for `dir`, without Kafka's."""
+    """Returns the names of an object for `dir`, without Kafka's names."""
     static = partial(inspect.getattr_static, type(self))
     return [name for name in object.__dir__(self) if not isinstance(static(name, None), _Elsewhere)]
 
 
 def _explanations(names: Names, given: Iterable[object], options: Iterable[str] = ()) -> list[str]:
-    """Returns the explanation of each name given that has another one here, or that differs from one of the `options`
-    in nothing but dots."""
+    """Returns an explanation of each given name that has another name here, or that differs from an option only by
+    dots."""
     found = []
     for name in given:
         plain = str(name).replace(".", "_")

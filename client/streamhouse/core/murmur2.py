@@ -1,6 +1,6 @@
-"""Kafka's default partitioner, so that a key lands on the partition it has in Kafka.
+"""Kafka's default partitioner, so that a key has the same partition as in Kafka.
 
-murmur2 as in org.apache.kafka.common.utils.Utils (seed 0x9747b28c), for one key and for many at once.
+murmur2 as in org.apache.kafka.common.utils.Utils (seed 0x9747b28c), for a single key and for many at once.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ _VECTOR_BYTES_MAX = 256
 
 
 def murmur2(key: bytes) -> int:
-    """The 32-bit hash of `key`, 0 to 2**32 - 1 (Kafka's is the same number, signed)."""
+    """Returns the 32-bit hash of `key`, 0 to 2**32 - 1 (Kafka's number is the same, signed)."""
     size = len(key)
     h = _SEED ^ size
     whole = size & ~3
@@ -31,12 +31,12 @@ def murmur2(key: bytes) -> int:
 
 
 def partition_of(key: bytes, partitions: int) -> int:
-    """The partition of `key` among `partitions`, as Kafka's default partitioner has it."""
+    """Returns the partition of `key` among `partitions`, 0 to partitions - 1, as Kafka's default partitioner does."""
     return (murmur2(key) & _POSITIVE) % partitions
 
 
 def murmur2_many(keys: BytesColumn) -> NDArray[np.uint32]:
-    """The hashes of all keys, uint32, shape (n,); a null key hashes as an empty one."""
+    """Returns the hashes of all keys, uint32 of shape (n,); a null key hashes as an empty key."""
     starts, sizes = _spans(keys)
     # Padded, so that a four-byte read at any key's end stays inside.
     data = np.frombuffer(b"".join((keys.data, b"\0\0\0\0")), np.uint8)
@@ -56,7 +56,8 @@ def murmur2_many(keys: BytesColumn) -> NDArray[np.uint32]:
 
 
 def partitions_of(keys: BytesColumn, partitions: int) -> NDArray[np.int64]:
-    """The partition of every key, int64, shape (n,); what a null key gets is the caller's to replace."""
+    """Returns the partition of every key, int64 of shape (n,); the caller has to replace the partitions of null
+    keys."""
     return (murmur2_many(keys) & np.uint32(_POSITIVE)).astype(np.int64) % partitions
 
 
@@ -68,7 +69,8 @@ def _spans(keys: BytesColumn) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _hash_ordered(
     words: NDArray[np.uint32], starts: NDArray[np.int64], sizes: NDArray[np.int64], h: NDArray[np.uint32]
 ) -> NDArray[np.uint32]:
-    """Hashes keys that come longest first; uint32 arithmetic wraps, as the algorithm wants."""
+    """Returns the hashes of keys sorted by length, the longest first; uint32 arithmetic wraps, as the algorithm
+    requires."""
     m = np.uint32(_M)
     word_counts = sizes >> 2
     for turn in range(int(word_counts[0])):

@@ -1,6 +1,6 @@
-"""Callables between an application's objects and the bytes of records: how they are called, and JSON ready-made.
+"""Serializers and deserializers between an application's objects and the bytes of records, and the pair for JSON.
 
-None reaches no callable: a null key stays null, and a null value a tombstone.
+None is never passed to a callable: a null key stays null, and a null value a tombstone.
 """
 
 import json
@@ -17,7 +17,7 @@ from streamhouse.records import Record, RecordBatch, TopicPartition, records_of
 
 def json_serializer(item: Any) -> bytes:
     """Returns the object as JSON in UTF-8, without spaces and with sorted names: equal objects give equal bytes, so
-    that as keys they go to one partition. Raises TypeError, ValueError (NaN and infinity are not JSON)."""
+    that equal keys go to the same partition. Raises TypeError, ValueError (NaN and infinity are not JSON)."""
     text = json.dumps(item, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True)
     return text.encode()
 
@@ -52,7 +52,7 @@ class Serializers:
         self, topic: str, values: Sequence[Any], keys: Sequence[Any] | None
     ) -> tuple[Sequence[Bytes | None], Sequence[Bytes | None] | None]:
         """Returns values and keys of records as bytes. Raises SerializationError with the record's position, TypeError
-        for what is no list."""
+        for values or keys that are no list."""
         if self._value is not None:
             values = _column(self._value, "value", values, topic)
         if self._key is not None and keys is not None:
@@ -74,7 +74,7 @@ class Deserializers:
         return cls(*pair) if any(pair) else None
 
     def record(self, record: Record) -> Record:
-        """Returns the record with its key and value as objects. Raises SerializationError with the record as it is."""
+        """Returns the record with its key and value as objects. Raises SerializationError with the unchanged record."""
         key: Any = record.key
         value: Any = record.value
         field = "key"
@@ -101,10 +101,13 @@ class Deserializers:
     def polled(
         self, batches: Mapping[TopicPartition, Sequence[RecordBatch]]
     ) -> tuple[dict[TopicPartition, list[Record]], dict[TopicPartition, int], SerializationError | None]:
-        """Returns the records of a poll, of each partition those before the first on which a deserializer fails, and
-        the offsets from which on they are to be given back. If the very first record fails, no records but its error:
-        it counts as handed over, and all others are to be given back. So a failure comes first at last, however many
-        records other partitions have."""
+        """Returns the records of a poll, for each partition up to the first record on which a deserializer fails, and
+        the offsets from which records have to be given back.
+
+        If the very first record fails, returns no records but its error: that record counts as handed over, and all
+        others have to be given back. So a failing record becomes the first of a poll in the end, however many records
+        other partitions have.
+        """
         records: dict[TopicPartition, list[Record]] = {}
         back: dict[TopicPartition, int] = {}
         for where, found in batches.items():
@@ -128,8 +131,8 @@ def records_of_poll(
     batches: Mapping[TopicPartition, Sequence[RecordBatch]],
     give_back: Callable[[Mapping[TopicPartition, int]], object],
 ) -> dict[TopicPartition, list[Record]]:
-    """Returns the records of a poll, with the deserializers' keys and values. Calls `give_back` with the offsets from
-    which on records are to be handed over later. Raises SerializationError; see `Deserializers.polled`."""
+    """Returns the records of a poll, deserialized. Calls `give_back` with the offsets from which records have to be
+    handed over later. Raises SerializationError; see `Deserializers.polled`."""
     if deserializers is None:
         return records_of(batches)
     records, back, error = deserializers.polled(batches)

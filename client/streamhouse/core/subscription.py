@@ -1,4 +1,4 @@
-"""The topics that a consumer asks for: names, or a pattern that names have to match."""
+"""Topics that a consumer subscribes to: names, or a pattern that names have to match."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Topics = Sequence[str] | re.Pattern[str]
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """Names of topics, or a pattern; False as a truth value if it has neither."""
+    """Names of topics, or a pattern. False as a truth value if empty."""
 
     topics: tuple[str, ...] = ()
     pattern: re.Pattern[str] | None = None
@@ -20,12 +20,12 @@ class Subscription:
         return bool(self.topics) or self.pattern is not None
 
     def includes(self, topic: str) -> bool:
-        """Returns True if the topic is asked for: a pattern has to match the whole name."""
+        """Returns True if the topic is subscribed to: a pattern has to match the whole name."""
         return topic in self.topics if self.pattern is None else self.pattern.fullmatch(topic) is not None
 
 
 def subscription_of(topics: Topics, pattern: str | None = None) -> Subscription:
-    """Returns the subscription to each of these topics once, or to a pattern, given as one or as its text. Raises
+    """Returns the subscription to each of these topics once, or to a pattern, given compiled or as text. Raises
     InvalidArgument."""
     if pattern is not None:
         if isinstance(topics, re.Pattern) or len(topics):

@@ -1,6 +1,6 @@
-"""Errors where a class of the asynchronous client is used in plain code, or one of streamhouse.sync with `async`. Pure.
+"""Errors for a class of the asynchronous client in plain code, and for a class of streamhouse.sync with `async`. Pure.
 
-Type checkers see none of these methods, and go on refusing such a use.
+Type checkers see none of these methods, and so still refuse such uses.
 """
 
 from typing import TYPE_CHECKING, NoReturn

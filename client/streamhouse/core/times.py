@@ -1,4 +1,4 @@
-"""Datetimes as milliseconds since 1970-01-01 UTC. One rule for what is written and what is looked up."""
+"""Datetimes as milliseconds since 1970-01-01 UTC, by one rule for writing and for lookups."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -9,7 +9,8 @@ _MILLISECOND = timedelta(milliseconds=1)
 
 
 def ms_of(field: str, moment: datetime) -> int:
-    """Returns the millisecond that `moment` lies in, so that a record written with a datetime is found by it.
+    """Returns the millisecond in which `moment` lies, rounded down, so that a lookup by a datetime finds the record
+    written with the same datetime.
 
     Raises InvalidArgument for a datetime without a time zone: local time depends on the machine that runs the program.
     """

@@ -1,6 +1,6 @@
 """The client for plain code: the same `Producer`, `Consumer` and `Admin`, without async.
 
-All share one event loop on one background thread, and each may be used by several threads at once.
+All objects share an event loop on a background thread, and each may be used by several threads at once.
 """
 
 from streamhouse.consumer import Consumer as _AsyncConsumer

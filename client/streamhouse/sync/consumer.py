@@ -1,7 +1,9 @@
-"""The consumer for plain code.
+"""The consumer for plain code: `streamhouse.Consumer` without `await`, for any number of threads.
 
-Owns: one worker for each thread that reads, and the lock by which they take turns; consumers that are to leave their
-groups before the process ends. Does not own: anything of the event loop's thread, which never waits for that lock.
+Owns: a worker for each thread that reads, the lock by which threads take turns, consumers that have to leave their
+groups before the process ends. Does not own: state of the event loop's thread.
+Invariants: the event loop's thread never waits for a lock of this module. Each thread's interrupted record is handed
+over again.
 """
 
 import asyncio
@@ -46,18 +48,21 @@ from streamhouse.records import (
 
 T = TypeVar("T")
 
-# For the last commit and leaving the group at the end of a script: a coordinator that answers takes milliseconds, one
-# that does not must not keep the process from ending.
+# Limit for the last commits and for leaving the groups when the process ends: a coordinator that answers takes
+# milliseconds, and an unreachable coordinator must not keep the process from ending.
 EXIT_TIMEOUT_MS = 5_000
 
 
 @explains_kafka_methods("Consumer")
 class Consumer(PlainContext, PlainIteration):
-    """Reads records; see `streamhouse.Consumer` for the options and for what is committed when. Several threads may
-    iterate one consumer: each record goes to one of them, who has done with it when it asks for its next one.
+    """Reads records; `streamhouse.Consumer` explains the options and the time of commits. Several threads may iterate
+    over one consumer: each record goes to a single thread, which has processed the record when the thread asks for its
+    next record.
 
     on_assigned, on_revoked and on_lost are plain functions, called in the thread that asks for records, starts,
-    subscribes or closes: with what it had in hand done with, and free to call the consumer."""
+    subscribes or closes. The records in hand of that thread then count as processed, and a callback may call the
+    consumer.
+    """
 
     @explains_kafka_names("Consumer")
     def __init__(
@@ -90,7 +95,7 @@ class Consumer(PlainContext, PlainIteration):
         self._deserializers = self._inner._deserializers
         self._iteration.in_loop = _in_loop
         self._take = self._iteration.take
-        self._workers = threading.local()  # by thread; a number of a thread may be another one's later
+        self._workers = threading.local()  # by thread; not by its number, which a later thread may get
         self._taking = threading.Lock()
         self._advancing = threading.Lock()
 
@@ -108,8 +113,8 @@ class Consumer(PlainContext, PlainIteration):
         self._close(done_with_last=kind is None)
 
     def start(self) -> None:
-        """Joins the group or opens the partitions: returns once it is known where reading begins in each of them, and
-        on_assigned has returned. Iterating does it as well. Idempotent.
+        """Joins the group, or opens the partitions. Returns once the position at which reading begins is known for each
+        of them and on_assigned has returned. Iterating starts the consumer as well. Idempotent.
 
         Raises UnknownTopic, UnknownPartition, InvalidArgument, Unavailable, RuntimeError in a forked child.
         """
@@ -129,8 +134,9 @@ class Consumer(PlainContext, PlainIteration):
         on_revoked: PlainCallback | None = None,
         on_lost: PlainCallback | None = None,
     ) -> None:
-        """Reads these topics instead of those before: names, or a pattern that the whole name has to match, also of
-        topics that are created later; see `streamhouse.Consumer.subscribe`."""
+        """Reads these topics instead of the earlier ones: names, or a pattern that has to match the whole name, also of
+        topics created later. Raises InvalidArgument, UnknownTopic (then nothing has changed), Unavailable, and the
+        error of a callback; see `streamhouse.Consumer.subscribe`."""
         subscription = subscription_of(topics, pattern)
         callbacks = callbacks_of(Callbacks(on_assigned, on_revoked, on_lost), plain=True)
         self._assignments.refuse_inside("subscribe")
@@ -140,10 +146,10 @@ class Consumer(PlainContext, PlainIteration):
         self._call_due()
 
     def unsubscribe(self) -> None:
-        """Reads nothing until the next `subscribe`: gives up all partitions, with on_revoked, and leaves the group.
-        What the thread has in hand counts as done with, and is committed with auto_commit.
+        """Reads nothing until the next `subscribe`: gives up all partitions, with on_revoked, and leaves the group. The
+        records in hand of the calling thread count as processed and are committed with auto_commit.
 
-        Raises what that commit is refused with, or what a callback raises; it is unsubscribed all the same.
+        Raises the error of that commit or of a callback; the consumer is unsubscribed all the same.
         """
         self._assignments.refuse_inside("unsubscribe")
         refusal = BACKGROUND.run(self._inner._unsubscribe(self._worker()))
@@ -155,14 +161,15 @@ class Consumer(PlainContext, PlainIteration):
             raise refusal
 
     def _give_up(self) -> None:
-        """Returns once what was taken away is given up, with the callbacks for it."""
+        """Returns once all revoked and lost partitions are given up, with the callbacks for them."""
         while not BACKGROUND.run(self._assignments.given_up()):
             self._call_due()
 
     def _call_due(self) -> None:
-        """Calls the callbacks that are due, in this thread. Raises what a callback raises: the hand-over goes on."""
+        """Calls the callbacks that are due, in this thread. Raises the error of a callback; the hand-over continues."""
         thread = threading.current_thread()
-        # Its own step again, where Ctrl-C came between two steps of this: called once, and finished once it was.
+        # After Ctrl-C between two steps of this loop the thread gets the same step again: its callback is called once,
+        # and the step finished once the callback was called.
         while self._has_call:
             step = BACKGROUND.run(self._assignments.begin(thread))
             if step is None:
@@ -176,7 +183,7 @@ class Consumer(PlainContext, PlainIteration):
 
     @property
     def _has_call(self) -> bool:
-        """True if a callback is to be called before anything else."""
+        """True if a callback has to be called before anything else."""
         return self._assignments.is_due or self._assignments.caller is threading.current_thread()
 
     def __iter__(self) -> Self:
@@ -198,13 +205,13 @@ class Consumer(PlainContext, PlainIteration):
                 if not self._advance(worker):
                     raise StopIteration
         except SerializationError:
-            raise  # the record stays in hand, as if it had been handed over: the next call goes on behind it
+            raise  # the record stays in hand as if handed over: the next call continues behind it
         except BaseException:
             self._give_back(worker)
             raise
 
     def batches(self) -> "BatchIterator":
-        """Records as columns, a `RecordBatch` of one partition at a time."""
+        """Returns an iterator of records as columns: each `RecordBatch` has records of one partition."""
         self._iteration.begin()
         return BatchIterator(self)
 
@@ -229,16 +236,16 @@ class Consumer(PlainContext, PlainIteration):
 
     @explains_kafka_arguments("Consumer.poll")
     def poll(self, timeout_ms: int = 0, max_records: int = POLL_RECORDS_MAX) -> dict[TopicPartition, list[Record]]:
-        """Returns records by partition: what has been received, at most max_records; empty if nothing comes within
-        timeout_ms, or at the end of a bounded read (`at_end`). What the last poll of the thread returned is done
-        with."""
+        """Returns received records by partition, at most max_records; empty if none arrive within timeout_ms, or at the
+        end of a bounded read (`at_end`). The records of the thread's previous poll count as processed. Raises as
+        iterating does; InvalidArgument once the consumer is closed."""
         return self._polled(timeout_ms, max_records, self._records_of)
 
     @explains_kafka_arguments("Consumer.poll_batches")
     def poll_batches(
         self, timeout_ms: int = 0, max_records: int = POLL_BATCHES_RECORDS_MAX
     ) -> dict[TopicPartition, list[RecordBatch]]:
-        """As `poll`, but returns the records as columns: of each partition a list of `RecordBatch`."""
+        """Returns records as `poll` does, but as columns: for each partition a list of `RecordBatch`."""
         return self._polled(timeout_ms, max_records, lambda worker, polled: polled)
 
     def _records_of(
@@ -276,16 +283,16 @@ class Consumer(PlainContext, PlainIteration):
         return self._iteration.bring()
 
     def _advance_within(self, worker: Worker, deadline_s: float) -> bool:
-        """As `_advance`; False as well if there is nothing to take by the deadline (of time.monotonic)."""
+        """Advances as `_advance` does; returns False also if no record arrives by the deadline (of time.monotonic)."""
         if not self._inner._closed:
             _opened(self)
         self._assignments.refuse_inside("reading")
         self._call_due()
-        # Without the lock of `_advance`: waiting for a lock with a timeout is no step that Ctrl-C leaves whole.
+        # Without the lock of `_advance`: Ctrl-C during a wait for a lock with a timeout may leave the lock taken.
         return BACKGROUND.run(self._wait(worker, deadline_s))
 
     async def _wait(self, worker: Worker, deadline_s: float | None = None) -> bool:
-        """As `_advance`, where callbacks are called by the thread."""
+        """Waits like `_advance`, without callbacks: the calling thread has called them."""
         if deadline_s is not None:
             self._inner._refuse_closed()
         await self._inner._enter()
@@ -297,7 +304,7 @@ class Consumer(PlainContext, PlainIteration):
         return self._inner.at_end
 
     def _worker(self) -> Worker:
-        """The thread that calls."""
+        """Returns the worker of the calling thread."""
         try:
             worker: Worker = self._workers.worker
         except AttributeError:
@@ -305,9 +312,10 @@ class Consumer(PlainContext, PlainIteration):
         return worker
 
     def _advance(self, worker: Worker) -> bool:
-        """Waits for more records, one thread at a time; those behind it find what it received."""
+        """Waits for more records, one thread at a time; threads behind the first find the records received
+        meanwhile."""
         self._assignments.refuse_inside("reading")
-        self._call_due()  # without the lock: the others go on with what they may read
+        self._call_due()  # without the lock: other threads continue with records of other partitions
         with self._advancing:
             if self._inner._closed:
                 return False
@@ -315,8 +323,8 @@ class Consumer(PlainContext, PlainIteration):
             return self._iteration.is_ready or BACKGROUND.run(self._wait(worker))
 
     def _give_back(self, worker: Worker, first: Mapping[TopicPartition, int] | None = None) -> None:
-        """Takes back what has not reached the application, as `InFlight.give_back` does: after an error, or Ctrl-C,
-        which may come between any two steps."""
+        """Takes back records that have not reached the application, as `InFlight.give_back` does: after an error, or
+        Ctrl-C, which may come between any two steps."""
         with self._taking:
             self._iteration.give_back(worker, first)
 
@@ -324,42 +332,49 @@ class Consumer(PlainContext, PlainIteration):
     def committed(
         self, partitions: Sequence[tuple[str, int]] | None = None
     ) -> dict[TopicPartition, OffsetAndMetadata | None]:
-        """Returns what the group has committed in these partitions, assigned or not, or in all that are assigned; None
-        where nothing is."""
+        """Returns the group's committed position in each of these partitions, assigned or not, or in all assigned
+        partitions; None where nothing is committed. Raises InvalidArgument without a group, UnknownTopic,
+        UnknownPartition, Unavailable."""
         return BACKGROUND.run(self._inner.committed(partitions))
 
     @explains_kafka_arguments("Consumer.commit")
     def commit(self, offsets: Mapping[tuple[str, int], int | OffsetAndMetadata] | None = None) -> None:
-        """Stores where the group goes on: behind everything that the application has done with, the record in hand of
-        the thread that calls included; or the `offsets` given, with metadata if they are `OffsetAndMetadata`."""
+        """Stores the position at which the group continues: behind all processed records, the record in hand of the
+        calling thread included; or the `offsets` given, with metadata if they are `OffsetAndMetadata`. Raises
+        InvalidArgument without a group, IllegalGeneration if a partition was revoked, Unavailable."""
         BACKGROUND.run(self._inner._commit(self._worker(), offsets))
 
     def seek(self, topic: str, partition: int, offset: Start) -> None:
-        """Goes on at `offset` (or at an end, or a time)."""
+        """Continues at `offset`, an end of the log, or a time. Raises InvalidArgument if the partition is not
+        assigned."""
         BACKGROUND.run(self._inner.seek(topic, partition, offset))
 
     def seek_to_beginning(self, partitions: Sequence[tuple[str, int]] | None = None) -> None:
-        """Goes on at the first record that is still there, in these partitions or all that are assigned."""
+        """Continues at the first record that still exists, in these or all assigned partitions. Raises as `seek` does;
+        then nothing has moved."""
         BACKGROUND.run(self._inner.seek_to_beginning(partitions))
 
     def seek_to_end(self, partitions: Sequence[tuple[str, int]] | None = None) -> None:
-        """Goes on behind the last acknowledged record, in these partitions or all that are assigned."""
+        """Continues behind the last acknowledged record, in these or all assigned partitions. Raises as `seek` does;
+        then nothing has moved."""
         BACKGROUND.run(self._inner.seek_to_end(partitions))
 
     def seek_to_timestamp(
         self, timestamp_ms: int | datetime, partitions: Sequence[tuple[str, int]] | None = None
     ) -> None:
-        """Goes on at the first record that is as late as `timestamp_ms` (since 1970, or a datetime with a time zone),
-        in these partitions or all that are assigned; at the end of those without any."""
+        """Continues at the first record, by offset, that is at least as late as `timestamp_ms` (since 1970-01-01 UTC,
+        or a datetime with a time zone), in these or all assigned partitions; at the end of a partition without such a
+        record. Raises as `seek` does; then nothing has moved."""
         BACKGROUND.run(self._inner.seek_to_timestamp(timestamp_ms, partitions))
 
     def pause(self, partitions: Sequence[tuple[str, int]]) -> None:
         """Hands over no records of these partitions, and fetches none, until `resume`. A thread that asks at the same
-        moment may still be given one."""
+        moment may still get a record. Raises InvalidArgument if a partition is not assigned; then none is paused."""
         BACKGROUND.run(_call(lambda: self._inner.pause(partitions)))
 
     def resume(self, partitions: Sequence[tuple[str, int]]) -> None:
-        """Goes on with paused partitions where they were, or where a `seek` has put them meanwhile."""
+        """Continues paused partitions where they stopped, or where a `seek` has moved them. Raises InvalidArgument if a
+        partition is not assigned; then none is resumed."""
         BACKGROUND.run(_call(lambda: self._inner.resume(partitions)))
 
     def paused(self) -> frozenset[TopicPartition]:
@@ -367,26 +382,28 @@ class Consumer(PlainContext, PlainIteration):
         return self._inner.paused()
 
     def lag(self) -> dict[TopicPartition, Lag]:
-        """Records still to be handed over, per partition."""
+        """Returns the number of records still to be handed over, for each partition; `Lag.exact` says when it is
+        exact."""
         return BACKGROUND.run(self._inner.lag())
 
     def metrics(self) -> ConsumerMetrics:
-        """Returns counters since the consumer was made and gauges of this moment; asks no server, as `lag` does."""
+        """Returns counters since the consumer was made and gauges of this moment; sends no request, unlike `lag`."""
         with self._taking:
             return self._inner.metrics()
 
     def positions(self) -> dict[TopicPartition, int]:
-        """The next offset that will be handed over, per partition."""
+        """Returns the next offset to be handed over, for each partition."""
         return self._inner.positions()
 
     @property
     def assignment(self) -> frozenset[TopicPartition]:
-        """The partitions being read."""
+        """Partitions being read, or being given up while on_revoked has not returned."""
         return self._inner.assignment
 
     def wait_for_assignment(self, timeout_ms: int | None = None) -> frozenset[TopicPartition]:
-        """Returns the assignment as soon as it is known where reading begins in at least one partition; starts the
-        consumer. Raises TimeoutError after timeout_ms (None: never)."""
+        """Returns the assignment as soon as the position at which reading begins is known for at least one partition;
+        starts the consumer. Raises TimeoutError after timeout_ms (None: never), InvalidArgument once the consumer is
+        closed, else as iterating does."""
         if timeout_ms is not None:
             check_timeout_ms(timeout_ms)
         if not self._inner._closed:
@@ -403,22 +420,22 @@ class Consumer(PlainContext, PlainIteration):
 
     @property
     def membership(self) -> MembershipState | None:
-        """How the consumer stands in its group; None without one, and for partitions given by `assign`."""
+        """State of the consumer in its group; None without a group, and for partitions given by `assign`."""
         return self._inner.membership
 
     @property
     def waiting(self) -> Mapping[TopicPartition, str]:
-        """Why partitions that cannot be read on at the moment wait."""
-        return dict(self._inner.waiting)  # as it is now: the other thread goes on changing it
+        """Partitions that cannot be read on at the moment, each with the server's reason."""
+        return dict(self._inner.waiting)  # a copy: the loop's thread goes on changing the original
 
     @explains_kafka_arguments("Consumer.close")
     def close(self, timeout_s: float | None = None) -> None:
-        """Commits (with auto_commit), gives up the partitions, with on_revoked, leaves the group, closes the
+        """Commits (with auto_commit), gives up the partitions, with on_revoked, leaves the group, then closes the
         connections.
 
-        Raises TimeoutError if that takes longer than timeout_s (None: no limit but those of the options), what a
-        callback raises, or what the last commit failed with; everything is closed all the same. A callback takes as
-        long as it takes: nothing is waited for behind one that was too slow.
+        Raises TimeoutError if closing takes longer than timeout_s (None: only the options' limits apply), the error of
+        a callback, or the error of the last commit; everything is closed all the same. timeout_s does not limit a
+        callback, but after a callback that was too slow nothing is waited for.
         """
         self._close(timeout_s, done_with_last=True)
 
@@ -440,16 +457,16 @@ class Consumer(PlainContext, PlainIteration):
                 raise
             BACKGROUND.run(self._inner._end_close(closing))
         finally:
-            _UNCLOSED.discard(self)  # it raises what the last commit failed with, and is closed all the same
+            _UNCLOSED.discard(self)  # closed even if an error is raised
 
     async def _other_calls(self) -> bool:
-        """Returns True if a callback is due, once no other thread is inside one."""
+        """Returns True if a callback is due, once no other thread is inside a callback."""
         await self._assignments.idle()
         return self._assignments.is_due
 
 
 class BatchIterator(PlainIteration, Iterator[RecordBatch]):
-    """Iterator of `Consumer.batches`. A timeout or Ctrl-C ends one wait, not the iteration."""
+    """Iterator of `Consumer.batches`. A timeout or Ctrl-C ends a single wait, not the iteration."""
 
     def __init__(self, owner: Consumer) -> None:
         self._consumer = owner
@@ -470,26 +487,26 @@ def _opened(used: Consumer) -> None:
 
 @functools.cache
 def _close_before_end() -> None:
-    """Registers the end of consumers once, on first use: after the producers, which may still write what consumers
-    have read."""
+    """Registers the end of consumers once, on first use: consumers end after producers, which may still write results
+    of records that consumers have read."""
     BACKGROUND.before_end(_leave_at_exit)
 
 
 def _leave_at_exit() -> None:
-    """Commits what consumers that were not closed have done with, and leaves their groups: the others need not wait for
-    a session to expire. Threads that still iterate come to the end."""
-    with contextlib.suppress(KeyboardInterrupt):  # no patience to wait for them
+    """Closes the consumers that are not closed: commits processed records, and leaves the groups, so that other members
+    need not wait for a session to expire. Threads that still iterate come to the end."""
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C skips the wait
         BACKGROUND.run(_leave(list(_UNCLOSED)))
 
 
 async def _leave(consumers: Sequence[Consumer]) -> None:
-    with contextlib.suppress(TimeoutError):  # the groups find out by themselves
+    with contextlib.suppress(TimeoutError):  # the groups notice by the session timeout
         async with asyncio.timeout(EXIT_TIMEOUT_MS / 1000):
             await asyncio.gather(*(unclosed._inner._close_quietly() for unclosed in consumers))
 
 
 async def _call(call: Callable[[], None]) -> None:
-    """Makes the call in the event loop, where the consumer's state belongs."""
+    """Makes the call in the event loop, which owns the consumer's state."""
     call()
 
 
@@ -501,5 +518,5 @@ def _loop_time(deadline_s: float | None) -> float | None:
 
 
 def _in_loop(call: Callable[[], None]) -> None:
-    with contextlib.suppress(RuntimeError):  # it is gone: the process ends, and nobody waits any more
+    with contextlib.suppress(RuntimeError):  # the loop has stopped: the process ends, and no thread waits any more
         BACKGROUND.loop.call_soon_threadsafe(call)

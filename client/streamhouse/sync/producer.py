@@ -1,9 +1,9 @@
-"""The producer for plain code: records wait for the event loop's thread, which takes them over one after the other.
+"""The producer for plain code: records wait in a queue for the event loop's thread, which takes them in order.
 
-Owns: records on their way to the loop's thread, the threads that wait for them to get fewer, producers that are to be
-flushed before the process ends. Does not own: what becomes of a record that the loop's thread has taken.
-Invariants: threads share no lock (`streamhouse.background` says why). A record that `send` has taken gets an outcome,
-also when the producer is closed meanwhile.
+Owns: records on their way to the loop's thread, the threads that wait for room in that queue, producers that have to be
+flushed before the process ends. Does not own: records that the loop's thread has taken.
+Invariants: threads share no lock (`streamhouse.background` says why). A record that `send` has accepted gets an
+outcome, also if the producer is closed meanwhile.
 """
 
 import asyncio
@@ -49,19 +49,19 @@ log = logging.getLogger(__name__)
 F = TypeVar("F")
 T = TypeVar("T")
 
-# Staged records are counted in slots, one for each SLOT_BYTES begun, so that 4 MiB of them, or 8,192, wait for the
-# loop's thread to come round; beyond that the sending thread waits. Four milliseconds of records at 2 million a second.
+# Staged records are counted in slots, one for each SLOT_BYTES begun. At most 4 MiB, or 8,192 records, wait for the
+# loop's thread; beyond that the sending thread waits. That is four milliseconds of records at 2 million a second.
 SLOT_BYTES = 512
 STAGED_SLOTS_MAX = 8_192
-# The loop's thread takes over this many, a few milliseconds of work, then gives streams and heartbeats their turn.
+# The loop's thread takes this many records, a few milliseconds of work, then gives streams and heartbeats a turn.
 TURN_RECORDS = 1_000
-# 5 s for the last records of a script: a leader that answers takes milliseconds, one that does not must not keep a
-# process from ending.
+# Limit for the last records of a script: a leader that answers takes milliseconds, and an unreachable leader must not
+# keep the process from ending.
 EXIT_TIMEOUT_MS = 5_000
 
 
 class _Outcome(Generic[T]):
-    """Outcome that threads wait for, and may ask to be called at."""
+    """Outcome that threads wait for, or register callbacks at."""
 
     __slots__ = ()
 
@@ -71,19 +71,20 @@ class _Outcome(Generic[T]):
 
     @abstractmethod
     async def _finished(self) -> None:
-        """Returns once it is done."""
+        """Returns once `done` is True."""
 
     @abstractmethod
     def _outcome(self) -> T:
-        """Returns the outcome, once done, and marks a failure as seen. Raises what delivery failed with."""
+        """Returns the outcome, once done, and marks a failure as seen. Raises the error of the delivery."""
 
     @abstractmethod
     def _call_when_done(self, fn: Callable[[Any], object]) -> None:
-        """In the loop's thread: calls `fn(self)` once done. No outcome can come between looking and registering."""
+        """Calls `fn(self)` once done. Called in the loop's thread, so that no outcome comes between checking and
+        registering."""
 
     def result(self, timeout_s: float | None = None, **kafka: Never) -> T:
-        """Returns the place of what was sent, once acknowledged. Raises what delivery failed with, of several batches
-        what the first failed one did; TimeoutError after timeout_s."""
+        """Returns the place of the sent records, once acknowledged. Raises the error of the delivery (of several failed
+        batches the first error), TimeoutError after timeout_s."""
         if kafka:
             refuse_arguments("SendFuture.result", kafka)
         if not self.done():
@@ -92,7 +93,8 @@ class _Outcome(Generic[T]):
         return self._outcome()
 
     def exception(self, timeout_s: float | None = None, **kafka: Never) -> Exception | None:
-        """Returns what `result` would raise; None once all is acknowledged. Raises TimeoutError after timeout_s."""
+        """Returns the error that `result` would raise; None once all records are acknowledged. Raises TimeoutError
+        after timeout_s."""
         if kafka:
             refuse_arguments("SendFuture.exception", kafka)
         try:
@@ -104,11 +106,11 @@ class _Outcome(Generic[T]):
         return None
 
     def add_done_callback(self, fn: Callable[[Self], object]) -> None:
-        """Calls `fn(self)` once everything is acknowledged or has failed: at once if that is so already, else from the
+        """Calls `fn(self)` once everything is acknowledged or has failed: at once if that is already so, else from the
         client's background thread, before `flush` returns.
 
-        All clients of the process stand still while `fn` runs there: keep it short. Calls in it that would have to wait
-        raise RuntimeError. What `fn` raises is logged.
+        All clients of the process stand still while `fn` runs there: keep `fn` short. Calls of a client in `fn` that
+        would have to wait raise RuntimeError. An exception of `fn` is logged.
         """
         if self.done():
             _call(fn, self)
@@ -118,7 +120,7 @@ class _Outcome(Generic[T]):
 
 @explains_kafka_methods("SendFuture")
 class SendFuture(_Outcome[RecordMetadata]):
-    """Outcome of one `send`."""
+    """Outcome of a `send`."""
 
     __slots__ = ("_callbacks", "_delivery", "_error", "_index", "_producer", "_seen", "_timestamp_ms")
 
@@ -127,9 +129,9 @@ class SendFuture(_Outcome[RecordMetadata]):
         self._delivery: Delivery | None = None  # once the loop's thread has taken the record
         self._index = 0
         self._timestamp_ms = 0
-        self._error: Exception | None = None  # it would not take it
+        self._error: Exception | None = None  # the loop's thread has refused the record
         self._seen = False
-        # Registered before the loop's thread has taken the record; touched by that thread alone.
+        # Callbacks registered before the loop's thread has taken the record; only that thread touches them.
         self._callbacks: tuple[Callable[[Any], object], ...] = ()
 
     def done(self) -> bool:
@@ -153,7 +155,8 @@ class SendFuture(_Outcome[RecordMetadata]):
             self._callbacks = (*self._callbacks, fn)
 
     def _taken(self) -> None:
-        """In the loop's thread, once the record is in a batch or refused: registers the callbacks given before."""
+        """Registers the callbacks given so far, once the record is in a batch or refused. Called in the loop's
+        thread."""
         callbacks, self._callbacks = self._callbacks, ()
         for fn in callbacks:
             self._call_when_done(fn)
@@ -167,7 +170,7 @@ class SendFuture(_Outcome[RecordMetadata]):
 
 @explains_kafka_methods("SendFuture")
 class SendResult(_Outcome[SentRecords]):
-    """Outcome of one `send_many`."""
+    """Outcome of a `send_many`."""
 
     __slots__ = ("_records",)
 
@@ -178,7 +181,7 @@ class SendResult(_Outcome[SentRecords]):
         return self._records.count
 
     def __bool__(self) -> bool:
-        return True  # also one of no records
+        return True  # also a result of no records
 
     def done(self) -> bool:
         """Returns True once every record is acknowledged or has failed."""
@@ -189,7 +192,7 @@ class SendResult(_Outcome[SentRecords]):
         return self._records.result()
 
     def errors(self) -> list[tuple[Exception, NDArray[np.int64]]]:
-        """Returns what failed so far: the error and the positions of the records it concerns."""
+        """Returns the failures so far: each error with the positions of its records."""
         return self._records.errors()
 
     def _call_when_done(self, fn: Callable[[Any], object]) -> None:
@@ -205,26 +208,27 @@ class SendResult(_Outcome[SentRecords]):
 
 
 def _call(fn: Callable[[F], object], future: F) -> None:
-    """Calls a done-callback. What it raises would otherwise end the work of the loop's thread on a batch half-way."""
+    """Calls a done-callback and logs its exception, which would otherwise abort the loop thread's work on a batch."""
     try:
         fn(future)
-    except BaseException:  # SystemExit, too: it ends nothing in a thread that is not the main one
+    except BaseException:  # SystemExit, too: outside of the main thread it ends nothing
         log.exception("a done-callback of a %s raised", type(future).__name__)
 
 
-# The last two: time.monotonic of the call of `send`, and the span in which it was made.
+# The last two: time.monotonic when `send` was called, and the span current at that time.
 _Staged = tuple[SendFuture, str, CheckedRecord, int | None, float, trace.Span | None]
-# What is in the queue to the loop's thread: a record; None for each slot more that it takes, behind it; a future that
-# is to be told once everything before it has been taken over.
+# An item of the queue to the loop's thread: a record; None behind a record for each further slot that the record takes;
+# a future to be resolved once everything before it has been taken.
 _Item = _Staged | asyncio.Future[None] | None
 
 
 @explains_kafka_methods("Producer")
 class Producer(PlainContext):
-    """Writes records; see `streamhouse.Producer` for the options. Leaving the context flushes.
+    """Writes records; see `streamhouse.Producer` for the options. Leaving the context flushes. Several threads may
+    share a producer.
 
-    exit_timeout_ms: how long the end of the process waits for a producer that was not closed; what is not acknowledged
-    by then is counted in a warning. Several threads may share a producer.
+    exit_timeout_ms: how long the end of the process waits for a producer that was not closed; a warning counts the
+    records not acknowledged by then.
     """
 
     @explains_kafka_names("Producer")
@@ -242,15 +246,16 @@ class Producer(PlainContext):
         self._partitioner = self._inner._options.partitioner
         self._exit_timeout_ms = exit_timeout_ms
         self._wait_ms = self._inner._options.delivery_timeout_ms
-        # Appended to by any thread, taken from by the loop's alone; single steps of a deque need no lock.
+        # Appended to by any thread, popped by the loop's thread alone; single operations of a deque need no lock.
         self._staged: deque[_Item] = deque()
         self._waiting: deque[threading.Lock] = deque()
-        self._woken = False  # the loop's thread will come round
+        self._woken = False  # the loop's thread is going to take the staged records
         self._taking: asyncio.Task[None] | None = None
-        # Since the last flush, what the loop's thread would not take: how many, and those for the flush to raise.
+        # Records refused by the loop's thread since the last flush: the futures for the flush to raise, and their
+        # number.
         self._refused: list[SendFuture] = []
         self._refused_count = 0
-        self._refused_total = 0  # of all time
+        self._refused_total = 0  # since the producer was made
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -260,7 +265,7 @@ class Producer(PlainContext):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and forks.lost:
-            return  # a child that leaves the block that its parent forked in: the parent's to close
+            return  # a forked child leaves the block: the parent closes the producer
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         self._close(None, flush=not interrupted, raise_failures=kind is None)
 
@@ -276,7 +281,8 @@ class Producer(PlainContext):
         timestamp_ms: int | datetime | None = None,
         **kafka: Never,
     ) -> SendFuture:
-        """Takes one record; waits while the buffer is full. `result()` of the future waits for the acknowledgement.
+        """Accepts a record and returns a future; waits while the buffer is full. `result()` of the future waits for the
+        acknowledgement.
 
         Raises UnknownTopic, UnknownPartition, AcksTooWeak, BatchTooLarge, InvalidArgument (also once closed),
         TypeError, SerializationError, Overloaded (no room within delivery_timeout_ms), Unavailable.
@@ -308,8 +314,8 @@ class Producer(PlainContext):
         partition: int | None = None,
         timestamp_ms: int | datetime | None = None,
     ) -> RecordMetadata:
-        """Sends one record and waits for the acknowledgement; lingers as `send` does, for records of other threads.
-        Returns the place of the record. Raises what `send` raises, and what delivery failed with."""
+        """Sends a record and waits for the acknowledgement; lingers as `send` does, for records of other threads.
+        Returns the place of the record. Raises as `send` does, and the error of the delivery."""
         return self.send(topic, value, key, headers, partition, timestamp_ms).result()
 
     @explains_kafka_arguments("Producer.send_many")
@@ -322,12 +328,13 @@ class Producer(PlainContext):
         headers: Sequence[Headers] | None = None,
         partition: int | None = None,
     ) -> SendResult:
-        """Takes many records, in the order given; waits while the buffer is full. Raises what `send` raises."""
+        """Accepts many records, in the order given, and returns their result; waits while the buffer is full.
+        `result()` of the result waits for the acknowledgements. Raises as `send` does."""
         self._must_be_open()
         records = self._inner.check_many(topic, values, keys, timestamps_ms, headers)
         chosen: NDArray[np.int64] | None = None
         if partition is None and self._partitioner is not None:
-            # In this thread, not in the loop's: the application's code may take its time.
+            # In this thread, not in the loop's: the application's partitioner may take its time.
             if not self._inner.knows(topic, None):
                 self._open_topic(topic, None)
             chosen = self._inner.choose_partitions(topic, records)
@@ -358,7 +365,8 @@ class Producer(PlainContext):
     # ---- on the way to the loop's thread
 
     def _stage(self, item: _Staged, size_bytes: int) -> None:
-        """Puts a record behind those staged before; one may always wait alone, however large."""
+        """Appends a record to the staged records, after waiting for room; a single record is always accepted, however
+        large."""
         staged, more_slots = self._staged, size_bytes // SLOT_BYTES
         if len(staged) + more_slots >= STAGED_SLOTS_MAX and staged:
             self._wait_for_room(size_bytes)
@@ -369,7 +377,8 @@ class Producer(PlainContext):
             self._wake()
 
     def _wake(self) -> None:
-        """Has the loop's thread come round. An interrupt in here may cost a second wake-up, never the only one."""
+        """Has the loop's thread take the staged records. An interrupt in here may cause a second wake-up, never lose
+        the only one."""
         loop = BACKGROUND.loop
         try:
             self._woken = True
@@ -385,11 +394,12 @@ class Producer(PlainContext):
         BACKGROUND.refuse_own_thread()
         deadline_s = time.monotonic() + self._wait_ms / 1000
         while self._staged and len(self._staged) + size_bytes // SLOT_BYTES >= STAGED_SLOTS_MAX:
-            # This wait's own lock: interrupted, it stays in the deque until the loop's thread releases it, in vain.
+            # Each wait has its own lock: after an interrupt that lock stays in the deque until the loop's thread
+            # releases it, to no effect.
             room = threading.Lock()
             room.acquire()
             self._waiting.append(room)
-            self._wake()  # after the append: the loop's thread may have looked just before it
+            self._wake()  # after the append: the loop's thread may have looked just before
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or not room.acquire(timeout=min(left_s, threading.TIMEOUT_MAX)):
                 raise Overloaded(
@@ -401,20 +411,20 @@ class Producer(PlainContext):
                 )
 
     def _take_over(self) -> None:
-        """In the loop's thread: begins to take over what is staged, unless it is being done."""
+        """Begins to take the staged records, unless a task does so already. Called in the loop's thread."""
         if self._taking is None or self._taking.done():
             self._taking = asyncio.get_running_loop().create_task(self._take_staged())
 
     async def _take_staged(self) -> None:
-        """Hands everything staged to the producer, in order, until nothing is left."""
+        """Hands all staged records to the producer, in order, until none is left."""
         staged, take, taken = self._staged, self._inner.take, 0
         while True:
             try:
-                item = staged[0]  # it leaves the queue once it is taken over: until then it is counted, and not lost
+                item = staged[0]  # stays in the queue until taken: counted, and not lost
             except IndexError:
                 self._let_on()
                 self._woken = False
-                if not staged:  # what comes from here on wakes us again
+                if not staged:  # later records wake this thread again
                     return
                 self._woken = True
                 continue
@@ -423,10 +433,10 @@ class Producer(PlainContext):
                 try:
                     taken_over = await take(topic, record, partition, sent_s, caller)
                     delivery, future._index, future._timestamp_ms = taken_over
-                    future._delivery = delivery  # last: with it the future may be done
+                    future._delivery = delivery  # last: with the delivery the future may be done
                 except Exception as error:  # noqa: BLE001 - kept for the future, and for flush
                     if self._inner.closed and isinstance(error, InvalidArgument):
-                        # The record was taken before: what is given up fails as those in a batch do.
+                        # `send` has accepted the record: it fails like the records of batches that a close gives up.
                         error = Unavailable("the producer was closed before the record was sent")
                     self._refuse(future, error)
                 if future._callbacks:
@@ -448,12 +458,12 @@ class Producer(PlainContext):
             self._refused.append(future)
 
     def _let_on(self) -> None:
-        """Lets the threads that wait for room look again."""
+        """Wakes the threads that wait for room."""
         while self._waiting:
             self._waiting.popleft().release()
 
     async def _handed_over(self) -> None:
-        """Returns once everything staged so far is taken over."""
+        """Returns once everything staged so far is taken."""
         reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._staged.append(reached)
         self._take_over()
@@ -463,10 +473,10 @@ class Producer(PlainContext):
 
     @explains_kafka_arguments("Producer.flush")
     def flush(self, timeout_s: float | None = None) -> None:
-        """Waits until everything taken so far is acknowledged or has failed, which takes delivery_timeout_ms at most.
+        """Waits until all records accepted so far are acknowledged or have failed, at most delivery_timeout_ms.
 
-        Raises TimeoutError when that takes longer than timeout_s; sending goes on. Else raises the first failure that
-        nobody saw.
+        Raises TimeoutError after timeout_s, while sending goes on; else the first failure that the application has not
+        seen.
         """
         check_timeout_s("timeout_s", timeout_s)
         BACKGROUND.run(self._flush(timeout_s))
@@ -488,7 +498,7 @@ class Producer(PlainContext):
 
     def metrics(self) -> ProducerMetrics:
         """Returns counters since the producer was made and gauges of this moment. A record on its way to the client's
-        background thread is unacknowledged; one that this thread refused has failed."""
+        background thread counts as unacknowledged, a record refused by that thread as failed."""
         inner = self._inner.metrics()
         return replace(
             inner,
@@ -498,9 +508,9 @@ class Producer(PlainContext):
 
     @explains_kafka_arguments("Producer.close")
     def close(self, timeout_s: float | None = None) -> None:
-        """Flushes, then closes the connections. Raises what `flush` raises, after closing.
+        """Flushes, then closes the connections. Raises as `flush` does, after closing.
 
-        What is not acknowledged after timeout_s is given up: its futures fail.
+        Records not acknowledged after timeout_s are given up: their futures fail.
         """
         check_timeout_s("timeout_s", timeout_s)
         self._close(timeout_s, flush=True, raise_failures=True)
@@ -516,21 +526,21 @@ class Producer(PlainContext):
 
     async def _shut_down(self) -> None:
         await self._inner.shut_down()
-        await self._handed_over()  # so that what was staged fails, and does not wait for ever
-        _UNCLOSED.discard(self)  # here, and not where `close` returns: it also raises what the flush failed with
+        await self._handed_over()  # staged records fail then, and do not wait for ever
+        _UNCLOSED.discard(self)  # here, not where `close` returns: `close` also raises errors of the flush
 
     async def _flush_at_exit(self) -> None:
-        with contextlib.suppress(TimeoutError):  # what is left is counted
+        with contextlib.suppress(TimeoutError):  # the remaining records are counted
             async with asyncio.timeout(self._exit_timeout_ms / 1000):
                 await self._handed_over()
                 await self._inner.all_finished()
 
     def _unacknowledged(self) -> int:
-        """Number of records that are staged, or taken and neither acknowledged nor failed."""
+        """Returns the number of records that are staged, or taken and neither acknowledged nor failed."""
         return sum(isinstance(item, tuple) for item in self._staged.copy()) + self._inner.unacknowledged
 
     def _lost(self) -> int:
-        """Number of records that nobody would hear of if the process ended now."""
+        """Returns the number of records whose loss or failure would stay unreported if the process ended now."""
         refused = self._refused_count - sum(future._seen for future in self._refused)
         return self._unacknowledged() + self._inner.unseen_failures + refused
 
@@ -540,15 +550,15 @@ _UNCLOSED: set[Producer] = set()
 
 
 def _flush_at_exit() -> None:
-    """Waits for the records of producers that were not closed; says in one line how many are dropped."""
+    """Waits for the records of producers that were not closed; logs in a single line how many are dropped."""
     producers = list(_UNCLOSED)
     for unclosed in producers:
-        unclosed._closed = True  # threads that go on sending are told
+        unclosed._closed = True  # threads that go on sending get an error
 
     async def each(work: Callable[[Producer], Coroutine[None, None, None]]) -> None:
         await asyncio.gather(*map(work, producers))
 
-    with contextlib.suppress(KeyboardInterrupt):  # no patience to wait for them
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C skips the wait
         BACKGROUND.run(each(Producer._flush_at_exit))
     lost = sum(unclosed._lost() for unclosed in producers)
     errors = [unclosed._inner.last_error for unclosed in producers]

@@ -1,10 +1,11 @@
-"""Shows in `help` and in editors what the classes for plain code hand on to those they wrap."""
+"""Shows options of the asynchronous classes in `help` and in editors for the classes of plain code."""
 
 import inspect
 
 
 def show_options(plain: type, wrapped: type) -> None:
-    """Gives the constructor of `plain` the options of `wrapped` for its `**options`, and their documentation."""
+    """Replaces `**options` in the constructor signature of `plain` by the options of `wrapped`, and adds their
+    documentation."""
     own = inspect.signature(plain.__init__)  # type: ignore[misc]
     named = [item for item in own.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
     names = {item.name for item in named}
@@ -14,5 +15,5 @@ def show_options(plain: type, wrapped: type) -> None:
         if item.kind is inspect.Parameter.KEYWORD_ONLY and item.name not in names
     ]
     plain.__init__.__signature__ = own.replace(parameters=[*named, *handed_on])  # type: ignore[misc]
-    options = (wrapped.__doc__ or "").partition("\n\n")[2]  # its first line is about a class that is used with `await`
+    options = (wrapped.__doc__ or "").partition("\n\n")[2]  # the first paragraph is about `await`
     plain.__doc__ = f"{plain.__doc__ or ''}\n\n{options}"
