@@ -64,7 +64,7 @@ class SessionKeeper:
             return
         backoff = Backoff(RECONNECT_FIRST_MS, RECONNECT_MS_MAX)
         opened = await retry(
-            lambda: self._coordinator.open_session(request), backoff, _never_final, self._clock.sleep_ms
+            lambda: self._coordinator.open_session(request), backoff, _log_refusals(), self._clock.sleep_ms
         )
         self.token, self._interval_ms = opened.session_token, opened.heartbeat_interval_ms
         log.info("session %s is open", opened.session_id)
@@ -109,10 +109,19 @@ class SessionKeeper:
                 log.info("the session is not closed, and expires by itself: %s", error.message)
 
 
-def _never_final(error: StreamHouseError) -> bool:
-    """Logs why there is no session. Returns False: a coordinator comes back, and an id that is taken becomes free."""
-    if isinstance(error, AgentIdTaken):
-        log.error("no session: %s", error.message)
-    else:
-        log.warning("no session yet: %s", error.message)
-    return False
+def _log_refusals() -> Callable[[StreamHouseError], bool]:
+    """Returns a function that logs refusals of a session, and ends no retries: a coordinator comes back, and a name
+    that is taken becomes free. A name that stays taken, as long as another process runs, is logged once."""
+    was_taken = False
+
+    def log_refusal(error: StreamHouseError) -> bool:
+        nonlocal was_taken
+        is_taken = isinstance(error, AgentIdTaken)
+        if not is_taken:
+            log.warning("no session yet: %s", error.message)
+        elif not was_taken:
+            log.error("no session: %s", error.message)
+        was_taken = is_taken
+        return False
+
+    return log_refusal

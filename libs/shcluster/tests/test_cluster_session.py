@@ -70,6 +70,26 @@ async def test_a_try_whose_answer_is_lost_leaves_no_second_session() -> None:
     assert not coordinator.open and not keeper.may_work()
 
 
+async def test_an_id_that_is_taken_is_an_error_once_and_again_after_it_was_free(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A worker that waited for a night had logged it every two seconds."""
+    coordinator, clock = Coordinator(), ManualClock()
+    taken, away = AgentIdTaken("in use by a live process"), Unavailable("away")
+    coordinator.opening = [taken, taken, taken, away, taken, taken]
+    keeper = keeper_of(coordinator, clock)
+    keeper.start("a:1")
+    opening = asyncio.create_task(keeper.open())
+    while coordinator.opening:
+        await settled()
+        clock.advance(60_000)
+    await opening
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert errors == ["no session: in use by a live process"] * 2
+    assert len(coordinator.requests) == 7
+    await keeper.close()
+
+
 async def test_a_lost_session_is_followed_by_another_and_so_is_what_runs_beside_it() -> None:
     coordinator, clock = Coordinator(), ManualClock()
     followed: list[str] = []
