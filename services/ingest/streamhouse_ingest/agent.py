@@ -63,6 +63,7 @@ class Agent:
     async def start(self, advertised_address: str) -> None:
         """Raises WalDirectoryError (locked, another agent's), AgentIdTaken, OSError. Waits for the coordinator."""
         opened: OpenedLog | None = None
+        running: AgentParts | None = None
         try:
             opened = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_log)
             running = assemble(self._around, opened, self._restore(opened.replay), advertised_address)
@@ -74,10 +75,14 @@ class Agent:
             if opened.replay.doubt:
                 await self._mark_settled(opened)
         except BaseException:
-            await self.tasks.stop()
-            if opened is not None:
-                opened.unlock()
-            self._thread.shutdown(wait=False)
+            try:
+                if running is not None:
+                    await running.session.close()  # else the id is taken until the session expires
+            finally:
+                await self.tasks.stop()
+                if opened is not None:
+                    opened.unlock()
+                self._thread.shutdown(wait=False)
             raise
         self._following = self.tasks.spawn("session", running.session.run())
         self._running = running

@@ -1407,6 +1407,26 @@ async def test_an_agent_id_in_use_elsewhere_is_refused(
             await started(tmp_path / "b", coordinator)
 
 
+async def test_a_start_that_fails_after_its_session_was_opened_gives_the_id_back(
+    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    """The id was taken until the session expired, over every other directory."""
+
+    def fail(wal: FileWal) -> None:
+        raise OSError(errno.EIO, "a disk that dies")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileWal, "mark_used", fail)
+        with pytest.raises(OSError, match="a disk that dies"):
+            await started(tmp_path / "a", coordinator)
+    assert not coordinator.sessions
+    async with running(tmp_path / "b", coordinator) as service:
+        await led(service)
+        assert (await service.api.produce(request(b"v"))).epoch == 2
+    async with running(tmp_path / "a", coordinator):
+        assert coordinator.ranges[(topic_id, 0, 1)].end == 0, "nothing was written there, and it can be opened again"
+
+
 async def test_before_start_the_api_says_so(tmp_path: Path, coordinator: CoordinatorStandIn):
     from streamhouse_ingest.wiring import build
 

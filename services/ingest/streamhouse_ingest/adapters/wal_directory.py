@@ -13,6 +13,7 @@ import re
 import uuid
 from pathlib import Path
 
+from shformat.wal import WAL_ID_SIZE
 from shruntime import files
 
 from streamhouse_ingest.adapters.wal_note import HistoryNote
@@ -208,8 +209,8 @@ def _identity(path: Path, agent_id: str) -> tuple[bytes, int]:
         version, owner, wal_id = content["version"], content["agent_id"], bytes.fromhex(content["wal_id"])
     except (ValueError, KeyError, TypeError) as error:
         raise WrongIdentity(f"{file}: not an identity file: {error!r}") from error
-    if version not in (_IDENTITY_VERSION, _IDENTITY_VERSION_AHEAD) or len(wal_id) != 16:
-        known = f"{_IDENTITY_VERSION} to {_IDENTITY_VERSION_AHEAD} and 16"
+    if version not in (_IDENTITY_VERSION, _IDENTITY_VERSION_AHEAD) or len(wal_id) != WAL_ID_SIZE:
+        known = f"{_IDENTITY_VERSION} to {_IDENTITY_VERSION_AHEAD} and {WAL_ID_SIZE}"
         raise WrongIdentity(f"{file}: version {version}, wal_id of {len(wal_id)} bytes; this agent knows {known}")
     if owner != agent_id:
         is_empty = not any(path.glob("*.wal")) and not _has_notes(path)
