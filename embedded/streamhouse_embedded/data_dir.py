@@ -1,4 +1,4 @@
-"""The directory of an embedded platform, held by one process at a time and closed to other users."""
+"""The directory of an embedded platform, held by a single process at a time and closed to other users."""
 
 import fcntl
 import logging
@@ -15,11 +15,11 @@ OUR_NAMES = frozenset(("postgres", "objects", "wal", "cache", "lock"))
 
 
 class DataDirError(Exception):
-    """The directory cannot be used: somebody else serves it, or it cannot be written."""
+    """The directory cannot be used: another process serves it, or it cannot be written."""
 
 
 class DataDir:
-    """Paths below one directory, and the lock on it. The lock goes with the process, so a crash never leaves it."""
+    """Paths below a directory, and the lock on it. The lock ends with the process, so a crash never leaves it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
@@ -42,8 +42,11 @@ class DataDir:
         return self.path / "cache"
 
     def lock(self) -> None:
-        """Makes the directory if it is missing and takes it for this process; takes it away from other users, as far
-        as it is ours. Raises DataDirError, when another process holds it naming that process."""
+        """Makes the directory if it is missing, locks it for this process, and closes it to other users as far as it is
+        ours.
+
+        Raises DataDirError; for a locked directory the error names the process.
+        """
         try:
             files.make_directory(self.path)
             lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
@@ -61,7 +64,7 @@ class DataDir:
         self._lock = lock
         pid = str(os.getpid()).encode()
         try:
-            # Over the old one first: a truncated file gives its block back, and a full disk has no other for it.
+            # Over the old file first: a truncated file gives its block back, and a full disk has no other.
             os.pwrite(lock, pid, 0)
         except OSError as error:
             self.unlock()
@@ -76,8 +79,11 @@ class DataDir:
         return DataDirError(text)
 
     def _close_to_others(self) -> None:
-        """Takes group's and others' permissions off what earlier versions made readable by all. The directory itself
-        may be anybody's, /srv or a volume: its permissions are changed only if all that is in it is ours."""
+        """Removes group's and others' permissions from files that earlier versions made readable by all.
+
+        The directory itself may belong to others, as /srv or a volume: its permissions change only if all its contents
+        are ours.
+        """
         for made_by_us in (self.objects, self.wal, self.cache, self.path / "lock"):
             if made_by_us.exists():
                 self._make_private(made_by_us)

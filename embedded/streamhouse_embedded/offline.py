@@ -10,8 +10,11 @@ from streamhouse_embedded.settings import EmbeddedSettings
 
 @asynccontextmanager
 async def metadata_database(settings: EmbeddedSettings, *, alone: bool) -> AsyncIterator[str]:
-    """The DSN of the database of `settings.data_dir`; starts it for as long if nobody serves that directory. `alone`:
-    nobody may. Raises DataDirError, PostgresError."""
+    """Yields the DSN of the database of `settings.data_dir`, started for the `with` block if no process serves the
+    directory.
+
+    `alone`: refuse a directory that is served. Raises DataDirError, PostgresError.
+    """
     data_dir = DataDir(settings.data_dir)
     postgres = EmbeddedPostgres(data_dir.postgres, bin_dir=settings.pg_bin_dir or None)
     try:

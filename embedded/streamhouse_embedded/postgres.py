@@ -1,9 +1,9 @@
 """PostgreSQL as a child process on a data directory of ours: made at the first start, recovered at every other, and
-started again when it dies. Meant for one machine and one user; production uses a server of its own (pg_dsn).
+started again when it dies. Meant for a single machine and user; production uses a server of its own (pg_dsn).
 
-Owns: the server's process, its data directory, and who may connect to it.
-Invariants: at most one server of one process of ours runs on a data directory. Only the user that runs this process
-can connect to it: over a socket PostgreSQL asks the kernel for that user (`peer`), over TCP for a random password.
+Owns: the server's process, its data directory, and its access rules. Does not own: the tables. Invariants: a data
+directory has at most one server, of one process of ours. Only the user that runs this process can connect: over a
+socket PostgreSQL asks the kernel for that user (`peer`), over TCP for a random password.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ _LEFT_BY_CRASH = "pre-existing shared memory block"
 
 
 class EmbeddedPostgres:
-    """One server. `start` and `stop` may alternate; the thread that calls `start` must outlive the server.
+    """A PostgreSQL server. `start` and `stop` may alternate; the thread that calls `start` must outlive the server.
 
-    Listens on a Unix socket inside `data_dir` that only its user may enter; on 127.0.0.1 with a random
-    password where `port` says so, or where the path is too long for a socket (then on a free port).
+    Listens on a Unix socket inside `data_dir` that only its user may enter; on 127.0.0.1 with a random password if
+    `port` is set, or if the path is too long for a socket (then on a free port).
     """
 
     def __init__(
@@ -130,9 +130,9 @@ class EmbeddedPostgres:
         return self._process.pid if self._process and self._process.poll() is None else None
 
     async def start(self) -> str:
-        """Start, on first use after creating the database; returns its DSN once it accepts connections.
+        """Starts the server, on first use after creating the database; returns its DSN once it accepts connections.
 
-        Raises PostgresError, with the last lines of the log where there are some.
+        Raises PostgresError, with the last lines of the log if there are any.
         """
         assert self._process is None, "started twice"
         self._address = None
@@ -150,8 +150,9 @@ class EmbeddedPostgres:
             raise
 
     async def keep_running(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
-        """Starts the server again whenever it ends by itself, with back-off, at the same address. For ever; cancel it
-        before `stop`. `on_change` is told False when the server has ended, True when it accepts connections again."""
+        """Starts the server again whenever it ends by itself, with back-off, at the same address. Runs until
+        cancelled; cancel it before `stop`. `on_change` is called with False when the server has ended, with True
+        when it accepts connections again."""
         loop = asyncio.get_running_loop()
         backoff = Backoff(RESTART_FIRST_MS, RESTART_MS_MAX)
         while True:
@@ -179,7 +180,8 @@ class EmbeddedPostgres:
         return True
 
     def running_dsn(self) -> str:
-        """Of the server that another process runs on this directory. Raises PostgresError when there is none."""
+        """Returns the DSN of the server that another process runs on this directory. Raises PostgresError
+        without a server."""
         try:
             lines = (self.data_dir / "postmaster.pid").read_text().splitlines()
             port, directory, host = int(lines[3]), lines[4], lines[5]
@@ -188,7 +190,7 @@ class EmbeddedPostgres:
         return self._dsn(directory or host, port)
 
     async def stop(self) -> None:
-        """Fast shutdown (open transactions roll back); harder ones if that takes too long. Idempotent."""
+        """Shuts the server down fast (open transactions roll back), harder if that takes too long. Idempotent."""
         process, self._process = self._process, None
         try:
             if process is not None:
@@ -197,7 +199,7 @@ class EmbeddedPostgres:
             self._release_lock()
 
     def kill(self) -> None:
-        """SIGKILL, as a crash would: the next start recovers."""
+        """Sends SIGKILL, as a crash would: the next start recovers."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -208,7 +210,7 @@ class EmbeddedPostgres:
         return self.data_dir.with_name(self.data_dir.name + suffix)
 
     def _acquire_lock(self) -> None:
-        """The lock goes with our process: who has it may take a running server for an orphan."""
+        """Takes the lock, which ends with our process: its holder may take a running server for an orphan."""
         try:
             files.make_directory(self.data_dir.parent)
             lock = os.open(self._beside(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
@@ -259,7 +261,7 @@ class EmbeddedPostgres:
         if path.exists() or files.free_bytes(self.data_dir) < 2 * RESERVE_BYTES:
             return
         try:
-            # Bytes that differ, by write: a file system may keep zeros, or what was only allocated, in no room at all.
+            # The bytes differ with each write: a file system may store zeros, or unwritten blocks, in no space at all.
             files.write_bytes(path, secrets.token_bytes(RESERVE_BYTES))
         except OSError as error:
             log.warning("cannot set bytes aside for a start on a full disk, in %s: %s", path, error)
@@ -272,7 +274,7 @@ class EmbeddedPostgres:
         )
 
     async def _check_version(self, bin_dir: Path, user: RunAs) -> None:
-        """Checks that the data are of the programs' major version, which refuse any other. Raises PostgresError."""
+        """Refuses data of another major version than the programs' with PostgresError, as PostgreSQL would."""
         made_by = (self.data_dir / "PG_VERSION").read_bytes()[:32].decode(errors="replace").strip()
         said = await asyncio.to_thread(self._output_of, user.command(bin_dir / "postgres", ["--version"]), user)
         match = re.search(r"(\d+)(?:\.|devel|beta|rc|\s|$)", said)
@@ -291,9 +293,11 @@ class EmbeddedPostgres:
         return (ended.stdout or ended.stderr).decode(errors="replace").strip()
 
     async def _initialise(self, bin_dir: Path, user: RunAs) -> None:
-        """Makes a new data directory: initdb beside the final place, then rename. A crash in between leaves nothing
-        half-made there. The place is another each time: an initdb that outlives its parent for a moment removes what it
-        has made."""
+        """Makes a new data directory: initdb beside the final place, then rename.
+
+        A crash in between leaves nothing half-made there. The place differs each time: an initdb that outlives its
+        parent for a moment removes its files.
+        """
         for leftover in self.data_dir.parent.glob(f"{glob.escape(self.data_dir.name)}.initdb*"):
             if leftover.is_dir():
                 await asyncio.to_thread(stop_orphans, leftover)
@@ -319,20 +323,22 @@ class EmbeddedPostgres:
             _remove(fresh)
 
     def _write_access_rules(self, user: RunAs) -> None:
-        """Writes who may connect, beside PostgreSQL's own files: those of older data directories trust every local
+        """Writes the access rules beside PostgreSQL's own files: those of older data directories trust every local
         user."""
         clients = dict.fromkeys((user.client, "root"))
         for path, content in (
             (self.data_dir / HBA_FILE, HBA),
             (self.data_dir / IDENT_FILE, "".join(f'streamhouse "{client}" postgres\n' for client in clients)),
         ):
-            if _content_of(path) != content:  # a full disk has no room for what is there already
+            if _content_of(path) != content:  # a full disk has no room for a file that is already right
                 files.write_text(path, content)
             user.give(path)
 
     async def _add_checksums(self, bin_dir: Path, user: RunAs) -> None:
-        """Turns page checksums on in a data directory that was made without, while its server does not run. Should
-        that fail, the data are as good as before: says what to do and returns."""
+        """Turns page checksums on in a data directory that was made without, while its server does not run.
+
+        After a failure the data are as good as before: logs the remedy and returns.
+        """
         process, self._process = self._process, None
         assert process is not None
         await _stop_process(process)
@@ -383,7 +389,7 @@ class EmbeddedPostgres:
             raise self._error(message, log_at) from None
 
     def _launch(self, bin_dir: Path, user: RunAs, address: tuple[str, int]) -> tuple[subprocess.Popen[bytes], int]:
-        """Starts the server process; returns it, and where its lines begin in the log."""
+        """Starts the server process; returns the process, and the position in the log where its lines begin."""
         command = user.command(bin_dir / "postgres", self._arguments(*address))
         with self._open_log() as output:
             log_at = output.tell()
@@ -391,7 +397,7 @@ class EmbeddedPostgres:
         return self._process, log_at
 
     async def _accepts(self, dsn: str, process: subprocess.Popen[bytes]) -> bool:
-        """Whether the server accepts a connection (True) or ends first (False)."""
+        """Returns True once the server accepts a connection, False if it ends first."""
         while process.poll() is None:
             try:
                 connection = await asyncpg.connect(dsn)
@@ -411,7 +417,7 @@ class EmbeddedPostgres:
         return port_taken or any(_LEFT_BY_CRASH in line for line in lines)
 
     def _choose_address(self) -> tuple[str, int]:
-        """A socket directory, or an IP address; and the port."""
+        """Returns a socket directory or an IP address, and the port."""
         if self._port is not None:
             return "127.0.0.1", self._port
         socket_path = self.data_dir / f".s.PGSQL.{SOCKET_PORT}"
@@ -473,14 +479,15 @@ def _is_no_space(line: str) -> bool:
 
 
 def _spawn(command: Sequence[str], output: IO[bytes], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start in a session of its own, so that Ctrl-C in a terminal reaches only us, and we stop it in order."""
+    """Starts a program in a session of its own, so that Ctrl-C in a terminal reaches only us, and we stop it in
+    order."""
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environ, start_new_session=True
     )
 
 
 def _content_of(path: Path) -> str | None:
-    """Returns the text of a small file; None if there is none, or bytes that are no text."""
+    """Returns the text of a small file, or None if it is missing or not text."""
     try:
         return path.read_text()
     except (FileNotFoundError, UnicodeDecodeError):
@@ -488,7 +495,7 @@ def _content_of(path: Path) -> str | None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or a directory with all that is in it, as far as it is there."""
+    """Removes a file or a directory with its contents, as far as it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

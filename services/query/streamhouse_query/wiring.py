@@ -45,13 +45,13 @@ from streamhouse_query.settings import QuerySettings
 
 log = logging.getLogger(__name__)
 
-# Calls that run when the service stops: a fetch of some MiB is through by then, long polls were ended before.
+# For calls that run when the service stops: a fetch of some MiB is through by then, long polls were ended before.
 CALL_GRACE_MS = 1_000
 
 
 @dataclass
 class QueryService:
-    """`tasks` tells when a background task died."""
+    """The parts of a running query service. `tasks` reports a background task that died."""
 
     api: QueryApi
     tasks: Tasks
@@ -94,7 +94,7 @@ def build(
     ingest_at: Callable[[str], IngestApi],
     clock: Clock | None = None,
 ) -> QueryService:
-    """The service over its peers; does no I/O. `store` stays the caller's to close. Raises SettingsError."""
+    """Returns the service over its peers; does no I/O. The caller closes `store`. Raises SettingsError."""
     clock = clock or SystemClock()
     counters, tasks, index = Counters(), Tasks(), LiveIndex()
     disk = DiskCache(settings.cache_dir, settings.cache_bytes_max, settings.cache_chunk_bytes, counters)

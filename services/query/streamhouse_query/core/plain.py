@@ -1,6 +1,6 @@
 """Records in the plain form, for clients that do not know the batch encoding.
 
-The one place of a server that makes an object per record; it is bounded by RECORDS_MAX per response.
+The only place of a server that makes an object per record; it is bounded by RECORDS_MAX per response.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from numpy.typing import NDArray
 from shformat import Records, decode_batch
 from shproto.v1 import types_pb2
 
-# About 10 ms of work. Who wants more takes encoded batches.
+# About 10 ms of work. Readers of more take encoded batches.
 RECORDS_MAX = 10_000
-# What a header costs beside its bytes, so that millions of empty ones are not taken for nothing.
+# Cost of a header beside its bytes, so that millions of empty headers count.
 _HEADER_BYTES = 16
 
 
 def plain_records(
     batches: Iterable[bytes], offset: int, next_offset: int, bytes_max: int
 ) -> tuple[list[types_pb2.Record], int]:
-    """(records from `offset` on: at least one if there is one, else up to `bytes_max` of keys, values and headers;
-    the offset to go on at). `next_offset`: where a reader of all of `batches` goes on. Raises FormatError."""
+    """Returns records from `offset` on, and the offset to go on at.
+
+    Returns at least one record if there is one, else up to `bytes_max` of keys, values and headers. `next_offset`:
+    where a reader of all of `batches` goes on. Raises FormatError.
+    """
     plain: list[types_pb2.Record] = []
     for batch in batches:
         records = decode_batch(batch)
@@ -37,7 +40,7 @@ def plain_records(
 
 
 def _sizes(records: Records) -> NDArray[np.int64]:
-    """Bytes of all records before each one, and of all of them."""
+    """Returns the cumulative bytes of records: before each, and of all."""
     sizes = np.zeros(len(records) + 1, np.int64)
     sizes[1:] = records.keys.ends + records.values.ends
     if records.headers is not None:
@@ -49,7 +52,7 @@ def _sizes(records: Records) -> NDArray[np.int64]:
 
 
 def _stop(sizes: NDArray[np.int64], first: int, bytes_max: int, count_max: int, *, at_least_one: bool) -> int:
-    """The first position that does not fit any more."""
+    """Returns the first position that does not fit any more."""
     count = len(sizes) - 1
     fits = int(np.searchsorted(sizes[1:], int(sizes[first]) + bytes_max, side="right"))
     stop = min(fits, first + count_max, count)
