@@ -1420,9 +1420,10 @@ async def test_a_start_that_fails_after_its_session_was_opened_gives_the_id_back
         with pytest.raises(OSError, match="a disk that dies"):
             await started(tmp_path / "a", coordinator)
     assert not coordinator.sessions
-    async with running(tmp_path / "b", coordinator) as service:
-        await led(service)
-        assert (await service.api.produce(request(b"v"))).epoch == 2
+    service = await started(tmp_path / "b", coordinator, shutdown_timeout_ms=1)
+    await led(service)
+    assert (await service.api.produce(request(b"v"))).epoch == 2
+    await service.stop()
     async with running(tmp_path / "a", coordinator):
         assert coordinator.ranges[(topic_id, 0, 1)].end == 0, "nothing was written there, and it can be opened again"
 
