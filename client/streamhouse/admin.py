@@ -350,7 +350,12 @@ class Admin(AsyncContext):
         if execute and plan:
             commits = [
                 coordinator_pb2.OffsetCommit(
-                    topic=r.topic, partition=r.partition, offset=r.offset, topic_id=topics[r.topic].topic_id
+                    # With the id of the topic read above: the coordinator refuses the reset if the name belongs to
+                    # another topic by now.
+                    topic=r.topic,
+                    partition=r.partition,
+                    offset=r.offset,
+                    topic_id=topics[r.topic].topic_id,
                 )
                 for r in plan
             ]

@@ -58,6 +58,8 @@ class Commits:
                     return
                 except UnknownTopic as error:
                     rest = {where: at for where, at in positions.items() if where.topic != error.details.get("topic")}
+                    # The error names no topic of these positions: dropping none of them would repeat the same commit
+                    # for ever.
                     if len(rest) == len(positions):
                         raise
                     log.warning("positions of a deleted topic are not committed: %s", error)
@@ -89,7 +91,7 @@ class Commits:
         while True:
             await asyncio.sleep(interval_ms / 1000)
             try:
-                await self.commit_existing()
+                await self.commit_existing()  # not `commit`: a deleted topic must not hold up the others
                 failing = ""
             except StreamHouseError as error:
                 if failing != error.reason:  # logged once, not with every try
@@ -103,5 +105,5 @@ def _outstanding(cursors: Cursors, done_below: DoneBelow) -> dict[TopicPartition
     return {
         where: Position(offset, cursor.topic_id)
         for where, (cursor, offset) in done.items()
-        if offset != cursor.committed
+        if offset != cursor.committed  # not only above it: a seek backwards is committed as well
     }

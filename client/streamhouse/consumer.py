@@ -203,7 +203,7 @@ class Consumer(AsyncContext, AsyncIteration):
         self._reader = Reader(self._options, self._peers, self._metadata, self._offsets.look_up, self._topic_gone)
         self._membership: Membership | None = None
         self._tasks: Tasks | None = None  # once started
-        self._starting = asyncio.Lock()
+        self._starting = asyncio.Lock()  # every task that iterates starts the consumer
         self._starts = 0  # number of calls that wait for the partitions to be open
         self._start_positions = StartPositions(
             self._options,
@@ -247,7 +247,7 @@ class Consumer(AsyncContext, AsyncIteration):
         try:
             await self.start()
         except BaseException:
-            await self.close(done_with_last=False)
+            await self.close(done_with_last=False)  # a failed start leaves connections, and perhaps tasks
             raise
         return self
 
@@ -512,6 +512,7 @@ class Consumer(AsyncContext, AsyncIteration):
         if self._closed:
             return None
         self._closed = True
+        # Before the first await: a task that reads meanwhile gets no further record.
         self._iteration.close()
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         closing = Closing(done_with_last=done_with_last, timeout_s=timeout_s, deadline_s=deadline_s)
@@ -573,6 +574,7 @@ class Consumer(AsyncContext, AsyncIteration):
             await self._end_close(closing)
 
     async def _shut_down(self) -> None:
+        # In this order: callbacks and tasks use the connections until they have ended.
         await self._assignments.stop()
         if self._tasks is not None:
             await self._tasks.stop()
@@ -911,6 +913,8 @@ class Consumer(AsyncContext, AsyncIteration):
             self._move(still[where], found[where])
 
     def _move(self, cursor: Cursor, offset: int) -> None:
+        # A new cursor, not a new offset in the old: portions on their way for the old cursor are dropped, because that
+        # cursor is not live any more.
         moved = Cursor.at(cursor.where, offset, cursor.committed, cursor.end, cursor.topic_id)
         moved.bound = cursor.bound
         if cursor.where in self._assignments.kept:
@@ -1051,6 +1055,8 @@ class Consumer(AsyncContext, AsyncIteration):
 
     async def _store(self, positions: Mapping[TopicPartition, Position]) -> None:
         if self._membership is not None:
+            # Refused here, because the group may have assigned the partition to this member again and would accept a
+            # position from before the loss.
             if lost := sorted(self._assignments.lost & positions.keys()):
                 raise IllegalGeneration(
                     f"group {self._options.group} took {lost[0].topic}/{lost[0].partition} away meanwhile: another "
@@ -1067,6 +1073,8 @@ class Consumer(AsyncContext, AsyncIteration):
         """Reads the partitions that the group assigns, except partitions of topics not subscribed to any more: the
         group does not know the new subscription yet."""
         self._has_lost = False
+        # A consumer that closes with callbacks is giving its partitions up: the answer to a late heartbeat must not
+        # open them again.
         if not self._closed or not self._assignments.callbacks.kinds():
             subscription = self._subscriptions.current
             self._assignments.want(where for where in partitions if subscription.includes(where.topic))

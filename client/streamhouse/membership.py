@@ -130,9 +130,7 @@ class Membership:
                     answer = await self._beat()
                     if answer is not None and asked_as == self.member_id:
                         self._apply(answer)
-                        if (
-                            self._assigned - self._owned()
-                        ):  # not wanted any more: the group would assign them again at once
+                        if self._assigned - self._owned():  # unwanted: the group would assign them again at once
                             await self._pause()
                     self._backoff.reset()  # not after a join: a member that the group forgets each time must not spin
                 self._note_success()
@@ -210,8 +208,8 @@ class Membership:
         self._answered.set()
 
     def owned_changed(self) -> None:
-        """Compares the owned partitions with the last comparison. Partitions given up are reported to the group at
-        once: their next owners wait for that."""
+        """Notes which partitions are owned now, and reports partitions given up to the group at once: their next owners
+        wait for that."""
         owned = self._owned()
         given_up = self._tenures.keys() - owned
         for where in given_up:

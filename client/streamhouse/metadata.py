@@ -63,7 +63,7 @@ class MetadataCache:
             self._refreshing[topic] = running
             running.add_done_callback(lambda _: self._refreshing.pop(topic, None))
         try:
-            await asyncio.shield(running)
+            await asyncio.shield(running)  # a cancelled caller must not end the request of the others
         except asyncio.CancelledError:
             if running.cancelled() and not being_cancelled():  # `close` has cancelled the refresh, not the caller
                 raise closed_error() from None

@@ -70,7 +70,7 @@ class Offsets:
         return {
             where: OffsetAndMetadata(found[where].offset, found[where].metadata)
             for where, topic_id in partitions.items()
-            if where in found and found[where].topic_id in (topic_id, b"")  # empty: committed with an older coordinator
+            if where in found and found[where].topic_id in (topic_id, b"")  # empty: the coordinator is an older version
         }
 
     async def commit(self, positions: Mapping[TopicPartition, Position]) -> None:

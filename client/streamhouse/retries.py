@@ -54,7 +54,7 @@ class Retries:
                     answer = await call()
             except TimeoutError as error:
                 if not timeout.expired():
-                    raise
+                    raise  # a TimeoutError of the call itself
                 raise self._gave_up(last) from error
             except StreamHouseError as error:
                 if not _may_repeat(error, repeatable):
@@ -132,6 +132,8 @@ class RetryingConnection:
         """Yields the answers. Raises as `Retries.run` does until the first answer; after that the errors of the
         stream."""
 
+        # The first answer is awaited inside the repeated call: until then the caller has seen nothing of the stream, so
+        # that another stream may take its place.
         async def begin() -> tuple[AsyncIterator[ResponseT], ResponseT | None]:
             stream = self._connection.unary_stream(path, request, response_type)
             return stream, await anext(stream, None)

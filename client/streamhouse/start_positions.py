@@ -54,7 +54,7 @@ class StartPositions:
         self._is_held = is_held
         self._opened = opened
         self._topic_unknown = topic_unknown
-        self._awaited: dict[TopicPartition, object] = {}
+        self._awaited: dict[TopicPartition, object] = {}  # with a new token for each assignment
         self._news = asyncio.Event()
         self._progress = asyncio.Event()  # something was opened, taken away, or failed
         self._failure: StreamHouseError | None = None
@@ -79,7 +79,7 @@ class StartPositions:
     async def opened(self) -> None:
         """Returns once all added partitions are open. Raises the error of opening: at once if the error is permanent,
         else after retry_timeout_ms (Unavailable if nothing had failed until then). `run` keeps trying in any case."""
-        self._failure = None
+        self._failure = None  # an error from before this call concerns an earlier try
         try:
             async with asyncio.timeout(self._options.retry_timeout_ms / 1000):
                 while self._awaited:
@@ -118,6 +118,7 @@ class StartPositions:
                 self._news.set()
 
     async def _open_awaited(self) -> None:
+        # A copy with the tokens of now: partitions are revoked, and assigned again, during the requests below.
         asked = dict(self._awaited)
         cursors = await self._find(sorted(asked))
         await self._store_starts(

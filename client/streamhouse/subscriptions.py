@@ -83,5 +83,5 @@ class Subscriptions:
                 continue
             failing = ""
             backoff.reset()
-            if asked is self.current:
+            if asked is self.current:  # `replace` may have come during the request
                 self._found(topics)

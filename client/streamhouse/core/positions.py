@@ -127,6 +127,7 @@ class Portion:
         """Returns up to `count_max` of the records not handed over yet, or None if no records are left or the cursor
         has ended; and True if these are the last, which come as a single record."""
         rest = self.rest()
+        # The last record comes alone: handing it over finishes the portion, and gives its room back, at once.
         if rest is None or len(rest) == 1:
             return rest, rest is not None
         fits = max(1, ROWS_BYTES_MAX * len(rest) // max(1, rest.size_bytes))
@@ -152,6 +153,7 @@ def check_continuity(cursor: Cursor, spans: Sequence[BatchSpan], next_offset: in
     epoch changes. Raises Internal for offsets that go backwards, DataLoss for missing records."""
     expected, epoch = cursor.fetch_offset, cursor.last_epoch
     for position, span in enumerate(spans):
+        # The server sends whole batches: the first may begin before the cursor.
         begins_before = position == 0 and span.base_offset < expected < span.end_offset
         if span.base_offset < expected and not begins_before:
             raise _backwards(cursor, expected, span.base_offset)

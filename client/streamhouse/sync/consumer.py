@@ -96,8 +96,8 @@ class Consumer(PlainContext, PlainIteration):
         self._iteration.in_loop = _in_loop
         self._take = self._iteration.take
         self._workers = threading.local()  # by thread; not by its number, which a later thread may get
-        self._taking = threading.Lock()
-        self._advancing = threading.Lock()
+        self._taking = threading.Lock()  # one thread at a time inside `take`
+        self._advancing = threading.Lock()  # one thread at a time waits for records; the others find them
 
     def __enter__(self) -> Self:
         try:
