@@ -36,7 +36,7 @@ class Retries:
         self._option = option
         self._timeout_ms = timeout_ms
         self._bootstrap = ",".join(bootstrap)
-        self._told = False
+        self._is_reported = False
         self._answered_s = -math.inf  # when a call was last answered, on the event loop's clock
 
     async def run(self, call: Callable[[], Awaitable[T]], *, repeatable: bool = True) -> T:
@@ -75,14 +75,14 @@ class Retries:
         return RetryingConnection(connection, self)
 
     def _notice(self, error: StreamHouseError, silent_s: float) -> None:
-        if not self._told and silent_s * 1000 >= NOTICE_AFTER_MS:
-            self._told = True
+        if not self._is_reported and silent_s * 1000 >= NOTICE_AFTER_MS:
+            self._is_reported = True
             log.warning("no answer yet, trying again for %s = %d: %s", self._option, self._timeout_ms, error)
 
     def _answered(self) -> None:
         self._answered_s = asyncio.get_running_loop().time()
-        if self._told:
-            self._told = False
+        if self._is_reported:
+            self._is_reported = False
             log.info("%s answers", self._bootstrap)
 
     def _gave_up(self, last: StreamHouseError | None) -> StreamHouseError:
