@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from shproto.model import Range, Segment
+
 Kind = Literal["missing", "damaged", "different", "overlapping", "gap", "unregistered", "outdated", "metadata"]
 
 
@@ -26,53 +28,25 @@ class Finding:
     object_at: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class RegisteredSegment:
-    """A segment as it is registered. lost_reason: it stands for records that are gone, and has no object."""
-
-    segment_id: str
-    topic_id: str
-    topic: str
-    partition: int
-    epoch: int
-    base_offset: int
-    end_offset: int
-    record_count: int
-    object_key: str
-    object_at: int
-    size_bytes: int
-    first_timestamp_ms: int
-    max_timestamp_ms: int
-    lost_reason: str
-
-    def finding(self, kind: Kind, what: str) -> Finding:
-        return Finding(
-            kind,
-            what,
-            self.topic,
-            self.partition,
-            self.base_offset,
-            self.end_offset,
-            self.object_key,
-            self.object_at,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class RegisteredRange:
-    """[start_offset, registered_end) of one epoch should be in segments."""
-
-    epoch: int
-    start_offset: int
-    registered_end: int
+def finding(segment: Segment, kind: Kind, what: str) -> Finding:
+    return Finding(
+        kind,
+        what,
+        segment.topic,
+        segment.partition,
+        segment.base_offset,
+        segment.end_offset,
+        segment.object_key,
+        segment.object_at,
+    )
 
 
 def check_partition(
     topic: str,
     partition: int,
     log_start_offset: int,
-    ranges: Sequence[RegisteredRange],
-    segments: Iterable[RegisteredSegment],
+    ranges: Sequence[Range],
+    segments: Iterable[Segment],
 ) -> list[Finding]:
     """Overlaps between segments, and gaps in the registered part of the ranges."""
     ordered = sorted(segments, key=lambda segment: (segment.base_offset, segment.end_offset))
@@ -86,15 +60,15 @@ def check_partition(
     return findings
 
 
-def _overlaps(ordered: Sequence[RegisteredSegment]) -> Iterator[Finding]:
-    furthest: RegisteredSegment | None = None
+def _overlaps(ordered: Sequence[Segment]) -> Iterator[Finding]:
+    furthest: Segment | None = None
     for segment in ordered:
         if furthest is not None and segment.base_offset < furthest.end_offset:
             what = (
                 f"segments {furthest.segment_id} and {segment.segment_id} both hold offsets "
                 f"{segment.base_offset} to {min(furthest.end_offset, segment.end_offset)} (exclusive)"
             )
-            yield segment.finding("overlapping", what)
+            yield finding(segment, "overlapping", what)
         if furthest is None or segment.end_offset > furthest.end_offset:
             furthest = segment
 
@@ -122,10 +96,10 @@ def _uncovered(start: int, end: int, spans: Iterable[tuple[int, int]]) -> Iterat
         yield start, end
 
 
-def check_contents(segment: RegisteredSegment, described: Mapping[str, Any]) -> list[Finding]:
+def check_contents(segment: Segment, described: Mapping[str, Any]) -> list[Finding]:
     """`described`: what shformat.describe_segment found in the segment's bytes."""
     damage = [
-        segment.finding("damaged", f"at byte {item['at']} of the segment: {item['what']}")
+        finding(segment, "damaged", f"at byte {item['at']} of the segment: {item['what']}")
         for item in described["damage"]
     ]
     header = described["header"]
@@ -144,7 +118,7 @@ def check_contents(segment: RegisteredSegment, described: Mapping[str, Any]) -> 
         "max_timestamp_ms": max(block["max_timestamp_ms"] for block in blocks),
     }
     return [
-        segment.finding("different", f"{name} is registered as {getattr(segment, name)}, the object has {value}")
+        finding(segment, "different", f"{name} is registered as {getattr(segment, name)}, the object has {value}")
         for name, value in found.items()
         if getattr(segment, name) != value
     ]

@@ -10,18 +10,19 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from shformat import describe_segment
+from shproto.convert import range_from_proto, segments_from_proto
 from shproto.errors import Unavailable, UnknownTopic
+from shproto.model import Range, Segment
 from shproto.services import CoordinatorApi
-from shproto.v1 import coordinator_pb2, types_pb2
+from shproto.v1 import coordinator_pb2
 from shruntime.tasks import cancel_and_wait
 from shstore import ObjectMissing, ObjectStore, RangeBeyondEnd
 
 from streamhouse_cli.registry_check import (
     Finding,
-    RegisteredRange,
-    RegisteredSegment,
     check_contents,
     check_partition,
+    finding,
 )
 
 # Where segmenters put objects.
@@ -67,8 +68,8 @@ class _Partition:
     topic_id: str
     number: int
     log_start_offset: int
-    ranges: list[RegisteredRange] = field(default_factory=list)
-    segments: list[RegisteredSegment] = field(default_factory=list)
+    ranges: list[Range] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
 
 
 class Verifier:
@@ -130,15 +131,15 @@ class Verifier:
                 key = (item.topic.topic_id.hex(), item.partition)
                 if key not in found:
                     found[key] = _Partition(item.topic.topic, key[0], item.partition, item.log_start_offset)
-                found[key].ranges += [RegisteredRange(r.epoch, r.start_offset, r.registered_end) for r in item.ranges]
-                found[key].segments += [_segment(ref) for ref in item.segments]
+                found[key].ranges += [range_from_proto(owned) for owned in item.ranges]
+                found[key].segments += segments_from_proto(item.segments)
         if self._topic is not None and not found:
             raise UnknownTopic(f"topic {self._topic!r} does not exist", topic=self._topic)
         return list(found.values())
 
     # ---- segments
 
-    async def _read_all(self, segments: Sequence[RegisteredSegment]) -> None:
+    async def _read_all(self, segments: Sequence[Segment]) -> None:
         waiting = iter(segments)
         readers = [asyncio.create_task(self._read_each(waiting)) for _ in range(SEGMENTS_AT_ONCE)]
         try:
@@ -146,7 +147,7 @@ class Verifier:
         finally:
             await cancel_and_wait(*readers)
 
-    async def _read_each(self, segments: Iterator[RegisteredSegment]) -> None:
+    async def _read_each(self, segments: Iterator[Segment]) -> None:
         for segment in segments:
             findings = await self._read(segment)
             if findings and await self._is_unreferenced([segment.object_key]):
@@ -158,14 +159,14 @@ class Verifier:
                 self._report.size_bytes += segment.size_bytes
             self._progress(segment.size_bytes)
 
-    async def _read(self, segment: RegisteredSegment) -> list[Finding]:
+    async def _read(self, segment: Segment) -> list[Finding]:
         window = SegmentWindow(self._store, segment)
         try:
             described = await asyncio.to_thread(describe_segment, window.read, segment.size_bytes)
         except ObjectMissing:
-            return [segment.finding("missing", "the object is not in the store")]
+            return [finding(segment, "missing", "the object is not in the store")]
         except RangeBeyondEnd as error:
-            return [segment.finding("missing", f"the object is too short: {error}")]
+            return [finding(segment, "missing", f"the object is too short: {error}")]
         return check_contents(segment, described)
 
     async def _is_unreferenced(self, keys: Sequence[str]) -> list[str]:
@@ -220,7 +221,7 @@ class Verifier:
 class SegmentWindow:
     """A segment's bytes for a reader in another thread: fetched in pieces, the last two of which are kept."""
 
-    def __init__(self, store: ObjectStore, segment: RegisteredSegment) -> None:
+    def __init__(self, store: ObjectStore, segment: Segment) -> None:
         self._store = store
         self._segment = segment
         self._loop = asyncio.get_running_loop()
@@ -240,22 +241,3 @@ class SegmentWindow:
 def _metadata_finding(item: coordinator_pb2.ProjectionDifference) -> Finding:
     found, expected = item.found_json or "no such row", item.expected_json or "no such row"
     return Finding("metadata", f"table {item.table}: {found}; its events give {expected}")
-
-
-def _segment(ref: types_pb2.SegmentRef) -> RegisteredSegment:
-    return RegisteredSegment(
-        ref.segment_id,
-        ref.topic_id.hex(),
-        ref.topic,
-        ref.partition,
-        ref.epoch,
-        ref.base_offset,
-        ref.end_offset,
-        ref.record_count,
-        ref.object_key,
-        ref.object_at,
-        ref.size_bytes,
-        ref.first_timestamp_ms,
-        ref.max_timestamp_ms,
-        ref.lost_reason,
-    )

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shformat import Records, SegmentBuilder, describe_segment, encode_batch, stamp_batch
+from shproto.model import Range, RangeStatus, Segment
 from streamhouse_cli.registry_check import (
-    RegisteredRange,
-    RegisteredSegment,
     check_contents,
     check_partition,
 )
@@ -20,15 +19,24 @@ pytestmark = pytest.mark.quick
 TOPIC_ID = uuid.uuid4()
 
 
-def segment(base: int, end: int, **changes: Any) -> RegisteredSegment:
-    made = RegisteredSegment(
-        f"s{base}", TOPIC_ID.hex, "orders", 0, 7, base, end, end - base, f"data/{base}", 0, 100, 5, 9, ""
-    )
+def segment(base: int, end: int, **changes: Any) -> Segment:
+    made = Segment(
+        segment_id=f"s{base}", topic_id=TOPIC_ID.hex, topic="orders", partition=0, epoch=7, base_offset=base,
+        end_offset=end, record_count=end - base, object_key=f"data/{base}", object_at=0, size_bytes=100, raw_bytes=100,
+        first_timestamp_ms=5, max_timestamp_ms=9,
+    )  # fmt: skip
     return replace(made, **changes)
 
 
-def kinds(ranges: list[tuple[int, int]], segments: list[RegisteredSegment], log_start: int = 0) -> list[Any]:
-    owned = [RegisteredRange(number, *span) for number, span in enumerate(ranges, 1)]
+def owned_range(epoch: int, start: int, end: int) -> Range:
+    return Range(
+        epoch=epoch, start_offset=start, limit_offset=end, registered_end=end, end_offset=end,
+        status=RangeStatus.SETTLED, agent_id="a", wal_id="w",
+    )  # fmt: skip
+
+
+def kinds(ranges: list[tuple[int, int]], segments: list[Segment], log_start: int = 0) -> list[Any]:
+    owned = [owned_range(number, *span) for number, span in enumerate(ranges, 1)]
     found = check_partition("orders", 0, log_start, owned, segments)
     return [(item.kind, item.base_offset, item.end_offset) for item in found]
 
@@ -74,7 +82,7 @@ def contents() -> bytes:
     return b"".join(builder.finish().parts)
 
 
-def check(contents: bytes, registered: RegisteredSegment) -> list[tuple[str, str]]:
+def check(contents: bytes, registered: Segment) -> list[tuple[str, str]]:
     described = describe_segment(lambda at, size_bytes: contents[at : at + size_bytes], len(contents))
     return [(item.kind, item.what) for item in check_contents(registered, described)]
 

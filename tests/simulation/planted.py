@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from unittest import mock
 
 from shcluster.freshness import Freshness
-from shproto.events import Segment
+from shproto.model import Segment
 from streamhouse import commits
 from streamhouse.batches import Batch
 from streamhouse.core.positions import Cursor, Position

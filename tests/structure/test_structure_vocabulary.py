@@ -8,7 +8,7 @@ from tests.structure.modules import Modules, our_modules, parsed
 
 pytestmark = pytest.mark.quick
 
-HOMES = ("shproto.acks", "shproto.keys", "shproto.limits")
+HOMES = ("shproto.acks", "shproto.keys", "shproto.limits", "shproto.model")
 # Of shformat.limits; the rest of it is the format's own.
 BOUNDS = ("INT64_MAX", "INT64_MIN", "UINT32_MAX")
 

@@ -11,79 +11,18 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import Any
 
 import shproto.events as ev
 from shproto.acks import ACKS_DURABLE
 from shproto.keys import PartitionKey, TopicId
+from shproto.model import Range, RangeStatus, Segment
 
 INGEST = "ingest"
 
 
 class IndexMismatch(Exception):
     """An event does not fit the state it is applied to: the snapshot has to be taken again."""
-
-
-class RangeStatus(StrEnum):
-    OPEN = "open"
-    ORPHANED = "orphaned"
-    SETTLED = "settled"
-    LOST = "lost"
-
-
-@dataclass(frozen=True, slots=True)
-class EpochRange:
-    """The offsets [start_offset, limit_offset) that one epoch owns. Segments cover them up to registered_end;
-    end_offset is known once the range is settled or lost: nothing at or beyond it was acknowledged. acknowledged_end:
-    its log came back, and lacks records that it had acknowledged up to there."""
-
-    epoch: int
-    start_offset: int
-    limit_offset: int
-    registered_end: int
-    end_offset: int | None
-    status: RangeStatus
-    agent_id: str
-    wal_id: str
-    acknowledged_end: int | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether segments cover all of it."""
-        return self.end_offset is not None and self.registered_end >= self.end_offset
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentEntry:
-    """Where [base_offset, end_offset) lies: `size_bytes` from byte `object_at` of `object_key`; with a
-    `lost_reason` nowhere."""
-
-    segment_id: str
-    epoch: int
-    base_offset: int
-    end_offset: int
-    record_count: int
-    object_key: str
-    object_at: int
-    size_bytes: int
-    max_timestamp_ms: int
-    lost_reason: str
-
-    @classmethod
-    def of(cls, segment: ev.Segment) -> SegmentEntry:
-        return cls(
-            segment.segment_id,
-            segment.epoch,
-            segment.base_offset,
-            segment.end_offset,
-            segment.record_count,
-            segment.object_key,
-            segment.object_at,
-            segment.size_bytes,
-            segment.max_timestamp_ms,
-            segment.lost_reason,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +53,8 @@ class PartitionIndex:
     partition: int
     durable_only: bool
     log_start_offset: int = 0
-    ranges: list[EpochRange] = field(default_factory=list)
-    segments: list[SegmentEntry] = field(default_factory=list)
+    ranges: list[Range] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
     _bases: list[int] = field(default_factory=list)
     _latest: list[int] = field(default_factory=list)
 
@@ -129,19 +68,19 @@ class PartitionIndex:
 
     # ---- looking up
 
-    def segment_at(self, offset: int) -> SegmentEntry | None:
+    def segment_at(self, offset: int) -> Segment | None:
         """The segment that holds `offset`."""
         position = bisect_right(self._bases, offset) - 1
         if position < 0 or self.segments[position].end_offset <= offset:
             return None
         return self.segments[position]
 
-    def segment_after(self, offset: int) -> SegmentEntry | None:
+    def segment_after(self, offset: int) -> Segment | None:
         """The first segment whose base is `offset` or above."""
         position = bisect_left(self._bases, offset)
         return self.segments[position] if position < len(self.segments) else None
 
-    def segment_reaching(self, timestamp_ms: int, from_offset: int) -> SegmentEntry | None:
+    def segment_reaching(self, timestamp_ms: int, from_offset: int) -> Segment | None:
         """The first segment that ends beyond `from_offset` and has a record at `timestamp_ms` or later."""
         latest = self._running_latest()
         position = bisect_left(latest, timestamp_ms)
@@ -187,7 +126,7 @@ class PartitionIndex:
 
     # ---- changing; only ClusterIndex calls these
 
-    def load(self, log_start_offset: int, ranges: Iterable[EpochRange], segments: Iterable[SegmentEntry]) -> None:
+    def load(self, log_start_offset: int, ranges: Iterable[Range], segments: Iterable[Segment]) -> None:
         """A part of a snapshot; a large partition comes in several."""
         self.log_start_offset = log_start_offset
         known = {item.epoch: item for item in self.ranges} | {item.epoch: item for item in ranges}
@@ -195,7 +134,7 @@ class PartitionIndex:
         for segment in segments:
             self.add_segment(segment)
 
-    def add_segment(self, segment: SegmentEntry) -> None:
+    def add_segment(self, segment: Segment) -> None:
         """Raises IndexMismatch when it overlaps a known one."""
         position = bisect_left(self._bases, segment.base_offset)
         before = self.segments[position - 1] if position else None
@@ -206,7 +145,7 @@ class PartitionIndex:
         self._bases.insert(position, segment.base_offset)
         del self._latest[position:]
 
-    def remove_segments(self, segment_ids: Iterable[str]) -> list[SegmentEntry]:
+    def remove_segments(self, segment_ids: Iterable[str]) -> list[Segment]:
         """Those that were there."""
         gone = set(segment_ids)
         removed = [segment for segment in self.segments if segment.segment_id in gone]
@@ -216,7 +155,7 @@ class PartitionIndex:
             self._latest = []
         return removed
 
-    def grant(self, granted: EpochRange) -> None:
+    def grant(self, granted: Range) -> None:
         if self.ranges and granted.epoch <= self.ranges[-1].epoch:
             raise IndexMismatch(f"{self.name}: epoch {granted.epoch} granted after {self.ranges[-1].epoch}")
         self.ranges.append(granted)
@@ -286,8 +225,8 @@ class ClusterIndex:
         self,
         key: PartitionKey,
         log_start_offset: int,
-        ranges: Iterable[EpochRange],
-        segments: Iterable[SegmentEntry],
+        ranges: Iterable[Range],
+        segments: Iterable[Segment],
     ) -> None:
         """A part of a snapshot; its topic was added before."""
         segments = list(segments)
@@ -315,14 +254,14 @@ class ClusterIndex:
         except KeyError:
             raise IndexMismatch(f"no partition {partition} of topic id {topic_id}") from None
 
-    def _count_segment(self, segment: SegmentEntry) -> None:
+    def _count_segment(self, segment: Segment) -> None:
         self.segment_count += 1
         if not segment.lost_reason:
             extent = self._objects.setdefault(segment.object_key, _ObjectExtent())
             extent.segments += 1
             extent.end = max(extent.end, segment.object_at + segment.size_bytes)
 
-    def _forget_segments(self, segments: Iterable[SegmentEntry]) -> None:
+    def _forget_segments(self, segments: Iterable[Segment]) -> None:
         for segment in segments:
             self.segment_count -= 1
             extent = self._objects.get(segment.object_key)
@@ -370,15 +309,15 @@ class ClusterIndex:
     def _epoch_granted(self, event: ev.EpochGranted) -> frozenset[PartitionKey]:
         partition = self._partition(event.topic_id, event.partition)
         partition.grant(
-            EpochRange(
-                event.epoch,
-                event.start_offset,
-                event.limit_offset,
-                event.start_offset,
-                None,
-                RangeStatus.OPEN,
-                event.agent_id,
-                event.wal_id,
+            Range(
+                epoch=event.epoch,
+                start_offset=event.start_offset,
+                limit_offset=event.limit_offset,
+                registered_end=event.start_offset,
+                end_offset=None,
+                status=RangeStatus.OPEN,
+                agent_id=event.agent_id,
+                wal_id=event.wal_id,
             )
         )
         return frozenset([partition.key])
@@ -413,17 +352,16 @@ class ClusterIndex:
     def _buffer_registered(self, event: ev.BufferRegistered) -> frozenset[PartitionKey]:
         return frozenset([self._register(segment) for segment in event.segments])
 
-    def _register(self, registered: ev.Segment) -> PartitionKey:
-        partition = self._partition(registered.topic_id, registered.partition)
-        segment = SegmentEntry.of(registered)
+    def _register(self, segment: Segment) -> PartitionKey:
+        partition = self._partition(segment.topic_id, segment.partition)
         partition.change_range(segment.epoch, registered_end=segment.end_offset)
         partition.add_segment(segment)
         self._count_segment(segment)
         return partition.key
 
     def _segments_compacted(self, event: ev.SegmentsCompacted) -> frozenset[PartitionKey]:
-        partition = self._partition(event.segment.topic_id, event.segment.partition)
-        segment = SegmentEntry.of(event.segment)
+        segment = event.segment
+        partition = self._partition(segment.topic_id, segment.partition)
         self._forget_segments(partition.remove_segments(event.replaced_segment_ids))
         partition.add_segment(segment)
         self._count_segment(segment)

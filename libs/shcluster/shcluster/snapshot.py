@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from shproto.acks import ACKS_DURABLE
+from shproto.convert import range_from_proto, segments_from_proto
 from shproto.keys import PartitionKey
-from shproto.v1 import coordinator_pb2, types_pb2
+from shproto.v1 import coordinator_pb2
 
 from shcluster.index import (
     AgentSession,
     ClusterIndex,
-    EpochRange,
     IndexMismatch,
-    RangeStatus,
-    SegmentEntry,
     TopicEntry,
 )
 
@@ -54,35 +52,6 @@ class SnapshotBuilder:
         self.cluster.load_partition(
             PartitionKey(topic_id, partition.partition),
             partition.log_start_offset,
-            [_range_of(item) for item in partition.ranges],
-            [_segment_of(item) for item in partition.segments],
+            [range_from_proto(item) for item in partition.ranges],
+            list(segments_from_proto(partition.segments)),
         )
-
-
-def _range_of(item: types_pb2.OffsetRange) -> EpochRange:
-    return EpochRange(
-        item.epoch,
-        item.start_offset,
-        item.limit_offset,
-        item.registered_end,
-        item.end_offset if item.HasField("end_offset") else None,
-        RangeStatus(item.status),
-        item.agent_id,
-        item.wal_id.hex(),
-        item.acknowledged_end if item.HasField("acknowledged_end") else None,
-    )
-
-
-def _segment_of(item: types_pb2.SegmentRef) -> SegmentEntry:
-    return SegmentEntry(
-        item.segment_id,
-        item.epoch,
-        item.base_offset,
-        item.end_offset,
-        item.record_count,
-        item.object_key,
-        item.object_at,
-        item.size_bytes,
-        item.max_timestamp_ms,
-        item.lost_reason,
-    )

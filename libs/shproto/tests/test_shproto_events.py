@@ -5,12 +5,19 @@ from dataclasses import fields
 
 import pytest
 from shproto import events
+from shproto.model import Range, RangeStatus, Segment
 
 pytestmark = pytest.mark.quick
 
-SEGMENT = events.Segment("s", "t", "orders", 1, 2, 3, 4, 5, "key", 6, 7, 8, 9, 10)
+SEGMENT = Segment(
+    segment_id="s", topic_id="t", topic="orders", partition=1, epoch=2, base_offset=3, end_offset=4, record_count=5,
+    object_key="key", object_at=6, size_bytes=7, raw_bytes=8, first_timestamp_ms=9, max_timestamp_ms=10,
+)  # fmt: skip
 SLICE = events.Slice("t", "orders", 1, 2, 3, 4, 5, 6)
-RANGE = events.RangeState(1, 2, 3, 4, None, "orphaned", "a", "w")
+RANGE = Range(
+    epoch=1, start_offset=2, limit_offset=3, registered_end=4, end_offset=None, status=RangeStatus.ORPHANED,
+    agent_id="a", wal_id="w",
+)  # fmt: skip
 CHANGE = events.OffsetChange("t", "orders", 1, -1, 5)
 SAMPLES: dict[str, object] = {
     "bool": True,
@@ -20,7 +27,7 @@ SAMPLES: dict[str, object] = {
     "Segment": SEGMENT,
     "tuple[Slice, ...]": (SLICE, SLICE),
     "tuple[OffsetChange, ...]": (CHANGE, CHANGE),
-    "tuple[RangeState, ...]": (RANGE, RANGE),
+    "tuple[Range, ...]": (RANGE, RANGE),
     "tuple[Segment, ...]": (SEGMENT, SEGMENT),
     "tuple[int, ...]": (1, 2),
     "tuple[str, ...]": ("a", "b"),
@@ -31,7 +38,7 @@ SAMPLES: dict[str, object] = {
 def sample(cls: type[events.Event]) -> events.Event:
     def value(annotation: object) -> object:
         name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-        plain = str(annotation).replace("shproto.events.", "")
+        plain = str(annotation).replace("shproto.events.", "").replace("shproto.model.", "")
         return SAMPLES[plain] if plain in SAMPLES else SAMPLES[name]
 
     return cls(**{item.name: value(item.type) for item in fields(cls)})

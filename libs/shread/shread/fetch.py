@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opentelemetry import trace
-from shcluster.index import PartitionIndex, SegmentEntry
+from shcluster.index import PartitionIndex
 from shcluster.live_index import Watch
 from shproto.errors import OffsetBeyondEnd, StreamHouseError, Unavailable, UnknownTopic
 from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
+from shproto.model import Segment
 from shproto.v1 import ingest_pb2
 from shruntime.tasks import Backoff
 from shruntime.telemetry import links_to
@@ -215,7 +216,7 @@ class _Fetch:
 
     # ---- registered records
 
-    async def _read_segment(self, partition: PartitionIndex, segment: SegmentEntry, watch: Watch) -> bool:
+    async def _read_segment(self, partition: PartitionIndex, segment: Segment, watch: Watch) -> bool:
         nothing_yet = not self._got.batches
         self._held_up_by = lambda: self._store_holds_up(partition)
         try:
@@ -245,7 +246,7 @@ class _Fetch:
             f"{self._reads.store_trouble() or silent}"
         )
 
-    async def _missing(self, partition: PartitionIndex, segment: SegmentEntry, error: ObjectMissing) -> bool:
+    async def _missing(self, partition: PartitionIndex, segment: Segment, error: ObjectMissing) -> bool:
         """Returns True if the read ends with the records before the missing object, False if the index no longer has
         the segment. Raises DataLoss if an index that is not behind still has it: compaction and retention delete
         objects, and their event may come late, or not at all while this process is cut off from the coordinators."""

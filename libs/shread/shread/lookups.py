@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from shcluster.index import PartitionIndex, SegmentEntry
+from shcluster.index import PartitionIndex
 from shcluster.live_index import LiveIndex
 from shformat import BlockEntry, FormatError, decode_batch, read_batch_header
 from shproto.errors import DataLoss, StreamHouseError, Unavailable
 from shproto.keys import PartitionKey
 from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
+from shproto.model import Segment
 from shproto.v1 import ingest_pb2
 from shruntime.tasks import Backoff
 from shstore import ObjectMissing
@@ -114,7 +115,7 @@ class Lookups:
                 return found
 
     async def _in_segment(
-        self, partition: PartitionIndex, segment: SegmentEntry, timestamp_ms: int, from_offset: int
+        self, partition: PartitionIndex, segment: Segment, timestamp_ms: int, from_offset: int
     ) -> Found | None:
         segments = self._reads.segments
         try:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from shcluster.agent_checks import AgentChecks
 from shcluster.freshness import Freshness
-from shcluster.index import SegmentEntry
 from shcluster.live_index import LiveIndex
 from shproto.keys import PartitionKey
+from shproto.model import Segment
 from shproto.services import IngestApi
 from shproto.v1 import ingest_pb2
 from shruntime.clock import Clock
@@ -89,7 +89,7 @@ class Reads:
         partition = self.index.get(want.partition, want.topic)
         return isinstance(plan(self.index.cluster, partition, want.offset), ReadSegment)
 
-    def ahead(self, key: PartitionKey, segment: SegmentEntry, offset: int, next_offset: int, at: int) -> None:
+    def ahead(self, key: PartitionKey, segment: Segment, offset: int, next_offset: int, at: int) -> None:
         """Starts downloads for a sequential reader after a read of [offset, next_offset) that ended at byte `at` of
         the segment's object, also in the following segment."""
         chunks = self.readahead.observe(key, offset, next_offset)

@@ -12,9 +12,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from shcluster.index import PartitionIndex, SegmentEntry
+from shcluster.index import PartitionIndex
 from shformat import BlockEntry, FormatError, SegmentHeader, SegmentIndex, check_block, open_segment, run_plan_async
 from shproto.errors import DataLoss, Unavailable
+from shproto.model import Segment
 from shstore import ObjectMissing, RangeBeyondEnd, StoreError
 
 from shread.chunk_reader import ChunkReader, Span
@@ -56,7 +57,7 @@ class SegmentReader:
         self._limit: LruLimit[str] = LruLimit(index_entries_max)
         self._indexes: dict[str, SegmentIndex] = {}
 
-    async def open(self, partition: PartitionIndex, segment: SegmentEntry) -> SegmentIndex:
+    async def open(self, partition: PartitionIndex, segment: Segment) -> SegmentIndex:
         """Returns the block index of a segment."""
         if self._limit.touch(segment.segment_id):
             return self._indexes[segment.segment_id]
@@ -69,7 +70,7 @@ class SegmentReader:
     async def read_from(
         self,
         partition: PartitionIndex,
-        segment: SegmentEntry,
+        segment: Segment,
         offset: int,
         bytes_max: int,
         decoded_bytes_max: int | None = None,
@@ -113,9 +114,7 @@ class SegmentReader:
             next_at=segment.object_at + last.at + last.size_bytes,
         )
 
-    async def read_blocks(
-        self, partition: PartitionIndex, segment: SegmentEntry, entries: list[BlockEntry]
-    ) -> list[bytes]:
+    async def read_blocks(self, partition: PartitionIndex, segment: Segment, entries: list[BlockEntry]) -> list[bytes]:
         """Returns these blocks, checked against the index. DataLoss names the first damaged block."""
         spans = [Span(segment.object_at + entry.at, entry.size_bytes) for entry in entries]
 
@@ -128,14 +127,14 @@ class SegmentReader:
             partition, segment, lambda: self._chunks.read(segment.object_key, extent, spans, check), entries
         )
 
-    def prefetch(self, segment: SegmentEntry, at: int, chunks: int) -> int:
+    def prefetch(self, segment: Segment, at: int, chunks: int) -> int:
         """Fetches ahead from byte `at` of the object; returns how many of the chunks lie in this segment."""
         extent = self._known_extent(segment)
         return self._chunks.prefetch(
             segment.object_key, min(extent, segment.object_at + segment.size_bytes), at, chunks
         )
 
-    async def _open(self, partition: PartitionIndex, segment: SegmentEntry) -> SegmentIndex:
+    async def _open(self, partition: PartitionIndex, segment: Segment) -> SegmentIndex:
         async def read(at: int, size_bytes: int) -> bytes:
             span = Span(segment.object_at + at, size_bytes)
             return (await self._chunks.read(segment.object_key, self._known_extent(segment), [span]))[0]
@@ -144,13 +143,13 @@ class SegmentReader:
         _must_be(partition, segment, header)
         return index
 
-    def _known_extent(self, segment: SegmentEntry) -> int:
+    def _known_extent(self, segment: Segment) -> int:
         return max(self._extent(segment.object_key), segment.object_at + segment.size_bytes)
 
     async def _checked(
         self,
         partition: PartitionIndex,
-        segment: SegmentEntry,
+        segment: Segment,
         read: Callable[[], Awaitable[T]],
         entries: list[BlockEntry] | None = None,
     ) -> T:
@@ -174,7 +173,7 @@ class SegmentReader:
             raise Unavailable(f"{_name(partition, segment)} cannot be read now: {error}") from error
 
     def _data_loss(
-        self, partition: PartitionIndex, segment: SegmentEntry, entries: list[BlockEntry] | None, what: str, at: int
+        self, partition: PartitionIndex, segment: Segment, entries: list[BlockEntry] | None, what: str, at: int
     ) -> DataLoss:
         self._counters.damaged_spans += 1
         hit = [entry for entry in entries or () if segment.object_at + entry.at + entry.size_bytes > at]
@@ -209,7 +208,7 @@ def _choose(
     return entries
 
 
-def _must_be(partition: PartitionIndex, segment: SegmentEntry, header: SegmentHeader) -> None:
+def _must_be(partition: PartitionIndex, segment: Segment, header: SegmentHeader) -> None:
     """Refuses an object that holds another segment than the registered with FormatError."""
     found = (header.topic_id, header.partition, header.base_offset, header.end_offset)
     expected = (partition.topic_id, partition.partition, segment.base_offset, segment.end_offset)
@@ -217,6 +216,6 @@ def _must_be(partition: PartitionIndex, segment: SegmentEntry, header: SegmentHe
         raise FormatError(f"the segment's header says {found}, registered is {expected}")
 
 
-def _name(partition: PartitionIndex, segment: SegmentEntry) -> str:
+def _name(partition: PartitionIndex, segment: Segment) -> str:
     offsets = f"offsets {segment.base_offset} to {segment.end_offset}"
     return f"{partition.name} {offsets} in {segment.object_key}, byte {segment.object_at}"

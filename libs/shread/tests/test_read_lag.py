@@ -1,7 +1,8 @@
 """The lag of consumer groups, in records and in time."""
 
 import pytest
-from shcluster.index import EpochRange, PartitionIndex, RangeStatus, SegmentEntry
+from shcluster.index import PartitionIndex
+from shproto.model import Range, RangeStatus, Segment
 from shread.core.lag import Lag, lag_of
 
 pytestmark = pytest.mark.quick
@@ -9,8 +10,12 @@ pytestmark = pytest.mark.quick
 NOW_MS = 100_000
 
 
-def segment(epoch: int, base_offset: int, end_offset: int, max_timestamp_ms: int) -> SegmentEntry:
-    return SegmentEntry("s", epoch, base_offset, end_offset, end_offset - base_offset, "k", 0, 1, max_timestamp_ms, "")
+def segment(epoch: int, base_offset: int, end_offset: int, max_timestamp_ms: int) -> Segment:
+    return Segment(
+        segment_id="s", topic_id="t", topic="orders", partition=0, epoch=epoch, base_offset=base_offset,
+        end_offset=end_offset, record_count=end_offset - base_offset, object_key="k", object_at=0, size_bytes=1,
+        raw_bytes=1, first_timestamp_ms=0, max_timestamp_ms=max_timestamp_ms,
+    )  # fmt: skip
 
 
 def partition(status: RangeStatus = RangeStatus.SETTLED) -> PartitionIndex:
@@ -18,8 +23,26 @@ def partition(status: RangeStatus = RangeStatus.SETTLED) -> PartitionIndex:
     found = PartitionIndex(b"t" * 16, "orders", 0, durable_only=False)
     end = 10 if status is RangeStatus.SETTLED else None
     found.ranges = [
-        EpochRange(1, 0, 100, 10, end, status, "a", "w"),
-        EpochRange(2, 100, 200, 110, None, RangeStatus.OPEN, "a", "w"),
+        Range(
+            epoch=1,
+            start_offset=0,
+            limit_offset=100,
+            registered_end=10,
+            end_offset=end,
+            status=status,
+            agent_id="a",
+            wal_id="w",
+        ),
+        Range(
+            epoch=2,
+            start_offset=100,
+            limit_offset=200,
+            registered_end=110,
+            end_offset=None,
+            status=RangeStatus.OPEN,
+            agent_id="a",
+            wal_id="w",
+        ),
     ]
     found.segments = [segment(1, 0, 10, 40_000), segment(2, 100, 110, 70_000)]
     found._bases = [0, 100]

@@ -6,16 +6,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from shcluster.index import (
-    AgentSession,
-    ClusterIndex,
-    EpochRange,
-    IndexMismatch,
-    PartitionIndex,
-    RangeStatus,
-)
+from shcluster.index import AgentSession, ClusterIndex, IndexMismatch, PartitionIndex
 from shproto import events as ev
 from shproto.keys import PartitionKey
+from shproto.model import Range, RangeStatus, Segment
 from shread.core.plan import (
     BelowStart,
     BeyondEnd,
@@ -40,7 +34,16 @@ def test_a_reader_waits_at_a_barrier_and_is_told_how_it_ends() -> None:
     cluster = ClusterIndex()
     cluster.apply(1, ev.TopicCreated(TOPIC_ID, "orders", 1, None, None, 2, None, 0))
     cluster.sessions["s"] = AgentSession("s", "", "ingest", "127.0.0.1:1")
-    barrier = EpochRange(9, 0, 100, 0, None, RangeStatus.ORPHANED, "", "")
+    barrier = Range(
+        epoch=9,
+        start_offset=0,
+        limit_offset=100,
+        registered_end=0,
+        end_offset=None,
+        status=RangeStatus.ORPHANED,
+        agent_id="",
+        wal_id="",
+    )
     cluster.load_partition(KEY, 0, [barrier], [])
     step = plan(cluster, cluster.partitions[KEY], 0)
     assert isinstance(step, Wait) and "restore --complete" in step.reason
@@ -72,7 +75,7 @@ class ModelRange:
 class Model:
     log_start: int = 0
     ranges: list[ModelRange] = field(default_factory=list)
-    segments: list[ev.Segment] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
     live_agents: set[str] = field(default_factory=set)
 
     def stored(self) -> set[int]:
@@ -162,11 +165,25 @@ class PlanMachine(RuleBasedStateMachine):
         self.model.segments = sorted([*self.model.segments, segment], key=lambda one: one.base_offset)
         self.apply(ev.SegmentRegistered(segment, "b"))
 
-    def segment(self, epoch: int, base: int, end: int, timestamp_ms: int, lost: str = "") -> ev.Segment:
+    def segment(self, epoch: int, base: int, end: int, timestamp_ms: int, lost: str = "") -> Segment:
         self.made += 1
         key = "" if lost else f"k{self.made}"
-        return ev.Segment(
-            f"s{self.made}", TOPIC_ID, "t", 0, epoch, base, end, end - base, key, 0, 100, 100, 0, timestamp_ms, lost
+        return Segment(
+            segment_id=f"s{self.made}",
+            topic_id=TOPIC_ID,
+            topic="t",
+            partition=0,
+            epoch=epoch,
+            base_offset=base,
+            end_offset=end,
+            record_count=end - base,
+            object_key=key,
+            object_at=0,
+            size_bytes=100,
+            raw_bytes=100,
+            first_timestamp_ms=0,
+            max_timestamp_ms=timestamp_ms,
+            lost_reason=lost,
         )
 
     @precondition(lambda self: self.newest is not None and self.newest.status == "open")

@@ -4,11 +4,14 @@ InvalidArgument."""
 import hashlib
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from shformat.limits import INT64_MAX
+from shproto.convert import segments_from_proto
 from shproto.errors import InvalidArgument
-from shproto.events import Segment, Slice
+from shproto.events import Slice
 from shproto.limits import METADATA_LENGTH_MAX, NAME_LENGTH_MAX, SNAPSHOT_BYTES_MAX, TOPIC_ID_BYTES
+from shproto.model import Segment
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 
@@ -196,22 +199,9 @@ def segment_of(item: types_pb2.SegmentRef) -> Segment:
     for field in ("object_at", "raw_bytes"):
         check_number(field, getattr(item, field), 0, INT64_MAX)
     check_number("size_bytes", item.size_bytes, 1, INT64_MAX)
-    return Segment(
-        segment_id=check_uuid("segment_id", item.segment_id),
-        topic_id=hex_id("topic_id", item.topic_id),
-        topic=item.topic,
-        partition=item.partition,
-        epoch=item.epoch,
-        base_offset=item.base_offset,
-        end_offset=item.end_offset,
-        record_count=item.record_count,
-        object_key=item.object_key,
-        object_at=item.object_at,
-        size_bytes=item.size_bytes,
-        raw_bytes=item.raw_bytes,
-        first_timestamp_ms=item.first_timestamp_ms,
-        max_timestamp_ms=item.max_timestamp_ms,
-    )
+    hex_id("topic_id", item.topic_id)
+    segment = next(segments_from_proto([item]))
+    return replace(segment, segment_id=check_uuid("segment_id", item.segment_id), lost_reason="")
 
 
 def lost_segment(row: t.SegmentRow) -> pb.LostSpan:

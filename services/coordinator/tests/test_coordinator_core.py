@@ -15,13 +15,13 @@ from shproto.events import (
     RangeLost,
     RangeOrphaned,
     RangeSettled,
-    Segment,
     SegmentRegistered,
     SessionClosed,
     SessionOpened,
     TopicCreated,
 )
 from shproto.limits import MESSAGE_BYTES_MAX, SNAPSHOT_BYTES_MAX, SNAPSHOTS_BYTES_MAX
+from shproto.model import Segment
 from streamhouse_coordinator.core import compaction, names, registration, retention, sessions, topics
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.registration import Result

@@ -5,7 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from shproto.events import Event, OffsetChange, RangeState, Segment, Slice
+from shproto.events import Event, OffsetChange, Slice
+from shproto.model import Range, Segment
 from streamhouse_coordinator.core.tables import EVENTS, PROJECTIONS, STATE
 
 pytestmark = pytest.mark.quick
@@ -27,7 +28,7 @@ def test_every_event_and_field_is_documented() -> None:
         named = re.findall(r"`(\w+)`", documented[name].split("|")[0])
         assert [item.name for item in fields(kind)] == named, name
     text = (DOCS / "events.md").read_text()
-    assert all(f"`{item.name}`" in text for part in (Segment, Slice, OffsetChange, RangeState) for item in fields(part))
+    assert all(f"`{item.name}`" in text for part in (Segment, Slice, OffsetChange, Range) for item in fields(part))
 
 
 def test_every_table_and_column_is_documented() -> None:

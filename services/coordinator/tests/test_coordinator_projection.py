@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shproto import events as ev
 from shproto.errors import StreamHouseError
+from shproto.model import Segment
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import ManualClock
@@ -122,7 +123,7 @@ def test_every_event_has_a_projection() -> None:
 
 
 def test_segments_of_events_fit_their_table() -> None:
-    assert {item.name for item in fields(ev.Segment)} - set(t.SEGMENTS.columns) == {"topic"}
+    assert {item.name for item in fields(Segment)} - set(t.SEGMENTS.columns) == {"topic"}
 
 
 # ---- a control plane in memory

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shproto.acks import ACKS_DURABLE, ACKS_WAL
 from shproto.errors import InvalidArgument, MetadataWentBack
-from shproto.events import PartitionRestored, RangeOrphaned, Segment
+from shproto.events import PartitionRestored, RangeOrphaned
+from shproto.model import Segment
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.assignment import start_of_next
 from streamhouse_coordinator.recovery import backup_format as fmt

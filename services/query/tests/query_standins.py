@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from shformat import Records, SegmentBuilder, encode_batch, read_batch_header, stamp_batch
 from shproto import events as ev
 from shproto.errors import MetadataWentBack, SessionExpired, Unavailable, UnknownTopic
+from shproto.model import Segment
 from shproto.v1 import coordinator_pb2, ingest_pb2, types_pb2
 from shstore import MemoryStore, ObjectStore
 
@@ -29,7 +30,7 @@ class Range:
 class Partition:
     log_start: int = 0
     ranges: list[Range] = field(default_factory=list)
-    segments: list[ev.Segment] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
 
 
 class StandInCoordinator:
@@ -365,7 +366,7 @@ class StandInPlatform:
         epoch: int | None = None,
         block_bytes_target: int = 1 << 20,
         give_up: bool = True,
-    ) -> ev.Segment:
+    ) -> Segment:
         """Everything that is produced and not registered becomes one segment; the agent gives it up."""
         item = self._range(topic, number, epoch)
         key = self._key(topic, number, item.epoch)
@@ -379,7 +380,7 @@ class StandInPlatform:
 
     async def store_segment(
         self, topic: str, number: int, epoch: int, batches: Sequence[bytes], block_bytes_target: int = 1 << 20
-    ) -> ev.Segment:
+    ) -> Segment:
         topic_id = self.coordinator.topics[topic].topic_id
         builder = SegmentBuilder(bytes.fromhex(topic_id), number, epoch, block_bytes_target=block_bytes_target)
         for batch in batches:
@@ -388,24 +389,24 @@ class StandInPlatform:
         info = built.info
         object_key = f"data/{topic}/{number}/{info.base_offset:020}-{epoch}-{uuid.uuid4().hex[:8]}.seg"
         await self.store.put(object_key, built.parts)
-        return ev.Segment(
-            str(uuid.uuid4()),
-            topic_id,
-            topic,
-            number,
-            epoch,
-            info.base_offset,
-            info.end_offset,
-            info.record_count,
-            object_key,
-            0,
-            info.size_bytes,
-            info.raw_bytes,
-            info.first_timestamp_ms,
-            info.max_timestamp_ms,
+        return Segment(
+            segment_id=str(uuid.uuid4()),
+            topic_id=topic_id,
+            topic=topic,
+            partition=number,
+            epoch=epoch,
+            base_offset=info.base_offset,
+            end_offset=info.end_offset,
+            record_count=info.record_count,
+            object_key=object_key,
+            object_at=0,
+            size_bytes=info.size_bytes,
+            raw_bytes=info.raw_bytes,
+            first_timestamp_ms=info.first_timestamp_ms,
+            max_timestamp_ms=info.max_timestamp_ms,
         )
 
-    async def register_segment(self, segment: ev.Segment, number: int = 0) -> None:
+    async def register_segment(self, segment: Segment, number: int = 0) -> None:
         partition = self.coordinator.partitions[segment.topic_id, number]
         partition.segments.append(segment)
         partition.segments.sort(key=lambda item: item.base_offset)
@@ -415,9 +416,10 @@ class StandInPlatform:
     async def lose_span(self, end_offset: int, reason: str, topic: str = "orders", number: int = 0) -> None:
         """The agent found a hole in its log from registered_end on."""
         item = self._range(topic, number, None)
-        segment = ev.Segment(
-            str(uuid.uuid4()), self._key(topic, number, 0)[0], topic, number, item.epoch, item.registered_end,
-            end_offset, 0, "", 0, 0, 0, 0, 0, reason,
+        segment = Segment(
+            segment_id=str(uuid.uuid4()), topic_id=self._key(topic, number, 0)[0], topic=topic, partition=number,
+            epoch=item.epoch, base_offset=item.registered_end, end_offset=end_offset, record_count=0, object_key="",
+            object_at=0, size_bytes=0, raw_bytes=0, first_timestamp_ms=0, max_timestamp_ms=0, lost_reason=reason,
         )  # fmt: skip
         await self.register_segment(segment, number)
 
@@ -443,7 +445,7 @@ class StandInPlatform:
         topic_id = self.coordinator.topics[topic].topic_id
         await self.coordinator.emit(ev.RangeLost(topic_id, number, item.epoch, end, "operator"))
 
-    async def compact(self, merged: ev.Segment, replaced: Sequence[ev.Segment], number: int = 0) -> None:
+    async def compact(self, merged: Segment, replaced: Sequence[Segment], number: int = 0) -> None:
         gone = {item.segment_id for item in replaced}
         partition = self.coordinator.partitions[merged.topic_id, number]
         kept = [item for item in partition.segments if item.segment_id not in gone]
@@ -490,9 +492,9 @@ def _offset_range(item: Range) -> types_pb2.OffsetRange:
     )
 
 
-def segment_ref(segment: ev.Segment) -> types_pb2.SegmentRef:
+def segment_ref(segment: Segment) -> types_pb2.SegmentRef:
     return types_pb2.SegmentRef(
-        **{name: getattr(segment, name) for name in ev.Segment.__slots__ if name != "topic_id"},
+        **{name: getattr(segment, name) for name in Segment.__slots__ if name != "topic_id"},
         topic_id=bytes.fromhex(segment.topic_id),
     )
 

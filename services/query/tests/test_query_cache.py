@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from shformat import decode_batch
-from shproto import events as ev
 from shproto.errors import DataLoss, Unavailable
+from shproto.model import Segment
 from shproto.v1 import query_pb2
 from shread.chunk_reader import ChunkId
 from shread.segment_reader import BlockRun, SegmentReader
@@ -28,7 +28,7 @@ CHUNK = 64 * 1024
 
 async def segment_of(
     platform: StandInPlatform, count: int, start: int = 0, *, block_bytes_target: int = 16 * 1024
-) -> ev.Segment:
+) -> Segment:
     for at in range(start, start + count, 500):
         await platform.produce(values_of(min(500, start + count - at), at, 32))
     return await platform.register(block_bytes_target=block_bytes_target)
@@ -452,14 +452,14 @@ async def test_many_segments_of_one_object_share_its_chunks(platform: StandInPla
     topic_id = await platform.create_topic("orders", 4)
     await platform.start_agent("a")
     parts: list[bytes] = []
-    segments: list[ev.Segment] = []
+    segments: list[Segment] = []
     for number in range(4):
         await platform.grant("a", number=number)
         await platform.produce(values_of(100, number * 100), number=number)
         segment = await platform.store_segment("orders", number, 1, platform.agents["a"].logs[topic_id, number, 1])
         body = await platform.store.get(segment.object_key)
         mixed = {"object_key": "mixed/1", "object_at": sum(map(len, parts))}
-        segments.append(ev.Segment(**{name: getattr(segment, name) for name in ev.Segment.__slots__} | mixed))
+        segments.append(Segment(**{name: getattr(segment, name) for name in Segment.__slots__} | mixed))
         parts.append(body)
     await platform.store.put("mixed/1", parts)
     for number, segment in enumerate(segments):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shcluster.index import EpochRange, PartitionIndex, RangeStatus
+from shcluster.index import PartitionIndex
+from shproto.model import Range, RangeStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ def lag_of(partition: PartitionIndex, offset: int, end_offset: int, now_ms: int)
     return Lag(records, max(0, now_ms - segment.max_timestamp_ms))
 
 
-def _written(ranges: list[EpochRange], end_offset: int) -> Iterable[tuple[int, int]]:
+def _written(ranges: list[Range], end_offset: int) -> Iterable[tuple[int, int]]:
     """Yields start and end of the acknowledged part of each range, which has no gaps inside."""
     for item in ranges[:-1]:
         settled_end = item.end_offset if item.status is RangeStatus.SETTLED else None

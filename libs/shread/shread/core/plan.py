@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from shcluster.index import ClusterIndex, EpochRange, PartitionIndex, RangeStatus, SegmentEntry
+from shcluster.index import ClusterIndex, PartitionIndex
+from shproto.model import Range, RangeStatus, Segment
 
 
 @dataclass(frozen=True, slots=True)
 class ReadSegment:
     """`segment` holds the offset, or the next record after it."""
 
-    segment: SegmentEntry
+    segment: Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +116,12 @@ def _plan(cluster: ClusterIndex, partition: PartitionIndex, offset: int) -> Step
     return _unregistered(cluster, partition, position, offset)
 
 
-def _lost_segment(partition: PartitionIndex, segment: SegmentEntry) -> Lost:
+def _lost_segment(partition: PartitionIndex, segment: Segment) -> Lost:
     following = next_readable(partition, segment.end_offset)
     return Lost(segment.base_offset, segment.end_offset, following, segment.lost_reason, segment.object_key)
 
 
-def _lost_range(partition: PartitionIndex, current: EpochRange, offset: int) -> Lost:
+def _lost_range(partition: PartitionIndex, current: Range, offset: int) -> Lost:
     assert current.end_offset is not None, "a lost range has an end"
     reason = (
         f"what agent {current.agent_id} acknowledged in epoch {current.epoch} from offset {current.registered_end} on "
@@ -130,7 +131,7 @@ def _lost_range(partition: PartitionIndex, current: EpochRange, offset: int) -> 
     return Lost(current.registered_end, current.end_offset, following, reason)
 
 
-def _unnamed(partition: PartitionIndex, current: EpochRange, offset: int) -> Lost:
+def _unnamed(partition: PartitionIndex, current: Range, offset: int) -> Lost:
     """Returns Lost for registered offsets in no segment: only a damaged registry has them. Never passed over in
     silence."""
     after = partition.segment_after(offset)
@@ -201,7 +202,7 @@ def _unregistered(cluster: ClusterIndex, partition: PartitionIndex, position: in
     return ReadTail(current.epoch, current.agent_id, address, current.end_offset, newest, reason)
 
 
-def _reason(partition: PartitionIndex, current: EpochRange, newest: bool) -> str:
+def _reason(partition: PartitionIndex, current: Range, newest: bool) -> str:
     if current.status is RangeStatus.OPEN and newest:
         return ""
     if current.status is RangeStatus.ORPHANED and not current.wal_id:
@@ -225,7 +226,7 @@ def _reason(partition: PartitionIndex, current: EpochRange, newest: bool) -> str
     )
 
 
-def _no_session(partition: PartitionIndex, current: EpochRange) -> str:
+def _no_session(partition: PartitionIndex, current: Range) -> str:
     return (
         f"{partition.name}: the leader, agent {current.agent_id} with epoch {current.epoch}, has no session; "
         f"records from offset {current.registered_end} on can not be read now"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from shcluster.index import PartitionIndex, SegmentEntry
+from shcluster.index import PartitionIndex
 from shproto.errors import DataLoss, OffsetBelowStart, OffsetBeyondEnd, StreamHouseError
+from shproto.model import Segment
 
 from shread.core.plan import BelowStart, BeyondEnd, Lost, ReadTail, next_readable
 
@@ -38,7 +39,7 @@ def refusal(partition: PartitionIndex, offset: int, step: BelowStart | BeyondEnd
             )
 
 
-def object_missing(partition: PartitionIndex, segment: SegmentEntry) -> DataLoss:
+def object_missing(partition: PartitionIndex, segment: Segment) -> DataLoss:
     return DataLoss(
         f"{partition.name}: object {segment.object_key} with offsets {segment.base_offset} to {segment.end_offset} "
         "is registered, but not in the object store",

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from shcluster.index import EpochRange, PartitionIndex, RangeStatus, SegmentEntry
+from shcluster.index import PartitionIndex
 from shformat import Records
+from shproto.model import Range, RangeStatus, Segment
 
 
 @dataclass(frozen=True, slots=True)
 class LookInSegment:
-    segment: SegmentEntry
+    segment: Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def _first_tail(partition: PartitionIndex, from_offset: int) -> LookInTail | Non
     return None
 
 
-def _end(item: EpochRange) -> int:
+def _end(item: Range) -> int:
     return item.limit_offset if item.end_offset is None else item.end_offset
 
 

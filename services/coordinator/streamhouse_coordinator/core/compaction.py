@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from shproto.events import Segment
+from shproto.model import Segment
 
 from streamhouse_coordinator.core.registration import Result
 from streamhouse_coordinator.core.tables import PartitionRowKey, SegmentRow

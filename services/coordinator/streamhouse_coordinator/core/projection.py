@@ -10,6 +10,7 @@ from functools import singledispatch
 from typing import Any
 
 from shproto import events as ev
+from shproto.model import Range, Segment
 
 from streamhouse_coordinator.core import tables as t
 
@@ -192,7 +193,7 @@ def _(event: ev.BufferCompleted) -> RowOps:
     return ()
 
 
-def _segment_row(segment: ev.Segment) -> t.SegmentRow:
+def _segment_row(segment: Segment) -> t.SegmentRow:
     return t.SegmentRow(**{name: getattr(segment, name) for name in t.SEGMENTS.columns})
 
 
@@ -206,7 +207,7 @@ def _(event: ev.BufferRegistered) -> RowOps:
     return tuple(op for segment in event.segments for op in _registered(segment))
 
 
-def _registered(segment: ev.Segment) -> RowOps:
+def _registered(segment: Segment) -> RowOps:
     key = (segment.topic_id, segment.partition, segment.epoch)
     return (Put(t.SEGMENTS, _segment_row(segment)), Set(t.RANGES, key, {"registered_end": segment.end_offset}))
 
@@ -243,7 +244,7 @@ def _(event: ev.PartitionRestored) -> RowOps:
     return (*topic, *gone, *ranges, *segments, Put(t.PARTITIONS, row))
 
 
-def _restored_range(event: ev.PartitionRestored, item: ev.RangeState) -> t.RangeRow:
+def _restored_range(event: ev.PartitionRestored, item: Range) -> t.RangeRow:
     return t.RangeRow(
         topic_id=event.topic_id,
         partition=event.partition,
@@ -311,7 +312,7 @@ def stamped(event: ev.Event, at_ms: int) -> ev.Event:
             return event
 
 
-def _lacks_time(item: ev.RangeState) -> bool:
+def _lacks_time(item: Range) -> bool:
     return item.status == t.ORPHANED and not item.orphaned_ms
 
 

@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from shproto.events import BufferCompleted, BufferRegistered, Event, Segment, SegmentRegistered
+from shproto.events import BufferCompleted, BufferRegistered, Event, SegmentRegistered
+from shproto.model import Segment
 
 from streamhouse_coordinator.core.tables import LOST, BufferRow, BufferSliceRow, LostSpanRow, RangeRow, RangeRowKey
 

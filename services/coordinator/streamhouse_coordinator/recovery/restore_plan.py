@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from shproto.acks import ACKS_DURABLE, ACKS_WAL
-from shproto.events import Event, PartitionRestored, RangeOrphaned, RangeState, Segment, TopicCreated
+from shproto.events import Event, PartitionRestored, RangeOrphaned, TopicCreated
+from shproto.model import Range, RangeStatus, Segment
 
 from streamhouse_coordinator.core.tables import (
     LOST,
@@ -277,14 +278,14 @@ def orphanings(before: Iterable[RangeRow], changed: Iterable[RangeRow]) -> list[
     ]
 
 
-def range_state(row: RangeRow) -> RangeState:
-    return RangeState(
+def range_state(row: RangeRow) -> Range:
+    return Range(
         epoch=row.epoch,
         start_offset=row.start_offset,
         limit_offset=row.limit_offset,
         registered_end=row.registered_end,
         end_offset=row.end_offset,
-        status=row.status,
+        status=RangeStatus(row.status),
         agent_id=row.agent_id,
         wal_id=row.wal_id,
         acknowledged_end=row.acknowledged_end,

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shproto.events import Segment
+from shproto.model import Segment
 
 from streamhouse_coordinator.core.tables import LOST, RangeRow
 

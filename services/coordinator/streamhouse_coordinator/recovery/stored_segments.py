@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from shformat import FormatError, last_segment_size, open_segment, run_plan_async
 from shformat.segment import SegmentHeader
 from shformat.segment_index import SegmentIndex
-from shproto.events import Segment
+from shproto.model import Segment
 from shstore import ObjectMissing, ObjectStore
 
 from streamhouse_coordinator.recovery.segment_selection import Candidate, Span

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from opentelemetry import metrics
 from shproto.errors import Fenced, InvalidArgument
-from shproto.events import BufferCompleted, BufferSealed, Event, Segment, Slice
+from shproto.events import BufferCompleted, BufferSealed, Event, Slice
+from shproto.model import Segment
 from shruntime.counters import counter, names_of
 
 from streamhouse_coordinator.core import registration

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from shproto.errors import UnknownTopic
-from shproto.events import LogStartMoved, Segment, SegmentsCompacted
+from shproto.events import LogStartMoved, SegmentsCompacted
+from shproto.model import Segment
 
 from streamhouse_coordinator.core import compaction, retention, topics
 from streamhouse_coordinator.core import tables as t

@@ -16,13 +16,13 @@ from shproto.events import (
     RangeLost,
     RangeOrphaned,
     RangeSettled,
-    Segment,
     SegmentRegistered,
     SessionClosed,
     TopicDeleted,
     event_from_json,
 )
 from shproto.keys import RangeKey
+from shproto.model import Segment
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.tasks import Backoff
 
