@@ -24,7 +24,7 @@ REFUSED_STARTS = frozenset(
     ("What", "Who", "Whoever", "Whether", "One", "Ones", "Those", "Of", "That", "Where", "Raises", "How", "Nobody")
 )
 RETURNS = re.compile(
-    r"\b(return(s|ed)?|yield(s|ed)?|true (if|when|while|once|unless)|false (if|when))\b", re.IGNORECASE
+    r"\b(return(s|ed)?|yield(s|ed)?|true (if|for|when|while|once|unless)|false (if|when))\b", re.IGNORECASE
 )
 CODE = re.compile(r"``?[^`]*``?")  # names are no words of the language
 WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
@@ -41,7 +41,6 @@ COUNTED = {
 PENDING = frozenset(
     (
         "libs/shproto/shproto",
-        "libs/shruntime/shruntime",
         "libs/shcluster/shcluster",
         "services/ingest/streamhouse_ingest",
         "cli/streamhouse_cli",

@@ -1,1 +1,1 @@
-"""What every service process needs around its own work: settings, clock, telemetry, logging, the gRPC server."""
+"""Parts that every service process needs around its own work: settings, clock, telemetry, logging, the gRPC server."""

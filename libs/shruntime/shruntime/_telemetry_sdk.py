@@ -16,7 +16,7 @@ from shruntime.settings import CommonSettings
 
 
 def install(service: str, settings: CommonSettings) -> None:
-    """Sets the global tracer and meter providers; raises OSError when the Prometheus port is taken.
+    """Sets the global tracer and meter providers; raises OSError if the Prometheus port is taken.
 
     `Telemetry.shutdown` shuts them down, within its time limit; their own handlers at exit would have none.
     """

@@ -1,4 +1,4 @@
-"""The address at which others reach a service: what it advertises."""
+"""The address that a service advertises to others."""
 
 import asyncio
 import logging
@@ -10,16 +10,16 @@ from shruntime.urls import is_unspecified
 
 log = logging.getLogger(__name__)
 
-# Reserved for documentation, so nobody has them: the route to them is the default route. A datagram socket that is
+# Reserved for documentation, so no machine has them: the route to them is the default route. A datagram socket that is
 # connected sends nothing; it only asks the kernel for that route.
 _ELSEWHERE = {socket.AF_INET: ("198.51.100.1", 9), socket.AF_INET6: ("2001:db8::1", 9)}
 
 
 async def advertised_address(settings: CommonSettings, bound: str) -> str:
-    """Returns host:port that others are told: `advertise`, else `bound`, where the server listens.
+    """Returns the host:port for others: `advertise`, else `bound`, where the server listens.
 
-    A server that listens on all addresses (0.0.0.0 or ::) advertises the one from which this machine reaches the
-    coordinators, or else the rest of the world: nobody can connect to 0.0.0.0.
+    A server that listens on all addresses (0.0.0.0 or ::) advertises the address from which this machine reaches the
+    coordinators, or else other machines: 0.0.0.0 cannot be connected to.
     """
     if settings.advertise:
         return settings.advertise
@@ -37,7 +37,7 @@ async def advertised_address(settings: CommonSettings, bound: str) -> str:
 
 def _own_address(bootstrap: str) -> str:
     """Returns an address of this machine, IPv4 if there is one: towards the coordinators, or by the default route; a
-    loopback address only if there is nothing else. Blocking: names are looked up."""
+    loopback address only if there is no other. Blocking: names are looked up."""
     found = list(_own_addresses(bootstrap))
     return next((address for address in found if not _is_loopback(address)), "127.0.0.1")
 
@@ -47,7 +47,7 @@ def _own_addresses(bootstrap: str) -> Iterator[str]:
         host, _, port = coordinator.strip().rpartition(":")
         try:
             targets = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
-        except (OSError, ValueError):  # a name that is not there yet
+        except (OSError, ValueError):  # a name that does not exist yet
             continue
         for family, _, _, _, target in targets:
             yield from _route_to(family, target)

@@ -1,9 +1,9 @@
-"""Bytes that many share: lent first come, first served.
+"""Bytes shared by many takers: lent first come, first served.
 
-Owns: how much is lent, and who waits; which connections have a budget. Does not own: what the bytes are for.
-Invariants: at most `bytes_max` are lent. Nobody is lent bytes before those who wait: a large taker is not passed over
-for small ones. A taker of more than there are waits for all of them, and is lent those. The users of a connection share
-one budget, which is forgotten with the last of them.
+Owns: the lent bytes, the waiting takers, the connections with a budget. Does not own: the use of the bytes. Invariants:
+at most `bytes_max` are lent. No taker is lent bytes before those who wait: a large taker is not passed over for small
+ones. A taker of more than the budget waits for all of it, and is lent all of it. The users of a connection share a
+budget, which is forgotten with the last of them.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class ByteBudget:
-    """`take` or `try_take` what is needed, then `give_back` what was lent."""
+    """`take` or `try_take` the bytes needed, then `give_back` the bytes lent."""
 
     def __init__(self, bytes_max: int) -> None:
         self._free = bytes_max
@@ -43,13 +43,13 @@ class ByteBudget:
         try:
             await turn
         except asyncio.CancelledError:
-            # Lent in the very moment of the cancellation; or first in line, and what is free is enough for the next.
+            # Lent in the very moment of the cancellation; or first in line, and the free bytes are enough for the next.
             self.give_back(0 if turn.cancelled() else size_bytes)
             raise
         return size_bytes
 
     def give_back(self, size_bytes: int) -> None:
-        """Takes bytes back, and lends them to those who wait."""
+        """Takes bytes back, and lends them to waiting takers."""
         self._free += size_bytes
         while self._waiting:
             wanted, turn = self._waiting[0]
@@ -64,7 +64,7 @@ class ByteBudget:
 
 
 class ConnectionBudgets:
-    """A budget for each connection that has users, so that one client cannot take what is there for all."""
+    """A budget for each connection that has users, so that a single client cannot take everything."""
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
@@ -72,7 +72,8 @@ class ConnectionBudgets:
 
     @contextmanager
     def budget(self, connection: str) -> Iterator[ByteBudget]:
-        """Lends the connection's budget to one user. Callers in this process, without a connection, have one each."""
+        """Lends the connection's budget to a user. Callers in this process, without a connection, have a budget
+        each."""
         if not connection:
             yield ByteBudget(self._bytes_max)
             return
@@ -83,13 +84,13 @@ class ConnectionBudgets:
             self.leave(connection)
 
     def join(self, connection: str) -> ByteBudget:
-        """Returns the connection's budget, for one more user; `leave` follows."""
+        """Returns the connection's budget, for another user; `leave` follows."""
         budget, users = self._budgets.get(connection) or (ByteBudget(self._bytes_max), 0)
         self._budgets[connection] = (budget, users + 1)
         return budget
 
     def leave(self, connection: str) -> ByteBudget:
-        """Returns the budget that one user less has now, for what that user has still to give back."""
+        """Removes a user of the connection; returns the budget, for bytes that the user has still to give back."""
         budget, users = self._budgets.pop(connection)
         if users > 1:
             self._budgets[connection] = (budget, users - 1)

@@ -7,10 +7,10 @@ from typing import Protocol
 
 class Clock(Protocol):
     def monotonic_ms(self) -> int:
-        """Milliseconds that only ever grow; for deadlines. Comparable within one process only."""
+        """Returns milliseconds that never decrease; for deadlines. Comparable within one process only."""
 
     def wall_ms(self) -> int:
-        """Milliseconds since 1970-01-01 UTC; for timestamps, never for safety."""
+        """Returns milliseconds since 1970-01-01 UTC; for timestamps, never for safety."""
 
     async def sleep_ms(self, duration_ms: float) -> None: ...
 
@@ -29,7 +29,7 @@ class SystemClock:
 
 
 class ManualClock:
-    """Moves only when told to; sleepers wake in order of their deadlines."""
+    """Moves only by hand; sleepers wake in order of their deadlines."""
 
     def __init__(self, now_ms: int = 0) -> None:
         self.now_ms = now_ms

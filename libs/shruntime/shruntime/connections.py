@@ -1,12 +1,12 @@
-"""How many connections a server takes, in all and from one address.
+"""Limits of a server's connections, in all and from one address.
 
-gRPC refuses connections beyond a number in all, and closes those that say nothing; it knows no limit per address. That
-one is kept from outside: a task looks at the process's own sockets every LOOK_INTERVAL_S, and shuts down those that one
-address has too many of. So an address may exceed its limit for that long, within the limit of all.
+gRPC refuses connections beyond a number in all, and closes silent ones; it knows no limit per address. That limit is
+kept from outside: a task looks at the process's own sockets every LOOK_INTERVAL_S, and shuts down those beyond an
+address's limit. So an address may exceed its limit for that long, within the limit of all.
 
-Owns: which of the server's sockets have been seen, the order in which they came.
-Does not own: the sockets, which are gRPC's; a shut down one reads as if the client had hung up.
-Invariant: of the connections of one address those that came first are kept.
+Owns: the server's sockets seen so far, and their order. Does not own: the sockets, which are gRPC's; a socket that was
+shut down reads as if the client had hung up. Invariant: of the connections of an address those that came first are
+kept.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ OPEN_FILES = "/proc/self/fd"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """Connection limits of one server; the defaults are those of the settings."""
+    """Connection limits of a server; the defaults are those of the settings."""
 
     connections_max: int = 10_000
     per_address_max: int = 5_000
@@ -36,7 +36,7 @@ class ConnectionLimits:
 
     @classmethod
     def of(cls, settings: CommonSettings) -> "ConnectionLimits":
-        """Returns what the settings ask for, as far as this process's file descriptors allow."""
+        """Returns the limits of the settings, as far as this process's file descriptors allow."""
         allowed = connections_allowed(settings.connections_max)
         if allowed < settings.connections_max:
             log.warning(
@@ -51,7 +51,7 @@ class ConnectionLimits:
         )
 
     def channel_options(self) -> tuple[tuple[str, int], ...]:
-        """Returns gRPC's part of it."""
+        """Returns the part of the limits that gRPC enforces."""
         return (
             ("grpc.max_allowed_incoming_connections", self.connections_max),
             ("grpc.server_handshake_timeout_ms", self.handshake_timeout_ms),
@@ -67,7 +67,7 @@ class AddressLimit:
         self._peers: dict[int, str] = {}  # by inode, in the order in which they were first seen; "": not of this server
 
     async def run(self) -> None:
-        """Looks for ever."""
+        """Looks in a loop until cancelled."""
         while True:
             await asyncio.sleep(LOOK_INTERVAL_S)
             for address, count in (await asyncio.to_thread(self.enforce)).items():
@@ -79,7 +79,7 @@ class AddressLimit:
                 )
 
     def enforce(self) -> dict[str, int]:
-        """Shuts down what is too much; returns how many connections by address. Blocking."""
+        """Shuts down connections beyond the limit; returns the number of connections by address. Blocking."""
         try:
             with os.scandir(OPEN_FILES) as entries:
                 descriptors = [int(entry.name) for entry in entries]
@@ -104,7 +104,7 @@ class AddressLimit:
         return closed
 
     def _sockets(self, descriptors: list[int]) -> Iterator[tuple[int, int]]:
-        """Yields (inode, descriptor): an inode names one socket for as long as it is open."""
+        """Yields (inode, descriptor): an inode names a socket for as long as it is open."""
         for descriptor in descriptors:
             try:
                 status = os.fstat(descriptor)
@@ -114,8 +114,8 @@ class AddressLimit:
                 yield status.st_ino, descriptor
 
     def _peer_of(self, descriptor: int, inode: int) -> str | None:
-        """Returns the address at the other end; empty for what is no connection to `port`, None where that cannot be
-        told: the socket is gone, or no descriptor is left to hold it with. The next look asks again."""
+        """Returns the address at the other end; empty for anything but a connection to `port`, None if unknown: the
+        socket is gone, or no descriptor is left to hold it with. The next look asks again."""
         held = _hold(descriptor, inode)
         if held is None:
             return None
@@ -124,12 +124,12 @@ class AddressLimit:
                 if held.family not in (socket.AF_INET, socket.AF_INET6) or held.getsockname()[1] != self._port:
                     return ""
                 return str(held.getpeername()[0]).removeprefix("::ffff:")
-            except OSError:  # it listens, or has been closed from the other end
+            except OSError:  # it listens, or was closed from the other end
                 return ""
 
 
 def _hold(descriptor: int, inode: int) -> socket.socket | None:
-    """Returns the socket under a descriptor of its own, so that nobody closes it meanwhile; None if it is gone, or no
+    """Returns the socket under a descriptor of its own, so that it stays open meanwhile; None if it is gone, or no
     descriptor is left."""
     try:
         number = os.dup(descriptor)
@@ -137,7 +137,7 @@ def _hold(descriptor: int, inode: int) -> socket.socket | None:
         return None
     try:
         held = socket.socket(fileno=number)
-    except OSError:  # the descriptor was given to something that is no socket
+    except OSError:  # the descriptor belongs to a file now
         os.close(number)
         return None
     if os.fstat(held.fileno()).st_ino != inode:  # the number was given to something else

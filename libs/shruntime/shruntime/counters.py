@@ -1,10 +1,10 @@
 """Counters that exist, at 0, from the start of a process.
 
 OpenTelemetry shows a counter with its first addition. Until then a rate over it is no data instead of 0, and the first
-event is missed: Prometheus takes an increase from one sample to the next, and there is none before.
+event is missed: Prometheus takes an increase from one sample to the next, and none is before the first.
 
-Owns: the counters made here, by name. Does not own: the SDK, which `Telemetry.configure` installs.
-Invariants: a counter shows 0 for each known value of its label, made before the SDK was installed or after.
+Owns: the counters made here, by name. Does not own: the SDK, which `Telemetry.configure` installs. Invariants: a
+counter shows 0 for each known value of its label, made before the SDK was installed or after.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,14 +16,14 @@ _made: dict[str, tuple[Counter | UpDownCounter, list[dict[str, str]]]] = {}
 
 
 def counter(meter: Meter, name: str, description: str, label: str = "", values: Iterable[str] = ()) -> Counter:
-    """Makes a counter of `meter`; `values`: those of its only label that are known beforehand."""
+    """Returns a counter of `meter`; `values`: the values of its only label that are known beforehand."""
     made = meter.create_counter(name, description=description)
     _remember(name, made, [{label: value} for value in values] if label else [{}])
     return made
 
 
 def up_down_counter(meter: Meter, name: str, description: str) -> UpDownCounter:
-    """Makes a counter of `meter` that may fall as well, without labels."""
+    """Returns a counter of `meter` that may fall as well, without labels."""
     made = meter.create_up_down_counter(name, description=description)
     _remember(name, made, [{}])
     return made
@@ -39,8 +39,8 @@ OTHER_TOPICS = "(other)"
 
 
 class TopicCounter:
-    """A counter by topic. The first `topics_max` topics that count anything have their own, until the process ends; all
-    further ones count together, as OTHER_TOPICS."""
+    """A counter by topic. The first `topics_max` topics that count anything have their own, until the process ends;
+    all others count together, as OTHER_TOPICS."""
 
     def __init__(self, meter: Meter, name: str, description: str, topics_max: int) -> None:
         self._topics_max = topics_max
@@ -50,7 +50,7 @@ class TopicCounter:
         meter.create_observable_counter(name, callbacks, description=description)
 
     def add(self, topic: str, amount: int) -> None:
-        """Counts; one look-up, as it is called for every batch."""
+        """Counts; a single look-up, as it is called for every batch."""
         count = self._counts.get(topic)
         if count is not None:
             self._counts[topic] = count + amount

@@ -1,4 +1,4 @@
-"""File descriptors of this process: as many as the machine allows, and how many of them connections may have."""
+"""File descriptors of this process: the limit, raised as far as allowed, and the connections' part of it."""
 
 import errno
 import logging
@@ -19,10 +19,10 @@ KEPT_FOR_FILES = 256
 
 
 def raise_descriptor_limit() -> int:
-    """Lifts the soft limit of open files to the hard one, at most DESCRIPTORS_MAX; returns the soft limit from now on.
+    """Lifts the soft limit of open files to the hard limit, at most DESCRIPTORS_MAX; returns the new soft limit.
 
-    Shells and service managers give 1,024, which as many idle clients use up; only select() cannot bear more, and
-    nothing here calls it.
+    Shells and service managers give 1,024, which as many idle clients use up; only select() cannot handle more, and
+    StreamHouse does not call it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
@@ -34,7 +34,7 @@ def raise_descriptor_limit() -> int:
 
 
 def connections_allowed(connections_max: int) -> int:
-    """Returns `connections_max`, or fewer where the limit of open files would not leave KEPT_FOR_FILES (half of a
+    """Returns `connections_max`, or less if the limit of open files would not leave KEPT_FOR_FILES (half of a
     smaller limit)."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:

@@ -1,7 +1,7 @@
-"""How much a disk has left, for a metric.
+"""Free space of a disk, for a metric.
 
-Owns: the last look. Does not own: the disk, or the thread that looks.
-Invariants: nobody but the task waits for a look: on a disk that hangs it does not return, and the metrics page must.
+Owns: the latest look. Does not own: the disk, or the thread that looks. Invariants: only the task waits for a look: on
+a disk that hangs the call does not return, and the metrics page must.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class DiskSpace:
         """Bytes that this process may still write there; None before the first look and after one that failed."""
 
     async def run(self) -> None:
-        """Looks for ever."""
+        """Looks in a loop until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             try:

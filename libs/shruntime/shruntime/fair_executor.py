@@ -1,8 +1,8 @@
-"""Work that would keep an event loop from everybody else: done in threads, a few at a time, by turns.
+"""Runs work that would block the event loop in threads, a few jobs at a time, by turns.
 
-Owns: what waits to be done. Does not own: threads, which are the loop's.
-Invariants: at most `at_once_max` jobs run, and each key has one of them started before any other key has two; what is
-queued never exceeds `bytes_max`, one job of any size excepted.
+Owns: the queued jobs. Does not own: threads, which are the loop's. Invariants: at most `at_once_max` jobs run, and each
+key has a job started before any other key has two; the queue never exceeds `bytes_max`, a single job of any size
+excepted.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class QueueFull(Exception):
-    """There is no room for the job; `queued_bytes` wait."""
+    """The queue has no room for the job; `queued_bytes` wait."""
 
     def __init__(self, queued_bytes: int) -> None:
         super().__init__(f"{queued_bytes} bytes wait to be worked on")
@@ -32,7 +32,7 @@ class _Job(Generic[T]):
 
 
 class FairExecutor:
-    """Keys are callers that are not to wait behind one another's jobs: connections, say."""
+    """Keys are callers that must not wait behind one another's jobs: connections, say."""
 
     def __init__(self, *, at_once_max: int, bytes_max: int) -> None:
         self._at_once_max = at_once_max
@@ -42,7 +42,8 @@ class FairExecutor:
         self.queued_bytes = 0
 
     async def run(self, key: Hashable, work: Callable[[], T], size_bytes: int) -> T:
-        """Returns what `work` returns in a thread, once it is this key's turn. Raises QueueFull, and what it raises."""
+        """Returns the result of `work`, run in a thread when it is this key's turn. Raises QueueFull, and the errors
+        of `work`."""
         if self.queued_bytes and self.queued_bytes + size_bytes > self._bytes_max:
             raise QueueFull(self.queued_bytes)
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -55,7 +56,7 @@ class FairExecutor:
         loop = asyncio.get_running_loop()
         while self._running < self._at_once_max and self._jobs:
             _, job = self._jobs.take()
-            if job.done.cancelled():  # nobody waits for it any more
+            if job.done.cancelled():  # its caller was cancelled
                 self.queued_bytes -= job.size_bytes
                 continue
             self._running += 1

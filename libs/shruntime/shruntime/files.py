@@ -26,7 +26,7 @@ _NOT_SYNCABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENO
 def make_directory(path: Path) -> None:
     """Makes `path` and its missing parents for this user alone, and makes all their names durable.
 
-    Parents that exist are fsynced as well: the process that made them may have been killed before it could do so.
+    Existing parents are fsynced as well: the process that made them may have been killed before it could do so.
     """
     path = path.absolute()
     for level in reversed([path, *path.parents]):
@@ -58,19 +58,21 @@ def rename(source: Path, target: Path) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Gives the file this content, durably; a crash leaves this content or what the file had before."""
+    """Replaces the file's content durably; a crash leaves this content or the previous."""
     write_bytes(path, content.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Gives the file this content, durably; a crash, or an error, leaves this content or what the file had before."""
+    """Replaces the file's content durably; a crash, or an error, leaves this content or the previous."""
     temporary = path.with_suffix(".new")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
     try:
         os.ftruncate(fd, 0)
         write_at(fd, content, 0)
     except OSError:
-        temporary.unlink(missing_ok=True)  # on a full disk; it may be taken for something else, and needs the room
+        temporary.unlink(
+            missing_ok=True
+        )  # on a full disk; a partial file may be taken for a whole one, and needs the room
         raise
     finally:
         os.close(fd)
@@ -87,13 +89,13 @@ def write_at(fd: int, data: bytes, at: int) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Returns how many bytes the file system of `path`, or of its nearest parent that exists, has left for us."""
+    """Returns the bytes free for us on the file system of `path`, or of its nearest parent that exists."""
     existing = next(level for level in (path.absolute(), *path.absolute().parents) if level.exists())
     return shutil.disk_usage(existing).free
 
 
 def make_private(path: Path) -> bool:
-    """Takes group's and others' permissions off `path`. Returns False if they stay, for want of ownership."""
+    """Removes group's and others' permissions from `path`. Returns False if they stay, for want of ownership."""
     mode = stat.S_IMODE(path.stat().st_mode)
     if not mode & OTHERS:
         return True

@@ -1,4 +1,4 @@
-"""Logging of a service process: one line per event on stderr or in a file, plain or JSON."""
+"""Logging of a service process: a line per event on stderr or in a file, plain or JSON."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class LineFormatter(logging.Formatter):
-    """Plain lines: a message is one, whatever others have put into it (file names, variables, what a server says).
+    """Plain lines: a message stays on a single line, whatever it contains (file names, variables, a server's text).
     Tracebacks follow on lines of their own."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
@@ -34,11 +34,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class LogFile(logging.FileHandler):
-    """Appends to a file, which `reopen` opens anew after others have renamed it."""
+    """Appends to a file, which `reopen` opens again after a rotation has renamed it."""
 
     def reopen(self) -> None:
-        """Goes on in the file that now has the path; keeps to the one it has if that cannot be opened. Raises
-        OSError."""
+        """Goes on in the file that now has the path; keeps the open file if that cannot be opened. Raises OSError."""
         opened = self._open()
         self.acquire()
         try:
@@ -51,7 +50,8 @@ class LogFile(logging.FileHandler):
 
 
 def configure_logging(service: str, settings: CommonSettings) -> None:
-    """Logs to stderr, or to `log_file`, as the settings say. Raises SettingsError for a file that cannot be opened."""
+    """Sends the log to stderr, or to `log_file`, by the settings. Raises SettingsError for a file that cannot be
+    opened."""
     handler = _handler(settings.log_file)
     plain = LineFormatter(f"%(asctime)s %(levelname)-7s {service} %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if settings.log_json else plain)
@@ -71,8 +71,10 @@ def _handler(path: str) -> logging.Handler:
 
 
 def reopen_log_file() -> str | None:
-    """Opens the log file anew, after a rotation; logs why into the open one if that fails. Returns the path, None if
-    the log goes to stderr."""
+    """Opens the log file again, after a rotation; logs a failure into the file still open.
+
+    Returns the path, or None if the log goes to stderr.
+    """
     for handler in logging.getLogger().handlers:
         if isinstance(handler, LogFile):
             try:

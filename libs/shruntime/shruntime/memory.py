@@ -1,7 +1,7 @@
-"""Memory: how much this process may use, defaults of settings that follow it, and giving freed memory back.
+"""Memory: the limit of this process, defaults of settings that follow it, and giving freed memory back.
 
-A fixed default that suits a server kills a container of 512 MiB: the kernel ends the process that goes beyond its
-control group's limit, without a word. Budgets are therefore parts of what there is, between bounds.
+A fixed default that suits a server kills a container of 512 MiB: the kernel ends the process that exceeds its control
+group's limit, without a word. Budgets are therefore shares of the limit, between bounds.
 """
 
 import ctypes
@@ -31,15 +31,15 @@ _ARENAS_MAX = 4
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """`source`: where the limit was read: /proc/meminfo, or the file of a control group."""
+    """A limit in bytes. `source`: the file it was read from: /proc/meminfo, or a control group's."""
 
     size_bytes: int
     source: str
 
 
 def memory_limit(root: Path = Path("/")) -> MemoryLimit:
-    """Returns the memory of this machine, or the smallest limit of the control groups that this process is in, if that
-    is less. `root`: where /proc and /sys are."""
+    """Returns the memory of this machine, or the smallest limit of this process's control groups, if that is less.
+    `root`: parent of /proc and /sys."""
     limits = [_machine_limit(root), *_cgroup_limits(root)]
     return min(limits, key=lambda limit: limit.size_bytes)
 
@@ -54,8 +54,8 @@ def _machine_limit(root: Path) -> MemoryLimit:
 
 
 def _cgroup_limits(root: Path) -> Iterator[MemoryLimit]:
-    """Limits of all groups from this process's up to the root, as each of them counts. In a container the path may be
-    the host's, and not there: then the root is the container's own group."""
+    """Yields the limits of all groups from this process's up to the root, as each of them counts. In a container the
+    path may be the host's, and missing: then the root is the container's own group."""
     for line in _lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -75,8 +75,8 @@ def _cgroup_limits(root: Path) -> Iterator[MemoryLimit]:
 
 
 def _number(path: Path) -> int | None:
-    """Returns the number in the file; None if there is no such file, or no limit ("max", or 0, which nothing could
-    run in)."""
+    """Returns the number in the file; None without the file or without a limit ("max", or 0, in which nothing could
+    run)."""
     text = "".join(_lines(path)).strip()
     return (int(text) or None) if text.isdecimal() else None
 
@@ -90,8 +90,8 @@ def _lines(path: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class MemoryShare:
-    """Default of a setting: 1/part of the memory limit, from `least` to `most`. `unit`: bytes that one of the setting
-    stands for; the value is in these units."""
+    """Default of a setting: 1/part of the memory limit, from `least` to `most`. `unit`: bytes per unit of the
+    setting; the value is in these units."""
 
     part: int
     least: int
@@ -99,13 +99,13 @@ class MemoryShare:
     unit: int = 1
 
     def __call__(self, values: Mapping[str, Any]) -> int:
-        """Returns the default beside the settings before it, the limit among them."""
+        """Returns the default, computed from the settings before it, the limit among them."""
         limit_bytes = values.get(LIMIT_SETTING) or memory_limit().size_bytes
         return max(self.least, min(self.most, limit_bytes // self.part // self.unit))
 
 
 def log_memory_limits(*settings: BaseModel, root: Path = Path("/")) -> None:
-    """Says what memory these settings go by, where that was read, and the limits that are parts of it."""
+    """Logs the memory limit of these settings, its source, and the limits that are shares of it."""
     given_bytes = getattr(settings[0], LIMIT_SETTING)
     limit = MemoryLimit(given_bytes, LIMIT_SETTING) if given_bytes else memory_limit(root)
     parts = dict.fromkeys(part for one in settings for part in _shares(one))  # services share some
@@ -126,8 +126,9 @@ def _in_mib(size_bytes: int) -> str:
 
 
 def give_back_freed_memory() -> bool:
-    """Makes the C library return freed blocks of 1 MiB and more to the system at once. Returns False where it is not
-    glibc, or where variables of the environment configure its allocator.
+    """Makes the C library return freed blocks of 1 MiB and more to the system at once.
+
+    Returns False if it is not glibc, or if variables of the environment configure its allocator.
 
     By default glibc raises that threshold to 32 MiB as such blocks are freed. Batches of 12 MB then come from heaps
     that never shrink: 300 MiB of `serve` stayed taken when all was idle again (now 110), 480 at the peak (now 280).
@@ -148,7 +149,9 @@ def give_back_freed_memory() -> bool:
 
 
 def spare_loaded_code() -> None:
-    """Takes everything that is loaded out of the garbage collector's sight: modules, classes and functions live as long
-    as the process. With them each collection of the oldest generation stopped `serve` for 70 ms, now and then."""
+    """Excludes all loaded objects from garbage collection: modules, classes and functions live as long as the process.
+
+    With them each collection of the oldest generation stopped `serve` for 70 ms, now and then.
+    """
     gc.collect()
     gc.freeze()

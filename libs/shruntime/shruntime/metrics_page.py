@@ -1,7 +1,7 @@
-"""The page that Prometheus scrapes: one thread per request, a few at once, and none for a client that is silent.
+"""The page that Prometheus scrapes: a thread per request, a few at once, and none for a silent client.
 
 Owns: the port, its threads. Does not own: the metrics.
-Invariants: at most REQUESTS_MAX requests have a thread. A request that got one gives its place back however it ends.
+Invariants: at most REQUESTS_MAX requests have a thread. Every request with a thread gives its place back at its end.
 """
 
 import logging
@@ -24,7 +24,7 @@ SILENCE_S_MAX = 10.0
 
 
 def serve_metrics(host: str, port: int) -> None:
-    """Serves the default registry until the process ends. Raises OSError when the address cannot be listened on."""
+    """Serves the default registry until the process ends. Raises OSError if it cannot listen on the address."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
 
     class Server(_Server):
@@ -59,7 +59,7 @@ class _Server(ThreadingMixIn, WSGIServer):
             self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Logs defects; of a client that was silent or has gone there is nothing to say."""
+        """Logs defects, but not clients that were silent or have gone."""
         if not isinstance(sys.exception(), OSError):
             log.exception("the metrics page failed")
 

@@ -1,8 +1,7 @@
 """Queues by key, taken from by turns.
 
-Owns: the items of each key in order, and the order in which keys have their turn.
-Invariants: items of one key leave in the order in which they came; a key that has just had its turn has the next one
-after every other key that has items.
+Owns: the items of each key in order, and the turns of the keys. Invariants: items of a key leave in the order in which
+they came; a key that has just had its turn has the next after every other key that has items.
 """
 
 from collections import OrderedDict, deque
@@ -17,7 +16,7 @@ class RoundRobinQueue(Generic[K, T]):
     """Truthy while any key has an item."""
 
     def __init__(self) -> None:
-        # In the order of the turns. A key without items is not there: an empty queue would cost a look at every turn.
+        # In the order of the turns. A key without items is absent: an empty queue would cost a look at every turn.
         self._queues: OrderedDict[K, deque[T]] = OrderedDict()
 
     def __bool__(self) -> bool:
@@ -29,7 +28,7 @@ class RoundRobinQueue(Generic[K, T]):
             yield from queue
 
     def put(self, key: K, item: T) -> None:
-        """Adds `item` behind those of its key; a key that had none gets the last turn."""
+        """Adds `item` behind those of its key; a key without items gets the last turn."""
         self._queues.setdefault(key, deque()).append(item)
 
     def put_back(self, key: K, item: T) -> None:

@@ -1,8 +1,8 @@
 """A gRPC server with health and reflection; hosts one service's API or several.
 
-Owns: the port, gRPC's server, the health that clients are told. Does not own: the APIs, what they hold.
-Invariants: health says NOT_SERVING until set_serving(True), and from the start of stop() on. The port of a server that
-is bound is known before it serves.
+Owns: the port, gRPC's server, the health status. Does not own: the APIs and their state. Invariants: health is
+NOT_SERVING until set_serving(True), and from the start of stop() on. The port of a bound server is known before it
+serves.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from shruntime.settings import CommonSettings
 from shruntime.supervisor import Supervisor
 from shruntime.tasks import Tasks
 
-# What gRPC lets a stream's window grow to while it does not know of a lack of memory.
+# The size to which gRPC lets a stream's window grow while it knows of no lack of memory.
 WINDOW_BYTES_MAX = 16 * MIB
 
 _meter = metrics.get_meter("streamhouse.server")
 
 
 class ListenError(OSError):
-    """The address cannot be listened on."""
+    """The server cannot listen on the address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
-    """How many connections, calls and streams a server has at once; the defaults are those of the settings."""
+    """Limits of connections, calls and streams of a server; the defaults are those of the settings."""
 
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     calls_in_flight_max: int = CommonSettings.model_fields["calls_in_flight_max"].default
@@ -53,7 +53,7 @@ class ServerLimits:
 
     @classmethod
     def of(cls, settings: CommonSettings) -> Self:
-        """Returns what the settings ask for, connections as far as this process's file descriptors allow."""
+        """Returns the limits of the settings, connections as far as this process's file descriptors allow."""
         return cls(
             connections=ConnectionLimits.of(settings),
             calls_in_flight_max=settings.calls_in_flight_max,
@@ -65,9 +65,12 @@ class ServerLimits:
         )
 
     def channel_options(self) -> tuple[tuple[str, int], ...]:
-        """Returns gRPC's part of it. By default it ends calls with CANCELLED once 1,000 to 3,000 wait to be looked at,
-        so that a server that is well would turn a crowd of clients away; and lets each connection send 16 MiB ahead,
-        which ten producers of large batches fill: 480 MiB of `serve` instead of 310 with 1 MiB."""
+        """Returns the part of the limits that gRPC enforces.
+
+        By default gRPC ends calls with CANCELLED once 1,000 to 3,000 are pending, so that a healthy server would turn a
+        crowd of clients away; and it lets each connection send 16 MiB ahead, which ten producers of large batches fill:
+        480 MiB of `serve` instead of 310 with 1 MiB.
+        """
         window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", self.receive_window_bytes))
         return (
             *(window if self.receive_window_bytes < WINDOW_BYTES_MAX else ()),
@@ -78,7 +81,7 @@ class ServerLimits:
 
 
 class RpcServer:
-    """Listens from `start` on; health says NOT_SERVING until `set_serving(True)`."""
+    """Listens from `start` on; health is NOT_SERVING until `set_serving(True)`."""
 
     def __init__(
         self,
@@ -118,8 +121,8 @@ class RpcServer:
         return f"{self._listen.rpartition(':')[0]}:{self.port}"
 
     async def bind(self) -> None:
-        """Takes the port, so that `address` is known; calls wait until `start`. Raises ListenError, and RuntimeError in
-        a child that was forked after gRPC was used."""
+        """Takes the port, so that `address` is known; calls wait until `start`. Raises ListenError, and RuntimeError
+        in a process that was forked after gRPC was used."""
         forks.check()
         server = grpc.aio.server(
             options=(*CHANNEL_OPTIONS, *self._limits.channel_options()), interceptors=list(self._interceptors)
@@ -157,7 +160,7 @@ class RpcServer:
         )
 
     async def start(self) -> None:
-        """Serves; binds first if that was not done. Raises ListenError when the port is taken."""
+        """Serves; binds first if that was not done. Raises ListenError if the port is taken."""
         if self._server is None:
             await self.bind()
         assert self._server is not None, "bind() sets it or raises"
@@ -167,8 +170,7 @@ class RpcServer:
         self._tasks.spawn("connections per address", address_limit.run())
 
     async def set_serving(self, serving: bool) -> None:
-        """Sets what health checks are answered, for the server as a whole and for each service, and tells the
-        supervisor."""
+        """Sets the health status, for the server as a whole and for each service, and reports it to the supervisor."""
         state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", *(descriptor.full_name for descriptor, _ in self._apis)):
             await self._health.set(name, state)
@@ -176,7 +178,7 @@ class RpcServer:
             self._supervisor.serving(self.address, serving)
 
     async def stop(self, grace_ms: int) -> None:
-        """Refuses new calls at once, gives running ones `grace_ms`. Streams that never end are cut then."""
+        """Refuses new calls at once, gives running calls `grace_ms`, then cuts endless streams."""
         if self._server is not None:
             await self.set_serving(False)
             await self._server.stop(grace_ms / 1000)
@@ -185,8 +187,10 @@ class RpcServer:
 
 
 async def check_listen(listen: str) -> None:
-    """Raises ListenError with the reason of the operating system. gRPC would write lines of its own to stderr first,
-    and then not say why."""
+    """Checks that the address is free; raises ListenError with the reason of the operating system.
+
+    gRPC would write lines of its own to stderr first, without the reason.
+    """
     host, _, port = listen.rpartition(":")
     try:
         found = await asyncio.get_running_loop().getaddrinfo(
@@ -196,7 +200,7 @@ async def check_listen(listen: str) -> None:
         raise ListenError(f"cannot listen on {listen}: no such address ({error})") from error
     failures = [failure for family, _, _, _, address in found if (failure := _bind_failure(family, address))]
     taken = [failure for failure in failures if failure.errno == errno.EADDRINUSE]
-    # A name may have an address of a family that this machine does not speak; one that works is enough.
+    # A name may have an address of a family that this machine does not speak; any that works is enough.
     if taken or len(failures) == len(found):
         raise ListenError(f"cannot listen on {listen}: {os.strerror((taken or failures)[0].errno or 0).lower()}")
 
@@ -204,7 +208,7 @@ async def check_listen(listen: str) -> None:
 def _bind_failure(family: int, address: Any) -> OSError | None:
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # As gRPC does: connections of an earlier process that only wait to be forgotten are no obstacle.
+            # As gRPC does: connections of an earlier process in TIME_WAIT are no obstacle.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:

@@ -1,8 +1,8 @@
 """Settings of every service: a default, a unit, a range and a reason each.
 
 Sources, the later wins: defaults, the TOML file named by STREAMHOUSE_CONFIG (top-level keys for all services, a table
-per service for its own), STREAMHOUSE_* variables, values given in code. A name nobody knows or a value out of
-its range is a SettingsError that names it. `docs/settings.md` is generated from these classes.
+per service for its own), STREAMHOUSE_* variables, values given in code. An unknown name or a value out of its range is
+a SettingsError that names it. `docs/settings.md` is generated from these classes.
 """
 
 import difflib
@@ -23,36 +23,36 @@ CONFIG_VARIABLE = "STREAMHOUSE_CONFIG"
 
 
 class SettingsError(ValueError):
-    """Names the setting, its value and what is allowed."""
+    """Names the setting, its value and the allowed values."""
 
 
 def one_line(text: str) -> str:
-    """Checks a setting: text without control characters, as names in logs and tables have to be. Raises
-    ValueError."""
+    """Returns a setting's text unless it has control characters, which names in logs and tables must not have.
+    Raises ValueError."""
     if not text.isprintable():
         raise ValueError("must be printable text on one line")
     return text
 
 
-# Less runs no service. It is most likely meant in another unit.
+# A service cannot run with less: most likely another unit was meant.
 MEMORY_LIMIT_BYTES_MIN = 64 * MIB
 
 
 def _memory_limit(size_bytes: int) -> int:
-    """Checks a setting. Raises ValueError."""
+    """Checks a memory limit. Raises ValueError."""
     if 0 < size_bytes < MEMORY_LIMIT_BYTES_MIN:
         raise ValueError(f"must be 0, or at least {MEMORY_LIMIT_BYTES_MIN} (64 MiB): it is in bytes")
     return size_bytes
 
 
 class CommonSettings(BaseSettings):
-    """What every service understands. Subclasses set `service` and add their own fields."""
+    """Settings that all services understand. Subclasses set `service` and add their own fields."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
     service: ClassVar[str] = "common"
     known: ClassVar[dict[str, type["CommonSettings"]]] = {}
 
-    # First, since defaults of others are parts of it.
+    # First, since defaults of other settings are shares of it.
     memory_limit_bytes: Annotated[int, AfterValidator(_memory_limit)] = Field(
         0,
         ge=0,
@@ -162,7 +162,7 @@ class CommonSettings(BaseSettings):
     )
 
     def must_not_exceed(self, name: str, most: str, why: str) -> None:
-        """Holds two settings against each other. Raises ValueError, which names both and their values."""
+        """Compares two settings. Raises ValueError, which names both and their values."""
         value, limit = getattr(self, name), getattr(self, most)
         if value > limit:
             raise ValueError(f"{name} ({value}) must not be above {most} ({limit}): {why}")
@@ -173,7 +173,7 @@ class CommonSettings(BaseSettings):
 
     @property
     def is_measured(self) -> bool:
-        """True if metrics are shown anywhere."""
+        """True if metrics are exported anywhere."""
         return bool(self.otlp_endpoint or self.prometheus_listen)
 
     @classmethod
@@ -189,7 +189,7 @@ class CommonSettings(BaseSettings):
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
-        """Settings from file, variables and `overrides`. Raises SettingsError."""
+        """Returns settings from file, variables and `overrides`. Raises SettingsError."""
         environ = os.environ if environ is None else environ
         values = cls._from_file(environ.get(CONFIG_VARIABLE, "")) | cls._from_variables(environ) | overrides
         try:
@@ -199,12 +199,12 @@ class CommonSettings(BaseSettings):
 
     @classmethod
     def _explain(cls, error: ValidationError) -> str:
-        """What is wrong with each setting. Values that `repr` leaves out are secrets: their checks say what may be
-        shown."""
+        """Returns the fault of each setting. Values that `repr` leaves out are secrets: their checks decide which
+        text is shown."""
         parts = []
         for item in error.errors():
             if item["type"] == "default_factory_not_called":
-                continue  # a default that is a part of what is wrong itself
+                continue  # a default derived from a wrong setting
             if not item["loc"]:  # several settings together: the input is all of them, secrets included
                 parts.append(item["msg"].removeprefix("Value error, "))
                 continue
@@ -262,7 +262,7 @@ def _must_be_known(name: str, shown: str) -> None:
 
 
 class StoreSettings(CommonSettings):
-    """The object store; services that read or write it inherit these."""
+    """Settings of the object store; services that read or write it inherit these."""
 
     service: ClassVar[str] = "store"
 

@@ -1,10 +1,9 @@
-"""Speaks with what started this process: systemd's notify protocol, and SIGHUP.
+"""Reports to the supervisor of this process by systemd's notify protocol, and handles SIGHUP.
 
 Owns: the handler of SIGHUP while a service runs, the datagrams to NOTIFY_SOCKET, the watchdog's task. Does not own:
-SIGINT and SIGTERM (tasks.py), the log file (logs.py), health (server.py).
-Invariants: SIGHUP never ends a service, and stays ignored if it was ignored at the start (nohup). READY=1 is first sent
-when the service is first SERVING. WATCHDOG=1 is sent by a task of the event loop, so that a loop that stands still is
-noticed.
+SIGINT and SIGTERM (tasks.py), the log file (logs.py), health (server.py). Invariants: SIGHUP never ends a service, and
+stays ignored if it was ignored at the start (nohup). READY=1 is first sent when the service is first SERVING.
+WATCHDOG=1 is sent by a task of the event loop, so that a blocked loop is noticed.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from shruntime.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
-# A supervisor whose queue of datagrams is full is told again after this.
+# Wait before a datagram is repeated to a supervisor whose queue is full.
 RETRY_S = 0.1
-# Half a dozen states in a process's life; beyond that the supervisor does not read, and the oldest are dropped.
+# A process has half a dozen states in its life; beyond that the supervisor does not read, and the oldest are dropped.
 UNSENT_MAX = 32
 
 
 class Supervisor:
-    """Tells systemd how the service is doing, and opens the log file anew on SIGHUP, inside `async with`.
+    """Reports the service's state to systemd, and opens the log file again on SIGHUP, inside `async with`.
 
-    notify_socket: a path, or an abstract socket as "@name"; empty: nobody is told. watchdog_s: seconds without a sign
-    of life after which systemd restarts the service; 0: no watchdog.
+    notify_socket: a path, or an abstract socket as "@name"; empty: no reports. watchdog_s: seconds without a sign of
+    life after which systemd restarts the service; 0: no watchdog.
     """
 
     def __init__(self, notify_socket: str = "", watchdog_s: float = 0.0) -> None:
@@ -53,7 +52,7 @@ class Supervisor:
     @classmethod
     def of_environment(cls) -> Self:
         """Returns the supervisor that this process's variables name, and removes the variables: a child (PostgreSQL
-        knows the protocol) must not speak for the service."""
+        knows the protocol) must not report for the service."""
         made = cls.of(os.environ)
         for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
             os.environ.pop(name, None)
@@ -61,7 +60,7 @@ class Supervisor:
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Self:
-        """Returns the supervisor that NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID describe; values of no use are
+        """Returns the supervisor that NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID describe; unusable values are
         logged and left out."""
         notify_socket = environ.get("NOTIFY_SOCKET", "")
         if notify_socket and (notify_socket[0] not in "/@" or len(notify_socket) < 2):
@@ -90,8 +89,8 @@ class Supervisor:
     # ---- states
 
     def serving(self, address: str, is_serving: bool) -> None:
-        """Tells what health checks are answered: READY=1 the first time that the service at `address` is SERVING, and
-        a STATUS each time. Nothing once the service stops."""
+        """Reports the health status: READY=1 the first time that the service at `address` is SERVING, and a STATUS
+        each time. Does nothing once the service stops."""
         if self._is_stopping or not (is_serving or self._is_ready):
             return
         status = f"serving on {address}" if is_serving else "not serving: waits for what it needs"
@@ -99,20 +98,20 @@ class Supervisor:
         self._is_ready = True
 
     def stopping(self) -> None:
-        """Tells that the service drains, once."""
+        """Reports once that the service drains."""
         if not self._is_stopping:
             self._is_stopping = True
             self._tell("STOPPING=1\nSTATUS=draining")
 
     async def _watch(self) -> None:
         while True:
-            if not self._unsent:  # a sign of life that comes late says nothing
+            if not self._unsent:  # a late sign of life means nothing
                 self._tell("WATCHDOG=1")
             await asyncio.sleep(self._watchdog_s / 2)  # as sd_watchdog_enabled(3) recommends
 
     def _reload(self) -> None:
         told = self._is_ready and not self._is_stopping
-        if told:  # systemd waits for READY=1, with Type=notify-reload, and takes a reload for a start without the time
+        if told:  # with Type=notify-reload systemd waits for READY=1, and takes a reload without the time for a start
             self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1_000}")
         if (path := reopen_log_file()) is not None:
             log.info("SIGHUP: the log goes on in %s, opened anew", path)
@@ -144,7 +143,7 @@ class Supervisor:
             self._unsent.popleft()
 
     def _send(self, state: str) -> None:
-        # A socket for each: systemd may have been started anew since the last one. Connected, since `sendto` of
+        # A socket for each: systemd may have been restarted since the last datagram. Connected, since `sendto` of
         # eventlet's sockets waits in a hub.
         with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sender:
             sender.setblocking(False)
@@ -154,7 +153,7 @@ class Supervisor:
 
 
 def _watchdog_s(environ: Mapping[str, str]) -> float:
-    """Returns the seconds of WATCHDOG_USEC, 0.0 without one that is meant for this process."""
+    """Returns the seconds of WATCHDOG_USEC, or 0.0 if none is meant for this process."""
     given, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
     if not given or (pid and pid != str(os.getpid())):
         return 0.0

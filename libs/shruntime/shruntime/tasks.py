@@ -83,7 +83,7 @@ class Backoff:
         self._attempt = 0
 
     def next_ms(self) -> float:
-        """How long to wait before the next try."""
+        """Returns the ms to wait before the next try."""
         ceiling = min(self._max_ms, self._first_ms * 2 ** min(self._attempt, 32))
         self._attempt += 1
         return self._uniform(0, ceiling)

@@ -26,31 +26,31 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 def current_traceparent() -> str:
-    """The W3C traceparent of the current span; empty when nothing is recorded."""
+    """Returns the W3C traceparent of the current span; empty if nothing is recorded."""
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier)
     return carrier.get("traceparent", "")
 
 
 def context_of(traceparent: str) -> Context:
-    """A context to start child spans in; an empty or malformed traceparent gives a fresh one."""
+    """Returns a context to start child spans in; an empty or malformed traceparent gives a new context."""
     return _PROPAGATOR.extract({"traceparent": traceparent}, context=Context())
 
 
 def links_to(traceparents: Sequence[str]) -> list[trace.Link]:
-    """Links to the spans named, malformed ones left out."""
+    """Returns links to the spans named, without malformed ones."""
     contexts = (trace.get_current_span(context_of(parent)).get_span_context() for parent in traceparents)
     return [trace.Link(context) for context in contexts if context.is_valid]
 
 
 def _is_no_cut_stream(record: logging.LogRecord) -> bool:
-    """Leaves out what the gRPC instrumentation logs, with a traceback, for every stream whose client has gone: its
-    generator is closed by another task than the one that attached the context. That one's context went with it."""
+    """False for a record of the gRPC instrumentation about a stream whose client has gone: it logs a traceback for
+    each, because the generator is closed by another task than the task that attached the context."""
     return record.getMessage() != "Failed to detach context"
 
 
 class Telemetry:
-    """What was installed; `shutdown` flushes it."""
+    """The installed exporters; `shutdown` flushes them."""
 
     def __init__(self, enabled: bool, flush_timeout_ms: int = 0) -> None:
         self.enabled = enabled
@@ -58,7 +58,8 @@ class Telemetry:
 
     @classmethod
     def configure(cls, service: str, settings: CommonSettings) -> Telemetry:
-        """Installs exporters as the settings ask; call once per process, before channels and servers are made."""
+        """Installs exporters by the settings, and returns them; call once per process, before channels and servers
+        are made."""
         if not settings.is_measured:
             return cls(enabled=False)
         from shruntime import _telemetry_sdk  # the SDK is only imported where it is used
@@ -68,7 +69,7 @@ class Telemetry:
         return cls(enabled=True, flush_timeout_ms=settings.otlp_flush_timeout_ms)
 
     def client(self) -> Sequence[grpc.aio.ClientInterceptor]:
-        """Interceptors for outgoing gRPC calls."""
+        """Returns interceptors for outgoing gRPC calls."""
         if not self.enabled:
             return ()
         from opentelemetry.instrumentation.grpc import aio_client_interceptors
@@ -76,7 +77,7 @@ class Telemetry:
         return list(aio_client_interceptors())  # type: ignore[no-untyped-call]
 
     def server(self) -> Sequence[grpc.aio.ServerInterceptor[Any, Any]]:
-        """Interceptors for incoming gRPC calls."""
+        """Returns interceptors for incoming gRPC calls."""
         if not self.enabled:
             return ()
         from opentelemetry.instrumentation.grpc import aio_server_interceptor
@@ -85,7 +86,7 @@ class Telemetry:
         return [aio_server_interceptor()]  # type: ignore[no-untyped-call]
 
     def shutdown(self) -> None:
-        """Flushes what is buffered, for at most otlp_flush_timeout_ms; safe to call when telemetry is off."""
+        """Flushes buffered data, for at most otlp_flush_timeout_ms; safe to call if telemetry is off."""
         if not self.enabled:
             return
         stops = [
@@ -94,7 +95,7 @@ class Telemetry:
             if (stop := getattr(provider, "shutdown", None)) is not None
         ]
         deadline_s = time.monotonic() + self._flush_timeout_ms / 1000
-        for thread in stops:  # side by side: a collector that is dead costs the time once
+        for thread in stops:  # concurrently: a dead collector costs the time once
             thread.start()
         for thread in stops:
             thread.join(max(0.0, deadline_s - time.monotonic()))

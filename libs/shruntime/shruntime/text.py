@@ -1,8 +1,8 @@
-"""Parts of logs and errors, which are read line by line, and shown on terminals."""
+"""Texts for logs and errors, which are read line by line, and shown on terminals."""
 
 import re
 
-# C0, DEL, C1 and Unicode's ends of a line and of a paragraph: what ends a line, or what a terminal obeys.
+# C0, DEL, C1 and Unicode's line and paragraph separators: they end a line, or control a terminal.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -10,7 +10,7 @@ _UNITS = {"ms": "milliseconds", "bytes": "bytes"}
 
 
 def escaped(text: str) -> str:
-    """Returns `text` with its control characters as in Python's literals (\\n, \\x1b); all else as it is."""
+    """Returns `text` with its control characters as in Python's literals (\n, \x1b); everything else unchanged."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 

@@ -15,7 +15,7 @@ _HOST = re.compile(r"(?:\[[0-9a-fA-F:.%]+\]|[^:\[\]]*)(?::(?P<port>.*))?")
 
 
 def masked(url: str) -> str:
-    """The URL with `***` for whatever may be a password, right or wrong as it is otherwise."""
+    """Returns the URL with `***` for anything that may be a password; right or wrong, the rest stays."""
     head, slashes, rest = url.partition("//")
     credentials, at, place = rest.rpartition("@")
     if at:
@@ -71,7 +71,7 @@ def advertised_or_empty(text: str) -> str:
 
 
 def is_unspecified(host: str) -> bool:
-    """True for 0.0.0.0, [::] and whatever else the system takes for them (0, 0x0, [::ffff:0.0.0.0])."""
+    """True for 0.0.0.0, [::] and other spellings that the system takes for them (0, 0x0, [::ffff:0.0.0.0])."""
     try:
         found = socket.getaddrinfo(host.strip("[]"), None, flags=socket.AI_NUMERICHOST)
     except OSError:  # a name
@@ -86,8 +86,8 @@ def address_or_empty(text: str) -> str:
 
 
 def url_of(*schemes: str) -> Callable[[str], str]:
-    """Returns a validator for a setting: empty, or a URL of one of `schemes` that can be parsed. It raises ValueError,
-    whose text has the URL without its password."""
+    """Returns a validator for a setting: empty, or a URL of one of `schemes` that can be parsed. It raises
+    ValueError, whose text has the URL without its password."""
 
     def check(url: str) -> str:
         problem = _problem(url, schemes) if url else ""
