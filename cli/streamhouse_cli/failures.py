@@ -1,5 +1,7 @@
 """From an exception to the one line that a user can act on."""
 
+import importlib.util
+import sys
 from collections.abc import Mapping
 from typing import IO, Any
 
@@ -22,16 +24,30 @@ def explain(error: Exception, context: Mapping[str, str]) -> str | None:
 
     if isinstance(error, StreamHouseError):
         return _explain_refusal(error, context)
-    # Only now: the store brings an S3 client with it, and what it takes to load that a refusal need not wait for.
-    from shformat import FormatError
-    from shruntime.settings import SettingsError
-    from shstore.errors import StoreError
+    from shformat import FormatError, MissingExtra
 
     if isinstance(error, OSError) and error.strerror:
         return one_line(_explain_os_error(error))
-    if isinstance(error, SettingsError | StoreError | FormatError | OSError):
+    if isinstance(error, OSError | FormatError | MissingExtra) or _is_of_loaded(error):
         return one_line(str(error))
+    if isinstance(error, ModuleNotFoundError) and _is_installed_with_server(error.name or ""):
+        return str(MissingExtra("this command", error.name or "", "server"))
     return None
+
+
+def _is_of_loaded(error: Exception) -> bool:
+    """True for a SettingsError or StoreError. They are raised only where their modules are loaded already, and these
+    need what the extra `server` installs; loading them to look would also take longer than most commands."""
+    kinds = (("shruntime.settings", "SettingsError"), ("shstore.errors", "StoreError"))
+    return any(name in sys.modules and isinstance(error, getattr(sys.modules[name], kind)) for name, kind in kinds)
+
+
+def _is_installed_with_server(module: str) -> bool:
+    """True for a module of a package, or in a namespace, that is not installed: beyond the base dependencies commands
+    import what `server` brings, and zstd and Arrow, which say so themselves. A module that is missing in a package
+    which is there, as ours are, is a defect."""
+    spec = importlib.util.find_spec(module.partition(".")[0])
+    return spec is None or spec.origin is None
 
 
 def _explain_os_error(error: OSError) -> str:

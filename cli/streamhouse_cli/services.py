@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Coroutine
@@ -19,8 +21,6 @@ SETTINGS_MODULES = ("ingest", "segmenter", "query", "coordinator", "embedded")
 
 def load_all_settings() -> None:
     """Makes the settings of every service known, so that one file and one set of variables may serve them all."""
-    import importlib
-
     for name in SETTINGS_MODULES:
         importlib.import_module(f"streamhouse_{name}.settings")
 
@@ -104,6 +104,10 @@ def segmenter(**options: str | None) -> None:
     Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
     """
     environ = environ_with(**options)
+    if importlib.util.find_spec("nameko") is None:  # asked here, where the answer becomes one line
+        from shformat import MissingExtra
+
+        raise MissingExtra("streamhouse segmenter", "nameko", "server")
     # nameko wants eventlet's patching before anything else is imported: too late in this process, so replace it.
     environ["EVENTLET_HUB"] = "asyncio"
     sys.stdout.flush()

@@ -16,6 +16,7 @@ from contextlib import aclosing
 from typing import Literal, cast
 
 from shcluster.peers import Peers
+from shformat import MissingExtra
 from shformat.limits import MIB
 from shproto.errors import (
     DataLoss,
@@ -52,7 +53,8 @@ WINDOW_BYTES_MIN = MIB
 # Consumed bytes are reported in quarters of a window: until then the server has the rest of the window to send.
 WINDOW_UPDATES = 4
 
-_Queue = RoundRobinQueue[Cursor | None, Portion | StreamHouseError]
+Failure = StreamHouseError | MissingExtra
+_Queue = RoundRobinQueue[Cursor | None, Portion | Failure]
 Lookup = Callable[[Place, Mapping[TopicPartition, bytes]], Awaitable[dict[TopicPartition, int]]]
 
 
@@ -284,7 +286,7 @@ class Reader:
         """True if the next `pop` returns a portion and raises no error."""
         return isinstance(next(iter(self._received), None), Portion)
 
-    def fail(self, error: StreamHouseError, cursor: Cursor | None = None) -> None:
+    def fail(self, error: Failure, cursor: Cursor | None = None) -> None:
         """Queues `error` for the application, behind the records received before."""
         if cursor is not None:
             cursor.failed = True
@@ -398,6 +400,9 @@ class Reader:
                 self._accept(cursor, encoded)
         except StreamHouseError as error:
             await self._partition_failed(cursor, error)
+            return False
+        except MissingExtra as error:  # a codec; trying again would not install it, so the application decides
+            self.fail(error, cursor)
             return False
         cursor.failing_since_ms = None
         if response.next_offset > cursor.fetch_offset:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from shformat import BytesColumn, Header, HeadersColumn, Records
+from shformat import BytesColumn, Header, HeadersColumn, MissingExtra, Records
 from shproto.keys import TopicPartition as TopicPartition
 
 TRACEPARENT = "traceparent"  # W3C trace context, https://www.w3.org/TR/trace-context/
@@ -148,8 +148,12 @@ class RecordBatch:
 
     def to_arrow(self) -> Any:
         """Returns a `pyarrow.RecordBatch` with columns offset, timestamp (ms, UTC), key, value, headers; the bytes are
-        not copied. Topic and partition are in the schema's metadata. Needs pyarrow."""
-        import pyarrow as pa
+        not copied. Topic and partition are in the schema's metadata. Raises
+        MissingExtra without pyarrow."""
+        try:
+            import pyarrow as pa
+        except ModuleNotFoundError as error:
+            raise MissingExtra("to_arrow()", "pyarrow", "arrow") from error
 
         schema = pa.schema(
             [

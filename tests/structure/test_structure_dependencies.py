@@ -13,10 +13,17 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TESTED = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+EVERYTHING = [
+    Requirement(text)
+    for extra, texts in {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}.items()
+    if extra != "peers"  # beside which ours is measured
+    for text in texts
+    if not text.startswith("streamhouse[")
+]
 # Released together, pinning each other, and now and then incompletely.
 FAMILY = [
     requirement
-    for requirement in map(Requirement, PROJECT["dependencies"])
+    for requirement in map(Requirement, PROJECT["optional-dependencies"]["server"])
     if requirement.name.startswith("opentelemetry-")
 ]
 
@@ -36,6 +43,6 @@ def test_the_opentelemetry_versions_allowed_are_of_one_release() -> None:
 
 def test_every_dependency_allows_the_version_that_was_tested() -> None:
     names = {name.lower().replace("_", "-"): Version(version) for name, version in TESTED.items()}
-    for requirement in map(Requirement, PROJECT["dependencies"]):
+    for requirement in EVERYTHING:
         tested = names[requirement.name.lower()]
         assert requirement.specifier.contains(tested, prereleases=True), f"{requirement}: tested with {tested}"

@@ -6,6 +6,7 @@ from datetime import datetime
 from operator import index
 from typing import Any, Literal, SupportsIndex, TypedDict, cast, get_args
 
+from shformat import Codec, require_codec
 from shformat.limits import INT64_MAX, MIB, UINT32_MAX
 from shproto.acks import ACKS, Acks
 from shproto.errors import InvalidArgument
@@ -70,6 +71,8 @@ class ProducerOptions:
         hint = '; Kafka\'s 0 is "none", its 1 and "all" are "wal" (fsynced) or "durable"' if is_kafkas else ""
         _one_of("acks", self.acks, tuple(ACKS), hint)
         _one_of("compression", self.compression, get_args(Compression))
+        if self.compression == "zstd":
+            require_codec(Codec.ZSTD)  # here: in the background the error would be of some batch
         _within("linger_ms", self.linger_ms, 0, 60_000)
         _within("batch_bytes", self.batch_bytes, 1, 8 * MIB)  # half the format's limit: headers and growth fit
         _within("max_in_flight", self.max_in_flight, 1, 1024)

@@ -15,8 +15,8 @@ from .batch_header import BATCH_HEADER_SIZE, BatchHeader, ProducerStamp, read_ba
 from .batch_headers import HeaderColumns, read_batch_headers
 from .batches import decode_batches
 from .columns import BytesColumn, Header, HeadersColumn, Records
-from .compression import Codec
-from .errors import FormatError, ValueOutOfRange
+from .compression import Codec, require_codec
+from .errors import FormatError, MissingExtra, ValueOutOfRange
 from .inspect import describe_segment, describe_wal_file
 from .limits import DEFAULT_LIMITS, TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, FormatLimits
 from .segment import (
@@ -79,6 +79,7 @@ __all__ = [
     "Codec",
     "DamagedSpan",
     "FormatError",
+    "MissingExtra",
     "FormatLimits",
     "Header",
     "HeaderColumns",
@@ -114,6 +115,7 @@ __all__ = [
     "last_segment_size",
     "open_segment",
     "read_batch_header",
+    "require_codec",
     "read_batch_headers",
     "read_block",
     "run_plan",

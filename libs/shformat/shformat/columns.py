@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import FormatError
+from .errors import FormatError, MissingExtra
 from .limits import INT64_MAX, INT64_MIN
 
 Int64s = NDArray[np.int64]
@@ -97,7 +97,10 @@ class BytesColumn:
 
     def to_arrow(self) -> Any:
         """Returns a pyarrow binary array (large_binary from 2 GiB on) over the same data, not copied."""
-        import pyarrow as pa
+        try:
+            import pyarrow as pa
+        except ModuleNotFoundError as error:
+            raise MissingExtra("to_arrow()", "pyarrow", "arrow") from error
 
         large = len(self.data) > _ARROW_BINARY_BYTES_MAX
         offsets = np.zeros(len(self) + 1, np.int64 if large else np.int32)

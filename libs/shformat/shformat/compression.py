@@ -10,12 +10,16 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import lz4.block
-import zstandard
 
-from .errors import FormatError
+from .errors import FormatError, MissingExtra
 from .limits import MIB
+
+if TYPE_CHECKING:
+    import zstandard
 
 # A stored byte stands for at most this many bytes of the payload; a higher ratio would let a few bytes make a reader
 # allocate much. LZ4 cannot exceed it. Writers store a payload that zstd (beyond 10,000) or gzip (1,032) would shrink
@@ -43,14 +47,44 @@ class Codec(IntEnum):
 
 
 class _Zstd(threading.local):
-    """Contexts of one thread: threads must not share them, and making them costs more than a small batch."""
+    """Contexts of one thread: threads must not share them, and making them costs more than a small batch.
 
-    def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
-        self.decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
+    A thread makes its own when it first uses zstd. Only then is the package imported: without the extra `zstd` it is
+    not there, and every other codec works."""
+
+    _compressor: zstandard.ZstdCompressor | None = None
+    _decompressor: zstandard.ZstdDecompressor | None = None
+
+    @property
+    def compressor(self) -> zstandard.ZstdCompressor:
+        """The thread's compressor. Raises MissingExtra."""
+        if self._compressor is None:
+            self._compressor = _zstandard().ZstdCompressor(level=ZSTD_LEVEL)
+        return self._compressor
+
+    @property
+    def decompressor(self) -> zstandard.ZstdDecompressor:
+        """The thread's decompressor. Raises MissingExtra."""
+        if self._decompressor is None:
+            self._decompressor = _zstandard().ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
+        return self._decompressor
 
 
 _zstd = _Zstd()
+
+
+def _zstandard() -> ModuleType:
+    try:
+        import zstandard
+    except ModuleNotFoundError as error:
+        raise MissingExtra("zstd compression", "zstandard", "zstd") from error
+    return zstandard
+
+
+def require_codec(codec: Codec) -> None:
+    """Checks that a codec can be used: raises MissingExtra if its package is not installed."""
+    if codec is Codec.ZSTD:
+        _zstandard()
 
 
 def compress(parts: Sequence[bytes | memoryview], codec: Codec) -> tuple[Codec, Sequence[bytes | memoryview]]:
@@ -111,6 +145,7 @@ def _compress_zstd(payload: bytes) -> bytes:
 
 
 def _decompress_zstd(stored: memoryview, uncompressed_bytes: int) -> bytes:
+    zstandard = _zstandard()
     try:
         # The library allocates what the frame says: asked first. -1: the frame does not say.
         held = zstandard.frame_content_size(stored)

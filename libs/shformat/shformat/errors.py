@@ -1,4 +1,4 @@
-"""The error of this library, and its subclass for numbers out of range."""
+"""Errors of this library: of bytes, of numbers out of range, of a package that an extra would have installed."""
 
 from __future__ import annotations
 
@@ -31,3 +31,18 @@ class ValueOutOfRange(FormatError):
 
     def __reduce__(self) -> tuple[type[FormatError], tuple[object, ...]]:
         return type(self), (self.field, self.value, self.least, self.most, self.at)
+
+
+class MissingExtra(ModuleNotFoundError):
+    """`user` needs a package that is not installed, because the distribution was installed without `extra`."""
+
+    def __init__(self, user: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{user} needs {package}, which is not installed: pip install 'streamhouse[{extra}]'", name=package
+        )
+        self.user = user
+        self.package = package
+        self.extra = extra
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[object, ...]]:
+        return type(self), (self.user, self.package, self.extra)
