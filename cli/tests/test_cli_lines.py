@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shformat.limits import INT64_MAX
-from streamhouse.core.accumulator import RECORD_BYTES_MAX
+from streamhouse.core.producer_batch import RECORD_BYTES_MAX
 from streamhouse.core.record_checks import check_record
 from streamhouse_cli.lines import (
     LINE_BYTES_MAX,

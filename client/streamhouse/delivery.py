@@ -15,63 +15,27 @@ from numpy.typing import NDArray
 from shproto import forks
 
 from streamhouse.core.kafka_names import explains_kafka_methods, refuse_arguments
+from streamhouse.core.producer_batch import ProducerBatch
 from streamhouse.core.record_checks import Indices, where
 from streamhouse.records import RecordMetadata
-from streamhouse.tracing import SendTrace
 
 T = TypeVar("T")
 
 
-class Delivery:
-    """The outcome of one batch: the base offset it got, or an error. Futures of its records share it."""
+async def finished(batch: ProducerBatch) -> None:
+    """Waits until the batch is delivered or has failed; raises nothing of it."""
+    if not batch.is_done:
+        done = asyncio.Event()
+        batch.when_done(done.set)
+        await done.wait()
 
-    __slots__ = ("_waiters", "base_offset", "done", "error", "partition", "record_count", "seen", "topic", "trace")
 
-    def __init__(self, topic: str, partition: int, trace: SendTrace | None = None) -> None:
-        self.topic = topic
-        self.partition = partition
-        self.trace = trace  # None: nothing can be recorded
-        self.record_count = 0
-        self.base_offset = -1
-        self.error: Exception | None = None
-        self.done = False
-        self.seen = False  # the application learnt of the error
-        self._waiters: list[Callable[[], object]] = []
-
-    def resolve(self, base_offset: int) -> None:
-        """The batch is acknowledged."""
-        self.base_offset = base_offset
-        self._finish()
-
-    def fail(self, error: Exception) -> None:
-        """The batch is given up."""
-        self.error = error
-        self._finish()
-
-    def _finish(self) -> None:
-        assert not self.done, "a batch has one outcome"
-        self.done = True
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            waiter()
-
-    async def finished(self) -> None:
-        """Returns once the batch is delivered or has failed; raises nothing of it."""
-        if not self.done:
-            done = asyncio.Event()
-            self.when_done(done.set)
-            await done.wait()
-
-    def when_done(self, waiter: Callable[[], object]) -> None:
-        """Calls `waiter()` as soon as the batch, which is not done yet, is."""
-        self._waiters.append(waiter)
-
-    def metadata(self, index: int, timestamp_ms: int) -> RecordMetadata:
-        """Returns the place of record `index` of the batch. Raises what the batch failed with."""
-        if self.error is not None:
-            raise self.error
-        offset = self.base_offset + index if self.base_offset >= 0 else -1
-        return RecordMetadata(self.topic, self.partition, offset, timestamp_ms)
+def metadata_of(batch: ProducerBatch, index: int, timestamp_ms: int) -> RecordMetadata:
+    """Returns the place of record `index` of a finished batch. Raises the error that the batch failed with."""
+    if batch.error is not None:
+        raise batch.error
+    offset = batch.base_offset + index if batch.base_offset >= 0 else -1
+    return RecordMetadata(batch.topic, batch.partition, offset, timestamp_ms)
 
 
 class _Outcome(asyncio.Future[T]):
@@ -88,7 +52,7 @@ class _Outcome(asyncio.Future[T]):
     _follows: bool  # registered with a delivery
 
     @abstractmethod
-    def _pending(self) -> Delivery | None:
+    def _pending(self) -> ProducerBatch | None:
         """Returns a delivery that is not done; None once all are."""
 
     @abstractmethod
@@ -171,26 +135,26 @@ class _Outcome(asyncio.Future[T]):
 class SendFuture(_Outcome[RecordMetadata]):
     """Outcome of one `send`: an asyncio future, for `await`, `asyncio.wait`, `gather`, `wait_for` and callbacks."""
 
-    __slots__ = ("_delivery", "_index", "_timestamp_ms")
-    _delivery: Delivery
+    __slots__ = ("_batch", "_index", "_timestamp_ms")
+    _batch: ProducerBatch
     _index: int
     _timestamp_ms: int
 
-    def _pending(self) -> Delivery | None:
-        return None if self._delivery.done else self._delivery
+    def _pending(self) -> ProducerBatch | None:
+        return None if self._batch.is_done else self._batch
 
     def _outcome(self) -> RecordMetadata:
-        return self._delivery.metadata(self._index, self._timestamp_ms)
+        return metadata_of(self._batch, self._index, self._timestamp_ms)
 
     def _mark_seen(self) -> None:
-        self._delivery.seen = True
+        self._batch.seen = True
 
 
-def send_future(loop: asyncio.AbstractEventLoop, delivery: Delivery, index: int, timestamp_ms: int) -> SendFuture:
+def send_future(loop: asyncio.AbstractEventLoop, batch: ProducerBatch, index: int, timestamp_ms: int) -> SendFuture:
     """Returns the future of record `index` of a batch. An `__init__` of its own, or looking for the running loop (a
     system call), would double what making one costs."""
     future = SendFuture(loop=loop)
-    future._delivery, future._index, future._timestamp_ms, future._follows = delivery, index, timestamp_ms, False
+    future._batch, future._index, future._timestamp_ms, future._follows = batch, index, timestamp_ms, False
     return future
 
 
@@ -205,7 +169,7 @@ class SentRecords(NamedTuple):
 class Placed(NamedTuple):
     """Records `indices` of a send_many are records first, first + 1, ... of a batch."""
 
-    delivery: Delivery
+    batch: ProducerBatch
     first: int
     indices: Indices
 
@@ -221,37 +185,37 @@ class PlacedRecords:
         self._placed = placed
         self._done_count = 0  # leading batches that are done
 
-    def pending(self) -> Delivery | None:
+    def pending(self) -> ProducerBatch | None:
         """Returns the first batch's delivery that is not done; None once all are."""
         for at in range(self._done_count, len(self._placed)):
             self._done_count = at  # stored, not counted up: `streamhouse.sync` asks from several threads
-            if not self._placed[at].delivery.done:
-                return self._placed[at].delivery
+            if not self._placed[at].batch.is_done:
+                return self._placed[at].batch
         self._done_count = len(self._placed)
         return None
 
     def result(self) -> SentRecords:
         """Returns partitions and offsets, once nothing is pending. Raises what the first failed batch failed with."""
         for placed in self._placed:
-            if placed.delivery.error is not None:
-                raise placed.delivery.error
+            if placed.batch.error is not None:
+                raise placed.batch.error
         partitions = np.empty(self.count, np.int64)
         offsets = np.empty(self.count, np.int64)
-        for delivery, first, indices in self._placed:
-            partitions[where(indices)] = delivery.partition
-            base = delivery.base_offset
+        for batch, first, indices in self._placed:
+            partitions[where(indices)] = batch.partition
+            base = batch.base_offset
             offsets[where(indices)] = np.arange(base + first, base + first + len(indices)) if base >= 0 else -1
         return SentRecords(self._topic, partitions, offsets)
 
     def errors(self) -> list[tuple[Exception, NDArray[np.int64]]]:
         """Returns what failed so far: the error and the positions (in the lists given) of the records it concerns."""
-        failed = [placed for placed in self._placed if placed.delivery.error is not None]
+        failed = [placed for placed in self._placed if placed.batch.error is not None]
         for placed in failed:
-            placed.delivery.seen = True
+            placed.batch.seen = True
         return [
-            (placed.delivery.error, np.asarray(placed.indices, np.int64))
+            (placed.batch.error, np.asarray(placed.indices, np.int64))
             for placed in failed
-            if placed.delivery.error is not None
+            if placed.batch.error is not None
         ]
 
 
@@ -277,7 +241,7 @@ class SendResult(_Outcome[SentRecords]):
         """Returns what failed so far: the error and the positions (in the lists given) of the records it concerns."""
         return self._records.errors()
 
-    def _pending(self) -> Delivery | None:
+    def _pending(self) -> ProducerBatch | None:
         return self._records.pending()
 
     def _outcome(self) -> SentRecords:

@@ -21,7 +21,7 @@ from shproto.rpc import Interceptors
 from shruntime.urls import addresses_of
 
 from streamhouse import tracing
-from streamhouse.batches import Batch
+from streamhouse.accumulator import RecordAccumulator
 from streamhouse.core.buffer_pool import BufferPool
 from streamhouse.core.kafka_names import (
     explains_kafka_arguments,
@@ -37,12 +37,13 @@ from streamhouse.core.options import (
     check_timeout_s,
     check_topic_name,
 )
+from streamhouse.core.partition_queue import PartitionQueue
+from streamhouse.core.producer_batch import ProducerBatch
 from streamhouse.core.record_checks import CheckedRecord, Headers, Indices, RecordColumns, check_record, cut, where
 from streamhouse.core.serializers import Serializers
 from streamhouse.core.sync_mismatch import AsyncContext
-from streamhouse.delivery import Delivery, Placed, PlacedRecords, SendFuture, SendResult, send_future
+from streamhouse.delivery import Placed, PlacedRecords, SendFuture, SendResult, finished, send_future
 from streamhouse.fair_lock import FairLock, Ticket
-from streamhouse.gatherer import LaneState
 from streamhouse.loop_turns import TURN_S, LoopTurns, let_loop_run
 from streamhouse.metadata import MetadataCache
 from streamhouse.metrics import ProducerMetrics
@@ -56,8 +57,6 @@ log = logging.getLogger(__name__)
 # send_many takes room and gives the event loop a turn after this much: 4 MiB take about 30 ms to partition and encode.
 SLICE_BYTES = 4 * 1024 * 1024
 _DEFAULTS = ProducerOptions()
-# Failed batches that nobody asked about are remembered for the next flush, a few hundred bytes each.
-UNSEEN_FAILURES_MAX = 1_000
 
 
 @explains_kafka_methods("Producer")
@@ -122,7 +121,6 @@ class Producer(AsyncContext):
         self._topics: dict[str, Partitioner] = {}
         self._order = FairLock()
         self._made_sender: Sender | None = None
-        self._failures: list[Delivery] = []  # since the last flush; those that were seen meanwhile among them
         self._closed = False
         self._life: AsyncGenerator[None, None] | None = None  # since the first use
 
@@ -135,7 +133,8 @@ class Producer(AsyncContext):
         """Makes the sender inside the event loop that it then belongs to."""
         if self._made_sender is None:
             self._turns = LoopTurns(asyncio.get_running_loop())
-            self._made_sender = Sender(self._options, self._peers, self._metadata, self._on_done)
+            self._accumulator = RecordAccumulator(self._options)
+            self._made_sender = Sender(self._options, self._peers, self._metadata, self._accumulator, self._pool)
             self._life = self._live()
             await anext(self._life)
 
@@ -194,12 +193,12 @@ class Producer(AsyncContext):
             try:
                 partition = self.choose_partition(topic, record[1])
             except BaseException:
-                self._give_back(record[-1])
+                self._sender.give_back(record[-1])
                 raise
-        delivery, index, taken_ms = self._add(target, record, partition, target.gatherer.deadline_ms())
-        if delivery.trace is not None:
-            delivery.trace.sent(index, trace.get_current_span())
-        future = send_future(target.loop, delivery, index, taken_ms)
+        batch, index, taken_ms = self._add(target, record, partition, None)
+        if batch.trace is not None:
+            batch.trace.sent(index, trace.get_current_span())
+        future = send_future(target.loop, batch, index, taken_ms)
         if (stood_s := self._turns.stood_s()) >= TURN_S:
             await let_loop_run(stood_s)  # behind `_add`: no later call comes before this one meanwhile
         return future
@@ -223,13 +222,13 @@ class Producer(AsyncContext):
         raises, TypeError, UnknownPartition."""
         partitioner = self._options.partitioner
         assert partitioner is not None, "this is called for it"
-        return choose(partitioner, topic, key, len(self._topics[topic].lanes))
+        return choose(partitioner, topic, key, len(self._topics[topic].queues))
 
     async def take(
         self, topic: str, record: CheckedRecord, partition: int | None, sent_s: float, caller: trace.Span | None
-    ) -> tuple[Delivery, int, int]:
-        """Takes a record as `check_record` returns it; asks no partitioner. Returns its batch's outcome, its position
-        in the batch and its timestamp. Raises what `send` raises.
+    ) -> tuple[ProducerBatch, int, int]:
+        """Takes a record as `check_record` returns it; asks no partitioner. Returns its batch, its position
+        there and its timestamp. Raises what `send` raises.
 
         sent_s: `time.monotonic` of the application's call. delivery_timeout_ms counts from there for the wait for room
         and for the delivery together: records that queue up behind a full buffer fail together, not one after another.
@@ -240,35 +239,40 @@ class Producer(AsyncContext):
         if target is None:
             target = await self._wait(topic, partition, record[-1], deadline_ms)
         taken = self._add(target, record, partition, deadline_ms)
-        if (sends := taken[0].trace) is not None:
-            sends.sent(taken[1], caller or trace.INVALID_SPAN)
+        if (batch_trace := taken[0].trace) is not None:
+            batch_trace.sent(taken[1], caller or trace.INVALID_SPAN)
         return taken
 
     def _at_once(self, topic: str, partition: int | None, size_bytes: int) -> Partitioner | None:
-        """Returns the topic's lanes, room taken, if nothing has to be waited for; None otherwise."""
+        """Returns the topic's partitioner, room taken, if nothing has to be waited for; None otherwise."""
         try:
             target = self._topics[topic]
         except (KeyError, TypeError):  # a list can be no key of a dict
             return None
         if partition is not None:
-            target.lane(partition)  # refused before it has taken room
+            target.queue(partition)  # refused before it has taken room
         if self._order.queues or self._closed or forks.lost or not self._pool.try_take(size_bytes):
             return None
         return target
 
     def _add(
-        self, target: Partitioner, record: CheckedRecord, partition: int | None, deadline_ms: float
-    ) -> tuple[Delivery, int, int]:
+        self, target: Partitioner, record: CheckedRecord, partition: int | None, deadline_ms: float | None
+    ) -> tuple[ProducerBatch, int, int]:
         value, key, headers, timestamp_ms, size_bytes = record
         if timestamp_ms is None:
             timestamp_ms = time.time_ns() // 1_000_000
         if partition is not None:
-            lane = target.lane(partition)
+            queue = target.queue(partition)
         elif key is not None:
-            lane = target.lane_of_key(key)
+            queue = target.queue_of_key(key)
         else:
-            lane = target.sticky_lane(size_bytes)
-        return target.gatherer.add(lane, value, key, headers, timestamp_ms, size_bytes, deadline_ms)
+            queue = target.sticky_queue(size_bytes)
+        batch, index, is_new = self._accumulator.append(
+            queue, value, key, headers, timestamp_ms, size_bytes, deadline_ms
+        )
+        if is_new:
+            self._sender.opened(queue)
+        return batch, index, timestamp_ms
 
     @explains_kafka_arguments("Producer.send_many")
     async def send_many(
@@ -310,7 +314,7 @@ class Producer(AsyncContext):
         partitioner = self._options.partitioner
         if partitioner is None:
             return None
-        return choose_many(partitioner, topic, records, len(self._topics[topic].lanes))
+        return choose_many(partitioner, topic, records, len(self._topics[topic].queues))
 
     async def take_many(
         self,
@@ -357,13 +361,15 @@ class Producer(AsyncContext):
     async def all_finished(self) -> None:
         """Returns once everything taken so far is acknowledged or has failed; raises nothing of it."""
         if self._made_sender is not None:
-            self._sender.gatherer.hurry()
-            for delivery in list(self._sender.unfinished):
-                await delivery.finished()
+            self._sender.flush()
+            for batch in list(self._sender.unfinished):
+                await finished(batch)
 
     def raise_unseen_failure(self) -> None:
         """Reports the first failure since the last flush that nobody has seen, by raising it."""
-        failures, self._failures = self._failures, []
+        if self._made_sender is None:
+            return
+        failures, self._sender.failures = self._sender.failures, []
         for failure in failures:
             if not failure.seen and failure.error is not None:
                 failure.seen = True
@@ -419,13 +425,17 @@ class Producer(AsyncContext):
     @property
     def unseen_failures(self) -> int:
         """Number of records that failed since the last flush and that nobody has asked about."""
-        return sum(failure.record_count for failure in self._failures if not failure.seen)
+        return sum(failure.record_count for failure in self._failures() if not failure.seen)
 
     @property
     def last_error(self) -> Exception | None:
         """Last error of a try that nothing has succeeded since, or of a batch that failed unseen; None without one."""
         tried = None if self._made_sender is None else self._made_sender.last_error
-        return tried or next((failure.error for failure in reversed(self._failures) if not failure.seen), None)
+        return tried or next((failure.error for failure in reversed(self._failures()) if not failure.seen), None)
+
+    def _failures(self) -> list[ProducerBatch]:
+        """Returns the batches that failed since the last flush."""
+        return [] if self._made_sender is None else self._made_sender.failures
 
     # ---- topics and partitions
 
@@ -435,7 +445,7 @@ class Producer(AsyncContext):
             target = self._topics.get(topic)
         except TypeError:  # refused when it is asked for
             return False
-        return target is not None and (partition is None or 0 <= partition < len(target.lanes))
+        return target is not None and (partition is None or 0 <= partition < len(target.queues))
 
     async def open_topic(self, topic: str, partition: int | None = None) -> None:
         """Asks for the topic ahead of the first `send`. Raises UnknownTopic, UnknownPartition, AcksTooWeak."""
@@ -443,10 +453,10 @@ class Producer(AsyncContext):
         await self._opened(topic, partition)
 
     async def _opened(self, topic: str, partition: int | None) -> Partitioner:
-        """Returns the topic's lanes. Raises UnknownTopic, UnknownPartition, AcksTooWeak, Unavailable."""
+        """Returns the topic's partitioner. Raises UnknownTopic, UnknownPartition, AcksTooWeak, Unavailable."""
         target = self._topics.get(topic) or await self._open_topic(topic)
         if partition is not None:
-            target.lane(partition)
+            target.queue(partition)
         return target
 
     async def _open_topic(self, topic: str) -> Partitioner:
@@ -462,7 +472,7 @@ class Producer(AsyncContext):
             )
         self._must_be_open()
         await self._begin()
-        return self._topics.setdefault(topic, Partitioner(state, self._sender.gatherer, self._options.batch_bytes))
+        return self._topics.setdefault(topic, Partitioner(state, self._accumulator, self._options.batch_bytes))
 
     def _place(
         self,
@@ -474,13 +484,13 @@ class Producer(AsyncContext):
         chosen: NDArray[np.int64] | None,
         caller: trace.Span,
     ) -> list[Placed]:
-        """Puts records start to stop, grouped by partition, into the lanes' batches."""
+        """Puts records start to stop, grouped by partition, into the partitions' batches."""
         if partition is not None:
-            return self._extend(target.lanes[partition], records, range(start, stop), caller)
+            return self._extend(target.queues[partition], records, range(start, stop), caller)
         if records.keys is None and chosen is None:
-            lane = target.sticky_lane_for_all(int(records.sizes[start:stop].sum()))
-            if lane is not None:  # grouping them would cost more than all the rest
-                return self._extend(lane, records, range(start, stop), caller)
+            queue = target.sticky_queue_for_all(int(records.sizes[start:stop].sum()))
+            if queue is not None:  # grouping them would cost more than all the rest
+                return self._extend(queue, records, range(start, stop), caller)
         partitions = target.partitions(records, start, stop, chosen)
         order = np.argsort(partitions, kind="stable")
         numbers, firsts = np.unique(partitions[order], return_index=True)
@@ -488,21 +498,24 @@ class Producer(AsyncContext):
         return [
             placed
             for number, indices in zip(numbers.tolist(), groups, strict=True)
-            for placed in self._extend(target.lanes[number], records, indices, caller)
+            for placed in self._extend(target.queues[number], records, indices, caller)
         ]
 
-    def _extend(self, lane: LaneState, records: RecordColumns, indices: Indices, caller: trace.Span) -> list[Placed]:
+    def _extend(
+        self, queue: PartitionQueue, records: RecordColumns, indices: Indices, caller: trace.Span
+    ) -> list[Placed]:
         """`indices` are ascending: the partition keeps the order given."""
-        gathering = lane.gathering
-        begun = gathering.size_bytes if gathering is not None else 0
+        begun = queue.open_batch.size_bytes if queue.open_batch is not None else 0
         sizes = records.sizes[where(indices)]
         placed = []
         for start, stop in cut(sizes, self._options.batch_bytes, begun):
             part = indices[start:stop]
-            delivery, first = self._sender.gatherer.extend(lane, *records.pick(part), int(sizes[start:stop].sum()))
-            if delivery.trace is not None:  # before the next part: the batch may be full and go
-                delivery.trace.sent(first, caller)
-            placed.append(Placed(delivery, first, part))
+            batch, first, is_new = self._accumulator.extend(queue, *records.pick(part), int(sizes[start:stop].sum()))
+            if batch.trace is not None:  # before the next part: the batch may be full and go
+                batch.trace.sent(first, caller)
+            if is_new:
+                self._sender.opened(queue)
+            placed.append(Placed(batch, first, part))
         return placed
 
     # ---- turns and room
@@ -510,7 +523,7 @@ class Producer(AsyncContext):
     async def _wait(
         self, topic: str, partition: int | None, size_bytes: int, deadline_ms: float | None = None
     ) -> Partitioner:
-        """Returns the topic's lanes once room is taken, behind all calls made before. Raises what `send` raises.
+        """Returns the topic's partitioner once room is taken, behind all calls made before. Raises what `send` raises.
 
         The caller adds its record without a further await: the next call has the turn by then.
         """
@@ -529,7 +542,7 @@ class Producer(AsyncContext):
             try:
                 # From here on for all calls alike: none waits for the timeouts of those before, one after the other.
                 if deadline_ms is None:
-                    deadline_ms = self._sender.gatherer.deadline_ms()
+                    deadline_ms = self._accumulator.deadline_ms()
                 async with asyncio.timeout_at(deadline_ms / 1000):
                     await ticket.wait()
                     if not self._pool.try_take(size_bytes):
@@ -541,12 +554,12 @@ class Producer(AsyncContext):
     async def _wait_for_room(self, size_bytes: int) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pool.enqueue(waiter, size_bytes)
-        self._sender.gatherer.hurry()
+        self._sender.flush()
         try:
             await waiter
         except BaseException:
             left = self._pool.leave(waiter)
-            self._give_back(0 if left else size_bytes)  # in both cases there may be room for those behind it now
+            self._sender.give_back(0 if left else size_bytes)  # in both cases there may be room for those behind it now
             raise
 
     def _no_room(self, size_bytes: int) -> Overloaded:
@@ -563,26 +576,9 @@ class Producer(AsyncContext):
         """Refuses records once the producer is closed, and gives back the bytes taken for them: nobody would send them.
         Raises InvalidArgument."""
         if self._closed:
-            self._give_back(taken_bytes)
+            if taken_bytes:
+                self._sender.give_back(taken_bytes)
             raise InvalidArgument("the producer is closed", field="producer", value="closed")
-
-    def _on_done(self, batch: Batch) -> None:
-        if batch.delivery.error is not None:
-            self._remember_failure(batch.delivery)
-        self._give_back(batch.size_bytes)
-
-    def _remember_failure(self, delivery: Delivery) -> None:
-        """For the next flush: the application may still learn of any of them by itself, so one is not enough."""
-        if len(self._failures) >= UNSEEN_FAILURES_MAX:
-            self._failures = [failure for failure in self._failures if not failure.seen]
-        if len(self._failures) < UNSEEN_FAILURES_MAX:
-            self._failures.append(delivery)
-
-    def _give_back(self, size_bytes: int) -> None:
-        self._pool.give_back(size_bytes)
-        for waiter in self._pool.admit():
-            if not waiter.done():
-                waiter.set_result(None)
 
 
 async def close_with(

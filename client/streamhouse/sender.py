@@ -1,13 +1,15 @@
-"""Moves a producer's batches: from its lanes onto the leaders' streams, and again when that fails.
+"""Sends a producer's batches: from the partitions' queues to their leaders, and again when that fails.
 
-Owns: the lanes, retries with their waits, deadlines. Decisions about order and sequence numbers are
-core.sequences'. Everything runs on one event loop, in callbacks that never leave a lane half-changed.
+Owns: all tasks and timers of a producer (one timer per partition), the connections to leaders, batches without an
+outcome and failures that the application has not seen. Does not own: order and sequence numbers of a partition
+(core/partition_queue.py), which records are in a batch.
+Invariants: everything runs on one event loop, in callbacks that never leave a queue half-changed. A batch gets one
+outcome, and gives its bytes back to the buffer once. A queue that has something to do later has a timer not later.
 """
 
 import asyncio
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from shcluster.peers import Peers
@@ -22,38 +24,35 @@ from shproto.errors import (
     UnknownPartition,
     UnknownTopic,
 )
+from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.v1 import coordinator_pb2, ingest_pb2
-from shruntime.tasks import Tasks
+from shruntime.tasks import Backoff, Tasks
 
-from streamhouse.batches import Batch
-from streamhouse.core.given_up import refused, timed_out
+from streamhouse.accumulator import RecordAccumulator
+from streamhouse.core.buffer_pool import BufferPool
 from streamhouse.core.options import Compression, ProducerOptions
-from streamhouse.core.sequences import Outgoing
-from streamhouse.delivery import Delivery
-from streamhouse.gatherer import Gatherer, LaneState, Stream
-from streamhouse.leaders import Leaders, Sent
+from streamhouse.core.partition_queue import Blocked, PartitionQueue
+from streamhouse.core.producer_batch import ProducerBatch, timed_out
+from streamhouse.leader_connection import LeaderConnection, Sent
 from streamhouse.metadata import MetadataCache
 
 log = logging.getLogger(__name__)
 
 CODECS: dict[Compression, Codec] = {"lz4": Codec.LZ4, "zstd": Codec.ZSTD, "gzip": Codec.GZIP, "none": Codec.NONE}
 
-# Batches of a partition that go before they are full, unanswered at a time; more records gather in the next one, for up
-# to GROW_MS_MAX. Without it a stream of 100,000 records/s and linger_ms=0 became 350 to 450 batches/s on two cores, as
-# many as these can do, and each waited behind seven others: p99 from send to receive 50 ms, with it 31 ms. An answer
-# to a durable batch takes seconds, whatever is sent meanwhile.
-SMALL_IN_FLIGHT_MAX = 2
+# The leader answers within request_timeout_ms; the answer needs time to travel and wait for those before it.
+ANSWER_GRACE_MS = 5_000
 
-# After such a silence the leader may have forgotten an idle producer.
-QUIET_MS = 60_000
+# Failed batches that the application has not asked about are remembered for the next flush, a few hundred bytes each.
+UNSEEN_FAILURES_MAX = 1_000
 
-# Said by an agent that does not lead the partition, is going away, or cannot be reached.
+# Answers of an agent that does not lead the partition, is going away, or cannot be reached.
 _ASK_WHO_LEADS = (NotLeader, ShuttingDown, Unavailable, UnknownTopic, UnknownPartition)
 
 
 @dataclass(slots=True)
 class SendCounts:
-    """Counters since the sender was made; `streamhouse.metrics.ProducerMetrics` says of what."""
+    """Counters since the sender was made, under the names of `streamhouse.metrics.ProducerMetrics`."""
 
     batches_sent: int = 0
     batches_retried: int = 0
@@ -64,265 +63,317 @@ class SendCounts:
 
 
 class Sender:
-    """`done(batch)` is called once for every batch, after its delivery is resolved or failed."""
+    """Belongs to the event loop of its accumulator. `pool`: the buffer from which the records took their bytes."""
 
     def __init__(
-        self, options: ProducerOptions, peers: Peers, metadata: MetadataCache, done: Callable[[Batch], None]
+        self,
+        options: ProducerOptions,
+        peers: Peers,
+        metadata: MetadataCache,
+        accumulator: RecordAccumulator,
+        pool: BufferPool[asyncio.Future[None]],
     ) -> None:
         self._options = options
         self._peers = peers
         self._metadata = metadata
-        self._done = done
+        self._accumulator = accumulator
+        self._pool = pool
+        self._loop = accumulator.loop
         self._codec = CODECS[options.compression]
-        self._small_in_flight_max = options.max_in_flight if options.acks == "durable" else SMALL_IN_FLIGHT_MAX
-        self.unfinished: set[Delivery] = set()
+        self.unfinished: set[ProducerBatch] = set()
+        self.failures: list[ProducerBatch] = []  # since the last flush; those that were seen meanwhile among them
         self.counts = SendCounts()
-        self.gatherer = Gatherer(options, self._on_opened, self._pump)
         self._tasks = Tasks()
-        self._leaders = Leaders(options, peers, self._tasks, self._on_answer, self._on_broken)
+        self._timers: dict[PartitionQueue, asyncio.TimerHandle] = {}
+        self._backoffs: dict[PartitionQueue, Backoff] = {}
+        self._connections: dict[str, LeaderConnection] = {}
         self._warned = False  # that the coordinator does not answer; once, until a leader does
-        self._loop = asyncio.get_running_loop()
 
-    def now_ms(self) -> float:
+    def _now_ms(self) -> float:
         return self._loop.time() * 1000
 
     @property
     def unfinished_records(self) -> int:
         """Number of records that are neither acknowledged nor failed."""
         # Copied in one step: `streamhouse.sync` asks from another thread.
-        return sum(delivery.record_count for delivery in list(self.unfinished))
+        return sum(batch.record_count for batch in list(self.unfinished))
 
     @property
     def last_error(self) -> StreamHouseError | None:
         """The error of a try that nothing has succeeded since, of any partition."""
-        return next((state.last_error for state in self.gatherer.lanes() if state.last_error is not None), None)
-
-    def _on_opened(self, state: LaneState) -> None:
-        gathering = state.gathering
-        assert gathering is not None
-        self.unfinished.add(gathering.delivery)
-        self._watch_deadline(state, gathering.deadline_ms)
+        queues = self._accumulator.queues()
+        return next((queue.last_error for queue in queues if queue.last_error is not None), None)
 
     # ---- sending
 
-    def _pump(self, state: LaneState) -> None:
-        """Sends what may be sent now; otherwise leaves the lane where somebody will pump it again."""
-        lane = state.lane
-        while not state.parked and lane.open_for_sending and (lane.ready or self._may_close(state)):
-            stream = self._route(state)
-            if stream is None:
-                return
-            if not lane.ready:
-                self.gatherer.close(state)
-            if lane.needs_identity:
-                state.parked = True
-                self._tasks.spawn("init producer", self._identify(state))
-                return
-            self._submit(state, stream)
+    def opened(self, queue: PartitionQueue) -> None:
+        """Takes note of a queue's new open batch, and sends the full one before it."""
+        assert queue.open_batch is not None, "a batch was opened"
+        self.unfinished.add(queue.open_batch)
+        self._wake_at(queue, queue.next_wake_ms())
+        self.send_ready(queue)
 
-    def _may_close(self, state: LaneState) -> bool:
-        """Returns True if the batch in the making may go now, though it is not full."""
-        return state.due and state.gathering is not None and state.lane.in_flight_count < self._small_in_flight_max
+    def flush(self) -> None:
+        """Lets go at once what has been collected so far."""
+        for queue in self._accumulator.queues():
+            if queue.open_batch is not None:
+                queue.flush()
+                self.send_ready(queue)
 
-    def _route(self, state: LaneState) -> Stream | None:
-        """The leader's stream, if it has room and nothing of the lane is under way elsewhere."""
-        topic = self._metadata.cached(state.topic)
-        address = topic.leaders[state.partition] if topic and state.partition < topic.partitions else ""
+    def send_ready(self, queue: PartitionQueue) -> None:
+        """Sends the queue's batches that may be sent now. Whatever keeps the next one back calls this again when it is
+        over: a timer, a task, or an answer."""
+        while queue.has_next:
+            connection = self._route(queue)
+            if connection is None:
+                return
+            if not queue.is_ready:
+                queue.close_open()
+            if queue.needs_producer_id:
+                queue.block(Blocked.PRODUCER_ID)
+                self._tasks.spawn("init producer", self._identify(queue))
+                return
+            self._submit(queue, connection)
+
+    def _route(self, queue: PartitionQueue) -> LeaderConnection | None:
+        """Returns the connection to the partition's leader, opened, if its stream has room and no other stream has
+        batches of the queue; None otherwise."""
+        topic = self._metadata.cached(queue.topic)
+        address = topic.leaders[queue.partition] if topic and queue.partition < topic.partitions else ""
         if not address:
-            state.last_error = NotLeader(f"{state.topic}/{state.partition} has no leader at the moment")
-            self._retry_after_refresh(state)
+            queue.last_error = NotLeader(f"{queue.topic}/{queue.partition} has no leader at the moment")
+            self._retry_after_refresh(queue)
             return None
-        leader = self._leaders.at(address)
-        wait_ms = leader.wait_ms(self.now_ms())
+        connection = self._connection(address)
+        wait_ms = connection.wait_ms(self._now_ms())
         if wait_ms > 0:
-            self._retry_later(state, wait_ms)
+            self._retry_later(queue, wait_ms)
             return None
-        stream = self._leaders.open_stream(leader)
-        if state.stream is not stream:
-            if state.lane.in_flight_count:
-                return None  # pumped again with the last answer from the other stream
-            state.stream = stream
-            state.lane.doubt()
-        if not stream.has_room:
-            leader.wait_for_room(state)
+        if not connection.is_open:
+            self._tasks.spawn(f"produce to {address}", connection.open())
+        if not queue.switch_to(connection.stream):
+            return None  # the last answer on the other stream comes back here
+        if not connection.has_room:
+            queue.block(Blocked.STREAM_FULL)
+            connection.wait_for_room(queue)
             return None
-        return stream
+        return connection
 
-    def _submit(self, state: LaneState, stream: Stream) -> None:
-        now_ms = self.now_ms()
-        if now_ms - state.last_sent_ms > QUIET_MS and state.lane.in_flight_count == 0:
-            state.lane.doubt()
-        state.last_sent_ms = now_ms
-        outgoing = state.lane.take()
-        batch = outgoing.payload
+    def _connection(self, address: str) -> LeaderConnection:
+        connection = self._connections.get(address)
+        if connection is None:
+            connection = self._connections[address] = LeaderConnection(
+                address,
+                self._peers,
+                self,
+                self._new_backoff(),
+                self._options.max_in_flight,
+                self._options.request_timeout_ms + ANSWER_GRACE_MS,
+            )
+        return connection
+
+    def _submit(self, queue: PartitionQueue, connection: LeaderConnection) -> None:
+        queue.unblock()
+        batch = queue.take(self._now_ms())
         try:
-            encoded = batch.encode(outgoing.stamp, self._codec)
+            encoded = batch.encode(self._codec)
         except InvalidBatch as error:
-            self._failed_try(state, outgoing, error)
+            self._failed_try(queue, batch, error)
             return
-        known = self._metadata.cached(state.topic)
+        known = self._metadata.cached(queue.topic)
         request = ingest_pb2.ProduceRequest(
-            topic=state.topic,
+            topic=queue.topic,
             topic_id=known.topic_id if known else b"",
-            partition=state.partition,
+            partition=queue.partition,
             acks=ACKS[self._options.acks],
             batch=encoded,
             timeout_ms=self._options.request_timeout_ms,
             trace_context=batch.traceparent,
         )
-        self._count_try(batch, outgoing.record_count, len(encoded))
-        stream.submit((state, outgoing), request)
+        self._count_try(batch, len(encoded))
+        connection.submit((queue, batch), request)
 
-    def _count_try(self, batch: Batch, record_count: int, size_bytes: int) -> None:
+    def _count_try(self, batch: ProducerBatch, size_bytes: int) -> None:
         if batch.is_sent:
             self.counts.batches_retried += 1
             return
         batch.is_sent = True
         self.counts.batches_sent += 1
-        self.counts.records_sent += record_count
+        self.counts.records_sent += batch.record_count
         self.counts.bytes_sent += size_bytes
 
-    async def _identify(self, state: LaneState) -> None:
-        """A producer id of its own for the lane, so that starting over concerns no other partition."""
+    async def _identify(self, queue: PartitionQueue) -> None:
+        """Gets a producer id of its own for the queue, so that starting over concerns no other partition."""
         try:
             response = await self._peers.coordinator.init_producer(coordinator_pb2.InitProducerRequest())
         except StreamHouseError as error:
-            state.last_error = error
-            self._retry_later(state, state.backoff.next_ms())
+            queue.last_error = error
+            self._retry_later(queue, self._backoff(queue).next_ms())
             return
-        state.lane.identify(response.producer_id, response.producer_epoch)
-        self._unpark(state)
+        queue.identify(response.producer_id, response.producer_epoch)
+        queue.unblock()
+        self.send_ready(queue)
 
     # ---- answers
 
-    def _on_answer(self, stream: Stream, token: Sent, response: ingest_pb2.ProduceResponse) -> None:
-        state, outgoing = token
-        leader = self._leaders.at(stream.address)
-        leader.answered()
+    def answered(self, connection: LeaderConnection, sent: Sent, response: ingest_pb2.ProduceResponse) -> None:
+        """Handles a leader's answer: the batch's outcome or its next try, then sends what the answer makes room for."""
+        queue, batch = sent
         self._warned = False
         if response.HasField("error"):
-            self._failed_try(state, outgoing, StreamHouseError.from_detail(response.error))
+            self._failed_try(queue, batch, StreamHouseError.from_detail(response.error))
         else:
-            state.lane.acked(outgoing)
-            state.backoff.reset()
-            state.last_error = None
-            if not outgoing.expired:
-                outgoing.payload.delivery.resolve(response.base_offset)
-                self._finish(outgoing.payload)
-        leader.pump_waiting(self._pump)
-        self._pump(state)
+            queue.acked(batch)
+            queue.last_error = None
+            self._backoffs.pop(queue, None)
+            if not batch.is_decided:
+                batch.resolve(response.base_offset)
+                self._finish(batch)
+        self._send_waiting(connection)
+        self.send_ready(queue)
 
-    def _on_broken(
-        self,
-        stream: Stream,
-        sent: list[Sent],
-        unsent: list[Sent],
-        error: StreamHouseError,
+    def broken(
+        self, connection: LeaderConnection, sent: list[Sent], unsent: list[Sent], error: StreamHouseError
     ) -> None:
-        leader = self._leaders.at(stream.address)
-        leader.broke(self.now_ms())
-        if (sent or unsent) and not leader.warned:
-            leader.warned = True
-            log.warning("the stream to %s broke with %d batches unanswered: %s", stream.address, len(sent), error)
+        """Handles the end of a stream: its unanswered batches are tried again, or fail."""
+        if (sent or unsent) and not connection.warned:
+            connection.warned = True
+            log.warning("the stream to %s broke with %d batches unanswered: %s", connection.address, len(sent), error)
         if not error.retriable:
-            error = Unavailable(f"{error.reason}: {error.message}")  # said of the stream, not of a batch
-        for state, outgoing in sent:
-            self._failed_try(state, outgoing, error)
-        for state, outgoing in unsent:
-            self._failed_try(state, outgoing, error, sent=False)
-        leader.pump_waiting(self._pump)
+            error = Unavailable(f"{error.reason}: {error.message}")  # of the stream, not of a batch
+        for queue, batch in sent:
+            self._failed_try(queue, batch, error)
+        for queue, batch in unsent:
+            self._failed_try(queue, batch, error, sent=False)
+        self._send_waiting(connection)
+
+    def _send_waiting(self, connection: LeaderConnection) -> None:
+        """Sends from the queues that found no room, each in its turn."""
+        for _ in range(connection.waiting_count):  # a queue that finds no room again waits for the next answer
+            queue = connection.next_waiting()
+            if queue is None:
+                return
+            self.send_ready(queue)
 
     def _failed_try(
-        self, state: LaneState, outgoing: Outgoing[Batch], error: StreamHouseError, sent: bool = True
+        self, queue: PartitionQueue, batch: ProducerBatch, error: StreamHouseError, sent: bool = True
     ) -> None:
-        state.last_error = error
-        kept = state.lane.answered(outgoing, error, sent)
-        if not kept and not outgoing.expired:
-            self._fail(outgoing.payload, refused(state.topic, state.partition, outgoing, error))
+        queue.last_error = error
+        is_kept = queue.answered(batch, error, sent)
+        if not is_kept and not batch.is_decided:
+            self._fail(batch, batch.refusal(error))
         if isinstance(error, _ASK_WHO_LEADS):
-            self._retry_after_refresh(state)
-        elif kept and not state.parked:
-            self._retry_later(state, max(error.retry_after_ms, state.backoff.next_ms()))
+            self._retry_after_refresh(queue)
+        elif is_kept and not queue.is_blocked:
+            self._retry_later(queue, max(error.retry_after_ms, self._backoff(queue).next_ms()))
 
-    def _fail(self, batch: Batch, error: Exception) -> None:
-        batch.delivery.fail(error)
+    def _fail(self, batch: ProducerBatch, error: Exception) -> None:
+        batch.fail(error)
         self._finish(batch)
 
-    def _finish(self, batch: Batch) -> None:
+    def _finish(self, batch: ProducerBatch) -> None:
+        """Closes the books of a batch that has its outcome."""
         batch.end_spans()
-        self.unfinished.discard(batch.delivery)
-        if batch.delivery.error is None:
-            self.counts.records_acked += batch.delivery.record_count
+        self.unfinished.discard(batch)
+        if batch.error is None:
+            self.counts.records_acked += batch.record_count
         else:
-            self.counts.records_failed += batch.delivery.record_count
-        self._done(batch)
+            self.counts.records_failed += batch.record_count
+            self._remember_failure(batch)
+        self.give_back(batch.size_bytes)
+
+    def _remember_failure(self, batch: ProducerBatch) -> None:
+        # The application may still learn of any of them by itself, so the first alone is not enough for a flush.
+        if len(self.failures) >= UNSEEN_FAILURES_MAX:
+            self.failures = [failure for failure in self.failures if not failure.seen]
+        if len(self.failures) < UNSEEN_FAILURES_MAX:
+            self.failures.append(batch)
+
+    def give_back(self, size_bytes: int) -> None:
+        """Gives bytes back to the buffer, and lets the calls go on that have room then."""
+        self._pool.give_back(size_bytes)
+        for waiter in self._pool.admit():
+            if not waiter.done():
+                waiter.set_result(None)
 
     # ---- waiting and trying again
 
-    def _retry_later(self, state: LaneState, wait_ms: float) -> None:
-        state.parked = True
-        if state.retry is not None:
-            state.retry.cancel()
-        state.retry = self._loop.call_later(wait_ms / 1000, self._unpark, state)
+    def _new_backoff(self) -> Backoff:
+        # Short enough that a batch gets several tries within its time. A leader change takes seconds: asking once a
+        # second finds it soon and costs the coordinator little.
+        return Backoff(RETRY_FIRST_MS, min(RETRY_MS_MAX, self._options.delivery_timeout_ms // 4))
 
-    def _unpark(self, state: LaneState) -> None:
-        state.parked = False
-        state.retry = None
-        self._pump(state)
+    def _backoff(self, queue: PartitionQueue) -> Backoff:
+        """Returns the queue's back-off since its last acknowledgement."""
+        backoff = self._backoffs.get(queue)
+        if backoff is None:
+            backoff = self._backoffs[queue] = self._new_backoff()
+        return backoff
 
-    def _retry_after_refresh(self, state: LaneState) -> None:
-        if state.parked:
-            return
-        state.parked = True
-        self._tasks.spawn("find leader", self._refresh(state, self.now_ms()))
+    def _retry_later(self, queue: PartitionQueue, wait_ms: float) -> None:
+        queue.block(Blocked.BACKOFF, self._now_ms() + wait_ms)
+        self._wake_at(queue, queue.blocked_until_ms)
 
-    async def _refresh(self, state: LaneState, since_ms: float) -> None:
-        await asyncio.sleep(state.backoff.next_ms() / 1000)
+    def _retry_after_refresh(self, queue: PartitionQueue) -> None:
+        if not queue.is_blocked:
+            queue.block(Blocked.METADATA)
+            self._tasks.spawn("find leader", self._refresh(queue, self._now_ms()))
+
+    async def _refresh(self, queue: PartitionQueue, since_ms: float) -> None:
+        """Asks the coordinator for the leader, unless it is known from after `since_ms`; sends again then."""
+        await asyncio.sleep(self._backoff(queue).next_ms() / 1000)
         try:
-            await self._metadata.refresh(state.topic, since_ms)
-            topic = await self._metadata.topic(state.topic)
-            if state.partition >= topic.partitions:
-                raise UnknownPartition(f"{state.topic} has {topic.partitions} partitions now, no {state.partition}")
+            await self._metadata.refresh(queue.topic, since_ms)
+            topic = await self._metadata.topic(queue.topic)
+            if queue.partition >= topic.partitions:
+                raise UnknownPartition(f"{queue.topic} has {topic.partitions} partitions now, no {queue.partition}")
         except (UnknownTopic, UnknownPartition) as error:
-            self._expire(state, math.inf, error)
+            self._fail_all(queue, error)
         except StreamHouseError as error:
-            state.last_error = error
+            queue.last_error = error
             if not self._warned:
                 self._warned = True
-                log.warning("the coordinator does not say who leads %s/%d: %s", state.topic, state.partition, error)
-        self._unpark(state)
+                log.warning("the coordinator does not say who leads %s/%d: %s", queue.topic, queue.partition, error)
+        queue.unblock()
+        self.send_ready(queue)
 
-    # ---- deadlines
+    # ---- time
 
-    def _watch_deadline(self, state: LaneState, deadline_ms: float) -> None:
-        if state.expiry is None:
-            state.expiry = self._loop.call_at(deadline_ms / 1000, self._deadline, state)
+    def _wake_at(self, queue: PartitionQueue, at_ms: float) -> None:
+        """Has the queue woken not later than `at_ms`. A timer that fires too early costs less than one that is put off
+        with every batch: at most one wake-up per linger_ms does nothing."""
+        if at_ms == math.inf:
+            return
+        timer = self._timers.get(queue)
+        if timer is not None:
+            if timer.when() * 1000 <= at_ms:
+                return
+            timer.cancel()
+        self._timers[queue] = self._loop.call_at(at_ms / 1000, self._wake, queue)
 
-    def _deadline(self, state: LaneState) -> None:
-        state.expiry = None
-        self._expire(state, self.now_ms() + 1)  # timers may fire a clock tick early
-        unfinished = [batch.deadline_ms for batch in state.lane.batches() if not batch.expired]
-        if unfinished:
-            self._watch_deadline(state, min(unfinished))
-        elif state.gathering is not None:
-            self._watch_deadline(state, state.gathering.deadline_ms)
+    def _wake(self, queue: PartitionQueue) -> None:
+        """Timer of a queue: fails what has expired, and sends what may go now."""
+        del self._timers[queue]
+        self._expire(queue, queue.wake(self._now_ms() + 1))  # timers may fire a clock tick early
+        self.send_ready(queue)
+        self._wake_at(queue, queue.next_wake_ms())
 
-    def _expire(self, state: LaneState, now_ms: float, why: StreamHouseError | None = None) -> None:
-        """Fails what is past its deadline at `now_ms`, with `why` or with the last error of each."""
-        gathering = state.gathering
-        if gathering is not None and gathering.deadline_ms <= now_ms:
-            self.gatherer.close(state)
-        for outgoing in state.lane.expire(now_ms):
-            last_error = outgoing.last_error or state.last_error
-            self._fail(outgoing.payload, why or timed_out(self._options.delivery_timeout_ms, last_error))
-        self._pump(state)
+    def _expire(self, queue: PartitionQueue, expired: list[ProducerBatch]) -> None:
+        for batch in expired:
+            last_error = batch.last_error or queue.last_error
+            self._fail(batch, timed_out(self._options.delivery_timeout_ms, last_error))
+
+    def _fail_all(self, queue: PartitionQueue, error: StreamHouseError) -> None:
+        """Fails everything that was given to the queue."""
+        for batch in queue.expire(math.inf):
+            self._fail(batch, error)
 
     async def close(self) -> None:
-        """Stops everything; what is unfinished fails."""
-        for state in self.gatherer.lanes():
-            state.cancel_timers()
-            state.parked = True
-            self.gatherer.close(state)
-            for outgoing in state.lane.expire(math.inf):
-                self._fail(outgoing.payload, Unavailable("the producer was closed before the batch was acknowledged"))
+        """Stops everything; batches without an outcome fail."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        for queue in self._accumulator.queues():
+            queue.block(Blocked.CLOSED)
+            self._fail_all(queue, Unavailable("the producer was closed before the batch was acknowledged"))
         await self._tasks.stop()

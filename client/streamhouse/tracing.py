@@ -100,10 +100,13 @@ class SendTrace:
     the parent of the leader's work on the batch; the others link to the first.
     """
 
-    __slots__ = ("_attributes", "_last", "_name", "_runs", "_spans", "_tracer")
+    __slots__ = ("_attributes", "_last", "_name", "_runs", "_spans", "_tracer", "_writes_headers")
 
-    def __init__(self, tracer: trace.Tracer, topic: str, partition: int, acks: str, client_id: str) -> None:
+    def __init__(
+        self, tracer: trace.Tracer, topic: str, partition: int, acks: str, client_id: str, *, writes_headers: bool
+    ) -> None:
         self._tracer = tracer
+        self._writes_headers = writes_headers
         self._name = f"send {topic}"
         self._attributes: dict[str, AttributeValue] = {
             **_attributes(topic, partition, "send", client_id),
@@ -140,7 +143,7 @@ class SendTrace:
         """Returns the headers of the batch's `count` records with the contexts of their spans added. Skips records that
         have a traceparent or no room for another header, and all records of a batch that would grow beyond
         size_bytes_max."""
-        if size_bytes + count * HEADER_BYTES > size_bytes_max:
+        if not self._writes_headers or size_bytes + count * HEADER_BYTES > size_bytes_max:
             return headers
         carried = {caller: _header_of(span) for caller, span in self._spans.items() if span.is_recording()}
         if not carried:

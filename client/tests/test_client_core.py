@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shformat import TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, Codec, Records, decode_batch
 from shproto.errors import DataLoss, Internal, InvalidArgument
-from streamhouse.core.accumulator import Gathering
 from streamhouse.core.buffer_pool import BufferPool
 from streamhouse.core.lag import Lag, lag_of
 from streamhouse.core.options import (
@@ -17,6 +16,7 @@ from streamhouse.core.options import (
     partitions_of,
 )
 from streamhouse.core.positions import BatchSpan, Cursor, Portion, check_continuity, trim
+from streamhouse.core.producer_batch import ProducerBatch
 from streamhouse.core.record_checks import RecordColumns, check_record, cut
 from streamhouse.records import RecordBatch, TopicPartition
 
@@ -52,10 +52,10 @@ records = st.tuples(
 @pytest.mark.long
 @given(st.lists(st.lists(records, min_size=1, max_size=4), min_size=1, max_size=5), st.data())
 def test_gathering_one_by_one_or_many_is_the_same(groups, data):
-    one, many, expected = Gathering(None, 0.0), Gathering(None, 0.0), []
+    one, many, expected = ProducerBatch("t", 0, 0.0), ProducerBatch("t", 0, 0.0), []
     for group in groups:
         for value, key, headers, timestamp_ms in group:
-            one.add(*check_record(value, key, headers, timestamp_ms))
+            one.append(*check_record(value, key, headers, timestamp_ms))
         values, keys, headers, timestamps = (list(column) for column in zip(*group, strict=True))
         checked = RecordColumns.of(
             values, keys if any(k is not None for k in keys) else None, timestamps, headers if any(headers) else None
@@ -63,8 +63,8 @@ def test_gathering_one_by_one_or_many_is_the_same(groups, data):
         many.extend(*checked.pick(np.arange(len(group))), int(checked.sizes.sum()))
         expected += group
     assert one.size_bytes == many.size_bytes
-    for gathering in (one, many):
-        columns = decode_batch(gathering.encode(Codec.NONE, None))
+    for batch in (one, many):
+        columns = decode_batch(batch.encode(Codec.NONE))
         assert columns.values.to_list() == [value for value, _, _, _ in expected]
         assert columns.keys.to_list() == [key for _, key, _, _ in expected]
         assert columns.timestamps_ms.tolist() == [timestamp_ms for _, _, _, timestamp_ms in expected]

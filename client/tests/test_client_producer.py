@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from shformat import decode_batch
 from shproto.v1 import types_pb2
-from streamhouse import Producer, errors, gatherer, partitioner
+from streamhouse import Producer, errors, partitioner
+from streamhouse.core import partition_queue
 from streamhouse.core.murmur2 import partition_of
+from streamhouse.core.partition_queue import SMALL_IN_FLIGHT_MAX
 from streamhouse.partitioner import _partition_of_cached
-from streamhouse.sender import SMALL_IN_FLIGHT_MAX
 
 # Until what must come is given up: no duration is what is tested, and the machine may be busy.
 PATIENCE_S = 60
@@ -30,7 +31,7 @@ async def until(condition):
 
 def has_failed(producer):
     """Whether a try did, and none has succeeded since."""
-    return any(state.last_error is not None for state in producer._sender.gatherer.lanes())
+    return any(queue.last_error is not None for queue in producer._accumulator.queues())
 
 
 def calls_in_line(producer, topic="t"):
@@ -41,8 +42,9 @@ def calls_in_line(producer, topic="t"):
 def let_delivery_timeout_pass(producer):
     """What its timers do at the deadline, now. A real one short enough to wait for would pass, on a busy machine,
     before the leader has heard of the batch."""
-    for state in producer._sender.gatherer.lanes():
-        producer._sender._expire(state, math.inf)
+    for queue in producer._accumulator.queues():
+        producer._sender._expire(queue, queue.expire(math.inf))
+        producer._sender.send_ready(queue)
 
 
 async def test_send_resolves_with_the_right_offset(platform, address):
@@ -131,7 +133,7 @@ async def test_small_batches_without_keys_follow_each_other_to_a_partition(
 
 @pytest.mark.parametrize(("acks", "unanswered"), [("wal", SMALL_IN_FLIGHT_MAX), ("durable", 5)])
 async def test_records_gather_while_small_batches_are_unanswered(platform, address, monkeypatch, acks, unanswered):
-    monkeypatch.setattr(gatherer, "GROW_MS_MAX", 60_000)  # the machine may be busy
+    monkeypatch.setattr(partition_queue, "GROW_MS_MAX", 60_000)  # the machine may be busy
     platform.add_topic("t", 1)
     async with Producer(address, linger_ms=0, acks=acks) as producer:
         await producer.send_and_wait("t", b"first")
@@ -638,7 +640,7 @@ async def test_calls_that_wait_for_each_other_give_up_together(platform, address
     async with asyncio.timeout(PATIENCE_S):  # one after the other they would take 200 s
         outcomes = await asyncio.gather(*sends, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {errors.Overloaded}
-    producer._give_back(100)
+    producer._sender.give_back(100)
     await (await producer.send("t", b"v"))
     await producer.close()
 

@@ -284,7 +284,7 @@ def test_a_timeout_does_not_lose_what_another_thread_sent_meanwhile(server):
     server.faults.answer_delay_ms = 1_500
     with Producer(server.address, batch_bytes=100, buffer_bytes_max=100) as producer:
         first = producer.send("t", b"1" * 60)
-        while first._delivery is None:
+        while first._batch is None:
             time.sleep(0.01)
         busy = threading.Event()
         BACKGROUND.loop.call_soon_threadsafe(busy.wait)

@@ -14,7 +14,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from shformat import HeadersColumn, decode_batch
 from shproto.errors import InvalidBatch
 from streamhouse import Consumer, Producer, sync, tracing
-from streamhouse.core.accumulator import RECORD_BYTES_MAX
+from streamhouse.core.producer_batch import RECORD_BYTES_MAX
 
 OTHER = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
 
@@ -198,7 +198,7 @@ async def test_without_an_sdk_nothing_is_asked_for_single_records(platform, serv
     server.add_topic("t", 1)
     asked = []
     monkeypatch.setattr("opentelemetry.trace.get_current_span", lambda: asked.append("span") or trace.INVALID_SPAN)
-    monkeypatch.setattr("streamhouse.gatherer.tracer", lambda: asked.append("batch"))
+    monkeypatch.setattr("streamhouse.accumulator.tracer", lambda: asked.append("batch"))
     async with Producer(address, linger_ms=60_000) as producer:
         for _ in range(1_000):
             await producer.send("t", b"a")

@@ -9,9 +9,9 @@ from unittest import mock
 from shcluster.freshness import Freshness
 from shproto.model import Segment
 from streamhouse import commits
-from streamhouse.batches import Batch
+from streamhouse.core.partition_queue import PartitionQueue
 from streamhouse.core.positions import Cursor, Position
-from streamhouse.core.sequences import Lane, Outgoing
+from streamhouse.core.producer_batch import ProducerBatch
 from streamhouse.records import TopicPartition
 from streamhouse_coordinator.core import groups, registration
 from streamhouse_coordinator.core.groups import Group
@@ -48,13 +48,13 @@ def _without_hand_over(group: Group, member: str) -> tuple[frozenset[str], bool]
     return group.target.get(member, frozenset()), False
 
 
-_take = Lane.take
+_take = PartitionQueue.take
 
 
-def _renumbered(lane: Lane[Batch]) -> Outgoing[Batch]:
+def _renumbered(queue: PartitionQueue, now_ms: float) -> ProducerBatch:
     """A batch that is sent again gets the next sequence number."""
-    lane._queue[0].stamp = None
-    return _take(lane)
+    queue._queued[0].stamp = None
+    return _take(queue, now_ms)
 
 
 def _received(cursors: Mapping[TopicPartition, Cursor], done_below: object) -> dict[TopicPartition, Position]:
@@ -71,7 +71,7 @@ PLANTED: dict[str, tuple[object, str, object]] = {
     "stale-index": (Freshness, "catch_up", _not_asked),
     "commits-not-fenced": (groups, "check_commit", _without_generation),
     "no-hand-over": (groups, "available", _without_hand_over),
-    "retry-renumbered": (Lane, "take", _renumbered),
+    "retry-renumbered": (PartitionQueue, "take", _renumbered),
     "received-is-committed": (commits, "_outstanding", _received),
 }
 """Acknowledged before it is on disk; registered whatever is there already, or beyond a settled end; files of the log

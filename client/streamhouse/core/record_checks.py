@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from shformat import DEFAULT_LIMITS, TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, BytesColumn, Header
 from shproto.errors import BatchTooLarge, InvalidArgument
 
-from streamhouse.core.accumulator import RECORD_BYTES_MAX, RECORD_OVERHEAD_BYTES
+from streamhouse.core.producer_batch import RECORD_BYTES_MAX, RECORD_OVERHEAD_BYTES
 from streamhouse.core.times import ms_of
 
 Bytes = bytes | bytearray | memoryview

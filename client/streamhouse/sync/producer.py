@@ -37,12 +37,14 @@ from streamhouse.core.kafka_names import (
     refuse_arguments,
 )
 from streamhouse.core.options import ProducerKwargs, check_exit_timeout, check_timeout_s, partition_number
+from streamhouse.core.producer_batch import ProducerBatch
 from streamhouse.core.record_checks import CheckedRecord, Headers, RecordColumns, check_record
 from streamhouse.core.sync_mismatch import PlainContext
-from streamhouse.delivery import Delivery, PlacedRecords, SentRecords
+from streamhouse.delivery import PlacedRecords, SentRecords, finished, metadata_of
 from streamhouse.metrics import ProducerMetrics
 from streamhouse.producer import close_with, not_acknowledged
 from streamhouse.records import RecordMetadata
+from streamhouse.sender import UNSEEN_FAILURES_MAX
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +124,11 @@ class _Outcome(Generic[T]):
 class SendFuture(_Outcome[RecordMetadata]):
     """Outcome of a `send`."""
 
-    __slots__ = ("_callbacks", "_delivery", "_error", "_index", "_producer", "_seen", "_timestamp_ms")
+    __slots__ = ("_batch", "_callbacks", "_error", "_index", "_producer", "_seen", "_timestamp_ms")
 
     def __init__(self, owner: "Producer") -> None:
         self._producer = owner
-        self._delivery: Delivery | None = None  # once the loop's thread has taken the record
+        self._batch: ProducerBatch | None = None  # once the loop's thread has taken the record
         self._index = 0
         self._timestamp_ms = 0
         self._error: Exception | None = None  # the loop's thread has refused the record
@@ -136,21 +138,21 @@ class SendFuture(_Outcome[RecordMetadata]):
 
     def done(self) -> bool:
         """Returns True once the record is acknowledged or has failed."""
-        return self._error is not None or (self._delivery is not None and self._delivery.done)
+        return self._error is not None or (self._batch is not None and self._batch.is_done)
 
     def _outcome(self) -> RecordMetadata:
         if self._error is not None:
             self._seen = True
             raise self._error
-        assert self._delivery is not None, "done, and neither sent nor refused"
-        self._delivery.seen = True
-        return self._delivery.metadata(self._index, self._timestamp_ms)
+        assert self._batch is not None, "done, and neither sent nor refused"
+        self._batch.seen = True
+        return metadata_of(self._batch, self._index, self._timestamp_ms)
 
     def _call_when_done(self, fn: Callable[[Any], object]) -> None:
         if self.done():
             _call(fn, self)
-        elif self._delivery is not None:
-            self._delivery.when_done(partial(_call, fn, self))
+        elif self._batch is not None:
+            self._batch.when_done(partial(_call, fn, self))
         else:
             self._callbacks = (*self._callbacks, fn)
 
@@ -162,10 +164,10 @@ class SendFuture(_Outcome[RecordMetadata]):
             self._call_when_done(fn)
 
     async def _finished(self) -> None:
-        if self._delivery is None and self._error is None:
+        if self._batch is None and self._error is None:
             await self._producer._handed_over()
-        if self._delivery is not None:
-            await self._delivery.finished()
+        if self._batch is not None:
+            await finished(self._batch)
 
 
 @explains_kafka_methods("SendFuture")
@@ -204,7 +206,7 @@ class SendResult(_Outcome[SentRecords]):
 
     async def _finished(self) -> None:
         while (pending := self._records.pending()) is not None:
-            await pending.finished()
+            await finished(pending)
 
 
 def _call(fn: Callable[[F], object], future: F) -> None:
@@ -432,8 +434,8 @@ class Producer(PlainContext):
                 future, topic, record, partition, sent_s, caller = item
                 try:
                     taken_over = await take(topic, record, partition, sent_s, caller)
-                    delivery, future._index, future._timestamp_ms = taken_over
-                    future._delivery = delivery  # last: with the delivery the future may be done
+                    batch, future._index, future._timestamp_ms = taken_over
+                    future._batch = batch  # last: with the batch the future may be done
                 except Exception as error:  # noqa: BLE001 - kept for the future, and for flush
                     if self._inner.closed and isinstance(error, InvalidArgument):
                         # `send` has accepted the record: it fails like the records of batches that a close gives up.
@@ -454,7 +456,7 @@ class Producer(PlainContext):
         future._error = error
         self._refused_count += 1
         self._refused_total += 1
-        if len(self._refused) < producer.UNSEEN_FAILURES_MAX:
+        if len(self._refused) < UNSEEN_FAILURES_MAX:
             self._refused.append(future)
 
     def _let_on(self) -> None:
