@@ -1,1 +1,1 @@
-"""What touches the machine: the write-ahead log's files."""
+"""Adapters of the machine: the files of the write-ahead log."""

@@ -1,8 +1,10 @@
-"""Writes and reads the files of a write-ahead log. Blocking: one thread appends, others may read.
+"""Writes and reads the files of a write-ahead log. Blocking: a single thread appends, others may read.
 
-A group of frames is written as a whole or not at all: when the disk is full the file is cut back to its last good
-byte. An fsync that fails leaves it unknown what the disk has, so the log is broken from then on: no retry can be
-believed (https://lwn.net/Articles/752063/).
+Owns: the open file, its end, the state `broken`. Does not own: the directory and its notes (wal_directory.py), replay.
+Invariants: a group of frames is written as a whole or not at all; after a failed write the file is cut back to its last
+good byte. Unless the cause was a lack of space or descriptors, the log is broken from then on, as after a failed fsync:
+the content of the disk is unknown, and a second fsync can report success for pages that never reached the disk
+(https://lwn.net/Articles/752063/).
 
 Small groups are written over zeros that were synced before: their fdatasync then has no size to journal, which takes a
 third of the time. docs/decisions/0017-small-groups-overwrite-zeros.md says why a replay can tell such zeros, and
@@ -23,23 +25,23 @@ from streamhouse_ingest.log.buffer import WalPosition
 from streamhouse_ingest.ports import SCARCE, Frame, Seen, WalBroken, WalDamaged, WalFileGone, WalFull
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
-# Batches that lie this close together are read in one go: a seek costs about as much as 32 KiB.
+# Batches this close together share a single read: a seek costs about as much as reading 32 KiB.
 _READ_GAP_BYTES = 32 * 1024
 _READ_SPAN_BYTES = 1024 * 1024
-# Groups of at most this share of the space ahead get zeros written for those that follow. That doubles the bytes that
-# are written: larger groups wait for the disk's bandwidth rather than for its journal.
+# Zeros for later groups are written only with groups of at most a quarter of the space ahead. Zeros double the bytes
+# written, and larger groups wait for the bandwidth of the disk rather than for its journal.
 _SMALL_GROUP_SHARE = 4
 
 
 class FileWal:
-    """The appending side. Files before `next_sequence` are only read and deleted; the newest of them is synced and has
-    `previous_size_bytes` (0: there is none).
+    """Appending side of the log. Files before `next_sequence` are only deleted; the newest of them is synced and has
+    `previous_size_bytes` (0 if no file precedes).
 
-    ahead_bytes: of zeros, at most, behind the last frame; 0 appends every group at the file's end. It needs fsync_each:
-    a group that begins says that everything before it is synced.
+    ahead_bytes: limit of the zeros behind the last frame; 0 appends every group at the end of the file. A value above 0
+    requires fsync_each, because the first frame of a group tells a replay that everything before the group is synced.
 
-    Invariants: the file has the frames up to `active_bytes`, then zeros up to `_file_end`. The first byte of a group is
-    written last: while it is zero, nothing behind it counts.
+    Invariants: the file holds frames up to `active_bytes`, then zeros up to `_file_end`. With space ahead, the first
+    byte of a group is written last: while that byte is zero, nothing behind it counts.
     """
 
     def __init__(
@@ -75,7 +77,10 @@ class FileWal:
         return self._broken is not None
 
     def append(self, frames: Sequence[Frame]) -> list[WalPosition]:
-        """Writes the group, and syncs it if the policy is to sync each. Raises WalFull, WalBroken."""
+        """Writes the group, syncs it if the policy is `fsync_each`, and returns the position of each batch, in order.
+
+        Raises WalFull if nothing of the group was kept, WalBroken if the state of the file is unknown.
+        """
         if self._broken is not None:
             raise WalBroken("the write-ahead log is broken") from self._broken
         parts = _encode(frames, mark_group=self._ahead_bytes > 0)
@@ -90,34 +95,38 @@ class FileWal:
         return positions
 
     def sync(self) -> None:
-        """Makes what was written durable (policy `interval`). Raises WalBroken."""
+        """Makes all groups written so far durable (policy `interval`). Raises WalBroken."""
         if self._dirty and self._broken is None:
             self._sync()
 
     def has_space_for_file(self) -> bool:
-        """True if another whole file could be begun now."""
+        """True if the disk has room for another file of full size now."""
         return self._directory.has_space(self._file_bytes)
 
     def delete(self, sequence: int) -> None:
-        """Removes a file that is not active, durably; one that is gone already is fine. Raises OSError.
+        """Removes a file that is not active, durably; ignores a file that does not exist. Raises OSError.
 
-        Files go oldest first, and each is gone for good before the next one is touched: a power cut that brought back
-        an older file without a younger one would look like a missing file, which is damage.
+        Files are removed oldest first, and each removal is durable before the next begins: a power cut that brought
+        back an older file but not a younger file would look like a missing file, which is damage.
         """
         self._directory.file_path(sequence).unlink(missing_ok=True)
         self._directory.sync()
 
     def mark_settled(self) -> None:
-        """What lies in files before the first of ours has been told to the coordinator. Raises OSError; no file is
-        begun then before it can be noted, so that old damage never casts doubt on what is written from now on."""
+        """Notes that the findings of the replay, in files before the first file of this process, have been reported to
+        the coordinator. Raises OSError.
+
+        After a failure no file is created until the note succeeds, so that old damage never makes the ends of newly
+        written ranges uncertain.
+        """
         self._has_to_settle = True
         self._directory.mark_settled(self._first_sequence)
         self._directory.mark_unsynced(False)
         self._has_to_settle = False
 
     def opening_token(self, address: str, drawn: str) -> str:
-        """Returns the session's token that was asked for before over what lies in files before the first of ours, which
-        nobody has begun since; else `drawn`, noted for whoever comes next. Raises OSError."""
+        """Returns the session token noted by an earlier process at `address` if no file was created since; otherwise
+        notes `drawn` and returns it. Raises OSError."""
         return self._directory.opening_token(self._first_sequence, address, drawn)
 
     def mark_used(self) -> None:
@@ -125,11 +134,14 @@ class FileWal:
         self._directory.mark_used()
 
     def note_history(self, seen: Seen) -> None:
-        """Keeps it beside the log, durably. Raises OSError."""
+        """Stores the metadata history and the position seen in it beside the log, durably. Raises OSError."""
         self._directory.note_history(seen)
 
     def close(self) -> None:
-        """Syncs and closes the active file, without the space ahead. Raises WalBroken."""
+        """Syncs the active file, cuts off the space ahead and closes the file. Raises WalBroken, OSError.
+
+        OSError means that the file itself is synced and closed, but the note beside it could not be written.
+        """
         if self._fd >= 0:
             try:
                 self.sync()
@@ -147,7 +159,7 @@ class FileWal:
                 return
             try:
                 self.close()
-            except OSError as error:  # the file is whole and closed, only what is noted beside it is not written
+            except OSError as error:  # the file is whole and closed; only the note beside it could not be written
                 raise self._failure(error, self._directory.path) from error
         if self.active is None:
             self._create()
@@ -197,9 +209,11 @@ class FileWal:
             at += _write_all(self._fd, chunk, at)
 
     def _write_group_ahead(self, parts: list[bytes], size_bytes: int) -> None:
-        """Writes the group, its first byte last. A kill in the middle of a write leaves any part of it before zeros, as
-        damage could; with the first byte missing a replay knows that the group was never finished. One byte is written
-        or it is not."""
+        """Writes the group, its first byte last.
+
+        A kill in the middle of a write leaves any part of the group before zeros, as damage could. While the first byte
+        is missing a replay knows that the group was never finished, and a single byte is either written or not.
+        """
         at = self.active_bytes
         end = at + size_bytes
         first = memoryview(parts[0])
@@ -211,8 +225,10 @@ class FileWal:
         _write_all(self._fd, [first[:1]], at)
 
     def _write_zeros(self, start: int, end: int) -> None:
-        """Writes the space ahead, from where the file ends. A disk without room for it gets its groups appended until
-        there is another file: what room it has is theirs."""
+        """Writes the space ahead, from the end of the file.
+
+        If the disk has no room for zeros, groups are appended until the next file: the remaining room is for groups.
+        """
         if end <= start or self._has_no_room_ahead:
             return
         try:
@@ -225,7 +241,7 @@ class FileWal:
             self._has_no_room_ahead = True
 
     def _cut_off_space_ahead(self) -> None:
-        """Makes the file end with its last frame, durably: so the next file's header can say how long this one is."""
+        """Makes the file end with its last frame, durably, so that the header of the next file can declare its size."""
         if self._broken is not None or self._file_end <= self.active_bytes:
             return
         try:
@@ -260,7 +276,10 @@ class FileWal:
 
 
 def _encode(frames: Sequence[Frame], *, mark_group: bool) -> list[bytes]:
-    """Returns headers and batches in turns. mark_group: all frames but the first say that they continue the group."""
+    """Returns frame headers and batches, alternating.
+
+    mark_group: all frames but the first are marked as continuing the group.
+    """
     parts: list[bytes] = []
     for frame in frames:
         topic_id, partition, epoch = frame.key
@@ -277,7 +296,7 @@ def _chunks(parts: Sequence[bytes | memoryview]) -> list[Sequence[bytes | memory
 def _write_all(fd: int, parts: Sequence[bytes | memoryview], at: int) -> int:
     total = sum(map(len, parts))
     written = os.pwritev(fd, parts, at)
-    while written < total:  # the kernel took a part: a signal, or a disk that is about to be full
+    while written < total:  # a short write: a signal arrived, or the disk is about to be full
         rest = memoryview(b"".join(parts))[written:]
         written += os.pwrite(fd, rest, at + written)
     return total
@@ -293,22 +312,24 @@ def _positions(parts: list[bytes], file: int, at: int) -> list[WalPosition]:
 
 
 class FileBatchReader:
-    """Reads batches back by position; every one is checked against its CRC."""
+    """Reads batches back by position; checks the CRC of each."""
 
     def __init__(self, directory: WalDirectory) -> None:
         self._directory = directory
 
     def read(self, positions: Sequence[WalPosition]) -> list[bytes]:
-        """The batches at `positions`, in their order. Raises WalDamaged (also where the disk gives nothing back),
-        WalFileGone, OSError."""
+        """Returns the batches at `positions`, in the same order.
+
+        Raises WalDamaged (also if the disk answers EIO), WalFileGone, OSError.
+        """
         batches: list[bytes] = []
         for span in _spans(positions):
             batches += self._read_span(span)
         return batches
 
     def find_damaged(self, positions: Sequence[WalPosition]) -> list[WalPosition]:
-        """Those that cannot be read back, after a second look: from the disk, where the page cache lets go of them.
-        Raises WalFileGone, OSError."""
+        """Returns the positions whose batches are damaged in two reads; the second is from the disk, as far as the
+        kernel drops the pages from its cache. Raises WalFileGone, OSError."""
         damaged = []
         for span in _spans(positions):
             try:
@@ -353,7 +374,7 @@ class FileBatchReader:
             os.close(fd)
         if data is not None:
             return [self._checked(data, start, position) for position in span]
-        if len(span) > 1:  # one by one: a bad spot costs the batches that lie in it
+        if len(span) > 1:  # each batch alone: a bad sector must cost only the batches that lie in it
             return [batch for position in span for batch in self._read_span([position])]
         raise WalDamaged(self._directory.file_path(span[0].file).name, span[0], "the disk does not give it back")
 
@@ -370,7 +391,7 @@ class FileBatchReader:
 
 
 def _spans(positions: Sequence[WalPosition]) -> list[list[WalPosition]]:
-    """Runs of positions that are worth one read each."""
+    """Returns `positions` grouped into spans, each short and dense enough for a single read."""
     spans: list[list[WalPosition]] = []
     for position in positions:
         if spans:

@@ -1,8 +1,8 @@
 """The directory of a write-ahead log: its lock, its identity, the notes beside its files.
 
 Owns: the lock, the identity (agent id and wal_id), the notes. Does not own: the content of log files (wal.py).
-Invariants: one process at a time has the directory open. From `mark_used` on, which comes before the first log file, it
-belongs to its agent id for good.
+Invariants: at most one process has the directory open. From `mark_used` on, which precedes the first log file, the
+directory belongs to its agent id for good.
 """
 
 import fcntl
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 _FILE_NAME = re.compile(r"(\d{20})\.wal")
 _IDENTITY_VERSION = 1
-# Of a directory that may hold files of version 3 (with space ahead). Versions of StreamHouse that cannot read those
-# refuse the directory, instead of taking the marks of groups for damage.
+# Identity version of a directory that may hold files of version 3 (with space ahead). Releases of StreamHouse that
+# cannot read such files refuse the directory, instead of taking the group marks for damage.
 _IDENTITY_VERSION_AHEAD = 2
 _PID_CHARS = 20
 _SETTLED = "settled"
@@ -32,8 +32,8 @@ _UNSYNCED = "unsynced"
 _HISTORY = "history"
 _OPENING = "opening"
 _ROOM = "room"
-# Empty; from before the identity is written until a session is open. An agent whose first start was refused, for an id
-# that is taken, has put nothing into the directory that another id could lose.
+# An empty file that exists from before the identity is written until a session is open. An agent whose first start was
+# refused, because its id is taken, has written nothing that would be lost if the directory went to another id.
 _UNUSED = "unused"
 _OPENING_VERSION = 1
 
@@ -52,19 +52,22 @@ class WalDirectory:
 
     @classmethod
     def open(cls, path: Path, agent_id: str) -> "WalDirectory":
-        """Returns the directory, locked. Creates it and its identity when it is new, for this user alone; takes an
-        older one away from other users. A directory in which no session was ever opened is given to `agent_id`, its
-        wal_id stays. Raises WalDirectoryError (WalLocked, WrongIdentity among them), OSError."""
-        path = path.absolute()  # errors name it, and the reader may be in another directory
+        """Returns the directory, locked.
+
+        Creates a missing directory and its identity, accessible to this user only, and removes the access of other
+        users to an existing directory. A directory in which no session was ever opened is given to `agent_id`; its
+        wal_id stays. Raises WalDirectoryError (including WalLocked and WrongIdentity), OSError.
+        """
+        path = path.absolute()  # errors name the path, and their reader may be in another directory
         try:
             files.make_directory(path)
         except NotADirectoryError as error:
             raise WalDirectoryError(f"{error.filename}: not a directory") from error
-        files.sync_directory(path)  # what a killed process left here is built upon: its names must be durable
+        files.sync_directory(path)  # names left by a killed process are relied upon below, so they must be durable
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
         try:
             _lock(lock, path)
-            (path / _ROOM).unlink(missing_ok=True)  # of a process that was killed in has_space: a file of full size
+            (path / _ROOM).unlink(missing_ok=True)  # a file of full size, left by a process killed in has_space
             wal_id, version = _identity(path, agent_id)
             if not files.make_private(path):
                 log.warning("%s holds records, is open to other users and belongs to one: `chmod 700` it", path)
@@ -77,7 +80,10 @@ class WalDirectory:
         return self.path / f"{sequence:020d}.wal"
 
     def sequences(self) -> list[int]:
-        """Of the files there are, ascending. Raises WalDirectoryError for a .wal file whose name is not one of ours."""
+        """Returns the sequence numbers of the log files, ascending.
+
+        Raises WalDirectoryError for a .wal file whose name is not a sequence number.
+        """
         found = []
         for path in self.path.glob("*.wal"):
             match = _FILE_NAME.fullmatch(path.name)
@@ -87,46 +93,52 @@ class WalDirectory:
         return sorted(found)
 
     def note_space_ahead(self) -> None:
-        """Notes, durably, that files of version 3 may be in the directory from now on. Raises OSError."""
+        """Notes, durably, that the directory may hold files of version 3 from now on. Raises OSError."""
         if self._version < _IDENTITY_VERSION_AHEAD:
             _write_identity(self.path / "identity", self._agent_id, self.wal_id, _IDENTITY_VERSION_AHEAD)
             self._version = _IDENTITY_VERSION_AHEAD
 
     def mark_used(self) -> None:
-        """Binds the directory to its agent id for good: from now on the coordinator may grant ranges to its log, and
-        records may be in it. Raises OSError."""
+        """Binds the directory to its agent id for good: from now on the coordinator may grant ranges to this log, and
+        the log may hold records. Raises OSError."""
         if self._unused:
             (self.path / _UNUSED).unlink(missing_ok=True)
             self.sync()
             self._unused = False
 
     def settled_before(self) -> int:
-        """The ends of all ranges with frames in files below this number have been declared to the coordinator."""
+        """Returns the file number below which the log is settled, 0 if none is noted.
+
+        The ends of all ranges with frames in files below this number have been declared to the coordinator.
+        """
         file = self.path / _SETTLED
         try:
             return int(file.read_text()) if file.exists() else 0
         except ValueError:
-            return 0  # at worst a known damage is reported again
+            return 0  # at worst, known damage is reported again
 
     def mark_settled(self, sequence: int) -> None:
-        """Ranges with frames below this file are settled: what damage hides there has been told. Raises OSError."""
+        """Notes that ranges with frames in files below `sequence` are settled: the damage in those files has been
+        reported to the coordinator. Raises OSError."""
         files.write_text(self.path / _SETTLED, f"{sequence}\n")
         (self.path / _OPENING).unlink(missing_ok=True)
 
     def opening_token(self, sequence: int, address: str, drawn: str) -> str:
-        """Returns the session's token noted when nothing had been written to file `sequence` either, by an agent at
-        this address; else `drawn`, noted from now on. Raises OSError."""
+        """Returns the session token noted by an agent at `address` when `sequence` was the next file, as now;
+        otherwise notes `drawn` and returns it. Raises OSError."""
         file = self.path / _OPENING
         noted = _opening_of(file, sequence, address) if file.exists() else ""
         if not noted:
-            # The key is from when the session's id was its secret.
+            # The key is named session_id because the id of a session was its secret when the format was fixed.
             content = {"version": _OPENING_VERSION, "sequence": sequence, "address": address, "session_id": drawn}
             files.write_text(file, json.dumps(content) + "\n")
         return noted or drawn
 
     def forget_files(self) -> None:
-        """There are none, and their numbers begin anew: what is noted of a number would be taken for said of another
-        file. Raises OSError."""
+        """Forgets the notes that refer to file numbers; called when no log file is left. Raises OSError.
+
+        Numbers begin anew then, and a note about an old file would be applied to a new file of the same number.
+        """
         for file in (self.path / _SETTLED, self.path / _OPENING):
             if file.exists():
                 file.unlink()
@@ -134,11 +146,11 @@ class WalDirectory:
 
     @property
     def unsynced(self) -> bool:
-        """Records may have been acknowledged, and read, that a power failure has taken back."""
+        """True if a power failure may have undone records that were acknowledged, and read by consumers."""
         return (self.path / _UNSYNCED).exists()
 
     def mark_unsynced(self, unsynced: bool) -> None:
-        """Raises OSError."""
+        """Notes, or no longer notes, that acknowledged records may be unsynced, durably. Raises OSError."""
         if unsynced:
             files.write_text(self.path / _UNSYNCED, "")
         elif self.unsynced:
@@ -146,15 +158,20 @@ class WalDirectory:
             self.sync()
 
     def history(self) -> Seen:
-        """Of the metadata that the log goes with. Raises WalDirectoryError for a file that says something else."""
+        """Returns the metadata history under which this log was written, and the last position seen in it.
+
+        Raises WalDirectoryError if the note is damaged, OSError.
+        """
         return self._note.read()
 
     def note_history(self, seen: Seen) -> None:
-        """After history(). Raises OSError."""
+        """Notes the metadata history and the position seen, durably; history() must be called before. Raises
+        WalDirectoryError if the history id is too long, OSError."""
         self._note.write(seen)
 
     def has_space(self, size_bytes: int) -> bool:
-        """True if the disk, the quota and the process let a file of this size be made; asks by making one."""
+        """True if the disk, the quota and the process limits allow a file of `size_bytes`; creates and removes such a
+        file to find out."""
         file = self.path / _ROOM
         try:
             fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
@@ -170,7 +187,7 @@ class WalDirectory:
         return True
 
     def sync(self) -> None:
-        """Makes creations and deletions in the directory durable."""
+        """Makes creations and deletions in the directory durable. Raises OSError."""
         files.sync_directory(self.path)
 
     def close(self) -> None:
@@ -186,8 +203,8 @@ def _lock(lock: int, path: Path) -> None:
     try:
         os.pwrite(lock, f"{os.getpid():<{_PID_CHARS}}\n".encode(), 0)
     except OSError as error:
-        # Only the error of whoever comes second reads it. An agent must start over its log on a disk without a byte:
-        # giving the log away is what makes room.
+        # The pid serves only the error message of a second process. An agent must start over its log on a full disk,
+        # because room is made by registering and deleting the log.
         if error.errno not in NO_SPACE:
             raise
 
@@ -216,15 +233,16 @@ def _identity(path: Path, agent_id: str) -> tuple[bytes, int]:
         is_empty = not any(path.glob("*.wal")) and not _has_notes(path)
         if not is_empty or not (path / _UNUSED).exists():
             raise _of_another(path, owner, agent_id, is_empty)
-        # The wal_id stays: should the coordinator have opened a session of it after all, whose answer never came, then
-        # it ends as superseded, and what was granted to it as empty.
+        # The wal_id stays: if the coordinator did open a session for this wal_id, and only the answer was lost, that
+        # session ends as superseded and the ranges granted to it end empty.
         _write_identity(file, agent_id, wal_id, version)
         log.info("%s is agent %r's now: %r was never let in with it", path, agent_id, owner)
     return wal_id, version
 
 
 def _has_notes(path: Path) -> bool:
-    """True if the directory says something of a log. Versions that do not know the file `unused` leave it behind."""
+    """True if the directory holds notes about a log. Releases that do not know the file `unused` leave it behind, so
+    `unused` alone does not prove that the log was never used."""
     return any((path / name).exists() for name in (_HISTORY, _SETTLED, _UNSYNCED, _OPENING))
 
 
@@ -236,13 +254,14 @@ def _of_another(path: Path, owner: str, agent_id: str, is_empty: bool) -> WrongI
 
 
 def _opening_of(file: Path, sequence: int, address: str) -> str:
-    """Returns the session's token that the file notes for this; empty when it says something else."""
+    """Returns the session token noted in `file` for this sequence and address; empty if the note is for others, or
+    damaged."""
     try:
         content = json.loads(file.read_text())
         said = content["version"], content["sequence"], content["address"]
         token = str(uuid.UUID(content["session_id"]))
     except (ValueError, KeyError, TypeError, AttributeError):
-        return ""  # at worst an empty range is reported as possibly lost
+        return ""  # at worst, an empty range is reported as possibly lost
     return token if said == (_OPENING_VERSION, sequence, address) else ""
 
 

@@ -1,7 +1,8 @@
-"""The file beside the log that says how far the agent has heard of the metadata's history.
+"""The file beside the log that notes the metadata history and the last position the agent has seen in it.
 
-Two slots, written in turn and in place: the one before stays whole whatever happens to a write, and a disk without a
-byte left, which waits for the log to be trimmed, does not keep the note from being written.
+Owns: the file and the number of its last write. Does not own: when to write (log/history.py).
+Invariants: the file has two slots, written alternately and in place, so that the previous note stays whole if a write
+fails. Writing in place also works on a full disk, which waits for the log to be trimmed, which waits for the note.
 """
 
 import json
@@ -15,7 +16,7 @@ from shruntime import files
 from streamhouse_ingest.ports import Seen, WalDirectoryError
 
 SLOT_BYTES = 512
-"""A sector: what disks write as a whole, or not."""
+"""Size of a sector, which a disk writes as a whole or not at all."""
 
 HISTORY_ID_BYTES_MAX = 64
 _MAGIC = b"STRN"
@@ -25,14 +26,17 @@ _CRC = struct.Struct("<I")
 
 
 class HistoryNote:
-    """One file. Blocking; used by one thread."""
+    """The note file. Blocking; used by a single thread."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._number = 0
 
     def read(self) -> Seen:
-        """What was noted last; nothing if there is no file. Raises WalDirectoryError for a damaged one, OSError."""
+        """Returns the last note; an empty Seen if the file does not exist.
+
+        Raises WalDirectoryError if the file is damaged, OSError.
+        """
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -51,8 +55,7 @@ class HistoryNote:
         return seen
 
     def _read_json(self, content: bytes) -> Seen:
-        """Reads a note of the first version, before there were slots; the next one is written as a new file in its
-        place."""
+        """Returns the note of a file of the first version, before slots; the next write replaces the whole file."""
         try:
             noted = json.loads(content)
             return Seen(str(noted["history_id"]), int(noted["position"]))
@@ -66,7 +69,10 @@ class HistoryNote:
         )
 
     def write(self, seen: Seen) -> None:
-        """Durably; on failure the last note stays. Raises OSError."""
+        """Writes the note, durably; on failure the previous note stays.
+
+        Raises WalDirectoryError if the history id exceeds HISTORY_ID_BYTES_MAX, OSError.
+        """
         number = self._number + 1
         slot = _encode(number, seen)
         if self._number:
@@ -90,7 +96,7 @@ def _encode(number: int, seen: Seen) -> bytes:
 
 
 def _decode(slot: bytes) -> tuple[int, Seen] | None:
-    """The slot's number and what it says; None for one that was never, or not wholly, written."""
+    """Returns the number of the slot and its note; None if the slot was never written, or only in part."""
     body = slot[: _SLOT.size]
     if len(slot) != SLOT_BYTES or _CRC.unpack_from(slot, _SLOT.size) != (zlib.crc32(body),):
         return None

@@ -1,4 +1,8 @@
-"""Reads all files of a write-ahead log back at start-up: memory-mapped, one pass, keeping positions only."""
+"""Reads all files of a write-ahead log back at start-up: memory-mapped, in a single pass, keeping positions only.
+
+Terms: a group is the frames written and synced together. The tail of a file begins with damage behind which no frame
+proves that the damaged bytes were synced. docs/formats/wal.md has the rules.
+"""
 
 import contextlib
 import logging
@@ -30,11 +34,11 @@ from streamhouse_ingest.ports import WrongIdentity
 log = logging.getLogger(__name__)
 
 _OTHER_FILE = "the header says it is file"
-# Files are tried for what cannot be read in steps of this many bytes, then page by page where one fails.
+# Files are tested for unreadable pages in steps of this many bytes; a step that fails is tested page by page.
 _TRY_BYTES = 1024 * 1024
 _PAGE_BYTES = 4096
 
-# So many frames are added together: enough that what this costs at once does not count, 2 MB of them.
+# Frames added to the replay per call: enough that the fixed cost of a call is negligible; the objects take about 2 MB.
 _FRAMES_TOGETHER = 4096
 
 FileBytes = mmap.mmap | bytearray
@@ -43,8 +47,8 @@ ScannedItem = WalFrame | DamagedSpan
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What was found, the files it lies in, the sequence of the next file and the size of the one before that (0 where
-    there is none)."""
+    """Result of a replay: its findings, the files with their end offsets, the sequence number of the next file, and the
+    size of the file before that (0 if none)."""
 
     replay: Replay
     index: WalIndex
@@ -53,9 +57,11 @@ class Replayed:
 
 
 def replay_directory(directory: WalDirectory, buffer_bytes_max: int) -> Replayed:
-    """Reads every file. A torn tail of the last one is cut off; all other damage ends up in `replay.damage`.
+    """Reads every file and returns the findings. Cuts an unfinished write off the last file and removes that file if no
+    group was ever written to it; all damage, missing files included, is in `replay.damage`.
 
-    Raises WrongIdentity when a file belongs to another log, OSError.
+    Raises WrongIdentity if a file belongs to another log, WalDirectoryError for a file name that is no sequence number,
+    OSError.
     """
     sequences = directory.sequences()
     if not sequences:
@@ -68,18 +74,19 @@ def replay_directory(directory: WalDirectory, buffer_bytes_max: int) -> Replayed
     if directory.unsynced:
         log.warning("%s: it was not synced before every ack; offsets go on beyond the old ranges", directory.path)
         files.replay.torn()
-    # The last file may just have been removed: a number left out would be a missing file at the next start.
+    # The last file may have been removed above, then its number is used again: a skipped number would be reported as a
+    # missing file at the next start.
     next_sequence = max(directory.sequences(), default=sequences[-1] - 1 if sequences else 0) + 1
     return Replayed(files.replay, files.index, next_sequence, files.index.size_of(next_sequence - 1))
 
 
 class _Files:
-    """The files in their order, and what they amount to so far."""
+    """Reads the files in ascending order and collects `replay` and `index`."""
 
     def __init__(self, directory: WalDirectory, buffer_bytes_max: int) -> None:
         self._directory = directory
         self._settled_before = directory.settled_before()
-        self._cut_short = False  # the file read last lacks an end that the next one knows of
+        self._cut_short = False  # the file read last is shorter than the header of the next file declares
         self.replay = Replay(buffer_bytes_max)
         self.index = WalIndex()
 
@@ -97,14 +104,14 @@ class _Files:
         finally:
             os.close(fd)
         if is_last and good_end <= WAL_FILE_HEADER_SIZE and not self._cut_short:
-            self._directory.file_path(sequence).unlink()  # created, but no group was ever written to it
+            self._directory.file_path(sequence).unlink()  # created, but no group was ever written to the file
             self._directory.sync()
-        else:  # kept without a frame, too, if it is the witness of what the file before lacks
+        else:  # a file without frames is kept, too, if its header proves that the previous file was cut short
             self.index.resize(sequence, good_end if is_last else size_bytes)
             self._cut_short = not is_last and self._report_cut_short(sequence, size_bytes)
 
     def _read_open(self, fd: int, sequence: int, size_bytes: int, *, is_last: bool) -> int:
-        """Adds the file's frames; returns where its good part ends. A torn tail is cut off."""
+        """Adds the frames of the file and returns the end of its good part, in bytes. Truncates the last file there."""
         path = self._directory.file_path(sequence)
         if not size_bytes:
             if not is_last:
@@ -122,8 +129,10 @@ class _Files:
         return good_end
 
     def _declared_size(self, sequence: int) -> int | None:
-        """Of this file, by the header of the next one; None where that does not say. What is wrong with that one is
-        said when it is read itself."""
+        """Returns the size of file `sequence` as declared in the header of the next file; None if that declares none.
+
+        Damage of the next header is not reported here but when that file is read.
+        """
         try:
             fd = os.open(self._directory.file_path(sequence + 1), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -139,7 +148,8 @@ class _Files:
         return header.previous_size_bytes or None
 
     def _report_cut_short(self, sequence: int, size_bytes: int) -> bool:
-        """Whether the file was longer once. Cut off between two frames it looks as sound as any."""
+        """True if the file was longer when it was closed, which is reported as damage. A file cut off between two
+        frames looks sound by itself."""
         declared = self._declared_size(sequence)
         if declared is None or size_bytes >= declared:
             return False
@@ -149,19 +159,19 @@ class _Files:
         return True
 
     def _hides(self, sequence: int) -> bool:
-        """Whether damage in this file concerns ranges whose ends are not declared yet."""
+        """True if damage in this file may concern ranges whose ends are not declared yet."""
         return sequence >= self._settled_before
 
     def _read_frames(self, sequence: int, buffer: FileBytes, *, is_last: bool, is_readable: bool) -> int:
-        """Adds the file's frames; returns where its good part ends."""
+        """Adds the frames of the file and returns the end of its good part, in bytes."""
         header_damage = self._check_header(sequence, buffer)
         if header_damage is not None and is_last and len(buffer) <= WAL_FILE_HEADER_SIZE:
-            return 0  # only just created: nothing is written before the header is synced
+            return 0  # a crash during creation: no group is written before the header is synced
         if header_damage is not None:
             other_file = header_damage.startswith(_OTHER_FILE) and self._hides(sequence)
             self.replay.damaged(sequence, 0, WAL_FILE_HEADER_SIZE, header_damage, hides=other_file)
-        # Elsewhere there is no space ahead: a file is cut back before the next one is begun. Where the disk gives zeros
-        # for what it cannot read, zeros prove nothing.
+        # Only the last file can have space ahead: a file is cut back before the next is created. If pages could not be
+        # read, zeros stand in their place and prove nothing.
         is_plain = not is_last or not is_readable or header_damage is not None
         ahead_bytes = 0 if is_plain else decode_wal_file_header(buffer).ahead_bytes
         tail, written_end = self._read_items(sequence, buffer, ahead_bytes)
@@ -178,17 +188,18 @@ class _Files:
             self._report_torn(sequence, first, written_end)
             return _end_of_torn(tail, len(buffer))
         self._settle(sequence, buffer, tail)
-        # At least a frame's header stays, or the next start would take it for one that was cut off.
+        # At least a frame header stays, or the next start would take the frame for an unfinished write.
         return min(max(written_end, first.at + FRAME_HEADER_SIZE), len(buffer))
 
     def _read_items(self, sequence: int, buffer: FileBytes, ahead_bytes: int) -> tuple[list[ScannedItem], int]:
-        """Adds the file's frames; returns the tail, which no frame proves synced, and where the written part ends.
+        """Adds the frames of the file; returns the tail and the end of the written part, in bytes.
 
-        The tail begins with damage. A frame that continues a group was synced together with what lies before it in the
-        group, so that it proves nothing; groups are marked where `ahead_bytes` is not 0.
+        The tail begins with damage, and no frame proves it synced. A frame that begins a group proves that everything
+        before the group was synced. A frame that continues a group was synced together with the frames before it, so it
+        proves nothing. Groups are marked only if `ahead_bytes` is not 0.
         """
         tail: list[ScannedItem] = []
-        frames: list[WalFrame] = []  # valid, not added yet: nothing damaged lies between them
+        frames: list[WalFrame] = []  # valid frames not added yet, without damage between them
         for item in scan_frames(buffer):
             if isinstance(item, SpaceAhead):
                 if ahead_bytes:
@@ -214,7 +225,7 @@ class _Files:
         return tail, len(buffer)
 
     def _settle(self, sequence: int, buffer: FileBytes, items: Sequence[ScannedItem]) -> None:
-        """Reports the damage among the items and adds the frames, in their order."""
+        """Reports the damaged spans among `items` and adds the frames, in order."""
         for is_damage, run in groupby(items, lambda item: isinstance(item, DamagedSpan)):
             if is_damage:
                 self._report(sequence, [item for item in run if isinstance(item, DamagedSpan)])
@@ -222,7 +233,8 @@ class _Files:
                 self._add(buffer, sequence, [item for item in run if isinstance(item, WalFrame)])
 
     def _check_header(self, sequence: int, buffer: FileBytes) -> str | None:
-        """What is wrong with the file's header. Raises WrongIdentity when it is sound and names another log."""
+        """Returns the damage of the file header, None if it is sound. Raises WrongIdentity if a sound header names
+        another log."""
         try:
             header = decode_wal_file_header(buffer)
         except FormatError as error:
@@ -234,7 +246,7 @@ class _Files:
         return None if header.sequence == sequence else f"{_OTHER_FILE} {header.sequence}"
 
     def _add(self, buffer: FileBytes, sequence: int, frames: Sequence[WalFrame]) -> None:
-        """Adds frames between which nothing is damaged; those that hold no batch are damage themselves."""
+        """Adds frames without damage between them; reports a frame that holds no valid batch as damage."""
         if not frames:
             return
         try:
@@ -242,7 +254,7 @@ class _Files:
         except FormatError as error:
             if len(frames) == 1:
                 self._add_damaged(sequence, frames[0], error.what)
-            else:  # halves, down to the bad ones: the others stay many
+            else:  # bisect down to the bad frames, so that the good frames are still added many at a time
                 middle = len(frames) // 2
                 self._add(buffer, sequence, frames[:middle])
                 self._add(buffer, sequence, frames[middle:])
@@ -260,7 +272,8 @@ class _Files:
         path = self._directory.file_path(sequence)
         for span in spans:
             log.error("%s: %d damaged bytes at byte %d: %s", path, span.size_bytes, span.at, span.reason)
-            # A span of another size than its frame's ends, or begins again, where nobody can say what followed.
+            # If the damaged span and its frame differ in size, frames may be missing behind the span, and the ends of
+            # their ranges with them.
             hides = span.lost is None or span.lost.size_bytes != span.size_bytes
             hides = hides and self._hides(sequence)
             self.replay.damaged(sequence, span.at, span.size_bytes, span.reason, hides=hides)
@@ -269,8 +282,10 @@ class _Files:
                 self.replay.lost(key, span.lost.base_offset, span.lost.record_count)
 
     def _report_torn(self, sequence: int, first: DamagedSpan, end: int) -> None:
-        """A power failure can leave the size of the last write and only some of its sectors. It stays in the file: it
-        is looked at again at every start until a session has been opened."""
+        """Reports the last write as torn: a power failure can leave its size but only some of its sectors.
+
+        The bytes stay in the file, and every start reports them again until a session has been opened.
+        """
         if self._hides(sequence):
             path = self._directory.file_path(sequence)
             left = end - first.at
@@ -279,13 +294,14 @@ class _Files:
 
 
 def _forget_cached(fd: int) -> None:
-    """What is read from here on comes from the disk, as far as the kernel takes advice.
+    """Syncs the file and drops its pages from the cache, as far as the kernel takes advice, so that they are read from
+    the disk. Raises OSError.
 
-    A process that was killed may have written without syncing, so that comes first: retries are answered from what is
-    found. After an fsync that failed Linux holds pages that it takes for clean although they never reached the disk;
-    reading them back would acknowledge, to a retry, what the next power failure takes away
-    (https://wiki.postgresql.org/wiki/Fsync_Errors). Only the last file can be one of such a failure: none is begun
-    before everything in the one before is synced. Raises OSError.
+    A killed process may have written without syncing, so the sync comes first: retries are answered from the frames
+    found here. After a failed fsync Linux takes pages for clean although they never reached the disk; a retry answered
+    from such pages would acknowledge records that the next power failure undoes
+    (https://wiki.postgresql.org/wiki/Fsync_Errors). Only the last file can have such pages: a file is created only
+    after everything in the previous file is synced.
     """
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -293,9 +309,12 @@ def _forget_cached(fd: int) -> None:
 
 @contextlib.contextmanager
 def _bytes_of(fd: int, size_bytes: int, name: str) -> Iterator[tuple[FileBytes, Sequence[int]]]:
-    """Yields the file, mapped, and where the pages lie that the disk does not give back. If there are any, the file is
-    a copy with zeros in their place (a mapped one would kill the process): at the end of the last file they make a torn
-    tail, elsewhere damage."""
+    """Yields the content of the file and the byte positions of unreadable pages.
+
+    The file is mapped if all pages can be read. Otherwise the content is a copy with zeros in place of those pages,
+    because access to an unreadable page of a mapping would kill the process (SIGBUS). The zeros make a torn tail at the
+    end of the last file, and damage elsewhere.
+    """
     unreadable = list(_unreadable(fd, size_bytes))
     if not unreadable:
         with mmap.mmap(fd, size_bytes, access=mmap.ACCESS_READ) as mapped:
@@ -311,7 +330,7 @@ def _bytes_of(fd: int, size_bytes: int, name: str) -> Iterator[tuple[FileBytes, 
 
 
 def _unreadable(fd: int, size_bytes: int) -> Iterator[int]:
-    """Where the pages begin that cannot be read. What can be is in the page cache afterwards."""
+    """Yields the byte positions of pages that cannot be read; all other pages are in the page cache afterwards."""
     for at in range(0, size_bytes, _TRY_BYTES):
         if not _can_read(fd, min(_TRY_BYTES, size_bytes - at), at):
             pages = range(at, min(at + _TRY_BYTES, size_bytes), _PAGE_BYTES)
@@ -327,11 +346,11 @@ def _can_read(fd: int, size_bytes: int, at: int) -> bool:
 
 
 def _end_of_torn(tail: Sequence[ScannedItem], size_bytes: int) -> int:
-    """Returns where a file with a torn tail ends from now on: before valid frames that lie behind the torn one.
+    """Returns the byte at which a file with a torn tail ends from now on: before valid frames behind the torn frame.
 
-    They are of the same group, which was not acknowledged: their producers send them again. A later start, for which
-    the file is not the last one, would add them to the log a second time. The torn frame stays, so that the next start
-    comes to the same conclusion.
+    Such frames belong to the same group, which was not acknowledged, so their producers send them again. A later start,
+    for which the file is no longer the last, would add them to the log a second time. The torn frame stays, so that the
+    next start comes to the same conclusion.
     """
     first = tail[0]
     if not any(isinstance(item, WalFrame) for item in tail):
