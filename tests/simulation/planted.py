@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from unittest import mock
 
-from shcluster.freshness import Freshness
+from shcluster.index_catch_up import IndexCatchUp
 from shproto.model import Segment
 from streamhouse import commits
 from streamhouse.core.partition_queue import PartitionQueue
@@ -35,7 +35,7 @@ def _without_fence(segment: Segment, row: RangeRow | None) -> Result:
     return Result.REGISTERED if segment.base_offset == row.registered_end else Result.EARLY
 
 
-async def _not_asked(freshness: Freshness, topic: str) -> None:
+async def _not_asked(catch_up: IndexCatchUp, topic: str) -> None:
     """The index is taken for fresh."""
 
 
@@ -68,7 +68,7 @@ PLANTED: dict[str, tuple[object, str, object]] = {
     "no-fence": (registration, "judge", _without_fence),
     "log-trimmed-early": (wal_index, "_covered", lambda registered_end, end_offset: True),
     "forgotten-producers": (ProducerTable, "merge", lambda table, others: None),
-    "stale-index": (Freshness, "catch_up", _not_asked),
+    "stale-index": (IndexCatchUp, "catch_up", _not_asked),
     "commits-not-fenced": (groups, "check_commit", _without_generation),
     "no-hand-over": (groups, "available", _without_hand_over),
     "retry-renumbered": (PartitionQueue, "take", _renumbered),

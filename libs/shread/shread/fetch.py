@@ -143,7 +143,7 @@ class _Fetch:
             # A consumer starts over after this error: never send it for a position that came from another index or
             # agent.
             self._held_up_by = lambda: f"{partition.name}: no coordinator says whether the index is behind"
-            await self._reads.freshness.catch_up(partition.topic)
+            await self._reads.index_catch_up.catch_up(partition.topic)
             self._knows_all = True
             return False
         if isinstance(step, BeyondEnd) and self._index.cluster.missing_position:  # an agent's end, of what it knows
@@ -254,7 +254,7 @@ class _Fetch:
             return True
         if self._plan(self._partition()) == ReadSegment(segment):
             self._held_up_by = lambda: f"{partition.name}: {error}, and no coordinator says whether the index is behind"
-            await self._reads.freshness.catch_up(partition.topic)
+            await self._reads.index_catch_up.catch_up(partition.topic)
         if self._plan(self._partition()) == ReadSegment(segment):
             self._reads.counters.damaged_spans += 1
             raise object_missing(partition, segment) from error

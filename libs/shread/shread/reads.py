@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shcluster.agent_checks import AgentChecks
-from shcluster.freshness import Freshness
+from shcluster.index_catch_up import IndexCatchUp
 from shcluster.live_index import LiveIndex
 from shproto.keys import PartitionKey
 from shproto.model import Segment
@@ -70,7 +70,7 @@ class Reads:
     segments: SegmentReader
     ingest_at: Callable[[str], IngestApi]
     agents: AgentChecks
-    freshness: Freshness
+    index_catch_up: IndexCatchUp
     readahead: ReadAhead
     polls: TailPolls
     catch_up_ms: int

@@ -128,7 +128,7 @@ class QueryApi:
         _check("max_wait_ms", request.max_wait_ms, 0, self._settings.max_wait_ms_max)
         _check_format(request.format)
         _check_topic_id(request.topic_id)
-        partition = await self._reads.freshness.find(request.topic, request.partition, request.topic_id)
+        partition = await self._reads.index_catch_up.find(request.topic, request.partition, request.topic_id)
         return Want(
             partition.key,
             partition.topic,
@@ -168,7 +168,7 @@ class QueryApi:
         async def resolve() -> Want:
             _check("offset", position.offset, 0, INT64_MAX)
             _check_topic_id(position.topic_id)
-            partition = await self._reads.freshness.find(position.topic, position.partition, position.topic_id)
+            partition = await self._reads.index_catch_up.find(position.topic, position.partition, position.topic_id)
             return Want(partition.key, partition.topic, position.offset, self._bytes_max(request.max_bytes))
 
         window = Window(position.window_bytes if position.HasField("window_bytes") else None)
@@ -176,7 +176,7 @@ class QueryApi:
 
     async def _look_up(self, lookup: query_pb2.OffsetLookup) -> Found:
         _check_topic_id(lookup.topic_id)
-        partition = await self._reads.freshness.find(lookup.topic, lookup.partition, lookup.topic_id)
+        partition = await self._reads.index_catch_up.find(lookup.topic, lookup.partition, lookup.topic_id)
         match lookup.spec:
             case query_pb2.OFFSET_SPEC_EARLIEST:
                 return self._lookups.earliest(partition)

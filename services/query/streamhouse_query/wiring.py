@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from shcluster.agent_checks import AgentChecks
 from shcluster.follower import Follower
-from shcluster.freshness import Freshness
+from shcluster.index_catch_up import IndexCatchUp
 from shcluster.live_index import LiveIndex
 from shcluster.peers import Peers
 from shcluster.session import SessionKeeper
@@ -112,14 +112,14 @@ def build(
     segments = SegmentReader(
         chunks, lambda key: index.cluster.object_extent(key), settings.segment_index_cache_entries, counters
     )
-    freshness = Freshness(coordinator, index, settings.catch_up_ms)
+    index_catch_up = IndexCatchUp(coordinator, index, settings.catch_up_ms)
     agents = AgentChecks(ingest_at)
     reads = Reads(
         index=index,
         segments=segments,
         ingest_at=ingest_at,
         agents=agents,
-        freshness=freshness,
+        index_catch_up=index_catch_up,
         readahead=ReadAhead(settings.readahead_chunks),
         polls=TailPolls(ingest_at, agents, tasks, clock, counters),
         catch_up_ms=settings.catch_up_ms,

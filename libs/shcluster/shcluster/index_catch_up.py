@@ -10,7 +10,7 @@ from shcluster.index import PartitionIndex
 from shcluster.live_index import LiveIndex
 
 
-class Freshness:
+class IndexCatchUp:
     """Only refusals come here, so the coordinator is not asked on any usual path. `catch_up_ms`: how long to wait for
     the event feed."""
 
