@@ -122,9 +122,9 @@ class LiveIndex:
 
     def _must_be_open(self) -> None:
         if self._closed:
-            raise ShuttingDown("this query service is stopping; ask another one")
+            raise ShuttingDown("this service is stopping; ask another one")
         if not self._loaded:
-            raise Unavailable("this query service has not loaded its index yet")
+            raise Unavailable("this service has not loaded its index yet")
 
     @contextmanager
     def watch(self, key: PartitionKey) -> Iterator[Watch]:

@@ -144,7 +144,7 @@ async def test_a_cache_directory_in_use_ends_the_process(tmp_path: Path, platfor
     first = build(QuerySettings(cache_dir=tmp_path), platform.coordinator, platform.store, platform.ingest_at)
     await first.start("127.0.0.1:1")
     second = build(QuerySettings(cache_dir=tmp_path), platform.coordinator, platform.store, platform.ingest_at)
-    with pytest.raises(OSError, match="in use by another query service"):
+    with pytest.raises(OSError, match="in use by another process"):
         await second.start("127.0.0.1:2")
     await second.stop()
     await first.stop()

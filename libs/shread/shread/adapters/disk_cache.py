@@ -83,7 +83,7 @@ class DiskCache:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CacheDirError(f"cache_dir {self._directory} is in use by another query service") from error
+            raise CacheDirError(f"cache_dir {self._directory} is in use by another process") from error
         for path in self._directory.iterdir():
             if path != self._chunks and _ANY_CHUNK_DIR.fullmatch(path.name):
                 shutil.rmtree(path)  # of another chunk size: useless now
