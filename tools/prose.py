@@ -41,7 +41,6 @@ COUNTED = {
 PENDING = frozenset(
     (
         "libs/shproto/shproto",
-        "libs/shcluster/shcluster",
         "services/ingest/streamhouse_ingest",
         "cli/streamhouse_cli",
         "client/streamhouse",

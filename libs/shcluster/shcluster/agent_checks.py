@@ -1,12 +1,12 @@
 """Ingest agents that this process cannot reach, for its heartbeats to say.
 
-Owns: the agents in doubt, what is known of each, and the heartbeats that report it. Does not own: connections, the
-session that the heartbeats renew.
-Invariants: An agent is in doubt from the first call that it did not answer, or from the coordinator's word that another
-process has doubts, until it answers a check and nobody doubts it any more, or its session is over: an agent that is
-gone for good is checked no longer than that. An error of the agent is an answer. A call that its caller gave up says
-nothing by itself: the next check does. A round of checks is bounded, so that heartbeats come in time whatever the
-number of silent agents: those that it leaves out come first in the next.
+Owns: the suspected agents, their last state, and the heartbeats that report it. Does not own: connections, the session
+that the heartbeats renew.
+Invariants: An agent is suspected from the first call that it did not answer, or from the coordinator's request to check
+it, until it answers a check and the coordinator no longer asks, or its session is over: an agent that is gone for good
+is checked no longer than that. An error of the agent is an answer. A call that its caller cancelled shows nothing by
+itself: the next check does. A round of checks is bounded, so that heartbeats come in time for any number of silent
+agents: agents left out come first in the next round.
 """
 
 import asyncio
@@ -24,9 +24,10 @@ log = logging.getLogger(__name__)
 
 # An agent that is there answers within milliseconds; a round trip to another region and a busy machine are in it.
 CHECK_TIMEOUT_MS = 3_000
-# A call that its caller ends after so long without an answer is worth a check, and no more: a busy agent is late, too.
+# A call that its caller cancels after this time without an answer is reason for a check, not proof: a busy agent is
+# late, too.
 LATE_MS = 1_000
-# Checked at once, so that those that do not answer take one timeout, not as many as there are.
+# Checked at the same time, so that silent agents take a single timeout together.
 CHECKS_AT_ONCE = 64
 
 
@@ -36,7 +37,8 @@ def is_silence(error: BaseException) -> bool:
 
 
 class AgentChecks:
-    """`calling` notes what calls come to; `check` asks the agents in doubt, and gives what to report."""
+    """Suspected agents: `calling` notes the outcome of calls, `check` asks the suspected agents and returns the
+    reports."""
 
     def __init__(self, ingest_at: Callable[[str], IngestApi]) -> None:
         self._ingest_at = ingest_at
@@ -44,7 +46,7 @@ class AgentChecks:
         self._unreachable: set[str] = set()
         self._late: dict[str, str] = {}
         self._round = 0
-        self._rounds: dict[str, int] = {}  # by agent id, the last one that it was checked in
+        self._rounds: dict[str, int] = {}  # last round in which an agent was checked, by agent id
 
     @property
     def unreachable(self) -> frozenset[str]:
@@ -53,8 +55,8 @@ class AgentChecks:
 
     @contextmanager
     def calling(self, agent_id: str, address: str, wait_ms: int = 0) -> Iterator[None]:
-        """Notes what the call in its body comes to, and changes nothing about it. `wait_ms`: for how long the agent was
-        asked to wait before it answers."""
+        """Notes the outcome of the call in the body, and passes it on. `wait_ms`: time that the agent was asked to wait
+        before it answers."""
         loop = asyncio.get_running_loop()
         late_at = loop.time() + (wait_ms + LATE_MS) / 1000
         try:
@@ -95,8 +97,8 @@ class AgentChecks:
         return bool(new)
 
     async def check(self, within_ms: float | None = None) -> list[coordinator_pb2.AgentReach]:
-        """Asks the agents in doubt, for at most `within_ms` or two timeouts of a check, whichever is longer (None: no
-        limit). Returns the reports: an agent that there was no time to ask is reported if it was unreachable before."""
+        """Asks the suspected agents, for at most `within_ms` or two timeouts of a check, whichever is longer (None: no
+        limit). Returns the reports: an agent left out for lack of time is reported if it was unreachable before."""
         turn = asyncio.Semaphore(CHECKS_AT_ONCE)
         addresses, self._late = self._late | self._addresses, {}
         names = sorted(addresses, key=lambda name: (self._rounds.get(name, 0), name))
@@ -145,9 +147,9 @@ async def send_heartbeats(
     *,
     recovered: Callable[[], None] | None = None,
 ) -> None:
-    """Renews a worker's session every `interval_ms`, and reports the agents in doubt with each heartbeat; the checks
-    come after it, so that they do not delay it. Calls `recovered` where an agent is not unreachable any more. Raises
-    SessionExpired; other failures are tried again."""
+    """Renews a worker's session every `interval_ms`, and reports the suspected agents with each heartbeat. Checks come
+    after the heartbeat, so that they do not delay it. Calls `recovered` when an unreachable agent answers again. Raises
+    SessionExpired; repeats the heartbeat after other failures."""
     found: list[coordinator_pb2.AgentReach] = []
     wait_ms: float = interval_ms
     while True:

@@ -1,9 +1,9 @@
 """Keeps the index up to date: a snapshot, then every event in order, over reconnects and restarts of coordinators.
 
-Owns: which event is to come next, what is known of events that went missing. Does not own: the index and its readers
-(live_index.py), the session whose token the feed carries.
+Owns: the feed's position, and the position of events that went missing. Does not own: the index and its readers
+(live_index.py), the session of which the feed carries the token.
 Invariants: the index changes by a whole snapshot or by the next event, never otherwise. An event that does not fit
-costs a snapshot, and is never left out.
+costs a snapshot, and is never skipped.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from shcluster.snapshot import SnapshotBuilder
 
 log = logging.getLogger(__name__)
 
-# One short statement; readers at a rollback are told as soon as a subscription's heartbeat tells anything.
+# A short statement for the database; readers hear of a rollback within the interval of a subscription's heartbeat.
 HEAD_INTERVAL_MS = 5_000
 
 
 class Follower:
-    """`load` once, then `run` for ever. The index stays readable (and grows old) while no coordinator answers.
+    """Follower of the event feed: `load` once, then `run` for ever. The index stays readable, and grows old, while no
+    coordinator answers.
 
     `session_token`: returns the token of the process's session, empty while there is none. `snapshot_taken` is called
     after each snapshot.
@@ -55,13 +56,13 @@ class Follower:
         self._missing = MissingEvents()
 
     async def load(self) -> None:
-        """The first snapshot; waits for a coordinator that gives one."""
+        """Takes the first snapshot; tries until a coordinator gives it."""
         while not await self._tried_snapshot():
             await self._clock.sleep_ms(self._backoff.next_ms())
         self._backoff.reset()
 
     async def run(self) -> None:
-        """Follows the feed from where the index is."""
+        """Follows the feed from the position of the index on, until cancelled."""
         while True:
             try:
                 if await self._went_back():
@@ -77,7 +78,8 @@ class Follower:
             await self._clock.sleep_ms(self._backoff.next_ms())
 
     async def watch_head(self) -> None:
-        """Notices metadata that went back while the feed goes on: there may be as many events as before."""
+        """Detects a rollback of the metadata while the feed goes on, until cancelled: the feed need not break, since
+        there may be as many events as before."""
         while True:
             await self._clock.sleep_ms(HEAD_INTERVAL_MS)
             try:
@@ -86,7 +88,7 @@ class Follower:
                 log.debug("no coordinator says where the events end: %s", error)
 
     async def _head(self) -> coordinator_pb2.GetHeadResponse:
-        """The coordinator's last event, after a look at whether what the index has seen is still there."""
+        """Returns the coordinator's head, and notes if events that the index has seen are gone."""
         seen = self._index.cluster.history_id, self._index.cluster.position
         head = await self._coordinator.get_head(coordinator_pb2.GetHeadRequest())
         before = self._missing.position
@@ -105,7 +107,7 @@ class Follower:
         return True
 
     async def _snapshot(self) -> None:
-        await self._head()  # first: nobody may take the end of an older index for the end
+        await self._head()  # first: no reader may take the end of older metadata for the end
         builder = SnapshotBuilder()
         async for part in self._coordinator.get_snapshot(coordinator_pb2.GetSnapshotRequest()):
             builder.add(part)

@@ -1,7 +1,7 @@
-"""Where the records of every partition lie: ranges of epochs, registered segments, agents with a session.
+"""Index of the records of every partition: ranges of epochs, registered segments, agents with a session. Pure.
 
 Owns: the state that the coordinator's snapshot and feed describe. `ClusterIndex.apply` is its only mutator.
-Does not own: following the feed, waking readers, how records are read.
+Does not own: the feed (follower.py), the readers that wait (live_index.py), how records are read.
 Invariants: `position` grows by one with each event applied. An event that does not fit raises IndexMismatch: a
 snapshot then replaces the state.
 """
@@ -22,12 +22,12 @@ INGEST = "ingest"
 
 
 class IndexMismatch(Exception):
-    """An event does not fit the state it is applied to: the snapshot has to be taken again."""
+    """An event or a snapshot contradicts the state; a new snapshot replaces the state."""
 
 
 @dataclass(frozen=True, slots=True)
 class AgentSession:
-    """A live session. wal_id is empty when it is not known (a session older than the feed we saw)."""
+    """A live session. `wal_id` is empty if not known: snapshots have sessions without the id, only events have it."""
 
     session_id: str
     agent_id: str
@@ -38,6 +38,8 @@ class AgentSession:
 
 @dataclass(slots=True)
 class TopicEntry:
+    """A topic. durable_only: records count as acknowledged once registered, since the topic's ack level is durable."""
+
     topic_id: TopicId
     topic: str
     partitions: int
@@ -46,7 +48,12 @@ class TopicEntry:
 
 @dataclass(slots=True)
 class PartitionIndex:
-    """One partition: ranges ascending by (start, epoch), segments ascending by base offset, nothing overlapping."""
+    """Index of a partition.
+
+    Invariants: ranges ascend by (start_offset, epoch), segments by base offset; segments do not overlap. `_bases` are
+    the base offsets of `segments`. `_latest` are the running maxima of their latest timestamps, for a prefix of
+    `segments`: the rest is computed on demand.
+    """
 
     topic_id: TopicId
     topic: str
@@ -69,19 +76,20 @@ class PartitionIndex:
     # ---- looking up
 
     def segment_at(self, offset: int) -> Segment | None:
-        """The segment that holds `offset`."""
+        """Returns the segment that holds `offset`, or None."""
         position = bisect_right(self._bases, offset) - 1
         if position < 0 or self.segments[position].end_offset <= offset:
             return None
         return self.segments[position]
 
     def segment_after(self, offset: int) -> Segment | None:
-        """The first segment whose base is `offset` or above."""
+        """Returns the first segment with a base offset of `offset` or above, or None."""
         position = bisect_left(self._bases, offset)
         return self.segments[position] if position < len(self.segments) else None
 
     def segment_reaching(self, timestamp_ms: int, from_offset: int) -> Segment | None:
-        """The first segment that ends beyond `from_offset` and has a record at `timestamp_ms` or later."""
+        """Returns the first segment that ends beyond `from_offset` and has a record at `timestamp_ms` or later, or
+        None. Lost segments have no records."""
         latest = self._running_latest()
         position = bisect_left(latest, timestamp_ms)
         position = max(position, bisect_right(self._bases, from_offset) - 1)
@@ -92,12 +100,12 @@ class PartitionIndex:
         return None
 
     def range_position(self, offset: int) -> int:
-        """Position of the last range that starts at or below `offset`; -1 if there is none."""
+        """Returns the position of the last range that starts at or below `offset`; -1 if there is none."""
         return bisect_right(self.ranges, offset, key=lambda item: item.start_offset) - 1
 
     @property
     def known_end(self) -> int:
-        """What is certainly acknowledged: every offset below it that holds a record at all."""
+        """Offset below which every record is certainly acknowledged: the end of what is registered or settled."""
         if not self.ranges:
             return self.log_start_offset
         newest = self.ranges[-1]
@@ -127,7 +135,8 @@ class PartitionIndex:
     # ---- changing; only ClusterIndex calls these
 
     def load(self, log_start_offset: int, ranges: Iterable[Range], segments: Iterable[Segment]) -> None:
-        """A part of a snapshot; a large partition comes in several."""
+        """Adds a part of a snapshot; a large partition comes in several parts. Raises IndexMismatch if segments
+        overlap."""
         self.log_start_offset = log_start_offset
         known = {item.epoch: item for item in self.ranges} | {item.epoch: item for item in ranges}
         self.ranges = sorted(known.values(), key=lambda item: (item.start_offset, item.epoch))
@@ -135,7 +144,7 @@ class PartitionIndex:
             self.add_segment(segment)
 
     def add_segment(self, segment: Segment) -> None:
-        """Raises IndexMismatch when it overlaps a known one."""
+        """Inserts a segment. Raises IndexMismatch if the segment overlaps a known segment."""
         position = bisect_left(self._bases, segment.base_offset)
         before = self.segments[position - 1] if position else None
         after = self.segments[position] if position < len(self.segments) else None
@@ -146,7 +155,7 @@ class PartitionIndex:
         del self._latest[position:]
 
     def remove_segments(self, segment_ids: Iterable[str]) -> list[Segment]:
-        """Those that were there."""
+        """Removes segments and returns them; ignores unknown ids."""
         gone = set(segment_ids)
         removed = [segment for segment in self.segments if segment.segment_id in gone]
         if removed:
@@ -156,12 +165,13 @@ class PartitionIndex:
         return removed
 
     def grant(self, granted: Range) -> None:
+        """Adds the range of a new epoch. Raises IndexMismatch unless the epoch is above all others."""
         if self.ranges and granted.epoch <= self.ranges[-1].epoch:
             raise IndexMismatch(f"{self.name}: epoch {granted.epoch} granted after {self.ranges[-1].epoch}")
         self.ranges.append(granted)
 
     def change_range(self, epoch: int, **changes: Any) -> None:
-        """Raises IndexMismatch when there is no such range."""
+        """Replaces fields of the range of an epoch. Raises IndexMismatch if there is no such range."""
         for position in range(len(self.ranges) - 1, -1, -1):
             if self.ranges[position].epoch == epoch:
                 self.ranges[position] = replace(self.ranges[position], **changes)
@@ -169,7 +179,8 @@ class PartitionIndex:
         raise IndexMismatch(f"{self.name}: no range of epoch {epoch}")
 
     def move_log_start(self, offset: int) -> None:
-        """Ranges wholly below it are of no use to a reader any more; the newest one stays."""
+        """Moves the start of the log, and drops the ranges wholly below, which no reader can need; the newest range
+        stays."""
         self.log_start_offset = offset
         last = len(self.ranges) - 1
         self.ranges = [
@@ -181,13 +192,15 @@ class PartitionIndex:
 
 @dataclass(slots=True)
 class _ObjectExtent:
+    """Number of registered segments in an object, and the end of the last of them in bytes."""
+
     segments: int = 0
     end: int = 0
 
 
 class ClusterIndex:
-    """All partitions and sessions, as of event `position`. missing_position: of an event that was seen and is not there
-    any more, so that more may have been written than is known here; 0: none."""
+    """All partitions and sessions, as of event `position`. `missing_position` is the position of an event that was seen
+    and is gone from the metadata, so that more may have been written than the index knows; 0: none is missing."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -202,20 +215,22 @@ class ClusterIndex:
     # ---- looking up
 
     def address_of(self, agent_id: str, wal_id: str) -> str:
-        """Where the ingest agent that holds this write-ahead log answers; empty without a live session."""
+        """Returns the address of the ingest agent that holds this write-ahead log; empty without a live session."""
+        # The newest session counts, as long as the end of an earlier session of the agent is not known.
         for session in reversed(self.sessions.values()):
             if session.role == INGEST and session.agent_id == agent_id and session.wal_id in ("", wal_id):
                 return session.address
         return ""
 
     def object_extent(self, object_key: str) -> int:
-        """Bytes of the object that registered segments are known to use, from its start."""
+        """Returns the number of bytes, from the start of the object, that registered segments are known to use."""
         extent = self._objects.get(object_key)
         return extent.end if extent else 0
 
     # ---- changing
 
     def add_topic(self, topic: TopicEntry) -> None:
+        """Adds a topic with empty partitions."""
         self.topics[topic.topic] = topic
         for partition in range(topic.partitions):
             key = PartitionKey(topic.topic_id, partition)
@@ -228,16 +243,17 @@ class ClusterIndex:
         ranges: Iterable[Range],
         segments: Iterable[Segment],
     ) -> None:
-        """A part of a snapshot; its topic was added before."""
+        """Adds a part of a snapshot to a partition, the topic of which was added before. Raises IndexMismatch if
+        segments overlap."""
         segments = list(segments)
         self.partitions[key].load(log_start_offset, ranges, segments)
         for segment in segments:
             self._count_segment(segment)
 
     def apply(self, position: int, event: ev.Event | None) -> frozenset[PartitionKey] | None:
-        """Brings the state to `position`; the partitions whose readers should look again, None for all of them.
+        """Brings the state to `position`. Returns the partitions of which readers have to look again; None: all.
 
-        `event` is None for a type this version does not know. Raises IndexMismatch when the event does not fit.
+        `event` is None for a type that this version does not know. Raises IndexMismatch if the event does not fit.
         """
         if position != self.position + 1:
             raise IndexMismatch(f"event {position} after {self.position}")
@@ -278,7 +294,7 @@ class ClusterIndex:
         return frozenset(PartitionKey(topic_id, partition) for partition in range(event.partitions))
 
     def _topic_altered(self, event: ev.TopicAltered) -> frozenset[PartitionKey]:
-        durable_only = event.min_acks == ACKS_DURABLE  # as it was: that does not change
+        durable_only = event.min_acks == ACKS_DURABLE  # never changes: the coordinator refuses it
         topic_id = _topic_id(event.topic_id)
         self.topics[event.topic] = TopicEntry(topic_id, event.topic, event.partitions, durable_only)
         new = [PartitionKey(topic_id, number) for number in range(event.partitions_before, event.partitions)]
@@ -383,7 +399,7 @@ def _topic_id(topic_id: str) -> TopicId:
 
 
 def _restored(index: ClusterIndex, event: ev.PartitionRestored | ev.HistoryBegan) -> frozenset[PartitionKey]:
-    """Ranges and segments may have changed in any way."""
+    """Refuses the event: after a restore, ranges and segments may have changed in any way. Raises IndexMismatch."""
     raise IndexMismatch(f"the metadata was restored ({event.stream_id})")
 
 

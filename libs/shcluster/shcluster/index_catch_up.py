@@ -1,4 +1,7 @@
-"""Asks the coordinator where the index may only be a moment behind, before a reader is told that there is nothing."""
+"""Lets the index catch up with the coordinator before a reader is refused: the index may be a moment behind.
+
+Invariant: a reader is told that a topic or partition is unknown only if the coordinator does not know it either.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from shcluster.live_index import LiveIndex
 
 
 class IndexCatchUp:
-    """Only refusals come here, so the coordinator is not asked on any usual path. `catch_up_ms`: how long to wait for
-    the event feed."""
+    """Asks the coordinator for its position, and waits up to `catch_up_ms` for the event feed to bring the index there.
+    Only reads that would be refused do so: reads that succeed cost the coordinator nothing."""
 
     def __init__(self, coordinator: CoordinatorApi, index: LiveIndex, catch_up_ms: int) -> None:
         self._coordinator = coordinator
@@ -20,10 +23,10 @@ class IndexCatchUp:
         self._catch_up_ms = catch_up_ms
 
     async def find(self, topic: str, partition: int, topic_id: bytes = b"") -> PartitionIndex:
-        """The partition of the topic of that name and, if one is given, that id: the index may still have one that was
-        deleted, and another one created under its name.
+        """Returns the partition by the name of its topic and, if given, the id: a topic may have been deleted and
+        created again under the name.
 
-        Raises UnknownTopic, UnknownPartition; Unavailable when the feed does not bring a new topic in time.
+        Raises UnknownTopic, UnknownPartition; Unavailable if the feed does not bring a new topic in time.
         """
         try:
             return self._find(topic, partition, topic_id)
@@ -32,7 +35,8 @@ class IndexCatchUp:
         return self._find(topic, partition, topic_id)
 
     async def _catch_up_or_wait(self, topic: str) -> None:
-        """A topic that was created in events that are missing is not unknown: whoever is told so forgets about it."""
+        """Catches up. Raises Unavailable in place of UnknownTopic while events are missing from the metadata: the topic
+        may have been created in one of them, and a client that is told UnknownTopic forgets the topic."""
         try:
             await self.catch_up(topic)
         except UnknownTopic:
@@ -51,11 +55,11 @@ class IndexCatchUp:
         return found
 
     async def catch_up(self, topic: str) -> None:
-        """When this returns, the index knows everything that had happened when it was called. Whatever position a
-        reader was given before, by whomever, it is in there: a comparison with one partition's state as the coordinator
-        knows it would not do, because the index changes while the answer is on its way.
+        """Returns once the index knows all events from before the call, so that any position that a reader was given
+        before is in the index. Positions are compared, not the partition's state: the index changes while the
+        coordinator's answer is on its way.
 
-        Raises UnknownTopic; Unavailable when no coordinator answers or the feed does not bring the index there in time.
+        Raises UnknownTopic; Unavailable if no coordinator answers or the feed does not bring the index there in time.
         """
         try:
             described = await self._coordinator.describe_topic(coordinator_pb2.DescribeTopicRequest(topic=topic))

@@ -23,35 +23,39 @@ TRACES_MAX = 10_000
 
 
 class Watch:
-    """Tells of changes to one partition. Arm before looking, and no change in between is missed."""
+    """A reader's wait for changes of a partition. A reader that arms the watch before looking misses no change."""
 
     def __init__(self) -> None:
         self.changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def arm(self) -> None:
-        """From here on `changed` stands for the next change."""
+        """Makes `changed` stand for the next change from here on."""
         if self.changed.done():
             self.changed = asyncio.get_running_loop().create_future()
 
     def fire(self) -> None:
+        """Notes a change."""
         if not self.changed.done():
             self.changed.set_result(None)
 
 
 class LiveIndex:
-    """One task (the follower) changes it; any number of readers look and watch, all in one event loop."""
+    """An index that a single task, the follower, changes, and any number of readers watch, all in the same event
+    loop."""
 
     def __init__(self) -> None:
         self.cluster = ClusterIndex()
         self._loaded = False
         self._closed = False
-        # In the order in which they came: that is the order in which they are woken, in a simulation as well.
+        # Dictionaries, not sets: readers are woken in the order in which they came, so that a simulation repeats
+        # itself.
         self._watches: dict[PartitionKey, dict[Watch, None]] = {}
-        self._awaited: dict[asyncio.Future[None], int] = {}  # by whom, which event's position
+        self._awaited: dict[asyncio.Future[None], int] = {}  # the event's position that each waits for
         self._traces: dict[str, str] = {}  # traceparent of the registration, by segment id; the oldest first
 
     def find(self, topic: str, partition: int) -> PartitionIndex:
-        """Raises UnknownTopic, UnknownPartition; Unavailable before the first snapshot, ShuttingDown after `close`."""
+        """Returns the partition by its topic's name. Raises UnknownTopic, UnknownPartition; Unavailable before the
+        first snapshot, ShuttingDown after `close`."""
         self._must_be_open()
         entry = self.cluster.topics.get(topic)
         if entry is None:
@@ -67,7 +71,8 @@ class LiveIndex:
         return found
 
     def get(self, key: PartitionKey, topic: str) -> PartitionIndex:
-        """As it is now; raises UnknownTopic once the topic was deleted, ShuttingDown after `close`."""
+        """Returns the partition as of now. Raises UnknownTopic once the topic was deleted, ShuttingDown after
+        `close`."""
         self._must_be_open()
         found = self.cluster.partitions.get(key)
         if found is None:
@@ -75,7 +80,8 @@ class LiveIndex:
         return found
 
     async def reaches(self, position: int, wait_ms: float) -> bool:
-        """Whether the index is, within `wait_ms`, as of this event or of a later one."""
+        """Returns True once the index is as of the event at `position` or later, False if that takes more than
+        `wait_ms`. Raises ShuttingDown after `close`."""
         if self.cluster.position < position and not self._closed:
             reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._awaited[reached] = position
@@ -87,11 +93,12 @@ class LiveIndex:
         return self.cluster.position >= position
 
     def apply(self, position: int, event: Event | None) -> None:
-        """Raises IndexMismatch and may then be half changed: only `replace` helps."""
+        """Applies an event, and wakes the readers that it concerns. Raises IndexMismatch, after which the index may be
+        half changed: only `replace` helps."""
         self._wake(self.cluster.apply(position, event))
 
     def note_trace(self, segment_ids: Iterable[str], traceparent: str) -> None:
-        """Takes note of the span that registered segments, for those who read them soon after."""
+        """Remembers the span that registered segments, so that reads soon after can link to the span."""
         for segment_id in segment_ids:
             self._traces[segment_id] = traceparent
         while len(self._traces) > TRACES_MAX:
@@ -103,20 +110,21 @@ class LiveIndex:
         return () if found is None else (found,)
 
     def replace(self, cluster: ClusterIndex) -> None:
-        """A new snapshot."""
+        """Puts a new snapshot in place of the index, and wakes all readers."""
         cluster.missing_position = self.cluster.missing_position
         self.cluster = cluster
         self._loaded = True
         self._wake(None)
 
     def miss(self, position: int) -> None:
-        """Event `position` is not there any more (0: none is missing): what readers wait for changes."""
+        """Notes that the event at `position` is gone from the metadata (0: none is missing), and wakes all readers: an
+        end that they know is certain no more, or is certain again."""
         if self.cluster.missing_position != position:
             self.cluster.missing_position = position
             self._wake(None)
 
     def close(self) -> None:
-        """Ends all waits: whoever looks again gets ShuttingDown."""
+        """Ends all waits: readers that look again get ShuttingDown."""
         self._closed = True
         self._wake(None)
 
@@ -128,6 +136,7 @@ class LiveIndex:
 
     @contextmanager
     def watch(self, key: PartitionKey) -> Iterator[Watch]:
+        """Yields a watch of a partition that lasts as long as the body."""
         watch = Watch()
         watches = self._watches.setdefault(key, {})
         watches[watch] = None

@@ -1,7 +1,8 @@
 """Detects that events of the metadata that were seen are gone: a rollback, as of an old dump. Pure.
 
-Owns: the position of the last event that is known to be missing, of one history.
-Invariant: it is kept until another history begins, as a restore does: soon there are as many events again as were seen.
+Owns: the position of the last event that is known to be missing from a history.
+Invariant: the position is kept until another history begins, as a restore makes it: new events soon fill the positions
+of the missing events.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class MissingEvents:
-    """`position`: of an event of `history_id` that was seen and is gone; 0: none."""
+    """Position of an event of `history_id` that was seen and is gone; 0: none."""
 
     history_id: str = ""
     position: int = 0
 
     def judge(self, history_id: str, position: int, noted_position: int, *, seen: tuple[str, int]) -> int:
-        """Returns the position from now on. The coordinator's head is event `position` of `history_id`, and
-        `noted_position` is what coordinators know to be missing; `seen`: the history and position of the index, as of
-        before the head was asked for."""
+        """Returns the missing position, after a look at the coordinator's head, event `position` of `history_id`.
+        `noted_position`: the missing event that coordinators know of. `seen`: history and position of the index from
+        before the head was requested."""
         if history_id != self.history_id:
             self.history_id, self.position = history_id, 0
         seen_history_id, seen_position = seen

@@ -1,6 +1,6 @@
 """Connections to the services, by address, made on first use and closed together.
 
-Owns: one connection for each set of addresses. Does not own: who calls, which addresses there are.
+Owns: a connection for each set of addresses. Does not own: the calls, the knowledge of addresses.
 Invariant: once closed, no connection is open and none is made.
 """
 
@@ -18,17 +18,17 @@ from shproto.services import (
 )
 from shruntime.urls import addresses_of
 
-# A handshake takes milliseconds. An agent that hangs accepts connections and says nothing: whoever waits for it had
-# better ask again who leads. Where a handshake does take longer, the next try finds it done.
+# A handshake takes milliseconds. An agent that hangs accepts connections and says nothing: a producer that waits for it
+# does better to look for the leader again. A handshake that takes longer is done by the next try.
 CONNECT_TIMEOUT_MS = 1_000
 
 
 class Peers:
-    """Connections to the services by address: to the coordinators at those of `bootstrap`, to the others at those that
-    they advertise. Once closed, asking for a service raises InvalidArgument.
+    """Connections to coordinators at the addresses in `bootstrap`, and to other services at the addresses that they
+    advertise. Once closed, asking for a service raises InvalidArgument.
 
-    `timeout_ms`: of each call. `interceptors`: of every channel. `wrap`: returns what calls go over instead of the
-    connection that it is given; the SDK repeats calls there.
+    `timeout_ms`: of each call. `interceptors`: of every channel. `wrap`: returns the caller to use in place of a
+    connection; the SDK repeats calls there.
     """
 
     def __init__(
@@ -47,9 +47,11 @@ class Peers:
 
     @property
     def coordinator(self) -> CoordinatorApi:
+        """API of the coordinators: calls fail over between them."""
         return CoordinatorClient(self._caller(self._bootstrap, advertised=False))
 
     def ingest(self, address: str) -> IngestApi:
+        """Returns the API of the ingest agent at `address`."""
         return IngestClient(self._caller((address,)))
 
     async def connect(self, address: str) -> None:
@@ -65,7 +67,7 @@ class Peers:
         return connection if self._wrap is None else self._wrap(connection)
 
     def _connect(self, addresses: tuple[str, ...], *, advertised: bool = True) -> Connection:
-        if self._closed:  # nobody would close a connection made now
+        if self._closed:  # a connection made now would never be closed
             raise InvalidArgument("the client is closed", field="client", value="closed")
         key = addresses, advertised
         connection = self._connections.get(key)

@@ -1,9 +1,9 @@
 """The session of a worker process (query service, segmenter) with the coordinator.
 
-Owns: the session's token; that the session is renewed, and opened again once it is lost. Does not own: the agents that
-its heartbeats report, what the process does while the session lives.
-Invariants: an outage of the coordinator ends no session by itself, only SessionExpired does. Each session is asked for
-under a token of its own, drawn before the first try: a try whose answer was lost leaves no second session behind.
+Owns: the session's token, its renewal, and its replacement once lost. Does not own: the agents that the heartbeats
+report, the work of the process while the session lives.
+Invariants: an outage of the coordinator ends no session by itself, only SessionExpired does. Each session is requested
+with a token of its own, drawn before the first try: a try of which the answer was lost leaves no second session behind.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 
 class SessionKeeper:
-    """`start` makes the session wanted, `run` keeps it until cancelled, `close` gives it back. A keeper that was never
-    started, as in a process that lives in the coordinator's, wants no session.
+    """Keeper of a session: `start` makes the session wanted, `run` keeps it until cancelled, `close` gives it back. A
+    keeper that was never started, as in a process that lives in the coordinator's, wants no session.
 
     `agent_id`: the worker's name; empty: made from role and address. `agents`: reported by the heartbeats.
     """
@@ -45,7 +45,7 @@ class SessionKeeper:
         self.token = ""
 
     def may_work(self) -> bool:
-        """Returns False while a session is wanted and not open: whatever is claimed belongs to a session."""
+        """Returns False while a session is wanted and not open: claims belong to a session."""
         return not self._address or bool(self.token)
 
     def start(self, address: str) -> None:
@@ -53,7 +53,7 @@ class SessionKeeper:
         self._address = address
 
     async def open(self) -> None:
-        """Returns once the session is open, however long no coordinator grants it."""
+        """Returns once the session is open; repeats the request until a coordinator grants it."""
         request = coordinator_pb2.OpenSessionRequest(
             agent_id=self._agent_id or f"{self._role}@{self._address}",
             role=self._role,
@@ -74,10 +74,10 @@ class SessionKeeper:
         wake: Callable[[], None] = lambda: None,
         follow: Callable[[str], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
-        """Opens the session and renews it; opens another one where it is lost.
+        """Opens the session and renews it; opens another session once it is lost. Runs until cancelled.
 
         `wake` is called when a session is open, and when an agent that did not answer does again. `follow(token)` runs
-        beside the heartbeats, and is cancelled where the session is lost.
+        beside the heartbeats, and is cancelled when the session is lost.
         """
         while True:
             await self.open()
@@ -100,7 +100,7 @@ class SessionKeeper:
         )
 
     async def close(self) -> None:
-        """Gives the session back, best effort: a session that cannot be closed expires. `run` must have ended."""
+        """Gives the session back, if a coordinator answers: otherwise the session expires. `run` must have ended."""
         token, self.token = self.token, ""
         if token:
             try:

@@ -1,4 +1,4 @@
-"""Builds the index from the parts of the coordinator's snapshot."""
+"""Builds the index from the parts of the coordinator's snapshot. Pure."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from shcluster.index import (
 
 
 class SnapshotBuilder:
-    """Add all parts, then take `cluster`."""
+    """Index in the making: `cluster` is complete once all parts are added."""
 
     def __init__(self) -> None:
         self.cluster = ClusterIndex()
         self._parts = 0
 
     def add(self, part: coordinator_pb2.SnapshotPart) -> None:
-        """Raises IndexMismatch when parts of different snapshots are mixed, or a part contradicts itself."""
+        """Adds a part. Raises IndexMismatch if the part is of another snapshot than those before, or contradicts
+        itself."""
         cluster = self.cluster
         if self._parts and (part.position, part.history_id) != (cluster.position, cluster.history_id):
             raise IndexMismatch(
@@ -39,7 +40,7 @@ class SnapshotBuilder:
         for partition in part.partitions:
             try:
                 self._add_partition(partition)
-            except (KeyError, ValueError) as error:  # a partition beyond its topic's, a status nobody knows
+            except (KeyError, ValueError) as error:  # a partition beyond its topic's, an unknown status
                 name = f"{partition.topic.topic}/{partition.partition}"
                 raise IndexMismatch(f"snapshot of {name} cannot be read: {error!r}") from error
 
