@@ -17,8 +17,8 @@ PUBLIC_MODULE = "streamhouse.errors"
 """Module that applications import the errors from: `__module__` of every class that may reach one, so that tracebacks,
 `repr`, `help` and pickles name what an `except` clause can name."""
 
-# An error travels in gRPC's trailing metadata, which peers refuse beyond about 8 KiB (message and details, both forms);
-# what a caller sent is echoed, so it is cut. Four bytes a character at worst.
+# An error travels in gRPC's trailing metadata, which peers refuse beyond about 8 KiB (message and details, both forms).
+# Messages echo the caller's values, so they are cut. Four bytes a character at worst.
 MESSAGE_CHARS_MAX = 500
 DETAIL_CHARS_MAX = 250
 
@@ -28,7 +28,7 @@ def _shortened(text: str, chars_max: int) -> str:
 
 
 class StreamHouseError(Exception):
-    """Base of all; also what an unknown reason from a newer server decodes to."""
+    """Base of all errors; an unknown reason, of a newer server, is decoded to this class."""
 
     __module__ = PUBLIC_MODULE
 
@@ -44,13 +44,14 @@ class StreamHouseError(Exception):
         self.details = {name: _shortened(str(value), DETAIL_CHARS_MAX) for name, value in details.items()}
 
     def __init_subclass__(cls, *, internal: bool = False) -> None:
-        """Registers the reason, and gives the class its public module. internal: services alone meet the error, and
+        """Registers the reason, and gives the class its public module. internal: only services meet the error, and
         `streamhouse.errors` does not have it."""
         cls.registry[cls.reason] = cls
         if cls.__module__ == __name__ and not internal:
             cls.__module__ = PUBLIC_MODULE
 
     def to_detail(self) -> types_pb2.ErrorDetail:
+        """Returns the error as a message."""
         return types_pb2.ErrorDetail(
             reason=self.reason,
             message=self.message,
@@ -61,6 +62,7 @@ class StreamHouseError(Exception):
 
     @staticmethod
     def from_detail(detail: types_pb2.ErrorDetail) -> "StreamHouseError":
+        """Returns the error of a message, of the class that is registered for its reason."""
         kind = StreamHouseError.registry.get(detail.reason, StreamHouseError)
         error = kind(detail.message, retry_after_ms=detail.retry_after_ms)
         error.details = dict(detail.details)
@@ -130,7 +132,7 @@ class GroupNotEmpty(StreamHouseError):
     reason, status = "GROUP_NOT_EMPTY", Code.FAILED_PRECONDITION
 
 
-# ---- somebody else took over: look again, then go on
+# ---- another process took over: look again, then go on
 
 
 NOT_WRITTEN, UNKNOWN = "not_written", "unknown"
@@ -157,8 +159,8 @@ class SessionExpired(StreamHouseError, internal=True):
 
 
 class AgentIdTaken(StreamHouseError, internal=True):
-    """A live process has what is asked for: an agent with another write-ahead log the id, or one with the same log (of
-    which one of the two has a copy), or a segmenter the id. details: agent_id, address."""
+    """A live process has the id, an agent with another write-ahead log or a segmenter; or an agent has the same log, of
+    which one of the two is a copy. details: agent_id, address."""
 
     reason, status = "AGENT_ID_TAKEN", Code.ALREADY_EXISTS
 
@@ -188,23 +190,23 @@ class ProducerFenced(StreamHouseError):
 
 
 class UnknownProducer(StreamHouseError):
-    """The producer id was given out before the metadata was restored from a backup: whether a retry of its batch was
-    written before nobody can tell. Take a new id. details: producer_id, producer_ids_from."""
+    """The producer id was assigned before the metadata was restored from a backup, so that no service can tell if a
+    retry of its batch was written before. Take a new id. details: producer_id, producer_ids_from."""
 
     reason, status = "UNKNOWN_PRODUCER", Code.FAILED_PRECONDITION
 
 
 class PollIntervalExceeded(StreamHouseError):
-    """Raised by the SDK: the application asked its consumer for nothing for so long that the consumer left its group.
-    Iterating again joins anew, where the group is by then. details: group, max_poll_interval_ms."""
+    """Raised by the SDK: the application took no records from its consumer for so long that the consumer left its
+    group. Iterating again joins anew, at the group's position by then. details: group, max_poll_interval_ms."""
 
     reason, status = "POLL_INTERVAL_EXCEEDED", Code.ABORTED
 
 
 class OutcomeUnknown(StreamHouseError):
-    """Raised by the SDK, sent by nobody: a batch may or may not have been written, and trying again could write it
-    twice. An earlier try got no answer, and the leader that was asked again does not know the producer's history.
-    details: topic, partition, record_count, refusal (reason of the leader's answer)."""
+    """Raised by the SDK alone: a batch may or may not have been written, and trying again could write it twice. An
+    earlier try got no answer, and the leader that was asked again does not know the producer's history. details: topic,
+    partition, record_count, refusal (reason of the leader's answer)."""
 
     reason, status = "OUTCOME_UNKNOWN", Code.UNKNOWN
 
@@ -228,8 +230,8 @@ class EventsPruned(StreamHouseError, internal=True):
 
 class MetadataWentBack(StreamHouseError):
     """PostgreSQL holds older metadata than the caller has seen, or another platform's: an old dump was put in its
-    place, or an empty database. Nothing is done on it; `streamhouse restore` brings metadata back. details: history_id,
-    position (what is there), known_history_id, known_position (what the caller has seen)."""
+    place, or an empty database. Calls are refused until `streamhouse restore` brings the metadata back. details:
+    history_id, position (of PostgreSQL), known_history_id, known_position (seen by the caller)."""
 
     reason, status = "METADATA_WENT_BACK", Code.FAILED_PRECONDITION
 

@@ -1,4 +1,4 @@
-"""Everything that happens in the control plane, as facts in the past tense.
+"""Events of the control plane: facts in the past tense. Pure.
 
 The coordinator appends these to the `events` table, rebuilds its projections from them and publishes them
 (gRPC feed, RabbitMQ). Names and fields are persisted: fields may be added with a default, never renamed.
@@ -16,27 +16,31 @@ from shproto.model import Range, RangeStatus, Segment
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Base of all events; `stream_id` says whose history it belongs to."""
+    """Base of all events. `registry` has the classes by name, the type of an event in the table."""
 
     registry: ClassVar[dict[str, type["Event"]]] = {}
 
     @property
     def stream_id(self) -> str:
+        """Name of the history that the event is a part of, of a topic, partition, agent, buffer or group."""
         raise NotImplementedError
 
     def to_json(self) -> str:
+        """Returns the fields as JSON, without the type."""
         # asdict() copies every string of every nested row, which is most of a wide command's time.
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return json.dumps(values, separators=(",", ":"), default=asdict)
 
 
 def event_type(cls: type[Event]) -> type[Event]:
+    """Registers a class of events, and returns it."""
     Event.registry[cls.__name__] = cls
     return cls
 
 
 def event_from_json(type_name: str, payload: str | Mapping[str, Any]) -> Event | None:
-    """The event; None for a type this version does not know (a newer coordinator's). Unknown fields are passed over."""
+    """Returns the event; None for a type that this version does not know (a newer coordinator's). Ignores unknown
+    fields."""
     cls = Event.registry.get(type_name)
     if cls is None:
         return None
@@ -52,7 +56,7 @@ def event_from_json(type_name: str, payload: str | Mapping[str, Any]) -> Event |
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One partition's part of a sealed buffer."""
+    """Part of a sealed buffer that belongs to a partition."""
 
     topic_id: str
     topic: str
@@ -66,7 +70,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class OffsetChange:
-    """Where a group goes on in one partition; -1 before: nothing was committed."""
+    """New position of a group in a partition. offset_before -1: no offset was committed."""
 
     topic_id: str
     topic: str
@@ -172,7 +176,7 @@ class TopicCreated(_OfTopic, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class TopicAltered(_OfTopic, Event):
-    """The topic's settings are these from here on; partitions `partitions_before` to `partitions` - 1 are new."""
+    """The topic has these settings from here on; partitions `partitions_before` to `partitions` - 1 are new."""
 
     topic_id: str
     topic: str
@@ -220,8 +224,8 @@ class SessionClosed(_OfAgent, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class AgentCutOff(_OfAgent, Event):
-    """The workers named cannot reach the agent: from `since_ms` on others are to lead what it leads. `times`: how often
-    this has happened, without an hour of calm in between."""
+    """The workers in `reporters` cannot reach the agent: from `since_ms` on, other agents are to lead its partitions.
+    `times`: number of such events without an hour of calm in between."""
 
     agent_id: str
     session_id: str
@@ -233,7 +237,7 @@ class AgentCutOff(_OfAgent, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class AgentReachable(_OfAgent, Event):
-    """Workers reach the agent again, for long enough: it may lead."""
+    """Workers have reached the agent again for long enough: it may lead."""
 
     agent_id: str
     session_id: str
@@ -271,8 +275,8 @@ class RangeExtended(_OfPartition, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class MoveRequested(_OfPartition, Event):
-    """The leader is asked to seal, upload, settle and give the partition up. why: balance | log_full | cut_off (it is
-    not to wait for the upload); empty in events of older versions."""
+    """The leader is asked to seal, upload, settle and hand over the partition. why: balance | log_full | cut_off
+    (without waiting for the upload); empty in events of older versions."""
 
     topic_id: str
     topic: str
@@ -286,8 +290,9 @@ class MoveRequested(_OfPartition, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class RangeOrphaned(_OfPartition, Event):
-    """Its leader's session ended; what it acknowledged and did not register is in its log only. `orphaned_ms`: when
-    that was, since 1970; set when the event is appended, and 0 in events of before it was there."""
+    """The session of the range's leader ended; records that are acknowledged and not registered are in the leader's log
+    only. `orphaned_ms`: time of the end in ms since 1970, set when the event is appended; 0 in events of older
+    versions."""
 
     topic_id: str
     partition: int
@@ -299,7 +304,7 @@ class RangeOrphaned(_OfPartition, Event):
 @dataclass(frozen=True, slots=True)
 class LogFoundTruncated(_OfPartition, Event):
     """The range's log was opened again and ends at `log_end`, though buffers up to `acknowledged_end` had been
-    announced from it. The range stays orphaned until the rest comes back, or an operator gives it up."""
+    announced from it. The range stays orphaned until the rest comes back, or an operator declares it lost."""
 
     topic_id: str
     partition: int
@@ -311,7 +316,7 @@ class LogFoundTruncated(_OfPartition, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class RangeSettled(_OfPartition, Event):
-    """Nothing at or beyond `end_offset` was acknowledged in this epoch. Registration below it goes on."""
+    """No record at or beyond `end_offset` was acknowledged in this epoch. Registration below `end_offset` goes on."""
 
     topic_id: str
     partition: int
@@ -322,7 +327,7 @@ class RangeSettled(_OfPartition, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class RangeLost(_OfPartition, Event):
-    """Given up by an operator or by policy: what is not registered below `end_offset` is not coming back."""
+    """Declared lost by an operator or by policy: records below `end_offset` that are not registered never will be."""
 
     topic_id: str
     partition: int
@@ -337,7 +342,7 @@ class RangeLost(_OfPartition, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class BufferSealed(_OfBuffer, Event):
-    """A notice, not kept any more: a buffer may be claimed. Event logs of before have it as an event."""
+    """Notice that a buffer may be claimed; not kept. Event logs of older versions have it as an event."""
 
     buffer_id: str
     session_id: str
@@ -349,7 +354,7 @@ class BufferSealed(_OfBuffer, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class BufferCompleted(_OfBuffer, Event):
-    """Every slice is registered, covered or fenced, without one that is registered now."""
+    """Every slice of the buffer is registered, covered or fenced, and none was registered by this call."""
 
     buffer_id: str
     agent_id: str
@@ -359,7 +364,7 @@ class BufferCompleted(_OfBuffer, Event):
 @dataclass(frozen=True, slots=True)
 class BufferRegistered(_OfBuffer, Event):
     """The segments of a buffer's object are part of the log: as SegmentRegistered for each of them, in this order.
-    `completed`: nothing of the buffer is left to register."""
+    `completed`: the buffer has no slice left to register."""
 
     buffer_id: str
     agent_id: str
@@ -370,8 +375,8 @@ class BufferRegistered(_OfBuffer, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class SegmentRegistered(Event):
-    """registered_end of the segment's epoch moved to its end_offset. With `lost_reason`, the span is lost for good. Of
-    a buffer, event logs of before have one for each segment."""
+    """registered_end of the segment's epoch moved to the segment's end_offset. With `lost_reason`, the span is lost for
+    good. Event logs of older versions have this event for each segment of a buffer."""
 
     segment: Segment
     buffer_id: str
@@ -384,6 +389,8 @@ class SegmentRegistered(Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class SegmentsCompacted(Event):
+    """A merged segment took the place of others, of which it has all records."""
+
     segment: Segment
     replaced_segment_ids: tuple[str, ...]
 
@@ -395,8 +402,8 @@ class SegmentsCompacted(Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class LogStartMoved(_OfPartition, Event):
-    """Records below log_start_offset are gone, with the segments named. why: retention_ms and retention_bytes, with a
-    comma between both, or deleted. Only then log_start_offset may lie inside a segment."""
+    """Records below log_start_offset are gone, and so are the segments in `removed_segment_ids`. why: retention_ms,
+    retention_bytes, both with a comma between, or deleted. Only if deleted, log_start_offset may lie in a segment."""
 
     topic_id: str
     partition: int
@@ -411,7 +418,7 @@ class LogStartMoved(_OfPartition, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class HistoryBegan(Event):
-    """The metadata was restored: from here on the events are another history than the one the backup was taken from."""
+    """The metadata was restored: events from here on are of another history than those that the backup was taken of."""
 
     history_id: str
     restored_from: str
@@ -426,8 +433,8 @@ class HistoryBegan(Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class PartitionRestored(_OfPartition, Event):
-    """What a restore found out of a partition: these ranges and segments are as given, the removed ones are gone.
-    `epoch`: the highest that may have been granted. `partitions`: how many the topic has now, 0: as before."""
+    """State of a partition after a restore: ranges and segments as given here, without the removed ones.
+    `epoch`: the highest that may have been granted. `partitions`: number of the topic's partitions; 0: as before."""
 
     topic_id: str
     topic: str
@@ -477,7 +484,7 @@ class GroupRebalanced(_OfGroup, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class OffsetsReset(_OfGroup, Event):
-    """An operator moved a group without members, forwards or back."""
+    """An operator moved a group without members, forwards or backwards."""
 
     group: str
     changes: tuple[OffsetChange, ...]
@@ -486,6 +493,7 @@ class OffsetsReset(_OfGroup, Event):
 @event_type
 @dataclass(frozen=True, slots=True)
 class GroupDeleted(_OfGroup, Event):
-    """With its committed offsets. One that is made again under the name begins at generation 1."""
+    """A group is gone with its committed offsets. A group that is created again under the name begins at generation
+    1."""
 
     group: str

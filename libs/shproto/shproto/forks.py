@@ -1,8 +1,8 @@
 """Refuses gRPC in a process that was forked from one that had used it.
 
-Owns: whether gRPC was used before the last fork, and which of its channels and servers are alive.
-Invariants: a process that is refused stays refused, and so do the processes that it forks; in it nothing of gRPC's is
-ever called or freed.
+Owns: the knowledge that gRPC was used, and which of its channels and servers are alive.
+Invariants: a process that is refused stays refused, and so do the processes that it forks; no object of gRPC is ever
+called or freed there.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ MESSAGE = (
 
 _used = False
 _alive: "weakref.WeakSet[object]" = weakref.WeakSet()
-lost = False  # gRPC's threads stayed behind in the parent; read where a call of `check` for each record would cost
+lost = False  # gRPC's threads stayed behind in the parent. Read directly where `check` would be called for each record
 
 
 def check() -> None:
@@ -37,8 +37,8 @@ def note(used: object) -> None:
 
 
 def _after_in_child() -> None:
-    """Makes what is alive of gRPC immortal: freeing the last channel joins gRPC's poller thread, which is not there.
-    The collector alone would be enough to hang a child that never thought of the client."""
+    """Makes the live objects of gRPC immortal: freeing the last channel joins gRPC's poller thread, which does not
+    exist in the child. The garbage collector alone would hang a child that does not use the client."""
     global lost
     if _used:
         lost = True

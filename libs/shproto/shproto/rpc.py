@@ -1,13 +1,13 @@
 """Carries service APIs over gRPC: errors, streams, fail-over between replicas. Knows no service.
 
 A service's API is a plain object with one async method per RPC (shproto.services has the Protocols). `serve_api`
-puts such an object on a gRPC server; `Connection` lets the generated clients call one. Errors arrive as the
+puts such an object on a gRPC server; `Connection` lets the generated clients call such a server. Errors arrive as the
 StreamHouseError that was raised on the other side.
 
 Owns: channels, the order of addresses and the races between them; the counts of running calls and streams. Does not
-own: what is called, the server, the limits' values.
-Invariants: a call is tried at most once at each address. A connection that was closed makes no channel again. What is
-counted of a connection is given back when its call ends, and a connection without calls is forgotten.
+own: the services, the server, the limits' values.
+Invariants: a call is tried at most once at each address. A closed connection makes no channel again. A call is counted
+for its connection until the call ends, and a connection without calls is forgotten.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 
 
 class Interceptors(Protocol):
-    """What telemetry adds to a channel; absent when telemetry is off."""
+    """Interceptors that telemetry adds to a channel; absent when telemetry is off."""
 
     def client(self) -> Sequence[grpc.aio.ClientInterceptor]: ...
 
@@ -74,8 +74,8 @@ _caller_gives_up_at: ContextVar[float | None] = ContextVar("caller_gives_up_at",
 
 
 def time_left_ms() -> float | None:
-    """Returns the ms until the caller of the unary RPC that is being served gives up; None if the caller sets no
-    deadline, or is in this process."""
+    """Returns the ms until the deadline of the unary RPC that is being served; None if the caller sets no deadline, or
+    is in this process."""
     at = _caller_gives_up_at.get()
     return None if at is None else max(0.0, (at - asyncio.get_running_loop().time()) * 1000)
 
@@ -84,17 +84,18 @@ _caller_connection: ContextVar[str] = ContextVar("caller_connection", default=""
 
 
 def caller_connection() -> str:
-    """Returns a name of the connection that the RPC being served came over; empty if the caller is in this process."""
+    """Returns the name of the connection over which the RPC being served came; empty if the caller is in this
+    process."""
     return _caller_connection.get()
 
 
-# When callers that were refused are to come again: spread out, so that a crowd does not come back as one.
+# Wait of refused callers: spread out, so that a crowd does not come back at the same time.
 RETRY_AFTER_MS_MIN, RETRY_AFTER_MS_MAX = 200, 1_000
 
 
 class CallLimit:
-    """How many calls of one kind a server works on at once, in all and of one connection. `limit`, `connection_limit`:
-    the settings that Overloaded names."""
+    """Limit of the calls of a kind that a server works on at the same time, in total and for each connection. `limit`,
+    `connection_limit`: the settings that Overloaded names."""
 
     def __init__(self, limit: str, calls_max: int, connection_limit: str, per_connection_max: int) -> None:
         self._limit = limit
@@ -107,7 +108,7 @@ class CallLimit:
 
     @contextmanager
     def call(self, connection: str) -> Iterator[None]:
-        """Counts one call while the block runs. Raises Overloaded beyond a limit."""
+        """Counts a call while the body runs. Raises Overloaded beyond a limit."""
         if self.in_flight >= self._calls_max:
             raise self._refusal(self._limit, self._calls_max)
         if self._of[connection] >= self._per_connection_max:
@@ -134,8 +135,8 @@ class CallLimit:
 
 @dataclass(frozen=True, slots=True)
 class CallLimits:
-    """The limits of a server, shared by its services. Streams have one of their own, because they stay open: a client
-    that has a stream, and needs a call to go on with it, must not wait for others to close theirs."""
+    """Limits of a server, shared by its services. Streams have a limit of their own, because they stay open: a client
+    that has a stream, and needs a call to go on with it, must not wait for other clients to close their streams."""
 
     calls: CallLimit
     streams: CallLimit
@@ -211,13 +212,13 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: StreamHouse
 
 # ---- the calling side
 
-# An address has this long to itself before the next is tried beside it: what RFC 8305 recommends. A connection takes
-# milliseconds; an address behind which nobody speaks takes gRPC's 5 s to fail.
+# Time that an address has to itself before the next is tried beside it, as RFC 8305 recommends. A connection takes
+# milliseconds; an address at which no server answers takes gRPC's 5 s to fail.
 HEAD_START_MS = 250
 
 ADVERTISED_HINT = "; the service advertises this address: if it cannot be reached there, set its STREAMHOUSE_ADVERTISE"
 
-# gRPC's words for a call that was never sent, because there was no connection, and in them the cause.
+# gRPC's messages for a call that was never sent, because there was no connection; the group is the cause.
 _NO_CONNECTION = (
     re.compile(
         r"failed to connect to all addresses; last error: [A-Z_]+: (?:\S+: )?(?:Failed to connect to .*?: )?(.+)"
@@ -225,9 +226,9 @@ _NO_CONNECTION = (
     re.compile(r"errors resolving .*: (.+?)\]?"),
     re.compile(r"DNS resolution failed .*?: (.+)"),
 )
-# What gRPC makes of the first bytes of a server that speaks something else.
+# gRPC's messages for the first bytes of a server with another protocol.
 _OTHER_PROTOCOL = re.compile(r"Expected SETTINGS frame|http1\.x server")
-# Our services send an ErrorDetail with every refusal; without one these are the words of another server, or of a proxy.
+# Our services send an ErrorDetail with every refusal; such a status without it is of another server, or of a proxy.
 _OTHER_SERVER = (
     grpc.StatusCode.UNIMPLEMENTED,
     grpc.StatusCode.UNAUTHENTICATED,
@@ -244,8 +245,8 @@ def _service_error(error: grpc.aio.AioRpcError) -> StreamHouseError | None:
 
 
 def _transport_error(error: grpc.aio.AioRpcError, address: str, path: str, hint: str) -> StreamHouseError:
-    """Returns what a status without a service's error amounts to. The error names the address, and gives `hint` where
-    there was no connection."""
+    """Returns the error for a status without a service's error. The error names the address, and gives `hint` if there
+    was no connection."""
     code, said = error.code(), error.details() or ""
     text = f"{address}: {code.name}: {said}"
     if code in _OTHER_SERVER:
@@ -258,7 +259,7 @@ def _transport_error(error: grpc.aio.AioRpcError, address: str, path: str, hint:
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.StatusCode.CANCELLED,
-        grpc.StatusCode.UNKNOWN,  # gRPC's word for a stream that was removed, and that of a server with a defect
+        grpc.StatusCode.UNKNOWN,  # of a stream that gRPC removed, and of a server with a defect
     ):
         return Unavailable(text, address=address)
     if code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT):
@@ -289,20 +290,21 @@ def _serialize(message: Message) -> bytes:
 
 
 def closed_error() -> Unavailable:
-    """Returns the error of a call whose own client was closed meanwhile."""
+    """Returns the error of a call of which the client was closed meanwhile."""
     error = Unavailable("the connection is closed")
     error.permanent = True
     return error
 
 
 def being_cancelled() -> bool:
-    """True if somebody cancels the current task, so that a CancelledError is its own."""
+    """Returns True if the current task is being cancelled, so that a CancelledError is meant for the task, not the
+    call."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 class _Endpoint:
-    """An address and its channel, which is made on first use. A context manager around every use of the channel."""
+    """An address and its channel, made on first use. As a context manager, counts a use of the channel."""
 
     def __init__(self, address: str, interceptors: Interceptors | None) -> None:
         self.address = address
@@ -313,7 +315,7 @@ class _Endpoint:
         self.was_reached = False
 
     def __enter__(self) -> grpc.aio.Channel:
-        """Returns the channel. Raises Unavailable once closed, since a channel made then would be closed by nobody, and
+        """Returns the channel. Raises Unavailable once closed, since a channel made then would never be closed, and
         RuntimeError in a child that was forked after gRPC was used."""
         forks.check()
         if self.closed:
@@ -330,7 +332,8 @@ class _Endpoint:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._uses -= 1
-        # gRPC raises it for calls that closing the channel ended: their tasks are not cancelled, and must not look so.
+        # gRPC raises CancelledError for calls ended by closing the channel: their tasks are not cancelled, and must not
+        # look so.
         if isinstance(error, asyncio.CancelledError) and self.closed and not being_cancelled():
             raise closed_error() from error
 
@@ -341,7 +344,7 @@ class _Endpoint:
         return self._channel is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
 
     async def connected(self) -> bool:
-        """Returns True once connected, False once that has failed: gRPC goes on trying, and the next call finds out."""
+        """Returns True once connected, False once connecting has failed: gRPC goes on trying, for the next call."""
         with self as channel:
             while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
                 if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
@@ -351,7 +354,8 @@ class _Endpoint:
             return True
 
     async def failure(self) -> str:
-        """Returns why there is no connection, which gRPC tells calls alone; empty if there is one by now."""
+        """Returns why there is no connection; empty if there is a connection by now. Makes a call: gRPC tells the cause
+        only as the error of a call."""
         with self as channel:
             try:
                 check = channel.unary_unary("/grpc.health.v1.Health/Check", bytes, bytes)
@@ -363,7 +367,8 @@ class _Endpoint:
             return ""
 
     async def close_unused(self) -> None:
-        """Closes the channel unless a call uses it, so that nobody goes on connecting to an address that was left."""
+        """Closes the channel unless a call uses it, so that gRPC does not go on connecting to an address that was
+        left."""
         if self._uses == 0:
             await self._close_channel()
 
@@ -399,9 +404,9 @@ class _Failure(NamedTuple):
 
 
 def _silence_poller(loop: asyncio.AbstractEventLoop) -> None:
-    """Keeps tracebacks that mean nothing off the log, unless the loop has an exception handler. All event loops of a
-    process share gRPC's poller: each is woken for every event, and finds that another was faster, or that the event is
-    of one that is closed by now."""
+    """Keeps meaningless tracebacks out of the log, unless the loop has an exception handler. All event loops of a
+    process share gRPC's poller: each loop is woken for every event, and finds that another loop was faster, or that the
+    event is of a loop that is closed by now."""
     if loop.get_exception_handler() is None:
         loop.set_exception_handler(_on_loop_exception)
 
@@ -414,16 +419,16 @@ def _on_loop_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any])
 
 
 class Connection:
-    """Calls one service at one of several addresses; goes to the next address when one does not answer.
+    """Calls a service at several addresses; goes to the next address when an address does not answer.
 
-    Addresses are connected side by side, each HEAD_START_MS after the one before, and the first that is connected is
-    kept. The first to be tried is the one at position `first`, by default any: clients that are given the same list
-    spread over it. A unary call, and a stream that has brought nothing yet, is tried once at every address before
-    Unavailable is raised with the words of each: all StreamHouse calls may be repeated. An answer of another server
+    Addresses are connected side by side, each HEAD_START_MS after the address before, and the first to be connected is
+    kept. The address at position `first` is tried first, by default a random one: clients with the same list spread
+    over the list. A unary call, and a stream without an answer so far, is tried once at every address before
+    Unavailable is raised with the messages of all: all StreamHouse calls may be repeated. An answer of another server
     counts as none.
-    `timeout_ms` is the deadline of a unary call at one address, on top of the wait that the request itself asks for.
-    `advertised`: the addresses come from services, not from the user; errors say so of those never reached. One
-    that was reached is right, and its service is away: it restarts, say.
+    `timeout_ms` is the deadline of a unary call at an address, on top of the wait that the request itself asks for.
+    `advertised`: the addresses come from services, not from the user; errors say so of addresses that were never
+    reached. An address that was reached is right: the service there is away, as in a restart.
     """
 
     def __init__(
@@ -446,9 +451,9 @@ class Connection:
         self._races: set[asyncio.Task[bool]] = set()
 
     async def connect(self, timeout_ms: int) -> None:
-        """Returns once the current address is connected; what is not sent before that was certainly not received.
+        """Returns once the current address is connected; a call that is not sent before was certainly not received.
 
-        Raises Unavailable when connecting fails, or takes longer; then it goes on for the next call to find.
+        Raises Unavailable if connecting fails or takes longer; gRPC then goes on connecting, for the next call.
         """
         endpoint = self._endpoints[self._order.current]
         try:
@@ -488,8 +493,8 @@ class Connection:
     async def unary_stream(
         self, path: str, request: Message, response_type: type[ResponseT]
     ) -> AsyncIterator[ResponseT]:
-        """Yields the answers. Raises the service's error, or Unavailable; with no answer so far only once no address
-        gives one."""
+        """Yields the answers. Raises the service's error, or Unavailable; without an answer so far, only after a try at
+        every address."""
         failures: dict[int, _Failure] = {}
         while True:
             which = await self._choose(failures)
@@ -515,8 +520,8 @@ class Connection:
         requests: AsyncIterator[Message],
         response_type: type[ResponseT],
     ) -> AsyncIterator[ResponseT]:
-        """Yields the answers to `requests`, which are taken once and sent to one address. Raises the service's error,
-        or Unavailable."""
+        """Yields the answers to `requests`, which are iterated once and sent to a single address. Raises the service's
+        error, or Unavailable."""
         which = await self._choose({})
         try:
             with self._endpoints[which] as channel:
@@ -535,8 +540,8 @@ class Connection:
     # ---- which address
 
     async def _choose(self, failures: Mapping[int, _Failure]) -> int:
-        """Returns the address to ask: the current one if it is connected, else the first that comes to be. If none does
-        it is the current one: the call that fails there says why."""
+        """Returns the address to call: the current address if connected, else the first that connects. If none
+        connects, returns the first in order, so that the failure of the call there says why."""
         order = self._order.ordered(_now_ms(), without=failures)
         first = order[0]
         if len(order) == 1 or self._endpoints[first].is_connected:
@@ -554,7 +559,7 @@ class Connection:
         return winner
 
     async def _race(self, order: Sequence[int]) -> int | None:
-        """Connects the addresses side by side, each after a head start of the one before or once that has failed.
+        """Connects the addresses side by side, each after a head start of the address before, or once that has failed.
         Returns the first that is connected; None once all have failed."""
         to_begin = deque(order)
         running: dict[asyncio.Task[bool], int] = {}
@@ -589,8 +594,9 @@ class Connection:
         *,
         last: bool = False,
     ) -> None:
-        """Adds to `failures` what another address may answer differently: this one did not answer, or what it needs did
-        not (another replica may still reach PostgreSQL). Raises everything else, and if no address is left."""
+        """Adds the error to `failures` if another address may answer differently: no answer came, or the service lacks
+        something it needs (another replica may still reach PostgreSQL). Raises every other error, and the merged error
+        if no address is left."""
         endpoint = self._endpoints[which]
         said = _service_error(raw)
         endpoint.was_reached = endpoint.was_reached or said is not None
@@ -604,8 +610,8 @@ class Connection:
         await endpoint.close_unused()
 
     def _no_answer(self, failures: Mapping[int, _Failure]) -> StreamHouseError:
-        """Returns one error for those of all addresses, with the details of a service's own error if there is one: that
-        PostgreSQL is away says more than that another replica is."""
+        """Returns a single error for the errors of all addresses, with the details of a service's own error if there is
+        any: that PostgreSQL is away says more than that another replica is."""
         found = list(failures.values())
         if len(found) == 1:
             return found[0].error
