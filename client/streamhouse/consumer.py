@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack
 
 from opentelemetry import trace
 from shcluster.peers import Peers
@@ -44,10 +44,8 @@ from streamhouse.core.lag import Lag
 from streamhouse.core.options import (
     POLL_BATCHES_RECORDS_MAX,
     POLL_RECORDS_MAX,
+    ConsumerKwargs,
     ConsumerOptions,
-    Deserializer,
-    OnDataLoss,
-    OnOutOfRange,
     Place,
     Start,
     check_poll,
@@ -57,6 +55,7 @@ from streamhouse.core.options import (
     committed_positions,
     partitions_of,
     seek_place,
+    shows_options,
 )
 from streamhouse.core.positions import Cursor, Position
 from streamhouse.core.serializers import Deserializers, records_of_poll
@@ -85,8 +84,6 @@ log = logging.getLogger(__name__)
 # Checks of the application's progress within max_poll_interval_ms: its silence is noticed at most a tenth of the
 # interval late.
 POLL_CHECKS = 10
-
-_DEFAULTS = ConsumerOptions()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -132,6 +129,7 @@ class Consumer(AsyncContext, AsyncIteration):
     """
 
     @explains_kafka_names("Consumer")
+    @shows_options(ConsumerOptions)
     def __init__(
         self,
         bootstrap: str | Sequence[str],
@@ -142,48 +140,12 @@ class Consumer(AsyncContext, AsyncIteration):
         on_assigned: Callback | None = None,
         on_revoked: Callback | None = None,
         on_lost: Callback | None = None,
-        group: str | None = _DEFAULTS.group,
-        start: Start = _DEFAULTS.start,
-        end: int | datetime | None = _DEFAULTS.end,
-        auto_commit: bool = _DEFAULTS.auto_commit,
-        auto_commit_interval_ms: int = _DEFAULTS.auto_commit_interval_ms,
-        fetch_bytes: int = _DEFAULTS.fetch_bytes,
-        prefetch_bytes_max: int = _DEFAULTS.prefetch_bytes_max,
-        topic_refresh_interval_ms: int = _DEFAULTS.topic_refresh_interval_ms,
-        session_timeout_ms: int = _DEFAULTS.session_timeout_ms,
-        max_poll_interval_ms: int = _DEFAULTS.max_poll_interval_ms,
-        on_out_of_range: OnOutOfRange = _DEFAULTS.on_out_of_range,
-        on_data_loss: OnDataLoss = _DEFAULTS.on_data_loss,
-        stop_at_end: bool = _DEFAULTS.stop_at_end,
-        request_timeout_ms: int = _DEFAULTS.request_timeout_ms,
-        retry_timeout_ms: int = _DEFAULTS.retry_timeout_ms,
-        client_id: str = _DEFAULTS.client_id,
-        key_deserializer: Deserializer | None = None,
-        value_deserializer: Deserializer | None = None,
         telemetry: Interceptors | None = None,
+        **options: Unpack[ConsumerKwargs],
     ) -> None:
-        self._options = ConsumerOptions(
-            group=group,
-            start=start,
-            end=end,
-            auto_commit=auto_commit,
-            auto_commit_interval_ms=auto_commit_interval_ms,
-            fetch_bytes=fetch_bytes,
-            prefetch_bytes_max=prefetch_bytes_max,
-            topic_refresh_interval_ms=topic_refresh_interval_ms,
-            session_timeout_ms=session_timeout_ms,
-            max_poll_interval_ms=max_poll_interval_ms,
-            on_out_of_range=on_out_of_range,
-            on_data_loss=on_data_loss,
-            stop_at_end=stop_at_end,
-            request_timeout_ms=request_timeout_ms,
-            retry_timeout_ms=retry_timeout_ms,
-            client_id=client_id,
-            key_deserializer=key_deserializer,
-            value_deserializer=value_deserializer,
-        )
+        self._options = ConsumerOptions(**options)
         self._deserializers = Deserializers.of(self._options)
-        self._tracing = ReceiveTracing(group, client_id)
+        self._tracing = ReceiveTracing(self._options.group, self._options.client_id)
         subscription = subscription_of(topics, pattern)
         callbacks = callbacks_of(Callbacks(on_assigned, on_revoked, on_lost))
         self._assign = [TopicPartition(*where) for where in partitions_of(assign)]
@@ -196,10 +158,10 @@ class Consumer(AsyncContext, AsyncIteration):
                 field="assign",
             )
         addresses = addresses_of(bootstrap)
-        self._peers = Peers(addresses, request_timeout_ms, telemetry)
-        self._retries = Retries("retry_timeout_ms", retry_timeout_ms, addresses)
+        self._peers = Peers(addresses, self._options.request_timeout_ms, telemetry)
+        self._retries = Retries("retry_timeout_ms", self._options.retry_timeout_ms, addresses)
         self._metadata = MetadataCache(self._peers)
-        self._offsets = Offsets(self._peers, self._metadata, group)
+        self._offsets = Offsets(self._peers, self._metadata, self._options.group)
         self._reader = Reader(self._options, self._peers, self._metadata, self._offsets.look_up, self._topic_gone)
         self._membership: Membership | None = None
         self._tasks: Tasks | None = None  # once started
@@ -219,18 +181,18 @@ class Consumer(AsyncContext, AsyncIteration):
             self._reader, self._start_positions, callbacks, revoked=self._commit_revoked, changed=self._on_owned_changed
         )
         self._subscriptions = Subscriptions(
-            self._peers, self._metadata, topic_refresh_interval_ms, self._on_topics_found
+            self._peers, self._metadata, self._options.topic_refresh_interval_ms, self._on_topics_found
         )
         self._subscriptions.replace(subscription)
         self._iteration = Iteration(
             self._reader,
             self._offsets,
-            stop_at_end,
+            self._options.stop_at_end,
             self._is_opening,
             self._advance,
             received=self._tracing.received,
             is_interrupted=lambda: self._assignments.is_due,
-            is_bounded=end is not None,
+            is_bounded=self._options.end is not None,
         )
         self._next = self._iteration.next if self._deserializers is None else self._next_deserialized
         self._in_flight = self._iteration.in_flight

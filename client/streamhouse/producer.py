@@ -8,14 +8,14 @@ from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Never, Self
+from typing import Any, Never, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 from opentelemetry import trace
 from shcluster.peers import Peers
 from shproto import forks
-from shproto.acks import ACKS, ACKS_NAMES, Acks
+from shproto.acks import ACKS, ACKS_NAMES
 from shproto.errors import AcksTooWeak, InvalidArgument, Overloaded
 from shproto.rpc import Interceptors
 from shruntime.urls import addresses_of
@@ -30,12 +30,11 @@ from streamhouse.core.kafka_names import (
     refuse_arguments,
 )
 from streamhouse.core.options import (
-    Compression,
-    PartitionFunction,
+    ProducerKwargs,
     ProducerOptions,
-    Serializer,
     check_timeout_s,
     check_topic_name,
+    shows_options,
 )
 from streamhouse.core.partition_queue import PartitionQueue
 from streamhouse.core.producer_batch import ProducerBatch
@@ -56,7 +55,6 @@ log = logging.getLogger(__name__)
 
 # send_many takes room and gives the event loop a turn after this much: 4 MiB take about 30 ms to partition and encode.
 SLICE_BYTES = 4 * 1024 * 1024
-_DEFAULTS = ProducerOptions()
 
 
 @explains_kafka_methods("Producer")
@@ -75,49 +73,22 @@ class Producer(AsyncContext):
     """
 
     @explains_kafka_names("Producer")
+    @shows_options(ProducerOptions)
     def __init__(
         self,
         bootstrap: str | Sequence[str],
         *,
-        acks: Acks = _DEFAULTS.acks,
-        linger_ms: int = _DEFAULTS.linger_ms,
-        batch_bytes: int = _DEFAULTS.batch_bytes,
-        compression: Compression = _DEFAULTS.compression,
-        idempotent: bool = _DEFAULTS.idempotent,
-        max_in_flight: int = _DEFAULTS.max_in_flight,
-        buffer_bytes_max: int = _DEFAULTS.buffer_bytes_max,
-        delivery_timeout_ms: int = _DEFAULTS.delivery_timeout_ms,
-        request_timeout_ms: int = _DEFAULTS.request_timeout_ms,
-        client_id: str = _DEFAULTS.client_id,
-        key_serializer: Serializer | None = None,
-        value_serializer: Serializer | None = None,
-        partitioner: PartitionFunction | None = None,
-        trace_headers: bool = _DEFAULTS.trace_headers,
         telemetry: Interceptors | None = None,
+        **options: Unpack[ProducerKwargs],
     ) -> None:
-        self._options = ProducerOptions(
-            acks=acks,
-            linger_ms=linger_ms,
-            batch_bytes=batch_bytes,
-            compression=compression,
-            idempotent=idempotent,
-            max_in_flight=max_in_flight,
-            buffer_bytes_max=buffer_bytes_max,
-            delivery_timeout_ms=delivery_timeout_ms,
-            request_timeout_ms=request_timeout_ms,
-            client_id=client_id,
-            key_serializer=key_serializer,
-            value_serializer=value_serializer,
-            partitioner=partitioner,
-            trace_headers=trace_headers,
-        )
+        self._options = ProducerOptions(**options)
         tracing.tracer()  # so that `tracing.is_on` is known
         self._serializers = Serializers.of(self._options)
         addresses = addresses_of(bootstrap)
-        self._peers = Peers(addresses, request_timeout_ms, telemetry)
-        self._retries = Retries("delivery_timeout_ms", delivery_timeout_ms, addresses)
+        self._peers = Peers(addresses, self._options.request_timeout_ms, telemetry)
+        self._retries = Retries("delivery_timeout_ms", self._options.delivery_timeout_ms, addresses)
         self._metadata = MetadataCache(self._peers)
-        self._pool: BufferPool[asyncio.Future[None]] = BufferPool(buffer_bytes_max)
+        self._pool: BufferPool[asyncio.Future[None]] = BufferPool(self._options.buffer_bytes_max)
         self._topics: dict[str, Partitioner] = {}
         self._order = FairLock()
         self._made_sender: Sender | None = None

@@ -35,6 +35,13 @@ def test_each_name_is_refused_with_the_one_here(module, client):
 
 
 @BOTH
+@pytest.mark.parametrize("client", ["Producer", "Consumer"])
+def test_an_option_that_nobody_has_is_refused_by_name(module, client):
+    with pytest.raises(TypeError, match=rf"^{client}\.__init__\(\) got an unexpected keyword argument 'speed'$"):
+        getattr(module, client)("127.0.0.1:1", speed=1)
+
+
+@BOTH
 def test_all_names_of_a_call_are_explained_at_once(module):
     with pytest.raises(TypeError) as raised:
         module.Consumer(bootstrap_servers="b:1", group_id="g", auto_offset_reset="latest", enable_auto_commit=False)

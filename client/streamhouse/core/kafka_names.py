@@ -259,6 +259,8 @@ def explains_kafka_names(client: Client) -> Callable[[Callable[P, None]], Callab
                 raise TypeError(_in_a_dict(client, _explanations(names, args[1], options)))
             if found := _explanations(names, kwargs, options):
                 raise TypeError(f"Kafka's options have other names in {client}: {'; '.join(found)}")
+            if unknown := [name for name in kwargs if name not in options]:
+                raise TypeError(f"{client}.__init__() got an unexpected keyword argument {unknown[0]!r}")
             init(*args, **kwargs)
 
         return explained

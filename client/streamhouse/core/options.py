@@ -1,10 +1,11 @@
 """What a producer and a consumer can be told, checked once, with every default explained."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from operator import index
-from typing import Any, Literal, SupportsIndex, TypedDict, cast, get_args
+from typing import Any, Literal, SupportsIndex, TypedDict, TypeVar, cast, get_args
 
 from shformat import Codec, require_codec
 from shformat.limits import INT64_MAX, MIB, UINT32_MAX
@@ -293,6 +294,24 @@ class ConsumerKwargs(TypedDict, total=False):
     client_id: str
     key_deserializer: Deserializer | None
     value_deserializer: Deserializer | None
+
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def shows_options(options: type) -> Callable[[F], F]:
+    """Returns a decorator of an `__init__` that takes `**options`: `help`, editors and `inspect` then show the fields
+    of the dataclass with their defaults."""
+
+    def decorate(init: F) -> F:
+        own = inspect.signature(init)
+        named = [item for item in own.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+        fields = inspect.signature(options).parameters.values()
+        keywords = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in fields]
+        init.__signature__ = own.replace(parameters=[*named, *keywords])  # type: ignore[attr-defined]
+        return init
+
+    return decorate
 
 
 def partitions_of(given: Sequence[tuple[str, int]], name: str = "assign") -> list[tuple[str, int]]:
