@@ -54,7 +54,7 @@ def event_from_json(type_name: str, payload: str | Mapping[str, Any]) -> Event |
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in kwargs.items()})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
     """Part of a sealed buffer that belongs to a partition."""
 
@@ -68,7 +68,7 @@ class Slice:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OffsetChange:
     """New position of a group in a partition. offset_before -1: no offset was committed."""
 
@@ -161,7 +161,7 @@ class _OfGroup:
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TopicCreated(_OfTopic, Event):
     topic_id: str
     topic: str
@@ -174,7 +174,7 @@ class TopicCreated(_OfTopic, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TopicAltered(_OfTopic, Event):
     """The topic has these settings from here on; partitions `partitions_before` to `partitions` - 1 are new."""
 
@@ -200,7 +200,7 @@ class TopicDeleted(_OfTopic, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionOpened(_OfAgent, Event):
     session_id: str
     agent_id: str
@@ -211,7 +211,7 @@ class SessionOpened(_OfAgent, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionClosed(_OfAgent, Event):
     """why: closed | expired | superseded | unreachable | restored"""
 
@@ -222,7 +222,7 @@ class SessionClosed(_OfAgent, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentCutOff(_OfAgent, Event):
     """The workers in `reporters` cannot reach the agent: from `since_ms` on, other agents are to lead its partitions.
     `times`: number of such events without an hour of calm in between."""
@@ -248,7 +248,7 @@ class AgentReachable(_OfAgent, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EpochGranted(_OfPartition, Event):
     """`agent_id` leads the partition with this epoch and owns [start_offset, limit_offset)."""
 
@@ -264,7 +264,7 @@ class EpochGranted(_OfPartition, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RangeExtended(_OfPartition, Event):
     topic_id: str
     partition: int
@@ -273,7 +273,7 @@ class RangeExtended(_OfPartition, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MoveRequested(_OfPartition, Event):
     """The leader is asked to seal, upload, settle and hand over the partition. why: balance | log_full | cut_off
     (without waiting for the upload); empty in events of older versions."""
@@ -288,7 +288,7 @@ class MoveRequested(_OfPartition, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RangeOrphaned(_OfPartition, Event):
     """The session of the range's leader ended; records that are acknowledged and not registered are in the leader's log
     only. `orphaned_ms`: time of the end in ms since 1970, set when the event is appended; 0 in events of older
@@ -301,7 +301,7 @@ class RangeOrphaned(_OfPartition, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogFoundTruncated(_OfPartition, Event):
     """The range's log was opened again and ends at `log_end`, though buffers up to `acknowledged_end` had been
     announced from it. The range stays orphaned until the rest comes back, or an operator declares it lost."""
@@ -314,7 +314,7 @@ class LogFoundTruncated(_OfPartition, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RangeSettled(_OfPartition, Event):
     """No record at or beyond `end_offset` was acknowledged in this epoch. Registration below `end_offset` goes on."""
 
@@ -325,7 +325,7 @@ class RangeSettled(_OfPartition, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RangeLost(_OfPartition, Event):
     """Declared lost by an operator or by policy: records below `end_offset` that are not registered never will be."""
 
@@ -340,7 +340,7 @@ class RangeLost(_OfPartition, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BufferSealed(_OfBuffer, Event):
     """Notice that a buffer may be claimed; not kept. Event logs of older versions have it as an event."""
 
@@ -361,7 +361,7 @@ class BufferCompleted(_OfBuffer, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BufferRegistered(_OfBuffer, Event):
     """The segments of a buffer's object are part of the log: as SegmentRegistered for each of them, in this order.
     `completed`: the buffer has no slice left to register."""
@@ -400,7 +400,7 @@ class SegmentsCompacted(Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogStartMoved(_OfPartition, Event):
     """Records below log_start_offset are gone, and so are the segments in `removed_segment_ids`. why: retention_ms,
     retention_bytes, both with a comma between, or deleted. Only if deleted, log_start_offset may lie in a segment."""
@@ -416,7 +416,7 @@ class LogStartMoved(_OfPartition, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryBegan(Event):
     """The metadata was restored: events from here on are of another history than those that the backup was taken of."""
 
@@ -431,7 +431,7 @@ class HistoryBegan(Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PartitionRestored(_OfPartition, Event):
     """State of a partition after a restore: ranges and segments as given here, without the removed ones.
     `epoch`: the highest that may have been granted. `partitions`: number of the topic's partitions; 0: as before."""
@@ -452,7 +452,7 @@ class PartitionRestored(_OfPartition, Event):
 
 
 @event_type
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupMemberJoined(_OfGroup, Event):
     group: str
     member_id: str

@@ -13,12 +13,14 @@ SEGMENT = Segment(
     segment_id="s", topic_id="t", topic="orders", partition=1, epoch=2, base_offset=3, end_offset=4, record_count=5,
     object_key="key", object_at=6, size_bytes=7, raw_bytes=8, first_timestamp_ms=9, max_timestamp_ms=10,
 )  # fmt: skip
-SLICE = events.Slice("t", "orders", 1, 2, 3, 4, 5, 6)
+SLICE = events.Slice(
+    topic_id="t", topic="orders", partition=1, epoch=2, base_offset=3, end_offset=4, record_count=5, size_bytes=6
+)
 RANGE = Range(
     epoch=1, start_offset=2, limit_offset=3, registered_end=4, end_offset=None, status=RangeStatus.ORPHANED,
     agent_id="a", wal_id="w",
 )  # fmt: skip
-CHANGE = events.OffsetChange("t", "orders", 1, -1, 5)
+CHANGE = events.OffsetChange(topic_id="t", topic="orders", partition=1, offset_before=-1, offset=5)
 SAMPLES: dict[str, object] = {
     "bool": True,
     "str": "text",

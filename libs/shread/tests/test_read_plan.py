@@ -32,7 +32,19 @@ WIDTH = 12
 
 def test_a_reader_waits_at_a_barrier_and_is_told_how_it_ends() -> None:
     cluster = ClusterIndex()
-    cluster.apply(1, ev.TopicCreated(TOPIC_ID, "orders", 1, None, None, 2, None, 0))
+    cluster.apply(
+        1,
+        ev.TopicCreated(
+            topic_id=TOPIC_ID,
+            topic="orders",
+            partitions=1,
+            retention_ms=None,
+            retention_bytes=None,
+            min_acks=2,
+            unclean_recovery_after_ms=None,
+            created_ms=0,
+        ),
+    )
     cluster.sessions["s"] = AgentSession("s", "", "ingest", "127.0.0.1:1")
     barrier = Range(
         epoch=9,
@@ -52,7 +64,7 @@ def test_a_reader_waits_at_a_barrier_and_is_told_how_it_ends() -> None:
 def test_a_restore_costs_a_snapshot() -> None:
     cluster = ClusterIndex()
     with pytest.raises(IndexMismatch, match="restored"):
-        cluster.apply(1, ev.HistoryBegan("new", "old", "backup", 0))
+        cluster.apply(1, ev.HistoryBegan(history_id="new", restored_from="old", backup="backup", backup_position=0))
 
 
 @dataclass
@@ -111,7 +123,18 @@ class PlanMachine(RuleBasedStateMachine):
         self.cluster = ClusterIndex()
         self.durable = durable
         self.made = 0
-        self.apply(ev.TopicCreated(TOPIC_ID, "t", 1, None, None, 3 if durable else 2, None, 0))
+        self.apply(
+            ev.TopicCreated(
+                topic_id=TOPIC_ID,
+                topic="t",
+                partitions=1,
+                retention_ms=None,
+                retention_bytes=None,
+                min_acks=3 if durable else 2,
+                unclean_recovery_after_ms=None,
+                created_ms=0,
+            )
+        )
 
     def apply(self, event: ev.Event) -> None:
         self.cluster.apply(self.cluster.position + 1, event)
@@ -128,10 +151,19 @@ class PlanMachine(RuleBasedStateMachine):
     def session(self, agent: str) -> None:
         if agent in self.model.live_agents:
             self.model.live_agents.discard(agent)
-            self.apply(ev.SessionClosed(agent, agent, "ingest", "expired"))
+            self.apply(ev.SessionClosed(session_id=agent, agent_id=agent, role="ingest", why="expired"))
         else:
             self.model.live_agents.add(agent)
-            self.apply(ev.SessionOpened(agent, agent, "ingest", f"{agent}:1", f"wal-{agent}", 0))
+            self.apply(
+                ev.SessionOpened(
+                    session_id=agent,
+                    agent_id=agent,
+                    role="ingest",
+                    address=f"{agent}:1",
+                    wal_id=f"wal-{agent}",
+                    started_ms=0,
+                )
+            )
 
     @rule(agent=st.sampled_from("xyz"))
     def grant(self, agent: str) -> None:
@@ -143,7 +175,19 @@ class PlanMachine(RuleBasedStateMachine):
             start = before.limit
         epoch = 1 if before is None else before.epoch + 1
         self.model.ranges.append(ModelRange(epoch, agent, start, start + WIDTH, start, start))
-        self.apply(ev.EpochGranted(TOPIC_ID, "t", 0, epoch, "", agent, f"wal-{agent}", start, start + WIDTH))
+        self.apply(
+            ev.EpochGranted(
+                topic_id=TOPIC_ID,
+                topic="t",
+                partition=0,
+                epoch=epoch,
+                session_id="",
+                agent_id=agent,
+                wal_id=f"wal-{agent}",
+                start_offset=start,
+                limit_offset=start + WIDTH,
+            )
+        )
 
     @precondition(lambda self: self.newest is not None)
     @rule(count=st.integers(1, 5), which=st.integers(0, 5))
@@ -191,7 +235,7 @@ class PlanMachine(RuleBasedStateMachine):
     def orphan(self) -> None:
         assert self.newest is not None
         self.newest.status = "orphaned"
-        self.apply(ev.RangeOrphaned(TOPIC_ID, 0, self.newest.epoch))
+        self.apply(ev.RangeOrphaned(topic_id=TOPIC_ID, partition=0, epoch=self.newest.epoch))
 
     @precondition(lambda self: self.newest is not None)
     @rule(which=st.integers(0, 5), below=st.integers(0, 3))
@@ -200,7 +244,7 @@ class PlanMachine(RuleBasedStateMachine):
         item = self.model.ranges[-1 - which % len(self.model.ranges)]
         if item.status in ("open", "orphaned"):
             item.status, item.end = "settled", max(item.registered_end, item.acked_end - below)
-            self.apply(ev.RangeSettled(TOPIC_ID, 0, item.epoch, item.end))
+            self.apply(ev.RangeSettled(topic_id=TOPIC_ID, partition=0, epoch=item.epoch, end_offset=item.end))
 
     @precondition(lambda self: self.newest is not None)
     @rule(which=st.integers(0, 5))
@@ -208,14 +252,18 @@ class PlanMachine(RuleBasedStateMachine):
         item = self.model.ranges[-1 - which % len(self.model.ranges)]
         if item.status == "orphaned":
             item.status, item.end = "lost", item.limit
-            self.apply(ev.RangeLost(TOPIC_ID, 0, item.epoch, item.limit, "operator"))
+            self.apply(
+                ev.RangeLost(topic_id=TOPIC_ID, partition=0, epoch=item.epoch, end_offset=item.limit, why="operator")
+            )
 
     @precondition(lambda self: self.newest is not None and self.newest.status == "open")
     @rule()
     def extend(self) -> None:
         assert self.newest is not None
         self.newest.limit += WIDTH
-        self.apply(ev.RangeExtended(TOPIC_ID, 0, self.newest.epoch, self.newest.limit))
+        self.apply(
+            ev.RangeExtended(topic_id=TOPIC_ID, partition=0, epoch=self.newest.epoch, limit_offset=self.newest.limit)
+        )
 
     @precondition(lambda self: len(self.model.segments) > 1)
     @rule(first=st.integers(0, 20), count=st.integers(2, 4))
@@ -245,7 +293,15 @@ class PlanMachine(RuleBasedStateMachine):
         gone = [one for one in self.model.segments if one.end_offset <= offset]
         self.model.segments = [one for one in self.model.segments if one.end_offset > offset]
         self.model.log_start = offset
-        self.apply(ev.LogStartMoved(TOPIC_ID, 0, offset, tuple(one.segment_id for one in gone), "time"))
+        self.apply(
+            ev.LogStartMoved(
+                topic_id=TOPIC_ID,
+                partition=0,
+                log_start_offset=offset,
+                removed_segment_ids=tuple(one.segment_id for one in gone),
+                why="time",
+            )
+        )
 
     # ---- what must hold
 
@@ -365,7 +421,7 @@ def test_readers_are_told_that_a_log_came_back_without_its_end() -> None:
     machine.grant("x")
     machine.append(5, 0)
     machine.orphan()
-    machine.apply(ev.LogFoundTruncated(TOPIC_ID, 0, 1, 3, 5))
+    machine.apply(ev.LogFoundTruncated(topic_id=TOPIC_ID, partition=0, epoch=1, log_end=3, acknowledged_end=5))
     step = plan(machine.cluster, machine.partition, 0)
     assert isinstance(step, Wait | ReadTail)
     assert "came back without records up to offset 5 that it had acknowledged" in step.reason
@@ -373,13 +429,19 @@ def test_readers_are_told_that_a_log_came_back_without_its_end() -> None:
 
 def test_two_sessions_of_one_agent_and_a_session_of_unknown_log() -> None:
     cluster = ClusterIndex()
-    cluster.apply(1, ev.SessionOpened("s1", "a", "ingest", "old:1", "w", 0))
-    cluster.apply(2, ev.SessionOpened("s2", "a", "ingest", "new:1", "w", 0))
+    cluster.apply(
+        1, ev.SessionOpened(session_id="s1", agent_id="a", role="ingest", address="old:1", wal_id="w", started_ms=0)
+    )
+    cluster.apply(
+        2, ev.SessionOpened(session_id="s2", agent_id="a", role="ingest", address="new:1", wal_id="w", started_ms=0)
+    )
     assert cluster.address_of("a", "w") == "new:1"
     assert cluster.address_of("a", "another log") == ""
-    cluster.apply(3, ev.SessionOpened("s3", "a", "query", "q:1", "", 0))
+    cluster.apply(
+        3, ev.SessionOpened(session_id="s3", agent_id="a", role="query", address="q:1", wal_id="", started_ms=0)
+    )
     assert cluster.address_of("a", "w") == "new:1"
-    cluster.apply(4, ev.SessionClosed("s2", "a", "ingest", "expired"))
+    cluster.apply(4, ev.SessionClosed(session_id="s2", agent_id="a", role="ingest", why="expired"))
     assert cluster.address_of("a", "w") == "old:1"
     cluster.sessions["s1"] = replace(cluster.sessions["s1"], wal_id="")  # as a snapshot has it
     assert cluster.address_of("a", "w") == "old:1"

@@ -118,7 +118,7 @@ class CoordinatorStandIn:
         """The session ends, and its events say so."""
         session = next(session for session in self.sessions.values() if session.session_id == session_id)
         self.expire_all()
-        self.emit(events.SessionClosed(session_id, session.agent_id, "ingest", "expired"))
+        self.emit(events.SessionClosed(session_id=session_id, agent_id=session.agent_id, role="ingest", why="expired"))
 
     def break_feeds(self, error: Exception) -> None:
         """Streams of events that run end with this error."""
@@ -209,15 +209,15 @@ class CoordinatorStandIn:
         hex_id = info.topic_id.hex()
         self.emit(
             events.EpochGranted(
-                hex_id,
-                info.topic,
-                partition,
-                row.epoch,
-                session.session_id,
-                session.agent_id,
-                session.wal_id.hex(),
-                row.start,
-                row.limit,
+                topic_id=hex_id,
+                topic=info.topic,
+                partition=partition,
+                epoch=row.epoch,
+                session_id=session.session_id,
+                agent_id=session.agent_id,
+                wal_id=session.wal_id.hex(),
+                start_offset=row.start,
+                limit_offset=row.limit,
             )
         )
 
@@ -225,21 +225,42 @@ class CoordinatorStandIn:
         if row.status in ("open", "orphaned", "moving"):
             row.end, row.status = max(end, row.registered_end), "settled"
             row.snapshot += snapshot
-            self.emit(events.RangeSettled(row.topic_id.hex(), row.partition, row.epoch, row.end))
+            self.emit(
+                events.RangeSettled(
+                    topic_id=row.topic_id.hex(), partition=row.partition, epoch=row.epoch, end_offset=row.end
+                )
+            )
 
     def lose(self, row: Range) -> None:
         row.end, row.status = row.limit, "lost"
-        self.emit(events.RangeLost(row.topic_id.hex(), row.partition, row.epoch, row.limit, "operator"))
+        self.emit(
+            events.RangeLost(
+                topic_id=row.topic_id.hex(),
+                partition=row.partition,
+                epoch=row.epoch,
+                end_offset=row.limit,
+                why="operator",
+            )
+        )
 
     def move(self, topic: str, partition: int) -> None:
         row = next(r for r in self.ranges.values() if (r.topic, r.partition, r.status) == (topic, partition, "open"))
         row.status = "moving"
-        self.emit(events.MoveRequested(row.topic_id.hex(), topic, partition, row.epoch, "", row.agent_id))
+        self.emit(
+            events.MoveRequested(
+                topic_id=row.topic_id.hex(),
+                topic=topic,
+                partition=partition,
+                epoch=row.epoch,
+                session_id="",
+                agent_id=row.agent_id,
+            )
+        )
 
     def cut_off(self, agent_id: str) -> None:
         """Its workers cannot reach it: all it leads moves, without waiting for them."""
         self.cut_off_agents.add(agent_id)
-        self.emit(events.AgentCutOff(agent_id, "", ("s1", "s2"), 0, 1))
+        self.emit(events.AgentCutOff(agent_id=agent_id, session_id="", reporters=("s1", "s2"), since_ms=0, times=1))
         for row in [row for row in self.ranges.values() if row.agent_id == agent_id and row.status == "open"]:
             self.move(row.topic, row.partition)
 

@@ -154,7 +154,12 @@ class StandInCoordinator:
         session_id = str(uuid.uuid4())
         await self.add_session(
             ev.SessionOpened(
-                session_id, request.agent_id, request.role, request.address, request.wal_id.hex(), started_ms=0
+                session_id=session_id,
+                agent_id=request.agent_id,
+                role=request.role,
+                address=request.address,
+                wal_id=request.wal_id.hex(),
+                started_ms=0,
             )
         )
         return coordinator_pb2.OpenSessionResponse(
@@ -183,7 +188,7 @@ class StandInCoordinator:
 
     async def end_session(self, session_id: str, why: str) -> None:
         opened = self.sessions.pop(session_id)
-        await self.emit(ev.SessionClosed(session_id, opened.agent_id, opened.role, why))
+        await self.emit(ev.SessionClosed(session_id=session_id, agent_id=opened.agent_id, role=opened.role, why=why))
 
     def _must_be_up(self) -> None:
         if self.down:
@@ -287,7 +292,16 @@ class StandInPlatform:
     async def create_topic(self, topic: str = "orders", partitions: int = 1, *, durable: bool = False) -> str:
         topic_id = uuid.uuid4().hex
         acks = types_pb2.ACKS_DURABLE if durable else types_pb2.ACKS_WAL
-        created = ev.TopicCreated(topic_id, topic, partitions, None, None, acks, None, 0)
+        created = ev.TopicCreated(
+            topic_id=topic_id,
+            topic=topic,
+            partitions=partitions,
+            retention_ms=None,
+            retention_bytes=None,
+            min_acks=acks,
+            unclean_recovery_after_ms=None,
+            created_ms=0,
+        )
         self.coordinator.topics[topic] = created
         for number in range(partitions):
             self.coordinator.partitions[topic_id, number] = Partition()
@@ -300,7 +314,16 @@ class StandInPlatform:
         for number in range(before.partitions, partitions):
             self.coordinator.partitions[before.topic_id, number] = Partition()
         await self.coordinator.emit(
-            ev.TopicAltered(before.topic_id, topic, before.partitions, partitions, None, None, before.min_acks, None)
+            ev.TopicAltered(
+                topic_id=before.topic_id,
+                topic=topic,
+                partitions_before=before.partitions,
+                partitions=partitions,
+                retention_ms=None,
+                retention_bytes=None,
+                min_acks=before.min_acks,
+                unclean_recovery_after_ms=None,
+            )
         )
 
     async def delete_topic(self, topic: str) -> None:
@@ -312,7 +335,14 @@ class StandInPlatform:
 
     async def start_agent(self, agent_id: str) -> StandInAgent:
         agent = self.agents.setdefault(agent_id, StandInAgent(agent_id))
-        opened = ev.SessionOpened(f"session-{uuid.uuid4()}", agent_id, "ingest", agent.address, agent.wal_id, 0)
+        opened = ev.SessionOpened(
+            session_id=f"session-{uuid.uuid4()}",
+            agent_id=agent_id,
+            role="ingest",
+            address=agent.address,
+            wal_id=agent.wal_id,
+            started_ms=0,
+        )
         await self.coordinator.add_session(opened)
         return agent
 
@@ -332,7 +362,17 @@ class StandInPlatform:
         agent = self.agents[agent_id]
         agent.hold(topic_id, number, epoch, start)
         await self.coordinator.emit(
-            ev.EpochGranted(topic_id, topic, number, epoch, "", agent_id, agent.wal_id, start, start + RANGE_WIDTH)
+            ev.EpochGranted(
+                topic_id=topic_id,
+                topic=topic,
+                partition=number,
+                epoch=epoch,
+                session_id="",
+                agent_id=agent_id,
+                wal_id=agent.wal_id,
+                start_offset=start,
+                limit_offset=start + RANGE_WIDTH,
+            )
         )
         return epoch
 
@@ -427,7 +467,7 @@ class StandInPlatform:
         item = self._range(topic, number, epoch)
         item.status = "orphaned"
         topic_id = self.coordinator.topics[topic].topic_id
-        await self.coordinator.emit(ev.RangeOrphaned(topic_id, number, item.epoch))
+        await self.coordinator.emit(ev.RangeOrphaned(topic_id=topic_id, partition=number, epoch=item.epoch))
 
     async def settle(
         self, topic: str = "orders", number: int = 0, *, epoch: int | None = None, end: int | None = None
@@ -437,13 +477,17 @@ class StandInPlatform:
         key = self._key(topic, number, item.epoch)
         item.status = "settled"
         item.end = self.agents[item.agent_id].next_offset(key) if end is None else end
-        await self.coordinator.emit(ev.RangeSettled(key[0], number, item.epoch, item.end))
+        await self.coordinator.emit(
+            ev.RangeSettled(topic_id=key[0], partition=number, epoch=item.epoch, end_offset=item.end)
+        )
 
     async def lose_range(self, end: int, topic: str = "orders", number: int = 0, *, epoch: int | None = None) -> None:
         item = self._range(topic, number, epoch)
         item.status, item.end = "lost", end
         topic_id = self.coordinator.topics[topic].topic_id
-        await self.coordinator.emit(ev.RangeLost(topic_id, number, item.epoch, end, "operator"))
+        await self.coordinator.emit(
+            ev.RangeLost(topic_id=topic_id, partition=number, epoch=item.epoch, end_offset=end, why="operator")
+        )
 
     async def compact(self, merged: Segment, replaced: Sequence[Segment], number: int = 0) -> None:
         gone = {item.segment_id for item in replaced}
@@ -459,7 +503,13 @@ class StandInPlatform:
         partition.log_start = offset
         topic_id = self.coordinator.topics[topic].topic_id
         await self.coordinator.emit(
-            ev.LogStartMoved(topic_id, number, offset, tuple(item.segment_id for item in gone), "time")
+            ev.LogStartMoved(
+                topic_id=topic_id,
+                partition=number,
+                log_start_offset=offset,
+                removed_segment_ids=tuple(item.segment_id for item in gone),
+                why="time",
+            )
         )
 
 

@@ -154,8 +154,8 @@ async def test_a_worker_that_is_gone_wakes_the_others() -> None:
         assert list(coordinator.follows[0].types) == [SessionClosed.__name__], "RabbitMQ tells of buffers"
         await until(lambda: coordinator.beats > 1)
         asked = coordinator.claims_asked
-        await coordinator.emit(SessionClosed("q", "q1", "query", "expired"))
-        await coordinator.emit(SessionClosed("x", "w2", "segmenter", "unreachable"))
+        await coordinator.emit(SessionClosed(session_id="q", agent_id="q1", role="query", why="expired"))
+        await coordinator.emit(SessionClosed(session_id="x", agent_id="w2", role="segmenter", why="unreachable"))
         await until(lambda: coordinator.claims_asked > asked)
 
 
@@ -180,7 +180,7 @@ async def test_a_pull_that_gets_no_answer_is_a_doubt() -> None:
     async with running(coordinator, agent=SilentAgent()):
         await until(lambda: coordinator.requests)
         coordinator.announce("b1", "a:1", [StandInAgent().append(0, [10])])
-        await coordinator.emit(BufferSealed("b1", "", "", ""))
+        await coordinator.emit(BufferSealed(buffer_id="b1", session_id="", agent_id="", wal_id=""))
         await until(lambda: any(request.agents for request in coordinator.heard))
         assert [item.reached for item in coordinator.heard[-1].agents] == [False]
 
