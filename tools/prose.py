@@ -41,7 +41,6 @@ COUNTED = {
 PENDING = frozenset(
     (
         "services/ingest/streamhouse_ingest",
-        "cli/streamhouse_cli",
         "client/streamhouse",
     )
 )

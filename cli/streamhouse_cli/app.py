@@ -1,4 +1,4 @@
-"""The command group: which commands there are, and what becomes of an exception."""
+"""The command group: the list of commands, and the line or exit code that an exception becomes."""
 
 import errno
 import sys
@@ -38,17 +38,17 @@ Start with `streamhouse serve`, then in another terminal:
 """
 
 
-# They serve, or say what they have done on stderr and by their exit code.
+# Commands that serve, or report on stderr and by their exit code.
 WITHOUT_STDOUT = SERVICES | {"produce", "health"}
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FriendlyGroup(click.Group):
-    """Shows what went wrong as one line on stderr (exit 1), ends on Ctrl-C (130) and SIGTERM (143), and ends quietly if
-    the reader of its output has gone (0).
+    """Shows an expected error as a line on stderr (exit 1), ends on Ctrl-C (130) and SIGTERM (143), and ends quietly
+    if the reader of its output has gone (0).
 
-    A defect keeps its traceback: it is ours to see.
+    A defect keeps its traceback, for the bug report.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -62,7 +62,7 @@ class FriendlyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
-        if sys.stdout is None and name not in WITHOUT_STDOUT:  # before anything is done: nobody would see the answer
+        if sys.stdout is None and name not in WITHOUT_STDOUT:  # before anything is done: the answer could not be seen
             raise CliError("stdout is closed")
         return name, command, rest
 
@@ -86,7 +86,7 @@ class FriendlyGroup(click.Group):
 
 
 def _is_of_stdout(error: Exception, command: str | None) -> bool:
-    """True for a full disk under stdout: of all files that commands write, services excepted, it alone has no name."""
+    """True for a full disk under stdout: the only file without a name that commands, services excepted, write to."""
     no_space = isinstance(error, OSError) and error.errno in NO_SPACE and error.filename is None
     return no_space and command not in SERVICES
 

@@ -1,4 +1,4 @@
-"""The cluster as the command line meets it: nobody there is waited for as long as --retry-timeout-ms says."""
+"""Connections of commands to a cluster; they try again for --retry-timeout-ms when no coordinator answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Answer = TypeVar("Answer")
 
 
 def ask(bootstrap: str, question: Callable[[Admin], Awaitable[Answer]]) -> Answer:
-    """Returns the answer to one question. Raises what the Admin's methods raise."""
+    """Calls `question` with an Admin, and returns its answer. Raises the errors of the Admin's methods."""
 
     async def call() -> Answer:
         async with open_admin(bootstrap) as admin:

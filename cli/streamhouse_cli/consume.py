@@ -20,8 +20,8 @@ from streamhouse_cli.write_output import Output
 if TYPE_CHECKING:
     from streamhouse import Consumer, RecordBatch
 
-# Who reads from the pipe sets the pace (`| less` does not read on before somebody asks it to): only after a day it is
-# taken to hang, and the group's partitions go to others.
+# The reader of the pipe sets the pace (`| less` reads on when a key is pressed): only after a day a member counts as
+# stuck, and its partitions go to other members.
 PIPE_WAIT_MS_MAX = 86_400_000
 
 Render = Callable[["RecordBatch"], bytes]
@@ -76,7 +76,7 @@ def consume(
 ) -> None:
     """Print the records of TOPIC.
 
-    text: the value of each record on a line of its own; bytes that are not UTF-8 as \\xNN. raw: the bytes of each value
+    text: the value of each record on its own line; bytes that are not UTF-8 as \\xNN. raw: the bytes of each value
     as they are, and --delimiter behind each. json: one object per
     line with topic, partition, offset, timestamp_ms, key, value and headers; key or value that is not UTF-8 comes
     as key_base64, value_base64. With --group the committed offsets win over --from.
@@ -94,13 +94,13 @@ def consume(
         "raw": partial(_raw, b"\n" if delimiter is None else delimiter),
     }
     reading = Reading(topic, position, partition, group, follow, count_max, skip_lost, end)
-    # Ctrl-C and SIGTERM cancel it, so that a group member commits what was printed and leaves.
+    # Ctrl-C and SIGTERM cancel the reading, so that a group member commits the printed records and leaves.
     run(lambda: _consume(bootstrap, reading, renders[shape]))
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What is to be read."""
+    """Topic, range and group that a command reads."""
 
     topic: str
     position: Position
@@ -138,8 +138,8 @@ async def _consume(bootstrap: str, reading: Reading, render: Render) -> None:
         async for batch in consumer.batches():
             wanted = len(batch) if left is None else min(left, len(batch))
             await output.write(render(batch.slice(0, wanted)))
-            # What is not printed must not be committed: put the group's position behind the last one printed, now that
-            # it is.
+            # A record that is not printed must not be committed: the group's position is put behind the last printed
+            # record, now that it is printed.
             if wanted < len(batch) and (batch.topic, batch.partition) in consumer.assignment:
                 await consumer.seek(batch.topic, batch.partition, int(batch.offsets[wanted - 1]) + 1)
             if left is not None:

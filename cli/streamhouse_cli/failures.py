@@ -1,4 +1,4 @@
-"""From an exception to the one line that a user can act on."""
+"""Exceptions as lines that a user can act on."""
 
 import importlib.util
 import sys
@@ -19,7 +19,7 @@ class CliError(click.ClickException):
 
 
 def explain(error: Exception, context: Mapping[str, str]) -> str | None:
-    """One line about an expected failure; None for a defect. `context` may name the bootstrap address in use."""
+    """Returns a line about an expected failure; None for a defect. `context` may name the bootstrap address in use."""
     from shproto.errors import StreamHouseError
 
     if isinstance(error, StreamHouseError):
@@ -36,28 +36,28 @@ def explain(error: Exception, context: Mapping[str, str]) -> str | None:
 
 
 def _is_of_loaded(error: Exception) -> bool:
-    """True for a SettingsError or StoreError. They are raised only where their modules are loaded already, and these
-    need what the extra `server` installs; loading them to look would also take longer than most commands."""
+    """True for a SettingsError or StoreError. Both are raised only by modules that are loaded already; importing these
+    modules to compare would need the extra `server`, and take longer than most commands."""
     kinds = (("shruntime.settings", "SettingsError"), ("shstore.errors", "StoreError"))
     return any(name in sys.modules and isinstance(error, getattr(sys.modules[name], kind)) for name, kind in kinds)
 
 
 def _is_installed_with_server(module: str) -> bool:
     """True for a module of a package, or in a namespace, that is not installed: beyond the base dependencies commands
-    import what `server` brings, and zstd and Arrow, which say so themselves. A module that is missing in a package
-    which is there, as ours are, is a defect."""
+    import packages of `server`, and zstd and Arrow, whose absence is a MissingExtra already. A module that is missing
+    in an installed package, as ours are, is a defect."""
     spec = importlib.util.find_spec(module.partition(".")[0])
     return spec is None or spec.origin is None
 
 
 def _explain_os_error(error: OSError) -> str:
-    """Returns the reason of the operating system and the names it concerns, without the number of the error."""
+    """Returns the reason of the operating system and the files concerned, without the number of the error."""
     where = " to ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     return f"{where}: {error.strerror}" if where else str(error.strerror)
 
 
 def one_line(text: str) -> str:
-    """Returns the lines of `text` as one, without characters that a terminal would obey."""
+    """Returns `text` as a single line, without characters that a terminal would obey."""
     return escaped(" ".join(text.split()))
 
 

@@ -43,7 +43,7 @@ def list_groups(as_json: bool, bootstrap: str) -> None:
 def describe(name: str, as_json: bool, bootstrap: str) -> None:
     """Show members, assignment, committed offsets and lag of group NAME.
 
-    Lag counts records, not offsets: those skipped between epochs are not in it.
+    Lag counts records, not offsets: offsets skipped between epochs do not count.
     """
     described = ask(bootstrap, lambda admin: admin.describe_group(name))
     if as_json:
@@ -77,10 +77,10 @@ def reset_offsets(
     as_json: bool,
     bootstrap: str,
 ) -> None:
-    """Set where group NAME goes on. Shows what would be done; --execute does it.
+    """Set where group NAME goes on. Shows the new positions; --execute commits them.
 
     Refused while the group has members: they would go on at their own offsets, and commit them.
-    An offset outside of what a partition holds is moved to its nearest end.
+    An offset below or beyond the records of a partition is moved to the nearest end.
     """
     if partition is not None and topic is None:
         raise click.UsageError("--partition needs --topic")
@@ -158,7 +158,7 @@ def _lag(lag: int | None, exact: bool) -> str:
 
 
 def _named(partitions: list[TopicPartition] | tuple[TopicPartition, ...]) -> str:
-    """orders 0,1,2; other 5"""
+    """Returns partitions by topic: orders 0,1,2; other 5."""
     by_topic: dict[str, list[int]] = {}
     for where in partitions:
         by_topic.setdefault(where.topic, []).append(where.partition)

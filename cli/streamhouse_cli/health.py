@@ -1,4 +1,4 @@
-"""streamhouse health: what container health checks run."""
+"""streamhouse health: for the health checks of containers."""
 
 import click
 

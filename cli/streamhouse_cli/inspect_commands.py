@@ -1,4 +1,4 @@
-"""streamhouse segment inspect, streamhouse wal inspect: what is really in the bytes, and where they are damaged."""
+"""streamhouse segment inspect, streamhouse wal inspect: contents of segments and logs, byte by byte, with damage."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def wal() -> None:
 def inspect_wal(source: Path, show_all: bool, as_json: bool) -> None:
     """Show files, frames and damage of a write-ahead log; exit 1 when it is damaged.
 
-    DIR is an agent's log directory, or FILE one file of it. The end of the newest file may be a torn write of a
-    crash: it was never acknowledged, and the agent cuts it off when it starts. While an agent runs, its newest
+    DIR is an agent's log directory, FILE a file in there. The end of the newest file may be a torn write of a
+    crash: that write was never acknowledged, and the agent cuts it off at its start. While an agent runs, its newest
     frame may look torn for a moment.
     """
     described = describe_wal(source)
@@ -207,7 +207,7 @@ def _lost(lost: dict[str, Any] | None) -> str:
 
 
 def _print_rows(title: str, columns: list[str], rows: Sequence[Sequence[object]], rows_max: int | None) -> None:
-    """Damaged rows are shown even beyond `rows_max`: they are what somebody is looking for."""
+    """Prints the first `rows_max` rows, and damaged rows beyond, which the user is looking for."""
     kept = [row for at, row in enumerate(rows) if rows_max is None or at < rows_max or row[-1]]
     if rows:
         print_table(title, columns, kept)

@@ -16,10 +16,10 @@ WAL_PATTERN = "*.wal"
 
 
 def describe_object(read: Read, size_bytes: int) -> list[dict[str, Any]]:
-    """All segments of an object, in the order of their bytes; an object holds one segment or several, end to end.
+    """Returns descriptions of all segments of an object, in the order of their bytes; segments lie end to end.
 
-    Each description is shformat's, with `object_at`, where the segment starts in the object; positions in it count
-    from there.
+    Each description is shformat's, with `object_at`, the byte at which the segment starts in the object; positions in
+    a description count from there.
     """
     from shformat import describe_segment
 
@@ -30,8 +30,8 @@ def describe_object(read: Read, size_bytes: int) -> list[dict[str, Any]]:
 
 
 def segment_spans(read: Read, size_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the segments of an object, the last one first: each footer tells how long its segment is.
-    Where a footer is damaged everything before it is one span."""
+    """Yields (start, end) of the segments of an object, the last segment first: each footer has the size of its
+    segment. Everything before a damaged footer is a single span."""
     end = size_bytes
     while end > 0:
         start = _segment_start(read, end)
@@ -63,7 +63,7 @@ def _within(read: Read, start: int) -> Read:
 
 
 def describe_segment_file(path: Path) -> dict[str, Any]:
-    """The segments of a file on disk. Raises OSError."""
+    """Returns the described segments of a file on disk. Raises OSError."""
     with path.open("rb") as file:
         size_bytes = path.stat().st_size
 
@@ -75,7 +75,7 @@ def describe_segment_file(path: Path) -> dict[str, Any]:
 
 
 async def describe_segment_object(key: str, store: Any) -> dict[str, Any]:
-    """The segments of an object, fetched piece by piece. Raises StoreError."""
+    """Returns the described segments of an object, fetched piece by piece. Raises StoreError."""
     import asyncio
 
     info = await store.head(key)
@@ -90,7 +90,8 @@ async def describe_segment_object(key: str, store: Any) -> dict[str, Any]:
 
 
 def describe_wal(path: Path) -> dict[str, Any]:
-    """Every file of a write-ahead log directory in order, or the one file named. Raises OSError, CliError."""
+    """Returns the described files of a write-ahead log directory in order, or of a single file. Raises OSError,
+    CliError."""
     from shformat import describe_wal_file
 
     files = sorted(path.glob(WAL_PATTERN)) if path.is_dir() else [path]
@@ -106,8 +107,8 @@ def describe_wal(path: Path) -> dict[str, Any]:
 
 
 def _note_cut_short(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A file that was cut off between two frames, or has zeros where frames were, is found by what the header of the
-    next one says of its size."""
+    """Notes damage that no frame shows: a file cut off between two frames, or with zeros in place of frames, is shorter
+    than the header of the next file says."""
     at = before["size_bytes"] - before["space_ahead_bytes"]
     declared = after["header"]["previous_size_bytes"] if after["header"] else 0
     follows = before["header"] and after["header"] and before["header"]["sequence"] + 1 == after["header"]["sequence"]
@@ -119,7 +120,7 @@ def _note_cut_short(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[Any]:
-    """The bytes of a file, paged in as they are looked at; an empty file cannot be mapped."""
+    """Yields the bytes of a file, paged in when they are read; an empty file cannot be mapped."""
     with path.open("rb") as file:
         if path.stat().st_size == 0:
             yield b""

@@ -1,4 +1,4 @@
-"""From a stream of bytes to lines or CSV rows, and from these to records. Pure: no files, no network."""
+"""Cuts a stream of bytes into lines or CSV rows, and makes records of these. Pure: no files, no network."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-# A record of 16 MiB less 64 KiB fits a batch, and less 64 KiB again leaves room for what is not its value. A longer
-# line is not text, or not meant as one record.
+# A record of 16 MiB less 64 KiB fits a batch, and less 64 KiB again leaves room for key and headers. A longer line is
+# not text, or not meant as a record.
 LINE_BYTES_MAX = 16 * 1024 * 1024 - 128 * 1024
-# JSON writes a control character as six bytes (\u0001), so the largest record needs so much.
+# JSON writes a control character as six bytes (\u0001), so the largest record takes six times its size.
 JSON_LINE_BYTES_MAX = 6 * 16 * 1024 * 1024
 
-# Files that are no lines, by their first bytes, and the command that makes lines of them.
+# Formats without lines, by their first bytes, and the command that makes lines of them.
 _MAGICS = {
     b"\x1f\x8b\x08": ("gzip data", "`zcat FILE | streamhouse produce …`"),
     b"\x28\xb5\x2f\xfd": ("zstd data", "`zstdcat FILE | streamhouse produce …`"),
@@ -44,19 +44,19 @@ class BinaryInput(ValueError):
 
 
 class BadHeader(ValueError):
-    """The first row of CSV does not name the column that was asked for."""
+    """The first row of CSV does not name the requested column."""
 
 
 class MagicCheck:
-    """Refuses input that begins as a compressed or columnar file does: its bytes between newlines are no records."""
+    """Refuses input that begins as a compressed or columnar file does: bytes between newlines are no records there."""
 
     def __init__(self) -> None:
         self._head = b""
         self._decided = False
 
     def feed(self, chunk: bytes) -> bytes:
-        """Returns the bytes that may go on; a first few that may still become a magic number are held back until more
-        come. Raises BinaryInput."""
+        """Returns the bytes that are checked; the first few, which may still become a magic number, are held back until
+        more come. Raises BinaryInput."""
         if self._decided:
             return chunk
         self._head += chunk
@@ -76,7 +76,7 @@ class MagicCheck:
 
 
 class LineSplitter:
-    """Cuts chunks at newlines; what follows the last one is held back for the next chunk."""
+    """Cuts chunks at newlines; bytes behind the last newline are held back for the next chunk."""
 
     def __init__(self, line_bytes_max: int = LINE_BYTES_MAX) -> None:
         self._line_bytes_max = line_bytes_max
@@ -84,7 +84,7 @@ class LineSplitter:
         self._unfinished_bytes = 0
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The lines that end in `chunk`, without their newlines. Raises LineTooLong."""
+        """Returns the lines that end in `chunk`, without their newlines. Raises LineTooLong."""
         *lines, rest = chunk.split(b"\n")
         if lines:
             lines[0] = b"".join([*self._unfinished, lines[0]])
@@ -102,7 +102,7 @@ class LineSplitter:
         return self._unfinished_bytes
 
     def finish(self) -> list[bytes]:
-        """The last line, if it had no newline at its end."""
+        """Returns the last line, if it had no newline at its end."""
         rest, self._unfinished, self._unfinished_bytes = b"".join(self._unfinished), [], 0
         return [rest] if rest else []
 
@@ -110,7 +110,7 @@ class LineSplitter:
 class RowSplitter:
     """Cuts chunks at the ends of CSV rows: newlines inside quoted fields stay (RFC 4180).
 
-    A quote opens a field only where the field begins: a stray one (`5" pipe`) is text, as readers of CSV take it.
+    A quote opens a field only where the field begins: a stray quote (`5" pipe`) is text, as readers of CSV take it.
     """
 
     def __init__(self, delimiter: bytes = b",") -> None:
@@ -124,7 +124,7 @@ class RowSplitter:
         self._row_bytes = 0
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The rows that end in `chunk`, without the newline (LF or CR LF) at their ends. Raises LineTooLong."""
+        """Returns the rows that end in `chunk`, without the newline (LF or CR LF) at their ends. Raises LineTooLong."""
         return self._rows(self._lines.feed(chunk))
 
     def _rows(self, lines: list[bytes]) -> list[bytes]:
@@ -157,7 +157,7 @@ class RowSplitter:
         return self._row_bytes + self._lines.unfinished_bytes
 
     def finish(self) -> list[bytes]:
-        """The last row, if it had no newline at its end. Raises UnfinishedRow."""
+        """Returns the last row, if it had no newline at its end. Raises UnfinishedRow."""
         rows = self._rows(self._lines.finish())
         if self._row:
             raise UnfinishedRow("the input ends inside a quoted field, which has no closing quote")
@@ -166,8 +166,9 @@ class RowSplitter:
 
 @dataclass(slots=True)
 class InputRecords:
-    """Records of the lines up to the first bad one; `error` says what is wrong with that line, the next one.
-    A column is None where the input cannot give it; a timestamp or partition that is None is left to the producer."""
+    """Records of the lines before the first bad line; `error` describes that line.
+
+    A column is None if the input has no such field; a timestamp or partition that is None is left to the producer."""
 
     values: list[Any] = field(default_factory=list)
     keys: list[bytes | None] | None = None
@@ -182,12 +183,12 @@ Parse = Callable[[list[bytes]], InputRecords]
 
 
 def without_keys(lines: list[bytes]) -> InputRecords:
-    """Each line is a value."""
+    """Returns records without keys: each line is a value."""
     return InputRecords(lines)
 
 
 def keyed_by_separator(separator: bytes) -> Parse:
-    """What stands before the first `separator` of a line is its key, what follows its value."""
+    """Returns a parser: text before the first `separator` of a line is the key, text behind it the value."""
 
     def parse(lines: list[bytes]) -> InputRecords:
         keys: list[bytes | None] = []
@@ -205,8 +206,9 @@ def keyed_by_separator(separator: bytes) -> Parse:
 
 
 def keyed_by_field(name: str) -> Parse:
-    """The whole line is the value; its key is the JSON field named, or reached by a path with dots: text as UTF-8,
-    numbers and booleans as they stand in the line, null or an absent field as a null key."""
+    """Returns a parser: the whole line is the value; the key is the JSON field `name`, or reached by a path with dots.
+
+    A text becomes UTF-8, a number or boolean stays as written, null or an absent field is a null key."""
 
     def key_of(line: bytes) -> tuple[bytes | None, bool]:
         return _key_of(_load_numbers_as_text(line), name)
@@ -215,8 +217,8 @@ def keyed_by_field(name: str) -> Parse:
 
 
 class KeyedByColumn:
-    """The whole row is the value; its key is the column that the first row, which is no record, names. A row has as
-    many fields as the first one: another number is a delimiter or a quote that is missing, or one too many."""
+    """Makes records of rows: the whole row is the value, the key is a column that the first row, which is no record,
+    names. A row has as many fields as the first row: another number means a missing or surplus delimiter or quote."""
 
     def __init__(self, name: str | None, delimiter: str) -> None:
         self._name = name
@@ -244,7 +246,8 @@ class KeyedByColumn:
         return records
 
     def _key_of(self, row: bytes) -> tuple[bytes | None, bool]:
-        # Bytes that are no UTF-8 matter to a key alone; in Latin-1 the delimiters are where they are in UTF-8.
+        # Bytes that are not UTF-8 matter to keys alone; in Latin-1 the delimiters are at the same positions as in
+        # UTF-8.
         fields = self._fields(row, "latin-1" if self._at is None else "utf-8")
         if len(fields) != self._column_count:
             plural = "" if len(fields) == 1 else "s"
@@ -255,7 +258,7 @@ class KeyedByColumn:
         # The longest field that `csv` takes is set per process; a row was measured when it was cut.
         csv.field_size_limit(LINE_BYTES_MAX)
         try:
-            # An empty row is one empty field, which is what a table of one column has.
+            # An empty row is a single empty field, as in a table with a single column.
             return next(csv.reader([row.decode(encoding)], delimiter=self._delimiter), None) or [""]
         except (csv.Error, UnicodeDecodeError) as error:
             raise NoKey(f"not CSV: {error}") from error
@@ -285,7 +288,7 @@ def _keyed(key_of: Callable[[bytes], tuple[bytes | None, bool]]) -> Parse:
 
 
 class _Number(str):
-    """A JSON number as it stands: 1.50 and 12345678901234567890.0 are keys, not quantities."""
+    """A JSON number as written: 1.50 and 12345678901234567890.0 are keys, not quantities."""
 
     __slots__ = ()
 
@@ -295,7 +298,7 @@ def _load_numbers_as_text(line: bytes) -> object:
 
 
 def _key_of(document: object, name: str) -> tuple[bytes | None, bool]:
-    """Returns the key, and whether the field is there. A field whose own name has dots comes before a path."""
+    """Returns the key, and True if the field is there. A field with dots in its own name comes before a path."""
     if not isinstance(document, dict):
         raise NoKey(f"not a JSON object, so there is no field {name!r}")
     found: object = document
@@ -333,8 +336,8 @@ _FIELDS = {
 
 
 def records_of_json(lines: list[bytes]) -> InputRecords:
-    """Each line is a record as `consume --json` writes it; `topic` and `offset` say where it was read, and count for
-    nothing."""
+    """Returns records of lines as `consume --json` writes them; `topic` and `offset`, the place where a record was
+    read, are ignored."""
     from shproto.errors import StreamHouseError
     from streamhouse.core.record_checks import check_record
 
@@ -342,7 +345,7 @@ def records_of_json(lines: list[bytes]) -> InputRecords:
     for line in lines:
         try:
             value, key, headers, timestamp_ms, partition = _record_of(line)
-            # What a producer refuses is known here by its line, before anything of the lines behind it is sent.
+            # A record that the producer would refuse is refused here, by its line and before later lines are sent.
             check_record(value, key, headers, timestamp_ms)
         except (ValueError, RecursionError, StreamHouseError) as error:
             refused = isinstance(error, BadRecord | StreamHouseError)

@@ -1,4 +1,4 @@
-"""Where the metadata and the object store of a platform are, for commands that work on both without its services."""
+"""Metadata and object store of a platform, for commands that work on both without its services."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Metadata:
 
 @asynccontextmanager
 async def metadata_of(data_dir: str | None, config: str | None, *, alone: bool) -> AsyncIterator[Metadata]:
-    """Of `streamhouse serve --data-dir`, else of the settings of a coordinator. `alone`: nobody may serve the
-    directory. Raises CliError, SettingsError, StoreError."""
+    """Yields the metadata of `streamhouse serve --data-dir`, else of the database in a coordinator's settings. `alone`:
+    refuses a directory that is being served. Raises CliError, SettingsError, StoreError."""
     from streamhouse_cli.services import environ_with, load_all_settings
     from streamhouse_cli.store_option import objects_of, store_of
 

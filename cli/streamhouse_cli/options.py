@@ -12,7 +12,7 @@ from streamhouse_cli.failures import CliError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PORT_MAX = 65_535
-# Long enough for a service that is being restarted, short enough for somebody who forgot to start one.
+# Long enough for a service that is being restarted, short enough for a user with no service running.
 RETRY_TIMEOUT_MS = 10_000
 CONFIG_FILE = click.Path(exists=True, dir_okay=False)
 
@@ -23,7 +23,7 @@ class Text(click.ParamType[str]):
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Returns the text. Raises CliError, one line, unless it is UTF-8."""
+        """Returns the text. Raises CliError unless it is UTF-8."""
         text = str(value)
         try:
             text.encode()
@@ -49,7 +49,7 @@ def texts_are_utf8(command: click.Command) -> None:
 
 
 class Number(click.IntRange):
-    """A whole number within limits. Its errors name the unit that the option's name ends with."""
+    """A whole number within limits. Errors name the unit at the end of the option's name."""
 
     name = "integer"
 
@@ -103,7 +103,8 @@ class Delimiter(click.ParamType[bytes]):
 
 
 def bootstrap_option(command: Command) -> Command:
-    """--bootstrap, also kept for the hint when nothing answers there, and --retry-timeout-ms for `retry_timeout_ms`."""
+    """Returns the command with --bootstrap, also kept for the hint when nothing answers there, and --retry-timeout-ms,
+    kept for `retry_timeout_ms`."""
     patience = click.option(
         "--retry-timeout-ms",
         type=Number(min=1),
@@ -136,14 +137,14 @@ def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 
 def retry_timeout_ms() -> int:
-    """Returns what the running command was given for --retry-timeout-ms."""
+    """Returns the --retry-timeout-ms of the running command."""
     context = click.get_current_context(silent=True)
     options = {} if context is None else context.ensure_object(dict)
     return int(options.get("retry_timeout_ms", RETRY_TIMEOUT_MS))
 
 
 def advertise_option(command: Command) -> Command:
-    """--advertise, for what listens."""
+    """Returns the command with --advertise, for services."""
     return click.option(
         "--advertise",
         type=HostPort(),

@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for scripts."""
+"""Output of commands: tables for people, JSON for scripts."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ def print_json(value: object) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, err: bool = False) -> None:
-    """Prints rows under a title. A column named with a trailing `#` holds numbers: it aligns right, without the `#`."""
+    """Prints rows under a title. A column named with a trailing `#` holds numbers: aligned right, without the `#`."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -29,7 +29,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         """rich would end the process with 1 when the reader of a pipe has gone."""
 
         def on_broken_pipe(self) -> None:
-            raise  # what is being handled
+            raise  # the BrokenPipeError that is being handled
 
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
@@ -39,7 +39,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for row in rows:
         table.add_row(*(Text(show(cell)) for cell in row))
     stream = sys.stderr if err else sys.stdout
-    if stream is not None:  # stderr may be closed, and what is said there is not what was asked for
+    if stream is not None:  # stderr may be closed, and has only remarks about the result
         PipeConsole(file=stream, width=None if stream.isatty() else PIPE_WIDTH).print(table)
 
 
@@ -60,7 +60,7 @@ def confirm(question: str) -> None:
 
 
 def show(cell: object) -> str:
-    """A cell as people read it: digits grouped, nothing for None."""
+    """Returns a cell as people read it: digits grouped, nothing for None."""
     if cell is None:
         return ""
     if isinstance(cell, int) and not isinstance(cell, bool):
@@ -69,7 +69,7 @@ def show(cell: object) -> str:
 
 
 def show_bytes(size_bytes: int | None) -> str:
-    """1536 -> 1.5 KiB; nothing for None."""
+    """Returns a size with its unit: 1536 -> 1.5 KiB; nothing for None."""
     if size_bytes is None:
         return ""
     size, unit = float(size_bytes), 0
@@ -79,14 +79,14 @@ def show_bytes(size_bytes: int | None) -> str:
 
 
 def show_share(size_bytes: int, size_bytes_max: int) -> str:
-    """12.0 MiB of 1.0 GiB (1 %); without a limit only the size."""
+    """Returns a size and its share: 12.0 MiB of 1.0 GiB (1 %); without a limit only the size."""
     if size_bytes_max <= 0:
         return show_bytes(size_bytes)
     return f"{show_bytes(size_bytes)} of {show_bytes(size_bytes_max)} ({100 * size_bytes / size_bytes_max:.0f} %)"
 
 
 def show_span(duration_ms: int) -> str:
-    """8 s, 12 min, 3.5 h, 4.0 d"""
+    """Returns a duration in its largest fitting unit: 8 s, 12 min, 3.5 h, 4.0 d."""
     seconds = max(0, duration_ms) / 1000
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -96,7 +96,7 @@ def show_span(duration_ms: int) -> str:
 
 
 def show_time(time_ms: int | None) -> str:
-    """Milliseconds since 1970 as ISO 8601 in UTC; what no calendar holds stays a number."""
+    """Returns milliseconds since 1970 as ISO 8601 in UTC; a time outside of the calendar stays a number."""
     from datetime import UTC, datetime, timedelta
 
     if time_ms is None:
@@ -109,7 +109,7 @@ def show_time(time_ms: int | None) -> str:
 
 
 def plain(value: Any) -> Any:
-    """JSON's form of nested values: bytes as hexadecimal."""
+    """Returns nested values in their JSON form: bytes as hexadecimal."""
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, dict):

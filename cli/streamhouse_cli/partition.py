@@ -1,4 +1,4 @@
-"""streamhouse partition settle: gives up what only a lost agent has."""
+"""streamhouse partition settle: gives up records that only a lost agent has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.group(short_help="Settle what readers of a partition wait for.")
 def partition() -> None:
-    """Settle what readers of a partition wait for."""
+    """Settle ranges that readers of a partition wait for."""
 
 
 @partition.command(short_help="Give up what only an agent that is gone has.")
@@ -36,9 +36,9 @@ def settle(
 ) -> None:
     """Give up the unregistered records of TOPIC's PARTITION whose agent is gone, so that readers can go on.
 
-    For good: if the agent comes back, its records are kept out. Bring it back with its log first if that is possible;
-    nothing is lost then. Readers get DATA_LOSS at the gap, with the offset where records go on; consumers with
-    on_data_loss="skip" go on by themselves.
+    For good: if the agent comes back, its records are kept out. Bring the agent back with its log first if that is
+    possible; nothing is lost then. Readers get DATA_LOSS at the gap, with the offset where records go on; consumers
+    with on_data_loss="skip" go on by themselves.
     """
     assert lost, "required"
     orphaned = ask(bootstrap, lambda admin: admin.orphaned_ranges(topic, number))
@@ -60,7 +60,7 @@ def settle(
 
 
 def _print_ranges(topic: str, number: int, ranges: list[OffsetRange]) -> None:
-    """What will be given up, on stderr: it is part of the question."""
+    """Prints the ranges that will be given up to stderr, as part of the question."""
     now_ms = time.time_ns() // 1_000_000
     rows = [
         (

@@ -1,4 +1,4 @@
-"""Where a consumer starts: `earliest`, `latest`, an offset, a point in time, or the last records."""
+"""Start of a consumer: `earliest`, `latest`, an offset, a point in time, or the last records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from streamhouse_cli.options import Text
 
-# The years 1 to 9999: what a calendar, and `datetime`, can name.
+# The years 1 to 9999, the range of `datetime`.
 TIMESTAMP_MS_MIN, TIMESTAMP_MS_MAX = -62_135_596_800_000, 253_402_300_799_999
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -24,14 +24,14 @@ class Position:
 
     @property
     def start(self) -> Literal["earliest", "latest"] | int | datetime:
-        """What `Consumer` takes as `start`."""
+        """Argument `start` of `Consumer`."""
         if self.kind in ("earliest", "latest"):
             return self.kind
         return -self.at if self.kind == "last" else self.exact
 
     @property
     def exact(self) -> int | datetime:
-        """The offset or the time."""
+        """The offset, or the time as datetime; only for these two kinds."""
         assert self.kind in ("offset", "timestamp"), "nothing has to be looked up but a time"
         return self.at if self.kind == "offset" else _EPOCH + timedelta(milliseconds=self.at)
 
@@ -39,7 +39,7 @@ class Position:
 def parse_position(text: str, *, takes_last: bool = False, takes_ends: bool = True) -> Position:
     """Returns the position that `text` names. Digits alone are an offset; `@` and digits are ms since 1970; with
     `takes_last` a minus sign and digits are a number of records before the end; with `takes_ends` there are `earliest`
-    and `latest`; anything else has to be ISO 8601, which is UTC unless it says otherwise. Raises ValueError."""
+    and `latest`; anything else has to be ISO 8601, in UTC if without an offset. Raises ValueError."""
     from shformat.limits import INT64_MAX
 
     if takes_ends and text == "earliest":
@@ -76,7 +76,7 @@ def _iso_ms(text: str, takes_last: bool, takes_ends: bool) -> int:
         ) from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
-    from streamhouse.core.times import ms_of  # here: it loads more than --help need wait for
+    from streamhouse.core.times import ms_of  # here: --help need not wait for this import
 
     return ms_of("position", moment)
 

@@ -1,12 +1,12 @@
 """The process that a command runs in: signals that end it, standard streams that are closed.
 
-Owns: the handlers of SIGINT, SIGTERM and SIGHUP while a command runs. Services take them over once they serve
-(shruntime.tasks, shruntime.supervisor); before the command begins they are those of shruntime.signals.
+Owns: the handlers of SIGINT, SIGTERM and SIGHUP while a command runs. Does not own: the handlers of a service that
+serves (shruntime.tasks, shruntime.supervisor), and those before the command begins (shruntime.signals).
 Invariants: SIGTERM ends every command, also as process 1, for which the kernel has no default action. A terminal that
-hangs up (SIGHUP) ends commands in the same way, unless the signal was ignored at the start (nohup); services survive
-it. A signal raises nothing in an import or while an event loop runs, where gRPC's callbacks may be what it hits. The
-second signal ends the process at once, whatever the first one's end is waiting for. Files and connections never get the
-numbers of the standard streams.
+hangs up (SIGHUP) ends commands in the same way, unless the signal was ignored at the start (nohup); services survive.
+A signal raises nothing in an import or while an event loop runs, as the exception could hit a callback of gRPC. The
+second signal ends the process at once, also while the end asked for by the first waits for something. Files and
+connections never get the numbers of the standard streams.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Termination:
     """Inside the block the first SIGINT, SIGTERM or SIGHUP raises KeyboardInterrupt, or cancels the work of `run`; the
     second ends the process. `exit_code` tells which came first."""
 
-    # The one whose block the command runs in.
+    # The instance around the running command.
     current: Termination | None = None
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Termination:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of a command that a signal has ended."""
+        """Exit code of a command that a signal has ended, 128 + the number of the first signal."""
         return 128 + self._number if self._number else EXIT_INTERRUPTED
 
     def __enter__(self) -> Self:
@@ -67,11 +67,11 @@ class Termination:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP and self._number == number:
-            return  # a shell passes on what the kernel has sent already: nobody is in a hurry
+            return  # a shell passes on the signal that the kernel has sent already: no second request
         is_first, self._number = not self._number, self._number or number
         task = self._task
         if is_first and task is not None and not task.done():
-            task.get_loop().call_soon_threadsafe(task.cancel)  # wakes the loop, which else goes on waiting
+            task.get_loop().call_soon_threadsafe(task.cancel)  # a plain cancel() would not wake the loop
         elif is_first and not self._is_running and not _is_importing(frame):
             raise KeyboardInterrupt
         else:
@@ -82,8 +82,8 @@ class Termination:
         work: Callable[[], Coroutine[Any, Any, T]],
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
     ) -> T:
-        """Runs `work()` in an event loop of its own, and returns its result. Raises KeyboardInterrupt if a signal has
-        cancelled it."""
+        """Runs `work()` in a new event loop, and returns the result. Raises KeyboardInterrupt if a signal has cancelled
+        the work."""
         import asyncio
 
         async def begin() -> T:
@@ -106,9 +106,10 @@ def run(
     work: Callable[[], Coroutine[Any, Any, T]],
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> T:
-    """Runs the coroutine that `work()` makes, the work of a command, in an event loop of its own, and returns its
-    result. The first signal that ends commands cancels it, and KeyboardInterrupt is raised once it has ended; the
-    second ends the process at once. `asyncio.run` would raise in the middle of it instead."""
+    """Runs the work of a command, the coroutine made by `work()`, in a new event loop, and returns the result.
+
+    The first signal that ends commands cancels the work, and KeyboardInterrupt is raised once the work has ended; the
+    second signal ends the process at once. `asyncio.run` would raise in the middle of the work instead."""
     assert Termination.current is not None, "commands are invoked by FriendlyGroup"
     return Termination.current.run(work, loop_factory)
 
@@ -119,7 +120,7 @@ def _may_handle(number: int) -> bool:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """True if `frame` is inside an import: modules catch what is raised there, or leave themselves half-made."""
+    """True if `frame` is inside an import: modules catch exceptions raised there, or stay half-initialised."""
     while frame is not None:
         if frame.f_code.co_filename == IMPORTS:
             return True
@@ -135,8 +136,8 @@ def end_at_once(code: int) -> NoReturn:
 
 
 class StopSignals:
-    """Inside the block Ctrl-C, SIGTERM and SIGHUP ask for an end: the first sets `told`, the next `again`, and the one
-    after that ends the process."""
+    """Inside the block Ctrl-C, SIGTERM and SIGHUP ask for an end: the first signal sets `told`, the second `again`, the
+    third ends the process."""
 
     def __init__(self) -> None:
         import asyncio
@@ -144,7 +145,7 @@ class StopSignals:
         self.told = asyncio.Event()
         self.again = asyncio.Event()
         self.number = 0  # of the first signal
-        self._is_hurried = False  # there was a second one
+        self._is_hurried = False  # there was a second signal
         self._loop = asyncio.get_running_loop()
         self._before: dict[int, Any] = {}
 
@@ -164,17 +165,17 @@ class StopSignals:
         if not self.number:
             self.number, event = number, self.told
         elif number == signal.SIGHUP:
-            return  # a shell passes it on: nobody is in a hurry
+            return  # passed on by a shell: no second request
         elif not self._is_hurried:
             self._is_hurried, event = True, self.again
         else:
             end_at_once(128 + self.number)
-        self._loop.call_soon_threadsafe(event.set)  # wakes the loop, which else goes on waiting
+        self._loop.call_soon_threadsafe(event.set)  # a plain set() would not wake the loop
 
 
 def keep_standard_descriptors() -> None:
-    """Opens /dev/null where a standard stream is closed (`>&-`): what is opened first would get its number, and what
-    libraries print would go into a log file or a connection."""
+    """Opens /dev/null in place of closed standard streams (`>&-`): the first file opened would get the number, and
+    output of libraries would go into a log file or a connection."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -183,7 +184,7 @@ def keep_standard_descriptors() -> None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """True if somebody watches `stream`; False also for one that was closed when the process started."""
+    """True if `stream` is a terminal; False also for a stream that was closed when the process started."""
     return stream is not None and stream.isatty()
 
 
@@ -198,13 +199,13 @@ def reader_is_gone() -> bool:
 
 
 def silence_stdout() -> None:
-    """After the reader of our output has gone: keeps the interpreter's last flush from failing."""
+    """Points stdout to /dev/null, for a reader that has gone: the interpreter's last flush would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 async def run_until_told(work: asyncio.Task[None], stop: StopSignals, drain_s: float) -> bool:
-    """Returns True once `work` has ended, False if it had not `drain_s` seconds after the first signal or at the second
-    one: then it is cancelled. Raises what it raised."""
+    """Waits for `work`; returns True once `work` has ended. Returns False if `work` still runs `drain_s` seconds after
+    the first signal, or at the second signal, and cancels `work`. Raises the error of `work`."""
     import asyncio
 
     told, again = (asyncio.ensure_future(event.wait()) for event in (stop.told, stop.again))

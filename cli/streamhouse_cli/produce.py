@@ -1,4 +1,9 @@
-"""streamhouse produce: lines from a file or stdin become records."""
+"""streamhouse produce: lines from a file or stdin become records.
+
+Owns: reading and cutting the input, the account of acknowledged lines. Does not own: batches, retries (the SDK's).
+Invariants: lines are sent in their order, and none behind a bad line; a line counts as acknowledged only when its
+partition's leader has said so. The first signal ends the reading, not the sending.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +48,7 @@ if TYPE_CHECKING:
     from streamhouse import Producer
     from streamhouse.delivery import SendResult
 
-# Containers are killed 10 s after they were told to end; a leader that answers takes far less.
+# Containers are killed 10 s after SIGTERM; a leader that answers takes far less.
 DRAIN_TIMEOUT_MS = 5_000
 
 
@@ -120,10 +125,9 @@ def produce(
 
     The line without its newline is the value, byte for byte; an empty line is an empty value. With --format json a line
     is a whole record, so that `consume A --json | produce B --format json` copies a topic. A line that is no record, or
-    has no key where one was asked for, is an error that names it: the lines before it are written, nothing after it is.
-    Ctrl-C, SIGTERM and a terminal that hangs up (SIGHUP) end the reading: the lines read are written and counted; a
-    second Ctrl-C does not wait for that.
-    Progress and summary go to stderr.
+    has no key although keys are asked for, is an error with the line's number: lines before are written, lines after
+    not. Ctrl-C, SIGTERM and a terminal that hangs up (SIGHUP) end the reading: the lines read are written and counted;
+    a second Ctrl-C does not wait for that. Progress and summary go to stderr.
     """
     if as_json and sys.stdout is None:
         raise CliError("stdout is closed")
@@ -135,7 +139,7 @@ def produce(
     try:
         report.show(as_json)
     except OSError:
-        if report.stopped_by != signal.SIGHUP:  # else with the terminal went who would read this
+        if report.stopped_by != signal.SIGHUP:  # else the reader of this went with the terminal
             raise
     if report.stopped_by:
         raise click.exceptions.Exit(128 + report.stopped_by)
@@ -146,7 +150,7 @@ def produce(
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How the input is to be read, as the options say."""
+    """Options that say how the input is read."""
 
     shape: str
     key_field: str | None
@@ -175,13 +179,13 @@ class Form:
                 raise click.UsageError("--csv-delimiter is one ASCII character, and neither a quote nor a newline")
 
     def splitter(self) -> LineSplitter | RowSplitter:
-        """Returns what cuts the input into lines or rows."""
+        """Returns a splitter of the input into lines or rows."""
         if self.shape == "csv":
             return RowSplitter(self.csv_delimiter)
         return LineSplitter(JSON_LINE_BYTES_MAX) if self.shape == "json" else LineSplitter()
 
     def parse(self) -> Parse:
-        """Returns what makes records of lines or rows."""
+        """Returns a parser that makes records of lines or rows."""
         if self.shape == "json":
             return records_of_json
         if self.csv_header:
@@ -217,7 +221,7 @@ class Report:
     size_bytes: int = 0
     acknowledged: int = 0
     failed: int = 0
-    missing_keys: int = 0  # records without the field that was to be their key
+    missing_keys: int = 0  # records without the field with the key
     cut_off: bool = False  # the input was left in the middle of a line
     stopped_by: int = 0  # the signal's number
 
@@ -249,7 +253,7 @@ class Report:
 
 
 class Sending:
-    """Sends records and keeps account of which were acknowledged."""
+    """Sends records, and counts acknowledged and failed records in the report."""
 
     def __init__(self, producer: Producer, topic: str, report: Report) -> None:
         self._producer = producer
@@ -259,8 +263,9 @@ class Sending:
         self._error: Exception | None = None
 
     async def send(self, records: InputRecords) -> None:
-        """Waits only while the producer's buffer is full. Raises DeliveryFailed once an earlier send has failed."""
-        self._report.lines += len(records.values)  # before it waits: cancelled, it has sent some of them
+        """Sends the records; waits only while the producer's buffer is full. Raises DeliveryFailed once an earlier send
+        has failed."""
+        self._report.lines += len(records.values)  # now: a cancelled send has sent some of them
         self._report.missing_keys += records.missing_keys
         self._report.size_bytes += sum(len(value) for value in records.values if value is not None)
         if records.partitions is None:
@@ -286,7 +291,7 @@ class Sending:
         )
 
     async def finish(self) -> None:
-        """Until every record is acknowledged. Raises DeliveryFailed when one was not."""
+        """Waits until every record is acknowledged. Raises DeliveryFailed if a record was refused."""
         try:
             await self._producer.flush()
         finally:
@@ -305,8 +310,8 @@ class Sending:
 
 
 def _by_partition(partitions: list[int | None]) -> Iterator[tuple[int | None, list[int]]]:
-    """Yields partitions with the positions of their records. A record that names none may go to any of them: it comes
-    after all that stand before it, so that no partition gets its records in another order."""
+    """Yields partitions with the positions of their records. A record without a partition may go to any partition, so
+    all records before are yielded before: no partition gets records in another order."""
     for _, stretch in groupby(enumerate(partitions), lambda item: item[1] is None):
         positions: dict[int | None, list[int]] = {}
         for at, partition in stretch:
@@ -315,7 +320,7 @@ def _by_partition(partitions: list[int | None]) -> Iterator[tuple[int | None, li
 
 
 class DeliveryFailed(Exception):
-    """Records were not acknowledged; `error` is why, for the first of them."""
+    """Records were not acknowledged; `error` is the reason for the first of these."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -367,13 +372,13 @@ async def _send_input(work: Work, sending: Sending, report: Report, stop: asynci
         await sending.finish()
         raise CliError(f"{form.place(report.lines)}: {error}{_so_far(report)}") from error
     except DeliveryFailed:
-        await sending.finish()  # raises it again, once it is known of all of them
+        await sending.finish()  # raises the error again, once the outcome of all records is known
         raise
 
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """From lines to records that are sent, up to the first line that is none."""
+    """Makes records of lines and sends these, up to the first line that is no record."""
 
     sending: Sending
     report: Report
@@ -382,7 +387,7 @@ class Lines:
     partition_count: int
 
     async def send(self, lines: list[bytes]) -> None:
-        """Sends the records of lines. Raises CliError that names the first bad line once all before it are
+        """Sends the records of lines. Raises CliError with the number of the first bad line, once all lines before are
         acknowledged, and DeliveryFailed."""
         records = self.parse(lines)
         if self.form.repartition and records.partitions is not None:
@@ -396,7 +401,7 @@ class Lines:
 
 
 def _refuse_partitions(records: InputRecords, partition_count: int) -> None:
-    """Ends the records at the first for a partition that the topic does not have."""
+    """Ends the records before the first with a partition that the topic does not have."""
     for at, partition in enumerate(records.partitions or ()):
         if partition is not None and partition >= partition_count:
             records.error = (
@@ -425,7 +430,7 @@ def _were(count: int) -> str:
 
 @contextmanager
 def _progress(topic: str, descriptor: int) -> Iterator[Callable[[int], None]]:
-    """A function that counts bytes; draws on stderr when that is a terminal and input is not typed by hand."""
+    """Yields a function that counts bytes; draws on stderr if that is a terminal and the input is not typed by hand."""
     if not is_terminal(sys.stderr) or os.isatty(descriptor):
         yield lambda size_bytes: None
         return

@@ -1,7 +1,7 @@
 """The first contact of `produce` and `consume`: a coordinator that knows the topic, and services at their addresses.
 
-Producers and consumers wait for a first answer as long as for later ones, which is minutes. Whoever forgot to start a
-server, misspelt a topic, or gave a service an address that does not work from here is told within --retry-timeout-ms.
+Producers and consumers wait minutes for a first answer, as for later answers. A server that was never started, a
+misspelt topic, or a service with an address that does not work from here is reported within --retry-timeout-ms.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from streamhouse.metadata import MetadataCache
 
 LOOK_AGAIN_S = 0.5
-# A session that ends so much later than it would have was renewed; less may be the way of an answer.
+# A session whose end moved by so much was renewed; less may be the time that an answer takes.
 RENEWED_S = 1.0
 
 
 async def reach_leaders(bootstrap: str, topic: str) -> int:
     """Returns the topic's number of partitions once every leader can be connected. Raises UnknownTopic, Unavailable.
 
-    A leader that cannot be is no error while its own session may be ending: another agent takes its work over then, and
-    the producer waits for that. One that goes on renewing its session is alive, and will not be reached later either.
+    A leader without connection is no error while its session may be ending: another agent then takes over, and the
+    producer waits for that. An agent that goes on renewing its session is alive, and will not be reached later either.
     """
     loop, ends_s = asyncio.get_running_loop(), dict[str, float]()
     deadline_s = loop.time() + retry_timeout_ms() / 1000
@@ -66,7 +66,7 @@ async def reach_readers(bootstrap: str, topic: str) -> None:
             if loop.time() >= deadline_s:
                 if failures:
                     raise failures[addresses[0]]
-                return  # none has a session yet: the consumer waits for one
+                return  # no query service has a session yet: the consumer waits
             await asyncio.sleep(LOOK_AGAIN_S)
 
 
@@ -85,7 +85,7 @@ async def _contact(bootstrap: str) -> AsyncIterator[tuple[Peers, MetadataCache]]
 
 
 async def _failures(peers: Peers, addresses: Collection[str]) -> dict[str, StreamHouseError]:
-    """Returns why addresses cannot be connected, by address."""
+    """Returns the errors of addresses that cannot be connected, by address."""
     from shproto.errors import StreamHouseError
     from shruntime.tasks import outcomes
 

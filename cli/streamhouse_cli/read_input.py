@@ -1,4 +1,4 @@
-"""Reads a file, a pipe or a terminal piece by piece, beside a running event loop."""
+"""Reads a file, a pipe or a terminal in chunks, beside a running event loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHUNK_BYTES = 1024 * 1024
 
 @contextmanager
 def open_input(path: str) -> Iterator[int]:
-    """The file descriptor of a file, or of stdin for `-`. Raises OSError."""
+    """Yields the file descriptor of a file, or of stdin for `-`. Raises OSError."""
     if path == "-":
         if sys.stdin is None:  # started with `<&-`
             raise OSError("stdin is closed")
@@ -32,8 +32,8 @@ def open_input(path: str) -> Iterator[int]:
 
 
 async def read_chunks(descriptor: int, stop: asyncio.Event) -> AsyncIterator[bytes]:
-    """Yields what can be read, piece by piece, to the end or until `stop` is set. Waits for a pipe or terminal without
-    blocking the event loop, and without a thread that nothing could interrupt; a regular file is always ready."""
+    """Yields chunks, to the end or until `stop` is set. Waits for a pipe or terminal without blocking the event loop,
+    and without a thread, which could not be interrupted; a regular file is always ready."""
     always_ready = is_regular(descriptor)
     while True:
         if not always_ready:
@@ -52,7 +52,7 @@ def _read(descriptor: int) -> bytes:
     except OSError as error:
         if descriptor != 0:
             raise
-        raise OSError(error.errno, error.strerror, "stdin") from error  # one that is open for writing only, or a disk's
+        raise OSError(error.errno, error.strerror, "stdin") from error  # open for writing only, or an error of a disk
 
 
 async def _readable(descriptor: int, stop: asyncio.Event) -> None:
@@ -62,7 +62,7 @@ async def _readable(descriptor: int, stop: asyncio.Event) -> None:
     ready = asyncio.Event()
     try:
         loop.add_reader(descriptor, ready.set)
-    except PermissionError:  # /dev/null and the like cannot be waited for: they are always ready
+    except PermissionError:  # epoll refuses /dev/null and the like, which are always ready
         return
     waits = [asyncio.ensure_future(event.wait()) for event in (ready, stop)]
     try:

@@ -1,4 +1,4 @@
-"""Whether what the registry says of segments holds together, and agrees with what is in the objects. Pure."""
+"""Checks registered segments against each other, and against the contents of their objects. Pure."""
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,11 +12,14 @@ Kind = Literal["missing", "damaged", "different", "overlapping", "gap", "unregis
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """missing: registered, and not in the store (or cut short there). damaged: bytes fail their checks. different:
-    sound, but not what is registered. overlapping: two segments claim the same offsets. gap: registered offsets of an
-    epoch that no segment holds. unregistered: an object that no segment lies in, and that no sweep has noticed.
-    outdated: the registry is older than what the store has seen of it, or is another one. metadata: rows of the
-    registry are not what its events give."""
+    """A difference between registry and object store, or inside the registry.
+
+    missing: registered, and not in the store (or cut short there). damaged: bytes fail their checks. different: sound,
+    but not as registered. overlapping: two segments claim the same offsets. gap: registered offsets of an epoch that
+    no segment holds. unregistered: an object without a registered segment, not noticed by a sweep. outdated: the
+    registry is older than the state that the store has seen, or another registry. metadata: rows of the registry
+    differ from its events.
+    """
 
     kind: Kind
     what: str
@@ -48,7 +51,7 @@ def check_partition(
     ranges: Sequence[Range],
     segments: Iterable[Segment],
 ) -> list[Finding]:
-    """Overlaps between segments, and gaps in the registered part of the ranges."""
+    """Returns overlaps between segments, and gaps in the registered part of the ranges."""
     ordered = sorted(segments, key=lambda segment: (segment.base_offset, segment.end_offset))
     findings = list(_overlaps(ordered))
     spans = _joined((segment.base_offset, segment.end_offset) for segment in ordered)
@@ -74,7 +77,7 @@ def _overlaps(ordered: Sequence[Segment]) -> Iterator[Finding]:
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ascending spans, those that touch or overlap as one."""
+    """Returns ascending spans; spans that touch or overlap are merged."""
     joined: list[tuple[int, int]] = []
     for base, end in spans:
         if joined and base <= joined[-1][1]:
@@ -85,7 +88,7 @@ def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _uncovered(start: int, end: int, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """What of [start, end) lies in none of the spans, which ascend and are apart."""
+    """Yields the parts of [start, end) outside of the spans, which ascend and do not touch."""
     for base, until in spans:
         if base >= end:
             break
@@ -97,7 +100,7 @@ def _uncovered(start: int, end: int, spans: Iterable[tuple[int, int]]) -> Iterat
 
 
 def check_contents(segment: Segment, described: Mapping[str, Any]) -> list[Finding]:
-    """`described`: what shformat.describe_segment found in the segment's bytes."""
+    """Returns damage and differences. `described`: the answer of shformat.describe_segment for the segment's bytes."""
     damage = [
         finding(segment, "damaged", f"at byte {item['at']} of the segment: {item['what']}")
         for item in described["damage"]
@@ -113,7 +116,7 @@ def check_contents(segment: Segment, described: Mapping[str, Any]) -> list[Findi
         "base_offset": header["base_offset"],
         "end_offset": header["end_offset"],
         "record_count": header["record_count"],
-        # As the builder says it: of the first record. Later ones may be older, so it is no minimum.
+        # The builder takes it from the first record. Later records may be older, so this is no minimum.
         "first_timestamp_ms": blocks[0]["first_timestamp_ms"],
         "max_timestamp_ms": max(block["max_timestamp_ms"] for block in blocks),
     }

@@ -1,4 +1,4 @@
-"""streamhouse restore: the metadata out of a backup, and what the object store knows beyond it."""
+"""streamhouse restore: the metadata out of a backup, and newer segments out of the object store."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def restore(
     """Restore the metadata into an EMPTY database, while no service runs.
 
     Segments that were registered after the backup are found in the object store and come back as well. Then start
-    everything, with the agents' write-ahead logs as they are: what only these have comes back with them. Readers wait
+    everything, with the agents' write-ahead logs as they are: records that only these have come back, too. Readers wait
     where records may be missing until all agents are back and `streamhouse restore --complete` says so.
     docs/backup.md has the whole story.
     """
@@ -103,7 +103,7 @@ async def _restore(name: str, dry_run: bool, accept_holes: bool, data_dir: str |
 
 
 async def _mark_history(store: ObjectStore, last: EventRow) -> None:
-    """From now on segmenters take this history for the right one; they delete nothing for a while."""
+    """Writes the mark by which segmenters recognise this history as the right one; they delete nothing for a while."""
     from streamhouse_segmenter.core.history import MARK_KEY, RESTORE_GRACE_MS, HistoryMark
 
     from_ms = time.time_ns() // 1_000_000 + RESTORE_GRACE_MS
@@ -113,7 +113,7 @@ async def _mark_history(store: ObjectStore, last: EventRow) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """(what, how many, of how many or 0): drawn on stderr when that is a terminal."""
+    """Yields a function of (step, count, total or 0) that draws on stderr if that is a terminal."""
     if not is_terminal(sys.stderr):
         yield lambda what, done, total: None
         return

@@ -37,7 +37,7 @@ def serve(data_dir: str | None, listen: str | None, advertise: str | None, confi
     """Run the whole platform in this process, on a local directory: no other server is needed.
 
     Ctrl-C or SIGTERM stops it after sealing, uploading and registering what is in the log. SIGHUP does not: it opens
-    the log file anew, if there is one. Other settings come from STREAMHOUSE_* variables and a TOML file;
+    the log file anew, if there is a log file. Other settings come from STREAMHOUSE_* variables and a TOML file;
     docs/settings.md lists them.
     """
     # The services read their own settings inside this process, so the options have to reach the variables.
@@ -57,8 +57,8 @@ def serve(data_dir: str | None, listen: str | None, advertise: str | None, confi
 
 
 def _announce_soon(ready: Ready, as_json: bool) -> None:
-    """In the event loop's next turn: the signal handlers are in place then, so whoever reads the announcement may
-    stop us at once and still gets a drain."""
+    """Announces the address in the event loop's next turn: the signal handlers are in place then, so that a script
+    which stops the process at the announcement still gets a drain."""
     import asyncio
 
     asyncio.get_running_loop().call_soon(_announce_json if as_json else _announce, ready)

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-# initdb on a slow disk takes a few seconds; well beyond that something is stuck.
+# initdb on a slow disk takes a few seconds; well beyond that something hangs.
 READY_TIMEOUT_S = 60.0
-# What `serve` allows itself to drain (shutdown_timeout_ms), and a little.
+# The time that `serve` has to drain (shutdown_timeout_ms), and some seconds.
 STOP_TIMEOUT_S = 45.0
 
 
@@ -25,8 +25,9 @@ class ServeFailed(Exception):
 
 
 class ServeProcess:
-    """Runs `streamhouse serve` on `data_dir` and a free port; its log goes to `log_path`. A context manager: started
-    on entry, drained on exit. It is in its own session, so that Ctrl-C reaches only us and we stop it in order."""
+    """Runs `streamhouse serve` on `data_dir` and a free port, with the log in `log_path`. A context manager: started on
+    entry, drained on exit. The process has a session of its own, so that Ctrl-C reaches only the parent, which stops
+    it in order."""
 
     def __init__(self, data_dir: Path, log_path: Path, environ: Mapping[str, str] | None = None) -> None:
         self.data_dir = data_dir
@@ -51,7 +52,7 @@ class ServeProcess:
             self.kill_unless_stopped()
 
     def start(self) -> None:
-        """Returns once it serves; `address` is set. Raises ServeFailed."""
+        """Starts the process; `address` is set once it serves. Raises ServeFailed."""
         command = [sys.executable, "-m", "streamhouse_cli", "serve", "--json"]
         command += ["--data-dir", str(self.data_dir), "--listen", "127.0.0.1:0"]
         with self._log_path.open("ab") as log:
@@ -70,7 +71,7 @@ class ServeProcess:
             raise
 
     def _first_line(self) -> bytes:
-        """Raises ServeFailed when the process ends or takes too long."""
+        """Returns the line that announces the address. Raises ServeFailed if the process ends or takes too long."""
         assert self._process is not None and self._process.stdout is not None
         deadline, line = time.monotonic() + READY_TIMEOUT_S, b""
         with selectors.DefaultSelector() as selector:
@@ -86,7 +87,8 @@ class ServeProcess:
         return line
 
     def stop(self) -> None:
-        """SIGTERM, and waits for the drain. Raises ServeFailed unless it ends in time with exit code 0."""
+        """Sends SIGTERM, and waits for the drain. Raises ServeFailed unless the process ends in time with exit code
+        0."""
         assert self._process is not None, "not started"
         self._process.send_signal(signal.SIGTERM)
         try:
@@ -99,14 +101,14 @@ class ServeProcess:
             raise ServeFailed(f"streamhouse serve ended with exit code {code}{self.log_end()}")
 
     def kill(self) -> None:
-        """SIGKILL: the crash."""
+        """Sends SIGKILL, as a crash would end the process."""
         assert self._process is not None, "not started"
         self._process.kill()
         self._process.wait()
         self._close()
 
     def kill_unless_stopped(self) -> None:
-        """Ends it in whatever way works: gently, then not. Never raises for a process that has ended."""
+        """Ends the process: gently, then by SIGKILL. Never raises for a process that has ended."""
         process = self._process
         if process is None or process.poll() is not None:
             self._close()
@@ -124,6 +126,6 @@ class ServeProcess:
             self._process.stdout.close()
 
     def log_end(self, size_bytes: int = 4096) -> str:
-        """The last lines of the log, for an error message."""
+        """Returns the last lines of the log, for an error message."""
         text = self._log_path.read_bytes()[-size_bytes:].decode(errors="replace") if self._log_path.exists() else ""
         return f"; its log ends:\n{text}" if text else ""

@@ -26,7 +26,7 @@ def load_all_settings() -> None:
 
 
 def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--config, --listen, --advertise and --bootstrap: the same as the variables, and stronger."""
+    """Returns the command with --config, --listen, --advertise and --bootstrap, which come before the variables."""
     options = (
         click.option(
             "--config", type=click.Path(exists=True, dir_okay=False), help="TOML file  [env: STREAMHOUSE_CONFIG]"
@@ -41,7 +41,7 @@ def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def environ_with(**options: str | None) -> dict[str, str]:
-    """The environment, with the options given in place of the variables that stand for them."""
+    """Returns the environment, with the given options in place of their variables."""
     given = {f"STREAMHOUSE_{name.upper()}": value for name, value in options.items() if value is not None}
     return {**os.environ, **given}
 
@@ -104,7 +104,7 @@ def segmenter(**options: str | None) -> None:
     Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
     """
     environ = environ_with(**options)
-    if importlib.util.find_spec("nameko") is None:  # asked here, where the answer becomes one line
+    if importlib.util.find_spec("nameko") is None:  # here, where the error becomes a line
         from shformat import MissingExtra
 
         raise MissingExtra("streamhouse segmenter", "nameko", "server")
@@ -117,11 +117,11 @@ def segmenter(**options: str | None) -> None:
 
 
 def run_service(service: Callable[[], Coroutine[Any, Any, None]], *expected: type[Exception]) -> None:
-    """Runs a service until it is told to stop; it handles SIGINT and SIGTERM itself. `expected`: what it may fail with
-    besides what every command may, so that an operator gets a line and not a traceback."""
+    """Runs a service, which handles SIGINT and SIGTERM itself, until it stops. `expected`: errors of the service,
+    besides those of every command, that an operator gets as a line and not as a traceback."""
     import uvloop
 
-    os.umask(0o077)  # logs, caches and data directories hold records: they are nobody else's to read
+    os.umask(0o077)  # logs, caches and data directories hold records, which other users must not read
     try:
         process.run(service, uvloop.new_event_loop)
     except expected as error:

@@ -1,4 +1,4 @@
-"""streamhouse status: one look at everything that runs."""
+"""streamhouse status: everything that runs, on a screen."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from streamhouse.cluster import ClusterStatus, Session
 
 
-# People wait in front of a terminal: shorter than what services allow each other.
+# People wait in front of a terminal: shorter than the timeouts between services.
 TIMEOUT_MS = 5_000
-# Lines about partitions whose readers wait: an agent that is gone may have led thousands, and they say the same.
+# Lines about partitions with waiting readers: an agent that is gone may have led thousands, with the same line each.
 WAITS_SHOWN = 10
 
 
@@ -33,9 +33,9 @@ WAITS_SHOWN = 10
 @json_option
 @bootstrap_option
 def status(topic: str | None, show_all: bool, as_json: bool, bootstrap: str) -> None:
-    """Show sessions, write-ahead logs, caches and a line for each topic, and what is wrong.
+    """Show sessions, write-ahead logs, caches and a line for each topic, and problems.
 
-    --json has every partition, as with --all, unless --topic names one topic.
+    --json has every partition, as with --all, unless --topic names a topic.
     """
     if topic is not None and show_all:
         raise click.UsageError("--topic and --all exclude each other")
@@ -57,8 +57,8 @@ def _keep_topic(report: dict[str, Any], topic: str) -> None:
 
 
 async def collect_status(bootstrap: str) -> dict[str, Any]:
-    """What the coordinator, every ingest agent and every query service say. Raises StreamHouseError when no
-    coordinator answers; an agent that does not is in the report with its `error`."""
+    """Returns the status of the coordinator, every ingest agent and every query service. Raises StreamHouseError if no
+    coordinator answers; an agent that does not answer is in the report with its `error`."""
     import asyncio
 
     from shcluster.peers import Peers
@@ -106,7 +106,7 @@ async def _describe_query(peers: Peers, session: Session) -> dict[str, Any]:
 
 
 async def _ask(session: Session, call: Awaitable[Any]) -> dict[str, Any]:
-    """Every field of the answer, or why there is none."""
+    """Returns every field of the answer, or `error` if there is no answer."""
     from shproto.errors import StreamHouseError
 
     head = {"agent_id": session.agent_id, "address": session.address, "error": None}
@@ -127,7 +127,7 @@ def _fields(message: Message) -> dict[str, Any]:
 
 
 def _partitions(answer: ClusterStatus, agents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per lease; `end_offset` is the acknowledged end as its leader says, None when that is not known."""
+    """Returns an entry per lease; `end_offset` is the acknowledged end according to the leader, None if not known."""
     led = {
         (part["topic"], part["partition"], part["epoch"]): part
         for agent in agents
@@ -193,8 +193,8 @@ def _print_topics(entries: list[dict[str, Any]]) -> None:
 
 
 def _topic_row(item: tuple[str, list[dict[str, Any]]]) -> tuple[object, ...]:
-    """Numbers of partitions, but for the last two: acknowledged offsets that are in no segment yet, `?` with the sum of
-    those known where a leader did not answer, and bytes."""
+    """Returns the row of a topic: numbers of partitions, then the acknowledged offsets that are in no segment yet (with
+    `?`, and without those of leaders that did not answer), then bytes."""
     topic, entries = item
     known = [entry for entry in entries if entry["end_offset"] is not None]
     pending = f"{sum(max(0, entry['end_offset'] - entry['registered_end']) for entry in known):,}"
@@ -250,7 +250,7 @@ def _partition_row(entry: dict[str, Any]) -> tuple[object, ...]:
 
 
 def _print_waits(report: dict[str, Any], most: int | None) -> None:
-    """Prints what is wrong; of partitions whose readers wait at most so many lines, or all."""
+    """Prints problems; of partitions with waiting readers at most `most` lines, or all."""
     buffers = report["buffers"]
     click.echo(
         f"sealed buffers: {buffers['waiting']} waiting ({show_bytes(buffers['waiting_bytes'])}), "
@@ -294,7 +294,7 @@ def show_doubt(item: dict[str, Any]) -> str:
 
 
 def show_failure(item: dict[str, Any]) -> str:
-    """Returns the line about one buffer whose last hand-over failed."""
+    """Returns the line about a buffer whose last hand-over failed."""
     what = "THE OBJECT STORE REFUSES" if item["refused"] else "not handed over yet:"
     size = show_bytes(item["size_bytes"])
     return (
@@ -313,8 +313,8 @@ def _lacks(acknowledged_end: int | None) -> str:
 
 
 def _since(orphaned_ms: int, *, went_back: bool) -> str:
-    """Since when a range has no agent, and what helps. Of metadata that went back the agent cannot work, and settling
-    would give up records that a restore brings back."""
+    """Returns the time since which a range has no agent, and a remedy. With metadata that went back the agent cannot
+    work, and settling would give up records that a restore brings back."""
     if not orphaned_ms:
         return ""
     helps = "restore the metadata first" if went_back else "bring the agent back, or see `partition settle`"

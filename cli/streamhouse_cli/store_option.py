@@ -21,15 +21,15 @@ STORED_DIR = "objects"
 
 def objects_of(data_dir: str) -> str:
     """Returns the directory of the object store in the data directory of `streamhouse serve`. Raises CliError for any
-    other directory: the store would make its own in there."""
+    other directory, in which the store would make its own directories."""
     if not (Path(data_dir) / OBJECTS_DIR).is_dir():
         raise CliError(f"{data_dir} is no data directory of `streamhouse serve`: it has no directory {OBJECTS_DIR}")
     return str(Path(data_dir) / OBJECTS_DIR)
 
 
 def store_of(question: str, store_dir: str | None, config: str | None) -> RetryingStore:
-    """Returns the store in a local directory, or the one that STREAMHOUSE_S3_* name. Raises CliError that begins with
-    `question` when neither is named, and for a directory without a store; SettingsError, StoreError."""
+    """Returns the store in a local directory, or the bucket of STREAMHOUSE_S3_*. Raises CliError that begins with
+    `question` if neither is named, and for a directory without a store; SettingsError, StoreError."""
     from shruntime.settings import StoreSettings
     from shstore.configured import configured_store
 
@@ -40,7 +40,7 @@ def store_of(question: str, store_dir: str | None, config: str | None) -> Retryi
     settings = StoreSettings.load(environ)
     if not (settings.store_dir or config or any(name.startswith("STREAMHOUSE_S3_") for name in environ)):
         raise CliError(f"{question}: --data-dir (of `streamhouse serve`), --store-dir or STREAMHOUSE_S3_*")
-    # Commands work on what services have made. A store that is asked for an object makes its directories in any other.
+    # Commands work on directories that services have made. In any other the store would create its own at a request.
     if settings.store_dir and not (Path(settings.store_dir) / STORED_DIR).is_dir():
         raise CliError(f"{settings.store_dir} is no object store of StreamHouse: it has no directory {STORED_DIR}")
     return configured_store(settings)

@@ -1,4 +1,4 @@
-"""streamhouse sweep: deletes objects that no segment lies in, or says which ones it would."""
+"""streamhouse sweep: deletes objects without a registered segment, or lists them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OBJECTS_MAX = 100_000
 
 @dataclass(slots=True)
 class Found:
-    """Unreferenced objects: all of them counted, the first ones kept."""
+    """Unreferenced objects: all are counted, the first ROWS_MAX kept."""
 
     confirm_ms: int
     objects: list[Orphan] = field(default_factory=list)
@@ -89,12 +89,12 @@ def sweep(
     as_json: bool,
     bootstrap: str,
 ) -> None:
-    """Delete objects that no registered segment lies in, as segmenters do by and by: once, now, and asking first.
+    """Delete objects without a registered segment, as segmenters do by and by: once, now, and asking first.
 
-    Shows each with the reason, its size, its age and since when nothing refers to it. The coordinator decides about
-    every object, and refuses those that are part of the log or are being uploaded; nothing can be registered in an
-    object from then on. One that was not noticed before is deleted by a later sweep, --confirm-ms after.
-    Refuses (exit 1) when PostgreSQL holds an earlier state than the store has seen: a restored backup.
+    Shows each with the reason, its size, its age and the time since which nothing refers to it. The coordinator decides
+    about every object, and refuses those that are part of the log or are being uploaded; nothing can be registered in
+    an object from then on. An object not noticed before is deleted by a later sweep, --confirm-ms after. Refuses (exit
+    1) when PostgreSQL holds an earlier state than the store has seen: a restored backup.
     """
     if data_dir is not None and store_dir is not None:
         raise click.UsageError("--data-dir and --store-dir exclude each other")
@@ -117,7 +117,7 @@ def sweep(
 
 
 def _checked(prefix: str) -> str:
-    """Objects elsewhere are not the segmenters'."""
+    """Returns the prefix. Raises UsageError for a prefix under which segmenters put no objects."""
     if prefix and not prefix.startswith(("data/", "mixed/")):
         raise click.UsageError(f"--prefix must begin with data/ or mixed/, got {prefix!r}")
     return prefix
@@ -152,7 +152,7 @@ async def _run(place: Place, dry_run: bool) -> tuple[SweepReport, Found]:
     peers = open_peers(place.bootstrap, settings.rpc_timeout_ms)
     try:
         await store.check()
-        await peers.coordinator.get_status(coordinator_pb2.GetStatusRequest())  # about an empty store nothing is asked
+        await peers.coordinator.get_status(coordinator_pb2.GetStatusRequest())  # a sweep of an empty store asks nothing
         sweeper = Sweeper(Ports(peers.coordinator, store, peers.ingest), settings)
         return await sweeper.run(place.prefix, found.add), found
     finally:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-# What a terminal would obey instead of show: C0 but tab and newline, DEL, C1.
+# Characters that a terminal obeys instead of showing: C0 but tab and newline, DEL, C1.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _ESCAPES = {"t": b"\t", "n": b"\n", "r": b"\r", "0": b"\0", "\\": b"\\"}
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|.|\Z)", re.DOTALL)
@@ -32,8 +32,8 @@ def unescape(text: str) -> bytes:
 
 
 def text_lines(values: Sequence[bytes | None], *, terminal: bool) -> bytes:
-    """One line per value, a null as an empty one. UTF-8 is written as it is; bytes that are not are escaped as
-    \\xNN. For a `terminal` control characters are escaped too: records come from anybody."""
+    """Returns a line per value, empty for a null. UTF-8 is written unchanged; other bytes are escaped as
+    \\xNN. For a `terminal` control characters are escaped too: records are untrusted input."""
     joined = b"\n".join([value or b"" for value in values]) + b"\n" if values else b""
     if not terminal and _is_utf8(joined):
         return joined
@@ -52,7 +52,7 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def bytes_json(name: str, value: bytes | None) -> dict[str, Any]:
-    """{name: text}, {name: null}, or {name_base64: …} when the bytes are not UTF-8."""
+    """Returns {name: text}, {name: null}, or {name_base64: …} if the bytes are not UTF-8."""
     if value is None:
         return {name: None}
     try:
@@ -64,7 +64,7 @@ def bytes_json(name: str, value: bytes | None) -> dict[str, Any]:
 def record_json(
     place: dict[str, Any], key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]
 ) -> str:
-    """One JSON line; `place` holds topic, partition, offset, timestamp_ms."""
+    """Returns a JSON line; `place` holds topic, partition, offset, timestamp_ms."""
     shown: list[dict[str, Any]] = [{"key": name} | bytes_json("value", content) for name, content in headers]
     record = place | bytes_json("key", key) | bytes_json("value", value) | {"headers": shown}
     return json.dumps(record, ensure_ascii=False, separators=(",", ":"))

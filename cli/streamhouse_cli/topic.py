@@ -110,7 +110,8 @@ def _warn_of_differences(existing: Topic, asked: Mapping[str, int | str | None])
 
 
 def show_setting(value: int | str | None) -> str:
-    """Returns a topic's setting as people read it; "none" is a value of min_acks, so one that is not set is "unset"."""
+    """Returns a topic's setting as people read it; "none" is a value of min_acks, so a setting without a value is
+    "unset"."""
     return "unset" if value is None else str(value)
 
 
@@ -195,10 +196,10 @@ def alter(
     as_json: bool,
     bootstrap: str,
 ) -> None:
-    """Change settings of topic NAME; what is not named stays.
+    """Change settings of topic NAME; other settings stay.
 
-    More partitions: what is written stays where it is and readable, but keys are spread over all partitions from then
-    on, so newer records of a key may lie in another partition than older ones. It cannot be undone.
+    More partitions: written records stay in their partitions and readable, but keys are spread over all partitions from
+    then on, so newer records of a key may lie in another partition than older ones. This cannot be undone.
     """
     changes = (partitions, retention_ms, retention_bytes, min_acks, unclean_recovery_after_ms)
     if all(change is None for change in changes):
@@ -266,7 +267,7 @@ def delete_records(
 
 
 def show_description(described: TopicDescription) -> None:
-    """Prints it for people."""
+    """Prints settings, partitions and ranges of a topic for people."""
     _print_settings(described.topic)
     columns = ["partition#", "leader", "address", "epoch#", "start#", "registered end#", "records#", "segments#"]
     rows = [
@@ -304,7 +305,7 @@ def _print_settings(info: Topic) -> None:
 
 
 def _print_ranges(ranges: list[tuple[int, OffsetRange]]) -> None:
-    """Of the epochs before the newest ones only those that are not over."""
+    """Prints the newest epoch of each partition, and older epochs that are not over."""
     if not ranges:
         return
     rows = [
@@ -327,7 +328,7 @@ def _print_ranges(ranges: list[tuple[int, OffsetRange]]) -> None:
 
 
 def _print_lost(spans: list[tuple[int, LostRecords]]) -> None:
-    """Also what is only possibly lost: its reason says so."""
+    """Prints lost records, also those that are only possibly lost, which the reason says."""
     if spans:
         rows = [(number, span.epoch, span.base_offset, span.end_offset, span.reason) for number, span in spans]
         click.echo()

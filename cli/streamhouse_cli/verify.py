@@ -1,4 +1,4 @@
-"""streamhouse verify: does the store hold what the registry says?"""
+"""streamhouse verify: compares the object store with the registry."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from streamhouse_cli.registry_check import Finding
     from streamhouse_cli.verify_store import Report
 
-# As long as segmenters wait by default before they count an object as an orphan: it may still be registered.
+# The default time that segmenters wait before an object counts as an orphan: it may still be registered.
 GRACE_MS = 3_600_000
 ROWS_MAX = 100
 
@@ -56,10 +56,10 @@ def verify(
 ) -> None:
     """Read every registered segment, check every checksum, decode it, and compare it with the registry.
 
-    Reports segments that are missing, damaged or different, overlaps, gaps inside an epoch, objects that nobody
-    registered, metadata that is older than the store has seen, and rows of it that are not what its events give. Exit 1
-    when there is any. Needs a coordinator and the store: --data-dir, --store-dir or STREAMHOUSE_S3_*. Changes nothing;
-    what the platform does meanwhile, and objects that wait for the sweep, are no findings.
+    Reports segments that are missing, damaged or different, overlaps, gaps inside an epoch, objects without
+    a registration, metadata that is older than the store has seen, and rows that differ from their events. Exit 1 if
+    there is any. Needs a coordinator and the store: --data-dir, --store-dir or STREAMHOUSE_S3_*. Changes nothing;
+    changes by the running platform, and objects that wait for the sweep, are no findings.
     """
     if data_dir is not None and store_dir is not None:
         raise click.UsageError("--data-dir and --store-dir exclude each other")
@@ -86,7 +86,7 @@ async def _verify(
 
     store = store_of("say where the object store is", directory, config)
     settings = SegmenterSettings.load(environ_with(store_dir=directory, config=config))
-    # Listing a snapshot of many segments takes a while; each answer is waited for this long.
+    # Listing a snapshot of many segments takes a while; this is the wait for each answer.
     peers = open_peers(bootstrap, 60_000)
     try:
         await store.check()
@@ -111,7 +111,7 @@ async def _verify(
 
 @contextmanager
 def _progress() -> Iterator[Bar]:
-    """(total of bytes, bytes read since): drawn on stderr when that is a terminal."""
+    """Yields functions that take the total of bytes and the bytes read since, drawn on stderr if that is a terminal."""
     if not is_terminal(sys.stderr):
         yield (lambda total: None), (lambda size_bytes: None)
         return

@@ -1,7 +1,8 @@
-"""Reads every registered segment and compares it with the registry; looks for objects that nobody registered.
+"""Reads every registered segment and compares it with the registry; looks for objects without a registration.
 
-Owns: what is read in which order, and what may have changed meanwhile. Does not own: the checks
+Owns: the order of reads, and the comparison with changes that happened meanwhile. Does not own: the checks
 (registry_check.py).
+Invariants: nothing is written. A segment that compaction or retention removed meanwhile is no finding.
 """
 
 import asyncio
@@ -25,22 +26,25 @@ from streamhouse_cli.registry_check import (
     finding,
 )
 
-# Where segmenters put objects.
+# The prefixes under which segmenters put objects.
 DATA_PREFIX, MIXED_PREFIX = "data/", "mixed/"
 # Two segments are checked while two more are fetched: as much as one core decodes, at 8 MiB a piece.
 SEGMENTS_AT_ONCE = 4
 READ_BYTES = 8 * 1024 * 1024
-# An S3 listing has so many keys a page.
+# Keys in a page of an S3 listing.
 PAGE_KEYS = 1000
 
 
 @dataclass(slots=True)
 class Report:
-    """replaced: segments that compaction or retention removed while they were to be read. young_objects: not
-    registered, and too new to say that they will not be. waiting_objects: nothing refers to them, a sweep has noticed
-    it, and a later one deletes them. resting_objects: not registered, and left alone by sweeps until resting_until_ms,
-    because the metadata was restored. lost_spans: registered as lost, so nothing to read. metadata_rows: of the
-    coordinator's projections, which were compared with its events; 0 with one topic only."""
+    """Result of a verification.
+
+    replaced: segments that compaction or retention removed before they were read. young_objects: not
+    registered, and so new that they may be registered later. waiting_objects: unreferenced, noticed by a sweep, to be
+    deleted by a later sweep. resting_objects: not registered, and left alone by sweeps until resting_until_ms, because
+    the metadata was restored. lost_spans: registered as lost, so nothing to read. metadata_rows: rows of the
+    coordinator's projections that were compared with its events; 0 if a single topic is verified.
+    """
 
     segments: int = 0
     records: int = 0
@@ -56,7 +60,8 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
 
     def rest_until(self, sweep_from_ms: int) -> None:
-        """Counts what is not registered instead of finding it: no sweep looks at it before this time."""
+        """Turns findings of unregistered objects into the count of resting objects, which no sweep deletes before this
+        time."""
         unregistered = [finding for finding in self.findings if finding.kind == "unregistered"]
         self.findings = [finding for finding in self.findings if finding.kind != "unregistered"]
         self.resting_objects, self.resting_until_ms = len(unregistered), sweep_from_ms if unregistered else 0
@@ -73,7 +78,7 @@ class _Partition:
 
 
 class Verifier:
-    """`run` once. `progress` is told the total of bytes first, then the bytes read since."""
+    """Verifies once: call `run` a single time. `started` gets the total of bytes, `progress` the bytes read since."""
 
     def __init__(
         self,
@@ -94,7 +99,7 @@ class Verifier:
         self._report = Report()
 
     async def run(self) -> Report:
-        """Raises UnknownTopic, Unavailable, StoreError."""
+        """Reads and compares everything; returns the report. Raises UnknownTopic, Unavailable, StoreError."""
         if self._topic is None:
             await self._compare_projections()
         partitions = await self._registered()
@@ -110,8 +115,8 @@ class Verifier:
         return self._report
 
     async def _compare_projections(self) -> None:
-        """The coordinator's tables, which say what is registered, against its events. First: where they differ, what
-        else is found follows from that."""
+        """Has the coordinator compare its tables with its events. This comes first: other findings may follow from a
+        difference here."""
         async for part in self._coordinator.check_projections(coordinator_pb2.CheckProjectionsRequest()):
             if part.done:
                 self._report.metadata_rows = part.rows
@@ -122,7 +127,7 @@ class Verifier:
         raise Unavailable("the coordinator ended its check of the metadata before it had a result")
 
     async def _registered(self) -> list[_Partition]:
-        """As of one moment."""
+        """Returns the registered partitions and segments, of a consistent snapshot."""
         found: dict[tuple[str, int], _Partition] = {}
         async for part in self._coordinator.get_snapshot(coordinator_pb2.GetSnapshotRequest()):
             for item in part.partitions:
@@ -177,7 +182,7 @@ class Verifier:
 
     async def _look_for_orphans(self, partitions: Sequence[_Partition], registered: set[str]) -> None:
         async for page in self._unknown_pages(partitions, registered):
-            # A dry run: it says what a sweep has noted down, and notes nothing.
+            # A dry run: returns the notes of sweeps, and writes none.
             request = coordinator_pb2.BeginDeletionRequest(
                 object_keys=list(page), grace_ms=self._grace_ms, confirm_ms=0, dry_run=True
             )
@@ -198,7 +203,7 @@ class Verifier:
     async def _unknown_pages(
         self, partitions: Sequence[_Partition], registered: set[str]
     ) -> AsyncIterator[dict[str, tuple[int, int]]]:
-        """Of objects that were not registered at the start: key -> (size in bytes, age in ms)."""
+        """Yields pages of objects that were not registered at the start: key -> (size in bytes, age in ms)."""
         page: dict[str, tuple[int, int]] = {}
         for prefix in self._prefixes(partitions):
             async for info in self._store.list(prefix):
@@ -212,14 +217,15 @@ class Verifier:
             yield page
 
     def _prefixes(self, partitions: Sequence[_Partition]) -> Sequence[str]:
-        """Objects that several partitions share belong to no topic: they are looked at only with all topics."""
+        """Returns the prefixes to list. Objects that several partitions share belong to no topic, and are listed only
+        if all topics are verified."""
         if self._topic is None:
             return (DATA_PREFIX, MIXED_PREFIX)
         return sorted({f"{DATA_PREFIX}{part.topic[:246]}.{part.topic_id[:8]}/" for part in partitions})
 
 
 class SegmentWindow:
-    """A segment's bytes for a reader in another thread: fetched in pieces, the last two of which are kept."""
+    """A segment's bytes for a reader in another thread: fetched in pieces, of which the last two are kept."""
 
     def __init__(self, store: ObjectStore, segment: Segment) -> None:
         self._store = store

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import select
 
-# POSIX and Linux: a pipe that polls as writable takes this much without blocking (PIPE_BUF).
+# A pipe that polls as writable takes this many bytes without blocking (PIPE_BUF, on Linux).
 PIECE_BYTES = 4096
 
 
 class Output:
-    """Writes all of what it is given to a file descriptor. A reader that is slow makes only the caller wait, not the
-    event loop: group heartbeats and downloads go on while `less` shows the first page."""
+    """Writes to a file descriptor. A slow reader makes only the caller wait, not the event loop: group heartbeats and
+    downloads go on while `less` shows the first page."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -19,8 +19,8 @@ class Output:
         self._poll.register(descriptor, select.POLLOUT)
 
     async def write(self, data: bytes) -> None:
-        """Writes all of `data`. Raises BrokenPipeError once the reader has gone, for all else (a full disk) an OSError
-        that names stdout."""
+        """Writes all of `data`. Raises BrokenPipeError once the reader has gone, and OSError that names stdout for
+        other errors, such as a full disk."""
         view = memoryview(data)
         while view:
             if not self._poll.poll(0):
