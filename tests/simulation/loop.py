@@ -35,17 +35,20 @@ class Stuck(Exception):
 class Step:
     """asyncio.Handle and asyncio.TimerHandle, as far as anybody uses them: there are tens of thousands per run."""
 
-    __slots__ = ("args", "callback", "context", "is_cancelled", "when")
+    __slots__ = ("args", "callback", "context", "is_cancelled", "when_s")
 
     def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Context, when: float) -> None:
         self.callback = callback
         self.args = args
         self.context = context
-        self.when = when
+        self.when_s = when
         self.is_cancelled = False
 
     def cancel(self) -> None:
         self.is_cancelled = True
+
+    def when(self) -> float:
+        return self.when_s
 
     def cancelled(self) -> bool:
         return self.is_cancelled
