@@ -1,6 +1,7 @@
 """The segmenter's decisions, without I/O."""
 
 import dataclasses
+import uuid
 import zlib
 from typing import Any
 
@@ -20,9 +21,11 @@ from streamhouse_segmenter.core.retry import retry_after_ms, still_early
 from streamhouse_segmenter.core.sweep import Orphan, StoredObject, judge, old_enough
 from streamhouse_segmenter.settings import SegmenterSettings
 
-from services.segmenter.tests.segmenter_standins import TOPIC_ID, records_of
+from tests.platform.log_agent import records_of
 
 pytestmark = pytest.mark.quick
+
+TOPIC_ID = uuid.UUID(int=0x0123456789ABCDEF0123456789ABCDEF).bytes
 
 
 def slice_of(partition: int, base: int, end: int, size_bytes: int = 100) -> c.BufferSlice:

@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from shformat import SegmentBuilder, encode_batch
 from shproto.errors import Fenced, MetadataWentBack, Unavailable
+from shproto.events import SegmentsCompacted
 from shproto.v1 import coordinator_pb2 as c
-from shproto.v1 import types_pb2
-from shruntime.clock import ManualClock, SystemClock
+from shruntime.clock import SystemClock
 from shstore import (
     BucketMissing,
     FaultKind,
@@ -25,22 +24,18 @@ from shstore import (
     StoreError,
     StoreUnavailable,
 )
+from streamhouse_coordinator.core import tables as t
+from streamhouse_coordinator.messages import segment_of
 from streamhouse_segmenter.core.history import MARK_KEY, HistoryMark
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.service import Segmenter
 from streamhouse_segmenter.settings import SegmenterSettings
 
-from services.segmenter.tests.segmenter_standins import (
-    TOPIC_ID,
-    StandInAgent,
-    StandInCoordinator,
-    assert_all_stored,
-    records_of,
-)
+from services.segmenter.tests.segmenter_world import World, assert_all_stored
 
 HOUR_MS = 3_600_000
 SETTINGS = SegmenterSettings(
-    compaction_segments_min=3,
+    compaction_segments_min=2,  # three of a size, or nearly, are merged
     compaction_small_bytes_max=1024 * 1024,
     handover_retry_first_ms=1,
     handover_retry_max_ms=2,
@@ -48,17 +43,15 @@ SETTINGS = SegmenterSettings(
 )
 
 
-class House:
+class House(World):
     """A drained partition set, and time that is moved by hand for the sweep."""
 
     def __init__(self, **overrides: Any) -> None:
-        self.clock = ManualClock(100 * HOUR_MS)
-        self.coordinator: Any = StandInCoordinator(self.clock.wall_ms)
-        self.agent: Any = StandInAgent()
-        self.store: Any = MemoryStore(now_ms=self.clock.wall_ms)
+        super().__init__()
         self.settings = SETTINGS.model_copy(update=overrides)
         self.rng = random.Random(3)
         self.sweeping = self.segmenter(clock=self.clock)
+        self.buffers = 0
 
     def segmenter(self, *, store: Any = None, clock: Any = None, **overrides: Any) -> Segmenter:
         ports = Ports(
@@ -67,27 +60,36 @@ class House:
         return Segmenter(ports, self.settings.model_copy(update=overrides), "w1")
 
     async def fill(self, buffers: int, partitions: int = 1) -> None:
-        for number in range(buffers):
-            slices = [self.agent.append(partition, [5, 7]) for partition in range(partitions)]
-            self.coordinator.announce(f"b{len(self.coordinator.buffers)}-{number}", "agent:1", slices)
+        for _ in range(buffers):
+            await self.seal_more(*(self.append(partition, [5, 7]) for partition in range(partitions)))
         await self.segmenter(builds_in_flight_max=1).drain()
+
+    async def seal_more(self, *slices: c.BufferSlice) -> None:
+        self.buffers += 1
+        await self.seal(f"b{self.buffers}", *slices)
 
     async def hours_pass(self) -> None:
         """Claims run out, and the sweep deletes what looks like an orphan."""
-        self.coordinator.expire_claims()
+        await self.expire_claims()
         self.clock.advance(2 * HOUR_MS)
         await sweep_until_confirmed(self)
 
-    async def keys(self, prefix: str = "") -> set[str]:
-        return {info.key async for info in self.store.list(prefix) if info.key != MARK_KEY}
+    async def stored(self) -> set[str]:
+        return set(await self.keys()) - {MARK_KEY}
 
     @property
     def registered(self) -> set[str]:
-        return {segment.object_key for segment in self.coordinator.segments.values()}
+        return {segment.object_key for segment in self.segments.values()}
 
     async def check(self) -> None:
-        await assert_all_stored(self.coordinator, self.store, self.agent)
-        assert self.registered <= await self.keys()
+        await assert_all_stored(self, self.store, self.held)
+        assert self.registered <= await self.stored()
+
+
+async def new_house(**overrides: Any) -> House:
+    house = House(**overrides)
+    await house.open()
+    return house
 
 
 # ---- compaction
@@ -95,62 +97,63 @@ class House:
 
 @pytest.mark.parametrize("partitions", [1, 3])
 async def test_compaction_keeps_every_record_at_its_offset(partitions: int) -> None:
-    house = House()
+    house = await new_house()
     await house.fill(6, partitions)
     assert await house.segmenter().compact() == 6 * partitions
-    assert len(house.coordinator.segments) == partitions
+    assert len(house.segments) == partitions
     await house.check()
-    [merged] = house.coordinator.of_partition(TOPIC_ID, 0)
+    [merged] = house.of_partition(house.topic_id, 0)
     assert (merged.base_offset, merged.end_offset, merged.record_count) == (0, 72, 72)
     assert merged.object_key.startswith("data/")
 
 
 async def test_compaction_joins_epochs_over_the_gap_between_them() -> None:
-    house = House()
+    house = await new_house()
     await house.fill(3)
-    for number, base in enumerate((1 << 30, (1 << 30) + 4, 1 << 31)):
-        epoch = 2 + number // 2
-        builder = SegmentBuilder(TOPIC_ID, 0, epoch)
-        batch = encode_batch(records_of(0, base, 4), base_offset=base, epoch=epoch)
-        builder.add(batch)
-        house.agent.batches.setdefault((TOPIC_ID, 0, epoch), []).append(batch)
-        built = builder.finish()
-        key = f"data/epoch-{number}.seg"
-        await house.store.put(key, built.parts)
-        house.coordinator.segments[key] = types_pb2.SegmentRef(
-            segment_id=key,
-            topic_id=TOPIC_ID,
-            topic="orders",
-            epoch=epoch,
-            base_offset=base,
-            end_offset=base + 4,
-            record_count=4,
-            object_key=key,
-            size_bytes=built.info.size_bytes,
-        )
+    for counts in ([4], [4]), ([4],):  # the epochs 2 and 3, where the ranges before end
+        await house.expire_session(house.held.session.session_id)
+        await house.held.open()
+        for number in counts:
+            await house.seal_more(house.append(0, number))
+            await house.segmenter(builds_in_flight_max=1).drain()
+    claim = house.coordinator.claim_compaction
+
+    async def claim_all(request: c.ClaimCompactionRequest) -> c.ClaimCompactionResponse:
+        answer = await claim(request)
+        if answer.found:
+            del answer.segments[:]
+            answer.segments.extend(house.of_partition(house.topic_id, 0))
+        return answer  # type: ignore[no-any-return]
+
+    async def register(request: c.RegisterCompactionRequest) -> c.RegisterCompactionResponse:
+        replaced = tuple(request.replaced_segment_ids)
+        compacted = SegmentsCompacted(segment_of(request.segment), replaced)
+        await house.service.context.store.run(lambda tx: tx.append([compacted]))
+        return c.RegisterCompactionResponse(result=c.REGISTRATION_RESULT_REGISTERED)
+
+    # The coordinator has nothing merged over a gap so far: a segmenter that is asked to must not lose a record.
+    house.coordinator.claim_compaction, house.coordinator.register_compaction = claim_all, register
     assert await house.segmenter().compact() == 6
-    [merged] = house.coordinator.of_partition(TOPIC_ID, 0)
+    [merged] = house.of_partition(house.topic_id, 0)
     assert (merged.epoch, merged.record_count, merged.end_offset) == (3, 48, (1 << 31) + 4)
-    house.agent.batches = {(TOPIC_ID, 0, 0): [b for batches in house.agent.batches.values() for b in batches]}
     await house.check()
 
 
 async def test_few_segments_are_left_alone() -> None:
-    house = House()
+    house = await new_house(compaction_segments_min=3)
     await house.fill(2)
     assert await house.segmenter().compact() == 0
-    assert len(house.coordinator.segments) == 2
+    assert len(house.segments) == 2
 
 
 async def test_a_claim_that_its_own_compaction_ended_is_not_lost(caplog: pytest.LogCaptureFixture) -> None:
-    house = House()
+    house = await new_house()
     await house.fill(3)
     register, renew = house.coordinator.register_compaction, house.coordinator.renew_claim
     fenced = asyncio.Event()
 
     async def registered_late(request: c.RegisterCompactionRequest) -> c.RegisterCompactionResponse:
         answer = await register(request)
-        del house.coordinator.compactions[request.claim_id]
         await fenced.wait()
         await asyncio.sleep(0.02)  # on its way
         return answer  # type: ignore[no-any-return]
@@ -171,48 +174,48 @@ async def test_a_claim_that_its_own_compaction_ended_is_not_lost(caplog: pytest.
 @pytest.mark.parametrize("at", [70, -1, -40])
 async def test_a_damaged_source_is_never_merged(at: int) -> None:
     """G6: in a block, in the footer, in the index: an error, and the segments stay what they are."""
-    house = House()
+    house = await new_house()
     await house.fill(3)
-    victim = house.coordinator.of_partition(TOPIC_ID, 0)[1]
+    victim = house.of_partition(house.topic_id, 0)[1]
     body = bytearray(await house.store.get(victim.object_key))
     body[at] ^= 1
     await house.store.put(victim.object_key, [bytes(body)], if_absent=False)
-    before = dict(house.coordinator.segments)
+    before = dict(house.segments)
     assert await house.segmenter().compact() == 0
-    assert house.coordinator.segments == before
-    [given_back] = [release for release in house.coordinator.released if release.reason]
+    assert house.segments == before
+    [given_back] = [release for release in house.released if release.reason]
     assert given_back.retry_after_ms == SETTINGS.compaction_interval_ms
 
 
 async def test_an_object_of_another_segment_is_never_merged() -> None:
-    house = House()
+    house = await new_house()
     await house.fill(3)
-    first, second, _ = house.coordinator.of_partition(TOPIC_ID, 0)
+    first, second, _ = house.of_partition(house.topic_id, 0)
     await house.store.put(second.object_key, [await house.store.get(first.object_key)], if_absent=False)
     assert await house.segmenter().compact() == 0
-    assert "of another segment" in house.coordinator.released[-1].reason or len(house.coordinator.segments) == 3
+    assert "of another segment" in house.released[-1].reason or len(house.segments) == 3
 
 
 async def test_a_missing_source_is_an_error() -> None:
-    house = House()
+    house = await new_house()
     await house.fill(3)
-    await house.store.delete([house.coordinator.of_partition(TOPIC_ID, 0)[1].object_key])
+    await house.store.delete([house.of_partition(house.topic_id, 0)[1].object_key])
     assert await house.segmenter().compact() == 0
-    assert "no object with key" in house.coordinator.released[-1].reason
+    assert "no object with key" in house.released[-1].reason
 
 
 async def test_a_store_that_fails_costs_a_retry() -> None:
-    house = House()
+    house = await new_house()
     await house.fill(3)
     faulty = FaultyStore(house.store, ScriptedFaults([None, FaultKind.UNAVAILABLE], operation="get"))
     assert await house.segmenter(store=faulty).compact() == 0
-    house.coordinator.expire_claims()
+    await house.expire_claims()
     assert await house.segmenter(store=faulty).compact() == 3
     await house.check()
 
 
 async def test_a_lost_answer_to_the_registration_of_a_compaction_is_asked_again() -> None:
-    house = House()
+    house = await new_house()
     await house.fill(3)
     register, lost = house.coordinator.register_compaction, 2
 
@@ -230,22 +233,26 @@ async def test_a_lost_answer_to_the_registration_of_a_compaction_is_asked_again(
 
 
 async def test_a_compaction_that_retention_overtook_is_dropped() -> None:
-    house = House()
+    house = await new_house()
     await house.fill(3)
     claim = house.coordinator.claim_compaction
 
     async def claim_then_retire(request: c.ClaimCompactionRequest) -> c.ClaimCompactionResponse:
         answer = await claim(request)
-        house.coordinator.segments.pop(next(iter(house.coordinator.segments)), None)
-        return answer
+        if len(house.segments) == 3:
+            first = house.of_partition(house.topic_id, 0)[0]
+            await house.coordinator.delete_records(
+                c.DeleteRecordsRequest(topic="orders", partition=0, before_offset=first.end_offset)
+            )
+        return answer  # type: ignore[no-any-return]
 
     house.coordinator.claim_compaction = claim_then_retire
     assert await house.segmenter().compact() == 0
-    assert len(house.coordinator.segments) == 2
+    assert len(house.segments) == 2
 
 
 async def test_a_lost_compaction_claim_changes_nothing() -> None:
-    house = House()
+    house = await new_house()
     await house.fill(3)
 
     async def refuse(request: c.RegisterCompactionRequest) -> c.RegisterCompactionResponse:
@@ -258,7 +265,7 @@ async def test_a_lost_compaction_claim_changes_nothing() -> None:
 
 async def test_a_compaction_that_the_sweep_overtook_is_dropped() -> None:
     """G8: a worker that was stopped for hours must not put a swept object in the place of good segments."""
-    house = House()
+    house = await new_house()
     await house.fill(3)
     register = house.coordinator.register_compaction
 
@@ -268,9 +275,9 @@ async def test_a_compaction_that_the_sweep_overtook_is_dropped() -> None:
 
     house.coordinator.register_compaction = stop_for_hours_before
     assert await house.segmenter().compact() == 0
-    assert len(house.coordinator.segments) == 3
+    assert len(house.segments) == 3
     await house.check()
-    assert await house.keys() == house.registered
+    assert await house.stored() == house.registered
 
 
 # ---- orphans
@@ -284,7 +291,7 @@ async def sweep_until_confirmed(house: House) -> Any:
 
 async def test_the_sweep_deletes_old_unreferenced_objects_and_nothing_else() -> None:
     """G8: every unregistered object goes after the grace period, and nothing else ever does."""
-    house = House()
+    house = await new_house()
     await house.fill(3, 2)
     for key in ("data/x/0/1-1-a.seg", "mixed/2024-01-01/b.seg", "other/c", "control/d"):
         await house.store.put(key, [b"left over"])
@@ -292,63 +299,65 @@ async def test_the_sweep_deletes_old_unreferenced_objects_and_nothing_else() -> 
     await house.store.put("data/x/0/2-1-young.seg", [b"being registered"])
     report = await sweep_until_confirmed(house)
     assert (report.deleted, report.deleted_bytes) == (2, 18)
-    assert await house.keys() == house.registered | {"other/c", "control/d", "data/x/0/2-1-young.seg"}
+    assert await house.stored() == house.registered | {"other/c", "control/d", "data/x/0/2-1-young.seg"}
     await house.check()
 
 
 async def test_replaced_objects_go_after_the_readers_had_time() -> None:
-    house = House()
+    house = await new_house()
     await house.fill(4)
     house.clock.advance(2 * HOUR_MS)
     await house.segmenter().compact()
-    assert len(await house.keys()) == 5
+    assert len(await house.stored()) == 5
     first = await house.sweeping.sweep_orphans()
     assert (first.deleted, first.waiting) == (0, 4)
     house.clock.advance(SETTINGS.orphan_confirm_ms)
     assert (await house.sweeping.sweep_orphans()).deleted == 4
-    assert await house.keys() == house.registered
+    assert await house.stored() == house.registered
     await house.check()
 
 
 async def test_a_dry_run_deletes_nothing() -> None:
-    house = House(orphan_dry_run=True)
+    house = await new_house(orphan_dry_run=True)
     await house.store.put("data/x/0/1-1-a.seg", [b"left over"])
     house.clock.advance(HOUR_MS)
     report = await sweep_until_confirmed(house)
     assert (report.deleted, report.waiting) == (0, 1)
-    assert await house.keys() == {"data/x/0/1-1-a.seg"}
+    assert await house.stored() == {"data/x/0/1-1-a.seg"}
 
 
 async def test_a_registration_that_the_sweep_overtook_is_refused_and_built_again() -> None:
     """G8: a worker stopped between upload and registration finds its object deleted. No segment may refer to it."""
-    house = House()
-    slice_ = house.agent.append(0, [5, 7])
-    house.coordinator.announce("b1", "agent:1", [slice_])
+    house = await new_house()
+    await house.seal("b1", house.append(0, [5, 7]))
     register = house.coordinator.register_segments
     swept: list[str] = []
 
     async def stop_for_hours_before(request: c.RegisterSegmentsRequest) -> c.RegisterSegmentsResponse:
         house.coordinator.register_segments = register
-        swept.extend(await house.keys())
+        swept.extend(await house.stored())
         await house.hours_pass()
         return await register(request)
 
     house.coordinator.register_segments = stop_for_hours_before
     report = await house.segmenter().drain()
     assert (report.failed, report.registered) == (1, 1)
-    assert house.coordinator.results == [c.REGISTRATION_RESULT_WITHDRAWN, c.REGISTRATION_RESULT_REGISTERED]
+    assert house.registrations == [c.REGISTRATION_RESULT_WITHDRAWN, c.REGISTRATION_RESULT_REGISTERED]
     await house.check()
     assert len(swept) == 1 and house.registered.isdisjoint(swept)
 
 
 async def test_an_upload_under_way_is_left_alone() -> None:
     """However old its object is: as long as the claim is held, or the declaration is young."""
-    house = House()
-    house.coordinator.announce("b1", "agent:1", [house.agent.append(0, [5, 7])])
+    house = await new_house()
+    await house.seal("b1", house.append(0, [5, 7]))
     register = house.coordinator.register_segments
 
     async def be_slow(request: c.RegisterSegmentsRequest) -> c.RegisterSegmentsResponse:
+        [claim] = house.rows(t.BUFFER_CLAIMS)
+        renewal = c.RenewClaimRequest(claim_id=claim.claim_id, claim_ttl_ms=600_000)
         house.clock.advance(2 * HOUR_MS)
+        await house.coordinator.renew_claim(renewal)  # as every few seconds
         assert (await sweep_until_confirmed(house)).in_upload == 1
         return await register(request)
 
@@ -359,7 +368,7 @@ async def test_an_upload_under_way_is_left_alone() -> None:
 
 @pytest.mark.parametrize("step", ["delete", "finish_deletion"])
 async def test_a_deletion_that_was_cut_off_is_repeated(step: str) -> None:
-    house = House()
+    house = await new_house()
     await house.store.put("data/x/0/1-1-a.seg", [b"left over"])
     house.clock.advance(HOUR_MS)
     await house.sweeping.sweep_orphans()
@@ -376,23 +385,27 @@ async def test_a_deletion_that_was_cut_off_is_repeated(step: str) -> None:
         house.coordinator.finish_deletion, sweeping = crash, house.sweeping
     with pytest.raises((Unavailable, StoreUnavailable)):
         await sweeping.sweep_orphans()
-    assert [row.begun for row in house.coordinator.deletions.values()] == [True]
+    assert [row.begun_ms > 0 for row in house.rows(t.DELETIONS)] == [True]
     house.coordinator.finish_deletion, house.store = finish, store
     report = await house.segmenter(clock=house.clock).sweep_orphans()
     assert (report.deleted, report.cleared) == ((1, 0) if step == "delete" else (0, 1))
-    assert house.coordinator.deletions == {} and await house.keys() == set()
+    assert house.rows(t.DELETIONS) == [] and await house.stored() == set()
 
 
 async def test_an_upload_that_left_nothing_behind_is_cleared() -> None:
-    house = House()
-    house.coordinator.announce("b1", "agent:1", [house.agent.append(0, [5, 7])])
+    house = await new_house()
+    await house.seal("b1", house.append(0, [5, 7]))
     faulty = FaultyStore(house.store, ScriptedFaults([FaultKind.UNAVAILABLE], operation="put"))
-    house.coordinator.release_claim = house.coordinator.renew_claim  # the worker is gone, and tells nobody
+
+    async def be_gone(request: c.ReleaseClaimRequest) -> c.ReleaseClaimResponse:
+        return c.ReleaseClaimResponse()
+
+    house.coordinator.release_claim = be_gone  # the worker tells nobody
     await house.segmenter(store=faulty).drain()
-    assert len(house.coordinator.intents) == 1
+    assert len(house.rows(t.UPLOAD_INTENTS)) == 1
     await house.hours_pass()
     await house.sweeping.sweep_orphans()
-    assert (house.coordinator.intents, house.coordinator.deletions) == ({}, {})
+    assert (house.rows(t.UPLOAD_INTENTS), house.rows(t.DELETIONS)) == ([], [])
 
 
 class LockedStore(MemoryStore):
@@ -412,7 +425,7 @@ class LockedStore(MemoryStore):
 
 async def test_an_object_that_the_store_does_not_let_go_keeps_no_other() -> None:
     """One object under a lock held up the whole sweep, and every sweep after it."""
-    house = House()
+    house = await new_house()
     locked = {"data/x/0/500-1-a.seg", "mixed/2024-01-01/b.seg"}
     store = LockedStore(set(locked), now_ms=house.clock.wall_ms)
     house.store, house.sweeping = store, house.segmenter(store=store, clock=house.clock)
@@ -423,19 +436,19 @@ async def test_an_object_that_the_store_does_not_let_go_keeps_no_other() -> None
     house.clock.advance(2 * HOUR_MS)
     report = await sweep_until_confirmed(house)
     assert report.deleted == 1100
-    assert await house.keys() == locked
-    assert set(house.coordinator.deletions) == locked, "tried again by the next sweep"
+    assert await house.stored() == locked
+    assert {row.object_key for row in house.rows(t.DELETIONS)} == locked, "tried again by the next sweep"
     assert store.deletes == 4, "one for each page, and one for deletions that were begun"
     store.locked.clear()
     assert (await house.sweeping.sweep_orphans()).deleted == 2
-    assert not await house.keys()
+    assert not await house.stored()
 
 
 async def test_a_store_that_lets_nothing_go_costs_a_request_and_a_line_for_each_page(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """S3 says of each key that the permission to delete is missing: each page took 2,000 requests and 1,000 lines."""
-    house = House()
+    house = await new_house()
     store = LockedStore({f"data/x/0/{number}-1-a.seg" for number in range(1100)}, now_ms=house.clock.wall_ms)
     house.store, house.sweeping = store, house.segmenter(store=store, clock=house.clock)
     for key in store.locked:
@@ -449,7 +462,7 @@ async def test_a_store_that_lets_nothing_go_costs_a_request_and_a_line_for_each_
 
 @pytest.mark.parametrize("error", [StoreDenied("HTTP 403"), BucketMissing("b", None)])
 async def test_a_store_that_refuses_the_call_is_asked_once(error: StoreError) -> None:
-    house = House()
+    house = await new_house()
 
     class ClosedStore(MemoryStore):
         deletes = 0
@@ -469,7 +482,7 @@ async def test_a_store_that_refuses_the_call_is_asked_once(error: StoreError) ->
 
 
 async def test_several_sweepers_do_no_harm() -> None:
-    house = House()
+    house = await new_house()
     await house.fill(2)
     await house.store.put("data/x/0/1-1-a.seg", [b"left over"])
     house.clock.advance(HOUR_MS)
@@ -478,82 +491,80 @@ async def test_several_sweepers_do_no_harm() -> None:
         for other in others:
             await other.sweep_orphans()
         house.clock.advance(SETTINGS.orphan_confirm_ms)
-    assert await house.keys() == house.registered
+    assert await house.stored() == house.registered
 
 
 async def test_more_than_a_page_of_orphans_is_swept() -> None:
-    house = House()
+    house = await new_house()
     keys = [f"data/x/0/{number:020d}-1-a.seg" for number in range(2100)]
     for key in keys:
         await house.store.put(key, [b"x"])
     house.clock.advance(HOUR_MS)
     assert (await sweep_until_confirmed(house)).deleted == 2100
-    assert await house.keys() == set()
+    assert await house.stored() == set()
 
 
 async def test_a_sweep_after_a_restored_backup_is_refused() -> None:
     """What was registered since the backup looks like an orphan, and is not."""
-    house = House()
+    house = await new_house()
     await house.fill(3)
-    backup = (list(house.coordinator.events), dict(house.coordinator.segments))
+    backup = house.dump()
     await house.fill(3)
     await house.sweeping.mark_history()
     house.clock.advance(2 * HOUR_MS)
-    before = await house.keys()
+    before = await house.stored()
 
-    house.coordinator.events, house.coordinator.segments = [*backup[0]], dict(backup[1])
-    house.coordinator.marked.clear()  # the mark was made after the backup
+    house.restore(backup)  # from before the mark
     report = await sweep_until_confirmed(house)
     assert "is not there" in report.refused
 
     for number in range(20):  # the new history grows beyond the mark
-        house.coordinator.record("TopicCreated", f"topic/{number}")
+        await house.create_topic(f"topic-{number}")
     await house.sweeping.mark_history()
     report = await sweep_until_confirmed(house)
     assert "is another one there" in report.refused
-    house.coordinator.pruned = len(house.coordinator.events) - 1
+    await house.prune(house.position - 1)
     report = await sweep_until_confirmed(house)
     assert "was not marked in this history, which keeps no events of that age" in report.refused
-    assert await house.keys() == before
+    assert await house.stored() == before
 
     await house.store.delete([MARK_KEY])  # the operator has looked
     assert (await sweep_until_confirmed(house)).deleted == 3
-    assert await house.keys() == house.registered
+    assert await house.stored() == house.registered
 
 
 @pytest.mark.parametrize("swapped_at", [1, 2])
 async def test_no_mark_is_taken_from_metadata_that_goes_back_while_it_is_taken(swapped_at: int) -> None:
     """The coordinator waits for PostgreSQL for some seconds: long enough to put an old dump in its place."""
-    house = House()
+    house = await new_house()
     await house.fill(3)
-    backup = (list(house.coordinator.events), dict(house.coordinator.segments))
+    backup = house.dump()
     await house.fill(3)
     await house.sweeping.mark_history()
-    before = await house.keys()
+    before = await house.stored()
     get_head, asked = house.coordinator.get_head, 0
 
     async def get_head_of_a_dump(request: c.GetHeadRequest) -> c.GetHeadResponse:
         nonlocal asked
         asked += 1
         if asked == swapped_at:
-            house.coordinator.events, house.coordinator.segments = [*backup[0]], dict(backup[1])
-            house.coordinator.marked.clear()
+            house.restore(backup)
         return await get_head(request)
 
     house.coordinator.get_head = get_head_of_a_dump
     await house.sweeping.mark_history()
     house.clock.advance(2 * HOUR_MS)
     assert (await sweep_until_confirmed(house)).refused
-    assert await house.keys() == before
+    assert await house.stored() == before
 
 
 async def test_a_sweep_that_the_coordinator_refuses_deletes_nothing() -> None:
     """It was told of what is missing by others; the mark is from before that."""
-    house = House()
+    house = await new_house()
     await house.fill(3)
     await house.sweeping.mark_history()
     await house.store.put("data/x/0/1-1-a.seg", [b"x"])
-    before = await house.keys()
+    before = await house.stored()
 
     async def begin_deletion(request: c.BeginDeletionRequest) -> c.BeginDeletionResponse:
         raise MetadataWentBack("the metadata went back: event 9 was seen, and is gone")
@@ -565,17 +576,17 @@ async def test_a_sweep_that_the_coordinator_refuses_deletes_nothing() -> None:
         answer.missing_position = 9
         return answer
 
-    house.coordinator.begin_deletion = begin_deletion  # type: ignore[method-assign]
+    house.coordinator.begin_deletion = begin_deletion
     house.clock.advance(2 * HOUR_MS)
     report = await sweep_until_confirmed(house)
     assert "event 9 was seen" in report.refused and not report.deleted
-    house.coordinator.get_head = get_head  # type: ignore[method-assign]
+    house.coordinator.get_head = get_head
     assert "event 9 of history" in (await sweep_until_confirmed(house)).refused
-    assert await house.keys() == before
+    assert await house.stored() == before
 
 
 async def test_after_a_restore_sweeps_rest_and_marks_keep_that() -> None:
-    house = House()
+    house = await new_house()
     await house.fill(2)
     await house.sweeping.mark_history()
     mark, _ = HistoryMark.decode(await house.store.get(MARK_KEY))
@@ -595,12 +606,12 @@ async def test_after_a_restore_sweeps_rest_and_marks_keep_that() -> None:
 
 async def test_a_mark_of_an_event_that_was_pruned_since_still_counts() -> None:
     """No segmenter ran for longer than events are kept."""
-    house = House()
+    house = await new_house()
     await house.fill(2)
     await house.sweeping.mark_history()
     await house.store.put("data/x/0/1-1-a.seg", [b"left over"])
     await house.fill(2)
-    house.coordinator.pruned = len(house.coordinator.events) - 1
+    await house.prune(house.position - 1)
     house.clock.advance(2 * HOUR_MS)
     report = await sweep_until_confirmed(house)
     assert (report.refused, report.deleted) == ("", 1)
@@ -608,7 +619,7 @@ async def test_a_mark_of_an_event_that_was_pruned_since_still_counts() -> None:
 
 async def test_an_unreadable_mark_stops_the_sweep() -> None:
     """And nothing says that the metadata went back."""
-    house = House()
+    house = await new_house()
     await house.store.put(MARK_KEY, [b"nonsense"])
     refused = (await house.sweeping.sweep_orphans()).refused
     assert "is unreadable, read 3 times" in refused and "went back in time" not in refused
@@ -654,7 +665,7 @@ async def test_a_mark_that_is_damaged_on_its_way_is_read_again(
 ) -> None:
     """By a store that cuts bodies short, or flips bits: neither is metadata that went back, and nothing of it gets into
     the next mark."""
-    house = House()
+    house = await new_house()
     house.store = DamagedReads(house.clock.wall_ms)
     house.sweeping = house.segmenter(clock=house.clock)
     await house.fill(1)
@@ -670,7 +681,7 @@ async def test_a_mark_that_is_damaged_on_its_way_is_read_again(
     house.store.damage = [*damage]
     await house.sweeping.mark_history()
     mark, is_checked = HistoryMark.decode(await house.store.get(MARK_KEY))
-    assert (mark.position, mark.sweep_from_ms, is_checked) == (len(house.coordinator.events), 0, True)
+    assert (mark.position, mark.sweep_from_ms, is_checked) == (house.position, 0, True)
     assert not [item for item in caplog.records if item.levelno >= logging.WARNING]
 
 
@@ -678,6 +689,7 @@ async def test_the_mark_moves_on_with_the_history() -> None:
     house = House()
     await house.sweeping.mark_history()
     assert [info.key async for info in house.store.list("control/")] == []
+    await house.open()
     await house.fill(1)
     await house.sweeping.mark_history()
     first = await house.store.get(MARK_KEY)
@@ -690,10 +702,10 @@ async def test_the_mark_moves_on_with_the_history() -> None:
 
 
 async def test_errors_of_a_sweep_reach_the_caller() -> None:
-    house = House()
+    house = await new_house()
     await house.store.put("data/x/0/1-1-a.seg", [b"left over"])
     house.clock.advance(HOUR_MS)
     house.coordinator.down = True
     with pytest.raises(Unavailable):
         await house.sweeping.sweep_orphans()
-    assert await house.keys() == {"data/x/0/1-1-a.seg"}
+    assert await house.stored() == {"data/x/0/1-1-a.seg"}

@@ -17,10 +17,12 @@ from pathlib import Path
 import aio_pika
 import pytest
 from shproto.v1 import coordinator_pb2, ingest_pb2
+from shruntime.clock import SystemClock
 from shruntime.server import RpcServer
 from shstore import LocalStore, StoreSettings
+from streamhouse_coordinator.core.tables import SESSIONS
 
-from services.segmenter.tests.segmenter_standins import StandInAgent, StandInCoordinator, assert_all_stored
+from services.segmenter.tests.segmenter_world import World, assert_all_stored
 
 for _noisy in ("aiormq", "aio_pika"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # they log every refused connection while a broker starts
@@ -123,18 +125,17 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
 
 
 class Platform:
-    """Coordinator and agent stand-ins on gRPC, a local store, and segmenter processes."""
+    """A coordinator and an agent on gRPC, a local store, and segmenter processes."""
 
     def __init__(self, work_dir: Path) -> None:
-        self.coordinator = StandInCoordinator()
-        self.agent = StandInAgent()
+        self.world = World(clock=SystemClock())
         self.objects = work_dir / "objects"
         self.store = LocalStore(StoreSettings(kind="local", path=self.objects))
         self.server = RpcServer(
             "127.0.0.1:0",
             (
-                (coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"], self.coordinator),
-                (ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], self.agent),
+                (coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"], self.world.coordinator),
+                (ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], self.world.agent),
             ),
         )
         self.workers: list[subprocess.Popen[bytes]] = []
@@ -160,12 +161,27 @@ class Platform:
     def log(self, name: str) -> str:
         return (self._dir / f"{name}.log").read_text()
 
-    def seal(self, buffer_id: str, partition: int = 0) -> None:
-        self.coordinator.announce(buffer_id, self.server.address, [self.agent.append(partition, [10, 20])])
+    async def start(self) -> None:
+        await self.server.start()
+        await self.world.start()
+        self.world.held.address = self.server.address
+        await self.world.open()
+
+    async def stop(self) -> None:
+        await self.server.stop(0)
+        await self.world.stop()
+
+    @property
+    def sessions(self) -> set[str]:
+        """Of segmenters."""
+        return {f"{row.role}/{row.agent_id}" for row in self.world.rows(SESSIONS) if row.role == "segmenter"}
+
+    async def seal(self, buffer_id: str, partition: int = 0) -> None:
+        await self.world.seal(buffer_id, self.world.append(partition, [10, 20]))
 
     async def drained(self, what: str) -> None:
-        await self.until(what, lambda: not self.coordinator.waiting)
-        await assert_all_stored(self.coordinator, self.store, self.agent)
+        await self.until(what, lambda: not self.world.waiting)
+        await assert_all_stored(self.world, self.store, self.world.held)
 
     async def until(self, what: str, holds: Callable[[], bool]) -> None:
         try:
@@ -184,12 +200,12 @@ class Platform:
 @pytest.fixture
 async def platform(tmp_path: Path) -> AsyncIterator[Platform]:
     platform = Platform(tmp_path)
-    await platform.server.start()
+    await platform.start()
     yield platform
     for worker in platform.workers:
         worker.kill()
         worker.wait()
-    await platform.server.stop(0)
+    await platform.stop()
 
 
 async def publish(url: str, body: bytes) -> None:
@@ -247,7 +263,7 @@ async def test_events_wake_it_and_poison_is_set_aside(platform: Platform, broker
     worker = platform.start_worker("w1", settings)
     await wait_for_consumers(broker.url, 1)
     for number in range(3):
-        platform.seal(f"b{number}", partition=number)
+        await platform.seal(f"b{number}", partition=number)
         await publish(broker.url, event(f"b{number}"))
         await platform.drained(f"buffer b{number} is registered after its event")
 
@@ -258,13 +274,13 @@ async def test_events_wake_it_and_poison_is_set_aside(platform: Platform, broker
             await asyncio.sleep(0.1)
     assert await queue_size(broker.url, QUEUE) == 0
 
-    platform.seal("last")
+    await platform.seal("last")
     await publish(broker.url, event("last"))
     await platform.drained("an event after the poison is handled")
-    await platform.until("its session is open", lambda: platform.coordinator.sessions == {"segmenter/w1"})
+    await platform.until("its session is open", lambda: platform.sessions == {"segmenter/w1"})
     worker.terminate()
     assert await asyncio.to_thread(worker.wait, PATIENCE_S) == 0, platform.logs()
-    assert platform.coordinator.sessions == set()
+    assert platform.sessions == set()
     log = platform.log("w1")
     assert log.count("Traceback") == log.count("ValueError: not a BufferSealed") == DELIVERIES_MAX, log
 
@@ -275,18 +291,18 @@ async def test_it_goes_on_without_the_broker_and_hears_events_when_it_is_back(
     """RabbitMQ only makes things faster: losing it loses nothing and stops nothing."""
     scanning = {"AMQP_URL": broker.url, "SCAN_INTERVAL_MS": 500, "AMQP_HEARTBEAT_S": 5}
     first = platform.start_worker("w1", scanning)
-    platform.seal("before")
+    await platform.seal("before")
     await platform.drained("the scan works before the broker was ever there")
 
     await broker.start()
     await wait_for_consumers(broker.url, 1)
-    platform.seal("with")
+    await platform.seal("with")
     await publish(broker.url, event("with"))
     await platform.drained("works with the broker")
 
     await broker.stop()
     for number in range(3):
-        platform.seal(f"without-{number}")
+        await platform.seal(f"without-{number}")
         await platform.drained("the scan goes on without the broker")
     first.terminate()
     assert await asyncio.to_thread(first.wait, PATIENCE_S) == 0, "stops cleanly while the broker is away"
@@ -298,7 +314,7 @@ async def test_it_goes_on_without_the_broker_and_hears_events_when_it_is_back(
     await broker.stop()
     await broker.start()
     await wait_for_consumers(broker.url, 1)
-    platform.seal("after")
+    await platform.seal("after")
     await publish(broker.url, event("after"))
     await platform.drained("the same process hears events after the broker came back")
 
@@ -310,12 +326,12 @@ async def test_workers_compete_and_a_killed_one_is_replaced(platform: Platform, 
     platform.start_worker("w2", settings)
     await wait_for_consumers(broker.url, 2)
     for number in range(40):
-        platform.seal(f"b{number}", partition=number % 5)
+        await platform.seal(f"b{number}", partition=number % 5)
         await publish(broker.url, event(f"b{number}"))
     victim.kill()
     victim.wait()
     platform.workers.remove(victim)
-    platform.coordinator.expire_claims()
+    await platform.world.expire_claims()
     await platform.drained("everything is registered once, whoever died")
 
 
@@ -323,7 +339,7 @@ async def test_prometheus_metrics_are_served_beside_nameko(platform: Platform, b
     await broker.start()
     metrics = f"127.0.0.1:{free_port()}"
     platform.start_worker("w1", {"AMQP_URL": broker.url, "PROMETHEUS_LISTEN": metrics})
-    platform.seal("b1")
+    await platform.seal("b1")
     await platform.drained("works with telemetry on")
 
     def read() -> str:

@@ -6,24 +6,29 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 from shproto.errors import AgentIdTaken, SessionExpired, Unavailable
 from shproto.events import BufferSealed, Event, SessionClosed
 from shproto.v1 import coordinator_pb2 as c
 from shproto.v1 import ingest_pb2
+from shruntime.clock import SystemClock
 from shstore import MemoryStore
 from streamhouse_segmenter.settings import SegmenterSettings
 from streamhouse_segmenter.wiring import SegmenterService, build
 
-from services.segmenter.tests.segmenter_standins import StandInAgent, StandInCoordinator
+from services.segmenter.tests.segmenter_world import World, new_world
+from tests.platform.log_agent import LogAgent
+from tests.platform.peer import Peer
 
 NEVER_MS = 3_600_000
 
 
-class Coordinator(StandInCoordinator):
-    """Answers to sessions by script; the last answer counts for all further calls."""
+class Coordinator(Peer):
+    """Answers to sessions by script; the last answer counts for all further calls. Everything else is the real one."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, world: World) -> None:
+        super().__init__(world.service.api, "the coordinator")
+        self.world = world
         self.opening: list[Exception | None] = [None]
         self.heartbeats: list[Exception | None] = [None]
         self.tokens: list[str] = []
@@ -32,7 +37,7 @@ class Coordinator(StandInCoordinator):
         self.claims_asked = 0
         self.beats = 0
         self.heard: list[c.HeartbeatRequest] = []
-        self.requests: list[c.ClaimBufferRequest] = []
+        self.claims: list[c.ClaimBufferRequest] = []
         self.asked_to_check: list[c.AgentAddress] = []
 
     async def open_session(self, request: c.OpenSessionRequest) -> c.OpenSessionResponse:
@@ -54,26 +59,31 @@ class Coordinator(StandInCoordinator):
 
     async def claim_buffer(self, request: c.ClaimBufferRequest) -> c.ClaimBufferResponse:
         self.claims_asked += 1
-        self.requests.append(request)
-        return await super().claim_buffer(request)
-
-    async def emit(self, event: Event) -> None:
-        row = c.Event(position=len(self.events) + 1, type=type(event).__name__, payload_json=event.to_json())
-        async with self._news:
-            self.events.append(row)
-            self._news.notify_all()
+        self.claims.append(request)
+        return await self.api.claim_buffer(request)  # type: ignore[no-any-return]
 
     async def follow_events(self, request: c.FollowEventsRequest) -> AsyncIterator[c.Event]:
         self.follows.append(request)
-        async for event in super().follow_events(request):
+        async for event in self.api.follow_events(request):
             yield event
 
+    async def emit(self, event: Event) -> None:
+        await self.world.service.context.store.run(lambda tx: tx.append([event]))
 
-class SilentAgent(StandInAgent):
+
+@pytest.fixture
+async def coordinator() -> AsyncIterator[Coordinator]:
+    world = await new_world(clock=SystemClock())
+    await world.start()
+    yield Coordinator(world)
+    await world.stop()
+
+
+class SilentAgent(Peer):
     """Behind a link that was cut, while it is `silent`."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, held: LogAgent) -> None:
+        super().__init__(held, "the agent")
         self.silent = True
 
     async def describe_agent(self, request: ingest_pb2.DescribeAgentRequest) -> ingest_pb2.DescribeAgentResponse:
@@ -84,7 +94,7 @@ class SilentAgent(StandInAgent):
     async def pull_slice(self, request: ingest_pb2.PullSliceRequest) -> AsyncIterator[ingest_pb2.PullSliceResponse]:
         if self.silent:
             raise Unavailable("a:1: DEADLINE_EXCEEDED", address="a:1")
-        async for response in super().pull_slice(request):
+        async for response in self.api.pull_slice(request):
             yield response
 
 
@@ -102,7 +112,7 @@ async def until(met: Any) -> None:
 async def running(
     coordinator: Coordinator, *, follow_feed: bool = True, agent: Any = None
 ) -> AsyncIterator[SegmenterService]:
-    agent = agent or StandInAgent()
+    agent = agent or coordinator.world.agent
     api: Any = coordinator
     settings = SegmenterSettings(worker_id="w1", scan_interval_ms=NEVER_MS)
     service = build(settings, api, MemoryStore(), lambda address: agent)
@@ -115,8 +125,7 @@ async def running(
     assert service.tasks.error is None
 
 
-async def test_nothing_is_claimed_before_the_session_is_open() -> None:
-    coordinator = Coordinator()
+async def test_nothing_is_claimed_before_the_session_is_open(coordinator: Coordinator) -> None:
     taken = AgentIdTaken("the id of segmenter 'w1' is in use by a live process", agent_id="w1")
     coordinator.opening = [Unavailable("no coordinator"), taken, None]
     async with running(coordinator) as service:
@@ -127,8 +136,7 @@ async def test_nothing_is_claimed_before_the_session_is_open() -> None:
     assert coordinator.closed == coordinator.tokens[-1:]
 
 
-async def test_a_failed_heartbeat_keeps_the_session_and_its_claims() -> None:
-    coordinator = Coordinator()
+async def test_a_failed_heartbeat_keeps_the_session_and_its_claims(coordinator: Coordinator) -> None:
     coordinator.heartbeats = [Unavailable("away"), Unavailable("away"), None]
     async with running(coordinator) as service:
         await until(lambda: coordinator.beats > 3)
@@ -136,8 +144,7 @@ async def test_a_failed_heartbeat_keeps_the_session_and_its_claims() -> None:
         assert len(coordinator.tokens) == 1 and not coordinator.closed
 
 
-async def test_a_lost_session_is_followed_by_another() -> None:
-    coordinator = Coordinator()
+async def test_a_lost_session_is_followed_by_another(coordinator: Coordinator) -> None:
     coordinator.heartbeats = [SessionExpired("gone"), None]
     async with running(coordinator):
         await until(lambda: len(coordinator.tokens) == 2 and coordinator.beats > 2)
@@ -146,9 +153,8 @@ async def test_a_lost_session_is_followed_by_another() -> None:
         assert [request.session_token for request in coordinator.follows] == coordinator.tokens, "watched by its stream"
 
 
-async def test_a_worker_that_is_gone_wakes_the_others() -> None:
+async def test_a_worker_that_is_gone_wakes_the_others(coordinator: Coordinator) -> None:
     """What it had claimed is free, and no event of the buffers says so."""
-    coordinator = Coordinator()
     async with running(coordinator, follow_feed=False):
         await until(lambda: coordinator.follows and coordinator.claims_asked)
         assert list(coordinator.follows[0].types) == [SessionClosed.__name__], "RabbitMQ tells of buffers"
@@ -159,34 +165,30 @@ async def test_a_worker_that_is_gone_wakes_the_others() -> None:
         await until(lambda: coordinator.claims_asked > asked)
 
 
-async def test_it_says_which_agents_it_cannot_reach_and_asks_for_no_buffers_of_theirs() -> None:
-    coordinator = Coordinator()
+async def test_it_says_which_agents_it_cannot_reach_and_asks_for_no_buffers_of_theirs(coordinator: Coordinator) -> None:
     coordinator.asked_to_check = [c.AgentAddress(agent_id="a", address="a:1")]
-    agent = SilentAgent()
+    agent = SilentAgent(coordinator.world.held)
     async with running(coordinator, agent=agent) as service:
         await until(lambda: any(request.agents for request in coordinator.heard))
         first = next(request for request in coordinator.heard if request.agents)
         assert first.checks_agents and [(item.agent_id, item.reached) for item in first.agents] == [("a", False)]
         service.wake()
-        await until(lambda: list(coordinator.requests[-1].except_agents) == ["a"])
+        await until(lambda: list(coordinator.claims[-1].except_agents) == ["a"])
         agent.silent = False
-        asked = len(coordinator.requests)
+        asked = len(coordinator.claims)
         await until(lambda: [item.reached for item in coordinator.heard[-1].agents] == [True])
-        await until(lambda: len(coordinator.requests) > asked and not coordinator.requests[-1].except_agents)
+        await until(lambda: len(coordinator.claims) > asked and not coordinator.claims[-1].except_agents)
 
 
-async def test_a_pull_that_gets_no_answer_is_a_doubt() -> None:
-    coordinator = Coordinator()
-    async with running(coordinator, agent=SilentAgent()):
-        await until(lambda: coordinator.requests)
-        coordinator.announce("b1", "a:1", [StandInAgent().append(0, [10])])
-        await coordinator.emit(BufferSealed(buffer_id="b1", session_id="", agent_id="", wal_id=""))
+async def test_a_pull_that_gets_no_answer_is_a_doubt(coordinator: Coordinator) -> None:
+    async with running(coordinator, agent=SilentAgent(coordinator.world.held)):
+        await until(lambda: coordinator.claims)
+        await coordinator.world.seal("b1", coordinator.world.append(0, [10]))
         await until(lambda: any(request.agents for request in coordinator.heard))
         assert [item.reached for item in coordinator.heard[-1].agents] == [False]
 
 
-async def test_without_an_address_it_lives_in_the_coordinators_process() -> None:
-    coordinator = Coordinator()
+async def test_without_an_address_it_lives_in_the_coordinators_process(coordinator: Coordinator) -> None:
     api: Any = coordinator
     service = build(
         SegmenterSettings(worker_id="w1", scan_interval_ms=NEVER_MS), api, MemoryStore(), lambda address: api
