@@ -11,14 +11,10 @@ from typing import Any
 
 from shproto.services import CoordinatorClient, IngestClient
 from shproto.v1 import ingest_pb2
-from shruntime.tasks import Tasks
 from shstore import MemoryStore
-from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.feed import Feed
-from streamhouse_coordinator.probe import Probe
 from streamhouse_coordinator.service.common import Context
 from streamhouse_coordinator.settings import CoordinatorSettings
-from streamhouse_coordinator.wiring import CoordinatorService
 from streamhouse_ingest import wiring as ingest_wiring
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_query import wiring as query_wiring
@@ -26,6 +22,7 @@ from streamhouse_query.settings import QuerySettings
 from streamhouse_segmenter import wiring as segmenter_wiring
 from streamhouse_segmenter.settings import SegmenterSettings
 
+from tests.platform.coordinator import coordinator_over
 from tests.simulation import cache
 from tests.simulation.clock import SimClock
 from tests.simulation.connection import SimConnection
@@ -176,33 +173,29 @@ class CoordinatorNode(Node):
         )
         # More than an operator may set: so that leases end over outages that are not made up for.
         settings = settings.model_copy(update={"session_sweep_interval_ms": 700})
-        tasks, store = Tasks(), Session(self.around.database, self.name)
-        context = Context(store=store, settings=settings)
-        feed = Feed(store, poll_interval_ms=settings.events_poll_interval_ms, batch=50, cached=40)
-        api = CoordinatorApi(context, feed, Probe(context, tasks, self._describe_agent))
-        listener = Listener(
+        service = coordinator_over(
+            Session(self.around.database, self.name),
+            settings,
+            self._listen,
+            self._describe_agent,
+            events_batch=50,
+            events_cached=40,
+        )
+        self.around.network.listen(self.address, process, service.api)
+        self.service = service
+        await service.start()
+        await service.open_session(self.address)
+        self.around.log(self.name, "serves")
+        await service.failed()
+
+    def _listen(self, feed: Feed, context: Context) -> Listener:
+        return Listener(
             self.around.database,
             self.name,
             events_changed=feed.wake,
             group_changed=context.waiters.changed,
             buffer_sealed=feed.sealed,
         )
-        service = CoordinatorService(
-            settings=settings,
-            api=api,
-            context=context,
-            feed=feed,
-            _store=store,  # type: ignore[arg-type]
-            _listener=listener,  # type: ignore[arg-type]
-            _relay=None,
-            _tasks=tasks,
-        )
-        self.around.network.listen(self.address, process, api)
-        self.service = service
-        await service.start()
-        await service.open_session(self.address)
-        self.around.log(self.name, "serves")
-        await service.failed()
 
     async def _describe_agent(self, address: str) -> Any:
         return await self.around.ingest_at()(address).describe_agent(ingest_pb2.DescribeAgentRequest())
