@@ -1,1 +1,1 @@
-"""The log of each partition: what it holds, how far it is registered, and the files behind it."""
+"""The log of each partition: its batches, its registered end, and the files behind it."""

@@ -1,6 +1,8 @@
-"""Consecutive batches of one log: where each lies in the write-ahead log, and its bytes while memory allows.
+"""Consecutive batches of a log: the WAL position of each batch, and its bytes while memory allows.
 
-Columns instead of objects: a batch costs 48 bytes besides its own, so that a log full of tiny batches fits in memory.
+Owns: positions and bytes of its batches. Does not own: the memory limit and its accounting (logs.py), the files.
+Invariants: the batches cover [base_offset, end_offset) without a gap. Batches are stored as columns instead of objects:
+a batch costs at most 48 bytes besides its own, so that a log full of tiny batches fits in memory.
 """
 
 from array import array
@@ -9,12 +11,13 @@ from collections.abc import Collection, Sequence
 from itertools import accumulate, islice, repeat
 from typing import NamedTuple
 
-# What one batch costs in the columns below: five 8-byte numbers and a pointer.
+# Cost of a batch in the columns below: four 8-byte numbers and a pointer, rounded up for the spare room that arrays and
+# lists keep.
 BATCH_OVERHEAD_BYTES = 48
 
 
 class WalPosition(NamedTuple):
-    """Where a batch lies: file sequence, byte position of the batch in that file, its size."""
+    """Place of a batch in the write-ahead log: file sequence, byte position in that file, size."""
 
     file: int
     at: int
@@ -22,9 +25,9 @@ class WalPosition(NamedTuple):
 
 
 class Buffer:
-    """Covers [base_offset, end_offset) without a gap. Grows until it is sealed.
+    """Batches from base_offset to end_offset. Grows until it is sealed.
 
-    `snapshot`: the idempotent producers' state at end_offset, known from sealing to registration."""
+    `snapshot`: encoded state of the idempotent producers at end_offset, held from sealing to registration."""
 
     __slots__ = (
         "_ats",
@@ -45,7 +48,7 @@ class Buffer:
         self.end_offset = base_offset
         self.first_append_ms = first_append_ms
         self.size_bytes = 0
-        self.memory_bytes = 0  # of batches whose bytes are held
+        self.memory_bytes = 0  # size of the batches whose bytes are in memory
         self.snapshot: bytes | None = None
         self._ends = array("q")
         self._files = array("q")
@@ -77,7 +80,7 @@ class Buffer:
             self.memory_bytes += size_bytes
 
     def extend(self, record_counts: Sequence[int], file: int, ats: Sequence[int], sizes_bytes: Sequence[int]) -> None:
-        """append() for many batches of one file that are not in memory."""
+        """Appends many batches of a single file that are not in memory; the sequences are columns."""
         self._ends.extend(islice(accumulate(record_counts, initial=self.end_offset), 1, None))
         self._files.extend(repeat(file, len(ats)))
         self._ats.extend(ats)
@@ -87,7 +90,7 @@ class Buffer:
         self.size_bytes += sum(sizes_bytes)
 
     def drop_batches(self) -> int:
-        """Gives up the bytes in memory (the log on disk has them). Returns how many were freed."""
+        """Drops the batches from memory; the log on disk has them. Returns the number of bytes freed."""
         freed, self.memory_bytes = self.memory_bytes, 0
         if freed:
             self._batches = [None] * len(self._ends)
@@ -98,12 +101,16 @@ class Buffer:
         return len(self.snapshot or b"")
 
     def drop_snapshot(self) -> int:
-        """It is registered: nobody will be told any more. Returns how many bytes were freed."""
+        """Drops the snapshot, which is not needed after registration. Returns the number of bytes freed."""
         freed, self.snapshot = self.snapshot_bytes, None
         return freed
 
     def pick(self, offset: int, end_offset: int, bytes_max: int) -> list[tuple[WalPosition, bytes | None]]:
-        """Whole batches from the one that holds `offset` on, below `end_offset`; after the first up to `bytes_max`."""
+        """Returns whole batches, position and bytes (None if only on disk), from the batch that holds `offset`.
+
+        Stops before a batch that begins at or beyond `end_offset`, and before `bytes_max` would be exceeded, but not
+        before the first batch.
+        """
         picked: list[tuple[WalPosition, bytes | None]] = []
         total = 0
         for i in range(bisect_right(self._ends, offset), len(self._ends)):
@@ -114,22 +121,23 @@ class Buffer:
         return picked
 
     def count_from(self, offset: int) -> int:
-        """How many batches there are from the one that holds `offset` on."""
+        """Returns the number of batches from the batch that holds `offset` to the end."""
         return len(self._ends) - bisect_right(self._ends, offset)
 
     def end_after(self, offset: int, count: int) -> int:
-        """The end offset of the `count`-th batch from the one that holds `offset` on."""
+        """Returns the end offset of the `count`-th batch, counted from 1 at the batch that holds `offset`."""
         return self._ends[bisect_right(self._ends, offset) + count - 1]
 
     def is_boundary(self, offset: int) -> bool:
-        """Does a batch of this buffer end, or the first one begin, at `offset`?"""
+        """True if a batch of this buffer ends at `offset`, or the first batch begins there."""
         if offset in (self.base_offset, self.end_offset):
             return True
         i = bisect_right(self._ends, offset)
         return i > 0 and self._ends[i - 1] == offset
 
     def split(self, offset: int) -> tuple["Buffer", "Buffer"]:
-        """Two buffers that meet at `offset`, a batch boundary inside this one."""
+        """Returns two buffers that meet at `offset`, a batch boundary inside this buffer. The second has the snapshot,
+        which is that of the end."""
         assert self.base_offset < offset < self.end_offset and self.is_boundary(offset), "not between two batches"
         at = bisect_right(self._ends, offset)
         head, rest = self._part(0, at), self._part(at, len(self))
@@ -137,21 +145,21 @@ class Buffer:
         return head, rest
 
     def cut_out(self, damaged: Collection[WalPosition]) -> list["Buffer"]:
-        """What is left without these batches: buffers with gaps where they were, none empty."""
+        """Returns the remaining batches as buffers with gaps in place of the damaged batches; no buffer is empty."""
         holes = [i for i in range(len(self)) if self._position(i) in damaged]
         cuts = [(-1, *holes)[n] + 1 for n in range(len(holes) + 1)]
         return [self._part(start, stop) for start, stop in zip(cuts, [*holes, len(self)], strict=True) if start < stop]
 
     def on_disk_only(self) -> list[WalPosition]:
-        """Of the batches that are not in memory."""
+        """Returns the positions of the batches that are not in memory."""
         return [self._position(i) for i, batch in enumerate(self._batches) if batch is None]
 
     def holds(self, position: WalPosition) -> bool:
-        """Whether one of the batches lies there."""
+        """True if a batch of this buffer lies at `position`."""
         return any(self._ats[i] == position.at and self._files[i] == position.file for i in range(len(self)))
 
     def _part(self, start: int, stop: int) -> "Buffer":
-        """The batches from number `start` to `stop`."""
+        """Returns a buffer of batches `start` to `stop` (numbers, `stop` excluded), without a snapshot."""
         part, span = Buffer(self._base_of(start), self.first_append_ms), slice(start, stop)
         part._ends, part._files = self._ends[span], self._files[span]
         part._ats, part._sizes, part._batches = self._ats[span], self._sizes[span], self._batches[span]

@@ -1,5 +1,10 @@
-"""What this agent's log goes with: the history of the metadata, and how far of it the agent has heard. Kept beside the
-log, so that metadata that went back in time is noticed before anything is dropped or given out again."""
+"""The metadata history (id, last position seen) under which this log was written.
+
+Owns: the current and the saved position. Does not own: the file (adapters/wal_note.py), the check for a rollback, which
+the coordinator makes when a session opens.
+Invariants: within a session the position never goes back. The saved position lets the coordinator refuse metadata that
+was restored to an earlier state, before records are dropped or offsets are given out again.
+"""
 
 import logging
 
@@ -9,24 +14,25 @@ log = logging.getLogger(__name__)
 
 
 class History:
-    """Owned by the session; saved in the log's own thread."""
+    """The metadata history as seen by the session; saved in the log's own thread."""
 
     def __init__(self, seen: Seen, files: LogFiles) -> None:
         self.seen = self._saved = seen
         self._files = files
 
     def opened(self, history_id: str, position: int) -> None:
-        """A session was opened over this history."""
+        """Sets the history and the position at which a session was opened."""
         self.seen = Seen(history_id, position)
 
     def heard_of(self, position: int) -> None:
         self.seen = Seen(self.seen.history_id, max(self.seen.position, position))
 
     async def save(self) -> None:
-        """Durably; on a full disk, or without a file descriptor, the next call that finds room does. Raises OSError.
+        """Saves the position durably if it has changed. Raises OSError.
 
-        Without room the agent goes on: it can only get some by giving its log away, to segmenters and with heartbeats.
-        What is noted from before still serves, for all that the metadata held then.
+        Without disk space or a file descriptor the agent goes on and a later call saves: space comes back only while
+        the agent runs, sends heartbeats and serves its log to segmenters. Until then the position saved before still
+        detects a rollback to a state before that position.
         """
         seen = self.seen
         if seen == self._saved or not seen.history_id:

@@ -1,4 +1,10 @@
-"""All logs the agent holds: by key, by partition, by name; their memory, and who waits for them."""
+"""All logs the agent holds: by key, by partition, by name; their memory, and the calls that wait for them.
+
+Owns: the held logs, the leading log of each partition, the producers of each partition, the memory limit, the waits for
+registration. Does not own: the state of a single log (partition_log.py), the files, the decision to seal or to lead.
+Invariants: a partition has at most one leading log. `memory_bytes` is the sum of the costs of all buffers, `open_bytes`
+the sum of the sizes of open buffers; `dirty` holds exactly the logs with an open buffer.
+"""
 
 import asyncio
 import contextlib
@@ -14,23 +20,23 @@ from streamhouse_ingest.log.buffer import BATCH_OVERHEAD_BYTES, Buffer, WalPosit
 from streamhouse_ingest.log.partition_log import PartitionLog
 from streamhouse_ingest.log.producers import ProducerTable
 
-# Of the appends in one sealed buffer, or read of the tail, so many are linked to its trace.
+# Limit of the appends that the trace of a sealed buffer, or of a read of the tail, links to.
 LINKS_MAX = 32
-# Waits for registration are looked through for abandoned ones when there are so many, then at twice what was left.
+# Number of waits for registration at which abandoned waits are removed; then again at twice the remaining number.
 _PRUNE_FROM = 64
 
 
 class HeldLog:
-    """A log and the calls that wait on it."""
+    """A log and the calls that wait for its registration or for a change."""
 
     def __init__(self, log: PartitionLog) -> None:
         self.log = log
-        self.durable_since_ms: int | None = None  # a durable ack waits for the open buffer since
+        self.durable_since_ms: int | None = None  # start of the oldest wait of a durable ack for the open buffer
         self.must_seal = False
-        self.end_confirmed = False  # the coordinator has said that the range ends where this log is settled
-        self.told = False  # in this session, what the coordinator knows of the partition's producers
-        self.traceparents: deque[str] = deque(maxlen=LINKS_MAX)  # of appends that are not sealed yet
-        self._recent: deque[tuple[int, str]] = deque(maxlen=LINKS_MAX)  # where an append ends, and its traceparent
+        self.end_confirmed = False  # the coordinator has confirmed settled_end as the end of the range
+        self.told = False  # the coordinator has reported the partition's producers in this session
+        self.traceparents: deque[str] = deque(maxlen=LINKS_MAX)  # appends that are not sealed yet
+        self._recent: deque[tuple[int, str]] = deque(maxlen=LINKS_MAX)  # end offset and traceparent of an append
         self._durable: list[tuple[int, int, asyncio.Future[NotLeader | None]]] = []
         self._order = itertools.count()
         self._changed: dict[asyncio.Future[None], None] = {}
@@ -38,7 +44,7 @@ class HeldLog:
         self._prune_at = _PRUNE_FROM
 
     def note_trace(self, end_offset: int, traceparent: str) -> None:
-        """Takes note of the span of an append that ends at `end_offset`."""
+        """Notes the trace span of an append that ends at `end_offset`."""
         self.traceparents.append(traceparent)
         self._recent.append((end_offset, traceparent))
 
@@ -47,14 +53,15 @@ class HeldLog:
         return [traceparent for end, traceparent in self._recent if offset < end <= end_offset]
 
     def wait_registered(self, end_offset: int) -> asyncio.Future[NotLeader | None]:
-        """Done when everything below `end_offset` is registered, or with an error when that cannot happen any more."""
+        """Returns a future that is done when everything below `end_offset` is registered: with None, or with NotLeader
+        as its result once that cannot happen any more."""
         future: asyncio.Future[NotLeader | None] = asyncio.get_running_loop().create_future()
         if self.log.registered_end >= end_offset:
             future.set_result(None)
         elif self._over:
             future.set_result(self._failure(self._over))
         else:
-            if len(self._durable) >= self._prune_at:  # those who gave up waiting: retries would pile up
+            if len(self._durable) >= self._prune_at:  # removes cancelled waits, which would pile up with every retry
                 self._durable = [waiting for waiting in self._durable if not waiting[2].done()]
                 heapq.heapify(self._durable)
                 self._prune_at = max(_PRUNE_FROM, 2 * len(self._durable))
@@ -68,7 +75,7 @@ class HeldLog:
                 future.set_result(None)
 
     def fail_waiting_beyond(self, end_offset: int, why: str) -> None:
-        """Records at or beyond `end_offset` will never be registered."""
+        """Fails the waits for an end beyond `end_offset`, which will never be registered."""
         kept = [waiting for waiting in self._durable if waiting[0] <= end_offset]
         for waiting in self._durable:
             if waiting[0] > end_offset and not waiting[2].done():
@@ -77,7 +84,7 @@ class HeldLog:
         heapq.heapify(self._durable)
 
     def end(self, why: str) -> None:
-        """Nothing more of the log will be registered: whoever waits, or comes to wait, hears of it."""
+        """Fails all present and future waits for registration: nothing more of the log will be registered."""
         self._over = why
         self.fail_waiting_beyond(self.log.registered_end, why)
 
@@ -86,8 +93,8 @@ class HeldLog:
 
     @contextlib.contextmanager
     def changed(self) -> Iterator[asyncio.Future[None]]:
-        """Yields a future that is done at the next append or change of the log's state. Each wait has one of its own:
-        taking a callback off a shared one looks through those of all others."""
+        """Yields a future that is done at the next append or change of the log's state. Each wait has its own future,
+        because removing a callback from a shared future searches the callbacks of all waits."""
         change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._changed[change] = None
         try:
@@ -103,21 +110,21 @@ class HeldLog:
 
 
 class Logs:
-    """Owns the held logs. What it counts: `memory_bytes` (batches in memory, what all batches cost besides, and what
-    sealed buffers say of their producers)."""
+    """The held logs. `memory_bytes` counts the batches in memory, the overhead of all batches, and the producer
+    snapshots of sealed buffers."""
 
     def __init__(self, *, memory_bytes_max: int, tail_cache_bytes: int, producers_max: int) -> None:
         self.memory_bytes_max = memory_bytes_max
-        self.producer_ids_from = 0  # smaller ones were given out before the metadata was restored
+        self.producer_ids_from = 0  # smaller producer ids were assigned before the metadata was restored
         self._tail_cache_bytes = tail_cache_bytes
         self._producers_max = producers_max
         self._by_key: dict[RangeKey, HeldLog] = {}
         self._by_partition: dict[tuple[bytes, int], list[HeldLog]] = {}
         self._led: dict[tuple[str, int], HeldLog] = {}
         self._producers: dict[tuple[bytes, int], ProducerTable] = {}
-        self._tail: deque[tuple[HeldLog, Buffer]] = deque()  # registered, oldest first
+        self._tail: deque[tuple[HeldLog, Buffer]] = deque()  # registered buffers, oldest registration first
         self._tail_bytes = 0
-        self.dirty: dict[RangeKey, HeldLog] = {}  # those with an open buffer
+        self.dirty: dict[RangeKey, HeldLog] = {}  # logs with an open buffer
         self.open_bytes = 0
         self.memory_bytes = 0
         self._subscribers: list[Callable[[HeldLog], None]] = []
@@ -129,15 +136,15 @@ class Logs:
         return self._by_key.get(key)
 
     def led(self, topic: str, partition: int) -> HeldLog | None:
-        """The log that appends to the partition go to."""
+        """Returns the log that appends to the partition go to, None if the agent does not lead the partition."""
         return self._led.get((topic, partition))
 
     def of_partition(self, topic_id: bytes, partition: int) -> list[HeldLog]:
-        """Ascending by epoch, so also by offset."""
+        """Returns the held logs of the partition, ascending by epoch and thereby by offset."""
         return self._by_partition.get((topic_id, partition), [])
 
     def producers(self, partition_key: tuple[bytes, int]) -> ProducerTable:
-        """The partition's idempotent producers; they outlive epochs."""
+        """Returns the idempotent producers of the partition, which outlive epochs; creates an empty table if needed."""
         if partition_key not in self._producers:
             self._producers[partition_key] = ProducerTable(self._producers_max)
         return self._producers[partition_key]
@@ -158,25 +165,25 @@ class Logs:
         return held
 
     def lead(self, held: HeldLog) -> None:
-        """Appends go here from now on."""
+        """Makes this log the leading log: appends to its partition go to it from now on."""
         held.log.leading = True
         self._led[(held.log.topic, held.log.key.partition)] = held
 
     def stop_leading(self, held: HeldLog) -> None:
-        """No append is decided from now on; one that is being written still counts."""
+        """Stops deciding appends to this log; appends that are being written still count."""
         held.log.leading = False
         name = (held.log.topic, held.log.key.partition)
         if self._led.get(name) is held:
             del self._led[name]
 
     def drop(self, held: HeldLog, why: str) -> None:
-        """The log is not needed any more: finished, lost, or its topic is gone."""
+        """Drops a log that is not needed any more: finished, lost, or of a deleted topic. Fails its waits."""
         self.stop_leading(held)
         self._forget_open(held)
         log = held.log
         if not any(other.log.leading for other in self._by_partition[log.key.partition_key]):
-            # What was registered comes back with the next epoch's grant. A leader has had its grant, and knows only
-            # ranges that ended well: a fenced one ends the session, and with it all leadership.
+            # Registered batches return with the grant of the next epoch. If a log leads, that grant has already come,
+            # and older ranges ended well: a fenced range ends the session, and with it all leadership.
             log.give_up()
         buffers = [*log.sealed, *([] if log.open is None else [log.open])]
         self.memory_bytes -= sum(map(_cost, buffers))
@@ -191,21 +198,21 @@ class Logs:
         held.end(why)
         held.notify()
 
-    # ---- what happens to one
+    # ---- changes of a log
 
     def subscribe(self, appended: Callable[[HeldLog], None]) -> None:
-        """Adds a subscriber of `appended`. It is called between two awaits of the writer, and must not raise."""
+        """Adds a subscriber of `appended`, which is called between two awaits of the writer and must not raise."""
         self._subscribers.append(appended)
 
     def appended(self, held: HeldLog) -> None:
-        """Tells the readers that wait at the log's end, and the subscribers, of what a group of writes brought to this
-        log: once, however many batches that was."""
+        """Notifies the readers that wait at the end of the log, and the subscribers: once per group of writes, not per
+        batch."""
         held.notify()
         for subscriber in self._subscribers:
             subscriber(held)
 
     def count_batch(self, held: HeldLog, size_bytes: int) -> None:
-        """Counts a batch of this size, just applied to the log's open buffer."""
+        """Counts a batch of `size_bytes` that was just applied to the open buffer of the log."""
         self.dirty[held.log.key] = held
         self.open_bytes += size_bytes
         self.memory_bytes += size_bytes + BATCH_OVERHEAD_BYTES
@@ -218,34 +225,35 @@ class Logs:
         return buffer
 
     def take_snapshots(self, held: HeldLog) -> None:
-        """Gives sealed buffers of a replay what they say of their producers."""
+        """Sets the producer snapshots of sealed buffers that a replay found."""
         with self._counting_sealed(held.log):
             held.log.take_snapshots()
 
     def register(self, held: HeldLog, registered_end: int) -> None:
-        """Releases the durable acks below `registered_end`, and the memory as far as it is not kept for readers."""
+        """Registers the log up to `registered_end`: releases durable acks and moves its buffers to the tail, where
+        they stay for readers while memory allows."""
         log = held.log
         if log.open is not None and log.open.base_offset < registered_end:
-            self.seal(held)  # somebody registered from it under an older announcement
+            self.seal(held)  # records of the open buffer were registered under an earlier announcement
         for buffer in log.register(registered_end):
             self.memory_bytes -= buffer.drop_snapshot()
             self._tail.append((held, buffer))
             self._tail_bytes += _cost(buffer)
-            if buffer.memory_bytes < buffer.size_bytes:  # partly on disk only, in files that may go now
+            if buffer.memory_bytes < buffer.size_bytes:  # partly on disk only, in files that may be deleted now
                 self._empty_tail_to(held, buffer)
         held.release_registered()
         held.notify()
         self.trim()
 
     def cut_out(self, held: HeldLog, buffer: Buffer, damaged: Collection[WalPosition]) -> list[Buffer]:
-        """Batches of a sealed buffer cannot be read back any more. Returns the buffers that are left of it."""
+        """Removes batches that cannot be read back from a sealed buffer. Returns the remaining buffers."""
         with self._counting_sealed(held.log):
             left = held.log.cut_out(buffer, damaged)
         held.notify()
         return left
 
     def settle(self, held: HeldLog, end_offset: int) -> int:
-        """The range ends at `end_offset`. Returns how many records of ours lie beyond and are given up."""
+        """Settles the range at `end_offset`. Returns the number of records beyond, which are given up."""
         self.stop_leading(held)
         self.seal(held)
         with self._counting_sealed(held.log):
@@ -264,17 +272,19 @@ class Logs:
 
     @property
     def memory_full(self) -> bool:
-        """Even without any batch in memory there is more than the limit: too many small batches wait for registration,
-        or buffers of too many producers. What is just within the limit trim() leaves, so that is not full."""
+        """True if memory exceeds the limit. After trim() that means that even without batches in memory the limit is
+        exceeded: too many small batches, or snapshots of too many producers, wait for registration. trim() leaves
+        memory that is exactly at the limit, so the limit itself is not full."""
         return self.memory_bytes > self.memory_bytes_max
 
     def trim(self) -> None:
-        """Keeps within the limits: registered batches go first, then sealed ones, then open ones (the log has them)."""
+        """Drops batches from memory until the limits hold: registered batches first, then sealed, then open batches.
+        The log on disk has all of them."""
         while self._tail and (self._tail_bytes > self._tail_cache_bytes or self.memory_bytes > self.memory_bytes_max):
             held, buffer = self._tail[0]
             self._empty_tail_to(held, buffer)
         if self.memory_bytes > self.memory_bytes_max:
-            # A tenth more than needed, so that this walk over all logs is not done for every append.
+            # Frees a tenth more than needed, so that not every append walks over all logs.
             goal = self.memory_bytes_max * 9 // 10
             for buffer in self._droppable():
                 self.memory_bytes -= buffer.drop_batches()
@@ -290,13 +300,13 @@ class Logs:
 
     @contextlib.contextmanager
     def _counting_sealed(self, log: PartitionLog) -> Iterator[None]:
-        """What is done changes which buffers are sealed, or what they cost."""
+        """Corrects `memory_bytes` by the difference that the block makes to the cost of the sealed buffers."""
         before = sum(map(_cost, log.sealed))
         yield
         self.memory_bytes += sum(map(_cost, log.sealed)) - before
 
     def _empty_tail_to(self, held: HeldLog, buffer: Buffer) -> None:
-        """Gives up the log's registered buffers up to `buffer`: what is kept has no gap."""
+        """Drops the log's registered buffers up to and including `buffer`, so that the kept buffers have no gap."""
         dropped = None
         while dropped is not buffer:
             dropped = self._drop_tail_of(held)
@@ -314,7 +324,8 @@ def _cost(buffer: Buffer) -> int:
 
 
 def not_leader(topic: str, partition: int, why: str, *, outcome: str = NOT_WRITTEN) -> NotLeader:
-    """The answer to a producer that has to look for the leader again. `outcome`: what became of its batch."""
+    """Returns the error for a producer that must look for the leader again. `outcome`: NOT_WRITTEN or UNKNOWN, the fate
+    of its batch."""
     return NotLeader(
         f"this agent does not lead {topic}/{partition}: {why}",
         topic=topic,

@@ -1,8 +1,9 @@
-"""The log of one epoch of one partition, as far as this agent holds it.
+"""The log of a single epoch of a partition, as far as this agent holds it.
 
-Owns: which offset comes next, whether the agent may still append, which batches are buffered, sealed, registered.
-Does not own: disk, network, time. Appends are decided on a draft (draft.py) and change the log only in apply(), after
-the write-ahead log has them.
+Owns: the next offset, the permission to append, the buffers (open, sealed, registered). Does not own: disk, network,
+time, memory accounting (logs.py).
+Invariants: appends are decided on a draft (draft.py) and change the log only in apply(), after the write-ahead log has
+them. Buffers ascend and never overlap. next_offset only goes back when the range is settled below it.
 """
 
 from collections import deque
@@ -27,7 +28,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchAppended:
-    """The batch takes the offsets from base_offset on."""
+    """A batch was appended at offsets [base_offset, base_offset + record_count)."""
 
     base_offset: int
     record_count: int
@@ -35,7 +36,7 @@ class BatchAppended:
 
 
 class PartitionLog:
-    """[start_offset, limit_offset) belongs to this epoch; batches cover it up to next_offset.
+    """The range [start_offset, limit_offset) belongs to this epoch; batches cover it up to next_offset.
 
     Buffers, ascending: `tail` (registered, kept for readers), `sealed`, `open`. A gap between buffers above
     registered_end is damage: those records were acknowledged and cannot be read any more.
@@ -63,7 +64,8 @@ class PartitionLog:
     # ---- appending
 
     def apply(self, event: BatchAppended, position: WalPosition, batch: bytes | None, now_ms: int) -> None:
-        """The write-ahead log has the batch at `position`."""
+        """Adds a batch that the write-ahead log has at `position` to the open buffer. `batch` is None if its bytes stay
+        on disk only."""
         assert event.base_offset == self.next_offset, "gap, or applied twice"
         if self.open is None:
             self.open = Buffer(self.next_offset, now_ms)
@@ -76,14 +78,16 @@ class PartitionLog:
             self.producers.put(producer_id, written)
 
     def restore(self, buffers: Iterable[Buffer], end_offset: int) -> None:
-        """What a replay found, ascending; all of it sealed. The log was written up to `end_offset`."""
+        """Adds the buffers found by a replay, in ascending order, as sealed. `end_offset` is the end of the last frame
+        of the log, damaged frames included."""
         self.sealed.extend(buffers)
         self.next_offset = end_offset
 
     # ---- what the coordinator says
 
     def name(self, topic: str, start_offset: int, min_acks: int) -> None:
-        """A replay knows neither name nor ack level, and takes the first batch it finds for the start."""
+        """Sets topic name, start and ack level as the coordinator knows them. A replay knows neither name nor ack level
+        and assumes that the log starts at the first batch found."""
         self.topic = topic
         self.min_acks = min_acks
         if start_offset != self.start_offset:
@@ -92,31 +96,31 @@ class PartitionLog:
             self.next_offset = max(self.next_offset, start_offset)
 
     def extend(self, limit_offset: int) -> None:
-        """The range was widened; limits only grow."""
+        """Extends the range to `limit_offset`; ignores a lower limit, because limits only grow."""
         if limit_offset > self.limit_offset:
             self._width = limit_offset - max(self.limit_offset, self.start_offset)
             self.limit_offset = limit_offset
 
     @property
     def runs_low(self) -> bool:
-        """Less than a quarter of the last widening is left: time to ask for more."""
+        """True if less than a quarter of the last extension is left: time to request another."""
         return self.limit_offset - self.next_offset < self._width // 4
 
     # ---- sealing and registration
 
     def take_snapshots(self) -> None:
-        """Gives the buffers of a replay their producer snapshots, once the coordinator's part of it is known."""
+        """Sets the producer snapshots of replayed buffers; called once the coordinator has reported its producers."""
         for buffer in self.sealed:
             if buffer.snapshot is None:
                 buffer.snapshot = self.producers.snapshot(buffer.end_offset)
 
     def tail_snapshot(self) -> bytes:
-        """What the records that are not registered yet say of their producers. Only this log's own: what else a replay
-        found may have been fenced or lost since."""
+        """Returns the encoded producer states of this log's unregistered records. States from other logs of the replay
+        are left out: their records may have been fenced or lost since."""
         return self.producers.snapshot_of(self.key.epoch, self.registered_end, self.next_offset)
 
     def seal(self) -> Buffer | None:
-        """The open buffer becomes sealed; None when there is nothing in it."""
+        """Seals the open buffer and returns it; returns None if no buffer is open."""
         buffer, self.open = self.open, None
         if buffer is not None:
             buffer.snapshot = self.producers.snapshot(buffer.end_offset)
@@ -124,16 +128,16 @@ class PartitionLog:
         return buffer
 
     def register(self, registered_end: int) -> list[Buffer]:
-        """Segments cover everything below `registered_end`. Returns the buffers that are registered by this.
+        """Notes that segments cover everything below `registered_end`. Returns the buffers registered by this call.
 
-        Raises ValueError if that is inside a batch: segments are made of whole batches.
+        Raises ValueError if `registered_end` is inside a batch: segments consist of whole batches.
         """
         if registered_end <= self.registered_end:
             return []
         self.registered_end = registered_end
         self.next_offset = max(self.next_offset, registered_end)
         if self.open is not None and self.open.base_offset < registered_end:
-            self.seal()  # somebody registered from it under an older announcement
+            self.seal()  # records of the open buffer were registered under an earlier announcement
         registered: list[Buffer] = []
         while self.sealed and self.sealed[0].base_offset < registered_end:
             buffer = self.sealed.popleft()
@@ -150,7 +154,8 @@ class PartitionLog:
         return buffer.split(offset)
 
     def settle(self, end_offset: int) -> list[Buffer]:
-        """The range ends at `end_offset`. What lies beyond can never be registered: it is given up and returned."""
+        """Settles the range at `end_offset`: stops leading and gives up all records beyond, which can never be
+        registered. Returns their buffers."""
         self.leading = False
         self.settled_end = end_offset
         self.seal()
@@ -169,12 +174,14 @@ class PartitionLog:
         return fenced
 
     def give_up(self) -> None:
-        """The range is over and nothing more of it can be registered: what was not is forgotten."""
+        """Forgets the producers' unregistered batches: the range is over and nothing more of it can be registered."""
         self.producers.forget(self.key.epoch, self.registered_end, self.next_offset)
 
     def cut_out(self, buffer: Buffer, damaged: Collection[WalPosition]) -> list[Buffer]:
-        """Batches of a sealed buffer cannot be read back any more: the gaps are lost spans from now on. Returns the
-        buffers that are left of it. A retry of what was lost is no duplicate."""
+        """Removes damaged batches from a sealed buffer and returns the remaining buffers.
+
+        The gaps are lost spans from now on, and a retry of a lost batch is no duplicate.
+        """
         left = buffer.cut_out(damaged)
         at = self.sealed.index(buffer)
         del self.sealed[at]
@@ -190,22 +197,23 @@ class PartitionLog:
         return left
 
     def forget_lost(self) -> None:
-        """Once it is known what is registered: what the coordinator tells of producers may have been said before the
-        damage."""
+        """Forgets the producers' batches in damaged and lost spans. Called when the registered end is known and the
+        coordinator has reported producers: its report may be older than the damage."""
         for span in (*self._damaged, *self.lost_spans()):
             self._forget_lost(span)
 
     def _forget_lost(self, span: Span) -> None:
-        """Whoever told of its batches: below the end of this range no offset is another epoch's."""
+        """Forgets the batches in `span`, written here or reported: below the end of this range every offset belongs to
+        this epoch."""
         self.producers.forget(self.key.epoch, *span)
         self.producers.forget(TOLD, *span)
 
     def is_damaged(self, offset: int) -> bool:
-        """The batch at `offset` was written, but was damaged before it was registered."""
+        """True if the batch at `offset` was written but damaged before its registration."""
         return any(span.base_offset <= offset < span.end_offset for span in self._damaged)
 
     def lost_spans(self) -> list[Span]:
-        """The damaged spans that registration has not passed yet, ascending."""
+        """Returns the damaged spans at or above the registered end, in ascending order."""
         spans = []
         end = self.registered_end
         for buffer in chain(self.sealed, () if self.open is None else (self.open,)):
@@ -217,14 +225,14 @@ class PartitionLog:
         return spans
 
     def _expected_end(self) -> int:
-        """Up to where records must be held."""
+        """Returns the offset up to which records must be held."""
         return self.next_offset if self.settled_end is None else max(self.settled_end, self.next_offset)
 
     # ---- reading
 
     @property
     def held_from(self) -> int:
-        """The lowest offset that can be read here."""
+        """Lowest offset that can be read here; next_offset if no batch is held."""
         first = next(self._buffers(), None)
         return self.next_offset if first is None else first.base_offset
 
@@ -233,7 +241,10 @@ class PartitionLog:
         return sum(buffer.size_bytes for buffer in self.sealed) + (self.open.size_bytes if self.open else 0)
 
     def read(self, offset: int, end_offset: int, bytes_max: int) -> list[tuple[WalPosition, bytes | None]]:
-        """Whole batches in a row from the one that holds `offset` on; none when `offset` is not held."""
+        """Returns consecutive whole batches from the batch that holds `offset`; none if `offset` is not held.
+
+        Stops before `end_offset`, at a gap, and before `bytes_max` would be exceeded, but not before the first batch.
+        """
         picked: list[tuple[WalPosition, bytes | None]] = []
         for buffer in self._buffers():
             if buffer.end_offset <= offset:
@@ -251,14 +262,15 @@ class PartitionLog:
         return picked
 
     def is_boundary(self, offset: int) -> bool:
-        """Does a batch begin or end at `offset`?"""
+        """True if a batch begins or ends at `offset`."""
         return any(
             buffer.base_offset <= offset <= buffer.end_offset and buffer.is_boundary(offset)
             for buffer in self._buffers()
         )
 
     def end_after(self, offset: int, count: int) -> int:
-        """Where the `count` batches end that read() gave from `offset` on."""
+        """Returns the end offset of the `count` batches that read() returned from `offset`. Raises ValueError if fewer
+        are held."""
         for buffer in self._buffers():
             if buffer.base_offset <= offset < buffer.end_offset:
                 there = buffer.count_from(offset)
@@ -268,7 +280,7 @@ class PartitionLog:
         raise ValueError(f"{self.describe()}: fewer batches than asked for are held")
 
     def gap_at(self, offset: int) -> Span | None:
-        """The damaged span that holds `offset`, if it is in one."""
+        """Returns the damaged span that holds `offset`, None if no span does."""
         return next((span for span in self.lost_spans() if span.base_offset <= offset < span.end_offset), None)
 
     def _buffers(self) -> Iterator[Buffer]:

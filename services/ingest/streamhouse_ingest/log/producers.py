@@ -1,11 +1,12 @@
-"""Idempotent producers of one partition: what each wrote last, so that a retry is written once (G5).
+"""Idempotent producers of a partition: the last batches of each producer, so that a retry is written once (G5).
 
-Per producer the last few batches are remembered with their offsets. The rules are Kafka's:
-- the next batch must start at the sequence after the last one; anything above is a gap;
-- a batch that equals a remembered one is a duplicate and gets the original offset back;
-- a newer producer epoch starts at sequence 0 and forgets the older one, an older epoch is fenced;
-- a producer nobody has state for is accepted at any sequence: its state may have been forgotten (idle producers
-  beyond the limit, a takeover without the old leader's log), and refusing would stop it for ever.
+Owns: the states of the partition's producers, their limit and their encoding. Does not own: which batches are durable.
+Invariants: a state holds 1 to BATCHES_REMEMBERED batches of a single producer epoch. The rules are Kafka's:
+- the next batch must start at the sequence after the last batch; a higher sequence is a gap;
+- a batch that equals a remembered batch is a duplicate and gets the original offset back;
+- a newer producer epoch starts at sequence 0 and forgets the older epoch, an older epoch is fenced;
+- a producer without state is accepted at any sequence: the state may have been forgotten (idle producers beyond the
+  limit, a takeover without the old leader's log), and a refusal would stop the producer for ever.
 """
 
 import struct
@@ -15,9 +16,9 @@ from typing import NamedTuple
 
 from shformat import ProducerStamp
 
-# A client keeps at most this many batches of one partition in flight when it is idempotent, as in Kafka.
+# An idempotent client keeps at most this many batches of a partition in flight, as in Kafka.
 BATCHES_REMEMBERED = 5
-# The epoch of a batch that the coordinator told of.
+# Stands for the epoch of a batch that the coordinator reported.
 TOLD = 0
 _SNAPSHOT_VERSION = 1
 _HEAD = struct.Struct("<BI")  # version, producers
@@ -26,12 +27,12 @@ _BATCH = struct.Struct("<qIq")  # base sequence, record count, base offset
 
 
 class SnapshotError(ValueError):
-    """A producer snapshot that is not one; names what is wrong and where."""
+    """An invalid producer snapshot; the message names the fault and the byte."""
 
 
 class WrittenBatch(NamedTuple):
-    """epoch: whose log it is in; TOLD where the coordinator told of it. What an epoch has to give up may lie at the
-    same offsets as what the next one wrote."""
+    """A batch of a producer. epoch: the epoch whose log holds the batch; TOLD if the coordinator reported it. Records
+    that an epoch must give up can have the same offsets as records of the next epoch, so the epoch tells them apart."""
 
     base_sequence: int
     record_count: int
@@ -44,7 +45,7 @@ class WrittenBatch(NamedTuple):
 
 
 class ProducerState(NamedTuple):
-    """The last batches of one producer epoch, ascending; never empty."""
+    """The last batches of a producer epoch, in ascending order; never empty."""
 
     producer_epoch: int
     batches: tuple[WrittenBatch, ...]
@@ -79,7 +80,7 @@ _IN_SEQUENCE = InSequence()
 
 
 def check_sequence(state: ProducerState | None, stamp: ProducerStamp, record_count: int) -> Verdict:
-    """What is to be done with a batch of `record_count` records from this producer."""
+    """Returns the verdict on a batch of `record_count` records from this producer."""
     if state is None:
         return _IN_SEQUENCE
     if stamp.producer_epoch < state.producer_epoch:
@@ -97,7 +98,7 @@ def check_sequence(state: ProducerState | None, stamp: ProducerStamp, record_cou
 def after_write(
     state: ProducerState | None, stamp: ProducerStamp, record_count: int, base_offset: int, epoch: int
 ) -> ProducerState:
-    """The state once the batch is written at `base_offset` in `epoch`."""
+    """Returns the state after the batch was written at `base_offset` in `epoch`."""
     written = WrittenBatch(stamp.base_sequence, record_count, base_offset, epoch)
     if state is None or state.producer_epoch != stamp.producer_epoch:
         return ProducerState(stamp.producer_epoch, (written,))
@@ -105,7 +106,8 @@ def after_write(
 
 
 class ProducerTable:
-    """The producers of one partition, in order of their last write; the least recent beyond the limit is forgotten."""
+    """The producers of a partition, in order of their last write. Beyond `producers_max` the producer whose last write
+    is oldest is forgotten."""
 
     def __init__(self, producers_max: int) -> None:
         self._producers_max = producers_max
@@ -118,32 +120,32 @@ class ProducerTable:
         return self._states.get(producer_id)
 
     def put(self, producer_id: int, state: ProducerState) -> None:
-        """`state` becomes the producer's, which is now the one that wrote last."""
+        """Sets the state of a producer, which becomes the most recent writer."""
         self._states.pop(producer_id, None)
         self._states[producer_id] = state
         if len(self._states) > self._producers_max:
             del self._states[next(iter(self._states))]
 
     def merge(self, others: Mapping[int, ProducerState]) -> None:
-        """Takes in states from elsewhere (a snapshot); of the same producer the newer batches win."""
+        """Merges states of a replay or a snapshot; of the same producer the newer batches win."""
         merged = {key: _newer(self._states.get(key), state) for key, state in others.items()}
         every = {**self._states, **merged}
         ordered = sorted(every.items(), key=lambda item: item[1].batches[-1].base_offset)
         self._states = dict(ordered[-self._producers_max :])
 
     def forget(self, epoch: int, base_offset: int, end_offset: int) -> None:
-        """The epoch's batches in [base_offset, end_offset) were given up: a retry of one is no duplicate, and their
-        offsets may be a later epoch's by now."""
+        """Forgets the batches of `epoch` in [base_offset, end_offset), which were given up: a retry of them is no
+        duplicate, and a later epoch may use their offsets by now."""
         self._states = _those(
             self._states, lambda batch: batch.epoch != epoch or not base_offset <= batch.base_offset < end_offset
         )
 
     def snapshot(self, end_offset: int) -> bytes:
-        """What is known of batches below end_offset, encoded."""
+        """Returns the encoded states of the batches below `end_offset`."""
         return encode_snapshot(_those(self._states, lambda batch: batch.base_offset < end_offset))
 
     def snapshot_of(self, epoch: int, base_offset: int, end_offset: int) -> bytes:
-        """What is known of the epoch's batches in [base_offset, end_offset), encoded."""
+        """Returns the encoded states of the batches of `epoch` in [base_offset, end_offset)."""
         return encode_snapshot(
             _those(self._states, lambda batch: batch.epoch == epoch and base_offset <= batch.base_offset < end_offset)
         )
@@ -160,7 +162,7 @@ def _newer(ours: ProducerState | None, theirs: ProducerState) -> ProducerState:
 
 
 def _those(states: Mapping[int, ProducerState], wanted: Callable[[WrittenBatch], bool]) -> dict[int, ProducerState]:
-    """The states as far as they are of wanted batches."""
+    """Returns the states restricted to wanted batches, without producers that have none."""
     kept = {}
     for producer_id, state in states.items():
         batches = tuple(filter(wanted, state.batches))
@@ -170,8 +172,11 @@ def _those(states: Mapping[int, ProducerState], wanted: Callable[[WrittenBatch],
 
 
 def encode_snapshot(states: Mapping[int, ProducerState]) -> bytes:
-    """Little-endian: version u8, producers u32; each: id i64, epoch u32, batches u8; each: sequence i64, count u32,
-    base offset i64. No producers: no bytes."""
+    """Returns the encoded states; no bytes if there are no producers.
+
+    Little-endian: version u8, number of producers u32; per producer: id i64, epoch u32, number of batches u8; per
+    batch: base sequence i64, record count u32, base offset i64.
+    """
     if not states:
         return b""
     parts = [_HEAD.pack(_SNAPSHOT_VERSION, len(states))]
@@ -182,7 +187,8 @@ def encode_snapshot(states: Mapping[int, ProducerState]) -> bytes:
 
 
 def decode_snapshot(data: bytes) -> dict[int, ProducerState]:
-    """The states in `data`: no, one or several snapshots, merged. Raises SnapshotError."""
+    """Returns the merged states of all snapshots in `data`, which are concatenated (possibly none). Raises
+    SnapshotError."""
     at, states = 0, dict[int, ProducerState]()
     try:
         while at < len(data):
@@ -201,7 +207,8 @@ def decode_snapshot(data: bytes) -> dict[int, ProducerState]:
 
 
 def _decode_producer(data: bytes, at: int) -> tuple[int, ProducerState, int]:
-    """The producer at byte `at`, and where the next one begins. Raises SnapshotError, struct.error."""
+    """Returns id and state of the producer at byte `at`, and the byte at which the next producer begins. Raises
+    SnapshotError, struct.error."""
     producer_id, epoch, batch_count = _PRODUCER.unpack_from(data, at)
     at += _PRODUCER.size
     if not 1 <= batch_count <= BATCHES_REMEMBERED:

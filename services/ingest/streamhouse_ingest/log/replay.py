@@ -1,4 +1,9 @@
-"""What the files of a write-ahead log amount to: per log its batches and producers, and where damage lies."""
+"""Findings of a replay of the write-ahead log: batches and producers of each log, and the damage.
+
+Owns: the findings while files are read. Does not own: the files and their format (adapters/wal_replay.py, shformat).
+Invariants: frames are added in the order in which they were written; offsets of a log only grow, and a frame that
+overlaps earlier frames is damage.
+"""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -14,13 +19,13 @@ from streamhouse_ingest.log.producers import BATCHES_REMEMBERED, ProducerState, 
 
 # A producer's batch: its stamp, record count, base offset, the epoch it was written in.
 _Written = tuple[ProducerStamp, int, int, int]
-# A producer's batches are cut down to those that count once there are this many: not at every frame.
+# A producer's list of batches is cut to the last BATCHES_REMEMBERED at this length instead of at every frame.
 _WRITTEN_MAX = 2 * BATCHES_REMEMBERED
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Bytes of a file that are no valid frames, or a whole file (size_bytes 0) that is missing."""
+    """Bytes of a file that are no valid frames, or a whole file (size_bytes 0) that is missing or empty."""
 
     file: int
     at: int
@@ -30,8 +35,8 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Doubt:
-    """Why offsets beyond the ends that a replay found may have been used. `hidden`: damage hides frames, of any log
-    that is not `certain`. `torn`: see Replay.torn()."""
+    """Reasons why offsets beyond the ends found by a replay may have been used. `hidden`: damage may hide frames of any
+    log that is not in `certain`. `torn`: see Replay.torn(). True if there is a reason."""
 
     hidden: bool = False
     torn: bool = False
@@ -49,9 +54,9 @@ NO_DOUBT = Doubt()
 
 @dataclass(slots=True)
 class ReplayedLog:
-    """`end_offset`: up to where the log was written, damaged frames included. `written`: by producer id the last
-    batches of the partition (producers outlive epochs). `hidings_before`: how often damage had hidden frames before the
-    last frame of this log."""
+    """Findings about a log. `end_offset`: end of its last frame, damaged frames included. `written`: the last batches
+    of the partition by producer id (producers outlive epochs). `hidings_before`: number of damages that may hide
+    frames, counted up to the last frame of this log."""
 
     first_offset: int
     end_offset: int
@@ -62,8 +67,8 @@ class ReplayedLog:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Frames of one log in one file, in the order they were written, as columns. `ats`, `sizes_bytes`: of the batches.
-    `producer_ids`: 0 for none."""
+    """Frames of a log in a single file, as columns, in the order in which they were written. `ats`, `sizes_bytes`: byte
+    positions and sizes of the batches. `producer_ids`: 0 for a batch without a producer."""
 
     base_offsets: list[int]
     record_counts: list[int]
@@ -74,11 +79,11 @@ class Run:
     base_sequences: list[int]
 
     def ends(self) -> list[int]:
-        """Where each frame's offsets end."""
+        """Returns the end offset of each frame."""
         return list(map(add, self.base_offsets, self.record_counts))
 
     def pieces(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of the frames between two gaps, or steps back, in the offsets."""
+        """Yields (start, stop) of each stretch of frames whose offsets have neither a gap nor a step back."""
         start = 0
         for i, (base_offset, end) in enumerate(zip(self.base_offsets[1:], self.ends(), strict=False), 1):
             if base_offset != end:
@@ -88,9 +93,11 @@ class Run:
 
 
 def runs_of(frames: Sequence[WalFrame], headers: HeaderColumns) -> Iterator[tuple[RangeKey, Run]]:
-    """The frames of each log, `headers` being their batches'; those of a partition in the order they were written,
-    whatever its epochs. What takes a step per frame is left to the interpreter's own loops from here on: a log of small
-    batches has millions of them."""
+    """Yields the frames as runs of each log; `headers` are the headers of their batches.
+
+    Runs of a partition keep the order in which the frames were written, across its epochs. A log of small batches has
+    millions of frames, so from here on steps per frame are left to the interpreter's own loops (map, comprehensions).
+    """
     base_offsets = [frame.base_offset for frame in frames]
     ats = [frame.batch_at for frame in frames]
     sizes_bytes = [frame.batch_size_bytes for frame in frames]
@@ -100,7 +107,7 @@ def runs_of(frames: Sequence[WalFrame], headers: HeaderColumns) -> Iterator[tupl
 
 
 def _places_of(frames: Sequence[WalFrame]) -> list[tuple[RangeKey, list[int]]]:
-    """Which of the frames follow each other in a log, until there is one of another epoch of its partition."""
+    """Returns the indices of the frames of each run; a run ends at a frame of another epoch of the same partition."""
     found: list[tuple[RangeKey, list[int]]] = []
     growing: dict[tuple[bytes, int, int], list[int]] = {}
     latest: dict[tuple[bytes, int], RangeKey] = {}
@@ -117,11 +124,11 @@ def _places_of(frames: Sequence[WalFrame]) -> list[tuple[RangeKey, list[int]]]:
 
 
 class Replay:
-    """Takes the frames of all files in the order they were written.
+    """Collects the frames of all files, in the order in which they were written.
 
-    A damaged frame whose header is intact leaves a known gap. Damage that hides headers leaves a known gap only where
-    a later frame of the same log shows it; of all other logs, those without any frame too, nobody can say any more how
-    far they went: `doubt`.
+    A damaged frame with an intact header leaves a known gap. Damage that hides headers leaves a known gap only if a
+    later frame of the same log shows it; the ends of all other logs, including logs without any frame, are unknown:
+    `doubt`.
     """
 
     def __init__(self, buffer_bytes_max: int) -> None:
@@ -129,18 +136,18 @@ class Replay:
         self.logs: dict[RangeKey, ReplayedLog] = {}
         self._written: dict[tuple[bytes, int], dict[int, list[_Written]]] = {}
         self.damage: list[Damage] = []
-        self._hidings = 0  # how often damage may have hidden frames of any log
+        self._hidings = 0  # number of damages that may hide frames of any log
         self._torn = False
 
     @property
     def doubt(self) -> Doubt:
-        """What cannot be said of the ends of this log's ranges."""
+        """Uncertainty about the ends of the ranges in this write-ahead log."""
         certain = frozenset(key for key, log in self.logs.items() if log.hidings_before == self._hidings)
         return Doubt(self._hidings > 0, self._torn, certain)
 
     @property
     def producers(self) -> dict[tuple[bytes, int], dict[int, ProducerState]]:
-        """By partition and producer id, after the frames so far."""
+        """States by partition and producer id, after the frames added so far."""
         return {
             key: {producer_id: _state_after(batches) for producer_id, batches in written.items()}
             for key, written in self._written.items()
@@ -148,7 +155,7 @@ class Replay:
         }
 
     def add(self, key: RangeKey, file: int, run: Run) -> None:
-        """Valid frames. One that overlaps what came before is damage: offsets never change their records."""
+        """Adds valid frames. A frame that overlaps earlier offsets is damage: the record at an offset never changes."""
         log = self.logs.get(key) or self._begin(key, run.base_offsets[0])
         for start, stop in run.pieces():
             kept = bisect_left(run.base_offsets, log.end_offset, start, stop)
@@ -163,7 +170,8 @@ class Replay:
                 _note_written(log.written, key.epoch, run, kept, stop)
 
     def _append(self, log: ReplayedLog, file: int, run: Run, start: int, stop: int) -> None:
-        """Frames start to stop of the run, without a gap between them; a buffer takes them until it is full."""
+        """Appends frames `start` to `stop` of the run, which have no gap, to the last buffer; begins a buffer after a
+        gap and after a full buffer."""
         while start < stop:
             last = log.buffers[-1] if log.buffers else None
             if last is None or run.base_offsets[start] > last.end_offset or last.size_bytes >= self._buffer_bytes_max:
@@ -175,33 +183,36 @@ class Replay:
             log.end_offset, start = last.end_offset, taken.stop
 
     def damaged(self, file: int, at: int, size_bytes: int, reason: str, *, hides: bool = False) -> None:
-        """`hides`: there may have been frames of any log."""
+        """Adds damage. `hides`: the damaged bytes may have held frames of any log."""
         self.damage.append(Damage(file, at, size_bytes, reason))
         if hides:
             self._hidings += 1
 
     def torn(self) -> None:
-        """The log ends with what a write that a power failure cut off can leave (so can, less likely, damage), or was
-        not synced before every ack: what was read of it may be gone, and its offsets must not be used again."""
+        """Notes a torn tail: records that were read may be gone, and their offsets must not be used again.
+
+        Either the end of the log looks like a write cut off by a power failure (damage could look the same, less
+        likely), or the log was not synced before every ack.
+        """
         self._torn = True
 
     def lost(self, key: RangeKey, base_offset: int, record_count: int) -> None:
-        """A damaged frame held these records."""
+        """Notes that a damaged frame held these records: the log ends behind them, or has a gap."""
         log = self.logs.get(key) or self._begin(key, base_offset)
         log.end_offset = max(log.end_offset, base_offset + record_count)
         log.hidings_before = self._hidings
 
     def _begin(self, key: RangeKey, base_offset: int) -> ReplayedLog:
-        """The log starts at this frame, as far as the files say."""
+        """Returns a new log that starts at `base_offset`; the coordinator knows the real start."""
         written = self._written.setdefault(key.partition_key, {})
         log = self.logs[key] = ReplayedLog(base_offset, base_offset, written)
         return log
 
 
 def _note_written(producers: dict[int, list[_Written]], epoch: int, run: Run, start: int, stop: int) -> None:
-    """Frames start to stop were written by their producers, if they have one."""
+    """Adds frames `start` to `stop` to the batches of their producers; skips frames without a producer."""
     if run.producer_ids[start:stop].count(run.producer_ids[start]) == stop - start:
-        start = max(start, stop - BATCHES_REMEMBERED)  # those before say nothing any more
+        start = max(start, stop - BATCHES_REMEMBERED)  # earlier batches of the same producer would be forgotten anyway
     for i in range(start, stop):
         producer_id = run.producer_ids[i]
         if producer_id:
@@ -213,7 +224,8 @@ def _note_written(producers: dict[int, list[_Written]], epoch: int, run: Run, st
 
 
 def _state_after(written: Sequence[_Written]) -> ProducerState:
-    """Only its last batches say what a producer's state is: worked out once at the end instead of after each frame."""
+    """Returns the state after these batches. Only the last batches of a producer decide its state, so the state is
+    computed once at the end instead of after each frame."""
     state = None
     for batch in written:
         state = after_write(state, *batch)

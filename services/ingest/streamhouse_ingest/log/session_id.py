@@ -1,11 +1,15 @@
-"""The session that the agent has open, as all its parts see it."""
+"""The session that the agent has open, as all its parts see it.
+
+Owns: token, id and position of the session. Does not own: opening and keeping it (leadership/session.py).
+Invariants: token and id are set and cleared together, in a single step without an await.
+"""
 
 import asyncio
 
 
 class CurrentSession:
-    """The open session: its token, which calls carry, its id, which events name, and `position`, up to which its events
-    have come in. Token and id are empty while there is none."""
+    """The open session. Calls carry the token, events name the id, and events up to `position` have arrived. Token and
+    id are empty while no session is open."""
 
     def __init__(self) -> None:
         self.token = ""
@@ -14,17 +18,17 @@ class CurrentSession:
         self._open = asyncio.Event()
 
     def set(self, token: str, session_id: str, position: int = 0) -> None:
-        """Notes the open session; what happens behind `position` of the event log concerns it."""
+        """Sets the open session; it follows the events behind `position`, the feed position at which it opened."""
         self.token, self.session_id, self.position = token, session_id, position
         self._open.set()
 
     def clear(self) -> None:
-        """Notes that there is no session."""
+        """Clears token and id: no session is open."""
         self.token = self.session_id = ""
         self._open.clear()
 
     async def wait_open(self) -> str:
-        """Returns the token of the open session, once there is one."""
+        """Returns the token of the open session; waits for a session if none is open."""
         while not self.token:
             await self._open.wait()
         return self.token

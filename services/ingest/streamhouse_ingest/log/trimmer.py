@@ -1,4 +1,9 @@
-"""Deletes the log's files once nothing in them is needed."""
+"""Deletes files of the write-ahead log once everything in them is registered.
+
+Owns: the request to trim. Does not own: which files are deletable (wal_index.py), the files (adapters/wal.py).
+Invariants: the metadata position is saved before a file is deleted, unless the disk is full; a file leaves the index
+only after its deletion.
+"""
 
 import asyncio
 import logging
@@ -11,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Trimmer:
-    """One task; in the log's own thread, so that a deletion never races with a rotation."""
+    """A single task. Deletes in the log's own thread, so that a deletion never races with a rotation."""
 
     def __init__(self, logs: Logs, files: LogFiles, history: History) -> None:
         self._logs = logs
@@ -23,18 +28,19 @@ class Trimmer:
         self._wanted.set()
 
     async def run(self) -> None:
-        """Deletes what may go, whenever something was registered."""
+        """Deletes deletable files after each want(), until cancelled. Raises OSError."""
         while True:
             await self._wanted.wait()
             self._wanted.clear()
             await self.trim()
 
     async def trim(self) -> None:
-        """Raises OSError when a file cannot be deleted."""
+        """Deletes all deletable files, oldest first. Raises OSError if a file cannot be deleted."""
         wal, index = self._files.wal, self._files.index
         for file in index.deletable(self._logs.registered_end, wal.active):
-            # Metadata from before these registrations must not find the log without them and take it for whole. Noted
-            # once for all files, or, where the disk is full, when one that is gone has made room.
+            # If the metadata were restored to a state before these registrations, the log would look complete although
+            # the records are gone; the saved position reveals the rollback. A single save serves all files, unless the
+            # disk is full: then the save succeeds once a deleted file has made room.
             await self._history.save()
             await self._files.run(wal.delete, file)
             index.remove(file)

@@ -1,7 +1,8 @@
-"""Which files of the write-ahead log are not needed any more.
+"""Selects the files of the write-ahead log that are not needed any more.
 
-A file may go once everything in it is registered (or given up for a reason the coordinator knows). Files go from
-the front only, so that a file missing in the middle is seen as damage at the next start.
+Owns: sizes and end offsets per file. Does not own: the files themselves, registered ends (logs.py).
+Invariants: a file is deletable once everything in it is registered, or given up for a reason the coordinator knows.
+Files are deleted from the front only, so that a file missing in the middle is recognized as damage at the next start.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from shproto.keys import RangeKey
 
 
 class WalIndex:
-    """Per file the highest end offset of each log in it, and its size."""
+    """The size of each file and the highest end offset of each log in that file."""
 
     def __init__(self) -> None:
         self._ends: dict[int, dict[RangeKey, int]] = {}
@@ -18,27 +19,29 @@ class WalIndex:
 
     @property
     def size_bytes(self) -> int:
-        """Of all files together."""
+        """Size of all files together."""
         return sum(self._sizes.values())
 
     def size_of(self, file: int) -> int:
-        """0 when there is no such file."""
+        """Returns the size of the file in bytes, 0 if the file does not exist."""
         return self._sizes.get(file, 0)
 
     def resize(self, file: int, size_bytes: int) -> None:
-        """The file exists and is this large."""
+        """Sets the size of the file; adds a file that is new."""
         self._sizes[file] = size_bytes
         self._ends.setdefault(file, {})
 
     def note(self, file: int, key: RangeKey, end_offset: int) -> None:
-        """The file holds a batch of this log that ends at `end_offset`."""
+        """Notes that the file holds a batch of log `key` that ends at `end_offset`."""
         ends = self._ends.setdefault(file, {})
         if end_offset > ends.get(key, -1):
             ends[key] = end_offset
 
     def deletable(self, registered_end: Callable[[RangeKey], int | None], active: int | None) -> list[int]:
-        """The files to delete, oldest first. `registered_end` gives None for a log that nobody needs; `active` is
-        being written."""
+        """Returns the files that may be deleted, oldest first; stops at the file `active`, which is being written.
+
+        `registered_end` returns None for a log that is not held any more.
+        """
         files = []
         for file in sorted(self._ends):
             if file == active or not all(_covered(registered_end(key), end) for key, end in self._ends[file].items()):
@@ -47,7 +50,7 @@ class WalIndex:
         return files
 
     def all_covered(self, registered_end: Callable[[RangeKey], int | None]) -> bool:
-        """Nothing in any file is needed any more."""
+        """True if no file holds records that are still needed."""
         return len(self.deletable(registered_end, None)) == len(self._ends)
 
     def remove(self, file: int) -> None:

@@ -1,9 +1,9 @@
-"""Watches whether the log's disk has been without room for so long that others should lead.
+"""Watches for a disk of the log that stays full for so long that other agents should lead.
 
-Owns: since when there is no room, and the look whether there is some again. Does not own: the moves, which the
-coordinator asks for once it hears of it.
-Invariants: a log that was full counts as full until there is room for a whole file, or small batches that still fit
-would send the leaderships to and fro. Nobody waits for a look: the log's thread, which makes it, may hang on a disk.
+Owns: the time since which the disk is full, and the check for new room. Does not own: the leadership transfers, which
+the coordinator starts when a heartbeat reports a full log.
+Invariants: a log that was full counts as full until there is room for a whole file; otherwise small batches that still
+fit would send leaderships to and fro. No caller waits for a check: the log's thread runs it, and may hang on the disk.
 """
 
 import asyncio
@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 
 class WalSpace:
-    """`note_full` by the writer, `look` and `is_full` by whoever tells the coordinator. `tasks` owns the look."""
+    """Fullness of the disk. The writer calls `note_full`; the heartbeats call `look` and report `is_full`. `tasks` owns
+    the task of a check. grace_ms: how long the disk may be full before the log is reported full."""
 
     def __init__(self, files: LogFiles, clock: Clock, tasks: Tasks, *, grace_ms: int) -> None:
         self._files = files
@@ -31,7 +32,7 @@ class WalSpace:
 
     @property
     def is_full(self) -> bool:
-        """True if at the last look the log had been full for the grace period, and still was."""
+        """True if the last check found the disk still full after `grace_ms`."""
         return self._is_full
 
     def note_full(self) -> None:
@@ -41,7 +42,7 @@ class WalSpace:
             log.warning("the write-ahead log cannot grow; after %d ms others are to lead instead", self._grace_ms)
 
     def look(self) -> None:
-        """Begins to look whether a log that was full still is, unless such a look is under way."""
+        """Starts a check for room if the log was full, unless a check is still running."""
         if self._full_since_ms is not None and (self._looking is None or self._looking.done()):
             self._looking = self._tasks.spawn("look for room in the log", self._look(self._full_since_ms))
 
