@@ -15,11 +15,11 @@ OUR_NAMES = frozenset(("postgres", "objects", "wal", "cache", "lock"))
 
 
 class DataDirError(Exception):
-    """The directory cannot be used: another process serves it, or it cannot be written."""
+    """The directory cannot be used: another process serves it, or it is not writable."""
 
 
 class DataDir:
-    """Paths below a directory, and the lock on it. The lock ends with the process, so a crash never leaves it."""
+    """Paths below a directory, and the directory's lock, which ends with the process: a crash leaves no lock behind."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
@@ -42,8 +42,8 @@ class DataDir:
         return self.path / "cache"
 
     def lock(self) -> None:
-        """Makes the directory if it is missing, locks it for this process, and closes it to other users as far as it is
-        ours.
+        """Makes the directory if missing, locks it for this process, and closes its files to other users as far as this
+        user owns them.
 
         Raises DataDirError; for a locked directory the error names the process.
         """
@@ -64,7 +64,7 @@ class DataDir:
         self._lock = lock
         pid = str(os.getpid()).encode()
         try:
-            # Over the old file first: a truncated file gives its block back, and a full disk has no other.
+            # Over the old file first: truncating would free the block, and a full disk has no other.
             os.pwrite(lock, pid, 0)
         except OSError as error:
             self.unlock()
@@ -81,8 +81,8 @@ class DataDir:
     def _close_to_others(self) -> None:
         """Removes group's and others' permissions from files that earlier versions made readable by all.
 
-        The directory itself may belong to others, as /srv or a volume: its permissions change only if all its contents
-        are ours.
+        The directory itself may belong to others, as /srv or a volume: permissions of the directory change only if all
+        contents are ours.
         """
         for made_by_us in (self.objects, self.wal, self.cache, self.path / "lock"):
             if made_by_us.exists():

@@ -1,5 +1,5 @@
 """PostgreSQL as a child process on a data directory of ours: made at the first start, recovered at every other, and
-started again when it dies. Meant for a single machine and user; production uses a server of its own (pg_dsn).
+started again after a crash. Meant for a single machine and user; production uses a server of its own (pg_dsn).
 
 Owns: the server's process, its data directory, and its access rules. Does not own: the tables. Invariants: a data
 directory has at most one server, of one process of ours. Only the user that runs this process can connect: over a
@@ -126,11 +126,11 @@ class EmbeddedPostgres:
 
     @property
     def pid(self) -> int | None:
-        """The server's process id while it runs."""
+        """Process id of the running server; None without a server."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
     async def start(self) -> str:
-        """Starts the server, on first use after creating the database; returns its DSN once it accepts connections.
+        """Starts the server, on first use after creating the database; returns the DSN once connections are accepted.
 
         Raises PostgresError, with the last lines of the log if there are any.
         """
@@ -150,9 +150,9 @@ class EmbeddedPostgres:
             raise
 
     async def keep_running(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
-        """Starts the server again whenever it ends by itself, with back-off, at the same address. Runs until
-        cancelled; cancel it before `stop`. `on_change` is called with False when the server has ended, with True
-        when it accepts connections again."""
+        """Starts a server that ended by itself again, with back-off, at the same address. Runs until cancelled, which
+        has to come before `stop`. `on_change` is called with False when the server has ended, with True when
+        connections are accepted again."""
         loop = asyncio.get_running_loop()
         backoff = Backoff(RESTART_FIRST_MS, RESTART_MS_MAX)
         while True:
@@ -170,7 +170,7 @@ class EmbeddedPostgres:
             await on_change(True)
 
     async def _restart(self) -> bool:
-        """Returns False, with an error in the log, if the server does not start: its disk may be full for a while."""
+        """Returns False, with an error in the log, if the server does not start: the disk may be full for a while."""
         try:
             bin_dir = find_bin_dir(self._explicit_bin_dir)
             await self._open(bin_dir, await asyncio.to_thread(RunAs.choose, bin_dir, self.data_dir))
@@ -190,7 +190,7 @@ class EmbeddedPostgres:
         return self._dsn(directory or host, port)
 
     async def stop(self) -> None:
-        """Shuts the server down fast (open transactions roll back), harder if that takes too long. Idempotent."""
+        """Shuts the server down fast (open transactions roll back), harder after a timeout. Idempotent."""
         process, self._process = self._process, None
         try:
             if process is not None:
@@ -210,7 +210,7 @@ class EmbeddedPostgres:
         return self.data_dir.with_name(self.data_dir.name + suffix)
 
     def _acquire_lock(self) -> None:
-        """Takes the lock, which ends with our process: its holder may take a running server for an orphan."""
+        """Takes the lock, which ends with our process. With the lock held, a running server is an orphan."""
         try:
             files.make_directory(self.data_dir.parent)
             lock = os.open(self._beside(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
@@ -229,7 +229,7 @@ class EmbeddedPostgres:
             self._lock = -1
 
     async def _open(self, bin_dir: Path, user: RunAs) -> str:
-        """Starts the server on its data, which are made at the first start; returns its DSN."""
+        """Starts the server on the data directory, which is made at the first start; returns the DSN."""
         try:
             if files.free_bytes(self.data_dir) < RESERVE_BYTES:
                 self._reserve_path.unlink(missing_ok=True)
@@ -295,8 +295,8 @@ class EmbeddedPostgres:
     async def _initialise(self, bin_dir: Path, user: RunAs) -> None:
         """Makes a new data directory: initdb beside the final place, then rename.
 
-        A crash in between leaves nothing half-made there. The place differs each time: an initdb that outlives its
-        parent for a moment removes its files.
+        A crash in between leaves nothing half-made there. The place differs each time, because an initdb that outlives
+        the parent for a moment removes the files.
         """
         for leftover in self.data_dir.parent.glob(f"{glob.escape(self.data_dir.name)}.initdb*"):
             if leftover.is_dir():
@@ -353,7 +353,7 @@ class EmbeddedPostgres:
             )  # fmt: skip
 
     async def _run(self, name: str, user: RunAs, command: Sequence[str], timeout_s: float) -> None:
-        """Runs a program of PostgreSQL's, with its output in the log. Raises PostgresError."""
+        """Runs a program of PostgreSQL's, with the output in the log. Raises PostgresError."""
         with self._open_log() as output:
             log_at = output.tell()
             process = _spawn(command, output, user.environ(self.data_dir.parent))
@@ -389,7 +389,8 @@ class EmbeddedPostgres:
             raise self._error(message, log_at) from None
 
     def _launch(self, bin_dir: Path, user: RunAs, address: tuple[str, int]) -> tuple[subprocess.Popen[bytes], int]:
-        """Starts the server process; returns the process, and the position in the log where its lines begin."""
+        """Starts the server process; returns the process, and the position in the log at which the process begins to
+        write."""
         command = user.command(bin_dir / "postgres", self._arguments(*address))
         with self._open_log() as output:
             log_at = output.tell()
@@ -397,7 +398,7 @@ class EmbeddedPostgres:
         return self._process, log_at
 
     async def _accepts(self, dsn: str, process: subprocess.Popen[bytes]) -> bool:
-        """Returns True once the server accepts a connection, False if it ends first."""
+        """Returns True once the server accepts a connection, False if the process ends first."""
         while process.poll() is None:
             try:
                 connection = await asyncpg.connect(dsn)
@@ -487,7 +488,7 @@ def _spawn(command: Sequence[str], output: IO[bytes], environ: Mapping[str, str]
 
 
 def _content_of(path: Path) -> str | None:
-    """Returns the text of a small file, or None if it is missing or not text."""
+    """Returns the text of a small file, or None if missing or not text."""
     try:
         return path.read_text()
     except (FileNotFoundError, UnicodeDecodeError):
@@ -495,7 +496,7 @@ def _content_of(path: Path) -> str | None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or a directory with its contents, as far as it exists."""
+    """Removes a file or a directory with all contents, as far as they exist."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -511,7 +512,7 @@ async def _has_checksums(dsn: str) -> bool:
 
 
 async def _wait_for_end(process: subprocess.Popen[bytes]) -> None:
-    """Returns when the process has ended, and reaps it. Takes no thread, which could not be cancelled."""
+    """Waits for the end of the process and reaps the process. Takes no thread, which could not be cancelled."""
     if process.poll() is not None:
         return
     loop = asyncio.get_running_loop()
@@ -539,6 +540,6 @@ async def _stop_process(process: subprocess.Popen[bytes]) -> None:
                 await asyncio.to_thread(process.wait, STOP_TIMEOUT_S)
                 return
     finally:
-        if process.poll() is None:  # it hangs, or we are being cancelled
+        if process.poll() is None:  # still there: the server hangs, or this task is being cancelled
             process.kill()
             process.wait()

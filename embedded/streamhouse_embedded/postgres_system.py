@@ -1,4 +1,4 @@
-"""Operating system side of starting PostgreSQL: place of its binaries, user and environment of its process, leftover
+"""Operating system side of starting PostgreSQL: place of the binaries, user and environment of the process, leftover
 processes of an earlier run. Linux; knows nothing of initdb, settings or connections."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ are. The rest is ours: credentials of the object store, among others, which Post
 NSS_WRAPPER_PATTERNS = ("lib/libnss_wrapper.so", "lib/*/libnss_wrapper.so", "lib64/libnss_wrapper.so")
 NSS_WRAPPER_USER = "streamhouse"
 
-# Becomes the given program, after making it die with this process. A process of its own, not code between fork and
+# Becomes the given program, which dies with this process. A process of its own, not code between fork and
 # exec, where Python may deadlock on a lock that another thread held.
 _LAUNCHER = """
 import ctypes, os, signal, sys
@@ -183,22 +183,21 @@ class RunAs:
             os.chown(path, self.uid, self.gid)
 
     def admit(self, directory: Path) -> None:
-        """Lets `nobody`, if that is the user, pass through a directory of ours, by its group."""
+        """Lets `nobody`, if that is the user, pass through a directory of ours, by the directory's group."""
         if self.uid == UNPRIVILEGED_UID and not directory.stat().st_mode & 0o001:
             os.chown(directory, -1, self.gid)
             directory.chmod(files.PRIVATE_DIRECTORY | 0o010)
 
     def adopt(self, data_dir: Path) -> None:
-        """Gives the user data that root's PostgreSQL left to `nobody` or to root, as it ran then."""
+        """Gives the user data that root's PostgreSQL left to `nobody` or to root in an earlier run."""
         uid, gid = (self.uid, self.gid) if self.uid >= 0 else (os.geteuid(), os.getegid())
         if os.geteuid() != 0 or data_dir.stat().st_uid == uid:
             return
         for directory, _, names in os.walk(data_dir, topdown=False):
             for name in names:
                 os.chown(Path(directory, name), uid, gid, follow_symlinks=False)
-            os.chown(
-                directory, uid, gid
-            )  # bottom up: a directory's owner tells whether everything below it has been given
+            # Bottom up, so that a directory's owner tells whether everything below has been given.
+            os.chown(directory, uid, gid)
 
 
 def _user_name(uid: int) -> str:
@@ -210,13 +209,14 @@ def _user_name(uid: int) -> str:
 
 
 def nss_wrapper() -> Path | None:
-    """Returns the library that gives processes a passwd file of their own (https://cwrap.org), if it is installed."""
+    """Returns the library that gives processes a passwd file of their own (https://cwrap.org); None if not
+    installed."""
     found = (path for pattern in NSS_WRAPPER_PATTERNS for path in sorted(Path("/usr").glob(pattern)))
     return next(found, None)
 
 
 def _may_enter(path: Path) -> bool:
-    """True if all users may enter all directories down to `path`, and use `path` itself (a program: run it)."""
+    """True if all users may enter all directories down to `path`, and `path` itself (if a program: run it)."""
     return all(level.stat().st_mode & 0o001 for level in (path.resolve(), *path.resolve().parents))
 
 
@@ -225,7 +225,7 @@ def stop_orphans(data_dir: Path) -> bool:
 
     Returns True if there were any. Waits for all of them: backends outlive a killed postmaster by some ms, and a new
     server refuses to start beside them. Then it removes the lock files of directory and socket, which a new server
-    might take for those of a running server: when their pid is a zombie that its container does not reap, or another
+    might take for those of a running server: when their pid is a zombie that the container does not reap, or another
     program's by now, or when they are half written. The caller holds the lock that keeps other starts away. Raises
     PostgresError if a process does not end.
     """
@@ -254,7 +254,7 @@ def _to_shut_down(data_dir: Path, pids: Sequence[int]) -> Sequence[int]:
 
 
 def _signal(pid: int, data_dir: Path, number: signal.Signals) -> None:
-    """Signals the process, unless its pid has become another program's."""
+    """Signals the process, unless the pid has become another program's."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -289,6 +289,6 @@ def _runs_on(pid: int, data_dir: Path) -> bool:
         is_postgres = (process / "exe").readlink().name.removesuffix(" (deleted)") == "postgres"
         return is_postgres and (process / "cwd").samefile(data_dir)
     except (FileNotFoundError, ProcessLookupError):
-        return False  # a kernel thread, or it has ended: a zombie has neither
+        return False  # a kernel thread or a zombie, which have neither
     except PermissionError:
         return False  # another user's process: not ours, since ours run as us or are readable by root

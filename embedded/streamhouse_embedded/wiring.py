@@ -2,7 +2,7 @@
 
 Services call each other's API objects directly; clients reach all of them on one gRPC port.
 Start order is the order of need (PostgreSQL, coordinator, ingest, segmenter, query), stop order the reverse, with one
-exception: ingest drains first, while everything it needs to seal, upload and register still runs.
+exception: ingest drains first, while everything needed to seal, upload and register still runs.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ CALL_GRACE_MS = 500
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Addresses and times that `serve` prints once it serves."""
+    """Addresses and times that `serve` prints once clients can connect."""
 
     address: str
     data_dir: str
@@ -138,7 +138,7 @@ class EmbeddedPlatform:
         self._stack.push_async_callback(segmenter.stop)
         await query.start(address)
         self._stack.push_async_callback(query.stop)
-        # Before the agent: it waits until metadata that went back are repaired, and the repair needs the coordinator.
+        # Before the agent, which waits until metadata that went back are repaired: the repair needs the coordinator.
         await server.start()
         await ingest.start(address)
         self._stack.push_async_callback(ingest.stop)
