@@ -66,6 +66,12 @@ class Tasks:
             self.error = self.error or error
             self.failed.set()
 
+    async def raise_failure(self) -> None:
+        """Waits until a task dies. Raises the error of the first; never returns."""
+        await self.failed.wait()
+        assert self.error is not None, "it is set before `failed`"
+        raise self.error
+
     async def stop(self) -> None:
         """Cancels what still runs and waits for it to end."""
         await cancel_and_wait(*self._tasks)
