@@ -37,7 +37,7 @@ class Service(Protocol):
     @property
     def apis(self) -> Apis: ...
 
-    async def start(self, address: str) -> None:
+    async def start(self, address: str, /) -> None:
         """Returns once the service serves, however long that takes; it may be cancelled. `address`: host:port at which
         others reach the process. Raises what makes the process end."""
 
@@ -71,10 +71,10 @@ class ServiceContext:
             await need()
 
 
-def prepare_process(settings: CommonSettings) -> None:
-    """Configures logs, file descriptors and memory of this process. Raises SettingsError (a log file that cannot be
-    opened)."""
-    configure_logging(settings.service, settings)
+def prepare_process(name: str, settings: CommonSettings) -> None:
+    """Configures logs, file descriptors and memory of this process. `name`: of the service, in plain log lines. Raises
+    SettingsError (a log file that cannot be opened)."""
+    configure_logging(name, settings)
     raise_descriptor_limit()
     give_back_freed_memory()
     spare_loaded_code()
@@ -94,7 +94,7 @@ async def run(
 
     Raises the error that ended the process: ListenError, an error of the service's start, or the failure of a part.
     """
-    prepare_process(settings)
+    prepare_process(settings.service, settings)
     log_memory_limits(settings)
     async with contextlib.AsyncExitStack() as resources:
         supervisor = await resources.enter_async_context(Supervisor.of_environment())
