@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 
@@ -25,25 +23,18 @@ from shread.group_lags import GroupLags
 from shread.reads import Reads
 from shread.segment_reader import SegmentReader
 from shread.tail_polls import TailPolls
-from shruntime.advertise import advertised_address
+from shruntime import service
 from shruntime.clock import Clock, SystemClock
-from shruntime.descriptors import raise_descriptor_limit
 from shruntime.disk_space import DiskSpace
-from shruntime.logs import configure_logging
-from shruntime.memory import give_back_freed_memory, log_memory_limits, spare_loaded_code
-from shruntime.server import RpcServer, ServerLimits
+from shruntime.service import Apis, ServiceContext
 from shruntime.settings import PREFIX, SettingsError
-from shruntime.supervisor import Supervisor
-from shruntime.tasks import Tasks, wait_for_stop
-from shruntime.telemetry import Telemetry
+from shruntime.tasks import Tasks
 from shruntime.urls import masked
 from shstore import ObjectStore, RetryingStore
 from shstore.configured import configured_store
 
 from streamhouse_query.api import QueryApi
 from streamhouse_query.settings import QuerySettings
-
-log = logging.getLogger(__name__)
 
 # For calls that run when the service stops: a fetch of some MiB is through by then, long polls were ended before.
 CALL_GRACE_MS = 1_000
@@ -76,6 +67,15 @@ class QueryService:
         self.tasks.spawn("query session", self._session.run())
         for name, measure in self._measuring.items():
             self.tasks.spawn(name, measure())
+
+    @property
+    def apis(self) -> Apis:
+        """RPC services of the process, with their names."""
+        return [(query_pb2.DESCRIPTOR.services_by_name["Query"], self.api)]
+
+    async def failed(self) -> None:
+        """Waits for ever. Raises the error that ended a background task."""
+        await self.tasks.raise_failure()
 
     async def stop(self) -> None:
         """Ends long polls and subscriptions with ShuttingDown, gives the session back. Safe after a failed start."""
@@ -172,37 +172,17 @@ def _redis(settings: QuerySettings, clock: Clock, counters: Counters) -> RedisCa
 
 
 async def run(settings: QuerySettings) -> None:
-    """The query service as a process of its own, until SIGINT or SIGTERM.
+    """Runs the query service as a process of its own, until SIGINT or SIGTERM.
 
     Raises StoreError (the object store refuses), CacheDirError, ListenError.
     """
-    configure_logging(settings.service, settings)
-    raise_descriptor_limit()
-    give_back_freed_memory()
-    spare_loaded_code()
-    log_memory_limits(settings)
-    async with contextlib.AsyncExitStack() as stack:
-        supervisor = await stack.enter_async_context(Supervisor.of_environment())
-        telemetry = Telemetry.configure(settings.service, settings)
-        stack.callback(telemetry.shutdown)
+
+    def over_network(context: ServiceContext) -> QueryService:
         store = configured_store(settings)
-        stack.push_async_callback(store.close)
-        peers = Peers(settings.bootstrap, settings.rpc_timeout_ms, telemetry)
-        stack.push_async_callback(peers.close)
-        service = build(settings, peers.coordinator, store, peers.ingest)
-        apis = [(query_pb2.DESCRIPTOR.services_by_name["Query"], service.api)]
-        server = RpcServer(settings.listen, apis, telemetry.server(), ServerLimits.of(settings), supervisor)
-        await server.start()
-        stack.push_async_callback(server.stop, CALL_GRACE_MS)
-        stack.push_async_callback(service.stop)
-        service.tasks.spawn("query start", _serve(service, server, store, settings))
-        await wait_for_stop(service.tasks, supervisor)
-        await server.set_serving(False)
+        context.close_at_end(store.close)
+        context.wait_for(store.wait_until_usable)
+        peers = Peers(settings.bootstrap, settings.rpc_timeout_ms, context.telemetry)
+        context.close_at_end(peers.close)
+        return build(settings, peers.coordinator, store, peers.ingest)
 
-
-async def _serve(service: QueryService, server: RpcServer, store: RetryingStore, settings: QuerySettings) -> None:
-    """Starts the service in the background, so that a stop is heard while there is no store or coordinator yet."""
-    await store.wait_until_usable()
-    await service.start(await advertised_address(settings, server.address))
-    await server.set_serving(True)
-    log.info("serving on %s", server.address)
+    await service.run(settings, over_network, call_grace_ms=CALL_GRACE_MS)
