@@ -12,15 +12,10 @@ from shproto.rpc import Connection
 from shproto.services import IngestClient
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import ingest_pb2
-from shruntime.advertise import advertised_address
+from shruntime import service
 from shruntime.clock import SystemClock
-from shruntime.descriptors import raise_descriptor_limit
-from shruntime.logs import configure_logging
-from shruntime.memory import give_back_freed_memory, spare_loaded_code
-from shruntime.server import RpcServer, ServerLimits
-from shruntime.supervisor import Supervisor
-from shruntime.tasks import Backoff, Tasks, retry, wait_for_stop
-from shruntime.telemetry import Telemetry
+from shruntime.service import Apis, ServiceContext
+from shruntime.tasks import Backoff, Tasks, retry
 from shruntime.urls import masked
 from shstore import ObjectStore
 
@@ -116,9 +111,7 @@ class CoordinatorService:
 
     async def failed(self) -> None:
         """Waits for ever; raises the error that ended a background task."""
-        await self._tasks.failed.wait()
-        assert self._tasks.error is not None
-        raise self._tasks.error
+        await self._tasks.raise_failure()
 
     async def stop(self) -> None:
         """Ends the background work, closes the session if PostgreSQL answers, and closes the connections."""
@@ -251,39 +244,35 @@ async def restore_backup(
     return report, last
 
 
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """The coordinator as its own process: found by others under the address of that process alone."""
+
+    coordinator: CoordinatorService
+
+    @property
+    def apis(self) -> Apis:
+        return [(pb.DESCRIPTOR.services_by_name["Coordinator"], self.coordinator.api)]
+
+    async def start(self, address: str) -> None:
+        await self.coordinator.start()
+        await self.coordinator.open_session(address)
+
+    async def failed(self) -> None:
+        await self.coordinator.failed()
+
+    async def stop(self) -> None:
+        await self.coordinator.stop()
+
+
 async def run(settings: CoordinatorSettings) -> None:
-    """Runs the coordinator as a separate process, until SIGINT or SIGTERM."""
-    configure_logging("coordinator", settings)
-    async with Supervisor.of_environment() as supervisor:
-        await _run(settings, supervisor)
+    """Runs the coordinator as a process of its own, until SIGINT or SIGTERM. Raises SettingsError when the DSN is of no
+    use, DatabaseRefused, ListenError."""
 
+    def over_database(context: ServiceContext) -> _Process:
+        # The relay says once that RabbitMQ is away; the library would at every try, with a traceback.
+        logging.getLogger("aiormq").setLevel(logging.CRITICAL)
+        return _Process(build(settings))
 
-async def _run(settings: CoordinatorSettings, supervisor: Supervisor) -> None:
-    raise_descriptor_limit()
-    give_back_freed_memory()
-    spare_loaded_code()
-    # The relay reports once that RabbitMQ is away; the library would at every try, with a traceback.
-    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
-    telemetry = Telemetry.configure("coordinator", settings)
-    service = build(settings)
-    apis = [(pb.DESCRIPTOR.services_by_name["Coordinator"], service.api)]
-    server = RpcServer(settings.listen, apis, telemetry.server(), ServerLimits.of(settings), supervisor)
-    await server.start()
-    serving = Tasks()
-    try:
-        serving.spawn("serve", _serve(service, server))
-        await wait_for_stop(serving, supervisor)
-    finally:
-        await serving.stop()
-        await server.stop(SERVER_STOP_GRACE_MS)
-        await service.stop()
-        telemetry.shutdown()
-
-
-async def _serve(service: CoordinatorService, server: RpcServer) -> None:
-    """Serves until cancelled; raises the error that ended the service."""
-    await service.start()
-    await service.open_session(await advertised_address(service.settings, server.address))
-    await server.set_serving(True)
-    log.info("serving on %s", server.address)
-    await service.failed()
+    # Running calls take milliseconds, and need PostgreSQL to the last; event streams never end by themselves.
+    await service.run(settings, over_database, call_grace_ms=SERVER_STOP_GRACE_MS, calls_end_first=True)
