@@ -1,21 +1,15 @@
 """Puts the ingest agent together: the only module that names the files of the log and the gRPC clients."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from shcluster.peers import Peers
 from shproto.services import CoordinatorApi
 from shproto.v1 import ingest_pb2
-from shruntime.advertise import advertised_address
+from shruntime import service
 from shruntime.clock import Clock, SystemClock
-from shruntime.descriptors import raise_descriptor_limit
-from shruntime.logs import configure_logging
-from shruntime.memory import give_back_freed_memory, log_memory_limits, spare_loaded_code
-from shruntime.server import RpcServer, ServerLimits
-from shruntime.supervisor import Supervisor
-from shruntime.tasks import Tasks, wait_for_stop
-from shruntime.telemetry import Telemetry
+from shruntime.service import Apis, ServiceContext
+from shruntime.tasks import Tasks
 
 from streamhouse_ingest.adapters.wal import FileBatchReader, FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
@@ -24,8 +18,6 @@ from streamhouse_ingest.agent import Agent
 from streamhouse_ingest.api import IngestApi
 from streamhouse_ingest.ports import OpenedLog
 from streamhouse_ingest.settings import IngestSettings
-
-log = logging.getLogger(__name__)
 
 # Calls that still run when everything is drained are long polls; they retry elsewhere.
 CALL_GRACE_MS = 500
@@ -41,6 +33,15 @@ class IngestService:
     @property
     def tasks(self) -> Tasks:
         return self.agent.tasks
+
+    @property
+    def apis(self) -> Apis:
+        """RPC services of the process, with their names."""
+        return [(ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], self.api)]
+
+    async def failed(self) -> None:
+        """Waits for ever. Raises the error that ended a background task of the agent."""
+        await self.tasks.raise_failure()
 
     async def start(self, advertised_address: str) -> None:
         """Locks and replays the log, opens the session, serves. Raises WalDirectoryError, AgentIdTaken, OSError."""
@@ -85,42 +86,12 @@ def open_log(settings: IngestSettings) -> OpenedLog:
 
 
 async def run(settings: IngestSettings) -> None:
-    """One ingest process: serves until SIGINT or SIGTERM, then drains. Raises what ended it otherwise."""
-    configure_logging("ingest", settings)
-    async with Supervisor.of_environment() as supervisor:
-        await _run(settings, supervisor)
+    """Runs the ingest agent as a process of its own, until SIGINT or SIGTERM, then drains it. Raises the error that
+    ended it otherwise: WalDirectoryError, WalDamaged, WalBroken, AgentIdTaken, ListenError, OSError."""
 
+    def over_network(context: ServiceContext) -> IngestService:
+        peers = Peers(settings.bootstrap, settings.rpc_timeout_ms, context.telemetry)
+        context.close_at_end(peers.close)
+        return build(settings, peers.coordinator)
 
-async def _run(settings: IngestSettings, supervisor: Supervisor) -> None:
-    raise_descriptor_limit()
-    give_back_freed_memory()
-    spare_loaded_code()
-    log_memory_limits(settings)
-    telemetry = Telemetry.configure("ingest", settings)
-    peers = Peers(settings.bootstrap, settings.rpc_timeout_ms, telemetry)
-    service = build(settings, peers.coordinator)
-    descriptor = ingest_pb2.DESCRIPTOR.services_by_name["Ingest"]
-    apis, limits = [(descriptor, service.api)], ServerLimits.of(settings)
-    server = RpcServer(settings.listen, apis, telemetry.server(), limits, supervisor)
-    serving = Tasks()
-    try:
-        await server.start()
-        log.info("listening on %s", server.address)
-        serving.spawn("serve", _serve(service, server, settings))
-        await wait_for_stop(serving, supervisor)
-    finally:
-        await server.set_serving(False)
-        await serving.stop()
-        await service.stop()
-        await server.stop(CALL_GRACE_MS)
-        await peers.close()
-        telemetry.shutdown()
-
-
-async def _serve(service: IngestService, server: RpcServer, settings: IngestSettings) -> None:
-    """Starts, however long the coordinator takes; then raises what kills the agent, should anything."""
-    await service.start(await advertised_address(settings, server.address))
-    await server.set_serving(True)
-    await service.tasks.failed.wait()
-    assert service.tasks.error is not None, "failed means that there is an error"
-    raise service.tasks.error
+    await service.run(settings, over_network, call_grace_ms=CALL_GRACE_MS)
