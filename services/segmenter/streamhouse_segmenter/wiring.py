@@ -1,24 +1,18 @@
 """Puts a segmenter together: the only place that names concrete classes."""
 
-import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from shcluster.peers import Peers
 from shcluster.session import SessionKeeper
 from shproto.services import CoordinatorApi, IngestApi
-from shruntime.advertise import advertised_address
+from shruntime import service
 from shruntime.clock import Clock, SystemClock
-from shruntime.descriptors import raise_descriptor_limit
-from shruntime.logs import configure_logging
-from shruntime.memory import give_back_freed_memory, log_memory_limits, spare_loaded_code
-from shruntime.server import RpcServer, ServerLimits
-from shruntime.supervisor import Supervisor
-from shruntime.tasks import Tasks, wait_for_stop
-from shruntime.telemetry import Telemetry
+from shruntime.service import Apis, ServiceContext
+from shruntime.tasks import Tasks
 from shstore import ObjectStore, RetryingStore, RetryPolicy
 from shstore.configured import configured_store
 
@@ -90,58 +84,50 @@ def _retrying(store: ObjectStore, settings: SegmenterSettings) -> ObjectStore:
     return RetryingStore(store, RetryPolicy(deadline_ms=max(1, settings.s3_attempts_deadline_ms)))
 
 
+@dataclass(slots=True)
+class _Process:
+    """The segmenter as its own process: with a session, and woken by RabbitMQ if there is one."""
+
+    segmenter: SegmenterService
+    settings: SegmenterSettings
+    stop_waker: Callable[[], Awaitable[None]] | None = None
+    apis: Apis = ()
+
+    async def start(self, address: str) -> None:
+        await self.segmenter.start(address)
+        if self.settings.amqp_url:
+            from streamhouse_segmenter.adapters.nameko_worker import NamekoWorker  # only this process has eventlet
+
+            worker = NamekoWorker(self.settings, self.segmenter.api)
+            worker.start()
+            self.stop_waker = worker.stop
+        log.info("segmenter %s serves health checks on %s", self.segmenter.api.worker_id, address)
+
+    async def failed(self) -> None:
+        await self.segmenter.tasks.raise_failure()
+
+    async def stop(self) -> None:
+        if self.stop_waker is not None:
+            self.segmenter.api.close()  # first: handlers that still run claim nothing more
+            await self.stop_waker()
+        await self.segmenter.stop()
+
+
 async def run(settings: SegmenterSettings) -> None:
-    """The segmenter as a process of its own, until SIGTERM or SIGINT. `python -m streamhouse_segmenter` calls it,
+    """Runs the segmenter as a process of its own, until SIGTERM or SIGINT. `python -m streamhouse_segmenter` calls it,
     because nameko wants the event loop prepared before anything else is imported.
 
     Raises StoreError (the store refuses), ListenError.
     """
-    configure_logging("segmenter", settings)
-    raise_descriptor_limit()
-    give_back_freed_memory()
-    spare_loaded_code()
-    log_memory_limits(settings)
-    async with contextlib.AsyncExitStack() as stack:
-        supervisor = await stack.enter_async_context(Supervisor.of_environment())
-        telemetry = Telemetry.configure("segmenter", settings)
-        stack.callback(telemetry.shutdown)
+
+    def over_network(context: ServiceContext) -> _Process:
         store = configured_store(settings)
-        stack.push_async_callback(store.close)
-        peers = Peers(settings.bootstrap, settings.rpc_timeout_ms, telemetry)
-        stack.push_async_callback(peers.close)
-        server = RpcServer(settings.listen, (), telemetry.server(), ServerLimits.of(settings), supervisor)
-        await server.start()
-        stack.push_async_callback(server.stop, 0)
-        service = build(settings, peers.coordinator, store, peers.ingest)
-        service.follow_feed = not settings.amqp_url
-        stack.push_async_callback(service.stop)
-        service.tasks.spawn("segmenter start", _serve(service, server, store, settings, stack))
-        await wait_for_stop(service.tasks, supervisor)
-        await server.set_serving(False)
+        context.close_at_end(store.close)
+        context.wait_for(store.wait_until_usable)
+        peers = Peers(settings.bootstrap, settings.rpc_timeout_ms, context.telemetry)
+        context.close_at_end(peers.close)
+        segmenter = build(settings, peers.coordinator, store, peers.ingest)
+        segmenter.follow_feed = not settings.amqp_url
+        return _Process(segmenter, settings)
 
-
-async def _serve(
-    service: SegmenterService,
-    server: RpcServer,
-    store: RetryingStore,
-    settings: SegmenterSettings,
-    stack: contextlib.AsyncExitStack,
-) -> None:
-    """Starts the service in the background, so that a stop is heard while there is no store yet."""
-    await store.wait_until_usable()
-    address = await advertised_address(settings, server.address)
-    await service.start(address)
-    _wake_by_events(settings, service, stack)
-    await server.set_serving(True)
-    log.info("segmenter %s serves health checks on %s", service.api.worker_id, address)
-
-
-def _wake_by_events(settings: SegmenterSettings, service: SegmenterService, stack: contextlib.AsyncExitStack) -> None:
-    """Connects nameko if RabbitMQ is configured; otherwise the service follows the feed."""
-    if settings.amqp_url:
-        from streamhouse_segmenter.adapters.nameko_worker import NamekoWorker  # only this process has eventlet
-
-        worker = NamekoWorker(settings, service.api)
-        worker.start()
-        stack.push_async_callback(worker.stop)
-        stack.callback(service.api.close)  # runs before worker.stop: handlers claim nothing more
+    await service.run(settings, over_network, call_grace_ms=0)
