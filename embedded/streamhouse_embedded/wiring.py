@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from shproto.services import IngestApi
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
 from shruntime.advertise import advertised_address
-from shruntime.descriptors import raise_descriptor_limit
-from shruntime.logs import configure_logging
-from shruntime.memory import give_back_freed_memory, log_memory_limits, spare_loaded_code
+from shruntime.memory import log_memory_limits
 from shruntime.server import RpcServer, ServerLimits, check_listen
+from shruntime.service import prepare_process
 from shruntime.settings import StoreSettings
 from shruntime.supervisor import Supervisor
 from shruntime.tasks import Tasks, wait_for_stop
@@ -145,7 +144,7 @@ class EmbeddedPlatform:
         self._stack.push_async_callback(self.tasks.stop)
         self.tasks.spawn("coordinator watch", coordinator.failed())
         for name, tasks in (("ingest", ingest.tasks), ("query", query.tasks), ("segmenter", segmenter.tasks)):
-            self.tasks.spawn(f"{name} watch", _raise_when_failed(tasks))
+            self.tasks.spawn(f"{name} watch", tasks.raise_failure())
         self._serving = server
         await self._update_health()
         return Ready(address, str(self._data_dir.path), dsn)
@@ -161,7 +160,7 @@ class EmbeddedPlatform:
         watch = Tasks()
         watch.spawn("PostgreSQL", postgres.keep_running(self._on_database_change))
         self._stack.push_async_callback(watch.stop)  # after the drain, which registers the rest of the log
-        self.tasks.spawn("PostgreSQL watch", _raise_when_failed(watch))
+        self.tasks.spawn("PostgreSQL watch", watch.raise_failure())
         return dsn
 
     async def _on_database_change(self, answers: bool) -> None:
@@ -184,19 +183,10 @@ def _always(api: IngestApi) -> Callable[[str], IngestApi]:
     return lambda address: api
 
 
-async def _raise_when_failed(tasks: Tasks) -> None:
-    await tasks.failed.wait()
-    assert tasks.error is not None, "failed is only set with an error"
-    raise tasks.error
-
-
 async def serve(settings: EmbeddedSettings, on_ready: Callable[[Ready], None]) -> None:
     """Runs the platform until SIGINT or SIGTERM, then drains; SIGHUP opens the log file again. Raises the errors of
     `EmbeddedPlatform.start`."""
-    configure_logging("embedded", settings)
-    raise_descriptor_limit()
-    give_back_freed_memory()
-    spare_loaded_code()
+    prepare_process("embedded", settings)
     async with Supervisor.of_environment() as supervisor:
         platform = EmbeddedPlatform(settings, supervisor)
         on_ready(await platform.start())
