@@ -3,7 +3,7 @@
 import ipaddress
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from urllib.parse import parse_qsl, urlsplit
 
 from shproto.errors import InvalidArgument
@@ -29,10 +29,30 @@ def masked(url: str) -> str:
 def addresses(text: str) -> str:
     """Returns `text`, a setting, if it is host:port to connect to, or several with commas in between. Raises
     ValueError."""
-    for part in map(str.strip, text.split(",")):
-        if int(address(part).rpartition(":")[2]) == 0:
-            raise ValueError(f"{part!r} has port 0: name the port at which the service listens")
+    _to_connect(text.split(","))
     return text
+
+
+def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns the host:port addresses of a text (commas between several) or a sequence. Raises InvalidArgument."""
+    if not isinstance(bootstrap, str) and not all(isinstance(part, str) for part in bootstrap):
+        raise InvalidArgument(f"bootstrap must be text, not {bootstrap!r}", field="bootstrap", value=bootstrap)
+    try:
+        return _to_connect(bootstrap.split(",") if isinstance(bootstrap, str) else bootstrap)
+    except ValueError as error:
+        raise InvalidArgument(f"bootstrap: {error}", field="bootstrap", value=bootstrap) from error
+
+
+def _to_connect(parts: Iterable[str]) -> tuple[str, ...]:
+    """Returns addresses to connect to, without blanks around them and without empty parts, as a comma at the end makes
+    them. Raises ValueError for a part that is no address, or has port 0, and if there is none."""
+    found = tuple(part.strip() for part in parts if part.strip())
+    for place in found:
+        if int(address(place).rpartition(":")[2]) == 0:
+            raise ValueError(f"{place!r} has port 0: name the port at which the service listens")
+    if not found:
+        raise ValueError("no address is given")
+    return found
 
 
 def address(text: str) -> str:
@@ -41,21 +61,6 @@ def address(text: str) -> str:
     if match is None or int(match["port"]) > PORT_MAX:
         raise ValueError(f"{text!r} must be host:port, as in 127.0.0.1:7070")
     return text
-
-
-def addresses_of(bootstrap: str | Sequence[str]) -> tuple[str, ...]:
-    """Returns the host:port addresses of a text (commas between several) or a sequence. Raises InvalidArgument."""
-    if not isinstance(bootstrap, str) and not all(isinstance(part, str) for part in bootstrap):
-        raise InvalidArgument(f"bootstrap must be text, not {bootstrap!r}", field="bootstrap", value=bootstrap)
-    parts = bootstrap.split(",") if isinstance(bootstrap, str) else list(bootstrap)
-    found = tuple(part.strip() for part in parts if part.strip())
-    for place in found:
-        host, _, port = place.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) <= PORT_MAX:
-            raise InvalidArgument(f"bootstrap {place!r} is not host:port", field="bootstrap", value=place)
-    if not found:
-        raise InvalidArgument("bootstrap names no address", field="bootstrap", value=bootstrap)
-    return found
 
 
 def advertised_or_empty(text: str) -> str:

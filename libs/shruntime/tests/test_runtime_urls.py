@@ -78,3 +78,17 @@ def test_bootstrap_addresses() -> None:
     for wrong in ("", "a", "a:", ":1", "a:x", "a:70000", [], [7070]):
         with pytest.raises(InvalidArgument):
             addresses_of(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", ",", "a:0", "a b:1", "::1:7070", "http://a:1", "a:1, b"])
+def test_clients_and_settings_refuse_the_same_addresses(text: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        addresses(text)
+    with pytest.raises(InvalidArgument) as answered:
+        addresses_of(text)
+    assert str(answered.value) == f"bootstrap: {refused.value}"
+
+
+def test_clients_and_settings_take_the_same_addresses() -> None:
+    assert addresses(" a:1,, b:2 ,") == " a:1,, b:2 ,"
+    assert addresses_of(" a:1,, b:2 ,") == ("a:1", "b:2")
