@@ -175,6 +175,8 @@ class CoordinatorApi:
         )
         check_name("history_id", request.history_id, messages.ID_LENGTH_MAX, empty=True)
         seen = Head(history_id=request.history_id, position=request.seen_position)
+        # Probed outside the transaction: a probe may take probe_timeout_ms, and the cluster lock is not held for that
+        # long.
         for rival in await sessions.rivals(self._context, event):
             if await self._holders.holds(rival):
                 raise agent_id_taken(rival)
@@ -198,6 +200,7 @@ class CoordinatorApi:
         log_full = request.log_full if request.HasField("log_full") else None
         reached = messages.agents_reached(request.agents)
         version, extended = await sessions.heartbeat(self._context, session_id, low, log_full)
+        # After the lease is renewed: a failing report must not cost the worker its session.
         doubted = await reach.report(self._context, session_id, reached) if request.checks_agents else []
         return pb.HeartbeatResponse(
             ttl_ms=self._settings.session_ttl_ms,

@@ -78,6 +78,7 @@ class Sweeper:
         while True:
             try:
                 await sweep()
+            # Only expected errors are retried: any other is a defect and ends the service.
             except StreamHouseError as error:
                 log.debug("sweep: %s", error.message)
             await asyncio.sleep(self._context.settings.session_sweep_interval_ms / 1000)

@@ -115,6 +115,7 @@ class CoordinatorService:
 
     async def stop(self) -> None:
         """Ends the background work, closes the session if PostgreSQL answers, and closes the connections."""
+        # Tasks first: a heartbeat that finds the session closed would open another.
         await self._tasks.stop()
         if self._session_token:
             try:

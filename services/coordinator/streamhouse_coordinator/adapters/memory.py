@@ -117,11 +117,13 @@ class MemoryStore:
 
     async def run(self, work: Callable[[Transaction], Awaitable[ResultT]], *, lock: str = "") -> ResultT:
         async with self._alone:
+            # Rows are immutable, so copies of the dictionaries are enough to undo.
             before = {name: dict(rows) for name, rows in self.tables.items()}
             transaction = MemoryTransaction(self.tables, self._clock.wall_ms(), lock)
             try:
                 result = await work(transaction)
                 await transaction.finish()
+            # Also after a cancellation: PostgreSQL would roll back, too.
             except BaseException:
                 self.tables = before
                 raise

@@ -130,6 +130,7 @@ class PostgresStore:
 
     def for_clients(self) -> "PostgresStore":
         """Returns the same store for calls of clients."""
+        # Shallow: the connections, queues and limits are shared.
         store = copy.copy(self)
         store._serves_clients = True
         return store

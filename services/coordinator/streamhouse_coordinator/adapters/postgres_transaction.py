@@ -148,6 +148,7 @@ class PostgresTransaction:
         """Assigns positions to the events and returns the last. The row of `event_position` stays locked until the
         commit: positions are gapless and in commit order."""
         events = [event for event, _ in pending]
+        # The notification travels with the update: a statement less while the row is locked.
         last: int = await self._connection.fetchval(
             "WITH moved AS (UPDATE event_position SET position = position + $1 RETURNING position) "
             "SELECT position FROM moved, LATERAL (SELECT pg_notify($2, moved.position::text)) told",

@@ -165,6 +165,7 @@ class WaitQueue:
         if len(self._holders) >= self._places:
             return None
         if self._client_queue and self._client_has_place():
+            # With a single place, as for a lock, urgent calls always go first.
             left_out = self._places > 1 and not self._clients
             if left_out or not self._urgent_queue:
                 return self._client_queue.popitem(last=False)

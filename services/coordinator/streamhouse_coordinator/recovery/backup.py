@@ -39,6 +39,7 @@ class Listed:
 async def take(snapshot: Snapshot, store: ObjectStore, now_ms: int) -> fmt.Manifest:
     """Writes a backup, the chunks before the manifest, and returns its manifest. Raises Unavailable, StoreError; chunks
     written by then form no backup, and prune() removes them later."""
+    # The snapshot is of a single moment, so the position holds for all chunks.
     position = await snapshot.position()
     time_text = datetime.fromtimestamp(now_ms / 1000, UTC).strftime("%Y%m%dT%H%M%SZ")
     name = fmt.backup_name(time_text, position)

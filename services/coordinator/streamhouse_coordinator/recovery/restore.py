@@ -117,6 +117,7 @@ async def _load(tx: RestoreTransaction, store: ObjectStore, manifest: fmt.Manife
     bases = [chunk for chunk in manifest.chunks if chunk.table in fmt.BASES]
     async for _, table, batch in _batches(store, bases):
         await tx.apply([Put(table, row) for row in batch])
+    # Bases before events: the events are applied on top of them.
     await tx.fill_from_bases()
     last = manifest.pruned_position
     async for key, table, batch in _batches(store, [chunk for chunk in manifest.chunks if chunk not in bases]):
@@ -241,6 +242,7 @@ async def _adopt(
         await _append(tx, restored.events)
         _account(report, of_partition, restored)
         progress("partitions", nth + 1, len(partitions))
+    # Holes that the restored ranges have passed are settled; the others wait as before.
     left = restore_plan.outstanding(spans, await tx.select(t.RANGES))
     done = [span for span in spans if span not in left]
     await tx.apply([Remove(t.LOST_SPANS, {name: getattr(span, name) for name in t.LOST_SPANS.key}) for span in done])

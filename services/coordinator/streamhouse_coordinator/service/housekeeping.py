@@ -32,6 +32,7 @@ async def apply_retention(context: Context) -> tuple[int, int]:
 
     segments = size_bytes = 0
     for topic in await context.store.run(with_retention):
+        # A transaction per partition: none holds locks over a whole topic.
         for partition in await context.store.run(partial(_due, topic)):
             removed = await _retain_partition(context, topic, partition)
             segments += removed[0]
@@ -205,6 +206,7 @@ async def register_compaction(context: Context, claim_id: str, replaced_ids: Seq
             named = replace(merged, topic=names.get(merged.topic_id, merged.topic))
             await tx.append([SegmentsCompacted(named, tuple(row.segment_id for row in rows))])
             await tx.apply([Remove(t.UPLOAD_INTENTS, {"object_key": merged.object_key})])
+        # The claim ends with any result: a worker whose merge was fenced has to look again.
         await tx.apply(
             [Remove(t.COMPACTION_CLAIMS, {"topic_id": c.topic_id, "partition": c.partition}) for c in claims]
         )

@@ -43,6 +43,7 @@ async def report(context: Context, session_id: str, reached: Mapping[str, bool])
     async def work(tx: Transaction) -> list[t.SessionRow]:
         doubted = {row.agent_session_id for row in await tx.select(t.REACH_REPORTS, where(reached=False))}
         doubted |= await cut_off_sessions(tx)
+        # The usual case: nothing to report and no agent in doubt; the heartbeat costs two reads.
         if not reached and not doubted:
             return []
         worker = await live_session(tx, session_id)
@@ -68,6 +69,7 @@ async def report(context: Context, session_id: str, reached: Mapping[str, bool])
 def _row(
     session_id: str, agent: t.SessionRow, reached: bool, before: t.ReachReportRow | None, now_ms: int
 ) -> t.ReachReportRow:
+    # A repeated report keeps its beginning: the limits count uninterrupted failure or success.
     since_ms = before.since_ms if before is not None and before.reached == reached else now_ms
     return t.ReachReportRow(
         session_id=session_id, agent_session_id=agent.session_id, reached=reached, since_ms=since_ms, reported_ms=now_ms
@@ -130,6 +132,7 @@ async def apply(context: Context) -> None:
         found = await look(tx)
         if found is None:
             return []
+        # Read again under the cluster lock: is_due() has looked without.
         await _forget(tx, found.outdated())
         events = found.decide(await tx.now_ms(), context.settings)
         if events:

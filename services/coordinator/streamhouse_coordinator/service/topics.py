@@ -57,6 +57,7 @@ async def delete_topic(context: Context, name: str) -> str:
     async def work(tx: Transaction) -> str:
         topic = await topic_named(tx, name, lock="wait")
         of_topic = where(topic_id=topic.topic_id)
+        # Locked before the removal, so that no registration is under way in the topic.
         await tx.select(t.RANGES, of_topic, lock="wait")
         await tx.select(t.PARTITIONS, of_topic, lock="wait")
         await commit_leadership(tx, context.settings, [TopicDeleted(topic.topic_id, name, await tx.now_ms())])

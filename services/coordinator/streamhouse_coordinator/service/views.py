@@ -85,7 +85,7 @@ async def describe_topic(context: Context, name: str) -> pb.DescribeTopicRespons
 
 
 async def _lost_ranges(tx: Transaction, partitions: Sequence[t.PartitionRow]) -> list[t.RangeRow]:
-    """Returns the lost segments above the start of their logs."""
+    """Returns the lost ranges that end above the start of their log."""
     starts = {row.partition: row.log_start_offset for row in partitions}
     lost = await tx.select(t.RANGES, where(LOST_RANGES, topic_id=partitions[0].topic_id)) if partitions else []
     return [row for row in lost if row.end_offset is None or row.end_offset > starts.get(row.partition, 0)]
@@ -287,6 +287,7 @@ async def get_snapshot(context: Context) -> AsyncIterator[pb.SnapshotPart]:
     Includes the sessions that no event has ended, even with an expired lease: after an outage such a session may go on,
     and no event would return the session to the index.
     """
+    # A snapshot for all parts: a reader follows the feed from `position`, and every part must be as of that event.
     async with context.store.snapshot() as tx:
         position = await tx.position()
         remaining_ms = {row.session_id: ms for row, ms in await _live_sessions(tx)}
@@ -320,6 +321,7 @@ async def _topic_parts(tx: Transaction, topic: t.TopicRow, position: int) -> Asy
                 _snapshot_partition(topic, row, ranges.get((row.topic_id, row.partition), [])) for row in rows.values()
             ],
         )
+        # Counted first, so that partitions without segments cost no statement of their own.
         counts = await tx.totals(t.SEGMENTS, some, by=("partition",))
         for count in sorted(counts, key=lambda item: item.group):
             async for part in _segment_parts(tx, topic, rows[count.group[0]], position):
