@@ -44,7 +44,7 @@ PURE = (
     "streamhouse_coordinator.recovery.restore_plan",
     "streamhouse_coordinator.recovery.segment_selection",
     "streamhouse_coordinator.recovery.unrecovered_ranges",
-    "streamhouse_ingest.leadership.wanted",
+    "streamhouse_ingest.leadership.pending_grants",
     "streamhouse_ingest.log.buffer",
     "streamhouse_ingest.log.lease",
     "streamhouse_ingest.log.partition_log",

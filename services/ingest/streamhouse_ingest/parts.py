@@ -94,7 +94,7 @@ def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) 
     logs.subscribe(sealer.appended)
     logs.subscribe(session.heartbeats.appended)
     grants = session.grants
-    topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, grants.take_in)
+    topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, grants.refresh)
     produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
     damage = Damage(logs, opened.reader, sealer, around.metrics, grants.want_all)
     tail = _tail(around, opened, logs, damage)

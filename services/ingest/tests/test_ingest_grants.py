@@ -9,7 +9,7 @@ from shproto.errors import Unavailable
 from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import ingest_pb2
-from streamhouse_ingest.leadership.wanted import RANGES_ASKED_MAX, Wanted
+from streamhouse_ingest.leadership.pending_grants import RANGES_ASKED_MAX, PendingGrants
 from streamhouse_ingest.log.producers import ProducerState, WrittenBatch, encode_snapshot
 from streamhouse_ingest.wiring import IngestService
 
@@ -22,8 +22,8 @@ def key(partition: int) -> RangeKey:
     return RangeKey(b"t" * 16, partition, 1)
 
 
-def known_as_of(version: int) -> Wanted:
-    wanted = Wanted()
+def known_as_of(version: int) -> PendingGrants:
+    wanted = PendingGrants()
     wanted.begin()
     assert wanted.take() == ALL
     wanted.answered(ALL, version)
@@ -56,7 +56,7 @@ def test_what_changes_while_a_question_is_under_way_is_asked_about_again() -> No
 
 
 def test_an_answer_about_all_covers_the_events_before_it() -> None:
-    wanted = Wanted()
+    wanted = PendingGrants()
     wanted.begin()
     assert wanted.take() == ALL
     wanted.changed([key(0)], 8)  # the feed is behind the answer that is under way
@@ -107,7 +107,7 @@ def test_more_than_a_question_may_name_is_asking_for_all() -> None:
 
 
 def test_what_did_not_fit_into_an_answer_is_asked_for_again_whatever_the_events_say() -> None:
-    wanted = Wanted()
+    wanted = PendingGrants()
     wanted.begin()
     assert wanted.take() == ALL
     wanted.answered(ALL, 10, [key(0), key(1), key(2)])
@@ -208,7 +208,7 @@ async def test_a_range_that_is_led_waits_for_nothing_that_is_omitted_later(tmp_p
         row.snapshot = encode_snapshot({7: ProducerState(0, (WrittenBatch(0, 1, 0),))})
     coordinator.told_bytes_max = 1
     asked = len(coordinator.asked)
-    await running.grants.take_in()
+    await running.grants.refresh()
     assert coordinator.asked[asked:] == [set()]
     assert all(running.logs.led("orders", partition) for partition in range(3))
     await kill(service)
@@ -300,7 +300,7 @@ async def test_a_range_that_is_finished_while_a_question_is_under_way_does_not_c
     assert coordinator.register(older, 0, 10)
     await eventually(lambda: running.current_session.position == len(coordinator.events))
     coordinator.gate.set()
-    await eventually(lambda: running.logs.get(older) is None and not running.grants._wanted)
+    await eventually(lambda: running.logs.get(older) is None and not running.grants._pending)
     assert "report_lost" not in coordinator.calls and service.tasks.error is None
     await kill(service)
 
@@ -321,7 +321,7 @@ async def test_an_end_that_the_coordinator_does_not_know_finishes_no_range(tmp_p
     held = logs.get(first)
     assert held is not None
     await eventually(lambda: held.log.registered_end == 1)
-    await eventually(lambda: not service.agent.running().grants._wanted)
+    await eventually(lambda: not service.agent.running().grants._pending)
     assert logs.get(first) is held
     coordinator.refuse_settling = False
     await eventually(lambda: logs.get(first) is None)

@@ -385,7 +385,7 @@ async def test_a_partition_led_elsewhere_says_so(tmp_path: Path, coordinator: Co
     async with running(tmp_path, coordinator) as service:
         row = coordinator.ranges[(topic_id, 1, 1)]
         row.agent_id, row.wal_id = "agent-2", b"2" * 16
-        await service.agent.running().grants.take_in()
+        await service.agent.running().grants.refresh()
         with pytest.raises(errors.NotLeader) as caught:
             await service.api.produce(request(b"v", partition=1))
         assert caught.value.details == {"topic": "orders", "partition": "1", "outcome": errors.NOT_WRITTEN}

@@ -1,6 +1,6 @@
 """Keeps up with the agent's grants: asks the coordinator for those that changed, and takes the answers in.
 
-One task (`run`), so that a log's leadership changes in one place only, and one question at a time: what changes
+One task (`run`), so that a log's leadership changes in one place only, and one request at a time: what changes
 meanwhile is asked for together, in the next.
 """
 
@@ -13,19 +13,19 @@ from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as pb
 
 from streamhouse_ingest.leadership.context import LeadershipContext
+from streamhouse_ingest.leadership.pending_grants import GrantRequest, PendingGrants
 from streamhouse_ingest.leadership.ranges import Ranges
-from streamhouse_ingest.leadership.wanted import Question, Wanted
 
 log = logging.getLogger(__name__)
 
 
 class Grants:
-    """`want_all`, `changed` and `heard_of` return at once; `take_in` waits for the answer."""
+    """`want_all`, `changed` and `heard_of` return at once; `refresh` waits for the answer."""
 
     def __init__(self, context: LeadershipContext, ranges: Ranges) -> None:
         self._context = context
         self._ranges = ranges
-        self._wanted = Wanted()
+        self._pending = PendingGrants()
         self._asking = False
         self._awake = asyncio.Event()
         self._waiting: list[tuple[asyncio.Future[None], Collection[RangeKey]]] = []
@@ -34,16 +34,16 @@ class Grants:
 
     def begin(self) -> None:
         """A session was opened."""
-        self._wanted.begin()
+        self._pending.begin()
         self._awake.set()
 
     def want_all(self) -> None:
-        self._wanted.want_all()
+        self._pending.want_all()
         self._awake.set()
 
     def changed(self, keys: Iterable[RangeKey], position: int) -> None:
         """An event at `position` of the feed changed these ranges."""
-        self._wanted.changed(keys, position)
+        self._pending.changed(keys, position)
         self._awake.set()
 
     def settled(self, key: RangeKey, end_offset: int, position: int) -> None:
@@ -64,18 +64,18 @@ class Grants:
 
     def heard_of(self, version: int, seen_position: int) -> None:
         """A heartbeat's grants_version, and how far the feed has come."""
-        self._wanted.heard_of(version, seen_position)
+        self._pending.heard_of(version, seen_position)
         self._awake.set()
 
-    async def take_in(self, keys: Collection[RangeKey] = ()) -> None:
+    async def refresh(self, keys: Collection[RangeKey] = ()) -> None:
         """Takes in these grants as they are now, or all; returns when that is done, in this session or a later one."""
         done = asyncio.get_running_loop().create_future()
         waiting = done, keys
         self._waiting.append(waiting)
         if keys:
-            self._wanted.want(keys)
+            self._pending.want(keys)
         else:
-            self._wanted.want_all()
+            self._pending.want_all()
         self._awake.set()
         try:
             await done
@@ -90,17 +90,17 @@ class Grants:
         while True:
             await self._awake.wait()
             self._awake.clear()
-            question = self._wanted.take()
-            if question is None:
+            request = self._pending.take()
+            if request is None:
                 continue
             self._asking = True
             try:
-                await self._ask(question)
+                await self._ask(request)
             except SessionExpired:
                 raise
             except StreamHouseError as error:
                 log.warning("cannot take in the grants: %s", error.message)
-                self._wanted.put_back(question)
+                self._pending.put_back(request)
                 self._awake.set()
             else:
                 backoff.reset()
@@ -109,26 +109,26 @@ class Grants:
                 self._asking = False
             await self._context.clock.sleep_ms(backoff.next_ms())
 
-    async def _ask(self, question: Question) -> None:
+    async def _ask(self, request: GrantRequest) -> None:
         waiting = list(self._waiting)
         context = self._context
         response = await context.coordinator.get_grants(
-            pb.GetGrantsRequest(session_token=context.session.token, only=range_keys(question))
+            pb.GetGrantsRequest(session_token=context.session.token, only=range_keys(request))
         )
-        # Before anything is appended to a new range: metadata that does not know it must not be taken for right.
+        # Before anything is appended to a new range: metadata that does not know it must not be result for right.
         context.history.heard_of(response.position)
         await context.history.save()
-        taken = await self._ranges.take_in(response.grants, question.keys())
-        if spans := self._ranges.lost_spans(question.keys()):
+        result = await self._ranges.apply_grants(response.grants, request.keys())
+        if spans := self._ranges.lost_spans(request.keys()):
             await context.coordinator.report_lost(
                 pb.ReportLostRequest(session_token=context.session.token, spans=spans)
             )
-        self._wanted.answered(question, response.grants_version, taken.rest)
-        self._wanted.want(taken.finished)
-        if self._wanted:
+        self._pending.answered(request, response.grants_version, result.rest)
+        self._pending.want(result.finished)
+        if self._pending:
             self._awake.set()
         for done, keys in waiting:
-            if not done.done() and not self._wanted.waits_for_rest(keys):
+            if not done.done() and not self._pending.waits_for_rest(keys):
                 done.set_result(None)
 
 

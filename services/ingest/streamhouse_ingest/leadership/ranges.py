@@ -24,7 +24,7 @@ POSSIBLY_LOST_REASON = (
 
 
 @dataclass(frozen=True, slots=True)
-class TakenIn:
+class GrantResult:
     """What has to be asked again of an answer. `finished`: events from after it have finished these meanwhile. `rest`:
     what the coordinator knows of their producers did not fit, so that they wait."""
 
@@ -46,7 +46,7 @@ class Ranges:
         self._reported: set[tuple[RangeKey, Span]] = set()
         self.closing = False
 
-    async def resume(self, grants: Sequence[pb.RangeGrant]) -> TakenIn:
+    async def resume(self, grants: Sequence[pb.RangeGrant]) -> GrantResult:
         """Right after a session was opened: all older ranges are settled, and finished if they are not named.
 
         Nothing may be announced before the rest, too, is taken in.
@@ -54,21 +54,21 @@ class Ranges:
         await self._writer.barrier()
         for held in self._logs:
             held.told = held.end_confirmed = False  # another history may say otherwise
-        return TakenIn(rest=self._take_in(grants))
+        return GrantResult(rest=self._apply(grants))
 
-    async def take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[RangeKey] = ()) -> TakenIn:
+    async def apply_grants(self, grants: Sequence[pb.RangeGrant], only: Collection[RangeKey] = ()) -> GrantResult:
         """All ranges of this log that are open or not fully registered, as they are now; or those among `only`."""
         for grant in grants:
             held = self._logs.get(grant_key(grant))
             if held is not None and grant.status not in ("open", "moving"):
                 self._logs.stop_leading(held)
         await self._writer.barrier()
-        rest = self._take_in(grants, only)
+        rest = self._apply(grants, only)
         keys = map(grant_key, grants)
         finished = [key for key in keys if (held := self._logs.get(key)) is not None and _is_finished(held)]
-        return TakenIn(finished, rest)
+        return GrantResult(finished, rest)
 
-    def _take_in(self, grants: Sequence[pb.RangeGrant], only: Collection[RangeKey] = ()) -> list[RangeKey]:
+    def _apply(self, grants: Sequence[pb.RangeGrant], only: Collection[RangeKey] = ()) -> list[RangeKey]:
         """Returns the rest: all that is said of them waits, since settling, too, goes by what is known of producers."""
         kept = [grant for grant in grants if grant.status != LOST]
         for grant in grants:

@@ -19,8 +19,8 @@ from streamhouse_ingest.leadership.event_feed import EventFeed
 from streamhouse_ingest.leadership.grants import Grants, range_keys
 from streamhouse_ingest.leadership.heartbeats import Heartbeats
 from streamhouse_ingest.leadership.moves import Moves
+from streamhouse_ingest.leadership.pending_grants import first_of
 from streamhouse_ingest.leadership.ranges import Ranges
-from streamhouse_ingest.leadership.wanted import first_of
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import PartitionLog
 from streamhouse_ingest.log.replay import NO_DOUBT, Doubt
@@ -107,7 +107,7 @@ class Session:
                 response = await self._rest_call(opened.session_token, asked)
                 self._history.heard_of(response.position)
                 await self._history.save()
-                rest = rest.difference(asked).union((await self._ranges.take_in(response.grants, asked)).rest)
+                rest = rest.difference(asked).union((await self._ranges.apply_grants(response.grants, asked)).rest)
         except SessionExpired:
             return False
         return True

@@ -35,13 +35,13 @@ class TopicLookup:
         coordinator: CoordinatorApi,
         clock: Clock,
         agent_id: str,
-        take_in: Callable[[Collection[RangeKey]], Coroutine[Any, Any, None]],
+        refresh_grants: Callable[[Collection[RangeKey]], Coroutine[Any, Any, None]],
     ) -> None:
         self._logs = logs
         self._coordinator = coordinator
         self._clock = clock
         self._agent_id = agent_id
-        self._take_in = take_in
+        self._refresh_grants = refresh_grants
         self._known: OrderedDict[str, tuple[int, asyncio.Future[Answer]]] = OrderedDict()
 
     async def find_leader(self, topic: str, partition: int) -> HeldLog:
@@ -131,7 +131,7 @@ class TopicLookup:
         metadata = next((item for item in response.topics if item.topic.topic == topic), None)
         if metadata is not None and (ours := self._led_by_us(metadata)):
             # The event has not reached us yet.
-            await ends_within(self._clock, self._take_in(ours), _REMEMBER_MS)
+            await ends_within(self._clock, self._refresh_grants(ours), _REMEMBER_MS)
         return metadata
 
     def _led_by_us(self, metadata: pb.TopicMetadata) -> list[RangeKey]:

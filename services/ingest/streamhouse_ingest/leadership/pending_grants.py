@@ -14,10 +14,10 @@ RANGES_ASKED_MAX = 10_000
 _NO_EVENT = INT64_MAX  # behind every event
 
 # The ranges asked for, each with the position of the event that made it wanted. None: all.
-Question = Mapping[RangeKey, int]
+GrantRequest = Mapping[RangeKey, int]
 
 
-class Wanted:
+class PendingGrants:
     """Owns what is to be asked next. What becomes wanted while a question is under way waits for the next one."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Wanted:
         """Whether there is something to ask."""
         return self._all or bool(self._ranges or self._rest)
 
-    def take(self) -> Question | None:
+    def take(self) -> GrantRequest | None:
         """What to ask now; None when there is nothing."""
         if not self:
             return None
@@ -70,21 +70,21 @@ class Wanted:
         self._all, self._ranges = False, {}
         return asked
 
-    def put_back(self, question: Question) -> None:
+    def put_back(self, request: GrantRequest) -> None:
         """It was not answered."""
-        if not question:
+        if not request:
             self.want_all()
         elif not self._all:
-            missing = {key: position for key, position in question.items() if key not in self._rest}
+            missing = {key: position for key, position in request.items() if key not in self._rest}
             self._ranges = {**missing, **self._ranges}
             if len(self._ranges) > RANGES_ASKED_MAX:
                 self.want_all()
 
-    def answered(self, question: Question, version: int, rest: Collection[RangeKey] = ()) -> None:
+    def answered(self, request: GrantRequest, version: int, rest: Collection[RangeKey] = ()) -> None:
         """All ranges are known as of the event `version` if it asked for all: older events tell nothing new. `rest`:
         those that did not fit into the answer; what is said of them later is not older."""
-        if question:
-            self._rest = (self._rest - question.keys()) | set(rest)
+        if request:
+            self._rest = (self._rest - request.keys()) | set(rest)
         else:
             self._as_of = version
             self._ranges = {key: position for key, position in self._ranges.items() if position > version}
