@@ -24,7 +24,7 @@ class Heartbeats:
         self._ranges = ranges
         self._grants = grants
         self._space = space
-        self._told_full = False
+        self._reported_full = False
         self._interval_ms = 0
         self._ttl_ms = 0
         self._now = asyncio.Event()
@@ -32,7 +32,7 @@ class Heartbeats:
     def begin(self, interval_ms: int, ttl_ms: int) -> None:
         """Of the session that was opened."""
         self._interval_ms, self._ttl_ms = interval_ms, ttl_ms
-        self._told_full = False
+        self._reported_full = False
 
     def appended(self, held: HeldLog) -> None:
         """Sends the next heartbeat at once where the log's range runs low. A subscriber of Logs.appended."""
@@ -62,7 +62,7 @@ class Heartbeats:
         full = self._space.is_full
         sent_ms = context.clock.monotonic_ms()
         request = pb.HeartbeatRequest(session_token=context.session.token, low_ranges=_low_ranges(self._logs))
-        if full != self._told_full:
+        if full != self._reported_full:
             request.log_full = full
         try:
             response = await context.coordinator.heartbeat(request)
@@ -74,7 +74,7 @@ class Heartbeats:
                 context.lease.renew(sent_ms, self._ttl_ms)
             raise
         context.lease.renew(sent_ms, response.ttl_ms)
-        self._told_full = full
+        self._reported_full = full
         await context.history.save()
         for grant in response.extended:
             self._ranges.extend(RangeKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)

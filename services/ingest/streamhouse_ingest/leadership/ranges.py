@@ -53,7 +53,7 @@ class Ranges:
         """
         await self._writer.barrier()
         for held in self._logs:
-            held.told = held.end_confirmed = False  # another history may say otherwise
+            held.producers_reported = held.end_confirmed = False  # another history may say otherwise
         return GrantResult(rest=self._apply(grants))
 
     async def apply_grants(self, grants: Sequence[pb.RangeGrant], only: Collection[RangeKey] = ()) -> GrantResult:
@@ -87,7 +87,7 @@ class Ranges:
 
     def _must_wait(self, grant: pb.RangeGrant) -> bool:
         held = self._logs.get(grant_key(grant))
-        return grant.snapshot_omitted and (held is None or not held.told)
+        return grant.snapshot_omitted and (held is None or not held.producers_reported)
 
     def _give_up(self, held: HeldLog, grant: pb.RangeGrant) -> None:
         """The range was declared lost before this agent came back: registration would fence what is left of it."""
@@ -138,7 +138,7 @@ class Ranges:
         except SnapshotError as error:
             # Going on costs deduplication of retries that are under way right now; refusing would cost all writes.
             log.error("%s: %s", held.log.describe(), error)
-        held.told = True
+        held.producers_reported = True
         for older in self._logs.of_partition(*held.log.key.partition_key):
             if older.log.key.epoch < held.log.key.epoch:
                 older.log.forget_lost()

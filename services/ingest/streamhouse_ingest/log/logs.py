@@ -34,7 +34,7 @@ class HeldLog:
         self.durable_since_ms: int | None = None  # start of the oldest wait of a durable ack for the open buffer
         self.must_seal = False
         self.end_confirmed = False  # the coordinator has confirmed settled_end as the end of the range
-        self.told = False  # the coordinator has reported the partition's producers in this session
+        self.producers_reported = False  # the coordinator has reported the partition's producers in this session
         self.traceparents: deque[str] = deque(maxlen=LINKS_MAX)  # appends that are not sealed yet
         self._recent: deque[tuple[int, str]] = deque(maxlen=LINKS_MAX)  # end offset and traceparent of an append
         self._durable: list[tuple[int, int, asyncio.Future[NotLeader | None]]] = []

@@ -16,7 +16,7 @@ from shformat import ProducerStamp
 from shproto.keys import RangeKey
 
 from streamhouse_ingest.log.buffer import Buffer, WalPosition
-from streamhouse_ingest.log.producers import TOLD, ProducerTable, after_write
+from streamhouse_ingest.log.producers import REPORTED, ProducerTable, after_write
 
 
 class Span(NamedTuple):
@@ -206,7 +206,7 @@ class PartitionLog:
         """Forgets the batches in `span`, written here or reported: below the end of this range every offset belongs to
         this epoch."""
         self.producers.forget(self.key.epoch, *span)
-        self.producers.forget(TOLD, *span)
+        self.producers.forget(REPORTED, *span)
 
     def is_damaged(self, offset: int) -> bool:
         """True if the batch at `offset` was written but damaged before its registration."""

@@ -19,7 +19,7 @@ from shformat import ProducerStamp
 # An idempotent client keeps at most this many batches of a partition in flight, as in Kafka.
 BATCHES_REMEMBERED = 5
 # Stands for the epoch of a batch that the coordinator reported.
-TOLD = 0
+REPORTED = 0
 _SNAPSHOT_VERSION = 1
 _HEAD = struct.Struct("<BI")  # version, producers
 _PRODUCER = struct.Struct("<qIB")  # producer id, producer epoch, batches
@@ -31,13 +31,13 @@ class SnapshotError(ValueError):
 
 
 class WrittenBatch(NamedTuple):
-    """A batch of a producer. epoch: the epoch whose log holds the batch; TOLD if the coordinator reported it. Records
+    """A batch of a producer. epoch: the epoch whose log holds the batch; REPORTED if the coordinator reported it. Records
     that an epoch must give up can have the same offsets as records of the next epoch, so the epoch tells them apart."""
 
     base_sequence: int
     record_count: int
     base_offset: int
-    epoch: int = TOLD
+    epoch: int = REPORTED
 
     @property
     def next_sequence(self) -> int:
