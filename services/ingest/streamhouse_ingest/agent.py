@@ -180,7 +180,7 @@ class Agent:
 
     async def _drain(self, running: AgentParts) -> None:
         await running.writer.drain()
-        running.moves.cancel_all()
+        running.transfers.cancel_all()
         for held in running.logs:
             running.logs.stop_leading(held)
         running.sealer.seal_now(running.logs)

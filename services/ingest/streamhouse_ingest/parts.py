@@ -10,9 +10,9 @@ from shruntime.tasks import Backoff, Tasks
 
 from streamhouse_ingest.leadership.context import Identity, LeadershipContext
 from streamhouse_ingest.leadership.grants import Grants
-from streamhouse_ingest.leadership.moves import Moves
 from streamhouse_ingest.leadership.ranges import Ranges
 from streamhouse_ingest.leadership.session import Session
+from streamhouse_ingest.leadership.transfers import LeadershipTransfers
 from streamhouse_ingest.log.history import History
 from streamhouse_ingest.log.lease import Lease
 from streamhouse_ingest.log.logs import Logs
@@ -61,7 +61,7 @@ class AgentParts:
     current_session: CurrentSession
     grants: Grants
     ranges: Ranges
-    moves: Moves
+    transfers: LeadershipTransfers
     trimmer: Trimmer
     produce: ProduceService
     tail: TailReader
@@ -88,9 +88,9 @@ def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) 
     space = WalSpace(files, around.clock, around.tasks, grace_ms=settings.wal_full_grace_ms)
     writer = Writer(logs, files, context.lease, around.clock, _writer_limits(settings), around.metrics, space)
     trimmer = Trimmer(logs, files, context.history)
-    moves = Moves(context, logs, writer, sealer, around.tasks, timeout_ms=settings.move_timeout_ms)
-    ranges = Ranges(logs, writer, moves, around.metrics, trimmer.want)
-    session = Session(context, logs, writer, sealer, ranges, moves, space)
+    transfers = LeadershipTransfers(context, logs, writer, sealer, around.tasks, timeout_ms=settings.move_timeout_ms)
+    ranges = Ranges(logs, writer, transfers, around.metrics, trimmer.want)
+    session = Session(context, logs, writer, sealer, ranges, transfers, space)
     logs.subscribe(sealer.appended)
     logs.subscribe(session.heartbeats.appended)
     grants = session.grants
@@ -98,7 +98,7 @@ def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) 
     produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
     damage = Damage(logs, opened.reader, sealer, around.metrics, grants.want_all)
     tail = _tail(around, opened, logs, damage)
-    return AgentParts(opened, logs, writer, sealer, session, current, grants, ranges, moves, trimmer, produce, tail)
+    return AgentParts(opened, logs, writer, sealer, session, current, grants, ranges, transfers, trimmer, produce, tail)
 
 
 def _writer_limits(settings: IngestSettings) -> WriterLimits:

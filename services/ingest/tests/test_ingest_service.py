@@ -1156,7 +1156,7 @@ async def test_g1_an_agent_that_its_workers_cannot_reach_settles_where_it_ends_a
 async def test_of_many_moves_a_few_refuse_writes_at_once_and_one_call_settles_them(
     tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("streamhouse_ingest.leadership.moves.MOVES_AT_ONCE", 10)
+    monkeypatch.setattr("streamhouse_ingest.leadership.transfers.TRANSFERS_AT_ONCE", 10)
     go_on, settle, calls = asyncio.Event(), coordinator.settle_ranges, []
 
     async def held_up(request: Any) -> Any:

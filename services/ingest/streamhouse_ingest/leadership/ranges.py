@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as pb
 
-from streamhouse_ingest.leadership.moves import Moves
+from streamhouse_ingest.leadership.transfers import LeadershipTransfers
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import PartitionLog, Span
 from streamhouse_ingest.log.producers import SnapshotError, decode_snapshot
@@ -36,11 +36,16 @@ class Ranges:
     """`trim` is called when files of the log may have become free."""
 
     def __init__(
-        self, logs: Logs, writer: Writer, moves: Moves, metrics: IngestMetrics, trim: Callable[[], None]
+        self,
+        logs: Logs,
+        writer: Writer,
+        transfers: LeadershipTransfers,
+        metrics: IngestMetrics,
+        trim: Callable[[], None],
     ) -> None:
         self._logs = logs
         self._writer = writer
-        self._moves = moves
+        self._transfers = transfers
         self._metrics = metrics
         self._trim = trim
         self._reported: set[tuple[RangeKey, Span]] = set()
@@ -120,11 +125,11 @@ class Ranges:
         if grant.HasField("end_offset"):
             self._settle(held, grant.end_offset)
         elif grant.status in ("open", "moving") and not self.closing and log_.settled_end is None:
-            if not log_.leading and not self._moves.moving(held):
+            if not log_.leading and not self._transfers.is_under_way(held):
                 self._logs.lead(held)
                 log.info("leading %s from offset %d", log_.describe(), log_.next_offset)
             if grant.status == "moving":
-                self._moves.start(held, at_once=grant.at_once)
+                self._transfers.start(held, at_once=grant.at_once)
         elif grant.status not in ("open", "moving"):
             self._logs.stop_leading(held)
         self._trim()

@@ -18,9 +18,9 @@ from streamhouse_ingest.leadership.context import LeadershipContext
 from streamhouse_ingest.leadership.event_feed import EventFeed
 from streamhouse_ingest.leadership.grants import Grants, range_keys
 from streamhouse_ingest.leadership.heartbeats import Heartbeats
-from streamhouse_ingest.leadership.moves import Moves
 from streamhouse_ingest.leadership.pending_grants import first_of
 from streamhouse_ingest.leadership.ranges import Ranges
+from streamhouse_ingest.leadership.transfers import LeadershipTransfers
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import PartitionLog
 from streamhouse_ingest.log.replay import NO_DOUBT, Doubt
@@ -42,7 +42,7 @@ class Session:
         writer: Writer,
         sealer: Sealer,
         ranges: Ranges,
-        moves: Moves,
+        transfers: LeadershipTransfers,
         space: WalSpace,
     ) -> None:
         self._context = context
@@ -53,7 +53,7 @@ class Session:
         self._writer = writer
         self._sealer = sealer
         self._ranges = ranges
-        self._moves = moves
+        self._transfers = transfers
         self.grants = Grants(context, ranges)
         self._feed = EventFeed(context, logs, ranges, sealer, self.grants)
         self.heartbeats = Heartbeats(context, logs, ranges, self.grants, space)
@@ -76,7 +76,7 @@ class Session:
         it is asked again until somebody restores it. `doubt`: what a replay could not tell. Raises AgentIdTaken,
         InvalidArgument, WalBroken, OSError.
         """
-        self._moves.cancel_all()
+        self._transfers.cancel_all()
         await self._stop_leading()
         opened = await self._open_call(token, doubt)
         while not await self._resume(opened):

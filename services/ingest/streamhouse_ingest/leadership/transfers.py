@@ -2,8 +2,8 @@
 
 Where segmenters cannot reach this agent, a partition is settled where its log ends, and uploaded when they can again.
 
-Owns: the moves under way, the ends that the coordinator is still to be told. Does not own: logs, buffers, the session.
-Invariants: a partition has one move at a time; one at once takes the place of one that waits, and not the other way
+Owns: the transfers under way, the ends that the coordinator is still to be told. Does not own: logs, buffers, the session.
+Invariants: a partition has one transfer at a time; one at once takes the place of one that waits, and not the other way
 round. An end is settled only of a log that is held, and that the writer can still be trusted with.
 """
 
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 # So many partitions refuse writes at once, however many have to move: their ends are declared in one call, which the
 # coordinator answers in well under a second. With as many producers as one remembers each, the call has 13 MB.
-MOVES_AT_ONCE = 100
+TRANSFERS_AT_ONCE = 100
 
 
-class Moves:
+class LeadershipTransfers:
     """Registration comes before settling, because the next leader needs the idempotent producers' state at the end. A
     move at once tells that state with the end itself."""
 
@@ -41,43 +41,43 @@ class Moves:
         self._sealer = sealer
         self._tasks = tasks
         self._timeout_ms = timeout_ms
-        self._moving: dict[RangeKey, asyncio.Task[None]] = {}
+        self._under_way: dict[RangeKey, asyncio.Task[None]] = {}
         self._at_once: set[RangeKey] = set()
-        self._turn = asyncio.Semaphore(MOVES_AT_ONCE)
+        self._turn = asyncio.Semaphore(TRANSFERS_AT_ONCE)
         self._unsettled: dict[RangeKey, pb.WalEnd] = {}
         self._settling = asyncio.Lock()
 
-    def moving(self, held: HeldLog) -> bool:
-        return held.log.key in self._moving
+    def is_under_way(self, held: HeldLog) -> bool:
+        return held.log.key in self._under_way
 
     def start(self, held: HeldLog, *, at_once: bool = False) -> None:
         """Starts to give a partition up; `at_once`: without waiting for registration. Does nothing when the move is
         under way, unless it waits and is not to any more."""
         key = held.log.key
         settling = held.log.settled_end is not None
-        if key in self._moving and (settling or not at_once or key in self._at_once):
+        if key in self._under_way and (settling or not at_once or key in self._at_once):
             return
-        if (waiting := self._moving.pop(key, None)) is not None:
+        if (waiting := self._under_way.pop(key, None)) is not None:
             waiting.cancel()
         log.info("%s moves to another agent%s", held.log.describe(), ", at once" if at_once else "")
-        work = self._move_at_once(held) if at_once else self._move(held)
+        work = self._transfer_at_once(held) if at_once else self._transfer(held)
         task = self._tasks.spawn(f"move {held.log.describe()}", work)
-        self._moving[key] = task
+        self._under_way[key] = task
         if at_once:
             self._at_once.add(key)
         task.add_done_callback(lambda task: self._over(key, task))
 
     def _over(self, key: RangeKey, task: asyncio.Task[None]) -> None:
-        if self._moving.get(key) is task:
-            del self._moving[key]
+        if self._under_way.get(key) is task:
+            del self._under_way[key]
             self._at_once.discard(key)
 
     def cancel_all(self) -> None:
         """The session is gone, and with it what was to be moved."""
-        for task in self._moving.values():
+        for task in self._under_way.values():
             task.cancel()
 
-    async def _move(self, held: HeldLog) -> None:
+    async def _transfer(self, held: HeldLog) -> None:
         await self._flush(held)
         async with self._turn:
             while not await self._flush_and_stop(held) and self._is_held(held):
@@ -86,7 +86,7 @@ class Moves:
             if self._is_held(held) and not self._writer.broken:  # after that the end is a replay's to find
                 await self._settle(held)
 
-    async def _move_at_once(self, held: HeldLog) -> None:
+    async def _transfer_at_once(self, held: HeldLog) -> None:
         async with self._turn:
             self._logs.stop_leading(held)
             await self._writer.barrier()
