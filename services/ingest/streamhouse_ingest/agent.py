@@ -69,10 +69,10 @@ class Agent:
             running = assemble(self._around, opened, self._restore(opened.replay), advertised_address)
             self._observe(running)
             self._spawn_parts(running)
-            await running.session.open(await self._session_token(opened, advertised_address), opened.replay.doubt)
+            await running.session.open(await self._session_token(opened, advertised_address), opened.replay.gaps)
             # Not before: a start that is refused leaves the directory to whichever id is let in with it.
             await asyncio.get_running_loop().run_in_executor(self._thread, opened.wal.mark_used)
-            if opened.replay.doubt:
+            if opened.replay.gaps:
                 await self._mark_settled(opened)
         except BaseException:
             try:
@@ -91,8 +91,8 @@ class Agent:
         """Returns the token of the first session. Over a damaged log it is the one that a process before this one asked
         for, should that have died before it had the answer: what was granted to it cannot have been written to, and is
         not to be reported as possibly lost. Not over a torn log, which does not show all that was written."""
-        drawn, doubt = str(uuid.uuid4()), opened.replay.doubt
-        if not doubt.hidden or doubt.torn:
+        drawn, gaps = str(uuid.uuid4()), opened.replay.gaps
+        if not gaps.corrupt_frames or gaps.torn_tail:
             return drawn
         try:
             return await asyncio.get_running_loop().run_in_executor(

@@ -57,7 +57,7 @@ def found(replay: Replay) -> dict[str, Any]:
         },
         "producers": replay.producers,
         "damage": sorted(replay.damage, key=lambda damage: damage.at),
-        "doubt": replay.doubt,
+        "gaps": replay.gaps,
     }
 
 

@@ -370,9 +370,10 @@ def test_a_zero_filled_tail_ends_the_log_but_may_have_been_more_than_a_torn_writ
         for _ in range(2):
             found = replay(directory)
             assert spans(found) == [(0, 3 if good == ends[2] else 2)]
-            assert (found.replay.damage, found.replay.doubt.torn, found.replay.doubt.hidden) == ([], True, False)
+            gaps = found.replay.gaps
+            assert (found.replay.damage, gaps.torn_tail, gaps.corrupt_frames) == ([], True, False)
     directory.mark_settled(found.next_sequence)
-    assert not replay(directory).replay.doubt
+    assert not replay(directory).replay.gaps
 
 
 def test_a_file_that_was_only_just_created_is_removed_and_its_number_used_again(directory: WalDirectory):
@@ -394,19 +395,19 @@ def test_g2_damage_that_hides_headers_leaves_the_ends_of_logs_unknown_that_have_
     wal.close()
     path = directory.file_path(1)
     whole = path.read_bytes()
-    assert not replay(directory).replay.doubt
+    assert not replay(directory).replay.gaps
     flip(path, hidden.at - FRAME_HEADER_SIZE)
-    doubt = replay(directory).replay.doubt
-    assert doubt.hidden
-    assert not doubt.knows_end(KEY)
-    assert doubt.knows_end(OTHER)
-    assert not doubt.knows_end(RangeKey(b"t" * 16, 7, 1)), "nor is it known of those that have no frame left"
+    gaps = replay(directory).replay.gaps
+    assert gaps.corrupt_frames
+    assert not gaps.knows_end(KEY)
+    assert gaps.knows_end(OTHER)
+    assert not gaps.knows_end(RangeKey(b"t" * 16, 7, 1)), "nor is it known of those that have no frame left"
     path.write_bytes(whole)
     flip(path, first.at - FRAME_HEADER_SIZE)
-    doubt = replay(directory).replay.doubt
-    assert doubt.knows_end(KEY) and doubt.knows_end(OTHER)
+    gaps = replay(directory).replay.gaps
+    assert gaps.knows_end(KEY) and gaps.knows_end(OTHER)
     directory.mark_settled(2)
-    assert not replay(directory).replay.doubt
+    assert not replay(directory).replay.gaps
 
 
 def test_no_file_is_begun_before_it_is_noted_that_the_damage_of_older_ones_was_told(directory: WalDirectory):
@@ -416,7 +417,7 @@ def test_no_file_is_begun_before_it_is_noted_that_the_damage_of_older_ones_was_t
     old.close()
     flip(directory.file_path(1), first.at - FRAME_HEADER_SIZE)
     found = replay(directory)
-    assert found.replay.doubt.hidden
+    assert found.replay.gaps.corrupt_frames
     wal = new_wal(directory, found.next_sequence)
     with file_size_limit(0):
         with pytest.raises(OSError, match="large"):
@@ -426,7 +427,7 @@ def test_no_file_is_begun_before_it_is_noted_that_the_damage_of_older_ones_was_t
     assert directory.sequences() == [1]
     wal.append([frame(2, b"c")])
     wal.close()
-    assert not replay(directory).replay.doubt
+    assert not replay(directory).replay.gaps
 
 
 def test_g2_notes_of_a_log_that_was_given_away_say_nothing_of_the_files_that_begin_anew(directory: WalDirectory):
@@ -442,8 +443,8 @@ def test_g2_notes_of_a_log_that_was_given_away_say_nothing_of_the_files_that_beg
     _, hidden = new.append([frame(1, b"b"), frame(2, b"acknowledged")])
     new.close()
     flip(directory.file_path(1), hidden.at - FRAME_HEADER_SIZE)
-    doubt = replay(directory).replay.doubt
-    assert doubt.hidden and not doubt.knows_end(KEY)
+    gaps = replay(directory).replay.gaps
+    assert gaps.corrupt_frames and not gaps.knows_end(KEY)
     assert new_wal(directory, 8).opening_token("a:1", str(uuid.UUID(int=2))) == str(uuid.UUID(int=2))
 
 
@@ -471,7 +472,7 @@ def test_g2_the_last_frame_is_never_taken_for_a_torn_write_when_it_is_all_there(
         flip(path, at)
         found = replay(directory)
         assert (spans(found), len(found.replay.damage)) == ([(0, 2)], 1), at
-        assert found.replay.doubt.knows_end(KEY) == (found.replay.logs[KEY].end_offset == 3), "lost by name, or doubt"
+        assert found.replay.gaps.knows_end(KEY) == (found.replay.logs[KEY].end_offset == 3), "lost by name, or doubt"
         path.write_bytes(whole)
 
 
@@ -479,8 +480,8 @@ def test_damage_that_reaches_beyond_a_known_frame_hides_what_followed(directory:
     path, ends = write_three(directory)
     flip(path, ends[1] - 1)
     flip(path, ends[1])
-    doubt = replay(directory).replay.doubt
-    assert doubt.hidden
+    gaps = replay(directory).replay.gaps
+    assert gaps.corrupt_frames
     assert path.stat().st_size == ends[2]
 
 
@@ -544,7 +545,7 @@ def test_a_missing_file_in_the_middle_is_damage(directory: WalDirectory):
     directory.file_path(2).unlink()
     found = replay(directory)
     assert spans(found) == [(1, 2), (3, 4)]
-    assert found.replay.doubt.hidden
+    assert found.replay.gaps.corrupt_frames
     assert [(d.file, "missing" in d.reason) for d in found.replay.damage] == [(2, True)]
 
 
@@ -567,14 +568,14 @@ def test_g6_a_file_cut_off_between_two_frames_is_known_by_the_header_of_the_next
         assert spans(found) == [(0, 3 + kept), (6, 9)]
         (damage,) = found.replay.damage
         assert (damage.file, damage.at + damage.size_bytes) == (2, len(whole))
-        assert found.replay.doubt.hidden, "frames of any log may have been there"
-        assert found.replay.doubt.knows_end(KEY), "there is a later frame"
+        assert found.replay.gaps.corrupt_frames, "frames of any log may have been there"
+        assert found.replay.gaps.knows_end(KEY), "there is a later frame"
         assert directory.sequences() == [1, 2, 3]
     path.write_bytes(whole)
     assert not replay(directory).replay.damage
     directory.mark_settled(3)
     path.write_bytes(whole[: written[1][2].at - FRAME_HEADER_SIZE])
-    assert not replay(directory).replay.doubt, "the coordinator knows"
+    assert not replay(directory).replay.gaps, "the coordinator knows"
 
 
 def test_g6_a_file_that_was_only_just_created_bears_witness_of_the_one_before(directory: WalDirectory):
@@ -586,7 +587,7 @@ def test_g6_a_file_that_was_only_just_created_bears_witness_of_the_one_before(di
     first.write_bytes(whole[: written[0][2].at - FRAME_HEADER_SIZE])
     for _ in range(2):
         found = replay(directory)
-        assert (spans(found), found.replay.doubt.hidden, found.next_sequence) == ([(0, 2)], True, 3)
+        assert (spans(found), found.replay.gaps.corrupt_frames, found.next_sequence) == ([(0, 2)], True, 3)
         assert found.previous_size_bytes == WAL_FILE_HEADER_SIZE
     first.write_bytes(whole)
     found = replay(directory)
@@ -602,7 +603,7 @@ def test_a_crash_at_any_byte_of_a_rotation_is_no_damage(directory: WalDirectory)
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         found = replay(directory)
-        assert not found.replay.damage and not found.replay.doubt, size
+        assert not found.replay.damage and not found.replay.gaps, size
         assert found.next_sequence == (3 if spans(found)[-1][1] > 3 else 2)
     for size in range(WAL_FILE_HEADER_SIZE):  # sectors that never reached the disk
         path.write_bytes(bytes(size))
@@ -631,7 +632,7 @@ def test_what_lies_beyond_the_known_end_of_a_file_is_no_part_of_the_log(director
     header = encode_frame_header(*left.key, left.base_offset, left.record_count, left.batch)
     path.write_bytes(whole + header + left.batch)
     found = replay(directory)
-    assert (spans(found), found.replay.damage, found.replay.doubt.hidden) == ([(0, 6)], [], False)
+    assert (spans(found), found.replay.damage, found.replay.gaps.corrupt_frames) == ([(0, 6)], [], False)
     assert FileBatchReader(directory).read(positions_of(found))[3] == frame(3, b"v" * 50).batch
 
 
@@ -667,8 +668,8 @@ def test_g6_what_the_disk_does_not_give_back_is_damage_in_the_middle_and_the_tai
         assert len(FileBatchReader(directory).read(positions[2:])) == 2
     with unreadable(monkeypatch, path, last, path.stat().st_size):
         found = replay(directory)
-        assert (spans(found), found.replay.damage, found.replay.doubt.torn) == ([(0, 3)], [], True)
-    assert not replay(directory).replay.doubt
+        assert (spans(found), found.replay.damage, found.replay.gaps.torn_tail) == ([(0, 3)], [], True)
+    assert not replay(directory).replay.gaps
 
 
 def test_g1_what_an_fsync_that_failed_left_in_the_page_cache_is_not_believed(
@@ -722,7 +723,7 @@ def test_frames_that_hold_no_batch_are_damage_and_the_others_are_not(directory: 
     assert spans(found) == [(1, 4), (6, 10)]
     assert found.replay.logs[KEY].end_offset == 11
     assert [damage.reason for damage in found.replay.damage] == ["batch version is 9, this reader knows 1"] * 4
-    assert not found.replay.doubt, "the frames say what is lost"
+    assert not found.replay.gaps, "the frames say what is lost"
 
 
 def test_replayed_buffers_are_cut_at_the_sealing_size(directory: WalDirectory):

@@ -187,7 +187,7 @@ def test_a_disk_without_room_for_zeros_takes_the_group_all_the_same(directory: W
         assert path.stat().st_size == wal.active_bytes
     wal.append([plain(3, os.urandom(500))])
     found = replay(directory)
-    assert (spans(found), found.replay.damage, bool(found.replay.doubt)) == ([(0, 4)], [], False)
+    assert (spans(found), found.replay.damage, bool(found.replay.gaps)) == ([(0, 4)], [], False)
     wal.close()
 
 
@@ -203,7 +203,7 @@ def test_what_a_full_disk_took_of_a_group_is_gone_from_the_space_ahead(directory
     data = path.read_bytes()
     assert not data[wal.active_bytes :].strip(b"\0")
     found = replay(directory)
-    assert (spans(found), found.replay.damage, bool(found.replay.doubt)) == ([(0, 2)], [], False)
+    assert (spans(found), found.replay.damage, bool(found.replay.gaps)) == ([(0, 2)], [], False)
     wal.close()
 
 
@@ -250,7 +250,7 @@ def test_g1_a_group_whose_fsync_failed_leaves_no_doubt_when_the_disk_never_got_i
     """The page cache lets go of it: zeros again, of a group that was not acknowledged."""
     path, _ = killed(directory, [plain(0, b"a")])
     found = replay(directory)
-    assert (spans(found), bool(found.replay.doubt)) == ([(0, 1)], False)
+    assert (spans(found), bool(found.replay.gaps)) == ([(0, 1)], False)
     assert path.stat().st_size == found.previous_size_bytes
 
 
@@ -261,7 +261,7 @@ def test_a_killed_process_leaves_a_clean_end(directory: WalDirectory) -> None:
     path, ends = killed(directory, [frame(0, b"a"), frame(0, b"x", key=OTHER)], [frame(1, b"b")])
     found = replay(directory)
     assert (spans(found), spans(found, OTHER), found.replay.damage) == ([(0, 2)], [(0, 1)], [])
-    assert not found.replay.doubt
+    assert not found.replay.gaps
     assert path.stat().st_size == ends[-1] == found.previous_size_bytes == found.index.size_bytes
 
 
@@ -269,7 +269,7 @@ def test_a_file_with_zeros_and_no_frame_is_removed(directory: WalDirectory) -> N
     path = directory.file_path(1)
     path.write_bytes(encode_wal_file_header(directory.wal_id, 1, 0, AHEAD) + bytes(AHEAD))
     found = replay(directory)
-    assert (directory.sequences(), found.next_sequence, bool(found.replay.doubt)) == ([], 1, False)
+    assert (directory.sequences(), found.next_sequence, bool(found.replay.gaps)) == ([], 1, False)
 
 
 @pytest.mark.parametrize("kept", [1, 57, 700])
@@ -282,7 +282,7 @@ def test_a_group_without_its_first_byte_was_never_finished(directory: WalDirecto
     for end in (ends[0] + kept, ends[1]):
         path.write_bytes(data[:end] + bytes(len(data) - end))
         found = replay(directory)
-        assert (spans(found), found.replay.damage, bool(found.replay.doubt)) == ([(0, 1)], [], False)
+        assert (spans(found), found.replay.damage, bool(found.replay.gaps)) == ([(0, 1)], [], False)
         assert path.stat().st_size == ends[0]
 
 
@@ -300,7 +300,8 @@ def test_g2_a_group_of_which_sectors_are_missing_may_be_damage_and_no_offset_of_
         path.write_bytes(data)
         for _ in range(2):
             found = replay(directory)
-            assert (found.replay.damage, found.replay.doubt.torn, found.replay.doubt.hidden) == ([], True, False)
+            gaps = found.replay.gaps
+            assert (found.replay.damage, gaps.torn_tail, gaps.corrupt_frames) == ([], True, False)
             assert spans(found) == [(0, 1 + sum(sector * SECTOR >= end for end in (second, third)))]
             assert spans(found, OTHER) == [], "what a part is missing of was not acknowledged"
 
@@ -314,13 +315,13 @@ def test_frames_behind_a_torn_one_are_not_found_by_a_later_start(directory: WalD
     data[lost : lost + SECTOR] = bytes(SECTOR)
     path.write_bytes(data)
     found = replay(directory)
-    assert (spans(found), found.replay.doubt.torn) == ([(0, 1)], True)
+    assert (spans(found), found.replay.gaps.torn_tail) == ([(0, 1)], True)
     wal = new_wal(directory, found.next_sequence, before=found.previous_size_bytes)
     wal.mark_settled()
     wal.append([plain(1000, b"again", RangeKey(*KEY.partition_key, 2))])
     wal.close()
     again = replay(directory)
-    assert (spans(again), bool(again.replay.doubt)) == ([(0, 1)], False)
+    assert (spans(again), bool(again.replay.gaps)) == ([(0, 1)], False)
     assert spans(again, RangeKey(*KEY.partition_key, 2)) == [(1000, 1001)]
 
 
@@ -331,7 +332,7 @@ def test_zeros_longer_than_the_space_ahead_may_be_damage(directory: WalDirectory
     path.write_bytes(path.read_bytes()[: ends[0]] + zeros)
     found = replay(directory)
     assert (spans(found), found.replay.damage) == ([(0, 1)], [])
-    assert found.replay.doubt.torn is not cleared
+    assert found.replay.gaps.torn_tail is not cleared
 
 
 def test_zeros_at_the_end_of_a_version_2_file_stay_a_torn_write(directory: WalDirectory) -> None:
@@ -340,7 +341,7 @@ def test_zeros_at_the_end_of_a_version_2_file_stay_a_torn_write(directory: WalDi
     wal.close()
     with directory.file_path(1).open("ab") as file:
         file.write(bytes(AHEAD))
-    assert replay(directory).replay.doubt.torn
+    assert replay(directory).replay.gaps.torn_tail
 
 
 @pytest.mark.usefixtures("_quick")
@@ -356,10 +357,10 @@ def test_g6_a_flipped_bit_of_the_last_group_is_damage_whatever_zeros_follow(dire
             found = replay(directory)
             assert len(found.replay.damage) == 1, at
             assert spans(found) == ([(0, 2)] if at >= second else [(0, 1), (2, 3)])
-            assert found.replay.doubt.torn is False
+            assert found.replay.gaps.torn_tail is False
             in_batch = FRAME_HEADER_SIZE <= at - ends[0] < second - ends[0] or at >= second + FRAME_HEADER_SIZE
-            assert found.replay.doubt.hidden is not in_batch, "the frame's header says what is lost"
-            is_known = found.replay.doubt.knows_end(KEY)
+            assert found.replay.gaps.corrupt_frames is not in_batch, "the frame's header says what is lost"
+            is_known = found.replay.gaps.knows_end(KEY)
             assert is_known == (found.replay.logs[KEY].end_offset == 3), "lost by name, or doubt"
 
 
@@ -371,7 +372,7 @@ def test_g6_damage_that_is_shorter_than_a_frame_stays_damage_at_every_start(dire
     path.write_bytes(data)
     for _ in range(3):
         found = replay(directory)
-        assert (spans(found), len(found.replay.damage), found.replay.doubt.hidden) == ([(0, 1)], 1, True)
+        assert (spans(found), len(found.replay.damage), found.replay.gaps.corrupt_frames) == ([(0, 1)], 1, True)
 
 
 def test_g6_damage_before_a_synced_group_is_damage_though_sectors_are_zeros(directory: WalDirectory) -> None:
@@ -384,7 +385,7 @@ def test_g6_damage_before_a_synced_group_is_damage_though_sectors_are_zeros(dire
     path.write_bytes(data)
     found = replay(directory)
     assert spans(found) == [(0, 1), (2, 4)]
-    assert (len(found.replay.damage), found.replay.doubt.torn) == (1, False)
+    assert (len(found.replay.damage), found.replay.gaps.torn_tail) == (1, False)
 
 
 def test_g6_zeros_in_a_file_that_is_not_the_last_are_damage(directory: WalDirectory) -> None:
@@ -400,7 +401,7 @@ def test_g6_zeros_in_a_file_that_is_not_the_last_are_damage(directory: WalDirect
     path.write_bytes(data[:end] + bytes(len(data) - end))
     found = replay(directory)
     assert spans(found) == [(0, 1), (2, 3)]
-    assert len(found.replay.damage) == 1 and found.replay.doubt.hidden
+    assert len(found.replay.damage) == 1 and found.replay.gaps.corrupt_frames
 
 
 def test_a_damaged_file_header_brings_the_cautious_rule_back(directory: WalDirectory) -> None:
@@ -408,7 +409,7 @@ def test_a_damaged_file_header_brings_the_cautious_rule_back(directory: WalDirec
     flip(path, 10)
     found = replay(directory)
     assert spans(found) == [(0, 2)]
-    assert found.replay.doubt.torn
+    assert found.replay.gaps.torn_tail
     assert [(d.file, d.at) for d in found.replay.damage] == [(1, 0)]
 
 
@@ -419,9 +420,9 @@ def test_where_the_disk_gives_nothing_back_zeros_prove_nothing(
     size_bytes = path.stat().st_size
     with unreadable(monkeypatch, path, ends[-1] + 4096, size_bytes):
         found = replay(directory)
-    assert (spans(found), found.replay.damage, found.replay.doubt.torn) == ([(0, 2)], [], True)
+    assert (spans(found), found.replay.damage, found.replay.gaps.torn_tail) == ([(0, 2)], [], True)
     found = replay(directory)
-    assert (spans(found), bool(found.replay.doubt)) == ([(0, 2)], False)
+    assert (spans(found), bool(found.replay.gaps)) == ([(0, 2)], False)
 
 
 # ---- every crash
@@ -593,16 +594,16 @@ def check_what_is_left(path: Path, writing: Writing, *, was_killed: bool) -> Non
     assert left.items() <= (writing.acknowledged | writing.in_flight).items(), "nobody wrote it, or it had failed"
     for key in (KEY, OTHER):
         assert sorted(offset for log, offset in left if log == key) == list(range(sum(log == key for log, _ in left)))
-    assert (found.replay.damage, found.replay.doubt.hidden) == ([], False), "an unfinished write is no damage"
-    assert not (was_killed and found.replay.doubt), "nor does a kill leave a doubt"
+    assert (found.replay.damage, found.replay.gaps.corrupt_frames) == ([], False), "an unfinished write is no damage"
+    assert not (was_killed and found.replay.gaps), "nor does a kill leave a doubt"
     wal = new_wal(directory, found.next_sequence, before=found.previous_size_bytes)
     wal.mark_settled()
     later = RangeKey(*KEY.partition_key, 2)
     wal.append([plain(1000, b"later", later)])
     again = replay(directory)
     assert read_back(directory, again) == left | {(later, 1000): plain(1000, b"later", later).batch}
-    assert not again.replay.doubt
-    assert found.replay.doubt.torn or not again.replay.damage
+    assert not again.replay.gaps
+    assert found.replay.gaps.torn_tail or not again.replay.damage
     wal.close()
     directory.close()
 

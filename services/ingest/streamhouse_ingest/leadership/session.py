@@ -23,7 +23,7 @@ from streamhouse_ingest.leadership.ranges import Ranges
 from streamhouse_ingest.leadership.transfers import LeadershipTransfers
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import PartitionLog
-from streamhouse_ingest.log.replay import NO_DOUBT, Doubt
+from streamhouse_ingest.log.replay import NO_GAPS, ReplayGaps
 from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.ports import WalBroken
 from streamhouse_ingest.produce.writer import Writer
@@ -69,19 +69,19 @@ class Session:
             self._context.session.clear()
             await self.open(str(uuid.uuid4()))
 
-    async def open(self, token: str, doubt: Doubt = NO_DOUBT) -> None:
+    async def open(self, token: str, gaps: ReplayGaps = NO_GAPS) -> None:
         """Opens a session, however long the coordinator takes to answer, and takes in what it says of older ranges.
 
         Nothing is appended meanwhile, nor while the metadata is not what this log goes with (METADATA_WENT_BACK): then
-        it is asked again until somebody restores it. `doubt`: what a replay could not tell. Raises AgentIdTaken,
+        it is asked again until somebody restores it. `gaps`: what a replay could not tell. Raises AgentIdTaken,
         InvalidArgument, WalBroken, OSError.
         """
         self._transfers.cancel_all()
         await self._stop_leading()
-        opened = await self._open_call(token, doubt)
+        opened = await self._open_call(token, gaps)
         while not await self._resume(opened):
             log.warning("the session is lost already, opening it again")
-            opened = await self._open_call(token, NO_DOUBT)  # the answer before said where each log ends
+            opened = await self._open_call(token, NO_GAPS)  # the answer before said where each log ends
         self._sealer.restart()
         self._context.session.set(opened.session_token, opened.session_id, opened.feed_position)
         self.grants.begin()
@@ -134,9 +134,9 @@ class Session:
         if self._writer.broken:
             raise WalBroken("no session is opened over a log that failed; the next start replays it")
 
-    async def _open_call(self, token: str, doubt: Doubt) -> pb.OpenSessionResponse:
+    async def _open_call(self, token: str, gaps: ReplayGaps) -> pb.OpenSessionResponse:
         backoff = self._context.backoff()
-        request = self._open_request(token, doubt)
+        request = self._open_request(token, gaps)
         while True:
             self._check_log()
             sent_ms = self._context.clock.monotonic_ms()
@@ -166,7 +166,7 @@ class Session:
                 value=margin_ms,
             )
 
-    def _open_request(self, token: str, doubt: Doubt) -> pb.OpenSessionRequest:
+    def _open_request(self, token: str, gaps: ReplayGaps) -> pb.OpenSessionRequest:
         """The same for all tries: were a session opened by one whose answer is lost, another one would, over a damaged
         log, declare the ends unknown of ranges that were granted to that session and never written to."""
         return pb.OpenSessionRequest(
@@ -175,9 +175,9 @@ class Session:
             role="ingest",
             address=self._context.identity.address,
             wal_id=self._context.identity.wal_id,
-            wal_ends=wal_ends(held for held in self._logs if doubt.knows_end(held.log.key)),
-            ends_unknown=doubt.hidden,
-            torn=doubt.torn,
+            wal_ends=wal_ends(held for held in self._logs if gaps.knows_end(held.log.key)),
+            ends_unknown=gaps.corrupt_frames,
+            torn=gaps.torn_tail,
             history_id=self._history.seen.history_id,
             seen_position=self._history.seen.position,
         )

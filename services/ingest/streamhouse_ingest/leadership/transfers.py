@@ -2,7 +2,7 @@
 
 Where segmenters cannot reach this agent, a partition is settled where its log ends, and uploaded when they can again.
 
-Owns: the transfers under way, the ends that the coordinator is still to be told. Does not own: logs, buffers, the session.
+Owns: the transfers under way, the ends that are still to be declared. Does not own: logs, buffers, the session.
 Invariants: a partition has one transfer at a time; one at once takes the place of one that waits, and not the other way
 round. An end is settled only of a log that is held, and that the writer can still be trusted with.
 """

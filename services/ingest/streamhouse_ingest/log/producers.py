@@ -31,8 +31,9 @@ class SnapshotError(ValueError):
 
 
 class WrittenBatch(NamedTuple):
-    """A batch of a producer. epoch: the epoch whose log holds the batch; REPORTED if the coordinator reported it. Records
-    that an epoch must give up can have the same offsets as records of the next epoch, so the epoch tells them apart."""
+    """A batch of a producer. epoch: the epoch whose log holds the batch; REPORTED if the coordinator reported it.
+    Records that an epoch must give up can have the same offsets as records of the next epoch: the epoch tells them
+    apart."""
 
     base_sequence: int
     record_count: int

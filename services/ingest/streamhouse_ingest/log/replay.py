@@ -34,22 +34,22 @@ class Damage:
 
 
 @dataclass(frozen=True, slots=True)
-class Doubt:
-    """Reasons why offsets beyond the ends found by a replay may have been used. `hidden`: damage may hide frames of any
-    log that is not in `certain`. `torn`: see Replay.torn(). True if there is a reason."""
+class ReplayGaps:
+    """Reasons why offsets beyond the ends found by a replay may have been used. `corrupt_frames`: damage may hide
+    frames of any log that is not in `certain`. `torn_tail`: see Replay.torn(). True if there is a reason."""
 
-    hidden: bool = False
-    torn: bool = False
+    corrupt_frames: bool = False
+    torn_tail: bool = False
     certain: frozenset[RangeKey] = frozenset()
 
     def __bool__(self) -> bool:
-        return self.hidden or self.torn
+        return self.corrupt_frames or self.torn_tail
 
     def knows_end(self, key: RangeKey) -> bool:
-        return not self.hidden or key in self.certain
+        return not self.corrupt_frames or key in self.certain
 
 
-NO_DOUBT = Doubt()
+NO_GAPS = ReplayGaps()
 
 
 @dataclass(slots=True)
@@ -128,7 +128,7 @@ class Replay:
 
     A damaged frame with an intact header leaves a known gap. Damage that hides headers leaves a known gap only if a
     later frame of the same log shows it; the ends of all other logs, including logs without any frame, are unknown:
-    `doubt`.
+    `gaps`.
     """
 
     def __init__(self, buffer_bytes_max: int) -> None:
@@ -140,10 +140,10 @@ class Replay:
         self._torn = False
 
     @property
-    def doubt(self) -> Doubt:
+    def gaps(self) -> ReplayGaps:
         """Uncertainty about the ends of the ranges in this write-ahead log."""
         certain = frozenset(key for key, log in self.logs.items() if log.hidings_before == self._hidings)
-        return Doubt(self._hidings > 0, self._torn, certain)
+        return ReplayGaps(self._hidings > 0, self._torn, certain)
 
     @property
     def producers(self) -> dict[tuple[bytes, int], dict[int, ProducerState]]:

@@ -31,7 +31,7 @@ class Damage:
         self._report = report
         self._one_at_a_time = asyncio.Lock()  # of those who meet the same damage only the first has something to do
 
-    async def met(self, held: HeldLog, position: WalPosition) -> None:
+    async def report_corruption(self, held: HeldLog, position: WalPosition) -> None:
         """A batch could not be read back. All of its buffer is looked at again: where one is damaged more may be."""
         async with self._one_at_a_time:
             buffer = self._sealed_with(held, position)

@@ -123,7 +123,7 @@ class TailReader:
         try:
             return await self._try_to_read(held.log, offset, end_offset, bytes_max)
         except WalDamaged as error:
-            await self._damage.met(held, error.position)
+            await self._damage.report_corruption(held, error.position)
         try:
             return await self._try_to_read(held.log, offset, end_offset, bytes_max)  # up to the gap that it made
         except WalDamaged as error:
