@@ -22,6 +22,7 @@ from shproto.errors import (
     Unavailable,
     UnknownTopic,
 )
+from shproto.model import Segment
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import ingest_pb2, types_pb2
 from shruntime.clock import Clock
@@ -412,22 +413,22 @@ class CoordinatorStandIn:
             same = (newer.topic_id, newer.partition) == (row.topic_id, row.partition)
             if same and newer.epoch > row.epoch and newer.status == "open" and newer.registered_end == newer.start:
                 newer.snapshot = snapshot or newer.snapshot
-        segment = events.Segment(
-            str(uuid.uuid4()),
-            row.topic_id.hex(),
-            row.topic,
-            row.partition,
-            row.epoch,
-            base,
-            end,
-            end - base,
-            "",
-            0,
-            0,
-            0,
-            0,
-            0,
-            lost,
+        segment = Segment(
+            segment_id=str(uuid.uuid4()),
+            topic_id=row.topic_id.hex(),
+            topic=row.topic,
+            partition=row.partition,
+            epoch=row.epoch,
+            base_offset=base,
+            end_offset=end,
+            record_count=end - base,
+            object_key="",
+            object_at=0,
+            size_bytes=0,
+            raw_bytes=0,
+            first_timestamp_ms=0,
+            max_timestamp_ms=0,
+            lost_reason=lost,
         )
         self.emit(events.SegmentRegistered(segment, ""))
         return True

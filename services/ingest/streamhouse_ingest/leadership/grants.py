@@ -115,7 +115,7 @@ class Grants:
         response = await context.coordinator.get_grants(
             pb.GetGrantsRequest(session_token=context.session.token, only=range_keys(request))
         )
-        # Before anything is appended to a new range: metadata that does not know it must not be result for right.
+        # Before anything is appended to a new range: metadata that does not know it must not be taken for right.
         context.history.heard_of(response.position)
         await context.history.save()
         result = await self._ranges.apply_grants(response.grants, request.keys())
