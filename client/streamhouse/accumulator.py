@@ -3,7 +3,7 @@
 Owns: the queues of all partitions, and the deadline of a new batch. Does not own: when a batch is sent (sender.py), its
 order among others (core/partition_queue.py), bytes of the buffer.
 Invariants: records of a partition lie in batches in the order in which they were appended. A batch holds at most
-batch_bytes, or one record that is larger.
+batch_bytes, or a single larger record.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ class RecordAccumulator:
     def __init__(self, options: ProducerOptions) -> None:
         self._options = options
         self._batch_bytes = options.batch_bytes
-        # The answer to a durable batch takes seconds, whatever is sent meanwhile: waiting for it gathers nothing.
+        # The answer to a durable batch takes seconds, however much is sent meanwhile: small batches need not wait.
         self._small_in_flight_max = options.max_in_flight if options.acks == "durable" else SMALL_IN_FLIGHT_MAX
         self.loop = asyncio.get_running_loop()
         self._queues: dict[tuple[str, int], PartitionQueue] = {}
@@ -54,8 +54,8 @@ class RecordAccumulator:
         size_bytes: int,
         deadline_ms: float | None,
     ) -> tuple[ProducerBatch, int, bool]:
-        """Appends one record. Returns its batch, its position there, and True if the batch was opened for it: the
-        sender is to be told. deadline_ms: of a batch that is opened; None: delivery_timeout_ms from now."""
+        """Appends a record. Returns its batch, its position there, and True if the batch was opened now: the sender is
+        to be told. deadline_ms: of a batch that is opened; None: delivery_timeout_ms from now."""
         batch = queue.open_batch
         if batch is not None and batch.size_bytes + size_bytes <= self._batch_bytes:
             return batch, batch.append(value, key, headers, timestamp_ms, size_bytes), False
@@ -71,8 +71,8 @@ class RecordAccumulator:
         timestamps_ms: Sequence[int],
         size_bytes: int,
     ) -> tuple[ProducerBatch, int, bool]:
-        """Appends many records, not more than one batch of them. Returns their batch, the position of the first there,
-        and True if the batch was opened for them."""
+        """Appends records that fit into a single batch. Returns their batch, the position of the first there, and True
+        if the batch was opened now."""
         batch = queue.open_batch
         opens = batch is None or batch.size_bytes + size_bytes > self._batch_bytes
         if batch is None or opens:
@@ -84,7 +84,7 @@ class RecordAccumulator:
         return self.loop.time() * 1000 + self._options.delivery_timeout_ms
 
     def _open(self, queue: PartitionQueue, deadline_ms: float) -> ProducerBatch:
-        """Begins a batch; a full one before it goes into the queue."""
+        """Begins a batch and returns it; a full batch before goes into the queue."""
         trace: SendTrace | None = None
         if (found := tracer()) is not None:
             trace = SendTrace(

@@ -1,7 +1,8 @@
-"""Outcomes of sent records: one per batch, shared by the futures of its records.
+"""Futures of sent records; the futures of a batch's records share its outcome.
 
-Owns: outcomes, and who waits for them. Does not own: sending, retries.
-Invariants: a batch has one outcome; a future takes it over before anybody can see that the batch is done.
+Owns: the futures, and which of them are registered with a batch. Does not own: outcomes (core/producer_batch.py).
+Invariants: a future has taken over the outcome before its application can see that the batch is done. A future that
+nothing waits for is not registered with its batch.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 
 async def finished(batch: ProducerBatch) -> None:
-    """Waits until the batch is delivered or has failed; raises nothing of it."""
+    """Waits until the batch is delivered or has failed; does not raise its error."""
     if not batch.is_done:
         done = asyncio.Event()
         batch.when_done(done.set)
@@ -39,32 +40,32 @@ def metadata_of(batch: ProducerBatch, index: int, timestamp_ms: int) -> RecordMe
 
 
 class _Outcome(asyncio.Future[T]):
-    """An asyncio future that follows deliveries only once somebody waits for it.
+    """An asyncio future that follows batches only once a task waits for it.
 
-    Most futures of `send` are dropped at once. Were each to be kept and settled with its batch, a full buffer of small
-    records would hold 100 MB of them. So a future takes over what its deliveries say when it is asked, and registers
-    with them when somebody waits.
+    Most futures of `send` are dropped at once. If each were kept and settled with its batch, a full buffer of small
+    records would hold 100 MB of them. So a future looks at its batches when it is asked, and registers with them when a
+    task waits.
 
-    Cancelling it ends the waiting and recalls nothing: the records are on their way.
+    Cancelling a future ends the waiting and recalls nothing: the records are on their way.
     """
 
     __slots__ = ("_follows",)
-    _follows: bool  # registered with a delivery
+    _follows: bool  # registered with a batch
 
     @abstractmethod
     def _pending(self) -> ProducerBatch | None:
-        """Returns a delivery that is not done; None once all are."""
+        """Returns a batch that is not done; None once all are."""
 
     @abstractmethod
     def _outcome(self) -> T:
-        """Returns what the deliveries amount to. Raises what they failed with."""
+        """Returns the outcome of the finished batches. Raises the error that they failed with."""
 
     @abstractmethod
     def _mark_seen(self) -> None:
-        """The application learns of what has failed."""
+        """Notes that the application learns of failures."""
 
     def _update(self) -> bool:
-        """Takes over the outcome if there is one. Returns True once this future is done."""
+        """Takes over the outcome if it is known. Returns True once this future is done."""
         if super().done():
             return True
         if self._pending() is not None:
@@ -73,11 +74,11 @@ class _Outcome(asyncio.Future[T]):
             super().set_result(self._outcome())
         except Exception as error:  # noqa: BLE001 - the batch failed with it
             super().set_exception(error)
-            self._log_traceback = False  # `flush` raises failures that nobody saw
+            self._log_traceback = False  # `flush` raises failures that were not seen
         return True
 
     def _follow(self) -> None:
-        """Registers with a delivery that is not done, if there is one and it has not registered before."""
+        """Registers with a batch that is not done, unless all are done or the future is registered already."""
         if not self._update() and not self._follows:
             pending = self._pending()
             assert pending is not None, "not done, so something is pending"
@@ -93,15 +94,16 @@ class _Outcome(asyncio.Future[T]):
         return self._update()
 
     def cancel(self, msg: Any | None = None) -> bool:
-        """Ends the waiting; what was sent is on its way all the same. Returns False if it is done already."""
+        """Ends the waiting; the records are on their way all the same. Returns False if the future is done already."""
         return not self._update() and super().cancel(msg)
 
     def cancelled(self) -> bool:
-        """Returns True after `cancel`, unless it was done before."""
+        """Returns True after `cancel`, unless the future was done before."""
         return self._update() and super().cancelled()
 
     def result(self, **kafka: Never) -> T:
-        """Returns the place of what was sent. Raises what delivery failed with, InvalidStateError before it is done."""
+        """Returns the place of the records. Raises the error that delivery failed with, InvalidStateError before the
+        future is done."""
         if kafka:
             refuse_arguments("SendFuture.result", kafka)
         if self._update():
@@ -109,7 +111,7 @@ class _Outcome(asyncio.Future[T]):
         return super().result()
 
     def exception(self, **kafka: Never) -> BaseException | None:
-        """Returns the error that delivery failed with, or None. Raises InvalidStateError before it is done."""
+        """Returns the error that delivery failed with, or None. Raises InvalidStateError before the future is done."""
         if kafka:
             refuse_arguments("SendFuture.exception", kafka)
         if self._update():
@@ -125,7 +127,7 @@ class _Outcome(asyncio.Future[T]):
         if not self._update():
             forks.check()
             self._asyncio_future_blocking = True
-            yield self  # the task that waits adds its callback
+            yield self  # the waiting task adds its callback
         return self.result()
 
     __iter__ = __await__
@@ -133,7 +135,7 @@ class _Outcome(asyncio.Future[T]):
 
 @explains_kafka_methods("SendFuture")
 class SendFuture(_Outcome[RecordMetadata]):
-    """Outcome of one `send`: an asyncio future, for `await`, `asyncio.wait`, `gather`, `wait_for` and callbacks."""
+    """Outcome of a `send`: an asyncio future, for `await`, `asyncio.wait`, `gather`, `wait_for` and callbacks."""
 
     __slots__ = ("_batch", "_index", "_timestamp_ms")
     _batch: ProducerBatch
@@ -151,8 +153,8 @@ class SendFuture(_Outcome[RecordMetadata]):
 
 
 def send_future(loop: asyncio.AbstractEventLoop, batch: ProducerBatch, index: int, timestamp_ms: int) -> SendFuture:
-    """Returns the future of record `index` of a batch. An `__init__` of its own, or looking for the running loop (a
-    system call), would double what making one costs."""
+    """Returns the future of record `index` of a batch."""
+    # An `__init__` of the class, or looking for the running loop (a system call), would double the cost.
     future = SendFuture(loop=loop)
     future._batch, future._index, future._timestamp_ms, future._follows = batch, index, timestamp_ms, False
     return future
@@ -175,7 +177,7 @@ class Placed(NamedTuple):
 
 
 class PlacedRecords:
-    """The records of one `send_many`, by the batches that they are in."""
+    """Records of a `send_many`, by their batches."""
 
     __slots__ = ("_done_count", "_placed", "_topic", "count")
 
@@ -186,7 +188,7 @@ class PlacedRecords:
         self._done_count = 0  # leading batches that are done
 
     def pending(self) -> ProducerBatch | None:
-        """Returns the first batch's delivery that is not done; None once all are."""
+        """Returns the first batch that is not done; None once all are."""
         for at in range(self._done_count, len(self._placed)):
             self._done_count = at  # stored, not counted up: `streamhouse.sync` asks from several threads
             if not self._placed[at].batch.is_done:
@@ -195,7 +197,7 @@ class PlacedRecords:
         return None
 
     def result(self) -> SentRecords:
-        """Returns partitions and offsets, once nothing is pending. Raises what the first failed batch failed with."""
+        """Returns partitions and offsets, once nothing is pending. Raises the error of the first failed batch."""
         for placed in self._placed:
             if placed.batch.error is not None:
                 raise placed.batch.error
@@ -208,7 +210,7 @@ class PlacedRecords:
         return SentRecords(self._topic, partitions, offsets)
 
     def errors(self) -> list[tuple[Exception, NDArray[np.int64]]]:
-        """Returns what failed so far: the error and the positions (in the lists given) of the records it concerns."""
+        """Returns the failures so far: the error and the positions (in the lists given) of its records."""
         failed = [placed for placed in self._placed if placed.batch.error is not None]
         for placed in failed:
             placed.batch.seen = True
@@ -221,8 +223,8 @@ class PlacedRecords:
 
 @explains_kafka_methods("SendFuture")
 class SendResult(_Outcome[SentRecords]):
-    """Outcome of one `send_many`: an asyncio future of `SentRecords`. It is done once all batches are, and fails with
-    the error of the first batch that failed."""
+    """Outcome of a `send_many`: an asyncio future of `SentRecords`. Done once all batches are; fails with the error of
+    the first batch that failed."""
 
     __slots__ = ("_records",)
 
@@ -238,7 +240,7 @@ class SendResult(_Outcome[SentRecords]):
         return True  # a future also without records
 
     def errors(self) -> list[tuple[Exception, NDArray[np.int64]]]:
-        """Returns what failed so far: the error and the positions (in the lists given) of the records it concerns."""
+        """Returns the failures so far: the error and the positions (in the lists given) of its records."""
         return self._records.errors()
 
     def _pending(self) -> ProducerBatch | None:

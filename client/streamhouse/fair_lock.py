@@ -1,9 +1,9 @@
-"""Keeps the calls of a producer that cannot be done at once in the order in which they were made, topic by topic.
+"""Keeps a producer's calls that have to wait in the order in which they were made, topic by topic.
 
-Owns: which calls wait, and which have the turn. Does not own: what a call waits for before and after that.
+Owns: the waiting calls, and the calls that have the turn. Does not own: the reasons why calls wait (metadata, room).
 Invariants: calls of a topic get the turn in the order in which they were made, and go on in that order. Calls that add
-one record get it together, as many as are ready; a call that adds several has it alone. The next get it once all that
-have it have left. A topic has an entry only while it has calls.
+a single record get the turn together, as many as are ready; a call that adds several has the turn alone. The next calls
+get the turn once all calls that have it have left. A topic has an entry only while it has calls.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class Ticket:
-    """The ticket of one call. `alone`: no other call has the turn at the same time."""
+    """Place of a call in the order. `alone`: no other call has the turn at the same time."""
 
     __slots__ = ("_queue", "alone", "granted", "is_ready", "turn")
 
@@ -25,14 +25,14 @@ class Ticket:
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def wait(self) -> None:
-        """Returns once the call has the turn."""
+        """Waits until the call has the turn."""
         self.is_ready = True
         self._queue.give_turns()
         await self.turn
 
 
 class _WaitQueue:
-    """The calls of one topic."""
+    """Calls of a topic."""
 
     def __init__(self) -> None:
         # OrderedDict: leaves from the middle, and finds the first after thousands have left, in constant time.
@@ -40,8 +40,9 @@ class _WaitQueue:
         self.granted_count = 0
 
     def give_turns(self) -> None:
-        """Once nobody has the turn: gives it to the first call and to those behind it that may have it together with
-        it. These go on in one round of the event loop; a round for each would double what a crowd of calls costs."""
+        """Gives the turn, once no call has it, to the first call and to the calls behind that may share the turn."""
+        # Calls that share the turn go on in the same round of the event loop; a round for each would double the cost of
+        # a crowd of calls.
         if self.granted_count:
             return
         while self.waiting:

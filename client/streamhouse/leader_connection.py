@@ -2,8 +2,8 @@
 
 Owns: the requests on the wire, the queues that wait for room on the stream, when to try the leader again. Does not own:
 which partition the agent leads, what is sent, retries of batches.
-Invariants: every submitted request is answered once, by the leader's answer or by the end of its stream. A stream has
-its own number: `stream` of two streams is never equal.
+Invariants: every submitted request is answered once, by the leader or by the end of the stream. Two streams never have
+the same number, so `stream` tells them apart.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ Sent = tuple[PartitionQueue, ProducerBatch]
 
 
 class ProduceAnswers(Protocol):
-    """Receiver of the answers of all connections of a producer."""
+    """Receives the answers of all connections of a producer."""
 
     def answered(self, connection: "LeaderConnection", sent: Sent, response: ingest_pb2.ProduceResponse) -> None:
         """Handles the answer to one batch."""
@@ -33,7 +33,7 @@ class ProduceAnswers(Protocol):
     def broken(
         self, connection: "LeaderConnection", sent: list[Sent], unsent: list[Sent], error: StreamHouseError
     ) -> None:
-        """Handles the end of a stream: unknown is if the batches `sent` were written, those `unsent` were not."""
+        """Handles the end of a stream: batches `sent` may have been written, batches `unsent` were not."""
 
 
 class LeaderConnection:
@@ -55,7 +55,7 @@ class LeaderConnection:
         self._max_in_flight = max_in_flight
         self._answer_timeout_s = answer_timeout_ms / 1000
         self.is_open = False
-        self.warned = False  # that the leader cannot be reached; once, until it answers again
+        self.warned = False  # of the broken stream; once, until the leader answers again
         self._stream_number = 0
         self._retry_at_ms = -math.inf
         self._waiting: dict[PartitionQueue, None] = {}  # in the order in which they came
@@ -83,7 +83,7 @@ class LeaderConnection:
         return 0 if self.is_open else max(0, self._retry_at_ms - now_ms)
 
     def open(self) -> Coroutine[Any, Any, None]:
-        """Begins a stream; requests may be submitted at once. Returns the coroutine that runs it to its end."""
+        """Begins a stream; requests may be submitted at once. Returns the coroutine that runs the stream to its end."""
         assert not self.is_open, "one stream at a time"
         self.is_open = True
         self._stream_number += 1
@@ -95,7 +95,7 @@ class LeaderConnection:
         self._wake.set()
 
     def wait_for_room(self, queue: PartitionQueue) -> None:
-        """Puts a queue behind those that wait already."""
+        """Puts a queue behind the queues that wait already."""
         self._waiting.setdefault(queue)
 
     @property
@@ -104,7 +104,7 @@ class LeaderConnection:
         return len(self._waiting)
 
     def next_waiting(self) -> PartitionQueue | None:
-        """Returns the queue whose turn it is, taken out; None while the stream is full, or none waits."""
+        """Removes and returns the first waiting queue; None while the stream is full, or no queue waits."""
         if not self._waiting or (self.is_open and not self.has_room):
             return None
         queue = next(iter(self._waiting))
@@ -114,7 +114,7 @@ class LeaderConnection:
     # ---- the stream
 
     async def _run(self) -> None:
-        """Reads the answers of one stream until it ends."""
+        """Reads the answers of a stream until it ends."""
         self._task = asyncio.current_task()
         error: StreamHouseError = Unavailable(f"the leader at {self.address} ended the stream")
         try:
@@ -125,7 +125,7 @@ class LeaderConnection:
                         error = Unavailable(f"the leader at {self.address} answered what was not asked")
                         break
                     sent, _ = self._in_flight.popleft()
-                    self._backoff.reset()  # the next failure is a first one again
+                    self._backoff.reset()  # the leader answers: the next failure is the first again
                     self.warned = False
                     self._answers.answered(self, sent, response)
         except StreamHouseError as raised:

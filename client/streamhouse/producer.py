@@ -1,4 +1,10 @@
-"""The producer: takes records, partitions them, waits for room, hands them to the sender."""
+"""The producer: checks records, chooses partitions, takes room in the buffer, appends to batches, wakes the sender.
+
+Owns: the buffer, the topics that were written to, the order of calls that wait. Does not own: batches once appended
+(accumulator.py), tasks, timers and connections (sender.py).
+Invariants: records of a topic are appended in the order in which the calls were made. A record that is refused takes no
+room in the buffer.
+"""
 
 import asyncio
 import logging
@@ -53,23 +59,25 @@ from streamhouse.sender import SendCounts, Sender
 
 log = logging.getLogger(__name__)
 
-# send_many takes room and gives the event loop a turn after this much: 4 MiB take about 30 ms to partition and encode.
+# Bytes after which send_many takes room again and gives the event loop a turn: 4 MiB take about 30 ms to partition and
+# encode.
 SLICE_BYTES = 4 * 1024 * 1024
 
 
 @explains_kafka_methods("Producer")
 class Producer(AsyncContext):
-    """Writes records. Use it as an async context manager: leaving it waits until everything is acknowledged.
+    """Writes records. Use a producer as an async context manager: leaving waits until everything is acknowledged.
 
     acks: "wal" (the leader's write-ahead log, fsynced), "durable" (object store and metadata), "none" (do not wait;
-    offsets are -1). idempotent: retries are written once. linger_ms, batch_bytes: how long and how much to gather.
-    buffer_bytes_max: unacknowledged records beyond it make `send` wait. delivery_timeout_ms: how long a record is
-    retried before its future fails. key_serializer, value_serializer: called with every key and value that is not None,
-    return bytes. partitioner: called with topic, key and number of partitions, returns a partition or None.
-    trace_headers: whether records get the W3C `traceparent` of the span that they are sent in, if that is recorded.
+    offsets are -1). idempotent: retries are written once. linger_ms, batch_bytes: time and size up to which a batch
+    collects records. buffer_bytes_max: unacknowledged records beyond this limit make `send` wait. delivery_timeout_ms:
+    time in which a record is retried before its future fails. key_serializer, value_serializer: called with every key
+    and value that is not None, return bytes. partitioner: called with topic, key and number of partitions, returns a
+    partition or None.
+    trace_headers: True to give records the W3C `traceparent` of the span in which they are sent, if that is recorded.
 
     Raises InvalidArgument for an option out of its limits.
-    One producer belongs to one event loop; `streamhouse.sync.Producer` may be shared by threads.
+    A producer belongs to one event loop; `streamhouse.sync.Producer` may be shared by threads.
     """
 
     @explains_kafka_names("Producer")
@@ -101,7 +109,7 @@ class Producer(AsyncContext):
         return self._made_sender
 
     async def _begin(self) -> None:
-        """Makes the sender inside the event loop that it then belongs to."""
+        """Makes the sender, which belongs to the running event loop from here on."""
         if self._made_sender is None:
             self._turns = LoopTurns(asyncio.get_running_loop())
             self._accumulator = RecordAccumulator(self._options)
@@ -110,8 +118,9 @@ class Producer(AsyncContext):
             await anext(self._life)
 
     async def _live(self) -> AsyncGenerator[None, None]:
-        """Suspended from the first use to the end. An event loop that ends closes generators that are suspended in it:
-        a producer that nobody closed then says what it takes down, and leaves no task behind."""
+        """Yields once and stays suspended from the first use to the end."""
+        # An event loop that ends closes the generators that are suspended in it: a producer that was not closed then
+        # logs the number of records that are lost, and leaves no task behind.
         try:
             yield
         finally:
@@ -130,7 +139,7 @@ class Producer(AsyncContext):
         if kind is None:
             await self.close()
             return
-        # The body's error is the one to be seen; a cancelled body is not made to wait.
+        # The body's error must not be hidden by a failed flush; a cancelled body is not made to wait.
         await self.close(flush=not issubclass(kind, (asyncio.CancelledError, KeyboardInterrupt)), raise_failures=False)
 
     # ---- sending
@@ -145,10 +154,10 @@ class Producer(AsyncContext):
         timestamp_ms: int | datetime | None = None,
         **kafka: Never,
     ) -> SendFuture:
-        """Takes one record; waits only while the buffer is full, and gives the event loop its turn every few
-        milliseconds. `await` the future for its `RecordMetadata`.
+        """Appends one record and returns the future of its `RecordMetadata`. Waits only while the buffer is full, and
+        gives the event loop a turn every few milliseconds.
 
-        A record with a key goes to the key's partition as in Kafka; one without stays with the others of its batch.
+        A record with a key goes to the key's partition as in Kafka; records without a key fill one batch together.
         headers: a dict, or pairs. timestamp_ms: milliseconds since 1970 or an aware datetime; default: now.
         Raises UnknownTopic, UnknownPartition, AcksTooWeak, BatchTooLarge (the record alone is over the limit),
         InvalidArgument (also once closed), TypeError, SerializationError, Overloaded (no room within
@@ -171,7 +180,7 @@ class Producer(AsyncContext):
             batch.trace.sent(index, trace.get_current_span())
         future = send_future(target.loop, batch, index, taken_ms)
         if (stood_s := self._turns.stood_s()) >= TURN_S:
-            await let_loop_run(stood_s)  # behind `_add`: no later call comes before this one meanwhile
+            await let_loop_run(stood_s)  # behind `_add`: no later call overtakes this call meanwhile
         return future
 
     @explains_kafka_arguments("Producer.send_and_wait")
@@ -185,25 +194,25 @@ class Producer(AsyncContext):
         timestamp_ms: int | datetime | None = None,
     ) -> RecordMetadata:
         """Sends one record and waits for the acknowledgement; lingers as `send` does, for records of other tasks.
-        Returns the place of the record. Raises what `send` raises, and what delivery failed with."""
+        Returns the place of the record. Raises the errors of `send`, and the error that delivery failed with."""
         return await (await self.send(topic, value, key, headers, partition, timestamp_ms))
 
     def choose_partition(self, topic: str, key: bytes | None) -> int | None:
-        """Returns the partitioner's choice for a key of a topic that `knows`; safe from any thread. Raises what it
-        raises, TypeError, UnknownPartition."""
+        """Returns the partitioner's choice for a key of a topic that `knows`; safe from any thread. Raises TypeError,
+        UnknownPartition, and the errors of the partitioner."""
         partitioner = self._options.partitioner
-        assert partitioner is not None, "this is called for it"
+        assert partitioner is not None, "only called with a partitioner"
         return choose(partitioner, topic, key, len(self._topics[topic].queues))
 
     async def take(
         self, topic: str, record: CheckedRecord, partition: int | None, sent_s: float, caller: trace.Span | None
     ) -> tuple[ProducerBatch, int, int]:
-        """Takes a record as `check_record` returns it; asks no partitioner. Returns its batch, its position
-        there and its timestamp. Raises what `send` raises.
+        """Appends a record from `check_record`; asks no partitioner. Returns its batch, its position there and its
+        timestamp. Raises the errors of `send`.
 
         sent_s: `time.monotonic` of the application's call. delivery_timeout_ms counts from there for the wait for room
-        and for the delivery together: records that queue up behind a full buffer fail together, not one after another.
-        caller: the span in which it was made, if spans may be recorded.
+        and for the delivery together: records that queue up behind a full buffer fail together, not in turn.
+        caller: the span in which the application called, if spans may be recorded.
         """
         deadline_ms = sent_s * 1000 + self._options.delivery_timeout_ms
         target = self._at_once(topic, partition, record[-1])
@@ -215,13 +224,14 @@ class Producer(AsyncContext):
         return taken
 
     def _at_once(self, topic: str, partition: int | None, size_bytes: int) -> Partitioner | None:
-        """Returns the topic's partitioner, room taken, if nothing has to be waited for; None otherwise."""
+        """Returns the topic's partitioner, room taken, if the call need not wait; None otherwise. Raises
+        UnknownPartition."""
         try:
             target = self._topics[topic]
-        except (KeyError, TypeError):  # a list can be no key of a dict
+        except (KeyError, TypeError):  # TypeError: a topic that cannot be hashed, such as a list
             return None
         if partition is not None:
-            target.queue(partition)  # refused before it has taken room
+            target.queue(partition)  # an unknown partition is refused before room is taken
         if self._order.queues or self._closed or forks.lost or not self._pool.try_take(size_bytes):
             return None
         return target
@@ -229,6 +239,7 @@ class Producer(AsyncContext):
     def _add(
         self, target: Partitioner, record: CheckedRecord, partition: int | None, deadline_ms: float | None
     ) -> tuple[ProducerBatch, int, int]:
+        """Appends a record whose room is taken. Returns its batch, its position there and its timestamp."""
         value, key, headers, timestamp_ms, size_bytes = record
         if timestamp_ms is None:
             timestamp_ms = time.time_ns() // 1_000_000
@@ -255,10 +266,10 @@ class Producer(AsyncContext):
         headers: Sequence[Headers] | None = None,
         partition: int | None = None,
     ) -> SendResult:
-        """Takes many records, in the order given; waits while the buffer is full. Lists, one entry per record.
+        """Appends many records, in the order given, and returns the future of `SentRecords` (partitions and offsets as
+        arrays). The lists have an entry per record. Waits while the buffer is full.
 
-        `await` the result for `SentRecords` (partitions and offsets as arrays). Nothing is sent if any record is
-        refused; raises what `send` raises, with the record's position.
+        Nothing is sent if any record is refused; raises the errors of `send`, with the record's position.
         """
         records = self.check_many(topic, values, keys, timestamps_ms, headers)
         return SendResult(await self.take_many(topic, records, partition), loop=asyncio.get_running_loop())
@@ -271,7 +282,7 @@ class Producer(AsyncContext):
         timestamps_ms: int | datetime | Sequence[int | datetime] | None,
         headers: Sequence[Headers] | None,
     ) -> RecordColumns:
-        """Returns the records of a `send_many` as they will be sent; safe from any thread. Raises TypeError,
+        """Returns the checked records of a `send_many`; safe from any thread. Raises TypeError,
         InvalidArgument, BatchTooLarge, SerializationError."""
         if self._serializers is not None:
             values, keys = self._serializers.many(topic, values, keys)
@@ -281,7 +292,7 @@ class Producer(AsyncContext):
 
     def choose_partitions(self, topic: str, records: RecordColumns) -> NDArray[np.int64] | None:
         """Returns the partitioner's choices for records of a topic that `knows`, -1 where it makes none; None without a
-        partitioner; safe from any thread. Raises what `choose_partition` raises."""
+        partitioner; safe from any thread. Raises the errors of `choose_partition`."""
         partitioner = self._options.partitioner
         if partitioner is None:
             return None
@@ -295,8 +306,8 @@ class Producer(AsyncContext):
         chosen: NDArray[np.int64] | None = None,
         caller: trace.Span | None = None,
     ) -> PlacedRecords:
-        """Takes the records of a `send_many`. chosen: what `choose_partitions` has returned, if it was asked already.
-        caller: the span in which it was called, if not the current one. Returns the batches that they are in."""
+        """Appends the records of a `send_many` and returns their batches. chosen: the result of `choose_partitions`, if
+        the caller has it already. caller: the span of the call, if not the current span."""
         check_topic_name(topic)
         caller = caller or trace.get_current_span()
         placed: list[Placed] = []
@@ -317,7 +328,7 @@ class Producer(AsyncContext):
         """Waits until everything taken so far is acknowledged or has failed.
 
         Raises TimeoutError when that takes longer than timeout_s (None: no limit but delivery_timeout_ms); sending goes
-        on. Else raises the first failure that nobody has seen through a future or a result since the last flush.
+        on. Else raises the first failure since the last flush that the application has not seen through a future.
         """
         check_timeout_s("timeout_s", timeout_s)
         forks.check()
@@ -330,14 +341,14 @@ class Producer(AsyncContext):
         self.raise_unseen_failure()
 
     async def all_finished(self) -> None:
-        """Returns once everything taken so far is acknowledged or has failed; raises nothing of it."""
+        """Waits until everything appended so far is acknowledged or has failed; raises no failure of a batch."""
         if self._made_sender is not None:
             self._sender.flush()
             for batch in list(self._sender.unfinished):
                 await finished(batch)
 
     def raise_unseen_failure(self) -> None:
-        """Reports the first failure since the last flush that nobody has seen, by raising it."""
+        """Reports the first failure since the last flush that the application has not seen, by raising its error."""
         if self._made_sender is None:
             return
         failures, self._sender.failures = self._sender.failures, []
@@ -348,9 +359,9 @@ class Producer(AsyncContext):
 
     @explains_kafka_arguments("Producer.close")
     async def close(self, timeout_s: float | None = None, *, flush: bool = True, raise_failures: bool = True) -> None:
-        """Flushes (unless told not to), then closes the connections. Raises what `flush` raises, after closing.
+        """Flushes (unless flush=False), then closes the connections. Raises the errors of `flush`, after closing.
 
-        What is not acknowledged after timeout_s is given up: its futures fail with Unavailable.
+        Records that are not acknowledged after timeout_s are given up: their futures fail with Unavailable.
         """
         check_timeout_s("timeout_s", timeout_s)
         forks.check()
@@ -362,11 +373,11 @@ class Producer(AsyncContext):
 
     @property
     def closed(self) -> bool:
-        """True once it takes nothing more."""
+        """True once the producer takes no more records."""
         return self._closed
 
     async def shut_down(self) -> None:
-        """Closes the connections without a flush: what is not acknowledged fails."""
+        """Closes the connections without a flush: records that are not acknowledged fail."""
         self._closed = True
         await self._disconnect()
         if self._life is not None:
@@ -395,12 +406,12 @@ class Producer(AsyncContext):
 
     @property
     def unseen_failures(self) -> int:
-        """Number of records that failed since the last flush and that nobody has asked about."""
+        """Number of records that failed since the last flush and that the application has not asked about."""
         return sum(failure.record_count for failure in self._failures() if not failure.seen)
 
     @property
     def last_error(self) -> Exception | None:
-        """Last error of a try that nothing has succeeded since, or of a batch that failed unseen; None without one."""
+        """Error of the last failed try, if no later try succeeded, or of a batch that failed unseen; None otherwise."""
         tried = None if self._made_sender is None else self._made_sender.last_error
         return tried or next((failure.error for failure in reversed(self._failures()) if not failure.seen), None)
 
@@ -411,15 +422,15 @@ class Producer(AsyncContext):
     # ---- topics and partitions
 
     def knows(self, topic: str, partition: int | None) -> bool:
-        """True if `send` would find topic and partition without asking; safe from any thread."""
+        """Returns True if `send` would find topic and partition without a request; safe from any thread."""
         try:
             target = self._topics.get(topic)
-        except TypeError:  # refused when it is asked for
+        except TypeError:  # cannot be hashed; `open_topic` refuses the name
             return False
         return target is not None and (partition is None or 0 <= partition < len(target.queues))
 
     async def open_topic(self, topic: str, partition: int | None = None) -> None:
-        """Asks for the topic ahead of the first `send`. Raises UnknownTopic, UnknownPartition, AcksTooWeak."""
+        """Fetches the topic ahead of the first `send`. Raises UnknownTopic, UnknownPartition, AcksTooWeak."""
         check_topic_name(topic)
         await self._opened(topic, partition)
 
@@ -455,7 +466,7 @@ class Producer(AsyncContext):
         chosen: NDArray[np.int64] | None,
         caller: trace.Span,
     ) -> list[Placed]:
-        """Puts records start to stop, grouped by partition, into the partitions' batches."""
+        """Appends records start to stop, grouped by partition. Returns the batches and positions that they got."""
         if partition is not None:
             return self._extend(target.queues[partition], records, range(start, stop), caller)
         if records.keys is None and chosen is None:
@@ -475,7 +486,8 @@ class Producer(AsyncContext):
     def _extend(
         self, queue: PartitionQueue, records: RecordColumns, indices: Indices, caller: trace.Span
     ) -> list[Placed]:
-        """`indices` are ascending: the partition keeps the order given."""
+        """Appends records to one partition. Returns the batches and positions that they got. `indices` are ascending,
+        so that the partition keeps the order given."""
         begun = queue.open_batch.size_bytes if queue.open_batch is not None else 0
         sizes = records.sizes[where(indices)]
         placed = []
@@ -494,9 +506,10 @@ class Producer(AsyncContext):
     async def _wait(
         self, topic: str, partition: int | None, size_bytes: int, deadline_ms: float | None = None
     ) -> Partitioner:
-        """Returns the topic's partitioner once room is taken, behind all calls made before. Raises what `send` raises.
+        """Returns the topic's partitioner once room is taken, behind all calls made before. Raises the errors of
+        `send`.
 
-        The caller adds its record without a further await: the next call has the turn by then.
+        The caller appends its record without a further await: the next call has the turn by then.
         """
         check_topic_name(topic)
         with self._order.ticket(topic, alone=False) as ticket:
@@ -505,13 +518,14 @@ class Producer(AsyncContext):
         return target
 
     async def _take_room(self, size_bytes: int, ticket: Ticket, deadline_ms: float | None = None) -> None:
-        """Returns once the call has the turn, and room is taken. Raises Overloaded at deadline_ms of the event loop's
+        """Waits until the call has the turn, and takes room. Raises Overloaded at deadline_ms of the event loop's
         clock (None: delivery_timeout_ms from now), InvalidArgument once closed."""
         forks.check()
         self._must_be_open()
         if not ticket.granted or not self._pool.try_take(size_bytes):
             try:
-                # From here on for all calls alike: none waits for the timeouts of those before, one after the other.
+                # One deadline for the turn and the room together: otherwise a thousand calls behind a full buffer would
+                # time out in turn, each after the call before.
                 if deadline_ms is None:
                     deadline_ms = self._accumulator.deadline_ms()
                 async with asyncio.timeout_at(deadline_ms / 1000):
@@ -530,7 +544,7 @@ class Producer(AsyncContext):
             await waiter
         except BaseException:
             left = self._pool.leave(waiter)
-            self._sender.give_back(0 if left else size_bytes)  # in both cases there may be room for those behind it now
+            self._sender.give_back(0 if left else size_bytes)  # in both cases the calls behind may have room now
             raise
 
     def _no_room(self, size_bytes: int) -> Overloaded:
@@ -544,8 +558,8 @@ class Producer(AsyncContext):
         )
 
     def _must_be_open(self, taken_bytes: int = 0) -> None:
-        """Refuses records once the producer is closed, and gives back the bytes taken for them: nobody would send them.
-        Raises InvalidArgument."""
+        """Refuses records once the producer is closed, and gives back the bytes taken for them: they would never be
+        sent. Raises InvalidArgument."""
         if self._closed:
             if taken_bytes:
                 self._sender.give_back(taken_bytes)
@@ -559,8 +573,8 @@ async def close_with(
     *,
     raise_failures: bool,
 ) -> None:
-    """Flushes (None: not), then shuts down in any case; both kinds of producers close with it. Raises what `flush`
-    raises, after shutting down, or logs it without `raise_failures`. Records that are dropped unsaid are logged."""
+    """Flushes (unless `flush` is None), then shuts down in any case; closes producers of both kinds. Raises the error
+    of `flush` after shutting down, or logs it if not `raise_failures`. Logs how many records are dropped silently."""
     said = False
     try:
         if flush is not None:

@@ -2,9 +2,9 @@
 
 Owns: all tasks and timers of a producer (one timer per partition), the connections to leaders, batches without an
 outcome and failures that the application has not seen. Does not own: order and sequence numbers of a partition
-(core/partition_queue.py), which records are in a batch.
+(core/partition_queue.py), the records of a batch.
 Invariants: everything runs on one event loop, in callbacks that never leave a queue half-changed. A batch gets one
-outcome, and gives its bytes back to the buffer once. A queue that has something to do later has a timer not later.
+outcome, and gives its bytes back to the buffer once. A timer of a queue never fires after the queue's next_wake_ms.
 """
 
 import asyncio
@@ -81,7 +81,7 @@ class Sender:
         self._loop = accumulator.loop
         self._codec = CODECS[options.compression]
         self.unfinished: set[ProducerBatch] = set()
-        self.failures: list[ProducerBatch] = []  # since the last flush; those that were seen meanwhile among them
+        self.failures: list[ProducerBatch] = []  # since the last flush; some may have been seen meanwhile
         self.counts = SendCounts()
         self._tasks = Tasks()
         self._timers: dict[PartitionQueue, asyncio.TimerHandle] = {}
@@ -100,29 +100,29 @@ class Sender:
 
     @property
     def last_error(self) -> StreamHouseError | None:
-        """The error of a try that nothing has succeeded since, of any partition."""
+        """Error of a failed try of any partition in which no try has succeeded since; None without such a partition."""
         queues = self._accumulator.queues()
         return next((queue.last_error for queue in queues if queue.last_error is not None), None)
 
     # ---- sending
 
     def opened(self, queue: PartitionQueue) -> None:
-        """Takes note of a queue's new open batch, and sends the full one before it."""
+        """Takes note of a queue's new open batch, and sends the full batch before."""
         assert queue.open_batch is not None, "a batch was opened"
         self.unfinished.add(queue.open_batch)
         self._wake_at(queue, queue.next_wake_ms())
         self.send_ready(queue)
 
     def flush(self) -> None:
-        """Lets go at once what has been collected so far."""
+        """Sends the records collected so far without further lingering."""
         for queue in self._accumulator.queues():
             if queue.open_batch is not None:
                 queue.flush()
                 self.send_ready(queue)
 
     def send_ready(self, queue: PartitionQueue) -> None:
-        """Sends the queue's batches that may be sent now. Whatever keeps the next one back calls this again when it is
-        over: a timer, a task, or an answer."""
+        """Sends the queue's batches that may be sent now. The timer, the task or the answer that the next batch waits
+        for calls this again."""
         while queue.has_next:
             connection = self._route(queue)
             if connection is None:
@@ -136,8 +136,8 @@ class Sender:
             self._submit(queue, connection)
 
     def _route(self, queue: PartitionQueue) -> LeaderConnection | None:
-        """Returns the connection to the partition's leader, opened, if its stream has room and no other stream has
-        batches of the queue; None otherwise."""
+        """Returns the open connection to the partition's leader if the stream has room and no other stream has batches
+        of the queue; otherwise None, and `send_ready` will be called again."""
         topic = self._metadata.cached(queue.topic)
         address = topic.leaders[queue.partition] if topic and queue.partition < topic.partitions else ""
         if not address:
@@ -203,7 +203,7 @@ class Sender:
         self.counts.bytes_sent += size_bytes
 
     async def _identify(self, queue: PartitionQueue) -> None:
-        """Gets a producer id of its own for the queue, so that starting over concerns no other partition."""
+        """Gets a producer id for the queue alone, so that starting over concerns no other partition."""
         try:
             response = await self._peers.coordinator.init_producer(coordinator_pb2.InitProducerRequest())
         except StreamHouseError as error:
@@ -217,7 +217,7 @@ class Sender:
     # ---- answers
 
     def answered(self, connection: LeaderConnection, sent: Sent, response: ingest_pb2.ProduceResponse) -> None:
-        """Handles a leader's answer: the batch's outcome or its next try, then sends what the answer makes room for."""
+        """Handles a leader's answer: the batch's outcome or its next try, then sends the batches that have room now."""
         queue, batch = sent
         self._warned = False
         if response.HasField("error"):
@@ -283,14 +283,14 @@ class Sender:
         self.give_back(batch.size_bytes)
 
     def _remember_failure(self, batch: ProducerBatch) -> None:
-        # The application may still learn of any of them by itself, so the first alone is not enough for a flush.
+        # The application may still see any failure through its future, so the first alone is not enough for a flush.
         if len(self.failures) >= UNSEEN_FAILURES_MAX:
             self.failures = [failure for failure in self.failures if not failure.seen]
         if len(self.failures) < UNSEEN_FAILURES_MAX:
             self.failures.append(batch)
 
     def give_back(self, size_bytes: int) -> None:
-        """Gives bytes back to the buffer, and lets the calls go on that have room then."""
+        """Gives bytes back to the buffer, and lets waiting calls go on that have room now."""
         self._pool.give_back(size_bytes)
         for waiter in self._pool.admit():
             if not waiter.done():
@@ -320,7 +320,7 @@ class Sender:
             self._tasks.spawn("find leader", self._refresh(queue, self._now_ms()))
 
     async def _refresh(self, queue: PartitionQueue, since_ms: float) -> None:
-        """Asks the coordinator for the leader, unless it is known from after `since_ms`; sends again then."""
+        """Asks the coordinator for the leader, unless the metadata is younger than `since_ms`; then sends again."""
         await asyncio.sleep(self._backoff(queue).next_ms() / 1000)
         try:
             await self._metadata.refresh(queue.topic, since_ms)
@@ -340,8 +340,9 @@ class Sender:
     # ---- time
 
     def _wake_at(self, queue: PartitionQueue, at_ms: float) -> None:
-        """Has the queue woken not later than `at_ms`. A timer that fires too early costs less than one that is put off
-        with every batch: at most one wake-up per linger_ms does nothing."""
+        """Has the queue woken not later than `at_ms`."""
+        # An earlier timer is left: to put it off with every batch costs more than a wake-up that finds nothing to do,
+        # of which there is at most one per linger_ms.
         if at_ms == math.inf:
             return
         timer = self._timers.get(queue)
@@ -352,7 +353,7 @@ class Sender:
         self._timers[queue] = self._loop.call_at(at_ms / 1000, self._wake, queue)
 
     def _wake(self, queue: PartitionQueue) -> None:
-        """Timer of a queue: fails what has expired, and sends what may go now."""
+        """Timer of a queue: fails expired batches, and sends the batches that may go now."""
         del self._timers[queue]
         self._expire(queue, queue.wake(self._now_ms() + 1))  # timers may fire a clock tick early
         self.send_ready(queue)
@@ -364,7 +365,7 @@ class Sender:
             self._fail(batch, timed_out(self._options.delivery_timeout_ms, last_error))
 
     def _fail_all(self, queue: PartitionQueue, error: StreamHouseError) -> None:
-        """Fails everything that was given to the queue."""
+        """Fails every batch of the queue."""
         for batch in queue.expire(math.inf):
             self._fail(batch, error)
 

@@ -1,4 +1,9 @@
-"""A byte budget with a queue: who came first gets room first."""
+"""Buffer of a producer's records, counted in bytes; pure.
+
+Owns: the bytes in use, and the order of the takers that wait. Does not own: the records, how a taker waits.
+Invariants: takers get room in the order in which they came. At most `limit_bytes` are in use, or by a
+single larger taker.
+"""
 
 from collections import deque
 from typing import Generic, TypeVar
@@ -7,7 +12,7 @@ T = TypeVar("T")
 
 
 class BufferPool(Generic[T]):
-    """`limit_bytes` in all. One taker larger than the limit is let in alone, or it would wait for ever."""
+    """Room for `limit_bytes`. A taker larger than the limit is admitted alone, or it would wait for ever."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -15,23 +20,24 @@ class BufferPool(Generic[T]):
         self._waiting: deque[tuple[T, int]] = deque()
 
     def try_take(self, size_bytes: int) -> bool:
-        """Takes room if there is some and nobody waits for it."""
+        """Takes room. Returns False, and takes nothing, if there is too little or others wait."""
         if self._waiting or not self._fits(size_bytes):
             return False
         self.used_bytes += size_bytes
         return True
 
     def enqueue(self, waiter: T, size_bytes: int) -> None:
+        """Puts a taker behind those that wait already."""
         self._waiting.append((waiter, size_bytes))
 
     def leave(self, waiter: T) -> bool:
-        """`waiter` no longer waits; False if it had been let in already."""
+        """Takes a taker out of the queue. Returns False if it was admitted before: its room is to be given back."""
         before = len(self._waiting)
         self._waiting = deque(item for item in self._waiting if item[0] is not waiter)
         return len(self._waiting) < before
 
     def admit(self) -> list[T]:
-        """Takes room for those at the head of the queue that fit now; they are to be told."""
+        """Takes room for the takers at the head of the queue that fit now. Returns them, to be told."""
         admitted = []
         while self._waiting and self._fits(self._waiting[0][1]):
             waiter, size_bytes = self._waiting.popleft()
@@ -40,6 +46,7 @@ class BufferPool(Generic[T]):
         return admitted
 
     def give_back(self, size_bytes: int) -> None:
+        """Gives room back; `admit` follows."""
         self.used_bytes -= size_bytes
         assert self.used_bytes >= 0, "more given back than taken"
 

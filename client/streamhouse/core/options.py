@@ -1,4 +1,4 @@
-"""What a producer and a consumer can be told, checked once, with every default explained."""
+"""Options of producers and consumers, checked once, with the reason of every default."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence

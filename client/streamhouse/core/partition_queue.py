@@ -20,30 +20,30 @@ from streamhouse.core.producer_batch import BatchState, Outcome, ProducerBatch, 
 # A leader remembers the last five batches of a producer, so an unknown outcome may concern five at most.
 IN_FLIGHT_PER_PARTITION_MAX = 5
 # Batches of a partition that go before they are full, unanswered at a time; more records gather in the next one, for up
-# to GROW_MS_MAX. Without it a stream of 100,000 records/s and linger_ms=0 became 350 to 450 batches/s on two cores, as
-# many as these can do, and each waited behind seven others: p99 from send to receive 50 ms, with it 31 ms.
+# to GROW_MS_MAX. Without this limit a stream of 100,000 records/s and linger_ms=0 became 350 to 450 batches/s on two
+# cores, as many as these can do, and each waited behind seven others: p99 from send to receive was 50 ms instead of 31.
 SMALL_IN_FLIGHT_MAX = 2
-# A batch whose linger has expired and that may not go yet (no room, or SMALL_IN_FLIGHT_MAX are unanswered) grows this
-# long, then it is closed and its deadline counts alone.
+# A batch whose linger has expired and that may not go yet (no room, or SMALL_IN_FLIGHT_MAX are unanswered) grows for so
+# long; then the batch is closed, and only its deadline counts.
 GROW_MS_MAX = 1_000
 # After such a silence the leader may have forgotten an idle producer.
 QUIET_MS = 60_000
 
 
 class Blocked(Enum):
-    """Reason why a partition sends nothing. STREAM_FULL alone does not keep its queue from being looked at: the
-    partition may have another leader by then, with room."""
+    """Reason why a partition sends nothing. While STREAM_FULL the queue is looked at all the same: the partition may
+    have another leader by then, with room."""
 
     BACKOFF = auto()  # until a time
-    METADATA = auto()  # until its leader is known
-    PRODUCER_ID = auto()  # until the coordinator has given one
+    METADATA = auto()  # until the leader is known
+    PRODUCER_ID = auto()  # until the coordinator answers
     STREAM_FULL = auto()  # until the leader answers
     CLOSED = auto()  # for good
 
 
 class PartitionQueue:
-    """Without idempotence one batch at a time is in flight, for order. `small_in_flight_max`: how many batches may be
-    unanswered for the next one to go before it is full."""
+    """Queue of a partition. Without idempotence one batch at a time is in flight, for order. `small_in_flight_max`:
+    number of unanswered batches from which on the open batch waits until it is full."""
 
     __slots__ = (
         "_close_ms",
@@ -97,14 +97,14 @@ class PartitionQueue:
         self._draining = False
         # A sequence number was used up and not written: the next batches need another producer id.
         self._has_gap = False
-        # The leader is known to remember this producer: it acknowledged a batch since the last change. A leader
-        # that does not would take a second batch after refusing the first, so until then one goes alone.
+        # The leader is known to remember this producer: a batch was acknowledged since the last change. A leader
+        # that does not would take a second batch after refusing the first, so until then each batch goes alone.
         self.leader_confirmed = False
 
     # ---- the open batch
 
     def open(self, batch: ProducerBatch, now_ms: float, linger_ms: float) -> None:
-        """Begins a batch; the one before is full and takes its place in the queue."""
+        """Begins a batch; the open batch before is full and moves into the queue."""
         self.close_open()
         self.open_batch = batch
         self._lingered = False
@@ -113,7 +113,7 @@ class PartitionQueue:
         self._expiry_ms = min(self._expiry_ms, batch.deadline_ms)
 
     def close_open(self) -> None:
-        """Puts the open batch, if there is one, into the queue."""
+        """Puts the open batch, if any, into the queue."""
         if (batch := self.open_batch) is not None:
             batch.move_to(BatchState.CLOSED)
             self._queued.append(batch)
@@ -146,8 +146,8 @@ class PartitionQueue:
         return min(at_ms, self._close_ms if self._lingered else self._linger_until_ms)
 
     def wake(self, now_ms: float) -> list[ProducerBatch]:
-        """Does what was to be done by now: ends a block and the open batch's linger. Returns the batches that have
-        expired, to be failed."""
+        """Ends the block and the linger of the open batch if their time has come. Returns the expired batches, to be
+        failed."""
         if now_ms >= self.blocked_until_ms:
             self.unblock()
         if self.open_batch is not None and now_ms >= self._linger_until_ms:
@@ -157,8 +157,8 @@ class PartitionQueue:
         return self.expire(now_ms) if now_ms >= self._expiry_ms else []
 
     def expire(self, now_ms: float) -> list[ProducerBatch]:
-        """Ends every batch past its deadline and returns them: fail those. One that is in flight keeps its place until
-        it is answered, so that nothing is sent around it."""
+        """Returns every batch past the deadline, EXPIRED now, to be failed. A batch in flight keeps its place until the
+        answer comes, so that no other batch is sent around it."""
         if self.open_batch is not None and self.open_batch.deadline_ms <= now_ms:
             self.close_open()
         expired = [batch for batch in self.batches() if batch.deadline_ms <= now_ms and not batch.is_decided]
@@ -194,14 +194,14 @@ class PartitionQueue:
 
     @property
     def may_send(self) -> bool:
-        """True if the next batch, when there is one, may be sent now."""
+        """True if the next batch may be sent now, whenever there is a next batch."""
         together = self.leader_confirmed and not self._mixes_ids
         return not self._draining and len(self._in_flight) < (self._in_flight_max if together else 1)
 
     @property
     def _mixes_ids(self) -> bool:
-        """True if the next batch or one in flight keeps the number of an older producer id: numbers of two ids do not
-        tell the leader which of the batches comes first."""
+        """True if the next batch or a batch in flight keeps the number of an older producer id: numbers of two ids do
+        not tell the leader which of the batches comes first."""
         stamps = [batch.stamp for batch in (*self._in_flight, *islice(self._queued, 1))]
         return any(stamp is not None and not self._is_present(stamp) for stamp in stamps)
 
@@ -212,7 +212,7 @@ class PartitionQueue:
 
     @property
     def has_next(self) -> bool:
-        """True if there is a batch to send now, the open one included if it may go before it is full."""
+        """True if a batch can be sent now: a queued batch, or the open batch if it may go before it is full."""
         if self.is_blocked or not self.may_send:
             return False
         may_close = self._lingered and self.open_batch is not None and len(self._in_flight) < self._small_in_flight_max
@@ -229,7 +229,7 @@ class PartitionQueue:
         self._next_sequence = 0
 
     def switch_to(self, stream: object) -> bool:
-        """Sends over `stream` from here on. Returns False, and changes nothing, while another one has batches in
+        """Sends over `stream` from here on. Returns False, and changes nothing, while another stream has batches in
         flight."""
         if stream != self._stream:
             if self._in_flight:
@@ -263,8 +263,8 @@ class PartitionQueue:
 
     def answered(self, batch: ProducerBatch, error: errors.StreamHouseError, sent: bool = True) -> bool:
         """Handles a try that was answered with `error`, or whose stream broke with it (`sent`: after the batch had
-        left). Returns True if the batch waits to be sent again; False if it is out of the queue: fail it with `error`,
-        unless its outcome is decided."""
+        left). Returns True if the batch waits to be sent again; False if the queue has dropped the batch: fail it with
+        `error`, unless the outcome is decided."""
         batch.last_error = error
         outcome = outcome_of(error) if sent else Outcome.NOT_WRITTEN
         follows_trouble = self._draining
@@ -275,7 +275,7 @@ class PartitionQueue:
             batch.maybe_written = True
         keep = not batch.is_decided and outcome is not Outcome.FATAL
         if outcome is Outcome.OUT_OF_SEQUENCE and not follows_trouble:
-            # Not the echo of a batch ahead of it: the leader's history and ours differ. If an earlier try may
+            # Not the echo of an earlier batch: the leader's history and ours differ. If an earlier try may
             # stand in another leader's log, a new number could write the records twice.
             self._has_gap = True
             keep = keep and not batch.maybe_written

@@ -22,7 +22,7 @@ RECORD_BYTES_MAX = DEFAULT_LIMITS.batch_bytes_max - 64 * 1024
 
 
 class BatchState(Enum):
-    """State of a batch. EXPIRED: past its deadline, never sent again, about to get its outcome."""
+    """State of a batch. EXPIRED: past the deadline, never sent again, about to be failed."""
 
     OPEN = auto()
     CLOSED = auto()
@@ -41,7 +41,7 @@ NEXT: dict[BatchState, tuple[BatchState, ...]] = {
 
 
 class Outcome(Enum):
-    """Outcome of one try, as far as an error tells."""
+    """Outcome of a try, as far as its error tells."""
 
     NOT_WRITTEN = auto()  # may be sent again as it is
     UNKNOWN = auto()  # may have been written; send again, with the same sequence number
@@ -66,7 +66,7 @@ def outcome_of(error: errors.StreamHouseError) -> Outcome:
 
 
 class BatchTrace(Protocol):
-    """Spans of one batch; `streamhouse.tracing.SendTrace`."""
+    """Spans of a batch; `streamhouse.tracing.SendTrace`."""
 
     @property
     def traceparent(self) -> str: ...
@@ -138,7 +138,7 @@ class ProducerBatch:
     def append(
         self, value: bytes | None, key: bytes | None, headers: tuple[Header, ...], timestamp_ms: int, size_bytes: int
     ) -> int:
-        """Appends one record. Returns its position in the batch."""
+        """Appends a record. Returns the position in the batch."""
         index = self.record_count
         self._values.append(value)
         self._timestamps_ms.append(timestamp_ms)
@@ -226,11 +226,11 @@ class ProducerBatch:
 
     @property
     def is_done(self) -> bool:
-        """True once the batch has its outcome."""
+        """True once the outcome is known."""
         return self.state is BatchState.DONE
 
     def resolve(self, base_offset: int) -> None:
-        """Acknowledges the batch: its first record has this offset; -1 if the leader told none (acks=none)."""
+        """Acknowledges the batch. base_offset: offset of its first record, -1 if the leader told none (acks=none)."""
         self.base_offset = base_offset
         self._finish()
 
@@ -248,7 +248,7 @@ class ProducerBatch:
             waiter()
 
     def when_done(self, waiter: Callable[[], object]) -> None:
-        """Calls `waiter()` as soon as the batch, which is not done yet, is."""
+        """Calls `waiter()` as soon as the batch, which is not done yet, has its outcome."""
         self._waiters.append(waiter)
 
     def end_spans(self) -> None:
@@ -264,8 +264,8 @@ class ProducerBatch:
         return self.maybe_written and outcome_of(error) is Outcome.OUT_OF_SEQUENCE
 
     def refusal(self, error: errors.StreamHouseError) -> errors.StreamHouseError:
-        """Returns the outcome of a batch that is not sent again after `error`: that error, unless an earlier try may
-        have been written."""
+        """Returns the error of a batch that is not sent again after `error`: the same, unless an earlier try may have
+        been written."""
         if not self.in_doubt(error):
             return error
         return errors.OutcomeUnknown(
@@ -282,7 +282,7 @@ class ProducerBatch:
 
 
 def timed_out(delivery_timeout_ms: int, last_error: errors.StreamHouseError | None) -> errors.StreamHouseError:
-    """Returns the outcome of a batch past its deadline: of the kind of the last error, so that the cause is told."""
+    """Returns the error of a batch past its deadline: of the kind of the last error, so that the cause is told."""
     waited = f"not acknowledged within delivery_timeout_ms = {delivery_timeout_ms}"
     if last_error is None:
         return errors.Unavailable(f"{waited}; no answer from the leader", limit="delivery_timeout_ms")

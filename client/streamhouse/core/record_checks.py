@@ -1,6 +1,6 @@
-"""Records given to a producer: checked at the door, so that one bad record fails alone and not its batch.
+"""Checks records given to a producer before they are appended, so that a bad record fails alone and not its batch.
 
-What the application may still change (bytearrays, memoryviews, lists, dicts) is copied here: it is encoded later.
+Objects that the application may still change (bytearrays, memoryviews, lists, dicts) are copied: encoding comes later.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from streamhouse.core.times import ms_of
 
 Bytes = bytes | bytearray | memoryview
 Headers = Mapping[str, Bytes | None] | Iterable[tuple[str, Bytes | None]]
-# value, key, headers, timestamp_ms (None: now), bytes that it counts for.
+# value, key, headers, timestamp_ms (None: now), bytes that the record counts for.
 CheckedRecord = tuple[bytes | None, bytes | None, tuple[Header, ...], int | None, int]
 
 _BYTES_OR_NULL = {bytes, type(None)}
@@ -55,7 +55,7 @@ Indices = NDArray[np.int64] | range
 
 
 def where(indices: Indices) -> Any:
-    """Returns what takes these from a list's or array's entries: a slice for a range, which copies less."""
+    """Returns an index of lists and arrays for these positions: a slice for a range, which copies less."""
     return slice(indices.start, indices.stop) if isinstance(indices, range) else indices
 
 
@@ -101,7 +101,7 @@ class RecordColumns:
         return cls(own_values, own_keys, _timestamps_of(timestamps_ms, count), own_headers, sizes, key_sizes)
 
     def key_column(self, start: int, stop: int) -> BytesColumn | None:
-        """The keys of records start to stop; None when no list of keys was given."""
+        """Returns the keys of records start to stop; None if no list of keys was given."""
         if self.keys is None:
             return None
         keys, ends = self.keys[start:stop], np.cumsum(self.key_sizes[start:stop])
@@ -115,7 +115,7 @@ class RecordColumns:
     ) -> tuple[
         Sequence[bytes | None], Sequence[bytes | None] | None, Sequence[tuple[Header, ...]] | None, Sequence[int]
     ]:
-        """values, keys, headers, timestamps_ms of some records, in the order of `indices`."""
+        """Returns values, keys, headers and timestamps_ms of some records, in the order of `indices`."""
         if isinstance(indices, range):
             run = where(indices)
             return (
@@ -134,9 +134,9 @@ class RecordColumns:
 
 
 def cut(sizes: NDArray[np.int64], limit: int, begun: int = 0) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive parts of at most `limit`, or of one item that is larger alone.
+    """Yields (start, stop) of consecutive parts of at most `limit`, or of a single item that is larger.
 
-    The first part has only what `begun` leaves of the limit; where no item fits there, it has the whole.
+    The first part has only the room that `begun` leaves of the limit; if no item fits there, it has the whole limit.
     """
     totals = np.cumsum(sizes)
     start, floor = 0, -begun
