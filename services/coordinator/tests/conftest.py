@@ -27,6 +27,9 @@ from services.coordinator.tests.running import running
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
     """Runs; a test may stop it, and has to start it again."""
     server = EmbeddedPostgres(tmp_path_factory.mktemp("pg") / "data")
+    # Some 300 databases are made and dropped, each with checkpoints: on a busy disk a drop waits 2 s for its fsyncs.
+    # The tests kill processes, not the machine: what was written survives that without them.
+    server._settings |= {"fsync": "off", "full_page_writes": "off"}
     asyncio.run(server.start())
     try:
         yield server
