@@ -10,6 +10,13 @@ import textwrap
 import pytest
 
 PATIENCE_S = 60
+
+
+def long(*values):
+    """One more place or signal of a sweep, which make test-all runs."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 # As the script that an installation makes, and where that is not on PATH.
 ENTRIES = {
     "script": [sys.executable, "-c", "import sys; from streamhouse_cli import main; sys.exit(main())"],
@@ -73,8 +80,10 @@ def started(tmp_path):
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-@pytest.mark.parametrize("gate", ["click", "grpc"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), long(signal.SIGTERM, 143), long(signal.SIGHUP, 129)]
+)
+@pytest.mark.parametrize("gate", ["click", long("grpc")])
 def test_a_command_that_starts_ends_without_a_word(started, entry, number, code, gate):
     command = [*ENTRIES[entry], "topic", "list", "--bootstrap", "127.0.0.1:1"]
     assert started(command, gate, number) == (code, "", "")
@@ -86,15 +95,15 @@ def test_a_second_signal_makes_no_difference(started, gate):
     assert started(command, gate, signal.SIGTERM, signal.SIGINT)[1:] == ("", "")
 
 
-@pytest.mark.parametrize("gate", ["click", "shruntime.settings"])
+@pytest.mark.parametrize("gate", [long("click"), "shruntime.settings"])
 @pytest.mark.parametrize("service", ["serve", "ingest", "query", "coordinator", "segmenter"])
 def test_a_service_that_starts_survives_a_reload(started, gate, service):
     code, _, err = started([*ENTRIES["script"], service], gate, signal.SIGHUP)
     assert code == 1 and err.startswith("error: ") and "rpc_timeout_ms" in err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("gate", ["click", "shruntime.settings"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), long(signal.SIGTERM, 143)])
+@pytest.mark.parametrize("gate", [long("click"), "shruntime.settings"])
 @pytest.mark.parametrize("service", ["serve"])
 def test_a_service_that_starts_ends_without_a_word(started, number, code, gate, service):
     assert started([*ENTRIES["script"], service], gate, number) == (code, "", "")
@@ -105,20 +114,20 @@ def test_a_service_that_starts_ends_without_a_word(started, number, code, gate, 
 SEGMENTER = {"command": [*ENTRIES["script"], "segmenter"], "module": [sys.executable, "-m", "streamhouse_segmenter"]}
 
 
-@pytest.mark.parametrize("gate", ["streamhouse_segmenter", "eventlet", "streamhouse_segmenter.wiring"])
+@pytest.mark.parametrize("gate", ["streamhouse_segmenter", long("eventlet"), long("streamhouse_segmenter.wiring")])
 def test_a_segmenter_that_is_between_two_programs_survives_a_reload(started, gate):
     code, _, err = started(SEGMENTER["command"], gate, signal.SIGHUP)
     assert code == 1 and err.startswith("error: ") and "rpc_timeout_ms" in err
 
 
-@pytest.mark.parametrize("gate", ["eventlet", "streamhouse_segmenter.wiring"])
+@pytest.mark.parametrize("gate", ["eventlet", long("streamhouse_segmenter.wiring")])
 def test_a_segmenter_of_its_own_survives_a_reload(started, gate):
     code, _, err = started(SEGMENTER["module"], gate, signal.SIGHUP)
     assert code == 1 and err.startswith("error: ") and "rpc_timeout_ms" in err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("gate", ["streamhouse_segmenter", "eventlet"])
+@pytest.mark.parametrize(("number", "code"), [long(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("gate", ["streamhouse_segmenter", long("eventlet")])
 def test_a_segmenter_that_is_between_two_programs_ends_without_a_word(started, number, code, gate):
     assert started(SEGMENTER["command"], gate, number) == (code, "", "")
 

@@ -309,6 +309,7 @@ def interrupt_at(step: int) -> Iterator[Callable[[], bool]]:
         sys.setprofile(None)
 
 
+@pytest.mark.long  # every step of the code in turn: a sweep
 @pytest.mark.parametrize("form", ["records", "batches", "poll"])
 def test_an_interrupt_at_any_step_passes_over_no_record(server, form):
     write(server, 60, 2)

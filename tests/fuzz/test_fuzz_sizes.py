@@ -98,6 +98,7 @@ def with_claims(data: bytes, places: Iterator[tuple[int, Fields]]) -> Iterator[t
                     yield f"{claim} at byte {at} + {offset}", bytes(changed)
 
 
+@pytest.mark.long  # each length field of each seed with each claim: a sweep
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_only_claimed_is_not_allocated(name: str) -> None:
     target, (places, readers) = load(name), FORMATS[name]
