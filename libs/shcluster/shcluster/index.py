@@ -64,10 +64,10 @@ class PartitionIndex:
     segments: list[Segment] = field(default_factory=list)
     _bases: list[int] = field(default_factory=list)
     _latest: list[int] = field(default_factory=list)
+    key: PartitionKey = field(init=False)
 
-    @property
-    def key(self) -> PartitionKey:
-        return PartitionKey(self.topic_id, self.partition)
+    def __post_init__(self) -> None:
+        self.key = PartitionKey(self.topic_id, self.partition)  # once: every fetch uses the key some times
 
     @property
     def name(self) -> str:

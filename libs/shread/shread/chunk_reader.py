@@ -1,7 +1,7 @@
 """Byte ranges of objects through fixed-size chunks: from disk, else from Redis, else from the object store.
 
 Owns: the downloads under way. Does not own: the caches, segments and blocks: a reader checks the bytes and drops
-damaged chunks. Invariants: a missing chunk is downloaded once for all readers that wait for it; a cancelled reader does
+damaged chunks. Invariants: a missing chunk is downloaded once for all readers that wait; a cancelled reader does
 not cancel the download; a download holds one of the slots until the chunk is on disk, so that memory is bounded.
 """
 
@@ -70,8 +70,8 @@ class _Flight:
 
 
 class ChunkReader:
-    """Reads ranges of objects. `extent` in all calls: bytes of the object that are known to exist; no download
-    exceeds it."""
+    """Reads ranges of objects. `extent` in all calls: bytes of the object that are known to exist; downloads end
+    there."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class ChunkReader:
         for number in self._ends(spans):
             self._counters.cache_damaged_chunks += 1
             chunk = ChunkId(object_key, number)
-            # Waits for the very end of a download: until then it may put its bytes into the caches and give them to
+            # Waits for the very end of a download: until then, the damaged bytes may come into the caches and to
             # readers.
             if (flight := self._flights.get(chunk)) is not None:
                 await flight.ended.wait()
@@ -151,7 +151,7 @@ class ChunkReader:
                 await self._shared.drop(chunk)
 
     def _ends(self, spans: Iterable[Span]) -> dict[int, int]:
-        """Returns for each chunk number the end of the bytes needed from it."""
+        """Returns the end of the bytes needed from each chunk, by number."""
         ends: dict[int, int] = {}
         for at, size_bytes in spans:
             for number in range(at // self._chunk_bytes, -(-(at + size_bytes) // self._chunk_bytes)):
@@ -222,7 +222,7 @@ class ChunkReader:
         return flight
 
     def _end(self, chunk: ChunkId, flight: _Flight) -> None:
-        """Done-callback of a download: fails the waiters if the task was cancelled, even before it began, then
+        """Done-callback of a download: fails the waiters if the task was cancelled, even before the first step, then
         forgets the download."""
         if not flight.result.done():
             flight.result.set_exception(StoreUnavailable("the download was given up: the service stops"))

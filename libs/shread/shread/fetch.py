@@ -1,8 +1,8 @@
 """A fetch: plan, read segments, then the tail, wait where nothing is there yet.
 
-Owns: the offset of one fetch, its records, its deadline. Does not own: index, segments, the agents' tails. Invariants:
-a fetch ends when it has enough, when its time is over, or when the plan says that nothing can come. It never spins:
-every turn of its loop reads something, moves its offset, or waits for a change or a deadline.
+Owns: offset, records and deadline of a fetch. Does not own: index, segments, the agents' tails. Invariants: a fetch
+ends with enough records, at the deadline, or when the plan says that no record can come. The loop never spins: every
+turn reads records, moves the offset, or waits for a change or a deadline.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ async def fetch(reads: Reads, want: Want) -> Fetched:
             span.set_attributes(
                 {
                     "messaging.destination.name": want.topic,
-                    "messaging.destination.partition.id": str(want.partition[1]),
+                    "messaging.destination.partition.id": str(want.partition.partition),
                     "messaging.streamhouse.offset": want.offset,
                     "messaging.streamhouse.size_bytes": fetched.size_bytes,
                 }
@@ -78,8 +78,8 @@ class _Fetch:
         self._got = Fetched()
         now_ms = self._clock.monotonic_ms()
         self._deadline_ms = now_ms + want.max_wait_ms
-        # Where records are known to exist and only the feed is behind, a reader waits for it even with max_wait_ms 0:
-        # an empty answer would be wrong.
+        # Where records are known to exist and only the feed is behind, a reader waits for the feed even with
+        # max_wait_ms 0: an empty answer would be wrong.
         self._catch_up_ms = max(self._deadline_ms, now_ms + reads.catch_up_ms)
         self._backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         self._knows_all = False  # whether the index is known to be no older than this fetch
@@ -100,7 +100,8 @@ class _Fetch:
         return self._finished(self._partition())
 
     async def _read(self, watch: Watch) -> None:
-        """Reads until done. A timeout may end it at any await: no step leaves `_got` and `_offset` apart across one."""
+        """Reads until done. A timeout may end the read at any await, so no step awaits between changes of `_got` and
+        `_offset`."""
         done = False
         while not done:
             watch.arm()
@@ -138,7 +139,7 @@ class _Fetch:
 
     async def _refuse(self, partition: PartitionIndex, step: BelowStart | BeyondEnd | Lost, watch: Watch) -> bool:
         if self._got.batches:
-            return True  # the reader meets it with its next fetch
+            return True  # the next fetch raises the error
         if isinstance(step, BeyondEnd) and not self._knows_all:
             # A consumer starts over after this error: never send it for a position that came from another index or
             # agent.
@@ -230,7 +231,7 @@ class _Fetch:
         except StreamHouseError:
             if nothing_yet:
                 raise
-            return True  # the reader meets it with its next fetch
+            return True  # the next fetch raises the error
         if run.base_offset < self._offset and not nothing_yet:
             return True  # compaction changed the boundaries in between; only a first batch may begin before its offset
         if run.blocks:
@@ -248,8 +249,9 @@ class _Fetch:
 
     async def _missing(self, partition: PartitionIndex, segment: Segment, error: ObjectMissing) -> bool:
         """Returns True if the read ends with the records before the missing object, False if the index no longer has
-        the segment. Raises DataLoss if an index that is not behind still has it: compaction and retention delete
-        objects, and their event may come late, or not at all while this process is cut off from the coordinators."""
+        the segment. Raises DataLoss if an index that is not behind still has the segment: compaction and retention
+        delete objects, and their event may come late, or not at all while this process is cut off from the
+        coordinators."""
         if self._got.batches:
             return True
         if self._plan(self._partition()) == ReadSegment(segment):
@@ -312,8 +314,8 @@ class _Fetch:
     async def _ask(
         self, step: ReadTail, request: ingest_pb2.ReadTailRequest, watch: Watch
     ) -> ingest_pb2.ReadTailResponse | None:
-        """Returns the agent's answer, or None if it became useless: the index changed so that another step is due,
-        or there are records enough."""
+        """Returns the agent's answer, or None if the answer became useless: the index changed so that another step is
+        due, or there are records enough."""
         asked = asyncio.ensure_future(self._reads.read_tail(step, request))
         timeout_s = TAIL_EXTRA_MS_MAX / 1000 if self._has_enough else None
         try:
@@ -334,7 +336,9 @@ class _Fetch:
     ) -> bool:
         """Handles a failed call to the agent, which began at `since_ms`. Returns True if the fetch is done."""
         self._reads.counters.tail_errors += 1
-        if isinstance(error, OffsetBeyondEnd | UnknownTopic):  # as the agent knows it; either index may be behind
+        if isinstance(
+            error, OffsetBeyondEnd | UnknownTopic
+        ):  # of the agent, whose knowledge may be behind, as may the index
             response = ingest_pb2.ReadTailResponse(
                 not_held=isinstance(error, UnknownTopic), high_watermark=int(error.details.get("high_watermark", 0))
             )
@@ -416,7 +420,7 @@ class _Fetch:
 
 
 def _link(traceparents: Sequence[str]) -> None:
-    """Links a recorded fetch to the spans that wrote its records: appends of the tail, registrations."""
+    """Links the span of a fetch to the spans that wrote the records: appends of the tail, registrations."""
     span = trace.get_current_span()
     if traceparents and span.is_recording():
         for link in links_to(traceparents[:LINKS_MAX]):
@@ -428,7 +432,7 @@ def _silent(partition: PartitionIndex, step: ReadTail) -> str:
 
 
 async def _ended(call: asyncio.Future[Any]) -> None:
-    """Cancels a call that is still under way, and waits for its end."""
+    """Cancels a call that is still under way, and waits for the end."""
     if not call.done():
         call.cancel()
         await asyncio.wait((call,))

@@ -1,8 +1,8 @@
 """The lag of consumer groups, for the metrics.
 
 Owns: the lags of the latest look. Does not own: the index, committed offsets. Invariants: at most `series_max` pairs of
-group and topic are shown, those furthest behind; `left_out` counts the others. A failed look leaves the result of the
-one before.
+group and topic are shown, those furthest behind; `left_out` counts the others. A failed look leaves the earlier
+result.
 """
 
 from __future__ import annotations

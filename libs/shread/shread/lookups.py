@@ -20,7 +20,7 @@ from shread.core.timestamps import AtEnd, LookInSegment, LookInTail, first_at, l
 from shread.fetch import fetch
 from shread.reads import Reads, Want
 
-# Bytes of a tail searched for a timestamp, per call to its agent.
+# Bytes of a tail searched for a timestamp, per call to the agent.
 TAIL_BYTES = 4 * 1024 * 1024
 
 Found = tuple[int, int]
@@ -39,7 +39,7 @@ class Lookups:
         return partition.log_start_offset, -1
 
     async def latest(self, key: PartitionKey, topic: str) -> Found:
-        """Returns the high watermark, from the leader unless all its records are registered."""
+        """Returns the high watermark, from the leader unless all records are registered."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         deadline_ms = self._reads.clock.monotonic_ms() + self._reads.catch_up_ms
         with self._index.watch(key) as watch:
@@ -71,7 +71,7 @@ class Lookups:
         return self._index.get(key, topic).first_of_last(count, end), -1
 
     async def _ask_leader(self, partition: PartitionIndex, epoch: int, registered_end: int) -> int | None:
-        """Returns the leader's high watermark, or None if it does not hold the range (yet)."""
+        """Returns the leader's high watermark, or None if the leader does not hold the range (yet)."""
         step = plan(self._index.cluster, partition, registered_end)
         if isinstance(step, Wait):
             raise Unavailable(f"the end of {partition.name} is not known: {step.reason}", retry_after_ms=1_000)
@@ -98,7 +98,7 @@ class Lookups:
     # ---- by timestamp
 
     async def at_timestamp(self, key: PartitionKey, topic: str, timestamp_ms: int) -> Found:
-        """Returns the first record, in offset order, with this timestamp or a later one; else the end."""
+        """Returns the first record, in offset order, at or after the timestamp; without such a record, the end."""
         from_offset = self._index.get(key, topic).log_start_offset
         while True:
             partition = self._index.get(key, topic)

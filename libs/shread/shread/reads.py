@@ -28,8 +28,8 @@ class Want:
 
     `decoded_bytes_max`: of the batches once decoded (None: no limit); at least one batch is fetched in any case.
     `known_reason`: the waiting reason that the reader has; any other reason ends the wait at once (None: only
-    max_wait_ms ends it). `tell_after_ms`: after this time the fetch ends with the reason why it has no records (None:
-    it goes on waiting).
+    max_wait_ms ends it). `tell_after_ms`: after this time a fetch without records ends with the reason (None: the
+    wait goes on).
     """
 
     partition: PartitionKey
@@ -80,7 +80,8 @@ class Reads:
     store_trouble: Callable[[], str] = lambda: ""
 
     async def read_tail(self, step: ReadTail, request: ingest_pb2.ReadTailRequest) -> ingest_pb2.ReadTailResponse:
-        """Returns the agent's answer. Raises its StreamHouseError, or Unavailable; `agents` records the outcome."""
+        """Returns the agent's answer. Raises the agent's StreamHouseError, or Unavailable; `agents` records the
+        outcome."""
         with self.agents.calling(step.agent_id, step.address, request.max_wait_ms):
             return await self.ingest_at(step.address).read_tail(request)
 

@@ -1,4 +1,4 @@
-"""Blocks of registered segments, each checked before it is returned.
+"""Blocks of registered segments, checked before they are returned.
 
 Owns: the segments' indexes in memory, the least recently used of which leave first. Does not own: chunks, their caches.
 Invariants: damage is looked at twice: a damaged chunk of a cache is dropped and fetched again; damage in the object
@@ -77,10 +77,10 @@ class SegmentReader:
         *,
         at_least_one: bool,
     ) -> BlockRun:
-        """Returns the block that holds `offset` (or the next record after it), and those that follow up to `bytes_max`,
-        and decoded up to `decoded_bytes_max` (None: no limit).
+        """Returns the block that holds `offset` (or the next record), and the blocks that follow up to `bytes_max`, and
+        decoded up to `decoded_bytes_max` (None: no limit).
 
-        Without any block, next_offset says whether the first did not fit (it is `offset`) or none is left.
+        Without any block, next_offset is `offset` if the first did not fit; else no block is left.
         """
         index = await self.open(partition, segment)
         first = index.find(offset)
@@ -153,8 +153,8 @@ class SegmentReader:
         read: Callable[[], Awaitable[T]],
         entries: list[BlockEntry] | None = None,
     ) -> T:
-        """Returns the result of `read`, repeated from the store if the first is damaged. `entries`: the blocks it
-        reads."""
+        """Returns the result of `read`, repeated from the store if the first is damaged. `entries`: the blocks that are
+        read."""
         spans = [Span(segment.object_at + entry.at, entry.size_bytes) for entry in entries or ()]
         try:
             try:

@@ -3,8 +3,8 @@
 Owns: records fetched and not yet taken by the subscriber, the windows of the partitions. Does not own: reading.
 Invariants: each partition has at most one fetch under way. Fetches that may return much hold a share of the byte budget
 until the subscriber has taken their records; a partition at its end waits with a small fetch that holds none. A
-partition whose window is used up is not fetched, so it holds nothing either. Fetched records leave by turns, a response
-of each partition that has any.
+partition of which the window is used up is not fetched, so no bytes are held for it either. Fetched records leave by
+turns, a response of each partition that has any.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEARTBEAT_SPREAD = 0.85
 
 class BudgetReservation:
     """Bytes taken from several budgets, in their order; unused bytes are given back at once, the rest at the end. A
-    shared budget comes last, so that no reservation holds bytes of it while waiting for a budget of its own."""
+    shared budget comes last, so that no reservation holds shared bytes while waiting for a budget of its own."""
 
     def __init__(self, lent: Sequence[tuple[ByteBudget, int]]) -> None:
         self._lent = list(lent)
@@ -99,8 +99,8 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A partition of a subscription. `resolve` finds it (StreamHouseError if it is missing), `respond` makes the
-    response of fetched records; its next_offset says where to go on."""
+    """A partition of a subscription. `resolve` finds the partition (StreamHouseError if missing), `respond` makes the
+    response of fetched records, with the next_offset to go on at."""
 
     resolve: Callable[[], Awaitable[Want]]
     respond: Callable[[Want, Fetched], Awaitable[FetchResponse]]
@@ -110,7 +110,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class _Delivery:
-    """A response to be sent. `since_ms`: when its records existed and were requested; None without records."""
+    """A response to be sent. `since_ms`: time at which the records existed and were requested; None without records."""
 
     response: FetchResponse
     since_ms: int | None = None
@@ -120,8 +120,8 @@ class _Delivery:
 
 
 class Subscription:
-    """Pushes the records of all its partitions. `responses` ends when every partition has failed; closing it ends
-    all fetches."""
+    """Pushes the records of several partitions. `responses` ends when every partition has failed; closing `responses`
+    ends all fetches."""
 
     def __init__(
         self, reads: Reads, sources: Sequence[Source], *, budgets: Sequence[ByteBudget], heartbeat_ms: int
@@ -151,7 +151,7 @@ class Subscription:
             running = len(self._sources)
             while running:
                 delivery = await self._next()
-                # Before the yield: a subscriber that has all its records ends the stream with its last response.
+                # Before the yield: a subscriber that has all records ends the stream with the last response.
                 if delivery.since_ms is not None:
                     delivery_duration_ms.record(self._reads.clock.monotonic_ms() - delivery.since_ms)
                 yield delivery.response
@@ -219,7 +219,7 @@ class Subscription:
         window = self._sources[number].window
         want = replace(want, known_reason="")
         has_more, has_told = False, False
-        # Of the latest fetch: an agent knows only encoded sizes, so without the ratio each read of its tail would bring
+        # Of the latest fetch: an agent knows only encoded sizes, so without the ratio each read of the tail would bring
         # that many times the bytes that can be sent.
         ratio = 1.0
         while True:

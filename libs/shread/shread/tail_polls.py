@@ -1,9 +1,9 @@
 """Long polls at the ends of partitions: a single call to the agent for all readers that wait at the same offset.
 
 Owns: the polls and their readers. Does not own: the use of an answer (fetch.py). Invariants: a poll ends with the
-agent's first answer that is news, or with its last reader; until then it costs one call in POLL_WAIT_MS for any number
-of readers. Each reader has a future of its own: removing a callback from a shared future looks through all others,
-which took seconds with thousands of them.
+agent's first answer that is news, or when the last reader leaves; until then a poll costs one call in POLL_WAIT_MS for
+any number of readers. Each reader has a future of its own: removing a callback from a shared future looks through all
+others, which took seconds with thousands of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shread.counters import Counters
 
 # A call at an agent: long enough to cost nothing, short enough that a peer that went silent is noticed.
 POLL_WAIT_MS = 10_000
-# An agent without an answer this long after its due time is silent, and readers get the error.
+# An agent without an answer this long after POLL_WAIT_MS is silent, and readers get the error.
 POLL_LATE_MS = 2_000
 # Bytes of the first record after a quiet time and its followers; the rest comes with the next read.
 POLL_BYTES = 64 * 1024
@@ -103,7 +103,8 @@ class TailPolls:
                 await asyncio.sleep(0)
 
     async def _news(self, key: PollKey, poll: _Poll) -> News:
-        """Asks until there is news, and returns it. The first call does not wait: it shows that the agent answers."""
+        """Calls the agent until there is news, and returns the news. The first call does not wait: it shows that the
+        agent answers."""
         agent_id, address, (topic_id, partition), offset = key
         request = ingest_pb2.ReadTailRequest(
             topic_id=topic_id, partition=partition, offset=offset, max_bytes=POLL_BYTES

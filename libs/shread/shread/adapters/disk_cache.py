@@ -1,9 +1,9 @@
 """Chunks of objects as files in a directory: kept over restarts, least recently used out first.
 
 Owns: the files, and their order of use. Invariants: the files never exceed `bytes_max` together; a file is complete or
-absent, as a chunk is written beside it and renamed. Neither file nor directory is fsynced: every block is checked
-against its CRC on use, and chunks lost in a power cut are fetched again. The modification time of a file is its last
-use.
+absent, as a chunk is written to another file that is renamed. Neither file nor directory is fsynced: every block is
+checked against its CRC on use, and chunks lost in a power cut are fetched again. The modification time of a file is the
+time of the last use.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class DiskCache:
     # ---- used by the chunk reader
 
     def size_of(self, chunk: ChunkId) -> int:
-        """Returns the bytes held of the chunk, 0 if it is absent. Counts as use."""
+        """Returns the bytes held of the chunk, 0 if absent. Counts as use."""
         name = _name_of(chunk)
         self._limit.touch(name)
         return self._limit.size_of(name)

@@ -1,6 +1,6 @@
 """Chunks in Redis, shared by the query services of a fleet.
 
-Redis only saves time: any trouble with it is a metric, never an error.
+Redis only saves time: trouble with Redis is a metric, never an error.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RedisCache:
         self._counters = counters
 
     async def get(self, chunk: ChunkId) -> bytes | None:
-        """Returns the chunk, or None if it is absent or damaged, or if Redis does not answer in time."""
+        """Returns the chunk, or None if absent or damaged, or if Redis does not answer in time."""
         value = await self._call(lambda: self._redis.get(self._key_of(chunk)))
         if value is None:
             self._counters.shared_misses += 1

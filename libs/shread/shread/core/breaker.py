@@ -1,4 +1,4 @@
-"""Stops calls to a helper that does not answer, and tries it again after a while."""
+"""Stops calls to a helper that does not answer, and probes the helper after a while."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CircuitBreaker:
         self._failures = 0
 
     def failed(self, now_ms: int) -> bool:
-        """Counts a failure; returns True if it opened the breaker."""
+        """Counts a failure; returns True if the failure opened the breaker."""
         self._failures += 1
         if self._failures >= self._failures_max:
             self._closed_again_ms = now_ms + self._open_ms

@@ -28,18 +28,18 @@ class LruLimit(Generic[K]):
         return iter(self._sizes)
 
     def size_of(self, key: K) -> int:
-        """Returns the size of a key, 0 if it is not kept."""
+        """Returns the size of a key, 0 if not kept."""
         return self._sizes.get(key, 0)
 
     def touch(self, key: K) -> bool:
-        """Marks a key as just used; returns True if it is kept."""
+        """Marks a key as just used; returns True if kept."""
         if key not in self._sizes:
             return False
         self._sizes.move_to_end(key)
         return True
 
     def admit(self, key: K, size: int) -> list[K]:
-        """Keeps `key` as just used, and returns the keys evicted for it. A key above the limit is not kept itself."""
+        """Keeps `key` as just used, and returns the keys evicted for it. A key larger than the limit is not kept."""
         self.drop(key)
         if size > self.size_max:
             return [key]
@@ -53,7 +53,7 @@ class LruLimit(Generic[K]):
         return gone
 
     def drop(self, key: K) -> bool:
-        """Forgets a key; returns True if it was kept."""
+        """Forgets a key; returns True if kept before."""
         size = self._sizes.pop(key, None)
         self.size -= size or 0
         return size is not None

@@ -13,7 +13,7 @@ from shproto.model import Range, RangeStatus, Segment
 
 @dataclass(frozen=True, slots=True)
 class ReadSegment:
-    """`segment` holds the offset, or the next record after it."""
+    """`segment` holds the offset, or the next record."""
 
     segment: Segment
 
@@ -21,7 +21,7 @@ class ReadSegment:
 @dataclass(frozen=True, slots=True)
 class ReadTail:
     """The offset is not registered yet: ask the agent. Nothing at or beyond `end_offset` (None: unknown) may be
-    served. `newest`: the range is the partition's last, so that its high watermark is the partition's. `reason`:
+    served. `newest`: the range is the partition's last, so that the high watermarks of both are equal. `reason`:
     why a reader without records has to wait; empty for the usual wait for new records."""
 
     epoch: int
@@ -191,7 +191,7 @@ def _unregistered(cluster: ClusterIndex, partition: PartitionIndex, position: in
             return BeyondEnd(partition.known_end)
     reason = _reason(partition, current, newest)
     if partition.durable_only:
-        # Here nothing counts as acknowledged before it is registered: records only in the leader's log may be given up
+        # Here records count as acknowledged once registered: records only in the leader's log may be given up
         # at a takeover, and their offsets be used again.
         if newest and current.status is RangeStatus.OPEN and offset > current.registered_end:
             return BeyondEnd(current.registered_end)

@@ -13,7 +13,7 @@ _DOUBLINGS_MAX = 6
 
 
 class ReadAhead:
-    """The window doubles with every read that continues an earlier one, up to `chunks_max`."""
+    """Windows that double with every read that continues an earlier read, up to `chunks_max`."""
 
     def __init__(self, chunks_max: int) -> None:
         self._chunks_max = chunks_max

@@ -17,7 +17,7 @@ class Accepted:
 
 
 def is_of_later_epoch(batches: Sequence[bytes], epoch: int) -> bool:
-    """True if the agent has begun another epoch at this offset: its answer is good, the plan is old."""
+    """Returns True if the agent has begun another epoch at this offset: the answer is good, the plan is old."""
     try:
         return bool(batches) and read_batch_header(batches[0]).epoch > epoch
     except FormatError:

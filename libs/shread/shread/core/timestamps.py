@@ -29,7 +29,7 @@ class AtEnd:
 
 
 def look(partition: PartitionIndex, timestamp_ms: int, from_offset: int) -> LookInSegment | LookInTail | AtEnd:
-    """Returns the next place, from `from_offset` on, that may hold a record with this timestamp or a later one."""
+    """Returns the next place, from `from_offset` on, that may hold a record at or after the timestamp."""
     from_offset = max(from_offset, partition.log_start_offset)
     segment = partition.segment_reaching(timestamp_ms, from_offset)
     tail = _first_tail(partition, from_offset)

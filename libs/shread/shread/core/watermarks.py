@@ -16,7 +16,7 @@ class Watermarks:
         self._seen[key] = max(self._seen.get(key, (0, 0)), (epoch, high_watermark))
 
     def of(self, partition: PartitionIndex) -> int:
-        """Returns the partition's high watermark as far as it is known here."""
+        """Returns the partition's high watermark, as far as known here."""
         epoch, offset = self._seen.get(partition.key, (0, 0))
         newest = partition.ranges[-1] if partition.ranges else None
         if newest is None or newest.end_offset is not None or newest.epoch != epoch:
