@@ -45,7 +45,7 @@ def encode_batch(
     producer: ProducerStamp | None = None,
     limits: FormatLimits = DEFAULT_LIMITS,
 ) -> bytes:
-    """Returns one encoded batch.
+    """Returns an encoded batch.
 
     A payload that `codec` does not shrink is stored as Codec.NONE, a payload that `codec` would shrink beyond
     COMPRESSION_RATIO_MAX as Codec.LZ4. Contiguous records take their offsets from `base_offset`; the offsets in
@@ -175,7 +175,7 @@ def _offset_plan(records: Records, base_offset: int) -> tuple[bool, int, int]:
 def stamp_batch(batch: Buffer, base_offset: int, epoch: int) -> bytes:
     """Returns the same batch with base offset and epoch written in; one copy, the CRC stays valid.
 
-    `batch` is one whole batch whose header was read before. Raises FormatError if the offsets would exceed int64 or the
+    `batch` is a whole batch whose header was read before. Raises FormatError if the offsets would exceed int64 or the
     epoch is not 1 to 2**63-1.
     """
     header = read_batch_header(batch)

@@ -67,7 +67,7 @@ class ProducerStamp(NamedTuple):
 
 
 class BatchHeader(NamedTuple):
-    """The fixed header of one batch. Sizes in bytes; size_bytes is the whole batch, header included;
+    """The fixed header of a batch. Sizes in bytes; size_bytes is the whole batch, header included;
     uncompressed_bytes is the payload alone. epoch is a u64 up to 2**63-1, 0 = not stamped yet."""
 
     base_offset: int

@@ -47,7 +47,7 @@ class Codec(IntEnum):
 
 
 class _Zstd(threading.local):
-    """Contexts of one thread: threads must not share them, and making them costs more than a small batch.
+    """Contexts of a thread: threads must not share them, and making them costs more than a small batch.
 
     A thread makes its own when it first uses zstd. Only then is the package imported: without the extra `zstd` it is
     not there, and every other codec works."""

@@ -23,9 +23,9 @@ class FormatLimits:
     The sizes are u32 fields on disk, so no bound may exceed 2**32 - 1.
     """
 
-    # A batch travels in one gRPC message and is held whole: 16 blocks of 1 MiB is generous for either.
+    # A batch travels in a gRPC message and is held whole: 16 blocks of 1 MiB is generous for either.
     batch_bytes_max: int = 16 * MIB
-    # 4x the encoded bound: text rarely shrinks further, and one decode stays far below 1 GiB of memory.
+    # 4x the encoded bound: text rarely shrinks further, and a decode stays far below 1 GiB of memory.
     uncompressed_bytes_max: int = 64 * MIB
     # Decoding costs about 80 bytes per record of temporary columns: 80 MB at this bound.
     record_count_max: int = 1_000_000

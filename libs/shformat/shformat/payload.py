@@ -41,7 +41,7 @@ class PayloadShape(NamedTuple):
 
 @dataclass(slots=True)
 class Section:
-    """The bytes of one column, and their position in the payload."""
+    """The bytes of a column, and their position in the payload."""
 
     view: memoryview
     at: int

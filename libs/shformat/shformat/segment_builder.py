@@ -1,4 +1,4 @@
-"""Builds one segment from stamped batches in offset order. Holds all of it in memory; does no I/O.
+"""Builds a segment from stamped batches in offset order. Holds all of it in memory; does no I/O.
 
 Owns: the blocks made so far and the pending small batches. Invariants: offsets ascend without overlap; a block never
 mixes epochs; a refused batch changes nothing. Small batches are merged into blocks, because a block is the unit that a
@@ -52,7 +52,7 @@ class BuiltSegment:
 
 
 class SegmentBuilder:
-    """Takes stamped batches with add(), returns the segment with finish(). For one use by one owner.
+    """Takes stamped batches with add(), returns the segment with finish(). For a single use by a single owner.
 
     epoch is the highest epoch that may occur; it becomes the segment's. Batches of different epochs (after a change of
     leader, in compaction) never share a block. Large batches keep the codec of their producer; `codec` is for merged
@@ -110,7 +110,7 @@ class SegmentBuilder:
         return self._end_offset
 
     def add(self, batch: Buffer) -> BatchHeader:
-        """Appends one stamped batch and returns its header; its bytes may be reused afterwards.
+        """Appends a stamped batch and returns the header; the batch's bytes may be reused afterwards.
 
         Raises FormatError (and takes nothing) for a damaged batch, offsets that overlap those before, an epoch below
         those before or above the segment's, and beyond the size limits. The columns of a small batch are decoded when
@@ -213,7 +213,7 @@ class SegmentBuilder:
         self._pending_count += header.record_count
 
     def _flush(self) -> None:
-        """Makes one block of the pending batches."""
+        """Makes a block of the pending batches."""
         if not self._pending:
             return
         records = decode_checked_batches(self._pending, self._pending_headers, self._limits)

@@ -71,7 +71,7 @@ class BlockEntry:
 
 
 class SegmentIndex:
-    """The blocks of a segment in offset order, as one array; BlockEntry objects are made on request."""
+    """The blocks of a segment in offset order, as a single array; BlockEntry objects are made on request."""
 
     __slots__ = ("_blocks", "_ends", "_latest")
 

@@ -1,4 +1,4 @@
-"""The write-ahead log's bytes: the header of a file, the frame around one batch, and the scan of a file.
+"""The write-ahead log's bytes: the header of a file, the frame around a batch, and the scan of a file.
 
 Owns: the definition of a valid frame, and the search for the next frame after damage. Does not own: files, fsync, the
 decision which damage may be cut off as a torn tail. docs/formats/wal.md draws both headers.
@@ -60,7 +60,7 @@ _NIL = bytes(TOPIC_ID_SIZE)
 
 @dataclass(frozen=True, slots=True)
 class WalFileHeader:
-    """Identity of a log (16 bytes, constant on one disk) and number of this file, counted up by the writer.
+    """Identity of a log (16 bytes, constant on a disk) and number of this file, counted up by the writer.
 
     previous_size_bytes: size of the file before this file when this file was begun; 0 for the first file and in version
     1, which has no such field. ahead_bytes: at most so many zeros lie behind the last frame while the file is written;
