@@ -1,7 +1,7 @@
 """Decides appends, before the write-ahead log has them.
 
-A draft stands for one log while a group of batches is decided; it changes nothing, so that a group whose write failed
-leaves no trace.
+Owns: the effects of a group on a log that is not written yet. Does not own: the log, which changes in apply() only.
+Invariants: a decision never changes the log, so that a group whose write failed leaves no trace.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from streamhouse_ingest.log.producers import (
 
 @dataclass(frozen=True, slots=True)
 class NotLed:
-    """The agent does not append to this log (any more)."""
+    """The agent does not append to this log, or no longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class RangeExhausted:
-    """The epoch's offsets run out; an extension is being asked for."""
+    """The batch does not fit into the epoch's offset range; an extension has been requested."""
 
     limit_offset: int
 
@@ -35,7 +35,7 @@ Decision = BatchAppended | DuplicateOf | OutOfSequence | FencedBy | NotLed | Ran
 
 
 class Draft:
-    """What a group of appends will do to one log if its write succeeds."""
+    """Effects of a group of appends on a single log, if the write of the group succeeds."""
 
     def __init__(self, log: PartitionLog) -> None:
         self._log = log
@@ -43,7 +43,8 @@ class Draft:
         self._producers: dict[int, ProducerState] = {}
 
     def decide(self, record_count: int, stamp: ProducerStamp | None) -> Decision:
-        """Where the batch goes, or why it does not. A BatchAppended counts for the decisions after it."""
+        """Returns the offsets of the batch, or the reason not to append it. Later decisions of this draft take a
+        BatchAppended as written."""
         if not self._log.leading:
             return NotLed()
         state = None

@@ -1,8 +1,9 @@
-"""Bytes of requests that are not answered yet, by connection: one client cannot fill the queue of all.
+"""Limits the bytes of unanswered requests per connection, so that no client can fill the queue of all.
 
-Owns: the byte budgets of connections that have requests. Callers in this process count for nothing.
-Invariants: a request that is larger than the limit is in flight alone. Requests of a connection wait in the order in
-which they came, so that a large one is not passed over for ever, and an answer wakes only those that it makes room for.
+Owns: the byte budgets of connections with requests. Does not own: the queue and its limit (writer.py).
+Invariants: a request larger than the limit is in flight alone. Requests of a connection wait in the order in which they
+arrived, so that a large request is not passed over for ever, and an answer wakes only the requests it makes room for.
+Callers in this process are not limited.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from shruntime.byte_budget import ConnectionBudgets
 
 from streamhouse_ingest.produce.refusals import overloaded
 
-RETRY_MS = 20  # as for the queue: what is in flight is written within some milliseconds
+RETRY_MS = 20  # as for the queue: requests in flight are written within some milliseconds
 IN_PROCESS = ""
 
 
@@ -25,7 +26,7 @@ class ConnectionByteLimit:
 
     @contextmanager
     def hold(self, connection: str, size_bytes: int) -> Iterator[None]:
-        """Counts one request until it is answered. Raises Overloaded."""
+        """Counts a request until it is answered. Raises Overloaded if the connection has no room for it."""
         with self._budgets.budget(connection) as budget:
             lent_bytes = budget.try_take(size_bytes)
             if lent_bytes is None:
@@ -36,7 +37,7 @@ class ConnectionByteLimit:
                 budget.give_back(lent_bytes)
 
     async def take(self, connection: str, size_bytes: int) -> None:
-        """Waits for room; `give_back` follows once the request is answered."""
+        """Waits for room and takes it; the caller calls `give_back` once the request is answered."""
         if connection == IN_PROCESS:
             return
         budget = self._budgets.join(connection)
@@ -47,6 +48,6 @@ class ConnectionByteLimit:
             raise
 
     def give_back(self, connection: str, size_bytes: int) -> None:
-        """Gives back what `take` took for a request of this size."""
+        """Returns the room that `take` took for a request of `size_bytes`."""
         if connection != IN_PROCESS:
             self._budgets.leave(connection).give_back(min(size_bytes, self._bytes_max))

@@ -1,4 +1,4 @@
-"""What a batch that the log did not take is answered with."""
+"""Errors that answer a batch which was not appended, or may not have been."""
 
 from shformat import ProducerStamp
 from shproto.errors import UNKNOWN, Overloaded, ProducerFenced, SequenceGap, StreamHouseError, Unavailable
@@ -11,7 +11,7 @@ _RANGE_RETRY_MS = 100  # an extension takes one call to the coordinator
 
 
 def refusal(held: HeldLog, stamp: ProducerStamp | None, decision: Decision) -> StreamHouseError:
-    """The answer to a batch that was decided not to be appended."""
+    """Returns the error for a batch that `decision` does not append."""
     topic, partition = held.log.topic, held.log.key.partition
     match decision:
         case OutOfSequence(expected):
@@ -44,19 +44,19 @@ def refusal(held: HeldLog, stamp: ProducerStamp | None, decision: Decision) -> S
 
 
 def lease_lost(held: HeldLog) -> StreamHouseError:
-    """The answer to a batch that was written when the agent may not have led any more."""
+    """Returns the error for a batch during whose write the lease ran out: the agent may not have led any more."""
     log = held.log
     why = "its lease ran out while the batch was written; outcome unknown"
     return not_leader(log.topic, log.key.partition, why, outcome=UNKNOWN)
 
 
 def log_failed() -> StreamHouseError:
-    """The answer from the moment on that the log cannot be trusted any more."""
+    """Returns the error for all batches after a failure that leaves the state of the log unknown."""
     return Unavailable("the write-ahead log failed; the agent has to restart. The outcome of the batch is unknown")
 
 
 def overloaded(limit: str, limit_bytes: int, value: int, retry_after_ms: int) -> Overloaded:
-    """G7: the answer beyond the limit of this name."""
+    """Returns the error for a request beyond the limit named `limit` (G7: overload is refused, not buffered)."""
     return Overloaded(
         f"{limit} is {limit_bytes} bytes, {value} are in use",
         retry_after_ms=retry_after_ms,

@@ -1,4 +1,7 @@
-"""What a produce request must be like, and what is made of one that is."""
+"""Validation of produce requests: ack level, batch, producer, timestamps; plain records become a batch.
+
+Owns: the threads that check large batches. Does not own: the log; no check changes state.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -32,12 +35,12 @@ _QUEUE_RETRY_MS = 200  # the largest batch takes about as long to check
 
 
 def is_meant(request: pb.ProduceRequest, held: HeldLog) -> bool:
-    """Whether the log is of the topic that the producer means, not of another one of that name."""
+    """True if the log belongs to the topic that the producer means, not to another topic of that name."""
     return not request.topic_id or request.topic_id == held.log.key.topic_id
 
 
 def check_topic_id(topic_id: bytes) -> None:
-    """Raises InvalidArgument."""
+    """Checks the length of the topic id; an empty id is valid. Raises InvalidArgument."""
     if len(topic_id) not in (0, TOPIC_ID_BYTES):
         raise InvalidArgument(
             f"topic_id must have {TOPIC_ID_BYTES} bytes, or none, got {len(topic_id)}",
@@ -48,7 +51,7 @@ def check_topic_id(topic_id: bytes) -> None:
 
 
 class RequestRules:
-    """Checks against the settings, the clock, and what the agent knows of the metadata."""
+    """Checks requests against the settings, the clock and the metadata known to the agent."""
 
     def __init__(self, logs: Logs, clock: Clock, settings: IngestSettings) -> None:
         self._logs = logs
@@ -57,7 +60,10 @@ class RequestRules:
         self._work = FairExecutor(at_once_max=settings.checks_at_once_max, bytes_max=settings.checks_queue_bytes_max)
 
     def acks(self, request: pb.ProduceRequest, held: HeldLog) -> int:
-        """The ack level to answer at. Raises InvalidArgument, AcksTooWeak."""
+        """Returns the ack level at which the request is answered: as requested, else the minimum of the topic.
+
+        Raises InvalidArgument for an unknown level, AcksTooWeak for a level below the minimum of the topic.
+        """
         if request.acks and request.acks not in ACKS_NAMES:
             raise InvalidArgument(
                 f"acks is {request.acks}, known are 0 to 3", field="acks", value=request.acks, limit=ACKS_DURABLE
@@ -73,8 +79,10 @@ class RequestRules:
         return request.acks
 
     async def validate(self, batch: bytes, connection: str) -> BatchHeader:
-        """Returns the header of a batch that may be appended. Raises BatchTooLarge, InvalidBatch, InvalidArgument,
-        Overloaded."""
+        """Returns the header of a batch that may be appended; checks large batches in a thread.
+
+        Raises BatchTooLarge, InvalidBatch, InvalidArgument, Overloaded.
+        """
         size_bytes, limit_bytes = len(batch), self._settings.batch_bytes_max
         if size_bytes > limit_bytes:
             raise BatchTooLarge(
@@ -96,7 +104,8 @@ class RequestRules:
         return header
 
     def check_producer(self, header: BatchHeader) -> None:
-        """Raises UnknownProducer for an id that may have been given out twice."""
+        """Refuses a producer id from before the metadata was restored, which may be assigned twice. Raises
+        UnknownProducer."""
         first = self._logs.producer_ids_from
         if header.producer is not None and header.producer.producer_id < first:
             raise UnknownProducer(
@@ -107,7 +116,7 @@ class RequestRules:
             )
 
     def check_timestamp(self, header: BatchHeader) -> None:
-        """Refuses a timestamp far ahead, which would keep its segment from ever expiring. Raises InvalidArgument."""
+        """Refuses a timestamp far in the future, which would keep its segment from expiring. Raises InvalidArgument."""
         limit_ms = self._clock.wall_ms() + self._settings.timestamp_ahead_ms_max
         if header.max_timestamp_ms > limit_ms:
             raise InvalidArgument(
@@ -119,7 +128,10 @@ class RequestRules:
             )
 
     async def encode(self, request: pb.ProduceRequest, connection: str) -> bytes:
-        """Returns the plain records as one batch. Raises InvalidArgument, InvalidBatch, BatchTooLarge, Overloaded."""
+        """Returns the plain records as a single encoded batch; encodes large requests in a thread.
+
+        Raises InvalidArgument, InvalidBatch, Overloaded.
+        """
         plain = request.records.records
         limit = self._settings.records_per_plain_request_max
         if not 1 <= len(plain) <= limit:
@@ -159,7 +171,7 @@ def _out_of_range(error: ValueOutOfRange) -> InvalidArgument:
 
 
 def _columns(plain: Sequence[types_pb2.Record], now_ms: int) -> Records:
-    """Messages to columns, one comprehension each; a timestamp of 0 becomes `now_ms`."""
+    """Returns the messages as columns, by a comprehension per column; a timestamp of 0 becomes `now_ms`."""
     headers = None
     if any(record.headers for record in plain):
         headers = [[(h.key, h.value if h.HasField("value") else None) for h in record.headers] for record in plain]

@@ -1,4 +1,4 @@
-"""Produce: checks a request, hands its batch to the writer, waits for the ack level asked for."""
+"""Produce: checks a request, passes its batch to the writer, waits for the requested ack level."""
 
 import asyncio
 import contextlib
@@ -32,14 +32,14 @@ from streamhouse_ingest.waiting import done_within
 
 tracer = trace.get_tracer("streamhouse.ingest")
 
-# How often the coordinator is asked whether the original of a durable retry is registered in somebody else's range.
+# Interval of asking the coordinator for the registration of a durable retry's original in the range of another agent.
 _ASK_AGAIN_MS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request whose batch is queued; `answer_by_ms` on the monotonic clock. Does not hold the request: its copy of
-    the batch would stay in memory until the answer, which `durable` acks wait for seconds for."""
+    """A request whose batch is queued; `answer_by_ms` is on the monotonic clock. The request itself is not held: its
+    copy of the batch would stay in memory until the answer, for seconds with `durable` acks."""
 
     topic: str
     partition: int
@@ -53,7 +53,7 @@ class Accepted:
 
 
 class ProduceService:
-    """From a request to its answer; what it must be like is RequestRules', the log itself is the writer's."""
+    """Answers produce requests. RequestRules validates them, the writer appends their batches."""
 
     def __init__(
         self,
@@ -73,11 +73,12 @@ class ProduceService:
         self._rules = RequestRules(logs, clock, settings)
 
     async def produce(self, request: pb.ProduceRequest) -> pb.ProduceResponse:
-        """Answers at the ack level asked for. Raises the StreamHouseErrors of docs/errors.md."""
+        """Returns the response at the requested ack level. Raises the StreamHouseErrors of docs/errors.md."""
         return await self.answer(await self.accept(request))
 
     async def accept(self, request: pb.ProduceRequest) -> Accepted:
-        """Checks the request and queues its batch; batches accepted one after the other are written in that order."""
+        """Checks the request, queues its batch and returns it for answer(). Batches accepted one after another are
+        written in that order. Raises the error that refuses the request."""
         with self._counting_refusals():
             return await self._accept(request)
 
@@ -111,8 +112,11 @@ class ProduceService:
         return Accepted(request.topic, request.partition, held, header, acks, timeout_ms, answer_by_ms, written, span)
 
     async def _leading(self, request: pb.ProduceRequest) -> HeldLog:
-        """The log that the batch is for. A topic created again under its name is another one: a batch for it must not
-        be acknowledged into the log of the old one because the agent does not know yet, nor the other way round."""
+        """Returns the log that the batch is for. Raises NotLeader, UnknownTopic, UnknownPartition, InvalidArgument.
+
+        A topic that was deleted and created again under the same name is a different topic: its batches must not be
+        acknowledged into the log of the old topic by an agent that does not know the new topic yet, nor the reverse.
+        """
         check_topic_id(request.topic_id)
         held = self._logs.led(request.topic, request.partition)
         if held is None or not is_meant(request, held):
@@ -123,8 +127,11 @@ class ProduceService:
         return held
 
     async def answer(self, accepted: Accepted) -> pb.ProduceResponse:
-        """The response once the ack level is reached. Raises what refused the batch, DurableTimeout, Unavailable,
-        DataLoss when it is a retry of a batch that was given up, or was damaged before it was registered."""
+        """Returns the response once the ack level is reached.
+
+        Raises the error that refused the batch, DurableTimeout, Unavailable, and DataLoss if the batch repeats a batch
+        that was given up, or was damaged before its registration.
+        """
         with self._counting_refusals(), trace.use_span(accepted.span, end_on_exit=True):
             return await self._answer(accepted)
 
@@ -161,7 +168,7 @@ class ProduceService:
         if held is None:
             if log.start_offset <= written.base_offset and written.end_offset <= log.registered_end:
                 _check_kept(log, written)
-                return  # not held any more because it is registered
+                return  # not held any more because the whole log is registered
             if not written.duplicate:
                 why = "its range is over; whether the batch is kept is unknown"
                 raise not_leader(log.topic, log.key.partition, why, outcome=UNKNOWN)
@@ -172,14 +179,18 @@ class ProduceService:
             if not await self._done_in_time(accepted, registered):
                 raise _durable_timeout(accepted, held.log, written)
         finally:
-            registered.cancel()  # has no effect once it is done; the log need not keep it otherwise
+            registered.cancel()  # after a timeout the log can drop the wait; no effect on a future that is done
         if (error := registered.result()) is not None:
             raise error
         _check_kept(held.log, written)
 
     async def _wait_registered_elsewhere(self, accepted: Accepted, written: Written) -> None:
-        """The original lies in an older range. That may be the orphaned one of an agent whose disk is gone: that it
-        was written there once is no durable acknowledgement."""
+        """Waits until the original, which lies in an older range, is registered. Raises DurableTimeout, DataLoss,
+        NotLeader.
+
+        The range may be orphaned, of an agent whose disk is gone, so that having been written there once is not enough
+        for a durable acknowledgement.
+        """
         log = written.held.log
         while not await self._topics.is_registered(log, written.base_offset):
             left_ms = accepted.answer_by_ms - self._clock.monotonic_ms()
@@ -188,7 +199,8 @@ class ProduceService:
             await self._clock.sleep_ms(min(left_ms, _ASK_AGAIN_MS))
 
     def _holder(self, written: Written) -> HeldLog | None:
-        """The log that has the batch: a duplicate's original may lie in an older epoch."""
+        """Returns the log that holds the batch, None if no log does. The original of a duplicate may lie in an older
+        epoch."""
         log = written.held.log
         for held in self._logs.of_partition(log.key.topic_id, log.key.partition):
             if held.log.start_offset <= written.base_offset < held.log.next_offset:
@@ -200,8 +212,8 @@ class ProduceService:
 
 
 def _check_kept(log: PartitionLog, written: Written) -> None:
-    """That everything up to the batch is registered says that the batch is, or that it is on record as lost. Raises
-    DataLoss."""
+    """Checks that a batch below the registered end was not lost: everything below is registered, or recorded as lost.
+    Raises DataLoss."""
     if log.is_damaged(written.base_offset):
         raise DataLoss(
             f"{log.describe()}: the batch at offset {written.base_offset} was damaged in the write-ahead log before it "
@@ -223,7 +235,8 @@ def _durable_timeout(accepted: Accepted, log: PartitionLog, written: Written) ->
 
 
 def _start_span(held: HeldLog, trace_context: str) -> tuple[trace.Span, str]:
-    """`ingest.append` and its traceparent, where the producer's or the call's span is recorded; else nothing."""
+    """Returns the span `ingest.append` and its traceparent if the span of the producer or of the call is recorded;
+    otherwise an invalid span and an empty text."""
     if not trace_context and not trace.get_current_span().is_recording():
         return trace.INVALID_SPAN, ""
     span = tracer.start_span("ingest.append", context_of(trace_context) if trace_context else None)

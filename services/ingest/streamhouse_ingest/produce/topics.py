@@ -1,5 +1,8 @@
-"""What to answer for a partition this agent does not lead: unknown topic, unknown partition, or somebody else's; and
-what has become of offsets in ranges it does not hold."""
+"""Looks up partitions that this agent does not lead, and offsets in ranges that it does not hold.
+
+Owns: the recent answers of the coordinator, by topic name. Does not own: the held logs.
+Invariants: at most _NAMES_MAX answers are remembered, each for _REMEMBER_MS; callers of a name share a single request.
+"""
 
 import asyncio
 from collections import OrderedDict
@@ -20,14 +23,14 @@ from streamhouse_ingest.waiting import ends_within
 
 # Long enough that a producer in a retry loop asks the coordinator once a second, short enough for a new topic.
 _REMEMBER_MS = 1_000
-# Names are given by anybody: so many are remembered at once, the oldest go.
+# Limit of the remembered names, because any client can invent names; the oldest are forgotten.
 _NAMES_MAX = 1_024
 
 Answer = pb.TopicMetadata | StreamHouseError | None
 
 
 class TopicLookup:
-    """Asks the coordinator, at most once per name and second, however many producers ask."""
+    """Asks the coordinator, at most once per name and second, for any number of producers."""
 
     def __init__(
         self,
@@ -45,7 +48,11 @@ class TopicLookup:
         self._known: OrderedDict[str, tuple[int, asyncio.Future[Answer]]] = OrderedDict()
 
     async def find_leader(self, topic: str, partition: int) -> HeldLog:
-        """The log to append to, if a grant is only just arriving. Raises UnknownTopic, UnknownPartition, NotLeader."""
+        """Returns the log to append to if this agent leads after all, because a grant has just arrived.
+
+        Raises UnknownTopic, UnknownPartition, NotLeader, InvalidArgument for the length of the name, and the errors of
+        the coordinator.
+        """
         if not 0 < len(topic) <= NAME_LENGTH_MAX:
             raise InvalidArgument(
                 f"topic has {len(topic)} characters, must be 1 to {NAME_LENGTH_MAX}",
@@ -71,9 +78,10 @@ class TopicLookup:
         return held
 
     async def is_registered(self, log: PartitionLog, offset: int) -> bool:
-        """Whether a batch written at `offset`, in an older range of the log's partition, is in a segment; False also
-        when the coordinator cannot say. Raises DataLoss when it is on record as lost or its range was given up,
-        NotLeader when the topic is gone.
+        """True if a batch written at `offset`, in an older range of the log's partition, is in a segment; False also if
+        the coordinator cannot answer.
+
+        Raises DataLoss if the batch is recorded as lost or its range was given up, NotLeader if the topic is deleted.
         """
         try:
             described = await self._coordinator.describe_topic(pb.DescribeTopicRequest(topic=log.topic))
@@ -106,7 +114,7 @@ class TopicLookup:
         return answer
 
     async def _ask_for_all(self, topic: str, now_ms: int) -> pb.TopicMetadata | None:
-        """Asks; whoever comes meanwhile, or soon after, gets the same answer."""
+        """Asks the coordinator and returns the answer, which callers during the request and soon after share."""
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._known.pop(topic, None)
         self._known[topic] = (now_ms + _REMEMBER_MS, answer)
@@ -117,7 +125,7 @@ class TopicLookup:
         except StreamHouseError as error:
             answer.set_result(error)
             raise
-        except BaseException:  # cancelled, or a defect: whoever shares this answer must not wait for ever
+        except BaseException:  # cancelled, or a defect: callers that share this answer must not wait for ever
             answer.set_result(Unavailable(f"topic {topic} is not led here; asking for its leader was broken off"))
             raise
         answer.set_result(metadata)
@@ -130,7 +138,7 @@ class TopicLookup:
             return None
         metadata = next((item for item in response.topics if item.topic.topic == topic), None)
         if metadata is not None and (ours := self._led_by_us(metadata)):
-            # The event has not reached us yet.
+            # The coordinator already names this agent as leader, but the event has not arrived yet.
             await ends_within(self._clock, self._refresh_grants(ours), _REMEMBER_MS)
         return metadata
 

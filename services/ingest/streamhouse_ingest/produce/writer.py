@@ -1,7 +1,10 @@
-"""Group commit: takes what is queued, decides it, writes and syncs it in one go, then applies it and answers in order.
+"""Group commit: takes queued batches as a group, decides, writes and syncs the group, applies it and answers in order.
 
-One task; while the log's thread writes a group, the next one gathers in the queue. State changes only after the
-write, so that a failed group leaves nothing behind.
+Owns: the queue in front of the write-ahead log, the order of appends. Does not own: the files (ports.py), the state of
+logs, sealing.
+Invariants: a single task writes, a group at a time; the next group gathers in the queue meanwhile. Logs change only
+after the write, so that a failed group leaves nothing behind. Every queued batch gets exactly one outcome, and no batch
+is acknowledged unless the lease is held after the write.
 """
 
 import asyncio
@@ -27,15 +30,15 @@ from streamhouse_ingest.produce.refusals import lease_lost, log_failed, overload
 
 log = logging.getLogger(__name__)
 
-# Deciding and applying take some 20 us each on the event loop, during which nobody else is served.
+# Deciding and applying a batch take about 20 us each on the event loop, which serves no other call meanwhile.
 _GROUP_BATCHES_MAX = 1024
 _QUEUE_RETRY_MS = 20  # the queue drains a group every few milliseconds
-_WAL_RETRY_MS = 1000  # space comes back when a segment is registered, once per sealed buffer
+_WAL_RETRY_MS = 1000  # space becomes free when a segment is registered, once per sealed buffer
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The log has the batch. For a duplicate: the offset it got the first time."""
+    """The log has the batch at [base_offset, end_offset); for a duplicate, the offsets of the original."""
 
     held: HeldLog
     base_offset: int
@@ -44,9 +47,10 @@ class Written:
 
 
 class Append:
-    """A validated batch on its way to the log; `written` is absent when nobody waits (acks none).
+    """A validated batch on its way to the log; `written` is None if no caller waits (acks none).
 
-    The outcome is a value, errors too: whoever asked may have gone by then.
+    Errors are set as results of `written`, not as exceptions: asyncio would log an exception that no caller retrieves,
+    and the caller may be gone by then.
     """
 
     __slots__ = ("batch", "durable", "header", "held", "queued_ms", "traceparent", "written")
@@ -82,7 +86,7 @@ class WriterLimits:
 
 
 class Writer:
-    """Owns the queue in front of the write-ahead log."""
+    """Appends queued batches in groups. `run` is its task."""
 
     def __init__(
         self,
@@ -109,15 +113,16 @@ class Writer:
         self._idle.set()
         self._refusing: StreamHouseError | None = None
         self._failed = False
-        self.queue_bytes = 0  # waiting or being written
+        self.queue_bytes = 0  # batches that wait or are being written
 
     @property
     def broken(self) -> bool:
-        """The log may hold records that were never applied: where its ranges end only a replay can tell."""
+        """True if the write-ahead log may hold records that were never applied: only a replay can find the ends of its
+        ranges."""
         return self._failed or self._wal.broken
 
     def submit(self, append: Append) -> None:
-        """Queues the batch. Raises Overloaded, ShuttingDown, Unavailable when it is not taken."""
+        """Queues the batch. Raises Overloaded beyond a limit, or the error given to refuse()."""
         if self._refusing is not None:
             raise type(self._refusing)(self._refusing.message, retry_after_ms=self._refusing.retry_after_ms)
         size_bytes = len(append.batch)
@@ -135,26 +140,26 @@ class Writer:
 
     @property
     def _only_next_makes_room(self) -> bool:
-        """All is registered, but the file that is open cannot be deleted before the next group begins another. That
-        happens where a group, or a batch, is larger than two files are to be together."""
+        """True if everything is registered, but the open file can be deleted only after the next group begins another
+        file. Happens if a group, or a batch, is larger than two files together may be."""
         return not self.queue_bytes and self._index.all_covered(self._logs.registered_end)
 
     def refuse(self, error: StreamHouseError) -> None:
-        """From now on new batches get this answer; what is queued is still written."""
+        """Refuses new batches with `error` from now on; queued batches are still written."""
         self._refusing = error
 
     async def barrier(self) -> None:
-        """Returns once the group that is being written, if any, is applied."""
+        """Waits until the group that is being written, if any, is applied."""
         await self._idle.wait()
 
     async def drain(self) -> None:
-        """Returns once everything queued is written; call after refuse()."""
+        """Waits until all queued batches are written; call after refuse()."""
         while self._queue or not self._idle.is_set():
             await self._idle.wait()
             await asyncio.sleep(0)
 
     async def run(self) -> None:
-        """Writes groups for ever. Raises WalBroken when the log cannot be trusted any more."""
+        """Writes groups until cancelled. Raises WalBroken after a failure that leaves the state of the log unknown."""
         try:
             while True:
                 await self._wake.wait()
@@ -191,7 +196,7 @@ class Writer:
             self.refuse(log_failed())
             self._fail(group, log_failed())
             raise
-        except BaseException:  # cancelled, or a defect: nobody may wait for ever
+        except BaseException:  # cancelled, or a defect: no caller may wait for ever
             self._failed = True
             self._fail(group, Unavailable("stopped while the batch was written; the outcome is unknown"))
             raise
@@ -233,7 +238,8 @@ class Writer:
 
     def _apply(self, decided: list[Decided], positions: Iterator[WalPosition]) -> None:
         now_ms = self._clock.monotonic_ms()
-        # A leader that was stopped in the middle (SIGSTOP, a stuck disk) keeps what it wrote, but acknowledges nothing.
+        # A leader that was stopped during the write (SIGSTOP, a stuck disk) may have lost its lease meanwhile: it keeps
+        # the written batches but acknowledges none of them.
         led = self._lease.held(now_ms)
         touched: dict[HeldLog, None] = {}
         for append, decision, frame in decided:
@@ -279,7 +285,7 @@ class Writer:
 
     def _resolve(self, append: Append, outcome: Written | StreamHouseError) -> None:
         if append.written is None:
-            if isinstance(outcome, StreamHouseError):  # acks none: the metric is the only place that hears of it
+            if isinstance(outcome, StreamHouseError):  # acks none: only the metric shows the refusal
                 self._metrics.rejected.add(1, {"reason": outcome.reason})
         elif not append.written.done():
             append.written.set_result(outcome)
@@ -291,7 +297,7 @@ class Writer:
 
 
 def _waits_for_seal(append: Append, decision: Decision) -> bool:
-    """Is the batch, or the one it repeats, in the open buffer?"""
+    """True if the batch, or the original that it repeats, is in the open buffer."""
     buffer = append.held.log.open
     if buffer is None or not isinstance(decision, BatchAppended | DuplicateOf):
         return False

@@ -1,8 +1,10 @@
-"""Batches that were acknowledged and cannot be read back from the log any more, found while the agent runs.
+"""Handles acknowledged batches that cannot be read back from the log any more, found while the agent runs.
 
-They are cut out of their buffer: what is left is announced anew, so that its registration goes on; the gap is reported
-to the coordinator, which puts it on record when registration reaches it. Nothing is passed over in silence: whoever
-reads there, or waits for a durable acknowledgement of it, gets DataLoss.
+Owns: the removal of damaged batches from their buffer, by a single caller at a time. Does not own: the log and its
+buffers, the announcement (sealer.py).
+Invariants: no damage is passed over in silence. The rest of the buffer is announced anew, so that its registration goes
+on; the gap is reported to the coordinator, which records it when registration reaches it. A reader of the gap, or a
+caller that waits for a durable acknowledgement in it, gets DataLoss.
 """
 
 import asyncio
@@ -19,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Damage:
-    """`report`: tells the coordinator of new gaps, soon."""
+    """Removes damaged batches. `report`: requests that the coordinator is told of new gaps soon."""
 
     def __init__(
         self, logs: Logs, reader: BatchReader, sealer: Sealer, metrics: IngestMetrics, report: Callable[[], None]
@@ -29,10 +31,11 @@ class Damage:
         self._sealer = sealer
         self._metrics = metrics
         self._report = report
-        self._one_at_a_time = asyncio.Lock()  # of those who meet the same damage only the first has something to do
+        self._one_at_a_time = asyncio.Lock()  # of several readers of the same damage only the first removes it
 
     async def report_corruption(self, held: HeldLog, position: WalPosition) -> None:
-        """A batch could not be read back. All of its buffer is looked at again: where one is damaged more may be."""
+        """Removes the batch at `position`, which could not be read back, and all other damaged batches of its buffer:
+        the whole buffer is read again, because more of its batches may be damaged. Raises OSError."""
         async with self._one_at_a_time:
             buffer = self._sealed_with(held, position)
             if buffer is None:
@@ -40,12 +43,12 @@ class Damage:
             try:
                 damaged = await asyncio.to_thread(self._reader.find_damaged, buffer.on_disk_only())
             except WalFileGone:
-                return  # registered meanwhile
+                return  # the file was deleted, so its batches were registered meanwhile
             if damaged and self._logs.get(held.log.key) is held and buffer in held.log.sealed:
                 self._cut_out(held, buffer, damaged)
 
     def _sealed_with(self, held: HeldLog, position: WalPosition) -> Buffer | None:
-        """An open buffer is sealed for it."""
+        """Returns the sealed buffer that holds the batch, None if it is registered; seals an open buffer for that."""
         if held.log.open is not None and held.log.open.holds(position):
             self._sealer.seal_alone(held)
         return next((buffer for buffer in held.log.sealed if buffer.holds(position)), None)

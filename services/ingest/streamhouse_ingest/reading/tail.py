@@ -1,4 +1,4 @@
-"""Reads what the agent holds: the acknowledged tail for query services, slices for segmenters."""
+"""Serves reads of held logs: the acknowledged tail for query services, slices of sealed buffers for segmenters."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,13 +14,13 @@ from streamhouse_ingest.ports import SCARCE, BatchReader, WalDamaged, WalFileGon
 from streamhouse_ingest.reading.damage import Damage
 from streamhouse_ingest.waiting import done_within
 
-# gRPC moves 1 MiB messages at 1-2 GB/s and smaller ones slower; larger ones only cost memory.
+# gRPC moves messages of 1 MiB at 1-2 GB/s, smaller messages slower; larger messages only cost memory.
 SLICE_MESSAGE_BYTES = 1024 * 1024
-SCARCE_RETRY_MS = 1_000  # connections that hold the descriptors end by themselves, silent ones within 10 s
+SCARCE_RETRY_MS = 1_000  # connections that hold the descriptors end by themselves, silent connections within 10 s
 
 
 class TailReader:
-    """Batches from memory, and from the log's files where memory has given them up."""
+    """Reads batches from memory, and from the files of the log if memory does not have them any more."""
 
     def __init__(
         self, logs: Logs, reader: BatchReader, damage: Damage, clock: Clock, *, bytes_max: int, wait_ms_max: int
@@ -33,7 +33,11 @@ class TailReader:
         self._wait_ms_max = wait_ms_max
 
     async def read_tail(self, request: pb.ReadTailRequest) -> pb.ReadTailResponse:
-        """Raises DataLoss when `offset` lies in a damaged span of the log."""
+        """Returns whole batches from the batch that holds `offset`, or `not_held`; waits up to `max_wait_ms` for the
+        next append at the end of the log.
+
+        Raises DataLoss if `offset` lies in a damaged span, Overloaded without a file descriptor.
+        """
         deadline_ms = self._clock.monotonic_ms() + min(request.max_wait_ms, self._wait_ms_max)
         held = self._find(request.topic_id, request.partition, request.offset)
         if held is None:
@@ -48,7 +52,7 @@ class TailReader:
         response = pb.ReadTailResponse(high_watermark=log.next_offset, tail_start_offset=log.held_from)
         try:
             batches, next_offset = await self._read(held, request.offset, log.next_offset, bytes_max)
-        except WalFileGone:  # registered and trimmed while we were about to read: plan anew
+        except WalFileGone:  # registered and trimmed before the read: an empty answer makes the query plan anew
             return pb.ReadTailResponse(high_watermark=log.next_offset, tail_start_offset=log.next_offset)
         if not batches and (gap := log.gap_at(request.offset)) is not None:
             raise _lost(log, gap.base_offset, gap.end_offset, "these records were damaged in the write-ahead log")
@@ -57,7 +61,7 @@ class TailReader:
         return response
 
     def _find(self, topic_id: bytes, partition: int, offset: int) -> HeldLog | None:
-        """The log whose range holds `offset`; the newest one at its own end."""
+        """Returns the newest log that holds `offset` or ends there, None if no log does."""
         found = None
         for held in self._logs.of_partition(topic_id, partition):
             if held.log.start_offset <= offset <= held.log.next_offset:
@@ -74,7 +78,12 @@ class TailReader:
                     return
 
     async def pull_slice(self, request: pb.PullSliceRequest) -> AsyncIterator[pb.PullSliceResponse]:
-        """Exactly [base_offset, end_offset). Raises Fenced when it is not held (any more), DataLoss when damaged."""
+        """Yields the batches of exactly [base_offset, end_offset), in messages of up to SLICE_MESSAGE_BYTES, or of a
+        single larger batch.
+
+        Raises Fenced if the offsets are not held, or no longer, DataLoss if they are damaged, Overloaded without a file
+        descriptor.
+        """
         key = RangeKey(request.topic_id, request.partition, request.epoch)
         offset = request.base_offset
         held = self._logs.get(key)
@@ -105,8 +114,8 @@ class TailReader:
         )
 
     async def _read(self, held: HeldLog, offset: int, end_offset: int, bytes_max: int) -> tuple[list[bytes], int]:
-        """Whole batches in a row from the one that holds `offset` on, and where they end; none where it is not held.
-        Raises WalFileGone, DataLoss, Overloaded."""
+        """Returns consecutive whole batches from the batch that holds `offset`, and their end offset; no batches if
+        `offset` is not held. Raises WalFileGone, DataLoss, Overloaded."""
         try:
             return await self._read_around_damage(held, offset, end_offset, bytes_max)
         except OSError as error:
@@ -125,7 +134,7 @@ class TailReader:
         except WalDamaged as error:
             await self._damage.report_corruption(held, error.position)
         try:
-            return await self._try_to_read(held.log, offset, end_offset, bytes_max)  # up to the gap that it made
+            return await self._try_to_read(held.log, offset, end_offset, bytes_max)  # up to the new gap
         except WalDamaged as error:
             raise DataLoss(
                 f"{held.log.describe()}: {error}",

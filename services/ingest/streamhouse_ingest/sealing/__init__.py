@@ -1,1 +1,1 @@
-"""Sealing: open buffers become sealed ones, and the coordinator hears of them."""
+"""Sealing: open buffers are sealed and announced to the coordinator."""

@@ -1,6 +1,9 @@
-"""Seals open buffers when they are due and announces them to the coordinator, in order, until it has heard.
+"""Seals open buffers when they are due and announces them to the coordinator, in order, until it has answered.
 
-A sealed buffer is known by its slices (log, base and end offset); what of them is registered is read off the logs.
+Owns: the queue of sealed buffers, the announced buffers of the session, the time of the next plan. Does not own: the
+buffers (partition_log.py), the plan (sealing.py).
+Invariants: buffers are announced in the order in which they were sealed. A sealed buffer is identified by its slices
+(log, base and end offset); which of them are registered is read from the logs.
 """
 
 import asyncio
@@ -31,13 +34,13 @@ from streamhouse_ingest.waiting import ends_within
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer("streamhouse.ingest")
 
-# With so many slices, and SNAPSHOTS_BYTES_MAX, an announcement stays well below the 64 MiB that a message may have.
+# Limit that, with SNAPSHOTS_BYTES_MAX, keeps an announcement well below the 64 MiB limit of a message.
 _SLICES_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class SealedBuffer:
-    """Slices that share an object; announced under `buffer_id`."""
+    """Slices that share an object, announced under `buffer_id`."""
 
     buffer_id: str
     slices: tuple[tuple[HeldLog, Buffer], ...]
@@ -45,7 +48,7 @@ class SealedBuffer:
 
 
 class Sealer:
-    """Two tasks: `run` seals, `announce` tells the coordinator."""
+    """Seals and announces buffers, in two tasks: `run` and `announce`."""
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class Sealer:
     # ---- when to look
 
     def appended(self, held: HeldLog) -> None:
-        """A batch was applied: look now if its buffer is full, else by its deadline."""
+        """Schedules a plan after batches were applied: now if the buffer is full, otherwise at its deadline."""
         buffer = held.log.open
         if buffer is None:
             return
@@ -86,14 +89,14 @@ class Sealer:
             self._look_at(buffer.first_append_ms + limits.seal_age_ms)
 
     def seal_now(self, helds: Iterable[HeldLog]) -> None:
-        """These are sealed whatever is in them (move, shutdown)."""
+        """Schedules the sealing of these logs regardless of size and age (leadership transfer, shutdown)."""
         for held in helds:
             if held.log.open is not None:
                 held.must_seal = True
                 self._look_at(0)
 
     def _limits_now(self) -> SealLimits:
-        """Returns the limits at the present backlog: buffers that are to be announced, or that the coordinator has."""
+        """Returns the limits for the present backlog: buffers to be announced, and announced buffers not completed."""
         return limits_behind(self._limits, len(self._queue) + len(self._announced))
 
     def _look_at(self, at_ms: int) -> None:
@@ -102,7 +105,7 @@ class Sealer:
             self._wake.set()
 
     async def run(self) -> None:
-        """Seals what is due, for ever."""
+        """Seals buffers when they are due, until cancelled."""
         while True:
             self._wake.clear()
             now_ms = self._clock.monotonic_ms()
@@ -122,7 +125,7 @@ class Sealer:
         return plan.look_again_ms
 
     def seal_alone(self, held: HeldLog) -> None:
-        """At once, into an object of its own."""
+        """Seals the open buffer of a log at once, into a separate object."""
         self._seal([held])
 
     def _seal(self, helds: Sequence[HeldLog]) -> None:
@@ -139,7 +142,7 @@ class Sealer:
             self._queued.set()
 
     def restart(self) -> None:
-        """A new session: the coordinator forgot what was announced. All that is unregistered is announced anew."""
+        """Announces all unregistered buffers anew, because in a new session the coordinator does not know them."""
         self._queue.clear()
         self._announced.clear()
         for held in self._logs:
@@ -148,17 +151,18 @@ class Sealer:
         self.announce_again([(held, buffer) for held in self._logs for buffer in held.log.sealed])
 
     def completed(self, buffer_id: str) -> None:
-        """The coordinator has done with a buffer. What of it is not registered after all is announced anew."""
+        """Forgets a buffer that the coordinator has completed; announces slices anew that are not registered."""
         sealed = self._announced.pop(buffer_id, None)
         if sealed is not None:
-            self._look_at(0)  # with a smaller backlog, what waits for its age is due sooner
+            self._look_at(0)  # with a smaller backlog, open buffers are due sooner
             again = self._still_sealed(sealed)
             if again:
                 log.info("buffer %s: %d slices are not registered, announcing them anew", buffer_id, len(again))
             self.announce_again(again)
 
     def announce_again(self, slices: Sequence[tuple[HeldLog, Buffer]]) -> None:
-        """Other buffers than before hold what was announced. Grouped into objects like a seal's."""
+        """Announces slices under new buffer ids, because their old buffer is gone or changed. Groups them into objects
+        of at most object_bytes_max, as a seal does."""
         group: list[tuple[HeldLog, Buffer]] = []
         size_bytes = 0
         for held, buffer in slices:
@@ -172,7 +176,7 @@ class Sealer:
     # ---- announcing
 
     async def announce(self) -> None:
-        """Announces sealed buffers in order, each until it succeeds."""
+        """Announces sealed buffers in order, each until it succeeds; runs until cancelled."""
         while True:
             while not self._queue:
                 self._queued.clear()
@@ -182,12 +186,13 @@ class Sealer:
                 self._queue.popleft()
 
     async def _announce_one(self, sealed: SealedBuffer) -> bool:
-        """False when it has to be tried again; the wait for that is over then."""
+        """True if the buffer was announced, or nothing of it is left; False if it must be tried again, after the
+        back-off, which has passed then."""
         token = await self._session.wait_open()
         request = self._request(token, sealed)
         if not request.slices:
             return True
-        self._announced[sealed.buffer_id] = sealed  # before the call: its events may be here before its answer
+        self._announced[sealed.buffer_id] = sealed  # before the call: its events may arrive before its answer
         try:
             await self._coordinator.announce_buffer(request)
         except StreamHouseError as error:
@@ -199,7 +204,8 @@ class Sealer:
         return True
 
     def _request(self, token: str, sealed: SealedBuffer) -> pb.AnnounceBufferRequest:
-        """What is left of its slices: an older announcement of the same records may have registered them, or a part."""
+        """Returns the request with the slices that are still sealed: an older announcement of the same records may have
+        registered all or part of them."""
         return pb.AnnounceBufferRequest(
             session_token=token,
             buffer_id=sealed.buffer_id,
@@ -208,8 +214,8 @@ class Sealer:
         )
 
     def _still_sealed(self, sealed: SealedBuffer) -> list[tuple[HeldLog, Buffer]]:
-        """The buffers that hold what is left of its slices. One walk over each log, which may have thousands after a
-        long outage of the object store."""
+        """Returns the sealed buffers that hold the remaining slices. Walks over each log only once, because a log may
+        have thousands of buffers after a long outage of the object store."""
         left: list[tuple[HeldLog, Buffer]] = []
         for held, slices in groupby(sealed.slices, key=lambda item: item[0]):
             known = self._logs.get(held.log.key)
@@ -219,7 +225,7 @@ class Sealer:
 
     @property
     def sealed_bytes(self) -> int:
-        """Sealed and not registered yet."""
+        """Size of all sealed buffers that are not registered yet."""
         return sum(buffer.size_bytes for held in self._logs for buffer in held.log.sealed)
 
 
@@ -232,7 +238,7 @@ def _candidate(held: HeldLog) -> Candidate:
 
 
 def _within_a_message(slices: Sequence[tuple[HeldLog, Buffer]]) -> Iterator[list[tuple[HeldLog, Buffer]]]:
-    """The slices in runs that can be announced: one that is refused for its size would hold up all behind it."""
+    """Yields the slices in runs that fit into an announcement: a request refused for its size would block the queue."""
     run: list[tuple[HeldLog, Buffer]] = []
     room_bytes = SNAPSHOTS_BYTES_MAX
     for held, buffer in slices:
@@ -246,7 +252,7 @@ def _within_a_message(slices: Sequence[tuple[HeldLog, Buffer]]) -> Iterator[list
 
 
 def overlapping(buffers: Iterable[Buffer], olds: Sequence[Buffer]) -> Iterator[Buffer]:
-    """Those that share offsets with any of `olds`; both ascend, and none of either overlap."""
+    """Yields the buffers that share offsets with any of `olds`. Both ascend and do not overlap within themselves."""
     at = 0
     for buffer in buffers:
         while at < len(olds) and olds[at].end_offset <= buffer.base_offset:

@@ -1,22 +1,22 @@
-"""Which open buffers are to be sealed now, and which of them share one object."""
+"""Plans the sealing of open buffers: which are due, and which share an object. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shproto.keys import RangeKey
 
-# Sealed buffers of an agent that are not registered yet. Up to so many is what uploads under way account for.
+# Number of sealed, unregistered buffers of an agent up to which uploads under way explain the backlog.
 BACKLOG_EASY = 8
-# Twice the time for each BACKLOG_EASY more. At most 256 times: a durable ack waits 5 s for company instead of 20 ms.
+# Times double with each further BACKLOG_EASY buffers, up to 256-fold: a durable ack then waits 5 s instead of 20 ms.
 DOUBLINGS_MAX = 8
-# No buffer waits longer than this for its age, however large the backlog is (a setting above it stays as it is).
+# Limit of seal_age_ms after doubling, for any backlog (a setting above this limit is used unchanged).
 STRETCHED_AGE_MS_MAX = 60_000
 
 
 @dataclass(frozen=True, slots=True)
 class SealLimits:
-    """seal_bytes: of one partition. open_bytes_max: of all open buffers together. object_bytes_max: of what is
-    announced as one, because one segmenter builds it in memory."""
+    """Limits at which buffers are sealed. seal_bytes: size of a single buffer. open_bytes_max: size of all open buffers
+    together. object_bytes_max: size of an announcement, because a segmenter builds its object in memory."""
 
     seal_bytes: int
     seal_age_ms: int
@@ -27,7 +27,7 @@ class SealLimits:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A buffer with something in it. durable_since_ms: since when a durable ack waits for it."""
+    """A buffer that is not empty. durable_since_ms: start of the oldest wait of a durable ack for this buffer."""
 
     key: RangeKey
     size_bytes: int
@@ -38,7 +38,8 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class SealPlan:
-    """What to seal now, each list as one announcement; when to look again if nothing else happens."""
+    """Buffers to seal now, a tuple per announcement, and the time of the next plan if nothing else happens (None: no
+    buffer waits)."""
 
     objects: tuple[tuple[RangeKey, ...], ...]
     look_again_ms: int | None
@@ -47,9 +48,9 @@ class SealPlan:
 def limits_behind(limits: SealLimits, backlog: int) -> SealLimits:
     """Returns the limits with longer times for an agent whose `backlog` sealed buffers are not registered yet.
 
-    Buffers of a log are registered one after the other. Sealed faster than that goes, each is one more claim, object
-    and transaction in line, and none of their acknowledgements comes sooner: without this, a metadata store that took
-    a second for a registration was a growing line of small buffers, and no durable ack within its time.
+    Buffers of a log are registered one after another. If buffers are sealed faster than that, each adds a claim, an
+    object and a transaction to the queue, and no acknowledgement comes sooner. Without longer times, a metadata store
+    that took a second per registration led to a growing queue of small buffers, and every durable ack timed out.
     """
     doublings = min(backlog // BACKLOG_EASY, DOUBLINGS_MAX)
     if not doublings:
@@ -59,7 +60,8 @@ def limits_behind(limits: SealLimits, backlog: int) -> SealLimits:
 
 
 def plan_seals(candidates: Sequence[Candidate], now_ms: int, limits: SealLimits) -> SealPlan:
-    """Pure. Partitions that would be due by age soon go along with those that are, so that they share an object."""
+    """Returns the plan for the open buffers. If a buffer is due by age, buffers with at least half that age are sealed
+    with it, so that they share an object."""
     due = [candidate for candidate in candidates if _deadline(candidate, limits) <= now_ms]
     if any(_aged(candidate, now_ms, limits.seal_age_ms) for candidate in due):
         chosen = {candidate.key for candidate in due}
@@ -85,7 +87,7 @@ def _aged(candidate: Candidate, now_ms: int, age_ms: int) -> bool:
 
 
 def _over_total(candidates: Sequence[Candidate], due: Sequence[Candidate], open_bytes_max: int) -> list[Candidate]:
-    """The largest ones, until the rest fits."""
+    """Returns the largest buffers that are not due, as many as needed for the rest to fit into `open_bytes_max`."""
     chosen = {candidate.key for candidate in due}
     rest = sorted((c for c in candidates if c.key not in chosen), key=lambda c: c.size_bytes, reverse=True)
     total = sum(candidate.size_bytes for candidate in rest)
