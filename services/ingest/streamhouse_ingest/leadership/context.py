@@ -1,4 +1,4 @@
-"""What the parts of leadership share and none of them owns."""
+"""Context of the parts of leadership: values that they share and none of them owns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class LeadershipContext:
-    """Who leads, whom it asks, and what is known of the session. `backoff`: makes one for a series of tries."""
+    """The agent, its coordinator and its session. `backoff` makes the waits of a series of tries."""
 
     identity: Identity
     coordinator: CoordinatorApi

@@ -1,4 +1,9 @@
-"""Follows the coordinator's events, and passes on what they say of this agent's ranges and buffers."""
+"""Follows the coordinator's events, and passes on those of this agent's ranges and buffers.
+
+Owns: the stream of events. Does not own: the session's position, which heartbeats read, too.
+Invariants: events are handled in the order of their positions, and each position is noted before its event is handled.
+A session whose events cannot be followed without a gap is given up.
+"""
 
 import contextlib
 import logging
@@ -51,7 +56,7 @@ FOLLOWED = (
 
 
 class EventFeed:
-    """The session's `position` is that of the last event that came in."""
+    """`run` once per session."""
 
     def __init__(self, context: LeadershipContext, logs: Logs, ranges: Ranges, sealer: Sealer, grants: Grants) -> None:
         self._context = context
@@ -62,8 +67,8 @@ class EventFeed:
         self._grants = grants
 
     async def run(self) -> Never:
-        """Follows the events from the session's position on, reconnecting. Raises SessionExpired where the session is
-        closed, or cannot be kept for events that are missing: a new one says all that was missed."""
+        """Follows the events from the session's position on, reconnecting. Raises SessionExpired if the session is
+        closed, or if events are missing: the answers of a new session cover them."""
         backoff = self._context.backoff()
         while True:
             try:
@@ -117,7 +122,7 @@ class EventFeed:
                 self._ranges.extend(_key(event), event.limit_offset)
             case AgentCutOff():
                 if event.agent_id == self._context.identity.agent_id:
-                    self._grants.want_all()  # what is on the move already is not to wait for its upload any more
+                    self._grants.want_all()  # transfers under way must not wait for their upload any more
             case EpochGranted() | MoveRequested():
                 # The event has neither the producers' state nor min_acks: docs/decisions/0019.
                 if event.agent_id == self._context.identity.agent_id:

@@ -1,7 +1,8 @@
-"""Keeps up with the agent's grants: asks the coordinator for those that changed, and takes the answers in.
+"""Requests the agent's grants that changed, and applies the answers.
 
-One task (`run`), so that a log's leadership changes in one place only, and one request at a time: what changes
-meanwhile is asked for together, in the next.
+Owns: the pending grants, the callers of `refresh`. Does not own: the logs, which Ranges changes.
+Invariants: one request is under way at a time, so that answers are applied in the order of their age; changes meanwhile
+go into the next request together. A finished range is dropped only while no request is under way.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Grants:
-    """`want_all`, `changed` and `heard_of` return at once; `refresh` waits for the answer."""
+    """`refresh` waits for the answer; all other methods but `run` return at once."""
 
     def __init__(self, context: LeadershipContext, ranges: Ranges) -> None:
         self._context = context
@@ -30,45 +31,47 @@ class Grants:
         self._awake = asyncio.Event()
         self._waiting: list[tuple[asyncio.Future[None], Collection[RangeKey]]] = []
 
-    # ---- what to ask for
+    # ---- pending grants
 
     def begin(self) -> None:
-        """A session was opened."""
+        """Requests all grants: a session was opened."""
         self._pending.begin()
         self._awake.set()
 
     def want_all(self) -> None:
+        """Requests all grants."""
         self._pending.want_all()
         self._awake.set()
 
     def changed(self, keys: Iterable[RangeKey], position: int) -> None:
-        """An event at `position` of the feed changed these ranges."""
+        """Requests the grants of ranges that an event at `position` of the feed changed."""
         self._pending.changed(keys, position)
         self._awake.set()
 
     def settled(self, key: RangeKey, end_offset: int, position: int) -> None:
-        """An event at `position` of the feed says where this range ends. Asks only if that is news."""
+        """Applies the end of a range from an event at `position` of the feed. Requests the grant if the log has another
+        end, or none."""
         if self._ranges.settled(key, end_offset):
             self.finished(key, position)
         else:
             self.changed([key], position)
 
     def finished(self, key: RangeKey, position: int) -> None:
-        """Drops the range's log if events up to `position` say that the range is finished: with its end and its
-        registration they have all that an answer could say. While an answer is under way, which may be older than the
-        events, the range is asked about again after it."""
+        """Drops the range's log if events up to `position` finished the range: end and registration are all that an
+        answer could add. An answer under way may be older than the events; the grant is requested again after it."""
         if self._asking:
             self.changed([key], position)
         else:
             self._ranges.drop_finished(key)
 
     def heard_of(self, version: int, seen_position: int) -> None:
-        """A heartbeat's grants_version, and how far the feed has come."""
+        """Compares a heartbeat's grants_version with the feed's position, and requests all grants if the feed has not
+        brought that change."""
         self._pending.heard_of(version, seen_position)
         self._awake.set()
 
     async def refresh(self, keys: Collection[RangeKey] = ()) -> None:
-        """Takes in these grants as they are now, or all; returns when that is done, in this session or a later one."""
+        """Requests these grants, or all, and returns once the answer is applied, in this session or a later one."""
         done = asyncio.get_running_loop().create_future()
         waiting = done, keys
         self._waiting.append(waiting)
@@ -85,7 +88,7 @@ class Grants:
     # ---- asking
 
     async def run(self) -> None:
-        """Asks whenever something is wanted. Raises SessionExpired."""
+        """Sends a request whenever grants are pending. Raises SessionExpired."""
         backoff = self._context.backoff()
         while True:
             await self._awake.wait()
@@ -115,7 +118,7 @@ class Grants:
         response = await context.coordinator.get_grants(
             pb.GetGrantsRequest(session_token=context.session.token, only=range_keys(request))
         )
-        # Before anything is appended to a new range: metadata that does not know it must not be taken for right.
+        # Saved before a batch is appended to a new range, so that metadata from before the grant is refused.
         context.history.heard_of(response.position)
         await context.history.save()
         result = await self._ranges.apply_grants(response.grants, request.keys())
@@ -133,4 +136,5 @@ class Grants:
 
 
 def range_keys(keys: Iterable[RangeKey]) -> list[pb.RangeKey]:
+    """Returns the keys as messages."""
     return [pb.RangeKey(topic_id=key.topic_id, partition=key.partition, epoch=key.epoch) for key in keys]

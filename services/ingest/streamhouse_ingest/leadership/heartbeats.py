@@ -1,4 +1,8 @@
-"""Renews the session's lease, asks for more offsets where a range runs low, and says when the log has no room."""
+"""Renews the session's lease, requests more offsets for ranges that run low, and reports a full log.
+
+Owns: the interval and TTL of the session, the last report of a full log. Does not own: the lease, the ranges.
+Invariants: the lease counts from before a heartbeat was sent. A full log is reported only when that changes.
+"""
 
 import asyncio
 import logging
@@ -30,7 +34,7 @@ class Heartbeats:
         self._now = asyncio.Event()
 
     def begin(self, interval_ms: int, ttl_ms: int) -> None:
-        """Of the session that was opened."""
+        """Takes over the interval and TTL of a session that was opened."""
         self._interval_ms, self._ttl_ms = interval_ms, ttl_ms
         self._reported_full = False
 
@@ -40,7 +44,7 @@ class Heartbeats:
             self._now.set()
 
     async def run(self) -> None:
-        """Raises SessionExpired when the session is lost."""
+        """Sends heartbeats, at once when a range runs low. Raises SessionExpired when the session is lost."""
         backoff = self._context.backoff()
         wait_ms: float = self._interval_ms
         while True:
@@ -67,9 +71,9 @@ class Heartbeats:
         try:
             response = await context.coordinator.heartbeat(request)
         except StreamHouseError as error:
-            # AWAY: coordinators that answer, and cannot grant anything to anybody: nobody is to take over, and they
-            # will not count this time against the lease. Offsets last as long as the range does. RENEWED: the lease
-            # is, and the rest of the heartbeat found too many others before it.
+            # AWAY: the coordinator answers without its database. It can grant nothing to another agent, and does not
+            # count this time against the lease; offsets last as long as the range. RENEWED: the lease is renewed, only
+            # the rest of the heartbeat was refused because of too many other calls.
             if error.details.get("database") == AWAY or error.details.get("lease") == RENEWED:
                 context.lease.renew(sent_ms, self._ttl_ms)
             raise

@@ -1,7 +1,9 @@
-"""What the agent has to ask the coordinator about its ranges: about all of them, or about those that events named.
+"""Decides which grants to request next: all grants, or those of the ranges named by events. Pure.
 
-The events bring every change, so that asking for what they name is enough; all is asked for when a session begins, and
-when a heartbeat tells of a change that the events have not brought. What an answer has no room for is asked for again.
+Owns: the pending keys, the rest of the last answers, the version of the last answer to a request for all.
+Invariants: every change is covered, because events bring all changes and a heartbeat's version shows a missing event.
+An event that is older than an answer to a request for all adds no key. Keys that become pending while a request is
+under way wait for the next request.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -9,16 +11,16 @@ from collections.abc import Collection, Iterable, Mapping
 from shformat.limits import INT64_MAX
 from shproto.keys import RangeKey
 
-# As many as the coordinator lets one question name; beyond it, asking for all is no more work.
+# Limit of the coordinator for the keys of a request; beyond it a request for all is no more work.
 RANGES_ASKED_MAX = 10_000
 _NO_EVENT = INT64_MAX  # behind every event
 
-# The ranges asked for, each with the position of the event that made it wanted. None: all.
+# The requested ranges, each with the position of the event that made it pending. Empty: all ranges.
 GrantRequest = Mapping[RangeKey, int]
 
 
 class PendingGrants:
-    """Owns what is to be asked next. What becomes wanted while a question is under way waits for the next one."""
+    """`take` a request, then `answered` or `put_back`. True while grants are pending."""
 
     def __init__(self) -> None:
         self._all = False
@@ -27,21 +29,22 @@ class PendingGrants:
         self._as_of = 0
 
     def begin(self) -> None:
-        """A session was opened: all has to be asked for, whatever was known of another one."""
+        """Makes all grants pending and forgets versions: a session was opened."""
         self._as_of = 0
         self._rest.clear()
         self.want_all()
 
     def want_all(self) -> None:
+        """Makes all grants pending."""
         self._all = True
         self._ranges.clear()
 
     def want(self, keys: Iterable[RangeKey]) -> None:
-        """These may have changed."""
+        """Makes these grants pending, whatever their age."""
         self._want(keys, _NO_EVENT)
 
     def changed(self, keys: Iterable[RangeKey], position: int) -> None:
-        """An event at `position` changed these."""
+        """Makes grants pending that an event at `position` changed, unless an answer about all is newer."""
         if position > self._as_of:
             self._want(keys, position)
 
@@ -52,16 +55,17 @@ class PendingGrants:
                 self.want_all()
 
     def heard_of(self, version: int, seen_position: int) -> None:
-        """Who leads what changed last at the event `version`; the events up to `seen_position` have come in."""
+        """Makes all grants pending if they changed at the event `version`, and neither an answer nor the events up to
+        to `seen_position` have brought the change."""
         if version != self._as_of and version > seen_position:
             self.want_all()
 
     def __bool__(self) -> bool:
-        """Whether there is something to ask."""
+        """True while grants are pending."""
         return self._all or bool(self._ranges or self._rest)
 
     def take(self) -> GrantRequest | None:
-        """What to ask now; None when there is nothing."""
+        """Returns the next request; None if no grant is pending."""
         if not self:
             return None
         asked = {} if self._all else {**dict.fromkeys(self._rest, _NO_EVENT), **self._ranges}
@@ -71,7 +75,7 @@ class PendingGrants:
         return asked
 
     def put_back(self, request: GrantRequest) -> None:
-        """It was not answered."""
+        """Makes the grants of a request pending again that was not answered."""
         if not request:
             self.want_all()
         elif not self._all:
@@ -81,8 +85,8 @@ class PendingGrants:
                 self.want_all()
 
     def answered(self, request: GrantRequest, version: int, rest: Collection[RangeKey] = ()) -> None:
-        """All ranges are known as of the event `version` if it asked for all: older events tell nothing new. `rest`:
-        those that did not fit into the answer; what is said of them later is not older."""
+        """Notes an answer as of the event `version`. `rest`: the ranges that did not fit into the answer, to be
+        requested again. After an answer to a request for all, older events add no key."""
         if request:
             self._rest = (self._rest - request.keys()) | set(rest)
         else:
@@ -91,10 +95,10 @@ class PendingGrants:
             self._rest = set(rest)
 
     def waits_for_rest(self, keys: Collection[RangeKey]) -> bool:
-        """Whether any of `keys` (none: any at all) did not fit into the answers so far."""
+        """Returns True if any of `keys` (empty: any range) did not fit into the answers so far."""
         return not self._rest.isdisjoint(keys) if keys else bool(self._rest)
 
 
 def first_of(rest: Collection[RangeKey]) -> list[RangeKey]:
-    """As many as one question may name, in the order in which answers have them: of a partition older epochs first."""
+    """Returns the keys of one request, in the order of answers: older epochs of a partition first."""
     return sorted(rest)[:RANGES_ASKED_MAX]

@@ -1,4 +1,9 @@
-"""Brings the held logs in line with what the coordinator says of this agent's ranges."""
+"""Applies the coordinator's grants and events of this agent's ranges to the held logs.
+
+Owns: the lost spans that were logged and counted already. Does not own: the logs, which the writer appends to.
+Invariants: leadership starts and ends only here and in the transfers. A log is settled or dropped after the group that
+is being written; older epochs give up their records before newer epochs lead.
+"""
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -25,15 +30,15 @@ POSSIBLY_LOST_REASON = (
 
 @dataclass(frozen=True, slots=True)
 class GrantResult:
-    """What has to be asked again of an answer. `finished`: events from after it have finished these meanwhile. `rest`:
-    what the coordinator knows of their producers did not fit, so that they wait."""
+    """Ranges to request again after an answer. `finished`: finished by events that are newer than the answer. `rest`:
+    not applied, because the producers' state did not fit into the answer."""
 
     finished: Sequence[RangeKey] = ()
     rest: Sequence[RangeKey] = ()
 
 
 class Ranges:
-    """`trim` is called when files of the log may have become free."""
+    """`trim` is called when files of the log may have become free. `closing`: no log starts to lead any more."""
 
     def __init__(
         self,
@@ -52,9 +57,8 @@ class Ranges:
         self.closing = False
 
     async def resume(self, grants: Sequence[pb.RangeGrant]) -> GrantResult:
-        """Right after a session was opened: all older ranges are settled, and finished if they are not named.
-
-        Nothing may be announced before the rest, too, is taken in.
+        """Applies the grants of a session that was just opened: all older ranges are settled, and finished if they are
+        not named. Returns the rest, which must be applied before anything is announced.
         """
         await self._writer.barrier()
         for held in self._logs:
@@ -62,7 +66,8 @@ class Ranges:
         return GrantResult(rest=self._apply(grants))
 
     async def apply_grants(self, grants: Sequence[pb.RangeGrant], only: Collection[RangeKey] = ()) -> GrantResult:
-        """All ranges of this log that are open or not fully registered, as they are now; or those among `only`."""
+        """Applies an answer, which names the unfinished ranges of this log, or of `only` if not empty. Drops the other
+        logs of `only`. Returns the ranges to request again."""
         for grant in grants:
             held = self._logs.get(grant_key(grant))
             if held is not None and grant.status not in ("open", "moving"):
@@ -74,14 +79,14 @@ class Ranges:
         return GrantResult(finished, rest)
 
     def _apply(self, grants: Sequence[pb.RangeGrant], only: Collection[RangeKey] = ()) -> list[RangeKey]:
-        """Returns the rest: all that is said of them waits, since settling, too, goes by what is known of producers."""
+        """Returns the rest. None of their fields is applied: settling depends on the producers' state, too."""
         kept = [grant for grant in grants if grant.status != LOST]
         for grant in grants:
             held = self._logs.get(grant_key(grant))
             if grant.status == LOST and held is not None:
                 self._give_up(held, grant)
-        # What older epochs give up comes first: it may lie at the offsets of newer ones, whose producer snapshots must
-        # not have it, and once one of them leads it cannot be given up any more.
+        # Older epochs give up their records first: the records may lie at the offsets of newer epochs, whose producer
+        # snapshots must not contain them, and cannot be given up any more once a newer epoch leads.
         self._drop_others(kept, only)
         rest = [grant_key(grant) for grant in kept if self._must_wait(grant)]
         waiting = set(rest)
@@ -95,7 +100,8 @@ class Ranges:
         return grant.snapshot_omitted and (held is None or not held.producers_reported)
 
     def _give_up(self, held: HeldLog, grant: pb.RangeGrant) -> None:
-        """The range was declared lost before this agent came back: registration would fence what is left of it."""
+        """Drops the log of a range that was declared lost while this agent was away: registration would fence the rest
+        of its records."""
         held.log.name(grant.topic, grant.start_offset, grant.min_acks)
         self._logs.register(held, grant.registered_end)
         buffers = [*held.log.sealed, *([] if held.log.open is None else [held.log.open])]
@@ -116,7 +122,7 @@ class Ranges:
         return self._logs.hold(PartitionLog(key, grant.topic, grant.start_offset, grant.limit_offset, producers))
 
     def _update(self, held: HeldLog, grant: pb.RangeGrant) -> None:
-        """Everything but leadership can be taken in at any time."""
+        """Applies a grant to its log. Only leadership depends on the state of the log."""
         log_ = held.log
         log_.name(grant.topic, grant.start_offset, grant.min_acks)
         log_.extend(grant.limit_offset)
@@ -135,13 +141,14 @@ class Ranges:
         self._trim()
 
     def _merge_producers(self, held: HeldLog, grant: pb.RangeGrant) -> None:
-        """What the coordinator knows of the partition's producers; only before the first append of the epoch."""
+        """Merges the coordinator's state of the partition's producers; only before the first append of the epoch, since
+        the state is older than appends."""
         if held.log.leading or grant.snapshot_omitted:
             return
         try:
             held.log.producers.merge(decode_snapshot(grant.producer_snapshot))
         except SnapshotError as error:
-            # Going on costs deduplication of retries that are under way right now; refusing would cost all writes.
+            # Without the state, retries that are under way now are written twice; a refusal would cost all writes.
             log.error("%s: %s", held.log.describe(), error)
         held.producers_reported = True
         for older in self._logs.of_partition(*held.log.key.partition_key):
@@ -158,7 +165,7 @@ class Ranges:
             log.error("%s was settled at %d: %d records beyond are given up", held.log.describe(), end_offset, fenced)
 
     def _held(self, only: Collection[RangeKey]) -> list[HeldLog]:
-        """Those of `only`; all where that is empty."""
+        """Returns the held logs among `only`, or all held logs if `only` is empty."""
         return [held for key in only if (held := self._logs.get(key)) is not None] if only else list(self._logs)
 
     def _drop_others(self, grants: Iterable[pb.RangeGrant], only: Collection[RangeKey]) -> None:
@@ -180,8 +187,8 @@ class Ranges:
         return _is_finished(held)
 
     def settled(self, key: RangeKey, end_offset: int) -> bool:
-        """Notes that the range ends at `end_offset`. Returns False if the log was not settled there: how much of it
-        counts is for the next answer to say."""
+        """Confirms that the range ends at `end_offset`. Returns False if the log was not settled there: the next answer
+        then settles the log, after the group that is being written."""
         held = self._logs.get(key)
         if held is None or held.log.settled_end != end_offset:
             return False
@@ -189,14 +196,15 @@ class Ranges:
         return True
 
     def drop_finished(self, key: RangeKey) -> None:
-        """Drops the log if its range is finished. No answer may be under way: it would bring the range back, as a log
-        that has none of its records."""
+        """Drops the log if its range is finished. No answer may be under way: an older answer would hold the range
+        anew, as a log without records."""
         held = self._logs.get(key)
         if held is not None and _is_finished(held):
             self._logs.drop(held, "the range is finished")
             self._trim()
 
     def extend(self, key: RangeKey, limit_offset: int) -> None:
+        """Widens a range up to `limit_offset`, if its log is held."""
         held = self._logs.get(key)
         if held is not None:
             held.log.extend(limit_offset)
@@ -204,11 +212,12 @@ class Ranges:
     # ---- damage
 
     def lost_spans(self, only: Collection[RangeKey] = ()) -> list[pb.LostSpan]:
-        """What was acknowledged and cannot be read back any more, of all logs or of `only`; logged and counted once."""
+        """Returns the spans of all logs, or of `only`, that were acknowledged and cannot be read back. Logs and counts
+        each span once."""
         spans = []
         for held in self._held(only):
             for span in held.log.lost_spans():
-                # Settled at its limit, with nothing there: nobody knows where it ended.
+                # Settled at its limit, without records there: the end of the log is unknown.
                 unknown = span.end_offset == held.log.limit_offset
                 reason = POSSIBLY_LOST_REASON if unknown else LOST_REASON
                 spans.append(_lost_span(held.log.key, span, reason))
@@ -222,8 +231,8 @@ class Ranges:
 
 
 def _is_finished(held: HeldLog) -> bool:
-    """Returns True if the coordinator has the whole range. An end that only a move has declared so far does not count:
-    of a range that the coordinator takes for open, the next session has to name the end."""
+    """Returns True if the coordinator has the end and all segments of the range. The end of a transfer counts once the
+    coordinator has confirmed it: until then, the next session must still declare it."""
     log_ = held.log
     return held.end_confirmed and log_.settled_end is not None and log_.registered_end >= log_.settled_end
 

@@ -1,7 +1,9 @@
-"""The agent's session with the coordinator: opens it, lives in it, closes it.
+"""The agent's session with the coordinator: opened, kept, closed, and opened again once lost.
 
-`run` is one life after the other: open; renew the lease, follow the events and keep up with the grants until the
-session is lost; then open again.
+Owns: the session's token, the lease, and the tasks that live as long as the session (heartbeats, event feed, grants).
+Does not own: the logs, the ranges, the transfers.
+Invariants: no batch is appended between two sessions. The tasks of a session end together. A token opens one session:
+all tries to open it send the same request, so that a lost answer leaves no second session behind.
 """
 
 import asyncio
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """Owns the session's token, the lease, and the tasks that live as long as the session."""
+    """`open` first; then `run` until cancelled; then `close`."""
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class Session:
         self._feed = EventFeed(context, logs, ranges, sealer, self.grants)
         self.heartbeats = Heartbeats(context, logs, ranges, self.grants, space)
 
-    # ---- one life after the other
+    # ---- one session after the other
 
     async def run(self) -> None:
         """Follows the open session; opens another one whenever it is lost. Raises AgentIdTaken, WalBroken."""
@@ -70,10 +72,10 @@ class Session:
             await self.open(str(uuid.uuid4()))
 
     async def open(self, token: str, gaps: ReplayGaps = NO_GAPS) -> None:
-        """Opens a session, however long the coordinator takes to answer, and takes in what it says of older ranges.
+        """Opens a session, however long the coordinator takes to answer, and applies its grants of older ranges.
 
-        Nothing is appended meanwhile, nor while the metadata is not what this log goes with (METADATA_WENT_BACK): then
-        it is asked again until somebody restores it. `gaps`: what a replay could not tell. Raises AgentIdTaken,
+        No batch is appended meanwhile. While the metadata is older than this log (METADATA_WENT_BACK), the call is
+        repeated until an operator restores the metadata. `gaps`: the gaps found by the replay. Raises AgentIdTaken,
         InvalidArgument, WalBroken, OSError.
         """
         self._transfers.cancel_all()
@@ -81,21 +83,21 @@ class Session:
         opened = await self._open_call(token, gaps)
         while not await self._resume(opened):
             log.warning("the session is lost already, opening it again")
-            opened = await self._open_call(token, NO_GAPS)  # the answer before said where each log ends
+            opened = await self._open_call(token, NO_GAPS)  # the first answer settled each log
         self._sealer.restart()
         self._context.session.set(opened.session_token, opened.session_id, opened.feed_position)
         self.grants.begin()
         log.info("session %s is open, %d older ranges to finish", opened.session_id, len(opened.resumed))
 
     async def _stop_leading(self) -> None:
-        """Where each log ends is final after this: a group that is being written still counts."""
+        """Stops leading all logs, and waits for the group that is being written: then the logs' ends are final."""
         for held in self._logs:
             self._logs.stop_leading(held)
         await self._writer.barrier()
 
     async def _resume(self, opened: pb.OpenSessionResponse) -> bool:
-        """Takes in all that is said of older ranges, in as many answers as that takes. False when the session is over
-        before: nothing was written in it, so that its token may be used again."""
+        """Applies the grants of older ranges, in as many answers as they fill. Returns False if the session is lost
+        meanwhile: no batch was written in the session, so that its token may be used again."""
         self._logs.producer_ids_from = opened.producer_ids_from
         self._history.opened(opened.history_id, opened.feed_position)
         await self._history.save()
@@ -113,7 +115,8 @@ class Session:
         return True
 
     async def _rest_call(self, token: str, keys: Sequence[RangeKey]) -> pb.GetGrantsResponse:
-        """What did not fit into the answers before. Renews the lease, which nobody else does yet."""
+        """Returns the grants of `keys`, which did not fit into the answers before. Renews the lease, since the
+        heartbeats do not run yet."""
         backoff = self._context.backoff()
         request = pb.GetGrantsRequest(session_token=token, only=range_keys(keys))
         while True:
@@ -130,7 +133,7 @@ class Session:
                 await self._context.clock.sleep_ms(backoff.next_ms())
 
     def _check_log(self) -> None:
-        """Raises WalBroken."""
+        """Checks that the log has not failed. Raises WalBroken."""
         if self._writer.broken:
             raise WalBroken("no session is opened over a log that failed; the next start replays it")
 
@@ -153,8 +156,8 @@ class Session:
                 return opened
 
     def _must_outlast_heartbeats(self, ttl_ms: int, heartbeat_interval_ms: int) -> None:
-        """Checks that the lease lasts until its next renewal; else the agent would acknowledge now and then. Raises
-        InvalidArgument."""
+        """Checks that the lease lasts until its next renewal; a shorter lease would refuse writes between two
+        heartbeats. Raises InvalidArgument."""
         margin_ms = self._lease.margin_ms
         if ttl_ms - margin_ms <= heartbeat_interval_ms:
             raise InvalidArgument(
@@ -167,8 +170,8 @@ class Session:
             )
 
     def _open_request(self, token: str, gaps: ReplayGaps) -> pb.OpenSessionRequest:
-        """The same for all tries: were a session opened by one whose answer is lost, another one would, over a damaged
-        log, declare the ends unknown of ranges that were granted to that session and never written to."""
+        """Returns the request for all tries. A try whose answer was lost may have opened the session; over a damaged
+        log another token would declare unknown ends for ranges granted to that session and never written to."""
         return pb.OpenSessionRequest(
             session_token=token,
             agent_id=self._context.identity.agent_id,
@@ -183,10 +186,10 @@ class Session:
         )
 
     async def _keep(self) -> None:
-        """Renews the lease, follows the events and keeps up with the grants; returns when the session is lost.
+        """Renews the lease, follows the events and applies the grants; returns when the session is lost.
 
-        The three end together: a group that lost one of them would renew a lease over events that nobody hears, or
-        follow events of a session that is gone. Raises what ends one of them otherwise, alone and not in a group.
+        The three tasks end together: heartbeats alone would renew a lease whose events are not followed. Raises the
+        error that ends a task otherwise, unwrapped from its group.
         """
         task = asyncio.current_task()
         assert task is not None, "a coroutine runs in a task"
@@ -203,15 +206,16 @@ class Session:
         if failed is not None:
             raise failed
         if task.cancelling() > cancellations:
-            # The agent stops, and the session was lost in the same moment: TaskGroup raises the loss alone, and a new
-            # session would be opened by an agent that waits for this task to end.
+            # The agent stops and the session is lost in the same turn of the loop: TaskGroup then raises only the loss,
+            # `run` would open a new session, and `stop` would wait for this task for ever.
             raise asyncio.CancelledError
 
     async def close(self) -> None:
-        """Gives session and ranges back, if the coordinator answers: the next leaders go on where this agent ends.
+        """Gives session and ranges back, if the coordinator answers: the next leaders start at the ends of these logs.
 
-        Else, and always after the log failed, the session expires or is replaced, and the next start settles where a
-        replay finds the ends. Nothing may be appended any more; `run` must have ended, or it would open a new session.
+        Without an answer, and always after the log failed, the session expires or is replaced, and the next start
+        settles the ranges at the ends found by its replay. Appends must be refused already, and `run` must have ended,
+        or it would open a new session.
         """
         token = self._context.session.token
         self._context.session.clear()
@@ -228,7 +232,7 @@ class Session:
 
 
 def wal_ends(helds: Iterable[HeldLog]) -> list[pb.WalEnd]:
-    """Up to where the log holds each range, and whose records those are that are not registered."""
+    """Returns the end of each log with the state of its unregistered producers, as far as a message has room."""
     ends = []
     room_bytes = SNAPSHOTS_BYTES_MAX
     for held in helds:

@@ -1,10 +1,10 @@
-"""Gives partitions up in good order: seal, upload, register, settle. One task per partition that moves away.
+"""Gives leaderships up in good order: seal, upload, register, settle. One task per partition that moves away.
 
-Where segmenters cannot reach this agent, a partition is settled where its log ends, and uploaded when they can again.
+If segmenters cannot reach this agent, a partition is settled at the end of its log, and uploaded later.
 
 Owns: the transfers under way, the ends that are still to be declared. Does not own: logs, buffers, the session.
-Invariants: a partition has one transfer at a time; one at once takes the place of one that waits, and not the other way
-round. An end is settled only of a log that is held, and that the writer can still be trusted with.
+Invariants: a partition has one transfer at a time. A transfer at once replaces a waiting transfer, never the reverse.
+An end is declared only for a log that is held and whose writer has not failed.
 """
 
 import asyncio
@@ -23,14 +23,15 @@ from streamhouse_ingest.waiting import done_within
 
 log = logging.getLogger(__name__)
 
-# So many partitions refuse writes at once, however many have to move: their ends are declared in one call, which the
-# coordinator answers in well under a second. With as many producers as one remembers each, the call has 13 MB.
+# Number of partitions that refuse writes at the same time, however many have to move: their ends are declared in one
+# call, answered by the coordinator in well under a second. With producers_per_partition_max producers in each partition
+# the call has 13 MB.
 TRANSFERS_AT_ONCE = 100
 
 
 class LeadershipTransfers:
-    """Registration comes before settling, because the next leader needs the idempotent producers' state at the end. A
-    move at once tells that state with the end itself."""
+    """Transfers of partitions to other agents. Registration comes before settling, because the next leader needs the
+    idempotent producers' state at the end; a transfer at once declares that state with the end."""
 
     def __init__(
         self, context: LeadershipContext, logs: Logs, writer: Writer, sealer: Sealer, tasks: Tasks, *, timeout_ms: int
@@ -48,11 +49,12 @@ class LeadershipTransfers:
         self._settling = asyncio.Lock()
 
     def is_under_way(self, held: HeldLog) -> bool:
+        """Returns True if the log's partition is being transferred."""
         return held.log.key in self._under_way
 
     def start(self, held: HeldLog, *, at_once: bool = False) -> None:
-        """Starts to give a partition up; `at_once`: without waiting for registration. Does nothing when the move is
-        under way, unless it waits and is not to any more."""
+        """Starts the transfer of a partition; `at_once`: without waiting for registration. Does nothing if a transfer
+        is under way, except that `at_once` replaces a transfer that waits for registration."""
         key = held.log.key
         settling = held.log.settled_end is not None
         if key in self._under_way and (settling or not at_once or key in self._at_once):
@@ -73,7 +75,7 @@ class LeadershipTransfers:
             self._at_once.discard(key)
 
     def cancel_all(self) -> None:
-        """The session is gone, and with it what was to be moved."""
+        """Cancels all transfers: the session that asked for them is gone."""
         for task in self._under_way.values():
             task.cancel()
 
@@ -83,7 +85,7 @@ class LeadershipTransfers:
             while not await self._flush_and_stop(held) and self._is_held(held):
                 log.warning("%s: not registered within %d ms, going on here", held.log.describe(), self._timeout_ms)
                 self._logs.lead(held)
-            if self._is_held(held) and not self._writer.broken:  # after that the end is a replay's to find
+            if self._is_held(held) and not self._writer.broken:  # a replay finds the end of a broken log
                 await self._settle(held)
 
     async def _transfer_at_once(self, held: HeldLog) -> None:
@@ -92,11 +94,11 @@ class LeadershipTransfers:
             await self._writer.barrier()
             if self._is_held(held) and not self._writer.broken:
                 if held.log.open is not None:
-                    self._sealer.seal_alone(held)  # settling ends the buffer, and what is not announced is not uploaded
+                    self._sealer.seal_alone(held)  # settling ends the buffer, and only announced buffers are uploaded
                 await self._settle(held)
 
     def _is_held(self, held: HeldLog) -> bool:
-        """Not lost, its topic not deleted meanwhile: a log that nobody holds must never lead again."""
+        """Returns False if the range was lost or its topic deleted meanwhile: a dropped log must never lead again."""
         return self._logs.get(held.log.key) is held
 
     async def _flush(self, held: HeldLog) -> None:
@@ -104,7 +106,8 @@ class LeadershipTransfers:
         await held.wait_registered(held.log.next_offset)
 
     async def _flush_and_stop(self, held: HeldLog) -> bool:
-        """Uploads what is there while writes go on; then refuses writes for the little that came since."""
+        """Uploads the log while writes go on, then refuses writes and uploads the rest. Returns True if all of it is
+        registered within timeout_ms."""
         await self._flush(held)
         self._logs.stop_leading(held)
         await self._writer.barrier()
@@ -113,7 +116,7 @@ class LeadershipTransfers:
 
     async def _settle(self, held: HeldLog) -> None:
         key = held.log.key
-        self._logs.settle(held, held.log.next_offset)  # before the call: a late answer must not revive it
+        self._logs.settle(held, held.log.next_offset)  # before the call: a late grant must not lead the log again
         self._unsettled[key] = pb.WalEnd(
             topic_id=key.topic_id,
             partition=key.partition,
@@ -125,17 +128,17 @@ class LeadershipTransfers:
         try:
             while (error := await self._settle_with_others(key, alone)) is not None:
                 log.warning("%s: cannot be settled yet: %s", held.log.describe(), error.message)
-                alone = not error.retriable  # what one range is refused for must not keep the others
+                alone = not error.retriable  # the refusal of a range must not hold up the others
                 await self._context.clock.sleep_ms(backoff.next_ms())
         finally:
             self._unsettled.pop(key, None)
 
     async def _settle_with_others(self, key: RangeKey, alone: bool) -> StreamHouseError | None:
-        """Declares where this range ends, and those that wait by now; one call at a time. Returns what it failed with,
-        None once this range is settled, or the next session has to settle it."""
+        """Declares the end of this range, and the other pending ends with it unless `alone`; one call at a time.
+        Returns the error of the call; None if the range is settled, or the next session has to settle it."""
         async with self._settling:
             if key not in self._unsettled:
-                return None  # another's call took it along
+                return None  # declared by the call of another transfer
             keys = [key] if alone else list(self._unsettled)
             ends = [self._unsettled[one] for one in keys]
             try:
