@@ -1,4 +1,4 @@
-"""What the agent needs of its write-ahead log, and how that can fail."""
+"""Ports to the write-ahead log: the operations the agent needs, and the errors they raise."""
 
 import asyncio
 import errno
@@ -18,14 +18,15 @@ Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""OSErrors of a disk that has no room."""
+"""Error numbers of an OSError for a disk without room."""
 
 SCARCE = (*NO_SPACE, *NO_DESCRIPTORS)
-"""OSErrors of a machine that has no room or no file descriptor for now: the only ones that an agent outlives."""
+"""Error numbers of an OSError for a lack of disk space or file descriptors, which may pass: the agent survives only
+these."""
 
 
 class WalFull(Exception):
-    """No space, or no file descriptor, for the group; nothing of it was kept."""
+    """No space, or no file descriptor, for the group; nothing of the group was kept."""
 
 
 class WalBroken(Exception):
@@ -42,11 +43,11 @@ class WalDamaged(Exception):
 
 
 class WalFileGone(Exception):
-    """The file was deleted since: what it held is registered."""
+    """The file was deleted meanwhile: its records are registered."""
 
 
 class WalDirectoryError(Exception):
-    """The log's directory cannot be used; the message says which and why."""
+    """The directory of the log cannot be used; the message names the directory and the reason."""
 
 
 class WalLocked(WalDirectoryError):
@@ -69,84 +70,86 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A history of the metadata's events and the last position of it that was heard of; no id: none yet."""
+    """A metadata history and the last position seen in it; no id before the first session."""
 
     history_id: str = ""
     position: int = 0
 
 
 class Wal(Protocol):
-    """The appending side. Blocking; all calls come from one thread."""
+    """Appending side of the log. Blocking; all calls come from a single thread."""
 
     @property
     def active(self) -> int | None:
-        """The file that is written to, None before the first group."""
+        """Sequence number of the file that is written to, None if no file is open."""
 
     @property
     def active_bytes(self) -> int:
-        """Its size, without the space ahead."""
+        """Size of the active file, without the space ahead."""
 
     @property
     def broken(self) -> bool:
-        """A call raised WalBroken: what the files hold only a replay can tell."""
+        """True if a call raised WalBroken: only a replay can find the content of the files."""
 
     def append(self, frames: Sequence[Frame]) -> list[WalPosition]:
-        """Writes the group as a whole, synced if that is the policy. Raises WalFull, WalBroken."""
+        """Writes the group as a whole, synced if that is the policy, and returns the position of each batch, in order.
+        Raises WalFull, WalBroken."""
 
     def sync(self) -> None:
-        """Makes what was written durable. Raises WalBroken."""
+        """Makes all groups written so far durable. Raises WalBroken."""
 
     def has_space_for_file(self) -> bool:
-        """True if another whole file could be begun now."""
+        """True if the disk has room for another file of full size now."""
 
     def delete(self, sequence: int) -> None:
         """Removes a file that is not active. Raises OSError."""
 
     def mark_settled(self) -> None:
-        """The coordinator knows what a replay found: damage in the files before the first append is nothing new to the
-        next replay. Raises OSError."""
+        """Notes that the findings of the replay have been reported to the coordinator: the next replay treats damage in
+        files from before the first append as known. Raises OSError."""
 
     def opening_token(self, address: str, drawn: str) -> str:
-        """Returns the session's token that a process before this one, at the same address, asked for over what the
-        replay found, if nothing was written to the log since; else `drawn`, noted durably. Raises OSError."""
+        """Returns the session token that an earlier process at `address` noted for the same findings of a replay, if
+        nothing was written to the log since; otherwise notes `drawn` durably and returns it. Raises OSError."""
 
     def mark_used(self) -> None:
         """Binds the log to its agent id for good, durably. Raises OSError."""
 
     def note_history(self, seen: Seen) -> None:
-        """Keeps it beside the log, durably. Raises OSError."""
+        """Stores the metadata history and the position seen in it beside the log, durably. Raises OSError."""
 
     def close(self) -> None:
-        """Syncs and closes the active file, without the space ahead. Raises WalBroken."""
+        """Syncs the active file, cuts off the space ahead and closes the file. Raises WalBroken, OSError."""
 
 
 class BatchReader(Protocol):
-    """The reading side. Blocking; calls may come from any thread."""
+    """Reading side of the log. Blocking; calls may come from any thread."""
 
     def read(self, positions: Sequence[WalPosition]) -> list[bytes]:
-        """The batches at `positions`, checked, in their order. Raises WalDamaged, WalFileGone, OSError."""
+        """Returns the batches at `positions`, checked, in the same order. Raises WalDamaged, WalFileGone, OSError."""
 
     def find_damaged(self, positions: Sequence[WalPosition]) -> list[WalPosition]:
-        """Those that cannot be read back, as far as possible from the disk itself. Raises WalFileGone, OSError."""
+        """Returns the positions whose batches cannot be read back, as far as possible from the disk instead of the page
+        cache. Raises WalFileGone, OSError."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogFiles:
-    """The files of the open log, and the thread that makes all calls of `wal`, in the order they are asked for: so that
-    a deletion never races with a rotation, and no call meets another one half done."""
+    """The files of the open log, and the thread that makes all calls of `wal`, in the order of the requests. A deletion
+    therefore never races with a rotation, and no call runs in the middle of another."""
 
     wal: Wal
     index: WalIndex
     thread: Executor
 
     async def run(self, call: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        """Returns what the call returns, made in the log's thread. Raises what it raises."""
+        """Makes the call in the log's thread. Returns its result or raises its error."""
         return await asyncio.get_running_loop().run_in_executor(self.thread, call, *arguments)
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedLog:
-    """A locked log and what a replay found in it. `unlock` gives it back once `wal` is closed."""
+    """A locked log and the findings of its replay. The owner calls `unlock` once `wal` is closed."""
 
     wal_id: bytes
     replay: Replay

@@ -1,4 +1,4 @@
-"""Waiting for something or for time to pass, by the service's clock."""
+"""Waits with a time limit on the clock of the service, so that tests can pass virtual time."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -9,7 +9,7 @@ from shruntime.tasks import cancel_and_wait
 
 
 async def done_within(clock: Clock, future: asyncio.Future[Any], wait_ms: float) -> bool:
-    """Is the future done within `wait_ms`? It goes on if not."""
+    """True if the future is done within `wait_ms`; otherwise the future stays pending."""
     if future.done():
         return True
     sleep = asyncio.ensure_future(clock.sleep_ms(max(wait_ms, 0)))
@@ -21,7 +21,7 @@ async def done_within(clock: Clock, future: asyncio.Future[Any], wait_ms: float)
 
 
 async def ends_within(clock: Clock, coroutine: Coroutine[Any, Any, Any], wait_ms: float) -> bool:
-    """Does the coroutine end within `wait_ms`? It is cancelled if not; what it raises is raised."""
+    """True if the coroutine ends within `wait_ms`; otherwise cancels it. Raises the error of the coroutine."""
     task = asyncio.ensure_future(coroutine)
     try:
         ended = await done_within(clock, task, wait_ms)
