@@ -23,6 +23,7 @@ from streamhouse_coordinator.core.tables import (
     OPEN,
     ORPHANED,
     SETTLED,
+    PartitionRowKey,
     ProducerSnapshotRow,
     RangeRow,
     RangeRowKey,
@@ -297,7 +298,7 @@ def usable(snapshot: ProducerSnapshotRow | StoredSnapshot, row: RangeRow | None)
 
 
 def settled_snapshots(
-    settled: Sequence[RangeRow], declared: WalEnds, known: Mapping[tuple[str, int], Sequence[ProducerSnapshotRow]]
+    settled: Sequence[RangeRow], declared: WalEnds, known: Mapping[PartitionRowKey, Sequence[ProducerSnapshotRow]]
 ) -> list[ProducerSnapshotRow]:
     """Returns the producer state to keep for ranges that have just settled with unregistered records.
 

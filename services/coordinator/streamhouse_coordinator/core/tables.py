@@ -94,7 +94,7 @@ class RangeRow:
     orphaned_ms: int = 0
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> RangeRowKey:
         return (self.topic_id, self.partition, self.epoch)
 
     @property
@@ -156,7 +156,7 @@ class BufferSliceRow:
     size_bytes: int
 
     @property
-    def range_key(self) -> tuple[str, int, int]:
+    def range_key(self) -> RangeRowKey:
         return (self.topic_id, self.partition, self.epoch)
 
 
@@ -274,7 +274,7 @@ class LostSpanRow:
     reason: str
 
     @property
-    def range_key(self) -> tuple[str, int, int]:
+    def range_key(self) -> RangeRowKey:
         return (self.topic_id, self.partition, self.epoch)
 
 

@@ -84,7 +84,7 @@ async def split_unrecovered_ranges(
 
 async def _split(
     tx: Transaction, key: PartitionRowKey, agent_id: str, wal_id: str, declared: sessions.WalEnds
-) -> Mapping[tuple[str, int, int], int]:
+) -> Mapping[RangeRowKey, int]:
     of_partition = where(topic_id=key[0], partition=key[1])
     partition = (await tx.select(t.PARTITIONS, of_partition, lock="wait"))[0]
     rows = await tx.select(t.RANGES, of_partition, order=("epoch",))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from shproto.errors import EventsPruned, MetadataWentBack
 
-from streamhouse_coordinator.core.tables import HistoryRow
+from streamhouse_coordinator.core.tables import HistoryRow, PartitionRowKey, RangeRowKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +42,8 @@ def check_seen(histories: Sequence[HistoryRow], position: int, seen: Head) -> No
 
 def check_log(
     head: Head,
-    declared: Collection[tuple[str, int, int]],
-    granted: Mapping[tuple[str, int], int],
+    declared: Collection[RangeRowKey],
+    granted: Mapping[PartitionRowKey, int],
     known_topic_ids: Collection[str],
 ) -> None:
     """Checks a log that does not say which history it was written under: its agent is of a version that kept no note,

@@ -24,6 +24,7 @@ from shstore import ObjectStore
 
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, Set, replayed, row_ops
+from streamhouse_coordinator.core.tables import PartitionRowKey
 from streamhouse_coordinator.ports import RestoreTransaction, where
 from streamhouse_coordinator.recovery import backup_format as fmt
 from streamhouse_coordinator.recovery import restore_plan
@@ -262,8 +263,8 @@ def _is_there(row: t.SegmentRow, sizes: dict[str, int]) -> bool:
     return sizes.get(row.object_key, 0) >= row.object_at + row.size_bytes
 
 
-def _grouped(rows: Iterable[RowT]) -> dict[tuple[str, int], list[RowT]]:
-    found: dict[tuple[str, int], list[RowT]] = {}
+def _grouped(rows: Iterable[RowT]) -> dict[PartitionRowKey, list[RowT]]:
+    found: dict[PartitionRowKey, list[RowT]] = {}
     for row in rows:
         found.setdefault((row.topic_id, row.partition), []).append(row)
     return found

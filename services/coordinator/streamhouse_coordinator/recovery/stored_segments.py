@@ -11,6 +11,7 @@ from shformat.segment_index import SegmentIndex
 from shproto.model import Segment
 from shstore import ObjectMissing, ObjectStore
 
+from streamhouse_coordinator.core.tables import PartitionRowKey
 from streamhouse_coordinator.recovery.segment_selection import Candidate, Span
 from streamhouse_coordinator.segment_keys import SEGMENT_PREFIXES
 
@@ -139,8 +140,8 @@ def topic_name(keys: Iterable[str], topic_id: str) -> str:
     return ""
 
 
-def by_partition(candidates: Sequence[Candidate]) -> dict[tuple[str, int], list[Candidate]]:
-    found: dict[tuple[str, int], list[Candidate]] = {}
+def by_partition(candidates: Sequence[Candidate]) -> dict[PartitionRowKey, list[Candidate]]:
+    found: dict[PartitionRowKey, list[Candidate]] = {}
     for item in candidates:
         found.setdefault((item.segment.topic_id, item.segment.partition), []).append(item)
     return found

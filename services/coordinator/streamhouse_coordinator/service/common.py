@@ -33,7 +33,7 @@ from streamhouse_coordinator.core import assignment
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, Set
 from streamhouse_coordinator.core.sessions import INGEST
-from streamhouse_coordinator.core.tables import RangeRowKey
+from streamhouse_coordinator.core.tables import PartitionRowKey, RangeRowKey
 from streamhouse_coordinator.ports import In, Lock, Store, Transaction, Where, where, where_keys
 from streamhouse_coordinator.settings import CoordinatorSettings
 
@@ -134,7 +134,7 @@ async def durable_topics(tx: Transaction) -> set[str]:
     return {row.topic_id for row in rows}
 
 
-async def newest_ranges(tx: Transaction, partitions: Collection[t.PartitionRow]) -> dict[tuple[str, int], t.RangeRow]:
+async def newest_ranges(tx: Transaction, partitions: Collection[t.PartitionRow]) -> dict[PartitionRowKey, t.RangeRow]:
     keys = {(row.topic_id, row.partition, row.epoch) for row in partitions if row.epoch}
     return {key[:2]: row for key, row in (await ranges_by_key(tx, keys)).items()}
 
@@ -280,7 +280,7 @@ async def cut_off_sessions(tx: Transaction) -> set[str]:
     return {row.session_id for row in await tx.select(t.CUT_OFFS, where(reachable_ms=0))}
 
 
-async def _without_leader(tx: Transaction, touched: Collection[tuple[str, int]], count: int) -> list[t.PartitionRow]:
+async def _without_leader(tx: Transaction, touched: Collection[PartitionRowKey], count: int) -> list[t.PartitionRow]:
     """Returns the `count` partitions without a leader: usually those just `touched`; else all partitions are
     searched."""
     if not count:

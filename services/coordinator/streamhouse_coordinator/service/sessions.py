@@ -15,7 +15,7 @@ from shproto.events import BufferCompleted, Event, RangeSettled, SessionOpened
 from streamhouse_coordinator.core import sessions
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, RowOp, Set
-from streamhouse_coordinator.core.tables import RangeRowKey
+from streamhouse_coordinator.core.tables import PartitionRowKey, RangeRowKey
 from streamhouse_coordinator.ports import LOST_RANGES, UNFINISHED, AtMost, In, Totals, Transaction, where, where_keys
 from streamhouse_coordinator.recovery import after_restore, rollback_detection
 from streamhouse_coordinator.recovery.histories import NOTHING_SEEN, Head, check_log, check_seen
@@ -367,8 +367,8 @@ async def _fitting_snapshots(
 
 
 async def _stored_snapshots(
-    tx: Transaction, partitions: Collection[tuple[str, int]]
-) -> dict[tuple[str, int], list[sessions.StoredSnapshot]]:
+    tx: Transaction, partitions: Collection[PartitionRowKey]
+) -> dict[PartitionRowKey, list[sessions.StoredSnapshot]]:
     """Returns the usable snapshots by partition, without their bytes: for all partitions of an agent these may exceed a
     process's memory."""
     if not partitions:
@@ -387,18 +387,18 @@ def _stored_snapshot(totals: Totals) -> sessions.StoredSnapshot:
 
 
 async def _snapshots(
-    tx: Transaction, partitions: Collection[tuple[str, int]]
-) -> dict[tuple[str, int], list[t.ProducerSnapshotRow]]:
+    tx: Transaction, partitions: Collection[PartitionRowKey]
+) -> dict[PartitionRowKey, list[t.ProducerSnapshotRow]]:
     rows = await tx.select(t.PRODUCER_SNAPSHOTS, where_keys(("topic_id", "partition"), sorted(partitions)))
     return await _usable(tx, rows)
 
 
 async def _usable(
     tx: Transaction, rows: Sequence[sessions.SnapshotT]
-) -> dict[tuple[str, int], list[sessions.SnapshotT]]:
+) -> dict[PartitionRowKey, list[sessions.SnapshotT]]:
     """Returns the usable snapshots by partition."""
     ranges = await ranges_by_key(tx, {(row.topic_id, row.partition, row.epoch) for row in rows})
-    by_partition: dict[tuple[str, int], list[sessions.SnapshotT]] = {}
+    by_partition: dict[PartitionRowKey, list[sessions.SnapshotT]] = {}
     for row in rows:
         if sessions.usable(row, ranges.get((row.topic_id, row.partition, row.epoch))):
             by_partition.setdefault((row.topic_id, row.partition), []).append(row)
