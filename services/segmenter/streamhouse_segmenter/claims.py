@@ -92,7 +92,5 @@ async def release_claim(ports: Ports, claim_id: str, *, reason: str = "", retry_
     request = coordinator_pb2.ReleaseClaimRequest(claim_id=claim_id, reason=reason, retry_after_ms=retry_after_ms)
     try:
         await ports.coordinator.release_claim(request)
-    except Fenced:
-        log.debug("claim %s had ended before it was released", claim_id)
     except StreamHouseError as error:
         log.warning("claim %s not released (%s): it runs out by itself", claim_id, error)
