@@ -1,4 +1,8 @@
-"""The agent's life: open and replay the log, open the session, serve, drain, stop."""
+"""Life of the agent: open and replay the log, open the session, serve, drain, stop.
+
+Owns: the log's thread, the background tasks, the parts of the running agent. Does not own: the rules of the parts.
+Invariants: nothing is served before the log is replayed and a session is open; the log is unlocked last.
+"""
 
 import asyncio
 import logging
@@ -27,7 +31,8 @@ log = logging.getLogger(__name__)
 
 
 class Agent:
-    """`start` once, `stop` once. `tasks.failed` is set when the agent cannot go on (a broken log, say).
+    """The agent; `start` and `stop` are called once each. `tasks.failed` is set if the agent cannot go on, for example
+    with a broken log.
 
     `open_log` locks and replays the log; it blocks and is called in the log's own thread.
     """
@@ -51,7 +56,8 @@ class Agent:
         self._around = AgentContext(settings, coordinator, clock, self._metrics, self.tasks, self._thread)
 
     def running(self) -> AgentParts:
-        """Raises Unavailable before `start` is done, ShuttingDown after `stop`."""
+        """Returns the parts of the running agent. Raises Unavailable before `start` is done, ShuttingDown after
+        `stop`."""
         if self._running is None:
             if self._stopping:
                 raise ShuttingDown("the agent has stopped")
@@ -61,7 +67,10 @@ class Agent:
     # ---- start
 
     async def start(self, advertised_address: str) -> None:
-        """Raises WalDirectoryError (locked, another agent's), AgentIdTaken, OSError. Waits for the coordinator."""
+        """Replays the log, opens a session and starts the tasks; waits for the coordinator.
+
+        Raises WalDirectoryError (locked, or of another agent), AgentIdTaken, OSError; everything opened is closed then.
+        """
         opened: OpenedLog | None = None
         running: AgentParts | None = None
         try:
@@ -70,14 +79,14 @@ class Agent:
             self._observe(running)
             self._spawn_parts(running)
             await running.session.open(await self._session_token(opened, advertised_address), opened.replay.gaps)
-            # Not before: a start that is refused leaves the directory to whichever id is let in with it.
+            # Only after the session is open: a refused start leaves the directory free for another agent id.
             await asyncio.get_running_loop().run_in_executor(self._thread, opened.wal.mark_used)
             if opened.replay.gaps:
                 await self._mark_settled(opened)
         except BaseException:
             try:
                 if running is not None:
-                    await running.session.close()  # else the id is taken until the session expires
+                    await running.session.close()  # otherwise the id stays taken until the session expires
             finally:
                 await self.tasks.stop()
                 if opened is not None:
@@ -88,9 +97,12 @@ class Agent:
         self._running = running
 
     async def _session_token(self, opened: OpenedLog, address: str) -> str:
-        """Returns the token of the first session. Over a damaged log it is the one that a process before this one asked
-        for, should that have died before it had the answer: what was granted to it cannot have been written to, and is
-        not to be reported as possibly lost. Not over a torn log, which does not show all that was written."""
+        """Returns the token of the first session.
+
+        Over a damaged log, an earlier process may have requested a session and died before the answer. Its token is
+        used again, because nothing was written to the ranges granted to that session, and they must not be reported as
+        possibly lost. A torn log may not show all writes, so a new token is used.
+        """
         drawn, gaps = str(uuid.uuid4()), opened.replay.gaps
         if not gaps.corrupt_frames or gaps.torn_tail:
             return drawn
@@ -103,14 +115,14 @@ class Agent:
             return drawn
 
     async def _mark_settled(self, opened: OpenedLog) -> None:
-        """So that the next start does not take the same damage for new."""
+        """Notes that the damage was reported, so that the next start does not take the same damage for new."""
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, opened.wal.mark_settled)
         except OSError as error:
             log.warning("that the log's damage was reported cannot be noted before something is written: %s", error)
 
     def _restore(self, replay: Replay) -> Logs:
-        """The logs as the replay found them."""
+        """Returns the logs as the replay found them; none of them leads."""
         logs = Logs(
             memory_bytes_max=self._settings.memory_bytes_max,
             tail_cache_bytes=self._settings.tail_cache_bytes,
@@ -161,7 +173,7 @@ class Agent:
     async def stop(self) -> None:
         """Drains: refuses new batches, seals, waits for registration, closes the session and the log.
 
-        What is not registered within shutdown_timeout_ms stays in the log for the next start.
+        Records that are not registered within shutdown_timeout_ms stay in the log for the next start.
         """
         running, self._stopping = self._running, True
         if running is None:
@@ -204,7 +216,7 @@ class Agent:
     # ---- describe
 
     def describe(self) -> pb.DescribeAgentResponse:
-        """What `streamhouse status` shows of this agent."""
+        """Returns the state of this agent for `streamhouse status`. Raises Unavailable, ShuttingDown."""
         running = self.running()
         return pb.DescribeAgentResponse(
             agent_id=self._settings.agent_id,

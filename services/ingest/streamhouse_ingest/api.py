@@ -1,4 +1,4 @@
-"""The Ingest service as the network and the other services see it."""
+"""The RPC methods of the Ingest service: limits requests in flight and passes them to the parts of the agent."""
 
 import asyncio
 from collections import deque
@@ -31,7 +31,7 @@ class IngestApi:
             return await produce.produce(request)
 
     async def produce_stream(self, requests: AsyncIterator[pb.ProduceRequest]) -> AsyncIterator[pb.ProduceResponse]:
-        """Answers in the order of the requests; an error of one is in its response."""
+        """Yields a response per request, in the order of the requests; the error of a request is in its response."""
         produce = self._agent.running().produce
         connection = caller_connection()
         window = _Window(self._requests_in_flight_max, self._bytes_in_flight_max)
@@ -59,7 +59,7 @@ class IngestApi:
                     window.put(await produce.accept(request))
                 except StreamHouseError as error:
                     window.put(_refused(request.topic, request.partition, error))
-                del request  # a copy of the batch, which would stay in memory until the next one is here
+                del request  # its copy of the batch would stay in memory until the next request arrives
         finally:
             window.close()
 
@@ -88,8 +88,7 @@ def _refused(topic: str, partition: int, error: StreamHouseError) -> pb.ProduceR
 
 
 class _Window:
-    """Unanswered requests of one stream, in order, bounded in number and bytes. `unanswered`: the sizes of the
-    requests."""
+    """Unanswered requests of a stream, in order, limited in number and bytes. `unanswered`: sizes of the requests."""
 
     def __init__(self, requests_max: int, bytes_max: int) -> None:
         self._requests_max = requests_max
@@ -101,12 +100,12 @@ class _Window:
         self._moved = asyncio.Event()
 
     async def wait_for_room(self) -> None:
-        """Returns when one more may be taken; with that one the bytes may go over the limit once."""
+        """Waits until another request may be admitted; that request may exceed the limit of bytes once."""
         while len(self.unanswered) >= self._requests_max or self._bytes >= self._bytes_max:
             await self._wait()
 
     def admit(self, size_bytes: int) -> None:
-        """Counts one more request; `put` follows."""
+        """Counts a request; the caller calls `put` with its outcome afterwards."""
         self.unanswered.append(size_bytes)
         self._bytes += size_bytes
 
@@ -123,7 +122,7 @@ class _Window:
         return size_bytes
 
     async def next(self) -> "Accepted | pb.ProduceResponse | None":
-        """The next one to answer; None when the stream has ended and all are answered."""
+        """Returns the next outcome to answer with; None once the stream has ended and all requests are answered."""
         while not self._items:
             if self._closed:
                 return None

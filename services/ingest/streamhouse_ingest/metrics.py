@@ -1,4 +1,4 @@
-"""What the agent measures; instruments cost next to nothing until the process installs an SDK."""
+"""Metrics of the agent; instruments cost next to nothing until the process installs an OpenTelemetry SDK."""
 
 from collections.abc import Callable, Iterable
 
@@ -27,11 +27,11 @@ REFUSALS = (
     errors.DataLoss,
     errors.Internal,
 )
-"""Reasons for which a produce request is refused, as docs/errors.md has them."""
+"""Errors that refuse a produce request, as listed in docs/errors.md; their reasons label the metric."""
 
 
 class IngestMetrics:
-    """Instruments of one agent. Names are streamhouse_ingest_<what>_<unit>, written out so that a search finds them."""
+    """Instruments of an agent. Names are streamhouse_ingest_<quantity>_<unit>, in full so that a search finds them."""
 
     def __init__(self, topics_max: int) -> None:
         meter = metrics.get_meter("streamhouse.ingest")
@@ -73,7 +73,7 @@ class IngestMetrics:
         self.group_bytes = histogram("streamhouse_ingest_group_bytes", "bytes of a group")
 
     def observe(self, name: str, description: str, value: Callable[[], int | None]) -> None:
-        """Makes a gauge that is asked when metrics are collected, and shows nothing while it is None."""
+        """Creates a gauge that calls `value` whenever metrics are collected, and reports nothing if that is None."""
 
         def callback(_: CallbackOptions) -> Iterable[Observation]:
             found = value()

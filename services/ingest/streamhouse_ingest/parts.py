@@ -1,4 +1,4 @@
-"""The parts of a running agent, put together once its log is open."""
+"""Assembles the parts of a running agent, once its log is open."""
 
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -30,13 +30,13 @@ from streamhouse_ingest.sealing.sealer import Sealer
 from streamhouse_ingest.sealing.sealing import SealLimits
 from streamhouse_ingest.settings import IngestSettings
 
-# One segmenter builds an object in memory: the largest sealed buffer there may be.
+# Limit of an object, and so of an announcement, because a segmenter builds an object in memory.
 _OBJECT_BYTES_MAX = 256 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class AgentContext:
-    """What all parts share and none of them owns."""
+    """Settings, clock, clients and metrics that all parts share and no part owns."""
 
     settings: IngestSettings
     coordinator: CoordinatorApi
@@ -51,7 +51,7 @@ class AgentContext:
 
 @dataclass(frozen=True, slots=True)
 class AgentParts:
-    """Everything that exists once the log is open."""
+    """The parts that exist once the log is open."""
 
     opened: OpenedLog
     logs: Logs
@@ -68,7 +68,7 @@ class AgentParts:
 
 
 def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) -> AgentParts:
-    """Makes and connects the parts; starts nothing."""
+    """Creates and connects the parts and returns them; starts no task."""
     settings = around.settings
     files = LogFiles(opened.wal, opened.index, around.thread)
     current = CurrentSession()
@@ -127,6 +127,6 @@ def _seal_limits(settings: IngestSettings) -> SealLimits:
         seal_bytes=settings.seal_bytes,
         seal_age_ms=settings.seal_age_ms,
         durable_linger_ms=settings.durable_linger_ms,
-        open_bytes_max=settings.memory_bytes_max // 2,  # the other half is for what is sealed and being uploaded
+        open_bytes_max=settings.memory_bytes_max // 2,  # the other half is for sealed buffers that are being uploaded
         object_bytes_max=_OBJECT_BYTES_MAX,
     )

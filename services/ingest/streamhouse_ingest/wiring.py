@@ -1,4 +1,4 @@
-"""Puts the ingest agent together: the only module that names the files of the log and the gRPC clients."""
+"""Builds the ingest agent; the only module that names the files of the log and the gRPC clients."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,14 @@ from streamhouse_ingest.api import IngestApi
 from streamhouse_ingest.ports import OpenedLog
 from streamhouse_ingest.settings import IngestSettings
 
-# Calls that still run when everything is drained are long polls; they retry elsewhere.
+# Calls that still run after the drain are long polls, whose clients retry with another agent.
 CALL_GRACE_MS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class IngestService:
-    """`api` answers Unavailable until `start` is done. `tasks.failed` is set when the agent cannot go on."""
+    """The ingest agent as a service. `api` answers Unavailable until `start` is done. `tasks.failed` is set if the
+    agent cannot go on."""
 
     api: IngestApi
     agent: Agent
@@ -53,7 +54,7 @@ class IngestService:
 
 
 def build(settings: IngestSettings, coordinator: CoordinatorApi, clock: Clock | None = None) -> IngestService:
-    """The agent over whatever coordinator: a client, or the service itself in the same process."""
+    """Returns the agent over `coordinator`, which is a client, or the service itself in the same process."""
     agent = Agent(settings, coordinator, clock or SystemClock(), lambda: open_log(settings))
     api = IngestApi(
         agent,
@@ -65,7 +66,7 @@ def build(settings: IngestSettings, coordinator: CoordinatorApi, clock: Clock | 
 
 
 def open_log(settings: IngestSettings) -> OpenedLog:
-    """Locks the directory and replays its files. Raises WalDirectoryError, OSError."""
+    """Locks the directory, replays its files and returns the open log. Raises WalDirectoryError, OSError."""
     directory = WalDirectory.open(Path(settings.wal_dir), settings.agent_id)
     try:
         seen = directory.history()
@@ -86,8 +87,11 @@ def open_log(settings: IngestSettings) -> OpenedLog:
 
 
 async def run(settings: IngestSettings) -> None:
-    """Runs the ingest agent as a process of its own, until SIGINT or SIGTERM, then drains it. Raises the error that
-    ended it otherwise: WalDirectoryError, WalDamaged, WalBroken, AgentIdTaken, ListenError, OSError."""
+    """Runs the ingest agent as a separate process until SIGINT or SIGTERM, then drains it.
+
+    Raises the error that ended the agent otherwise: WalDirectoryError, WalDamaged, WalBroken, AgentIdTaken,
+    ListenError, OSError.
+    """
 
     def over_network(context: ServiceContext) -> IngestService:
         peers = Peers(settings.bootstrap, settings.rpc_timeout_ms, context.telemetry)
