@@ -94,7 +94,7 @@ class Producer:
             return h.ProduceFailed(operation.id, is_refusal(error), f"{error.reason}: {error.message}")
 
     async def _deliver(self, operation: h.Produce) -> h.Event:
-        """The rules of the SDK's lanes: a new sequence number only for what cannot have been written."""
+        """The rules of the SDK's partition queues: a new sequence number only for what cannot have been written."""
         loop, maybe_written = asyncio.get_running_loop(), False
         give_up_at = loop.time() + GIVE_UP_S
         while loop.time() < give_up_at:
