@@ -416,10 +416,10 @@ def test_every_cut_of_a_segment_is_noticed(tmp_path: Path, two_segments: bytes) 
 def test_segment_by_key_comes_from_the_store(tmp_path: Path, two_segments: bytes) -> None:
     import asyncio
 
-    from shstore import StoreSettings, open_store
+    from shstore import StoreOptions, open_store
 
     async def put() -> None:
-        store = open_store(StoreSettings(kind="local", path=tmp_path))
+        store = open_store(StoreOptions(kind="local", path=tmp_path))
         await store.put("data/orders/0/1.seg", [two_segments])
         await store.close()
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from shstore import ObjectStore, StoreSettings, open_store
+from shstore import ObjectStore, StoreOptions, open_store
 from shstore.errors import BodyTruncated, ObjectExists, ObjectMissing, StoreCorrupt, StoreDenied, StoreUnavailable
 
 from tests.faults import nemeses
@@ -41,8 +41,8 @@ async def proxy(s3: servers.Server) -> AsyncIterator[StoreProxy]:
     await made.stop()
 
 
-def settings(s3: servers.Server, address: str, read_timeout_ms: int = 15_000) -> StoreSettings:
-    return StoreSettings(
+def settings(s3: servers.Server, address: str, read_timeout_ms: int = 15_000) -> StoreOptions:
+    return StoreOptions(
         kind="s3",
         bucket=s3.settings["STREAMHOUSE_S3_BUCKET"],
         endpoint=f"http://{address}",

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 from shproto.v1 import coordinator_pb2, types_pb2
 from shruntime import settings as runtime
-from shstore import ObjectStore, RetryingStore, RetryPolicy, StoreSettings, open_store
+from shstore import ObjectStore, RetryingStore, RetryPolicy, StoreOptions, open_store
 from shstore.configured import configured_store
 from shstore.errors import ObjectExists, StoreError
 
@@ -115,8 +115,8 @@ WRITES = ("503", "500", "409", "unsent", "lost", "late", "truncated", "silent", 
 READS = ("503", "500", "lost", "truncated", "short", "whole", "silent")
 
 
-def settings(storage: dict[str, str], address: str) -> StoreSettings:
-    return StoreSettings(
+def settings(storage: dict[str, str], address: str) -> StoreOptions:
+    return StoreOptions(
         kind="s3",
         bucket=storage["STREAMHOUSE_S3_BUCKET"],
         endpoint=f"http://{address}",

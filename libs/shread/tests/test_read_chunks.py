@@ -11,7 +11,7 @@ from shread.chunk_reader import CacheDirError, ChunkId, ChunkReader, Span
 from shread.counters import Counters
 from shruntime.clock import SystemClock
 from shruntime.tasks import Tasks
-from shstore import LocalStore, StoreSettings, StoreUnavailable
+from shstore import LocalStore, StoreOptions, StoreUnavailable
 
 pytestmark = [pytest.mark.quick, pytest.mark.timeout(30)]
 
@@ -73,7 +73,7 @@ async def test_half_written_files_are_removed_and_foreign_ones_do_not_count(tmp_
 async def test_the_chunk_reader_gives_exactly_the_bytes_asked_for(tmp_path: Path) -> None:
     rng = random.Random(11)
     body = rng.randbytes(10 * CHUNK + 777)
-    store = LocalStore(StoreSettings(kind="local", path=tmp_path / "objects"))
+    store = LocalStore(StoreOptions(kind="local", path=tmp_path / "objects"))
     await store.put("k", [body])
     counters, tasks = Counters(), Tasks()
     cache = DiskCache(tmp_path / "cache", 4 * CHUNK, CHUNK, counters)  # too small for all: evicts all the time
@@ -102,7 +102,7 @@ async def test_the_chunk_reader_gives_exactly_the_bytes_asked_for(tmp_path: Path
 
 
 async def test_a_download_that_is_cancelled_before_it_began_does_not_leave_its_reader_waiting(tmp_path: Path) -> None:
-    store = LocalStore(StoreSettings(kind="local", path=tmp_path / "objects"))
+    store = LocalStore(StoreOptions(kind="local", path=tmp_path / "objects"))
     await store.put("k", [b"x" * 100])
     counters, tasks = Counters(), Tasks()
     cache = DiskCache(tmp_path / "cache", CHUNK, CHUNK, counters)

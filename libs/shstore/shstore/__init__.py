@@ -24,9 +24,9 @@ from shstore.faulty import Fault, FaultKind, FaultyStore, RandomFaults, Scripted
 from shstore.local import LocalStore
 from shstore.memory import MemoryStore
 from shstore.open import open_store
+from shstore.options import StoreOptions
 from shstore.port import ObjectInfo, ObjectStore
 from shstore.retrying import RetryingStore, RetryPolicy
-from shstore.settings import StoreSettings
 
 __all__ = [
     "REFUSALS",
@@ -53,7 +53,7 @@ __all__ = [
     "StoreError",
     "StoreErrorKind",
     "StoreInvalid",
-    "StoreSettings",
+    "StoreOptions",
     "StoreUnavailable",
     "WrongRange",
     "open_store",

@@ -5,8 +5,8 @@ from pathlib import Path
 from shruntime import settings as runtime
 
 from shstore.open import open_store
+from shstore.options import StoreOptions
 from shstore.retrying import RetryingStore, RetryPolicy
-from shstore.settings import StoreSettings
 
 
 def configured_store(settings: runtime.StoreSettings) -> RetryingStore:
@@ -15,10 +15,10 @@ def configured_store(settings: runtime.StoreSettings) -> RetryingStore:
     return RetryingStore(open_store(_store_settings(settings)), policy)
 
 
-def _store_settings(settings: runtime.StoreSettings) -> StoreSettings:
+def _store_settings(settings: runtime.StoreSettings) -> StoreOptions:
     if settings.store_dir:
-        return StoreSettings(kind="local", path=Path(settings.store_dir))
-    return StoreSettings(
+        return StoreOptions(kind="local", path=Path(settings.store_dir))
+    return StoreOptions(
         kind="s3",
         bucket=settings.s3_bucket,
         prefix=settings.s3_prefix,

@@ -20,9 +20,9 @@ from shruntime.files import PRIVATE_DIRECTORY, make_directory, sync_directory
 from shstore import local_files as files
 from shstore.errors import KeyInvalid, KeysRefused, ObjectExists, ObjectMissing
 from shstore.keys import check_key, check_prefix
+from shstore.options import StoreOptions
 from shstore.port import ObjectInfo
 from shstore.ranges import byte_views, check_range, resolve_range
-from shstore.settings import StoreSettings
 
 PAGE_KEYS = 1000
 """Keys listed per visit to a thread: as S3's pages, some milliseconds each."""
@@ -35,7 +35,7 @@ class LocalStore:
     in several processes, may share a directory.
     """
 
-    def __init__(self, settings: StoreSettings) -> None:
+    def __init__(self, settings: StoreOptions) -> None:
         assert settings.kind == "local" and settings.path is not None
         self._get_bytes_max = settings.get_bytes_max
         root = settings.path / settings.prefix

@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from shstore.errors import ObjectExists, ObjectMissing
 from shstore.keys import check_key, check_prefix
+from shstore.options import StoreOptions
 from shstore.port import ObjectInfo
 from shstore.ranges import byte_views, check_range, resolve_range
-from shstore.settings import StoreSettings
 
 
 def _system_ms() -> int:
@@ -24,8 +24,8 @@ def _system_ms() -> int:
 class MemoryStore:
     """Object store in memory. `now_ms` gives `modified_ms`, so that tests can move time by hand."""
 
-    def __init__(self, settings: StoreSettings | None = None, *, now_ms: Callable[[], int] = _system_ms) -> None:
-        self._get_bytes_max = (settings or StoreSettings(kind="memory")).get_bytes_max
+    def __init__(self, settings: StoreOptions | None = None, *, now_ms: Callable[[], int] = _system_ms) -> None:
+        self._get_bytes_max = (settings or StoreOptions(kind="memory")).get_bytes_max
         self._now_ms = now_ms
         self._objects: dict[str, tuple[ObjectInfo, bytes]] = {}
 

@@ -8,13 +8,13 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from shstore.errors import StoreInvalid
 from shstore.local import LocalStore
 from shstore.memory import MemoryStore
+from shstore.options import StoreOptions
 from shstore.port import ObjectStore
-from shstore.settings import StoreSettings
 
 _URL_OPTIONS = ("endpoint", "region")
 
 
-def open_store(where: StoreSettings | str) -> ObjectStore:
+def open_store(where: StoreOptions | str) -> ObjectStore:
     """Returns a store with a single attempt per call; RetryingStore adds retries. Does no I/O; `check()` does.
 
     A URL is `file:///directory`, `s3://bucket/prefix?endpoint=http://host:port&region=name` (credentials from boto's
@@ -31,7 +31,7 @@ def open_store(where: StoreSettings | str) -> ObjectStore:
     return MemoryStore(settings)
 
 
-def settings_from_url(url: str) -> StoreSettings:
+def settings_from_url(url: str) -> StoreOptions:
     """Returns the settings of a store URL. Raises StoreInvalid with the part that is wrong."""
     parsed = urlsplit(url)
     if parsed.scheme == "s3":
@@ -41,19 +41,19 @@ def settings_from_url(url: str) -> StoreSettings:
     if parsed.scheme == "file":
         if not parsed.path.startswith("/"):
             raise StoreInvalid(f"store URL {url!r} needs an absolute path, as in file:///var/lib/streamhouse")
-        return StoreSettings(kind="local", path=Path(unquote(parsed.path)))
+        return StoreOptions(kind="local", path=Path(unquote(parsed.path)))
     if parsed.scheme == "memory" and not parsed.path:
-        return StoreSettings(kind="memory")
+        return StoreOptions(kind="memory")
     raise StoreInvalid(f"store URL {url!r} is none of file:///path, s3://bucket/prefix, memory:")
 
 
-def _s3_settings(parsed: SplitResult) -> StoreSettings:
+def _s3_settings(parsed: SplitResult) -> StoreOptions:
     if "@" in parsed.netloc or parsed.fragment:
         raise StoreInvalid("an s3:// store URL holds no credentials and no fragment")
     options = dict(parse_qsl(parsed.query, keep_blank_values=True))
     if unknown := sorted(options.keys() - set(_URL_OPTIONS)):
         raise StoreInvalid(f"store URL option {unknown[0]!r} is unknown, expected one of {_URL_OPTIONS}")
-    return StoreSettings(
+    return StoreOptions(
         kind="s3",
         bucket=parsed.netloc,
         prefix=unquote(parsed.path).strip("/"),

@@ -14,11 +14,11 @@ from email.utils import parsedate_to_datetime
 from shstore.body import request_body
 from shstore.errors import BodyTruncated, ObjectMissing, RangeBeyondEnd, StoreError, WrongRange
 from shstore.keys import check_key, check_prefix, is_key
+from shstore.options import S3_PARTS_MAX, StoreOptions
 from shstore.port import ObjectInfo
 from shstore.ranges import byte_views, check_range, resolve_range, split_views
 from shstore.s3_errors import delete_error, delete_errors
 from shstore.s3_requests import Reply, S3Requests
-from shstore.settings import S3_PARTS_MAX, StoreSettings
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ ABORT_TIMEOUT_S = 5.0
 class S3Store:
     """Objects in `settings.bucket` below `settings.prefix`. The client opens at the first call."""
 
-    def __init__(self, settings: StoreSettings) -> None:
+    def __init__(self, settings: StoreOptions) -> None:
         assert settings.kind == "s3"
         self._settings = settings
         self._prefix = f"{settings.prefix.rstrip('/')}/" if settings.prefix else ""

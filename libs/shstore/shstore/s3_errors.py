@@ -27,7 +27,7 @@ from shstore.errors import (
     StoreInvalid,
     StoreUnavailable,
 )
-from shstore.settings import StoreSettings
+from shstore.options import StoreOptions
 
 CLIENT_ERRORS = (BotoCoreError, ClientError, aiohttp.ClientError, OSError)
 """What a call to the client may raise, beside TimeoutError."""
@@ -42,7 +42,7 @@ _DENIED = ("ExpiredToken", "InvalidToken")
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
 
 
-def store_error(exc: Exception, operation: str, key: str | None, settings: StoreSettings) -> StoreError:
+def store_error(exc: Exception, operation: str, key: str | None, settings: StoreOptions) -> StoreError:
     """Returns the StoreError for `exc`, met in `operation` on `key` (None: on the bucket)."""
     where = f"S3 {operation} at {settings.endpoint or 'AWS'}, bucket {settings.bucket!r}"
     if isinstance(exc, ClientError):
@@ -59,7 +59,7 @@ def delete_errors(replied: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [error for error in replied if error.get("Code", "") not in _MISSING]
 
 
-def delete_error(errors: Sequence[dict[str, Any]], keys: Sequence[str], settings: StoreSettings) -> StoreError:
+def delete_error(errors: Sequence[dict[str, Any]], keys: Sequence[str], settings: StoreOptions) -> StoreError:
     """Returns the error for `keys` that DeleteObjects reports as not deleted: a refusal if any of them is refused.
 
     An unknown code counts as a refusal: a call that is repeated in vain holds up the deletion of all other keys.
@@ -75,7 +75,7 @@ def delete_error(errors: Sequence[dict[str, Any]], keys: Sequence[str], settings
     return StoreUnavailable(message, throttled=first.get("Code") in _THROTTLED)
 
 
-def _response_error(exc: ClientError, where: str, key: str | None, settings: StoreSettings) -> StoreError:
+def _response_error(exc: ClientError, where: str, key: str | None, settings: StoreOptions) -> StoreError:
     error = exc.response.get("Error", {})
     code = str(error.get("Code", ""))
     status = int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

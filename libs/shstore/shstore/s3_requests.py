@@ -12,8 +12,8 @@ from aiobotocore.config import AioConfig
 from aiobotocore.httpsession import AIOHTTPSession
 
 from shstore.errors import StoreUnavailable
+from shstore.options import StoreOptions
 from shstore.s3_errors import CLIENT_ERRORS, store_error
-from shstore.settings import StoreSettings
 
 Reply: TypeAlias = dict[str, Any]
 Result = TypeVar("Result")
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 class S3Requests:
     """Sends requests to one bucket; opens its client at the first request."""
 
-    def __init__(self, settings: StoreSettings) -> None:
+    def __init__(self, settings: StoreOptions) -> None:
         self._settings = settings
         self._resources = AsyncExitStack()
         self._opening = asyncio.Lock()
@@ -81,7 +81,7 @@ class _Http(AIOHTTPSession):  # type: ignore[misc]
         return session
 
 
-def _new_client(settings: StoreSettings) -> Any:
+def _new_client(settings: StoreOptions) -> Any:
     config = AioConfig(
         connect_timeout=settings.connect_timeout_ms / 1000,
         read_timeout=settings.read_timeout_ms / 1000,

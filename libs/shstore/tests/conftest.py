@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import boto3
 import botocore.session
 import pytest
-from shstore import StoreSettings
+from shstore import StoreOptions
 
 from tests.integration.servers import Server, versitygw_server
 
@@ -63,12 +63,12 @@ def s3_endpoint() -> Iterator[str]:
 
 
 @pytest.fixture
-def strict_s3() -> Iterator[StoreSettings]:
+def strict_s3() -> Iterator[StoreOptions]:
     """A bucket on a server that refuses access keys it does not know, which is any from now on."""
     # The count of requests before checking begins covers the one that creates the bucket.
     with moto_endpoint({**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": "1"}) as endpoint:
         create_bucket(endpoint, "bucket")
-        yield StoreSettings(kind="s3", endpoint=endpoint, bucket="bucket", access_key="AKIAWRONG", secret_key="s")
+        yield StoreOptions(kind="s3", endpoint=endpoint, bucket="bucket", access_key="AKIAWRONG", secret_key="s")
 
 
 def create_bucket(endpoint: str, bucket: str, access_key: str = "test", secret_key: str = "test") -> None:
@@ -84,7 +84,7 @@ def create_bucket(endpoint: str, bucket: str, access_key: str = "test", secret_k
 
 
 @pytest.fixture
-def s3_settings(s3_endpoint: str) -> StoreSettings:
+def s3_settings(s3_endpoint: str) -> StoreOptions:
     return new_bucket(s3_endpoint, "test", "test")
 
 
@@ -96,14 +96,14 @@ def versitygw() -> Iterator[Server]:
 
 
 @pytest.fixture
-def versitygw_settings(versitygw: Server) -> StoreSettings:
+def versitygw_settings(versitygw: Server) -> StoreOptions:
     keys = (versitygw.settings[f"STREAMHOUSE_S3_{name}_KEY"] for name in ("ACCESS", "SECRET"))
     return new_bucket(versitygw.url, *keys)
 
 
-def new_bucket(endpoint: str, access_key: str, secret_key: str) -> StoreSettings:
+def new_bucket(endpoint: str, access_key: str, secret_key: str) -> StoreOptions:
     """The settings of a bucket made now; 5 MiB, S3's least, begin a multipart upload."""
-    settings = StoreSettings(
+    settings = StoreOptions(
         kind="s3",
         endpoint=endpoint,
         bucket=f"test-{uuid.uuid4().hex}",

@@ -22,7 +22,7 @@ from shstore import (
     RetryingStore,
     RetryPolicy,
     StoreInvalid,
-    StoreSettings,
+    StoreOptions,
 )
 from shstore.s3 import S3Store
 
@@ -42,7 +42,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     if request.param == "memory":
         opened = MemoryStore()
     elif request.param == "local":
-        opened = LocalStore(StoreSettings(kind="local", path=tmp_path / "store", prefix="cluster-a"))
+        opened = LocalStore(StoreOptions(kind="local", path=tmp_path / "store", prefix="cluster-a"))
     elif request.param == "s3":
         opened = S3Store(request.getfixturevalue("s3_settings"))
     elif request.param == "versitygw":

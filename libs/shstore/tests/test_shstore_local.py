@@ -19,7 +19,7 @@ from shstore import (
     StoreDenied,
     StoreError,
     StoreInvalid,
-    StoreSettings,
+    StoreOptions,
     StoreUnavailable,
     local,
 )
@@ -27,7 +27,7 @@ from shstore.local_files import TempFile, store_error
 
 
 def open_local(path: Path) -> LocalStore:
-    return LocalStore(StoreSettings(kind="local", path=path))
+    return LocalStore(StoreOptions(kind="local", path=path))
 
 
 async def test_objects_outlive_the_store(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ async def test_directories_removed_by_someone_come_back(tmp_path: Path) -> None:
 
 async def test_a_delete_names_what_it_may_not_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a file that an administrator made immutable, which needs a privilege and a file system that knows it."""
-    store = LocalStore(StoreSettings(kind="local", path=tmp_path))
+    store = LocalStore(StoreOptions(kind="local", path=tmp_path))
     for key in ("a/1", "a/2", "b/3"):
         await store.put(key, [b"x"])
     unlink = Path.unlink
@@ -183,9 +183,9 @@ async def test_two_processes_race_for_keys(tmp_path: Path) -> None:
     script = """
 import asyncio, sys
 from pathlib import Path
-from shstore import LocalStore, ObjectExists, StoreSettings
+from shstore import LocalStore, ObjectExists, StoreOptions
 async def main():
-    store = LocalStore(StoreSettings(kind="local", path=Path(sys.argv[1])))
+    store = LocalStore(StoreOptions(kind="local", path=Path(sys.argv[1])))
     for number in range(100):
         try:
             await store.put(f"k/{number:03}", [sys.argv[2].encode()])
@@ -235,10 +235,10 @@ def test_a_full_disk_is_unavailable_and_leaves_nothing(tmp_path: Path) -> None:
     script = """
 import asyncio, os, sys
 from pathlib import Path
-from shstore import LocalStore, StoreSettings, StoreUnavailable
+from shstore import LocalStore, StoreOptions, StoreUnavailable
 async def main():
     root = Path(sys.argv[1])
-    store = LocalStore(StoreSettings(kind="local", path=root))
+    store = LocalStore(StoreOptions(kind="local", path=root))
     await store.put("small", [b"x" * 1000])
     try:
         await store.put("big", [os.urandom(1 << 20)] * 3)
@@ -258,9 +258,9 @@ def test_a_read_only_disk_is_denied(tmp_path: Path) -> None:
     script = """
 import asyncio, sys
 from pathlib import Path
-from shstore import LocalStore, StoreSettings, StoreDenied
+from shstore import LocalStore, StoreOptions, StoreDenied
 try:
-    asyncio.run(LocalStore(StoreSettings(kind="local", path=Path(sys.argv[1]) / "store")).check())
+    asyncio.run(LocalStore(StoreOptions(kind="local", path=Path(sys.argv[1]) / "store")).check())
 except StoreDenied as exc:
     print(exc)
 """

@@ -21,7 +21,7 @@ from shstore import (
     StoreDenied,
     StoreError,
     StoreInvalid,
-    StoreSettings,
+    StoreOptions,
     StoreUnavailable,
 )
 from shstore.s3 import S3Store
@@ -32,7 +32,7 @@ MIB = 1024 * 1024
 
 
 @pytest.mark.long
-async def test_no_bucket(s3_settings: StoreSettings) -> None:
+async def test_no_bucket(s3_settings: StoreOptions) -> None:
     store = S3Store(dataclasses.replace(s3_settings, bucket="not-there"))
     message = f"bucket 'not-there' does not exist at {s3_settings.endpoint}"
     for call in (store.check(), store.get("k"), store.put("k", [b"x"]), store.put("k", [bytes(6 * MIB)])):
@@ -42,7 +42,7 @@ async def test_no_bucket(s3_settings: StoreSettings) -> None:
 
 
 @pytest.mark.long
-async def test_wrong_credentials(strict_s3: StoreSettings) -> None:
+async def test_wrong_credentials(strict_s3: StoreOptions) -> None:
     async with opened(strict_s3) as store:
         with pytest.raises(StoreDenied, match=r"InvalidAccessKeyId.*check access key AKIAWRONG"):
             await store.check()
@@ -50,7 +50,7 @@ async def test_wrong_credentials(strict_s3: StoreSettings) -> None:
             await store.put("k", [b"x"])
 
 
-async def test_no_credentials(s3_settings: StoreSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_credentials(s3_settings: StoreOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
@@ -62,7 +62,7 @@ async def test_no_credentials(s3_settings: StoreSettings, monkeypatch: pytest.Mo
     await store.close()
 
 
-async def test_nothing_listens(s3_settings: StoreSettings) -> None:
+async def test_nothing_listens(s3_settings: StoreOptions) -> None:
     async with server(answering(b"")) as endpoint:
         pass
     store = S3Store(dataclasses.replace(s3_settings, endpoint=endpoint))
@@ -71,7 +71,7 @@ async def test_nothing_listens(s3_settings: StoreSettings) -> None:
     await store.close()
 
 
-async def test_keys_lie_below_the_prefix(s3_settings: StoreSettings) -> None:
+async def test_keys_lie_below_the_prefix(s3_settings: StoreOptions) -> None:
     one, two = (S3Store(dataclasses.replace(s3_settings, prefix=prefix)) for prefix in ("one", "one-two"))
     await one.put("k", [b"1"])
     await two.put("k", [b"2"])
@@ -85,7 +85,7 @@ async def test_keys_lie_below_the_prefix(s3_settings: StoreSettings) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("threshold_bytes", [5 * MIB, 64 * MIB], ids=["multipart", "one put"])
-async def test_an_upload_holds_no_second_copy_of_the_object(s3_settings: StoreSettings, threshold_bytes: int) -> None:
+async def test_an_upload_holds_no_second_copy_of_the_object(s3_settings: StoreOptions, threshold_bytes: int) -> None:
     """G7: whoever builds objects counts their bytes once. The object here is 32 views of the same MiB."""
     piece = bytes(range(256)) * 4096
     async with opened(s3_settings, multipart_threshold_bytes=threshold_bytes) as store:
@@ -100,7 +100,7 @@ async def test_an_upload_holds_no_second_copy_of_the_object(s3_settings: StoreSe
         assert await store.get("large", at=5 * MIB - 2, size_bytes=4) == piece[-2:] + piece[:2]
 
 
-async def uploads_under_way(settings: StoreSettings) -> int:
+async def uploads_under_way(settings: StoreOptions) -> int:
     client = aioboto3.Session().client(
         "s3",
         endpoint_url=settings.endpoint,
@@ -113,7 +113,7 @@ async def uploads_under_way(settings: StoreSettings) -> int:
 
 
 @pytest.mark.long
-async def test_a_multipart_upload_that_loses_the_race_is_aborted(s3_settings: StoreSettings) -> None:
+async def test_a_multipart_upload_that_loses_the_race_is_aborted(s3_settings: StoreOptions) -> None:
     store = S3Store(s3_settings)
     await store.put("large", [bytes(6 * MIB)])
     with pytest.raises(ObjectExists):
@@ -123,7 +123,7 @@ async def test_a_multipart_upload_that_loses_the_race_is_aborted(s3_settings: St
 
 
 @pytest.mark.long
-async def test_a_failed_or_cancelled_multipart_upload_is_aborted(s3_settings: StoreSettings) -> None:
+async def test_a_failed_or_cancelled_multipart_upload_is_aborted(s3_settings: StoreOptions) -> None:
     """A proxy in between cuts (or holds back) the second part; all else passes."""
     assert s3_settings.endpoint
     for hold in (False, True):
@@ -149,7 +149,7 @@ async def test_a_failed_or_cancelled_multipart_upload_is_aborted(s3_settings: St
 
 
 @asynccontextmanager
-async def opened(settings: StoreSettings, **changes: Any) -> AsyncIterator[S3Store]:
+async def opened(settings: StoreOptions, **changes: Any) -> AsyncIterator[S3Store]:
     store = S3Store(dataclasses.replace(settings, **changes))
     try:
         yield store
@@ -184,7 +184,7 @@ def xml_error(status: str, code: str) -> bytes:
     ],
 )
 async def test_what_error_codes_mean(
-    s3_settings: StoreSettings, status: str, code: str, kind: type[StoreError], throttled: bool | None
+    s3_settings: StoreOptions, status: str, code: str, kind: type[StoreError], throttled: bool | None
 ) -> None:
     requests = 0
 
@@ -219,7 +219,7 @@ DELETE_ERROR = b"<Error><Key>%s</Key><Code>%s</Code><Message>no</Message></Error
     ],
 )
 async def test_what_codes_of_single_keys_of_a_delete_mean(
-    s3_settings: StoreSettings, codes: list[str], kind: type[StoreError], named: str
+    s3_settings: StoreOptions, codes: list[str], kind: type[StoreError], named: str
 ) -> None:
     """A key under a lock is no store that is away: repeating does not help, and the others are gone."""
     async with server(answering(deleted_but(*codes))) as endpoint, opened(s3_settings, endpoint=endpoint) as store:
@@ -235,7 +235,7 @@ def deleted_but(*codes: str, prefix: str = "") -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
-async def test_a_refusal_names_the_keys_that_are_still_there(s3_settings: StoreSettings) -> None:
+async def test_a_refusal_names_the_keys_that_are_still_there(s3_settings: StoreOptions) -> None:
     reply = deleted_but("NoSuchKey", "AccessDenied", "InternalError", prefix="ours/")
     async with server(answering(reply)) as endpoint, opened(s3_settings, prefix="ours", endpoint=endpoint) as store:
         with pytest.raises(KeysRefused) as caught:
@@ -243,14 +243,14 @@ async def test_a_refusal_names_the_keys_that_are_still_there(s3_settings: StoreS
     assert caught.value.keys == ("k1", "k2")
 
 
-async def test_a_key_that_is_gone_already_is_deleted(s3_settings: StoreSettings) -> None:
+async def test_a_key_that_is_gone_already_is_deleted(s3_settings: StoreOptions) -> None:
     """Some stores report it as an error; its deletion would never have been finished."""
     reply = deleted_but("NoSuchKey")
     async with server(answering(reply)) as endpoint, opened(s3_settings, endpoint=endpoint) as store:
         await store.delete(["k0"])
 
 
-async def test_what_others_keep_under_names_that_are_no_keys_is_not_listed(s3_settings: StoreSettings) -> None:
+async def test_what_others_keep_under_names_that_are_no_keys_is_not_listed(s3_settings: StoreOptions) -> None:
     """Consoles make "data/" for an empty folder; a sweep that was told of it could never delete it, nor go on."""
     async with opened(s3_settings) as store:
         await store.put("data/x", [b"ours"])
@@ -277,7 +277,7 @@ GET_100 = b'HTTP/1.1 206 Partial\r\nETag: "e"\r\nContent-Length: %d\r\nContent-R
     ],
 )  # fmt: skip
 async def test_a_get_that_is_not_what_was_asked_for_is_an_error(
-    s3_settings: StoreSettings, reply: bytes, kind: type[StoreError]
+    s3_settings: StoreOptions, reply: bytes, kind: type[StoreError]
 ) -> None:
     async with server(answering(reply)) as endpoint, opened(s3_settings, endpoint=endpoint) as store:
         with pytest.raises((kind, BodyTruncated)):
@@ -288,7 +288,7 @@ async def test_a_get_that_is_not_what_was_asked_for_is_an_error(
     ("limits", "message"),
     [({"read_timeout_ms": 100}, "Read timeout"), ({"attempt_timeout_ms": 100}, "took longer than 100 ms")],
 )
-async def test_a_silent_server_times_out(s3_settings: StoreSettings, limits: dict[str, int], message: str) -> None:
+async def test_a_silent_server_times_out(s3_settings: StoreOptions, limits: dict[str, int], message: str) -> None:
     async def silence(request: bytes, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(3600)
 
@@ -298,7 +298,7 @@ async def test_a_silent_server_times_out(s3_settings: StoreSettings, limits: dic
 
 
 @pytest.mark.parametrize("size_bytes", [10, 4 * MIB, 6 * MIB])
-async def test_a_put_waits_for_nothing_but_the_reply(s3_settings: StoreSettings, size_bytes: int) -> None:
+async def test_a_put_waits_for_nothing_but_the_reply(s3_settings: StoreOptions, size_bytes: int) -> None:
     """The server takes what comes and never says a word, not even that the body may follow."""
 
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -313,7 +313,7 @@ async def test_a_put_waits_for_nothing_but_the_reply(s3_settings: StoreSettings,
             await store.put("k", [bytes(size_bytes)])
 
 
-async def test_a_huge_object_is_refused_before_it_is_read(s3_settings: StoreSettings) -> None:
+async def test_a_huge_object_is_refused_before_it_is_read(s3_settings: StoreOptions) -> None:
     reply = b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 99999999999999\r\n\r\n'
     message = "get of 99999999999999 bytes of 'k' is over get_bytes_max = 1000"
     async with (

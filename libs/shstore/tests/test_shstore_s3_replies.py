@@ -13,7 +13,7 @@ from shstore import (
     ObjectMissing,
     RetryingStore,
     RetryPolicy,
-    StoreSettings,
+    StoreOptions,
     StoreUnavailable,
 )
 from shstore.s3 import S3Store
@@ -28,7 +28,7 @@ POLICY = RetryPolicy(base_delay_ms=1, throttled_base_delay_ms=1)
 
 
 @asynccontextmanager
-async def wired(settings: StoreSettings) -> AsyncIterator[tuple[Wire, S3Store]]:
+async def wired(settings: StoreOptions) -> AsyncIterator[tuple[Wire, S3Store]]:
     """A store that reaches its server through the wire."""
     assert settings.endpoint
     wire = Wire(settings.endpoint)
@@ -52,7 +52,7 @@ async def wired(settings: StoreSettings) -> AsyncIterator[tuple[Wire, S3Store]]:
     ids=["put", "create", "part", "complete"],
 )
 async def test_a_put_whose_reply_was_lost_is_found_to_be_done(
-    s3_settings: StoreSettings, body: bytes, request_: bytes, times: int
+    s3_settings: StoreOptions, body: bytes, request_: bytes, times: int
 ) -> None:
     async with wired(s3_settings) as (wire, one_try):
         wire.lost += [request_] * times
@@ -66,7 +66,7 @@ async def test_a_put_whose_reply_was_lost_is_found_to_be_done(
 
 @pytest.mark.parametrize("checksums", [True, False])
 async def test_a_multipart_upload_is_created_for_the_checksum_that_its_parts_carry(
-    s3_settings: StoreSettings, checksums: bool
+    s3_settings: StoreOptions, checksums: bool
 ) -> None:
     async with wired(dataclasses.replace(s3_settings, request_checksums=checksums)) as (wire, store):
         await store.put("k", [LARGE])
@@ -77,7 +77,7 @@ async def test_a_multipart_upload_is_created_for_the_checksum_that_its_parts_car
     assert all((b"x-amz-checksum-crc32" in part) == checksums for part in parts)
 
 
-async def test_a_completed_upload_whose_reply_was_lost_leaves_no_parts(s3_settings: StoreSettings) -> None:
+async def test_a_completed_upload_whose_reply_was_lost_leaves_no_parts(s3_settings: StoreOptions) -> None:
     async with wired(s3_settings) as (wire, one_try):
         wire.lost = [b"?uploadId="]
         await RetryingStore(one_try, POLICY).put("k", [LARGE])
@@ -86,7 +86,7 @@ async def test_a_completed_upload_whose_reply_was_lost_leaves_no_parts(s3_settin
 
 @pytest.mark.parametrize(("body", "request_"), [(SMALL, b"PUT "), (LARGE, b"?uploadId=")], ids=["put", "complete"])
 async def test_a_lost_reply_does_not_hide_that_somebody_else_has_the_key(
-    s3_settings: StoreSettings, body: bytes, request_: bytes
+    s3_settings: StoreOptions, body: bytes, request_: bytes
 ) -> None:
     """What is lost is "it exists": the next try must not take the other's bytes for its own."""
     async with wired(s3_settings) as (wire, one_try):
@@ -100,7 +100,7 @@ async def test_a_lost_reply_does_not_hide_that_somebody_else_has_the_key(
         assert await store.get("k") == theirs
 
 
-async def test_one_attempt_is_one_request(s3_settings: StoreSettings) -> None:
+async def test_one_attempt_is_one_request(s3_settings: StoreOptions) -> None:
     """Whoever repeats a put must know that it is a repetition: its own object is in the way then."""
     async with wired(s3_settings) as (wire, store):
         wire.lost = [b"PUT "]
@@ -110,7 +110,7 @@ async def test_one_attempt_is_one_request(s3_settings: StoreSettings) -> None:
         assert await store.get("k") == SMALL
 
 
-async def test_a_delete_whose_reply_was_lost_is_repeated(s3_settings: StoreSettings) -> None:
+async def test_a_delete_whose_reply_was_lost_is_repeated(s3_settings: StoreOptions) -> None:
     async with wired(s3_settings) as (wire, one_try):
         store = RetryingStore(one_try, POLICY)
         for key in ("a", "b", "kept"):
@@ -125,7 +125,7 @@ async def test_a_delete_whose_reply_was_lost_is_repeated(s3_settings: StoreSetti
 
 @pytest.mark.parametrize(("at", "size_bytes"), [(0, None), (100, None), (0, MIB), (MIB, 4 * MIB)])
 async def test_a_body_that_breaks_off_is_never_taken_for_the_whole(
-    s3_settings: StoreSettings, at: int, size_bytes: int | None
+    s3_settings: StoreOptions, at: int, size_bytes: int | None
 ) -> None:
     wanted = LARGE[at:] if size_bytes is None else LARGE[at : at + size_bytes]
     async with wired(s3_settings) as (wire, one_try):
@@ -139,7 +139,7 @@ async def test_a_body_that_breaks_off_is_never_taken_for_the_whole(
         assert not wire.cut
 
 
-async def test_a_listing_that_breaks_off_is_never_taken_for_the_whole(s3_settings: StoreSettings) -> None:
+async def test_a_listing_that_breaks_off_is_never_taken_for_the_whole(s3_settings: StoreOptions) -> None:
     async with wired(s3_settings) as (wire, one_try):
         store = RetryingStore(one_try, POLICY)
         keys = [f"data/t/{number}" for number in range(5)]

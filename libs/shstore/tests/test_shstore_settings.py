@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shstore import LocalStore, MemoryStore, StoreError, StoreInvalid, StoreSettings, open_store
+from shstore import LocalStore, MemoryStore, StoreError, StoreInvalid, StoreOptions, open_store
 from shstore.keys import check_key
 from shstore.open import settings_from_url
 from shstore.ranges import byte_views, split_views
@@ -57,22 +57,22 @@ def test_a_key_is_accepted_or_refused_never_worse(key: str) -> None:
 )
 def test_a_bad_setting_names_itself(changes: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"kind": "s3", "bucket": "b", "access_key": "a", "secret_key": "s"}
-    assert StoreSettings(**good)
+    assert StoreOptions(**good)
     with pytest.raises(StoreInvalid, match=message):
-        StoreSettings(**{**good, **changes})
+        StoreOptions(**{**good, **changes})
 
 
 def test_a_secret_is_not_shown() -> None:
-    assert "hush" not in repr(StoreSettings(kind="s3", bucket="b", access_key="a", secret_key="hush"))
+    assert "hush" not in repr(StoreOptions(kind="s3", bucket="b", access_key="a", secret_key="hush"))
 
 
 def test_open_store_by_url(tmp_path: Path) -> None:
     assert isinstance(open_store(f"file://{tmp_path}"), LocalStore)
     assert isinstance(open_store("memory:"), MemoryStore)
     assert isinstance(open_store("s3://bucket"), S3Store)
-    assert isinstance(open_store(StoreSettings(kind="memory")), MemoryStore)
+    assert isinstance(open_store(StoreOptions(kind="memory")), MemoryStore)
     assert settings_from_url("file:///a%20b").path == Path("/a b")
-    assert settings_from_url("s3://b/p/q/?endpoint=http://h:1&region=eu") == StoreSettings(
+    assert settings_from_url("s3://b/p/q/?endpoint=http://h:1&region=eu") == StoreOptions(
         kind="s3", bucket="b", prefix="p/q", endpoint="http://h:1", region="eu"
     )
 

@@ -18,7 +18,7 @@ from shproto.services import QueryClient
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
 from shruntime.server import RpcServer
 from shruntime.settings import SettingsError
-from shstore import LocalStore, StoreSettings
+from shstore import LocalStore, StoreOptions
 from streamhouse_query.settings import QuerySettings
 from streamhouse_query.wiring import build
 
@@ -58,7 +58,7 @@ async def start_process(environ: dict[str, str]) -> asyncio.subprocess.Process:
 
 @pytest.fixture
 async def platform(tmp_path: Path) -> AsyncIterator[StandInPlatform]:
-    yield StandInPlatform(LocalStore(StoreSettings(kind="local", path=tmp_path / "objects")))
+    yield StandInPlatform(LocalStore(StoreOptions(kind="local", path=tmp_path / "objects")))
 
 
 async def health(address: str) -> int:

@@ -19,7 +19,7 @@ import pytest
 from shproto.v1 import coordinator_pb2, ingest_pb2
 from shruntime.clock import SystemClock
 from shruntime.server import RpcServer
-from shstore import LocalStore, StoreSettings
+from shstore import LocalStore, StoreOptions
 from streamhouse_coordinator.core.tables import SESSIONS
 
 from services.segmenter.tests.segmenter_world import World, assert_all_stored
@@ -130,7 +130,7 @@ class Platform:
     def __init__(self, work_dir: Path) -> None:
         self.world = World(clock=SystemClock())
         self.objects = work_dir / "objects"
-        self.store = LocalStore(StoreSettings(kind="local", path=self.objects))
+        self.store = LocalStore(StoreOptions(kind="local", path=self.objects))
         self.server = RpcServer(
             "127.0.0.1:0",
             (

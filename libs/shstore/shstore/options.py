@@ -1,4 +1,4 @@
-"""Settings of a store, with units and reasons. Checked at construction: the error names a wrong value."""
+"""Options of a store, with units and reasons. Checked at construction: the error names a wrong value."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _POSITIVE = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoreSettings:
+class StoreOptions:
     """Place of the objects, and limits of the requests to it. Raises StoreInvalid for settings that cannot work."""
 
     kind: StoreKind
