@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from shruntime.memory import MemoryShare
-from shruntime.settings import PREFIX, CommonSettings, StoreSettings
+from shruntime.settings import PREFIX, CommonSettings
+from shstore.settings import StoreSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "settings.md"

@@ -30,8 +30,8 @@ def objects_of(data_dir: str) -> str:
 def store_of(question: str, store_dir: str | None, config: str | None) -> RetryingStore:
     """Returns the store in a local directory, or the bucket of STREAMHOUSE_S3_*. Raises CliError that begins with
     `question` if neither is named, and for a directory without a store; SettingsError, StoreError."""
-    from shruntime.settings import StoreSettings
-    from shstore.configured import configured_store
+    from shstore.open import configured_store
+    from shstore.settings import StoreSettings
 
     from streamhouse_cli.services import environ_with, load_all_settings
 

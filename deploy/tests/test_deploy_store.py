@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from shruntime.settings import StoreSettings
-from shstore.configured import configured_store
+from shstore.open import configured_store
+from shstore.settings import StoreSettings
 
 from deploy.tests.test_deploy_compose import OURS, SERVICES, environ_of
 from tests.integration.processes import free_ports

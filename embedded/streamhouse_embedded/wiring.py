@@ -17,12 +17,12 @@ from shruntime.advertise import advertised_address
 from shruntime.memory import log_memory_limits
 from shruntime.server import RpcServer, ServerLimits, check_listen
 from shruntime.service import prepare_process
-from shruntime.settings import StoreSettings
 from shruntime.supervisor import Supervisor
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
 from shstore import ObjectStore
-from shstore.configured import configured_store
+from shstore.open import configured_store
+from shstore.settings import StoreSettings
 from streamhouse_coordinator import wiring as coordinator_wiring
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_ingest import wiring as ingest_wiring

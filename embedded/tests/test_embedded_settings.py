@@ -5,7 +5,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from shruntime.settings import SettingsError, StoreSettings
+from shruntime.settings import SettingsError
+from shstore.settings import StoreSettings
 from streamhouse_coordinator.settings import CoordinatorSettings
 from streamhouse_embedded.settings import EmbeddedSettings
 from streamhouse_embedded.wiring import EmbeddedPlatform

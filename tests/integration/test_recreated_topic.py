@@ -11,8 +11,8 @@ from shproto.errors import UnknownGroup
 from shproto.rpc import Connection
 from shproto.services import CoordinatorClient, QueryClient
 from shproto.v1 import coordinator_pb2
-from shruntime.settings import StoreSettings
-from shstore.configured import configured_store
+from shstore.open import configured_store
+from shstore.settings import StoreSettings
 from streamhouse import Admin, Consumer, Producer
 
 from tests.integration.cluster import Cluster

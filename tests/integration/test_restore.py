@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
-from shruntime.settings import StoreSettings
-from shstore.configured import configured_store
+from shstore.open import configured_store
+from shstore.settings import StoreSettings
 from streamhouse import Admin, Consumer, Producer
 from streamhouse_cli.services import load_all_settings
 from streamhouse_segmenter.core.history import MARK_KEY, HistoryMark

@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 
 import pytest
 from shproto.v1 import coordinator_pb2, types_pb2
-from shruntime import settings as runtime
 from shstore import ObjectStore, RetryingStore, RetryPolicy, StoreOptions, open_store
-from shstore.configured import configured_store
 from shstore.errors import ObjectExists, StoreError
+from shstore.open import configured_store
+from shstore.settings import StoreSettings
 
 from tests.faults.proxy import Direction, FaultProxy
 from tests.faults.store_proxy import StoreFault, StoreProxy
@@ -200,9 +200,7 @@ async def test_g2_g7_ten_seconds_of_latency_make_everything_late_and_nothing_wro
     proxy = FaultProxy("store", urlsplit(storage["STREAMHOUSE_S3_ENDPOINT"]).netloc)
     await proxy.start()
     environ = {name: value for name, value in storage.items() if name.startswith("STREAMHOUSE_S3_")}
-    store = configured_store(
-        runtime.StoreSettings.load(environ | {"STREAMHOUSE_S3_ENDPOINT": f"http://{proxy.address}"})
-    )
+    store = configured_store(StoreSettings.load(environ | {"STREAMHOUSE_S3_ENDPOINT": f"http://{proxy.address}"}))
     try:
         async with rivals(storage["STREAMHOUSE_PG_DSN"], tmp_path, WAL, store=store) as found:
             proxy.delay(Direction.DOWN, LATENCY_MS)

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 from shproto.v1 import types_pb2
-from shruntime import settings as runtime
 from shruntime.memory import MIB
 from shstore import ObjectExists
-from shstore.configured import configured_store
+from shstore.open import configured_store
+from shstore.settings import StoreSettings
 
 from tests.integration.rivals import rivals
 from tests.integration.servers import Server, own_storage
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
-THRESHOLD_BYTES = runtime.StoreSettings.model_fields["s3_multipart_threshold_bytes"].default
+THRESHOLD_BYTES = StoreSettings.model_fields["s3_multipart_threshold_bytes"].default
 
 
 async def test_g1_a_slice_above_the_multipart_threshold_is_acknowledged_durably_and_read_back(
@@ -29,9 +29,7 @@ async def test_g1_a_slice_above_the_multipart_threshold_is_acknowledged_durably_
 ) -> None:
     """With the settings that a service has by default."""
     environ = own_storage(postgres, versitygw)
-    store = configured_store(
-        runtime.StoreSettings.load({name: value for name, value in environ.items() if "_S3_" in name})
-    )
+    store = configured_store(StoreSettings.load({name: value for name, value in environ.items() if "_S3_" in name}))
     rng = random.Random(5)
     try:
         async with rivals(environ["STREAMHOUSE_PG_DSN"], tmp_path, types_pb2.ACKS_WAL, store=store) as found:
@@ -49,7 +47,7 @@ async def test_g1_a_slice_above_the_multipart_threshold_is_acknowledged_durably_
 
 
 async def test_conditional_puts_listing_and_deletes_above_the_threshold(versitygw: Server) -> None:
-    settings = runtime.StoreSettings.load(versitygw.settings | {"STREAMHOUSE_S3_PREFIX": os.urandom(4).hex()})
+    settings = StoreSettings.load(versitygw.settings | {"STREAMHOUSE_S3_PREFIX": os.urandom(4).hex()})
     store = configured_store(settings)
     body = random.Random(6).randbytes(THRESHOLD_BYTES + 1)
     try:

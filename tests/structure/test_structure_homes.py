@@ -27,7 +27,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "nameko": ("streamhouse_segmenter.adapters",),
     "prometheus_client": ("shruntime.metrics_page",),
     "pyarrow": ("shformat.columns", "streamhouse.records"),
-    "pydantic": ("shruntime", *SETTINGS),
+    "pydantic": ("shruntime", "shstore.settings", *SETTINGS),
     "pydantic_settings": ("shruntime.settings",),
     "redis": ("shread.adapters",),
     "rich": ("streamhouse_cli",),

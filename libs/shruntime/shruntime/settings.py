@@ -259,38 +259,3 @@ def _must_be_known(name: str, shown: str) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         raise SettingsError(f"unknown setting {shown}" + (f"; did you mean {near[0]}?" if near else ""))
-
-
-class StoreSettings(CommonSettings):
-    """Settings of the object store; services that read or write it inherit these."""
-
-    service: ClassVar[str] = "store"
-
-    store_dir: str = Field("", description="a local directory as object store; empty: S3")
-    s3_endpoint: str = Field("", description="URL of the S3 API; empty: AWS")
-    s3_bucket: str = Field("streamhouse", min_length=3, max_length=63, description="bucket, which must exist")
-    s3_prefix: str = Field("", max_length=256, description="put before every key, so that clusters can share a bucket")
-    s3_region: str = Field("us-east-1", description="region of the bucket")
-    s3_access_key: str = Field(
-        "", description="access key; empty: the usual AWS chain (variables, profile, instance role)"
-    )
-    s3_secret_key: str = Field("", repr=False, description="secret key; empty: the usual AWS chain")
-    s3_connect_timeout_ms: int = Field(5_000, ge=100, le=60_000, description="ms to connect")
-    s3_read_timeout_ms: int = Field(
-        30_000, ge=100, le=600_000, description="ms without a byte; S3's p99 for 8 MiB is well below"
-    )
-    s3_attempts_deadline_ms: int = Field(
-        60_000,
-        ge=0,
-        le=3_600_000,
-        description="ms of retries with back-off before a call fails; the work itself is retried after",
-    )
-    s3_multipart_threshold_bytes: int = Field(
-        16 * MIB,
-        ge=5 * MIB,
-        le=5 * 1024 * MIB,
-        description="bytes above which an upload is multipart; parts run in parallel",
-    )
-    s3_multipart_part_bytes: int = Field(
-        8 * MIB, ge=5 * MIB, le=512 * MIB, description="bytes of one part; 5 MiB is S3's least"
-    )

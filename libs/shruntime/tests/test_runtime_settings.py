@@ -5,7 +5,8 @@ from typing import ClassVar, Self
 
 import pytest
 from pydantic import Field, model_validator
-from shruntime.settings import CommonSettings, SettingsError, StoreSettings, one_line
+from shruntime.settings import CommonSettings, SettingsError, one_line
+from shstore.settings import StoreSettings
 
 pytestmark = pytest.mark.quick
 

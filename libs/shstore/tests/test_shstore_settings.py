@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shstore import LocalStore, MemoryStore, StoreError, StoreInvalid, StoreOptions, open_store
 from shstore.keys import check_key
-from shstore.open import settings_from_url
+from shstore.open import options_from_url
 from shstore.ranges import byte_views, split_views
 from shstore.s3 import S3Store
 
@@ -71,8 +71,8 @@ def test_open_store_by_url(tmp_path: Path) -> None:
     assert isinstance(open_store("memory:"), MemoryStore)
     assert isinstance(open_store("s3://bucket"), S3Store)
     assert isinstance(open_store(StoreOptions(kind="memory")), MemoryStore)
-    assert settings_from_url("file:///a%20b").path == Path("/a b")
-    assert settings_from_url("s3://b/p/q/?endpoint=http://h:1&region=eu") == StoreOptions(
+    assert options_from_url("file:///a%20b").path == Path("/a b")
+    assert options_from_url("s3://b/p/q/?endpoint=http://h:1&region=eu") == StoreOptions(
         kind="s3", bucket="b", prefix="p/q", endpoint="http://h:1", region="eu"
     )
 

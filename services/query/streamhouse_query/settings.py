@@ -5,8 +5,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from shruntime.memory import MIB, MemoryShare
-from shruntime.settings import StoreSettings, one_line
+from shruntime.settings import one_line
 from shruntime.urls import url_of
+from shstore.settings import StoreSettings
 
 
 class QuerySettings(StoreSettings):

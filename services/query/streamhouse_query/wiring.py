@@ -31,7 +31,7 @@ from shruntime.settings import PREFIX, SettingsError
 from shruntime.tasks import Tasks
 from shruntime.urls import masked
 from shstore import ObjectStore, RetryingStore
-from shstore.configured import configured_store
+from shstore.open import configured_store
 
 from streamhouse_query.api import QueryApi
 from streamhouse_query.settings import QuerySettings

@@ -4,8 +4,9 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, Field, model_validator
 from shruntime.memory import MIB, MemoryShare
-from shruntime.settings import StoreSettings, one_line
+from shruntime.settings import one_line
 from shruntime.urls import url_of
+from shstore.settings import StoreSettings
 
 
 class SegmenterSettings(StoreSettings):

@@ -14,7 +14,7 @@ from shruntime.clock import Clock, SystemClock
 from shruntime.service import Apis, ServiceContext
 from shruntime.tasks import Tasks
 from shstore import ObjectStore, RetryingStore, RetryPolicy
-from shstore.configured import configured_store
+from shstore.open import configured_store
 
 from streamhouse_segmenter.adapters.feed_waker import BUFFERS_AND_WORKERS, WORKERS, follow_events
 from streamhouse_segmenter.adapters.loop_worker import LoopWorker
