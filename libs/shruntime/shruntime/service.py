@@ -32,14 +32,14 @@ Apis = Sequence[tuple[ServiceDescriptor, object]]
 
 
 class Service(Protocol):
-    """A service as its process sees it. `apis`: what the gRPC server offers beside health and reflection."""
+    """A service as its process sees it. `apis`: RPC services of the gRPC server, beside health and reflection."""
 
     @property
     def apis(self) -> Apis: ...
 
     async def start(self, address: str, /) -> None:
         """Returns once the service serves, however long that takes; it may be cancelled. `address`: host:port at which
-        others reach the process. Raises what makes the process end."""
+        others reach the process. Raises the error that ends the process."""
 
     async def failed(self) -> None:
         """Waits until a part of the service cannot go on. Raises the part's error; never returns."""
@@ -90,7 +90,7 @@ async def run(
     """Runs one service until SIGINT or SIGTERM, then drains. `build` returns the service over its peers, without I/O.
 
     call_grace_ms: how long calls that still run may take at the end. calls_end_first: True ends them before the service
-    stops; by default the service stops first, since it answers what waits and gives its work away.
+    stops; by default the service stops first, since it answers calls that wait and hands over its work.
 
     Raises the error that ended the process: ListenError, an error of the service's start, or the failure of a part.
     """
