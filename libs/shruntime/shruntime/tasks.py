@@ -77,6 +77,17 @@ class Tasks:
         await cancel_and_wait(*self._tasks)
 
 
+def _backoff_ms_max(attempt: int, first_ms: int, max_ms: int) -> int:
+    """Returns the longest wait after try number `attempt`, from 1 on: `first_ms`, doubled up to `max_ms`."""
+    return min(max_ms, first_ms << min(max(attempt - 1, 0), 32))
+
+
+def retry_after_ms(attempt: int, jitter: float, *, first_ms: int, max_ms: int) -> int:
+    """Returns the wait of a Backoff, at least 1 ms, for work whose tries are counted elsewhere, say in a table.
+    `attempt` counts from 1, `jitter` lies in [0, 1)."""
+    return max(1, int(_backoff_ms_max(attempt, first_ms, max_ms) * jitter))
+
+
 class Backoff:
     """Capped exponential back-off with full jitter
     (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/)."""
@@ -90,9 +101,8 @@ class Backoff:
 
     def next_ms(self) -> float:
         """Returns the ms to wait before the next try."""
-        ceiling = min(self._max_ms, self._first_ms * 2 ** min(self._attempt, 32))
         self._attempt += 1
-        return self._uniform(0, ceiling)
+        return self._uniform(0, _backoff_ms_max(self._attempt, self._first_ms, self._max_ms))
 
     def reset(self) -> None:
         self._attempt = 0

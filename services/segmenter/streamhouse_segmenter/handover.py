@@ -16,15 +16,14 @@ from enum import StrEnum
 from shformat import FormatError
 from shproto.errors import Fenced, StreamHouseError
 from shproto.v1 import coordinator_pb2, types_pb2
-from shruntime.tasks import Backoff, cancel_and_wait
+from shruntime.tasks import Backoff, cancel_and_wait, retry_after_ms
 from shruntime.telemetry import context_of, current_traceparent
 from shstore import REFUSALS, StoreError
 
 from streamhouse_segmenter import telemetry
 from streamhouse_segmenter.builder import BuildTooLarge, BuiltObject, ObjectBuilder
 from streamhouse_segmenter.claims import ClaimLost, declare_uploads, hold_claim, release_claim
-from streamhouse_segmenter.core.plan import BufferSlice, SliceMismatch, plan_objects
-from streamhouse_segmenter.core.retry import retry_after_ms, still_early
+from streamhouse_segmenter.core.plan import BufferSlice, SliceMismatch, plan_objects, still_early
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
 

@@ -12,12 +12,12 @@ from shformat import BatchHeader, SegmentBuilder, encode_batch, read_batch_heade
 from shproto.v1 import coordinator_pb2 as c
 from shproto.v1 import types_pb2
 from shruntime.settings import SettingsError
+from shruntime.tasks import retry_after_ms
 from shstore.keys import check_key
 from streamhouse_segmenter.core.compaction import CompactionRefused, check_mergeable
 from streamhouse_segmenter.core.history import HistoryMark, went_back
 from streamhouse_segmenter.core.keys import data_key, object_key
-from streamhouse_segmenter.core.plan import SliceMismatch, SliceProgress, plan_objects
-from streamhouse_segmenter.core.retry import retry_after_ms, still_early
+from streamhouse_segmenter.core.plan import SliceMismatch, SliceProgress, plan_objects, still_early
 from streamhouse_segmenter.core.sweep import Orphan, StoredObject, judge, old_enough
 from streamhouse_segmenter.settings import SegmenterSettings
 

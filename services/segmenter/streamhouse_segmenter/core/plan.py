@@ -1,12 +1,13 @@
-"""Groups slices into objects, and checks that pulled batches are the announced slice."""
+"""Groups slices into objects, checks pulled batches against the announced slice, reads answers to registrations."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from shformat import BatchHeader
-from shproto.v1 import coordinator_pb2
+from shproto.v1 import coordinator_pb2, types_pb2
 
 BufferSlice = coordinator_pb2.BufferSlice
+Result = coordinator_pb2.RegistrationResult
 
 
 class SliceMismatch(Exception):
@@ -73,3 +74,14 @@ class SliceProgress:
     def _must(self, what: str, expected: int, got: int) -> None:
         if expected != got:
             raise SliceMismatch(self.slice, what, expected=expected, got=got)
+
+
+def still_early(
+    segments: Sequence[types_pb2.SegmentRef], results: Sequence["Result.ValueType"]
+) -> list[types_pb2.SegmentRef]:
+    """Returns, in order, the segments to be offered again because an earlier span is not registered yet."""
+    return [
+        segment
+        for segment, result in zip(segments, results, strict=True)
+        if result == coordinator_pb2.REGISTRATION_RESULT_EARLY
+    ]
