@@ -14,13 +14,12 @@ INGEST = "streamhouse_ingest"
 ROOMS: Mapping[str, set[str]] = {
     "metrics": set(),
     "settings": set(),
-    "waiting": set(),
     "log": {"ports"},
     "ports": {"log"},
-    "sealing": {"log", "metrics", "waiting"},
-    "produce": {"log", "ports", "metrics", "settings", "waiting"},
-    "reading": {"log", "ports", "metrics", "waiting", "sealing"},
-    "leadership": {"log", "ports", "metrics", "waiting", "sealing", "produce"},
+    "sealing": {"log", "metrics"},
+    "produce": {"log", "ports", "metrics", "settings"},
+    "reading": {"log", "ports", "metrics", "sealing"},
+    "leadership": {"log", "ports", "metrics", "sealing", "produce"},
     "adapters": {"log", "ports"},
 }
 # What puts the rooms together, and may import all.

@@ -17,6 +17,7 @@ from shproto.errors import StreamHouseError
 from shruntime import signals
 
 if TYPE_CHECKING:
+    from shruntime.clock import Clock
     from shruntime.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,31 @@ async def retry(
                 raise
         # Outside of the handler: a failure that is awaited there would keep its traceback, with all the frames' bytes.
         await sleep_ms(backoff.next_ms())
+
+
+async def done_within(clock: Clock, future: asyncio.Future[Any], wait_ms: float) -> bool:
+    """Returns True if the future is done within `wait_ms` by the clock; the future goes on if not."""
+    if future.done():
+        return True
+    sleep = asyncio.ensure_future(clock.sleep_ms(max(wait_ms, 0)))
+    try:
+        await asyncio.wait((future, sleep), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        sleep.cancel()
+    return future.done()
+
+
+async def ends_within(clock: Clock, coroutine: Coroutine[Any, Any, Any], wait_ms: float) -> bool:
+    """Returns True if the coroutine ends within `wait_ms` by the clock, and cancels the coroutine if not. Raises the
+    coroutine's error."""
+    task = asyncio.ensure_future(coroutine)
+    try:
+        ended = await done_within(clock, task, wait_ms)
+        if ended:
+            task.result()
+        return ended
+    finally:
+        await cancel_and_wait(task)
 
 
 async def run_until_first_ends(parts: Mapping[str, Coroutine[Any, Any, Any]]) -> None:

@@ -16,7 +16,7 @@ from shproto.services import CoordinatorApi
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import Clock
 from shruntime.disk_space import DiskSpace
-from shruntime.tasks import Tasks
+from shruntime.tasks import Tasks, ends_within
 
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import PartitionLog
@@ -25,7 +25,6 @@ from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.parts import AgentContext, AgentParts, assemble
 from streamhouse_ingest.ports import OpenedLog, Wal
 from streamhouse_ingest.settings import IngestSettings
-from streamhouse_ingest.waiting import ends_within
 
 log = logging.getLogger(__name__)
 

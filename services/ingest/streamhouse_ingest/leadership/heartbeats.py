@@ -10,13 +10,13 @@ import logging
 from shproto.errors import AWAY, RENEWED, SessionExpired, StreamHouseError
 from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as pb
+from shruntime.tasks import ends_within
 
 from streamhouse_ingest.leadership.context import LeadershipContext
 from streamhouse_ingest.leadership.grants import Grants
 from streamhouse_ingest.leadership.ranges import Ranges
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.wal_space import WalSpace
-from streamhouse_ingest.waiting import ends_within
 
 log = logging.getLogger(__name__)
 

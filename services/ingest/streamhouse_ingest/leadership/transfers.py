@@ -13,13 +13,12 @@ import logging
 from shproto.errors import SessionExpired, StreamHouseError
 from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as pb
-from shruntime.tasks import Tasks
+from shruntime.tasks import Tasks, done_within
 
 from streamhouse_ingest.leadership.context import LeadershipContext
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.produce.writer import Writer
 from streamhouse_ingest.sealing.sealer import Sealer
-from streamhouse_ingest.waiting import done_within
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from shproto.rpc import caller_connection
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import Clock
+from shruntime.tasks import done_within
 from shruntime.telemetry import context_of, current_traceparent
 
 from streamhouse_ingest.log.logs import HeldLog, Logs, not_leader
@@ -28,7 +29,6 @@ from streamhouse_ingest.produce.request_rules import RequestRules, check_topic_i
 from streamhouse_ingest.produce.topics import TopicLookup
 from streamhouse_ingest.produce.writer import Append, Writer, Written
 from streamhouse_ingest.settings import IngestSettings
-from streamhouse_ingest.waiting import done_within
 
 tracer = trace.get_tracer("streamhouse.ingest")
 

@@ -16,10 +16,10 @@ from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import Clock
+from shruntime.tasks import ends_within
 
 from streamhouse_ingest.log.logs import HeldLog, Logs, not_leader
 from streamhouse_ingest.log.partition_log import PartitionLog
-from streamhouse_ingest.waiting import ends_within
 
 # Long enough that a producer in a retry loop asks the coordinator once a second, short enough for a new topic.
 _REMEMBER_MS = 1_000

@@ -7,12 +7,12 @@ from shproto.errors import DataLoss, Fenced, Overloaded, StreamHouseError
 from shproto.keys import RangeKey
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import Clock
+from shruntime.tasks import done_within
 
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import PartitionLog
 from streamhouse_ingest.ports import SCARCE, BatchReader, WalDamaged, WalFileGone
 from streamhouse_ingest.reading.damage import Damage
-from streamhouse_ingest.waiting import done_within
 
 # gRPC moves messages of 1 MiB at 1-2 GB/s, smaller messages slower; larger messages only cost memory.
 SLICE_MESSAGE_BYTES = 1024 * 1024

@@ -21,7 +21,7 @@ from shproto.limits import SNAPSHOTS_BYTES_MAX
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
 from shruntime.clock import Clock
-from shruntime.tasks import Backoff
+from shruntime.tasks import Backoff, ends_within
 from shruntime.telemetry import current_traceparent, links_to
 
 from streamhouse_ingest.log.buffer import Buffer
@@ -29,7 +29,6 @@ from streamhouse_ingest.log.logs import LINKS_MAX, HeldLog, Logs
 from streamhouse_ingest.log.session_id import CurrentSession
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.sealing.sealing import Candidate, SealLimits, limits_behind, plan_seals
-from streamhouse_ingest.waiting import ends_within
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer("streamhouse.ingest")
