@@ -56,7 +56,7 @@ class PendingGrants:
 
     def heard_of(self, version: int, seen_position: int) -> None:
         """Makes all grants pending if they changed at the event `version`, and neither an answer nor the events up to
-        to `seen_position` have brought the change."""
+        `seen_position` have brought the change."""
         if version != self._as_of and version > seen_position:
             self.want_all()
 
