@@ -762,11 +762,12 @@ async def test_datetimes_are_milliseconds_of_any_time_zone(platform, address):
     platform.add_topic("t", 1)
     moment = datetime(2024, 2, 29, 12, 0, 0, 999_999, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     expected = 1_709_188_200_999
-    async with Producer(address) as producer:
+    async with Producer(address, linger_ms=60_000) as producer:  # one batch, however slow the machine is
         future = await producer.send("t", b"v", timestamp_ms=moment)
         await producer.send_many("t", [b"v"], timestamps_ms=moment)
         await producer.send_many("t", [b"v"] * 3, timestamps_ms=[moment, 7, datetime(1969, 12, 31, tzinfo=UTC)])
         await producer.send_many("t", [b"v"] * 2, timestamps_ms=np.array([1, 2]))
+        await producer.flush()
         assert (await future).timestamp_ms == expected
     (batch,) = platform.log("t", 0).batches
     assert decode_batch(batch.data).timestamps_ms.tolist() == [expected, expected, expected, 7, -86_400_000, 1, 2]
