@@ -811,9 +811,9 @@ class Consumer(AsyncContext, AsyncIteration):
             return None
         member = self._membership
         if member is None or member.is_out:
-            return MembershipState(self._options.group, "", 0, "out")
+            return MembershipState(group=self._options.group, member_id="", generation=0, state="out")
         if not member.member_id:
-            return MembershipState(self._options.group, "", 0, "joining")
+            return MembershipState(group=self._options.group, member_id="", generation=0, state="joining")
         state: Literal["rebalancing", "stable"] = "rebalancing" if self._is_opening() else "stable"
         return MembershipState(self._options.group, member.member_id, member.generation, state)
 

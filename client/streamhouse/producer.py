@@ -1,7 +1,7 @@
 """The producer: checks records, chooses partitions, takes room in the buffer, appends to batches, wakes the sender.
 
-Owns: the buffer, the topics that were written to, the order of calls that wait. Does not own: batches once appended
-(accumulator.py), tasks, timers and connections (sender.py).
+Owns: the buffer, the gRPC channels (Peers), the metadata, the topics that were written to, the order of calls that
+wait. Does not own: batches once appended (accumulator.py), the tasks, timers and streams that send them (sender.py).
 Invariants: records of a topic are appended in the order in which the calls were made. A record that is refused takes no
 room in the buffer.
 """

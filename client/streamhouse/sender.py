@@ -1,6 +1,6 @@
 """Sends a producer's batches: from the partitions' queues to their leaders, and again when that fails.
 
-Owns: all tasks and timers of a producer (one timer per partition), the connections to leaders, batches without an
+Owns: the tasks that send, retry and find leaders, one timer per partition, the streams to leaders, batches without an
 outcome and failures that the application has not seen. Does not own: order and sequence numbers of a partition
 (core/partition_queue.py), the records of a batch.
 Invariants: everything runs on one event loop, in callbacks that never leave a queue half-changed. A batch gets one

@@ -72,7 +72,7 @@ def run(queue, leader, faults, expire_at=()):
             if queue.needs_producer_id:
                 queue.identify(next(ids), 0)
             batch = queue.take(0)
-            assert queue.in_flight_count <= IN_FLIGHT_PER_PARTITION_MAX
+            assert len(queue._in_flight) <= IN_FLIGHT_PER_PARTITION_MAX
             fault = next(faults, "ok")
             error = leader.append(batch) if fault in ("ok", "lost answer") else None
             refusal = {"refused": errors.Overloaded("full"), "fatal": errors.InvalidBatch("bad")}.get(fault, error)

@@ -14,10 +14,9 @@ from typing import Any
 
 from shformat import Records, encode_batch, read_batch_header
 from shproto.errors import Unavailable
+from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2 as c
 from shproto.v1 import ingest_pb2
-
-RangeKey = tuple[bytes, int, int]
 
 
 class LogAgent:
@@ -55,7 +54,7 @@ class LogAgent:
     def append(self, partition: int, counts: list[int]) -> c.BufferSlice:
         """Acknowledges batches of so many records each; returns the slice that they make."""
         grant = self.leads[partition]
-        held = self.batches.setdefault((grant.topic_id, partition, grant.epoch), [])
+        held = self.batches.setdefault(RangeKey(grant.topic_id, partition, grant.epoch), [])
         base = read_batch_header(held[-1]).end_offset if held else grant.start_offset
         next_offset, size_bytes = base, 0
         for count in counts:
@@ -89,7 +88,7 @@ class LogAgent:
         return self._names[buffer_id]
 
     async def pull_slice(self, request: ingest_pb2.PullSliceRequest) -> AsyncIterator[ingest_pb2.PullSliceResponse]:
-        held = self.batches[(request.topic_id, request.partition, request.epoch)]
+        held = self.batches[RangeKey(request.topic_id, request.partition, request.epoch)]
         wanted = [b for b in held if request.base_offset <= read_batch_header(b).base_offset < request.end_offset]
         for batch in self.tamper(wanted):
             yield ingest_pb2.PullSliceResponse(batches=[batch])

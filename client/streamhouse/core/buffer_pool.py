@@ -1,8 +1,8 @@
 """Buffer of a producer's records, counted in bytes; pure.
 
 Owns: the bytes in use, and the order of the takers that wait. Does not own: the records, how a taker waits.
-Invariants: takers get room in the order in which they came. At most `limit_bytes` are in use, or by a
-single larger taker.
+Invariants: takers get room in the order in which they came. At most `limit_bytes` are in use, except by a
+single larger taker alone. Not a ByteBudget: the pool counts the full size of a larger taker, which its metric shows.
 """
 
 from collections import deque

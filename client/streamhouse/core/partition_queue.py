@@ -126,7 +126,7 @@ class PartitionQueue:
     # ---- time
 
     def block(self, reason: Blocked, until_ms: float = math.inf) -> None:
-        """Sends nothing until `unblock`, or until the time comes."""
+        """Notes why nothing is sent until `unblock` or the time; STREAM_FULL alone blocks nothing, see Blocked."""
         self.blocked, self.blocked_until_ms = reason, until_ms
 
     def unblock(self) -> None:
@@ -182,11 +182,6 @@ class PartitionQueue:
     def is_idle(self) -> bool:
         """True while nothing is queued or in flight."""
         return not (self._queued or self._in_flight or self._to_retry)
-
-    @property
-    def in_flight_count(self) -> int:
-        """Number of batches that the leader has not answered."""
-        return len(self._in_flight)
 
     def batches(self) -> Iterable[ProducerBatch]:
         """Returns every closed batch that is not answered for good, in order."""

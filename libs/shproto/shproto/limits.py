@@ -25,7 +25,7 @@ SNAPSHOT_BYTES_MAX = 16 * 1024 * 1024
 
 SNAPSHOTS_BYTES_MAX = 32 * 1024 * 1024
 """Size of the producers' snapshots in one message, half of MESSAGE_BYTES_MAX: the other half is for grants or slices
-beside them, some 100 bytes each. Two snapshots of the largest size, or some 300 ranges with 1,000 producers each."""
+beside them, some 100 bytes each. Two snapshots of the largest size, or some 250 ranges with 1,000 producers each."""
 
 INLINE_BYTES_MAX = 512 * 1024
 """Decoded size up to which a service checks, encodes or decodes records on its event loop, at about 1 ms per MiB. More

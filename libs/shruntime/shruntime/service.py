@@ -92,7 +92,8 @@ async def run(
     call_grace_ms: how long calls that still run may take at the end. calls_end_first: True ends them before the service
     stops; by default the service stops first, since it answers calls that wait and hands over its work.
 
-    Raises the error that ended the process: ListenError, an error of the service's start, or the failure of a part.
+    Raises SettingsError, or the error that ended the process: ListenError, an error of the service's start, or the
+    failure of a part.
     """
     prepare_process(settings.service, settings)
     log_memory_limits(settings)

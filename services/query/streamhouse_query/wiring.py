@@ -174,7 +174,7 @@ def _redis(settings: QuerySettings, clock: Clock, counters: Counters) -> RedisCa
 async def run(settings: QuerySettings) -> None:
     """Runs the query service as a process of its own, until SIGINT or SIGTERM.
 
-    Raises StoreError (the object store refuses), CacheDirError, ListenError.
+    Raises SettingsError, StoreError (the object store refuses), CacheDirError, ListenError.
     """
 
     def over_network(context: ServiceContext) -> QueryService:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 
 class CircuitBreaker:
-    """Opens after `failures_max` failures in a row; after `open_ms` one call at a time may probe."""
+    """Opens after `failures_max` failures in a row; after `open_ms` one call per `open_ms` may probe."""
 
     def __init__(self, failures_max: int, open_ms: int) -> None:
         self._failures_max = failures_max
         self._open_ms = open_ms
         self._failures = 0
-        self._closed_again_ms = 0
+        self._next_probe_ms = 0
 
     def allows(self, now_ms: int) -> bool:
         """True if the call is to be made. An allowed probe moves the next probe `open_ms` away."""
         if self._failures < self._failures_max:
             return True
-        if now_ms < self._closed_again_ms:
+        if now_ms < self._next_probe_ms:
             return False
-        self._closed_again_ms = now_ms + self._open_ms
+        self._next_probe_ms = now_ms + self._open_ms
         return True
 
     def succeeded(self) -> None:
@@ -28,5 +28,5 @@ class CircuitBreaker:
         """Counts a failure; returns True if the failure opened the breaker."""
         self._failures += 1
         if self._failures >= self._failures_max:
-            self._closed_again_ms = now_ms + self._open_ms
+            self._next_probe_ms = now_ms + self._open_ms
         return self._failures == self._failures_max

@@ -1,4 +1,4 @@
-"""Context of the parts of leadership: values that they share and none of them owns."""
+"""Context of the parts of leadership: values that they share; session.py opens and clears session and lease."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

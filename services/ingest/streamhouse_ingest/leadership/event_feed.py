@@ -2,7 +2,7 @@
 
 Owns: the stream of events. Does not own: the session's position, which heartbeats read, too.
 Invariants: events are handled in the order of their positions, and each position is noted before its event is handled.
-A session whose events cannot be followed without a gap is given up.
+A session whose events cannot be followed without a gap is abandoned.
 """
 
 import contextlib
@@ -76,10 +76,10 @@ class EventFeed:
             except SessionExpired:
                 raise
             except MetadataWentBack as error:
-                log.error("the session is given up: %s", error.message)
+                log.error("the session is abandoned, another is opened: %s", error.message)
                 raise SessionExpired(error.message) from error
             except EventsPruned as error:
-                log.warning("the session is given up: %s", error.message)
+                log.warning("the session is abandoned, another is opened: %s", error.message)
                 raise SessionExpired(error.message) from error
             except StreamHouseError as error:
                 log.warning("the event feed broke off: %s", error.message)

@@ -2,7 +2,8 @@
 
 Owns: the pending grants, the callers of `refresh`. Does not own: the logs, which Ranges changes.
 Invariants: one request is under way at a time, so that answers are applied in the order of their age; changes meanwhile
-go into the next request together. A finished range is dropped only while no request is under way.
+go into the next request together. An event drops a finished range only while no request is under
+way.
 """
 
 import asyncio
@@ -102,7 +103,7 @@ class Grants:
             except SessionExpired:
                 raise
             except StreamHouseError as error:
-                log.warning("cannot take in the grants: %s", error.message)
+                log.warning("cannot apply the grants: %s", error.message)
                 self._pending.put_back(request)
                 self._awake.set()
             else:

@@ -129,7 +129,7 @@ class Session:
             except (SessionExpired, InvalidArgument):
                 raise
             except StreamHouseError as error:
-                log.warning("cannot take in the older ranges yet: %s", error.message)
+                log.warning("cannot get the older ranges yet: %s", error.message)
                 await self._context.clock.sleep_ms(backoff.next_ms())
 
     def _check_log(self) -> None:

@@ -1,6 +1,6 @@
 """The lease: the time for which the agent may acknowledge after its last successful heartbeat.
 
-Owns: the end of the lease. Does not own: the clock, the renewals (heartbeats.py).
+Owns: the end of the lease. Does not own: the clock, the renewals (leadership/heartbeats.py, leadership/session.py).
 Invariants: a renewal never shortens the lease. Safety does not depend on the lease (epochs own disjoint offset ranges);
 the lease only makes a cut-off leader stop by itself.
 """
