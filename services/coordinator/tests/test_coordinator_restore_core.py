@@ -22,7 +22,7 @@ from streamhouse_coordinator.recovery.restore_plan import (
     restore_partition,
 )
 from streamhouse_coordinator.recovery.segment_selection import Candidate, Span, select_segments
-from streamhouse_coordinator.recovery.unrecovered_ranges import Reported, is_unclaimed, is_unrecovered, released, split
+from streamhouse_coordinator.recovery.unrecovered_ranges import Reported, is_blank, is_unrecovered, released, split
 
 pytestmark = pytest.mark.quick
 
@@ -222,7 +222,7 @@ def test_the_next_range_begins_far_beyond_all_that_may_have_been_given_out() -> 
 def test_a_barrier_lies_between_what_is_known_and_the_jump() -> None:
     one, barrier = restored([owned(1, 0, 20)], epoch=1)
     assert (one.status, one.limit_offset, one.wal_id) == (t.ORPHANED, 20, "bb" * 16), "it may still grow"
-    assert is_unrecovered(barrier) and (barrier.start_offset, barrier.limit_offset) == (20, WIDTH + JUMP_OFFSETS)
+    assert is_blank(barrier) and (barrier.start_offset, barrier.limit_offset) == (20, WIDTH + JUMP_OFFSETS)
 
 
 def test_a_durable_topic_has_no_barrier() -> None:
@@ -237,11 +237,11 @@ def test_a_durable_topic_has_no_barrier() -> None:
 
 def test_a_partition_nobody_had_led_has_a_barrier_from_the_beginning() -> None:
     (barrier,) = restored([], epoch=0)
-    assert is_unrecovered(barrier) and (barrier.epoch, barrier.start_offset) == (JUMP_EPOCHS, 0)
+    assert is_blank(barrier) and (barrier.epoch, barrier.start_offset) == (JUMP_EPOCHS, 0)
 
 
 def test_released_barriers_are_empty_and_keep_the_jump() -> None:
-    rows = [released(row) for row in restored([owned(1, 0, 20)], epoch=1) if is_unclaimed(row)]
+    rows = [released(row) for row in restored([owned(1, 0, 20)], epoch=1) if is_unrecovered(row)]
     (row,) = rows
     assert row.start_offset == row.registered_end == row.end_offset == row.limit_offset
     assert start_of_next(row) == WIDTH + JUMP_OFFSETS

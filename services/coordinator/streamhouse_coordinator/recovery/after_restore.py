@@ -180,7 +180,7 @@ def _restored(
         partition=partition.partition,
         epoch=partition.epoch,
         log_start_offset=partition.log_start_offset,
-        ranges=tuple(map(restore_plan.range_state, ranges)),
+        ranges=tuple(map(restore_plan.range_of_row, ranges)),
         removed_epochs=tuple(removed_epochs),
         segments=(),
         removed_segment_ids=tuple(removed_segment_ids),

@@ -24,7 +24,7 @@ from streamhouse_coordinator.core.tables import (
     TopicRow,
 )
 from streamhouse_coordinator.recovery.segment_selection import Candidate, Selection, Span, select_segments
-from streamhouse_coordinator.recovery.unrecovered_ranges import is_unclaimed, unrecovered_range
+from streamhouse_coordinator.recovery.unrecovered_ranges import is_unrecovered, unrecovered_range
 
 # A range is 2^30 offsets wide by default, and a takeover skips as many: this covers a thousand takeovers, or 10^12
 # records of a partition, since the backup. 2^63 has space for eight million restores.
@@ -85,7 +85,7 @@ def restore_partition(known: BackedUpPartition, *, accept_holes: bool) -> Restor
     adopted = [item for item in found.chosen if item.segment.segment_id not in rows]
     events = _events(known, found, ranges, adopted)
     return RestoredPartition(
-        events=events, selection=found, adopted=adopted, missing=missing, unrecovered=sum(map(is_unclaimed, ranges))
+        events=events, selection=found, adopted=adopted, missing=missing, unrecovered=sum(map(is_unrecovered, ranges))
     )
 
 
@@ -259,7 +259,7 @@ def _events(
                 partition=partition,
                 epoch=epoch,
                 log_start_offset=found.log_start_offset,
-                ranges=tuple(map(range_state, changed)) if not first else (),
+                ranges=tuple(map(range_of_row, changed)) if not first else (),
                 removed_epochs=(),
                 segments=tuple(segments[part]),
                 removed_segment_ids=tuple(removed[part]),
@@ -278,7 +278,7 @@ def orphanings(before: Iterable[RangeRow], changed: Iterable[RangeRow]) -> list[
     ]
 
 
-def range_state(row: RangeRow) -> Range:
+def range_of_row(row: RangeRow) -> Range:
     return Range(
         epoch=row.epoch,
         start_offset=row.start_offset,

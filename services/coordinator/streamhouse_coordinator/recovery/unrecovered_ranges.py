@@ -55,12 +55,12 @@ def unrecovered_range(topic_id: str, partition: int, epoch: int, start_offset: i
     )
 
 
+def is_blank(row: RangeRow) -> bool:
+    """True for an unrecovered range with nothing registered."""
+    return is_unrecovered(row) and row.registered_end == row.start_offset
+
+
 def is_unrecovered(row: RangeRow) -> bool:
-    """True if nothing of the range is registered, and no agent has claimed it."""
-    return is_unclaimed(row) and row.registered_end == row.start_offset
-
-
-def is_unclaimed(row: RangeRow) -> bool:
     """True if a restore made the range, and no agent has claimed it."""
     return row.status == ORPHANED and not row.wal_id
 
@@ -68,8 +68,8 @@ def is_unclaimed(row: RangeRow) -> bool:
 def released(row: RangeRow) -> RangeRow:
     """Returns the range as settled, for when no agent has records of it. A range with nothing registered becomes empty
     and lies at the old limit, so that the next range begins behind all offsets that may have been allocated."""
-    at = row.limit_offset if is_unrecovered(row) else row.registered_end
-    start = at if is_unrecovered(row) else row.start_offset
+    at = row.limit_offset if is_blank(row) else row.registered_end
+    start = at if is_blank(row) else row.start_offset
     return replace(row, status=SETTLED, start_offset=start, registered_end=at, limit_offset=at, end_offset=at)
 
 
@@ -81,9 +81,9 @@ def split(ranges: Sequence[RangeRow], reported: Sequence[Reported], agent_id: st
     for item in sorted(reported, key=lambda item: item.epoch):
         # The first row at or above the epoch: its own range, or the unrecovered range that stands for it.
         at = next((at for at, row in enumerate(rows) if row.epoch >= item.epoch), len(rows))
-        if at < len(rows) and rows[at].epoch == item.epoch and not is_unrecovered(rows[at]):
+        if at < len(rows) and rows[at].epoch == item.epoch and not is_blank(rows[at]):
             _claim(rows, at, item, agent_id, wal_id, result)
-        elif at < len(rows) and is_unrecovered(rows[at]):
+        elif at < len(rows) and is_blank(rows[at]):
             _take(rows, at, item, agent_id, wal_id, result)
     _compare(ranges, rows, result)
     return result
@@ -108,7 +108,7 @@ def _claim(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id:
             rows[at - 1] = replace(before, limit_offset=min(before.limit_offset, start))
     rows[at] = row
     following = rows[at + 1] if at + 1 < len(rows) else None
-    if following is not None and is_unrecovered(following) and following.start_offset == row.limit_offset:
+    if following is not None and is_blank(following) and following.start_offset == row.limit_offset:
         end = min(max(item.end_offset, row.limit_offset), following.limit_offset)
         rows[at] = replace(row, limit_offset=end)
         rows[at + 1] = replace(following, start_offset=end, registered_end=end)
@@ -141,7 +141,7 @@ def _take(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id: 
 def _compare(before: Sequence[RangeRow], rows: list[RangeRow], result: Split) -> None:
     """Drops empty ranges and keeps the changed ones in `result`. The last range stays, even if empty: the next range is
     granted behind it."""
-    empty = [row for row in rows[:-1] if is_unrecovered(row) and row.start_offset == row.limit_offset]
+    empty = [row for row in rows[:-1] if is_blank(row) and row.start_offset == row.limit_offset]
     kept = [row for row in rows if row not in empty]
     known: Mapping[int, RangeRow] = {row.epoch: row for row in before}
     result.ranges = [row for row in kept if known.get(row.epoch) != row]
