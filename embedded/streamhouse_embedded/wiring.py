@@ -1,8 +1,13 @@
 """Puts the four services into one process: the only place of the embedded platform that names concrete classes.
 
 Services call each other's API objects directly; clients reach all of them on one gRPC port.
-Start order is the order of need (PostgreSQL, coordinator, ingest, segmenter, query), stop order the reverse, with one
-exception: ingest drains first, while everything needed to seal, upload and register still runs.
+Start order: PostgreSQL, coordinator, segmenter, query, gRPC server, ingest. Stop order: ingest, query, segmenter, gRPC
+server, coordinator, PostgreSQL, so that ingest drains while everything needed to seal, upload and register still runs.
+
+Owns: the parts of the process, the order of their start and stop, the health status of the gRPC server. Does not own:
+the work of the parts, the data directory's layout (data_dir.py), PostgreSQL's process (postgres.py).
+Invariants: a failed start stops the parts that were started. The health status is SERVING only once all parts have
+started, and while PostgreSQL, if the platform runs it, answers. A part that dies fails `tasks`.
 """
 
 import asyncio
@@ -45,7 +50,7 @@ CALL_GRACE_MS = 500
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Addresses and times that `serve` prints once clients can connect."""
+    """Address, data directory and database that `serve` prints once clients can connect."""
 
     address: str
     data_dir: str
@@ -91,6 +96,8 @@ class EmbeddedPlatform:
         self.tasks = Tasks()
 
     async def start(self) -> Ready:
+        """Starts all parts and returns their addresses once clients can connect. A failed start stops the parts that
+        were started; its errors are those of the class docstring."""
         try:
             return await self._start()
         except BaseException:

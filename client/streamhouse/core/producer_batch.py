@@ -69,15 +69,19 @@ class BatchTrace(Protocol):
     """Spans of a batch; `streamhouse.tracing.SendTrace`."""
 
     @property
-    def traceparent(self) -> str: ...
+    def traceparent(self) -> str:
+        """W3C traceparent of the first recorded span; empty if no span is recorded."""
 
-    def sent(self, first: int, caller: Any) -> None: ...
+    def sent(self, first: int, caller: Any) -> None:
+        """Records that the records from position `first` on were sent in the span `caller`."""
 
     def with_contexts(
         self, headers: list[tuple[Header, ...]] | None, count: int, size_bytes: int, size_bytes_max: int
-    ) -> list[tuple[Header, ...]] | None: ...
+    ) -> list[tuple[Header, ...]] | None:
+        """Returns the headers of `count` records with the contexts of their spans added, within `size_bytes_max`."""
 
-    def end(self, error: Exception | None, base_offset: int, record_count: int) -> None: ...
+    def end(self, error: Exception | None, base_offset: int, record_count: int) -> None:
+        """Ends the spans with the outcome of the batch. base_offset is -1 if the offset is not known."""
 
 
 class ProducerBatch:

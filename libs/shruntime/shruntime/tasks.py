@@ -1,6 +1,11 @@
 """Background tasks with an owner, their ends, and retries with back-off.
 
 Terms: a task *ends* when it has returned, raised or been cancelled; its *outcome* is the result or the error.
+
+Owns: the tasks of `Tasks` until they end, the error of the first that failed, the number of tries of a `Backoff`. Does
+not own: the reaction to a failed task, which is up to the caller of `raise_failure`.
+Invariants: `error` is set before `failed`, and never replaced. A cancelled task does not count as failed. Tasks that
+run when `stop` is called have ended when `stop` returns.
 """
 
 from __future__ import annotations
@@ -54,6 +59,7 @@ class Tasks:
         self.error: BaseException | None = None
 
     def spawn(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Starts the coroutine as a task called `name` and returns the task. An error of the task sets `failed`."""
         task = asyncio.create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -106,6 +112,7 @@ class Backoff:
         return self._uniform(0, _backoff_ms_max(self._attempt, self._first_ms, self._max_ms))
 
     def reset(self) -> None:
+        """Starts over with the first wait, after a success."""
         self._attempt = 0
 
 

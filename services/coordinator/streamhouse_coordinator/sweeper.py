@@ -63,8 +63,9 @@ class _Found:
 
 
 class Sweeper:
+    """Ends expired sessions and members, moves partitions, and gives the gauges their values."""
+
     def __init__(self, context: Context) -> None:
-        """Ends expired sessions and members, moves partitions, and gives the gauges their values."""
         self._context = context
 
     async def run(self) -> None:
@@ -138,8 +139,9 @@ class Sweeper:
 
 
 class Pruner:
+    """Removes events that are no longer needed."""
+
     def __init__(self, context: Context) -> None:
-        """Removes events that are no longer needed."""
         self._context = context
 
     async def run(self) -> None:

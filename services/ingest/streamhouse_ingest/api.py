@@ -1,4 +1,10 @@
-"""The RPC methods of the Ingest service: limits requests in flight and passes them to the parts of the agent."""
+"""The RPC methods of the Ingest service: limits requests in flight and passes them to the parts of the agent.
+
+Owns: the unanswered requests of each produce stream (`_Window`). Does not own: the byte limit of connections
+(produce/in_flight.py), the agent and its parts.
+Invariants: responses of a stream leave in the order of its requests. A request of a stream counts from its admission
+until its response was taken; its bytes are given back to the connection exactly once, also if the stream is cut.
+"""
 
 import asyncio
 from collections import deque

@@ -46,6 +46,7 @@ class AgentContext:
     thread: Executor
 
     def backoff(self) -> Backoff:
+        """Returns a new back-off with the configured limits."""
         return Backoff(self.settings.retry_first_ms, self.settings.retry_max_ms)
 
 

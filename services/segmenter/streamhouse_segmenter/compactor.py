@@ -2,6 +2,11 @@
 
 Records, offsets and epochs stay the same; the replaced objects become orphans, which the sweep removes once readers
 have had time to notice.
+
+Owns: the flag that no further claim is wanted. Does not own: the choice of segments and the registration (the
+coordinator), the claim's renewal (claims.py), the deletion of replaced objects (sweeper.py).
+Invariants: the merged object is declared before it is uploaded, and registered only after its upload. Each block is
+checked against its index entry before it is copied. After `close` no claim is requested.
 """
 
 import asyncio

@@ -87,6 +87,8 @@ def _ignore(orphan: Orphan) -> None:
 
 
 class Sweeper:
+    """Deletes orphans (`run`), and keeps the mark of the metadata's history in the store (`mark_history`)."""
+
     def __init__(self, ports: Ports, settings: SegmenterSettings) -> None:
         self._ports = ports
         self._settings = settings

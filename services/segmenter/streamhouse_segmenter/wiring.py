@@ -51,6 +51,8 @@ class SegmenterService:
         await self.worker.start()
 
     async def stop(self) -> None:
+        """Claims nothing more, finishes claimed work within shutdown_timeout_ms, then stops the drivers and closes the
+        session."""
         self.api.close()
         await self.worker.stop()  # while there is a session: the claims of work under way end with it
         await self.tasks.stop()

@@ -1,5 +1,10 @@
 """Receives PostgreSQL's notifications on a separate connection, straight to the server, since a transaction pooler
-forgets LISTEN. Notifications only save time: all receivers poll as well."""
+forgets LISTEN. Notifications only save time: all receivers poll as well.
+
+Owns: the connection that listens. Does not own: how the connection is made, the polls of the receivers.
+Invariants: at most one connection listens at a time, and each is terminated when listening ends. Every receiver
+is called after each connect, since commits before that were not heard of. An open connection is probed every PROBE_S.
+"""
 
 import asyncio
 import logging

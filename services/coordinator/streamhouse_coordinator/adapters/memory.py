@@ -1,5 +1,12 @@
 """Store in plain dictionaries, for unit tests and simulations. Transactions run one at a time, and are undone if they
-fail."""
+fail.
+
+Owns: the rows of all tables, the counter of producer ids. Does not own: the rows that an event changes
+(core/projection.py), the time.
+Invariants: rows are replaced, never changed in place, so that a copy of the dictionaries is a snapshot. A transaction
+that fails or is cancelled leaves the rows as they were before. Notifications are sent only after a transaction has
+succeeded. Event positions have no gap.
+"""
 
 import asyncio
 import json

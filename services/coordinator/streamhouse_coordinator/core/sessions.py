@@ -60,6 +60,7 @@ class StoredSnapshot:
 
     @property
     def key(self) -> tuple[str, int, int, int]:
+        """Primary key of the snapshot's row."""
         return (self.topic_id, self.partition, self.epoch, self.end_offset)
 
 

@@ -69,6 +69,7 @@ def check_log(
 
 
 def pruned(after_position: int, pruned_position: int) -> EventsPruned:
+    """Returns the error for a read of events that were pruned; the remedy is a new snapshot."""
     return EventsPruned(
         f"events up to {pruned_position} are not kept any more, and those after {after_position} are asked for; take a "
         "new snapshot",
@@ -78,6 +79,7 @@ def pruned(after_position: int, pruned_position: int) -> EventsPruned:
 
 
 def went_back(there: Head, seen: Head, why: str) -> MetadataWentBack:
+    """Returns the error for metadata at `there` that lack what was `seen` before. `why`: where that is known from."""
     return MetadataWentBack(
         f"the metadata went back or is another one: it stands at event {there.position} of history {there.history_id}, "
         f"and {seen.position} of {seen.history_id} is known ({why}). Nothing is done on it. If PostgreSQL was lost, "

@@ -279,6 +279,7 @@ def orphanings(before: Iterable[RangeRow], changed: Iterable[RangeRow]) -> list[
 
 
 def range_of_row(row: RangeRow) -> Range:
+    """Returns the range as events carry it."""
     return Range(
         epoch=row.epoch,
         start_offset=row.start_offset,

@@ -72,6 +72,8 @@ def select_segments(
 
 
 class _Search:
+    """The search of `select_segments`, with its intermediate results."""
+
     def __init__(
         self,
         log_start_offset: int,

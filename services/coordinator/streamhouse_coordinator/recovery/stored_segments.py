@@ -141,6 +141,7 @@ def topic_name(keys: Iterable[str], topic_id: str) -> str:
 
 
 def by_partition(candidates: Sequence[Candidate]) -> dict[PartitionRowKey, list[Candidate]]:
+    """Returns the candidates by partition, each list in their order."""
     found: dict[PartitionRowKey, list[Candidate]] = {}
     for item in candidates:
         found.setdefault((item.segment.topic_id, item.segment.partition), []).append(item)

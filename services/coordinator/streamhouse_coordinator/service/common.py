@@ -108,6 +108,8 @@ async def topic_named(tx: Transaction, name: str, lock: Lock = "") -> t.TopicRow
 async def ranges_by_key(
     tx: Transaction, keys: Collection[RangeRowKey], lock: Lock = ""
 ) -> dict[RangeRowKey, t.RangeRow]:
+    """Returns the existing ranges among `keys`, by key. All are read, and locked as `lock` says, by a single
+    statement in key order."""
     if not keys:
         return {}
     rows = await tx.select(t.RANGES, where_keys(RANGE_KEYS, sorted(keys)), lock=lock)
@@ -115,6 +117,7 @@ async def ranges_by_key(
 
 
 async def topic_names(tx: Transaction, topic_ids: Collection[str]) -> dict[str, str]:
+    """Returns the names of the existing topics among `topic_ids`, by id."""
     if not topic_ids:
         return {}
     return {row.topic_id: row.topic for row in await tx.select(t.TOPICS, where(topic_id=In(set(topic_ids))))}
@@ -130,11 +133,13 @@ async def known_topic_ids(tx: Transaction, topic_ids: Collection[str]) -> set[st
 
 
 async def durable_topics(tx: Transaction) -> set[str]:
+    """Returns the ids of topics whose producers must use durable acks (min_acks)."""
     rows = await tx.select(t.TOPICS, where(min_acks=ACKS_DURABLE))
     return {row.topic_id for row in rows}
 
 
 async def newest_ranges(tx: Transaction, partitions: Collection[t.PartitionRow]) -> dict[PartitionRowKey, t.RangeRow]:
+    """Returns the range of each partition's newest epoch, by partition; nothing for partitions without an epoch."""
     keys = {(row.topic_id, row.partition, row.epoch) for row in partitions if row.epoch}
     return {key[:2]: row for key, row in (await ranges_by_key(tx, keys)).items()}
 

@@ -86,16 +86,20 @@ class ReachState:
     cut_offs: dict[str, t.CutOffRow]
 
     def decide(self, now_ms: int, settings: CoordinatorSettings) -> list[Event]:
+        """Returns the events that cut agents off, or let them lead again, at `now_ms`; see core.reach.decide."""
         return reach.decide(self.agents, self.workers, self.reports, self.cut_offs, now_ms, reach_times(settings))
 
     def reach_of(self, agent: t.SessionRow, now_ms: int, settings: CoordinatorSettings) -> reach.Reach:
+        """Returns the summary of the recent reports of live workers about `agent`."""
         by_session = {row.session_id: row for row in self.workers}
         return reach.reach_of(agent, self.reports, by_session, now_ms, reach_times(settings))
 
     def is_cut_off_now(self, agent: t.SessionRow) -> bool:
+        """True if the agent is cut off in its present session."""
         return reach.is_cut_off_now(self.cut_offs.get(agent.agent_id), agent)
 
     def outdated(self) -> list[t.ReachReportRow]:
+        """Returns the reports without further use: of ended sessions, or successes about agents in no doubt."""
         out = {row.session_id for row in self.cut_offs.values() if not row.reachable_ms}
         return reach.outdated(self.agents, self.workers, self.reports, out)
 

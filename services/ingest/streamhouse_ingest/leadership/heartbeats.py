@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 
 class Heartbeats:
+    """Heartbeats of the agent's session: `begin` when a session opens, then `run` until the session is lost."""
+
     def __init__(self, context: LeadershipContext, logs: Logs, ranges: Ranges, grants: Grants, space: WalSpace) -> None:
         self._context = context
         self._logs = logs

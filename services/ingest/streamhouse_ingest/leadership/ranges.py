@@ -238,6 +238,7 @@ def _is_finished(held: HeldLog) -> bool:
 
 
 def grant_key(grant: pb.RangeGrant) -> RangeKey:
+    """Returns the key of the granted range."""
     return RangeKey(grant.topic_id, grant.partition, grant.epoch)
 
 

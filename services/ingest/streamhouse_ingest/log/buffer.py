@@ -65,9 +65,11 @@ class Buffer:
 
     @property
     def overhead_bytes(self) -> int:
+        """Memory of the columns, besides the batches' own bytes."""
         return len(self._ends) * BATCH_OVERHEAD_BYTES
 
     def append(self, record_count: int, position: WalPosition, batch: bytes | None) -> None:
+        """Appends a batch; `batch` is None if its bytes are not in memory."""
         file, at, size_bytes = position
         self.end_offset += record_count
         self._ends.append(self.end_offset)
@@ -98,6 +100,7 @@ class Buffer:
 
     @property
     def snapshot_bytes(self) -> int:
+        """Memory of the producer snapshot; 0 without a snapshot."""
         return len(self.snapshot or b"")
 
     def drop_snapshot(self) -> int:

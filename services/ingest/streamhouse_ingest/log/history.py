@@ -25,6 +25,7 @@ class History:
         self.seen = Seen(history_id, position)
 
     def heard_of(self, position: int) -> None:
+        """Advances the current position to `position`; a lower position changes nothing. `save` makes it durable."""
         self.seen = Seen(self.seen.history_id, max(self.seen.position, position))
 
     async def save(self) -> None:

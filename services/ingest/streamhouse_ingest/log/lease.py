@@ -25,4 +25,5 @@ class Lease:
         self._until_ms = None
 
     def held(self, now_ms: int) -> bool:
+        """True if the lease lasts beyond `now_ms`, on the monotonic clock."""
         return self._until_ms is not None and now_ms < self._until_ms

@@ -69,6 +69,7 @@ class HeldLog:
         return future
 
     def release_registered(self) -> None:
+        """Ends the waits for everything below `registered_end` with success."""
         while self._durable and self._durable[0][0] <= self.log.registered_end:
             _, _, future = heapq.heappop(self._durable)
             if not future.done():
@@ -103,6 +104,7 @@ class HeldLog:
             self._changed.pop(change, None)
 
     def notify(self) -> None:
+        """Wakes all waits of `changed`, each once."""
         changed, self._changed = self._changed, {}
         for change in changed:
             if not change.done():
@@ -133,6 +135,7 @@ class Logs:
         return iter(list(self._by_key.values()))
 
     def get(self, key: RangeKey) -> HeldLog | None:
+        """Returns the log of the range, None if the agent does not hold it."""
         return self._by_key.get(key)
 
     def led(self, topic: str, partition: int) -> HeldLog | None:
@@ -150,12 +153,14 @@ class Logs:
         return self._producers[partition_key]
 
     def registered_end(self, key: RangeKey) -> int | None:
+        """Returns the offset below which the log is registered, None if the agent does not hold the log."""
         held = self._by_key.get(key)
         return None if held is None else held.log.registered_end
 
     # ---- membership
 
     def hold(self, log: PartitionLog) -> HeldLog:
+        """Adds a log, counts the memory of its sealed buffers, and returns it. `lead` makes it the leading log."""
         held = HeldLog(log)
         self._by_key[log.key] = held
         siblings = self._by_partition.setdefault(log.key.partition_key, [])
@@ -218,6 +223,8 @@ class Logs:
         self.memory_bytes += size_bytes + BATCH_OVERHEAD_BYTES
 
     def seal(self, held: HeldLog) -> Buffer | None:
+        """Seals the open buffer of the log and returns it, None if no buffer is open. The buffer's producer snapshot
+        counts as memory until the buffer is registered."""
         self._forget_open(held)
         buffer = held.log.seal()
         if buffer is not None:

@@ -238,6 +238,7 @@ class PartitionLog:
 
     @property
     def unregistered_bytes(self) -> int:
+        """Size of the batches that no segment covers yet, in memory or only on disk."""
         return sum(buffer.size_bytes for buffer in self.sealed) + (self.open.size_bytes if self.open else 0)
 
     def read(self, offset: int, end_offset: int, bytes_max: int) -> list[tuple[WalPosition, bytes | None]]:
@@ -290,4 +291,5 @@ class PartitionLog:
             yield self.open
 
     def describe(self) -> str:
+        """Returns the log's name for messages: topic, or its id if the name is unknown, partition and epoch."""
         return f"{self.topic or self.key.topic_id.hex()}/{self.key.partition} epoch {self.key.epoch}"

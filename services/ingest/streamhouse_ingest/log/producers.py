@@ -42,6 +42,7 @@ class WrittenBatch(NamedTuple):
 
     @property
     def next_sequence(self) -> int:
+        """Sequence number of the record that follows."""
         return self.base_sequence + self.record_count
 
 
@@ -53,6 +54,7 @@ class ProducerState(NamedTuple):
 
     @property
     def next_sequence(self) -> int:
+        """Sequence number of the record that follows."""
         return self.batches[-1].next_sequence
 
 
@@ -63,16 +65,22 @@ class InSequence:
 
 @dataclass(frozen=True, slots=True)
 class DuplicateOf:
+    """The batch repeats the batch at `base_offset`."""
+
     base_offset: int
 
 
 @dataclass(frozen=True, slots=True)
 class OutOfSequence:
+    """The batch does not follow the last batch: sequence number `expected` has to come next."""
+
     expected: int
 
 
 @dataclass(frozen=True, slots=True)
 class FencedBy:
+    """The producer has been replaced: an instance with the higher epoch `held_epoch` has written."""
+
     held_epoch: int
 
 
@@ -118,6 +126,7 @@ class ProducerTable:
         return len(self._states)
 
     def get(self, producer_id: int) -> ProducerState | None:
+        """Returns the state of a producer, None if it is unknown or forgotten."""
         return self._states.get(producer_id)
 
     def put(self, producer_id: int, state: ProducerState) -> None:

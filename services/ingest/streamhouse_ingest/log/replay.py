@@ -46,6 +46,8 @@ class ReplayGaps:
         return self.corrupt_frames or self.torn_tail
 
     def knows_end(self, key: RangeKey) -> bool:
+        """True if no corrupt frames can hide frames of log `key`: its replayed end may be declared to the
+        coordinator. A torn tail does not count."""
         return not self.corrupt_frames or key in self.certain
 
 

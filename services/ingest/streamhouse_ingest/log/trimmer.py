@@ -25,6 +25,7 @@ class Trimmer:
         self._wanted = asyncio.Event()
 
     def want(self) -> None:
+        """Makes `run` trim soon; requests until then count as one."""
         self._wanted.set()
 
     async def run(self) -> None:

@@ -54,6 +54,7 @@ class WalIndex:
         return len(self.deletable(registered_end, None)) == len(self._ends)
 
     def remove(self, file: int) -> None:
+        """Forgets a file that has been deleted."""
         del self._ends[file]
         del self._sizes[file]
 

@@ -13,6 +13,8 @@ _SECTOR_BYTES = 512
 
 
 class Tail(Enum):
+    """Kinds of the end of the last file."""
+
     UNFINISHED = auto()
     """No sync of these bytes ever returned: the tail is cut off."""
 

@@ -1,4 +1,10 @@
-"""Produce: checks a request, passes its batch to the writer, waits for the requested ack level."""
+"""Produce: checks a request, passes its batch to the writer, waits for the requested ack level.
+
+Owns: accepted requests until they are answered, with their deadlines and spans. Does not own: the queue and the order
+of appends (writer.py), the rules for requests (request_rules.py), the registration of logs.
+Invariants: batches accepted one after another are queued in that order. A durable acknowledgement is given only after
+the batch, or the original that it repeats, is registered. A timeout never reports that a batch was not written.
+"""
 
 import asyncio
 import contextlib

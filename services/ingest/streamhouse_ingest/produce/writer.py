@@ -79,6 +79,8 @@ Decided = tuple[Append, Decision, Frame | None]
 
 @dataclass(frozen=True, slots=True)
 class WriterLimits:
+    """Limits of queue, group and log. `wal_ahead_bytes`: space written ahead in the file that is appended to."""
+
     queue_bytes_max: int
     group_bytes_max: int
     wal_bytes_max: int

@@ -1,4 +1,11 @@
-"""Serves reads of held logs: the acknowledged tail for query services, slices of sealed buffers for segmenters."""
+"""Serves reads of held logs: the acknowledged tail for query services, slices of sealed buffers for segmenters.
+
+Owns: the limits of an answer in bytes and time. Does not own: the logs and their memory (log/logs.py), the files, the
+removal of damaged batches (damage.py).
+Invariants: an answer has whole, consecutive batches. Damaged offsets are never skipped in silence: a read that begins
+in them, or a slice that contains them, ends with an error. The log is looked up again after each wait, because its
+batches may be registered and dropped meanwhile.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
