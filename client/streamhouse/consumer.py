@@ -173,6 +173,7 @@ class Consumer(AsyncContext, AsyncIteration):
             self._offsets,
             self._reader,
             self._store_starts,
+            # Lambdas, because assignments and subscriptions are made below, from this part.
             is_held=lambda: self._assignments.announces,
             opened=lambda partitions: self._assignments.opened(partitions),
             topic_unknown=lambda: self._subscriptions.refresh_soon(),
@@ -271,6 +272,7 @@ class Consumer(AsyncContext, AsyncIteration):
             self._membership.read_topics(topics)
             await self._membership.join()
         elif subscription.pattern is None:
+            # Opened here, not in the background: the errors of topics that the application names are the start's.
             await self._start_positions.open(_partitions_of(topics))
             self._assignments.adopt(_partitions_of(topics))
         else:
@@ -362,6 +364,7 @@ class Consumer(AsyncContext, AsyncIteration):
         if self._membership is not None:
             # Among the partitions assigned now; further partitions come with the answer to the join.
             self._assignments.keep(lambda where: subscription.includes(where.topic))
+            # A silent consumer has left: its next read raises PollIntervalExceeded, the read after that joins again.
             if self._silence is None:
                 self._membership.come_back()
 
@@ -381,7 +384,7 @@ class Consumer(AsyncContext, AsyncIteration):
         if self._tasks is None:
             return
         limit_ms = self._options.retry_timeout_ms
-        self._starts += 1
+        self._starts += 1  # the application waits, so it does not hang
         try:
             if self._membership is not None:
                 async with asyncio.timeout(limit_ms / 1000):
@@ -486,6 +489,7 @@ class Consumer(AsyncContext, AsyncIteration):
         try:
             async with asyncio.timeout_at(deadline_s) as limit:
                 closing.errors += await self._refusals()
+            # Only for the callbacks: without them, leaving the group gives the partitions up.
             if self._assignments.callbacks.kinds():
                 self._assignments.stop_reading()
         except TimeoutError:
@@ -624,6 +628,7 @@ class Consumer(AsyncContext, AsyncIteration):
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_ms / 1000
         polled: dict[TopicPartition, list[RecordBatch]] = {}
+        # More than once, because advancing also ends when a callback is due, which the next round calls first.
         while not polled and await self._advance_within(worker, deadline_s):
             left = max_records
             while left and self._iteration.bring():
@@ -648,7 +653,7 @@ class Consumer(AsyncContext, AsyncIteration):
             async with asyncio.timeout_at(deadline_s):
                 found = await self._iteration.advance()
         except TimeoutError:
-            return self._iteration.bring()
+            return self._iteration.bring()  # records may have come together with the timeout
         self._in_flight.waited(worker)
         return found
 
@@ -745,6 +750,7 @@ class Consumer(AsyncContext, AsyncIteration):
                 log.warning(
                     "the last commit before leaving group %s failed, records will be read again: %s", group, error
                 )
+        # The commit has taken its time, in which the application may have gone on.
         if self._iteration.progress() != seen or self._membership is None:
             return
         self._silence = PollIntervalExceeded(
@@ -1064,6 +1070,7 @@ class Consumer(AsyncContext, AsyncIteration):
 
     def _on_lost(self) -> None:
         cursors = self._assignments.cursors.values()
+        # Before `lose`, which removes the cursors.
         self._has_lost = any(self._in_flight.done_below(cursor) > max(cursor.committed, 0) for cursor in cursors)
         self._assignments.lose()
 

@@ -65,6 +65,7 @@ class Follower:
         """Follows the feed from the position of the index on, until cancelled."""
         while True:
             try:
+                # The coordinator refuses to feed an index of another history; only a snapshot gets on from there.
                 if await self._went_back():
                     log.warning("event %d is of another history than the coordinator's", self._index.cluster.position)
                     await self._snapshot()
@@ -75,6 +76,7 @@ class Follower:
                 await self._tried_snapshot()
             except StreamHouseError as error:
                 log.warning("the event feed broke at %d: %s", self._index.cluster.position, error)
+            # Also after a feed that ended in order: the followers of a coordinator that stops would return all at once.
             await self._clock.sleep_ms(self._backoff.next_ms())
 
     async def watch_head(self) -> None:
@@ -93,7 +95,7 @@ class Follower:
         head = await self._coordinator.get_head(coordinator_pb2.GetHeadRequest())
         before = self._missing.position
         missing = self._missing.judge(head.history_id, head.events_position, head.missing_position, seen=seen)
-        if missing and missing != before:
+        if missing and missing != before:  # once per rollback, not with every look
             log.error("the metadata went back: event %d was seen, and is not there any more", missing)
         self._index.miss(missing)
         return head
@@ -128,15 +130,18 @@ class Follower:
             session_token=self._session_token(),
             history_id=self._index.cluster.history_id,
         )
+        # Closed here and now: left to the garbage collector, a broken feed would stay open at the coordinator.
         async with contextlib.aclosing(self._coordinator.follow_events(request)) as events:  # type: ignore[type-var]
             async for event in events:
                 self._apply(event)
+                # Not when the feed opens: a feed that breaks at its first event would be opened again without a pause.
                 self._backoff.reset()
 
     def _apply(self, event: coordinator_pb2.Event) -> None:
         try:
             fact = event_from_json(event.type, event.payload_json)
         except (TypeError, ValueError, KeyError) as error:
+            # A mismatch, because a snapshot gets past an event that this version cannot read.
             raise IndexMismatch(f"event {event.position} {event.type} cannot be read: {error}") from error
         self._index.apply(event.position, fact)
         if event.trace_context and isinstance(fact, BufferRegistered):

@@ -115,6 +115,7 @@ async def open_session(
         ranges = await _ranges_of(tx, others, opened.wal_id)
         known = await _known(tx, [row.key for row in ranges])
         events = sessions.open_session(event, others, live, ranges, wal_ends, known)
+        # The worker starts anew, so nothing works on its claims: others need not wait until they run out.
         if opened.role == sessions.SEGMENTER:
             await buffers.free_claims(tx, [opened.agent_id])
         ops: list[RowOp] = [Remove(t.SESSION_LEASES, {"session_id": row.session_id}) for row in others]
@@ -211,6 +212,7 @@ async def _ranges_of(tx: Transaction, others: Sequence[t.SessionRow], wal_id: st
 async def _known(tx: Transaction, keys: Collection[RangeRowKey]) -> sessions.AcknowledgedEnds:
     """Returns the announced ends of these ranges, before any buffer is dropped. A single aggregate, however many
     buffers wait."""
+    # Announced records of a durable topic are not acknowledged before their registration.
     durable = await durable_topics(tx)
     of_ranges = where_keys(RANGE_KEYS, sorted(key for key in keys if key[0] not in durable))
     rows = await tx.totals(t.BUFFER_SLICES, of_ranges, by=RANGE_KEYS, maxima=("end_offset",)) if keys else []
@@ -275,6 +277,7 @@ async def _note_log_full(context: Context, session_id: str, full: bool) -> None:
     async def work(tx: Transaction) -> str:
         session = await live_session(tx, session_id)
         await tx.apply([Set(t.SESSION_LEASES, (session_id,), {"log_full": full})])
+        # Without an event of its own: the flag alone changes what each agent's share of the partitions is.
         await commit_leadership(tx, context.settings, [])
         return session.agent_id
 
@@ -488,6 +491,8 @@ async def expire_sessions(context: Context) -> int:
     async def work(tx: Transaction) -> int:
         if await outages.was_outage(tx, context.settings.session_sweep_interval_ms):
             return 0
+        # Locked, so that no heartbeat renews a lease that is ended here. The lock order allows it before the ranges,
+        # because the caller holds the cluster lock.
         expired = await tx.select(t.SESSION_LEASES, where(expires_ms=AtMost(await tx.now_ms())), lock="wait")
         await _end(tx, context, [row.session_id for row in expired], "expired")
         return len(expired)

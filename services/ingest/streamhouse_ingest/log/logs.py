@@ -38,7 +38,7 @@ class HeldLog:
         self.traceparents: deque[str] = deque(maxlen=LINKS_MAX)  # appends that are not sealed yet
         self._recent: deque[tuple[int, str]] = deque(maxlen=LINKS_MAX)  # end offset and traceparent of an append
         self._durable: list[tuple[int, int, asyncio.Future[NotLeader | None]]] = []
-        self._order = itertools.count()
+        self._order = itertools.count()  # decides between waits for the same end: futures have no order
         self._changed: dict[asyncio.Future[None], None] = {}
         self._over = ""
         self._prune_at = _PRUNE_FROM
@@ -55,6 +55,8 @@ class HeldLog:
     def wait_registered(self, end_offset: int) -> asyncio.Future[NotLeader | None]:
         """Returns a future that is done when everything below `end_offset` is registered: with None, or with NotLeader
         as its result once that cannot happen any more."""
+        # NotLeader is a result, not an exception: asyncio would log an exception that no caller retrieves, and the
+        # caller may be gone by then.
         future: asyncio.Future[NotLeader | None] = asyncio.get_running_loop().create_future()
         if self.log.registered_end >= end_offset:
             future.set_result(None)
@@ -132,7 +134,7 @@ class Logs:
         self._subscribers: list[Callable[[HeldLog], None]] = []
 
     def __iter__(self) -> Iterator[HeldLog]:
-        return iter(list(self._by_key.values()))
+        return iter(list(self._by_key.values()))  # a copy, so that a caller may drop logs meanwhile
 
     def get(self, key: RangeKey) -> HeldLog | None:
         """Returns the log of the range, None if the agent does not hold it."""
@@ -178,6 +180,7 @@ class Logs:
         """Stops deciding appends to this log; appends that are being written still count."""
         held.log.leading = False
         name = (held.log.topic, held.log.key.partition)
+        # By now a later epoch may lead, or a topic that was created again under the name.
         if self._led.get(name) is held:
             del self._led[name]
 
@@ -199,6 +202,7 @@ class Logs:
         siblings.remove(held)
         if not siblings:
             del self._by_partition[log.key.partition_key]
+            # The coordinator reports the producers again with the next grant of the partition.
             self._producers.pop(log.key.partition_key, None)
         held.end(why)
         held.notify()
@@ -287,6 +291,8 @@ class Logs:
     def trim(self) -> None:
         """Drops batches from memory until the limits hold: registered batches first, then sealed, then open batches.
         The log on disk has all of them."""
+        # Registered batches are in segments by now: dropping them costs the agent nothing, while a sealed batch must be
+        # read back from disk for its hand-over.
         while self._tail and (self._tail_bytes > self._tail_cache_bytes or self.memory_bytes > self.memory_bytes_max):
             held, buffer = self._tail[0]
             self._empty_tail_to(held, buffer)
@@ -299,6 +305,7 @@ class Logs:
                     break
 
     def _droppable(self) -> Iterable[Buffer]:
+        # Open buffers last: readers at the end of the log ask for the newest batches.
         sealed = [buffer for held in self for buffer in held.log.sealed if buffer.memory_bytes]
         yield from sorted(sealed, key=lambda buffer: buffer.first_append_ms)
         for held in self.dirty.values():
@@ -320,7 +327,7 @@ class Logs:
 
     def _drop_tail_of(self, held: HeldLog) -> Buffer:
         buffer = held.log.tail.popleft()
-        self._tail.remove((held, buffer))
+        self._tail.remove((held, buffer))  # not always the first: buffers of other logs may be older
         self._tail_bytes -= _cost(buffer)
         self.memory_bytes -= _cost(buffer)
         return buffer

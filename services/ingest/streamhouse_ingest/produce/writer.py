@@ -126,10 +126,12 @@ class Writer:
     def submit(self, append: Append) -> None:
         """Queues the batch. Raises Overloaded beyond a limit, or the error given to refuse()."""
         if self._refusing is not None:
+            # A new error for each batch: a single one, raised again and again, would collect the frames of all calls.
             raise type(self._refusing)(self._refusing.message, retry_after_ms=self._refusing.retry_after_ms)
         size_bytes = len(append.batch)
         if self.queue_bytes + size_bytes > self._limits.queue_bytes_max:
             raise overloaded("queue_bytes_max", self._limits.queue_bytes_max, self.queue_bytes, _QUEUE_RETRY_MS)
+        # Queued batches count as written, because nothing compares them with the limit again before they are.
         wal_bytes = self._index.size_bytes + self._limits.wal_ahead_bytes + self.queue_bytes
         if wal_bytes + size_bytes > self._limits.wal_bytes_max and not self._only_next_makes_room:
             raise overloaded("wal_bytes_max", self._limits.wal_bytes_max, wal_bytes, _WAL_RETRY_MS)
@@ -158,6 +160,7 @@ class Writer:
         """Waits until all queued batches are written; call after refuse()."""
         while self._queue or not self._idle.is_set():
             await self._idle.wait()
+            # `_idle` stays set until `run` takes the batches that are queued: this gives `run` its turn.
             await asyncio.sleep(0)
 
     async def run(self) -> None:
@@ -177,6 +180,7 @@ class Writer:
     def _take(self) -> list[Append]:
         group: list[Append] = []
         room = self._limits.group_bytes_max
+        # A first batch larger than the limit is a group of its own: it would otherwise block the queue for ever.
         while self._queue and len(group) < _GROUP_BATCHES_MAX and (not group or len(self._queue[0].batch) <= room):
             append = self._queue.popleft()
             room -= len(append.batch)
@@ -191,6 +195,7 @@ class Writer:
             positions = await self._append(frames) if frames else []
             self._apply(decided, iter(positions))
         except WalFull as error:
+            # Nothing of the group was kept, so the log goes on, and the producers may try again.
             self._space.note_full()
             self._fail(group, DiskFull(f"the write-ahead log cannot grow: {error}", retry_after_ms=_WAL_RETRY_MS))
         except WalBroken:
@@ -207,7 +212,10 @@ class Writer:
             self._idle.set()
 
     def _decide(self, group: list[Append]) -> list[Decided]:
+        # A batch follows the batches of its group that the log does not have yet; the drafts stand in for the logs.
         drafts: dict[HeldLog, Draft] = {}
+        # Without the lease nothing is written: a batch refused now is certainly not in the log, so its producer may
+        # send it to the next leader. After the write its outcome would be unknown.
         led = self._lease.held(self._clock.monotonic_ms())
         decided: list[Decided] = []
         for append in group:
@@ -230,6 +238,7 @@ class Writer:
         try:
             positions = await self._files.run(self._wal.append, frames)
         finally:
+            # Also after a failed write, which may have begun another file before.
             if self._wal.active is not None:
                 self._index.resize(self._wal.active, self._wal.active_bytes)
         self._metrics.write_ms.record((loop.time() - started) * 1000)
@@ -249,6 +258,7 @@ class Writer:
                 assert frame is not None
                 self._apply_one(append, decision, frame, next(positions), now_ms)
                 touched[append.held] = None
+            # Also for a duplicate: a retry of a durable batch waits for the same buffer as the original.
             if append.durable and _waits_for_seal(append, decision):
                 append.held.durable_since_ms = append.held.durable_since_ms or now_ms
                 touched[append.held] = None
