@@ -6,17 +6,18 @@ import pytest
 from streamhouse_query.settings import QuerySettings
 from streamhouse_query.wiring import QueryService, build
 
-from services.query.tests.query_standins import StandInPlatform
+from services.query.tests.query_world import World, running
 from services.query.tests.start_query import StartQuery
 
 
 @pytest.fixture
-def platform() -> StandInPlatform:
-    return StandInPlatform()
+async def platform() -> AsyncIterator[World]:
+    async with running(World()) as world:
+        yield world
 
 
 @pytest.fixture
-async def start_query(platform: StandInPlatform, tmp_path: Path) -> AsyncIterator[StartQuery]:
+async def start_query(platform: World, tmp_path: Path) -> AsyncIterator[StartQuery]:
     """Starts query services over the platform; settings as keywords."""
     services: list[QueryService] = []
 

@@ -17,7 +17,7 @@ from shread.segment_reader import BlockRun, SegmentReader
 from shstore import Fault, FaultKind, FaultyStore, ScriptedFaults
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_standins import StandInPlatform, values_of
+from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import fetch, one_partition, read_all, settle_in
 
@@ -26,9 +26,7 @@ pytestmark = pytest.mark.timeout(30)
 CHUNK = 64 * 1024
 
 
-async def segment_of(
-    platform: StandInPlatform, count: int, start: int = 0, *, block_bytes_target: int = 16 * 1024
-) -> Segment:
+async def segment_of(platform: World, count: int, start: int = 0, *, block_bytes_target: int = 16 * 1024) -> Segment:
     for at in range(start, start + count, 500):
         await platform.produce(values_of(min(500, start + count - at), at, 32))
     return await platform.register(block_bytes_target=block_bytes_target)
@@ -44,9 +42,7 @@ async def written(service: QueryService) -> None:
         await asyncio.sleep(0.001)
 
 
-async def test_cold_then_cached_then_after_a_restart(
-    platform: StandInPlatform, start_query: StartQuery, tmp_path: Path
-) -> None:
+async def test_cold_then_cached_then_after_a_restart(platform: World, start_query: StartQuery, tmp_path: Path) -> None:
     await one_partition(platform)
     segment = await segment_of(platform, 20_000)
     assert segment.size_bytes > 3 * CHUNK
@@ -66,9 +62,7 @@ async def test_cold_then_cached_then_after_a_restart(
     assert again.api._counters.cache_misses == 0 < again.api._counters.cache_hits
 
 
-async def test_fifty_readers_of_a_slow_store_cost_one_download(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_fifty_readers_of_a_slow_store_cost_one_download(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await segment_of(platform, 1_000)
     slow = FaultyStore(platform.store, ScriptedFaults([Fault(FaultKind.LATENCY, 150)] * 100))
@@ -84,7 +78,7 @@ async def test_fifty_readers_of_a_slow_store_cost_one_download(
 
 
 async def test_a_reader_that_goes_on_has_the_next_chunks_fetched_ahead(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     await one_partition(platform)
     first = await segment_of(platform, 20_000)
@@ -106,9 +100,7 @@ async def test_a_reader_that_goes_on_has_the_next_chunks_fetched_ahead(
     assert jumper.api._counters.readahead_chunks == 0
 
 
-async def test_the_byte_limit_holds_over_restarts(
-    platform: StandInPlatform, start_query: StartQuery, tmp_path: Path
-) -> None:
+async def test_the_byte_limit_holds_over_restarts(platform: World, start_query: StartQuery, tmp_path: Path) -> None:
     await one_partition(platform)
     for turn in range(4):
         await segment_of(platform, 20_000, turn * 20_000)
@@ -128,7 +120,7 @@ async def test_the_byte_limit_holds_over_restarts(
 
 
 async def test_damage_in_the_cache_is_dropped_and_fetched_again(
-    platform: StandInPlatform, start_query: StartQuery, tmp_path: Path
+    platform: World, start_query: StartQuery, tmp_path: Path
 ) -> None:
     await one_partition(platform)
     await segment_of(platform, 20_000)
@@ -154,7 +146,7 @@ async def test_damage_in_the_cache_is_dropped_and_fetched_again(
 
 
 async def test_damage_in_the_cache_is_found_when_the_segment_is_opened(
-    platform: StandInPlatform, start_query: StartQuery, tmp_path: Path
+    platform: World, start_query: StartQuery, tmp_path: Path
 ) -> None:
     await one_partition(platform)
     await segment_of(platform, 20_000)
@@ -169,7 +161,7 @@ async def test_damage_in_the_cache_is_found_when_the_segment_is_opened(
 
 
 async def test_a_download_that_came_damaged_is_done_again(
-    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+    platform: World, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while it is still on its way to the disk, where the one that looks again could find it."""
     await one_partition(platform)
@@ -210,7 +202,7 @@ class _DamagedOnce:
 
 @pytest.mark.parametrize("where", ["first block", "a later block", "index", "footer", "header"])
 async def test_damage_in_the_store_is_data_loss_with_its_place(
-    platform: StandInPlatform, start_query: StartQuery, where: str
+    platform: World, start_query: StartQuery, where: str
 ) -> None:
     await one_partition(platform)
     await segment_of(platform, 1_000, block_bytes_target=4096)
@@ -243,7 +235,7 @@ async def test_damage_in_the_store_is_data_loss_with_its_place(
     assert service.api._counters.damaged_spans > 0
 
 
-async def test_a_truncated_object_is_data_loss(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_a_truncated_object_is_data_loss(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     segment = await segment_of(platform, 1_000)
     store: Any = platform.store
@@ -255,7 +247,7 @@ async def test_a_truncated_object_is_data_loss(platform: StandInPlatform, start_
     assert error.value.details["object_key"] == segment.object_key
 
 
-async def test_an_object_of_another_segment_is_data_loss(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_an_object_of_another_segment_is_data_loss(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     first = await segment_of(platform, 1_000)
     second = await segment_of(platform, 1_000, 1_000)
@@ -266,7 +258,7 @@ async def test_an_object_of_another_segment_is_data_loss(platform: StandInPlatfo
         await read_all(service)
 
 
-async def test_a_missing_object_is_data_loss_naming_it(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_a_missing_object_is_data_loss_naming_it(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     segment = await segment_of(platform, 100)
     await segment_of(platform, 100, 100)
@@ -280,12 +272,12 @@ async def test_a_missing_object_is_data_loss_naming_it(platform: StandInPlatform
 
 
 async def test_an_object_compacted_away_under_a_reader_is_read_where_it_is_now(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     await one_partition(platform)
     small = [await segment_of(platform, 500, turn * 500) for turn in range(4)]
     service = await start_query()
-    batches = platform.agents["a"].logs[platform.coordinator.topics["orders"].topic_id, 0, 1]
+    batches = platform.agents["a"].batches[platform.topic_id(), 0, 1]
     merged = await platform.store_segment("orders", 0, 1, batches)
     platform.coordinator.feed_paused = True
     await platform.compact(merged, small)
@@ -294,7 +286,7 @@ async def test_an_object_compacted_away_under_a_reader_is_read_where_it_is_now(
     done, _ = await asyncio.wait([task], timeout=0.05)
     assert not done
     platform.coordinator.feed_paused = False
-    await platform.coordinator.wake()
+    platform.coordinator.wake()
     response = await task
     assert response.next_offset == 2_000
     assert await read_all(service) == dict(enumerate(values_of(2_000, 0, 32)))
@@ -303,38 +295,36 @@ async def test_an_object_compacted_away_under_a_reader_is_read_where_it_is_now(
 
 @pytest.mark.parametrize("cut_off", [False, True])
 async def test_a_missing_object_is_no_data_loss_while_the_index_may_be_behind(
-    platform: StandInPlatform, start_query: StartQuery, cut_off: bool
+    platform: World, start_query: StartQuery, cut_off: bool
 ) -> None:
     """Compacted away and deleted long ago, as the sweep does minutes later, and the feed has not told of it: a reader
     that skips losses would skip records that are there."""
     await one_partition(platform)
     small = [await segment_of(platform, 500, turn * 500) for turn in range(4)]
     service = await start_query(catch_up_ms=50)
-    merged = await platform.store_segment(
-        "orders", 0, 1, platform.agents["a"].logs[platform.coordinator.topics["orders"].topic_id, 0, 1]
-    )
+    merged = await platform.store_segment("orders", 0, 1, platform.agents["a"].batches[platform.topic_id(), 0, 1])
     platform.coordinator.feed_paused = True
     await platform.compact(merged, small)
     await platform.store.delete([item.object_key for item in small])
     platform.coordinator.down = cut_off
-    await platform.coordinator.wake()
+    platform.coordinator.wake()
     with pytest.raises(Unavailable, match="behind"):
         await fetch(service, 700)
     platform.coordinator.down = platform.coordinator.feed_paused = False
-    await platform.coordinator.wake()
+    platform.coordinator.wake()
     await settle_in(platform, service)
     assert await read_all(service) == dict(enumerate(values_of(2_000, 0, 32)))
     assert service.api._counters.damaged_spans == 0
 
 
 async def test_a_compaction_in_the_middle_of_a_fetch_repeats_nothing(
-    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+    platform: World, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found by the fault tests: the merged segment's block began before the second step's offset."""
     await one_partition(platform)
     small = [await segment_of(platform, 500, turn * 500, block_bytes_target=1 << 20) for turn in range(2)]
     service = await start_query()
-    batches = platform.agents["a"].logs[platform.coordinator.topics["orders"].topic_id, 0, 1]
+    batches = platform.agents["a"].batches[platform.topic_id(), 0, 1]
     merged = await platform.store_segment("orders", 0, 1, batches)
     read_from = SegmentReader.read_from
 
@@ -351,9 +341,7 @@ async def test_a_compaction_in_the_middle_of_a_fetch_repeats_nothing(
     assert await read_all(service) == dict(enumerate(values_of(1_000, 0, 32)))
 
 
-async def test_an_object_removed_by_retention_under_a_reader(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_an_object_removed_by_retention_under_a_reader(platform: World, start_query: StartQuery) -> None:
     from shproto.errors import OffsetBelowStart
 
     await one_partition(platform)
@@ -366,14 +354,14 @@ async def test_an_object_removed_by_retention_under_a_reader(
     task = asyncio.create_task(fetch(service, 0))
     await asyncio.sleep(0.02)
     platform.coordinator.feed_paused = False
-    await platform.coordinator.wake()
+    platform.coordinator.wake()
     with pytest.raises(OffsetBelowStart):
         await task
 
 
 @pytest.mark.parametrize("kind", [FaultKind.UNAVAILABLE, FaultKind.TRUNCATED_BODY, FaultKind.THROTTLED])
 async def test_failed_downloads_are_retriable_and_never_cached(
-    platform: StandInPlatform, start_query: StartQuery, kind: FaultKind
+    platform: World, start_query: StartQuery, kind: FaultKind
 ) -> None:
     await one_partition(platform)
     await segment_of(platform, 1_000)
@@ -386,9 +374,7 @@ async def test_failed_downloads_are_retriable_and_never_cached(
     assert faulty.injected
 
 
-async def test_a_store_that_is_down_stops_only_what_is_not_cached(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_a_store_that_is_down_stops_only_what_is_not_cached(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await segment_of(platform, 1_000)
     second = await segment_of(platform, 1_000, 1_000)
@@ -409,7 +395,7 @@ async def test_a_store_that_is_down_stops_only_what_is_not_cached(
 
 
 async def test_a_full_disk_only_costs_the_caching(
-    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    platform: World, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     await one_partition(platform)
     await segment_of(platform, 20_000)
@@ -433,7 +419,7 @@ async def test_a_full_disk_only_costs_the_caching(
 
 
 async def test_a_cache_that_is_deleted_under_a_running_service_is_filled_again(
-    platform: StandInPlatform, start_query: StartQuery, tmp_path: Path
+    platform: World, start_query: StartQuery, tmp_path: Path
 ) -> None:
     await one_partition(platform)
     await segment_of(platform, 20_000)
@@ -447,7 +433,7 @@ async def test_a_cache_that_is_deleted_under_a_running_service_is_filled_again(
     assert service.api._counters.downloads == 2 * len(chunk_files(tmp_path / "cache"))
 
 
-async def test_many_segments_of_one_object_share_its_chunks(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_many_segments_of_one_object_share_its_chunks(platform: World, start_query: StartQuery) -> None:
     """Small segments of many partitions lie in one object: one download brings them all."""
     topic_id = await platform.create_topic("orders", 4)
     await platform.start_agent("a")
@@ -456,14 +442,14 @@ async def test_many_segments_of_one_object_share_its_chunks(platform: StandInPla
     for number in range(4):
         await platform.grant("a", number=number)
         await platform.produce(values_of(100, number * 100), number=number)
-        segment = await platform.store_segment("orders", number, 1, platform.agents["a"].logs[topic_id, number, 1])
+        segment = await platform.store_segment("orders", number, 1, platform.agents["a"].batches[topic_id, number, 1])
         body = await platform.store.get(segment.object_key)
         mixed = {"object_key": "mixed/1", "object_at": sum(map(len, parts))}
         segments.append(Segment(**{name: getattr(segment, name) for name in Segment.__slots__} | mixed))
         parts.append(body)
     await platform.store.put("mixed/1", parts)
-    for number, segment in enumerate(segments):
-        await platform.register_segment(segment, number)
+    for segment in segments:
+        await platform.register_segment(segment)
     service = await start_query()
     for number in range(4):
         found = await read_all(service, partition=number)

@@ -1,4 +1,4 @@
-"""Fetch over stand-ins of the coordinator and the ingest agents; store, cache and format are the real ones."""
+"""Fetch from a real coordinator, store, cache and format, and from agents that a test fills."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ from shproto.errors import (
 from shproto.v1 import query_pb2
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_standins import StandInPlatform, values_of
+from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
 
 pytestmark = pytest.mark.timeout(30)
@@ -49,19 +49,19 @@ async def read_all(
         offset = response.next_offset
 
 
-async def settle_in(platform: StandInPlatform, service: QueryService) -> None:
+async def settle_in(platform: World, service: QueryService) -> None:
     """Until the service has seen every event."""
-    while service._index.cluster.position < len(platform.coordinator.events):
+    while service._index.cluster.position < platform.position:
         await asyncio.sleep(0)
 
 
-async def one_partition(platform: StandInPlatform) -> None:
+async def one_partition(platform: World) -> None:
     await platform.create_topic()
     await platform.start_agent("a")
     await platform.grant("a")
 
 
-async def test_reads_segments_and_then_the_tail(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_reads_segments_and_then_the_tail(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     expected = []
     for turn in range(5):
@@ -77,7 +77,7 @@ async def test_reads_segments_and_then_the_tail(platform: StandInPlatform, start
     assert await read_all(service, max_bytes=1) == dict(enumerate(expected))
 
 
-async def test_what_happens_after_the_start_is_seen(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_what_happens_after_the_start_is_seen(platform: World, start_query: StartQuery) -> None:
     service = await start_query()
     await one_partition(platform)
     expected = values_of(50)
@@ -87,7 +87,7 @@ async def test_what_happens_after_the_start_is_seen(platform: StandInPlatform, s
     assert await read_all(service) == dict(enumerate(expected))
 
 
-async def test_errors_of_offsets_are_distinct(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_errors_of_offsets_are_distinct(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     for turn in range(3):
         await platform.produce(values_of(10, turn * 10))
@@ -106,7 +106,7 @@ async def test_errors_of_offsets_are_distinct(platform: StandInPlatform, start_q
 
 
 async def test_nobody_is_sent_back_while_no_coordinator_says_where_the_end_is(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     """OFFSET_BEYOND_END makes consumers start over; an index that may be behind is no reason for that."""
     await one_partition(platform)
@@ -130,7 +130,7 @@ async def test_nobody_is_sent_back_while_no_coordinator_says_where_the_end_is(
     ],
 )
 async def test_bad_requests_name_the_field(
-    platform: StandInPlatform, start_query: StartQuery, fields: dict[str, int], field: str
+    platform: World, start_query: StartQuery, fields: dict[str, int], field: str
 ) -> None:
     await one_partition(platform)
     service = await start_query()
@@ -139,7 +139,7 @@ async def test_bad_requests_name_the_field(
     assert error.value.details["field"] == field
 
 
-async def test_unknown_topic_and_partition(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_unknown_topic_and_partition(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     service = await start_query()
     with pytest.raises(UnknownTopic):
@@ -149,7 +149,7 @@ async def test_unknown_topic_and_partition(platform: StandInPlatform, start_quer
     assert error.value.details["partitions"] == "1"
 
 
-async def test_plain_records_begin_at_exactly_the_offset(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_plain_records_begin_at_exactly_the_offset(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10), timestamps_ms=list(range(100, 110)))
     await platform.register()
@@ -164,10 +164,10 @@ async def test_plain_records_begin_at_exactly_the_offset(platform: StandInPlatfo
     assert [record.offset for record in few.records] == [7] and few.next_offset == 8
 
 
-async def test_a_damaged_tail_is_not_handed_on(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_a_damaged_tail_is_not_handed_on(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10))
-    ((key, batches),) = platform.agents["a"].logs.items()
+    ((key, batches),) = platform.agents["a"].batches.items()
     batches[0] = batches[0][:-1] + bytes([batches[0][-1] ^ 1])
     service = await start_query()
     with pytest.raises(DataLoss, match="agent a answered") as error:
@@ -176,7 +176,7 @@ async def test_a_damaged_tail_is_not_handed_on(platform: StandInPlatform, start_
 
 
 async def test_records_that_are_there_do_not_wait_for_an_agent_that_hangs(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10))

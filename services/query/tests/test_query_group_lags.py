@@ -6,7 +6,7 @@ from shread.core.watermarks import Watermarks
 from shread.group_lags import GroupLags
 from shruntime.clock import ManualClock
 
-from services.query.tests.query_standins import StandInPlatform, values_of
+from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
 
 
@@ -32,7 +32,7 @@ class _Groups:
         return pb.FetchOffsetsResponse(offsets=[known, gone, nothing])
 
 
-async def test_those_furthest_behind_are_shown(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_those_furthest_behind_are_shown(platform: World, start_query: StartQuery) -> None:
     await platform.create_topic("orders", 1)
     await platform.start_agent("a")
     await platform.grant("a")

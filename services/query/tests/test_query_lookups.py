@@ -7,7 +7,7 @@ from shproto.errors import InvalidArgument, Unavailable, UnknownTopic
 from shproto.v1 import query_pb2
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_standins import RANGE_WIDTH, StandInPlatform, values_of
+from services.query.tests.query_world import RANGE_WIDTH, World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import one_partition, settle_in
 
@@ -34,7 +34,7 @@ async def at(service: QueryService, timestamp_ms: int) -> tuple[int, int]:
     return await look_up(service, query_pb2.OFFSET_SPEC_TIMESTAMP, timestamp_ms)
 
 
-async def test_earliest_and_latest(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_earliest_and_latest(platform: World, start_query: StartQuery) -> None:
     await platform.create_topic()
     service = await start_query()
     assert (await earliest(service), await latest(service)) == (0, 0)
@@ -72,7 +72,7 @@ async def last(service: QueryService, count: int) -> int:
 
 
 async def test_the_last_records_are_counted_across_epochs_segments_and_the_tail(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     """Offsets between epochs hold no records: a distance of offsets would find nothing but the newest epoch."""
     await one_partition(platform)
@@ -105,9 +105,7 @@ async def test_the_last_records_are_counted_across_epochs_segments_and_the_tail(
             await last(service, count)
 
 
-async def test_latest_of_a_leader_that_has_not_taken_over_yet(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_latest_of_a_leader_that_has_not_taken_over_yet(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     agent = platform.agents["a"]
     starts, agent.starts = agent.starts, {}
@@ -118,7 +116,7 @@ async def test_latest_of_a_leader_that_has_not_taken_over_yet(
     assert await latest(service) == 0
 
 
-async def test_by_timestamp_agrees_with_a_scan(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_by_timestamp_agrees_with_a_scan(platform: World, start_query: StartQuery) -> None:
     """Timestamps that go up and down, over blocks, segments and the tail: the first in offset order counts."""
     await one_partition(platform)
     rng = random.Random(3)
@@ -135,7 +133,7 @@ async def test_by_timestamp_agrees_with_a_scan(platform: StandInPlatform, start_
         assert await at(service, timestamp_ms) == expected, timestamp_ms
 
 
-async def test_by_timestamp_starts_at_the_log_start(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_by_timestamp_starts_at_the_log_start(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     for turn in range(3):
         await platform.produce(values_of(10), timestamps_ms=[turn * 10 + n for n in range(10)])
@@ -150,7 +148,7 @@ async def test_by_timestamp_starts_at_the_log_start(platform: StandInPlatform, s
 
 
 async def test_by_timestamp_does_not_pass_over_what_cannot_be_searched(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10), timestamps_ms=list(range(10)))
@@ -173,7 +171,7 @@ async def test_by_timestamp_does_not_pass_over_what_cannot_be_searched(
     assert await at(service, 30) == (RANGE_WIDTH + 10, -1)
 
 
-async def test_by_timestamp_steps_over_lost_spans(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_by_timestamp_steps_over_lost_spans(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10), timestamps_ms=-5)
     await platform.lose_span(10, "gone")
@@ -183,7 +181,7 @@ async def test_by_timestamp_steps_over_lost_spans(platform: StandInPlatform, sta
     assert await at(service, -4) == (10, -3)
 
 
-async def test_bad_lookups(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_bad_lookups(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     service = await start_query(subscribe_positions_max=2)
     with pytest.raises(InvalidArgument, match="spec"):

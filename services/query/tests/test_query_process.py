@@ -22,7 +22,7 @@ from shstore import LocalStore, StoreOptions
 from streamhouse_query.settings import QuerySettings
 from streamhouse_query.wiring import build
 
-from services.query.tests.query_standins import StandInPlatform, values_of
+from services.query.tests.query_world import World, running, values_of
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -57,8 +57,9 @@ async def start_process(environ: dict[str, str]) -> asyncio.subprocess.Process:
 
 
 @pytest.fixture
-async def platform(tmp_path: Path) -> AsyncIterator[StandInPlatform]:
-    yield StandInPlatform(LocalStore(StoreOptions(kind="local", path=tmp_path / "objects")))
+async def platform(tmp_path: Path) -> AsyncIterator[World]:
+    async with running(World(LocalStore(StoreOptions(kind="local", path=tmp_path / "objects")))) as world:
+        yield world
 
 
 async def health(address: str) -> int:
@@ -67,9 +68,7 @@ async def health(address: str) -> int:
         return int((await stub.Check(health_pb2.HealthCheckRequest(), timeout=5, wait_for_ready=True)).status)
 
 
-async def test_a_process_serves_waits_for_its_coordinator_and_stops_cleanly(
-    platform: StandInPlatform, tmp_path: Path
-) -> None:
+async def test_a_process_serves_waits_for_its_coordinator_and_stops_cleanly(platform: World, tmp_path: Path) -> None:
     agent = await platform.start_agent("a")
     ingest = await serve(ingest_pb2.DESCRIPTOR, "Ingest", agent)
     await platform.stop_agent("a")
@@ -95,7 +94,7 @@ async def test_a_process_serves_waits_for_its_coordinator_and_stops_cleanly(
         assert process.returncode is None, "it waits for the coordinator"
         platform.coordinator.down = False
         async with asyncio.timeout(30):
-            while not (found := [s for s in platform.coordinator.sessions.values() if s.agent_id == "q1"]):
+            while not (found := platform.sessions_of("q1")):
                 await asyncio.sleep(0.02)
             while await health(found[0].address) != health_pb2.HealthCheckResponse.SERVING:
                 await asyncio.sleep(0.02)
@@ -115,7 +114,7 @@ async def test_a_process_serves_waits_for_its_coordinator_and_stops_cleanly(
             await asyncio.wait_for(waiting, 5)
         await client.close()
         assert await asyncio.wait_for(process.wait(), 10) == 0
-        assert not [s for s in platform.coordinator.sessions.values() if s.agent_id == "q1"]
+        assert not platform.sessions_of("q1")
     finally:
         if process.returncode is None:
             process.kill()
@@ -140,7 +139,7 @@ async def test_a_stop_is_heard_while_there_is_no_coordinator(tmp_path: Path) -> 
     assert process.returncode == 0
 
 
-async def test_a_cache_directory_in_use_ends_the_process(tmp_path: Path, platform: StandInPlatform) -> None:
+async def test_a_cache_directory_in_use_ends_the_process(tmp_path: Path, platform: World) -> None:
     first = build(QuerySettings(cache_dir=tmp_path), platform.coordinator, platform.store, platform.ingest_at)
     await first.start("127.0.0.1:1")
     second = build(QuerySettings(cache_dir=tmp_path), platform.coordinator, platform.store, platform.ingest_at)
@@ -169,7 +168,7 @@ def test_a_redis_url_of_another_kind_is_named_without_its_password() -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_redis_url_that_only_its_library_refuses_is_named(platform: StandInPlatform, tmp_path: Path) -> None:
+def test_a_redis_url_that_only_its_library_refuses_is_named(platform: World, tmp_path: Path) -> None:
     settings = QuerySettings.load({}, cache_dir=tmp_path, redis_url="redis://me:secret@nowhere?max_connections=many")
     with pytest.raises(SettingsError, match="redis_url") as caught:
         build(settings, platform.coordinator, platform.store, platform.ingest_at)

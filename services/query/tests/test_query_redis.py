@@ -9,7 +9,7 @@ import fakeredis
 import pytest
 import redis.asyncio
 
-from services.query.tests.query_standins import StandInPlatform, values_of
+from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_cache import segment_of, written
 from services.query.tests.test_query_fetch import one_partition, read_all
@@ -30,7 +30,7 @@ async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[fakeredis.Fak
 
 
 async def test_a_second_service_finds_what_the_first_downloaded(
-    platform: StandInPlatform, start_query: StartQuery, server: fakeredis.FakeServer, tmp_path: Path
+    platform: World, start_query: StartQuery, server: fakeredis.FakeServer, tmp_path: Path
 ) -> None:
     await one_partition(platform)
     await segment_of(platform, 20_000)
@@ -53,7 +53,7 @@ async def test_a_second_service_finds_what_the_first_downloaded(
 
 
 async def test_services_with_chunks_of_other_sizes_do_not_share_them(
-    platform: StandInPlatform, start_query: StartQuery, server: fakeredis.FakeServer, tmp_path: Path
+    platform: World, start_query: StartQuery, server: fakeredis.FakeServer, tmp_path: Path
 ) -> None:
     """As while the setting is being changed: the second chunk of the one is not that of the other."""
     await one_partition(platform)
@@ -71,7 +71,7 @@ async def test_services_with_chunks_of_other_sizes_do_not_share_them(
 
 
 async def test_redis_away_costs_a_metric_and_is_left_alone_for_a_while(
-    platform: StandInPlatform, start_query: StartQuery, server: fakeredis.FakeServer
+    platform: World, start_query: StartQuery, server: fakeredis.FakeServer
 ) -> None:
     await one_partition(platform)
     await segment_of(platform, 20_000)
@@ -83,7 +83,7 @@ async def test_redis_away_costs_a_metric_and_is_left_alone_for_a_while(
     assert service.api._counters.downloads > 3
 
 
-async def test_a_redis_that_hangs_costs_its_timeout(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_a_redis_that_hangs_costs_its_timeout(platform: World, start_query: StartQuery) -> None:
     """A port that takes connections and says nothing."""
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

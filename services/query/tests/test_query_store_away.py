@@ -14,7 +14,7 @@ from shruntime.server import RpcServer
 from shstore import MemoryStore, RetryingStore, StoreUnavailable
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_standins import StandInPlatform, values_of
+from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import one_partition
 from services.query.tests.test_query_subscribe import subscribed, until, values_in
@@ -42,7 +42,7 @@ class BlackHole:
 
 
 @pytest.fixture
-async def hole(platform: StandInPlatform) -> BlackHole:
+async def hole(platform: World) -> BlackHole:
     """Over a partition of which all is registered."""
     await one_partition(platform)
     await platform.produce(values_of(10))

@@ -22,7 +22,7 @@ from shruntime.server import RpcServer
 from streamhouse_query import api
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_standins import StandInPlatform, values_of
+from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import one_partition
 
@@ -83,14 +83,14 @@ def values_in(responses: list[query_pb2.FetchResponse], partition: int = 0) -> l
     ]
 
 
-async def partitions(platform: StandInPlatform, count: int) -> None:
+async def partitions(platform: World, count: int) -> None:
     await platform.create_topic("orders", count)
     await platform.start_agent("a")
     for number in range(count):
         await platform.grant("a", number=number)
 
 
-async def test_history_then_what_comes(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_history_then_what_comes(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce(values_of(500))
     await platform.register()
@@ -106,9 +106,7 @@ async def test_history_then_what_comes(platform: StandInPlatform, start_query: S
             await platform.register()
 
 
-async def test_every_partition_has_its_turn_and_no_offset_comes_twice(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_every_partition_has_its_turn_and_no_offset_comes_twice(platform: World, start_query: StartQuery) -> None:
     await partitions(platform, 20)
     for number in range(20):
         for turn in range(5):
@@ -136,7 +134,7 @@ def decoded_bytes_of(response: query_pb2.FetchResponse) -> int:
 
 @pytest.mark.parametrize("registered", [True, False])
 async def test_a_response_is_bounded_by_what_it_takes_decoded(
-    platform: StandInPlatform, start_query: StartQuery, registered: bool
+    platform: World, start_query: StartQuery, registered: bool
 ) -> None:
     """4 MiB of values that are all the same are hundreds once they are decoded."""
     await one_partition(platform)
@@ -153,7 +151,7 @@ async def test_a_response_is_bounded_by_what_it_takes_decoded(
 
 
 async def test_a_ratio_that_is_known_keeps_agents_from_sending_what_is_not_sent_on(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     await one_partition(platform)
     for _ in range(200):
@@ -174,9 +172,7 @@ async def test_a_ratio_that_is_known_keeps_agents_from_sending_what_is_not_sent_
     assert sum(asked) < 4 * sent, "but for the first time, before the ratio is known"
 
 
-async def test_a_window_that_is_used_up_holds_up_no_other_partition(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_a_window_that_is_used_up_holds_up_no_other_partition(platform: World, start_query: StartQuery) -> None:
     """One budget of 1 MiB for all: the partition that nobody takes records of must hold none of it."""
     await partitions(platform, 3)
     for number in (0, 1):
@@ -209,7 +205,7 @@ async def test_a_window_that_is_used_up_holds_up_no_other_partition(
 
 
 async def test_a_subscriber_without_windows_gets_partitions_by_turns_from_what_is_read_ahead(
-    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+    platform: World, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_ahead: list[tuple[int, int, bool]] = []  # partition, next offset, has records
     deliver = Subscription._deliver
@@ -248,7 +244,7 @@ async def test_a_subscriber_without_windows_gets_partitions_by_turns_from_what_i
     ],
 )
 async def test_bad_later_requests_end_a_subscription(
-    platform: StandInPlatform, start_query: StartQuery, position: dict, later: dict, named: str
+    platform: World, start_query: StartQuery, position: dict, later: dict, named: str
 ) -> None:
     await one_partition(platform)
     service = await start_query()
@@ -259,9 +255,7 @@ async def test_bad_later_requests_end_a_subscription(
             await until(responses, lambda response: False)
 
 
-async def test_a_slow_subscriber_does_not_make_the_service_read_on(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_a_slow_subscriber_does_not_make_the_service_read_on(platform: World, start_query: StartQuery) -> None:
     await partitions(platform, 4)
     for number in range(4):
         for turn in range(40):
@@ -271,7 +265,7 @@ async def test_a_slow_subscriber_does_not_make_the_service_read_on(
     async with subscribed(service, *[("orders", n, 0) for n in range(4)], max_bytes=256 * 1024) as responses:
         await anext(responses)
         await asyncio.sleep(0.3)
-        total = sum(segment.size_bytes for n in range(4) for segment in platform.partition("orders", n).segments)
+        total = sum(segment.size_bytes for n in range(4) for segment in platform.of_partition(platform.topic_id(), n))
         assert total > 4 << 20
         assert service.api._counters.fetched_bytes <= (1 << 20) + 256 * 1024
         got = await until(responses, lambda response: response.next_offset == 80_000)
@@ -279,7 +273,7 @@ async def test_a_slow_subscriber_does_not_make_the_service_read_on(
 
 
 async def test_a_subscriber_at_the_end_that_takes_nothing_holds_one_response(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     await one_partition(platform)
     service = await start_query(subscribe_heartbeat_ms=10)
@@ -292,9 +286,7 @@ async def test_a_subscriber_at_the_end_that_takes_nothing_holds_one_response(
         assert service.api._counters.fetches <= before + 1
 
 
-async def test_the_end_is_told_at_once_and_then_by_heartbeats(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_the_end_is_told_at_once_and_then_by_heartbeats(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce([b"x"])
     service = await start_query(subscribe_heartbeat_ms=100)
@@ -311,7 +303,7 @@ async def test_the_end_is_told_at_once_and_then_by_heartbeats(
 
 
 async def test_a_waiting_reason_is_told_when_it_begins_changes_and_ends(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     await one_partition(platform)
     await platform.produce([b"x"])
@@ -337,7 +329,7 @@ async def test_a_waiting_reason_is_told_when_it_begins_changes_and_ends(
         assert values_in(await until(responses, lambda response: bool(response.batches))) == [b"z"]
 
 
-async def test_one_partition_fails_and_the_others_go_on(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_one_partition_fails_and_the_others_go_on(platform: World, start_query: StartQuery) -> None:
     await partitions(platform, 2)
     await platform.produce(values_of(5))
     await platform.register()
@@ -366,7 +358,7 @@ async def test_one_partition_fails_and_the_others_go_on(platform: StandInPlatfor
 
 
 async def test_a_subscription_ends_when_all_its_partitions_have_failed(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     service = await start_query()
     async with subscribed(service, ("nowhere", 0, 0), ("nowhere", 1, 0)) as responses:
@@ -374,7 +366,7 @@ async def test_a_subscription_ends_when_all_its_partitions_have_failed(
     assert [response.error.reason for response in got] == ["UNKNOWN_TOPIC"] * 2
 
 
-async def test_bad_subscriptions_are_refused(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_bad_subscriptions_are_refused(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     service = await start_query(subscribe_positions_max=2)
     for positions, fields in (
@@ -395,7 +387,7 @@ async def test_bad_subscriptions_are_refused(platform: StandInPlatform, start_qu
             await anext(service.api.subscribe(Requests(request)))
 
 
-async def test_stopping_ends_subscriptions(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_stopping_ends_subscriptions(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     service = await start_query()
     async with subscribed(service, ("orders", 0, 0)) as responses:
@@ -407,7 +399,7 @@ async def test_stopping_ends_subscriptions(platform: StandInPlatform, start_quer
 
 
 async def test_over_grpc_a_subscriber_that_goes_away_leaves_nothing_running(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10))
@@ -435,7 +427,7 @@ def pumps() -> list["asyncio.Task[object]"]:
 
 
 async def test_a_partition_that_fails_with_its_records_gives_its_bytes_back(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     await partitions(platform, 2)
     for number in range(2):
@@ -463,7 +455,7 @@ async def test_a_partition_that_fails_with_its_records_gives_its_bytes_back(
 
 
 async def test_g7_idle_subscribers_cost_by_change_and_not_by_subscriber(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     """A hundred of them wait at the end: the agent is asked once for all, and once more for each change."""
     await one_partition(platform)
@@ -488,7 +480,7 @@ async def test_g7_idle_subscribers_cost_by_change_and_not_by_subscriber(
 
 
 async def test_g7_a_subscriber_that_takes_nothing_holds_no_more_than_its_own_budget_of_its_connection(
-    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+    platform: World, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its partitions held bytes of the connection while they waited for the subscription's, until none were left."""
     own: list[ByteBudget] = []
@@ -528,7 +520,7 @@ class _Recorded:
 
 
 async def test_deliveries_are_timed_from_the_records_being_there_to_their_stream(
-    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+    platform: World, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await one_partition(platform)
     await platform.produce(values_of(500))

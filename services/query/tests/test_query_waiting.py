@@ -8,12 +8,13 @@ from functools import partial
 import pytest
 from shcluster import agent_checks
 from shformat import decode_batch
+from shproto.acks import ACKS_DURABLE
 from shproto.errors import DataLoss, InvalidArgument, OffsetBeyondEnd, ShuttingDown, Unavailable, UnknownTopic
 from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
 from streamhouse_query.core.plain import plain_records
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_standins import RANGE_WIDTH, StandInPlatform, values_of
+from services.query.tests.query_world import RANGE_WIDTH, World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import fetch, one_partition, read_all, settle_in
 from tests.platform.virtual_time import virtual_time
@@ -43,7 +44,7 @@ async def waiting(task: "asyncio.Task[query_pb2.FetchResponse]") -> None:
     assert not done, task.result()
 
 
-async def test_a_long_poll_is_woken_by_a_produce(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_a_long_poll_is_woken_by_a_produce(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     service = await start_query()
     task = later(service, 0)
@@ -54,9 +55,7 @@ async def test_a_long_poll_is_woken_by_a_produce(platform: StandInPlatform, star
     assert (response.next_offset, response.high_watermark) == (1, 1)
 
 
-async def test_a_long_poll_returns_no_more_than_it_asked_for(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_a_long_poll_returns_no_more_than_it_asked_for(platform: World, start_query: StartQuery) -> None:
     """The agent's answer is to all who wait at the offset, and may bring more than one of them takes."""
     await one_partition(platform)
     service = await start_query()
@@ -78,7 +77,7 @@ async def test_a_long_poll_returns_no_more_than_it_asked_for(
     assert len(got.batches) == 1 and values_in(got) == values_of(100) and got.next_offset == 100
 
 
-async def test_a_long_poll_ends_in_time_and_does_not_spin(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_a_long_poll_ends_in_time_and_does_not_spin(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     service = await start_query()
     loop = asyncio.get_running_loop()
@@ -89,7 +88,7 @@ async def test_a_long_poll_ends_in_time_and_does_not_spin(platform: StandInPlatf
     assert platform.agents["a"].calls <= 3
 
 
-async def test_min_bytes_is_waited_for(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_min_bytes_is_waited_for(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10))
     service = await start_query()
@@ -103,9 +102,7 @@ async def test_min_bytes_is_waited_for(platform: StandInPlatform, start_query: S
     assert values_in(at_deadline) == values_of(110)
 
 
-async def test_a_wait_without_a_leader_is_woken_by_the_grant(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_a_wait_without_a_leader_is_woken_by_the_grant(platform: World, start_query: StartQuery) -> None:
     await platform.create_topic()
     service = await start_query()
     assert "no leader" in (await fetch(service, 0)).waiting_reason
@@ -117,9 +114,10 @@ async def test_a_wait_without_a_leader_is_woken_by_the_grant(
     assert values_in(await task) == [b"x"]
 
 
-async def test_cancelling_a_long_poll_leaves_nothing_behind(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_cancelling_a_long_poll_leaves_nothing_behind(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     service = await start_query()
+    await asyncio.sleep(0.05)  # until it follows the events
     tasks_before = len(asyncio.all_tasks())
     task = later(service, 0)
     await waiting(task)
@@ -131,7 +129,7 @@ async def test_cancelling_a_long_poll_leaves_nothing_behind(platform: StandInPla
 
 
 async def test_a_takeover_is_waited_for_with_a_reason_and_then_goes_on(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     """Readers reach the old registered_end and wait there until the old range is settled."""
     await one_partition(platform)
@@ -163,7 +161,7 @@ async def test_a_takeover_is_waited_for_with_a_reason_and_then_goes_on(
     assert await read_all(service) == dict(enumerate(values_of(15))) | {RANGE_WIDTH: b"after"}
 
 
-async def test_a_gap_between_epochs_is_stepped_over(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_a_gap_between_epochs_is_stepped_over(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10))
     await platform.register()
@@ -181,9 +179,7 @@ async def test_a_gap_between_epochs_is_stepped_over(platform: StandInPlatform, s
     assert await read_all(service) == dict(enumerate(values_of(10))) | {RANGE_WIDTH: b"after"}
 
 
-async def test_the_tail_of_a_settled_range_is_served_by_who_has_it(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_the_tail_of_a_settled_range_is_served_by_who_has_it(platform: World, start_query: StartQuery) -> None:
     """Settled means that the end is declared: registration below it goes on."""
     await one_partition(platform)
     await platform.produce(values_of(10))
@@ -198,9 +194,7 @@ async def test_the_tail_of_a_settled_range_is_served_by_who_has_it(
     assert "settled at 10" in (await fetch(service, 0)).waiting_reason
 
 
-async def test_what_lies_beyond_a_settled_end_is_never_served(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_what_lies_beyond_a_settled_end_is_never_served(platform: World, start_query: StartQuery) -> None:
     """A zombie leader wrote on into its own range after that was settled: fenced, and never to be seen."""
     await one_partition(platform)
     await platform.produce(values_of(10))
@@ -213,9 +207,9 @@ async def test_what_lies_beyond_a_settled_end_is_never_served(
     assert await read_all(service) == dict(enumerate([*values_of(10), b"real"]))
 
 
-async def test_durable_topics_serve_only_what_is_registered(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_durable_topics_serve_only_what_is_registered(platform: World, start_query: StartQuery) -> None:
     """At a takeover the range is settled at registered_end at once, and the offsets beyond are used again (G2)."""
-    await platform.create_topic(durable=True)
+    await platform.create_topic(min_acks=ACKS_DURABLE)
     await platform.start_agent("a")
     await platform.grant("a")
     await platform.produce([b"not durable yet"])
@@ -230,7 +224,7 @@ async def test_durable_topics_serve_only_what_is_registered(platform: StandInPla
 
 
 async def test_an_agent_that_is_an_epoch_ahead_of_the_feed_is_no_damage(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     """Found by the fault tests: an agent that leads again at the end of its own range."""
     await one_partition(platform)
@@ -243,13 +237,11 @@ async def test_an_agent_that_is_an_epoch_ahead_of_the_feed_is_no_damage(
     task = later(service, 10, max_wait_ms=0)
     await waiting(task)
     platform.coordinator.feed_paused = False
-    await platform.coordinator.wake()
+    platform.coordinator.wake()
     assert values_in(await task) == [b"more"]
 
 
-async def test_a_tail_that_was_given_up_is_waited_for_in_the_feed(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_a_tail_that_was_given_up_is_waited_for_in_the_feed(platform: World, start_query: StartQuery) -> None:
     """Never an error, never a skipped record, never an empty answer: even with max_wait_ms 0."""
     await one_partition(platform)
     await platform.produce(values_of(10))
@@ -261,7 +253,7 @@ async def test_a_tail_that_was_given_up_is_waited_for_in_the_feed(
     for task in tasks:
         await waiting(task)
     platform.coordinator.feed_paused = False
-    await platform.coordinator.wake()
+    platform.coordinator.wake()
     for task in tasks:
         assert values_in(await task) == [*values_of(10), b"more"]
     platform.coordinator.feed_paused = True
@@ -269,17 +261,17 @@ async def test_a_tail_that_was_given_up_is_waited_for_in_the_feed(
     await platform.settle()
     await platform.start_agent("b")
     await platform.grant("b")
-    key = (platform.coordinator.topics["orders"].topic_id, 0, 1)
+    key = (platform.topic_id(), 0, 1)
     await platform.register(epoch=1)
     del platform.agents["a"].starts[key]
     task = later(service, 10, max_wait_ms=0)
     await waiting(task)
     platform.coordinator.feed_paused = False
-    await platform.coordinator.wake()
+    platform.coordinator.wake()
     assert values_in(await task) == [b"more"]
 
 
-async def test_a_feed_that_stays_behind_is_said_so(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_a_feed_that_stays_behind_is_said_so(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10))
     service = await start_query(catch_up_ms=100)
@@ -290,7 +282,7 @@ async def test_a_feed_that_stays_behind_is_said_so(platform: StandInPlatform, st
 
 
 async def test_beyond_the_end_is_not_said_while_a_newer_epoch_is_on_its_way(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     await one_partition(platform)
     service = await start_query()
@@ -302,18 +294,18 @@ async def test_beyond_the_end_is_not_said_while_a_newer_epoch_is_on_its_way(
     task = later(service, RANGE_WIDTH, max_wait_ms=0)
     await waiting(task)
     platform.coordinator.feed_paused = False
-    await platform.coordinator.wake()
+    platform.coordinator.wake()
     assert values_in(await task) == [b"new"]
     with pytest.raises(OffsetBeyondEnd):
         await fetch(service, RANGE_WIDTH + 2)
 
 
 async def test_beyond_the_end_is_not_said_when_the_index_caught_up_while_the_coordinator_answered(
-    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+    platform: World, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found by simulation: compared with the index of then, the coordinator's answer proved what was planned before."""
     coordinator = platform.coordinator
-    await platform.create_topic(durable=True)
+    await platform.create_topic(min_acks=ACKS_DURABLE)
     await platform.start_agent("a")
     await platform.grant("a")
     await platform.produce(values_of(10))
@@ -323,7 +315,7 @@ async def test_beyond_the_end_is_not_said_when_the_index_caught_up_while_the_coo
     async def slowly(request: coordinator_pb2.DescribeTopicRequest) -> coordinator_pb2.DescribeTopicResponse:
         answer = await describe_topic(request)
         coordinator.feed_paused = False
-        await coordinator.wake()
+        coordinator.wake()
         await settle_in(platform, service)
         return answer
 
@@ -335,10 +327,10 @@ async def test_beyond_the_end_is_not_said_when_the_index_caught_up_while_the_coo
 
 
 async def test_beyond_the_end_is_not_said_by_an_index_that_may_be_behind(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     """A consumer that is told so starts over: neither for want of events nor for want of a coordinator."""
-    await platform.create_topic(durable=True)
+    await platform.create_topic(min_acks=ACKS_DURABLE)
     await platform.start_agent("a")
     await platform.grant("a")
     await platform.produce(values_of(10))
@@ -352,7 +344,7 @@ async def test_beyond_the_end_is_not_said_by_an_index_that_may_be_behind(
         await fetch(service, 10)
 
 
-async def test_an_agent_that_does_not_answer_is_named(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_an_agent_that_does_not_answer_is_named(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10))
     service = await start_query()
@@ -370,7 +362,7 @@ async def test_an_agent_that_does_not_answer_is_named(platform: StandInPlatform,
 
 
 async def test_an_agent_that_hangs_is_told_at_the_end_of_a_wait(
-    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+    platform: World, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That nothing is there is only known if the agent says so."""
     monkeypatch.setattr("shread.tail_polls.POLL_LATE_MS", 100)
@@ -386,7 +378,7 @@ async def test_an_agent_that_hangs_is_told_at_the_end_of_a_wait(
 
 
 async def test_many_plain_records_are_decoded_beside_the_event_loop(
-    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
+    platform: World, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[str] = []
 
@@ -406,9 +398,7 @@ async def test_many_plain_records_are_decoded_beside_the_event_loop(
     assert [name == threading.current_thread().name for name in threads] == [True, False]
 
 
-async def test_a_hanging_agent_is_left_when_the_index_changes(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_a_hanging_agent_is_left_when_the_index_changes(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10))
     service = await start_query()
@@ -420,7 +410,7 @@ async def test_a_hanging_agent_is_left_when_the_index_changes(
     assert values_in(await task) == values_of(10)
 
 
-async def test_a_lost_span_is_data_loss_with_the_way_on(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_a_lost_span_is_data_loss_with_the_way_on(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10))
     await platform.register()
@@ -439,9 +429,7 @@ async def test_a_lost_span_is_data_loss_with_the_way_on(platform: StandInPlatfor
     assert values_in(await fetch(service, 15)) == values_of(5, 15)
 
 
-async def test_a_range_that_was_given_up_is_data_loss_with_the_way_on(
-    platform: StandInPlatform, start_query: StartQuery
-) -> None:
+async def test_a_range_that_was_given_up_is_data_loss_with_the_way_on(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce(values_of(10))
     await platform.register()
@@ -451,8 +439,9 @@ async def test_a_range_that_was_given_up_is_data_loss_with_the_way_on(
     await platform.grant("b")
     await platform.produce([b"after"])
     service = await start_query()
-    task = later(service, 12)
     await platform.stop_agent("a")
+    await settle_in(platform, service)
+    task = later(service, 12)
     await waiting(task)
     await platform.lose_range(RANGE_WIDTH, epoch=1)
     with pytest.raises(DataLoss, match="given up") as error:
@@ -461,7 +450,7 @@ async def test_a_range_that_was_given_up_is_data_loss_with_the_way_on(
     assert values_in(await fetch(service, RANGE_WIDTH)) == [b"after"]
 
 
-async def test_a_topic_that_is_deleted_ends_its_waits(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_a_topic_that_is_deleted_ends_its_waits(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     service = await start_query()
     task = later(service, 0)
@@ -471,7 +460,7 @@ async def test_a_topic_that_is_deleted_ends_its_waits(platform: StandInPlatform,
         await task
 
 
-async def test_a_topic_created_again_is_another_topic(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_a_topic_created_again_is_another_topic(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     await platform.produce([b"old"])
     await platform.register()
@@ -485,7 +474,7 @@ async def test_a_topic_created_again_is_another_topic(platform: StandInPlatform,
 
 
 async def test_a_topic_that_the_feed_has_not_brought_yet_is_waited_for(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     service = await start_query()
     platform.coordinator.feed_paused = True
@@ -494,11 +483,11 @@ async def test_a_topic_that_the_feed_has_not_brought_yet_is_waited_for(
     task = later(service, 0)
     await waiting(task)
     platform.coordinator.feed_paused = False
-    await platform.coordinator.wake()
+    platform.coordinator.wake()
     assert values_in(await task) == [b"x"]
 
 
-async def test_stopping_ends_long_polls(platform: StandInPlatform, start_query: StartQuery) -> None:
+async def test_stopping_ends_long_polls(platform: World, start_query: StartQuery) -> None:
     await one_partition(platform)
     service = await start_query()
     task = later(service, 0)
@@ -511,11 +500,11 @@ async def test_stopping_ends_long_polls(platform: StandInPlatform, start_query: 
 
 
 async def test_who_means_a_topic_created_again_is_never_shown_the_old_one(
-    platform: StandInPlatform, start_query: StartQuery
+    platform: World, start_query: StartQuery
 ) -> None:
     """The index still has the deleted topic under the name: better no answer than its records."""
     await one_partition(platform)
-    old_id = bytes.fromhex(platform.coordinator.topics["orders"].topic_id)
+    old_id = platform.topic_id()
     await platform.produce(values_of(10))
     await platform.register()
     service = await start_query(catch_up_ms=100)
@@ -523,7 +512,7 @@ async def test_who_means_a_topic_created_again_is_never_shown_the_old_one(
 
     platform.coordinator.feed_paused = True
     await platform.delete_topic("orders")
-    new_id = bytes.fromhex(await platform.create_topic())
+    new_id = await platform.create_topic()
     await platform.grant("a")
     await platform.produce([b"new"])
     with pytest.raises(Unavailable, match="behind"):
@@ -536,7 +525,7 @@ async def test_who_means_a_topic_created_again_is_never_shown_the_old_one(
         await latest(service, new_id)
 
     platform.coordinator.feed_paused = False
-    await platform.coordinator.wake()
+    platform.coordinator.wake()
     assert values_in(await fetch(service, 0, topic_id=new_id)) == [b"new"]
     assert values_in(await fetch(service, 0)) == [b"new"]
     assert (await latest(service, new_id), await latest(service, b"")) == (1, 1)
@@ -561,7 +550,7 @@ async def latest(service: QueryService, topic_id: bytes) -> int:
 
 @pytest.mark.parametrize("how", ["refuses", "is silent"])
 async def test_heartbeats_say_which_leaders_do_not_answer(
-    platform: StandInPlatform, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch, how: str
+    platform: World, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """Also where no reader has the patience to wait for the deadline of a call."""
     monkeypatch.setattr(agent_checks, "LATE_MS", 0)
@@ -570,7 +559,7 @@ async def test_heartbeats_say_which_leaders_do_not_answer(
     service = await start_query()
     agent = platform.agents["a"]
     await fetch(service, 0, max_wait_ms=50)
-    assert not platform.coordinator.reached, "nobody doubts anybody"
+    assert not platform.reached, "nobody doubts anybody"
     agent.down, agent.hangs = how == "refuses", how == "is silent"
     await fetch(service, 0, max_wait_ms=50)
     await said_of_agents(platform, {"a": False})
@@ -578,6 +567,6 @@ async def test_heartbeats_say_which_leaders_do_not_answer(
     await said_of_agents(platform, {"a": True})
 
 
-async def said_of_agents(platform: StandInPlatform, said: dict[str, bool]) -> None:
-    while platform.coordinator.reached != said:
+async def said_of_agents(platform: World, said: dict[str, bool]) -> None:
+    while platform.reached != said:
         await asyncio.sleep(0.01)
